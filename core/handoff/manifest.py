@@ -1,0 +1,73 @@
+"""`out/manifest.json`: the files of each artifact, with sizes and SHA-256. It is written last; without it nothing counts."""
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+MANIFEST_FILE = "manifest.json"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Model):
+    """One file. `path` is relative, POSIX, without `..`."""
+
+    path: str = Field(min_length=1, max_length=512)
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def _relative(cls, path: str) -> str:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or str(pure) != path or "\\" in path or not path.isprintable():
+            raise ValueError(f"{path!r} is not a plain relative path")
+        return path
+
+
+class ArtifactEntry(_Model):
+    """One exported form of the pressed model: a folder below out/."""
+
+    format: str  #: e.g. "onnx", "openvino", "compressed-tensors", "safetensors"
+    path: str  #: folder below out/, e.g. "onnx"
+    files: tuple[FileEntry, ...]  #: paths relative to `path`
+    consumer: str  #: what loaded it in the verification, with its version, e.g. "onnxruntime 1.32.0"
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.files)
+
+
+class Manifest(_Model):
+    schema_version: Literal[1] = 1
+    job_id: str
+    attempt: int
+    verdict: Literal["accepted", "rejected"]
+    artifacts: tuple[ArtifactEntry, ...]
+    report: tuple[FileEntry, ...]  #: report.json, report.md, report.html, relative to out/
+
+
+def digest_of(files: tuple[FileEntry, ...] | list[FileEntry]) -> str:
+    """`sha256:` over the sorted lines `<sha256>  <path>`: equal folders have equal digests, whatever the order."""
+    lines = sorted(f"{file.sha256}  {file.path}\n" for file in files)
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def describe_file(root: Path, path: Path) -> FileEntry:
+    """Hash one file below `root`."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileEntry(path=path.relative_to(root).as_posix(), size=path.stat().st_size, sha256=digest)
+
+
+def describe_folder(root: Path) -> tuple[FileEntry, ...]:
+    """Hash every regular file below `root`, sorted by path."""
+    return tuple(describe_file(root, path) for path in sorted(root.rglob("*")) if path.is_file())

@@ -1,0 +1,46 @@
+"""Logging for every process of ours: one line an event, secrets removed, text for people or JSON for machines."""
+
+import json
+import logging
+import re
+import sys
+from typing import Literal
+
+_SECRETS = re.compile(
+    r"(?i)(authorization:\s*\S+\s+|x-amz-(?:signature|credential|security-token)=|np_[a-z0-9]{4,12}_|(?<=://)[^/\s:@]*:)[^\s&\"'@]+"
+)
+
+
+def redact(text: str) -> str:
+    """Replace keys, presigned signatures and passwords in URLs by `***`."""
+    return _SECRETS.sub(lambda match: match.group(1) + "***", text)
+
+
+class _Redacting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        body = {
+            "at": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        body |= {key: record.__dict__[key] for key in ("job_id", "attempt", "request_id") if key in record.__dict__}
+        if record.exc_info:
+            body["traceback"] = self.formatException(record.exc_info)
+        return redact(json.dumps(body, ensure_ascii=False, default=str))
+
+
+def configure_logging(level: str, style: Literal["text", "json"]) -> None:
+    """Send the root logger to standard error. Called once by each entry point."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _Json() if style == "json" else _Redacting("%(asctime)s %(levelname)-7s %(name)s  %(message)s")
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("botocore").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -1,0 +1,25 @@
+"""The recipes that come with Nightpress, one YAML file each in builtin/."""
+
+from functools import cache
+from importlib.resources import files
+
+from core.errors import ErrorCode, NightpressError
+from core.recipes.models import Recipe, load_recipe
+
+
+@cache
+def builtin_recipes() -> dict[str, Recipe]:
+    """All of them by name, sorted."""
+    folder = files("core.recipes") / "builtin"
+    recipes = [load_recipe(entry.read_text()) for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    return {recipe.name: recipe for recipe in sorted(recipes, key=lambda one: one.name)}
+
+
+def get_recipe(name: str) -> Recipe:
+    """One by name. Raises NightpressError(not_found) that names the others."""
+    recipes = builtin_recipes()
+    if name not in recipes:
+        raise NightpressError(
+            ErrorCode.NOT_FOUND, f"There is no built-in recipe {name!r}.", hint=f"There are: {', '.join(recipes)}."
+        )
+    return recipes[name]

@@ -1,0 +1,82 @@
+"""What a plan needs to know of a model, read from its config and its safetensors headers alone."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Task = Literal["causal-lm", "classification", "token-classification", "masked-lm", "embedding", "seq2seq", "other"]
+
+_SUFFIXES: tuple[tuple[str, Task], ...] = (
+    ("ForCausalLM", "causal-lm"),
+    ("LMHeadModel", "causal-lm"),
+    ("ForSequenceClassification", "classification"),
+    ("ForImageClassification", "classification"),
+    ("ForTokenClassification", "token-classification"),
+    ("ForMaskedLM", "masked-lm"),
+    ("ForConditionalGeneration", "seq2seq"),
+    ("Model", "embedding"),
+)
+
+#: model_type values the pipeline evaluates and exports; others are refused at validation
+ENCODERS = frozenset(
+    {
+        "bert",
+        "roberta",
+        "distilbert",
+        "mpnet",
+        "xlm-roberta",
+        "electra",
+        "albert",
+        "camembert",
+        "deberta-v2",
+        "modernbert",
+    }
+)
+DECODERS = frozenset(
+    {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "opt"}
+)
+
+
+class TensorInfo(BaseModel):
+    """One tensor as its safetensors header describes it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    dtype: str  #: safetensors name, e.g. "F32", "BF16"
+    shape: tuple[int, ...]
+    size: int  #: bytes
+
+
+class ModelHeader(BaseModel):
+    """A model without its weights."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    model_type: str
+    architecture: str
+    config: dict[str, Any] = Field(repr=False)
+    tensors: tuple[TensorInfo, ...] = Field(repr=False)
+    has_tokenizer: bool
+
+    @property
+    def parameters(self) -> int:
+        total = 0
+        for tensor in self.tensors:
+            count = 1
+            for dim in tensor.shape:
+                count *= dim
+            total += count
+        return total
+
+    @property
+    def size(self) -> int:
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def task(self) -> Task:
+        return next((task for suffix, task in _SUFFIXES if self.architecture.endswith(suffix)), "other")
+
+    @property
+    def is_decoder(self) -> bool:
+        return self.task == "causal-lm"

@@ -1,0 +1,188 @@
+"""A recipe: an ordered list of passes, the exports, the calibration, the evaluation and the gates."""
+
+import re
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from core.errors import ErrorCode, NightpressError
+from core.recipes.passes import ExportFormat, Pass
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+#: `builtin:prose`, or the id or name of a data set that the person brought
+DataRef = Annotated[str, Field(pattern=r"^(builtin:[a-z]+|[A-Za-z0-9][A-Za-z0-9._-]{0,127})$")]
+BUILTIN_DATA = frozenset({"builtin:prose"})
+MAX_PASSES = 20
+
+_GATE = re.compile(r"^\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|x)?\s*$")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+
+
+class Calibration(_Model):
+    """Text that the passes may look at. Never the text the result is measured on."""
+
+    data: DataRef = "builtin:prose"
+    samples: int = Field(128, ge=1, le=100_000)
+    length: int = Field(512, ge=8, le=131_072, description="tokens a sample")
+    seed: int = Field(0, ge=0)
+
+
+class Quality(_Model):
+    """Fit to the source or to labels, with a 95% interval.
+
+    `auto` is perplexity for causal language models, accuracy for classifiers with labelled data, otherwise fidelity.
+    `fidelity` needs no labels: cosine of pooled outputs for encoders, top-1 agreement and KL divergence where there are logits.
+    """
+
+    metric: Literal["auto", "perplexity", "accuracy", "fidelity"] = "auto"
+    data: DataRef = "builtin:prose"
+    samples: int = Field(64, ge=2, le=100_000)
+    length: int = Field(128, ge=8, le=131_072, description="tokens a sample")
+
+
+class Latency(_Model):
+    """Median and 95th percentile of one forward pass, for each pair of batch and length."""
+
+    metric: Literal["latency"] = "latency"
+    batch: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field((1,), min_length=1, max_length=8)
+    length: tuple[Annotated[int, Field(ge=1, le=131_072)], ...] = Field((128,), min_length=1, max_length=8)
+    repeats: int = Field(20, ge=3, le=1000)
+
+    @field_validator("batch", "length", mode="before")
+    @classmethod
+    def _one_or_many(cls, raw: object) -> object:
+        return (raw,) if isinstance(raw, int) else raw
+
+
+def _which_evaluation(raw: Any) -> str:
+    metric = raw.get("metric") if isinstance(raw, dict) else getattr(raw, "metric", None)
+    return "latency" if metric == "latency" else "quality"
+
+
+class Gate(_Model):
+    """A bound that decides the verdict. `relative` bounds compare with the source: `<= +3%`, `<= 35%` (of), `>= 1.5x`."""
+
+    metric: str
+    operator: Literal["<=", ">=", "<", ">"]
+    value: float
+    relative: Literal["absolute", "change", "share", "times"]
+
+    def __str__(self) -> str:
+        number = {
+            "absolute": f"{self.value:g}",
+            "change": f"{self.value * 100:+g}%",
+            "share": f"{self.value * 100:g}%",
+            "times": f"{self.value:g}x",
+        }
+        return f"{self.metric} {self.operator} {number[self.relative]}"
+
+
+class Recipe(_Model):
+    """Everything that decides what comes out, but the model itself."""
+
+    name: Name
+    version: int = Field(1, ge=1)
+    description: str = Field("", max_length=2000)
+    passes: tuple[Pass, ...] = Field(min_length=1, max_length=MAX_PASSES)
+    exports: tuple[ExportFormat, ...] = Field(min_length=1, max_length=8)
+    calibration: Calibration = Calibration()
+    evaluate: tuple[Quality | Latency, ...] = Field((Quality(), Latency()), max_length=16)
+    gates: dict[str, str] = Field(
+        default_factory=dict, max_length=32, description='e.g. {"perplexity": "<= +3%", "size": "<= 35%"}'
+    )
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _evaluations(cls, raw: Any) -> Any:
+        if not isinstance(raw, list | tuple):
+            return raw
+        kinds: dict[str, type[_Model]] = {"latency": Latency, "quality": Quality}
+        return tuple(kinds[_which_evaluation(one)].model_validate(one) if isinstance(one, dict) else one for one in raw)
+
+    @field_validator("exports")
+    @classmethod
+    def _no_export_twice(cls, exports: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(exports)) != len(exports):
+            raise ValueError("an export is named twice")
+        return exports
+
+    @model_validator(mode="after")
+    def _gates_parse(self) -> "Recipe":
+        self.parsed_gates()
+        return self
+
+    def parsed_gates(self) -> tuple[Gate, ...]:
+        return tuple(parse_gate(metric, bound) for metric, bound in self.gates.items())
+
+    def data_refs(self) -> frozenset[str]:
+        """The data sets the recipe uses that are not built in."""
+        refs = {one.data for one in self.evaluate if isinstance(one, Quality)}
+        if any(step.needs != "nothing" for step in self.passes):
+            refs.add(self.calibration.data)
+        return frozenset(refs - BUILTIN_DATA)
+
+
+GATE_METRICS = (
+    "size",
+    "latency",
+    "throughput",
+    "perplexity",
+    "accuracy",
+    "cosine",
+    "top1_agreement",
+    "kl_divergence",
+    "memory",
+)
+
+
+def parse_gate(metric: str, bound: str) -> Gate:
+    """Read one bound. A signed percentage is a change, an unsigned one a share of the source, `x` a factor. Raises ValueError."""
+    match = _GATE.match(bound)
+    if metric not in GATE_METRICS:
+        raise ValueError(f"gate {metric!r} is not one of {', '.join(GATE_METRICS)}")
+    if not match:
+        raise ValueError(f"gate {metric}: {bound!r} is not a bound like '<= +3%', '<= 35%', '>= 1.5x' or '>= 0.99'")
+    operator, number, unit = match.groups()
+    value = float(number)
+    if unit == "%":
+        kind, value = ("change" if number[0] in "+-" else "share"), value / 100
+    else:
+        kind = "times" if unit == "x" else "absolute"
+    return Gate.model_validate({"metric": metric, "operator": operator, "value": value, "relative": kind})
+
+
+def parse_recipe(raw: Any) -> Recipe:
+    """Validate a mapping. Raises NightpressError(invalid_recipe) that lists every fault with its place."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        faults = [
+            {"at": ".".join(str(part) for part in one["loc"]), "problem": one["msg"]}
+            for one in error.errors(include_url=False)
+        ]
+        first = faults[0]
+        raise NightpressError(
+            ErrorCode.INVALID_RECIPE,
+            f"The recipe has {len(faults)} fault{'s' * (len(faults) > 1)}; the first at {first['at'] or 'its top'}: {first['problem']}.",
+            hint="`nightpress recipes` lists the built-in recipes and passes; docs/recipes.md explains every field.",
+            faults=faults,
+        ) from error
+
+
+def load_recipe(text: str) -> Recipe:
+    """Read a recipe from YAML or JSON text. Raises NightpressError(invalid_recipe)."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise NightpressError(
+            ErrorCode.INVALID_RECIPE,
+            f"The recipe is not valid YAML: {error}.",
+            hint="Check its indentation and quotes.",
+        ) from error
+    return parse_recipe(raw)

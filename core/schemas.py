@@ -1,0 +1,252 @@
+"""The wire: what the HTTP API takes and answers, one model a shape, shared by the API and the client."""
+
+import datetime as dt
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from core.recipes.models import Name
+from core.recipes.plan import Plan
+
+Item = TypeVar("Item")
+JobState = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+TERMINAL_STATES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+Labels = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._/-]{1,63}$")], Annotated[str, Field(max_length=256)]],
+    Field(max_length=32),
+]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Request(BaseModel):
+    """What a caller sends: unknown fields are an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class View(BaseModel):
+    """What a caller gets. A client ignores fields it doesn't know, so that a newer server may add some."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Page(View, Generic[Item]):
+    items: list[Item]
+    next_cursor: str | None = None
+
+
+class Problem(View):
+    """RFC 9457, with our code, what to do, and the request to quote when asking for help."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    hint: str = ""
+    instance: str = ""
+    request_id: str = ""
+    errors: list[dict[str, Any]] = []
+
+
+# Models and data sets ------------------------------------------------------------------------------------------------
+
+
+class FileAnnouncement(Request):
+    path: str = Field(min_length=1, max_length=512, examples=["model.safetensors"])
+    size: int = Field(ge=0)
+    sha256: Sha256
+
+
+class ModelCreate(Request):
+    """Either `files` (an upload follows) or `path` (a folder the operator allowed), never both."""
+
+    name: Name
+    files: list[FileAnnouncement] = Field(default_factory=list, max_length=2000)
+    path: str | None = Field(None, max_length=4096, examples=["/srv/models/all-minilm-l6-v2"])
+
+
+class DataSetCreate(Request):
+    """One file: `.txt` (prose) or `.jsonl` (rows with `text` and, for classifiers, `label`), plain or `.gz`."""
+
+    name: Name
+    file: FileAnnouncement | None = None
+    path: str | None = Field(None, max_length=4096)
+
+
+class UploadPart(View):
+    """One request that the client must make: `PUT url` with exactly `size` bytes from `offset` of the file, and these headers."""
+
+    number: int
+    offset: int
+    size: int
+    url: str
+    headers: dict[str, str] = {}
+
+
+class UploadFile(View):
+    path: str
+    size: int
+    parts: list[UploadPart]  #: those not yet received; URLs live 15 minutes, ask again for fresh ones
+
+
+class FileView(View):
+    path: str
+    size: int
+    sha256: str
+
+
+class ModelView(View):
+    id: str
+    name: str
+    state: Literal["uploading", "ready", "failed"]
+    digest: str | None
+    size: int
+    source: Literal["upload", "path"]
+    architecture: str | None
+    model_type: str | None
+    task: str | None
+    parameters: int | None
+    files: list[FileView]
+    error: dict[str, Any] | None = None
+    created_at: dt.datetime
+    uploads: list[UploadFile] = []  #: only in the answers to create and to GET …/uploads
+
+
+class DataSetView(View):
+    id: str
+    name: str
+    state: Literal["uploading", "ready", "failed"]
+    digest: str | None
+    size: int
+    source: Literal["upload", "path", "builtin"]
+    rows: int | None
+    labelled: bool | None
+    error: dict[str, Any] | None = None
+    created_at: dt.datetime | None
+    uploads: list[UploadFile] = []
+
+
+# Recipes -------------------------------------------------------------------------------------------------------------
+
+
+class RecipeView(View):
+    name: str
+    version: int
+    description: str
+    passes: list[str]
+    exports: list[str]
+    recipe: dict[str, Any]
+
+
+class ValidateRequest(Request):
+    """A recipe as a mapping or as YAML text, and optionally the model it is meant for."""
+
+    recipe: dict[str, Any] | str
+    model: str | None = None
+
+
+class ValidateView(View):
+    plan: Plan
+
+
+# Jobs ----------------------------------------------------------------------------------------------------------------
+
+
+class JobCreate(Request):
+    """`model`: id or name (the newest ready one). `recipe`: a built-in's name, or a mapping."""
+
+    model: str = Field(min_length=1, max_length=128, examples=["all-minilm-l6-v2"])
+    recipe: str | dict[str, Any] = Field(examples=["int8-encoder"])
+    name: str = Field("", max_length=200)
+    priority: int = Field(0, ge=-100, le=100, description="higher first")
+    labels: Labels = {}
+    run_after: dt.datetime | None = None
+    queue_limit_s: float | None = Field(None, gt=0, description="fail if not started within")
+    run_limit_s: float | None = Field(None, gt=0, description="fail if one attempt runs longer")
+    max_failures: int | None = Field(None, ge=1, le=20)
+
+
+class JobView(View):
+    id: str
+    name: str
+    state: JobState
+    verdict: Literal["accepted", "rejected"] | None
+    phase: str | None
+    progress: float  #: 0 to 1
+    pass_index: int | None
+    eta_s: float | None
+    message: str
+    priority: int
+    labels: dict[str, str]
+    queue: Literal["cpu", "gpu"]
+    model_id: str
+    model_name: str
+    recipe: dict[str, Any]
+    attempt: int
+    failures: int
+    max_failures: int
+    error: dict[str, Any] | None
+    retry_of: str | None
+    worker_id: str | None
+    created_at: dt.datetime
+    run_after: dt.datetime
+    started_at: dt.datetime | None
+    finished_at: dt.datetime | None
+
+
+class EventView(View):
+    """One line of a job's history. `seq` has no gaps; it is the SSE id."""
+
+    seq: int
+    at: dt.datetime
+    kind: str
+    data: dict[str, Any]
+
+
+class LogView(View):
+    seq: int
+    at: dt.datetime
+    attempt: int
+    level: str
+    text: str
+
+
+class ArtifactView(View):
+    id: str
+    format: str
+    size: int
+    digest: str
+    consumer: str
+    files: list[FileView]
+    download_url: str  #: relative: append the file's path; answers with the bytes or a redirect to a presigned URL
+
+
+class ReportView(View):
+    """report.json beside where its drawn forms are."""
+
+    report: dict[str, Any]
+    html_url: str
+    markdown_url: str
+
+
+class WorkerView(View):
+    id: str
+    host: str
+    queue: Literal["cpu", "gpu"]
+    device: str
+    memory: int
+    threads: int
+    version: str
+    state: Literal["idle", "busy", "draining", "lost"]
+    job_id: str | None
+    started_at: dt.datetime
+    last_seen_at: dt.datetime
+
+
+class ReadyView(View):
+    """`ok`, or `degraded` where jobs are accepted but a part they need later doesn't answer."""
+
+    status: Literal["ok", "degraded", "unavailable"]
+    checks: dict[str, str]
+    version: str

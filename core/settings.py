@@ -1,0 +1,92 @@
+"""One Settings object. Every default works on a laptop; every value can come from NIGHTPRESS_* variables or a .env file."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What differs from one installation to the next. Sizes are bytes and durations seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="NIGHTPRESS_", env_file=".env", extra="ignore", frozen=True)
+
+    data_dir: Path = Field(
+        default_factory=lambda: Path.home() / ".nightpress",
+        description="Where the embedded stack keeps its database, objects, broker and keys.",
+    )
+    database_url: str = Field("", description="SQLAlchemy URL. Empty: SQLite in data_dir.")
+    broker_url: str = Field(
+        "", description="Redis or Valkey URL. Empty: the embedded server's unix socket in data_dir."
+    )
+
+    storage_url: str = Field("", description="s3://bucket/prefix or a folder. Empty: data_dir/objects.")
+    s3_endpoint_url: str | None = Field(None, description="For S3-compatible stores other than AWS.")
+    s3_public_endpoint_url: str | None = Field(
+        None, description="What presigned URLs name, where clients reach the store under another address."
+    )
+    s3_region: str = "us-east-1"
+    s3_access_key_id: SecretStr | None = Field(None, description="Empty: boto3's own chain of credentials.")
+    s3_secret_access_key: SecretStr | None = None
+
+    api_host: str = "127.0.0.1"
+    api_port: int = 8790
+    model_roots: list[Path] = Field(
+        default_factory=list, description="Server folders from which models and data may be registered by path."
+    )
+    max_model_bytes: int = 2 * 1024**4
+    max_dataset_bytes: int = 4 * 1024**3
+    max_body_bytes: int = 1024**2
+    max_queued_jobs: int = Field(10_000, description="Queued jobs one tenant may have.")
+    rate_limit_per_minute: int = Field(0, description="Requests one key may make a minute; 0 switches the limit off.")
+
+    lease_ttl_s: float = 60.0
+    stall_s: float = 1800.0
+    run_limit_s: float = 24 * 3600.0
+    max_failures: int = Field(3, description="Failed attempts before a job is failed for good.")
+    retry_backoff_s: float = Field(
+        5.0, description="First pause before a failed attempt is repeated; doubles, with jitter, up to ten minutes."
+    )
+    tick_s: float = 2.0
+    drain_s: float = 30.0
+
+    worker_queue: Literal["cpu", "gpu"] = "cpu"
+    worker_memory: int = Field(
+        0, description="Memory a worker offers to jobs; 0: 80% of what the machine or cgroup has."
+    )
+    worker_threads: int = Field(0, description="CPU threads a job's child may use; 0: the cores this process may use.")
+    worker_spare: bool = Field(True, description="Keep one child with torch imported, waiting for the next job.")
+    cache_bytes: int = Field(50 * 1024**3, description="Bound of the worker's content-addressed cache.")
+    sandbox_network: bool = Field(True, description="Cut children off from the network where the kernel allows.")
+
+    log_format: Literal["text", "json"] = "text"
+    log_level: str = "INFO"
+
+    @cached_property
+    def sql_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir / 'nightpress.db'}"
+
+    @cached_property
+    def celery_url(self) -> str:
+        return self.broker_url or f"redis+socket://{self.broker_socket}?virtual_host=0"
+
+    @property
+    def broker_socket(self) -> Path:
+        """The embedded Valkey server's socket."""
+        return self.data_dir / "valkey.sock"
+
+    @cached_property
+    def objects_url(self) -> str:
+        return self.storage_url or str(self.data_dir / "objects")
+
+    @property
+    def key_file(self) -> Path:
+        """Where the embedded stack writes its API key and the CLI finds it."""
+        return self.data_dir / "key"
+
+
+def load_settings() -> Settings:
+    """Read the environment once, at a process's start; pass the result down."""
+    return Settings()
