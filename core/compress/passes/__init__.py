@@ -1,0 +1,18 @@
+"""The passes: functions from a model folder, its options and a context to a model folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from core.compress.passes.context import PassContext
+from core.compress.passes.prune import magnitude
+from core.compress.passes.quantize import weight_only
+from core.handoff.report import PassRecord
+
+__all__ = ["MODEL_PASSES", "ModelPass", "PassContext"]
+
+#: (source folder, target folder that doesn't exist yet, options, context) → what was done. `target` is a whole model folder afterwards.
+ModelPass = Callable[[Path, Path, Any, PassContext], PassRecord]
+
+#: By the name a recipe calls them.
+MODEL_PASSES: dict[str, ModelPass] = {"weight-only": weight_only, "magnitude": magnitude}

@@ -1,0 +1,27 @@
+"""What a pass is given beside its folders and options."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from core.recipes.header import ModelHeader
+
+
+def _no_progress(_fraction: float, _message: str) -> None:
+    pass
+
+
+def _no_checkpoint(_path: str, _step: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class PassContext:
+    header: ModelHeader  #: of the model the pass reads
+    work_dir: Path  #: kept between attempts of one job: finished shards are found there again
+    device: str = "cpu"
+    threads: int = 1
+    seed: int = 0
+    index: int = 0  #: the pass's place in the recipe
+    progress: Callable[[float, str], None] = field(default=_no_progress)  #: fraction of this pass, what is being done
+    checkpoint: Callable[[str, int], None] = field(default=_no_checkpoint)  #: a file from which another attempt goes on
