@@ -1,0 +1,142 @@
+"""The one seam to object storage. A key is a plain relative path; a prefix means a folder and never half a name."""
+
+import datetime as dt
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from core.errors import ErrorCode, NightpressError
+from core.settings import Settings
+
+MAX_KEY_BYTES = 1024
+PRESIGN_S = 900
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    key: str
+    size: int
+    modified_at: dt.datetime
+
+
+@dataclass(frozen=True)
+class SignedRequest:
+    """A PUT that a client may make on its own: this URL with exactly these headers."""
+
+    url: str
+    headers: dict[str, str]
+
+
+class ObjectStore(Protocol):
+    """Objects are written whole or not at all, and never change. Every method raises NightpressError and nothing else:
+
+    storage_unavailable (the store does not answer: try again), checksum_mismatch, not_found, disk_full.
+    """
+
+    def put_file(self, key: str, path: Path, *, sha256: str | None = None, on_bytes: OnBytes | None = None) -> None:
+        """Store a file. With `sha256`, nothing is stored unless the bytes read have it. `on_bytes` gets increments."""
+
+    def put_bytes(self, key: str, data: bytes) -> None: ...
+
+    def get_file(self, key: str, path: Path, *, sha256: str | None = None, on_bytes: OnBytes | None = None) -> None:
+        """Fetch to `path`, which appears whole or not at all. With `sha256`, raises checksum_mismatch for other bytes."""
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes of [start, end), in pieces. A missing object is known at the first piece."""
+
+    def stat(self, key: str) -> ObjectInfo | None: ...
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Every object below a folder, in no promised order. The empty prefix means all."""
+
+    def delete_prefix(self, prefix: str) -> int:
+        """Delete the object of this key and every object below this folder. Returns how many there were."""
+
+    def presign_get(self, key: str, *, filename: str, expires_s: int = PRESIGN_S) -> str | None:
+        """A URL that downloads the object as `filename`, or None where the caller must stream it."""
+
+    # Uploads by clients, in parts. An upload is bound to its key; nothing is visible there until it is completed.
+
+    def begin_upload(self, key: str, *, sha256: str, signed_parts: bool) -> str:
+        """Open an upload and return the store's id for it. `signed_parts`: every part will come with its own SHA-256."""
+
+    def presign_part(
+        self, key: str, upload_id: str, number: int, *, size: int, sha256: str | None, expires_s: int = PRESIGN_S
+    ) -> SignedRequest | None:
+        """Sign one part: this key, this upload, this number (from 1), this size and, where given, this SHA-256.
+
+        None where parts come through `receive_part`.
+        """
+
+    def receive_part(
+        self, key: str, upload_id: str, number: int, pieces: Iterable[bytes], *, size: int, sha256: str | None
+    ) -> None:
+        """Take one part from the caller. Raises payload_too_large past `size`, checksum_mismatch for other bytes."""
+
+    def received_parts(self, key: str, upload_id: str) -> dict[int, int]:
+        """Sizes of the parts that have come, by number. Empty once the upload is completed or aborted."""
+
+    def complete_upload(self, key: str, upload_id: str, *, size: int, sha256: str) -> None:
+        """Join the parts and verify the whole object by reading it once. Safe to repeat.
+
+        Raises checksum_mismatch, and then neither object nor parts are left.
+        """
+
+    def abort_upload(self, key: str, upload_id: str) -> None:
+        """Forget the parts. A finished object of the same key stays as it is."""
+
+    def sweep_uploads(self, older_than_s: float) -> int:
+        """Forget uploads and temporary files that nobody finished, begun longer ago than this. Returns how many."""
+
+    def check(self) -> None:
+        """Raise storage_unavailable unless objects can be written and read here now."""
+
+
+def valid_key(key: str) -> str:
+    """Return the key. Raises NightpressError(invalid_request) for anything that isn't a plain relative path."""
+    parts = key.split("/")
+    if (
+        not key.isprintable()
+        or "\\" in key
+        or len(key.encode(errors="replace")) > MAX_KEY_BYTES
+        or any(part in {"", ".", ".."} or part.startswith(".np-") for part in parts)
+    ):
+        raise NightpressError(
+            ErrorCode.INVALID_REQUEST,
+            f"{key[:200]!r} can't be the name of a file here.",
+            hint="Use a plain relative path.",
+        )
+    return key
+
+
+def missing_object(key: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.NOT_FOUND,
+        f"The object {key} is not in the store.",
+        hint="It was deleted, or never finished.",
+        key=key,
+    )
+
+
+def wrong_checksum(key: str, expected: str, found: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.CHECKSUM_MISMATCH,
+        f"{key} has other bytes than announced: SHA-256 {found[:12]}… instead of {expected[:12]}….",
+        hint="Nothing of it was kept. Transfer the file again; if it happens twice, the source changed or its disk is failing.",
+        key=key,
+        expected=expected,
+        found=found,
+    )
+
+
+def open_store(settings: Settings) -> ObjectStore:
+    """The store that the settings name: `s3://bucket/prefix` or a folder."""
+    if settings.objects_url.startswith("s3://"):
+        from core.artifacts.s3 import S3Store  # boto3 takes 0.2 s to import: only those who use it pay
+
+        return S3Store.from_settings(settings)
+    from core.artifacts.local import LocalStore
+
+    return LocalStore(Path(settings.objects_url.removeprefix("file://")))
