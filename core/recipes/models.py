@@ -4,7 +4,8 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from core.errors import ErrorCode, NightpressError
 from core.recipes.passes import ExportFormat, Pass
@@ -63,6 +64,11 @@ def _which_evaluation(raw: Any) -> str:
     return "latency" if metric == "latency" else "quality"
 
 
+Evaluation = Annotated[
+    Annotated[Quality, Tag("quality")] | Annotated[Latency, Tag("latency")], Discriminator(_which_evaluation)
+]
+
+
 class Gate(_Model):
     """A bound that decides the verdict. `relative` bounds compare with the source: `<= +3%`, `<= 35%` (of), `>= 1.5x`."""
 
@@ -90,20 +96,12 @@ class Recipe(_Model):
     passes: tuple[Pass, ...] = Field(min_length=1, max_length=MAX_PASSES)
     exports: tuple[ExportFormat, ...] = Field(min_length=1, max_length=8)
     calibration: Calibration = Calibration()
-    evaluate: tuple[Quality | Latency, ...] = Field((Quality(), Latency()), max_length=16)
+    evaluate: tuple[Evaluation, ...] = Field((Quality(), Latency()), max_length=16)
     gates: dict[str, str] = Field(
         default_factory=dict, max_length=32, description='e.g. {"perplexity": "<= +3%", "size": "<= 35%"}'
     )
     device: Literal["auto", "cpu", "gpu"] = "auto"
     seed: int = Field(0, ge=0, le=2**31 - 1)
-
-    @field_validator("evaluate", mode="before")
-    @classmethod
-    def _evaluations(cls, raw: Any) -> Any:
-        if not isinstance(raw, list | tuple):
-            return raw
-        kinds: dict[str, type[_Model]] = {"latency": Latency, "quality": Quality}
-        return tuple(kinds[_which_evaluation(one)].model_validate(one) if isinstance(one, dict) else one for one in raw)
 
     @field_validator("exports")
     @classmethod
@@ -162,10 +160,7 @@ def parse_recipe(raw: Any) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        faults = [
-            {"at": ".".join(str(part) for part in one["loc"]), "problem": one["msg"]}
-            for one in error.errors(include_url=False)
-        ]
+        faults = [_fault(one) for one in error.errors(include_url=False)]
         first = faults[0]
         raise NightpressError(
             ErrorCode.INVALID_RECIPE,
@@ -173,6 +168,13 @@ def parse_recipe(raw: Any) -> Recipe:
             hint="`nightpress recipes` lists the built-in recipes and passes; docs/recipes.md explains every field.",
             faults=faults,
         ) from error
+
+
+def _fault(error: ErrorDetails) -> dict[str, str]:
+    problem = error["msg"]
+    if error["type"] == "union_tag_invalid":
+        problem = f"there is no pass {error['ctx']['tag']!r}; there are {error['ctx']['expected_tags']}"
+    return {"at": ".".join(str(part) for part in error["loc"]), "problem": problem}
 
 
 def load_recipe(text: str) -> Recipe:

@@ -1,0 +1,34 @@
+"""The set of error codes is closed: each has a title, a status, and a way into a job's row and back."""
+
+import pytest
+
+from core.errors import ERROR_KINDS, ErrorCode, NightpressError
+from core.logs import redact
+
+
+def test_every_code_has_a_kind() -> None:
+    assert set(ERROR_KINDS) == set(ErrorCode)
+
+
+def test_an_error_survives_its_row() -> None:
+    error = NightpressError(ErrorCode.DISK_FULL, "No space.", hint="Free some.", needed=5)
+    again = NightpressError.from_dict(error.as_dict())
+    assert (again.code, again.message, again.hint, again.details) == (
+        error.code,
+        error.message,
+        error.hint,
+        error.details,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("Authorization: Bearer np_abcd1234_hunter2hunter2", "hunter2"),
+        ("GET /x?X-Amz-Signature=deadbeef&y=1", "deadbeef"),
+        ("redis://:hunter2@valkey:6379/0", "hunter2"),
+        ("postgresql://nightpress:hunter2@db/nightpress", "hunter2"),
+    ],
+)
+def test_secrets_do_not_reach_the_log(text: str, secret: str) -> None:
+    assert secret not in redact(text)

@@ -1,0 +1,88 @@
+"""A recipe is checked whole before anything runs, and says where it is wrong."""
+
+import pytest
+
+from core.errors import ErrorCode, NightpressError
+from core.recipes.builtins import builtin_recipes, get_recipe
+from core.recipes.models import load_recipe, parse_gate, parse_recipe
+
+GOOD = {"name": "r", "passes": [{"pass": "weight-only", "bits": 4}], "exports": ["compressed-tensors"]}
+
+
+def test_every_builtin_recipe_is_valid_and_named_like_its_file() -> None:
+    assert {"int8-encoder", "int8-weights", "int4-weights", "sparse-half"} <= set(builtin_recipes())
+
+
+def test_an_unknown_builtin_names_those_there_are() -> None:
+    with pytest.raises(NightpressError) as caught:
+        get_recipe("int3-magic")
+    assert caught.value.code is ErrorCode.NOT_FOUND
+    assert "int8-encoder" in caught.value.hint
+
+
+def test_a_normalised_recipe_reads_back_as_itself() -> None:
+    recipe = parse_recipe(GOOD)
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+    assert recipe.model_dump(mode="json")["passes"][0]["pass"] == "weight-only"
+    assert recipe.passes[0].group_size == 128  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"passes": [{"pass": "shrink-ray"}]}, "passes.0"),
+        ({"passes": [{"pass": "weight-only", "bits": 5}]}, "bits"),
+        ({"passes": [{"pass": "weight-only", "bitz": 4}]}, "bitz"),
+        ({"passes": []}, "passes"),
+        ({"passes": [{"pass": "magnitude"}] * 21}, "passes"),
+        ({"passes": [{"pass": "magnitude", "pattern": "4:2"}]}, "passes.0"),
+        ({"passes": [{"pass": "magnitude", "pattern": "2:4", "sparsity": 0.9}]}, "passes.0"),
+        ({"exports": ["pickle"]}, "exports"),
+        ({"exports": ["onnx", "onnx"]}, "exports"),
+        ({"gates": {"size": "small"}}, ""),
+        ({"gates": {"beauty": "<= 3"}}, ""),
+        ({"evaluate": [{"metric": "latency", "batch": 0}]}, "evaluate"),
+        ({"name": "<script>"}, "name"),
+        ({"state": "succeeded"}, "state"),
+    ],
+)
+def test_a_fault_is_named_with_its_place(change: dict[str, object], place: str) -> None:
+    with pytest.raises(NightpressError) as caught:
+        parse_recipe({**GOOD, **change})
+    assert caught.value.code is ErrorCode.INVALID_RECIPE
+    assert any(place in fault["at"] for fault in caught.value.details["faults"])
+    assert caught.value.hint
+
+
+def test_yaml_that_is_no_yaml_is_an_invalid_recipe() -> None:
+    with pytest.raises(NightpressError, match="not valid YAML"):
+        load_recipe("passes: [")
+
+
+@pytest.mark.parametrize(
+    ("bound", "relative", "value"),
+    [
+        ("<= +3%", "change", 0.03),
+        ("<= 35%", "share", 0.35),
+        (">= 1.5x", "times", 1.5),
+        (">= 0.99", "absolute", 0.99),
+        (">= -2%", "change", -0.02),
+    ],
+)
+def test_a_bound_says_what_it_compares_with(bound: str, relative: str, value: float) -> None:
+    gate = parse_gate("size", bound)
+    assert gate.relative == relative
+    assert gate.value == pytest.approx(value)
+    assert parse_gate("size", str(gate).removeprefix("size ")) == gate
+
+
+def test_an_evaluation_may_name_one_batch_or_many() -> None:
+    recipe = parse_recipe({**GOOD, "evaluate": [{"metric": "latency", "batch": 4, "length": [16, 32]}]})
+    assert recipe.model_dump()["evaluate"][0]["batch"] == (4,)
+
+
+def test_only_data_sets_that_a_person_brought_are_references() -> None:
+    recipe = parse_recipe(
+        {**GOOD, "evaluate": [{"metric": "auto", "data": "reviews"}, {"metric": "auto", "data": "builtin:prose"}]}
+    )
+    assert recipe.data_refs() == {"reviews"}
