@@ -1,0 +1,132 @@
+"""Write the pages that follow from the code: settings, error codes, passes. `python docs/reference.py`; a test keeps them in step."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.errors import ERROR_KINDS
+from core.recipes.builtins import builtin_recipes
+from core.recipes.models import GATE_METRICS, Calibration, Latency, Quality, Recipe
+from core.recipes.passes import PASS_TYPES
+from core.settings import Settings
+
+_GENERATED = "<!-- Written by docs/reference.py from the code; change the code, not this page. -->\n\n"
+
+
+def _cell(text: object) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join("| " + " | ".join(_cell(cell) for cell in line) + " |\n" for line in lines)
+
+
+def settings_page() -> str:
+    rows = []
+    for name, field in Settings.model_fields.items():
+        default = (
+            "`~/.nightpress`" if name == "data_dir" else f"`{field.default}`" if field.default not in (None, "") else ""
+        )
+        rows.append(
+            (f"`NIGHTPRESS_{name.upper()}`", default if name != "model_roots" else "`[]`", field.description or "")
+        )
+    return (
+        "# Settings\n\n"
+        + _GENERATED
+        + "Every value can come from the environment or from a file `.env` in the working folder. "
+        "Sizes are bytes, durations seconds; lists are JSON. Every default works on a laptop.\n\n"
+        + _table(("variable", "default", "meaning"), rows)
+    )
+
+
+def errors_page() -> str:
+    rows: list[tuple[object, ...]] = [
+        (f"`{code.value}`", kind.status, kind.title, "yes" if kind.retryable else "no")
+        for code, kind in ERROR_KINDS.items()
+    ]
+    return (
+        "# Errors\n\n"
+        + _GENERATED
+        + "One closed set of codes serves HTTP problems (RFC 9457), failed jobs and the command line. "
+        "Each error says what happened and, in `hint`, what to do. A job that fails with a code that is tried again goes back to its "
+        "queue until its failures are used up.\n\n" + _table(("code", "HTTP status", "meaning", "tried again"), rows)
+    )
+
+
+def _type_of(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return ", ".join(f"`{one}`" for one in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "anyOf" in schema:
+        return " or ".join(_type_of(one) for one in schema["anyOf"])
+    bounds = [
+        f"{sign} {schema[key]}"
+        for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
+        if key in schema
+    ]
+    return " ".join([str(schema.get("type", schema.get("$ref", "")).rsplit("/", 1)[-1]), *bounds])
+
+
+def _fields(model: Any) -> str:
+    schema = model.model_json_schema()
+    rows: list[tuple[object, ...]] = []
+    for name, one in schema["properties"].items():
+        if name in {"pass"}:
+            continue
+        default = one.get("default", "")
+        rows.append(
+            (
+                f"`{name}`",
+                _type_of(one),
+                f"`{default}`" if default not in ("", None) else "",
+                one.get("description", ""),
+            )
+        )
+    return _table(("field", "takes", "default", "meaning"), rows)
+
+
+def _doc(model: Any) -> str:
+    return "\n".join(line.strip() for line in (model.__doc__ or "").splitlines()).strip()
+
+
+def recipes_page() -> str:
+    parts = [
+        "# Recipes\n\n"
+        + _GENERATED
+        + "A recipe is a name, an ordered list of passes, the exports, and how the result is judged. "
+        "`nightpress recipes` lists those that come with Nightpress; `nightpress recipes show NAME` prints one to start from, and "
+        "`POST /v1/recipes/validate` (or `nightpress recipes validate FILE`) answers with the normalised recipe, the plan, an estimate and warnings.\n",
+        "## Fields\n\n" + _fields(Recipe),
+        "## Passes\n",
+    ]
+    for one in PASS_TYPES:
+        carriers = ", ".join(f"`{name}`" for name in sorted(one.exports))
+        parts.append(
+            f"### {one.model_fields['pass_'].default}\n\n{_doc(one)}\n\nNeeds: {one.needs}. Result carried by: {carriers}.\n\n{_fields(one)}"
+        )
+    parts.append("## Calibration\n\n" + _doc(Calibration) + "\n\n" + _fields(Calibration))
+    parts.append("## Evaluation\n\n### quality\n\n" + _doc(Quality) + "\n\n" + _fields(Quality))
+    parts.append("### latency\n\n" + _doc(Latency) + "\n\n" + _fields(Latency))
+    parts.append(
+        '## Gates\n\nA gate bounds a figure: `perplexity: "<= +3%"` (a signed percentage is a change against the source), `size: "<= 35%"` '
+        '(an unsigned one is a share of the source), `throughput: ">= 1.5x"` (a factor), `cosine: ">= 0.99"` (the value itself). '
+        "It is decided on the unfavourable end of the figure's 95% interval. A missed gate makes the verdict `rejected`; the artifacts are kept.\n\n"
+        f"Figures: {', '.join(f'`{name}`' for name in GATE_METRICS)}.\n"
+    )
+    parts.append("## Built-in recipes\n")
+    for recipe in builtin_recipes().values():
+        body = recipe.model_dump(mode="json", exclude_defaults=True)
+        parts.append(
+            f"### {recipe.name}\n\n{recipe.description}\n\n```yaml\n{yaml.safe_dump(body, sort_keys=False)}```\n"
+        )
+    return "\n".join(parts)
+
+
+PAGES = {"settings.md": settings_page, "errors.md": errors_page, "recipes.md": recipes_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (Path(__file__).parent / name).write_text(page())
