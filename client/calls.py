@@ -1,0 +1,225 @@
+"""Every request of the API as a value: method, path, body, and how to read the answer. Nothing is sent here.
+
+`Client` and `AsyncClient` differ only in how they send a `Call`.
+"""
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import TypeAdapter
+
+from core.recipes.plan import Plan
+from core.schemas import (
+    ArtifactView,
+    DataSetCreate,
+    DataSetView,
+    EventView,
+    JobCreate,
+    JobView,
+    LogView,
+    ModelCreate,
+    ModelView,
+    Page,
+    ReadyView,
+    RecipeView,
+    ReportView,
+    UploadFile,
+    ValidateRequest,
+    ValidateView,
+    WorkerView,
+)
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Call(Generic[Answer]):
+    """One request. `repeatable`: sending it twice does no more than sending it once, so a broken connection may be retried."""
+
+    method: str
+    path: str
+    parse: Callable[[httpx.Response], Answer]
+    repeatable: bool = True
+    params: Sequence[tuple[str, str]] = ()
+    json: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    accept: frozenset[int] = frozenset()  #: statuses ≥ 400 that are answers and not errors
+
+
+def _reader(kind: Any) -> Callable[[httpx.Response], Any]:
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    return lambda response: adapter.validate_json(response.content)
+
+
+def _items(kind: Any) -> Callable[[httpx.Response], Any]:
+    """Read a list, whether it comes bare or as a page."""
+    bare: TypeAdapter[Any] = TypeAdapter(list[kind])
+
+    def read(response: httpx.Response) -> Any:
+        raw = response.json()
+        return bare.validate_python(raw["items"] if isinstance(raw, dict) else raw)
+
+    return read
+
+
+def _nothing(_response: httpx.Response) -> None:
+    return None
+
+
+def _text(response: httpx.Response) -> str:
+    return response.text
+
+
+_MODEL, _MODELS = _reader(ModelView), _reader(Page[ModelView])
+_DATA_SET, _DATA_SETS = _reader(DataSetView), _reader(Page[DataSetView])
+_JOB, _JOBS = _reader(JobView), _reader(Page[JobView])
+_UPLOADS = _items(UploadFile)
+_RECIPE, _RECIPES = _reader(RecipeView), _items(RecipeView)
+_ARTIFACTS, _WORKERS = _items(ArtifactView), _items(WorkerView)
+_EVENTS, _LOGS = _items(EventView), _items(LogView)
+_REPORT, _READY = _reader(ReportView), _reader(ReadyView)
+_VALIDATED = _reader(ValidateView)
+_JSON = _reader(dict[str, Any])
+
+
+def _path(*parts: str) -> str:
+    return "/v1/" + "/".join(quote(part, safe="") for part in parts)
+
+
+def _given(**params: object) -> list[tuple[str, str]]:
+    return [(name, str(value)) for name, value in params.items() if value is not None]
+
+
+# Models and data sets ------------------------------------------------------------------------------------------------
+
+
+def create_model(request: ModelCreate) -> Call[ModelView]:
+    return Call("POST", "/v1/models", _MODEL, repeatable=False, json=request.model_dump(mode="json"))
+
+
+def get_model(model: str) -> Call[ModelView]:
+    return Call("GET", _path("models", model), _MODEL)
+
+
+def page_models(*, cursor: str | None = None, limit: int = 50) -> Call[Page[ModelView]]:
+    return Call("GET", "/v1/models", _MODELS, params=_given(cursor=cursor, limit=limit))
+
+
+def delete_model(model: str) -> Call[None]:
+    return Call("DELETE", _path("models", model), _nothing)
+
+
+def create_data_set(request: DataSetCreate) -> Call[DataSetView]:
+    return Call("POST", "/v1/datasets", _DATA_SET, repeatable=False, json=request.model_dump(mode="json"))
+
+
+def get_data_set(data_set: str) -> Call[DataSetView]:
+    return Call("GET", _path("datasets", data_set), _DATA_SET)
+
+
+def page_data_sets(*, cursor: str | None = None, limit: int = 50) -> Call[Page[DataSetView]]:
+    return Call("GET", "/v1/datasets", _DATA_SETS, params=_given(cursor=cursor, limit=limit))
+
+
+def delete_data_set(data_set: str) -> Call[None]:
+    return Call("DELETE", _path("datasets", data_set), _nothing)
+
+
+def uploads(kind: str, subject: str) -> Call[list[UploadFile]]:
+    """The parts not yet received, with fresh URLs. `kind`: "models" or "datasets"."""
+    return Call("GET", _path(kind, subject, "uploads"), _UPLOADS)
+
+
+def complete(kind: str, subject: str) -> Call[None]:
+    return Call("POST", _path(kind, subject, "complete"), _nothing, repeatable=False)
+
+
+# Recipes -------------------------------------------------------------------------------------------------------------
+
+
+def list_recipes() -> Call[list[RecipeView]]:
+    return Call("GET", "/v1/recipes", _RECIPES)
+
+
+def get_recipe(name: str) -> Call[RecipeView]:
+    return Call("GET", _path("recipes", name), _RECIPE)
+
+
+def validate_recipe(recipe: dict[str, Any] | str, model: str | None) -> Call[Plan]:
+    body = ValidateRequest(recipe=recipe, model=model).model_dump(mode="json")
+    return Call("POST", "/v1/recipes/validate", lambda response: _VALIDATED(response).plan, json=body)
+
+
+# Jobs ----------------------------------------------------------------------------------------------------------------
+
+
+def submit_job(request: JobCreate, idempotency_key: str | None) -> Call[JobView]:
+    """The key is made here, once a call and not once a try, so that a retry finds the job of the try before it."""
+    key = idempotency_key or uuid.uuid4().hex
+    body = request.model_dump(mode="json", exclude_unset=True)
+    return Call("POST", "/v1/jobs", _JOB, json=body, headers={"Idempotency-Key": key})
+
+
+def get_job(job_id: str) -> Call[JobView]:
+    return Call("GET", _path("jobs", job_id), _JOB)
+
+
+def page_jobs(
+    *,
+    states: Sequence[str] = (),
+    labels: Mapping[str, str] | None = None,
+    model: str | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> Call[Page[JobView]]:
+    params = [("state", state) for state in states]
+    params += [("label", f"{key}={value}") for key, value in (labels or {}).items()]
+    return Call("GET", "/v1/jobs", _JOBS, params=params + _given(model=model, cursor=cursor, limit=limit))
+
+
+def cancel_job(job_id: str) -> Call[JobView]:
+    return Call("POST", _path("jobs", job_id, "cancel"), _JOB)
+
+
+def retry_job(job_id: str) -> Call[JobView]:
+    return Call("POST", _path("jobs", job_id, "retry"), _JOB, repeatable=False)
+
+
+def list_events(job_id: str, *, after: int = 0, limit: int = 500) -> Call[list[EventView]]:
+    return Call("GET", _path("jobs", job_id, "events"), _EVENTS, params=_given(after=after, limit=limit))
+
+
+def list_logs(job_id: str, *, after: int = 0, limit: int = 500) -> Call[list[LogView]]:
+    return Call("GET", _path("jobs", job_id, "logs"), _LOGS, params=_given(after=after, limit=limit))
+
+
+def list_artifacts(job_id: str) -> Call[list[ArtifactView]]:
+    return Call("GET", _path("jobs", job_id, "artifacts"), _ARTIFACTS)
+
+
+def get_report(job_id: str) -> Call[ReportView]:
+    return Call("GET", _path("jobs", job_id, "report"), _REPORT)
+
+
+def get_drawn_report(job_id: str, form: str) -> Call[str]:
+    """`form`: "html" or "md"."""
+    return Call("GET", _path("jobs", job_id, f"report.{form}"), _text)
+
+
+# The service ---------------------------------------------------------------------------------------------------------
+
+
+def list_workers() -> Call[list[WorkerView]]:
+    return Call("GET", "/v1/workers", _WORKERS)
+
+
+def ready() -> Call[ReadyView]:
+    return Call("GET", "/readyz", _READY, accept=frozenset({503}))
+
+
+def me() -> Call[dict[str, Any]]:
+    return Call("GET", "/v1/me", _JSON)

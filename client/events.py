@@ -1,0 +1,102 @@
+"""Following a job's events or log over SSE: the parser, and what is remembered between one connection and the next."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import httpx
+from pydantic import TypeAdapter, ValidationError
+
+from client.calls import Call, list_events, list_logs
+from client.errors import ApiError
+from client.transport import Options, not_reachable
+from core.schemas import EventView, LogView
+
+
+class Numbered(Protocol):
+    @property
+    def seq(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=Numbered)
+
+
+@dataclass(frozen=True)
+class Stream(Generic[Item]):
+    """One of a job's two growing lists."""
+
+    path: str
+    kind: TypeAdapter[Item]
+    page: Callable[..., Call[list[Item]]]
+
+
+EVENTS: Stream[EventView] = Stream("events", TypeAdapter(EventView), list_events)
+LOGS: Stream[LogView] = Stream("logs", TypeAdapter(LogView), list_logs)
+
+
+class Tail(Generic[Item]):
+    """Where a reader stands in a stream: the last number seen, and since when nobody has answered.
+
+    Feed it the lines of each connection. Numbers already seen are dropped, so a server that starts over repeats nothing.
+    """
+
+    def __init__(self, options: Options, stream: Stream[Item], job_id: str, after: int, patience_s: float) -> None:
+        self.after = after
+        self._options = options
+        self._stream = stream
+        self._job_id = job_id
+        self._patience_s = patience_s
+        self._silent_since: float | None = None
+        self._failures = 0
+        self._data: list[str] = []
+
+    def request(self) -> dict[str, Any]:
+        """Arguments for `stream()` of either httpx client. A server pings every few seconds, so 60 s of silence is a dead line."""
+        headers = {**self._options.headers(), "Accept": "text/event-stream", "Last-Event-ID": str(self.after)}
+        return {
+            "method": "GET",
+            "url": f"/v1/jobs/{self._job_id}/{self._stream.path}",
+            "headers": headers,
+            "timeout": httpx.Timeout(60.0, connect=5.0),
+        }
+
+    def rest(self) -> Call[list[Item]]:
+        """What came after the last item, as a plain list: asked when the job is over and the stream has ended."""
+        return self._stream.page(self._job_id, after=self.after)
+
+    def feed(self, line: str) -> Item | None:
+        """One line of the stream without its end; returns an item when the line completes a new one."""
+        self._silent_since, self._failures = None, 0
+        if line:
+            name, _, value = line.partition(":")
+            if name == "data":
+                self._data.append(value.removeprefix(" "))
+            return None
+        data, self._data = "\n".join(self._data), []
+        if not data:
+            return None
+        try:
+            item = self._stream.kind.validate_json(data)
+        except ValidationError:
+            return None  # a kind of message that a newer server sends
+        return self.seen(item)
+
+    def seen(self, item: Item) -> Item | None:
+        if item.seq <= self.after:
+            return None
+        self.after = item.seq
+        return item
+
+    def pause_after(self, error: httpx.TransportError | ApiError) -> float:
+        """How long to wait before connecting again. Raises once nobody has answered for `patience_s`, or when asking again is no use."""
+        if isinstance(error, ApiError) and error.status not in {502, 503, 504}:
+            raise error
+        now = time.monotonic()
+        self._data = []
+        self._silent_since = self._silent_since or now
+        if now - self._silent_since > self._patience_s:
+            raise error if isinstance(error, ApiError) else not_reachable(self._options.api_url, error)
+        self._failures += 1
+        asked = error.retry_after if isinstance(error, ApiError) else None
+        return max(asked or 0.0, min(0.2 * 2.0**self._failures, 5.0))
