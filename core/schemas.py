@@ -3,7 +3,7 @@
 import datetime as dt
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from core.recipes.models import Name
 from core.recipes.plan import Plan
@@ -11,17 +11,42 @@ from core.recipes.plan import Plan
 Item = TypeVar("Item")
 JobState = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 TERMINAL_STATES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+_ONE_LINE = r"^[^\x00-\x1f\x7f]*$"  #: names go into logs, terminals and headers: no line breaks, no escapes
+_MAX_S = 366 * 24 * 3600.0
 Labels = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._/-]{1,63}$")], Annotated[str, Field(max_length=256)]],
+    dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9._/-]{1,63}$")],
+        Annotated[str, Field(max_length=256, pattern=_ONE_LINE)],
+    ],
     Field(max_length=32),
 ]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
+def _holds_nul(raw: object) -> bool:
+    if isinstance(raw, str):
+        return "\0" in raw
+    if isinstance(raw, dict):
+        return any(_holds_nul(key) or _holds_nul(value) for key, value in raw.items())
+    return isinstance(raw, list) and any(_holds_nul(one) for one in raw)
+
+
 class Request(BaseModel):
     """What a caller sends: unknown fields are an error, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _storable(cls, raw: Any) -> Any:
+        # PostgreSQL keeps no NUL in text or JSON, and no file has one in its name.
+        try:
+            nul = _holds_nul(raw)
+        except RecursionError:
+            raise ValueError("is nested too deeply") from None
+        if nul:
+            raise ValueError("a NUL character is not allowed")
+        return raw
 
 
 class View(BaseModel):
@@ -52,10 +77,21 @@ class Problem(View):
 # Models and data sets ------------------------------------------------------------------------------------------------
 
 
+def upload_part_size(size: int) -> int:
+    """Bytes of every part but the last of a file that is uploaded. Server and clients must agree on it."""
+    return max(64 * 1024**2, -(-size // 10_000 // 1024**2) * 1024**2)
+
+
 class FileAnnouncement(Request):
+    """A file that will be uploaded, in parts of `upload_part_size(size)` bytes.
+
+    `part_sha256` lets the server sign each part's content, so that damage is found at the part and not at the end.
+    """
+
     path: str = Field(min_length=1, max_length=512, examples=["model.safetensors"])
     size: int = Field(ge=0)
     sha256: Sha256
+    part_sha256: list[Sha256] = Field(default_factory=list, max_length=10_000)
 
 
 class ModelCreate(Request):
@@ -142,8 +178,8 @@ class RecipeView(View):
 class ValidateRequest(Request):
     """A recipe as a mapping or as YAML text, and optionally the model it is meant for."""
 
-    recipe: dict[str, Any] | str
-    model: str | None = None
+    recipe: dict[str, Any] | Annotated[str, Field(max_length=64 * 1024)]
+    model: str | None = Field(None, min_length=1, max_length=128)
 
 
 class ValidateView(View):
@@ -158,13 +194,20 @@ class JobCreate(Request):
 
     model: str = Field(min_length=1, max_length=128, examples=["all-minilm-l6-v2"])
     recipe: str | dict[str, Any] = Field(examples=["int8-encoder"])
-    name: str = Field("", max_length=200)
+    name: str = Field("", max_length=200, pattern=_ONE_LINE)
     priority: int = Field(0, ge=-100, le=100, description="higher first")
     labels: Labels = {}
-    run_after: dt.datetime | None = None
-    queue_limit_s: float | None = Field(None, gt=0, description="fail if not started within")
-    run_limit_s: float | None = Field(None, gt=0, description="fail if one attempt runs longer")
+    run_after: AwareDatetime | None = Field(None, examples=["2026-11-24T01:00:00Z"])
+    queue_limit_s: float | None = Field(None, gt=0, le=_MAX_S, description="fail if not started within")
+    run_limit_s: float | None = Field(None, gt=0, le=_MAX_S, description="fail if one attempt runs longer")
     max_failures: int | None = Field(None, ge=1, le=20)
+
+    @field_validator("run_after")
+    @classmethod
+    def _near(cls, moment: dt.datetime | None) -> dt.datetime | None:
+        if moment is not None and not 2000 <= moment.year <= 2200:
+            raise ValueError("must lie between the years 2000 and 2200")
+        return moment
 
 
 class JobView(View):
@@ -242,6 +285,14 @@ class WorkerView(View):
     job_id: str | None
     started_at: dt.datetime
     last_seen_at: dt.datetime
+
+
+class MeView(View):
+    """Whose key it is, and what it may do."""
+
+    tenant_id: str
+    key_id: str
+    scopes: list[str]
 
 
 class ReadyView(View):

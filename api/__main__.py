@@ -1,0 +1,39 @@
+"""`python -m api`: serve on the address that the settings name, 127.0.0.1 unless told otherwise."""
+
+import socket
+
+import uvicorn
+
+from api.app import create_app
+from core.logs import configure_logging
+from core.settings import load_settings
+
+
+class _Server(uvicorn.Server):
+    """Ends event streams first: uvicorn would wait for their readers, who would wait for the jobs."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app = self.config.app
+        app.state.services.tail.close()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
+def main() -> None:
+    settings = load_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.api_host,
+        port=settings.api_port,
+        log_config=None,  # ours is set, and it redacts
+        access_log=False,  # /metrics counts; a line a request would cost more than the request
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=10,
+    )
+    _Server(config).run()
+
+
+if __name__ == "__main__":
+    main()

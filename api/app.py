@@ -1,0 +1,135 @@
+"""The HTTP face: `create_app` puts the routes, the services and the error handling together."""
+
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.responses import RedirectResponse
+
+from api import problems
+from api.deps import Services
+from api.edge import Edge
+from api.metrics import ApiMetrics
+from api.problems import documented
+from api.routes import datasets, health, history, jobs, me, models, recipes, results, workers
+from api.tail import Tail
+from core.access.keys import KeyRing
+from core.artifacts.storage import open_store
+from core.database import make_engine
+from core.errors import ErrorCode
+from core.jobs.positions import read_positions
+from core.jobs.ring import Ringer
+from core.jobs.service import JobService
+from core.jobs.store import JobStore
+from core.registry.datasets import DataSetRegistry
+from core.registry.models import ModelRegistry
+from core.schemas import Problem
+from core.settings import Settings
+
+_SQL_CONNECTIONS = 8
+_TRANSFERS = 16  #: uploads through the API that run at a time; others wait
+_DESCRIPTION = """
+Nightpress compresses Transformer models overnight and proves what it did.
+
+Bring a model (`/v1/models`), choose a recipe (`/v1/recipes`), submit a job (`/v1/jobs`), follow it (`…/events`), fetch what it made (`…/artifacts`)
+and read the comparison (`…/report`). Every error is a problem document (RFC 9457) with a `code` from a closed set.
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application of one process. Its services are opened here and closed with its lifespan."""
+    services = open_services(settings)
+    app = FastAPI(
+        title="Nightpress",
+        version=version("nightpress"),
+        description=_DESCRIPTION,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        lifespan=partial(_lifespan, services),
+        redoc_url=None,
+    )
+    app.state.services = services
+    problems.install(app)
+    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=services.metrics)
+    for routes in (jobs, history, results, models, datasets, recipes, workers, me, health):
+        app.include_router(routes.router)
+    app.add_api_route("/", _to_docs, include_in_schema=False)
+    app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
+    return app
+
+
+def open_services(settings: Settings) -> Services:
+    """Open the database, the storage and the broker's bell. Nothing is asked of them yet: a part that is away is /readyz's to tell."""
+    engine = make_engine(settings.sql_url, pool_size=_SQL_CONNECTIONS)
+    threads = ThreadPoolExecutor(_SQL_CONNECTIONS, thread_name_prefix="sql")
+    store = JobStore(engine)
+    objects = open_store(settings)
+    models = ModelRegistry(engine, objects, settings)
+    data_sets = DataSetRegistry(engine, objects, settings)
+    return Services(
+        settings=settings,
+        engine=engine,
+        threads=threads,
+        transfers=ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer"),
+        probes=ThreadPoolExecutor(3, thread_name_prefix="probe"),
+        store=store,
+        jobs=JobService(store, models, data_sets, settings),
+        models=models,
+        datasets=data_sets,
+        objects=objects,
+        keys=KeyRing(engine),
+        ringer=Ringer(settings),
+        tail=Tail(partial(read_positions, engine), threads),
+        metrics=ApiMetrics(),
+    )
+
+
+@asynccontextmanager
+async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
+    yield
+    services.tail.close()
+    services.ringer.close()
+    for pool in (services.threads, services.transfers, services.probes):
+        pool.shutdown(wait=False, cancel_futures=True)
+    services.engine.dispose()
+
+
+async def _to_docs() -> RedirectResponse:
+    return RedirectResponse("/docs")
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The document, with the one shape of all errors in place of the framework's own."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            license_info=app.license_info,
+            routes=app.routes,
+        )
+        schemas = document["components"]["schemas"]
+        schemas["Problem"] = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        for path in document["paths"].values():
+            for operation in path.values():
+                _complete_responses(operation)
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _complete_responses(operation: dict[str, Any]) -> None:
+    """Add what every route can answer, so that no route has to say it."""
+    answers = operation["responses"]
+    codes = [ErrorCode.DATABASE_UNAVAILABLE, ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN]
+    everywhere = documented(*(codes if operation.get("security") else []))
+    if "application/json" in answers.get("422", {}).get("content", {}):
+        everywhere |= documented(ErrorCode.INVALID_REQUEST)
+        del answers["422"]
+    for status, entry in everywhere.items():
+        answers.setdefault(str(status), entry)

@@ -1,0 +1,108 @@
+"""What routes are given: the services of this process, and who is calling."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, ParamSpec, TypeVar
+
+from fastapi import Depends, Query, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy import Engine
+
+from api.metrics import ApiMetrics
+from api.tail import Tail
+from core.access.keys import KeyRing, Principal
+from core.artifacts.storage import ObjectStore
+from core.errors import ErrorCode, NightpressError
+from core.jobs.ring import Ringer
+from core.jobs.service import JobService
+from core.jobs.store import JobStore
+from core.registry.datasets import DataSetRegistry
+from core.registry.models import ModelRegistry
+from core.settings import Settings
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything a route may call, made once a process."""
+
+    settings: Settings
+    engine: Engine
+    threads: ThreadPoolExecutor  #: for calls that wait for SQL; as many as there are SQL connections
+    transfers: ThreadPoolExecutor  #: for uploads through the API, which last as long as their client takes
+    probes: ThreadPoolExecutor  #: for /readyz, so that a part that hangs holds up nothing else
+    store: JobStore
+    jobs: JobService
+    models: ModelRegistry
+    datasets: DataSetRegistry
+    objects: ObjectStore
+    keys: KeyRing
+    ringer: Ringer
+    tail: Tail
+    metrics: ApiMetrics
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run something that waits for SQL off the event loop: one hop to a thread a request, not one a dependency."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, partial(function, *args, **kwargs))
+
+    async def transfer(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same for what moves many bytes."""
+        return await asyncio.get_running_loop().run_in_executor(self.transfers, partial(function, *args, **kwargs))
+
+
+_bearer = HTTPBearer(
+    auto_error=False,
+    scheme_name="ApiKey",
+    description="An API key, `np_…`. `python -m core.access create-key` makes one.",
+)
+
+
+async def services(request: Request) -> Services:
+    found: Services = request.app.state.services
+    return found
+
+
+async def authenticated(
+    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    services: Annotated[Services, Depends(services)],
+) -> Principal:
+    """A dependency: whose key the request carries. A key seen in the last seconds costs no SQL."""
+    if given is None:
+        raise NightpressError(
+            ErrorCode.UNAUTHENTICATED,
+            "The request carries no API key.",
+            hint="Send `Authorization: Bearer np_…`. `nightpress up` writes a key to its data folder.",
+        )
+    caller = services.keys.cached(given.credentials)
+    return caller or await services.call(services.keys.authenticate, given.credentials)
+
+
+def needs(scope: str) -> Callable[..., Awaitable[Principal]]:
+    """A dependency: the caller, whose key must allow `scope`."""
+
+    async def allowed(caller: Annotated[Principal, Depends(authenticated)]) -> Principal:
+        if scope not in caller.scopes and "admin" not in caller.scopes:
+            raise NightpressError(
+                ErrorCode.FORBIDDEN,
+                f"This needs a key with the scope {scope}.",
+                hint=f"The key has: {', '.join(sorted(caller.scopes)) or 'none'}.",
+            )
+        return caller
+
+    return allowed
+
+
+ServicesDep = Annotated[Services, Depends(services)]
+JobsReader = Annotated[Principal, Depends(needs("jobs:read"))]
+JobsWriter = Annotated[Principal, Depends(needs("jobs:write"))]
+ModelsReader = Annotated[Principal, Depends(needs("models:read"))]
+ModelsWriter = Annotated[Principal, Depends(needs("models:write"))]
+WorkersReader = Annotated[Principal, Depends(needs("workers:read"))]
+
+Cursor = Annotated[str | None, Query(max_length=512, description="`next_cursor` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=200)]

@@ -1,0 +1,89 @@
+"""Bytes out: a redirect to a presigned URL where the store can make one, else a stream that a client may take up in the middle."""
+
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import PurePosixPath
+from urllib.parse import quote
+
+from fastapi import Request
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+
+from api.deps import Services
+from api.problems import problem
+from core.errors import ErrorCode, NightpressError
+
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+
+
+async def send_object(request: Request, services: Services, key: str, *, path: str, size: int, sha256: str) -> Response:
+    """Answer with one stored file. `path` names it to the person; its SHA-256 is its ETag, so a resumed download can't mix two versions."""
+    filename = safe_filename(path)
+    url = await services.call(services.objects.presign_get, key, filename=filename)
+    if url is not None:
+        return RedirectResponse(url, status_code=307, headers={"Cache-Control": "no-store"})
+    etag = f'"{sha256}"'
+    headers = {
+        "ETag": etag,
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, no-cache",
+        "Content-Disposition": f"attachment; filename=\"{filename}\"; filename*=UTF-8''{quote(PurePosixPath(path).name)}",
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+    }
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    wanted = _wanted_range(request, etag, size)
+    if wanted is None:
+        return _unsatisfiable(request, size)
+    start, end, partial = wanted
+    headers["Content-Length"] = str(end - start)
+    if partial:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    chunks = await services.call(_opened, services, key, start, end)
+    return StreamingResponse(
+        chunks, status_code=206 if partial else 200, headers=headers, media_type="application/octet-stream"
+    )
+
+
+def safe_filename(path: str) -> str:
+    """The last part of a path as plain ASCII without quotes, separators or control characters."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(path).name).lstrip(".")
+    return name or "file"
+
+
+def _opened(services: Services, key: str, start: int, end: int) -> Iterator[bytes]:
+    """Read the first chunk at once: a store that doesn't answer must be a problem response, not a cut connection."""
+    if start == end:
+        return iter(())
+    chunks = iter(services.objects.read(key, start, end))
+    return chain([next(chunks)], chunks)
+
+
+def _wanted_range(request: Request, etag: str, size: int) -> tuple[int, int, bool] | None:
+    """The bytes [start, end) to send and whether they are a part, or None where the range lies outside.
+
+    Several ranges, an invalid one, or a range of another version get the whole file (RFC 9110 §14.2).
+    """
+    match = _RANGE.fullmatch(request.headers.get("range", ""))
+    if match is None or match.groups() == ("", "") or request.headers.get("if-range", etag) != etag:
+        return 0, size, False
+    first, last = match.groups()
+    if not first:  # the last so many bytes
+        return (max(0, size - int(last)), size, True) if int(last) and size else None
+    start = int(first)
+    if last and int(last) < start:
+        return 0, size, False
+    return (start, min(int(last) + 1, size) if last else size, True) if start < size else None
+
+
+def _unsatisfiable(request: Request, size: int) -> Response:
+    return problem(
+        NightpressError(
+            ErrorCode.INVALID_REQUEST,
+            f"The file has {size} bytes; the range begins behind its end.",
+            hint="If the file is already complete, verify its SHA-256 instead.",
+        ),
+        request,
+        status=416,
+        headers={"Content-Range": f"bytes */{size}"},
+    )

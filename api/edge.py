@@ -1,0 +1,102 @@
+"""What happens to every request before and after its route: a request id, a bound on its body, a time, and a last resort."""
+
+import re
+import time
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.metrics import ApiMetrics
+from api.problems import on_unexpected, problem
+from core.errors import ErrorCode, NightpressError
+from core.ids import new_id
+
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+#: Routes that take files rather than JSON bound their body themselves, by the size that was announced.
+_STREAMING = re.compile(r"/v1/(models|datasets)/[^/]+/parts/[^/]+")
+
+
+class Edge:
+    """A plain ASGI middleware: no task, no queue and no copy of the body, since it stands on every request's path."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, metrics: ApiMetrics) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        request_id, length = _read_headers(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        try:
+            refusal = self._refuse(scope, length)
+            if refusal is not None:
+                await problem(refusal, Request(scope))(scope, receive, send_marked)
+            else:
+                await self.app(scope, self._bounded(scope, receive), send_marked)
+        except ClientDisconnect:
+            pass  # nobody is left to answer
+        except Exception as error:
+            if status:  # the answer has begun: nothing can be said any more, the server cuts the connection
+                raise
+            response = await on_unexpected(Request(scope), error)
+            await response(scope, receive, send_marked)
+        finally:
+            self.metrics.observe(scope, status, time.perf_counter() - began)
+
+    def _refuse(self, scope: Scope, length: int) -> NightpressError | None:
+        if length > self.max_body_bytes and not _STREAMING.fullmatch(scope["path"]):
+            return NightpressError(
+                ErrorCode.PAYLOAD_TOO_LARGE,
+                f"The body has {length} bytes; at most {self.max_body_bytes} are taken.",
+                hint="Upload models and data sets as files: announce them first, then send their parts.",
+            )
+        # No name of ours holds a NUL, and PostgreSQL takes none in text.
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            return NightpressError(ErrorCode.INVALID_REQUEST, "The address holds a NUL character.", hint="Remove it.")
+        return None
+
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """Count a body that came without a length, or with a wrong one."""
+        if scope["method"] in {"GET", "HEAD"} or _STREAMING.fullmatch(scope["path"]):
+            return receive
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_body_bytes:
+                raise HTTPException(413, f"The body has more than {self.max_body_bytes} bytes.")
+            return message
+
+        return bounded
+
+
+def _read_headers(scope: Scope) -> tuple[str, int]:
+    """The caller's request id, if it is a decent one, and the announced length of the body."""
+    request_id, length = "", 0
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+            request_id = value.decode()
+        elif name == b"content-length" and value.isdigit():
+            length = int(value)
+    return request_id or new_id("req"), length

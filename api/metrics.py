@@ -1,0 +1,83 @@
+"""/metrics: what Prometheus reads. Figures of this process are counted; those of the queue are read from SQL at each scrape."""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import Scope
+
+from core.jobs.records import JobStatistics, Worker
+from core.jobs.states import ALL_STATES
+
+_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+_QUEUES = ("cpu", "gpu")
+_WORKER_STATES = ("idle", "busy", "draining", "lost")
+
+
+class ApiMetrics:
+    """Latency and outcome of each route of one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._latency = Histogram(
+            "nightpress_http_request_seconds",
+            "Time from a request's first byte to its answer's last.",
+            ("method", "route"),
+            buckets=_BUCKETS,
+            registry=self.registry,
+        )
+        self._answers = Counter(
+            "nightpress_http_requests", "Answers by status.", ("method", "route", "status"), registry=self.registry
+        )
+        self.streams = Gauge("nightpress_event_streams", "Open event and log streams.", registry=self.registry)
+        self._series: dict[tuple[str, str, int], tuple[Histogram, Counter]] = {}
+
+    def observe(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count one request under its route's template, never under its address: identifiers would make a series each."""
+        route = getattr(scope.get("route"), "path", "(none)")
+        method = scope["method"] if scope["method"] in _METHODS else "(other)"
+        series = self._series.get((method, route, status))
+        if series is None:
+            series = (self._latency.labels(method, route), self._answers.labels(method, route, str(status)))
+            self._series[method, route, status] = series
+        latency, answers = series
+        answers.inc()
+        if "nightpress.stream" not in scope:  # a stream lasts as long as its reader stays: that is no latency
+            latency.observe(seconds)
+
+    def render(self, statistics: JobStatistics, workers: list[Worker]) -> bytes:
+        """The text that Prometheus scrapes."""
+        queue = CollectorRegistry()
+        queue.register(_Queue(statistics, workers))
+        return generate_latest(self.registry) + generate_latest(queue)
+
+
+class _Queue(Collector):
+    """The queue as one scrape found it. Every state is named, also at zero, so that alerts need no `absent()`."""
+
+    def __init__(self, statistics: JobStatistics, workers: list[Worker]) -> None:
+        self._statistics = statistics
+        self._workers = workers
+
+    def collect(self) -> Iterable[Metric]:
+        jobs = GaugeMetricFamily("nightpress_jobs", "Jobs by queue and state.", labels=("queue", "state"))
+        depth = GaugeMetricFamily("nightpress_queue_depth", "Jobs that wait.", labels=("queue",))
+        age = GaugeMetricFamily(
+            "nightpress_queue_oldest_seconds", "Age of the oldest job that could run now.", labels=("queue",)
+        )
+        for queue in _QUEUES:
+            for state in ALL_STATES:
+                jobs.add_metric((queue, state), self._statistics.jobs.get((queue, state), 0))
+            depth.add_metric((queue,), self._statistics.jobs.get((queue, "queued"), 0))
+            age.add_metric((queue,), self._statistics.oldest_queued_s.get(queue, 0.0))
+        failures = CounterMetricFamily("nightpress_job_failures", "Failed jobs by error code.", labels=("code",))
+        for code, count in sorted(self._statistics.failures.items()):
+            failures.add_metric((code,), count)
+        workers = GaugeMetricFamily("nightpress_workers", "Workers by queue and state.", labels=("queue", "state"))
+        for queue in _QUEUES:
+            for state in _WORKER_STATES:
+                found = sum(one.queue == queue and one.state == state for one in self._workers)
+                workers.add_metric((queue, state), found)
+        return (jobs, depth, age, failures, workers)

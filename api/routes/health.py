@@ -1,0 +1,78 @@
+"""Is it alive, can it work, how much is there to do: for load balancers, people and Prometheus. None of it names a tenant."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from importlib.metadata import version
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
+
+from api.broker import ping_broker
+from api.deps import Services, ServicesDep
+from api.problems import documented
+from api.routes import answer
+from core.database import read_now, transaction
+from core.errors import ErrorCode, NightpressError
+from core.schemas import ReadyView
+
+log = logging.getLogger(__name__)
+router = APIRouter(tags=["health"])
+
+_PATIENCE_S = 3.0
+
+
+@router.get("/healthz", summary="The process answers", response_model=dict[str, str])
+async def healthz() -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+@router.get(
+    "/readyz",
+    response_model=ReadyView,
+    summary="What the service depends on answers",
+    description="`degraded`: jobs are accepted, but the broker or the storage is away and they wait. 503: the database is away.",
+    responses={503: {"model": ReadyView}},
+)
+async def readyz(services: ServicesDep) -> Response:
+    database, broker, storage = await asyncio.gather(
+        _check(services, lambda: _ask_database(services)),
+        _check(services, lambda: ping_broker(services.settings.celery_url)),
+        _check(services, services.objects.check),
+    )
+    checks = {"database": database, "broker": broker, "storage": storage}
+    status = "unavailable" if database != "ok" else "ok" if set(checks.values()) == {"ok"} else "degraded"
+    return answer(
+        ReadyView(status=status, checks=checks, version=version("nightpress")),
+        status=503 if status == "unavailable" else 200,
+        headers={"Retry-After": "5"} if status == "unavailable" else None,
+    )
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    summary="Figures for Prometheus",
+    responses={200: {"content": {"text/plain": {}}}, **documented(ErrorCode.DATABASE_UNAVAILABLE)},
+)
+async def metrics(services: ServicesDep) -> Response:
+    statistics, workers = await services.call(lambda: (services.store.statistics(), services.store.workers()))
+    return Response(services.metrics.render(statistics, workers), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _check(services: Services, ask: Callable[[], object]) -> str:
+    """`ok`, or in a few words that it isn't. Why, the log says: the answer goes to people without a key."""
+    try:
+        await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(services.probes, ask), _PATIENCE_S)
+    except TimeoutError:
+        return "does not answer in time"
+    except (NightpressError, OSError) as error:
+        log.warning("not ready: %s", error)
+        return "does not answer"
+    return "ok"
+
+
+def _ask_database(services: Services) -> None:
+    with transaction(services.engine, read_only=True) as connection:
+        read_now(connection)

@@ -1,0 +1,171 @@
+"""Jobs: create, list, look, cancel, retry."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Header, Query
+from starlette.responses import Response
+
+from api.deps import Cursor, JobsReader, JobsWriter, Limit, Services, ServicesDep
+from api.problems import documented
+from api.routes import answer
+from core.access.keys import Principal
+from core.errors import ErrorCode, NightpressError
+from core.jobs.records import Job
+from core.schemas import JobCreate, JobState, JobView, Page
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="Makes the request safe to repeat: the same key and body answer with the job that is already there.",
+        examples=["nightly-2026-11-23"],
+    ),
+]
+
+_EXAMPLES = {
+    "built-in recipe": {
+        "summary": "A built-in recipe on the newest model of this name",
+        "value": {"model": "all-minilm-l6-v2", "recipe": "int8-encoder", "labels": {"team": "search"}},
+    },
+    "own recipe": {
+        "summary": "A recipe of one's own",
+        "value": {
+            "model": "all-minilm-l6-v2",
+            "recipe": {
+                "name": "my-int8",
+                "passes": [{"pass": "weight-only", "bits": 8}],
+                "exports": ["compressed-tensors"],
+                "gates": {"cosine": ">= 0.99", "size": "<= 60%"},
+            },
+            "priority": 10,
+        },
+    },
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=JobView,
+    summary="Submit a job",
+    responses={
+        200: {"model": JobView, "description": "The idempotency key was used before with this body: the job it made."},
+        **documented(
+            ErrorCode.INVALID_REQUEST,
+            ErrorCode.INVALID_RECIPE,
+            ErrorCode.CANNOT_FIT,
+            ErrorCode.UNSUPPORTED_ARCHITECTURE,
+            ErrorCode.IDEMPOTENCY_MISMATCH,
+            ErrorCode.NOT_FOUND,
+            ErrorCode.CONFLICT,
+            ErrorCode.PAYLOAD_TOO_LARGE,
+            ErrorCode.QUOTA_EXCEEDED,
+        ),
+    },
+)
+async def create_job(
+    caller: JobsWriter,
+    services: ServicesDep,
+    body: Annotated[JobCreate, Body(openapi_examples=_EXAMPLES)],  # type: ignore[arg-type]
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    job, created = await services.call(services.jobs.submit, caller.tenant_id, body, idempotency_key)
+    if created:
+        services.ringer.ring(job.queue)
+    return _one(job, status=201 if created else 200)
+
+
+@router.get(
+    "",
+    response_model=Page[JobView],
+    summary="List jobs, newest first",
+    responses=documented(ErrorCode.INVALID_REQUEST),
+)
+async def list_jobs(
+    caller: JobsReader,
+    services: ServicesDep,
+    state: Annotated[list[JobState], Query(max_length=6, description="Repeat for several.")] = [],  # noqa: B006
+    label: Annotated[
+        list[str], Query(max_length=32, description="`key=value`; repeat for several: all must match.")
+    ] = [],  # noqa: B006
+    model: Annotated[str | None, Query(max_length=128, description="A model's id or name.")] = None,
+    cursor: Cursor = None,
+    limit: Limit = 50,
+) -> Response:
+    jobs, next_cursor = await services.call(
+        services.store.page,
+        caller.tenant_id,
+        states=tuple(state),
+        labels=_labels(label),
+        model=model,
+        cursor=cursor,
+        limit=limit,
+    )
+    return answer(Page[JobView](items=[view(job) for job in jobs], next_cursor=next_cursor))
+
+
+@router.get("/{job_id}", response_model=JobView, summary="One job", responses=documented(ErrorCode.NOT_FOUND))
+async def get_job(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+    return _one(await own_job(services, caller, job_id))
+
+
+@router.post(
+    "/{job_id}/cancel",
+    response_model=JobView,
+    summary="Cancel a job",
+    description="A queued job is cancelled at once; a running one turns `cancelling` until its worker has stopped. A job that has ended stays as it is.",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def cancel_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> Response:
+    job = await services.call(services.store.request_cancel, caller.tenant_id, job_id)
+    if job is None:
+        raise missing_job()
+    return _one(job)
+
+
+@router.post(
+    "/{job_id}/retry",
+    status_code=201,
+    response_model=JobView,
+    summary="Run a finished job again, as a new job",
+    responses=documented(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.QUOTA_EXCEEDED),
+)
+async def retry_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> Response:
+    job = await services.call(services.jobs.retry, caller.tenant_id, job_id)
+    services.ringer.ring(job.queue)
+    return _one(job, status=201)
+
+
+async def own_job(services: Services, caller: Principal, job_id: str) -> Job:
+    """The caller's job. Another tenant's is as missing as one that never was."""
+    job = await services.call(services.store.get, caller.tenant_id, job_id)
+    if job is None:
+        raise missing_job()
+    return job
+
+
+def missing_job() -> NightpressError:
+    return NightpressError(
+        ErrorCode.NOT_FOUND, "There is no such job.", hint="GET /v1/jobs lists yours; `nightpress ls` does too."
+    )
+
+
+def view(job: Job) -> JobView:
+    return JobView.model_validate(job, from_attributes=True)
+
+
+def _one(job: Job, *, status: int = 200) -> Response:
+    return answer(view(job), status=status, headers={"Location": f"/v1/jobs/{job.id}"} if status == 201 else None)
+
+
+def _labels(raw: list[str]) -> dict[str, str]:
+    for one in raw:
+        if "=" not in one:
+            raise NightpressError(
+                ErrorCode.INVALID_REQUEST, f"label: {one[:100]!r} is not `key=value`.", hint="E.g. ?label=team=search"
+            )
+    return dict(one.split("=", 1) for one in raw)

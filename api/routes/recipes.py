@@ -1,0 +1,86 @@
+"""Recipes: those that come with Nightpress, the schema of one's own, and what a recipe would do to a model."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body
+from starlette.responses import JSONResponse, Response
+
+from api.deps import JobsReader, Services, ServicesDep
+from api.problems import documented
+from api.routes import answer
+from core.errors import ErrorCode
+from core.recipes.builtins import builtin_recipes, get_recipe
+from core.recipes.models import Recipe, load_recipe, parse_recipe
+from core.recipes.plan import Plan, make_plan
+from core.schemas import Page, RecipeView, ValidateRequest, ValidateView
+
+router = APIRouter(prefix="/v1/recipes", tags=["recipes"])
+
+_EXAMPLES = {
+    "mapping": {
+        "summary": "A mapping, for a model",
+        "value": {
+            "model": "all-minilm-l6-v2",
+            "recipe": {
+                "name": "my-int8",
+                "passes": [{"pass": "weight-only", "bits": 8}],
+                "exports": ["compressed-tensors"],
+            },
+        },
+    },
+    "YAML": {
+        "summary": "YAML text, for any model",
+        "value": {"recipe": "name: half\npasses: [{pass: magnitude, sparsity: 0.5}]\nexports: [safetensors]\n"},
+    },
+}
+
+
+@router.get("", response_model=Page[RecipeView], summary="The built-in recipes")
+async def list_recipes(_caller: JobsReader) -> Response:
+    return answer(Page[RecipeView](items=[_view(one) for one in builtin_recipes().values()]))
+
+
+@router.get("/schema", summary="The JSON schema of a recipe", response_model=dict[str, Any])
+async def recipe_schema(_caller: JobsReader) -> Response:
+    return JSONResponse(Recipe.model_json_schema(by_alias=True))
+
+
+@router.get(
+    "/{name}", response_model=RecipeView, summary="One built-in recipe", responses=documented(ErrorCode.NOT_FOUND)
+)
+async def one_recipe(name: str, _caller: JobsReader) -> Response:
+    return answer(_view(get_recipe(name)))
+
+
+@router.post(
+    "/validate",
+    response_model=ValidateView,
+    summary="Check a recipe, and say what it would do, take and risk",
+    responses=documented(
+        ErrorCode.INVALID_REQUEST, ErrorCode.INVALID_RECIPE, ErrorCode.UNSUPPORTED_ARCHITECTURE, ErrorCode.NOT_FOUND
+    ),
+)
+async def validate_recipe(
+    caller: JobsReader,
+    services: ServicesDep,
+    body: Annotated[ValidateRequest, Body(openapi_examples=_EXAMPLES)],  # type: ignore[arg-type]
+) -> Response:
+    return answer(ValidateView(plan=await services.call(_plan, services, caller.tenant_id, body)))
+
+
+def _plan(services: Services, tenant_id: str, body: ValidateRequest) -> Plan:
+    recipe = load_recipe(body.recipe) if isinstance(body.recipe, str) else parse_recipe(body.recipe)
+    if body.model is None:
+        return make_plan(recipe)
+    return make_plan(recipe, services.models.header(services.models.get(tenant_id, body.model).id))
+
+
+def _view(recipe: Recipe) -> RecipeView:
+    return RecipeView(
+        name=recipe.name,
+        version=recipe.version,
+        description=recipe.description,
+        passes=[one.pass_ for one in recipe.passes],
+        exports=list(recipe.exports),
+        recipe=recipe.model_dump(mode="json"),
+    )

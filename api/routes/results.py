@@ -1,0 +1,137 @@
+"""What a job made: its artifacts and its report. Both appear with the commit that ended the job, never before."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from api.deps import JobsReader, Services, ServicesDep
+from api.downloads import send_object
+from api.problems import documented
+from api.routes import answer
+from api.routes.jobs import own_job
+from core.access.keys import Principal
+from core.errors import ErrorCode, NightpressError
+from core.jobs.records import Artifact
+from core.schemas import ArtifactView, FileView, Page, ReportView
+
+router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
+
+
+@router.get(
+    "/artifacts",
+    response_model=Page[ArtifactView],
+    summary="A job's artifacts",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def job_artifacts(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+    await own_job(services, caller, job_id)
+    found = await services.call(services.store.artifacts, job_id)
+    return answer(Page[ArtifactView](items=[_view(job_id, one) for one in found]))
+
+
+@router.get(
+    "/artifacts/{format}/files/{path:path}",
+    response_class=Response,
+    summary="Download one file of an artifact",
+    description="Answers with a redirect to a URL that is good for 15 minutes, or with the bytes. Ranges resume a download; the ETag is the file's SHA-256.",
+    responses={
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        206: {"description": "The range that was asked for."},
+        307: {"description": "The bytes are at `Location`."},
+        416: {"description": "The range lies outside the file."},
+        **documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE),
+    },
+)
+async def artifact_file(
+    request: Request,
+    job_id: str,
+    format: str,
+    path: str,
+    caller: JobsReader,
+    services: ServicesDep,
+) -> Response:
+    await own_job(services, caller, job_id)
+    for artifact in await services.call(services.store.artifacts, job_id):
+        for file in artifact.files if artifact.format == format else ():
+            if file["path"] == path:
+                key = f"{attempt_prefix(job_id, artifact.attempt)}/{artifact.path}/{path}"
+                return await send_object(request, services, key, path=path, size=file["size"], sha256=file["sha256"])
+    raise NightpressError(
+        ErrorCode.NOT_FOUND,
+        "The job has no such file.",
+        hint="GET …/artifacts lists the files of a job that has succeeded.",
+    )
+
+
+@router.get(
+    "/report",
+    response_model=ReportView,
+    summary="The comparison of the source and what was made of it",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def job_report(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+    await own_job(services, caller, job_id)
+    report = await services.call(services.store.report, job_id)
+    if report is None:
+        raise _no_report()
+    base = f"/v1/jobs/{job_id}/report"
+    return answer(ReportView(report=report, html_url=f"{base}.html", markdown_url=f"{base}.md"))
+
+
+@router.get(
+    "/report.html",
+    response_class=Response,
+    summary="The report as one self-contained page",
+    responses={200: {"content": {"text/html": {}}}, **documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE)},
+)
+async def job_report_html(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+    # Drawn from names that people chose: the page may show itself and do nothing.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
+    return Response(
+        await _drawn(services, caller, job_id, "report.html"),
+        media_type="text/html",
+        headers={"Content-Security-Policy": policy},
+    )
+
+
+@router.get(
+    "/report.md",
+    response_class=Response,
+    summary="The report as a Markdown model card",
+    responses={
+        200: {"content": {"text/markdown": {}}},
+        **documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE),
+    },
+)
+async def job_report_markdown(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+    return Response(await _drawn(services, caller, job_id, "report.md"), media_type="text/markdown")
+
+
+def attempt_prefix(job_id: str, attempt: int) -> str:
+    """Where an attempt's files lie in the object storage."""
+    return f"jobs/{job_id}/attempts/{attempt}"
+
+
+async def _drawn(services: Services, caller: Principal, job_id: str, name: str) -> bytes:
+    job = await own_job(services, caller, job_id)
+    if job.state != "succeeded":
+        raise _no_report()
+    key = f"{attempt_prefix(job_id, job.attempt)}/{name}"
+    return await services.call(lambda: b"".join(services.objects.read(key)))
+
+
+def _no_report() -> NightpressError:
+    return NightpressError(
+        ErrorCode.NOT_FOUND, "The job has no report.", hint="A job has one when it has succeeded; see its state."
+    )
+
+
+def _view(job_id: str, artifact: Artifact) -> ArtifactView:
+    return ArtifactView(
+        id=artifact.id,
+        format=artifact.format,
+        size=artifact.size,
+        digest=artifact.digest,
+        consumer=artifact.consumer,
+        files=[FileView(**file) for file in artifact.files],
+        download_url=f"/v1/jobs/{job_id}/artifacts/{artifact.format}/files/",
+    )

@@ -1,0 +1,24 @@
+"""Who does the work."""
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from api.deps import ServicesDep, WorkersReader
+from api.routes import answer
+from core.schemas import Page, WorkerView
+
+router = APIRouter(prefix="/v1/workers", tags=["workers"])
+
+
+@router.get("", response_model=Page[WorkerView], summary="The workers, and what each does")
+async def list_workers(caller: WorkersReader, services: ServicesDep) -> Response:
+    found = await services.call(services.store.workers)
+    views = []
+    for worker in found:
+        view = WorkerView.model_validate(worker, from_attributes=True)
+        if view.job_id is not None and "admin" not in caller.scopes:
+            # A worker serves every tenant: which job it holds is its tenant's business alone.
+            own = await services.call(services.store.get, caller.tenant_id, view.job_id)
+            view = view if own else view.model_copy(update={"job_id": None})
+        views.append(view)
+    return answer(Page[WorkerView](items=views))
