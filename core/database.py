@@ -1,24 +1,34 @@
 """The SQL engine, the declarative base and the database's clock. Every statement that changes a job stands in core/jobs/store.py."""
 
 import datetime as dt
+import json
+import math
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, ColumnElement, DateTime, Engine, MetaData, create_engine, event, select
+import psycopg
+from sqlalchemy import JSON, ColumnElement, DateTime, Engine, Float, MetaData, create_engine, event, literal, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect, make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from core.errors import ErrorCode, NightpressError
 
-JsonType = JSON().with_variant(JSONB(), "postgresql")
+#: None is SQL's NULL, so that constraints may ask `IS NULL`
+JsonType = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+_PING_AFTER_S = 2.0
 
 
 class UtcDateTime(TypeDecorator[dt.datetime]):
@@ -45,31 +55,29 @@ class db_now(FunctionElement[dt.datetime]):  # noqa: N801 - reads as an SQL func
     """The database's clock plus `seconds`: the only clock that decides about leases, deadlines and schedules."""
 
     type = UtcDateTime()
-    inherit_cache = False
+    inherit_cache = True
 
-    def __init__(self, seconds: float | ColumnElement[float] = 0.0) -> None:
-        self.seconds = seconds
-        super().__init__(seconds) if isinstance(seconds, ColumnElement) else super().__init__()
+    def __init__(self, seconds: float | ColumnElement[Any] = 0.0) -> None:
+        if isinstance(seconds, ColumnElement):
+            super().__init__(seconds)
+        elif seconds:
+            super().__init__(literal(float(seconds), Float))
+        else:
+            super().__init__()
 
 
 @compiles(db_now, "postgresql")
 def _now_postgresql(element: db_now, compiler: Any, **kw: Any) -> str:
     # clock_timestamp, not now(): a transaction that waited for a lock must not see the time it began to wait.
-    if isinstance(element.seconds, ColumnElement):
-        return f"(clock_timestamp() + ({compiler.process(element.seconds, **kw)}) * interval '1 second')"
-    if element.seconds == 0:
-        return "clock_timestamp()"
-    return f"(clock_timestamp() + interval '{float(element.seconds):f} second')"
+    shifts = [compiler.process(seconds, **kw) for seconds in element.clauses]
+    return f"(clock_timestamp() + ({shifts[0]}) * interval '1 second')" if shifts else "clock_timestamp()"
 
 
 @compiles(db_now, "sqlite")
 def _now_sqlite(element: db_now, compiler: Any, **kw: Any) -> str:
     # Microseconds padded by hand: SQLite counts milliseconds, SQLAlchemy writes six digits, and text must compare.
-    if isinstance(element.seconds, ColumnElement):
-        shift = f", (({compiler.process(element.seconds, **kw)}) || ' seconds')"
-    else:
-        shift = "" if element.seconds == 0 else f", '{float(element.seconds):+f} seconds'"
-    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now'{shift}) || '000')"
+    shifts = [f", (({compiler.process(seconds, **kw)}) || ' seconds')" for seconds in element.clauses]
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now'{''.join(shifts)}) || '000')"
 
 
 class Base(DeclarativeBase):
@@ -95,24 +103,72 @@ def make_engine(url: str, *, pool_size: int = 5) -> Engine:
     if parsed.get_backend_name() == "sqlite":
         if parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(parsed, connect_args={"timeout": 10, "check_same_thread": False}, pool_size=pool_size)
+        engine = create_engine(
+            parsed,
+            connect_args={"timeout": 10, "check_same_thread": False},
+            pool_size=pool_size,
+            json_serializer=_dump_json,
+        )
         event.listen(engine, "connect", _sqlite_connect)
         event.listen(engine, "begin", _sqlite_begin)
         return engine
     if parsed.get_backend_name() == "postgresql":
-        return create_engine(
+        engine = create_engine(
             parsed.set(drivername="postgresql+psycopg"),
             pool_size=pool_size,
             max_overflow=pool_size,
             pool_timeout=5,
-            pool_pre_ping=True,
-            connect_args={"connect_timeout": 3},
+            connect_args={"connect_timeout": 3, "tcp_user_timeout": 10_000},
+            json_serializer=_dump_json,
         )
+        event.listen(engine, "checkin", _note_checkin)
+        event.listen(engine, "checkout", _ping_idle)
+        return engine
     raise NightpressError(
         ErrorCode.INVALID_REQUEST,
         f"The database {parsed.get_backend_name()} is not supported.",
         hint="Set NIGHTPRESS_DATABASE_URL to sqlite:///… or postgresql://…",
     )
+
+
+def clean_text(text: str) -> str:
+    """Text as PostgreSQL takes it: no NUL, no half of a surrogate pair."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
+def _cleaned(value: Any) -> Any:
+    """JSON as PostgreSQL takes it: clean text, and null for figures that are not finite."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {_cleaned(key): _cleaned(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cleaned(item) for item in value]
+    return value
+
+
+def _dump_json(value: Any) -> str:
+    return json.dumps(_cleaned(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _note_checkin(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info["idle_since"] = time.monotonic()
+
+
+def _ping_idle(connection: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
+    """Ask a connection that lay idle whether it still lives; a busy one would only lose a round trip to the question.
+
+    What a server's restart leaves in the pool costs a busy process one failed statement: SQLAlchemy then drops the whole pool.
+    """
+    if time.monotonic() - record.info.get("idle_since", math.inf) < _PING_AFTER_S:
+        return
+    try:
+        connection.execute("SELECT 1")
+        connection.rollback()
+    except psycopg.Error as error:
+        raise InvalidatePoolError from error
 
 
 def _sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
@@ -134,13 +190,30 @@ def transaction(engine: Engine, *, read_only: bool = False) -> Iterator[Connecti
 
     Raises NightpressError(database_unavailable) where the database can't be reached or stays locked.
     """
+    with _connected(engine, read_only=read_only, autocommit=read_only) as connection:
+        yield connection
+
+
+@contextmanager
+def statement(engine: Engine) -> Iterator[Connection]:
+    """For one statement that is a transaction by itself: on PostgreSQL it saves the round trips of BEGIN and COMMIT."""
+    with _connected(engine, read_only=False, autocommit=True) as connection:
+        yield connection
+
+
+@contextmanager
+def _connected(engine: Engine, *, read_only: bool, autocommit: bool) -> Iterator[Connection]:
+    options: dict[str, Any] = {"read_only": read_only}
+    if autocommit and engine.dialect.name == "postgresql":
+        options["isolation_level"] = "AUTOCOMMIT"
     try:
-        with engine.connect().execution_options(read_only=read_only) as connection, connection.begin():
+        with engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
-    except OperationalError as error:
+    except (OperationalError, InterfaceError, PoolTimeout, InvalidatePoolError) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
         raise NightpressError(
             ErrorCode.DATABASE_UNAVAILABLE,
-            f"The database did not answer: {str(error.orig).strip()}.",
+            f"The database did not answer: {str(cause).strip()}.",
             hint="Nothing was written. Try again in a few seconds; `nightpress doctor` says what is wrong.",
         ) from error
 

@@ -1,0 +1,208 @@
+"""Reading jobs: nothing here changes a row."""
+
+import base64
+import binascii
+import datetime as dt
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, get_args
+
+from sqlalchemy import ColumnElement, Engine, func, literal, literal_column, or_, select, tuple_
+from sqlalchemy.dialects.postgresql import JSONB
+
+from core.database import db_now, transaction
+from core.errors import ErrorCode, NightpressError
+from core.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, Queue, Worker, WorkerState
+from core.jobs.tables import job_artifacts, job_attempts, job_events, job_logs, job_reports, jobs, workers
+from core.schemas import JobState
+
+JOB_COLUMNS = tuple(jobs.c[field.name] for field in fields(Job))
+#: Written into the statement, not bound: a partial index is only used where its condition stands in the text.
+IS_QUEUED: ColumnElement[bool] = jobs.c.state == literal_column("'queued'")
+IS_LEASED: ColumnElement[bool] = jobs.c.lease_expires_at.is_not(None)
+WORKER_LOST_S = 30.0  #: a worker not seen for so long is shown as lost
+_COUNT_BOUND = 1000
+QUEUES: tuple[Queue, ...] = get_args(Queue)
+
+
+def job_of(row: Sequence[Any]) -> Job:
+    """A row of JOB_COLUMNS."""
+    return Job(*row)
+
+
+class JobReader:
+    """The reading half of the job store."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._sqlite = engine.dialect.name == "sqlite"
+
+    def get(self, tenant_id: str, job_id: str) -> Job | None:
+        """None also where the job is another tenant's."""
+        query = select(*JOB_COLUMNS).where(jobs.c.id == job_id, jobs.c.tenant_id == tenant_id)
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(query).one_or_none()
+        return job_of(row) if row else None
+
+    def page(
+        self,
+        tenant_id: str,
+        *,
+        states: Collection[JobState] = (),
+        labels: Mapping[str, str] | None = None,
+        model: str | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+    ) -> tuple[list[Job], str | None]:
+        """A tenant's jobs, newest first, and the cursor of the next page. `model` is an id or a name.
+
+        Raises NightpressError(invalid_request) for a cursor that isn't ours.
+        """
+        query = select(*JOB_COLUMNS).where(jobs.c.tenant_id == tenant_id)
+        if states:
+            query = query.where(jobs.c.state.in_(states))
+        for key, value in (labels or {}).items():
+            query = query.where(self._has_label(key, value))
+        if model is not None:
+            query = query.where(or_(jobs.c.model_id == model, jobs.c.model_name == model))
+        if cursor is not None:
+            created_at, job_id = _read_cursor(cursor)
+            query = query.where(
+                tuple_(jobs.c.created_at, jobs.c.id)
+                < tuple_(literal(created_at, jobs.c.created_at.type), literal(job_id))
+            )
+        query = query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit + 1)
+        with transaction(self._engine, read_only=True) as connection:
+            found = [job_of(row) for row in connection.execute(query)]
+        page = found[:limit]
+        return page, _write_cursor(page[-1]) if len(found) > limit else None
+
+    def _has_label(self, key: str, value: str) -> ColumnElement[bool]:
+        if not self._sqlite:
+            return jobs.c.labels.cast(JSONB).contains({key: value})
+        each = func.json_each(jobs.c.labels).table_valued("key", "value", name="label")
+        return select(1).select_from(each).where(each.c.key == key, each.c.value == value).exists()
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> list[Event]:
+        """The events after number `after`, in order."""
+        columns = job_events.c
+        query = select(columns.seq, columns.at, columns.kind, columns.data)
+        query = query.where(columns.job_id == job_id, columns.seq > after).order_by(columns.seq).limit(limit)
+        with transaction(self._engine, read_only=True) as connection:
+            return [Event(*row) for row in connection.execute(query)]
+
+    def logs(self, job_id: str, *, after: int = 0, limit: int = 500) -> list[LogLine]:
+        """The lines after number `after`, in order, of all attempts."""
+        columns = job_logs.c
+        query = select(columns.seq, columns.at, columns.attempt, columns.level, columns.text)
+        query = query.where(columns.job_id == job_id, columns.seq > after).order_by(columns.seq).limit(limit)
+        with transaction(self._engine, read_only=True) as connection:
+            return [LogLine(*row) for row in connection.execute(query)]
+
+    def artifacts(self, job_id: str) -> list[Artifact]:
+        """What the job committed; empty until it has succeeded."""
+        query = select(*(job_artifacts.c[field.name] for field in fields(Artifact)))
+        query = query.where(job_artifacts.c.job_id == job_id).order_by(job_artifacts.c.path)
+        with transaction(self._engine, read_only=True) as connection:
+            return [Artifact(*row) for row in connection.execute(query)]
+
+    def report(self, job_id: str) -> dict[str, Any] | None:
+        """report.json of a job that has succeeded."""
+        query = select(job_reports.c.report).where(job_reports.c.job_id == job_id)
+        with transaction(self._engine, read_only=True) as connection:
+            return connection.execute(query).scalar_one_or_none()
+
+    def queues_with_work(self) -> dict[str, int]:
+        """How many jobs could run now, per queue that has any; counted up to a thousand."""
+        counts = (
+            select(
+                func.count(),
+            ).select_from(
+                select(literal_column("1"))
+                .where(IS_QUEUED, jobs.c.queue == literal_column(f"'{queue}'"), jobs.c.run_after <= db_now())
+                .limit(_COUNT_BOUND)
+                .subquery()
+            )
+            for queue in QUEUES
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(select(*(count.scalar_subquery() for count in counts))).one()
+        return {queue: count for queue, count in zip(QUEUES, row, strict=True) if count}
+
+    def abandoned_attempts(self, *, older_than_s: float = 3600.0, limit: int = 100) -> list[tuple[str, int]]:
+        """Attempts that ended without winning so long ago that no zombie still writes: their files may be swept."""
+        columns = job_attempts.c
+        query = select(columns.job_id, columns.number).where(
+            literal_column("outcome <> 'succeeded' AND NOT swept"), columns.finished_at < db_now(-older_than_s)
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            return [(job_id, number) for job_id, number in connection.execute(query.limit(limit))]
+
+    def workers(self) -> list[Worker]:
+        """All known workers with what they do now: busy is who holds a lease, lost who wasn't seen for a while."""
+        held = select(jobs.c.worker_id, func.min(jobs.c.id).label("job_id")).where(IS_LEASED).group_by(jobs.c.worker_id)
+        leases = held.subquery()
+        query = (
+            select(workers, leases.c.job_id, (workers.c.last_seen_at < db_now(-WORKER_LOST_S)).label("lost"))
+            .join_from(workers, leases, leases.c.worker_id == workers.c.id, isouter=True)
+            .order_by(workers.c.id)
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            rows = connection.execute(query).mappings().all()
+        found = []
+        for row in rows:
+            values = {key: value for key, value in row.items() if key != "lost"}
+            busy: WorkerState = "busy" if row["job_id"] else "idle"
+            state: WorkerState = "lost" if row["lost"] else "draining" if row["draining"] else busy
+            found.append(Worker(**values, state=state))
+        return found
+
+    def statistics(self) -> JobStatistics:
+        """Counts over all jobs, from the partial indexes alone."""
+        live = (
+            select(jobs.c.queue, jobs.c.state, func.count())
+            .where(or_(IS_QUEUED, IS_LEASED))
+            .group_by(jobs.c.queue, jobs.c.state)
+        )
+        done = (
+            select(jobs.c.queue, jobs.c.state, jobs.c.error_code, func.count())
+            .where(jobs.c.finished_at.is_not(None))
+            .group_by(jobs.c.queue, jobs.c.state, jobs.c.error_code)
+        )
+        oldest = (
+            select(jobs.c.queue, func.min(jobs.c.created_at))
+            .where(IS_QUEUED, jobs.c.run_after <= db_now())
+            .group_by(jobs.c.queue)
+        )
+        counts: dict[tuple[Queue, JobState], int] = {}
+        failures: dict[str, int] = {}
+        with transaction(self._engine, read_only=True) as connection:
+            for queue, state, count in connection.execute(live):
+                counts[queue, state] = count
+            for queue, state, code, count in connection.execute(done):
+                counts[queue, state] = counts.get((queue, state), 0) + count
+                if code is not None:
+                    failures[code] = failures.get(code, 0) + count
+            now = connection.execute(select(db_now())).scalar_one()
+            ages = {queue: max(0.0, (now - since).total_seconds()) for queue, since in connection.execute(oldest)}
+        return JobStatistics(jobs=counts, oldest_queued_s=ages, failures=failures)
+
+
+def _write_cursor(job: Job) -> str:
+    return base64.urlsafe_b64encode(json.dumps([job.created_at.isoformat(), job.id]).encode()).decode().rstrip("=")
+
+
+def _read_cursor(cursor: str) -> tuple[dt.datetime, str]:
+    try:
+        created_at, job_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        moment = dt.datetime.fromisoformat(created_at)
+        if moment.tzinfo is None or not isinstance(job_id, str) or "\0" in job_id:
+            raise ValueError("not a cursor")
+    except (ValueError, TypeError, binascii.Error) as error:
+        raise NightpressError(
+            ErrorCode.INVALID_REQUEST,
+            "The cursor is not one that this service gave out.",
+            hint="Start again without a cursor.",
+        ) from error
+    return moment, job_id

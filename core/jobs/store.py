@@ -1,0 +1,578 @@
+"""The only writer of job state. Each transition is one guarded UPDATE, and its event is in the same transaction."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from sqlalchemy import (
+    ColumnElement,
+    CursorResult,
+    ScalarSelect,
+    Select,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    literal_column,
+    null,
+    or_,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.engine import Connection
+
+from core.database import JsonType, clean_text, db_now, statement, transaction
+from core.errors import ErrorCode, NightpressError
+from core.handoff.frames import Progress
+from core.ids import new_id
+from core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS, job_of
+from core.jobs.records import Claimed, Job, Lease, Renewal, Succeeded, Worker, WorkerOffer
+from core.jobs.states import (
+    CANCELLED,
+    CANCELLING,
+    FAILED,
+    QUEUED,
+    RUNNING,
+    SUCCEEDED,
+    AttemptOutcome,
+    Trigger,
+    sources,
+)
+from core.jobs.submission import JobSubmitter
+from core.jobs.tables import (
+    job_artifacts,
+    job_attempts,
+    job_events,
+    job_logs,
+    job_metrics,
+    job_reports,
+    jobs,
+    workers,
+)
+
+MAX_LOG_LINES = 10_000  #: a job
+MAX_LOG_BYTES = 4096  #: a line
+MAX_BACKOFF_S = 600.0
+#: The supervisor stops a run that is too long or stalls; where it failed to, the control process does so this much later.
+BELT_S = 60.0
+_CLAIM_TRIES = 20
+_EXPIRE_BATCH = 200
+
+_columns = jobs.c
+
+
+class JobStore(JobSubmitter):
+    """Jobs from submission to their end, on SQLite or PostgreSQL. Safe to share between threads."""
+
+    # A person ----------------------------------------------------------------------------------------------------
+
+    def request_cancel(self, tenant_id: str, job_id: str) -> Job | None:
+        """queued → cancelled, running → cancelling; any other state is left as it is. None: the tenant has no such job."""
+        with transaction(self._engine) as connection:
+            job = self._move(
+                connection,
+                Trigger.CANCEL,
+                _columns.id == job_id,
+                _columns.tenant_id == tenant_id,
+                note=lambda job: ("cancelled" if job.state == CANCELLED else "cancel_requested", {}),
+                state=case((_columns.state == QUEUED, CANCELLED), else_=CANCELLING),
+                finished_at=case((_columns.state == QUEUED, db_now()), else_=null()),
+                start_before=null(),
+            )
+        return job or self.get(tenant_id, job_id)
+
+    # A worker ----------------------------------------------------------------------------------------------------
+
+    def claim(self, offer: WorkerOffer, *, ttl_s: float) -> Claimed | None:
+        """queued → running, for the best job that fits: by priority, then the tenant with the fewest running, then age.
+
+        None: there is nothing to do for this worker now.
+        """
+        for _ in range(_CLAIM_TRIES):
+            with transaction(self._engine) as connection:
+                job = self._claim(connection, offer, ttl_s)
+                if job is None:
+                    # Nothing fits, or other workers hold all of the best tenant's rows at this very moment.
+                    if self._sqlite or connection.execute(_best_tenant(offer)).first() is None:
+                        return None
+                    continue
+                lease = Lease(job.id, str(job.lease_id), job.attempt, offer.worker_id)
+                connection.execute(
+                    insert(job_attempts).values(
+                        job_id=job.id,
+                        number=job.attempt,
+                        lease_id=lease.lease_id,
+                        worker_id=offer.worker_id,
+                        started_at=db_now(),
+                    )
+                )
+                return Claimed(job, lease)
+        return None
+
+    def _claim(self, connection: Connection, offer: WorkerOffer, ttl_s: float) -> Job | None:
+        return self._move(
+            connection,
+            Trigger.CLAIM,
+            _columns.id == _best_job(offer),
+            note=lambda job: ("started", {"attempt": job.attempt, "worker_id": offer.worker_id}),
+            state=RUNNING,
+            attempt=_columns.attempt + 1,
+            worker_id=offer.worker_id,
+            lease_id=new_id("lease"),
+            lease_expires_at=db_now(ttl_s),
+            started_at=db_now(),
+            progressed_at=db_now(),
+            start_before=null(),
+            phase="fetching",
+            progress=0.0,
+            pass_index=null(),
+            eta_s=null(),
+            message="",
+        )
+
+    def renew(self, lease: Lease, *, ttl_s: float, progress: Progress | None = None) -> Renewal:
+        """Extend the lease and note the progress, which never falls within an attempt."""
+        values: dict[str, Any] = {"lease_expires_at": db_now(ttl_s)}
+        if progress is not None:
+            message = clean_text(progress.message)
+            moved = or_(
+                _columns.progress < progress.fraction,
+                _columns.phase != progress.phase,
+                _columns.message != message,
+                _columns.pass_index.is_distinct_from(progress.pass_index),
+            )
+            values |= {
+                "phase": progress.phase,
+                "progress": case((_columns.progress < progress.fraction, progress.fraction), else_=_columns.progress),
+                "pass_index": progress.pass_index,
+                "eta_s": progress.eta_s,
+                "message": message,
+                "progressed_at": case((moved, db_now()), else_=_columns.progressed_at),
+            }
+        guarded = update(jobs).where(*_holds(lease, Trigger.RENEW)).values(values).returning(_columns.state)
+        with statement(self._engine) as connection:
+            state = connection.execute(guarded).scalar_one_or_none()
+        return Renewal(held=state is not None, cancel_requested=state == CANCELLING)
+
+    def finish(self, lease: Lease, outcome: Succeeded) -> bool:
+        """running | cancelling → succeeded, with artifacts, report and metrics. False: the lease was lost, nothing is written."""
+        manifest = outcome.manifest
+        if (manifest.job_id, manifest.attempt) != (lease.job_id, lease.attempt):
+            raise ValueError(f"the manifest is of {manifest.job_id} attempt {manifest.attempt}, not of {lease}")
+        with transaction(self._engine) as connection:
+            job = self._move(
+                connection,
+                Trigger.FINISH,
+                *_holds(lease, Trigger.FINISH),
+                note=lambda _: ("succeeded", {"attempt": lease.attempt, "verdict": outcome.verdict}),
+                state=SUCCEEDED,
+                verdict=outcome.verdict,
+                progress=1.0,
+                finished_at=db_now(),
+                **_RESTING,
+            )
+            if job is None:
+                return False
+            _close_attempt(connection, job, "succeeded")
+            _write_result(connection, lease, outcome)
+        return True
+
+    def fail(
+        self, lease: Lease, error: NightpressError, *, backoff_s: float
+    ) -> Literal["requeued", "failed", "cancelled"] | None:
+        """End an attempt that failed. None: the lease was lost, nothing is written.
+
+        running → queued, after a pause, where the error may pass; → failed where it can't or the failures are used up.
+        cancelling → failed where the work itself came to its end, else → cancelled.
+        """
+        ended_by_itself = not error.kind.retryable and error.code is not ErrorCode.CANCELLED
+        job = self._end_badly(
+            Trigger.FAIL,
+            _holds(lease, Trigger.FAIL),
+            error,
+            backoff_s=backoff_s,
+            outcome="failed",
+            when_cancelling=FAILED if ended_by_itself else CANCELLED,
+        )
+        if job is None:
+            return None
+        return "failed" if job.state == FAILED else "cancelled" if job.state == CANCELLED else "requeued"
+
+    def release(self, lease: Lease) -> bool:
+        """running → queued at once, no failure counted: the worker drains. cancelling → cancelled."""
+        with transaction(self._engine) as connection:
+            job = self._move(
+                connection,
+                Trigger.RELEASE,
+                *_holds(lease, Trigger.RELEASE),
+                note=lambda job: (CANCELLED if job.state == CANCELLED else "released", {"attempt": lease.attempt}),
+                state=case((_columns.state == CANCELLING, CANCELLED), else_=QUEUED),
+                finished_at=case((_columns.state == CANCELLING, db_now()), else_=null()),
+                run_after=db_now(),
+                **_RESTING,
+            )
+            if job is None:
+                return False
+            _close_attempt(connection, job, "released")
+        return True
+
+    def confirm_cancelled(self, lease: Lease) -> bool:
+        """cancelling → cancelled: the child is dead. False: not cancelling, or the lease was lost."""
+        with transaction(self._engine) as connection:
+            job = self._move(
+                connection,
+                Trigger.CONFIRM_CANCELLED,
+                *_holds(lease, Trigger.CONFIRM_CANCELLED),
+                note=lambda _: (CANCELLED, {"attempt": lease.attempt}),
+                state=CANCELLED,
+                finished_at=db_now(),
+                **_RESTING,
+            )
+            if job is None:
+                return False
+            _close_attempt(connection, job, "cancelled")
+        return True
+
+    def append_logs(self, lease: Lease, lines: Sequence[tuple[str, str]]) -> bool:
+        """Keep lines of (level, text), until the job has its share of them. False: the lease was lost."""
+        guarded = (
+            update(jobs)
+            .where(*_holds(lease, Trigger.RENEW))
+            .values(log_seq=_columns.log_seq + len(lines))
+            .returning(_columns.log_seq, db_now())
+        )
+        with transaction(self._engine) as connection:
+            row = connection.execute(guarded).one_or_none()
+            if row is None:
+                return False
+            last, now = row
+            numbered = enumerate(lines, last - len(lines) + 1)
+            rows = [
+                {
+                    "job_id": lease.job_id,
+                    "seq": seq,
+                    "at": now,
+                    "attempt": lease.attempt,
+                    "level": level if seq < MAX_LOG_LINES else "warning",
+                    "text": _cut(text) if seq < MAX_LOG_LINES else "The log is full: later lines are dropped.",
+                }
+                for seq, (level, text) in numbered
+                if seq <= MAX_LOG_LINES
+            ]
+            if rows:
+                connection.execute(insert(job_logs), rows)
+        return True
+
+    def record_event(self, lease: Lease, kind: str, data: dict[str, Any]) -> bool:
+        """Note something worth a line of history, e.g. a phase or a checkpoint: it is progress. False: the lease was lost."""
+        with transaction(self._engine) as connection:
+            job = self._move(
+                connection,
+                Trigger.RENEW,
+                *_holds(lease, Trigger.RENEW),
+                note=lambda _: (kind, data),
+                progressed_at=db_now(),
+            )
+        return job is not None
+
+    # The control process -----------------------------------------------------------------------------------------
+
+    def expire_leases(self, *, backoff_s: float) -> list[str]:
+        """Take jobs from workers that are lost, or that let a run stall or pass its limit. Returns the jobs' ids."""
+        lost = NightpressError(
+            ErrorCode.WORKER_LOST,
+            "The worker stopped renewing its lease.",
+            hint="Look at the worker's log: it was killed, or cut off from the database.",
+        )
+        stalled = NightpressError(
+            ErrorCode.STALLED,
+            "The job made no progress, and its worker did not stop it.",
+            hint="Raise stall_s, or look at the job's log.",
+        )
+        too_long = NightpressError(
+            ErrorCode.DEADLINE_EXCEEDED,
+            "The job ran past its limit, and its worker did not stop it.",
+            hint="Raise run_limit_s, or use a faster recipe.",
+        )
+        taken = self._end_all(Trigger.LEASE_EXPIRED, _columns.lease_expires_at < db_now(), lost, backoff_s)
+        taken += self._end_all(
+            Trigger.RUN_DEADLINE, _columns.started_at < db_now(-BELT_S - _columns.run_limit_s), too_long, backoff_s
+        )
+        taken += self._end_all(
+            Trigger.STALLED, _columns.progressed_at < db_now(-BELT_S - _columns.stall_s), stalled, backoff_s
+        )
+        return taken
+
+    def _end_all(
+        self, trigger: Trigger, is_due: ColumnElement[bool], error: NightpressError, backoff_s: float
+    ) -> list[str]:
+        """One guarded UPDATE a job, not one for all: replicas of the control process can then never deadlock."""
+        due = select(_columns.id).where(IS_LEASED, is_due).order_by(_columns.lease_expires_at).limit(_EXPIRE_BATCH)
+        with transaction(self._engine, read_only=True) as connection:
+            found = connection.execute(due).scalars().all()
+        return [
+            job_id
+            for job_id in found
+            if self._end_badly(
+                trigger,
+                [_columns.id == job_id, IS_LEASED, is_due],
+                error,
+                backoff_s=backoff_s,
+                outcome="lost",
+                when_cancelling=CANCELLED,
+            )
+        ]
+
+    def expire_queue_deadlines(self) -> list[str]:
+        """queued → failed, for jobs that no worker ever started in time. Returns their ids."""
+        is_due = _columns.start_before < db_now()
+        due = select(_columns.id).where(_columns.start_before.is_not(None), is_due).limit(_EXPIRE_BATCH)
+        with transaction(self._engine, read_only=True) as connection:
+            found = connection.execute(due).scalars().all()
+        error = NightpressError(
+            ErrorCode.QUEUE_DEADLINE_EXCEEDED,
+            "No worker started the job within its queue limit.",
+            hint="Add workers for its queue, or raise queue_limit_s.",
+        ).as_dict()
+        failed = []
+        for job_id in found:
+            with transaction(self._engine) as connection:
+                job = self._move(
+                    connection,
+                    Trigger.QUEUE_DEADLINE,
+                    _columns.id == job_id,
+                    is_due,
+                    note=lambda _: (FAILED, {"attempt": 0, "error": error}),
+                    state=FAILED,
+                    error=error,
+                    error_code=error["code"],
+                    finished_at=db_now(),
+                    start_before=null(),
+                )
+            if job is not None:
+                failed.append(job_id)
+        return failed
+
+    def mark_swept(self, job_id: str, attempt: int) -> None:
+        """The files of an abandoned attempt are gone."""
+        one = (job_attempts.c.job_id == job_id, job_attempts.c.number == attempt)
+        with statement(self._engine) as connection:
+            connection.execute(update(job_attempts).where(*one).values(swept=True))
+
+    # Workers -----------------------------------------------------------------------------------------------------
+
+    def heartbeat_worker(self, worker: Worker) -> None:
+        """Say that a worker is alive; the first time, that it exists."""
+        told = {
+            name: getattr(worker, name)
+            for name in ("host", "queue", "device", "memory", "threads", "version", "draining")
+        }
+        with transaction(self._engine) as connection:
+            seen = connection.execute(
+                update(workers).where(workers.c.id == worker.id).values(**told, last_seen_at=db_now())
+            )
+            if not seen.rowcount:
+                connection.execute(
+                    insert(workers).values(id=worker.id, **told, started_at=db_now(), last_seen_at=db_now())
+                )
+
+    def remove_worker(self, worker_id: str) -> None:
+        """A worker says good-bye."""
+        with statement(self._engine) as connection:
+            connection.execute(delete(workers).where(workers.c.id == worker_id))
+
+    def forget_lost_workers(self, older_than_s: float) -> int:
+        """Forget workers that went without good-bye so long ago that nobody looks for them. Returns how many."""
+        with statement(self._engine) as connection:
+            gone: CursorResult[Any] = connection.execute(
+                delete(workers).where(workers.c.last_seen_at < db_now(-older_than_s))
+            )
+            return gone.rowcount
+
+    # The statement behind every transition -----------------------------------------------------------------------
+
+    def _move(
+        self,
+        connection: Connection,
+        trigger: Trigger,
+        *guards: ColumnElement[bool],
+        note: Callable[[Job], tuple[str, dict[str, Any]]],
+        **values: Any,
+    ) -> Job | None:
+        """Update one job that meets the guards in a state where the trigger counts, and add the event that `note` words.
+
+        None: no such job, and nothing is written. The event's number is counted in the same UPDATE: it has no gaps.
+        """
+        in_source = IS_QUEUED if sources(trigger) == (QUEUED,) else _columns.state.in_(sources(trigger))
+        guarded = (
+            update(jobs)
+            .where(*guards, in_source)
+            .values(event_seq=_columns.event_seq + 1, **values)
+            .returning(*JOB_COLUMNS, _columns.event_seq)
+        )
+        row = connection.execute(guarded).one_or_none()
+        if row is None:
+            return None
+        job, seq = job_of(row[:-1]), row[-1]
+        kind, data = note(job)
+        event = {"job_id": job.id, "seq": seq, "kind": kind, "data": data}
+        connection.execute(insert(job_events).values(at=db_now(), **event))
+        return job
+
+    def _end_badly(
+        self,
+        trigger: Trigger,
+        guards: Sequence[ColumnElement[bool]],
+        error: NightpressError,
+        *,
+        backoff_s: float,
+        outcome: AttemptOutcome,
+        when_cancelling: str,
+    ) -> Job | None:
+        """running → queued | failed, cancelling → cancelled | failed, by the error and by what the row has behind it."""
+        fault = error.as_dict()
+        used_up = _columns.failures + 1 >= _columns.max_failures if error.kind.retryable else literal_column("1 = 1")
+
+        def note(job: Job) -> tuple[str, dict[str, Any]]:
+            data: dict[str, Any] = {"attempt": job.attempt, "error": fault}
+            if job.state != QUEUED:
+                return job.state, data
+            return "requeued", data | {"failures": job.failures, "run_after": job.run_after.isoformat()}
+
+        state = case((_columns.state == CANCELLING, when_cancelling), (used_up, FAILED), else_=QUEUED)
+        with transaction(self._engine) as connection:
+            job = self._move(
+                connection,
+                trigger,
+                *guards,
+                note=note,
+                state=state,
+                failures=case((state == CANCELLED, _columns.failures), else_=_columns.failures + 1),
+                error=case((state == FAILED, bindparam("fault", fault, type_=JsonType)), else_=null()),
+                error_code=case((state == FAILED, error.code.value), else_=null()),
+                run_after=case((state == QUEUED, _backed_off(backoff_s)), else_=_columns.run_after),
+                finished_at=case((state == QUEUED, null()), else_=db_now()),
+                **_RESTING,
+            )
+            if job is None:
+                return None
+            _close_attempt(connection, job, outcome, fault)
+        return job
+
+
+#: what a job no longer has when nobody works on it
+_RESTING: dict[str, Any] = {
+    "lease_id": null(),
+    "lease_expires_at": null(),
+    "phase": null(),
+    "pass_index": null(),
+    "eta_s": null(),
+}
+
+
+def _holds(lease: Lease, trigger: Trigger) -> list[ColumnElement[bool]]:
+    return [_columns.id == lease.job_id, _columns.lease_id == lease.lease_id, _columns.state.in_(sources(trigger))]
+
+
+def _fits(offer: WorkerOffer) -> list[ColumnElement[bool]]:
+    return [
+        IS_QUEUED,
+        _columns.queue == offer.queue,
+        _columns.needs_memory <= offer.memory,
+        _columns.run_after <= db_now(),
+    ]
+
+
+def _best_tenant(offer: WorkerOffer) -> Select[Any]:
+    """The tenant whose turn it is, and its best priority: one index probe a tenant, however many jobs they have."""
+    in_queue = (IS_QUEUED, _columns.queue == offer.queue)
+    tenants = select(func.min(_columns.tenant_id).label("id")).where(*in_queue).cte("tenants", recursive=True)
+    following = select(func.min(_columns.tenant_id)).where(*in_queue, _columns.tenant_id > tenants.c.id)
+    tenants = tenants.union_all(select(following.correlate(tenants).scalar_subquery()).where(tenants.c.id.is_not(None)))
+    best_of = (
+        select(_columns.id)
+        .where(*_fits(offer), _columns.tenant_id == tenants.c.id)
+        .order_by(_columns.priority.desc(), _columns.created_at, _columns.id)
+        .limit(1)
+        .correlate(tenants)
+        .scalar_subquery()
+    )
+    running = (
+        select(func.count())
+        .select_from(jobs)
+        .where(IS_LEASED, _columns.tenant_id == tenants.c.id)
+        .correlate(tenants)
+        .scalar_subquery()
+    )
+    candidate = jobs.alias("candidate")
+    return (
+        select(candidate.c.tenant_id, candidate.c.priority)
+        .join_from(tenants, candidate, candidate.c.id == best_of)
+        .order_by(candidate.c.priority.desc(), running, candidate.c.created_at, candidate.c.id)
+        .limit(1)
+    )
+
+
+def _best_job(offer: WorkerOffer) -> ScalarSelect[Any]:
+    """That tenant's oldest job of that priority which no other worker is claiming at this moment."""
+    return (
+        select(_columns.id)
+        .where(*_fits(offer), tuple_(_columns.tenant_id, _columns.priority) == _best_tenant(offer).scalar_subquery())
+        .order_by(_columns.created_at, _columns.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
+
+
+def _backed_off(backoff_s: float) -> db_now:
+    """Now plus backoff · 2^failures with jitter down to half of it, at most ten minutes."""
+    jitter = random.uniform(0.5, 1.0)
+    doubled = backoff_s * jitter * literal_column("1").op("<<")(_columns.failures)
+    bound = MAX_BACKOFF_S * jitter
+    return db_now(case((doubled < bound, doubled), else_=bound))
+
+
+def _close_attempt(
+    connection: Connection, job: Job, outcome: AttemptOutcome, error: dict[str, Any] | None = None
+) -> None:
+    connection.execute(
+        update(job_attempts)
+        .where(job_attempts.c.job_id == job.id, job_attempts.c.number == job.attempt)
+        .values(finished_at=db_now(), outcome=outcome, error=error)
+    )
+
+
+def _write_result(connection: Connection, lease: Lease, outcome: Succeeded) -> None:
+    manifest = outcome.manifest
+    artifacts = [
+        {
+            "id": new_id("art"),
+            "job_id": lease.job_id,
+            "attempt": lease.attempt,
+            "format": entry.format,
+            "path": entry.path,
+            "size": entry.size,
+            "digest": entry.digest,
+            "consumer": entry.consumer,
+            "files": [file.model_dump() for file in entry.files],
+        }
+        for entry in manifest.artifacts
+    ]
+    if artifacts:
+        connection.execute(insert(job_artifacts), artifacts)
+    report_files = [file.model_dump() for file in manifest.report]
+    connection.execute(insert(job_reports).values(job_id=lease.job_id, report=outcome.report, files=report_files))
+    metrics = [
+        {"job_id": lease.job_id, "position": position, **asdict(row)} for position, row in enumerate(outcome.metrics)
+    ]
+    if metrics:
+        connection.execute(insert(job_metrics), metrics)
+
+
+def _cut(text: str) -> str:
+    """At most 4 KiB of UTF-8, never half a character."""
+    return clean_text(text).encode()[:MAX_LOG_BYTES].decode(errors="ignore")

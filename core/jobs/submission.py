@@ -1,0 +1,302 @@
+"""∅ → queued. On PostgreSQL the quota, the idempotency row, the job and its event are one statement and one round trip."""
+
+import datetime as dt
+import threading
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Engine,
+    Insert,
+    Integer,
+    Row,
+    Select,
+    bindparam,
+    case,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+)
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.engine import Connection
+
+from core.database import JsonType, UtcDateTime, clean_text, db_now, statement, transaction
+from core.errors import ErrorCode, NightpressError
+from core.ids import new_id
+from core.jobs.queries import IS_QUEUED, JOB_COLUMNS, QUEUES, JobReader, job_of
+from core.jobs.records import Idempotency, Job, NewJob
+from core.jobs.states import QUEUED
+from core.jobs.tables import idempotency_keys, job_events, jobs
+
+_GIVEN = (
+    "id",
+    "tenant_id",
+    "name",
+    "priority",
+    "labels",
+    "queue",
+    "needs_memory",
+    "model_id",
+    "model_name",
+    "model_digest",
+    "recipe",
+    "data",
+    "max_failures",
+    "retry_of",
+    "queue_limit_s",
+    "run_limit_s",
+    "stall_s",
+)
+_ALLOWANCE_S = 2.0
+_ALLOWANCE_SHARE = 4
+
+
+@dataclass
+class _Allowance:
+    left: int
+    until: float
+
+
+class _QuotaGauge:
+    """Spares most submissions the count of what is queued, without letting a tenant past its quota.
+
+    After a count that found room for n more, n/4 submissions in the next two seconds need no count. A quarter, because
+    other processes hand out theirs from the same room; close to the quota every submission is counted.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._allowances: dict[str, _Allowance] = {}
+
+    def take(self, tenant_id: str) -> bool:
+        """Whether one may go in uncounted."""
+        with self._lock:
+            allowance = self._allowances.get(tenant_id)
+            if allowance is None or allowance.left <= 0 or time.monotonic() > allowance.until:
+                return False
+            allowance.left -= 1
+            return True
+
+    def counted(self, tenant_id: str, room: int) -> None:
+        with self._lock:
+            self._allowances[tenant_id] = _Allowance(room // _ALLOWANCE_SHARE, time.monotonic() + _ALLOWANCE_S)
+
+
+class JobSubmitter(JobReader):
+    """The submitting part of the job store."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._gauge = _QuotaGauge()
+
+    def submit(self, new: NewJob, *, idempotency: Idempotency | None = None, max_queued: int) -> tuple[Job, bool]:
+        """Write a queued job. Returns it, and False where the idempotency key already had one.
+
+        Raises NightpressError: quota_exceeded, idempotency_mismatch.
+        """
+        values = _bound(new, idempotency, max_queued)
+        counted = not self._gauge.take(new.tenant_id)
+        found = None
+        if self._sqlite:
+            with transaction(self._engine) as connection:
+                found = self._found(connection, new.tenant_id, idempotency) if idempotency else None
+                row = None if found else _insert_one_by_one(connection, values, counted, idempotency)
+        else:
+            with statement(self._engine) as connection:
+                row = connection.execute(_all_in_one(counted, idempotency is not None), values).one_or_none()
+                if row is None and idempotency is not None:
+                    found = self._found(connection, new.tenant_id, idempotency)
+        if found is not None:
+            return found, False
+        if row is None:
+            raise NightpressError(
+                ErrorCode.QUOTA_EXCEEDED,
+                f"There are already {max_queued} jobs queued.",
+                hint="Wait for some to start, or cancel some.",
+                limit=max_queued,
+            )
+        if counted:
+            self._gauge.counted(new.tenant_id, max_queued - row.queued - 1)
+        return _fresh(new, values, row.created_at, row.run_after), True
+
+    def replay(self, tenant_id: str, idempotency: Idempotency) -> Job | None:
+        """The job that an idempotency key already has. Raises NightpressError(idempotency_mismatch)."""
+        with transaction(self._engine, read_only=True) as connection:
+            return self._found(connection, tenant_id, idempotency)
+
+    def _found(self, connection: Connection, tenant_id: str, idempotency: Idempotency) -> Job | None:
+        query = (
+            select(idempotency_keys.c.fingerprint, *JOB_COLUMNS)
+            .join_from(idempotency_keys, jobs, jobs.c.id == idempotency_keys.c.job_id)
+            .where(idempotency_keys.c.tenant_id == tenant_id, idempotency_keys.c.key == idempotency.key)
+        )
+        row = connection.execute(query).one_or_none()
+        if row is None:
+            return None
+        if row[0] != idempotency.fingerprint:
+            raise NightpressError(
+                ErrorCode.IDEMPOTENCY_MISMATCH,
+                "This idempotency key was used for another request.",
+                hint="Use a new key for a new request.",
+            )
+        return job_of(row[1:])
+
+
+def _bound(new: NewJob, idempotency: Idempotency | None, max_queued: int) -> dict[str, Any]:
+    values: dict[str, Any] = {name: getattr(new, name) for name in _GIVEN if name != "id"}
+    values |= {
+        "id": new_id("job"),
+        "name": clean_text(new.name),
+        "not_before": new.run_after,
+        "limit_from_then": None,
+        "max_queued": max_queued,
+    }
+    if new.run_after is not None and new.queue_limit_s is not None:
+        values["limit_from_then"] = new.run_after + dt.timedelta(seconds=new.queue_limit_s)
+    if idempotency is not None:
+        values |= {"key": idempotency.key, "fingerprint": idempotency.fingerprint}
+    return values
+
+
+def _column_values() -> dict[str, ColumnElement[Any]]:
+    """What each column of a new job is set to. Times are the database's; `run_after` is the caller's, if it gave one."""
+    not_before = bindparam("not_before", type_=UtcDateTime)
+    limit = bindparam("queue_limit_s", type_=jobs.c.queue_limit_s.type)
+    from_then = bindparam("limit_from_then", type_=UtcDateTime)
+    return {
+        **{name: bindparam(name, type_=jobs.c[name].type) for name in _GIVEN},
+        "state": literal_column(f"'{QUEUED}'"),
+        "event_seq": literal_column("1"),
+        "created_at": db_now(),
+        "run_after": func.coalesce(not_before, db_now(), type_=UtcDateTime),
+        "start_before": case((not_before > db_now(), from_then), else_=db_now(limit)),
+    }
+
+
+def _queued_count() -> Select[Any]:
+    """How many jobs a tenant has queued: an index scan that stops at the quota."""
+    some = (
+        select(literal_column("1"))
+        .where(
+            IS_QUEUED,
+            jobs.c.queue.in_([literal_column(f"'{queue}'") for queue in QUEUES]),
+            jobs.c.tenant_id == bindparam("tenant_id", type_=jobs.c.tenant_id.type),
+        )
+        .limit(bindparam("max_queued", type_=Integer))
+        .subquery()
+    )
+    return select(func.count().label("queued")).select_from(some)
+
+
+_IDEMPOTENCY_COLUMNS = ("tenant_id", "key", "fingerprint", "job_id", "created_at")
+
+
+def _idempotency_values() -> list[ColumnElement[Any]]:
+    names = {"tenant_id": "tenant_id", "key": "key", "fingerprint": "fingerprint", "job_id": "id"}
+    bound = [bindparam(param, type_=idempotency_keys.c[column].type) for column, param in names.items()]
+    return [*bound, db_now()]
+
+
+@cache
+def _all_in_one(counted: bool, keyed: bool) -> Select[Any]:
+    """PostgreSQL: everything or nothing, and no row where the quota is used up or the key exists.
+
+    A concurrent submission with the same key waits for this one to commit, and then inserts nothing.
+    """
+    quota = _queued_count().cte("quota") if counted else select(literal_column("0").label("queued")).cte("quota")
+    has_room = quota.c.queued < bindparam("max_queued", type_=Integer)
+    values = _column_values()
+    row = select(*values.values())
+    if keyed:
+        claimed = (
+            postgresql_insert(idempotency_keys)
+            .from_select(_IDEMPOTENCY_COLUMNS, select(*_idempotency_values()).select_from(quota).where(has_room))
+            .on_conflict_do_nothing()
+            .returning(idempotency_keys.c.job_id)
+            .cte("claimed")
+        )
+        row = row.select_from(claimed)
+    else:
+        row = row.select_from(quota).where(has_room)
+    new = insert(jobs).from_select(list(values), row).returning(jobs.c.created_at, jobs.c.run_after).cte("new")
+    event = select(
+        bindparam("id", type_=jobs.c.id.type), literal_column("1"), new.c.created_at, literal_column("'queued'"), _EMPTY
+    )
+    noted = insert(job_events).from_select(["job_id", "seq", "at", "kind", "data"], event).cte("noted")
+    return select(new.c.created_at, new.c.run_after, quota.c.queued).add_cte(noted)
+
+
+def _insert_one_by_one(
+    connection: Connection, values: dict[str, Any], counted: bool, idempotency: Idempotency | None
+) -> Row[Any] | None:
+    """SQLite: the transaction already excludes other writers, and a round trip costs nothing."""
+    queued = connection.execute(_queued_count(), values).scalar_one() if counted else 0
+    if queued >= values["max_queued"]:
+        return None
+    row = connection.execute(_insert_job(), {**values, "queued": queued}).one()
+    event = {"job_id": values["id"], "seq": 1, "at": row.created_at, "kind": "queued", "data": {}}
+    connection.execute(insert(job_events), event)
+    if idempotency is not None:
+        key = insert(idempotency_keys).from_select(_IDEMPOTENCY_COLUMNS, select(*_idempotency_values()))
+        connection.execute(key, values)
+    return row
+
+
+@cache
+def _insert_job() -> Insert:
+    values = _column_values()
+    queued = bindparam("queued", type_=Integer).label("queued")
+    return (
+        insert(jobs)
+        .from_select(list(values), select(*values.values()))
+        .returning(jobs.c.created_at, jobs.c.run_after, queued)
+    )
+
+
+_EMPTY = literal({}, JsonType)
+
+
+def _fresh(new: NewJob, values: dict[str, Any], created_at: dt.datetime, run_after: dt.datetime) -> Job:
+    """The row as it was just written, without reading it back."""
+    return Job(
+        id=values["id"],
+        tenant_id=new.tenant_id,
+        name=values["name"],
+        state=QUEUED,
+        verdict=None,
+        phase=None,
+        progress=0.0,
+        pass_index=None,
+        eta_s=None,
+        message="",
+        priority=new.priority,
+        labels=new.labels,
+        queue=new.queue,
+        needs_memory=new.needs_memory,
+        model_id=new.model_id,
+        model_name=new.model_name,
+        model_digest=new.model_digest,
+        recipe=new.recipe,
+        data=new.data,
+        attempt=0,
+        failures=0,
+        max_failures=new.max_failures,
+        error=None,
+        retry_of=new.retry_of,
+        worker_id=None,
+        lease_id=None,
+        lease_expires_at=None,
+        queue_limit_s=new.queue_limit_s,
+        run_limit_s=new.run_limit_s,
+        stall_s=new.stall_s,
+        created_at=created_at,
+        run_after=run_after,
+        started_at=None,
+        progressed_at=None,
+        finished_at=None,
+    )

@@ -1,0 +1,216 @@
+"""The tables of jobs. The constraints repeat what the store promises, so that no other hand can break it either."""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+from core.database import Base, JsonType, UtcDateTime
+
+jobs = Table(
+    "jobs",
+    Base.metadata,
+    Column("id", String(40), primary_key=True),
+    # No foreign key: a tenant is the name its API keys carry, and every job comes in through one of them.
+    Column("tenant_id", String(64), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("state", String(12), nullable=False),
+    Column("verdict", String(12)),
+    Column("phase", String(16)),
+    Column("progress", Float, nullable=False, server_default=text("0")),
+    Column("pass_index", Integer),
+    Column("eta_s", Float),
+    Column("message", Text, nullable=False, server_default=text("''")),
+    Column("priority", SmallInteger, nullable=False),
+    Column("labels", JsonType, nullable=False),
+    Column("queue", String(8), nullable=False),
+    Column("needs_memory", BigInteger, nullable=False),
+    Column("model_id", ForeignKey("models.id"), nullable=False, index=True),
+    Column("model_name", String(64), nullable=False),
+    Column("model_digest", String(80), nullable=False),
+    Column("recipe", JsonType, nullable=False),
+    Column("data", JsonType, nullable=False),
+    Column("attempt", Integer, nullable=False, server_default=text("0")),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("max_failures", Integer, nullable=False),
+    Column("error", JsonType),
+    Column("error_code", String(40)),
+    Column("retry_of", ForeignKey("jobs.id", ondelete="SET NULL")),
+    Column("worker_id", String(80)),
+    Column("lease_id", String(40)),
+    Column("lease_expires_at", UtcDateTime),
+    Column("queue_limit_s", Float),
+    Column("run_limit_s", Float, nullable=False),
+    Column("stall_s", Float, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("run_after", UtcDateTime, nullable=False),
+    #: the queue deadline while the job has never run; cleared by the first claim
+    Column("start_before", UtcDateTime),
+    Column("started_at", UtcDateTime),
+    Column("progressed_at", UtcDateTime),
+    Column("finished_at", UtcDateTime),
+    #: the last numbers given out in job_events and (dropped lines included) job_logs
+    Column("event_seq", Integer, nullable=False),
+    Column("log_seq", Integer, nullable=False, server_default=text("0")),
+    CheckConstraint("state IN ('queued','running','cancelling','succeeded','failed','cancelled')", name="state"),
+    CheckConstraint("(state IN ('running','cancelling')) = (lease_id IS NOT NULL)", name="lease"),
+    CheckConstraint("(lease_id IS NULL) = (lease_expires_at IS NULL)", name="lease_expiry"),
+    CheckConstraint("(state IN ('succeeded','failed','cancelled')) = (finished_at IS NOT NULL)", name="finished"),
+    CheckConstraint("(state = 'succeeded') = (verdict IS NOT NULL)", name="verdict"),
+    CheckConstraint("verdict IN ('accepted','rejected')", name="verdict_value"),
+    CheckConstraint("(state = 'failed') = (error IS NOT NULL)", name="error"),
+    CheckConstraint("(error IS NULL) = (error_code IS NULL)", name="error_code"),
+    CheckConstraint("queue IN ('cpu','gpu')", name="queue"),
+    CheckConstraint("progress >= 0 AND progress <= 1", name="progress"),
+    CheckConstraint("failures >= 0 AND failures <= max_failures AND max_failures >= 1", name="failures"),
+    CheckConstraint("attempt >= 0 AND needs_memory >= 0 AND event_seq >= 1", name="counters"),
+)
+
+_QUEUED = text("state = 'queued'")
+#: Claim: a queue's tenants one by one, each tenant's best job first. Also counts what a tenant has queued.
+Index(
+    "ix_jobs_claim",
+    jobs.c.queue,
+    jobs.c.tenant_id,
+    jobs.c.priority.desc(),
+    jobs.c.created_at,
+    jobs.c.id,
+    postgresql_where=_QUEUED,
+    sqlite_where=_QUEUED,
+)
+_LEASED = text("lease_expires_at IS NOT NULL")
+#: Fairness counts a tenant's running jobs; expiry and the workers' page walk all of them, which are few.
+Index("ix_jobs_leased", jobs.c.tenant_id, jobs.c.lease_expires_at, postgresql_where=_LEASED, sqlite_where=_LEASED)
+_START_BEFORE = text("start_before IS NOT NULL")
+Index("ix_jobs_start_before", jobs.c.start_before, postgresql_where=_START_BEFORE, sqlite_where=_START_BEFORE)
+_FINISHED = text("finished_at IS NOT NULL")
+#: Statistics over what is done, without touching the rows.
+Index(
+    "ix_jobs_finished",
+    jobs.c.finished_at,
+    jobs.c.state,
+    jobs.c.queue,
+    jobs.c.error_code,
+    postgresql_where=_FINISHED,
+    sqlite_where=_FINISHED,
+)
+Index("ix_jobs_listing", jobs.c.tenant_id, jobs.c.created_at, jobs.c.id)
+
+
+def _job_id() -> Column[str]:
+    return Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+
+
+job_events = Table(
+    "job_events",
+    Base.metadata,
+    _job_id(),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("kind", String(40), nullable=False),
+    Column("data", JsonType, nullable=False),
+    CheckConstraint("seq >= 1", name="seq"),
+)
+
+job_logs = Table(
+    "job_logs",
+    Base.metadata,
+    _job_id(),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("level", String(8), nullable=False),
+    Column("text", Text, nullable=False),
+)
+
+job_attempts = Table(
+    "job_attempts",
+    Base.metadata,
+    _job_id(),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("lease_id", String(40), nullable=False, unique=True),
+    Column("worker_id", String(80), nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("finished_at", UtcDateTime),
+    Column("outcome", String(12)),
+    Column("error", JsonType),
+    Column("swept", Boolean, nullable=False, server_default=text("false")),
+    CheckConstraint("outcome IN ('succeeded','failed','cancelled','released','lost')", name="outcome"),
+    CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", name="closed"),
+)
+_SWEEPABLE = text("outcome <> 'succeeded' AND NOT swept")
+Index("ix_job_attempts_sweepable", job_attempts.c.finished_at, postgresql_where=_SWEEPABLE, sqlite_where=_SWEEPABLE)
+
+job_artifacts = Table(
+    "job_artifacts",
+    Base.metadata,
+    Column("id", String(40), primary_key=True),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("format", String(40), nullable=False),
+    Column("path", String(512), nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("digest", String(80), nullable=False),
+    Column("consumer", String(200), nullable=False),
+    Column("files", JsonType, nullable=False),
+    UniqueConstraint("job_id", "path"),
+)
+
+job_reports = Table(
+    "job_reports",
+    Base.metadata,
+    _job_id(),
+    Column("report", JsonType, nullable=False),
+    Column("files", JsonType, nullable=False),
+)
+
+job_metrics = Table(
+    "job_metrics",
+    Base.metadata,
+    _job_id(),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("subject", String(200), nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("value", Float, nullable=False),
+    Column("unit", String(40), nullable=False),
+    Column("low", Float),
+    Column("high", Float),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    Base.metadata,
+    Column("tenant_id", String(64), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+workers = Table(
+    "workers",
+    Base.metadata,
+    Column("id", String(80), primary_key=True),
+    Column("host", String(255), nullable=False),
+    Column("queue", String(8), nullable=False),
+    Column("device", String(200), nullable=False),
+    Column("memory", BigInteger, nullable=False),
+    Column("threads", Integer, nullable=False),
+    Column("version", String(40), nullable=False),
+    Column("draining", Boolean, nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("last_seen_at", UtcDateTime, nullable=False),
+    CheckConstraint("queue IN ('cpu','gpu')", name="queue"),
+)

@@ -1,0 +1,41 @@
+"""How Alembic reaches the database: one connection, one transaction, and on PostgreSQL never a long wait for a lock."""
+
+from alembic import context
+from sqlalchemy import text
+
+import core.access.tables
+import core.jobs.tables
+import core.registry.tables  # noqa: F401 - importing a module of tables adds them to the metadata
+from core.database import Base, make_engine
+from core.settings import load_settings
+
+_LOCK_KEY = 7_126_001  #: any number, the same in every process: migrations wait for each other
+
+
+def _url() -> str:
+    given = context.config.attributes.get("url") or context.get_x_argument(as_dictionary=True).get("url")
+    return given or load_settings().sql_url
+
+
+def run() -> None:
+    engine = make_engine(_url(), pool_size=1)
+    try:
+        with engine.begin() as connection:
+            if connection.dialect.name == "postgresql":
+                # An ALTER that waits behind a long query makes every later query wait behind itself: better to fail and try again.
+                connection.execute(text("SET LOCAL lock_timeout = '5s'"))
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+            context.configure(
+                connection=connection,
+                target_metadata=Base.metadata,
+                render_as_batch=connection.dialect.name == "sqlite",
+                compare_server_default=True,
+                user_module_prefix="core.database.",
+            )
+            with context.begin_transaction():
+                context.run_migrations()
+    finally:
+        engine.dispose()
+
+
+run()
