@@ -1,7 +1,7 @@
 """The one seam to object storage. A key is a plain relative path; a prefix means a folder and never half a name."""
 
 import datetime as dt
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -78,8 +78,12 @@ class ObjectStore(Protocol):
     def received_parts(self, key: str, upload_id: str) -> dict[int, int]:
         """Sizes of the parts that have come, by number. Empty once the upload is completed or aborted."""
 
-    def complete_upload(self, key: str, upload_id: str, *, size: int, sha256: str) -> None:
+    def complete_upload(
+        self, key: str, upload_id: str, *, size: int, sha256: str, part_sha256: Sequence[str] = ()
+    ) -> None:
         """Join the parts and verify the whole object by reading it once. Safe to repeat.
+
+        `part_sha256`: of every part in order, where the upload was begun with `signed_parts`.
 
         Raises checksum_mismatch, and then neither object nor parts are left.
         """

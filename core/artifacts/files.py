@@ -1,0 +1,74 @@
+"""Files that appear whole or not at all, and what an operating system's refusal means."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from core.artifacts.storage import wrong_checksum
+from core.errors import ErrorCode, NightpressError
+
+OWN = ".np-"  #: what our own files and folders beside objects begin with; keys can't
+
+
+def write_atomically(path: Path, pieces: Iterable[bytes], *, key: str, sha256: str | None, durable: bool) -> None:
+    """Write beside `path` and rename: `path` appears whole, with the SHA-256 asked for, or not at all.
+
+    `durable` syncs file and folder, so that a power cut can't take back what was answered.
+    """
+    temporary, target = _create_beside(path)
+    try:
+        digest = hashlib.sha256()
+        with target:
+            for piece in pieces:
+                if sha256 is not None:
+                    digest.update(piece)
+                target.write(piece)
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise wrong_checksum(key, sha256, digest.hexdigest())
+            if durable:
+                target.flush()
+                os.fsync(target.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _create_beside(path: Path) -> tuple[Path, BinaryIO]:
+    temporary = path.with_name(f"{OWN}{secrets.token_hex(8)}")
+    for _ in range(10):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A deletion may remove the empty folder between these two lines.
+        with contextlib.suppress(FileNotFoundError):
+            return temporary, temporary.open("xb")
+    raise FileNotFoundError(errno.ENOENT, "the folder vanishes again and again", str(path.parent))
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn an OSError into disk_full or storage_unavailable."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise NightpressError(
+                ErrorCode.DISK_FULL,
+                f"The disk is full: {what} could not be written.",
+                hint="Nothing half-made was kept. Free some space, or move the folder to a larger disk.",
+            ) from error
+        raise NightpressError(
+            ErrorCode.STORAGE_UNAVAILABLE,
+            f"{what} could not be read or written: {error.strerror or error}.",
+            hint="See that the folder exists and that this process may use it.",
+        ) from error
