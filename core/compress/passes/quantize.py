@@ -1,78 +1,104 @@
 """Quantization passes."""
 
-import json
-import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from safetensors import safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
+from core.compress.checkpoint import tensor_info
+from core.compress.executors.stream import Effect, Put, copy_companions, sweep
+from core.compress.export.compressed_tensors import write_config
 from core.compress.passes.context import PassContext
+from core.compress.solvers.grid import Grid, Workspace, pack, pack_zero_points, round_to_grid
 from core.handoff.report import LayerEffect, PassRecord
+from core.recipes.header import TensorInfo
 from core.recipes.passes import WeightOnly
 from core.recipes.plan import is_linear_weight
 
 
 def weight_only(source: Path, target: Path, options: WeightOnly, context: PassContext) -> PassRecord:
-    """Round every linear weight to the nearest step of its grid and write compressed-tensors `pack-quantized`."""
+    """Round every linear weight to the nearest step of its grid. `target` becomes a compressed-tensors `pack-quantized` model."""
     start = time.monotonic()
-    target.mkdir(parents=True)
-    linears = {one.name for one in context.header.tensors if is_linear_weight(one, options.ignore)}
-    layers, weight_map, total = [], {}, 0
-    for path in sorted(source.iterdir()):
-        if path.suffix != ".safetensors":
-            if path.name != "model.safetensors.index.json":
-                shutil.copyfile(path, target / path.name)
-            continue
-        out = {}
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                w = file.get_tensor(name)
-                if name not in linears:
-                    out[name] = w
-                    continue
-                top = 2 ** (options.bits - 1)
-                g = w.float().reshape(w.shape[0], -1, options.group_size or w.shape[1])
-                scale = (g.abs().amax(2, keepdim=True) / (top - 0.5)).clamp(min=1e-12).to(w.dtype).float()
-                q = (g / scale).round().clamp(-top, top - 1)
-                error = float((q * scale - g).norm() / g.norm())
-                module = name.removesuffix(".weight")
-                out[f"{module}.weight_packed"] = pack_to_int32(q.to(torch.int8).reshape(w.shape), options.bits)
-                out[f"{module}.weight_scale"] = scale.squeeze(2).to(w.dtype).contiguous()
-                out[f"{module}.weight_shape"] = torch.tensor(w.shape)
-                after = sum(t.nbytes for n, t in out.items() if n.startswith(module + ".weight_"))
-                layers.append(LayerEffect(name=module, bytes_before=w.nbytes, bytes_after=after, relative_error=error))
-        save_file(out, target / path.name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(out, path.name)
-        total += sum(t.nbytes for t in out.values())
-    if len(set(weight_map.values())) > 1:
-        (target / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    grid = Grid(options.bits, options.group_size, options.symmetric)
+
+    def choose(info: TensorInfo) -> "PackQuantized | None":
+        return PackQuantized(info, grid) if is_linear_weight(info, options.ignore) else None
+
+    swept = sweep(source, target, choose, context, recipe=options.model_dump_json())
+    copy_companions(source, target)
+    modules = [name.removesuffix(".weight") for name in swept.effects]
+    others = [
+        name.removesuffix(".weight")
+        for name, outputs in swept.outputs.items()
+        if name not in swept.effects and name.endswith(".weight") and len(outputs[0].shape) == 2
+    ]
+    write_config(target, grid, quantized=modules, kept=others)
+    sizes = {info.name: info.size for info in context.header.tensors}
+    layers = tuple(
+        LayerEffect(
+            name=name.removesuffix(".weight"),
+            bytes_before=sizes[name],
+            bytes_after=sum(out.size for out in swept.outputs[name]),
+            relative_error=effect.relative_error,
         )
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": [],
-        "config_groups": {
-            "group_0": {
-                "targets": [one.name for one in layers],
-                "weights": {
-                    "num_bits": options.bits,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "group" if options.group_size else "channel",
-                    "group_size": options.group_size,
-                },
-            }
-        },
-    }
-    (target / "config.json").write_text(json.dumps(config, indent=2))
-    context.progress(1.0, "rounded")
-    return PassRecord(
-        index=context.index, name="weight-only", seconds=time.monotonic() - start, summary={}, layers=tuple(layers)
+        for name, effect in swept.effects.items()
     )
+    total = sum(swept.effects.values(), Effect())
+    return PassRecord(
+        index=context.index,
+        name=options.pass_,
+        seconds=time.monotonic() - start,
+        summary={
+            "bits": options.bits,
+            "group_size": options.group_size,
+            "symmetric": options.symmetric,
+            "layers": len(layers),
+            "relative_error": total.relative_error,
+            "bytes_before": sum(sizes.values()),
+            "bytes_after": sum(out.size for outputs in swept.outputs.values() for out in outputs),
+        },
+        layers=layers,
+    )
+
+
+@dataclass(frozen=True)
+class PackQuantized:
+    """A linear weight as the tensors of compressed-tensors' `pack-quantized`."""
+
+    info: TensorInfo
+    grid: Grid
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        rows, columns = self.info.shape
+        per_word = 32 // self.grid.bits
+        groups = self.grid.groups(columns)
+        outputs = [
+            tensor_info(self._name("packed"), "I32", (rows, -(-columns // per_word))),
+            tensor_info(self._name("scale"), self.info.dtype, (rows, groups)),
+            tensor_info(self._name("shape"), "I64", (2,)),
+        ]
+        if not self.grid.symmetric:
+            outputs.append(tensor_info(self._name("zero_point"), "I32", (-(-rows // per_word), groups)))
+        return tuple(outputs)
+
+    @property
+    def row_step(self) -> int:
+        return 32 // self.grid.bits  # zero points are packed down the rows: no word may belong to two chunks
+
+    def __call__(self, rows: Tensor, first_row: int, put: Put, workspace: Workspace) -> Effect:
+        rounded = round_to_grid(rows, self.grid, workspace)
+        packed = pack(rounded.codes, self.grid.bits, workspace)
+        put(self._name("packed"), first_row * packed.shape[1] * 4, packed)
+        put(self._name("scale"), first_row * rounded.scale[0].nbytes, rounded.scale)
+        if rounded.zero_point is not None:
+            zero_points = pack_zero_points(rounded.zero_point, self.grid.bits)
+            put(self._name("zero_point"), first_row // self.row_step * zero_points[0].nbytes, zero_points)
+        if first_row == 0:
+            put(self._name("shape"), 0, torch.tensor(self.info.shape))
+        return Effect(rounded.squared_error, rounded.squared_norm)
+
+    def _name(self, part: str) -> str:
+        return f"{self.info.name}_{part}"

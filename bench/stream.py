@@ -1,0 +1,242 @@
+"""How fast `weight-only` presses a large model, beside `cp` of the same files, and how much memory it takes.
+
+    python bench/stream.py [--size-gb 4] [--repeats 3] [--folder DIR] [--json]
+
+Makes a Llama-like bf16 model of the size asked for in a temporary folder (twice its size of disk is needed beside it), then alternates
+`cp` and `weight-only` at 8 and 4 bits: *cold* drops the page cache before and counts fsync on both sides; *warm* reads from the page
+cache, and `cp` doesn't fsync there, while the pass always does. Speeds are source bytes a second; ratios are medians of neighbours.
+Exits 1 if a bar is missed: 0.8 of cp cold, 0.35 warm, 400 MB of anonymous memory.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HIDDEN, FEED_FORWARD, VOCABULARY, SHARD_BYTES = 2048, 5632, 32000, 10**9
+BARS = {"cold": 0.8, "warm": 0.35}
+MEMORY_BAR = 400 * 10**6
+
+
+def make_model(folder: Path, size: int) -> None:
+    """A model of about `size` bytes. One layer's random weights serve all: the speed doesn't depend on the values."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    square, wide = HIDDEN * HIDDEN, HIDDEN * FEED_FORWARD
+    layer_bytes = 2 * (4 * square + 3 * wide)
+    layers = max(1, round((size - 2 * 2 * VOCABULARY * HIDDEN) / layer_bytes))
+    noise = torch.randn(wide).mul_(0.02).bfloat16()
+
+    def weight(rows: int, columns: int, shift: int) -> Any:
+        return noise.roll(shift)[: rows * columns].view(rows, columns).clone()
+
+    blocks: list[dict[str, Any]] = [
+        {"model.embed_tokens.weight": noise.repeat(6)[: VOCABULARY * HIDDEN].view(VOCABULARY, HIDDEN)}
+    ]
+    for index in range(layers):
+        at = f"model.layers.{index}"
+        blocks.append(
+            {f"{at}.self_attn.{name}_proj.weight": weight(HIDDEN, HIDDEN, index) for name in "qkvo"}
+            | {f"{at}.mlp.{name}_proj.weight": weight(FEED_FORWARD, HIDDEN, index) for name in ("gate", "up")}
+            | {f"{at}.mlp.down_proj.weight": weight(HIDDEN, FEED_FORWARD, index)}
+            | {f"{at}.{name}_layernorm.weight": torch.ones(HIDDEN).bfloat16() for name in ("input", "post_attention")}
+        )
+    blocks.append(
+        {
+            "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
+            "lm_head.weight": blocks[0]["model.embed_tokens.weight"].clone(),
+        }
+    )
+    folder.mkdir(parents=True)
+    shard: dict[str, Any] = {}
+    weight_map: dict[str, str] = {}
+    total = number = 0
+    for last, block in [(block is blocks[-1], block) for block in blocks]:
+        shard |= block
+        if last or sum(one.nbytes for one in shard.values()) >= SHARD_BYTES:
+            number += 1
+            name = f"model-{number:05}.safetensors"
+            save_file(shard, folder / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, name)
+            total += sum(one.nbytes for one in shard.values())
+            shard = {}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "architectures": ["LlamaForCausalLM"],
+                "num_hidden_layers": layers,
+                "hidden_size": HIDDEN,
+            }
+        )
+    )
+
+
+def empty_page_cache(folder: Path) -> None:
+    """Everything if we may, otherwise the model's own pages."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    except OSError:
+        for path in folder.iterdir():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def fill_page_cache(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb", buffering=0) as file:
+            while file.read(8 * 1024**2):
+                pass
+
+
+def copy(source: Path, target: Path, *, sync: bool) -> float:
+    target.mkdir()
+    start = time.perf_counter()
+    subprocess.run(["cp", *sorted(map(str, source.iterdir())), str(target)], check=True)
+    if sync:
+        subprocess.run(["sync", *map(str, target.iterdir())], check=True)
+    return time.perf_counter() - start
+
+
+def press(source: Path, target: Path, bits: int, threads: int) -> dict[str, float]:
+    """In a process of its own, so that its memory is its own. The time counts the pass, not the imports."""
+    command = [sys.executable, __file__, "--child", str(source), str(target), str(bits), str(threads)]
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+    )
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+def child(source: Path, target: Path, bits: int, threads: int) -> None:
+    import threading
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from core.compress.checkpoint import read_shards
+    from core.compress.passes import MODEL_PASSES, PassContext
+    from core.recipes.header import ModelHeader
+    from core.recipes.passes import WeightOnly
+
+    header = ModelHeader(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        config={},
+        tensors=tuple(one.info for shard in read_shards(source) for one in shard.tensors),
+        has_tokenizer=True,
+    )
+    peak, stop = anonymous_bytes(), threading.Event()
+    before = peak
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.02):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work = target.with_name(target.name + "-work")
+    start, used = time.perf_counter(), time.process_time()
+    record = MODEL_PASSES["weight-only"](
+        source,
+        target,
+        WeightOnly.model_validate({"bits": bits}),
+        PassContext(header=header, work_dir=work, threads=threads),
+    )
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    stop.set()
+    watcher.join()
+    shutil.rmtree(work)
+    error = record.summary["relative_error"]
+    print(json.dumps({"seconds": seconds, "cpu_s": used, "memory": peak, "imported": before, "relative_error": error}))
+
+
+def anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this kernel doesn't say RssAnon")
+
+
+def measure(folder: Path, size_gb: float, repeats: int, threads: int) -> dict[str, Any]:
+    source, target = folder / "model", folder / "out"
+    make_model(source, round(size_gb * 1e9))
+    size = sum(path.stat().st_size for path in source.iterdir())
+    result: dict[str, Any] = {"size_bytes": size, "threads": threads, "cases": []}
+    for state in ("cold", "warm"):
+        runs: dict[int, list[dict[str, float]]] = {8: [], 4: []}
+        prepare = empty_page_cache if state == "cold" else fill_page_cache
+        for _ in range(repeats):
+            os.sync()
+            prepare(source)
+            reference = copy(source, target, sync=state == "cold")
+            shutil.rmtree(target)
+            for bits, seen in runs.items():
+                os.sync()
+                prepare(source)
+                seen.append({**press(source, target, bits, threads), "cp_s": reference})
+                shutil.rmtree(target)
+        for bits, seen in runs.items():
+            ratio = statistics.median(run["cp_s"] / run["seconds"] for run in seen)
+            memory = max(run["memory"] for run in seen)
+            result["cases"].append(
+                {
+                    "pages": state,
+                    "bits": bits,
+                    "gb_per_s": round(size / 1e9 / statistics.median(run["seconds"] for run in seen), 3),
+                    "cp_gb_per_s": round(size / 1e9 / statistics.median(run["cp_s"] for run in seen), 3),
+                    "ratio": round(ratio, 3),
+                    "bar": BARS[state],
+                    "cpu_s": round(statistics.median(run["cpu_s"] for run in seen), 2),
+                    "peak_anonymous_mb": round(memory / 1e6),
+                    "after_imports_mb": round(max(run["imported"] for run in seen) / 1e6),
+                    "relative_error": seen[0]["relative_error"],
+                    "met": ratio >= BARS[state] and memory < MEMORY_BAR,
+                }
+            )
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size-gb", type=float, default=4.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--folder", type=Path, help="where to put the model; a file system on a disk")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="nightpress-bench-") as folder:
+        result = measure(Path(folder), options.size_gb, options.repeats, options.threads)
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(f"{result['size_bytes'] / 1e9:.2f} GB of bf16 safetensors, {result['threads']} threads")
+        print(
+            f"{'pages':6}{'bits':>5}{'GB/s':>8}{'cp GB/s':>9}{'ratio':>7}{'bar':>6}{'CPU s':>7}{'peak anon MB':>14}{'(imports)':>11}"
+        )
+        for case in result["cases"]:
+            print(
+                f"{case['pages']:6}{case['bits']:5}{case['gb_per_s']:8.2f}{case['cp_gb_per_s']:9.2f}{case['ratio']:7.2f}{case['bar']:6.2f}"
+                f"{case['cpu_s']:7.2f}{case['peak_anonymous_mb']:14}{case['after_imports_mb']:11}  {'met' if case['met'] else 'MISSED'}"
+            )
+    return 0 if all(case["met"] for case in result["cases"]) else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+    else:
+        sys.exit(main())

@@ -1,0 +1,185 @@
+"""Integer grids: scales and zero points from a weight's range, rounding to the nearest step, and packing into 32-bit words.
+
+A grid of b bits has the codes −2^(b−1) … 2^(b−1)−1, and a code q stands for scale · (q − zero_point). Scales are rounded *up* to the
+dtype they are stored in, so that nothing is clipped by more than its rounding: |w − ŵ| ≤ scale/2 for every finite weight.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from core.errors import ErrorCode, NightpressError
+
+_SAME_SIZE_INT = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+#: The bit pattern of +∞: a magnitude's pattern at or above it is no finite number.
+_INFINITY_BITS = {
+    torch.bfloat16: 0x7F80,
+    torch.float16: 0x7C00,
+    torch.float32: 0x7F800000,
+    torch.float64: 0x7FF0000000000000,
+}
+_SMALLEST_SCALE = 2.0**-100  # its reciprocal is still finite in float32
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which codes there are and which weights share a scale."""
+
+    bits: int
+    group_size: int | None = None  #: inputs that share a scale; None: a whole row
+    symmetric: bool = True
+
+    @property
+    def top(self) -> int:
+        """One more than the largest code, e.g. 8 at 4 bits; also what is added to a code to make it unsigned."""
+        return int(2 ** (self.bits - 1))
+
+    def groups(self, columns: int) -> int:
+        """Scales a row. The columns must be a multiple of the group size."""
+        return 1 if self.group_size is None else columns // self.group_size
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight on a grid. Tensors may be views of a workspace: they hold until it is used again."""
+
+    codes: Tensor  #: int8 [out, in]
+    scale: Tensor  #: [out, groups], in the weight's dtype
+    zero_point: Tensor | None  #: int8 [out, groups]; None if symmetric
+    squared_error: float  #: Σ (w − ŵ)²
+    squared_norm: float  #: Σ w²
+
+
+@dataclass
+class Workspace:
+    """Buffers that one thread uses again for every chunk: allocating them anew costs more than the arithmetic."""
+
+    _flat: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor; whatever was taken under this name before is overwritten."""
+        count = 1
+        for dim in shape:
+            count *= dim
+        flat = self._flat.get((name, dtype))
+        if flat is None or flat.numel() < count:
+            flat = self._flat[name, dtype] = torch.empty(count, dtype=dtype)
+        return flat[:count].view(shape)
+
+
+def magnitude_bits(weight: Tensor, workspace: Workspace) -> Tensor:
+    """The bit patterns of |weight| as integers of its width. They sort as the magnitudes do, and compare several times faster than floats."""
+    integers = weight.view(_SAME_SIZE_INT[weight.dtype])
+    out = workspace.take("magnitude", tuple(weight.shape), integers.dtype)
+    return torch.bitwise_and(integers, torch.iinfo(integers.dtype).max, out=out)
+
+
+def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None) -> Rounded:
+    """Round a float weight [out, in] to the nearest codes. Raises NightpressError(numerical_failure) on NaN or infinity."""
+    workspace = workspace or Workspace()
+    rows, columns = weight.shape
+    groups = grid.groups(columns)
+    grouped = weight.reshape(rows * groups, -1)  # [G, g]
+    ranged: Callable[..., tuple[Tensor, Tensor | None]] = _symmetric_range if grid.symmetric else _asymmetric_range
+    scale, zero_point = ranged(grouped, grid, workspace)  # [G]
+    step = scale.double() if weight.dtype == torch.float64 else scale.float()
+    steps = workspace.take("steps", tuple(grouped.shape), step.dtype)  # the weight in units of its step
+    torch.mul(grouped, step.reciprocal().unsqueeze(1), out=steps)
+    norms = torch.linalg.vector_norm(steps, dim=1)
+    if zero_point is not None:
+        steps += zero_point.unsqueeze(1)
+    nearest = torch.round(steps, out=workspace.take("nearest", tuple(grouped.shape), step.dtype))
+    nearest.clamp_(-grid.top, grid.top - 1)
+    codes = workspace.take("codes", (rows, columns), torch.int8)
+    codes.view(grouped.shape).copy_(nearest)
+    errors = torch.linalg.vector_norm(steps.sub_(nearest), dim=1)
+    wide = step.double()
+    return Rounded(
+        codes=codes,
+        scale=scale.view(rows, groups),
+        zero_point=None if zero_point is None else zero_point.to(torch.int8).view(rows, groups),
+        squared_error=float((errors.double() * wide).square().sum()),
+        squared_norm=float((norms.double() * wide).square().sum()),
+    )
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """ŵ [out, in] in float32 (float64 for float64 scales)."""
+    wide = scale.double() if scale.dtype == torch.float64 else scale.float()
+    grouped = codes.reshape(*scale.shape, -1).to(wide.dtype)  # [out, groups, g]
+    if zero_point is not None:
+        grouped = grouped - zero_point.unsqueeze(2).to(wide.dtype)
+    return (grouped * wide.unsqueeze(2)).reshape(codes.shape)
+
+
+def pack(codes: Tensor, bits: int, workspace: Workspace | None = None) -> Tensor:
+    """Codes int8 [out, in] → int32 [out, ⌈in·bits/32⌉], the lowest bits first; what fills the last word up is zero.
+
+    The layout of compressed-tensors' `pack-quantized`. On a little-endian machine it is the codes, made unsigned, in their order.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"codes of {bits} bits are not packed here")
+    workspace = workspace or Workspace()
+    rows, columns = codes.shape
+    per_word = 32 // bits
+    padded = -(-columns // per_word) * per_word
+    unsigned = workspace.take("unsigned", (rows, padded), torch.uint8)
+    torch.add(codes.view(torch.uint8), 2 ** (bits - 1), out=unsigned[:, :columns])
+    unsigned[:, columns:] = 0
+    if bits == 8:
+        return unsigned.view(torch.int32)
+    pairs = unsigned.view(torch.int16)  # the even column in the low byte, the odd one in the high byte
+    merged = torch.bitwise_right_shift(pairs, 4, out=workspace.take("pairs", tuple(pairs.shape), torch.int16))
+    merged |= pairs
+    packed = workspace.take("packed", (rows, padded // 2), torch.uint8)
+    return packed.copy_(merged).view(torch.int32)
+
+
+def pack_zero_points(zero_point: Tensor, bits: int) -> Tensor:
+    """Zero points int8 [out, groups] → int32 [⌈out·bits/32⌉, groups]: packed down the rows, as `pack-quantized` wants them."""
+    return pack(zero_point.t().contiguous(), bits).t().contiguous()
+
+
+def _symmetric_range(grouped: Tensor, grid: Grid, workspace: Workspace) -> tuple[Tensor, None]:
+    largest = magnitude_bits(grouped, workspace).amax(dim=1)
+    if int(largest.max()) >= _INFINITY_BITS[grouped.dtype]:
+        raise _not_finite()
+    return _round_up(_widen(largest.view(grouped.dtype)) / (grid.top - 0.5), grouped.dtype), None
+
+
+def _asymmetric_range(grouped: Tensor, grid: Grid, workspace: Workspace) -> tuple[Tensor, Tensor]:
+    wide_dtype = torch.float64 if grouped.dtype == torch.float64 else torch.float32
+    wide = workspace.take("wide", tuple(grouped.shape), wide_dtype).copy_(grouped)
+    low, high = wide.amin(dim=1).clamp_(max=0), wide.amax(dim=1).clamp_(min=0)  # zero is always on the grid
+    spread = high - low
+    if not bool(torch.isfinite(spread).all()):
+        raise _not_finite()
+    scale = _round_up(spread / (2 * grid.top - 1), grouped.dtype)
+    return scale, torch.round(-grid.top - low / _widen(scale)).clamp_(-grid.top, grid.top - 1)
+
+
+def _widen(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest numbers of `dtype` that are no smaller than these positive ones."""
+    scale = scale.clamp_(min=_SMALLEST_SCALE)
+    stored = scale.to(dtype)
+    stored.view(_SAME_SIZE_INT[dtype]).add_(_widen(stored) < scale)  # the next pattern is the next number
+    return stored
+
+
+def _not_finite() -> NightpressError:
+    return NightpressError(
+        ErrorCode.NUMERICAL_FAILURE,
+        "A weight holds NaN or infinity.",
+        hint="The source model is damaged: export it again.",
+    )
