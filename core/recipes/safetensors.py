@@ -56,7 +56,7 @@ def read_safetensors_header(files: "ModelFiles", path: str, size: int) -> list[T
     header = _Header(files, path, length)
     found: list[tuple[TensorInfo, tuple[int, int]]] = []
     for name, raw in header.entries():
-        found.append(_tensor(path, name, raw))  # noqa: PERF401 - a flaw is told before the rest is read
+        found.append(_tensor(path, name, raw))
         if len(found) > MAX_TENSORS:
             raise malformed(path, f"it has more than {MAX_TENSORS} tensors")
     names = {tensor.name for tensor, _ in found}
