@@ -1,6 +1,5 @@
 """What both clients share around a request: headers, whether and when to try again, and reading the answer."""
 
-import importlib.metadata
 import random
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,9 +8,10 @@ import httpx
 
 from client.calls import Call
 from client.errors import ApiError, ClientError, UnreachableError, retry_after_of
+from core.version import VERSION
 
 Answer = TypeVar("Answer")
-VERSION = importlib.metadata.version("nightpress")
+
 _TRY_AGAIN = frozenset({502, 503, 504})
 
 
