@@ -259,6 +259,6 @@ def _registered_in_place(client: Client, folder: Path, name: str) -> ModelView |
     try:
         return client.models.register(str(folder), name)
     except ApiError as error:
-        if error.code in {ErrorCode.PATH_NOT_ALLOWED, ErrorCode.NOT_FOUND}:
+        if error.code in {ErrorCode.PATH_NOT_ALLOWED, ErrorCode.NOT_FOUND, ErrorCode.UNSUPPORTED_FORMAT}:
             return None
         raise

@@ -60,17 +60,18 @@ def explain(error: Exception) -> Exit:
     match error:
         case ApiError():
             output.fail(f"{error.message}{_places(error.errors)}", error.hint, reference=error.request_id)
-            return Exit.NOT_FOUND if error.code == ErrorCode.NOT_FOUND else Exit.API
+            return Exit.NOT_FOUND if error.code == ErrorCode.NOT_FOUND else Exit.REFUSED
         case UnreachableError():
             output.fail(error.message, error.hint)
-            return Exit.API
+            return Exit.REFUSED
         case TransferError() | ClientError():
             output.fail(error.message, error.hint)
             return Exit.LOCAL
         case NightpressError():
             output.fail(f"{error.message}{_places(error.details.get('faults', []))}", error.hint)
-            usage = {ErrorCode.INVALID_RECIPE: Exit.USAGE, ErrorCode.NOT_FOUND: Exit.NOT_FOUND}
-            return usage.get(error.code, Exit.JOB_FAILED)
+            if error.code == ErrorCode.NOT_FOUND:
+                return Exit.NOT_FOUND
+            return Exit.REFUSED if error.kind.status < 500 else Exit.JOB_FAILED
         case ValidationError():
             faults = [{"at": ".".join(map(str, one["loc"])), "problem": one["msg"]} for one in error.errors()]
             output.fail(
