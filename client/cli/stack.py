@@ -121,29 +121,25 @@ def await_ready(process: "subprocess.Popen[bytes]", settings: Settings, patience
     Raises ClientError with the end of its log if it ends or takes too long.
     """
     deadline = time.monotonic() + patience_s
+    client: Client | None = None
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise ClientError(f"The stack ended as it started (status {process.returncode}).", hint=_log_end(settings))
-        if (client := _answering(settings)) is not None:
+        url = read_devstack(settings).get("api_url")
+        if client is None and isinstance(url, str) and settings.key_file.exists():
+            client = Client(url, settings.key_file.read_text().strip(), retries=0)
+        if client is not None and _answers(client):
             return client
         time.sleep(0.1)
     process.terminate()
     raise ClientError(f"The stack was not ready after {patience_s:g} s.", hint=_log_end(settings))
 
 
-def _answering(settings: Settings) -> Client | None:
-    url = read_devstack(settings).get("api_url")
-    if not isinstance(url, str) or not settings.key_file.exists():
-        return None
-    key = settings.key_file.read_text().strip()
-    client = Client(url, key, retries=0)
+def _answers(client: Client) -> bool:
     try:
-        if client.ready().status == "ok" and client.workers():
-            return client
+        return client.ready().status == "ok" and bool(client.workers())
     except UnreachableError:
-        pass
-    client.close()
-    return None
+        return False
 
 
 def _log_end(settings: Settings, lines: int = 12) -> str:

@@ -195,28 +195,28 @@ def test_logs_are_read_and_followed(face: Face, nightpress: Client, job: JobView
     assert [line.text for line in nightpress.jobs.logs(job.id, follow=True)][:3] == ["line 0", "line 1", "line 2"]
 
 
-def test_waiting_outlasts_a_restart_of_the_api(tmp_path: Path, bert_tiny: Path):
-    own = Face(tmp_path)
-    own.start()
-    try:
-        with own.client(retries=0) as one:
-            job = one.jobs.submit(one.models.upload(bert_tiny).id, RECIPE)
-            claimed = own.claim()
-            views: list[JobView] = []
-            waiting = threading.Thread(
-                target=lambda: views.append(one.jobs.wait(job.id, poll_s=0.1, on_update=views.append))
-            )
-            waiting.start()
-            own.stop()
-            own.store.renew(claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.5))
-            own.succeed(claimed)
-            own.start()
-            waiting.join(30)
-            assert views[-1].state == "succeeded"
-            with pytest.raises(TimeoutError):
-                one.jobs.wait(one.jobs.retry(job.id).id, timeout_s=0.2)
-    finally:
-        own.close()
+def test_waiting_outlasts_a_restart_of_the_api(face: Face, job: JobView):
+    claimed = face.claim()
+    with face.client(retries=0) as one:
+        views: list[JobView] = []
+        ended: list[JobView] = []
+        waiting = threading.Thread(
+            target=lambda: ended.append(one.jobs.wait(job.id, poll_s=0.1, on_update=views.append))
+        )
+        waiting.start()
+        face.stop()
+        face.store.renew(claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.5))
+        face.succeed(claimed)
+        face.start()
+        waiting.join(30)
+        assert [one.state for one in ended] == ["succeeded"]
+        assert views[-1] == ended[0]
+
+
+def test_waiting_ends_in_time_and_leaves_the_job_alone(nightpress: Client, job: JobView):
+    with pytest.raises(TimeoutError):
+        nightpress.jobs.wait(job.id, timeout_s=0.2)
+    assert nightpress.jobs.get(job.id).state == "queued"
 
 
 def test_artifacts_arrive_whole_over_a_bad_line(face: Face, proxy: CuttingProxy, job: JobView, tmp_path: Path):
