@@ -23,6 +23,7 @@ def quantize_onnx(graph: Path, target: Path, options: DynamicInt8) -> tuple[Laye
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(graph)
+    _fold_transposes(onnx, model)
     constants = {one.name: one for one in model.graph.initializer}
     effects: list[LayerEffect] = []
     ignored: list[str] = []
@@ -48,6 +49,21 @@ def quantize_onnx(graph: Path, target: Path, options: DynamicInt8) -> tuple[Laye
             extra_options={"MatMulConstBOnly": True},
         )
     return tuple(effects)
+
+
+def _fold_transposes(onnx: Any, model: Any) -> None:
+    """A weight tied to an embedding table reaches its product through a Transpose, behind which the quantizer finds no constant."""
+    constants = {one.name: one for one in model.graph.initializer}
+    kept = []
+    for node in model.graph.node:
+        table = constants.get(node.input[0]) if node.op_type == "Transpose" else None
+        if table is None or len(table.dims) != 2:
+            kept.append(node)
+            continue
+        turned = onnx.numpy_helper.from_array(np.ascontiguousarray(_array(onnx, table).T), node.output[0])
+        model.graph.initializer.append(turned)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 def _quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], options: DynamicInt8) -> list[LayerEffect]:
@@ -100,10 +116,12 @@ def quantize_openvino(model: Any, options: DynamicInt8) -> tuple[LayerEffect, ..
         if kind not in {"MatMul", "Gather"}:
             continue
         port = node.input(1 if kind == "MatMul" else 0)
-        constant = port.get_source_output().get_node()
+        constant, turned = port.get_source_output().get_node(), False
+        if kind == "MatMul" and constant.get_type_name() == "Transpose":  # a weight tied to an embedding table
+            constant, turned = constant.input_value(0).get_node(), True
         if constant.get_type_name() != "Constant" or constant.get_element_type() != Type.f32:
             continue
-        weight: Weights = constant.data
+        weight: Weights = np.ascontiguousarray(constant.data.T) if turned else constant.data
         name = node.get_friendly_name()
         if weight.ndim != 2 or weight.size < _FEWEST:
             continue
