@@ -27,11 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Bell:
-    """When a queue is rung next. The pause doubles while ringing changes nothing."""
+    """When a queue is rung next. The pause doubles until the queue has been empty once."""
 
-    seen: tuple[int, int]
     pause_s: float
-    next_at: float
+    next_at: float = 0.0
 
 
 class Control:
@@ -70,13 +69,10 @@ class Control:
     def _ring_queues(self) -> None:
         """Ring where there is work and a worker is idle. A busy worker looks for work by itself when it is done."""
         work = self._store.queues_with_work()
-        idle: list[str] = [one.queue for one in self._store.workers() if one.state == "idle"] if work else []
-        for queue, count in work.items():
-            seen = (count, idle.count(queue))
-            bell = self._bells.get(queue)
-            if bell is None or bell.seen != seen:
-                bell = self._bells[queue] = _Bell(seen, self._settings.tick_s, 0.0)
-            if seen[1] and time.monotonic() >= bell.next_at:
+        self._bells = {queue: self._bells.get(queue) or _Bell(self._settings.tick_s) for queue in work}
+        idle: set[str] = {worker.queue for worker in self._store.workers() if worker.state == "idle"} if work else set()
+        for queue, bell in self._bells.items():
+            if queue in idle and time.monotonic() >= bell.next_at:
                 self._ring(queue)
                 bell.next_at = time.monotonic() + bell.pause_s
                 bell.pause_s = min(2 * bell.pause_s, _LONGEST_PAUSE_S)
