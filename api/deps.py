@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ParamSpec, TypeVar
 
-from core.registry.datasets import DataSetRegistry
-from core.registry.models import ModelRegistry
 from fastapi import Depends, Query, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import Engine
 
 from api.metrics import ApiMetrics
@@ -21,6 +18,8 @@ from core.errors import ErrorCode, NightpressError
 from core.jobs.ring import Ringer
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
+from core.registry.datasets import DataSetRegistry
+from core.registry.models import ModelRegistry
 from core.settings import Settings
 
 P = ParamSpec("P")
@@ -55,11 +54,14 @@ class Services:
         return await asyncio.get_running_loop().run_in_executor(self.transfers, partial(function, *args, **kwargs))
 
 
-_bearer = HTTPBearer(
-    auto_error=False,
-    scheme_name="ApiKey",
-    description="An API key, `np_…`. `python -m core.access create-key` makes one.",
-)
+#: Stands in the OpenAPI document. Keys are read by hand below: a dependency of a dependency costs each request as much as its SQL.
+API_KEY_SCHEME = {
+    "ApiKey": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An API key, `np_…`. `nightpress up` writes one to its data folder; `python -m core.access create-key` makes more.",
+    }
+}
 
 
 async def services(request: Request) -> Services:
@@ -67,25 +69,25 @@ async def services(request: Request) -> Services:
     return found
 
 
-async def authenticated(
-    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-    services: Annotated[Services, Depends(services)],
-) -> Principal:
+async def authenticated(request: Request) -> Principal:
     """A dependency: whose key the request carries. A key seen in the last seconds costs no SQL."""
-    if given is None:
+    scheme, _, plain = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not plain:
         raise NightpressError(
             ErrorCode.UNAUTHENTICATED,
             "The request carries no API key.",
             hint="Send `Authorization: Bearer np_…`. `nightpress up` writes a key to its data folder.",
         )
-    known = services.keys.cached(given.credentials)
-    return known if known is not None else await services.call(services.keys.authenticate, given.credentials)
+    services: Services = request.app.state.services
+    known = services.keys.cached(plain.strip())
+    return known if known is not None else await services.call(services.keys.authenticate, plain.strip())
 
 
-def needs(scope: str) -> Callable[..., Awaitable[Principal]]:
+def needs(scope: str) -> Callable[[Request], Awaitable[Principal]]:
     """A dependency: the caller, whose key must allow `scope`."""
 
-    async def allowed(caller: Annotated[Principal, Depends(authenticated)]) -> Principal:
+    async def allowed(request: Request) -> Principal:
+        caller = await authenticated(request)
         if scope not in caller.scopes and "admin" not in caller.scopes:
             raise NightpressError(
                 ErrorCode.FORBIDDEN,
