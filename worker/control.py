@@ -15,6 +15,7 @@ from core.jobs.ring import Ringer
 from core.jobs.store import JobStore
 from core.logs import configure_logging
 from core.settings import Settings, load_settings
+from worker.health import mark_alive
 
 _SWEEP_EVERY_S = 60.0
 _ABANDONED_S = 3600.0  #: a lost attempt's files are swept so long after its end
@@ -101,6 +102,7 @@ def main() -> int:
     log.info("The control process ticks every %g s.", settings.tick_s)
     while not stop.is_set():
         control.tick()
+        mark_alive(settings.data_dir, "control")
         stop.wait(settings.tick_s)
     ringer.close()
     engine.dispose()
