@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 from fastapi import Depends, Query, Request
 from sqlalchemy import Engine
@@ -15,12 +15,14 @@ from api.tail import Tail
 from core.access.keys import KeyRing, Principal
 from core.artifacts.storage import ObjectStore
 from core.errors import ErrorCode, NightpressError
-from core.jobs.ring import Ringer
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
 from core.registry.datasets import DataSetRegistry
 from core.registry.models import ModelRegistry
 from core.settings import Settings
+
+if TYPE_CHECKING:
+    from core.jobs.ring import Ringer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,7 +43,7 @@ class Services:
     datasets: DataSetRegistry
     objects: ObjectStore
     keys: KeyRing
-    ringer: Ringer
+    ringer: "Ringer"
     tail: Tail
     metrics: ApiMetrics
 
