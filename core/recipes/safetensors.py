@@ -46,10 +46,10 @@ def read_safetensors_header(files: "ModelFiles", path: str, size: int) -> list[T
     start = files.read(path, 0, 8)
     if len(start) < 8 or size < 10:
         raise malformed(path, "it is too short for a safetensors file")
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        raise malformed(path, "it is a pickle or an archive under another name, and is not opened here")
     length = int.from_bytes(start, "little")
     limit = min(_HEADER_BYTES, max(_SMALL_HEADER_BYTES, size // _HEADER_SHARE))
+    if length > limit and (start[:2] == b"PK" or start[:1] == b"\x80"):
+        raise malformed(path, "it is a pickle or an archive under another name, and is not opened here")
     if length > limit:
         raise malformed(path, f"its header claims {length} bytes; at most {limit} make sense in this file")
     if 8 + length > size:
