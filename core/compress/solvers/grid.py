@@ -47,8 +47,8 @@ class Rounded:
     codes: Tensor  #: int8 [out, in]
     scale: Tensor  #: [out, groups], in the weight's dtype
     zero_point: Tensor | None  #: int8 [out, groups]; None if symmetric
-    squared_error: float  #: Σ (w − ŵ)²
-    squared_norm: float  #: Σ w²
+    squared_error: float  #: Σ (w − ŵ)² over the measured rows
+    squared_norm: float  #: Σ w² over the same rows
 
 
 @dataclass
@@ -78,8 +78,11 @@ def magnitude_bits(weight: Tensor, workspace: Workspace) -> Tensor:
     return torch.bitwise_and(integers, torch.iinfo(integers.dtype).max, out=out)
 
 
-def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None) -> Rounded:
-    """Round a float weight [out, in] to the nearest codes. Raises NightpressError(numerical_failure) on NaN or infinity."""
+def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None, *, measure_every: int = 1) -> Rounded:
+    """Round a float weight [out, in] to the nearest codes, and measure the error of every n-th row, from the first.
+
+    Raises NightpressError(numerical_failure) on NaN or infinity.
+    """
     workspace = workspace or Workspace()
     rows, columns = weight.shape
     groups = grid.groups(columns)
@@ -87,28 +90,30 @@ def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None
     ranged: Callable[..., tuple[Tensor, Tensor | None]] = _symmetric_range if grid.symmetric else _asymmetric_range
     scale, zero_point = ranged(grouped, grid, workspace)  # [G]
     step = _widen(scale)
-    steps = workspace.take("steps", tuple(grouped.shape), step.dtype)  # the weight in units of its step
-    torch.mul(grouped, step.reciprocal().unsqueeze(1), out=steps)
-    norms = torch.linalg.vector_norm(steps, dim=1)
-    if zero_point is not None:
-        steps += zero_point.unsqueeze(1)
-    nearest = torch.round(steps, out=workspace.take("nearest", tuple(grouped.shape), step.dtype))
-    nearest.clamp_(-grid.top, grid.top - 1)
-    codes = workspace.take("codes", (rows, columns), torch.int8)
-    codes.view(grouped.shape).copy_(nearest)
-    squared_error = _sum_squares(torch.linalg.vector_norm(steps.sub_(nearest), dim=1), step)
-    if not math.isfinite(squared_error):  # a NaN or infinity anywhere has come through to here
+    if not math.isfinite(float(step.sum())):
         raise NightpressError(
             ErrorCode.NUMERICAL_FAILURE,
             "A weight holds NaN or infinity.",
             hint="The source model is damaged: export it again.",
         )
+    steps = workspace.take("steps", tuple(grouped.shape), step.dtype)  # the weight in units of its step
+    torch.mul(grouped, step.reciprocal().unsqueeze(1), out=steps)
+    measured = steps.view(rows, groups, -1)[::measure_every]
+    measured_step = step.view(rows, groups)[::measure_every]
+    norms = torch.linalg.vector_norm(measured, dim=2)
+    if zero_point is not None:
+        steps += zero_point.unsqueeze(1)
+    errors = workspace.take("errors", tuple(measured.shape), step.dtype).copy_(measured)
+    steps.round_().clamp_(-grid.top, grid.top - 1)
+    errors -= measured
+    codes = workspace.take("codes", (rows, columns), torch.int8)
+    codes.view(grouped.shape).copy_(steps)
     return Rounded(
         codes=codes,
         scale=scale.view(rows, groups),
         zero_point=None if zero_point is None else zero_point.to(torch.int8).view(rows, groups),
-        squared_error=squared_error,
-        squared_norm=_sum_squares(norms, step),
+        squared_error=_sum_squares(torch.linalg.vector_norm(errors, dim=2), measured_step),
+        squared_norm=_sum_squares(norms, measured_step),
     )
 
 
@@ -164,7 +169,7 @@ def _asymmetric_range(grouped: Tensor, grid: Grid, workspace: Workspace) -> tupl
 
 def _sum_squares(norms: Tensor, step: Tensor) -> float:
     """Σ (norm · step)²: from units of steps to units of weights."""
-    scaled = (norms * step).double()
+    scaled = (norms * step).double().view(-1)
     return float(torch.dot(scaled, scaled))
 
 
