@@ -102,7 +102,7 @@ def test_every_weight_is_within_half_a_step_and_the_rest_untouched(
     for name, one in back.items():
         scale = after[f"{name}_scale"].double()
         steps = scale.repeat_interleave(one.shape[1] // scale.shape[1], dim=1)
-        assert float(((one.double() - before[name].double()).abs() / steps).max()) <= 0.5 + 2e-5
+        assert float(((one.double() - before[name].double()).abs() / steps).max()) <= 0.5 + 5e-5
     for name in set(before) - linears:
         assert torch.equal(before[name], after[name])
     errors = {f"{one.name}.weight": one.relative_error for one in record.layers}
