@@ -9,7 +9,7 @@ from core.logs import configure_logging
 from core.settings import load_settings
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Ends event streams first: uvicorn would wait for their readers, who would wait for the jobs."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=10,
     )
-    _Server(config).run()
+    Server(config).run()
 
 
 if __name__ == "__main__":

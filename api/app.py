@@ -7,6 +7,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+from core.registry.datasets import DataSetRegistry
+from core.registry.models import ModelRegistry
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import RedirectResponse
@@ -26,8 +28,6 @@ from core.jobs.positions import read_positions
 from core.jobs.ring import Ringer
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
-from core.registry.datasets import DataSetRegistry
-from core.registry.models import ModelRegistry
 from core.schemas import Problem
 from core.settings import Settings
 

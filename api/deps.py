@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ParamSpec, TypeVar
 
+from core.registry.datasets import DataSetRegistry
+from core.registry.models import ModelRegistry
 from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import Engine
@@ -19,8 +21,6 @@ from core.errors import ErrorCode, NightpressError
 from core.jobs.ring import Ringer
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
-from core.registry.datasets import DataSetRegistry
-from core.registry.models import ModelRegistry
 from core.settings import Settings
 
 P = ParamSpec("P")
@@ -78,8 +78,8 @@ async def authenticated(
             "The request carries no API key.",
             hint="Send `Authorization: Bearer np_…`. `nightpress up` writes a key to its data folder.",
         )
-    caller = services.keys.cached(given.credentials)
-    return caller or await services.call(services.keys.authenticate, given.credentials)
+    known = services.keys.cached(given.credentials)
+    return known if known is not None else await services.call(services.keys.authenticate, given.credentials)
 
 
 def needs(scope: str) -> Callable[..., Awaitable[Principal]]:

@@ -7,12 +7,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
+from core.jobs.queries import QUEUES
 from core.jobs.records import JobStatistics, Worker
 from core.jobs.states import ALL_STATES
 
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
-_QUEUES = ("cpu", "gpu")
 _WORKER_STATES = ("idle", "busy", "draining", "lost")
 
 
@@ -67,7 +67,7 @@ class _Queue(Collector):
         age = GaugeMetricFamily(
             "nightpress_queue_oldest_seconds", "Age of the oldest job that could run now.", labels=("queue",)
         )
-        for queue in _QUEUES:
+        for queue in QUEUES:
             for state in ALL_STATES:
                 jobs.add_metric((queue, state), self._statistics.jobs.get((queue, state), 0))
             depth.add_metric((queue,), self._statistics.jobs.get((queue, "queued"), 0))
@@ -76,8 +76,8 @@ class _Queue(Collector):
         for code, count in sorted(self._statistics.failures.items()):
             failures.add_metric((code,), count)
         workers = GaugeMetricFamily("nightpress_workers", "Workers by queue and state.", labels=("queue", "state"))
-        for queue in _QUEUES:
-            for state in _WORKER_STATES:
-                found = sum(one.queue == queue and one.state == state for one in self._workers)
-                workers.add_metric((queue, state), found)
+        for queue in QUEUES:
+            for doing in _WORKER_STATES:
+                found = sum(one.queue == queue and one.state == doing for one in self._workers)
+                workers.add_metric((queue, doing), found)
         return (jobs, depth, age, failures, workers)

@@ -65,7 +65,7 @@ def problem_body(
         errors=faults if faults is not None else error.details.get("faults", []),
     ).model_dump(mode="json")
     extra = {key: value for key, value in error.details.items() if key not in body and key != "faults"}
-    return json.loads(json.dumps(extra, default=str)) | body
+    return {**json.loads(json.dumps(extra, default=str)), **body}
 
 
 def problem_headers(error: NightpressError, status: int | None = None) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol
+from typing import TypeVar
 
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
@@ -11,7 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from api.deps import Services
 from core.errors import ErrorCode, NightpressError
 from core.jobs.positions import Position
-from core.jobs.records import Job
+from core.jobs.records import Event, Job, LogLine
 from core.schemas import TERMINAL_STATES
 
 MEDIA_TYPE = "text/event-stream"
@@ -21,15 +21,7 @@ _PAGE = 200
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-class Line(Protocol):
-    """An event or a log line."""
-
-    @property
-    def seq(self) -> int: ...
-
-
-class Read(Protocol):
-    def __call__(self, job_id: str, *, after: int, limit: int) -> Sequence[Line]: ...
+Line = TypeVar("Line", Event, LogLine)
 
 
 def wants_stream(request: Request) -> bool:
@@ -54,7 +46,7 @@ async def stream(
     job: Job,
     *,
     after: int,
-    read: Read,
+    read: Callable[..., Sequence[Line]],
     newest: Callable[[Position], int],
     frame: Callable[[Line], str],
 ) -> Response:
@@ -74,7 +66,7 @@ async def _frames(
     services: Services,
     job: Job,
     after: int,
-    read: Read,
+    read: Callable[..., Sequence[Line]],
     newest: Callable[[Position], int],
     frame: Callable[[Line], str],
 ) -> AsyncIterator[str]:

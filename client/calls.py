@@ -34,6 +34,7 @@ from core.schemas import (
 )
 
 Answer = TypeVar("Answer")
+_HASHING_S = 3600.0  #: to read a model of some terabytes from a server's disk
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Call(Generic[Answer]):
     json: Any = None
     headers: Mapping[str, str] = field(default_factory=dict)
     accept: frozenset[int] = frozenset()  #: statuses ≥ 400 that are answers and not errors
+    timeout_s: float | None = None  #: where the server has long work to do before it can answer
 
 
 def _reader(kind: Any) -> Callable[[httpx.Response], Any]:
@@ -56,14 +58,9 @@ def _reader(kind: Any) -> Callable[[httpx.Response], Any]:
 
 
 def _items(kind: Any) -> Callable[[httpx.Response], Any]:
-    """Read a list, whether it comes bare or as a page."""
-    bare: TypeAdapter[Any] = TypeAdapter(list[kind])
-
-    def read(response: httpx.Response) -> Any:
-        raw = response.json()
-        return bare.validate_python(raw["items"] if isinstance(raw, dict) else raw)
-
-    return read
+    """Read a page for its items: for lists that never need a second one."""
+    adapter: TypeAdapter[Any] = TypeAdapter(Page[kind])
+    return lambda response: adapter.validate_json(response.content).items
 
 
 def _nothing(_response: httpx.Response) -> None:
@@ -98,7 +95,8 @@ def _given(**params: object) -> list[tuple[str, str]]:
 
 
 def create_model(request: ModelCreate) -> Call[ModelView]:
-    return Call("POST", "/v1/models", _MODEL, repeatable=False, json=request.model_dump(mode="json"))
+    body = request.model_dump(mode="json")
+    return Call("POST", "/v1/models", _MODEL, repeatable=False, json=body, timeout_s=_HASHING_S)
 
 
 def get_model(model: str) -> Call[ModelView]:
@@ -114,7 +112,8 @@ def delete_model(model: str) -> Call[None]:
 
 
 def create_data_set(request: DataSetCreate) -> Call[DataSetView]:
-    return Call("POST", "/v1/datasets", _DATA_SET, repeatable=False, json=request.model_dump(mode="json"))
+    body = request.model_dump(mode="json")
+    return Call("POST", "/v1/datasets", _DATA_SET, repeatable=False, json=body, timeout_s=_HASHING_S)
 
 
 def get_data_set(data_set: str) -> Call[DataSetView]:
@@ -135,7 +134,11 @@ def uploads(kind: str, subject: str) -> Call[list[UploadFile]]:
 
 
 def complete(kind: str, subject: str) -> Call[None]:
-    return Call("POST", _path(kind, subject, "complete"), _nothing, repeatable=False)
+    return Call("POST", _path(kind, subject, "complete"), _nothing, repeatable=False, timeout_s=_HASHING_S)
+
+
+def upload_state(kind: str, subject: str) -> Call[str]:
+    return Call("GET", _path(kind, subject), lambda response: str(response.json()["state"]))
 
 
 # Recipes -------------------------------------------------------------------------------------------------------------

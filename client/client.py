@@ -220,7 +220,12 @@ def _send_files(
         return client.send(calls.uploads(kind, subject))
 
     transfers.upload(files or missing(), sources, missing)
-    client.send(calls.complete(kind, subject))
+    try:
+        client.send(calls.complete(kind, subject))
+    except UnreachableError:
+        # The answer was lost, perhaps not the request: asking what came of it is safe, completing twice is not.
+        if client.send(calls.upload_state(kind, subject)) != "ready":
+            raise
 
 
 class Recipes(_Resource):

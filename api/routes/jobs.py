@@ -70,7 +70,7 @@ _EXAMPLES = {
 async def create_job(
     caller: JobsWriter,
     services: ServicesDep,
-    body: Annotated[JobCreate, Body(openapi_examples=_EXAMPLES)],  # type: ignore[arg-type]
+    body: Annotated[JobCreate, Body(openapi_examples=_EXAMPLES)],
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     job, created = await services.call(services.jobs.submit, caller.tenant_id, body, idempotency_key)

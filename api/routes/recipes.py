@@ -63,7 +63,7 @@ async def one_recipe(name: str, _caller: JobsReader) -> Response:
 async def validate_recipe(
     caller: JobsReader,
     services: ServicesDep,
-    body: Annotated[ValidateRequest, Body(openapi_examples=_EXAMPLES)],  # type: ignore[arg-type]
+    body: Annotated[ValidateRequest, Body(openapi_examples=_EXAMPLES)],
 ) -> Response:
     return answer(ValidateView(plan=await services.call(_plan, services, caller.tenant_id, body)))
 

@@ -44,7 +44,7 @@ async def job_artifacts(job_id: str, caller: JobsReader, services: ServicesDep) 
 async def artifact_file(
     request: Request,
     job_id: str,
-    format: str,
+    format: str,  # noqa: A002 - it is the word in the address
     path: str,
     caller: JobsReader,
     services: ServicesDep,

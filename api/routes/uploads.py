@@ -1,33 +1,144 @@
 """Taking the files of a model or a data set: the same requests for both."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Annotated, Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Annotated, Protocol
 
 from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from api.deps import ModelsReader, ModelsWriter, Services, ServicesDep
+from api.deps import ModelsWriter, Services, ServicesDep
 from api.problems import documented
 from api.routes import answer
 from core.errors import ErrorCode, NightpressError
-from core.schemas import UploadFile
+from core.schemas import Page, UploadFile
 
 _PIECE = 1024**2  #: bytes handed to the store's thread at a time
 _PATIENCE_S = 60.0  #: a client that sends nothing for so long has gone
 
 
-class Subject(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
 class Registry(Protocol):
-    """What the registries of models and of data sets have in common."""
+    """What the registries of models and of data sets have in common. `reference` is an id or a name."""
 
-    def get(self, tenant_id: str, reference: str, /) -> Any: ...
-    def uploads(self, subject_id: str, /) -> list[UploadFile]: ...
-    def receive_part(self, subject_id: str, path: str, number: int, stream: Iterator[bytes], size: int, /) -> None: ...
-    def complete(self, subject_id: str, /) -> Any: ...
-    def delete(self, subject_id: str, /) -> None: ...
+    def uploads(self, tenant_id: str, reference: str) -> list[UploadFile]: ...
+
+    def receive_part(
+        self, tenant_id: str, reference: str, path: str, number: int, pieces: Iterator[bytes], size: int
+    ) -> None: ...
+
+    def complete(self, tenant_id: str, reference: str) -> BaseModel: ...
+
+    def delete(self, tenant_id: str, reference: str) -> None: ...
+
+
+def add_upload_routes(
+    router: APIRouter, registry: Callable[[Services], Registry], view: type[BaseModel], what: str
+) -> None:
+    """Add `uploads`, `parts`, `complete` and DELETE below `/{reference}` of a router."""
+
+    @router.get(
+        "/{reference}/uploads",
+        response_model=Page[UploadFile],
+        summary="The parts still to be sent, with fresh addresses",
+        responses=documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE),
+    )
+    async def uploads(reference: str, caller: ModelsWriter, services: ServicesDep) -> Response:
+        files = await services.transfer(registry(services).uploads, caller.tenant_id, reference)
+        return answer(Page[UploadFile](items=files))
+
+    @router.put(
+        "/{reference}/parts/{number}",
+        status_code=204,
+        response_class=Response,
+        summary="Send one part through the API",
+        description="Where `uploads` names addresses here rather than at the object storage. The body is the part's bytes as they are.",
+        responses=documented(
+            ErrorCode.NOT_FOUND,
+            ErrorCode.CONFLICT,
+            ErrorCode.CHECKSUM_MISMATCH,
+            ErrorCode.PAYLOAD_TOO_LARGE,
+            ErrorCode.STORAGE_UNAVAILABLE,
+        ),
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+            }
+        },
+    )
+    async def receive_part(
+        request: Request,
+        reference: str,
+        number: Annotated[int, Path(ge=1, le=10_000)],
+        path: Annotated[str, Query(min_length=1, max_length=512, description="The file's announced path.")],
+        caller: ModelsWriter,
+        services: ServicesDep,
+    ) -> Response:
+        pieces = _pieces(request, asyncio.get_running_loop())
+        size = _announced_size(request)
+        await services.transfer(
+            registry(services).receive_part, caller.tenant_id, reference, path, number, pieces, size
+        )
+        return Response(status_code=204)
+
+    @router.post(
+        "/{reference}/complete",
+        response_model=view,
+        summary=f"All parts are sent: verify the files and make the {what} ready",
+        responses=documented(
+            ErrorCode.NOT_FOUND,
+            ErrorCode.CONFLICT,
+            ErrorCode.CHECKSUM_MISMATCH,
+            ErrorCode.MALFORMED_MODEL,
+            ErrorCode.STORAGE_UNAVAILABLE,
+        ),
+    )
+    async def complete(reference: str, caller: ModelsWriter, services: ServicesDep) -> Response:
+        return answer(await services.transfer(registry(services).complete, caller.tenant_id, reference))
+
+    @router.delete(
+        "/{reference}",
+        status_code=204,
+        response_class=Response,
+        summary=f"Delete a {what}, or give up its upload",
+        responses=documented(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.STORAGE_UNAVAILABLE),
+    )
+    async def delete(reference: str, caller: ModelsWriter, services: ServicesDep) -> Response:
+        await services.transfer(registry(services).delete, caller.tenant_id, reference)
+        return Response(status_code=204)
+
+
+def _announced_size(request: Request) -> int:
+    raw = request.headers.get("content-length", "")
+    if not raw.isdigit():
+        raise NightpressError(
+            ErrorCode.INVALID_REQUEST, "The part's length is not known.", hint="Send it with a Content-Length header."
+        )
+    return int(raw)
+
+
+def _pieces(request: Request, loop: asyncio.AbstractEventLoop) -> Iterator[bytes]:
+    """The body, for a thread: it asks the event loop for each piece, so that no more than one is ever held."""
+    chunks = request.stream()
+
+    async def gather() -> bytes:
+        piece = bytearray()
+        async for chunk in chunks:
+            piece += chunk
+            if len(piece) >= _PIECE:
+                break
+        return bytes(piece)
+
+    while True:
+        try:
+            piece = asyncio.run_coroutine_threadsafe(gather(), loop).result(_PATIENCE_S)
+        except TimeoutError:
+            raise NightpressError(
+                ErrorCode.INVALID_REQUEST,
+                "The part stopped coming.",
+                hint="Send it again; parts that arrived are kept.",
+            ) from None
+        if not piece:
+            return
+        yield piece

@@ -241,7 +241,7 @@ class JobStore(JobSubmitter):
         guarded = (
             update(jobs)
             .where(*_holds(lease, Trigger.RENEW))
-            .values(log_seq=_columns.log_seq + len(lines))
+            .values(log_seq=_columns.log_seq + len(lines), progressed_at=db_now())
             .returning(_columns.log_seq, db_now())
         )
         with transaction(self._engine) as connection:

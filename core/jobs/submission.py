@@ -21,6 +21,7 @@ from sqlalchemy import (
     literal,
     literal_column,
     select,
+    true,
 )
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.engine import Connection
@@ -228,7 +229,7 @@ def _all_in_one(counted: bool, keyed: bool) -> Select[Any]:
         bindparam("id", type_=jobs.c.id.type), literal_column("1"), new.c.created_at, literal_column("'queued'"), _EMPTY
     )
     noted = insert(job_events).from_select(["job_id", "seq", "at", "kind", "data"], event).cte("noted")
-    return select(new.c.created_at, new.c.run_after, quota.c.queued).add_cte(noted)
+    return select(new.c.created_at, new.c.run_after, quota.c.queued).join_from(new, quota, true()).add_cte(noted)
 
 
 def _insert_one_by_one(

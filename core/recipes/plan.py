@@ -1,6 +1,7 @@
 """From a recipe and a model's header to a plan: the steps, what they cost, and what speaks against them. Nothing runs here."""
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable
 from typing import Literal
@@ -19,6 +20,14 @@ _STREAM_BYTES = 300 * 1024**2  #: row chunks and write buffers of the stream exe
 _STREAM_RATE = 0.4e9  #: bytes/s read, rounded and written with fsync on two cores
 _FORWARD_RATE = 25e9  #: multiply-adds/s of fp32 on two cores
 _IMPORT_S = 6.0  #: start of one consumer process
+
+
+#: Matrices that are looked up, not multiplied.
+_NOT_LINEAR = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})
+#: Heads over the vocabulary. Most are tied to the embeddings, so they stay as those are, whether or not the file holds a copy.
+_OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "vocab_projector", "generator_lm_head", "decoder"})
+#: Families whose linear layers are Conv1D, with weights laid out [in, out].
+_CONV1D = frozenset({"gpt2"})
 
 
 class Step(BaseModel):
@@ -64,7 +73,7 @@ def is_linear_weight(tensor: TensorInfo, ignore: Iterable[str]) -> bool:
     if module == tensor.name or len(tensor.shape) != 2 or tensor.dtype not in {"F64", "F32", "F16", "BF16"}:
         return False
     leaf = module.rsplit(".", 1)[-1].lower()
-    if "embed" in module.lower() or "norm" in leaf or leaf in {"wte", "wpe", "shared", "relative_attention_bias"}:
+    if "embed" in module.lower() or "norm" in leaf or leaf in _NOT_LINEAR or leaf in _OUTPUT_HEADS:
         return False
     return not matches(module, ignore)
 
@@ -167,6 +176,7 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
                 f"`{one.pass_}` would change nothing: `ignore` leaves no linear weight of this model.",
                 "Narrow `ignore`.",
             )
+        _check_layout(one, header)
     if header.is_decoder and any(isinstance(one, DynamicInt8) for one in recipe.passes):
         raise _invalid(
             "`dynamic-int8` takes encoders; a decoder exported so would run without its key/value cache.",
@@ -187,6 +197,31 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
         and header.task != "classification"
     ):
         raise _invalid("evaluate: accuracy needs a classifier.", "Use `auto` or `fidelity`.")
+
+
+def _check_layout(one: WeightOnly | Magnitude, header: ModelHeader) -> None:
+    """Groups and patterns run along a layer's inputs: they must be the weight's columns, and divide them."""
+    divisor, setting = 1, ""
+    if isinstance(one, WeightOnly) and one.group_size is not None:
+        divisor, setting = one.group_size, "group_size"
+    elif isinstance(one, Magnitude) and one.pattern != "unstructured":
+        divisor, setting = int(one.pattern.split(":")[1]), "pattern"
+    if header.model_type in _CONV1D and (isinstance(one, WeightOnly) or setting):
+        raise _invalid(
+            f"`{one.pass_}` can't take a {header.model_type}: its linear layers are Conv1D with weights laid out [in, out], which no loader of the result reads.",
+            "Use `magnitude` without a pattern, or another model.",
+        )
+    widths = {tensor.shape[1]: tensor.name for tensor in header.tensors if is_linear_weight(tensor, one.ignore)}
+    ragged = {width: name for width, name in widths.items() if width % divisor}
+    if ragged:
+        width, name = next(iter(ragged.items()))
+        common = math.gcd(*widths)
+        fitting = [size for size in (256, 128, 64, 32, 16) if common % size == 0]
+        advice = f"Use a group_size of {' or '.join(map(str, fitting))}" if fitting else "Use `group_size: null`"
+        raise _invalid(
+            f"`{one.pass_}`: {name} has {width} inputs, which {setting} {divisor} does not divide.",
+            f"{advice if setting == 'group_size' else 'Use another pattern'}, or name the module in `ignore`.",
+        )
 
 
 def _model_warnings(recipe: Recipe, header: ModelHeader) -> Iterable[str]:

@@ -34,6 +34,9 @@ def quantization_config(grid: Grid, *, quantized: Iterable[str], kept: Iterable[
     ignore = sorted(
         {_pattern(name, exact=True) for name in kept if any(re.match(target[3:], name) for target in targets)}
     )
+    # transformers prepares modules for packed weights without packing their zero points (compressed-tensors up to 0.20),
+    # and then refuses the files. Dequantizing while it loads is its way round that; vLLM doesn't read the key.
+    loading = {} if grid.symmetric else {"dequantize": True}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -41,6 +44,7 @@ def quantization_config(grid: Grid, *, quantized: Iterable[str], kept: Iterable[
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": ignore,
+        **loading,
         "config_groups": {
             "group_0": {
                 "targets": targets,

@@ -1,48 +1,217 @@
 """Pruning passes."""
 
-import shutil
+import threading
 import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch
+from torch import Tensor
 
+from core.compress.checkpoint import Shard, StoredTensor, read_shards
+from core.compress.executors.rewrite import Effect, Put
+from core.compress.executors.stream import copy_companions, scan, sweep
 from core.compress.passes.context import PassContext
+from core.compress.solvers.grid import Workspace
+from core.compress.solvers.threshold import (
+    LOWER_BINS,
+    UPPER_BINS,
+    Threshold,
+    count_lower,
+    count_upper,
+    locate,
+    magnitude_keys,
+    pattern_mask,
+)
 from core.handoff.report import LayerEffect, PassRecord
+from core.recipes.header import TensorInfo
 from core.recipes.passes import Magnitude
 from core.recipes.plan import is_linear_weight
 
+#: (tensor, first row of a chunk) → how many weights equal to the threshold stand before it
+Ties = dict[tuple[str, int], int]
+Span = tuple[float, float]
+
+_DEFLATE_SAMPLE = (
+    64 * 1024
+)  #: bytes of each layer that are compressed to estimate what its zeros save in a compressed file
+
 
 def magnitude(source: Path, target: Path, options: Magnitude, context: PassContext) -> PassRecord:
-    """Set the weights of smallest magnitude to zero; a dense model of the same size comes out."""
+    """Set the weights of smallest magnitude to zero, an exact number of them. A dense model of the same size comes out."""
     start = time.monotonic()
-    target.mkdir(parents=True)
-    linears = {one.name for one in context.header.tensors if is_linear_weight(one, options.ignore)}
-    layers = []
-    for path in sorted(source.iterdir()):
-        if path.suffix != ".safetensors":
-            shutil.copyfile(path, target / path.name)
-            continue
-        out = {}
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                w = out[name] = file.get_tensor(name)
-                if name in linears:
-                    before = w.float()
-                    smallest = before.abs().flatten().argsort(stable=True)[: round(options.sparsity * w.numel())]
-                    w.view(-1)[smallest] = 0
-                    error = float((w.float() - before).norm() / before.norm())
-                    layers.append(
-                        LayerEffect(
-                            name=name.removesuffix(".weight"),
-                            bytes_before=w.nbytes,
-                            bytes_after=w.nbytes,
-                            relative_error=error,
-                            sparsity=options.sparsity,
-                        )
-                    )
-        save_file(out, target / path.name, metadata={"format": "pt"})
-    context.progress(1.0, "pruned")
+    shards = read_shards(source)
+    tensors = {one.name: one.info for shard in shards for one in shard.tensors}
+    linears = {name for name, info in tensors.items() if is_linear_weight(info, options.ignore)}
+    chosen: dict[str, tuple[Threshold, Ties]] = {}
+    if options.pattern == "unstructured":
+        pools = [linears] if options.across == "global" else [{name} for name in sorted(linears)]
+        for at, pool in enumerate(pools):
+            span = (0.7 * at / len(pools), 0.7 * (at + 1) / len(pools))
+            chosen |= dict.fromkeys(pool, _select(shards, pool, options.sparsity, context, span))
+
+    def choose(info: TensorInfo) -> "Unstructured | Pattern | None":
+        if info.name not in linears:
+            return None
+        if options.pattern != "unstructured":
+            kept, group = (int(part) for part in options.pattern.split(":"))
+            return Pattern(info, kept, group)
+        return Unstructured(info, *chosen[info.name])
+
+    swept = sweep(source, target, choose, context, recipe=options.model_dump_json(), span=(0.7 if chosen else 0.0, 1.0))
+    copy_companions(source, target)
+    counts = {name: tensors[name].shape[0] * tensors[name].shape[1] for name in swept.effects}
+    total = sum(swept.effects.values(), Effect())
     return PassRecord(
-        index=context.index, name="magnitude", seconds=time.monotonic() - start, summary={}, layers=tuple(layers)
+        index=context.index,
+        name=options.pass_,
+        seconds=time.monotonic() - start,
+        summary={
+            "pattern": options.pattern,
+            "across": options.across,
+            "layers": len(counts),
+            "weights": sum(counts.values()),
+            "zeros": total.zeros,
+            "sparsity": total.zeros / max(1, sum(counts.values())),
+            "relative_error": total.relative_error,
+            "bytes_before": sum(info.size for info in tensors.values()),
+            "bytes_after": sum(info.size for info in tensors.values()),
+            "deflated_share_before": _deflated_share(shards, linears),
+            "deflated_share_after": _deflated_share(read_shards(target), linears),
+        },
+        layers=tuple(
+            LayerEffect(
+                name=name.removesuffix(".weight"),
+                bytes_before=tensors[name].size,
+                bytes_after=tensors[name].size,
+                relative_error=effect.relative_error,
+                sparsity=effect.zeros / counts[name],
+            )
+            for name, effect in swept.effects.items()
+        ),
     )
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """The weights below a threshold go, wherever they stand."""
+
+    info: TensorInfo
+    threshold: Threshold
+    ties_before: Ties  #: empty if none of those that equal the threshold go
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        return (self.info,)
+
+    row_step = 1
+
+    def __call__(self, rows: Tensor, first_row: int, put: Put, workspace: Workspace) -> Effect:
+        del workspace
+        keys = magnitude_keys(rows)
+        gone = keys < self.threshold.key
+        left = self.threshold.ties - self.ties_before.get((self.info.name, first_row), 0)
+        if left > 0:
+            places = (keys == self.threshold.key).view(-1).nonzero()[:left]
+            gone.view(-1)[places] = True
+        return _write_zeros(self.info, rows, gone, first_row, put)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Of every `group` neighbours in a row, the `kept` largest stay."""
+
+    info: TensorInfo
+    kept: int
+    group: int
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        return (self.info,)
+
+    row_step = 1
+
+    def __call__(self, rows: Tensor, first_row: int, put: Put, workspace: Workspace) -> Effect:
+        del workspace
+        return _write_zeros(self.info, rows, pattern_mask(magnitude_keys(rows), self.kept, self.group), first_row, put)
+
+
+def _write_zeros(info: TensorInfo, rows: Tensor, gone: Tensor, first_row: int, put: Put) -> Effect:
+    wide = rows.double()
+    norm = float(wide.square().sum())
+    error = float(wide[gone].square().sum())
+    pruned = rows.masked_fill(gone, 0)
+    put(info.name, first_row * pruned[0].nbytes, pruned)
+    return Effect(error, norm, zeros=int((pruned == 0).sum()))
+
+
+def _select(
+    shards: tuple[Shard, ...], names: set[str], sparsity: float, context: PassContext, span: Span
+) -> tuple[Threshold, Ties]:
+    """The threshold that takes an exact share of all these tensors' weights together, rounded to the nearest count; one stays at least."""
+    start, end = span
+    step = (end - start) / 3
+    upper = _count(shards, names, count_upper, UPPER_BINS, context, (start, start + step))
+    total = int(upper.sum())
+    # Its key is that of the smallest weight that stays, the one of rank k if k go.
+    high, rank = locate(upper, min(int(sparsity * total + 0.5), total - 1))
+    lower = _count(
+        shards, names, lambda keys: count_lower(keys, high), LOWER_BINS, context, (start + step, start + 2 * step)
+    )
+    low, ties = locate(lower, rank)
+    threshold = Threshold(key=high << 16 | low, ties=ties)
+    return threshold, _ties_before(shards, names, threshold, context, (start + 2 * step, end)) if ties else {}
+
+
+def _count(
+    shards: tuple[Shard, ...],
+    names: set[str],
+    count: Callable[[Tensor], Tensor],
+    bins: int,
+    context: PassContext,
+    span: Span,
+) -> Tensor:
+    lock, counts = threading.Lock(), torch.zeros(bins, dtype=torch.int64)
+
+    def visit(_stored: StoredTensor, _first_row: int, rows: Tensor, _workspace: Workspace) -> None:
+        found = count(magnitude_keys(rows))
+        with lock:
+            counts.add_(found)
+
+    scan(shards, names, visit, context, span=span)
+    return counts
+
+
+def _ties_before(
+    shards: tuple[Shard, ...], names: set[str], threshold: Threshold, context: PassContext, span: Span
+) -> Ties:
+    """How many weights equal the threshold before each chunk, in the order of the files."""
+    found: Ties = {}
+
+    def visit(stored: StoredTensor, first_row: int, rows: Tensor, _workspace: Workspace) -> None:
+        found[stored.name, first_row] = int((magnitude_keys(rows) == threshold.key).sum())
+
+    scan(shards, names, visit, context, span=span)
+    order = {one.name: place for place, one in enumerate(one for shard in shards for one in shard.tensors)}
+    before: Ties = {}
+    seen = 0
+    for chunk in sorted(found, key=lambda chunk: (order[chunk[0]], chunk[1])):
+        before[chunk] = seen
+        seen += found[chunk]
+    return before
+
+
+def _deflated_share(shards: tuple[Shard, ...], names: set[str]) -> float:
+    """What share of its size a compressed file of these layers would have, from the first bytes of each."""
+    raw = deflated = 0
+    for shard in shards:
+        with shard.path.open("rb") as file:
+            for one in shard.tensors:
+                if one.name in names:
+                    file.seek(one.offset)
+                    sample = file.read(min(_DEFLATE_SAMPLE, one.info.size))
+                    raw += len(sample)
+                    deflated += len(zlib.compress(sample, level=1))
+    return deflated / raw

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from core.compress.checkpoint import tensor_info
-from core.compress.executors.stream import Effect, Put, copy_companions, sweep
+from core.compress.executors.rewrite import Effect, Put
+from core.compress.executors.stream import copy_companions, sweep
 from core.compress.export.compressed_tensors import write_config
 from core.compress.passes.context import PassContext
 from core.compress.solvers.grid import Grid, Workspace, pack, pack_zero_points, round_to_grid

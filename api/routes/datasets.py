@@ -1,0 +1,72 @@
+"""Data sets: text or labelled rows to calibrate with and to measure on."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body
+from starlette.responses import Response
+
+from api.deps import Cursor, Limit, ModelsReader, ModelsWriter, ServicesDep
+from api.problems import documented
+from api.routes import answer
+from api.routes.uploads import add_upload_routes
+from core.errors import ErrorCode
+from core.schemas import DataSetCreate, DataSetView, Page
+
+router = APIRouter(prefix="/v1/datasets", tags=["data sets"])
+
+_SHA256 = "0f34e5a9d2a1c4b79e2c3f4f8f2f6a6e5d4c3b2a190817263544536271809fae"
+_EXAMPLES = {
+    "upload": {
+        "summary": "A file that follows, in parts",
+        "value": {"name": "reviews", "file": {"path": "reviews.jsonl.gz", "size": 482113, "sha256": _SHA256}},
+    },
+    "server path": {
+        "summary": "A file on the server that the operator allowed",
+        "value": {"name": "reviews", "path": "/srv/data/reviews.jsonl"},
+    },
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=DataSetView,
+    summary="Announce a data set",
+    description="With `file`: send the parts that `uploads` lists, then POST `complete`. With `path`: the data set is read and ready at once.",
+    responses=documented(
+        ErrorCode.INVALID_REQUEST,
+        ErrorCode.UNSUPPORTED_FORMAT,
+        ErrorCode.INVALID_DATA,
+        ErrorCode.PATH_NOT_ALLOWED,
+        ErrorCode.PAYLOAD_TOO_LARGE,
+        ErrorCode.STORAGE_UNAVAILABLE,
+    ),
+)
+async def create_data_set(
+    caller: ModelsWriter,
+    services: ServicesDep,
+    body: Annotated[DataSetCreate, Body(openapi_examples=_EXAMPLES)],
+) -> Response:
+    data_set = await services.transfer(services.datasets.create, caller.tenant_id, body)
+    return answer(data_set, status=201, headers={"Location": f"/v1/datasets/{data_set.id}"})
+
+
+@router.get("", response_model=Page[DataSetView], summary="List data sets, newest first")
+async def list_data_sets(
+    caller: ModelsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
+) -> Response:
+    items, next_cursor = await services.call(services.datasets.page, caller.tenant_id, cursor=cursor, limit=limit)
+    return answer(Page[DataSetView](items=items, next_cursor=next_cursor))
+
+
+@router.get(
+    "/{reference}",
+    response_model=DataSetView,
+    summary="One data set, by id or name",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def get_data_set(reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
+    return answer(await services.call(services.datasets.get, caller.tenant_id, reference))
+
+
+add_upload_routes(router, lambda services: services.datasets, DataSetView, "data set")

@@ -1,0 +1,79 @@
+"""Models: bring one by upload or from an allowed server folder, list, look, delete."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body
+from starlette.responses import Response
+
+from api.deps import Cursor, Limit, ModelsReader, ModelsWriter, ServicesDep
+from api.problems import documented
+from api.routes import answer
+from api.routes.uploads import add_upload_routes
+from core.errors import ErrorCode
+from core.schemas import ModelCreate, ModelView, Page
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+_SHA256 = "0f34e5a9d2a1c4b79e2c3f4f8f2f6a6e5d4c3b2a190817263544536271809fae"
+_EXAMPLES = {
+    "upload": {
+        "summary": "Files that follow, in parts",
+        "value": {
+            "name": "all-minilm-l6-v2",
+            "files": [
+                {"path": "config.json", "size": 612, "sha256": _SHA256},
+                {"path": "model.safetensors", "size": 90868376, "sha256": _SHA256},
+                {"path": "tokenizer.json", "size": 466247, "sha256": _SHA256},
+            ],
+        },
+    },
+    "server path": {
+        "summary": "A folder on the server that the operator allowed",
+        "value": {"name": "all-minilm-l6-v2", "path": "/srv/models/all-minilm-l6-v2"},
+    },
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=ModelView,
+    summary="Announce a model",
+    description="With `files`: send the parts that `uploads` lists, then POST `complete`. With `path`: the model is read and ready at once.",
+    responses=documented(
+        ErrorCode.INVALID_REQUEST,
+        ErrorCode.UNSUPPORTED_FORMAT,
+        ErrorCode.MALFORMED_MODEL,
+        ErrorCode.PATH_NOT_ALLOWED,
+        ErrorCode.PAYLOAD_TOO_LARGE,
+        ErrorCode.STORAGE_UNAVAILABLE,
+    ),
+)
+async def create_model(
+    caller: ModelsWriter,
+    services: ServicesDep,
+    body: Annotated[ModelCreate, Body(openapi_examples=_EXAMPLES)],
+) -> Response:
+    model = await services.transfer(services.models.create, caller.tenant_id, body)
+    return answer(model, status=201, headers={"Location": f"/v1/models/{model.id}"})
+
+
+@router.get("", response_model=Page[ModelView], summary="List models, newest first")
+async def list_models(
+    caller: ModelsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
+) -> Response:
+    items, next_cursor = await services.call(services.models.page, caller.tenant_id, cursor=cursor, limit=limit)
+    return answer(Page[ModelView](items=items, next_cursor=next_cursor))
+
+
+@router.get(
+    "/{reference}",
+    response_model=ModelView,
+    summary="One model, by id or name",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def get_model(reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
+    return answer(await services.call(services.models.get, caller.tenant_id, reference))
+
+
+add_upload_routes(router, lambda services: services.models, ModelView, "model")

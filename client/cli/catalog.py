@@ -1,0 +1,237 @@
+"""Subcommands about what a service has: recipes, models, data sets, workers."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from client.cli import output
+from client.cli.jobs import read_recipe, send_model
+from client.cli.session import Session, takes_session
+from core.recipes.plan import Plan
+
+recipes = typer.Typer(invoke_without_command=True, help="The recipes: list, show one, check one's own.")
+models = typer.Typer(invoke_without_command=True, help="The models: list, show, add, remove.")
+data_sets = typer.Typer(invoke_without_command=True, help="The data sets: list, add, remove.")
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(recipes, name="recipes", rich_help_panel="Service")
+    app.add_typer(models, name="models", rich_help_panel="Service")
+    app.add_typer(data_sets, name="datasets", rich_help_panel="Service")
+    app.command("workers", rich_help_panel="Service")(takes_session(workers))
+
+
+@recipes.callback()
+@takes_session
+def list_recipes(session: Session, context: typer.Context) -> None:
+    if context.invoked_subcommand:
+        return
+    with session.client() as client:
+        found = client.recipes.list()
+    if session.json:
+        output.print_json(found)
+        return
+    rows = [(one.name, ", ".join(one.passes), ", ".join(one.exports), one.description) for one in found]
+    output.print_table(("recipe", "passes", "exports", ""), rows)
+
+
+@recipes.command("show")
+@takes_session
+def show_recipe(session: Session, name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a built-in recipe as YAML, to start one's own from."""
+    with session.client() as client:
+        found = client.recipes.get(name)
+    if session.json:
+        output.print_json(found)
+    else:
+        output.say(yaml.safe_dump(found.recipe, sort_keys=False, allow_unicode=False).rstrip())
+
+
+@recipes.command("validate")
+@takes_session
+def validate_recipe(
+    session: Session,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a built-in recipe's name.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model it is meant for: gives an estimate.")
+    ] = None,
+) -> None:
+    """Check a recipe, and say what it will do and take."""
+    chosen = read_recipe(recipe)
+    with session.client() as client:
+        mapping = client.recipes.get(chosen).recipe if isinstance(chosen, str) else chosen
+        plan = client.recipes.validate(mapping, model)
+    if session.json:
+        output.print_json(plan)
+    else:
+        print_plan(plan)
+
+
+def print_plan(plan: Plan) -> None:
+    output.say(f"{plan.recipe.name} is valid; its jobs go to the queue {plan.queue}.", "green")
+    output.print_table(("", "step", ""), [(step.kind, step.name, step.detail) for step in plan.steps])
+    if plan.estimate is not None:
+        sizes = ", ".join(f"{name} {output.size_text(size)}" for name, size in plan.estimate.output_bytes.items())
+        output.print_fields(
+            [
+                ("memory", output.size_text(plan.estimate.memory_bytes)),
+                ("disk", output.size_text(plan.estimate.disk_bytes)),
+                ("time", f"about {output.duration_text(plan.estimate.seconds)} on two cores"),
+                ("result", sizes),
+            ]
+        )
+    for warning in plan.warnings:
+        output.say(f"warning: {warning}", "yellow")
+
+
+@models.callback()
+@takes_session
+def list_models(session: Session, context: typer.Context) -> None:
+    if context.invoked_subcommand:
+        return
+    with session.client() as client:
+        found = list(client.models.iterate())
+    if session.json:
+        output.print_json(found)
+        return
+    rows = [
+        (
+            one.id,
+            one.name,
+            one.state,
+            one.architecture or "",
+            f"{one.parameters / 1e6:,.1f} M" if one.parameters else "",
+            output.size_text(one.size),
+            output.ago_text(one.created_at),
+        )
+        for one in found
+    ]
+    output.print_table(("model", "name", "state", "architecture", "parameters", "size", "added"), rows, right=(4, 5))
+
+
+@models.command("show")
+@takes_session
+def show_model(session: Session, model: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
+    """Everything known of one model."""
+    with session.client() as client:
+        one = client.models.get(model)
+    if session.json:
+        output.print_json(one)
+        return
+    output.print_fields(
+        [
+            ("model", one.id),
+            ("name", one.name),
+            ("state", one.state),
+            ("digest", one.digest),
+            ("architecture", one.architecture),
+            ("task", one.task),
+            ("parameters", f"{one.parameters:,}" if one.parameters else None),
+            ("source", one.source),
+            ("added", one.created_at),
+            ("error", (one.error or {}).get("message")),
+        ]
+    )
+    output.print_table(
+        ("file", "size", "SHA-256"), [(file.path, output.size_text(file.size), file.sha256) for file in one.files]
+    )
+
+
+@models.command("add")
+@takes_session
+def add_model(
+    session: Session,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", file_okay=False, exists=True)],
+    name: Annotated[str | None, typer.Option(help="Otherwise the folder's.")] = None,
+) -> None:
+    """Send a local model folder (or use it in place, where the server may read it)."""
+    with session.client() as client:
+        model = client.models.get(send_model(client, str(folder), name, quiet=session.json))
+    output.print_json(model) if session.json else output.say(f"{model.id}  {output.clean(model.name)}  {model.state}")
+
+
+@models.command("rm")
+@takes_session
+def remove_model(session: Session, model: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
+    """Remove a model. Jobs done with it keep their results."""
+    with session.client() as client:
+        found = client.models.get(model)
+        client.models.delete(found.id)
+    output.print_json({"removed": found.id}) if session.json else output.say(f"{found.id} is gone.")
+
+
+@data_sets.callback()
+@takes_session
+def list_data_sets(session: Session, context: typer.Context) -> None:
+    if context.invoked_subcommand:
+        return
+    with session.client() as client:
+        found = list(client.data_sets.iterate())
+    if session.json:
+        output.print_json(found)
+        return
+    rows = [
+        (
+            one.id,
+            one.name,
+            one.state,
+            "" if one.rows is None else f"{one.rows:,}",
+            "yes" if one.labelled else "",
+            output.size_text(one.size),
+        )
+        for one in found
+    ]
+    output.print_table(("data set", "name", "state", "rows", "labels", "size"), rows, right=(3, 5))
+
+
+@data_sets.command("add")
+@takes_session
+def add_data_set(
+    session: Session,
+    file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, exists=True)],
+    name: Annotated[str | None, typer.Option(help="Otherwise the file's.")] = None,
+) -> None:
+    """Send a local data set: .txt (prose) or .jsonl (rows with `text` and perhaps `label`), plain or .gz."""
+    with session.client() as client, output.transfer_meter(f"sending {file.name}", quiet=session.json) as meter:
+        data_set = client.data_sets.upload(file, name, meter=meter)
+    output.print_json(data_set) if session.json else output.say(
+        f"{data_set.id}  {output.clean(data_set.name)}  {data_set.state}"
+    )
+
+
+@data_sets.command("rm")
+@takes_session
+def remove_data_set(session: Session, data_set: Annotated[str, typer.Argument(metavar="DATASET")]) -> None:
+    """Remove a data set."""
+    with session.client() as client:
+        found = client.data_sets.get(data_set)
+        client.data_sets.delete(found.id)
+    output.print_json({"removed": found.id}) if session.json else output.say(f"{found.id} is gone.")
+
+
+def workers(session: Session) -> None:
+    """The workers, and what each does."""
+    with session.client() as client:
+        found = client.workers()
+    if session.json:
+        output.print_json(found)
+        return
+    rows = [
+        (
+            one.id,
+            one.host,
+            one.queue,
+            one.state,
+            one.device,
+            output.size_text(one.memory),
+            one.threads,
+            one.job_id or "",
+            output.ago_text(one.last_seen_at),
+        )
+        for one in found
+    ]
+    output.print_table(
+        ("worker", "host", "queue", "state", "device", "memory", "threads", "job", "seen"), rows, right=(5, 6)
+    )

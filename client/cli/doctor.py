@@ -1,0 +1,210 @@
+"""`nightpress doctor`: is everything there that is needed, and if not, how is it mended?"""
+
+import importlib.metadata
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import typer
+
+from client.cli import output
+from client.cli.exits import Exit
+from client.cli.session import Session, takes_session
+from client.client import Client
+from client.discovery import find_api_key, find_api_url
+from client.errors import ApiError, ClientError, UnreachableError
+from core.errors import ErrorCode, NightpressError
+from core.settings import Settings, load_settings
+from core.version import VERSION
+
+_LOW_DISK = 5 * 1000**3
+_CONSUMERS = ("transformers", "compressed-tensors", "onnxruntime", "openvino", "nncf")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at. `mend`: what to do, where it isn't well."""
+
+    name: str
+    status: Literal["ok", "warning", "failed"]
+    found: str
+    mend: str = ""
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("doctor", rich_help_panel="This machine")(takes_session(doctor))
+
+
+def doctor(session: Session) -> None:
+    """Look at database, broker, storage, API, key, versions, disk, torch and GPU, and say how to mend what is wrong."""
+    failed = False
+    for check in examine(session, load_settings()):
+        failed |= check.status == "failed"
+        if session.json:
+            output.print_json(asdict(check))
+            continue
+        mark, style = {"ok": ("ok  ", "green"), "warning": ("warn", "yellow"), "failed": ("FAIL", "red")}[check.status]
+        output.say(f"{mark}  {check.name:<10} {check.found}", style)
+        if check.mend:
+            output.say(f"      {'':<10} → {check.mend}")
+    raise typer.Exit(Exit.JOB_FAILED if failed else Exit.OK)
+
+
+def examine(session: Session, settings: Settings) -> Iterator[Check]:
+    """Each check as it is done."""
+    yield Check("versions", "ok", f"nightpress {VERSION}, Python {sys.version.split()[0]}")
+    url = find_api_url(settings, session.api)
+    key = find_api_key(settings)
+    with Client(url.value, key.value or "none", retries=0, timeout_s=10) as client:
+        try:
+            ready = client.ready()
+        except (UnreachableError, ApiError, ClientError) as error:
+            yield Check("API", "failed", f"{error.message} (address from {url.source})", error.hint)
+            yield from _look_ourselves(settings)
+        else:
+            version = f"version {ready.version} at {url.value}, address from {url.source}"
+            same = ready.version == VERSION
+            yield Check(
+                "API", "ok" if same else "warning", version, "" if same else "Bring client and server to one version."
+            )
+            for name, state in ready.checks.items():
+                well = state == "ok"
+                yield Check(
+                    name,
+                    "ok" if well else "failed",
+                    f"{state}, as the API sees it",
+                    "" if well else _MEND.get(name, ""),
+                )
+            yield _check_key(client, key.value, key.source)
+            if key.value:
+                yield _check_workers(client)
+    yield _check_disk(settings)
+    yield _check_torch()
+
+
+_MEND = {
+    "database": "Is it up, and is NIGHTPRESS_DATABASE_URL right? `python -m migrations upgrade` makes its tables.",
+    "broker": "Is Redis or Valkey up, and is NIGHTPRESS_BROKER_URL right? Jobs wait safely in the database meanwhile.",
+    "storage": "Does the bucket or folder exist, and are NIGHTPRESS_STORAGE_URL and the S3 credentials right?",
+}
+
+
+def _look_ourselves(settings: Settings) -> Iterator[Check]:
+    """With no API to ask, try the three from here, with this shell's settings."""
+    # Imported late: no other subcommand needs them, and each start would pay for them.
+    from core.artifacts.storage import open_store
+    from core.database import make_engine, read_now, transaction
+
+    own = " (tried from here, with this shell's settings)"
+    if not settings.database_url and not (settings.data_dir / "nightpress.db").exists():
+        yield Check("database", "warning", f"none yet in {settings.data_dir}{own}", "`nightpress up` makes one.")
+        return
+
+    def ask_database() -> None:
+        with transaction(make_engine(settings.sql_url), read_only=True) as connection:
+            read_now(connection)
+
+    attempts: dict[str, Callable[[], object]] = {
+        "database": ask_database,
+        "broker": lambda: _ping_broker(settings),
+        "storage": lambda: open_store(settings).check(),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except NightpressError as error:
+            yield Check(name, "failed", f"{error.message}{own}", _MEND[name])
+        else:
+            yield Check(name, "ok", f"answers{own}")
+
+
+def _ping_broker(settings: Settings) -> None:
+    import redis
+
+    url = settings.broker_url or f"unix://{settings.broker_socket}"
+    try:
+        redis.Redis.from_url(url, socket_connect_timeout=2.0, socket_timeout=2.0).ping()
+    except redis.RedisError as error:
+        raise NightpressError(ErrorCode.INTERNAL, f"It does not answer: {error}.") from error
+
+
+def _check_key(client: Client, key: str | None, source: str) -> Check:
+    if not key:
+        return Check(
+            "key", "failed", source, "Set NIGHTPRESS_API_KEY, or run as the person who started `nightpress up`."
+        )
+    try:
+        client.me()
+    except ApiError as error:
+        return Check(
+            "key", "failed", f"{error.message} (key from {source})", error.hint or "Ask the operator for a new key."
+        )
+    return Check("key", "ok", f"accepted, from {source}")
+
+
+def _check_workers(client: Client) -> Check:
+    try:
+        alive = [one for one in client.workers() if one.state != "lost"]
+    except ApiError as error:
+        return Check("workers", "warning", error.message, error.hint)
+    if not alive:
+        return Check(
+            "workers", "failed", "none; jobs will wait", "Start one with `python -m worker`; its log says why it can't."
+        )
+    return Check("workers", "ok", ", ".join(f"{one.queue} on {one.host} ({one.state})" for one in alive))
+
+
+def _check_disk(settings: Settings) -> Check:
+    place = next(one for one in (settings.data_dir, *settings.data_dir.parents) if one.exists())
+    free = shutil.disk_usage(place).free
+    found = f"{output.size_text(free)} free at {place}"
+    if free < _LOW_DISK:
+        return Check(
+            "disk",
+            "warning",
+            found,
+            "Make room, or set NIGHTPRESS_DATA_DIR to a larger disk; a job needs about three times its model.",
+        )
+    return Check("disk", "ok", found)
+
+
+def _check_torch() -> Check:
+    if importlib.util.find_spec("torch") is None:
+        return Check(
+            "torch",
+            "warning",
+            "not installed: this machine can't press, only submit",
+            "`pip install 'nightpress[compress]' -r requirements-cpu.txt`",
+        )
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in _CONSUMERS if _installed(name)]
+    missing = [name for name in _CONSUMERS if not _installed(name)]
+    # In a process of its own: a broken driver can crash an import, and this one needn't hold torch.
+    probe = "import torch; print(torch.__version__, '|', ', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or 'no GPU')"
+    try:
+        seen = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        return Check(
+            "torch",
+            "failed",
+            f"installed, but it can't be imported: {type(error).__name__}",
+            "Reinstall it: `pip install --force-reinstall -r requirements-cpu.txt`",
+        )
+    version, _, gpus = seen.stdout.strip().partition(" | ")
+    found = f"torch {version}, {gpus}; {', '.join(versions)}"
+    if missing:
+        return Check(
+            "torch", "warning", f"{found}; missing {', '.join(missing)}", "`pip install 'nightpress[compress]'`"
+        )
+    return Check("torch", "ok", found)
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

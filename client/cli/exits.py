@@ -1,0 +1,21 @@
+"""What the command's exit status says. Scripts rely on these numbers: they never change their meaning."""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    OK = 0
+    JOB_FAILED = 1  #: the job failed or was cancelled; also: a check of `doctor` or an unexpected error
+    USAGE = 2
+    REJECTED = 3  #: the job ran, but its result missed a gate of the recipe
+    REFUSED = 4  #: the API refused, or the same check made here beforehand; or the API could not be reached
+    NOT_FOUND = 5
+    LOCAL = 6  #: something on this machine: a file, the disk, a missing extra, bytes that differ
+    DETACHED = 130  #: Ctrl-C; a job that was waited for goes on
+
+
+EPILOG = (
+    "Exit status: 0 all went well · 1 the job failed or was cancelled · 2 wrong usage · 3 the result missed a gate · "
+    "4 refused, or the API can't be reached · 5 no such thing · 6 a fault on this machine (file, disk, missing extra) · "
+    "130 Ctrl-C (a job that was waited for goes on)."
+)

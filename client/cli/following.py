@@ -1,0 +1,100 @@
+"""Waiting for a job with a person watching: live progress on a terminal, a line a phase elsewhere, and its end as an exit status."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.progress import Progress, TaskID
+
+from client.cli import output
+from client.cli.exits import Exit
+from client.client import Client
+from core.schemas import JobView
+
+
+class _Follower:
+    """Draws each new view of a job."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+        self._last: tuple[object, ...] = ()
+        self._start = time.monotonic()
+
+    def __call__(self, job: JobView) -> None:
+        title = output.clean(describe(job))
+        if self._progress is not None:
+            if self._task is None:
+                self._task = self._progress.add_task(title, total=1.0, message="")
+            eta = f"about {output.duration_text(job.eta_s)} left  " if job.eta_s else ""
+            self._progress.update(
+                self._task, description=title, completed=job.progress, message=eta + output.clean(job.message)[:60]
+            )
+            return
+        now = (job.state, job.phase, job.attempt, job.pass_index)
+        if now != self._last:
+            self._last = now
+            output.note(f"{time.monotonic() - self._start:6.1f} s  {title}")
+
+
+def describe(job: JobView) -> str:
+    """State, phase and attempt in a few words."""
+    if job.state != "running":
+        return f"{job.state} ({job.verdict})" if job.verdict else job.state
+    text = job.phase or "starting"
+    return text if job.attempt <= 1 else f"{text} (attempt {job.attempt})"
+
+
+@contextmanager
+def detach_on_interrupt(job_id: str) -> Iterator[None]:
+    """Ctrl-C leaves the job alone, says so, and ends the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        output.note(
+            f"\nDetached. Job {job_id} goes on: `nightpress watch {job_id}` picks it up again, `nightpress cancel {job_id}` stops it."
+        )
+        raise typer.Exit(Exit.DETACHED) from None
+
+
+def follow(client: Client, job_id: str, *, quiet: bool = False, timeout_s: float | None = None) -> JobView:
+    """Wait for a job's end, showing the way unless `quiet`."""
+    with detach_on_interrupt(job_id):
+        if quiet:
+            return client.jobs.wait(job_id, timeout_s=timeout_s)
+        if not output.stderr().is_terminal:
+            return client.jobs.wait(job_id, timeout_s=timeout_s, poll_s=0.5, on_update=_Follower(None))
+        with output.job_progress() as progress:
+            return client.jobs.wait(job_id, timeout_s=timeout_s, poll_s=0.4, on_update=_Follower(progress))
+
+
+def exit_of(job: JobView) -> Exit:
+    if job.state != "succeeded":
+        return Exit.JOB_FAILED
+    return Exit.REJECTED if job.verdict == "rejected" else Exit.OK
+
+
+def print_end(job: JobView) -> None:
+    """How a finished job ended and what can be done next."""
+    took = ""
+    if job.started_at and job.finished_at:
+        took = f" after {output.duration_text((job.finished_at - job.started_at).total_seconds())}"
+    if job.state == "succeeded" and job.verdict == "accepted":
+        output.say(f"{job.id} succeeded{took}; every gate was met.", "green")
+    elif job.state == "succeeded":
+        output.say(
+            f"{job.id} ran through{took}, but its result was rejected: it misses a gate of the recipe.", "yellow"
+        )
+    elif job.state == "cancelled":
+        output.say(f"{job.id} was cancelled{took}.", "yellow")
+    else:
+        output.say(f"{job.id} failed{took}.", "red")
+    if job.error:
+        output.fail(
+            f"{job.error.get('code', 'internal')}: {job.error.get('message', '')}", str(job.error.get("hint", ""))
+        )
+    if job.state == "succeeded":
+        output.note(f"See it: nightpress report {job.id}    fetch it: nightpress pull {job.id}", "dim")
+    elif job.state == "failed":
+        output.note(f"Its log: nightpress logs {job.id}    again: nightpress retry {job.id}", "dim")

@@ -1,0 +1,264 @@
+"""Subcommands about jobs: submit, watch, wait, ls, inspect, logs, cancel, retry."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from client.cli import output
+from client.cli.exits import Exit
+from client.cli.following import describe, detach_on_interrupt, exit_of, follow, print_end
+from client.cli.session import Session, takes_session
+from client.client import Client
+from client.errors import ApiError
+from client.folders import read_model_folder
+from core.errors import ErrorCode
+from core.recipes.models import load_recipe
+from core.schemas import JobView, LogView, ModelView
+
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    for function in (submit, watch, wait, ls, inspect, logs, cancel, retry):
+        app.command(function.__name__, rich_help_panel="Jobs")(takes_session(function))
+
+
+def submit(
+    session: Session,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model's id or name, or a local folder, which is sent first.")
+    ],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")],
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show progress and end when the job does.")] = False,
+    name: Annotated[str, typer.Option(help="A title for the job.")] = "",
+    model_name: Annotated[
+        str | None, typer.Option(help="The model's name at the server; otherwise its folder's.")
+    ] = None,
+    priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first.")] = 0,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", "-l", metavar="K=V", help="May be given several times.")
+    ] = None,
+    run_limit: Annotated[float | None, typer.Option(help="Fail an attempt that runs longer, in seconds.")] = None,
+    queue_limit: Annotated[
+        float | None, typer.Option(help="Fail the job if it has not started within, in seconds.")
+    ] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="Submitting twice with one key makes one job.")] = None,
+) -> None:
+    """Queue a job: one recipe on one model."""
+    labels = parse_labels(label or [])
+    chosen = read_recipe(recipe)
+    fields: dict[str, Any] = {"name": name, "priority": priority, "labels": labels}
+    fields |= {key: value for key, value in (("run_limit_s", run_limit), ("queue_limit_s", queue_limit)) if value}
+    with session.client() as client:
+        subject = send_model(client, model, model_name, quiet=session.json)
+        job = client.jobs.submit(subject, chosen, idempotency_key=idempotency_key, **fields)
+        if not session.json:
+            output.note(f"Submitted {job.id}.")
+        if not wait:
+            output.print_json(job) if session.json else output.say(job.id)
+            return
+        _to_the_end(client, job.id, json=session.json)
+
+
+def watch(session: Session, job: JobArgument) -> None:
+    """Show a job's progress until it ends. With --json: its events, one a line. Ctrl-C detaches; the job goes on."""
+    with session.client() as client:
+        if not session.json:
+            _to_the_end(client, job, json=False)
+        with detach_on_interrupt(job):
+            for event in client.jobs.events(job):
+                output.print_json(event)
+            raise typer.Exit(exit_of(client.jobs.get(job)))
+
+
+def wait(
+    session: Session,
+    job: JobArgument,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="Give up waiting after so many seconds; the job goes on.")
+    ] = None,
+) -> None:
+    """Wait quietly for a job's end and say it, by exit status too. Ctrl-C detaches; the job goes on."""
+    with session.client() as client:
+        try:
+            ended = follow(client, job, quiet=True, timeout_s=timeout)
+        except TimeoutError as error:
+            output.fail(str(error), f"`nightpress watch {job}` shows where it is.")
+            raise typer.Exit(Exit.DETACHED) from None
+        _say_end(ended, json=session.json)
+
+
+def _to_the_end(client: Client, job_id: str, *, json: bool) -> None:
+    _say_end(follow(client, job_id, quiet=json), json=json)
+
+
+def _say_end(job: JobView, *, json: bool) -> None:
+    output.print_json(job) if json else print_end(job)
+    raise typer.Exit(exit_of(job))
+
+
+def ls(
+    session: Session,
+    state: Annotated[
+        list[str] | None, typer.Option("--state", "-s", help="Only jobs in this state; may be repeated.")
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", "-l", metavar="K=V", help="Only jobs with this label; may be repeated."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Only jobs on this model, by id or name.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many, newest first.")] = 20,
+) -> None:
+    """List jobs, newest first."""
+    with session.client() as client:
+        found = []
+        for job in client.jobs.iterate(states=state or (), labels=parse_labels(label or []), model=model):
+            found.append(job)
+            if len(found) == limit:
+                break
+    if session.json:
+        for job in found:
+            output.print_json(job)
+        return
+    rows = [
+        (
+            job.id,
+            describe(job),
+            f"{job.progress:.0%}" if job.state == "running" else "",
+            job.model_name,
+            job.recipe.get("name", ""),
+            output.ago_text(job.created_at),
+            job.name,
+        )
+        for job in found
+    ]
+    output.print_table(("job", "state", "", "model", "recipe", "submitted", "name"), rows, right=(2,))
+
+
+def inspect(session: Session, job: JobArgument) -> None:
+    """Everything known of one job."""
+    with session.client() as client:
+        view = client.jobs.get(job)
+        history = client.jobs.past_events(job)
+        artifacts = client.jobs.artifacts(job)
+    if session.json:
+        output.print_json({"job": view, "events": list(history), "artifacts": list(artifacts)})
+        return
+    fields: list[tuple[str, object]] = [
+        ("job", view.id),
+        ("name", view.name),
+        ("state", describe(view)),
+        ("progress", f"{view.progress:.0%} {view.message}" if view.state == "running" else ""),
+        ("model", f"{view.model_name} ({view.model_id})"),
+        ("recipe", view.recipe.get("name")),
+        ("queue", view.queue),
+        ("priority", view.priority or None),
+        ("labels", " ".join(f"{key}={value}" for key, value in view.labels.items())),
+        ("attempts", f"{view.attempt}, {view.failures} failed of {view.max_failures} allowed"),
+        ("worker", view.worker_id),
+        ("retry of", view.retry_of),
+        ("submitted", view.created_at),
+        ("started", view.started_at),
+        ("finished", view.finished_at),
+    ]
+    if view.error:
+        fields.append(("error", f"{view.error.get('code')}: {view.error.get('message')} {view.error.get('hint', '')}"))
+    fields += [
+        (f"artifact {one.format}", f"{output.size_text(one.size)} in {len(one.files)} files, loaded by {one.consumer}")
+        for one in artifacts
+    ]
+    output.print_fields(fields)
+    for event in history:
+        detail = " ".join(f"{key}={value}" for key, value in event.data.items() if not isinstance(value, dict | list))
+        output.say(f"  {event.seq:>4}  {event.at:%Y-%m-%d %H:%M:%S}  {event.kind}  {output.clean(detail)}")
+
+
+def logs(
+    session: Session,
+    job: JobArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends. Ctrl-C detaches.")] = False,
+) -> None:
+    """What a job wrote."""
+    with session.client() as client, detach_on_interrupt(job):
+        for line in client.jobs.logs(job, follow=follow):
+            output.print_json(line) if session.json else _print_line(line)
+
+
+def _print_line(line: LogView) -> None:
+    style = {"warning": "yellow", "error": "red", "debug": "dim"}.get(line.level, "")
+    output.say(f"{line.at:%H:%M:%S} {line.level:<7} {output.clean(line.text)}", style)
+
+
+def cancel(session: Session, job: JobArgument) -> None:
+    """Stop a job. A queued one ends at once, a running one within seconds."""
+    with session.client() as client:
+        view = client.jobs.cancel(job)
+    if session.json:
+        output.print_json(view)
+    elif view.state in {"cancelled", "cancelling"}:
+        output.say(f"{view.id} is {view.state}.")
+    else:
+        output.say(f"{view.id} had already ended: {describe(view)}.")
+
+
+def retry(
+    session: Session,
+    job: JobArgument,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show progress and end when the new job does.")] = False,
+) -> None:
+    """Queue a finished job again, as a new job."""
+    with session.client() as client:
+        view = client.jobs.retry(job)
+        if wait:
+            _to_the_end(client, view.id, json=session.json)
+        output.print_json(view) if session.json else output.say(view.id)
+
+
+def parse_labels(raw: list[str]) -> dict[str, str]:
+    for one in raw:
+        if not one.partition("=")[1]:
+            raise typer.BadParameter(f"{one!r} is not of the form key=value.", param_hint="--label")
+    return dict(one.split("=", 1) for one in raw)
+
+
+def read_recipe(recipe: str) -> str | dict[str, Any]:
+    """A built-in's name as it is, a file's content as a mapping. A file's faults are found here, before anything is sent."""
+    path = Path(recipe)
+    if not path.is_file():
+        if path.suffix in {".yaml", ".yml", ".json"} or "/" in recipe:
+            raise typer.BadParameter(f"There is no file {recipe}.", param_hint="--recipe")
+        return recipe
+    text = path.read_text()
+    load_recipe(text)
+    raw: dict[str, Any] = yaml.safe_load(text)
+    return raw
+
+
+def send_model(client: Client, model: str, name: str | None, *, quiet: bool) -> str:
+    """The id or name to submit: a local folder is registered in place where the server allows that, and sent otherwise."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if "/" in model or model.startswith("."):
+            raise typer.BadParameter(f"There is no folder {model}.", param_hint="MODEL")
+        return model
+    chosen = read_model_folder(folder, name)
+    if (there := _registered_in_place(client, folder.resolve(), chosen.name)) is not None:
+        return there.id
+    if chosen.left_out and not quiet:
+        output.note(f"Not sent: {', '.join(chosen.left_out)}.", "dim")
+    with output.transfer_meter(f"sending {output.clean(chosen.name)}", quiet=quiet) as meter:
+        return client.models.upload(chosen, meter=meter).id
+
+
+def _registered_in_place(client: Client, folder: Path, name: str) -> ModelView | None:
+    """The model at this path of the server, if the server is this machine and its operator allowed the folder."""
+    if client.http.base_url.host not in {"127.0.0.1", "localhost", "::1"}:
+        return None
+    try:
+        return client.models.register(str(folder), name)
+    except ApiError as error:
+        if error.code in {ErrorCode.PATH_NOT_ALLOWED, ErrorCode.NOT_FOUND, ErrorCode.UNSUPPORTED_FORMAT}:
+            return None
+        raise

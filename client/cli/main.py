@@ -1,0 +1,103 @@
+"""`nightpress`: the command a person holds."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from client.cli import catalog, demo, doctor, jobs, output, press, results, stack
+from client.cli.exits import EPILOG, Exit
+from client.errors import ApiError, ClientError, TransferError, UnreachableError
+from core.errors import ErrorCode, NightpressError
+from core.version import VERSION
+
+app = typer.Typer(
+    name="nightpress",
+    help="Press Transformer models smaller and faster overnight, and prove what that did.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,  # boxes and colours for eyes, plain lines for pipes
+)
+for part in (jobs, results, catalog, stack, press, doctor, demo):
+    part.add_to(app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"nightpress {VERSION}\n")
+        raise typer.Exit(Exit.OK)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Press Transformer models smaller and faster overnight, and prove what that did."""
+    del version  # its callback has done it
+
+
+def main() -> None:
+    """Run the command; every error becomes a sentence, a hint and an exit status."""
+    try:
+        app(prog_name="nightpress")
+    except BrokenPipeError:
+        # Whoever read our output has gone, e.g. `head`; Python must not complain about it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(Exit.OK)
+    except Exception as error:
+        if os.environ.get("NIGHTPRESS_DEBUG"):
+            raise
+        sys.exit(explain(error))
+
+
+def explain(error: Exception) -> Exit:
+    """Say an error kindly on standard error and return what to exit with."""
+    match error:
+        case ApiError():
+            output.fail(f"{error.message}{_places(error.errors)}", error.hint, reference=error.request_id)
+            return Exit.NOT_FOUND if error.code == ErrorCode.NOT_FOUND else Exit.REFUSED
+        case UnreachableError():
+            output.fail(error.message, error.hint)
+            return Exit.REFUSED
+        case TransferError() | ClientError():
+            output.fail(error.message, error.hint)
+            return Exit.LOCAL
+        case NightpressError():
+            output.fail(f"{error.message}{_places(error.details.get('faults', []))}", error.hint)
+            if error.code == ErrorCode.NOT_FOUND:
+                return Exit.NOT_FOUND
+            return Exit.REFUSED if error.kind.status < 500 else Exit.JOB_FAILED
+        case ValidationError():
+            faults = [{"at": ".".join(map(str, one["loc"])), "problem": one["msg"]} for one in error.errors()]
+            output.fail(
+                f"Some values are not valid.{_places(faults)}", "Settings come from NIGHTPRESS_* variables and .env."
+            )
+            return Exit.USAGE
+        case OSError():
+            where = f" {error.filename}" if error.filename else ""
+            output.fail(
+                f"{error.strerror or error}{where}.", "Is the path right, is there room, and may you write there?"
+            )
+            return Exit.LOCAL
+        case _:
+            output.fail(
+                f"Something unexpected happened in this command: {type(error).__name__}: {error}",
+                "That is a fault of ours. Please report it, with what NIGHTPRESS_DEBUG=1 before the command prints.",
+            )
+            return Exit.JOB_FAILED
+
+
+def _places(faults: list[dict[str, str]]) -> str:
+    """The faulty fields, one a line."""
+    return "".join(
+        f"\n  {one.get('at') or one.get('loc', '')}: {one.get('problem') or one.get('msg', '')}" for one in faults
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""`nightpress press`: the compression core in this process, with no service at all."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client.cli import output
+from client.cli.comparison import print_report
+from client.cli.exits import Exit
+from client.cli.jobs import read_recipe
+from client.cli.session import Session, takes_session
+from client.errors import ClientError
+from client.folders import read_model_folder
+from core.handoff.frames import Checkpoint, Log, Metric, Progress, Result
+from core.handoff.manifest import FileEntry, Manifest, describe_file, digest_of
+from core.handoff.report import REPORT_FILE, Report
+from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
+from core.ids import new_id
+from core.recipes.builtins import get_recipe
+from core.recipes.models import Recipe, parse_recipe
+
+AnyFrame = Progress | Metric | Log | Checkpoint | Result
+_NEEDED = ("torch", "transformers", "safetensors")
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("press", rich_help_panel="This machine")(takes_session(press))
+
+
+def press(
+    session: Session,
+    model: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A local model folder.", exists=True, file_okay=False)
+    ],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the result goes; must not exist or be empty.")],
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="A data set that the recipe names; may be repeated.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as this process may use.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Press a local model here and now, without a service. Ctrl-C stops it and leaves nothing half-made."""
+    if device not in {"cpu", "cuda"}:
+        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda.", param_hint="--device")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise typer.BadParameter(f"{out} exists and is not empty.", param_hint="--out")
+    chosen = read_recipe(recipe)
+    wanted = get_recipe(chosen) if isinstance(chosen, str) else parse_recipe(chosen)
+    sets = read_data(wanted, data or [])
+    threads = threads or len(os.sched_getaffinity(0))
+    require_core()
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read once, when torch is imported
+
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the finished result moves in one step.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as folder:
+        job_dir = Path(folder)
+        write_job(job_dir, model, wanted, sets, device=device, threads=threads)
+        try:
+            manifest = _run(job_dir, quiet=session.json)
+        except KeyboardInterrupt:
+            output.note("\nStopped; nothing was written.")
+            raise typer.Exit(Exit.DETACHED) from None
+        if out.exists():
+            out.rmdir()
+        (job_dir / OUT_DIR).replace(out)
+    report = Report.model_validate_json((out / REPORT_FILE).read_bytes())
+    if session.json:
+        output.print_json({"out": str(out), "manifest": manifest, "report": report})
+    else:
+        print_report(report.model_dump(mode="json"))
+        output.say(f"The result is in {out}.")
+    raise typer.Exit(Exit.REJECTED if manifest.verdict == "rejected" else Exit.OK)
+
+
+def require_core() -> None:
+    """Raises ClientError where the compression core's libraries are missing."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ClientError(
+            f"Pressing on this machine needs {', '.join(missing)}.",
+            hint="Install the extra: `pip install 'nightpress[compress]' -r requirements-cpu.txt`; or send the job to a service with `nightpress submit`.",
+        )
+
+
+def read_data(recipe: Recipe, given: list[str]) -> dict[str, Path]:
+    """The local file for each data set that the recipe names."""
+    sets: dict[str, Path] = {}
+    for one in given:
+        name, _, file = one.partition("=")
+        if not file or not Path(file).is_file():
+            raise typer.BadParameter(f"{one!r} is not NAME=FILE with a file that exists.", param_hint="--data")
+        sets[name] = Path(file)
+    if missing := sorted(recipe.data_refs() - sets.keys()):
+        raise typer.BadParameter(
+            f"The recipe uses {', '.join(missing)}; say which file that is with --data {missing[0]}=FILE.",
+            param_hint="--data",
+        )
+    return {name: path for name, path in sets.items() if name in recipe.data_refs()}
+
+
+def write_job(
+    job_dir: Path, model: Path, recipe: Recipe, sets: dict[str, Path], *, device: str, threads: int
+) -> JobSpec:
+    """Lay out a job's folder as a worker's supervisor does."""
+    chosen = read_model_folder(model)
+    for name in (SOURCE_DIR, DATA_DIR, WORK_DIR, OUT_DIR):
+        (job_dir / name).mkdir()
+    files: list[FileEntry] = []
+    for name, path in chosen.files.items():
+        _place(path, job_dir / SOURCE_DIR / name)
+        files.append(describe_file(job_dir / SOURCE_DIR, job_dir / SOURCE_DIR / name))
+    data: dict[str, str] = {}
+    for index, (name, path) in enumerate(sets.items()):
+        target = f"{index}-{path.name}"
+        _place(path, job_dir / DATA_DIR / target)
+        data[name] = target
+    spec = JobSpec.model_validate(
+        {
+            "job_id": new_id("job"),
+            "attempt": 1,
+            "model_name": chosen.name,
+            "model_digest": digest_of(files),
+            "recipe": recipe,
+            "data": data,
+            "device": device,
+            "threads": threads,
+        }
+    )
+    spec.save(job_dir)
+    return spec
+
+
+def _place(source: Path, target: Path) -> None:
+    """A hard link where the file system allows one: a large model is not copied for being read."""
+    try:
+        target.hardlink_to(source.resolve())
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _run(job_dir: Path, *, quiet: bool) -> Manifest:
+    """Press with live progress."""
+    bar = output.job_progress() if output.stderr().is_terminal and not quiet else None
+    with bar or nullcontext():
+        if bar is None:
+            return _pipeline(job_dir, _ignore if quiet else _lines())
+        task = bar.add_task("starting", total=1.0, message="")
+
+        def draw(frame: AnyFrame) -> None:
+            if isinstance(frame, Progress):
+                message = output.clean(frame.message)[:60]
+                bar.update(task, description=frame.phase, completed=frame.fraction, message=message)
+            elif isinstance(frame, Log) and frame.level in {"warning", "error"}:
+                output.note(f"{frame.level}: {frame.text}", "yellow")
+
+        return _pipeline(job_dir, draw)
+
+
+def _pipeline(job_dir: Path, emit: Callable[[AnyFrame], None]) -> Manifest:
+    # Imported late: this loads torch, which no other subcommand needs.
+    from core.compress.pipeline import run
+
+    return run(job_dir, emit)
+
+
+def _ignore(_frame: AnyFrame) -> None:
+    return None
+
+
+def _lines() -> Callable[[AnyFrame], None]:
+    """A line at each new phase or pass."""
+    last: list[object] = [None]
+
+    def write(frame: AnyFrame) -> None:
+        if isinstance(frame, Progress) and (frame.phase, frame.pass_index) != last[0]:
+            last[0] = (frame.phase, frame.pass_index)
+            output.note(f"{frame.fraction:4.0%}  {frame.phase}  {frame.message}")
+        elif isinstance(frame, Log) and frame.level in {"warning", "error"}:
+            output.note(f"{frame.level}: {frame.text}")
+
+    return write

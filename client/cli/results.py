@@ -1,0 +1,94 @@
+"""Subcommands about what a job made: pull and report."""
+
+import tempfile
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client.cli import output
+from client.cli.comparison import print_report
+from client.cli.session import Session, takes_session
+from client.client import Client
+from client.errors import ApiError
+from core.errors import ErrorCode
+from core.schemas import JobView
+
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("pull", rich_help_panel="Results")(takes_session(pull))
+    app.command("report", rich_help_panel="Results")(takes_session(report))
+
+
+def pull(
+    session: Session,
+    job: JobArgument,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to fill; otherwise ./JOB.")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", "-f", metavar="FORMAT", help="Only this artifact; may be repeated.")
+    ] = None,
+) -> None:
+    """Fetch a job's artifacts and report. Continues what was broken off; checks every SHA-256."""
+    folder = out or Path(job)
+    with session.client() as client:
+        view = client.jobs.get(job)
+        folders = fetch(client, view, folder, formats or [], quiet=session.json)
+    if session.json:
+        output.print_json(
+            {"job": view.id, "verdict": view.verdict, "folder": str(folder), "artifacts": [str(one) for one in folders]}
+        )
+        return
+    for one in folders:
+        size = sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
+        output.say(f"{one}  {output.size_text(size)}")
+    if view.verdict == "rejected":
+        output.note("Mind: this job's result was rejected by a gate of its recipe; see report.md there.", "yellow")
+
+
+def fetch(client: Client, job: JobView, folder: Path, formats: list[str], *, quiet: bool) -> list[Path]:
+    """Artifacts to `folder`/<format>/, and the report beside them."""
+    with output.transfer_meter("fetching", quiet=quiet) as meter:
+        folders = client.jobs.download(job.id, folder, formats=formats, meter=meter)
+    for form in ("html", "md"):
+        try:
+            text = client.jobs.drawn_report(job.id, form)
+        except ApiError as error:
+            if error.code != ErrorCode.NOT_FOUND:
+                raise
+        else:
+            (folder / f"report.{form}").write_text(text)
+    return list(folders)
+
+
+def report(
+    session: Session,
+    job: JobArgument,
+    open_page: Annotated[bool, typer.Option("--open", help="Show the whole report in a browser.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the whole report as one HTML page.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write it as a Markdown model card.")
+    ] = None,
+) -> None:
+    """Compare before and after: size, quality with its interval, latency, throughput, memory."""
+    with session.client() as client:
+        view = client.jobs.report(job)
+        if open_page and html is None:
+            html = Path(tempfile.mkdtemp(prefix="nightpress-")) / "report.html"
+        if html is not None:
+            html.write_text(client.jobs.drawn_report(job, "html"))
+        if markdown is not None:
+            markdown.write_text(client.jobs.drawn_report(job, "md"))
+    if session.json:
+        output.print_json(view.report)
+    else:
+        print_report(view.report)
+    for written in (html, markdown):
+        if written is not None:
+            output.note(f"Written: {written}")
+    if open_page and html is not None and not webbrowser.open(html.resolve().as_uri()):
+        output.note("No browser could be opened here; open the file yourself.", "yellow")

@@ -1,0 +1,150 @@
+"""Subcommands that start and stop the embedded stack on this machine: up and down."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from client.cli import output
+from client.cli.session import Session, takes_session
+from client.client import Client
+from client.discovery import read_devstack
+from client.errors import ClientError, UnreachableError
+from core.settings import Settings, load_settings
+
+_MODULE = "worker.devstack"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("up", rich_help_panel="This machine")(takes_session(up))
+    app.command("down", rich_help_panel="This machine")(takes_session(down))
+
+
+def up(
+    session: Session,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return when it is ready, and leave it running.")
+    ] = False,
+    patience: Annotated[float, typer.Option(help="Seconds it may take to be ready, with --detach.")] = 60.0,
+) -> None:
+    """Run the whole service on this machine: API, a worker, the control process, a broker, SQLite and a folder. Ctrl-C ends it."""
+    settings = load_settings()
+    if not detach:
+        raise typer.Exit(_run_in_foreground())
+    if running_stack(settings) is None:
+        process = start_stack(settings)
+        await_ready(process, settings, patience)
+    url = str(read_devstack(settings).get("api_url", ""))
+    if session.json:
+        output.print_json({"api_url": url, "key_file": str(settings.key_file), "data_dir": str(settings.data_dir)})
+    else:
+        output.say(f"Nightpress answers at {url}; its key is in {settings.key_file}. `nightpress down` ends it.")
+
+
+def _run_in_foreground() -> int:
+    process = subprocess.Popen([sys.executable, "-m", _MODULE])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the stack got the same Ctrl-C and is ending its parts
+            continue
+
+
+def down(session: Session) -> None:
+    """End the embedded stack of this machine. Its jobs and results stay and go on at the next `nightpress up`."""
+    settings = load_settings()
+    stack = running_stack(settings)
+    if stack is not None:
+        stop_stack(stack)
+    if session.json:
+        output.print_json({"stopped": stack is not None})
+    else:
+        output.say("Nightpress has stopped." if stack is not None else f"No stack of {settings.data_dir} is running.")
+
+
+def running_stack(settings: Settings) -> psutil.Process | None:
+    """The stack's own process, found by the number it left and by what it runs, for numbers are used again."""
+    pids = read_devstack(settings).get("pids")
+    numbers = pids.values() if isinstance(pids, dict) else pids if isinstance(pids, list) else []
+    for number in numbers:
+        try:
+            process = psutil.Process(int(str(number)))
+            for one in (process, *process.parents()):
+                if _MODULE in one.cmdline() and one.status() != psutil.STATUS_ZOMBIE:
+                    return one
+        except (psutil.Error, ValueError):
+            continue
+    return None
+
+
+def stop_stack(stack: psutil.Process, patience_s: float = 30.0) -> None:
+    """Ask it to end and wait. Raises ClientError if it doesn't."""
+    stack.send_signal(signal.SIGTERM)
+    try:
+        stack.wait(patience_s)
+    except psutil.TimeoutExpired as error:
+        raise ClientError(
+            f"The stack (process {stack.pid}) has not ended after {patience_s:g} s.",
+            hint=f"A job may be shutting down; look again, or end it with `kill -9 {stack.pid}`: nothing is lost by that.",
+        ) from error
+
+
+def start_stack(settings: Settings, environment: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
+    """Start it in a session of its own, writing to data_dir/devstack.log."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = log_of(settings)
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", _MODULE],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
+
+
+def log_of(settings: Settings) -> Path:
+    return settings.data_dir / "devstack.log"
+
+
+def await_ready(process: "subprocess.Popen[bytes]", settings: Settings, patience_s: float) -> Client:
+    """Return a client of the stack once its API, broker and storage answer and a worker has reported.
+
+    Raises ClientError with the end of its log if it ends or takes too long.
+    """
+    deadline = time.monotonic() + patience_s
+    client: Client | None = None
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ClientError(f"The stack ended as it started (status {process.returncode}).", hint=_log_end(settings))
+        url = read_devstack(settings).get("api_url")
+        if client is None and isinstance(url, str) and settings.key_file.exists():
+            client = Client(url, settings.key_file.read_text().strip(), retries=0)
+        if client is not None and _answers(client):
+            return client
+        time.sleep(0.1)
+    process.terminate()
+    raise ClientError(f"The stack was not ready after {patience_s:g} s.", hint=_log_end(settings))
+
+
+def _answers(client: Client) -> bool:
+    try:
+        return client.ready().status == "ok" and bool(client.workers())
+    except UnreachableError:
+        return False
+
+
+def _log_end(settings: Settings, lines: int = 12) -> str:
+    try:
+        text = log_of(settings).read_text(errors="replace")
+    except OSError:
+        return "It left no log."
+    return "Its log ends:\n" + "\n".join(text.splitlines()[-lines:])

@@ -1,0 +1,55 @@
+"""Where a job ran: what a reader needs to judge its figures, or to take them again."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from core.handoff.spec import JobSpec
+
+
+def describe(spec: JobSpec, versions: dict[str, str]) -> dict[str, Any]:
+    """Versions, processor, threads and memory. versions: those that the consumers' processes named."""
+    return {
+        "nightpress": _version("nightpress"),
+        "versions": dict(sorted(versions.items())),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cpu_features": _features(),
+        "cores": os.cpu_count(),
+        "threads": spec.threads,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": spec.device,
+        "seed": spec.recipe.seed,
+        "attempt": spec.attempt,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _cpuinfo(field: str) -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    except OSError:
+        pass
+    return ""
+
+
+def _cpu() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _features() -> list[str]:
+    """The instruction sets on which int8 speed depends."""
+    telling = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+    have = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    return [one for one in telling if one in have]

@@ -1,0 +1,239 @@
+"""Running a model in the hands of its real consumer: a fresh process that loads the folder with the consumer's own library.
+
+One process an artifact serves the verification, the evaluation and the timing. It sees no code of ours but its script and the measuring
+module beside that, and nothing of this process's state.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.compress.checkpoint import disk_errors
+from core.compress.evaluate.data import Sequences
+from core.errors import ErrorCode, NightpressError
+
+_STDERR_SHOWN = 2000
+_LOGIT_BYTES = 256 * 1024**2  #: logits over the vocabulary that a runner holds at once
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Examples that a runner is to run, and what it is to keep of the outputs: `pooled`, `logits`, `last` or `tokens`."""
+
+    name: str
+    kind: str
+    sequences: Sequences
+    compared: NDArray[np.bool_] | None = None  #: [N, S], where whole distributions are compared
+
+    def rows(self, classes: int) -> int:
+        """Rows a batch. classes: the width of one position's output."""
+        length = int(self.sequences.ids.shape[1])
+        per_row = 4 * length * classes if self.kind in {"tokens", "last"} else 4 * length * 8192
+        return max(1, min(16, _LOGIT_BYTES // max(per_row, 1)))
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    length: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is run with every model of a job, so that all of them see the same."""
+
+    name: str  #: header.task
+    sets: tuple[TokenSet, ...]
+    shapes: tuple[Shape, ...]
+    timing_ids: NDArray[np.int64]
+    pooling: str
+    classes: int  #: words of the vocabulary or classes
+    threads: int
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a fresh process saw."""
+
+    outputs: Mapping[str, NDArray[Any]] = field(repr=False)
+    timings: tuple[dict[str, Any], ...]
+    peak_memory: int
+    versions: dict[str, str]
+    snippet: str  #: the lines that loaded the folder, as executed
+    seconds: float
+    outputs_file: Path
+
+
+def run_consumer(
+    runner: Path,
+    folder: Path,
+    task: Task,
+    *,
+    name: str,
+    scratch: Path,
+    reference: Path | None = None,
+    progress: Callable[[float, str], None] = lambda _fraction, _text: None,
+) -> Observed:
+    """Load `folder` in a fresh process and run the task there.
+
+    Raises NightpressError(verification_failed) with the end of its standard error when that fails, numerical_failure when an output
+    is not finite.
+    """
+    started = time.monotonic()
+    scratch.mkdir(parents=True, exist_ok=True)
+    inputs, outputs, answer = scratch / "inputs.npz", scratch / f"{name}.npz", scratch / f"{name}.json"
+    with disk_errors():
+        if not inputs.exists():
+            np.savez(inputs, **_arrays(task))  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
+        request = scratch / f"{name}.request.json"
+        request.write_text(
+            json.dumps(
+                {
+                    "folder": folder.name,
+                    "task": task.name,
+                    "pooling": task.pooling,
+                    "threads": task.threads,
+                    "inputs": str(inputs.resolve()),
+                    "outputs": str(outputs.resolve()),
+                    "answer": str(answer.resolve()),
+                    "reference": None if reference is None else str(reference.resolve()),
+                    "sets": [{"name": one.name, "kind": one.kind, "rows": one.rows(task.classes)} for one in task.sets],
+                    "timings": [vars(shape) for shape in task.shapes],
+                }
+            )
+        )
+    _run(runner, request, folder.parent, task.threads, name, progress)
+    with np.load(outputs) as archive:
+        kept = {key: archive[key] for key in archive.files}
+    _check_finite(kept, name)
+    raw = json.loads(answer.read_bytes())
+    return Observed(
+        outputs=kept,
+        timings=tuple(raw["timings"]),
+        peak_memory=int(raw["peak_memory_bytes"]),
+        versions=raw["versions"],
+        snippet=raw["snippet"],
+        seconds=time.monotonic() - started,
+        outputs_file=outputs,
+    )
+
+
+def consumer_name(versions: Mapping[str, str]) -> str:
+    """E.g. `onnxruntime 1.32.0`: the library that a runner names last."""
+    library, version = list(versions.items())[-1]
+    return f"{library} {version}"
+
+
+def _arrays(task: Task) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {"timing.ids": task.timing_ids}
+    for one in task.sets:
+        arrays[f"{one.name}.ids"] = one.sequences.ids
+        arrays[f"{one.name}.mask"] = one.sequences.mask
+        if one.kind == "tokens":
+            assert one.sequences.targets is not None
+            assert one.compared is not None
+            arrays[f"{one.name}.targets"] = one.sequences.targets
+            arrays[f"{one.name}.compared"] = one.compared
+    return arrays
+
+
+def _environment(threads: int, scratch: Path) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return kept | {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TMPDIR": str(scratch.resolve()),
+    }
+
+
+def _run(
+    runner: Path, request: Path, beside: Path, threads: int, name: str, progress: Callable[[float, str], None]
+) -> None:
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-B", str(runner), str(request.resolve())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=_environment(threads, request.parent),
+            cwd=beside,
+        )
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(b"@progress "):
+                    with contextlib.suppress(ValueError):
+                        fraction, _, text = line[10:].decode(errors="replace").strip().partition(" ")
+                        progress(float(fraction), text)
+            status = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if status:
+            errors.seek(0, os.SEEK_END)
+            errors.seek(max(0, errors.tell() - _STDERR_SHOWN))
+            raise _failed(name, status, errors.read().decode(errors="replace"))
+
+
+def _failed(name: str, status: int, stderr: str) -> NightpressError:
+    whole = stderr.strip()
+    last = whole.splitlines()[-1] if whole else "it said nothing"
+    if "No space left on device" in whole:
+        return NightpressError(
+            ErrorCode.DISK_FULL,
+            f"The disk filled up while {_subject(name)} was measured.",
+            hint="Free space in the worker's data folder.",
+        )
+    if status == -9 or "MemoryError" in last or "Cannot allocate memory" in whole or "not enough memory" in whole:
+        return NightpressError(
+            ErrorCode.OUT_OF_MEMORY,
+            f"The process that loaded {_subject(name)} ran out of memory.",
+            hint="Use a worker with more memory, or evaluate with a smaller `batch` and `length`.",
+            stderr=whole,
+        )
+    died = f"signal {-status}" if status < 0 else f"status {status}"
+    hint = (
+        "The model itself can't be run: check that its config.json and weights belong together."
+        if name == "source"
+        else "Leave this format out of `exports`, or compare the versions of the libraries with those in pyproject.toml."
+    )
+    return NightpressError(
+        ErrorCode.VERIFICATION_FAILED,
+        f"{_subject(name).capitalize()} could not be run by its consumer, which ended with {died}: {last[:500]}",
+        hint=hint,
+        artifact=name,
+        stderr=whole,
+    )
+
+
+def _subject(name: str) -> str:
+    return "the source model" if name == "source" else f"the artifact {name}"
+
+
+def _check_finite(outputs: Mapping[str, NDArray[Any]], name: str) -> None:
+    for key, values in outputs.items():
+        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+            bad = int((~np.isfinite(values)).sum())
+            raise NightpressError(
+                ErrorCode.NUMERICAL_FAILURE,
+                f"{_subject(name).capitalize()} gives outputs that are not finite: {bad} of {values.size} numbers ({key}).",
+                hint="The weights overflow or hold NaN: check the model, or use a gentler pass."
+                if name == "source"
+                else "Use a gentler pass, or leave the layers that overflow to `ignore`.",
+                artifact=name,
+            )

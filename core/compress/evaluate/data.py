@@ -1,0 +1,320 @@
+"""Text and labelled rows, from the built-in prose or from data sets that people brought, as token ids."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import ErrorCode, NightpressError
+from core.recipes.header import ModelHeader
+
+Ids = NDArray[np.int64]
+
+MAX_TEXT_BYTES = 64 * 1024**2  #: what of a data set is looked at; a quality figure needs far less
+_PROSE = {"evaluation": "prose_evaluation.txt.gz", "calibration": "prose_calibration.txt.gz"}
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str, *, special: bool) -> list[int]: ...
+    @property
+    def mask_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    text: str
+    label: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A batch of examples, padded on the right. ids and mask are [N, S]."""
+
+    ids: Ids
+    mask: Ids
+    labels: Ids | None = None  #: [N], classification
+    targets: Ids | None = None  #: [N, S], the token each position is scored on; -1: not scored
+
+    @property
+    def tokens(self) -> int:
+        return int(self.mask.sum())
+
+
+def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation") -> list[Row]:
+    """The rows of a data set: paragraphs of prose, or the objects of a JSONL file. Raises NightpressError(invalid_data)."""
+    if ref.startswith("builtin:"):
+        name = _PROSE[purpose]
+        text = gzip.decompress((files("core.compress") / "data" / name).read_bytes()).decode()
+        return [Row(part) for part in text.split("\n\n") if part.strip()]
+    if file is None or not file.is_file():
+        raise _invalid(ref, "its file was not handed to the job", "Register the data set again.")
+    text = _read_text(ref, file)
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    rows = list(_objects(ref, text)) if first.lstrip().startswith("{") else _paragraphs(text)
+    if not rows:
+        raise _invalid(ref, "it holds no text", "Bring a file with prose, or with one JSON object a line.")
+    return rows
+
+
+def _read_text(ref: str, file: Path) -> str:
+    try:
+        with file.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            data = gzip.GzipFile(fileobj=raw).read(MAX_TEXT_BYTES) if packed else raw.read(MAX_TEXT_BYTES)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _invalid(ref, f"its gzip stream is damaged ({error})", "Compress and bring it again.") from error
+    cut = len(data) == MAX_TEXT_BYTES
+    if cut:
+        data = data[: data.rfind(b"\n") + 1]
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _invalid(ref, f"it is not UTF-8 at byte {error.start}", "Convert it to UTF-8.") from error
+
+
+def _paragraphs(text: str) -> list[Row]:
+    return [Row(part) for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
+
+
+def _objects(ref: str, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _invalid(
+                ref, f"line {number} is not JSON ({error.msg})", "Write one JSON object a line, with a `text`."
+            ) from error
+        if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
+            raise _invalid(ref, f"line {number} has no `text`", 'Write lines like {"text": "…", "label": 1}.')
+        label = raw.get("label")
+        if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
+            raise _invalid(
+                ref, f"line {number}: `label` is neither a whole number nor a name", "Use the class's index."
+            )
+        if raw["text"].strip():
+            yield Row(raw["text"], label)
+
+
+def _invalid(ref: str, what: str, hint: str) -> NightpressError:
+    return NightpressError(ErrorCode.INVALID_DATA, f"The data set {ref} can't be used: {what}.", hint=hint, data=ref)
+
+
+def text_windows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length: int, ref: str) -> Sequences:
+    """Equal windows of running text, evenly spread over it: [samples, length], whole, with the special tokens the tokenizer adds."""
+    prefix, suffix = special_tokens(tokenizer)
+    body = length - len(prefix) - len(suffix)
+    if body < 2:
+        raise NightpressError(
+            ErrorCode.INVALID_RECIPE,
+            f"evaluate: a length of {length} leaves no room for text.",
+            hint="Use at least 16 tokens.",
+        )
+    stream: list[int] = []
+    texts = iter(_spread(rows, samples * body))
+    for row in texts:
+        stream += tokenizer.encode(row.text + "\n", special=False)
+    count = len(stream) // body
+    if count < 2:
+        raise _invalid(
+            ref,
+            f"its {len(stream)} tokens fill fewer than two windows of {length}",
+            "Bring more text, or ask for a shorter `length`.",
+        )
+    chosen = np.unique(np.linspace(0, count - 1, min(samples, count)).round().astype(np.int64))
+    windows = np.asarray(stream[: count * body], np.int64).reshape(count, body)[chosen]
+    ids = np.concatenate([np.tile(prefix, (len(chosen), 1)), windows, np.tile(suffix, (len(chosen), 1))], axis=1)
+    ids = ids.astype(np.int64)
+    return Sequences(ids=ids, mask=np.ones_like(ids))
+
+
+def _spread(rows: list[Row], tokens: int) -> list[Row]:
+    """Enough consecutive rows for so many tokens, from the start: a tokenizer gives at least one token for each 8 characters of prose."""
+    wanted, held = tokens * 8, 0
+    for at, row in enumerate(rows):
+        held += len(row.text)
+        if held >= wanted:
+            return rows[: at + 1]
+    return rows
+
+
+def labelled_rows(
+    rows: list[Row], tokenizer: Tokenizer, header: ModelHeader, *, samples: int, length: int, seed: int, ref: str
+) -> Sequences:
+    """Rows drawn without replacement, each with its class, cut at `length` and padded: for classifiers."""
+    labels = [class_index(row.label, header, ref) for row in rows]
+    order = np.random.default_rng(seed).permutation(len(rows))[:samples]
+    # Neighbours of like length share a batch, so little is computed on padding.
+    encoded = sorted(
+        ((_cut(tokenizer.encode(rows[at].text, special=True), length), labels[at]) for at in order),
+        key=lambda one: len(one[0]),
+    )
+    sequences = pad([ids for ids, _ in encoded], tokenizer.pad_id)
+    return Sequences(sequences.ids, sequences.mask, labels=np.asarray([label for _, label in encoded], np.int64))
+
+
+def text_rows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length: int, seed: int) -> Sequences:
+    """Rows as they are, cut at `length` and padded."""
+    order = np.sort(np.random.default_rng(seed).permutation(len(rows))[:samples])
+    return pad([_cut(tokenizer.encode(rows[at].text, special=True), length) for at in order], tokenizer.pad_id)
+
+
+def class_index(label: int | str | None, header: ModelHeader, ref: str) -> int:
+    """A row's class as the model counts them. Raises NightpressError(invalid_data) for one it doesn't have."""
+    classes = class_count(header)
+    if isinstance(label, str):
+        names = {str(name): int(index) for name, index in (header.config.get("label2id") or {}).items()}
+        if label in names:
+            label = names[label]
+    if label is None:
+        raise _invalid(ref, "some rows have no `label`", "Give every row one, or measure `fidelity`.")
+    if not isinstance(label, int) or not 0 <= label < classes:
+        raise _invalid(
+            ref,
+            f"the label {label!r} is none of the model's {classes} classes",
+            f"Use 0 to {classes - 1}, or a name from the model's label2id.",
+        )
+    return label
+
+
+def class_count(header: ModelHeader) -> int:
+    return len(header.config.get("id2label") or {}) or int(header.config.get("num_labels") or 2)
+
+
+def pad(sequences: list[list[int]], pad_id: int) -> Sequences:
+    width = max(len(one) for one in sequences)
+    ids = np.full((len(sequences), width), pad_id, np.int64)
+    mask = np.zeros_like(ids)
+    for at, one in enumerate(sequences):
+        ids[at, : len(one)] = one
+        mask[at, : len(one)] = 1
+    return Sequences(ids, mask)
+
+
+def _cut(ids: list[int], length: int) -> list[int]:
+    """At most `length` tokens; the last one, which may be a separator, stays the last."""
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+
+
+def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    whole, plain = tokenizer.encode("the", special=True), tokenizer.encode("the", special=False)
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at], whole[at + len(plain) :]
+    return [], []
+
+
+def next_token_targets(sequences: Sequences) -> Sequences:
+    """For causal language models: each position is scored on the token after it."""
+    targets = np.full_like(sequences.ids, -1)
+    targets[:, :-1] = np.where(sequences.mask[:, 1:] > 0, sequences.ids[:, 1:], -1)
+    return Sequences(sequences.ids, sequences.mask, targets=targets)
+
+
+def masked_targets(sequences: Sequences, tokenizer: Tokenizer, *, share: float = 0.15, seed: int) -> Sequences:
+    """For masked language models: some tokens are hidden and each is scored on what stood there."""
+    special = set(sum(special_tokens(tokenizer), []))
+    hidden = np.random.default_rng(seed).random(sequences.ids.shape) < share
+    hidden &= (sequences.mask > 0) & ~np.isin(sequences.ids, list(special))
+    if not hidden.any():
+        hidden[:, sequences.ids.shape[1] // 2] = True
+    targets = np.where(hidden, sequences.ids, -1)
+    mask_id = tokenizer.mask_id
+    ids = sequences.ids if mask_id is None else np.where(hidden, mask_id, sequences.ids)
+    return Sequences(ids, sequences.mask, targets=targets)
+
+
+def every_token(sequences: Sequences) -> Sequences:
+    """For token classifiers: every real position is compared."""
+    return Sequences(sequences.ids, sequences.mask, targets=np.where(sequences.mask > 0, 0, -1))
+
+
+def check_vocabulary(sequences: Sequences, header: ModelHeader) -> None:
+    """Raises NightpressError(malformed_model) where the tokenizer gives tokens that the model has no embedding for."""
+    size = header.config.get("vocab_size")
+    highest = int(sequences.ids.max())
+    if isinstance(size, int) and highest >= size:
+        raise NightpressError(
+            ErrorCode.MALFORMED_MODEL,
+            f"The tokenizer gives the token {highest}, but the model has embeddings for {size} tokens only.",
+            hint="The tokenizer belongs to another model: put the right tokenizer.json into the folder.",
+            file="tokenizer.json",
+        )
+
+
+class FastTokenizer:
+    """tokenizer.json through the tokenizers library: no model code is imported for it."""
+
+    def __init__(self, file: Path) -> None:
+        from tokenizers import Tokenizer as Library
+
+        try:
+            self._library: Any = Library.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+            raise NightpressError(
+                ErrorCode.MALFORMED_MODEL,
+                f"tokenizer.json can't be read: {str(error)[:300]}",
+                hint="Save it again with the tokenizer's save_pretrained.",
+                file="tokenizer.json",
+            ) from error
+        self._library.no_truncation()
+        self._library.no_padding()
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        return list(self._library.encode(text, add_special_tokens=special).ids)
+
+    @property
+    def mask_id(self) -> int | None:
+        return self._first("[MASK]", "<mask>")
+
+    @property
+    def pad_id(self) -> int:
+        return self._first("[PAD]", "<pad>", "<|endoftext|>", "</s>") or 0
+
+    def _first(self, *names: str) -> int | None:
+        return next((found for name in names if (found := self._library.token_to_id(name)) is not None), None)
+
+
+class SlowTokenizer:
+    """Whatever transformers can read, for models without a tokenizer.json."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._library: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+            raise NightpressError(
+                ErrorCode.MALFORMED_MODEL,
+                f"The model's tokenizer can't be read: {str(error)[:300]}",
+                hint="Add a tokenizer.json, saved with the tokenizer's save_pretrained.",
+            ) from error
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        return list(self._library.encode(text, add_special_tokens=special, verbose=False))
+
+    @property
+    def mask_id(self) -> int | None:
+        return self._library.mask_token_id  # type: ignore[no-any-return]
+
+    @property
+    def pad_id(self) -> int:
+        return self._library.pad_token_id or 0
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The model's own tokenizer. Raises NightpressError(malformed_model)."""
+    file = folder / "tokenizer.json"
+    return FastTokenizer(file) if file.is_file() else SlowTokenizer(folder)

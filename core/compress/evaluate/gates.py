@@ -1,0 +1,102 @@
+"""Whether an artifact is good enough: each gate is decided on the unfavourable end of the interval."""
+
+from core.handoff.report import GateResult, Measurement, Subject
+from core.recipes.models import Gate, Recipe
+
+
+def decide(recipe: Recipe, source: Subject, artifacts: tuple[Subject, ...]) -> tuple[GateResult, ...]:
+    """Every gate for every artifact. A gate on something that was not measured is missed, and says so."""
+    return tuple(_decide(gate, source, artifact) for artifact in artifacts for gate in recipe.parsed_gates())
+
+
+def _decide(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
+    if gate.metric == "size":
+        pair = (float(artifact.size_bytes), float(source.size_bytes))
+        return _compare(gate, artifact, pair[0], pair[0] / pair[1], "bytes of the whole folder")
+    if gate.metric == "memory":
+        if artifact.peak_memory_bytes is None or not source.peak_memory_bytes:
+            return _unknown(gate, artifact, "its peak memory was not measured")
+        ratio = artifact.peak_memory_bytes / source.peak_memory_bytes
+        return _compare(
+            gate, artifact, float(artifact.peak_memory_bytes), ratio, "peak memory of the consumer's process"
+        )
+    if gate.metric in {"latency", "throughput"}:
+        return _timing(gate, source, artifact)
+    return _quality(gate, artifact)
+
+
+def _timing(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
+    pairs = [
+        (ours, theirs)
+        for ours in artifact.timings
+        for theirs in source.timings
+        if (ours.batch, ours.length) == (theirs.batch, theirs.length)
+    ]
+    if not pairs:
+        return _unknown(gate, artifact, "the recipe's `evaluate` has no `latency`")
+    results = []
+    for ours, theirs in pairs:
+        value, base = (ours.p50_ms, theirs.p50_ms) if gate.metric == "latency" else (ours.throughput, theirs.throughput)
+        what = f"median at batch {ours.batch} × {ours.length} tokens"
+        results.append(_compare(gate, artifact, value, value / base, what))
+    # The worst shape decides.
+    worst = max if gate.operator in {"<=", "<"} else min
+    return worst(results, key=lambda one: one.observed)
+
+
+def _quality(gate: Gate, artifact: Subject) -> GateResult:
+    found = [one for one in artifact.measurements if one.name == gate.metric]
+    if not found:
+        known = ", ".join(dict.fromkeys(one.name for one in artifact.measurements)) or "nothing of quality"
+        return _unknown(gate, artifact, f"it was not measured for this model and recipe; measured was {known}")
+    upper = gate.operator in {"<=", "<"}
+    worst = max if upper else min
+    return worst((_one_quality(gate, artifact, one) for one in found), key=lambda result: result.observed)
+
+
+def _one_quality(gate: Gate, artifact: Subject, one: Measurement) -> GateResult:
+    upper = gate.operator in {"<=", "<"}
+    if gate.relative == "absolute":
+        end = one.high if upper else one.low
+        return _compare(gate, artifact, one.value if end is None else end, None, _ends(one, upper, one.value, end))
+    if one.change is None:
+        return _unknown(gate, artifact, "it has no counterpart in the source to compare with; give an absolute bound")
+    end = one.change_high if upper else one.change_low
+    change = one.change if end is None else end
+    return _compare(gate, artifact, one.value, 1 + change, _ends(one, upper, one.change, end))
+
+
+def _ends(one: Measurement, upper: bool, value: float, end: float | None) -> str:
+    if end is None:
+        return f"on {one.data}"
+    return f"{'upper' if upper else 'lower'} end of the 95% interval around {value:.4g}, on {one.data}"
+
+
+def _compare(gate: Gate, artifact: Subject, value: float, ratio: float | None, what: str) -> GateResult:
+    """value: the figure itself; ratio: the figure over the source's."""
+    if gate.relative == "absolute":
+        observed = value
+    else:
+        assert ratio is not None
+        observed = ratio - 1 if gate.relative == "change" else ratio
+    passed = {
+        "<=": observed <= gate.value,
+        ">=": observed >= gate.value,
+        "<": observed < gate.value,
+        ">": observed > gate.value,
+    }[gate.operator]
+    shown = {
+        "absolute": f"{observed:.5g}",
+        "change": f"{100 * observed:+.2f}%",
+        "share": f"{100 * observed:.1f}% of the source",
+        "times": f"{observed:.2f}x the source",
+    }[gate.relative]
+    return GateResult(
+        gate=str(gate), artifact=artifact.name, observed=observed, passed=passed, explanation=f"{shown} ({what})"
+    )
+
+
+def _unknown(gate: Gate, artifact: Subject, why: str) -> GateResult:
+    return GateResult(
+        gate=str(gate), artifact=artifact.name, observed=0.0, passed=False, explanation=f"{gate.metric}: {why}"
+    )

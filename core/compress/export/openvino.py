@@ -1,0 +1,50 @@
+"""An OpenVINO graph (model.xml, model.bin) with its tokenizer and config."""
+
+import time
+from pathlib import Path
+
+from core.compress.checkpoint import disk_errors
+from core.compress.executors.graph import Traced
+from core.compress.executors.stream import copy_companions
+from core.compress.passes.quantize_graph import quantize_openvino
+from core.handoff.report import PassRecord
+from core.recipes.passes import DynamicInt8
+
+CONSUMER = Path(__file__).with_name("runners") / "openvino_runner.py"
+GRAPH_FILE = "model.xml"
+#: Inputs that share a scale when the runtime rounds activations.
+ACTIVATION_GROUP = 64
+
+
+def save(
+    model_dir: Path, out_dir: Path, traced: Traced, graph_passes: list[tuple[int, DynamicInt8]]
+) -> tuple[PassRecord, ...]:
+    """Write the folder. graph_passes: those passes of the recipe, with their places, that work on the graph."""
+    import openvino
+
+    # Read straight from the ONNX graph: the converter's front end would report its use over the network.
+    model = openvino.Core().read_model(traced.path)
+    records = []
+    for index, options in graph_passes:
+        start = time.monotonic()
+        layers = quantize_openvino(model, options)
+        model.set_rt_info(str(ACTIVATION_GROUP), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+        records.append(
+            PassRecord(
+                index=index,
+                name=options.pass_,
+                seconds=time.monotonic() - start,
+                summary={
+                    "format": "openvino",
+                    "matrices": len(layers),
+                    "per_channel": options.per_channel,
+                    "activation_group": ACTIVATION_GROUP,
+                },
+                layers=layers,
+            )
+        )
+    with disk_errors():
+        out_dir.mkdir(parents=True)
+        copy_companions(model_dir, out_dir)
+        openvino.save_model(model, str(out_dir / GRAPH_FILE), compress_to_fp16=False)
+    return tuple(records)

@@ -1,0 +1,167 @@
+"""What every runner does with a loaded model: run the given token ids, write the outputs, time it. Needs numpy and nothing of Nightpress.
+
+A runner is a script `<consumer>_runner.py` beside this file with `load(request) → (forward, versions, snippet)`, where `forward(ids, mask)`
+takes two int64 arrays [B, S] and returns the model's first output as a float32 array. The snippet is the code that loaded the folder: it is
+text that the runner executes, so that what a report shows is what was run. The working directory is the one that holds the folder.
+
+The request is a JSON file: folder, task, pooling, threads, inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null), sets, timings.
+Each set has a name, a kind (`pooled`, `logits` or `tokens`) and `rows` a batch; its arrays in `inputs` are called `<name>.ids` and so on.
+"""
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Request = dict[str, Any]
+Forward = Callable[[Array, Array], Array]
+
+_SHAPE_SECONDS = 8.0  # a shape is timed no longer, but at least _FEWEST times
+_FEWEST = 5
+
+
+def main(load: Callable[[Request], tuple[Forward, dict[str, str], str]]) -> None:
+    request = json.loads(Path(sys.argv[1]).read_bytes())
+    started = time.perf_counter()
+    forward, versions, snippet = load(request)
+    loaded_s = time.perf_counter() - started
+    inputs = np.load(request["inputs"])
+    reference = np.load(request["reference"]) if request["reference"] else None
+    outputs: dict[str, Array] = {}
+    steps = len(request["sets"]) + len(request["timings"])
+    for at, one in enumerate(request["sets"]):
+        _say(at / steps, one["name"])
+        outputs |= _run_set(forward, one, inputs, reference, request)
+    timings = []
+    for at, shape in enumerate(request["timings"], len(request["sets"])):
+        _say(at / steps, f"timing {shape['batch']} × {shape['length']}")
+        timings.append(_time(forward, shape, inputs))
+    # Atomically: the parent must not take a half-written file for an answer.
+    partial = Path(request["outputs"] + ".partial.npz")
+    np.savez(partial, **outputs)
+    partial.replace(request["outputs"])
+    answer = {
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},
+        "snippet": snippet,
+        "load_seconds": loaded_s,
+        "peak_memory_bytes": _peak_memory(),
+        "timings": timings,
+    }
+    Path(request["answer"]).write_text(json.dumps(answer))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # some runtimes take long to unload, and everything is written
+
+
+def execute(snippet: str) -> dict[str, Any]:
+    """Run a snippet and return the names it bound."""
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "<snippet>", "exec"), names)  # noqa: S102 - the text comes from the runner itself
+    return names
+
+
+def _say(fraction: float, text: str) -> None:
+    print(f"@progress {fraction:.4f} {text}", flush=True)
+
+
+def _run_set(forward: Forward, one: dict[str, Any], inputs: Any, reference: Any, request: Request) -> dict[str, Array]:
+    name, kind = one["name"], one["kind"]
+    ids, mask = inputs[f"{name}.ids"], inputs[f"{name}.mask"]
+    parts: list[dict[str, Array]] = []
+    for start in range(0, len(ids), one["rows"]):
+        rows = slice(start, start + one["rows"])
+        # Padding beyond the batch's longest row would only cost time.
+        width = int(mask[rows].sum(axis=1).max())
+        out = forward(ids[rows, :width], mask[rows, :width])
+        if kind == "tokens":
+            part = _score_tokens(out, inputs[f"{name}.targets"][rows, :width])
+            part["logp"] = _log_probabilities(out, inputs[f"{name}.compared"][rows, :width])
+        elif kind == "last":
+            part = {"values": out[np.arange(len(out)), mask[rows, :width].sum(axis=1) - 1]}
+        elif kind == "pooled":
+            part = {"values": _pool(out, mask[rows, :width], request["pooling"])}
+        else:
+            part = {"values": out}
+        parts.append(part)
+    merged = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    if kind == "tokens":
+        logp = merged.pop("logp")
+        if reference is None:
+            merged["reference"] = logp
+        else:
+            theirs = reference[f"{name}.reference"]
+            merged["kl"] = (np.exp(theirs) * (theirs - logp)).sum(axis=1, dtype=np.float64)
+    return {f"{name}.{key}": value for key, value in merged.items()}
+
+
+def _pool(hidden: Array, mask: Array, pooling: str) -> Array:
+    """hidden [B, S, H] → [B, H]"""
+    if hidden.ndim == 2:
+        return hidden
+    if pooling == "cls":
+        return hidden[:, 0]
+    weights = mask[:, :, None].astype(np.float32)
+    pooled: Array = (hidden * weights).sum(axis=1) / np.maximum(weights.sum(axis=1), 1)
+    return pooled
+
+
+def _log_sum_exp(logits: Array) -> Array:
+    """[..., V] → [...], in place of a second array of logits where rows are many."""
+    out = np.empty(logits.shape[:-1], np.float64)
+    flat, result = logits.reshape(-1, logits.shape[-1]), out.reshape(-1)
+    for start in range(0, len(flat), 64):
+        chunk = flat[start : start + 64]
+        top = chunk.max(axis=1)
+        result[start : start + 64] = np.log(np.exp(chunk - top[:, None]).sum(axis=1, dtype=np.float64)) + top
+    return out
+
+
+def _score_tokens(logits: Array, targets: Array) -> dict[str, Array]:
+    """logits [B, S, V], targets [B, S] with -1 for positions that don't count → one number a counted position."""
+    row, column = np.nonzero(targets >= 0)
+    chosen = logits[row, column]  # [M, V]
+    wanted = targets[row, column]
+    at = np.arange(len(wanted))
+    return {"nll": _log_sum_exp(chosen) - chosen[at, wanted], "top1": chosen.argmax(axis=1).astype(np.int64)}
+
+
+def _log_probabilities(logits: Array, marked: Array) -> Array:
+    """Log-probabilities at the marked positions: logits [B, S, V], marked [B, S] → [R, V] float32."""
+    chosen = logits[np.nonzero(marked)].astype(np.float32)
+    result: Array = (chosen - _log_sum_exp(chosen)[:, None]).astype(np.float32)
+    return result
+
+
+def _time(forward: Forward, shape: dict[str, int], inputs: Any) -> dict[str, Any]:
+    """Milliseconds of single runs after warm-up, on real text of the shape."""
+    ids = np.resize(inputs["timing.ids"], (shape["batch"], shape["length"]))
+    mask = np.ones_like(ids)
+    for _ in range(3):
+        forward(ids, mask)
+    taken: list[float] = []
+    deadline = time.perf_counter() + _SHAPE_SECONDS
+    while len(taken) < shape["repeats"] and (len(taken) < _FEWEST or time.perf_counter() < deadline):
+        start = time.perf_counter()
+        forward(ids, mask)
+        taken.append(1000 * (time.perf_counter() - start))
+    return {"batch": shape["batch"], "length": shape["length"], "milliseconds": taken}
+
+
+def _peak_memory() -> int:
+    # ru_maxrss would count the process that started this one; the kernel's high-water mark of this address space doesn't.
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

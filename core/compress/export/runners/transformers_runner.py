@@ -1,0 +1,49 @@
+"""Loads a model folder with transformers, in fp32 on the CPU."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import measure  # type: ignore[import-not-found]
+
+SNIPPET = """\
+import torch
+from transformers import {auto_class}
+
+torch.set_num_threads({threads})
+model = {auto_class}.from_pretrained({folder!r}, dtype=torch.float32)
+model.eval()
+"""
+
+_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+    "embedding": "AutoModel",
+}
+
+
+def load(request: dict[str, Any]) -> tuple[Callable[[Any, Any], Any], dict[str, str], str]:
+    task = request["task"]
+    snippet = SNIPPET.format(auto_class=_CLASSES[task], threads=request["threads"], folder=request["folder"])
+    model = measure.execute(snippet)["model"]
+    import torch
+    import transformers
+
+    output = "last_hidden_state" if task == "embedding" else "logits"
+    # A cache of keys and values serves the next token; here all tokens are there at once.
+    extra = {"use_cache": False} if task == "causal-lm" else {}
+
+    def forward(ids: Any, mask: Any) -> Any:
+        with torch.inference_mode():
+            out = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **extra)
+        return getattr(out, output).float().numpy()
+
+    return forward, {"torch": torch.__version__, "transformers": transformers.__version__}, snippet
+
+
+if __name__ == "__main__":
+    measure.main(load)

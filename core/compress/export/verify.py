@@ -1,0 +1,77 @@
+"""The judgement on what a fresh process saw of an artifact: does it answer as the pressed model does, within its format's bound?"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.compress.evaluate.consumer import Observed, Task, consumer_name
+from core.compress.evaluate.quality import whole_cosine
+from core.compress.executors.graph import Traced
+from core.errors import ErrorCode, NightpressError
+from core.handoff.report import Verification
+from core.recipes.models import Recipe
+from core.recipes.passes import DynamicInt8, WeightOnly
+
+#: An fp32 graph computes what the model computes; only the order of sums differs.
+EXACT = 0.9999
+#: Rounding may change answers, which the evaluation measures; what falls below these is broken, not rounded.
+ROUNDED = {8: 0.9, 4: 0.5}
+
+
+def verify(
+    recipe: Recipe,
+    name: str,
+    observed: Observed,
+    *,
+    source: Observed,
+    traced: Traced | None,
+    task: Task,
+) -> Verification:
+    """Raises NightpressError(verification_failed) when the artifact answers otherwise than it may."""
+    ours = observed.outputs["check.values"]
+    if name in {"onnx", "openvino"}:
+        assert traced is not None
+        rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
+        value = whole_cosine(ours, _reduce(traced.check, task))
+        measure, bound = "cosine of outputs with the pressed model's, in torch", ROUNDED[8] if rounded else EXACT
+    elif len(recipe.passes) == 1 and isinstance(recipe.passes[0], WeightOnly):
+        value = whole_cosine(ours, source.outputs["check.values"])
+        measure, bound = "cosine of outputs with the source's", ROUNDED[recipe.passes[0].bits]
+    else:
+        # Pruning may change the answers at will: that is for the evaluation and the gates.
+        value, measure, bound = float(np.isfinite(ours).mean()), "share of outputs that are finite", 1.0
+    passed = value >= bound
+    if not passed:
+        raise NightpressError(
+            ErrorCode.VERIFICATION_FAILED,
+            f"The artifact {name} was loaded by {consumer_name(observed.versions)}, but answers otherwise than it should: {measure} is {value:.5f}, the bound {bound:g}.",
+            hint="Leave sensitive layers to `ignore`, use a gentler pass, or leave this format out of `exports`.",
+            artifact=name,
+            measure=measure,
+            value=value,
+            bound=bound,
+        )
+    return Verification(
+        consumer=consumer_name(observed.versions),
+        passed=passed,
+        measure=measure,
+        value=value,
+        bound=bound,
+        seconds=observed.seconds,
+        load_snippet=observed.snippet,
+    )
+
+
+def _reduce(out: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+    """The model's whole output for the check texts → what a runner keeps of it."""
+    check = task.sets[0]
+    mask = check.sequences.mask
+    if check.kind == "logits":
+        return out
+    if check.kind == "last":
+        last: NDArray[np.float32] = out[np.arange(len(out)), mask.sum(axis=1) - 1]
+        return last
+    if task.pooling == "cls":
+        return out[:, 0]
+    weights = mask[:, :, None].astype(np.float32)
+    pooled: NDArray[np.float32] = (out * weights).sum(axis=1) / weights.sum(axis=1)
+    return pooled

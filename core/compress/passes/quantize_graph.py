@@ -1,0 +1,191 @@
+"""Dynamic int8 on graphs: weights rounded per output channel, activations rounded by the runtime as they come."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.compress.checkpoint import disk_errors
+from core.errors import ErrorCode, NightpressError
+from core.handoff.report import LayerEffect
+from core.recipes.passes import DynamicInt8
+from core.recipes.plan import matches
+
+Weights = NDArray[np.float32]
+_FEWEST = 1024  #: weights; smaller constants are biases, masks and shapes
+
+
+def quantize_onnx(graph: Path, target: Path, options: DynamicInt8) -> tuple[LayerEffect, ...]:
+    """Matrix products by ONNX Runtime's own quantizer, embeddings row by row. Writes `target`."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(graph)
+    _fold_transposes(onnx, model)
+    constants = {one.name: one for one in model.graph.initializer}
+    effects: list[LayerEffect] = []
+    ignored: list[str] = []
+    for node in model.graph.node:
+        if node.op_type != "MatMul" or node.input[1] not in constants:
+            continue
+        if matches(node.name, options.ignore) or matches(node.input[1], options.ignore):
+            ignored.append(node.name)
+            continue
+        weight = _array(onnx, constants[node.input[1]])
+        if weight.ndim == 2:
+            effects.append(_effect(_layer_name(node), weight, _rounded(weight, 0 if options.per_channel else None)))
+    effects += _quantize_embeddings(onnx, model, constants, options)
+    _something(effects)
+    with disk_errors():
+        quantize_dynamic(
+            model,
+            target,
+            per_channel=options.per_channel,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=ignored,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    return tuple(effects)
+
+
+def _fold_transposes(onnx: Any, model: Any) -> None:
+    """A weight tied to an embedding table reaches its product through a Transpose, behind which the quantizer finds no constant."""
+    constants = {one.name: one for one in model.graph.initializer}
+    kept = []
+    for node in model.graph.node:
+        table = constants.get(node.input[0]) if node.op_type == "Transpose" else None
+        if table is None or len(table.dims) != 2:
+            kept.append(node)
+            continue
+        turned = onnx.numpy_helper.from_array(np.ascontiguousarray(_array(onnx, table).T), node.output[0])
+        model.graph.initializer.append(turned)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
+def _quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], options: DynamicInt8) -> list[LayerEffect]:
+    """Gather(table) → Gather(int8 table) · Gather(scales): the runtime's quantizer gives a whole table one scale, which costs fidelity."""
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    effects, nodes, done = [], [], set()
+    for node in model.graph.node:
+        table = constants.get(node.input[0]) if node.op_type == "Gather" else None
+        if table is None or table.data_type != onnx.TensorProto.FLOAT or len(table.dims) != 2:
+            nodes.append(node)
+            continue
+        weight = _array(onnx, table)
+        if weight.size < _FEWEST or matches(node.name, options.ignore) or matches(table.name, options.ignore):
+            nodes.append(node)
+            continue
+        codes, scales = quantize_rows(weight)
+        if table.name not in done:
+            done.add(table.name)
+            model.graph.initializer.append(numpy_helper.from_array(codes, f"{table.name}_int8"))
+            model.graph.initializer.append(numpy_helper.from_array(scales, f"{table.name}_scale"))
+            effects.append(_effect(_layer_name(node), weight, codes * scales))
+        out = node.output[0]
+        nodes += [
+            helper.make_node("Gather", [f"{table.name}_int8", node.input[1]], [f"{out}_int8"], name=node.name, axis=0),
+            helper.make_node("Gather", [f"{table.name}_scale", node.input[1]], [f"{out}_scale"], f"{node.name}_scale"),
+            helper.make_node("Cast", [f"{out}_int8"], [f"{out}_float"], f"{node.name}_cast", to=onnx.TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{out}_float", f"{out}_scale"], [out], f"{node.name}_mul"),
+        ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    kept = [one for one in model.graph.initializer if one.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return effects
+
+
+def quantize_openvino(model: Any, options: DynamicInt8) -> tuple[LayerEffect, ...]:
+    """Constants of matrix products and embeddings become Multiply(Convert(int8), scale), in place.
+
+    OpenVINO's CPU plugin takes this form as compressed weights: it multiplies in int8 where the processor can, rounding activations
+    in groups, and else unpacks the weights to float.
+    """
+    from openvino import Type
+    from openvino import opset13 as ops
+
+    effects = []
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind not in {"MatMul", "Gather"}:
+            continue
+        port = node.input(1 if kind == "MatMul" else 0)
+        constant, turned = port.get_source_output().get_node(), False
+        if kind == "MatMul" and constant.get_type_name() == "Transpose":  # a weight tied to an embedding table
+            constant, turned = constant.input_value(0).get_node(), True
+        if constant.get_type_name() != "Constant" or constant.get_element_type() != Type.f32:
+            continue
+        weight: Weights = np.ascontiguousarray(constant.data.T) if turned else constant.data
+        name = node.get_friendly_name()
+        if weight.ndim != 2 or weight.size < _FEWEST:
+            continue
+        if matches(name, options.ignore) or matches(constant.get_friendly_name(), options.ignore):
+            continue
+        # One scale an output channel: a row of an embedding table or of a transposed weight, else a column.
+        by_row = kind == "Gather" or bool(node.get_attributes().get("transpose_b"))
+        axis = None if not options.per_channel else (1 if by_row else 0)
+        codes, scales = _codes(weight, axis)
+        packed = ops.constant(codes, dtype=Type.i8, name=f"{constant.get_friendly_name()}_int8")
+        floats = ops.multiply(ops.convert(packed, Type.f32), ops.constant(scales, dtype=Type.f32))
+        port.replace_source_output(floats.output(0))
+        effects.append(_effect(name, weight, codes * scales))
+    _something(effects)
+    return tuple(effects)
+
+
+def quantize_rows(weight: Weights) -> tuple[NDArray[np.int8], Weights]:
+    """weight [R, C] → codes int8 [R, C] in −127…127 and scales [R, 1]."""
+    return _codes(weight, 1)
+
+
+def _codes(weight: Weights, axis: int | None) -> tuple[NDArray[np.int8], Weights]:
+    """Round to a symmetric grid with one scale along `axis`, or one in all."""
+    top = np.abs(weight).max(axis=axis, keepdims=True)
+    if not np.isfinite(top).all():
+        raise NightpressError(
+            ErrorCode.NUMERICAL_FAILURE, "A weight of the graph is not finite.", hint="Check the model's weights."
+        )
+    scales = np.where(top > 0, top / 127, 1).astype(np.float32)
+    return np.clip(np.rint(weight / scales), -127, 127).astype(np.int8), scales
+
+
+def _rounded(weight: Weights, axis: int | None) -> Weights:
+    codes, scales = _codes(weight, axis)
+    return codes * scales
+
+
+def _array(onnx: Any, tensor: Any) -> Weights:
+    array: Weights = onnx.numpy_helper.to_array(tensor)
+    return array
+
+
+def _effect(name: str, before: Weights, after: Weights) -> LayerEffect:
+    norm = float(np.linalg.norm(before))
+    error = float(np.linalg.norm(before - after)) / norm if norm else 0.0
+    return LayerEffect(name=name, bytes_before=before.nbytes, bytes_after=before.size, relative_error=error)
+
+
+def _layer_name(node: Any) -> str:
+    """The module's name where the exporter kept it, else the node's."""
+    for prop in node.metadata_props:
+        if prop.key == "pkg.torch.onnx.name_scopes":
+            scopes = [part.strip(" '\"") for part in prop.value.strip("[]").split(",")]
+            named = [part for part in scopes[:-1] if part]
+            if named:
+                return str(named[-1].removeprefix("model."))
+    return str(node.name)
+
+
+def _something(effects: Iterable[LayerEffect]) -> None:
+    if not list(effects):
+        raise NightpressError(
+            ErrorCode.INVALID_RECIPE,
+            "`dynamic-int8` would change nothing: `ignore` leaves no matrix of this graph.",
+            hint="Narrow `ignore`.",
+        )

@@ -1,0 +1,373 @@
+"""One job from end to end, in a folder: validate, measure the source, press, export, verify, evaluate, report.
+
+`run` needs nothing but its folder: no service, no database, no network. It is what a worker's child calls and what
+`nightpress press` calls.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from core.compress import environment, report
+from core.compress.checkpoint import disk_errors, write_file
+from core.compress.evaluate import gates, quality
+from core.compress.evaluate.consumer import Observed, run_consumer
+from core.compress.evaluate.finite import check_weights
+from core.compress.evaluate.quality import Trial
+from core.compress.executors import graph
+from core.compress.export import compressed_tensors, onnx, openvino, safetensors
+from core.compress.export.verify import verify
+from core.compress.passes import MODEL_PASSES, PassContext
+from core.handoff.frames import Checkpoint, Frame, Log, Metric, Phase, Progress
+from core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
+from core.handoff.report import PassRecord, Report, Subject
+from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
+from core.recipes.header import ModelHeader
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.passes import DynamicInt8
+from core.recipes.plan import make_plan
+
+Emit = Callable[[Frame], None]
+
+_GRAPHS = {"onnx": onnx, "openvino": openvino}
+_FOLDERS = {"safetensors": safetensors, "compressed-tensors": compressed_tensors}
+_SLOWER = 1.05  #: medians nearer than this are called equal
+
+
+def run(job_dir: Path, emit: Emit) -> Manifest:
+    """Press the model in `job_dir/source` as `job_dir/spec.json` says, into `job_dir/out`.
+
+    The manifest is written last. Raises NightpressError; then nothing is left in `out`.
+    """
+    out = job_dir / OUT_DIR
+    try:
+        with disk_errors():
+            _empty(out)
+            return _Press(job_dir, emit).run()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _empty(out)
+        raise
+
+
+def _empty(folder: Path) -> None:
+    """Leave the folder and nothing in it. It stays the same folder: a confined child may write in it, not beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+class _Clock:
+    """Says where the job is: phases, their seconds, and a fraction that never falls."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._lock = threading.Lock()
+        self._started = self._phase_started = time.monotonic()
+        self._phase: Phase = "validating"
+        self._fraction = 0.0
+        self.seconds: dict[str, float] = {}
+
+    def enter(self, phase: Phase) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._phase_started
+            self._phase, self._phase_started = phase, now
+
+    def at(self, fraction: float, message: str, *, pass_index: int | None = None) -> None:
+        with self._lock:
+            self._fraction = max(self._fraction, min(fraction, 1.0))
+            spent = time.monotonic() - self._started
+            eta = spent * (1 - self._fraction) / self._fraction if self._fraction > 0.05 else None
+            frame = Progress(
+                phase=self._phase, fraction=self._fraction, pass_index=pass_index, message=message[:300], eta_s=eta
+            )
+        self._emit(frame)
+
+    def span(self, start: float, end: float, *, pass_index: int | None = None) -> Callable[[float, str], None]:
+        """A progress function for a part of the job."""
+        return lambda fraction, message: self.at(
+            start + (end - start) * min(max(fraction, 0.0), 1.0), message, pass_index=pass_index
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exported:
+    format: str
+    folder: Path
+    runner: Path
+
+
+class _Press:
+    """The steps of one job and what they hand on."""
+
+    def __init__(self, job_dir: Path, emit: Emit) -> None:
+        self.job_dir, self.emit = job_dir, emit
+        self.spec = JobSpec.load(job_dir)
+        self.recipe = self.spec.recipe
+        self.source, self.work, self.out = job_dir / SOURCE_DIR, job_dir / WORK_DIR, job_dir / OUT_DIR
+        self.clock = _Clock(emit)
+        self.records: list[PassRecord] = []
+        self.traced: graph.Traced | None = None
+
+    def run(self) -> Manifest:
+        header, trial = self._validate()
+        scratch = self.work / "measured"
+        shutil.rmtree(scratch, ignore_errors=True)
+        source, observed = self._baseline(header, trial, scratch)
+        model_dir, model_header = self._press(header)
+        exported = self._export(model_dir, model_header, trial)
+        artifacts, versions = self._measure(exported, header, trial, source, observed, scratch)
+        found = gates.decide(self.recipe, source, tuple(artifacts))
+        self.clock.at(0.98, "writing the report")
+        self.clock.enter("evaluating")
+        whole = Report(
+            job_id=self.spec.job_id,
+            model=self._describe_model(header, source),
+            recipe=self.recipe.model_dump(mode="json"),
+            environment=environment.describe(self.spec, observed.versions | versions),
+            source=source,
+            artifacts=tuple(artifacts),
+            passes=tuple(self.records),
+            gates=found,
+            verdict="accepted" if all(one.passed for one in found) else "rejected",
+            phases={phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()},
+            notes=self._notes(header),
+        )
+        manifest = self._write(whole, exported, artifacts)
+        shutil.rmtree(scratch, ignore_errors=True)
+        self.clock.at(1.0, f"{whole.verdict}")
+        return manifest
+
+    # Steps -------------------------------------------------------------------------------------------------------------
+
+    def _validate(self) -> tuple[ModelHeader, Trial]:
+        self.clock.at(0.0, "checking the model's files")
+        header = inspect_model(FolderFiles(self.source))
+        for warning in make_plan(self.recipe, header).warnings:
+            self.emit(Log(level="warning", text=warning))
+        self._log(f"{header.architecture}, {header.parameters:,} parameters, {self.spec.threads} threads")
+        check_weights(self.source)
+        self.clock.at(0.02, "reading the data")
+        files = {ref: self.job_dir / DATA_DIR / name for ref, name in self.spec.data.items()}
+        return header, quality.prepare(self.recipe, header, self.source, files, threads=self.spec.threads)
+
+    def _baseline(self, header: ModelHeader, trial: Trial, scratch: Path) -> tuple[Subject, Observed]:
+        self.clock.enter("baseline")
+        observed = run_consumer(
+            safetensors.CONSUMER,
+            self.source,
+            trial.task,
+            name="source",
+            scratch=scratch,
+            progress=self.clock.span(0.03, 0.3),
+        )
+        subject = Subject(
+            name="source",
+            format="safetensors",
+            size_bytes=_folder_bytes(self.source),
+            parameters=header.parameters,
+            measurements=quality.measurements(trial, header, observed, None),
+            timings=quality.timings(observed, trial.task),
+            peak_memory_bytes=observed.peak_memory,
+        )
+        self._publish(subject)
+        return subject, observed
+
+    def _press(self, header: ModelHeader) -> tuple[Path, ModelHeader]:
+        """The passes that work on a model folder, one after the other, each into a folder below work/."""
+        self.clock.enter("pressing")
+        steps = [(index, one) for index, one in enumerate(self.recipe.passes) if one.pass_ in MODEL_PASSES]
+        folder = self.source
+        for done, (index, options) in enumerate(steps):
+            start, end = (0.3 + 0.2 * (done + part) / len(steps) for part in (0, 1))
+            span = self.clock.span(start, end, pass_index=index)
+            span(0.0, f"pass {index + 1}: {options.pass_}")
+            target = self.work / "passes" / f"{index}-{options.pass_}"
+            record = MODEL_PASSES[options.pass_](folder, target, options, self._context(header, span, index=index))
+            self._record(record)
+            folder = target
+            header = inspect_model(FolderFiles(folder))
+        return folder, header
+
+    def _export(self, model_dir: Path, header: ModelHeader, trial: Trial) -> list[_Exported]:
+        self.clock.enter("exporting")
+        graph_passes = [(at, one) for at, one in enumerate(self.recipe.passes) if isinstance(one, DynamicInt8)]
+        exported = []
+        for at, name in enumerate(self.recipe.exports):
+            start, end = (0.5 + 0.2 * (at + part) / len(self.recipe.exports) for part in (0, 1))
+            self.clock.at(start, f"exporting {name}")
+            folder = self.out / name
+            if name in _GRAPHS:
+                if self.traced is None:
+                    context = self._context(header, self.clock.span(start, end), index=len(self.recipe.passes))
+                    self.traced = graph.trace(model_dir, header, trial.task.sets[0].sequences, context)
+                for record in _GRAPHS[name].save(model_dir, folder, self.traced, graph_passes):
+                    self._record(record)
+                runner = _GRAPHS[name].CONSUMER
+            else:
+                _FOLDERS[name].save(model_dir, folder, header=header)
+                runner = _FOLDERS[name].CONSUMER
+            exported.append(_Exported(name, folder, runner))
+        return exported
+
+    def _measure(
+        self,
+        exported: list[_Exported],
+        header: ModelHeader,
+        trial: Trial,
+        source: Subject,
+        reference: Observed,
+        scratch: Path,
+    ) -> tuple[list[Subject], dict[str, str]]:
+        subjects: list[Subject] = []
+        versions: dict[str, str] = {}
+        for at, one in enumerate(exported):
+            self.clock.enter("verifying")
+            start, end = (0.7 + 0.28 * (at + part) / len(exported) for part in (0, 1))
+            self.clock.at(start, f"loading {one.format} in a fresh process")
+            observed = run_consumer(
+                one.runner,
+                one.folder,
+                trial.task,
+                name=one.format,
+                scratch=scratch,
+                reference=reference.outputs_file,
+                progress=self._evaluating(start, end, one.format),
+            )
+            versions |= observed.versions
+            verification = verify(
+                self.recipe,
+                one.format,
+                observed,
+                source=reference,
+                traced=self.traced,
+                task=trial.task,
+            )
+            subject = Subject(
+                name=one.format,
+                format=one.format,
+                size_bytes=_folder_bytes(one.folder),
+                parameters=header.parameters,
+                measurements=quality.measurements(trial, header, reference, observed),
+                timings=quality.timings(observed, trial.task),
+                peak_memory_bytes=observed.peak_memory,
+                verification=verification,
+            )
+            subject = subject.model_copy(update={"notes": _remarks(subject, source)})
+            self._publish(subject)
+            subjects.append(subject)
+        return subjects, versions
+
+    def _evaluating(self, start: float, end: float, name: str) -> Callable[[float, str], None]:
+        """The runner does the verification's texts first; what follows is evaluation."""
+        span = self.clock.span(start, end)
+
+        def progress(fraction: float, what: str) -> None:
+            if what != "check":
+                self.clock.enter("evaluating")
+            span(fraction, f"{name}: {what}")
+
+        return progress
+
+    def _write(self, whole: Report, exported: list[_Exported], subjects: list[Subject]) -> Manifest:
+        consumers = {one.name: one.verification.consumer for one in subjects if one.verification}
+        entries = tuple(
+            ArtifactEntry(
+                format=one.format, path=one.format, files=describe_folder(one.folder), consumer=consumers[one.format]
+            )
+            for one in exported
+        )
+        names = report.write(whole, self.out, digests={one.format: one.digest for one in entries})
+        manifest = Manifest(
+            job_id=self.spec.job_id,
+            attempt=self.spec.attempt,
+            verdict=whole.verdict,
+            artifacts=entries,
+            report=tuple(describe_file(self.out, self.out / name) for name in names),
+        )
+        write_file(self.out / MANIFEST_FILE, manifest.model_dump_json(indent=1).encode() + b"\n")
+        return manifest
+
+    # Sayings -----------------------------------------------------------------------------------------------------------
+
+    def _context(self, header: ModelHeader, progress: Callable[[float, str], None], *, index: int) -> PassContext:
+        self.work.mkdir(parents=True, exist_ok=True)
+        return PassContext(
+            header=header,
+            work_dir=self.work,
+            device=self.spec.device,
+            threads=self.spec.threads,
+            seed=self.recipe.seed,
+            index=index,
+            progress=progress,
+            checkpoint=lambda path, step: self.emit(Checkpoint(path=path, step=step)),
+        )
+
+    def _log(self, text: str) -> None:
+        self.emit(Log(text=text))
+
+    def _record(self, record: PassRecord) -> None:
+        self.records.append(record)
+        for step, layer in enumerate(record.layers):
+            self.emit(Metric(name=f"{record.name}.relative_error", value=layer.relative_error, step=step))
+        self._log(f"{record.name}: {len(record.layers)} layers in {record.seconds:.1f} s")
+
+    def _publish(self, subject: Subject) -> None:
+        self.emit(Metric(name=f"{subject.name}.size_bytes", value=subject.size_bytes))
+        for one in subject.measurements:
+            self.emit(Metric(name=f"{subject.name}.{one.name}", value=one.value))
+        for timing in subject.timings:
+            self.emit(Metric(name=f"{subject.name}.p50_ms.{timing.batch}x{timing.length}", value=timing.p50_ms))
+
+    def _describe_model(self, header: ModelHeader, source: Subject) -> dict[str, object]:
+        return {
+            "name": self.spec.model_name,
+            "digest": self.spec.model_digest,
+            "architecture": header.architecture,
+            "model_type": header.model_type,
+            "task": header.task,
+            "parameters": header.parameters,
+            "size_bytes": source.size_bytes,
+            "license": None,
+        }
+
+    def _notes(self, header: ModelHeader) -> tuple[str, ...]:
+        notes = list(make_plan(self.recipe, header).warnings)
+        if source_dtypes := {one.dtype for one in header.tensors} - {"F32", "I64"}:
+            kinds = ", ".join(sorted(source_dtypes))
+            notes.append(
+                f"The source is stored as {kinds} and was measured in fp32, as were the artifacts' float parts."
+            )
+        notes.append(
+            "Latencies were taken one model after the other on the worker's own processors; what else ran there is in their spread."
+        )
+        return tuple(notes)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _remarks(artifact: Subject, source: Subject) -> tuple[str, ...]:
+    """What a reader should not have to find out alone. Remarks decide nothing; gates do."""
+    remarks = []
+    if artifact.size_bytes >= source.size_bytes:
+        remarks.append(
+            f"Not smaller than the source: {artifact.size_bytes / 1e6:.1f} MB against {source.size_bytes / 1e6:.1f} MB."
+        )
+    for ours in artifact.timings:
+        for theirs in source.timings:
+            same = (ours.batch, ours.length) == (theirs.batch, theirs.length)
+            if same and ours.p50_ms > _SLOWER * theirs.p50_ms:
+                remarks.append(
+                    f"Slower than the source at batch {ours.batch} × {ours.length} tokens: {ours.p50_ms:.1f} ms against {theirs.p50_ms:.1f} ms."
+                )
+    return tuple(remarks)

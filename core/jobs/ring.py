@@ -1,0 +1,98 @@
+"""The ring: a Celery message that says "this queue may have work". It carries no job and no authority; losing one costs a tick.
+
+Ringer publishes from a thread of its own, so that neither a slow nor a dead broker is ever the caller's trouble.
+"""
+
+import logging
+import threading
+from typing import Final
+
+from celery import Celery
+from kombu import Queue
+
+from core.settings import Settings
+
+RING_TASK: Final = "nightpress.ring"
+QUEUES: Final = ("cpu", "gpu", "control")
+_RING_LIFE_S: Final = 60  #: a ring nobody heard for so long is stale: the control process has rung again
+_FIRST_PAUSE_S: Final = 0.5
+_LONGEST_PAUSE_S: Final = 15.0
+
+log = logging.getLogger(__name__)
+
+
+def make_celery(settings: Settings) -> Celery:
+    """The Celery application: JSON only, no result backend, early acknowledgement, nothing prefetched, publishing fails fast."""
+    app = Celery("nightpress", broker=settings.celery_url)
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        task_ignore_result=True,
+        task_acks_late=False,
+        task_reject_on_worker_lost=False,
+        task_publish_retry=False,
+        task_create_missing_queues=False,
+        task_queues=[Queue(name) for name in QUEUES],
+        task_default_queue="control",
+        worker_disable_prefetch=True,
+        worker_prefetch_multiplier=1,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_soft_shutdown_timeout=settings.drain_s,
+        worker_hijack_root_logger=False,
+        worker_enable_remote_control=False,  # whoever reaches the broker may ring, and nothing more
+        worker_send_task_events=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={"socket_timeout": 5, "socket_connect_timeout": 1, "max_retries": 0},
+        redis_socket_timeout=5,
+        redis_socket_connect_timeout=1,
+        redis_retry_on_timeout=False,
+    )
+    return app
+
+
+class Ringer:
+    """Rings queues in the background. Rings of a queue that wait to be sent are one ring."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._app = make_celery(settings)
+        self._wanted: set[str] = set()
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._publish, name="ringer", daemon=True)
+        self._thread.start()
+
+    def ring(self, queue: str) -> None:
+        """Say that a queue may have work. Never blocks and never raises."""
+        with self._changed:
+            self._wanted.add(queue)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Send what waits if the broker answers, then stop."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout=2)
+        self._app.close()
+
+    def _publish(self) -> None:
+        pause = 0.0
+        while True:
+            with self._changed:
+                if pause:  # the broker is down: rings meanwhile are dropped, the control process rings again
+                    self._changed.wait_for(lambda: self._closed, timeout=pause)
+                    self._wanted.clear()
+                self._changed.wait_for(lambda: self._wanted or self._closed)
+                if not self._wanted:
+                    return
+                queue = self._wanted.pop()
+            pause = 0.0 if self._send(queue) else min(max(2 * pause, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+
+    def _send(self, queue: str) -> bool:
+        try:
+            self._app.send_task(RING_TASK, args=[queue], queue=queue, retry=False, expires=_RING_LIFE_S)
+        except Exception as error:
+            log.warning("The broker did not take a ring of %s: %s", queue, error)
+            return False
+        return True

@@ -1,0 +1,227 @@
+"""From what a person asks for to a job that can run: names become identifiers, the recipe becomes a plan, and what can't work is refused."""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from core.errors import ErrorCode, NightpressError
+from core.jobs.records import Idempotency, Job, NewJob, Queue, Worker
+from core.jobs.states import is_terminal
+from core.jobs.store import JobStore
+from core.recipes.builtins import get_recipe
+from core.recipes.header import ModelHeader
+from core.recipes.models import Quality, Recipe, parse_recipe
+from core.recipes.plan import make_plan
+from core.schemas import DataSetView, JobCreate, ModelView
+from core.settings import Settings
+
+Value = TypeVar("Value")
+
+
+class Models(Protocol):
+    """What the service asks of the registry of models."""
+
+    def get(self, tenant_id: str, id_or_name: str) -> ModelView: ...
+
+    def header(self, model_id: str) -> ModelHeader: ...
+
+
+class DataSets(Protocol):
+    """What the service asks of the registry of data sets."""
+
+    def get(self, tenant_id: str, id_or_name: str) -> DataSetView: ...
+
+
+class _Briefly(Generic[Value]):
+    """Answers remembered for a few seconds, so that a burst of submissions asks SQL once. Errors are not remembered."""
+
+    def __init__(self, seconds: float, size: int = 256) -> None:
+        self._seconds = seconds
+        self._size = size
+        self._lock = threading.Lock()
+        self._kept: dict[Hashable, tuple[Value, float]] = {}
+
+    def get(self, key: Hashable, ask: Callable[[], Value]) -> Value:
+        found = self._kept.get(key)
+        if found is not None and time.monotonic() < found[1]:
+            return found[0]
+        value = ask()
+        with self._lock:
+            if len(self._kept) >= self._size:
+                self._kept.clear()
+            self._kept[key] = (value, time.monotonic() + self._seconds)
+        return value
+
+
+class JobService:
+    """Submits and retries jobs. Safe to share between threads."""
+
+    def __init__(self, store: JobStore, models: Models, data_sets: DataSets, settings: Settings) -> None:
+        self._store = store
+        self._models = models
+        self._data_sets = data_sets
+        self._settings = settings
+        self._resolved: _Briefly[_Resolved] = _Briefly(3.0)
+        self._workers: _Briefly[list[Worker]] = _Briefly(3.0, size=1)
+
+    def submit(self, tenant_id: str, wanted: JobCreate, idempotency_key: str | None = None) -> tuple[Job, bool]:
+        """Write a job. Returns it, and False where the idempotency key had made it before.
+
+        Raises NightpressError: not_found, conflict (the model isn't ready), invalid_recipe, unsupported_architecture,
+        invalid_data, cannot_fit, quota_exceeded, idempotency_mismatch.
+        """
+        idempotency = None
+        if idempotency_key is not None:
+            fingerprint = hashlib.sha256(wanted.model_dump_json().encode()).hexdigest()
+            idempotency = Idempotency(idempotency_key, fingerprint)
+        try:
+            new = self._resolve(tenant_id, wanted)
+        except NightpressError:
+            # What made the job may be gone by now; the job itself is not.
+            job = self._store.replay(tenant_id, idempotency) if idempotency else None
+            if job is None:
+                raise
+            return job, False
+        return self._store.submit(new, idempotency=idempotency, max_queued=self._settings.max_queued_jobs)
+
+    def retry(self, tenant_id: str, job_id: str) -> Job:
+        """Run a finished job again, as a new job with `retry_of`: the same model, recipe, data and limits.
+
+        Raises NightpressError: not_found, conflict (it hasn't ended), quota_exceeded.
+        """
+        old = self._store.get(tenant_id, job_id)
+        if old is None:
+            raise NightpressError(ErrorCode.NOT_FOUND, "There is no such job.", hint="GET /v1/jobs lists yours.")
+        if not is_terminal(old.state):
+            raise NightpressError(
+                ErrorCode.CONFLICT,
+                f"The job is {old.state}; only one that has ended can be retried.",
+                hint="Wait for it, or cancel it first.",
+                state=old.state,
+            )
+        self._ready_model(tenant_id, old.model_id)
+        for data_set in old.data.values():
+            self._ready_data(tenant_id, data_set["id"])
+        self._check_fit(old.queue, old.needs_memory)
+        new = NewJob(
+            tenant_id=tenant_id,
+            name=old.name,
+            priority=old.priority,
+            labels=old.labels,
+            queue=old.queue,
+            needs_memory=old.needs_memory,
+            model_id=old.model_id,
+            model_name=old.model_name,
+            model_digest=old.model_digest,
+            recipe=old.recipe,
+            data=old.data,
+            queue_limit_s=old.queue_limit_s,
+            run_limit_s=old.run_limit_s,
+            stall_s=old.stall_s,
+            max_failures=old.max_failures,
+            retry_of=old.id,
+        )
+        return self._store.submit(new, max_queued=self._settings.max_queued_jobs)[0]
+
+    def _resolve(self, tenant_id: str, wanted: JobCreate) -> NewJob:
+        recipe = wanted.recipe if isinstance(wanted.recipe, str) else json.dumps(wanted.recipe, sort_keys=True)
+        key = (tenant_id, wanted.model, isinstance(wanted.recipe, str), recipe)
+        found = self._resolved.get(key, lambda: self._look_up(tenant_id, wanted))
+        self._check_fit(found.queue, found.needs_memory)
+        settings = self._settings
+        return NewJob(
+            tenant_id=tenant_id,
+            name=wanted.name,
+            priority=wanted.priority,
+            labels=wanted.labels,
+            queue=found.queue,
+            needs_memory=found.needs_memory,
+            model_id=found.model_id,
+            model_name=found.model_name,
+            model_digest=found.model_digest,
+            recipe=found.recipe,
+            data=found.data,
+            run_after=wanted.run_after,
+            queue_limit_s=wanted.queue_limit_s,
+            run_limit_s=wanted.run_limit_s or settings.run_limit_s,
+            stall_s=settings.stall_s,
+            max_failures=wanted.max_failures or settings.max_failures,
+        )
+
+    def _look_up(self, tenant_id: str, wanted: JobCreate) -> "_Resolved":
+        recipe = get_recipe(wanted.recipe) if isinstance(wanted.recipe, str) else parse_recipe(wanted.recipe)
+        model = self._ready_model(tenant_id, wanted.model)
+        plan = make_plan(recipe, self._models.header(model.id))
+        data = {name: self._ready_data(tenant_id, name) for name in sorted(recipe.data_refs())}
+        _check_labels(recipe, data)
+        return _Resolved(
+            model_id=model.id,
+            model_name=model.name,
+            model_digest=str(model.digest),
+            queue=plan.queue,
+            needs_memory=plan.estimate.memory_bytes if plan.estimate else 0,
+            recipe=plan.recipe.model_dump(mode="json"),
+            data={name: {"id": one.id, "name": one.name, "digest": one.digest} for name, one in data.items()},
+        )
+
+    def _ready_model(self, tenant_id: str, id_or_name: str) -> ModelView:
+        model = self._models.get(tenant_id, id_or_name)
+        if model.state != "ready":
+            raise NightpressError(
+                ErrorCode.CONFLICT,
+                f"The model {model.name} is {'still being uploaded' if model.state == 'uploading' else 'not usable'}.",
+                hint="Complete its upload first." if model.state == "uploading" else "Register it again.",
+                state=model.state,
+            )
+        return model
+
+    def _ready_data(self, tenant_id: str, id_or_name: str) -> DataSetView:
+        data_set = self._data_sets.get(tenant_id, id_or_name)
+        if data_set.state != "ready":
+            raise NightpressError(
+                ErrorCode.CONFLICT,
+                f"The data set {data_set.name} is not ready.",
+                hint="Complete its upload first, or register it again.",
+                state=data_set.state,
+            )
+        return data_set
+
+    def _check_fit(self, queue: Queue, needs_memory: int) -> None:
+        """Refuse what no worker could ever hold. Where none is there to compare with, one that is large enough may still come."""
+        workers = self._workers.get("workers", self._store.workers)
+        offers = [one.memory for one in workers if one.queue == queue and one.state != "lost"]
+        if offers and max(offers) < needs_memory:
+            raise NightpressError(
+                ErrorCode.CANNOT_FIT,
+                f"The job needs about {needs_memory / 1e9:.1f} GB of memory; the largest {queue} worker offers {max(offers) / 1e9:.1f} GB.",
+                hint="Start a larger worker, or raise NIGHTPRESS_WORKER_MEMORY if it has more than it offers.",
+                needs=needs_memory,
+                largest=max(offers),
+            )
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """What a model's and a recipe's name meant a moment ago."""
+
+    model_id: str
+    model_name: str
+    model_digest: str
+    queue: Queue
+    needs_memory: int
+    recipe: dict[str, Any]
+    data: dict[str, dict[str, Any]]
+
+
+def _check_labels(recipe: Recipe, data: dict[str, DataSetView]) -> None:
+    for one in recipe.evaluate:
+        if isinstance(one, Quality) and one.metric == "accuracy" and not (one.data in data and data[one.data].labelled):
+            raise NightpressError(
+                ErrorCode.INVALID_DATA,
+                f"evaluate: accuracy needs labels, and {one.data} has none.",
+                hint="Name a data set of rows with `text` and `label`.",
+            )

@@ -1,0 +1,297 @@
+"""Look at a model that somebody brought, without torch and without trusting a byte of it.
+
+Only names on an allow-list come in; weights are safetensors whose header is read strictly; nothing is ever unpickled or rendered.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from core.errors import ErrorCode, NightpressError
+from core.recipes.header import ModelHeader, TensorInfo
+from core.recipes.jsonfile import malformed, parse_json, walk
+from core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
+
+MAX_FILES = 2000
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.txt",
+        "vocab.json",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "spm.model",
+    }
+)
+
+_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
+_NAMES = frozenset({"LICENSE", "LICENCE", "NOTICE", "README"})
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".p", ".ckpt", ".joblib", ".npy", ".npz", ".dill"})
+_FOREIGN = {
+    ".h5": "TensorFlow",
+    ".msgpack": "Flax",
+    ".onnx": "ONNX",
+    ".gguf": "GGUF",
+    ".tflite": "TensorFlow Lite",
+    ".ot": "Rust",
+}
+_ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".zst"})
+
+_CONFIG_BYTES = 1024**2
+_JSON_BYTES = 16 * 1024**2
+_NOT_PARSED = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json"})  #: large, and data alone to every reader
+
+#: bounds no real model comes near; beyond them a reader would only allocate until it dies
+_BOUNDS = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "d_kv", "head_dim"), 1 << 18),
+    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "n_inner", "vocab_size"), 1 << 24),
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 4096
+    ),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 1 << 14),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "type_vocab_size"), 1 << 30),
+    **dict.fromkeys(("num_local_experts", "num_experts", "num_labels"), 1 << 20),
+}
+_DUNDER = re.compile(r"__\w+__")
+
+
+class ModelFiles(Protocol):
+    """A model's folder, wherever it lies."""
+
+    def names(self) -> Mapping[str, int]:
+        """Sizes of the files by relative POSIX path."""
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """At most `size` bytes from `offset`; fewer only at the file's end."""
+
+
+class FolderFiles:
+    """A local folder. Hidden files are passed over; a link or a special file that could lead elsewhere is refused."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    def names(self) -> Mapping[str, int]:
+        found: dict[str, int] = {}
+        for path in sorted(self.root.rglob("*")):
+            relative = path.relative_to(self.root)
+            if any(part.startswith(".") for part in relative.parts):
+                continue
+            real = path.resolve()
+            if not real.is_relative_to(self.root) or not (real.is_file() or real.is_dir()):
+                raise NightpressError(
+                    ErrorCode.PATH_NOT_ALLOWED,
+                    f"{relative} leads out of its folder, or is no plain file.",
+                    hint="Copy the folder with its links resolved, e.g. with `cp -rL`.",
+                    file=relative.as_posix(),
+                )
+            if real.is_file():
+                found[relative.as_posix()] = real.stat().st_size
+            if len(found) > MAX_FILES:
+                raise malformed(str(relative), f"its folder has more than {MAX_FILES} files; one model is one folder")
+        return found
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        real = (self.root / path).resolve()
+        if not real.is_relative_to(self.root):
+            raise NightpressError(
+                ErrorCode.PATH_NOT_ALLOWED, f"{path} leads out of its folder.", hint="Replace the link by the file."
+            )
+        with real.open("rb") as source:
+            source.seek(offset)
+            return source.read(size)
+
+
+def inspect_model(files: ModelFiles) -> ModelHeader:
+    """Validate a model and describe it.
+
+    Raises NightpressError: unsupported_format for files that are no safetensors model, malformed_model for damaged or inconsistent
+    ones, unsupported_architecture where config.json names no type; the file is named in each.
+    """
+    sizes = files.names()
+    check_names(sizes)
+    config = _read_config(files, sizes)
+    for path in sizes:
+        _check_small_file(files, path, sizes[path])
+    tensors = _read_tensors(files, sizes)
+    architectures = config.get("architectures") or [""]
+    return ModelHeader(
+        model_type=config["model_type"],
+        architecture=architectures[0],
+        config=config,
+        tensors=tuple(tensors),
+        has_tokenizer=not TOKENIZER_FILES.isdisjoint(sizes),
+    )
+
+
+def is_model_file(path: str) -> bool:
+    """Whether a file of this name may be part of a model here."""
+    pure = PurePosixPath(path)
+    return pure.suffix in _SUFFIXES or pure.name in _NAMES
+
+
+def check_names(paths: Mapping[str, int]) -> None:
+    """Refuse a model by the names of its files alone, before a byte was sent."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        pure = PurePosixPath(path)
+        if str(pure) != path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():
+            raise malformed(path[:200], "its name is not a plain relative path")
+        twin = seen.setdefault(path.casefold(), path)
+        if twin != path:
+            raise malformed(path, f"its name differs from {twin} by case alone")
+        if not is_model_file(path):
+            raise _unsupported_file(path)
+        if pure.suffix == ".safetensors" and len(pure.parts) > 1:
+            raise NightpressError(
+                ErrorCode.UNSUPPORTED_FORMAT,
+                f"{path} holds weights in a sub-folder.",
+                hint="Weights lie at the top of the folder: one model a folder.",
+                file=path,
+            )
+
+
+def _unsupported_file(path: str) -> NightpressError:
+    suffix = PurePosixPath(path).suffix.lower()
+    if suffix in _PICKLES:
+        what = f"{path} is a pickle, or a format that may hold one: opening it can run any program."
+        hint = (
+            "Convert it on your own machine, where you trust it: "
+            "`AutoModel….from_pretrained(folder).save_pretrained(new_folder)` of transformers writes safetensors. Then bring new_folder."
+        )
+    elif suffix in _FOREIGN:
+        what = f"{path} holds {_FOREIGN[suffix]} weights; models come here as safetensors."
+        hint = "Leave it out, or load it with transformers and `save_pretrained` it as safetensors."
+    elif suffix in _ARCHIVES:
+        what = f"{path} is an archive; archives are not opened here."
+        hint = "Unpack it and bring the files."
+    else:
+        what = f"{path} is not a kind of file that a model has here."
+        hint = f"Leave it out. Taken are {', '.join(sorted(_SUFFIXES))} and {', '.join(sorted(_NAMES))}."
+    return NightpressError(ErrorCode.UNSUPPORTED_FORMAT, what, hint=hint, file=path)
+
+
+def _read_config(files: ModelFiles, sizes: Mapping[str, int]) -> dict[str, Any]:
+    if "config.json" not in sizes:
+        raise NightpressError(
+            ErrorCode.MALFORMED_MODEL,
+            "The model has no config.json at the top of its folder.",
+            hint="Bring the whole folder that `save_pretrained` wrote.",
+            file="config.json",
+        )
+    config = _read_json(files, "config.json", sizes["config.json"], _CONFIG_BYTES)
+    if not isinstance(config, dict):
+        raise malformed("config.json", "it is not a JSON object")
+    for key, value in walk("config.json", config):
+        _check_value(key, value)
+    architectures = config.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(one, str) and one.isidentifier() for one in architectures)
+    ):
+        raise malformed("config.json", "`architectures` is not a list of class names")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", model_type):
+        raise NightpressError(
+            ErrorCode.UNSUPPORTED_ARCHITECTURE,
+            "config.json names no `model_type`, so nobody knows how to build the model.",
+            hint="Save the model with a current transformers, which writes it.",
+            file="config.json",
+        )
+    if config.get("quantization_config") is not None:
+        raise NightpressError(
+            ErrorCode.UNSUPPORTED_FORMAT,
+            "config.json says that the model is quantized already.",
+            hint="Bring the float model it was made from.",
+            file="config.json",
+        )
+    return config
+
+
+def _check_value(key: str, value: Any) -> None:
+    if key in _BOUNDS and value is not None:
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, bool) or not isinstance(one, int) or not 1 <= one <= _BOUNDS[key]:
+                raise malformed("config.json", f"`{key}` is {str(one)[:40]}, not a number from 1 to {_BOUNDS[key]}")
+    if key == "_name_or_path" and isinstance(value, str) and ".." in re.split(r"[/\\]", value):
+        raise malformed("config.json", "`_name_or_path` climbs out of a folder")
+
+
+def _check_small_file(files: ModelFiles, path: str, size: int) -> None:
+    """JSON must parse and name no code; a chat template must not reach for Python's internals."""
+    pure = PurePosixPath(path)
+    if pure.suffix == ".jinja":
+        if size > _CONFIG_BYTES:
+            raise malformed(path, f"it has {size} bytes; a template has at most {_CONFIG_BYTES}")
+        _check_template(path, files.read(path, 0, size).decode(errors="replace"))
+    if pure.suffix != ".json" or path in _NOT_PARSED:
+        return
+    for key, value in walk(path, _read_json(files, path, size, _JSON_BYTES)):
+        if key == "auto_map":
+            raise NightpressError(
+                ErrorCode.UNSUPPORTED_FORMAT,
+                f"{path} has an `auto_map`: the model wants to run code of its own, which never happens here.",
+                hint="Save it with a transformers that has the architecture built in, or remove `auto_map` if it does not need it.",
+                file=path,
+            )
+        if key in {"chat_template", "template"} and isinstance(value, str):
+            _check_template(path, value)
+
+
+def _check_template(path: str, template: str) -> None:
+    if found := _DUNDER.search(template):
+        raise malformed(path, f"its chat template uses {found[0][:40]}, which only an attack does")
+
+
+def _read_json(files: ModelFiles, path: str, size: int, limit: int) -> Any:
+    if size > limit:
+        raise malformed(path, f"it has {size} bytes; at most {limit} are read")
+    return parse_json(path, files.read(path, 0, size))
+
+
+def _read_tensors(files: ModelFiles, sizes: Mapping[str, int]) -> list[TensorInfo]:
+    weights = [path for path in sizes if path.endswith(".safetensors")]
+    if not weights:
+        raise NightpressError(
+            ErrorCode.UNSUPPORTED_FORMAT,
+            "The model has no safetensors weights.",
+            hint=f"Bring {WEIGHTS_FILE}, or its shards with {INDEX_FILE}.",
+        )
+    if INDEX_FILE in sizes:
+        weight_map = _read_index(files, sizes)
+    elif WEIGHTS_FILE in sizes:
+        weight_map = None
+    else:
+        raise malformed(weights[0], f"there is neither {WEIGHTS_FILE} nor {INDEX_FILE} to say which tensors lie where")
+    used = {WEIGHTS_FILE} if weight_map is None else set(weight_map.values())
+    for path in weights:
+        if path not in used:
+            raise malformed(path, "the model does not use it")
+    tensors: list[TensorInfo] = []
+    for path in sorted(used):
+        if path not in sizes:
+            raise malformed(INDEX_FILE, f"it names {path[:200]}, which is not there")
+        for tensor in read_safetensors_header(files, path, sizes[path]):
+            if weight_map is not None and weight_map.pop(tensor.name, None) != path:
+                raise malformed(path, f"{INDEX_FILE} does not place the tensor {tensor.name[:200]} here, and only here")
+            tensors.append(tensor)
+        if len(tensors) > MAX_TENSORS:
+            raise malformed(path, f"the model has more than {MAX_TENSORS} tensors")
+    if weight_map:
+        raise malformed(INDEX_FILE, f"it names the tensor {next(iter(weight_map))[:200]}, which no shard has")
+    return tensors
+
+
+def _read_index(files: ModelFiles, sizes: Mapping[str, int]) -> dict[str, str]:
+    index = _read_json(files, INDEX_FILE, sizes[INDEX_FILE], _JSON_BYTES)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(one, str) for one in weight_map.values())
+    ):
+        raise malformed(INDEX_FILE, "it has no `weight_map` from tensors to files")
+    return weight_map

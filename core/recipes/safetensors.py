@@ -1,0 +1,212 @@
+"""A strict reader of safetensors headers, a window at a time: what a hostile header costs is bounded before it is parsed."""
+
+import json
+import re
+from codecs import getincrementaldecoder
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from core.recipes.header import TensorInfo
+from core.recipes.jsonfile import malformed, parse_json, unique_keys
+
+if TYPE_CHECKING:
+    from core.recipes.inspect import ModelFiles
+
+MAX_TENSORS = 100_000
+
+#: bytes an element; sub-byte types are not taken
+DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+
+_HEADER_BYTES = 100 * 1024**2
+_SMALL_HEADER_BYTES = 1024**2
+_HEADER_SHARE = 20  #: a larger header may be one twentieth of the file
+_WINDOW = 2 * 1024**2
+_ENTRY_BYTES = 8 * 1024  #: longest name, fully escaped, and its description
+_METADATA_BYTES = 1024**2
+_MAX_NAME = 512
+_MAX_DIMS = 16
+_MAX_BYTES = 1 << 62
+
+_NAME = re.compile(rb'\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
+_NEXT = re.compile(rb"\s*([,}])")
+
+
+def read_safetensors_header(files: "ModelFiles", path: str, size: int) -> list[TensorInfo]:
+    """The tensors of one file, in the order of their bytes. Raises NightpressError(malformed_model) for any flaw at all:
+
+    the header's entries must describe exactly the bytes of the file, once each, without gap or overlap.
+    """
+    start = files.read(path, 0, 8)
+    if len(start) < 8 or size < 10:
+        raise malformed(path, "it is too short for a safetensors file")
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        raise malformed(path, "it is a pickle or an archive under another name, and is not opened here")
+    length = int.from_bytes(start, "little")
+    limit = min(_HEADER_BYTES, max(_SMALL_HEADER_BYTES, size // _HEADER_SHARE))
+    if length > limit:
+        raise malformed(path, f"its header claims {length} bytes; at most {limit} make sense in this file")
+    if 8 + length > size:
+        raise malformed(path, f"it is truncated: its header alone has {length} bytes, the file {size}")
+    header = _Header(files, path, length)
+    found: list[tuple[TensorInfo, tuple[int, int]]] = []
+    for name, raw in header.entries():
+        found.append(_tensor(path, name, raw))
+        if len(found) > MAX_TENSORS:
+            raise malformed(path, f"it has more than {MAX_TENSORS} tensors")
+    names = {tensor.name for tensor, _ in found}
+    if len(names) != len(found):
+        raise malformed(path, "a tensor stands twice in its header")
+    found.sort(key=lambda one: one[1])
+    _check_layout(path, [span for _, span in found], size - 8 - length)
+    return [tensor for tensor, _ in found]
+
+
+def _tensor(path: str, name: str, raw: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    def flaw(why: str) -> Exception:
+        return malformed(path, f"tensor {name[:100]!r}: {why}")
+
+    if not name.isprintable() or not 1 <= len(name) <= _MAX_NAME:
+        raise flaw("its name is empty, too long or not printable")
+    if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
+        raise flaw("it is not described by dtype, shape and data_offsets alone")
+    dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
+    width = DTYPE_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if width is None:
+        raise flaw(f"its dtype {str(dtype)[:20]!r} is not known")
+    if not (
+        isinstance(shape, list) and len(shape) <= _MAX_DIMS and all(type(dim) is int and dim >= 0 for dim in shape)
+    ):
+        raise flaw("its shape is not a short list of sizes")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(one) is int and one >= 0 for one in offsets)):
+        raise flaw("its data_offsets are not two positions")
+    total = width
+    for dim in shape:
+        total *= dim
+        if total > _MAX_BYTES:
+            raise flaw("its shape needs more bytes than any file has")
+    begin, end = offsets
+    if end - begin != total:
+        raise flaw(f"its shape and dtype need {total} bytes, its data_offsets span {end - begin}")
+    return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), size=total), (begin, end)
+
+
+def _check_layout(path: str, spans: list[tuple[int, int]], data: int) -> None:
+    for (_, end), (begin, _) in pairwise([(0, 0), *spans]):
+        if begin != end:
+            raise malformed(
+                path, f"its tensors {'overlap' if begin < end else 'leave a gap'} at byte {min(begin, end)}"
+            )
+    described = spans[-1][1] if spans else 0
+    if described > data:
+        raise malformed(path, f"it is truncated: its tensors need {described} bytes, {data} are there")
+    if described < data:
+        raise malformed(path, f"{data - described} bytes at its end belong to no tensor")
+
+
+class _Header:
+    """Walks through the entries `"name": {…}` of a header of `length` bytes, holding one window of it."""
+
+    def __init__(self, files: "ModelFiles", path: str, length: int) -> None:
+        self._files = files
+        self._path = path
+        self._rest = length  #: bytes not yet read
+        self._offset = 8
+        self._window = b""
+        self._at = 0
+        self._descriptions = 0
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        self._fill(_ENTRY_BYTES)
+        if self._window[:1] != b"{":
+            raise malformed(self._path, "its header is not a JSON object")
+        self._at = 1
+        metadata_seen = False
+        if self._closed_at_once():
+            return
+        while True:
+            self._fill(_ENTRY_BYTES)
+            name = self._name()
+            if name == "__metadata__":
+                if metadata_seen:
+                    raise malformed(self._path, "its __metadata__ stands twice")
+                metadata_seen = True
+                self._metadata()
+            else:
+                yield name, self._description()
+            self._fill(_ENTRY_BYTES)
+            found = _NEXT.match(self._window, self._at)
+            if not found:
+                raise malformed(self._path, "its header is not a JSON object of tensors")
+            self._at = found.end()
+            if found[1] == b"}":
+                self._only_padding()
+                return
+
+    def _fill(self, wanted: int) -> None:
+        """Have `wanted` bytes ahead, where the header still has them."""
+        if len(self._window) - self._at >= wanted or not self._rest:
+            return
+        piece = self._files.read(self._path, self._offset, min(_WINDOW, self._rest))
+        if not piece:
+            raise malformed(self._path, "it ends within its header")
+        self._offset += len(piece)
+        self._rest -= len(piece)
+        # Counted before they are parsed: a million tensors cost no more than reading past the limit.
+        self._descriptions += piece.count(b'"data_offsets"')
+        if self._descriptions > MAX_TENSORS:
+            raise malformed(self._path, f"it has more than {MAX_TENSORS} tensors")
+        self._window = self._window[self._at :] + piece
+        self._at = 0
+        self._fill(wanted)
+
+    def _closed_at_once(self) -> bool:
+        found = _NEXT.match(self._window, self._at)
+        if found and found[1] == b"}":
+            self._at = found.end()
+            self._only_padding()
+            return True
+        return False
+
+    def _name(self) -> str:
+        found = _NAME.match(self._window, self._at, self._at + _ENTRY_BYTES)
+        if not found:
+            raise malformed(self._path, "its header is not a JSON object of tensors")
+        self._at = found.end()
+        name = parse_json(self._path, b'"' + found[1] + b'"')
+        assert isinstance(name, str)
+        return name
+
+    def _description(self) -> Any:
+        end = self._window.find(b"}", self._at, self._at + _ENTRY_BYTES) + 1
+        if not end:
+            raise malformed(self._path, "an entry of its header is too long")
+        raw = parse_json(self._path, self._window[self._at : end])
+        self._at = end
+        return raw
+
+    def _metadata(self) -> None:
+        self._fill(_METADATA_BYTES)
+        try:
+            # Incremental: the piece may end within a character.
+            text = getincrementaldecoder("utf-8")().decode(self._window[self._at : self._at + _METADATA_BYTES])
+            raw, end = json.JSONDecoder(object_pairs_hook=unique_keys).raw_decode(text)
+        except (ValueError, RecursionError) as error:
+            raise malformed(self._path, f"its __metadata__ is damaged or over {_METADATA_BYTES} bytes") from error
+        if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
+            raise malformed(self._path, "its __metadata__ is not a mapping of texts")
+        self._at += len(text[:end].encode())
+
+    def _only_padding(self) -> None:
+        while True:
+            if self._window[self._at :].strip(b" "):
+                raise malformed(self._path, "something follows the end of its header")
+            self._at = len(self._window)
+            if not self._rest:
+                return
+            self._fill(1)

@@ -1,0 +1,125 @@
+"""The registry of data sets."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Row, select
+from sqlalchemy.engine import Connection
+
+from core.artifacts.files import disk_errors
+from core.errors import ErrorCode, NightpressError
+from core.handoff.manifest import FileEntry
+from core.jobs.tables import jobs
+from core.recipes.models import BUILTIN_DATA
+from core.registry.datafile import DataFacts, check_data_name, examine_data
+from core.registry.registry import Registry, check_size, describe_files, live_jobs
+from core.registry.tables import DataSetRow
+from core.registry.uploads import Owner
+from core.schemas import DataSetCreate, DataSetView
+
+_PIECE = 1024**2
+
+
+class DataSetRegistry(Registry[DataSetView]):
+    """Text and labelled rows that people brought, and the ones that come with Nightpress."""
+
+    kind = "datasets"
+    noun = "data set"
+    id_prefix = "dat"
+    upload_column = "data_set_id"
+    table = DataSetRow
+
+    def create(self, tenant_id: str, request: DataSetCreate) -> DataSetView:
+        """Announce a file that will be uploaded, or register one on the server: that is read and hashed now."""
+        if (request.file is None) == (request.path is None):
+            raise NightpressError(
+                ErrorCode.INVALID_REQUEST,
+                "A data set is announced with `file` or with `path`: with exactly one of them.",
+                hint="`file` is uploaded, `path` names a file on the server.",
+            )
+        if request.path is not None:
+            return self._create_from_path(tenant_id, request.name, request.path)
+        assert request.file is not None
+        check_data_name(request.file.path)
+        check_size(self.noun, request.file.size, self._settings.max_dataset_bytes)
+        if request.file.size == 0:
+            raise NightpressError(
+                ErrorCode.INVALID_DATA,
+                f"{request.file.path} is empty.",
+                hint="A data set needs at least one line of text.",
+                file=request.file.path,
+            )
+        return self._begin(tenant_id, request.name, [request.file])
+
+    def get(self, tenant_id: str, reference: str) -> DataSetView:
+        return _builtin(reference) if reference in BUILTIN_DATA else super().get(tenant_id, reference)
+
+    def page(
+        self, tenant_id: str, *, cursor: str | None = None, limit: int = 50
+    ) -> tuple[list[DataSetView], str | None]:
+        items, following = super().page(tenant_id, cursor=cursor, limit=limit)
+        if following is not None:
+            return items, following
+        builtin = [_builtin(name) for name in sorted(BUILTIN_DATA)]
+        # What comes with Nightpress ends the list; where the page has no room for it, a page of its own follows.
+        return (items + builtin, None) if len(items) + len(builtin) <= limit else (items, items[-1].id)
+
+    def _create_from_path(self, tenant_id: str, name: str, raw: str) -> DataSetView:
+        path = self._allowed_path(raw)
+        if not path.is_file():
+            raise NightpressError(
+                ErrorCode.NOT_FOUND, f"There is no file {raw} on the server.", hint="Name one .txt or .jsonl file."
+            )
+        check_data_name(path.name)
+        with disk_errors(raw):
+            check_size(self.noun, path.stat().st_size, self._settings.max_dataset_bytes)
+            facts = examine_data(path.name, _pieces(path), self._settings.max_dataset_bytes)
+        return self._register(tenant_id, name, path, describe_files(path.parent, [path.name]), _columns(facts))
+
+    def _examine_stored(self, owner: Owner, files: Sequence[FileEntry]) -> dict[str, Any]:
+        (file,) = files
+        pieces = self._store.read(owner.key(file.path))
+        return _columns(examine_data(file.path, pieces, self._settings.max_dataset_bytes))
+
+    def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
+        used = connection.scalars(select(jobs.c.data).where(jobs.c.tenant_id == tenant_id, live_jobs()))
+        return any(str(one.get("id")) == row_id for data in used for one in data.values())
+
+    def _view(self, row: Row[Any]) -> DataSetView:
+        return DataSetView(
+            id=row.id,
+            name=row.name,
+            state=row.state,
+            digest=row.digest,
+            size=row.size,
+            source=row.source,
+            rows=row.rows,
+            labelled=None if row.labels is None else row.labels > 0,
+            error=row.error,
+            created_at=row.created_at,
+        )
+
+
+def _builtin(name: str) -> DataSetView:
+    return DataSetView(
+        id=name,
+        name=name,
+        state="ready",
+        digest=None,
+        size=0,
+        source="builtin",
+        rows=None,
+        labelled=False,
+        created_at=None,
+    )
+
+
+def _columns(facts: DataFacts) -> dict[str, Any]:
+    return {"rows": facts.rows, "labels": facts.labels}
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as source:
+        while piece := source.read(_PIECE):
+            yield piece

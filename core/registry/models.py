@@ -1,0 +1,125 @@
+"""The registry of models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Row, select
+from sqlalchemy.engine import Connection
+
+from core.artifacts.files import disk_errors
+from core.artifacts.storage import ObjectStore
+from core.database import transaction
+from core.errors import ErrorCode, NightpressError
+from core.handoff.manifest import FileEntry
+from core.jobs.tables import jobs
+from core.recipes.header import ModelHeader
+from core.recipes.inspect import FolderFiles, check_names, inspect_model
+from core.registry.registry import Registry, check_size, describe_files, live_jobs
+from core.registry.tables import ModelRow
+from core.registry.uploads import Owner
+from core.schemas import FileView, ModelCreate, ModelView
+
+
+class ModelRegistry(Registry[ModelView]):
+    """Models that people brought. Ready ones never change, and were inspected before they became ready."""
+
+    kind = "models"
+    noun = "model"
+    id_prefix = "mdl"
+    upload_column = "model_id"
+    table = ModelRow
+
+    def create(self, tenant_id: str, request: ModelCreate) -> ModelView:
+        """Announce files that will be uploaded, or register a server folder: that is inspected and hashed now."""
+        if bool(request.files) == (request.path is not None):
+            raise NightpressError(
+                ErrorCode.INVALID_REQUEST,
+                "A model is announced with `files` or with `path`: with exactly one of them.",
+                hint="`files` are uploaded, `path` names a folder on the server.",
+            )
+        if request.path is not None:
+            return self._create_from_path(tenant_id, request.name, request.path)
+        sizes = {file.path: file.size for file in request.files}
+        if len(sizes) != len(request.files):
+            raise NightpressError(ErrorCode.INVALID_REQUEST, "A file is announced twice.", hint="Name each path once.")
+        check_names(sizes)
+        check_size(self.noun, sum(sizes.values()), self._settings.max_model_bytes)
+        return self._begin(tenant_id, request.name, request.files)
+
+    def header(self, model_id: str) -> ModelHeader:
+        """What a plan needs to know. Whose model it is the caller has asked `get`. Raises not_found, conflict."""
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(
+                select(ModelRow.name, ModelRow.state, ModelRow.header).where(
+                    ModelRow.id == model_id, ModelRow.deleted_at.is_(None)
+                )
+            ).one_or_none()
+        if row is None:
+            raise self._missing(model_id)
+        if row.state != "ready":
+            raise NightpressError(
+                ErrorCode.CONFLICT, f"The model {row.name} is {row.state}.", hint="Complete its upload first."
+            )
+        return ModelHeader.model_validate(row.header)
+
+    def _create_from_path(self, tenant_id: str, name: str, raw: str) -> ModelView:
+        path = self._allowed_path(raw)
+        if not path.is_dir():
+            raise NightpressError(
+                ErrorCode.NOT_FOUND, f"There is no folder {raw} on the server.", hint="Name the model's folder."
+            )
+        with disk_errors(raw):
+            files = FolderFiles(path)
+            sizes = files.names()
+            check_size(self.noun, sum(sizes.values()), self._settings.max_model_bytes)
+            header = inspect_model(files)
+        return self._register(tenant_id, name, path, describe_files(path, list(sizes)), _facts(header))
+
+    def _examine_stored(self, owner: Owner, files: Sequence[FileEntry]) -> dict[str, Any]:
+        return _facts(inspect_model(_StoredFiles(self._store, owner.prefix, {one.path: one.size for one in files})))
+
+    def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
+        query = select(jobs.c.id).where(jobs.c.tenant_id == tenant_id, jobs.c.model_id == row_id, live_jobs()).limit(1)
+        return connection.execute(query).one_or_none() is not None
+
+    def _view(self, row: Row[Any]) -> ModelView:
+        return ModelView(
+            id=row.id,
+            name=row.name,
+            state=row.state,
+            digest=row.digest,
+            size=row.size,
+            source=row.source,
+            architecture=row.architecture,
+            model_type=row.model_type,
+            task=row.task,
+            parameters=row.parameters,
+            files=[FileView.model_validate(one) for one in row.files],
+            error=row.error,
+            created_at=row.created_at,
+        )
+
+
+def _facts(header: ModelHeader) -> dict[str, Any]:
+    return {
+        "architecture": header.architecture,
+        "model_type": header.model_type,
+        "task": header.task,
+        "parameters": header.parameters,
+        "header": header.model_dump(mode="json"),
+    }
+
+
+class _StoredFiles:
+    """An uploaded model in the object store, as `inspect_model` reads it."""
+
+    def __init__(self, store: ObjectStore, prefix: str, sizes: Mapping[str, int]) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._sizes = sizes
+
+    def names(self) -> Mapping[str, int]:
+        return self._sizes
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        return b"".join(self._store.read(f"{self._prefix}/{path}", offset, offset + size))

@@ -1,0 +1,298 @@
+"""What models and data sets have in common: brought by upload or by server path, looked up by tenant, deleted with their bytes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import ValidationError
+from sqlalchemy import Engine, Row, Select, insert, or_, select, update
+from sqlalchemy.engine import Connection
+
+from core.artifacts.files import disk_errors
+from core.artifacts.storage import ObjectStore
+from core.database import db_now, transaction
+from core.errors import ErrorCode, NightpressError
+from core.handoff.manifest import FileEntry, describe_file, digest_of
+from core.ids import new_id
+from core.jobs.tables import jobs
+from core.registry.tables import DataSetRow, ModelRow
+from core.registry.uploads import Owner, Uploads
+from core.schemas import TERMINAL_STATES, DataSetView, FileAnnouncement, ModelView, UploadFile
+from core.settings import Settings
+
+View = TypeVar("View", ModelView, DataSetView)
+
+
+class Registry(ABC, Generic[View]):
+    """One tenant never sees another's: every method that takes a reference looks only among the tenant's own.
+
+    A reference is an id, or a name: then the newest ready one is meant, else the newest.
+    """
+
+    kind: ClassVar[str]  #: "models" or "datasets": the first part of keys and routes
+    noun: ClassVar[str]
+    id_prefix: ClassVar[str]
+    upload_column: ClassVar[str]
+    table: ClassVar[type[ModelRow] | type[DataSetRow]]
+
+    def __init__(self, engine: Engine, store: ObjectStore, settings: Settings) -> None:
+        self._engine = engine
+        self._store = store
+        self._settings = settings
+        self._uploads = Uploads(engine, store)
+
+    def get(self, tenant_id: str, reference: str) -> View:
+        """Raises NightpressError(not_found)."""
+        return self._view(self._find(tenant_id, reference))
+
+    def page(self, tenant_id: str, *, cursor: str | None = None, limit: int = 50) -> tuple[list[View], str | None]:
+        """The newest first, and the cursor of the next page, if there is one."""
+        table = self.table
+        query = self._select().where(table.tenant_id == tenant_id).order_by(table.id.desc()).limit(limit + 1)
+        if cursor is not None:
+            query = query.where(table.id < cursor)
+        with transaction(self._engine, read_only=True) as connection:
+            rows = connection.execute(query).all()
+        items = [self._view(row) for row in rows[:limit]]
+        return items, items[-1].id if len(rows) > limit else None
+
+    def uploads(self, tenant_id: str, reference: str) -> list[UploadFile]:
+        """The parts still missing, with fresh URLs; none once it is ready or failed."""
+        row = self._find(tenant_id, reference)
+        return self._uploads.pending(self._owner(row.id)) if row.state == "uploading" else []
+
+    def receive_part(
+        self, tenant_id: str, reference: str, path: str, number: int, pieces: Iterable[bytes], size: int
+    ) -> None:
+        """Take one part of one file; only where the store gives out no URLs."""
+        row = self._find(tenant_id, reference)
+        self._must_be_uploading(row)
+        self._uploads.receive(self._owner(row.id), path, number, pieces, size)
+
+    def complete(self, tenant_id: str, reference: str) -> View:
+        """Verify what was uploaded and make it ready. Safe to repeat.
+
+        Raises conflict while parts are missing. Any other fault of the files makes it `failed` and deletes them.
+        """
+        row = self._find(tenant_id, reference)
+        if row.state == "ready":
+            return self._view(row)
+        self._must_be_uploading(row)
+        owner = self._owner(row.id)
+        files = [FileEntry.model_validate(one) for one in row.files]
+        try:
+            self._uploads.finish(owner)
+            facts = self._examine_stored(owner, files)
+        except NightpressError as error:
+            if not error.kind.retryable and error.code not in {ErrorCode.CONFLICT, ErrorCode.NOT_FOUND}:
+                self._fail(row.id, error)
+            raise
+        if not self._advance(row.id, state="ready", digest=digest_of(files), **facts):
+            return self._as_decided(tenant_id, owner)
+        self._uploads.forget(owner)
+        return self.get(tenant_id, row.id)
+
+    def delete(self, tenant_id: str, reference: str) -> None:
+        """Delete it with its bytes, or give up its upload. A server path's files stay. Raises conflict while a job needs it."""
+        row = self._find(tenant_id, reference)
+        with transaction(self._engine) as connection:
+            if self._is_needed(connection, tenant_id, row.id):
+                raise NightpressError(
+                    ErrorCode.CONFLICT,
+                    f"A job that is queued or running needs the {self.noun} {row.name}.",
+                    hint="Cancel the job or wait for its end.",
+                )
+            connection.execute(update(self.table).where(self.table.id == row.id).values(deleted_at=db_now()))
+        self._uploads.abandon(self._owner(row.id))
+
+    def sweep_abandoned(self, older_than_s: float) -> int:
+        """Fail the uploads that nobody finished for so long, and delete what came of them. Returns how many."""
+        table = self.table
+        with transaction(self._engine, read_only=True) as connection:
+            ids = connection.scalars(
+                select(table.id).where(table.state == "uploading", table.created_at < db_now(-older_than_s))
+            ).all()
+        error = NightpressError(
+            ErrorCode.CONFLICT, "The upload was not completed in time, and was given up.", hint="Upload it again."
+        )
+        for one in ids:
+            self._fail(one, error)
+        return len(ids)
+
+    # What the two kinds do their own way -------------------------------------------------------------------------
+
+    @abstractmethod
+    def _view(self, row: Row[Any]) -> View: ...
+
+    @abstractmethod
+    def _examine_stored(self, owner: Owner, files: Sequence[FileEntry]) -> dict[str, Any]:
+        """Validate the stored files and return the columns they fill."""
+
+    @abstractmethod
+    def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
+        """Whether a job that is not over yet needs it."""
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _begin(self, tenant_id: str, name: str, files: Sequence[FileAnnouncement]) -> View:
+        """Write a row that awaits its files."""
+        owner = self._owner(new_id(self.id_prefix))
+        entries = [_entry(file) for file in files]
+        rows = self._uploads.open(owner, files)
+        try:
+            with transaction(self._engine) as connection:
+                self._insert(connection, owner.id, tenant_id, name, entries, state="uploading", source="upload")
+                self._uploads.insert(connection, rows)
+        except BaseException:
+            self._uploads.abort(owner, ((row["path"], row["store_upload_id"]) for row in rows))
+            self._store.delete_prefix(owner.prefix)
+            raise
+        return self.get(tenant_id, owner.id).model_copy(update={"uploads": self._uploads.pending(owner)})
+
+    def _register(
+        self, tenant_id: str, name: str, server_path: Path, files: Sequence[FileEntry], facts: Mapping[str, Any]
+    ) -> View:
+        """Write a row that is ready at once: its files stay where the operator put them."""
+        row_id = new_id(self.id_prefix)
+        given = {"state": "ready", "source": "path", "server_path": str(server_path), "digest": digest_of(list(files))}
+        with transaction(self._engine) as connection:
+            self._insert(connection, row_id, tenant_id, name, files, **given, **facts)
+        return self.get(tenant_id, row_id)
+
+    def _insert(
+        self,
+        connection: Connection,
+        row_id: str,
+        tenant_id: str,
+        name: str,
+        files: Sequence[FileEntry],
+        **columns: Any,
+    ) -> None:
+        connection.execute(
+            insert(self.table).values(
+                id=row_id,
+                tenant_id=tenant_id,
+                name=name,
+                size=sum(file.size for file in files),
+                files=[file.model_dump() for file in files],
+                created_at=db_now(),
+                **columns,
+            )
+        )
+
+    def _allowed_path(self, raw: str) -> Path:
+        """Resolve a server path. Raises path_not_allowed outside the operator's roots, whether it exists there or not."""
+        try:
+            path = Path(raw).resolve()
+            allowed = Path(raw).is_absolute() and any(
+                path.is_relative_to(root.resolve()) for root in self._settings.model_roots
+            )
+        except (OSError, ValueError, RuntimeError):  # a link to itself, a NUL
+            allowed = False
+        if not allowed:
+            raise NightpressError(
+                ErrorCode.PATH_NOT_ALLOWED,
+                f"{raw[:300]!r} is not below a folder that the operator allowed.",
+                hint="Upload the files, or ask the operator to add their folder to NIGHTPRESS_MODEL_ROOTS.",
+            )
+        return path
+
+    def _find(self, tenant_id: str, reference: str) -> Row[Any]:
+        table = self.table
+        query = (
+            self._select()
+            .where(table.tenant_id == tenant_id, or_(table.id == reference, table.name == reference))
+            .order_by((table.id == reference).desc(), (table.state == "ready").desc(), table.id.desc())
+            .limit(1)
+        )
+        if not reference.isprintable():
+            raise self._missing(reference)
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            raise self._missing(reference)
+        return row
+
+    def _missing(self, reference: str) -> NightpressError:
+        return NightpressError(
+            ErrorCode.NOT_FOUND,
+            f"There is no {self.noun} {reference[:128]!r}.",
+            hint=f"GET /v1/{self.kind} lists those there are.",
+        )
+
+    def _select(self) -> Select[Any]:
+        """Every column but a model's header, which may be long."""
+        columns = [column for column in self.table.__table__.columns if column.name != "header"]
+        return select(*columns).where(self.table.deleted_at.is_(None))
+
+    def _owner(self, row_id: str) -> Owner:
+        return Owner(self.upload_column, row_id, self.kind)
+
+    def _must_be_uploading(self, row: Row[Any]) -> None:
+        if row.state != "uploading":
+            raise NightpressError(
+                ErrorCode.CONFLICT,
+                f"The {self.noun} {row.name} is {row.state}, and takes no more files.",
+                hint="What a model or data set consists of never changes: bring a new one."
+                if row.state == "ready"
+                else "Its `error` says why. Bring it again.",
+            )
+
+    def _advance(self, row_id: str, **columns: Any) -> bool:
+        """uploading → ready | failed. False if somebody else decided first."""
+        table = self.table
+        with transaction(self._engine) as connection:
+            won = connection.execute(
+                update(table)
+                .where(table.id == row_id, table.state == "uploading", table.deleted_at.is_(None))
+                .values(**columns)
+            )
+            return won.rowcount == 1
+
+    def _as_decided(self, tenant_id: str, owner: Owner) -> View:
+        """What another request made of it while this one verified the files."""
+        try:
+            row = self._find(tenant_id, owner.id)
+        except NightpressError:
+            self._uploads.abandon(owner)  # deleted: this request may have joined parts after that
+            raise
+        if row.state != "ready":
+            self._must_be_uploading(row)
+        return self._view(row)
+
+    def _fail(self, row_id: str, error: NightpressError) -> None:
+        if self._advance(row_id, state="failed", error=error.as_dict()):
+            self._uploads.abandon(self._owner(row_id))
+
+
+def live_jobs() -> Any:
+    """The condition that a job is not over yet."""
+    return jobs.c.state.not_in(sorted(TERMINAL_STATES))
+
+
+def describe_files(root: Path, paths: Sequence[str]) -> tuple[FileEntry, ...]:
+    """Hash files below a folder, two at a time: hashing holds no lock, and more would only fight for the disk."""
+    with disk_errors(str(root)), ThreadPoolExecutor(2) as pool:
+        return tuple(pool.map(lambda path: describe_file(root, root / path), paths))
+
+
+def check_size(noun: str, total: int, limit: int) -> None:
+    if total > limit:
+        raise NightpressError(
+            ErrorCode.PAYLOAD_TOO_LARGE,
+            f"The {noun} has {total} bytes; {limit} are allowed here.",
+            hint="Bring a smaller one, or ask the operator to raise the limit.",
+        )
+
+
+def _entry(file: FileAnnouncement) -> FileEntry:
+    try:
+        return FileEntry(path=file.path, size=file.size, sha256=file.sha256)
+    except ValidationError as error:
+        raise NightpressError(
+            ErrorCode.INVALID_REQUEST,
+            f"{file.path[:200]!r} is not a plain relative path.",
+            hint="Name files relative to the model's folder, with `/` between folders.",
+        ) from error

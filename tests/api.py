@@ -1,0 +1,78 @@
+"""A real API on a real port, in a thread of the test's process, so that a test can also play the worker behind it."""
+
+import hashlib
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+
+from api.__main__ import Server
+from api.app import create_app
+from api.deps import Services
+from core.access.keys import ALL_SCOPES, create_key
+from core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
+from core.jobs.records import Claimed, Succeeded, WorkerOffer
+from core.settings import Settings
+
+
+@dataclass
+class RunningApi:
+    url: str
+    services: Services
+
+    def key(self, *, tenant_id: str = "default", scopes: Collection[str] = tuple(ALL_SCOPES - {"admin"})) -> str:
+        return create_key(self.services.engine, tenant_id=tenant_id, name="test", scopes=scopes)[1]
+
+    def client(self, **kwargs: Any) -> httpx.Client:
+        """A client with a key of its own; a context manager."""
+        return httpx.Client(
+            base_url=self.url, headers={"Authorization": f"Bearer {self.key(**kwargs)}"}, timeout=20, trust_env=False
+        )
+
+    def claim(self) -> Claimed:
+        """Take the next job, as a worker would."""
+        offer = WorkerOffer(worker_id="test-worker", queue="cpu", device="cpu", memory=1 << 40, threads=1)
+        claimed = self.services.store.claim(offer, ttl_s=60)
+        assert claimed is not None
+        return claimed
+
+    def ship(self, claimed: Claimed, files: Mapping[str, bytes], *, format: str = "onnx") -> Succeeded:  # noqa: A002
+        """Store what an attempt made. Nothing is visible before `finish`."""
+        prefix = f"jobs/{claimed.job.id}/attempts/{claimed.lease.attempt}"
+        entries = []
+        for path, data in files.items():
+            self.services.objects.put_bytes(f"{prefix}/{format}/{path}", data)
+            entries.append(FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
+        for name in ("report.json", "report.html", "report.md"):
+            self.services.objects.put_bytes(f"{prefix}/{name}", f"this is {name}".encode())
+        manifest = Manifest(
+            job_id=claimed.job.id,
+            attempt=claimed.lease.attempt,
+            verdict="accepted",
+            artifacts=(ArtifactEntry(format=format, path=format, files=tuple(entries), consumer="onnxruntime 1.32.0"),),
+            report=(),
+        )
+        return Succeeded(verdict="accepted", manifest=manifest, report={"verdict": "accepted"})
+
+
+@contextmanager
+def serve(settings: Settings) -> Iterator[RunningApi]:
+    app = create_app(settings)
+    server = Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, name="api under test")
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the API did not start"
+            time.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield RunningApi(f"http://127.0.0.1:{port}", app.state.services)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive(), "the API did not stop"

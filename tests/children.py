@@ -1,0 +1,186 @@
+"""Children that misbehave on purpose: the real child, with another press than the pipeline.
+
+`python tests/children.py BEHAVIOUR …` takes what `python -m worker.child …` takes.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from core.handoff.frames import Checkpoint, Frame, Log, Progress
+from core.handoff.manifest import ArtifactEntry, Manifest, describe_file
+from core.handoff.report import Report, Subject
+from core.handoff.spec import JobSpec
+from worker.child import main
+
+Emit = Callable[[Frame], None]
+
+
+def press(job_dir: Path, emit: Emit) -> Manifest:
+    """A whole result in no time: the source's files as they came, and where and when this ran."""
+    spec = JobSpec.load(job_dir)
+    emit(Progress(phase="pressing", fraction=0.5))
+    out = job_dir / "out"
+    (out / "onnx").mkdir()
+    for source in sorted((job_dir / "source").iterdir()):
+        (out / "onnx" / source.name).write_bytes(source.read_bytes())
+    subject = Subject(name="source", format="safetensors", size_bytes=1)
+    report = Report(
+        job_id=spec.job_id,
+        model={},
+        recipe={},
+        environment={"pid": os.getpid(), "threads": spec.threads},
+        source=subject,
+        artifacts=(),
+        passes=(),
+        gates=(),
+        verdict="accepted",
+        phases={},
+    )
+    (out / "report.json").write_text(report.model_dump_json())
+    files = tuple(describe_file(out / "onnx", path) for path in sorted((out / "onnx").iterdir()))
+    manifest = Manifest(
+        job_id=spec.job_id,
+        attempt=spec.attempt,
+        verdict="accepted",
+        artifacts=(ArtifactEntry(format="onnx", path="onnx", files=files, consumer="none"),),
+        report=(describe_file(out, out / "report.json"),),
+    )
+    (out / "manifest.json").write_text(manifest.model_dump_json())
+    return manifest
+
+
+def slow(job_dir: Path, emit: Emit) -> Manifest:
+    """Four seconds of steady progress."""
+    for step in range(40):
+        emit(Progress(phase="pressing", fraction=step / 80, message=f"step {step}"))
+        time.sleep(0.1)
+    return press(job_dir, emit)
+
+
+def first_slow(job_dir: Path, emit: Emit) -> Manifest:
+    """A first attempt that would take for ever, and a second that doesn't."""
+    if JobSpec.load(job_dir).attempt == 1:
+        return endless(job_dir, emit)
+    return press(job_dir, emit)
+
+
+def endless(job_dir: Path, emit: Emit) -> Manifest:
+    """Steady progress, a grandchild and a checkpoint, for ever."""
+    consumer = subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL)
+    emit(Log(text=f"pid {os.getpid()} consumer {consumer.pid}"))
+    emit(Checkpoint(path="work/one", step=1))
+    step = 0
+    while True:
+        step += 1
+        emit(Progress(phase="pressing", fraction=0.5, message=f"step {step}"))
+        time.sleep(0.1)
+
+
+def wedged(job_dir: Path, emit: Emit) -> Manifest:
+    """Signs of life without progress."""
+    while True:
+        emit(Progress(phase="pressing", fraction=0.5, message="the same"))
+        time.sleep(0.05)
+
+
+def segfault(job_dir: Path, emit: Emit) -> Manifest:
+    ctypes.string_at(0)
+    raise AssertionError
+
+
+def leave(job_dir: Path, emit: Emit) -> Manifest:
+    os._exit(3)
+
+
+def full_disk(job_dir: Path, emit: Emit) -> Manifest:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def hog(job_dir: Path, emit: Emit) -> Manifest:
+    """More memory than the worker offers, in a process of its own."""
+    code = "import time; held = bytearray(400 * 1024**2); time.sleep(60)"
+    subprocess.run([sys.executable, "-S", "-c", code], stdin=subprocess.DEVNULL, check=True)
+    raise AssertionError
+
+
+def smuggle(job_dir: Path, emit: Emit) -> Manifest:
+    """A result whose file is a link to somebody else's."""
+    manifest = press(job_dir, emit)
+    path = job_dir / "out" / "onnx" / manifest.artifacts[0].files[0].path
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+    return manifest
+
+
+def tamper(job_dir: Path, emit: Emit) -> Manifest:
+    """A result whose bytes aren't those of its manifest."""
+    manifest = press(job_dir, emit)
+    path = job_dir / "out" / "onnx" / manifest.artifacts[0].files[0].path
+    path.write_bytes(bytes(path.stat().st_size))
+    return manifest
+
+
+def babble(job_dir: Path, emit: Emit) -> Manifest:
+    """Frames that are none, an endless line, and words on both streams."""
+    os.write(3, b"not json\n" + b"x" * 300_000 + b"\n" + b'{"frame": "progress", "phase": "conquest"}\n')
+    sys.stdout.write("said on standard output\n")
+    sys.stderr.write("said on standard error\n")
+    emit(Log(text="said \x1b[31min a frame\x00"))
+    return press(job_dir, emit)
+
+
+def spy(job_dir: Path, emit: Emit) -> Manifest:
+    """Look for what is none of its business, and tell."""
+    found: dict[str, str] = {}
+
+    def attempt(name: str, step: Callable[[], object]) -> None:
+        try:
+            found[name] = f"yes: {step()!r:.80}"
+        except OSError as error:
+            found[name] = f"no: {errno.errorcode.get(error.errno or 0, error)}"
+
+    supervisor = os.getppid()
+    root = job_dir.parents[2]
+    attempt("its own environment", lambda: Path("/proc/self/environ").read_bytes())
+    attempt("init's environment", lambda: Path("/proc/1/environ").read_bytes())
+    attempt("the supervisor's environment", lambda: Path(f"/proc/{supervisor}/environ").read_bytes())
+    attempt("the supervisor's memory", lambda: Path(f"/proc/{supervisor}/mem").read_bytes())
+    attempt("killing the supervisor", lambda: os.kill(supervisor, 0))
+    attempt("the data folder", lambda: sorted(root.iterdir()))
+    attempt("the key", lambda: (root / "key").read_text())
+    attempt("the database", lambda: (root / "nightpress.db").open("r+b"))
+    attempt("another job's folder", lambda: sorted(job_dir.parent.iterdir()))
+    attempt("the cache", lambda: sorted((root / "cache" / "blobs").iterdir()))
+    attempt("writing the source", lambda: next((job_dir / "source").iterdir()).open("ab"))
+    attempt("a home folder", lambda: sorted(Path("/root").iterdir()))
+    attempt("writing beside", lambda: (job_dir / "elsewhere").write_text("x"))
+    attempt("writing /tmp", lambda: Path("/tmp/nightpress-spy").write_text("x"))
+    attempt("the network", lambda: socket.create_connection(("127.0.0.1", int(sys.argv[1].split(":")[1])), timeout=2))
+    attempt("writing its folder", lambda: (job_dir / "work" / "x").write_text("x"))
+    attempt("a temporary file", lambda: (Path(os.environ["TMPDIR"]) / "x").write_text("x"))
+    status = Path("/proc/self/limits").read_text()
+    found["environment"] = json.dumps(dict(os.environ))
+    found["open files"] = next(line for line in status.splitlines() if line.startswith("Max open files"))
+    found["core"] = next(line for line in status.splitlines() if line.startswith("Max core"))
+    emit(Log(text=json.dumps(found)))
+    return press(job_dir, emit)
+
+
+BEHAVIOURS = {
+    one.__name__: one
+    for one in (
+        press, slow, first_slow, endless, wedged, segfault, leave, full_disk, hog, smuggle, tamper, babble, spy
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    name = sys.argv[1].split(":")[0]
+    main(sys.argv[2:], load=lambda: BEHAVIOURS[name])

@@ -1,0 +1,335 @@
+"""The `nightpress` command as its user runs it: real processes, a real API, what lands on which stream, and exit statuses."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from client.cli.doctor import examine
+from client.cli.main import main
+from client.cli.session import Session
+from core.errors import ErrorCode, NightpressError
+from core.handoff.frames import Progress
+from core.handoff.manifest import describe_folder
+from core.schemas import JobView
+from tests.face import OFFER, RECIPE, Face
+from tests.service import ROOT, eventually
+
+COMMAND = [sys.executable, "-m", "client.cli.main"]
+
+
+@pytest.fixture(scope="module")
+def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
+    face = Face(tmp_path_factory.mktemp("face"))
+    face.start()
+    yield face
+    face.close()
+
+
+@pytest.fixture(scope="module")
+def model_id(face: Face, bert_tiny: Path) -> str:
+    with face.client() as one:
+        return one.models.upload(bert_tiny).id
+
+
+@pytest.fixture
+def job(face: Face, model_id: str) -> Iterator[JobView]:
+    with face.client() as one:
+        job = one.jobs.submit(model_id, RECIPE)
+        yield job
+        one.jobs.cancel(job.id)
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(face: Face, *arguments: str, cwd: Path = ROOT, **env: str) -> Done:
+    """The command in this process: Python takes longer to start than most subcommands to run."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, face.environment() | env, clear=True),
+        mock.patch.object(sys, "argv", ["nightpress", *arguments]),
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return Done(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def test_a_folder_is_submitted_and_json_stands_alone(face: Face, bert_tiny: Path, tmp_path: Path):
+    (tmp_path / "own.json").write_text(json.dumps(RECIPE))
+    done = run(
+        face, "submit", str(bert_tiny), "-r", str(tmp_path / "own.json"), "-l", "suite=cli", "--priority", "7", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout)
+    assert (job["state"], job["priority"], job["labels"], job["model_name"]) == (
+        "queued",
+        7,
+        {"suite": "cli"},
+        "bert-tiny",
+    )
+    listed = run(face, "ls", "--label", "suite=cli", "--json")
+    assert [json.loads(line)["id"] for line in listed.stdout.splitlines()] == [job["id"]]
+    cancelled = run(face, "cancel", job["id"])
+    assert (cancelled.returncode, cancelled.stdout) == (0, f"{job['id']} is cancelled.\n")
+    again = run(face, "retry", job["id"])
+    assert again.returncode == 0
+    with face.client() as one:
+        assert one.jobs.get(again.stdout.strip()).retry_of == job["id"]
+        one.jobs.cancel(again.stdout.strip())
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"), [("accepted", 0), ("rejected", 3), ("failed", 1), ("cancelled", 1)], ids=str
+)
+def test_a_jobs_end_is_an_exit_status(face: Face, job: JobView, ending: str, status: int):
+    if ending == "cancelled":
+        face.store.request_cancel("default", job.id)
+    else:
+        claimed = face.claim()
+        if ending == "failed":
+            face.fail(
+                claimed, NightpressError(ErrorCode.NUMERICAL_FAILURE, "The scales are not finite.", hint="Use bits: 8.")
+            )
+        else:
+            face.succeed(claimed, verdict=ending)
+    for subcommand in ("wait", "watch"):
+        done = run(face, subcommand, job.id)
+        assert done.returncode == status, done.stderr
+        assert ending in done.stdout or ending == "accepted"
+        if ending == "failed":
+            assert "numerical_failure: The scales are not finite." in done.stderr
+            assert "Use bits: 8." in done.stderr
+    waited = run(face, "wait", job.id, "--json")
+    assert (waited.returncode, json.loads(waited.stdout)["id"]) == (status, job.id)
+
+
+def test_submit_with_wait_goes_to_the_end(face: Face, model_id: str):
+    process = subprocess.Popen(
+        [*COMMAND, "submit", model_id, "-r", "int8-weights", "--wait"],
+        env=face.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    face.succeed(eventually(lambda: face.store.claim(OFFER, ttl_s=60)))
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "succeeded" in out
+    assert "\x1b" not in out + err, "a pipe is no terminal"
+
+
+@pytest.mark.parametrize("arguments", [("wait",), ("watch",), ("watch", "--json"), ("logs", "-f")], ids=" ".join)
+def test_ctrl_c_detaches_and_never_cancels(face: Face, job: JobView, arguments: tuple[str, ...]):
+    process = subprocess.Popen(
+        [*COMMAND, arguments[0], job.id, *arguments[1:]],
+        env=face.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _await_request(face, job.id, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert f"nightpress cancel {job.id}" in err
+    assert "Traceback" not in err
+    with face.client() as one:
+        assert one.jobs.get(job.id).state == "queued"
+
+
+def _await_request(face: Face, job_id: str, process: "subprocess.Popen[str]") -> None:
+    """Until the command has asked the API for the job: only then it waits."""
+    connected = f":{face.settings.api_port:04X} 01"
+
+    def talking() -> bool:
+        assert process.poll() is None
+        table = Path(f"/proc/{process.pid}/net/tcp").read_text()
+        inodes = {line.split()[9] for line in table.splitlines() if connected in line}
+        links = [one.readlink().name for one in Path(f"/proc/{process.pid}/fd").iterdir() if one.is_symlink()]
+        return any(f"socket:[{inode}]" in links for inode in inodes)
+
+    eventually(talking)
+    time.sleep(0.3)
+
+
+def test_watch_shows_progress_on_a_terminal(face: Face, job: JobView):
+    claimed = face.claim()
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "watch", job.id], env=face.environment() | {"TERM": "xterm"}, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    face.store.renew(claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.42, message="layer 3"))
+    seen = _read_until(ours, b"42%")
+    assert b"pressing" in seen
+    face.succeed(claimed)
+    _read_until(ours, b"succeeded")
+    assert process.wait(20) == 0
+    os.close(ours)
+
+
+def _read_until(terminal: int, wanted: bytes, within: float = 20.0) -> bytes:
+    seen, deadline = b"", time.monotonic() + within
+    while wanted not in seen:
+        assert time.monotonic() < deadline, seen
+        if select.select([terminal], [], [], 0.2)[0]:
+            seen += os.read(terminal, 65536)
+    return seen
+
+
+def test_watch_as_json_is_the_jobs_events(face: Face, job: JobView):
+    face.succeed(face.claim())
+    done = run(face, "watch", job.id, "--json")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["seq"] for one in events] == list(range(1, len(events) + 1))
+    assert (done.returncode, events[-1]["kind"]) == (0, "succeeded")
+
+
+def test_nothing_from_a_server_steers_the_terminal(face: Face, job: JobView):
+    claimed = face.claim()
+    evil = "start \x1b]0;owned\x07 \x1b[2J \u202eend\r\x9b31m"
+    face.store.append_logs(claimed.lease, [("info", evil)])
+    face.succeed(claimed)
+    for arguments in (("logs", job.id), ("report", job.id), ("logs", job.id, "--json"), ("inspect", job.id)):
+        done = run(face, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(done.stdout), arguments
+    assert "start" in run(face, "logs", job.id).stdout
+
+
+def test_a_result_is_pulled_and_compared(face: Face, job: JobView, tmp_path: Path):
+    made = face.succeed(face.claim(), verdict="rejected")
+    done = run(face, "pull", job.id, "--out", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rejected" in done.stderr
+    assert describe_folder(tmp_path / "here" / "compressed-tensors") == describe_folder(made / "compressed-tensors")
+    assert (tmp_path / "here" / "report.html").read_text().startswith("<!doctype html>")
+    report = run(face, "report", job.id, "--html", str(tmp_path / "r.html"))
+    assert report.returncode == 0, report.stderr
+    for figure in (
+        "90.9 MB",
+        "23.0 MB (25%)",
+        "0.9936 [0.9930, 0.9941]",
+        "40.0 ms (2.0× SLOWER)",
+        "300.0 MB",
+        "MISSED",
+    ):
+        assert figure in report.stdout, report.stdout
+    assert (tmp_path / "r.html").exists()
+    assert json.loads(run(face, "report", job.id, "--json").stdout)["verdict"] == "rejected"
+
+
+def test_damage_is_a_fault_of_its_own_status(face: Face, job: JobView, tmp_path: Path):
+    face.succeed(face.claim())
+    face.objects.put_bytes(f"jobs/{job.id}/attempts/1/compressed-tensors/config.json", b"[]")
+    done = run(face, "pull", job.id, "--out", str(tmp_path))
+    assert done.returncode == 6
+    assert "SHA-256" in done.stderr
+    assert not (tmp_path / "compressed-tensors" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("inspect", "job_00000000000000000000000000"), 5, "There is no such job"),
+        (("submit", "no-such-model", "-r", "int8-encoder"), 5, "no-such-model"),
+        (("submit", "./no-such-folder", "-r", "int8-encoder"), 2, "no folder"),
+        (("submit", "bert-tiny", "-r", "no-such.yaml"), 2, "no file"),
+        (("submit", "bert-tiny", "-r", "no-such-recipe"), 5, "int8-encoder"),
+        (("submit", "bert-tiny"), 2, "--recipe"),
+        (("ls", "--label", "x"), 2, "key=value"),
+        (("ls", "--state", "asleep"), 4, "state"),
+        (("--api", "http://127.0.0.1:1", "ls"), 2, "--api"),
+        (("ls", "--api", "http://127.0.0.1:1"), 4, "nightpress up"),
+        (("nonsense",), 2, "nonsense"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_mistakes_are_told_kindly(face: Face, arguments: tuple[str, ...], status: int, said: str):
+    done = run(face, *arguments)
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_recipes_faults_are_all_named_with_their_places(face: Face, tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text("name: Bad\npasses: [{pass: gold}]\nexports: [onnx]\ngates: {size: small}\n")
+    done = run(face, "recipes", "validate", str(tmp_path / "bad.yaml"))
+    assert done.returncode == 4
+    assert "passes.0" in done.stderr
+    assert "name" in done.stderr
+    good = run(face, "recipes", "validate", "int8-encoder", "--model", "bert-tiny")
+    assert good.returncode == 0, good.stderr
+    assert "memory" in good.stdout
+
+
+def test_a_hostile_model_is_refused_here_already(face: Face, tmp_path: Path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    done = run(face, "submit", str(tmp_path), "-r", "int8-encoder")
+    assert done.returncode == 4
+    assert "pickle" in done.stderr
+    assert "save_pretrained" in done.stderr
+
+
+def test_doctor_names_what_is_wrong_and_how_to_mend_it(face: Face, tmp_path: Path):
+    done = run(face, "doctor", "--json")
+    checks = {check["name"]: check for check in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 1
+    assert checks["API"]["status"] == checks["database"]["status"] == checks["storage"]["status"] == "ok"
+    assert checks["key"]["status"] == "ok"
+    assert checks["broker"]["status"] == "failed"
+    assert "NIGHTPRESS_BROKER_URL" in checks["broker"]["mend"]
+    assert checks["workers"]["status"] == "failed"
+
+
+def test_doctor_tells_a_wrong_key_and_looks_itself_where_no_api_answers(face: Face, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NIGHTPRESS_API_KEY", "np_nonsense")
+    checks = {one.name: one for one in islice(examine(Session(face.url), face.settings), 6)}
+    assert checks["key"].status == "failed"
+    assert "NIGHTPRESS_API_KEY" in checks["key"].found
+    checks = {one.name: one for one in islice(examine(Session("http://127.0.0.1:1"), face.settings), 5)}
+    assert [checks[name].status for name in ("API", "database", "broker", "storage")] == [
+        "failed",
+        "ok",
+        "failed",
+        "ok",
+    ]
+
+
+def test_the_command_starts_without_torch_and_fast():
+    probe = (
+        "import sys, client.cli.main\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'onnxruntime', 'boto3', 'sqlalchemy', 'celery'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True, cwd=ROOT)
+
+
+def test_help_documents_the_exit_statuses(face: Face):
+    done = run(face, "--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    for status in ("0 all went well", "3 the result missed a gate", "130 Ctrl-C"):
+        assert status in text

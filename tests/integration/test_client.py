@@ -1,0 +1,340 @@
+"""The Python client against a real API process, on good lines and on bad ones."""
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import client as package
+from client import ApiError, AsyncClient, Client, TransferError, UnreachableError, asynchronous, calls, client
+from client.folders import read_model_folder
+from client.transfers import target_of
+from core.errors import ErrorCode, NightpressError
+from core.handoff.frames import Progress
+from core.handoff.manifest import describe_folder
+from core.schemas import JobView, ModelCreate
+from tests.face import RECIPE, Face
+from tests.proxy import CuttingProxy
+from tests.servers import S3
+
+
+@pytest.fixture(scope="module")
+def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
+    face = Face(tmp_path_factory.mktemp("face"))
+    face.start()
+    yield face
+    face.close()
+
+
+@pytest.fixture
+def nightpress(face: Face) -> Iterator[Client]:
+    with face.client() as one:
+        yield one
+
+
+@pytest.fixture
+def proxy(face: Face) -> Iterator[CuttingProxy]:
+    with CuttingProxy(face.settings.api_port) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def model_id(face: Face, bert_tiny: Path) -> str:
+    with face.client() as one:
+        return one.models.upload(bert_tiny).id
+
+
+@pytest.fixture
+def job(nightpress: Client, model_id: str) -> Iterator[JobView]:
+    """A queued job that no other test will claim by mistake."""
+    job = nightpress.jobs.submit(model_id, RECIPE)
+    yield job
+    nightpress.jobs.cancel(job.id)
+
+
+def test_a_folder_is_sent_whole_and_only_once(nightpress: Client, bert_tiny: Path, model_id: str):
+    model = nightpress.models.get(model_id)
+    assert (model.state, model.name, model.model_type) == ("ready", "bert-tiny", "bert")
+    assert {(one.path, one.sha256) for one in model.files} == {
+        (one.path, one.sha256) for one in describe_folder(bert_tiny)
+    }
+    assert nightpress.models.upload(bert_tiny).id == model_id
+
+
+def test_a_broken_upload_is_continued_by_the_next(nightpress: Client, bert_tiny: Path):
+    files = [one.model_dump() for one in describe_folder(bert_tiny)]
+    begun = nightpress.send(calls.create_model(ModelCreate.model_validate({"name": "begun", "files": files})))
+    assert begun.state == "uploading"
+    finished = nightpress.models.upload(bert_tiny, "begun")
+    assert (finished.id, finished.state) == (begun.id, "ready")
+
+
+def test_an_upload_survives_cut_connections(face: Face, proxy: CuttingProxy, bert_tiny: Path):
+    with face.client(proxy.url) as one:
+        folder = read_model_folder(bert_tiny, "through-cuts")
+        one.models.list()
+        proxy.cut_answers(0, 10, 0)
+        assert one.models.upload(folder).state == "ready"
+
+
+def test_what_is_no_model_is_refused_before_a_byte_is_sent(nightpress: Client, tmp_path: Path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(NightpressError, match="pickle") as caught:
+        nightpress.models.upload(tmp_path)
+    assert caught.value.code == ErrorCode.UNSUPPORTED_FORMAT
+    assert "save_pretrained" in caught.value.hint
+
+
+def test_a_data_set_is_sent_and_found(nightpress: Client, tmp_path: Path):
+    (tmp_path / "reviews.jsonl").write_text('{"text": "good", "label": 1}\n{"text": "bad", "label": 0}\n')
+    data_set = nightpress.data_sets.upload(tmp_path / "reviews.jsonl")
+    assert (data_set.state, data_set.name, data_set.rows, data_set.labelled) == ("ready", "reviews", 2, True)
+    assert data_set.id in {one.id for one in nightpress.data_sets.iterate()}
+    nightpress.data_sets.delete(data_set.id)
+
+
+def test_jobs_are_listed_page_by_page_without_gaps(nightpress: Client, model_id: str):
+    labels = {"suite": "pages"}
+    made = [nightpress.jobs.submit(model_id, RECIPE, labels=labels).id for _ in range(5)]
+    first = nightpress.jobs.list(labels=labels, limit=2)
+    second = nightpress.jobs.list(labels=labels, limit=2, cursor=first.next_cursor)
+    assert [one.id for one in (*first.items, *second.items)] == made[:0:-1]
+    assert [one.id for one in nightpress.jobs.iterate(labels=labels)] == made[::-1]
+    for one in made:
+        assert nightpress.jobs.cancel(one).state == "cancelled"
+    assert not list(nightpress.jobs.iterate(labels=labels, states=["queued"]))
+
+
+def test_a_lost_answer_to_submit_makes_no_second_job(face: Face, proxy: CuttingProxy, model_id: str):
+    with face.client(proxy.url) as one:
+        proxy.cut_answers(0, 5)
+        job = one.jobs.submit(model_id, RECIPE, labels={"suite": "lost"})
+        assert [found.id for found in one.jobs.iterate(labels={"suite": "lost"})] == [job.id]
+        one.jobs.cancel(job.id)
+
+
+def test_what_cannot_be_repeated_is_not(face: Face, proxy: CuttingProxy, nightpress: Client, model_id: str):
+    job = nightpress.jobs.submit(model_id, RECIPE, labels={"suite": "again"})
+    nightpress.jobs.cancel(job.id)
+    with face.client(proxy.url) as one:
+        proxy.cut_answers(0)
+        with pytest.raises(UnreachableError, match="broke off"):
+            one.jobs.retry(job.id)
+    retries = [one for one in nightpress.jobs.iterate() if one.retry_of == job.id]
+    assert len(retries) == 1
+    nightpress.jobs.cancel(retries[0].id)
+
+
+def test_a_problem_becomes_an_error_that_says_what_to_do(nightpress: Client, model_id: str):
+    with pytest.raises(ApiError) as missing:
+        nightpress.jobs.get("job_00000000000000000000000000")
+    assert (missing.value.code, missing.value.status) == (ErrorCode.NOT_FOUND, 404)
+    assert missing.value.hint
+    assert missing.value.request_id
+    with pytest.raises(ApiError) as wrong:
+        nightpress.jobs.submit(model_id, {"name": "x", "passes": [{"pass": "gold"}], "exports": ["onnx"]})
+    assert wrong.value.code == ErrorCode.INVALID_RECIPE
+    with Client(nightpress.options.api_url, "np_wrong_key") as stranger, pytest.raises(ApiError) as refused:
+        stranger.jobs.list()
+    assert refused.value.code == ErrorCode.UNAUTHENTICATED
+
+
+def test_nobody_there_is_said_so(tmp_path: Path):
+    with (
+        Client("http://127.0.0.1:1", "np_x", retries=0) as one,
+        pytest.raises(UnreachableError, match="nothing answers"),
+    ):
+        one.jobs.list()
+
+
+def test_recipes_plans_and_the_service_can_be_read(nightpress: Client, model_id: str):
+    assert "int8-encoder" in {one.name for one in nightpress.recipes.list()}
+    assert nightpress.recipes.get("int8-encoder").exports == ["onnx", "openvino"]
+    plan = nightpress.recipes.validate(RECIPE, model_id)
+    assert plan.estimate is not None
+    assert plan.estimate.output_bytes["compressed-tensors"] > 0
+    assert nightpress.ready().checks["database"] == "ok"
+    assert nightpress.me()["tenant_id"] == "default"
+    assert nightpress.workers() == []
+
+
+def test_events_are_followed_over_cuts_without_gap_or_double(
+    face: Face, proxy: CuttingProxy, nightpress: Client, job: JobView
+):
+    claimed = face.claim()
+    seen: list[tuple[int, str]] = []
+
+    def follow() -> None:
+        with face.client(proxy.url) as one:
+            seen.extend((event.seq, event.kind) for event in one.jobs.events(job.id))
+
+    reader = threading.Thread(target=follow)
+    reader.start()
+    for step in range(6):
+        face.store.record_event(claimed.lease, "checkpoint", {"step": step})
+        if step in {2, 4}:
+            proxy.drop_all()
+    face.succeed(claimed)
+    reader.join(30)
+    assert not reader.is_alive()
+    assert [seq for seq, _ in seen] == list(range(1, len(seen) + 1))
+    assert [kind for _, kind in seen].count("checkpoint") == 6
+    assert seen[-1][1] == "succeeded"
+    assert [event.seq for event in nightpress.jobs.events(job.id, after=3)] == [seq for seq, _ in seen if seq > 3]
+
+
+def test_logs_are_read_and_followed(face: Face, nightpress: Client, job: JobView):
+    claimed = face.claim()
+    face.store.append_logs(claimed.lease, [("info", f"line {number}") for number in range(3)])
+    assert [line.text for line in nightpress.jobs.logs(job.id)] == ["line 0", "line 1", "line 2"]
+    face.succeed(claimed)
+    assert [line.text for line in nightpress.jobs.logs(job.id, follow=True)][:3] == ["line 0", "line 1", "line 2"]
+
+
+def test_waiting_outlasts_a_restart_of_the_api(face: Face, job: JobView):
+    claimed = face.claim()
+    with face.client(retries=0) as one:
+        views: list[JobView] = []
+        ended: list[JobView] = []
+        waiting = threading.Thread(
+            target=lambda: ended.append(one.jobs.wait(job.id, poll_s=0.1, on_update=views.append))
+        )
+        waiting.start()
+        face.stop()
+        face.store.renew(claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.5))
+        face.succeed(claimed)
+        face.start()
+        waiting.join(30)
+        assert [one.state for one in ended] == ["succeeded"]
+        assert views[-1] == ended[0]
+
+
+def test_waiting_ends_in_time_and_leaves_the_job_alone(nightpress: Client, job: JobView):
+    with pytest.raises(TimeoutError):
+        nightpress.jobs.wait(job.id, timeout_s=0.2)
+    assert nightpress.jobs.get(job.id).state == "queued"
+
+
+def test_artifacts_arrive_whole_over_a_bad_line(face: Face, proxy: CuttingProxy, job: JobView, tmp_path: Path):
+    made = face.succeed(face.claim(), size=3_000_000)
+    with face.client(proxy.url) as one:
+        one.jobs.artifacts(job.id)
+        proxy.cut_answers(1_000_000, 500_000)
+        [folder] = one.jobs.download(job.id, tmp_path)
+    assert describe_folder(folder) == describe_folder(made / "compressed-tensors")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_broken_download_goes_on_where_it_stopped(face: Face, proxy: CuttingProxy, job: JobView, tmp_path: Path):
+    made = face.succeed(face.claim(), size=3_000_000)
+    with face.client(proxy.url, retries=0) as one:
+        whole = made / "compressed-tensors" / "sub dir" / "model.safetensors"
+        half = tmp_path / "compressed-tensors" / "sub dir" / "model.safetensors.part"
+        half.parent.mkdir(parents=True)
+        half.write_bytes(whole.read_bytes()[:2_000_000])
+        before = proxy.answered
+        one.jobs.download(job.id, tmp_path)
+        assert proxy.answered - before < 1_100_000
+        assert (half.parent / "model.safetensors").read_bytes() == whole.read_bytes()
+        before = proxy.answered
+        one.jobs.download(job.id, tmp_path)
+        assert proxy.answered - before < 10_000, "what is there and right is fetched again"
+
+
+def test_a_stale_part_file_does_no_harm(face: Face, nightpress: Client, job: JobView, tmp_path: Path):
+    made = face.succeed(face.claim())
+    stale = tmp_path / "compressed-tensors" / "sub dir" / "model.safetensors.part"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of another job" * 100)
+    [folder] = nightpress.jobs.download(job.id, tmp_path)
+    assert describe_folder(folder) == describe_folder(made / "compressed-tensors")
+
+
+def test_damaged_bytes_never_get_their_name(face: Face, nightpress: Client, job: JobView, tmp_path: Path):
+    made = face.succeed(face.claim())
+    key = f"jobs/{job.id}/attempts/1/compressed-tensors/sub dir/model.safetensors"
+    damaged = bytearray((made / "compressed-tensors" / "sub dir" / "model.safetensors").read_bytes())
+    damaged[1000] ^= 1
+    face.objects.put_bytes(key, bytes(damaged))
+    with pytest.raises(TransferError, match="SHA-256"):
+        nightpress.jobs.download(job.id, tmp_path)
+    assert not list(tmp_path.rglob("model.safetensors*"))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\\b", "a\x1b[2Jb", ""])
+def test_a_name_that_leaves_the_folder_is_not_written(name: str, tmp_path: Path):
+    with pytest.raises(TransferError):
+        target_of(tmp_path, name)
+
+
+def test_an_artifact_that_is_not_there_is_named_with_those_that_are(
+    face: Face, nightpress: Client, job: JobView, tmp_path: Path
+):
+    face.succeed(face.claim())
+    with pytest.raises(package.ClientError, match=r"no onnx.*compressed-tensors"):
+        nightpress.jobs.download(job.id, tmp_path, formats=["onnx"])
+
+
+def test_files_go_straight_to_and_from_an_s3_store(s3_server: S3, tmp_path: Path, bert_tiny: Path):
+    own = Face(
+        tmp_path / "face",
+        storage_url=f"s3://{s3_server.create_bucket()}/np",
+        s3_endpoint_url=s3_server.endpoint,
+        s3_access_key_id=s3_server.access_key,
+        s3_secret_access_key=s3_server.secret_key,
+    )
+    own.start()
+    try:
+        with own.client() as one, own.client() as other:
+            model = one.models.upload(bert_tiny)
+            assert model.state == "ready"
+            job = one.jobs.submit(model.id, RECIPE)
+            made = own.succeed(own.claim())
+            # A store refuses a request with two kinds of credentials: the key must not have gone along.
+            [folder] = other.jobs.download(job.id, tmp_path / "pulled")
+            assert describe_folder(folder) == describe_folder(made / "compressed-tensors")
+    finally:
+        own.close()
+
+
+def test_the_asynchronous_client_does_the_same(face: Face, bert_tiny: Path, tmp_path: Path):
+    async def whole_way() -> None:
+        async with AsyncClient(face.url, face.key) as one:
+            model = await one.models.upload(bert_tiny)
+            job = await one.jobs.submit(model.id, RECIPE, labels={"suite": "async"})
+            assert [found.id async for found in one.jobs.iterate(labels={"suite": "async"})] == [job.id]
+            claimed = face.claim()
+            face.store.append_logs(claimed.lease, [("info", "hello")])
+
+            async def kinds() -> list[str]:
+                return [event.kind async for event in one.jobs.events(job.id)]
+
+            following = asyncio.create_task(kinds())
+            await asyncio.sleep(0.2)
+            await asyncio.to_thread(face.succeed, claimed)
+            assert (await asyncio.wait_for(following, 20))[-1] == "succeeded"
+            assert (await one.jobs.wait(job.id)).verdict == "accepted"
+            assert "hello" in [line.text async for line in one.jobs.logs(job.id)]
+            assert (await one.jobs.report(job.id)).report["verdict"] == "accepted"
+            [folder] = await one.jobs.download(job.id, tmp_path)
+            assert (folder / "config.json").read_text() == "{}"
+            with pytest.raises(ApiError):
+                await one.models.get("nobody")
+
+    asyncio.run(whole_way())
+
+
+def test_both_clients_offer_the_same():
+    def methods(kind: type) -> dict[str, list[str]]:
+        return {
+            name: [one for one in inspect.signature(method).parameters if one != "stop"]
+            for name, method in inspect.getmembers(kind, inspect.isfunction)
+            if not name.startswith("_")
+        }
+
+    for name in ("Models", "DataSets", "Recipes", "Jobs"):
+        assert methods(getattr(client, name)) == methods(getattr(asynchronous, f"Async{name}"))

@@ -1,0 +1,95 @@
+"""The database's shape: up, down, up again, equal to the code, and a guard of its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, inspect, text
+from sqlalchemy.exc import DBAPIError
+
+import migrations
+from core.database import Base, make_engine, transaction
+from core.jobs.store import JobStore
+from migrations.__main__ import main
+from tests.jobs import add_model, claim, submit
+from tests.servers import Postgres
+
+
+@pytest.fixture
+def engine(sql_url: str) -> Iterator[Engine]:
+    engine = make_engine(sql_url)
+    yield engine
+    engine.dispose()
+
+
+def test_up_down_and_up_again(sql_url: str, engine: Engine):
+    tables = set(inspect(engine).get_table_names())
+    assert {"jobs", "models", "api_keys"} <= tables
+    migrations.downgrade(sql_url)
+    assert set(inspect(engine).get_table_names()) == {"alembic_version"}
+    migrations.upgrade(sql_url)
+    migrations.upgrade(sql_url)
+    assert set(inspect(engine).get_table_names()) == tables
+
+
+def test_the_tables_in_code_and_in_the_database_are_the_same(sql_url: str):
+    migrations.check(sql_url)
+
+
+def test_the_constraints_have_the_names_that_the_code_gives_them(engine: Engine):
+    for table in Base.metadata.tables.values():
+        there = {one["name"] for one in inspect(engine).get_check_constraints(table.name)}
+        assert there == {one.name for one in table.constraints if str(one.name).startswith("ck_")}, table.name
+
+
+def test_there_is_one_line_of_revisions():
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    assert len(ScriptDirectory.from_config(config).get_heads()) == 1
+
+
+BROKEN = (
+    "state = 'paused'",
+    "state = 'queued'",
+    "lease_id = NULL, lease_expires_at = NULL",
+    "lease_expires_at = NULL",
+    "state = 'succeeded', verdict = 'accepted', lease_id = NULL, lease_expires_at = NULL",
+    "verdict = 'accepted'",
+    "error = '{}', error_code = 'internal'",
+    "failures = 4",
+    "progress = 1.5",
+    "queue = 'tpu'",
+    "model_id = 'model_gone'",
+)
+
+
+def test_the_database_itself_refuses_what_the_store_never_writes(engine: Engine):
+    add_model(engine)
+    store = JobStore(engine)
+    submit(store)
+    claim(store)
+    for change in BROKEN:
+        with pytest.raises(DBAPIError, match=r"(?i)constraint"), transaction(engine) as connection:
+            connection.execute(text(f"UPDATE jobs SET {change}"))
+
+
+def test_python_dash_m_migrations(sql_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NIGHTPRESS_DATABASE_URL", sql_url)
+    for action in ("check", "downgrade", "upgrade"):
+        monkeypatch.setattr("sys.argv", ["migrations", action])
+        main()
+    assert "jobs" in inspect(engine).get_table_names()
+
+
+def test_a_migration_gives_up_on_a_locked_table_instead_of_queueing_everybody_behind_it(postgres_server: Postgres):
+    url = postgres_server.create_database()
+    migrations.upgrade(url)
+    engine = make_engine(url)
+    with engine.connect() as holder:
+        holder.execute(text("LOCK TABLE job_logs IN ACCESS SHARE MODE"))
+        with pytest.raises(DBAPIError, match="lock timeout"):
+            migrations.downgrade(url)
+    assert "jobs" in inspect(engine).get_table_names()
+    engine.dispose()

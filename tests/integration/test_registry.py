@@ -1,0 +1,476 @@
+"""Models and data sets from announcement to deletion, on both databases and both kinds of storage."""
+
+import gzip
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine
+
+from core.artifacts.storage import ObjectStore, open_store
+from core.database import make_engine
+from core.errors import ErrorCode, NightpressError
+from core.handoff.manifest import describe_folder, digest_of
+from core.jobs.records import NewJob
+from core.jobs.store import JobStore
+from core.registry.datasets import DataSetRegistry
+from core.registry.models import ModelRegistry
+from core.schemas import DataSetCreate, DataSetView, FileAnnouncement, ModelCreate, UploadFile
+from core.settings import Settings
+from tests.servers import S3
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(_env_file=None, data_dir=tmp_path / "np", model_roots=[tmp_path / "allowed"])
+
+
+@pytest.fixture
+def engine(sqlite_url: str) -> Iterator[Engine]:
+    engine = make_engine(sqlite_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def any_engine(sql_url: str) -> Iterator[Engine]:
+    engine = make_engine(sql_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, settings: Settings) -> ObjectStore:
+    if request.param == "local":
+        return open_store(settings)
+    server: S3 = request.getfixturevalue("s3_server")
+    changes = {
+        "storage_url": f"s3://{server.create_bucket()}",
+        "s3_endpoint_url": server.endpoint,
+        "s3_access_key_id": SecretStr(server.access_key),
+        "s3_secret_access_key": SecretStr(server.secret_key),
+    }
+    return open_store(settings.model_copy(update=changes))
+
+
+@pytest.fixture
+def models(engine: Engine, store: ObjectStore, settings: Settings) -> ModelRegistry:
+    return ModelRegistry(engine, store, settings)
+
+
+@pytest.fixture
+def datasets(engine: Engine, store: ObjectStore, settings: Settings) -> DataSetRegistry:
+    return DataSetRegistry(engine, store, settings)
+
+
+@pytest.fixture
+def local_models(engine: Engine, settings: Settings) -> ModelRegistry:
+    return ModelRegistry(engine, open_store(settings), settings)
+
+
+@pytest.fixture
+def local_datasets(engine: Engine, settings: Settings) -> DataSetRegistry:
+    return DataSetRegistry(engine, open_store(settings), settings)
+
+
+def announced(path: str, data: bytes) -> FileAnnouncement:
+    return FileAnnouncement(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def announce(folder: Path) -> ModelCreate:
+    files = [FileAnnouncement(**entry.model_dump()) for entry in describe_folder(folder)]
+    return ModelCreate(name="tiny", files=files)
+
+
+def send(
+    registry: ModelRegistry | DataSetRegistry, row_id: str, uploads: list[UploadFile], contents: dict[str, bytes]
+) -> None:
+    for file in uploads:
+        for part in file.parts:
+            data = contents[file.path][part.offset : part.offset + part.size]
+            if part.url.startswith("/"):
+                registry.receive_part("t", row_id, file.path, part.number, [data], len(data))
+            else:
+                httpx.put(part.url, content=data, headers=part.headers, timeout=30).raise_for_status()
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def code_of(error: pytest.ExceptionInfo[NightpressError]) -> ErrorCode:
+    assert error.value.hint, "an error says what to do"
+    return error.value.code
+
+
+def stored(store: ObjectStore) -> list[str]:
+    return [info.key for info in store.list("")]
+
+
+# Uploads -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_uploaded_inspected_and_ready(models: ModelRegistry, store: ObjectStore, bert_tiny: Path) -> None:
+    view = models.create("t", announce(bert_tiny))
+    assert (view.state, view.digest, view.parameters) == ("uploading", None, None)
+    assert {file.path for file in view.uploads} == set(contents_of(bert_tiny))
+    send(models, view.id, view.uploads, contents_of(bert_tiny))
+    ready = models.complete("t", view.id)
+    assert ready.state == "ready"
+    assert ready.digest == digest_of(describe_folder(bert_tiny))
+    assert (ready.model_type, ready.architecture, ready.task) == ("bert", "BertForMaskedLM", "masked-lm")
+    assert ready.parameters is not None
+    assert ready.parameters > 4_000_000
+    assert models.complete("t", view.id) == ready
+    assert models.uploads("t", view.id) == []
+    header = models.header(view.id)
+    assert header.parameters == ready.parameters
+    assert sorted(stored(store)) == sorted(f"models/{view.id}/{path}" for path in contents_of(bert_tiny))
+
+
+def test_an_upload_goes_on_where_it_stopped(models: ModelRegistry, bert_tiny: Path) -> None:
+    view = models.create("t", announce(bert_tiny))
+    first, *rest = view.uploads
+    send(models, view.id, [first], contents_of(bert_tiny))
+    with pytest.raises(NightpressError) as error:
+        models.complete("t", view.id)
+    assert code_of(error) is ErrorCode.CONFLICT
+    assert sorted(error.value.details["missing"]) == sorted(file.path for file in rest)
+    missing = models.uploads("t", view.id)
+    assert {file.path for file in missing} == {file.path for file in rest}
+    send(models, view.id, missing, contents_of(bert_tiny))
+    assert models.complete("t", view.id).state == "ready"
+
+
+def test_other_bytes_than_announced_fail_the_model_and_leave_nothing(
+    models: ModelRegistry, store: ObjectStore, bert_tiny: Path
+) -> None:
+    view = models.create("t", announce(bert_tiny))
+    contents = contents_of(bert_tiny)
+    changed = {**contents, "model.safetensors": contents["model.safetensors"][:-1] + b"\x7f"}
+    # Each part is checked as it comes, so a part of other bytes never even counts as sent.
+    with pytest.raises((NightpressError, httpx.HTTPStatusError)):
+        send(models, view.id, view.uploads, changed)
+    assert "model.safetensors" in {file.path for file in models.uploads("t", view.id)}
+    models.delete("t", view.id)
+    assert stored(store) == []
+
+
+def test_a_model_that_is_not_one_fails_with_the_file_named_and_leaves_nothing(
+    models: ModelRegistry, store: ObjectStore, bert_tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(bert_tiny, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    view = models.create("t", announce(folder))
+    send(models, view.id, view.uploads, contents_of(folder))
+    with pytest.raises(NightpressError) as error:
+        models.complete("t", view.id)
+    assert code_of(error) is ErrorCode.MALFORMED_MODEL
+    assert error.value.details["file"] == "model.safetensors"
+    failed = models.get("t", view.id)
+    assert failed.state == "failed"
+    assert failed.error is not None
+    assert failed.error["code"] == "malformed_model"
+    assert stored(store) == []
+    for attempt in (lambda: models.complete("t", view.id), lambda: models.header(view.id)):
+        with pytest.raises(NightpressError) as error:
+            attempt()
+        assert code_of(error) is ErrorCode.CONFLICT
+
+
+def test_an_upload_given_up_leaves_nothing(models: ModelRegistry, store: ObjectStore, bert_tiny: Path) -> None:
+    view = models.create("t", announce(bert_tiny))
+    send(models, view.id, view.uploads[:2], contents_of(bert_tiny))
+    models.delete("t", view.id)
+    with pytest.raises(NightpressError) as error:
+        models.get("t", view.id)
+    assert code_of(error) is ErrorCode.NOT_FOUND
+    assert stored(store) == []
+    assert store.sweep_uploads(older_than_s=-5) == 0
+
+
+def test_abandoned_uploads_are_swept(models: ModelRegistry, store: ObjectStore, bert_tiny: Path) -> None:
+    view = models.create("t", announce(bert_tiny))
+    assert models.sweep_abandoned(older_than_s=3600) == 0
+    assert models.sweep_abandoned(older_than_s=-5) == 1
+    assert models.get("t", view.id).state == "failed"
+    assert store.sweep_uploads(older_than_s=-5) == 0
+
+
+def test_an_empty_file_needs_no_upload(models: ModelRegistry, store: ObjectStore, bert_tiny: Path) -> None:
+    request = announce(bert_tiny)
+    request = request.model_copy(update={"files": [*request.files, announced("merges.txt", b"")]})
+    view = models.create("t", request)
+    assert "merges.txt" not in {file.path for file in view.uploads}
+    send(models, view.id, view.uploads, contents_of(bert_tiny))
+    assert models.complete("t", view.id).state == "ready"
+
+
+def test_a_data_set_is_uploaded_and_counted(datasets: DataSetRegistry, store: ObjectStore) -> None:
+    data = gzip.compress(b'{"text": "good", "label": 1}\n\n{"text": "b\xc3\xa4d", "label": 0}\n')
+    view = datasets.create("t", DataSetCreate(name="reviews", file=announced("reviews.jsonl.gz", data)))
+    send(datasets, view.id, view.uploads, {"reviews.jsonl.gz": data})
+    ready = datasets.complete("t", view.id)
+    assert (ready.state, ready.rows, ready.labelled) == ("ready", 2, True)
+    assert stored(store) == [f"datasets/{view.id}/reviews.jsonl.gz"]
+    datasets.delete("t", view.id)
+    assert stored(store) == []
+
+
+# Server paths --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def allowed(settings: Settings, bert_tiny: Path) -> Path:
+    (root,) = settings.model_roots
+    shutil.copytree(bert_tiny, root / "tiny")
+    return root
+
+
+def test_a_server_folder_is_ready_at_once_and_stays_where_it_is(local_models: ModelRegistry, allowed: Path) -> None:
+    view = local_models.create("t", ModelCreate(name="tiny", path=str(allowed / "tiny")))
+    assert (view.state, view.source, view.model_type) == ("ready", "path", "bert")
+    assert view.digest == digest_of(describe_folder(allowed / "tiny"))
+    local_models.delete("t", view.id)
+    assert (allowed / "tiny" / "model.safetensors").exists()
+
+
+def test_only_allowed_folders_can_be_named(local_models: ModelRegistry, allowed: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    shutil.copytree(allowed / "tiny", outside)
+    (allowed / "link").symlink_to(outside)
+    (allowed / "loop").symlink_to(allowed / "loop")
+    names = [
+        str(outside),
+        str(allowed / ".." / "outside"),
+        str(allowed / "link"),
+        "tiny",
+        "/",
+        "/no/such",
+        str(allowed) + "-twin",
+    ]
+    for name in names:
+        with pytest.raises(NightpressError) as error:
+            local_models.create("t", ModelCreate(name="tiny", path=name))
+        assert code_of(error) is ErrorCode.PATH_NOT_ALLOWED, name
+    with pytest.raises(NightpressError) as error:
+        local_models.create("t", ModelCreate(name="tiny", path=str(allowed / "nothing")))
+    assert code_of(error) is ErrorCode.NOT_FOUND
+
+
+def test_a_link_out_of_an_allowed_folder_is_refused(local_models: ModelRegistry, allowed: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (allowed / "tiny" / "generation_config.json").symlink_to(secret)
+    with pytest.raises(NightpressError) as error:
+        local_models.create("t", ModelCreate(name="tiny", path=str(allowed / "tiny")))
+    assert code_of(error) is ErrorCode.PATH_NOT_ALLOWED
+    assert error.value.details["file"] == "generation_config.json"
+
+
+def test_a_data_set_from_the_server(local_datasets: DataSetRegistry, allowed: Path) -> None:
+    (allowed / "prose.txt").write_text("One line.\n\nAnother.\n")
+    view = local_datasets.create("t", DataSetCreate(name="prose", path=str(allowed / "prose.txt")))
+    assert (view.state, view.rows, view.labelled, view.source) == ("ready", 2, False, "path")
+
+
+# Data that can't be used ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "code"),
+    [
+        ("a.jsonl", b"", ErrorCode.INVALID_DATA),
+        ("a.txt", b"\n  \n", ErrorCode.INVALID_DATA),
+        ("a.txt", b"caf\xe9", ErrorCode.INVALID_DATA),
+        ("a.txt", b"cut \xc3", ErrorCode.INVALID_DATA),
+        ("a.txt", b"a\0b", ErrorCode.INVALID_DATA),
+        ("a.jsonl", b"{text: 1}\n", ErrorCode.INVALID_DATA),
+        ("a.jsonl", b'["text"]\n', ErrorCode.INVALID_DATA),
+        ("a.jsonl", b'{"label": 1}\n', ErrorCode.INVALID_DATA),
+        ("a.jsonl", b'{"text": "x", "label": -1}\n', ErrorCode.INVALID_DATA),
+        ("a.jsonl", b'{"text": "x", "label": true}\n', ErrorCode.INVALID_DATA),
+        ("a.jsonl", b'{"text": "x", "label": 0}\n{"text": "y"}\n', ErrorCode.INVALID_DATA),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y", "label": 1}\n', ErrorCode.INVALID_DATA),
+        ("a.jsonl", b"[" * 100_000, ErrorCode.INVALID_DATA),
+        ("a.jsonl", b'{"text": "' + b"x" * 3_000_000 + b'"}', ErrorCode.INVALID_DATA),
+        ("a.txt.gz", b"not gzip", ErrorCode.INVALID_DATA),
+        ("a.txt.gz", gzip.compress(b"some text" * 1000)[:-20], ErrorCode.INVALID_DATA),
+        ("a.txt.gz", gzip.compress(b"x" * 40_000_000), ErrorCode.PAYLOAD_TOO_LARGE),
+        ("a.csv", b"text,label\n", ErrorCode.UNSUPPORTED_FORMAT),
+        ("a.pkl", b"\x80\x04.", ErrorCode.UNSUPPORTED_FORMAT),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(
+    engine: Engine, settings: Settings, tmp_path: Path, name: str, data: bytes, code: ErrorCode
+) -> None:
+    settings = settings.model_copy(update={"max_dataset_bytes": 20_000_000})
+    registry = DataSetRegistry(engine, open_store(settings), settings)
+    (root,) = settings.model_roots
+    root.mkdir()
+    (root / name).write_bytes(data)
+    with pytest.raises(NightpressError) as error:
+        registry.create("t", DataSetCreate(name="data", path=str(root / name)))
+    assert code_of(error) is code
+    assert error.value.details.get("file", name) == name
+    assert [view.source for view in registry.page("t")[0]] == ["builtin"]
+
+
+def test_long_lines_of_prose_are_only_cut(local_datasets: DataSetRegistry, settings: Settings) -> None:
+    (root,) = settings.model_roots
+    root.mkdir()
+    (root / "a.txt").write_text("x" * 3_000_000)
+    assert local_datasets.create("t", DataSetCreate(name="data", path=str(root / "a.txt"))).rows
+
+
+# Who sees what -------------------------------------------------------------------------------------------------------
+
+
+def test_another_tenants_things_look_missing(local_models: ModelRegistry, bert_tiny: Path) -> None:
+    view = local_models.create("t", announce(bert_tiny))
+    attempts = (
+        lambda reference: local_models.get("other", reference),
+        lambda reference: local_models.uploads("other", reference),
+        lambda reference: local_models.receive_part("other", reference, "config.json", 1, [b""], 0),
+        lambda reference: local_models.complete("other", reference),
+        lambda reference: local_models.delete("other", reference),
+    )
+    for attempt in attempts:
+        told = []
+        for reference in (view.id, view.name, "mdl_none"):
+            with pytest.raises(NightpressError) as error:
+                attempt(reference)
+            assert code_of(error) is ErrorCode.NOT_FOUND
+            told.append(error.value.message.replace(reference, "…"))
+        assert len(set(told)) == 1
+    assert local_models.page("other") == ([], None)
+    assert local_models.get("t", view.id).state == "uploading"
+
+
+def test_a_name_means_the_newest_that_is_ready(local_models: ModelRegistry, allowed: Path, bert_tiny: Path) -> None:
+    create = ModelCreate(name="tiny", path=str(allowed / "tiny"))
+    local_models.create("t", create)
+    newest = local_models.create("t", create)
+    local_models.create("t", announce(bert_tiny))
+    assert local_models.get("t", "tiny").id == newest.id
+
+
+def test_pages_give_each_once_newest_first(local_datasets: DataSetRegistry, settings: Settings) -> None:
+    (root,) = settings.model_roots
+    root.mkdir()
+    (root / "a.txt").write_text("text")
+    made = [local_datasets.create("t", DataSetCreate(name=f"d{n}", path=str(root / "a.txt"))).id for n in range(4)]
+    for limit in (1, 2, 3, 4, 5, 50):
+        seen: list[DataSetView] = []
+        cursor = None
+        while True:
+            items, cursor = local_datasets.page("t", cursor=cursor, limit=limit)
+            assert len(items) <= limit
+            seen += items
+            if cursor is None:
+                break
+        assert [view.id for view in seen] == [*reversed(made), "builtin:prose"]
+    assert local_datasets.get("t", "builtin:prose").state == "ready"
+
+
+# Requests that make no sense -----------------------------------------------------------------------------------------
+
+
+def test_announcements_that_make_no_sense_are_refused(local_models: ModelRegistry, settings: Settings) -> None:
+    config = announced("config.json", b"{}")
+    cases = {
+        ErrorCode.INVALID_REQUEST: [
+            ModelCreate(name="m"),
+            ModelCreate(name="m", files=[config], path="/x"),
+            ModelCreate(name="m", files=[config, config]),
+            ModelCreate(name="m", files=[config.model_copy(update={"part_sha256": ["0" * 64] * 2})]),
+        ],
+        ErrorCode.MALFORMED_MODEL: [
+            ModelCreate(name="m", files=[announced("../config.json", b"{}")]),
+            ModelCreate(name="m", files=[config, announced("Config.json", b"{}")]),
+        ],
+        ErrorCode.UNSUPPORTED_FORMAT: [
+            ModelCreate(name="m", files=[config, announced("pytorch_model.bin", b"x")]),
+            ModelCreate(name="m", files=[config, announced("model.zip", b"x")]),
+        ],
+        ErrorCode.PAYLOAD_TOO_LARGE: [
+            ModelCreate(name="m", files=[config.model_copy(update={"size": settings.max_model_bytes + 1})])
+        ],
+        ErrorCode.CHECKSUM_MISMATCH: [ModelCreate(name="m", files=[config.model_copy(update={"size": 0})])],
+    }
+    for code, requests in cases.items():
+        for request in requests:
+            with pytest.raises(NightpressError) as error:
+                local_models.create("t", request)
+            assert code_of(error) is code
+    assert local_models.page("t") == ([], None)
+    assert stored(open_store(settings)) == []
+
+
+def test_parts_nobody_awaits_are_refused(local_models: ModelRegistry, bert_tiny: Path) -> None:
+    view = local_models.create("t", announce(bert_tiny))
+    size = (bert_tiny / "config.json").stat().st_size
+    for path, number, length, code in [
+        ("config.json", 2, size, ErrorCode.NOT_FOUND),
+        ("config.json", 0, size, ErrorCode.NOT_FOUND),
+        ("../../x", 1, 4, ErrorCode.NOT_FOUND),
+        ("config.json", 1, size + 1, ErrorCode.PAYLOAD_TOO_LARGE),
+        ("config.json", 1, size - 1, ErrorCode.INVALID_REQUEST),
+    ]:
+        with pytest.raises(NightpressError) as error:
+            local_models.receive_part("t", view.id, path, number, [b"x" * length], length)
+        assert code_of(error) is code
+
+
+def test_what_a_job_needs_is_not_deleted(any_engine: Engine, settings: Settings, bert_tiny: Path) -> None:
+    models = ModelRegistry(any_engine, open_store(settings), settings)
+    datasets = DataSetRegistry(any_engine, open_store(settings), settings)
+    (root,) = settings.model_roots
+    shutil.copytree(bert_tiny, root / "tiny")
+    (root / "a.txt").write_text("text")
+    model = models.create("t", ModelCreate(name="tiny", path=str(root / "tiny")))
+    data = datasets.create("t", DataSetCreate(name="data", path=str(root / "a.txt")))
+    assert models.header(model.id).model_type == "bert"
+    assert model.digest is not None
+    new = NewJob(
+        tenant_id="t",
+        model_id=model.id,
+        model_name=model.name,
+        model_digest=model.digest,
+        recipe={},
+        queue="cpu",
+        needs_memory=1,
+        run_limit_s=10,
+        stall_s=10,
+        max_failures=3,
+        data={data.name: {"id": data.id}},
+    )
+    store = JobStore(any_engine)
+    job, _ = store.submit(new, max_queued=10)
+    for registry, one in ((models, model), (datasets, data)):
+        with pytest.raises(NightpressError) as error:
+            registry.delete("t", one.id)
+        assert code_of(error) is ErrorCode.CONFLICT
+    store.request_cancel("t", job.id)
+    models.delete("t", model.id)
+    datasets.delete("t", data.id)
+    assert models.page("t") == ([], None)
+
+
+def test_json_survives_both_databases(any_engine: Engine, settings: Settings, bert_tiny: Path) -> None:
+    models = ModelRegistry(any_engine, open_store(settings), settings)
+    (root,) = settings.model_roots
+    shutil.copytree(bert_tiny, root / "tiny")
+    config = json.loads((root / "tiny" / "config.json").read_text())
+    (root / "tiny" / "config.json").write_text(json.dumps({**config, "note": "naïve 😀", "tiny": 1e-300}))
+    view = models.create("t", ModelCreate(name="tiny", path=str(root / "tiny")))
+    assert models.header(view.id).config["note"] == "naïve 😀"
+    uploading = models.create("t", announce(bert_tiny))
+    assert models.get("t", uploading.id).error is None

@@ -1,0 +1,176 @@
+"""From a person's request to a job: names, plans, refusals and retries, with a real registry behind it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from core.artifacts.storage import open_store
+from core.database import make_engine
+from core.errors import ErrorCode, NightpressError
+from core.jobs.records import Worker
+from core.jobs.service import JobService
+from core.jobs.store import JobStore
+from core.recipes.models import Recipe
+from core.registry.datasets import DataSetRegistry
+from core.registry.models import ModelRegistry
+from core.schemas import DataSetCreate, FileAnnouncement, JobCreate, ModelCreate
+from core.settings import Settings
+from tests.jobs import GB, claim, succeeded
+
+TENANT = "default"
+RECIPE: dict[str, Any] = {"name": "half", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
+
+
+class World:
+    """A service with a registered model, as one API process has it."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.settings = settings
+        objects = open_store(settings)
+        self.models = ModelRegistry(engine, objects, settings)
+        self.data_sets = DataSetRegistry(engine, objects, settings)
+        self.store = JobStore(engine)
+        self.service = self.fresh()
+
+    def fresh(self, **changes: Any) -> JobService:
+        """Another process's service: it remembers nothing."""
+        settings = self.settings.model_copy(update=changes)
+        return JobService(self.store, self.models, self.data_sets, settings)
+
+
+@pytest.fixture
+def world(sql_url: str, tmp_path: Path, bert_tiny: Path) -> Iterator[World]:
+    roots = [bert_tiny.parent, tmp_path / "data"]
+    roots[1].mkdir()
+    settings = Settings(data_dir=tmp_path / "home", model_roots=roots, max_queued_jobs=20)
+    engine = make_engine(sql_url)
+    world = World(engine, settings)
+    world.models.create(TENANT, ModelCreate(name="tiny", path=str(bert_tiny)))
+    yield world
+    engine.dispose()
+
+
+def wanted(**changes: Any) -> JobCreate:
+    return JobCreate.model_validate({"model": "tiny", "recipe": RECIPE} | changes)
+
+
+def refusal(service: JobService, request: JobCreate, **kwargs: Any) -> NightpressError:
+    with pytest.raises(NightpressError) as raised:
+        service.submit(kwargs.pop("tenant", TENANT), request, **kwargs)
+    return raised.value
+
+
+def test_a_request_becomes_a_job_that_says_everything_a_worker_needs(world: World):
+    job, created = world.service.submit(TENANT, wanted(labels={"team": "search"}, priority=3, run_limit_s=60.0))
+    model = world.models.get(TENANT, "tiny")
+    assert created
+    assert (job.model_id, job.model_name, job.model_digest) == (model.id, "tiny", model.digest)
+    assert (job.queue, job.priority, job.run_limit_s, job.stall_s) == ("cpu", 3, 60.0, world.settings.stall_s)
+    assert job.max_failures == world.settings.max_failures
+    assert job.needs_memory > 100_000_000
+    stored = world.store.get(TENANT, job.id)
+    assert stored == job
+    recipe = Recipe.model_validate(job.recipe)
+    assert recipe.passes[0].pass_ == "magnitude"
+    assert json.loads(recipe.model_dump_json()) == job.recipe, "normalised: reading and writing it changes nothing"
+
+
+def test_a_recipe_can_be_named(world: World):
+    job, _ = world.service.submit(TENANT, wanted(recipe="int8-encoder"))
+    assert job.recipe["name"] == "int8-encoder"
+    assert refusal(world.service, wanted(recipe="int9-encoder")).code is ErrorCode.NOT_FOUND
+
+
+def test_what_cannot_work_is_refused_and_leaves_nothing(world: World):
+    model_type = {"passes": [{"pass": "weight-only"}], "exports": ["onnx"], "name": "bad"}
+    cases = {
+        ErrorCode.NOT_FOUND: wanted(model="nobody"),
+        ErrorCode.INVALID_RECIPE: wanted(recipe=model_type),
+    }
+    for code, request in cases.items():
+        assert refusal(world.service, request).code is code
+    assert refusal(world.service, wanted(recipe={**RECIPE, "evaluate": [{"metric": "accuracy"}]})).code in {
+        ErrorCode.INVALID_DATA,
+        ErrorCode.INVALID_RECIPE,
+    }
+    assert refusal(world.service, wanted(), tenant="stranger").code is ErrorCode.NOT_FOUND
+    assert world.store.page(TENANT)[0] == []
+
+
+def test_a_model_that_is_still_being_uploaded_is_refused(world: World):
+    file = FileAnnouncement(path="model.safetensors", size=100, sha256="0" * 64)
+    config = FileAnnouncement(path="config.json", size=100, sha256="1" * 64)
+    tokenizer = FileAnnouncement(path="tokenizer.json", size=100, sha256="2" * 64)
+    coming = world.models.create(TENANT, ModelCreate(name="coming", files=[file, config, tokenizer]))
+    error = refusal(world.service, wanted(model=coming.id))
+    assert error.code is ErrorCode.CONFLICT
+
+
+def test_data_sets_are_pinned_when_the_job_is_submitted(world: World):
+    path = world.settings.model_roots[1] / "prose.txt"
+    path.write_text("It is a truth universally acknowledged.\n\n" * 20)
+    first = world.data_sets.create(TENANT, DataSetCreate(name="prose", path=str(path)))
+    recipe = {**RECIPE, "evaluate": [{"metric": "fidelity", "data": "prose"}]}
+    job, _ = world.service.submit(TENANT, wanted(recipe=recipe))
+    assert job.data == {"prose": {"id": first.id, "name": "prose", "digest": first.digest}}
+    assert (
+        refusal(world.service, wanted(recipe={**RECIPE, "evaluate": [{"data": "nothing"}]})).code is ErrorCode.NOT_FOUND
+    )
+
+
+def test_what_no_worker_of_the_queue_can_hold_is_refused(world: World):
+    def announce(worker_id: str, memory: int, queue: Any = "cpu") -> None:
+        world.store.heartbeat_worker(Worker(worker_id, "host", queue, "cpu", memory, 2, "0.1.0"))
+
+    announce("small", 1000)
+    announce("gpu", 100 * GB, "gpu")
+    error = refusal(world.fresh(), wanted())
+    assert error.code is ErrorCode.CANNOT_FIT
+    assert error.details["largest"] == 1000
+    announce("large", 100 * GB)
+    assert world.fresh().submit(TENANT, wanted())[1]
+
+
+def test_a_repeated_request_gives_the_same_job_even_when_its_model_is_gone(world: World):
+    first, _ = world.service.submit(TENANT, wanted(), "nightly")
+    assert world.service.submit(TENANT, wanted(), "nightly") == (first, False)
+    world.store.request_cancel(TENANT, first.id)
+    world.models.delete(TENANT, first.model_id)
+    again, created = world.fresh().submit(TENANT, wanted(), "nightly")
+    assert (again.id, created) == (first.id, False)
+    assert (
+        refusal(world.fresh(), wanted(name="other"), idempotency_key="nightly").code is ErrorCode.IDEMPOTENCY_MISMATCH
+    )
+    assert refusal(world.fresh(), wanted(), idempotency_key="fresh").code is ErrorCode.NOT_FOUND
+
+
+def test_a_finished_job_can_be_retried_as_a_new_one(world: World):
+    old, _ = world.service.submit(TENANT, wanted(name="nightly", priority=7, labels={"a": "b"}))
+    with pytest.raises(NightpressError) as raised:
+        world.service.retry(TENANT, old.id)
+    assert raised.value.code is ErrorCode.CONFLICT
+    lease = claim(world.store).lease
+    world.store.finish(lease, succeeded(lease))
+    new = world.service.retry(TENANT, old.id)
+    assert new.retry_of == old.id
+    kept = {"id": new.id, "created_at": new.created_at, "run_after": new.run_after, "retry_of": old.id}
+    assert new == replace(old, **kept)
+    finished = world.store.get(TENANT, old.id)
+    assert finished is not None
+    assert finished.state == "succeeded"
+    for tenant, job_id in ((TENANT, "job_none"), ("stranger", old.id)):
+        with pytest.raises(NightpressError) as raised:
+            world.service.retry(tenant, job_id)
+        assert raised.value.code is ErrorCode.NOT_FOUND
+
+
+def test_the_quota_of_the_settings_holds(world: World):
+    service = world.fresh(max_queued_jobs=2)
+    for _ in range(2):
+        service.submit(TENANT, wanted())
+    assert refusal(service, wanted()).code is ErrorCode.QUOTA_EXCEEDED

@@ -1,0 +1,145 @@
+"""Who gets which job: order, fairness, fit, and many workers at once."""
+
+import datetime as dt
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import Engine
+
+from core.database import make_engine
+from core.jobs.records import Lease
+from core.jobs.store import JobStore
+from tests.jobs import GB, add_model, claim, offer, submit, succeeded
+
+
+@pytest.fixture
+def engine(sql_url: str) -> Iterator[Engine]:
+    engine = make_engine(sql_url, pool_size=8)
+    add_model(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def store(engine: Engine) -> JobStore:
+    return JobStore(engine)
+
+
+def order(store: JobStore, count: int) -> list[str]:
+    return [claim(store, f"worker-{index}").job.id for index in range(count)]
+
+
+def test_higher_priority_goes_first_and_then_age(store: JobStore):
+    first, second = submit(store), submit(store)
+    urgent, idle = submit(store, priority=5), submit(store, priority=-5)
+    assert order(store, 4) == [urgent, first, second, idle]
+    assert store.claim(offer(), ttl_s=60) is None
+
+
+def test_the_tenant_with_the_fewest_running_goes_first(store: JobStore):
+    many = [submit(store, tenant_id="many") for _ in range(4)]
+    few = [submit(store, tenant_id="few") for _ in range(2)]
+    one = [submit(store, tenant_id="one")]
+    assert order(store, 7) == [many[0], few[0], one[0], many[1], few[1], many[2], many[3]]
+
+
+def test_priority_outranks_fairness(store: JobStore):
+    submit(store, tenant_id="few")
+    urgent = [submit(store, tenant_id="many", priority=1) for _ in range(2)]
+    assert order(store, 2) == urgent
+
+
+def test_what_is_running_counts_until_it_ends(store: JobStore):
+    a = [submit(store, tenant_id="a") for _ in range(3)]
+    running = claim(store).lease
+    b = [submit(store, tenant_id="b") for _ in range(1)]
+    store.finish(running, succeeded(running))
+    assert order(store, 3) == [a[1], b[0], a[2]], "the finished job of a weighs nothing any more"
+
+
+def test_a_job_that_does_not_fit_holds_up_no_other(store: JobStore):
+    large = submit(store, needs_memory=100 * GB, priority=9)
+    small = submit(store, needs_memory=GB)
+    assert claim(store).job.id == small
+    assert store.claim(offer(), ttl_s=60) is None
+    large_offer = store.claim(offer(memory=100 * GB), ttl_s=60)
+    assert large_offer is not None
+    assert large_offer.job.id == large
+
+
+def test_a_worker_takes_from_its_own_queue_alone(store: JobStore):
+    submit(store, queue="gpu")
+    assert store.claim(offer(), ttl_s=60) is None
+    assert store.claim(offer(queue="gpu"), ttl_s=60) is not None
+
+
+def test_a_job_for_later_waits(store: JobStore):
+    later = dt.datetime.now(dt.UTC) + dt.timedelta(hours=1)
+    submit(store, run_after=later, priority=100)
+    assert store.claim(offer(), ttl_s=60) is None
+    assert store.queues_with_work() == {}
+    now = submit(store)
+    assert store.queues_with_work() == {"cpu": 1}
+    assert claim(store).job.id == now
+
+
+def test_eight_workers_share_two_hundred_jobs_and_none_gets_one_twice(store: JobStore, engine: Engine):
+    submitted = {submit(store, tenant_id=f"tenant-{index % 3}") for index in range(200)}
+    start = threading.Barrier(8)
+
+    def work(number: int) -> list[tuple[str, int]]:
+        mine = []
+        start.wait()
+        while (claimed := store.claim(offer(f"worker-{number}"), ttl_s=600)) is not None:
+            mine.append((claimed.job.id, claimed.lease.attempt))
+        return mine
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = [one for mine in pool.map(work, range(8)) for one in mine]
+    assert Counter(attempt for _, attempt in taken) == {1: 200}
+    assert len({job_id for job_id, _ in taken}) == 200
+    assert {job_id for job_id, _ in taken} == submitted
+
+
+def test_a_worker_that_comes_while_others_claim_is_not_sent_away(store: JobStore):
+    for _ in range(8):
+        submit(store)
+    start = threading.Barrier(8)
+
+    def once(number: int) -> bool:
+        start.wait()
+        return store.claim(offer(f"worker-{number}"), ttl_s=600) is not None
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(once, range(8)))
+
+
+def test_two_racing_ends_of_one_attempt_have_one_winner(store: JobStore):
+    for _ in range(10):
+        job_id = submit(store)
+        lease = claim(store).lease
+        start = threading.Barrier(3)
+
+        def finish(_start: threading.Barrier = start, _lease: Lease = lease) -> bool:
+            _start.wait()
+            return store.finish(_lease, succeeded(_lease))
+
+        def release(_start: threading.Barrier = start, _lease: Lease = lease) -> bool:
+            _start.wait()
+            return store.release(_lease)
+
+        def cancel(_start: threading.Barrier = start, _job_id: str = job_id) -> bool:
+            _start.wait()
+            store.request_cancel("default", _job_id)
+            return False
+
+        with ThreadPoolExecutor(3) as pool:
+            won = [future.result() for future in [pool.submit(one) for one in (finish, release, cancel)]]
+        assert sum(won) == 1
+        kinds = [event.kind for event in store.events(job_id)]
+        assert sum(kind in {"succeeded", "cancelled", "failed"} for kind in kinds) <= 1
+        assert [event.seq for event in store.events(job_id)] == list(range(1, len(kinds) + 1))
+        store.request_cancel("default", job_id)

@@ -1,0 +1,89 @@
+"""What tests of jobs begin with: a model to refer to, a job to submit, a worker that takes it."""
+
+import datetime as dt
+from typing import Any
+
+from sqlalchemy import Engine, insert, select, update
+
+from core.database import db_now, transaction
+from core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
+from core.jobs.records import Claimed, Lease, MetricRow, NewJob, Succeeded, WorkerOffer
+from core.jobs.store import JobStore
+from core.jobs.tables import jobs
+from core.registry.tables import ModelRow
+
+MODEL_ID = "model_tiny"
+GB = 10**9
+
+
+def add_model(engine: Engine, model_id: str = MODEL_ID, tenant_id: str = "default") -> None:
+    """A model's row, as far as jobs refer to it."""
+    row = {
+        "id": model_id,
+        "tenant_id": tenant_id,
+        "name": "tiny",
+        "state": "uploading",
+        "source": "upload",
+        "size": 0,
+        "files": [],
+    }
+    known = {name: value for name, value in row.items() if name in ModelRow.__table__.columns}
+    with transaction(engine) as connection:
+        connection.execute(insert(ModelRow).values(**known, created_at=db_now()))
+
+
+def new_job(**changes: Any) -> NewJob:
+    given: dict[str, Any] = {
+        "tenant_id": "default",
+        "model_id": MODEL_ID,
+        "model_name": "tiny",
+        "model_digest": "sha256:" + "0" * 64,
+        "recipe": {"name": "test", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]},
+        "queue": "cpu",
+        "needs_memory": GB,
+        "run_limit_s": 3600.0,
+        "stall_s": 1800.0,
+        "max_failures": 3,
+    }
+    return NewJob(**(given | changes))
+
+
+def offer(worker_id: str = "worker-1", **changes: Any) -> WorkerOffer:
+    given: dict[str, Any] = {"worker_id": worker_id, "queue": "cpu", "device": "cpu", "memory": 8 * GB, "threads": 2}
+    return WorkerOffer(**(given | changes))
+
+
+def submit(store: JobStore, **changes: Any) -> str:
+    """A queued job's id."""
+    return store.submit(new_job(**changes), max_queued=10_000)[0].id
+
+
+def claim(store: JobStore, worker_id: str = "worker-1", *, ttl_s: float = 60.0) -> Claimed:
+    claimed = store.claim(offer(worker_id), ttl_s=ttl_s)
+    assert claimed is not None
+    return claimed
+
+
+def succeeded(lease: Lease, **changes: Any) -> Succeeded:
+    """An outcome with one artifact, a report and a figure."""
+    file = FileEntry(path="model.safetensors", size=3, sha256="a" * 64)
+    artifact = ArtifactEntry(format="safetensors", path="safetensors", files=(file,), consumer="transformers 5")
+    report = FileEntry(path="report.json", size=2, sha256="b" * 64)
+    manifest = Manifest(
+        job_id=lease.job_id, attempt=lease.attempt, verdict="accepted", artifacts=(artifact,), report=(report,)
+    )
+    given: dict[str, Any] = {
+        "verdict": "accepted",
+        "manifest": manifest,
+        "report": {"schema_version": 1, "verdict": "accepted"},
+        "metrics": [MetricRow("source", "perplexity", 24.6, low=24.0, high=25.2)],
+    }
+    return Succeeded(**(given | changes))
+
+
+def age(engine: Engine, job_id: str, seconds: float, *columns: str) -> None:
+    """Let time pass for one job: move some of its moments into the past."""
+    with transaction(engine) as connection:
+        row = connection.execute(select(*(jobs.c[name] for name in columns)).where(jobs.c.id == job_id)).one()
+        moved = {name: moment - dt.timedelta(seconds=seconds) for name, moment in row._mapping.items()}
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(**moved))

@@ -1,0 +1,239 @@
+"""A service on one folder for tests: its settings, its store, jobs to submit, and workers as threads or as real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import insert
+
+from core.artifacts.storage import ObjectStore, open_store
+from core.database import db_now, make_engine, transaction
+from core.handoff.manifest import describe_folder, digest_of
+from core.ids import new_id
+from core.jobs.records import Event, Job, NewJob, WorkerOffer
+from core.jobs.store import JobStore
+from core.registry.tables import ModelRow
+from core.settings import Settings
+from worker.cache import BlobCache
+from worker.folder import WorkerFolder
+from worker.process import CHILD_COMMAND
+from worker.slot import Slot
+from worker.staging import Stager
+from worker.supervisor import Supervisor
+
+ROOT = Path(__file__).parents[1]
+TENANT = "default"
+MIB = 1024**2
+RECIPE = {
+    "name": "eights",
+    "passes": [{"pass": "dynamic-int8"}],
+    "exports": ["onnx"],
+    "evaluate": [{"metric": "fidelity", "samples": 4, "length": 16}],
+}
+Answer = TypeVar("Answer")
+
+
+def behaving(name: str) -> list[str]:
+    """The command of a child that behaves as tests/children.py says."""
+    return [sys.executable, "-P", str(ROOT / "tests" / "children.py"), name]
+
+
+def eventually(ask: Callable[[], Answer], *, within: float = 20.0, every: float = 0.05) -> Answer:
+    """The first true answer. Fails the test if none comes in time."""
+    deadline = time.monotonic() + within
+    while True:
+        answer = ask()
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"still {answer!r} after {within} s"
+        time.sleep(every)
+
+
+class Service:
+    """Everything of one installation but its processes."""
+
+    def __init__(self, folder: Path, sql_url: str, *, broker_url: str = "redis://127.0.0.1:1/0", **more: Any) -> None:
+        more = {"lease_ttl_s": 2.0, "tick_s": 0.3, "retry_backoff_s": 0.05, "worker_threads": 1} | more
+        self.settings = Settings(
+            _env_file=None, data_dir=folder / "np", database_url=sql_url, broker_url=broker_url, **more
+        )
+        self.settings.data_dir.mkdir(mode=0o700, exist_ok=True)
+        self.engine = make_engine(self.settings.sql_url)
+        self.store = JobStore(self.engine)
+        self.objects: ObjectStore = open_store(self.settings)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.model_id, self.model_digest = self._register_model()
+
+    def _register_model(self) -> tuple[str, str]:
+        """A model that nobody looks into: the children of most tests only copy it."""
+        model_id = new_id("mdl")
+        folder = self.settings.data_dir / "upload"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(os.urandom(50_000))
+        (folder / "config.json").write_text("{}")
+        return self.register(model_id, folder)
+
+    def register(self, model_id: str, folder: Path, *, in_place: bool = False) -> tuple[str, str]:
+        """Note a folder as a ready model, its files in storage or where they are."""
+        files = describe_folder(folder)
+        if not in_place:
+            for file in files:
+                self.objects.put_file(f"models/{model_id}/{file.path}", folder / file.path, sha256=file.sha256)
+        values = {
+            "id": model_id,
+            "tenant_id": TENANT,
+            "name": "m",
+            "state": "ready",
+            "source": "path" if in_place else "upload",
+            "server_path": str(folder) if in_place else None,
+            "digest": digest_of(files),
+            "size": sum(file.size for file in files),
+            "parameters": 1,
+            "files": [file.model_dump() for file in files],
+            "created_at": db_now(),
+        }
+        with transaction(self.engine) as connection:
+            connection.execute(insert(ModelRow).values(values))
+        return model_id, digest_of(files)
+
+    def submit(self, recipe: dict[str, Any] | None = None, **more: Any) -> str:
+        new = {"run_limit_s": 60.0, "stall_s": 30.0, "max_failures": 2, "needs_memory": 1} | more
+        job, _ = self.store.submit(
+            NewJob(
+                tenant_id=more.pop("tenant_id", TENANT),
+                model_id=self.model_id,
+                model_name="m",
+                model_digest=self.model_digest,
+                recipe=recipe or RECIPE,
+                queue="cpu",
+                **{key: value for key, value in new.items() if key != "tenant_id"},
+            ),
+            max_queued=1000,
+        )
+        return job.id
+
+    # Looking ---------------------------------------------------------------------------------------------------------
+
+    def job(self, job_id: str) -> Job:
+        job = self.store.get(TENANT, job_id)
+        assert job is not None
+        return job
+
+    def events(self, job_id: str) -> list[Event]:
+        return self.store.events(job_id)
+
+    def kinds(self, job_id: str) -> list[str]:
+        return [event.kind for event in self.events(job_id)]
+
+    def log(self, job_id: str) -> str:
+        return "\n".join(line.text for line in self.store.logs(job_id))
+
+    def await_state(self, job_id: str, *states: str, within: float = 20.0) -> Job:
+        def reached() -> Job | None:
+            job = self.job(job_id)
+            return job if job.state in states else None
+
+        return eventually(reached, within=within)
+
+    def await_log(self, job_id: str, text: str, within: float = 20.0) -> str:
+        return eventually(
+            lambda: next((one for one in self.log(job_id).splitlines() if text in one), ""), within=within
+        )
+
+    def check_invariants(self, job_id: str) -> None:
+        """One end, a history without gaps, a committed manifest whose files are all there and right, failures in bounds."""
+        job, events = self.job(job_id), self.events(job_id)
+        assert job.state in {"succeeded", "failed", "cancelled"}
+        assert [event.seq for event in events] == list(range(1, len(events) + 1))
+        assert [event.kind for event in events if event.kind in {"succeeded", "failed", "cancelled"}] == [job.state]
+        assert job.failures <= job.max_failures
+        artifacts = self.store.artifacts(job_id)
+        assert bool(artifacts) == (job.state == "succeeded")
+        for artifact in artifacts:
+            for file in artifact.files:
+                key = f"jobs/{job_id}/attempts/{artifact.attempt}/{artifact.path}/{file['path']}"
+                self.objects.get_file(key, self.settings.data_dir / "check", sha256=file["sha256"])
+        assert not list((self.settings.data_dir / "work").glob("*/*/out/*")), "a job's folder was left behind"
+
+    # Workers ---------------------------------------------------------------------------------------------------------
+
+    def slot(self, behaviour: str | None, *, memory: int = 1024 * MIB, spare: bool = False) -> tuple[Slot, Supervisor]:
+        """A worker's slot in this process; None: the real child."""
+        worker_id = new_id("wkr")
+        settings = self.settings.model_copy(update={"worker_spare": spare})
+        offer = WorkerOffer(worker_id, "cpu", "cpu", memory, 1)
+        cache = BlobCache(settings.data_dir / "cache", settings.cache_bytes)
+        supervisor = Supervisor(
+            settings,
+            self.store,
+            self.objects,
+            Stager(self.engine, self.objects, cache),
+            WorkerFolder(settings.data_dir / "work", worker_id).path,
+            memory=memory,
+            threads=1,
+            child_command=behaving(behaviour) if behaviour else CHILD_COMMAND,
+        )
+        return Slot(self.store, supervisor, offer, ttl_s=settings.lease_ttl_s), supervisor
+
+    def environment(self) -> dict[str, str]:
+        """What a process of this installation finds in its environment."""
+        told = self.settings.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir"})
+        env = {f"NIGHTPRESS_{name.upper()}": str(value) for name, value in told.items()}
+        return {**os.environ, **env, "NIGHTPRESS_DATA_DIR": str(self.settings.data_dir), "PYTHONPATH": str(ROOT)}
+
+    def start(self, *command: str, **more: str) -> "subprocess.Popen[bytes]":
+        """A process of this installation; its output goes to a file in the data folder."""
+        with (self.settings.data_dir / "processes.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                env=self.environment() | more,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self._processes.append(process)
+        return process
+
+    def start_worker(self, behaviour: str | None = "press", **more: str) -> "subprocess.Popen[bytes]":
+        before = len(self.store.workers())
+        script = (str(ROOT / "tests" / "worker_process.py"), behaviour) if behaviour else ("-m", "worker")
+        process = self.start(*script, **more)
+        eventually(lambda: len(self.store.workers()) > before or process.poll() is not None)
+        assert process.poll() is None, self.output()
+        return process
+
+    def start_control(self) -> "subprocess.Popen[bytes]":
+        return self.start("-m", "worker.control")
+
+    def output(self) -> str:
+        return (self.settings.data_dir / "processes.log").read_text(errors="replace")
+
+    def close(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+        for process in self._processes:
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.engine.dispose()
+
+
+def pids_said(line: str) -> list[int]:
+    """The numbers in a line of log such as `pid 12 consumer 13`."""
+    return [int(word) for word in line.split() if word.isdigit()]
+
+
+def load_json(line: str) -> dict[str, str]:
+    found: dict[str, str] = json.loads(line)
+    return found

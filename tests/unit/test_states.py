@@ -1,0 +1,46 @@
+"""The table of transitions against DESIGN's promises."""
+
+import pytest
+
+from core.jobs.states import ALL_STATES, LEASED_STATES, TRANSITIONS, Trigger, is_terminal, sources
+from core.schemas import TERMINAL_STATES
+
+
+def test_nothing_leads_out_of_a_terminal_state():
+    for table in TRANSITIONS.values():
+        assert not TERMINAL_STATES & set(table)
+
+
+def test_every_state_can_be_reached_from_queued():
+    reached = {"queued"}
+    while True:
+        further = {
+            to for table in TRANSITIONS.values() for start, ends in table.items() if start in reached for to in ends
+        }
+        if further <= reached:
+            break
+        reached |= further
+    assert reached == set(ALL_STATES)
+
+
+def test_every_state_that_is_not_terminal_can_end():
+    for state in ALL_STATES:
+        if not is_terminal(state):
+            assert any(TERMINAL_STATES & table[state] for table in TRANSITIONS.values() if state in table)
+
+
+def test_only_a_claim_leads_into_a_lease():
+    for trigger, table in TRANSITIONS.items():
+        for start, ends in table.items():
+            if start not in LEASED_STATES and ends & LEASED_STATES:
+                assert trigger is Trigger.CLAIM
+
+
+def test_a_cancelling_job_never_goes_back_to_the_queue():
+    for table in TRANSITIONS.values():
+        assert table.get("cancelling", frozenset()) <= {"cancelling", "cancelled", "succeeded", "failed"}
+
+
+@pytest.mark.parametrize("trigger", Trigger)
+def test_sources_are_the_states_of_the_table(trigger: Trigger):
+    assert set(sources(trigger)) == set(TRANSITIONS[trigger])

@@ -1,0 +1,24 @@
+"""`python -m worker`: one worker for NIGHTPRESS_WORKER_QUEUE."""
+
+import sys
+
+from core.errors import NightpressError
+from core.logs import configure_logging
+from core.settings import load_settings
+from worker import sandbox
+from worker.app import run_worker
+
+
+def main() -> int:
+    settings = load_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    sandbox.hide_memory()
+    try:
+        return run_worker(settings)
+    except NightpressError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

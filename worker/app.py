@@ -1,0 +1,69 @@
+"""The Celery worker: one process, one slot, one queue."""
+
+import logging
+from collections.abc import Sequence
+
+from celery import signals
+from celery.apps.worker import Worker as CeleryWorker
+
+from core.artifacts.storage import open_store
+from core.database import make_engine
+from core.ids import new_id
+from core.jobs.ring import make_celery
+from core.jobs.store import JobStore
+from core.settings import Settings
+from worker.cache import BlobCache
+from worker.folder import WorkerFolder
+from worker.offer import make_offer
+from worker.process import CHILD_COMMAND
+from worker.slot import Slot
+from worker.staging import Stager
+from worker.supervisor import Supervisor
+from worker.tasks import add_tasks
+
+log = logging.getLogger(__name__)
+
+
+def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMAND) -> int:
+    """Serve settings.worker_queue until SIGTERM or SIGINT; returns the exit status."""
+    offer = make_offer(settings, new_id("wkr"))
+    engine = make_engine(settings.sql_url)
+    store = JobStore(engine)
+    objects = open_store(settings)
+    folder = WorkerFolder(settings.data_dir / "work", offer.worker_id)
+    cache = BlobCache(settings.data_dir / "cache", settings.cache_bytes)
+    supervisor = Supervisor(
+        settings,
+        store,
+        objects,
+        Stager(engine, objects, cache),
+        folder.path,
+        memory=offer.memory,
+        threads=offer.threads,
+        child_command=child_command,
+    )
+    slot = Slot(store, supervisor, offer, ttl_s=settings.lease_ttl_s)
+    app = make_celery(settings)
+    add_tasks(app, slot)
+    # Called within the signal's handler: it sets a flag and does nothing else. Weak references would be gone by then.
+    signals.worker_shutting_down.connect(lambda **_: supervisor.draining.set(), weak=False)
+    signals.worker_ready.connect(lambda **_: log.info("Worker %s serves %s.", offer.worker_id, offer.queue), weak=False)
+    slot.open()
+    celery: CeleryWorker = app.Worker(
+        hostname=f"{offer.worker_id}@nightpress",
+        queues=[offer.queue],
+        pool="threads",
+        concurrency=1,
+        loglevel=settings.log_level,
+        quiet=True,
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+    )
+    try:
+        celery.start()
+    finally:
+        slot.close(timeout=settings.drain_s)
+        folder.close()
+        engine.dispose()
+    return int(celery.exitcode or 0)

@@ -1,0 +1,128 @@
+"""The worker's content-addressed cache: files by their SHA-256, bounded, safe to share between workers of one machine.
+
+A blob is locked while it is filled or handed out. The locks are the kernel's (flock), so that a killed worker holds none.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from core.artifacts.storage import OnBytes, wrong_checksum
+from core.errors import ErrorCode, NightpressError
+
+_CHUNK = 1024**2
+
+
+class BlobCache:
+    """Files are handed out as read-only hard links, or as copies where the file system has none.
+
+    Every hand-out hashes the bytes again: a disk's or a neighbour's fault is found before a job is built on it.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._blobs = folder / "blobs"
+        self._locks = folder / "locks"
+        self._limit = limit
+        self._blobs.mkdir(parents=True, exist_ok=True)
+        self._locks.mkdir(exist_ok=True)
+        self._drop_partial_blobs()
+
+    def take(self, sha256: str, size: int, target: Path, fetch: Callable[[Path], None], *, on_bytes: OnBytes) -> None:
+        """Put the blob at `target`. `fetch` writes it to a path if it isn't here yet; `on_bytes` gets increments.
+
+        Raises checksum_mismatch, disk_full and what `fetch` raises.
+        """
+        with disk_errors():
+            if size > self._limit:
+                fetch(target)
+                return
+            blob = self._blobs / sha256
+            with self._lock(sha256):
+                if blob.exists() and _same(blob, sha256, size, on_bytes):
+                    os.utime(blob)  # last used now
+                else:
+                    blob.unlink(missing_ok=True)
+                    self._make_room(size)
+                    partial = blob.with_suffix(".partial")
+                    fetch(partial)
+                    partial.chmod(0o444)
+                    partial.replace(blob)
+                link_or_copy(blob, target)
+
+    def _make_room(self, size: int) -> None:
+        """Remove the blobs not used for longest. A blob that a job still links frees nothing, so it stays."""
+        with FileLock(self._locks / "eviction.lock"):
+            blobs = sorted(((path.stat(), path) for path in self._blobs.iterdir()), key=lambda one: one[0].st_mtime)
+            excess = sum(stat.st_size for stat, _ in blobs) + size - self._limit
+            for stat, path in blobs:
+                if excess <= 0:
+                    return
+                if stat.st_nlink > 1 or path.suffix:
+                    continue
+                with contextlib.suppress(Timeout), self._lock(path.name, timeout=0):
+                    path.unlink(missing_ok=True)
+                    excess -= stat.st_size
+
+    def _drop_partial_blobs(self) -> None:
+        for partial in self._blobs.glob("*.partial"):
+            with contextlib.suppress(Timeout), self._lock(partial.stem, timeout=0):
+                partial.unlink(missing_ok=True)
+
+    def _lock(self, sha256: str, timeout: float = -1) -> FileLock:
+        return FileLock(self._locks / f"{sha256}.lock", timeout=timeout)
+
+
+def stage_in_place(source: Path, sha256: str, size: int, target: Path, *, link: bool, on_bytes: OnBytes) -> None:
+    """Put a file that lies on this machine at `target`, and check that it is still the one that was registered."""
+    with disk_errors():
+        if link:
+            link_or_copy(source, target)
+        else:
+            shutil.copyfile(source, target)
+        if not _same(target, sha256, size, on_bytes):
+            found = "other bytes" if target.stat().st_size == size else f"{target.stat().st_size} bytes"
+            target.unlink()
+            raise wrong_checksum(str(source), sha256, found)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES}:
+            raise
+        shutil.copyfile(source, target)
+        target.chmod(0o444)
+
+
+def _same(path: Path, sha256: str, size: int, on_bytes: OnBytes) -> bool:
+    if path.stat().st_size != size:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            on_bytes(len(chunk))
+    return digest.hexdigest() == sha256
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn a full disk into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise NightpressError(
+                ErrorCode.DISK_FULL,
+                f"The worker's disk is full: {error.filename or error.strerror}.",
+                hint="Free space in the worker's NIGHTPRESS_DATA_DIR or lower NIGHTPRESS_CACHE_BYTES.",
+            ) from error
+        raise

@@ -1,0 +1,115 @@
+"""The control process: what must happen although nobody asks. Any number of replicas; every step is safe to run twice."""
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from core.artifacts.storage import ObjectStore, open_store
+from core.database import make_engine
+from core.errors import NightpressError
+from core.jobs.ring import Ringer
+from core.jobs.store import JobStore
+from core.logs import configure_logging
+from core.settings import Settings, load_settings
+
+_SWEEP_EVERY_S = 60.0
+_ABANDONED_S = 3600.0  #: a lost attempt's files are swept so long after its end
+_UPLOAD_LIFE_S = 24 * 3600.0
+_WORKER_MEMORY_S = 3600.0  #: lost workers are shown so long
+_LONGEST_PAUSE_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Bell:
+    """When a queue is rung next. The pause doubles while ringing changes nothing."""
+
+    seen: tuple[int, int]
+    pause_s: float
+    next_at: float
+
+
+class Control:
+    """One replica. `tick` does all that is due."""
+
+    def __init__(self, settings: Settings, store: JobStore, objects: ObjectStore, ring: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._store = store
+        self._objects = objects
+        self._ring = ring
+        self._bells: dict[str, _Bell] = {}
+        self._sweep_at = 0.0
+
+    def tick(self) -> None:
+        """A step that fails doesn't keep the others from being done, and is done again at the next tick."""
+        steps = [self._expire_leases, self._expire_queue_deadlines, self._ring_queues]
+        if time.monotonic() >= self._sweep_at:
+            self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
+            steps += [self._forget_workers, self._sweep_attempts, self._sweep_uploads]
+        for step in steps:
+            try:
+                step()
+            except NightpressError as error:
+                log.warning("%s: %s", step.__name__.strip("_"), error)
+            except Exception:
+                log.exception("%s: an unexpected error", step.__name__.strip("_"))
+
+    def _expire_leases(self) -> None:
+        for job_id in self._store.expire_leases(backoff_s=self._settings.retry_backoff_s):
+            log.warning("Job %s was taken from its worker.", job_id, extra={"job_id": job_id})
+
+    def _expire_queue_deadlines(self) -> None:
+        for job_id in self._store.expire_queue_deadlines():
+            log.warning("Job %s waited too long.", job_id, extra={"job_id": job_id})
+
+    def _ring_queues(self) -> None:
+        """Ring where there is work and a worker is idle. A busy worker looks for work by itself when it is done."""
+        work = self._store.queues_with_work()
+        idle: list[str] = [one.queue for one in self._store.workers() if one.state == "idle"] if work else []
+        for queue, count in work.items():
+            seen = (count, idle.count(queue))
+            bell = self._bells.get(queue)
+            if bell is None or bell.seen != seen:
+                bell = self._bells[queue] = _Bell(seen, self._settings.tick_s, 0.0)
+            if seen[1] and time.monotonic() >= bell.next_at:
+                self._ring(queue)
+                bell.next_at = time.monotonic() + bell.pause_s
+                bell.pause_s = min(2 * bell.pause_s, _LONGEST_PAUSE_S)
+
+    def _forget_workers(self) -> None:
+        self._store.forget_lost_workers(_WORKER_MEMORY_S)
+
+    def _sweep_attempts(self) -> None:
+        for job_id, attempt in self._store.abandoned_attempts(older_than_s=_ABANDONED_S):
+            self._objects.delete_prefix(f"jobs/{job_id}/attempts/{attempt}")
+            self._store.mark_swept(job_id, attempt)
+
+    def _sweep_uploads(self) -> None:
+        self._objects.sweep_uploads(_UPLOAD_LIFE_S)
+
+
+def main() -> int:
+    settings = load_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    engine = make_engine(settings.sql_url)
+    ringer = Ringer(settings)
+    control = Control(settings, JobStore(engine), open_store(settings), ringer.ring)
+    log.info("The control process ticks every %g s.", settings.tick_s)
+    while not stop.is_set():
+        control.tick()
+        stop.wait(settings.tick_s)
+    ringer.close()
+    engine.dispose()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

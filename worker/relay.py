@@ -1,0 +1,192 @@
+"""Listening to a child: its frames, its chatter, its memory and its end."""
+
+import contextlib
+import os
+import selectors
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from core.errors import ErrorCode, NightpressError
+from core.handoff.frames import MAX_FRAME_BYTES, Checkpoint, Frame, Log, Metric, Progress, Result, parse_frame
+from worker.lease import LeaseKeeper
+from worker.process import ChildProcess
+
+_TICK_S = 0.2
+_MEMORY_EVERY_S = 0.5
+_EXIT_GRACE_S = 5.0  #: between the last frame and the end of the process
+_NEAR_LIMIT = 0.9
+_MAX_CHATTER_BYTES = 16 * 1024
+
+
+class Relay:
+    """Passes on what a child says until it ends, and says why it ended."""
+
+    def __init__(self, child: ChildProcess, keeper: LeaseKeeper, *, memory_limit: int, stall_s: float) -> None:
+        self._child = child
+        self._keeper = keeper
+        self._memory_limit = memory_limit
+        self._stall_s = stall_s
+        self._peak_memory = 0
+        self._result: Result | None = None
+        self._where: tuple[object, ...] = ()
+        self._progressed = time.monotonic()
+        self._kernel_kills = _kernel_kills()
+        self._lines = {
+            child.frames: _Lines(MAX_FRAME_BYTES, self._take_frame),
+            child.chatter: _Lines(_MAX_CHATTER_BYTES, self._take_chatter),
+        }
+
+    def run(self, check: Callable[[], None]) -> None:
+        """Return when the child has pressed the model; raise what it or `check` raised, or what became of it."""
+        with selectors.DefaultSelector() as selector:
+            for stream in self._lines:
+                os.set_blocking(stream, False)
+                selector.register(stream, selectors.EVENT_READ)
+            weighed = 0.0
+            while self._result is None and selector.get_map():
+                for key, _ in selector.select(_TICK_S):
+                    with contextlib.suppress(BlockingIOError):
+                        if not self._read(key.fd):
+                            selector.unregister(key.fd)
+                check()
+                if time.monotonic() - weighed > _MEMORY_EVERY_S:
+                    weighed = time.monotonic()
+                    self._weigh()
+                if time.monotonic() - self._progressed > self._stall_s:
+                    raise NightpressError(
+                        ErrorCode.STALLED,
+                        f"The job made no progress for {self._stall_s:g} s.",
+                        hint="Its log shows what it was at. Raise NIGHTPRESS_STALL_S if a step may take so long.",
+                    )
+        status = self._child.wait(_EXIT_GRACE_S)
+        with contextlib.suppress(BlockingIOError):
+            while self._read(self._child.chatter):
+                pass
+        if self._result is None:
+            raise self._untimely_end(status)
+        if self._result.error is not None:
+            raise _error_of(self._result.error)
+
+    def _read(self, stream: int) -> bool:
+        """Take what is there. False at the end of the stream."""
+        data = os.read(stream, 64 * 1024)
+        self._lines[stream].feed(data)
+        return bool(data)
+
+    def _take_chatter(self, line: bytes) -> None:
+        text = line.decode(errors="replace").rstrip()
+        if text:
+            self._keeper.log_line("info", text)
+
+    def _take_frame(self, line: bytes) -> None:
+        try:
+            frame = parse_frame(line)
+        except ValidationError:
+            self._keeper.log_line("warning", f"The child sent a frame that can't be read: {line[:200]!r}")
+            return
+        if isinstance(frame, Result):
+            self._result = frame
+        elif isinstance(frame, Log):
+            self._keeper.log_line(frame.level, frame.text)
+        else:
+            self._advance(frame)
+
+    def _advance(self, frame: Frame) -> None:
+        if isinstance(frame, Progress):
+            where = (frame.phase, frame.fraction, frame.pass_index, frame.message)
+            if where == self._where:
+                return  # a sign of life is no progress
+            self._where = where
+            self._keeper.progress(frame)
+        elif isinstance(frame, Checkpoint):
+            self._keeper.checkpoint(frame)
+        elif isinstance(frame, Metric):
+            step = "" if frame.step is None else f" at step {frame.step}"
+            self._keeper.log_line("debug", f"{frame.name} = {frame.value:g}{step}")
+        self._progressed = time.monotonic()
+
+    # Memory and the end ----------------------------------------------------------------------------------------------
+
+    def _weigh(self) -> None:
+        used = self._child.anonymous_memory()
+        self._peak_memory = max(self._peak_memory, used)
+        if self._memory_limit and used > self._memory_limit:
+            raise self._out_of_memory("was stopped at")
+
+    def _out_of_memory(self, what: str) -> NightpressError:
+        return NightpressError(
+            ErrorCode.OUT_OF_MEMORY,
+            f"The job {what} {self._peak_memory / 1e9:.2f} GB; it may use {self._memory_limit / 1e9:.2f} GB here.",
+            hint="Use a worker with more memory, or a recipe whose passes stream.",
+            peak_bytes=self._peak_memory,
+            limit_bytes=self._memory_limit,
+        )
+
+    def _untimely_end(self, status: int | None) -> NightpressError:
+        if status == -signal.SIGKILL and (
+            _kernel_kills() > self._kernel_kills or self._peak_memory > _NEAR_LIMIT * self._memory_limit > 0
+        ):
+            return self._out_of_memory("was killed by the kernel at")
+        if status is None:
+            how = "closed its connection but did not end"
+        elif status < 0:
+            how = f"was ended by signal {-status} ({signal.Signals(-status).name})"
+        else:
+            how = f"ended with status {status}"
+        return NightpressError(
+            ErrorCode.WORKER_LOST,
+            f"The child process {how} before it had a result.",
+            hint="The job's log has its last words.",
+            status=status,
+            signal=-status if status is not None and status < 0 else None,
+            peak_bytes=self._peak_memory,
+        )
+
+
+class _Lines:
+    """Cuts a stream into lines. A line past the limit is cut short; the rest of it is dropped."""
+
+    def __init__(self, limit: int, take: Callable[[bytes], None]) -> None:
+        self._limit = limit
+        self._take = take
+        self._rest = b""
+        self._skipping = False
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes; none mean the end."""
+        if not data:
+            if self._rest:
+                self._take(self._rest)
+            self._rest = b""
+            return
+        *lines, rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if not self._skipping:
+                self._take(line[: self._limit])
+            self._skipping = False
+        if len(rest) > self._limit:
+            if not self._skipping:
+                self._take(rest[: self._limit])
+            rest, self._skipping = b"", True
+        self._rest = rest
+
+
+def _error_of(raw: dict[str, Any]) -> NightpressError:
+    """The child's own error. What it says decides only how its own job ends, but it may say nonsense."""
+    try:
+        return NightpressError.from_dict(raw)
+    except (KeyError, TypeError, ValueError):
+        return NightpressError(ErrorCode.INTERNAL, f"The child failed without a usable reason: {str(raw)[:500]}")
+
+
+def _kernel_kills() -> int:
+    """How many processes the kernel has ended for want of memory since it started."""
+    for line in Path("/proc/vmstat").read_text().splitlines():
+        if line.startswith("oom_kill "):
+            return int(line.split()[1])
+    return 0

@@ -1,0 +1,76 @@
+"""The one slot of a worker: whoever rings, at most one job at a time, and after one job the next at once."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from core.errors import NightpressError
+from core.jobs.records import WorkerOffer
+from core.jobs.store import JobStore
+from worker.offer import introduce
+from worker.supervisor import Supervisor
+
+_BEAT_S = 5.0  #: how often the worker says that it is there
+_LOOK_S = 5.0  #: how often an idle worker looks for work although nobody rang: the broker may be down
+
+log = logging.getLogger(__name__)
+
+
+class Slot:
+    """Claims from SQL and runs. A ring that comes while a job runs is dropped: the slot looks again by itself."""
+
+    def __init__(self, store: JobStore, supervisor: Supervisor, offer: WorkerOffer, *, ttl_s: float) -> None:
+        self._store = store
+        self._supervisor = supervisor
+        self._offer = offer
+        self._ttl_s = ttl_s
+        self._busy = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._every, args=(_BEAT_S, self._beat), name="worker-beat", daemon=True),
+            threading.Thread(target=self._every, args=(_LOOK_S, self.serve), name="worker-look", daemon=True),
+        ]
+
+    def open(self) -> None:
+        """Register, warm up, and begin to look for work."""
+        self._supervisor.warm_up()
+        for thread in self._threads:
+            thread.start()
+
+    def close(self, timeout: float) -> None:
+        """Give back the job that runs, take no other, and say good-bye."""
+        self._supervisor.draining.set()
+        if self._busy.acquire(timeout=timeout):
+            self._supervisor.close()
+        try:
+            self._store.remove_worker(self._offer.worker_id)
+        except NightpressError as error:
+            log.warning("The worker could not say good-bye: %s", error)
+
+    def serve(self) -> None:
+        """Run what this worker may claim until there is nothing left. Returns at once if a job runs already."""
+        if not self._busy.acquire(blocking=False):
+            return
+        try:
+            while not self._supervisor.draining.is_set():
+                asked = time.monotonic()
+                claimed = self._store.claim(self._offer, ttl_s=self._ttl_s)
+                if claimed is None:
+                    return
+                self._supervisor.run(claimed, claimed_at=asked)
+        finally:
+            self._busy.release()
+
+    def _beat(self) -> None:
+        self._store.heartbeat_worker(introduce(self._offer, draining=self._supervisor.draining.is_set()))
+
+    def _every(self, seconds: float, step: Callable[[], None]) -> None:
+        while True:
+            try:
+                step()
+            except NightpressError as error:
+                log.warning("%s", error)
+            except Exception:
+                log.exception("The worker goes on after an unexpected error.")
+            if self._supervisor.draining.wait(seconds):
+                return

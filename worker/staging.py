@@ -1,0 +1,166 @@
+"""Files in and files out: the source model and its data from the registry into a job's folder, results from there to storage."""
+
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sqlalchemy import Engine, select
+
+from core.artifacts.storage import ObjectStore, OnBytes
+from core.database import transaction
+from core.errors import ErrorCode, NightpressError
+from core.handoff.manifest import MANIFEST_FILE, FileEntry, Manifest, digest_of
+from core.handoff.report import REPORT_FILE, Report, Subject
+from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR
+from core.jobs.records import Job, Lease, MetricRow, Succeeded
+from core.registry.tables import DataSetRow, ModelRow
+from worker import sandbox
+from worker.cache import BlobCache, disk_errors, stage_in_place
+
+_MAX_MANIFEST_BYTES = 16 * 1024**2
+_MAX_REPORT_BYTES = 64 * 1024**2
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model or data set lies: a folder (or file) of this machine, or a prefix in storage."""
+
+    files: tuple[FileEntry, ...]
+    prefix: str
+    server_path: Path | None
+
+
+class Stager:
+    """Brings in what a job needs. Files that lie on this machine are used where they are; all bytes are hashed."""
+
+    def __init__(self, engine: Engine, objects: ObjectStore, cache: BlobCache) -> None:
+        self._engine = engine
+        self._objects = objects
+        self._cache = cache
+
+    def stage(self, job: Job, job_dir: Path, *, on_total: Callable[[int], None], on_bytes: OnBytes) -> dict[str, str]:
+        """Fill source/ and data/. Returns the recipe's name of each data set and its file below data/.
+
+        `on_total` gets the bytes there will be, `on_bytes` each increment; either may raise to stop.
+        """
+        model = self._source(ModelRow, "models", job.model_id)
+        if digest_of(model.files) != job.model_digest:
+            raise NightpressError(
+                ErrorCode.CHECKSUM_MISMATCH,
+                f"The model {job.model_name} is not the one the job was submitted for.",
+                hint="Register the model again and submit the job for it.",
+            )
+        data = {name: self._source(DataSetRow, "datasets", str(one["id"])) for name, one in job.data.items()}
+        on_total(sum(file.size for one in (model, *data.values()) for file in one.files))
+        for file in model.files:
+            self._bring(model, file, job_dir / SOURCE_DIR / file.path, on_bytes)
+        names = {}
+        for index, (name, one) in enumerate(data.items()):
+            (file,) = one.files
+            names[name] = f"{index}-{PurePosixPath(file.path).name}"
+            self._bring(one, file, job_dir / DATA_DIR / names[name], on_bytes)
+        return names
+
+    def _source(self, table: type[ModelRow] | type[DataSetRow], kind: str, row_id: str) -> _Source:
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(select(table.files, table.server_path).where(table.id == row_id)).one_or_none()
+        if row is None:
+            raise NightpressError(ErrorCode.NOT_FOUND, f"{row_id} is not registered any more.", hint="Submit again.")
+        files = tuple(FileEntry.model_validate(one) for one in row.files)
+        return _Source(files, f"{kind}/{row_id}", Path(row.server_path) if row.server_path else None)
+
+    def _bring(self, source: _Source, file: FileEntry, target: Path, on_bytes: OnBytes) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.server_path is not None:
+            path = source.server_path / file.path if source.server_path.is_dir() else source.server_path
+            # Without Landlock a child could write through the link into the operator's own file.
+            link = sandbox.landlock_version() > 0
+            stage_in_place(path, file.sha256, file.size, target, link=link, on_bytes=on_bytes)
+            return
+        key = f"{source.prefix}/{file.path}"
+
+        def fetch(path: Path) -> None:
+            self._objects.get_file(key, path, sha256=file.sha256, on_bytes=on_bytes)
+
+        self._cache.take(file.sha256, file.size, target, fetch, on_bytes=on_bytes)
+
+
+def read_manifest(job_dir: Path, lease: Lease) -> Manifest:
+    """What the child says it made. Raises internal for a manifest that isn't there, or is another job's."""
+    try:
+        manifest = Manifest.model_validate_json(_read(job_dir / OUT_DIR, MANIFEST_FILE, _MAX_MANIFEST_BYTES))
+    except (OSError, ValueError) as error:
+        raise _bad_output(f"its manifest can't be read: {error}") from error
+    if (manifest.job_id, manifest.attempt) != (lease.job_id, lease.attempt):
+        raise _bad_output("its manifest is another attempt's")
+    return manifest
+
+
+def files_of(manifest: Manifest) -> list[FileEntry]:
+    """Every file of a manifest with its path below out/."""
+    return [
+        file.model_copy(update={"path": f"{artifact.path}/{file.path}"})
+        for artifact in manifest.artifacts
+        for file in artifact.files
+    ] + list(manifest.report)
+
+
+def ship(job_dir: Path, manifest: Manifest, objects: ObjectStore, *, on_bytes: OnBytes) -> None:
+    """Upload every file of the manifest, and the manifest last. Nobody sees any of it before the job's commit."""
+    out = job_dir / OUT_DIR
+    prefix = f"jobs/{manifest.job_id}/attempts/{manifest.attempt}"
+    with disk_errors():
+        for file in files_of(manifest):
+            path = _plain_file(out, file.path)
+            if path.stat().st_size != file.size:
+                raise _bad_output(f"{file.path} has not the size in its manifest")
+            objects.put_file(f"{prefix}/{file.path}", path, sha256=file.sha256, on_bytes=on_bytes)
+    objects.put_bytes(f"{prefix}/{MANIFEST_FILE}", manifest.model_dump_json().encode())
+
+
+def outcome_of(job_dir: Path, manifest: Manifest) -> Succeeded:
+    """The report and its figures, as they go to SQL."""
+    try:
+        report = Report.model_validate_json(_read(job_dir / OUT_DIR, REPORT_FILE, _MAX_REPORT_BYTES))
+    except (OSError, ValueError) as error:
+        raise _bad_output(f"its report can't be read: {error}") from error
+    metrics = [row for subject in (report.source, *report.artifacts) for row in _metrics(subject)]
+    return Succeeded(manifest.verdict, manifest, report.model_dump(mode="json"), metrics)
+
+
+def _metrics(subject: Subject) -> list[MetricRow]:
+    rows = [MetricRow(subject.name, "size", subject.size_bytes, "bytes")]
+    if subject.peak_memory_bytes is not None:
+        rows.append(MetricRow(subject.name, "peak_memory", subject.peak_memory_bytes, "bytes"))
+    rows += [MetricRow(subject.name, one.name, one.value, one.unit, one.low, one.high) for one in subject.measurements]
+    for timing in subject.timings:
+        shape = f"{timing.batch}x{timing.length}"
+        rows.append(MetricRow(subject.name, f"latency_{shape}", timing.p50_ms, "ms"))
+        rows.append(MetricRow(subject.name, f"throughput_{shape}", timing.throughput, timing.throughput_unit))
+    return rows
+
+
+def _read(root: Path, name: str, limit: int) -> bytes:
+    path = _plain_file(root, name)
+    if path.stat().st_size > limit:
+        raise ValueError(f"{name} has {path.stat().st_size} bytes; {limit} are allowed")
+    return path.read_bytes()
+
+
+def _plain_file(root: Path, relative: str) -> Path:
+    """A regular file below `root`, reached through no link: what the child wrote decides nothing about what we read."""
+    path = root
+    for part in PurePosixPath(relative).parts:
+        path = path / part
+        if path.is_symlink():
+            raise _bad_output(f"{relative} is, or lies behind, a symbolic link")
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise _bad_output(f"{relative} is no regular file")
+    return path
+
+
+def _bad_output(what: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.INTERNAL, f"The child's result is not usable: {what}.", hint="The job's log says more."
+    )

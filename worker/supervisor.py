@@ -1,0 +1,281 @@
+"""The supervisor: one claimed job from its files in to its result committed, around one child process.
+
+What may end a job from outside (lease lost, cancellation, drain, limits) is looked at in every wait and at every
+megabyte moved. Only then, with the child dead, one guarded statement says how the attempt ended.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+from core.artifacts.storage import ObjectStore
+from core.errors import ErrorCode, NightpressError
+from core.handoff.frames import Phase, Progress
+from core.handoff.spec import JobSpec
+from core.jobs.records import Claimed, Job
+from core.jobs.store import JobStore
+from core.recipes.models import Recipe
+from core.settings import Settings
+from worker.lease import LeaseKeeper
+from worker.process import CHILD_COMMAND, ChildProcess
+from worker.relay import Relay
+from worker.staging import Stager, files_of, outcome_of, read_manifest, ship
+
+#: of the whole job's progress, what fetching the source and uploading the result are worth
+FETCHED: Final = 0.03
+PRESSED: Final = 0.97
+
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+
+class LeaseLostError(Exception):
+    """The job may be another worker's by now: write nothing."""
+
+
+class CancelledError(Exception):
+    """A person asked for it."""
+
+
+class DrainedError(Exception):
+    """This worker is to end: give the job back."""
+
+
+class Supervisor:
+    """Runs claimed jobs one after the other. `child_command` starts a child; its options and folder are appended."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: JobStore,
+        objects: ObjectStore,
+        stager: Stager,
+        root: Path,
+        *,
+        memory: int,
+        threads: int,
+        child_command: Sequence[str] = CHILD_COMMAND,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.objects = objects
+        self.stager = stager
+        self._root = root
+        self.memory = memory
+        self.threads = threads
+        self._child_command = child_command
+        self._spare: ChildProcess | None = None
+        self.draining = threading.Event()
+
+    # The spare -------------------------------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Have a child wait with torch imported, so that a small job doesn't pay the import."""
+        if self.settings.worker_spare and not self.draining.is_set() and self._spare is None:
+            self._spare = self._spawn()
+
+    def close(self) -> None:
+        if self._spare is not None:
+            self._end(self._spare)
+            self._spare = None
+
+    def _spawn(self) -> ChildProcess:
+        network = not self.settings.sandbox_network
+        return ChildProcess(self._root, threads=self.threads, network=network, command=self._child_command)
+
+    def take_child(self) -> ChildProcess:
+        spare, self._spare = self._spare, None
+        if spare is not None and not spare.alive():
+            log.warning("The spare child ended with status %s before it was used.", spare.wait(0))
+            self._end(spare)
+            spare = None
+        return spare or self._spawn()
+
+    def _end(self, child: ChildProcess) -> None:
+        child.kill()
+        child.remove()
+
+    # A job -----------------------------------------------------------------------------------------------------------
+
+    def run(self, claimed: Claimed, *, claimed_at: float) -> None:
+        """Work on one job until this worker has no more to do with it. Never raises for what the job does."""
+        attempt = _Attempt(self, claimed, claimed_at)
+        try:
+            attempt.run()
+        finally:
+            self.warm_up()
+
+
+class _Attempt:
+    def __init__(self, supervisor: Supervisor, claimed: Claimed, claimed_at: float) -> None:
+        self._supervisor = supervisor
+        self._settings = supervisor.settings
+        self._store = supervisor.store
+        self._job: Job = claimed.job
+        self._lease = claimed.lease
+        self._started = claimed_at
+        self._child: ChildProcess | None = None
+        self._keeper = LeaseKeeper(
+            self._store,
+            claimed.lease,
+            ttl_s=self._settings.lease_ttl_s,
+            claimed_at=claimed_at,
+            on_renewed=self._beat,
+        )
+        self._extra = {"job_id": self._job.id, "attempt": self._lease.attempt}
+
+    def run(self) -> None:
+        log.info("Job %s, attempt %d: started.", self._job.id, self._lease.attempt, extra=self._extra)
+        try:
+            ending = self._press()
+        except LeaseLostError:
+            ending = None
+        except CancelledError:
+            ending = self._cancelled
+        except DrainedError:
+            ending = self._drained
+        except NightpressError as error:
+            ending = self._failed(error)
+        except Exception as error:
+            log.exception("Job %s: an error of the supervisor itself.", self._job.id, extra=self._extra)
+            ending = self._failed(NightpressError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}"))
+        finally:
+            if self._child is not None:
+                self._child.kill()
+        self._keeper.close()  # the log is written under the lease, which the ending gives up
+        try:
+            said = "the lease was lost, nothing is written" if ending is None else self._insist(ending)
+            log.info("Job %s, attempt %d: %s.", self._job.id, self._lease.attempt, said, extra=self._extra)
+        except LeaseLostError:
+            log.warning("Job %s: the lease ran out before its end could be written.", self._job.id, extra=self._extra)
+        finally:
+            if self._child is not None:
+                self._child.remove()
+
+    def _press(self) -> Callable[[], str]:
+        """Files in, child, files out. Returns the statement that commits the result."""
+        self._child = child = self._supervisor.take_child()
+        data = self._stage(child.job_dir)
+        spec = JobSpec(
+            job_id=self._job.id,
+            attempt=self._lease.attempt,
+            model_name=self._job.model_name,
+            model_digest=self._job.model_digest,
+            recipe=Recipe.model_validate(self._job.recipe),
+            data=data,
+            device="cuda" if self._job.queue == "gpu" else "cpu",
+            threads=self._supervisor.threads,
+            memory_limit=self._supervisor.memory,
+        )
+        spec.save(child.job_dir)
+        relay = Relay(child, self._keeper, memory_limit=spec.memory_limit, stall_s=self._job.stall_s)
+        child.begin(patience_s=self._settings.lease_ttl_s)
+        relay.run(self._check)
+        child.kill()  # what it started must not outlive it, nor change what is read now
+        self._supervisor.warm_up()
+        return self._ship(child.job_dir)
+
+    def _stage(self, job_dir: Path) -> dict[str, str]:
+        report = self._mover("fetching", 0.0, FETCHED)
+        return self._supervisor.stager.stage(self._job, job_dir, on_total=report.expect, on_bytes=report.moved)
+
+    def _ship(self, job_dir: Path) -> Callable[[], str]:
+        manifest = read_manifest(job_dir, self._lease)
+        outcome = outcome_of(job_dir, manifest)
+        report = self._mover("uploading", PRESSED, 1.0)
+        report.expect(sum(file.size for file in files_of(manifest)))
+        ship(job_dir, manifest, self._supervisor.objects, on_bytes=report.moved)
+        self._check()
+
+        def commit() -> str:
+            won = self._store.finish(self._lease, outcome)
+            return f"succeeded, {outcome.verdict}" if won else "finished too late: the lease was lost"
+
+        return commit
+
+    # How an attempt ends ---------------------------------------------------------------------------------------------
+
+    def _cancelled(self) -> str:
+        return "cancelled" if self._store.confirm_cancelled(self._lease) else "cancelled too late"
+
+    def _drained(self) -> str:
+        return "given back" if self._store.release(self._lease) else "given back too late"
+
+    def _failed(self, error: NightpressError) -> Callable[[], str]:
+        log.warning("Job %s: %s: %s", self._job.id, error.code, error, extra=self._extra)
+        return lambda: (
+            f"{error.code}, "
+            + (self._store.fail(self._lease, error, backoff_s=self._settings.retry_backoff_s) or "late")
+        )
+
+    def _insist(self, write: Callable[[], Answer]) -> Answer:
+        """Write, and try again while the database is away and the lease is held. Raises LeaseLostError."""
+        while True:
+            try:
+                return write()
+            except NightpressError as error:
+                if error.code is not ErrorCode.DATABASE_UNAVAILABLE:
+                    raise
+                log.warning("The end of %s could not be written yet: %s", self._job.id, error, extra=self._extra)
+            if self._keeper.lost:
+                raise LeaseLostError
+            time.sleep(random.uniform(0.1, 0.5))
+
+    # What may end it from outside ------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Raise if this attempt must stop now."""
+        if self._keeper.lost:
+            raise LeaseLostError
+        if self._keeper.cancel_requested:
+            raise CancelledError
+        if self._supervisor.draining.is_set():
+            raise DrainedError
+        if time.monotonic() - self._started > self._job.run_limit_s:
+            raise NightpressError(
+                ErrorCode.DEADLINE_EXCEEDED,
+                f"The job ran longer than its limit of {self._job.run_limit_s:g} s.",
+                hint="Raise run_limit_s, or use a faster recipe.",
+            )
+
+    def _beat(self) -> None:
+        if self._child is not None:
+            self._child.beat()
+
+    def _mover(self, phase: Phase, low: float, high: float) -> "_Mover":
+        return _Mover(self._keeper, self._check, phase, low, high)
+
+
+class _Mover:
+    """Turns bytes moved into progress."""
+
+    def __init__(self, keeper: LeaseKeeper, check: Callable[[], None], phase: Phase, low: float, high: float) -> None:
+        self._keeper = keeper
+        self._check = check
+        self._phase = phase
+        self._low = low
+        self._span = high - low
+        self._total = 0
+        self._done = 0
+        self._told = 0.0
+
+    def expect(self, total: int) -> None:
+        self._total = max(total, 1)
+        self._tell()
+
+    def moved(self, count: int) -> None:
+        self._check()
+        self._done += count
+        if time.monotonic() - self._told > 0.5:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        # A file that is fetched and then hashed passes twice.
+        share = min(self._done / self._total, 1.0)
+        megabytes = f"{min(self._done, self._total) / 1e6:.0f} of {self._total / 1e6:.0f} MB"
+        self._keeper.progress(Progress(phase=self._phase, fraction=self._low + self._span * share, message=megabytes))
