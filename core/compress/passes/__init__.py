@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from core.compress.passes.calibrated import gptq, sparsegpt, wanda
 from core.compress.passes.context import PassContext
 from core.compress.passes.prune import magnitude
 from core.compress.passes.quantize import weight_only
@@ -15,4 +16,4 @@ __all__ = ["MODEL_PASSES", "ModelPass", "PassContext"]
 ModelPass = Callable[[Path, Path, Any, PassContext], PassRecord]
 
 #: By the name a recipe calls them.
-MODEL_PASSES: dict[str, ModelPass] = {"weight-only": weight_only, "magnitude": magnitude}
+MODEL_PASSES: dict[str, ModelPass] = {"weight-only": weight_only, "magnitude": magnitude, "gptq": gptq, "sparsegpt": sparsegpt, "wanda": wanda}
