@@ -83,6 +83,7 @@ class Magnitude(_Pass):
             object.__setattr__(self, "sparsity", 1 - kept / group)
         return self
 
+
 _Pattern = Annotated[str, Field(pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$")]
 _KEPT_MODULES = ("lm_head", "re:.*embed.*", "re:.*classifier.*", "re:.*pooler.*")
 
@@ -110,7 +111,8 @@ class Gptq(_Calibrated):
     group_size: int | None = Field(128, ge=16, le=1024, description="Inputs that share a scale; null: one scale a row.")
     symmetric: bool = True
     order: Literal["activation", "natural"] = Field(
-        "activation", description="`activation`: the inputs with the most power first. The result loads and runs just the same."
+        "activation",
+        description="`activation`: the inputs with the most power first. The result loads and runs just the same.",
     )
     ranges: Literal["extremes", "least-error"] = Field(
         "least-error", description="A scale from its weights' extremes, or where their rounding costs the output least."
@@ -140,7 +142,9 @@ class SparseGpt(_Calibrated):
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"safetensors", "compressed-tensors", "onnx", "openvino"})
 
     pass_: Literal["sparsegpt"] = Field("sparsegpt", alias="pass")
-    sparsity: float = Field(0.5, gt=0, lt=1, description="Share of weights set to zero; with a pattern N:M it is 1 − N/M.")
+    sparsity: float = Field(
+        0.5, gt=0, lt=1, description="Share of weights set to zero; with a pattern N:M it is 1 − N/M."
+    )
     pattern: _Pattern = "unstructured"
     damping: float = Field(0.01, gt=0, le=1, description="Of the mean power of the inputs, added to each one's.")
 
@@ -159,7 +163,9 @@ class Wanda(_Calibrated):
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"safetensors", "compressed-tensors", "onnx", "openvino"})
 
     pass_: Literal["wanda"] = Field("wanda", alias="pass")
-    sparsity: float = Field(0.5, gt=0, lt=1, description="Share of weights set to zero; with a pattern N:M it is 1 − N/M.")
+    sparsity: float = Field(
+        0.5, gt=0, lt=1, description="Share of weights set to zero; with a pattern N:M it is 1 − N/M."
+    )
     pattern: _Pattern = "unstructured"
 
     @model_validator(mode="before")

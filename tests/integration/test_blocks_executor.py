@@ -24,7 +24,13 @@ from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.passes import Gptq, SparseGpt, Wanda
 from core.recipes.plan import is_linear_weight
 
-_SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64, "vocab_size": 97}
+_SMALL = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "intermediate_size": 64,
+    "vocab_size": 97,
+}
 _GROUPED = {**_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 64}
 _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -44,7 +50,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "MPNetForMaskedLM": {**_SMALL, "max_position_embeddings": 66},
     "ElectraForMaskedLM": {**_SMALL, "embedding_size": 16},
     "ModernBertForMaskedLM": {**_SMALL, **_IDS, "cls_token_id": 3, "sep_token_id": 4, "local_attention": 8},
-    "DebertaV2ForMaskedLM": {**_SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    "DebertaV2ForMaskedLM": {
+        **_SMALL,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+    },
 }
 
 
@@ -97,7 +108,9 @@ def test_each_layer_is_seen_with_the_inputs_it_has_in_the_whole_model(family: st
     ids, looks = _ids(), _Looks()
     chosen = _linears(tmp_path / "source")
     work = tmp_path / "work"
-    press_blocks(tmp_path / "source", tmp_path / "out", looks, ids, _context(tmp_path, work), chosen=chosen, recipe="look")
+    press_blocks(
+        tmp_path / "source", tmp_path / "out", looks, ids, _context(tmp_path, work), chosen=chosen, recipe="look"
+    )
 
     sums: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -111,7 +124,9 @@ def test_each_layer_is_seen_with_the_inputs_it_has_in_the_whole_model(family: st
         model(input_ids=ids, **({"use_cache": False} if family.endswith("CausalLM") else {}))
     assert len(looks.seen) >= 3 * 4
     for name, power in looks.seen.items():
-        torch.testing.assert_close(power.sum, sums[name], rtol=2e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            power.sum, sums[name], rtol=2e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
     before, after = load_file(tmp_path / "source" / "model.safetensors"), _load(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

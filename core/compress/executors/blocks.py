@@ -195,7 +195,9 @@ class _Run:
         for kept in hidden.split(self.batch):
             yield kept, kept.to(self.device, non_blocking=True)
 
-    def _forward(self, block: nn.Module, index: int, hidden: Tensor, calls: dict[int, list[Call]], *, keep: bool = True) -> None:
+    def _forward(
+        self, block: nn.Module, index: int, hidden: Tensor, calls: dict[int, list[Call]], *, keep: bool = True
+    ) -> None:
         for kept, batch in self._batches(hidden):
             call = calls[len(batch)][index]
             out = block(batch, *call.args, **call.kwargs)

@@ -128,7 +128,7 @@ class Skeleton:
         """For each batch of token ids [B, L] what enters the first block [B, L, H], and what every block is given beside it."""
         self._fill_rest()
         first = self.blocks[0]
-        recorders = [_Recorder() for _ in self.blocks]
+        recorders = [_Recorder(block) for block in self.blocks]
         holder, last = _parent(self.model, self.path)
         setattr(holder, last, nn.ModuleList(recorders))
         try:
@@ -138,10 +138,11 @@ class Skeleton:
                     self._run(ids)
                     entered, call = recorders[0].take()
                     filled = self.fill_block(0, {name: self.source.read(name) for name in self.block_names(0)})
-                    returns_tuple = isinstance(filled(entered, *call.args, **call.kwargs), tuple)
+                    out = filled(entered, *call.args, **call.kwargs)
+                    beside = len(out) - 1 if isinstance(out, tuple) else None
                     _empty(first)
                     for recorder in recorders:
-                        recorder.wraps, recorder.stops = returns_tuple, recorder is recorders[-1]
+                        recorder.beside, recorder.stops = beside, recorder is recorders[-1]
                 self._run(ids)
                 taken = [recorder.take() for recorder in recorders]
                 yield taken[0][0], [call for _, call in taken]
@@ -183,9 +184,11 @@ class _Stop(Exception):  # noqa: N818 (nothing went wrong)
 class _Recorder(nn.Module):
     """Stands for a block: keeps what it was called with, and passes the hidden states on."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.stops = self.wraps = False
+        self.__dict__["block"] = block  # not as a module of this one: it is only asked for its attributes
+        self.stops = False
+        self.beside: int | None = None  #: how much a block returns beside the hidden states; None: no tuple at all
         self._taken: tuple[Tensor, Call] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,12 +196,19 @@ class _Recorder(nn.Module):
         self._taken = hidden, Call(args[1:], kwargs)
         if self.stops:
             raise _Stop
-        return (hidden,) if self.wraps else hidden
+        return hidden if self.beside is None else (hidden, *[None] * self.beside)
 
     def take(self) -> tuple[Tensor, Call]:
         assert self._taken is not None
         taken, self._taken = self._taken, None
         return taken
+
+    def __getattr__(self, name: str) -> Any:
+        """Some models ask a block for its kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -208,7 +218,9 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(one, nn.ModuleList) and any(isinstance(inner, nn.Linear) for inner in one.modules())
     ]
     outermost = [
-        (name, one) for name, one in found if not any(name.startswith(other + ".") for other, _ in found if other != name)
+        (name, one)
+        for name, one in found
+        if not any(name.startswith(other + ".") for other, _ in found if other != name)
     ]
     if len(outermost) != 1:
         raise _unsupported(f"The model has {len(outermost)} rows of blocks")

@@ -16,4 +16,10 @@ __all__ = ["MODEL_PASSES", "ModelPass", "PassContext"]
 ModelPass = Callable[[Path, Path, Any, PassContext], PassRecord]
 
 #: By the name a recipe calls them.
-MODEL_PASSES: dict[str, ModelPass] = {"weight-only": weight_only, "magnitude": magnitude, "gptq": gptq, "sparsegpt": sparsegpt, "wanda": wanda}
+MODEL_PASSES: dict[str, ModelPass] = {
+    "weight-only": weight_only,
+    "magnitude": magnitude,
+    "gptq": gptq,
+    "sparsegpt": sparsegpt,
+    "wanda": wanda,
+}

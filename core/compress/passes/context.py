@@ -25,6 +25,8 @@ class PassContext:
     seed: int = 0
     index: int = 0  #: the pass's place in the recipe
     calibration: Calibration = field(default=Calibration())  #: what text the pass may look at
-    data_files: Mapping[str, Path] = field(default_factory=dict)  #: the data sets people brought, by what the recipe calls them
+    data_files: Mapping[str, Path] = field(
+        default_factory=dict
+    )  #: the data sets people brought, by what the recipe calls them
     progress: Callable[[float, str], None] = field(default=_no_progress)  #: fraction of this pass, what is being done
     checkpoint: Callable[[str, int], None] = field(default=_no_checkpoint)  #: a file from which another attempt goes on

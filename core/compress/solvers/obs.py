@@ -20,6 +20,7 @@ from torch import Tensor
 from core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block
 from core.compress.solvers.grid import Grid
 from core.compress.solvers.ranges import find_ranges
+from core.compress.solvers.threshold import count_lower, count_upper, locate
 from core.errors import ErrorCode, NightpressError
 
 _BLOCK = 128  #: columns that a kernel settles in one go
@@ -107,6 +108,7 @@ def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prun
         block = math.lcm(block, prune.pattern[1])  # a pattern's neighbours are decided together
     outer_width = max(_OUTER // block, 1) * block
     cost = factor.upper.diagonal().contiguous()
+    inverses = _inverse_blocks(factor.upper, block)
     loss = settled.new_zeros(rows)
     owed = torch.zeros_like(settled)  # (w − q)R over the settled columns: what the others have to make up for
     for outer in range(0, columns, outer_width):
@@ -115,9 +117,7 @@ def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prun
         for start in range(outer, outer_end, block):
             end = min(start + block, outer_end)
             here, later = slice(start, end), slice(end, outer_end)
-            inverse = torch.linalg.solve_triangular(
-                factor.upper[here, here], torch.eye(end - start, dtype=weight.dtype, device=weight.device), upper=True
-            )
+            inverse = inverses[start // block]
             now = torch.addmm(settled[:, here], owed[:, here], inverse)
             grid = None if ranges is None else ranges.of_block(now, start, end)
             spread = (inverse * cost[here, None]).contiguous()
@@ -175,6 +175,20 @@ class _Ranges:
         return find_ranges(weight, self._quantize.grid, self._quantize.stored, importance=importance)
 
 
+def _inverse_blocks(upper: Tensor, block: int) -> list[Tensor]:
+    """The inverses of the blocks on the diagonal, all whole ones found together."""
+    columns = len(upper)
+    whole = columns // block * block
+    blocks = upper[:whole, :whole].unflatten(0, (-1, block)).unflatten(2, (-1, block)).diagonal(dim1=0, dim2=2)
+    blocks = blocks.permute(2, 0, 1).contiguous()  # [blocks, block, block]
+    identity = torch.eye(block, dtype=upper.dtype, device=upper.device)
+    inverses = list(torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True))
+    if whole < columns:
+        ragged = upper[whole:, whole:]
+        inverses.append(torch.linalg.solve_triangular(ragged, identity[: len(ragged), : len(ragged)], upper=True))
+    return inverses
+
+
 def _block_mask(now: Tensor, cost: Tensor, prune: Prune | None) -> BlockMask | None:
     if prune is None:
         return None
@@ -184,7 +198,18 @@ def _block_mask(now: Tensor, cost: Tensor, prune: Prune | None) -> BlockMask | N
     count = round(prune.sparsity * score.numel())
     if count == 0:
         return BlockMask(told=torch.zeros_like(score, dtype=torch.bool))
-    return BlockMask(told=score <= score.flatten().kthvalue(count).values)
+    return BlockMask(told=score <= _smallest(score.flatten(), count))
+
+
+def _smallest(values: Tensor, count: int) -> Tensor | float:
+    """The `count`-th smallest of non-negative numbers."""
+    if not values.is_cuda or values.dtype != torch.float32:
+        return values.kthvalue(count).values
+    # On CUDA one block of threads would look for it. Bit patterns of such numbers sort as they do, so two histograms find it.
+    keys = values.view(torch.int32)
+    upper, rank = locate(count_upper(keys), count - 1)
+    lower, _ = locate(count_lower(keys, upper), rank)
+    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item()
 
 
 def _failure(message: str) -> NightpressError:
