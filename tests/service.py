@@ -1,5 +1,6 @@
 """A service on one folder for tests: its settings, its store, jobs to submit, and workers as threads or as real processes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from sqlalchemy import insert
 
 from core.artifacts.storage import ObjectStore, open_store
@@ -232,6 +234,16 @@ class Service:
 def pids_said(line: str) -> list[int]:
     """The numbers in a line of log such as `pid 12 consumer 13`."""
     return [int(word) for word in line.split() if word.isdigit()]
+
+
+def running(pids: list[int]) -> list[int]:
+    """Those that still run. A zombie that nobody has buried yet does not."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+    return found
 
 
 def load_json(line: str) -> dict[str, str]:

@@ -11,4 +11,4 @@ if __name__ == "__main__":
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
     children = str(Path(__file__).parent / "children.py")
-    sys.exit(run_worker(settings, child_command=[sys.executable, "-P", children, sys.argv[1]]))
+    run_worker(settings, child_command=[sys.executable, "-P", children, sys.argv[1]])

@@ -14,10 +14,11 @@ def main() -> int:
     configure_logging(settings.log_level, settings.log_format)
     sandbox.hide_memory()
     try:
-        return run_worker(settings)
+        run_worker(settings)
     except NightpressError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Sequence
 
-from celery import signals
+from celery import Celery, signals
 from celery.apps.worker import Worker as CeleryWorker
 
 from core.artifacts.storage import open_store
 from core.database import make_engine
 from core.ids import new_id
+from core.jobs.records import WorkerOffer
 from core.jobs.ring import make_celery
 from core.jobs.store import JobStore
 from core.settings import Settings
@@ -21,11 +22,13 @@ from worker.staging import Stager
 from worker.supervisor import Supervisor
 from worker.tasks import add_tasks
 
+_RESTART_S = 1.0
+
 log = logging.getLogger(__name__)
 
 
-def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMAND) -> int:
-    """Serve settings.worker_queue until SIGTERM or SIGINT; returns the exit status."""
+def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMAND) -> None:
+    """Serve settings.worker_queue until SIGTERM or SIGINT."""
     offer = make_offer(settings, new_id("wkr"))
     engine = make_engine(settings.sql_url)
     store = JobStore(engine)
@@ -49,6 +52,19 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     signals.worker_shutting_down.connect(lambda **_: supervisor.draining.set(), weak=False)
     signals.worker_ready.connect(lambda **_: log.info("Worker %s serves %s.", offer.worker_id, offer.queue), weak=False)
     slot.open()
+    try:
+        while not supervisor.draining.is_set():
+            _listen(app, offer, settings)
+            # Celery gives up on a message that it can't even read. The slot works on; only rings went unheard meanwhile.
+            supervisor.draining.wait(_RESTART_S)
+    finally:
+        slot.close(timeout=settings.drain_s)
+        folder.close()
+        engine.dispose()
+
+
+def _listen(app: Celery, offer: WorkerOffer, settings: Settings) -> None:
+    """Hear rings until a signal or a fault ends it."""
     celery: CeleryWorker = app.Worker(
         hostname=f"{offer.worker_id}@nightpress",
         queues=[offer.queue],
@@ -60,10 +76,4 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
         without_mingle=True,
         without_heartbeat=True,
     )
-    try:
-        celery.start()
-    finally:
-        slot.close(timeout=settings.drain_s)
-        folder.close()
-        engine.dispose()
-    return int(celery.exitcode or 0)
+    celery.start()

@@ -73,7 +73,11 @@ def _watch_supervisor(started: "SimpleQueue[None]") -> None:
         if not byte:
             os._exit(0)  # a spare that was never used
         line += byte
-    patience = float(json.loads(line)["patience_s"])
+    try:
+        patience = float(json.loads(line)["patience_s"])
+    except (ValueError, KeyError):
+        traceback.print_exc()
+        os._exit(os.EX_PROTOCOL)  # better no child than one that waits for ever
     started.put(None)
     while select.select([0], [], [], patience)[0]:
         if not os.read(0, 4096):

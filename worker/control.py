@@ -15,6 +15,7 @@ from core.jobs.ring import Ringer
 from core.jobs.store import JobStore
 from core.logs import configure_logging
 from core.settings import Settings, load_settings
+from worker.health import mark_alive
 
 _SWEEP_EVERY_S = 60.0
 _ABANDONED_S = 3600.0  #: a lost attempt's files are swept so long after its end
@@ -27,11 +28,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Bell:
-    """When a queue is rung next. The pause doubles while ringing changes nothing."""
+    """When a queue is rung next. The pause doubles until the queue has been empty once."""
 
-    seen: tuple[int, int]
     pause_s: float
-    next_at: float
+    next_at: float = 0.0
 
 
 class Control:
@@ -70,13 +70,10 @@ class Control:
     def _ring_queues(self) -> None:
         """Ring where there is work and a worker is idle. A busy worker looks for work by itself when it is done."""
         work = self._store.queues_with_work()
-        idle: list[str] = [one.queue for one in self._store.workers() if one.state == "idle"] if work else []
-        for queue, count in work.items():
-            seen = (count, idle.count(queue))
-            bell = self._bells.get(queue)
-            if bell is None or bell.seen != seen:
-                bell = self._bells[queue] = _Bell(seen, self._settings.tick_s, 0.0)
-            if seen[1] and time.monotonic() >= bell.next_at:
+        self._bells = {queue: self._bells.get(queue) or _Bell(self._settings.tick_s) for queue in work}
+        idle: set[str] = {worker.queue for worker in self._store.workers() if worker.state == "idle"} if work else set()
+        for queue, bell in self._bells.items():
+            if queue in idle and time.monotonic() >= bell.next_at:
                 self._ring(queue)
                 bell.next_at = time.monotonic() + bell.pause_s
                 bell.pause_s = min(2 * bell.pause_s, _LONGEST_PAUSE_S)
@@ -105,6 +102,7 @@ def main() -> int:
     log.info("The control process ticks every %g s.", settings.tick_s)
     while not stop.is_set():
         control.tick()
+        mark_alive(settings.data_dir, "control")
         stop.wait(settings.tick_s)
     ringer.close()
     engine.dispose()

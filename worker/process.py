@@ -24,6 +24,7 @@ class ChildProcess:
 
     def __init__(self, root: Path, *, threads: int, network: bool, command: Sequence[str] = CHILD_COMMAND) -> None:
         self.job_dir = root / new_id("run")
+        self._begun = False
         sandbox.prepare_folder(self.job_dir)
         self.frames, frames_end = os.pipe()
         self.chatter, chatter_end = os.pipe()
@@ -56,10 +57,12 @@ class ChildProcess:
     def begin(self, patience_s: float) -> None:
         """Let it start. It ends itself when `patience_s` pass without a beat."""
         self._write(json.dumps({"patience_s": patience_s}).encode() + b"\n")
+        self._begun = True
 
     def beat(self) -> None:
-        """Say that the lease is still held."""
-        self._write(b".")
+        """Say that the lease is still held. A child that has not begun yet waits for its first line, and for nothing else."""
+        if self._begun:
+            self._write(b".")
 
     def _write(self, data: bytes) -> None:
         assert self._process.stdin is not None

@@ -48,7 +48,8 @@ class Relay:
                 os.set_blocking(stream, False)
                 selector.register(stream, selectors.EVENT_READ)
             weighed = 0.0
-            while self._result is None and selector.get_map():
+            # The end of its frames is the end of the child: what it started may hold its standard error open for longer.
+            while self._result is None and self._child.frames in selector.get_map():
                 for key, _ in selector.select(_TICK_S):
                     with contextlib.suppress(BlockingIOError):
                         if not self._read(key.fd):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from core.errors import NightpressError
 from core.jobs.records import WorkerOffer
 from core.jobs.store import JobStore
+from worker.health import mark_alive
 from worker.offer import introduce
 from worker.supervisor import Supervisor
 
@@ -62,6 +63,7 @@ class Slot:
             self._busy.release()
 
     def _beat(self) -> None:
+        mark_alive(self._supervisor.settings.data_dir, "worker")
         self._store.heartbeat_worker(introduce(self._offer, draining=self._supervisor.draining.is_set()))
 
     def _every(self, seconds: float, step: Callable[[], None]) -> None:

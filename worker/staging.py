@@ -1,6 +1,5 @@
 """Files in and files out: the source model and its data from the registry into a job's folder, results from there to storage."""
 
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -89,7 +88,7 @@ class Stager:
 def read_manifest(job_dir: Path, lease: Lease) -> Manifest:
     """What the child says it made. Raises internal for a manifest that isn't there, or is another job's."""
     try:
-        manifest = Manifest.model_validate_json(_read(job_dir / OUT_DIR, MANIFEST_FILE, _MAX_MANIFEST_BYTES))
+        manifest = Manifest.model_validate_json(_read(job_dir, MANIFEST_FILE, _MAX_MANIFEST_BYTES))
     except (OSError, ValueError) as error:
         raise _bad_output(f"its manifest can't be read: {error}") from error
     if (manifest.job_id, manifest.attempt) != (lease.job_id, lease.attempt):
@@ -108,11 +107,10 @@ def files_of(manifest: Manifest) -> list[FileEntry]:
 
 def ship(job_dir: Path, manifest: Manifest, objects: ObjectStore, *, on_bytes: OnBytes) -> None:
     """Upload every file of the manifest, and the manifest last. Nobody sees any of it before the job's commit."""
-    out = job_dir / OUT_DIR
     prefix = f"jobs/{manifest.job_id}/attempts/{manifest.attempt}"
     with disk_errors():
         for file in files_of(manifest):
-            path = _plain_file(out, file.path)
+            path = _plain_file(job_dir, file.path)
             if path.stat().st_size != file.size:
                 raise _bad_output(f"{file.path} has not the size in its manifest")
             objects.put_file(f"{prefix}/{file.path}", path, sha256=file.sha256, on_bytes=on_bytes)
@@ -122,7 +120,7 @@ def ship(job_dir: Path, manifest: Manifest, objects: ObjectStore, *, on_bytes: O
 def outcome_of(job_dir: Path, manifest: Manifest) -> Succeeded:
     """The report and its figures, as they go to SQL."""
     try:
-        report = Report.model_validate_json(_read(job_dir / OUT_DIR, REPORT_FILE, _MAX_REPORT_BYTES))
+        report = Report.model_validate_json(_read(job_dir, REPORT_FILE, _MAX_REPORT_BYTES))
     except (OSError, ValueError) as error:
         raise _bad_output(f"its report can't be read: {error}") from error
     metrics = [row for subject in (report.source, *report.artifacts) for row in _metrics(subject)]
@@ -141,22 +139,22 @@ def _metrics(subject: Subject) -> list[MetricRow]:
     return rows
 
 
-def _read(root: Path, name: str, limit: int) -> bytes:
-    path = _plain_file(root, name)
+def _read(job_dir: Path, name: str, limit: int) -> bytes:
+    path = _plain_file(job_dir, name)
     if path.stat().st_size > limit:
         raise ValueError(f"{name} has {path.stat().st_size} bytes; {limit} are allowed")
     return path.read_bytes()
 
 
-def _plain_file(root: Path, relative: str) -> Path:
-    """A regular file below `root`, reached through no link: what the child wrote decides nothing about what we read."""
-    path = root
-    for part in PurePosixPath(relative).parts:
+def _plain_file(job_dir: Path, name: str) -> Path:
+    """A regular file below out/, reached through no link: what the child wrote decides nothing about what is read here."""
+    path = job_dir
+    for part in (OUT_DIR, *PurePosixPath(name).parts):
         path = path / part
         if path.is_symlink():
-            raise _bad_output(f"{relative} is, or lies behind, a symbolic link")
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise _bad_output(f"{relative} is no regular file")
+            raise _bad_output(f"{name} is, or lies behind, a symbolic link")
+    if not path.is_file():
+        raise _bad_output(f"{name} is missing or no regular file")
     return path
 
 

@@ -2,12 +2,14 @@
 
 import importlib.util
 import shutil
+import signal
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import psutil
@@ -15,7 +17,7 @@ import typer
 
 from client.cli import output
 from client.cli.comparison import print_report
-from client.cli.following import exit_of, follow, print_end
+from client.cli.following import exit_of, print_end, show
 from client.cli.press import require_core
 from client.cli.results import fetch
 from client.cli.session import Session, takes_session
@@ -35,6 +37,7 @@ _MODEL_FILES = (
     "vocab.txt",
 )
 _MODEL_NAME = "all-minilm-l6-v2"
+_LONGEST_S = 900.0  #: a job of half a minute on two cores; beyond this something hangs
 
 
 def add_to(app: typer.Typer) -> None:
@@ -67,11 +70,13 @@ def demo(
             subject = client.models.upload(read_model_folder(model, _MODEL_NAME), meter=meter)
         job = client.jobs.submit(subject.id, recipe, name="nightpress demo")
         step(f"Submitted {job.id}: {recipe} on {subject.name}")
-        job = follow(client, job.id, quiet=quiet)
+        job = show(client, job.id, quiet=quiet, timeout_s=_LONGEST_S, since=start)
         if job.state != "succeeded":
             if quiet:
                 output.print_json({"job": job})
             else:
+                for line in client.jobs.logs(job.id):  # they go with the stack
+                    output.note(line.text, "dim")
                 print_end(job)
             raise typer.Exit(exit_of(job))
         step("Fetching the artifacts")
@@ -136,6 +141,9 @@ def _service(api: str | None, keep: bool, step: Callable[[str], None]) -> Iterat
     folder = Path(tempfile.mkdtemp(prefix="nightpress-"))
     own = settings.model_copy(update={"data_dir": folder, "api_port": _free_port()})
     step("Starting API, worker, control process and broker")
+    # Ended by a supervisor or a closed terminal, the demo still takes its stack along.
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGHUP, _end)
     process = start_stack(own, _environment(own))
     try:
         client = await_ready(process, own, 60.0)
@@ -155,6 +163,10 @@ def _service(api: str | None, keep: bool, step: Callable[[str], None]) -> Iterat
                 stop_stack(psutil.Process(process.pid))
             process.wait(10)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _environment(settings: Settings) -> dict[str, str]:

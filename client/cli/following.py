@@ -16,11 +16,11 @@ from core.schemas import JobView
 class _Follower:
     """Draws each new view of a job."""
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: Progress | None, since: float) -> None:
         self._progress = progress
         self._task: TaskID | None = None
         self._last: tuple[object, ...] = ()
-        self._start = time.monotonic()
+        self._since = since
 
     def __call__(self, job: JobView) -> None:
         title = output.clean(describe(job))
@@ -35,7 +35,7 @@ class _Follower:
         now = (job.state, job.phase, job.attempt, job.pass_index)
         if now != self._last:
             self._last = now
-            output.note(f"{time.monotonic() - self._start:6.1f} s  {title}")
+            output.note(f"{time.monotonic() - self._since:5.1f} s  {title}")
 
 
 def describe(job: JobView) -> str:
@@ -59,14 +59,22 @@ def detach_on_interrupt(job_id: str) -> Iterator[None]:
 
 
 def follow(client: Client, job_id: str, *, quiet: bool = False, timeout_s: float | None = None) -> JobView:
-    """Wait for a job's end, showing the way unless `quiet`."""
+    """Wait for a job's end, showing the way unless `quiet`; Ctrl-C detaches."""
     with detach_on_interrupt(job_id):
-        if quiet:
-            return client.jobs.wait(job_id, timeout_s=timeout_s)
-        if not output.stderr().is_terminal:
-            return client.jobs.wait(job_id, timeout_s=timeout_s, poll_s=0.5, on_update=_Follower(None))
-        with output.job_progress() as progress:
-            return client.jobs.wait(job_id, timeout_s=timeout_s, poll_s=0.4, on_update=_Follower(progress))
+        return show(client, job_id, quiet=quiet, timeout_s=timeout_s)
+
+
+def show(
+    client: Client, job_id: str, *, quiet: bool, timeout_s: float | None = None, since: float | None = None
+) -> JobView:
+    """Wait for a job's end, showing the way unless `quiet`. `since`: the moment that counts as 0 s."""
+    if quiet:
+        return client.jobs.wait(job_id, timeout_s=timeout_s)
+    since = since or time.monotonic()
+    if not output.stderr().is_terminal:
+        return client.jobs.wait(job_id, timeout_s=timeout_s, poll_s=0.5, on_update=_Follower(None, since))
+    with output.job_progress() as progress:
+        return client.jobs.wait(job_id, timeout_s=timeout_s, poll_s=0.4, on_update=_Follower(progress, since))
 
 
 def exit_of(job: JobView) -> Exit:

@@ -78,6 +78,9 @@ def explain(error: Exception) -> Exit:
                 f"Some values are not valid.{_places(faults)}", "Settings come from NIGHTPRESS_* variables and .env."
             )
             return Exit.USAGE
+        case TimeoutError() if not error.errno:
+            output.fail(str(error), "`nightpress doctor` looks for what may be wrong.")
+            return Exit.JOB_FAILED
         case OSError():
             where = f" {error.filename}" if error.filename else ""
             output.fail(

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from core.artifacts.files import disk_errors, write_atomically
+from core.artifacts.s3connection import GONE, THREADS, connect, error_code, s3_errors, unavailable
 from core.artifacts.storage import (
     PRESIGN_S,
     ObjectInfo,
@@ -35,11 +34,8 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _PART = 16 * 1024**2
-_THREADS = 4
 _MAX_PARTS = 10_000
-_GONE = {"404", "NoSuchKey", "NotFound"}
 _NO_UPLOAD = {"NoSuchUpload", "404"}
-_BAD_BYTES = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 
 
 class S3Store:
@@ -56,10 +52,10 @@ class S3Store:
         url = urlsplit(settings.objects_url)
         public = settings.s3_public_endpoint_url
         return cls(
-            _connect(settings, settings.s3_endpoint_url),
+            connect(settings, settings.s3_endpoint_url),
             url.netloc,
             url.path,
-            public=_connect(settings, public) if public else None,
+            public=connect(settings, public) if public else None,
         )
 
     def put_file(self, key: str, path: Path, *, sha256: str | None = None, on_bytes: OnBytes | None = None) -> None:
@@ -101,7 +97,7 @@ class S3Store:
                         raise
             raise AssertionError("unreachable")
 
-        with _s3_errors(key):
+        with s3_errors(key):
             if len(ranges) == 1:
                 yield fetch(ranges[0])
             elif ranges:
@@ -113,7 +109,7 @@ class S3Store:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         below = f"{valid_key(prefix.rstrip('/'))}/" if prefix else ""
-        with _s3_errors(prefix):
+        with s3_errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + below
             )
@@ -125,12 +121,12 @@ class S3Store:
     def delete_prefix(self, prefix: str) -> int:
         key = valid_key(prefix.rstrip("/"))
         keys = [info.key for info in self.list(key)] + [key] * (self.stat(key) is not None)
-        with _s3_errors(prefix):
+        with s3_errors(prefix):
             for begin in range(0, len(keys), 1000):
                 batch: Any = [{"Key": self._prefix + one} for one in keys[begin : begin + 1000]]
                 answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True})
                 for fault in answer.get("Errors", []):
-                    raise _unavailable(prefix, f"{fault.get('Code')}: {fault.get('Message')}")
+                    raise unavailable(prefix, f"{fault.get('Code')}: {fault.get('Message')}")
         return len(keys)
 
     def presign_get(self, key: str, *, filename: str, expires_s: int = PRESIGN_S) -> str | None:
@@ -143,7 +139,7 @@ class S3Store:
 
     def begin_upload(self, key: str, *, sha256: str, signed_parts: bool) -> str:
         extra: dict[str, Any] = {"ChecksumAlgorithm": "SHA256"} if signed_parts else {}
-        with _s3_errors(key):
+        with s3_errors(key):
             answer = self._client.create_multipart_upload(**self._at(key), Metadata={"sha256": sha256}, **extra)
         return answer["UploadId"]
 
@@ -179,7 +175,7 @@ class S3Store:
     def complete_upload(
         self, key: str, upload_id: str, *, size: int, sha256: str, part_sha256: Sequence[str] = ()
     ) -> None:
-        with _s3_errors(key):
+        with s3_errors(key):
             parts = [
                 {"PartNumber": part["PartNumber"], "ETag": part["ETag"]} for part in self._list_parts(key, upload_id)
             ]
@@ -207,17 +203,17 @@ class S3Store:
         # Some stores destroy the finished object when a leftover upload of the same key is aborted: never do that.
         if self._head(key) is not None:
             return
-        with _s3_errors(key):
+        with s3_errors(key):
             try:
                 self._client.abort_multipart_upload(**self._at(key), UploadId=upload_id)
             except ClientError as error:
-                if _code(error) not in _NO_UPLOAD:
+                if error_code(error) not in _NO_UPLOAD:
                     raise
 
     def sweep_uploads(self, older_than_s: float) -> int:
         limit = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=older_than_s)
         count = 0
-        with _s3_errors(self._prefix):
+        with s3_errors(self._prefix):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self._bucket, Prefix=self._prefix
             )
@@ -231,7 +227,7 @@ class S3Store:
 
     def check(self) -> None:
         probe: dict[str, Any] = {"Bucket": self._bucket, "Key": f"{self._prefix}.np-check"}
-        with _s3_errors("the bucket"):
+        with s3_errors("the bucket"):
             self._client.put_object(**probe, Body=b"x")
             self._client.delete_object(**probe)
 
@@ -241,21 +237,21 @@ class S3Store:
         return {"Bucket": self._bucket, "Key": self._prefix + valid_key(key)}
 
     def _head(self, key: str) -> Any:
-        with _s3_errors(key):
+        with s3_errors(key):
             try:
                 return self._client.head_object(**self._at(key))
             except ClientError as error:
-                if _code(error) in _GONE:
+                if error_code(error) in GONE:
                     return None
                 raise
 
     def _list_parts(self, key: str, upload_id: str) -> Sequence[Any]:
-        with _s3_errors(key):
+        with s3_errors(key):
             try:
                 pages = self._client.get_paginator("list_parts").paginate(**self._at(key), UploadId=upload_id)
                 return [part for page in pages for part in page.get("Parts", [])]
             except ClientError as error:
-                if _code(error) in _NO_UPLOAD:
+                if error_code(error) in _NO_UPLOAD:
                     return []
                 raise
 
@@ -263,7 +259,7 @@ class S3Store:
         digest = hashlib.sha256(data)
         if sha256 is not None and digest.hexdigest() != sha256:
             raise wrong_checksum(key, sha256, digest.hexdigest())
-        with _s3_errors(key):
+        with s3_errors(key):
             self._client.put_object(
                 **self._at(key),
                 Body=data,
@@ -274,7 +270,7 @@ class S3Store:
     def _put_parts(self, key: str, path: Path, size: int, sha256: str | None, on_bytes: OnBytes | None) -> None:
         part_size = max(_PART, -(-size // _MAX_PARTS))
         metadata = {"sha256": sha256} if sha256 is not None else {}
-        with _s3_errors(key):
+        with s3_errors(key):
             upload_id = self._client.create_multipart_upload(
                 **self._at(key), ChecksumAlgorithm="SHA256", Metadata=metadata
             )["UploadId"]
@@ -297,7 +293,7 @@ class S3Store:
             return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum, "Size": len(piece)}
 
         try:
-            with _s3_errors(key), disk_errors(path.name):
+            with s3_errors(key), disk_errors(path.name):
                 parts = []
                 for part in _in_order(send, numbered()):
                     parts.append(part)
@@ -321,40 +317,18 @@ class S3Store:
             )
         except ClientError as error:
             # A repeat of a request whose answer was lost: whether it worked, the object tells.
-            if _code(error) not in _NO_UPLOAD or self._head(key) is None:
+            if error_code(error) not in _NO_UPLOAD or self._head(key) is None:
                 raise
-
-
-def _connect(settings: Settings, endpoint: str | None) -> "S3Client":
-    key, secret = settings.s3_access_key_id, settings.s3_secret_access_key
-    return boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name=settings.s3_region,
-        aws_access_key_id=key.get_secret_value() if key else None,
-        aws_secret_access_key=secret.get_secret_value() if secret else None,
-        config=Config(
-            signature_version="s3v4",
-            connect_timeout=3,
-            read_timeout=30,
-            retries={"mode": "standard", "total_max_attempts": 4},
-            max_pool_connections=4 * _THREADS,
-            # We send SHA-256 of every body as a signed header: the CRC on top and a second SHA-256 over the payload say nothing new.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3={"addressing_style": "path" if endpoint else "auto", "payload_signing_enabled": False},
-        ),
-    )
 
 
 def _in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Map in threads, a few items ahead, yielding in order: what is in flight is bounded, whatever the object's size."""
     waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(_THREADS)
+    pool = ThreadPoolExecutor(THREADS)
     try:
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) > _THREADS:
+            if len(waiting) > THREADS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -371,37 +345,3 @@ def _counted(pieces: Iterable[bytes], on_bytes: OnBytes | None) -> Iterator[byte
 
 def _base64(digest: bytes) -> str:
     return base64.b64encode(digest).decode()
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _unavailable(what: str, why: str) -> NightpressError:
-    return NightpressError(
-        ErrorCode.STORAGE_UNAVAILABLE,
-        f"The object store did not do what was asked of {what}: {why}.",
-        hint="Try again in a minute; `nightpress doctor` shows whether address, bucket and keys are right.",
-    )
-
-
-@contextlib.contextmanager
-def _s3_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except ClientError as error:
-        code = _code(error)
-        if code in _GONE:
-            raise missing_object(what) from error
-        if code in _BAD_BYTES:
-            raise NightpressError(
-                ErrorCode.CHECKSUM_MISMATCH,
-                f"The object store received other bytes of {what} than were sent.",
-                hint="Nothing was kept. Try again; if it happens twice, something between here and the store alters data.",
-                key=what,
-            ) from error
-        raise _unavailable(
-            what, f"{code or 'error'} {error.response.get('Error', {}).get('Message', '')}".strip()
-        ) from error
-    except BotoCoreError as error:
-        raise _unavailable(what, str(error).rstrip(".")) from error

@@ -1,15 +1,232 @@
 """report.json, and what is drawn from it alone: a Markdown model card and one self-contained HTML page."""
 
+import json
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from core.compress import charts
 from core.compress.checkpoint import write_file
-from core.handoff.report import REPORT_FILE, Report
+from core.handoff.report import REPORT_FILE, LayerEffect, Measurement, PassRecord, Report, Subject
 
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
 
+_NAMES = {
+    "perplexity": "Perplexity",
+    "accuracy": "Accuracy",
+    "cosine": "Cosine with the source",
+    "top1_agreement": "Top-1 agreement with the source",
+    "kl_divergence": "KL divergence from the source",
+}
 
-def write(report: Report, out: Path, *, digests: dict[str, str]) -> tuple[str, ...]:
-    """Write all three; their names. digests: by artifact, as the manifest has them."""
+
+def write(report: Report, out: Path, *, digests: Mapping[str, str]) -> tuple[str, ...]:
+    """Write all three files; their names. digests: by artifact, as the manifest has them."""
     write_file(out / REPORT_FILE, report.model_dump_json(indent=1).encode() + b"\n")
-    return (REPORT_FILE,)
+    write_file(out / MARKDOWN_FILE, render_markdown(report, digests).encode())
+    write_file(out / HTML_FILE, render_html(report, digests).encode())
+    return (REPORT_FILE, MARKDOWN_FILE, HTML_FILE)
+
+
+def render_html(report: Report, digests: Mapping[str, str]) -> str:
+    """One page that needs nothing else: no script, no font, no image, no network."""
+    return _templates().get_template("report.html").render(**_context(report, digests))
+
+
+def render_markdown(report: Report, digests: Mapping[str, str]) -> str:
+    """A model card: YAML that hubs read, then the comparison."""
+    front: dict[str, Any] = {
+        "base_model": report.model["name"],
+        "tags": ["nightpress", *(one.format for one in report.artifacts)],
+        "pipeline_tag": _PIPELINE_TAGS.get(str(report.model.get("task"))),
+        "license": report.model.get("license"),
+        "model-index": [{"name": report.model["name"], "results": _index_results(report)}],
+    }
+    known = {key: value for key, value in front.items() if value}
+    metadata = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1000)
+    return _templates().get_template("report.md").render(metadata=metadata, **_context(report, digests))
+
+
+_PIPELINE_TAGS = {
+    "causal-lm": "text-generation",
+    "classification": "text-classification",
+    "token-classification": "token-classification",
+    "masked-lm": "fill-mask",
+    "embedding": "feature-extraction",
+}
+
+
+def _index_results(report: Report) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": {"type": _PIPELINE_TAGS.get(str(report.model.get("task")), "other"), "name": subject.name},
+            "dataset": {"name": one.data, "type": one.data},
+            "metrics": [{"type": one.name, "value": round(one.value, 6)}],
+        }
+        for subject in report.artifacts
+        for one in subject.measurements
+    ]
+
+
+def _context(report: Report, digests: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "report": report,
+        "digests": digests,
+        "rows": _rows(report),
+        "headline": _headline(report),
+        "latency_chart": Markup(charts.latency([report.source, *report.artifacts])),  # noqa: S704 - escaped there
+        "layer_charts": [(record, *_layer_charts(record)) for record in report.passes if record.layers],
+        "recipe_json": json.dumps(report.recipe, indent=2),
+    }
+
+
+def _layer_charts(record: PassRecord) -> tuple[Markup, Markup, int]:
+    layers = largest_errors(record.layers)
+    sizes, errors = charts.layer_sizes(layers), charts.layer_errors(layers)
+    return Markup(sizes), Markup(errors), len(record.layers)  # noqa: S704 - escaped there
+
+
+def largest_errors(layers: tuple[LayerEffect, ...], shown: int = 40) -> tuple[LayerEffect, ...]:
+    """All layers in the model's order, or of many those with the largest errors."""
+    if len(layers) <= shown:
+        return layers
+    bound = sorted((one.relative_error for one in layers), reverse=True)[shown - 1]
+    return tuple(one for one in layers if one.relative_error >= bound)[:shown]
+
+
+def _headline(report: Report) -> list[tuple[str, str, str]]:
+    """For each artifact: its name, how small and how fast it became in a line, and its quality in another."""
+    lines = []
+    for one in report.artifacts:
+        parts = [f"{one.size_bytes / report.source.size_bytes:.0%} of the size"]
+        ratios = [
+            theirs.p50_ms / ours.p50_ms
+            for ours in one.timings
+            for theirs in report.source.timings
+            if (ours.batch, ours.length) == (theirs.batch, theirs.length)
+        ]
+        if ratios:
+            low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
+            parts.append(f"{low}×" + (f" to {high}×" if low != high else "") + " the speed")
+        first = one.measurements[0] if one.measurements else None
+        lines.append(
+            (one.name, ", ".join(parts), f"{_NAMES.get(first.name, first.name)} {figure(first)}" if first else "")
+        )
+    return lines
+
+
+def _rows(report: Report) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """The comparison: (what, the source's figure, [(an artifact's figure, its change)])."""
+    source, artifacts = report.source, report.artifacts
+    rows = [
+        (
+            "Size on disk",
+            megabytes(source.size_bytes),
+            [_of(one.size_bytes, source.size_bytes, megabytes) for one in artifacts],
+        )
+    ]
+    keys = dict.fromkeys((one.name, one.data) for subject in (*artifacts, source) for one in subject.measurements)
+    for name, data in keys:
+        label = f"{_NAMES.get(name, name)} · {data}"
+        theirs = _find(source, name, data)
+        cells = []
+        for subject in artifacts:
+            ours = _find(subject, name, data)
+            cells.append((figure(ours), change(ours)) if ours else ("–", ""))
+        rows.append((label, figure(theirs) if theirs else "–", cells))
+    for at, timing in enumerate(source.timings):
+        label = f"Latency, batch {timing.batch} × {timing.length} tokens"
+        cells = [_of_time(one.timings[at].p50_ms, one.timings[at].p95_ms, timing.p50_ms) for one in artifacts]
+        rows.append((label, f"{timing.p50_ms:.1f} ms (p95 {timing.p95_ms:.1f})", cells))
+        unit = timing.throughput_unit
+        throughput = [
+            (f"{one.timings[at].throughput:,.0f} {unit}", f"{one.timings[at].throughput / timing.throughput:.2f}×")
+            for one in artifacts
+        ]
+        rows.append(
+            (
+                f"Throughput, batch {timing.batch} × {timing.length} tokens",
+                f"{timing.throughput:,.0f} {unit}",
+                throughput,
+            )
+        )
+    if source.peak_memory_bytes:
+        base = source.peak_memory_bytes
+        cells = [_of(one.peak_memory_bytes or 0, base, megabytes) for one in artifacts]
+        rows.append(("Peak memory of the process", megabytes(base), cells))
+    return rows
+
+
+def _find(subject: Subject, name: str, data: str) -> Measurement | None:
+    return next((one for one in subject.measurements if (one.name, one.data) == (name, data)), None)
+
+
+def _of(value: int, base: int, show: Any) -> tuple[str, str]:
+    return show(value), f"{value / base:.0%}" if base else ""
+
+
+def _of_time(p50: float, p95: float, base: float) -> tuple[str, str]:
+    faster = base / p50
+    return f"{p50:.1f} ms (p95 {p95:.1f})", f"{faster:.2f}× faster" if faster >= 1 else f"{1 / faster:.2f}× slower"
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def figure(one: Measurement) -> str:
+    """Value and interval, with as many digits as tell them apart from each other and from 1."""
+    low, high = one.low, one.high
+    if one.name in {"accuracy", "top1_agreement"}:
+        ends = f" [{low:.1%}, {high:.1%}]" if low is not None and high is not None else ""
+        return f"{one.value:.1%}{ends}"
+    digits = 5 if one.name in {"cosine", "kl_divergence"} else 3
+    ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if low is not None and high is not None else ""
+    return f"{one.value:.{digits}f}{ends}"
+
+
+def change(one: Measurement) -> str:
+    """The change against the source, with its interval where it has one."""
+    if one.change is None:
+        return ""
+    if one.change_low is None or one.change_high is None:
+        return f"{one.change:+.2%}"
+    return f"{one.change:+.2%} [{one.change_low:+.2%}, {one.change_high:+.2%}]"
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("core.compress", "templates"),
+        autoescape=jinja2.select_autoescape(["html"]),  # Markdown is escaped by the filters `plain` and `cell`
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"megabytes": megabytes, "cell": _table_cell, "plain": _plain_text, "code": _code_block}
+    return environment
+
+
+def _plain_text(text: object) -> str:
+    """Someone's words in Markdown: no markup, no HTML and no line break of theirs survives."""
+    one_line = " ".join(str(text).split())
+    for special in "\\`*_[]<>#|":
+        one_line = one_line.replace(
+            special, f"\\{special}" if special not in "<>" else {"<": "&lt;", ">": "&gt;"}[special]
+        )
+    return one_line
+
+
+def _table_cell(text: object) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code_block(text: str) -> str:
+    """Text for a fenced block, which it can't end."""
+    return text.replace("```", "` ` `")

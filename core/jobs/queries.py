@@ -8,20 +8,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_args
 
-from sqlalchemy import ColumnElement, Engine, func, literal, literal_column, or_, select, tuple_
+from sqlalchemy import ColumnElement, Engine, case, func, literal, literal_column, or_, select, tuple_
 from sqlalchemy.dialects.postgresql import JSONB
 
 from core.database import db_now, transaction
 from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, Queue, Worker, WorkerState
-from core.jobs.tables import job_artifacts, job_attempts, job_events, job_logs, job_reports, jobs, workers
+from core.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, Queue
+from core.jobs.states import QUEUED
+from core.jobs.tables import job_artifacts, job_attempts, job_events, job_logs, job_reports, jobs
 from core.schemas import JobState
 
 JOB_COLUMNS = tuple(jobs.c[field.name] for field in fields(Job))
 #: Written into the statement, not bound: a partial index is only used where its condition stands in the text.
 IS_QUEUED: ColumnElement[bool] = jobs.c.state == literal_column("'queued'")
 IS_LEASED: ColumnElement[bool] = jobs.c.lease_expires_at.is_not(None)
-WORKER_LOST_S = 30.0  #: a worker not seen for so long is shown as lost
 _COUNT_BOUND = 1000
 QUEUES: tuple[Queue, ...] = get_args(Queue)
 
@@ -139,53 +139,39 @@ class JobReader:
         with transaction(self._engine, read_only=True) as connection:
             return [(job_id, number) for job_id, number in connection.execute(query.limit(limit))]
 
-    def workers(self) -> list[Worker]:
-        """All known workers with what they do now: busy is who holds a lease, lost who wasn't seen for a while."""
-        held = select(jobs.c.worker_id, func.min(jobs.c.id).label("job_id")).where(IS_LEASED).group_by(jobs.c.worker_id)
-        leases = held.subquery()
-        query = (
-            select(workers, leases.c.job_id, (workers.c.last_seen_at < db_now(-WORKER_LOST_S)).label("lost"))
-            .join_from(workers, leases, leases.c.worker_id == workers.c.id, isouter=True)
-            .order_by(workers.c.id)
-        )
-        with transaction(self._engine, read_only=True) as connection:
-            rows = connection.execute(query).mappings().all()
-        found = []
-        for row in rows:
-            values = {key: value for key, value in row.items() if key != "lost"}
-            busy: WorkerState = "busy" if row["job_id"] else "idle"
-            state: WorkerState = "lost" if row["lost"] else "draining" if row["draining"] else busy
-            found.append(Worker(**values, state=state))
-        return found
-
     def statistics(self) -> JobStatistics:
         """Counts over all jobs, from the partial indexes alone."""
-        live = (
-            select(jobs.c.queue, jobs.c.state, func.count())
-            .where(or_(IS_QUEUED, IS_LEASED))
-            .group_by(jobs.c.queue, jobs.c.state)
+        now = db_now()
+        queued = (
+            select(
+                jobs.c.queue,
+                func.count(),
+                func.min(case((jobs.c.run_after <= now, jobs.c.created_at))).label("oldest"),
+                now,
+            )
+            .where(IS_QUEUED)
+            .group_by(jobs.c.queue)
         )
+        leased = select(jobs.c.queue, jobs.c.state, func.count()).where(IS_LEASED).group_by(jobs.c.queue, jobs.c.state)
         done = (
             select(jobs.c.queue, jobs.c.state, jobs.c.error_code, func.count())
             .where(jobs.c.finished_at.is_not(None))
             .group_by(jobs.c.queue, jobs.c.state, jobs.c.error_code)
         )
-        oldest = (
-            select(jobs.c.queue, func.min(jobs.c.created_at))
-            .where(IS_QUEUED, jobs.c.run_after <= db_now())
-            .group_by(jobs.c.queue)
-        )
         counts: dict[tuple[Queue, JobState], int] = {}
+        ages: dict[Queue, float] = {}
         failures: dict[str, int] = {}
         with transaction(self._engine, read_only=True) as connection:
-            for queue, state, count in connection.execute(live):
+            for queue, count, oldest, moment in connection.execute(queued):
+                counts[queue, QUEUED] = count
+                if oldest is not None:
+                    ages[queue] = max(0.0, (moment - oldest).total_seconds())
+            for queue, state, count in connection.execute(leased):
                 counts[queue, state] = count
             for queue, state, code, count in connection.execute(done):
                 counts[queue, state] = counts.get((queue, state), 0) + count
                 if code is not None:
                     failures[code] = failures.get(code, 0) + count
-            now = connection.execute(select(db_now())).scalar_one()
-            ages = {queue: max(0.0, (now - since).total_seconds()) for queue, since in connection.execute(oldest)}
         return JobStatistics(jobs=counts, oldest_queued_s=ages, failures=failures)
 
 

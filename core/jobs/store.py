@@ -1,25 +1,20 @@
 """The only writer of job state. Each transition is one guarded UPDATE, and its event is in the same transaction."""
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
 from sqlalchemy import (
     ColumnElement,
-    CursorResult,
-    ScalarSelect,
-    Select,
     bindparam,
     case,
-    delete,
-    func,
     insert,
     literal_column,
     null,
     or_,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.engine import Connection
@@ -28,14 +23,15 @@ from core.database import JsonType, clean_text, db_now, statement, transaction
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
 from core.ids import new_id
+from core.jobs.claims import claim_and_note, claim_job, claim_values, whose_turn
 from core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS, job_of
-from core.jobs.records import Claimed, Job, Lease, Renewal, Succeeded, Worker, WorkerOffer
+from core.jobs.records import Claimed, Job, Lease, Renewal, Succeeded, WorkerOffer
+from core.jobs.roster import WorkerRoster
 from core.jobs.states import (
     CANCELLED,
     CANCELLING,
     FAILED,
     QUEUED,
-    RUNNING,
     SUCCEEDED,
     AttemptOutcome,
     Trigger,
@@ -50,7 +46,6 @@ from core.jobs.tables import (
     job_metrics,
     job_reports,
     jobs,
-    workers,
 )
 
 MAX_LOG_LINES = 10_000  #: a job
@@ -64,7 +59,7 @@ _EXPIRE_BATCH = 200
 _columns = jobs.c
 
 
-class JobStore(JobSubmitter):
+class JobStore(JobSubmitter, WorkerRoster):
     """Jobs from submission to their end, on SQLite or PostgreSQL. Safe to share between threads."""
 
     # A person ----------------------------------------------------------------------------------------------------
@@ -91,47 +86,34 @@ class JobStore(JobSubmitter):
 
         None: there is nothing to do for this worker now.
         """
+        values = claim_values(offer, new_id("lease"), ttl_s)
         for _ in range(_CLAIM_TRIES):
-            with transaction(self._engine) as connection:
-                job = self._claim(connection, offer, ttl_s)
-                if job is None:
-                    # Nothing fits, or other workers hold all of the best tenant's rows at this very moment.
-                    if self._sqlite or connection.execute(_best_tenant(offer)).first() is None:
-                        return None
-                    continue
-                lease = Lease(job.id, str(job.lease_id), job.attempt, offer.worker_id)
-                connection.execute(
-                    insert(job_attempts).values(
-                        job_id=job.id,
-                        number=job.attempt,
-                        lease_id=lease.lease_id,
-                        worker_id=offer.worker_id,
-                        started_at=db_now(),
-                    )
-                )
-                return Claimed(job, lease)
+            job = self._claim(values)
+            if job is not None:
+                return Claimed(job, Lease(job.id, str(job.lease_id), job.attempt, offer.worker_id))
+            with transaction(self._engine, read_only=True) as connection:
+                if self._sqlite or connection.execute(whose_turn(), values).first() is None:
+                    return None
+            # There is work, but other workers are claiming all of the best tenant's jobs at this very moment.
+            time.sleep(random.uniform(0.0, 0.005))
         return None
 
-    def _claim(self, connection: Connection, offer: WorkerOffer, ttl_s: float) -> Job | None:
-        return self._move(
-            connection,
-            Trigger.CLAIM,
-            _columns.id == _best_job(offer),
-            note=lambda job: ("started", {"attempt": job.attempt, "worker_id": offer.worker_id}),
-            state=RUNNING,
-            attempt=_columns.attempt + 1,
-            worker_id=offer.worker_id,
-            lease_id=new_id("lease"),
-            lease_expires_at=db_now(ttl_s),
-            started_at=db_now(),
-            progressed_at=db_now(),
-            start_before=null(),
-            phase="fetching",
-            progress=0.0,
-            pass_index=null(),
-            eta_s=null(),
-            message="",
-        )
+    def _claim(self, values: dict[str, Any]) -> Job | None:
+        if not self._sqlite:
+            with statement(self._engine) as connection:
+                row = connection.execute(claim_and_note(), values).one_or_none()
+            return job_of(row[:-1]) if row else None
+        with transaction(self._engine) as connection:
+            row = connection.execute(claim_job(), values).one_or_none()
+            if row is None:
+                return None
+            job, seq = job_of(row[:-1]), row[-1]
+            data = {"attempt": job.attempt, "worker_id": job.worker_id}
+            attempt = {"number": job.attempt, "lease_id": job.lease_id, "worker_id": job.worker_id}
+            connection.execute(insert(job_attempts).values(job_id=job.id, started_at=job.started_at, **attempt))
+            event = {"seq": seq, "kind": "started", "data": data}
+            connection.execute(insert(job_events).values(job_id=job.id, at=job.started_at, **event))
+        return job
 
     def renew(self, lease: Lease, *, ttl_s: float, progress: Progress | None = None) -> Renewal:
         """Extend the lease and note the progress, which never falls within an attempt."""
@@ -362,36 +344,6 @@ class JobStore(JobSubmitter):
         with statement(self._engine) as connection:
             connection.execute(update(job_attempts).where(*one).values(swept=True))
 
-    # Workers -----------------------------------------------------------------------------------------------------
-
-    def heartbeat_worker(self, worker: Worker) -> None:
-        """Say that a worker is alive; the first time, that it exists."""
-        told = {
-            name: getattr(worker, name)
-            for name in ("host", "queue", "device", "memory", "threads", "version", "draining")
-        }
-        with transaction(self._engine) as connection:
-            seen = connection.execute(
-                update(workers).where(workers.c.id == worker.id).values(**told, last_seen_at=db_now())
-            )
-            if not seen.rowcount:
-                connection.execute(
-                    insert(workers).values(id=worker.id, **told, started_at=db_now(), last_seen_at=db_now())
-                )
-
-    def remove_worker(self, worker_id: str) -> None:
-        """A worker says good-bye."""
-        with statement(self._engine) as connection:
-            connection.execute(delete(workers).where(workers.c.id == worker_id))
-
-    def forget_lost_workers(self, older_than_s: float) -> int:
-        """Forget workers that went without good-bye so long ago that nobody looks for them. Returns how many."""
-        with statement(self._engine) as connection:
-            gone: CursorResult[Any] = connection.execute(
-                delete(workers).where(workers.c.last_seen_at < db_now(-older_than_s))
-            )
-            return gone.rowcount
-
     # The statement behind every transition -----------------------------------------------------------------------
 
     def _move(
@@ -475,57 +427,6 @@ _RESTING: dict[str, Any] = {
 
 def _holds(lease: Lease, trigger: Trigger) -> list[ColumnElement[bool]]:
     return [_columns.id == lease.job_id, _columns.lease_id == lease.lease_id, _columns.state.in_(sources(trigger))]
-
-
-def _fits(offer: WorkerOffer) -> list[ColumnElement[bool]]:
-    return [
-        IS_QUEUED,
-        _columns.queue == offer.queue,
-        _columns.needs_memory <= offer.memory,
-        _columns.run_after <= db_now(),
-    ]
-
-
-def _best_tenant(offer: WorkerOffer) -> Select[Any]:
-    """The tenant whose turn it is, and its best priority: one index probe a tenant, however many jobs they have."""
-    in_queue = (IS_QUEUED, _columns.queue == offer.queue)
-    tenants = select(func.min(_columns.tenant_id).label("id")).where(*in_queue).cte("tenants", recursive=True)
-    following = select(func.min(_columns.tenant_id)).where(*in_queue, _columns.tenant_id > tenants.c.id)
-    tenants = tenants.union_all(select(following.correlate(tenants).scalar_subquery()).where(tenants.c.id.is_not(None)))
-    best_of = (
-        select(_columns.id)
-        .where(*_fits(offer), _columns.tenant_id == tenants.c.id)
-        .order_by(_columns.priority.desc(), _columns.created_at, _columns.id)
-        .limit(1)
-        .correlate(tenants)
-        .scalar_subquery()
-    )
-    running = (
-        select(func.count())
-        .select_from(jobs)
-        .where(IS_LEASED, _columns.tenant_id == tenants.c.id)
-        .correlate(tenants)
-        .scalar_subquery()
-    )
-    candidate = jobs.alias("candidate")
-    return (
-        select(candidate.c.tenant_id, candidate.c.priority)
-        .join_from(tenants, candidate, candidate.c.id == best_of)
-        .order_by(candidate.c.priority.desc(), running, candidate.c.created_at, candidate.c.id)
-        .limit(1)
-    )
-
-
-def _best_job(offer: WorkerOffer) -> ScalarSelect[Any]:
-    """That tenant's oldest job of that priority which no other worker is claiming at this moment."""
-    return (
-        select(_columns.id)
-        .where(*_fits(offer), tuple_(_columns.tenant_id, _columns.priority) == _best_tenant(offer).scalar_subquery())
-        .order_by(_columns.created_at, _columns.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
 
 
 def _backed_off(backoff_s: float) -> db_now:

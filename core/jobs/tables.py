@@ -87,6 +87,8 @@ Index(
     jobs.c.priority.desc(),
     jobs.c.created_at,
     jobs.c.id,
+    # What decides whether a job fits, so that one that doesn't costs no look at its row.
+    postgresql_include=["run_after", "needs_memory"],
     postgresql_where=_QUEUED,
     sqlite_where=_QUEUED,
 )
@@ -107,6 +109,7 @@ Index(
     sqlite_where=_FINISHED,
 )
 Index("ix_jobs_listing", jobs.c.tenant_id, jobs.c.created_at, jobs.c.id)
+Index("ix_jobs_listing_by_state", jobs.c.tenant_id, jobs.c.state, jobs.c.created_at, jobs.c.id)
 
 
 def _job_id() -> Column[str]:

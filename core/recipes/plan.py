@@ -70,7 +70,12 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def is_linear_weight(tensor: TensorInfo, ignore: Iterable[str]) -> bool:
     """Whether a pass over linear layers takes this tensor: a matrix called `….weight` that is no embedding, norm or ignored module."""
     module = tensor.name.removesuffix(".weight")
-    if module == tensor.name or len(tensor.shape) != 2 or tensor.dtype not in {"F64", "F32", "F16", "BF16"}:
+    if (
+        module == tensor.name
+        or len(tensor.shape) != 2
+        or 0 in tensor.shape
+        or tensor.dtype not in {"F64", "F32", "F16", "BF16"}
+    ):
         return False
     leaf = module.rsplit(".", 1)[-1].lower()
     if "embed" in module.lower() or "norm" in leaf or leaf in _NOT_LINEAR or leaf in _OUTPUT_HEADS:

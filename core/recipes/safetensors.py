@@ -33,6 +33,7 @@ _MAX_NAME = 512
 _MAX_DIMS = 16
 _MAX_BYTES = 1 << 62
 
+_MARK = b'"data_offsets"'
 _NAME = re.compile(rb'\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
 _NEXT = re.compile(rb"\s*([,}])")
 
@@ -45,14 +46,15 @@ def read_safetensors_header(files: "ModelFiles", path: str, size: int) -> list[T
     start = files.read(path, 0, 8)
     if len(start) < 8 or size < 10:
         raise malformed(path, "it is too short for a safetensors file")
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        raise malformed(path, "it is a pickle or an archive under another name, and is not opened here")
     length = int.from_bytes(start, "little")
     limit = min(_HEADER_BYTES, max(_SMALL_HEADER_BYTES, size // _HEADER_SHARE))
+    if length > limit and (start[:2] == b"PK" or start[:1] == b"\x80"):
+        raise malformed(path, "it is a pickle or an archive under another name, and is not opened here")
     if length > limit:
         raise malformed(path, f"its header claims {length} bytes; at most {limit} make sense in this file")
     if 8 + length > size:
         raise malformed(path, f"it is truncated: its header alone has {length} bytes, the file {size}")
+    _refuse_too_many(files, path, length)
     header = _Header(files, path, length)
     found: list[tuple[TensorInfo, tuple[int, int]]] = []
     for name, raw in header.entries():
@@ -65,6 +67,15 @@ def read_safetensors_header(files: "ModelFiles", path: str, size: int) -> list[T
     found.sort(key=lambda one: one[1])
     _check_layout(path, [span for _, span in found], size - 8 - length)
     return [tensor for tensor, _ in found]
+
+
+def _refuse_too_many(files: "ModelFiles", path: str, length: int) -> None:
+    """Count before parsing: a million tensors cost no more than finding their marks."""
+    found = 0
+    for begin in range(0, length, _WINDOW) if length > MAX_TENSORS * len(_MARK) else ():
+        found += files.read(path, 8 + begin, min(_WINDOW, length - begin)).count(_MARK)
+        if found > MAX_TENSORS:
+            raise malformed(path, f"it has more than {MAX_TENSORS} tensors")
 
 
 def _tensor(path: str, name: str, raw: Any) -> tuple[TensorInfo, tuple[int, int]]:
@@ -119,7 +130,6 @@ class _Header:
         self._offset = 8
         self._window = b""
         self._at = 0
-        self._descriptions = 0
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         self._fill(_ENTRY_BYTES)
@@ -157,10 +167,6 @@ class _Header:
             raise malformed(self._path, "it ends within its header")
         self._offset += len(piece)
         self._rest -= len(piece)
-        # Counted before they are parsed: a million tensors cost no more than reading past the limit.
-        self._descriptions += piece.count(b'"data_offsets"')
-        if self._descriptions > MAX_TENSORS:
-            raise malformed(self._path, f"it has more than {MAX_TENSORS} tensors")
         self._window = self._window[self._at :] + piece
         self._at = 0
         self._fill(wanted)
@@ -186,9 +192,11 @@ class _Header:
         end = self._window.find(b"}", self._at, self._at + _ENTRY_BYTES) + 1
         if not end:
             raise malformed(self._path, "an entry of its header is too long")
-        raw = parse_json(self._path, self._window[self._at : end])
+        text = self._window[self._at : end]
+        if b"\\" in text:  # so that every entry has the mark they are counted by
+            raise malformed(self._path, "an entry of its header is written with escapes")
         self._at = end
-        return raw
+        return parse_json(self._path, text)
 
     def _metadata(self) -> None:
         self._fill(_METADATA_BYTES)

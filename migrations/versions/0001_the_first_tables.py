@@ -174,6 +174,7 @@ def upgrade() -> None:
         "ix_jobs_claim",
         "jobs",
         ["queue", "tenant_id", sa.literal_column("priority DESC"), "created_at", "id"],
+        postgresql_include=["run_after", "needs_memory"],
         postgresql_where=sa.text("state = 'queued'"),
         sqlite_where=sa.text("state = 'queued'"),
     )
@@ -192,6 +193,7 @@ def upgrade() -> None:
         sqlite_where=sa.text("lease_expires_at IS NOT NULL"),
     )
     op.create_index("ix_jobs_listing", "jobs", ["tenant_id", "created_at", "id"])
+    op.create_index("ix_jobs_listing_by_state", "jobs", ["tenant_id", "state", "created_at", "id"])
     op.create_index("ix_jobs_model_id", "jobs", ["model_id"])
     op.create_index(
         "ix_jobs_start_before",

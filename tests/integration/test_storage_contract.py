@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from core.artifacts.files import disk_errors
 from core.artifacts.local import LocalStore
 from core.artifacts.s3 import S3Store
 from core.artifacts.storage import ObjectStore, open_store
@@ -324,12 +324,32 @@ def test_a_part_has_exactly_its_bytes(tmp_path: Path, sent: bytes, code: ErrorCo
     assert store.received_parts("k", upload) == {}
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
-    if not os.access("/dev/full", os.W_OK):
-        pytest.skip("no /dev/full here")
-    with pytest.raises(NightpressError) as error, disk_errors("k"), Path("/dev/full").open("wb") as full:
-        full.write(b"x" * 10_000)
-    assert error.value.code is ErrorCode.DISK_FULL
+@pytest.fixture
+def small_files_only() -> Iterator[None]:
+    """The kernel refuses to let any file grow past 1 MiB, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    tmp_path: Path, big: Path, small_files_only: None, s3_server: S3
+) -> None:
+    store, away = LocalStore(tmp_path / "store"), open_store(s3_settings(s3_server, "ready"))
+    upload = store.begin_upload("up", sha256="0" * 64, signed_parts=True)
+    away.put_bytes("full-disk", b"x" * 3 * MIB)
+    attempts = (
+        lambda: store.put_file("k", big),
+        lambda: store.put_bytes("k", b"x" * 2 * MIB),
+        lambda: store.receive_part("up", upload, 1, [b"x" * MIB] * 3, size=3 * MIB, sha256=None),
+        lambda: away.get_file("full-disk", tmp_path / "fetched"),
+    )
+    for attempt in attempts:
+        with pytest.raises(NightpressError) as error:
+            attempt()
+        assert error.value.code is ErrorCode.DISK_FULL
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [big]
 
 
 def test_s3_refuses_parts_on_a_local_road(s3_server: S3) -> None:

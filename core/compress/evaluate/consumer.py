@@ -193,7 +193,7 @@ def _run(
 def _failed(name: str, status: int, stderr: str) -> NightpressError:
     whole = stderr.strip()
     last = whole.splitlines()[-1] if whole else "it said nothing"
-    if "No space left on device" in whole:
+    if any(sign in whole for sign in ("No space left on device", "File too large", "Disk quota exceeded")):
         return NightpressError(
             ErrorCode.DISK_FULL,
             f"The disk filled up while {_subject(name)} was measured.",

@@ -225,9 +225,9 @@ def next_token_targets(sequences: Sequences) -> Sequences:
 
 def masked_targets(sequences: Sequences, tokenizer: Tokenizer, *, share: float = 0.15, seed: int) -> Sequences:
     """For masked language models: some tokens are hidden and each is scored on what stood there."""
-    special = set(sum(special_tokens(tokenizer), []))
+    before, after = special_tokens(tokenizer)
     hidden = np.random.default_rng(seed).random(sequences.ids.shape) < share
-    hidden &= (sequences.mask > 0) & ~np.isin(sequences.ids, list(special))
+    hidden &= (sequences.mask > 0) & ~np.isin(sequences.ids, [*before, *after])
     if not hidden.any():
         hidden[:, sequences.ids.shape[1] // 2] = True
     targets = np.where(hidden, sequences.ids, -1)

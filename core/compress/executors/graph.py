@@ -3,13 +3,15 @@
 The trace is the resume point: it costs most of the time, and another attempt of the same job finds it in the job's work folder.
 """
 
+import ast
 import contextlib
 import hashlib
 import inspect
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.compress.checkpoint import disk_errors
+from core.compress.checkpoint import disk_errors, write_file
 from core.compress.evaluate.data import Sequences
 from core.compress.passes.context import PassContext
 from core.errors import ErrorCode, NightpressError
@@ -40,34 +42,68 @@ class Traced:
 
     path: Path
     check: NDArray[np.float32]  #: the model's first output for the check texts: [B, S, …] or [B, C]
+    rounding: Mapping[
+        str, float
+    ]  #: linear layer → relative error of its input on those texts, rounded to int8 with one scale
 
 
 def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassContext) -> Traced:
     """Trace once. `model_dir` is immutable: its folder name and header decide whether a kept trace is of the same model."""
     key = hashlib.sha256(f"{model_dir.resolve()}\n{header.model_dump_json()}\n{OPSET}\n".encode() + check.ids.tobytes())
     folder = context.work_dir / "graph" / key.hexdigest()[:16]
-    graph, outputs = folder / "model.onnx", folder / "check.npy"
-    if not (graph.is_file() and outputs.is_file()):
+    graph, outputs, errors = folder / "model.onnx", folder / "check.npy", folder / "rounding.json"
+    if not all(file.is_file() for file in (graph, errors, outputs)):
         folder.mkdir(parents=True, exist_ok=True)
         context.progress(0.05, "loading the model to trace it")
         model = _load(model_dir, header, context.threads)
-        with torch.inference_mode():
+        with torch.inference_mode(), _watch_inputs(model) as rounding:
             expected = model(torch.from_numpy(check.ids), torch.from_numpy(check.mask)).float().numpy()
         context.progress(0.2, "tracing the model into a graph")
         with disk_errors():
             # The weights lie inside the file up to protobuf's 2 GiB; beyond, in one file beside it.
             partial = folder / "partial"
             partial.mkdir(exist_ok=True)
-            _export(model, header).save(partial / "model.onnx", external_data=4 * header.parameters > 1_900_000_000)
+            program = _export(model, header)
+            _name_after_modules(program.model.graph)
+            program.save(partial / "model.onnx", external_data=4 * header.parameters > 1_900_000_000)
             for file in partial.iterdir():
                 file.replace(folder / file.name)
             partial.rmdir()
+            write_file(errors, json.dumps(rounding).encode())
             with (folder / "check.partial").open("wb") as stream:
                 np.save(stream, expected)
                 os.fsync(stream.fileno())
             (folder / "check.partial").replace(outputs)
         context.checkpoint(graph.relative_to(context.work_dir).as_posix(), 1)
-    return Traced(graph, np.load(outputs))
+    return Traced(graph, np.load(outputs), json.loads(errors.read_bytes()))
+
+
+@contextlib.contextmanager
+def _watch_inputs(model: torch.nn.Module) -> Iterator[dict[str, float]]:
+    """While inside, note how much each linear layer's input loses when it is rounded as a runtime does it: to uint8, one scale a tensor."""
+    errors: dict[str, float] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].float()
+            low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+            scale = ((high - low) / 255).clamp(min=1e-30)
+            zero = torch.round(-low / scale)
+            rounded = (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
+            errors[name] = float((x - rounded).norm() / x.norm().clamp(min=1e-30))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name.removeprefix("model.")))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    try:
+        yield errors
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _FirstOutput(torch.nn.Module):
@@ -91,6 +127,7 @@ def _load(model_dir: Path, header: ModelHeader, threads: int) -> _FirstOutput:
 
     torch.set_num_threads(threads)
     # Plain attention: the fused kernel's guard against rows without any token would only clutter the graph.
+    transformers.utils.logging.disable_progress_bar()
     with _quiet():
         model = getattr(transformers, _CLASSES[header.task]).from_pretrained(
             model_dir, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
@@ -123,6 +160,23 @@ def _export(model: _FirstOutput, header: ModelHeader) -> Any:
             f"A {header.architecture} can't be traced into a graph: {str(error).strip().splitlines()[-1][:300]}",
             hint="Leave onnx and openvino out of `exports`.",
         ) from error
+
+
+def _name_after_modules(graph: Any) -> None:
+    """Call the node of a linear layer or an embedding as its module is called, so that a recipe's `ignore` and the report speak of the model."""
+    taken: set[str] = set()
+    for node in graph:
+        if node.op_type not in {"MatMul", "Gemm", "Gather"}:
+            continue
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        modules = [part for part in scopes[:-1] if part]
+        if not modules:
+            continue
+        module, operation = modules[-1].removeprefix("model."), scopes[-1]
+        name = module if operation.startswith(("linear", "embedding", "addmm")) else f"{module}.{operation}"
+        if name not in taken:
+            taken.add(name)
+            node.name = name
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ class Sweep:
                 self._condition.notify_all()
             for thread in threads:
                 thread.join()
-            for job in self._open:
+            for job in list(self._open):
                 self._close(job)
             torch.set_num_threads(torch_threads)
 

@@ -28,7 +28,7 @@ def save(
     records = []
     for index, options in graph_passes:
         start = time.monotonic()
-        layers = quantize_onnx(traced.path, out_dir / GRAPH_FILE, options)
+        layers = quantize_onnx(traced.path, out_dir / GRAPH_FILE, options, rounding=traced.rounding)
         records.append(
             PassRecord(
                 index=index,

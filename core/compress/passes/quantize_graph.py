@@ -1,6 +1,8 @@
 """Dynamic int8 on graphs: weights rounded per output channel, activations rounded by the runtime as they come."""
 
-from collections.abc import Iterable
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,30 @@ Weights = NDArray[np.float32]
 _FEWEST = 1024  #: weights; smaller constants are biases, masks and shapes
 
 
-def quantize_onnx(graph: Path, target: Path, options: DynamicInt8) -> tuple[LayerEffect, ...]:
-    """Matrix products by ONNX Runtime's own quantizer, embeddings row by row. Writes `target`."""
+#: A layer whose input loses this many times more than the median layer's keeps float arithmetic in ONNX Runtime, which has one scale
+#: for a whole input; such layers may hold this share of the weights.
+_SENSITIVE, _SENSITIVE_SHARE = 1.5, 1 / 8
+
+
+def sensitive_layers(rounding: Mapping[str, float], sizes: Mapping[str, int]) -> frozenset[str]:
+    """Layers that one scale for a whole input would hurt most, the worst first, as many as the share of weights allows."""
+    known = {name: error for name, error in rounding.items() if name in sizes}
+    if not known:
+        return frozenset()
+    median = float(np.median(list(known.values())))
+    room = _SENSITIVE_SHARE * sum(sizes.values())
+    chosen = set()
+    for name in sorted(known, key=lambda one: (-known[one], one)):
+        if known[name] > _SENSITIVE * median and sizes[name] <= room:
+            chosen.add(name)
+            room -= sizes[name]
+    return frozenset(chosen)
+
+
+def quantize_onnx(
+    graph: Path, target: Path, options: DynamicInt8, *, rounding: Mapping[str, float]
+) -> tuple[LayerEffect, ...]:
+    """Matrix products by ONNX Runtime's own quantizer, embeddings row by row. Writes `target`. rounding: see executors/graph.py."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -27,18 +51,19 @@ def quantize_onnx(graph: Path, target: Path, options: DynamicInt8) -> tuple[Laye
     constants = {one.name: one for one in model.graph.initializer}
     effects: list[LayerEffect] = []
     ignored: list[str] = []
-    for node in model.graph.node:
-        if node.op_type != "MatMul" or node.input[1] not in constants:
-            continue
-        if matches(node.name, options.ignore) or matches(node.input[1], options.ignore):
+    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
+    sizes = {node.name: int(np.prod(constants[node.input[1]].dims)) for node in products}
+    sensitive = sensitive_layers(rounding, sizes)
+    for node in products:
+        if node.name in sensitive or matches(node.name, options.ignore) or matches(node.input[1], options.ignore):
             ignored.append(node.name)
             continue
         weight = _array(onnx, constants[node.input[1]])
         if weight.ndim == 2:
-            effects.append(_effect(_layer_name(node), weight, _rounded(weight, 0 if options.per_channel else None)))
+            effects.append(_effect(node.name, weight, _rounded(weight, 0 if options.per_channel else None)))
     effects += _quantize_embeddings(onnx, model, constants, options)
     _something(effects)
-    with disk_errors():
+    with disk_errors(), _without_advice():
         quantize_dynamic(
             model,
             target,
@@ -84,7 +109,7 @@ def _quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], optio
             done.add(table.name)
             model.graph.initializer.append(numpy_helper.from_array(codes, f"{table.name}_int8"))
             model.graph.initializer.append(numpy_helper.from_array(scales, f"{table.name}_scale"))
-            effects.append(_effect(_layer_name(node), weight, codes * scales))
+            effects.append(_effect(node.name, weight, codes * scales))
         out = node.output[0]
         nodes += [
             helper.make_node("Gather", [f"{table.name}_int8", node.input[1]], [f"{out}_int8"], name=node.name, axis=0),
@@ -171,15 +196,18 @@ def _effect(name: str, before: Weights, after: Weights) -> LayerEffect:
     return LayerEffect(name=name, bytes_before=before.nbytes, bytes_after=before.size, relative_error=error)
 
 
-def _layer_name(node: Any) -> str:
-    """The module's name where the exporter kept it, else the node's."""
-    for prop in node.metadata_props:
-        if prop.key == "pkg.torch.onnx.name_scopes":
-            scopes = [part.strip(" '\"") for part in prop.value.strip("[]").split(",")]
-            named = [part for part in scopes[:-1] if part]
-            if named:
-                return str(named[-1].removeprefix("model."))
-    return str(node.name)
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """The quantizer advises everyone, on the root logger, to optimise the graph first; the exporter already did."""
+
+    def drop(record: logging.LogRecord) -> bool:
+        return "pre-processing" not in record.getMessage()
+
+    logging.getLogger().addFilter(drop)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(drop)
 
 
 def _something(effects: Iterable[LayerEffect]) -> None:

@@ -4,6 +4,7 @@ A grid of b bits has the codes −2^(b−1) … 2^(b−1)−1, and a code q stan
 dtype they are stored in, so that nothing is clipped by more than its rounding: |w − ŵ| ≤ scale/2 for every finite weight.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,13 +18,6 @@ _SAME_SIZE_INT = {
     torch.float16: torch.int16,
     torch.float32: torch.int32,
     torch.float64: torch.int64,
-}
-#: The bit pattern of +∞: a magnitude's pattern at or above it is no finite number.
-_INFINITY_BITS = {
-    torch.bfloat16: 0x7F80,
-    torch.float16: 0x7C00,
-    torch.float32: 0x7F800000,
-    torch.float64: 0x7FF0000000000000,
 }
 _SMALLEST_SCALE = 2.0**-100  # its reciprocal is still finite in float32
 
@@ -62,16 +56,19 @@ class Workspace:
     """Buffers that one thread uses again for every chunk: allocating them anew costs more than the arithmetic."""
 
     _flat: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+    _views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor; whatever was taken under this name before is overwritten."""
-        count = 1
-        for dim in shape:
-            count *= dim
-        flat = self._flat.get((name, dtype))
-        if flat is None or flat.numel() < count:
-            flat = self._flat[name, dtype] = torch.empty(count, dtype=dtype)
-        return flat[:count].view(shape)
+        view = self._views.get((name, dtype, shape))
+        if view is None:
+            count = math.prod(shape)
+            flat = self._flat.get((name, dtype))
+            if flat is None or flat.numel() < count:
+                flat = self._flat[name, dtype] = torch.empty(count, dtype=dtype)
+                self._views = {key: one for key, one in self._views.items() if key[:2] != (name, dtype)}
+            view = self._views[name, dtype, shape] = flat[:count].view(shape)
+        return view
 
 
 def magnitude_bits(weight: Tensor, workspace: Workspace) -> Tensor:
@@ -89,7 +86,7 @@ def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None
     grouped = weight.reshape(rows * groups, -1)  # [G, g]
     ranged: Callable[..., tuple[Tensor, Tensor | None]] = _symmetric_range if grid.symmetric else _asymmetric_range
     scale, zero_point = ranged(grouped, grid, workspace)  # [G]
-    step = scale.double() if weight.dtype == torch.float64 else scale.float()
+    step = _widen(scale)
     steps = workspace.take("steps", tuple(grouped.shape), step.dtype)  # the weight in units of its step
     torch.mul(grouped, step.reciprocal().unsqueeze(1), out=steps)
     norms = torch.linalg.vector_norm(steps, dim=1)
@@ -99,14 +96,19 @@ def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None
     nearest.clamp_(-grid.top, grid.top - 1)
     codes = workspace.take("codes", (rows, columns), torch.int8)
     codes.view(grouped.shape).copy_(nearest)
-    errors = torch.linalg.vector_norm(steps.sub_(nearest), dim=1)
-    wide = step.double()
+    squared_error = _sum_squares(torch.linalg.vector_norm(steps.sub_(nearest), dim=1), step)
+    if not math.isfinite(squared_error):  # a NaN or infinity anywhere has come through to here
+        raise NightpressError(
+            ErrorCode.NUMERICAL_FAILURE,
+            "A weight holds NaN or infinity.",
+            hint="The source model is damaged: export it again.",
+        )
     return Rounded(
         codes=codes,
         scale=scale.view(rows, groups),
         zero_point=None if zero_point is None else zero_point.to(torch.int8).view(rows, groups),
-        squared_error=float((errors.double() * wide).square().sum()),
-        squared_norm=float((norms.double() * wide).square().sum()),
+        squared_error=squared_error,
+        squared_norm=_sum_squares(norms, step),
     )
 
 
@@ -149,8 +151,6 @@ def pack_zero_points(zero_point: Tensor, bits: int) -> Tensor:
 
 def _symmetric_range(grouped: Tensor, grid: Grid, workspace: Workspace) -> tuple[Tensor, None]:
     largest = magnitude_bits(grouped, workspace).amax(dim=1)
-    if int(largest.max()) >= _INFINITY_BITS[grouped.dtype]:
-        raise _not_finite()
     return _round_up(_widen(largest.view(grouped.dtype)) / (grid.top - 0.5), grouped.dtype), None
 
 
@@ -158,11 +158,14 @@ def _asymmetric_range(grouped: Tensor, grid: Grid, workspace: Workspace) -> tupl
     wide_dtype = torch.float64 if grouped.dtype == torch.float64 else torch.float32
     wide = workspace.take("wide", tuple(grouped.shape), wide_dtype).copy_(grouped)
     low, high = wide.amin(dim=1).clamp_(max=0), wide.amax(dim=1).clamp_(min=0)  # zero is always on the grid
-    spread = high - low
-    if not bool(torch.isfinite(spread).all()):
-        raise _not_finite()
-    scale = _round_up(spread / (2 * grid.top - 1), grouped.dtype)
+    scale = _round_up((high - low) / (2 * grid.top - 1), grouped.dtype)
     return scale, torch.round(-grid.top - low / _widen(scale)).clamp_(-grid.top, grid.top - 1)
+
+
+def _sum_squares(norms: Tensor, step: Tensor) -> float:
+    """Σ (norm · step)²: from units of steps to units of weights."""
+    scaled = (norms * step).double()
+    return float(torch.dot(scaled, scaled))
 
 
 def _widen(values: Tensor) -> Tensor:
@@ -175,11 +178,3 @@ def _round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     stored = scale.to(dtype)
     stored.view(_SAME_SIZE_INT[dtype]).add_(_widen(stored) < scale)  # the next pattern is the next number
     return stored
-
-
-def _not_finite() -> NightpressError:
-    return NightpressError(
-        ErrorCode.NUMERICAL_FAILURE,
-        "A weight holds NaN or infinity.",
-        hint="The source model is damaged: export it again.",
-    )

@@ -47,7 +47,7 @@ def main(load: Callable[[Request], tuple[Forward, dict[str, str], str]]) -> None
         timings.append(_time(forward, shape, inputs))
     # Atomically: the parent must not take a half-written file for an answer.
     partial = Path(request["outputs"] + ".partial.npz")
-    np.savez(partial, **outputs)
+    np.savez(partial, **outputs)  # type: ignore[arg-type]  # the stub takes ** for its keyword
     partial.replace(request["outputs"])
     answer = {
         "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},

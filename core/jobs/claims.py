@@ -1,0 +1,136 @@
+"""Which job a worker gets: by priority, then the tenant with the fewest running, then age. Statements only, made once."""
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    ScalarSelect,
+    Select,
+    String,
+    Update,
+    bindparam,
+    func,
+    insert,
+    literal_column,
+    null,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.types import BigInteger, Float
+
+from core.database import JsonType, db_now
+from core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS
+from core.jobs.records import WorkerOffer
+from core.jobs.states import RUNNING
+from core.jobs.tables import job_attempts, job_events, jobs
+
+_columns = jobs.c
+_IN_QUEUE = (IS_QUEUED, _columns.queue == bindparam("offered_queue", type_=String))
+_FITS = (
+    *_IN_QUEUE,
+    _columns.needs_memory <= bindparam("offered_memory", type_=BigInteger),
+    _columns.run_after <= db_now(),
+)
+
+
+def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float) -> dict[str, Any]:
+    """What the statements below are executed with."""
+    return {
+        "offered_queue": offer.queue,
+        "offered_memory": offer.memory,
+        "claimed_by": offer.worker_id,
+        "new_lease": lease_id,
+        "ttl_s": ttl_s,
+    }
+
+
+@cache
+def whose_turn() -> Select[Any]:
+    """The tenant whose turn it is, and its best priority: a few index probes a tenant, however many jobs they have.
+
+    The recursion steps from tenant to tenant along the claim index, which a DISTINCT would read to its end.
+    """
+    tenants = select(func.min(_columns.tenant_id).label("id")).where(*_IN_QUEUE).cte("tenants", recursive=True)
+    following = select(func.min(_columns.tenant_id)).where(*_IN_QUEUE, _columns.tenant_id > tenants.c.id)
+    tenants = tenants.union_all(select(following.correlate(tenants).scalar_subquery()).where(tenants.c.id.is_not(None)))
+    best_of = (
+        select(_columns.id)
+        .where(*_FITS, _columns.tenant_id == tenants.c.id)
+        .order_by(_columns.priority.desc(), _columns.created_at, _columns.id)
+        .limit(literal_column("1"))
+        .correlate(tenants)
+        .scalar_subquery()
+    )
+    running = (
+        select(func.count())
+        .select_from(jobs)
+        .where(IS_LEASED, _columns.tenant_id == tenants.c.id)
+        .correlate(tenants)
+        .scalar_subquery()
+    )
+    candidate = jobs.alias("candidate")
+    return (
+        select(candidate.c.tenant_id, candidate.c.priority)
+        .join_from(tenants, candidate, candidate.c.id == best_of)
+        .order_by(candidate.c.priority.desc(), running, candidate.c.created_at, candidate.c.id)
+        .limit(literal_column("1"))
+    )
+
+
+def _best_job() -> ScalarSelect[Any]:
+    """That tenant's oldest job of that priority which no other worker is claiming at this very moment."""
+    return (
+        select(_columns.id)
+        .where(*_FITS, tuple_(_columns.tenant_id, _columns.priority) == whose_turn().scalar_subquery())
+        .order_by(_columns.created_at, _columns.id)
+        .limit(literal_column("1"))
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
+
+
+@cache
+def claim_job() -> Update:
+    """queued → running, in one UPDATE. Returns the job and its event's number."""
+    values: dict[str, Any] = {
+        "state": literal_column(f"'{RUNNING}'"),
+        "attempt": _columns.attempt + literal_column("1"),
+        "event_seq": _columns.event_seq + literal_column("1"),
+        "worker_id": bindparam("claimed_by", type_=String),
+        "lease_id": bindparam("new_lease", type_=String),
+        "lease_expires_at": db_now(bindparam("ttl_s", type_=Float)),
+        "started_at": db_now(),
+        "progressed_at": db_now(),
+        "start_before": null(),
+        "phase": literal_column("'fetching'"),
+        "progress": literal_column("0"),
+        "pass_index": null(),
+        "eta_s": null(),
+        "message": literal_column("''"),
+    }
+    guarded = update(jobs).where(IS_QUEUED, _columns.id == _best_job()).values(values)
+    return guarded.returning(*JOB_COLUMNS, _columns.event_seq)
+
+
+@cache
+def claim_and_note() -> Select[Any]:
+    """PostgreSQL: the same UPDATE with the attempt and the event in one statement and one round trip."""
+    claimed = claim_job().cte("claimed")
+    attempt = select(claimed.c.id, claimed.c.attempt, claimed.c.lease_id, claimed.c.worker_id, claimed.c.started_at)
+    opened = insert(job_attempts).from_select(["job_id", "number", "lease_id", "worker_id", "started_at"], attempt)
+    data: ColumnElement[Any] = func.jsonb_build_object(
+        literal_column("'attempt'"),
+        claimed.c.attempt,
+        literal_column("'worker_id'"),
+        claimed.c.worker_id,
+        type_=JsonType,
+    )
+    event = select(claimed.c.id, claimed.c.event_seq, claimed.c.started_at, literal_column("'started'"), data)
+    noted = insert(job_events).from_select(["job_id", "seq", "at", "kind", "data"], event)
+    return (
+        select(*(claimed.c[column.name] for column in JOB_COLUMNS), claimed.c.event_seq)
+        .add_cte(opened.cte("opened"))
+        .add_cte(noted.cte("noted"))
+    )

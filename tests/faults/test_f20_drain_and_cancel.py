@@ -1,0 +1,138 @@
+"""F4, F18, F19, F20, F21: databases that stall, deadlines, deploys and cancellations at every moment."""
+
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.service import Service, eventually, pids_said, running
+
+
+@contextmanager
+def locked(service: Service) -> Iterator[None]:
+    """The database refuses every write meanwhile."""
+    connection = sqlite3.connect(str(service.engine.url.database), isolation_level=None)
+    connection.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        connection.execute("ROLLBACK")
+        connection.close()
+
+
+def test_f4_a_database_that_is_away_for_less_than_the_lease_costs_nothing(service: Service) -> None:
+    service.start_worker("slow")
+    service.start_control()
+    job_id = service.submit()
+    service.await_state(job_id, "running")
+    with locked(service):
+        time.sleep(service.settings.lease_ttl_s / 2)
+    job = service.await_state(job_id, "succeeded")
+    assert (job.attempt, job.failures) == (1, 0)
+    service.check_invariants(job_id)
+
+
+def test_f4_a_worker_that_cannot_renew_in_time_stops_its_child_and_commits_nothing(service: Service) -> None:
+    service.start_worker("first_slow")
+    job_id = service.submit()
+    said = pids_said(service.await_log(job_id, "consumer"))
+    with locked(service):
+        eventually(lambda: not running(said), within=service.settings.lease_ttl_s + 2)
+        time.sleep(0.5)
+    time.sleep(0.3)
+    assert service.job(job_id).state == "running", "only the control process may take the job from it"
+    service.start_control()
+    job = service.await_state(job_id, "succeeded", within=15)
+    assert job.attempt == 2
+    service.check_invariants(job_id)
+
+
+def test_f18_a_wedged_child_is_stopped_and_its_job_tried_again(service: Service) -> None:
+    slot, _ = service.slot("wedged")
+    job_id = service.submit(stall_s=1.0, max_failures=2)
+    eventually(lambda: slot.serve() or service.job(job_id).state == "failed")
+    job = service.job(job_id)
+    assert job.error is not None
+    assert (job.error["code"], job.attempt) == ("stalled", 2)
+    service.check_invariants(job_id)
+
+
+def test_f19_a_job_that_waited_too_long_fails_without_ever_running(service: Service) -> None:
+    service.start_control()
+    job_id = service.submit(queue_limit_s=0.5)
+    job = service.await_state(job_id, "failed")
+    assert job.error is not None
+    assert (job.error["code"], job.attempt) == ("queue_deadline_exceeded", 0)
+    service.check_invariants(job_id)
+
+
+def test_f20_a_worker_told_to_end_gives_its_job_back_and_a_peer_takes_it(service: Service) -> None:
+    worker = service.start_worker("first_slow")
+    job_id = service.submit()
+    said = pids_said(service.await_log(job_id, "consumer"))
+    service.start_worker("first_slow")
+    told = time.monotonic()
+    worker.terminate()
+    assert worker.wait(10) == 0
+    assert time.monotonic() - told < 10
+    assert not running(said)
+    job = service.await_state(job_id, "succeeded", within=15)
+    assert (job.attempt, job.failures) == (2, 0), "a deploy is no failure"
+    kinds = service.kinds(job_id)
+    assert (kinds.count("started"), kinds.count("released"), kinds.count("succeeded")) == (2, 1, 1)
+    assert len(service.store.workers()) == 1, "it said good-bye"
+    service.check_invariants(job_id)
+
+
+def test_f20_an_idle_worker_ends_at_once(service: Service) -> None:
+    worker = service.start_worker("press")
+    time.sleep(1.5)
+    told = time.monotonic()
+    worker.terminate()
+    assert worker.wait(10) == 0
+    assert time.monotonic() - told < 4
+
+
+def test_f21_cancelling_a_queued_job_twice_ends_it_once(service: Service) -> None:
+    job_id = service.submit()
+    for _ in range(2):
+        service.store.request_cancel("default", job_id)
+    service.check_invariants(job_id)
+    assert service.job(job_id).state == "cancelled"
+
+
+def test_f21_cancelling_a_job_whose_worker_is_dead_ends_it_with_its_lease(service: Service) -> None:
+    worker = service.start_worker("endless")
+    job_id = service.submit()
+    service.await_log(job_id, "consumer")
+    worker.kill()
+    service.store.request_cancel("default", job_id)
+    service.start_control()
+    service.await_state(job_id, "cancelled", within=service.settings.lease_ttl_s + 3)
+    service.check_invariants(job_id)
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_f21_a_cancellation_at_any_moment_leaves_one_clean_end(service: Service, seed: int) -> None:
+    """From before the claim, through fetching, pressing and uploading, to after the end."""
+    moments = random.Random(seed)
+    slot, supervisor = service.slot("press", spare=True)
+    supervisor.warm_up()
+    ends = set()
+    for _ in range(8):
+        job_id = service.submit()
+        thread = threading.Thread(target=slot.serve)
+        thread.start()
+        time.sleep(moments.uniform(0, 0.6))
+        for _ in range(2):
+            service.store.request_cancel("default", job_id)
+        thread.join(10)
+        assert not thread.is_alive()
+        ends.add(service.await_state(job_id, "succeeded", "cancelled", within=1).state)
+        service.check_invariants(job_id)
+    supervisor.close()
+    assert "cancelled" in ends

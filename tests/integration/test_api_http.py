@@ -1,0 +1,199 @@
+"""What holds for every route: problems, request ids, health, metrics, the document, and what importing costs."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from openapi_spec_validator import validate
+
+import migrations
+from core.errors import ErrorCode
+from core.settings import Settings
+from tests.api import RunningApi, serve
+from tests.servers import Postgres, Valkey
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory, valkey_server: Valkey) -> Iterator[RunningApi]:
+    folder = tmp_path_factory.mktemp("api")
+    settings = Settings(data_dir=folder, broker_url=valkey_server.url)
+    migrations.upgrade(settings.sql_url)
+    with serve(settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(api: RunningApi) -> Iterator[httpx.Client]:
+    with api.client() as client:
+        yield client
+
+
+def is_problem(response: httpx.Response, status: int, code: ErrorCode) -> bool:
+    body = response.json()
+    return (
+        response.status_code == body["status"] == status
+        and response.headers["content-type"] == "application/problem+json"
+        and body["code"] == code.value
+        and body["type"] == f"urn:nightpress:error:{code.value}"
+        and bool(body["title"] and body["detail"])
+        and body["request_id"] == response.headers["x-request-id"]
+    )
+
+
+def test_an_unknown_address_is_a_problem(client: httpx.Client):
+    assert is_problem(client.get("/v1/nothing"), 404, ErrorCode.NOT_FOUND)
+
+
+def test_a_wrong_method_is_a_problem_that_names_the_right_ones(client: httpx.Client):
+    response = client.patch("/v1/jobs")
+    assert is_problem(response, 405, ErrorCode.INVALID_REQUEST)
+    assert "GET" in response.headers["allow"] or "POST" in response.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"model": "\\ud800", "recipe": "x"}',
+        b'{"a":' * 900 + b"1" + b"}" * 900,
+    ],
+    ids=["empty", "cut", "list", "null", "text", "not UTF-8", "half a surrogate", "deep"],
+)
+def test_a_body_that_is_no_request_is_a_problem(client: httpx.Client, body: bytes):
+    response = client.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+    assert is_problem(response, response.status_code, ErrorCode.INVALID_REQUEST)
+    assert response.status_code in {400, 422}
+
+
+def test_faults_are_listed_with_their_place_and_without_the_input(client: httpx.Client):
+    body = {"model": "m", "recipe": "r", "priority": "s3cret", "labels": {"bad key!": "x"}}
+    response = client.post("/v1/jobs", json=body)
+    assert is_problem(response, 422, ErrorCode.INVALID_REQUEST)
+    assert {fault["at"] for fault in response.json()["errors"]} == {"body.priority", "body.labels.bad key!.[key]"}
+    assert "s3cret" not in response.text
+
+
+def test_a_wrong_query_is_a_problem(client: httpx.Client):
+    assert is_problem(client.get("/v1/jobs", params={"state": "lost"}), 422, ErrorCode.INVALID_REQUEST)
+    assert is_problem(client.get("/v1/jobs", params={"limit": 0}), 422, ErrorCode.INVALID_REQUEST)
+    assert is_problem(client.get("/v1/jobs", params={"cursor": "bm9wZQ"}), 422, ErrorCode.INVALID_REQUEST)
+    assert is_problem(client.get("/v1/jobs", params={"label": "novalue"}), 422, ErrorCode.INVALID_REQUEST)
+
+
+def test_the_callers_request_id_comes_back_and_a_strange_one_is_replaced(client: httpx.Client):
+    assert client.get("/healthz", headers={"X-Request-Id": "trace-1"}).headers["x-request-id"] == "trace-1"
+    for strange in ("a b", "x" * 65, "<script>"):
+        answered = client.get("/healthz", headers={"X-Request-Id": strange}).headers["x-request-id"]
+        assert re.fullmatch("req_[0-9a-z]{26}", answered)
+
+
+def test_it_is_ready_when_all_parts_answer(client: httpx.Client):
+    response = client.get("/readyz")
+    assert response.status_code == 200
+    assert response.json()["status"] == "ok"
+    assert response.json()["checks"] == {"database": "ok", "broker": "ok", "storage": "ok"}
+
+
+def test_without_its_broker_it_is_degraded_and_still_takes_requests(tmp_path: Path):
+    settings = Settings(data_dir=tmp_path, broker_url="redis://127.0.0.1:1/0")
+    migrations.upgrade(settings.sql_url)
+    with serve(settings) as running, running.client() as client:
+        response = client.get("/readyz")
+        assert (response.status_code, response.json()["status"]) == (200, "degraded")
+        assert response.json()["checks"]["broker"] != "ok"
+        assert client.get("/v1/jobs").status_code == 200
+
+
+def test_without_its_storage_it_is_degraded(tmp_path: Path, valkey_server: Valkey):
+    settings = Settings(data_dir=tmp_path, broker_url=valkey_server.url, storage_url=str(tmp_path / "objects"))
+    migrations.upgrade(settings.sql_url)
+    with serve(settings) as running, running.client() as client:
+        blocked = tmp_path / "objects"
+        if blocked.exists():
+            for below in sorted(blocked.rglob("*"), reverse=True):
+                below.rmdir() if below.is_dir() else below.unlink()
+            blocked.rmdir()
+        blocked.write_text("a file where the folder should be")
+        response = client.get("/readyz")
+        assert (response.status_code, response.json()["status"]) == (200, "degraded")
+        assert response.json()["checks"]["storage"] != "ok"
+
+
+def test_without_its_database_it_is_unavailable_and_comes_back(tmp_path: Path, valkey_server: Valkey):
+    with Postgres(tmp_path / "postgres") as postgres:
+        url = postgres.create_database()
+        migrations.upgrade(url)
+        settings = Settings(data_dir=tmp_path, database_url=url, broker_url=valkey_server.url)
+        with serve(settings) as running, running.client() as client:
+            assert client.get("/readyz").json()["status"] == "ok"
+            postgres.stop()
+            ready = client.get("/readyz")
+            assert (ready.status_code, ready.json()["status"]) == (503, "unavailable")
+            assert client.get("/healthz").status_code == 200
+            response = client.get("/v1/jobs")
+            assert is_problem(response, 503, ErrorCode.DATABASE_UNAVAILABLE)
+            assert int(response.headers["retry-after"]) > 0
+            postgres.start()
+            assert client.get("/v1/jobs").status_code == 200
+            assert client.get("/readyz").json()["status"] == "ok"
+
+
+def test_metrics_name_every_state_and_no_identifier(client: httpx.Client):
+    client.get("/v1/jobs/job_000")
+    text = client.get("/metrics").text
+    assert 'nightpress_jobs{queue="cpu",state="queued"} 0.0' in text
+    assert 'nightpress_queue_oldest_seconds{queue="gpu"} 0.0' in text
+    assert 'nightpress_workers{queue="cpu",state="idle"} 0.0' in text
+    assert 'nightpress_http_requests_total{method="GET",route="/v1/jobs/{job_id}",status="404"}' in text
+    assert "nightpress_http_request_seconds_bucket" in text
+    assert "job_000" not in text
+
+
+def test_the_document_is_valid_openapi_with_problems_and_examples(client: httpx.Client):
+    document = client.get("/openapi.json").json()
+    validate(document)
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            where = f"{method} {path}"
+            assert operation["summary"], where
+            if path.startswith("/v1/"):
+                assert operation["security"] == [{"ApiKey": []}], where
+                assert {"401", "403", "503"} <= operation["responses"].keys(), where
+            for status, answer in operation["responses"].items():
+                if int(status) >= 400 and status != "416" and path != "/readyz":
+                    assert "application/problem+json" in answer["content"], f"{where} {status}"
+    post = document["paths"]["/v1/jobs"]["post"]
+    assert len(post["requestBody"]["content"]["application/json"]["examples"]) == 2
+
+
+def test_the_front_door_leads_to_the_documentation(client: httpx.Client):
+    assert client.get("/").headers["location"] == "/docs"
+    assert client.get("/docs").status_code == 200
+
+
+def test_importing_it_takes_under_a_second_and_loads_no_torch():
+    code = (
+        "import json, resource, sys\n"
+        "import api.app\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'boto3', 'celery'} & sys.modules.keys()\n"
+        "print(json.dumps([used.ru_utime + used.ru_stime, sorted(heavy)]))"
+    )
+    runs = [
+        json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert runs[0][1] == []
+    # CPU seconds, and the best of three: other tests share this machine's cores.
+    assert min(seconds for seconds, _ in runs) < 1.0

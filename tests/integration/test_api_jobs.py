@@ -1,0 +1,252 @@
+"""Jobs over HTTP on both databases: submitted once, found, followed, cancelled, retried, and their results fetched."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from core.errors import ErrorCode, NightpressError
+from core.jobs.records import Worker
+from core.settings import Settings
+from tests.api import RunningApi, serve
+
+SOON = {"model": "tiny", "recipe": "int8-encoder"}
+
+
+@pytest.fixture
+def api(sql_url: str, tmp_path: Path, bert_tiny: Path) -> Iterator[RunningApi]:
+    settings = Settings(
+        data_dir=tmp_path,
+        database_url=sql_url,
+        broker_url="redis://127.0.0.1:1/0",  # nobody there: ringing must not matter
+        model_roots=[bert_tiny.parent],
+        max_queued_jobs=8,
+    )
+    with serve(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def client(api: RunningApi, bert_tiny: Path) -> Iterator[httpx.Client]:
+    with api.client() as client:
+        made = client.post("/v1/models", json={"name": "tiny", "path": str(bert_tiny)})
+        assert made.status_code == 201, made.text
+        yield client
+
+
+def submit(client: httpx.Client, **more: object) -> str:
+    response = client.post("/v1/jobs", json={**SOON, **more})
+    assert response.status_code == 201, response.text
+    return str(response.json()["id"])
+
+
+def test_a_submitted_job_is_queued_and_found_at_its_location(client: httpx.Client):
+    response = client.post("/v1/jobs", json={**SOON, "name": "nightly", "labels": {"team": "search"}, "priority": 5})
+    assert response.status_code == 201
+    job = response.json()
+    assert (job["state"], job["name"], job["priority"], job["model_name"]) == ("queued", "nightly", 5, "tiny")
+    assert job["recipe"]["passes"][0]["pass"] == "dynamic-int8"
+    assert "tenant_id" not in job
+    assert "lease_id" not in job
+    assert client.get(response.headers["location"]).json() == job
+
+
+def test_the_same_key_and_body_make_one_job(client: httpx.Client):
+    headers = {"Idempotency-Key": "nightly-1"}
+    first = client.post("/v1/jobs", json=SOON, headers=headers)
+    second = client.post("/v1/jobs", json=SOON, headers=headers)
+    assert (first.status_code, second.status_code) == (201, 200)
+    assert first.json()["id"] == second.json()["id"]
+    other = client.post("/v1/jobs", json={**SOON, "priority": 1}, headers=headers)
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency_mismatch")
+    assert len(client.get("/v1/jobs").json()["items"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"model": "nobody", "recipe": "int8-encoder"}, 404, "not_found"),
+        ({"model": "tiny", "recipe": "nothing"}, 404, "not_found"),
+        ({"model": "tiny", "recipe": {"name": "x", "passes": [{"pass": "magic"}], "exports": ["onnx"]}}, 422, "invalid_recipe"),
+        ({"model": "tiny", "recipe": {"name": "x", "passes": [{"pass": "weight-only", "bits": "many"}], "exports": ["onnx"]}}, 422, "invalid_recipe"),
+        ({"model": "tiny", "recipe": "int8-encoder", "run_after": "2026-11-24T01:00:00"}, 422, "invalid_request"),
+        ({"model": "tiny", "recipe": "int8-encoder", "name": "two\nlines"}, 422, "invalid_request"),
+        ({"model": "tiny", "recipe": "int8-encoder", "name": "a\0b"}, 422, "invalid_request"),
+    ],
+)  # fmt: skip
+def test_a_job_that_cannot_be_is_refused_and_nothing_is_written(
+    client: httpx.Client, body: dict[str, object], status: int, code: str
+):
+    response = client.post("/v1/jobs", json=body)
+    assert (response.status_code, response.json()["code"]) == (status, code)
+    assert response.json()["hint"]
+    assert client.get("/v1/jobs").json()["items"] == []
+
+
+def test_pages_hold_every_job_once_newest_first(client: httpx.Client):
+    made = [submit(client) for _ in range(5)]
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page = client.get("/v1/jobs", params={"limit": 2, **({"cursor": cursor} if cursor else {})}).json()
+        seen += [job["id"] for job in page["items"]]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    assert seen == made[::-1]
+
+
+def test_lists_are_filtered_by_state_label_and_model(client: httpx.Client):
+    labelled = submit(client, labels={"team": "search", "tier": "1"})
+    plain = submit(client)
+    client.post(f"/v1/jobs/{plain}/cancel")
+
+    def ids(**params: object) -> list[str]:
+        return [job["id"] for job in client.get("/v1/jobs", params=params).json()["items"]]
+
+    assert ids(state="cancelled") == [plain]
+    assert ids(state=["queued", "cancelled"]) == [plain, labelled]
+    assert ids(label=["team=search", "tier=1"]) == [labelled]
+    assert ids(label="team=other") == []
+    assert ids(model="tiny") == [plain, labelled]
+    assert ids(model="other") == []
+
+
+def test_a_queued_job_is_cancelled_at_once_and_a_running_one_when_its_worker_has_stopped(
+    api: RunningApi, client: httpx.Client
+):
+    running, queued = submit(client, priority=1), submit(client)
+    claimed = api.claim()
+    assert claimed.job.id == running
+    assert client.post(f"/v1/jobs/{queued}/cancel").json()["state"] == "cancelled"
+    assert client.post(f"/v1/jobs/{running}/cancel").json()["state"] == "cancelling"
+    assert client.post(f"/v1/jobs/{running}/cancel").json()["state"] == "cancelling"
+    assert api.services.store.confirm_cancelled(claimed.lease)
+    assert client.get(f"/v1/jobs/{running}").json()["state"] == "cancelled"
+
+
+def test_a_retry_is_a_new_job_and_only_of_one_that_has_ended(client: httpx.Client):
+    first = submit(client, labels={"team": "search"})
+    assert client.post(f"/v1/jobs/{first}/retry").json()["code"] == "conflict"
+    client.post(f"/v1/jobs/{first}/cancel")
+    again = client.post(f"/v1/jobs/{first}/retry")
+    assert again.status_code == 201
+    assert again.json()["retry_of"] == first
+    assert again.json()["labels"] == {"team": "search"}
+    assert client.get(f"/v1/jobs/{first}").json()["state"] == "cancelled"
+
+
+def test_a_full_queue_says_so_and_when_to_come_back(client: httpx.Client):
+    for _ in range(8):
+        submit(client)
+    refused = client.post("/v1/jobs", json=SOON)
+    assert (refused.status_code, refused.json()["code"]) == (429, "quota_exceeded")
+    assert int(refused.headers["retry-after"]) > 0
+
+
+def test_a_failed_job_carries_its_error(api: RunningApi, client: httpx.Client):
+    job_id = submit(client)
+    claimed = api.claim()
+    error = NightpressError(ErrorCode.VERIFICATION_FAILED, "The artifact disagrees.", hint="Use more bits.")
+    assert api.services.store.fail(claimed.lease, error, backoff_s=1) == "failed"
+    job = client.get(f"/v1/jobs/{job_id}").json()
+    assert (job["state"], job["error"]["code"], job["error"]["hint"]) == (
+        "failed",
+        "verification_failed",
+        "Use more bits.",
+    )
+    assert 'nightpress_job_failures_total{code="verification_failed"} 1.0' in client.get("/metrics").text
+
+
+def test_results_appear_with_the_commit_and_not_before(api: RunningApi, client: httpx.Client):
+    job_id = submit(client)
+    claimed = api.claim()
+    outcome = api.ship(claimed, {"model.onnx": b"0123456789", "deep/er.json": b"{}"})
+    download = f"/v1/jobs/{job_id}/artifacts/onnx/files/model.onnx"
+    assert client.get(f"/v1/jobs/{job_id}/artifacts").json()["items"] == []
+    for path in (
+        download,
+        f"/v1/jobs/{job_id}/report",
+        f"/v1/jobs/{job_id}/report.html",
+        f"/v1/jobs/{job_id}/report.md",
+    ):
+        assert client.get(path).status_code == 404
+
+    assert api.services.store.finish(claimed.lease, outcome)
+    (artifact,) = client.get(f"/v1/jobs/{job_id}/artifacts").json()["items"]
+    assert (artifact["format"], artifact["size"], artifact["consumer"]) == ("onnx", 12, "onnxruntime 1.32.0")
+    for file in artifact["files"]:
+        got = client.get(artifact["download_url"] + file["path"])
+        assert got.status_code == 200
+        assert hashlib.sha256(got.content).hexdigest() == file["sha256"]
+    report = client.get(f"/v1/jobs/{job_id}/report").json()
+    assert report["report"] == {"verdict": "accepted"}
+    page = client.get(report["html_url"])
+    assert page.text == "this is report.html"
+    assert "sandbox" in page.headers["content-security-policy"]
+    assert client.get(report["markdown_url"]).headers["content-type"].startswith("text/markdown")
+
+
+def test_downloads_resume_where_they_stopped(api: RunningApi, client: httpx.Client):
+    job_id = submit(client)
+    claimed = api.claim()
+    content = bytes(range(256)) * 1000
+    api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": content}))
+    url = f"/v1/jobs/{job_id}/artifacts/onnx/files/model.onnx"
+    whole = client.get(url)
+    etag = whole.headers["etag"]
+    assert etag == f'"{hashlib.sha256(content).hexdigest()}"'
+    assert whole.headers["content-disposition"].startswith('attachment; filename="model.onnx"')
+
+    def part(value: str, **headers: str) -> tuple[int, bytes, str | None]:
+        got = client.get(url, headers={"Range": value, **headers})
+        return got.status_code, got.content, got.headers.get("content-range")
+
+    size = len(content)
+    assert part("bytes=1000-") == (206, content[1000:], f"bytes 1000-{size - 1}/{size}")
+    assert part("bytes=0-") == (206, content, f"bytes 0-{size - 1}/{size}")
+    assert part("bytes=5-9") == (206, content[5:10], f"bytes 5-9/{size}")
+    assert part("bytes=-7") == (206, content[-7:], f"bytes {size - 7}-{size - 1}/{size}")
+    assert part("bytes=5-9999999") == (206, content[5:], f"bytes 5-{size - 1}/{size}")
+    assert part("bytes=5-9", **{"If-Range": etag})[0] == 206
+    assert part("bytes=5-9", **{"If-Range": '"another version"'}) == (200, content, None)
+    assert part("bytes=9-5") == (200, content, None)
+    assert part("bytes=1-2,5-6") == (200, content, None)
+    assert part(f"bytes={size}-")[0] == 416
+    assert client.get(url, headers={"If-None-Match": etag}).status_code == 304
+    assert client.get(f"/v1/jobs/{job_id}/artifacts/onnx/files/../../report.json").status_code == 404
+    assert client.get(f"/v1/jobs/{job_id}/artifacts/onnx/files/nothing").status_code == 404
+
+
+def test_workers_are_listed_with_what_they_do(api: RunningApi, client: httpx.Client):
+    worker = Worker(id="test-worker", host="h", queue="cpu", device="cpu", memory=1 << 40, threads=1, version="1")
+    api.services.store.heartbeat_worker(worker)
+    job_id = submit(client)
+    api.claim()
+    (seen,) = client.get("/v1/workers").json()["items"]
+    assert (seen["id"], seen["state"], seen["job_id"]) == ("test-worker", "busy", job_id)
+    with api.client(tenant_id="other") as stranger:
+        (seen,) = stranger.get("/v1/workers").json()["items"]
+        assert (seen["state"], seen["job_id"]) == ("busy", None)
+
+
+def test_recipes_are_listed_described_and_checked_against_a_model(client: httpx.Client):
+    names = [one["name"] for one in client.get("/v1/recipes").json()["items"]]
+    assert "int8-encoder" in names
+    assert client.get("/v1/recipes/int8-encoder").json()["exports"]
+    assert client.get("/v1/recipes/schema").json()["properties"]["passes"]
+    text = "name: half\npasses: [{pass: magnitude, sparsity: 0.5}]\nexports: [safetensors]\n"
+    plan = client.post("/v1/recipes/validate", json={"recipe": text, "model": "tiny"}).json()["plan"]
+    assert [step["kind"] for step in plan["steps"]][:2] == ["pass", "export"]
+    assert plan["estimate"]["memory_bytes"] > 0
+    assert plan["warnings"]
+    assert client.post("/v1/recipes/validate", json={"recipe": text}).json()["plan"]["estimate"] is None
+    wrong = client.post("/v1/recipes/validate", json={"recipe": "name: [", "model": "tiny"})
+    assert (wrong.status_code, wrong.json()["code"]) == (422, "invalid_recipe")
+
+
+def test_a_key_knows_itself(client: httpx.Client):
+    assert client.get("/v1/me").json()["tenant_id"] == "default"
+    assert "jobs:write" in client.get("/v1/me").json()["scopes"]

@@ -1,0 +1,192 @@
+"""Exports in the hands of their consumers: right ones pass, broken and wrong ones are found out."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core.compress.evaluate import quality
+from core.compress.evaluate.consumer import run_consumer
+from core.compress.executors import graph
+from core.compress.export import onnx, openvino, safetensors
+from core.compress.export.verify import EXACT, verify
+from core.compress.passes import PassContext
+from core.compress.passes.quantize_graph import quantize_onnx, sensitive_layers
+from core.errors import ErrorCode, NightpressError
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import parse_recipe
+from core.recipes.passes import DynamicInt8
+from tests.models import bert_tiny_dir
+from tests.press import lay_out, press
+
+FLOAT = {"name": "t", "passes": [{"pass": "magnitude"}], "exports": ["onnx", "openvino"], "evaluate": []}
+
+
+class Bench:
+    """BERT-tiny traced once, without any pass."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = bert_tiny_dir(folder)
+        self.header = inspect_model(FolderFiles(self.model))
+        self.recipe = parse_recipe(FLOAT)
+        self.trial = quality.prepare(self.recipe, self.header, self.model, {}, threads=1)
+        self.context = PassContext(header=self.header, work_dir=folder / "work")
+        self.checkpoints: list[str] = []
+        context = replace(self.context, checkpoint=lambda path, _step: self.checkpoints.append(path))
+        self.traced = graph.trace(self.model, self.header, self.trial.task.sets[0].sequences, context)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory):
+    return Bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.mark.parametrize("export", [onnx, openvino])
+def test_a_float_graph_answers_as_the_model_does(bench: Bench, tmp_path: Path, export: Any):
+    out = tmp_path / "out" / export.__name__.rsplit(".", 1)[-1]
+    out.parent.mkdir()
+    assert export.save(bench.model, out, bench.traced, []) == ()
+    observed = run_consumer(export.CONSUMER, out, bench.trial.task, name="it", scratch=tmp_path / "scratch")
+    judged = verify(bench.recipe, out.name, observed, source=observed, traced=bench.traced, task=bench.trial.task)
+    assert judged.value >= EXACT
+    assert judged.bound == EXACT
+
+
+def test_the_trace_is_kept_for_the_next_attempt(bench: Bench):
+    before = bench.traced.path.stat().st_mtime_ns
+    again = graph.trace(bench.model, bench.header, bench.trial.task.sets[0].sequences, bench.context)
+    assert again.path.stat().st_mtime_ns == before
+    assert bench.checkpoints == [again.path.relative_to(bench.context.work_dir).as_posix()]
+
+
+def test_an_artifact_that_does_not_load_fails_with_what_its_consumer_said(bench: Bench, tmp_path: Path):
+    out = tmp_path / "onnx"
+    out.mkdir()
+    (out / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(NightpressError) as caught:
+        run_consumer(onnx.CONSUMER, out, bench.trial.task, name="onnx", scratch=tmp_path / "scratch")
+    assert caught.value.code == ErrorCode.VERIFICATION_FAILED
+    assert "onnxruntime" in caught.value.details["stderr"]
+    assert "exports" in caught.value.hint
+
+
+def test_an_artifact_that_answers_wrongly_is_found_out(bench: Bench, tmp_path: Path):
+    out = tmp_path / "onnx"
+    onnx.save(bench.model, out, bench.traced, [])
+    observed = run_consumer(onnx.CONSUMER, out, bench.trial.task, name="onnx", scratch=tmp_path / "scratch")
+    noise = np.random.default_rng(0).normal(0, 1, observed.outputs["check.values"].shape)
+    wrong = replace(observed, outputs={"check.values": observed.outputs["check.values"] + noise})
+    with pytest.raises(NightpressError) as caught:
+        verify(bench.recipe, "onnx", wrong, source=observed, traced=bench.traced, task=bench.trial.task)
+    assert caught.value.code == ErrorCode.VERIFICATION_FAILED
+    assert caught.value.details["bound"] == EXACT
+
+
+def test_ignored_layers_stay_in_float(bench: Bench, tmp_path: Path):
+    options = DynamicInt8(ignore=("re:.*query", "bert.embeddings.*"))
+    names = {layer.name for layer in quantize_onnx(bench.traced.path, tmp_path / "q.onnx", options, rounding={})}
+    assert "bert.encoder.layer.0.attention.self.key" in names
+    assert not [name for name in names if "query" in name or "embeddings" in name]
+    with pytest.raises(NightpressError) as caught:
+        quantize_onnx(bench.traced.path, tmp_path / "none.onnx", DynamicInt8(ignore=("*",)), rounding={})
+    assert caught.value.code == ErrorCode.INVALID_RECIPE
+
+
+def test_layers_that_one_scale_would_hurt_stay_in_float():
+    sizes = {"a": 100, "b": 100, "c": 100, "big": 700}
+    assert sensitive_layers({"a": 0.01, "b": 0.01, "c": 0.05, "big": 0.9}, sizes) == {"c"}
+    assert not sensitive_layers({"a": 0.01, "b": 0.012}, sizes)
+    assert not sensitive_layers({}, sizes)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory):
+    """A small classifier with random weights, which answers both classes."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("classifier") / "model"
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=2, vocab_size=30522
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    shutil.copy(bert_tiny_dir() / "tokenizer.json", folder)
+    return folder
+
+
+ROWS = "".join(json.dumps({"text": f"sentence number {at} is here", "label": at % 2}) + "\n" for at in range(40))
+ACCURACY = {
+    "passes": [{"pass": "magnitude", "sparsity": 0.1}],
+    "exports": ["safetensors"],
+    "evaluate": [{"metric": "auto", "data": "mine", "samples": 40, "length": 16}],
+}
+
+
+def test_a_classifier_is_scored_on_its_labels(classifier: Path, tmp_path: Path):
+    recipe = ACCURACY | {"gates": {"accuracy": ">= 1%", "perplexity": "<= +3%"}}
+    _, report, _ = press(lay_out(tmp_path / "job", classifier, recipe, {"mine": ROWS}))
+    (artifact,) = report.artifacts
+    found = {one.name: one for one in artifact.measurements}
+    assert found["accuracy"].n == 40
+    assert found["accuracy"].change is not None
+    assert 0 <= found["top1_agreement"].low <= found["top1_agreement"].value
+    assert [one.name for one in report.source.measurements] == ["accuracy"]
+    gates = {one.gate.split()[0]: one for one in report.gates}
+    assert gates["accuracy"].passed
+    assert not gates["perplexity"].passed
+    assert "not measured" in gates["perplexity"].explanation
+    assert report.verdict == "rejected"
+    assert any("Not smaller" in note for note in artifact.notes)
+
+
+@pytest.mark.parametrize("label", [2, -1, "joy", True])
+def test_a_label_that_the_model_does_not_have_is_refused(classifier: Path, tmp_path: Path, label: Any):
+    rows = ROWS + json.dumps({"text": "odd", "label": label}) + "\n"
+    with pytest.raises(NightpressError) as caught:
+        press(lay_out(tmp_path / "job", classifier, ACCURACY, {"mine": rows}))
+    assert caught.value.code == ErrorCode.INVALID_DATA
+    assert not list((tmp_path / "job" / "out").iterdir())
+
+
+def test_perplexity_counts_every_token_once(tmp_path: Path):
+    """The figure equals a straight computation over the same windows; the runner's batches leave no trace."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=64,
+            vocab_size=30522,
+        )
+    )
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    shutil.copy(bert_tiny_dir() / "tokenizer.json", folder)
+    header = inspect_model(FolderFiles(folder))
+    recipe = parse_recipe(
+        {
+            "name": "t",
+            "passes": [{"pass": "magnitude"}],
+            "exports": ["safetensors"],
+            "evaluate": [{"metric": "perplexity", "samples": 9, "length": 24}],
+        }
+    )
+    trial = quality.prepare(recipe, header, folder, {}, threads=1)
+    observed = run_consumer(safetensors.CONSUMER, folder, trial.task, name="source", scratch=tmp_path / "scratch")
+    (measured,) = quality.measurements(trial, header, observed, None)
+    ids = torch.from_numpy(trial.task.sets[1].sequences.ids)
+    with torch.inference_mode():
+        logits = model.eval()(ids).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp()
+    assert measured.n == 9 * 23
+    assert measured.value == pytest.approx(float(expected), rel=1e-4)

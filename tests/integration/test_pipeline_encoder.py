@@ -1,0 +1,121 @@
+"""An encoder all the way through dynamic int8: what comes out is whole, proven by its consumers, and said plainly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from core.handoff.frames import Frame, Metric, Progress
+from core.handoff.manifest import Manifest, describe_folder
+from core.handoff.report import Report
+from tests.models import bert_tiny_dir
+from tests.press import lay_out, press
+
+
+class Done(NamedTuple):
+    folder: Path
+    manifest: Manifest
+    report: Report
+    frames: list[Frame]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory):
+    recipe = {
+        "passes": [{"pass": "dynamic-int8"}],
+        "exports": ["onnx", "openvino"],
+        "evaluate": [
+            {"metric": "auto", "samples": 16, "length": 48},
+            {"metric": "latency", "batch": [1, 4], "length": 32, "repeats": 5},
+        ],
+        "gates": {"size": "<= 60%", "kl_divergence": "<= 1"},
+    }
+    job = lay_out(tmp_path_factory.mktemp("job") / "job", bert_tiny_dir(), recipe)
+    return Done(job, *press(job))
+
+
+def test_the_manifest_lists_exactly_the_files_that_are_there(done: Done):
+    for artifact in done.manifest.artifacts:
+        assert artifact.files == describe_folder(done.folder / "out" / artifact.path)
+    assert {one.format for one in done.manifest.artifacts} == {"onnx", "openvino"}
+    named = {one.path for one in done.manifest.report} | {"manifest.json", "onnx", "openvino"}
+    assert {path.name for path in (done.folder / "out").iterdir()} == named
+    assert Manifest.model_validate_json((done.folder / "out" / "manifest.json").read_bytes()) == done.manifest
+
+
+def test_an_artifact_carries_its_tokenizer_and_config(done: Done):
+    for artifact in ("onnx", "openvino"):
+        names = {path.name for path in (done.folder / "out" / artifact).iterdir()}
+        assert {"config.json", "tokenizer.json"} <= names
+        assert not any(name.endswith(".safetensors") for name in names)
+
+
+def test_every_artifact_was_verified_by_its_real_consumer(done: Done):
+    consumers = {one.name: one.verification.consumer.split()[0] for one in done.report.artifacts}
+    assert consumers == {"onnx": "onnxruntime", "openvino": "openvino"}
+    for one in done.report.artifacts:
+        assert one.verification.passed
+        assert one.verification.bound <= one.verification.value <= 1.000001
+
+
+def test_the_artifacts_are_half_the_size_or_less_although_embeddings_are_tied(done: Done):
+    for one in done.report.artifacts:
+        assert one.size_bytes < 0.6 * done.report.source.size_bytes
+    assert done.report.verdict == "accepted"
+    assert len(done.report.gates) == 4
+
+
+def test_fidelity_has_its_interval_and_the_source_none(done: Done):
+    assert not done.report.source.measurements
+    for one in done.report.artifacts:
+        found = {measured.name: measured for measured in one.measurements}
+        assert set(found) == {"top1_agreement", "kl_divergence"}
+        for measured in found.values():
+            assert measured.low <= measured.value <= measured.high
+            assert measured.n > 16
+
+
+def test_each_shape_is_timed_for_the_source_and_for_each_artifact(done: Done):
+    for subject in (done.report.source, *done.report.artifacts):
+        assert [(one.batch, one.length, one.repeats) for one in subject.timings] == [(1, 32, 5), (4, 32, 5)]
+        assert all(0 < one.p50_ms <= one.p95_ms for one in subject.timings)
+        assert subject.peak_memory_bytes > 50e6
+
+
+def test_progress_never_falls_and_ends_at_one(done: Done):
+    progress = [one for one in done.frames if isinstance(one, Progress)]
+    fractions = [one.fraction for one in progress]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    phases = list(dict.fromkeys(one.phase for one in progress))
+    assert phases == ["validating", "baseline", "exporting", "verifying", "evaluating"]
+    assert any(isinstance(one, Metric) and one.name == "dynamic-int8.relative_error" for one in done.frames)
+
+
+def test_layers_are_called_as_in_the_model(done: Done):
+    for record in done.report.passes:
+        names = {layer.name for layer in record.layers}
+        assert "bert.encoder.layer.0.attention.self.query" in names
+        assert "bert.embeddings.word_embeddings" in names
+        assert all(0 < layer.relative_error < 0.05 for layer in record.layers)
+
+
+def test_the_load_snippets_run_as_shown(done: Done):
+    for one in done.report.artifacts:
+        ran = subprocess.run(
+            [sys.executable, "-I", "-c", one.verification.load_snippet],
+            cwd=done.folder / "out",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_the_report_is_written_for_people_too(done: Done):
+    assert "KL divergence" in (done.folder / "out" / "report.html").read_text()
+    assert (done.folder / "out" / "report.md").read_text().startswith("---\nbase_model: a model\n")
+    assert json.loads((done.folder / "out" / "report.json").read_bytes())["environment"]["versions"]["onnxruntime"]

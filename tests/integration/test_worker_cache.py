@@ -1,0 +1,112 @@
+"""The worker's cache: right bytes or none, bounded, and shared between workers that may be killed at any moment."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from core.errors import NightpressError
+from worker.cache import BlobCache, stage_in_place
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def writing(data: bytes, calls: list[Path] | None = None) -> Callable[[Path], None]:
+    def fetch(path: Path) -> None:
+        if calls is not None:
+            calls.append(path)
+        path.write_bytes(data)
+
+    return fetch
+
+
+def take(cache: BlobCache, data: bytes, target: Path, calls: list[Path] | None = None) -> None:
+    cache.take(sha256(data), len(data), target, writing(data, calls), on_bytes=lambda _: None)
+
+
+def test_a_blob_is_fetched_once_and_handed_out_read_only(tmp_path: Path) -> None:
+    cache, calls = BlobCache(tmp_path / "cache", 1000), []
+    take(cache, b"one", tmp_path / "a", calls)
+    take(cache, b"one", tmp_path / "b", calls)
+    assert len(calls) == 1
+    assert (tmp_path / "b").read_bytes() == b"one"
+    assert (tmp_path / "b").stat().st_mode & 0o222 == 0
+
+
+def test_a_damaged_blob_is_noticed_and_fetched_again(tmp_path: Path) -> None:
+    cache, calls = BlobCache(tmp_path / "cache", 1000), []
+    take(cache, b"one", tmp_path / "a", calls)
+    (blob,) = (tmp_path / "cache" / "blobs").iterdir()
+    blob.chmod(0o644)
+    (tmp_path / "a").unlink()
+    blob.write_bytes(b"two")
+    take(cache, b"one", tmp_path / "b", calls)
+    assert len(calls) == 2
+    assert (tmp_path / "b").read_bytes() == b"one"
+
+
+def test_the_blob_not_used_for_longest_makes_room(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path / "cache", 250)
+    for index, name in enumerate("abc"):
+        data = name.encode() * 100
+        take(cache, data, tmp_path / name)
+        (tmp_path / name).unlink()
+        blob = tmp_path / "cache" / "blobs" / sha256(data)
+        os.utime(blob, (index, index))
+    kept = {path.name for path in (tmp_path / "cache" / "blobs").iterdir()}
+    assert kept == {sha256(b"b" * 100), sha256(b"c" * 100)}
+
+
+def test_a_blob_larger_than_the_cache_goes_past_it(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path / "cache", 10)
+    take(cache, b"x" * 100, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"x" * 100
+    assert not list((tmp_path / "cache" / "blobs").iterdir())
+
+
+def test_a_fetch_that_fails_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path / "cache", 1000)
+
+    def breaks(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("cut")
+
+    with pytest.raises(OSError, match="cut"):
+        cache.take(sha256(b"whole"), 5, tmp_path / "a", breaks, on_bytes=lambda _: None)
+    assert not (tmp_path / "a").exists()
+    BlobCache(tmp_path / "cache", 1000)  # the next worker clears what is left
+    assert not list((tmp_path / "cache" / "blobs").iterdir())
+
+
+def test_two_that_want_the_same_blob_fetch_it_once(tmp_path: Path) -> None:
+    calls: list[Path] = []
+    started = threading.Barrier(4)
+
+    def want(index: int) -> None:
+        cache = BlobCache(tmp_path / "cache", 10_000)
+        started.wait()
+        take(cache, b"shared" * 100, tmp_path / str(index), calls)
+
+    threads = [threading.Thread(target=want, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert all((tmp_path / str(index)).read_bytes() == b"shared" * 100 for index in range(4))
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_file_in_place_must_be_the_one_that_was_registered(tmp_path: Path, link: bool) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"changed!")
+    with pytest.raises(NightpressError, match="other bytes"):
+        stage_in_place(source, sha256(b"original"), 8, target, link=link, on_bytes=lambda _: None)
+    assert not target.exists()
+    stage_in_place(source, sha256(b"changed!"), 8, target, link=link, on_bytes=lambda _: None)
+    assert target.read_bytes() == b"changed!"

@@ -1,0 +1,37 @@
+"""Jobs for the pipeline's tests: a folder as a worker would lay it out, pressed in this process."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from core.compress import pipeline
+from core.handoff.frames import Frame
+from core.handoff.manifest import Manifest
+from core.handoff.report import Report
+from core.handoff.spec import DATA_DIR, SOURCE_DIR, JobSpec
+from core.recipes.models import parse_recipe
+
+
+def lay_out(job_dir: Path, model: Path, recipe: dict[str, Any], data: dict[str, str] | None = None) -> Path:
+    """A job's folder. data: text by the name the recipe calls it."""
+    shutil.copytree(model, job_dir / SOURCE_DIR)
+    (job_dir / DATA_DIR).mkdir()
+    for name, text in (data or {}).items():
+        (job_dir / DATA_DIR / f"{name}.jsonl").write_text(text)
+    JobSpec(
+        job_id="job_test",
+        attempt=1,
+        model_name="a model",
+        model_digest="sha256:" + "0" * 64,
+        recipe=parse_recipe({"name": "test", **recipe}),
+        data={name: f"{name}.jsonl" for name in data or {}},
+        threads=1,
+    ).save(job_dir)
+    return job_dir
+
+
+def press(job_dir: Path) -> tuple[Manifest, Report, list[Frame]]:
+    """Run it and read back what it left."""
+    frames: list[Frame] = []
+    manifest = pipeline.run(job_dir, frames.append)
+    return manifest, Report.model_validate_json((job_dir / "out" / "report.json").read_bytes()), frames

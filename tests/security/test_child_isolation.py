@@ -1,0 +1,158 @@
+"""S13, S14: what a child that a hostile model took over can reach, and what somebody who can reach the broker can do."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+from celery import Celery
+from kombu import Queue
+
+from tests.servers import Valkey
+from tests.service import ROOT, Service, eventually, load_json
+from worker import sandbox
+
+needs_landlock = pytest.mark.skipif(sandbox.landlock_version() < 6, reason="this kernel's Landlock is older")
+SECRETS = {
+    "NIGHTPRESS_DATABASE_URL": "postgresql://u:hunter2@db/x",
+    "NIGHTPRESS_S3_SECRET_ACCESS_KEY": "hunter2",
+    "NIGHTPRESS_BROKER_URL": "redis://:hunter2@broker",
+    "AWS_SECRET_ACCESS_KEY": "hunter2",
+    "PGPASSWORD": "hunter2",
+    "LD_PRELOAD": "",
+    "HTTPS_PROXY": "http://u:hunter2@proxy",
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the spying child of tests/children.py told."""
+    import migrations
+
+    folder = tmp_path_factory.mktemp("spied")
+    url = f"sqlite:///{folder / 'np' / 'nightpress.db'}"
+    (folder / "np").mkdir()
+    migrations.upgrade(url)
+    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as server:
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        service = Service(folder, url)
+        (service.settings.data_dir / "key").write_text("np_secret")
+        job_id = service.submit()
+        slot, _ = service.slot(f"spy:{server.getsockname()[1]}")
+        slot.serve()
+        assert service.job(job_id).state == "succeeded", service.job(job_id).error
+        told = load_json(service.await_log(job_id, "environment"))
+        service.close()
+    return told
+
+
+def test_the_environment_is_an_allow_list(found: dict[str, str]) -> None:
+    env = json.loads(found["environment"])
+    assert "hunter2" not in found["environment"]
+    assert not {name for name in env if name.startswith(("NIGHTPRESS", "AWS", "PG", "LD_P", "HTTP"))}
+    assert env["HF_HUB_OFFLINE"] == env["TRANSFORMERS_OFFLINE"] == "1"
+    assert env["OMP_NUM_THREADS"] == "1"
+
+
+@needs_landlock
+@pytest.mark.parametrize(
+    "what",
+    [
+        "init's environment",
+        "the supervisor's environment",
+        "the supervisor's memory",
+        "killing the supervisor",
+        "the data folder",
+        "the key",
+        "the database",
+        "another job's folder",
+        "the cache",
+        "writing the source",
+        "a home folder",
+        "writing beside",
+        "writing /tmp",
+        "the network",
+    ],
+)
+def test_out_of_reach(found: dict[str, str], what: str) -> None:
+    assert found[what].startswith("no"), found[what]
+
+
+def test_what_it_needs_is_within_reach(found: dict[str, str]) -> None:
+    for what in ("its own environment", "writing its folder", "a temporary file"):
+        assert found[what].startswith("yes"), (what, found[what])
+
+
+def test_resources_are_limited(found: dict[str, str]) -> None:
+    assert found["open files"].split()[3:5] == ["4096", "4096"]
+    assert found["core"].split()[4:6] == ["0", "0"]
+
+
+def test_a_childs_folder_is_its_owners_alone(tmp_path: Path) -> None:
+    sandbox.prepare_folder(tmp_path / "run")
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run", tmp_path / "run" / "work")} == {0o700}
+
+
+def test_a_spare_ends_with_its_supervisor(tmp_path: Path) -> None:
+    """Killed, not told: the end of the stream is all the child learns."""
+    script = (
+        "import sys, time; from pathlib import Path; from worker.process import ChildProcess; "
+        "from tests.service import behaving; "
+        f"child = ChildProcess(Path({str(tmp_path)!r}), threads=1, network=False, command=behaving('press')); "
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.stdout.close()
+    parent.kill()
+    parent.wait()
+    eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, within=2.0, every=0.01)
+
+
+# S14 -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def service(tmp_path: Path, sqlite_url: str, valkey_server: Valkey) -> Iterator[Service]:
+    valkey_server.flush()
+    service = Service(tmp_path, sqlite_url, broker_url=valkey_server.url)
+    yield service
+    service.close()
+
+
+def test_whoever_reaches_the_broker_can_ring_and_nothing_more(service: Service, tmp_path: Path) -> None:
+    worker = service.start_worker("press")
+    eventually(lambda: "ready" in service.output())
+    sentinel = tmp_path / "sentinel"
+    forger = Celery("forger", broker=service.settings.celery_url)
+    forger.conf.update(task_queues=[Queue("cpu")], task_serializer="pickle", accept_content=["pickle", "json"])
+    forger.send_task("nightpress.ring", args=[_Bomb(str(sentinel))], queue="cpu", serializer="pickle")
+    forger.send_task("os.system", args=[f"touch {sentinel}"], queue="cpu", serializer="json")
+    forger.send_task("celery.backend_cleanup", queue="cpu", serializer="json")
+    forger.send_task("nightpress.ring", args=["job_of_another"], kwargs={"job": "x"}, queue="cpu", serializer="json")
+    forger.control.shutdown()
+    with redis.Redis.from_url(service.settings.celery_url) as client:
+        client.lpush("cpu", b"no message at all")
+    forger.close()
+    job_id = service.submit()
+    service.await_state(job_id, "succeeded")
+    assert worker.poll() is None
+    assert not sentinel.exists()
+
+
+class _Bomb:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)

@@ -1,0 +1,115 @@
+"""Integer grids and packing, against the library that reads what we write."""
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+from core.compress.solvers.grid import Grid, Workspace, dequantize, pack, pack_zero_points, round_to_grid
+from core.errors import ErrorCode, NightpressError
+
+GRIDS = [Grid(8), Grid(8, 32), Grid(4), Grid(4, 32), Grid(8, symmetric=False), Grid(4, 32, symmetric=False)]
+
+
+def weight(rows: int = 24, columns: int = 96, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).mul_(0.05).to(dtype)
+
+
+def scheme(grid: Grid) -> QuantizationScheme:
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(
+            num_bits=grid.bits,
+            type="int",
+            symmetric=grid.symmetric,
+            strategy="channel" if grid.group_size is None else "group",
+            group_size=grid.group_size,
+        ),
+    )
+
+
+@pytest.mark.parametrize("columns", [1, 3, 8, 31, 32, 96, 130])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_words_are_those_of_the_library(bits: int, columns: int):
+    top = 2 ** (bits - 1)
+    codes = torch.randint(-top, top, (5, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(columns))
+    packed = pack(codes, bits)
+    assert torch.equal(packed, pack_to_int32(codes, bits))
+    assert torch.equal(unpack_from_int32(packed, bits, codes.shape), codes)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 33])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_zero_points_are_those_of_the_library(bits: int, rows: int):
+    top = 2 ** (bits - 1)
+    zero_point = torch.randint(-top, top, (rows, 3), dtype=torch.int8)
+    assert torch.equal(pack_zero_points(zero_point, bits), pack_to_int32(zero_point, bits, packed_dim=0))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_library_compresses_our_grid_points_to_our_bytes(grid: Grid):
+    """Its compressor, given our scales and a weight that lies on our grid, writes what we write."""
+    rounded = round_to_grid(weight(dtype=torch.float32), grid)
+    zero_point = rounded.zero_point
+    state = {
+        "weight": dequantize(rounded.codes, rounded.scale, zero_point),
+        "weight_scale": rounded.scale,
+        "weight_zero_point": torch.zeros_like(rounded.scale, dtype=torch.int8) if zero_point is None else zero_point,
+    }
+    theirs = BaseCompressor.get_value_from_registry("pack-quantized").compress(state, scheme(grid))
+    assert torch.equal(theirs["weight_packed"], pack(rounded.codes, grid.bits))
+    assert torch.equal(theirs["weight_shape"], torch.tensor(rounded.codes.shape))
+    if zero_point is not None:
+        assert torch.equal(theirs["weight_zero_point"], pack_zero_points(zero_point, grid.bits))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_library_reads_back_the_weight_we_mean(grid: Grid):
+    rounded = round_to_grid(weight(dtype=torch.float32), grid)
+    state = {
+        "weight_packed": pack(rounded.codes, grid.bits),
+        "weight_scale": rounded.scale,
+        "weight_shape": torch.tensor(rounded.codes.shape),
+    }
+    if rounded.zero_point is not None:
+        state["weight_zero_point"] = pack_zero_points(rounded.zero_point, grid.bits)
+    theirs = BaseCompressor.get_value_from_registry("pack-quantized").decompress(state, scheme(grid))["weight"]
+    assert torch.equal(theirs, dequantize(rounded.codes, rounded.scale, rounded.zero_point))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_row_of_zeros_and_a_row_of_tiny_numbers_have_finite_scales(dtype: torch.dtype):
+    source = weight(dtype=dtype)
+    source[0] = 0
+    source[1] = torch.finfo(dtype).smallest_normal
+    rounded = round_to_grid(source, Grid(4))
+    assert torch.isfinite(rounded.scale).all()
+    assert (rounded.scale > 0).all()
+    assert torch.equal(dequantize(rounded.codes, rounded.scale)[0], torch.zeros(source.shape[1], dtype=dtype).float())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_and_infinity_are_refused(bad: float, symmetric: bool, dtype: torch.dtype):
+    source = weight(dtype=dtype)
+    source[3, 5] = bad
+    with pytest.raises(NightpressError) as caught:
+        round_to_grid(source, Grid(8, symmetric=symmetric))
+    assert caught.value.code is ErrorCode.NUMERICAL_FAILURE
+
+
+def test_a_workspace_used_again_changes_nothing():
+    workspace = Workspace()
+    for rows in (24, 8, 16):  # a shorter last chunk uses a part of the buffers
+        source = weight(rows, seed=rows)
+        fresh, again = round_to_grid(source, Grid(4, 32)), round_to_grid(source, Grid(4, 32), workspace)
+        assert torch.equal(fresh.codes, again.codes)
+        assert torch.equal(pack(fresh.codes, 4), pack(again.codes, 4, workspace))
+        assert fresh.squared_error == again.squared_error
+
+
+def test_other_widths_are_refused():
+    with pytest.raises(ValueError, match="3 bits"):
+        pack(torch.zeros(1, 8, dtype=torch.int8), 3)

@@ -1,0 +1,187 @@
+"""What makes a model acceptable, and what it is then known as. Hostile files are in tests/security/test_model_files.py."""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import ErrorCode, NightpressError
+from core.recipes.inspect import FolderFiles, inspect_model, is_model_file
+
+CONFIG = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 4}
+
+
+class MemoryFiles:
+    """A model's folder held in memory."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self.files = dict(files)
+
+    def names(self) -> Mapping[str, int]:
+        return {path: len(data) for path, data in self.files.items()}
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        return self.files[path][offset : offset + size]
+
+
+def safetensors(
+    tensors: Mapping[str, tuple[str, list[int]]], widths: Mapping[str, int] = {"F32": 4, "BF16": 2}
+) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        size = widths[dtype]
+        for dim in shape:
+            size *= dim
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw + bytes(at)
+
+
+def model(**changes: bytes | None) -> MemoryFiles:
+    files: dict[str, bytes | None] = {
+        "config.json": json.dumps(CONFIG).encode(),
+        "model.safetensors": safetensors({"a.weight": ("F32", [2, 3]), "b.weight": ("BF16", [5])}),
+        "tokenizer.json": b"{}",
+        **{name.replace("__", "."): data for name, data in changes.items()},
+    }
+    return MemoryFiles({path: data for path, data in files.items() if data is not None})
+
+
+def refused(files: MemoryFiles) -> NightpressError:
+    with pytest.raises(NightpressError) as error:
+        inspect_model(files)
+    assert error.value.hint
+    return error.value
+
+
+def test_a_model_is_described_from_its_headers() -> None:
+    header = inspect_model(model())
+    assert (header.model_type, header.architecture, header.task) == ("bert", "BertModel", "embedding")
+    assert [(one.name, one.dtype, one.shape, one.size) for one in header.tensors] == [
+        ("a.weight", "F32", (2, 3), 24),
+        ("b.weight", "BF16", (5,), 10),
+    ]
+    assert (header.parameters, header.size, header.has_tokenizer) == (11, 34, True)
+
+
+def test_a_missing_tokenizer_is_noted_not_refused() -> None:
+    assert not inspect_model(model(tokenizer__json=None)).has_tokenizer
+
+
+def test_real_models_pass(bert_tiny: Path, minilm: Path) -> None:
+    tiny, embedder = inspect_model(FolderFiles(bert_tiny)), inspect_model(FolderFiles(minilm))
+    assert (tiny.task, embedder.task) == ("masked-lm", "embedding")
+    assert embedder.parameters == 22_713_728
+    assert tiny.has_tokenizer
+    assert embedder.has_tokenizer
+
+
+def test_the_reader_agrees_with_the_library_that_wrote_the_file(minilm: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(minilm / "model.safetensors", framework="numpy") as reference:
+        expected = {name: tuple(reference.get_slice(name).get_shape()) for name in reference.keys()}  # noqa: SIM118
+    assert {one.name: one.shape for one in inspect_model(FolderFiles(minilm)).tensors} == expected
+
+
+def sharded(index: object, **shards: bytes) -> MemoryFiles:
+    files = model(model__safetensors=None).files
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    files |= {f"{name}.safetensors": data for name, data in shards.items()}
+    return MemoryFiles(files)
+
+
+def test_shards_and_their_index_agree() -> None:
+    one, two = safetensors({"a": ("F32", [2])}), safetensors({"b": ("F32", [3]), "c": ("F32", [])})
+    index = {"weight_map": {"a": "m1.safetensors", "b": "m2.safetensors", "c": "m2.safetensors"}}
+    assert {tensor.name for tensor in inspect_model(sharded(index, m1=one, m2=two)).tensors} == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "why"),
+    [
+        ({"a": "m1.safetensors", "b": "m2.safetensors"}, "does not place the tensor c"),
+        ({"a": "m1.safetensors", "b": "m2.safetensors", "c": "m1.safetensors"}, "does not place the tensor c"),
+        ({"a": "m1.safetensors", "b": "m2.safetensors", "c": "m2.safetensors", "d": "m2.safetensors"}, "tensor d"),
+        ({"a": "m1.safetensors", "b": "m3.safetensors"}, "m3.safetensors, which is not there|does not use it"),
+        ({"a": "m1.safetensors"}, "m2.safetensors: the model does not use it"),
+        ({"a": 1}, "no `weight_map`"),
+        ({}, "no `weight_map`"),
+        ([], "no `weight_map`"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_shards_is_malformed(weight_map: object, why: str) -> None:
+    one, two = safetensors({"a": ("F32", [2])}), safetensors({"b": ("F32", [3]), "c": ("F32", [])})
+    error = refused(sharded({"weight_map": weight_map}, m1=one, m2=two))
+    assert error.code is ErrorCode.MALFORMED_MODEL
+    assert pytest.raises(NightpressError, match=why)
+    with pytest.raises(NightpressError, match=why):
+        inspect_model(sharded({"weight_map": weight_map}, m1=one, m2=two))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "file"),
+    [
+        ({"config__json": None}, ErrorCode.MALFORMED_MODEL, "config.json"),
+        ({"config__json": b"[]"}, ErrorCode.MALFORMED_MODEL, "config.json"),
+        ({"config__json": b"{"}, ErrorCode.MALFORMED_MODEL, "config.json"),
+        ({"config__json": b"{}"}, ErrorCode.UNSUPPORTED_ARCHITECTURE, "config.json"),
+        ({"config__json": b'{"model_type": 7}'}, ErrorCode.UNSUPPORTED_ARCHITECTURE, "config.json"),
+        (
+            {"config__json": b'{"model_type": "bert", "architectures": "BertModel"}'},
+            ErrorCode.MALFORMED_MODEL,
+            "config.json",
+        ),
+        (
+            {"config__json": b'{"model_type": "bert", "quantization_config": {"bits": 4}}'},
+            ErrorCode.UNSUPPORTED_FORMAT,
+            "config.json",
+        ),
+        ({"model__safetensors": None}, ErrorCode.UNSUPPORTED_FORMAT, None),
+        (
+            {"model__safetensors": None, "other__safetensors": safetensors({})},
+            ErrorCode.MALFORMED_MODEL,
+            "other.safetensors",
+        ),
+        ({"other__safetensors": safetensors({})}, ErrorCode.MALFORMED_MODEL, "other.safetensors"),
+        ({"generation_config__json": b"{"}, ErrorCode.MALFORMED_MODEL, "generation_config.json"),
+        ({"weights__gguf": b"GGUF"}, ErrorCode.UNSUPPORTED_FORMAT, "weights.gguf"),
+        ({"run__py": b"import os"}, ErrorCode.UNSUPPORTED_FORMAT, "run.py"),
+    ],
+)
+def test_a_flaw_is_told_with_its_file(changes: dict[str, bytes | None], code: ErrorCode, file: str | None) -> None:
+    error = refused(model(**changes))
+    assert error.code is code
+    assert error.details.get("file") == file
+
+
+def test_a_truncated_file_is_told_as_such() -> None:
+    whole = model().files["model.safetensors"]
+    for cut in (whole[:-1], whole[:100], whole[:8], whole[:3], b""):
+        error = refused(model(model__safetensors=cut))
+        assert error.code is ErrorCode.MALFORMED_MODEL
+        assert error.details["file"] == "model.safetensors"
+        assert "truncated" in error.message or "too short" in error.message
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "merges.txt", "chat_template.jinja", "1_Pooling/config.json"])
+def test_what_comes_beside_the_weights_is_taken(name: str) -> None:
+    files = model().files
+    files[name] = b"{}"
+    assert is_model_file(name)
+    assert inspect_model(MemoryFiles(files)).parameters == 11
+
+
+def test_hidden_files_of_a_folder_are_passed_over(bert_tiny: Path, tmp_path: Path) -> None:
+    for path in bert_tiny.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / ".gitattributes").write_text("*.bin filter=lfs")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "x.lock").touch()
+    assert set(FolderFiles(tmp_path).names()) == {path.name for path in bert_tiny.iterdir()}

@@ -1,0 +1,169 @@
+"""The report's pages: complete, self-contained, and deaf to what a model's name tries to say."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from core.compress import report as reports
+from core.handoff.report import (
+    GateResult,
+    LayerEffect,
+    Measurement,
+    PassRecord,
+    Report,
+    Subject,
+    Timing,
+    Verification,
+)
+
+EVIL = '<script>alert("x")</script>"><img src=x onerror=alert(1)>'
+
+
+def make_report(name: str = "a-model", *, verdict: str = "accepted", layers: int = 3) -> Report:
+    timing = Timing(
+        batch=1, length=128, threads=2, repeats=20, p50_ms=10, p95_ms=14, throughput=100, throughput_unit="sequences/s"
+    )
+    measured = Measurement(
+        name="accuracy",
+        value=0.84,
+        low=0.82,
+        high=0.86,
+        n=1000,
+        better="higher",
+        data=name[:20],
+        change=-0.01,
+        change_low=-0.02,
+        change_high=0.0,
+    )
+    verification = Verification(
+        consumer="onnxruntime 1.32.0",
+        passed=True,
+        measure="cosine",
+        value=0.999,
+        bound=0.9,
+        seconds=3,
+        load_snippet=f"import onnxruntime  # {name}",
+    )
+    effects = tuple(
+        LayerEffect(name=f"{name}.{at}", bytes_before=4000, bytes_after=1000, relative_error=0.01 * (at + 1))
+        for at in range(layers)
+    )
+    return Report.model_validate(
+        {
+            "job_id": "job_1",
+            "model": {
+                "name": name,
+                "digest": "sha256:abc",
+                "architecture": name,
+                "task": "classification",
+                "parameters": 1000,
+                "size_bytes": 4000,
+                "license": None,
+            },
+            "recipe": {"name": "int8-encoder", "description": name},
+            "environment": {
+                "nightpress": "0.1.0",
+                "versions": {"onnxruntime": "1.32.0"},
+                "cpu": name,
+                "cpu_features": ["avx2"],
+                "cores": 2,
+                "threads": 2,
+                "memory_bytes": 8e9,
+                "platform": "Linux",
+                "seed": 0,
+                "attempt": 1,
+            },
+            "source": Subject(name="source", format="safetensors", size_bytes=4000, timings=(timing,)),
+            "artifacts": [
+                Subject(
+                    name="onnx",
+                    format="onnx",
+                    size_bytes=1000,
+                    measurements=(measured,),
+                    timings=(timing.model_copy(update={"p50_ms": 5.0, "p95_ms": 6.0, "throughput": 200.0}),),
+                    verification=verification,
+                    notes=(f"note {name}",),
+                )
+            ],
+            "passes": [PassRecord(index=0, name="dynamic-int8", seconds=1, summary={"format": "onnx"}, layers=effects)],
+            "gates": [GateResult(gate="size <= 35%", artifact="onnx", observed=0.25, passed=True, explanation=name)],
+            "verdict": verdict,
+            "phases": {"baseline": 3.0},
+            "notes": [name],
+        }
+    )
+
+
+class Page(HTMLParser):
+    """Every element and attribute of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+
+def test_the_page_carries_the_comparison():
+    page = reports.render_html(make_report(), {"onnx": "sha256:dig"})
+    for expected in ("Accepted", "84.0%", "[82.0%, 86.0%]", "2.00× faster", "25%", "sha256:dig", "import onnxruntime"):
+        assert expected in page
+
+
+def test_the_page_needs_nothing_from_elsewhere():
+    page = Page(reports.render_html(make_report(), {}))
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & set(page.tags)
+    assert not {"src", "href"} & {name for name, _ in page.attributes}
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+
+
+def test_hostile_names_stay_text():
+    text = reports.render_html(make_report(EVIL), {"onnx": EVIL, EVIL: EVIL})
+    page = Page(text)
+    assert not {"script", "img"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert "&lt;script&gt;" in text
+
+
+def test_hostile_names_stay_text_in_markdown_too():
+    card = reports.render_markdown(make_report(EVIL + "\n# not a heading | not a cell"), {})
+    body = card.split("---\n", 2)[2]
+    outside_code = re.sub(r"```.*?```", "", body, flags=re.S)
+    assert "<script" not in outside_code
+    assert "<img" not in outside_code
+    assert "\n# not a heading" not in outside_code
+
+
+def test_a_snippet_cannot_end_its_code_block():
+    bad = make_report("x\n```\n<script>")
+    outside = re.sub(r"```.*?```", "", reports.render_markdown(bad, {}).split("---\n", 2)[2], flags=re.S)
+    assert "<script" not in outside
+
+
+def test_the_card_begins_with_metadata_that_hubs_can_read():
+    card = reports.render_markdown(make_report("name: [odd"), {})
+    front = yaml.safe_load(card.split("---\n", 2)[1])
+    assert front["base_model"] == "name: [odd"
+    assert front["pipeline_tag"] == "text-classification"
+    assert front["model-index"][0]["results"][0]["metrics"][0]["type"] == "accuracy"
+
+
+@pytest.mark.parametrize("layers", [0, 1, 40, 500])
+def test_many_layers_are_cut_to_those_with_the_largest_errors(layers: int):
+    report = make_report(layers=layers)
+    shown = reports.largest_errors(report.passes[0].layers)
+    assert len(shown) == min(layers, 40)
+    if layers > 40:
+        assert min(one.relative_error for one in shown) > report.passes[0].layers[layers - 41].relative_error
+    assert "Nightpress report" in reports.render_html(report, {})
+
+
+def test_a_rejected_report_says_so_first():
+    page = reports.render_html(make_report(verdict="rejected"), {})
+    assert page.index("Rejected") < page.index("Before and after")

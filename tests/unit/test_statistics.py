@@ -1,0 +1,64 @@
+"""Intervals must hold what they say, pair what was paired, and be the same each time."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from core.compress.evaluate.statistics import mean_interval, ratio_against
+
+
+def test_the_interval_of_a_mean_is_the_known_one():
+    values = np.random.default_rng(3).normal(10, 2, size=400)
+    interval = mean_interval(values, seed=0)
+    error = values.std() / 20
+    assert interval.value == pytest.approx(values.mean())
+    assert interval.low == pytest.approx(values.mean() - 1.96 * error, abs=0.05)
+    assert interval.high == pytest.approx(values.mean() + 1.96 * error, abs=0.05)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(5)
+    held = 0
+    for seed in range(120):
+        interval = mean_interval(rng.exponential(1.0, size=100), seed=seed)
+        held += interval.low <= 1.0 <= interval.high
+    assert 0.88 <= held / 120 <= 0.99
+
+
+def test_the_same_seed_gives_the_same_interval():
+    values = np.random.default_rng(0).random(50)
+    assert mean_interval(values, seed=7) == mean_interval(values, seed=7)
+    assert mean_interval(values, seed=7) != mean_interval(values, seed=8)
+
+
+def test_pairing_makes_a_constant_ratio_certain():
+    """Texts differ ten times in difficulty, yet each is exactly 5% harder for the artifact: the change is known without doubt."""
+    source = np.random.default_rng(1).uniform(1, 10, size=40)
+    paired = ratio_against(1.05 * source, source, np.ones(40), seed=0)
+    assert paired.change is not None
+    assert paired.change.low == pytest.approx(0.05)
+    assert paired.change.high == pytest.approx(0.05)
+    assert paired.figure.high - paired.figure.low > 0.5
+
+
+def test_perplexity_weighs_windows_by_their_tokens():
+    nll = np.array([10.0, 300.0])
+    tokens = np.array([10.0, 100.0])
+    paired = ratio_against(nll, nll, tokens, seed=0, of=np.exp)
+    assert paired.figure.value == pytest.approx(np.exp(310 / 110))
+    assert paired.change is not None
+    assert paired.change.value == 0
+
+
+def test_a_source_at_zero_has_no_relative_change():
+    assert ratio_against(np.ones(5), np.zeros(5), np.ones(5), seed=0).change is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(arrays(np.float64, st.integers(2, 40), elements=st.floats(-100, 100)), st.integers(0, 2**31))
+def test_the_value_lies_within_its_interval(values: NDArray[np.float64], seed: int):
+    interval = mean_interval(values, seed=seed)
+    assert interval.low <= interval.value <= interval.high
