@@ -87,9 +87,12 @@ class Skeleton:
         self.path, self.blocks = _find_blocks(self.model)
         self._prefix = self._find_prefix()
 
-    def stored_name(self, name: str) -> str:
-        """A parameter of the bare model, as the files call it."""
-        return self._prefix + name
+    def stored_name(self, name: str) -> str | None:
+        """A parameter of the bare model, as the files call it; None if they don't have it."""
+        stored = self._prefix + name
+        if stored not in self.source and "LayerNorm." in stored:  # what TensorFlow called it, in the oldest files
+            stored = stored.removesuffix("weight") + "gamma" if stored.endswith("weight") else stored.removesuffix("bias") + "beta"
+        return stored if stored in self.source else None
 
     def block_prefix(self, index: int) -> str:
         """What the names of a block's tensors begin with in the files."""
@@ -108,16 +111,13 @@ class Skeleton:
     def fill_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Give a block its weights: tensors by their names in the files, on any device. Others of the block are passed over."""
         block = self.blocks[index]
-        prefix = self.block_prefix(index)
-        wanted = dict(block.named_parameters())
-        missing = [name for name in wanted if prefix + name not in tensors]
-        if missing:
-            raise _unsupported(f"The files have no tensor {prefix + missing[0]}, which the model's class wants")
-        block.load_state_dict(
-            {name: tensors[prefix + name].to(self.device, self.dtype, non_blocking=True) for name in wanted},
-            strict=False,
-            assign=True,
-        )
+        filled = {}
+        for name, _ in block.named_parameters():
+            stored = self.stored_name(f"{self.path}.{index}.{name}")
+            if stored is None:
+                raise _unsupported(f"The files have no tensor {self.block_prefix(index)}{name}, which the model's class wants")
+            filled[name] = tensors[stored].to(self.device, self.dtype, non_blocking=True)
+        block.load_state_dict(filled, strict=False, assign=True)
         return block
 
     def empty_block(self, index: int) -> None:
@@ -164,7 +164,7 @@ class Skeleton:
         """What stands outside the blocks, as far as the files have it: a pooler that no one trained is never run here."""
         for name, parameter in list(self.model.named_parameters()):
             stored = self.stored_name(name)
-            if parameter.is_meta and not name.startswith(self.path + ".") and stored in self.source:
+            if parameter.is_meta and not name.startswith(self.path + ".") and stored is not None:
                 holder, leaf = _parent(self.model, name)
                 value = self.source.read(stored).to(self.device, self.dtype)
                 holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)

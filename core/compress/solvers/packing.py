@@ -8,7 +8,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes int8 [rows, columns] from −2^(bits−1) up → int32 [rows, ⌈columns·bits/32⌉]. What fills the last word up is zero."""
     rows, columns = codes.shape
     padded = torch.zeros(rows, -(-columns // 32) * 32, dtype=torch.int32, device=codes.device)
-    torch.add(codes, 2 ** (bits - 1), out=padded[:, :columns])
+    padded[:, :columns] = codes
+    padded[:, :columns] += 2 ** (bits - 1)
     groups = padded.view(rows, -1, 32)  # 32 codes fill `bits` words
     words = torch.zeros(rows, groups.shape[1], bits, dtype=torch.int32, device=codes.device)
     for at in range(32):
