@@ -1,6 +1,6 @@
 """The blocks executor on a GPU: marginal seconds a layer and peak memory on a model of Llama-3-8B's shape, cut to a few layers.
 
-    python -m bench.blocks_gpu [--layers 2 6] [--samples 128] [--length 2048] [--only NAME …] [--json]
+    python -m bench.blocks_gpu [--layers 4 12] [--samples 128] [--length 2048] [--only NAME …] [--json]
 
 Everything counts: reading the weights, both forward passes, Gram matrices, solving, packing, writing and fsync. The floor beside it is
 what no calibrated method goes without: two forward passes of a layer and the Gram matrices of its four distinct inputs.
@@ -156,7 +156,7 @@ def press(method: Method, model: Path, scratch: Path, ids: torch.Tensor) -> dict
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs=2, default=(2, 6))
+    parser.add_argument("--layers", type=int, nargs=2, default=(4, 12))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--only", nargs="*", choices=sorted(methods()))

@@ -153,7 +153,8 @@ def _check_exports(recipe: Recipe) -> None:
             raise _invalid(f"`{one.pass_}` runs on a CPU only.", "Leave `device` at `auto`.")
     if "compressed-tensors" in recipe.exports and not any(isinstance(one, _Rounding) for one in recipe.passes):
         raise _invalid(
-            "exports: compressed-tensors needs a quantizing pass.", "Add `weight-only` or `gptq`, or export `safetensors`."
+            "exports: compressed-tensors needs a quantizing pass.",
+            "Add `weight-only` or `gptq`, or export `safetensors`.",
         )
 
 

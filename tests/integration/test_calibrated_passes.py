@@ -85,7 +85,9 @@ def _press_plain(source: Path, work: Path, pass_: dict[str, Any]) -> tuple[Path,
 
 
 @pytest.mark.parametrize("name", ["sparsegpt", "wanda"])
-def test_pruning_meets_its_share_or_its_pattern_and_leaves_a_model_that_loads(name: str, bert_tiny: Path, tmp_path: Path):
+def test_pruning_meets_its_share_or_its_pattern_and_leaves_a_model_that_loads(
+    name: str, bert_tiny: Path, tmp_path: Path
+):
     half, record = _press(bert_tiny, tmp_path / "half", {"pass": name, "sparsity": 0.5}, "safetensors")
     assert record.summary["sparsity"] == pytest.approx(0.5, abs=0.01)
     pattern, _ = _press(bert_tiny, tmp_path / "pattern", {"pass": name, "pattern": "2:4"}, "safetensors")
@@ -104,7 +106,9 @@ def test_sparse_and_quantized_at_once(bert_tiny: Path, tmp_path: Path):
 
 
 def test_the_same_job_twice_gives_the_same_bytes(bert_tiny: Path, tmp_path: Path):
-    folders = [_press(bert_tiny, tmp_path / name, {"pass": "gptq", "group_size": 64}, "compressed-tensors")[0] for name in "ab"]
+    folders = [
+        _press(bert_tiny, tmp_path / name, {"pass": "gptq", "group_size": 64}, "compressed-tensors")[0] for name in "ab"
+    ]
     for path in folders[0].glob("*.safetensors"):
         assert path.read_bytes() == (folders[1] / path.name).read_bytes()
 
@@ -120,6 +124,10 @@ def test_the_same_job_twice_gives_the_same_bytes(bert_tiny: Path, tmp_path: Path
     ],
 )
 def test_what_cannot_work_is_refused_before_it_runs(pass_: dict[str, Any], bert_tiny: Path):
+    header = inspect_model(FolderFiles(bert_tiny))
+
+    def plan() -> Any:
+        return make_plan(parse_recipe({"name": "r", "passes": [pass_], "exports": ["compressed-tensors"]}), header)
+
     with pytest.raises(NightpressError):
-        recipe = parse_recipe({"name": "r", "passes": [pass_], "exports": ["compressed-tensors"]})
-        make_plan(recipe, inspect_model(FolderFiles(bert_tiny)))
+        plan()

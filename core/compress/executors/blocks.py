@@ -180,7 +180,7 @@ class _Run:
         hidden: Tensor | None = None
         calls: dict[int, list[Call]] = {}
         at = 0
-        for entered, given in self.skeleton.capture(self.ids.split(self.batch)):
+        for entered, given in self.skeleton.capture(torch.split(self.ids, self.batch)):
             if hidden is None:
                 shape = (len(self.ids), *entered.shape[1:])
                 hidden = _room_for(shape, entered.dtype, self.device, self.context.work_dir)
@@ -192,7 +192,7 @@ class _Run:
 
     def _batches(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each batch where it is kept and on the device."""
-        for kept in hidden.split(self.batch):
+        for kept in torch.split(hidden, self.batch):
             yield kept, kept.to(self.device, non_blocking=True)
 
     def _forward(
@@ -409,4 +409,4 @@ def _room_for(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

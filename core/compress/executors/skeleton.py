@@ -53,7 +53,7 @@ def _read(shard: Shard, stored: StoredTensor) -> Tensor:
     data = torch.empty(stored.info.size, dtype=torch.uint8)
     with shard.path.open("rb", buffering=0) as file:
         file.seek(stored.offset)
-        view = memoryview(data.numpy())
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
         while len(view):
             count = file.readinto(view)
             if not count:
@@ -91,7 +91,11 @@ class Skeleton:
         """A parameter of the bare model, as the files call it; None if they don't have it."""
         stored = self._prefix + name
         if stored not in self.source and "LayerNorm." in stored:  # what TensorFlow called it, in the oldest files
-            stored = stored.removesuffix("weight") + "gamma" if stored.endswith("weight") else stored.removesuffix("bias") + "beta"
+            stored = (
+                stored.removesuffix("weight") + "gamma"
+                if stored.endswith("weight")
+                else stored.removesuffix("bias") + "beta"
+            )
         return stored if stored in self.source else None
 
     def block_prefix(self, index: int) -> str:
@@ -115,7 +119,9 @@ class Skeleton:
         for name, _ in block.named_parameters():
             stored = self.stored_name(f"{self.path}.{index}.{name}")
             if stored is None:
-                raise _unsupported(f"The files have no tensor {self.block_prefix(index)}{name}, which the model's class wants")
+                raise _unsupported(
+                    f"The files have no tensor {self.block_prefix(index)}{name}, which the model's class wants"
+                )
             filled[name] = tensors[stored].to(self.device, self.dtype, non_blocking=True)
         block.load_state_dict(filled, strict=False, assign=True)
         return block

@@ -179,8 +179,8 @@ def _inverse_blocks(upper: Tensor, block: int) -> list[Tensor]:
     """The inverses of the blocks on the diagonal, all whole ones found together."""
     columns = len(upper)
     whole = columns // block * block
-    blocks = upper[:whole, :whole].unflatten(0, (-1, block)).unflatten(2, (-1, block)).diagonal(dim1=0, dim2=2)
-    blocks = blocks.permute(2, 0, 1).contiguous()  # [blocks, block, block]
+    grid = upper[:whole, :whole].reshape(whole // block, block, whole // block, block)
+    blocks = grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # [blocks, block, block]
     identity = torch.eye(block, dtype=upper.dtype, device=upper.device)
     inverses = list(torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True))
     if whole < columns:

@@ -25,8 +25,20 @@ def wanda_mask(weight: Tensor, power: Tensor, sparsity: float, pattern: tuple[in
     """True where a weight [out, in] goes; power [in] is Σ x². With a pattern (kept, of), so many of every `of` neighbours stay."""
     rows, columns = weight.shape
     score = weight.float().abs() * power.sqrt()
-    compared = score.view(rows, -1, pattern[1]) if pattern is not None else score.view(rows, 1, columns)
-    count = pattern[1] - pattern[0] if pattern is not None else round(sparsity * columns)
-    gone = torch.zeros_like(compared, dtype=torch.bool)
-    gone.scatter_(2, compared.argsort(dim=2, stable=True)[..., :count], True)
-    return gone.view(rows, columns)
+    if pattern is not None:
+        return _outranked(score.view(rows, -1, pattern[1]), pattern[0]).view(rows, columns)
+    gone = torch.zeros_like(score, dtype=torch.bool)
+    smallest = score.argsort(dim=1, stable=True)[:, : round(sparsity * columns)]
+    return gone.scatter_(1, smallest, True)
+
+
+def _outranked(score: Tensor, kept: int) -> Tensor:
+    """True for all but the `kept` largest along the last axis; of equals, the first goes. Short groups are counted faster than sorted."""
+    members = score.unbind(-1)
+    outranked = torch.zeros_like(score, dtype=torch.uint8)
+    for first, one in enumerate(members):
+        for second, other in enumerate(members[first + 1 :], first + 1):
+            earlier_wins = one > other
+            outranked[..., second] += earlier_wins
+            outranked[..., first] += ~earlier_wins
+    return outranked >= kept
