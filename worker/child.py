@@ -94,10 +94,10 @@ def _run(job_dir: Path, press: Press) -> None:
         with lock:
             _write_all(line)
 
-    spec = JobSpec.load(job_dir)
-    if spec.file_limit:
-        sandbox.limit_file_size(spec.file_limit)
     try:
+        spec = JobSpec.load(job_dir)
+        if spec.file_limit:
+            sandbox.limit_file_size(spec.file_limit)
         press(job_dir, emit)
     except BaseException as error:
         traceback.print_exc()  # the supervisor puts standard error into the job's log

@@ -110,17 +110,13 @@ class DevStack:
 
     def _wait_for_predecessors(self) -> None:
         """Processes of a stack that was killed are on their way out: the worker gives its job back first."""
-        left = []
-        for pid, created in self._read_state().get("started", {}).items():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(int(pid))
-                if abs(process.create_time() - created) < 1:
-                    left.append(process)
-        _, alive = psutil.wait_procs(left, timeout=self._settings.drain_s)
-        for process in alive:
+        started = self._read_state().get("started", {})
+        deadline = time.monotonic() + self._settings.drain_s
+        while (left := _still_running(started)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(alive, timeout=5)
 
     def _make_key(self) -> None:
         """The first API key, readable by its owner alone. A key file without its database, or the reverse, gets a new key."""
@@ -229,6 +225,17 @@ class DevStack:
         partial = self._folder / f"{STATE_FILE}.partial"
         partial.write_text(json.dumps({"api_url": self.api_url, "pids": pids, "started": started}))
         partial.replace(self._folder / STATE_FILE)
+
+
+def _still_running(started: dict[str, float]) -> list[psutil.Process]:
+    """Those of the noted processes that are the same ones still, and no zombies."""
+    found = []
+    for pid, created in started.items():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(pid))
+            if abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def _end_with_parent() -> None:

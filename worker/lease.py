@@ -13,6 +13,7 @@ from core.jobs.store import JobStore
 
 _LONGEST_INTERVAL_S = 2.0  #: how late a cancellation may be noticed
 _SHORTEST_INTERVAL_S = 0.5  #: between two reports of progress
+_SHORTEST_PHASE_S = 0.05  #: and of a new phase
 _LOG_BATCH = 200
 _LOG_LINES = 5000  #: kept while the database is away; older ones are dropped
 
@@ -33,6 +34,7 @@ class LeaseKeeper:
         self._gone = False
         self._stop = False
         self._urgent = False
+        self._new_phase = False
         self.cancel_requested = False
         self._progress: Progress | None = None
         self._lines: deque[tuple[str, str]] = deque(maxlen=_LOG_LINES)
@@ -48,6 +50,7 @@ class LeaseKeeper:
 
     def progress(self, progress: Progress) -> None:
         with self._changed:
+            self._new_phase |= self._progress is None or self._progress.phase != progress.phase
             self._progress, self._urgent = progress, True
             self._changed.notify()
 
@@ -72,9 +75,12 @@ class LeaseKeeper:
         while not self.lost:
             with self._changed:
                 self._changed.wait_for(lambda: self._stop or self._urgent, timeout=interval)
-                if self._urgent and not self._stop:  # gather what follows at once
-                    self._changed.wait_for(lambda: self._stop, timeout=last + _SHORTEST_INTERVAL_S - time.monotonic())
-                stop, self._urgent = self._stop, False
+                if self._urgent:  # gather what follows at once
+                    self._changed.wait_for(lambda: self._stop, timeout=last + _SHORTEST_PHASE_S - time.monotonic())
+                    self._changed.wait_for(
+                        lambda: self._stop or self._new_phase, timeout=last + _SHORTEST_INTERVAL_S - time.monotonic()
+                    )
+                stop, self._urgent, self._new_phase = self._stop, False, False
             last = time.monotonic()
             try:
                 self._renew()

@@ -127,7 +127,7 @@ def test_a_model_goes_through_the_production_stack(
             model = nightpress.models.upload(read_model_folder(bert_tiny, "bert-tiny"))
             assert model.state == "ready"
             job = nightpress.jobs.submit(model.id, "sparse-half", labels={"stack": "production"})
-            job = nightpress.jobs.wait(job.id, timeout_s=120)
+            job = nightpress.jobs.wait(job.id, timeout_s=240)
             assert job.state == "succeeded", job.error
 
             (artifact,) = nightpress.jobs.artifacts(job.id)

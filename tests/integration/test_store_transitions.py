@@ -1,5 +1,6 @@
 """Every trigger in every state, on both databases: what the table allows happens, and nothing else changes anything."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -309,8 +310,9 @@ def test_progress_never_falls_within_an_attempt_and_starts_anew_with_the_next(st
 
 
 def test_a_queue_deadline_holds_only_until_the_first_start(store: JobStore, engine: Engine):
-    started = submit(store, queue_limit_s=5.0)
+    started = submit(store, queue_limit_s=0.05)
     store.release(claim(store).lease)
+    time.sleep(0.1)
     waiting = submit(store, queue_limit_s=5.0)
     age(engine, waiting, 6, "start_before")
     assert store.expire_queue_deadlines() == [waiting]

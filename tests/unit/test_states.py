@@ -6,6 +6,24 @@ from core.jobs.states import ALL_STATES, LEASED_STATES, TRANSITIONS, Trigger, is
 from core.schemas import TERMINAL_STATES
 
 
+def test_the_table_is_the_one_that_was_designed():
+    """Written out a second time, so that no slip in the table goes unseen: the store and its tests both read that one."""
+    taken_away = {"running": {"queued", "failed"}, "cancelling": {"cancelled"}}
+    assert {
+        "claim": {"queued": {"running"}},
+        "renew": {"running": {"running"}, "cancelling": {"cancelling"}},
+        "finish": {"running": {"succeeded"}, "cancelling": {"succeeded"}},
+        "fail": {"running": {"queued", "failed"}, "cancelling": {"cancelled", "failed"}},
+        "release": {"running": {"queued"}, "cancelling": {"cancelled"}},
+        "cancel": {"queued": {"cancelled"}, "running": {"cancelling"}},
+        "confirm_cancelled": {"cancelling": {"cancelled"}},
+        "lease_expired": taken_away,
+        "stalled": taken_away,
+        "run_deadline": {"running": {"failed"}, "cancelling": {"cancelled"}},
+        "queue_deadline": {"queued": {"failed"}},
+    } == TRANSITIONS
+
+
 def test_nothing_leads_out_of_a_terminal_state():
     for table in TRANSITIONS.values():
         assert not TERMINAL_STATES & set(table)

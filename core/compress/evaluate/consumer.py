@@ -184,6 +184,8 @@ def _run(
         finally:
             process.kill()
             process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
         if status:
             errors.seek(0, os.SEEK_END)
             errors.seek(max(0, errors.tell() - _STDERR_SHOWN))

@@ -1,0 +1,240 @@
+"""How long things take to begin, and what a service that does nothing holds.
+
+    python -m bench.startup [--jobs 10] [--json]
+
+submit → child running: from before the POST until SQL says that the child reported its first phase, with a warm spare, and beside
+it the same without one. Worker ready: from the start of the process until it is registered and hears rings, beside a bare Celery
+worker. `import api.app` beside the import of the libraries it stands on. Memory: proportional set size (pages shared between
+processes count once in all), resident set size and anonymous memory.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.models import bert_tiny_dir
+from tests.servers import free_port
+
+RECIPE = {
+    "name": "half",
+    "passes": [{"pass": "magnitude", "sparsity": 0.5}],
+    "exports": ["safetensors"],
+    "evaluate": [{"metric": "fidelity", "samples": 4, "length": 16}],
+}
+BARE_CELERY = """
+import sys
+from celery import Celery, signals
+app = Celery(broker=sys.argv[1])
+app.conf.update(worker_redirect_stdouts=False, broker_connection_retry_on_startup=True)
+signals.worker_ready.connect(lambda **_: print("ready", flush=True), weak=False)
+app.Worker(pool="threads", concurrency=1, queues=["bare"], quiet=True, without_gossip=True, without_mingle=True).start()
+"""
+
+
+class Stack:
+    """The embedded stack in a folder of its own, and a client's view of it."""
+
+    def __init__(self, folder: Path, models: Path, *, spare: bool) -> None:
+        self.folder = folder
+        self.url = f"http://127.0.0.1:{free_port()}"
+        env = {name: value for name, value in os.environ.items() if not name.startswith("NIGHTPRESS_")}
+        env |= {
+            "NIGHTPRESS_DATA_DIR": str(folder),
+            "NIGHTPRESS_API_PORT": self.url.rsplit(":", 1)[1],
+            "NIGHTPRESS_MODEL_ROOTS": json.dumps([str(models)]),
+            "NIGHTPRESS_WORKER_SPARE": str(spare),
+        }
+        self.env = env
+        self.process = subprocess.Popen([sys.executable, "-m", "worker.devstack"], env=env, stdout=subprocess.DEVNULL)
+        self._wait(lambda: self.client().get("/v1/workers").json()["items"], 90)
+        self.http = self.client()
+        answer = self.http.post("/v1/models", json={"name": "bert-tiny", "path": str(next(models.iterdir()))})
+        answer.raise_for_status()
+
+    def client(self) -> httpx.Client:
+        key = (self.folder / "key").read_text().strip()
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+
+    def _wait(self, ask: Any, seconds: float) -> Any:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                if answer := ask():
+                    return answer
+            except (httpx.HTTPError, OSError, KeyError):
+                pass
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise RuntimeError("the stack did not come up")
+            time.sleep(0.1)
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """api, worker and control, and the worker's spare child."""
+        pids = json.loads((self.folder / "devstack.json").read_text())["pids"]
+        found = {name: psutil.Process(pids[name]) for name in ("api", "worker", "control")}
+        for child in found["worker"].children():
+            found["spare"] = child
+        return found
+
+    def settle(self) -> None:
+        """Wait until all are idle: whatever is imported has been imported."""
+        while True:
+            before = self._cpu()
+            time.sleep(1.0)
+            if self._cpu() - before < 0.06:
+                return
+
+    def _cpu(self) -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes().values())
+
+    def submit_and_watch(self) -> float:
+        """Seconds from before the POST until the child has reported. The job is cancelled then."""
+        with sqlite3.connect(self.folder / "nightpress.db") as database:
+            started = time.perf_counter()
+            job_id = self.http.post("/v1/jobs", json={"model": "bert-tiny", "recipe": RECIPE}).json()["id"]
+            query = "SELECT phase, state FROM jobs WHERE id = ?"
+            while (row := database.execute(query, (job_id,)).fetchone())[0] in {None, "fetching"}:
+                if row[1] in {"failed", "succeeded"}:
+                    raise RuntimeError(self.http.get(f"/v1/jobs/{job_id}").text)
+                time.sleep(0.002)
+            taken = time.perf_counter() - started
+            self.http.post(f"/v1/jobs/{job_id}/cancel")
+            while database.execute(query, (job_id,)).fetchone()[1] not in {"cancelled", "succeeded", "failed"}:
+                time.sleep(0.05)
+        return taken
+
+    def worker_ready(self) -> float:
+        """Seconds until a second worker hears rings."""
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "worker"]
+        process = subprocess.Popen(command, env=self.env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        return _seconds_until(process, process.stderr, "ready", started)
+
+    def bare_ready(self) -> float:
+        started = time.perf_counter()
+        command = [sys.executable, "-c", BARE_CELERY, f"redis+socket://{self.folder / 'valkey.sock'}"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        return _seconds_until(process, process.stdout, "ready", started)
+
+
+def _seconds_until(process: "subprocess.Popen[str]", stream: Any, word: str, started: float) -> float:
+    for line in stream:
+        if word in line:
+            break
+    taken = time.perf_counter() - started
+    process.terminate()
+    stream.read()
+    process.wait(30)
+    return taken
+
+
+@contextmanager
+def running(models: Path, *, spare: bool) -> Iterator[Stack]:
+    folder = Path(tempfile.mkdtemp(prefix="np-"))
+    stack = Stack(folder / "d", models, spare=spare)
+    try:
+        stack.settle()
+        yield stack
+    finally:
+        stack.process.terminate()
+        stack.process.wait(60)
+        shutil.rmtree(folder)
+
+
+def memory_of(processes: dict[str, psutil.Process]) -> dict[str, dict[str, float]]:
+    """Megabytes by process."""
+    found = {}
+    for name, process in processes.items():
+        full = process.memory_full_info()
+        anonymous = sum(row.anonymous for row in process.memory_maps())
+        found[name] = {
+            kind: round(size / 1e6, 1)
+            for kind, size in (("pss", full.pss), ("rss", full.rss), ("anonymous", anonymous))
+        }
+    return found
+
+
+def total(memory: dict[str, dict[str, float]], kind: str, *, spare: bool) -> float:
+    return round(sum(one[kind] for name, one in memory.items() if spare or name != "spare"), 1)
+
+
+def import_seconds(what: str) -> float:
+    code = f"import sys, time; t = time.perf_counter(); {what}; print(time.perf_counter() - t); assert 'torch' not in sys.modules"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
+    return statistics.median(float(run.stdout) for run in runs)
+
+
+def measure(jobs: int) -> dict[str, Any]:
+    models = Path(tempfile.mkdtemp(prefix="np-models-")).resolve()
+    bert_tiny_dir(models)
+    warm, cold = [], []
+    with running(models, spare=True) as stack:
+        memory = memory_of(stack.processes())
+        for _ in range(jobs):
+            stack.settle()
+            warm.append(stack.submit_and_watch())
+        ready = [(stack.worker_ready(), stack.bare_ready()) for _ in range(3)]
+    with running(models, spare=False) as stack:
+        for _ in range(max(2, jobs // 3)):
+            stack.settle()
+            cold.append(stack.submit_and_watch())
+    shutil.rmtree(models)
+    return {
+        "submit_to_child_running_s": {
+            "warm_p50": round(statistics.median(warm), 3),
+            "warm_max": round(max(warm), 3),
+            "without_spare_p50": round(statistics.median(cold), 3),
+            "jobs": jobs,
+            "bar_warm_p50": 0.3,
+        },
+        "idle_memory_mb": {
+            "processes": memory,
+            "pss_with_spare": total(memory, "pss", spare=True),
+            "pss_without_spare": total(memory, "pss", spare=False),
+            "rss_with_spare": total(memory, "rss", spare=True),
+            "rss_without_spare": total(memory, "rss", spare=False),
+            "bar": 400,
+        },
+        "worker_ready_s": {
+            "nightpress": round(statistics.median(one[0] for one in ready), 2),
+            "bare_celery_worker": round(statistics.median(one[1] for one in ready), 2),
+            "bar": 3,
+        },
+        "import_s": {
+            "api.app": round(import_seconds("import api.app"), 2),
+            "fastapi, sqlalchemy, celery": round(import_seconds("import fastapi, sqlalchemy.orm, celery"), 2),
+            "bar": 1,
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.startup", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=10)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = measure(options.jobs)
+    if options.json:
+        print(json.dumps(found))
+        return
+    for name, figures in found.items():
+        print(name)
+        for key, value in figures.items():
+            print(f"  {key:28} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The line between a supervisor and its child."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from core.handoff.frames import Result, parse_frame
+from worker.process import ChildProcess
+
+
+def frames_of(child: ChildProcess) -> list[object]:
+    with open(child.frames, "rb", closefd=False) as stream:
+        return [parse_frame(line) for line in stream]
+
+
+def test_a_beat_before_the_job_begins_does_not_confuse_the_child(tmp_path: Path) -> None:
+    """Staging from a slow store outlasts a renewal of the lease: the spare child must not take the beat for its first line."""
+    child = ChildProcess(tmp_path, threads=1, network=True)
+    try:
+        child.beat()
+        child.begin(patience_s=60)
+        (result,) = frames_of(child)
+        assert isinstance(result, Result)
+        assert result.error is not None, "there is no spec.json in its folder"
+        assert child.wait(30) is not None
+    finally:
+        child.kill()
+        child.remove()
+
+
+def test_a_child_that_is_told_nonsense_ends_instead_of_waiting(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "worker.child", "--frames", str(write), "--keep-network", str(tmp_path)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=(write,))
+    try:
+        assert child.stdin is not None
+        child.stdin.write(b".nonsense\n")
+        child.stdin.flush()
+        assert child.wait(60) != 0
+    finally:
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        os.close(read)
+        os.close(write)

@@ -1,0 +1,171 @@
+"""S7, S9, S11: fields nobody may set, bodies nobody may send, names that are no names."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import httpx
+import pytest
+
+import migrations
+from api.downloads import safe_filename
+from core.jobs.records import Job
+from core.schemas import JobCreate, JobView
+from core.settings import Settings
+from tests.api import RunningApi, serve
+
+MIB = 1024**2
+BODY = {"model": "tiny", "recipe": "int8-encoder"}
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory, bert_tiny: Path) -> Iterator[RunningApi]:
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("input"),
+        broker_url="redis://127.0.0.1:1/0",
+        model_roots=[bert_tiny.parent],
+        max_model_bytes=MIB * MIB,
+    )
+    migrations.upgrade(settings.sql_url)
+    with serve(settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(api: RunningApi, bert_tiny: Path) -> Iterator[httpx.Client]:
+    with api.client() as client:
+        client.post("/v1/models", json={"name": "tiny", "path": str(bert_tiny)}).raise_for_status()
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_written(client: httpx.Client) -> Iterator[None]:
+    yield
+    assert client.get("/v1/jobs").json()["items"] == []
+    assert [model["name"] for model in client.get("/v1/models").json()["items"]] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    "field", sorted(({one.name for one in fields(Job)} | JobView.model_fields.keys()) - JobCreate.model_fields.keys())
+)
+def test_no_field_that_is_ours_can_be_assigned(client: httpx.Client, field: str):
+    response = client.post("/v1/jobs", json={**BODY, field: "x"})
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+    assert response.json()["errors"][0]["at"] == f"body.{field}"
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/models", "/v1/datasets", "/v1/recipes/validate"])
+def test_a_body_over_the_cap_is_refused_with_and_without_a_length(client: httpx.Client, path: str):
+    announced = client.post(path, content=b" " * 10 * MIB, headers={"Content-Type": "application/json"})
+    assert (announced.status_code, announced.json()["code"]) == (413, "payload_too_large")
+    chunked = client.post(path, content=(b" " * 65536 for _ in range(32)), headers={"Content-Type": "application/json"})
+    assert (chunked.status_code, chunked.json()["code"]) == (413, "payload_too_large")
+
+
+def test_a_part_of_a_file_is_not_bound_by_the_cap_of_a_request_but_by_what_was_announced(client: httpx.Client):
+    announced = client.put("/v1/models/tiny/parts/1", params={"path": "model.safetensors"}, content=b"x" * 2 * MIB)
+    assert announced.json()["code"] == "conflict"  # it got as far as the registry: the model is ready
+    unannounced = client.put("/v1/models/tiny/parts/1", params={"path": "model.safetensors"}, content=iter([b"x"]))
+    assert (unannounced.status_code, unannounced.json()["code"]) == (422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"labels": {f"key{number}": "x" for number in range(33)}},
+        {"labels": {"key": "x" * 257}},
+        {"labels": {"key": "line\r\nSet-Cookie: x"}},
+        {"labels": {"bad\nkey": "x"}},
+        {"name": "\x1b[31mred"},
+        {"name": "x" * 201},
+        {"priority": 10**30},
+        {"run_limit_s": 1e300},
+        {"run_limit_s": -1},
+        {"queue_limit_s": 0},
+        {"run_after": "9999-12-31T23:59:59-12:00"},
+        {"run_after": "2026-01-01"},
+        {"max_failures": 10**6},
+        {"model": "x" * 129},
+        {"recipe": ["int8-encoder"]},
+    ],
+)
+def test_values_that_are_too_large_or_no_text_are_refused(client: httpx.Client, more: dict[str, object]):
+    response = client.post("/v1/jobs", json={**BODY, **more})
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(client: httpx.Client, number: str):
+    text = f'{{"model": "tiny", "recipe": "int8-encoder", "run_limit_s": {number}}}'
+    response = client.post("/v1/jobs", content=text, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+
+
+def test_a_recipe_of_two_hundred_passes_is_refused(client: httpx.Client):
+    recipe = {"name": "long", "passes": [{"pass": "magnitude"}] * 200, "exports": ["safetensors"]}
+    for response in (
+        client.post("/v1/jobs", json={"model": "tiny", "recipe": recipe}),
+        client.post("/v1/recipes/validate", json={"recipe": recipe}),
+    ):
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_recipe")
+
+
+def test_yaml_that_unfolds_or_calls_is_refused(client: httpx.Client):
+    bomb = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{key}: &{key} [{', '.join(['*' + chr(ord(key) - 1)] * 8)}]\n" for key in "bcdefghijklm"
+    )
+    for text in (bomb, "!!python/object/apply:os.system ['true']", "x" * 70_000):
+        response = client.post("/v1/recipes/validate", json={"recipe": text})
+        assert response.status_code == 422
+        assert len(response.content) < 20_000
+
+
+def test_a_model_larger_than_the_quota_is_refused(client: httpx.Client):
+    file = {"path": "model.safetensors", "size": 2 * MIB * MIB, "sha256": "0" * 64}
+    response = client.post("/v1/models", json={"name": "huge", "files": [file]})
+    assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", "..\\x", "x\u202ey", "./x", "con\ntrol"])
+def test_a_files_name_is_a_plain_relative_path(client: httpx.Client, path: str):
+    files = [{"path": path, "size": 1, "sha256": "0" * 64}]
+    response = client.post("/v1/models", json={"name": "sly", "files": files})
+    assert response.status_code == 422
+
+
+def test_a_server_path_outside_the_roots_says_nothing_of_what_is_there(client: httpx.Client, tmp_path: Path):
+    answers = []
+    for path in ("/etc", "/no/such/folder", str(tmp_path), "relative", "/etc/\u0000"):
+        response = client.post("/v1/models", json={"name": "sly", "path": path})
+        assert response.json()["code"] in {"path_not_allowed", "invalid_request"}, path
+        answers.append((response.status_code, response.json()["detail"].replace(path, "<path>")))
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/jobs/%00", "/v1/jobs?model=%00", "/v1/jobs/x/events?after=1e9", "/v1/jobs?cursor=%FF"]
+)
+def test_strange_addresses_are_problems_and_not_crashes(client: httpx.Client, path: str):
+    response = client.get(path)
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.status_code in {404, 422}
+
+
+def test_answers_are_never_sniffed_or_run(client: httpx.Client):
+    assert client.get("/v1/jobs").headers["x-content-type-options"] == "nosniff"
+    assert "server" not in client.get("/v1/jobs").headers or "python" not in client.get("/v1/jobs").headers["server"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("onnx/model.onnx", "model.onnx"),
+        ('a"; filename="evil.exe', "a___filename__evil.exe"),
+        ("x\r\nSet-Cookie: a", "x__Set-Cookie__a"),
+        (".bashrc", "bashrc"),
+        ("модель.bin", "______.bin"),
+        ("..", "file"),
+    ],
+)
+def test_a_downloads_name_is_harmless(path: str, name: str):
+    assert safe_filename(path) == name

@@ -1,0 +1,241 @@
+"""S6, S8, S15: every route of the OpenAPI document, tried by strangers, by keys of other scopes, and without a key."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+import migrations
+from core.access.keys import ALL_SCOPES, create_key, revoke
+from core.settings import Settings
+from tests.api import RunningApi, serve
+
+#: path parameter → what it names. A new route with another parameter must be classified here first.
+_TENANTS_OWN = {"job_id", "reference"}
+_COMMON = {"name"}
+_WITHIN = {"number": "1", "format": "onnx", "path": "model.onnx"}
+_OPEN = {"/healthz", "/readyz", "/metrics"}
+
+
+class Operation(NamedTuple):
+    method: str
+    path: str
+
+    @property
+    def kind(self) -> str:
+        return self.path.split("/")[2]
+
+    def at(self, identifier: str) -> str:
+        return re.sub(r"\{(\w+)\}", lambda match: _WITHIN.get(match[1], identifier), self.path)
+
+    def send(self, client: httpx.Client, identifier: str, **kwargs: Any) -> httpx.Response:
+        content: dict[str, Any] = {}
+        if "/parts/" in self.path:
+            content = {"params": {"path": "config.json"}, "content": b"x"}
+        elif self.path.endswith("/validate"):
+            content = {"json": {"recipe": "name: x"}}
+        elif self.method == "POST" and self.path.count("/") == 2:
+            content = {"json": {"name": "other", "path": "/nowhere", "model": "x", "recipe": "x"}}
+        return client.request(self.method, self.at(identifier), **content, **kwargs)
+
+
+class Owned(NamedTuple):
+    """What the first tenant has: an id and a name for each kind."""
+
+    jobs: str
+    models: str
+    datasets: str
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory, bert_tiny: Path) -> Iterator[RunningApi]:
+    folder = tmp_path_factory.mktemp("tenants")
+    (folder / "data.txt").write_text("A line of prose.\n" * 50)
+    settings = Settings(
+        data_dir=folder / "np", broker_url="redis://127.0.0.1:1/0", model_roots=[bert_tiny.parent, folder]
+    )
+    migrations.upgrade(settings.sql_url)
+    with serve(settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def owner(api: RunningApi) -> Iterator[httpx.Client]:
+    with api.client(tenant_id="first") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def stranger(api: RunningApi) -> Iterator[httpx.Client]:
+    with api.client(tenant_id="second") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
+    model = owner.post("/v1/models", json={"name": "tiny", "path": str(bert_tiny)}).json()["id"]
+    data_file = api.services.settings.data_dir.parent / "data.txt"
+    data = owner.post("/v1/datasets", json={"name": "prose", "path": str(data_file)}).json()["id"]
+    job = owner.post("/v1/jobs", json={"model": "tiny", "recipe": "int8-encoder"}).json()["id"]
+    claimed = api.claim()
+    assert api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"secret weights"}))
+    return Owned(jobs=job, models=model, datasets=data)
+
+
+def operations(api: RunningApi) -> list[Operation]:
+    document = httpx.get(f"{api.url}/openapi.json", trust_env=False).json()
+    return [Operation(method.upper(), path) for path, methods in document["paths"].items() for method in methods]
+
+
+def on_things(api: RunningApi) -> list[Operation]:
+    found = []
+    for operation in operations(api):
+        parameters = set(re.findall(r"\{(\w+)\}", operation.path))
+        assert parameters <= _TENANTS_OWN | _COMMON | _WITHIN.keys(), f"classify the parameters of {operation}"
+        if parameters & _TENANTS_OWN:
+            found.append(operation)
+    assert len(found) >= 20
+    return found
+
+
+def told(response: httpx.Response, identifier: str) -> dict[str, Any]:
+    """A body without what differs from one request to the next."""
+    body = json.loads(response.text.replace(identifier, "<id>"))
+    body.pop("request_id")
+    return body
+
+
+def test_another_tenants_thing_is_as_missing_as_one_that_never_was(
+    api: RunningApi, owner: httpx.Client, stranger: httpx.Client, owned: Owned
+):
+    for operation in on_things(api):
+        real = getattr(owned, operation.kind)
+        never = f"{real.split('_')[0]}_{'0' * 26}"
+        for headers in ({}, {"Accept": "text/event-stream"}):
+            theirs = operation.send(stranger, real, headers=headers)
+            nobodys = operation.send(stranger, never, headers=headers)
+            assert (theirs.status_code, nobodys.status_code) == (404, 404), operation
+            assert told(theirs, real) == told(nobodys, never), operation
+            assert "secret" not in theirs.text
+    # Nothing of it did anything, and for its owner every reading route works.
+    for operation in on_things(api):
+        if operation.method == "GET" and not operation.path.endswith("/uploads"):
+            assert operation.send(owner, getattr(owned, operation.kind)).status_code == 200, operation
+
+
+def test_another_tenants_names_mean_nothing(stranger: httpx.Client, owned: Owned):
+    for model in (owned.models, "tiny"):
+        response = stranger.post("/v1/jobs", json={"model": model, "recipe": "int8-encoder"})
+        assert (response.status_code, response.json()["code"]) == (404, "not_found")
+        checked = stranger.post("/v1/recipes/validate", json={"recipe": "name: x", "model": model})
+        assert checked.status_code in {404, 422}
+        assert "bert" not in checked.text
+    assert stranger.get("/v1/models/tiny").status_code == 404
+    assert stranger.get("/v1/datasets/prose").status_code == 404
+
+
+def test_lists_hold_ones_own_alone(stranger: httpx.Client, owned: Owned):
+    for path in ("/v1/jobs", "/v1/models", "/v1/datasets"):
+        listed = stranger.get(path).text
+        assert not any(identifier in listed for identifier in owned), path
+
+
+def test_without_a_key_every_route_is_closed(api: RunningApi):
+    with httpx.Client(base_url=api.url, trust_env=False) as nobody:
+        for operation in operations(api):
+            response = operation.send(nobody, "job_x")
+            if operation.path in _OPEN:
+                assert response.status_code == 200, operation
+                continue
+            assert (response.status_code, response.json()["code"]) == (401, "unauthenticated"), operation
+            assert response.headers["www-authenticate"].startswith("Bearer"), operation
+
+
+def test_each_route_takes_exactly_one_scope_and_only_reading_scopes_for_reading(api: RunningApi):
+    scopes = sorted(ALL_SCOPES - {"admin"})
+    clients = {scope: api.client(tenant_id="scoped", scopes=[scope]) for scope in scopes}
+    try:
+        for operation in operations(api):
+            if operation.path in _OPEN | {"/v1/me"}:
+                continue
+            answers = {scope: operation.send(client, "missing") for scope, client in clients.items()}
+            allowed = [
+                scope for scope, answer in answers.items() if answer.is_success or answer.json()["code"] != "forbidden"
+            ]
+            assert len(allowed) == 1, (operation, allowed)
+            (scope,) = allowed
+            reads = operation.method == "GET" and not operation.path.endswith("/uploads")
+            assert scope.endswith(":read") == (reads or operation.path.endswith("/validate")), (operation, scope)
+    finally:
+        for client in clients.values():
+            client.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/datasets", "/v1/jobs"])
+def test_a_reading_key_creates_nothing(api: RunningApi, path: str):
+    with api.client(scopes=["jobs:read", "models:read", "workers:read"]) as reader:
+        response = reader.post(
+            path, json={"name": "x", "path": "/x"} if path != "/v1/jobs" else {"model": "x", "recipe": "x"}
+        )
+        assert (response.status_code, response.json()["code"]) == (403, "forbidden")
+        assert "scope" in response.json()["detail"]
+        assert reader.get(path).status_code == 200
+
+
+def test_a_key_is_good_only_whole_in_its_header_and_until_it_is_revoked(api: RunningApi):
+    record, key = create_key(api.services.engine, tenant_id="first", name="k", scopes=["jobs:read"])
+    with httpx.Client(base_url=api.url, trust_env=False) as client:
+
+        def status(value: str) -> int:
+            return client.get("/v1/jobs", headers={"Authorization": value}).status_code
+
+        assert status(f"Bearer {key}") == 200
+        assert status(f"bearer {key}") == 200
+        other = key[:-7] + ("a" if key[-7] != "a" else "b") + key[-6:]
+        for wrong in (
+            key,
+            f"Basic {key}",
+            "Bearer",
+            f"Bearer {key[:-1]}",
+            f"Bearer {other}",
+            f"Bearer {key}x",
+        ):
+            assert status(wrong) == 401, wrong
+        assert client.get("/v1/jobs", params={"key": key, "authorization": f"Bearer {key}"}).status_code == 401
+        assert revoke(api.services.engine, record.id)
+        api.services.keys._known.clear()  # what five seconds would do
+        assert status(f"Bearer {key}") == 401
+
+
+def test_no_answer_tells_the_key(api: RunningApi, owned: Owned):
+    key = api.key(tenant_id="first")
+    with httpx.Client(base_url=api.url, headers={"Authorization": f"Bearer {key}"}, trust_env=False) as client:
+        for path in ("/v1/me", "/v1/jobs", "/v1/nothing", "/metrics", "/readyz"):
+            assert key.split("_")[2] not in client.get(path).text
+
+
+def test_an_idempotency_key_belongs_to_its_tenant(
+    owner: httpx.Client, stranger: httpx.Client, owned: Owned, bert_tiny: Path
+):
+    stranger.post("/v1/models", json={"name": "tiny", "path": str(bert_tiny)}).raise_for_status()
+    body, headers = {"model": "tiny", "recipe": "int8-encoder"}, {"Idempotency-Key": "guessed"}
+    first = owner.post("/v1/jobs", json=body, headers=headers)
+    second = stranger.post("/v1/jobs", json=body, headers=headers)
+    assert (first.status_code, second.status_code) == (201, 201)
+    assert first.json()["id"] != second.json()["id"]
+    assert (
+        owner.post("/v1/jobs", json={**body, "priority": 2}, headers=headers).json()["code"] == "idempotency_mismatch"
+    )
+
+
+def test_a_dump_of_the_database_holds_no_key(api: RunningApi):
+    key = api.key()
+    database = Path(api.services.settings.sql_url.removeprefix("sqlite:///"))
+    stored = b"".join(one.read_bytes() for one in database.parent.glob(database.name + "*"))
+    assert hashlib.sha256(key.encode()).hexdigest().encode() in stored
+    assert key.split("_", 2)[2].encode() not in stored
