@@ -133,6 +133,27 @@ class Gptq(_Calibrated):
         return self
 
 
+class Awq(_Calibrated):
+    """Scale columns up where their inputs are strong, before rounding to nearest; the norms before them make up for it (arXiv 2306.00978).
+
+    Takes decoders whose norms and linear layers can exchange factors. Written as `pack-quantized`.
+    """
+
+    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors"})
+    last: ClassVar[bool] = True
+    model_types: ClassVar[frozenset[str]] = frozenset(
+        {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "gpt_neox", "opt"}
+    )
+
+    pass_: Literal["awq"] = Field("awq", alias="pass")
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: int | None = Field(128, ge=16, le=1024, description="Inputs that share a scale; null: one scale a row.")
+    symmetric: bool = False
+    ranges: Literal["extremes", "least-error"] = Field(
+        "least-error", description="A scale from its weights' extremes, or where their rounding costs the output least."
+    )
+
+
 class SparseGpt(_Calibrated):
     """Set the weights to zero that the output misses least, the others making up for them (arXiv 2301.00774).
 
@@ -203,5 +224,5 @@ class DynamicInt8(_Pass):
     ignore: _Patterns = Field((), description="Graph nodes left in float: names, or `re:` patterns.")
 
 
-Pass = Annotated[WeightOnly | Magnitude | Gptq | SparseGpt | Wanda | DynamicInt8, Field(discriminator="pass_")]
-PASS_TYPES: tuple[type[_Pass], ...] = (WeightOnly, Magnitude, Gptq, SparseGpt, Wanda, DynamicInt8)
+Pass = Annotated[WeightOnly | Magnitude | Gptq | Awq | SparseGpt | Wanda | DynamicInt8, Field(discriminator="pass_")]
+PASS_TYPES: tuple[type[_Pass], ...] = (WeightOnly, Magnitude, Gptq, Awq, SparseGpt, Wanda, DynamicInt8)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import DECODERS, ENCODERS, ModelHeader, TensorInfo
 from core.recipes.models import Quality, Recipe
-from core.recipes.passes import DynamicInt8, Gptq, Magnitude, SparseGpt, Wanda, WeightOnly
+from core.recipes.passes import Awq, DynamicInt8, Gptq, Magnitude, SparseGpt, Wanda, WeightOnly
 
 _RUNTIME_BYTES = (
     600 * 1024**2
@@ -32,9 +32,9 @@ _CONV1D = frozenset({"gpt2"})
 _SHARED_BLOCKS = frozenset({"albert"})
 
 
-_Calibrated = Gptq | SparseGpt | Wanda
+_Calibrated = Gptq | Awq | SparseGpt | Wanda
 _Pruning = Magnitude | SparseGpt | Wanda
-_Rounding = WeightOnly | Gptq
+_Rounding = WeightOnly | Gptq | Awq
 _OnLinears = _Rounding | _Pruning
 
 
@@ -191,6 +191,11 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
                 "Narrow `ignore`.",
             )
         _check_layout(one, header)
+        if isinstance(one, Awq) and header.model_type not in one.model_types:
+            raise _invalid(
+                f"`awq` can't take a {header.model_type}: its norms can't make up for scaled inputs.",
+                f"Use `gptq`; `awq` takes {', '.join(sorted(one.model_types))}.",
+            )
         if header.model_type in _SHARED_BLOCKS and isinstance(one, _Calibrated):
             raise _invalid(
                 f"`{one.pass_}` can't take a {header.model_type}: its blocks share their weights.",
@@ -223,7 +228,7 @@ def _check_layout(one: _OnLinears, header: ModelHeader) -> None:
     divisor, setting = 1, ""
     if isinstance(one, _Rounding) and one.group_size is not None:
         divisor, setting = one.group_size, "group_size"
-    elif not isinstance(one, WeightOnly) and one.pattern != "unstructured":
+    elif isinstance(one, Gptq | _Pruning) and one.pattern != "unstructured":
         divisor, setting = int(one.pattern.split(":")[1]), "pattern"
     if header.model_type in _CONV1D and (isinstance(one, _Rounding | _Calibrated) or setting):
         raise _invalid(

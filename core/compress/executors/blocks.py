@@ -51,11 +51,19 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True)
 class Settled:
-    """A linear weight as it will be from now on."""
+    """A tensor of a block as it will be from now on."""
 
-    weight: Tensor  #: [out, in], just what a loader makes of `tensors`
+    weight: Tensor  #: just what a loader makes of `tensors`
     tensors: dict[str, Tensor]  #: what is written, by name
-    effect: Effect
+    effect: Effect | None  #: None if it is no linear weight, but makes up for what was done to one
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of a tensor that some linear layers are given."""
+
+    names: tuple[str, ...]  #: of their weights
+    statistic: Statistic
 
 
 class Method(Protocol):
@@ -63,11 +71,11 @@ class Method(Protocol):
 
     def watch(self, columns: int, device: torch.device) -> Statistic: ...
 
-    def settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
-        """Weights [out, in] in their stored dtype, by name, that see the same inputs."""
+    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+        """What becomes of the tensors of a block, given by name in their stored dtype: of all that were watched, and of others if need be."""
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
-        """A settled weight from what was written."""
+        """A settled linear weight from what was written."""
 
 
 @dataclass(frozen=True)
@@ -215,16 +223,11 @@ class _Run:
     ) -> dict[str, Settled]:
         block = self.skeleton.fill_block(index, tensors)
         linears = self._chosen_of(index)
-        groups = self._watch(block, linears, index, hidden, calls)
-        settled: dict[str, Settled] = {}
-        for names, statistic in groups:
-            if statistic.tokens == 0:
-                self.unseen += names
-            weights = {name: tensors[name].to(self.device) for name in names}
-            settled |= self.method.settle(weights, statistic)
-        del groups
-        for name, one in settled.items():
-            linears[name].weight.data = one.weight.to(self.device, self.skeleton.dtype)
+        inputs = self._watch(block, linears, index, hidden, calls)
+        self.unseen += [name for one in inputs if one.statistic.tokens == 0 for name in one.names]
+        settled = self.method.settle(tensors, inputs, self.device)
+        del inputs
+        self.skeleton.fill_block(index, tensors | {name: one.weight for name, one in settled.items()})
         if index + 1 < self.count:
             self._forward(block, index, hidden, calls)
         return settled
@@ -236,7 +239,7 @@ class _Run:
         index: int,
         hidden: Tensor,
         calls: dict[int, list[Call]],
-    ) -> list[tuple[list[str], Statistic]]:
+    ) -> list[Inputs]:
         """Sum up the inputs of every linear layer. Layers that are given the very same tensor share a sum."""
         watched = _Watched(self.method, self.device)
         handles = [one.register_forward_pre_hook(watched.hook(name)) for name, one in linears.items()]
@@ -248,7 +251,7 @@ class _Run:
                 handle.remove()
         for name, one in linears.items():
             watched.add_unseen(name, one.in_features)
-        return watched.groups()
+        return watched.inputs()
 
     # Files -------------------------------------------------------------------------------------------------------------
 
@@ -274,7 +277,7 @@ class _Run:
         for name, tensor in tensors.items():
             out |= settled[name].tensors if name in settled else {name: tensor}
         self._write_shard(self._block_file(index), out)
-        record = {name: asdict(one.effect) for name, one in settled.items()}
+        record = {name: asdict(one.effect) for name, one in settled.items() if one.effect is not None}
         unseen = [name for name in self.unseen if name in settled]
         body = {"size": self._block_file(index).stat().st_size, "effects": record, "unseen": unseen}
         write_file(self._record_file(index), json.dumps(body).encode())
@@ -371,9 +374,9 @@ class _Watched:
             self._leaders[name] = name
             self._statistics[name] = self._method.watch(columns, self._device)
 
-    def groups(self) -> list[tuple[list[str], Statistic]]:
+    def inputs(self) -> list[Inputs]:
         return [
-            ([name for name, one in self._leaders.items() if one == leader], statistic)
+            Inputs(tuple(name for name, one in self._leaders.items() if one == leader), statistic)
             for leader, statistic in self._statistics.items()
         ]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.compress.passes.calibrated import gptq, sparsegpt, wanda
+from core.compress.passes.calibrated import awq, gptq, sparsegpt, wanda
 from core.compress.passes.context import PassContext
 from core.compress.passes.prune import magnitude
 from core.compress.passes.quantize import weight_only
@@ -20,6 +20,7 @@ MODEL_PASSES: dict[str, ModelPass] = {
     "weight-only": weight_only,
     "magnitude": magnitude,
     "gptq": gptq,
+    "awq": awq,
     "sparsegpt": sparsegpt,
     "wanda": wanda,
 }

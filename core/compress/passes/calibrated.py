@@ -1,39 +1,44 @@
-"""Passes that look at what a model's layers are given: GPTQ, SparseGPT and Wanda, one block at a time."""
+"""Passes that look at what a model's layers are given: GPTQ, AWQ, SparseGPT and Wanda, one block at a time."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from core.compress.architectures import FOLDS, Fold
 from core.compress.checkpoint import read_shards
 from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
-from core.compress.executors.blocks import Method, Pressed, Settled, Statistic, press_blocks
+from core.compress.executors.blocks import Inputs, Method, Pressed, Settled, Statistic, press_blocks
 from core.compress.executors.rewrite import Effect
 from core.compress.executors.stream import copy_companions
 from core.compress.export.compressed_tensors import write_config
 from core.compress.passes.context import PassContext
+from core.compress.solvers.awq import search_scales
 from core.compress.solvers.gram import Gram
 from core.compress.solvers.grid import Grid, dequantize
-from core.compress.solvers.obs import Prune, Quantize, Solved, factorize, solve
+from core.compress.solvers.obs import Prune, Quantize, factorize, solve
 from core.compress.solvers.packing import pack_bits, unpack_bits
+from core.compress.solvers.ranges import find_ranges, nearest_codes
 from core.compress.solvers.wanda import Power, wanda_mask
 from core.handoff.report import LayerEffect, PassRecord
-from core.recipes.passes import Gptq, SparseGpt, Wanda
+from core.recipes.header import ModelHeader
+from core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
 from core.recipes.plan import is_linear_weight
 
 
 def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> PassRecord:
     """Quantize with GPTQ, pruning on the way if asked to. `target` becomes a compressed-tensors `pack-quantized` model."""
     grid = Grid(options.bits, options.group_size, options.symmetric)
-    start = time.monotonic()
-    pressed = _press(source, target, Quantized(options, grid), options, context)
-    modules = [name.removesuffix(".weight") for name in pressed.effects]
-    write_config(target, grid, quantized=modules, kept=[name.removesuffix(".weight") for name in pressed.kept])
-    summary: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size, "symmetric": options.symmetric}
-    return _record(options, context, pressed, start, summary)
+    return _quantize(source, target, Quantized(options, grid), grid, options, context)
+
+
+def awq(source: Path, target: Path, options: Awq, context: PassContext) -> PassRecord:
+    """Quantize with AWQ. `target` becomes a compressed-tensors `pack-quantized` model, its norms scaled."""
+    grid = Grid(options.bits, options.group_size, options.symmetric)
+    return _quantize(source, target, ActivationAware(options, grid, context.header), grid, options, context)
 
 
 def sparsegpt(source: Path, target: Path, options: SparseGpt, context: PassContext) -> PassRecord:
@@ -48,7 +53,20 @@ def wanda(source: Path, target: Path, options: Wanda, context: PassContext) -> P
     return _record(options, context, _press(source, target, WeightAndActivation(options), options, context), start, {})
 
 
-class Quantized:
+class _GroupByGroup:
+    """A method that settles the weights behind each tensor by themselves."""
+
+    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+        settled: dict[str, Settled] = {}
+        for one in inputs:
+            settled |= self._settle({name: block[name].to(device) for name in one.names}, one.statistic)
+        return settled
+
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+        raise NotImplementedError
+
+
+class Quantized(_GroupByGroup):
     """Codes, scales and zero points found by the Optimal-Brain-Surgeon solver."""
 
     def __init__(self, options: Gptq, grid: Grid) -> None:
@@ -58,7 +76,7 @@ class Quantized:
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
 
-    def settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
         assert isinstance(statistic, Gram)
         by_power = self._options.order == "activation"
         factor = factorize(statistic.matrix(), damping=self._options.damping, by_power=by_power)
@@ -71,36 +89,20 @@ class Quantized:
             start = 0
             for name in names:
                 rows = slice(start, start + len(weights[name]))
-                settled[name] = self._encode(name, solved, rows, stacked[rows], weights[name].dtype)
+                assert solved.codes is not None
+                assert solved.scale is not None
+                zero_point = None if solved.zero_point is None else solved.zero_point[rows]
+                settled[name] = _encode(
+                    name, self._grid, solved.codes[rows], solved.scale[rows], zero_point, stacked[rows]
+                )
                 start = rows.stop
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
-        rows, columns = written[f"{name}_shape"].tolist()
-        zero_point = None
-        if not self._grid.symmetric:
-            packed = written[f"{name}_zero_point"]
-            zero_point = unpack_bits(packed.t().contiguous(), self._grid.bits, rows).t()
-        codes = unpack_bits(written[f"{name}_packed"], self._grid.bits, columns)
-        return dequantize(codes, written[f"{name}_scale"], zero_point)
-
-    def _encode(self, name: str, solved: Solved, rows: slice, before: Tensor, stored: torch.dtype) -> Settled:
-        assert solved.codes is not None
-        assert solved.scale is not None
-        codes, scale = solved.codes[rows], solved.scale[rows]
-        zero_point = None if solved.zero_point is None else solved.zero_point[rows]
-        tensors = {
-            f"{name}_packed": pack_bits(codes, self._grid.bits).cpu(),
-            f"{name}_scale": scale.cpu(),
-            f"{name}_shape": torch.tensor(codes.shape),
-        }
-        if zero_point is not None:  # packed down the rows
-            tensors[f"{name}_zero_point"] = pack_bits(zero_point.t(), self._grid.bits).t().contiguous().cpu()
-        weight = dequantize(codes, scale, zero_point)
-        return Settled(weight=weight.to(stored), tensors=tensors, effect=_effect(before, weight))
+        return _decode(name, self._grid, written)
 
 
-class Sparse:
+class Sparse(_GroupByGroup):
     """Weights under a mask, the others having made up for what went."""
 
     def __init__(self, options: SparseGpt) -> None:
@@ -109,7 +111,7 @@ class Sparse:
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
 
-    def settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
         assert isinstance(statistic, Gram)
         factor = factorize(statistic.matrix(), damping=self._damping)
         settled = {}
@@ -123,7 +125,7 @@ class Sparse:
         return written[name]
 
 
-class WeightAndActivation:
+class WeightAndActivation(_GroupByGroup):
     """Weights under Wanda's mask."""
 
     def __init__(self, options: Wanda) -> None:
@@ -132,7 +134,7 @@ class WeightAndActivation:
     def watch(self, columns: int, device: torch.device) -> Power:
         return Power(columns, device)
 
-    def settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
         assert isinstance(statistic, Power)
         settled = {}
         for name, weight in weights.items():
@@ -144,6 +146,103 @@ class WeightAndActivation:
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return written[name]
+
+
+class ActivationAware:
+    """Weights rounded to nearest after their columns were scaled, what stands before them making up for it."""
+
+    def __init__(self, options: Awq, grid: Grid, header: ModelHeader) -> None:
+        self._options, self._grid = options, grid
+        self._folds = FOLDS[header.model_type]
+        config = header.config
+        heads = int(config["num_attention_heads"])
+        self._value_heads = int(config.get("num_key_value_heads") or heads)
+        self._head_width = int(config.get("head_dim") or config["hidden_size"] // heads)
+
+    def watch(self, columns: int, device: torch.device) -> Gram:
+        return Gram(columns, device)
+
+    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+        seen = {name: one for one in inputs for name in one.names}
+        floats = {name: block[name].to(device).float() for name in seen}
+        factors: dict[str, Tensor] = {}
+        for fold in self._folds:
+            self._fold(fold, block, seen, floats, factors)
+        settled = {}
+        for name, weight in floats.items():
+            stored = block[name].dtype
+            if name not in seen:  # a norm or a bias that makes up for it
+                value = weight.to(stored)
+                settled[name] = Settled(weight=value, tensors={name: value.cpu()}, effect=None)
+                continue
+            importance = None
+            if self._options.ranges == "least-error":
+                statistic = seen[name].statistic
+                assert isinstance(statistic, Gram)
+                importance = statistic.matrix().diagonal() / factors.get(name, torch.ones((), device=device)).square()
+            scale, zero_point = find_ranges(weight, self._grid, stored, importance=importance)
+            codes = nearest_codes(weight, scale, zero_point, self._grid).to(torch.int8)
+            zeros = None if self._grid.symmetric else zero_point.to(torch.int8)
+            settled[name] = _encode(name, self._grid, codes, scale.to(stored), zeros, weight)
+        return settled
+
+    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
+        return _decode(name, self._grid, written)
+
+    def _fold(
+        self,
+        fold: Fold,
+        block: Mapping[str, Tensor],
+        seen: Mapping[str, Inputs],
+        floats: dict[str, Tensor],
+        factors: dict[str, Tensor],
+    ) -> None:
+        """Find the factors of one place and apply them, if every layer that sees its output is among those to quantize."""
+        last = f"{fold.targets[0]}.weight"
+        prefix = next((name.removesuffix(last) for name in seen if name.endswith("." + last)), None)
+        targets = [f"{prefix}{target}.weight" for target in fold.targets]
+        if prefix is None or not all(name in seen for name in targets) or set(seen[targets[0]].names) != set(targets):
+            return
+        source, bias = f"{prefix}{fold.source}.weight", f"{prefix}{fold.source}.bias"
+        statistic = seen[targets[0]].statistic
+        assert isinstance(statistic, Gram)
+        stacked = torch.cat([floats[name] for name in targets])
+        share = (self._value_heads, self._head_width) if fold.kind == "values" else (1, 1)
+        found = search_scales(stacked, statistic.matrix(), self._grid, block[targets[0]].dtype, share=share)
+        for name in targets:
+            floats[name] = floats[name] * found
+            factors[name] = found
+        if fold.kind == "values":
+            found = found.view(self._value_heads, -1, self._head_width)[:, 0].reshape(-1)
+        before = floats[source] if source in floats else block[source].to(found.device).float()
+        if fold.kind == "norm+1":
+            floats[source] = (1 + before) / found - 1
+        else:
+            floats[source] = before / found.view(-1, *[1] * (before.dim() - 1))
+        if bias in block:
+            floats[bias] = (floats[bias] if bias in floats else block[bias].to(found.device).float()) / found
+
+
+def _encode(name: str, grid: Grid, codes: Tensor, scale: Tensor, zero_point: Tensor | None, before: Tensor) -> Settled:
+    """A weight on a grid as the tensors of `pack-quantized`; the scales have the dtype the weight was stored in."""
+    tensors = {
+        f"{name}_packed": pack_bits(codes, grid.bits).cpu(),
+        f"{name}_scale": scale.cpu(),
+        f"{name}_shape": torch.tensor(codes.shape),
+    }
+    if zero_point is not None:  # packed down the rows
+        tensors[f"{name}_zero_point"] = pack_bits(zero_point.t(), grid.bits).t().contiguous().cpu()
+    weight = dequantize(codes, scale, zero_point)
+    return Settled(weight=weight.to(scale.dtype), tensors=tensors, effect=_effect(before, weight))
+
+
+def _decode(name: str, grid: Grid, written: Mapping[str, Tensor]) -> Tensor:
+    """The weight that `_encode` wrote."""
+    rows, columns = written[f"{name}_shape"].tolist()
+    zero_point = None
+    if not grid.symmetric:
+        zero_point = unpack_bits(written[f"{name}_zero_point"].t().contiguous(), grid.bits, rows).t()
+    return dequantize(unpack_bits(written[f"{name}_packed"], grid.bits, columns), written[f"{name}_scale"], zero_point)
 
 
 def _prune(sparsity: float, pattern: str) -> Prune:
@@ -161,8 +260,19 @@ def _effect(before: Tensor, after: Tensor) -> Effect:
     )
 
 
+def _quantize(
+    source: Path, target: Path, method: Method, grid: Grid, options: Gptq | Awq, context: PassContext
+) -> PassRecord:
+    start = time.monotonic()
+    pressed = _press(source, target, method, options, context)
+    modules = [name.removesuffix(".weight") for name in pressed.effects]
+    write_config(target, grid, quantized=modules, kept=[name.removesuffix(".weight") for name in pressed.kept])
+    summary: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size, "symmetric": options.symmetric}
+    return _record(options, context, pressed, start, summary)
+
+
 def _press(
-    source: Path, target: Path, method: Method, options: Gptq | SparseGpt | Wanda, context: PassContext
+    source: Path, target: Path, method: Method, options: Gptq | Awq | SparseGpt | Wanda, context: PassContext
 ) -> Pressed:
     infos = [one.info for shard in read_shards(source) for one in shard.tensors]
     chosen = frozenset(info.name for info in infos if is_linear_weight(info, options.ignore))
@@ -191,7 +301,11 @@ def calibration_ids(source: Path, context: PassContext) -> Tensor:
 
 
 def _record(
-    options: Gptq | SparseGpt | Wanda, context: PassContext, pressed: Pressed, start: float, summary: dict[str, Any]
+    options: Gptq | Awq | SparseGpt | Wanda,
+    context: PassContext,
+    pressed: Pressed,
+    start: float,
+    summary: dict[str, Any],
 ) -> PassRecord:
     infos = {info.name: info for info in context.header.tensors}
     total = sum(pressed.effects.values(), Effect())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block
 from core.compress.solvers.grid import Grid
-from core.compress.solvers.ranges import find_ranges
+from core.compress.solvers.ranges import find_ranges, nearest_codes
 from core.compress.solvers.threshold import count_lower, count_upper, locate
 from core.errors import ErrorCode, NightpressError
 
@@ -160,12 +160,10 @@ class _Ranges:
 
     def encode(self, settled: Tensor, loss: Tensor) -> Solved:
         grid = self._quantize.grid
-        steps = settled.reshape(*self._scale.shape, -1) / self._scale[..., None]
-        codes = steps.round_().add_(self._zero_point[..., None]).to(torch.int8).reshape(settled.shape)
         return Solved(
             weight=settled,
             loss=loss,
-            codes=codes,
+            codes=nearest_codes(settled, self._scale, self._zero_point, grid).to(torch.int8),
             scale=self._scale.to(self._quantize.stored),
             zero_point=None if grid.symmetric else self._zero_point.to(torch.int8),
         )

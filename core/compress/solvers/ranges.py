@@ -32,6 +32,12 @@ def find_ranges(
     return search(weight, grid, stored, importance)
 
 
+def nearest_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """The codes nearest to a weight [rows, columns], in its dtype; scale and zero point [rows, groups]."""
+    steps = weight.reshape(*scale.shape, -1) / scale[..., None]
+    return steps.round_().add_(zero_point[..., None]).clamp_(-grid.top, grid.top - 1).reshape(weight.shape)
+
+
 def search(weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """`find_ranges` in torch, on any device. On CUDA in float32 a kernel does it in one reading of the weight."""
     rows, columns = weight.shape
