@@ -1,8 +1,9 @@
 """The blocks executor on a GPU: marginal seconds a layer and peak memory on a model of Llama-3-8B's shape, cut to a few layers.
 
-    python -m bench.blocks_gpu [--layers 4 12] [--samples 128] [--length 2048] [--only NAME …] [--json]
+    python -m bench.blocks_gpu [--layers 4 10] [--samples 128] [--length 2048] [--only NAME …] [--json]
 
-Everything counts: reading the weights, both forward passes, Gram matrices, solving, packing, writing and fsync. The floor beside it is
+Everything counts: reading the weights, both forward passes, Gram matrices, solving, packing, writing and fsync (to the folder that
+NIGHTPRESS_BENCH_DISK names, if it is set). The floor beside it is
 what no calibrated method goes without: two forward passes of a layer and the Gram matrices of its four distinct inputs.
 Random weights and token ids: the work doesn't depend on their values.
 """
@@ -24,12 +25,12 @@ from transformers import LlamaConfig
 
 from core.compress.checkpoint import read_shards
 from core.compress.executors.blocks import Method, press_blocks
-from core.compress.passes.calibrated import Quantized, Sparse, WeightAndActivation
+from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from core.compress.passes.context import PassContext
 from core.compress.solvers.gram import Gram
 from core.compress.solvers.grid import Grid
 from core.recipes.header import ModelHeader
-from core.recipes.passes import Gptq, SparseGpt, Wanda
+from core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
 from core.recipes.plan import is_linear_weight
 
 HIDDEN, INNER, HEADS, KEY_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
@@ -43,6 +44,13 @@ MATRICES = {
     "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }
+HEADER = ModelHeader(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    config={"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS, "hidden_size": HIDDEN},
+    tensors=(),
+    has_tokenizer=False,
+)
 
 
 def methods() -> dict[str, Method]:
@@ -53,6 +61,7 @@ def methods() -> dict[str, Method]:
         "gptq-w4a16": Quantized(plain, Grid(4, 128)),
         "gptq-w4a16-activation-order": Quantized(Gptq(ranges="extremes"), Grid(4, 128)),
         "gptq-w4a16-default": Quantized(Gptq(), Grid(4, 128)),
+        "awq-w4a16": ActivationAware(Awq(ranges="extremes"), Grid(4, 128, symmetric=False), HEADER),
         "sparsegpt-2:4": Sparse(SparseGpt(pattern="2:4")),
         "sparsegpt-50%": Sparse(SparseGpt()),
         "wanda-2:4": WeightAndActivation(Wanda(pattern="2:4")),
@@ -156,7 +165,7 @@ def press(method: Method, model: Path, scratch: Path, ids: torch.Tensor) -> dict
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs=2, default=(4, 12))
+    parser.add_argument("--layers", type=int, nargs=2, default=(4, 10))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--only", nargs="*", choices=sorted(methods()))
@@ -180,6 +189,7 @@ def main() -> int:
         if not given.json:
             print(json.dumps(out), flush=True)
         for name in given.only or methods():
+            press(methods()[name], folder / f"model-{few}", folder / "run", ids[:8])  # compiles the kernels
             runs = {
                 layers: press(methods()[name], folder / f"model-{layers}", folder / "run", ids)
                 for layers in (few, many)

@@ -8,7 +8,7 @@ and summed in float32: their products are exact there.
 import torch
 from torch import Tensor
 
-_STRIP = 2048  #: columns; narrower ones would no longer fill a GPU
+_STRIPS = {"cuda": 2048, "cpu": 256}  #: columns; narrower ones would no longer fill the device
 
 
 class Gram:
@@ -18,6 +18,7 @@ class Gram:
         self._sum = torch.zeros(
             columns, columns, device=device
         )  #: float32; only the strips up to the diagonal's are filled
+        self._strip = _STRIPS[self._sum.device.type]
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
@@ -28,8 +29,8 @@ class Gram:
         on_matrix_units = x.is_cuda and x.dtype in {torch.bfloat16, torch.float16}
         if not on_matrix_units:
             x = x.float()
-        for start in range(0, columns, _STRIP):
-            end = min(start + _STRIP, columns)
+        for start in range(0, columns, self._strip):
+            end = min(start + self._strip, columns)
             into = self._sum[start:end, :end]
             if on_matrix_units:
                 into += torch.mm(x[:, start:end].T, x[:, :end], out_dtype=torch.float32)
@@ -39,7 +40,7 @@ class Gram:
     def matrix(self) -> Tensor:
         """Σ xxᵀ [columns, columns], the sum's own memory: add nothing afterwards."""
         columns = len(self._sum)
-        for start in range(0, columns, _STRIP):
-            end = min(start + _STRIP, columns)
+        for start in range(0, columns, self._strip):
+            end = min(start + self._strip, columns)
             self._sum[:start, start:end] = self._sum[start:end, :start].T
         return self._sum
