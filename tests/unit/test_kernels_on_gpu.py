@@ -50,7 +50,9 @@ def test_ranges_are_those_of_the_reference(columns: int, group_size: int | None,
     grid = Grid(4, group_size, symmetric)
     ours, expected = find_ranges(weight, grid, stored, importance=importance), search(weight, grid, stored, importance)
     for one, other in zip(ours, expected, strict=True):
-        assert float((one == other).double().mean()) > 0.98  # two ranges may be equally good but for the last bit
+        assert (
+            float(torch.isclose(one, other, rtol=1e-5, atol=0).double().mean()) > 0.98
+        )  # some ranges are equally good
 
 
 @pytest.mark.parametrize("prune", [None, Prune(0.5), Prune(0.5, (2, 4))])

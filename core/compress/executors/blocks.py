@@ -54,7 +54,7 @@ class Settled:
     """A tensor of a block as it will be from now on."""
 
     weight: Tensor  #: just what a loader makes of `tensors`
-    tensors: dict[str, Tensor]  #: what is written, by name
+    tensors: dict[str, Tensor]  #: what is written, by name, on any device
     effect: Effect | None  #: None if it is no linear weight, but makes up for what was done to one
 
 
@@ -203,14 +203,12 @@ class _Run:
         for kept in torch.split(hidden, self.batch):
             yield kept, kept.to(self.device, non_blocking=True)
 
-    def _forward(
-        self, block: nn.Module, index: int, hidden: Tensor, calls: dict[int, list[Call]], *, keep: bool = True
-    ) -> None:
+    def _forward(self, block: nn.Module, index: int, hidden: Tensor, calls: dict[int, list[Call]]) -> None:
+        """Run all texts through a block; what comes out takes the place of what went in."""
         for kept, batch in self._batches(hidden):
             call = calls[len(batch)][index]
             out = block(batch, *call.args, **call.kwargs)
-            if keep:
-                kept.copy_(out[0] if isinstance(out, tuple) else out)
+            kept.copy_(out[0] if isinstance(out, tuple) else out)
 
     def _chosen_of(self, index: int) -> dict[str, nn.Linear]:
         """The chosen weights of a block by name, with their layers."""
@@ -241,11 +239,14 @@ class _Run:
         calls: dict[int, list[Call]],
     ) -> list[Inputs]:
         """Sum up the inputs of every linear layer. Layers that are given the very same tensor share a sum."""
-        watched = _Watched(self.method, self.device)
+        watched = _Watched(self.method, self.device, len(linears))
         handles = [one.register_forward_pre_hook(watched.hook(name)) for name, one in linears.items()]
         handles.append(block.register_forward_pre_hook(watched.next_batch))
         try:
-            self._forward(block, index, hidden, calls, keep=False)
+            for _, batch in self._batches(hidden):
+                call = calls[len(batch)][index]
+                with contextlib.suppress(_EnoughSeen):
+                    block(batch, *call.args, **call.kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -345,17 +346,23 @@ class _Run:
         )
 
 
+class _EnoughSeen(Exception):  # noqa: N818 (nothing went wrong)
+    """Every watched layer of a block has been given its inputs."""
+
+
 class _Watched:
     """The sums of one block's inputs."""
 
-    def __init__(self, method: Method, device: torch.device) -> None:
-        self._method, self._device = method, device
+    def __init__(self, method: Method, device: torch.device, count: int) -> None:
+        self._method, self._device, self._count = method, device, count
         self._leaders: dict[str, str] = {}
         self._statistics: dict[str, Statistic] = {}
+        self._called: set[str] = set()  #: by this batch
         self._seen: list[tuple[Tensor, str]] = []  #: holds this batch's tensors, so that no two share an address
 
     def next_batch(self, _module: nn.Module, _args: object) -> None:
         self._seen.clear()
+        self._called.clear()
 
     def hook(self, name: str) -> "_Hook":
         return _Hook(self, name)
@@ -368,6 +375,9 @@ class _Watched:
             if name not in self._statistics:
                 self._statistics[name] = self._method.watch(inputs.shape[-1], self._device)
             self._statistics[name].add(inputs)
+        self._called.add(name)
+        if len(self._called) == self._count:
+            raise _EnoughSeen  # what the last layers make of it is not asked for
 
     def add_unseen(self, name: str, columns: int) -> None:
         if name not in self._leaders:

@@ -115,10 +115,14 @@ class Sparse(_GroupByGroup):
         assert isinstance(statistic, Gram)
         factor = factorize(statistic.matrix(), damping=self._damping)
         settled = {}
-        for name, weight in weights.items():
-            before = weight.float()
-            after = solve(before, factor, prune=self._prune).weight.to(weight.dtype)
-            settled[name] = Settled(weight=after, tensors={name: after.cpu()}, effect=_effect(before, after.float()))
+        # Rows don't depend on each other, but unstructured pruning would share its quota among the weights.
+        for names in [[name] for name in weights] if self._prune.pattern is None else [list(weights)]:
+            before = torch.cat([weights[name].float() for name in names])
+            after = solve(before, factor, prune=self._prune).weight
+            counts = [len(weights[name]) for name in names]
+            for name, was, now in zip(names, torch.split(before, counts), torch.split(after, counts), strict=True):
+                value = now.to(weights[name].dtype, copy=True)
+                settled[name] = Settled(weight=value, tensors={name: value}, effect=_effect(was, value.float()))
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -141,7 +145,7 @@ class WeightAndActivation(_GroupByGroup):
             gone = wanda_mask(weight, statistic.sum, self._prune.sparsity, self._prune.pattern)
             after = weight.masked_fill(gone, 0)
             effect = _effect(weight.float(), after.float())
-            settled[name] = Settled(weight=after, tensors={name: after.cpu()}, effect=effect)
+            settled[name] = Settled(weight=after, tensors={name: after}, effect=effect)
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -173,7 +177,7 @@ class ActivationAware:
             stored = block[name].dtype
             if name not in seen:  # a norm or a bias that makes up for it
                 value = weight.to(stored)
-                settled[name] = Settled(weight=value, tensors={name: value.cpu()}, effect=None)
+                settled[name] = Settled(weight=value, tensors={name: value}, effect=None)
                 continue
             importance = None
             if self._options.ranges == "least-error":
@@ -226,12 +230,12 @@ class ActivationAware:
 def _encode(name: str, grid: Grid, codes: Tensor, scale: Tensor, zero_point: Tensor | None, before: Tensor) -> Settled:
     """A weight on a grid as the tensors of `pack-quantized`; the scales have the dtype the weight was stored in."""
     tensors = {
-        f"{name}_packed": pack_bits(codes, grid.bits).cpu(),
-        f"{name}_scale": scale.cpu(),
+        f"{name}_packed": pack_bits(codes, grid.bits),
+        f"{name}_scale": scale,
         f"{name}_shape": torch.tensor(codes.shape),
     }
     if zero_point is not None:  # packed down the rows
-        tensors[f"{name}_zero_point"] = pack_bits(zero_point.t(), grid.bits).t().contiguous().cpu()
+        tensors[f"{name}_zero_point"] = pack_bits(zero_point.t(), grid.bits).t().contiguous()
     weight = dequantize(codes, scale, zero_point)
     return Settled(weight=weight.to(scale.dtype), tensors=tensors, effect=_effect(before, weight))
 
