@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from core.compress.checkpoint import read_shards
+from core.compress.context import PassContext
 from core.compress.executors.blocks import Method, press_blocks
 from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
-from core.compress.passes.context import PassContext
 from core.compress.solvers.gram import Gram
 from core.compress.solvers.grid import Grid
 from core.recipes.header import ModelHeader

@@ -7,13 +7,14 @@ import sys
 from typing import Literal
 
 _SECRETS = re.compile(
-    r"(?i)(authorization:\s*\S+\s+|x-amz-(?:signature|credential|security-token)=|np_[a-z0-9]{4,12}_|(?<=://)[^/\s:@]*:)[^\s&\"'@]+"
+    r"(?i)(authorization:\s*\S+\s+|x-amz-(?:signature|credential|security-token)=|np_[a-z0-9]{4,12}_)[^\s&\"'@]+"
+    r"|(://[^/\s:@]*:)[^\s/@]+(?=@)"
 )
 
 
 def redact(text: str) -> str:
     """Replace keys, presigned signatures and passwords in URLs by `***`."""
-    return _SECRETS.sub(lambda match: match.group(1) + "***", text)
+    return _SECRETS.sub(lambda match: f"{match.group(1) or match.group(2)}***", text)
 
 
 class _Redacting(logging.Formatter):

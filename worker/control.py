@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from core.artifacts.storage import ObjectStore, open_store
@@ -14,6 +14,8 @@ from core.errors import NightpressError
 from core.jobs.ring import Ringer
 from core.jobs.store import JobStore
 from core.logs import configure_logging
+from core.registry.datasets import DataSetRegistry
+from core.registry.models import ModelRegistry
 from core.settings import Settings, load_settings
 from worker.health import mark_alive
 
@@ -37,9 +39,17 @@ class _Bell:
 class Control:
     """One replica. `tick` does all that is due."""
 
-    def __init__(self, settings: Settings, store: JobStore, objects: ObjectStore, ring: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: JobStore,
+        registries: Sequence[ModelRegistry | DataSetRegistry],
+        objects: ObjectStore,
+        ring: Callable[[str], None],
+    ) -> None:
         self._settings = settings
         self._store = store
+        self._registries = registries
         self._objects = objects
         self._ring = ring
         self._bells: dict[str, _Bell] = {}
@@ -87,6 +97,9 @@ class Control:
             self._store.mark_swept(job_id, attempt)
 
     def _sweep_uploads(self) -> None:
+        for registry in self._registries:
+            if given_up := registry.sweep_abandoned(_UPLOAD_LIFE_S):
+                log.info("%d uploads of %s were given up.", given_up, registry.kind)
         self._objects.sweep_uploads(_UPLOAD_LIFE_S)
 
 
@@ -98,7 +111,9 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     engine = make_engine(settings.sql_url)
     ringer = Ringer(settings)
-    control = Control(settings, JobStore(engine), open_store(settings), ringer.ring)
+    objects = open_store(settings)
+    registries = (ModelRegistry(engine, objects, settings), DataSetRegistry(engine, objects, settings))
+    control = Control(settings, JobStore(engine), registries, objects, ringer.ring)
     log.info("The control process ticks every %g s.", settings.tick_s)
     while not stop.is_set():
         control.tick()

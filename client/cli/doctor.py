@@ -22,7 +22,7 @@ from core.settings import Settings, load_settings
 from core.version import VERSION
 
 _LOW_DISK = 5 * 1000**3
-_CONSUMERS = ("transformers", "compressed-tensors", "onnxruntime", "openvino", "nncf")
+_CONSUMERS = ("transformers", "compressed-tensors", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,8 @@ class _Press:
             record = MODEL_PASSES[options.pass_](folder, target, options, self._context(header, span, index=index))
             self._record(record)
             folder = target
-            header = inspect_model(FolderFiles(folder))
+            if not options.last:  # a quantized model is no source for anything, and isn't looked at as one
+                header = inspect_model(FolderFiles(folder))
         return folder, header
 
     def _export(self, model_dir: Path, header: ModelHeader, trial: Trial) -> list[_Exported]:

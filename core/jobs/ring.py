@@ -5,6 +5,7 @@ Ringer publishes from a thread of its own, so that neither a slow nor a dead bro
 
 import logging
 import threading
+import time
 from typing import Final
 
 from celery import Celery
@@ -17,6 +18,7 @@ QUEUES: Final = ("cpu", "gpu", "control")
 _RING_LIFE_S: Final = 60  #: a ring nobody heard for so long is stale: the control process has rung again
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 15.0
+_REST_S: Final = 0.02  #: between rings: hundreds of submissions a second need fifty rings, not hundreds
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +67,9 @@ class Ringer:
     def ring(self, queue: str) -> None:
         """Say that a queue may have work. Never blocks and never raises."""
         with self._changed:
-            self._wanted.add(queue)
-            self._changed.notify()
+            if queue not in self._wanted:
+                self._wanted.add(queue)
+                self._changed.notify()
 
     def close(self) -> None:
         """Send what waits if the broker answers, then stop."""
@@ -87,7 +90,11 @@ class Ringer:
                 if not self._wanted:
                     return
                 queue = self._wanted.pop()
-            pause = 0.0 if self._send(queue) else min(max(2 * pause, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+            if self._send(queue):
+                pause = 0.0
+                time.sleep(_REST_S)
+            else:
+                pause = min(max(2 * pause, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
 
     def _send(self, queue: str) -> bool:
         try:

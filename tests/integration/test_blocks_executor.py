@@ -13,10 +13,10 @@ from torch import Tensor
 
 from core.compress.architectures import FOLDS
 from core.compress.checkpoint import read_shards
+from core.compress.context import PassContext
 from core.compress.executors.blocks import Inputs, Settled, press_blocks
 from core.compress.executors.rewrite import Effect
 from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
-from core.compress.passes.context import PassContext
 from core.compress.solvers.grid import Grid
 from core.compress.solvers.wanda import Power
 from core.errors import ErrorCode, NightpressError

@@ -122,7 +122,8 @@ def test_f28_a_killed_stack_takes_all_along_and_the_next_one_goes_on_with_its_jo
     eventually(lambda: not running(before + children), within=30)
     assert service.job(job_id).state == "queued"
     stack.start()
-    job = service.await_state(job_id, "succeeded", within=120)
+    job = service.await_state(job_id, "succeeded", "failed", within=120)
+    assert job.state == "succeeded", job.error
     assert (job.attempt, job.failures) == (2, 0)
     assert (stack.folder / "key").read_text() == key
     service.check_invariants(job_id)

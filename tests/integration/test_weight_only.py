@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from core.compress.checkpoint import INDEX_FILE, ShardWriter, read_shards
 from core.compress.export import compressed_tensors
-from core.compress.passes import MODEL_PASSES, PassContext
+from core.compress.passes import MODEL_PASSES, PassContext, quantize
 from core.compress.solvers.grid import Grid
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import PassRecord
@@ -102,7 +102,7 @@ def test_every_weight_is_within_half_a_step_and_the_rest_untouched(
     for name, one in back.items():
         scale = after[f"{name}_scale"].double()
         steps = scale.repeat_interleave(one.shape[1] // scale.shape[1], dim=1)
-        assert float(((one.double() - before[name].double()).abs() / steps).max()) <= 0.5 + 2e-5
+        assert float(((one.double() - before[name].double()).abs() / steps).max()) <= 0.5 + 5e-5
     for name in set(before) - linears:
         assert torch.equal(before[name], after[name])
     errors = {f"{one.name}.weight": one.relative_error for one in record.layers}
@@ -140,6 +140,17 @@ def test_the_plan_knows_the_size(bert_tiny: Path, tmp_path: Path, case: dict[str
     )
     on_disk = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert on_disk == pytest.approx(plan.estimate.output_bytes["compressed-tensors"], rel=0.02)
+
+
+def test_errors_of_large_layers_are_measured_on_a_sample_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = tiny_llama(tmp_path / "source", hidden_size=256, intermediate_size=512)
+    exact = press(source, tmp_path / "exact", bits=4, group_size=32).layers
+    monkeypatch.setattr(quantize, "_EXACT_WEIGHTS", 0)
+    sampled = press(source, tmp_path / "sampled", bits=4, group_size=32).layers
+    for one, other in zip(exact, sampled, strict=True):
+        assert one.relative_error != other.relative_error
+        assert one.relative_error == pytest.approx(other.relative_error, rel=0.03)
+    assert load_tensors(tmp_path / "exact").keys() == load_tensors(tmp_path / "sampled").keys()
 
 
 def test_number_of_threads_and_attempts_change_no_byte(tmp_path: Path):

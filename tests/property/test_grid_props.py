@@ -37,7 +37,7 @@ def test_every_weight_lies_within_half_a_step(source: torch.Tensor, bits: int, g
     rounded = round_to_grid(source, Grid(bits, group_size, symmetric))
     back = dequantize(rounded.codes, rounded.scale, rounded.zero_point).double()
     steps = rounded.scale.double().repeat_interleave(source.shape[1] // rounded.scale.shape[1], dim=1)
-    assert float(((back - source.double()).abs() / steps).max()) <= 0.5 + 2e-5  # of a step: the reciprocal's rounding
+    assert float(((back - source.double()).abs() / steps).max()) <= 0.5 + 5e-5  # of a step: the reciprocal's rounding
     error = float((back - source.double()).square().sum())
     assert rounded.squared_error == pytest.approx(error, rel=1e-3, abs=1e-9 * float(steps.square().sum()))
     assert rounded.squared_norm == pytest.approx(float(source.double().square().sum()), rel=1e-4)

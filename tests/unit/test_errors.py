@@ -32,3 +32,8 @@ def test_an_error_survives_its_row() -> None:
 )
 def test_secrets_do_not_reach_the_log(text: str, secret: str) -> None:
     assert secret not in redact(text)
+
+
+def test_an_address_is_no_secret() -> None:
+    text = "Ready at http://127.0.0.1:8790/docs, mail me@example.org"
+    assert redact(text) == text

@@ -116,6 +116,13 @@ def test_the_page_carries_the_comparison():
         assert expected in page
 
 
+def test_a_pass_that_names_no_format_is_drawn_too():
+    report = make_report()
+    (record,) = report.passes
+    report = report.model_copy(update={"passes": (record.model_copy(update={"summary": {"sparsity": 0.5}}),)})
+    assert "<h3>dynamic-int8</h3>" in reports.render_html(report, {})
+
+
 def test_the_page_needs_nothing_from_elsewhere():
     page = Page(reports.render_html(make_report(), {}))
     assert not {"script", "link", "img", "iframe", "object", "embed"} & set(page.tags)

@@ -55,7 +55,8 @@ def prepare(
         for length in one.length
     )
     _check_lengths(header, [one.length for one in qualities] + [one.length for one in shapes])
-    prose = data.read_rows("builtin:prose", None)
+    # The check texts also choose the layers that stay in float: they must not come from what the result is measured on.
+    prose = data.read_rows("builtin:prose", None, purpose="calibration")
     sets: list[TokenSet] = [_check_set(prose, tokenizer, header)]
     evaluations = []
     for at, one in enumerate(qualities):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import psutil
 import torch
@@ -30,12 +30,10 @@ from core.compress.checkpoint import (
     write_file,
     write_index,
 )
+from core.compress.context import PassContext
 from core.compress.executors.rewrite import Effect
 from core.compress.executors.skeleton import Call, Skeleton, Source
 from core.errors import ErrorCode, NightpressError
-
-if TYPE_CHECKING:  # the passes import this module
-    from core.compress.passes.context import PassContext
 
 _BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}  #: enough to fill the device; more only costs memory
 
@@ -93,7 +91,7 @@ def press_blocks(
     target: Path,
     method: Method,
     ids: Tensor,
-    context: "PassContext",
+    context: PassContext,
     *,
     chosen: frozenset[str],
     recipe: str,
@@ -127,7 +125,7 @@ class _Run:
         target: Path,
         method: Method,
         ids: Tensor,
-        context: "PassContext",
+        context: PassContext,
         chosen: frozenset[str],
         recipe: str,
         batch_tokens: int,

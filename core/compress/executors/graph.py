@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from core.compress.checkpoint import disk_errors, write_file
+from core.compress.context import PassContext
 from core.compress.evaluate.data import Sequences
-from core.compress.passes.context import PassContext
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import ModelHeader
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from core.compress.checkpoint import TORCH_DTYPES, Shard, ShardWriter, StoredTensor
+from core.compress.context import PassContext
 from core.compress.executors.rewrite import Effect, Rewrite, becomes, tensor_bytes
-from core.compress.passes.context import PassContext
 from core.compress.solvers.grid import Workspace
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import TensorInfo
@@ -91,7 +91,10 @@ class Sweep:
         self._commit = commit
         self._span = span  #: the part of the pass's progress that this is
         self._total = sum(chunk.size for job in jobs for chunk in job.chunks)
-        self._condition = threading.Condition()  # guards everything below
+        self._lock = threading.Lock()  # guards everything below
+        self._overseer = threading.Condition(self._lock)
+        self._reader = threading.Condition(self._lock)
+        self._reader_waits_for = self._total + 1  # bytes taken; more than all while it doesn't wait
         self._chunks = self._in_order()
         self._taken = 0  # bytes
         self._done = 0
@@ -113,9 +116,7 @@ class Sweep:
                 thread.start()
             self._oversee()
         finally:
-            with self._condition:
-                self._stop = True
-                self._condition.notify_all()
+            self._end(None)
             for thread in threads:
                 thread.join()
             for job in list(self._open):
@@ -126,8 +127,8 @@ class Sweep:
         """Flush, commit and report until all is done. Raises what a thread raised."""
         remaining = len(self._jobs)
         while remaining:
-            with self._condition:
-                self._condition.wait_for(lambda: self._error or self._ready or self._unflushed(), timeout=_REPORT_S)
+            with self._lock:
+                self._overseer.wait_for(lambda: self._error or self._ready or self._unflushed(), timeout=_REPORT_S)
                 if self._error:
                     raise self._error
                 ready, self._ready = self._ready, []
@@ -152,23 +153,28 @@ class Sweep:
         try:
             work()
         except BaseException as error:  # it is raised again in the calling thread
-            with self._condition:
-                self._error = self._error or error
-                self._stop = True
-                self._condition.notify_all()
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._stop = True
+            self._overseer.notify()
+            self._reader.notify()
 
     def _work(self) -> None:
         workspace = Workspace()
         while True:
-            with self._condition:
+            with self._lock:
                 step = None if self._stop else next(self._chunks, None)
                 if step is None:
                     return
                 job, index, chunk = step
                 self._taken += chunk.size
-                self._condition.notify_all()
+                if self._taken >= self._reader_waits_for:
+                    self._reader.notify()
             effect, written = self._process(job, chunk, workspace)
-            with self._condition:
+            with self._lock:
                 job.effects[index] = effect
                 job.remaining -= 1
                 job.written += written
@@ -176,7 +182,7 @@ class Sweep:
                 if job.remaining == 0:
                     self._ready.append(job)
                 if job.remaining == 0 or job.written >= _FLUSH_BYTES:
-                    self._condition.notify_all()
+                    self._overseer.notify()
 
     def _process(self, job: ShardJob, chunk: Chunk, workspace: Workspace) -> tuple[Effect | None, int]:
         raw = workspace.take("raw", (chunk.size,), torch.uint8)
@@ -218,7 +224,7 @@ class Sweep:
                 yield job, index, chunk
 
     def _close(self, job: ShardJob) -> None:
-        with self._condition:
+        with self._lock:
             self._open.remove(job)
         os.close(job.source)
         if job.writer is not None:
@@ -235,15 +241,17 @@ class Sweep:
                     for at in range(chunk.offset, end, _ADVISE_BYTES):
                         os.posix_fadvise(handle, at, min(_ADVISE_BYTES, end - at), os.POSIX_FADV_WILLNEED)
                     asked += chunk.size
-                    if not self._wait_until_taken(asked - _AHEAD_BYTES):
+                    if asked > self._taken + _AHEAD_BYTES and not self._wait_until_taken(asked - _AHEAD_BYTES // 2):
                         return
             finally:
                 os.close(handle)
 
     def _wait_until_taken(self, taken: int) -> bool:
         """Sleep until the workers have come that far. False if they stopped."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._stop or self._taken >= taken)
+        with self._lock:
+            self._reader_waits_for = taken
+            self._reader.wait_for(lambda: self._stop or self._taken >= taken)
+            self._reader_waits_for = self._total + 1  # nobody to wake
             return not self._stop
 
 

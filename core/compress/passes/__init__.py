@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from core.compress.context import PassContext
 from core.compress.passes.calibrated import awq, gptq, sparsegpt, wanda
-from core.compress.passes.context import PassContext
 from core.compress.passes.prune import magnitude
 from core.compress.passes.quantize import weight_only
 from core.handoff.report import PassRecord

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from core.compress.architectures import FOLDS, Fold
 from core.compress.checkpoint import read_shards
+from core.compress.context import PassContext
 from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
 from core.compress.executors.blocks import Inputs, Method, Pressed, Settled, Statistic, press_blocks
 from core.compress.executors.rewrite import Effect
 from core.compress.executors.stream import copy_companions
 from core.compress.export.compressed_tensors import write_config
-from core.compress.passes.context import PassContext
 from core.compress.solvers.awq import search_scales
 from core.compress.solvers.gram import Gram
 from core.compress.solvers.grid import Grid, dequantize

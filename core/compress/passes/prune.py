@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from core.compress.checkpoint import Shard, StoredTensor, read_shards
+from core.compress.context import PassContext
 from core.compress.executors.rewrite import Effect, Put
 from core.compress.executors.stream import copy_companions, scan, sweep
-from core.compress.passes.context import PassContext
 from core.compress.solvers.grid import Workspace
 from core.compress.solvers.threshold import (
     LOWER_BINS,

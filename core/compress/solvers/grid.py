@@ -6,7 +6,7 @@ dtype they are stored in, so that nothing is clipped by more than its rounding: 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ _SAME_SIZE_INT = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+#: Added to a float32 of less than 2^22, it leaves no bits for a fraction: the sum is rounded to the nearest integer (of two, the even
+#: one), and the low byte of its pattern is that integer. One addition and a narrowing copy do what round and convert would.
+_ROUNDS = 1.5 * 2.0**23
+#: Keeps a range's own maximum, top − ½ steps, from rounding up to a code that doesn't exist. Steers no weight by more than 3e-5 steps.
+_SHY_OF_ONE = 1 - 2.0**-22
 _SMALLEST_SCALE = 2.0**-100  # its reciprocal is still finite in float32
 
 
@@ -47,8 +52,8 @@ class Rounded:
     codes: Tensor  #: int8 [out, in]
     scale: Tensor  #: [out, groups], in the weight's dtype
     zero_point: Tensor | None  #: int8 [out, groups]; None if symmetric
-    squared_error: float  #: Σ (w − ŵ)²
-    squared_norm: float  #: Σ w²
+    squared_error: float  #: Σ (w − ŵ)² over the measured rows, in float32
+    squared_norm: float  #: Σ w² over the same rows
 
 
 @dataclass
@@ -78,8 +83,11 @@ def magnitude_bits(weight: Tensor, workspace: Workspace) -> Tensor:
     return torch.bitwise_and(integers, torch.iinfo(integers.dtype).max, out=out)
 
 
-def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None) -> Rounded:
-    """Round a float weight [out, in] to the nearest codes. Raises NightpressError(numerical_failure) on NaN or infinity."""
+def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None, *, measure_every: int = 1) -> Rounded:
+    """Round a float weight [out, in] to the nearest codes, and measure the error of every n-th row, from the first.
+
+    Raises NightpressError(numerical_failure) on NaN or infinity.
+    """
     workspace = workspace or Workspace()
     rows, columns = weight.shape
     groups = grid.groups(columns)
@@ -87,29 +95,35 @@ def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None
     ranged: Callable[..., tuple[Tensor, Tensor | None]] = _symmetric_range if grid.symmetric else _asymmetric_range
     scale, zero_point = ranged(grouped, grid, workspace)  # [G]
     step = _widen(scale)
-    steps = workspace.take("steps", tuple(grouped.shape), step.dtype)  # the weight in units of its step
-    torch.mul(grouped, step.reciprocal().unsqueeze(1), out=steps)
-    norms = torch.linalg.vector_norm(steps, dim=1)
-    if zero_point is not None:
-        steps += zero_point.unsqueeze(1)
-    nearest = torch.round(steps, out=workspace.take("nearest", tuple(grouped.shape), step.dtype))
-    nearest.clamp_(-grid.top, grid.top - 1)
-    codes = workspace.take("codes", (rows, columns), torch.int8)
-    codes.view(grouped.shape).copy_(nearest)
-    squared_error = _sum_squares(torch.linalg.vector_norm(steps.sub_(nearest), dim=1), step)
-    if not math.isfinite(squared_error):  # a NaN or infinity anywhere has come through to here
+    if not math.isfinite(float(step.sum())):
         raise NightpressError(
             ErrorCode.NUMERICAL_FAILURE,
             "A weight holds NaN or infinity.",
             hint="The source model is damaged: export it again.",
         )
-    return Rounded(
-        codes=codes,
-        scale=scale.view(rows, groups),
-        zero_point=None if zero_point is None else zero_point.to(torch.int8).view(rows, groups),
-        squared_error=squared_error,
-        squared_norm=_sum_squares(norms, step),
-    )
+    steps = workspace.take("steps", tuple(grouped.shape), torch.float32)  # the weight in units of its step
+    torch.mul(grouped, torch.div(_SHY_OF_ONE, step).unsqueeze(1), out=steps)
+    if zero_point is not None:
+        steps.add_(zero_point.unsqueeze(1)).clamp_(-grid.top, grid.top - 1)
+    codes = workspace.take("codes", (rows, columns), torch.int8)
+    codes.view(grouped.shape).copy_(steps.add_(_ROUNDS).view(torch.int32))
+    zeros = None if zero_point is None else zero_point.to(torch.int8).view(rows, groups)
+    rounded = Rounded(codes, scale.view(rows, groups), zeros, 0.0, 0.0)
+    return _measure(weight, rounded, measure_every, workspace)
+
+
+def _measure(weight: Tensor, rounded: Rounded, every: int, workspace: Workspace) -> Rounded:
+    """Compare every n-th row with what its codes stand for."""
+    codes, scale = rounded.codes[::every], rounded.scale[::every].float()
+    rows, groups = scale.shape
+    source = workspace.take("measured", tuple(codes.shape), torch.float32).copy_(weight[::every]).view(-1)
+    meant = workspace.take("meant", tuple(codes.shape), torch.float32).copy_(codes)
+    grouped = meant.view(rows, groups, -1)
+    if rounded.zero_point is not None:
+        grouped -= rounded.zero_point[::every].unsqueeze(2)
+    grouped *= scale.unsqueeze(2)
+    error = meant.view(-1).sub_(source)
+    return replace(rounded, squared_error=float(error.dot(error)), squared_norm=float(source.dot(source)))
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -134,7 +148,8 @@ def pack(codes: Tensor, bits: int, workspace: Workspace | None = None) -> Tensor
     padded = -(-columns // per_word) * per_word
     unsigned = workspace.take("unsigned", (rows, padded), torch.uint8)
     torch.add(codes.view(torch.uint8), 2 ** (bits - 1), out=unsigned[:, :columns])
-    unsigned[:, columns:] = 0
+    if padded > columns:
+        unsigned[:, columns:] = 0
     if bits == 8:
         return unsigned.view(torch.int32)
     pairs = unsigned.view(torch.int16)  # the even column in the low byte, the odd one in the high byte
@@ -160,12 +175,6 @@ def _asymmetric_range(grouped: Tensor, grid: Grid, workspace: Workspace) -> tupl
     low, high = wide.amin(dim=1).clamp_(max=0), wide.amax(dim=1).clamp_(min=0)  # zero is always on the grid
     scale = _round_up((high - low) / (2 * grid.top - 1), grouped.dtype)
     return scale, torch.round(-grid.top - low / _widen(scale)).clamp_(-grid.top, grid.top - 1)
-
-
-def _sum_squares(norms: Tensor, step: Tensor) -> float:
-    """Σ (norm · step)²: from units of steps to units of weights."""
-    scaled = (norms * step).double()
-    return float(torch.dot(scaled, scaled))
 
 
 def _widen(values: Tensor) -> Tensor:
