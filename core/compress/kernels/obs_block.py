@@ -4,10 +4,13 @@ Inside a block the columns depend on each other one by one, but the rows of a we
 takes a tile of rows, keeps it in registers through all columns, and touches memory twice: once to read and once to write.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_RUN = 16  #: columns
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,10 @@ def reference(
     scales = None if grid is None else grid.scale.t().contiguous()
     zero_points = None if grid is None else grid.zero_point.t().contiguous()
     lost = torch.empty_like(work)
+    # Columns settle in short runs, and what a run lost is passed on in one product: a rank at a time would be all memory traffic.
+    run = math.lcm(_RUN, pattern[1]) if pattern is not None else _RUN
     for j, column in enumerate(work):
+        run_end = min(j // run * run + run, len(work))
         if pattern is not None and j % pattern[1] == 0:
             assert gone is not None
             _decide(work, cost, j, pattern, gone)
@@ -79,7 +85,10 @@ def reference(
             value = value.masked_fill(gone[j], 0)
         torch.sub(column, value, out=lost[j])
         work[j] = value
-        work[j + 1 :].addr_(spread[j, j + 1 :], lost[j], alpha=-1)
+        work[j + 1 : run_end].addr_(spread[j, j + 1 : run_end], lost[j], alpha=-1)
+        if j + 1 == run_end:
+            settled = slice(j // run * run, run_end)
+            work[run_end:].addmm_(spread[settled, run_end:].T, lost[settled], alpha=-1)
     loss += (lost * cost[:, None]).square_().sum(0)
     weight.copy_(work.t())
 

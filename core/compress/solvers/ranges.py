@@ -11,6 +11,7 @@ from core.compress.solvers.grid import Grid
 
 _SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SMALLEST_SCALE = 2.0**-100  # its reciprocal is still finite in float32
+_CHUNK = 64 * 1024  #: weights that a CPU's caches hold through all tries
 SHRINKS = tuple(1.0 - 0.02 * step for step in range(26))  #: of the range, tried in turn: 1.00 … 0.50
 
 
@@ -40,6 +41,10 @@ def nearest_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid)
 
 def search(weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """`find_ranges` in torch, on any device. On CUDA in float32 a kernel does it in one reading of the weight."""
+    chunk = max(1, _CHUNK // weight.shape[1])
+    if len(weight) > chunk and not weight.is_cuda:
+        found = [search(rows, grid, stored, importance) for rows in torch.split(weight, chunk)]
+        return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
     rows, columns = weight.shape
     groups = grid.groups(columns)
     grouped = weight.reshape(rows, groups, -1)  # [rows, groups, g]
