@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psycopg
 from sqlalchemy import JSON, ColumnElement, DateTime, Engine, Float, MetaData, create_engine, event, literal, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect, make_url
@@ -164,6 +163,8 @@ def _ping_idle(connection: Any, record: ConnectionPoolEntry, _proxy: object) -> 
     """
     if time.monotonic() - record.info.get("idle_since", math.inf) < _PING_AFTER_S:
         return
+    import psycopg  # here, so that only who uses PostgreSQL loads its driver
+
     try:
         connection.execute("SELECT 1")
         connection.rollback()

@@ -5,7 +5,6 @@ dtype they are stored in, so that nothing is clipped by more than its rounding: 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -92,17 +91,20 @@ def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None
     rows, columns = weight.shape
     groups = grid.groups(columns)
     grouped = weight.reshape(rows * groups, -1)  # [G, g]
-    ranged: Callable[..., tuple[Tensor, Tensor | None]] = _symmetric_range if grid.symmetric else _asymmetric_range
-    scale, zero_point = ranged(grouped, grid, workspace)  # [G]
-    step = _widen(scale)
+    steps = workspace.take("steps", tuple(grouped.shape), torch.float32).copy_(grouped)
+    scale, zero_point = (
+        (_symmetric_scale(grouped, grid, workspace), None)
+        if grid.symmetric
+        else _asymmetric_range(steps, grid, weight.dtype)
+    )  # [G]
+    step = scale.float()
     if not math.isfinite(float(step.sum())):
         raise NightpressError(
             ErrorCode.NUMERICAL_FAILURE,
             "A weight holds NaN or infinity.",
             hint="The source model is damaged: export it again.",
         )
-    steps = workspace.take("steps", tuple(grouped.shape), torch.float32)  # the weight in units of its step
-    torch.mul(grouped, torch.div(_SHY_OF_ONE, step).unsqueeze(1), out=steps)
+    steps *= torch.div(_SHY_OF_ONE, step).unsqueeze(1)  # the weight in units of its step
     if zero_point is not None:
         steps.add_(zero_point.unsqueeze(1)).clamp_(-grid.top, grid.top - 1)
     codes = workspace.take("codes", (rows, columns), torch.int8)
@@ -164,17 +166,15 @@ def pack_zero_points(zero_point: Tensor, bits: int) -> Tensor:
     return pack(zero_point.t().contiguous(), bits).t().contiguous()
 
 
-def _symmetric_range(grouped: Tensor, grid: Grid, workspace: Workspace) -> tuple[Tensor, None]:
+def _symmetric_scale(grouped: Tensor, grid: Grid, workspace: Workspace) -> Tensor:
     largest = magnitude_bits(grouped, workspace).amax(dim=1)
-    return _round_up(_widen(largest.view(grouped.dtype)) / (grid.top - 0.5), grouped.dtype), None
+    return _round_up(_widen(largest.view(grouped.dtype)) / (grid.top - 0.5), grouped.dtype)
 
 
-def _asymmetric_range(grouped: Tensor, grid: Grid, workspace: Workspace) -> tuple[Tensor, Tensor]:
-    wide_dtype = torch.float64 if grouped.dtype == torch.float64 else torch.float32
-    wide = workspace.take("wide", tuple(grouped.shape), wide_dtype).copy_(grouped)
-    low, high = wide.amin(dim=1).clamp_(max=0), wide.amax(dim=1).clamp_(min=0)  # zero is always on the grid
-    scale = _round_up((high - low) / (2 * grid.top - 1), grouped.dtype)
-    return scale, torch.round(-grid.top - low / _widen(scale)).clamp_(-grid.top, grid.top - 1)
+def _asymmetric_range(grouped: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    low, high = grouped.amin(dim=1).clamp_(max=0), grouped.amax(dim=1).clamp_(min=0)  # zero is always on the grid
+    scale = _round_up((high - low) / (2 * grid.top - 1), dtype)
+    return scale, torch.round(-grid.top - low / scale.float()).clamp_(-grid.top, grid.top - 1)
 
 
 def _widen(values: Tensor) -> Tensor:
