@@ -12,9 +12,11 @@ from transformers import AutoModelForMaskedLM
 
 from core.compress.passes import MODEL_PASSES, PassContext
 from core.errors import NightpressError
+from core.handoff.frames import Checkpoint
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import Calibration, parse_recipe
 from core.recipes.plan import make_plan
+from tests.press import lay_out, press
 
 _CALIBRATION = Calibration(samples=24, length=48)
 
@@ -132,3 +134,25 @@ def test_what_cannot_work_is_refused_before_it_runs(pass_: dict[str, Any], bert_
 
     with pytest.raises(NightpressError):
         plan()
+
+
+def test_a_whole_job_prunes_then_rounds_with_text_that_a_person_brought(bert_tiny: Path, tmp_path: Path):
+    text = "\n".join(
+        json.dumps({"text": f"The {n} lamps along the quay were lit one after another."}) for n in range(200)
+    )
+    job = lay_out(
+        tmp_path / "job",
+        bert_tiny,
+        {
+            "passes": [{"pass": "sparsegpt", "pattern": "2:4"}, {"pass": "gptq", "group_size": 64}],
+            "exports": ["compressed-tensors"],
+            "calibration": {"data": "lamps", "samples": 16, "length": 48},
+            "evaluate": [{"metric": "auto", "samples": 8, "length": 48}],
+        },
+        data={"lamps": text},
+    )
+    _, report, frames = press(job)
+    assert [one.name for one in report.passes] == ["sparsegpt", "gptq"]
+    assert report.artifacts[0].verification is not None
+    assert report.artifacts[0].verification.passed
+    assert sum(isinstance(frame, Checkpoint) for frame in frames) == 2 * 2  # blocks
