@@ -1,10 +1,11 @@
 """What a pass is given beside its folders and options."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.recipes.header import ModelHeader
+from core.recipes.models import Calibration
 
 
 def _no_progress(_fraction: float, _message: str) -> None:
@@ -23,5 +24,9 @@ class PassContext:
     threads: int = 1
     seed: int = 0
     index: int = 0  #: the pass's place in the recipe
+    calibration: Calibration = field(default=Calibration())  #: what text the pass may look at
+    data_files: Mapping[str, Path] = field(
+        default_factory=dict
+    )  #: the data sets people brought, by what the recipe calls them
     progress: Callable[[float, str], None] = field(default=_no_progress)  #: fraction of this pass, what is being done
     checkpoint: Callable[[str, int], None] = field(default=_no_checkpoint)  #: a file from which another attempt goes on

@@ -308,6 +308,8 @@ class _Press:
             threads=self.spec.threads,
             seed=self.recipe.seed,
             index=index,
+            calibration=self.recipe.calibration,
+            data_files={ref: self.job_dir / DATA_DIR / name for ref, name in self.spec.data.items()},
             progress=progress,
             checkpoint=lambda path, step: self.emit(Checkpoint(path=path, step=step)),
         )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import DECODERS, ENCODERS, ModelHeader, TensorInfo
 from core.recipes.models import Quality, Recipe
-from core.recipes.passes import DynamicInt8, Magnitude, WeightOnly
+from core.recipes.passes import Awq, DynamicInt8, Gptq, Magnitude, SparseGpt, Wanda, WeightOnly
 
 _RUNTIME_BYTES = (
     600 * 1024**2
@@ -28,6 +28,14 @@ _NOT_LINEAR = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})
 _OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "vocab_projector", "generator_lm_head", "decoder"})
 #: Families whose linear layers are Conv1D, with weights laid out [in, out].
 _CONV1D = frozenset({"gpt2"})
+#: Families whose blocks are one block run many times: none can be finished before the last run.
+_SHARED_BLOCKS = frozenset({"albert"})
+
+
+_Calibrated = Gptq | Awq | SparseGpt | Wanda
+_Pruning = Magnitude | SparseGpt | Wanda
+_Rounding = WeightOnly | Gptq | Awq
+_OnLinears = _Rounding | _Pruning
 
 
 class Step(BaseModel):
@@ -143,14 +151,15 @@ def _check_exports(recipe: Recipe) -> None:
             )
         if recipe.device == "gpu" and "cuda" not in one.runs_on:
             raise _invalid(f"`{one.pass_}` runs on a CPU only.", "Leave `device` at `auto`.")
-    if "compressed-tensors" in recipe.exports and not any(isinstance(one, WeightOnly) for one in recipe.passes):
+    if "compressed-tensors" in recipe.exports and not any(isinstance(one, _Rounding) for one in recipe.passes):
         raise _invalid(
-            "exports: compressed-tensors needs a quantizing pass.", "Add `weight-only`, or export `safetensors`."
+            "exports: compressed-tensors needs a quantizing pass.",
+            "Add `weight-only` or `gptq`, or export `safetensors`.",
         )
 
 
 def _warnings(recipe: Recipe) -> Iterable[str]:
-    if any(isinstance(one, Magnitude) for one in recipe.passes):
+    if any(isinstance(one, _Pruning) for one in recipe.passes):
         yield "Unstructured and N:M zeros make a dense model neither smaller nor faster in today's runtimes; the report measures it."
     calibrated = [one.pass_ for one in recipe.passes if one.needs == "calibration"]
     if calibrated and recipe.calibration.data in {one.data for one in recipe.evaluate if isinstance(one, Quality)} - {
@@ -174,7 +183,7 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
             "The model has no tokenizer, so nothing can be measured on text.",
             hint="Add tokenizer.json (and tokenizer_config.json) to its folder.",
         )
-    takes_linears = [one for one in recipe.passes if isinstance(one, WeightOnly | Magnitude)]
+    takes_linears = [one for one in recipe.passes if isinstance(one, _OnLinears)]
     for one in takes_linears:
         if not any(is_linear_weight(tensor, one.ignore) for tensor in header.tensors):
             raise _invalid(
@@ -182,6 +191,16 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
                 "Narrow `ignore`.",
             )
         _check_layout(one, header)
+        if isinstance(one, Awq) and header.model_type not in one.model_types:
+            raise _invalid(
+                f"`awq` can't take a {header.model_type}: its norms can't make up for scaled inputs.",
+                f"Use `gptq`; `awq` takes {', '.join(sorted(one.model_types))}.",
+            )
+        if header.model_type in _SHARED_BLOCKS and isinstance(one, _Calibrated):
+            raise _invalid(
+                f"`{one.pass_}` can't take a {header.model_type}: its blocks share their weights.",
+                "Use `weight-only` or `magnitude`.",
+            )
     if header.is_decoder and any(isinstance(one, DynamicInt8) for one in recipe.passes):
         raise _invalid(
             "`dynamic-int8` takes encoders; a decoder exported so would run without its key/value cache.",
@@ -204,14 +223,14 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
         raise _invalid("evaluate: accuracy needs a classifier.", "Use `auto` or `fidelity`.")
 
 
-def _check_layout(one: WeightOnly | Magnitude, header: ModelHeader) -> None:
+def _check_layout(one: _OnLinears, header: ModelHeader) -> None:
     """Groups and patterns run along a layer's inputs: they must be the weight's columns, and divide them."""
     divisor, setting = 1, ""
-    if isinstance(one, WeightOnly) and one.group_size is not None:
+    if isinstance(one, _Rounding) and one.group_size is not None:
         divisor, setting = one.group_size, "group_size"
-    elif isinstance(one, Magnitude) and one.pattern != "unstructured":
+    elif isinstance(one, Gptq | _Pruning) and one.pattern != "unstructured":
         divisor, setting = int(one.pattern.split(":")[1]), "pattern"
-    if header.model_type in _CONV1D and (isinstance(one, WeightOnly) or setting):
+    if header.model_type in _CONV1D and (isinstance(one, _Rounding | _Calibrated) or setting):
         raise _invalid(
             f"`{one.pass_}` can't take a {header.model_type}: its linear layers are Conv1D with weights laid out [in, out], which no loader of the result reads.",
             "Use `magnitude` without a pattern, or another model.",
@@ -231,28 +250,30 @@ def _check_layout(one: WeightOnly | Magnitude, header: ModelHeader) -> None:
 
 def _model_warnings(recipe: Recipe, header: ModelHeader) -> Iterable[str]:
     for one in recipe.passes:
-        if isinstance(one, WeightOnly | Magnitude):
+        if isinstance(one, _OnLinears):
             touched = sum(tensor.size for tensor in header.tensors if is_linear_weight(tensor, one.ignore))
             if touched < header.size / 4:
                 yield f"`{one.pass_}` touches only {100 * touched / header.size:.0f}% of the model's bytes; the rest is embeddings and norms."
 
 
-def _describe(one: WeightOnly | Magnitude | DynamicInt8) -> str:
-    if isinstance(one, WeightOnly):
-        return f"int{one.bits}, " + (f"groups of {one.group_size}" if one.group_size else "a scale a row")
+def _describe(one: _OnLinears | DynamicInt8) -> str:
+    if isinstance(one, _Rounding):
+        zeros = f", {one.sparsity:.0%} zeros" if isinstance(one, Gptq) and one.sparsity is not None else ""
+        return f"int{one.bits}, " + (f"groups of {one.group_size}" if one.group_size else "a scale a row") + zeros
     if isinstance(one, Magnitude):
         return f"{one.sparsity:.0%} zeros, {one.pattern}, by {one.across}"
+    if isinstance(one, _Pruning):
+        return f"{one.sparsity:.0%} zeros, {one.pattern}"
     return "int8 weights and activations"
 
 
-def weight_only_bytes(tensor: TensorInfo, one: WeightOnly) -> int:
+def weight_only_bytes(tensor: TensorInfo, one: _Rounding) -> int:
     """Bytes of one linear weight in compressed-tensors `pack-quantized`: int32 words of codes, scales in the tensor's dtype, and its shape."""
     rows, columns = tensor.shape
-    per_word = 32 // one.bits
     groups = 1 if one.group_size is None else -(-columns // one.group_size)
     width = tensor.size // (rows * columns)
-    zero_points = 0 if one.symmetric else 4 * (-(-rows // per_word) * groups)
-    return rows * -(-columns // per_word) * 4 + rows * groups * width + zero_points + 16
+    zero_points = 0 if one.symmetric else 4 * (-(-rows * one.bits // 32) * groups)
+    return rows * -(-columns * one.bits // 32) * 4 + rows * groups * width + zero_points + 16
 
 
 def _output_bytes(recipe: Recipe, header: ModelHeader, export: str) -> int:
@@ -260,7 +281,7 @@ def _output_bytes(recipe: Recipe, header: ModelHeader, export: str) -> int:
     for tensor in header.tensors:
         size = tensor.size
         for one in recipe.passes:
-            if isinstance(one, WeightOnly) and is_linear_weight(tensor, one.ignore):
+            if isinstance(one, _Rounding) and is_linear_weight(tensor, one.ignore):
                 size = weight_only_bytes(tensor, one)
             elif isinstance(one, DynamicInt8) and len(tensor.shape) == 2:
                 size = tensor.shape[0] * tensor.shape[1] + 4 * tensor.shape[0]
@@ -282,11 +303,16 @@ def _estimate(recipe: Recipe, header: ModelHeader) -> Estimate:
         else sum(b * n for b in one.batch for n in one.length) * (one.repeats + 3)
         for one in recipe.evaluate
     )
+    calibrated = sum(isinstance(one, _Calibrated) for one in recipe.passes)
+    if calibrated:
+        memory = max(memory, _RUNTIME_BYTES + _blocks_bytes(recipe, header))
     runs = 1 + len(recipe.exports)
     seconds = (
         _IMPORT_S * runs
         + len(recipe.passes) * header.size / _STREAM_RATE
         + runs * tokens * header.parameters / _FORWARD_RATE
+        # Two forward passes of all blocks; the Gram matrices cost about as much as one.
+        + calibrated * 3 * recipe.calibration.samples * recipe.calibration.length * header.parameters / _FORWARD_RATE
     )
     return Estimate(
         memory_bytes=memory,
@@ -294,3 +320,21 @@ def _estimate(recipe: Recipe, header: ModelHeader) -> Estimate:
         seconds=round(seconds, 1),
         output_bytes=outputs,
     )
+
+
+def _blocks_bytes(recipe: Recipe, header: ModelHeader) -> int:
+    """What the blocks executor holds: the embeddings, or two blocks with one layer's Gram matrix and its factor, beside the activations."""
+    blocks: dict[str, int] = {}
+    outside = widest = 0
+    for tensor in header.tensors:
+        found = re.match(r".*?\.\d+\.", tensor.name)
+        size = 4 * math.prod(tensor.shape)
+        if found is None:
+            outside = max(outside, size)
+            continue
+        blocks[found[0]] = blocks.get(found[0], 0) + size
+        if len(tensor.shape) == 2:
+            widest = max(widest, tensor.shape[1])
+    width = int(header.config.get("hidden_size") or header.config.get("dim") or widest)
+    activations = 4 * recipe.calibration.samples * recipe.calibration.length * width
+    return activations + max(outside, 2 * max(blocks.values(), default=0) + 4 * 4 * widest**2)

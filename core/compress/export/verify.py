@@ -9,7 +9,7 @@ from core.compress.executors.graph import Traced
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import Verification
 from core.recipes.models import Recipe
-from core.recipes.passes import DynamicInt8, WeightOnly
+from core.recipes.passes import Awq, DynamicInt8, Gptq, Pass, WeightOnly
 
 #: An fp32 graph computes what the model computes; only the order of sums differs.
 EXACT = 0.9999
@@ -33,11 +33,11 @@ def verify(
         rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
         value = whole_cosine(ours, _reduce(traced.check, task))
         measure, bound = "cosine of outputs with the pressed model's, in torch", ROUNDED[8] if rounded else EXACT
-    elif len(recipe.passes) == 1 and isinstance(recipe.passes[0], WeightOnly):
+    elif len(recipe.passes) == 1 and (least := _rounding_bound(recipe.passes[0])) is not None:
         value = whole_cosine(ours, source.outputs["check.values"])
-        measure, bound = "cosine of outputs with the source's", ROUNDED[recipe.passes[0].bits]
+        measure, bound = "cosine of outputs with the source's", least
     else:
-        # Pruning may change the answers at will: that is for the evaluation and the gates.
+        # Pruning and 2 or 3 bits may change the answers at will: that is for the evaluation and the gates.
         value, measure, bound = float(np.isfinite(ours).mean()), "share of outputs that are finite", 1.0
     passed = value >= bound
     if not passed:
@@ -59,6 +59,13 @@ def verify(
         seconds=observed.seconds,
         load_snippet=observed.snippet,
     )
+
+
+def _rounding_bound(one: Pass) -> float | None:
+    """How near the source a pass must stay that only rounds. None: it may change the answers at will."""
+    if isinstance(one, WeightOnly | Awq) or (isinstance(one, Gptq) and one.sparsity is None):
+        return ROUNDED.get(one.bits)
+    return None
 
 
 def _reduce(out: NDArray[np.float32], task: Task) -> NDArray[np.float32]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from core.compress.context import PassContext
+from core.compress.passes.calibrated import awq, gptq, sparsegpt, wanda
 from core.compress.passes.prune import magnitude
 from core.compress.passes.quantize import weight_only
 from core.handoff.report import PassRecord
@@ -15,4 +16,11 @@ __all__ = ["MODEL_PASSES", "ModelPass", "PassContext"]
 ModelPass = Callable[[Path, Path, Any, PassContext], PassRecord]
 
 #: By the name a recipe calls them.
-MODEL_PASSES: dict[str, ModelPass] = {"weight-only": weight_only, "magnitude": magnitude}
+MODEL_PASSES: dict[str, ModelPass] = {
+    "weight-only": weight_only,
+    "magnitude": magnitude,
+    "gptq": gptq,
+    "awq": awq,
+    "sparsegpt": sparsegpt,
+    "wanda": wanda,
+}

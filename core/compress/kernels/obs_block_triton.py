@@ -1,0 +1,127 @@
+"""The Triton kernel of `obs_block`. Imported on a CUDA machine only.
+
+Bytes: a tile is read and written once, so a block of 128 columns moves rows · 1 KiB. Time is the chain of 128 dependent columns, each a
+reduction over a warp (about 250 cycles): 20 µs a block, whatever the number of rows up to what the chip holds at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import libdevice
+
+from core.compress.kernels.obs_block import BlockGrid, BlockMask
+
+_ROWS = 16  #: rows a program holds
+_WARPS = 4
+
+
+def launch(
+    weight: Tensor,
+    spread: Tensor,
+    cost: Tensor,
+    loss: Tensor,
+    grid: BlockGrid | None,
+    mask: BlockMask | None,
+) -> None:
+    """Start the kernel for `obs_block`'s arguments: float32 on one CUDA device, the columns of each tensor beside each other."""
+    rows, columns = weight.shape
+    told = mask.told if mask is not None else None
+    kept, of = (mask.pattern if mask is not None else None) or (0, 0)
+    nothing = weight  # stands for an argument that the compiled variant never reads
+    with torch.cuda.device(weight.device):
+        _kernel[(triton.cdiv(rows, _ROWS),)](
+            weight,
+            weight.stride(0),
+            spread,
+            spread.stride(0),
+            cost,
+            loss,
+            nothing if grid is None else grid.scale,
+            nothing if grid is None else grid.zero_point,
+            0 if grid is None else grid.scale.stride(0),
+            nothing if grid is None else grid.group,
+            0.0 if grid is None else float(grid.lowest),
+            0.0 if grid is None else float(grid.highest),
+            nothing if told is None else told,
+            0 if told is None else told.stride(0),
+            rows,
+            columns,
+            ROWS=_ROWS,
+            WIDTH=triton.next_power_of_2(columns),
+            HAS_GRID=grid is not None,
+            HAS_TOLD=told is not None,
+            KEPT=kept,
+            OF=of,
+            num_warps=_WARPS,
+        )
+
+
+@triton.jit
+def _kernel(
+    weight,
+    weight_stride,
+    spread,
+    spread_stride,
+    cost,
+    loss,
+    scale,
+    zero_point,
+    scale_stride,
+    group,
+    lowest,
+    highest,
+    told,
+    told_stride,
+    rows,
+    columns,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_GRID: tl.constexpr,
+    HAS_TOLD: tl.constexpr,
+    KEPT: tl.constexpr,
+    OF: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    wide_row = row.to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    real_row = row < rows
+    real = real_row[:, None] & (column < columns)[None, :]
+    place = weight + wide_row[:, None] * weight_stride + column[None, :]
+    tile = tl.load(place, mask=real, other=0.0)  # [ROWS, WIDTH]
+    costs = tl.load(cost + column, mask=column < columns, other=0.0)
+    bill = tl.zeros([ROWS], dtype=tl.float32)
+    gone_bits = tl.zeros([ROWS], dtype=tl.int32)  # of the current N:M group, its first column in the lowest bit
+    for j in range(columns):
+        if OF > 0:  # noqa: SIM102 (decided when it is compiled: there is no remainder by 0)
+            if j % OF == 0:
+                inside = ((column >= j) & (column < j + OF))[None, :]
+                dear = tile * costs[None, :]
+                score = tl.where(inside, dear * dear, float("inf"))
+                gone_bits = tl.zeros([ROWS], dtype=tl.int32)
+                for _ in tl.static_range(OF - KEPT):
+                    smallest = tl.argmin(score, axis=1)
+                    gone_bits = gone_bits | (1 << (smallest - j))
+                    score = tl.where(column[None, :] == smallest[:, None], float("inf"), score)
+        here = (column == j)[None, :]
+        before = tl.sum(tl.where(here, tile, 0.0), axis=1)  # [ROWS]: column j as the columns before it left it
+        after = before
+        if HAS_GRID:
+            at = wide_row * scale_stride + tl.load(group + j)
+            step = tl.load(scale + at, mask=real_row, other=1.0)
+            zero = tl.load(zero_point + at, mask=real_row, other=0.0)
+            code = libdevice.rint(tl.div_rn(before, step)) + zero
+            code = tl.minimum(tl.maximum(code, lowest), highest)
+            after = (code - zero) * step
+        if HAS_TOLD:
+            gone = tl.load(told + wide_row * told_stride + j, mask=real_row, other=0)
+            after = tl.where(gone != 0, 0.0, after)
+        if OF > 0:
+            after = tl.where(((gone_bits >> (j % OF)) & 1) != 0, 0.0, after)
+        lost = before - after
+        price = lost * tl.load(cost + j)
+        bill += price * price
+        shares = tl.load(spread + j * spread_stride + column, mask=(column > j) & (column < columns), other=0.0)
+        tile = tl.where(here, after[:, None], tile - lost[:, None] * shares[None, :])
+    tl.store(place, tile, mask=real)
+    tl.store(loss + row, tl.load(loss + row, mask=real_row, other=0.0) + bill, mask=real_row)

@@ -1,0 +1,90 @@
+"""Scales and zero points for an integer grid, in float32 on any device: from the extremes, or where the rounding hurts least.
+
+A group's least error is looked for by shrinking its range: clipping a few large weights makes the steps finer for all the others.
+A weight's squared error counts by what its input does to the output (the diagonal of the Gram matrix).
+"""
+
+import torch
+from torch import Tensor
+
+from core.compress.solvers.grid import Grid
+
+_SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SMALLEST_SCALE = 2.0**-100  # its reciprocal is still finite in float32
+_CHUNK = 64 * 1024  #: weights that a CPU's caches hold through all tries
+SHRINKS = tuple(1.0 - 0.02 * step for step in range(26))  #: of the range, tried in turn: 1.00 … 0.50
+
+
+def find_ranges(
+    weight: Tensor,
+    grid: Grid,
+    stored: torch.dtype,
+    *,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, each [rows, groups] in the dtype of weight [rows, columns]; the scales are numbers that `stored` can hold.
+
+    With importance [columns], the range of least squared error so weighted; without, the extremes. Zero is always on the grid.
+    """
+    if importance is not None and weight.is_cuda and weight.dtype == torch.float32:
+        from core.compress.kernels.ranges_triton import launch
+
+        return launch(weight, grid, stored, importance, SHRINKS)
+    return search(weight, grid, stored, importance)
+
+
+def nearest_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """The codes nearest to a weight [rows, columns], in its dtype; scale and zero point [rows, groups]."""
+    steps = weight.reshape(*scale.shape, -1) / scale[..., None]
+    return steps.round_().add_(zero_point[..., None]).clamp_(-grid.top, grid.top - 1).reshape(weight.shape)
+
+
+def search(weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`find_ranges` in torch, on any device. On CUDA in float32 a kernel does it in one reading of the weight."""
+    chunk = max(1, _CHUNK // weight.shape[1])
+    if len(weight) > chunk and not weight.is_cuda:
+        found = [search(rows, grid, stored, importance) for rows in torch.split(weight, chunk)]
+        return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
+    rows, columns = weight.shape
+    groups = grid.groups(columns)
+    grouped = weight.reshape(rows, groups, -1)  # [rows, groups, g]
+    low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
+    scale, zero_point = _grid_over(low, high, grid, stored)
+    if importance is None:
+        return scale, zero_point
+    weigh = importance.to(weight.dtype).reshape(1, groups, -1)
+    least = _squared_error(grouped, scale, zero_point, grid, weigh)
+    for shrink in SHRINKS[1:]:
+        other_scale, other_zero = _grid_over(low * shrink, high * shrink, grid, stored)
+        error = _squared_error(grouped, other_scale, other_zero, grid, weigh)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, other_scale, scale)
+        zero_point = torch.where(better, other_zero, zero_point)
+    return scale, zero_point
+
+
+def _grid_over(low: Tensor, high: Tensor, grid: Grid, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    if grid.symmetric:
+        scale = _round_up(torch.maximum(-low, high) / (grid.top - 0.5), stored)
+        return scale, torch.zeros_like(scale)
+    scale = _round_up((high - low) / (2 * grid.top - 1), stored)
+    return scale, torch.round(-grid.top - low / scale).clamp_(-grid.top, grid.top - 1)
+
+
+def _round_up(scale: Tensor, stored: torch.dtype) -> Tensor:
+    """The smallest numbers of `stored` that are no smaller than these: nothing is clipped by more than its rounding."""
+    scale = scale.clamp(min=_SMALLEST_SCALE)
+    held = scale.to(stored, copy=True)
+    held.view(_SAME_SIZE_INT[held.element_size()]).add_(
+        held.to(scale.dtype) < scale
+    )  # the next pattern is the next number
+    return held.to(scale.dtype)
+
+
+def _squared_error(grouped: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, weigh: Tensor) -> Tensor:
+    steps = grouped / scale[..., None]
+    lowest, highest = -grid.top - zero_point, grid.top - 1 - zero_point
+    nearest = torch.round(steps).clamp_(lowest[..., None], highest[..., None])
+    error = steps.sub_(nearest).square_()
+    return error.mul_(weigh).sum(2) * scale.square()

@@ -1,0 +1,44 @@
+"""Wanda: weights go by magnitude times the norm of their input, compared within a row; the others stay as they are.
+
+Sun et al., A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695), eq. 1.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Power:
+    """A running Σ x² of a linear layer's inputs, in float32."""
+
+    def __init__(self, columns: int, device: torch.device | str) -> None:
+        self.sum = torch.zeros(columns, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in [..., columns], of any float dtype."""
+        x = inputs.reshape(-1, inputs.shape[-1])
+        self.sum += x.float().square().sum(0)
+        self.tokens += len(x)
+
+
+def wanda_mask(weight: Tensor, power: Tensor, sparsity: float, pattern: tuple[int, int] | None = None) -> Tensor:
+    """True where a weight [out, in] goes; power [in] is Σ x². With a pattern (kept, of), so many of every `of` neighbours stay."""
+    rows, columns = weight.shape
+    score = weight.float().abs() * power.sqrt()
+    if pattern is not None:
+        return _outranked(score.view(rows, -1, pattern[1]), pattern[0]).view(rows, columns)
+    gone = torch.zeros_like(score, dtype=torch.bool)
+    smallest = score.argsort(dim=1, stable=True)[:, : round(sparsity * columns)]
+    return gone.scatter_(1, smallest, True)
+
+
+def _outranked(score: Tensor, kept: int) -> Tensor:
+    """True for all but the `kept` largest along the last axis; of equals, the first goes. Short groups are counted faster than sorted."""
+    members = score.unbind(-1)
+    outranked = torch.zeros_like(score, dtype=torch.uint8)
+    for first, one in enumerate(members):
+        for second, other in enumerate(members[first + 1 :], first + 1):
+            earlier_wins = one > other
+            outranked[..., second] += earlier_wins
+            outranked[..., first] += ~earlier_wins
+    return outranked >= kept

@@ -1,0 +1,229 @@
+"""The blocks executor on small models of every family: what it sees, what it writes, and how it goes on after a kill."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from core.compress.architectures import FOLDS
+from core.compress.checkpoint import read_shards
+from core.compress.context import PassContext
+from core.compress.executors.blocks import Inputs, Settled, press_blocks
+from core.compress.executors.rewrite import Effect
+from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
+from core.compress.solvers.grid import Grid
+from core.compress.solvers.wanda import Power
+from core.errors import ErrorCode, NightpressError
+from core.recipes.header import ModelHeader
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
+from core.recipes.plan import is_linear_weight
+
+_SMALL = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "intermediate_size": 64,
+    "vocab_size": 97,
+}
+_GROUPED = {**_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {**_GROUPED, **_IDS},
+    "MistralForCausalLM": {**_GROUPED, **_IDS, "sliding_window": 8},
+    "Qwen2ForCausalLM": {**_GROUPED, **_IDS, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "Qwen3ForCausalLM": {**_GROUPED, **_IDS, "head_dim": 8},
+    "GemmaForCausalLM": {**_GROUPED, **_IDS, "head_dim": 8},
+    "Gemma2ForCausalLM": {**_GROUPED, **_IDS, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "PhiForCausalLM": {**_GROUPED, **_IDS},
+    "Phi3ForCausalLM": {**_GROUPED, **_IDS},
+    "GPTNeoXForCausalLM": {**_SMALL, **_IDS},
+    "OPTForCausalLM": {**_SMALL, **_IDS, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "BertForMaskedLM": _SMALL,
+    "RobertaForSequenceClassification": {**_SMALL, "max_position_embeddings": 66},
+    "DistilBertForMaskedLM": {"dim": 32, "n_heads": 4, "n_layers": 3, "hidden_dim": 64, "vocab_size": 97},
+    "MPNetForMaskedLM": {**_SMALL, "max_position_embeddings": 66},
+    "ElectraForMaskedLM": {**_SMALL, "embedding_size": 16},
+    "ModernBertForMaskedLM": {**_SMALL, **_IDS, "cls_token_id": 3, "sep_token_id": 4, "local_attention": 8},
+    "DebertaV2ForMaskedLM": {
+        **_SMALL,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+    },
+}
+
+
+def _save(class_name: str, folder: Path) -> Any:
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**FAMILIES[class_name])).eval()
+    for parameter in model.parameters():  # norms and biases that do something
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def _ids(samples: int = 5, length: int = 24) -> Tensor:
+    return torch.randint(5, 97, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def _context(source: Path, work: Path, **extra: Any) -> PassContext:
+    header = ModelHeader(model_type="x", architecture="x", config={}, tensors=(), has_tokenizer=False)
+    if (source / "tokenizer.json").exists():
+        header = inspect_model(FolderFiles(source))
+    return PassContext(header=header, work_dir=work, **extra)
+
+
+def _linears(source: Path) -> frozenset[str]:
+    infos = [one.info for shard in read_shards(source) for one in shard.tensors]
+    return frozenset(info.name for info in infos if is_linear_weight(info, Wanda().ignore))
+
+
+class _Looks:
+    """Watches, and leaves every weight as it is."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Power] = {}
+
+    def watch(self, columns: int, device: torch.device) -> Power:
+        return Power(columns, device)
+
+    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+        self.seen |= {name: one.statistic for one in inputs for name in one.names}
+        weights = {name: block[name].to(device) for one in inputs for name in one.names}
+        return {name: Settled(weight=one, tensors={name: one}, effect=Effect()) for name, one in weights.items()}
+
+    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
+        return written[name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_layer_is_seen_with_the_inputs_it_has_in_the_whole_model(family: str, tmp_path: Path):
+    model = _save(family, tmp_path / "source")
+    ids, looks = _ids(), _Looks()
+    chosen = _linears(tmp_path / "source")
+    work = tmp_path / "work"
+    press_blocks(
+        tmp_path / "source", tmp_path / "out", looks, ids, _context(tmp_path, work), chosen=chosen, recipe="look"
+    )
+
+    sums: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+
+            def add(_module: Any, args: tuple[Tensor, ...], name: str = f"{name}.weight") -> None:
+                sums[name] = sums.get(name, torch.tensor(0.0)) + args[0].reshape(-1, args[0].shape[-1]).square().sum(0)
+
+            module.register_forward_pre_hook(add)
+    with torch.no_grad():
+        model(input_ids=ids, **({"use_cache": False} if family.endswith("CausalLM") else {}))
+    assert len(looks.seen) >= 3 * 4
+    for name, power in looks.seen.items():
+        torch.testing.assert_close(
+            power.sum, sums[name], rtol=2e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    before, after = load_file(tmp_path / "source" / "model.safetensors"), _load(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _load(folder: Path) -> dict[str, Tensor]:
+    return {name: one for path in folder.glob("*.safetensors") for name, one in load_file(path).items()}
+
+
+def _header(model_type: str, family: str) -> ModelHeader:
+    return ModelHeader(
+        model_type=model_type, architecture=family, config=FAMILIES[family], tensors=(), has_tokenizer=False
+    )
+
+
+@pytest.mark.parametrize("model_type", sorted(Awq.model_types))
+def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_path: Path):
+    """With 8 bits and a scale for 16 weights, what is left of the difference is rounding: no factor went astray."""
+    family = next(name for name in FAMILIES if name.lower().removesuffix("forcausallm") == model_type.replace("_", ""))
+    model = _save(family, tmp_path / "source")
+    source, out = tmp_path / "source", tmp_path / "out"
+    grid = Grid(8, 16, symmetric=False)
+    method = ActivationAware(Awq(bits=8, group_size=16), grid, _header(model_type, family))
+    press_blocks(
+        source, out, method, _ids(), _context(source, tmp_path / "work"), chosen=_linears(source), recipe="awq"
+    )
+    written = _load(out)
+    state = {}
+    for name in load_file(source / "model.safetensors"):
+        state[name] = written[name] if name in written else method.restore(name, written)
+    before = load_file(source / "model.safetensors")
+    assert any("norm" in name and not torch.equal(before[name], one) for name, one in state.items())
+    assert set(FOLDS) == Awq.model_types
+    with torch.no_grad():
+        expected = model(input_ids=_ids()).logits
+        model.load_state_dict(state, strict=False)
+        found = model(input_ids=_ids()).logits
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def _methods() -> dict[str, Any]:
+    return {
+        "gptq": Quantized(Gptq(bits=4, group_size=16), Grid(4, 16)),
+        "gptq asymmetric, sparse": Quantized(
+            Gptq(bits=3, group_size=16, symmetric=False, sparsity=0.3), Grid(3, 16, symmetric=False)
+        ),
+        "awq": ActivationAware(Awq(group_size=16), Grid(4, 16, symmetric=False), _header("llama", "LlamaForCausalLM")),
+        "sparsegpt": Sparse(SparseGpt(pattern="2:4")),
+        "wanda": WeightAndActivation(Wanda(sparsity=0.5)),
+    }
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", _methods())
+def test_an_attempt_killed_after_a_block_is_finished_byte_by_byte_as_if_nothing_happened(name: str, tmp_path: Path):
+    source = tmp_path / "source"
+    _save("LlamaForCausalLM", source)
+
+    def press(out: Path, work: Path, **extra: Any) -> Any:
+        context = _context(source, work, **extra)
+        return press_blocks(source, out, _methods()[name], _ids(), context, chosen=_linears(source), recipe=name)
+
+    whole = press(tmp_path / "a" / "out", tmp_path / "work-a")
+
+    def kill(_path: str, step: int) -> None:
+        if step == 2:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        press(tmp_path / "b" / "out", tmp_path / "work-b", checkpoint=kill)
+    shutil.rmtree(tmp_path / "b" / "out" / "model-00004-of-00004.safetensors", ignore_errors=True)
+    written: list[int] = []
+    resumed = press(tmp_path / "b" / "out", tmp_path / "work-b", checkpoint=lambda _path, step: written.append(step))
+    assert min(written) > 2
+    assert resumed == whole
+    names = sorted(path.name for path in (tmp_path / "a" / "out").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b" / "out").iterdir())
+    for file in names:
+        assert (tmp_path / "a" / "out" / file).read_bytes() == (tmp_path / "b" / "out" / file).read_bytes(), file
+
+
+def test_a_model_whose_blocks_share_weights_is_refused(tmp_path: Path):
+    config = transformers.AlbertConfig(**_SMALL, embedding_size=16)
+    transformers.AlbertForMaskedLM(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(NightpressError) as caught:
+        press_blocks(
+            tmp_path / "source",
+            tmp_path / "out",
+            _Looks(),
+            _ids(),
+            _context(tmp_path, tmp_path / "work"),
+            chosen=_linears(tmp_path / "source"),
+            recipe="look",
+        )
+    assert caught.value.code is ErrorCode.UNSUPPORTED_ARCHITECTURE

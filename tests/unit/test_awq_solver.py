@@ -1,0 +1,40 @@
+"""AWQ's scales."""
+
+import torch
+
+from core.compress.solvers.awq import round_scaled, search_scales
+from core.compress.solvers.grid import Grid
+
+
+def _loss(weight: torch.Tensor, factors: torch.Tensor, gram: torch.Tensor, grid: Grid) -> float:
+    lost = weight - round_scaled(weight, factors, grid, torch.float32)
+    return float(((lost @ gram) * lost).sum())
+
+
+def test_strong_inputs_get_finer_steps_and_the_loss_falls():
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(64, 128), torch.randn(500, 128)
+    inputs[:, :4] *= 30
+    gram, grid = inputs.T @ inputs, Grid(4, 32, symmetric=False)
+    factors = search_scales(weight, gram, grid, torch.float32)
+    assert float(factors[:4].min()) > float(factors[4:].max())
+    assert _loss(weight, factors, gram, grid) < 0.5 * _loss(weight, torch.ones(128), gram, grid)
+
+
+def test_where_nothing_is_gained_everything_stays():
+    weight = torch.randint(-7, 8, (16, 64)).float()
+    weight[:, ::16] = 7.5  # every group's steps are 1 wide, and its other weights lie on them
+    weight[:, 1::16] = -7.5
+    factors = search_scales(weight, torch.eye(64), Grid(8, 16), torch.float32)
+    assert bool((factors > 0).all())
+    assert _loss(weight, factors, torch.eye(64), Grid(8, 16)) <= _loss(
+        weight, torch.ones(64), torch.eye(64), Grid(8, 16)
+    )
+
+
+def test_repeats_of_a_value_head_share_their_factors():
+    torch.manual_seed(1)
+    inputs = torch.randn(300, 2 * 3 * 8) * torch.rand(48) * 5  # 2 heads of values, each read by 3 of queries, 8 wide
+    factors = search_scales(torch.randn(32, 48), inputs.T @ inputs, Grid(4, 16), torch.float32, share=(2, 8))
+    grouped = factors.view(2, 3, 8)
+    assert torch.equal(grouped, grouped[:, :1].expand_as(grouped))

@@ -1,0 +1,66 @@
+"""Triton kernels against their torch references. Skipped on a machine without an NVIDIA GPU."""
+
+import pytest
+import torch
+
+from core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block, reference
+from core.compress.solvers.grid import Grid
+from core.compress.solvers.obs import Prune, Quantize, factorize, solve
+from core.compress.solvers.ranges import find_ranges, search
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.mark.parametrize("shape", [(1000, 128), (37, 64), (64, 100)])
+@pytest.mark.parametrize("kind", ["grid", "told", "pattern", "pattern and grid"])
+def test_a_block_comes_out_as_in_float64(shape: tuple[int, int], kind: str):
+    rows, columns = shape
+    torch.manual_seed(rows)
+    weight = torch.randn(rows, columns + 8, device="cuda")[:, :columns]
+    mix = torch.randn(columns, 2 * columns, device="cuda")
+    upper = torch.linalg.cholesky((mix @ mix.T / columns + torch.eye(columns, device="cuda")).flip(0, 1)).flip(0, 1)
+    cost = upper.diagonal().contiguous()
+    spread = (torch.linalg.inv(upper) * cost[:, None]).contiguous()
+    scale = torch.rand(rows, 2, device="cuda") * 0.3 + 0.1
+    zero_point = torch.randint(-8, 8, (rows, 2), device="cuda").float()
+    group = (torch.arange(columns, device="cuda") * 2 // columns).int()
+    grid = BlockGrid(scale, zero_point, group, -8, 7) if "grid" in kind else None
+    exact_grid = grid and BlockGrid(scale.double(), zero_point.double(), group, -8, 7)
+    mask = BlockMask(pattern=(2, 4)) if "pattern" in kind else None
+    if kind == "told":
+        mask = BlockMask(told=torch.rand(rows, columns, device="cuda") < 0.5)
+    ours, exact = weight.clone(), weight.double()
+    loss, exact_loss = torch.zeros(rows, device="cuda"), torch.zeros(rows, device="cuda", dtype=torch.float64)
+    obs_block(ours, spread, cost, loss, grid, mask)
+    reference(exact, spread.double(), cost.double(), exact_loss, exact_grid, mask)
+    same = (ours - exact).abs().amax(1) < 1e-3  # a row where one code fell to the other side of a tie goes its own way
+    assert float(same.double().mean()) > 0.99
+    torch.testing.assert_close(loss[same].double(), exact_loss[same], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("columns", "group_size"), [(512, 64), (384, 96), (700, None)])
+def test_ranges_are_those_of_the_reference(columns: int, group_size: int | None, stored: torch.dtype, symmetric: bool):
+    torch.manual_seed(columns)
+    weight, importance = torch.randn(50, columns, device="cuda"), torch.rand(columns, device="cuda")
+    grid = Grid(4, group_size, symmetric)
+    ours, expected = find_ranges(weight, grid, stored, importance=importance), search(weight, grid, stored, importance)
+    for one, other in zip(ours, expected, strict=True):
+        assert (
+            float(torch.isclose(one, other, rtol=1e-5, atol=0).double().mean()) > 0.98
+        )  # some ranges are equally good
+
+
+@pytest.mark.parametrize("prune", [None, Prune(0.5), Prune(0.5, (2, 4))])
+def test_a_whole_weight_comes_out_on_the_gpu_as_on_the_cpu(prune: Prune | None):
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(96, 1400), torch.randn(4000, 1400) @ (torch.eye(1400) + torch.randn(1400, 1400) / 40)
+    gram = inputs.T @ inputs
+    how = Quantize(Grid(4, 100), torch.bfloat16, search=True)
+    here = solve(weight, factorize(gram), how, prune)
+    there = solve(weight.cuda(), factorize(gram.cuda()), how, prune)
+    torch.testing.assert_close(there.loss.sum().cpu(), here.loss.sum(), rtol=1e-2, atol=0)
