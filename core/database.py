@@ -1,4 +1,4 @@
-"""The SQL engine, the declarative base and the database's clock. Every statement that changes a job stands in core/jobs/store.py."""
+"""The SQL engine, the metadata of all tables and the database's clock. Every statement that changes a job stands in core/jobs/store.py."""
 
 import datetime as dt
 import json
@@ -16,7 +16,6 @@ from sqlalchemy.engine import Connection, Dialect, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
@@ -79,18 +78,16 @@ def _now_sqlite(element: db_now, compiler: Any, **kw: Any) -> str:
     return f"(strftime('%Y-%m-%d %H:%M:%f', 'now'{''.join(shifts)}) || '000')"
 
 
-class Base(DeclarativeBase):
-    """All tables share this metadata, so that Alembic sees them all."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(column_0_N_label)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
+#: all tables share it, so that Alembic sees them all
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_N_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
 
 
 def make_engine(url: str, *, pool_size: int = 5) -> Engine:

@@ -6,7 +6,7 @@ from sqlalchemy import text
 import core.access.tables
 import core.jobs.tables
 import core.registry.tables  # noqa: F401 - importing a module of tables adds them to the metadata
-from core.database import Base, make_engine
+from core.database import make_engine, metadata
 from core.settings import load_settings
 
 _LOCK_KEY = 7_126_001  #: any number, the same in every process: migrations wait for each other
@@ -27,7 +27,7 @@ def run() -> None:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
             context.configure(
                 connection=connection,
-                target_metadata=Base.metadata,
+                target_metadata=metadata,
                 render_as_batch=connection.dialect.name == "sqlite",
                 compare_server_default=True,
                 user_module_prefix="core.database.",

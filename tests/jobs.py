@@ -10,7 +10,7 @@ from core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
 from core.jobs.records import Claimed, Lease, MetricRow, NewJob, Succeeded, WorkerOffer
 from core.jobs.store import JobStore
 from core.jobs.tables import jobs
-from core.registry.tables import ModelRow
+from core.registry.tables import models
 
 MODEL_ID = "model_tiny"
 GB = 10**9
@@ -27,9 +27,9 @@ def add_model(engine: Engine, model_id: str = MODEL_ID, tenant_id: str = "defaul
         "size": 0,
         "files": [],
     }
-    known = {name: value for name, value in row.items() if name in ModelRow.__table__.columns}
+    known = {name: value for name, value in row.items() if name in models.columns}
     with transaction(engine) as connection:
-        connection.execute(insert(ModelRow).values(**known, created_at=db_now()))
+        connection.execute(insert(models).values(**known, created_at=db_now()))
 
 
 def new_job(**changes: Any) -> NewJob:

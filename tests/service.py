@@ -20,7 +20,7 @@ from core.handoff.manifest import describe_folder, digest_of
 from core.ids import new_id
 from core.jobs.records import Event, Job, NewJob, WorkerOffer
 from core.jobs.store import JobStore
-from core.registry.tables import ModelRow
+from core.registry.tables import models
 from core.settings import Settings
 from worker.cache import BlobCache
 from worker.folder import WorkerFolder
@@ -101,7 +101,7 @@ class Service:
             "created_at": db_now(),
         }
         with transaction(self.engine) as connection:
-            connection.execute(insert(ModelRow).values(values))
+            connection.execute(insert(models).values(values))
         return model_id, digest_of(files)
 
     def submit(self, recipe: dict[str, Any] | None = None, **more: Any) -> str:

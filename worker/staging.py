@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, Table, select
 
 from core.artifacts.storage import ObjectStore, OnBytes
 from core.database import transaction
@@ -13,7 +13,7 @@ from core.handoff.manifest import MANIFEST_FILE, FileEntry, Manifest, digest_of
 from core.handoff.report import REPORT_FILE, Report, Subject
 from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR
 from core.jobs.records import Job, Lease, MetricRow, Succeeded
-from core.registry.tables import DataSetRow, ModelRow
+from core.registry.tables import data_sets, models
 from worker import sandbox
 from worker.cache import BlobCache, disk_errors, stage_in_place
 
@@ -43,14 +43,14 @@ class Stager:
 
         `on_total` gets the bytes there will be, `on_bytes` each increment; either may raise to stop.
         """
-        model = self._source(ModelRow, "models", job.model_id)
+        model = self._source(models, "models", job.model_id)
         if digest_of(model.files) != job.model_digest:
             raise NightpressError(
                 ErrorCode.CHECKSUM_MISMATCH,
                 f"The model {job.model_name} is not the one the job was submitted for.",
                 hint="Register the model again and submit the job for it.",
             )
-        data = {name: self._source(DataSetRow, "datasets", str(one["id"])) for name, one in job.data.items()}
+        data = {name: self._source(data_sets, "datasets", str(one["id"])) for name, one in job.data.items()}
         on_total(sum(file.size for one in (model, *data.values()) for file in one.files))
         for file in model.files:
             self._bring(model, file, job_dir / SOURCE_DIR / file.path, on_bytes)
@@ -61,9 +61,11 @@ class Stager:
             self._bring(one, file, job_dir / DATA_DIR / names[name], on_bytes)
         return names
 
-    def _source(self, table: type[ModelRow] | type[DataSetRow], kind: str, row_id: str) -> _Source:
+    def _source(self, table: Table, kind: str, row_id: str) -> _Source:
         with transaction(self._engine, read_only=True) as connection:
-            row = connection.execute(select(table.files, table.server_path).where(table.id == row_id)).one_or_none()
+            row = connection.execute(
+                select(table.c.files, table.c.server_path).where(table.c.id == row_id)
+            ).one_or_none()
         if row is None:
             raise NightpressError(ErrorCode.NOT_FOUND, f"{row_id} is not registered any more.", hint="Submit again.")
         files = tuple(FileEntry.model_validate(one) for one in row.files)

@@ -2,11 +2,11 @@
 
 from sqlalchemy import Column, String, Table
 
-from core.database import Base, JsonType, UtcDateTime
+from core.database import JsonType, UtcDateTime, metadata
 
 api_keys = Table(
     "api_keys",
-    Base.metadata,
+    metadata,
     Column("id", String(8), primary_key=True),
     Column("tenant_id", String(64), nullable=False),
     Column("name", String(200), nullable=False),

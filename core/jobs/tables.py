@@ -17,11 +17,11 @@ from sqlalchemy import (
     text,
 )
 
-from core.database import Base, JsonType, UtcDateTime
+from core.database import JsonType, UtcDateTime, metadata
 
 jobs = Table(
     "jobs",
-    Base.metadata,
+    metadata,
     Column("id", String(40), primary_key=True),
     # No foreign key: a tenant is the name its API keys carry, and every job comes in through one of them.
     Column("tenant_id", String(64), nullable=False),
@@ -118,7 +118,7 @@ def _job_id() -> Column[str]:
 
 job_events = Table(
     "job_events",
-    Base.metadata,
+    metadata,
     _job_id(),
     Column("seq", Integer, primary_key=True, autoincrement=False),
     Column("at", UtcDateTime, nullable=False),
@@ -129,7 +129,7 @@ job_events = Table(
 
 job_logs = Table(
     "job_logs",
-    Base.metadata,
+    metadata,
     _job_id(),
     Column("seq", Integer, primary_key=True, autoincrement=False),
     Column("at", UtcDateTime, nullable=False),
@@ -140,7 +140,7 @@ job_logs = Table(
 
 job_attempts = Table(
     "job_attempts",
-    Base.metadata,
+    metadata,
     _job_id(),
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("lease_id", String(40), nullable=False, unique=True),
@@ -158,7 +158,7 @@ Index("ix_job_attempts_sweepable", job_attempts.c.finished_at, postgresql_where=
 
 job_artifacts = Table(
     "job_artifacts",
-    Base.metadata,
+    metadata,
     Column("id", String(40), primary_key=True),
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     Column("attempt", Integer, nullable=False),
@@ -173,7 +173,7 @@ job_artifacts = Table(
 
 job_reports = Table(
     "job_reports",
-    Base.metadata,
+    metadata,
     _job_id(),
     Column("report", JsonType, nullable=False),
     Column("files", JsonType, nullable=False),
@@ -181,7 +181,7 @@ job_reports = Table(
 
 job_metrics = Table(
     "job_metrics",
-    Base.metadata,
+    metadata,
     _job_id(),
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("subject", String(200), nullable=False),
@@ -194,7 +194,7 @@ job_metrics = Table(
 
 idempotency_keys = Table(
     "idempotency_keys",
-    Base.metadata,
+    metadata,
     Column("tenant_id", String(64), primary_key=True),
     Column("key", String(255), primary_key=True),
     Column("fingerprint", String(64), nullable=False),
@@ -204,7 +204,7 @@ idempotency_keys = Table(
 
 workers = Table(
     "workers",
-    Base.metadata,
+    metadata,
     Column("id", String(80), primary_key=True),
     Column("host", String(255), nullable=False),
     Column("queue", String(8), nullable=False),

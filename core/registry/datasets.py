@@ -14,7 +14,7 @@ from core.jobs.tables import jobs
 from core.recipes.models import BUILTIN_DATA
 from core.registry.datafile import DataFacts, check_data_name, examine_data
 from core.registry.registry import Registry, check_size, describe_files, live_jobs
-from core.registry.tables import DataSetRow
+from core.registry.tables import data_sets
 from core.registry.uploads import Owner
 from core.schemas import DataSetCreate, DataSetView
 
@@ -28,7 +28,7 @@ class DataSetRegistry(Registry[DataSetView]):
     noun = "data set"
     id_prefix = "dat"
     upload_column = "data_set_id"
-    table = DataSetRow
+    table = data_sets
 
     def create(self, tenant_id: str, request: DataSetCreate) -> DataSetView:
         """Announce a file that will be uploaded, or register one on the server: that is read and hashed now."""

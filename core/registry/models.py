@@ -15,7 +15,7 @@ from core.jobs.tables import jobs
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, check_names, inspect_model
 from core.registry.registry import Registry, check_size, describe_files, live_jobs
-from core.registry.tables import ModelRow
+from core.registry.tables import models
 from core.registry.uploads import Owner
 from core.schemas import FileView, ModelCreate, ModelView
 
@@ -27,7 +27,7 @@ class ModelRegistry(Registry[ModelView]):
     noun = "model"
     id_prefix = "mdl"
     upload_column = "model_id"
-    table = ModelRow
+    table = models
 
     def create(self, tenant_id: str, request: ModelCreate) -> ModelView:
         """Announce files that will be uploaded, or register a server folder: that is inspected and hashed now."""
@@ -50,8 +50,8 @@ class ModelRegistry(Registry[ModelView]):
         """What a plan needs to know. Whose model it is the caller has asked `get`. Raises not_found, conflict."""
         with transaction(self._engine, read_only=True) as connection:
             row = connection.execute(
-                select(ModelRow.name, ModelRow.state, ModelRow.header).where(
-                    ModelRow.id == model_id, ModelRow.deleted_at.is_(None)
+                select(models.c.name, models.c.state, models.c.header).where(
+                    models.c.id == model_id, models.c.deleted_at.is_(None)
                 )
             ).one_or_none()
         if row is None:

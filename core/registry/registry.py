@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Engine, Row, Select, insert, or_, select, update
+from sqlalchemy import Engine, Row, Select, Table, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
 from core.artifacts.files import disk_errors
@@ -17,7 +17,6 @@ from core.errors import ErrorCode, NightpressError
 from core.handoff.manifest import FileEntry, describe_file, digest_of
 from core.ids import new_id
 from core.jobs.tables import jobs
-from core.registry.tables import DataSetRow, ModelRow
 from core.registry.uploads import Owner, Uploads
 from core.schemas import TERMINAL_STATES, DataSetView, FileAnnouncement, ModelView, UploadFile
 from core.settings import Settings
@@ -35,7 +34,7 @@ class Registry(ABC, Generic[View]):
     noun: ClassVar[str]
     id_prefix: ClassVar[str]
     upload_column: ClassVar[str]
-    table: ClassVar[type[ModelRow] | type[DataSetRow]]
+    table: ClassVar[Table]
 
     def __init__(self, engine: Engine, store: ObjectStore, settings: Settings) -> None:
         self._engine = engine
@@ -50,9 +49,9 @@ class Registry(ABC, Generic[View]):
     def page(self, tenant_id: str, *, cursor: str | None = None, limit: int = 50) -> tuple[list[View], str | None]:
         """The newest first, and the cursor of the next page, if there is one."""
         table = self.table
-        query = self._select().where(table.tenant_id == tenant_id).order_by(table.id.desc()).limit(limit + 1)
+        query = self._select().where(table.c.tenant_id == tenant_id).order_by(table.c.id.desc()).limit(limit + 1)
         if cursor is not None:
-            query = query.where(table.id < cursor)
+            query = query.where(table.c.id < cursor)
         with transaction(self._engine, read_only=True) as connection:
             rows = connection.execute(query).all()
         items = [self._view(row) for row in rows[:limit]]
@@ -104,7 +103,7 @@ class Registry(ABC, Generic[View]):
                     f"A job that is queued or running needs the {self.noun} {row.name}.",
                     hint="Cancel the job or wait for its end.",
                 )
-            connection.execute(update(self.table).where(self.table.id == row.id).values(deleted_at=db_now()))
+            connection.execute(update(self.table).where(self.table.c.id == row.id).values(deleted_at=db_now()))
         self._uploads.abandon(self._owner(row.id))
 
     def sweep_abandoned(self, older_than_s: float) -> int:
@@ -112,7 +111,7 @@ class Registry(ABC, Generic[View]):
         table = self.table
         with transaction(self._engine, read_only=True) as connection:
             ids = connection.scalars(
-                select(table.id).where(table.state == "uploading", table.created_at < db_now(-older_than_s))
+                select(table.c.id).where(table.c.state == "uploading", table.c.created_at < db_now(-older_than_s))
             ).all()
         error = NightpressError(
             ErrorCode.CONFLICT, "The upload was not completed in time, and was given up.", hint="Upload it again."
@@ -203,8 +202,8 @@ class Registry(ABC, Generic[View]):
         table = self.table
         query = (
             self._select()
-            .where(table.tenant_id == tenant_id, or_(table.id == reference, table.name == reference))
-            .order_by((table.id == reference).desc(), (table.state == "ready").desc(), table.id.desc())
+            .where(table.c.tenant_id == tenant_id, or_(table.c.id == reference, table.c.name == reference))
+            .order_by((table.c.id == reference).desc(), (table.c.state == "ready").desc(), table.c.id.desc())
             .limit(1)
         )
         if not reference.isprintable():
@@ -224,8 +223,8 @@ class Registry(ABC, Generic[View]):
 
     def _select(self) -> Select[Any]:
         """Every column but a model's header, which may be long."""
-        columns = [column for column in self.table.__table__.columns if column.name != "header"]
-        return select(*columns).where(self.table.deleted_at.is_(None))
+        columns = [column for column in self.table.columns if column.name != "header"]
+        return select(*columns).where(self.table.c.deleted_at.is_(None))
 
     def _owner(self, row_id: str) -> Owner:
         return Owner(self.upload_column, row_id, self.kind)
@@ -246,7 +245,7 @@ class Registry(ABC, Generic[View]):
         with transaction(self._engine) as connection:
             won = connection.execute(
                 update(table)
-                .where(table.id == row_id, table.state == "uploading", table.deleted_at.is_(None))
+                .where(table.c.id == row_id, table.c.state == "uploading", table.c.deleted_at.is_(None))
                 .values(**columns)
             )
             return won.rowcount == 1

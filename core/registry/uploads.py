@@ -13,7 +13,7 @@ from core.artifacts.storage import ObjectStore
 from core.database import transaction
 from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
-from core.registry.tables import UploadRow
+from core.registry.tables import uploads
 from core.schemas import FileAnnouncement, UploadFile, UploadPart, upload_part_size
 
 _NOTHING = hashlib.sha256(b"").hexdigest()
@@ -23,7 +23,7 @@ _NOTHING = hashlib.sha256(b"").hexdigest()
 class Owner:
     """The model or data set that files belong to."""
 
-    column: str  #: of UploadRow
+    column: str  #: of the table uploads
     id: str
     kind: str  #: "models" or "datasets": the first part of keys and routes
 
@@ -35,7 +35,7 @@ class Owner:
         return f"{self.prefix}/{path}"
 
     def is_mine(self) -> ColumnElement[bool]:
-        mine: ColumnElement[bool] = getattr(UploadRow, self.column) == self.id
+        mine: ColumnElement[bool] = uploads.c[self.column] == self.id
         return mine
 
 
@@ -62,7 +62,7 @@ class Uploads:
 
     def insert(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
         if rows:
-            connection.execute(insert(UploadRow), list(rows))
+            connection.execute(insert(uploads), list(rows))
 
     def pending(self, owner: Owner) -> list[UploadFile]:
         """The parts not yet received, by file, with fresh URLs."""
@@ -113,12 +113,12 @@ class Uploads:
                 owner.key(row.path), row.store_upload_id, size=row.size, sha256=row.sha256, part_sha256=row.part_sha256
             )
             with transaction(self._engine) as connection:
-                connection.execute(update(UploadRow).where(UploadRow.id == row.id).values(verified=True))
+                connection.execute(update(uploads).where(uploads.c.id == row.id).values(verified=True))
 
     def abandon(self, owner: Owner) -> None:
         """Leave nothing of the owner in the store, nor of its uploads in SQL."""
         with transaction(self._engine, read_only=True) as connection:
-            rows = connection.execute(select(UploadRow.path, UploadRow.store_upload_id).where(owner.is_mine())).all()
+            rows = connection.execute(select(uploads.c.path, uploads.c.store_upload_id).where(owner.is_mine())).all()
         self._store.delete_prefix(owner.prefix)
         self.abort(owner, ((row.path, row.store_upload_id) for row in rows))
         self.forget(owner)
@@ -129,7 +129,7 @@ class Uploads:
 
     def forget(self, owner: Owner) -> None:
         with transaction(self._engine) as connection:
-            connection.execute(delete(UploadRow).where(owner.is_mine()))
+            connection.execute(delete(uploads).where(owner.is_mine()))
 
     def _open_one(self, owner: Owner, file: FileAnnouncement) -> dict[str, Any]:
         part_size = upload_part_size(file.size)
@@ -167,9 +167,7 @@ class Uploads:
     def _rows(self, owner: Owner) -> Sequence[Row[Any]]:
         with transaction(self._engine, read_only=True) as connection:
             return connection.execute(
-                select(UploadRow.__table__)
-                .where(owner.is_mine(), UploadRow.verified.is_(False))
-                .order_by(UploadRow.path)
+                select(uploads).where(owner.is_mine(), uploads.c.verified.is_(False)).order_by(uploads.c.path)
             ).all()
 
     def _missing(self, owner: Owner, row: Row[Any]) -> list[int]:

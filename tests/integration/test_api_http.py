@@ -183,7 +183,7 @@ def test_the_front_door_leads_to_the_documentation(client: httpx.Client):
 
 
 _LIBRARIES = (
-    "fastapi, sqlalchemy.orm, sqlalchemy.dialects.postgresql, psycopg, pydantic_settings, prometheus_client, yaml"
+    "fastapi, sqlalchemy.dialects.postgresql, pydantic_settings, prometheus_client, yaml"
 )
 _HEAVY = {"torch", "numpy", "transformers", "boto3", "celery"}
 

@@ -10,7 +10,7 @@ from sqlalchemy import Engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
 import migrations
-from core.database import Base, make_engine, transaction
+from core.database import make_engine, metadata, transaction
 from core.jobs.store import JobStore
 from migrations.__main__ import main
 from tests.jobs import add_model, claim, submit
@@ -39,7 +39,7 @@ def test_the_tables_in_code_and_in_the_database_are_the_same(sql_url: str):
 
 
 def test_the_constraints_have_the_names_that_the_code_gives_them(engine: Engine):
-    for table in Base.metadata.tables.values():
+    for table in metadata.tables.values():
         there = {one["name"] for one in inspect(engine).get_check_constraints(table.name)}
         assert there == {one.name for one in table.constraints if str(one.name).startswith("ck_")}, table.name
 

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from sqlalchemy import delete
 
 import migrations
-from core.database import Base, make_engine, transaction
+from core.database import make_engine, metadata, transaction
 from core.errors import ErrorCode, NightpressError
 from core.jobs.records import Idempotency, Lease
 from core.jobs.states import is_terminal
@@ -95,7 +95,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         with transaction(self.store._engine) as connection:
-            for table in reversed(Base.metadata.sorted_tables):
+            for table in reversed(metadata.sorted_tables):
                 connection.execute(delete(table))
         add_model(self.store._engine)
         # Each example is a world of its own: what an earlier one counted is forgotten with it.
