@@ -80,7 +80,7 @@ def child_environment(job_dir: Path, threads: int) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": count,
-        "OMP_WAIT_POLICY": "PASSIVE",  # a worker's processors are rarely its own: see core/compress/evaluate/consumer.py
+        "GOMP_SPINCOUNT": "3000",  # a worker's processors are rarely its own: see core/compress/evaluate/consumer.py
         "MKL_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,
     }

@@ -58,7 +58,7 @@ def press(
     threads = threads or len(os.sched_getaffinity(0))
     require_core()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read once, when torch is imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
