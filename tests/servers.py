@@ -1,5 +1,6 @@
 """Real servers for tests and benches, from wheels: PostgreSQL, Valkey and an S3-compatible store, each on a free loopback port."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 import boto3
+import psutil
 import psycopg
 import redis
 from botocore.config import Config
@@ -66,9 +68,14 @@ class _Server:
         raise NotImplementedError
 
     def kill(self) -> None:
-        """As a power cut would."""
+        """As a power cut would: with everything the server started, which else may answer once more."""
         if self.process is not None:
+            started = psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
+            for one in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(started, timeout=10)
             self.process.wait()
             self.process = None
 
