@@ -182,9 +182,7 @@ def test_the_front_door_leads_to_the_documentation(client: httpx.Client):
     assert client.get("/docs").status_code == 200
 
 
-_LIBRARIES = (
-    "fastapi, sqlalchemy.dialects.postgresql, pydantic_settings, prometheus_client, yaml"
-)
+_LIBRARIES = "fastapi, sqlalchemy.dialects.postgresql, pydantic_settings, prometheus_client, yaml"
 _HEAVY = {"torch", "numpy", "transformers", "boto3", "celery"}
 
 
