@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from client.cli import output
 from core.handoff.report import Measurement, Report, Subject, Timing
 
+_ALIKE = 1.05  #: medians nearer than this are called equal, as the report's own notes do
+
 
 def print_report(raw: dict[str, object]) -> None:
     """Draw report.json: sizes, quality with intervals, latency, throughput, memory, gates, verdict and remarks."""
@@ -83,6 +85,8 @@ def _latency(found: Timing | None, before: Timing | None) -> str:
     if before is None or not found.p50_ms:
         return text
     factor = before.p50_ms / found.p50_ms
+    if 1 / _ALIKE < factor < _ALIKE:
+        return f"{text} (as fast)"
     return f"{text} ({factor:.1f}× faster)" if factor >= 1 else f"{text} ({1 / factor:.1f}× SLOWER)"
 
 

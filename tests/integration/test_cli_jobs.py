@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 
+from client.cli.comparison import comparison_rows
 from client.cli.doctor import examine
 from client.cli.main import main
 from client.cli.session import Session
@@ -25,7 +26,7 @@ from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
 from core.handoff.manifest import describe_folder
 from core.schemas import JobView
-from tests.face import OFFER, RECIPE, Face
+from tests.face import OFFER, RECIPE, Face, make_report
 from tests.service import ROOT, eventually
 
 COMMAND = [sys.executable, "-m", "client.cli.main"]
@@ -238,6 +239,18 @@ def test_a_result_is_pulled_and_compared(face: Face, job: JobView, tmp_path: Pat
         assert figure in report.stdout, report.stdout
     assert (tmp_path / "r.html").exists()
     assert json.loads(run(face, "report", job.id, "--json").stdout)["verdict"] == "rejected"
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "said"), [(10.0, "2.0× faster"), (19.5, "as fast"), (20.5, "as fast"), (30.0, "1.5× SLOWER")]
+)
+def test_a_difference_within_the_noise_is_called_none(milliseconds: float, said: str):
+    report = make_report("job_1", "accepted")
+    [pressed] = report.artifacts
+    timing = pressed.timings[0].model_copy(update={"p50_ms": milliseconds})
+    changed = report.model_copy(update={"artifacts": (pressed.model_copy(update={"timings": (timing,)}),)})
+    [latency] = [row for row in comparison_rows(changed) if row[0].startswith("latency")]
+    assert latency[2] == f"{milliseconds:.1f} ms ({said})"
 
 
 def test_damage_is_a_fault_of_its_own_status(face: Face, job: JobView, tmp_path: Path):
