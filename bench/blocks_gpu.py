@@ -30,8 +30,8 @@ from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, 
 from core.compress.solvers.gram import Gram
 from core.compress.solvers.grid import Grid
 from core.recipes.header import ModelHeader
+from core.recipes.linears import is_linear_weight
 from core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
-from core.recipes.plan import is_linear_weight
 
 HIDDEN, INNER, HEADS, KEY_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
 KEYS = HIDDEN // HEADS * KEY_HEADS

@@ -7,7 +7,8 @@ import yaml
 
 from core.errors import ERROR_KINDS
 from core.recipes.builtins import builtin_recipes
-from core.recipes.models import GATE_METRICS, Calibration, Latency, Quality, Recipe
+from core.recipes.calibration import Calibration
+from core.recipes.models import GATE_METRICS, Latency, Quality, Recipe
 from core.recipes.passes import PASS_TYPES
 from core.settings import Settings
 

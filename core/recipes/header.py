@@ -36,6 +36,11 @@ DECODERS = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "opt"}
 )
 
+#: Families whose linear layers are Conv1D, with weights laid out [in, out].
+CONV1D = frozenset({"gpt2"})
+#: Families whose blocks are one block run many times: none can be finished before the last run.
+SHARED_BLOCKS = frozenset({"albert"})
+
 
 class TensorInfo(BaseModel):
     """One tensor as its safetensors header describes it."""

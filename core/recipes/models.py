@@ -8,12 +8,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import ErrorDetails
 
 from core.errors import ErrorCode, NightpressError
+from core.recipes.calibration import BUILTIN_DATA, Calibration, DataRef
 from core.recipes.passes import ExportFormat, Pass
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-#: `builtin:prose`, or the id or name of a data set that the person brought
-DataRef = Annotated[str, Field(pattern=r"^(builtin:[a-z]+|[A-Za-z0-9][A-Za-z0-9._-]{0,127})$")]
-BUILTIN_DATA = frozenset({"builtin:prose"})
 MAX_PASSES = 20
 
 _GATE = re.compile(r"^\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|x)?\s*$")
@@ -21,15 +19,6 @@ _GATE = re.compile(r"^\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|x)?\s*$")
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
-
-
-class Calibration(_Model):
-    """Text that the passes may look at. Never the text the result is measured on."""
-
-    data: DataRef = "builtin:prose"
-    samples: int = Field(128, ge=1, le=100_000)
-    length: int = Field(512, ge=8, le=131_072, description="tokens a sample")
-    seed: int = Field(0, ge=0)
 
 
 class Quality(_Model):

@@ -11,7 +11,7 @@ from core.artifacts.files import disk_errors
 from core.errors import ErrorCode, NightpressError
 from core.handoff.manifest import FileEntry
 from core.jobs.tables import jobs
-from core.recipes.models import BUILTIN_DATA
+from core.recipes.calibration import BUILTIN_DATA
 from core.registry.datafile import DataFacts, check_data_name, examine_data
 from core.registry.registry import Registry, check_size, describe_files, live_jobs
 from core.registry.tables import data_sets

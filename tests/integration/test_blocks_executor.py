@@ -22,8 +22,8 @@ from core.compress.solvers.wanda import Power
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.linears import is_linear_weight
 from core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
-from core.recipes.plan import is_linear_weight
 
 _SMALL = {
     "hidden_size": 32,

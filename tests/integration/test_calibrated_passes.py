@@ -13,8 +13,9 @@ from transformers import AutoModelForMaskedLM
 from core.compress.passes import MODEL_PASSES, PassContext
 from core.errors import NightpressError
 from core.handoff.frames import Checkpoint
+from core.recipes.calibration import Calibration
 from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import Calibration, parse_recipe
+from core.recipes.models import parse_recipe
 from core.recipes.plan import make_plan
 from tests.press import lay_out, press
 

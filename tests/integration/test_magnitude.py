@@ -12,8 +12,8 @@ from core.compress.export import safetensors
 from core.compress.passes import MODEL_PASSES, PassContext
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import PassRecord
+from core.recipes.linears import is_linear_weight
 from core.recipes.passes import Magnitude
-from core.recipes.plan import is_linear_weight
 from tests.folders import header_of, load_tensors, tiny_llama
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

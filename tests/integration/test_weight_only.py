@@ -16,9 +16,10 @@ from core.compress.passes import MODEL_PASSES, PassContext, quantize
 from core.compress.solvers.grid import Grid
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import PassRecord
+from core.recipes.linears import is_linear_weight
 from core.recipes.models import parse_recipe
 from core.recipes.passes import WeightOnly
-from core.recipes.plan import is_linear_weight, make_plan
+from core.recipes.plan import make_plan
 from tests.folders import header_of, load_tensors, tiny_llama
 
 CASES = [

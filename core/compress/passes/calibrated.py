@@ -25,8 +25,8 @@ from core.compress.solvers.ranges import find_ranges, nearest_codes
 from core.compress.solvers.wanda import Power, wanda_mask
 from core.handoff.report import LayerEffect, PassRecord
 from core.recipes.header import ModelHeader
+from core.recipes.linears import is_linear_weight
 from core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
-from core.recipes.plan import is_linear_weight
 
 
 def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> PassRecord:

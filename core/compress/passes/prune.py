@@ -27,8 +27,8 @@ from core.compress.solvers.threshold import (
 )
 from core.handoff.report import LayerEffect, PassRecord
 from core.recipes.header import TensorInfo
+from core.recipes.linears import is_linear_weight
 from core.recipes.passes import Magnitude
-from core.recipes.plan import is_linear_weight
 
 #: (tensor, first row of a chunk) → how many weights equal to the threshold stand before it
 Ties = dict[tuple[str, int], int]

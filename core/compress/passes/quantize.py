@@ -16,8 +16,8 @@ from core.compress.export.compressed_tensors import write_config
 from core.compress.solvers.grid import Grid, Workspace, pack, pack_zero_points, round_to_grid
 from core.handoff.report import LayerEffect, PassRecord
 from core.recipes.header import TensorInfo
+from core.recipes.linears import is_linear_weight
 from core.recipes.passes import WeightOnly
-from core.recipes.plan import is_linear_weight
 
 #: Errors are exact in layers of up to this many weights. In larger ones they are taken from every 8th row, which is hundreds of
 #: thousands of weights still: measuring all of them would take a third of the time of rounding them.

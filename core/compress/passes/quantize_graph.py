@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from core.compress.checkpoint import disk_errors
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import LayerEffect
+from core.recipes.linears import matches
 from core.recipes.passes import DynamicInt8
-from core.recipes.plan import matches
 
 Weights = NDArray[np.float32]
 _FEWEST = 1024  #: weights; smaller constants are biases, masks and shapes

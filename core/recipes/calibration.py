@@ -1,0 +1,20 @@
+"""The text that passes may look at."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+#: `builtin:prose`, or the id or name of a data set that the person brought
+DataRef = Annotated[str, Field(pattern=r"^(builtin:[a-z]+|[A-Za-z0-9][A-Za-z0-9._-]{0,127})$")]
+BUILTIN_DATA = frozenset({"builtin:prose"})
+
+
+class Calibration(BaseModel):
+    """Text that the passes may look at. Never the text the result is measured on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+
+    data: DataRef = "builtin:prose"
+    samples: int = Field(128, ge=1, le=100_000)
+    length: int = Field(512, ge=8, le=131_072, description="tokens a sample")
+    seed: int = Field(0, ge=0)

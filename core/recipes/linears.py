@@ -1,0 +1,72 @@
+"""Which tensors of a model are the weights of linear layers, and what their layout allows."""
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from core.errors import ErrorCode, NightpressError
+from core.recipes.header import CONV1D, ModelHeader, TensorInfo
+
+#: Matrices that are looked up, not multiplied.
+_NOT_LINEAR = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})
+#: Heads over the vocabulary. Most are tied to the embeddings, so they stay as those are, whether or not the file holds a copy.
+_OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "vocab_projector", "generator_lm_head", "decoder"})
+
+
+class Divisor(NamedTuple):
+    """What the inputs of each layer must be divisible by, and the setting that says so."""
+
+    value: int
+    setting: str
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module or node name is meant by one of the patterns: equal, a `*` glob, or `re:` and a full match."""
+    return any(
+        re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else fnmatch.fnmatchcase(name, pattern)
+        for pattern in patterns
+    )
+
+
+def is_linear_weight(tensor: TensorInfo, ignore: Iterable[str]) -> bool:
+    """Whether a pass over linear layers takes this tensor: a matrix called `….weight` that is no embedding, norm or ignored module."""
+    module = tensor.name.removesuffix(".weight")
+    if (
+        module == tensor.name
+        or len(tensor.shape) != 2
+        or 0 in tensor.shape
+        or tensor.dtype not in {"F64", "F32", "F16", "BF16"}
+    ):
+        return False
+    leaf = module.rsplit(".", 1)[-1].lower()
+    if "embed" in module.lower() or "norm" in leaf or leaf in _NOT_LINEAR or leaf in _OUTPUT_HEADS:
+        return False
+    return not matches(module, ignore)
+
+
+def invalid(message: str, hint: str) -> NightpressError:
+    return NightpressError(ErrorCode.INVALID_RECIPE, message, hint=hint)
+
+
+def check_layout(name: str, weights: Sequence[TensorInfo], header: ModelHeader, divisor: Divisor | None) -> None:
+    """Groups and patterns run along a layer's inputs: they must be the weight's columns, and divide them. Raises NightpressError(invalid_recipe)."""
+    if divisor is None:
+        return
+    if header.model_type in CONV1D:
+        raise invalid(
+            f"`{name}` can't take a {header.model_type} with this {divisor.setting}: its linear layers are Conv1D with weights laid out [in, out].",
+            f"Use `{name}` without it, or another model.",
+        )
+    widths = {tensor.shape[1]: tensor.name for tensor in weights}
+    ragged = {width: tensor for width, tensor in widths.items() if width % divisor.value}
+    if ragged:
+        width, tensor = next(iter(ragged.items()))
+        common = math.gcd(*widths)
+        fitting = [size for size in (256, 128, 64, 32, 16) if common % size == 0]
+        advice = f"Use a group_size of {' or '.join(map(str, fitting))}" if fitting else "Use `group_size: null`"
+        raise invalid(
+            f"`{name}`: {tensor} has {width} inputs, which {divisor.setting} {divisor.value} does not divide.",
+            f"{advice if divisor.setting == 'group_size' else 'Use another pattern'}, or name the module in `ignore`.",
+        )

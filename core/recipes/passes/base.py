@@ -1,0 +1,124 @@
+"""What every pass is: options that say what they take, what they need, what they cost and what they leave behind. No torch here."""
+
+from collections.abc import Iterable
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from core.recipes.calibration import Calibration
+from core.recipes.costs import Cost, blocks_cost, stream_cost
+from core.recipes.header import CONV1D, SHARED_BLOCKS, ModelHeader, TensorInfo
+from core.recipes.linears import Divisor, check_layout, invalid, is_linear_weight
+
+ExportFormat = Literal["safetensors", "compressed-tensors", "onnx", "openvino"]
+Need = Literal["nothing", "calibration", "labels", "training"]
+Scope = Literal["stream", "blocks", "train", "graph"]
+Patterns = Annotated[tuple[str, ...], Field(max_length=100)]
+KEPT_MODULES = ("lm_head", "re:.*embed.*", "re:.*classifier.*", "re:.*pooler.*")
+
+
+class PassOptions(BaseModel):
+    """A pass as a recipe names it. What its methods say, they say from the model's header alone, before anything runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
+    needs: ClassVar[Need] = "nothing"
+    scope: ClassVar[Scope]
+    runs_on: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
+    exports: ClassVar[frozenset[ExportFormat]]  #: the formats that can carry its result
+    last: ClassVar[bool] = False  #: no other pass can follow it
+    quantizes: ClassVar[bool] = False  #: its result is codes and scales, which `compressed-tensors` carries
+
+    @property
+    def name(self) -> str:
+        """What a recipe calls the pass."""
+        return str(type(self).model_fields["pass_"].default)
+
+    def describe(self) -> str:
+        """A few words for the plan."""
+        raise NotImplementedError
+
+    def check(self, header: ModelHeader) -> None:
+        """Raise NightpressError(invalid_recipe), with the reason, where the pass can't take this model."""
+
+    def warnings(self, header: ModelHeader | None) -> Iterable[str]:
+        """What a person should know before it runs. `header` is None where no model was named."""
+        return ()
+
+    def stored_bytes(self, tensor: TensorInfo) -> int:
+        """Bytes of a tensor in the result; `tensor.size` where the pass leaves it alone."""
+        return tensor.size
+
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        """Memory and seconds of the pass itself, without evaluations and exports."""
+        raise NotImplementedError
+
+
+class OnLinears(PassOptions):
+    """A pass over the weights of linear layers, one tensor or one block at a time."""
+
+    scope: ClassVar[Scope] = "stream"
+
+    ignore: Patterns = Field(KEPT_MODULES, description="Modules left as they are: names, or `re:` patterns.")
+
+    def divisor(self) -> Divisor | None:
+        """What every layer's inputs must be divisible by."""
+        return None
+
+    def takes(self, tensor: TensorInfo) -> bool:
+        return is_linear_weight(tensor, self.ignore)
+
+    def check(self, header: ModelHeader) -> None:
+        weights = [tensor for tensor in header.tensors if self.takes(tensor)]
+        if not weights:
+            raise invalid(
+                f"`{self.name}` would change nothing: `ignore` leaves no linear weight of this model.",
+                "Narrow `ignore`.",
+            )
+        if header.model_type in CONV1D and self.quantizes:
+            raise invalid(
+                f"`{self.name}` can't take a {header.model_type}: its linear layers are Conv1D with weights laid out [in, out], which no loader of the result reads.",
+                "Use `magnitude` without a pattern, or another model.",
+            )
+        check_layout(self.name, weights, header, self.divisor())
+
+    def warnings(self, header: ModelHeader | None) -> Iterable[str]:
+        if header is not None:
+            touched = sum(tensor.size for tensor in header.tensors if self.takes(tensor))
+            if touched < header.size / 4:
+                yield f"`{self.name}` touches only {100 * touched / header.size:.0f}% of the model's bytes; the rest is embeddings and norms."
+
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        return stream_cost(header)
+
+
+class Calibrated(OnLinears):
+    """A pass that looks at calibration text, one block of the model at a time."""
+
+    needs: ClassVar[Need] = "calibration"
+    scope: ClassVar[Scope] = "blocks"
+
+    def check(self, header: ModelHeader) -> None:
+        super().check(header)
+        if header.model_type in CONV1D:
+            raise invalid(
+                f"`{self.name}` can't take a {header.model_type}: its linear layers are Conv1D with weights laid out [in, out].",
+                "Use `magnitude` without a pattern, or another model.",
+            )
+        if header.model_type in SHARED_BLOCKS:
+            raise invalid(
+                f"`{self.name}` can't take a {header.model_type}: its blocks share their weights.",
+                "Use `weight-only` or `magnitude`.",
+            )
+
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        return blocks_cost(header, calibration)
+
+
+def packed_bytes(tensor: TensorInfo, bits: int, group_size: int | None, *, symmetric: bool) -> int:
+    """Bytes of one linear weight in compressed-tensors `pack-quantized`: int32 words of codes, scales in the tensor's dtype, and its shape."""
+    rows, columns = tensor.shape
+    groups = 1 if group_size is None else -(-columns // group_size)
+    width = tensor.size // (rows * columns)
+    zero_points = 0 if symmetric else 4 * (-(-rows * bits // 32) * groups)
+    return rows * -(-columns * bits // 32) * 4 + rows * groups * width + zero_points + 16

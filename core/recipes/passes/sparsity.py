@@ -1,0 +1,27 @@
+"""How many zeros, and in what pattern."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from core.recipes.linears import Divisor
+
+Pattern = Annotated[str, Field(pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$")]
+
+
+def with_sparsity(raw: object) -> object:
+    """A pattern N:M says the sparsity itself. Raises ValueError where the two don't agree."""
+    if not isinstance(raw, dict) or ":" not in str(raw.get("pattern", "")):
+        return raw
+    kept, _, of = str(raw["pattern"]).partition(":")
+    if not (kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of)):
+        raise ValueError(f"pattern {raw['pattern']}: the first number must be smaller than the second")
+    given = 1 - int(kept) / int(of)
+    if raw.get("sparsity") is not None and raw["sparsity"] != given:
+        raise ValueError(f"pattern {raw['pattern']} gives sparsity {given:g}; leave `sparsity` out")
+    return {**raw, "sparsity": given}
+
+
+def pattern_divisor(pattern: str) -> Divisor | None:
+    """A pattern N:M wants inputs that M divides."""
+    return None if pattern == "unstructured" else Divisor(int(pattern.split(":")[1]), "pattern")
