@@ -12,6 +12,10 @@ def _no_progress(_fraction: float, _message: str) -> None:
     pass
 
 
+def _no_metric(_name: str, _value: float, _step: int) -> None:
+    pass
+
+
 def _no_checkpoint(_path: str, _step: int) -> None:
     pass
 
@@ -29,4 +33,7 @@ class PassContext:
         default_factory=dict
     )  #: the data sets people brought, by what the recipe calls them
     progress: Callable[[float, str], None] = field(default=_no_progress)  #: fraction of this pass, what is being done
+    metric: Callable[[str, float, int], None] = field(
+        default=_no_metric
+    )  #: name, value and step of a curve as it grows
     checkpoint: Callable[[str, int], None] = field(default=_no_checkpoint)  #: a file from which another attempt goes on

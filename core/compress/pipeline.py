@@ -311,6 +311,7 @@ class _Press:
             calibration=self.recipe.calibration,
             data_files={ref: self.job_dir / DATA_DIR / name for ref, name in self.spec.data.items()},
             progress=progress,
+            metric=lambda name, value, step: self.emit(Metric(name=name, value=value, step=step)),
             checkpoint=lambda path, step: self.emit(Checkpoint(path=path, step=step)),
         )
 

@@ -76,12 +76,22 @@ class LayerEffect(_Model):
     sparsity: float | None = None
 
 
+class Series(_Model):
+    """A curve over the steps of a training, or over whatever else `x` counts."""
+
+    name: str  #: e.g. "train loss", "validation accuracy"
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    x_label: str = "step"
+
+
 class PassRecord(_Model):
     index: int
     name: str
     seconds: float
     summary: dict[str, Any]
     layers: tuple[LayerEffect, ...] = ()
+    series: tuple[Series, ...] = ()
 
 
 class GateResult(_Model):
