@@ -16,7 +16,7 @@ up: $(VENV)/.run-installed  ## start the embedded service and stay
 	$(BIN)/nightpress up
 
 test: $(VENV)/.dev-installed  ## run all tests; they start their own PostgreSQL, Valkey and S3 servers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.dev-installed  ## ruff: format and rules
 	$(BIN)/ruff format --check .
