@@ -59,6 +59,17 @@ class Settings(BaseSettings):
     worker_threads: int = Field(0, description="CPU threads a job's child may use; 0: the cores this process may use.")
     worker_spare: bool = Field(True, description="Keep one child with torch imported, waiting for the next job.")
     cache_bytes: int = Field(50 * 1024**3, description="Bound of the worker's content-addressed cache.")
+    checkpoint_bytes: int = Field(
+        200 * 1024**3,
+        description="Unfinished work that storage may keep of one job, so that another worker goes on from there; 0 keeps none.",
+    )
+    checkpoint_after_s: float = Field(
+        30.0, description="An attempt that lasts no longer than this leaves no unfinished work in storage."
+    )
+    checkpoint_keep_s: float = Field(
+        72 * 3600.0,
+        description="How long it is kept unused once its job has ended, for other jobs that begin the same way.",
+    )
     sandbox_network: bool = Field(True, description="Cut children off from the network where the kernel allows.")
 
     log_format: Literal["text", "json"] = "text"

@@ -76,12 +76,49 @@ def endless(job_dir: Path, emit: Emit) -> Manifest:
     """Steady progress, a grandchild and a checkpoint, for ever."""
     consumer = subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL)
     emit(Log(text=f"pid {os.getpid()} consumer {consumer.pid}"))
-    emit(Checkpoint(path="work/one", step=1))
+    (job_dir / "work" / "one").write_text("so far")
+    emit(Checkpoint(path="one", step=1))
     step = 0
     while True:
         step += 1
         emit(Progress(phase="pressing", fraction=0.5, message=f"step {step}"))
         time.sleep(0.1)
+
+
+def stepping(job_dir: Path, emit: Emit) -> Manifest:
+    """Five steps, each leaving a file that the next attempt goes on from. `:N` stops for ever behind step N of the first attempt."""
+    stop_at = int(sys.argv[1].partition(":")[2] or 0) if JobSpec.load(job_dir).attempt == 1 else 0
+    work = job_dir / "work"
+    for step in range(1, 6):
+        if (work / f"step-{step}").exists():
+            continue
+        emit(Log(text=f"doing step {step}"))
+        for name, text in ((f"step-{step}", f"step {step}\n"), ("state", "." * step * 1000)):
+            (work / "new").write_text(text)
+            (work / "new").rename(work / name)
+            emit(Checkpoint(path=name, step=step))
+        if step == stop_at:
+            emit(Log(text="waiting"))
+            while True:
+                emit(Progress(phase="pressing", fraction=0.5, message=f"waiting since {time.monotonic()}"))
+                time.sleep(0.1)
+    return press(job_dir, emit)
+
+
+def pipeline_until(job_dir: Path, emit: Emit) -> Manifest:
+    """The real pipeline. `:N` stops for ever behind block N of the first attempt's second pass."""
+    from core.compress import pipeline
+
+    stop_at = int(sys.argv[1].partition(":")[2]) if JobSpec.load(job_dir).attempt == 1 else 0
+
+    def emit_until(frame: Frame) -> None:
+        emit(frame)
+        last = isinstance(frame, Checkpoint) and (frame.pass_index, frame.step) == (1, stop_at)
+        while last and frame.path.endswith(".json"):
+            emit(Progress(phase="pressing", fraction=0.4, message=f"waiting since {time.monotonic()}"))
+            time.sleep(0.1)
+
+    return pipeline.run(job_dir, emit_until)
 
 
 def wedged(job_dir: Path, emit: Emit) -> Manifest:
@@ -177,7 +214,7 @@ def spy(job_dir: Path, emit: Emit) -> Manifest:
 BEHAVIOURS = {
     one.__name__: one
     for one in (
-        press, slow, first_slow, endless, wedged, segfault, leave, full_disk, hog, smuggle, tamper, babble, spy
+        press, slow, first_slow, endless, stepping, pipeline_until, wedged, segfault, leave, full_disk, hog, smuggle, tamper, babble, spy
     )
 }  # fmt: skip
 

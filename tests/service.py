@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 
 from core.artifacts.storage import ObjectStore, open_store
 from core.database import db_now, make_engine, transaction
 from core.handoff.manifest import describe_folder, digest_of
 from core.ids import new_id
+from core.jobs.checkpoints import CheckpointIndex
 from core.jobs.records import Event, Job, NewJob, WorkerOffer
 from core.jobs.store import JobStore
+from core.jobs.tables import jobs
 from core.registry.tables import models
 from core.settings import Settings
 from worker.cache import BlobCache
@@ -136,6 +138,16 @@ class Service:
     def log(self, job_id: str) -> str:
         return "\n".join(line.text for line in self.store.logs(job_id))
 
+    def running(self) -> list[str]:
+        """Jobs of any tenant that a worker holds."""
+        with transaction(self.engine, read_only=True) as connection:
+            return list(connection.execute(select(jobs.c.id).where(jobs.c.lease_id.is_not(None))).scalars())
+
+    def unfinished(self) -> list[str]:
+        """Jobs of any tenant that have not come to their end."""
+        with transaction(self.engine, read_only=True) as connection:
+            return list(connection.execute(select(jobs.c.id).where(jobs.c.finished_at.is_(None))).scalars())
+
     def await_state(self, job_id: str, *states: str, within: float = 20.0) -> Job:
         def reached() -> Job | None:
             job = self.job(job_id)
@@ -177,6 +189,7 @@ class Service:
             self.store,
             self.objects,
             Stager(self.engine, self.objects, cache),
+            CheckpointIndex(self.engine),
             WorkerFolder(settings.data_dir / "work", worker_id).path,
             memory=memory,
             threads=1,

@@ -9,6 +9,7 @@ from celery.apps.worker import Worker as CeleryWorker
 from core.artifacts.storage import open_store
 from core.database import make_engine
 from core.ids import new_id
+from core.jobs.checkpoints import CheckpointIndex
 from core.jobs.records import WorkerOffer
 from core.jobs.ring import make_celery
 from core.jobs.store import JobStore
@@ -40,6 +41,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
         store,
         objects,
         Stager(engine, objects, cache),
+        CheckpointIndex(engine),
         folder.path,
         memory=offer.memory,
         threads=offer.threads,

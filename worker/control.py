@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from core.artifacts.storage import ObjectStore, open_store
 from core.database import make_engine
 from core.errors import NightpressError
+from core.jobs.checkpoints import CheckpointIndex, folder_of
 from core.jobs.ring import Ringer
 from core.jobs.store import JobStore
 from core.logs import configure_logging
@@ -43,12 +44,14 @@ class Control:
         self,
         settings: Settings,
         store: JobStore,
+        checkpoints: CheckpointIndex,
         registries: Sequence[ModelRegistry | DataSetRegistry],
         objects: ObjectStore,
         ring: Callable[[str], None],
     ) -> None:
         self._settings = settings
         self._store = store
+        self._checkpoints = checkpoints
         self._registries = registries
         self._objects = objects
         self._ring = ring
@@ -60,7 +63,7 @@ class Control:
         steps = [self._expire_leases, self._expire_queue_deadlines, self._ring_queues]
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
-            steps += [self._forget_workers, self._sweep_attempts, self._sweep_uploads]
+            steps += [self._forget_workers, self._sweep_attempts, self._sweep_checkpoints, self._sweep_uploads]
         for step in steps:
             try:
                 step()
@@ -96,6 +99,12 @@ class Control:
             self._objects.delete_prefix(f"jobs/{job_id}/attempts/{attempt}")
             self._store.mark_swept(job_id, attempt)
 
+    def _sweep_checkpoints(self) -> None:
+        keep_s = self._settings.checkpoint_keep_s
+        for digest in self._checkpoints.due(keep_s):
+            self._objects.delete_prefix(folder_of(digest))
+            self._checkpoints.prune(digest, keep_s)
+
     def _sweep_uploads(self) -> None:
         for registry in self._registries:
             if given_up := registry.sweep_abandoned(_UPLOAD_LIFE_S):
@@ -113,7 +122,7 @@ def main() -> int:
     ringer = Ringer(settings)
     objects = open_store(settings)
     registries = (ModelRegistry(engine, objects, settings), DataSetRegistry(engine, objects, settings))
-    control = Control(settings, JobStore(engine), registries, objects, ringer.ring)
+    control = Control(settings, JobStore(engine), CheckpointIndex(engine), registries, objects, ringer.ring)
     log.info("The control process ticks every %g s.", settings.tick_s)
     while not stop.is_set():
         control.tick()

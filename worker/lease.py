@@ -6,8 +6,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
-from core.handoff.frames import Checkpoint, Progress
+from core.handoff.frames import Progress
 from core.jobs.records import Lease
 from core.jobs.store import JobStore
 
@@ -15,6 +16,7 @@ _LONGEST_INTERVAL_S = 2.0  #: how late a cancellation may be noticed
 _SHORTEST_INTERVAL_S = 0.5  #: between two reports of progress
 _SHORTEST_PHASE_S = 0.05  #: and of a new phase
 _LOG_BATCH = 200
+_NOTES = 100
 _LOG_LINES = 5000  #: kept while the database is away; older ones are dropped
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class LeaseKeeper:
         self.cancel_requested = False
         self._progress: Progress | None = None
         self._lines: deque[tuple[str, str]] = deque(maxlen=_LOG_LINES)
-        self._checkpoint: Checkpoint | None = None
+        self._notes: deque[tuple[str, dict[str, Any]]] = deque(maxlen=_NOTES)
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._keep, name=f"lease-{lease.job_id}", daemon=True)
         self._thread.start()
@@ -58,9 +60,12 @@ class LeaseKeeper:
         with self._changed:
             self._lines.append((level, text))
 
-    def checkpoint(self, checkpoint: Checkpoint) -> None:
+    def note(self, kind: str, data: dict[str, Any]) -> None:
+        """An event for the job's history. Of checkpoints between two renewals the last is enough."""
         with self._changed:
-            self._checkpoint = checkpoint  # of those between two renewals the last is enough
+            if self._notes and self._notes[-1][0] == kind == "checkpoint":
+                self._notes.pop()
+            self._notes.append((kind, data))
 
     def close(self) -> None:
         """Write what was reported and stop renewing."""
@@ -102,11 +107,12 @@ class LeaseKeeper:
         self._on_renewed()
 
     def _flush(self) -> None:
-        one = self._checkpoint
-        if one is not None and not self._gone:
-            self._store.record_event(self._lease, "checkpoint", {"path": one.path, "step": one.step})
+        while self._notes and not self._gone:
+            kind, data = note = self._notes[0]
+            self._store.record_event(self._lease, kind, data)
             with self._changed:
-                self._checkpoint = None if self._checkpoint is one else self._checkpoint
+                if self._notes and self._notes[0] is note:
+                    self._notes.popleft()
         with self._changed:
             lines = list(self._lines)
             self._lines.clear()

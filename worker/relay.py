@@ -26,9 +26,18 @@ _MAX_CHATTER_BYTES = 16 * 1024
 class Relay:
     """Passes on what a child says until it ends, and says why it ended."""
 
-    def __init__(self, child: ChildProcess, keeper: LeaseKeeper, *, memory_limit: int, stall_s: float) -> None:
+    def __init__(
+        self,
+        child: ChildProcess,
+        keeper: LeaseKeeper,
+        *,
+        keep: Callable[[Checkpoint], None],
+        memory_limit: int,
+        stall_s: float,
+    ) -> None:
         self._child = child
         self._keeper = keeper
+        self._keep = keep
         self._memory_limit = memory_limit
         self._stall_s = stall_s
         self._peak_memory = 0
@@ -105,7 +114,7 @@ class Relay:
             self._where = where
             self._keeper.progress(frame)
         elif isinstance(frame, Checkpoint):
-            self._keeper.checkpoint(frame)
+            self._keep(frame)
         elif isinstance(frame, Metric):
             step = "" if frame.step is None else f" at step {frame.step}"
             self._keeper.log_line("debug", f"{frame.name} = {frame.value:g}{step}")

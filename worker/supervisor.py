@@ -16,10 +16,13 @@ from core.artifacts.storage import ObjectStore
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Phase, Progress
 from core.handoff.spec import JobSpec
+from core.jobs.checkpoints import CheckpointIndex
 from core.jobs.records import Claimed, Job
 from core.jobs.store import JobStore
 from core.recipes.models import Recipe
 from core.settings import Settings
+from worker.cache import disk_errors
+from worker.checkpoints import CheckpointDepot
 from worker.lease import LeaseKeeper
 from worker.process import CHILD_COMMAND, ChildProcess
 from worker.relay import Relay
@@ -54,6 +57,7 @@ class Supervisor:
         store: JobStore,
         objects: ObjectStore,
         stager: Stager,
+        checkpoints: CheckpointIndex,
         root: Path,
         *,
         memory: int,
@@ -64,6 +68,7 @@ class Supervisor:
         self.store = store
         self.objects = objects
         self.stager = stager
+        self.checkpoints = checkpoints
         self._root = root
         self.memory = memory
         self.threads = threads
@@ -119,6 +124,7 @@ class _Attempt:
         self._lease = claimed.lease
         self._started = claimed_at
         self._child: ChildProcess | None = None
+        self._depot: CheckpointDepot | None = None
         self._keeper = LeaseKeeper(
             self._store,
             claimed.lease,
@@ -130,6 +136,7 @@ class _Attempt:
 
     def run(self) -> None:
         log.info("Job %s, attempt %d: started.", self._job.id, self._lease.attempt, extra=self._extra)
+        flush_s = 0.0  # unfinished work is worth a delay where another attempt is to follow
         try:
             ending = self._press()
         except LeaseLostError:
@@ -137,15 +144,17 @@ class _Attempt:
         except CancelledError:
             ending = self._cancelled
         except DrainedError:
-            ending = self._drained
+            ending, flush_s = self._drained, self._settings.drain_s / 2
         except NightpressError as error:
-            ending = self._failed(error)
+            ending, flush_s = self._failed(error), self._settings.drain_s / 2 if error.kind.retryable else 0.0
         except Exception as error:
             log.exception("Job %s: an error of the supervisor itself.", self._job.id, extra=self._extra)
             ending = self._failed(NightpressError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}"))
         finally:
             if self._child is not None:
                 self._child.kill()
+        if self._depot is not None:
+            self._depot.close(flush_s=flush_s)
         self._keeper.close()  # the log is written under the lease, which the ending gives up
         try:
             said = "the lease was lost, nothing is written" if ending is None else self._insist(ending)
@@ -160,19 +169,34 @@ class _Attempt:
         """Files in, child, files out. Returns the statement that commits the result."""
         self._child = child = self._supervisor.take_child()
         data = self._stage(child.job_dir)
+        recipe = Recipe.model_validate(self._job.recipe)
+        depot = self._depot = CheckpointDepot(
+            self._supervisor.checkpoints,
+            self._supervisor.objects,
+            self._lease,
+            self._job,
+            recipe,
+            child.job_dir,
+            limit=self._settings.checkpoint_bytes,
+            after_s=self._settings.checkpoint_after_s,
+            tell=self._keeper.log_line,
+            note=self._keeper.note,
+        )
+        with disk_errors():
+            depot.begin(on_bytes=lambda _count: self._check())
         spec = JobSpec(
             job_id=self._job.id,
             attempt=self._lease.attempt,
             model_name=self._job.model_name,
             model_digest=self._job.model_digest,
-            recipe=Recipe.model_validate(self._job.recipe),
+            recipe=recipe,
             data=data,
             device="cuda" if self._job.queue == "gpu" else "cpu",
             threads=self._supervisor.threads,
             memory_limit=self._supervisor.memory,
         )
         spec.save(child.job_dir)
-        relay = Relay(child, self._keeper, memory_limit=spec.memory_limit, stall_s=self._job.stall_s)
+        relay = Relay(child, self._keeper, keep=depot.keep, memory_limit=spec.memory_limit, stall_s=self._job.stall_s)
         child.begin(patience_s=self._settings.lease_ttl_s)
         relay.run(self._check)
         child.kill()  # what it started must not outlive it, nor change what is read now

@@ -36,4 +36,11 @@ class PassContext:
     metric: Callable[[str, float, int], None] = field(
         default=_no_metric
     )  #: name, value and step of a curve as it grows
-    checkpoint: Callable[[str, int], None] = field(default=_no_checkpoint)  #: a file from which another attempt goes on
+    #: (path below work_dir, step): the file is whole, and another attempt finds it there again. The same path again replaces it.
+    checkpoint: Callable[[str, int], None] = field(default=_no_checkpoint)
+
+    def whole(self, step: int, *files: Path) -> None:
+        """Checkpoint files that belong together, the one that vouches for the others last. One outside work_dir is the caller's own."""
+        for file in files:
+            if file.is_relative_to(self.work_dir):
+                self.checkpoint(file.relative_to(self.work_dir).as_posix(), step)

@@ -12,7 +12,7 @@ from core.handoff.spec import JobSpec
 def describe(spec: JobSpec, versions: dict[str, str]) -> dict[str, Any]:
     """Versions, processor, threads and memory. versions: those that the consumers' processes named."""
     return {
-        "nightpress": _version("nightpress"),
+        "nightpress": version_of("nightpress"),
         "versions": dict(sorted(versions.items())),
         "platform": platform.platform(),
         "cpu": _cpu(),
@@ -26,7 +26,7 @@ def describe(spec: JobSpec, versions: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from core.compress import environment, report
@@ -22,6 +23,7 @@ from core.compress.executors import graph
 from core.compress.export import compressed_tensors, onnx, openvino, safetensors
 from core.compress.export.verify import verify
 from core.compress.passes import MODEL_PASSES, PassContext
+from core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
 from core.handoff.frames import Checkpoint, Frame, Log, Metric, Phase, Progress
 from core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
 from core.handoff.report import PassRecord, Report, Subject
@@ -114,6 +116,14 @@ class _Press:
         self.recipe = self.spec.recipe
         self.source, self.work, self.out = job_dir / SOURCE_DIR, job_dir / WORK_DIR, job_dir / OUT_DIR
         self.clock = _Clock(emit)
+        self._digests = prefix_digests(
+            self.recipe,
+            tenant_id="",
+            model_digest=self.spec.model_digest,
+            data={},
+            device=self.spec.device,
+            engine=environment.version_of("nightpress"),
+        )
         self.records: list[PassRecord] = []
         self.traced: graph.Traced | None = None
 
@@ -186,17 +196,36 @@ class _Press:
         self.clock.enter("pressing")
         steps = [(index, one) for index, one in enumerate(self.recipe.passes) if one.pass_ in MODEL_PASSES]
         folder = self.source
-        for done, (index, options) in enumerate(steps):
+        taken_over = 0
+        for done, (index, options) in reversed(list(enumerate(steps))):
+            earlier = FinishedPass.load(self.work, index, options.pass_, made_of=self._digests[index])
+            if earlier is not None:
+                folder, header = self.work / pass_folder(index, options.pass_), earlier.header
+                self.records, taken_over = list(earlier.records), done + 1
+                self._log(f"pass {index + 1} ({options.pass_}) was done before: going on behind it")
+                break
+        for done, (index, options) in list(enumerate(steps))[taken_over:]:
             start, end = (0.3 + 0.2 * (done + part) / len(steps) for part in (0, 1))
             span = self.clock.span(start, end, pass_index=index)
             span(0.0, f"pass {index + 1}: {options.pass_}")
-            target = self.work / "passes" / f"{index}-{options.pass_}"
+            target = self.work / pass_folder(index, options.pass_)
             record = MODEL_PASSES[options.pass_](folder, target, options, self._context(header, span, index=index))
             self._record(record)
             folder = target
             if not options.last:  # a quantized model is no source for anything, and isn't looked at as one
                 header = inspect_model(FolderFiles(folder))
+            self._finish_pass(index, options.pass_, header)
         return folder, header
+
+    def _finish_pass(self, index: int, name: str, header: ModelHeader) -> None:
+        """Say that a pass is done, for other attempts and for other jobs that begin the same way."""
+        folder, record = self.work / pass_folder(index, name), self.work / pass_record(index, name)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+        done = FinishedPass(made_of=self._digests[index], files=sizes, header=header, records=tuple(self.records))
+        write_file(record, done.model_dump_json().encode())
+        for step, path in enumerate((*files, record)):
+            self._checkpoint(index, path.relative_to(self.work).as_posix(), step)
 
     def _export(self, model_dir: Path, header: ModelHeader, trial: Trial) -> list[_Exported]:
         self.clock.enter("exporting")
@@ -312,8 +341,11 @@ class _Press:
             data_files={ref: self.job_dir / DATA_DIR / name for ref, name in self.spec.data.items()},
             progress=progress,
             metric=lambda name, value, step: self.emit(Metric(name=name, value=value, step=step)),
-            checkpoint=lambda path, step: self.emit(Checkpoint(path=path, step=step)),
+            checkpoint=partial(self._checkpoint, index),
         )
+
+    def _checkpoint(self, index: int, path: str, step: int) -> None:
+        self.emit(Checkpoint(path=path, step=step, pass_index=index))
 
     def _log(self, text: str) -> None:
         self.emit(Log(text=text))

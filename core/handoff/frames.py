@@ -40,11 +40,15 @@ class Log(_Frame):
 
 
 class Checkpoint(_Frame):
-    """A point in work/ from which another attempt can go on."""
+    """A file below work/ is whole: another attempt, here or elsewhere, finds it there again. The same path again replaces it.
+
+    Where several files belong together, the one that vouches for the others comes last.
+    """
 
     frame: Literal["checkpoint"] = "checkpoint"
-    path: str
+    path: str = Field(max_length=512)
     step: int
+    pass_index: int = Field(0, ge=0, description="the pass it belongs to")
 
 
 class Result(_Frame):

@@ -156,6 +156,30 @@ job_attempts = Table(
 _SWEEPABLE = text("outcome <> 'succeeded' AND NOT swept")
 Index("ix_job_attempts_sweepable", job_attempts.c.finished_at, postgresql_where=_SWEEPABLE, sqlite_where=_SWEEPABLE)
 
+#: A prefix of a recipe on a model, some of whose work is in storage. `lease_id`: of the attempt that writes it, or wrote it last.
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    # No foreign key: what a deleted job left is pruned as any other.
+    Column("job_id", String(40), nullable=False),
+    Column("lease_id", String(40), nullable=False),
+    Column("size", BigInteger, nullable=False),  #: bytes of all its files
+    Column("used_at", UtcDateTime, nullable=False, index=True),
+    CheckConstraint("size >= 0", name="size"),
+)
+
+checkpoint_files = Table(
+    "checkpoint_files",
+    metadata,
+    Column("digest", ForeignKey("checkpoints.digest", ondelete="CASCADE"), primary_key=True),
+    Column("path", String(512), primary_key=True),  #: below work/
+    Column("size", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("job_id", String(40), nullable=False),  #: whose attempt made it
+)
+
 job_artifacts = Table(
     "job_artifacts",
     metadata,

@@ -302,7 +302,7 @@ class _Run:
         if writing is not None:
             index, future = writing
             future.result()
-            self.context.checkpoint(self._record_file(index).relative_to(self.context.work_dir).as_posix(), index + 1)
+            self.context.whole(index + 1, self._block_file(index), self._record_file(index))
 
     def _finished(self) -> int:
         """How many blocks, from the first one on, an earlier attempt left whole."""

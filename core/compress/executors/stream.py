@@ -61,7 +61,7 @@ def sweep(
         record = records / f"{job.shard.path.name}.json"
         _record(record, job, effects[job.shard.path.name])
         finished += 1
-        context.checkpoint(record.relative_to(context.work_dir).as_posix(), finished)
+        context.whole(finished, target / job.shard.path.name, record)
 
     Sweep(jobs, context, target, commit, span).run()
 

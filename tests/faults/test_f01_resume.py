@@ -1,0 +1,170 @@
+"""F1: work that was lost with a worker is at most one step, whoever goes on, and what goes on ends with the same bytes."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from core.compress.passes import MODEL_PASSES, PassContext
+from core.database import transaction
+from core.handoff.manifest import describe_folder
+from core.ids import new_id
+from core.jobs.checkpoints import CheckpointIndex
+from core.jobs.tables import checkpoint_files, checkpoints
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import parse_recipe
+from tests.service import Service, eventually
+from worker.control import Control
+
+STEPS = {"name": "steps", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
+
+
+@pytest.fixture
+def service(tmp_path: Path, sqlite_url: str) -> Any:
+    service = Service(tmp_path, sqlite_url, storage_url=str(tmp_path / "objects"), checkpoint_after_s=0.0)
+    yield service
+    service.close()
+
+
+def break_off(service: Service, behaviour: str, job_id: str, *, step: int, pass_index: int = 0) -> None:
+    """Let a worker of another folder work until it stored a step, then kill it."""
+    worker = service.start_worker(behaviour, NIGHTPRESS_DATA_DIR=str(service.settings.data_dir.parent / "elsewhere"))
+
+    def stored_it() -> bool:
+        noted = [one.data for one in service.events(job_id) if one.kind == "checkpoint"]
+        return any(one["pass_index"] == pass_index and one["step"] >= step for one in noted)
+
+    eventually(stored_it, within=120)
+    worker.kill()
+    worker.wait()
+
+
+def finish(service: Service, behaviour: str | None) -> None:
+    slot, supervisor = service.slot(behaviour, memory=4 * 1024**3)
+    eventually(lambda: service.store.expire_leases(backoff_s=0.0) or not service.running(), within=10)
+    eventually(lambda: slot.serve() or not service.unfinished(), within=60)
+    supervisor.close()
+
+
+def stored(service: Service) -> list[Path]:
+    return [path for path in Path(service.settings.objects_url, "checkpoints").rglob("*") if path.is_file()]
+
+
+def sizes_stored(service: Service) -> list[int]:
+    return sorted(path.stat().st_size for path in stored(service))
+
+
+def steps_done(service: Service, job_id: str) -> list[str]:
+    return [line for line in service.log(job_id).splitlines() if line.startswith("doing step")]
+
+
+def test_another_worker_goes_on_behind_the_last_step_and_no_step_is_done_twice(service: Service) -> None:
+    job_id = service.submit(STEPS)
+    break_off(service, "stepping:3", job_id, step=3)
+    finish(service, "stepping")
+    assert steps_done(service, job_id) == [f"doing step {n}" for n in range(1, 6)]
+    (resumed,) = [event.data for event in service.events(job_id) if event.kind == "resumed"]
+    assert resumed == {"pass_index": 0, "step": 3, "files": 4, "from": [job_id]}
+    service.check_invariants(job_id)
+
+
+def test_another_job_with_the_same_beginning_goes_on_too_but_not_another_tenants(service: Service) -> None:
+    first = service.submit(STEPS)
+    break_off(service, "stepping:3", first, step=3)
+    service.store.request_cancel("default", first)
+    second, stranger = service.submit(STEPS | {"name": "other"}), service.submit(STEPS, tenant_id="neighbour")
+    finish(service, "stepping")
+    assert len(steps_done(service, second)) == 2
+    assert len(steps_done(service, stranger)) == 5
+
+
+def test_a_damaged_checkpoint_is_told_and_done_again(service: Service) -> None:
+    job_id = service.submit(STEPS)
+    break_off(service, "stepping:3", job_id, step=3)
+    damaged = next(path for path in stored(service) if path.read_bytes() == b"step 2\n")
+    damaged.write_bytes(b"step 3\n")
+    finish(service, "stepping")
+    assert steps_done(service, job_id) == [f"doing step {n}" for n in (1, 2, 3, 2, 4, 5)]
+    assert "step-2 can't be used, so its work is done again" in service.log(job_id)
+    assert service.job(job_id).state == "succeeded"
+
+
+def test_only_the_newest_file_of_a_name_is_kept_and_all_go_when_nobody_needs_them(service: Service) -> None:
+    job_id = service.submit(STEPS)
+    break_off(service, "stepping:5", job_id, step=5)
+    assert sizes_stored(service) == [7] * 5 + [5000]
+    settings = service.settings.model_copy(update={"checkpoint_keep_s": 0.0, "retry_backoff_s": 0.0})
+    index = CheckpointIndex(service.engine)
+
+    def sweep() -> None:
+        Control(settings, service.store, index, (), service.objects, lambda _queue: None).tick()
+
+    eventually(lambda: sweep() or not service.running(), within=10)
+    sweep()
+    assert sizes_stored(service) == [7] * 5 + [5000], "a job that isn't over may need them"
+    service.store.request_cancel("default", job_id)
+    assert not index.due(3600.0)
+    sweep()
+    assert not sizes_stored(service)
+    with transaction(service.engine, read_only=True) as connection:
+        assert not connection.execute(checkpoints.select()).all()
+        assert not connection.execute(checkpoint_files.select()).all()
+
+
+def test_a_prefix_takes_no_more_than_its_share_of_storage(service: Service) -> None:
+    service.settings = service.settings.model_copy(update={"checkpoint_bytes": 3500})
+    job_id = service.submit(STEPS)
+    finish(service, "stepping")
+    assert service.job(job_id).state == "succeeded"
+    assert 0 < sum(sizes_stored(service)) <= 3500 + 4000, "what is being replaced may lie there beside its successor"
+
+
+def deep_bert(folder: Path, bert_tiny: Path) -> Path:
+    """BERT-tiny's tokenizer with six layers of chance."""
+    shutil.copytree(bert_tiny, folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig.from_pretrained(bert_tiny, num_hidden_layers=6)
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+RECIPE = {
+    "name": "deep",
+    "passes": [{"pass": "sparsegpt"}, {"pass": "gptq", "group_size": 64}],
+    "exports": ["compressed-tensors"],
+    "calibration": {"samples": 8, "length": 32},
+    "evaluate": [{"metric": "fidelity", "samples": 4, "length": 16}],
+}
+
+
+@pytest.mark.slow
+def test_a_real_model_killed_between_two_blocks_ends_with_the_same_bytes(
+    service: Service, tmp_path: Path, bert_tiny: Path
+) -> None:
+    """Killed in its second pass: the first is taken over whole, the second behind its third block."""
+    model = deep_bert(tmp_path / "deep", bert_tiny)
+    service.model_id, service.model_digest = service.register(new_id("mdl"), model)
+    recipe = parse_recipe(RECIPE)
+    job_id = service.submit(recipe.model_dump(mode="json"), run_limit_s=200.0)
+    break_off(service, "pipeline_until:3", job_id, pass_index=1, step=3)
+    finish(service, None)
+    assert service.job(job_id).state == "succeeded", service.log(job_id)
+    resumed = [event.data for event in service.events(job_id) if event.kind == "resumed"]
+    assert {one["pass_index"] for one in resumed} == {0, 1}
+    assert [one["step"] for one in resumed if one["pass_index"] == 1] == [3]
+    assert "pass 1 (sparsegpt) was done before" in service.log(job_id)
+    service.check_invariants(job_id)
+
+    for index, options in enumerate(recipe.passes):
+        target = tmp_path / "straight" / str(index)
+        header = inspect_model(FolderFiles(model))
+        context = PassContext(header, tmp_path / "work", index=index, calibration=recipe.calibration)
+        MODEL_PASSES[options.pass_](model, target, options, context)
+        model = target
+    (artifact,) = service.store.artifacts(job_id)
+    assert {one["path"]: one["sha256"] for one in artifact.files} == {
+        one.path: one.sha256 for one in describe_folder(model)
+    }
