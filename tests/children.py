@@ -73,9 +73,12 @@ def first_slow(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def endless(job_dir: Path, emit: Emit) -> Manifest:
-    """Steady progress, a grandchild and a checkpoint, for ever."""
+    """Steady progress, a grandchild, one that left for a session of its own and lost its parent, and a checkpoint, for ever."""
     consumer = subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL)
-    emit(Log(text=f"pid {os.getpid()} consumer {consumer.pid}"))
+    daemon = subprocess.run(
+        ["sh", "-c", "setsid sleep 600 >&2 & echo $!"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    emit(Log(text=f"pid {os.getpid()} consumer {consumer.pid} daemon {daemon.stdout}"))
     (job_dir / "work" / "one").write_text("so far")
     emit(Checkpoint(path="one", step=1))
     step = 0

@@ -6,6 +6,7 @@ the line allows, or the end of the stream, ends the child and everything it star
 """
 
 import argparse
+import contextlib
 import errno
 import faulthandler
 import json
@@ -19,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NoReturn
+
+import psutil
 
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Frame, Result
@@ -50,6 +53,7 @@ def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pip
         os.close(options.frames)
     faulthandler.enable()
     sandbox.limit_resources()
+    sandbox.adopt_orphans()
     # In this order: only a process without threads may change its user namespace, and Landlock binds only this thread and
     # those it starts from now on: the watch stays outside, so that it may kill, and every thread of torch is within.
     if not options.keep_network and not sandbox.leave_network():
@@ -82,7 +86,17 @@ def _watch_supervisor(started: "SimpleQueue[None]") -> None:
     while select.select([0], [], [], patience)[0]:
         if not os.read(0, 4096):
             break
+    _end_descendants()
     os.killpg(os.getpid(), signal.SIGKILL)  # this group: the child and the consumers it started
+
+
+def _end_descendants() -> None:
+    """Those that left the group too: orphans come back to this process, so each is found below it."""
+    me = psutil.Process()
+    while found := [one for one in me.children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]:
+        for one in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def _run(job_dir: Path, press: Press) -> None:

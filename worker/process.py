@@ -25,6 +25,7 @@ class ChildProcess:
     def __init__(self, root: Path, *, threads: int, network: bool, command: Sequence[str] = CHILD_COMMAND) -> None:
         self.job_dir = root / new_id("run")
         self._begun = False
+        self._seen: set[psutil.Process] = set()
         sandbox.prepare_folder(self.job_dir)
         self.frames, frames_end = os.pipe()
         self.chatter, chatter_end = os.pipe()
@@ -80,20 +81,34 @@ class ChildProcess:
     def anonymous_memory(self) -> int:
         """Bytes that the child and its descendants hold and that no file backs: what a memory limit is about."""
         total = 0
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for pid in [self.pid, *(one.pid for one in psutil.Process(self.pid).children(recursive=True))]:
-                with contextlib.suppress(OSError):
-                    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                        if line.startswith(("RssAnon:", "RssShmem:")):
-                            total += int(line.split()[1]) * 1024
+        for pid in [self.pid, *(one.pid for one in self._descendants())]:
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                    if line.startswith(("RssAnon:", "RssShmem:")):
+                        total += int(line.split()[1]) * 1024
         return total
 
+    def _descendants(self) -> list[psutil.Process]:
+        """Everything it started that lives, whatever session it moved to: orphans among them are the child's own."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self.pid).children(recursive=True)
+            self._seen.update(found)
+            return found
+        return []
+
     def kill(self) -> None:
-        """End the whole group: politely, then not."""
+        """End it and all it started: politely, then not. What the child had started when it died by itself was seen before."""
+        self._descendants()
         if self.alive():
             self._signal(signal.SIGTERM)
             self.wait(_TERM_GRACE_S)
-        self._signal(signal.SIGKILL)  # also what it left behind
+        self._descendants()
+        self._signal(signal.SIGKILL)  # also what it left behind in its group
+        for one in self._seen:
+            with contextlib.suppress(
+                psutil.NoSuchProcess
+            ):  # a number given out again is another process, and is left alone
+                one.kill()
         self._process.wait()
 
     def _signal(self, number: int) -> None:

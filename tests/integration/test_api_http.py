@@ -129,6 +129,18 @@ def test_without_its_storage_it_is_degraded(tmp_path: Path, valkey_server: Valke
         assert response.json()["checks"]["storage"] != "ok"
 
 
+@pytest.mark.parametrize("revision", ["", "0001"])
+def test_a_database_without_its_newest_tables_is_not_ready(tmp_path: Path, valkey_server: Valkey, revision: str):
+    settings = Settings(data_dir=tmp_path, broker_url=valkey_server.url)
+    if revision:
+        migrations.upgrade(settings.sql_url, revision)
+    with serve(settings) as running, httpx.Client(base_url=running.url) as client:
+        response = client.get("/readyz")
+        assert (response.status_code, response.json()["checks"]["database"]) == (503, "is not migrated")
+        migrations.upgrade(settings.sql_url)
+        assert client.get("/readyz").status_code == 200
+
+
 def test_without_its_database_it_is_unavailable_and_comes_back(tmp_path: Path, valkey_server: Valkey):
     with Postgres(tmp_path / "postgres") as postgres:
         url = postgres.create_database()
