@@ -9,14 +9,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from starlette.responses import RedirectResponse
 
-from api import problems
+from api import pages, problems
 from api.deps import API_KEY_SCHEME, Services
 from api.edge import Edge
 from api.metrics import ApiMetrics
 from api.problems import documented
-from api.routes import datasets, health, history, jobs, me, models, recipes, results, workers
+from api.routes import datasets, health, history, jobs, me, models, queues, recipes, results, workers
 from api.tail import Tail
 from core.access.keys import KeyRing
 from core.artifacts.storage import open_store
@@ -54,9 +53,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.services = services
     problems.install(app)
     app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=services.metrics)
-    for routes in (jobs, history, results, models, datasets, recipes, workers, me, health):
+    for routes in (jobs, history, results, models, datasets, recipes, workers, queues, me, health):
         app.include_router(routes.router)
-    app.add_api_route("/", _to_docs, include_in_schema=False)
+    app.include_router(pages.router)
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     return app
 
@@ -97,10 +96,6 @@ async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
     for pool in (services.threads, services.transfers, services.probes):
         pool.shutdown(wait=False, cancel_futures=True)
     services.engine.dispose()
-
-
-async def _to_docs() -> RedirectResponse:
-    return RedirectResponse("/docs")
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from pathlib import PurePosixPath
 from urllib.parse import quote
 
 from fastapi import Request
-from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from api.deps import Services
 from api.problems import problem
 from core.errors import ErrorCode, NightpressError
 
+#: Asked for by a browser, whose scripts may not follow a redirect to another origin: it gets the address to go to instead.
+LOCATION_TYPE = "application/vnd.nightpress.location+json"
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -20,6 +22,8 @@ async def send_object(request: Request, services: Services, key: str, *, path: s
     """Answer with one stored file. `path` names it to the person; its SHA-256 is its ETag, so a resumed download can't mix two versions."""
     filename = safe_filename(path)
     url = await services.call(services.objects.presign_get, key, filename=filename)
+    if url is not None and LOCATION_TYPE in request.headers.get("accept", ""):
+        return JSONResponse({"url": url}, media_type=LOCATION_TYPE, headers={"Cache-Control": "no-store"})
     if url is not None:
         return RedirectResponse(url, status_code=307, headers={"Cache-Control": "no-store"})
     etag = f'"{sha256}"'

@@ -173,6 +173,7 @@ class RecipeView(View):
     passes: list[str]
     exports: list[str]
     recipe: dict[str, Any]
+    text: str  #: the recipe as it is written, in YAML
 
 
 class ValidateRequest(Request):
@@ -279,12 +280,23 @@ class WorkerView(View):
     queue: Literal["cpu", "gpu"]
     device: str
     memory: int
+    gpu_memory: int | None = None
+    gpu_memory_used: int | None = None  #: as of the last beat, by whoever uses it
     threads: int
     version: str
     state: Literal["idle", "busy", "draining", "lost"]
     job_id: str | None
     started_at: dt.datetime
     last_seen_at: dt.datetime
+
+
+class QueueView(View):
+    """What waits and what runs, over all tenants: how long a job of one's own may have to wait."""
+
+    name: Literal["cpu", "gpu"]
+    queued: int
+    running: int
+    oldest_queued_s: float | None  #: age of the oldest job that could run now
 
 
 class MeView(View):

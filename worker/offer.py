@@ -1,5 +1,6 @@
 """What this machine, or this container's share of it, can offer to jobs."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -12,7 +13,10 @@ from core.errors import ErrorCode, NightpressError
 from core.jobs.records import Worker, WorkerOffer
 from core.settings import Settings
 
+log = logging.getLogger(__name__)
+
 _SHARE = 0.8  #: of the memory; the rest is for the supervisor, the page cache and neighbours
+_MIB = 1024**2
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -28,7 +32,8 @@ def make_offer(settings: Settings, worker_id: str) -> WorkerOffer:
 
 
 def introduce(offer: WorkerOffer, *, draining: bool) -> Worker:
-    """The row by which others know this worker."""
+    """The row by which others know this worker, as it is now."""
+    gpu_memory, gpu_memory_used = _gpu_memory() if offer.queue == "gpu" else (None, None)
     return Worker(
         id=offer.worker_id,
         host=socket.gethostname(),
@@ -38,6 +43,8 @@ def introduce(offer: WorkerOffer, *, draining: bool) -> Worker:
         threads=offer.threads,
         version=version("nightpress"),
         draining=draining,
+        gpu_memory=gpu_memory,
+        gpu_memory_used=gpu_memory_used,
     )
 
 
@@ -60,14 +67,29 @@ def _cores() -> int:
         return cores
 
 
-def _gpu_name() -> str:
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+def _ask_gpu(fields: str) -> list[str]:
+    """What nvidia-smi says of the first GPU. Raises OSError or SubprocessError where it can't."""
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    return [value.strip() for value in said.split("\n")[0].split(",")]
+
+
+def _gpu_memory() -> tuple[int | None, int | None]:
+    """Bytes of the GPU's memory and of what is in use; None where it doesn't say, which stops no work."""
     try:
-        names = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")
+        total, used = _ask_gpu("memory.total,memory.used")
+        return int(total) * _MIB, int(used) * _MIB
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        log.warning("nvidia-smi does not say how much memory is in use: %s", error)
+        return None, None
+
+
+def _gpu_name() -> str:
+    try:
+        return _ask_gpu("name")[0]
     except (OSError, subprocess.SubprocessError) as error:
         raise NightpressError(
             ErrorCode.INVALID_REQUEST,
             f"This worker is to serve the queue gpu, but nvidia-smi finds no GPU: {error}.",
             hint="Set NIGHTPRESS_WORKER_QUEUE=cpu, or give the process a GPU.",
         ) from error
-    return names[0].strip()

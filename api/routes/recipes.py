@@ -9,7 +9,7 @@ from api.deps import JobsReader, Services, ServicesDep
 from api.problems import documented
 from api.routes import answer
 from core.errors import ErrorCode
-from core.recipes.builtins import builtin_recipes, get_recipe
+from core.recipes.builtins import builtin_recipes, builtin_text, get_recipe
 from core.recipes.models import Recipe, load_recipe, parse_recipe
 from core.recipes.plan import Plan, make_plan
 from core.schemas import Page, RecipeView, ValidateRequest, ValidateView
@@ -83,4 +83,5 @@ def _view(recipe: Recipe) -> RecipeView:
         passes=[one.pass_ for one in recipe.passes],
         exports=list(recipe.exports),
         recipe=recipe.model_dump(mode="json"),
+        text=builtin_text(recipe.name),
     )

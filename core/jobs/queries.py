@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from core.database import db_now, transaction
 from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, Queue
+from core.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, Queue, QueueLoad
 from core.jobs.states import QUEUED
 from core.jobs.tables import job_artifacts, job_attempts, job_events, job_logs, job_reports, jobs
 from core.schemas import JobState
@@ -138,6 +138,25 @@ class JobReader:
         )
         with transaction(self._engine, read_only=True) as connection:
             return [(job_id, number) for job_id, number in connection.execute(query.limit(limit))]
+
+    def queues(self) -> list[QueueLoad]:
+        """What waits and what runs in each queue, from the partial indexes of both."""
+        now = db_now()
+        queued = (
+            select(jobs.c.queue, func.count(), func.min(case((jobs.c.run_after <= now, jobs.c.created_at))), now)
+            .where(IS_QUEUED)
+            .group_by(jobs.c.queue)
+        )
+        leased = select(jobs.c.queue, func.count().label("running")).where(IS_LEASED).group_by(jobs.c.queue)
+        with transaction(self._engine, read_only=True) as connection:
+            waiting = {queue: (count, oldest, at) for queue, count, oldest, at in connection.execute(queued)}
+            running = {row.queue: row.running for row in connection.execute(leased)}
+        loads = []
+        for queue in ("cpu", "gpu"):
+            count, oldest, at = waiting.get(queue, (0, None, None))
+            age = None if oldest is None else max(0.0, (at - oldest).total_seconds())
+            loads.append(QueueLoad(queue, count, running.get(queue, 0), age))
+        return loads
 
     def statistics(self) -> JobStatistics:
         """Counts over all jobs, from the partial indexes alone."""

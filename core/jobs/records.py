@@ -178,10 +178,22 @@ class Worker:
     threads: int
     version: str
     draining: bool = False
+    gpu_memory: int | None = None  #: bytes; None where there is no GPU
+    gpu_memory_used: int | None = None  #: by whoever uses it, as of the last beat
     state: WorkerState = "idle"
     job_id: str | None = None
     started_at: dt.datetime | None = None
     last_seen_at: dt.datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLoad:
+    """What waits in a queue and what runs from it, over all tenants."""
+
+    name: Queue
+    queued: int
+    running: int
+    oldest_queued_s: float | None  #: age of the oldest job that could run now
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from core.jobs.records import Worker, WorkerState
 from core.jobs.tables import jobs, workers
 
 WORKER_LOST_S = 30.0  #: a worker not seen for so long is shown as lost
-_TOLD = ("host", "queue", "device", "memory", "threads", "version", "draining")
+_TOLD = ("host", "queue", "device", "memory", "threads", "version", "draining", "gpu_memory", "gpu_memory_used")
 
 
 class WorkerRoster:

@@ -234,6 +234,8 @@ workers = Table(
     Column("queue", String(8), nullable=False),
     Column("device", String(200), nullable=False),
     Column("memory", BigInteger, nullable=False),
+    Column("gpu_memory", BigInteger),
+    Column("gpu_memory_used", BigInteger),
     Column("threads", Integer, nullable=False),
     Column("version", String(40), nullable=False),
     Column("draining", Boolean, nullable=False),

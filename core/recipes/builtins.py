@@ -15,6 +15,12 @@ def builtin_recipes() -> dict[str, Recipe]:
     return {recipe.name: recipe for recipe in sorted(recipes, key=lambda one: one.name)}
 
 
+@cache
+def builtin_text(name: str) -> str:
+    """A built-in recipe as it is written: what has its default is left out."""
+    return (files("core.recipes") / "builtin" / f"{name}.yaml").read_text()
+
+
 def get_recipe(name: str) -> Recipe:
     """One by name. Raises NightpressError(not_found) that names the others."""
     recipes = builtin_recipes()

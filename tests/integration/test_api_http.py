@@ -189,9 +189,24 @@ def test_the_document_is_valid_openapi_with_problems_and_examples(client: httpx.
     assert len(post["requestBody"]["content"]["application/json"]["examples"]) == 2
 
 
-def test_the_front_door_leads_to_the_documentation(client: httpx.Client):
-    assert client.get("/").headers["location"] == "/docs"
-    assert client.get("/docs").status_code == 200
+def test_the_front_door_is_the_web_page_and_it_needs_nothing_from_elsewhere(client: httpx.Client):
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for name in re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text):
+        file = client.get(name)
+        assert file.status_code == 200, name
+        assert client.get(name, headers={"If-None-Match": file.headers["etag"]}).status_code == 304
+    assert client.get("/static/../../../etc/passwd").status_code == 404
+    assert client.get("/static/%2e%2e/%2e%2e/app.py").status_code == 404
+
+
+def test_no_file_of_the_web_page_names_another_origin():
+    allowed = {"http://www.w3.org/2000/svg"}
+    for path in Path("api/pages/static").rglob("*.*"):
+        assert set(re.findall(r"https?://[^\s\"'`)<>]+", path.read_text())) <= allowed, path
 
 
 _LIBRARIES = "fastapi, sqlalchemy.dialects.postgresql, pydantic_settings, prometheus_client, yaml"

@@ -1,0 +1,164 @@
+// One job: what it does, what happened, what it wrote, what came out.
+
+import { download, get, post, stream } from "../api.js";
+import { bars, lines } from "../charts.js";
+import { changed, interval, latency } from "../comparison.js";
+import { announce, fill, h } from "../dom.js";
+import { age, bytes, count, duration, figure, moment, percent, since, words } from "../format.js";
+import { poll } from "../live.js";
+import { badge, button, confirmed, copyable, facts, heading, progress, row, table, trouble } from "../parts.js";
+
+const ENDED = new Set(["succeeded", "failed", "cancelled"]);
+const LINES_KEPT = 2000;
+
+export async function job(main, { signal, go }, id) {
+  const path = `/v1/jobs/${encodeURIComponent(id)}`;
+  const places = Object.fromEntries(["notice", "head", "facts", "result", "passes"].map((name) => [name, h("div")]));
+  const history = h("ol", { class: "timeline" });
+  const log = h("pre", { class: "log", tabindex: "0", "aria-label": "Log", role: "log" });
+  const follow = h("input", { type: "checkbox", id: "follow", checked: true });
+  let current = null;
+
+  const first = await get(path, {}, signal);
+  fill(main, places.head, places.notice, places.facts, places.result,
+    h("section", { "aria-labelledby": "history" }, h("h2", { id: "history" }, "History"), history),
+    h("section", { "aria-labelledby": "passes" }, h("h2", { id: "passes" }, "Recipe"), places.passes),
+    h("section", { "aria-labelledby": "log" }, h("h2", { id: "log" }, "Log"), h("p", { class: "check" }, follow, h("label", { for: "follow" }, "Follow")), log));
+  draw(first);
+  fill(places.passes, recipe(first));
+
+  stream(`${path}/events`, 0, (seq, kind, data) => {
+    history.append(h("li", {}, h("time", { datetime: data.at, title: moment(data.at) }, new Date(data.at).toLocaleTimeString()), " ", h("strong", {}, words(kind)), " ", h("span", { class: "quiet" }, told(data.data))));
+    if (kind !== "progress" && kind !== "metric") refresh().catch(() => {});
+  }, signal);
+  stream(`${path}/logs`, 0, (seq, kind, line) => {
+    log.append(h("span", { class: line.level === "error" ? "bad" : line.level === "warning" ? "warm" : "" }, `${new Date(line.at).toLocaleTimeString()}  ${line.text}\n`));
+    while (log.childElementCount > LINES_KEPT) log.firstElementChild.remove();
+    if (follow.checked) log.scrollTop = log.scrollHeight;
+  }, signal);
+  await poll(signal, 2, refresh, (error) => fill(places.notice, trouble(error)));
+
+  async function refresh() {
+    if (current !== null && ENDED.has(current.state)) return;
+    draw(await get(path, {}, signal));
+    fill(places.notice, current.error ? failed(current.error) : null);
+  }
+
+  function draw(now) {
+    const before = current;
+    current = now;
+    if (before !== null && before.state !== now.state) announce(`The job is ${now.state}`);
+    if (before === null || JSON.stringify(before) !== JSON.stringify(now)) fill(places.head, head(now, go));
+    fill(places.facts, ENDED.has(now.state) || now.state === "queued" ? null : h("div", { class: "now" }, progress(now), h("p", { class: "quiet" }, now.message)), about(now));
+    if (now.error) fill(places.notice, failed(now.error));
+    if (now.state === "succeeded" && places.result.childElementCount === 0) results(path, now, places.result, signal).catch((error) => fill(places.result, trouble(error)));
+  }
+}
+
+function failed(error) {
+  return h("div", { class: "notice bad" }, h("p", {}, h("strong", {}, error.message), " ", h("code", {}, error.code)), error.hint ? h("p", {}, error.hint) : null);
+}
+
+function head(now, go) {
+  const title = now.name || `${now.recipe.name} · ${now.model_name}`;
+  document.title = `${title} · Nightpress`;
+  return [
+    h("p", { class: "crumbs" }, h("a", { href: "#/jobs" }, "Jobs"), " / ", h("code", {}, now.id)),
+    heading(title,
+      ENDED.has(now.state) ? button("Run again", async () => go(`#/jobs/${(await post(`/v1/jobs/${now.id}/retry`)).id}`))
+        : button("Cancel", async () => (await confirmed("Cancel this job?", "Cancel the job")) && post(`/v1/jobs/${now.id}/cancel`), { tone: "bad" })),
+    h("p", { class: "state" }, badge(now.state), now.verdict ? badge(now.verdict) : null),
+  ];
+}
+
+function about(now) {
+  const end = now.finished_at ? Date.parse(now.finished_at) : Date.now();
+  return facts([
+    ["Model", h("span", {}, now.model_name, " ", h("code", {}, now.model_id))],
+    ["Queue", `${now.queue}${now.priority ? `, priority ${now.priority}` : ""}`],
+    ["Submitted", h("time", { datetime: now.created_at }, `${moment(now.created_at)} (${age(now.created_at)})`)],
+    ["Starts after", since(now.run_after) < 0 ? moment(now.run_after) : null],
+    ["Started", now.started_at ? moment(now.started_at) : null],
+    ["Took", now.started_at ? duration((end - Date.parse(now.started_at)) / 1000) : null],
+    ["Attempt", now.attempt ? `${now.attempt}, ${now.failures} of ${now.max_failures} failures` : null],
+    ["Worker", now.worker_id ? h("code", {}, now.worker_id) : null],
+    ["Retry of", now.retry_of ? h("a", { href: `#/jobs/${now.retry_of}` }, now.retry_of) : null],
+    ["Reused from", now.reused_from ? h("a", { href: `#/jobs/${now.reused_from}` }, now.reused_from) : null],
+    ["Labels", Object.keys(now.labels).length === 0 ? null : Object.entries(now.labels).map(([name, value]) => h("span", { class: "label" }, `${name}=${value}`))],
+  ]);
+}
+
+function told(data) {
+  const parts = Object.entries(data ?? {}).filter(([, value]) => value !== null && typeof value !== "object").map(([name, value]) => `${words(name)} ${typeof value === "number" ? figure(value) : value}`);
+  return parts.join(" · ").slice(0, 300);
+}
+
+function recipe(now) {
+  return [
+    h("ol", { class: "passes" }, now.recipe.passes.map((one) => h("li", {}, h("strong", {}, one.pass), " ", h("span", { class: "quiet" }, Object.entries(one).filter(([name, value]) => name !== "pass" && name !== "ignore" && value !== null).map(([name, value]) => `${words(name)} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(" · "))))),
+    h("details", {}, h("summary", {}, "The whole recipe"), copyable(JSON.stringify(now.recipe, null, 2))),
+  ];
+}
+
+async function results(path, now, place, signal) {
+  const [{ report }, artifacts] = await Promise.all([get(`${path}/report`, {}, signal), get(`${path}/artifacts`, {}, signal)]);
+  const subjects = [report.source, ...report.artifacts];
+  fill(place,
+    h("section", { "aria-labelledby": "result" }, h("h2", { id: "result" }, "Before and after"), gates(report), comparison(report, subjects),
+      h("div", { class: "pair" },
+        bars("Size", subjects.map((one) => ({ label: one.name, value: one.size_bytes, text: bytes(one.size_bytes), tone: one === report.source ? "pale" : "solid" }))),
+        subjects.every((one) => latency(one)) ? bars(`Latency, batch ${latency(report.source).batch} × ${latency(report.source).length} tokens`, subjects.map((one) => ({ label: one.name, value: latency(one).p50_ms, text: `${figure(latency(one).p50_ms)} ms`, tone: one === report.source ? "pale" : "solid" }))) : null),
+      curves(report)),
+    h("section", { "aria-labelledby": "artifacts" }, h("h2", { id: "artifacts" }, "Artifacts"), copyable(`nightpress pull ${now.id} --out pressed`), artifacts.items.map((one) => artifact(path, one, report))),
+    h("p", { class: "row" },
+      button("Save the report (HTML)", () => download(`${path}/report.html`, `${now.id}.html`)),
+      button("Save the model card", () => download(`${path}/report.md`, `${now.id}.md`)),
+      h("a", { class: "button", href: `#/compare?job=${now.id}` }, "Compare with other jobs")));
+}
+
+function gates(report) {
+  if (report.gates.length === 0) return h("p", { class: "quiet" }, "The recipe sets no gates: whatever verifies is accepted.");
+  return h("ul", { class: "gates" }, report.gates.map((one) => h("li", { class: one.passed ? "good" : "bad" },
+    h("strong", {}, one.passed ? "met" : "missed"), " ", h("code", {}, one.gate), " ", h("span", { class: "quiet" }, `${one.artifact}: ${one.explanation}`))));
+}
+
+function comparison(report, subjects) {
+  const measures = [...new Set(subjects.flatMap((one) => one.measurements.map((measure) => measure.name)))];
+  const shapes = [...new Set(subjects.flatMap((one) => one.timings.map((timing) => `${timing.batch} × ${timing.length}`)))];
+  const columns = ["", ...subjects.map((one) => one.name)];
+  const source = report.source;
+  const rows = [
+    row(columns, ["size", ...subjects.map((one) => h("span", {}, bytes(one.size_bytes), one === source ? null : h("small", {}, percent(one.size_bytes / source.size_bytes))))]),
+    ...measures.map((name) => row(columns, [words(name), ...subjects.map((one) => {
+      const found = one.measurements.find((measure) => measure.name === name);
+      return found ? h("span", {}, interval(found), h("small", {}, changed(found))) : "–";
+    })])),
+    ...shapes.map((shape) => row(columns, [`latency ${shape}`, ...subjects.map((one) => {
+      const found = one.timings.find((timing) => `${timing.batch} × ${timing.length}` === shape);
+      const base = source.timings.find((timing) => `${timing.batch} × ${timing.length}` === shape);
+      return found ? h("span", {}, `${figure(found.p50_ms)} ms`, h("small", {}, one === source || !base ? `p95 ${figure(found.p95_ms)} ms` : `${(base.p50_ms / found.p50_ms).toFixed(2)}× · p95 ${figure(found.p95_ms)} ms`)) : "–";
+    })])),
+    row(columns, ["peak memory", ...subjects.map((one) => bytes(one.peak_memory_bytes))]),
+    row(columns, ["parameters", ...subjects.map((one) => count(one.parameters))]),
+  ];
+  const notes = subjects.flatMap((one) => one.notes.map((note) => h("li", {}, `${one.name}: ${note}`)));
+  return [table("The source and what was made of it", columns, rows), notes.length ? h("ul", { class: "quiet" }, notes) : null];
+}
+
+function curves(report) {
+  return report.passes.flatMap((one) => {
+    const groups = Map.groupBy ? Map.groupBy(one.series ?? [], (series) => series.x_label) : new Map([["step", one.series ?? []]]);
+    return [...groups].map(([label, series]) => (series.length ? lines(`${one.name}: ${series.map((curve) => curve.name).join(", ")}`, label, series) : null));
+  });
+}
+
+function artifact(path, one, report) {
+  const subject = report.artifacts.find((found) => found.format === one.format || found.name === one.format);
+  const check = subject?.verification;
+  return h("article", { class: "card" },
+    h("h3", {}, one.format, " ", h("small", { class: "quiet" }, bytes(one.size))),
+    check ? h("p", {}, badge(check.passed ? "accepted" : "failed"), ` Loaded by ${check.consumer} in a fresh process: ${check.measure} ${figure(check.value)} (bound ${figure(check.bound)}).`) : null,
+    check?.load_snippet ? copyable(check.load_snippet) : null,
+    h("details", {}, h("summary", {}, `${one.files.length} files`),
+      h("ul", { class: "files" }, one.files.map((file) => h("li", {}, button(file.path, () => download(one.download_url + file.path.split("/").map(encodeURIComponent).join("/"), file.path.split("/").at(-1)), { tone: "link", label: `Download ${file.path}` }), " ", h("small", { class: "quiet" }, bytes(file.size), " ", h("code", { title: file.sha256 }, file.sha256.slice(0, 12))))))));
+}

@@ -1,0 +1,134 @@
+// Nightly jobs: when they fire next, and what each fire came to.
+
+import { change, get, post } from "../api.js";
+import { announce, fill, h } from "../dom.js";
+import { age, moment, words } from "../format.js";
+import { poll } from "../live.js";
+import { badge, button, confirmed, copyable, empty, facts, field, heading, row, table, trouble } from "../parts.js";
+
+const COLUMNS = ["Schedule", "State", "When", "Next", "Presses", ""];
+const RUNS = ["Fire", "Came to", "Job", "Cause"];
+
+export async function schedules(main, { signal, query, go }) {
+  const notice = h("div");
+  const place = h("div");
+  const pages = h("nav", { class: "pages", "aria-label": "Pages" });
+  const making = h("div");
+  fill(main, heading("Schedules", button("New schedule", async () => fill(making, await form(signal, go)), { tone: "primary" })), notice, making, place, pages);
+  await poll(signal, 5, async () => {
+    const page = await get("/v1/schedules", { cursor: query.get("cursor"), limit: 50 }, signal);
+    fill(notice);
+    if (page.items.length === 0) fill(place, empty("No schedules yet.", h("p", {}, "One command makes a nightly job:"), copyable('nightpress schedule create nightly --cron "0 2 * * *" --timezone Europe/Berlin --model my-model --recipe int8-encoder')));
+    else fill(place, table("Schedules", COLUMNS, page.items.map((one) => draw(one, go))));
+    fill(pages, page.next_cursor ? h("a", { href: `#/schedules?cursor=${encodeURIComponent(page.next_cursor)}` }, "More") : null);
+  }, (error) => fill(notice, trouble(error)));
+}
+
+function draw(one, go) {
+  return row(COLUMNS, [
+    h("a", { href: `#/schedules/${one.id}` }, one.name),
+    badge(one.suspended ? "suspended" : "active"),
+    h("span", {}, h("code", {}, one.cron), h("small", {}, one.timezone)),
+    next(one),
+    pressed(one.job),
+    actions(one, () => go("#/schedules")),
+  ]);
+}
+
+function next(one) {
+  return one.next_at ? h("time", { datetime: one.next_at, title: moment(one.next_at) }, age(one.next_at)) : "–";
+}
+
+function pressed(job) {
+  return `${job.model} · ${typeof job.recipe === "string" ? job.recipe : job.recipe.name}`;
+}
+
+function actions(one, done) {
+  const path = `/v1/schedules/${one.id}`;
+  return h("div", { class: "row" },
+    button("Run now", async () => {
+      await post(`${path}/trigger`);
+      announce(`${one.name} fires now`);
+      done();
+    }, { tone: "small", label: `Run ${one.name} now` }),
+    one.suspended
+      ? button("Resume", async () => { await post(`${path}/resume`); done(); }, { tone: "small", label: `Resume ${one.name}` })
+      : button("Suspend", async () => { await post(`${path}/suspend`); done(); }, { tone: "small", label: `Suspend ${one.name}` }));
+}
+
+export async function schedule(main, { signal, go }, id) {
+  const path = `/v1/schedules/${encodeURIComponent(id)}`;
+  const head = h("div");
+  const notice = h("div");
+  const editing = h("div");
+  const runs = h("div");
+  fill(main, head, notice, editing, h("section", { "aria-labelledby": "runs" }, h("h2", { id: "runs" }, "Fires"), runs));
+  let drawn = "";
+  await poll(signal, 4, async () => {
+    const [one, page] = await Promise.all([get(path, {}, signal), get(`${path}/runs`, { limit: 50 }, signal)]);
+    fill(notice);
+    if (JSON.stringify(one) !== drawn) {
+      drawn = JSON.stringify(one);
+      document.title = `${one.name} · Nightpress`;
+      fill(head, h("p", { class: "crumbs" }, h("a", { href: "#/schedules" }, "Schedules"), " / ", h("code", {}, one.id)),
+        heading(one.name, actions(one, () => {}),
+          button("Edit", async () => fill(editing, await form(signal, go, one)), { tone: "small" }),
+          button("Delete", async () => {
+            if (!(await confirmed(`Delete the schedule “${one.name}”?`, "Delete it"))) return;
+            await change("DELETE", path, undefined, one.etag);
+            go("#/schedules");
+          }, { tone: "small bad" })),
+        facts([
+          ["State", badge(one.suspended ? "suspended" : "active")],
+          ["When", h("span", {}, h("code", {}, one.cron), " ", one.timezone)],
+          ["Next", one.next_at ? `${moment(one.next_at)} (${age(one.next_at)})` : null],
+          ["Presses", pressed(one.job)],
+          ["If the last still runs", words(one.overlap)],
+          ["Missed fires", one.catch_up === "none" ? "left out" : one.catch_up === "latest" ? "the latest is made up" : "all are made up"],
+          ["Only if the model changed", one.only_if_changed ? "yes" : "no"],
+        ]));
+    }
+    fill(runs, page.items.length === 0 ? empty("It has not fired yet.") : table("Fires, newest first", RUNS, page.items.map((run) => row(RUNS, [
+      h("time", { datetime: run.scheduled_for }, moment(run.scheduled_for)),
+      h("span", {}, badge(run.state), run.reason ? ` ${words(run.reason)}` : "", run.error ? h("small", {}, run.error.message) : null),
+      run.job_id ? h("a", { href: `#/jobs/${run.job_id}` }, run.job_id) : "–", run.cause]))));
+  }, (error) => fill(notice, trouble(error)));
+}
+
+/** A new schedule, or another version of one: then `If-Match` sees to it that nobody's edit is lost. */
+async function form(signal, go, existing = null) {
+  const [recipes, models] = await Promise.all([get("/v1/recipes", {}, signal), get("/v1/models", { limit: 200 }, signal)]);
+  const job = existing?.job ?? {};
+  const own = typeof job.recipe === "object";
+  const name = h("input", { required: true, pattern: "[a-z0-9][a-z0-9._\\-]{0,63}", value: existing?.name ?? "nightly", disabled: existing !== null });
+  const cron = h("input", { required: true, value: existing?.cron ?? "0 2 * * *" });
+  const zone = h("input", { required: true, value: existing?.timezone ?? Intl.DateTimeFormat().resolvedOptions().timeZone });
+  const names = [...new Set([...(job.model ? [job.model] : []), ...models.items.map((one) => one.name)])];
+  const model = h("select", { required: true }, names.map((one) => h("option", { value: one, selected: one === job.model }, one)));
+  const recipe = h("select", {}, own ? h("option", { value: "", selected: true }, `${job.recipe.name} (as it is)`) : null, recipes.items.map((one) => h("option", { value: one.name, selected: one.name === job.recipe }, one.name)));
+  const choice = (options, chosen) => h("select", {}, options.map(([value, text]) => h("option", { value, selected: value === chosen }, text)));
+  const overlap = choice([["skip", "leave this one out"], ["queue", "wait for it"], ["replace", "cancel it"]], existing?.overlap ?? "skip");
+  const catchUp = choice([["none", "leave them out"], ["latest", "make up the latest"], ["all", "make up all"]], existing?.catch_up ?? "latest");
+  const onlyIfChanged = h("input", { type: "checkbox", id: "only-if-changed", checked: existing?.only_if_changed ?? true });
+  const place = h("div");
+  const element = h("form", { class: "card" }, h("h2", {}, existing ? `Edit ${existing.name}` : "New schedule"), place,
+    h("div", { class: "pair" },
+      h("div", {}, field("Name", name), field("When (cron)", cron, "Minute, hour, day, month, weekday."), field("Time zone", zone, "As in Europe/Berlin.")),
+      h("div", {}, field("Model", model, "The newest of this name, each time."), field("Recipe", recipe), field("If the last still runs", overlap), field("Missed fires", catchUp),
+        h("p", { class: "check" }, onlyIfChanged, h("label", { for: "only-if-changed" }, "Only if the model changed")))),
+    h("div", { class: "row" }, h("button", { class: "primary" }, existing ? "Save" : "Create"), h("button", { type: "button", onclick: () => element.remove() }, "Cancel")));
+  element.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const wanted = { cron: cron.value.trim(), timezone: zone.value.trim(), overlap: overlap.value, catch_up: catchUp.value, only_if_changed: onlyIfChanged.checked, job: { ...job, model: model.value, recipe: recipe.value || job.recipe } };
+    try {
+      const saved = existing
+        ? await change("PATCH", `/v1/schedules/${existing.id}`, wanted, existing.etag)
+        : await post("/v1/schedules", { name: name.value.trim(), ...wanted });
+      element.remove();
+      go(`#/schedules/${saved.id}`);
+    } catch (error) {
+      fill(place, trouble(error));
+    }
+  });
+  return element;
+}

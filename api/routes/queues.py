@@ -1,0 +1,16 @@
+"""What waits, and how long already."""
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from api.deps import ServicesDep, WorkersReader
+from api.routes import answer
+from core.schemas import Page, QueueView
+
+router = APIRouter(prefix="/v1/queues", tags=["workers"])
+
+
+@router.get("", response_model=Page[QueueView], summary="The queues: what waits and what runs, over all tenants")
+async def list_queues(_caller: WorkersReader, services: ServicesDep) -> Response:
+    found = await services.call(services.store.queues)
+    return answer(Page[QueueView](items=[QueueView.model_validate(one, from_attributes=True) for one in found]))
