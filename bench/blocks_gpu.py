@@ -157,7 +157,7 @@ def press(method: Method, model: Path, scratch: Path, ids: torch.Tensor) -> dict
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
     start = time.perf_counter()
-    press_blocks(model, scratch / "out", method, ids, context, chosen=chosen, recipe="bench")
+    press_blocks(model, scratch / "out", method, {"input_ids": ids}, context, chosen=chosen, recipe="bench")
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}

@@ -32,6 +32,12 @@ FOLDS: dict[str, tuple[Fold, ...]] = {
     "qwen3": _llama(),
     "gemma": _llama(norm="norm+1"),
     "gemma2": _llama(norm="norm+1", before_feed_forward="pre_feedforward_layernorm"),
+    "gemma3_text": _llama(norm="norm+1", before_feed_forward="pre_feedforward_layernorm"),
+    "starcoder2": (
+        Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "norm"),
+        Fold("self_attn.v_proj", ("self_attn.o_proj",), "values"),
+        Fold("post_attention_layernorm", ("mlp.c_fc",), "norm"),
+    ),
     "phi3": (
         Fold("input_layernorm", ("self_attn.qkv_proj",), "norm"),
         Fold("post_attention_layernorm", ("mlp.gate_up_proj",), "norm"),

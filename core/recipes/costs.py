@@ -13,11 +13,22 @@ RUNTIME_BYTES = (
 FORWARD_RATE = 25e9  #: multiply-adds/s of fp32 on two cores
 _STREAM_BYTES = 300 * 1024**2  #: row chunks and write buffers of the stream executor
 _STREAM_RATE = 0.4e9  #: bytes/s read, rounded and written with fsync on two cores
+BATCH_TOKENS = {
+    "cuda": 16384,
+    "cpu": 2048,
+}  #: of the blocks executor: enough to fill the device; more only costs memory
+#: The blocks executor settles a block in one forward pass where its texts, waiting in the middle of it, take no more than this.
+IN_TURN_BYTES = {"cuda": 4 * 1024**3, "cpu": 1024**3}
 
 
 class Cost(NamedTuple):
     memory_bytes: int  #: beside RUNTIME_BYTES
     seconds: float
+
+
+def in_turn_bytes(tokens: int, width: int, widest: int, itemsize: int) -> int:
+    """What waiting texts hold of a block's intermediate results: queries, keys, values and residual, or the feed-forward's products."""
+    return tokens * itemsize * (4 * width + 2 * widest)
 
 
 def stream_cost(header: ModelHeader) -> Cost:

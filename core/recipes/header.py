@@ -33,12 +33,32 @@ ENCODERS = frozenset(
     }
 )
 DECODERS = frozenset(
-    {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "opt"}
+    {
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+        "gpt_bigcode",
+        "opt",
+        "falcon",
+        "starcoder2",
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "olmoe",
+    }
 )
 
 #: Families whose linear layers are Conv1D, with weights laid out [in, out].
 CONV1D = frozenset({"gpt2"})
-#: Families whose blocks are one block run many times: none can be finished before the last run.
+#: Families whose blocks run more than once, one after the other.
 SHARED_BLOCKS = frozenset({"albert"})
 
 

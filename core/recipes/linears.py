@@ -11,6 +11,8 @@ from core.recipes.header import CONV1D, ModelHeader, TensorInfo
 
 #: Matrices that are looked up, not multiplied.
 _NOT_LINEAR = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})
+#: They choose experts; a router's few weights decide everything, and no format carries them rounded.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 #: Heads over the vocabulary. Most are tied to the embeddings, so they stay as those are, whether or not the file holds a copy.
 _OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "vocab_projector", "generator_lm_head", "decoder"})
 
@@ -41,7 +43,7 @@ def is_linear_weight(tensor: TensorInfo, ignore: Iterable[str]) -> bool:
     ):
         return False
     leaf = module.rsplit(".", 1)[-1].lower()
-    if "embed" in module.lower() or "norm" in leaf or leaf in _NOT_LINEAR or leaf in _OUTPUT_HEADS:
+    if "embed" in module.lower() or "norm" in leaf or leaf in _NOT_LINEAR | _ROUTERS | _OUTPUT_HEADS:
         return False
     return not matches(module, ignore)
 
@@ -50,16 +52,22 @@ def invalid(message: str, hint: str) -> NightpressError:
     return NightpressError(ErrorCode.INVALID_RECIPE, message, hint=hint)
 
 
-def check_layout(name: str, weights: Sequence[TensorInfo], header: ModelHeader, divisor: Divisor | None) -> None:
-    """Groups and patterns run along a layer's inputs: they must be the weight's columns, and divide them. Raises NightpressError(invalid_recipe)."""
+def check_layout(
+    name: str, weights: Sequence[TensorInfo], header: ModelHeader, divisor: Divisor | None, *, turns: bool
+) -> None:
+    """Groups and patterns run along a layer's inputs, which must divide.
+
+    Inputs must be the weight's columns, but for a pass that turns the others. Raises NightpressError(invalid_recipe).
+    """
     if divisor is None:
         return
-    if header.model_type in CONV1D:
+    if header.model_type in CONV1D and not turns:
         raise invalid(
             f"`{name}` can't take a {header.model_type} with this {divisor.setting}: its linear layers are Conv1D with weights laid out [in, out].",
-            f"Use `{name}` without it, or another model.",
+            f"Use `{name}` without it, or `sparsegpt` or `wanda`.",
         )
-    widths = {tensor.shape[1]: tensor.name for tensor in weights}
+    inputs = 0 if header.model_type in CONV1D else 1
+    widths = {tensor.shape[inputs]: tensor.name for tensor in weights}
     ragged = {width: tensor for width, tensor in widths.items() if width % divisor.value}
     if ragged:
         width, tensor = next(iter(ragged.items()))

@@ -14,12 +14,12 @@ from torch import Tensor
 from core.compress.architectures import FOLDS
 from core.compress.checkpoint import read_shards
 from core.compress.context import PassContext
+from core.compress.evaluate.calibration import model_inputs
 from core.compress.executors.blocks import Inputs, Settled, press_blocks
 from core.compress.executors.rewrite import Effect
 from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from core.compress.solvers.grid import Grid
 from core.compress.solvers.wanda import Power
-from core.errors import ErrorCode, NightpressError
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.linears import is_linear_weight
@@ -45,6 +45,43 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Phi3ForCausalLM": {**_GROUPED, **_IDS},
     "GPTNeoXForCausalLM": {**_SMALL, **_IDS},
     "OPTForCausalLM": {**_SMALL, **_IDS, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "GPT2LMHeadModel": {**_IDS, "n_embd": 32, "n_head": 4, "n_layer": 3, "vocab_size": 97, "n_positions": 64},
+    "Gemma3ForCausalLM": {**_GROUPED, **_IDS, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "FalconForCausalLM": {**_SMALL, **_IDS},
+    "Starcoder2ForCausalLM": {**_GROUPED, **_IDS},
+    "GPTBigCodeForCausalLM": {**_IDS, "n_embd": 32, "n_head": 4, "n_layer": 3, "vocab_size": 97, "n_positions": 64},
+    "MixtralForCausalLM": {**_GROUPED, **_IDS, "num_local_experts": 4},
+    "Qwen2MoeForCausalLM": {
+        **_GROUPED,
+        **_IDS,
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "mlp_only_layers": [1],
+    },
+    "Qwen3MoeForCausalLM": {
+        **_GROUPED,
+        **_IDS,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "head_dim": 8,
+    },
+    "T5ForConditionalGeneration": {
+        "d_model": 32,
+        "d_kv": 8,
+        "num_heads": 4,
+        "num_layers": 3,
+        "d_ff": 64,
+        "vocab_size": 97,
+        "decoder_start_token_id": 0,
+    },
+    "ViTForImageClassification": {
+        **{key: value for key, value in _SMALL.items() if key != "vocab_size"},
+        "image_size": 32,
+        "patch_size": 8,
+    },
+    "AlbertForMaskedLM": {**_SMALL, "embedding_size": 16},
     "BertForMaskedLM": _SMALL,
     "RobertaForSequenceClassification": {**_SMALL, "max_position_embeddings": 66},
     "DistilBertForMaskedLM": {"dim": 32, "n_heads": 4, "n_layers": 3, "hidden_dim": 64, "vocab_size": 97},
@@ -74,6 +111,14 @@ def _ids(samples: int = 5, length: int = 24) -> Tensor:
     return torch.randint(5, 97, (samples, length), generator=torch.Generator().manual_seed(1))
 
 
+def _samples(family: str, ids: Tensor) -> dict[str, Tensor]:
+    """What the family's models are called with."""
+    if family.startswith("ViT"):
+        return {"pixel_values": torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    header = ModelHeader(model_type="x", architecture=family, config={}, tensors=(), has_tokenizer=False)
+    return model_inputs(ids, header)
+
+
 def _context(source: Path, work: Path, **extra: Any) -> PassContext:
     header = ModelHeader(model_type="x", architecture="x", config={}, tensors=(), has_tokenizer=False)
     if (source / "tokenizer.json").exists():
@@ -89,14 +134,17 @@ def _linears(source: Path) -> frozenset[str]:
 class _Looks:
     """Watches, and leaves every weight as it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_group: bool = False) -> None:
+        self.by_group = by_group
         self.seen: dict[str, Power] = {}
 
     def watch(self, columns: int, device: torch.device) -> Power:
         return Power(columns, device)
 
     def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
-        self.seen |= {name: one.statistic for one in inputs for name in one.names}
+        for one in inputs:
+            assert isinstance(one.statistic, Power)
+            self.seen |= dict.fromkeys(one.names, one.statistic)
         weights = {name: block[name].to(device) for one in inputs for name in one.names}
         return {name: Settled(weight=one, tensors={name: one}, effect=Effect()) for name, one in weights.items()}
 
@@ -104,32 +152,63 @@ class _Looks:
         return written[name]
 
 
+class _WholeModel:
+    """Σ x² of what every matrix of a whole model is given, found without a skeleton, a hook of the executor, or a name."""
+
+    def __init__(self, model: Any) -> None:
+        self.sums: list[tuple[Tensor, Tensor]] = []  #: the matrix, as its file has it, and its inputs' squares
+        self.everyone: list[tuple[Tensor, Tensor]] = []  #: of an expert's matrix, if all tokens went through it
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D):
+                module.register_forward_pre_hook(lambda one, args: self._add(self.sums, one.weight, args[0]))
+            elif type(module).__name__.endswith("Experts"):
+                module.register_forward_pre_hook(self._add_experts)
+
+    def of(self, matrix: Tensor, *, everyone: bool) -> Tensor:
+        found = [sum_ for weight, sum_ in (self.everyone if everyone else self.sums) if torch.equal(weight, matrix)]
+        return torch.stack(found).sum(0)
+
+    def _add(self, to: list[tuple[Tensor, Tensor]], weight: Tensor, inputs: Tensor) -> None:
+        to.append((weight, inputs.reshape(-1, inputs.shape[-1]).square().sum(0)))
+
+    def _add_experts(self, module: Any, args: tuple[Tensor, Tensor, Tensor]) -> None:
+        hidden, chosen, _ = args
+        for number in range(module.num_experts):
+            for to, rows in ((self.sums, (chosen == number).any(1)), (self.everyone, slice(None))):
+                given = hidden[rows]
+                gate, up = module.gate_up_proj[number].chunk(2)
+                self._add(to, gate, given)
+                self._add(to, up, given)
+                self._add(to, module.down_proj[number], module.act_fn(given @ gate.T) * (given @ up.T))
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_layer_is_seen_with_the_inputs_it_has_in_the_whole_model(family: str, tmp_path: Path):
+def test_each_layer_is_seen_with_the_inputs_it_has_in_the_whole_model(family: str, in_turn: bool, tmp_path: Path):
     model = _save(family, tmp_path / "source")
-    ids, looks = _ids(), _Looks()
+    looks, samples = _Looks(by_group=in_turn), _samples(family, _ids())
     chosen = _linears(tmp_path / "source")
-    work = tmp_path / "work"
-    press_blocks(
-        tmp_path / "source", tmp_path / "out", looks, ids, _context(tmp_path, work), chosen=chosen, recipe="look"
+    pressed = press_blocks(
+        tmp_path / "source",
+        tmp_path / "out",
+        looks,
+        samples,
+        _context(tmp_path, tmp_path / "work"),
+        chosen=chosen,
+        recipe="look",
     )
-
-    sums: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-
-            def add(_module: Any, args: tuple[Tensor, ...], name: str = f"{name}.weight") -> None:
-                sums[name] = sums.get(name, torch.tensor(0.0)) + args[0].reshape(-1, args[0].shape[-1]).square().sum(0)
-
-            module.register_forward_pre_hook(add)
+    whole = _WholeModel(model)
     with torch.no_grad():
-        model(input_ids=ids, **({"use_cache": False} if family.endswith("CausalLM") else {}))
-    assert len(looks.seen) >= 3 * 4
-    for name, power in looks.seen.items():
-        torch.testing.assert_close(
-            power.sum, sums[name], rtol=2e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        model(**samples, **({"use_cache": False} if "vocab_size" in FAMILIES[family] else {}))
     before, after = load_file(tmp_path / "source" / "model.safetensors"), _load(tmp_path / "out")
+    assert len(looks.seen) >= 6
+    assert {name for name in chosen if any(part.isdigit() for part in name.split("."))} == set(looks.seen)
+    for name, power in looks.seen.items():
+        expected = whole.of(before[name], everyone=name in pressed.starved)
+        torch.testing.assert_close(
+            power.sum, expected, rtol=3e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert pressed.unseen == ()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -147,13 +226,23 @@ def _header(model_type: str, family: str) -> ModelHeader:
 @pytest.mark.parametrize("model_type", sorted(Awq.model_types))
 def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_path: Path):
     """With 8 bits and a scale for 16 weights, what is left of the difference is rounding: no factor went astray."""
-    family = next(name for name in FAMILIES if name.lower().removesuffix("forcausallm") == model_type.replace("_", ""))
+    family = next(
+        name
+        for name in FAMILIES
+        if name.lower().removesuffix("forcausallm") == model_type.removesuffix("_text").replace("_", "")
+    )
     model = _save(family, tmp_path / "source")
     source, out = tmp_path / "source", tmp_path / "out"
     grid = Grid(8, 16, symmetric=False)
     method = ActivationAware(Awq(bits=8, group_size=16), grid, _header(model_type, family))
     press_blocks(
-        source, out, method, _ids(), _context(source, tmp_path / "work"), chosen=_linears(source), recipe="awq"
+        source,
+        out,
+        method,
+        {"input_ids": _ids()},
+        _context(source, tmp_path / "work"),
+        chosen=_linears(source),
+        recipe="awq",
     )
     written = _load(out)
     state = {}
@@ -192,7 +281,9 @@ def test_an_attempt_killed_after_a_block_is_finished_byte_by_byte_as_if_nothing_
 
     def press(out: Path, work: Path, **extra: Any) -> Any:
         context = _context(source, work, **extra)
-        return press_blocks(source, out, _methods()[name], _ids(), context, chosen=_linears(source), recipe=name)
+        return press_blocks(
+            source, out, _methods()[name], {"input_ids": _ids()}, context, chosen=_linears(source), recipe=name
+        )
 
     whole = press(tmp_path / "a" / "out", tmp_path / "work-a")
 
@@ -211,19 +302,3 @@ def test_an_attempt_killed_after_a_block_is_finished_byte_by_byte_as_if_nothing_
     assert names == sorted(path.name for path in (tmp_path / "b" / "out").iterdir())
     for file in names:
         assert (tmp_path / "a" / "out" / file).read_bytes() == (tmp_path / "b" / "out" / file).read_bytes(), file
-
-
-def test_a_model_whose_blocks_share_weights_is_refused(tmp_path: Path):
-    config = transformers.AlbertConfig(**_SMALL, embedding_size=16)
-    transformers.AlbertForMaskedLM(config).save_pretrained(tmp_path / "source")
-    with pytest.raises(NightpressError) as caught:
-        press_blocks(
-            tmp_path / "source",
-            tmp_path / "out",
-            _Looks(),
-            _ids(),
-            _context(tmp_path, tmp_path / "work"),
-            chosen=_linears(tmp_path / "source"),
-            recipe="look",
-        )
-    assert caught.value.code is ErrorCode.UNSUPPORTED_ARCHITECTURE

@@ -2,7 +2,8 @@
 
 What enters the first block is captured once for all calibration texts. Then for each block: its weights are read, the texts run through it
 while every linear layer's inputs are summed up, the method settles its weights, the texts run through it again as it now is, and it is
-written as a shard of its own. Reading the next block and writing the last one overlap with the arithmetic.
+written as a shard of its own. Where a method settles each layer by itself and memory allows it, the two passes are one: the texts stop
+before each layer until it is settled. Reading the next block and writing the last one overlap with the arithmetic.
 
 A killed attempt resumes behind the last block that was written: the finished blocks are run from their files, and since a block always
 runs as its files say it, what follows is the same to the last byte.
@@ -14,10 +15,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -31,20 +32,24 @@ from core.compress.checkpoint import (
     write_index,
 )
 from core.compress.context import PassContext
+from core.compress.executors.activations import Calls, room_for
+from core.compress.executors.experts import Experts
 from core.compress.executors.rewrite import Effect
-from core.compress.executors.skeleton import Call, Skeleton, Source
+from core.compress.executors.skeleton import Batch, Skeleton, Source, is_conv1d
+from core.compress.executors.watch import (
+    EnoughSeen,
+    Groups,
+    Inputs,
+    InTurn,
+    Statistic,
+    Watched,
+    in_features,
+    without_padding,
+)
 from core.errors import ErrorCode, NightpressError
+from core.recipes.costs import BATCH_TOKENS, IN_TURN_BYTES, in_turn_bytes
 
-_BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}  #: enough to fill the device; more only costs memory
-
-
-class Statistic(Protocol):
-    """What a method wants to know of a linear layer's inputs."""
-
-    tokens: int
-
-    def add(self, inputs: Tensor) -> None:
-        """Take in [..., columns]."""
+__all__ = ["Inputs", "Method", "Pressed", "Settled", "Statistic", "press_blocks"]
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,12 @@ class Settled:
     effect: Effect | None  #: None if it is no linear weight, but makes up for what was done to one
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What is known of a tensor that some linear layers are given."""
-
-    names: tuple[str, ...]  #: of their weights
-    statistic: Statistic
-
-
 class Method(Protocol):
     """A calibrated method: what it watches, and what it makes of weights."""
+
+    @property
+    def by_group(self) -> bool:
+        """Whether the layers behind each tensor are settled by themselves: then `settle` may be called for them as soon as it is known."""
 
     def watch(self, columns: int, device: torch.device) -> Statistic: ...
 
@@ -83,6 +84,9 @@ class Pressed:
     effects: dict[str, Effect]  #: by weight
     bytes_after: dict[str, int]  #: by weight, of all that was written for it
     unseen: tuple[str, ...]  #: weights that no calibration token reached
+    starved: dict[
+        str, int
+    ]  #: weights of experts that were calibrated with every token, and how few the router gave them
     kept: tuple[str, ...]  #: matrices that were copied
 
 
@@ -90,7 +94,7 @@ def press_blocks(
     source: Path,
     target: Path,
     method: Method,
-    ids: Tensor,
+    samples: Batch,
     context: PassContext,
     *,
     chosen: frozenset[str],
@@ -98,24 +102,37 @@ def press_blocks(
 ) -> Pressed:
     """Settle the chosen weights of all blocks and copy the rest of the model's tensors; `target` gets its shards and their index.
 
-    ids [samples, length] are whole calibration texts. `recipe` says what is done, so that only blocks made just so are taken over from
+    samples are what the model is called with, each [samples, …]: whole calibration texts, or padded ones with their mask, or pixels. `recipe` says what is done, so that only blocks made just so are taken over from
     an earlier attempt. If a GPU's memory does not suffice, smaller batches are tried once. Raises NightpressError.
     """
     target.mkdir(parents=True, exist_ok=True)
-    tokens = _BATCH_TOKENS[torch.device(context.device).type]
     for share in (1, 4):
         try:
             with torch.no_grad():
-                return _Run(source, target, method, ids, context, chosen, recipe, tokens // share).run()
-        except torch.cuda.OutOfMemoryError as error:
+                return _Run(source, target, method, samples, context, chosen, recipe, share).run()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             if share == 4:
-                raise NightpressError(
-                    ErrorCode.GPU_OUT_OF_MEMORY,
-                    "The GPU's memory does not hold one block of the model with its calibration.",
-                    hint="Use fewer or shorter calibration samples, or a larger GPU.",
-                ) from error
+                raise _out_of_memory(error) from error
+        # Outside of the handler: what the failed run held is free by now.
+        context.progress(0.0, "memory ran out: once more with smaller batches")
         torch.cuda.empty_cache()
     raise AssertionError
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for a GPU's memory, and only a text for the host's."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _out_of_memory(error: RuntimeError) -> NightpressError:
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    return NightpressError(
+        ErrorCode.GPU_OUT_OF_MEMORY if on_gpu else ErrorCode.OUT_OF_MEMORY,
+        f"The {'GPU' if on_gpu else 'worker'}'s memory does not hold one block of the model with its calibration, even in small batches.",
+        hint=f"Use fewer or shorter calibration samples, or a {'GPU' if on_gpu else 'worker'} with more memory.",
+    )
 
 
 class _Run:
@@ -124,45 +141,56 @@ class _Run:
         source: Path,
         target: Path,
         method: Method,
-        ids: Tensor,
+        samples: Batch,
         context: PassContext,
         chosen: frozenset[str],
         recipe: str,
-        batch_tokens: int,
+        share: int,
     ) -> None:
-        self.target, self.method, self.ids, self.context, self.chosen = target, method, ids, context, chosen
+        self.target, self.method, self.context, self.chosen = target, method, context, chosen
         self.source = Source(read_shards(source))
         self.device = torch.device(context.device)
         self.skeleton = Skeleton(source, self.source, context.device, self._compute_dtype())
-        self.batch = max(1, min(len(ids), batch_tokens // ids.shape[1]))
+        self.samples, self.real = _without_idle_mask(samples)
+        self.total = len(next(iter(samples.values())))
+        self.length = _tokens_a_sample(samples, self.skeleton.config)
+        self.batch = max(1, min(self.total, BATCH_TOKENS[self.device.type] // share // self.length))
         self.count = len(self.skeleton.blocks)
         digest = hashlib.sha256(f"{recipe}\n{self.batch}\n{target.name}".encode())
-        digest.update(ids.numpy().tobytes())
+        for name, one in sorted(samples.items()):
+            digest.update(name.encode() + one.contiguous().numpy().tobytes())
         for shard in self.source.shards:
             digest.update(shard.header)
         self.records = context.work_dir / "blocks" / digest.hexdigest()[:16]
         self.records.mkdir(parents=True, exist_ok=True)
-        self.effects: dict[str, Effect] = {}
+        self.came_out: list[
+            Tensor
+        ] = []  #: of each row that has run, the hidden states of all texts [samples, length, width]
+        self.calls = Calls(self.device)
         self.unseen: list[str] = []
+        self.starved: dict[str, int] = {}
+        self.groups: dict[tuple[str, ...], list[list[str]] | None] = {}
 
     def run(self) -> Pressed:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             rest: Future[None] = writer.submit(self._copy_rest)
             self.context.progress(0.0, "calibrating")
-            hidden, calls = self._capture()
             finished = self._finished()
             coming = reader.submit(self._read, 0, finished)
             writing: tuple[int, Future[None]] | None = None
-            for index in range(self.count):
+            for index, block in enumerate(self.skeleton.blocks):
+                if index == 0 or block.row != self.skeleton.blocks[index - 1].row:
+                    self._capture(block.row)
                 tensors = coming.result()
                 if index + 1 < self.count:
                     coming = reader.submit(self._read, index + 1, finished)
                 self.context.progress(index / self.count, f"block {index + 1} of {self.count}")
                 if index < finished:
                     tensors |= {name: self.method.restore(name, tensors) for name in self._chosen_of(index)}
-                    self._forward(self.skeleton.fill_block(index, tensors), index, hidden, calls)
+                    self.skeleton.fill_block(index, tensors)
+                    self._forward(index)
                 else:
-                    settled = self._press(index, tensors, hidden, calls)
+                    settled = self._press(index, tensors)
                     self._wait(writing)
                     writing = index, writer.submit(self._write, index, tensors, settled)
                 self.skeleton.empty_block(index)
@@ -181,76 +209,179 @@ class _Run:
 
     # Texts -------------------------------------------------------------------------------------------------------------
 
-    def _capture(self) -> tuple[Tensor, dict[int, list[Call]]]:
-        """The hidden states of all texts [samples, length, width], and by batch size what each block is given beside them."""
+    def _capture(self, row: int) -> None:
+        """What enters a row [samples, length, width], and what each of its blocks is given beside it."""
+        starts = range(0, self.total, self.batch)
+        batches = ({name: one[at : at + self.batch] for name, one in self.samples.items()} for at in starts)
+        earlier = [torch.split(one, self.batch) for one in self.came_out]
         hidden: Tensor | None = None
-        calls: dict[int, list[Call]] = {}
-        at = 0
-        for entered, given in self.skeleton.capture(torch.split(self.ids, self.batch)):
+        self.calls = Calls(self.device)
+        for at, (entered, heard) in zip(starts, self.skeleton.capture(row, batches, earlier), strict=True):
             if hidden is None:
-                shape = (len(self.ids), *entered.shape[1:])
-                hidden = _room_for(shape, entered.dtype, self.device, self.context.work_dir)
+                shape = (self.total, *entered.shape[1:])
+                hidden = room_for(shape, entered.dtype, self.device, self.context.work_dir)
             hidden[at : at + len(entered)] = entered
-            calls.setdefault(len(entered), given)
-            at += len(entered)
+            self.calls.add(heard, keep_on=hidden.device)
         assert hidden is not None
-        return hidden, calls
+        self.came_out.append(hidden)
 
-    def _batches(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each batch where it is kept and on the device."""
-        for kept in torch.split(hidden, self.batch):
-            yield kept, kept.to(self.device, non_blocking=True)
+    def _batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each batch by number, where it is kept and on the device."""
+        for number, kept in enumerate(torch.split(self.came_out[-1], self.batch)):
+            yield number, kept, kept.to(self.device, non_blocking=True)
 
-    def _forward(self, block: nn.Module, index: int, hidden: Tensor, calls: dict[int, list[Call]]) -> None:
-        """Run all texts through a block; what comes out takes the place of what went in."""
-        for kept, batch in self._batches(hidden):
-            call = calls[len(batch)][index]
+    def _through(self, index: int, number: int, batch: Tensor, watched: Watched | None = None) -> Tensor:
+        """A batch [B, L, width] after all runs of a block."""
+        block, calls = self.skeleton.blocks[index].module, self.calls.of(index, number)
+        for mixture in self._experts_of(index):
+            real = self._real(number)
+            mixture.real = None if real is None else real.flatten()
+        for at, call in enumerate(calls, 1):
+            if watched is not None:
+                watched.stops, watched.real = at == len(calls), self._real(number)
             out = block(batch, *call.args, **call.kwargs)
-            kept.copy_(out[0] if isinstance(out, tuple) else out)
+            batch = out[0] if isinstance(out, tuple) else out
+        return batch
 
-    def _chosen_of(self, index: int) -> dict[str, nn.Linear]:
+    def _forward(self, index: int) -> None:
+        """Run all texts through a block; what comes out takes the place of what went in."""
+        for number, kept, batch in self._batches():
+            kept.copy_(self._through(index, number, batch))
+
+    def _real(self, number: int) -> Tensor | None:
+        """Which of a batch's tokens are no padding, bool [B, L]; None if all."""
+        if self.real is None:
+            return None
+        return self.real[number * self.batch : (number + 1) * self.batch].to(self.device)
+
+    def _chosen_of(self, index: int) -> dict[str, nn.Module]:
         """The chosen weights of a block by name, with their layers."""
         return {name: one for name, one in self.skeleton.linears(index).items() if name in self.chosen}
 
+    def _experts_of(self, index: int) -> list[Experts]:
+        return [one for _, one in self.skeleton.experts(index)]
+
     # A block -----------------------------------------------------------------------------------------------------------
 
-    def _press(
-        self, index: int, tensors: dict[str, Tensor], hidden: Tensor, calls: dict[int, list[Call]]
-    ) -> dict[str, Settled]:
-        block = self.skeleton.fill_block(index, tensors)
+    def _press(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Settled]:
+        self.skeleton.fill_block(index, tensors)
         linears = self._chosen_of(index)
-        inputs = self._watch(block, linears, index, hidden, calls)
-        self.unseen += [name for one in inputs if one.statistic.tokens == 0 for name in one.names]
-        settled = self.method.settle(tensors, inputs, self.device)
+        groups = self._groups_of(index, linears)
+        if groups is not None:
+            return self._press_in_turn(index, tensors, linears, groups)
+        inputs = self._watch(index, linears) + self._watch_starved(index, linears)
+        settled = self._settle(tensors, inputs, linears)
         del inputs
         self.skeleton.fill_block(index, tensors | {name: one.weight for name, one in settled.items()})
         if index + 1 < self.count:
-            self._forward(block, index, hidden, calls)
+            self._forward(index)
         return settled
 
-    def _watch(
-        self,
-        block: nn.Module,
-        linears: Mapping[str, nn.Linear],
-        index: int,
-        hidden: Tensor,
-        calls: dict[int, list[Call]],
-    ) -> list[Inputs]:
-        """Sum up the inputs of every linear layer. Layers that are given the very same tensor share a sum."""
-        watched = _Watched(self.method, self.device, len(linears))
-        handles = [one.register_forward_pre_hook(watched.hook(name)) for name, one in linears.items()]
-        handles.append(block.register_forward_pre_hook(watched.next_batch))
+    def _settle(
+        self, tensors: Mapping[str, Tensor], inputs: Sequence[Inputs], linears: Mapping[str, nn.Module]
+    ) -> dict[str, Settled]:
+        """The method's answer. It knows weights as [out, in] alone; those stored the other way round are turned before and after."""
+        self.unseen += [name for one in inputs if one.statistic.tokens == 0 for name in one.names]
+        turned = {name for name, one in linears.items() if is_conv1d(one)}
+        given = {name: one.t().contiguous() if name in turned else one for name, one in tensors.items()}
+        settled = self.method.settle(given, inputs, self.device)
+        return {name: _turned(name, one) if name in turned else one for name, one in settled.items()}
+
+    # In two passes: watch, settle, run again
+
+    def _watch(self, index: int, linears: Mapping[str, nn.Module]) -> list[Inputs]:
+        """Sum up the inputs of every linear layer."""
+        watched = Watched(self.method.watch, self.device, linears)
+        with watched.over(self.skeleton.blocks[index].module):
+            for number, _, batch in self._batches():
+                with contextlib.suppress(EnoughSeen):
+                    self._through(index, number, batch, watched)
+        few = self._starved(index, watched.inputs())
+        self.starved |= few
+        return [one for one in watched.inputs() if few.keys().isdisjoint(one.names)]
+
+    def _starved(self, index: int, inputs: Sequence[Inputs]) -> dict[str, int]:
+        """The weights of experts that saw fewer tokens than they have inputs, too few to tell one input from another."""
+        prefixes = tuple(prefix for prefix, _ in self.skeleton.experts(index))
+        return {
+            name: one.statistic.tokens
+            for one in inputs
+            for name in one.names
+            if prefixes and name.startswith(prefixes) and one.statistic.tokens < self.source.stored(name).info.shape[1]
+        }
+
+    def _watch_starved(self, index: int, linears: Mapping[str, nn.Module]) -> list[Inputs]:
+        """The inputs of starved experts if every token went through them."""
+        starved = {name: one for name, one in linears.items() if name in self.starved}
+        if not starved:
+            return []
+        for prefix, mixture in self.skeleton.experts(index):
+            named = [name.removeprefix(prefix) for name in starved if name.startswith(prefix)]
+            mixture.shown_all = frozenset(int(name.split(".")[0]) for name in named)
+        watched = Watched(self.method.watch, self.device, starved)
         try:
-            for _, batch in self._batches(hidden):
-                call = calls[len(batch)][index]
-                with contextlib.suppress(_EnoughSeen):
-                    block(batch, *call.args, **call.kwargs)
+            with watched.over(self.skeleton.blocks[index].module):
+                for number, _, batch in self._batches():
+                    with contextlib.suppress(EnoughSeen):
+                        self._through(index, number, batch, watched)
         finally:
-            for handle in handles:
-                handle.remove()
-        for name, one in linears.items():
-            watched.add_unseen(name, one.in_features)
+            for mixture in self._experts_of(index):
+                mixture.shown_all = frozenset()
         return watched.inputs()
+
+    # In one pass: the texts wait before each group of layers until it is settled
+
+    def _groups_of(self, index: int, linears: Mapping[str, nn.Module]) -> list[list[str]] | None:
+        """The layers in groups of the same inputs, in the order of their calls; None if they can't be settled in turn."""
+        if not self.method.by_group or not linears or self.skeleton.experts(index) or self.calls.runs(index) > 1:
+            return None
+        width = self.came_out[-1].shape[-1]
+        widest = max(in_features(one) for one in linears.values())
+        tokens = self.came_out[-1].shape[0] * self.came_out[-1].shape[1]
+        if in_turn_bytes(tokens, width, widest, self.skeleton.dtype.itemsize) > IN_TURN_BYTES[self.device.type]:
+            return None
+        short = self.skeleton.short_names(index)
+        like = tuple(short[name] for name in linears)
+        if like not in self.groups:
+            found = Groups(linears)
+            with found.over():
+                number, _, batch = next(self._batches())
+                self._through(index, number, batch)
+            order = found.in_order()
+            self.groups[like] = None if order is None else [[short[name] for name in group] for group in order]
+        known, names = self.groups[like], self.skeleton.blocks[index].names
+        return None if known is None else [[names[one] for one in group] for group in known]
+
+    def _press_in_turn(
+        self, index: int, tensors: dict[str, Tensor], linears: Mapping[str, nn.Module], groups: list[list[str]]
+    ) -> dict[str, Settled]:
+        settled: dict[str, Settled] = {}
+        statistic: Statistic | None = None
+
+        def watch(inputs: Tensor, number: int) -> None:
+            nonlocal statistic
+            if statistic is None:
+                statistic = self.method.watch(inputs.shape[-1], self.device)
+            statistic.add(without_padding(inputs, self._real(number)))
+
+        def settle(group: int) -> None:
+            nonlocal statistic
+            assert statistic is not None
+            names = groups[group]
+            found = self._settle({name: tensors[name] for name in names}, [Inputs(tuple(names), statistic)], linears)
+            statistic = None
+            for name, one in found.items():
+                weight = one.weight.to(self.device, self.skeleton.dtype)
+                linears[name].weight = nn.Parameter(weight, requires_grad=False)
+            settled.update(found)
+
+        def through(number: int, kept: Tensor) -> None:
+            kept.copy_(self._through(index, number, kept.to(self.device, non_blocking=True)))
+
+        kept = torch.split(self.came_out[-1], self.batch)
+        runs = [partial(through, number, one) for number, one in enumerate(kept)]
+        InTurn(groups, linears).run(runs, watch, settle, to_the_end=index + 1 < self.count)
+        return settled
 
     # Files -------------------------------------------------------------------------------------------------------------
 
@@ -278,13 +409,19 @@ class _Run:
         self._write_shard(self._block_file(index), out)
         record = {name: asdict(one.effect) for name, one in settled.items() if one.effect is not None}
         unseen = [name for name in self.unseen if name in settled]
-        body = {"size": self._block_file(index).stat().st_size, "effects": record, "unseen": unseen}
+        starved = {name: count for name, count in self.starved.items() if name in settled}
+        body = {
+            "size": self._block_file(index).stat().st_size,
+            "effects": record,
+            "unseen": unseen,
+            "starved": starved,
+        }
         write_file(self._record_file(index), json.dumps(body).encode())
 
     def _copy_rest(self) -> None:
         """The shard of all tensors outside the blocks. Made anew by every attempt: it takes a moment."""
-        inside = tuple(self.skeleton.block_prefix(index) for index in range(self.count))
-        names = [name for name in self.source.names() if not name.startswith(inside)]
+        inside = {name for index in range(self.count) for name in self.skeleton.block_names(index)}
+        names = [name for name in self.source.names() if name not in inside]
         infos = [self.source.stored(name).info for name in names]
         with ShardWriter(self.target / self._shard_name(0), infos, {"format": "pt"}) as shard:
             for name in names:
@@ -324,10 +461,12 @@ class _Run:
         write_index(self.target, weight_map, sum(sizes.values()))
         effects: dict[str, Effect] = {}
         unseen: list[str] = []
+        starved: dict[str, int] = {}
         for index in range(self.count):
             record = json.loads(self._record_file(index).read_bytes())
             effects |= {name: Effect(**one) for name, one in record["effects"].items()}
             unseen += record["unseen"]
+            starved |= record["starved"]
         self.context.progress(1.0, "done")
         return Pressed(
             effects=effects,
@@ -336,6 +475,7 @@ class _Run:
                 for name in effects
             },
             unseen=tuple(unseen),
+            starved=starved,
             kept=tuple(
                 name
                 for name in self.source.names()
@@ -344,79 +484,28 @@ class _Run:
         )
 
 
-class _EnoughSeen(Exception):  # noqa: N818 (nothing went wrong)
-    """Every watched layer of a block has been given its inputs."""
+def _turned(name: str, one: Settled) -> Settled:
+    """A settled weight in the layout [in, out]."""
+    assert one.tensors.keys() == {name}, "codes can't be turned"
+    weight = one.weight.t().contiguous()
+    return Settled(weight=weight, tensors={name: weight}, effect=one.effect)
 
 
-class _Watched:
-    """The sums of one block's inputs."""
-
-    def __init__(self, method: Method, device: torch.device, count: int) -> None:
-        self._method, self._device, self._count = method, device, count
-        self._leaders: dict[str, str] = {}
-        self._statistics: dict[str, Statistic] = {}
-        self._called: set[str] = set()  #: by this batch
-        self._seen: list[tuple[Tensor, str]] = []  #: holds this batch's tensors, so that no two share an address
-
-    def next_batch(self, _module: nn.Module, _args: object) -> None:
-        self._seen.clear()
-        self._called.clear()
-
-    def hook(self, name: str) -> "_Hook":
-        return _Hook(self, name)
-
-    def take(self, name: str, inputs: Tensor) -> None:
-        if name not in self._leaders:
-            self._leaders[name] = next((leader for tensor, leader in self._seen if tensor is inputs), name)
-        if self._leaders[name] == name:
-            self._seen.append((inputs, name))
-            if name not in self._statistics:
-                self._statistics[name] = self._method.watch(inputs.shape[-1], self._device)
-            self._statistics[name].add(inputs)
-        self._called.add(name)
-        if len(self._called) == self._count:
-            raise _EnoughSeen  # what the last layers make of it is not asked for
-
-    def add_unseen(self, name: str, columns: int) -> None:
-        if name not in self._leaders:
-            self._leaders[name] = name
-            self._statistics[name] = self._method.watch(columns, self._device)
-
-    def inputs(self) -> list[Inputs]:
-        return [
-            Inputs(tuple(name for name, one in self._leaders.items() if one == leader), statistic)
-            for leader, statistic in self._statistics.items()
-        ]
+def _without_idle_mask(samples: Batch) -> tuple[Batch, Tensor | None]:
+    """The samples without a mask that hides nothing, and the mask as bool [samples, length] where it hides padding."""
+    mask = samples.get("attention_mask")
+    if mask is None:
+        return samples, None
+    if bool(mask.all()):
+        return {name: one for name, one in samples.items() if not name.endswith("attention_mask")}, None
+    return samples, mask.bool()
 
 
-@dataclass(frozen=True)
-class _Hook:
-    watched: _Watched
-    name: str
-
-    def __call__(self, _module: nn.Module, args: Sequence[Tensor]) -> None:
-        self.watched.take(self.name, args[0])
-
-
-def _room_for(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path) -> Tensor:
-    """Memory for the hidden states: on the device, in host memory, or in a file that the kernel pages, whichever has ample room."""
-    count = 1
-    for dim in shape:
-        count *= dim
-    size = count * dtype.itemsize
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if size < 0.3 * free:
-            return torch.empty(shape, dtype=dtype, device=device)
-    if size < 0.25 * psutil.virtual_memory().available:
-        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "hidden-states.bin"
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    room = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
-    path.unlink()  # the mapping keeps the file for as long as it is needed
-    return room.view(shape)
+def _tokens_a_sample(samples: Batch, config: Any) -> int:
+    if "input_ids" in samples:
+        return int(samples["input_ids"].shape[1])
+    height, width = samples["pixel_values"].shape[-2:]
+    return int(height // config.patch_size * (width // config.patch_size)) + 1
 
 
 def _bytes(tensor: Tensor) -> memoryview:

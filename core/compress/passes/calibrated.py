@@ -11,7 +11,7 @@ from torch import Tensor
 from core.compress.architectures import FOLDS, Fold
 from core.compress.checkpoint import read_shards
 from core.compress.context import PassContext
-from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+from core.compress.evaluate.calibration import calibration_samples
 from core.compress.executors.blocks import Inputs, Method, Pressed, Settled, Statistic, press_blocks
 from core.compress.executors.rewrite import Effect
 from core.compress.executors.stream import copy_companions
@@ -55,6 +55,8 @@ def wanda(source: Path, target: Path, options: Wanda, context: PassContext) -> P
 
 class _GroupByGroup:
     """A method that settles the weights behind each tensor by themselves."""
+
+    by_group = True
 
     def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
         settled: dict[str, Settled] = {}
@@ -154,6 +156,8 @@ class WeightAndActivation(_GroupByGroup):
 
 class ActivationAware:
     """Weights rounded to nearest after their columns were scaled, what stands before them making up for it."""
+
+    by_group = False  # what stands before them has run already when their inputs are known
 
     def __init__(self, options: Awq, grid: Grid, header: ModelHeader) -> None:
         self._options, self._grid = options, grid
@@ -284,24 +288,13 @@ def _press(
         source,
         target,
         method,
-        calibration_ids(source, context),
+        calibration_samples(source, context),
         context,
         chosen=chosen,
         recipe=options.model_dump_json(),
     )
     copy_companions(source, target)
     return pressed
-
-
-def calibration_ids(source: Path, context: PassContext) -> Tensor:
-    """Token ids [samples, length] of whole windows of the recipe's calibration text. Raises NightpressError(invalid_data)."""
-    wanted = context.calibration
-    rows = read_rows(wanted.data, context.data_files.get(wanted.data), purpose="calibration")
-    tokenizer = open_tokenizer(source)
-    longest = context.header.config.get("max_position_embeddings")
-    length = min(wanted.length, longest) if isinstance(longest, int) else wanted.length
-    windows = text_windows(rows, tokenizer, samples=wanted.samples, length=length, ref=wanted.data)
-    return torch.from_numpy(windows.ids)
 
 
 def _record(
@@ -338,6 +331,7 @@ def _record(
             "bytes_after": sum(info.size for name, info in infos.items() if name not in pressed.effects)
             + sum(pressed.bytes_after.values()),
             "uncalibrated": list(pressed.unseen),
+            "starved_experts": pressed.starved,
         },
         layers=layers,
     )

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from core.recipes.calibration import Calibration
 from core.recipes.costs import Cost, blocks_cost, stream_cost
-from core.recipes.header import CONV1D, SHARED_BLOCKS, ModelHeader, TensorInfo
+from core.recipes.header import CONV1D, ModelHeader, TensorInfo
 from core.recipes.linears import Divisor, check_layout, invalid, is_linear_weight
 
 ExportFormat = Literal["safetensors", "compressed-tensors", "onnx", "openvino"]
@@ -58,6 +58,7 @@ class OnLinears(PassOptions):
     """A pass over the weights of linear layers, one tensor or one block at a time."""
 
     scope: ClassVar[Scope] = "stream"
+    turns: ClassVar[bool] = False  #: it knows weights laid out [in, out], and goes along their inputs all the same
 
     ignore: Patterns = Field(KEPT_MODULES, description="Modules left as they are: names, or `re:` patterns.")
 
@@ -78,9 +79,9 @@ class OnLinears(PassOptions):
         if header.model_type in CONV1D and self.quantizes:
             raise invalid(
                 f"`{self.name}` can't take a {header.model_type}: its linear layers are Conv1D with weights laid out [in, out], which no loader of the result reads.",
-                "Use `magnitude` without a pattern, or another model.",
+                "Use `sparsegpt` or `wanda`, or `magnitude` without a pattern, or another model.",
             )
-        check_layout(self.name, weights, header, self.divisor())
+        check_layout(self.name, weights, header, self.divisor(), turns=self.turns)
 
     def warnings(self, header: ModelHeader | None) -> Iterable[str]:
         if header is not None:
@@ -97,19 +98,7 @@ class Calibrated(OnLinears):
 
     needs: ClassVar[Need] = "calibration"
     scope: ClassVar[Scope] = "blocks"
-
-    def check(self, header: ModelHeader) -> None:
-        super().check(header)
-        if header.model_type in CONV1D:
-            raise invalid(
-                f"`{self.name}` can't take a {header.model_type}: its linear layers are Conv1D with weights laid out [in, out].",
-                "Use `magnitude` without a pattern, or another model.",
-            )
-        if header.model_type in SHARED_BLOCKS:
-            raise invalid(
-                f"`{self.name}` can't take a {header.model_type}: its blocks share their weights.",
-                "Use `weight-only` or `magnitude`.",
-            )
+    turns: ClassVar[bool] = True
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         return blocks_cost(header, calibration)

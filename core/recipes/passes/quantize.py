@@ -99,7 +99,20 @@ class Awq(Rounding, Calibrated):
     """
 
     model_types: ClassVar[frozenset[str]] = frozenset(
-        {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "gpt_neox", "opt"}
+        {
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "phi",
+            "phi3",
+            "gpt_neox",
+            "opt",
+            "starcoder2",
+        }
     )
 
     pass_: Literal["awq"] = Field("awq", alias="pass")

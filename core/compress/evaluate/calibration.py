@@ -1,0 +1,33 @@
+"""What a calibrated pass runs the model on: texts for language models, images for those that see."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.compress.context import PassContext
+from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+from core.recipes.header import ModelHeader
+
+
+def calibration_samples(source: Path, context: PassContext) -> dict[str, Tensor]:
+    """What the model is called with, each [samples, …], from the recipe's calibration data. Raises NightpressError(invalid_data)."""
+    wanted, header = context.calibration, context.header
+    rows = read_rows(wanted.data, context.data_files.get(wanted.data), purpose="calibration")
+    tokenizer = open_tokenizer(source)
+    longest = header.config.get("max_position_embeddings")
+    length = min(wanted.length, longest) if isinstance(longest, int) else wanted.length
+    windows = text_windows(rows, tokenizer, samples=wanted.samples, length=length, ref=wanted.data)
+    return model_inputs(torch.from_numpy(windows.ids), header)
+
+
+def model_inputs(ids: Tensor, header: ModelHeader, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Texts [samples, length] as the model is called with them. An encoder-decoder reads a text and is told to write the same."""
+    inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+    if header.task != "seq2seq":
+        return inputs
+    start = int(header.config.get("decoder_start_token_id") or 0)
+    shifted = torch.cat([torch.full((len(ids), 1), start), ids[:, :-1]], dim=1)
+    if mask is not None:
+        inputs["decoder_attention_mask"] = mask
+    return inputs | {"decoder_input_ids": shifted}

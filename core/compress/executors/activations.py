@@ -1,0 +1,96 @@
+"""Where calibration texts wait between two blocks: their hidden states, and what the blocks are given beside them."""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from core.compress.executors.skeleton import Call
+
+_GPU_SHARE = 0.3  #: of the free memory
+_HOST_SHARE = 0.25
+
+
+def room_for(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path) -> Tensor:
+    """Memory for the hidden states: on the device, in host memory, or in a file that the kernel pages, whichever has ample room."""
+    size = dtype.itemsize
+    for dim in shape:
+        size *= dim
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if size < _GPU_SHARE * free:
+            return torch.empty(shape, dtype=dtype, device=device)
+    if size < _HOST_SHARE * psutil.virtual_memory().available:
+        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "hidden-states.bin"
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    room = torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
+    path.unlink()  # the mapping keeps the file for as long as it is needed
+    return room.view(shape)
+
+
+class Calls:
+    """What each block is given beside the hidden states, batch by batch. What is the same for two batches is kept once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._batches: list[list[tuple[int, Call]]] = []
+
+    def add(self, heard: list[tuple[int, Call]], *, keep_on: torch.device) -> None:
+        """Take in the calls of the next batch. Tensors that no earlier batch had are kept on that device."""
+        for earlier in (self._batches[0], self._batches[-1]) if self._batches else ():
+            if _same(earlier, heard):
+                self._batches.append(earlier)
+                return
+        if self._batches:
+            moved: dict[int, Tensor] = {}
+            heard = [(index, _moved(call, keep_on, moved)) for index, call in heard]
+        self._batches.append(heard)
+
+    def runs(self, index: int) -> int:
+        """How often a block runs."""
+        return sum(one == index for one, _ in self._batches[0])
+
+    def of(self, index: int, batch: int) -> list[Call]:
+        """The calls of a block's runs, one after the other, on the device."""
+        moved: dict[int, Tensor] = {}
+        return [_moved(call, self._device, moved) for one, call in self._batches[batch] if one == index]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.to(other.device), other)
+    if isinstance(one, Call):
+        return _same(one.args, other.args) and _same(one.kwargs, other.kwargs)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+def _moved(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """The same with every tensor on a device; one that stands in several places is moved once."""
+    if isinstance(value, Tensor):
+        if value.device == device:
+            return value
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device, non_blocking=True)
+        return moved[id(value)]
+    if isinstance(value, Call):
+        return Call(_moved(value.args, device, moved), _moved(value.kwargs, device, moved))
+    if isinstance(value, Mapping):
+        return {key: _moved(one, device, moved) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(one, device, moved) for one in value)
+    return value
