@@ -17,18 +17,18 @@ _USUAL_PARTS = ("gate_proj", "up_proj", "down_proj")
 class Experts(nn.ModuleList):
     """Stands for the fused experts of a mixture."""
 
-    def __init__(self, fused: nn.Module, parts: tuple[str, str, str]) -> None:
+    def __init__(self, fused: Any, parts: tuple[str, str, str]) -> None:
         self._parts = parts
-        _, twice_inner, width = fused.gate_up_proj.shape  # type: ignore[union-attr, misc]
+        _, twice_inner, width = fused.gate_up_proj.shape
         shapes = ((width, twice_inner // 2), (width, twice_inner // 2), (twice_inner // 2, width))
         super().__init__(
             nn.ModuleDict(
                 {
-                    name: nn.Linear(*shape, bias=False, device="meta", dtype=fused.gate_up_proj.dtype)  # type: ignore[arg-type]
+                    name: nn.Linear(*shape, bias=False, device="meta", dtype=fused.gate_up_proj.dtype)
                     for name, shape in zip(parts, shapes, strict=True)
                 }
             )
-            for _ in range(len(fused.gate_up_proj))  # type: ignore[arg-type]
+            for _ in range(len(fused.gate_up_proj))
         )
         self.act_fn: Any = fused.act_fn
         self.real: Tensor | None = None  #: bool [tokens]: padding is shown to no expert
@@ -69,5 +69,5 @@ def take_apart(model: nn.Module, model_type: str) -> None:
     for holder in list(model.modules()):
         for name, child in list(holder.named_children()):
             parameters = {key for key, _ in child.named_parameters(recurse=False)}
-            if parameters == {"gate_up_proj", "down_proj"} and child.gate_up_proj.dim() == 3:  # type: ignore[union-attr, operator]
+            if parameters == {"gate_up_proj", "down_proj"}:
                 setattr(holder, name, Experts(child, _PARTS.get(model_type, _USUAL_PARTS)))
