@@ -15,7 +15,7 @@ from api.deps import API_KEY_SCHEME, Services
 from api.edge import Edge
 from api.metrics import ApiMetrics
 from api.problems import documented
-from api.routes import datasets, health, history, jobs, me, models, queues, recipes, results, workers
+from api.routes import datasets, health, history, jobs, me, models, queues, recipes, results, schedules, workers
 from api.tail import Tail
 from core.access.keys import KeyRing
 from core.artifacts.storage import open_store
@@ -26,6 +26,8 @@ from core.jobs.service import JobService
 from core.jobs.store import JobStore
 from core.registry.datasets import DataSetRegistry
 from core.registry.models import ModelRegistry
+from core.schedules.service import ScheduleService
+from core.schedules.store import ScheduleStore
 from core.schemas import Problem
 from core.settings import Settings
 
@@ -53,7 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.services = services
     problems.install(app)
     app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=services.metrics)
-    for routes in (jobs, history, results, models, datasets, recipes, workers, queues, me, health):
+    for routes in (jobs, history, results, schedules, models, datasets, recipes, workers, queues, me, health):
         app.include_router(routes.router)
     app.include_router(pages.router)
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
@@ -70,6 +72,7 @@ def open_services(settings: Settings) -> Services:
     objects = open_store(settings)
     models = ModelRegistry(engine, objects, settings)
     data_sets = DataSetRegistry(engine, objects, settings)
+    jobs_service = JobService(store, models, data_sets, settings)
     return Services(
         settings=settings,
         engine=engine,
@@ -77,7 +80,8 @@ def open_services(settings: Settings) -> Services:
         transfers=ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer"),
         probes=ThreadPoolExecutor(3, thread_name_prefix="probe"),
         store=store,
-        jobs=JobService(store, models, data_sets, settings),
+        jobs=jobs_service,
+        schedules=ScheduleService(ScheduleStore(engine), jobs_service, settings),
         models=models,
         datasets=data_sets,
         objects=objects,

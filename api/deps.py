@@ -19,6 +19,7 @@ from core.jobs.service import JobService
 from core.jobs.store import JobStore
 from core.registry.datasets import DataSetRegistry
 from core.registry.models import ModelRegistry
+from core.schedules.service import ScheduleService
 from core.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Services:
     probes: ThreadPoolExecutor  #: for /readyz, so that a part that hangs holds up nothing else
     store: JobStore
     jobs: JobService
+    schedules: ScheduleService
     models: ModelRegistry
     datasets: DataSetRegistry
     objects: ObjectStore

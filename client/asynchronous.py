@@ -12,7 +12,7 @@ import httpx
 
 from client import calls
 from client.calls import Call
-from client.client import Client
+from client.client import Client, schedule_of
 from client.errors import ApiError, UnreachableError
 from client.events import EVENTS, LOGS, Numbered, Stream, Tail
 from client.folders import plain_name
@@ -35,6 +35,9 @@ from core.schemas import (
     ReadyView,
     RecipeView,
     ReportView,
+    ScheduleRunView,
+    ScheduleUpdate,
+    ScheduleView,
     WorkerView,
 )
 
@@ -56,6 +59,7 @@ class AsyncClient:
         self.data_sets = AsyncDataSets(self)
         self.recipes = AsyncRecipes(self)
         self.jobs = AsyncJobs(self)
+        self.schedules = AsyncSchedules(self)
 
     async def send(self, call: Call[Answer]) -> Answer:
         """Make one request of `client.calls`, with retries. Raises ApiError or UnreachableError."""
@@ -288,3 +292,35 @@ class AsyncJobs(_Resource):
         return await self._client.in_thread(
             lambda stop: jobs.download(job_id, folder, formats=formats, meter=meter, stop=stop)
         )
+
+
+class AsyncSchedules(_Resource):
+    async def create(
+        self, name: str, cron: str, model: str, recipe: str | dict[str, Any], *, timezone: str = "UTC", **fields: Any
+    ) -> ScheduleView:
+        request = schedule_of(name, cron, model, recipe, timezone, fields)
+        return await self._send(calls.create_schedule(request))
+
+    async def get(self, schedule: str) -> ScheduleView:
+        return await self._send(calls.get_schedule(schedule))
+
+    def iterate(self) -> AsyncIterator[ScheduleView]:
+        return self._every(lambda cursor: calls.page_schedules(cursor=cursor, limit=200))
+
+    async def edit(self, schedule: str, *, version: int | None = None, **changes: Any) -> ScheduleView:
+        return await self._send(calls.edit_schedule(schedule, ScheduleUpdate(**changes), version))
+
+    async def delete(self, schedule: str) -> None:
+        await self._send(calls.delete_schedule(schedule))
+
+    async def suspend(self, schedule: str) -> ScheduleView:
+        return await self._send(calls.suspend_schedule(schedule))
+
+    async def resume(self, schedule: str) -> ScheduleView:
+        return await self._send(calls.resume_schedule(schedule))
+
+    async def trigger(self, schedule: str) -> ScheduleRunView:
+        return await self._send(calls.trigger_schedule(schedule))
+
+    def runs(self, schedule: str) -> AsyncIterator[ScheduleRunView]:
+        return self._every(lambda cursor: calls.page_schedule_runs(schedule, cursor=cursor, limit=200))

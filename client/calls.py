@@ -27,6 +27,10 @@ from core.schemas import (
     ReadyView,
     RecipeView,
     ReportView,
+    ScheduleCreate,
+    ScheduleRunView,
+    ScheduleUpdate,
+    ScheduleView,
     UploadFile,
     ValidateRequest,
     ValidateView,
@@ -79,6 +83,8 @@ _RECIPE, _RECIPES = _reader(RecipeView), _items(RecipeView)
 _ARTIFACTS, _WORKERS = _items(ArtifactView), _items(WorkerView)
 _EVENTS, _LOGS = _items(EventView), _items(LogView)
 _REPORT, _READY = _reader(ReportView), _reader(ReadyView)
+_SCHEDULE, _SCHEDULES = _reader(ScheduleView), _reader(Page[ScheduleView])
+_RUN, _RUNS = _reader(ScheduleRunView), _reader(Page[ScheduleRunView])
 _VALIDATED = _reader(ValidateView)
 _JSON = _reader(dict[str, Any])
 
@@ -211,6 +217,52 @@ def get_report(job_id: str) -> Call[ReportView]:
 def get_drawn_report(job_id: str, form: str) -> Call[str]:
     """`form`: "html" or "md"."""
     return Call("GET", _path("jobs", job_id, f"report.{form}"), _text)
+
+
+# Schedules -----------------------------------------------------------------------------------------------------------
+
+
+def create_schedule(request: ScheduleCreate) -> Call[ScheduleView]:
+    """Its name is unique: a repeated request makes no second one, but is refused as a conflict. So it is not repeated."""
+    body = request.model_dump(mode="json", exclude_unset=True)
+    return Call("POST", "/v1/schedules", _SCHEDULE, repeatable=False, json=body)
+
+
+def get_schedule(schedule: str) -> Call[ScheduleView]:
+    return Call("GET", _path("schedules", schedule), _SCHEDULE)
+
+
+def page_schedules(*, cursor: str | None = None, limit: int = 50) -> Call[Page[ScheduleView]]:
+    return Call("GET", "/v1/schedules", _SCHEDULES, params=_given(cursor=cursor, limit=limit))
+
+
+def edit_schedule(schedule: str, change: ScheduleUpdate, version: int | None) -> Call[ScheduleView]:
+    headers = {"If-Match": f'"v{version}"'} if version is not None else {}
+    body = change.model_dump(mode="json", exclude_unset=True)
+    # Repeated after a lost answer, an edit of one version would be refused.
+    return Call(
+        "PATCH", _path("schedules", schedule), _SCHEDULE, repeatable=version is None, json=body, headers=headers
+    )
+
+
+def delete_schedule(schedule: str) -> Call[None]:
+    return Call("DELETE", _path("schedules", schedule), _nothing)
+
+
+def suspend_schedule(schedule: str) -> Call[ScheduleView]:
+    return Call("POST", _path("schedules", schedule, "suspend"), _SCHEDULE)
+
+
+def resume_schedule(schedule: str) -> Call[ScheduleView]:
+    return Call("POST", _path("schedules", schedule, "resume"), _SCHEDULE)
+
+
+def trigger_schedule(schedule: str) -> Call[ScheduleRunView]:
+    return Call("POST", _path("schedules", schedule, "trigger"), _RUN, repeatable=False)
+
+
+def page_schedule_runs(schedule: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[ScheduleRunView]]:
+    return Call("GET", _path("schedules", schedule, "runs"), _RUNS, params=_given(cursor=cursor, limit=limit))
 
 
 # The service ---------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from core.schemas import (
     DataSetView,
     EventView,
     JobCreate,
+    JobSpec,
     JobView,
     LogView,
     ModelCreate,
@@ -35,6 +36,10 @@ from core.schemas import (
     ReadyView,
     RecipeView,
     ReportView,
+    ScheduleCreate,
+    ScheduleRunView,
+    ScheduleUpdate,
+    ScheduleView,
     UploadFile,
     WorkerView,
 )
@@ -62,6 +67,7 @@ class Client:
         self.data_sets = DataSets(self)
         self.recipes = Recipes(self)
         self.jobs = Jobs(self)
+        self.schedules = Schedules(self)
 
     def send(self, call: Call[Answer]) -> Answer:
         """Make one request of `client.calls`, with retries. Raises ApiError or UnreachableError."""
@@ -384,3 +390,52 @@ class Jobs(_Resource):
         transfers = Transfers(self._client.http, self._client.options, meter, stop=stop or threading.Event())
         transfers.download(wanted, folder)
         return [target_of(folder, one.format) for one in artifacts]
+
+
+class Schedules(_Resource):
+    """Schedules: jobs that come again. `schedule`: an id or a name."""
+
+    def create(
+        self, name: str, cron: str, model: str, recipe: str | dict[str, Any], *, timezone: str = "UTC", **fields: Any
+    ) -> ScheduleView:
+        """`fields`: those of core.schemas.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobSpec."""
+        request = schedule_of(name, cron, model, recipe, timezone, fields)
+        return self._send(calls.create_schedule(request))
+
+    def get(self, schedule: str) -> ScheduleView:
+        return self._send(calls.get_schedule(schedule))
+
+    def iterate(self) -> Iterator[ScheduleView]:
+        return self._every(lambda cursor: calls.page_schedules(cursor=cursor, limit=200))
+
+    def edit(self, schedule: str, *, version: int | None = None, **changes: Any) -> ScheduleView:
+        """Change what is given. With `version`, only while it is still that one: else ApiError(precondition_failed)."""
+        return self._send(calls.edit_schedule(schedule, ScheduleUpdate(**changes), version))
+
+    def delete(self, schedule: str) -> None:
+        self._send(calls.delete_schedule(schedule))
+
+    def suspend(self, schedule: str) -> ScheduleView:
+        return self._send(calls.suspend_schedule(schedule))
+
+    def resume(self, schedule: str) -> ScheduleView:
+        return self._send(calls.resume_schedule(schedule))
+
+    def trigger(self, schedule: str) -> ScheduleRunView:
+        """Fire now. The run's job appears within a few seconds."""
+        return self._send(calls.trigger_schedule(schedule))
+
+    def runs(self, schedule: str) -> Iterator[ScheduleRunView]:
+        """What each fire came to, newest first."""
+        return self._every(lambda cursor: calls.page_schedule_runs(schedule, cursor=cursor, limit=200))
+
+
+def schedule_of(
+    name: str, cron: str, model: str, recipe: str | dict[str, Any], timezone: str, fields: Mapping[str, Any]
+) -> ScheduleCreate:
+    """A request from plain arguments: those of the job go into the job."""
+    own = {key: value for key, value in fields.items() if key in ScheduleCreate.model_fields}
+    rest = {key: value for key, value in fields.items() if key not in own}
+    return ScheduleCreate(
+        name=name, cron=cron, timezone=timezone, job=JobSpec(model=model, recipe=recipe, **rest), **own
+    )

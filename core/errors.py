@@ -18,11 +18,15 @@ class ErrorCode(StrEnum):
     CHECKSUM_MISMATCH = "checksum_mismatch"
     PATH_NOT_ALLOWED = "path_not_allowed"
     CANNOT_FIT = "cannot_fit"
+    INVALID_SCHEDULE = "invalid_schedule"
+    URL_NOT_ALLOWED = "url_not_allowed"
+    SOURCE_UNAVAILABLE = "source_unavailable"
     # Who called
     UNAUTHENTICATED = "unauthenticated"
     FORBIDDEN = "forbidden"
     NOT_FOUND = "not_found"
     CONFLICT = "conflict"
+    PRECONDITION_FAILED = "precondition_failed"
     IDEMPOTENCY_MISMATCH = "idempotency_mismatch"
     PAYLOAD_TOO_LARGE = "payload_too_large"
     QUOTA_EXCEEDED = "quota_exceeded"
@@ -63,10 +67,14 @@ ERROR_KINDS: dict[ErrorCode, ErrorKind] = {
     ErrorCode.CHECKSUM_MISMATCH: ErrorKind("The bytes received are not the bytes announced", 422),
     ErrorCode.PATH_NOT_ALLOWED: ErrorKind("The server path is not in an allowed folder", 403),
     ErrorCode.CANNOT_FIT: ErrorKind("No worker is large enough for this job", 422),
+    ErrorCode.INVALID_SCHEDULE: ErrorKind("The schedule is not valid", 422),
+    ErrorCode.URL_NOT_ALLOWED: ErrorKind("The address is not one that may be reached from here", 422),
+    ErrorCode.SOURCE_UNAVAILABLE: ErrorKind("The place a model comes from does not answer", 503, retryable=True),
     ErrorCode.UNAUTHENTICATED: ErrorKind("No valid API key was given", 401),
     ErrorCode.FORBIDDEN: ErrorKind("The API key does not allow this", 403),
     ErrorCode.NOT_FOUND: ErrorKind("There is no such thing", 404),
     ErrorCode.CONFLICT: ErrorKind("The state does not allow this", 409),
+    ErrorCode.PRECONDITION_FAILED: ErrorKind("It was changed by somebody else", 412),
     ErrorCode.IDEMPOTENCY_MISMATCH: ErrorKind("The idempotency key was used with another body", 422),
     ErrorCode.PAYLOAD_TOO_LARGE: ErrorKind("The request is too large", 413),
     ErrorCode.QUOTA_EXCEEDED: ErrorKind("A quota is used up", 429),

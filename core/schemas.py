@@ -190,18 +190,24 @@ class ValidateView(View):
 # Jobs ----------------------------------------------------------------------------------------------------------------
 
 
-class JobCreate(Request):
-    """`model`: id or name (the newest ready one). `recipe`: a built-in's name, or a mapping."""
+class JobSpec(Request):
+    """What to run. `model`: id or name (the newest ready one). `recipe`: a built-in's name, or a mapping."""
 
     model: str = Field(min_length=1, max_length=128, examples=["all-minilm-l6-v2"])
     recipe: str | dict[str, Any] = Field(examples=["int8-encoder"])
     name: str = Field("", max_length=200, pattern=_ONE_LINE)
     priority: int = Field(0, ge=-100, le=100, description="higher first")
     labels: Labels = {}
-    run_after: AwareDatetime | None = Field(None, examples=["2026-11-24T01:00:00Z"])
+    promote: bool = Field(True, description="let an accepted result become the model name's latest")
     queue_limit_s: float | None = Field(None, gt=0, le=_MAX_S, description="fail if not started within")
     run_limit_s: float | None = Field(None, gt=0, le=_MAX_S, description="fail if one attempt runs longer")
     max_failures: int | None = Field(None, ge=1, le=20)
+
+
+class JobCreate(JobSpec):
+    """A job, to run now or not before `run_after`."""
+
+    run_after: AwareDatetime | None = Field(None, examples=["2026-11-24T01:00:00Z"])
 
     @field_validator("run_after")
     @classmethod
@@ -232,6 +238,8 @@ class JobView(View):
     max_failures: int
     error: dict[str, Any] | None
     retry_of: str | None
+    promote: bool = True
+    created_by: str | None = None  #: the key's id
     worker_id: str | None
     created_at: dt.datetime
     run_after: dt.datetime
@@ -272,6 +280,78 @@ class ReportView(View):
     report: dict[str, Any]
     html_url: str
     markdown_url: str
+
+
+# Schedules -----------------------------------------------------------------------------------------------------------
+
+Overlap = Literal["skip", "queue", "replace"]
+CatchUp = Literal["none", "latest", "all"]
+CronText = Annotated[str, Field(min_length=9, max_length=200, examples=["0 2 * * *"])]
+ZoneText = Annotated[str, Field(max_length=64, examples=["Europe/Berlin"])]
+
+
+class ScheduleCreate(Request):
+    """A job to submit again and again.
+
+    `overlap`: what to do where the run before is not over: skip this one, queue it behind, or replace (cancel) the other.
+    `catch_up`: after the service was down, run none of the missed fires, the latest alone, or all.
+    `only_if_changed`: skip where the model's bytes are those of the last run that did not fail.
+    """
+
+    name: Name
+    cron: CronText
+    timezone: ZoneText = "UTC"
+    job: JobSpec
+    overlap: Overlap = "skip"
+    catch_up: CatchUp = "latest"
+    only_if_changed: bool = False
+    suspended: bool = False
+
+
+class ScheduleUpdate(Request):
+    """What to change; the rest stays. Edits count `version` up, which is also the ETag."""
+
+    name: Name | None = None
+    cron: CronText | None = None
+    timezone: ZoneText | None = None
+    job: JobSpec | None = None
+    overlap: Overlap | None = None
+    catch_up: CatchUp | None = None
+    only_if_changed: bool | None = None
+    suspended: bool | None = None
+
+
+class ScheduleView(View):
+    id: str
+    name: str
+    cron: str
+    timezone: str
+    job: JobSpec
+    overlap: Overlap
+    catch_up: CatchUp
+    only_if_changed: bool
+    suspended: bool
+    version: int
+    upcoming: list[dt.datetime]  #: the next fires, in UTC; none while suspended
+    created_by: str | None
+    created_at: dt.datetime
+    updated_at: dt.datetime
+
+
+class ScheduleRunView(View):
+    """One fire and what it came to. `skipped` has a `reason`, `failed` an `error`, `submitted` a job."""
+
+    id: str
+    schedule_id: str
+    scheduled_for: dt.datetime
+    cause: Literal["cron", "manual"]
+    state: Literal["pending", "submitted", "skipped", "failed"]
+    reason: Literal["overlap", "unchanged", "missed", "replaced"] | None
+    error: dict[str, Any] | None
+    job_id: str | None
+    job_state: JobState | None
+    job_verdict: Literal["accepted", "rejected"] | None
+    created_at: dt.datetime
 
 
 class WorkerView(View):

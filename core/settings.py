@@ -39,8 +39,16 @@ class Settings(BaseSettings):
     max_model_bytes: int = 2 * 1024**4
     max_dataset_bytes: int = 4 * 1024**3
     max_body_bytes: int = 1024**2
-    max_queued_jobs: int = Field(10_000, description="Queued jobs one tenant may have.")
+    max_queued_jobs: int = Field(
+        10_000, description="Queued jobs one tenant may have, unless its quota says otherwise."
+    )
+    max_running_jobs: int = Field(0, description="Jobs of one tenant that may run at a time; 0: no bound.")
+    max_storage_bytes: int = Field(0, description="What one tenant's models, data and artifacts may take; 0: no bound.")
+    max_gpu_seconds_month: int = Field(
+        0, description="GPU time one tenant may use in a calendar month (UTC); 0: no bound."
+    )
     rate_limit_per_minute: int = Field(0, description="Requests one key may make a minute; 0 switches the limit off.")
+    schedule_min_interval_s: float = Field(300.0, description="The least time between two fires of a schedule.")
 
     lease_ttl_s: float = 60.0
     stall_s: float = 1800.0

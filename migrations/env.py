@@ -5,7 +5,9 @@ from sqlalchemy import text
 
 import core.access.tables
 import core.jobs.tables
-import core.registry.tables  # noqa: F401 - importing a module of tables adds them to the metadata
+import core.promotions.tables
+import core.registry.tables
+import core.schedules.tables  # noqa: F401 - importing a module of tables adds them to the metadata
 from core.database import make_engine, metadata
 from core.settings import load_settings
 

@@ -200,7 +200,10 @@ class Service:
     def environment(self) -> dict[str, str]:
         """What a process of this installation finds in its environment."""
         told = self.settings.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir"})
-        env = {f"NIGHTPRESS_{name.upper()}": str(value) for name, value in told.items()}
+        env = {
+            f"NIGHTPRESS_{name.upper()}": json.dumps(value) if isinstance(value, list) else str(value)
+            for name, value in told.items()
+        }
         return {**os.environ, **env, "NIGHTPRESS_DATA_DIR": str(self.settings.data_dir), "PYTHONPATH": str(ROOT)}
 
     def start(self, *command: str, **more: str) -> "subprocess.Popen[bytes]":

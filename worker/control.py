@@ -13,10 +13,13 @@ from core.database import make_engine
 from core.errors import NightpressError
 from core.jobs.checkpoints import CheckpointIndex, folder_of
 from core.jobs.ring import Ringer
+from core.jobs.service import JobService
 from core.jobs.store import JobStore
 from core.logs import configure_logging
 from core.registry.datasets import DataSetRegistry
 from core.registry.models import ModelRegistry
+from core.schedules.firing import Firing
+from core.schedules.store import ScheduleStore
 from core.settings import Settings, load_settings
 from worker.health import mark_alive
 
@@ -48,6 +51,7 @@ class Control:
         registries: Sequence[ModelRegistry | DataSetRegistry],
         objects: ObjectStore,
         ring: Callable[[str], None],
+        firing: Firing,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -55,12 +59,19 @@ class Control:
         self._registries = registries
         self._objects = objects
         self._ring = ring
+        self._firing = firing
         self._bells: dict[str, _Bell] = {}
         self._sweep_at = 0.0
 
     def tick(self) -> None:
         """A step that fails doesn't keep the others from being done, and is done again at the next tick."""
-        steps = [self._expire_leases, self._expire_queue_deadlines, self._ring_queues]
+        steps = [
+            self._expire_leases,
+            self._expire_queue_deadlines,
+            self._fire_schedules,
+            self._advance_runs,
+            self._ring_queues,
+        ]
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
             steps += [self._forget_workers, self._sweep_attempts, self._sweep_checkpoints, self._sweep_uploads]
@@ -79,6 +90,12 @@ class Control:
     def _expire_queue_deadlines(self) -> None:
         for job_id in self._store.expire_queue_deadlines():
             log.warning("Job %s waited too long.", job_id, extra={"job_id": job_id})
+
+    def _fire_schedules(self) -> None:
+        self._firing.fire()
+
+    def _advance_runs(self) -> None:
+        self._firing.advance()
 
     def _ring_queues(self) -> None:
         """Ring where there is work and a worker is idle. A busy worker looks for work by itself when it is done."""
@@ -122,7 +139,9 @@ def main() -> int:
     ringer = Ringer(settings)
     objects = open_store(settings)
     registries = (ModelRegistry(engine, objects, settings), DataSetRegistry(engine, objects, settings))
-    control = Control(settings, JobStore(engine), CheckpointIndex(engine), registries, objects, ringer.ring)
+    store, models, data_sets = JobStore(engine), *registries
+    firing = Firing(ScheduleStore(engine), JobService(store, models, data_sets, settings), store, ringer.ring)
+    control = Control(settings, store, CheckpointIndex(engine), registries, objects, ringer.ring, firing)
     log.info("The control process ticks every %g s.", settings.tick_s)
     while not stop.is_set():
         control.tick()

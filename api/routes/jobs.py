@@ -73,7 +73,9 @@ async def create_job(
     body: Annotated[JobCreate, Body(openapi_examples=_EXAMPLES)],
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    job, created = await services.call(services.jobs.submit, caller.tenant_id, body, idempotency_key)
+    job, created = await services.call(
+        services.jobs.submit, caller.tenant_id, body, idempotency_key, key_id=caller.key_id
+    )
     if created:
         services.ringer.ring(job.queue)
     return _one(job, status=201 if created else 200)
@@ -135,7 +137,7 @@ async def cancel_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> 
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.QUOTA_EXCEEDED),
 )
 async def retry_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> Response:
-    job = await services.call(services.jobs.retry, caller.tenant_id, job_id)
+    job = await services.call(services.jobs.retry, caller.tenant_id, job_id, key_id=caller.key_id)
     services.ringer.ring(job.queue)
     return _one(job, status=201)
 

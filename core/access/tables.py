@@ -1,8 +1,27 @@
-"""The table of API keys. A dump of it opens nothing: it holds digests only."""
+"""The tables of tenants, their API keys and what keys did. A dump of them opens nothing: of keys they hold digests only."""
 
-from sqlalchemy import Column, String, Table
+from sqlalchemy import BigInteger, CheckConstraint, Column, Float, Index, Integer, String, Table
 
 from core.database import JsonType, UtcDateTime, metadata
+
+#: A tenant is the name its keys carry. A row is needed only where its quotas are not the settings' own.
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("max_queued_jobs", Integer),
+    Column("max_running_jobs", Integer),
+    Column("max_storage_bytes", BigInteger),
+    Column("max_gpu_seconds_month", BigInteger),
+    Column("rate_limit_per_minute", Integer),
+    Column("version", Integer, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    CheckConstraint(
+        "max_queued_jobs >= 0 AND max_running_jobs >= 0 AND max_storage_bytes >= 0"
+        " AND max_gpu_seconds_month >= 0 AND rate_limit_per_minute >= 0",
+        name="quotas",
+    ),
+)
 
 api_keys = Table(
     "api_keys",
@@ -16,4 +35,31 @@ api_keys = Table(
     Column("expires_at", UtcDateTime),
     Column("revoked_at", UtcDateTime),
     Column("last_used_at", UtcDateTime),
+    Column("rotated_from", String(8)),
+    Index("ix_api_keys_tenant_id_created_at", "tenant_id", "created_at"),
+)
+
+#: GPU time that attempts took, added when each ends: what a month's quota is compared with.
+gpu_usage = Table(
+    "gpu_usage",
+    metadata,
+    Column("tenant_id", String(64), primary_key=True),
+    Column("month", String(7), primary_key=True),  #: e.g. 2026-11, in UTC
+    Column("seconds", Float, nullable=False),
+    CheckConstraint("seconds >= 0", name="seconds"),
+)
+
+#: Who did what. Triggers in the database refuse to change or delete a line.
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("tenant_id", String(64), nullable=False),
+    Column("key_id", String(8), nullable=False),
+    Column("action", String(200), nullable=False),  #: method and route
+    Column("subject", String(1024), nullable=False),  #: the address that was asked
+    Column("status", Integer, nullable=False),
+    Column("request_id", String(64), nullable=False),
+    Index("ix_audit_log_tenant_id_id", "tenant_id", "id"),
 )

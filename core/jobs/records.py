@@ -32,6 +32,8 @@ class NewJob:
     run_after: dt.datetime | None = None  #: None: at once
     queue_limit_s: float | None = None
     retry_of: str | None = None
+    promote: bool = True  #: an accepted result becomes the model name's latest
+    created_by: str | None = None  #: the key's id
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class Job:
     max_failures: int
     error: dict[str, Any] | None  #: NightpressError.as_dict(), exactly in state failed
     retry_of: str | None
+    promote: bool
+    created_by: str | None
     worker_id: str | None  #: the current or last worker
     lease_id: str | None
     lease_expires_at: dt.datetime | None

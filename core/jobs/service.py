@@ -16,7 +16,7 @@ from core.recipes.builtins import get_recipe
 from core.recipes.header import ModelHeader
 from core.recipes.models import Quality, Recipe, parse_recipe
 from core.recipes.plan import make_plan
-from core.schemas import DataSetView, JobCreate, ModelView
+from core.schemas import DataSetView, JobCreate, JobSpec, ModelView
 from core.settings import Settings
 
 Value = TypeVar("Value")
@@ -68,8 +68,10 @@ class JobService:
         self._resolved: _Briefly[_Resolved] = _Briefly(3.0)
         self._workers: _Briefly[list[Worker]] = _Briefly(3.0, size=1)
 
-    def submit(self, tenant_id: str, wanted: JobCreate, idempotency_key: str | None = None) -> tuple[Job, bool]:
-        """Write a job. Returns it, and False where the idempotency key had made it before.
+    def submit(
+        self, tenant_id: str, wanted: JobCreate, idempotency_key: str | None = None, *, key_id: str | None = None
+    ) -> tuple[Job, bool]:
+        """Write a job, in the name of an API key. Returns it, and False where the idempotency key had made it before.
 
         Raises NightpressError: not_found, conflict (the model isn't ready), invalid_recipe, unsupported_architecture,
         invalid_data, cannot_fit, quota_exceeded, idempotency_mismatch.
@@ -79,7 +81,7 @@ class JobService:
             fingerprint = hashlib.sha256(wanted.model_dump_json().encode()).hexdigest()
             idempotency = Idempotency(idempotency_key, fingerprint)
         try:
-            new = self._resolve(tenant_id, wanted)
+            new = self._resolve(tenant_id, wanted, key_id)
         except NightpressError:
             # What made the job may be gone by now; the job itself is not.
             job = self._store.replay(tenant_id, idempotency) if idempotency else None
@@ -88,7 +90,16 @@ class JobService:
             return job, False
         return self._store.submit(new, idempotency=idempotency, max_queued=self._settings.max_queued_jobs)
 
-    def retry(self, tenant_id: str, job_id: str) -> Job:
+    def check(self, tenant_id: str, wanted: JobSpec) -> None:
+        """Raise what submitting this job now would raise, the quota apart."""
+        found = self._look_up(tenant_id, wanted)
+        self._check_fit(found.queue, found.needs_memory)
+
+    def model_digest(self, tenant_id: str, model: str) -> str:
+        """Of the model that an id or a name means now. Raises not_found, conflict (it isn't ready)."""
+        return str(self._ready_model(tenant_id, model).digest)
+
+    def retry(self, tenant_id: str, job_id: str, *, key_id: str | None = None) -> Job:
         """Run a finished job again, as a new job with `retry_of`: the same model, recipe, data and limits.
 
         Raises NightpressError: not_found, conflict (it hasn't ended), quota_exceeded.
@@ -124,10 +135,12 @@ class JobService:
             stall_s=old.stall_s,
             max_failures=old.max_failures,
             retry_of=old.id,
+            promote=old.promote,
+            created_by=key_id,
         )
         return self._store.submit(new, max_queued=self._settings.max_queued_jobs)[0]
 
-    def _resolve(self, tenant_id: str, wanted: JobCreate) -> NewJob:
+    def _resolve(self, tenant_id: str, wanted: JobCreate, key_id: str | None) -> NewJob:
         recipe = wanted.recipe if isinstance(wanted.recipe, str) else json.dumps(wanted.recipe, sort_keys=True)
         key = (tenant_id, wanted.model, isinstance(wanted.recipe, str), recipe)
         found = self._resolved.get(key, lambda: self._look_up(tenant_id, wanted))
@@ -150,9 +163,11 @@ class JobService:
             run_limit_s=wanted.run_limit_s or settings.run_limit_s,
             stall_s=settings.stall_s,
             max_failures=wanted.max_failures or settings.max_failures,
+            promote=wanted.promote,
+            created_by=key_id,
         )
 
-    def _look_up(self, tenant_id: str, wanted: JobCreate) -> "_Resolved":
+    def _look_up(self, tenant_id: str, wanted: JobSpec) -> "_Resolved":
         recipe = get_recipe(wanted.recipe) if isinstance(wanted.recipe, str) else parse_recipe(wanted.recipe)
         model = self._ready_model(tenant_id, wanted.model)
         plan = make_plan(recipe, self._models.header(model.id))

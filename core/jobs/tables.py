@@ -48,6 +48,10 @@ jobs = Table(
     Column("error", JsonType),
     Column("error_code", String(40)),
     Column("retry_of", ForeignKey("jobs.id", ondelete="SET NULL")),
+    #: whether an accepted result becomes its model name's latest
+    Column("promote", Boolean, nullable=False, server_default=text("true")),
+    #: the key that asked for it
+    Column("created_by", String(8)),
     Column("worker_id", String(80)),
     Column("lease_id", String(40)),
     Column("lease_expires_at", UtcDateTime),

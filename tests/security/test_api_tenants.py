@@ -22,6 +22,15 @@ _WITHIN = {"number": "1", "format": "onnx", "path": "model.onnx"}
 _OPEN = {"/healthz", "/readyz", "/metrics"}
 
 
+#: what a POST that makes something is tried with; a new one must be added here
+BODIES: dict[str, Any] = {
+    "/v1/jobs": {"model": "x", "recipe": "x"},
+    "/v1/models": {"name": "other", "path": "/nowhere"},
+    "/v1/datasets": {"name": "other", "path": "/nowhere"},
+    "/v1/schedules": {"name": "other", "cron": "0 2 * * *", "job": {"model": "x", "recipe": "x"}},
+}
+
+
 class Operation(NamedTuple):
     method: str
     path: str
@@ -39,8 +48,10 @@ class Operation(NamedTuple):
             content = {"params": {"path": "config.json"}, "content": b"x"}
         elif self.path.endswith("/validate"):
             content = {"json": {"recipe": "name: x"}}
-        elif self.method == "POST" and self.path.count("/") == 2:
-            content = {"json": {"name": "other", "path": "/nowhere", "model": "x", "recipe": "x"}}
+        elif self.method == "PATCH":
+            content = {"json": {}}
+        elif self.method == "POST" and self.path in BODIES:
+            content = {"json": BODIES[self.path]}
         return client.request(self.method, self.at(identifier), **content, **kwargs)
 
 
@@ -50,6 +61,7 @@ class Owned(NamedTuple):
     jobs: str
     models: str
     datasets: str
+    schedules: str
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +96,9 @@ def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
     job = owner.post("/v1/jobs", json={"model": "tiny", "recipe": "int8-encoder"}).json()["id"]
     claimed = api.claim()
     assert api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"secret weights"}))
-    return Owned(jobs=job, models=model, datasets=data)
+    nightly = {"name": "nightly", "cron": "0 2 * * *", "job": {"model": "tiny", "recipe": "int8-encoder"}}
+    schedule = owner.post("/v1/schedules", json=nightly).json()["id"]
+    return Owned(jobs=job, models=model, datasets=data, schedules=schedule)
 
 
 def operations(api: RunningApi) -> list[Operation]:
@@ -140,7 +154,7 @@ def test_another_tenants_names_mean_nothing(stranger: httpx.Client, owned: Owned
 
 
 def test_lists_hold_ones_own_alone(stranger: httpx.Client, owned: Owned):
-    for path in ("/v1/jobs", "/v1/models", "/v1/datasets"):
+    for path in BODIES:
         listed = stranger.get(path).text
         assert not any(identifier in listed for identifier in owned), path
 

@@ -1,0 +1,175 @@
+"""Schedules: jobs that come again, in a time zone, whether or not anybody is awake."""
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Header
+from starlette.responses import Response
+
+from api.deps import Cursor, JobsReader, JobsWriter, Limit, ServicesDep
+from api.problems import documented
+from api.routes import answer
+from core.errors import ErrorCode, NightpressError
+from core.schemas import Page, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
+
+router = APIRouter(prefix="/v1/schedules", tags=["schedules"])
+
+IfMatch = Annotated[
+    str | None, Header(max_length=64, description="The ETag that was read: 412 where somebody changed it since.")
+]
+
+_JOB = {"model": "all-minilm-l6-v2", "recipe": "int8-encoder"}
+_EXAMPLES = {
+    "every night": {
+        "summary": "Every night at two in Berlin, unless the model is the same as last time",
+        "value": {
+            "name": "nightly-search",
+            "cron": "0 2 * * *",
+            "timezone": "Europe/Berlin",
+            "only_if_changed": True,
+            "job": _JOB,
+        },
+    },
+    "every six hours": {
+        "summary": "Every six hours, one after the other, and none forgotten",
+        "value": {"name": "fresh", "cron": "0 */6 * * *", "overlap": "queue", "catch_up": "all", "job": _JOB},
+    },
+}
+_REFUSALS = (
+    ErrorCode.INVALID_REQUEST,
+    ErrorCode.INVALID_SCHEDULE,
+    ErrorCode.INVALID_RECIPE,
+    ErrorCode.UNSUPPORTED_ARCHITECTURE,
+    ErrorCode.CONFLICT,
+)
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=ScheduleView,
+    summary="Make a schedule",
+    responses=documented(*_REFUSALS, ErrorCode.QUOTA_EXCEEDED),
+)
+async def create_schedule(
+    caller: JobsWriter, services: ServicesDep, body: Annotated[ScheduleCreate, Body(openapi_examples=_EXAMPLES)]
+) -> Response:
+    schedule = await services.call(services.schedules.create, caller.tenant_id, body, key_id=caller.key_id)
+    return _one(schedule, status=201)
+
+
+@router.get("", response_model=Page[ScheduleView], summary="List schedules, newest first")
+async def list_schedules(
+    caller: JobsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
+) -> Response:
+    items, following = await services.call(services.schedules.store.page, caller.tenant_id, cursor=cursor, limit=limit)
+    return answer(Page[ScheduleView](items=items, next_cursor=following))
+
+
+@router.get(
+    "/{reference}",
+    response_model=ScheduleView,
+    summary="One schedule, by id or name",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def get_schedule(reference: str, caller: JobsReader, services: ServicesDep) -> Response:
+    return _one(await services.call(services.schedules.store.get, caller.tenant_id, reference))
+
+
+@router.patch(
+    "/{reference}",
+    response_model=ScheduleView,
+    summary="Change a schedule",
+    description="Only what is given changes. Its next fire is counted anew from now where the time, the zone or `suspended` changes.",
+    responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED, *_REFUSALS),
+)
+async def edit_schedule(
+    reference: str, caller: JobsWriter, services: ServicesDep, body: ScheduleUpdate, if_match: IfMatch = None
+) -> Response:
+    version = version_of(if_match)
+    return _one(await services.call(services.schedules.edit, caller.tenant_id, reference, body, version=version))
+
+
+@router.delete(
+    "/{reference}",
+    status_code=204,
+    response_class=Response,
+    summary="Delete a schedule with its history; its jobs stay",
+    responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED),
+)
+async def delete_schedule(
+    reference: str, caller: JobsWriter, services: ServicesDep, if_match: IfMatch = None
+) -> Response:
+    version = version_of(if_match)
+    await services.call(services.schedules.delete, caller.tenant_id, reference, version=version)
+    return Response(status_code=204)
+
+
+@router.post(
+    "/{reference}/suspend",
+    response_model=ScheduleView,
+    summary="Fire no more until it is resumed",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def suspend_schedule(reference: str, caller: JobsWriter, services: ServicesDep) -> Response:
+    change = ScheduleUpdate(suspended=True)
+    return _one(await services.call(services.schedules.edit, caller.tenant_id, reference, change))
+
+
+@router.post(
+    "/{reference}/resume",
+    response_model=ScheduleView,
+    summary="Fire again, from the next time on",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def resume_schedule(reference: str, caller: JobsWriter, services: ServicesDep) -> Response:
+    change = ScheduleUpdate(suspended=False)
+    return _one(await services.call(services.schedules.edit, caller.tenant_id, reference, change))
+
+
+@router.post(
+    "/{reference}/trigger",
+    status_code=201,
+    response_model=ScheduleRunView,
+    summary="Fire now, also while suspended",
+    description="The job appears in the run within a few seconds. `overlap` holds, `only_if_changed` does not.",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def trigger_schedule(reference: str, caller: JobsWriter, services: ServicesDep) -> Response:
+    return answer(await services.call(services.schedules.trigger, caller.tenant_id, reference), status=201)
+
+
+@router.get(
+    "/{reference}/runs",
+    response_model=Page[ScheduleRunView],
+    summary="What each fire came to, newest first",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def list_runs(
+    reference: str, caller: JobsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
+) -> Response:
+    items, following = await services.call(
+        services.schedules.store.runs, caller.tenant_id, reference, cursor=cursor, limit=limit
+    )
+    return answer(Page[ScheduleRunView](items=items, next_cursor=following))
+
+
+def version_of(if_match: str | None) -> int | None:
+    """The version that an ETag of ours names. None: any will do."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    found = re.fullmatch(r'"v(\d{1,9})"', if_match.strip())
+    if found is None:
+        raise NightpressError(
+            ErrorCode.PRECONDITION_FAILED,
+            "If-Match is not an ETag of this thing.",
+            hint="Send the ETag as it was read.",
+        )
+    return int(found[1])
+
+
+def _one(schedule: ScheduleView, *, status: int = 200) -> Response:
+    headers = {"ETag": f'"v{schedule.version}"'}
+    if status == 201:
+        headers["Location"] = f"/v1/schedules/{schedule.id}"
+    return answer(schedule, status=status, headers=headers)

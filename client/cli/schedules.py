@@ -1,0 +1,187 @@
+"""`nightpress schedule …`: jobs that come again."""
+
+from typing import Annotated, Any
+
+import typer
+
+from client.cli import output
+from client.cli.jobs import parse_labels, read_recipe
+from client.cli.session import Session, takes_session
+from core.schemas import ScheduleRunView, ScheduleView
+
+schedule = typer.Typer(invoke_without_command=True, help="Schedules: list, add, show, edit, suspend, resume, trigger.")
+
+Named = Annotated[str, typer.Argument(metavar="SCHEDULE", help="Its name or id.")]
+Cron = Annotated[str, typer.Option("--cron", "-c", help="Five fields, e.g. '0 2 * * *' for two at night.")]
+Zone = Annotated[str, typer.Option("--timezone", "-z", help="An IANA time zone, e.g. Europe/Berlin.")]
+OVERLAP = "Where the run before still goes: skip, queue or replace."
+CATCH_UP = "Fires missed while the service was down: none, latest or all."
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(schedule, name="schedule", rich_help_panel="Jobs")
+
+
+@schedule.callback()
+@takes_session
+def list_schedules(session: Session, context: typer.Context) -> None:
+    if context.invoked_subcommand:
+        return
+    with session.client() as client:
+        found = list(client.schedules.iterate())
+    if session.json:
+        output.print_json(found)
+        return
+    rows = [
+        (
+            one.name,
+            one.cron,
+            one.timezone,
+            "suspended" if one.suspended else f"{one.upcoming[0]:%Y-%m-%d %H:%M}Z" if one.upcoming else "never",
+            one.job.model,
+            _recipe_name(one),
+            one.overlap,
+        )
+        for one in found
+    ]
+    output.print_table(("schedule", "cron", "time zone", "next", "model", "recipe", "overlap"), rows)
+
+
+@schedule.command("add")
+@takes_session
+def add(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    cron: Cron,
+    model: Annotated[str, typer.Option("--model", "-m", help="A model's name: the newest ready one, each time.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")],
+    timezone: Zone = "UTC",
+    overlap: Annotated[str, typer.Option(help=OVERLAP)] = "skip",
+    catch_up: Annotated[str, typer.Option(help=CATCH_UP)] = "latest",
+    only_if_changed: Annotated[
+        bool, typer.Option("--only-if-changed", help="Skip where the model is the one of the last run.")
+    ] = False,
+    priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first.")] = 0,
+    label: Annotated[list[str] | None, typer.Option("--label", "-l", metavar="K=V", help="Of each job.")] = None,
+    no_promote: Annotated[
+        bool, typer.Option("--no-promote", help="Don't let accepted results become the model's latest.")
+    ] = False,
+) -> None:
+    """Submit a job again and again, e.g. every night."""
+    fields: dict[str, Any] = {"overlap": overlap, "catch_up": catch_up, "only_if_changed": only_if_changed}
+    fields |= {"priority": priority, "labels": parse_labels(label or []), "promote": not no_promote}
+    with session.client() as client:
+        made = client.schedules.create(name, cron, model, read_recipe(recipe), timezone=timezone, **fields)
+    _print(session, made)
+
+
+@schedule.command("show")
+@takes_session
+def show(session: Session, name: Named, limit: Annotated[int, typer.Option("--limit", "-n", min=1)] = 10) -> None:
+    """One schedule, its next fires, and what the last ones came to."""
+    with session.client() as client:
+        found = client.schedules.get(name)
+        runs = [run for run, _ in zip(client.schedules.runs(name), range(limit), strict=False)]
+    if session.json:
+        output.print_json({"schedule": found, "runs": runs})
+        return
+    _print(session, found)
+    if runs:
+        output.print_table(("fire", "cause", "came to", "job"), [_row(run) for run in runs])
+
+
+@schedule.command("edit")
+@takes_session
+def edit(
+    session: Session,
+    name: Named,
+    cron: Annotated[str | None, typer.Option("--cron", "-c")] = None,
+    timezone: Annotated[str | None, typer.Option("--timezone", "-z")] = None,
+    overlap: Annotated[str | None, typer.Option(help=OVERLAP)] = None,
+    catch_up: Annotated[str | None, typer.Option(help=CATCH_UP)] = None,
+    only_if_changed: Annotated[bool | None, typer.Option("--only-if-changed/--always")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Another recipe.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Another model.")] = None,
+) -> None:
+    """Change what is given; the rest stays."""
+    given = {
+        "cron": cron,
+        "timezone": timezone,
+        "overlap": overlap,
+        "catch_up": catch_up,
+        "only_if_changed": only_if_changed,
+    }
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    with session.client() as client:
+        found = client.schedules.get(name)
+        job = {"model": model, "recipe": read_recipe(recipe) if recipe else None}
+        if any(job.values()):
+            changes["job"] = found.job.model_copy(update={key: value for key, value in job.items() if value})
+        _print(session, client.schedules.edit(name, version=found.version, **changes))
+
+
+@schedule.command("suspend")
+@takes_session
+def suspend(session: Session, name: Named) -> None:
+    """Fire no more until it is resumed."""
+    with session.client() as client:
+        _print(session, client.schedules.suspend(name))
+
+
+@schedule.command("resume")
+@takes_session
+def resume(session: Session, name: Named) -> None:
+    """Fire again, from the next time on."""
+    with session.client() as client:
+        _print(session, client.schedules.resume(name))
+
+
+@schedule.command("trigger")
+@takes_session
+def trigger(session: Session, name: Named) -> None:
+    """Fire now."""
+    with session.client() as client:
+        run = client.schedules.trigger(name)
+    if session.json:
+        output.print_json(run)
+    else:
+        output.say(f"{run.id}: the job follows within seconds; `nightpress schedule show {name}` tells.")
+
+
+@schedule.command("rm")
+@takes_session
+def remove(session: Session, name: Named) -> None:
+    """Delete a schedule. The jobs it made stay."""
+    with session.client() as client:
+        client.schedules.delete(name)
+    output.print_json({"removed": name}) if session.json else output.say(f"{name} is gone.")
+
+
+def _print(session: Session, one: ScheduleView) -> None:
+    if session.json:
+        output.print_json(one)
+        return
+    output.print_fields(
+        [
+            ("schedule", one.name),
+            ("cron", f"{one.cron} {one.timezone}"),
+            ("state", "suspended" if one.suspended else "active"),
+            ("job", f"{_recipe_name(one)} on {one.job.model}"),
+            ("overlap", one.overlap),
+            ("catch up", one.catch_up),
+            ("only if changed", "yes" if one.only_if_changed else ""),
+            ("next", ", ".join(f"{moment:%Y-%m-%d %H:%M}Z" for moment in one.upcoming[:3])),
+        ]
+    )
+
+
+def _recipe_name(one: ScheduleView) -> str:
+    return one.job.recipe if isinstance(one.job.recipe, str) else str(one.job.recipe.get("name", ""))
+
+
+def _row(run: ScheduleRunView) -> tuple[str, ...]:
+    came_to: str = run.job_state or run.state
+    if run.reason or run.error:
+        came_to += f": {run.reason or (run.error or {}).get('message')}"
+    verdict = f" ({run.job_verdict})" if run.job_verdict else ""
+    return f"{run.scheduled_for:%Y-%m-%d %H:%M}Z", run.cause, came_to + verdict, run.job_id or ""

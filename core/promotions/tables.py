@@ -1,0 +1,19 @@
+"""Which job's artifacts stand for a model's name: a history that is only ever added to. Its newest line is the pointer."""
+
+from sqlalchemy import CheckConstraint, Column, ForeignKey, Index, String, Table
+
+from core.database import UtcDateTime, metadata
+
+promotions = Table(
+    "promotions",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("tenant_id", String(64), nullable=False),
+    Column("model_name", String(64), nullable=False),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("cause", String(12), nullable=False),  #: an accepted finish, or a person
+    Column("created_by", String(8)),
+    Column("created_at", UtcDateTime, nullable=False),
+    CheckConstraint("cause IN ('accepted','manual')", name="cause"),
+)
+Index("ix_promotions_latest", promotions.c.tenant_id, promotions.c.model_name, promotions.c.id)

@@ -1,0 +1,71 @@
+"""F22: three control processes and one set of schedules: every fire is one run and one job."""
+
+import datetime as dt
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select, update
+
+from core.artifacts.storage import open_store
+from core.database import transaction
+from core.jobs.service import JobService
+from core.jobs.tables import jobs
+from core.registry.datasets import DataSetRegistry
+from core.registry.models import ModelRegistry
+from core.schedules.service import ScheduleService
+from core.schedules.store import ScheduleStore
+from core.schedules.tables import schedule_runs, schedules
+from core.schemas import JobSpec, ModelCreate, ScheduleCreate
+from tests.service import TENANT, Service, eventually
+
+SCHEDULES, FIRES = 4, 4
+
+
+@pytest.mark.slow
+def test_every_fire_happens_once_with_three_control_processes(tmp_path: Path, sql_url: str, bert_tiny: Path):
+    service = Service(tmp_path, sql_url, tick_s=0.05, model_roots=[bert_tiny.parent])
+    try:
+        settings, objects = service.settings, open_store(service.settings)
+        models = ModelRegistry(service.engine, objects, settings)
+        models.create(TENANT, ModelCreate(name="tiny", path=str(bert_tiny)))
+        store = ScheduleStore(service.engine)
+        job_service = JobService(service.store, models, DataSetRegistry(service.engine, objects, settings), settings)
+        people = ScheduleService(store, job_service, settings)
+        for number in range(SCHEDULES):
+            job = JobSpec(model="tiny", recipe="int8-encoder")
+            wanted = ScheduleCreate(name=f"s{number}", cron="*/5 * * * *", catch_up="all", overlap="replace", job=job)
+            people.create(TENANT, wanted)
+        start = store.now().replace(second=0, microsecond=0) - dt.timedelta(minutes=5 * FIRES)
+        start -= dt.timedelta(minutes=start.minute % 5)
+        processes = [service.start_control() for _ in range(3)]
+        eventually(lambda: "ticks every" in service.output() and service.output().count("ticks every") == 3)
+        with transaction(service.engine) as connection:
+            connection.execute(update(schedules).values(next_at=start))
+        wanted_runs = SCHEDULES * FIRES
+
+        def settled() -> bool:
+            with transaction(service.engine, read_only=True) as connection:
+                states = dict(
+                    connection.execute(
+                        select(schedule_runs.c.state, func.count()).group_by(schedule_runs.c.state)
+                    ).all()
+                )
+            return sum(states.values()) >= wanted_runs and "pending" not in states
+
+        eventually(settled, within=40)
+        assert all(process.poll() is None for process in processes)
+        with transaction(service.engine, read_only=True) as connection:
+            slots = connection.execute(
+                select(schedule_runs.c.schedule_id, schedule_runs.c.scheduled_for, schedule_runs.c.job_id)
+            ).all()
+            made = set(connection.scalars(select(jobs.c.id).where(jobs.c.state != "cancelled")))
+            live = {row.job_id for row in slots if row.job_id in made}
+        assert len({(row.schedule_id, row.scheduled_for) for row in slots}) == len(slots)
+        assert len(slots) >= wanted_runs
+        named = [row.job_id for row in slots if row.job_id]
+        assert len(named) == len(set(named))
+        # Of each schedule the newest job alone is left, and no job is without its run.
+        assert made == live
+        assert len(made) == SCHEDULES
+    finally:
+        service.close()

@@ -1,0 +1,103 @@
+"""When schedules fire: tables of instants around clock changes, and what is no schedule."""
+
+import datetime as dt
+from itertools import islice, pairwise
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.errors import ErrorCode, NightpressError
+from core.schedules.cron import Cron, parse_cron
+
+NOW = dt.datetime(2026, 11, 23, 12, tzinfo=dt.UTC)
+
+
+def utc(text: str) -> dt.datetime:
+    return dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC)
+
+
+def parsed(expression: str, timezone: str = "UTC", **more: Any) -> Cron:
+    return parse_cron(expression, timezone, **({"min_interval_s": 300.0, "now": NOW} | more))
+
+
+@pytest.mark.parametrize(
+    ("cron", "zone", "after", "fires"),
+    [
+        # Spring: the time is left out, and fires at the end of the gap.
+        ("30 2 * * *", "America/New_York", "2027-03-13T12:00", ["2027-03-14T07:00", "2027-03-15T06:30"]),
+        ("30 2 * * *", "Europe/Berlin", "2027-03-27T12:00", ["2027-03-28T01:00", "2027-03-29T00:30"]),
+        # Autumn: the time comes twice, and fires the first time.
+        ("30 1 * * *", "America/New_York", "2026-10-31T12:00", ["2026-11-01T05:30", "2026-11-02T06:30"]),
+        ("30 2 * * *", "Europe/Berlin", "2026-10-24T12:00", ["2026-10-25T00:30", "2026-10-26T01:30"]),
+        # Asked within the repeated hour, the first pass is over: the next fire is tomorrow's.
+        ("30 1 * * *", "America/New_York", "2026-11-01T05:45", ["2026-11-02T06:30"]),
+        ("30 1 * * *", "America/New_York", "2026-11-01T06:10", ["2026-11-02T06:30"]),
+        # Every hour is every hour that passes, in both passes.
+        ("0 * * * *", "America/New_York", "2026-11-01T04:30", ["2026-11-01T05:00", "2026-11-01T06:00"]),
+        # Half an hour of summer time.
+        ("15 2 * * *", "Australia/Lord_Howe", "2026-10-02T16:00", ["2026-10-03T15:30", "2026-10-04T15:15"]),
+        ("45 1 * * *", "Australia/Lord_Howe", "2026-04-04T12:00", ["2026-04-04T14:45", "2026-04-05T15:15"]),
+        # Offsets of three quarters.
+        ("0 3 * * *", "Pacific/Chatham", "2026-09-25T15:00", ["2026-09-26T14:00", "2026-09-27T13:15"]),
+        ("0 3 * * *", "Pacific/Chatham", "2026-04-03T15:00", ["2026-04-04T13:15", "2026-04-05T14:15"]),
+        # Two hours of summer time.
+        ("30 1 * * *", "Antarctica/Troll", "2026-03-28T12:00", ["2026-03-29T01:00", "2026-03-29T23:30"]),
+        ("30 1 * * *", "Antarctica/Troll", "2026-10-24T12:00", ["2026-10-24T23:30", "2026-10-26T01:30"]),
+        # Two times in one gap fire once.
+        ("15,45 2 * * *", "America/New_York", "2027-03-14T00:00", ["2027-03-14T07:00", "2027-03-15T06:15"]),
+        ("0 0 29 2 *", "UTC", "2026-11-23T12:00", ["2028-02-29T00:00", "2032-02-29T00:00"]),
+        ("0 0 L * *", "UTC", "2027-01-31T12:00", ["2027-02-28T00:00", "2027-03-31T00:00"]),
+    ],
+)
+def test_fires_around_clock_changes(cron: str, zone: str, after: str, fires: list[str]):
+    found = list(islice(parsed(cron, zone).after(utc(after)), len(fires)))
+    assert found == [utc(one) for one in fires]
+
+
+@pytest.mark.parametrize(
+    ("cron", "zone", "why"),
+    [
+        ("* * * * *", "UTC", "60 s apart"),
+        ("0,1 2 * * *", "UTC", "60 s apart"),
+        ("59 23 * * *", "../../etc/localtime", "time zone"),
+        ("0 2 * * *", "posix/UTC", "time zone"),
+        ("0 2 * * *", "/etc/localtime", "time zone"),
+        ("0 2 * * *", "Mars/Olympus", "time zone"),
+        ("0 0 30 2 *", "UTC", "bad day-of-month"),
+        ("0 2 * *", "UTC", "4 fields"),
+        ("0 0 2 * * *", "UTC", "6 fields"),
+        ("@daily", "UTC", "1 fields"),
+        ("61 2 * * *", "UTC", "bad minute"),
+        ("*/0 2 * * *", "UTC", "bad minute"),
+        ("0 2 * * MON;rm", "UTC", "bad day-of-week"),
+        ("0," * 150 + "0 2 * * *", "UTC", "fields"),
+    ],
+)
+def test_what_is_no_schedule(cron: str, zone: str, why: str):
+    with pytest.raises(NightpressError) as caught:
+        parsed(cron, zone)
+    assert caught.value.code is ErrorCode.INVALID_SCHEDULE
+    assert why in caught.value.message
+
+
+ZONES = st.sampled_from(
+    ["UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Pacific/Chatham", "Antarctica/Troll"]
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    minute=st.integers(0, 59),
+    hour=st.integers(0, 23),
+    zone=ZONES,
+    moment=st.datetimes(dt.datetime(2020, 1, 1), dt.datetime(2040, 1, 1), timezones=st.just(dt.UTC)),
+)
+def test_every_fire_is_later_and_no_day_fires_twice(minute: int, hour: int, zone: str, moment: dt.datetime):
+    fires = list(islice(parsed(f"{minute} {hour} * * *", zone).after(moment), 20))
+    assert all(later > sooner for sooner, later in zip([moment, *fires], fires, strict=False))
+    days = [one.astimezone(ZoneInfo(zone)).date() for one in fires]
+    assert len(set(days)) == len(days)
+    assert all((later - sooner).days == 1 for sooner, later in pairwise(days))
