@@ -26,12 +26,12 @@ from transformers import LlamaConfig
 from core.compress.checkpoint import read_shards
 from core.compress.context import PassContext
 from core.compress.executors.blocks import Method, press_blocks
+from core.compress.passes.activations import RoundedInputs
 from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from core.compress.solvers.gram import Gram
-from core.compress.solvers.grid import Grid
 from core.recipes.header import ModelHeader
 from core.recipes.linears import is_linear_weight
-from core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
+from core.recipes.passes import Awq, Gptq, SmoothQuant, SparseGpt, Wanda
 
 HIDDEN, INNER, HEADS, KEY_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
 KEYS = HIDDEN // HEADS * KEY_HEADS
@@ -55,17 +55,22 @@ HEADER = ModelHeader(
 
 def methods() -> dict[str, Method]:
     """What is timed, by name."""
-    plain = Gptq(order="natural", ranges="extremes")
+    plain = Gptq(order="natural", ranges="extremes", refine=False)
+    by_power = Gptq(ranges="extremes", refine=False)
     joint = Gptq(order="natural", ranges="extremes", pattern="2:4")
+    awq, default = Awq(ranges="extremes"), Gptq()
     return {
-        "gptq-w4a16": Quantized(plain, Grid(4, 128)),
-        "gptq-w4a16-activation-order": Quantized(Gptq(ranges="extremes"), Grid(4, 128)),
-        "gptq-w4a16-default": Quantized(Gptq(), Grid(4, 128)),
-        "awq-w4a16": ActivationAware(Awq(ranges="extremes"), Grid(4, 128, symmetric=False), HEADER),
+        "gptq-w4a16": Quantized(plain, plain.scheme),
+        "gptq-w4a16-activation-order": Quantized(by_power, by_power.scheme),
+        "gptq-w4a16-default": Quantized(default, default.scheme),
+        "awq-w4a16": ActivationAware(awq, awq.scheme, HEADER),
+        "smoothquant": RoundedInputs(SmoothQuant(alpha=0.5), HEADER),
+        "smoothquant-search": RoundedInputs(SmoothQuant(), HEADER),
+        "smoothquant-static-gptq": RoundedInputs(SmoothQuant(activations="tensor", weights="gptq"), HEADER),
         "sparsegpt-2:4": Sparse(SparseGpt(pattern="2:4")),
         "sparsegpt-50%": Sparse(SparseGpt()),
         "wanda-2:4": WeightAndActivation(Wanda(pattern="2:4")),
-        "gptq-w4a16-and-2:4": Quantized(joint, Grid(4, 128)),
+        "gptq-w4a16-and-2:4": Quantized(joint, joint.scheme),
     }
 
 

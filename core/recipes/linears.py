@@ -15,6 +15,8 @@ _NOT_LINEAR = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 #: Heads over the vocabulary. Most are tied to the embeddings, so they stay as those are, whether or not the file holds a copy.
 _OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "vocab_projector", "generator_lm_head", "decoder"})
+#: What families call the table of token embeddings.
+_TOKEN_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte"})
 
 
 class Divisor(NamedTuple):
@@ -46,6 +48,20 @@ def is_linear_weight(tensor: TensorInfo, ignore: Iterable[str]) -> bool:
     if "embed" in module.lower() or "norm" in leaf or leaf in _NOT_LINEAR | _ROUTERS | _OUTPUT_HEADS:
         return False
     return not matches(module, ignore)
+
+
+def module_of(tensor: TensorInfo) -> str:
+    return tensor.name.removesuffix(".weight")
+
+
+def is_token_embedding(tensor: TensorInfo) -> bool:
+    """Whether it is the matrix that tokens are looked up in."""
+    return is_table(module_of(tensor)) and len(tensor.shape) == 2 and tensor.dtype in {"F64", "F32", "F16", "BF16"}
+
+
+def is_table(module: str) -> bool:
+    """Whether a module of this name looks tokens up."""
+    return module.rsplit(".", 1)[-1] in _TOKEN_EMBEDDINGS
 
 
 def invalid(message: str, hint: str) -> NightpressError:

@@ -109,7 +109,7 @@ def _check_exports(recipe: Recipe) -> None:
 def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
     for one in recipe.passes:
         yield from one.warnings(header)
-    calibrated = [one.pass_ for one in recipe.passes if one.needs == "calibration"]
+    calibrated = [one.pass_ for one in recipe.passes if one.wants == "calibration"]
     if calibrated and recipe.calibration.data in {one.data for one in recipe.evaluate if isinstance(one, Quality)} - {
         "builtin:prose"
     }:

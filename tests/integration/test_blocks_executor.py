@@ -17,13 +17,13 @@ from core.compress.context import PassContext
 from core.compress.evaluate.calibration import model_inputs
 from core.compress.executors.blocks import Inputs, Settled, press_blocks
 from core.compress.executors.rewrite import Effect
+from core.compress.passes.activations import RoundedInputs
 from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
-from core.compress.solvers.grid import Grid
 from core.compress.solvers.wanda import Power
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.linears import is_linear_weight
-from core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
+from core.recipes.passes import Awq, Fp8, Gptq, SmoothQuant, SparseGpt, Wanda
 
 _SMALL = {
     "hidden_size": 32,
@@ -233,8 +233,8 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
     )
     model = _save(family, tmp_path / "source")
     source, out = tmp_path / "source", tmp_path / "out"
-    grid = Grid(8, 16, symmetric=False)
-    method = ActivationAware(Awq(bits=8, group_size=16), grid, _header(model_type, family))
+    options = Awq(bits=8, group_size=16)
+    method = ActivationAware(options, options.scheme, _header(model_type, family))
     press_blocks(
         source,
         out,
@@ -259,12 +259,18 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
 
 
 def _methods() -> dict[str, Any]:
+    gptq = Gptq(bits=4, group_size=16, overrides={"re:.*mlp.*": {"bits": 8, "group_size": None}})
+    sparse = Gptq(bits=3, group_size=16, symmetric=False, sparsity=0.3)
+    awq, header = Awq(group_size=16), _header("llama", "LlamaForCausalLM")
     return {
-        "gptq": Quantized(Gptq(bits=4, group_size=16), Grid(4, 16)),
-        "gptq asymmetric, sparse": Quantized(
-            Gptq(bits=3, group_size=16, symmetric=False, sparsity=0.3), Grid(3, 16, symmetric=False)
+        "gptq": Quantized(gptq, gptq.scheme),
+        "gptq asymmetric, sparse": Quantized(sparse, sparse.scheme),
+        "awq": ActivationAware(awq, awq.scheme, header),
+        "smoothquant": RoundedInputs(SmoothQuant(), header),
+        "smoothquant, static, gptq": RoundedInputs(
+            SmoothQuant(activations="tensor", weights="gptq", alpha=0.5), header
         ),
-        "awq": ActivationAware(Awq(group_size=16), Grid(4, 16, symmetric=False), _header("llama", "LlamaForCausalLM")),
+        "fp8, static": RoundedInputs(Fp8(activations="static"), header),
         "sparsegpt": Sparse(SparseGpt(pattern="2:4")),
         "wanda": WeightAndActivation(Wanda(sparsity=0.5)),
     }

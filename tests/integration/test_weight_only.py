@@ -13,13 +13,13 @@ from transformers.utils import logging
 from core.compress.checkpoint import INDEX_FILE, ShardWriter, read_shards
 from core.compress.export import compressed_tensors
 from core.compress.passes import MODEL_PASSES, PassContext, quantize
-from core.compress.solvers.grid import Grid
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import PassRecord
 from core.recipes.linears import is_linear_weight
 from core.recipes.models import parse_recipe
 from core.recipes.passes import WeightOnly
 from core.recipes.plan import make_plan
+from core.recipes.schemes import Scheme
 from tests.folders import header_of, load_tensors, tiny_llama
 
 CASES = [
@@ -268,7 +268,7 @@ def test_targets_and_ignore_mean_exactly_what_was_quantized(quantized: list[str]
 
     names = [f"a.layers.{n}.{m}.proj" for n in range(3) for m in "xy"] + ["head", "b.head"]
     kept = [one for one in names if one not in quantized]
-    config = compressed_tensors.quantization_config(Grid(8), quantized=quantized, kept=kept)
+    config = compressed_tensors.quantization_config(dict.fromkeys(quantized, Scheme(8)), kept=kept)
     targets, ignore = config["config_groups"]["group_0"]["targets"], config["ignore"]
     meant = [
         name

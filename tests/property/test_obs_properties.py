@@ -48,7 +48,7 @@ def test_codes_are_in_range_and_the_error_is_no_worse_than_rounding(
 ):
     weight, gram = _draw(seed, rows, groups * group_size, tokens)
     grid = Grid(bits, group_size, symmetric)
-    how = Quantize(grid, torch.bfloat16, search=search)
+    how = Quantize(grid, torch.bfloat16, ranges="least-error" if search else "extremes")
     solved = solve(weight, factorize(gram, by_power=by_power), how)
     assert solved.codes is not None
     assert int(solved.codes.min()) >= -grid.top

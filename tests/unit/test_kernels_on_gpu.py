@@ -60,7 +60,7 @@ def test_a_whole_weight_comes_out_on_the_gpu_as_on_the_cpu(prune: Prune | None):
     torch.manual_seed(0)
     weight, inputs = torch.randn(96, 1400), torch.randn(4000, 1400) @ (torch.eye(1400) + torch.randn(1400, 1400) / 40)
     gram = inputs.T @ inputs
-    how = Quantize(Grid(4, 100), torch.bfloat16, search=True)
+    how = Quantize(Grid(4, 100), torch.bfloat16, ranges="least-error")
     here = solve(weight, factorize(gram), how, prune)
     there = solve(weight.cuda(), factorize(gram.cuda()), how, prune)
     torch.testing.assert_close(there.loss.sum().cpu(), here.loss.sum(), rtol=1e-2, atol=0)

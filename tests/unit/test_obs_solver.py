@@ -154,7 +154,7 @@ def test_codes_scales_and_zero_points_say_the_same_as_the_weight():
     weight, gram = _problem(16, 256)
     for symmetric in (True, False):
         for by_power in (True, False):
-            how = Quantize(Grid(4, 64, symmetric), torch.bfloat16, search=True)
+            how = Quantize(Grid(4, 64, symmetric), torch.bfloat16, ranges="least-error")
             solved = solve(weight.float(), factorize(gram.float(), by_power=by_power), how, Prune(0.3))
             assert solved.codes is not None
             assert solved.scale is not None

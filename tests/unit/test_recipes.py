@@ -31,7 +31,7 @@ def test_a_normalised_recipe_reads_back_as_itself() -> None:
     ("change", "place"),
     [
         ({"passes": [{"pass": "shrink-ray"}]}, "passes.0"),
-        ({"passes": [{"pass": "weight-only", "bits": 5}]}, "bits"),
+        ({"passes": [{"pass": "weight-only", "bits": 9}]}, "bits"),
         ({"passes": [{"pass": "weight-only", "bitz": 4}]}, "bitz"),
         ({"passes": []}, "passes"),
         ({"passes": [{"pass": "magnitude"}] * 21}, "passes"),

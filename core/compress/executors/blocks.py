@@ -34,7 +34,7 @@ from core.compress.checkpoint import (
 from core.compress.context import PassContext
 from core.compress.executors.activations import Calls, room_for
 from core.compress.executors.experts import Experts
-from core.compress.executors.rewrite import Effect
+from core.compress.executors.rewrite import Effect, Rewrite, becomes
 from core.compress.executors.skeleton import Batch, Skeleton, Source, is_conv1d
 from core.compress.executors.watch import (
     EnoughSeen,
@@ -46,6 +46,7 @@ from core.compress.executors.watch import (
     in_features,
     without_padding,
 )
+from core.compress.solvers.grid import Workspace
 from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import BATCH_TOKENS, IN_TURN_BYTES, in_turn_bytes
 
@@ -99,17 +100,21 @@ def press_blocks(
     *,
     chosen: frozenset[str],
     recipe: str,
+    outside: Mapping[str, Rewrite] | None = None,
+    cache: object | None = None,
 ) -> Pressed:
     """Settle the chosen weights of all blocks and copy the rest of the model's tensors; `target` gets its shards and their index.
 
     samples are what the model is called with, each [samples, …]: whole calibration texts, or padded ones with their mask, or pixels. `recipe` says what is done, so that only blocks made just so are taken over from
-    an earlier attempt. If a GPU's memory does not suffice, smaller batches are tried once. Raises NightpressError.
+    an earlier attempt. `outside` says what becomes of tensors that are in no block. `cache` is given to the blocks in place of a key/value
+    cache while they are watched. If a GPU's memory does not suffice, smaller batches are tried once. Raises NightpressError.
     """
     target.mkdir(parents=True, exist_ok=True)
     for share in (1, 4):
         try:
             with torch.no_grad():
-                return _Run(source, target, method, samples, context, chosen, recipe, share).run()
+                run = _Run(source, target, method, samples, context, chosen, recipe, share, outside or {}, cache)
+                return run.run()
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -146,7 +151,10 @@ class _Run:
         chosen: frozenset[str],
         recipe: str,
         share: int,
+        outside: Mapping[str, Rewrite],
+        cache: object | None,
     ) -> None:
+        self.outside, self.cache = outside, cache
         self.target, self.method, self.context, self.chosen = target, method, context, chosen
         self.source = Source(read_shards(source))
         self.device = torch.device(context.device)
@@ -167,6 +175,7 @@ class _Run:
             Tensor
         ] = []  #: of each row that has run, the hidden states of all texts [samples, length, width]
         self.calls = Calls(self.device)
+        self.effects: dict[str, Effect] = {}  #: of tensors outside the blocks
         self.unseen: list[str] = []
         self.starved: dict[str, int] = {}
         self.groups: dict[tuple[str, ...], list[list[str]] | None] = {}
@@ -202,7 +211,7 @@ class _Run:
         """On a GPU as the weights are stored; on a CPU in float32, which is faster there than any narrower type."""
         if self.device.type == "cpu":
             return torch.float32
-        names = {self.source.stored(name).info.dtype for name in self.chosen}
+        names = {self.source.stored(name).info.dtype for name in self.chosen or self.source.names()}
         return next(
             (dtype for dtype in (torch.float32, torch.bfloat16) if SAFETENSORS_DTYPES[dtype] in names), torch.float16
         )
@@ -237,9 +246,11 @@ class _Run:
             real = self._real(number)
             mixture.real = None if real is None else real.flatten()
         for at, call in enumerate(calls, 1):
+            beside: dict[str, object] = {}
             if watched is not None:
                 watched.stops, watched.real = at == len(calls), self._real(number)
-            out = block(batch, *call.args, **call.kwargs)
+                beside = {} if self.cache is None else {"past_key_values": self.cache}
+            out = block(batch, *call.args, **{**call.kwargs, **beside})
             batch = out[0] if isinstance(out, tuple) else out
         return batch
 
@@ -422,10 +433,18 @@ class _Run:
         """The shard of all tensors outside the blocks. Made anew by every attempt: it takes a moment."""
         inside = {name for index in range(self.count) for name in self.skeleton.block_names(index)}
         names = [name for name in self.source.names() if name not in inside]
-        infos = [self.source.stored(name).info for name in names]
+        infos = [out for name in names for out in becomes(self.source.stored(name).info, self.outside.get(name))]
         with ShardWriter(self.target / self._shard_name(0), infos, {"format": "pt"}) as shard:
+
+            def put(part: str, at: int, tensor: Tensor) -> None:
+                shard.write(part, at, _bytes(tensor))
+
             for name in names:
-                shard.write(name, 0, _bytes(self.source.read(name)))
+                tensor = self.source.read(name)
+                if name in self.outside:
+                    self.effects[name] = self.outside[name](tensor, 0, put, Workspace())
+                else:
+                    put(name, 0, tensor)
             shard.commit()
 
     def _write_shard(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -459,7 +478,7 @@ class _Run:
             weight_map |= dict.fromkeys((one.name for one in shard.tensors), shard.path.name)
             sizes |= {one.name: one.info.size for one in shard.tensors}
         write_index(self.target, weight_map, sum(sizes.values()))
-        effects: dict[str, Effect] = {}
+        effects = dict(self.effects)
         unseen: list[str] = []
         starved: dict[str, int] = {}
         for index in range(self.count):

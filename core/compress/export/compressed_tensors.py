@@ -1,69 +1,83 @@
-"""A quantized model in the compressed-tensors format `pack-quantized`, as transformers and vLLM read it."""
+"""A quantized model in the formats of compressed-tensors, as transformers and vLLM read them."""
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from core.compress.checkpoint import write_file
-from core.compress.export.safetensors import CONSUMER, save
-from core.compress.solvers.grid import Grid
+from core.compress.export import safetensors
+from core.compress.export.safetensors import CONSUMER
+from core.recipes.linears import is_table
+from core.recipes.schemes import Scheme
 
-__all__ = ["CONSUMER", "save", "write_config"]
+__all__ = ["CACHE_FILE", "CONSUMER", "save", "write_config"]
+
+#: What `kv-cache` leaves in a model's folder for whoever writes its quantization_config.
+CACHE_FILE = "kv_cache_scheme.json"
 
 
-def write_config(model_dir: Path, grid: Grid, *, quantized: Iterable[str], kept: Iterable[str]) -> None:
-    """Say in config.json how the model's weights are stored. `quantized` and `kept` are the names of its linear modules."""
-    path = model_dir / "config.json"
+def save(model_dir: Path, out_dir: Path, **_context: Any) -> None:
+    """Put the finished model folder at `out_dir`."""
+    safetensors.save(model_dir, out_dir)
+    if (out_dir / CACHE_FILE).exists():  # no pass after `kv-cache` has quantized weights
+        write_config(out_dir, {}, kept=())
+
+
+def write_config(model_dir: Path, schemes: Mapping[str, Scheme], *, kept: Iterable[str]) -> None:
+    """Say in config.json how the model's weights are stored: the quantized modules with their schemes, and the modules that are not."""
+    path, cache = model_dir / "config.json", model_dir / CACHE_FILE
     config = json.loads(path.read_bytes())
-    config["quantization_config"] = quantization_config(grid, quantized=quantized, kept=kept)
+    cache_scheme = json.loads(cache.read_bytes()) if cache.exists() else None
+    config["quantization_config"] = quantization_config(schemes, kept=kept, cache_scheme=cache_scheme)
     write_file(path, json.dumps(config, indent=2).encode() + b"\n")
+    cache.unlink(missing_ok=True)
 
 
-def quantization_config(grid: Grid, *, quantized: Iterable[str], kept: Iterable[str]) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, Scheme], *, kept: Iterable[str], cache_scheme: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The description that loaders follow: exactly the quantized modules are targets.
 
     Targets are named, not meant by their class: an output head tied to the embeddings is a Linear without a weight of its own in the
-    files, and would be taken for a quantized one. Layer numbers are generalised, so that a 100-layer model has as few targets as a
-    small one, and what stands before the first number may be missing or different, as it is when a loader puts the model under
-    another head. What such a target would wrongly cover is ignored by name.
+    files, and would be taken for a quantized one. Layer numbers are generalised where all such layers have one scheme, so that a
+    100-layer model has as few targets as a small one, and what stands before the first number may be missing or different, as it is
+    when a loader puts the model under another head. What such a target would wrongly cover is ignored by name.
     """
-    quantized, kept = list(quantized), list(kept)
-    targets = sorted({_pattern(name) for name in quantized})
-    ignore = sorted(
-        {_pattern(name, exact=True) for name in kept if any(re.match(target[3:], name) for target in targets)}
-    )
+    meant: dict[str, set[Scheme]] = {}
+    for name, scheme in schemes.items():
+        meant.setdefault(_pattern(name), set()).add(scheme)
+    targets: dict[Scheme, set[str]] = {}
+    for name, scheme in schemes.items():
+        alike = len(meant[_pattern(name)]) == 1
+        targets.setdefault(scheme, set()).add(_pattern(name, exact=not alike))
+    every = [target for some in targets.values() for target in some]
+    ignore = sorted({_pattern(name, exact=True) for name in kept if any(re.match(one[3:], name) for one in every)})
+    formats = list(dict.fromkeys(scheme.format for scheme in targets))
     # transformers prepares modules for packed weights without packing their zero points (compressed-tensors up to 0.20),
-    # and then refuses the files. Dequantizing while it loads is its way round that; vLLM doesn't read the key.
-    loading = {} if grid.symmetric else {"dequantize": True}
+    # and then refuses the files; neither does it make room for packed embeddings, and fp4 it unpacks to bf16 whatever the model's
+    # dtype. Dequantizing while it loads is its way round all three, for models with one scheme; vLLM doesn't read the key.
+    fp4 = any(scheme.kind == "float" and scheme.bits == 4 for scheme in targets)
+    dense = fp4 or any(not scheme.symmetric for scheme in targets) or any(is_table(name) for name in schemes)
+    assert not dense or len(targets) == 1
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats[0] if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": cache_scheme,
         "ignore": ignore,
-        **loading,
+        **({"dequantize": True} if dense else {}),
         "config_groups": {
-            "group_0": {
-                "targets": targets,
-                "format": "pack-quantized",
-                "input_activations": None,
+            f"group_{number}": {
+                "targets": sorted(some),
+                "format": scheme.format,
+                "input_activations": scheme.activation_arguments(),
                 "output_activations": None,
-                "weights": {
-                    "num_bits": grid.bits,
-                    "type": "int",
-                    "symmetric": grid.symmetric,
-                    "strategy": "channel" if grid.group_size is None else "group",
-                    "group_size": grid.group_size,
-                    "dynamic": False,
-                    "actorder": None,
-                    "block_structure": None,
-                    "observer": "minmax",
-                    "observer_kwargs": {},
-                },
+                "weights": scheme.weight_arguments(),
             }
+            for number, (scheme, some) in enumerate(targets.items())
         },
     }
 

@@ -9,12 +9,12 @@ from core.compress.executors.graph import Traced
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import Verification
 from core.recipes.models import Recipe
-from core.recipes.passes import Awq, DynamicInt8, Gptq, Pass, WeightOnly
+from core.recipes.passes import DynamicInt8, Gptq, Pass, Quantizing
 
 #: An fp32 graph computes what the model computes; only the order of sums differs.
 EXACT = 0.9999
 #: Rounding may change answers, which the evaluation measures; what falls below these is broken, not rounded.
-ROUNDED = {8: 0.9, 4: 0.5}
+ROUNDED = {8: 0.9, 7: 0.9, 6: 0.9, 5: 0.7, 4: 0.5}
 
 
 def verify(
@@ -63,9 +63,9 @@ def verify(
 
 def _rounding_bound(one: Pass) -> float | None:
     """How near the source a pass must stay that only rounds. None: it may change the answers at will."""
-    if isinstance(one, WeightOnly | Awq) or (isinstance(one, Gptq) and one.sparsity is None):
-        return ROUNDED.get(one.bits)
-    return None
+    if not isinstance(one, Quantizing) or (isinstance(one, Gptq) and one.sparsity is not None):
+        return None
+    return ROUNDED.get(one.coarsest_bits)
 
 
 def _reduce(out: NDArray[np.float32], task: Task) -> NDArray[np.float32]:

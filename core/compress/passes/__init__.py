@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from core.compress.context import PassContext
+from core.compress.passes.activations import fp8, kv_cache, smoothquant
 from core.compress.passes.calibrated import awq, gptq, sparsegpt, wanda
 from core.compress.passes.prune import magnitude
 from core.compress.passes.quantize import weight_only
@@ -21,6 +22,9 @@ MODEL_PASSES: dict[str, ModelPass] = {
     "magnitude": magnitude,
     "gptq": gptq,
     "awq": awq,
+    "smoothquant": smoothquant,
+    "fp8": fp8,
+    "kv-cache": kv_cache,
     "sparsegpt": sparsegpt,
     "wanda": wanda,
 }

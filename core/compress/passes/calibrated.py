@@ -1,14 +1,13 @@
 """Passes that look at what a model's layers are given: GPTQ, AWQ, SparseGPT and Wanda, one block at a time."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from core.compress.architectures import FOLDS, Fold
 from core.compress.checkpoint import read_shards
 from core.compress.context import PassContext
 from core.compress.evaluate.calibration import calibration_samples
@@ -16,41 +15,64 @@ from core.compress.executors.blocks import Inputs, Method, Pressed, Settled, Sta
 from core.compress.executors.rewrite import Effect
 from core.compress.executors.stream import copy_companions
 from core.compress.export.compressed_tensors import write_config
+from core.compress.passes.folding import Folding
+from core.compress.passes.quantize import OnGrid
+from core.compress.passes.sensitivity import schemes_within_budget
 from core.compress.solvers.awq import search_scales
 from core.compress.solvers.gram import Gram
-from core.compress.solvers.grid import Grid, dequantize
-from core.compress.solvers.obs import Prune, Quantize, factorize, solve
-from core.compress.solvers.packing import pack_bits, unpack_bits
-from core.compress.solvers.ranges import find_ranges, nearest_codes
+from core.compress.solvers.grid import dequantize
+from core.compress.solvers.obs import Factor, Prune, Quantize, factorize, solve
+from core.compress.solvers.refine import fit_scales, output_loss
 from core.compress.solvers.wanda import Power, wanda_mask
+from core.compress.stored import Coded, dequantized, from_tensors, grid_of, round_weight, to_tensors
 from core.handoff.report import LayerEffect, PassRecord
 from core.recipes.header import ModelHeader
-from core.recipes.linears import is_linear_weight
-from core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
+from core.recipes.linears import is_linear_weight, module_of
+from core.recipes.passes import Awq, Gptq, PassOptions, Quantizing, SparseGpt, Wanda
+from core.recipes.passes.base import OnLinears
+from core.recipes.passes.quantize import Budgeted, Rounding
+from core.recipes.schemes import Scheme
+
+#: How the weight of a module is stored.
+Schemes = Callable[[str], Scheme]
+
+
+def scheme_of(schemes: Schemes, weight: str) -> Scheme:
+    return schemes(weight.removesuffix(".weight"))
 
 
 def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> PassRecord:
     """Quantize with GPTQ, pruning on the way if asked to. `target` becomes a compressed-tensors `pack-quantized` model."""
-    grid = Grid(options.bits, options.group_size, options.symmetric)
-    return _quantize(source, target, Quantized(options, grid), grid, options, context)
+    schemes, summary = _schemes(source, options, context)
+    return quantize(source, target, Quantized(options, schemes), schemes, options, context, summary)
 
 
 def awq(source: Path, target: Path, options: Awq, context: PassContext) -> PassRecord:
     """Quantize with AWQ. `target` becomes a compressed-tensors `pack-quantized` model, its norms scaled."""
-    grid = Grid(options.bits, options.group_size, options.symmetric)
-    return _quantize(source, target, ActivationAware(options, grid, context.header), grid, options, context)
+    schemes, summary = _schemes(source, options, context)
+    method = ActivationAware(options, schemes, context.header)
+    return quantize(source, target, method, schemes, options, context, summary)
 
 
 def sparsegpt(source: Path, target: Path, options: SparseGpt, context: PassContext) -> PassRecord:
     """Prune with SparseGPT; a dense model of the same size comes out."""
     start = time.monotonic()
-    return _record(options, context, _press(source, target, Sparse(options), options, context), start, {})
+    return record(options, context, press(source, target, Sparse(options), options, context), start, {})
 
 
 def wanda(source: Path, target: Path, options: Wanda, context: PassContext) -> PassRecord:
     """Prune with Wanda; a dense model of the same size comes out."""
     start = time.monotonic()
-    return _record(options, context, _press(source, target, WeightAndActivation(options), options, context), start, {})
+    return record(options, context, press(source, target, WeightAndActivation(options), options, context), start, {})
+
+
+def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Schemes, dict[str, Any]]:
+    """How each module is stored, and what the record says of it."""
+    summary: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size, "symmetric": options.symmetric}
+    if options.budget is None:
+        return options.scheme, summary
+    schemes, found = schemes_within_budget(source, calibration_samples(source, context), options, context)
+    return schemes, summary | {"bits": None, "budget": options.budget} | found
 
 
 class _GroupByGroup:
@@ -69,10 +91,10 @@ class _GroupByGroup:
 
 
 class Quantized(_GroupByGroup):
-    """Codes, scales and zero points found by the Optimal-Brain-Surgeon solver."""
+    """Codes, scales and zero points found by the Optimal-Brain-Surgeon solver; in rows where rounding to nearest does better, by that."""
 
-    def __init__(self, options: Gptq, grid: Grid) -> None:
-        self._options, self._grid = options, grid
+    def __init__(self, options: Gptq, schemes: Schemes) -> None:
+        self._options, self._schemes = options, schemes
         self._prune = None if options.sparsity is None else _prune(options.sparsity, options.pattern)
 
     def watch(self, columns: int, device: torch.device) -> Gram:
@@ -80,28 +102,82 @@ class Quantized(_GroupByGroup):
 
     def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
         assert isinstance(statistic, Gram)
-        by_power = self._options.order == "activation"
-        factor = factorize(statistic.matrix(), damping=self._options.damping, by_power=by_power)
-        shares_quota = self._prune is not None and self._prune.pattern is None
+        gram = statistic.matrix()
+        factor = factorize(gram, damping=self._options.damping, by_power=self._options.order == "activation")
+        # Rows don't depend on each other, but unstructured pruning would share its quota among the weights.
+        alone = self._prune is not None and self._prune.pattern is None
+        together: dict[tuple[Scheme, str], list[str]] = {}
+        for name in weights:
+            together.setdefault((scheme_of(self._schemes, name), name if alone else ""), []).append(name)
         settled: dict[str, Settled] = {}
-        for names in [[name] for name in weights] if shares_quota else [list(weights)]:
+        for (scheme, _), names in together.items():
             stacked = torch.cat([weights[name].float() for name in names])
-            how = Quantize(self._grid, weights[names[0]].dtype, search=self._options.ranges == "least-error")
-            solved = solve(stacked, factor, how, self._prune)
+            coded = round_obs(
+                stacked,
+                gram,
+                factor,
+                scheme,
+                weights[names[0]].dtype,
+                ranges=self._options.ranges,
+                refine=self._options.refine,
+                prune=self._prune,
+            )
             start = 0
             for name in names:
                 rows = slice(start, start + len(weights[name]))
-                assert solved.codes is not None
-                assert solved.scale is not None
-                zero_point = None if solved.zero_point is None else solved.zero_point[rows]
-                settled[name] = _encode(
-                    name, self._grid, solved.codes[rows], solved.scale[rows], zero_point, stacked[rows]
+                zero_point = None if coded.zero_point is None else coded.zero_point[rows]
+                settled[name] = settle_coded(
+                    name, scheme, Coded(coded.codes[rows], coded.scale[rows], zero_point), stacked[rows]
                 )
                 start = rows.stop
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
-        return _decode(name, self._grid, written)
+        return from_tensors(name, scheme_of(self._schemes, name), written)
+
+
+def round_obs(
+    weight: Tensor,
+    gram: Tensor,
+    factor: Factor,
+    scheme: Scheme,
+    stored: torch.dtype,
+    *,
+    ranges: str = "extremes",
+    refine: bool = False,
+    prune: Prune | None = None,
+) -> Coded:
+    """Round a weight [out, in] float32 by the Optimal-Brain-Surgeon solver. Without pruning, no row costs the outputs more than rounded to nearest."""
+    grid = grid_of(scheme)
+    solved = solve(weight, factor, Quantize(grid, stored, ranges=ranges), prune)
+    assert solved.codes is not None
+    assert solved.scale is not None
+    if prune is not None:
+        return Coded(solved.codes, solved.scale, solved.zero_point)
+    scale, after, loss = solved.scale, solved.weight, solved.loss
+    if refine:
+        steps = solved.codes.to(weight.dtype)
+        if solved.zero_point is not None:
+            steps = (steps.view(*scale.shape, -1) - solved.zero_point[..., None]).view_as(weight)
+        scale = fit_scales(weight, gram, factor, steps, scale.to(weight.dtype), stored).to(stored)
+        after = dequantize(solved.codes, scale, solved.zero_point)
+        loss = output_loss(weight, after, factor)
+    importance = factor.power if ranges == "least-error" else None
+    nearest = round_weight(weight, scheme, stored, ranges=ranges, importance=importance)
+    worse = (loss > output_loss(weight, dequantized(nearest, scheme), factor))[:, None]
+    zero_point = solved.zero_point
+    if zero_point is not None and nearest.zero_point is not None:
+        zero_point = torch.where(worse, nearest.zero_point, zero_point)
+    return Coded(torch.where(worse, nearest.codes, solved.codes), torch.where(worse, nearest.scale, scale), zero_point)
+
+
+def settle_coded(
+    name: str, scheme: Scheme, coded: Coded, before: Tensor, *, input_scale: Tensor | None = None
+) -> Settled:
+    """A weight on its grid, with its tensors; scales have the dtype the weight was stored in."""
+    weight = dequantized(coded, scheme)
+    tensors = to_tensors(name, scheme, coded, input_scale=input_scale)
+    return Settled(weight=weight, tensors=tensors, effect=effect_of(before, weight))
 
 
 class Sparse(_GroupByGroup):
@@ -124,7 +200,7 @@ class Sparse(_GroupByGroup):
             counts = [len(weights[name]) for name in names]
             for name, was, now in zip(names, torch.split(before, counts), torch.split(after, counts), strict=True):
                 value = now.to(weights[name].dtype, copy=True)
-                settled[name] = Settled(weight=value, tensors={name: value}, effect=_effect(was, value.float()))
+                settled[name] = Settled(weight=value, tensors={name: value}, effect=effect_of(was, value.float()))
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -146,7 +222,7 @@ class WeightAndActivation(_GroupByGroup):
         for name, weight in weights.items():
             gone = wanda_mask(weight, statistic.sum, self._prune.sparsity, self._prune.pattern)
             after = weight.masked_fill(gone, 0)
-            effect = _effect(weight.float(), after.float())
+            effect = effect_of(weight.float(), after.float())
             settled[name] = Settled(weight=after, tensors={name: after}, effect=effect)
         return settled
 
@@ -159,13 +235,8 @@ class ActivationAware:
 
     by_group = False  # what stands before them has run already when their inputs are known
 
-    def __init__(self, options: Awq, grid: Grid, header: ModelHeader) -> None:
-        self._options, self._grid = options, grid
-        self._folds = FOLDS[header.model_type]
-        config = header.config
-        heads = int(config["num_attention_heads"])
-        self._value_heads = int(config.get("num_key_value_heads") or heads)
-        self._head_width = int(config.get("head_dim") or config["hidden_size"] // heads)
+    def __init__(self, options: Awq, schemes: Schemes, header: ModelHeader) -> None:
+        self._options, self._schemes, self._folding = options, schemes, Folding(header)
 
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
@@ -174,83 +245,34 @@ class ActivationAware:
         seen = {name: one for one in inputs for name in one.names}
         floats = {name: block[name].to(device).float() for name in seen}
         factors: dict[str, Tensor] = {}
-        for fold in self._folds:
-            self._fold(fold, block, seen, floats, factors)
+        for place in self._folding.places(block, seen):
+            statistic, first = seen[place.targets[0]].statistic, place.targets[0]
+            assert isinstance(statistic, Gram)
+            stacked = torch.cat([floats[name] for name in place.targets])
+            grid = grid_of(scheme_of(self._schemes, first))
+            found = search_scales(stacked, statistic.matrix(), grid, block[first].dtype, share=place.share)
+            place.apply(found, block, floats)
+            factors |= dict.fromkeys(place.targets, found)
         settled = {}
         for name, weight in floats.items():
-            stored = block[name].dtype
-            if name not in seen:  # a norm or a bias that makes up for it
-                value = weight.to(stored)
-                settled[name] = Settled(weight=value, tensors={name: value}, effect=None)
+            if name not in seen:
+                settled[name] = made_up(name, weight, block[name].dtype)
                 continue
-            importance = None
-            if self._options.ranges == "least-error":
-                statistic = seen[name].statistic
-                assert isinstance(statistic, Gram)
-                importance = statistic.matrix().diagonal() / factors.get(name, torch.ones((), device=device)).square()
-            scale, zero_point = find_ranges(weight, self._grid, stored, importance=importance)
-            codes = nearest_codes(weight, scale, zero_point, self._grid).to(torch.int8)
-            zeros = None if self._grid.symmetric else zero_point.to(torch.int8)
-            settled[name] = _encode(name, self._grid, codes, scale.to(stored), zeros, weight)
+            statistic, scheme = seen[name].statistic, scheme_of(self._schemes, name)
+            assert isinstance(statistic, Gram)
+            importance = statistic.matrix().diagonal() / factors.get(name, torch.ones((), device=device)).square()
+            coded = round_weight(weight, scheme, block[name].dtype, ranges=self._options.ranges, importance=importance)
+            settled[name] = settle_coded(name, scheme, coded, weight)
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
-        return _decode(name, self._grid, written)
-
-    def _fold(
-        self,
-        fold: Fold,
-        block: Mapping[str, Tensor],
-        seen: Mapping[str, Inputs],
-        floats: dict[str, Tensor],
-        factors: dict[str, Tensor],
-    ) -> None:
-        """Find the factors of one place and apply them, if every layer that sees its output is among those to quantize."""
-        last = f"{fold.targets[0]}.weight"
-        prefix = next((name.removesuffix(last) for name in seen if name.endswith("." + last)), None)
-        targets = [f"{prefix}{target}.weight" for target in fold.targets]
-        if prefix is None or not all(name in seen for name in targets) or set(seen[targets[0]].names) != set(targets):
-            return
-        source, bias = f"{prefix}{fold.source}.weight", f"{prefix}{fold.source}.bias"
-        statistic = seen[targets[0]].statistic
-        assert isinstance(statistic, Gram)
-        stacked = torch.cat([floats[name] for name in targets])
-        share = (self._value_heads, self._head_width) if fold.kind == "values" else (1, 1)
-        found = search_scales(stacked, statistic.matrix(), self._grid, block[targets[0]].dtype, share=share)
-        for name in targets:
-            floats[name] = floats[name] * found
-            factors[name] = found
-        if fold.kind == "values":
-            found = found.view(self._value_heads, -1, self._head_width)[:, 0].reshape(-1)
-        before = floats[source] if source in floats else block[source].to(found.device).float()
-        if fold.kind == "norm+1":
-            floats[source] = (1 + before) / found - 1
-        else:
-            floats[source] = before / found.view(-1, *[1] * (before.dim() - 1))
-        if bias in block:
-            floats[bias] = (floats[bias] if bias in floats else block[bias].to(found.device).float()) / found
+        return from_tensors(name, scheme_of(self._schemes, name), written)
 
 
-def _encode(name: str, grid: Grid, codes: Tensor, scale: Tensor, zero_point: Tensor | None, before: Tensor) -> Settled:
-    """A weight on a grid as the tensors of `pack-quantized`; the scales have the dtype the weight was stored in."""
-    tensors = {
-        f"{name}_packed": pack_bits(codes, grid.bits),
-        f"{name}_scale": scale,
-        f"{name}_shape": torch.tensor(codes.shape),
-    }
-    if zero_point is not None:  # packed down the rows
-        tensors[f"{name}_zero_point"] = pack_bits(zero_point.t(), grid.bits).t().contiguous()
-    weight = dequantize(codes, scale, zero_point)
-    return Settled(weight=weight.to(scale.dtype), tensors=tensors, effect=_effect(before, weight))
-
-
-def _decode(name: str, grid: Grid, written: Mapping[str, Tensor]) -> Tensor:
-    """The weight that `_encode` wrote."""
-    rows, columns = written[f"{name}_shape"].tolist()
-    zero_point = None
-    if not grid.symmetric:
-        zero_point = unpack_bits(written[f"{name}_zero_point"].t().contiguous(), grid.bits, rows).t()
-    return dequantize(unpack_bits(written[f"{name}_packed"], grid.bits, columns), written[f"{name}_scale"], zero_point)
+def made_up(name: str, weight: Tensor, stored: torch.dtype) -> Settled:
+    """A norm or a bias that makes up for scaled inputs, as it is written."""
+    value = weight.to(stored)
+    return Settled(weight=value, tensors={name: value}, effect=None)
 
 
 def _prune(sparsity: float, pattern: str) -> Prune:
@@ -260,7 +282,7 @@ def _prune(sparsity: float, pattern: str) -> Prune:
     return Prune(1 - kept / of, (kept, of))
 
 
-def _effect(before: Tensor, after: Tensor) -> Effect:
+def effect_of(before: Tensor, after: Tensor) -> Effect:
     return Effect(
         squared_error=float((before - after).square().sum(dtype=torch.float64)),
         squared_norm=float(before.square().sum(dtype=torch.float64)),
@@ -268,37 +290,56 @@ def _effect(before: Tensor, after: Tensor) -> Effect:
     )
 
 
-def _quantize(
-    source: Path, target: Path, method: Method, grid: Grid, options: Gptq | Awq, context: PassContext
+def quantize(
+    source: Path,
+    target: Path,
+    method: Method,
+    schemes: Schemes,
+    options: Quantizing,
+    context: PassContext,
+    summary: dict[str, Any],
 ) -> PassRecord:
+    """Press with a method that leaves weights in these schemes, and say in config.json what became of them."""
     start = time.monotonic()
-    pressed = _press(source, target, method, options, context)
-    modules = [name.removesuffix(".weight") for name in pressed.effects]
-    write_config(target, grid, quantized=modules, kept=[name.removesuffix(".weight") for name in pressed.kept])
-    summary: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size, "symmetric": options.symmetric}
-    return _record(options, context, pressed, start, summary)
+    pressed = press(source, target, method, options, context)
+    modules = {name.removesuffix(".weight"): schemes(name.removesuffix(".weight")) for name in pressed.effects}
+    write_config(target, modules, kept=[name.removesuffix(".weight") for name in pressed.kept])
+    return record(options, context, pressed, start, summary)
 
 
-def _press(
-    source: Path, target: Path, method: Method, options: Gptq | Awq | SparseGpt | Wanda, context: PassContext
+def press(
+    source: Path,
+    target: Path,
+    method: Method,
+    options: PassOptions,
+    context: PassContext,
+    *,
+    cache: object | None = None,
 ) -> Pressed:
+    """Run the blocks executor over the linear layers that the options take, and round what they round beside them."""
     infos = [one.info for shard in read_shards(source) for one in shard.tensors]
-    chosen = frozenset(info.name for info in infos if is_linear_weight(info, options.ignore))
+    chosen = [info for info in infos if isinstance(options, OnLinears) and is_linear_weight(info, options.ignore)]
+    outside: dict[str, OnGrid] = {}
+    if isinstance(options, Rounding):
+        tables = [info for info in infos if options.takes_table(info)]
+        outside = {one.name: OnGrid(one, options.scheme(module_of(one)), options.ranges) for one in tables}
     pressed = press_blocks(
         source,
         target,
         method,
         calibration_samples(source, context),
         context,
-        chosen=chosen,
+        chosen=frozenset(info.name for info in chosen),
         recipe=options.model_dump_json(),
+        outside=outside,
+        cache=cache,
     )
     copy_companions(source, target)
     return pressed
 
 
-def _record(
-    options: Gptq | Awq | SparseGpt | Wanda,
+def record(
+    options: PassOptions,
     context: PassContext,
     pressed: Pressed,
     start: float,
@@ -319,7 +360,7 @@ def _record(
     )
     return PassRecord(
         index=context.index,
-        name=options.pass_,
+        name=options.name,
         seconds=time.monotonic() - start,
         summary=summary
         | {

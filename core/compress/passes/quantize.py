@@ -1,52 +1,87 @@
-"""Quantization passes."""
+"""Quantization passes that need no data: one sweep over the weights."""
 
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from core.compress.checkpoint import tensor_info
+from core.compress.checkpoint import StoredTensor, read_shards, tensor_info
 from core.compress.context import PassContext
-from core.compress.executors.rewrite import Effect, Put
-from core.compress.executors.stream import copy_companions, sweep
+from core.compress.executors.rewrite import Effect, Put, Rewrite
+from core.compress.executors.stream import copy_companions, scan, sweep
 from core.compress.export.compressed_tensors import write_config
-from core.compress.solvers.grid import Grid, Workspace, pack, pack_zero_points, round_to_grid
+from core.compress.solvers.grid import Grid, Workspace, magnitude_bits, pack, pack_zero_points, round_to_grid
+from core.compress.stored import dequantized, grid_of, round_weight, to_tensors
+from core.errors import ErrorCode, NightpressError
 from core.handoff.report import LayerEffect, PassRecord
 from core.recipes.header import TensorInfo
-from core.recipes.linears import is_linear_weight
-from core.recipes.passes import WeightOnly
+from core.recipes.linears import module_of
+from core.recipes.passes import Quantizing, WeightOnly
+from core.recipes.schemes import BLOCK, Scheme
 
-#: Errors are exact in layers of up to this many weights. In larger ones they are taken from every 8th row, which is hundreds of
-#: thousands of weights still: measuring all of them would take a third of the time of rounding them.
+#: Errors of plain int4 and int8 are exact in layers of up to this many weights. In larger ones they are taken from every 8th row, which
+#: is hundreds of thousands of weights still: measuring all of them would take a third of the time of rounding them.
 _EXACT_WEIGHTS = 1024**2
 _SAMPLE_EVERY = 8
 
 
 def weight_only(source: Path, target: Path, options: WeightOnly, context: PassContext) -> PassRecord:
-    """Round every linear weight to the nearest step of its grid. `target` becomes a compressed-tensors `pack-quantized` model."""
+    """Round every linear weight to the nearest step of its grid. `target` becomes a compressed-tensors model."""
+    summary = {
+        "format": options.format,
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "symmetric": options.symmetric,
+        "ranges": options.ranges,
+        "measured": f"every row of layers up to {_EXACT_WEIGHTS:,} weights, every {_SAMPLE_EVERY}th of larger ones in plain int4 and int8",
+    }
+    return stream_rounded(source, target, options, context, summary, ranges=options.ranges)
+
+
+def stream_rounded(
+    source: Path,
+    target: Path,
+    options: Quantizing,
+    context: PassContext,
+    summary: dict[str, Any],
+    *,
+    ranges: str = "extremes",
+) -> PassRecord:
+    """Round every weight that the options take, in one sweep, and say in config.json what became of them."""
     start = time.monotonic()
-    grid = Grid(options.bits, options.group_size, options.symmetric)
+    infos = {one.name: one.info for shard in read_shards(source) for one in shard.tensors}
+    schemes = {module_of(info): options.scheme(module_of(info)) for info in infos.values() if options.takes(info)}
+    scanned = any(_needs_largest(scheme) for scheme in schemes.values())
+    largest = _largest(source, {f"{name}.weight" for name in schemes}, context) if scanned else {}
+    # Runtimes fuse layers that share inputs, and then have one scale for all of nvfp4's scales: so it is one for the model.
+    of_all = max(largest.values(), default=None)
 
-    def choose(info: TensorInfo) -> "PackQuantized | None":
-        return PackQuantized(info, grid) if is_linear_weight(info, options.ignore) else None
+    def choose(info: TensorInfo) -> Rewrite | None:
+        scheme = schemes.get(module_of(info)) if options.takes(info) else None
+        if scheme is None:
+            return None
+        if scheme.format == "pack-quantized" and scheme.bits in {4, 8} and ranges == "extremes":
+            return PackQuantized(info, grid_of(scheme))
+        top = largest.get(info.name) if scheme.strategy == "tensor" else of_all
+        return OnGrid(info, scheme, ranges, top)
 
-    swept = sweep(source, target, choose, context, recipe=options.model_dump_json())
+    span = (0.3, 1.0) if scanned else (0.0, 1.0)
+    swept = sweep(source, target, choose, context, recipe=options.model_dump_json(), span=span)
     copy_companions(source, target)
-    modules = [name.removesuffix(".weight") for name in swept.effects]
     others = [
         name.removesuffix(".weight")
         for name, outputs in swept.outputs.items()
         if name not in swept.effects and name.endswith(".weight") and len(outputs[0].shape) == 2
     ]
-    write_config(target, grid, quantized=modules, kept=others)
-    sizes = {info.name: info.size for info in context.header.tensors}
+    write_config(target, schemes, kept=others)
     layers = tuple(
         LayerEffect(
             name=name.removesuffix(".weight"),
-            bytes_before=sizes[name],
+            bytes_before=infos[name].size,
             bytes_after=sum(out.size for out in swept.outputs[name]),
             relative_error=effect.relative_error,
         )
@@ -55,20 +90,79 @@ def weight_only(source: Path, target: Path, options: WeightOnly, context: PassCo
     total = sum(swept.effects.values(), Effect())
     return PassRecord(
         index=context.index,
-        name=options.pass_,
+        name=options.name,
         seconds=time.monotonic() - start,
-        summary={
-            "bits": options.bits,
-            "group_size": options.group_size,
-            "symmetric": options.symmetric,
+        summary=summary
+        | {
             "layers": len(layers),
             "relative_error": total.relative_error,
-            "measured": f"every row of layers up to {_EXACT_WEIGHTS:,} weights, every {_SAMPLE_EVERY}th of larger ones",
-            "bytes_before": sum(sizes.values()),
+            "bytes_before": sum(info.size for info in infos.values()),
             "bytes_after": sum(out.size for outputs in swept.outputs.values() for out in outputs),
         },
         layers=layers,
     )
+
+
+def _needs_largest(scheme: Scheme) -> bool:
+    return scheme.strategy == "tensor" or scheme.format == "nvfp4-pack-quantized"
+
+
+def _largest(source: Path, names: set[str], context: PassContext) -> dict[str, float]:
+    """The largest magnitude of each of these tensors."""
+    parts: dict[tuple[str, int], float] = {}
+
+    def visit(stored: StoredTensor, first_row: int, rows: Tensor, workspace: Workspace) -> None:
+        bits = magnitude_bits(rows, workspace).max()
+        parts[stored.name, first_row] = float(bits.view(rows.dtype))
+
+    scan(read_shards(source), names, visit, context, span=(0.0, 0.3))
+    return {name: max(value for (other, _), value in parts.items() if other == name) for name in names}
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A weight as the tensors of its scheme."""
+
+    info: TensorInfo
+    scheme: Scheme
+    ranges: str = "extremes"
+    largest: float | None = None  #: see round_weight
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        return self.scheme.outputs(self.info)
+
+    @property
+    def row_step(self) -> int:
+        if self.scheme.strategy == "block":
+            return BLOCK
+        return (
+            1 if self.scheme.symmetric else 32
+        )  # zero points are packed down the rows: no word may belong to two chunks
+
+    def __call__(self, rows: Tensor, first_row: int, put: Put, workspace: Workspace) -> Effect:
+        del workspace
+        weight = rows.float()
+        if not bool(torch.isfinite(weight).all()):
+            raise NightpressError(
+                ErrorCode.NUMERICAL_FAILURE,
+                "A weight holds NaN or infinity.",
+                hint="The source model is damaged: export it again.",
+            )
+        coded = round_weight(weight, self.scheme, rows.dtype, ranges=self.ranges, largest=self.largest)
+        for name, tensor in to_tensors(self.info.name, self.scheme, coded).items():
+            if name.endswith("_shape"):
+                tensor = torch.tensor(self.info.shape)
+            if tensor.dim() == 1 and first_row > 0:
+                continue  # belongs to the whole weight
+            at = first_row
+            if name.endswith("_zero_point"):
+                at = first_row * self.scheme.bits // 32
+            elif self.scheme.strategy == "block" and name.endswith("_scale"):
+                at = first_row // BLOCK
+            put(name, at * tensor[0].nbytes, tensor)
+        after = dequantized(coded, self.scheme)
+        return Effect(float((weight - after).square().sum()), float(weight.square().sum()))
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,11 @@ Gram matrix H, so one matrix product a candidate does it, whatever the number of
 Lin et al., AWQ: Activation-aware Weight Quantization (arXiv 2306.00978), section 3.2.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from core.compress.solvers.grid import Grid
+from core.compress.solvers.products import fast_products
 from core.compress.solvers.ranges import find_ranges, nearest_codes
 
 _EXPONENTS = tuple(step / 20 for step in range(21))
@@ -36,7 +34,7 @@ def search_scales(
             factors = inputs.clamp(min=1e-4) ** exponent / weights.clamp(min=1e-4) ** (against * (1 - exponent))
             factors = factors / (factors.max() * factors.min()).sqrt()
             lost = looked_at - round_scaled(looked_at, factors, grid, stored)
-            with _fast_products():
+            with fast_products():
                 loss = float(((lost @ gram) * lost).sum())
             if loss < least:
                 best, least = factors, loss
@@ -58,14 +56,3 @@ def _shared(values: Tensor, share: tuple[int, int]) -> Tensor:
         return values
     grouped = values.view(heads, -1, width)
     return grouped.mean(1, keepdim=True).expand_as(grouped).reshape(-1)
-
-
-@contextlib.contextmanager
-def _fast_products() -> Iterator[None]:
-    """Losses are only compared: on CUDA three digits are enough, and eight times faster."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

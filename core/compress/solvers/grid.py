@@ -1,11 +1,13 @@
-"""Integer grids: scales and zero points from a weight's range, rounding to the nearest step, and packing into 32-bit words.
+"""Grids: scales and zero points from a weight's range, rounding to the nearest step, and packing into 32-bit words.
 
-A grid of b bits has the codes −2^(b−1) … 2^(b−1)−1, and a code q stands for scale · (q − zero_point). Scales are rounded *up* to the
+A grid of b bits has the codes −2^(b−1) … 2^(b−1)−1, and a code q stands for scale · (q − zero_point); a grid of floats has the numbers of
+e4m3 (8 bits) or e2m1 (4 bits) for codes, and no zero points. Scales are rounded *up* to the
 dtype they are stored in, so that nothing is clipped by more than its rounding: |w − ŵ| ≤ scale/2 for every finite weight.
 """
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ _SAME_SIZE_INT = {
 _ROUNDS = 1.5 * 2.0**23
 #: Keeps a range's own maximum, top − ½ steps, from rounding up to a code that doesn't exist. Steers no weight by more than 3e-5 steps.
 _SHY_OF_ONE = 1 - 2.0**-22
+#: The numbers of e2m1 from zero up; their places are its codes without a sign.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+LARGEST_FLOAT = {8: 448.0, 4: 6.0}
 _SMALLEST_SCALE = 2.0**-100  # its reciprocal is still finite in float32
 
 
@@ -33,11 +38,17 @@ class Grid:
     bits: int
     group_size: int | None = None  #: inputs that share a scale; None: a whole row
     symmetric: bool = True
+    kind: Literal["int", "float"] = "int"
 
     @property
     def top(self) -> int:
-        """One more than the largest code, e.g. 8 at 4 bits; also what is added to a code to make it unsigned."""
+        """Of integers one more than the largest code, e.g. 8 at 4 bits; also what is added to a code to make it unsigned."""
         return int(2 ** (self.bits - 1))
+
+    @property
+    def reach(self) -> float:
+        """How many steps from zero the largest weight may lie on a symmetric grid and still be within half a step of a code."""
+        return self.top - 0.5 if self.kind == "int" else LARGEST_FLOAT[self.bits]
 
     def groups(self, columns: int) -> int:
         """Scales a row. The columns must be a multiple of the group size."""

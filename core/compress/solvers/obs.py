@@ -19,7 +19,7 @@ from torch import Tensor
 
 from core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block
 from core.compress.solvers.grid import Grid
-from core.compress.solvers.ranges import find_ranges, nearest_codes
+from core.compress.solvers.ranges import find_ranges, half_quadratic, nearest_codes
 from core.compress.solvers.threshold import count_lower, count_upper, locate
 from core.errors import ErrorCode, NightpressError
 
@@ -37,7 +37,7 @@ class Quantize:
 
     grid: Grid
     stored: torch.dtype  #: of the scales
-    search: bool = False  #: take the range of least error, weighted by the inputs' power, in place of the extremes
+    ranges: str = "extremes"  #: or `least-error`, weighted by the inputs' power, or `half-quadratic`
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Factor:
 
     upper: Tensor  #: [in, in], R of H + damping = RRᵀ, in the order in which columns are settled
     power: Tensor  #: [in], the diagonal of H, in the columns' own order
+    damping: float  #: what was added to H's diagonal
     order: Tensor | None  #: [in], which column is settled first, second, …; None: as they stand
 
 
@@ -86,7 +87,7 @@ def factorize(gram: Tensor, *, damping: float = 0.01, by_power: bool = False) ->
     for _ in range(4):
         lower, fault = torch.linalg.cholesky_ex(turned)
         if not int(fault):
-            return Factor(upper=lower.flip(0, 1), power=power, order=order)
+            return Factor(upper=lower.flip(0, 1), power=power, damping=amount, order=order)
         turned.diagonal().add_(9 * amount)
         amount *= 10
     raise _failure("The Gram matrix of a layer's inputs is not positive definite.")
@@ -169,7 +170,9 @@ class _Ranges:
         )
 
     def _find(self, weight: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        importance = self._power[start:end] if self._quantize.search else None
+        if self._quantize.ranges == "half-quadratic":
+            return half_quadratic(weight, self._quantize.grid, self._quantize.stored)
+        importance = self._power[start:end] if self._quantize.ranges == "least-error" else None
         return find_ranges(weight, self._quantize.grid, self._quantize.stored, importance=importance)
 
 

@@ -1,4 +1,4 @@
-"""Scales and zero points for an integer grid, in float32 on any device: from the extremes, or where the rounding hurts least.
+"""Scales and zero points for a grid, in float32 on any device: from the extremes, or where the rounding hurts least.
 
 A group's least error is looked for by shrinking its range: clipping a few large weights makes the steps finer for all the others.
 A weight's squared error counts by what its input does to the output (the diagonal of the Gram matrix).
@@ -7,9 +7,9 @@ A weight's squared error counts by what its input does to the output (the diagon
 import torch
 from torch import Tensor
 
-from core.compress.solvers.grid import Grid
+from core.compress.solvers.grid import E2M1, Grid
 
-_SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SMALLEST_SCALE = 2.0**-100  # its reciprocal is still finite in float32
 _CHUNK = 64 * 1024  #: weights that a CPU's caches hold through all tries
 SHRINKS = tuple(1.0 - 0.02 * step for step in range(26))  #: of the range, tried in turn: 1.00 … 0.50
@@ -26,7 +26,7 @@ def find_ranges(
 
     With importance [columns], the range of least squared error so weighted; without, the extremes. Zero is always on the grid.
     """
-    if importance is not None and weight.is_cuda and weight.dtype == torch.float32:
+    if importance is not None and weight.is_cuda and weight.dtype == torch.float32 and grid.kind == "int":
         from core.compress.kernels.ranges_triton import launch
 
         return launch(weight, grid, stored, importance, SHRINKS)
@@ -36,7 +36,18 @@ def find_ranges(
 def nearest_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """The codes nearest to a weight [rows, columns], in its dtype; scale and zero point [rows, groups]."""
     steps = weight.reshape(*scale.shape, -1) / scale[..., None]
+    if grid.kind == "float":
+        return nearest_floats(steps, grid.bits).reshape(weight.shape)
     return steps.round_().add_(zero_point[..., None]).clamp_(-grid.top, grid.top - 1).reshape(weight.shape)
+
+
+def nearest_floats(values: Tensor, bits: int) -> Tensor:
+    """The numbers of e4m3 (8 bits) or e2m1 (4 bits) nearest to these, in their dtype; what is too large becomes the largest."""
+    if bits == 8:
+        return values.clamp(-448, 448).to(torch.float8_e4m3fn).to(values.dtype)
+    numbers = torch.tensor(E2M1, dtype=values.dtype, device=values.device)
+    between = (numbers[1:] + numbers[:-1]) / 2
+    return numbers[torch.bucketize(values.abs(), between)].copysign(values)
 
 
 def search(weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -66,7 +77,7 @@ def search(weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor |
 
 def _grid_over(low: Tensor, high: Tensor, grid: Grid, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     if grid.symmetric:
-        scale = _round_up(torch.maximum(-low, high) / (grid.top - 0.5), stored)
+        scale = _round_up(torch.maximum(-low, high) / grid.reach, stored)
         return scale, torch.zeros_like(scale)
     scale = _round_up((high - low) / (2 * grid.top - 1), stored)
     return scale, torch.round(-grid.top - low / scale).clamp_(-grid.top, grid.top - 1)
@@ -84,7 +95,62 @@ def _round_up(scale: Tensor, stored: torch.dtype) -> Tensor:
 
 def _squared_error(grouped: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, weigh: Tensor) -> Tensor:
     steps = grouped / scale[..., None]
+    if grid.kind == "float":
+        error = steps.sub_(nearest_floats(steps, grid.bits)).square_()
+        return error.mul_(weigh).sum(2) * scale.square()
     lowest, highest = -grid.top - zero_point, grid.top - 1 - zero_point
     nearest = torch.round(steps).clamp_(lowest[..., None], highest[..., None])
     error = steps.sub_(nearest).square_()
     return error.mul_(weigh).sum(2) * scale.square()
+
+
+def half_quadratic(
+    weight: Tensor, grid: Grid, stored: torch.dtype, *, norm: float = 0.7, rounds: int = 20
+) -> tuple[Tensor, Tensor]:
+    """`find_ranges` where Σ |w − ŵ|^norm is least, without data: a few large errors are borne for the sake of all the others.
+
+    Half-quadratic splitting: an auxiliary error takes what a shrinkage in that norm leaves of the true one, then scale and zero point
+    follow by least squares, in turn. Badri and Shaji, Half-Quadratic Quantization (2023), https://mobiusml.github.io/hqq_blog/, eq. 5–6;
+    there the zero point is a float, here an integer, and the scale is fitted too.
+    """
+    chunk = max(1, _CHUNK // weight.shape[1])
+    if len(weight) > chunk and not weight.is_cuda:
+        found = [half_quadratic(rows, grid, stored, norm=norm, rounds=rounds) for rows in torch.split(weight, chunk)]
+        return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
+    grouped = weight.reshape(len(weight), grid.groups(weight.shape[1]), -1)  # [rows, groups, g]
+    low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
+    scale, zero_point = _grid_over(low, high, grid, stored)
+    best, least = (scale, zero_point), torch.full_like(scale, torch.inf)
+    beta = 10.0
+    for _ in range(rounds):
+        codes = (grouped / scale[..., None]).round_().add_(zero_point[..., None]).clamp_(-grid.top, grid.top - 1)
+        error = grouped / scale[..., None] - (codes - zero_point[..., None])  # in steps
+        loss = error.abs().pow_(norm).sum(2) * scale**norm
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best = torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1])
+        size = error.abs()
+        borne = (size - size.clamp(min=1e-6).pow(norm - 1) / beta).clamp_(min=0).copysign_(error)
+        meant = grouped - borne * scale[..., None]
+        scale, zero_point = _fit(codes, meant, scale, zero_point, grid, stored)
+        beta *= 1.01
+    return best
+
+
+def _fit(
+    codes: Tensor, meant: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, stored: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The scale and zero point with which codes come nearest to what is meant by them, each [rows, groups, g]."""
+    if grid.symmetric:
+        square = codes.square().sum(2)
+        fitted = (codes * meant).sum(2) / square.clamp(min=1)
+    else:
+        centred = codes - codes.mean(2, keepdim=True)
+        fitted = (centred * meant).sum(2) / centred.square().sum(2).clamp(min=1e-6)
+    fitted = torch.where(fitted > _SMALLEST_SCALE, fitted, scale)
+    if not grid.symmetric:
+        zero_point = torch.round((codes - meant / fitted[..., None]).mean(2)).clamp_(-grid.top, grid.top - 1)
+        steps = codes - zero_point[..., None]
+        again = (steps * meant).sum(2) / steps.square().sum(2).clamp(min=1)
+        fitted = torch.where(again > _SMALLEST_SCALE, again, fitted)
+    return fitted.to(stored).to(scale.dtype), zero_point

@@ -6,21 +6,39 @@ from pydantic import Field
 
 from core.recipes.passes.base import ExportFormat, PassOptions
 from core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
-from core.recipes.passes.quantize import Awq, DynamicInt8, Gptq, WeightOnly
+from core.recipes.passes.quantize import Awq, DynamicInt8, Fp8, Gptq, KvCache, Quantizing, SmoothQuant, WeightOnly
 
 __all__ = [
     "PASS_TYPES",
     "Awq",
     "DynamicInt8",
     "ExportFormat",
+    "Fp8",
     "Gptq",
+    "KvCache",
     "Magnitude",
     "Pass",
     "PassOptions",
+    "Quantizing",
+    "SmoothQuant",
     "SparseGpt",
     "Wanda",
     "WeightOnly",
 ]
 
-Pass = Annotated[WeightOnly | Magnitude | Gptq | Awq | SparseGpt | Wanda | DynamicInt8, Field(discriminator="pass_")]
-PASS_TYPES: tuple[type[PassOptions], ...] = (WeightOnly, Magnitude, Gptq, Awq, SparseGpt, Wanda, DynamicInt8)
+Pass = Annotated[
+    WeightOnly | Magnitude | Gptq | Awq | SmoothQuant | Fp8 | KvCache | SparseGpt | Wanda | DynamicInt8,
+    Field(discriminator="pass_"),
+]
+PASS_TYPES: tuple[type[PassOptions], ...] = (
+    WeightOnly,
+    Magnitude,
+    Gptq,
+    Awq,
+    SmoothQuant,
+    Fp8,
+    KvCache,
+    SparseGpt,
+    Wanda,
+    DynamicInt8,
+)

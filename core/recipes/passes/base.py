@@ -14,6 +14,23 @@ ExportFormat = Literal["safetensors", "compressed-tensors", "onnx", "openvino"]
 Need = Literal["nothing", "calibration", "labels", "training"]
 Scope = Literal["stream", "blocks", "train", "graph"]
 Patterns = Annotated[tuple[str, ...], Field(max_length=100)]
+#: Families whose norms and linear layers can exchange factors; architectures.FOLDS says where.
+FOLDABLE = frozenset(
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "gpt_neox",
+        "opt",
+        "starcoder2",
+    }
+)
 KEPT_MODULES = ("lm_head", "re:.*embed.*", "re:.*classifier.*", "re:.*pooler.*")
 
 
@@ -28,6 +45,11 @@ class PassOptions(BaseModel):
     exports: ClassVar[frozenset[ExportFormat]]  #: the formats that can carry its result
     last: ClassVar[bool] = False  #: no other pass can follow it
     quantizes: ClassVar[bool] = False  #: its result is codes and scales, which `compressed-tensors` carries
+
+    @property
+    def wants(self) -> Need:
+        """What it needs with these options."""
+        return self.needs
 
     @property
     def name(self) -> str:
@@ -102,12 +124,3 @@ class Calibrated(OnLinears):
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         return blocks_cost(header, calibration)
-
-
-def packed_bytes(tensor: TensorInfo, bits: int, group_size: int | None, *, symmetric: bool) -> int:
-    """Bytes of one linear weight in compressed-tensors `pack-quantized`: int32 words of codes, scales in the tensor's dtype, and its shape."""
-    rows, columns = tensor.shape
-    groups = 1 if group_size is None else -(-columns // group_size)
-    width = tensor.size // (rows * columns)
-    zero_points = 0 if symmetric else 4 * (-(-rows * bits // 32) * groups)
-    return rows * -(-columns * bits // 32) * 4 + rows * groups * width + zero_points + 16

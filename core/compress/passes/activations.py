@@ -1,0 +1,190 @@
+"""Passes that round a layer's inputs too: SmoothQuant, fp8 with static scales, and the scales of a key/value cache."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.compress.checkpoint import write_file
+from core.compress.context import PassContext
+from core.compress.executors.blocks import Inputs, Settled, Statistic
+from core.compress.export.compressed_tensors import CACHE_FILE
+from core.compress.passes.calibrated import made_up, press, quantize, record, round_obs, settle_coded
+from core.compress.passes.folding import Folding
+from core.compress.passes.quantize import stream_rounded
+from core.compress.solvers.obs import factorize
+from core.compress.solvers.smooth import Strengths, input_scale, search_factors, smoothing_factors
+from core.compress.stored import from_tensors, grid_of, round_weight
+from core.errors import ErrorCode, NightpressError
+from core.handoff.report import PassRecord
+from core.recipes.header import ModelHeader
+from core.recipes.passes import Fp8, KvCache, SmoothQuant
+from core.recipes.passes.quantize import CACHED_FROM
+
+
+def smoothquant(source: Path, target: Path, options: SmoothQuant, context: PassContext) -> PassRecord:
+    """Round weights and inputs to int8, strengths evened out. `target` becomes a compressed-tensors `int-quantized` model."""
+    method = RoundedInputs(options, context.header)
+    summary = {"alpha": options.alpha, "activations": options.activations, "weights": options.weights}
+    return quantize(source, target, method, options.scheme, options, context, summary)
+
+
+def fp8(source: Path, target: Path, options: Fp8, context: PassContext) -> PassRecord:
+    """Round weights to fp8, and say how inputs are. `target` becomes a compressed-tensors `float-quantized` model."""
+    summary = {"weights": options.weights, "activations": options.activations}
+    if options.activations == "dynamic":
+        return stream_rounded(source, target, options, context, summary)
+    method = RoundedInputs(options, context.header)
+    return quantize(source, target, method, options.scheme, options, context, summary)
+
+
+class RoundedInputs:
+    """Weights on a grid of 8 bits, inputs on the like; SmoothQuant's evened out beforehand."""
+
+    by_group = False  # what stands before them has run already when their inputs are known
+
+    def __init__(self, options: SmoothQuant | Fp8, header: ModelHeader) -> None:
+        self._options, self._scheme = options, options.scheme("")
+        self._smooth = options if isinstance(options, SmoothQuant) else None
+        self._folding = Folding(header)
+        assert self._scheme.activations is not None
+        self._static = self._scheme.activations.static
+
+    def watch(self, columns: int, device: torch.device) -> Strengths:
+        return Strengths(columns, device, gram=self._smooth is not None and self._smooth.weights == "gptq")
+
+    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+        seen = {name: one for one in inputs for name in one.names}
+        floats = {name: block[name].to(device).float() for name in seen}
+        factors = {} if self._smooth is None else self._even_out(self._smooth, block, seen, floats)
+        settled = {name: made_up(name, one, block[name].dtype) for name, one in floats.items() if name not in seen}
+        for one in inputs:
+            given = factors.get(one.names[0], torch.ones((), device=device))
+            settled |= self._round(one, given, {name: floats[name] for name in one.names}, block)
+        return settled
+
+    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
+        return from_tensors(name, self._scheme, written)
+
+    def _even_out(
+        self,
+        options: SmoothQuant,
+        block: Mapping[str, Tensor],
+        seen: Mapping[str, Inputs],
+        floats: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        factors: dict[str, Tensor] = {}
+        for place in self._folding.places(block, seen):
+            strengths = _strengths(seen[place.targets[0]].statistic)
+            stacked = torch.cat([floats[name] for name in place.targets])
+            if options.alpha == "search":
+                found = search_factors(
+                    strengths.sample(),
+                    strengths.largest,
+                    stacked,
+                    grid_of(self._scheme),
+                    static=self._static,
+                    share=place.share,
+                )
+            else:
+                found = smoothing_factors(strengths.largest, stacked, options.alpha, share=place.share)
+            place.apply(found, block, floats)
+            factors |= dict.fromkeys(place.targets, found)
+        return factors
+
+    def _round(
+        self, one: Inputs, factors: Tensor, weights: Mapping[str, Tensor], block: Mapping[str, Tensor]
+    ) -> dict[str, Settled]:
+        strengths, settled = _strengths(one.statistic), {}
+        factor = gram = None
+        if strengths.gram is not None and self._smooth is not None:
+            gram = strengths.gram.matrix() / factors / factors.view(-1, 1)
+            factor = factorize(gram, damping=self._smooth.damping, by_power=True)
+        for name, weight in weights.items():
+            stored = block[name].dtype
+            if factor is not None and gram is not None:
+                coded = round_obs(weight, gram, factor, self._scheme, stored)
+            else:
+                largest = float(weight.abs().max()) if self._scheme.strategy == "tensor" else None
+                coded = round_weight(weight, self._scheme, stored, largest=largest)
+            scale = None
+            if self._static:
+                scale = input_scale(strengths.largest / factors, grid_of(self._scheme)).to(stored)
+            settled[name] = settle_coded(name, self._scheme, coded, weight, input_scale=scale)
+        return settled
+
+
+def _strengths(statistic: Statistic) -> Strengths:
+    assert isinstance(statistic, Strengths)
+    return statistic
+
+
+def kv_cache(source: Path, target: Path, options: KvCache, context: PassContext) -> PassRecord:
+    """Find the scales of cached keys and values. `target` is the same model with them beside each attention's weights."""
+    start = time.monotonic()
+    method = CacheScales(options)
+    pressed = press(source, target, method, options, context, cache=method.cache)
+    write_file(target / CACHE_FILE, json.dumps(options.cache_arguments()).encode())
+    return record(
+        options, context, pressed, start, {"format": options.format, "scales": "one a layer for keys, one for values"}
+    )
+
+
+class CacheScales:
+    """Scales that just hold the largest key and the largest value of a layer, found where they would be cached."""
+
+    by_group = False
+
+    def __init__(self, options: KvCache) -> None:
+        self._grid = grid_of(options.scheme())
+        self.cache = _SeenByCache()
+
+    def watch(self, columns: int, device: torch.device) -> Statistic:
+        del columns, device
+        raise AssertionError("no weight is chosen")
+
+    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+        del inputs, device
+        largest = self.cache.take()
+        weight = next(name for name in block if name.endswith(CACHED_FROM))
+        attention, stored = weight.rsplit(".", 2)[0], block[weight].dtype
+        scales = {
+            f"{attention}.{part}_scale": input_scale(one.float().view(1), self._grid).to(stored)
+            for part, one in largest.items()
+        }
+        return {weight: Settled(weight=block[weight], tensors={weight: block[weight], **scales}, effect=None)}
+
+    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
+        del name, written
+        raise AssertionError("no weight is chosen")
+
+
+class _SeenByCache:
+    """Stands for a model's key/value cache: keeps the largest magnitudes of what comes, and hands it on."""
+
+    def __init__(self) -> None:
+        self._largest: dict[str, Tensor] = {}
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        for part, one in (("k", keys), ("v", values)):
+            largest = one.abs().amax()
+            self._largest[part] = torch.maximum(self._largest[part], largest) if part in self._largest else largest
+        return keys, values
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+    def take(self) -> dict[str, Tensor]:
+        """What a block's keys and values came to. Raises NightpressError(unsupported_architecture) if it cached none."""
+        taken, self._largest = self._largest, {}
+        if not taken:
+            raise NightpressError(
+                ErrorCode.UNSUPPORTED_ARCHITECTURE,
+                "A block of the model caches no keys and values.",
+                hint="Leave `kv-cache` out.",
+            )
+        return taken

@@ -1,0 +1,133 @@
+"""How a quantized weight is stored and what multiplies it: the formats of compressed-tensors, said once for estimates, writers and loaders."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from core.recipes.header import TensorInfo
+
+Kind = Literal["int", "float"]
+Strategy = Literal["tensor", "channel", "group", "block"]
+
+BLOCK = 128  #: rows and columns that share a scale under the strategy `block`
+_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a runtime rounds a layer's inputs to before it multiplies: 8 bits of the weights' kind."""
+
+    static: bool = False  #: one scale a layer, from calibration; else one a token, as it comes
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A weight's codes and scales, and its inputs'."""
+
+    bits: int
+    kind: Kind = "int"  #: integers, or the floats e4m3 (8 bits) and e2m1 (4 bits)
+    strategy: Strategy = "channel"  #: which weights share a scale; a channel is an output, a row
+    group_size: int | None = None  #: inputs that share a scale; with the strategy `group` alone
+    symmetric: bool = True
+    activations: Activations | None = None  #: None: they stay in float
+
+    @property
+    def format(self) -> str:
+        """What compressed-tensors calls it."""
+        if self.kind == "float":
+            if self.bits == 8:
+                return "float-quantized"
+            return "mxfp4-pack-quantized" if self.group_size == 32 else "nvfp4-pack-quantized"
+        return "pack-quantized" if self.activations is None else "int-quantized"
+
+    def describe(self) -> str:
+        number = f"int{self.bits}" if self.kind == "int" else {8: "fp8", 4: self.format[:5].rstrip("-")}[self.bits]
+        shared = {
+            "tensor": "a scale a tensor",
+            "channel": "a scale a row",
+            "group": f"groups of {self.group_size}",
+            "block": f"a scale for {BLOCK} × {BLOCK}",
+        }[self.strategy]
+        inputs = (
+            "" if self.activations is None else ", inputs too, " + ("static" if self.activations.static else "by token")
+        )
+        return f"{number}, {shared}{inputs}"
+
+    def groups(self, columns: int) -> int:
+        """Scales along a row's inputs."""
+        if self.strategy == "group":
+            assert self.group_size is not None
+            return columns // self.group_size
+        return -(-columns // BLOCK) if self.strategy == "block" else 1
+
+    def outputs(self, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
+        """The tensors that stand for a weight [out, in], each named `<weight>_<part>`, or like the weight where it holds the codes unpacked."""
+        rows, columns = tensor.shape
+        groups, name = self.groups(columns), tensor.name
+
+        def info(part: str, dtype: str, *shape: int) -> TensorInfo:
+            return TensorInfo(name=name + part, dtype=dtype, shape=shape, size=math.prod(shape) * _WIDTHS[dtype])
+
+        if self.format == "mxfp4-pack-quantized":
+            return info("_packed", "U8", rows, columns // 2), info("_scale", "U8", rows, groups)
+        if self.format == "nvfp4-pack-quantized":
+            scales = info("_scale", "F8_E4M3", rows, groups), info("_global_scale", "F32", 1)
+            return info("_packed", "U8", rows, columns // 2), *scales
+        if self.format == "pack-quantized":
+            packed = info("_packed", "I32", rows, -(-columns * self.bits // 32))
+            outputs = [packed, info("_scale", tensor.dtype, rows, groups), info("_shape", "I64", 2)]
+            if not self.symmetric:  # packed down the rows
+                outputs.append(info("_zero_point", "I32", -(-rows * self.bits // 32), groups))
+            return tuple(outputs)
+        scale_shape = {"tensor": (1,), "channel": (rows, 1), "block": (-(-rows // BLOCK), groups)}[self.strategy]
+        outputs = [info("", "I8" if self.kind == "int" else "F8_E4M3", rows, columns)]
+        outputs.append(info("_scale", tensor.dtype, *scale_shape))
+        if self.activations is not None and self.activations.static:
+            scale = TensorInfo(
+                name=name.removesuffix("weight") + "input_scale",
+                dtype=tensor.dtype,
+                shape=(1,),
+                size=_WIDTHS[tensor.dtype],
+            )
+            outputs.append(scale)
+        return tuple(outputs)
+
+    def stored_bytes(self, tensor: TensorInfo) -> int:
+        return sum(one.size for one in self.outputs(tensor))
+
+    def weight_arguments(self) -> dict[str, Any]:
+        """`weights` of a config group."""
+        strategy = "tensor_group" if self.format == "nvfp4-pack-quantized" else self.strategy
+        scale_dtype = {"mxfp4-pack-quantized": "torch.uint8", "nvfp4-pack-quantized": "torch.float8_e4m3fn"}
+        return {
+            "num_bits": self.bits,
+            "type": self.kind,
+            "symmetric": self.symmetric,
+            "strategy": strategy,
+            "group_size": self.group_size,
+            "dynamic": False,
+            "actorder": None,
+            "block_structure": [BLOCK, BLOCK] if self.strategy == "block" else None,
+            "observer": "minmax",
+            "observer_kwargs": {},
+        } | ({"scale_dtype": scale_dtype[self.format]} if self.format in scale_dtype else {})
+
+    def activation_arguments(self) -> dict[str, Any] | None:
+        """`input_activations` of a config group."""
+        if self.activations is None:
+            return None
+        by_token = not self.activations.static
+        # Scales of 128 × 128 weights go with those of 128 inputs: the kernels multiply block by block.
+        group = BLOCK if by_token and self.strategy == "block" else None
+        return {
+            "num_bits": 8,
+            "type": self.kind,
+            "symmetric": True,
+            "strategy": "tensor" if not by_token else "group" if group else "token",
+            "group_size": group,
+            "dynamic": by_token,
+            "actorder": None,
+            "block_structure": None,
+            "observer": None if by_token else "minmax",
+            "observer_kwargs": {},
+        }

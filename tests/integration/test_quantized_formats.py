@@ -1,0 +1,211 @@
+"""Every form a quantized weight can take: within the formats' rules, as large as the plan said, and what transformers makes of it is what we made."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from core.compress.evaluate.calibration import calibration_samples
+from core.compress.export import compressed_tensors
+from core.compress.passes import MODEL_PASSES, PassContext
+from core.compress.stored import from_tensors
+from core.errors import NightpressError
+from core.recipes.calibration import Calibration
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import parse_recipe
+from core.recipes.passes import Quantizing
+from core.recipes.plan import make_plan
+from core.recipes.schemes import Scheme
+from tests.folders import load_tensors, tiny_llama
+from tests.format_rules import check_folder
+
+#: passes, and how far the answers may be from the source's: its random weights make much of every error
+CASES: dict[str, tuple[list[dict[str, Any]], float]] = {
+    "int6": ([{"pass": "weight-only", "bits": 6, "group_size": 64}], 0.4),
+    "int3 half-quadratic": ([{"pass": "weight-only", "bits": 3, "group_size": 32, "ranges": "half-quadratic"}], 0.9),
+    "int4 asymmetric, embeddings": (
+        [{"pass": "weight-only", "bits": 4, "group_size": 32, "symmetric": False, "embeddings": True}],
+        0.8,
+    ),
+    "int4, down projections int8": (
+        [
+            {
+                "pass": "weight-only",
+                "bits": 4,
+                "group_size": 32,
+                "overrides": {"re:.*down_proj": {"bits": 8}},
+            }
+        ],
+        0.8,
+    ),
+    "fp8 weights": ([{"pass": "weight-only", "format": "fp8"}], 0.4),
+    "mxfp4": ([{"pass": "weight-only", "format": "mxfp4", "ranges": "least-error"}], 0.8),
+    "nvfp4": ([{"pass": "weight-only", "format": "nvfp4", "ranges": "least-error"}], 0.8),
+    "gptq, budget": (
+        [{"pass": "gptq", "group_size": 32, "budget": 6.0, "candidates": [3, 4, 8]}],
+        0.6,
+    ),
+    "gptq, embeddings": ([{"pass": "gptq", "bits": 5, "group_size": 64, "symmetric": False, "embeddings": True}], 0.6),
+    "awq, one layer apart": (
+        [
+            {
+                "pass": "awq",
+                "group_size": 32,
+                "symmetric": True,
+                "overrides": {"re:.*layers.0.*(q|k|v)_proj": {"bits": 8}},
+            }
+        ],
+        0.8,
+    ),
+    "smoothquant": ([{"pass": "smoothquant"}], 0.4),
+    "smoothquant, static, gptq": ([{"pass": "smoothquant", "activations": "tensor", "weights": "gptq"}], 0.4),
+    "fp8": ([{"pass": "fp8"}], 0.4),
+    "fp8, a scale a tensor": ([{"pass": "fp8", "weights": "tensor"}], 0.4),
+    "fp8, blocks": ([{"pass": "fp8", "weights": "block"}], 0.4),
+    "fp8, static": ([{"pass": "fp8", "activations": "static"}], 0.4),
+    "cache": ([{"pass": "kv-cache"}], 0.4),
+    "int8 cache, then int4": ([{"pass": "kv-cache", "format": "int8"}, {"pass": "gptq", "group_size": 32}], 0.8),
+    "cache, then smoothquant": ([{"pass": "kv-cache"}, {"pass": "smoothquant"}], 0.4),
+}
+
+# transformers asks for a dtype of the scales that torch announces to go
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, bert_tiny: Path) -> Path:
+    """Two layers that every grid's groups divide, with a real tokenizer."""
+    folder = tiny_llama(
+        tmp_path_factory.mktemp("models") / "llama",
+        dtype=torch.float32,
+        hidden_size=128,
+        intermediate_size=256,
+        vocab_size=30522,
+        tie_word_embeddings=True,
+    )
+    shutil.copy(bert_tiny / "tokenizer.json", folder / "tokenizer.json")
+    return folder
+
+
+def press(source: Path, work: Path, passes: list[dict[str, Any]]) -> tuple[Path, list[Any]]:
+    """Run a recipe's passes, hold the estimate against what is written, and export."""
+    recipe = parse_recipe({"name": "r", "passes": passes, "exports": ["compressed-tensors"]})
+    plan = make_plan(recipe, inspect_model(FolderFiles(source)))
+    folder, records = source, []
+    for index, options in enumerate(recipe.passes):
+        context = PassContext(
+            header=inspect_model(FolderFiles(folder)),
+            work_dir=work / "work",
+            index=index,
+            calibration=Calibration(samples=8, length=64),
+        )
+        context.work_dir.mkdir(parents=True, exist_ok=True)
+        records.append(MODEL_PASSES[options.pass_](folder, work / str(index), options, context))
+        folder = work / str(index)
+    compressed_tensors.save(folder, work / "out")
+    written = sum(path.stat().st_size for path in (work / "out").glob("*.safetensors"))
+    assert plan.estimate is not None
+    assert written == pytest.approx(plan.estimate.output_bytes["compressed-tensors"], rel=0.02)
+    assert records[-1].summary["bytes_after"] == pytest.approx(written, rel=0.02)
+    return work / "out", records
+
+
+def answers(model: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(torch.arange(1000, 1064)[None]).logits
+    return logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_keeps_the_formats_rules_and_loads_as_what_was_made(case: str, llama: Path, tmp_path: Path):
+    passes, bound = CASES[case]
+    out, records = press(llama, tmp_path, passes)
+    config = check_folder(out, llama)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    source = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    found, expected = answers(model), answers(source)  # the first call unpacks the weights
+    assert float((found - expected).norm() / expected.norm()) < bound
+    written = load_tensors(out)
+    last = parse_recipe({"name": "r", "passes": passes, "exports": ["compressed-tensors"]}).passes[-1]
+    if not isinstance(last, Quantizing):
+        return
+    for layer in records[-1].layers:
+        bits = records[-1].summary.get("bits_by_layer", {}).get(layer.name)
+        scheme: Scheme = last.scheme(layer.name) if bits is None else last.candidate(bits)  # type: ignore[attr-defined]
+        ours = from_tensors(f"{layer.name}.weight", scheme, written)
+        theirs = model.get_parameter(f"{layer.name}.weight").float()
+        # A loader may dequantize fp4 in bf16.
+        torch.testing.assert_close(theirs, ours, rtol=1e-2 if scheme.kind == "float" else 1e-5, atol=1e-6)
+    if "k_scale" in str(written.keys()):
+        assert config["kv_cache_scheme"]["num_bits"] == 8
+
+
+def test_a_budget_is_met_and_spent_where_the_error_is(llama: Path, tmp_path: Path):
+    cheap, (low,) = press(llama, tmp_path / "a", [{"pass": "gptq", "group_size": 32, "budget": 5.5}])
+    _, (high,) = press(llama, tmp_path / "b", [{"pass": "gptq", "group_size": 32, "budget": 7.5}])
+    for record, budget in ((low, 5.5), (high, 7.5)):
+        weights = sum(one.bytes_before for one in record.layers) / 4
+        assert 8 * sum(one.bytes_after for one in record.layers) / weights <= budget
+        for errors in record.summary["error_by_layer"].values():
+            assert errors["8"] < errors["4"]
+        bits = record.summary["bits_by_layer"]
+        for layer in range(2):
+            attention = {bits[f"model.layers.{layer}.self_attn.{name}_proj"] for name in "qkv"}
+            assert len(attention) == 1
+    counts = [sum(bits == 8 for bits in one.summary["bits_by_layer"].values()) for one in (low, high)]
+    assert counts[0] < counts[1]
+    again, _ = press(llama, tmp_path / "c", [{"pass": "gptq", "group_size": 32, "budget": 5.5}])
+    for path in cheap.glob("*.safetensors"):
+        assert path.read_bytes() == (again / path.name).read_bytes()
+
+
+def test_a_caches_scales_hold_the_keys_and_values_that_transformers_caches(llama: Path, tmp_path: Path):
+    out, _ = press(llama, tmp_path, [{"pass": "kv-cache", "format": "int8"}])
+    scales = {name: float(one) for name, one in load_tensors(out).items() if name.endswith("_scale")}
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    context = PassContext(
+        header=inspect_model(FolderFiles(llama)),
+        work_dir=tmp_path,
+        calibration=Calibration(samples=8, length=64),
+    )
+    with torch.no_grad():
+        cache = model(**calibration_samples(llama, context), use_cache=True).past_key_values
+    for index, layer in enumerate(cache.layers):
+        for part, cached in (("k", layer.keys), ("v", layer.values)):
+            scale = scales[f"model.layers.{index}.self_attn.{part}_scale"]
+            assert scale == pytest.approx(float(cached.abs().max()) / 127.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "pass_",
+    [
+        {"pass": "weight-only", "format": "nf4"},
+        {"pass": "weight-only", "format": "mxfp4", "group_size": 64},
+        {"pass": "weight-only", "format": "fp8", "symmetric": False},
+        {"pass": "gptq", "group_size": 32, "symmetric": False, "overrides": {"re:.*": {"bits": 8}}},
+        {"pass": "gptq", "group_size": 32, "budget": 4.2},
+        {"pass": "gptq", "group_size": 32, "overrides": {"down_proj": {"bits": 8}}},
+        {"pass": "gptq", "group_size": 32, "overrides": {"re:.*down_proj": {"bits": 8, "group_size": 96}}},
+        {"pass": "fp8", "weights": "block", "activations": "static"},
+    ],
+    ids=str,
+)
+def test_what_no_loader_would_take_is_refused_before_it_runs(pass_: dict[str, Any], llama: Path):
+    header = inspect_model(FolderFiles(llama))
+
+    def plan() -> Any:
+        return make_plan(parse_recipe({"name": "r", "passes": [pass_], "exports": ["compressed-tensors"]}), header)
+
+    with pytest.raises(NightpressError):
+        plan()
