@@ -184,7 +184,7 @@ class _Press:
             format="safetensors",
             size_bytes=_folder_bytes(self.source),
             parameters=header.parameters,
-            measurements=quality.measurements(trial, header, observed, None),
+            measurements=quality.measurements(trial, observed, None),
             timings=quality.timings(observed, trial.task),
             peak_memory_bytes=observed.peak_memory,
         )
@@ -286,7 +286,7 @@ class _Press:
                 format=one.format,
                 size_bytes=_folder_bytes(one.folder),
                 parameters=header.parameters,
-                measurements=quality.measurements(trial, header, reference, observed),
+                measurements=quality.measurements(trial, reference, observed),
                 timings=quality.timings(observed, trial.task),
                 peak_memory_bytes=observed.peak_memory,
                 verification=verification,

@@ -22,6 +22,7 @@ class Measurement(_Model):
     unit: str = ""
     better: Literal["higher", "lower"]
     data: str  #: e.g. "builtin:prose"
+    of: str = ""  #: what part of the data, e.g. a class's name
     change: float | None = None  #: relative to the source, e.g. +0.03 for 3% more
     change_low: float | None = None
     change_high: float | None = None

@@ -21,17 +21,43 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
 
-class Quality(_Model):
-    """Fit to the source or to labels, with a 95% interval.
+Metric = Literal[
+    "perplexity",
+    "masked-lm",
+    "accuracy",
+    "entities",
+    "similarity",
+    "retrieval",
+    "multiple-choice",
+    "generation",
+    "fidelity",
+]
 
-    `auto` is perplexity for causal language models, accuracy for classifiers with labelled data, otherwise fidelity.
-    `fidelity` needs no labels: cosine of pooled outputs for encoders, top-1 agreement and KL divergence where there are logits.
+
+class Quality(_Model):
+    """Fit to labels, to text or to the source, with a 95% interval; what each metric reads stands in docs/evaluation.md.
+
+    `auto` is perplexity for causal language models, masked-lm for masked ones, accuracy and entities where the data has labels for
+    them, otherwise fidelity. `fidelity` needs no labels: cosine of pooled outputs for embedders, top-1 agreement and KL divergence where
+    there are logits; it comes with every other metric whose outputs show it.
     """
 
-    metric: Literal["auto", "perplexity", "accuracy", "fidelity"] = "auto"
+    metric: Literal["auto"] | Metric = "auto"
     data: DataRef = "builtin:prose"
     samples: int = Field(64, ge=2, le=100_000)
-    length: int = Field(128, ge=8, le=131_072, description="tokens a sample")
+    length: int = Field(128, ge=8, le=131_072, description="tokens a sample; for `generation` those of the prompt")
+    stride: int | None = Field(
+        None,
+        ge=1,
+        description="perplexity: tokens scored a window, after `length − stride` tokens of context; null: all of them",
+    )
+    new_tokens: int = Field(32, ge=1, le=4096, description="generation: tokens that the source writes")
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> "Quality":
+        if self.stride is not None and self.stride > self.length:
+            raise ValueError(f"a stride of {self.stride} would leave out text between windows of {self.length} tokens")
+        return self
 
 
 class Latency(_Model):
@@ -119,12 +145,23 @@ GATE_METRICS = (
     "size",
     "latency",
     "throughput",
+    "memory",
     "perplexity",
+    "bits_per_byte",
+    "masked_accuracy",
     "accuracy",
+    "f1",
+    "entity_f1",
+    "choice_accuracy",
+    "spearman",
+    "pearson",
+    "ndcg",
+    "recall",
+    "generation_match",
+    "prefix_match",
     "cosine",
     "top1_agreement",
     "kl_divergence",
-    "memory",
 )
 
 

@@ -138,16 +138,39 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
         raise invalid(
             f"exports: {', '.join(wrong)} of a decoder is not offered.", "Use compressed-tensors or safetensors."
         )
-    if (
-        any(isinstance(one, Quality) and one.metric == "perplexity" for one in recipe.evaluate)
-        and not header.is_decoder
-    ):
-        raise invalid("evaluate: perplexity needs a causal language model.", "Use `auto` or `fidelity`.")
-    if (
-        any(isinstance(one, Quality) and one.metric == "accuracy" for one in recipe.evaluate)
-        and header.task != "classification"
-    ):
-        raise invalid("evaluate: accuracy needs a classifier.", "Use `auto` or `fidelity`.")
+    for one in recipe.evaluate:
+        if isinstance(one, Quality):
+            _check_metric(one, header)
+
+
+#: metric → the tasks whose models it is for, and whether prose is enough for it
+_METRICS: dict[str, tuple[frozenset[str], bool]] = {
+    "perplexity": (frozenset({"causal-lm"}), True),
+    "generation": (frozenset({"causal-lm"}), True),
+    "multiple-choice": (frozenset({"causal-lm"}), False),
+    "masked-lm": (frozenset({"masked-lm"}), True),
+    "accuracy": (frozenset({"classification"}), False),
+    "entities": (frozenset({"token-classification"}), False),
+    "similarity": (frozenset({"embedding"}), False),
+    "retrieval": (frozenset({"embedding"}), True),
+}
+
+
+def _check_metric(one: Quality, header: ModelHeader) -> None:
+    if one.metric not in _METRICS:
+        return
+    tasks, prose = _METRICS[one.metric]
+    if header.task not in tasks:
+        others = [name for name, (takes, _) in _METRICS.items() if header.task in takes]
+        raise invalid(
+            f"evaluate: {one.metric} is for {' and '.join(sorted(tasks))} models, and this one is for {header.task}.",
+            f"Use {', '.join(f'`{name}`' for name in ['auto', *others, 'fidelity'])}.",
+        )
+    if not prose and one.data.startswith("builtin:"):
+        raise invalid(
+            f"evaluate: {one.metric} needs a data set with the columns that docs/evaluation.md names; {one.data} is prose.",
+            "Name a data set in `data`, or use `fidelity`, which needs no labels.",
+        )
 
 
 def _output_bytes(recipe: Recipe, header: ModelHeader, export: str) -> int:
@@ -176,7 +199,7 @@ def _estimate(recipe: Recipe, header: ModelHeader) -> Estimate:
 def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
     """The source and each artifact, loaded in a process of its own and run on every evaluation."""
     tokens = sum(
-        one.samples * one.length
+        one.samples * (one.length + one.new_tokens * (one.metric == "generation"))
         if isinstance(one, Quality)
         else sum(b * n for b in one.batch for n in one.length) * (one.repeats + 3)
         for one in recipe.evaluate

@@ -183,7 +183,7 @@ def test_perplexity_counts_every_token_once(tmp_path: Path):
     )
     trial = quality.prepare(recipe, header, folder, {}, threads=1)
     observed = run_consumer(safetensors.CONSUMER, folder, trial.task, name="source", scratch=tmp_path / "scratch")
-    (measured,) = quality.measurements(trial, header, observed, None)
+    (measured,) = quality.measurements(trial, observed, None)
     ids = torch.from_numpy(trial.task.sets[1].sequences.ids)
     with torch.inference_mode():
         logits = model.eval()(ids).logits

@@ -29,17 +29,18 @@ _LOGIT_BYTES = 256 * 1024**2  #: logits over the vocabulary that a runner holds 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Examples that a runner is to run, and what it is to keep of the outputs: `pooled`, `logits`, `last` or `tokens`."""
+    """Examples that a runner is to run, and what it is to keep of the outputs: `pooled`, `logits`, `last`, `tokens` or `generated`."""
 
     name: str
     kind: str
     sequences: Sequences
     compared: NDArray[np.bool_] | None = None  #: [N, S], where whole distributions are compared
+    new_tokens: int = 0  #: `generated`: how many the source writes at most
 
     def rows(self, classes: int) -> int:
         """Rows a batch. classes: the width of one position's output."""
-        length = int(self.sequences.ids.shape[1])
-        per_row = 4 * length * classes if self.kind in {"tokens", "last"} else 4 * length * 8192
+        length = int(self.sequences.ids.shape[1]) + self.new_tokens
+        per_row = 4 * length * classes if self.kind in {"tokens", "last", "generated"} else 4 * length * 8192
         return max(1, min(16, _LOGIT_BYTES // max(per_row, 1)))
 
 
@@ -109,7 +110,15 @@ def run_consumer(
                     "outputs": str(outputs.resolve()),
                     "answer": str(answer.resolve()),
                     "reference": None if reference is None else str(reference.resolve()),
-                    "sets": [{"name": one.name, "kind": one.kind, "rows": one.rows(task.classes)} for one in task.sets],
+                    "sets": [
+                        {
+                            "name": one.name,
+                            "kind": one.kind,
+                            "rows": one.rows(task.classes),
+                            "new_tokens": one.new_tokens,
+                        }
+                        for one in task.sets
+                    ],
                     "timings": [vars(shape) for shape in task.shapes],
                 }
             )
@@ -203,6 +212,22 @@ def _failed(name: str, status: int, stderr: str) -> NightpressError:
             ErrorCode.DISK_FULL,
             f"The disk filled up while {_subject(name)} was measured.",
             hint="Free space in the worker's data folder.",
+        )
+    if "IndexError: index out of range in self" in whole or "indices element out of data bounds" in whole:
+        return NightpressError(
+            ErrorCode.MALFORMED_MODEL,
+            f"{_subject(name).capitalize()} was asked for a token or position that it has no embedding for.",
+            hint="Compare the model's embeddings with `vocab_size` and `max_position_embeddings` in its config.json.",
+            artifact=name,
+            stderr=whole,
+        )
+    if "size mismatch" in whole or "ignore_mismatched_sizes" in whole:
+        return NightpressError(
+            ErrorCode.MALFORMED_MODEL,
+            f"The weights of {_subject(name)} don't have the shapes that its config.json gives.",
+            hint="Bring the config.json that the weights were saved with.",
+            artifact=name,
+            stderr=whole,
         )
     if status == -9 or "MemoryError" in last or "Cannot allocate memory" in whole or "not enough memory" in whole:
         return NightpressError(

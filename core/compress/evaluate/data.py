@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ _PROSE = {"evaluation": "prose_evaluation.txt.gz", "calibration": "prose_calibra
 
 class Tokenizer(Protocol):
     def encode(self, text: str, *, special: bool) -> list[int]: ...
+    def encode_counted(self, text: str) -> tuple[list[int], list[int] | None]:
+        """Tokens without special ones, and how many UTF-8 bytes of the text each stands for; None where that can't be told."""
+
     @property
     def mask_id(self) -> int | None: ...
     @property
@@ -49,6 +53,67 @@ class Sequences:
         return int(self.mask.sum())
 
 
+@dataclass(frozen=True)
+class Source:
+    """A data set as a recipe calls it, and its file, if people brought one."""
+
+    ref: str
+    file: Path | None
+
+    def rows(self) -> list[Row]:
+        return read_rows(self.ref, self.file)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rows with all their columns. Raises NightpressError(invalid_data) where there are fewer than two, or no columns."""
+        if self.ref.startswith("builtin:"):
+            raise _invalid(self.ref, "it is prose, without the columns that this metric reads", "Bring a data set.")
+        found = read_records(self.ref, self.file)
+        if len(found) < 2:
+            raise _invalid(self.ref, "it has fewer than two rows: no interval can be given", "Bring more rows.")
+        return found
+
+    def has(self, *names: str) -> bool:
+        """Whether it is rows that have one of these columns."""
+        if self.ref.startswith("builtin:") or self.file is None or not self.file.is_file():
+            return False
+        lines = (line for line in _read_text(self.ref, self.file).splitlines() if line.strip())
+        first = next(lines, "").lstrip()
+        return first.startswith("{") and any(name in self.records()[0] for name in names)
+
+    def field(self, record: dict[str, Any], at: int, kind: str, *names: str) -> Any:
+        """The first of the columns `names` that the row has, as a `text`, `number`, `words` (texts), `texts` (one or more) or `list`."""
+        found = next((record[name] for name in names if record.get(name) is not None), None)
+        if kind == "texts" and isinstance(found, str):
+            found = [found]
+        if not _is_a(kind, found):
+            called = " or ".join(f"`{name}`" for name in names)
+            what = f"has no {called}" if found is None else f"has a {called} that is not {_KINDS[kind]}"
+            raise _invalid(self.ref, f"row {at + 1} {what}", f"Give every row {called}: {_KINDS[kind]}.")
+        return found
+
+
+_KINDS = {
+    "text": "a text that says something",
+    "number": "a number",
+    "words": "a list of words",
+    "texts": "a text or a list of texts",
+    "list": "a list",
+}
+
+
+def _is_a(kind: str, found: object) -> bool:
+    match kind:
+        case "text":
+            return isinstance(found, str) and bool(found.strip())
+        case "number":
+            return isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+        case "words":
+            return isinstance(found, list) and bool(found) and all(isinstance(one, str) for one in found)
+        case "texts":
+            return isinstance(found, list) and bool(found) and all(_is_a("text", one) for one in found)
+    return isinstance(found, list) and bool(found)
+
+
 def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation") -> list[Row]:
     """The rows of a data set: paragraphs of prose, or the objects of a JSONL file. Raises NightpressError(invalid_data)."""
     if ref.startswith("builtin:"):
@@ -63,6 +128,13 @@ def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation") -> li
     if not rows:
         raise _invalid(ref, "it holds no text", "Bring a file with prose, or with one JSON object a line.")
     return rows
+
+
+def read_records(ref: str, file: Path | None) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, whatever their fields. Raises NightpressError(invalid_data)."""
+    if file is None or not file.is_file():
+        raise _invalid(ref, "its file was not handed to the job", "Register the data set again.")
+    return [record for _, record in _json_lines(ref, _read_text(ref, file))]
 
 
 def _read_text(ref: str, file: Path) -> str:
@@ -86,17 +158,22 @@ def _paragraphs(text: str) -> list[Row]:
     return [Row(part) for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
 
 
-def _objects(ref: str, text: str) -> Iterator[Row]:
+def _json_lines(ref: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
             raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _invalid(
-                ref, f"line {number} is not JSON ({error.msg})", "Write one JSON object a line, with a `text`."
-            ) from error
-        if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise _invalid(ref, f"line {number} is not JSON ({error})", "Write one JSON object a line.") from error
+        if not isinstance(raw, dict):
+            raise _invalid(ref, f"line {number} is not an object", "Write one JSON object a line.")
+        yield number, raw
+
+
+def _objects(ref: str, text: str) -> Iterator[Row]:
+    for number, raw in _json_lines(ref, text):
+        if not isinstance(raw.get("text"), str):
             raise _invalid(ref, f"line {number} has no `text`", 'Write lines like {"text": "…", "label": 1}.')
         label = raw.get("label")
         if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
@@ -157,7 +234,7 @@ def labelled_rows(
     order = np.random.default_rng(seed).permutation(len(rows))[:samples]
     # Neighbours of like length share a batch, so little is computed on padding.
     encoded = sorted(
-        ((_cut(tokenizer.encode(rows[at].text, special=True), length), labels[at]) for at in order),
+        ((cut(tokenizer.encode(rows[at].text, special=True), length), labels[at]) for at in order),
         key=lambda one: len(one[0]),
     )
     sequences = pad([ids for ids, _ in encoded], tokenizer.pad_id)
@@ -167,7 +244,7 @@ def labelled_rows(
 def text_rows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length: int, seed: int) -> Sequences:
     """Rows as they are, cut at `length` and padded."""
     order = np.sort(np.random.default_rng(seed).permutation(len(rows))[:samples])
-    return pad([_cut(tokenizer.encode(rows[at].text, special=True), length) for at in order], tokenizer.pad_id)
+    return pad([cut(tokenizer.encode(rows[at].text, special=True), length) for at in order], tokenizer.pad_id)
 
 
 def class_index(label: int | str | None, header: ModelHeader, ref: str) -> int:
@@ -202,7 +279,7 @@ def pad(sequences: list[list[int]], pad_id: int) -> Sequences:
     return Sequences(ids, mask)
 
 
-def _cut(ids: list[int], length: int) -> list[int]:
+def cut(ids: list[int], length: int) -> list[int]:
     """At most `length` tokens; the last one, which may be a separator, stays the last."""
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
@@ -275,6 +352,17 @@ class FastTokenizer:
     def encode(self, text: str, *, special: bool) -> list[int]:
         return list(self._library.encode(text, add_special_tokens=special).ids)
 
+    def encode_counted(self, text: str) -> tuple[list[int], list[int] | None]:
+        encoded = self._library.encode(text, add_special_tokens=False)
+        counts, at = [], 0
+        for _, end in encoded.offsets:
+            # Pieces of one character end where it ends: its bytes are the first piece's, and the sum stays right.
+            counts.append(len(text[at:end].encode()) if end > at else 0)
+            at = max(at, end)
+        if counts:
+            counts[-1] += len(text[at:].encode())
+        return list(encoded.ids), counts
+
     @property
     def mask_id(self) -> int | None:
         return self._first("[MASK]", "<mask>")
@@ -304,6 +392,9 @@ class SlowTokenizer:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return list(self._library.encode(text, add_special_tokens=special, verbose=False))
+
+    def encode_counted(self, text: str) -> tuple[list[int], list[int] | None]:
+        return self.encode(text, special=False), None
 
     @property
     def mask_id(self) -> int | None:

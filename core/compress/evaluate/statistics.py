@@ -1,12 +1,19 @@
-"""Intervals by the paired bootstrap: seeded, vectorised, on numbers alone."""
+"""Intervals by the paired percentile bootstrap: seeded, vectorised, on numbers alone.
 
-from collections.abc import Callable
+A statistic is a function of how often each example was drawn: `times` [R, N] → [R]. Thus one set of draws serves every figure of every
+model, and figures that are no means (F1, rank correlations) are resampled like the others. Efron and Tibshirani, An Introduction to
+the Bootstrap (1993), chapter 13; docs/decisions/0050-percentile-bootstrap.md says why percentiles.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Statistic = Callable[[Array], Array]
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -22,60 +29,93 @@ class Interval:
     high: float
 
 
-def _shown(value: float, draws: Array) -> Interval:
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(draws, [tail, 100 - tail])
-    # Of a figure with all examples alike, resampling leaves rounding noise: the interval always holds the value.
-    return Interval(float(value), float(min(low, value)), float(max(high, value)))
-
-
-def resampled_sums(columns: Array, *, seed: int, resamples: int = RESAMPLES) -> Array:
-    """Sums over examples drawn with replacement. columns [N, C] → [resamples, C]. The same seed draws the same examples, so sums pair up."""
-    count = len(columns)
-    rng = np.random.default_rng(seed)
-    step = max(1, _BLOCK // max(count, 1))
-    parts = []
-    for start in range(0, resamples, step):
-        draws = rng.integers(0, count, size=(min(step, resamples - start), count))
-        # How often each example was drawn, [step, N]: one matrix product then sums all columns.
-        flat = draws + np.arange(len(draws))[:, None] * count
-        times = np.bincount(flat.ravel(), minlength=len(draws) * count).reshape(len(draws), count)
-        parts.append(times @ columns)
-    return np.concatenate(parts)
-
-
-def mean_interval(values: Array, *, seed: int, weights: Array | None = None) -> Interval:
-    """The mean of one number an example, or with `weights` the ratio of the sums, e.g. agreements over tokens."""
-    values = np.asarray(values, np.float64)
-    weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
-    sums = resampled_sums(np.stack([values, weights], axis=1), seed=seed)
-    return _shown(values.sum() / weights.sum(), sums[:, 0] / np.maximum(sums[:, 1], 1e-12))
-
-
 @dataclass(frozen=True)
 class Paired:
     """A figure of the artifact, and its change relative to the source's on the same examples."""
 
     figure: Interval
-    change: Interval | None  #: None where the source's figure is zero
+    change: Interval | None  #: None where the source's figure is not above zero
 
 
-def ratio_against(
-    artifact: Array, source: Array, weights: Array, *, seed: int, of: Callable[[Array], Array] = lambda mean: mean
-) -> Paired:
-    """Compare `of(Σ artifact / Σ weights)` with the same of `source`, drawing the same examples for both.
+def interval(statistic: Statistic, count: int, *, seed: int) -> Interval:
+    """A statistic of `count` examples with its interval."""
+    draws = np.concatenate([statistic(times) for times in _drawn(count, seed)])
+    return _shown(_whole(statistic, count), draws)
 
-    artifact, source, weights [N], one number an example: e.g. summed NLL and tokens of a window with `of=np.exp` for perplexity,
-    or hits and ones for accuracy.
-    """
-    columns = np.stack([artifact, source, weights], axis=1).astype(np.float64)
-    sums = resampled_sums(columns, seed=seed)
-    drawn = np.maximum(sums[:, 2], 1e-12)
-    ours, theirs = of(sums[:, 0] / drawn), of(sums[:, 1] / drawn)
-    total = columns.sum(axis=0)
-    value, base = float(of(total[0] / total[2])), float(of(total[1] / total[2]))
+
+def paired(ours: Statistic, theirs: Statistic, count: int, *, seed: int) -> Paired:
+    """The same statistic of two models on the same examples: each draw takes the same ones for both."""
+    pairs = [(ours(times), theirs(times)) for times in _drawn(count, seed)]
+    mine, base = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    value, reference = _whole(ours, count), _whole(theirs, count)
     change = None
-    if base > 0:
-        usable = theirs > 0
-        change = _shown(value / base - 1, ours[usable] / theirs[usable] - 1)
-    return Paired(_shown(value, ours), change)
+    if reference > 0:
+        usable = base > 0
+        change = _shown(value / reference - 1, mine[usable] / base[usable] - 1)
+    return Paired(_shown(value, mine), change)
+
+
+def of_sums(columns: Array, of: Callable[[Array], Array]) -> Statistic:
+    """A statistic that depends on sums over the examples alone. columns [N, C]; of: sums [R, C] → [R]."""
+    table = np.asarray(columns, np.float64)
+
+    def statistic(times: Array) -> Array:
+        return of(times @ table)
+
+    return statistic
+
+
+def ratio(values: NDArray[Any], weights: NDArray[Any] | None = None) -> Statistic:
+    """Σ values / Σ weights, e.g. agreements over tokens; without weights the mean."""
+    numbers = np.asarray(values, np.float64)
+    parts = np.ones_like(numbers) if weights is None else np.asarray(weights, np.float64)
+    return of_sums(np.stack([numbers, parts], axis=1), lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1e-12))
+
+
+def mean_interval(values: NDArray[Any], *, seed: int, weights: NDArray[Any] | None = None) -> Interval:
+    """The mean of one number an example, or with `weights` the ratio of the sums."""
+    return interval(ratio(values, weights), len(values), seed=seed)
+
+
+def share_interval(hits: Array, *, seed: int) -> Interval:
+    """The share of examples that were hit (1) and missed (0)."""
+    return paired_shares(hits, hits, seed=seed).figure
+
+
+def paired_shares(ours: Array, theirs: Array, *, seed: int) -> Paired:
+    """Two models' shares of hits (1) among the same examples.
+
+    Resampling sixty-four hits gives nothing but hits: the interval would claim certainty. So the draws, never the figures, see two more
+    examples, of which each model gets another one right; that comes to the rule of three where nothing was missed (compare Agresti and
+    Min 2005, who add as much to the cells of the paired table).
+    """
+    value, reference = float(ours.mean()), float(theirs.mean())
+    drawn = paired(ratio(np.append(ours, [1.0, 0.0])), ratio(np.append(theirs, [0.0, 1.0])), len(ours) + 2, seed=seed)
+    figure = _including(drawn.figure, value)
+    change = _including(drawn.change, value / reference - 1) if drawn.change and reference > 0 else None
+    return Paired(figure, change)
+
+
+def _drawn(count: int, seed: int) -> Iterator[Array]:
+    """How often each example is drawn, in blocks of resamples [R, N]. The same seed draws the same examples, so figures pair up."""
+    rng = np.random.default_rng(seed)
+    step = max(1, _BLOCK // max(count, 1))
+    for start in range(0, RESAMPLES, step):
+        draws = rng.integers(0, count, size=(min(step, RESAMPLES - start), count))
+        flat = draws + np.arange(len(draws))[:, None] * count
+        yield np.bincount(flat.ravel(), minlength=len(draws) * count).reshape(len(draws), count).astype(np.float64)
+
+
+def _whole(statistic: Statistic, count: int) -> float:
+    return float(statistic(np.ones((1, count)))[0])
+
+
+def _shown(value: float, draws: Array) -> Interval:
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    # Of a figure with all examples alike, resampling leaves rounding noise: the interval always holds the value.
+    return _including(Interval(float(value), float(low), float(high)), float(value))
+
+
+def _including(one: Interval, value: float) -> Interval:
+    return Interval(value, min(one.low, value), max(one.high, value))

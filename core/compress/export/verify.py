@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.compress.evaluate.consumer import Observed, Task, consumer_name
-from core.compress.evaluate.quality import whole_cosine
+from core.compress.evaluate.fidelity import whole_cosine
 from core.compress.executors.graph import Traced
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import Verification

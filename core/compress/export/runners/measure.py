@@ -5,7 +5,9 @@ takes two int64 arrays [B, S] and returns the model's first output as a float32 
 text that the runner executes, so that what a report shows is what was run. The working directory is the one that holds the folder.
 
 The request is a JSON file: folder, task, pooling, threads, inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null), sets, timings.
-Each set has a name, a kind (`pooled`, `logits` or `tokens`) and `rows` a batch; its arrays in `inputs` are called `<name>.ids` and so on.
+Each set has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows` a batch; its arrays in `inputs` are called
+`<name>.ids` and so on. The runner of the source also says how a causal language model goes on with a prompt: `load` then returns a fourth
+thing, `generate(ids, new_tokens)`, from a prompt [S] to its greedy continuation, a list of token ids.
 """
 
 import json
@@ -24,15 +26,16 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Request = dict[str, Any]
 Forward = Callable[[Array, Array], Array]
+Generate = Callable[[Array, int], list[int]]
 
 _SHAPE_SECONDS = 8.0  # a shape is timed no longer, but at least _FEWEST times
 _FEWEST = 5
 
 
-def main(load: Callable[[Request], tuple[Forward, dict[str, str], str]]) -> None:
+def main(load: Callable[[Request], Any]) -> None:
     request = json.loads(Path(sys.argv[1]).read_bytes())
     started = time.perf_counter()
-    forward, versions, snippet = load(request)
+    forward, versions, snippet, *generate = load(request)
     loaded_s = time.perf_counter() - started
     inputs = np.load(request["inputs"])
     reference = np.load(request["reference"]) if request["reference"] else None
@@ -40,7 +43,10 @@ def main(load: Callable[[Request], tuple[Forward, dict[str, str], str]]) -> None
     steps = len(request["sets"]) + len(request["timings"])
     for at, one in enumerate(request["sets"]):
         _say(at / steps, one["name"])
-        outputs |= _run_set(forward, one, inputs, reference, request)
+        if one["kind"] == "generated":
+            outputs |= _continue(forward, generate[0] if generate else None, one, inputs, reference)
+        else:
+            outputs |= _run_set(forward, one, inputs, reference, request)
     timings = []
     for at, shape in enumerate(request["timings"], len(request["sets"])):
         _say(at / steps, f"timing {shape['batch']} × {shape['length']}")
@@ -101,6 +107,38 @@ def _run_set(forward: Forward, one: dict[str, Any], inputs: Any, reference: Any,
             theirs = reference[f"{name}.reference"]
             merged["kl"] = (np.exp(theirs) * (theirs - logp)).sum(axis=1, dtype=np.float64)
     return {f"{name}.{key}": value for key, value in merged.items()}
+
+
+def _continue(
+    forward: Forward, generate: Generate | None, one: dict[str, Any], inputs: Any, reference: Any
+) -> dict[str, Array]:
+    """The source writes on, [N, new] with −1 after its end; an artifact says what it would have written at each of these places."""
+    name = one["name"]
+    ids, lengths = inputs[f"{name}.ids"], inputs[f"{name}.mask"].sum(axis=1)
+    if reference is None:
+        if generate is None:
+            raise TypeError("the source's runner can't generate")
+        tokens = np.full((len(ids), one["new_tokens"]), -1, np.int64)
+        for at, length in enumerate(lengths):
+            written = generate(ids[at, :length], one["new_tokens"])
+            tokens[at, : len(written)] = written
+        return {f"{name}.tokens": tokens}
+    written = reference[f"{name}.tokens"]
+    chosen = np.full_like(written, -1)
+    whole = np.zeros((len(ids), ids.shape[1] + written.shape[1]), np.int64)
+    mask = np.zeros_like(whole)
+    counts = (written >= 0).sum(axis=1)
+    for at, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        whole[at, : length + count] = np.concatenate([ids[at, :length], written[at, :count]])
+        mask[at, : length + count] = 1
+    for start in range(0, len(ids), one["rows"]):
+        rows = slice(start, start + one["rows"])
+        width = int(mask[rows].sum(axis=1).max())
+        choice = forward(whole[rows, :width], mask[rows, :width]).argmax(axis=-1)  # [B, S]
+        for at in range(start, min(start + one["rows"], len(ids))):
+            first, count = lengths[at] - 1, counts[at]
+            chosen[at, :count] = choice[at - start, first : first + count]
+    return {f"{name}.tokens": chosen}
 
 
 def _pool(hidden: Array, mask: Array, pooling: str) -> Array:

@@ -1,7 +1,6 @@
 """Loads a model folder with transformers, in fp32 on the CPU."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ _CLASSES = {
 }
 
 
-def load(request: dict[str, Any]) -> tuple[Callable[[Any, Any], Any], dict[str, str], str]:
+def load(request: dict[str, Any]) -> tuple[Any, ...]:
     task = request["task"]
     snippet = SNIPPET.format(auto_class=_CLASSES[task], threads=request["threads"], folder=request["folder"])
     model = measure.execute(snippet)["model"]
@@ -42,7 +41,23 @@ def load(request: dict[str, Any]) -> tuple[Callable[[Any, Any], Any], dict[str, 
             out = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **extra)
         return getattr(out, output).float().numpy()
 
-    return forward, {"torch": torch.__version__, "transformers": transformers.__version__}, snippet
+    ends = getattr(model.config, "eos_token_id", None)
+    ends = set(ends) if isinstance(ends, list) else {ends}
+
+    def generate(ids: Any, new_tokens: int) -> list[int]:
+        """Greedy, whatever the model's own generation settings say."""
+        step, cache, written = torch.from_numpy(ids)[None], None, []
+        with torch.inference_mode():
+            for _ in range(new_tokens):
+                out = model(input_ids=step, past_key_values=cache, use_cache=True)
+                cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
+                written.append(token)
+                if token in ends:
+                    break
+                step = torch.tensor([[token]])
+        return written
+
+    return forward, {"torch": torch.__version__, "transformers": transformers.__version__}, snippet, generate
 
 
 if __name__ == "__main__":

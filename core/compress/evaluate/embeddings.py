@@ -1,0 +1,158 @@
+"""Figures of embedders: do near texts get near vectors (similarity), and does a query find its passages (retrieval)?"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.compress.evaluate import data, fidelity
+from core.compress.evaluate.consumer import TokenSet
+from core.compress.evaluate.scores import CUT, pearson, ranking_scores, spearman
+from core.compress.evaluate.statistics import Array, Statistic, ratio
+from core.compress.evaluate.view import Asked, View
+from core.handoff.report import Measurement
+
+_SENTENCE = re.compile(r"(?<=[.!?;])\s+")
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Pairs of texts that people scored. pairs [N, 2]: places among the examples."""
+
+    examples: TokenSet
+    pairs: NDArray[np.int64]
+    scores: Array
+
+    def figures(self, view: View) -> list[Measurement]:
+        n = len(self.scores)
+
+        def cosines(side: Any) -> Array:
+            vectors = side("values")
+            return fidelity.row_cosines(vectors[self.pairs[:, 0]], vectors[self.pairs[:, 1]])
+
+        def by_ranks(side: Any) -> Statistic:
+            return spearman(cosines(side), self.scores)
+
+        def by_values(side: Any) -> Statistic:
+            return pearson(cosines(side), self.scores)
+
+        found = [
+            view.figure("spearman", by_ranks, n, n=n, better="higher"),
+            view.figure("pearson", by_values, n, n=n, better="higher"),
+        ]
+        return found + (fidelity.of_vectors(view) if view.compares else [])
+
+
+def similarity(asked: Asked) -> Similarity:
+    """Rows with two texts and a `score`."""
+    records = asked.source.records()
+    texts = _Texts()
+    pairs, scores = [], []
+    for at in asked.drawn(len(records)):
+        row, source = records[at], asked.source
+        first = source.field(row, at, "text", "text_a", "sentence1", "text1")
+        second = source.field(row, at, "text", "text_b", "sentence2", "text2")
+        pairs.append((texts.place(first), texts.place(second)))
+        scores.append(float(source.field(row, at, "number", "score", "similarity_score", "label")))
+    if min(scores) == max(scores):
+        raise asked.invalid(
+            "all its pairs have the same score: nothing correlates with that", "Bring pairs whose scores differ."
+        )
+    return Similarity(texts.examples(asked), np.asarray(pairs, np.int64), np.asarray(scores, np.float64))
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Queries, each to find its passages among all passages. queries [Q], passages [P]: places among the examples; relevant [Q, P]."""
+
+    examples: TokenSet
+    queries: NDArray[np.int64]
+    passages: NDArray[np.int64]
+    relevant: NDArray[np.bool_]
+
+    def figures(self, view: View) -> list[Measurement]:
+        n = len(self.queries)
+
+        def scored(side: Any) -> tuple[Array, Array]:
+            vectors = side("values").astype(np.float64)
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+            # Rounded, so that the order of sums in one runtime or another decides no rank.
+            near = np.round(vectors[self.queries] @ vectors[self.passages].T, 9)
+            return ranking_scores(near, self.relevant)
+
+        def gain(side: Any) -> Statistic:
+            return ratio(scored(side)[0])
+
+        def recalled(side: Any) -> Statistic:
+            return ratio(scored(side)[1])
+
+        found = [
+            view.figure("ndcg", gain, n, n=n, better="higher", unit=f"@{CUT}"),
+            view.figure("recall", recalled, n, n=n, better="higher", unit=f"@{CUT}"),
+        ]
+        return found + (fidelity.of_vectors(view) if view.compares else [])
+
+
+def retrieval(asked: Asked) -> Retrieval:
+    """Rows with `query`, `positive` and perhaps `negative`; of prose, a paragraph's first sentence has to find the rest of it."""
+    triples = _inverse_cloze(asked) if asked.ref.startswith("builtin:") else _triples(asked)
+    texts = _Texts()
+    places: dict[int, int] = {}
+    queries, wanted = [], []
+    for query, positives, negatives in triples:
+        queries.append(texts.place(query))
+        own = [places.setdefault(texts.place(one), len(places)) for one in positives]
+        for one in negatives:
+            places.setdefault(texts.place(one), len(places))
+        wanted.append(own)
+    relevant = np.zeros((len(queries), len(places)), bool)
+    for at, own in enumerate(wanted):
+        relevant[at, own] = True
+    if len(places) < 2:
+        raise asked.invalid("all its queries share one passage", "Bring more passages, or `negative` ones.")
+    return Retrieval(texts.examples(asked), np.asarray(queries, np.int64), np.fromiter(places, np.int64), relevant)
+
+
+def _triples(asked: Asked) -> list[tuple[str, list[str], list[str]]]:
+    records, source = asked.source.records(), asked.source
+    found = []
+    for at in asked.drawn(len(records)):
+        row = records[at]
+        query = source.field(row, at, "text", "query", "anchor", "question")
+        positive = source.field(row, at, "texts", "positive", "passage", "answer")
+        negative = (
+            source.field(row, at, "texts", "negative", "negatives")
+            if row.get("negative") or row.get("negatives")
+            else []
+        )
+        found.append((query, positive, negative))
+    return found
+
+
+def _inverse_cloze(asked: Asked) -> list[tuple[str, list[str], list[str]]]:
+    """Lee, Chang and Toutanova 2019 (arXiv 1906.00300), section 4: pairs without any label."""
+    found: list[tuple[str, list[str], list[str]]] = []
+    for row in asked.source.rows():
+        first, *rest = _SENTENCE.split(row.text, maxsplit=1)
+        if rest and len(first) > 40 and len(rest[0]) > 80:
+            found.append((first, rest, []))
+    if len(found) < 2:
+        raise asked.invalid("too few of its paragraphs have two sentences", "Bring rows with `query` and `positive`.")
+    return [found[at] for at in asked.drawn(len(found))]
+
+
+class _Texts:
+    """Texts, each embedded once however often it is named."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}
+
+    def place(self, text: str) -> int:
+        return self._places.setdefault(text, len(self._places))
+
+    def examples(self, asked: Asked) -> TokenSet:
+        length = asked.wanted.length
+        encoded = [data.cut(asked.tokenizer.encode(text, special=True), length) for text in self._places]
+        return TokenSet(asked.name, "pooled", data.pad(encoded, asked.tokenizer.pad_id))

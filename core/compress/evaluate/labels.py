@@ -1,0 +1,144 @@
+"""Figures against labels: accuracy and F1 of classifiers, entity F1 of token classifiers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from core.compress.evaluate import data, fidelity
+from core.compress.evaluate.consumer import TokenSet
+from core.compress.evaluate.data import Sequences, pad
+from core.compress.evaluate.scores import class_f1, counts_by_class, macro_f1, spans
+from core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares
+from core.compress.evaluate.view import Asked, View
+from core.handoff.report import Measurement
+
+_CLASSES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Rows with their classes. F1 is the mean over classes (macro)."""
+
+    examples: TokenSet
+    names: dict[int, str]
+
+    def figures(self, view: View) -> list[Measurement]:
+        labels = self.examples.sequences.labels
+        assert labels is not None
+        ours, theirs = view.ours("values").argmax(axis=1), view.theirs("values").argmax(axis=1)
+        hits = [(one == labels).astype(np.float64) for one in (ours, theirs)]
+        n = len(labels)
+        found = [view.compared("accuracy", paired_shares(*hits, seed=view.seed), n=n, better="higher")]
+        classes = sorted({*labels.tolist(), *ours.tolist(), *theirs.tolist()})
+
+        def counted(side: Any) -> Array:
+            return counts_by_class(side("values").argmax(axis=1), labels, classes)
+
+        found.append(view.figure("f1", lambda side: of_sums(counted(side), macro_f1), n, n=n, better="higher"))
+        frequent = sorted(range(len(classes)), key=lambda at: -int((labels == classes[at]).sum()))[:_CLASSES_SHOWN]
+        for at in sorted(frequent):
+            support = int((labels == classes[at]).sum())
+
+            def of_class(side: Any, at: int = at) -> Statistic:
+                return of_sums(counted(side), lambda sums: class_f1(sums, at))
+
+            name = self.names.get(classes[at], str(classes[at]))
+            found.append(view.figure("class_f1", of_class, n, n=support, better="higher", of=name))
+        return found + (fidelity.of_classes(view) if view.compares else [])
+
+
+def classification(asked: Asked) -> Classification:
+    """Rows with `text` and `label`."""
+    wanted = asked.wanted
+    sequences = data.labelled_rows(
+        asked.source.rows(),
+        asked.tokenizer,
+        asked.header,
+        samples=wanted.samples,
+        length=wanted.length,
+        seed=asked.seed,
+        ref=asked.ref,
+    )
+    return Classification(TokenSet(asked.name, "logits", sequences), _names(asked))
+
+
+@dataclass(frozen=True)
+class Entities:
+    """Sentences whose words carry tags. An entity counts where type and both ends are right, as in CoNLL-2003."""
+
+    examples: TokenSet
+    names: dict[int, str]
+    truth: tuple[frozenset[Any], ...]  #: entities of each sentence, as (type, first word, end)
+
+    def figures(self, view: View) -> list[Measurement]:
+        targets = self.examples.sequences.targets
+        assert targets is not None
+        row, n = np.nonzero(targets >= 0)[0], len(targets)
+
+        def counted(side: Any) -> Array:
+            """[N, 3]: found, wrongly claimed and missed in each sentence"""
+            tags = [self.names[int(one)] for one in side("top1")]
+            ends = np.searchsorted(row, np.arange(n + 1))
+            said = [spans(tags[ends[at] : ends[at + 1]]) for at in range(n)]
+            pairs = zip(said, self.truth, strict=True)
+            return np.array([[len(a & b), len(a - b), len(b - a)] for a, b in pairs], np.float64)
+
+        entities = sum(map(len, self.truth))
+        found = [
+            view.figure(
+                "entity_f1",
+                lambda side: of_sums(counted(side), lambda sums: class_f1(sums, 0)),
+                n,
+                n=entities,
+                better="higher",
+            )
+        ]
+        return found + (fidelity.of_tokens(view, self.examples) if view.compares else [])
+
+
+def entities(asked: Asked) -> Entities:
+    """Rows with `tokens`, a list of words, and `tags`, one each. A word is judged by its first piece."""
+    names = _names(asked)
+    if not names:
+        raise asked.invalid("the model's config.json names no tags", "Give the model an `id2label`.")
+    records = asked.source.records()
+    sequences: list[tuple[list[int], list[int]]] = []
+    truth = []
+    for at in asked.drawn(len(records)):
+        words = asked.source.field(records[at], at, "words", "tokens", "words")
+        tags = asked.source.field(records[at], at, "list", "tags", "ner_tags", "labels")
+        if len(words) != len(tags):
+            raise asked.invalid(
+                f"row {at + 1} has {len(words)} words and {len(tags)} tags", "Give each word one tag; `O` for none."
+            )
+        classes = [data.class_index(tag, asked.header, asked.ref) for tag in tags]
+        ids, targets, kept = _pieces(asked, words, classes)
+        sequences.append((ids, targets))
+        truth.append(frozenset(spans([names[one] for one in classes[:kept]])))
+    padded = pad([ids for ids, _ in sequences], asked.tokenizer.pad_id)
+    scored = np.full_like(padded.ids, -1)
+    for at, (_, one) in enumerate(sequences):
+        scored[at, : len(one)] = one
+    if not (scored >= 0).any():
+        raise asked.invalid("none of its rows has a word", "Bring rows with words and tags.")
+    whole = Sequences(padded.ids, padded.mask, targets=scored)
+    return Entities(fidelity.token_set(asked.name, whole, data.class_count(asked.header)), names, tuple(truth))
+
+
+def _pieces(asked: Asked, words: list[str], classes: list[int]) -> tuple[list[int], list[int], int]:
+    """Token ids, the class at each word's first token (else −1), and how many words fit in the length."""
+    before, after = data.special_tokens(asked.tokenizer)
+    ids, targets = list(before), [-1] * len(before)
+    room = asked.wanted.length - len(after)
+    for at, (word, cls) in enumerate(zip(words, classes, strict=True)):
+        pieces = asked.tokenizer.encode(f" {word}" if at else word, special=False) or [asked.tokenizer.pad_id]
+        if len(ids) + len(pieces) > room:
+            return [*ids, *after], targets + [-1] * len(after), at
+        ids += pieces
+        targets += [cls] + [-1] * (len(pieces) - 1)
+    return [*ids, *after], targets + [-1] * len(after), len(words)
+
+
+def _names(asked: Asked) -> dict[int, str]:
+    return {int(index): str(name) for index, name in (asked.header.config.get("id2label") or {}).items()}

@@ -1,0 +1,226 @@
+"""Figures of language models: perplexity, hidden words, multiple choice, and whether an artifact writes what its source writes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.compress.evaluate import data, fidelity
+from core.compress.evaluate.consumer import TokenSet
+from core.compress.evaluate.data import Sequences
+from core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
+from core.compress.evaluate.view import Asked, View, sums
+from core.errors import ErrorCode, NightpressError
+from core.handoff.report import Measurement
+
+_PROMPTS = ("prompt", "text")
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Windows of running text, each token scored at most once. characters [N]: UTF-8 bytes of each window's scored tokens."""
+
+    examples: TokenSet
+    sizes: Array | None
+
+    def figures(self, view: View) -> list[Measurement]:
+        targets = self.examples.sequences.targets
+        assert targets is not None
+        row, count = np.nonzero(targets >= 0)[0], len(targets)
+        tokens = np.bincount(row, minlength=count).astype(np.float64)
+
+        def perplexity(side: Any) -> Statistic:
+            table = np.stack([sums(row, side("nll"), count), tokens], axis=1)
+            return of_sums(table, lambda drawn: np.exp(drawn[:, 0] / np.maximum(drawn[:, 1], 1)))
+
+        def bits(side: Any) -> Statistic:
+            return ratio(sums(row, side("nll"), count) / np.log(2), self.sizes)
+
+        found = [view.figure("perplexity", perplexity, count, n=len(row), better="lower", unit="per token")]
+        if self.sizes is not None:
+            found.append(
+                view.figure("bits_per_byte", bits, count, n=int(self.sizes.sum()), better="lower", unit="bits")
+            )
+        return found + (fidelity.of_tokens(view, self.examples) if view.compares else [])
+
+
+def perplexity(asked: Asked) -> Perplexity:
+    """Windows that go on by `stride` tokens, of which the last `stride` are scored; what stands before them is context."""
+    before, _ = data.special_tokens(asked.tokenizer)
+    body = asked.wanted.length - len(before)
+    stride = min(asked.wanted.stride or body, body)
+    if body < 2:
+        raise NightpressError(
+            ErrorCode.INVALID_RECIPE,
+            f"evaluate: a length of {asked.wanted.length} leaves no room for text.",
+            hint="Use at least 16 tokens.",
+        )
+    stream, sizes = _stream(asked, asked.wanted.samples * stride + body)
+    count = 1 + (len(stream) - body) // stride
+    if count < 2:
+        raise asked.invalid(
+            f"its {len(stream)} tokens fill fewer than two windows of {asked.wanted.length}",
+            "Bring more text, or ask for a shorter `length`.",
+        )
+    chosen = np.unique(np.linspace(0, count - 1, min(asked.wanted.samples, count)).round().astype(np.int64))
+    at = chosen[:, None] * stride + np.arange(body)  # [N, body], places in the stream
+    scored = (np.arange(body) >= body - stride) | (chosen[:, None] == 0)
+    if not before:
+        scored = scored & (np.arange(body) > 0)  # nothing stands before a window's first token
+    ids = np.concatenate([np.tile(np.asarray(before, np.int64), (len(at), 1)), stream[at]], axis=1)
+    targets = np.full_like(ids, -1)
+    shift = len(before) - 1  # a token is scored where the one before it stands
+    rows, columns = np.nonzero(scored)
+    targets[rows, columns + shift] = stream[at][rows, columns]
+    windows = Sequences(ids, np.ones_like(ids), targets=targets)
+    known = None if sizes is None else np.where(scored, sizes[at], 0).sum(axis=1).astype(np.float64)
+    return Perplexity(fidelity.token_set(asked.name, windows, asked.vocabulary), known)
+
+
+def _stream(asked: Asked, needed: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+    """The data set's text as one stream of at least so many tokens, if it has them, and the bytes that each stands for."""
+    ids: list[int] = []
+    sizes: list[int] | None = []
+    for row in asked.source.rows():
+        tokens, lengths = asked.tokenizer.encode_counted(row.text + "\n")
+        ids += tokens
+        sizes = None if sizes is None or lengths is None else sizes + lengths
+        if len(ids) >= needed:
+            break
+    return np.asarray(ids, np.int64), None if sizes is None else np.asarray(sizes, np.int64)
+
+
+@dataclass(frozen=True)
+class MaskedLm:
+    """Texts with some words hidden, each scored on what stood there."""
+
+    examples: TokenSet
+
+    def figures(self, view: View) -> list[Measurement]:
+        targets = self.examples.sequences.targets
+        assert targets is not None
+        row, count = np.nonzero(targets >= 0)[0], len(targets)
+        tokens, truth = np.bincount(row, minlength=count), targets[targets >= 0]
+
+        def right(side: Any) -> Statistic:
+            return ratio(sums(row, side("top1") == truth, count), tokens)
+
+        found = [view.figure("masked_accuracy", right, count, n=len(row), better="higher")]
+        return found + (fidelity.of_tokens(view, self.examples) if view.compares else [])
+
+
+def masked_lm(asked: Asked) -> MaskedLm:
+    """15% of the words of running text hidden, as in BERT's training but always behind the mask token (arXiv 1810.04805, 3.1)."""
+    examples = fidelity.prepare(asked).examples
+    if asked.tokenizer.mask_id is None:
+        raise asked.invalid("the model's tokenizer has no mask token", "Measure `fidelity`.")
+    return MaskedLm(examples)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Questions with answers to choose from: the one with the largest likelihood a byte is the model's choice."""
+
+    examples: TokenSet
+    group: NDArray[np.int64]  #: [N], the question of each sequence
+    sizes: Array  #: [N], bytes of each answer
+    answers: NDArray[np.int64]  #: [Q], the right sequence
+
+    def figures(self, view: View) -> list[Measurement]:
+        targets = self.examples.sequences.targets
+        assert targets is not None
+        row, count, n = np.nonzero(targets >= 0)[0], len(targets), len(self.answers)
+
+        def hits(side: Any) -> Array:
+            loss = sums(row, side("nll"), count) / self.sizes
+            order = np.lexsort((np.arange(count), np.round(loss, 9), self.group))  # of equals the first
+            best = order[np.searchsorted(self.group[order], np.arange(n))]
+            right: Array = (best == self.answers).astype(np.float64)
+            return right
+
+        both = paired_shares(hits(view.ours), hits(view.theirs), seed=view.seed)
+        return [view.compared("choice_accuracy", both, n=n, better="higher")]
+
+
+def choices(asked: Asked) -> Choices:
+    """Rows with `prompt`, `choices` and `answer`, the right one's index. Scored as lm-evaluation-harness scores `acc_norm`."""
+    records, source = asked.source.records(), asked.source
+    before, _ = data.special_tokens(asked.tokenizer)
+    encoded: list[list[int]] = []
+    starts, group, sizes, answers = [], [], [], []
+    for question, at in enumerate(asked.drawn(len(records))):
+        row = records[at]
+        prompt = source.field(row, at, "text", "prompt", "question")
+        options = source.field(row, at, "texts", "choices")
+        answer = source.field(row, at, "number", "answer", "label")
+        if len(options) < 2 or answer not in range(len(options)):
+            raise asked.invalid(
+                f"row {at + 1} has {len(options)} choices and the answer {answer!r}", "Count the answer from 0."
+            )
+        answers.append(len(encoded) + int(answer))
+        for option in options:
+            stem = asked.tokenizer.encode(prompt, special=False)
+            whole = asked.tokenizer.encode(f"{prompt} {option}", special=False)
+            # What both share is the prompt: at its end, tokens may melt into the answer's first.
+            shared = next((i for i, (a, b) in enumerate(zip(stem, whole, strict=False)) if a != b), len(stem))
+            ids = [*before, *whole]
+            if len(ids) > asked.wanted.length:
+                raise asked.invalid(
+                    f"row {at + 1} has {len(ids)} tokens, more than the {asked.wanted.length} of `length`",
+                    "Raise `length`, or shorten the row.",
+                )
+            encoded.append(ids)
+            starts.append(max(len(before) + min(shared, len(whole) - 1), 1))
+            group.append(question)
+            sizes.append(len(option.encode()))
+    padded = data.pad(encoded, asked.tokenizer.pad_id)
+    targets = np.full_like(padded.ids, -1)
+    for at, (ids, start) in enumerate(zip(encoded, starts, strict=True)):
+        targets[at, start - 1 : len(ids) - 1] = ids[start:]
+    sequences = Sequences(padded.ids, padded.mask, targets=targets)
+    examples = TokenSet(asked.name, "tokens", sequences, compared=np.zeros(targets.shape, bool))
+    return Choices(examples, np.asarray(group), np.asarray(sizes, np.float64), np.asarray(answers))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Prompts that the source goes on with, greedily. An artifact reads prompt and continuation at once.
+
+    Up to the first token where its own choice differs, its greedy continuation is the source's; so one forward pass says how far the
+    two go together, in every consumer, and no rounding of a cache comes between.
+    """
+
+    examples: TokenSet
+
+    def figures(self, view: View) -> list[Measurement]:
+        if not view.compares:
+            return []
+        written, chosen = view.theirs("tokens"), view.ours("tokens")  # [N, new], −1 after the end
+        lengths = (written >= 0).sum(axis=1)
+        differs = (written != chosen) & (written >= 0)
+        prefix = np.where(differs.any(axis=1), differs.argmax(axis=1), lengths).astype(np.float64)
+        whole, n = (prefix == lengths).astype(np.float64), len(written)
+        same = paired_shares(whole, np.ones_like(whole), seed=view.seed).figure
+        return [
+            view.alone("generation_match", same, n=n, better="higher"),
+            view.resampled("prefix_match", ratio(prefix, lengths), n, n=int(lengths.sum()), better="higher"),
+        ]
+
+
+def generation(asked: Asked) -> Generation:
+    """Rows with `prompt` (or `text`), cut at `length`; of prose, windows of it."""
+    wanted = asked.wanted
+    before, _ = data.special_tokens(asked.tokenizer)
+    if asked.ref.startswith("builtin:"):
+        windows = data.text_windows(
+            asked.source.rows(), asked.tokenizer, samples=wanted.samples, length=wanted.length, ref=asked.ref
+        )
+        encoded = windows.ids.tolist()
+    else:
+        records = asked.source.records()
+        prompts = [(at, asked.source.field(records[at], at, "text", *_PROMPTS)) for at in asked.drawn(len(records))]
+        encoded = [[*before, *asked.tokenizer.encode(prompt, special=False)][: wanted.length] for _, prompt in prompts]
+    return Generation(
+        TokenSet(asked.name, "generated", data.pad(encoded, asked.tokenizer.pad_id), new_tokens=wanted.new_tokens)
+    )

@@ -1,0 +1,123 @@
+"""Scores that are no plain means, as statistics of how often each example was drawn. Numbers alone; no model, no file."""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.compress.evaluate.statistics import Array, Statistic, of_sums
+
+Classes = NDArray[np.int64]
+CUT = 10  #: ranks that nDCG and recall look at
+
+# Classification ------------------------------------------------------------------------------------------------------
+
+
+def counts_by_class(predicted: Classes, labels: Classes, classes: Sequence[int]) -> Array:
+    """Of each example: hit, wrongly claimed and missed, for each class. predicted, labels [N] → [N, 3 · C]"""
+    said = predicted[:, None] == np.asarray(classes)
+    true = labels[:, None] == np.asarray(classes)
+    return np.concatenate([said & true, said & ~true, ~said & true], axis=1).astype(np.float64)
+
+
+def macro_f1(sums: Array) -> Array:
+    """F1 averaged over the classes that were drawn: sums [R, 3 · C] → [R]"""
+    hit, claimed, missed = np.split(sums, 3, axis=1)
+    seen = 2 * hit + claimed + missed
+    scores = 2 * hit / np.maximum(seen, 1e-12)
+    result: Array = scores.sum(axis=1) / np.maximum((seen > 0).sum(axis=1), 1)
+    return result
+
+
+def class_f1(sums: Array, at: int) -> Array:
+    """F1 of one class: sums [R, 3 · C] → [R]. It is zero where the class was neither drawn nor claimed."""
+    hit, claimed, missed = (part[:, at] for part in np.split(sums, 3, axis=1))
+    result: Array = 2 * hit / np.maximum(2 * hit + claimed + missed, 1e-12)
+    return result
+
+
+def spans(tags: Sequence[str]) -> set[Hashable]:
+    """Entities as (type, first word, end): IOB2, IOBES and plain tags, where a run of one tag is an entity.
+
+    A tag that goes on with nothing begins an entity, as the CoNLL-2000 script reads it.
+    """
+    found: set[Hashable] = set()
+    kind, start = "", 0
+    for at, tag in enumerate([*tags, "O"]):
+        prefix, dash, rest = tag.partition("-")
+        marked = bool(dash) and prefix in {"B", "I", "E", "S", "L", "U"}
+        now = "" if tag == "O" else rest if marked else tag
+        begins = now != kind or (marked and prefix in {"B", "S", "U"})
+        if begins and kind:
+            found.add((kind, start, at))
+        if begins:
+            start = at
+        kind = now
+        if marked and prefix in {"E", "S", "L", "U"}:
+            found.add((kind, start, at + 1))
+            kind = ""
+    return found
+
+
+# Correlation ---------------------------------------------------------------------------------------------------------
+
+
+def pearson(x: Array, y: Array) -> Statistic:
+    """Pearson's correlation. x, y [N]"""
+    # Centred first: sums of squares of numbers far from zero would lose their differences.
+    a, b = x - x.mean(), y - y.mean()
+    return of_sums(np.stack([np.ones_like(a), a, b, a * a, b * b, a * b], axis=1), _correlation)
+
+
+def _correlation(sums: Array) -> Array:
+    n, a, b, aa, bb, ab = sums.T
+    spread = np.maximum(n * aa - a * a, 0) * np.maximum(n * bb - b * b, 0)
+    result: Array = np.where(spread > 0, (n * ab - a * b) / np.sqrt(np.maximum(spread, 1e-300)), 0.0)
+    return np.clip(result, -1, 1)
+
+
+def spearman(x: Array, y: Array) -> Statistic:
+    """Spearman's rank correlation: Pearson's of the ranks, ties sharing their mean, ranked anew in every draw. x, y [N]"""
+    ranks_x, ranks_y = _ranks(x), _ranks(y)
+
+    def statistic(times: Array) -> Array:
+        a, b = ranks_x(times), ranks_y(times)
+        n = times.sum(axis=1, keepdims=True)
+        a, b = a - (times * a).sum(axis=1, keepdims=True) / n, b - (times * b).sum(axis=1, keepdims=True) / n
+        spread = (times * a * a).sum(axis=1) * (times * b * b).sum(axis=1)
+        together: Array = (times * a * b).sum(axis=1)
+        return np.where(spread > 0, together / np.sqrt(np.maximum(spread, 1e-300)), 0.0)
+
+    return statistic
+
+
+def _ranks(values: Array) -> Callable[[Array], Array]:
+    """A function from how often each value was drawn [R, N] to the rank that it has there [R, N]."""
+    _, group = np.unique(values, return_inverse=True)
+    first = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[first], np.arange(group.max() + 1))
+
+    def ranks(times: Array) -> Array:
+        drawn = np.add.reduceat(times[:, first], starts, axis=1)  # [R, G], of each distinct value
+        below = np.cumsum(drawn, axis=1) - drawn
+        result: Array = (below + (drawn + 1) / 2)[:, group]
+        return result
+
+    return ranks
+
+
+# Retrieval -----------------------------------------------------------------------------------------------------------
+
+
+def ranking_scores(similarity: Array, relevant: NDArray[np.bool_], cut: int = CUT) -> tuple[Array, Array]:
+    """nDCG and recall among the first `cut` passages, one number a query each.
+
+    similarity, relevant [Q, P], each query with a relevant passage. Equal similarities rank in the passages' order, so that nothing
+    depends on the sort. Järvelin and Kekäläinen 2002, with gains of 0 and 1.
+    """
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :cut]
+    gains = np.take_along_axis(relevant, order, axis=1).astype(np.float64)
+    discounts = 1 / np.log2(np.arange(2, gains.shape[1] + 2))
+    total = relevant.sum(axis=1)
+    ideal = np.cumsum(discounts)[np.minimum(total, gains.shape[1]) - 1]
+    return (gains @ discounts) / ideal, gains.sum(axis=1) / total

@@ -1,0 +1,135 @@
+"""What one evaluation sees: the outputs of the source and of an artifact for its examples, and how figures are made of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.compress.evaluate import data
+from core.compress.evaluate.consumer import Observed, TokenSet
+from core.compress.evaluate.statistics import Array, Interval, Paired, Statistic, interval, paired
+from core.errors import ErrorCode, NightpressError
+from core.handoff.report import Measurement
+from core.recipes.header import ModelHeader
+from core.recipes.models import Quality
+
+Better = Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One entry of a recipe's `evaluate` with all that its examples are made from."""
+
+    name: str  #: of the set of examples
+    wanted: Quality
+    source: data.Source
+    tokenizer: data.Tokenizer
+    header: ModelHeader
+    seed: int
+
+    @property
+    def ref(self) -> str:
+        return self.wanted.data
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.header.config.get("vocab_size") or 1)
+
+    def invalid(self, what: str, hint: str) -> NightpressError:
+        return NightpressError(
+            ErrorCode.INVALID_DATA, f"The data set {self.ref} can't be used: {what}.", hint=hint, data=self.ref
+        )
+
+    def drawn(self, count: int) -> NDArray[np.int64]:
+        """Which of `count` rows are looked at, at most `samples`, in their order."""
+        order = np.random.default_rng(self.seed).permutation(count)[: self.wanted.samples]
+        return np.sort(order).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class View:
+    """The two sides of a comparison. Of the source alone, both sides are the source."""
+
+    set_name: str
+    ref: str
+    source: Observed
+    artifact: Observed | None
+    seed: int
+
+    @property
+    def compares(self) -> bool:
+        return self.artifact is not None
+
+    def theirs(self, key: str) -> NDArray[Any]:
+        return self.source.outputs[f"{self.set_name}.{key}"]
+
+    def ours(self, key: str) -> NDArray[Any]:
+        return (self.artifact or self.source).outputs[f"{self.set_name}.{key}"]
+
+    def figure(
+        self,
+        name: str,
+        statistic: Callable[[Callable[[str], NDArray[Any]]], Statistic],
+        count: int,
+        *,
+        n: int,
+        better: Better,
+        unit: str = "",
+        of: str = "",
+    ) -> Measurement:
+        """A figure that both sides have, with its change. statistic: from a side's outputs by key."""
+        both = paired(statistic(self.ours), statistic(self.theirs), count, seed=self.seed)
+        return self.compared(name, both, n=n, better=better, unit=unit, of=of)
+
+    def compared(self, name: str, both: Paired, *, n: int, better: Better, unit: str = "", of: str = "") -> Measurement:
+        change = both.change if self.compares else None
+        return self.alone(name, both.figure, n=n, better=better, unit=unit, of=of).model_copy(
+            update={
+                "change": change.value if change else None,
+                "change_low": change.low if change else None,
+                "change_high": change.high if change else None,
+            }
+        )
+
+    def alone(self, name: str, found: Interval, *, n: int, better: Better, unit: str = "", of: str = "") -> Measurement:
+        """A figure of the artifact against the source, which the source itself doesn't have."""
+        return Measurement(
+            name=name,
+            value=found.value,
+            low=found.low,
+            high=found.high,
+            n=n,
+            unit=unit,
+            better=better,
+            data=self.ref,
+            of=of,
+        )
+
+    def resampled(
+        self, name: str, statistic: Statistic, count: int, *, n: int, better: Better, unit: str = ""
+    ) -> Measurement:
+        return self.alone(name, interval(statistic, count, seed=self.seed), n=n, better=better, unit=unit)
+
+
+class Scorer(Protocol):
+    """One evaluation: what is run, and what is made of the outputs."""
+
+    @property
+    def examples(self) -> TokenSet: ...
+
+    def figures(self, view: View) -> list[Measurement]: ...
+
+
+def spread(positions: NDArray[np.int64], width: int, shape: tuple[int, ...], limit_bytes: int) -> NDArray[np.bool_]:
+    """Some of the scored positions, evenly spread, whose whole distributions are kept: a mask of `shape`."""
+    count = max(1, min(len(positions), 512, limit_bytes // (4 * width)))
+    chosen = np.zeros(shape, bool)
+    chosen.ravel()[positions[np.linspace(0, len(positions) - 1, count).astype(np.int64)]] = True
+    return chosen
+
+
+def sums(group: NDArray[np.int64], values: NDArray[Any], count: int) -> Array:
+    """One number a token → one a text, which is what is resampled: tokens of one text are not independent."""
+    return np.bincount(group, values.astype(np.float64), minlength=count).astype(np.float64)
