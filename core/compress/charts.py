@@ -1,93 +1,262 @@
-"""Small bar charts as inline SVG. Colours come from the page's style sheet, so that they follow its light and dark."""
+"""The report's charts: bars as tables, which wrap on a phone and are read aloud, curves and scatter plots as inline SVG.
 
-from collections.abc import Sequence
+Colours come from the page's style sheet, so that they follow its light, dark and print. Scripts, fonts and images there are none.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 
-from core.handoff.report import LayerEffect, Subject
+from core.handoff.compare import Comparison, Point
+from core.handoff.report import LayerEffect, Series, Subject
 
-_WIDTH = 720
-_LABEL = 300
-_ROW = 20
-_BAR = 12
+_PALETTE = 6  #: line colours in the style sheet
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: shares of the widest one in 0…1."""
+
+    label: str
+    value: str
+    share: float
+    kind: str = "solid"  #: `solid`, `pale` or `warm`
+    reach: float = 0.0  #: how far a thin line goes on, e.g. to the 95th percentile
+    behind: float = 0.0  #: a pale bar behind this one, e.g. the size before
+
+
+def bars(rows: Sequence[Bar], caption: str) -> str:
+    """A table of bars."""
+    lines = []
+    for one in rows:
+        behind = f'<i class="pale" style="width:{_percent(one.behind)}"></i>' if one.behind else ""
+        reach = f'<i class="reach" style="width:{_percent(one.reach)}"></i>' if one.reach else ""
+        lines.append(
+            f'<tr><th scope="row" title="{escape(one.label)}">{escape(_short(one.label))}</th>'
+            f'<td class="track" aria-hidden="true">{behind}{reach}<i class="{one.kind}" style="width:{_percent(one.share)}"></i></td>'
+            f"<td>{escape(one.value)}</td></tr>"
+        )
+    return f'<table class="bars"><caption>{escape(caption)}</caption><tbody>{"".join(lines)}</tbody></table>'
 
 
 def layer_sizes(layers: Sequence[LayerEffect]) -> str:
     """Bytes before (pale) and after of each layer."""
-    top = max((one.bytes_before for one in layers), default=1) or 1
-    rows = [
-        (
-            one.name,
-            [(one.bytes_before / top, "pale"), (one.bytes_after / top, "solid")],
-            f"{_bytes(one.bytes_before)} → {_bytes(one.bytes_after)}",
-        )
-        for one in layers
-    ]
-    return _bars(rows, "Bytes of each layer before and after")
+    top = max((max(one.bytes_before, one.bytes_after) for one in layers), default=1) or 1
+    return bars(
+        [
+            Bar(
+                one.name,
+                f"{_bytes(one.bytes_before)} → {_bytes(one.bytes_after)}",
+                one.bytes_after / top,
+                behind=one.bytes_before / top,
+            )
+            for one in layers
+        ],
+        "Bytes of each layer: before (pale) and after",
+    )
 
 
 def layer_errors(layers: Sequence[LayerEffect]) -> str:
     """Relative error of each layer."""
     top = max((one.relative_error for one in layers), default=1) or 1
-    rows = [(one.name, [(one.relative_error / top, "warm")], f"{one.relative_error:.3%}") for one in layers]
-    return _bars(rows, "Relative error of each layer")
-
-
-def latency(subjects: Sequence[Subject]) -> str:
-    """Median latency of each shape and model; a thin line reaches to the 95th percentile."""
-    timings = [(subject, timing) for subject in subjects for timing in subject.timings]
-    if not timings:
-        return ""
-    shapes = dict.fromkeys((timing.batch, timing.length) for _, timing in timings)
-    parts, y = [], 0
-    for batch, length in shapes:
-        of_shape = [(s, t) for s, t in timings if (t.batch, t.length) == (batch, length)]
-        # Each shape has its own scale: a batch of 32 would flatten all others.
-        top = max(timing.p95_ms for _, timing in of_shape) or 1
-        parts.append(f'<text class="head" x="0" y="{y + 15}">batch {batch} × {length} tokens</text>')
-        y += 26
-        for subject, timing in of_shape:
-            kind = "pale" if subject.name == "source" else "solid"
-            room = _WIDTH - _LABEL - 150 + 130
-            bar, whisker = room * timing.p50_ms / top, room * timing.p95_ms / top
-            start = 150
-            middle = y + _BAR / 2
-            parts.append(
-                f'<text class="label" x="{start - 10}" y="{y + 10}" text-anchor="end">{escape(subject.name)}</text>'
-                f'<rect class="{kind}" x="{start}" y="{y}" width="{max(bar, 1):.1f}" height="{_BAR}" rx="2"/>'
-                f'<line class="whisker" x1="{start + bar:.1f}" x2="{start + whisker:.1f}" y1="{middle}" y2="{middle}"/>'
-                f'<text class="value" x="{start + whisker + 8:.1f}" y="{y + 10}">{timing.p50_ms:.1f} ms</text>'
-            )
-            y += _ROW
-        y += 10
-    return _svg(y, "".join(parts), "Median latency by batch, length and model")
-
-
-def _bars(rows: Sequence[tuple[str, list[tuple[float, str]], str]], title: str) -> str:
-    parts = []
-    room = _WIDTH - _LABEL - 130
-    for at, (label, bars, value) in enumerate(rows):
-        y = at * _ROW
-        parts.append(
-            f'<text class="label" x="{_LABEL - 10}" y="{y + 11}" text-anchor="end">{escape(_short(label))}'
-            f"<title>{escape(label)}</title></text>"
-        )
-        for share, kind in bars:
-            parts.append(
-                f'<rect class="{kind}" x="{_LABEL}" y="{y + 1}" width="{max(room * share, 1):.1f}" height="{_BAR}" rx="2"/>'
-            )
-        longest = max((share for share, _ in bars), default=0)
-        parts.append(f'<text class="value" x="{_LABEL + room * longest + 8:.1f}" y="{y + 11}">{escape(value)}</text>')
-    return _svg(max(len(rows), 1) * _ROW, "".join(parts), title)
-
-
-def _svg(height: float, body: str, title: str) -> str:
-    return (
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}" '
-        f'preserveAspectRatio="xMinYMin meet"><title>{escape(title)}</title>{body}</svg>'
+    return bars(
+        [Bar(one.name, f"{one.relative_error:.3%}", one.relative_error / top, "warm") for one in layers],
+        "Relative error of each layer’s weights, ‖w − ŵ‖ / ‖w‖",
     )
 
 
-def _short(label: str, length: int = 44) -> str:
+def timings(subjects: Sequence[Subject], *, throughput: bool = False) -> list[str]:
+    """A table of bars for each shape: latency with a line to the 95th percentile, or throughput."""
+    shapes = dict.fromkeys((one.batch, one.length) for subject in subjects for one in subject.timings)
+    tables = []
+    for batch, length in shapes:
+        found = [(s, t) for s in subjects for t in s.timings if (t.batch, t.length) == (batch, length)]
+        # Each shape has its own scale: a batch of 32 would flatten all others.
+        top = max(t.throughput if throughput else t.p95_ms for _, t in found) or 1
+        tables.append(
+            bars(
+                [
+                    Bar(
+                        subject.name,
+                        f"{t.throughput:,.0f} {t.throughput_unit}"
+                        if throughput
+                        else f"{t.p50_ms:.1f} ms (p95 {t.p95_ms:.1f})",
+                        (t.throughput if throughput else t.p50_ms) / top,
+                        "pale" if subject.name == "source" else "solid",
+                        0.0 if throughput else t.p95_ms / top,
+                    )
+                    for subject, t in found
+                ],
+                f"batch {batch} × {length} tokens",
+            )
+        )
+    return tables
+
+
+def phases(seconds: dict[str, float]) -> str:
+    """Where a job's time went."""
+    total = sum(seconds.values()) or 1
+    top = max(seconds.values(), default=1) or 1
+    return bars(
+        [Bar(name, f"{spent:.1f} s · {spent / total:.0%}", spent / top) for name, spent in seconds.items()],
+        "Seconds of each phase, and its share of the job",
+    )
+
+
+# Plots ---------------------------------------------------------------------------------------------------------------
+
+
+def curves(series: Sequence[Series], title: str) -> str:
+    """Lines over steps, each on the common scale."""
+    points = [
+        (x, y) for one in series for x, y in zip(one.x, one.y, strict=True) if math.isfinite(x) and math.isfinite(y)
+    ]
+    if not points:
+        return ""
+
+    def draw(width: int, height: int) -> str:
+        frame = _Frame.around(points, width, height)
+        parts = [frame.axes(series[0].x_label, "", "{:g}".format, "{:.4g}".format)]
+        for at, one in enumerate(series):
+            line = " ".join(
+                f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(one.x, one.y, strict=True) if math.isfinite(y)
+            )
+            parts.append(f'<polyline class="line c{at % _PALETTE}" points="{line}"/>')
+        return "".join(parts)
+
+    names = "".join(
+        f'<li><i class="c{at % _PALETTE}"></i>{escape(one.name)}: {one.y[0]:.4g} → {one.y[-1]:.4g}</li>'
+        for at, one in enumerate(series)
+        if one.y
+    )
+    return _plot(draw, title) + f'<ul class="key">{names}</ul>'
+
+
+def pareto(comparison: Comparison) -> str:
+    """Each point's size against its quality, or its latency where there is none; larger dots are faster. Dominated ones are grey."""
+    by_quality = comparison.metric is not None and all(one.quality is not None for one in comparison.points)
+    timed = comparison.shape is not None
+
+    def height_of(one: Point) -> float | None:
+        return one.quality if by_quality else one.latency_ms
+
+    shown = [(one, value) for one in comparison.points if (value := height_of(one)) is not None]
+    if len(shown) < 2 or not (by_quality or timed):
+        return ""
+    axis = (comparison.metric or "").replace("_", " ") if by_quality else "median latency, ms"
+    fastest = min((one.latency_ms for one, _ in shown if one.latency_ms), default=1.0)
+
+    def draw(width: int, height: int) -> str:
+        ends = [end for one, value in shown for end in (value, *_interval(one, by_quality))]
+        frame = _Frame.around(
+            [(0.0, ends[0])] + [(one.size_bytes / 1e6, y) for one, _ in shown for y in ends], width, height
+        )
+        parts = [frame.axes("size, MB", axis, "{:,.0f}".format, "{:.4g}".format)]
+        front = sorted((one.size_bytes / 1e6, value) for one, value in shown if not one.dominated_by)
+        parts.append(
+            f'<polyline class="front" points="{" ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in front)}"/>'
+        )
+        for at, (one, value) in enumerate(shown, 1):
+            x, y = frame.x(one.size_bytes / 1e6), frame.y(value)
+            kind = "grey" if one.dominated_by else "pale" if one.artifact == "source" else "solid"
+            radius = 5 + 5 * fastest / one.latency_ms if timed and one.latency_ms else 7
+            low_high = _interval(one, by_quality)
+            if low_high:
+                parts.append(
+                    f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.y(low_high[0]):.1f}" y2="{frame.y(low_high[1]):.1f}"/>'
+                )
+            parts.append(
+                f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"><title>{escape(one.label)}</title></circle>'
+                f'<text x="{x + radius + 3:.1f}" y="{y + 4:.1f}">{at}</text>'
+            )
+        return "".join(parts)
+
+    return _plot(draw, f"Size against {axis}")
+
+
+def _interval(one: Point, by_quality: bool) -> tuple[float, float] | tuple[()]:
+    if not by_quality or one.quality_low is None or one.quality_high is None:
+        return ()
+    return one.quality_low, one.quality_high
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """From numbers to places in a plot."""
+
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+    width: int
+    height: int
+
+    _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 26, 40
+
+    @classmethod
+    def around(cls, points: Sequence[tuple[float, float]], width: int, height: int) -> "_Frame":
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        room = (max(ys) - min(ys)) * 0.08 or abs(max(ys)) * 0.05 or 1.0
+        return cls(min(xs), max(xs) * 1.05 or 1.0, min(ys) - room, max(ys) + room, width, height)
+
+    def x(self, value: float) -> float:
+        return self._LEFT + (value - self.x0) / ((self.x1 - self.x0) or 1) * (self.width - self._LEFT - self._RIGHT)
+
+    def y(self, value: float) -> float:
+        room = self.height - self._TOP - self._BOTTOM
+        return self._TOP + room * (1 - (value - self.y0) / ((self.y1 - self.y0) or 1))
+
+    def axes(self, x_label: str, y_label: str, show_x: Callable[[float], str], show_y: Callable[[float], str]) -> str:
+        parts = []
+        for value in _ticks(self.y0, self.y1):
+            at = self.y(value)
+            parts.append(
+                f'<line class="grid" x1="{self._LEFT}" x2="{self.width - self._RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+                f'<text class="tick" x="{self._LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{show_y(value)}</text>'
+            )
+        bottom = self.height - self._BOTTOM
+        for value in _ticks(self.x0, self.x1, most=max(3, self.width // 110)):
+            at = self.x(value)
+            parts.append(
+                f'<text class="tick" x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{show_x(value)}</text>'
+            )
+        parts.append(
+            f'<line class="axis" x1="{self._LEFT}" x2="{self.width - self._RIGHT}" y1="{bottom}" y2="{bottom}"/>'
+            f'<text class="tick" x="{self.width - self._RIGHT}" y="{self.height - 6}" text-anchor="end">{escape(x_label)}</text>'
+            f'<text class="tick" x="4" y="14">{escape(y_label)}</text>'
+        )
+        return "".join(parts)
+
+
+def _ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers between low and high, at most about `most`."""
+    span = high - low
+    if span <= 0 or not math.isfinite(span):
+        return [low]
+    rough = span / most
+    step = 10.0 ** math.floor(math.log10(rough))
+    step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= rough)
+    first = math.ceil(low / step)
+    return [at * step for at in range(first, math.floor(high / step) + 1)]
+
+
+def _plot(draw: Callable[[int, int], str], title: str) -> str:
+    """The same plot for a wide page and for a phone: letters keep their size, the style sheet shows one of them."""
+    drawn = []
+    for kind, width, height in (("wide-only", 860, 380), ("narrow-only", 360, 300)):
+        drawn.append(
+            f'<svg class="plot {kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+            f"{draw(width, height)}</svg>"
+        )
+    return "".join(drawn)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
+
+
+def _short(label: str, length: int = 48) -> str:
     """The end of a layer's name tells it apart."""
     return label if len(label) <= length else "…" + label[-(length - 1) :]
 

@@ -17,19 +17,23 @@ from core.compress import environment, report
 from core.compress.checkpoint import disk_errors, write_file
 from core.compress.evaluate import gates, quality
 from core.compress.evaluate.consumer import Observed, run_consumer
+from core.compress.evaluate.data import BUILTIN_LICENSE, builtin_digest
 from core.compress.evaluate.finite import check_weights
 from core.compress.evaluate.quality import Trial
 from core.compress.executors import graph
 from core.compress.export import compressed_tensors, onnx, openvino, safetensors
 from core.compress.export.verify import verify
+from core.compress.lineage import read_lineage
 from core.compress.passes import MODEL_PASSES, PassContext
 from core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
 from core.handoff.frames import Checkpoint, Frame, Log, Metric, Phase, Progress
 from core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
-from core.handoff.report import PassRecord, Report, Subject
+from core.handoff.report import DataUsed, PassRecord, Report, Subject
 from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
+from core.recipes.calibration import BUILTIN_DATA
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import Quality
 from core.recipes.passes import DynamicInt8
 from core.recipes.plan import make_plan
 
@@ -135,6 +139,9 @@ class _Press:
         model_dir, model_header = self._press(header)
         exported = self._export(model_dir, model_header, trial)
         artifacts, versions = self._measure(exported, header, trial, source, observed, scratch)
+        entries = self._entries(exported, artifacts)
+        digests = {one.format: one.digest for one in entries}
+        artifacts = [one.model_copy(update={"digest": digests[one.name]}) for one in artifacts]
         found = gates.decide(self.recipe, source, tuple(artifacts))
         self.clock.at(0.98, "writing the report")
         self.clock.enter("evaluating")
@@ -142,6 +149,7 @@ class _Press:
             job_id=self.spec.job_id,
             model=self._describe_model(header, source),
             recipe=self.recipe.model_dump(mode="json"),
+            data=self._data_used(),
             environment=environment.describe(self.spec, observed.versions | versions),
             source=source,
             artifacts=tuple(artifacts),
@@ -151,7 +159,7 @@ class _Press:
             phases={phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()},
             notes=self._notes(header),
         )
-        manifest = self._write(whole, exported, artifacts)
+        manifest = self._write(whole, entries)
         shutil.rmtree(scratch, ignore_errors=True)
         self.clock.at(1.0, f"{whole.verdict}")
         return manifest
@@ -307,21 +315,25 @@ class _Press:
 
         return progress
 
-    def _write(self, whole: Report, exported: list[_Exported], subjects: list[Subject]) -> Manifest:
+    def _entries(self, exported: list[_Exported], subjects: list[Subject]) -> tuple[ArtifactEntry, ...]:
         consumers = {one.name: one.verification.consumer for one in subjects if one.verification}
-        entries = tuple(
+        return tuple(
             ArtifactEntry(
                 format=one.format, path=one.format, files=describe_folder(one.folder), consumer=consumers[one.format]
             )
             for one in exported
         )
-        names = report.write(whole, self.out, digests={one.format: one.digest for one in entries})
+
+    def _write(self, whole: Report, entries: tuple[ArtifactEntry, ...]) -> Manifest:
+        drawn = report.draw(whole)
+        for name, content in drawn.items():
+            write_file(self.out / name, content)
         manifest = Manifest(
             job_id=self.spec.job_id,
             attempt=self.spec.attempt,
             verdict=whole.verdict,
             artifacts=entries,
-            report=tuple(describe_file(self.out, self.out / name) for name in names),
+            report=tuple(describe_file(self.out, self.out / name) for name in drawn),
         )
         write_file(self.out / MANIFEST_FILE, manifest.model_dump_json(indent=1).encode() + b"\n")
         return manifest
@@ -372,8 +384,17 @@ class _Press:
             "task": header.task,
             "parameters": header.parameters,
             "size_bytes": source.size_bytes,
-            "license": None,
+            **read_lineage(self.source),
         }
+
+    def _data_used(self) -> tuple[DataUsed, ...]:
+        folder = self.job_dir / DATA_DIR
+        built_in = {one.data for one in self.recipe.evaluate if isinstance(one, Quality)} & BUILTIN_DATA
+        brought = {ref: describe_file(folder, folder / name).sha256 for ref, name in self.spec.data.items()}
+        return (
+            *(DataUsed(ref=ref, sha256=sha256) for ref, sha256 in brought.items()),
+            *(DataUsed(ref=ref, sha256=builtin_digest(ref), license=BUILTIN_LICENSE) for ref in sorted(built_in)),
+        )
 
     def _notes(self, header: ModelHeader) -> tuple[str, ...]:
         notes = list(make_plan(self.recipe, header).warnings)

@@ -1,9 +1,11 @@
-"""report.json, and what is drawn from it alone: a Markdown model card and one self-contained HTML page."""
+"""report.json, and what is drawn from it alone: a Markdown model card, one self-contained HTML page, and the page that compares several.
+
+Nothing here needs torch: the command line and the web page draw with it too.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -11,48 +13,45 @@ import yaml
 from markupsafe import Markup
 
 from core.compress import charts
-from core.compress.checkpoint import write_file
+from core.handoff.compare import compare
 from core.handoff.report import REPORT_FILE, LayerEffect, Measurement, PassRecord, Report, Subject
 
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
+LAYERS_SHOWN = 40
 
 _NAMES = {
     "perplexity": "Perplexity",
+    "bits_per_byte": "Bits per byte",
+    "masked_accuracy": "Hidden words guessed",
     "accuracy": "Accuracy",
+    "f1": "F1, macro",
+    "class_f1": "F1",
+    "entity_f1": "Entity F1",
+    "choice_accuracy": "Multiple choice",
+    "spearman": "Spearman",
+    "pearson": "Pearson",
+    "ndcg": "nDCG",
+    "recall": "Recall",
+    "generation_match": "Texts written alike",
+    "prefix_match": "Tokens written alike",
     "cosine": "Cosine with the source",
     "top1_agreement": "Top-1 agreement with the source",
     "kl_divergence": "KL divergence from the source",
 }
-
-
-def write(report: Report, out: Path, *, digests: Mapping[str, str]) -> tuple[str, ...]:
-    """Write all three files; their names. digests: by artifact, as the manifest has them."""
-    write_file(out / REPORT_FILE, report.model_dump_json(indent=1).encode() + b"\n")
-    write_file(out / MARKDOWN_FILE, render_markdown(report, digests).encode())
-    write_file(out / HTML_FILE, render_html(report, digests).encode())
-    return (REPORT_FILE, MARKDOWN_FILE, HTML_FILE)
-
-
-def render_html(report: Report, digests: Mapping[str, str]) -> str:
-    """One page that needs nothing else: no script, no font, no image, no network."""
-    return _templates().get_template("report.html").render(**_context(report, digests))
-
-
-def render_markdown(report: Report, digests: Mapping[str, str]) -> str:
-    """A model card: YAML that hubs read, then the comparison."""
-    front: dict[str, Any] = {
-        "base_model": report.model["name"],
-        "tags": ["nightpress", *(one.format for one in report.artifacts)],
-        "pipeline_tag": _PIPELINE_TAGS.get(str(report.model.get("task"))),
-        "license": report.model.get("license"),
-        "model-index": [{"name": report.model["name"], "results": _index_results(report)}],
+_SHARES = frozenset(
+    {
+        "accuracy",
+        "choice_accuracy",
+        "masked_accuracy",
+        "top1_agreement",
+        "generation_match",
+        "prefix_match",
+        "recall",
     }
-    known = {key: value for key, value in front.items() if value}
-    metadata = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1000)
-    return _templates().get_template("report.md").render(metadata=metadata, **_context(report, digests))
-
-
+)
+#: what the Hub calls a figure, where it has its own name for it
+_HUB_METRICS = {"spearman": "spearmanr", "pearson": "pearsonr", "entity_f1": "seqeval", "choice_accuracy": "acc_norm"}
 _PIPELINE_TAGS = {
     "causal-lm": "text-generation",
     "classification": "text-classification",
@@ -62,28 +61,100 @@ _PIPELINE_TAGS = {
 }
 
 
+def draw(report: Report) -> dict[str, bytes]:
+    """All three files by name."""
+    return {
+        REPORT_FILE: report.model_dump_json(indent=1).encode() + b"\n",
+        MARKDOWN_FILE: render_markdown(report).encode(),
+        HTML_FILE: render_html(report).encode(),
+    }
+
+
+def render_html(report: Report) -> str:
+    """One page that needs nothing else: no script, no font, no image, no network."""
+    return _templates().get_template("report.html").render(**_context(report))
+
+
+def render_comparison(reports: Sequence[Report], metric: str | None = None) -> str:
+    """One page about several jobs: their artifacts on common scales, and which of them another one dominates."""
+    found = compare(reports, metric)
+    return (
+        _templates()
+        .get_template("compare.html")
+        .render(
+            comparison=found,
+            reports=reports,
+            chart=Markup(charts.pareto(found)),  # noqa: S704 - escaped there
+        )
+    )
+
+
+def render_markdown(report: Report) -> str:
+    """A model card: YAML that hubs read, then the comparison."""
+    model = report.model
+    front: dict[str, Any] = {
+        "license": model.get("license"),
+        "license_name": model.get("license_name"),
+        "license_link": model.get("license_link"),
+        "language": model.get("language"),
+        "base_model": model["name"],
+        "base_model_relation": "quantized",
+        "datasets": model.get("datasets"),
+        "pipeline_tag": _PIPELINE_TAGS.get(str(model.get("task"))),
+        "tags": ["nightpress", *(one.format for one in report.artifacts)],
+        "model-index": [{"name": f"{model['name']}-{report.recipe['name']}", "results": _index_results(report)}],
+    }
+    known = {key: value for key, value in front.items() if value}
+    metadata = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1000)
+    return _templates().get_template("report.md").render(metadata=metadata, **_context(report))
+
+
 def _index_results(report: Report) -> list[dict[str, Any]]:
     return [
         {
             "task": {"type": _PIPELINE_TAGS.get(str(report.model.get("task")), "other"), "name": subject.name},
             "dataset": {"name": one.data, "type": one.data},
-            "metrics": [{"type": one.name, "value": round(one.value, 6)}],
+            "metrics": [
+                {"type": _HUB_METRICS.get(one.name, one.name), "name": metric_name(one), "value": round(one.value, 6)}
+            ],
         }
         for subject in report.artifacts
         for one in subject.measurements
     ]
 
 
-def _context(report: Report, digests: Mapping[str, str]) -> dict[str, Any]:
+def metric_name(one: Measurement) -> str:
+    """What a reader calls a figure, e.g. `nDCG@10` or `F1 of negative`."""
+    rank = one.unit if one.unit.startswith("@") else ""
+    return _NAMES.get(one.name, one.name.replace("_", " ")) + rank + (f" of {one.of}" if one.of else "")
+
+
+def _context(report: Report) -> dict[str, Any]:
+    subjects = [report.source, *report.artifacts]
+    verifying, total = report.phases.get("verifying", 0.0), sum(report.phases.values())
     return {
         "report": report,
-        "digests": digests,
+        "comparison": compare([report]) if len(report.artifacts) > 1 else None,
         "rows": _rows(report),
         "headline": _headline(report),
-        "latency_chart": Markup(charts.latency([report.source, *report.artifacts])),  # noqa: S704 - escaped there
+        "latency_charts": [Markup(one) for one in charts.timings(subjects)],  # noqa: S704 - escaped there
+        "throughput_charts": [Markup(one) for one in charts.timings(subjects, throughput=True)],  # noqa: S704
+        "pareto_chart": Markup(_pareto(report)),  # noqa: S704
+        "phase_chart": Markup(charts.phases(report.phases)),  # noqa: S704
+        "verifying_share": verifying / total if total else 0.0,
+        "curve_charts": [
+            (record, Markup(charts.curves(record.series, f"{record.name} over its steps")))  # noqa: S704
+            for record in report.passes
+            if record.series
+        ],
         "layer_charts": [(record, *_layer_charts(record)) for record in report.passes if record.layers],
+        "layers_shown": LAYERS_SHOWN,
         "recipe_json": json.dumps(report.recipe, indent=2),
     }
+
+
+def _pareto(report: Report) -> str:
+    return charts.pareto(compare([report])) if len(report.artifacts) > 1 else ""
 
 
 def _layer_charts(record: PassRecord) -> tuple[Markup, Markup, int]:
@@ -92,7 +163,7 @@ def _layer_charts(record: PassRecord) -> tuple[Markup, Markup, int]:
     return Markup(sizes), Markup(errors), len(record.layers)  # noqa: S704 - escaped there
 
 
-def largest_errors(layers: tuple[LayerEffect, ...], shown: int = 40) -> tuple[LayerEffect, ...]:
+def largest_errors(layers: tuple[LayerEffect, ...], shown: int = LAYERS_SHOWN) -> tuple[LayerEffect, ...]:
     """All layers in the model's order, or of many those with the largest errors."""
     if len(layers) <= shown:
         return layers
@@ -115,9 +186,7 @@ def _headline(report: Report) -> list[tuple[str, str, str]]:
             low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
             parts.append(f"{low}×" + (f" to {high}×" if low != high else "") + " the speed")
         first = one.measurements[0] if one.measurements else None
-        lines.append(
-            (one.name, ", ".join(parts), f"{_NAMES.get(first.name, first.name)} {figure(first)}" if first else "")
-        )
+        lines.append((one.name, ", ".join(parts), f"{metric_name(first)} {figure(first)}" if first else ""))
     return lines
 
 
@@ -131,13 +200,13 @@ def _rows(report: Report) -> list[tuple[str, str, list[tuple[str, str]]]]:
             [_of(one.size_bytes, source.size_bytes, megabytes) for one in artifacts],
         )
     ]
-    keys = dict.fromkeys((one.name, one.data) for subject in (*artifacts, source) for one in subject.measurements)
-    for name, data in keys:
-        label = f"{_NAMES.get(name, name)} · {data}"
-        theirs = _find(source, name, data)
+    every = {_key(one): one for subject in (source, *artifacts) for one in subject.measurements}
+    for key, any_of_them in every.items():
+        label = f"{metric_name(any_of_them)} · {any_of_them.data}"
+        theirs = _find(source, key)
         cells = []
         for subject in artifacts:
-            ours = _find(subject, name, data)
+            ours = _find(subject, key)
             cells.append((figure(ours), change(ours)) if ours else ("–", ""))
         rows.append((label, figure(theirs) if theirs else "–", cells))
     for at, timing in enumerate(source.timings):
@@ -163,8 +232,12 @@ def _rows(report: Report) -> list[tuple[str, str, list[tuple[str, str]]]]:
     return rows
 
 
-def _find(subject: Subject, name: str, data: str) -> Measurement | None:
-    return next((one for one in subject.measurements if (one.name, one.data) == (name, data)), None)
+def _key(one: Measurement) -> tuple[str, str, str]:
+    return one.name, one.data, one.of
+
+
+def _find(subject: Subject, key: tuple[str, str, str]) -> Measurement | None:
+    return next((one for one in subject.measurements if _key(one) == key), None)
 
 
 def _of(value: int, base: int, show: Any) -> tuple[str, str]:
@@ -183,7 +256,7 @@ def megabytes(size: float) -> str:
 def figure(one: Measurement) -> str:
     """Value and interval, with as many digits as tell them apart from each other and from 1."""
     low, high = one.low, one.high
-    if one.name in {"accuracy", "top1_agreement"}:
+    if one.name in _SHARES:
         ends = f" [{low:.1%}, {high:.1%}]" if low is not None and high is not None else ""
         return f"{one.value:.1%}{ends}"
     digits = 5 if one.name in {"cosine", "kl_divergence"} else 3

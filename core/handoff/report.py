@@ -1,8 +1,16 @@
-"""`report.json`: the comparison. Its schema is versioned; the Markdown card and the HTML page are drawn from it alone."""
+"""`report.json`: the comparison. Its schema is versioned; the Markdown card and the HTML page are drawn from it alone.
 
+`docs/report.schema.json` is this module as a JSON Schema. A field may be added without a new version; a version is raised when a field
+changes its meaning or becomes required, and `read_report` then brings older reports up to it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from core.errors import ErrorCode, NightpressError
 
 REPORT_FILE = "report.json"
 
@@ -14,7 +22,7 @@ class _Model(BaseModel):
 class Measurement(_Model):
     """A figure with its 95% interval. Where examples were paired with the source's, `change` is relative to the source."""
 
-    name: str  #: "perplexity", "accuracy", "cosine", "top1_agreement", "kl_divergence"
+    name: str  #: one of core.recipes.models.GATE_METRICS, or "class_f1"
     value: float
     low: float | None = None
     high: float | None = None
@@ -58,6 +66,7 @@ class Subject(_Model):
 
     name: str  #: "source", or the artifact's folder
     format: str
+    digest: str | None = None  #: `sha256:…` over the folder's file list, as the manifest has it
     size_bytes: int
     parameters: int | None = None
     measurements: tuple[Measurement, ...] = ()
@@ -105,11 +114,22 @@ class GateResult(_Model):
     explanation: str
 
 
+class DataUsed(_Model):
+    """A data set that the job read."""
+
+    ref: str  #: as the recipe calls it
+    sha256: str  #: of the file as it was handed to the job
+    license: str | None = None  #: of built-in sets; of others only their owner knows
+
+
 class Report(_Model):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     job_id: str
-    model: dict[str, Any]  #: name, digest, architecture, parameters, size_bytes, license
+    model: dict[
+        str, Any
+    ]  #: name, digest, architecture, model_type, task, parameters, size_bytes, license and what else its card says
     recipe: dict[str, Any]  #: normalised
+    data: tuple[DataUsed, ...]
     environment: dict[str, Any]  #: versions, cpu, cores, threads, memory, gpu, seed
     source: Subject
     artifacts: tuple[Subject, ...]
@@ -118,3 +138,39 @@ class Report(_Model):
     verdict: Literal["accepted", "rejected"]
     phases: dict[str, float]  #: seconds by phase
     notes: tuple[str, ...] = ()
+
+
+def read_report(raw: bytes | str | Mapping[str, Any]) -> Report:
+    """A report of this or an older version; of a newer one, what this version knows of it. Raises NightpressError(invalid_request)."""
+    try:
+        tree = json.loads(raw) if isinstance(raw, bytes | str) else dict(raw)
+        if not isinstance(tree, dict) or not isinstance(tree.get("schema_version"), int):
+            raise ValueError("it has no schema_version")
+        while step := _MIGRATIONS.get(tree["schema_version"]):
+            tree = step(tree)
+        if tree["schema_version"] > _VERSION:
+            tree = tree | {"schema_version": _VERSION}
+        return Report.model_validate(tree, extra="ignore")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise _unreadable(f"{place or 'its top'}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(str(error)) from error
+
+
+def _unreadable(why: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.INVALID_REQUEST,
+        f"That is no report that this version can read: {why[:300]}.",
+        hint="Name a report.json, or a folder that holds one; one of a newer version may need a newer nightpress.",
+    )
+
+
+def _from_1(old: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 named neither its data nor the digests of its artifacts."""
+    return old | {"schema_version": 2, "data": old.get("data", [])}
+
+
+_VERSION = 2
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}

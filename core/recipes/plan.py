@@ -138,9 +138,9 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
         raise invalid(
             f"exports: {', '.join(wrong)} of a decoder is not offered.", "Use compressed-tensors or safetensors."
         )
-    for one in recipe.evaluate:
-        if isinstance(one, Quality):
-            _check_metric(one, header)
+    for wanted in recipe.evaluate:
+        if isinstance(wanted, Quality):
+            _check_metric(wanted, header)
 
 
 #: metric → the tasks whose models it is for, and whether prose is enough for it

@@ -135,7 +135,7 @@ def test_a_classifier_is_scored_on_its_labels(classifier: Path, tmp_path: Path):
     assert found["accuracy"].n == 40
     assert found["accuracy"].change is not None
     assert 0 <= found["top1_agreement"].low <= found["top1_agreement"].value
-    assert [one.name for one in report.source.measurements] == ["accuracy"]
+    assert [one.name for one in report.source.measurements] == ["accuracy", "f1", "class_f1", "class_f1"]
     gates = {one.gate.split()[0]: one for one in report.gates}
     assert gates["accuracy"].passed
     assert not gates["perplexity"].passed
@@ -183,10 +183,11 @@ def test_perplexity_counts_every_token_once(tmp_path: Path):
     )
     trial = quality.prepare(recipe, header, folder, {}, threads=1)
     observed = run_consumer(safetensors.CONSUMER, folder, trial.task, name="source", scratch=tmp_path / "scratch")
-    (measured,) = quality.measurements(trial, observed, None)
+    measured, bits = quality.measurements(trial, observed, None)
     ids = torch.from_numpy(trial.task.sets[1].sequences.ids)
     with torch.inference_mode():
         logits = model.eval()(ids).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp()
     assert measured.n == 9 * 23
+    assert bits.name == "bits_per_byte"
     assert measured.value == pytest.approx(float(expected), rel=1e-4)

@@ -69,10 +69,10 @@ def test_the_artifacts_are_half_the_size_or_less_although_embeddings_are_tied(do
 
 
 def test_fidelity_has_its_interval_and_the_source_none(done: Done):
-    assert not done.report.source.measurements
+    assert [one.name for one in done.report.source.measurements] == ["masked_accuracy"]
     for one in done.report.artifacts:
         found = {measured.name: measured for measured in one.measurements}
-        assert set(found) == {"top1_agreement", "kl_divergence"}
+        assert set(found) == {"masked_accuracy", "top1_agreement", "kl_divergence"}
         for measured in found.values():
             assert measured.low <= measured.value <= measured.high
             assert measured.n > 16

@@ -75,11 +75,13 @@ def make_report(name: str = "a-model", *, verdict: str = "accepted", layers: int
                 "seed": 0,
                 "attempt": 1,
             },
+            "data": [{"ref": name[:20], "sha256": "0" * 64, "license": name}],
             "source": Subject(name="source", format="safetensors", size_bytes=4000, timings=(timing,)),
             "artifacts": [
                 Subject(
                     name="onnx",
                     format="onnx",
+                    digest="sha256:dig" + (name if name != "a-model" else ""),
                     size_bytes=1000,
                     measurements=(measured,),
                     timings=(timing.model_copy(update={"p50_ms": 5.0, "p95_ms": 6.0, "throughput": 200.0}),),
@@ -111,7 +113,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_carries_the_comparison():
-    page = reports.render_html(make_report(), {"onnx": "sha256:dig"})
+    page = reports.render_html(make_report())
     for expected in ("Accepted", "84.0%", "[82.0%, 86.0%]", "2.00× faster", "25%", "sha256:dig", "import onnxruntime"):
         assert expected in page
 
@@ -120,18 +122,18 @@ def test_a_pass_that_names_no_format_is_drawn_too():
     report = make_report()
     (record,) = report.passes
     report = report.model_copy(update={"passes": (record.model_copy(update={"summary": {"sparsity": 0.5}}),)})
-    assert "<h3>dynamic-int8</h3>" in reports.render_html(report, {})
+    assert "<h3>dynamic-int8</h3>" in reports.render_html(report)
 
 
 def test_the_page_needs_nothing_from_elsewhere():
-    page = Page(reports.render_html(make_report(), {}))
+    page = Page(reports.render_html(make_report()))
     assert not {"script", "link", "img", "iframe", "object", "embed"} & set(page.tags)
     assert not {"src", "href"} & {name for name, _ in page.attributes}
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 
 
 def test_hostile_names_stay_text():
-    text = reports.render_html(make_report(EVIL), {"onnx": EVIL, EVIL: EVIL})
+    text = reports.render_html(make_report(EVIL))
     page = Page(text)
     assert not {"script", "img"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
@@ -139,7 +141,7 @@ def test_hostile_names_stay_text():
 
 
 def test_hostile_names_stay_text_in_markdown_too():
-    card = reports.render_markdown(make_report(EVIL + "\n# not a heading | not a cell"), {})
+    card = reports.render_markdown(make_report(EVIL + "\n# not a heading | not a cell"))
     body = card.split("---\n", 2)[2]
     outside_code = re.sub(r"```.*?```", "", body, flags=re.S)
     assert "<script" not in outside_code
@@ -149,12 +151,12 @@ def test_hostile_names_stay_text_in_markdown_too():
 
 def test_a_snippet_cannot_end_its_code_block():
     bad = make_report("x\n```\n<script>")
-    outside = re.sub(r"```.*?```", "", reports.render_markdown(bad, {}).split("---\n", 2)[2], flags=re.S)
+    outside = re.sub(r"```.*?```", "", reports.render_markdown(bad).split("---\n", 2)[2], flags=re.S)
     assert "<script" not in outside
 
 
 def test_the_card_begins_with_metadata_that_hubs_can_read():
-    card = reports.render_markdown(make_report("name: [odd"), {})
+    card = reports.render_markdown(make_report("name: [odd"))
     front = yaml.safe_load(card.split("---\n", 2)[1])
     assert front["base_model"] == "name: [odd"
     assert front["pipeline_tag"] == "text-classification"
@@ -168,9 +170,9 @@ def test_many_layers_are_cut_to_those_with_the_largest_errors(layers: int):
     assert len(shown) == min(layers, 40)
     if layers > 40:
         assert min(one.relative_error for one in shown) > report.passes[0].layers[layers - 41].relative_error
-    assert "Nightpress report" in reports.render_html(report, {})
+    assert "Nightpress report" in reports.render_html(report)
 
 
 def test_a_rejected_report_says_so_first():
-    page = reports.render_html(make_report(verdict="rejected"), {})
+    page = reports.render_html(make_report(verdict="rejected"))
     assert page.index("Rejected") < page.index("Before and after")

@@ -1,0 +1,145 @@
+"""Several artifacts of one or more jobs side by side: which are worth having? Plain data, for the command line and the pages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from core.handoff.report import Measurement, Report, Subject
+
+#: what a source scores against itself, where a figure is about nearness to the source
+_OF_ITSELF = {
+    "cosine": 1.0,
+    "top1_agreement": 1.0,
+    "generation_match": 1.0,
+    "prefix_match": 1.0,
+    "kl_divergence": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One artifact, or a job's source, on the three scales that people weigh against each other."""
+
+    job_id: str
+    model: str
+    recipe: str
+    artifact: str  #: "source", or the artifact's name
+    size_bytes: int
+    latency_ms: float | None  #: median at the shape that all points share
+    quality: float | None
+    quality_low: float | None
+    quality_high: float | None
+    verdict: str  #: "" for a source
+    dominated_by: str = ""  #: the label of a point that is at least as good in everything and better in something
+
+    @property
+    def label(self) -> str:
+        return f"{self.recipe} · {self.artifact}" if self.artifact != "source" else f"{self.model} · source"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Points on common scales. Where the jobs share no metric or no shape, that scale is left out and a note says so."""
+
+    points: tuple[Point, ...]
+    metric: str | None  #: name of the quality figure
+    data: str | None
+    better: str  #: "higher" or "lower"
+    shape: tuple[int, int] | None  #: batch and length of the latency
+    notes: tuple[str, ...] = ()
+
+
+def compare(reports: Sequence[Report], metric: str | None = None) -> Comparison:
+    """Bring the reports' artifacts, and each source once, on common scales and mark those that another one dominates.
+
+    metric: the quality figure to compare by; without it, the first that every artifact has.
+    """
+    artifacts = [(report, one) for report in reports for one in report.artifacts]
+    key, better = _shared_metric([one for _, one in artifacts], metric)
+    shape = _shared_shape([subject for report in reports for subject in (report.source, *report.artifacts)])
+    points = [_point(report, one, key, shape) for report, one in artifacts]
+    sources: dict[str, Point] = {}
+    for report in reports:
+        sources.setdefault(str(report.model.get("digest")), _point(report, report.source, key, shape))
+    return Comparison(
+        points=tuple(_mark([*sources.values(), *points], better)),
+        metric=key[0] if key else None,
+        data=key[1] if key else None,
+        better=better,
+        shape=shape,
+        notes=tuple(_notes(reports, key, shape, metric)),
+    )
+
+
+def _shared_metric(subjects: Sequence[Subject], wanted: str | None) -> tuple[tuple[str, str] | None, str]:
+    for one in subjects[0].measurements if subjects else ():
+        named = wanted is None or one.name == wanted
+        if named and not one.of and all(_find(other, one.name, one.data) for other in subjects):
+            return (one.name, one.data), one.better
+    return None, "higher"
+
+
+def _shared_shape(subjects: Sequence[Subject]) -> tuple[int, int] | None:
+    shapes = [{(one.batch, one.length) for one in subject.timings} for subject in subjects]
+    return min(set.intersection(*shapes), default=None) if shapes else None
+
+
+def _find(subject: Subject, name: str, data: str) -> Measurement | None:
+    return next((one for one in subject.measurements if (one.name, one.data, one.of) == (name, data, "")), None)
+
+
+def _point(report: Report, subject: Subject, key: tuple[str, str] | None, shape: tuple[int, int] | None) -> Point:
+    measured = _find(subject, *key) if key else None
+    itself = _OF_ITSELF.get(key[0]) if key and subject is report.source else None
+    timing = next((one for one in subject.timings if (one.batch, one.length) == shape), None)
+    return Point(
+        job_id=report.job_id,
+        model=str(report.model.get("name", "?")),
+        recipe=str(report.recipe.get("name", "?")),
+        artifact=subject.name,
+        size_bytes=subject.size_bytes,
+        latency_ms=timing.p50_ms if timing else None,
+        quality=measured.value if measured else itself,
+        quality_low=measured.low if measured else None,
+        quality_high=measured.high if measured else None,
+        verdict="" if subject is report.source else report.verdict,
+    )
+
+
+def _mark(points: list[Point], better: str) -> list[Point]:
+    def goods(one: Point) -> list[float | None]:
+        quality = one.quality if one.quality is None or better == "lower" else -one.quality
+        return [float(one.size_bytes), one.latency_ms, quality]
+
+    def dominates(a: Point, b: Point) -> bool:
+        pairs = list(zip(goods(a), goods(b), strict=True))
+        # What one of the two lacks says nothing.
+        known = [(x, y) for x, y in pairs if x is not None and y is not None]
+        if len(known) < sum(y is not None for _, y in pairs):
+            return False
+        return all(x <= y for x, y in known) and any(x < y for x, y in known)
+
+    found = []
+    for one in points:
+        by = next((other for other in points if other is not one and dominates(other, one)), None)
+        found.append(replace(one, dominated_by=by.label if by else ""))
+    return found
+
+
+def _notes(
+    reports: Sequence[Report], key: tuple[str, str] | None, shape: tuple[int, int] | None, wanted: str | None
+) -> list[str]:
+    notes = []
+    if wanted is not None and key is None:
+        notes.append(f"Not every artifact has a {wanted} on the same data, so quality is left out.")
+    elif key is None:
+        notes.append("The artifacts share no quality figure on the same data, so quality is left out.")
+    if shape is None:
+        notes.append("The models were not timed at a common shape, so latency is left out.")
+    if len({str(one.model.get("digest")) for one in reports}) > 1:
+        notes.append("The jobs pressed different models: fidelity is each against its own source.")
+    machines = {
+        (one.environment.get("cpu"), one.environment.get("threads"), one.environment.get("device")) for one in reports
+    }
+    if len(machines) > 1:
+        notes.append("The jobs ran on different machines or numbers of threads: their latencies don't compare.")
+    return notes

@@ -1,0 +1,100 @@
+"""Did a second run of a report's recipe give the same? Plain data on two reports."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from core.handoff.report import Measurement, Report
+
+Outcome = Literal["identical", "equivalent", "different"]
+
+
+@dataclass(frozen=True)
+class Bytes:
+    artifact: str
+    before: str | None
+    after: str | None
+
+    @property
+    def same(self) -> bool:
+        return self.before is not None and self.before == self.after
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A quality figure of both runs. Times are not among them: they are the machine's, not the recipe's."""
+
+    subject: str
+    name: str
+    data: str
+    before: float
+    after: float | None  #: None: the second run didn't measure it
+    low: float | None
+    high: float | None
+
+    @property
+    def same(self) -> bool:
+        return self.after == self.before
+
+    @property
+    def within(self) -> bool:
+        """Whether the new value lies in the reported interval, or, of a figure without one, is the same to six digits."""
+        if self.after is None:
+            return False
+        if self.low is None or self.high is None:
+            return abs(self.after - self.before) <= 1e-6 * abs(self.before)
+        return self.low <= self.after <= self.high
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """`identical`: same bytes, and every figure in its interval. `equivalent`: other bytes, but every figure in its interval."""
+
+    outcome: Outcome
+    bytes: tuple[Bytes, ...]
+    figures: tuple[Figure, ...]
+    versions: dict[str, tuple[str | None, str | None]]  #: of what differs: then and now
+    environment: dict[str, tuple[object, object]]  #: processor, device and threads, where they differ
+    verdicts: tuple[str, str]
+
+
+def judge(before: Report, after: Report) -> Reproduction:
+    """Compare a report with that of a second run."""
+    again = {one.name: one for one in after.artifacts}
+    digests = tuple(
+        Bytes(one.name, one.digest, again[one.name].digest if one.name in again else None) for one in before.artifacts
+    )
+    subjects = {"source": after.source, **again}
+    figures = []
+    for subject in (before.source, *before.artifacts):
+        theirs = subjects[subject.name].measurements if subject.name in subjects else ()
+        for one in subject.measurements:
+            match = next((other for other in theirs if _key(other) == _key(one)), None)
+            name = f"{one.name} {one.of}".strip()
+            value = match.value if match else None
+            figures.append(Figure(subject.name, name, one.data, one.value, value, one.low, one.high))
+    alike = all(one.within for one in figures) and before.verdict == after.verdict
+    same = all(one.same for one in digests)
+    then, now = _versions(before), _versions(after)
+    return Reproduction(
+        outcome="different" if not alike else "identical" if same else "equivalent",
+        bytes=digests,
+        figures=tuple(figures),
+        versions={
+            name: (then.get(name), now.get(name)) for name in sorted({*then, *now}) if then.get(name) != now.get(name)
+        },
+        environment={
+            name: (before.environment.get(name), after.environment.get(name))
+            for name in ("cpu", "device", "threads")
+            if before.environment.get(name) != after.environment.get(name)
+        },
+        verdicts=(before.verdict, after.verdict),
+    )
+
+
+def _key(one: Measurement) -> tuple[str, str, str]:
+    return one.name, one.data, one.of
+
+
+def _versions(report: Report) -> dict[str, str]:
+    named = report.environment.get("versions") or {}
+    return {"nightpress": str(report.environment.get("nightpress")), **{k: str(v) for k, v in named.items()}}

@@ -1,0 +1,102 @@
+"""A headless Chromium for the tests that look at pages; they are skipped, with the reason, where none is installed.
+
+`nightpress` needs no browser. `NIGHTPRESS_TEST_CHROMIUM` names one; otherwise Debian's or Chrome's usual commands are looked for.
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PHONE = {"width": 320, "height": 700}
+DESKTOP = {"width": 1280, "height": 900}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A page that was opened, and everything that it asked the network for or complained of."""
+
+    page: Any  #: playwright.sync_api.Page
+    requests: list[str]
+    complaints: list[str]
+
+
+class Browser:
+    """Opens pages, each in a context of its own."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    @contextmanager
+    def open(self, url: str, *, viewport: dict[str, int] = DESKTOP, dark: bool = False) -> Iterator[Seen]:
+        """A page at an address or a file, with everything it asked for."""
+        context = self._library.new_context(viewport=viewport, color_scheme="dark" if dark else "light")
+        page = context.new_page()
+        seen = Seen(page, [], [])
+        page.on("request", lambda request: seen.requests.append(request.url))
+        page.on(
+            "console", lambda said: seen.complaints.append(said.text) if said.type in {"error", "warning"} else None
+        )
+        page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+        try:
+            page.goto(url)
+            yield seen
+        finally:
+            context.close()
+
+
+def find_chromium() -> str | None:
+    named = os.environ.get("NIGHTPRESS_TEST_CHROMIUM")
+    return named or next((found for name in _COMMANDS if (found := shutil.which(name))), None)
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """One browser for many pages. Skips the test where there is none."""
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("no Chromium here: `apt-get install chromium`, or set NIGHTPRESS_TEST_CHROMIUM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from playwright.sync_api import sync_playwright
+    with sync_playwright() as play:
+        browser = play.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        try:
+            yield Browser(browser)
+        finally:
+            browser.close()
+
+
+def violations(page: Any) -> list[str]:
+    """What axe-core finds wrong, one line a rule and place; the script is read from its package, not from a network."""
+    import axe_playwright_python
+
+    script = Path(axe_playwright_python.__file__).parent / "axe.min.js"
+    session = page.context.new_cdp_session(
+        page
+    )  # the page's own policy forbids scripts; the debugger's evaluation doesn't ask it
+    session.send("Runtime.evaluate", {"expression": script.read_text()})
+    found = session.send(
+        "Runtime.evaluate", {"expression": "axe.run(document)", "awaitPromise": True, "returnByValue": True}
+    )
+    return [f"{one['id']}: {node['target']}" for one in found["result"]["value"]["violations"] for node in one["nodes"]]
+
+
+def overflows(page: Any) -> list[str]:
+    """Elements that reach beyond the page's right edge, which makes a phone scroll sideways."""
+    found: list[str] = page.evaluate(
+        """() => [...document.querySelectorAll('body *')]
+            .filter(one => getComputedStyle(one).position !== 'absolute' && one.getClientRects().length
+                && one.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
+            .map(one => one.tagName + '.' + (one.getAttribute('class') ?? '')).slice(0, 10)"""
+    )
+    return found
