@@ -1,11 +1,13 @@
 """Write the pages that follow from the code: settings, error codes, passes. `python docs/reference.py`; a test keeps them in step."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from core.errors import ERROR_KINDS
+from core.handoff.report import Report
 from core.recipes.builtins import builtin_recipes
 from core.recipes.calibration import Calibration
 from core.recipes.models import GATE_METRICS, Latency, Quality, Recipe
@@ -126,7 +128,16 @@ def recipes_page() -> str:
     return "\n".join(parts)
 
 
-PAGES = {"settings.md": settings_page, "errors.md": errors_page, "recipes.md": recipes_page}
+def report_schema() -> str:
+    return json.dumps(Report.model_json_schema(), indent=1) + "\n"
+
+
+PAGES = {
+    "settings.md": settings_page,
+    "errors.md": errors_page,
+    "recipes.md": recipes_page,
+    "report.schema.json": report_schema,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -36,6 +36,7 @@ def press(job_dir: Path, emit: Emit) -> Manifest:
         job_id=spec.job_id,
         model={},
         recipe={},
+        data=(),
         environment={"pid": os.getpid(), "threads": spec.threads},
         source=subject,
         artifacts=(),

@@ -183,6 +183,7 @@ def make_report(job_id: str, verdict: Any) -> Report:
         job_id=job_id,
         model={"name": "bert-tiny\x1b[31m", "digest": "sha256:0"},
         recipe={"name": "eights"},
+        data=(),
         environment={},
         source=Subject(
             name="source",

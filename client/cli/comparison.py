@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from client.cli import output
-from core.handoff.report import Measurement, Report, Subject, Timing
+from core.handoff.report import Measurement, Report, Subject, Timing, read_report
 
 _ALIKE = 1.05  #: medians nearer than this are called equal, as the report's own notes do
 
 
 def print_report(raw: dict[str, object]) -> None:
     """Draw report.json: sizes, quality with intervals, latency, throughput, memory, gates, verdict and remarks."""
-    report = Report.model_validate(raw, extra="ignore")  # a newer server may report more
+    report = read_report(raw)  # a newer server may report more, an old job less
     subjects = (report.source, *report.artifacts)
     recipe, model = report.recipe.get("name", "?"), report.model.get("name", "?")
     output.say(f"{model} pressed with {recipe}", "bold")
@@ -34,9 +34,10 @@ def comparison_rows(report: Report) -> list[list[str]]:
     """A row a figure, a column a subject; the source's own column comes first."""
     source, artifacts = report.source, report.artifacts
     rows = [["size", output.size_text(source.size_bytes), *(_size(one, source) for one in artifacts)]]
-    for name, data in _measured((source, *artifacts)):
-        cells = [_quality(_find(one, name, data)) for one in (source, *artifacts)]
-        rows.append([f"{name} ({data})", *cells])
+    for key in _measured((source, *artifacts)):
+        cells = [_quality(_find(one, key)) for one in (source, *artifacts)]
+        name, data, of = key
+        rows.append([f"{name}{f' of {of}' if of else ''} ({data})", *cells])
     for batch, length in _shapes((source, *artifacts)):
         before = _timing(source, batch, length)
         label = f"{batch} × {length} tokens"
@@ -53,12 +54,19 @@ def _size(subject: Subject, source: Subject) -> str:
     return output.size_text(subject.size_bytes) + share
 
 
-def _measured(subjects: Sequence[Subject]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((one.name, one.data) for subject in subjects for one in subject.measurements))
+_Key = tuple[str, str, str]
 
 
-def _find(subject: Subject, name: str, data: str) -> Measurement | None:
-    return next((one for one in subject.measurements if (one.name, one.data) == (name, data)), None)
+def _key(one: Measurement) -> _Key:
+    return one.name, one.data, one.of
+
+
+def _measured(subjects: Sequence[Subject]) -> list[_Key]:
+    return list(dict.fromkeys(_key(one) for subject in subjects for one in subject.measurements))
+
+
+def _find(subject: Subject, key: _Key) -> Measurement | None:
+    return next((one for one in subject.measurements if _key(one) == key), None)
 
 
 def _quality(found: Measurement | None) -> str:

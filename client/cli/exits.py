@@ -11,11 +11,14 @@ class Exit(IntEnum):
     REFUSED = 4  #: the API refused, or the same check made here beforehand; or the API could not be reached
     NOT_FOUND = 5
     LOCAL = 6  #: something on this machine: a file, the disk, a missing extra, bytes that differ
+    OTHER_BYTES = 7  #: `reproduce`: every figure lies in its interval, but an artifact's bytes differ
+    OTHER_FIGURES = 8  #: `reproduce`: a figure lies outside its interval, or the verdict differs
     DETACHED = 130  #: Ctrl-C; a job that was waited for goes on
 
 
 EPILOG = (
     "Exit status: 0 all went well · 1 the job failed or was cancelled · 2 wrong usage · 3 the result missed a gate · "
     "4 refused, or the API can't be reached · 5 no such thing · 6 a fault on this machine (file, disk, missing extra) · "
+    "7 reproduced but for the bytes · 8 not reproduced · "
     "130 Ctrl-C (a job that was waited for goes on)."
 )

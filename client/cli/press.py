@@ -67,7 +67,7 @@ def press(
         job_dir = Path(folder)
         write_job(job_dir, model, wanted, sets, device=device, threads=threads)
         try:
-            manifest = _run(job_dir, quiet=session.json)
+            manifest = run_here(job_dir, quiet=session.json)
         except KeyboardInterrupt:
             output.note("\nStopped; nothing was written.")
             raise typer.Exit(Exit.DETACHED) from None
@@ -149,7 +149,7 @@ def _place(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _run(job_dir: Path, *, quiet: bool) -> Manifest:
+def run_here(job_dir: Path, *, quiet: bool) -> Manifest:
     """Press with live progress."""
     bar = output.job_progress() if output.stderr().is_terminal and not quiet else None
     with bar or nullcontext():

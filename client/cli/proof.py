@@ -1,0 +1,167 @@
+"""Subcommands about what reports prove: compare several, and run one's recipe again."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from client.cli import output
+from client.cli.exits import Exit
+from client.cli.press import read_data, require_core, run_here, write_job
+from client.cli.session import Session, takes_session
+from client.errors import ClientError
+from core.handoff.compare import Comparison, compare
+from core.handoff.manifest import describe_file
+from core.handoff.report import REPORT_FILE, Report, read_report
+from core.handoff.reproduction import Reproduction, judge
+from core.handoff.spec import DATA_DIR, OUT_DIR
+from core.recipes.models import parse_recipe
+
+_EXITS = {"identical": Exit.OK, "equivalent": Exit.OTHER_BYTES, "different": Exit.OTHER_FIGURES}
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("compare", rich_help_panel="Results")(takes_session(compare_jobs))
+    app.command("reproduce", rich_help_panel="This machine")(takes_session(reproduce))
+
+
+def compare_jobs(
+    session: Session,
+    jobs: Annotated[
+        list[str], typer.Argument(metavar="JOB...", help="Jobs' ids, or local report.json files or folders with one.")
+    ],
+    metric: Annotated[str | None, typer.Option(help="The quality figure to compare by, e.g. accuracy.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the comparison as a page.")] = None,
+) -> None:
+    """Compare the artifacts of several jobs by size, quality and latency, and say which are beaten in everything."""
+    reports = _read_reports(session, jobs)
+    found = compare(reports, metric)
+    if html is not None:
+        # Imported late: the templates' library is needed for pages alone.
+        from core.compress.report import render_comparison
+
+        html.write_text(render_comparison(reports, metric))
+    if session.json:
+        output.print_json(dataclasses.asdict(found))
+    else:
+        _print_comparison(found)
+    if html is not None:
+        output.note(f"Written: {html}")
+
+
+def _read_reports(session: Session, names: Sequence[str]) -> list[Report]:
+    local = {name: read_file(Path(name)) for name in names if Path(name).exists()}
+    if len(local) == len(names):
+        return list(local.values())
+    with session.client() as client:
+        return [local[name] if name in local else read_report(client.jobs.report(name).report) for name in names]
+
+
+def read_file(path: Path) -> Report:
+    """A report.json, or the one in a folder. Raises ClientError or NightpressError(invalid_request)."""
+    file = path / REPORT_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ClientError(f"There is no report at {file}.", hint="Name a report.json, or a folder that holds one.")
+    return read_report(file.read_bytes())
+
+
+def _print_comparison(found: Comparison) -> None:
+    headers = ["", "size", *([found.metric] if found.metric else [])]
+    if found.shape:
+        headers.append(f"latency {found.shape[0]} × {found.shape[1]}")
+    rows = []
+    for one in found.points:
+        row = [one.label, output.size_text(one.size_bytes)]
+        if found.metric:
+            ends = f" [{one.quality_low:.4g}, {one.quality_high:.4g}]" if one.quality_low is not None else ""
+            row.append("–" if one.quality is None else f"{one.quality:.4g}{ends}")
+        if found.shape:
+            row.append("–" if one.latency_ms is None else f"{one.latency_ms:.1f} ms")
+        rows.append([*row, f"beaten by {one.dominated_by}" if one.dominated_by else one.verdict])
+    output.print_table([*headers, ""], rows, right=range(1, len(headers)))
+    for note in found.notes:
+        output.note(f"note {note}", "yellow")
+
+
+def reproduce(
+    session: Session,
+    report: Annotated[Path, typer.Argument(metavar="REPORT", help="A report.json, or a folder that holds one.")],
+    model: Annotated[
+        Path, typer.Option("--model", "-m", metavar="FOLDER", help="The source model.", exists=True, file_okay=False)
+    ],
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="A data set that the recipe names; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the new result in this folder.")] = None,
+) -> None:
+    """Run a report's recipe again, here, and say whether its bytes and figures come out as it says."""
+    before = read_file(report)
+    recipe = parse_recipe(before.recipe)
+    sets = read_data(recipe, data or [])
+    if out is not None and out.exists():
+        raise typer.BadParameter(f"{out} exists.", param_hint="--out")
+    require_core()
+    threads = int(before.environment.get("threads") or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    with tempfile.TemporaryDirectory(prefix="nightpress-", dir=out.absolute().parent if out else None) as folder:
+        job_dir = Path(folder)
+        device = str(before.environment.get("device") or "cpu")
+        spec = write_job(job_dir, model, recipe, sets, device=device, threads=threads)
+        if spec.model_digest != before.model.get("digest"):
+            raise ClientError(
+                f"{model} is not the model of the report: its digest is {spec.model_digest}, the report's {before.model.get('digest')}.",
+                hint="Bring the same files: no other revision, and no file more or less.",
+            )
+        expected = {one.ref: one.sha256 for one in before.data}
+        for name, file in spec.data.items():
+            sha256 = describe_file(job_dir / DATA_DIR, job_dir / DATA_DIR / file).sha256
+            if expected.get(name) not in {None, sha256}:
+                raise ClientError(
+                    f"The file given for {name} is not the one of the report.", hint="Bring the same file."
+                )
+        run_here(job_dir, quiet=session.json)
+        after = read_file(job_dir / OUT_DIR)
+        if out is not None:
+            (job_dir / OUT_DIR).replace(out)
+    found = judge(before, after)
+    if session.json:
+        output.print_json(_as_dict(found))
+    else:
+        _print_reproduction(found)
+    raise typer.Exit(_EXITS[found.outcome])
+
+
+def _as_dict(found: Reproduction) -> dict[str, Any]:
+    tree = dataclasses.asdict(found)
+    tree["bytes"] = [dataclasses.asdict(one) | {"same": one.same} for one in found.bytes]
+    tree["figures"] = [dataclasses.asdict(one) | {"same": one.same, "within": one.within} for one in found.figures]
+    return tree
+
+
+def _print_reproduction(found: Reproduction) -> None:
+    for one in found.bytes:
+        output.say(
+            f"{one.artifact}: {'the same bytes' if one.same else 'other bytes'}", "green" if one.same else "yellow"
+        )
+    rows = []
+    for figure in found.figures:
+        ends = f"[{figure.low:.6g}, {figure.high:.6g}]" if figure.low is not None and figure.high is not None else ""
+        said = "the same" if figure.same else "within" if figure.within else "OUTSIDE"
+        after = "not measured" if figure.after is None else f"{figure.after:.6g}"
+        rows.append([f"{figure.subject}: {figure.name} ({figure.data})", f"{figure.before:.6g}", ends, after, said])
+    output.print_table(["", "report", "95% interval", "now", ""], rows, right=(1, 2, 3))
+    for what, (then, now) in {**found.versions, **found.environment}.items():
+        output.say(f"differs: {what} was {then or 'absent'}, is {now or 'absent'}", "yellow")
+    if found.verdicts[0] != found.verdicts[1]:
+        output.say(f"differs: the verdict was {found.verdicts[0]}, is {found.verdicts[1]}", "red")
+    said = {
+        "identical": "Reproduced: the same bytes, and every figure in its interval.",
+        "equivalent": "Reproduced but for the bytes: every figure lies in its interval.",
+        "different": "Not reproduced: a figure lies outside its interval, or the verdict differs.",
+    }
+    output.say(said[found.outcome], "red" if found.outcome == "different" else "green")
