@@ -159,9 +159,9 @@ def _print_reproduction(found: Reproduction) -> None:
         output.say(f"differs: {what} was {then or 'absent'}, is {now or 'absent'}", "yellow")
     if found.verdicts[0] != found.verdicts[1]:
         output.say(f"differs: the verdict was {found.verdicts[0]}, is {found.verdicts[1]}", "red")
-    said = {
+    conclusion = {
         "identical": "Reproduced: the same bytes, and every figure in its interval.",
         "equivalent": "Reproduced but for the bytes: every figure lies in its interval.",
         "different": "Not reproduced: a figure lies outside its interval, or the verdict differs.",
     }
-    output.say(said[found.outcome], "red" if found.outcome == "different" else "green")
+    output.say(conclusion[found.outcome], "red" if found.outcome == "different" else "green")
