@@ -118,3 +118,25 @@ def test_a_full_disk_is_called_by_its_name(tmp_path: Path, model: Path):
     ran = subprocess.run([sys.executable, "-c", script, str(job)], capture_output=True, text=True, timeout=200)
     assert ran.stdout.strip() == "disk_full", ran.stderr
     assert not list((job / "out").iterdir())
+
+
+def test_weights_that_do_not_fit_the_config_are_said_so(tmp_path: Path, model: Path):
+    config = json.loads((model / "config.json").read_text()) | {"intermediate_size": 256}
+    (model / "config.json").write_text(json.dumps(config))
+    error = fails(lay_out(tmp_path / "job", model, MAGNITUDE))
+    assert error.code == ErrorCode.MALFORMED_MODEL
+    assert "config.json" in error.message + error.hint
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ('{"query": "a", "positive": "b"}\n[1]\n', "line 2 is not an object"),
+        ('{"tokens": ["a"], "tags": ["O"]}\n', "no `text`"),
+    ],
+)
+def test_rows_of_another_kind_are_refused(tmp_path: Path, model: Path, rows: str, said: str):
+    recipe = MAGNITUDE | {"evaluate": [{"metric": "fidelity", "data": "mine"}]}
+    error = fails(lay_out(tmp_path / "job", model, recipe, {"mine": rows}))
+    assert error.code == ErrorCode.INVALID_DATA
+    assert said in error.message
