@@ -157,19 +157,21 @@ def pareto(comparison: Comparison) -> str:
         parts.append(
             f'<polyline class="front" points="{" ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in front)}"/>'
         )
+        labels: dict[tuple[int, int], tuple[float, float, list[int]]] = {}  # points in one place share a label
         for at, (one, value) in enumerate(shown, 1):
             x, y = frame.x(one.size_bytes / 1e6), frame.y(value)
             kind = "grey" if one.dominated_by else "pale" if one.artifact == "source" else "solid"
             radius = 5 + 5 * fastest / one.latency_ms if timed and one.latency_ms else 7
-            low_high = _interval(one, by_quality)
-            if low_high:
+            if low_high := _interval(one, by_quality):
                 parts.append(
                     f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.y(low_high[0]):.1f}" y2="{frame.y(low_high[1]):.1f}"/>'
                 )
             parts.append(
                 f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"><title>{escape(one.label)}</title></circle>'
-                f'<text x="{x + radius + 3:.1f}" y="{y + 4:.1f}">{at}</text>'
             )
+            labels.setdefault((round(x / 8), round(y / 8)), (x + radius + 3, y + 4, []))[2].append(at)
+        for x, y, numbers in labels.values():
+            parts.append(f'<text x="{x:.1f}" y="{y:.1f}">{", ".join(map(str, numbers))}</text>')
         return "".join(parts)
 
     return _plot(draw, f"Size against {axis}")
