@@ -24,6 +24,7 @@ def _no_checkpoint(_path: str, _step: int) -> None:
 class PassContext:
     header: ModelHeader  #: of the model the pass reads
     work_dir: Path  #: kept between attempts of one job: finished shards are found there again
+    origin: Path | None = None  #: the model that the job came with; None: the one the pass reads
     device: str = "cpu"
     threads: int = 1
     seed: int = 0

@@ -22,6 +22,7 @@ from core.compress.evaluate.finite import check_weights
 from core.compress.evaluate.quality import Trial
 from core.compress.executors import graph
 from core.compress.export import compressed_tensors, onnx, openvino, safetensors
+from core.compress.export.early_exit import trace_exits
 from core.compress.export.verify import verify
 from core.compress.lineage import read_lineage
 from core.compress.passes import MODEL_PASSES, PassContext
@@ -34,7 +35,7 @@ from core.recipes.calibration import BUILTIN_DATA
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import Quality
-from core.recipes.passes import DynamicInt8
+from core.recipes.passes import DynamicInt8, EarlyExit
 from core.recipes.plan import make_plan
 
 Emit = Callable[[Frame], None]
@@ -246,7 +247,8 @@ class _Press:
             if name in _GRAPHS:
                 if self.traced is None:
                     context = self._context(header, self.clock.span(start, end), index=len(self.recipe.passes))
-                    self.traced = graph.trace(model_dir, header, trial.task.sets[0].sequences, context)
+                    trace = trace_exits if isinstance(self.recipe.passes[-1], EarlyExit) else graph.trace
+                    self.traced = trace(model_dir, header, trial.task.sets[0].sequences, context)
                 for record in _GRAPHS[name].save(model_dir, folder, self.traced, graph_passes):
                     self._record(record)
                 runner = _GRAPHS[name].CONSUMER
@@ -345,6 +347,7 @@ class _Press:
         return PassContext(
             header=header,
             work_dir=self.work,
+            origin=self.source,
             device=self.spec.device,
             threads=self.spec.threads,
             seed=self.recipe.seed,

@@ -170,9 +170,10 @@ class JobService:
     def _look_up(self, tenant_id: str, wanted: JobSpec) -> "_Resolved":
         recipe = get_recipe(wanted.recipe) if isinstance(wanted.recipe, str) else parse_recipe(wanted.recipe)
         model = self._ready_model(tenant_id, wanted.model)
-        plan = make_plan(recipe, self._models.header(model.id))
+        header = self._models.header(model.id)
+        plan = make_plan(recipe, header)
         data = {name: self._ready_data(tenant_id, name) for name in sorted(recipe.data_refs())}
-        _check_labels(recipe, data)
+        _check_labels(recipe, header, data)
         return _Resolved(
             model_id=model.id,
             model_name=model.name,
@@ -232,7 +233,7 @@ class _Resolved:
     data: dict[str, dict[str, Any]]
 
 
-def _check_labels(recipe: Recipe, data: dict[str, DataSetView]) -> None:
+def _check_labels(recipe: Recipe, header: ModelHeader, data: dict[str, DataSetView]) -> None:
     for one in recipe.evaluate:
         if isinstance(one, Quality) and one.metric == "accuracy" and not (one.data in data and data[one.data].labelled):
             raise NightpressError(
@@ -240,3 +241,11 @@ def _check_labels(recipe: Recipe, data: dict[str, DataSetView]) -> None:
                 f"evaluate: accuracy needs labels, and {one.data} has none.",
                 hint="Name a data set of rows with `text` and `label`.",
             )
+    for step in recipe.passes:
+        for ref in step.data_refs() if step.wants_labels(header) else ():
+            if not (ref in data and data[ref].labelled):
+                raise NightpressError(
+                    ErrorCode.INVALID_DATA,
+                    f"`{step.name}` learns from labels, and {ref} has none.",
+                    hint="Name a data set of rows with `text` and `label`.",
+                )

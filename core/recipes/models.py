@@ -136,8 +136,9 @@ class Recipe(_Model):
     def data_refs(self) -> frozenset[str]:
         """The data sets the recipe uses that are not built in."""
         refs = {one.data for one in self.evaluate if isinstance(one, Quality)}
-        if any(step.wants != "nothing" for step in self.passes):
+        if any(step.wants == "calibration" for step in self.passes):
             refs.add(self.calibration.data)
+        refs |= {ref for step in self.passes for ref in step.data_refs()}
         return frozenset(refs - BUILTIN_DATA)
 
 

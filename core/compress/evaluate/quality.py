@@ -85,7 +85,7 @@ def prepare(
             sets=tuple(sets),
             shapes=shapes,
             timing_ids=timing,
-            pooling=_pooling(model_dir),
+            pooling=pooling_of(model_dir),
             classes=int(header.config.get("vocab_size") or 1),
             threads=threads,
         ),
@@ -131,7 +131,7 @@ def _check_set(prose: list[data.Row], tokenizer: data.Tokenizer, header: ModelHe
     return TokenSet("check", kind, data.pad(encoded, tokenizer.pad_id))
 
 
-def _pooling(model_dir: Path) -> str:
+def pooling_of(model_dir: Path) -> str:
     """How the model's card says its token vectors become one: mean unless its pooling module says the first token."""
     file = model_dir / "1_Pooling" / "config.json"
     if file.is_file():

@@ -23,17 +23,11 @@ from numpy.typing import NDArray
 from core.compress.checkpoint import disk_errors, write_file
 from core.compress.context import PassContext
 from core.compress.evaluate.data import Sequences
+from core.compress.networks import AUTO_CLASSES
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import ModelHeader
 
 OPSET = 18  #: read by every ONNX Runtime and OpenVINO of the last two years
-
-_CLASSES = {
-    "classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "masked-lm": "AutoModelForMaskedLM",
-    "embedding": "AutoModel",
-}
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
             # The weights lie inside the file up to protobuf's 2 GiB; beyond, in one file beside it.
             partial = folder / "partial"
             partial.mkdir(exist_ok=True)
-            program = _export(model, header)
+            program = export_graph(model, header, types=model.types, outputs=[model.output])
             _name_after_modules(program.model.graph)
             program.save(partial / "model.onnx", external_data=4 * header.parameters > 1_900_000_000)
             for file in partial.iterdir():
@@ -129,17 +123,26 @@ def _load(model_dir: Path, header: ModelHeader, threads: int) -> _FirstOutput:
     # Plain attention: the fused kernel's guard against rows without any token would only clutter the graph.
     transformers.utils.logging.disable_progress_bar()
     with _quiet():
-        model = getattr(transformers, _CLASSES[header.task]).from_pretrained(
+        model = getattr(transformers, AUTO_CLASSES[header.task]).from_pretrained(
             model_dir, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
         )
-    takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
-    types = takes_types and int(header.config.get("type_vocab_size") or 0) > 1
-    return _FirstOutput(model, "last_hidden_state" if header.task == "embedding" else "logits", types=types).eval()
+    output = "last_hidden_state" if header.task == "embedding" else "logits"
+    return _FirstOutput(model, output, types=takes_types(model, header)).eval()
 
 
-def _export(model: _FirstOutput, header: ModelHeader) -> Any:
+def takes_types(model: Any, header: ModelHeader) -> bool:
+    """Whether a model reads token types, of which there is more than one."""
+    asks = "token_type_ids" in inspect.signature(model.forward).parameters
+    return asks and int(header.config.get("type_vocab_size") or 0) > 1
+
+
+def export_graph(model: torch.nn.Module, header: ModelHeader, *, types: bool, outputs: list[str]) -> Any:
+    """An exported program of a module that takes ids, mask and, if `types`, token types, for any batch and length.
+
+    Raises NightpressError(unsupported_architecture) if it can't be traced.
+    """
     ids = torch.arange(5, 5 + 32).reshape(2, 16) % max(int(header.config.get("vocab_size") or 64), 6)
-    example = [ids, torch.ones_like(ids)] + ([torch.zeros_like(ids)] if model.types else [])
+    example = [ids, torch.ones_like(ids)] + ([torch.zeros_like(ids)] if types else [])
     names = ["input_ids", "attention_mask", "token_type_ids"][: len(example)]
     both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
@@ -149,7 +152,7 @@ def _export(model: _FirstOutput, header: ModelHeader) -> Any:
                 tuple(example),
                 dynamo=True,
                 input_names=names,
-                output_names=[model.output],
+                output_names=outputs,
                 dynamic_shapes=tuple(dict(both) for _ in names),
                 opset_version=OPSET,
                 verbose=False,

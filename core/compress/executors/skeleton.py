@@ -96,7 +96,7 @@ class Skeleton:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
         self._names = _names_in_files(self.model, source)
-        self.rows = _find_rows(self.model)
+        self.rows = find_rows(self.model)
         self._beside: dict[
             int, int | None
         ] = {}  #: by row, how much its blocks give beside the hidden states; None: no tuple at all
@@ -317,7 +317,7 @@ def _names_in_files(model: nn.Module, source: Source) -> dict[str, str]:
     return names
 
 
-def _find_rows(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+def find_rows(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The rows of blocks with their paths, in the order in which they run."""
     found = [
         (name, one)

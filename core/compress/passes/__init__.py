@@ -7,6 +7,8 @@ from typing import Any
 from core.compress.context import PassContext
 from core.compress.passes.activations import fp8, kv_cache, smoothquant
 from core.compress.passes.calibrated import awq, gptq, sparsegpt, wanda
+from core.compress.passes.depth import early_exit
+from core.compress.passes.distill import distill, recover
 from core.compress.passes.prune import magnitude
 from core.compress.passes.quantize import weight_only
 from core.handoff.report import PassRecord
@@ -27,4 +29,7 @@ MODEL_PASSES: dict[str, ModelPass] = {
     "kv-cache": kv_cache,
     "sparsegpt": sparsegpt,
     "wanda": wanda,
+    "distill": distill,
+    "recover": recover,
+    "early-exit": early_exit,
 }

@@ -4,14 +4,18 @@ from typing import Annotated
 
 from pydantic import Field
 
+from core.recipes.passes.adapt import EarlyExit
 from core.recipes.passes.base import ExportFormat, PassOptions
+from core.recipes.passes.distill import Distill, Recover
 from core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
 from core.recipes.passes.quantize import Awq, DynamicInt8, Fp8, Gptq, KvCache, Quantizing, SmoothQuant, WeightOnly
 
 __all__ = [
     "PASS_TYPES",
     "Awq",
+    "Distill",
     "DynamicInt8",
+    "EarlyExit",
     "ExportFormat",
     "Fp8",
     "Gptq",
@@ -20,6 +24,7 @@ __all__ = [
     "Pass",
     "PassOptions",
     "Quantizing",
+    "Recover",
     "SmoothQuant",
     "SparseGpt",
     "Wanda",
@@ -27,7 +32,19 @@ __all__ = [
 ]
 
 Pass = Annotated[
-    WeightOnly | Magnitude | Gptq | Awq | SmoothQuant | Fp8 | KvCache | SparseGpt | Wanda | DynamicInt8,
+    WeightOnly
+    | Magnitude
+    | Gptq
+    | Awq
+    | SmoothQuant
+    | Fp8
+    | KvCache
+    | SparseGpt
+    | Wanda
+    | Distill
+    | Recover
+    | EarlyExit
+    | DynamicInt8,
     Field(discriminator="pass_"),
 ]
 PASS_TYPES: tuple[type[PassOptions], ...] = (
@@ -40,5 +57,8 @@ PASS_TYPES: tuple[type[PassOptions], ...] = (
     KvCache,
     SparseGpt,
     Wanda,
+    Distill,
+    Recover,
+    EarlyExit,
     DynamicInt8,
 )

@@ -67,6 +67,14 @@ class PassOptions(BaseModel):
         """What a person should know before it runs. `header` is None where no model was named."""
         return ()
 
+    def data_refs(self) -> frozenset[str]:
+        """The data sets that the pass itself names."""
+        return frozenset()
+
+    def wants_labels(self, header: ModelHeader | None) -> bool:
+        """Whether each of those must have labels. `header` is None where no model was named."""
+        return False
+
     def stored_bytes(self, tensor: TensorInfo) -> int:
         """Bytes of a tensor in the result; `tensor.size` where the pass leaves it alone."""
         return tensor.size

@@ -1,0 +1,370 @@
+"""The train executor: one loop for every pass that trains, which goes on after a kill as if nothing had happened.
+
+What a step does is a function of the step's number, the weights and the optimizer's moments alone: the learning rate, the examples of a
+batch and the seed of dropout are computed from it, not carried along. So a checkpoint is the weights, the moments and a number, in one
+safetensors file that replaces the one before it at once, and a resumed run ends with the same bytes as one that was never killed.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from core.compress.checkpoint import disk_errors, sync_folder
+from core.compress.context import PassContext
+from core.compress.executors.examples import Batch, Examples, batch_order, collate
+from core.errors import ErrorCode, NightpressError
+from core.handoff.report import Series
+from core.recipes.passes.training import Training
+
+_CURVE_POINTS = 100
+_VALIDATIONS = 10
+_CHECKPOINT_S = 180.0
+_SAY_S = 1.0
+
+
+class Objective(Protocol):
+    """What is trained, and what it is to become good at."""
+
+    @property
+    def module(self) -> nn.Module:
+        """All that is trained or carries state, as one tree: what a checkpoint keeps of it are its parameters that learn, and its buffers."""
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Means over the batch, 0-dimensional; the one called `loss` is minimised."""
+
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        """Means over the batch, in evaluation mode; the smallest `loss` is the best."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to. The objective's module holds the weights of the best validation, or of the last step without one."""
+
+    steps: int  #: done; fewer than planned where it stopped early
+    planned: int
+    best_step: int
+    seconds: float  #: of this attempt
+    steps_per_second: float  #: of this attempt's steps, without validation and checkpoints
+    resumed_from: int
+    series: tuple[Series, ...]
+    validation: Mapping[str, float]  #: at the best step
+
+
+@dataclass
+class _State:
+    """All that a later step depends on, beside tensors."""
+
+    step: int = 0
+    best_step: int = 0
+    best: float = math.inf
+    waited: int = 0  #: validations since the best
+    counted: int = 0  #: steps whose losses are summed up for the curve's next point
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    objective: Objective,
+    examples: Examples,
+    options: Training,
+    context: PassContext,
+    *,
+    recipe: str,
+    span: tuple[float, float] = (0.0, 1.0),
+) -> Trained:
+    """Train until the plan is done or validation stops getting better. `recipe` says what is done: only checkpoints of the same are taken up.
+
+    Raises NightpressError: numerical_failure where the loss leaves the finite numbers, gpu_out_of_memory, disk_full, invalid_data.
+    """
+    with _reproducible(context.device):
+        try:
+            return _Run(objective, examples, options, context, recipe, span).run()
+        except torch.cuda.OutOfMemoryError as error:
+            raise NightpressError(
+                ErrorCode.GPU_OUT_OF_MEMORY,
+                f"The GPU's memory does not hold a batch of {options.batch} × {options.length} tokens in training.",
+                hint="Use a smaller `batch` with more `accumulate`, or `gradient_checkpointing: true`.",
+            ) from error
+
+
+@contextlib.contextmanager
+def _reproducible(device: str) -> Iterator[None]:
+    """While inside, a GPU sums in a fixed order, and the random numbers of the caller are left as they were."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    with torch.random.fork_rng(devices=[torch.device(device)] if cuda else []):
+        try:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+
+def learning_rate(step: int, total: int, options: Training) -> float:
+    """Of step `step`, counted from 0: it rises linearly through the warm-up, then falls to 0 by the schedule."""
+    rising = round(options.warmup * total)
+    if step < rising:
+        return options.learning_rate * (step + 1) / rising
+    done = (step - rising) / max(1, total - rising)
+    share = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[options.schedule]
+    return options.learning_rate * share
+
+
+def precision(options: Training, device: str) -> torch.dtype:
+    """What the arithmetic is done in."""
+    if options.precision == "auto":
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return torch.bfloat16 if options.precision == "bf16" else torch.float32
+
+
+class _Run:
+    def __init__(
+        self,
+        objective: Objective,
+        examples: Examples,
+        options: Training,
+        context: PassContext,
+        recipe: str,
+        span: tuple[float, float],
+    ) -> None:
+        self.objective, self.options, self.context, self.span = objective, options, context, span
+        self.learn, self.held = examples.split(options.validation, seed=context.seed)
+        self.device = torch.device(context.device)
+        self.dtype = precision(options, context.device)
+        self.per_epoch = self.learn.batches(options.batch)
+        self.total = options.steps or max(1, options.epochs * self.per_epoch // options.accumulate)
+        self.every = options.validate_every or max(1, self.total // _VALIDATIONS)
+        self.point = max(1, self.total // _CURVE_POINTS)
+        module = objective.module
+        self.learned = {name: one for name, one in module.named_parameters() if one.requires_grad}
+        self.buffers = dict(module.named_buffers())
+        self.optimizer = torch.optim.AdamW(self._groups(), lr=options.learning_rate, fused=True)
+        self.state = _State()
+        self.best: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
+        digest = hashlib.sha256(
+            f"{recipe}\n{options.model_dump_json()}\n{context.seed}\n{self.device.type}\n{self.dtype}\n".encode()
+        )
+        digest.update(examples.digest())
+        for name, one in self.learned.items():
+            digest.update(f"{name} {tuple(one.shape)}\n".encode())
+        self.file = context.work_dir / "train" / digest.hexdigest()[:16] / "checkpoint.safetensors"
+
+    def run(self) -> Trained:
+        started = time.monotonic()
+        first = self._resume()
+        stepping = 0.0
+        said = saved = time.monotonic()
+        while self.state.step < self.total and not self._stops():
+            begun = time.monotonic()
+            self._step(self.state.step)
+            self.state.step += 1
+            self.state.counted += 1
+            if self.state.step % self.point == 0 or self.state.step == self.total:
+                self._add_point()
+            stepping += time.monotonic() - begun
+            if self.held is not None and (self.state.step % self.every == 0 or self.state.step == self.total):
+                self._validate(self.held)
+            now = time.monotonic()
+            if now - said > _SAY_S:
+                self._say(first, stepping)
+                said = now
+            if self.state.step % self.options.checkpoint_every == 0 or now - saved > _CHECKPOINT_S:
+                self._save()
+                saved = time.monotonic()
+        self._save()  # the steps are done: another attempt need not do them again
+        self._take_best()
+        done = self.state.step - first
+        return Trained(
+            steps=self.state.step,
+            planned=self.total,
+            best_step=self.state.best_step or self.state.step,
+            seconds=time.monotonic() - started,
+            steps_per_second=done / stepping if stepping else 0.0,
+            resumed_from=first,
+            series=tuple(
+                Series(name=name, x=tuple(float(step) for step, _ in points), y=tuple(value for _, value in points))
+                for name, points in self.state.curves.items()
+            ),
+            validation=self.state.validation,
+        )
+
+    # A step ------------------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.total, self.options)
+        self.objective.module.train()
+        for part in range(self.options.accumulate):
+            number = step * self.options.accumulate + part
+            torch.manual_seed((self.context.seed << 32) + number)
+            batch = self._batch(number)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                losses = self.objective.losses(batch)
+            (losses["loss"] / self.options.accumulate).backward()  # type: ignore[no-untyped-call]
+            for name, value in losses.items():
+                share = value.detach().double() / self.options.accumulate
+                self.sums[name] = self.sums[name] + share if name in self.sums else share
+        torch.nn.utils.clip_grad_norm_(self.learned.values(), self.options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Weights decay; biases, norms and other vectors don't."""
+        matrices = [one for one in self.learned.values() if one.dim() > 1]
+        vectors = [one for one in self.learned.values() if one.dim() <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": self.options.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return [one for one in groups if one["params"]]
+
+    def _batch(self, number: int) -> Batch:
+        epoch, at = divmod(number, self.per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, batch_order(self.learn, self.options.batch, seed=self.context.seed, epoch=epoch)
+        return collate(self.learn, self._order[1][at], self.device)
+
+    # Curves and validation ---------------------------------------------------------------------------------------------
+
+    def _add_point(self) -> None:
+        for name, added in self.sums.items():
+            mean = float(added) / self.state.counted
+            if not math.isfinite(mean):
+                raise NightpressError(
+                    ErrorCode.NUMERICAL_FAILURE,
+                    f"The training left the finite numbers before step {self.state.step}: its {name} is {mean}.",
+                    hint="Use a smaller `learning_rate`, a longer `warmup`, or `precision: fp32`.",
+                    step=self.state.step,
+                )
+            self._plot(f"train {name}", mean)
+        self.sums, self.state.counted = {}, 0
+
+    def _validate(self, held: Examples) -> None:
+        self.objective.module.eval()
+        totals: dict[str, float] = {}
+        seen = 0
+        order = np.argsort([len(one) for one in held.ids], kind="stable")
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            for start in range(0, len(order), self.options.batch):
+                torch.manual_seed((self.context.seed << 32) + start)
+                batch = collate(held, order[start : start + self.options.batch], self.device)
+                for name, mean in self.objective.validate(batch).items():
+                    totals[name] = totals.get(name, 0.0) + float(mean) * len(batch.ids)
+                seen += len(batch.ids)
+        found = {name: total / seen for name, total in totals.items()}
+        for name, value in found.items():
+            self._plot(f"validation {name}", value)
+        self.state.waited += 1
+        if found["loss"] < self.state.best:
+            self.state.best, self.state.best_step, self.state.waited = found["loss"], self.state.step, 0
+            self.state.validation = found
+            self.best = {name: one.detach().clone() for name, one in self._kept().items()}
+
+    def _stops(self) -> bool:
+        return self.options.patience is not None and self.state.waited >= self.options.patience
+
+    def _take_best(self) -> None:
+        kept = self._kept()
+        with torch.no_grad():
+            for name, value in self.best.items():
+                kept[name].copy_(value)
+        self.objective.module.eval()
+
+    def _plot(self, name: str, value: float) -> None:
+        self.state.curves.setdefault(name, []).append((self.state.step, value))
+        self.context.metric(name.replace(" ", "."), value, self.state.step)
+
+    def _say(self, first: int, stepping: float) -> None:
+        rate = (self.state.step - first) / stepping
+        left = (self.total - self.state.step) / rate
+        points = self.state.curves.get("train loss")
+        loss = f", loss {points[-1][1]:.4f}" if points else ""
+        start, end = self.span
+        self.context.progress(
+            start + (end - start) * self.state.step / self.total,
+            f"step {self.state.step} of {self.total}{loss}, {rate:.2f} steps/s, {left:.0f} s left",
+        )
+
+    # Checkpoints -------------------------------------------------------------------------------------------------------
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What of the module a checkpoint keeps: what learns and what is counted along. The rest is as its source gives it."""
+        return {**self.learned, **self.buffers}
+
+    def _save(self) -> None:
+        tensors = {f"module.{name}": one.detach() for name, one in self._kept().items()}
+        tensors |= {f"best.{name}": one for name, one in self.best.items()}
+        tensors |= {f"sums.{name}": one for name, one in self.sums.items()}
+        for name, parameter in self.learned.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        whole = {name: one.cpu().contiguous() for name, one in tensors.items()}
+        with disk_errors():
+            save_file(_unshared(whole), partial, metadata={"state": json.dumps(asdict(self.state))})
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(self.file)
+            sync_folder(self.file.parent)
+        self.context.checkpoint(self.file.relative_to(self.context.work_dir).as_posix(), self.state.step)
+
+    def _resume(self) -> int:
+        """Go on where an earlier attempt left off. Returns the step."""
+        if not self.file.is_file():
+            return 0
+        with safe_open(self.file, framework="pt", device="cpu") as file:
+            raw = json.loads(file.metadata()["state"])
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        self.state = _State(**raw)
+        kept = self._kept()
+        with torch.no_grad():
+            for name, one in kept.items():
+                one.copy_(found[f"module.{name}"])
+        moved = {name: one.to(self.device) for name, one in found.items() if name.startswith(("best.", "sums."))}
+        self.best = {name.removeprefix("best."): one for name, one in moved.items() if name.startswith("best.")}
+        self.sums = {name.removeprefix("sums."): one for name, one in moved.items() if name.startswith("sums.")}
+        for name, parameter in self.learned.items():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                stored = found.get(f"optimizer.{key}.{name}")
+                if stored is not None:
+                    self.optimizer.state[parameter][key] = stored.to(self.device)
+        self.context.progress(self.span[0], f"going on at step {self.state.step} of {self.total}")
+        return self.state.step
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share memory, as the one buffer under two names does."""
+    seen: set[int] = set()
+    out = {}
+    for name, one in tensors.items():
+        pointer = one.untyped_storage().data_ptr()
+        out[name] = one.clone() if one.numel() and pointer in seen else one
+        seen.add(pointer)
+    return out
+
+
+def checkpoint_files(work_dir: Path) -> list[Path]:
+    """The training checkpoints below a job's work folder."""
+    return sorted((work_dir / "train").glob("*/checkpoint.safetensors"))

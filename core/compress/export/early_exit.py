@@ -1,0 +1,158 @@
+"""A classifier with early exits as one ONNX graph: `If` nodes leave out the blocks that nobody waits for.
+
+The model is traced once with all its heads. What the first head needs becomes the graph; what the second one needs beyond that goes into
+the branch that is run when the first was not sure of every input, and so on. Any runtime that knows ONNX's `If` runs it; no code of ours
+is needed to load it. docs/decisions/0031.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from core.compress.checkpoint import disk_errors
+from core.compress.context import PassContext
+from core.compress.evaluate.data import Sequences
+from core.compress.executors.graph import Traced, export_graph, takes_types
+from core.compress.exits import ExitModel, ExitPlan, load_exits
+from core.recipes.header import ModelHeader
+
+
+def trace_exits(model_dir: Path, header: ModelHeader, check: Sequences, context: PassContext) -> Traced:
+    """The graph, and what the module says of the check texts. Costs seconds, so another attempt does it again."""
+    context.progress(0.05, "loading the model to trace it")
+    torch.set_num_threads(context.threads)
+    model, plan = load_exits(model_dir, header, attention="eager")
+    with torch.inference_mode():
+        expected, _ = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask), plan)
+    key = hashlib.sha256(f"{model_dir.resolve()}\n{header.model_dump_json()}\n{plan.model_dump_json()}".encode())
+    folder = context.work_dir / "graph" / f"exits-{key.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    context.progress(0.3, "tracing the model into a graph")
+    program = export_graph(_Flat(model).eval(), header, types=takes_types(model.model, header), outputs=_names(plan))
+    with disk_errors():
+        onnx.save(with_exits(program.model_proto, plan), folder / "model.onnx")
+    return Traced(folder / "model.onnx", expected.float().numpy().astype(np.float32), {})
+
+
+def _names(plan: ExitPlan) -> list[str]:
+    heads = range(len(plan.blocks))
+    return [*(f"logits.{at}" for at in range(len(plan.blocks) + 1)), *(f"score.{at}" for at in heads)]
+
+
+class _Flat(nn.Module):
+    """All heads' logits and scores as outputs of their own."""
+
+    def __init__(self, model: ExitModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        heads = self.model(input_ids, attention_mask, token_type_ids)
+        return (*heads.logits, *heads.scores)
+
+
+def with_exits(flat: onnx.ModelProto, plan: ExitPlan) -> onnx.ModelProto:
+    """Sort a graph with the outputs logits.0 … logits.E, score.0 … score.E−1 into nested `If`s.
+
+    Its outputs become `logits` [B, C] and `depth` int64 [B], the blocks run for each input; its input `threshold` may be left out.
+    A batch goes on until every input of it was sure; what a sure one answered stays.
+    """
+    graph = flat.graph
+    made = {name: node for node in graph.node for name in node.output if name}
+    placed: set[int] = set()
+
+    def needed(names: list[str]) -> list[onnx.NodeProto]:
+        """The nodes behind these values that stand nowhere yet, in the graph's order."""
+        open_, chosen = list(names), set()
+        while open_:
+            node = made.get(open_.pop())
+            if node is None or id(node) in chosen or id(node) in placed:
+                continue
+            chosen.add(id(node))
+            open_ += [name for name in node.input if name]
+            for attribute in node.attribute:  # what a branch of the model's own refers to
+                for inner in [attribute.g, *attribute.graphs]:
+                    open_ += [name for one in inner.node for name in one.input if name]
+        placed.update(chosen)
+        return [node for node in graph.node if id(node) in chosen]
+
+    heads = len(plan.blocks)
+
+    def build(at: int) -> tuple[list[onnx.NodeProto], str, str]:
+        """(nodes, the value with the logits, the one with the depths) from head `at` on."""
+        logits, depth = f"logits.{at}", f"depth.{at}"
+        if at == heads:
+            return [*needed([logits]), *_depth(logits, depth, plan.depths[at])], logits, depth
+        nodes = [*needed([logits, f"score.{at}"]), *_depth(logits, depth, plan.depths[at])]
+        sure, rows = f"sure.{at}", f"sure.{at}.rows"
+        nodes += [
+            helper.make_node("GreaterOrEqual", [f"score.{at}", "threshold"], [sure], name=sure),
+            helper.make_node("Cast", [sure], [f"{sure}.number"], to=TensorProto.INT32, name=f"{sure}.number"),
+            helper.make_node("ReduceMin", [f"{sure}.number"], [f"{sure}.least"], keepdims=0, name=f"{sure}.least"),
+            helper.make_node("Cast", [f"{sure}.least"], [f"{sure}.all"], to=TensorProto.BOOL, name=f"{sure}.all"),
+            helper.make_node("Unsqueeze", [sure, "last_axis"], [rows], name=rows),
+        ]
+        inner, rest_logits, rest_depth = build(at + 1)
+        inner += [
+            helper.make_node("Where", [rows, logits, rest_logits], [f"merged.{at}"], name=f"merged.{at}"),
+            helper.make_node("Where", [sure, depth, rest_depth], [f"merged.{at}.depth"], name=f"merged.{at}.depth"),
+        ]
+        leave = [
+            helper.make_node("Identity", [logits], [f"left.{at}"], name=f"left.{at}"),
+            helper.make_node("Identity", [depth], [f"left.{at}.depth"], name=f"left.{at}.depth"),
+        ]
+        nodes.append(
+            helper.make_node(
+                "If",
+                [f"{sure}.all"],
+                [f"answer.{at}", f"answer.{at}.depth"],
+                name=f"exit.{at}",
+                then_branch=_branch(f"leave.{at}", leave, f"left.{at}", f"left.{at}.depth"),
+                else_branch=_branch(f"go_on.{at}", inner, f"merged.{at}", f"merged.{at}.depth"),
+            )
+        )
+        return nodes, f"answer.{at}", f"answer.{at}.depth"
+
+    nodes, logits, depth = build(0)
+    nodes += [
+        helper.make_node("Identity", [logits], ["logits"], name="logits"),
+        helper.make_node("Identity", [depth], ["depth"], name="depth"),
+    ]
+    threshold = helper.make_tensor("threshold", TensorProto.FLOAT, [], [plan.threshold])
+    axis = helper.make_tensor("last_axis", TensorProto.INT64, [1], [-1])
+    whole = helper.make_graph(
+        nodes,
+        "early_exit",
+        [*graph.input, helper.make_tensor_value_info("threshold", TensorProto.FLOAT, [])],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", None]),
+            helper.make_tensor_value_info("depth", TensorProto.INT64, ["batch"]),
+        ],
+        initializer=[*graph.initializer, threshold, axis],
+    )
+    model = helper.make_model(whole, opset_imports=list(flat.opset_import), functions=list(flat.functions))
+    model.ir_version = flat.ir_version
+    return model
+
+
+def _branch(name: str, nodes: list[onnx.NodeProto], logits: str, depth: str) -> onnx.GraphProto:
+    outputs = [
+        helper.make_tensor_value_info(logits, TensorProto.FLOAT, None),
+        helper.make_tensor_value_info(depth, TensorProto.INT64, None),
+    ]
+    return helper.make_graph(nodes, name, [], outputs)
+
+
+def _depth(logits: str, out: str, blocks: int) -> list[onnx.NodeProto]:
+    """The number of blocks, once for each row of the logits."""
+    value = helper.make_tensor("value", TensorProto.INT64, [1], [blocks])
+    return [
+        helper.make_node("Shape", [logits], [f"{out}.rows"], start=0, end=1, name=f"{out}.rows"),
+        helper.make_node("ConstantOfShape", [f"{out}.rows"], [out], value=value, name=out),
+    ]

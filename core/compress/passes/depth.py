@@ -1,0 +1,175 @@
+"""Early exit: heads behind a classifier's blocks, and when they are sure enough."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.compress.context import PassContext
+from core.compress.executors.examples import Batch, Examples, collate, read_examples
+from core.compress.executors.train import Trained, precision, train
+from core.compress.exits import ExitModel, ExitPlan, save_heads
+from core.compress.networks import embeddings_of, load_model, save_model
+from core.compress.passes.self_speculation import speculate
+from core.compress.solvers.distillation import soft_cross_entropy
+from core.compress.solvers.exits import Outcome, choose, outcome, outcomes
+from core.handoff.report import PassRecord, Series
+from core.recipes.depth import depth
+from core.recipes.passes.adapt import EarlyExit
+
+_SHOWN = 12  #: thresholds in the report
+
+
+def early_exit(source: Path, target: Path, options: EarlyExit, context: PassContext) -> PassRecord:
+    """Train heads (and blocks), choose the threshold, and leave a folder with the model, the heads and the plan."""
+    if context.header.is_decoder:
+        return speculate(source, target, options, context)
+    start = time.monotonic()
+    torch.set_num_threads(context.threads)
+    header = context.header
+    blocks = options.exit_blocks(header)
+    examples = read_examples(
+        source,
+        header,
+        options.train.data,
+        context.data_files.get(options.train.data),
+        length=options.train.length,
+        labelled=options.wants_labels(header),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        model = ExitModel(load_model(source, header), blocks, options.policy)
+    model.model.requires_grad_(options.thaw)
+    if options.train.freeze_embeddings:
+        for parameter in embeddings_of(model.model):
+            parameter.requires_grad_(False)
+    teacher = load_model(source, header).to(context.device, precision(options.train, context.device))
+    if options.train.gradient_checkpointing:
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lesson = _Lesson(model, teacher, options)
+    lesson.to(context.device)
+    recipe = f"early-exit {options.model_dump_json()} {header.model_dump_json()}"
+    trained = train(lesson, examples, options.train, context, recipe=recipe, span=(0.0, 0.95))
+
+    context.progress(0.95, "choosing the threshold")
+    _, held = examples.split(options.train.validation, seed=context.seed)
+    plan = ExitPlan(blocks=blocks, total=depth(header), policy=options.policy, threshold=options.threshold or 0.0)
+    found: list[Outcome] = []
+    chosen = None
+    if held is not None:
+        scores, right = _looked_at(model.to(context.device), held, options, context)
+        depths = np.asarray(plan.depths)
+        found = outcomes(scores, right, depths)
+        chosen = (
+            choose(found, options.max_loss)
+            if options.threshold is None
+            else outcome(scores, right, depths, options.threshold)
+        )
+        plan = plan.model_copy(update={"threshold": chosen.threshold})
+    model.to("cpu")
+    save_model(model.model, source, target, header)
+    save_heads(target, model, plan)
+    return _record(options, context, plan, chosen, found, trained, len(examples), start)
+
+
+class _Lesson(nn.Module):
+    """The objective: every head learns the labels and the source's answers, the model's own among them if it learns at all."""
+
+    teacher: Any
+
+    def __init__(self, model: ExitModel, teacher: Any, options: EarlyExit) -> None:
+        super().__init__()
+        self.exits = model
+        self.__dict__["teacher"] = teacher.eval()  # not as a part: it neither learns nor is kept
+        self._options = options
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+    def train(self, mode: bool = True) -> "_Lesson":
+        """A model that doesn't learn stays in evaluation mode: the heads see what they will see."""
+        super().train(mode)
+        if not self._options.thaw:
+            self.exits.model.eval()
+        return self
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            answer = self.teacher(input_ids=batch.ids, attention_mask=batch.mask).logits
+        said = self.exits(batch.ids, batch.mask).logits
+        parts = []
+        for logits in said if self._options.thaw else said[:-1]:
+            part = self._options.alpha * soft_cross_entropy(logits, answer, self._options.temperature)
+            if batch.labels is not None and self._options.alpha < 1:
+                part = part + (1 - self._options.alpha) * nn.functional.cross_entropy(logits.float(), batch.labels)
+            parts.append(part)
+        found = {f"exit {block}": part for block, part in zip((*self.exits.blocks, "last"), parts, strict=False)}
+        return {"loss": torch.stack(parts).mean(), **found}
+
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        found = self.losses(batch)
+        if batch.labels is not None:
+            said = self.exits(batch.ids, batch.mask).logits
+            for block, logits in zip((*self.exits.blocks, "last"), said, strict=True):
+                found[f"accuracy {block}"] = (logits.argmax(-1) == batch.labels).float().mean()
+        return found
+
+
+def _looked_at(model: ExitModel, held: Examples, options: EarlyExit, context: PassContext) -> tuple[Any, Any]:
+    """Scores [E, N] of all heads, and which heads' answers are right [E + 1, N]; without labels, those that full depth gives."""
+    scores, right = [], []
+    with torch.no_grad():
+        for start in range(0, len(held), options.train.batch):
+            chosen = np.arange(start, min(start + options.train.batch, len(held)))
+            batch = collate(held, chosen, torch.device(context.device))
+            heads = model(batch.ids, batch.mask)
+            said = torch.stack(heads.logits).argmax(-1)
+            scores.append(torch.stack(heads.scores).float().cpu().numpy())
+            right.append((said == (said[-1] if batch.labels is None else batch.labels)).cpu().numpy())
+    return np.concatenate(scores, axis=1).astype(np.float64), np.concatenate(right, axis=1)
+
+
+def _record(
+    options: EarlyExit,
+    context: PassContext,
+    plan: ExitPlan,
+    chosen: Outcome | None,
+    found: list[Outcome],
+    trained: Trained,
+    examples: int,
+    start: float,
+) -> PassRecord:
+    shown = [found[at] for at in np.unique(np.linspace(0, len(found) - 1, _SHOWN).round().astype(int))] if found else []
+    series = trained.series
+    if found:
+        curve = sorted({(one.depth, one.accuracy) for one in found})
+        x, y = zip(*curve, strict=True)
+        series = (*series, Series(name="held-apart accuracy", x=x, y=y, x_label="blocks run, on average"))
+    return PassRecord(
+        index=context.index,
+        name=options.name,
+        seconds=time.monotonic() - start,
+        summary={
+            "policy": plan.policy,
+            "threshold": plan.threshold,
+            "exits": list(plan.blocks),
+            "blocks": plan.total,
+            "held_apart": None if chosen is None else _row(chosen),
+            "full_depth_accuracy": found[-1].accuracy if found else None,
+            "thresholds": [_row(one) for one in shown],
+            "examples": examples,
+            "steps": trained.steps,
+            "best_step": trained.best_step,
+            "resumed_from": trained.resumed_from,
+            "steps_per_second": round(trained.steps_per_second, 3),
+        },
+        series=series,
+    )
+
+
+def _row(one: Outcome) -> dict[str, Any]:
+    return {"threshold": one.threshold, "depth": one.depth, "accuracy": one.accuracy, "share": list(one.share)}

@@ -1,0 +1,321 @@
+"""Distillation: a student learns from a frozen teacher, and a pruned model from the one it was pruned from."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.compress.context import PassContext
+from core.compress.evaluate.data import open_tokenizer, special_tokens
+from core.compress.evaluate.quality import pooling_of
+from core.compress.executors.examples import Batch, read_examples
+from core.compress.executors.train import Trained, precision, train
+from core.compress.networks import embeddings_of, find_blocks, grow_student, load_model, save_model
+from core.compress.passes.low_rank import add_low_rank, merge_low_rank
+from core.compress.passes.teacher_cache import CachedLogits, cache_logits
+from core.compress.solvers.distillation import (
+    cosine_distance,
+    hidden_error,
+    pool,
+    relation_divergence,
+    soft_cross_entropy,
+    soft_cross_entropy_top,
+)
+from core.errors import ErrorCode, NightpressError
+from core.handoff.report import PassRecord
+from core.recipes.depth import ends_of_spans
+from core.recipes.header import ModelHeader
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.passes.distill import Distill, Recover, Teaching
+
+_PROJECTIONS = ({"query", "q_proj", "q_lin", "q", "query_proj"}, {"key", "k_proj", "k_lin", "k", "key_proj"}, {"value", "v_proj", "v_lin", "v", "value_proj"})  # fmt: skip
+_MASKED = 0.15  #: share of the words that a masked language model has to guess
+
+
+def distill(source: Path, target: Path, options: Distill, context: PassContext) -> PassRecord:
+    """Teach a student the source's answers. `target` becomes the student's folder."""
+    start = time.monotonic()
+    teacher = load_model(source, context.header)
+    layer_map = options.student.layer_map(context.header)
+    student = grow_student(teacher, options.student.changes(context.header), layer_map, seed=context.seed)
+    taken = _taken_embeddings(student, teacher) if options.train.freeze_embeddings else []
+    trained, extra = _teach(student, teacher, taken, source, options, context)
+    save_model(student, source, target, context.header)
+    return _record(options, context, student, teacher, trained, start, {"layer_map": list(layer_map), **extra})
+
+
+def recover(source: Path, target: Path, options: Recover, context: PassContext) -> PassRecord:
+    """Let the pruned model in `source` learn from the job's source model. Weights that are exactly zero stay so."""
+    start = time.monotonic()
+    origin = context.origin or source
+    teacher = load_model(origin, inspect_model(FolderFiles(origin)))
+    student = load_model(source, context.header)
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise NightpressError(
+            ErrorCode.INVALID_RECIPE,
+            f"`recover`: the pruned model reads {student.config.vocab_size} tokens, its source {teacher.config.vocab_size}.",
+            hint="Take out the pass that changed the vocabulary.",
+        )
+    masks = _Masks(student)
+    merged = add_low_rank(student, options.lora, seed=context.seed) if options.lora else None
+    frozen = embeddings_of(student) if options.train.freeze_embeddings else []
+    trained, extra = _teach(student, teacher, frozen, source, options, context, masks=None if merged else masks)
+    if merged is not None:
+        merge_low_rank(student, merged)
+    masks.apply()
+    save_model(student, source, target, context.header)
+    return _record(options, context, student, teacher, trained, start, extra)
+
+
+def _teach(
+    student: Any,
+    teacher: Any,
+    frozen: list[nn.Parameter],
+    source: Path,
+    options: Teaching,
+    context: PassContext,
+    masks: "_Masks | None" = None,
+) -> tuple[Trained, dict[str, Any]]:
+    header = context.header
+    torch.set_num_threads(context.threads)
+    options = options.resolved(header)
+    context.progress(0.0, "reading the examples")
+    examples = read_examples(
+        source,
+        header,
+        options.train.data,
+        context.data_files.get(options.train.data),
+        length=options.train.length,
+        labelled=options.wants_labels(header),
+    )
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    dtype = precision(options.train, context.device)
+    student.to(context.device)
+    teacher.to(context.device, dtype).requires_grad_(False).eval()
+    if options.train.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    cached = None
+    if options.logits is not None and options.logits.cache:
+        inputs = _Inputs(source, header, fixed=True)
+        cached = cache_logits(teacher, inputs.of, examples, options, context, span=(0.0, 0.2))
+    lesson = _Lesson(student, teacher, options, source, header, cached, masks)
+    lesson.to(context.device)
+    recipe = f"{options.name} {options.model_dump_json()} {header.model_dump_json()}"
+    trained = train(lesson, examples, options.train, context, recipe=recipe, span=(0.2 if cached else 0.0, 1.0))
+    student.to("cpu")
+    return trained, {"examples": len(examples), "cached_logits": None if cached is None else cached.size}
+
+
+class _Inputs:
+    """What a model reads of a batch, and where its answers are compared: masked words for masked language models, else every text or token."""
+
+    def __init__(self, folder: Path, header: ModelHeader, *, fixed: bool) -> None:
+        self.task, self.fixed = header.task, fixed
+        tokenizer = open_tokenizer(folder)
+        before, after = special_tokens(tokenizer)
+        self._special = torch.tensor(sorted({*before, *after}), dtype=torch.int64)
+        self._mask_id = tokenizer.mask_id
+
+    def of(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+        """(what the model is called with, where logits [B, S, V] count: bool [B, S], or None for [B, C]; the labels there)"""
+        read = {"input_ids": batch.ids, "attention_mask": batch.mask}
+        if self.task == "classification":
+            return read, None, batch.labels
+        if self.task == "causal-lm":
+            where = batch.mask.bool() & torch.cat([batch.mask[:, 1:], torch.zeros_like(batch.mask[:, :1])], 1).bool()
+            return read, where, batch.ids.roll(-1, 1)[where]
+        if self.task == "masked-lm":
+            allowed = batch.mask.bool() & ~torch.isin(batch.ids, self._special.to(batch.ids.device))
+            where = (self._draw(batch) < _MASKED) & allowed
+            where[:, 1] |= ~where.any(1) & allowed[:, 1]
+            if self._mask_id is not None:
+                read["input_ids"] = batch.ids.masked_fill(where, self._mask_id)
+            return read, where, batch.ids[where]
+        return read, None, None
+
+    def _draw(self, batch: Batch) -> Tensor:
+        if not self.fixed:
+            return torch.rand(batch.ids.shape, device=batch.ids.device)
+        rows = []
+        for number in batch.numbers.tolist():  # the same words for a text, whatever batch it is in
+            generator = torch.Generator().manual_seed(number)
+            rows.append(torch.rand(batch.ids.shape[1], generator=generator))
+        return torch.stack(rows).to(batch.ids.device)
+
+
+class _Lesson(nn.Module):
+    """The objective: the student with its projections learns, the teacher is asked."""
+
+    teacher: Any
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        options: Teaching,
+        source: Path,
+        header: ModelHeader,
+        cached: CachedLogits | None,
+        masks: "_Masks | None",
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.__dict__["teacher"] = teacher  # not as a part: it neither learns nor is kept
+        self._options, self._header, self._cached = options, header, cached
+        self._inputs = _Inputs(source, header, fixed=cached is not None)
+        self._pooling = pooling_of(source)
+        self.projections = nn.ModuleList()
+        self._hidden_map: tuple[int, ...] = ()
+        _, ours = find_blocks(student)
+        _, theirs = find_blocks(teacher)
+        if options.hidden is not None:
+            self._hidden_map = options.hidden.layers or ends_of_spans(len(ours), len(theirs))
+            widths = student.config.hidden_size, teacher.config.hidden_size
+            self.projections = nn.ModuleList(nn.Linear(*widths, bias=False) for _ in ours if widths[0] != widths[1])
+        self._watched = None
+        if options.relations is not None:
+            self._watched = _projections(ours[-1]), _projections(theirs[options.relations.layer])
+        if masks is not None:
+            masks.keep()
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        read, where, labels = self._inputs.of(batch)
+        options = self._options
+        more = {"output_hidden_states": True} if options.hidden is not None else {}
+        with _watch(self._watched[0] if self._watched else ()) as our_vectors:
+            ours = self.student(**read, **more)
+        theirs: Any = None
+        with torch.no_grad(), _watch(self._watched[1] if self._watched else ()) as their_vectors:
+            if self._cached is None:
+                theirs = self.teacher(**read, **more)
+        found: dict[str, Tensor] = {}
+        total = batch.ids.new_zeros((), dtype=torch.float32)
+        if options.logits is not None:
+            logits = ours.logits if where is None else ours.logits[where]
+            if self._cached is None:
+                answer = theirs.logits if where is None else theirs.logits[where]
+                found["logits"] = soft_cross_entropy(logits, answer, options.logits.temperature)
+            else:
+                values, indices = self._cached.of(batch, where)
+                found["logits"] = soft_cross_entropy_top(logits, values, indices, options.logits.temperature)
+            part = options.logits.alpha * found["logits"]
+            if options.logits.alpha < 1:
+                assert labels is not None
+                found["labels"] = nn.functional.cross_entropy(logits.float(), labels)
+                part = part + (1 - options.logits.alpha) * found["labels"]
+            total = total + options.logits.weight * part
+        if options.hidden is not None:
+            errors = []
+            for at, origin in enumerate(self._hidden_map):
+                state: Tensor = ours.hidden_states[at + 1]
+                if len(self.projections):
+                    state = self.projections[at](state)
+                errors.append(hidden_error(state, theirs.hidden_states[origin + 1], batch.mask))
+            found["hidden"] = torch.stack(errors).mean()
+            total = total + options.hidden.weight * found["hidden"]
+        if options.relations is not None:
+            pairs = zip(our_vectors, their_vectors, strict=True)
+            kinds = [relation_divergence(a, b, batch.mask, options.relations.heads) for a, b in pairs]
+            found["relations"] = torch.stack(kinds).mean()
+            total = total + options.relations.weight * found["relations"]
+        if options.cosine is not None:
+            ends = [pool(one.last_hidden_state, batch.mask, self._pooling) for one in (ours, theirs)]
+            found["cosine"] = cosine_distance(*ends)
+            total = total + options.cosine.weight * found["cosine"]
+        return {"loss": total, **found}
+
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        found = self.losses(batch)
+        if batch.labels is not None and self._header.task == "classification":
+            logits = self.student(input_ids=batch.ids, attention_mask=batch.mask).logits
+            found["accuracy"] = (logits.argmax(-1) == batch.labels).float().mean()
+        return found
+
+
+@contextlib.contextmanager
+def _watch(layers: tuple[nn.Module, ...]) -> Iterator[list[Tensor]]:
+    """While inside, collect what these layers put out, in their order."""
+    vectors: list[Tensor] = []
+    handles = [one.register_forward_hook(lambda _module, _inputs, out: vectors.append(out)) for one in layers]
+    try:
+        yield vectors
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _projections(block: nn.Module) -> tuple[nn.Module, ...]:
+    """A block's query, key and value layers."""
+    layers = {name.rsplit(".", 1)[-1]: one for name, one in block.named_modules() if isinstance(one, nn.Linear)}
+    return tuple(next(one for name, one in layers.items() if name in names) for names in _PROJECTIONS)
+
+
+class _Masks:
+    """Where a model's matrices are zero, and that they stay so."""
+
+    def __init__(self, model: Any) -> None:
+        matrices = [one.weight for one in model.modules() if isinstance(one, nn.Linear)]
+        self._zeros = [(one, one.detach() == 0) for one in matrices if bool((one == 0).any())]
+
+    def keep(self) -> None:
+        """No gradient reaches a zero; decay leaves it where it is."""
+        for weight, zeros in self._zeros:
+            if weight.requires_grad:
+                weight.register_hook(  # type: ignore[no-untyped-call]
+                    lambda gradient, zeros=zeros: gradient.masked_fill(zeros.to(gradient.device), 0)
+                )
+
+    def apply(self) -> None:
+        with torch.no_grad():
+            for weight, zeros in self._zeros:
+                weight.masked_fill_(zeros.to(weight.device), 0)
+
+
+def _taken_embeddings(student: Any, teacher: Any) -> list[nn.Parameter]:
+    """The student's embeddings that are the teacher's."""
+    theirs: Mapping[str, nn.Parameter] = dict(teacher.named_parameters())
+    ours = {id(one) for one in embeddings_of(student)}
+    return [
+        one
+        for name, one in student.named_parameters()
+        if id(one) in ours and name in theirs and theirs[name].shape == one.shape
+    ]
+
+
+def _record(
+    options: Teaching,
+    context: PassContext,
+    student: Any,
+    teacher: Any,
+    trained: Trained,
+    start: float,
+    extra: dict[str, Any],
+) -> PassRecord:
+    counts = [sum(one.numel() for one in model.parameters()) for model in (teacher, student)]
+    return PassRecord(
+        index=context.index,
+        name=options.name,
+        seconds=time.monotonic() - start,
+        summary={
+            "losses": list(options.losses(context.header)),
+            "teacher_parameters": counts[0],
+            "parameters": counts[1],
+            "steps": trained.steps,
+            "planned_steps": trained.planned,
+            "best_step": trained.best_step,
+            "resumed_from": trained.resumed_from,
+            "steps_per_second": round(trained.steps_per_second, 3),
+            "validation": dict(trained.validation),
+            **extra,
+        },
+        series=trained.series,
+    )

@@ -1,0 +1,55 @@
+"""Low-rank changes of linear layers, trained in their stead and merged back (LoRA, arXiv 2106.09685)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.compress.networks import find_blocks
+from core.recipes.passes.distill import Lora
+
+
+class LowRank(nn.Module):
+    """A linear layer whose weight W stays and to which scale · B A is added; B starts at zero."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x) + self.scale * nn.functional.linear(nn.functional.linear(x, self.a), self.b)
+        return out
+
+
+def add_low_rank(model: Any, options: Lora, *, seed: int) -> dict[str, LowRank]:
+    """Put a low-rank change beside every linear layer of the blocks; nothing else of the model learns. By the layers' names."""
+    path, _ = find_blocks(model)
+    model.requires_grad_(False)
+    added = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, one in list(model.named_modules()):
+            if isinstance(one, nn.Linear) and name.startswith(path + "."):
+                added[name] = LowRank(one, min(options.rank, *one.weight.shape), options.alpha / options.rank)
+                _put(model, name, added[name])
+    for name, parameter in model.named_parameters():  # a classifier's head is small and must follow
+        if not name.startswith(path + ".") and "embed" not in name:
+            parameter.requires_grad_(True)
+    return added
+
+
+def merge_low_rank(model: Any, added: dict[str, LowRank]) -> None:
+    """Add the changes to the weights and put the layers back."""
+    with torch.no_grad():
+        for name, one in added.items():
+            one.linear.weight += one.scale * (one.b @ one.a)
+            _put(model, name, one.linear)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    above, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(above), leaf, module)

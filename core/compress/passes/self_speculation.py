@@ -1,0 +1,89 @@
+"""Self-speculative decoding: a language model drafts with its first blocks and checks with all of them, in one pass for many tokens.
+
+The greedy answer is the full model's whatever the draft says (LayerSkip, arXiv 2404.16710; transformers' `assistant_early_exit`). Which
+depth drafts best is a matter of the model: it is measured.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.compress.checkpoint import write_file
+from core.compress.context import PassContext
+from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+from core.compress.executors.stream import copy_companions
+from core.compress.export.safetensors import save as copy_weights
+from core.compress.networks import load_model
+from core.handoff.report import PassRecord
+from core.recipes.depth import depth
+from core.recipes.passes.adapt import EarlyExit
+
+_PROMPTS, _PROMPT, _NEW = 4, 32, 48  #: texts, their tokens, and how many are added
+
+
+def speculate(source: Path, target: Path, options: EarlyExit, context: PassContext) -> PassRecord:
+    """Time greedy decoding with drafts of several depths and write the fastest into generation_config.json, if any beats no draft at all."""
+    start = time.monotonic()
+    torch.set_num_threads(context.threads)
+    model = load_model(source, context.header).to(context.device)
+    model.config.use_cache = True
+    rows = read_rows(options.train.data, context.data_files.get(options.train.data), purpose="calibration")
+    windows = text_windows(rows, open_tokenizer(source), samples=_PROMPTS, length=_PROMPT, ref=options.train.data)
+    prompts = [one[None].to(context.device) for one in torch.from_numpy(windows.ids)]
+    total = depth(context.header)
+    tried = options.exits or tuple(sorted({max(1, total // 8), max(1, total // 4), max(1, total // 2)}))
+    _decode(model, prompts[:1], None)  # warm
+    plain, answers = _decode(model, prompts, None)
+    rows_found: list[dict[str, Any]] = []
+    for at, block in enumerate(tried):
+        blocks = block + 1 if options.exits else block
+        context.progress((at + 1) / (len(tried) + 1), f"drafting with {blocks} of {total} blocks")
+        rate, found = _decode(model, prompts, blocks)
+        equal = sum(torch.equal(a, b) for a, b in zip(found, answers, strict=True))
+        rows_found.append({"blocks": blocks, "tokens_per_second": rate, "speedup": rate / plain, "equal": equal})
+    right = [one for one in rows_found if one["equal"] == len(prompts)]
+    best = max(right, key=lambda one: one["tokens_per_second"], default=None)
+    chosen = best["blocks"] if best is not None and (best["speedup"] > 1 or options.exits) else None
+    copy_weights(source, target)
+    copy_companions(source, target)
+    if chosen is not None:
+        file = target / "generation_config.json"
+        config = json.loads(file.read_bytes()) if file.is_file() else {}
+        write_file(file, json.dumps(config | {"assistant_early_exit": chosen}, indent=2).encode() + b"\n")
+    return PassRecord(
+        index=context.index,
+        name=options.name,
+        seconds=time.monotonic() - start,
+        summary={
+            "draft_blocks": chosen,
+            "blocks": total,
+            "tokens_per_second_without": plain,
+            "tried": rows_found,
+            "prompts": len(prompts),
+            "new_tokens": _NEW,
+            "trained": False,
+        },
+    )
+
+
+def _decode(model: Any, prompts: list[Tensor], draft: int | None) -> tuple[float, list[Tensor]]:
+    """Tokens a second, and the tokens, of greedy decoding."""
+    began = time.perf_counter()
+    made = 0
+    answers = []
+    for ids in prompts:
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_NEW,
+            do_sample=False,
+            assistant_early_exit=draft,
+            pad_token_id=model.generation_config.pad_token_id or 0,
+        )
+        made += out.shape[1] - ids.shape[1]
+        answers.append(out.cpu())
+    return made / (time.perf_counter() - began), answers

@@ -1,0 +1,105 @@
+"""A teacher's answers, asked for once and kept on disk: of a vocabulary's logits the likeliest few."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from core.compress.checkpoint import ShardWriter, tensor_info
+from core.compress.context import PassContext
+from core.compress.executors.examples import Batch, Examples, collate
+from core.compress.executors.rewrite import tensor_bytes
+from core.errors import ErrorCode, NightpressError
+from core.recipes.passes.distill import Teaching
+
+#: (batch) → what the model reads, where its logits count, their labels
+Inputs = Callable[[Batch], tuple[dict[str, Tensor], Tensor | None, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class CachedLogits:
+    """The k largest logits of every scored position, the positions of all texts one after the other."""
+
+    file: Path
+    starts: Tensor  #: int64 [N + 1], where each text's positions begin
+    size: int  #: bytes
+
+    def of(self, batch: Batch, where: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(values, indices) [M, k] for the batch's scored positions, in their order, on its device."""
+        del where
+        values, indices = [], []
+        with safe_open(self.file, framework="pt") as file:
+            all_values, all_indices = file.get_slice("values"), file.get_slice("indices")
+            for number in batch.numbers.tolist():
+                rows = slice(int(self.starts[number]), int(self.starts[number + 1]))
+                values.append(all_values[rows])
+                indices.append(all_indices[rows])
+        device = batch.ids.device
+        return torch.cat(values).to(device).float(), torch.cat(indices).to(device).long()
+
+
+def cache_logits(
+    teacher: Any,
+    inputs: Inputs,
+    examples: Examples,
+    options: Teaching,
+    context: PassContext,
+    *,
+    span: tuple[float, float],
+) -> CachedLogits:
+    """Run the teacher over all examples, or take up what an earlier attempt left.
+
+    Raises NightpressError(invalid_recipe) before anything is written that would not fit in `cache_bytes`.
+    """
+    assert options.logits is not None
+    device = torch.device(context.device)
+    classes = int(
+        getattr(teacher.config, "num_labels", 2)
+        if context.header.task == "classification"
+        else teacher.config.vocab_size
+    )
+    top = min(options.logits.cache_top, classes)
+    counts = []
+    for at in range(len(examples)):
+        _, where, _ = inputs(collate(examples, np.asarray([at]), torch.device("cpu")))
+        counts.append(1 if where is None else int(where.sum()))
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    rows = int(starts[-1])
+    infos = [tensor_info("values", "F32", (rows, top)), tensor_info("indices", "I32", (rows, top))]
+    size = sum(one.size for one in infos)
+    if size > options.logits.cache_bytes:
+        raise NightpressError(
+            ErrorCode.INVALID_RECIPE,
+            f"The teacher's answers to {len(examples):,} examples, {top} logits each position, would take {size / 1e9:.1f} GB on disk; `cache_bytes` allows {options.logits.cache_bytes / 1e9:.1f} GB.",
+            hint="Lower `cache_top`, raise `cache_bytes`, or leave `cache` out.",
+        )
+    key = hashlib.sha256(examples.digest() + f"{context.header.model_dump_json()} {top} {device.type}".encode())
+    file = context.work_dir / "answers" / f"{key.hexdigest()[:16]}.safetensors"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with ShardWriter(file, infos, {"format": "pt"}) as shard, torch.no_grad():
+            for start in range(0, len(examples), options.train.batch):
+                chosen = np.arange(start, min(start + options.train.batch, len(examples)))
+                read, where, _ = inputs(collate(examples, chosen, device))
+                logits = teacher(**read).logits
+                best = (logits if where is None else logits[where]).float().topk(top, dim=-1)
+                at = int(starts[start]) * top * 4
+                shard.write("values", at, _bytes(best.values))
+                shard.write("indices", at, _bytes(best.indices.int()))
+                done = start / len(examples)
+                context.progress(
+                    span[0] + (span[1] - span[0]) * done, f"asking the teacher, {start:,} of {len(examples):,}"
+                )
+            shard.commit()
+    context.checkpoint(file.relative_to(context.work_dir).as_posix(), 1)
+    return CachedLogits(file, starts, size)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor_bytes(tensor.cpu().contiguous())

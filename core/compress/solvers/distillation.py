@@ -1,0 +1,65 @@
+"""The losses of knowledge distillation, as functions of tensors."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² · KL(softmax(teacher/T) ‖ softmax(student/T)), a mean over rows. Both [N, C], any float dtype; computed in float32.
+
+    T² keeps the gradient's size the same for every T. Hinton et al., arXiv 1503.02531, section 2.1.
+    """
+    ours = F.log_softmax(student.float() / temperature, dim=-1)
+    theirs = F.log_softmax(teacher.float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def soft_cross_entropy_top(student: Tensor, values: Tensor, indices: Tensor, temperature: float) -> Tensor:
+    """The same, knowing only the teacher's k largest logits: student [N, C], values and indices [N, k].
+
+    Both distributions are taken over those k classes and renormalised: what else the student believes is left to it.
+    """
+    return soft_cross_entropy(student.gather(-1, indices), values, temperature)
+
+
+def hidden_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of hidden states [B, S, H] over the positions of mask [B, S], relative to the teacher's mean square.
+
+    Relative, so that deep blocks with their larger states don't drown the others.
+    """
+    where = mask.bool()
+    ours, theirs = student[where].float(), teacher[where].float()  # [M, H]
+    return F.mse_loss(ours, theirs) / theirs.square().mean().clamp(min=1e-12)
+
+
+def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor, heads: int) -> Tensor:
+    """KL of the scaled dot-product relations among a layer's queries (or keys, or values): [B, S, H'] each, whatever their H'.
+
+    Vectors are split into `heads` parts; relations are softmax(A Aᵀ / √d) over the real positions of mask [B, S].
+    MiniLMv2, arXiv 2012.15828, eq. 5–7.
+    """
+    where = mask.bool()
+    ours, theirs = _relations(student, where, heads), _relations(teacher, where, heads)  # [B, heads, S, S], log
+    divergence = (theirs.exp() * (theirs - ours)).masked_fill(~where[:, None, None, :], 0).sum(-1)  # [B, heads, S]
+    return divergence.transpose(1, 2)[where].mean()
+
+
+def _relations(vectors: Tensor, where: Tensor, heads: int) -> Tensor:
+    batch, length, width = vectors.shape
+    parts = vectors.float().view(batch, length, heads, width // heads).transpose(1, 2)  # [B, heads, S, d]
+    scores = parts @ parts.transpose(2, 3) / (width // heads) ** 0.5
+    return F.log_softmax(scores.masked_fill(~where[:, None, None, :], torch.finfo(scores.dtype).min), dim=-1)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 − cosine, a mean over rows. [B, H] each."""
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
+
+
+def pool(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
+    """Token vectors [B, S, H] → one a text [B, H]: the first one (`cls`), or the mean over mask [B, S]."""
+    if how == "cls":
+        return hidden[:, 0]
+    weights = mask[:, :, None].to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)

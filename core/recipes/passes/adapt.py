@@ -1,0 +1,115 @@
+"""Passes that let easy inputs take a shorter way."""
+
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from core.recipes.calibration import Calibration
+from core.recipes.costs import Cost
+from core.recipes.depth import depth
+from core.recipes.header import SHARED_BLOCKS, ModelHeader
+from core.recipes.linears import invalid
+from core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
+from core.recipes.passes.distill import Blocks
+from core.recipes.passes.training import Training
+
+Policy = Literal["confidence", "entropy", "patience", "length"]
+
+
+class EarlyExit(PassOptions):
+    """Let easy inputs leave a model early.
+
+    A classifier gets a small head behind its blocks and becomes one ONNX graph that skips the blocks behind the head that is sure enough;
+    how sure is chosen on held-apart rows for the points of accuracy that may be lost. A causal language model drafts tokens with its
+    first blocks and checks them with all (self-speculative decoding): its greedy answers stay what they were.
+    """
+
+    needs: ClassVar[Need] = "training"
+    scope: ClassVar[Scope] = "train"
+    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"onnx", "safetensors"})
+    last: ClassVar[bool] = True
+
+    pass_: Literal["early-exit"] = Field("early-exit", alias="pass")
+    train: Training = Training(validation=0.1)
+    exits: Blocks | None = Field(
+        None,
+        description="Behind these blocks, counted from 0. Default: every one but the last; for a language model the best of a few.",
+    )
+    policy: Policy = Field(
+        "confidence",
+        description="An input leaves where its `confidence` (largest probability) or its certainty (one minus normalised `entropy`, BranchyNet, "
+        "arXiv 1709.01686) reaches the threshold; where as many heads in a row agree (`patience`, arXiv 2006.04152); or by its `length` alone: "
+        "the threshold is blocks with a head passed, per token.",
+    )
+    threshold: float | None = Field(None, ge=0, le=1000, description="Chosen on held-apart rows if not given.")
+    max_loss: float = Field(0.01, ge=0, le=1, description="Accuracy that may be lost on the held-apart rows, absolute.")
+    thaw: bool = Field(
+        True, description="The blocks learn too; else only the heads do, and full depth answers as before."
+    )
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="Share of the source's answers in what is learned; the rest is labels."
+    )
+    temperature: float = Field(2.0, gt=0, le=100)
+
+    def describe(self) -> str:
+        return f"by {self.policy}, at most {self.max_loss:.1%} lost, {self.train.describe()}"
+
+    def data_refs(self) -> frozenset[str]:
+        return frozenset({self.train.data})
+
+    def wants_labels(self, header: ModelHeader | None) -> bool:
+        return self.alpha < 1 and (header is None or header.task == "classification")
+
+    def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
+        if header is None:
+            return self.exports
+        return frozenset({"safetensors"}) if header.is_decoder else frozenset({"onnx"})
+
+    def why_not(self, header: ModelHeader | None) -> str:
+        if header is not None and header.is_decoder:
+            return "a language model that exits early is its own checkpoint with another generation_config.json"
+        return "only a graph can skip blocks without code of its own"
+
+    def exit_blocks(self, header: ModelHeader) -> tuple[int, ...]:
+        """The blocks with a head behind them."""
+        return self.exits or tuple(range(depth(header) - 1))
+
+    def check(self, header: ModelHeader) -> None:
+        blocks = depth(header)
+        if header.task not in {"classification", "causal-lm"}:
+            raise invalid(
+                f"`early-exit` can't take a model for {header.task}: there is no answer that could be sure.",
+                "It takes classifiers and causal language models.",
+            )
+        if header.model_type in SHARED_BLOCKS:
+            raise invalid(
+                f"`early-exit` can't take a {header.model_type}: its blocks share their weights.", "Distil it first."
+            )
+        if blocks < 2:
+            raise invalid("`early-exit` needs a model of two blocks at least.", "Take a deeper one.")
+        if self.exits is not None and (list(self.exits) != sorted(set(self.exits)) or max(self.exits) >= blocks - 1):
+            raise invalid(
+                f"`early-exit`: exits {list(self.exits)} are out of range or order; there is none behind the last of {blocks} blocks.",
+                f"Name blocks from 0 to {blocks - 2}, each once, in order.",
+            )
+        self.train.check(self.name, header)
+        if header.is_decoder:
+            return
+        if self.wants_labels(header) and self.train.is_unlabelled():
+            raise invalid(
+                f"`early-exit`: `alpha` {self.alpha:g} learns from labels, and {self.train.data} has none.",
+                "Name a data set of rows with `text` and `label` in `train.data`, or use `alpha: 1`.",
+            )
+        if not self.train.validation and self.threshold is None:
+            raise invalid(
+                "`early-exit` chooses its threshold on held-apart rows.",
+                "Give train.validation a share, or the threshold itself.",
+            )
+
+    def warnings(self, header: ModelHeader | None) -> Iterable[str]:
+        if self.policy == "length":
+            yield "`early-exit` by length trusts that short texts are easy; `confidence` looks at the text itself."
+
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        return self.train.cost(header, trained=1.0 if self.thaw else 0.05)

@@ -1,0 +1,83 @@
+"""How a pass trains: its data, its schedule, when it stops and where it can go on."""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from core.recipes.calibration import BUILTIN_DATA, DataRef
+from core.recipes.costs import FORWARD_RATE, Cost
+from core.recipes.header import ModelHeader
+from core.recipes.linears import invalid
+
+_PROSE_ROWS = 2000  #: about as many windows of 128 tokens as the built-in prose has
+_STATE_COPIES = 5  #: of the trained weights in float32: weights, gradients, two moments, the best so far
+_PASSES = 3  #: a backward pass costs about two forward ones
+
+
+class Training(BaseModel):
+    """The training loop shared by all passes that train. The same options and data give the same bytes, killed and resumed or not."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+
+    data: DataRef = Field("builtin:prose", description="What it learns from. Rows with labels for a classifier.")
+    length: int = Field(128, ge=8, le=131_072, description="tokens an example is cut at")
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    steps: int | None = Field(None, ge=1, le=10_000_000, description="instead of epochs")
+    batch: int = Field(32, ge=1, le=4096, description="examples a step sees at once")
+    accumulate: int = Field(1, ge=1, le=1024, description="batches whose gradients are summed to one step")
+    learning_rate: float = Field(5e-5, gt=0, le=1)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: arithmetic in bfloat16 where it is safe, weights in float32. `auto`: on a GPU."
+    )
+    gradient_checkpointing: bool = Field(False, description="Less memory, a third more time.")
+    freeze_embeddings: bool = Field(True, description="Embeddings taken over from the model stay as they are.")
+    validation: float = Field(0.05, ge=0, le=0.5, description="share of the examples held apart; the best step is kept")
+    validate_every: int | None = Field(None, ge=1, description="steps; default: ten times in all")
+    patience: int | None = Field(
+        None, ge=1, le=1000, description="stop early after so many validations without a better one"
+    )
+    checkpoint_every: int = Field(1000, ge=1, description="steps; and every few minutes")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("steps") is not None and "epochs" in raw:
+            raise ValueError("give `steps` or `epochs`, not both")
+        return raw
+
+    @model_validator(mode="after")
+    def _patience_needs_validation(self) -> "Training":
+        if self.patience is not None and not self.validation:
+            raise ValueError("`patience` needs a share for `validation`")
+        return self
+
+    def describe(self) -> str:
+        return f"{f'{self.steps} steps' if self.steps else f'{self.epochs} epochs'} of {self.batch * self.accumulate} × {self.length} tokens"
+
+    def check(self, name: str, header: ModelHeader) -> None:
+        longest = header.config.get("max_position_embeddings") or header.config.get("n_positions")
+        if isinstance(longest, int) and self.length > longest:
+            raise invalid(
+                f"`{name}`: a length of {self.length} tokens is more than the model's {longest} positions.",
+                f"Use {longest} at most.",
+            )
+
+    def is_unlabelled(self) -> bool:
+        """Whether the data is known to have no labels before it is looked at."""
+        return self.data in BUILTIN_DATA
+
+    def cost(self, header: ModelHeader, *, trained: float = 1.0, forwards: float = 1.0) -> Cost:
+        """trained: share of the parameters that learn. forwards: passes of the whole model beside the learner's own, per example."""
+        steps = self.steps or self.epochs * math.ceil(_PROSE_ROWS / (self.batch * self.accumulate))
+        tokens = steps * self.batch * self.accumulate * self.length
+        work = tokens * header.parameters * (_PASSES * trained + forwards)
+        width = int(header.config.get("hidden_size") or header.config.get("dim") or 768)
+        layers = int(header.config.get("num_hidden_layers") or header.config.get("n_layers") or 12)
+        activations = 4 * self.batch * self.length * width * (2 if self.gradient_checkpointing else 16) * layers
+        memory = 4 * header.parameters * (1 + _STATE_COPIES * trained) + activations
+        return Cost(int(memory), work / FORWARD_RATE)
