@@ -14,6 +14,8 @@ from core.errors import ErrorCode, NightpressError
 _PIECE = 256 * 1024
 _MAX_LINE = 1024**2
 _MAX_LABEL = 99_999
+#: the first column of rows for metrics that read more than a text; see docs/evaluation.md
+_OTHER_COLUMNS = frozenset({"text_a", "sentence1", "text1", "query", "anchor", "question", "prompt", "tokens", "words"})
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def _label_of(path: str, number: int, line: str) -> int | None:
         row: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise _invalid(path, f"line {number} is not JSON: {str(error)[:200]}") from error
+    if isinstance(row, dict) and _OTHER_COLUMNS & row.keys():
+        return None  # what each metric needs of them is checked when the job reads them
     if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
         raise _invalid(path, f"line {number} is not an object with a `text` that says something")
     if "label" not in row:
