@@ -19,7 +19,7 @@ _PROMPTS = ("prompt", "text")
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Windows of running text, each token scored at most once. characters [N]: UTF-8 bytes of each window's scored tokens."""
+    """Windows of running text, each token scored at most once. sizes [N]: UTF-8 bytes of each window's scored tokens."""
 
     examples: TokenSet
     sizes: Array | None
