@@ -202,6 +202,10 @@ class JobSpec(Request):
     queue_limit_s: float | None = Field(None, gt=0, le=_MAX_S, description="fail if not started within")
     run_limit_s: float | None = Field(None, gt=0, le=_MAX_S, description="fail if one attempt runs longer")
     max_failures: int | None = Field(None, ge=1, le=20)
+    reuse: bool = Field(
+        False, description="answer at once with the result of an identical job that has succeeded, where there is one"
+    )
+    force: bool = Field(False, description="run whatever is known already: overrides `reuse`")
 
 
 class JobCreate(JobSpec):
@@ -240,6 +244,7 @@ class JobView(View):
     retry_of: str | None
     promote: bool = True
     created_by: str | None = None  #: the key's id
+    reused_from: str | None  #: the job whose result this one was given instead of running
     worker_id: str | None
     created_at: dt.datetime
     run_after: dt.datetime

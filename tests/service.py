@@ -171,7 +171,7 @@ class Service:
         assert bool(artifacts) == (job.state == "succeeded")
         for artifact in artifacts:
             for file in artifact.files:
-                key = f"jobs/{job_id}/attempts/{artifact.attempt}/{artifact.path}/{file['path']}"
+                key = f"jobs/{job.reused_from or job_id}/attempts/{artifact.attempt}/{artifact.path}/{file['path']}"
                 self.objects.get_file(key, self.settings.data_dir / "check", sha256=file["sha256"])
         # The folder goes after the commit, a moment later. Nothing of a job is left behind.
         eventually(lambda: not list((self.settings.data_dir / "work").glob("*/*/out/*")), within=5)

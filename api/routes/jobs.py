@@ -76,7 +76,7 @@ async def create_job(
     job, created = await services.call(
         services.jobs.submit, caller.tenant_id, body, idempotency_key, key_id=caller.key_id
     )
-    if created:
+    if created and job.state == "queued":
         services.ringer.ring(job.queue)
     return _one(job, status=201 if created else 200)
 

@@ -10,7 +10,7 @@ from api.routes import answer
 from api.routes.jobs import own_job
 from core.access.keys import Principal
 from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Artifact
+from core.jobs.records import Artifact, Job
 from core.schemas import ArtifactView, FileView, Page, ReportView
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
@@ -49,11 +49,11 @@ async def artifact_file(
     caller: JobsReader,
     services: ServicesDep,
 ) -> Response:
-    await own_job(services, caller, job_id)
+    job = await own_job(services, caller, job_id)
     for artifact in await services.call(services.store.artifacts, job_id):
         for file in artifact.files if artifact.format == format else ():
             if file["path"] == path:
-                key = f"{attempt_prefix(job_id, artifact.attempt)}/{artifact.path}/{path}"
+                key = f"{attempt_prefix(job, artifact.attempt)}/{artifact.path}/{path}"
                 return await send_object(request, services, key, path=path, size=file["size"], sha256=file["sha256"])
     raise NightpressError(
         ErrorCode.NOT_FOUND,
@@ -86,8 +86,11 @@ async def job_report(job_id: str, caller: JobsReader, services: ServicesDep) -> 
 async def job_report_html(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
     # Drawn from names that people chose: the page may show itself and do nothing.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
+    drawn, job = await _drawn(services, caller, job_id, "report.html")
+    if job.reused_from:
+        drawn = drawn.replace(b"<body>", b"<body><p>" + _reused(job).encode() + b"</p>", 1)
     return Response(
-        await _drawn(services, caller, job_id, "report.html"),
+        drawn,
         media_type="text/html",
         headers={"Content-Security-Policy": policy},
     )
@@ -103,20 +106,26 @@ async def job_report_html(job_id: str, caller: JobsReader, services: ServicesDep
     },
 )
 async def job_report_markdown(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
-    return Response(await _drawn(services, caller, job_id, "report.md"), media_type="text/markdown")
+    drawn, job = await _drawn(services, caller, job_id, "report.md")
+    return Response(drawn + f"\n\n{_reused(job)}\n".encode() if job.reused_from else drawn, media_type="text/markdown")
 
 
-def attempt_prefix(job_id: str, attempt: int) -> str:
-    """Where an attempt's files lie in the object storage."""
-    return f"jobs/{job_id}/attempts/{attempt}"
+def attempt_prefix(job: Job, attempt: int) -> str:
+    """Where the files of an attempt lie in the object storage: another job's attempt, where this one was given its result."""
+    return f"jobs/{job.reused_from or job.id}/attempts/{attempt}"
 
 
-async def _drawn(services: Services, caller: Principal, job_id: str, name: str) -> bytes:
+def _reused(job: Job) -> str:
+    return f"This job, {job.id}, did not run: the result is that of {job.reused_from}, which was the same."
+
+
+async def _drawn(services: Services, caller: Principal, job_id: str, name: str) -> tuple[bytes, Job]:
     job = await own_job(services, caller, job_id)
     if job.state != "succeeded":
         raise _no_report()
-    key = f"{attempt_prefix(job_id, job.attempt)}/{name}"
-    return await services.call(lambda: b"".join(services.objects.read(key)))
+    attempt = (await services.call(services.store.artifacts, job_id))[0].attempt if job.reused_from else job.attempt
+    key = f"{attempt_prefix(job, attempt)}/{name}"
+    return await services.call(lambda: b"".join(services.objects.read(key))), job
 
 
 def _no_report() -> NightpressError:

@@ -45,11 +45,14 @@ def submit(
         float | None, typer.Option(help="Fail the job if it has not started within, in seconds.")
     ] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="Submitting twice with one key makes one job.")] = None,
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="Take the result of an identical job that has succeeded, if there is one.")
+    ] = False,
 ) -> None:
     """Queue a job: one recipe on one model."""
     labels = parse_labels(label or [])
     chosen = read_recipe(recipe)
-    fields: dict[str, Any] = {"name": name, "priority": priority, "labels": labels}
+    fields: dict[str, Any] = {"name": name, "priority": priority, "labels": labels, "reuse": reuse}
     fields |= {key: value for key, value in (("run_limit_s", run_limit), ("queue_limit_s", queue_limit)) if value}
     with session.client() as client:
         subject = send_model(client, model, model_name, quiet=session.json)
@@ -159,6 +162,7 @@ def inspect(session: Session, job: JobArgument) -> None:
         ("attempts", f"{view.attempt}, {view.failures} failed of {view.max_failures} allowed"),
         ("worker", view.worker_id),
         ("retry of", view.retry_of),
+        ("result of", view.reused_from),
         ("submitted", view.created_at),
         ("started", view.started_at),
         ("finished", view.finished_at),

@@ -34,6 +34,7 @@ class NewJob:
     retry_of: str | None = None
     promote: bool = True  #: an accepted result becomes the model name's latest
     created_by: str | None = None  #: the key's id
+    fingerprint: str | None = None  #: of all that decides the result; jobs of one tenant with the same may share it
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Job:
     retry_of: str | None
     promote: bool
     created_by: str | None
+    reused_from: str | None  #: the job whose result this one was given
     worker_id: str | None  #: the current or last worker
     lease_id: str | None
     lease_expires_at: dt.datetime | None

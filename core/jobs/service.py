@@ -18,6 +18,7 @@ from core.recipes.models import Quality, Recipe, parse_recipe
 from core.recipes.plan import make_plan
 from core.schemas import DataSetView, JobCreate, JobSpec, ModelView
 from core.settings import Settings
+from core.version import ENGINE
 
 Value = TypeVar("Value")
 
@@ -88,7 +89,10 @@ class JobService:
             if job is None:
                 raise
             return job, False
-        return self._store.submit(new, idempotency=idempotency, max_queued=self._settings.max_queued_jobs)
+        job, created = self._store.submit(new, idempotency=idempotency, max_queued=self._settings.max_queued_jobs)
+        if created and wanted.reuse and not wanted.force:
+            job = self._store.reuse(job)
+        return job, created
 
     def check(self, tenant_id: str, wanted: JobSpec) -> None:
         """Raise what submitting this job now would raise, the quota apart."""
@@ -137,6 +141,7 @@ class JobService:
             retry_of=old.id,
             promote=old.promote,
             created_by=key_id,
+            fingerprint=_fingerprint(old.model_digest, old.recipe, old.data, old.queue),
         )
         return self._store.submit(new, max_queued=self._settings.max_queued_jobs)[0]
 
@@ -158,6 +163,7 @@ class JobService:
             model_digest=found.model_digest,
             recipe=found.recipe,
             data=found.data,
+            fingerprint=_fingerprint(found.model_digest, found.recipe, found.data, found.queue),
             run_after=wanted.run_after,
             queue_limit_s=wanted.queue_limit_s,
             run_limit_s=wanted.run_limit_s or settings.run_limit_s,
@@ -231,6 +237,14 @@ class _Resolved:
     needs_memory: int
     recipe: dict[str, Any]
     data: dict[str, dict[str, Any]]
+
+
+def _fingerprint(model_digest: str, recipe: dict[str, Any], data: dict[str, dict[str, Any]], queue: Queue) -> str:
+    """Of all that decides a job's result. What a recipe is called decides nothing."""
+    says = {key: value for key, value in recipe.items() if key not in {"name", "version", "description"}}
+    digests = {name: one["digest"] for name, one in data.items()}
+    body = {"model": model_digest, "recipe": says, "data": digests, "queue": queue, "engine": ENGINE}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _check_labels(recipe: Recipe, header: ModelHeader, data: dict[str, DataSetView]) -> None:

@@ -33,6 +33,7 @@ class Trigger(StrEnum):
     STALLED = "stalled"
     RUN_DEADLINE = "run_deadline"
     QUEUE_DEADLINE = "queue_deadline"
+    REUSE = "reuse"  #: an identical job has succeeded before
 
 
 #: trigger → from → where it may lead. A pair that isn't here changes nothing. Nothing leads out of a terminal state.
@@ -48,6 +49,7 @@ TRANSITIONS: Final[dict[Trigger, dict[JobState, frozenset[JobState]]]] = {
     Trigger.STALLED: {RUNNING: frozenset({QUEUED, FAILED}), CANCELLING: frozenset({CANCELLED})},
     Trigger.RUN_DEADLINE: {RUNNING: frozenset({FAILED}), CANCELLING: frozenset({CANCELLED})},
     Trigger.QUEUE_DEADLINE: {QUEUED: frozenset({FAILED})},
+    Trigger.REUSE: {QUEUED: frozenset({SUCCEEDED})},
 }
 
 

@@ -42,6 +42,10 @@ jobs = Table(
     Column("model_digest", String(80), nullable=False),
     Column("recipe", JsonType, nullable=False),
     Column("data", JsonType, nullable=False),
+    #: what decides the result: model, recipe, data, engine; of jobs older than the column, nothing is known
+    Column("fingerprint", String(64)),
+    #: the job whose result this one was given instead of running: its files are that one's
+    Column("reused_from", String(40)),
     Column("attempt", Integer, nullable=False, server_default=text("0")),
     Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("max_failures", Integer, nullable=False),
@@ -112,6 +116,17 @@ Index(
     postgresql_where=_FINISHED,
     sqlite_where=_FINISHED,
 )
+_REUSABLE = text("state = 'succeeded' AND reused_from IS NULL")
+Index(
+    "ix_jobs_reusable",
+    jobs.c.tenant_id,
+    jobs.c.fingerprint,
+    jobs.c.finished_at,
+    postgresql_where=_REUSABLE,
+    sqlite_where=_REUSABLE,
+)
+_REUSED = text("reused_from IS NOT NULL")
+Index("ix_jobs_reused", jobs.c.reused_from, postgresql_where=_REUSED, sqlite_where=_REUSED)
 Index("ix_jobs_listing", jobs.c.tenant_id, jobs.c.created_at, jobs.c.id)
 Index("ix_jobs_listing_by_state", jobs.c.tenant_id, jobs.c.state, jobs.c.created_at, jobs.c.id)
 

@@ -189,6 +189,42 @@ def test_results_appear_with_the_commit_and_not_before(api: RunningApi, client: 
     assert client.get(report["markdown_url"]).headers["content-type"].startswith("text/markdown")
 
 
+def test_an_identical_job_is_given_the_result_at_once_and_says_whose_it_is(api: RunningApi, client: httpx.Client):
+    first = submit(client, reuse=True)
+    assert client.get(f"/v1/jobs/{first}").json()["state"] == "queued", "there is nothing to reuse yet"
+    claimed = api.claim()
+    api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"0123456789"}))
+
+    again = client.get(f"/v1/jobs/{submit(client, reuse=True, name='again')}").json()
+    assert (again["state"], again["verdict"], again["attempt"]) == ("succeeded", "accepted", 0)
+    assert again["reused_from"] == first
+    (artifact,) = client.get(f"/v1/jobs/{again['id']}/artifacts").json()["items"]
+    assert client.get(artifact["download_url"] + "model.onnx").content == b"0123456789"
+    report = client.get(f"/v1/jobs/{again['id']}/report").json()
+    assert report["report"] == {"verdict": "accepted", "reused_from": first}
+    for url in (report["html_url"], report["markdown_url"]):
+        assert client.get(url).text.startswith("this is report.")
+    assert first in client.get(report["markdown_url"]).text
+    kinds = [event["kind"] for event in client.get(f"/v1/jobs/{again['id']}/events").json()["items"]]
+    assert kinds == ["queued", "succeeded"]
+
+
+def test_nothing_is_reused_unasked_by_force_by_strangers_or_for_something_else(
+    api: RunningApi, client: httpx.Client, bert_tiny: Path
+):
+    submit(client)
+    claimed = api.claim()
+    api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"0123456789"}))
+    other = {"name": "n", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
+    runs = [submit(client), submit(client, reuse=True, force=True), submit(client, reuse=True, recipe=other)]
+    runs.append(client.post(f"/v1/jobs/{claimed.job.id}/retry").json()["id"])
+    assert {client.get(f"/v1/jobs/{job_id}").json()["state"] for job_id in runs} == {"queued"}
+    with api.client(tenant_id="stranger") as stranger:
+        stranger.post("/v1/models", json={"name": "tiny", "path": str(bert_tiny)})
+        job = stranger.post("/v1/jobs", json={**SOON, "reuse": True}).json()
+        assert (job["state"], job["reused_from"]) == ("queued", None)
+
+
 def test_downloads_resume_where_they_stopped(api: RunningApi, client: httpx.Client):
     job_id = submit(client)
     claimed = api.claim()

@@ -37,7 +37,7 @@ def store(engine: Engine) -> JobStore:
 
 def job_in(store: JobStore, state: JobState) -> tuple[str, Lease]:
     """A job that came into a state by the store's own doing, and the lease it has or once had."""
-    job_id = submit(store, queue_limit_s=1000.0)
+    job_id = submit(store, queue_limit_s=1000.0, fingerprint="same")
     if state == "queued":
         return job_id, Lease(job_id, "lease_none", 1, "worker-1")
     lease = claim(store).lease
@@ -71,6 +71,14 @@ def _when_due(column: str, seconds: float) -> Callable[[JobStore, Engine, str, L
     return pull
 
 
+def _reuse(store: JobStore, _engine: Engine, job_id: str, _lease: Lease) -> object:
+    twin = submit(store, priority=9, fingerprint="same")
+    claimed = claim(store)
+    assert claimed.job.id == twin
+    store.finish(claimed.lease, succeeded(claimed.lease))
+    return store.reuse(load(store, job_id))
+
+
 #: (trigger, how to pull it)
 PULLS: list[tuple[Trigger, str, Callable[[JobStore, Engine, str, Lease], object]]] = [
     (Trigger.CLAIM, "", lambda store, _engine, _job, _lease: store.claim(offer("worker-2"), ttl_s=60)),
@@ -87,6 +95,7 @@ PULLS: list[tuple[Trigger, str, Callable[[JobStore, Engine, str, Lease], object]
     (Trigger.STALLED, "", _when_due("progressed_at", 1801 + BELT_S)),
     (Trigger.RUN_DEADLINE, "", _when_due("started_at", 3601 + BELT_S)),
     (Trigger.QUEUE_DEADLINE, "", _queue_deadline),
+    (Trigger.REUSE, "", _reuse),
 ]
 
 

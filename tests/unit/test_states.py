@@ -21,6 +21,7 @@ def test_the_table_is_the_one_that_was_designed():
         "stalled": taken_away,
         "run_deadline": {"running": {"failed"}, "cancelling": {"cancelled"}},
         "queue_deadline": {"queued": {"failed"}},
+        "reuse": {"queued": {"succeeded"}},
     } == TRANSITIONS
 
 
