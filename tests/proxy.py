@@ -1,8 +1,11 @@
-"""A TCP proxy before a real server that cuts connections, to see how a client takes it."""
+"""Proxies before real servers: one cuts connections, one answers for the server or alters what passes, to see how a client takes it."""
 
 import contextlib
+import http.client
+import http.server
 import socket
 import threading
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +20,8 @@ class CuttingProxy:
         self.connections = 0
         self.answered = 0  #: bytes that went from the server to clients
         self._cuts: list[int] = []
+        self._mute = False
+        self._mute_on: bytes | None = None
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
 
@@ -29,6 +34,15 @@ class CuttingProxy:
         with self._lock:
             self._cuts.extend(after_bytes)
         self.drop_all()  # kept-alive connections don't ask for their cut
+
+    @contextlib.contextmanager
+    def mute(self, on: bytes = b"") -> Iterator[None]:
+        """From the first question that contains `on`, what is asked is done, but the answer breaks the connection."""
+        self._mute_on = on
+        try:
+            yield
+        finally:
+            self._mute, self._mute_on = False, None
 
     def drop_all(self) -> None:
         with self._lock:
@@ -70,6 +84,10 @@ class CuttingProxy:
     def _pass(self, source: socket.socket, target: socket.socket, allowed: int | None, answers: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if answers and self._mute:
+                    break
+                if not answers and self._mute_on is not None and self._mute_on in data:
+                    self._mute = True
                 if allowed is not None:
                     data = data[:allowed]
                     allowed -= len(data)
@@ -83,3 +101,75 @@ class CuttingProxy:
             one.close()
         with self._lock:
             self._open -= {source, target}
+
+
+#: (method, path) → a status to answer with in the server's place, "alter" to change a byte of the body on its way, or None to pass
+Fault = Callable[[str, str], int | str | None]
+
+
+class FaultyHttp:
+    """An HTTP proxy on a loopback port of its own. `fault` decides for each request; signatures stay valid, since Host is passed on."""
+
+    def __init__(self, target_port: int) -> None:
+        self.fault: Fault = lambda _method, _path: None
+        self.seen: list[tuple[str, str]] = []
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler(target_port))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(self, target_port: int) -> type[http.server.BaseHTTPRequestHandler]:
+        proxy = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def _pass(self) -> None:
+                if self.headers.get("Expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.1":
+                    self.send_response_only(100)
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                proxy.seen.append((self.command, self.path))
+                what = proxy.fault(self.command, self.path)
+                if isinstance(what, int):
+                    code = "AccessDenied" if what == 403 else "InternalError"
+                    text = f"<Error><Code>{code}</Code><Message>a fault on purpose</Message></Error>".encode()
+                    self._answer(what, [("Content-Type", "application/xml")], text)
+                    return
+                if what == "alter" and body:
+                    body = body[:-1] + bytes([body[-1] ^ 1])
+                server = http.client.HTTPConnection("127.0.0.1", target_port, timeout=30)
+                server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                for name, value in self.headers.items():
+                    if name.lower() not in {"expect", "connection"}:
+                        server.putheader(name, value)
+                server.endheaders(body)
+                answer = server.getresponse()
+                content = answer.read()
+                if what == "alter" and self.command == "GET" and content:
+                    content = content[:-1] + bytes([content[-1] ^ 1])
+                self._answer(answer.status, answer.getheaders(), content)
+                server.close()
+
+            def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+                self.send_response_only(status)
+                for name, value in headers:
+                    if name.lower() not in {"transfer-encoding", "connection", "content-length"}:
+                        self.send_header(name, value)
+                length = next((value for name, value in headers if name.lower() == "content-length"), str(len(content)))
+                self.send_header("Content-Length", length if self.command == "HEAD" else str(len(content)))
+                self.end_headers()
+                self.wfile.write(b"" if self.command == "HEAD" else content)
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass  # noqa: N815 - as the library calls them
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing: `seen` keeps what came."""
+
+        return Handler
