@@ -7,6 +7,8 @@ import ctypes
 import errno
 import json
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -152,6 +154,42 @@ def hog(job_dir: Path, emit: Emit) -> Manifest:
     raise AssertionError
 
 
+def killed_at_its_limit(job_dir: Path, emit: Emit) -> Manifest:
+    """Nearly all the memory it may have, then the kernel's end."""
+    held = bytearray(JobSpec.load(job_dir).memory_limit * 95 // 100 - 20 * 1024**2)
+    time.sleep(1.2)  # long enough to be weighed
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError(len(held))
+
+
+def out_of_addresses(job_dir: Path, emit: Emit) -> Manifest:
+    resource.setrlimit(resource.RLIMIT_AS, (512 * 1024**2,) * 2)
+    raise AssertionError(len(bytearray(1024**3)))
+
+
+class OutOfMemoryError(RuntimeError):
+    """Called as torch's is."""
+
+
+def cuda_out_of_memory(job_dir: Path, emit: Emit) -> Manifest:
+    raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore lines.")
+
+
+def fills_the_gpu(job_dir: Path, emit: Emit) -> Manifest:
+    import torch
+
+    held = [torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(10_000)]
+    raise AssertionError(len(held))
+
+
+def killed_on_the_gpu(job_dir: Path, emit: Emit) -> Manifest:
+    import torch
+
+    held = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError(held)
+
+
 def smuggle(job_dir: Path, emit: Emit) -> Manifest:
     """A result whose file is a link to somebody else's."""
     manifest = press(job_dir, emit)
@@ -218,7 +256,8 @@ def spy(job_dir: Path, emit: Emit) -> Manifest:
 BEHAVIOURS = {
     one.__name__: one
     for one in (
-        press, slow, first_slow, endless, stepping, pipeline_until, wedged, segfault, leave, full_disk, hog, smuggle, tamper, babble, spy
+        press, slow, first_slow, endless, stepping, pipeline_until, wedged, segfault, leave, killed_at_its_limit, out_of_addresses, cuda_out_of_memory,
+        fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy
     )
 }  # fmt: skip
 

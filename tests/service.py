@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,7 +71,7 @@ class Service:
         self.engine = make_engine(self.settings.sql_url)
         self.store = JobStore(self.engine)
         self.objects: ObjectStore = open_store(self.settings)
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
         self.model_id, self.model_digest = self._register_model()
 
     def _register_model(self) -> tuple[str, str]:
@@ -206,24 +206,28 @@ class Service:
         }
         return {**os.environ, **env, "NIGHTPRESS_DATA_DIR": str(self.settings.data_dir), "PYTHONPATH": str(ROOT)}
 
-    def start(self, *command: str, **more: str) -> "subprocess.Popen[bytes]":
-        """A process of this installation; its output goes to a file in the data folder."""
+    def start(
+        self, *command: str, through: Sequence[str] = (), cwd: Path = ROOT, **more: str
+    ) -> "subprocess.Popen[bytes]":
+        """A process of this installation; its output goes to a file in the data folder. `through`: a command that runs it."""
         with (self.settings.data_dir / "processes.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *command],
+                [*through, sys.executable, *command],
                 env=self.environment() | more,
-                cwd=ROOT,
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
-        self._processes.append(process)
+        self.processes.append(process)
         return process
 
-    def start_worker(self, behaviour: str | None = "press", **more: str) -> "subprocess.Popen[bytes]":
+    def start_worker(
+        self, behaviour: str | None = "press", *, through: Sequence[str] = (), **more: str
+    ) -> "subprocess.Popen[bytes]":
         before = len(self.store.workers())
         script = (str(ROOT / "tests" / "worker_process.py"), behaviour) if behaviour else ("-m", "worker")
-        process = self.start(*script, **more)
+        process = self.start(*script, through=through, **more)
         eventually(lambda: len(self.store.workers()) > before or process.poll() is not None)
         assert process.poll() is None, self.output()
         return process
@@ -235,11 +239,11 @@ class Service:
         return (self.settings.data_dir / "processes.log").read_text(errors="replace")
 
     def close(self) -> None:
-        for process in self._processes:
+        for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
                 process.terminate()
-        for process in self._processes:
+        for process in self.processes:
             try:
                 process.wait(15)
             except subprocess.TimeoutExpired:

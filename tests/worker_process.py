@@ -1,13 +1,28 @@
-"""`python tests/worker_process.py BEHAVIOUR`: the real worker, whose children behave as tests/children.py says."""
+"""`python tests/worker_process.py BEHAVIOUR`: the real worker, whose children behave as tests/children.py says.
 
+NIGHTPRESS_TEST_CLOCK puts its clock wrong by so many seconds, or `jumping` by another hour each time it looks.
+"""
+
+import itertools
+import os
 import sys
+import time
 from pathlib import Path
 
 from core.logs import configure_logging
 from core.settings import load_settings
 from worker.app import run_worker
 
+
+def put_clock_wrong(by: str) -> None:
+    right, hours = time.time, itertools.cycle((0, 3600, -3600))
+    time.time = lambda: right() + (next(hours) if by == "jumping" else float(by))
+    time.time_ns = lambda: int(time.time() * 1e9)
+
+
 if __name__ == "__main__":
+    if "NIGHTPRESS_TEST_CLOCK" in os.environ:
+        put_clock_wrong(os.environ["NIGHTPRESS_TEST_CLOCK"])
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
     children = str(Path(__file__).parent / "children.py")

@@ -76,11 +76,13 @@ class Firing:
             if job_id is not None:
                 self._store.request_cancel(run.tenant_id, job_id)
         # The space keeps the key out of reach of clients, whose keys have none.
-        wanted = JobCreate(**run.job.model_dump(exclude_unset=True))
+        # What nothing changed for isn't pressed again, unless a person asked for this run or said so in the schedule.
+        wanted = JobCreate(**{"reuse": run.cause == "cron", **run.job.model_dump(exclude_unset=True)})
         job, _ = self._jobs.submit(run.tenant_id, wanted, f"schedule {run.id}", key_id=run.created_by)
         if self._schedules.settle(run.id, "submitted", job_id=job.id, digest=job.model_digest):
             log.info("Schedule %s submitted job %s.", run.schedule_id, job.id, extra={"job_id": job.id})
-            self._ring(job.queue)
+            if job.state == "queued":
+                self._ring(job.queue)
         elif self._schedules.run(run.id).job_id != job.id:
             self._store.request_cancel(run.tenant_id, job.id)  # replaced by a later run while this one submitted
 

@@ -1,0 +1,134 @@
+"""F8, F12, F16, F17, F27: full disks, wrong clocks, too little memory, too few file handles, a broker that takes no more."""
+
+import os
+import resource
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+from core.ids import new_id
+from tests.servers import Valkey
+from tests.service import MIB, Service, eventually
+
+
+def can_mount() -> bool:
+    probe = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False)
+    return probe.returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="this user may not mount a small disk")
+def test_f8_a_full_disk_is_said_left_clean_and_the_worker_goes_on(service: Service, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    small = service.model_id, service.model_digest
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(os.urandom(6 * MIB))
+    large = service.register(new_id("mdl"), folder)
+    worker = service.start_worker(
+        "press",
+        through=["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size=8m tmpfs {disk} && exec "$@"', "sh"],
+        NIGHTPRESS_DATA_DIR=str(disk),
+        NIGHTPRESS_STORAGE_URL=service.settings.objects_url,
+    )
+    service.model_id, service.model_digest = large
+    job_id = service.submit(max_failures=2)
+    job = service.await_state(job_id, "failed", within=30)
+    assert job.error is not None
+    assert (job.error["code"], job.attempt) == ("disk_full", 2)
+    inside = Path(f"/proc/{worker.pid}/root{disk}")
+    eventually(lambda: not list(inside.glob("work/*/run_*/source/*")), within=5)
+    service.model_id, service.model_digest = small
+    service.await_state(service.submit(), "succeeded", within=30)
+    service.check_invariants(job_id)
+
+
+@pytest.mark.parametrize("skew", ["3600", "-3600", "jumping"])
+def test_f12_a_worker_whose_clock_is_wrong_works_as_any_other(service: Service, skew: str) -> None:
+    service.start_control()
+    service.start_worker("slow", NIGHTPRESS_TEST_CLOCK=skew)
+    job_id = service.submit()
+    job = service.await_state(job_id, "succeeded", within=30)
+    assert (job.attempt, job.failures) == (1, 0)
+    assert job.finished_at is not None
+    assert job.started_at is not None
+    assert 3 < (job.finished_at - job.started_at).total_seconds() < 30
+    assert abs(job.finished_at.timestamp() - time.time()) < 30, "times are the database's"
+    service.check_invariants(job_id)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "said"),
+    [
+        ("killed_at_its_limit", "out_of_memory", "killed by the kernel"),
+        ("out_of_addresses", "out_of_memory", "more memory than there is"),
+        ("cuda_out_of_memory", "gpu_out_of_memory", "Tried to allocate 20 GiB"),
+    ],
+)
+def test_f16_f17_a_job_that_wants_too_much_memory_says_which(
+    service: Service, behaviour: str, code: str, said: str
+) -> None:
+    job_id = service.submit(max_failures=1)
+    slot, supervisor = service.slot(behaviour, memory=400 * MIB)
+    slot.serve()
+    supervisor.close()
+    error = service.job(job_id).error
+    assert error is not None
+    assert error["code"] == code
+    assert said in error["message"]
+    if behaviour == "killed_at_its_limit":
+        assert error["details"]["peak_bytes"] > 360 * MIB
+    service.check_invariants(job_id)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="there is no GPU here")
+def test_f17_a_gpus_memory_is_back_to_what_it_was_when_the_child_is_gone(service: Service) -> None:
+    def used() -> int:
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+
+    before = used()
+    for behaviour in ("fills_the_gpu", "killed_on_the_gpu"):
+        job_id = service.submit(max_failures=1)
+        slot, supervisor = service.slot(behaviour, memory=64 * 1024 * MIB)
+        slot.serve()
+        supervisor.close()
+        error = service.job(job_id).error
+        assert error is not None
+        assert error["code"] == ("gpu_out_of_memory" if behaviour == "fills_the_gpu" else "worker_lost")
+        eventually(lambda: used() <= before + 64, within=10)
+
+
+def test_f27_a_worker_without_file_handles_works_again_when_it_has_some(service: Service) -> None:
+    service.settings = service.settings.model_copy(update={"retry_backoff_s": 1.0})
+    worker = service.start_worker("press")
+    service.await_state(service.submit(), "succeeded")
+    before = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+    held = len(list(Path(f"/proc/{worker.pid}/fd").iterdir()))
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (held, before[1]))
+    job_id = service.submit(max_failures=8)
+    eventually(lambda: "Too many open files" in service.output(), within=15)
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, before)
+    service.await_state(job_id, "succeeded", within=30)
+    service.check_invariants(job_id)
+
+
+def test_f27_a_broker_that_takes_no_more_costs_time_and_no_job(service: Service, valkey_server: Valkey) -> None:
+    service.start_worker("press")
+    service.start_control()
+    with redis.Redis.from_url(valkey_server.url) as client:
+        client.config_set("maxmemory", "1")
+        try:
+            refused = service.submit()
+            service.await_state(refused, "succeeded", within=20)
+        finally:
+            client.config_set("maxmemory", "0")
+    after = service.submit()
+    service.await_state(after, "succeeded", within=20)
+    for job_id in (refused, after):
+        service.check_invariants(job_id)

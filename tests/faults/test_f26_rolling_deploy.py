@@ -1,0 +1,96 @@
+"""F26: for a while two versions serve one database. The code of the revision before runs on today's tables; today's code waits for its own."""
+
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import migrations
+from tests.servers import Valkey
+from tests.service import ROOT, Service, eventually
+
+
+def code_before_the_newest_migration() -> bytes | None:
+    """The tree of the commit before the one that brought the newest migration, from the project's own history."""
+    newest = next((ROOT / "migrations" / "versions").glob(f"{migrations.newest()}_*.py")).relative_to(ROOT)
+    git = ["git", "-C", str(ROOT)]
+    brought = subprocess.run(
+        [*git, "log", "--format=%H", "--follow", "--diff-filter=AR", "-1", "--", str(newest)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if brought.returncode or not brought.stdout.strip():
+        return None
+    archive = [*git, "archive", f"{brought.stdout.strip()}^", "api", "core", "worker", "migrations", "tests"]
+    made = subprocess.run(archive, capture_output=True, check=False)
+    return made.stdout if made.returncode == 0 else None
+
+
+@pytest.fixture(scope="module")
+def old_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    archive = code_before_the_newest_migration()
+    if archive is None:
+        pytest.skip("this copy of the project has no history")
+    folder = tmp_path_factory.mktemp("before")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+def old_revision(old_tree: Path) -> str:
+    return max(path.name.partition("_")[0] for path in (old_tree / "migrations" / "versions").glob("[0-9]*.py"))
+
+
+def test_f26_an_old_worker_and_an_old_control_process_serve_a_new_database(service: Service, old_tree: Path) -> None:
+    assert old_revision(old_tree) < migrations.newest()
+    old = {"PYTHONPATH": str(old_tree)}
+    service.start(str(old_tree / "tests" / "worker_process.py"), "first_slow", cwd=old_tree, **old)
+    service.start("-m", "worker.control", cwd=old_tree, **old)
+    job_id = service.submit()
+    service.await_state(job_id, "running", within=30)
+    (worker,) = [one for one in service.store.workers() if one.state == "busy"]
+    # The lease of an old worker's job runs out under the old control process, and a new worker ends it.
+    first = service.processes[0]
+    first.kill()
+    service.start_worker("first_slow")
+    job = service.await_state(job_id, "succeeded", within=30)
+    assert (job.attempt, job.failures) == (2, 1)
+    assert job.worker_id != worker.id
+    service.check_invariants(job_id)
+
+
+def test_f26_a_new_worker_waits_for_its_tables_and_then_works(
+    tmp_path: Path, valkey_server: Valkey, old_tree: Path
+) -> None:
+    valkey_server.flush()
+    url = f"sqlite:///{tmp_path / 'nightpress.db'}"
+    migrations.upgrade(url, old_revision(old_tree))
+    service = Service(tmp_path, url, broker_url=valkey_server.url)
+    try:
+        script = (
+            "import sys, pathlib; from tests.service import Service; "
+            f"s = object.__new__(Service); from core.database import make_engine; from core.jobs.store import JobStore; "
+            f"s.store = JobStore(make_engine({url!r})); s.model_id, s.model_digest = sys.argv[1:]; print(s.submit())"
+        )
+        submitted = subprocess.run(
+            [sys.executable, "-c", script, service.model_id, service.model_digest],
+            cwd=old_tree,
+            env=service.environment() | {"PYTHONPATH": str(old_tree)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert submitted.returncode == 0, submitted.stderr
+        job_id = submitted.stdout.strip()
+        service.start(str(ROOT / "tests" / "worker_process.py"), "press")
+        service.start_control()
+        eventually(lambda: "no such column" in service.output() or "no such table" in service.output(), within=30)
+        migrations.upgrade(url)
+        service.await_state(job_id, "succeeded", within=30)
+        service.check_invariants(job_id)
+    finally:
+        service.close()
