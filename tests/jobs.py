@@ -53,9 +53,9 @@ def offer(worker_id: str = "worker-1", **changes: Any) -> WorkerOffer:
     return WorkerOffer(**(given | changes))
 
 
-def submit(store: JobStore, **changes: Any) -> str:
+def submit(store: JobStore, *, max_queued: int = 10_000, **changes: Any) -> str:
     """A queued job's id."""
-    return store.submit(new_job(**changes), max_queued=10_000)[0].id
+    return store.submit(new_job(**changes), max_queued=max_queued)[0].id
 
 
 def claim(store: JobStore, worker_id: str = "worker-1", *, ttl_s: float = 60.0) -> Claimed:

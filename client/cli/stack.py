@@ -45,7 +45,9 @@ def up(
     if session.json:
         output.print_json({"api_url": url, "key_file": str(settings.key_file), "data_dir": str(settings.data_dir)})
     else:
-        output.say(f"Nightpress answers at {url}; its key is in {settings.key_file}. `nightpress down` ends it.")
+        output.say(
+            f"Nightpress answers at {url}; its key is in {settings.key_file}. `nightpress web` opens its page, `nightpress down` ends it."
+        )
 
 
 def _run_in_foreground() -> int:

@@ -346,3 +346,8 @@ def test_help_documents_the_exit_statuses(face: Face):
     text = " ".join(done.stdout.split())
     for status in ("0 all went well", "3 the result missed a gate", "130 Ctrl-C"):
         assert status in text
+
+
+def test_the_web_pages_address_carries_the_key_behind_the_hash(face: Face):
+    address = run(face, "web", "--print").stdout.strip()
+    assert address == f"{face.url}/#key={face.key}"

@@ -44,7 +44,7 @@ export function table(caption, columns, rows, body = h("tbody")) {
   return h("div", { class: "wide" },
     h("table", {},
       h("caption", { class: "unseen" }, caption),
-      h("thead", {}, h("tr", {}, columns.map((one) => h("th", { scope: "col" }, one)))),
+      h("thead", {}, h("tr", {}, columns.map((one) => h("th", { scope: "col" }, one || h("span", { class: "unseen" }, "Actions"))))),
       body));
 }
 

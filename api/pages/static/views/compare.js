@@ -23,7 +23,7 @@ export async function compare(main, { signal, query, go }) {
   }
   const all = points(reports);
   const measure = all[0].measure;
-  const columns = ["Artifact", "Size", ...(measure ? [words(measure)] : []), "Latency", ""];
+  const columns = ["Artifact", "Size", ...(measure ? [words(measure)] : []), "Latency", "Standing"];
   const sorted = [...all].sort((a, b) => a.dominated - b.dominated || a.size - b.size);
   fill(main,
     heading("Compare"), missing,

@@ -125,7 +125,7 @@ function gates(report) {
 function comparison(report, subjects) {
   const measures = [...new Set(subjects.flatMap((one) => one.measurements.map((measure) => measure.name)))];
   const shapes = [...new Set(subjects.flatMap((one) => one.timings.map((timing) => `${timing.batch} × ${timing.length}`)))];
-  const columns = ["", ...subjects.map((one) => one.name)];
+  const columns = ["Measure", ...subjects.map((one) => one.name)];
   const source = report.source;
   const rows = [
     row(columns, ["size", ...subjects.map((one) => h("span", {}, bytes(one.size_bytes), one === source ? null : h("small", {}, percent(one.size_bytes / source.size_bytes))))]),

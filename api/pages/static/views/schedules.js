@@ -18,7 +18,7 @@ export async function schedules(main, { signal, query, go }) {
   await poll(signal, 5, async () => {
     const page = await get("/v1/schedules", { cursor: query.get("cursor"), limit: 50 }, signal);
     fill(notice);
-    if (page.items.length === 0) fill(place, empty("No schedules yet.", h("p", {}, "One command makes a nightly job:"), copyable('nightpress schedule create nightly --cron "0 2 * * *" --timezone Europe/Berlin --model my-model --recipe int8-encoder')));
+    if (page.items.length === 0) fill(place, empty("No schedules yet.", h("p", {}, "One command makes a nightly job:"), copyable('nightpress schedule add nightly --cron "0 2 * * *" --timezone Europe/Berlin --model my-model --recipe int8-encoder')));
     else fill(place, table("Schedules", COLUMNS, page.items.map((one) => draw(one, go))));
     fill(pages, page.next_cursor ? h("a", { href: `#/schedules?cursor=${encodeURIComponent(page.next_cursor)}` }, "More") : null);
   }, (error) => fill(notice, trouble(error)));
@@ -36,7 +36,8 @@ function draw(one, go) {
 }
 
 function next(one) {
-  return one.next_at ? h("time", { datetime: one.next_at, title: moment(one.next_at) }, age(one.next_at)) : "–";
+  const [first] = one.upcoming;
+  return first ? h("time", { datetime: first, title: moment(first) }, age(first)) : "–";
 }
 
 function pressed(job) {
@@ -81,7 +82,7 @@ export async function schedule(main, { signal, go }, id) {
         facts([
           ["State", badge(one.suspended ? "suspended" : "active")],
           ["When", h("span", {}, h("code", {}, one.cron), " ", one.timezone)],
-          ["Next", one.next_at ? `${moment(one.next_at)} (${age(one.next_at)})` : null],
+          ["Next", one.upcoming.length ? one.upcoming.slice(0, 3).map((at) => h("div", {}, h("time", { datetime: at }, `${moment(at)} (${age(at)})`))) : null],
           ["Presses", pressed(one.job)],
           ["If the last still runs", words(one.overlap)],
           ["Missed fires", one.catch_up === "none" ? "left out" : one.catch_up === "latest" ? "the latest is made up" : "all are made up"],
@@ -91,7 +92,7 @@ export async function schedule(main, { signal, go }, id) {
     fill(runs, page.items.length === 0 ? empty("It has not fired yet.") : table("Fires, newest first", RUNS, page.items.map((run) => row(RUNS, [
       h("time", { datetime: run.scheduled_for }, moment(run.scheduled_for)),
       h("span", {}, badge(run.state), run.reason ? ` ${words(run.reason)}` : "", run.error ? h("small", {}, run.error.message) : null),
-      run.job_id ? h("a", { href: `#/jobs/${run.job_id}` }, run.job_id) : "–", run.cause]))));
+      run.job_id ? h("span", {}, h("a", { href: `#/jobs/${run.job_id}` }, run.job_id), " ", run.job_state ? badge(run.job_verdict ?? run.job_state) : null) : "–", run.cause]))));
   }, (error) => fill(notice, trouble(error)));
 }
 
@@ -100,7 +101,7 @@ async function form(signal, go, existing = null) {
   const [recipes, models] = await Promise.all([get("/v1/recipes", {}, signal), get("/v1/models", { limit: 200 }, signal)]);
   const job = existing?.job ?? {};
   const own = typeof job.recipe === "object";
-  const name = h("input", { required: true, pattern: "[a-z0-9][a-z0-9._\\-]{0,63}", value: existing?.name ?? "nightly", disabled: existing !== null });
+  const name = h("input", { required: true, pattern: "[a-z0-9][a-z0-9._\\-]{0,63}", value: existing?.name ?? "nightly" });
   const cron = h("input", { required: true, value: existing?.cron ?? "0 2 * * *" });
   const zone = h("input", { required: true, value: existing?.timezone ?? Intl.DateTimeFormat().resolvedOptions().timeZone });
   const names = [...new Set([...(job.model ? [job.model] : []), ...models.items.map((one) => one.name)])];
@@ -119,11 +120,11 @@ async function form(signal, go, existing = null) {
     h("div", { class: "row" }, h("button", { class: "primary" }, existing ? "Save" : "Create"), h("button", { type: "button", onclick: () => element.remove() }, "Cancel")));
   element.addEventListener("submit", async (event) => {
     event.preventDefault();
-    const wanted = { cron: cron.value.trim(), timezone: zone.value.trim(), overlap: overlap.value, catch_up: catchUp.value, only_if_changed: onlyIfChanged.checked, job: { ...job, model: model.value, recipe: recipe.value || job.recipe } };
+    const wanted = { name: name.value.trim(), cron: cron.value.trim(), timezone: zone.value.trim(), overlap: overlap.value, catch_up: catchUp.value, only_if_changed: onlyIfChanged.checked, job: { ...job, model: model.value, recipe: recipe.value || job.recipe } };
     try {
       const saved = existing
         ? await change("PATCH", `/v1/schedules/${existing.id}`, wanted, existing.etag)
-        : await post("/v1/schedules", { name: name.value.trim(), ...wanted });
+        : await post("/v1/schedules", wanted);
       element.remove();
       go(`#/schedules/${saved.id}`);
     } catch (error) {

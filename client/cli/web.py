@@ -1,0 +1,31 @@
+"""The subcommand that opens the web page, signed in."""
+
+import webbrowser
+from typing import Annotated
+
+import typer
+
+from client.cli import output
+from client.cli.session import Session, takes_session
+from client.errors import ClientError
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("web", rich_help_panel="This machine")(takes_session(web))
+
+
+def web(
+    session: Session,
+    show: Annotated[bool, typer.Option("--print", help="Print the address instead of opening a browser.")] = False,
+) -> None:
+    """Open the web page with your key. It stands behind the address's #, which browsers send to no server."""
+    options = session.client().options
+    if options.api_key is None:
+        raise ClientError(
+            "There is no API key to sign in with.", hint="Set NIGHTPRESS_API_KEY, or run `nightpress up`."
+        )
+    address = f"{options.api_url}/#key={options.api_key}"
+    if session.json:
+        output.print_json({"url": address})
+    elif show or not webbrowser.open(address):
+        print(address)  # noqa: T201 - the key is what was asked for, and no markup

@@ -1,0 +1,271 @@
+"""The web page in a real browser, against a real API; a worker's part is played by hand."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import ErrorCode, NightpressError
+from core.handoff.frames import Progress
+from tests.browser import DESKTOP, Browser, Seen, chromium, overflows, violations
+from tests.face import RECIPE, Face
+
+HOSTILE = "<img src=x onerror=\"document.title='taken'\"> nightly"
+NARROW = {"width": 360, "height": 740}
+VIEWS = ("/jobs", "/jobs/new", "/models", "/schedules", "/workers", "/compare")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
+    face = Face(tmp_path_factory.mktemp("face"))
+    face.start()
+    yield face
+    face.close()
+
+
+@pytest.fixture(scope="module")
+def model_id(face: Face, bert_tiny: Path) -> str:
+    with face.client() as one:
+        return one.models.upload(bert_tiny).id
+
+
+@pytest.fixture(scope="module")
+def finished(face: Face, model_id: str) -> list[str]:
+    """Two jobs that have succeeded, one of them rejected, and one that has failed."""
+    with face.client() as one:
+        ids = [one.jobs.submit(model_id, RECIPE, name=name).id for name in (HOSTILE, "second", "third")]
+        face.succeed(face.claim())
+        face.succeed(face.claim(), verdict="rejected")
+        face.fail(face.claim(), NightpressError(ErrorCode.INVALID_DATA, "The text is <b>empty</b>.", hint="Add lines."))
+    return ids
+
+
+def signed_in(browser: Browser, face: Face, view: str = "/jobs", **look: Any) -> Any:
+    return browser.open(f"{face.url}/#key={face.key}", **look) if view == "/jobs" else _then(browser, face, view, look)
+
+
+class _then:  # noqa: N801 - reads as a verb where it is used
+    """Sign in, then go to a view."""
+
+    def __init__(self, browser: Browser, face: Face, view: str, look: dict[str, Any]) -> None:
+        self._opened = browser.open(f"{face.url}/#key={face.key}", **look)
+        self._view = view
+
+    def __enter__(self) -> Seen:
+        seen = self._opened.__enter__()
+        seen.page.wait_for_selector("nav a[aria-current]")
+        seen.page.evaluate(f"location.hash = '#{self._view}'")
+        return seen
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.__exit__(*error)
+
+
+def settled(page: Any) -> None:
+    """Nothing says "Loading" and what the view asked for has arrived."""
+    page.wait_for_load_state("networkidle")
+
+
+def test_a_wrong_key_is_refused_and_a_right_one_lets_in(browser: Browser, face: Face):
+    with browser.open(face.url) as seen:
+        page = seen.page
+        page.fill("input[name=key]", "np_wrong")
+        page.press("input[name=key]", "Enter")
+        page.wait_for_selector("[role=alert]")
+        page.fill("input[name=key]", face.key)
+        page.press("input[name=key]", "Enter")
+        page.wait_for_selector("h1:has-text('Jobs')")
+        page.click("text=Sign out")
+        page.wait_for_selector("h1:has-text('Sign in')")
+        assert page.evaluate("sessionStorage.length + localStorage.length") == 0
+
+
+def test_a_key_in_the_address_is_taken_and_leaves_it(browser: Browser, face: Face):
+    with signed_in(browser, face) as seen:
+        seen.page.wait_for_selector("h1:has-text('Jobs')")
+        assert face.key not in seen.page.url
+        assert not any(face.key in url for url in seen.requests)
+
+
+@pytest.mark.parametrize(
+    "look", [{"viewport": DESKTOP}, {"viewport": NARROW, "dark": True}], ids=["desktop", "phone, dark"]
+)
+def test_every_view_is_usable_by_all_and_asks_no_other_origin(
+    browser: Browser, face: Face, finished: list[str], look: dict[str, Any]
+):
+    with signed_in(browser, face, **look) as seen:
+        page = seen.page
+        for view in (
+            *VIEWS,
+            f"/jobs/{finished[0]}",
+            f"/jobs/{finished[2]}",
+            f"/compare?job={finished[0]}&job={finished[1]}",
+        ):
+            page.wait_for_selector("h1")
+            page.evaluate(f"location.hash = '#{view}'")
+            page.wait_for_function(f"location.hash === '#{view}'")
+            page.wait_for_timeout(300)
+            settled(page) if not view.startswith("/jobs/job") else page.wait_for_selector(".log")
+            assert violations(page) == [], view
+            assert overflows(page) == [], view
+            assert page.title().endswith("Nightpress"), view
+        assert {url.split("/")[2] for url in seen.requests if url.startswith("http")} == {face.url.split("/")[2]}
+        assert seen.complaints == []
+
+
+def test_what_people_write_is_shown_and_never_run(browser: Browser, face: Face, finished: list[str]):
+    with signed_in(browser, face) as seen:
+        link = seen.page.wait_for_selector(f"a[href='#/jobs/{finished[0]}']")
+        assert link.inner_text() == HOSTILE
+        link.click()
+        seen.page.wait_for_selector("text=Before and after")
+        assert HOSTILE in seen.page.title()
+        assert seen.page.query_selector("img[src=x]") is None
+
+
+def test_a_job_is_followed_live_from_queued_to_its_artifacts(browser: Browser, face: Face, model_id: str):
+    with face.client() as one:
+        job = one.jobs.submit(model_id, RECIPE, name="followed", priority=50)
+    with signed_in(browser, face, f"/jobs/{job.id}") as seen:
+        page = seen.page
+        page.wait_for_selector(".badge:has-text('queued')")
+        claimed = face.claim()
+        face.store.renew(
+            claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.4, message="layer 3 of 7")
+        )
+        face.store.append_logs(claimed.lease, [("info", "reading <weights>")])
+        page.wait_for_selector(".now:has-text('layer 3 of 7')")
+        assert page.get_attribute(".now progress", "aria-label") == "pressing, 40%"
+        page.wait_for_selector(".log:has-text('reading <weights>')")
+        made = face.succeed(claimed)
+        page.wait_for_selector("h2:has-text('Before and after')")
+        assert "25%" in page.inner_text("#main")
+        page.click("summary:has-text('2 files')")
+        with page.expect_download() as download:
+            page.click("button[aria-label='Download sub dir/model.safetensors']")
+        weights = made / "compressed-tensors" / "sub dir" / "model.safetensors"
+        assert Path(download.value.path()).read_bytes() == weights.read_bytes()
+        with page.expect_download() as report:
+            page.click("text=Save the report (HTML)")
+        assert "<title>report</title>" in Path(report.value.path()).read_text()
+
+
+def test_a_failed_job_says_why_and_what_to_do(browser: Browser, face: Face, finished: list[str]):
+    with signed_in(browser, face, f"/jobs/{finished[2]}") as seen:
+        said = seen.page.wait_for_selector(".notice.bad").inner_text()
+        assert "The text is <b>empty</b>." in said
+        assert "Add lines." in said
+
+
+def test_a_job_is_cancelled_with_the_keyboard_alone(browser: Browser, face: Face, model_id: str):
+    with face.client() as one:
+        job = one.jobs.submit(model_id, RECIPE, name="unwanted")
+        with signed_in(browser, face) as seen:
+            page = seen.page
+            page.wait_for_selector("button[aria-label='Cancel unwanted']").focus()
+            page.keyboard.press("Enter")
+            page.wait_for_selector("dialog[open]")
+            page.keyboard.press("Escape")
+            page.wait_for_selector("dialog", state="detached")
+            assert one.jobs.get(job.id).state == "queued"
+            page.focus("button[aria-label='Cancel unwanted']")
+            page.keyboard.press("Enter")
+            page.wait_for_selector("dialog[open]")
+            page.focus("dialog button[value=yes]")
+            page.keyboard.press("Enter")
+            page.wait_for_selector("tr:has-text('unwanted') .badge:has-text('cancelled')")
+        assert one.jobs.get(job.id).state == "cancelled"
+
+
+def test_a_recipe_is_checked_while_it_is_written_and_then_submitted(browser: Browser, face: Face, model_id: str):
+    with signed_in(browser, face, f"/jobs/new?model={model_id}") as seen:
+        page = seen.page
+        page.wait_for_selector(".plan dt:has-text('Memory')")
+        page.fill("textarea", "name: mine\npasses: [{pass: magnitude, sparsity: 2}]\nexports: [safetensors]\n")
+        fault = page.wait_for_selector(".plan [role=alert]").inner_text()
+        assert "sparsity" in fault
+        assert page.is_disabled("text=Submit")
+        page.fill("textarea", "name: mine\npasses: [{pass: magnitude, sparsity: 0.5}]\nexports: [safetensors]\n")
+        page.wait_for_selector(".plan li:has-text('50% zeros')")
+        page.click("summary:has-text('Name, priority')")
+        page.fill("input[placeholder='team=search env=nightly']", "team=search")
+        page.click("button:has-text('Submit')")
+        page.wait_for_selector(".badge:has-text('queued')")
+        job_id = re.search(r"#/jobs/(job_\w+)", page.url)
+    assert job_id is not None
+    with face.client() as one:
+        assert one.jobs.get(job_id[1]).labels == {"team": "search"}
+        one.jobs.cancel(job_id[1])
+
+
+def test_filters_are_in_the_address_and_an_empty_list_says_so(browser: Browser, face: Face, finished: list[str]):
+    with signed_in(browser, face) as seen:
+        page = seen.page
+        page.click("button.chip:has-text('failed')")
+        page.wait_for_function("document.querySelectorAll('tbody tr').length === 1")
+        assert page.url.endswith("#/jobs?state=failed")
+        page.fill("input[aria-label='Only jobs with this label']", "team=nobody")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".empty:has-text('No job matches')")
+
+
+def test_a_schedule_is_made_edited_suspended_and_deleted(browser: Browser, face: Face, model_id: str):
+    with signed_in(browser, face, "/schedules") as seen:
+        page = seen.page
+        page.click("text=New schedule")
+        page.wait_for_selector("form h2:has-text('New schedule')")
+        page.get_by_label("Name").fill("nightly-search")
+        page.get_by_label("When (cron)").fill("every night")
+        page.get_by_label("Time zone").fill("Australia/Lord_Howe")
+        page.click("form button:has-text('Create')")
+        page.wait_for_selector("form [role=alert]")
+        page.get_by_label("When (cron)").fill("30 2 * * *")
+        page.click("form button:has-text('Create')")
+        page.wait_for_selector("h1:has-text('nightly-search')")
+        page.click("button:has-text('Edit')")
+        page.get_by_label("When (cron)").fill("0 3 * * *")
+        page.click("form button:has-text('Save')")
+        page.wait_for_selector("dd:has-text('0 3 * * *')")
+        page.click("button:has-text('Suspend')")
+        page.wait_for_selector("dd .badge:has-text('suspended')")
+        assert violations(page) == []
+        page.click("button:has-text('Delete')")
+        page.click("dialog button[value=yes]")
+        page.wait_for_selector(".empty:has-text('No schedules yet')")
+
+
+def test_artifacts_that_others_beat_are_greyed(browser: Browser, face: Face, finished: list[str]):
+    with signed_in(browser, face, f"/compare?job={finished[0]}&job={finished[1]}") as seen:
+        page = seen.page
+        page.wait_for_selector("caption:has-text('Artifacts and their sources')", state="attached")
+        # The two reports are equal, so neither beats the other; nothing beats the source in speed.
+        assert page.locator("tr.dominated").count() == 0
+        assert page.locator("svg[role=img]").count() == 2
+        points = page.evaluate(
+            """async () => {
+                const { points } = await import('/static/comparison.js');
+                const subject = (size, quality, ms) => ({format: 'x', size_bytes: size, measurements: [{name: 'cosine', value: quality, better: 'higher'}], timings: [{p50_ms: ms}]});
+                const report = (size, quality, ms) => ({job: 'j', report: {model: {name: 'm', digest: 'd'}, recipe: {name: 'r'}, source: subject(100, 1, 9), artifacts: [subject(size, quality, ms)]}});
+                return points([report(50, 0.9, 5), report(60, 0.8, 6), report(40, 0.7, 8)]).map(one => [one.size, one.dominated]);
+            }"""
+        )
+        assert sorted(points) == [[40, False], [50, False], [60, True], [100, False]]
+
+
+def test_a_server_that_goes_away_is_said_and_found_again(browser: Browser, face: Face, finished: list[str]):
+    with signed_in(browser, face) as seen:
+        page = seen.page
+        page.wait_for_selector(f"a[href='#/jobs/{finished[0]}']")
+        face.stop()
+        page.wait_for_selector('[role=alert]:has-text("doesn\'t answer")')
+        assert page.query_selector(f"a[href='#/jobs/{finished[0]}']") is not None
+        face.start()
+        page.wait_for_selector("[role=alert]", state="detached")
