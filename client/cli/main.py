@@ -7,11 +7,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-<<<<<<< HEAD
-from client.cli import catalog, demo, doctor, jobs, output, press, proof, results, schedules, stack
-=======
-from client.cli import catalog, demo, doctor, jobs, output, press, results, schedules, stack, web
->>>>>>> b8a9fd4 (Test the web page in a browser, give it schedules, and open it signed in with `nightpress web`)
+from client.cli import catalog, demo, doctor, jobs, output, press, proof, results, schedules, stack, web
 from client.cli.exits import EPILOG, Exit
 from client.errors import ApiError, ClientError, TransferError, UnreachableError
 from core.errors import ErrorCode, NightpressError
@@ -25,11 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stdout.isatty() else None,  # boxes and colours for eyes, plain lines for pipes
 )
-<<<<<<< HEAD
-for part in (jobs, results, proof, schedules, catalog, stack, press, doctor, demo):
-=======
-for part in (jobs, results, schedules, catalog, stack, web, press, doctor, demo):
->>>>>>> b8a9fd4 (Test the web page in a browser, give it schedules, and open it signed in with `nightpress web`)
+for part in (jobs, results, proof, schedules, catalog, stack, web, press, doctor, demo):
     part.add_to(app)
 
 
