@@ -23,7 +23,7 @@ from core.errors import ErrorCode, NightpressError
 from core.handoff.report import PassRecord
 from core.recipes.header import ModelHeader
 from core.recipes.passes import Fp8, KvCache, SmoothQuant
-from core.recipes.passes.quantize import CACHED_FROM
+from core.recipes.passes.activations import CACHED_FROM
 
 
 def smoothquant(source: Path, target: Path, options: SmoothQuant, context: PassContext) -> PassRecord:

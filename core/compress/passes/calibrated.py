@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from core.compress.executors.stream import copy_companions
 from core.compress.export.compressed_tensors import write_config
 from core.compress.passes.folding import Folding
 from core.compress.passes.quantize import OnGrid
-from core.compress.passes.sensitivity import schemes_within_budget
+from core.compress.passes.sensitivity import part_of, schemes_within_budget
 from core.compress.solvers.awq import search_scales
 from core.compress.solvers.gram import Gram
 from core.compress.solvers.grid import dequantize
@@ -43,13 +44,13 @@ def scheme_of(schemes: Schemes, weight: str) -> Scheme:
 
 def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> PassRecord:
     """Quantize with GPTQ, pruning on the way if asked to. `target` becomes a compressed-tensors `pack-quantized` model."""
-    schemes, summary = _schemes(source, options, context)
+    schemes, summary, context = _schemes(source, options, context)
     return quantize(source, target, Quantized(options, schemes), schemes, options, context, summary)
 
 
 def awq(source: Path, target: Path, options: Awq, context: PassContext) -> PassRecord:
     """Quantize with AWQ. `target` becomes a compressed-tensors `pack-quantized` model, its norms scaled."""
-    schemes, summary = _schemes(source, options, context)
+    schemes, summary, context = _schemes(source, options, context)
     method = ActivationAware(options, schemes, context.header)
     return quantize(source, target, method, schemes, options, context, summary)
 
@@ -66,13 +67,14 @@ def wanda(source: Path, target: Path, options: Wanda, context: PassContext) -> P
     return record(options, context, press(source, target, WeightAndActivation(options), options, context), start, {})
 
 
-def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Schemes, dict[str, Any]]:
-    """How each module is stored, and what the record says of it."""
+def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Schemes, dict[str, Any], PassContext]:
+    """How each module is stored, what the record says of it, and the context of what is left to do."""
     summary: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size, "symmetric": options.symmetric}
     if options.budget is None:
-        return options.scheme, summary
+        return options.scheme, summary, context
     schemes, found = schemes_within_budget(source, calibration_samples(source, context), options, context)
-    return schemes, summary | {"bits": None, "budget": options.budget} | found
+    rest = replace(context, progress=part_of(context, 0.5, 1.0))
+    return schemes, summary | {"bits": None, "budget": options.budget} | found, rest
 
 
 class _GroupByGroup:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,18 @@ def schemes_within_budget(
     recipe = options.model_dump_json()
     found: dict[str, Any] = json.loads(kept.read_bytes()) if kept.exists() else {}
     if found.get("recipe") != recipe:
-        found = {"recipe": recipe, **_measure(source, samples, options, context)}
+        # The sweep's own files go when it is done, so only what it found is a checkpoint.
+        measuring = replace(context, checkpoint=lambda _path, _step: None, progress=part_of(context, 0.0, 0.5))
+        found = {"recipe": recipe, **_measure(source, samples, options, measuring)}
         write_file(kept, json.dumps(found).encode())
+        context.whole(0, kept)
     bits: dict[str, int] = found["bits"]
     return lambda module: options.candidate(bits[module]), {"bits_by_layer": bits, "error_by_layer": found["errors"]}
+
+
+def part_of(context: PassContext, start: float, end: float) -> Callable[[float, str], None]:
+    """Progress for a part of a pass."""
+    return lambda fraction, message: context.progress(start + (end - start) * fraction, message)
 
 
 def _measure(source: Path, samples: Batch, options: Budgeted, context: PassContext) -> dict[str, Any]:

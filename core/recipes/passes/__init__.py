@@ -4,11 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from core.recipes.passes.activations import DynamicInt8, Fp8, KvCache, SmoothQuant
 from core.recipes.passes.adapt import EarlyExit
 from core.recipes.passes.base import ExportFormat, PassOptions
 from core.recipes.passes.distill import Distill, Recover
 from core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
-from core.recipes.passes.quantize import Awq, DynamicInt8, Fp8, Gptq, KvCache, Quantizing, SmoothQuant, WeightOnly
+from core.recipes.passes.quantize import Awq, Gptq, WeightOnly
+from core.recipes.passes.quantizing import Quantizing
 
 __all__ = [
     "PASS_TYPES",

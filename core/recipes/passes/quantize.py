@@ -1,52 +1,27 @@
-"""Passes that round weights, and activations, to a grid."""
+"""Passes that round weights to a grid."""
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost, blocks_cost, stream_cost
+from core.recipes.costs import Cost
 from core.recipes.header import ModelHeader, TensorInfo
 from core.recipes.linears import Divisor, check_layout, invalid, is_token_embedding, matches, module_of
 from core.recipes.passes.base import (
     FOLDABLE,
     Calibrated,
-    ExportFormat,
-    Need,
-    OnLinears,
-    PassOptions,
-    Patterns,
-    Scope,
 )
+from core.recipes.passes.quantizing import Quantizing
 from core.recipes.passes.sparsity import Pattern, pattern_divisor, with_sparsity
-from core.recipes.schemes import BLOCK, Activations, Scheme, Strategy
+from core.recipes.schemes import Scheme, Strategy
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Ranges = Literal["extremes", "least-error", "half-quadratic"]
 _RANGES = "A scale from its weights' extremes, where their rounding costs least, or by half-quadratic splitting, which minds outliers less."
 _ONE_GRID = "transformers takes the zero points of one grid alone: leave `symmetric` at true with {}"
-
-
-class Quantizing(OnLinears):
-    """A pass that leaves codes and scales in the place of linear weights, in a format of compressed-tensors."""
-
-    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors"})
-    last: ClassVar[bool] = True
-    quantizes: ClassVar[bool] = True
-
-    def scheme(self, module: str) -> Scheme:
-        """How the weight of this module is stored."""
-        raise NotImplementedError
-
-    @property
-    def coarsest_bits(self) -> int:
-        """Of any weight it rounds."""
-        raise NotImplementedError
-
-    def stored_bytes(self, tensor: TensorInfo) -> int:
-        return self.scheme(module_of(tensor)).stored_bytes(tensor) if self.takes(tensor) else tensor.size
 
 
 class Override(BaseModel):
@@ -293,159 +268,3 @@ class Awq(Budgeted):
                 f"`awq` can't take a {header.model_type}: its norms can't make up for scaled inputs.",
                 f"Use `gptq`; `awq` takes {', '.join(sorted(self.model_types))}.",
             )
-
-
-class SmoothQuant(Quantizing, Calibrated):
-    """Int8 weights and int8 activations: strong inputs are scaled down, the norms before them making up for it (arXiv 2211.10438).
-
-    Weights have a scale a row. Inputs are rounded with a scale a token as they come, or with one a layer from calibration. Where a
-    family's norms can't take the factors, its inputs are rounded as they are. Written as compressed-tensors `int-quantized`.
-    """
-
-    pass_: Literal["smoothquant"] = Field("smoothquant", alias="pass")
-    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = Field(
-        "search",
-        description="How much of an input's strength moves into the weights: 0 nothing, 1 all; `search` tries, and takes what costs the outputs least.",
-    )
-    activations: Literal["token", "tensor"] = Field(
-        "token", description="`token`: a scale a token, found as it comes. `tensor`: one a layer, from calibration."
-    )
-    weights: Literal["nearest", "gptq"] = "nearest"
-    damping: float = Field(
-        0.01, gt=0, le=1, description="With `gptq`: of the mean power of the inputs, added to each one's."
-    )
-
-    def describe(self) -> str:
-        strength = "searched" if self.alpha == "search" else f"{self.alpha:g}"
-        return f"{self.scheme('').describe()}, alpha {strength}, weights by {self.weights}"
-
-    def scheme(self, module: str) -> Scheme:
-        return Scheme(8, activations=Activations(static=self.activations == "tensor"))
-
-    @property
-    def coarsest_bits(self) -> int:
-        return 8
-
-    def warnings(self, header: ModelHeader | None) -> Iterable[str]:
-        yield from super().warnings(header)
-        if header is not None and header.model_type not in FOLDABLE:
-            yield f"`smoothquant`: the norms of a {header.model_type} can't take factors, so its inputs are rounded as they are."
-
-
-class Fp8(Quantizing):
-    """Fp8 (e4m3) weights and activations, for GPUs that multiply them. Written as compressed-tensors `float-quantized`.
-
-    With dynamic activations it needs no data; static ones take one scale a layer from calibration.
-    """
-
-    pass_: Literal["fp8"] = Field("fp8", alias="pass")
-    weights: Literal["channel", "tensor", "block"] = Field(
-        "channel", description="Which weights share a scale: a row, all of a layer, or 128 × 128."
-    )
-    activations: Literal["dynamic", "static"] = Field(
-        "dynamic",
-        description="`dynamic`: a scale a token (with `block`, for each 128 of its inputs), as it comes. `static`: one a layer.",
-    )
-
-    @model_validator(mode="after")
-    def _blocks_are_dynamic(self) -> Self:
-        if self.weights == "block" and self.activations == "static":
-            raise ValueError(
-                "`weights: block` needs `activations: dynamic`: its kernels scale 128 inputs of a token at a time"
-            )
-        return self
-
-    @property
-    def wants(self) -> Need:
-        return "calibration" if self.activations == "static" else "nothing"
-
-    def describe(self) -> str:
-        return self.scheme("").describe()
-
-    def divisor(self) -> Divisor | None:
-        return Divisor(BLOCK, "block") if self.weights == "block" else None
-
-    def scheme(self, module: str) -> Scheme:
-        return Scheme(8, "float", self.weights, activations=Activations(static=self.activations == "static"))
-
-    @property
-    def coarsest_bits(self) -> int:
-        return 8
-
-    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return blocks_cost(header, calibration) if self.wants == "calibration" else stream_cost(header)
-
-
-#: Weights of what is cached; loaders look for scales beside them.
-CACHED_FROM = (".v_proj.weight", ".qkv_proj.weight")
-
-
-class KvCache(PassOptions):
-    """Scales with which a runtime keeps keys and values in 8 bits, one for each layer's keys and one for its values, from calibration.
-
-    The weights stay as they are; a pass that quantizes them may follow. Keys are seen as they are cached, after their rotation.
-    """
-
-    needs: ClassVar[Need] = "calibration"
-    scope: ClassVar[Scope] = "blocks"
-    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors"})
-    quantizes: ClassVar[bool] = True
-
-    pass_: Literal["kv-cache"] = Field("kv-cache", alias="pass")
-    format: Literal["fp8", "int8"] = "fp8"
-
-    def describe(self) -> str:
-        return f"{self.format} keys and values, a scale a layer for each"
-
-    def scheme(self) -> Scheme:
-        return Scheme(8, "float" if self.format == "fp8" else "int", activations=Activations(static=True))
-
-    def cache_arguments(self) -> dict[str, Any]:
-        """`kv_cache_scheme` of a quantization_config."""
-        arguments = self.scheme().activation_arguments()
-        assert arguments is not None
-        return arguments
-
-    def check(self, header: ModelHeader) -> None:
-        if not header.is_decoder:
-            raise invalid("`kv-cache` takes decoders: no other model caches keys and values.", "Leave it out.")
-        if not any(tensor.name.endswith(CACHED_FROM) for tensor in header.tensors):
-            raise invalid(
-                f"`kv-cache` can't take a {header.model_type}: no loader finds the scales in its attention.",
-                "Leave it out.",
-            )
-
-    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return blocks_cost(header, calibration)
-
-
-class DynamicInt8(PassOptions):
-    """Int8 weights, and activations rounded to int8 as they come, in ONNX Runtime or OpenVINO.
-
-    The fastest form of an encoder on a CPU. Needs no data.
-    """
-
-    scope: ClassVar[Scope] = "graph"
-    runs_on: ClassVar[frozenset[str]] = frozenset({"cpu"})
-    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"onnx", "openvino"})
-    last: ClassVar[bool] = True
-
-    pass_: Literal["dynamic-int8"] = Field("dynamic-int8", alias="pass")
-    per_channel: bool = True
-    ignore: Patterns = Field((), description="Graph nodes left in float: names, or `re:` patterns.")
-
-    def describe(self) -> str:
-        return "int8 weights and activations"
-
-    def check(self, header: ModelHeader) -> None:
-        if header.is_decoder:
-            raise invalid(
-                "`dynamic-int8` takes encoders; a decoder exported so would run without its key/value cache.",
-                "Use `weight-only` for this model.",
-            )
-
-    def stored_bytes(self, tensor: TensorInfo) -> int:
-        return tensor.size if len(tensor.shape) != 2 else tensor.shape[0] * tensor.shape[1] + 4 * tensor.shape[0]
-
-    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return stream_cost(header)
