@@ -22,7 +22,8 @@ from core.compress.passes.sensitivity import part_of, schemes_within_budget
 from core.compress.solvers.awq import search_scales
 from core.compress.solvers.gram import Gram
 from core.compress.solvers.grid import dequantize
-from core.compress.solvers.obs import Factor, Prune, Quantize, factorize, solve
+from core.compress.solvers.obs import Factor, Prune, Quantize, Solved, factorize, solve
+from core.compress.solvers.products import fast_products
 from core.compress.solvers.refine import fit_scales, output_loss
 from core.compress.solvers.wanda import Power, wanda_mask
 from core.compress.stored import Coded, dequantized, from_tensors, grid_of, round_weight, to_tensors
@@ -33,6 +34,9 @@ from core.recipes.passes import Awq, Gptq, PassOptions, Quantizing, SparseGpt, W
 from core.recipes.passes.base import OnLinears
 from core.recipes.passes.quantize import Budgeted, Rounding
 from core.recipes.schemes import Scheme
+
+#: A row whose loss is within a hundredth of rounding's counts as no better: far beyond what fast products err by.
+_CLEARLY = 0.99
 
 #: How the weight of a module is stored.
 Schemes = Callable[[str], Scheme]
@@ -156,21 +160,29 @@ def round_obs(
     assert solved.scale is not None
     if prune is not None:
         return Coded(solved.codes, solved.scale, solved.zero_point)
-    scale, after, loss = solved.scale, solved.weight, solved.loss
-    if refine:
-        steps = solved.codes.to(weight.dtype)
-        if solved.zero_point is not None:
-            steps = (steps.view(*scale.shape, -1) - solved.zero_point[..., None]).view_as(weight)
-        scale = fit_scales(weight, gram, factor, steps, scale.to(weight.dtype), stored).to(stored)
-        after = dequantize(solved.codes, scale, solved.zero_point)
-        loss = output_loss(weight, after, factor)
+    scale, loss = solved.scale, solved.loss
     importance = factor.power if ranges == "least-error" else None
     nearest = round_weight(weight, scheme, stored, ranges=ranges, importance=importance)
-    worse = (loss > output_loss(weight, dequantized(nearest, scheme), factor))[:, None]
+    with fast_products():
+        if refine:
+            fitted = _fitted(weight, gram, factor, solved, scale, stored)
+            fitted_loss = output_loss(weight, dequantize(solved.codes, fitted, solved.zero_point), factor)
+            scale = torch.where((fitted_loss < loss)[:, None], fitted, scale)
+            loss = torch.minimum(fitted_loss, loss)
+        nearest_loss = output_loss(weight, dequantized(nearest, scheme), factor)
+    worse = (loss > _CLEARLY * nearest_loss)[:, None]
     zero_point = solved.zero_point
     if zero_point is not None and nearest.zero_point is not None:
         zero_point = torch.where(worse, nearest.zero_point, zero_point)
     return Coded(torch.where(worse, nearest.codes, solved.codes), torch.where(worse, nearest.scale, scale), zero_point)
+
+
+def _fitted(weight: Tensor, gram: Tensor, factor: Factor, solved: Solved, scale: Tensor, stored: torch.dtype) -> Tensor:
+    assert solved.codes is not None
+    steps = solved.codes.to(weight.dtype)
+    if solved.zero_point is not None:
+        steps = (steps.view(*scale.shape, -1) - solved.zero_point[..., None]).view_as(weight)
+    return fit_scales(weight, gram, factor, steps, scale.to(weight.dtype), stored).to(stored)
 
 
 def settle_coded(
