@@ -61,7 +61,7 @@ def prefix_digests(
     digests = []
     for count in range(1, len(recipe.passes) + 1):
         passes = [one.model_dump(mode="json") for one in recipe.passes[:count]]
-        reads = any(one.needs != "nothing" for one in recipe.passes[:count])
+        reads = any(one.wants != "nothing" for one in recipe.passes[:count])
         calibration = recipe.calibration.model_dump(mode="json") if reads else None
         said = set(_strings([passes, calibration]))
         body = {
