@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from core.jobs.store import JobStore
 from core.recipes.builtins import get_recipe
 from core.recipes.header import ModelHeader
 from core.recipes.models import Quality, Recipe, parse_recipe
-from core.recipes.plan import make_plan
+from core.recipes.plan import Leaner, make_plan
 from core.schemas import DataSetView, JobCreate, JobSpec, ModelView
 from core.settings import Settings
 from core.version import ENGINE
@@ -97,7 +97,7 @@ class JobService:
     def check(self, tenant_id: str, wanted: JobSpec) -> None:
         """Raise what submitting this job now would raise, the quota apart."""
         found = self._look_up(tenant_id, wanted)
-        self._check_fit(found.queue, found.needs_memory)
+        self._check_fit(found.queue, found.needs_memory, found.leaner)
 
     def model_digest(self, tenant_id: str, model: str) -> str:
         """Of the model that an id or a name means now. Raises not_found, conflict (it isn't ready)."""
@@ -149,7 +149,7 @@ class JobService:
         recipe = wanted.recipe if isinstance(wanted.recipe, str) else json.dumps(wanted.recipe, sort_keys=True)
         key = (tenant_id, wanted.model, isinstance(wanted.recipe, str), recipe)
         found = self._resolved.get(key, lambda: self._look_up(tenant_id, wanted))
-        self._check_fit(found.queue, found.needs_memory)
+        self._check_fit(found.queue, found.needs_memory, found.leaner)
         settings = self._settings
         return NewJob(
             tenant_id=tenant_id,
@@ -186,6 +186,7 @@ class JobService:
             model_digest=str(model.digest),
             queue=plan.queue,
             needs_memory=plan.estimate.memory_bytes if plan.estimate else 0,
+            leaner=plan.estimate.leaner if plan.estimate else (),
             recipe=plan.recipe.model_dump(mode="json"),
             data={name: {"id": one.id, "name": one.name, "digest": one.digest} for name, one in data.items()},
         )
@@ -212,15 +213,17 @@ class JobService:
             )
         return data_set
 
-    def _check_fit(self, queue: Queue, needs_memory: int) -> None:
+    def _check_fit(self, queue: Queue, needs_memory: int, leaner: Sequence[Leaner] = ()) -> None:
         """Refuse what no worker could ever hold. Where none is there to compare with, one that is large enough may still come."""
         workers = self._workers.get("workers", self._store.workers)
         offers = [one.memory for one in workers if one.queue == queue and one.state != "lost"]
         if offers and max(offers) < needs_memory:
+            fitting = next((one for one in leaner if one.memory_bytes <= max(offers)), None)
+            advice = "Start a" if fitting is None else f"Give the recipe {fitting.change}, or start a"
             raise NightpressError(
                 ErrorCode.CANNOT_FIT,
                 f"The job needs about {needs_memory / 1e9:.1f} GB of memory; the largest {queue} worker offers {max(offers) / 1e9:.1f} GB.",
-                hint="Start a larger worker, or raise NIGHTPRESS_WORKER_MEMORY if it has more than it offers.",
+                hint=f"{advice} worker that offers {-(-needs_memory // 2**30)} GiB, or raise NIGHTPRESS_WORKER_MEMORY if one has more than it offers.",
                 needs=needs_memory,
                 largest=max(offers),
             )
@@ -235,6 +238,7 @@ class _Resolved:
     model_digest: str
     queue: Queue
     needs_memory: int
+    leaner: tuple[Leaner, ...]
     recipe: dict[str, Any]
     data: dict[str, dict[str, Any]]
 

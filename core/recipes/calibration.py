@@ -17,4 +17,8 @@ class Calibration(BaseModel):
     data: DataRef = "builtin:prose"
     samples: int = Field(128, ge=1, le=100_000)
     length: int = Field(512, ge=8, le=131_072, description="tokens a sample")
-    seed: int = Field(0, ge=0)
+    packing: bool = Field(
+        True,
+        description="Join the texts to whole windows of `length`. false: each text by itself, cut at `length` and padded; padding is not calibrated on.",
+    )
+    seed: int = Field(0, ge=0, description="Which texts are taken: 0 from the start on, another from elsewhere.")

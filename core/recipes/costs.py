@@ -5,12 +5,17 @@ import re
 from typing import NamedTuple
 
 from core.recipes.calibration import Calibration
-from core.recipes.header import ModelHeader
+from core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
 
 RUNTIME_BYTES = (
     600 * 1024**2
 )  #: a child with torch and one consumer imported, measured: resident memory before any model
 FORWARD_RATE = 25e9  #: multiply-adds/s of fp32 on two cores
+GPU_RATE = 250e12  #: multiply-adds/s of bf16 that a calibration comes to on an H100, its kernels' waiting included
+_GRAM_EFFORT = 1.25  #: of strips up to the diagonal, for the half that is asked for
+_SOLVE_EFFORT = 3.0  #: settling columns moves memory as much as it multiplies
+_BATCH_WIDTHS = 6  #: of intermediate results that one batch holds
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
 _STREAM_BYTES = 300 * 1024**2  #: row chunks and write buffers of the stream executor
 _STREAM_RATE = 0.4e9  #: bytes/s read, rounded and written with fsync on two cores
 BATCH_TOKENS = {
@@ -22,8 +27,10 @@ IN_TURN_BYTES = {"cuda": 4 * 1024**3, "cpu": 1024**3}
 
 
 class Cost(NamedTuple):
-    memory_bytes: int  #: beside RUNTIME_BYTES
-    seconds: float
+    memory_bytes: int  #: of the host, beside RUNTIME_BYTES
+    seconds: float  #: of reading, writing and what a faster device doesn't speed up; without `work`, of all
+    work: float = 0.0  #: multiply-adds, done at the device's rate
+    gpu_bytes: int = 0  #: of the GPU's memory, if the job runs on one
 
 
 def in_turn_bytes(tokens: int, width: int, widest: int, itemsize: int) -> int:
@@ -36,16 +43,58 @@ def stream_cost(header: ModelHeader) -> Cost:
     return Cost(_STREAM_BYTES, header.size / _STREAM_RATE)
 
 
-def blocks_cost(header: ModelHeader, calibration: Calibration) -> Cost:
-    """Two forward passes of all blocks over the calibration text; the Gram matrices cost about as much as one."""
-    work = 3 * calibration.samples * calibration.length * header.parameters
-    return Cost(_blocks_bytes(header, calibration), header.size / _STREAM_RATE + work / FORWARD_RATE)
+def blocks_cost(header: ModelHeader, calibration: Calibration, *, gram: bool = True) -> Cost:
+    """The blocks executor's: one forward pass over the calibration text where its texts may wait in the middle of a block, else two.
+
+    gram: the method sums up Σ xxᵀ of each layer's inputs (half of it: it is symmetric) and solves with it.
+    """
+    shape = _shape(header)
+    length = min(calibration.length, header.positions or calibration.length)
+    tokens = calibration.samples * length
+    waiting = in_turn_bytes(tokens, shape.width, shape.widest, 4)
+    in_turn = waiting <= IN_TURN_BYTES["cpu"] and header.model_type not in MIXTURES | SHARED_BLOCKS
+    work: float = (1 if in_turn else 2) * tokens * shape.linear_weights
+    work += tokens * length * shape.width * shape.blocks  # attention: half of QKᵀ and of its product with V
+    if gram:
+        work += tokens * shape.distinct_squares / 2 * _GRAM_EFFORT + _SOLVE_EFFORT * shape.solving
+    held = (
+        2 * shape.largest_block
+        + 4 * 4 * shape.widest**2 * gram
+        + _BATCH_WIDTHS * BATCH_TOKENS["cpu"] * shape.widest * 4
+    )
+    activations = 4 * tokens * shape.width
+    memory = activations + max(2 * shape.largest_outside, held + (waiting if in_turn else 0))
+    gpu_tokens = BATCH_TOKENS["cuda"]
+    gpu = (
+        2 * tokens * shape.width
+        + shape.largest_block
+        + 4 * 4 * shape.widest**2
+        + 2 * _BATCH_WIDTHS * gpu_tokens * shape.widest
+    )
+    return Cost(memory, header.size / _STREAM_RATE, work, gpu)
 
 
-def _blocks_bytes(header: ModelHeader, calibration: Calibration) -> int:
-    """What the blocks executor holds: the embeddings, or two blocks with one layer's Gram matrix and its factor, beside the activations."""
+class _Shape(NamedTuple):
+    """What of a model its calibration's cost depends on. Bytes are of float32."""
+
+    blocks: int
+    width: int  #: of the hidden states
+    widest: int  #: inputs of a layer
+    linear_weights: int  #: in blocks, as often as a token meets them
+    distinct_squares: int  #: Σ n² over the distinct inputs of layers
+    solving: int  #: Σ n³/3 over distinct inputs and m·n²/2 over weights
+    largest_block: int
+    largest_outside: int
+
+
+def _shape(header: ModelHeader) -> _Shape:
     blocks: dict[str, int] = {}
-    outside = widest = 0
+    distinct: set[tuple[str, str, int]] = set()
+    outside = widest = solving = 0
+    weights = 0.0
+    experts = int(header.config.get("num_local_experts") or header.config.get("num_experts") or 1)
+    chosen = int(header.config.get("num_experts_per_tok") or 1)
+    runs = int(header.config.get("num_hidden_layers") or 1) if header.model_type in SHARED_BLOCKS else 1
     for tensor in header.tensors:
         found = re.match(r".*?\.\d+\.", tensor.name)
         size = 4 * math.prod(tensor.shape)
@@ -53,8 +102,23 @@ def _blocks_bytes(header: ModelHeader, calibration: Calibration) -> int:
             outside = max(outside, size)
             continue
         blocks[found[0]] = blocks.get(found[0], 0) + size
-        if len(tensor.shape) == 2:
-            widest = max(widest, tensor.shape[1])
-    width = int(header.config.get("hidden_size") or header.config.get("dim") or widest)
-    activations = 4 * calibration.samples * calibration.length * width
-    return activations + max(outside, 2 * max(blocks.values(), default=0) + 4 * 4 * widest**2)
+        if len(tensor.shape) != 2:
+            continue
+        rows, columns = reversed(tensor.shape) if header.model_type in CONV1D else tensor.shape
+        weights += runs * math.prod(tensor.shape) * (chosen / experts if ".experts." in tensor.name else 1)
+        widest = max(widest, columns)
+        solving += rows * columns**2 // 2
+        distinct.add((found[0], _input_of(tensor.name), columns))
+    width = next((int(header.config[name]) for name in _WIDTHS if header.config.get(name)), widest)
+    squares = sum(columns**2 for _, _, columns in distinct)
+    solving += sum(columns**3 // 3 for _, _, columns in distinct)
+    largest = max(blocks.values(), default=0)
+    return _Shape(len(blocks), width, widest, int(weights), squares * runs, solving, largest, outside)
+
+
+def _input_of(name: str) -> str:
+    """Layers with one name here are given the same inputs: queries, keys and values; gate and up projection."""
+    holder, _, leaf = name.removesuffix(".weight").rpartition(".")
+    if re.fullmatch(r"[qkv](_proj|_lin)?|query|key|value|gate_proj|up_proj|w1|w3|wi_\d", leaf):
+        return holder
+    return name

@@ -56,6 +56,14 @@ DECODERS = frozenset(
     }
 )
 
+ENCODER_DECODERS = frozenset({"t5"})
+VISION = frozenset({"vit"})
+
+#: Families whose experts lie in files one by one, and in transformers' memory as one tensor.
+MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"})
+#: Families that transformers calls other names than their files do, or asks for weights that codes have not: their codes become floats
+#: while it loads them.
+READ_AS_FLOATS = frozenset({"t5", "vit"})
 #: Families whose linear layers are Conv1D, with weights laid out [in, out].
 CONV1D = frozenset({"gpt2"})
 #: Families whose blocks run more than once, one after the other.
@@ -105,3 +113,16 @@ class ModelHeader(BaseModel):
     @property
     def is_decoder(self) -> bool:
         return self.task == "causal-lm"
+
+    @property
+    def sees_images(self) -> bool:
+        return self.model_type in VISION
+
+    @property
+    def positions(self) -> int | None:
+        """The longest text the model takes, in tokens; None: it says none."""
+        limit = self.config.get("max_position_embeddings") or self.config.get("n_positions")
+        if not isinstance(limit, int):
+            return None
+        # These count positions from their padding token on.
+        return limit - 2 if self.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"} else limit

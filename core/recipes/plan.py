@@ -6,8 +6,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from core.errors import ErrorCode, NightpressError
-from core.recipes.costs import FORWARD_RATE, RUNTIME_BYTES, Cost
-from core.recipes.header import DECODERS, ENCODERS, ModelHeader
+from core.recipes.costs import FORWARD_RATE, GPU_RATE, RUNTIME_BYTES, Cost
+from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from core.recipes.linears import invalid
 from core.recipes.models import Quality, Recipe
 
@@ -23,6 +23,15 @@ class Step(BaseModel):
     detail: str
 
 
+class Leaner(BaseModel):
+    """A change to the recipe with which it takes less memory."""
+
+    model_config = ConfigDict(frozen=True)
+
+    change: str
+    memory_bytes: int
+
+
 class Estimate(BaseModel):
     """Bytes and seconds, from the header alone."""
 
@@ -32,6 +41,8 @@ class Estimate(BaseModel):
     disk_bytes: int
     seconds: float
     output_bytes: dict[str, int]  #: by export format
+    gpu_bytes: int = 0  #: of a GPU's memory; 0 on a CPU
+    leaner: tuple[Leaner, ...] = ()  #: the nearest first
 
 
 class Plan(BaseModel):
@@ -110,6 +121,10 @@ def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
     for one in recipe.passes:
         yield from one.warnings(header)
     calibrated = [one.pass_ for one in recipe.passes if one.wants == "calibration"]
+    if header is not None and header.sees_images:
+        used = [one.data for one in recipe.evaluate if isinstance(one, Quality)]
+        if any(ref.startswith("builtin:") for ref in (*used, *([recipe.calibration.data] if calibrated else []))):
+            yield "The model sees images, and the recipe names none: synthetic ones stand in. Figures on them say how near the result is to its source, not how well it sees."
     if calibrated and recipe.calibration.data in {one.data for one in recipe.evaluate if isinstance(one, Quality)} - {
         "builtin:prose"
     }:
@@ -117,15 +132,15 @@ def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
 
 
 def _check_model(recipe: Recipe, header: ModelHeader) -> None:
-    known = ENCODERS | DECODERS
-    if header.model_type not in known or header.task in {"other", "seq2seq"}:
+    known = ENCODERS | DECODERS | ENCODER_DECODERS | VISION
+    if header.model_type not in known or header.task == "other":
         raise NightpressError(
             ErrorCode.UNSUPPORTED_ARCHITECTURE,
             f"The model is a {header.architecture or 'model without a named class'} of type {header.model_type!r}, which cannot be evaluated and exported here yet.",
             hint=f"Known types: {', '.join(sorted(known))}.",
             model_type=header.model_type,
         )
-    if not header.has_tokenizer:
+    if not header.has_tokenizer and not header.sees_images:
         raise NightpressError(
             ErrorCode.MALFORMED_MODEL,
             "The model has no tokenizer, so nothing can be measured on text.",
@@ -133,10 +148,11 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
         )
     for one in recipe.passes:
         one.check(header)
-    wrong = [name for name in recipe.exports if header.is_decoder and name in _GRAPH_FORMATS]
+    wrong = [name for name in recipe.exports if header.model_type not in ENCODERS and name in _GRAPH_FORMATS]
     if wrong:
         raise invalid(
-            f"exports: {', '.join(wrong)} of a decoder is not offered.", "Use compressed-tensors or safetensors."
+            f"exports: {', '.join(wrong)} of a {header.model_type} is not offered.",
+            "Use compressed-tensors or safetensors.",
         )
     for wanted in recipe.evaluate:
         if isinstance(wanted, Quality):
@@ -187,13 +203,43 @@ def _output_bytes(recipe: Recipe, header: ModelHeader, export: str) -> int:
 
 def _estimate(recipe: Recipe, header: ModelHeader) -> Estimate:
     outputs = {export: _output_bytes(recipe, header, export) for export in recipe.exports}
-    costs = [one.cost(header, recipe.calibration) for one in recipe.passes] + [_measuring_cost(recipe, header)]
+    costs = _costs(recipe, header)
+    memory = _memory(costs)
+    on_gpu = recipe.device == "gpu"
+    rate = GPU_RATE if on_gpu else FORWARD_RATE
     return Estimate(
-        memory_bytes=RUNTIME_BYTES + max(one.memory_bytes for one in costs),
+        memory_bytes=memory,
         disk_bytes=header.size + 2 * sum(outputs.values()),
-        seconds=round(sum(one.seconds for one in costs), 1),
+        seconds=round(sum(one.seconds + one.work / rate for one in costs), 1),
         output_bytes=outputs,
+        gpu_bytes=max(one.gpu_bytes for one in costs) if on_gpu else 0,
+        leaner=tuple(one for one in _leaner(recipe, header) if one.memory_bytes < memory),
     )
+
+
+def _costs(recipe: Recipe, header: ModelHeader) -> list[Cost]:
+    return [one.cost(header, recipe.calibration) for one in recipe.passes] + [_measuring_cost(recipe, header)]
+
+
+def _memory(costs: list[Cost]) -> int:
+    return RUNTIME_BYTES + max(one.memory_bytes for one in costs)
+
+
+def _leaner(recipe: Recipe, header: ModelHeader) -> Iterable[Leaner]:
+    """Fewer samples, then shorter ones: what is asked of the text is given up before what is asked of the model."""
+    given = recipe.calibration
+    for share in (2, 4, 8):
+        if given.samples >= 8 * share:
+            yield _with_calibration(recipe, header, samples=given.samples // share, length=given.length)
+    for share in (2, 4):
+        if given.samples >= 64 and given.length >= 128 * share:
+            yield _with_calibration(recipe, header, samples=given.samples // 8, length=given.length // share)
+
+
+def _with_calibration(recipe: Recipe, header: ModelHeader, *, samples: int, length: int) -> Leaner:
+    calibration = recipe.calibration.model_copy(update={"samples": samples, "length": length})
+    memory = _memory(_costs(recipe.model_copy(update={"calibration": calibration}), header))
+    return Leaner(change=f"`calibration: {{samples: {samples}, length: {length}}}`", memory_bytes=memory)
 
 
 def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:

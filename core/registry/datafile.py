@@ -1,6 +1,10 @@
-"""Read a data set through once and say whether it can be used: UTF-8 text, or JSON rows with `text` and perhaps `label`."""
+"""Read a data set through once and say whether it can be used: UTF-8 text, or rows with `text` or `messages` and perhaps `label`.
+
+Rows are JSON or CSV. Parquet is looked at from outside alone: what it holds shows on a worker, which has the library to read it.
+"""
 
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -20,24 +24,29 @@ _OTHER_COLUMNS = frozenset({"text_a", "sentence1", "text1", "query", "anchor", "
 
 @dataclass(frozen=True)
 class DataFacts:
-    rows: int  #: of text: lines that are not blank
-    labels: int  #: classes, counted as the highest label plus one; 0: unlabelled
+    rows: int | None  #: of text: lines that are not blank; None: unknown
+    labels: int | None  #: classes, counted as the highest label plus one; 0: unlabelled; None: unknown
 
 
 def check_data_name(path: str) -> None:
     """Raises NightpressError(unsupported_format) for what is no data set by its name."""
-    if "/" in path or not path.removesuffix(".gz").endswith((".txt", ".jsonl")):
+    plain = path.removesuffix(".gz").endswith((".txt", ".jsonl", ".csv"))
+    if "/" in path or not (plain or path.endswith(".parquet")):
         raise NightpressError(
             ErrorCode.UNSUPPORTED_FORMAT,
             f"{path[:200]} is not a kind of file that a data set is here.",
-            hint="Bring one .txt or .jsonl file, plain or as .gz.",
+            hint="Bring one .txt, .jsonl or .csv file, plain or as .gz, or one .parquet file.",
             file=path,
         )
 
 
 def examine_data(path: str, pieces: Iterable[bytes], limit: int) -> DataFacts:
     """Read all of a data set, unpacked to at most `limit` bytes. Raises NightpressError(invalid_data) with the line at fault."""
+    if path.endswith(".parquet"):
+        return _look_at_parquet(path, pieces)
     plain = _unpacked(path, pieces, limit) if path.endswith(".gz") else pieces
+    if path.removesuffix(".gz").endswith(".csv"):
+        return _count_table(path, _lines(path, plain))
     if path.removesuffix(".gz").endswith(".jsonl"):
         facts = _count_rows(path, _lines(path, plain))
     else:
@@ -45,6 +54,37 @@ def examine_data(path: str, pieces: Iterable[bytes], limit: int) -> DataFacts:
     if facts.rows == 0:
         raise _invalid(path, "it is empty", "A data set needs at least one line of text.")
     return facts
+
+
+def _look_at_parquet(path: str, pieces: Iterable[bytes]) -> DataFacts:
+    first, last = b"", b""
+    for piece in pieces:
+        first = first or piece[:4]
+        last = (last + piece)[-4:]
+    if first != b"PAR1" or last != b"PAR1":
+        raise _invalid(path, "it is not a whole Parquet file", "Write it again with pyarrow or pandas.")
+    return DataFacts(None, None)
+
+
+def _count_table(path: str, lines: Iterable[tuple[int, str]]) -> DataFacts:
+    table = csv.DictReader((f"{line}\n" for _, line in lines), strict=True)
+    rows = labels = 0
+    try:
+        for row in table:
+            if not isinstance(row.get("text"), str):
+                raise _invalid(
+                    path,
+                    f"line {table.line_num} has no `text`",
+                    "Name the columns `text` and `label` in its first line.",
+                )
+            label = str(row.get("label") or "").strip()
+            rows += 1
+            labels = max(labels, int(label) + 1 if label.isdigit() and int(label) <= _MAX_LABEL else 0)
+    except csv.Error as error:
+        raise _invalid(path, f"line {table.line_num} is no CSV: {error}", "Quote texts that hold commas.") from error
+    if rows == 0:
+        raise _invalid(path, "it has no row below its header", "A data set needs at least one row.")
+    return DataFacts(rows, labels)
 
 
 def _count_rows(path: str, lines: Iterable[tuple[int, str]]) -> DataFacts:
@@ -69,8 +109,9 @@ def _label_of(path: str, number: int, line: str) -> int | None:
         raise _invalid(path, f"line {number} is not JSON: {str(error)[:200]}") from error
     if isinstance(row, dict) and _OTHER_COLUMNS & row.keys():
         return None  # what each metric needs of them is checked when the job reads them
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
-        raise _invalid(path, f"line {number} is not an object with a `text` that says something")
+    says = isinstance(row, dict) and isinstance(row.get("text"), str) and row["text"].strip()
+    if not says and not (isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]):
+        raise _invalid(path, f"line {number} is not an object with a `text` that says something, or with `messages`")
     if "label" not in row:
         return None
     label = row["label"]

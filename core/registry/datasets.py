@@ -69,7 +69,9 @@ class DataSetRegistry(Registry[DataSetView]):
         path = self._allowed_path(raw)
         if not path.is_file():
             raise NightpressError(
-                ErrorCode.NOT_FOUND, f"There is no file {raw} on the server.", hint="Name one .txt or .jsonl file."
+                ErrorCode.NOT_FOUND,
+                f"There is no file {raw} on the server.",
+                hint="Name one .txt, .jsonl, .csv or .parquet file.",
             )
         check_data_name(path.name)
         with disk_errors(raw):

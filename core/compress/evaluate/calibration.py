@@ -2,23 +2,34 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from core.compress.context import PassContext
-from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+from core.compress.evaluate.data import open_tokenizer, read_rows, text_rows, text_windows
+from core.compress.evaluate.images import read_images
 from core.recipes.header import ModelHeader
 
 
 def calibration_samples(source: Path, context: PassContext) -> dict[str, Tensor]:
     """What the model is called with, each [samples, …], from the recipe's calibration data. Raises NightpressError(invalid_data)."""
     wanted, header = context.calibration, context.header
-    rows = read_rows(wanted.data, context.data_files.get(wanted.data), purpose="calibration")
+    file = context.data_files.get(wanted.data)
+    if header.sees_images:
+        images = read_images(wanted.data, file, source, header, samples=wanted.samples, seed=wanted.seed)
+        return {"pixel_values": torch.from_numpy(images.pixels)}
+    rows = read_rows(wanted.data, file, purpose="calibration", model_dir=source)
+    if wanted.seed:  # from elsewhere on, so that neighbours stay neighbours
+        start = int(np.random.default_rng(wanted.seed).integers(len(rows)))
+        rows = rows[start:] + rows[:start]
     tokenizer = open_tokenizer(source)
-    longest = header.config.get("max_position_embeddings")
-    length = min(wanted.length, longest) if isinstance(longest, int) else wanted.length
-    windows = text_windows(rows, tokenizer, samples=wanted.samples, length=length, ref=wanted.data)
-    return model_inputs(torch.from_numpy(windows.ids), header)
+    length = min(wanted.length, header.positions or wanted.length)
+    if wanted.packing:
+        ids = text_windows(rows, tokenizer, samples=wanted.samples, length=length, ref=wanted.data).ids
+        return model_inputs(torch.from_numpy(ids), header)
+    padded = text_rows(rows, tokenizer, samples=wanted.samples, length=length, seed=wanted.seed)
+    return model_inputs(torch.from_numpy(padded.ids), header, torch.from_numpy(padded.mask))
 
 
 def model_inputs(ids: Tensor, header: ModelHeader, mask: Tensor | None = None) -> dict[str, Tensor]:

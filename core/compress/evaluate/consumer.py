@@ -55,10 +55,10 @@ class Shape:
 class Task:
     """What is run with every model of a job, so that all of them see the same."""
 
-    name: str  #: header.task
+    name: str  #: header.task, or `image-classification`
     sets: tuple[TokenSet, ...]
     shapes: tuple[Shape, ...]
-    timing_ids: NDArray[np.int64]
+    timing_ids: NDArray[Any]  #: a run of tokens, or one image [C, H, W]
     pooling: str
     classes: int  #: words of the vocabulary or classes
     threads: int

@@ -1,27 +1,32 @@
-"""Text and labelled rows, from the built-in prose or from data sets that people brought, as token ids."""
+"""Rows of text as token ids: windows of running text, or rows by themselves, with or without labels."""
 
-import gzip
 import hashlib
-import json
 import math
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.compress.evaluate.rows import (
+    MAX_TEXT_BYTES,
+    Row,
+    builtin_bytes,
+    invalid,
+    is_parquet,
+    read_records,
+    read_rows,
+    read_text,
+)
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import ModelHeader
 
+__all__ = ["MAX_TEXT_BYTES", "Row", "read_records", "read_rows"]
+
 Ids = NDArray[np.int64]
 
-MAX_TEXT_BYTES = 64 * 1024**2  #: what of a data set is looked at; a quality figure needs far less
 BUILTIN_LICENSE = "public domain"  #: see core/compress/data/LICENSE.md
-_PROSE = {"evaluation": "prose_evaluation.txt.gz", "calibration": "prose_calibration.txt.gz"}
 
 
 class Tokenizer(Protocol):
@@ -36,16 +41,10 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Row:
-    text: str
-    label: int | str | None = None
-
-
-@dataclass(frozen=True)
 class Sequences:
-    """A batch of examples, padded on the right. ids and mask are [N, S]."""
+    """A batch of examples, padded on the right. ids and mask are [N, S]; of images, ids are pixels [N, C, H, W] and the mask is [N, 1]."""
 
-    ids: Ids
+    ids: NDArray[Any]
     mask: Ids
     labels: Ids | None = None  #: [N], classification
     targets: Ids | None = None  #: [N, S], the token each position is scored on; -1: not scored
@@ -57,7 +56,7 @@ class Sequences:
 
 def builtin_digest(_ref: str) -> str:
     """SHA-256 of the built-in evaluation text as it is shipped."""
-    return hashlib.sha256((files("core.compress") / "data" / _PROSE["evaluation"]).read_bytes()).hexdigest()
+    return hashlib.sha256(builtin_bytes("evaluation")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -66,24 +65,25 @@ class Source:
 
     ref: str
     file: Path | None
+    model_dir: Path | None = None  #: whose chat template renders conversations
 
     def rows(self) -> list[Row]:
-        return read_rows(self.ref, self.file)
+        return read_rows(self.ref, self.file, model_dir=self.model_dir)
 
     def records(self) -> list[dict[str, Any]]:
         """The rows with all their columns. Raises NightpressError(invalid_data) where there are fewer than two, or no columns."""
         if self.ref.startswith("builtin:"):
-            raise _invalid(self.ref, "it is prose, without the columns that this metric reads", "Bring a data set.")
+            raise invalid(self.ref, "it is prose, without the columns that this metric reads", "Bring a data set.")
         found = read_records(self.ref, self.file)
         if len(found) < 2:
-            raise _invalid(self.ref, "it has fewer than two rows: no interval can be given", "Bring more rows.")
+            raise invalid(self.ref, "it has fewer than two rows: no interval can be given", "Bring more rows.")
         return found
 
     def has(self, *names: str) -> bool:
         """Whether it is rows that have one of these columns."""
-        if self.ref.startswith("builtin:") or self.file is None or not self.file.is_file():
+        if self.ref.startswith("builtin:") or self.file is None or not self.file.is_file() or is_parquet(self.file):
             return False
-        lines = (line for line in _read_text(self.ref, self.file).splitlines() if line.strip())
+        lines = (line for line in read_text(self.ref, self.file).splitlines() if line.strip())
         first = next(lines, "").lstrip()
         return first.startswith("{") and any(name in self.records()[0] for name in names)
 
@@ -95,7 +95,7 @@ class Source:
         if not _is_a(kind, found):
             called = " or ".join(f"`{name}`" for name in names)
             what = f"has no {called}" if found is None else f"has a {called} that is not {_KINDS[kind]}"
-            raise _invalid(self.ref, f"row {at + 1} {what}", f"Give every row {called}: {_KINDS[kind]}.")
+            raise invalid(self.ref, f"row {at + 1} {what}", f"Give every row {called}: {_KINDS[kind]}.")
         return found
 
 
@@ -121,80 +121,6 @@ def _is_a(kind: str, found: object) -> bool:
     return isinstance(found, list) and bool(found)
 
 
-def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation") -> list[Row]:
-    """The rows of a data set: paragraphs of prose, or the objects of a JSONL file. Raises NightpressError(invalid_data)."""
-    if ref.startswith("builtin:"):
-        name = _PROSE[purpose]
-        text = gzip.decompress((files("core.compress") / "data" / name).read_bytes()).decode()
-        return [Row(part) for part in text.split("\n\n") if part.strip()]
-    if file is None or not file.is_file():
-        raise _invalid(ref, "its file was not handed to the job", "Register the data set again.")
-    text = _read_text(ref, file)
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    rows = list(_objects(ref, text)) if first.lstrip().startswith("{") else _paragraphs(text)
-    if not rows:
-        raise _invalid(ref, "it holds no text", "Bring a file with prose, or with one JSON object a line.")
-    return rows
-
-
-def read_records(ref: str, file: Path | None) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, whatever their fields. Raises NightpressError(invalid_data)."""
-    if file is None or not file.is_file():
-        raise _invalid(ref, "its file was not handed to the job", "Register the data set again.")
-    return [record for _, record in _json_lines(ref, _read_text(ref, file))]
-
-
-def _read_text(ref: str, file: Path) -> str:
-    try:
-        with file.open("rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            data = gzip.GzipFile(fileobj=raw).read(MAX_TEXT_BYTES) if packed else raw.read(MAX_TEXT_BYTES)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _invalid(ref, f"its gzip stream is damaged ({error})", "Compress and bring it again.") from error
-    cut = len(data) == MAX_TEXT_BYTES
-    if cut:
-        data = data[: data.rfind(b"\n") + 1]
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _invalid(ref, f"it is not UTF-8 at byte {error.start}", "Convert it to UTF-8.") from error
-
-
-def _paragraphs(text: str) -> list[Row]:
-    return [Row(part) for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
-
-
-def _json_lines(ref: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            raw = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise _invalid(ref, f"line {number} is not JSON ({error})", "Write one JSON object a line.") from error
-        if not isinstance(raw, dict):
-            raise _invalid(ref, f"line {number} is not an object", "Write one JSON object a line.")
-        yield number, raw
-
-
-def _objects(ref: str, text: str) -> Iterator[Row]:
-    for number, raw in _json_lines(ref, text):
-        if not isinstance(raw.get("text"), str):
-            raise _invalid(ref, f"line {number} has no `text`", 'Write lines like {"text": "…", "label": 1}.')
-        label = raw.get("label")
-        if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
-            raise _invalid(
-                ref, f"line {number}: `label` is neither a whole number nor a name", "Use the class's index."
-            )
-        if raw["text"].strip():
-            yield Row(raw["text"], label)
-
-
-def _invalid(ref: str, what: str, hint: str) -> NightpressError:
-    return NightpressError(ErrorCode.INVALID_DATA, f"The data set {ref} can't be used: {what}.", hint=hint, data=ref)
-
-
 def text_windows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length: int, ref: str) -> Sequences:
     """Equal windows of running text, evenly spread over it: [samples, length], whole, with the special tokens the tokenizer adds."""
     prefix, suffix = special_tokens(tokenizer)
@@ -211,7 +137,7 @@ def text_windows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length:
         stream += tokenizer.encode(row.text + "\n", special=False)
     count = len(stream) // body
     if count < 2:
-        raise _invalid(
+        raise invalid(
             ref,
             f"its {len(stream)} tokens fill fewer than two windows of {length}",
             "Bring more text, or ask for a shorter `length`.",
@@ -262,9 +188,9 @@ def class_index(label: int | str | None, header: ModelHeader, ref: str) -> int:
         if label in names:
             label = names[label]
     if label is None:
-        raise _invalid(ref, "some rows have no `label`", "Give every row one, or measure `fidelity`.")
+        raise invalid(ref, "some rows have no `label`", "Give every row one, or measure `fidelity`.")
     if not isinstance(label, int) or not 0 <= label < classes:
-        raise _invalid(
+        raise invalid(
             ref,
             f"the label {label!r} is none of the model's {classes} classes",
             f"Use 0 to {classes - 1}, or a name from the model's label2id.",

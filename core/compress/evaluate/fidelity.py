@@ -50,6 +50,8 @@ def prepare(asked: Asked) -> Fidelity:
             sequences = data.masked_targets(sequences, asked.tokenizer, seed=asked.seed)
         case "causal-lm":
             sequences = data.next_token_targets(sequences)
+        case "seq2seq":  # told to write what it read, and compared at every token
+            sequences = data.every_token(sequences)
         case _:
             return Fidelity(token_set(asked.name, data.every_token(sequences), data.class_count(header)))
     return Fidelity(token_set(asked.name, sequences, asked.vocabulary))

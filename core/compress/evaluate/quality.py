@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from core.compress.evaluate import data, embeddings, fidelity, labels, language
 from core.compress.evaluate.consumer import Observed, Shape, Task, TokenSet
+from core.compress.evaluate.images import read_images
 from core.compress.evaluate.view import Asked, Scorer, View
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import Measurement, Timing
@@ -52,15 +54,11 @@ def prepare(
     recipe: Recipe, header: ModelHeader, model_dir: Path, data_files: dict[str, Path], *, threads: int
 ) -> Trial:
     """Read the data, tokenize it with the model's tokenizer and decide what is measured. Raises invalid_data, malformed_model, invalid_recipe."""
+    if header.sees_images:
+        return _prepare_images(recipe, header, model_dir, data_files, threads=threads)
     tokenizer = data.open_tokenizer(model_dir)
     qualities = [one for one in recipe.evaluate if isinstance(one, Quality)]
-    shapes = tuple(
-        Shape(batch, length, one.repeats)
-        for one in recipe.evaluate
-        if isinstance(one, Latency)
-        for batch in one.batch
-        for length in one.length
-    )
+    shapes = _shapes(recipe)
     longest_text = [one.length + one.new_tokens * (one.metric == "generation") for one in qualities]
     _check_lengths(header, longest_text + [one.length for one in shapes])
     # The check texts also choose the layers that stay in float: they must not come from what the result is measured on.
@@ -68,7 +66,7 @@ def prepare(
     sets: list[TokenSet] = [_check_set(prose, tokenizer, header)]
     evaluations = []
     for at, one in enumerate(qualities):
-        source = data.Source(one.data, data_files.get(one.data))
+        source = data.Source(one.data, data_files.get(one.data), model_dir)
         asked = Asked(f"quality{at}", one, source, tokenizer, header, recipe.seed)
         scorer = _SCORERS[_metric(one, header, source)](asked)
         if len(scorer.examples.sequences.ids) < 2:
@@ -94,12 +92,59 @@ def prepare(
     )
 
 
+def _shapes(recipe: Recipe) -> tuple[Shape, ...]:
+    return tuple(
+        Shape(batch, length, one.repeats)
+        for one in recipe.evaluate
+        if isinstance(one, Latency)
+        for batch in one.batch
+        for length in one.length
+    )
+
+
+def _prepare_images(
+    recipe: Recipe, header: ModelHeader, model_dir: Path, data_files: dict[str, Path], *, threads: int
+) -> Trial:
+    """The same for a model that sees: a length of text means nothing to it, and each timed run is on whole images."""
+    kind = "logits" if header.task == "classification" else "pooled"
+    check = read_images("builtin:images", None, model_dir, header, samples=_CHECK_ROWS, seed=_SEED)
+    sets = [TokenSet("check", kind, _seen(check.pixels, None))]
+    evaluations = []
+    for at, one in enumerate(one for one in recipe.evaluate if isinstance(one, Quality)):
+        images = read_images(
+            one.data, data_files.get(one.data), model_dir, header, samples=one.samples, seed=_SEED + 1 + recipe.seed
+        )
+        labelled = kind == "logits" and all(label is not None for label in images.labels)
+        scorer: Scorer
+        if one.metric == "accuracy" or (one.metric == "auto" and labelled):
+            classes = [data.class_index(label, header, one.data) for label in images.labels]
+            names = {int(index): str(name) for index, name in (header.config.get("id2label") or {}).items()}
+            scorer = labels.Classification(TokenSet(f"quality{at}", kind, _seen(images.pixels, classes)), names)
+        else:
+            scorer = fidelity.Fidelity(TokenSet(f"quality{at}", kind, _seen(images.pixels, None)))
+        sets.append(scorer.examples)
+        evaluations.append(Evaluation(one.data, scorer))
+    task = Task(
+        name="image-classification" if header.task == "classification" else header.task,
+        sets=tuple(sets),
+        shapes=_shapes(recipe),
+        timing_ids=check.pixels[0],
+        pooling="cls",
+        classes=data.class_count(header),
+        threads=threads,
+    )
+    return Trial(task=task, evaluations=tuple(evaluations), seed=_SEED + recipe.seed)
+
+
+def _seen(pixels: NDArray[np.float32], classes: list[int] | None) -> data.Sequences:
+    mask = np.ones((len(pixels), 1), np.int64)
+    return data.Sequences(pixels, mask, labels=None if classes is None else np.asarray(classes, np.int64))
+
+
 def _check_lengths(header: ModelHeader, lengths: list[int]) -> None:
-    limit = header.config.get("max_position_embeddings") or header.config.get("n_positions")
-    if not isinstance(limit, int):
+    limit = header.positions
+    if limit is None:
         return
-    if header.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"}:
-        limit -= 2  # these count positions from their padding token on
     if max(lengths, default=0) > limit:
         raise NightpressError(
             ErrorCode.INVALID_RECIPE,

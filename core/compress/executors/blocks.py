@@ -32,7 +32,7 @@ from core.compress.checkpoint import (
     write_index,
 )
 from core.compress.context import PassContext
-from core.compress.executors.activations import Calls, room_for
+from core.compress.executors.activations import Calls, return_freed_memory, room_for
 from core.compress.executors.experts import Experts
 from core.compress.executors.rewrite import Effect, Rewrite, becomes
 from core.compress.executors.skeleton import Batch, Skeleton, Source, is_conv1d
@@ -203,6 +203,7 @@ class _Run:
                     self._wait(writing)
                     writing = index, writer.submit(self._write, index, tensors, settled)
                 self.skeleton.empty_block(index)
+                return_freed_memory()
             self._wait(writing)
             rest.result()
         return self._conclude()
@@ -385,6 +386,7 @@ class _Run:
                 weight = one.weight.to(self.device, self.skeleton.dtype)
                 linears[name].weight = nn.Parameter(weight, requires_grad=False)
             settled.update(found)
+            return_freed_memory()
 
         def through(number: int, kept: Tensor) -> None:
             kept.copy_(self._through(index, number, kept.to(self.device, non_blocking=True)))
@@ -440,11 +442,11 @@ class _Run:
                 shard.write(part, at, _bytes(tensor))
 
             for name in names:
-                tensor = self.source.read(name)
                 if name in self.outside:
-                    self.effects[name] = self.outside[name](tensor, 0, put, Workspace())
-                else:
-                    put(name, 0, tensor)
+                    self.effects[name] = self.outside[name](self.source.read(name), 0, put, Workspace())
+                    continue
+                for at, piece in self.source.pieces(name):
+                    shard.write(name, at, piece)
             shard.commit()
 
     def _write_shard(self, path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from core.compress.executors.experts import Experts, take_apart
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import SHARED_BLOCKS
 
+_PIECE = 16 * 1024**2  #: bytes copied at a time
 Batch = Mapping[str, Tensor]  #: what the model is called with, each [samples, …]
 
 
@@ -58,24 +59,32 @@ class Source:
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""
         shard, stored = self._places[name]
-        return _read(shard, stored)
+        data = torch.empty(stored.info.size, dtype=torch.uint8)
+        _read(shard, stored.offset, memoryview(data.numpy()))  # type: ignore[arg-type]
+        return data.view(TORCH_DTYPES[stored.info.dtype]).view(stored.info.shape)
+
+    def pieces(self, name: str) -> Iterator[tuple[int, memoryview]]:
+        """The tensor's bytes a piece at a time, each with its place; a piece holds until the next one."""
+        shard, stored = self._places[name]
+        room = memoryview(bytearray(min(_PIECE, stored.info.size)))
+        for at in range(0, stored.info.size, _PIECE):
+            piece = room[: stored.info.size - at]
+            _read(shard, stored.offset + at, piece)
+            yield at, piece
 
 
-def _read(shard: Shard, stored: StoredTensor) -> Tensor:
-    data = torch.empty(stored.info.size, dtype=torch.uint8)
+def _read(shard: Shard, offset: int, into: memoryview) -> None:
     with shard.path.open("rb", buffering=0) as file:
-        file.seek(stored.offset)
-        view = memoryview(data.numpy())  # type: ignore[arg-type]
-        while len(view):
-            count = file.readinto(view)
+        file.seek(offset)
+        while len(into):
+            count = file.readinto(into)
             if not count:
                 raise NightpressError(
                     ErrorCode.MALFORMED_MODEL,
                     f"{shard.path.name} became shorter while it was read.",
                     hint="Leave the model's files alone while a job runs.",
                 )
-            view = view[count:]
-    return data.view(TORCH_DTYPES[stored.info.dtype]).view(stored.info.shape)
+            into = into[count:]
 
 
 class Skeleton:

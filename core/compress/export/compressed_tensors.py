@@ -9,6 +9,7 @@ from typing import Any
 from core.compress.checkpoint import write_file
 from core.compress.export import safetensors
 from core.compress.export.safetensors import CONSUMER
+from core.recipes.header import READ_AS_FLOATS
 from core.recipes.linears import is_table
 from core.recipes.schemes import Scheme
 
@@ -30,13 +31,19 @@ def write_config(model_dir: Path, schemes: Mapping[str, Scheme], *, kept: Iterab
     path, cache = model_dir / "config.json", model_dir / CACHE_FILE
     config = json.loads(path.read_bytes())
     cache_scheme = json.loads(cache.read_bytes()) if cache.exists() else None
-    config["quantization_config"] = quantization_config(schemes, kept=kept, cache_scheme=cache_scheme)
+    config["quantization_config"] = quantization_config(
+        schemes, kept=kept, cache_scheme=cache_scheme, as_floats=config["model_type"] in READ_AS_FLOATS
+    )
     write_file(path, json.dumps(config, indent=2).encode() + b"\n")
     cache.unlink(missing_ok=True)
 
 
 def quantization_config(
-    schemes: Mapping[str, Scheme], *, kept: Iterable[str], cache_scheme: dict[str, Any] | None = None
+    schemes: Mapping[str, Scheme],
+    *,
+    kept: Iterable[str],
+    cache_scheme: dict[str, Any] | None = None,
+    as_floats: bool = False,
 ) -> dict[str, Any]:
     """The description that loaders follow: exactly the quantized modules are targets.
 
@@ -57,9 +64,11 @@ def quantization_config(
     formats = list(dict.fromkeys(scheme.format for scheme in targets))
     # transformers prepares modules for packed weights without packing their zero points (compressed-tensors up to 0.20),
     # and then refuses the files; neither does it make room for packed embeddings, and fp4 it unpacks to bf16 whatever the model's
-    # dtype. Dequantizing while it loads is its way round all three, for models with one scheme; vLLM doesn't read the key.
+    # dtype. Dequantizing while it loads is its way round all three, and round the names of `as_floats`, for models with one scheme; vLLM doesn't read the key.
     fp4 = any(scheme.kind == "float" and scheme.bits == 4 for scheme in targets)
-    dense = fp4 or any(not scheme.symmetric for scheme in targets) or any(is_table(name) for name in schemes)
+    dense = (
+        as_floats or fp4 or any(not scheme.symmetric for scheme in targets) or any(is_table(name) for name in schemes)
+    )
     assert not dense or len(targets) == 1
     return {
         "quant_method": "compressed-tensors",

@@ -5,6 +5,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from core.recipes.calibration import Calibration
+from core.recipes.costs import Cost, blocks_cost
 from core.recipes.header import ModelHeader
 from core.recipes.linears import Divisor
 from core.recipes.passes.base import Calibrated, ExportFormat, OnLinears
@@ -76,3 +78,6 @@ class Wanda(Pruning, Calibrated):
     """
 
     pass_: Literal["wanda"] = Field("wanda", alias="pass")
+
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        return blocks_cost(header, calibration, gram=False)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.recipes.calibration import Calibration
 from core.recipes.costs import Cost
-from core.recipes.header import ModelHeader, TensorInfo
+from core.recipes.header import MIXTURES, READ_AS_FLOATS, ModelHeader, TensorInfo
 from core.recipes.linears import Divisor, check_layout, invalid, is_token_embedding, matches, module_of
 from core.recipes.passes.base import (
     FOLDABLE,
@@ -92,6 +92,15 @@ class Rounding(Quantizing):
                 by_group.setdefault(size, []).append(tensor)
         for size, weights in by_group.items():
             check_layout(self.name, weights, header, Divisor(size, "group_size"), turns=self.turns)
+        if header.model_type in MIXTURES and not self.symmetric:
+            raise invalid(
+                f"`{self.name}`: transformers passes over the zero points of a mixture's experts.",
+                "Leave `symmetric` at true for this model.",
+            )
+        if header.model_type in READ_AS_FLOATS and self.overrides:
+            raise invalid(
+                f"`{self.name}`: transformers reads one grid alone of a {header.model_type}.", "Leave out `overrides`."
+            )
         names = [module_of(tensor) for tensor in header.tensors if self.takes(tensor)]
         for pattern in self.overrides:
             if not any(matches(name, (pattern,)) for name in names):
@@ -210,7 +219,7 @@ class Budgeted(Rounding, Calibrated):
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         once = super().cost(header, calibration)
-        return once if self.budget is None else Cost(once.memory_bytes, 2 * once.seconds)
+        return once if self.budget is None else once._replace(seconds=2 * once.seconds, work=2 * once.work)
 
 
 class Gptq(Budgeted):

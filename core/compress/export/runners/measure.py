@@ -1,7 +1,7 @@
 """What every runner does with a loaded model: run the given token ids, write the outputs, time it. Needs numpy and nothing of Nightpress.
 
 A runner is a script `<consumer>_runner.py` beside this file with `load(request) → (forward, versions, snippet)`, where `forward(ids, mask)`
-takes two int64 arrays [B, S] and returns the model's first output as a float32 array. The snippet is the code that loaded the folder: it is
+takes two int64 arrays [B, S], or of images pixels as float32 [B, C, H, W] and a mask [B, 1], and returns the model's first output as a float32 array. The snippet is the code that loaded the folder: it is
 text that the runner executes, so that what a report shows is what was run. The working directory is the one that holds the folder.
 
 The request is a JSON file: folder, task, pooling, threads, inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null), sets, timings.
@@ -87,7 +87,7 @@ def _run_set(forward: Forward, one: dict[str, Any], inputs: Any, reference: Any,
         rows = slice(start, start + one["rows"])
         # Padding beyond the batch's longest row would only cost time.
         width = int(mask[rows].sum(axis=1).max())
-        out = forward(ids[rows, :width], mask[rows, :width])
+        out = forward(ids[rows, :width] if ids.ndim == 2 else ids[rows], mask[rows, :width])
         if kind == "tokens":
             part = _score_tokens(out, inputs[f"{name}.targets"][rows, :width])
             part["logp"] = _log_probabilities(out, inputs[f"{name}.compared"][rows, :width])
@@ -181,8 +181,9 @@ def _log_probabilities(logits: Array, marked: Array) -> Array:
 
 def _time(forward: Forward, shape: dict[str, int], inputs: Any) -> dict[str, Any]:
     """Milliseconds of single runs after warm-up, on real text of the shape."""
-    ids = np.resize(inputs["timing.ids"], (shape["batch"], shape["length"]))
-    mask = np.ones_like(ids)
+    sample = inputs["timing.ids"]
+    ids = np.resize(sample, (shape["batch"], *(sample.shape if sample.ndim > 1 else (shape["length"],))))
+    mask = np.ones((len(ids), shape["length"]), np.int64)
     for _ in range(3):
         forward(ids, mask)
     taken: list[float] = []

@@ -22,6 +22,8 @@ _CLASSES = {
     "token-classification": "AutoModelForTokenClassification",
     "masked-lm": "AutoModelForMaskedLM",
     "embedding": "AutoModel",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
 }
 
 
@@ -34,11 +36,17 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
 
     output = "last_hidden_state" if task == "embedding" else "logits"
     # A cache of keys and values serves the next token; here all tokens are there at once.
-    extra = {"use_cache": False} if task == "causal-lm" else {}
+    extra = {"use_cache": False} if task in {"causal-lm", "seq2seq"} else {}
 
     def forward(ids: Any, mask: Any) -> Any:
+        if ids.ndim == 4:
+            inputs = {"pixel_values": torch.from_numpy(ids)}
+        else:
+            inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if task == "seq2seq":  # told to write the text that it reads
+            inputs["labels"] = inputs["input_ids"]
         with torch.inference_mode():
-            out = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **extra)
+            out = model(**inputs, **extra)
         return getattr(out, output).float().numpy()
 
     ends = getattr(model.config, "eos_token_id", None)

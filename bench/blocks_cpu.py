@@ -1,0 +1,166 @@
+"""The blocks executor on a CPU: CPU seconds, peak memory and perplexity on a real small language model, beside llm-compressor.
+
+    python -m bench.blocks_cpu [--method NAME …] [--seeds 2] [--peer PYTHON | --no-peer] [--samples 32] [--length 512] [--json]
+
+Both get the same model, the same calibration tokens and the same text for perplexity, one method a process. The peer runs in an
+environment of its own: PYTHON is its interpreter; without it one is made from bench/peer-requirements.txt, which takes some minutes and
+2 GB of disk. A further seed calibrates both on other windows of the same prose: the spread of a method's perplexity over seeds is what a
+difference has to exceed. The model's weights were 4-bit before they were de-quantized: 4-bit figures on it flatter grids like its own.
+About 2 minutes a method and seed for us and 4 for the peer on 2 quiet cores.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+from typing import Any
+
+METHODS: dict[str, dict[str, Any]] = {
+    "gptq": {"pass": "gptq", "group_size": 64},
+    "gptq-asymmetric": {"pass": "gptq", "group_size": 64, "symmetric": False},
+    "awq": {"pass": "awq", "group_size": 64},
+    "sparsegpt-50%": {"pass": "sparsegpt", "sparsity": 0.5},
+    "sparsegpt-2:4": {"pass": "sparsegpt", "pattern": "2:4"},
+    "wanda-50%": {"pass": "wanda", "sparsity": 0.5},
+    "wanda-2:4": {"pass": "wanda", "pattern": "2:4"},
+}
+USUAL = ("gptq", "sparsegpt-50%", "wanda-50%")
+EVALUATED = (32, 512)  #: windows of the built-in evaluation prose, tokens each
+HERE = Path(__file__).parent
+
+
+def prepare(folder: Path, samples: int, length: int, seeds: int) -> None:
+    """The model, and the token ids to calibrate and to evaluate on, for both sides."""
+    import numpy as np
+
+    from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+    from tests.models import smollm_dir
+
+    model = smollm_dir()
+    (folder / "model").symlink_to(model)
+    tokenizer = open_tokenizer(model)
+    rows = read_rows("builtin:prose", None, purpose="calibration")
+    for seed in range(seeds):
+        start = len(rows) * seed // seeds
+        moved = rows[start:] + rows[:start]
+        ids = text_windows(moved, tokenizer, samples=samples, length=length, ref="builtin:prose").ids
+        np.save(folder / f"calibration-{seed}.npy", ids)
+    rows = read_rows("builtin:prose", None)
+    count, width = EVALUATED
+    np.save(
+        folder / "evaluation.npy",
+        text_windows(rows, tokenizer, samples=count, length=width, ref="builtin:prose").ids,
+    )
+
+
+def press(folder: Path, name: str, calibration: Path) -> dict[str, float]:
+    """One method of ours, in this process."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from bench.peer_llmcompressor import perplexity
+    from core.compress.passes import MODEL_PASSES, PassContext, calibrated
+    from core.recipes.inspect import FolderFiles, inspect_model
+    from core.recipes.models import parse_recipe
+
+    given = METHODS[name]
+    export = "compressed-tensors" if given["pass"] in {"gptq", "awq"} else "safetensors"
+    recipe = parse_recipe({"name": "bench", "passes": [given], "exports": [export]})
+    source, work = folder / "model", folder / f"work-{name}-{calibration.stem}"
+    work.mkdir()
+    ids = torch.from_numpy(np.load(calibration))
+    calibrated.calibration_samples = lambda *_: {"input_ids": ids}  # the very tokens that the peer gets
+    context = PassContext(header=inspect_model(FolderFiles(source)), work_dir=work)
+    start, cpu = time.perf_counter(), time.process_time()
+    MODEL_PASSES[given["pass"]](source, work / "out", recipe.passes[0], context)
+    out = {
+        "cpu_s": time.process_time() - cpu,
+        "seconds": time.perf_counter() - start,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+    model = AutoModelForCausalLM.from_pretrained(work / "out", dtype="float32")
+    return out | {"perplexity": perplexity(model, folder / "evaluation.npy")}
+
+
+def child(command: list[str]) -> dict[str, Any]:
+    """Run one method in a process of its own; its last line is the result."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        lines = run.stderr.strip().splitlines() or ["it said nothing"]
+        return {"failed": lines[-1][:300]}
+    result: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    return result
+
+
+def make_peer(folder: Path) -> str:
+    """An environment with the peer in it; its interpreter."""
+    print("making the peer's environment …", file=sys.stderr, flush=True)
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin" / "python")
+    requirements = str(HERE / "peer-requirements.txt")
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "-r", requirements], check=True)
+    return python
+
+
+def compare(ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds, the spread of the perplexities, and what we take of what the peer takes."""
+    out: dict[str, Any] = {}
+    for side, runs in {"ours": ours, "llm-compressor": peers}.items():
+        if any("failed" in one for one in runs):
+            out[side] = next(one for one in runs if "failed" in one)
+        elif runs:
+            figures = [one["perplexity"] for one in runs]
+            out[side] = {key: sum(one[key] for one in runs) / len(runs) for key in runs[0]}
+            out[side]["perplexity_spread"] = max(figures) - min(figures)
+    if len(out) == 2 and all("failed" not in one for one in out.values()):
+        ratios = {key: out["ours"][key] / out["llm-compressor"][key] for key in ("cpu_s", "peak_gb", "perplexity")}
+        out["ratio"] = ratios
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", nargs="*", choices=sorted(METHODS), default=list(USUAL))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--peer", help="a Python with llmcompressor installed")
+    parser.add_argument("--no-peer", action="store_true", help="only our figures")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("--child", nargs=3, metavar=("FOLDER", "NAME", "CALIBRATION"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        folder, name, calibration = given.child
+        print(json.dumps(press(Path(folder), name, Path(calibration))))
+        return 0
+    out: dict[str, Any] = {"samples": given.samples, "length": given.length, "seeds": given.seeds}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(folder, given.samples, given.length, given.seeds)
+        python = None if given.no_peer else given.peer or make_peer(folder / "peer")
+        for name in given.method:
+            files = [str(folder / f"calibration-{seed}.npy") for seed in range(given.seeds)]
+            us = [sys.executable, "-m", "bench.blocks_cpu", "--child", scratch, name]
+            ours = [child([*us, file]) for file in files]
+            peers = []
+            if python is not None and name != "awq":  # its AWQ doesn't run without a GPU
+                script = str(HERE / "peer_llmcompressor.py")
+                peers = [child([python, script, scratch, name, file]) for file in files]
+            out[name] = compare(ours, peers)
+            if not given.json:
+                print(name, json.dumps(out[name]), flush=True)
+    if given.json:
+        print(json.dumps(out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""A checkpoint several times larger than the memory it may use goes through GPTQ and weight-only: peak memory and seconds.
+
+    python -m bench.larger_than_memory [--memory-mib 768] [--times 4] [--json]
+
+A Llama of random weights in bf16, with as many blocks as make it so large. Each pass runs in a child under a real limit: a control group
+where root may make one (memory.max, without swap), else RLIMIT_DATA, which bounds anonymous memory. What the imports of torch and
+transformers take comes on top of the allowance, since it doesn't grow with a model; both are printed.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MIB = 1024**2
+HIDDEN, INNER, VOCABULARY = 1024, 2816, 16384
+PASSES = {
+    "gptq": {"pass": "gptq", "bits": 4, "group_size": 128},
+    "weight-only": {"pass": "weight-only", "bits": 4, "group_size": 128},
+}
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+def write_model(folder: Path, size: int) -> int:
+    """A checkpoint of at least that many bytes, a shard a block; its size."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    matrices = {
+        **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
+        **{f"mlp.{name}_proj": (INNER, HIDDEN) for name in ("gate", "up")},
+        "mlp.down_proj": (HIDDEN, INNER),
+    }
+    per_block = 2 * sum(rows * columns for rows, columns in matrices.values())
+    blocks = -(-size // per_block)
+    folder.mkdir()
+    LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_attention_heads=16,
+        num_hidden_layers=blocks,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+
+    weight_map = {}
+    for block in range(blocks):
+        prefix = f"model.layers.{block}."
+        tensors = {f"{prefix}{name}.weight": random(*shape) for name, shape in matrices.items()}
+        tensors |= {f"{prefix}{name}_layernorm.weight": ones.clone() for name in ("input", "post_attention")}
+        save_file(tensors, folder / f"model-{block:04}.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"model-{block:04}.safetensors")
+    rest = {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN), "model.norm.weight": ones}
+    save_file(rest, folder / "model-rest.safetensors")
+    weight_map |= dict.fromkeys(rest, "model-rest.safetensors")
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def press(model: Path, work: Path, name: str, memory: int) -> dict[str, Any]:
+    """One pass in this process, once the limit is set: `memory` beside what the imports have taken by now."""
+    import psutil
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    from core.compress.passes import MODEL_PASSES, PassContext, calibrated
+    from core.recipes.inspect import FolderFiles, inspect_model
+    from core.recipes.models import parse_recipe
+
+    recipe = parse_recipe({"name": "bench", "passes": [PASSES[name]], "exports": ["compressed-tensors"]})
+    ids = torch.randint(0, VOCABULARY, (16, 256), generator=torch.Generator().manual_seed(1))
+    calibrated.calibration_samples = lambda *_: {"input_ids": ids}  # random weights make nothing of text
+    work.mkdir()
+    context = PassContext(header=inspect_model(FolderFiles(model)), work_dir=work)
+    imports = psutil.Process().memory_info().rss
+    how = limit(memory)
+    start = time.perf_counter()
+    MODEL_PASSES[name](model, work / "out", recipe.passes[0], context)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"limit": how, "seconds": seconds, "imports_mib": imports / MIB, "peak_mib": peak / MIB}
+
+
+def limit(size: int) -> str:
+    """Bound what this process takes from now on; how it was done."""
+    group = _GROUPS / f"nightpress-bench-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.max").write_text(str(size))  # what was taken before stays on the old group's account
+        (group / "memory.swap.max").write_text("0")
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError:
+        if group.is_dir():
+            group.rmdir()
+        status = Path("/proc/self/status").read_text()
+        data = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData:"))
+        resource.setrlimit(resource.RLIMIT_DATA, (data + size, data + size))
+        return "RLIMIT_DATA"
+    return "cgroup"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory-mib", type=int, default=768)
+    parser.add_argument("--times", type=float, default=4)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("--child", nargs=3, metavar=("MODEL", "WORK", "PASS"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    memory = given.memory_mib * MIB
+    if given.child:
+        model, work, name = given.child
+        print(json.dumps(press(Path(model), Path(work), name, memory)))
+        return 0
+    out: dict[str, Any] = {"memory_mib": given.memory_mib}
+    failed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        out["checkpoint_mib"] = write_model(folder / "model", int(given.times * memory)) / MIB
+        for name in PASSES:
+            command = [sys.executable, "-m", "bench.larger_than_memory", "--memory-mib", str(given.memory_mib)]
+            command += ["--child", str(folder / "model"), str(folder / name), name]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode:
+                failed += 1
+                out[name] = {"failed": (run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1][:300]}
+            else:
+                out[name] = json.loads(run.stdout.strip().splitlines()[-1])
+            shutil.rmtree(folder / name, ignore_errors=True)
+            if not given.json:
+                print(name, json.dumps(out[name]), flush=True)
+    if given.json:
+        print(json.dumps(out))
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

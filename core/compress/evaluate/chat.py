@@ -1,0 +1,82 @@
+"""Conversations as a model's chat template renders them. A template is a program that came with a model: it runs in a process of its own,
+in Jinja's immutable sandbox, with bounds on time, memory and what it may say."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import ErrorCode, NightpressError
+
+_RENDERER = Path(__file__).with_name("chat_renderer.py")
+_SECONDS = 60
+
+
+def render_conversations(
+    conversations: Sequence[Sequence[Mapping[str, str]]], model_dir: Path, *, ref: str
+) -> list[str]:
+    """Each conversation, a list of {"role", "content"}, as one text with the template's own markers. Raises NightpressError(invalid_data)."""
+    template, tokens = _template_of(model_dir, ref)
+    request = json.dumps({"template": template, "tokens": tokens, "conversations": conversations}).encode()
+    with tempfile.TemporaryFile() as out:
+        try:
+            run = subprocess.run(
+                [sys.executable, "-I", "-B", str(_RENDERER)],
+                input=request,
+                stdout=out,
+                stderr=subprocess.PIPE,
+                timeout=_SECONDS,
+                env={},
+            )
+        except subprocess.TimeoutExpired as error:
+            raise _refused(ref, f"it takes more than {_SECONDS} s") from error
+        if run.returncode:
+            said = run.stderr.decode(errors="replace").strip().splitlines()
+            raise _refused(ref, said[-1][:300] if said and run.returncode > 0 else "it takes too much time or memory")
+        out.seek(0)
+        texts: list[str] = json.loads(out.read())
+    return texts
+
+
+def _template_of(model_dir: Path, ref: str) -> tuple[str, dict[str, str]]:
+    """The template and the special tokens it may name."""
+    config = _json(model_dir / "tokenizer_config.json")
+    file = model_dir / "chat_template.jinja"
+    template: Any = file.read_text() if file.is_file() else config.get("chat_template")
+    template = template or _json(model_dir / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # some models have several, by name
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+    if not isinstance(template, str):
+        raise NightpressError(
+            ErrorCode.INVALID_DATA,
+            f"The data set {ref} holds conversations, and the model has no chat template to render them.",
+            hint="Add chat_template.jinja to the model, or bring rows with a `text`.",
+            data=ref,
+        )
+    tokens = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            tokens[name] = token
+    return template, tokens
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    raw = json.loads(file.read_bytes())
+    return raw if isinstance(raw, dict) else {}
+
+
+def _refused(ref: str, why: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.INVALID_DATA,
+        f"The model's chat template can't render the conversations of {ref}: {why}.",
+        hint="Check the template and the roles it takes, or bring rows with a `text`.",
+        data=ref,
+    )

@@ -1,0 +1,53 @@
+"""Renders conversations with a chat template: a request as JSON on standard input, a list of texts on standard output.
+
+Run as a script, so that a template that loops or grows ends this process alone.
+"""
+
+import json
+import resource
+import sys
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_CPU_SECONDS = 30
+_MEMORY = 1024**3
+_MAX_CHARACTERS = 1024**2  # of one conversation
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    request = json.load(sys.stdin)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _raise
+    # Always the same day: what a template writes decides the bytes of the result.
+    environment.globals["strftime_now"] = lambda _format: "01 Jan 2025"
+    try:
+        template = environment.from_string(request["template"])
+        texts = [_render(template, one, request["tokens"]) for one in request["conversations"]]
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    json.dump(texts, sys.stdout)
+
+
+def _render(template: Any, messages: list[dict[str, str]], tokens: dict[str, str]) -> str:
+    parts, size = [], 0
+    for part in template.generate(messages=messages, add_generation_prompt=False, tools=None, documents=None, **tokens):
+        size += len(part)
+        if size > _MAX_CHARACTERS:
+            raise ValueError(f"a conversation is rendered to more than {_MAX_CHARACTERS} characters")
+        parts.append(part)
+    return "".join(parts)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Where the blocks executor keeps its activations, and what it does when memory runs out."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.compress.context import PassContext
+from core.compress.executors import activations, blocks
+from core.compress.executors.blocks import press_blocks
+from core.compress.passes.calibrated import Sparse, WeightAndActivation
+from core.errors import ErrorCode, NightpressError
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import parse_recipe
+from core.recipes.passes import SparseGpt, Wanda
+from core.recipes.plan import make_plan
+from tests.integration.test_blocks_executor import _context, _ids, _linears, _save
+
+
+class _Memory(NamedTuple):
+    available: int
+
+
+@pytest.mark.parametrize("available", [2**40, 2**10])
+def test_activations_lie_in_memory_or_in_a_file_and_the_result_is_the_same(
+    available: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = tmp_path / "source"
+    _save("LlamaForCausalLM", source)
+
+    def press(name: str) -> bytes:
+        press_blocks(
+            source,
+            tmp_path / name / "out",
+            Sparse(SparseGpt()),
+            {"input_ids": _ids()},
+            _context(source, tmp_path / name / "work"),
+            chosen=_linears(source),
+            recipe="r",
+        )
+        return b"".join(path.read_bytes() for path in sorted((tmp_path / name / "out").glob("*.safetensors")))
+
+    expected = press("plain")
+    mapped: list[int] = []
+    from_file = torch.from_file
+
+    def remember(*args: Any, **kwargs: Any) -> Tensor:
+        mapped.append(kwargs["size"])
+        return from_file(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "from_file", remember)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: _Memory(available))
+    assert press("told") == expected
+    assert bool(mapped) == (available < 2**20)
+    assert not list((tmp_path / "told").rglob("hidden-states.bin"))
+
+
+def test_a_method_that_settles_layer_by_layer_runs_each_text_through_a_block_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = tmp_path / "source"
+    _save("LlamaForCausalLM", source)
+    calls: list[int] = []
+    forward = nn.Linear.forward
+
+    def count(self: nn.Linear, inputs: Tensor) -> Tensor:
+        calls.append(inputs.shape[0])
+        return forward(self, inputs)
+
+    monkeypatch.setattr(nn.Linear, "forward", count)
+
+    def linear_runs(work: str) -> int:
+        calls.clear()
+        method = WeightAndActivation(Wanda())
+        context = _context(source, tmp_path / work)
+        samples = {"input_ids": _ids(samples=200, length=24)}  # three batches
+        press_blocks(source, tmp_path / work / "out", method, samples, context, chosen=_linears(source), recipe="r")
+        return len(calls)
+
+    once = linear_runs("once")
+    monkeypatch.setitem(blocks.IN_TURN_BYTES, "cpu", 0)
+    twice = linear_runs("twice")
+    assert once < 0.75 * twice
+
+
+def test_where_a_batch_does_not_fit_smaller_ones_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The allocator refuses for real: the layers of a large batch ask for more memory than any machine has."""
+    source = tmp_path / "source"
+    _save("LlamaForCausalLM", source)
+    forward, refused = nn.Linear.forward, []
+
+    def greedy(limit: int) -> Any:
+        def run(self: nn.Linear, inputs: Tensor) -> Tensor:
+            if inputs.shape[0] > limit:
+                refused.append(inputs.shape[0])
+                torch.empty(2**55, dtype=torch.uint8)
+            return forward(self, inputs)
+
+        return run
+
+    def press() -> None:
+        context = PassContext(header=inspect_or_any(source), work_dir=tmp_path / "work")
+        samples = {"input_ids": _ids(samples=200, length=24)}
+        press_blocks(
+            source,
+            tmp_path / "out",
+            WeightAndActivation(Wanda()),
+            samples,
+            context,
+            chosen=_linears(source),
+            recipe="r",
+        )
+
+    inspect_or_any = lambda folder: _context(folder, tmp_path).header  # noqa: E731
+    monkeypatch.setattr(nn.Linear, "forward", greedy(30))
+    press()
+    assert refused == [85]
+    monkeypatch.setattr(nn.Linear, "forward", greedy(1))
+    with pytest.raises(NightpressError) as caught:
+        press()
+    assert caught.value.code is ErrorCode.OUT_OF_MEMORY
+
+
+@pytest.mark.gpu
+def test_a_gpu_with_too_little_memory_for_a_batch_is_tried_with_smaller_ones(tmp_path: Path):
+    from tests.models import smollm_dir
+
+    source = smollm_dir()
+    header = inspect_model(FolderFiles(source))
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(700 * 2**20 / total)
+    messages: list[str] = []
+    try:
+        context = PassContext(
+            header=header, work_dir=tmp_path, device="cuda", progress=lambda _share, text: messages.append(text)
+        )
+        ids = torch.randint(5, 9000, (64, 512), generator=torch.Generator().manual_seed(0))
+        press_blocks(
+            source,
+            tmp_path / "out",
+            Sparse(SparseGpt()),
+            {"input_ids": ids},
+            context,
+            chosen=_linears(source),
+            recipe="r",
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert any("smaller batches" in text for text in messages)
+
+
+def test_the_plan_names_smaller_settings_and_what_they_take(bert_tiny: Path):
+    recipe = parse_recipe(
+        {
+            "name": "r",
+            "passes": [{"pass": "gptq", "group_size": 64}],
+            "exports": ["compressed-tensors"],
+            "calibration": {"samples": 20000, "length": 512},
+        }
+    )
+    estimate = make_plan(recipe, inspect_model(FolderFiles(bert_tiny))).estimate
+    assert estimate is not None
+    sizes = [estimate.memory_bytes, *(one.memory_bytes for one in estimate.leaner)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 2
+    assert "samples: 10000" in estimate.leaner[0].change
+
+
+def test_freed_memory_goes_back_to_the_kernel():
+    held = [torch.ones(64 * 1024) for _ in range(800)]  # 200 MB, in pieces too small to be mapped by themselves
+    keep = held[::100]
+    before = psutil.Process().memory_info().rss
+    del held
+    activations.return_freed_memory()
+    assert psutil.Process().memory_info().rss < before - 100e6
+    assert len(keep) == 8

@@ -1,0 +1,98 @@
+"""Data sets as people bring them: CSV, Parquet, conversations, padding; and templates that would rather not end."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from core.compress.context import PassContext
+from core.compress.evaluate.calibration import calibration_samples
+from core.compress.evaluate.data import Row, read_rows
+from core.errors import ErrorCode, NightpressError
+from core.recipes.calibration import Calibration
+from core.recipes.inspect import FolderFiles, inspect_model
+
+_TALK = [{"role": "user", "content": "Is the quay lit?"}, {"role": "assistant", "content": "Since dusk."}]
+_TEMPLATE = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+
+
+def _model(folder: Path, template: str) -> Path:
+    folder.mkdir()
+    (folder / "chat_template.jinja").write_text(template)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+    return folder
+
+
+def _jsonl(folder: Path, *rows: object) -> Path:
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+def test_csv_and_parquet_give_the_rows_that_jsonl_gives(tmp_path: Path):
+    expected = [Row("One, two.", 1), Row("Three\nfour", 0)]
+    (tmp_path / "a.csv").write_text('text,label\n"One, two.",1\n"Three\nfour",0\n')
+    table = pa.table({"label": [1, 0], "text": ["One, two.", "Three\nfour"], "other": [None, 2.0]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_rows("d", tmp_path / "a.csv") == expected
+    assert read_rows("d", tmp_path / "a.parquet") == expected
+    assert read_rows("d", _jsonl(tmp_path, *({"text": row.text, "label": row.label} for row in expected))) == expected
+
+
+def test_conversations_are_written_as_the_models_template_says(tmp_path: Path):
+    model = _model(tmp_path / "model", _TEMPLATE)
+    rows = read_rows("d", _jsonl(tmp_path, {"messages": _TALK}, {"text": "Prose."}), model_dir=model)
+    assert rows == [Row("<s><|user|>Is the quay lit?\n<|assistant|>Since dusk.\n"), Row("Prose.")]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 999 }}{% endfor %}{% endfor %}",
+        "{{ 'x' * 99999999999 }}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{% for",
+    ],
+)
+def test_a_template_that_reaches_out_or_never_ends_is_a_clear_error(template: str, tmp_path: Path):
+    model = _model(tmp_path / "model", template)
+    with pytest.raises(NightpressError) as caught:
+        read_rows("d", _jsonl(tmp_path, {"messages": _TALK}), model_dir=model)
+    assert caught.value.code is ErrorCode.INVALID_DATA
+    assert "template" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", b"words,label\nx,1\n", "line 2 has no `text`"),
+        ("a.parquet", b"PAR1 and then nothing", "Parquet"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "`messages`"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}', "chat template"),
+    ],
+)
+def test_bad_rows_are_named(name: str, content: bytes, says: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(NightpressError) as caught:
+        read_rows("d", tmp_path / name, model_dir=tmp_path)
+    assert says in caught.value.message
+
+
+def test_rows_by_themselves_are_padded_and_masked_and_another_seed_takes_other_texts(bert_tiny: Path, tmp_path: Path):
+    header = inspect_model(FolderFiles(bert_tiny))
+
+    def samples(**wanted: object) -> dict[str, object]:
+        calibration = Calibration.model_validate({"samples": 6, "length": 40, **wanted})
+        return dict(
+            calibration_samples(bert_tiny, PassContext(header=header, work_dir=tmp_path, calibration=calibration))
+        )
+
+    padded = samples(packing=False)
+    assert set(padded) == {"input_ids", "attention_mask"}
+    packed = [samples()["input_ids"].tolist() for _ in range(2)]  # type: ignore[attr-defined]
+    assert packed[0] == packed[1] != samples(seed=3)["input_ids"].tolist()  # type: ignore[attr-defined]
+    assert samples(seed=3)["input_ids"].tolist() == samples(seed=3)["input_ids"].tolist()  # type: ignore[attr-defined]
