@@ -70,7 +70,8 @@ def _decode(ref: str, number: int, raw: Any, size: int, channels: int) -> NDArra
             scaled = np.asarray(image.convert(mode).resize((size, size), Image.Resampling.BILINEAR), np.float32) / 255
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise invalid(ref, f"row {number + 1}: its image can't be read", "Use PNG, JPEG or WebP.") from error
-    return scaled[None] if channels == 1 else scaled.transpose(2, 0, 1)
+    result: NDArray[np.float32] = (scaled[None] if channels == 1 else scaled.transpose(2, 0, 1)).astype(np.float32)
+    return result
 
 
 def _settings(model_dir: Path) -> dict[str, Any]:
