@@ -304,7 +304,10 @@ def test_a_data_set_from_the_server(local_datasets: DataSetRegistry, allowed: Pa
         ("a.txt.gz", b"not gzip", ErrorCode.INVALID_DATA),
         ("a.txt.gz", gzip.compress(b"some text" * 1000, mtime=0)[:-20], ErrorCode.INVALID_DATA),
         ("a.txt.gz", gzip.compress(b"x" * 40_000_000, mtime=0), ErrorCode.PAYLOAD_TOO_LARGE),
-        ("a.csv", b"text,label\n", ErrorCode.UNSUPPORTED_FORMAT),
+        ("a.csv", b"text,label\n", ErrorCode.INVALID_DATA),
+        ("b.csv", b"words,label\nx,1\n", ErrorCode.INVALID_DATA),
+        ("a.parquet", b"PAR1 and no end", ErrorCode.INVALID_DATA),
+        ("a.xlsx", b"PK", ErrorCode.UNSUPPORTED_FORMAT),
         ("a.pkl", b"\x80\x04.", ErrorCode.UNSUPPORTED_FORMAT),
     ],
 )
