@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo up test lint types contracts check docs bench clean
+.PHONY: help demo up test lint types contracts check docs bench clean mutate soak
 
 help:  ## say what each target does
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,12 @@ docs: $(VENV)/.dev-installed  ## build the user's guide into site/
 
 bench: $(VENV)/.dev-installed  ## print every figure that the README claims (about half an hour)
 	$(BIN)/python -m bench
+
+mutate: $(VENV)/.dev-installed  ## take each guard of the store away and see a test turn red (about five minutes)
+	$(BIN)/python -m tests.mutation
+
+soak: $(VENV)/.dev-installed  ## seeded chaos on both stacks: make soak MINUTES=10 [STACK=embedded|production] [CHAOS_SEED=…]
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(if $(STACK),--stack $(STACK))
 
 clean:  ## remove the virtual environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info build dist site bench/out

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Checkpoint, Frame, Log, Progress
 from core.handoff.manifest import ArtifactEntry, Manifest, describe_file
 from core.handoff.report import Report, Subject
@@ -108,6 +110,28 @@ def stepping(job_dir: Path, emit: Emit) -> Manifest:
             while True:
                 emit(Progress(phase="pressing", fraction=0.5, message=f"waiting since {time.monotonic()}"))
                 time.sleep(0.1)
+    return press(job_dir, emit)
+
+
+def chaotic(job_dir: Path, emit: Emit) -> Manifest:
+    """Some steps of some length, each a checkpoint; now and then a crash or an error. The dice are the attempt's own."""
+    spec = JobSpec.load(job_dir)
+    dice = random.Random(f"{spec.job_id} {spec.attempt}")
+    work, fate = job_dir / "work", dice.random()
+    for step in range(1, dice.randint(1, 8)):
+        if (work / f"step-{step}").exists():
+            continue
+        time.sleep(dice.uniform(0.0, 0.6))
+        emit(Progress(phase="pressing", fraction=step / 10, message=f"step {step}"))
+        (work / "new").write_bytes(dice.randbytes(1000))
+        (work / "new").rename(work / f"step-{step}")
+        emit(Checkpoint(path=f"step-{step}", step=step))
+    if fate < 0.08:
+        return segfault(job_dir, emit)
+    if fate < 0.16:
+        return leave(job_dir, emit)
+    if fate < 0.22:
+        raise NightpressError(ErrorCode.NUMERICAL_FAILURE, "A weight is no number.")
     return press(job_dir, emit)
 
 
@@ -256,7 +280,7 @@ def spy(job_dir: Path, emit: Emit) -> Manifest:
 BEHAVIOURS = {
     one.__name__: one
     for one in (
-        press, slow, first_slow, endless, stepping, pipeline_until, wedged, segfault, leave, killed_at_its_limit, out_of_addresses, cuda_out_of_memory,
+        press, slow, first_slow, endless, stepping, chaotic, pipeline_until, wedged, segfault, leave, killed_at_its_limit, out_of_addresses, cuda_out_of_memory,
         fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy
     )
 }  # fmt: skip

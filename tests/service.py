@@ -124,8 +124,8 @@ class Service:
 
     # Looking ---------------------------------------------------------------------------------------------------------
 
-    def job(self, job_id: str) -> Job:
-        job = self.store.get(TENANT, job_id)
+    def job(self, job_id: str, tenant_id: str = TENANT) -> Job:
+        job = self.store.get(tenant_id, job_id)
         assert job is not None
         return job
 
@@ -160,9 +160,9 @@ class Service:
             lambda: next((one for one in self.log(job_id).splitlines() if text in one), ""), within=within
         )
 
-    def check_invariants(self, job_id: str) -> None:
+    def check_invariants(self, job_id: str, tenant_id: str = TENANT) -> None:
         """One end, a history without gaps, a committed manifest whose files are all there and right, failures in bounds."""
-        job, events = self.job(job_id), self.events(job_id)
+        job, events = self.job(job_id, tenant_id), self.events(job_id)
         assert job.state in {"succeeded", "failed", "cancelled"}
         assert [event.seq for event in events] == list(range(1, len(events) + 1))
         assert [event.kind for event in events if event.kind in {"succeeded", "failed", "cancelled"}] == [job.state]

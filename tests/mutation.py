@@ -1,0 +1,124 @@
+"""`python -m tests.mutation`: take each guard away, one at a time, and see that at least one test turns red.
+
+Each mutant is a copy of the project with one change. A guard whose absence no test notices is a guard that the next person may
+take away. Exit status 1 if one survives.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STORE, CLAIMS, SUBMISSION = "core/jobs/store.py", "core/jobs/claims.py", "core/jobs/submission.py"
+CHECKPOINTS, LEASE, SERVICE = "core/jobs/checkpoints.py", "worker/lease.py", "core/jobs/service.py"
+TESTS = (
+    "tests/integration/test_store_transitions.py",
+    "tests/integration/test_store_claims.py",
+    "tests/integration/test_store_submissions.py",
+    "tests/integration/test_checkpoint_index.py",
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in `path`, where it stands exactly once (or at each of `times` places)."""
+
+    guard: str  #: what is taken away, as DESIGN's table of transitions calls it
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = TESTS
+    times: int = 1
+
+
+MUTANTS = (
+    Mutant("claim: only a queued job", CLAIMS, "_IN_QUEUE = (IS_QUEUED, ", "_IN_QUEUE = (IS_QUEUED | IS_LEASED, "),
+    Mutant("claim: not before run_after", CLAIMS, "    _columns.run_after <= db_now(),\n", ""),
+    Mutant("claim: it fits the worker's memory", CLAIMS, '_columns.needs_memory <= bindparam("offered_memory", type_=BigInteger)', '_columns.needs_memory != bindparam("offered_memory", type_=BigInteger)'),
+    Mutant("claim: of the worker's own queue", CLAIMS, '_columns.queue == bindparam("offered_queue", type_=String)', '_columns.queue != bindparam("offered_queue", type_=String) + "x"'),
+    Mutant("claim: a fresh attempt number", CLAIMS, '_columns.attempt + literal_column("1")', '_columns.attempt + literal_column("0")'),
+    Mutant("claim: the tenant with the fewest running first", CLAIMS, "candidate.c.priority.desc(), running, candidate", "candidate.c.priority.desc(), candidate"),
+    Mutant("every worker's statement: the lease", STORE, "_columns.lease_id == lease.lease_id, ", ""),
+    Mutant("every transition: the states it starts from", STORE, "            .where(*guards, in_source)\n", "            .where(*guards)\n"),
+    Mutant("every transition: an event without a gap", STORE, ".values(event_seq=_columns.event_seq + 1, **values)", ".values(event_seq=_columns.event_seq + 2, **values)"),
+    Mutant("renew: progress never falls", STORE, '"progress": case((_columns.progress < progress.fraction, progress.fraction), else_=_columns.progress)', '"progress": progress.fraction'),
+    Mutant("renew: a sign of life is no progress", STORE, '"progressed_at": case((moved, db_now()), else_=_columns.progressed_at)', '"progressed_at": db_now()'),
+    Mutant("finish: the manifest is this attempt's", STORE, "if (manifest.job_id, manifest.attempt) != (lease.job_id, lease.attempt):", "if False:"),
+    Mutant("fail: no more failures than allowed", STORE, "_columns.failures + 1 >= _columns.max_failures", "_columns.failures + 1 > _columns.max_failures"),
+    Mutant("fail: an error that will not pass is final", STORE, 'else literal_column("1 = 1")', 'else literal_column("1 = 0")'),
+    Mutant("fail: a pause before the next attempt", STORE, "run_after=case((state == QUEUED, _backed_off(backoff_s)), else_=_columns.run_after)", "run_after=_columns.run_after"),
+    Mutant("fail: a cancelling job never goes back to the queue", STORE, "state = case((_columns.state == CANCELLING, when_cancelling), (used_up, FAILED), else_=QUEUED)", "state = case((used_up, FAILED), else_=QUEUED)"),
+    Mutant("release: a cancelling job ends", STORE, "state=case((_columns.state == CANCELLING, CANCELLED), else_=QUEUED)", "state=QUEUED"),
+    Mutant("cancel: a person's own job alone", STORE, "                _columns.id == job_id,\n                _columns.tenant_id == tenant_id,\n", "                _columns.id == job_id,\n"),
+    Mutant("expire: only a lease that ran out", STORE, "_columns.lease_expires_at < db_now(), lost", "_columns.lease_expires_at < db_now(10**6), lost"),
+    Mutant("expire: still due when it is taken", STORE, "                [_columns.id == job_id, IS_LEASED, is_due],\n", "                [_columns.id == job_id, IS_LEASED],\n"),
+    Mutant("expire: only a run past its limit", STORE, "_columns.started_at < db_now(-BELT_S - _columns.run_limit_s)", "_columns.started_at < db_now()"),
+    Mutant("expire: only a run that stalls", STORE, "_columns.progressed_at < db_now(-BELT_S - _columns.stall_s)", "_columns.progressed_at < db_now()"),
+    Mutant("queue deadline: still due when it is passed", STORE, "                    _columns.id == job_id,\n                    is_due,\n", "                    _columns.id == job_id,\n"),
+    Mutant("logs: a job's share and no more", STORE, "                if seq <= MAX_LOG_LINES\n", ""),
+    Mutant("end: the attempt is closed", STORE, '            _close_attempt(connection, job, "succeeded")\n', ""),
+    Mutant("end: nobody holds it any more", STORE, '    "lease_id": null(),\n', ""),
+    Mutant("reuse: an identical job's result alone", STORE, "made.c.fingerprint == mine)", "made.c.fingerprint.is_not(None))", (*TESTS, "tests/integration/test_api_jobs.py")),
+    Mutant("reuse: within the tenant alone", STORE, ".where(made.c.tenant_id == job.tenant_id, ", ".where(", (*TESTS, "tests/integration/test_api_jobs.py")),
+    Mutant("reuse: never by force", SERVICE, "wanted.reuse and not wanted.force", "wanted.reuse", ("tests/integration/test_api_jobs.py",)),
+    Mutant("submit: the quota", SUBMISSION, 'if queued >= values["max_queued"]:', "if False:"),
+    Mutant("submit: the key's own body", SUBMISSION, "        if row[0] != idempotency.fingerprint:\n", "        if False:\n"),
+    Mutant("checkpoint: one writer a prefix", CHECKPOINTS, ", where=~_held(checkpoints.c.lease_id))", ")"),
+    Mutant("checkpoint: the writer's lease still stands", CHECKPOINTS, "grown.where(_held(lease.lease_id), size <= limit)", "grown.where(size <= limit)"),
+    Mutant("checkpoint: the prefix is the writer's", CHECKPOINTS, "checkpoints.c.digest == digest, checkpoints.c.lease_id == lease.lease_id)", "checkpoints.c.digest == digest)"),
+    Mutant("checkpoint: its bound", CHECKPOINTS, "grown.where(_held(lease.lease_id), size <= limit)", "grown.where(_held(lease.lease_id))"),
+    Mutant("checkpoint: kept while its job lives", CHECKPOINTS, "db_now(-older_than_s), ~job_lives)", "db_now(-older_than_s))"),
+    Mutant("checkpoint: kept if taken up again", CHECKPOINTS, ".where(checkpoints.c.digest == digest, unused))", ".where(checkpoints.c.digest == digest))"),
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
+    parser.add_argument("words", nargs="*", help="only guards that contain one of these words")
+    words = parser.parse_args().words
+    chosen = [one for one in MUTANTS if not words or any(word in one.guard for word in words)]
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="nightpress-mutants-") as scratch:
+        copy = Path(scratch) / "project"
+        for name in ("api", "client", "core", "docs", "migrations", "tests", "worker"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        for one in chosen:
+            began = time.monotonic()
+            killer = _first_red_test(copy, one)
+            verdict = "killed" if killer else "SURVIVED"
+            print(f"{verdict:9} {one.guard:52} {time.monotonic() - began:5.1f} s  {killer}", flush=True)  # noqa: T201
+            if not killer:
+                survivors.append(one.guard)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} guards are held by a test.")  # noqa: T201
+    return 1 if survivors else 0
+
+
+def _first_red_test(copy: Path, mutant: Mutant) -> str:
+    path = copy / mutant.path
+    whole = path.read_text()
+    if whole.count(mutant.old) != mutant.times:
+        raise SystemExit(
+            f"{mutant.guard}: {mutant.path} has {whole.count(mutant.old)} times {mutant.old!r}: mend tests/mutation.py"
+        )
+    path.write_text(whole.replace(mutant.old, mutant.new))
+    try:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "sqlite", *mutant.tests]
+        env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        ran = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=600)
+    finally:
+        path.write_text(whole)
+    if ran.returncode not in {0, 1}:
+        raise SystemExit(f"{mutant.guard}: the tests did not run:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+    red = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return red[0].rpartition("::")[2] if red else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
