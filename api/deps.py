@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
@@ -51,7 +52,10 @@ class Services:
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run something that waits for SQL off the event loop: one hop to a thread a request, not one a dependency."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, partial(function, *args, **kwargs))
+        context = copy_context()  # what is logged there names the request too
+        return await asyncio.get_running_loop().run_in_executor(
+            self.threads, partial(context.run, function, *args, **kwargs)
+        )
 
     async def transfer(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The same for what moves many bytes."""

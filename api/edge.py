@@ -12,6 +12,7 @@ from api.metrics import ApiMetrics
 from api.problems import on_unexpected, problem
 from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
+from core.logs import log_context
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 #: Routes that take files rather than JSON bound their body themselves, by the size that was announced.
@@ -51,7 +52,8 @@ class Edge:
             if refusal is not None:
                 await problem(refusal, Request(scope))(scope, receive, send_marked)
             else:
-                await self.app(scope, self._bounded(scope, receive), send_marked)
+                with log_context(request_id=request_id):
+                    await self.app(scope, self._bounded(scope, receive), send_marked)
         except ClientDisconnect:
             pass  # nobody is left to answer
         except Exception as error:

@@ -1,6 +1,8 @@
 """/metrics: what Prometheus reads. Figures of this process are counted; those of the queue are read from SQL at each scrape."""
 
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,6 +15,8 @@ from core.jobs.states import ALL_STATES
 
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+_FIGURES_KEPT_S = 5.0
+QueueFigures = tuple[JobStatistics, list[Worker]]
 _WORKER_STATES = ("idle", "busy", "draining", "lost")
 
 
@@ -32,6 +36,9 @@ class ApiMetrics:
             "nightpress_http_requests", "Answers by status.", ("method", "route", "status"), registry=self.registry
         )
         self.streams = Gauge("nightpress_event_streams", "Open event and log streams.", registry=self.registry)
+        self._asking = threading.Lock()
+        self._figures: QueueFigures | None = None
+        self._figures_until = 0.0
         self._series: dict[tuple[str, str, int], tuple[Histogram, Counter]] = {}
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
@@ -46,6 +53,14 @@ class ApiMetrics:
         answers.inc()
         if "nightpress.stream" not in scope:  # a stream lasts as long as its reader stays: that is no latency
             latency.observe(seconds)
+
+    def queue(self, ask: Callable[[], QueueFigures]) -> QueueFigures:
+        """What the queue looks like: asked at most every few seconds, since counting a million jobs takes the database most of one."""
+        with self._asking:
+            if self._figures is None or time.monotonic() > self._figures_until:
+                self._figures = ask()
+                self._figures_until = time.monotonic() + _FIGURES_KEPT_S
+            return self._figures
 
     def render(self, statistics: JobStatistics, workers: list[Worker]) -> bytes:
         """The text that Prometheus scrapes."""

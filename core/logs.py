@@ -4,6 +4,9 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 _SECRETS = re.compile(
@@ -17,6 +20,19 @@ def redact(text: str) -> str:
     return _SECRETS.sub(lambda match: f"{match.group(1) or match.group(2)}***", text)
 
 
+_context: ContextVar[dict[str, object]] = ContextVar("log_context", default={})  # noqa: B039 - replaced, never changed
+
+
+@contextmanager
+def log_context(**ids: object) -> Iterator[None]:
+    """Name these in every JSON line that is logged meanwhile in this thread or task: request_id, job_id, attempt."""
+    token = _context.set(_context.get() | ids)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
 class _Redacting(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
@@ -24,12 +40,13 @@ class _Redacting(logging.Formatter):
 
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        body = {
+        body: dict[str, object] = {
             "at": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
+        body |= _context.get()
         body |= {key: record.__dict__[key] for key in ("job_id", "attempt", "request_id") if key in record.__dict__}
         if record.exc_info:
             body["traceback"] = self.formatException(record.exc_info)

@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     )
     sandbox_network: bool = Field(True, description="Cut children off from the network where the kernel allows.")
 
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Where a worker or control process answers Prometheus; 0: nowhere."
+    )
     log_format: Literal["text", "json"] = "text"
     log_level: str = "INFO"
 

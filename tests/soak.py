@@ -27,13 +27,14 @@ import migrations
 from core.handoff.spec import JobSpec
 from core.jobs.ring import make_celery
 from tests.servers import S3, Postgres, Valkey
-from tests.service import Service, eventually
+from tests.service import Service
 
 TENANTS = ("one", "two", "three")
 WORKERS = 3
 GRACE_S = 4.0  #: of a kill
 RECIPE = {"name": "chaos", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
-ENDS_WITHIN_S = 120.0
+BACKLOG = 30  #: jobs that may wait; a machine of any speed is kept busy, and done soon after
+QUIET_S = 60.0  #: once the faults are over, a job comes to its end at least this often
 
 
 class Soak:
@@ -113,6 +114,8 @@ class Soak:
             time.sleep(self._dice.uniform(0.05, 0.5))
 
     def _submit(self) -> None:
+        if len(self._service.unfinished()) > BACKLOG:
+            return
         for _ in range(self._dice.randint(1, 3)):
             tenant = self._dice.choice(TENANTS)
             limits = {"max_failures": self._dice.randint(1, 4), "priority": self._dice.randint(-1, 1), "stall_s": 20.0}
@@ -203,16 +206,13 @@ class Soak:
             if worker.poll() is not None:
                 self._start_worker()
         self._say(f"{len(self._jobs)} jobs, {sum(self._faults.values())} events; waiting for the last ends")
-        left: list[str] = []
-
-        def all_over() -> bool:
-            left[:] = self._service.unfinished()
-            return not left
-
-        try:
-            eventually(all_over, within=ENDS_WITHIN_S, every=0.5)
-        except AssertionError:
-            self.violations.append(f"I1: {len(left)} jobs have not ended within {ENDS_WITHIN_S} s: {left[:5]}")
+        left, moved = self._service.unfinished(), time.monotonic()
+        while left and time.monotonic() - moved < QUIET_S:
+            time.sleep(0.5)
+            before, left = left, self._service.unfinished()
+            moved = moved if len(left) == len(before) else time.monotonic()
+        if left:
+            self.violations.append(f"I1: no job ended for {QUIET_S:g} s, and {len(left)} have not: {left[:5]}")
 
     def _check(self) -> None:
         self._start_worker()  # the first thing a worker does is to clear what killed ones left

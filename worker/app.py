@@ -16,6 +16,7 @@ from core.jobs.store import JobStore
 from core.settings import Settings
 from worker.cache import BlobCache
 from worker.folder import WorkerFolder
+from worker.metrics import serve_metrics
 from worker.offer import make_offer
 from worker.process import CHILD_COMMAND
 from worker.slot import Slot
@@ -53,6 +54,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     # Called within the signal's handler: it sets a flag and does nothing else. Weak references would be gone by then.
     signals.worker_shutting_down.connect(lambda **_: supervisor.draining.set(), weak=False)
     signals.worker_ready.connect(lambda **_: log.info("Worker %s serves %s.", offer.worker_id, offer.queue), weak=False)
+    serve_metrics(settings.metrics_port)
     slot.open()
     try:
         while not supervisor.draining.is_set():

@@ -22,6 +22,7 @@ from core.schedules.firing import Firing
 from core.schedules.store import ScheduleStore
 from core.settings import Settings, load_settings
 from worker.health import mark_alive
+from worker.metrics import LEASES_EXPIRED, TICKS, serve_metrics
 
 _SWEEP_EVERY_S = 60.0
 _ABANDONED_S = 3600.0  #: a lost attempt's files are swept so long after its end
@@ -77,7 +78,8 @@ class Control:
             steps += [self._forget_workers, self._sweep_attempts, self._sweep_checkpoints, self._sweep_uploads]
         for step in steps:
             try:
-                step()
+                with TICKS.labels(step.__name__.strip("_")).time():
+                    step()
             except NightpressError as error:
                 log.warning("%s: %s", step.__name__.strip("_"), error)
             except Exception:
@@ -85,6 +87,7 @@ class Control:
 
     def _expire_leases(self) -> None:
         for job_id in self._store.expire_leases(backoff_s=self._settings.retry_backoff_s):
+            LEASES_EXPIRED.inc()
             log.warning("Job %s was taken from its worker.", job_id, extra={"job_id": job_id})
 
     def _expire_queue_deadlines(self) -> None:
@@ -142,6 +145,7 @@ def main() -> int:
     store, models, data_sets = JobStore(engine), *registries
     firing = Firing(ScheduleStore(engine), JobService(store, models, data_sets, settings), store, ringer.ring)
     control = Control(settings, store, CheckpointIndex(engine), registries, objects, ringer.ring, firing)
+    serve_metrics(settings.metrics_port)
     log.info("The control process ticks every %g s.", settings.tick_s)
     while not stop.is_set():
         control.tick()

@@ -11,6 +11,7 @@ from typing import Any
 from core.handoff.frames import Progress
 from core.jobs.records import Lease
 from core.jobs.store import JobStore
+from worker.metrics import PhaseClock
 
 _LONGEST_INTERVAL_S = 2.0  #: how late a cancellation may be noticed
 _SHORTEST_INTERVAL_S = 0.5  #: between two reports of progress
@@ -39,6 +40,7 @@ class LeaseKeeper:
         self._new_phase = False
         self.cancel_requested = False
         self._progress: Progress | None = None
+        self._phases = PhaseClock()
         self._lines: deque[tuple[str, str]] = deque(maxlen=_LOG_LINES)
         self._notes: deque[tuple[str, dict[str, Any]]] = deque(maxlen=_NOTES)
         self._changed = threading.Condition()
@@ -51,6 +53,7 @@ class LeaseKeeper:
         return self._gone or time.monotonic() >= self._expires
 
     def progress(self, progress: Progress) -> None:
+        self._phases.enter(progress.phase)
         with self._changed:
             self._new_phase |= self._progress is None or self._progress.phase != progress.phase
             self._progress, self._urgent = progress, True
@@ -69,6 +72,7 @@ class LeaseKeeper:
 
     def close(self) -> None:
         """Write what was reported and stop renewing."""
+        self._phases.enter("")
         with self._changed:
             self._stop = True
             self._changed.notify()

@@ -9,6 +9,7 @@ from core.errors import NightpressError
 from core.jobs.records import WorkerOffer
 from core.jobs.store import JobStore
 from worker.health import mark_alive
+from worker.metrics import CLAIMS
 from worker.offer import introduce
 from worker.supervisor import Supervisor
 
@@ -58,6 +59,7 @@ class Slot:
                 claimed = self._store.claim(self._offer, ttl_s=self._ttl_s)
                 if claimed is None:
                     return
+                CLAIMS.labels(self._offer.queue).inc()
                 self._supervisor.run(claimed, claimed_at=asked)
         finally:
             self._busy.release()

@@ -19,11 +19,13 @@ from core.handoff.spec import JobSpec
 from core.jobs.checkpoints import CheckpointIndex
 from core.jobs.records import Claimed, Job
 from core.jobs.store import JobStore
+from core.logs import log_context
 from core.recipes.models import Recipe
 from core.settings import Settings
 from worker.cache import disk_errors
 from worker.checkpoints import CheckpointDepot
 from worker.lease import LeaseKeeper
+from worker.metrics import ATTEMPTS, BYTES_MOVED, GPU_SECONDS, LEASES_LOST, SECONDS_MOVING
 from worker.process import CHILD_COMMAND, ChildProcess
 from worker.relay import Relay
 from worker.staging import Stager, files_of, outcome_of, read_manifest, ship
@@ -110,7 +112,8 @@ class Supervisor:
         """Work on one job until this worker has no more to do with it. Never raises for what the job does."""
         attempt = _Attempt(self, claimed, claimed_at)
         try:
-            attempt.run()
+            with log_context(job_id=claimed.job.id, attempt=claimed.lease.attempt):
+                attempt.run()
         finally:
             self.warm_up()
 
@@ -137,18 +140,21 @@ class _Attempt:
     def run(self) -> None:
         log.info("Job %s, attempt %d: started.", self._job.id, self._lease.attempt, extra=self._extra)
         flush_s = 0.0  # unfinished work is worth a delay where another attempt is to follow
+        outcome = "succeeded"
         try:
             ending = self._press()
         except LeaseLostError:
-            ending = None
+            ending, outcome = None, "lost"
         except CancelledError:
-            ending = self._cancelled
+            ending, outcome = self._cancelled, "cancelled"
         except DrainedError:
-            ending, flush_s = self._drained, self._settings.drain_s / 2
+            ending, outcome, flush_s = self._drained, "released", self._settings.drain_s / 2
         except NightpressError as error:
-            ending, flush_s = self._failed(error), self._settings.drain_s / 2 if error.kind.retryable else 0.0
+            ending, outcome = self._failed(error), error.code.value
+            flush_s = self._settings.drain_s / 2 if error.kind.retryable else 0.0
         except Exception as error:
             log.exception("Job %s: an error of the supervisor itself.", self._job.id, extra=self._extra)
+            outcome = ErrorCode.INTERNAL.value
             ending = self._failed(NightpressError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}"))
         finally:
             if self._child is not None:
@@ -160,10 +166,19 @@ class _Attempt:
             said = "the lease was lost, nothing is written" if ending is None else self._insist(ending)
             log.info("Job %s, attempt %d: %s.", self._job.id, self._lease.attempt, said, extra=self._extra)
         except LeaseLostError:
+            outcome = "lost"
             log.warning("Job %s: the lease ran out before its end could be written.", self._job.id, extra=self._extra)
         finally:
+            self._count(outcome)
             if self._child is not None:
                 self._child.remove()
+
+    def _count(self, outcome: str) -> None:
+        ATTEMPTS.labels(self._job.queue, outcome).inc()
+        if outcome == "lost":
+            LEASES_LOST.inc()
+        if self._job.queue == "gpu":
+            GPU_SECONDS.inc(time.monotonic() - self._started)
 
     def _press(self) -> Callable[[], str]:
         """Files in, child, files out. Returns the statement that commits the result."""
@@ -286,14 +301,20 @@ class _Mover:
         self._total = 0
         self._done = 0
         self._told = 0.0
+        self._moved_at = time.monotonic()
 
     def expect(self, total: int) -> None:
         self._total = max(total, 1)
+        self._moved_at = time.monotonic()
         self._tell()
 
     def moved(self, count: int) -> None:
         self._check()
         self._done += count
+        BYTES_MOVED.labels(self._phase).inc(count)
+        now = time.monotonic()
+        SECONDS_MOVING.labels(self._phase).inc(now - self._moved_at)
+        self._moved_at = now
         if time.monotonic() - self._told > 0.5:
             self._tell()
 

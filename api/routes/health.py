@@ -59,7 +59,9 @@ async def readyz(services: ServicesDep) -> Response:
     responses={200: {"content": {"text/plain": {}}}, **documented(ErrorCode.DATABASE_UNAVAILABLE)},
 )
 async def metrics(services: ServicesDep) -> Response:
-    statistics, workers = await services.call(lambda: (services.store.statistics(), services.store.workers()))
+    statistics, workers = await services.call(
+        services.metrics.queue, lambda: (services.store.statistics(), services.store.workers())
+    )
     return Response(services.metrics.render(statistics, workers), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

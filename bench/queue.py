@@ -1,0 +1,156 @@
+"""The queue as it grows: claims, pages and ticks with a million jobs in PostgreSQL beside ten thousand; many workers at once.
+
+    python -m bench.queue [--jobs 10000 1000000] [--json]
+
+Nine jobs of ten are done, the rest wait, spread over twenty tenants and five priorities. PostgreSQL keeps fsync on. Latencies are of single
+calls from one client; the rate is of four processes with fifty simulated workers each, who claim until nothing is left.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import text
+
+import migrations
+from core.database import make_engine, transaction
+from core.errors import NightpressError
+from core.jobs.store import JobStore
+from tests.jobs import add_model, offer, submit
+from tests.servers import Postgres
+
+CALLS = 300
+PROCESSES, WORKERS_EACH, RACED = 4, 50, 4000
+
+_FILL = """
+INSERT INTO jobs (id, tenant_id, name, state, verdict, progress, message, priority, labels, queue, needs_memory, model_id, model_name,
+  model_digest, recipe, data, attempt, failures, max_failures, run_limit_s, stall_s, created_at, run_after, started_at, finished_at,
+  event_seq, log_seq)
+SELECT 'job_' || lpad(n::text, 26, '0'), 'tenant-' || n % 20, '', CASE WHEN n % 10 = 0 THEN 'queued' ELSE 'succeeded' END,
+  CASE WHEN n % 10 = 0 THEN NULL ELSE 'accepted' END, 0, '', (n / 10) % 5 - 2, '{}', 'cpu', 1000000, 'model_tiny', 'tiny', 'sha256:0',
+  '{"name":"bench","passes":[{"pass":"magnitude"}],"exports":["safetensors"]}', '{}', 0, 0, 3, 3600, 1800,
+  now() - (:count - n) * interval '10 ms', now() - interval '1 hour', NULL,
+  CASE WHEN n % 10 = 0 THEN NULL ELSE now() END, 1, 0
+FROM generate_series(1, :count) AS n
+"""
+
+
+def measure(server: Postgres, count: int) -> dict[str, float]:
+    """Milliseconds: medians and 99th percentiles of single calls."""
+    url = server.create_database()
+    migrations.upgrade(url)
+    engine = make_engine(url)
+    add_model(engine)
+    with transaction(engine) as connection:
+        connection.execute(text(_FILL), {"count": count})
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE"))
+    store = JobStore(engine)
+    cursors: list[str | None] = [None]
+    for _ in range(20):
+        cursors.append(store.page("tenant-3", cursor=cursors[-1], limit=50)[1])
+    calls: dict[str, Callable[[int], object]] = {
+        "claim": lambda n: store.claim(offer(f"w{n}"), ttl_s=3600.0),
+        "page": lambda n: store.page("tenant-3", cursor=cursors[n % len(cursors)], limit=50),
+        "page_by_state": lambda _n: store.page("tenant-3", states=("queued",), limit=50),
+        "tick": lambda _n: _tick(store),
+        "statistics": lambda _n: store.statistics(),
+    }
+    found = {}
+    for name, call in calls.items():
+        times = sorted(_timed(call, n) for n in range(CALLS if name not in {"tick", "statistics"} else 20))
+        found[f"{name}_p50_ms"] = round(statistics.median(times), 2)
+        found[f"{name}_p99_ms"] = round(times[int(0.99 * (len(times) - 1))], 2)
+    engine.dispose()
+    return found
+
+
+def _timed(call: Callable[[int], object], n: int) -> float:
+    began = time.perf_counter()
+    call(n)
+    return 1000 * (time.perf_counter() - began)
+
+
+def _tick(store: JobStore) -> None:
+    """What the control process asks of the store every two seconds."""
+    store.expire_leases(backoff_s=5.0)
+    store.expire_queue_deadlines()
+    store.queues_with_work()
+    store.workers()
+
+
+def race(server: Postgres) -> dict[str, Any]:
+    """Two hundred workers claim until nothing is left."""
+    url = server.create_database()
+    migrations.upgrade(url)
+    engine = make_engine(url)
+    add_model(engine)
+    store = JobStore(engine)
+    jobs = {submit(store, tenant_id=f"tenant-{n % 20}") for n in range(RACED)}
+    context = multiprocessing.get_context("spawn")
+    began = time.monotonic()
+    with context.Pool(PROCESSES) as pool:
+        shares = pool.starmap(_claim_all, [(url, n) for n in range(PROCESSES)])
+    seconds = max(end for _, _, end in shares) - min(start for _, start, _ in shares)
+    claimed = Counter(job for share, _, _ in shares for job in share)
+    engine.dispose()
+    return {
+        "workers": PROCESSES * WORKERS_EACH,
+        "jobs": len(jobs),
+        "claimed_twice": sum(times > 1 for times in claimed.values()),
+        "missed": len(jobs - set(claimed)),
+        "claims_per_s": round(sum(claimed.values()) / seconds, 1),
+        "wall_s": round(time.monotonic() - began, 1),
+    }
+
+
+def _claim_all(url: str, number: int) -> tuple[list[str], float, float]:
+    store = JobStore(make_engine(url, pool_size=8))
+
+    def work(name: str) -> list[str]:
+        found = []
+        while True:
+            try:
+                claimed = store.claim(offer(name), ttl_s=3600.0)
+            except NightpressError:
+                continue  # no connection was free in time
+            if claimed is None:
+                return found
+            found.append(claimed.job.id)
+
+    began = time.time()
+    with ThreadPoolExecutor(WORKERS_EACH) as pool:
+        shares = list(pool.map(work, (f"w{number}-{n}" for n in range(WORKERS_EACH))))
+    return [job for share in shares for job in share], began, time.time()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.queue", description=__doc__)
+    parser.add_argument("--jobs", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder,
+        Postgres(Path(folder), durable=True) as server,
+    ):
+        found: dict[str, Any] = {f"{count:,} jobs": measure(server, count) for count in options.jobs}
+        found["race"] = race(server)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for name, figures in found.items():
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
