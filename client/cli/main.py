@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from client.cli import catalog, demo, doctor, jobs, output, press, proof, results, schedules, stack, web
+from client.cli import catalog, demo, doctor, jobs, output, press, profile, proof, results, schedules, stack, web
 from client.cli.exits import EPILOG, Exit
 from client.errors import ApiError, ClientError, TransferError, UnreachableError
 from core.errors import ErrorCode, NightpressError
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stdout.isatty() else None,  # boxes and colours for eyes, plain lines for pipes
 )
-for part in (jobs, results, proof, schedules, catalog, stack, web, press, doctor, demo):
+for part in (jobs, results, proof, schedules, catalog, stack, web, press, profile, doctor, demo):
     part.add_to(app)
 
 

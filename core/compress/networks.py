@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.compress.checkpoint import SAFETENSORS_DTYPES, TORCH_DTYPES, disk_errors, sync_folder
-from core.compress.executors.skeleton import find_rows
+from core.compress.checkpoint import SAFETENSORS_DTYPES, TORCH_DTYPES, disk_errors, read_shards, sync_folder
+from core.compress.executors.skeleton import Source, find_rows
 from core.compress.executors.stream import copy_companions
+from core.compress.modules import quiet, take_own_shapes
 from core.errors import ErrorCode, NightpressError
+from core.recipes.anatomy import OWN_SHAPES
 from core.recipes.header import ModelHeader
 
 AUTO_CLASSES = {
@@ -29,15 +31,18 @@ def load_model(folder: Path, header: ModelHeader, *, attention: str | None = Non
     """The model of a folder under the head of its task: in float32, in evaluation mode, on the CPU. attention: transformers' name of its kernel."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     try:
-        model = getattr(transformers, AUTO_CLASSES[header.task]).from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with quiet():
+            model = getattr(transformers, AUTO_CLASSES[header.task]).from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=OWN_SHAPES in header.config,
+            )
+        if OWN_SHAPES in header.config:
+            take_own_shapes(model, Source(read_shards(folder)))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise NightpressError(
             ErrorCode.MALFORMED_MODEL,

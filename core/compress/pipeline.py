@@ -20,6 +20,7 @@ from core.compress.evaluate.consumer import Observed, run_consumer
 from core.compress.evaluate.data import BUILTIN_LICENSE, builtin_digest
 from core.compress.evaluate.finite import check_weights
 from core.compress.evaluate.quality import Trial
+from core.compress.evaluate.roofline import device_of
 from core.compress.executors import graph
 from core.compress.export import compressed_tensors, onnx, openvino, safetensors
 from core.compress.export.early_exit import trace_exits
@@ -35,8 +36,9 @@ from core.recipes.calibration import BUILTIN_DATA
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import Quality
-from core.recipes.passes import DynamicInt8, EarlyExit
-from core.recipes.plan import make_plan
+from core.recipes.passes import DynamicInt8, EarlyExit, Profiling
+from core.recipes.plan import make_plan, stored
+from core.recipes.profile import Profile, profile_of
 
 Emit = Callable[[Frame], None]
 
@@ -139,7 +141,7 @@ class _Press:
         source, observed = self._baseline(header, trial, scratch)
         model_dir, model_header = self._press(header)
         exported = self._export(model_dir, model_header, trial)
-        artifacts, versions = self._measure(exported, header, trial, source, observed, scratch)
+        artifacts, versions = self._measure(exported, model_header.parameters, trial, source, observed, scratch)
         entries = self._entries(exported, artifacts)
         digests = {one.format: one.digest for one in entries}
         artifacts = [one.model_copy(update={"digest": digests[one.name]}) for one in artifacts]
@@ -159,6 +161,7 @@ class _Press:
             verdict="accepted" if all(one.passed for one in found) else "rejected",
             phases={phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()},
             notes=self._notes(header),
+            profiles=self._profiles(header, model_header),
         )
         manifest = self._write(whole, entries)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -261,7 +264,7 @@ class _Press:
     def _measure(
         self,
         exported: list[_Exported],
-        header: ModelHeader,
+        parameters: int,
         trial: Trial,
         source: Subject,
         reference: Observed,
@@ -295,7 +298,7 @@ class _Press:
                 name=one.format,
                 format=one.format,
                 size_bytes=_folder_bytes(one.folder),
-                parameters=header.parameters,
+                parameters=parameters,
                 measurements=quality.measurements(trial, reference, observed),
                 timings=quality.timings(observed, trial.task),
                 peak_memory_bytes=observed.peak_memory,
@@ -305,6 +308,16 @@ class _Press:
             self._publish(subject)
             subjects.append(subject)
         return subjects, versions
+
+    def _profiles(self, header: ModelHeader, pressed: ModelHeader) -> tuple[Profile, ...]:
+        """What the source and the pressed model cost to run, as often as the recipe asks."""
+        found: list[Profile] = []
+        for options in self.recipe.passes:
+            if isinstance(options, Profiling):
+                device = device_of(options.device, device=self.spec.device, threads=self.spec.threads)
+                found.append(profile_of(header, "source", options.shapes, device))
+                found.append(profile_of(stored(self.recipe, pressed), "pressed", options.shapes, device))
+        return tuple(found)
 
     def _evaluating(self, start: float, end: float, name: str) -> Callable[[float, str], None]:
         """The runner does the verification's texts first; what follows is evaluation."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import ErrorCode, NightpressError
+from core.recipes.profile import Profile
 
 REPORT_FILE = "report.json"
 
@@ -138,6 +139,7 @@ class Report(_Model):
     verdict: Literal["accepted", "rejected"]
     phases: dict[str, float]  #: seconds by phase
     notes: tuple[str, ...] = ()
+    profiles: tuple[Profile, ...] = ()  #: of the source and of the pressed model, where the recipe asks for `profile`
 
 
 def read_report(raw: bytes | str | Mapping[str, Any]) -> Report:

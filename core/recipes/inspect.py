@@ -214,8 +214,11 @@ def _read_config(files: ModelFiles, sizes: Mapping[str, int]) -> dict[str, Any]:
 def _check_value(key: str, value: Any) -> None:
     if key in _BOUNDS and value is not None:
         for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, bool) or not isinstance(one, int) or not 1 <= one <= _BOUNDS[key]:
-                raise malformed("config.json", f"`{key}` is {str(one)[:40]}, not a number from 1 to {_BOUNDS[key]}")
+            least = 0 if key == "type_vocab_size" else 1  # DeBERTa has no types of tokens
+            if isinstance(one, bool) or not isinstance(one, int) or not least <= one <= _BOUNDS[key]:
+                raise malformed(
+                    "config.json", f"`{key}` is {str(one)[:40]}, not a number from {least} to {_BOUNDS[key]}"
+                )
     if key == "_name_or_path" and isinstance(value, str) and ".." in re.split(r"[/\\]", value):
         raise malformed("config.json", "`_name_or_path` climbs out of a folder")
 

@@ -10,6 +10,7 @@ from core.recipes.costs import FORWARD_RATE, GPU_RATE, RUNTIME_BYTES, Cost
 from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from core.recipes.linears import invalid
 from core.recipes.models import Quality, Recipe
+from core.recipes.passes import PassOptions
 
 _IMPORT_S = 6.0  #: start of one consumer process
 _GRAPH_FORMATS = frozenset({"onnx", "openvino"})
@@ -102,12 +103,7 @@ def _check_order(recipe: Recipe) -> None:
 
 def _check_exports(recipe: Recipe) -> None:
     for one in recipe.passes:
-        wrong = [name for name in recipe.exports if name not in one.exports]
-        if wrong:
-            raise invalid(
-                f"exports: {', '.join(wrong)} can't carry the result of `{one.pass_}`.",
-                f"Use {' or '.join(sorted(one.exports))} with it.",
-            )
+        _check_carriers(recipe, one, None)
         if recipe.device == "gpu" and "cuda" not in one.runs_on:
             raise invalid(f"`{one.pass_}` runs on a CPU only.", "Leave `device` at `auto`.")
     if "compressed-tensors" in recipe.exports and not any(one.quantizes for one in recipe.passes):
@@ -117,9 +113,30 @@ def _check_exports(recipe: Recipe) -> None:
         )
 
 
-def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
+def _check_carriers(recipe: Recipe, one: PassOptions, header: ModelHeader | None) -> None:
+    carriers = one.carriers(header)
+    wrong = [name for name in recipe.exports if name not in carriers]
+    if wrong:
+        why = one.why_not(header)
+        raise invalid(
+            f"exports: {', '.join(wrong)} can't carry the result of `{one.name}`{': ' + why if why else ''}.",
+            f"Use {' or '.join(sorted(carriers))} with it.",
+        )
+
+
+def _chain(recipe: Recipe, header: ModelHeader) -> tuple[list[ModelHeader], ModelHeader]:
+    """What each pass is given, and what the last one leaves."""
+    given = []
     for one in recipe.passes:
-        yield from one.warnings(header)
+        given.append(header)
+        header = one.leaves(header)
+    return given, header
+
+
+def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
+    given = _chain(recipe, header)[0] if header is not None else [None] * len(recipe.passes)
+    for one, seen in zip(recipe.passes, given, strict=True):
+        yield from one.warnings(seen)
     calibrated = [one.pass_ for one in recipe.passes if one.wants == "calibration"]
     if header is not None and header.sees_images:
         used = [one.data for one in recipe.evaluate if isinstance(one, Quality)]
@@ -146,8 +163,11 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
             "The model has no tokenizer, so nothing can be measured on text.",
             hint="Add tokenizer.json (and tokenizer_config.json) to its folder.",
         )
+    seen = header
     for one in recipe.passes:
-        one.check(header)
+        one.check(seen)
+        _check_carriers(recipe, one, seen)
+        seen = one.leaves(seen)
     wrong = [name for name in recipe.exports if header.model_type not in ENCODERS and name in _GRAPH_FORMATS]
     if wrong:
         raise invalid(
@@ -189,9 +209,18 @@ def _check_metric(one: Quality, header: ModelHeader) -> None:
         )
 
 
+def stored(recipe: Recipe, header: ModelHeader) -> ModelHeader:
+    """The header of the float model that the passes leave, with the sizes that its tensors are stored in."""
+    tensors = [
+        tensor.model_copy(update={"size": min([tensor.size, *(one.stored_bytes(tensor) for one in recipe.passes)])})
+        for tensor in header.tensors
+    ]
+    return header.model_copy(update={"tensors": tuple(tensors)})
+
+
 def _output_bytes(recipe: Recipe, header: ModelHeader, export: str) -> int:
     total = 0
-    for tensor in header.tensors:
+    for tensor in _chain(recipe, header)[1].tensors:
         size = tensor.size
         for one in recipe.passes:
             size = min(size, one.stored_bytes(tensor))
@@ -218,7 +247,9 @@ def _estimate(recipe: Recipe, header: ModelHeader) -> Estimate:
 
 
 def _costs(recipe: Recipe, header: ModelHeader) -> list[Cost]:
-    return [one.cost(header, recipe.calibration) for one in recipe.passes] + [_measuring_cost(recipe, header)]
+    given, _ = _chain(recipe, header)
+    found = [one.cost(seen, recipe.calibration) for one, seen in zip(recipe.passes, given, strict=True)]
+    return [*found, _measuring_cost(recipe, header)]
 
 
 def _memory(costs: list[Cost]) -> int:

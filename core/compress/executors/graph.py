@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from core.compress.checkpoint import disk_errors, write_file
 from core.compress.context import PassContext
 from core.compress.evaluate.data import Sequences
-from core.compress.networks import AUTO_CLASSES
+from core.compress.networks import load_model
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import ModelHeader
 
@@ -117,15 +117,10 @@ class _FirstOutput(torch.nn.Module):
 
 
 def _load(model_dir: Path, header: ModelHeader, threads: int) -> _FirstOutput:
-    import transformers
-
     torch.set_num_threads(threads)
     # Plain attention: the fused kernel's guard against rows without any token would only clutter the graph.
-    transformers.utils.logging.disable_progress_bar()
     with _quiet():
-        model = getattr(transformers, AUTO_CLASSES[header.task]).from_pretrained(
-            model_dir, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
-        )
+        model = load_model(model_dir, header, attention="eager")
     output = "last_hidden_state" if header.task == "embedding" else "logits"
     return _FirstOutput(model, output, types=takes_types(model, header)).eval()
 

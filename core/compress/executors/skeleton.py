@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from core.compress.checkpoint import TORCH_DTYPES, Shard, StoredTensor
 from core.compress.executors.experts import Experts, take_apart
+from core.compress.modules import fit
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import SHARED_BLOCKS
 
@@ -154,6 +155,7 @@ class Skeleton:
         filled = {
             name: tensors[stored].to(self.device, self.dtype, non_blocking=True) for name, stored in block.names.items()
         }
+        fit(block.module, {name: tuple(one.shape) for name, one in filled.items()})
         block.module.load_state_dict(filled, strict=False, assign=True)
         return block.module
 

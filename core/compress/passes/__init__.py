@@ -11,6 +11,7 @@ from core.compress.passes.depth import early_exit
 from core.compress.passes.distill import distill, recover
 from core.compress.passes.prune import magnitude
 from core.compress.passes.quantize import weight_only
+from core.compress.passes.shrink import layers, narrow
 from core.handoff.report import PassRecord
 
 __all__ = ["MODEL_PASSES", "ModelPass", "PassContext"]
@@ -22,6 +23,9 @@ ModelPass = Callable[[Path, Path, Any, PassContext], PassRecord]
 MODEL_PASSES: dict[str, ModelPass] = {
     "weight-only": weight_only,
     "magnitude": magnitude,
+    "channels": narrow,
+    "heads": narrow,
+    "layers": layers,
     "gptq": gptq,
     "awq": awq,
     "smoothquant": smoothquant,

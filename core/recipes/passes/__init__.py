@@ -8,23 +8,29 @@ from core.recipes.passes.activations import DynamicInt8, Fp8, KvCache, SmoothQua
 from core.recipes.passes.adapt import EarlyExit
 from core.recipes.passes.base import ExportFormat, PassOptions
 from core.recipes.passes.distill import Distill, Recover
+from core.recipes.passes.measure import Profiling
 from core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
 from core.recipes.passes.quantize import Awq, Gptq, WeightOnly
 from core.recipes.passes.quantizing import Quantizing
+from core.recipes.passes.shrink import Channels, Heads, Layers
 
 __all__ = [
     "PASS_TYPES",
     "Awq",
+    "Channels",
     "Distill",
     "DynamicInt8",
     "EarlyExit",
     "ExportFormat",
     "Fp8",
     "Gptq",
+    "Heads",
     "KvCache",
+    "Layers",
     "Magnitude",
     "Pass",
     "PassOptions",
+    "Profiling",
     "Quantizing",
     "Recover",
     "SmoothQuant",
@@ -36,6 +42,10 @@ __all__ = [
 Pass = Annotated[
     WeightOnly
     | Magnitude
+    | Channels
+    | Heads
+    | Layers
+    | Profiling
     | Gptq
     | Awq
     | SmoothQuant
@@ -52,6 +62,10 @@ Pass = Annotated[
 PASS_TYPES: tuple[type[PassOptions], ...] = (
     WeightOnly,
     Magnitude,
+    Channels,
+    Heads,
+    Layers,
+    Profiling,
     Gptq,
     Awq,
     SmoothQuant,

@@ -75,8 +75,20 @@ class PassOptions(BaseModel):
         """Whether each of those must have labels. `header` is None where no model was named."""
         return False
 
+    def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
+        """The formats that can carry its result on this model; `exports` where that doesn't depend on it."""
+        return self.exports
+
+    def why_not(self, header: ModelHeader | None) -> str:
+        """Why the other formats can't; empty where there is nothing to add."""
+        return ""
+
+    def leaves(self, header: ModelHeader) -> ModelHeader:
+        """The header of the float model it leaves: later passes, estimates and exports see this one."""
+        return header
+
     def stored_bytes(self, tensor: TensorInfo) -> int:
-        """Bytes of a tensor in the result; `tensor.size` where the pass leaves it alone."""
+        """Bytes of a tensor of the model it leaves; `tensor.size` where the pass leaves it alone."""
         return tensor.size
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:

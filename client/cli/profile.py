@@ -1,0 +1,89 @@
+"""`nightpress profile`: what a local model costs to run, counted from its header."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client.cli import output
+from client.cli.press import require_core
+from client.cli.session import Session, takes_session
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.passes import Profiling
+from core.recipes.profile import Device, Profile, by_kind, profile_of
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("profile", rich_help_panel="This machine")(takes_session(profile))
+
+
+def profile(
+    session: Session,
+    model: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A local model folder.", exists=True, file_okay=False)
+    ],
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Texts at once; may be repeated.")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens a text; may be repeated.")] = None,
+    device: Annotated[
+        str, typer.Option(help="Whose roofline: this (measured in a second), h100, a100, rtx-4090, none.")
+    ] = "this",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the measurement.")] = 1,
+) -> None:
+    """Count a model's parameters, operations, bytes and key/value cache, by kind, and what they allow a device at best."""
+    asked = {"batch": tuple(batch) if batch else None, "length": tuple(length) if length else None}
+    options = Profiling.model_validate({"device": device, **{key: value for key, value in asked.items() if value}})
+    header = inspect_model(FolderFiles(model))
+    options.check(header)
+    found = profile_of(header, model.name, options.shapes, _device(options, threads))
+    if session.json:
+        output.print_json(found.model_dump(mode="json"))
+        return
+    _show(found)
+
+
+def _device(options: Profiling, threads: int) -> Device | None:
+    if options.device == "none":
+        return None
+    require_core()
+    from core.compress.evaluate.roofline import device_of
+
+    return device_of(options.device, threads=threads)
+
+
+def _show(found: Profile) -> None:
+    first = found.shapes[0]
+    output.say(f"{found.subject}: {found.parameters / 1e6:,.1f} M parameters, {found.bytes / 1e6:,.1f} MB")
+    kinds = [
+        (
+            kind,
+            f"{one.parameters:,}",
+            f"{one.bytes / 1e6:,.1f}",
+            f"{one.flops / 1e9:,.2f}",
+            f"{one.flops / max(first.flops, 1):.1%}",
+        )
+        for kind, one in by_kind(found).items()
+    ]
+    heads = ("kind", "parameters", "MB", f"GFLOP at {first.batch} × {first.length}", "share")
+    output.print_table(heads, kinds, right=(1, 2, 3, 4))
+    columns: dict[str, list[str]] = {
+        "batch × tokens": [f"{one.batch} × {one.length}" for one in found.shapes],
+        "GFLOP": [f"{one.flops / 1e9:,.2f}" for one in found.shapes],
+        "quadratic": [f"{one.attention_share:.1%}" for one in found.shapes],
+        "FLOP/byte": [f"{one.intensity:,.0f}" for one in found.shapes],
+        "at best": [_ms(one.bound_ms) for one in found.shapes],
+        "limit": [one.limit or "" for one in found.shapes],
+        "cache": [f"{one.cache_bytes / 1e6:,.1f} MB" if one.cache_bytes is not None else "" for one in found.shapes],
+        "next token": [_ms(one.decode_bound_ms) for one in found.shapes],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    output.print_table(list(shown), list(zip(*shown.values(), strict=True)), right=range(len(shown)))
+    if found.quadratic_from is not None:
+        output.say(f"From {found.quadratic_from:,} tokens on, attention's quadratic part is half of the blocks' work.")
+    if found.device is not None:
+        output.say(
+            f"{found.device.name}: {found.device.flops_per_s / 1e9:,.0f} GFLOP/s, {found.device.bytes_per_s / 1e9:,.1f} GB/s."
+        )
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:,.2f} ms"

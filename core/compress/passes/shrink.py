@@ -1,0 +1,296 @@
+"""Passes that leave smaller matrices: feed-forward channels, attention heads, whole blocks."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.compress.checkpoint import ShardWriter, read_shards, write_file, write_index
+from core.compress.context import PassContext
+from core.compress.evaluate.calibration import calibration_samples
+from core.compress.executors.blocks import Inputs, Settled, press_blocks
+from core.compress.executors.rewrite import Effect, tensor_bytes
+from core.compress.executors.skeleton import Source
+from core.compress.executors.stream import copy_companions
+from core.compress.executors.survey import block_gradients, survey, unit_gradients
+from core.compress.solvers.units import (
+    Known,
+    Moments,
+    columns_of,
+    compensated,
+    output_losses,
+    shares,
+    smallest,
+    weight_norms,
+)
+from core.handoff.report import LayerEffect, PassRecord
+from core.recipes.anatomy import Anatomy
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.passes import Layers
+from core.recipes.passes.shrink import Narrowing, renumbered
+
+
+def narrow(source: Path, target: Path, options: Narrowing, context: PassContext) -> PassRecord:
+    """Take channels or heads out of every block, one block at a time. `target` becomes a smaller model."""
+    start = time.monotonic()
+    anatomy = options.anatomy(context.header)
+    samples = calibration_samples(source, context)
+    ids = samples["input_ids"]
+    scores = _scores_ahead(source, ids, options, anatomy, context)
+    method = Narrow(options, anatomy, scores)
+    output = options.inner(anatomy).output
+    pressed = press_blocks(
+        source,
+        target,
+        method,
+        samples,
+        context,
+        chosen=frozenset(anatomy.name(at, output) for at in range(anatomy.layers)),
+        recipe=options.model_dump_json() + _digest(scores),
+    )
+    copy_companions(source, target)
+    after = Source(read_shards(target))
+    axis = 0 if anatomy.transposed else 1
+    unit = anatomy.unit(options.inner(anatomy))
+    kept = tuple(after.stored(anatomy.name(at, output)).info.shape[axis] // unit for at in range(anatomy.layers))
+    _write_config(target, options.config(context.header, kept))
+    return _record(options, context, target, pressed.effects, start, {"units": options.counts(anatomy), "kept": kept})
+
+
+def layers(source: Path, target: Path, options: Layers, context: PassContext) -> PassRecord:
+    """Take whole blocks out. `target` becomes a shallower model."""
+    start = time.monotonic()
+    anatomy = options.anatomy(context.header)
+    influence: list[float] = []
+    if options.remove is None:
+        ids = calibration_samples(source, context)["input_ids"]
+        if options.by_gradient:
+            influence = block_gradients(source, ids, context, anatomy)
+        else:
+            influence = [seen.influence for seen in survey(source, ids, context, None)]
+        order = sorted(range(anatomy.layers), key=lambda at: (influence[at], at))
+        gone = set(order[: options.count])
+    else:
+        gone = set(options.remove)
+    kept = [at for at in range(anatomy.layers) if at not in gone]
+    _copy_blocks(source, target, anatomy, kept)
+    copy_companions(source, target)
+    _write_config(target, options.without(context.header, kept).config)
+    context.progress(1.0, "done")
+    summary = {"removed": sorted(gone), "blocks": anatomy.layers, "kept": kept, "importance": influence}
+    return _record(options, context, target, {}, start, summary)
+
+
+class Narrow:
+    """Each block keeps its most important units; what takes them in makes up for the rest."""
+
+    by_group = False  # what stands before the watched layer has run already when its inputs are known
+
+    def __init__(self, options: Narrowing, anatomy: Anatomy, scores: Sequence[Tensor] | None) -> None:
+        self._options, self._anatomy, self._inner = options, anatomy, options.inner(anatomy)
+        self._scores = scores
+        self._kept = (
+            shares(scores, options.share, options.step)
+            if scores is not None and options.across == "global"
+            else [options.kept(count) for count in options.counts(anatomy)]
+        )
+
+    def watch(self, columns: int, device: torch.device) -> Moments:
+        return Moments(columns, device)
+
+    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+        (seen,) = inputs
+        (name,) = seen.names
+        place = self._anatomy.place(name)
+        assert place is not None
+        assert isinstance(seen.statistic, Moments)
+        index = place[0]
+        known = seen.statistic.finish(centred=_bias_of(name) in block)
+        scores = (
+            unit_scores(self._options, self._anatomy, index, block, known, device)
+            if self._scores is None
+            else self._scores[index].to(device)
+        )
+        stays, goes = smallest(scores, self._kept[index])
+        settled = self._output(name, block, known, stays, goes, device)
+        for module, parts in self._inner.inputs:
+            rows = self._rows(parts, stays, len(scores)).cpu()
+            weight = block[self._anatomy.name(index, module)]
+            settled[self._anatomy.name(index, module)] = self._cut(self._anatomy.name(index, module), weight, rows)
+            bias = self._anatomy.name(index, module, "bias")
+            if bias in block:
+                value = block[bias][rows].contiguous()
+                settled[bias] = Settled(value, {bias: value}, None)
+        return settled
+
+    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
+        return written[name]
+
+    def _rows(self, parts: Sequence[Any], stays: Tensor, count: int) -> Tensor:
+        """The outputs of a layer that belong to the units that stay."""
+        found, start = [], 0
+        for part in parts:
+            width = self._anatomy.part(part)
+            found.append(start + columns_of(stays, width))
+            start += count * width
+        return torch.cat(found)
+
+    def _cut(self, name: str, weight: Tensor, rows: Tensor) -> Settled:
+        value = (weight[:, rows] if self._anatomy.transposed else weight[rows]).contiguous()
+        total, left = (float(one.double().square().sum()) for one in (weight, value))
+        return Settled(value, {name: value}, Effect(max(total - left, 0.0), total))
+
+    def _output(
+        self, name: str, block: Mapping[str, Tensor], known: Known, stays: Tensor, goes: Tensor, device: torch.device
+    ) -> dict[str, Settled]:
+        stored = block[name]
+        width = self._anatomy.unit(self._inner)
+        stay, go = columns_of(stays, width), columns_of(goes, width)
+        weight = stored.to(device).float()
+        bias = block[_bias_of(name)].to(device).float() if _bias_of(name) in block else None
+        new, new_bias = weight[:, stay], bias
+        if self._options.compensate:
+            new, new_bias = compensated(weight, bias, known, stay, go, self._options.damping)
+        error = float((weight[:, stay] - new).square().sum()) + float(weight[:, go].square().sum())
+        value = new.to(stored.dtype).contiguous()
+        settled = {name: Settled(value, {name: value}, Effect(error, float(weight.square().sum())))}
+        if new_bias is not None and self._options.compensate:
+            fitted = new_bias.to(stored.dtype)
+            settled[_bias_of(name)] = Settled(fitted, {_bias_of(name): fitted}, None)
+        return settled
+
+
+def unit_scores(
+    options: Narrowing,
+    anatomy: Anatomy,
+    index: int,
+    block: Mapping[str, Tensor],
+    known: Known,
+    device: torch.device,
+) -> Tensor:
+    """How much each unit of a block matters, by its weights or by what it adds to the block's output on the calibration text: [units].
+
+    block: tensors as they are stored, but the output projection's weight always as [out, in].
+    """
+    inner = options.inner(anatomy)
+    weight = block[anatomy.name(index, inner.output)].to(device).float()  # [out, in]
+    width = anatomy.unit(inner)
+    if options.importance == "activation":
+        return output_losses(weight, known, width)
+    units = weight.shape[1] // width
+    parts = [weight.T.reshape(units, -1)]
+    for module, kinds in inner.inputs:
+        raw = block[anatomy.name(index, module)]
+        rows, start = (raw.T if anatomy.transposed else raw).to(device), 0  # [out, in]
+        for kind in kinds:
+            size = units * anatomy.part(kind)
+            parts.append(rows[start : start + size].reshape(units, -1))
+            start += size
+    return weight_norms(parts, 1 if options.importance == "l1" else 2)
+
+
+def _scores_ahead(
+    source: Path, ids: Tensor, options: Narrowing, anatomy: Anatomy, context: PassContext
+) -> list[Tensor] | None:
+    """The importance of all units of all blocks, where it must be known before the first is touched; else None."""
+    inner = options.inner(anatomy)
+    if options.by_gradient:
+        found = unit_gradients(source, ids, context, anatomy, inner.output)
+        return [one.view(-1, anatomy.unit(inner)).sum(1) for one in found]
+    if options.across == "layer":
+        return None
+    scores = []
+    for seen in survey(source, ids, context, inner.output):
+        assert seen.moments is not None
+        bias = anatomy.name(seen.index, inner.output, "bias")
+        known = seen.moments.finish(centred=bias in seen.tensors)
+        output = anatomy.name(seen.index, inner.output)
+        turned = {output: seen.tensors[output].T} if anatomy.transposed else {}
+        own = unit_scores(options, anatomy, seen.index, {**seen.tensors, **turned}, known, torch.device(context.device))
+        # Layers differ in scale: what counts is the share of a layer's own that goes.
+        scores.append((own / own.sum().clamp(min=1e-30)).cpu())
+    return scores
+
+
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _digest(scores: Sequence[Tensor] | None) -> str:
+    """Blocks of an earlier attempt are taken over only if it chose by the same scores."""
+    digest = hashlib.sha256()
+    for one in scores or ():
+        digest.update(tensor_bytes(one.contiguous()))
+    return digest.hexdigest()
+
+
+def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[int]) -> None:
+    """The tensors outside the blocks and of the blocks that stay, shard by shard, the blocks numbered anew."""
+    target.mkdir(parents=True, exist_ok=True)
+    number = {before: after for after, before in enumerate(kept)}
+    shards = read_shards(source)
+    files = Source(shards)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in shards:
+        names = {}
+        for one in shard.tensors:
+            place = anatomy.place(one.name)
+            if place is None or place[0] in number:
+                names[one.name] = one.name if place is None else renumbered(one.name, anatomy, number)
+        if not names:
+            continue
+        infos = [files.stored(old).info.model_copy(update={"name": new}) for old, new in names.items()]
+        with ShardWriter(target / shard.path.name, infos, shard.metadata) as writer:
+            for old, new in names.items():
+                writer.write(new, 0, tensor_bytes(files.read(old)))
+            writer.commit()
+        weight_map |= dict.fromkeys(names.values(), shard.path.name)
+        total += sum(info.size for info in infos)
+    if len(shards) > 1:
+        write_index(target, weight_map, total)
+
+
+def _write_config(target: Path, changed: Mapping[str, Any]) -> None:
+    path = target / "config.json"
+    written = json.loads(path.read_bytes())
+    write_file(path, json.dumps({**written, **changed}, indent=2).encode() + b"\n")
+
+
+def _record(
+    options: Narrowing | Layers,
+    context: PassContext,
+    target: Path,
+    effects: Mapping[str, Effect],
+    start: float,
+    summary: dict[str, Any],
+) -> PassRecord:
+    before, after = context.header, inspect_model(FolderFiles(target))
+    sizes = {one.name: one.size for one in after.tensors}
+    return PassRecord(
+        index=context.index,
+        name=options.name,
+        seconds=time.monotonic() - start,
+        summary={
+            **summary,
+            "parameters_before": before.parameters,
+            "parameters_after": after.parameters,
+            "bytes_before": before.size,
+            "bytes_after": after.size,
+        },
+        layers=tuple(
+            LayerEffect(
+                name=one.name.removesuffix(".weight"),
+                bytes_before=one.size,
+                bytes_after=sizes[one.name],
+                relative_error=effects[one.name].relative_error,
+            )
+            for one in before.tensors
+            if one.name in effects
+        ),
+    )

@@ -1,0 +1,238 @@
+"""Where a family keeps its blocks, attention heads and feed-forward channels, and which words of its config say how many there are.
+
+Said once, without torch, so that a plan, an estimate and the passes that shrink a model mean the same.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from core.recipes.header import CONV1D, ModelHeader
+from core.recipes.linears import invalid
+
+#: What a linear layer's outputs are made of, one part after the other: feed-forward channels; query heads; key or value heads; or a
+#: query, a key and a value head by turns.
+Part = Literal["channel", "query", "value", "triple"]
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A width inside a block that nothing outside it sees: `inputs` put it out, `output` takes it in."""
+
+    inputs: tuple[tuple[str, tuple[Part, ...]], ...]  #: module and the parts of its outputs
+    output: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names are those of modules within a block, and of keys of config.json."""
+
+    blocks: str
+    attention: Inner
+    feed_forward: Inner
+    layers: str = "num_hidden_layers"
+    hidden: str = "hidden_size"
+    heads: str = "num_attention_heads"
+    width: str = "intermediate_size"
+    #: whether config.json can give heads another count and leave their width: always; if the count divides the hidden size; or never
+    says_heads: Literal["any", "divisors", "never"] = "never"
+    heads_fixed: str = ""  #: why no head can go, where none can
+
+
+def _inner(output: str, *inputs: str | tuple[str, tuple[Part, ...]], part: Part = "channel") -> Inner:
+    return Inner(tuple((one, (part,)) if isinstance(one, str) else one for one in inputs), output)
+
+
+def _projections(query: str, key: str, value: str, output: str) -> Inner:
+    return Inner(((query, ("query",)), (key, ("value",)), (value, ("value",))), output)
+
+
+def _bert(**more: Any) -> Family:
+    own = "attention.self."
+    return Family(
+        "encoder.layer",
+        _projections(own + "query", own + "key", own + "value", "attention.output.dense"),
+        _inner("output.dense", "intermediate.dense"),
+        **more,
+    )
+
+
+def _llama(says_heads: Literal["any", "divisors"] = "any") -> Family:
+    return Family(
+        "layers",
+        _projections("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        _inner("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"),
+        says_heads=says_heads,
+    )
+
+
+#: By config.json's `model_type`.
+FAMILIES: Mapping[str, Family] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _bert()),
+    "distilbert": Family(
+        "transformer.layer",
+        _projections("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        _inner("ffn.lin2", "ffn.lin1"),
+        layers="n_layers",
+        hidden="dim",
+        heads="n_heads",
+        width="hidden_dim",
+    ),
+    "mpnet": Family(
+        "encoder.layer",
+        _projections("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"),
+        _inner("output.dense", "intermediate.dense"),
+        heads_fixed="all its layers share one table of positions by head",
+    ),
+    "deberta-v2": Family(
+        "encoder.layer",
+        _projections(
+            "attention.self.query_proj",
+            "attention.self.key_proj",
+            "attention.self.value_proj",
+            "attention.output.dense",
+        ),
+        _inner("output.dense", "intermediate.dense"),
+        heads_fixed="its heads also project positions",
+    ),
+    "modernbert": Family(
+        "layers",
+        Inner((("attn.Wqkv", ("query", "value", "value")),), "attn.Wo"),
+        Inner((("mlp.Wi", ("channel", "channel")),), "mlp.Wo"),
+    ),
+    "llama": _llama("divisors"),
+    "mistral": _llama(),
+    "qwen2": _llama(),
+    "qwen3": _llama(),
+    "gemma": _llama(),
+    "gemma2": _llama("divisors"),
+    "phi": Family(
+        "layers",
+        _projections("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"),
+        _inner("mlp.fc2", "mlp.fc1"),
+        says_heads="any",
+    ),
+    "phi3": Family(
+        "layers",
+        Inner((("self_attn.qkv_proj", ("query", "value", "value")),), "self_attn.o_proj"),
+        Inner((("mlp.gate_up_proj", ("channel", "channel")),), "mlp.down_proj"),
+        says_heads="any",
+    ),
+    "gpt2": Family(
+        "h",
+        Inner((("attn.c_attn", ("query", "value", "value")),), "attn.c_proj"),
+        _inner("mlp.c_proj", "mlp.c_fc"),
+        layers="n_layer",
+        hidden="n_embd",
+        heads="n_head",
+        width="n_inner",
+    ),
+    "gpt_neox": Family(
+        "layers",
+        Inner((("attention.query_key_value", ("triple",)),), "attention.dense"),
+        _inner("mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),
+    ),
+    "opt": Family(
+        "layers",
+        _projections("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+        _inner("fc2", "fc1"),
+        width="ffn_dim",
+    ),
+}
+
+#: Lists in config.json with an entry for each block.
+BY_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
+#: The key of config.json under which a model says that its layers have the shapes that its files have, not those that the rest of it says.
+OWN_SHAPES = "nightpress_shapes"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A family's parts in one model."""
+
+    family: Family
+    prefix: str  #: what the names of tensors begin with, before the number of a block
+    layers: int
+    hidden: int
+    head_dim: int
+    group: int  #: query heads that share a key and value head
+    groups: tuple[int, ...]  #: key and value heads of each block
+    widths: tuple[int, ...]  #: feed-forward channels of each block
+    transposed: bool  #: weights are laid out [in, out]
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Query heads of each block."""
+        return tuple(self.group * count for count in self.groups)
+
+    def part(self, part: Part) -> int:
+        """Outputs that a part has for each channel, or for each group of heads."""
+        return {
+            "channel": 1,
+            "query": self.group * self.head_dim,
+            "value": self.head_dim,
+            "triple": 3 * self.head_dim,
+        }[part]
+
+    def unit(self, inner: Inner) -> int:
+        """Inputs of `inner.output` for each channel, or for each group of heads."""
+        return 1 if inner is self.family.feed_forward else self.group * self.head_dim
+
+    def name(self, block: int, module: str, leaf: str = "weight") -> str:
+        return f"{self.prefix}{block}.{module}.{leaf}"
+
+    def place(self, name: str) -> tuple[int, str, str] | None:
+        """(block, module, leaf) of a tensor; None for one outside the blocks."""
+        if not name.startswith(self.prefix):
+            return None
+        number, _, rest = name.removeprefix(self.prefix).partition(".")
+        module, _, leaf = rest.rpartition(".")
+        return (int(number), module, leaf) if number.isdigit() else None
+
+
+def anatomy_of(header: ModelHeader, asker: str) -> Anatomy:
+    """Raises NightpressError(invalid_recipe) in the name of `asker` for a family or a model that is not laid out as known."""
+    family = FAMILIES.get(header.model_type)
+    if family is None:
+        raise invalid(
+            f"`{asker}` can't take a {header.model_type}: where its heads and channels lie is not known here.",
+            f"It takes {', '.join(sorted(FAMILIES))}.",
+        )
+    shapes = {one.name: one.shape for one in header.tensors}
+    found = re.compile(rf"((?:.*\.)?{re.escape(family.blocks)}\.)0\.{re.escape(family.feed_forward.output)}\.weight")
+    prefix = next((match[1] for name in shapes if (match := found.fullmatch(name))), None)
+    config = header.config
+    layers, hidden, heads = (config.get(key) for key in (family.layers, family.hidden, family.heads))
+    if prefix is None or not all(isinstance(one, int) and one > 0 for one in (layers, hidden, heads)):
+        raise invalid(
+            f"`{asker}` can't take this model: its files have no {family.blocks}.0.{family.feed_forward.output}, or its config doesn't count its layers and heads.",
+            "Save it once with a current transformers.",
+        )
+    assert isinstance(layers, int)
+    assert isinstance(hidden, int)
+    assert isinstance(heads, int)
+    head_dim = config.get("head_dim") or hidden // heads
+    group = heads // (config.get("num_key_value_heads") or heads)
+    transposed = header.model_type in CONV1D
+    wanted = [f"{prefix}{at}.{inner.output}.weight" for at in range(layers) for inner in _inners(family)]
+    missing = [name for name in wanted if len(shapes.get(name, ())) != 2]
+    if missing:
+        raise invalid(f"`{asker}` can't take this model: its files have no matrix {missing[0]}.", "Check its files.")
+    into = [shapes[name][0 if transposed else 1] for name in wanted]  # attention and feed-forward by turns
+    return Anatomy(
+        family=family,
+        prefix=prefix,
+        layers=layers,
+        hidden=hidden,
+        head_dim=head_dim,
+        group=group,
+        groups=tuple(count // (group * head_dim) for count in into[0::2]),
+        widths=tuple(into[1::2]),
+        transposed=transposed,
+    )
+
+
+def _inners(family: Family) -> Iterator[Inner]:
+    yield family.attention
+    yield family.feed_forward

@@ -1,0 +1,331 @@
+"""Passes that leave smaller matrices behind: fewer feed-forward channels, fewer attention heads, fewer blocks."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from core.recipes.anatomy import BY_LAYER, OWN_SHAPES, Anatomy, Inner, anatomy_of
+from core.recipes.calibration import Calibration
+from core.recipes.costs import Cost, blocks_cost
+from core.recipes.header import SHARED_BLOCKS, ModelHeader, TensorInfo
+from core.recipes.linears import invalid
+from core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
+
+_ANY: frozenset[ExportFormat] = frozenset({"safetensors", "compressed-tensors", "onnx", "openvino"})
+_GRAPHS: frozenset[ExportFormat] = frozenset({"onnx", "openvino"})
+
+Importance = Literal["l1", "l2", "activation", "taylor"]
+
+
+class Shrinking(PassOptions):
+    """A pass after which a model has fewer or smaller matrices."""
+
+    needs: ClassVar[Need] = "calibration"
+    scope: ClassVar[Scope] = "blocks"
+    exports: ClassVar[frozenset[ExportFormat]] = _ANY
+
+    def anatomy(self, header: ModelHeader) -> Anatomy:
+        if header.model_type in SHARED_BLOCKS:
+            raise invalid(
+                f"`{self.name}` can't take a {header.model_type}: its blocks share their weights.",
+                "Distil it into a smaller student.",
+            )
+        return anatomy_of(header, self.name)
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether the whole model is run backwards, and so held in memory."""
+        raise NotImplementedError
+
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        found = blocks_cost(header, calibration)
+        if not self.by_gradient:
+            return found
+        # A backward pass costs twice a forward pass; of one text at a time, some twenty activations a block are kept.
+        hidden = max((min(one.shape) for one in header.tensors if len(one.shape) == 2), default=0)
+        kept = 20 * 4 * calibration.length * hidden * self.anatomy(header).layers
+        whole = 4 * header.parameters + kept
+        return found._replace(
+            memory_bytes=max(found.memory_bytes, whole),
+            seconds=2 * found.seconds,
+            work=2 * found.work,
+            gpu_bytes=max(found.gpu_bytes, whole),
+        )
+
+
+class Narrowing(Shrinking):
+    """A pass that makes a width inside each block smaller."""
+
+    share: float = Field(0.25, gt=0, lt=1, description="Of all units, this share goes; each layer's count is rounded.")
+    importance: Importance = Field(
+        "activation",
+        description="Which units go: those of smallest weights (`l1`, `l2`), those whose loss changes the layer's output least on the "
+        "calibration text (`activation`), or those whose loss changes the model's loss least (`taylor`, arXiv 2305.11627).",
+    )
+    across: Literal["layer", "global"] = Field(
+        "layer",
+        description="The same share of every layer, or of all layers together; the latter leaves layers of differing widths.",
+    )
+    compensate: bool = Field(
+        True, description="Fit what stays to the layer's former output on the calibration text, by least squares."
+    )
+    damping: float = Field(0.01, gt=0, le=1, description="Of the mean power of the inputs, in that fit.")
+
+    @property
+    def by_gradient(self) -> bool:
+        return self.importance == "taylor"
+
+    def describe(self) -> str:
+        return f"{self.share:.0%} fewer, by {self.importance}, {'the same' if self.across == 'layer' else 'unlike'} in every layer"
+
+    def inner(self, anatomy: Anatomy) -> Inner:
+        """The width that becomes smaller."""
+        raise NotImplementedError
+
+    def counts(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """Units of each block."""
+        raise NotImplementedError
+
+    @property
+    def step(self) -> int:
+        """A layer keeps a multiple of so many units."""
+        return 1
+
+    def kept(self, count: int) -> int:
+        """How many of a layer's units stay, where every layer loses the same share."""
+        return round(count * (1 - self.share) / self.step) * self.step
+
+    def check(self, header: ModelHeader) -> None:
+        for count in set(self.counts(self.anatomy(header))):
+            kept = self.kept(count)
+            if kept < self.step:
+                raise invalid(
+                    f"`{self.name}` would leave nothing: {self.share:.0%} of {count} units, kept in multiples of {self.step}.",
+                    "Take a smaller `share`.",
+                )
+            if kept >= count:
+                raise invalid(
+                    f"`{self.name}` would change nothing: {self.share:.0%} of {count} units is less than half a step of {self.step}.",
+                    "Take a larger `share`" + (" or a smaller `multiple`." if self.step > 1 else "."),
+                )
+
+    def warnings(self, header: ModelHeader | None) -> Iterable[str]:
+        if header is None:
+            return
+        counts = self.counts(self.anatomy(header))
+        gone = 1 - sum(map(self.kept, counts)) / sum(counts)
+        if abs(gone - self.share) > 0.02:
+            yield f"`{self.name}`: a share of {self.share:.0%} becomes {gone:.0%}, since counts are whole."
+
+    def leaves(self, header: ModelHeader) -> ModelHeader:
+        anatomy = self.anatomy(header)
+        inner, counts = self.inner(anatomy), self.counts(anatomy)
+        tensors = []
+        for tensor in header.tensors:
+            place = anatomy.place(tensor.name)
+            tensors.append(tensor if place is None else self._narrowed(tensor, place, anatomy, inner, counts[place[0]]))
+        return header.model_copy(
+            update={"tensors": tuple(tensors), "config": self.config(header, tuple(map(self.kept, counts)))}
+        )
+
+    def config(self, header: ModelHeader, kept: tuple[int, ...]) -> dict[str, Any]:
+        """config.json of the result, with so many units in each block."""
+        raise NotImplementedError
+
+    def _narrowed(
+        self, tensor: TensorInfo, place: tuple[int, str, str], anatomy: Anatomy, inner: Inner, count: int
+    ) -> TensorInfo:
+        _, module, leaf = place
+        parts = dict(inner.inputs).get(module)
+        shape = list(tensor.shape)
+        if parts is not None:
+            axis = len(shape) - 1 if anatomy.transposed else 0
+            shape[axis] = self.kept(count) * sum(anatomy.part(part) for part in parts)
+        elif module == inner.output and leaf == "weight":
+            shape[0 if anatomy.transposed else 1] = self.kept(count) * anatomy.unit(inner)
+        return reshaped(tensor, shape)
+
+
+class Channels(Narrowing):
+    """Take feed-forward channels out of every block: its matrices become smaller, files and runs with them.
+
+    With `across: layer` the result is a normal checkpoint. Layers of differing widths (`across: global`) can't be said in a config:
+    only graphs carry them.
+    """
+
+    pass_: Literal["channels"] = Field("channels", alias="pass")
+    multiple: int = Field(32, ge=1, le=1024, description="Every layer keeps a multiple of so many channels.")
+
+    @property
+    def step(self) -> int:
+        return self.multiple
+
+    def inner(self, anatomy: Anatomy) -> Inner:
+        return anatomy.family.feed_forward
+
+    def counts(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return anatomy.widths
+
+    def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
+        return _GRAPHS if self.across == "global" else _ANY
+
+    def why_not(self, header: ModelHeader | None) -> str:
+        return "layers of differing widths can't be said in a config"
+
+    def config(self, header: ModelHeader, kept: tuple[int, ...]) -> dict[str, Any]:
+        if len(set(kept)) == 1:
+            return {**header.config, self.anatomy(header).family.width: kept[0]}
+        return own_shapes(header.config, "channels", kept)
+
+
+class Heads(Narrowing):
+    """Take attention heads out of every block; query heads that share a key and value head stay or go together.
+
+    The result is a normal checkpoint where a family's config can say how wide a head is (Llama, Mistral, Qwen, Gemma, Phi). Where it ties
+    heads to the hidden size (BERT, RoBERTa, DistilBERT, GPT-2, OPT, GPT-NeoX), graphs carry it.
+    """
+
+    pass_: Literal["heads"] = Field("heads", alias="pass")
+
+    def inner(self, anatomy: Anatomy) -> Inner:
+        return anatomy.family.attention
+
+    def counts(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return anatomy.groups
+
+    def check(self, header: ModelHeader) -> None:
+        anatomy = self.anatomy(header)
+        if anatomy.family.heads_fixed:
+            raise invalid(
+                f"`heads` can't take a {header.model_type}: {anatomy.family.heads_fixed}.",
+                "Use `channels` or `layers`.",
+            )
+        super().check(header)
+
+    def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
+        if self.across == "global":
+            return _GRAPHS
+        if header is None:
+            return _ANY
+        return _ANY if self._sayable(header, tuple(map(self.kept, self.anatomy(header).groups))) else _GRAPHS
+
+    def why_not(self, header: ModelHeader | None) -> str:
+        if self.across == "global":
+            return "layers with differing counts of heads can't be said in a config"
+        if header is not None and self.anatomy(header).family.says_heads == "divisors":
+            hidden, group, most = (
+                self.anatomy(header).hidden,
+                self.anatomy(header).group,
+                self.anatomy(header).groups[0],
+            )
+            fitting = [one * group for one in range(1, most) if hidden % (one * group) == 0]
+            return f"a {header.model_type}'s count of heads must divide its hidden size of {hidden}: {', '.join(map(str, fitting)) or 'none fewer'} of {most * group} would"
+        return f"the config of a {header.model_type if header else 'model like it'} ties the heads' width to the hidden size"
+
+    def config(self, header: ModelHeader, kept: tuple[int, ...]) -> dict[str, Any]:
+        anatomy = self.anatomy(header)
+        if not self._sayable(header, kept):
+            return own_shapes(header.config, "heads", tuple(anatomy.group * one for one in kept))
+        changed = {**header.config, anatomy.family.heads: anatomy.group * kept[0], "head_dim": anatomy.head_dim}
+        return changed | ({"num_key_value_heads": kept[0]} if "num_key_value_heads" in changed else {})
+
+    def _sayable(self, header: ModelHeader, kept: tuple[int, ...]) -> bool:
+        anatomy = self.anatomy(header)
+        if len(set(kept)) > 1 or OWN_SHAPES in header.config:
+            return False
+        says = anatomy.family.says_heads
+        return says == "any" or (says == "divisors" and anatomy.hidden % (anatomy.group * kept[0]) == 0)
+
+
+class Layers(Shrinking):
+    """Take whole blocks out: those that change what passes through them least (ShortGPT, arXiv 2403.03853). A normal checkpoint comes out."""
+
+    pass_: Literal["layers"] = Field("layers", alias="pass")
+    count: int = Field(1, ge=1, le=1000, description="How many blocks go.")
+    importance: Literal["block-influence", "taylor"] = Field(
+        "block-influence",
+        description="One minus the cosine of what enters a block with what leaves it, or the change of the model's loss.",
+    )
+    remove: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, max_length=1000, description="These blocks, counted from 0, in place of `count` and `importance`."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _remove_gives_count(cls, raw: object) -> object:
+        if not isinstance(raw, dict) or not isinstance(raw.get("remove"), list | tuple):
+            return raw
+        named = raw["remove"]
+        if not named or len(set(named)) != len(named):
+            raise ValueError("`remove` names no block, or one twice")
+        if raw.get("count") not in (None, len(named)):
+            raise ValueError(f"`remove` names {len(named)} blocks; leave `count` out")
+        return {**raw, "count": len(named)}
+
+    @property
+    def by_gradient(self) -> bool:
+        return self.importance == "taylor"
+
+    def describe(self) -> str:
+        if self.remove is not None:
+            return f"blocks {', '.join(map(str, self.remove))} go"
+        return f"{self.count} block{'s' * (self.count > 1)} fewer, by {self.importance}"
+
+    def check(self, header: ModelHeader) -> None:
+        layers = self.anatomy(header).layers
+        if self.count >= layers:
+            raise invalid(
+                f"`layers` would leave nothing: the model has {layers} blocks, and {self.count} would go.",
+                "Take fewer.",
+            )
+        if self.remove is not None and max(self.remove) >= layers:
+            raise invalid(
+                f"`layers`: there is no block {max(self.remove)}; the model has {layers}.",
+                f"Blocks are counted from 0 to {layers - 1}.",
+            )
+
+    def leaves(self, header: ModelHeader) -> ModelHeader:
+        layers = self.anatomy(header).layers
+        gone = set(self.remove or range(layers - self.count, layers))
+        return self.without(header, [at for at in range(layers) if at not in gone])
+
+    def without(self, header: ModelHeader, kept: list[int]) -> ModelHeader:
+        """The header once only these blocks are left, numbered anew."""
+        anatomy = self.anatomy(header)
+        number = {before: after for after, before in enumerate(kept)}
+        tensors = []
+        for tensor in header.tensors:
+            place = anatomy.place(tensor.name)
+            if place is None:
+                tensors.append(tensor)
+            elif place[0] in number:
+                tensors.append(tensor.model_copy(update={"name": renumbered(tensor.name, anatomy, number)}))
+        config = {**header.config, anatomy.family.layers: len(kept)}
+        for key in BY_LAYER:
+            if isinstance(config.get(key), list) and len(config[key]) == anatomy.layers:
+                config[key] = [config[key][at] for at in kept]
+        if "max_window_layers" in config and isinstance(config["max_window_layers"], int):
+            config["max_window_layers"] = sum(at < config["max_window_layers"] for at in kept)
+        return header.model_copy(update={"tensors": tuple(tensors), "config": config})
+
+
+def renumbered(name: str, anatomy: Anatomy, number: dict[int, int]) -> str:
+    """A block's tensor under the block's new number."""
+    old, _, rest = name.removeprefix(anatomy.prefix).partition(".")
+    return f"{anatomy.prefix}{number[int(old)]}.{rest}"
+
+
+def own_shapes(config: dict[str, Any], what: str, counts: tuple[int, ...]) -> dict[str, Any]:
+    """The config of a model whose layers have the shapes that its files say."""
+    return {**config, OWN_SHAPES: {**config.get(OWN_SHAPES, {}), what: list(counts)}}
+
+
+def reshaped(tensor: TensorInfo, shape: Iterable[int]) -> TensorInfo:
+    before = after = 1
+    new = tuple(shape)
+    for dim in tensor.shape:
+        before *= dim
+    for dim in new:
+        after *= dim
+    return tensor.model_copy(update={"shape": new, "size": tensor.size // before * after if before else 0})
