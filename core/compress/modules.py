@@ -21,7 +21,7 @@ def fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     changed = False
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
-        holder = module.get_submodule(path)
+        holder: Any = module.get_submodule(path)
         old = holder._parameters[leaf]
         if old is None or tuple(old.shape) == shape:
             continue

@@ -264,3 +264,21 @@ def test_a_normal_checkpoint_is_read_by_transformers_as_the_whole_job_proves(ber
     (artifact,) = report.artifacts
     assert artifact.verification.consumer.startswith("transformers")
     assert artifact.parameters == inspect_model(FolderFiles(job / "out" / "safetensors")).parameters
+
+
+def test_what_was_cut_learns_again_in_the_shapes_it_has(bert_tiny: Path, tmp_path: Path):
+    recipe = {
+        "passes": [
+            {"pass": "heads", "share": 0.5},
+            {"pass": "recover", "train": {"data": "few", "epochs": 1, "batch": 4, "length": 16, "validation": 0}},
+        ],
+        "exports": ["onnx"],
+        "calibration": {"samples": 8, "length": 32},
+        "evaluate": [],
+    }
+    few = "\n".join(json.dumps({"text": f"The {word} of the night is a press."}) for word in string.ascii_letters[:8])
+    _, report, _ = press(lay_out(tmp_path / "job", bert_tiny, recipe, {"few": few}))
+    (artifact,) = report.artifacts
+    assert artifact.verification is not None
+    assert artifact.verification.passed
+    assert artifact.parameters < report.source.parameters
