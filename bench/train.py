@@ -105,7 +105,7 @@ def press(model: Path, data: Path, out: Path, device: str, names: list[str]) -> 
     }
     with tempfile.TemporaryDirectory() as scratch:
         files = _data(data, Path(scratch))
-        test = _test_rows(model, files["test"])
+        test = test_rows(model, files["test"])
         found["source_accuracy"] = accuracy(model, model, test, device)
         for name in names:
             if name == "steps":
@@ -167,7 +167,7 @@ def _lines(file: Path) -> list[str]:
     return gzip.decompress(file.read_bytes()).decode().splitlines()
 
 
-def _test_rows(model: Path, file: Path) -> Examples:
+def test_rows(model: Path, file: Path) -> Examples:
     header = inspect_model(FolderFiles(model))
     return read_examples(model, header, "test", file, length=128, labelled=True)
 

@@ -23,7 +23,12 @@ def classifier(bert_tiny: Path, folder: Path, *, blocks: int = 4, seed: int = 0)
 
     torch.manual_seed(seed)
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=blocks, num_attention_heads=4, intermediate_size=64, num_labels=2
+        hidden_size=32,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=2,
+        initializer_range=0.2,
     )
     BertForSequenceClassification(config).save_pretrained(folder)
     return _with_tokenizer(bert_tiny, folder)
@@ -54,7 +59,9 @@ def embedder(bert_tiny: Path, folder: Path) -> Path:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, initializer_range=0.2
+    )
     BertModel(config).save_pretrained(folder)
     return _with_tokenizer(bert_tiny, folder)
 

@@ -151,7 +151,7 @@ class _Run:
         self.device = torch.device(context.device)
         self.dtype = precision(options, context.device)
         self.per_epoch = self.learn.batches(options.batch)
-        self.total = options.steps or max(1, options.epochs * self.per_epoch // options.accumulate)
+        self.total = options.planned_steps(self.per_epoch)
         self.every = options.validate_every or max(1, self.total // _VALIDATIONS)
         self.point = max(1, self.total // _CURVE_POINTS)
         module = objective.module

@@ -9,7 +9,7 @@ from core.compress.executors.graph import Traced
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import Verification
 from core.recipes.models import Recipe
-from core.recipes.passes import DynamicInt8, Gptq, Pass, Quantizing
+from core.recipes.passes import DynamicInt8, Gptq, Pass, Qat, Quantizing
 
 #: An fp32 graph computes what the model computes; only the order of sums differs.
 EXACT = 0.9999
@@ -63,7 +63,7 @@ def verify(
 
 def _rounding_bound(one: Pass) -> float | None:
     """How near the source a pass must stay that only rounds. None: it may change the answers at will."""
-    if not isinstance(one, Quantizing) or (isinstance(one, Gptq) and one.sparsity is not None):
+    if not isinstance(one, Quantizing) or isinstance(one, Qat) or (isinstance(one, Gptq) and one.sparsity is not None):
         return None
     return ROUNDED.get(one.coarsest_bits)
 

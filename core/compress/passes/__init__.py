@@ -6,6 +6,7 @@ from typing import Any
 
 from core.compress.context import PassContext
 from core.compress.passes.activations import fp8, kv_cache, smoothquant
+from core.compress.passes.aware import qat
 from core.compress.passes.calibrated import awq, gptq, sparsegpt, wanda
 from core.compress.passes.depth import early_exit
 from core.compress.passes.distill import distill, recover
@@ -36,4 +37,5 @@ MODEL_PASSES: dict[str, ModelPass] = {
     "distill": distill,
     "recover": recover,
     "early-exit": early_exit,
+    "qat": qat,
 }

@@ -31,14 +31,7 @@ def early_exit(source: Path, target: Path, options: EarlyExit, context: PassCont
     torch.set_num_threads(context.threads)
     header = context.header
     blocks = options.exit_blocks(header)
-    examples = read_examples(
-        source,
-        header,
-        options.train.data,
-        context.data_files.get(options.train.data),
-        length=options.train.length,
-        labelled=options.wants_labels(header),
-    )
+    examples = _read(source, options.train.data, options, context)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
         model = ExitModel(load_model(source, header), blocks, options.policy)
@@ -48,7 +41,7 @@ def early_exit(source: Path, target: Path, options: EarlyExit, context: PassCont
             parameter.requires_grad_(False)
     teacher = load_model(source, header).to(context.device, precision(options.train, context.device))
     if options.train.gradient_checkpointing:
-        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.model.activation_checkpointing_enable()
     lesson = _Lesson(model, teacher, options)
     lesson.to(context.device)
     recipe = f"early-exit {options.model_dump_json()} {header.model_dump_json()}"
@@ -56,6 +49,8 @@ def early_exit(source: Path, target: Path, options: EarlyExit, context: PassCont
 
     context.progress(0.95, "choosing the threshold")
     _, held = examples.split(options.train.validation, seed=context.seed)
+    if options.choose_on is not None:
+        held = _read(source, options.choose_on, options, context)
     plan = ExitPlan(blocks=blocks, total=depth(header), policy=options.policy, threshold=options.threshold or 0.0)
     found: list[Outcome] = []
     chosen = None
@@ -73,6 +68,17 @@ def early_exit(source: Path, target: Path, options: EarlyExit, context: PassCont
     save_model(model.model, source, target, header)
     save_heads(target, model, plan)
     return _record(options, context, plan, chosen, found, trained, len(examples), start)
+
+
+def _read(source: Path, ref: str, options: EarlyExit, context: PassContext) -> Examples:
+    return read_examples(
+        source,
+        context.header,
+        ref,
+        context.data_files.get(ref),
+        length=options.train.length,
+        labelled=options.wants_labels(context.header),
+    )
 
 
 class _Lesson(nn.Module):

@@ -43,9 +43,9 @@ def distill(source: Path, target: Path, options: Distill, context: PassContext) 
     layer_map = options.student.layer_map(context.header)
     student = grow_student(teacher, options.student.changes(context.header), layer_map, seed=context.seed)
     taken = _taken_embeddings(student, teacher) if options.train.freeze_embeddings else []
-    trained, extra = _teach(student, teacher, taken, source, options, context)
+    trained, extra = teach(student, teacher, taken, source, options, context)
     save_model(student, source, target, context.header)
-    return _record(options, context, student, teacher, trained, start, {"layer_map": list(layer_map), **extra})
+    return record_of(options, context, student, teacher, trained, start, {"layer_map": list(layer_map), **extra})
 
 
 def recover(source: Path, target: Path, options: Recover, context: PassContext) -> PassRecord:
@@ -63,15 +63,15 @@ def recover(source: Path, target: Path, options: Recover, context: PassContext) 
     masks = _Masks(student)
     merged = add_low_rank(student, options.lora, seed=context.seed) if options.lora else None
     frozen = embeddings_of(student) if options.train.freeze_embeddings else []
-    trained, extra = _teach(student, teacher, frozen, source, options, context, masks=None if merged else masks)
+    trained, extra = teach(student, teacher, frozen, source, options, context, masks=None if merged else masks)
     if merged is not None:
         merge_low_rank(student, merged)
     masks.apply()
     save_model(student, source, target, context.header)
-    return _record(options, context, student, teacher, trained, start, extra)
+    return record_of(options, context, student, teacher, trained, start, extra)
 
 
-def _teach(
+def teach(
     student: Any,
     teacher: Any,
     frozen: list[nn.Parameter],
@@ -80,6 +80,7 @@ def _teach(
     context: PassContext,
     masks: "_Masks | None" = None,
 ) -> tuple[Trained, dict[str, Any]]:
+    """Let the student learn from the teacher as the options say; the student ends on the CPU. What else there is to say of it comes along."""
     header = context.header
     torch.set_num_threads(context.threads)
     options = options.resolved(header)
@@ -98,7 +99,7 @@ def _teach(
     student.to(context.device)
     teacher.to(context.device, dtype).requires_grad_(False).eval()
     if options.train.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student.activation_checkpointing_enable()
     cached = None
     if options.logits is not None and options.logits.cache:
         inputs = _Inputs(source, header, fixed=True)
@@ -291,7 +292,7 @@ def _taken_embeddings(student: Any, teacher: Any) -> list[nn.Parameter]:
     ]
 
 
-def _record(
+def record_of(
     options: Teaching,
     context: PassContext,
     student: Any,

@@ -50,8 +50,13 @@ def stream_rounded(
     summary: dict[str, Any],
     *,
     ranges: str = "extremes",
+    fast: bool = True,
 ) -> PassRecord:
-    """Round every weight that the options take, in one sweep, and say in config.json what became of them."""
+    """Round every weight that the options take, in one sweep, and say in config.json what became of them.
+
+    fast: plain int4 and int8 may be rounded by the chunked kernel, which takes ties at the end of a range the other way than
+    `round_weight` does; neither loses more.
+    """
     start = time.monotonic()
     infos = {one.name: one.info for shard in read_shards(source) for one in shard.tensors}
     schemes = {module_of(info): options.scheme(module_of(info)) for info in infos.values() if options.takes(info)}
@@ -64,7 +69,7 @@ def stream_rounded(
         scheme = schemes.get(module_of(info)) if options.takes(info) else None
         if scheme is None:
             return None
-        if scheme.format == "pack-quantized" and scheme.bits in {4, 8} and ranges == "extremes":
+        if fast and scheme.format == "pack-quantized" and scheme.bits in {4, 8} and ranges == "extremes":
             return PackQuantized(info, grid_of(scheme))
         top = largest.get(info.name) if scheme.strategy == "tensor" else of_all
         return OnGrid(info, scheme, ranges, top)

@@ -1,13 +1,14 @@
 """A teacher's answers, asked for once and kept on disk: of a vocabulary's logits the likeliest few."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
@@ -65,10 +66,10 @@ def cache_logits(
         else teacher.config.vocab_size
     )
     top = min(options.logits.cache_top, classes)
-    counts = []
-    for at in range(len(examples)):
-        _, where, _ = inputs(collate(examples, np.asarray([at]), torch.device("cpu")))
-        counts.append(1 if where is None else int(where.sum()))
+    counts: list[int] = []
+    for chosen in _in_batches(examples, options.train.batch):
+        _, where, _ = inputs(collate(examples, chosen, torch.device("cpu")))
+        counts += [1] * len(chosen) if where is None else where.sum(1).tolist()
     starts = torch.tensor([0, *counts]).cumsum(0)
     rows = int(starts[-1])
     infos = [tensor_info("values", "F32", (rows, top)), tensor_info("indices", "I32", (rows, top))]
@@ -84,8 +85,8 @@ def cache_logits(
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         with ShardWriter(file, infos, {"format": "pt"}) as shard, torch.no_grad():
-            for start in range(0, len(examples), options.train.batch):
-                chosen = np.arange(start, min(start + options.train.batch, len(examples)))
+            for chosen in _in_batches(examples, options.train.batch):
+                start = int(chosen[0])
                 read, where, _ = inputs(collate(examples, chosen, device))
                 logits = teacher(**read).logits
                 best = (logits if where is None else logits[where]).float().topk(top, dim=-1)
@@ -99,6 +100,11 @@ def cache_logits(
             shard.commit()
     context.checkpoint(file.relative_to(context.work_dir).as_posix(), 1)
     return CachedLogits(file, starts, size)
+
+
+def _in_batches(examples: Examples, batch: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(examples), batch):
+        yield np.arange(start, min(start + batch, len(examples)))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

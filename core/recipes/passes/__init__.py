@@ -6,6 +6,7 @@ from pydantic import Field
 
 from core.recipes.passes.activations import DynamicInt8, Fp8, KvCache, SmoothQuant
 from core.recipes.passes.adapt import EarlyExit
+from core.recipes.passes.aware import Qat
 from core.recipes.passes.base import ExportFormat, PassOptions
 from core.recipes.passes.distill import Distill, Recover
 from core.recipes.passes.measure import Profiling
@@ -31,6 +32,7 @@ __all__ = [
     "Pass",
     "PassOptions",
     "Profiling",
+    "Qat",
     "Quantizing",
     "Recover",
     "SmoothQuant",
@@ -56,6 +58,7 @@ Pass = Annotated[
     | Distill
     | Recover
     | EarlyExit
+    | Qat
     | DynamicInt8,
     Field(discriminator="pass_"),
 ]
@@ -76,5 +79,6 @@ PASS_TYPES: tuple[type[PassOptions], ...] = (
     Distill,
     Recover,
     EarlyExit,
+    Qat,
     DynamicInt8,
 )

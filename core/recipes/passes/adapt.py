@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from core.recipes.calibration import Calibration
+from core.recipes.calibration import Calibration, DataRef
 from core.recipes.costs import Cost
 from core.recipes.depth import depth
 from core.recipes.header import SHARED_BLOCKS, ModelHeader
@@ -43,6 +43,10 @@ class EarlyExit(PassOptions):
         "the threshold is blocks with a head passed, per token.",
     )
     threshold: float | None = Field(None, ge=0, le=1000, description="Chosen on held-apart rows if not given.")
+    choose_on: DataRef | None = Field(
+        None,
+        description="Rows to choose the threshold on, best such as the model has never learned from; default: those held apart.",
+    )
     max_loss: float = Field(0.01, ge=0, le=1, description="Accuracy that may be lost on the held-apart rows, absolute.")
     thaw: bool = Field(
         True, description="The blocks learn too; else only the heads do, and full depth answers as before."
@@ -56,7 +60,7 @@ class EarlyExit(PassOptions):
         return f"by {self.policy}, at most {self.max_loss:.1%} lost, {self.train.describe()}"
 
     def data_refs(self) -> frozenset[str]:
-        return frozenset({self.train.data})
+        return frozenset({self.train.data, self.choose_on or self.train.data})
 
     def wants_labels(self, header: ModelHeader | None) -> bool:
         return self.alpha < 1 and (header is None or header.task == "classification")
@@ -101,10 +105,10 @@ class EarlyExit(PassOptions):
                 f"`early-exit`: `alpha` {self.alpha:g} learns from labels, and {self.train.data} has none.",
                 "Name a data set of rows with `text` and `label` in `train.data`, or use `alpha: 1`.",
             )
-        if not self.train.validation and self.threshold is None:
+        if not self.train.validation and self.threshold is None and self.choose_on is None:
             raise invalid(
                 "`early-exit` chooses its threshold on held-apart rows.",
-                "Give train.validation a share, or the threshold itself.",
+                "Give train.validation a share, name rows to `choose_on`, or give the threshold itself.",
             )
 
     def warnings(self, header: ModelHeader | None) -> Iterable[str]:

@@ -1,7 +1,7 @@
 """How a pass trains: its data, its schedule, when it stops and where it can go on."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,6 +10,7 @@ from core.recipes.costs import FORWARD_RATE, Cost
 from core.recipes.header import ModelHeader
 from core.recipes.linears import invalid
 
+_EPOCHS = 3
 _PROSE_ROWS = 2000  #: about as many windows of 128 tokens as the built-in prose has
 _STATE_COPIES = 5  #: of the trained weights in float32: weights, gradients, two moments, the best so far
 _PASSES = 3  #: a backward pass costs about two forward ones
@@ -22,7 +23,7 @@ class Training(BaseModel):
 
     data: DataRef = Field("builtin:prose", description="What it learns from. Rows with labels for a classifier.")
     length: int = Field(128, ge=8, le=131_072, description="tokens an example is cut at")
-    epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    epochs: int | None = Field(None, ge=1, le=1000, description="Default: 3, where no `steps` are given.")
     steps: int | None = Field(None, ge=1, le=10_000_000, description="instead of epochs")
     batch: int = Field(32, ge=1, le=4096, description="examples a step sees at once")
     accumulate: int = Field(1, ge=1, le=1024, description="batches whose gradients are summed to one step")
@@ -43,21 +44,20 @@ class Training(BaseModel):
     )
     checkpoint_every: int = Field(1000, ge=1, description="steps; and every few minutes")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _steps_or_epochs(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and raw.get("steps") is not None and "epochs" in raw:
-            raise ValueError("give `steps` or `epochs`, not both")
-        return raw
-
     @model_validator(mode="after")
-    def _patience_needs_validation(self) -> "Training":
+    def _goes_together(self) -> "Training":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give `steps` or `epochs`, not both")
         if self.patience is not None and not self.validation:
             raise ValueError("`patience` needs a share for `validation`")
         return self
 
+    def planned_steps(self, batches: int) -> int:
+        """Steps in all, where an epoch has so many batches."""
+        return self.steps or max(1, (self.epochs or _EPOCHS) * batches // self.accumulate)
+
     def describe(self) -> str:
-        return f"{f'{self.steps} steps' if self.steps else f'{self.epochs} epochs'} of {self.batch * self.accumulate} × {self.length} tokens"
+        return f"{f'{self.steps} steps' if self.steps else f'{self.epochs or _EPOCHS} epochs'} of {self.batch * self.accumulate} × {self.length} tokens"
 
     def check(self, name: str, header: ModelHeader) -> None:
         longest = header.config.get("max_position_embeddings") or header.config.get("n_positions")
@@ -73,7 +73,7 @@ class Training(BaseModel):
 
     def cost(self, header: ModelHeader, *, trained: float = 1.0, forwards: float = 1.0) -> Cost:
         """trained: share of the parameters that learn. forwards: passes of the whole model beside the learner's own, per example."""
-        steps = self.steps or self.epochs * math.ceil(_PROSE_ROWS / (self.batch * self.accumulate))
+        steps = self.planned_steps(math.ceil(_PROSE_ROWS / self.batch))
         tokens = steps * self.batch * self.accumulate * self.length
         work = tokens * header.parameters * (_PASSES * trained + forwards)
         width = int(header.config.get("hidden_size") or header.config.get("dim") or 768)

@@ -1,0 +1,128 @@
+"""Quantization-aware training: linear layers that compute with their weights as they will be stored."""
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.compress.checkpoint import TORCH_DTYPES
+from core.compress.context import PassContext
+from core.compress.executors.train import Trained
+from core.compress.networks import embeddings_of, load_model, save_model
+from core.compress.passes.distill import record_of, teach
+from core.compress.passes.quantize import stream_rounded
+from core.compress.stored import dequantized, round_weight
+from core.handoff.report import PassRecord
+from core.recipes.header import ModelHeader
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.linears import module_of
+from core.recipes.passes.aware import Qat
+from core.recipes.schemes import Scheme
+
+
+def qat(source: Path, target: Path, options: Qat, context: PassContext) -> PassRecord:
+    """Train the rounded model against its float self. `target` becomes a compressed-tensors model, or a float one on the grid."""
+    start = time.monotonic()
+    student, trained, extra = train_rounded(source, options, context)
+    rounded = take_out(student, settle=options.leaves_as == "float")
+    record = record_of(options, context, student, student, trained, start, {"layers": len(rounded), **extra})
+    if options.leaves_as == "float":
+        save_model(student, source, target, context.header)
+        return record
+    floats = context.work_dir / "aware" / str(context.index)
+    save_model(student, source, floats, context.header)
+    seen = dataclasses.replace(context, header=inspect_model(FolderFiles(floats)))
+    written = stream_rounded(floats, target, options, seen, {}, fast=False)
+    shutil.rmtree(floats)
+    return record.model_copy(
+        update={
+            "summary": {**record.summary, **written.summary},
+            "layers": written.layers,
+            "seconds": time.monotonic() - start,
+        }
+    )
+
+
+def train_rounded(source: Path, options: Qat, context: PassContext) -> tuple[Any, Trained, dict[str, Any]]:
+    """The model that computes rounded, trained; `take_out` makes a plain one of it."""
+    teacher = load_model(source, context.header)
+    student = load_model(source, context.header)
+    put_in(student, options, context.header)
+    frozen = embeddings_of(student) if options.train.freeze_embeddings else []
+    trained, extra = teach(student, teacher, frozen, source, options, context)
+    return student, trained, extra
+
+
+class RoundedLinear(nn.Module):
+    """A linear layer that multiplies with what its weight, and its input, will be rounded to; the gradient sees no rounding."""
+
+    def __init__(self, linear: nn.Linear, scheme: Scheme, stored: torch.dtype, *, graph: bool) -> None:
+        super().__init__()
+        self.linear, self.scheme, self.stored, self.graph = linear, scheme, stored, graph
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.linear.weight
+        weight = weight + (self.rounded() - weight).detach()
+        if self.scheme.activations is not None:
+            x = x + (round_tokens(x) - x).detach()
+        return nn.functional.linear(x, weight, self.linear.bias)
+
+    @torch.no_grad()
+    def rounded(self) -> Tensor:
+        """The weight [out, in] float32 as a loader of the result has it."""
+        weight = self.linear.weight.to(self.stored).float()
+        if self.graph:
+            return on_graph_grid(weight)
+        return dequantized(round_weight(weight, self.scheme, self.stored), self.scheme)
+
+
+def on_graph_grid(weight: Tensor) -> Tensor:
+    """Round each row to −127 … 127 steps of its largest magnitude / 127: the grid of `dynamic-int8`, which finds it again."""
+    scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=2.0**-100)
+    return (weight / scale).round() * scale
+
+
+def round_tokens(x: Tensor) -> Tensor:
+    """Round each token's vector [..., in] to int8 with a scale of its own, as runtimes of compressed-tensors do as it comes."""
+    scale = (x.detach().float().abs().amax(-1, keepdim=True) / 127.5).clamp(min=2.0**-100)
+    return ((x.float() / scale).round().clamp(-128, 127) * scale).to(x.dtype)
+
+
+def put_in(model: Any, options: Qat, header: ModelHeader) -> list[str]:
+    """Let the linear layers that the options take compute rounded. Their names."""
+    stored = {module_of(one): TORCH_DTYPES[one.dtype] for one in header.tensors if options.takes(one)}
+    names = []
+    for name, one in list(model.named_modules()):
+        in_file = next((file for file in (name, *_shorter(name)) if file in stored), None)
+        if isinstance(one, nn.Linear) and in_file is not None:
+            rounded = RoundedLinear(one, options.scheme(in_file), stored[in_file], graph=options.leaves_as == "float")
+            _put(model, name, rounded)
+            names.append(name)
+    return names
+
+
+def take_out(model: Any, *, settle: bool) -> list[str]:
+    """Put the plain layers back, with their rounded weights if `settle`. Their names."""
+    names = []
+    for name, one in list(model.named_modules()):
+        if isinstance(one, RoundedLinear):
+            if settle:
+                with torch.no_grad():
+                    one.linear.weight.copy_(one.rounded())
+            _put(model, name, one.linear)
+            names.append(name)
+    return names
+
+
+def _shorter(name: str) -> tuple[str, ...]:
+    """A module under a head is called without the head's prefix in files that were saved without one."""
+    return (name.split(".", 1)[1],) if "." in name else ()
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    above, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(above), leaf, module)

@@ -1,0 +1,104 @@
+"""Quantization-aware training: a model that learns while it is rounded."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from core.recipes.calibration import Calibration
+from core.recipes.costs import Cost
+from core.recipes.header import ModelHeader
+from core.recipes.linears import Divisor
+from core.recipes.passes.base import ExportFormat, Need, Scope
+from core.recipes.passes.distill import Teaching
+from core.recipes.passes.quantizing import Quantizing
+from core.recipes.passes.training import Training
+from core.recipes.schemes import Activations, Scheme, Strategy
+
+_CODES: frozenset[ExportFormat] = frozenset({"compressed-tensors"})
+_FLOATS: frozenset[ExportFormat] = frozenset({"safetensors", "onnx", "openvino"})
+
+
+class Qat(Teaching, Quantizing):
+    """Train with weights, and activations if asked, rounded as they will be; gradients pass straight through (arXiv 1308.3432, 1712.05877).
+
+    Scales follow the weights at every step. The model learns from its float self and, with `logits.alpha` below 1, from labels. `leaves:
+    codes` writes compressed-tensors; `leaves: float` keeps float weights that lie on the grid of `dynamic-int8`, which then loses nothing
+    of them in ONNX and OpenVINO.
+    """
+
+    needs: ClassVar[Need] = "training"
+    scope: ClassVar[Scope] = "train"
+    exports: ClassVar[frozenset[ExportFormat]] = _CODES | _FLOATS
+
+    pass_: Literal["qat"] = Field("qat", alias="pass")
+    train: Training = Training(learning_rate=2e-5)
+    bits: Literal[4, 8] = 8
+    group_size: int | None = Field(
+        None, ge=16, le=1024, description="Inputs that share a scale; null: one scale a row. Default 64 at 4 bits."
+    )
+    activations: Literal["none", "int8"] = Field(
+        "none", description="`int8`: inputs rounded too, with a scale a token."
+    )
+    leaves_as: Literal["codes", "float"] = Field("codes", alias="leaves", description="What the next step gets.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_group(cls, raw: Any) -> Any:
+        small = isinstance(raw, dict) and raw.get("bits") == 4 and "group_size" not in raw
+        return {**raw, "group_size": 64} if small else raw
+
+    @model_validator(mode="after")
+    def _known_to_runtimes(self) -> "Qat":
+        if self.activations == "int8" and (self.bits, self.group_size) != (8, None):
+            raise ValueError(
+                "int8 activations are multiplied with int8 weights that have a scale a row: leave `bits` and `group_size`"
+            )
+        if self.leaves_as == "float" and (self.bits, self.group_size) != (8, None):
+            raise ValueError(
+                "`leaves: float` is for `dynamic-int8`, which has 8 bits and a scale a row: leave `bits` and `group_size`"
+            )
+        return self
+
+    @property
+    def last(self) -> bool:  # type: ignore[override]  # for the others it is the same whatever their options
+        return self.leaves_as == "codes"
+
+    @property
+    def quantizes(self) -> bool:  # type: ignore[override]
+        return self.leaves_as == "codes"
+
+    def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
+        return _CODES if self.leaves_as == "codes" else _FLOATS
+
+    def why_not(self, header: ModelHeader | None) -> str:
+        return f"with `leaves: {self.leaves_as}` it leaves {'codes' if self.leaves_as == 'codes' else 'float weights'}"
+
+    def scheme(self, module: str) -> Scheme:
+        strategy: Strategy = "channel" if self.group_size is None else "group"
+        activations = Activations() if self.activations == "int8" else None
+        return Scheme(self.bits, strategy=strategy, group_size=self.group_size, activations=activations)
+
+    @property
+    def coarsest_bits(self) -> int:
+        return self.bits
+
+    def divisor(self) -> Divisor | None:
+        return Divisor(self.group_size, "group_size") if self.group_size is not None else None
+
+    def describe(self) -> str:
+        return f"{self.scheme('').describe()}, {self.train.describe()}"
+
+    def student_header(self, header: ModelHeader) -> ModelHeader:
+        return header
+
+    def check(self, header: ModelHeader) -> None:
+        Quantizing.check(self, header)
+        Teaching.check(self, header)
+
+    def warnings(self, header: ModelHeader | None) -> Iterable[str]:
+        yield from Quantizing.warnings(self, header)
+        yield from Teaching.warnings(self, header)
+
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        return self.train.cost(header)
