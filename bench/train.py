@@ -174,7 +174,8 @@ def test_rows(model: Path, file: Path) -> Examples:
 
 def accuracy(folder: Path, source: Path, test: Examples, device: str = "cpu") -> float:
     """Share of the test rows that the model answers as their labels say; with early exits, at full depth."""
-    model = load_model(folder, inspect_model(FolderFiles(source))).to(device)
+    config = json.loads((folder / "config.json").read_bytes())
+    model = load_model(folder, inspect_model(FolderFiles(source)).model_copy(update={"config": config})).to(device)
     right = 0
     with torch.inference_mode():
         for start in range(0, len(test), 50):
