@@ -15,22 +15,62 @@ from api.deps import API_KEY_SCHEME, Services
 from api.edge import Edge
 from api.metrics import ApiMetrics
 from api.problems import documented
-from api.routes import datasets, health, history, jobs, me, models, queues, recipes, results, schedules, workers
+from api.ratelimit import RateLimiter
+from api.routes import (
+    admin,
+    datasets,
+    health,
+    history,
+    jobs,
+    keys,
+    me,
+    models,
+    promotions,
+    queues,
+    recipes,
+    results,
+    schedules,
+    webhooks,
+    workers,
+)
 from api.tail import Tail
+from core.access.audit import AuditLog
+from core.access.issuing import KeyIssuer
 from core.access.keys import KeyRing
+from core.access.quotas import QuotaBook
 from core.artifacts.storage import open_store
 from core.database import make_engine
 from core.errors import ErrorCode
 from core.jobs.positions import read_positions
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
+from core.promotions.store import PromotionStore
 from core.registry.datasets import DataSetRegistry
 from core.registry.models import ModelRegistry
 from core.schedules.service import ScheduleService
 from core.schedules.store import ScheduleStore
 from core.schemas import Problem
 from core.settings import Settings
+from core.webhooks.signing import open_keeper
+from core.webhooks.store import WebhookStore
 
+_ROUTES = (
+    jobs,
+    history,
+    results,
+    schedules,
+    models,
+    promotions,
+    datasets,
+    recipes,
+    workers,
+    queues,
+    webhooks,
+    keys,
+    me,
+    admin,
+    health,
+)
 _SQL_CONNECTIONS = 8
 _TRANSFERS = 16  #: uploads through the API that run at a time; others wait
 _DESCRIPTION = """
@@ -55,7 +95,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.services = services
     problems.install(app)
     app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=services.metrics)
-    for routes in (jobs, history, results, schedules, models, datasets, recipes, workers, queues, me, health):
+    for routes in _ROUTES:
         app.include_router(routes.router)
     app.include_router(pages.router)
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
@@ -72,7 +112,8 @@ def open_services(settings: Settings) -> Services:
     objects = open_store(settings)
     models = ModelRegistry(engine, objects, settings)
     data_sets = DataSetRegistry(engine, objects, settings)
-    jobs_service = JobService(store, models, data_sets, settings)
+    quotas = QuotaBook(engine, settings)
+    jobs_service = JobService(store, models, data_sets, quotas, settings)
     return Services(
         settings=settings,
         engine=engine,
@@ -86,6 +127,12 @@ def open_services(settings: Settings) -> Services:
         datasets=data_sets,
         objects=objects,
         keys=KeyRing(engine),
+        issuer=KeyIssuer(engine),
+        quotas=quotas,
+        limiter=RateLimiter(settings.celery_url),
+        audit=AuditLog(engine),
+        promotions=PromotionStore(engine),
+        webhooks=WebhookStore(engine, open_keeper(settings), settings),
         ringer=Ringer(settings),
         tail=Tail(partial(read_positions, engine), threads),
         metrics=ApiMetrics(),
@@ -96,6 +143,7 @@ def open_services(settings: Settings) -> Services:
 async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
     yield
     services.tail.close()
+    await services.limiter.close()
     services.ringer.close()
     for pool in (services.threads, services.transfers, services.probes):
         pool.shutdown(wait=False, cancel_futures=True)

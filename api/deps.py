@@ -6,22 +6,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import Depends, Query, Request
 from sqlalchemy import Engine
 
 from api.metrics import ApiMetrics
+from api.ratelimit import RateLimiter, too_many
 from api.tail import Tail
+from core.access.audit import AuditLog
+from core.access.issuing import KeyIssuer
 from core.access.keys import KeyRing, Principal
+from core.access.quotas import QuotaBook
 from core.artifacts.storage import ObjectStore
 from core.errors import ErrorCode, NightpressError
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
+from core.promotions.store import PromotionStore
 from core.registry.datasets import DataSetRegistry
 from core.registry.models import ModelRegistry
 from core.schedules.service import ScheduleService
 from core.settings import Settings
+from core.webhooks.store import WebhookStore
 
 if TYPE_CHECKING:
     from core.jobs.ring import Ringer
@@ -46,6 +52,12 @@ class Services:
     datasets: DataSetRegistry
     objects: ObjectStore
     keys: KeyRing
+    issuer: KeyIssuer
+    quotas: QuotaBook
+    limiter: RateLimiter
+    audit: AuditLog
+    promotions: PromotionStore
+    webhooks: WebhookStore
     ringer: "Ringer"
     tail: Tail
     metrics: ApiMetrics
@@ -87,8 +99,26 @@ async def authenticated(request: Request) -> Principal:
             hint="Send `Authorization: Bearer np_…`. `nightpress up` writes a key to its data folder.",
         )
     services: Services = request.app.state.services
-    known = services.keys.cached(plain.strip())
-    return known if known is not None else await services.call(services.keys.authenticate, plain.strip())
+    caller = services.keys.cached(plain.strip())
+    if caller is None:
+        caller = await services.call(services.keys.authenticate, plain.strip())
+    state = request.scope.setdefault("state", {})
+    if "caller" not in state:  # counted once a request, however many ask who is calling
+        state["caller"] = caller
+        await _count(services, caller, state)
+    return caller
+
+
+async def _count(services: Services, caller: Principal, state: dict[str, Any]) -> None:
+    """Take one from the key's share of requests. Raises NightpressError(rate_limited)."""
+    quotas = services.quotas.cached(caller.tenant_id)
+    if quotas is None:
+        quotas = await services.call(services.quotas.of, caller.tenant_id)
+    if quotas.rate_limit_per_minute:
+        taken = await services.limiter.take(caller.key_id, quotas.rate_limit_per_minute)
+        state["headers"] = taken.headers
+        if not taken.allowed:
+            raise too_many(quotas.rate_limit_per_minute)
 
 
 def needs(scope: str) -> Callable[[Request], Awaitable[Principal]]:
@@ -96,7 +126,7 @@ def needs(scope: str) -> Callable[[Request], Awaitable[Principal]]:
 
     async def allowed(request: Request) -> Principal:
         caller = await authenticated(request)
-        if scope not in caller.scopes and "admin" not in caller.scopes:
+        if scope not in caller.scopes and not caller.is_admin:
             raise NightpressError(
                 ErrorCode.FORBIDDEN,
                 f"This needs a key with the scope {scope}.",
@@ -112,6 +142,11 @@ JobsReader = Annotated[Principal, Depends(needs("jobs:read"))]
 JobsWriter = Annotated[Principal, Depends(needs("jobs:write"))]
 ModelsReader = Annotated[Principal, Depends(needs("models:read"))]
 ModelsWriter = Annotated[Principal, Depends(needs("models:write"))]
+KeysReader = Annotated[Principal, Depends(needs("keys:read"))]
+KeysWriter = Annotated[Principal, Depends(needs("keys:write"))]
+Admin = Annotated[Principal, Depends(needs("admin"))]
+WebhooksReader = Annotated[Principal, Depends(needs("webhooks:read"))]
+WebhooksWriter = Annotated[Principal, Depends(needs("webhooks:write"))]
 WorkersReader = Annotated[Principal, Depends(needs("workers:read"))]
 
 Cursor = Annotated[str | None, Query(max_length=512, description="`next_cursor` of the page before.")]

@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.actions import note_action
 from api.metrics import ApiMetrics
 from api.problems import on_unexpected, problem
 from core.errors import ErrorCode, NightpressError
@@ -40,8 +41,10 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                await note_action(scope, status)
                 message["headers"] = [
                     *message.get("headers", ()),
+                    *scope["state"].get("headers", ()),
                     (b"x-request-id", request_id.encode()),
                     (b"x-content-type-options", b"nosniff"),
                 ]

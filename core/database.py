@@ -10,7 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, ColumnElement, DateTime, Engine, Float, MetaData, create_engine, event, literal, select
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    DateTime,
+    Engine,
+    Float,
+    MetaData,
+    String,
+    create_engine,
+    event,
+    literal,
+    select,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
@@ -76,6 +88,23 @@ def _now_sqlite(element: db_now, compiler: Any, **kw: Any) -> str:
     # Microseconds padded by hand: SQLite counts milliseconds, SQLAlchemy writes six digits, and text must compare.
     shifts = [f", (({compiler.process(seconds, **kw)}) || ' seconds')" for seconds in element.clauses]
     return f"(strftime('%Y-%m-%d %H:%M:%f', 'now'{''.join(shifts)}) || '000')"
+
+
+class db_month(FunctionElement[str]):  # noqa: N801 - reads as an SQL function
+    """The calendar month of the database's clock in UTC, e.g. 2026-11."""
+
+    type = String(7)
+    inherit_cache = True
+
+
+@compiles(db_month, "postgresql")
+def _month_postgresql(_element: db_month, _compiler: Any, **_kw: Any) -> str:
+    return "to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM')"
+
+
+@compiles(db_month, "sqlite")
+def _month_sqlite(_element: db_month, _compiler: Any, **_kw: Any) -> str:
+    return "strftime('%Y-%m', 'now')"
 
 
 #: all tables share it, so that Alembic sees them all

@@ -49,6 +49,12 @@ class Request(BaseModel):
         return raw
 
 
+def _near(moment: dt.datetime | None) -> dt.datetime | None:
+    if moment is not None and not 2000 <= moment.year <= 2200:
+        raise ValueError("must lie between the years 2000 and 2200")
+    return moment
+
+
 class View(BaseModel):
     """What a caller gets. A client ignores fields it doesn't know, so that a newer server may add some."""
 
@@ -216,9 +222,7 @@ class JobCreate(JobSpec):
     @field_validator("run_after")
     @classmethod
     def _near(cls, moment: dt.datetime | None) -> dt.datetime | None:
-        if moment is not None and not 2000 <= moment.year <= 2200:
-            raise ValueError("must lie between the years 2000 and 2200")
-        return moment
+        return _near(moment)
 
 
 class JobView(View):
@@ -285,6 +289,190 @@ class ReportView(View):
     report: dict[str, Any]
     html_url: str
     markdown_url: str
+
+
+# Promotions ----------------------------------------------------------------------------------------------------------
+
+
+class PromotionCreate(Request):
+    job_id: str = Field(min_length=1, max_length=40)
+
+
+class PromotionView(View):
+    """Where a model name's pointer stood from `created_at` on."""
+
+    id: str
+    model_name: str
+    model_id: str
+    job_id: str
+    recipe: str
+    cause: Literal["accepted", "manual"]
+    created_by: str | None
+    created_at: dt.datetime
+
+
+class LatestView(View):
+    """What a model's name means now, and how to fetch it."""
+
+    promotion: PromotionView
+    artifacts: list[ArtifactView]
+
+
+# Tenants and keys ----------------------------------------------------------------------------------------------------
+
+Bound = Annotated[int | None, Field(ge=0, le=2**53)]
+SmallBound = Annotated[int | None, Field(ge=0, le=2**31 - 1)]
+TenantId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class QuotaChange(Request):
+    """A tenant's own bounds. null: the installation's setting; 0: none."""
+
+    max_queued_jobs: SmallBound = None
+    max_running_jobs: SmallBound = None
+    max_storage_bytes: Bound = None
+    max_gpu_seconds_month: Bound = None
+    rate_limit_per_minute: SmallBound = None
+
+
+class UsageView(View):
+    queued_jobs: int
+    running_jobs: int
+    storage_bytes: int
+    gpu_seconds_month: float  #: of attempts that have ended, this calendar month in UTC
+
+
+class TenantView(View):
+    """`own`: what was set for it; `quotas`: what holds; `version` is also the ETag."""
+
+    id: str
+    own: QuotaChange
+    quotas: dict[str, int]
+    usage: UsageView
+    version: int
+
+
+class KeyCreate(Request):
+    """`tenant_id` is for administrators; others make keys of their own tenant, with scopes that their own key has."""
+
+    name: str = Field(min_length=1, max_length=200, pattern=_ONE_LINE)
+    scopes: list[Annotated[str, Field(max_length=32)]] = Field(min_length=1, max_length=20)
+    expires_at: AwareDatetime | None = None
+    tenant_id: TenantId | None = None
+
+    @field_validator("expires_at")
+    @classmethod
+    def _near(cls, moment: dt.datetime | None) -> dt.datetime | None:
+        return _near(moment)
+
+
+class KeyRotate(Request):
+    """For how long the old key works beside the new one."""
+
+    overlap_s: float = Field(3600.0, ge=0, le=30 * 24 * 3600.0)
+
+
+class KeyView(View):
+    """A key without its secret."""
+
+    id: str
+    tenant_id: str
+    name: str
+    scopes: list[str]
+    created_at: dt.datetime
+    expires_at: dt.datetime | None
+    revoked_at: dt.datetime | None
+    last_used_at: dt.datetime | None
+    rotated_from: str | None
+
+
+class NewKeyView(View):
+    """`key` is shown this once."""
+
+    record: KeyView
+    key: str
+
+
+class AuditView(View):
+    """Who did what: a request that may have changed something."""
+
+    id: str
+    at: dt.datetime
+    tenant_id: str
+    key_id: str
+    action: str
+    subject: str
+    status: int
+    request_id: str
+
+
+# Webhooks ------------------------------------------------------------------------------------------------------------
+
+WebhookEvent = Literal["job.succeeded", "job.failed", "job.cancelled"]
+WebhookUrl = Annotated[
+    str, Field(min_length=8, max_length=2048, pattern=r"^https?://", examples=["https://ci.example.com/hooks"])
+]
+
+
+class WebhookCreate(Request):
+    """Where to send what. Messages are signed as standardwebhooks.com has it."""
+
+    url: WebhookUrl
+    events: list[WebhookEvent] = Field(min_length=1, max_length=3)
+
+
+class WebhookUpdate(Request):
+    url: WebhookUrl | None = None
+    events: list[WebhookEvent] | None = Field(None, min_length=1, max_length=3)
+    enabled: bool | None = None
+
+
+class SecretRotate(Request):
+    """For how long messages carry the old secret's signature beside the new one's."""
+
+    overlap_s: float = Field(24 * 3600.0, ge=0, le=30 * 24 * 3600.0)
+
+
+class WebhookView(View):
+    id: str
+    url: str
+    events: list[WebhookEvent]
+    enabled: bool
+    disabled_reason: str | None
+    version: int
+    created_by: str | None
+    created_at: dt.datetime
+
+
+class NewWebhookView(View):
+    """`secret` is shown this once."""
+
+    webhook: WebhookView
+    secret: str
+
+
+class AttemptView(View):
+    """One try: the receiver's status, or why there was none."""
+
+    number: int
+    at: dt.datetime
+    status: int | None
+    error: str | None
+    duration_ms: int
+
+
+class DeliveryView(View):
+    """A message. `id` is its webhook-id at every try; `log` is filled in where one delivery is asked for."""
+
+    id: str
+    webhook_id: str
+    event: str
+    payload: dict[str, Any]
+    state: Literal["pending", "delivered", "failed"]
+    attempts: int
+    next_at: dt.datetime | None
+    created_at: dt.datetime
+    log: list[AttemptView] = []
 
 
 # Schedules -----------------------------------------------------------------------------------------------------------
@@ -390,6 +578,8 @@ class MeView(View):
     tenant_id: str
     key_id: str
     scopes: list[str]
+    quotas: dict[str, int] = {}  #: 0: no bound
+    usage: UsageView | None = None
 
 
 class ReadyView(View):

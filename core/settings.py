@@ -1,6 +1,7 @@
 """One Settings object. Every default works on a laptop; every value can come from NIGHTPRESS_* variables or a .env file."""
 
 from functools import cached_property
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +50,15 @@ class Settings(BaseSettings):
     )
     rate_limit_per_minute: int = Field(0, description="Requests one key may make a minute; 0 switches the limit off.")
     schedule_min_interval_s: float = Field(300.0, description="The least time between two fires of a schedule.")
+
+    secret_key: SecretStr | None = Field(
+        None,
+        description="What webhooks' secrets are derived from; the same for the API and the control process. Empty: a file in data_dir.",
+    )
+    webhook_networks: list[IPv4Network | IPv6Network] = Field(
+        default_factory=list,
+        description="Private networks that webhooks may reach, there also by http and on any port, e.g. 10.0.0.0/8.",
+    )
 
     lease_ttl_s: float = 60.0
     stall_s: float = 1800.0

@@ -7,7 +7,8 @@ import core.access.tables
 import core.jobs.tables
 import core.promotions.tables
 import core.registry.tables
-import core.schedules.tables  # noqa: F401 - importing a module of tables adds them to the metadata
+import core.schedules.tables
+import core.webhooks.tables  # noqa: F401 - importing a module of tables adds them to the metadata
 from core.database import make_engine, metadata
 from core.settings import load_settings
 

@@ -10,6 +10,7 @@ from core.artifacts.storage import open_store
 from core.database import make_engine
 from core.ids import new_id
 from core.jobs.checkpoints import CheckpointIndex
+from core.jobs.claims import Caps
 from core.jobs.records import WorkerOffer
 from core.jobs.ring import make_celery
 from core.jobs.store import JobStore
@@ -33,7 +34,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     """Serve settings.worker_queue until SIGTERM or SIGINT."""
     offer = make_offer(settings, new_id("wkr"))
     engine = make_engine(settings.sql_url)
-    store = JobStore(engine)
+    store = JobStore(engine, Caps(settings.max_running_jobs, settings.max_gpu_seconds_month))
     objects = open_store(settings)
     folder = WorkerFolder(settings.data_dir / "work", offer.worker_id)
     cache = BlobCache(settings.data_dir / "cache", settings.cache_bytes)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from core.access.quotas import QuotaBook
 from core.artifacts.storage import ObjectStore, open_store
 from core.database import make_engine
 from core.errors import NightpressError
@@ -21,6 +22,9 @@ from core.registry.models import ModelRegistry
 from core.schedules.firing import Firing
 from core.schedules.store import ScheduleStore
 from core.settings import Settings, load_settings
+from core.webhooks.courier import Courier
+from core.webhooks.signing import open_keeper
+from core.webhooks.store import WebhookStore
 from worker.health import mark_alive
 from worker.metrics import LEASES_EXPIRED, TICKS, serve_metrics
 
@@ -29,6 +33,7 @@ _ABANDONED_S = 3600.0  #: a lost attempt's files are swept so long after its end
 _UPLOAD_LIFE_S = 24 * 3600.0
 _WORKER_MEMORY_S = 3600.0  #: lost workers are shown so long
 _LONGEST_PAUSE_S = 30.0
+_HISTORY_S = 90 * 24 * 3600.0  #: schedules' runs and webhooks' deliveries are shown so long
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +58,9 @@ class Control:
         objects: ObjectStore,
         ring: Callable[[str], None],
         firing: Firing,
+        schedules: ScheduleStore,
+        webhooks: WebhookStore,
+        courier: Courier,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -61,6 +69,9 @@ class Control:
         self._objects = objects
         self._ring = ring
         self._firing = firing
+        self._schedules = schedules
+        self._webhooks = webhooks
+        self._courier = courier
         self._bells: dict[str, _Bell] = {}
         self._sweep_at = 0.0
 
@@ -71,11 +82,18 @@ class Control:
             self._expire_queue_deadlines,
             self._fire_schedules,
             self._advance_runs,
+            self._deliver_webhooks,
             self._ring_queues,
         ]
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
-            steps += [self._forget_workers, self._sweep_attempts, self._sweep_checkpoints, self._sweep_uploads]
+            steps += [
+                self._forget_workers,
+                self._sweep_attempts,
+                self._sweep_checkpoints,
+                self._sweep_uploads,
+                self._forget_history,
+            ]
         for step in steps:
             try:
                 with TICKS.labels(step.__name__.strip("_")).time():
@@ -99,6 +117,13 @@ class Control:
 
     def _advance_runs(self) -> None:
         self._firing.advance()
+
+    def _deliver_webhooks(self) -> None:
+        self._courier.deliver()
+
+    def _forget_history(self) -> None:
+        self._schedules.forget_runs(_HISTORY_S)
+        self._webhooks.forget_deliveries(_HISTORY_S)
 
     def _ring_queues(self) -> None:
         """Ring where there is work and a worker is idle. A busy worker looks for work by itself when it is done."""
@@ -143,14 +168,34 @@ def main() -> int:
     objects = open_store(settings)
     registries = (ModelRegistry(engine, objects, settings), DataSetRegistry(engine, objects, settings))
     store, models, data_sets = JobStore(engine), *registries
-    firing = Firing(ScheduleStore(engine), JobService(store, models, data_sets, settings), store, ringer.ring)
-    control = Control(settings, store, CheckpointIndex(engine), registries, objects, ringer.ring, firing)
+    schedules = ScheduleStore(engine)
+    firing = Firing(
+        schedules,
+        JobService(store, models, data_sets, QuotaBook(engine, settings), settings),
+        store,
+        ringer.ring,
+    )
+    webhooks = WebhookStore(engine, open_keeper(settings), settings)
+    courier = Courier(webhooks, settings)
+    control = Control(
+        settings,
+        store,
+        CheckpointIndex(engine),
+        registries,
+        objects,
+        ringer.ring,
+        firing,
+        schedules,
+        webhooks,
+        courier,
+    )
     serve_metrics(settings.metrics_port)
     log.info("The control process ticks every %g s.", settings.tick_s)
     while not stop.is_set():
         control.tick()
         mark_alive(settings.data_dir, "control")
         stop.wait(settings.tick_s)
+    courier.close()
     ringer.close()
     engine.dispose()
     return 0

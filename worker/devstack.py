@@ -23,14 +23,13 @@ import redis
 from filelock import FileLock, Timeout
 
 import migrations
-from core.access.keys import create_key
+from core.access.keys import ALL_SCOPES, create_key
 from core.database import make_engine
 from core.errors import ErrorCode, NightpressError
 from core.settings import Settings, load_settings
 from worker import sandbox
 
 STATE_FILE = "devstack.json"
-ALL_SCOPES = frozenset({"jobs:read", "jobs:write", "models:read", "models:write", "workers:read", "admin"})
 _START_S = 30.0
 _MAX_SOCKET_PATH = 100  #: bytes; the kernel takes 107
 

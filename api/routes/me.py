@@ -1,11 +1,12 @@
 """Who am I?"""
 
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from api.deps import authenticated
+from api.deps import ServicesDep, authenticated
 from api.routes import answer
 from core.access.keys import Principal
 from core.schemas import MeView
@@ -13,6 +14,15 @@ from core.schemas import MeView
 router = APIRouter(prefix="/v1/me", tags=["access"])
 
 
-@router.get("", response_model=MeView, summary="The key's tenant and scopes")
-async def me(caller: Annotated[Principal, Depends(authenticated)]) -> Response:
-    return answer(MeView(tenant_id=caller.tenant_id, key_id=caller.key_id, scopes=sorted(caller.scopes)))
+@router.get("", response_model=MeView, summary="The key's tenant, scopes, quotas and use")
+async def me(caller: Annotated[Principal, Depends(authenticated)], services: ServicesDep) -> Response:
+    quotas = await services.call(services.quotas.of, caller.tenant_id)
+    usage = await services.call(services.quotas.usage, caller.tenant_id)
+    view = MeView(
+        tenant_id=caller.tenant_id,
+        key_id=caller.key_id,
+        scopes=sorted(caller.scopes),
+        quotas=asdict(quotas),
+        usage=usage,
+    )
+    return answer(view)

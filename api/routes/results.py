@@ -25,7 +25,7 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
 async def job_artifacts(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
     await own_job(services, caller, job_id)
     found = await services.call(services.store.artifacts, job_id)
-    return answer(Page[ArtifactView](items=[_view(job_id, one) for one in found]))
+    return answer(Page[ArtifactView](items=[artifact_view(job_id, one) for one in found]))
 
 
 @router.get(
@@ -134,7 +134,7 @@ def _no_report() -> NightpressError:
     )
 
 
-def _view(job_id: str, artifact: Artifact) -> ArtifactView:
+def artifact_view(job_id: str, artifact: Artifact) -> ArtifactView:
     return ArtifactView(
         id=artifact.id,
         format=artifact.format,

@@ -17,7 +17,20 @@ from core.access.tables import api_keys
 from core.database import db_now, statement, transaction
 from core.errors import ErrorCode, NightpressError
 
-ALL_SCOPES = frozenset({"jobs:read", "jobs:write", "models:read", "models:write", "workers:read", "admin"})
+ALL_SCOPES = frozenset(
+    {
+        "jobs:read",
+        "jobs:write",
+        "models:read",
+        "models:write",
+        "workers:read",
+        "keys:read",
+        "keys:write",
+        "webhooks:read",
+        "webhooks:write",
+        "admin",
+    }
+)
 
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 #: np_ + id + "_" + 32 random bytes as base64url + their CRC, so that a scanner or a typo is told without a database
@@ -34,6 +47,10 @@ class Principal:
     tenant_id: str
     key_id: str
     scopes: frozenset[str]
+
+    @property
+    def is_admin(self) -> bool:
+        return "admin" in self.scopes
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,7 @@ def create_key(
     name: str,
     scopes: Collection[str],
     expires_at: dt.datetime | None = None,
+    rotated_from: str | None = None,
 ) -> tuple[KeyRecord, str]:
     """Make a key. The second value is the key itself: it can't be read again.
 
@@ -89,6 +107,7 @@ def create_key(
                 scopes=sorted(record.scopes),
                 created_at=db_now(),
                 expires_at=expires_at,
+                rotated_from=rotated_from,
             )
         )
     return record, plain

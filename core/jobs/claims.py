@@ -1,26 +1,33 @@
 """Which job a worker gets: by priority, then the tenant with the fewest running, then age. Statements only, made once."""
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    CTE,
+    Column,
     ColumnElement,
     ScalarSelect,
     Select,
     String,
     Update,
     bindparam,
+    exists,
     func,
     insert,
     literal_column,
     null,
+    or_,
     select,
     tuple_,
     update,
 )
 from sqlalchemy.types import BigInteger, Float
 
-from core.database import JsonType, db_now
+from core.access.tables import gpu_usage
+from core.access.tables import tenants as tenants_table
+from core.database import JsonType, db_month, db_now
 from core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS
 from core.jobs.records import WorkerOffer
 from core.jobs.states import RUNNING
@@ -35,9 +42,19 @@ _FITS = (
 )
 
 
-def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Caps:
+    """What a tenant without quotas of its own may have running. 0: no bound."""
+
+    running: int = 0
+    gpu_seconds_month: int = 0
+
+
+def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float, caps: Caps) -> dict[str, Any]:
     """What the statements below are executed with."""
     return {
+        "default_running": caps.running,
+        "default_gpu_seconds": caps.gpu_seconds_month,
         "offered_queue": offer.queue,
         "offered_memory": offer.memory,
         "claimed_by": offer.worker_id,
@@ -52,7 +69,7 @@ def whose_turn() -> Select[Any]:
 
     The recursion steps from tenant to tenant along the claim index, which a DISTINCT would read to its end.
     """
-    tenants = select(func.min(_columns.tenant_id).label("id")).where(*_IN_QUEUE).cte("tenants", recursive=True)
+    tenants = select(func.min(_columns.tenant_id).label("id")).where(*_IN_QUEUE).cte("waiting", recursive=True)
     following = select(func.min(_columns.tenant_id)).where(*_IN_QUEUE, _columns.tenant_id > tenants.c.id)
     tenants = tenants.union_all(select(following.correlate(tenants).scalar_subquery()).where(tenants.c.id.is_not(None)))
     best_of = (
@@ -71,12 +88,39 @@ def whose_turn() -> Select[Any]:
         .scalar_subquery()
     )
     candidate = jobs.alias("candidate")
+    most_running = _cap(tenants_table.c.max_running_jobs, "default_running", tenants)
+    most_gpu = _cap(tenants_table.c.max_gpu_seconds_month, "default_gpu_seconds", tenants)
+    used = (
+        select(gpu_usage.c.seconds)
+        .where(gpu_usage.c.tenant_id == tenants.c.id, gpu_usage.c.month == db_month())
+        .correlate(tenants)
+        .scalar_subquery()
+    )
     return (
         select(candidate.c.tenant_id, candidate.c.priority)
         .join_from(tenants, candidate, candidate.c.id == best_of)
+        .where(
+            or_(most_running == literal_column("0"), running < most_running),
+            or_(
+                candidate.c.queue != literal_column("'gpu'"),
+                most_gpu == literal_column("0"),
+                func.coalesce(used, literal_column("0")) < most_gpu,
+            ),
+        )
         .order_by(candidate.c.priority.desc(), running, candidate.c.created_at, candidate.c.id)
         .limit(literal_column("1"))
     )
+
+
+def _cap(column: Column[Any], default: str, tenants: CTE) -> ColumnElement[Any]:
+    """A tenant's own bound, else the default."""
+    own = select(column).where(tenants_table.c.id == tenants.c.id).correlate(tenants).scalar_subquery()
+    return func.coalesce(own, bindparam(default, type_=BigInteger))
+
+
+def some_have_caps() -> Select[Any]:
+    """Whether any tenant's running jobs are bounded by a quota of its own."""
+    return select(exists().where(tenants_table.c.max_running_jobs > 0))
 
 
 def _best_job() -> ScalarSelect[Any]:

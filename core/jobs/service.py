@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from core.access.quotas import NO_BOUND, QuotaBook
 from core.errors import ErrorCode, NightpressError
 from core.jobs.records import Idempotency, Job, NewJob, Queue, Worker
 from core.jobs.states import is_terminal
@@ -61,10 +62,13 @@ class _Briefly(Generic[Value]):
 class JobService:
     """Submits and retries jobs. Safe to share between threads."""
 
-    def __init__(self, store: JobStore, models: Models, data_sets: DataSets, settings: Settings) -> None:
+    def __init__(
+        self, store: JobStore, models: Models, data_sets: DataSets, quotas: QuotaBook, settings: Settings
+    ) -> None:
         self._store = store
         self._models = models
         self._data_sets = data_sets
+        self._quotas = quotas
         self._settings = settings
         self._resolved: _Briefly[_Resolved] = _Briefly(3.0)
         self._workers: _Briefly[list[Worker]] = _Briefly(3.0, size=1)
@@ -89,7 +93,7 @@ class JobService:
             if job is None:
                 raise
             return job, False
-        job, created = self._store.submit(new, idempotency=idempotency, max_queued=self._settings.max_queued_jobs)
+        job, created = self._admit(new, idempotency)
         if created and wanted.reuse and not wanted.force:
             job = self._store.reuse(job)
         return job, created
@@ -143,7 +147,14 @@ class JobService:
             created_by=key_id,
             fingerprint=_fingerprint(old.model_digest, old.recipe, old.data, old.queue),
         )
-        return self._store.submit(new, max_queued=self._settings.max_queued_jobs)[0]
+        return self._admit(new)[0]
+
+    def _admit(self, new: NewJob, idempotency: Idempotency | None = None) -> tuple[Job, bool]:
+        quotas = self._quotas.of(new.tenant_id)
+        self._quotas.check_storage(new.tenant_id)
+        if new.queue == "gpu":
+            self._quotas.check_gpu(new.tenant_id)
+        return self._store.submit(new, idempotency=idempotency, max_queued=quotas.max_queued_jobs or NO_BOUND)
 
     def _resolve(self, tenant_id: str, wanted: JobCreate, key_id: str | None) -> NewJob:
         recipe = wanted.recipe if isinstance(wanted.recipe, str) else json.dumps(wanted.recipe, sort_keys=True)

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from sqlalchemy import (
     ColumnElement,
+    Engine,
     bindparam,
     case,
+    func,
     insert,
     literal_column,
     null,
@@ -19,11 +21,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
+from core.access.quotas import add_gpu_time
 from core.database import JsonType, clean_text, db_now, statement, transaction
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
 from core.ids import new_id
-from core.jobs.claims import claim_and_note, claim_job, claim_values, whose_turn
+from core.jobs.claims import Caps, claim_and_note, claim_job, claim_values, some_have_caps, whose_turn
 from core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS, job_of
 from core.jobs.records import Claimed, Job, Lease, Renewal, Succeeded, WorkerOffer
 from core.jobs.roster import WorkerRoster
@@ -47,6 +50,8 @@ from core.jobs.tables import (
     job_reports,
     jobs,
 )
+from core.promotions.store import promote_accepted
+from core.webhooks.outbox import note_for_webhooks
 
 MAX_LOG_LINES = 10_000  #: a job
 MAX_LOG_BYTES = 4096  #: a line
@@ -54,6 +59,8 @@ MAX_BACKOFF_S = 600.0
 #: The supervisor stops a run that is too long or stalls; where it failed to, the control process does so this much later.
 BELT_S = 60.0
 _CLAIM_TRIES = 20
+_CLAIM_LOCK = 7_126_002  #: any number but the migrations'
+_CAPS_CACHE_S = 5.0
 _EXPIRE_BATCH = 200
 
 _columns = jobs.c
@@ -61,6 +68,11 @@ _columns = jobs.c
 
 class JobStore(JobSubmitter, WorkerRoster):
     """Jobs from submission to their end, on SQLite or PostgreSQL. Safe to share between threads."""
+
+    def __init__(self, engine: Engine, caps: Caps | None = None) -> None:
+        super().__init__(engine)
+        self._caps = caps or Caps()
+        self._capped = (False, 0.0)  #: whether tenants have caps of their own, and until when that is believed
 
     # A person ----------------------------------------------------------------------------------------------------
 
@@ -112,6 +124,8 @@ class JobStore(JobSubmitter, WorkerRoster):
             if done is None:
                 return job
             _copy_result(connection, origin.id, job.id)
+            if origin.verdict == "accepted" and job.promote:
+                promote_accepted(connection, job.tenant_id, job.model_name, job.id)
         return done
 
     # A worker ----------------------------------------------------------------------------------------------------
@@ -121,7 +135,7 @@ class JobStore(JobSubmitter, WorkerRoster):
 
         None: there is nothing to do for this worker now.
         """
-        values = claim_values(offer, new_id("lease"), ttl_s)
+        values = claim_values(offer, new_id("lease"), ttl_s, self._caps)
         for _ in range(_CLAIM_TRIES):
             job = self._claim(values)
             if job is not None:
@@ -135,7 +149,10 @@ class JobStore(JobSubmitter, WorkerRoster):
 
     def _claim(self, values: dict[str, Any]) -> Job | None:
         if not self._sqlite:
-            with statement(self._engine) as connection:
+            with transaction(self._engine) if self._is_capped() else statement(self._engine) as connection:
+                if self._is_capped():
+                    # Two claims at a time would each count the same running jobs: where counts are bounds, one goes after the other.
+                    connection.execute(select(func.pg_advisory_xact_lock(_CLAIM_LOCK)))
                 row = connection.execute(claim_and_note(), values).one_or_none()
             return job_of(row[:-1]) if row else None
         with transaction(self._engine) as connection:
@@ -149,6 +166,15 @@ class JobStore(JobSubmitter, WorkerRoster):
             event = {"seq": seq, "kind": "started", "data": data}
             connection.execute(insert(job_events).values(job_id=job.id, at=job.started_at, **event))
         return job
+
+    def _is_capped(self) -> bool:
+        capped, until = self._capped
+        if self._caps.running or time.monotonic() < until:
+            return bool(self._caps.running) or capped
+        with transaction(self._engine, read_only=True) as connection:
+            capped = bool(connection.execute(some_have_caps()).scalar_one())
+        self._capped = (capped, time.monotonic() + _CAPS_CACHE_S)
+        return capped
 
     def renew(self, lease: Lease, *, ttl_s: float, progress: Progress | None = None) -> Renewal:
         """Extend the lease and note the progress, which never falls within an attempt."""
@@ -195,6 +221,8 @@ class JobStore(JobSubmitter, WorkerRoster):
                 return False
             _close_attempt(connection, job, "succeeded")
             _write_result(connection, lease, outcome)
+            if outcome.verdict == "accepted" and job.promote:
+                promote_accepted(connection, job.tenant_id, job.model_name, job.id)
         return True
 
     def fail(
@@ -407,6 +435,7 @@ class JobStore(JobSubmitter, WorkerRoster):
         kind, data = note(job)
         event = {"job_id": job.id, "seq": seq, "kind": kind, "data": data}
         connection.execute(insert(job_events).values(at=db_now(), **event))
+        note_for_webhooks(connection, job, kind)
         return job
 
     def _end_badly(
@@ -480,6 +509,8 @@ def _close_attempt(
         .where(job_attempts.c.job_id == job.id, job_attempts.c.number == job.attempt)
         .values(finished_at=db_now(), outcome=outcome, error=error)
     )
+    if job.queue == "gpu":
+        add_gpu_time(connection, job.tenant_id, job.started_at)
 
 
 def _write_result(connection: Connection, lease: Lease, outcome: Succeeded) -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from sqlalchemy import Engine, Row, Select, Table, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
+from core.access.quotas import QuotaBook
 from core.artifacts.files import disk_errors
 from core.artifacts.storage import ObjectStore
 from core.database import db_now, transaction
@@ -41,6 +42,7 @@ class Registry(ABC, Generic[View]):
         self._store = store
         self._settings = settings
         self._uploads = Uploads(engine, store)
+        self._quotas = QuotaBook(engine, settings)
 
     def get(self, tenant_id: str, reference: str) -> View:
         """Raises NightpressError(not_found)."""
@@ -137,6 +139,7 @@ class Registry(ABC, Generic[View]):
 
     def _begin(self, tenant_id: str, name: str, files: Sequence[FileAnnouncement]) -> View:
         """Write a row that awaits its files."""
+        self._quotas.check_storage(tenant_id, sum(file.size for file in files))
         owner = self._owner(new_id(self.id_prefix))
         entries = [_entry(file) for file in files]
         rows = self._uploads.open(owner, files)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select, update
 
+from core.access.quotas import QuotaBook
 from core.artifacts.storage import open_store
 from core.database import transaction
 from core.jobs.service import JobService
@@ -29,7 +30,13 @@ def test_every_fire_happens_once_with_three_control_processes(tmp_path: Path, sq
         models = ModelRegistry(service.engine, objects, settings)
         models.create(TENANT, ModelCreate(name="tiny", path=str(bert_tiny)))
         store = ScheduleStore(service.engine)
-        job_service = JobService(service.store, models, DataSetRegistry(service.engine, objects, settings), settings)
+        job_service = JobService(
+            service.store,
+            models,
+            DataSetRegistry(service.engine, objects, settings),
+            QuotaBook(service.engine, settings),
+            settings,
+        )
         people = ScheduleService(store, job_service, settings)
         for number in range(SCHEDULES):
             job = JobSpec(model="tiny", recipe="int8-encoder")

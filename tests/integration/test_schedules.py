@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
+from core.access.quotas import QuotaBook
 from core.artifacts.storage import open_store
 from core.database import make_engine, transaction
 from core.errors import ErrorCode, NightpressError
@@ -37,7 +38,13 @@ class World:
         objects = open_store(settings)
         self.store = JobStore(self.engine)
         self.models = ModelRegistry(self.engine, objects, settings)
-        jobs = JobService(self.store, self.models, DataSetRegistry(self.engine, objects, settings), settings)
+        jobs = JobService(
+            self.store,
+            self.models,
+            DataSetRegistry(self.engine, objects, settings),
+            QuotaBook(self.engine, settings),
+            settings,
+        )
         self.schedules = ScheduleStore(self.engine)
         self.service = ScheduleService(self.schedules, jobs, settings)
         self.rung: list[str] = []

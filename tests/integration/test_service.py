@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
+from core.access.quotas import QuotaBook
 from core.artifacts.storage import open_store
 from core.database import make_engine
 from core.errors import ErrorCode, NightpressError
@@ -30,7 +31,7 @@ class World:
     """A service with a registered model, as one API process has it."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, self.engine = settings, engine
         objects = open_store(settings)
         self.models = ModelRegistry(engine, objects, settings)
         self.data_sets = DataSetRegistry(engine, objects, settings)
@@ -40,7 +41,7 @@ class World:
     def fresh(self, **changes: Any) -> JobService:
         """Another process's service: it remembers nothing."""
         settings = self.settings.model_copy(update=changes)
-        return JobService(self.store, self.models, self.data_sets, settings)
+        return JobService(self.store, self.models, self.data_sets, QuotaBook(self.engine, settings), settings)
 
 
 @pytest.fixture

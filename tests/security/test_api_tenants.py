@@ -16,9 +16,11 @@ from core.settings import Settings
 from tests.api import RunningApi, serve
 
 #: path parameter → what it names. A new route with another parameter must be classified here first.
-_TENANTS_OWN = {"job_id", "reference"}
+_TENANTS_OWN = {"job_id", "reference", "key_id", "webhook_id"}
+#: for administrators alone: test_only_an_administrator… tries them
+_ADMINS = {"tenant_id"}
 _COMMON = {"name"}
-_WITHIN = {"number": "1", "format": "onnx", "path": "model.onnx"}
+_WITHIN = {"delivery_id": "msg_x", "number": "1", "format": "onnx", "path": "model.onnx"}
 _OPEN = {"/healthz", "/readyz", "/metrics"}
 
 
@@ -27,6 +29,9 @@ BODIES: dict[str, Any] = {
     "/v1/jobs": {"model": "x", "recipe": "x"},
     "/v1/models": {"name": "other", "path": "/nowhere"},
     "/v1/datasets": {"name": "other", "path": "/nowhere"},
+    "/v1/models/{reference}/promotions": {"job_id": "job_x"},
+    "/v1/webhooks": {"url": "https://127.0.0.1/", "events": ["job.failed"]},
+    "/v1/keys": {"name": "other", "scopes": ["keys:write"]},
     "/v1/schedules": {"name": "other", "cron": "0 2 * * *", "job": {"model": "x", "recipe": "x"}},
 }
 
@@ -62,6 +67,8 @@ class Owned(NamedTuple):
     models: str
     datasets: str
     schedules: str
+    keys: str
+    webhooks: str
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,10 @@ def api(tmp_path_factory: pytest.TempPathFactory, bert_tiny: Path) -> Iterator[R
     folder = tmp_path_factory.mktemp("tenants")
     (folder / "data.txt").write_text("A line of prose.\n" * 50)
     settings = Settings(
-        data_dir=folder / "np", broker_url="redis://127.0.0.1:1/0", model_roots=[bert_tiny.parent, folder]
+        data_dir=folder / "np",
+        broker_url="redis://127.0.0.1:1/0",
+        model_roots=[bert_tiny.parent, folder],
+        webhook_networks=["127.0.0.0/8"],
     )
     migrations.upgrade(settings.sql_url)
     with serve(settings) as running:
@@ -96,9 +106,13 @@ def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
     job = owner.post("/v1/jobs", json={"model": "tiny", "recipe": "int8-encoder"}).json()["id"]
     claimed = api.claim()
     assert api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"secret weights"}))
+    key = create_key(api.services.engine, tenant_id="first", name="k", scopes=["jobs:read"])[0].id
+    hook = owner.post("/v1/webhooks", json={"url": "http://127.0.0.1:1/", "events": ["job.failed"]}).json()["webhook"][
+        "id"
+    ]
     nightly = {"name": "nightly", "cron": "0 2 * * *", "job": {"model": "tiny", "recipe": "int8-encoder"}}
     schedule = owner.post("/v1/schedules", json=nightly).json()["id"]
-    return Owned(jobs=job, models=model, datasets=data, schedules=schedule)
+    return Owned(jobs=job, models=model, datasets=data, schedules=schedule, keys=key, webhooks=hook)
 
 
 def operations(api: RunningApi) -> list[Operation]:
@@ -110,7 +124,9 @@ def on_things(api: RunningApi) -> list[Operation]:
     found = []
     for operation in operations(api):
         parameters = set(re.findall(r"\{(\w+)\}", operation.path))
-        assert parameters <= _TENANTS_OWN | _COMMON | _WITHIN.keys(), f"classify the parameters of {operation}"
+        assert parameters <= _TENANTS_OWN | _ADMINS | _COMMON | _WITHIN.keys(), (
+            f"classify the parameters of {operation}"
+        )
         if parameters & _TENANTS_OWN:
             found.append(operation)
     assert len(found) >= 20
@@ -129,7 +145,7 @@ def test_another_tenants_thing_is_as_missing_as_one_that_never_was(
 ):
     for operation in on_things(api):
         real = getattr(owned, operation.kind)
-        never = f"{real.split('_')[0]}_{'0' * 26}"
+        never = f"{real.split('_')[0]}_{'0' * 26}" if "_" in real else "0" * len(real)
         for headers in ({}, {"Accept": "text/event-stream"}):
             theirs = operation.send(stranger, real, headers=headers)
             nobodys = operation.send(stranger, never, headers=headers)
@@ -138,7 +154,7 @@ def test_another_tenants_thing_is_as_missing_as_one_that_never_was(
             assert "secret" not in theirs.text
     # Nothing of it did anything, and for its owner every reading route works.
     for operation in on_things(api):
-        if operation.method == "GET" and not operation.path.endswith("/uploads"):
+        if operation.method == "GET" and not operation.path.endswith(("/uploads", "/{delivery_id}")):
             assert operation.send(owner, getattr(owned, operation.kind)).status_code == 200, operation
 
 
@@ -154,7 +170,7 @@ def test_another_tenants_names_mean_nothing(stranger: httpx.Client, owned: Owned
 
 
 def test_lists_hold_ones_own_alone(stranger: httpx.Client, owned: Owned):
-    for path in BODIES:
+    for path in (one for one in BODIES if "{" not in one):
         listed = stranger.get(path).text
         assert not any(identifier in listed for identifier in owned), path
 
@@ -177,12 +193,16 @@ def test_each_route_takes_exactly_one_scope_and_only_reading_scopes_for_reading(
         for operation in operations(api):
             if operation.path in _OPEN | {"/v1/me"}:
                 continue
+            if operation.path.startswith("/v1/admin"):
+                continue
             answers = {scope: operation.send(client, "missing") for scope, client in clients.items()}
             allowed = [
                 scope for scope, answer in answers.items() if answer.is_success or answer.json()["code"] != "forbidden"
             ]
             assert len(allowed) == 1, (operation, allowed)
             (scope,) = allowed
+            if operation.path.startswith("/v1/keys"):
+                assert scope.startswith("keys:"), operation
             reads = operation.method == "GET" and not operation.path.endswith("/uploads")
             assert scope.endswith(":read") == (reads or operation.path.endswith("/validate")), (operation, scope)
     finally:
@@ -253,3 +273,37 @@ def test_a_dump_of_the_database_holds_no_key(api: RunningApi):
     stored = b"".join(one.read_bytes() for one in database.parent.glob(database.name + "*"))
     assert hashlib.sha256(key.encode()).hexdigest().encode() in stored
     assert key.split("_", 2)[2].encode() not in stored
+
+
+def test_only_an_administrator_reaches_what_is_of_all_tenants(api: RunningApi):
+    others = api.client(tenant_id="scoped", scopes=sorted(ALL_SCOPES - {"admin"}))
+    admins = api.client(tenant_id="operator", scopes=["admin"])
+    with others as other, admins as admin:
+        tried = [one for one in operations(api) if one.path.startswith("/v1/admin")]
+        assert len(tried) >= 4
+        for operation in tried:
+            refused = operation.send(other, "first")
+            assert (refused.status_code, refused.json()["code"]) == (403, "forbidden"), operation
+            assert operation.send(admin, "first").status_code == 200, operation
+        assert other.get("/v1/keys", params={"tenant_id": "first"}).json()["code"] == "forbidden"
+        assert admin.get("/v1/keys", params={"tenant_id": "first"}).json()["items"]
+
+
+def test_a_key_gives_away_no_more_than_it_has(api: RunningApi):
+    strong, _ = create_key(api.services.engine, tenant_id="givers", name="strong", scopes=["admin", "jobs:write"])
+    with api.client(tenant_id="givers", scopes=["keys:read", "keys:write", "jobs:read"]) as giver:
+        for scopes in (["admin"], ["jobs:read", "models:write"]):
+            refused = giver.post("/v1/keys", json={"name": "x", "scopes": scopes})
+            assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+        assert giver.post("/v1/keys", json={"name": "x", "scopes": ["root"]}).status_code in {403, 422}
+        assert (
+            giver.post("/v1/keys", json={"name": "x", "scopes": ["jobs:read"], "tenant_id": "first"}).status_code == 403
+        )
+        for refused in (giver.post(f"/v1/keys/{strong.id}/rotate"), giver.delete(f"/v1/keys/{strong.id}")):
+            assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+        made = giver.post("/v1/keys", json={"name": "x", "scopes": ["jobs:read"]})
+        assert (made.status_code, made.json()["record"]["tenant_id"]) == (201, "givers")
+        assert made.headers["cache-control"] == "no-store"
+        listed = giver.get("/v1/keys").text
+        assert made.json()["key"].split("_")[2] not in listed
+        assert "digest" not in listed

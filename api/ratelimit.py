@@ -1,0 +1,100 @@
+"""A token bucket a key, kept in Redis so that all API processes count together. Where Redis is away, everybody passes: SQL's quotas still hold."""
+
+import logging
+import math
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from core.errors import ErrorCode, NightpressError
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+_PATIENCE_S = 0.2
+_REST_S = 5.0  #: after Redis did not answer, it isn't asked for so long
+#: A bucket of ARGV[1] tokens that fills in a minute, by the server's own clock: returns whether one was there, and how many are left.
+_TAKE = """
+local now = redis.call('TIME')
+now = tonumber(now[1]) + tonumber(now[2]) / 1e6
+local size = tonumber(ARGV[1])
+local bucket = redis.call('HMGET', KEYS[1], 'left', 'at')
+local left = math.min(size, tonumber(bucket[1] or size) + (now - tonumber(bucket[2] or now)) * size / 60)
+local taken = 0
+if left >= 1 then left = left - 1; taken = 1 end
+redis.call('HSET', KEYS[1], 'left', tostring(left), 'at', tostring(now))
+redis.call('EXPIRE', KEYS[1], 120)
+return {taken, tostring(left)}
+"""
+
+log = logging.getLogger(__name__)
+
+
+class Taken(NamedTuple):
+    """What a request was answered by the bucket. `headers` go with the response either way."""
+
+    allowed: bool
+    headers: list[tuple[bytes, bytes]]
+
+
+class RateLimiter:
+    """One a process; its connections belong to the event loop that first uses it."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._redis: Redis | None = None
+        self._script: Any = None
+        self._rests_until = 0.0
+
+    async def take(self, key_id: str, per_minute: int) -> Taken:
+        """Take one token of the key's bucket. Never raises."""
+        from redis.exceptions import RedisError
+
+        if time.monotonic() < self._rests_until:
+            return Taken(True, [])
+        try:
+            if self._script is None:
+                self._connect()
+            taken, raw = await self._script(keys=[f"nightpress:rate:{key_id}"], args=[per_minute])
+        except (RedisError, OSError, TimeoutError) as error:
+            log.warning("Requests are not counted: the broker does not answer (%s).", error)
+            self._rests_until = time.monotonic() + _REST_S
+            return Taken(True, [])
+        left = float(raw)
+        full_in = math.ceil((per_minute - left) * 60 / per_minute)
+        headers = {
+            b"ratelimit-limit": per_minute,
+            b"ratelimit-remaining": int(left),
+            b"ratelimit-reset": full_in,
+        }
+        return Taken(bool(taken), [(name, str(value).encode()) for name, value in headers.items()])
+
+    async def close(self) -> None:
+        if self._redis is not None:
+            await self._redis.aclose()
+
+    def _connect(self) -> None:
+        from redis.asyncio import Redis  # 0.1 s of import that only a limit needs
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        options: dict[str, Any] = {
+            "socket_timeout": _PATIENCE_S,
+            "socket_connect_timeout": _PATIENCE_S,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        parts = urlsplit(self._url)
+        if parts.scheme == "redis+socket":  # Celery's way to write a unix socket
+            self._redis = Redis(unix_socket_path=parts.path, **options)
+        else:
+            self._redis = Redis.from_url(self._url, **options)
+        self._script = self._redis.register_script(_TAKE)
+
+
+def too_many(per_minute: int) -> NightpressError:
+    return NightpressError(
+        ErrorCode.RATE_LIMITED,
+        f"This key makes more than {per_minute} requests a minute.",
+        hint="Wait as long as Retry-After says; follow a job by its event stream instead of asking again and again.",
+        retry_after_s=math.ceil(60 / per_minute),
+    )

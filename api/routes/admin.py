@@ -1,0 +1,63 @@
+"""For administrators: tenants, their quotas and use, and the audit log."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query
+from starlette.responses import Response
+
+from api.deps import Admin, Cursor, Limit, ServicesDep
+from api.problems import documented
+from api.routes import answer
+from api.routes.schedules import IfMatch, version_of
+from core.errors import ErrorCode
+from core.schemas import AuditView, Page, QuotaChange, TenantId, TenantView
+
+router = APIRouter(prefix="/v1/admin", tags=["administration"])
+
+Tenant = Annotated[TenantId, Path()]
+
+
+@router.get("/tenants", response_model=Page[TenantView], summary="Tenants, with their quotas and use")
+async def list_tenants(_caller: Admin, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50) -> Response:
+    items, following = await services.call(services.quotas.page, cursor=cursor, limit=limit)
+    return answer(Page[TenantView](items=items, next_cursor=following))
+
+
+@router.get(
+    "/tenants/{tenant_id}",
+    response_model=TenantView,
+    summary="One tenant",
+    responses=documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST),
+)
+async def get_tenant(tenant_id: Tenant, _caller: Admin, services: ServicesDep) -> Response:
+    return _one(await services.call(services.quotas.view, tenant_id))
+
+
+@router.patch(
+    "/tenants/{tenant_id}",
+    response_model=TenantView,
+    summary="Set a tenant's quotas",
+    description="What is given changes; null gives the installation's setting back. Other processes follow within five seconds.",
+    responses=documented(ErrorCode.INVALID_REQUEST, ErrorCode.PRECONDITION_FAILED),
+)
+async def change_tenant(
+    tenant_id: Tenant, _caller: Admin, services: ServicesDep, body: QuotaChange, if_match: IfMatch = None
+) -> Response:
+    version = version_of(if_match)
+    return _one(await services.call(services.quotas.change, tenant_id, body, version=version))
+
+
+@router.get("/audit", response_model=Page[AuditView], summary="Who did what, newest first")
+async def list_audit(
+    _caller: Admin,
+    services: ServicesDep,
+    tenant_id: Annotated[TenantId | None, Query(description="Of one tenant alone.")] = None,
+    cursor: Cursor = None,
+    limit: Limit = 50,
+) -> Response:
+    items, following = await services.call(services.audit.page, tenant_id=tenant_id, cursor=cursor, limit=limit)
+    return answer(Page[AuditView](items=items, next_cursor=following))
+
+
+def _one(tenant: TenantView) -> Response:
+    return answer(tenant, headers={"ETag": f'"v{tenant.version}"'})

@@ -1,0 +1,74 @@
+"""A model name's latest accepted result: what a deployment follows every morning, and how to go back."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from api.deps import Cursor, Limit, ModelsReader, ModelsWriter, Services, ServicesDep
+from api.problems import documented
+from api.routes import answer
+from api.routes.results import artifact_view
+from core.errors import ErrorCode, NightpressError
+from core.schemas import LatestView, Page, PromotionCreate, PromotionView
+
+router = APIRouter(prefix="/v1/models/{reference}", tags=["models"])
+
+
+@router.get(
+    "/latest",
+    response_model=LatestView,
+    summary="The newest accepted result of a model's name",
+    description="Moves in the transaction in which a job is accepted. The ETag changes with it: `If-None-Match` answers 304.",
+    responses={304: {"description": "It still is the one that was asked about."}, **documented(ErrorCode.NOT_FOUND)},
+)
+async def latest(request: Request, reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
+    promotion = await services.call(_latest, services, caller.tenant_id, reference)
+    artifacts = await services.call(services.store.artifacts, promotion.job_id)
+    view = LatestView(promotion=promotion, artifacts=[artifact_view(promotion.job_id, one) for one in artifacts])
+    etag = f'"{promotion.id}"'
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers={"ETag": etag})
+    return answer(view, headers={"ETag": etag})
+
+
+@router.get(
+    "/promotions",
+    response_model=Page[PromotionView],
+    summary="Where a model name's latest stood, newest first",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def history(
+    reference: str, caller: ModelsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
+) -> Response:
+    promotion = await services.call(_latest, services, caller.tenant_id, reference)
+    items, following = await services.call(
+        services.promotions.page, caller.tenant_id, promotion.model_name, cursor=cursor, limit=limit
+    )
+    return answer(Page[PromotionView](items=items, next_cursor=following))
+
+
+@router.post(
+    "/promotions",
+    status_code=201,
+    response_model=PromotionView,
+    summary="Let a model's name mean another job's result, e.g. to go back",
+    description="Holds until the next job of this name is accepted.",
+    responses=documented(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.INVALID_REQUEST),
+)
+async def promote(reference: str, caller: ModelsWriter, services: ServicesDep, body: PromotionCreate) -> Response:
+    name = await services.call(_name_of, services, caller.tenant_id, reference)
+    made = await services.call(services.promotions.promote, caller.tenant_id, name, body.job_id, key_id=caller.key_id)
+    return answer(made, status=201)
+
+
+def _latest(services: Services, tenant_id: str, reference: str) -> PromotionView:
+    return services.promotions.latest(tenant_id, _name_of(services, tenant_id, reference))
+
+
+def _name_of(services: Services, tenant_id: str, reference: str) -> str:
+    """A model's id means its name. A name stays one when its models are gone: what was made of them is still there."""
+    try:
+        return services.models.get(tenant_id, reference).name
+    except NightpressError as error:
+        if error.code is not ErrorCode.NOT_FOUND:
+            raise
+        return reference

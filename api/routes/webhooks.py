@@ -1,0 +1,156 @@
+"""Webhooks: be told when a job has ended, instead of asking."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body
+from starlette.responses import Response
+
+from api.deps import Cursor, Limit, ServicesDep, WebhooksReader, WebhooksWriter
+from api.problems import documented
+from api.routes import answer
+from api.routes.schedules import IfMatch, version_of
+from core.errors import ErrorCode
+from core.schemas import (
+    DeliveryView,
+    NewWebhookView,
+    Page,
+    SecretRotate,
+    WebhookCreate,
+    WebhookUpdate,
+    WebhookView,
+)
+
+router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
+
+_EXAMPLES = {
+    "ended jobs": {
+        "summary": "Every job that ends",
+        "value": {
+            "url": "https://ci.example.com/hooks/nightpress",
+            "events": ["job.succeeded", "job.failed", "job.cancelled"],
+        },
+    }
+}
+_NO_STORE = {"Cache-Control": "no-store"}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=NewWebhookView,
+    summary="Make a webhook; its secret is shown this once",
+    responses=documented(ErrorCode.INVALID_REQUEST, ErrorCode.URL_NOT_ALLOWED, ErrorCode.QUOTA_EXCEEDED),
+)
+async def create_webhook(
+    caller: WebhooksWriter, services: ServicesDep, body: Annotated[WebhookCreate, Body(openapi_examples=_EXAMPLES)]
+) -> Response:
+    made = await services.transfer(services.webhooks.create, caller.tenant_id, body, key_id=caller.key_id)
+    return answer(made, status=201, headers={"Location": f"/v1/webhooks/{made.webhook.id}", **_NO_STORE})
+
+
+@router.get("", response_model=Page[WebhookView], summary="List webhooks, newest first")
+async def list_webhooks(
+    caller: WebhooksReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
+) -> Response:
+    items, following = await services.call(services.webhooks.page, caller.tenant_id, cursor=cursor, limit=limit)
+    return answer(Page[WebhookView](items=items, next_cursor=following))
+
+
+@router.get(
+    "/{webhook_id}", response_model=WebhookView, summary="One webhook", responses=documented(ErrorCode.NOT_FOUND)
+)
+async def get_webhook(webhook_id: str, caller: WebhooksReader, services: ServicesDep) -> Response:
+    return _one(await services.call(services.webhooks.get, caller.tenant_id, webhook_id))
+
+
+@router.patch(
+    "/{webhook_id}",
+    response_model=WebhookView,
+    summary="Change a webhook, or switch it off and on",
+    responses=documented(
+        ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST, ErrorCode.URL_NOT_ALLOWED, ErrorCode.PRECONDITION_FAILED
+    ),
+)
+async def edit_webhook(
+    webhook_id: str, caller: WebhooksWriter, services: ServicesDep, body: WebhookUpdate, if_match: IfMatch = None
+) -> Response:
+    version = version_of(if_match)
+    return _one(await services.transfer(services.webhooks.edit, caller.tenant_id, webhook_id, body, version=version))
+
+
+@router.delete(
+    "/{webhook_id}",
+    status_code=204,
+    response_class=Response,
+    summary="Delete a webhook with its deliveries",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def delete_webhook(webhook_id: str, caller: WebhooksWriter, services: ServicesDep) -> Response:
+    await services.call(services.webhooks.delete, caller.tenant_id, webhook_id)
+    return Response(status_code=204)
+
+
+@router.post(
+    "/{webhook_id}/rotate",
+    response_model=NewWebhookView,
+    summary="A new secret; for a while messages carry the old one's signature too",
+    responses=documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST),
+)
+async def rotate_secret(
+    webhook_id: str, caller: WebhooksWriter, services: ServicesDep, body: SecretRotate | None = None
+) -> Response:
+    overlap_s = (body or SecretRotate()).overlap_s
+    made = await services.call(services.webhooks.rotate, caller.tenant_id, webhook_id, overlap_s=overlap_s)
+    return answer(made, headers=_NO_STORE)
+
+
+@router.post(
+    "/{webhook_id}/test",
+    status_code=202,
+    response_model=DeliveryView,
+    summary="Send a message that says nothing",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def test_webhook(webhook_id: str, caller: WebhooksWriter, services: ServicesDep) -> Response:
+    return answer(await services.call(services.webhooks.test, caller.tenant_id, webhook_id), status=202)
+
+
+@router.get(
+    "/{webhook_id}/deliveries",
+    response_model=Page[DeliveryView],
+    summary="What was sent, newest first",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def list_deliveries(
+    webhook_id: str, caller: WebhooksReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
+) -> Response:
+    items, following = await services.call(
+        services.webhooks.deliveries, caller.tenant_id, webhook_id, cursor=cursor, limit=limit
+    )
+    return answer(Page[DeliveryView](items=items, next_cursor=following))
+
+
+@router.get(
+    "/{webhook_id}/deliveries/{delivery_id}",
+    response_model=DeliveryView,
+    summary="One delivery, with every try",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def get_delivery(webhook_id: str, delivery_id: str, caller: WebhooksReader, services: ServicesDep) -> Response:
+    return answer(await services.call(services.webhooks.delivery, caller.tenant_id, webhook_id, delivery_id))
+
+
+@router.post(
+    "/{webhook_id}/deliveries/{delivery_id}/redeliver",
+    status_code=202,
+    response_model=DeliveryView,
+    summary="Send it again, under the same webhook-id",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def redeliver(webhook_id: str, delivery_id: str, caller: WebhooksWriter, services: ServicesDep) -> Response:
+    sent = await services.call(services.webhooks.redeliver, caller.tenant_id, webhook_id, delivery_id)
+    return answer(sent, status=202)
+
+
+def _one(webhook: WebhookView) -> Response:
+    return answer(webhook, headers={"ETag": f'"v{webhook.version}"'})

@@ -1,0 +1,36 @@
+"""The audit log: who did what. Lines are only ever added; triggers in the database refuse anything else."""
+
+from sqlalchemy import Engine, insert, select
+
+from core.access.tables import audit_log
+from core.database import clean_text, db_now, statement
+from core.ids import new_id
+from core.paging import newest_first
+from core.schemas import AuditView
+
+
+class AuditLog:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def note(self, *, tenant_id: str, key_id: str, action: str, subject: str, status: int, request_id: str) -> None:
+        """`action`: method and route; `subject`: the address that was asked, with its identifiers."""
+        line = {
+            "id": new_id("aud"),
+            "tenant_id": tenant_id,
+            "key_id": key_id,
+            "action": action[:200],
+            "subject": clean_text(subject)[:1024],
+            "status": status,
+            "request_id": request_id,
+        }
+        with statement(self._engine) as connection:
+            connection.execute(insert(audit_log).values(at=db_now(), **line))
+
+    def page(self, *, tenant_id: str | None, cursor: str | None, limit: int) -> tuple[list[AuditView], str | None]:
+        """Newest first; of one tenant or of all."""
+        query = select(audit_log)
+        if tenant_id is not None:
+            query = query.where(audit_log.c.tenant_id == tenant_id)
+        rows, following = newest_first(self._engine, query, audit_log.c.id, cursor=cursor, limit=limit)
+        return [AuditView(**row._mapping) for row in rows], following

@@ -1,0 +1,98 @@
+"""A model name's latest: promoted in the transaction in which a job is accepted, moved by hand to go back, and never lost."""
+
+from typing import Any, Literal
+
+from sqlalchemy import Engine, Select, exists, insert, select
+from sqlalchemy.engine import Connection
+
+from core.database import db_now, transaction
+from core.errors import ErrorCode, NightpressError
+from core.ids import new_id
+from core.jobs.tables import job_artifacts, jobs
+from core.paging import newest_first
+from core.promotions.tables import promotions
+from core.schemas import PromotionView
+
+_columns = promotions.c
+
+
+class PromotionStore:
+    """The pointers of all tenants. `model_name` is the name that the pressed model had."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def latest(self, tenant_id: str, model_name: str) -> PromotionView:
+        """Raises not_found where no result was ever promoted."""
+        query = _select().where(_columns.tenant_id == tenant_id, _columns.model_name == model_name)
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(query.order_by(_columns.id.desc()).limit(1)).one_or_none()
+        if row is None:
+            raise NightpressError(
+                ErrorCode.NOT_FOUND,
+                "No accepted result has this model's name yet.",
+                hint="A job's result is promoted when it passes its recipe's gates; `promote: false` keeps it from that.",
+            )
+        return PromotionView(**row._mapping)
+
+    def page(
+        self, tenant_id: str, model_name: str, *, cursor: str | None, limit: int
+    ) -> tuple[list[PromotionView], str | None]:
+        """The pointer's history, newest first: the first one is where it stands."""
+        query = _select().where(_columns.tenant_id == tenant_id, _columns.model_name == model_name)
+        rows, following = newest_first(self._engine, query, _columns.id, cursor=cursor, limit=limit)
+        return [PromotionView(**row._mapping) for row in rows], following
+
+    def promote(self, tenant_id: str, model_name: str, job_id: str, *, key_id: str | None) -> PromotionView:
+        """Let the name mean another job's result, e.g. an earlier one. Raises not_found, conflict (it wasn't accepted)."""
+        mine = (jobs.c.id == job_id, jobs.c.tenant_id == tenant_id, jobs.c.model_name == model_name)
+        with transaction(self._engine) as connection:
+            row = connection.execute(select(jobs.c.state, jobs.c.verdict).where(*mine)).one_or_none()
+            if row is None:
+                raise NightpressError(
+                    ErrorCode.NOT_FOUND,
+                    "There is no such job of this model.",
+                    hint="GET /v1/jobs?model=… lists them.",
+                )
+            if row.verdict != "accepted":
+                raise NightpressError(
+                    ErrorCode.CONFLICT,
+                    f"The job is {row.verdict or row.state}; only an accepted result can be promoted.",
+                    hint="Its report says which gate it missed." if row.verdict else "Wait for its end.",
+                )
+            if not connection.execute(select(exists().where(job_artifacts.c.job_id == job_id))).scalar_one():
+                raise NightpressError(
+                    ErrorCode.CONFLICT, "The job's artifacts were pruned.", hint="Run it again: `nightpress retry`."
+                )
+            _write(connection, tenant_id, model_name, job_id, "manual", key_id)
+        return self.latest(tenant_id, model_name)
+
+
+def promote_accepted(connection: Connection, tenant_id: str, model_name: str, job_id: str) -> None:
+    """In the transaction of an accepted finish. A job submitted before the one that stands there comes too late to replace it."""
+    newer = exists().where(
+        _columns.tenant_id == tenant_id,
+        _columns.model_name == model_name,
+        _columns.cause == "accepted",
+        _columns.job_id > job_id,  # identifiers sort by the time they were made
+    )
+    if not connection.execute(select(newer)).scalar_one():
+        _write(connection, tenant_id, model_name, job_id, "accepted", None)
+
+
+def _write(
+    connection: Connection,
+    tenant_id: str,
+    model_name: str,
+    job_id: str,
+    cause: Literal["accepted", "manual"],
+    key_id: str | None,
+) -> None:
+    row = {"tenant_id": tenant_id, "model_name": model_name, "job_id": job_id, "cause": cause, "created_by": key_id}
+    connection.execute(insert(promotions).values(id=new_id("prm"), created_at=db_now(), **row))
+
+
+def _select() -> Select[Any]:
+    return select(promotions, jobs.c.model_id, jobs.c.recipe["name"].as_string().label("recipe")).join_from(
+        promotions, jobs, jobs.c.id == _columns.job_id
+    )

@@ -1,0 +1,50 @@
+"""What happened to a job, noted for its tenant's webhooks in the transaction in which it happened."""
+
+from typing import Any
+
+from sqlalchemy import insert, select
+from sqlalchemy.engine import Connection
+
+from core.database import db_now, read_now
+from core.ids import new_id
+from core.jobs.records import Job
+from core.webhooks.tables import webhook_deliveries, webhooks
+
+#: the event in a job's history → what a webhook calls it
+EVENTS = {"succeeded": "job.succeeded", "failed": "job.failed", "cancelled": "job.cancelled"}
+
+
+def note_for_webhooks(connection: Connection, job: Job, kind: str) -> None:
+    """Add a delivery for each webhook that listens for this."""
+    event = EVENTS.get(kind)
+    if event is None:
+        return
+    mine = select(webhooks.c.id, webhooks.c.events).where(webhooks.c.tenant_id == job.tenant_id, webhooks.c.enabled)
+    listening = [row.id for row in connection.execute(mine) if event in row.events]
+    if not listening:
+        return
+    payload = {"type": event, "timestamp": read_now(connection).isoformat(), "data": _told(job)}
+    for webhook_id in listening:
+        add_delivery(connection, webhook_id, event, payload)
+
+
+def add_delivery(connection: Connection, webhook_id: str, event: str, payload: dict[str, Any]) -> str:
+    delivery_id = new_id("msg")
+    row = {"id": delivery_id, "webhook_id": webhook_id, "event": event, "payload": payload, "attempts": 0}
+    connection.execute(insert(webhook_deliveries).values(**row, state="pending", next_at=db_now(), created_at=db_now()))
+    return delivery_id
+
+
+def _told(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "name": job.name,
+        "state": job.state,
+        "verdict": job.verdict,
+        "model_id": job.model_id,
+        "model_name": job.model_name,
+        "recipe": job.recipe.get("name"),
+        "labels": job.labels,
+        "attempt": job.attempt,
+        "error": job.error,
+    }

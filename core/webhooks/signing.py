@@ -1,0 +1,73 @@
+"""Standard Webhooks signatures (standardwebhooks.com): HMAC-SHA256 over id, timestamp and body, with secrets that are derived and never stored."""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import time
+from collections.abc import Mapping, Sequence
+
+from core.settings import Settings
+
+PREFIX = "whsec_"
+TOLERANCE_S = 300.0
+
+
+class SecretKeeper:
+    """Derives a webhook's secret from the installation's own key: a dump of the database holds none."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def secret(self, webhook_id: str, generation: int) -> str:
+        """`whsec_…` as the receiver is given it."""
+        info = f"webhook/{webhook_id}/{generation}".encode()
+        return PREFIX + base64.b64encode(hmac.digest(self._key, info, "sha256")).decode()
+
+
+def open_keeper(settings: Settings) -> SecretKeeper:
+    """From NIGHTPRESS_SECRET_KEY, else from a file in the data folder that the first process makes."""
+    if settings.secret_key is not None:
+        return SecretKeeper(hashlib.sha256(settings.secret_key.get_secret_value().encode()).digest())
+    path = settings.data_dir / "secret"
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    partial = path.with_name(f"secret.{os.getpid()}")
+    if not path.exists():
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+            stream.write(os.urandom(32))
+        try:
+            os.link(partial, path)  # never over another process's
+        except FileExistsError:
+            pass  # two processes began at a time: the first one's key counts
+        finally:
+            partial.unlink()
+    return SecretKeeper(path.read_bytes())
+
+
+def sign(secrets: Sequence[str], message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
+    """The three headers; one signature for each secret that is active."""
+    signatures = " ".join(f"v1,{_signature(secret, message_id, timestamp, body)}" for secret in secrets)
+    return {"webhook-id": message_id, "webhook-timestamp": str(timestamp), "webhook-signature": signatures}
+
+
+def verify(secret: str, headers: Mapping[str, str], body: bytes, *, now: float | None = None) -> bool:
+    """What a receiver does: false for a tampered body, another secret, or a message more than five minutes old.
+
+    `headers` by lower-case names, as most frameworks give them.
+    """
+    message_id, stamp = headers.get("webhook-id", ""), headers.get("webhook-timestamp", "")
+    moment = time.time() if now is None else now
+    if not stamp.isdigit() or abs(moment - int(stamp)) > TOLERANCE_S:
+        return False
+    expected = _signature(secret, message_id, int(stamp), body)
+    given = [one.removeprefix("v1,") for one in headers.get("webhook-signature", "").split() if one.startswith("v1,")]
+    return any(hmac.compare_digest(expected.encode(), one.encode()) for one in given)
+
+
+def _signature(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
+    try:
+        key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
+    except binascii.Error as error:
+        raise ValueError("a webhook's secret is base64 behind whsec_") from error
+    return base64.b64encode(hmac.digest(key, f"{message_id}.{timestamp}.".encode() + body, "sha256")).decode()

@@ -1,0 +1,236 @@
+"""Quotas, rate limits, keys' lives, the audit log and promotions, over HTTP on both databases."""
+
+import datetime as dt
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import delete, update
+from sqlalchemy.exc import DBAPIError
+
+from core.access.quotas import QuotaBook, add_gpu_time
+from core.access.tables import audit_log
+from core.database import make_engine, read_now, transaction
+from core.jobs.claims import Caps
+from core.jobs.records import Lease, WorkerOffer
+from core.jobs.store import JobStore
+from core.schemas import QuotaChange
+from core.settings import Settings
+from tests.api import RunningApi, serve
+from tests.jobs import add_model, claim, submit, succeeded
+from tests.servers import Valkey
+
+JOB = {"model": "tiny", "recipe": "int8-encoder"}
+
+
+@pytest.fixture
+def api(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[RunningApi]:
+    settings = Settings(
+        data_dir=tmp_path, database_url=sql_url, broker_url="redis://127.0.0.1:1/0", model_roots=[bert_tiny.parent]
+    )
+    with serve(settings) as running, running.client() as client:
+        client.post("/v1/models", json={"name": "tiny", "path": str(bert_tiny)}).raise_for_status()
+        yield running
+
+
+@pytest.fixture
+def client(api: RunningApi) -> Iterator[httpx.Client]:
+    with api.client() as client:
+        yield client
+
+
+@pytest.fixture
+def admin(api: RunningApi) -> Iterator[httpx.Client]:
+    with api.client(tenant_id="operator", scopes=["admin"]) as client:
+        yield client
+
+
+def bound(api: RunningApi, admin: httpx.Client, **quotas: int | None) -> None:
+    admin.patch("/v1/admin/tenants/default", json=quotas).raise_for_status()
+
+
+def test_a_tenants_own_quotas_hold_and_are_shown(api: RunningApi, client: httpx.Client, admin: httpx.Client):
+    first = admin.get("/v1/admin/tenants/default")
+    assert (first.headers["etag"], first.json()["own"]["max_queued_jobs"]) == ('"v0"', None)
+    bound(api, admin, max_queued_jobs=2)
+    stale = admin.patch("/v1/admin/tenants/default", json={"max_queued_jobs": 9}, headers={"If-Match": '"v0"'})
+    assert stale.json()["code"] == "precondition_failed"
+    assert client.get("/v1/me").json()["quotas"]["max_queued_jobs"] == 2
+    answers = [client.post("/v1/jobs", json=JOB) for _ in range(3)]
+    assert [one.status_code for one in answers] == [201, 201, 429]
+    assert answers[2].json()["code"] == "quota_exceeded"
+    assert answers[2].headers["retry-after"]
+    assert client.get("/v1/me").json()["usage"]["queued_jobs"] == 2
+    assert {one["id"] for one in admin.get("/v1/admin/tenants").json()["items"]} == {"default", "operator"}
+    for wrong in ({"max_queued_jobs": -1}, {"id": "x"}, {"max_queued_jobs": "many"}):
+        assert admin.patch("/v1/admin/tenants/default", json=wrong).status_code == 422
+
+
+def test_storage_that_is_full_takes_no_model_and_no_job(api: RunningApi, client: httpx.Client, admin: httpx.Client):
+    bound(api, admin, max_storage_bytes=1000)
+    file = {"path": "reviews.txt", "size": 900, "sha256": "0" * 64}
+    assert client.post("/v1/datasets", json={"name": "a", "file": file}).status_code == 201
+    full = client.post("/v1/datasets", json={"name": "b", "file": file})
+    assert (full.status_code, full.json()["code"], full.json()["used"]) == (429, "quota_exceeded", 900)
+    assert client.post("/v1/jobs", json=JOB).status_code == 201
+    bound(api, admin, max_storage_bytes=900)
+    assert client.post("/v1/jobs", json=JOB).json()["code"] == "quota_exceeded"
+    assert client.delete("/v1/datasets/a").status_code == 204
+    assert client.post("/v1/jobs", json=JOB).status_code == 201
+
+
+def test_a_key_rotates_expires_and_ends(api: RunningApi, client: httpx.Client):
+    def works(key: str) -> bool:
+        api.services.keys._known.clear()  # what five seconds would do
+        response = httpx.get(f"{api.url}/v1/me", headers={"Authorization": f"Bearer {key}"}, trust_env=False)
+        return response.status_code == 200
+
+    made = client.post("/v1/keys", json={"name": "ci", "scopes": ["jobs:read"]}).json()
+    assert works(made["key"])
+    successor = client.post(f"/v1/keys/{made['record']['id']}/rotate", json={"overlap_s": 3600}).json()
+    assert works(made["key"])
+    assert works(successor["key"])
+    assert successor["record"]["rotated_from"] == made["record"]["id"]
+    last = client.post(f"/v1/keys/{successor['record']['id']}/rotate", json={"overlap_s": 0}).json()
+    assert not works(successor["key"])
+    assert client.post(f"/v1/keys/{successor['record']['id']}/rotate").json()["code"] == "conflict"
+    assert client.delete(f"/v1/keys/{last['record']['id']}").status_code == 204
+    assert not works(last["key"])
+    assert client.get(f"/v1/keys/{last['record']['id']}").json()["revoked_at"]
+    gone = {"name": "x", "scopes": ["jobs:read"], "expires_at": "2020-01-01T00:00:00Z"}
+    assert client.post("/v1/keys", json=gone).status_code == 422
+
+
+def test_the_audit_log_says_who_did_what_and_is_never_changed(
+    api: RunningApi, client: httpx.Client, admin: httpx.Client
+):
+    key = client.get("/v1/me").json()["key_id"]
+    client.get("/v1/jobs")
+    client.post("/v1/keys", json={"name": "x", "scopes": ["nothing"]})
+    made = client.post("/v1/keys", json={"name": "ci", "scopes": ["jobs:read"]}, headers={"X-Request-ID": "req-1"})
+    revoked = f"/v1/keys/{made.json()['record']['id']}"
+    client.delete(revoked)
+    [second, first, *_] = admin.get("/v1/admin/audit", params={"tenant_id": "default"}).json()["items"]
+    assert (first["action"], first["key_id"], first["request_id"]) == ("POST /v1/keys", key, "req-1")
+    assert (second["action"], second["subject"]) == ("DELETE /v1/keys/{key_id}", revoked)
+    for change in (update(audit_log).values(key_id="somebody"), delete(audit_log)):
+        with pytest.raises(DBAPIError, match="append-only"), transaction(api.services.engine) as connection:
+            connection.execute(change)
+
+
+def test_running_jobs_are_capped_in_the_claim_also_when_many_claim_at_once(sql_url: str):
+    engine = make_engine(sql_url, pool_size=8)
+    try:
+        add_model(engine)
+        store = JobStore(engine)
+        QuotaBook(engine, Settings()).change("default", QuotaChange(max_running_jobs=2))
+        for tenant in ("default", "other"):
+            for _ in range(6):
+                submit(store, tenant_id=tenant)
+        claimed: list[str] = []
+
+        def take(worker: int) -> None:
+            offer = WorkerOffer(f"w{worker}", "cpu", "cpu", 1 << 40, 1)
+            while (one := store.claim(offer, ttl_s=60)) is not None:
+                claimed.append(one.job.tenant_id)
+
+        threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(claimed) == ["default"] * 2 + ["other"] * 6
+        # One ends, one more may run.
+        lease = store.page("default", states=("running",))[0][0]
+        job = store.get("default", lease.id)
+        assert job is not None
+        assert store.release(Lease(job.id, str(job.lease_id), job.attempt, str(job.worker_id)))
+        assert claim(store, "w9").job.tenant_id == "default"
+        everyone = JobStore(engine, Caps(running=6))
+        assert everyone.claim(WorkerOffer("w10", "cpu", "cpu", 1 << 40, 1), ttl_s=60) is None
+    finally:
+        engine.dispose()
+
+
+def test_gpu_time_is_counted_when_an_attempt_ends_and_bounds_the_next(sql_url: str):
+    engine = make_engine(sql_url)
+    try:
+        add_model(engine)
+        store, book = JobStore(engine), QuotaBook(engine, Settings())
+        gpu = WorkerOffer("g", "gpu", "H100", 1 << 40, 1)
+        for _ in range(2):
+            submit(store, queue="gpu")
+        first = store.claim(gpu, ttl_s=60)
+        assert first is not None
+        assert store.finish(first.lease, succeeded(first.lease))
+        assert 0 <= book.usage("default").gpu_seconds_month < 60
+        with transaction(engine) as connection:
+            add_gpu_time(connection, "default", read_now(connection) - dt.timedelta(hours=1))
+        book.change("default", QuotaChange(max_gpu_seconds_month=3600))
+        assert store.claim(gpu, ttl_s=60) is None
+        book.change("default", QuotaChange(max_gpu_seconds_month=4000))
+        assert store.claim(gpu, ttl_s=60) is not None
+    finally:
+        engine.dispose()
+
+
+def test_too_many_requests_a_minute_are_refused_and_a_dead_broker_lets_all_pass(
+    tmp_path: Path, sqlite_url: str, valkey_server: Valkey
+):
+    for url, limited in ((valkey_server.url, True), ("redis://127.0.0.1:1/0", False)):
+        settings = Settings(data_dir=tmp_path, database_url=sqlite_url, broker_url=url, rate_limit_per_minute=5)
+        with serve(settings) as api, api.client() as client:
+            answers = [client.get("/v1/jobs") for _ in range(7)]
+            codes = [one.status_code for one in answers]
+            assert codes == ([200] * 5 + [429] * 2 if limited else [200] * 7)
+            if limited:
+                assert answers[0].headers["ratelimit-limit"] == "5"
+                assert [one.headers["ratelimit-remaining"] for one in answers[:5]] == ["4", "3", "2", "1", "0"]
+                assert answers[5].json()["code"] == "rate_limited"
+                assert 1 <= int(answers[5].headers["retry-after"]) <= 12
+            with api.client() as another:
+                assert another.get("/v1/jobs").status_code == 200
+
+
+def finish(api: RunningApi, client: httpx.Client, **more: Any) -> str:
+    job = str(client.post("/v1/jobs", json={**JOB, "reuse": False, **more}).json()["id"])
+    claimed = api.claim()
+    assert api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": job.encode()}))
+    return job
+
+
+def test_an_accepted_result_is_the_names_latest_at_once(api: RunningApi, client: httpx.Client):
+    assert client.get("/v1/models/tiny/latest").status_code == 404
+    first = finish(api, client)
+    latest = client.get("/v1/models/tiny/latest")
+    assert latest.json()["promotion"]["job_id"] == first
+    [artifact] = latest.json()["artifacts"]
+    file = client.get(artifact["download_url"] + "model.onnx")
+    assert file.content == first.encode()
+    same = client.get("/v1/models/tiny/latest", headers={"If-None-Match": latest.headers["etag"]})
+    assert same.status_code == 304
+    finish(api, client, promote=False)
+    assert client.get("/v1/models/tiny/latest").json()["promotion"]["job_id"] == first
+    second = finish(api, client)
+    assert client.get("/v1/models/tiny/latest").json()["promotion"]["job_id"] == second
+    back = client.post("/v1/models/tiny/promotions", json={"job_id": first})
+    assert (back.status_code, back.json()["cause"]) == (201, "manual")
+    history = client.get("/v1/models/tiny/promotions").json()["items"]
+    assert [one["job_id"] for one in history] == [first, second, first]
+    queued = client.post("/v1/jobs", json=JOB).json()["id"]
+    assert client.post("/v1/models/tiny/promotions", json={"job_id": queued}).json()["code"] == "conflict"
+    assert client.post("/v1/models/tiny/promotions", json={"job_id": "job_no"}).status_code == 404
+
+
+def test_a_job_that_was_submitted_earlier_and_ends_later_does_not_replace_a_newer_one(
+    api: RunningApi, client: httpx.Client
+):
+    slow = client.post("/v1/jobs", json=JOB).json()["id"]
+    held = api.claim()
+    assert held.job.id == slow
+    newer = finish(api, client)
+    assert api.services.store.finish(held.lease, api.ship(held, {"model.onnx": b"old"}))
+    assert client.get("/v1/models/tiny/latest").json()["promotion"]["job_id"] == newer
