@@ -81,7 +81,7 @@ def _view(recipe: Recipe) -> RecipeView:
         version=recipe.version,
         description=recipe.description,
         passes=[one.pass_ for one in recipe.passes],
-        exports=list(recipe.exports),
+        exports=[one.name for one in recipe.exports],
         recipe=recipe.model_dump(mode="json"),
         text=builtin_text(recipe.name),
     )

@@ -22,7 +22,7 @@ from core.compress.evaluate.finite import check_weights
 from core.compress.evaluate.quality import Trial
 from core.compress.evaluate.roofline import device_of
 from core.compress.executors import graph
-from core.compress.export import compressed_tensors, onnx, openvino, safetensors
+from core.compress.export import compressed_tensors, gguf, onnx, openvino, safetensors
 from core.compress.export.early_exit import trace_exits
 from core.compress.export.verify import verify
 from core.compress.lineage import read_lineage
@@ -33,6 +33,7 @@ from core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, descri
 from core.handoff.report import DataUsed, PassRecord, Report, Subject
 from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
 from core.recipes.calibration import BUILTIN_DATA
+from core.recipes.exports import Export
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import Quality
@@ -109,7 +110,7 @@ class _Clock:
 
 @dataclasses.dataclass(frozen=True)
 class _Exported:
-    format: str
+    export: Export
     folder: Path
     runner: Path
 
@@ -243,22 +244,28 @@ class _Press:
         self.clock.enter("exporting")
         graph_passes = [(at, one) for at, one in enumerate(self.recipe.passes) if isinstance(one, DynamicInt8)]
         exported = []
-        for at, name in enumerate(self.recipe.exports):
+        for at, export in enumerate(self.recipe.exports):
             start, end = (0.5 + 0.2 * (at + part) / len(self.recipe.exports) for part in (0, 1))
-            self.clock.at(start, f"exporting {name}")
-            folder = self.out / name
-            if name in _GRAPHS:
+            self.clock.at(start, f"exporting {export.name}")
+            folder = self.out / export.name
+            if export.format in _GRAPHS:
                 if self.traced is None:
                     context = self._context(header, self.clock.span(start, end), index=len(self.recipe.passes))
-                    trace = trace_exits if isinstance(self.recipe.passes[-1], EarlyExit) else graph.trace
+                    exits = any(isinstance(one, EarlyExit) for one in self.recipe.passes[-1:])
+                    trace = trace_exits if exits else graph.trace
                     self.traced = trace(model_dir, header, trial.task.sets[0].sequences, context)
-                for record in _GRAPHS[name].save(model_dir, folder, self.traced, graph_passes):
+                exporter = _GRAPHS[export.format]
+                for record in exporter.save(model_dir, folder, self.traced, graph_passes, weights=export.weights):
                     self._record(record)
-                runner = _GRAPHS[name].CONSUMER
+                runner = exporter.CONSUMER
+            elif export.format == "gguf":
+                assert export.weights is not None
+                gguf.save(model_dir, folder, header, weights=export.weights, pooling=trial.task.pooling)
+                runner = gguf.CONSUMER
             else:
-                _FOLDERS[name].save(model_dir, folder, header=header)
-                runner = _FOLDERS[name].CONSUMER
-            exported.append(_Exported(name, folder, runner))
+                _FOLDERS[export.format].save(model_dir, folder, header=header)
+                runner = _FOLDERS[export.format].CONSUMER
+            exported.append(_Exported(export, folder, runner))
         return exported
 
     def _measure(
@@ -275,28 +282,29 @@ class _Press:
         for at, one in enumerate(exported):
             self.clock.enter("verifying")
             start, end = (0.7 + 0.28 * (at + part) / len(exported) for part in (0, 1))
-            self.clock.at(start, f"loading {one.format} in a fresh process")
+            name = one.export.name
+            self.clock.at(start, f"loading {name} in a fresh process")
             observed = run_consumer(
                 one.runner,
                 one.folder,
                 trial.task,
-                name=one.format,
+                name=name,
                 scratch=scratch,
                 reference=reference.outputs_file,
-                progress=self._evaluating(start, end, one.format),
+                progress=self._evaluating(start, end, name),
             )
             versions |= observed.versions
             verification = verify(
                 self.recipe,
-                one.format,
+                one.export,
                 observed,
                 source=reference,
                 traced=self.traced,
                 task=trial.task,
             )
             subject = Subject(
-                name=one.format,
-                format=one.format,
+                name=name,
+                format=name,
                 size_bytes=_folder_bytes(one.folder),
                 parameters=parameters,
                 measurements=quality.measurements(trial, reference, observed),
@@ -334,7 +342,10 @@ class _Press:
         consumers = {one.name: one.verification.consumer for one in subjects if one.verification}
         return tuple(
             ArtifactEntry(
-                format=one.format, path=one.format, files=describe_folder(one.folder), consumer=consumers[one.format]
+                format=one.export.name,
+                path=one.export.name,
+                files=describe_folder(one.folder),
+                consumer=consumers[one.export.name],
             )
             for one in exported
         )

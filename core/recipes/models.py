@@ -9,7 +9,8 @@ from pydantic_core import ErrorDetails
 
 from core.errors import ErrorCode, NightpressError
 from core.recipes.calibration import BUILTIN_DATA, Calibration, DataRef
-from core.recipes.passes import ExportFormat, Pass
+from core.recipes.exports import Export
+from core.recipes.passes import Pass
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 MAX_PASSES = 20
@@ -108,8 +109,12 @@ class Recipe(_Model):
     name: Name
     version: int = Field(1, ge=1)
     description: str = Field("", max_length=2000)
-    passes: tuple[Pass, ...] = Field(min_length=1, max_length=MAX_PASSES)
-    exports: tuple[ExportFormat, ...] = Field(min_length=1, max_length=8)
+    passes: tuple[Pass, ...] = Field(
+        max_length=MAX_PASSES, description="May be empty: then the exports alone change the model's form."
+    )
+    exports: tuple[Export, ...] = Field(
+        min_length=1, max_length=8, description="Formats, e.g. `onnx`, or with a type: `{format: gguf, type: q8_0}`."
+    )
     calibration: Calibration = Calibration()
     evaluate: tuple[Evaluation, ...] = Field((Quality(), Latency()), max_length=16)
     gates: dict[str, str] = Field(
@@ -120,8 +125,8 @@ class Recipe(_Model):
 
     @field_validator("exports")
     @classmethod
-    def _no_export_twice(cls, exports: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(exports)) != len(exports):
+    def _no_export_twice(cls, exports: tuple[Export, ...]) -> tuple[Export, ...]:
+        if len({one.name for one in exports}) != len(exports):
             raise ValueError("an export is named twice")
         return exports
 

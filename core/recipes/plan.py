@@ -7,13 +7,13 @@ from pydantic import BaseModel, ConfigDict
 
 from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import FORWARD_RATE, GPU_RATE, RUNTIME_BYTES, Cost
+from core.recipes.exports import GRAPH_FORMATS, Export
 from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from core.recipes.linears import invalid
 from core.recipes.models import Quality, Recipe
 from core.recipes.passes import PassOptions
 
 _IMPORT_S = 6.0  #: start of one consumer process
-_GRAPH_FORMATS = frozenset({"onnx", "openvino"})
 
 
 class Step(BaseModel):
@@ -70,8 +70,8 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None) -> Plan:
     warnings = dict.fromkeys(_warnings(recipe, header))
     steps = [Step(kind="pass", name=one.pass_, detail=one.describe()) for one in recipe.passes]
     steps += [
-        Step(kind="export", name=name, detail="saved, then loaded by its consumer in a fresh process")
-        for name in recipe.exports
+        Step(kind="export", name=one.name, detail="saved, then loaded by its consumer in a fresh process")
+        for one in recipe.exports
     ]
     steps += [
         Step(
@@ -106,7 +106,9 @@ def _check_exports(recipe: Recipe) -> None:
         _check_carriers(recipe, one, None)
         if recipe.device == "gpu" and "cuda" not in one.runs_on:
             raise invalid(f"`{one.pass_}` runs on a CPU only.", "Leave `device` at `auto`.")
-    if "compressed-tensors" in recipe.exports and not any(one.quantizes for one in recipe.passes):
+    if any(one.format == "compressed-tensors" for one in recipe.exports) and not any(
+        one.quantizes for one in recipe.passes
+    ):
         raise invalid(
             "exports: compressed-tensors needs a quantizing pass.",
             "Add `weight-only` or `gptq`, or export `safetensors`.",
@@ -115,7 +117,7 @@ def _check_exports(recipe: Recipe) -> None:
 
 def _check_carriers(recipe: Recipe, one: PassOptions, header: ModelHeader | None) -> None:
     carriers = one.carriers(header)
-    wrong = [name for name in recipe.exports if name not in carriers]
+    wrong = [export.name for export in recipe.exports if export.format not in carriers]
     if wrong:
         why = one.why_not(header)
         raise invalid(
@@ -168,12 +170,8 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
         one.check(seen)
         _check_carriers(recipe, one, seen)
         seen = one.leaves(seen)
-    wrong = [name for name in recipe.exports if header.model_type not in ENCODERS and name in _GRAPH_FORMATS]
-    if wrong:
-        raise invalid(
-            f"exports: {', '.join(wrong)} of a {header.model_type} is not offered.",
-            "Use compressed-tensors or safetensors.",
-        )
+    for export in recipe.exports:
+        export.check(header)
     for wanted in recipe.evaluate:
         if isinstance(wanted, Quality):
             _check_metric(wanted, header)
@@ -218,20 +216,18 @@ def stored(recipe: Recipe, header: ModelHeader) -> ModelHeader:
     return header.model_copy(update={"tensors": tuple(tensors)})
 
 
-def _output_bytes(recipe: Recipe, header: ModelHeader, export: str) -> int:
+def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
     total = 0
     for tensor in _chain(recipe, header)[1].tensors:
         size = tensor.size
         for one in recipe.passes:
             size = min(size, one.stored_bytes(tensor))
-        if export in _GRAPH_FORMATS and size == tensor.size and tensor.dtype in {"F16", "BF16"}:
-            size = tensor.size * 2  # graphs are exported in fp32
-        total += size
+        total += export.stored_bytes(tensor) if size == tensor.size else size
     return total
 
 
 def _estimate(recipe: Recipe, header: ModelHeader) -> Estimate:
-    outputs = {export: _output_bytes(recipe, header, export) for export in recipe.exports}
+    outputs = {export.name: _output_bytes(recipe, header, export) for export in recipe.exports}
     costs = _costs(recipe, header)
     memory = _memory(costs)
     on_gpu = recipe.device == "gpu"
@@ -283,5 +279,5 @@ def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
     )
     runs = 1 + len(recipe.exports)
     # They load the source in fp32; a graph export holds the traced model and its serialised copy.
-    copies = 3 if _GRAPH_FORMATS & set(recipe.exports) else 1
+    copies = 3 if any(one.format in GRAPH_FORMATS for one in recipe.exports) else 1
     return Cost(4 * header.parameters * copies, runs * (_IMPORT_S + tokens * header.parameters / FORWARD_RATE))

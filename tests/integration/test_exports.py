@@ -17,6 +17,7 @@ from core.compress.export.verify import EXACT, verify
 from core.compress.passes import PassContext
 from core.compress.passes.quantize_graph import quantize_onnx, sensitive_layers
 from core.errors import ErrorCode, NightpressError
+from core.recipes.exports import Export
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import parse_recipe
 from core.recipes.passes import DynamicInt8
@@ -51,7 +52,9 @@ def test_a_float_graph_answers_as_the_model_does(bench: Bench, tmp_path: Path, e
     out.parent.mkdir()
     assert export.save(bench.model, out, bench.traced, []) == ()
     observed = run_consumer(export.CONSUMER, out, bench.trial.task, name="it", scratch=tmp_path / "scratch")
-    judged = verify(bench.recipe, out.name, observed, source=observed, traced=bench.traced, task=bench.trial.task)
+    judged = verify(
+        bench.recipe, Export(format=out.name), observed, source=observed, traced=bench.traced, task=bench.trial.task
+    )
     assert judged.value >= EXACT
     assert judged.bound == EXACT
 
@@ -81,7 +84,7 @@ def test_an_artifact_that_answers_wrongly_is_found_out(bench: Bench, tmp_path: P
     noise = np.random.default_rng(0).normal(0, 1, observed.outputs["check.values"].shape)
     wrong = replace(observed, outputs={"check.values": observed.outputs["check.values"] + noise})
     with pytest.raises(NightpressError) as caught:
-        verify(bench.recipe, "onnx", wrong, source=observed, traced=bench.traced, task=bench.trial.task)
+        verify(bench.recipe, Export(format="onnx"), wrong, source=observed, traced=bench.traced, task=bench.trial.task)
     assert caught.value.code == ErrorCode.VERIFICATION_FAILED
     assert caught.value.details["bound"] == EXACT
 

@@ -63,6 +63,12 @@ class Task:
     classes: int  #: words of the vocabulary or classes
     threads: int
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        widths = [int(one.sequences.ids.shape[1]) for one in self.sets]
+        return max([*widths, *(shape.length for shape in self.shapes)])
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -106,6 +112,7 @@ def run_consumer(
                     "task": task.name,
                     "pooling": task.pooling,
                     "threads": task.threads,
+                    "longest": task.longest,
                     "inputs": str(inputs.resolve()),
                     "outputs": str(outputs.resolve()),
                     "answer": str(answer.resolve()),

@@ -23,10 +23,13 @@ from numpy.typing import NDArray
 from core.compress.checkpoint import disk_errors, write_file
 from core.compress.context import PassContext
 from core.compress.evaluate.data import Sequences
+from core.compress.export.weights import PressedWeights
 from core.compress.networks import load_model
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import ModelHeader
 
+_ANY = torch.export.Dim.DYNAMIC
+_BOTH = {0: _ANY, 1: _ANY}
 OPSET = 18  #: read by every ONNX Runtime and OpenVINO of the last two years
 
 
@@ -39,6 +42,7 @@ class Traced:
     rounding: Mapping[
         str, float
     ]  #: linear layer → relative error of its input on those texts, rounded to int8 with one scale
+    cached: bool = False  #: the graph takes and gives the keys and values of what it has seen: a decoder's
 
 
 def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassContext) -> Traced:
@@ -51,13 +55,13 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
         context.progress(0.05, "loading the model to trace it")
         model = _load(model_dir, header, context.threads)
         with torch.inference_mode(), _watch_inputs(model) as rounding:
-            expected = model(torch.from_numpy(check.ids), torch.from_numpy(check.mask)).float().numpy()
+            expected = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask)).float().numpy()
         context.progress(0.2, "tracing the model into a graph")
         with disk_errors():
             # The weights lie inside the file up to protobuf's 2 GiB; beyond, in one file beside it.
             partial = folder / "partial"
             partial.mkdir(exist_ok=True)
-            program = export_graph(model, header, types=model.types, outputs=[model.output])
+            program = export_graph(model, header, model.signature(example_ids(header)))
             _name_after_modules(program.model.graph)
             program.save(partial / "model.onnx", external_data=4 * header.parameters > 1_900_000_000)
             for file in partial.iterdir():
@@ -69,7 +73,7 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
                 os.fsync(stream.fileno())
             (folder / "check.partial").replace(outputs)
         context.checkpoint(graph.relative_to(context.work_dir).as_posix(), 1)
-    return Traced(graph, np.load(outputs), json.loads(errors.read_bytes()))
+    return Traced(graph, np.load(outputs), json.loads(errors.read_bytes()), cached=header.is_decoder)
 
 
 @contextlib.contextmanager
@@ -100,12 +104,30 @@ def _watch_inputs(model: torch.nn.Module) -> Iterator[dict[str, float]]:
             handle.remove()
 
 
+@dataclass(frozen=True)
+class Signature:
+    """A graph's inputs and outputs: names, an example, and which of its dimensions vary."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    example: tuple[Any, ...]
+    varying: tuple[Any, ...]
+
+
 class _FirstOutput(torch.nn.Module):
     """A model with positional inputs and one output: its logits, or its last hidden state."""
 
     def __init__(self, model: torch.nn.Module, output: str, *, types: bool) -> None:
         super().__init__()
         self.model, self.output, self.types = model, output, types
+
+    def answer(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What the model itself says of whole texts."""
+        out: torch.Tensor = self(ids, mask)
+        return out
+
+    def signature(self, ids: torch.Tensor) -> Signature:
+        return encoder_signature(ids, types=self.types, outputs=[self.output])
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
@@ -116,13 +138,88 @@ class _FirstOutput(torch.nn.Module):
         return out
 
 
-def _load(model_dir: Path, header: ModelHeader, threads: int) -> _FirstOutput:
+class _WithCache(torch.nn.Module):
+    """A decoder whose keys and values come in as tensors and go out longer: one graph reads a prompt and writes on.
+
+    The names are those that generation libraries look for: `past_key_values.0.key` [B, heads, past, width] in, `present.0.key` out.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        with torch.inference_mode():
+            cache = model(input_ids=torch.full((1, 2), 5), use_cache=True).past_key_values
+        self.shapes = [(one.shape[1], one.shape[3]) for layer in cache.layers for one in (layer.keys, layer.values)]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **({"position_ids": position_ids} if self._takes_positions else {}),
+        )
+        present = [one for layer in out.past_key_values.layers for one in (layer.keys, layer.values)]
+        return (out.logits, *present)
+
+    @property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+    def answer(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What the model itself says of whole texts."""
+        out: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return out
+
+    def signature(self, ids: torch.Tensor) -> Signature:
+        batch, length, past = *ids.shape, 3
+        cache = [torch.zeros(batch, heads, past, width) for heads, width in self.shapes]
+        layers = [f"{at}.{part}" for at in range(len(cache) // 2) for part in ("key", "value")]
+        positions = torch.arange(past, past + length).expand(batch, length).contiguous()
+        return Signature(
+            ("input_ids", "attention_mask", "position_ids", *(f"past_key_values.{one}" for one in layers)),
+            ("logits", *(f"present.{one}" for one in layers)),
+            (ids, torch.ones(batch, past + length, dtype=torch.int64), positions, cache),
+            (dict(_BOTH), dict(_BOTH), dict(_BOTH), [{0: _ANY, 2: _ANY} for _ in cache]),
+        )
+
+
+def _load(model_dir: Path, header: ModelHeader, threads: int) -> _FirstOutput | _WithCache:
     torch.set_num_threads(threads)
     # Plain attention: the fused kernel's guard against rows without any token would only clutter the graph.
     with _quiet():
-        model = load_model(model_dir, header, attention="eager")
+        weights = PressedWeights(model_dir)
+        if weights.packed:
+            model = _load_as_floats(model_dir, header, weights)
+        else:
+            model = load_model(model_dir, header, attention="eager")
+    if header.is_decoder:
+        return _WithCache(model.eval()).eval()
     output = "last_hidden_state" if header.task == "embedding" else "logits"
     return _FirstOutput(model, output, types=takes_types(model, header)).eval()
+
+
+def _load_as_floats(model_dir: Path, header: ModelHeader, weights: PressedWeights) -> Any:
+    """A packed model dequantized: the graph's own products take the place of the loader's packed layers."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    del config.quantization_config
+    floats = {name: torch.from_numpy(weights.floats(name)) for name in weights}
+    loader = getattr(transformers, header.architecture)
+    return loader.from_pretrained(
+        None, config=config, state_dict=floats, dtype=torch.float32, attn_implementation="eager"
+    )
 
 
 def takes_types(model: Any, header: ModelHeader) -> bool:
@@ -131,24 +228,29 @@ def takes_types(model: Any, header: ModelHeader) -> bool:
     return asks and int(header.config.get("type_vocab_size") or 0) > 1
 
 
-def export_graph(model: torch.nn.Module, header: ModelHeader, *, types: bool, outputs: list[str]) -> Any:
-    """An exported program of a module that takes ids, mask and, if `types`, token types, for any batch and length.
+def example_ids(header: ModelHeader) -> torch.Tensor:
+    """Two texts of 16 tokens, to trace with."""
+    return torch.arange(5, 5 + 32).reshape(2, 16) % max(int(header.config.get("vocab_size") or 64), 6)
 
-    Raises NightpressError(unsupported_architecture) if it can't be traced.
-    """
-    ids = torch.arange(5, 5 + 32).reshape(2, 16) % max(int(header.config.get("vocab_size") or 64), 6)
-    example = [ids, torch.ones_like(ids)] + ([torch.zeros_like(ids)] if types else [])
-    names = ["input_ids", "attention_mask", "token_type_ids"][: len(example)]
-    both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+
+def encoder_signature(ids: torch.Tensor, *, types: bool, outputs: list[str]) -> Signature:
+    """Of a module that takes ids, mask and, if `types`, token types, for any batch and length."""
+    example = (ids, torch.ones_like(ids)) + ((torch.zeros_like(ids),) if types else ())
+    names = ("input_ids", "attention_mask", "token_type_ids")[: len(example)]
+    return Signature(names, tuple(outputs), example, tuple(dict(_BOTH) for _ in names))
+
+
+def export_graph(model: torch.nn.Module, header: ModelHeader, signature: Signature) -> Any:
+    """An exported program of a module. Raises NightpressError(unsupported_architecture) if it can't be traced."""
     try:
         with _quiet():
             return torch.onnx.export(
                 model,
-                tuple(example),
+                signature.example,
                 dynamo=True,
-                input_names=names,
-                output_names=outputs,
-                dynamic_shapes=tuple(dict(both) for _ in names),
+                input_names=list(signature.inputs),
+                output_names=list(signature.outputs),
+                dynamic_shapes=signature.varying,
                 opset_version=OPSET,
                 verbose=False,
             )

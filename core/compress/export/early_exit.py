@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core.compress.checkpoint import disk_errors
 from core.compress.context import PassContext
 from core.compress.evaluate.data import Sequences
-from core.compress.executors.graph import Traced, export_graph, takes_types
+from core.compress.executors.graph import Traced, encoder_signature, example_ids, export_graph, takes_types
 from core.compress.exits import ExitModel, ExitPlan, load_exits
 from core.recipes.header import ModelHeader
 
@@ -34,7 +34,9 @@ def trace_exits(model_dir: Path, header: ModelHeader, check: Sequences, context:
     folder = context.work_dir / "graph" / f"exits-{key.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     context.progress(0.3, "tracing the model into a graph")
-    program = export_graph(_Flat(model).eval(), header, types=takes_types(model.model, header), outputs=_names(plan))
+    types = takes_types(model.model, header)
+    signature = encoder_signature(example_ids(header), types=types, outputs=_names(plan))
+    program = export_graph(_Flat(model).eval(), header, signature)
     with disk_errors():
         onnx.save(with_exits(program.model_proto, plan), folder / "model.onnx")
     return Traced(folder / "model.onnx", expected.float().numpy().astype(np.float32), {})

@@ -6,6 +6,8 @@ from pathlib import Path
 from core.compress.checkpoint import disk_errors
 from core.compress.executors.graph import Traced
 from core.compress.executors.stream import copy_companions
+from core.compress.export.openvino_graph import halve, keep_cache, write_codes
+from core.compress.export.weights import PressedWeights
 from core.compress.passes.quantize_graph import quantize_openvino
 from core.handoff.report import PassRecord
 from core.recipes.passes import DynamicInt8
@@ -17,13 +19,28 @@ ACTIVATION_GROUP = 64
 
 
 def save(
-    model_dir: Path, out_dir: Path, traced: Traced, graph_passes: list[tuple[int, DynamicInt8]]
+    model_dir: Path,
+    out_dir: Path,
+    traced: Traced,
+    graph_passes: list[tuple[int, DynamicInt8]],
+    *,
+    weights: str = "fp32",
 ) -> tuple[PassRecord, ...]:
-    """Write the folder. graph_passes: those passes of the recipe, with their places, that work on the graph."""
+    """Write the folder. graph_passes: those passes of the recipe, with their places, that work on the graph.
+
+    weights: `fp32`, or `fp16` to store in half the bytes what no pass has rounded.
+    """
     import openvino
 
     # Read straight from the ONNX graph: the converter's front end would report its use over the network.
     model = openvino.Core().read_model(traced.path)
+    pressed = PressedWeights(model_dir)
+    if pressed.packed:
+        write_codes(model, pressed)
+    if weights == "fp16":
+        halve(model)
+    if traced.cached:
+        keep_cache(model)
     records = []
     for index, options in graph_passes:
         start = time.monotonic()

@@ -8,6 +8,7 @@ from core.compress.evaluate.fidelity import whole_cosine
 from core.compress.executors.graph import Traced
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import Verification
+from core.recipes.exports import GRAPH_FORMATS, Export
 from core.recipes.models import Recipe
 from core.recipes.passes import DynamicInt8, Gptq, Pass, Qat, Quantizing
 
@@ -15,11 +16,14 @@ from core.recipes.passes import DynamicInt8, Gptq, Pass, Qat, Quantizing
 EXACT = 0.9999
 #: Rounding may change answers, which the evaluation measures; what falls below these is broken, not rounded.
 ROUNDED = {8: 0.9, 7: 0.9, 6: 0.9, 5: 0.7, 4: 0.5}
+#: Weights in float16, and in GGUF activations as well.
+HALVED = 0.999
+_WRITTEN = {"f32": HALVED, "f16": HALVED, "q8_0": ROUNDED[8], "q6_k": ROUNDED[6]}
 
 
 def verify(
     recipe: Recipe,
-    name: str,
+    export: Export,
     observed: Observed,
     *,
     source: Observed,
@@ -28,12 +32,11 @@ def verify(
 ) -> Verification:
     """Raises NightpressError(verification_failed) when the artifact answers otherwise than it may."""
     ours = observed.outputs["check.values"]
-    if name in {"onnx", "openvino"}:
+    if export.format in GRAPH_FORMATS:
         assert traced is not None
-        rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
         value = whole_cosine(ours, _reduce(traced.check, task))
-        measure, bound = "cosine of outputs with the pressed model's, in torch", ROUNDED[8] if rounded else EXACT
-    elif len(recipe.passes) == 1 and (least := _rounding_bound(recipe.passes[0])) is not None:
+        measure, bound = "cosine of outputs with the pressed model's, in torch", _graph_bound(recipe, export)
+    elif (least := _rounding_bound(recipe, export)) is not None:
         value = whole_cosine(ours, source.outputs["check.values"])
         measure, bound = "cosine of outputs with the source's", least
     else:
@@ -43,9 +46,9 @@ def verify(
     if not passed:
         raise NightpressError(
             ErrorCode.VERIFICATION_FAILED,
-            f"The artifact {name} was loaded by {consumer_name(observed.versions)}, but answers otherwise than it should: {measure} is {value:.5f}, the bound {bound:g}.",
+            f"The artifact {export.name} was loaded by {consumer_name(observed.versions)}, but answers otherwise than it should: {measure} is {value:.5f}, the bound {bound:g}.",
             hint="Leave sensitive layers to `ignore`, use a gentler pass, or leave this format out of `exports`.",
-            artifact=name,
+            artifact=export.name,
             measure=measure,
             value=value,
             bound=bound,
@@ -61,8 +64,24 @@ def verify(
     )
 
 
-def _rounding_bound(one: Pass) -> float | None:
-    """How near the source a pass must stay that only rounds. None: it may change the answers at will."""
+def _graph_bound(recipe: Recipe, export: Export) -> float:
+    # The codes that a pass chose are in the model it is compared with; the runtime rounds activations beside them.
+    if any(isinstance(one, DynamicInt8) or one.quantizes for one in recipe.passes):
+        return ROUNDED[8]
+    return HALVED if export.weights == "fp16" else EXACT
+
+
+def _rounding_bound(recipe: Recipe, export: Export) -> float | None:
+    """How near the source an artifact must stay that was only rounded. None: the passes may change the answers at will."""
+    bounds = [_pass_bound(one) for one in recipe.passes]
+    if export.format == "gguf" and export.weights is not None:
+        bounds.append(_WRITTEN.get(export.weights, ROUNDED[4]))
+    known = [one for one in bounds if one is not None]
+    # Two passes that only round one after the other are not foreseen.
+    return min(known) if known and len(known) == len(bounds) and len(recipe.passes) < 2 else None
+
+
+def _pass_bound(one: Pass) -> float | None:
     if not isinstance(one, Quantizing) or isinstance(one, Qat) or (isinstance(one, Gptq) and one.sparsity is not None):
         return None
     return ROUNDED.get(one.coarsest_bits)

@@ -156,13 +156,6 @@ class DynamicInt8(PassOptions):
     def describe(self) -> str:
         return "int8 weights and activations"
 
-    def check(self, header: ModelHeader) -> None:
-        if header.is_decoder:
-            raise invalid(
-                "`dynamic-int8` takes encoders; a decoder exported so would run without its key/value cache.",
-                "Use `weight-only` for this model.",
-            )
-
     def stored_bytes(self, tensor: TensorInfo) -> int:
         return tensor.size if len(tensor.shape) != 2 else tensor.shape[0] * tensor.shape[1] + 4 * tensor.shape[0]
 

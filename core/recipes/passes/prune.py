@@ -18,7 +18,9 @@ _NO_GAIN = "Unstructured and N:M zeros make a dense model neither smaller nor fa
 class Pruning(OnLinears):
     """A pass that sets a share of the weights of linear layers to zero."""
 
-    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"safetensors", "compressed-tensors", "onnx", "openvino"})
+    exports: ClassVar[frozenset[ExportFormat]] = frozenset(
+        {"safetensors", "compressed-tensors", "onnx", "openvino", "gguf"}
+    )
 
     sparsity: float = Field(
         0.5, gt=0, lt=1, description="Share of weights set to zero; with a pattern N:M it is 1 − N/M."

@@ -13,6 +13,7 @@ from core.recipes.linears import Divisor, check_layout, invalid, is_token_embedd
 from core.recipes.passes.base import (
     FOLDABLE,
     Calibrated,
+    ExportFormat,
 )
 from core.recipes.passes.quantizing import Quantizing
 from core.recipes.passes.sparsity import Pattern, pattern_divisor, with_sparsity
@@ -36,7 +37,12 @@ class Override(BaseModel):
 
 
 class Rounding(Quantizing):
-    """A pass that leaves integer codes and scales in the place of linear weights, as compressed-tensors `pack-quantized`."""
+    """A pass that leaves integer codes and scales in the place of linear weights, as compressed-tensors `pack-quantized`.
+
+    Graphs and GGUF carry the same codes in layouts of their own.
+    """
+
+    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors", "onnx", "openvino", "gguf"})
 
     bits: int
     group_size: int | None = Field(128, ge=16, le=1024, description="Inputs that share a scale; null: one scale a row.")
@@ -72,6 +78,9 @@ class Rounding(Quantizing):
                 strategy: Strategy = "channel" if other.group_size is None else "group"
                 return Scheme(other.bits, strategy=strategy, group_size=other.group_size)
         return self._plain
+
+    def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
+        return self.exports if self._plain.kind == "int" else frozenset({"compressed-tensors"})
 
     @property
     def coarsest_bits(self) -> int:

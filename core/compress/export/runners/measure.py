@@ -1,10 +1,11 @@
 """What every runner does with a loaded model: run the given token ids, write the outputs, time it. Needs numpy and nothing of Nightpress.
 
 A runner is a script `<consumer>_runner.py` beside this file with `load(request) → (forward, versions, snippet)`, where `forward(ids, mask)`
-takes two int64 arrays [B, S], or of images pixels as float32 [B, C, H, W] and a mask [B, 1], and returns the model's first output as a float32 array. The snippet is the code that loaded the folder: it is
+takes two int64 arrays [B, S], or of images pixels as float32 [B, C, H, W] and a mask [B, 1], and returns the model's first output as a float32 array;
+where the model keeps a cache, `forward.continued` does the same in two steps through it. The snippet is the code that loaded the folder: it is
 text that the runner executes, so that what a report shows is what was run. The working directory is the one that holds the folder.
 
-The request is a JSON file: folder, task, pooling, threads, inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null), sets, timings.
+The request is a JSON file: folder, task, pooling, threads, longest (tokens of a text), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null), sets, timings.
 Each set has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows` a batch; its arrays in `inputs` are called
 `<name>.ids` and so on. The runner of the source also says how a causal language model goes on with a prompt: `load` then returns a fourth
 thing, `generate(ids, new_tokens)`, from a prompt [S] to its greedy continuation, a list of token ids.
@@ -87,7 +88,10 @@ def _run_set(forward: Forward, one: dict[str, Any], inputs: Any, reference: Any,
         rows = slice(start, start + one["rows"])
         # Padding beyond the batch's longest row would only cost time.
         width = int(mask[rows].sum(axis=1).max())
-        out = forward(ids[rows, :width] if ids.ndim == 2 else ids[rows], mask[rows, :width])
+        given = ids[rows, :width] if ids.ndim == 2 else ids[rows]
+        # The verification of a model with a cache goes through it.
+        run = getattr(forward, "continued", forward) if kind == "last" else forward
+        out = run(given, mask[rows, :width])
         if kind == "tokens":
             part = _score_tokens(out, inputs[f"{name}.targets"][rows, :width])
             part["logp"] = _log_probabilities(out, inputs[f"{name}.compared"][rows, :width])

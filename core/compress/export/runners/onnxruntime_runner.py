@@ -1,12 +1,12 @@
 """Loads model.onnx with ONNX Runtime on the CPU."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measure  # type: ignore[import-not-found]
+import numpy as np
 
 SNIPPET = """\
 import onnxruntime
@@ -16,22 +16,48 @@ options.intra_op_num_threads = {threads}
 session = onnxruntime.InferenceSession({file!r}, options, providers=["CPUExecutionProvider"])
 """
 
+_PAST = "past_key_values."
 
-def load(request: dict[str, Any]) -> tuple[Callable[[Any, Any], Any], dict[str, str], str]:
+
+class Forward:
+    """The graph's first output for whole texts."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.inputs = {one.name: one for one in session.get_inputs()}
+        self.past = [name for name in self.inputs if name.startswith(_PAST)]
+        if self.past:
+            self.continued = self._continued
+
+    def __call__(self, ids: Any, mask: Any) -> Any:
+        return self._run(ids, mask, None)[0]
+
+    def _continued(self, ids: Any, mask: Any) -> Any:
+        """The same in two steps, the second knowing the first by its keys and values alone."""
+        half = ids.shape[1] // 2
+        first, *cache = self._run(ids[:, :half], mask[:, :half], None)
+        second = self._run(ids[:, half:], mask, cache)[0]
+        return np.concatenate([first, second], axis=1)
+
+    def _run(self, ids: Any, mask: Any, cache: Any) -> Any:
+        feeds = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self.inputs:
+            feeds["token_type_ids"] = np.zeros_like(ids)
+        if "position_ids" in self.inputs:
+            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+            feeds["position_ids"] = positions[:, -ids.shape[1] :]
+        for at, name in enumerate(self.past):
+            _, heads, _, width = self.inputs[name].shape
+            feeds[name] = np.zeros((len(ids), heads, 0, width), np.float32) if cache is None else cache[at]
+        return self.session.run(None, feeds)
+
+
+def load(request: dict[str, Any]) -> tuple[Forward, dict[str, str], str]:
     snippet = SNIPPET.format(threads=request["threads"], file=f"{request['folder']}/model.onnx")
     session = measure.execute(snippet)["session"]
-    import numpy as np
     import onnxruntime
 
-    takes_types = "token_type_ids" in [one.name for one in session.get_inputs()]
-
-    def forward(ids: Any, mask: Any) -> Any:
-        feeds = {"input_ids": ids, "attention_mask": mask}
-        if takes_types:
-            feeds["token_type_ids"] = np.zeros_like(ids)
-        return session.run(None, feeds)[0]
-
-    return forward, {"onnxruntime": onnxruntime.__version__}, snippet
+    return Forward(session), {"onnxruntime": onnxruntime.__version__}, snippet
 
 
 if __name__ == "__main__":

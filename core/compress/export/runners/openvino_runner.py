@@ -1,12 +1,12 @@
 """Loads model.xml with OpenVINO on the CPU."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measure  # type: ignore[import-not-found]
+import numpy as np
 
 SNIPPET = """\
 import openvino
@@ -16,22 +16,45 @@ model = openvino.Core().compile_model({file!r}, "CPU", settings)
 """
 
 
-def load(request: dict[str, Any]) -> tuple[Callable[[Any, Any], Any], dict[str, str], str]:
+class Forward:
+    """The graph's first output for whole texts."""
+
+    def __init__(self, model: Any) -> None:
+        self.call = model.create_infer_request()
+        self.inputs = {name for port in model.inputs for name in port.names}
+        if "beam_idx" in self.inputs:
+            self.continued = self._continued
+
+    def __call__(self, ids: Any, mask: Any) -> Any:
+        if "beam_idx" in self.inputs:
+            self.call.reset_state()
+        return self._run(ids, mask)
+
+    def _continued(self, ids: Any, mask: Any) -> Any:
+        """The same in two steps, the second knowing the first by the state that the model keeps."""
+        half = ids.shape[1] // 2
+        self.call.reset_state()
+        first = self._run(ids[:, :half], mask[:, :half])
+        return np.concatenate([first, self._run(ids[:, half:], mask)], axis=1)
+
+    def _run(self, ids: Any, mask: Any) -> Any:
+        feeds = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self.inputs:
+            feeds["token_type_ids"] = np.zeros_like(ids)
+        if "position_ids" in self.inputs:
+            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+            feeds["position_ids"] = positions[:, -ids.shape[1] :]
+        if "beam_idx" in self.inputs:
+            feeds["beam_idx"] = np.arange(len(ids), dtype=np.int32)
+        return np.array(self.call.infer(feeds)[0], np.float32)
+
+
+def load(request: dict[str, Any]) -> tuple[Forward, dict[str, str], str]:
     snippet = SNIPPET.format(threads=request["threads"], file=f"{request['folder']}/model.xml")
     model = measure.execute(snippet)["model"]
-    import numpy as np
     import openvino
 
-    takes_types = any("token_type_ids" in port.names for port in model.inputs)
-    call = model.create_infer_request()
-
-    def forward(ids: Any, mask: Any) -> Any:
-        feeds = {"input_ids": ids, "attention_mask": mask}
-        if takes_types:
-            feeds["token_type_ids"] = np.zeros_like(ids)
-        return np.array(call.infer(feeds)[0], np.float32)
-
-    return forward, {"openvino": openvino.__version__.split("-")[0]}, snippet
+    return Forward(model), {"openvino": openvino.__version__.split("-")[0]}, snippet
 
 
 if __name__ == "__main__":

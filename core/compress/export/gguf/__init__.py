@@ -1,0 +1,5 @@
+"""GGUF, the file that llama.cpp runs: one module each for the layouts of its blocks, the families, the vocabulary and the file."""
+
+from core.compress.export.gguf.file import CONSUMER, FILE_NAME, save
+
+__all__ = ["CONSUMER", "FILE_NAME", "save"]

@@ -1,0 +1,136 @@
+"""The file itself: head, vocabulary, and one tensor after the other, so that no more than one is held."""
+
+import math
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGML_QUANT_SIZES
+from numpy.typing import NDArray
+
+from core.compress.checkpoint import disk_errors, sync_folder
+from core.compress.export.gguf.blocks import codes_type, encode, encode_codes, fitting_type, type_named
+from core.compress.export.gguf.families import Family
+from core.compress.export.gguf.vocabulary import add_vocabulary
+from core.compress.export.weights import PressedWeights
+from core.errors import ErrorCode, NightpressError
+from core.recipes.header import ModelHeader
+
+CONSUMER = Path(__file__).parents[1] / "runners" / "llamacpp_runner.py"
+FILE_NAME = "model.gguf"
+
+Type = gguf.GGMLQuantizationType
+_FEWEST_DIMS = 2  #: vectors stay in float32: they are small, and llama.cpp wants them so
+#: Matrices that rows are looked up in, not multiplied with.
+_LOOKED_UP = frozenset({"position_embd.weight", "token_types.weight"})
+
+
+def save(model_dir: Path, out_dir: Path, header: ModelHeader, *, weights: str, pooling: str) -> None:
+    """Write the folder with its one file.
+
+    weights: the type of matrices, e.g. `q8_0`; those that a pass has rounded keep the codes it chose, in the layout that holds them.
+    pooling: `mean` or `cls`, of an embedder. Raises NightpressError(unsupported_architecture).
+    """
+    family, source = Family(header), PressedWeights(model_dir)
+    names = _names(family, source)
+    with disk_errors():
+        out_dir.mkdir(parents=True)
+        path = out_dir / FILE_NAME
+        writer = gguf.GGUFWriter(path, family.architecture)
+        try:
+            _describe(writer, family, model_dir, header, weights, pooling)
+            extra = family.extra_tensors()
+            for name, values in extra.items():
+                writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+            for name, tensor in names.items():
+                kind = _kind(source, tensor, name, weights)
+                shape = source.shape(tensor)
+                size = math.prod(shape) * GGML_QUANT_SIZES[kind][1] // GGML_QUANT_SIZES[kind][0]
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for values in extra.values():
+                writer.write_tensor_data(values)
+            for name, tensor in names.items():
+                writer.write_tensor_data(_encoded(family, source, tensor, _kind(source, tensor, name, weights)))
+            writer.flush()
+            for stream in writer.fout or ():
+                os.fsync(stream.fileno())
+        finally:
+            writer.close()
+        sync_folder(out_dir)
+
+
+def _names(family: Family, source: PressedWeights) -> dict[str, str]:
+    """Name in the file → name in the model."""
+    names: dict[str, str] = {}
+    for tensor in source:
+        try:
+            name = family.name(tensor)
+        except KeyError as error:
+            raise NightpressError(
+                ErrorCode.UNSUPPORTED_ARCHITECTURE,
+                f"llama.cpp's {family.architecture} has no part for the model's tensor {tensor}.",
+                hint="Leave gguf out of `exports`.",
+            ) from error
+        if name is not None:
+            names[name] = tensor
+    return names
+
+
+def _describe(
+    writer: gguf.GGUFWriter, family: Family, model_dir: Path, header: ModelHeader, weights: str, pooling: str
+) -> None:
+    writer.add_type(gguf.GGUFType.MODEL)
+    family.describe(writer, pooling=pooling)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    kind = {"f32": "ALL_F32", "q4_k": "MOSTLY_Q4_K_M", "q5_k": "MOSTLY_Q5_K_M"}.get(
+        weights, f"MOSTLY_{weights.upper()}"
+    )
+    writer.add_file_type(gguf.LlamaFileType[kind])
+    add_vocabulary(writer, model_dir, header)
+
+
+def _kind(source: PressedWeights, tensor: str, name: str, weights: str) -> Type:
+    """The type a tensor is stored in."""
+    shape = source.shape(tensor)
+    if (kept := _kept(source, tensor)) is not None:
+        return kept
+    if len(shape) < _FEWEST_DIMS or name in _LOOKED_UP:
+        return Type.F32
+    return fitting_type(type_named(weights), shape[-1])
+
+
+def _kept(source: PressedWeights, tensor: str) -> Type | None:
+    """The layout of the codes that a pass chose, where there are any and they have one."""
+    if tensor not in source.packed:
+        return None
+    grid = source.grid(tensor)
+    assert grid.group_size is not None
+    return codes_type(grid.bits, grid.group_size, symmetric=grid.symmetric)
+
+
+def _encoded(family: Family, source: PressedWeights, tensor: str, kind: Type) -> NDArray[np.generic]:
+    """A tensor as it lies in the file."""
+    order = family.row_order(tensor)
+    if _kept(source, tensor) is not None:
+        codes = source.codes(tensor)
+        return encode_codes(codes if order is None else codes.take_rows(order))
+    values = family.change(tensor, source.floats(tensor))
+    if order is not None:
+        values = values[order]
+    if kind == Type.F32:
+        return values
+    return _half(values, tensor) if kind == Type.F16 else encode(values, kind)
+
+
+def _half(values: NDArray[np.float32], tensor: str) -> NDArray[np.float16]:
+    if float(np.abs(values).max(initial=0)) > np.finfo(np.float16).max:
+        raise NightpressError(
+            ErrorCode.NUMERICAL_FAILURE,
+            f"{tensor} holds numbers that are too large for float16.",
+            hint="Export gguf with the type f32 or q8_0.",
+        )
+    return values.astype(np.float16)

@@ -1,0 +1,138 @@
+"""A tokenizer as llama.cpp wants it: the words, what joins them, the special ones, and the chat template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from core.errors import ErrorCode, NightpressError
+from core.recipes.header import ModelHeader
+
+_TYPE = gguf.TokenType
+#: How a byte-level tokenizer splits text before it joins anything, by what only its pattern has: llama.cpp has each as code of its own.
+_SPLITS = (
+    (r"\p{Lu}\p{Lt}", "gpt-4o"),
+    (r"\p{N}{1,3}", "llama-bpe"),
+    (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|", "qwen2"),
+)
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, model_dir: Path, header: ModelHeader) -> None:
+    """Write the tokenizer into the file's head. Raises NightpressError(unsupported_architecture) for one that llama.cpp doesn't have."""
+    raw = json.loads((model_dir / "tokenizer.json").read_bytes())
+    model, size = raw["model"], int(header.config["vocab_size"])
+    words, kinds = _words(raw, size)
+    if model["type"] == "WordPiece":
+        writer.add_tokenizer_model("bert")
+        words = [_phantom(word, kind) for word, kind in zip(words, kinds, strict=True)]
+    elif model["type"] == "BPE" and model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        ranks = {_joined(one): rank for rank, one in reversed(list(enumerate(model["merges"])))}
+        # Joined first: what was learnt first. Words that nothing joins come last.
+        writer.add_token_scores([-float(ranks.get(word, len(ranks))) for word in words])
+        writer.add_add_space_prefix(_adds_space(raw))
+    elif model["type"] == "BPE":
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_splitting(raw))
+        writer.add_token_merges([" ".join(one) if isinstance(one, list) else one for one in model["merges"]])
+    else:
+        raise _unknown(f"a {model['type']} model")
+    writer.add_token_list(words)
+    writer.add_token_types(kinds)
+    _add_special(writer, model_dir, raw, header)
+
+
+def _words(raw: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Every identifier's word and kind. What has no word is filled up, since the embeddings have a row for it."""
+    model = raw["model"]
+    words = [f"[PAD{at}]" for at in range(size)]
+    kinds = [int(_TYPE.UNUSED)] * size
+    for word, at in model["vocab"].items():
+        words[at], kinds[at] = word, int(_TYPE.NORMAL)
+        if model.get("byte_fallback") and len(word) == 6 and word.startswith("<0x"):
+            kinds[at] = int(_TYPE.BYTE)
+    for one in raw.get("added_tokens") or ():
+        words[one["id"]] = one["content"]
+        kinds[one["id"]] = int(_TYPE.CONTROL if one["special"] else _TYPE.USER_DEFINED)
+    unknown = model.get("unk_token")
+    if unknown in model["vocab"]:
+        kinds[model["vocab"][unknown]] = int(_TYPE.UNKNOWN)
+    return words, kinds
+
+
+def _phantom(word: str, kind: int) -> str:
+    """WordPiece marks what goes on; llama.cpp marks, as others do, what begins."""
+    if kind != _TYPE.NORMAL:
+        return word
+    return word[2:] if word.startswith("##") else "▁" + word
+
+
+def _joined(merge: list[str] | str) -> str:
+    return "".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1)
+
+
+def _adds_space(raw: dict[str, Any]) -> bool:
+    steps = json.dumps([raw.get("normalizer"), raw.get("pre_tokenizer")])
+    return '"Prepend"' in steps or '"prepend_scheme": "always"' in steps or '"prepend_scheme": "first"' in steps
+
+
+def _splitting(raw: dict[str, Any]) -> str:
+    before = raw.get("pre_tokenizer") or {}
+    steps = before.get("pretokenizers") or [before]
+    patterns = [str((one.get("pattern") or {}).get("Regex", "")) for one in steps if one.get("type") == "Split"]
+    for pattern in patterns:
+        found = next((name for mark, name in _SPLITS if mark in pattern), None)
+        if found is None:
+            raise _unknown(f"text split by {pattern[:80]!r}")
+        return found
+    kinds = [one.get("type") for one in steps]
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        return "smollm"
+    if kinds == ["ByteLevel"]:
+        return "gpt-2"
+    raise _unknown(f"text split by {' and '.join(str(one) for one in kinds)}")
+
+
+def _add_special(writer: gguf.GGUFWriter, model_dir: Path, raw: dict[str, Any], header: ModelHeader) -> None:
+    settings = _read(model_dir / "tokenizer_config.json")
+    identifiers = {one["content"]: one["id"] for one in raw.get("added_tokens") or ()} | dict(raw["model"]["vocab"])
+    for key, add in (
+        ("bos_token", writer.add_bos_token_id),
+        ("eos_token", writer.add_eos_token_id),
+        ("unk_token", writer.add_unk_token_id),
+        ("pad_token", writer.add_pad_token_id),
+        ("sep_token", writer.add_sep_token_id),
+        ("mask_token", writer.add_mask_token_id),
+        ("cls_token", None if header.is_decoder else writer.add_bos_token_id),
+    ):
+        word = settings.get(key)
+        word = word.get("content") if isinstance(word, dict) else word
+        identifier = identifiers.get(word)
+        if identifier is None and key in {"bos_token", "eos_token", "pad_token"}:
+            identifier = header.config.get(f"{key}_id")
+        if add is not None and isinstance(identifier, int):
+            add(identifier)
+    around = json.dumps(raw.get("post_processor") or {})
+    begins = settings.get("bos_token")
+    begins = begins.get("content") if isinstance(begins, dict) else begins
+    if header.is_decoder:
+        writer.add_add_bos_token(bool(begins) and json.dumps(begins) in around)
+        writer.add_add_eos_token(bool(settings.get("add_eos_token")))
+    template = model_dir / "chat_template.jinja"
+    text = template.read_text() if template.is_file() else settings.get("chat_template")
+    if isinstance(text, str):
+        writer.add_chat_template(text)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return found
+
+
+def _unknown(what: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.UNSUPPORTED_ARCHITECTURE,
+        f"llama.cpp has no tokenizer like this model's: {what}.",
+        hint="Leave gguf out of `exports`; onnx and openvino carry the tokenizer as it is.",
+    )

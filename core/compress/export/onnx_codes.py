@@ -1,0 +1,107 @@
+"""The codes that a pass chose, in the graph's own products: ONNX Runtime's MatMulNBits multiplies by packed weights as they lie."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.compress.export.weights import Codes, PressedWeights
+
+_DOMAIN = "com.microsoft"
+_LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 16
+#: Activations are rounded to int8 in blocks as they come, which is what makes the product fast on a CPU.
+_ACCURACY_LEVEL = 4
+
+
+def write_codes(model: Any, pressed: PressedWeights) -> int:
+    """Replace, in place, every product with a packed weight; how many. One whose groups no block divides stays a float product."""
+    import onnx
+
+    constants = {one.name for one in model.graph.initializer}
+    packed = {name.removesuffix(".weight"): name for name in pressed.packed}
+    nodes, replaced = [], 0
+    for node in model.graph.node:
+        name = _named(node, packed, constants)
+        size = 0 if name is None else block_size(pressed.grid(name).group_size or 0)
+        if name is None or not size:
+            nodes.append(node)
+            continue
+        arrays = pack_blocks(pressed.codes(name).in_blocks(size))
+        model.graph.initializer.extend(
+            onnx.numpy_helper.from_array(one, f"{name}_{key}") for key, one in arrays.items()
+        )
+        rows, columns = pressed.shape(name)
+        product = node.output[0] if node.op_type == "MatMul" else f"{node.output[0]}_product"
+        nodes.append(
+            onnx.helper.make_node(
+                "MatMulNBits",
+                [node.input[0], *(f"{name}_{key}" for key in arrays)],
+                [product],
+                name=node.name,
+                domain=_DOMAIN,
+                K=columns,
+                N=rows,
+                bits=8 if pressed.grid(name).bits > 4 else 4,
+                block_size=size,
+                accuracy_level=_ACCURACY_LEVEL,
+            )
+        )
+        if node.op_type == "Gemm":
+            nodes.append(onnx.helper.make_node("Add", [product, node.input[2]], [node.output[0]], f"{node.name}_bias"))
+        replaced += 1
+    _rebuild(onnx, model, nodes)
+    return replaced
+
+
+def block_size(group_size: int) -> int:
+    """The most inputs, a power of two, that a scale can stand for without two groups meeting in it. 0: there is none."""
+    size = _LARGEST_BLOCK
+    while size >= _SMALLEST_BLOCK:
+        if group_size % size == 0:
+            return size
+        size //= 2
+    return 0
+
+
+def pack_blocks(weight: Codes) -> dict[str, NDArray[np.generic]]:
+    """codes [out, in] → the operator's `codes` uint8 [out, blocks, bytes a block], `scales` [out, blocks] and, if asymmetric, `zeros`.
+
+    Two codes of 4 bits share a byte, the first in its low half; others are written as 4 or 8. Without zeros, 8 (or 128) is zero.
+    """
+    rows, count = weight.scale.shape
+    wide = weight.bits > 4
+    middle = 128 if wide else 8
+    codes = (weight.codes.astype(np.int16) + middle).astype(np.uint8).reshape(rows, count, -1)
+    packed: dict[str, NDArray[np.generic]] = {
+        "codes": codes if wide else codes[:, :, ::2] | codes[:, :, 1::2] << 4,
+        "scales": weight.scale,
+    }
+    if weight.zero_point is not None:
+        zeros = (weight.zero_point.astype(np.int16) + middle).astype(np.uint8)
+        if not wide:
+            zeros = np.pad(zeros, ((0, 0), (0, count % 2)))
+            zeros = zeros[:, ::2] | zeros[:, 1::2] << 4
+        packed["zeros"] = zeros
+    return packed
+
+
+def _named(node: Any, packed: dict[str, str], constants: set[str]) -> str | None:
+    """The packed weight that a product multiplies by."""
+    if node.op_type not in {"MatMul", "Gemm"} or node.input[1] not in constants:
+        return None
+    return packed.get(node.name) or next(
+        # A headless loader and a checkpoint with a head differ in what stands before the first layer.
+        (full for short, full in packed.items() if short.endswith(f".{node.name}") or node.name.endswith(f".{short}")),
+        None,
+    )
+
+
+def _rebuild(onnx: Any, model: Any, nodes: list[Any]) -> None:
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    kept = [one for one in model.graph.initializer if one.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    if all(one.domain != _DOMAIN for one in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))

@@ -1,0 +1,127 @@
+"""Changes to an OpenVINO graph: the codes that a pass chose as compressed constants, and a cache that the model itself keeps."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.compress.export.weights import Codes, PressedWeights
+
+_FEWEST = 1024  #: weights; smaller constants stay in float32
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+def write_codes(model: Any, pressed: PressedWeights) -> int:
+    """Put packed weights, as integers with their scales, in the place of the floats they stand for; how many.
+
+    The CPU plugin takes (code − zero point) · scale before a product as a compressed weight and multiplies by it packed.
+    """
+    packed = {name.removesuffix(".weight"): name for name in pressed.packed}
+    replaced = 0
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        name = packed.get(node.get_friendly_name()) or _headless(node.get_friendly_name(), packed)
+        port = node.input(1)
+        if name is None or port.get_source_output().get_node().get_type_name() != "Constant":
+            continue
+        turned = bool(node.get_attributes().get("transpose_b"))
+        port.replace_source_output(_compressed(pressed.codes(name), turned=turned).output(0))
+        replaced += 1
+    return replaced
+
+
+def _headless(name: str, packed: dict[str, str]) -> str | None:
+    """A headless loader and a checkpoint with a head differ in what stands before the first layer."""
+    return next(
+        (full for short, full in packed.items() if short.endswith(f".{name}") or name.endswith(f".{short}")), None
+    )
+
+
+def _compressed(weight: Codes, *, turned: bool) -> Any:
+    """Codes [out, in] as a float32 node [out, in] (`turned`: the product transposes it itself) or [in, out]."""
+    from openvino import Type
+    from openvino import opset13 as ops
+
+    rows, columns = weight.codes.shape
+    groups = weight.scale.shape[1]
+    wide = weight.bits > 4
+    top = 128 if wide else 8
+    shape = [rows, groups, columns // groups]
+    unsigned = (weight.codes.astype(np.int16) + top).astype(np.uint8).reshape(shape)
+    zeros = np.full((rows, groups, 1), top, np.uint8)
+    if weight.zero_point is not None:
+        zeros = (weight.zero_point.astype(np.int16) + top).astype(np.uint8)[:, :, None]
+    codes = ops.convert(_constant(unsigned, wide=wide), Type.f32)
+    middle = ops.convert(_constant(zeros, wide=wide), Type.f32)
+    floats = ops.multiply(ops.subtract(codes, middle), ops.constant(weight.scale[:, :, None], dtype=Type.f32))
+    flat = ops.reshape(floats, ops.constant(np.array([rows, columns], np.int64)), special_zero=False)
+    return flat if turned else ops.transpose(flat, ops.constant(np.array([1, 0], np.int64)))
+
+
+def _constant(values: NDArray[np.uint8], *, wide: bool) -> Any:
+    """Unsigned integers of 8 or 4 bits; of two that share a byte the first lies in its low half."""
+    from openvino import Tensor, Type
+    from openvino import opset13 as ops
+
+    if wide:
+        return ops.constant(values, dtype=Type.u8)
+    flat = values.reshape(-1)
+    flat = np.pad(flat, (0, flat.size % 2))
+    return ops.constant(Tensor(flat[::2] | flat[1::2] << 4, list(values.shape), Type.u4), shared_memory=False)
+
+
+def halve(model: Any) -> None:
+    """Store large float constants as float16; the arithmetic is for the plugin to choose.
+
+    `save_model` can do it too, but leaves a model that holds integers as it is.
+    """
+    from openvino import Type
+    from openvino import opset13 as ops
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != Type.f32 or node.data.size < _FEWEST:
+            continue
+        if np.abs(node.data).max() > np.finfo(np.float16).max:
+            continue
+        half = ops.constant(node.data.astype(np.float16), dtype=Type.f16, name=f"{node.get_friendly_name()}_fp16")
+        floats = ops.convert(half, Type.f32)
+        for user in node.output(0).get_target_inputs():
+            user.replace_source_output(floats.output(0))
+
+
+def keep_cache(model: Any) -> None:
+    """Let the model keep its keys and values between calls, and reorder them by `beam_idx`, as OpenVINO's generation libraries expect.
+
+    After `reset_state` the cache is empty, for as many texts as the next call's `input_ids` has.
+    """
+    from openvino import Dimension, PartialShape, Type
+    from openvino import opset13 as ops
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    beams = ops.parameter(PartialShape([Dimension()]), Type.i32, name="beam_idx")
+    beams.output(0).set_names({"beam_idx"})
+    model.add_parameters([beams])
+    pairs = {}
+    for port in model.inputs:
+        name = port.get_any_name()
+        if not name.startswith(_PAST):
+            continue
+        users = port.get_target_inputs()
+        chosen = ops.gather(port, beams, ops.constant(np.int64(0)))
+        for user in users:
+            user.replace_source_output(chosen.output(0))
+        pairs[name] = _PRESENT + name.removeprefix(_PAST)
+    apply_make_stateful_transformation(model, pairs)
+    batch = ops.gather(
+        ops.shape_of(model.input("input_ids"), output_type="i64"), ops.constant([0]), ops.constant(np.int64(0))
+    )
+    for node in model.get_ops():
+        if node.get_type_name() != "ReadValue":
+            continue
+        # [batch, heads, 0, width]
+        known = [one.get_length() if one.is_static else 0 for one in node.get_output_partial_shape(0)]
+        shape = ops.concat([batch, ops.constant(np.array(known[1:], np.int64))], axis=0)
+        empty = ops.broadcast(ops.constant(0.0, dtype=node.get_output_element_type(0)), shape)
+        node.set_arguments([empty.output(0)])
+    model.validate_nodes_and_infer_types()

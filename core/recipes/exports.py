@@ -1,0 +1,112 @@
+"""The exports a recipe may name: the formats, their number types, and which models each can carry. No torch here."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
+
+from core.recipes.header import DECODERS, ENCODERS, MIXTURES, ModelHeader, TensorInfo
+from core.recipes.linears import invalid
+from core.recipes.passes.base import ExportFormat
+
+GRAPH_FORMATS = frozenset({"onnx", "openvino"})
+
+#: The types of weights a format can be asked for; the first is what it uses unasked. Formats that aren't here keep the model's own.
+TYPES: Mapping[str, tuple[str, ...]] = {
+    "onnx": ("fp32", "fp16"),
+    "openvino": ("fp32", "fp16"),
+    "gguf": ("f16", "f32", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"),
+}
+#: Bits a weight of GGUF's types, with their scales.
+GGUF_BITS: Mapping[str, float] = {
+    "f32": 32,
+    "f16": 16,
+    "q8_0": 8.5,
+    "q6_k": 6.5625,
+    "q5_1": 6,
+    "q5_0": 5.5,
+    "q5_k": 5.5,
+    "q4_1": 5,
+    "q4_0": 4.5,
+    "q4_k": 4.5,
+}
+#: model_type values that llama.cpp's graphs for these names compute as transformers does.
+GGUF_DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
+GGUF_ENCODERS = frozenset({"bert"})
+
+
+class Export(BaseModel):
+    """A format, and the type its weights are written in. In a recipe `onnx` is short for `{format: onnx}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: ExportFormat
+    type: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the artifact and its folder are called."""
+        return self.format if self.type is None else f"{self.format}-{self.type}"
+
+    @property
+    def weights(self) -> str | None:
+        """The type of the weights that no pass has rounded; None: as they are."""
+        known = TYPES.get(self.format)
+        return self.type or (known[0] if known else None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, raw: object) -> object:
+        return {"format": raw} if isinstance(raw, str) else raw
+
+    @model_validator(mode="after")
+    def _known_type(self) -> "Export":
+        known = TYPES.get(self.format, ())
+        if self.type is not None and self.type not in known:
+            raise ValueError(
+                f"{self.format} has no type {self.type!r}; there are {', '.join(known)}"
+                if known
+                else f"{self.format} takes no type: it keeps the model's own"
+            )
+        return self
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        return self.format if self.type is None else {"format": self.format, "type": self.type}
+
+    def stored_bytes(self, tensor: TensorInfo) -> int:
+        """Bytes of a tensor that no pass has made smaller."""
+        if self.weights is None:
+            return tensor.size
+        bits = GGUF_BITS.get(self.weights, 32 if self.weights == "fp32" else 16)
+        return round(math.prod(tensor.shape) * (32 if len(tensor.shape) < 2 else bits) / 8)
+
+    def check(self, header: ModelHeader) -> None:
+        """Raise NightpressError(invalid_recipe), naming the exports that can, where the format can't carry this model."""
+        why = _refusal(self, header)
+        if why is not None:
+            others = [one for one in (*TYPES, "safetensors") if _refusal(Export(format=one), header) is None]
+            raise invalid(f"exports: {self.name} can't take this model: {why}.", f"Use {', '.join(others)}.")
+
+
+def _refusal(export: Export, header: ModelHeader) -> str | None:
+    kind, config = header.model_type, header.config
+    if export.format in GRAPH_FORMATS and kind not in (ENCODERS | DECODERS) - MIXTURES:
+        return f"no graph of a {kind} was ever checked"
+    if export.format != "gguf":
+        return None
+    if header.task == "causal-lm":
+        if kind not in GGUF_DECODERS:
+            return f"of decoders it takes {', '.join(sorted(GGUF_DECODERS))}, and this is a {kind}"
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        turning = rope.get("rope_type") or rope.get("type") or "default"
+        if turning not in {"default", "linear", "llama3"}:
+            return f"its rotary positions are scaled by {turning!r}"
+        width, heads = config.get("head_dim"), config.get("num_attention_heads")
+        if kind == "qwen2" and width and heads and width * heads != config.get("hidden_size"):
+            return "llama.cpp's qwen2 has heads that share the hidden size between them"
+        return None
+    if kind in GGUF_ENCODERS and header.task == "embedding":
+        return None
+    return f"llama.cpp runs language models and BERT embedders, and this is a {header.architecture}"
