@@ -80,7 +80,7 @@ def pack_blocks(weight: Codes) -> dict[str, NDArray[np.generic]]:
         zeros = (weight.zero_point.astype(np.int16) + middle).astype(np.uint8)
         if not wide:
             zeros = np.pad(zeros, ((0, 0), (0, count % 2)))
-            zeros = zeros[:, ::2] | zeros[:, 1::2] << 4
+            zeros = (zeros[:, ::2] | zeros[:, 1::2] << 4).astype(np.uint8)
         packed["zeros"] = zeros
     return packed
 

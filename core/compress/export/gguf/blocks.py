@@ -29,7 +29,7 @@ _NARROWER = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 
 def type_named(name: str) -> GGMLQuantizationType:
     """`q4_k` → GGMLQuantizationType.Q4_K"""
-    return Type[name.upper()]
+    return GGMLQuantizationType[name.upper()]
 
 
 def fitting_type(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
