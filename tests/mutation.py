@@ -73,9 +73,8 @@ MUTANTS = (
     Mutant("submit: the quota", SUBMISSION, 'if queued >= values["max_queued"]:', "if False:"),
     Mutant("submit: the key's own body", SUBMISSION, "        if row[0] != idempotency.fingerprint:\n", "        if False:\n"),
     Mutant("checkpoint: one writer a prefix", CHECKPOINTS, ", where=~_held(checkpoints.c.lease_id))", ")"),
-    Mutant("checkpoint: the writer's lease still stands", CHECKPOINTS, "grown.where(_held(lease.lease_id), size <= limit)", "grown.where(size <= limit)"),
-    Mutant("checkpoint: the prefix is the writer's", CHECKPOINTS, "checkpoints.c.digest == digest, checkpoints.c.lease_id == lease.lease_id)", "checkpoints.c.digest == digest)"),
-    Mutant("checkpoint: its bound", CHECKPOINTS, "grown.where(_held(lease.lease_id), size <= limit)", "grown.where(_held(lease.lease_id))"),
+    Mutant("checkpoint: the prefix is the writer's, whose lease stands", CHECKPOINTS, "(checkpoints.c.digest == digest, _held(lease.lease_id))", "(checkpoints.c.digest == digest,)"),
+    Mutant("checkpoint: its bound", CHECKPOINTS, ".where(*mine, size <= limit)", ".where(*mine)"),
     Mutant("checkpoint: kept while its job lives", CHECKPOINTS, "db_now(-older_than_s), ~job_lives)", "db_now(-older_than_s))"),
     Mutant("checkpoint: kept if taken up again", CHECKPOINTS, ".where(checkpoints.c.digest == digest, unused))", ".where(checkpoints.c.digest == digest))"),
 )  # fmt: skip

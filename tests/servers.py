@@ -209,11 +209,14 @@ class S3(_Server):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.port = free_port()
+        #: its parts know each other by these: a server that starts again must find them where they were
+        names = [f"{part}.port" for part in ("master", "volume", "filer", "webdav", "admin")]
+        names += [f"{part}.port.grpc" for part in ("master", "volume", "filer", "s3", "admin")]
+        self._ports = {name: free_port() for name in names}
         self.endpoint = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> Self:
         program = Path(sys.prefix) / "bin" / "weed"
-        ports = {name: free_port() for name in ("master", "volume", "filer", "webdav", "admin")}
         options = [
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
@@ -223,8 +226,7 @@ class S3(_Server):
             "-admin.ui=false",
             "-webdav=false",
         ]
-        options += [f"-{name}.port={port}" for name, port in ports.items()]
-        options += [f"-{name}.port.grpc={free_port()}" for name in ("master", "volume", "filer", "s3", "admin")]
+        options += [f"-{name}={port}" for name, port in self._ports.items()]
         (self.folder / "data").mkdir(exist_ok=True)
         env = {
             **os.environ,
@@ -239,7 +241,8 @@ class S3(_Server):
 
     def _writable(self) -> None:
         client = self.client()
-        client.create_bucket(Bucket="ready")
+        with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket="ready")
         client.put_object(Bucket="ready", Key="probe", Body=b"x")
 
     def client(self):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from pydantic import SecretStr
 from sqlalchemy import insert, select
 
 from core.artifacts.storage import ObjectStore, open_store
@@ -200,6 +201,8 @@ class Service:
     def environment(self) -> dict[str, str]:
         """What a process of this installation finds in its environment."""
         told = self.settings.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir"})
+        secrets = {name for name in told if isinstance(getattr(self.settings, name), SecretStr)}
+        told |= {name: getattr(self.settings, name).get_secret_value() for name in secrets}
         env = {
             f"NIGHTPRESS_{name.upper()}": json.dumps(value) if isinstance(value, list) else str(value)
             for name, value in told.items()

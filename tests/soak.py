@@ -231,6 +231,8 @@ class Soak:
         resumed = sum("resumed" in self._service.kinds(job_id) for job_id in self._jobs)
         self._say(f"{said}; {resumed} went on from an earlier attempt's work")
         self._say(", ".join(f"{count} × {name}" for name, count in self._faults.most_common()))
+        if not ends["succeeded"]:
+            self.violations.append("nothing succeeded: chaos on an installation that does not work shows nothing")
         assert not self.violations, "\n".join(self.violations)
 
 

@@ -73,8 +73,8 @@ class CheckpointIndex:
         with transaction(self._engine) as connection:
             replaced = select(checkpoint_files.c.size).where(here, checkpoint_files.c.path == file.path)
             size = checkpoints.c.size + file.size - (connection.execute(replaced).scalar_one_or_none() or 0)
-            grown = update(checkpoints).where(checkpoints.c.digest == digest, checkpoints.c.lease_id == lease.lease_id)
-            grown = grown.where(_held(lease.lease_id), size <= limit).values(size=size, used_at=db_now())
+            mine = (checkpoints.c.digest == digest, _held(lease.lease_id))
+            grown = update(checkpoints).where(*mine, size <= limit).values(size=size, used_at=db_now())
             if not connection.execute(grown).rowcount:
                 return False
             connection.execute(delete(checkpoint_files).where(here, checkpoint_files.c.path == file.path))

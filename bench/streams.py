@@ -1,0 +1,136 @@
+"""Five hundred people follow twenty jobs through one API process: its memory, and whether anybody misses or sees twice an event.
+
+    python -m bench.streams [--clients 500] [--json]
+
+PostgreSQL, one real API process. A third of the clients are cut off in the middle and come back with Last-Event-ID.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+import migrations
+from core.access.keys import create_key
+from core.jobs.records import Claimed
+from tests.jobs import offer, succeeded
+from tests.servers import Postgres, Valkey, free_port
+from tests.service import Service, eventually
+
+JOBS, EVENTS = 20, 60
+
+
+async def follow(client: httpx.AsyncClient, job_id: str, cut_at: int | None) -> list[int]:
+    """The numbers of the events that one reader got, in the order in which they came."""
+    seen: list[int] = []
+    while True:
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(seen[-1])} if seen else {})
+        async with client.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as response:
+            if response.status_code == 204:
+                return seen
+            response.raise_for_status()
+            kind = ""
+            async for line in response.aiter_lines():
+                if line.startswith("event:"):
+                    kind = line.removeprefix("event:").strip()
+                if line.startswith("id:"):
+                    seen.append(int(line.removeprefix("id:")))
+                if not line and kind == "succeeded":
+                    return seen
+                if cut_at is not None and len(seen) >= cut_at and not line:
+                    cut_at = None
+                    break  # the connection is closed with the block
+
+
+def work(service: Service, claimed: list[Claimed]) -> None:
+    """What the workers would write meanwhile."""
+    time.sleep(2)
+    for step in range(EVENTS):
+        for one in claimed:
+            service.store.record_event(one.lease, "checkpoint", {"step": step})
+    for one in claimed:
+        service.store.finish(one.lease, succeeded(one.lease))
+
+
+async def everybody(url: str, key: str, jobs: list[str], clients: int) -> list[list[int]]:
+    dice = random.Random(0)
+    limits = httpx.Limits(max_connections=None)
+    headers = {"Authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=120, trust_env=False) as client:
+        cuts = [dice.randint(2, EVENTS) if n % 3 == 0 else None for n in range(clients)]
+        return await asyncio.gather(*(follow(client, jobs[n % len(jobs)], cut) for n, cut in enumerate(cuts)))
+
+
+def measure(clients: int) -> dict[str, Any]:
+    with (
+        tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder,
+        Postgres(Path(folder) / "postgres") as postgres,
+        Valkey(Path(folder) / "valkey") as broker,
+    ):
+        url = postgres.create_database()
+        migrations.upgrade(url)
+        port = free_port()
+        service = Service(Path(folder), url, broker_url=broker.url, api_port=port)
+        try:
+            jobs = [service.submit() for _ in range(JOBS)]
+            claimed = [one for one in (service.store.claim(offer(), ttl_s=3600.0) for _ in jobs) if one is not None]
+            key = create_key(service.engine, tenant_id="default", name="bench", scopes=["jobs:read"])[1]
+            process = psutil.Process(service.start("-m", "api").pid)
+            base = f"http://127.0.0.1:{port}"
+            eventually(lambda: _healthy(base), within=60)
+            idle, peak, over = process.memory_info().rss, [0], threading.Event()
+
+            def weigh() -> None:
+                while not over.wait(0.2):
+                    peak[0] = max(peak[0], process.memory_info().rss)
+
+            threads = [threading.Thread(target=weigh), threading.Thread(target=work, args=(service, claimed))]
+            for thread in threads:
+                thread.start()
+            began = time.monotonic()
+            seen = asyncio.run(everybody(base, key, jobs, clients))
+            seconds = time.monotonic() - began
+            over.set()
+            for thread in threads:
+                thread.join()
+            whole = list(range(1, EVENTS + 4))  # queued, started, …, succeeded
+            return {
+                "clients": clients,
+                "events_each": len(whole),
+                "with_a_gap_or_a_double": sum(one != whole for one in seen),
+                "rss_idle_mb": round(idle / 1e6, 1),
+                "rss_peak_mb": round(peak[0] / 1e6, 1),
+                "wall_s": round(seconds, 1),
+            }
+        finally:
+            service.close()
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.streams", description=__doc__)
+    parser.add_argument("--clients", type=int, default=500)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = measure(options.clients)
+    print(json.dumps(found) if options.json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
