@@ -88,7 +88,7 @@ class Api:
         script = ("-P", "tests/api_process.py", dies) if dies else ("-m", "api")
         self.process = self.service.start(*script, NIGHTPRESS_API_PORT=str(self.port))
         with self.client() as client:
-            eventually(lambda: self._answers(client))
+            eventually(lambda: self._answers(client), within=60)
 
     @staticmethod
     def _answers(client: httpx.Client) -> bool:
