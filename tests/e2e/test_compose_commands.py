@@ -95,6 +95,7 @@ def test_a_model_goes_through_the_production_stack(
             "POSTGRES_PASSWORD": "secret",
             "BROKER_PASSWORD": PASSWORD,
             "S3_SECRET_KEY": s3_server.secret_key,
+            "SECRET_KEY": "what webhooks' secrets are derived from",
             "S3_PUBLIC_ENDPOINT_URL": s3_server.endpoint,
         }
         environments = {

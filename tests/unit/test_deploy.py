@@ -38,7 +38,7 @@ def test_no_port_is_open_to_the_world() -> None:
 
 def test_no_secret_stands_in_the_compose_file() -> None:
     text = (ROOT / "docker-compose.yml").read_text()
-    for name in ("POSTGRES_PASSWORD", "BROKER_PASSWORD", "S3_SECRET_KEY"):
+    for name in ("POSTGRES_PASSWORD", "BROKER_PASSWORD", "S3_SECRET_KEY", "SECRET_KEY"):
         assert re.search(rf"\$\{{{name}:\?", text), f"{name} must be required, not defaulted"
 
 
