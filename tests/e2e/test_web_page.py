@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from client import Client
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
 from tests.browser import DESKTOP, Browser, Seen, chromium, overflows, violations
@@ -14,7 +15,7 @@ from tests.face import RECIPE, Face
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"> nightly"
 NARROW = {"width": 360, "height": 740}
-VIEWS = ("/jobs", "/jobs/new", "/models", "/schedules", "/workers", "/compare")
+VIEWS = ("/jobs", "/jobs/new", "/models", "/schedules", "/workers", "/access", "/compare")
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +241,36 @@ def test_a_schedule_is_made_edited_suspended_and_deleted(browser: Browser, face:
         page.click("button:has-text('Delete')")
         page.click("dialog button[value=yes]")
         page.wait_for_selector(".empty:has-text('No schedules yet')")
+
+
+def test_a_models_page_says_what_its_name_points_at_and_can_point_back(browser: Browser, face: Face, model_id: str):
+    with face.client() as one:
+        ids = [one.jobs.submit(model_id, RECIPE, name=f"promoted {at}").id for at in range(2)]
+    for _ in ids:
+        face.succeed(face.claim())
+    with signed_in(browser, face, f"/models/{model_id}") as seen:
+        page = seen.page
+        page.wait_for_selector(f"tbody tr:first-child:has-text('{ids[1]}')")
+        assert violations(page) == []
+        page.click(f"button[aria-label='Point bert-tiny at {ids[0]} again']")
+        page.wait_for_selector(f"tbody tr:first-child:has-text('{ids[0]}')")
+        assert "manual" in page.inner_text("tbody tr:first-child")
+
+
+def test_a_key_is_made_shown_once_and_revoked(browser: Browser, face: Face):
+    with signed_in(browser, face, "/access") as seen:
+        page = seen.page
+        page.get_by_label("Name").fill("robot")
+        page.click("button:has-text('Make it')")
+        made = page.wait_for_selector("dialog pre").inner_text()
+        with Client(face.url, made) as one:
+            assert one.jobs.list() is not None
+        page.click("dialog button:has-text('I have it')")
+        page.wait_for_selector("tr:has-text('robot')")
+        assert made not in page.content()
+        page.click("tr:has-text('robot') button:has-text('Revoke')")
+        page.click("dialog button[value=yes]")
+        page.wait_for_selector("tr:has-text('robot') .badge:has-text('revoked')")
 
 
 def test_artifacts_that_others_beat_are_greyed(browser: Browser, face: Face, finished: list[str]):

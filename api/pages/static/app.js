@@ -7,7 +7,7 @@ import { access } from "./views/access.js";
 import { compare } from "./views/compare.js";
 import { job } from "./views/job.js";
 import { jobs } from "./views/jobs.js";
-import { models } from "./views/models.js";
+import { model, models } from "./views/models.js";
 import { fresh } from "./views/new.js";
 import { schedule, schedules } from "./views/schedules.js";
 import { workers } from "./views/workers.js";
@@ -18,6 +18,7 @@ const VIEWS = [
   [/^\/jobs\/([^/]+)$/, job, "Job"],
   [/^\/compare$/, compare, "Compare"],
   [/^\/models$/, models, "Models"],
+  [/^\/models\/([^/]+)$/, model, "Model"],
   [/^\/schedules$/, schedules, "Schedules"],
   [/^\/schedules\/([^/]+)$/, schedule, "Schedule"],
   [/^\/workers$/, workers, "Workers"],

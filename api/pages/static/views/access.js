@@ -19,7 +19,7 @@ export async function access(main, { signal, go }) {
     fill(place, page.items.length === 0 ? empty("No other keys.") : table("Keys", COLUMNS, page.items.map((one) => draw(one, me, go))), make(me, go));
   } catch (error) {
     if (error.status !== 403) throw error;
-    fill(place, h("p", { class: "quiet" }, "A key with the scope admin sees and makes keys."));
+    fill(place, h("p", { class: "quiet" }, "A key with the scope keys:read sees the others, one with keys:write makes them."));
   }
 }
 
@@ -30,7 +30,7 @@ function draw(key, me, go) {
     badge(state), key.scopes.join(", "), age(key.created_at), key.expires_at ? moment(key.expires_at) : "never", key.last_used_at ? age(key.last_used_at) : "never",
     state !== "active" ? "" : h("div", { class: "row" },
       button("Rotate", async () => {
-        shown(await post(`/v1/keys/${key.id}/rotate`), go);
+        shown(await post(`/v1/keys/${key.id}/rotate`, {}), go);
       }, { tone: "small", label: `Rotate ${key.id}` }),
       button("Revoke", async () => {
         if (!(await confirmed(`Revoke the key ${key.id}? Whoever uses it is shut out at once.`, "Revoke it"))) return;

@@ -4,8 +4,9 @@ import { change, get, post } from "../api.js";
 import { fill, h } from "../dom.js";
 import { age, bytes, count } from "../format.js";
 import { poll } from "../live.js";
-import { badge, button, confirmed, copyable, empty, field, heading, row, table, trouble } from "../parts.js";
+import { badge, button, confirmed, copyable, empty, facts, field, heading, row, table, trouble } from "../parts.js";
 
+const PROMOTIONS = ["Job", "Recipe", "Since", "Cause", ""];
 const COLUMNS = ["Model", "State", "Kind", "Parameters", "Size", "Brought", ""];
 
 export async function models(main, { signal, query, go }) {
@@ -24,7 +25,7 @@ export async function models(main, { signal, query, go }) {
 
 function draw(model, go) {
   return row(COLUMNS, [
-    h("span", {}, model.name, h("small", { class: "quiet" }, ` ${model.id}`)),
+    h("span", {}, h("a", { href: `#/models/${model.id}` }, model.name), h("small", { class: "quiet" }, ` ${model.id}`)),
     h("div", {}, badge(model.state), model.error ? h("small", { class: "quiet" }, model.error.message) : null),
     h("span", {}, model.architecture ?? "–", model.task ? h("small", { class: "quiet" }, ` ${model.task}`) : null),
     count(model.parameters), bytes(model.size), h("time", { datetime: model.created_at }, age(model.created_at)),
@@ -36,6 +37,40 @@ function draw(model, go) {
         go("#/models");
       }, { tone: "small", label: `Delete ${model.name}` })),
   ]);
+}
+
+/** One model, and where its name points: what a deployment that follows it gets. */
+export async function model(main, { signal }, id) {
+  const one = await get(`/v1/models/${encodeURIComponent(id)}`, {}, signal);
+  const path = `/v1/models/${encodeURIComponent(one.name)}`;
+  const pointer = h("div");
+  document.title = `${one.name} · Nightpress`;
+  fill(main,
+    h("p", { class: "crumbs" }, h("a", { href: "#/models" }, "Models"), " / ", h("code", {}, one.id)),
+    heading(one.name, one.state === "ready" ? h("a", { class: "button primary", href: `#/jobs/new?model=${encodeURIComponent(one.id)}` }, "Press it") : null),
+    facts([
+      ["State", badge(one.state)], ["Kind", one.architecture], ["Task", one.task], ["Parameters", count(one.parameters)], ["Size", bytes(one.size)],
+      ["Digest", one.digest ? h("code", {}, one.digest) : null], ["Brought", age(one.created_at)],
+      ["Jobs", h("a", { href: `#/jobs?model=${encodeURIComponent(one.id)}` }, "on this model")],
+    ]),
+    h("section", { "aria-labelledby": "latest" }, h("h2", { id: "latest" }, "Latest accepted"), pointer));
+  await draw();
+
+  async function draw() {
+    const history = await get(`${path}/promotions`, { limit: 50 }, signal);
+    if (history.items.length === 0) {
+      fill(pointer, empty("Nothing yet.", h("p", {}, "The first accepted job on this name becomes its latest.")));
+      return;
+    }
+    fill(pointer, copyable(`nightpress pull ${one.name} --out pressed`),
+      table("Where the name pointed, newest first", PROMOTIONS, history.items.map((promotion, at) => row(PROMOTIONS, [
+        h("a", { href: `#/jobs/${promotion.job_id}` }, promotion.job_id), promotion.recipe,
+        h("time", { datetime: promotion.created_at }, age(promotion.created_at)), promotion.cause,
+        at === 0 ? badge("accepted") : button("Point here again", async () => {
+          await post(`${path}/promotions`, { job_id: promotion.job_id });
+          await draw();
+        }, { tone: "small", label: `Point ${one.name} at ${promotion.job_id} again` })]))));
+  }
 }
 
 /** From a folder on the server, which the operator allowed. Folders of one's own go through the command line, which hashes and resumes. */
