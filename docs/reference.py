@@ -10,7 +10,7 @@ from core.errors import ERROR_KINDS
 from core.handoff.report import Report
 from core.recipes.builtins import builtin_recipes
 from core.recipes.calibration import Calibration
-from core.recipes.models import GATE_METRICS, Latency, Quality, Recipe
+from core.recipes.models import GATE_METRICS, GenerationSpeed, Latency, Quality, Recipe
 from core.recipes.passes import PASS_TYPES
 from core.settings import Settings
 
@@ -113,6 +113,7 @@ def recipes_page() -> str:
     parts.append("## Calibration\n\n" + _doc(Calibration) + "\n\n" + _fields(Calibration))
     parts.append("## Evaluation\n\n### quality\n\n" + _doc(Quality) + "\n\n" + _fields(Quality))
     parts.append("### latency\n\n" + _doc(Latency) + "\n\n" + _fields(Latency))
+    parts.append("### generation-speed\n\n" + _doc(GenerationSpeed) + "\n\n" + _fields(GenerationSpeed))
     parts.append(
         '## Gates\n\nA gate bounds a figure: `perplexity: "<= +3%"` (a signed percentage is a change against the source), `size: "<= 35%"` '
         '(an unsigned one is a share of the source), `throughput: ">= 1.5x"` (a factor), `cosine: ">= 0.99"` (the value itself). '

@@ -138,6 +138,19 @@ def _metrics(subject: Subject) -> list[MetricRow]:
         shape = f"{timing.batch}x{timing.length}"
         rows.append(MetricRow(subject.name, f"latency_{shape}", timing.p50_ms, "ms"))
         rows.append(MetricRow(subject.name, f"throughput_{shape}", timing.throughput, timing.throughput_unit))
+    for writing in subject.generation:
+        shape = f"{writing.batch}x{writing.prompt}"
+        rows.append(MetricRow(subject.name, f"prefill_{shape}", writing.prefill_tokens_per_s, "tokens/s"))
+        rows.append(
+            MetricRow(
+                subject.name,
+                f"decode_{shape}",
+                writing.decode_tokens_per_s,
+                "tokens/s",
+                writing.decode_slowest,
+                writing.decode_fastest,
+            )
+        )
     return rows
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from client.cli import output
-from core.handoff.report import Measurement, Report, Subject, Timing, read_report
+from core.handoff.report import GenerationTiming, Measurement, Report, Subject, Timing, read_report
 
 _ALIKE = 1.05  #: medians nearer than this are called equal, as the report's own notes do
 
@@ -44,6 +44,13 @@ def comparison_rows(report: Report) -> list[list[str]]:
         after = [_timing(one, batch, length) for one in artifacts]
         rows.append([f"latency, {label}", _latency(before, None), *(_latency(one, before) for one in after)])
         rows.append([f"throughput, {label}", *(_throughput(one) for one in (before, *after))])
+    for at, base in enumerate(source.generation):
+        label = f"{base.batch} × prompt of {base.prompt}, {base.tokens} written"
+        found = [one.generation[at] if one.generation else None for one in (source, *artifacts)]
+        rows.append(
+            [f"prefill, {label}", *(f"{one.prefill_tokens_per_s:,.0f} tokens/s" if one else "–" for one in found)]
+        )
+        rows.append([f"decode, {label}", *(_decode(one, base) if one else "–" for one in found)])
     rows.append(["peak memory", *(_memory(one) for one in (source, *artifacts))])
     rows.append(["verified by", "", *(_verified(one) for one in artifacts)])
     return [row for row in rows if any(cell not in ("", "–") for cell in row[1:])]
@@ -100,6 +107,11 @@ def _latency(found: Timing | None, before: Timing | None) -> str:
 
 def _throughput(found: Timing | None) -> str:
     return "–" if found is None else f"{found.throughput:,.1f} {found.throughput_unit}"
+
+
+def _decode(found: GenerationTiming, before: GenerationTiming) -> str:
+    text = f"{found.decode_tokens_per_s:,.1f} tokens/s (p95 {found.token_p95_ms:.1f} ms)"
+    return text if found is before else f"{text} {found.decode_tokens_per_s / before.decode_tokens_per_s:.2f}×"
 
 
 def _memory(subject: Subject) -> str:

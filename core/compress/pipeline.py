@@ -199,6 +199,7 @@ class _Press:
             parameters=header.parameters,
             measurements=quality.measurements(trial, observed, None),
             timings=quality.timings(observed, trial.task),
+            generation=quality.generation_timings(observed, trial.task.threads),
             peak_memory_bytes=observed.peak_memory,
         )
         self._publish(subject)
@@ -309,6 +310,7 @@ class _Press:
                 parameters=parameters,
                 measurements=quality.measurements(trial, reference, observed),
                 timings=quality.timings(observed, trial.task),
+                generation=quality.generation_timings(observed, trial.task.threads),
                 peak_memory_bytes=observed.peak_memory,
                 verification=verification,
             )
@@ -401,6 +403,9 @@ class _Press:
             self.emit(Metric(name=f"{subject.name}.{one.name}", value=one.value))
         for timing in subject.timings:
             self.emit(Metric(name=f"{subject.name}.p50_ms.{timing.batch}x{timing.length}", value=timing.p50_ms))
+        for writing in subject.generation:
+            name = f"{subject.name}.decode_tokens_per_s.{writing.batch}x{writing.prompt}"
+            self.emit(Metric(name=name, value=writing.decode_tokens_per_s))
 
     def _describe_model(self, header: ModelHeader, source: Subject) -> dict[str, object]:
         return {
@@ -453,5 +458,12 @@ def _remarks(artifact: Subject, source: Subject) -> tuple[str, ...]:
             if same and ours.p50_ms > _SLOWER * theirs.p50_ms:
                 remarks.append(
                     f"Slower than the source at batch {ours.batch} × {ours.length} tokens: {ours.p50_ms:.1f} ms against {theirs.p50_ms:.1f} ms."
+                )
+    for wrote in artifact.generation:
+        for before in source.generation:
+            same = (wrote.batch, wrote.prompt, wrote.tokens) == (before.batch, before.prompt, before.tokens)
+            if same and before.decode_tokens_per_s > _SLOWER * wrote.decode_tokens_per_s:
+                remarks.append(
+                    f"Decodes slower than the source at batch {wrote.batch} × prompt of {wrote.prompt} tokens: {wrote.decode_tokens_per_s:.1f} tokens/s against {before.decode_tokens_per_s:.1f}."
                 )
     return tuple(remarks)

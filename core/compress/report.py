@@ -14,11 +14,14 @@ from markupsafe import Markup
 
 from core.compress import charts
 from core.handoff.compare import compare
-from core.handoff.report import REPORT_FILE, LayerEffect, Measurement, PassRecord, Report, Subject
+from core.handoff.report import REPORT_FILE, GenerationTiming, LayerEffect, Measurement, PassRecord, Report, Subject
 
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
 LAYERS_SHOWN = 40
+
+_Row = tuple[str, str, list[tuple[str, str]]]  #: what, the source's figure, [(an artifact's figure, its change)]
+_NONE = ("–", "")
 
 _NAMES = {
     "perplexity": "Perplexity",
@@ -190,10 +193,9 @@ def _headline(report: Report) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _rows(report: Report) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """The comparison: (what, the source's figure, [(an artifact's figure, its change)])."""
+def _rows(report: Report) -> list[_Row]:
     source, artifacts = report.source, report.artifacts
-    rows = [
+    rows: list[_Row] = [
         (
             "Size on disk",
             megabytes(source.size_bytes),
@@ -225,11 +227,57 @@ def _rows(report: Report) -> list[tuple[str, str, list[tuple[str, str]]]]:
                 throughput,
             )
         )
+    rows += _generation_rows(source, artifacts)
     if source.peak_memory_bytes:
         base = source.peak_memory_bytes
         cells = [_of(one.peak_memory_bytes or 0, base, megabytes) for one in artifacts]
         rows.append(("Peak memory of the process", megabytes(base), cells))
     return rows
+
+
+def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[_Row]:
+    rows: list[_Row] = []
+    for at, base in enumerate(source.generation):
+        shape = f"batch {base.batch} × prompt of {base.prompt}, {base.tokens} written"
+        # A consumer that can't decode leaves its cells empty.
+        ours = [one.generation[at] if one.generation else None for one in artifacts]
+        rows.append(
+            (
+                f"Prefill, {shape}",
+                _prefill(base),
+                [
+                    (_prefill(one), f"{one.prefill_tokens_per_s / base.prefill_tokens_per_s:.2f}×") if one else _NONE
+                    for one in ours
+                ],
+            )
+        )
+        rows.append(
+            (
+                f"Decode, {shape}",
+                _decode(base),
+                [
+                    (_decode(one), f"{one.decode_tokens_per_s / base.decode_tokens_per_s:.2f}×") if one else _NONE
+                    for one in ours
+                ],
+            )
+        )
+        if base.peak_memory_bytes:
+            cells = [
+                _of(one.peak_memory_bytes or 0, base.peak_memory_bytes, megabytes) if one else _NONE for one in ours
+            ]
+            rows.append((f"Peak memory, {shape}", megabytes(base.peak_memory_bytes), cells))
+    return rows
+
+
+def _prefill(one: GenerationTiming) -> str:
+    return f"{one.prefill_tokens_per_s:,.0f} tokens/s (first token after {one.prefill_p50_ms:.1f} ms, p95 {one.prefill_p95_ms:.1f})"
+
+
+def _decode(one: GenerationTiming) -> str:
+    return (
+        f"{one.decode_tokens_per_s:,.1f} tokens/s [{one.decode_slowest:,.1f} to {one.decode_fastest:,.1f}] "
+        f"({one.token_p50_ms:.1f} ms a token, p95 {one.token_p95_ms:.1f})"
+    )
 
 
 def _key(one: Measurement) -> tuple[str, str, str]:

@@ -50,6 +50,27 @@ class Timing(_Model):
     throughput_unit: str  #: "sequences/s" or "tokens/s"
 
 
+class GenerationTiming(_Model):
+    """Greedy decoding at one batch and prompt: `repeats` timed runs after warm-up. Tokens/s count those of the whole batch."""
+
+    batch: int
+    prompt: int
+    tokens: int  #: written by each row, the first by the prefill
+    threads: int
+    repeats: int
+    prefill_p50_ms: float  #: from the call to the first token
+    prefill_p95_ms: float
+    prefill_tokens_per_s: float  #: of the prompt, at the median
+    token_p50_ms: float  #: wait for one of the tokens after the first, over all runs
+    token_p95_ms: float
+    decode_tokens_per_s: float  #: of the tokens after the first: the median run
+    decode_slowest: float  #: tokens/s of the slowest run
+    decode_fastest: float
+    peak_memory_bytes: int | None = (
+        None  #: of the consumer's process during these runs; None where the system can't say
+    )
+
+
 class Verification(_Model):
     """What a fresh process saw that loaded the artifact with its real consumer."""
 
@@ -72,6 +93,7 @@ class Subject(_Model):
     parameters: int | None = None
     measurements: tuple[Measurement, ...] = ()
     timings: tuple[Timing, ...] = ()
+    generation: tuple[GenerationTiming, ...] = ()
     peak_memory_bytes: int | None = None
     verification: Verification | None = None
     notes: tuple[str, ...] = ()  #: honest remarks: "slower than the source", "zeros save nothing in this format"

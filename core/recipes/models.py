@@ -75,13 +75,36 @@ class Latency(_Model):
         return (raw,) if isinstance(raw, int) else raw
 
 
+class GenerationSpeed(_Model):
+    """How fast text is written: a prompt is read, then token after token decoded greedily, for each pair of batch and prompt.
+
+    The consumer decodes as the folder's own generation_config.json says, its cache among it. Each run writes exactly `tokens` tokens.
+    """
+
+    metric: Literal["generation-speed"] = "generation-speed"
+    batch: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field((1,), min_length=1, max_length=8)
+    prompt: tuple[Annotated[int, Field(ge=1, le=131_072)], ...] = Field(
+        (128,), min_length=1, max_length=8, description="tokens of the prompt"
+    )
+    tokens: int = Field(64, ge=2, le=4096, description="tokens written, the first of them by reading the prompt")
+    repeats: int = Field(5, ge=3, le=100, description="timed runs after one to warm up")
+
+    @field_validator("batch", "prompt", mode="before")
+    @classmethod
+    def _one_or_many(cls, raw: object) -> object:
+        return (raw,) if isinstance(raw, int) else raw
+
+
 def _which_evaluation(raw: Any) -> str:
     metric = raw.get("metric") if isinstance(raw, dict) else getattr(raw, "metric", None)
-    return "latency" if metric == "latency" else "quality"
+    return metric if metric in {"latency", "generation-speed"} else "quality"
 
 
 Evaluation = Annotated[
-    Annotated[Quality, Tag("quality")] | Annotated[Latency, Tag("latency")], Discriminator(_which_evaluation)
+    Annotated[Quality, Tag("quality")]
+    | Annotated[Latency, Tag("latency")]
+    | Annotated[GenerationSpeed, Tag("generation-speed")],
+    Discriminator(_which_evaluation),
 ]
 
 
@@ -151,6 +174,8 @@ GATE_METRICS = (
     "size",
     "latency",
     "throughput",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
     "memory",
     "perplexity",
     "bits_per_byte",

@@ -10,10 +10,11 @@ from core.recipes.costs import FORWARD_RATE, GPU_RATE, RUNTIME_BYTES, Cost
 from core.recipes.exports import GRAPH_FORMATS, Export
 from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from core.recipes.linears import invalid
-from core.recipes.models import Quality, Recipe
+from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe
 from core.recipes.passes import PassOptions
 
 _IMPORT_S = 6.0  #: start of one consumer process
+_DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
 
 
 class Step(BaseModel):
@@ -77,9 +78,7 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None) -> Plan:
         Step(
             kind="evaluate",
             name=one.metric,
-            detail=f"on {one.data}"
-            if isinstance(one, Quality)
-            else f"batch {list(one.batch)} × {list(one.length)} tokens",
+            detail=_evaluation_detail(one),
         )
         for one in recipe.evaluate
     ]
@@ -90,6 +89,16 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None) -> Plan:
         warnings=tuple(warnings),
         estimate=estimate,
     )
+
+
+def _evaluation_detail(one: Evaluation) -> str:
+    match one:
+        case Quality():
+            return f"on {one.data}"
+        case Latency():
+            return f"batch {list(one.batch)} × {list(one.length)} tokens"
+        case GenerationSpeed():
+            return f"batch {list(one.batch)} × prompt {list(one.prompt)}, {one.tokens} tokens written"
 
 
 def _check_order(recipe: Recipe) -> None:
@@ -175,6 +184,22 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
     for wanted in recipe.evaluate:
         if isinstance(wanted, Quality):
             _check_metric(wanted, header)
+        elif isinstance(wanted, GenerationSpeed):
+            _check_generation(wanted, header)
+
+
+def _check_generation(one: GenerationSpeed, header: ModelHeader) -> None:
+    if header.task not in {"causal-lm", "seq2seq"}:
+        raise invalid(
+            f"evaluate: {one.metric} is for models that write text, and this one is for {header.task}.",
+            "Use `latency`.",
+        )
+    longest = max(one.prompt) + one.tokens
+    if header.positions is not None and longest > header.positions:
+        raise invalid(
+            f"evaluate: {one.metric} would come to {longest} tokens, more than the model's {header.positions} positions.",
+            "Use a shorter `prompt` or fewer `tokens`.",
+        )
 
 
 #: metric → the tasks whose models it is for, and whether prose is enough for it
@@ -271,13 +296,22 @@ def _with_calibration(recipe: Recipe, header: ModelHeader, *, samples: int, leng
 
 def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
     """The source and each artifact, loaded in a process of its own and run on every evaluation."""
-    tokens = sum(
-        one.samples * (one.length + one.new_tokens * (one.metric == "generation"))
-        if isinstance(one, Quality)
-        else sum(b * n for b in one.batch for n in one.length) * (one.repeats + 3)
-        for one in recipe.evaluate
-    )
+    tokens = sum(_tokens(one) for one in recipe.evaluate)
     runs = 1 + len(recipe.exports)
     # They load the source in fp32; a graph export holds the traced model and its serialised copy.
     copies = 3 if any(one.format in GRAPH_FORMATS for one in recipe.exports) else 1
     return Cost(4 * header.parameters * copies, runs * (_IMPORT_S + tokens * header.parameters / FORWARD_RATE))
+
+
+def _tokens(one: Evaluation) -> float:
+    """Tokens of one evaluation, each as long as one of many in a forward pass."""
+    match one:
+        case Quality():
+            return one.samples * (one.length + one.new_tokens * (one.metric == "generation"))
+        case Latency():
+            return sum(b * n for b in one.batch for n in one.length) * (one.repeats + 3)
+        case GenerationSpeed():
+            read = sum(b * n for b in one.batch for n in one.prompt)
+            # A step reads every weight for few tokens: it waits for memory, whatever the batch.
+            steps = len(one.batch) * len(one.prompt) * one.tokens * _DECODE_STEP
+            return (read + steps) * (one.repeats + 1)

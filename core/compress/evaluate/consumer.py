@@ -52,6 +52,16 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Writing:
+    """Greedy decoding to be timed."""
+
+    batch: int
+    prompt: int
+    tokens: int
+    repeats: int
+
+
+@dataclass(frozen=True)
 class Task:
     """What is run with every model of a job, so that all of them see the same."""
 
@@ -62,6 +72,7 @@ class Task:
     pooling: str
     classes: int  #: words of the vocabulary or classes
     threads: int
+    writings: tuple[Writing, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -76,6 +87,7 @@ class Observed:
 
     outputs: Mapping[str, NDArray[Any]] = field(repr=False)
     timings: tuple[dict[str, Any], ...]
+    writings: tuple[dict[str, Any], ...]  #: none where the consumer can't decode
     peak_memory: int
     versions: dict[str, str]
     snippet: str  #: the lines that loaded the folder, as executed
@@ -127,6 +139,7 @@ def run_consumer(
                         for one in task.sets
                     ],
                     "timings": [vars(shape) for shape in task.shapes],
+                    "writings": [vars(one) for one in task.writings],
                 }
             )
         )
@@ -138,6 +151,7 @@ def run_consumer(
     return Observed(
         outputs=kept,
         timings=tuple(raw["timings"]),
+        writings=tuple(raw["writings"]),
         peak_memory=int(raw["peak_memory_bytes"]),
         versions=raw["versions"],
         snippet=raw["snippet"],

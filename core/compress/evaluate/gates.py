@@ -22,6 +22,8 @@ def _decide(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
         )
     if gate.metric in {"latency", "throughput"}:
         return _timing(gate, source, artifact)
+    if gate.metric in {"prefill_tokens_per_s", "decode_tokens_per_s"}:
+        return _generation(gate, source, artifact)
     return _quality(gate, artifact)
 
 
@@ -39,6 +41,23 @@ def _timing(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
         value, base = (ours.p50_ms, theirs.p50_ms) if gate.metric == "latency" else (ours.throughput, theirs.throughput)
         what = f"median at batch {ours.batch} × {ours.length} tokens"
         results.append(_compare(gate, artifact, value, value / base, what))
+    # The worst shape decides.
+    worst = max if gate.operator in {"<=", "<"} else min
+    return worst(results, key=lambda one: one.observed)
+
+
+def _generation(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
+    theirs = {(one.batch, one.prompt, one.tokens): one for one in source.generation}
+    results = []
+    for ours in artifact.generation:
+        base = theirs.get((ours.batch, ours.prompt, ours.tokens))
+        if base is not None:
+            value = float(getattr(ours, gate.metric))
+            what = f"median at batch {ours.batch} × prompt of {ours.prompt}, {ours.tokens} tokens written"
+            results.append(_compare(gate, artifact, value, value / float(getattr(base, gate.metric)), what))
+    if not results:
+        why = "its consumer here can't decode" if theirs else "the recipe's `evaluate` has no `generation-speed`"
+        return _unknown(gate, artifact, why)
     # The worst shape decides.
     worst = max if gate.operator in {"<=", "<"} else min
     return worst(results, key=lambda one: one.observed)

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.compress.evaluate import data, embeddings, fidelity, labels, language
-from core.compress.evaluate.consumer import Observed, Shape, Task, TokenSet
+from core.compress.evaluate.consumer import Observed, Shape, Task, TokenSet, Writing
 from core.compress.evaluate.images import read_images
 from core.compress.evaluate.view import Asked, Scorer, View
 from core.errors import ErrorCode, NightpressError
-from core.handoff.report import Measurement, Timing
+from core.handoff.report import GenerationTiming, Measurement, Timing
 from core.recipes.header import ModelHeader
-from core.recipes.models import Latency, Metric, Quality, Recipe
+from core.recipes.models import GenerationSpeed, Latency, Metric, Quality, Recipe
 
 _CHECK_ROWS = 8  #: texts of differing lengths in the verification
 _SEED = 20  #: of the bootstrap; the recipe's seed is added
@@ -60,6 +60,7 @@ def prepare(
     qualities = [one for one in recipe.evaluate if isinstance(one, Quality)]
     shapes = _shapes(recipe)
     longest_text = [one.length + one.new_tokens * (one.metric == "generation") for one in qualities]
+    writings = _writings(recipe)
     _check_lengths(header, longest_text + [one.length for one in shapes])
     # The check texts also choose the layers that stay in float: they must not come from what the result is measured on.
     prose = data.read_rows("builtin:prose", None, purpose="calibration")
@@ -73,7 +74,7 @@ def prepare(
             raise asked.invalid("it has a single usable example: no interval can be given", "Bring at least two rows.")
         sets.append(scorer.examples)
         evaluations.append(Evaluation(one.data, scorer))
-    longest = max([shape.length for shape in shapes], default=16)
+    longest = max([*(shape.length for shape in shapes), *(one.prompt for one in writings)], default=16)
     timing = data.text_windows(prose, tokenizer, samples=8, length=min(longest, 512), ref="builtin:prose").ids.ravel()
     for one_set in sets:
         data.check_vocabulary(one_set.sequences, header)
@@ -86,6 +87,7 @@ def prepare(
             pooling=pooling_of(model_dir),
             classes=int(header.config.get("vocab_size") or 1),
             threads=threads,
+            writings=writings,
         ),
         evaluations=tuple(evaluations),
         seed=_SEED + recipe.seed,
@@ -99,6 +101,16 @@ def _shapes(recipe: Recipe) -> tuple[Shape, ...]:
         if isinstance(one, Latency)
         for batch in one.batch
         for length in one.length
+    )
+
+
+def _writings(recipe: Recipe) -> tuple[Writing, ...]:
+    return tuple(
+        Writing(batch, prompt, one.tokens, one.repeats)
+        for one in recipe.evaluate
+        if isinstance(one, GenerationSpeed)
+        for batch in one.batch
+        for prompt in one.prompt
     )
 
 
@@ -214,6 +226,36 @@ def timings(observed: Observed, task: Task) -> tuple[Timing, ...]:
                 p95_ms=float(p95),
                 throughput=1000 * per_run / float(p50),
                 throughput_unit="tokens/s" if task.name == "causal-lm" else "sequences/s",
+            )
+        )
+    return tuple(found)
+
+
+def generation_timings(observed: Observed, threads: int) -> tuple[GenerationTiming, ...]:
+    """What the timed runs of decoding come to: medians, 95th percentiles, and the slowest and the fastest run."""
+    found = []
+    for one in observed.writings:
+        waits = np.asarray(one["milliseconds"])  # [repeats, tokens]
+        prefill, decode = waits[:, 0], waits[:, 1:]
+        rates = 1000 * one["batch"] * decode.shape[1] / decode.sum(axis=1)
+        prefill_p50, prefill_p95 = np.percentile(prefill, [50, 95])
+        token_p50, token_p95 = np.percentile(decode, [50, 95])
+        found.append(
+            GenerationTiming(
+                batch=one["batch"],
+                prompt=one["prompt"],
+                tokens=one["tokens"],
+                threads=threads,
+                repeats=len(waits),
+                prefill_p50_ms=float(prefill_p50),
+                prefill_p95_ms=float(prefill_p95),
+                prefill_tokens_per_s=1000 * one["batch"] * one["prompt"] / float(prefill_p50),
+                token_p50_ms=float(token_p50),
+                token_p95_ms=float(token_p95),
+                decode_tokens_per_s=float(np.median(rates)),
+                decode_slowest=float(rates.min()),
+                decode_fastest=float(rates.max()),
+                peak_memory_bytes=one["peak_memory_bytes"],
             )
         )
     return tuple(found)

@@ -5,10 +5,12 @@ takes two int64 arrays [B, S], or of images pixels as float32 [B, C, H, W] and a
 where the model keeps a cache, `forward.continued` does the same in two steps through it. The snippet is the code that loaded the folder: it is
 text that the runner executes, so that what a report shows is what was run. The working directory is the one that holds the folder.
 
-The request is a JSON file: folder, task, pooling, threads, longest (tokens of a text), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null), sets, timings.
+The request is a JSON file: folder, task, pooling, threads, longest (tokens of a text), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null), sets, timings,
+writings.
 Each set has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows` a batch; its arrays in `inputs` are called
 `<name>.ids` and so on. The runner of the source also says how a causal language model goes on with a prompt: `load` then returns a fourth
-thing, `generate(ids, new_tokens)`, from a prompt [S] to its greedy continuation, a list of token ids.
+thing, `generate(ids, new_tokens)`, from a prompt [S] to its greedy continuation, a list of token ids. A runner that can decode returns a
+fifth, `waits(ids, tokens)`, from prompts [B, S] to the milliseconds before each token that it writes, `tokens` of them.
 """
 
 import json
@@ -28,30 +30,39 @@ Array = NDArray[Any]
 Request = dict[str, Any]
 Forward = Callable[[Array, Array], Array]
 Generate = Callable[[Array, int], list[int]]
+Waits = Callable[[Array, int], list[float]]
 
 _SHAPE_SECONDS = 8.0  # a shape is timed no longer, but at least _FEWEST times
 _FEWEST = 5
+_WRITING_SECONDS = 20.0  # and decoding no longer than this, but at least _FEWEST_WRITINGS times
+_FEWEST_WRITINGS = 3
 
 
 def main(load: Callable[[Request], Any]) -> None:
     request = json.loads(Path(sys.argv[1]).read_bytes())
     started = time.perf_counter()
-    forward, versions, snippet, *generate = load(request)
+    forward, versions, snippet, *decoding = load(request)
+    generate, waits = (*decoding, None, None)[:2]
     loaded_s = time.perf_counter() - started
     inputs = np.load(request["inputs"])
     reference = np.load(request["reference"]) if request["reference"] else None
     outputs: dict[str, Array] = {}
-    steps = len(request["sets"]) + len(request["timings"])
+    written = request["writings"] if waits else []
+    steps = len(request["sets"]) + len(request["timings"]) + len(written)
     for at, one in enumerate(request["sets"]):
         _say(at / steps, one["name"])
         if one["kind"] == "generated":
-            outputs |= _continue(forward, generate[0] if generate else None, one, inputs, reference)
+            outputs |= _continue(forward, generate, one, inputs, reference)
         else:
             outputs |= _run_set(forward, one, inputs, reference, request)
     timings = []
     for at, shape in enumerate(request["timings"], len(request["sets"])):
         _say(at / steps, f"timing {shape['batch']} × {shape['length']}")
         timings.append(_time(forward, shape, inputs))
+    writings, memory = [], _Memory()
+    for at, one in enumerate(written, steps - len(written)):
+        _say(at / steps, f"decoding {one['batch']} × {one['prompt']}")
+        writings.append(_time_writing(waits, one, inputs, memory))
     # Atomically: the parent must not take a half-written file for an answer.
     partial = Path(request["outputs"] + ".partial.npz")
     np.savez(partial, **outputs)  # type: ignore[arg-type]  # the stub takes ** for its keyword
@@ -60,8 +71,9 @@ def main(load: Callable[[Request], Any]) -> None:
         "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},
         "snippet": snippet,
         "load_seconds": loaded_s,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": memory.whole(),
         "timings": timings,
+        "writings": writings,
     }
     Path(request["answer"]).write_text(json.dumps(answer))
     sys.stdout.flush()
@@ -197,6 +209,39 @@ def _time(forward: Forward, shape: dict[str, int], inputs: Any) -> dict[str, Any
         forward(ids, mask)
         taken.append(1000 * (time.perf_counter() - start))
     return {"batch": shape["batch"], "length": shape["length"], "milliseconds": taken}
+
+
+def _time_writing(waits: Waits, one: dict[str, int], inputs: Any, memory: "_Memory") -> dict[str, Any]:
+    """Milliseconds before each token, [repeats][tokens], after one run to warm up; and the peak of memory meanwhile."""
+    ids = np.resize(inputs["timing.ids"], (one["batch"], one["prompt"]))
+    memory.start()
+    waits(ids, one["tokens"])
+    runs: list[list[float]] = []
+    deadline = time.perf_counter() + _WRITING_SECONDS
+    while len(runs) < one["repeats"] and (len(runs) < _FEWEST_WRITINGS or time.perf_counter() < deadline):
+        runs.append(waits(ids, one["tokens"]))
+    return {**one, "milliseconds": runs, "peak_memory_bytes": memory.stop()}
+
+
+class _Memory:
+    """The peak of this process's memory: as a whole, and between `start` and `stop` where the kernel lets its mark be set back."""
+
+    def __init__(self) -> None:
+        self._before = 0
+
+    def start(self) -> None:
+        self._before = self.whole()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self._since = True
+        except OSError:
+            self._since = False
+
+    def stop(self) -> int | None:
+        return _peak_memory() if self._since else None
+
+    def whole(self) -> int:
+        return max(self._before, _peak_memory())
 
 
 def _peak_memory() -> int:

@@ -1,6 +1,7 @@
 """Loads a model folder with transformers, in fp32 on the CPU."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,42 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
                 step = torch.tensor([[token]])
         return written
 
-    return forward, {"torch": torch.__version__, "transformers": transformers.__version__}, snippet, generate
+    def waits(ids: Any, tokens: int) -> list[float]:
+        """As the folder's generation settings say, but greedily and to the last token."""
+        prompt, clock = torch.from_numpy(ids), _Clock(len(ids))
+        model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            pad_token_id=0,
+            streamer=clock,
+        )
+        return clock.waits[:tokens]
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return forward, versions, snippet, generate, waits
+
+
+class _Clock:
+    """Told of the tokens as they come, it says how long each was waited for. Drafted tokens that come at once share their wait."""
+
+    def __init__(self, batch: int) -> None:
+        self.waits: list[float] = []
+        self._batch, self._last, self._begun = batch, time.perf_counter(), False
+
+    def put(self, tokens: Any) -> None:
+        if not self._begun:  # the prompt itself, which comes first
+            self._begun = True
+            return
+        now = time.perf_counter()
+        count = tokens.numel() // self._batch
+        self.waits += [1000 * (now - self._last) / count] * count
+        self._last = now
+
+    def end(self) -> None:
+        """Nothing is left to tell."""
 
 
 if __name__ == "__main__":
