@@ -459,6 +459,8 @@ def _remarks(artifact: Subject, source: Subject) -> tuple[str, ...]:
                 remarks.append(
                     f"Slower than the source at batch {ours.batch} × {ours.length} tokens: {ours.p50_ms:.1f} ms against {theirs.p50_ms:.1f} ms."
                 )
+    if source.generation and not artifact.generation:
+        remarks.append("Writing text was timed on the source only: what runs this format here does not decode yet.")
     for wrote in artifact.generation:
         for before in source.generation:
             same = (wrote.batch, wrote.prompt, wrote.tokens) == (before.batch, before.prompt, before.tokens)

@@ -56,7 +56,11 @@ def _generation(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
             what = f"median at batch {ours.batch} × prompt of {ours.prompt}, {ours.tokens} tokens written"
             results.append(_compare(gate, artifact, value, value / float(getattr(base, gate.metric)), what))
     if not results:
-        why = "its consumer here can't decode" if theirs else "the recipe's `evaluate` has no `generation-speed`"
+        why = (
+            "what runs this format here does not decode yet"
+            if theirs
+            else "the recipe's `evaluate` has no `generation-speed`"
+        )
         return _unknown(gate, artifact, why)
     # The worst shape decides.
     worst = max if gate.operator in {"<=", "<"} else min
