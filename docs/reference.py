@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from core.errors import ERROR_KINDS
 from core.handoff.report import Report
-from core.recipes.builtins import builtin_recipes
+from core.recipes.builtins import builtin_recipes, builtin_text
 from core.recipes.calibration import Calibration
 from core.recipes.models import GATE_METRICS, GenerationSpeed, Latency, Quality, Recipe
 from core.recipes.passes import PASS_TYPES
@@ -122,10 +120,7 @@ def recipes_page() -> str:
     )
     parts.append("## Built-in recipes\n")
     for recipe in builtin_recipes().values():
-        body = recipe.model_dump(mode="json", exclude_defaults=True)
-        parts.append(
-            f"### {recipe.name}\n\n{recipe.description}\n\n```yaml\n{yaml.safe_dump(body, sort_keys=False)}```\n"
-        )
+        parts.append(f"### {recipe.name}\n\n{recipe.description}\n\n```yaml\n{builtin_text(recipe.name)}```\n")
     return "\n".join(parts)
 
 

@@ -1,0 +1,160 @@
+"""Every command in README.md and the guide is run, page by page, as a reader would type it, against one embedded service.
+
+A ```console block runs: lines that begin with `$ ` are commands (going on through `\\` and here-documents), what follows them is
+output that must appear, `…` standing for anything. A ```python block is a program. Each must end with status 0. A block that can't
+run here is preceded by `<!-- not run: why -->`. Any other way of writing a command is an error, so that none is forgotten.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.servers import free_port
+from tests.service import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+_BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>.+?) -->\n+)?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
+_HERE_DOCUMENT = re.compile(r"<<-?\s*'?(\w+)'?")
+#: Kinds of block that hold no command.
+_DATA = {"", "yaml", "json", "text", "ini"}
+#: Tracing an encoder twice takes half a minute a page, and tests/integration/test_pipeline_encoder.py does it. The rest of the command stays.
+_QUICKER = ("--recipe int8-encoder", "--recipe sparse-half")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a reader types, and what the page says will come of it."""
+
+    text: str
+    output: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    kind: str
+    body: str
+    why: str | None  #: why it isn't run; None where it is
+
+
+def blocks_of(page: str) -> list[Block]:
+    return [Block(one["kind"], one["body"], one["why"]) for one in _BLOCK.finditer(page)]
+
+
+def commands_of(block: Block) -> list[Command]:
+    """Raises ValueError for a console block that doesn't begin with a command, or a here-document without end."""
+    if block.kind == "python":
+        return [Command(f"python - <<'END_OF_PROGRAM'\n{block.body}END_OF_PROGRAM", ())]
+    commands: list[Command] = []
+    lines = iter(block.body.splitlines())
+    for line in lines:
+        if line.startswith("$ "):
+            text = line[2:]
+            here = _HERE_DOCUMENT.search(text)
+            while text.endswith("\\") or (here and text.splitlines()[-1] != here[1]):
+                following = next(lines, None)
+                if following is None:
+                    raise ValueError(f"{text!r} has no end")
+                text += "\n" + following
+            commands.append(Command(text, ()))
+        elif not commands:
+            raise ValueError(f"{line!r} stands before any command; commands begin with `$ `")
+        elif line.strip():
+            commands[-1] = Command(commands[-1].text, (*commands[-1].output, line))
+    return commands
+
+
+def shows(expected: str, output: str) -> bool:
+    """Whether a line of the output has the fixed parts of the expected line, in their order."""
+    pattern = ".*".join(r"\s+".join(map(re.escape, part.split())) for part in expected.split("…"))
+    return any(re.search(pattern, line) for line in output.splitlines())
+
+
+def runnable(page: Path) -> list[Command]:
+    blocks = [one for one in blocks_of(page.read_text()) if one.why is None]
+    return [command for one in blocks if one.kind in {"console", "python"} for command in commands_of(one)]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_says_what_it_is(page: Path):
+    text = page.read_text()
+    blocks = blocks_of(text)
+    assert text.count("<!-- not run:") == sum(one.why is not None for one in blocks), "a marker stands before its block"
+    assert len(re.findall(r"^```", text, re.M)) == 2 * len(blocks)
+    for block in blocks:
+        if block.why is not None:
+            continue
+        assert block.kind in _DATA | {"console", "python"}, f"```{block.kind}: commands are written as ```console"
+        if block.kind in _DATA:
+            assert not re.search(r"^\$ ", block.body, re.M), "commands are written as ```console"
+        else:
+            assert commands_of(block)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[dict[str, str]]:
+    """A reader's shell: an empty home with a running service in it."""
+    home = tempfile.mkdtemp(prefix="np-")  # a unix socket's path is short: pytest's own folders are too deep
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NIGHTPRESS_")}
+    environment |= {"HOME": home, "NIGHTPRESS_API_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    nightpress = [sys.executable, "-m", "client.cli.main"]
+    up = subprocess.run([*nightpress, "up", "--detach"], env=environment, cwd=home, capture_output=True, text=True)
+    assert up.returncode == 0, up.stderr
+    yield environment
+    subprocess.run([*nightpress, "down"], env=environment, cwd=home, check=True, capture_output=True)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, bert_tiny: Path) -> Path:
+    """What the pages take for granted in the reader's folder: a model, and the virtual environment that `make` made."""
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    shutil.copytree(bert_tiny, tmp_path / "my-model")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=name_of)
+def test_what_a_page_tells_to_type_works(page: Path, service: dict[str, str], checkout: Path):
+    commands = runnable(page)
+    # One shell for a whole page: variables and folders last from one block to the next.
+    script = "".join(
+        f"printf '\\036'\n{command.text}\nstatus=$?; printf '\\037%d' $status; [ $status = 0 ] || exit 0\n"
+        for command in commands
+    )
+    script = script.replace("127.0.0.1:8790", f"127.0.0.1:{service['NIGHTPRESS_API_PORT']}").replace(*_QUICKER)
+    (checkout / "page.sh").write_text(script)
+    done = subprocess.run(
+        ["bash", "page.sh"],
+        stdin=subprocess.DEVNULL,
+        env=service,
+        cwd=checkout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    answers = [one.rpartition("\037") for one in done.stdout.split("\036")[1:]]
+    for command, (output, _, status) in zip(commands, answers, strict=False):
+        assert status == "0", f"$ {command.text}\n{output}"
+        for expected in command.output:
+            assert shows(expected, output), f"$ {command.text}\nthe page shows {expected!r}, but it printed:\n{output}"
+    assert len(answers) == len(commands), done.stdout
+
+
+def test_a_line_of_output_may_leave_something_open():
+    assert shows("ok    API   … at http://…", "ok   API version 1 at http://here\n")
+    assert not shows("verdict: accepted", "verdict: rejected")
