@@ -119,8 +119,10 @@ def recipes_page() -> str:
         f"Figures: {', '.join(f'`{name}`' for name in GATE_METRICS)}.\n"
     )
     parts.append("## Built-in recipes\n")
-    for recipe in builtin_recipes().values():
-        parts.append(f"### {recipe.name}\n\n{recipe.description}\n\n```yaml\n{builtin_text(recipe.name)}```\n")
+    parts += [
+        f"### {recipe.name}\n\n{recipe.description}\n\n```yaml\n{builtin_text(recipe.name)}```\n"
+        for recipe in builtin_recipes().values()
+    ]
     return "\n".join(parts)
 
 

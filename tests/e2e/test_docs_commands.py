@@ -25,8 +25,8 @@ _BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>.+?) -->\n+)?^```(?P<kind>\w*)\n
 _HERE_DOCUMENT = re.compile(r"<<-?\s*'?(\w+)'?")
 #: Kinds of block that hold no command.
 _DATA = {"", "yaml", "json", "text", "ini"}
-#: Tracing an encoder twice takes half a minute a page, and tests/integration/test_pipeline_encoder.py does it. The rest of the command stays.
-_QUICKER = ("--recipe int8-encoder", "--recipe sparse-half")
+#: Tracing an encoder takes half a minute a page, and tests/integration/test_pipeline_encoder.py does it: one quick job serves all pages.
+_QUICKER = ("submit ./my-model --recipe int8-encoder", "submit ./my-model --recipe sparse-half --reuse")
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def service() -> Iterator[dict[str, str]]:
     home = tempfile.mkdtemp(prefix="np-")  # a unix socket's path is short: pytest's own folders are too deep
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NIGHTPRESS_")}
     environment |= {"HOME": home, "NIGHTPRESS_API_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    environment["NIGHTPRESS_DRAIN_S"] = "1"  # the last page leaves a job behind
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     nightpress = [sys.executable, "-m", "client.cli.main"]
     up = subprocess.run([*nightpress, "up", "--detach"], env=environment, cwd=home, capture_output=True, text=True)
@@ -145,7 +146,7 @@ def test_what_a_page_tells_to_type_works(page: Path, service: dict[str, str], ch
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=280,
     )
     answers = [one.rpartition("\037") for one in done.stdout.split("\036")[1:]]
     for command, (output, _, status) in zip(commands, answers, strict=False):
