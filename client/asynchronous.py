@@ -28,6 +28,7 @@ from core.schemas import (
     EventView,
     JobCreate,
     JobView,
+    LatestView,
     LogView,
     ModelCreate,
     ModelView,
@@ -129,6 +130,9 @@ class AsyncModels(_Resource):
 
     async def get(self, model: str) -> ModelView:
         return await self._send(calls.get_model(model))
+
+    async def latest(self, model: str) -> LatestView:
+        return await self._send(calls.latest_of(model))
 
     async def delete(self, model: str) -> None:
         await self._send(calls.delete_model(model))

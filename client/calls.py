@@ -20,6 +20,7 @@ from core.schemas import (
     EventView,
     JobCreate,
     JobView,
+    LatestView,
     LogView,
     ModelCreate,
     ModelView,
@@ -75,6 +76,7 @@ def _text(response: httpx.Response) -> str:
     return response.text
 
 
+_LATEST = _reader(LatestView)
 _MODEL, _MODELS = _reader(ModelView), _reader(Page[ModelView])
 _DATA_SET, _DATA_SETS = _reader(DataSetView), _reader(Page[DataSetView])
 _JOB, _JOBS = _reader(JobView), _reader(Page[JobView])
@@ -107,6 +109,10 @@ def create_model(request: ModelCreate) -> Call[ModelView]:
 
 def get_model(model: str) -> Call[ModelView]:
     return Call("GET", _path("models", model), _MODEL)
+
+
+def latest_of(model: str) -> Call[LatestView]:
+    return Call("GET", _path("models", model, "latest"), _LATEST)
 
 
 def page_models(*, cursor: str | None = None, limit: int = 50) -> Call[Page[ModelView]]:

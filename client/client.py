@@ -29,6 +29,7 @@ from core.schemas import (
     JobCreate,
     JobSpec,
     JobView,
+    LatestView,
     LogView,
     ModelCreate,
     ModelView,
@@ -132,6 +133,10 @@ class Models(_Resource):
 
     def get(self, model: str) -> ModelView:
         return self._send(calls.get_model(model))
+
+    def latest(self, model: str) -> LatestView:
+        """The newest accepted result of a model's name. Raises ApiError(not_found) where none was accepted yet."""
+        return self._send(calls.latest_of(model))
 
     def delete(self, model: str) -> None:
         self._send(calls.delete_model(model))

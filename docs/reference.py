@@ -1,9 +1,16 @@
 """Write the pages that follow from the code: settings, error codes, passes. `python docs/reference.py`; a test keeps them in step."""
 
+import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic.fields import FieldInfo
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from client.cli.main import app
 from core.errors import ERROR_KINDS
 from core.handoff.report import Report
 from core.recipes.builtins import builtin_recipes, builtin_text
@@ -24,15 +31,17 @@ def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
     return "".join("| " + " | ".join(_cell(cell) for cell in line) + " |\n" for line in lines)
 
 
+def _default_of(name: str, field: FieldInfo) -> str:
+    if name == "data_dir":
+        return "`~/.nightpress`"
+    default = field.get_default(call_default_factory=True, validated_data={})
+    return "" if default in (None, "") else f"`{default}`"
+
+
 def settings_page() -> str:
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for name, field in Settings.model_fields.items():
-        default = (
-            "`~/.nightpress`" if name == "data_dir" else f"`{field.default}`" if field.default not in (None, "") else ""
-        )
-        rows.append(
-            (f"`NIGHTPRESS_{name.upper()}`", default if name != "model_roots" else "`[]`", field.description or "")
-        )
+        rows.append((f"`NIGHTPRESS_{name.upper()}`", _default_of(name, field), field.description or ""))
     return (
         "# Settings\n\n"
         + _GENERATED
@@ -126,6 +135,42 @@ def recipes_page() -> str:
     return "\n".join(parts)
 
 
+def commands_page() -> str:
+    parts = [
+        "# Commands\n\n"
+        + _GENERATED
+        + "Every command with its arguments and options. [Command line](cli.md) says what they have in common, exit statuses among it. Each takes `--api URL`, "
+        "`--json` and `--help`; `nightpress --install-completion` completes them in your shell.\n"
+    ]
+    for words, command in _commands(get_command(app), ("nightpress",)):
+        rows: list[tuple[object, ...]] = [
+            (_spelling(one), getattr(one, "help", "") or "")
+            for one in command.params
+            if one.name not in {"_api", "_json", "install_completion", "show_completion"}
+        ]
+        parts.append(f"## {' '.join(words)}\n\n{inspect.cleandoc(command.help or '')}\n")
+        if rows:
+            parts.append(_table(("", ""), rows))
+    return "\n".join(parts)
+
+
+def _commands(command: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command that does something by itself, in the order of `--help`."""
+    if not isinstance(command, TyperGroup):
+        yield words, command
+        return
+    if command.invoke_without_command:
+        yield words, command
+    for name, one in command.commands.items():
+        yield from _commands(one, (*words, name))
+
+
+def _spelling(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.metavar or parameter.name.upper()}`"
+    return ", ".join(f"`{word}`" for word in (*parameter.opts, *parameter.secondary_opts))
+
+
 def report_schema() -> str:
     return json.dumps(Report.model_json_schema(), indent=1) + "\n"
 
@@ -134,6 +179,7 @@ PAGES = {
     "settings.md": settings_page,
     "errors.md": errors_page,
     "recipes.md": recipes_page,
+    "commands.md": commands_page,
     "report.schema.json": report_schema,
 }
 

@@ -25,16 +25,20 @@ def add_to(app: typer.Typer) -> None:
 
 def pull(
     session: Session,
-    job: JobArgument,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to fill; otherwise ./JOB.")] = None,
+    job: Annotated[
+        str, typer.Argument(metavar="JOB|MODEL", help="A job's id, or a model's name: its newest accepted result.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder to fill; otherwise ./JOB or ./MODEL.")
+    ] = None,
     formats: Annotated[
         list[str] | None, typer.Option("--format", "-f", metavar="FORMAT", help="Only this artifact; may be repeated.")
     ] = None,
 ) -> None:
-    """Fetch a job's artifacts and report. Continues what was broken off; checks every SHA-256."""
+    """Fetch the artifacts and report of a job, or of a model's newest accepted one. Continues what was broken off; checks every SHA-256."""
     folder = out or Path(job)
     with session.client() as client:
-        view = client.jobs.get(job)
+        view = _job_or_latest(client, job)
         folders = fetch(client, view, folder, formats or [], quiet=session.json)
     if session.json:
         output.print_json(
@@ -46,6 +50,12 @@ def pull(
         output.say(f"{one}  {output.size_text(size)}")
     if view.verdict == "rejected":
         output.note("Mind: this job's result was rejected by a gate of its recipe; see report.md there.", "yellow")
+
+
+def _job_or_latest(client: Client, reference: str) -> JobView:
+    if not reference.startswith("job_"):
+        reference = client.models.latest(reference).promotion.job_id
+    return client.jobs.get(reference)
 
 
 def fetch(client: Client, job: JobView, folder: Path, formats: list[str], *, quiet: bool) -> list[Path]:

@@ -241,6 +241,17 @@ def test_a_result_is_pulled_and_compared(face: Face, job: JobView, tmp_path: Pat
     assert json.loads(run(face, "report", job.id, "--json").stdout)["verdict"] == "rejected"
 
 
+def test_a_models_name_pulls_its_newest_accepted_result(face: Face, job: JobView, tmp_path: Path):
+    none_yet = run(face, "pull", job.model_name, cwd=tmp_path)
+    assert none_yet.returncode == 5, none_yet.stderr
+    made = face.succeed(face.claim(), verdict="accepted")
+    done = run(face, "pull", job.model_name, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["job"] == job.id
+    folder = tmp_path / job.model_name / "compressed-tensors"
+    assert describe_folder(folder) == describe_folder(made / "compressed-tensors")
+
+
 @pytest.mark.parametrize(
     ("milliseconds", "said"), [(10.0, "2.0× faster"), (19.5, "as fast"), (20.5, "as fast"), (30.0, "1.5× SLOWER")]
 )
