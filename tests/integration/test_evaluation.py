@@ -232,7 +232,7 @@ def test_entities_are_judged_by_each_words_first_piece(tmp_path: Path):
     assert figures["entity_f1"].n == 4
     assert 0 <= figures["entity_f1"].value < 1
     # Told the truth, the same scorer finds every entity.
-    told = Observed({**source.outputs, "quality0.top1": targets[targets >= 0]}, (), 0, {}, "", 0.0, Path())
+    told = Observed({**source.outputs, "quality0.top1": targets[targets >= 0]}, (), (), 0, {}, "", 0.0, Path())
     assert named(quality.measurements(trial, told, None))["entity_f1"].value == 1
 
 
