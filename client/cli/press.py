@@ -115,7 +115,7 @@ def write_job(
     """Lay out a job's folder as a worker's supervisor does."""
     chosen = read_model_folder(model)
     for name in (SOURCE_DIR, DATA_DIR, WORK_DIR, OUT_DIR):
-        (job_dir / name).mkdir()
+        (job_dir / name).mkdir(exist_ok=True)
     files: list[FileEntry] = []
     for name, path in chosen.files.items():
         _place(path, job_dir / SOURCE_DIR / name)

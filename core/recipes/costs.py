@@ -7,16 +7,23 @@ from typing import NamedTuple
 from core.recipes.calibration import Calibration
 from core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
 
-RUNTIME_BYTES = (
-    600 * 1024**2
-)  #: a child with torch and one consumer imported, measured: resident memory before any model
+_MIB = 1024**2
+#: Anonymous memory, as the supervisor weighs it, measured by `bench.estimates`: of a job's child with torch and its tokenizer loaded …
+RUNTIME_BYTES = 205 * _MIB
+MODELLING_BYTES = (
+    110 * _MIB
+)  #: … what a pass that runs the model leaves in it: transformers' classes and heaps that don't shrink …
+TRACING_BYTES = 385 * _MIB  #: … and what tracing and writing graphs leave.
+CONSUMER_BYTES = 265 * _MIB  #: a process with torch and transformers, beside the model it loads
+GRAPH_CONSUMER_BYTES = 40 * _MIB  #: one with a graph runtime
+LOGIT_BYTES = 256 * _MIB  #: logits over the vocabulary that a consumer holds at once
 FORWARD_RATE = 25e9  #: multiply-adds/s of fp32 on two cores
 GPU_RATE = 250e12  #: multiply-adds/s of bf16 that a calibration comes to on an H100, its kernels' waiting included
 _GRAM_EFFORT = 1.25  #: of strips up to the diagonal, for the half that is asked for
 _SOLVE_EFFORT = 3.0  #: settling columns moves memory as much as it multiplies
 _BATCH_WIDTHS = 6  #: of intermediate results that one batch holds
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
-_STREAM_BYTES = 300 * 1024**2  #: row chunks and write buffers of the stream executor
+_STREAM_BYTES = 80 * 1024**2  #: row chunks and write buffers of the stream executor
 _STREAM_RATE = 0.4e9  #: bytes/s read, rounded and written with fsync on two cores
 BATCH_TOKENS = {
     "cuda": 16384,
@@ -27,7 +34,7 @@ IN_TURN_BYTES = {"cuda": 4 * 1024**3, "cpu": 1024**3}
 
 
 class Cost(NamedTuple):
-    memory_bytes: int  #: of the host, beside RUNTIME_BYTES
+    memory_bytes: int  #: anonymous, of the host, beside RUNTIME_BYTES
     seconds: float  #: of reading, writing and what a faster device doesn't speed up; without `work`, of all
     work: float = 0.0  #: multiply-adds, done at the device's rate
     gpu_bytes: int = 0  #: of the GPU's memory, if the job runs on one

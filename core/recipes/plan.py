@@ -6,7 +6,17 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from core.errors import ErrorCode, NightpressError
-from core.recipes.costs import FORWARD_RATE, GPU_RATE, RUNTIME_BYTES, Cost
+from core.recipes.costs import (
+    CONSUMER_BYTES,
+    FORWARD_RATE,
+    GPU_RATE,
+    GRAPH_CONSUMER_BYTES,
+    LOGIT_BYTES,
+    MODELLING_BYTES,
+    RUNTIME_BYTES,
+    TRACING_BYTES,
+    Cost,
+)
 from core.recipes.exports import GRAPH_FORMATS, Export
 from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from core.recipes.linears import invalid
@@ -15,6 +25,8 @@ from core.recipes.passes import PassOptions
 
 _IMPORT_S = 6.0  #: start of one consumer process
 _DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
+_LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared
+_MOST_ROWS = 16  #: of a batch
 
 
 class Step(BaseModel):
@@ -254,7 +266,7 @@ def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
 def _estimate(recipe: Recipe, header: ModelHeader) -> Estimate:
     outputs = {export.name: _output_bytes(recipe, header, export) for export in recipe.exports}
     costs = _costs(recipe, header)
-    memory = _memory(costs)
+    memory = _memory(recipe, costs)
     on_gpu = recipe.device == "gpu"
     rate = GPU_RATE if on_gpu else FORWARD_RATE
     return Estimate(
@@ -273,8 +285,13 @@ def _costs(recipe: Recipe, header: ModelHeader) -> list[Cost]:
     return [*found, _measuring_cost(recipe, header)]
 
 
-def _memory(costs: list[Cost]) -> int:
-    return RUNTIME_BYTES + max(one.memory_bytes for one in costs)
+def _memory(recipe: Recipe, costs: list[Cost]) -> int:
+    return RUNTIME_BYTES + _kept(recipe) + max(one.memory_bytes for one in costs)
+
+
+def _kept(recipe: Recipe) -> int:
+    """What the passes leave in the child once it has run a model: it is there while the artifacts are measured, too."""
+    return MODELLING_BYTES if {one.scope for one in recipe.passes} & {"blocks", "train"} else 0
 
 
 def _leaner(recipe: Recipe, header: ModelHeader) -> Iterable[Leaner]:
@@ -290,7 +307,8 @@ def _leaner(recipe: Recipe, header: ModelHeader) -> Iterable[Leaner]:
 
 def _with_calibration(recipe: Recipe, header: ModelHeader, *, samples: int, length: int) -> Leaner:
     calibration = recipe.calibration.model_copy(update={"samples": samples, "length": length})
-    memory = _memory(_costs(recipe.model_copy(update={"calibration": calibration}), header))
+    leaner = recipe.model_copy(update={"calibration": calibration})
+    memory = _memory(leaner, _costs(leaner, header))
     return Leaner(change=f"`calibration: {{samples: {samples}, length: {length}}}`", memory_bytes=memory)
 
 
@@ -298,9 +316,30 @@ def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
     """The source and each artifact, loaded in a process of its own and run on every evaluation."""
     tokens = sum(_tokens(one) for one in recipe.evaluate)
     runs = 1 + len(recipe.exports)
-    # They load the source in fp32; a graph export holds the traced model and its serialised copy.
-    copies = 3 if any(one.format in GRAPH_FORMATS for one in recipe.exports) else 1
-    return Cost(4 * header.parameters * copies, runs * (_IMPORT_S + tokens * header.parameters / FORWARD_RATE))
+    seconds = runs * (_IMPORT_S + tokens * header.parameters / FORWARD_RATE)
+    return Cost(max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports)), seconds)
+
+
+def _measuring_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
+    """What a consumer holds of an artifact or the source (None), with what the child holds of it. Weights in fp32 are mapped from their file."""
+    whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
+    if (
+        export is not None and export.format in GRAPH_FORMATS
+    ):  # traced, the model and its serialised copy are there; later the runtime's
+        return TRACING_BYTES + max(2 * whole, GRAPH_CONSUMER_BYTES + whole + logits)
+    if export is not None and any(one.quantizes for one in recipe.passes):  # the codes, and what they become
+        return CONSUMER_BYTES + _output_bytes(recipe, header, export) + whole + logits
+    mapped = all(tensor.dtype == "F32" for tensor in header.tensors) and (export is None or export.weights is None)
+    return CONSUMER_BYTES + whole * (not mapped) + logits
+
+
+def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
+    """Of the largest batch of an evaluation, over the vocabulary."""
+    if header.task not in {"causal-lm", "masked-lm"}:
+        return 0
+    row = 4 * int(header.config.get("vocab_size") or 0)
+    lengths = [(min(one.samples, _MOST_ROWS), one.length) for one in recipe.evaluate if isinstance(one, Quality)]
+    return int(_LOGIT_COPIES * max((min(LOGIT_BYTES, rows * length * row) for rows, length in lengths), default=0))
 
 
 def _tokens(one: Evaluation) -> float:

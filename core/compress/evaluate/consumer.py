@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from core.compress.checkpoint import disk_errors
 from core.compress.evaluate.data import Sequences
 from core.errors import ErrorCode, NightpressError
+from core.recipes.costs import LOGIT_BYTES
 
 _STDERR_SHOWN = 2000
-_LOGIT_BYTES = 256 * 1024**2  #: logits over the vocabulary that a runner holds at once
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TokenSet:
         """Rows a batch. classes: the width of one position's output."""
         length = int(self.sequences.ids.shape[1]) + self.new_tokens
         per_row = 4 * length * classes if self.kind in {"tokens", "last", "generated"} else 4 * length * 8192
-        return max(1, min(16, _LOGIT_BYTES // max(per_row, 1)))
+        return max(1, min(16, LOGIT_BYTES // max(per_row, 1)))
 
 
 @dataclass(frozen=True)
