@@ -8,7 +8,19 @@ from pathlib import Path
 
 OUT = Path(__file__).parent / "out"
 #: in this order: the quiet ones that time milliseconds first
-BENCHES = ("startup", "submit", "queue", "streams", "recovery", "storage", "stream", "encoder", "shrink", "overhead")
+BENCHES = (
+    "startup",
+    "submit",
+    "queue",
+    "streams",
+    "recovery",
+    "storage",
+    "stream",
+    "encoder",
+    "static_int8",
+    "shrink",
+    "overhead",
+)
 
 
 def main() -> int:

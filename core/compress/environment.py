@@ -16,7 +16,7 @@ def describe(spec: JobSpec, versions: dict[str, str]) -> dict[str, Any]:
         "versions": dict(sorted(versions.items())),
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "cpu_features": _features(),
+        "cpu_features": cpu_features(),
         "cores": os.cpu_count(),
         "threads": spec.threads,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -48,7 +48,7 @@ def _cpu() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def _features() -> list[str]:
+def cpu_features() -> list[str]:
     """The instruction sets on which int8 speed depends."""
     telling = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
     have = set((_cpuinfo("flags") or _cpuinfo("Features")).split())

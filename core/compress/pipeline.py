@@ -27,6 +27,7 @@ from core.compress.export.early_exit import trace_exits
 from core.compress.export.verify import verify
 from core.compress.lineage import read_lineage
 from core.compress.passes import MODEL_PASSES, PassContext
+from core.compress.passes.static_int8 import static_int8
 from core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
 from core.handoff.frames import Checkpoint, Frame, Log, Metric, Phase, Progress
 from core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
@@ -37,7 +38,7 @@ from core.recipes.exports import Export
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import Quality
-from core.recipes.passes import DynamicInt8, EarlyExit, Profiling
+from core.recipes.passes import DynamicInt8, EarlyExit, Profiling, StaticInt8
 from core.recipes.plan import make_plan, stored
 from core.recipes.profile import Profile, profile_of
 
@@ -255,6 +256,11 @@ class _Press:
                     exits = any(isinstance(one, EarlyExit) for one in self.recipe.passes[-1:])
                     trace = trace_exits if exits else graph.trace
                     self.traced = trace(model_dir, header, trial.task.sets[0].sequences, context)
+                    for index, options in enumerate(self.recipe.passes):
+                        if isinstance(options, StaticInt8):
+                            context = self._context(header, self.clock.span(start, end), index=index)
+                            self.traced, record = static_int8(model_dir, self.traced, options, context)
+                            self._record(record)
                 exporter = _GRAPHS[export.format]
                 for record in exporter.save(model_dir, folder, self.traced, graph_passes, weights=export.weights):
                     self._record(record)

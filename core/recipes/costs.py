@@ -29,6 +29,10 @@ BATCH_TOKENS = {
     "cuda": 16384,
     "cpu": 2048,
 }  #: of the blocks executor: enough to fill the device; more only costs memory
+GRAPH_TOKENS = 1024  #: of calibration text that run through a graph at a time
+TRIAL_TOKENS = (
+    2048  #: of text held apart, on which a trial of a quantized graph is judged; a single layer, on a quarter
+)
 #: The blocks executor settles a block in one forward pass where its texts, waiting in the middle of it, take no more than this.
 IN_TURN_BYTES = {"cuda": 4 * 1024**3, "cpu": 1024**3}
 
@@ -79,6 +83,20 @@ def blocks_cost(header: ModelHeader, calibration: Calibration, *, gram: bool = T
         + 2 * _BATCH_WIDTHS * gpu_tokens * shape.widest
     )
     return Cost(memory, header.size / _STREAM_RATE, work, gpu)
+
+
+def graph_cost(header: ModelHeader, calibration: Calibration, *, ranked: bool) -> Cost:
+    """Ranges of a graph's layers, in two forward passes; ranked: then a trial of each layer by itself, and of a few sets of them."""
+    shape = _shape(header)
+    length = min(calibration.length, header.positions or calibration.length)
+    linears = sum(
+        len(tensor.shape) == 2 and re.search(r"\.\d+\.", tensor.name) is not None for tensor in header.tensors
+    )
+    trials = TRIAL_TOKENS * (linears / 4 + 8) * ranked
+    work = (2 * calibration.samples * length + trials) * shape.linear_weights
+    # The graph, what a session holds of it and a trial's copy; the inputs of all layers, for one batch.
+    memory = 3 * 4 * header.parameters + 4 * max(GRAPH_TOKENS, length) * linears * shape.widest
+    return Cost(memory, linears * ranked * header.size / _STREAM_RATE / 2, work)
 
 
 class _Shape(NamedTuple):

@@ -10,7 +10,7 @@ from core.errors import ErrorCode, NightpressError
 from core.handoff.report import Verification
 from core.recipes.exports import GRAPH_FORMATS, Export
 from core.recipes.models import Recipe
-from core.recipes.passes import DynamicInt8, Gptq, Pass, Qat, Quantizing
+from core.recipes.passes import Gptq, Pass, Qat, Quantizing
 
 #: An fp32 graph computes what the model computes; only the order of sums differs.
 EXACT = 0.9999
@@ -66,7 +66,7 @@ def verify(
 
 def _graph_bound(recipe: Recipe, export: Export) -> float:
     # The codes that a pass chose are in the model it is compared with; the runtime rounds activations beside them.
-    if any(isinstance(one, DynamicInt8) or one.quantizes for one in recipe.passes):
+    if any(one.scope == "graph" or one.quantizes for one in recipe.passes):
         return ROUNDED[8]
     return HALVED if export.weights == "fp16" else EXACT
 

@@ -14,6 +14,7 @@ from core.errors import ErrorCode, NightpressError
 from core.handoff.report import LayerEffect
 from core.recipes.linears import matches
 from core.recipes.passes import DynamicInt8
+from core.recipes.passes.base import Patterns
 
 Weights = NDArray[np.float32]
 _FEWEST = 1024  #: weights; smaller constants are biases, masks and shapes
@@ -47,7 +48,7 @@ def quantize_onnx(
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(graph)
-    _fold_transposes(onnx, model)
+    fold_transposes(onnx, model)
     constants = {one.name: one for one in model.graph.initializer}
     effects: list[LayerEffect] = []
     ignored: list[str] = []
@@ -58,11 +59,11 @@ def quantize_onnx(
         if node.name in sensitive or matches(node.name, options.ignore) or matches(node.input[1], options.ignore):
             ignored.append(node.name)
             continue
-        weight = _array(onnx, constants[node.input[1]])
+        weight = array_of(onnx, constants[node.input[1]])
         if weight.ndim == 2:
-            effects.append(_effect(node.name, weight, _rounded(weight, 0 if options.per_channel else None)))
-    effects += _quantize_embeddings(onnx, model, constants, options)
-    _something(effects)
+            effects.append(effect_of(node.name, weight, _rounded(weight, 0 if options.per_channel else None)))
+    effects += quantize_embeddings(onnx, model, constants, options.ignore)
+    something(effects, options.pass_)
     with disk_errors(), _without_advice():
         quantize_dynamic(
             model,
@@ -76,7 +77,7 @@ def quantize_onnx(
     return tuple(effects)
 
 
-def _fold_transposes(onnx: Any, model: Any) -> None:
+def fold_transposes(onnx: Any, model: Any) -> None:
     """A weight tied to an embedding table reaches its product through a Transpose, behind which the quantizer finds no constant."""
     constants = {one.name: one for one in model.graph.initializer}
     kept = []
@@ -85,13 +86,13 @@ def _fold_transposes(onnx: Any, model: Any) -> None:
         if table is None or len(table.dims) != 2:
             kept.append(node)
             continue
-        turned = onnx.numpy_helper.from_array(np.ascontiguousarray(_array(onnx, table).T), node.output[0])
+        turned = onnx.numpy_helper.from_array(np.ascontiguousarray(array_of(onnx, table).T), node.output[0])
         model.graph.initializer.append(turned)
     del model.graph.node[:]
     model.graph.node.extend(kept)
 
 
-def _quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], options: DynamicInt8) -> list[LayerEffect]:
+def quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], ignore: Patterns) -> list[LayerEffect]:
     """Gather(table) → Gather(int8 table) · Gather(scales): the runtime's quantizer gives a whole table one scale, which costs fidelity."""
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     effects, nodes, done = [], [], set()
@@ -100,8 +101,8 @@ def _quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], optio
         if table is None or table.data_type != onnx.TensorProto.FLOAT or len(table.dims) != 2:
             nodes.append(node)
             continue
-        weight = _array(onnx, table)
-        if weight.size < _FEWEST or matches(node.name, options.ignore) or matches(table.name, options.ignore):
+        weight = array_of(onnx, table)
+        if weight.size < _FEWEST or matches(node.name, ignore) or matches(table.name, ignore):
             nodes.append(node)
             continue
         codes, scales = quantize_rows(weight)
@@ -109,7 +110,7 @@ def _quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], optio
             done.add(table.name)
             model.graph.initializer.append(numpy_helper.from_array(codes, f"{table.name}_int8"))
             model.graph.initializer.append(numpy_helper.from_array(scales, f"{table.name}_scale"))
-            effects.append(_effect(node.name, weight, codes * scales))
+            effects.append(effect_of(node.name, weight, codes * scales))
         out = node.output[0]
         nodes += [
             helper.make_node("Gather", [f"{table.name}_int8", node.input[1]], [f"{out}_int8"], name=node.name, axis=0),
@@ -155,42 +156,42 @@ def quantize_openvino(model: Any, options: DynamicInt8) -> tuple[LayerEffect, ..
         # One scale an output channel: a row of an embedding table or of a transposed weight, else a column.
         by_row = kind == "Gather" or bool(node.get_attributes().get("transpose_b"))
         axis = None if not options.per_channel else (1 if by_row else 0)
-        codes, scales = _codes(weight, axis)
+        codes, scales = codes_of(weight, axis)
         packed = ops.constant(codes, dtype=Type.i8, name=f"{constant.get_friendly_name()}_int8")
         floats = ops.multiply(ops.convert(packed, Type.f32), ops.constant(scales, dtype=Type.f32))
         port.replace_source_output(floats.output(0))
-        effects.append(_effect(name, weight, codes * scales))
-    _something(effects)
+        effects.append(effect_of(name, weight, codes * scales))
+    something(effects, options.pass_)
     return tuple(effects)
 
 
 def quantize_rows(weight: Weights) -> tuple[NDArray[np.int8], Weights]:
     """weight [R, C] → codes int8 [R, C] in −127…127 and scales [R, 1]."""
-    return _codes(weight, 1)
+    return codes_of(weight, 1)
 
 
-def _codes(weight: Weights, axis: int | None) -> tuple[NDArray[np.int8], Weights]:
-    """Round to a symmetric grid with one scale along `axis`, or one in all."""
-    top = np.abs(weight).max(axis=axis, keepdims=True)
-    if not np.isfinite(top).all():
+def codes_of(weight: Weights, axis: int | None, top: int = 127) -> tuple[NDArray[np.int8], Weights]:
+    """Round to a symmetric grid of −top … top with one scale along `axis`, or one in all."""
+    largest = np.abs(weight).max(axis=axis, keepdims=True)
+    if not np.isfinite(largest).all():
         raise NightpressError(
             ErrorCode.NUMERICAL_FAILURE, "A weight of the graph is not finite.", hint="Check the model's weights."
         )
-    scales = np.where(top > 0, top / 127, 1).astype(np.float32)
-    return np.clip(np.rint(weight / scales), -127, 127).astype(np.int8), scales
+    scales = np.where(largest > 0, largest / top, 1).astype(np.float32)
+    return np.clip(np.rint(weight / scales), -top, top).astype(np.int8), scales
 
 
 def _rounded(weight: Weights, axis: int | None) -> Weights:
-    codes, scales = _codes(weight, axis)
+    codes, scales = codes_of(weight, axis)
     return codes * scales
 
 
-def _array(onnx: Any, tensor: Any) -> Weights:
-    array: Weights = onnx.numpy_helper.to_array(tensor)
-    return array
+def array_of(onnx: Any, tensor: Any) -> Weights:
+    values: Weights = onnx.numpy_helper.to_array(tensor)
+    return values
 
 
-def _effect(name: str, before: Weights, after: Weights) -> LayerEffect:
+def effect_of(name: str, before: Weights, after: Weights) -> LayerEffect:
     norm = float(np.linalg.norm(before))
     error = float(np.linalg.norm(before - after)) / norm if norm else 0.0
     return LayerEffect(name=name, bytes_before=before.nbytes, bytes_after=before.size, relative_error=error)
@@ -210,10 +211,10 @@ def _without_advice() -> Iterator[None]:
         logging.getLogger().removeFilter(drop)
 
 
-def _something(effects: Iterable[LayerEffect]) -> None:
+def something(effects: Iterable[LayerEffect], name: str) -> None:
     if not list(effects):
         raise NightpressError(
             ErrorCode.INVALID_RECIPE,
-            "`dynamic-int8` would change nothing: `ignore` leaves no matrix of this graph.",
+            f"`{name}` would change nothing: `ignore` leaves no matrix of this graph.",
             hint="Narrow `ignore`.",
         )

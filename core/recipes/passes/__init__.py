@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from core.recipes.passes.activations import DynamicInt8, Fp8, KvCache, SmoothQuant
+from core.recipes.passes.activations import DynamicInt8, Fp8, KvCache, SmoothQuant, StaticInt8
 from core.recipes.passes.adapt import EarlyExit
 from core.recipes.passes.aware import Qat
 from core.recipes.passes.base import ExportFormat, PassOptions
@@ -37,6 +37,7 @@ __all__ = [
     "Recover",
     "SmoothQuant",
     "SparseGpt",
+    "StaticInt8",
     "Wanda",
     "WeightOnly",
 ]
@@ -59,7 +60,8 @@ Pass = Annotated[
     | Recover
     | EarlyExit
     | Qat
-    | DynamicInt8,
+    | DynamicInt8
+    | StaticInt8,
     Field(discriminator="pass_"),
 ]
 PASS_TYPES: tuple[type[PassOptions], ...] = (
@@ -81,4 +83,5 @@ PASS_TYPES: tuple[type[PassOptions], ...] = (
     EarlyExit,
     Qat,
     DynamicInt8,
+    StaticInt8,
 )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost, blocks_cost, stream_cost
+from core.recipes.costs import Cost, blocks_cost, graph_cost, stream_cost
 from core.recipes.header import ModelHeader, TensorInfo
 from core.recipes.linears import Divisor, invalid
 from core.recipes.passes.base import FOLDABLE, Calibrated, ExportFormat, Need, PassOptions, Patterns, Scope
@@ -95,6 +95,8 @@ class Fp8(Quantizing):
         return blocks_cost(header, calibration) if self.wants == "calibration" else stream_cost(header)
 
 
+_GRAPH_BYTES = 1_900_000_000  #: of an fp32 graph that fits into one file
+
 #: Weights of what is cached; loaders look for scales beside them.
 CACHED_FROM = (".v_proj.weight", ".qkv_proj.weight")
 
@@ -161,3 +163,56 @@ class DynamicInt8(PassOptions):
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         return stream_cost(header)
+
+
+class StaticInt8(PassOptions):
+    """Int8 weights, and activations rounded to uint8 with one scale a layer, from calibration: no runtime looks for ranges as it goes.
+
+    Written as an ONNX graph with QuantizeLinear and DequantizeLinear (QDQ), which OpenVINO reads too. Where all layers in int8 would
+    answer too differently, those that cost most, measured one by one, stay in float. Attention's own products and heads on one vector stay in float.
+    """
+
+    needs: ClassVar[Need] = "calibration"
+    scope: ClassVar[Scope] = "graph"
+    runs_on: ClassVar[frozenset[str]] = frozenset({"cpu"})
+    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"onnx", "openvino"})
+    last: ClassVar[bool] = True
+
+    pass_: Literal["static-int8"] = Field("static-int8", alias="pass")
+    ranges: Literal["min-max", "percentile", "entropy", "mse"] = Field(
+        "mse", description="How much of what a layer was given its range covers."
+    )
+    percentile: float = Field(99.99, gt=50, le=100, description="With `percentile`: of the values that it covers.")
+    min_cosine: float | None = Field(
+        0.995,
+        gt=0,
+        lt=1,
+        description="Cosine with the float graph's answers to texts held apart from calibration, for which layers are left in float; null: none is.",
+    )
+    weight_bits: Literal["auto", 7, 8] = Field(
+        "auto",
+        description="7 where products of 8 bits could saturate: x86 without VNNI. `auto` looks at the processor that presses.",
+    )
+    ignore: Patterns = Field((), description="Graph nodes left in float: names, or `re:` patterns.")
+
+    def describe(self) -> str:
+        budget = "" if self.min_cosine is None else f", cosine at least {self.min_cosine:g}"
+        return f"int8 weights and activations, ranges by {self.ranges}{budget}"
+
+    def check(self, header: ModelHeader) -> None:
+        if header.is_decoder:
+            raise invalid(
+                "`static-int8` takes encoders; a decoder exported so would run without its key/value cache.",
+                "Use `smoothquant` for this model.",
+            )
+        if 4 * header.parameters > _GRAPH_BYTES:
+            raise invalid(
+                "`static-int8` takes graphs of up to 2 GiB in fp32, and this model's is larger.",
+                "Use a smaller model.",
+            )
+
+    def stored_bytes(self, tensor: TensorInfo) -> int:
+        return tensor.size if len(tensor.shape) != 2 else tensor.shape[0] * tensor.shape[1] + 4 * tensor.shape[0]
+
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        return graph_cost(header, calibration, ranked=self.min_cosine is not None)

@@ -1,0 +1,110 @@
+"""Activation ranges from histograms: which part of what a layer was given should 256 levels cover?"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVELS = 256
+BINS = 2048  #: 8 a level where nothing is clipped, as in TensorRT's calibration
+_SHARES = np.geomspace(0.02, 1, 40)  #: of an extreme that is kept
+
+Counts = NDArray[np.float64]
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Values between `low` ≤ 0 and `high` ≥ 0, counted in equal bins."""
+
+    low: float
+    high: float
+    counts: Counts  #: [BINS]
+
+    @property
+    def centres(self) -> Counts:
+        edges = np.linspace(self.low, self.high, len(self.counts) + 1)
+        middle: Counts = (edges[1:] + edges[:-1]) / 2
+        return middle
+
+
+def count(values: NDArray[np.float32], low: float, high: float) -> Counts:
+    """How many of the values fall into each of the bins between `low` and `high`, float64 [BINS]."""
+    return np.histogram(values, bins=BINS, range=(low, high))[0].astype(np.float64)
+
+
+def scale_and_zero(found: Range) -> tuple[np.float32, np.uint8]:
+    """The uint8 grid over a range that holds 0: x ≈ (code − zero) · scale."""
+    low, high = found
+    scale = np.float32((high - low) / (LEVELS - 1) or 1.0)
+    return scale, np.uint8(np.clip(np.rint(-low / scale), 0, LEVELS - 1))
+
+
+def min_max(seen: Histogram) -> Range:
+    """Everything that was seen."""
+    return seen.low, seen.high
+
+
+def percentile(seen: Histogram, share: float) -> Range:
+    """All but the outermost (100 − share)% of the values, half of it on each side."""
+    mass = np.cumsum(seen.counts) / seen.counts.sum()
+    tail = (1 - share / 100) / 2
+    edges = np.linspace(seen.low, seen.high, len(seen.counts) + 1)
+    first = int(np.searchsorted(mass, tail, side="right"))
+    last = int(np.searchsorted(mass, 1 - tail, side="left"))
+    return min(float(edges[first]), 0.0), max(float(edges[min(last + 1, len(seen.counts))]), 0.0)
+
+
+def mse(seen: Histogram) -> Range:
+    """The range whose squared error is least: uniform rounding, step²/12, inside; the distance to the nearer end outside."""
+    centres, total = seen.centres, seen.counts
+
+    def loss(low: float, high: float) -> float:
+        step = (high - low) / (LEVELS - 1)
+        beyond = centres - np.clip(centres, low, high)
+        inside = (centres >= low) & (centres <= high)
+        return float((total * beyond**2).sum() + total[inside].sum() * step**2 / 12)
+
+    return _best(seen, loss)
+
+
+def entropy(seen: Histogram) -> Range:
+    """The range whose quantized distribution is nearest the seen one by Kullback-Leibler divergence.
+
+    What is clipped counts into the outermost bins; a level's mass is spread over those of its bins that hold anything. Migacz, 8-bit
+    Inference with TensorRT (2017). Ranges of fewer than 256 bins are left out: rounding would not be seen in them.
+    """
+    centres, counts = seen.centres, seen.counts
+    width = (seen.high - seen.low) / len(counts)
+
+    def loss(low: float, high: float) -> float:
+        inside = np.flatnonzero((centres >= low) & (centres <= high))
+        if len(inside) < LEVELS:
+            return np.inf
+        kept = counts[inside]
+        clipped = kept.copy()
+        clipped[0] += counts[: inside[0]].sum()
+        clipped[-1] += counts[inside[-1] + 1 :].sum()
+        level = np.minimum(((centres[inside] - low) / max(high - low, width) * LEVELS).astype(np.int64), LEVELS - 1)
+        holding = kept > 0
+        mass = np.bincount(level, kept, LEVELS)
+        places = np.bincount(level, holding, LEVELS)
+        spread = np.where(holding, (mass / np.maximum(places, 1))[level], 0)
+        p, q = clipped / clipped.sum(), spread / max(spread.sum(), 1)
+        some = p > 0
+        return float((p[some] * np.log(p[some] / np.maximum(q[some], 1e-12))).sum())
+
+    return _best(seen, loss)
+
+
+def _best(seen: Histogram, loss: Callable[[float, float], float]) -> Range:
+    return min(_candidates(seen), key=lambda one: loss(*one))
+
+
+def _candidates(seen: Histogram) -> Iterator[Range]:
+    """The whole range first, so that it wins where others are only as good."""
+    shares = _SHARES[::-1]
+    for low in shares if seen.low < 0 else shares[:1]:
+        for high in shares if seen.high > 0 else shares[:1]:
+            yield float(seen.low * low), float(seen.high * high)

@@ -1,0 +1,206 @@
+"""Static int8: ranges that cover what calibration saw, a graph its runtimes compute in int8, and layers in float until the budget holds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from core.compress.evaluate import quality
+from core.compress.executors import graph
+from core.compress.passes import PassContext
+from core.compress.passes.static_int8 import static_int8
+from core.compress.solvers import activation_ranges
+from core.compress.solvers.activation_ranges import BINS, Histogram
+from core.errors import ErrorCode, NightpressError
+from core.handoff.report import PassRecord
+from core.recipes.calibration import Calibration
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import parse_recipe
+from core.recipes.passes import StaticInt8
+from core.recipes.plan import make_plan
+from tests.models import bert_tiny_dir
+from tests.press import lay_out, press
+
+RECIPE = {
+    "passes": [{"pass": "static-int8"}],
+    "exports": ["onnx", "openvino"],
+    "calibration": {"samples": 16, "length": 48},
+    "evaluate": [{"metric": "auto", "samples": 8, "length": 48}],
+}
+
+
+class Bench:
+    """BERT-tiny traced once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = bert_tiny_dir(folder)
+        header = inspect_model(FolderFiles(self.model))
+        trial = quality.prepare(parse_recipe({"name": "t", **RECIPE}), header, self.model, {}, threads=1)
+        self.context = PassContext(
+            header=header, work_dir=folder / "work", calibration=Calibration(samples=16, length=48)
+        )
+        self.traced = graph.trace(self.model, header, trial.task.sets[0].sequences, self.context)
+
+    def quantize(self, work: Path, **options: object) -> tuple[onnx.ModelProto, PassRecord]:
+        context = replace(self.context, work_dir=work)
+        traced, record = static_int8(self.model, self.traced, StaticInt8.model_validate(options), context)
+        return onnx.load(traced.path), record
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory):
+    return Bench(tmp_path_factory.mktemp("bench"))
+
+
+def _weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """The int8 weights of products, by name."""
+    found = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    return {
+        node.input[0]: found[node.input[0]]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in found
+    }
+
+
+@pytest.mark.parametrize(("bits", "top"), [(7, 64), (8, 127)])
+def test_codes_stay_within_what_the_processor_can_sum(bench: Bench, tmp_path: Path, bits: int, top: int):
+    model, record = bench.quantize(tmp_path, weight_bits=bits)
+    weights = _weights(model)
+    assert len(weights) == record.summary["matrices"]
+    assert all(codes.dtype == np.int8 and np.abs(codes).max() == top for codes in weights.values())
+    assert record.summary["weight_bits"] == bits
+    assert record.summary["cosine_held_apart"] >= 0.995
+
+
+def test_the_runtime_multiplies_in_int8(bench: Bench, tmp_path: Path):
+    _, record = bench.quantize(tmp_path)
+    (written,) = tmp_path.glob("static/*/model.onnx")
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    settings.log_severity_level = 3
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(written, settings, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == record.summary["matrices"]
+
+
+@pytest.mark.parametrize("ranges", ["min-max", "percentile", "entropy"])
+def test_every_way_to_find_ranges_gives_a_graph_that_answers_alike(bench: Bench, tmp_path: Path, ranges: str):
+    _, record = bench.quantize(tmp_path, ranges=ranges, min_cosine=None)
+    assert record.summary["ranges"] == ranges
+    assert record.summary["left_in_float"] == []
+    assert record.summary["cosine_held_apart"] > 0.9
+
+
+def test_the_same_bytes_come_out_again_and_are_found_again(bench: Bench, tmp_path: Path):
+    first, _ = bench.quantize(tmp_path / "a")
+    again, record = bench.quantize(tmp_path / "b")
+    assert first.SerializeToString(deterministic=True) == again.SerializeToString(deterministic=True)
+    (written,) = (tmp_path / "b").glob("static/*/model.onnx")
+    stamp = written.stat().st_mtime_ns
+    assert bench.quantize(tmp_path / "b")[1] == record
+    assert written.stat().st_mtime_ns == stamp
+
+
+def test_layers_that_cost_most_stay_in_float_until_the_budget_holds(bench: Bench, tmp_path: Path):
+    _, free = bench.quantize(tmp_path / "free", min_cosine=None)
+    reached = free.summary["cosine_held_apart"]
+    budget = 1 - (1 - reached) / 2
+    model, record = bench.quantize(tmp_path / "held", min_cosine=budget)
+    left = record.summary["left_in_float"]
+    assert left
+    assert record.summary["cosine_held_apart"] >= budget
+    assert record.summary["matrices"] == free.summary["matrices"] - len(left)
+    assert not {layer.name for layer in record.layers} & set(left)
+    inputs = {node.name: node.input[1] for node in model.graph.node if node.op_type == "MatMul"}
+    assert all(not inputs[name].endswith("_float") for name in left)
+
+
+def test_a_budget_that_cannot_be_held_is_refused(bench: Bench, tmp_path: Path):
+    with pytest.raises(NightpressError) as caught:
+        bench.quantize(tmp_path, min_cosine=0.9999999)
+    assert caught.value.code == ErrorCode.INVALID_RECIPE
+    assert "min_cosine" in caught.value.message
+
+
+def test_ignored_layers_stay_in_float_and_nothing_left_is_refused(bench: Bench, tmp_path: Path):
+    _, record = bench.quantize(tmp_path, ignore=["re:.*query", "bert.embeddings.*"])
+    names = {layer.name for layer in record.layers}
+    assert "bert.encoder.layer.0.attention.self.key" in names
+    assert not [name for name in names if "query" in name or "embeddings" in name]
+    with pytest.raises(NightpressError) as caught:
+        bench.quantize(tmp_path, ignore=["*"])
+    assert caught.value.code == ErrorCode.INVALID_RECIPE
+
+
+def test_both_runtimes_load_it_and_answer_as_the_model_does(tmp_path: Path):
+    _, report, _ = press(lay_out(tmp_path / "job", bert_tiny_dir(), RECIPE))
+    assert {one.name for one in report.artifacts} == {"onnx", "openvino"}
+    for one in report.artifacts:
+        assert one.verification is not None
+        assert one.verification.value > 0.98
+        assert one.size_bytes < 0.6 * report.source.size_bytes
+    (record,) = report.passes
+    assert record.index == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"exports": ["safetensors"]}, "can't carry"),
+        ({"device": "gpu"}, "CPU only"),
+        ({"passes": [{"pass": "static-int8"}, {"pass": "dynamic-int8"}]}, "nothing can follow"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_reason(change: dict[str, object], reason: str):
+    with pytest.raises(NightpressError, match=reason) as caught:
+        make_plan(parse_recipe({"name": "t", **RECIPE, **change}))
+    assert caught.value.code == ErrorCode.INVALID_RECIPE
+
+
+def test_a_decoder_is_refused_and_an_encoder_has_its_estimate(bench: Bench):
+    recipe = parse_recipe({"name": "t", **RECIPE})
+    estimate = make_plan(recipe, bench.context.header).estimate
+    assert estimate is not None
+    assert estimate.output_bytes["onnx"] < 0.5 * bench.context.header.size
+    decoder = bench.context.header.model_copy(update={"model_type": "llama", "task": "causal-lm"})
+    with pytest.raises(NightpressError, match="key/value cache"):
+        make_plan(recipe, decoder)
+
+
+def _seen(values: np.ndarray) -> Histogram:
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    return Histogram(low, high, activation_ranges.count(values.astype(np.float32), low, high))
+
+
+def _error(values: np.ndarray, found: tuple[float, float]) -> float:
+    scale, zero = activation_ranges.scale_and_zero(found)
+    codes = np.clip(np.rint(values / scale) + zero, 0, 255)
+    return float((((codes - zero) * scale - values) ** 2).mean())
+
+
+def test_outliers_are_clipped_where_that_costs_least():
+    values = np.random.default_rng(0).standard_t(3, 200_000)
+    seen = _seen(values)
+    whole = activation_ranges.min_max(seen)
+    for find in (activation_ranges.mse, activation_ranges.entropy, lambda one: activation_ranges.percentile(one, 99.9)):
+        low, high = find(seen)
+        assert whole[0] <= low < 0 < high <= whole[1]
+    assert _error(values, activation_ranges.mse(seen)) < 0.5 * _error(values, whole)
+    covered = np.mean(
+        (values >= activation_ranges.percentile(seen, 99.9)[0])
+        & (values <= activation_ranges.percentile(seen, 99.9)[1])
+    )
+    assert 0.999 <= covered < 0.9999
+
+
+def test_a_range_holds_zero_exactly_and_constant_inputs_break_nothing():
+    for found in ((0.0, 0.0), (0.0, 3.0), (-2.0, 0.0), (-0.3, 5.0)):
+        scale, zero = activation_ranges.scale_and_zero(found)
+        assert scale > 0
+        assert 0 <= zero <= 255
+    for find in (activation_ranges.mse, activation_ranges.entropy):
+        assert find(Histogram(0.0, 0.0, np.full(BINS, 1.0))) == (0.0, 0.0)
