@@ -19,7 +19,7 @@ from core.compress.checkpoint import disk_errors, write_file
 from core.compress.context import PassContext
 from core.compress.environment import cpu_features
 from core.compress.evaluate.calibration import calibration_samples
-from core.compress.evaluate.fidelity import row_cosines, whole_cosine
+from core.compress.evaluate.fidelity import row_cosines
 from core.compress.evaluate.quality import pooling_of
 from core.compress.executors.graph import Traced
 from core.compress.passes.quantize_graph import (
@@ -54,7 +54,7 @@ class Texts:
     mask: Ids  #: [N, S]
 
     def feeds(self, inputs: Collection[str], tokens: int) -> Iterator[Feeds]:
-        """What a graph is called with, so many tokens at a time."""
+        """What a graph is called with, about so many tokens at a time and at least one text."""
         rows = max(1, tokens // self.ids.shape[1])
         for at in range(0, len(self.ids), rows):
             ids, mask = self.ids[at : at + rows], self.mask[at : at + rows]
@@ -297,21 +297,27 @@ class _Judge:
     """How near a quantized graph's answers to the held texts are to the float graph's."""
 
     def __init__(self, graph: Path, model_dir: Path, texts: Texts, context: PassContext) -> None:
-        self._texts, self._context = texts, context
+        self._texts, self._threads = texts, context.threads
         self._pooling = pooling_of(model_dir) if context.header.task == "embedding" else None
-        self._expected = self._answers(graph, texts)
+        self._expected = list(self._answers(graph, texts))
 
     def cosine(self, graph: bytes, texts: int | None = None) -> float:
         """Mean over texts of pooled vectors' cosines for an embedder; of all logits as one vector for others."""
         held = self._texts[:texts] if texts else self._texts
-        ours, theirs = self._answers(graph, held), self._expected[: len(held.ids)]
-        return float(row_cosines(ours, theirs).mean()) if self._pooling else whole_cosine(ours, theirs)
+        pairs = zip(self._answers(graph, held), self._expected[: len(held.ids)], strict=True)
+        if self._pooling:
+            return float(np.mean([row_cosines(ours, theirs)[0] for ours, theirs in pairs]))
+        product = ours_squared = theirs_squared = 0.0
+        for ours, theirs in pairs:
+            a, b = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
+            product, ours_squared, theirs_squared = product + a @ b, ours_squared + a @ a, theirs_squared + b @ b
+        return float(product / max(np.sqrt(ours_squared * theirs_squared), 1e-30))
 
-    def _answers(self, graph: bytes | Path, texts: Texts) -> NDArray[np.float32]:
-        session = _session(graph, self._context.threads)
+    def _answers(self, graph: bytes | Path, texts: Texts) -> Iterator[NDArray[np.float32]]:
+        """A text at a time: the logits of a masked language model are wide."""
+        session = _session(graph, self._threads)
         inputs = {one.name for one in session.get_inputs()}
-        parts = []
-        for feeds in texts.feeds(inputs, GRAPH_TOKENS):
+        for feeds in texts.feeds(inputs, tokens=1):
             out = session.run(None, feeds)[0]
             weights = feeds["attention_mask"][:, :, None].astype(np.float32)
             if self._pooling == "cls":
@@ -320,8 +326,7 @@ class _Judge:
                 out = (out * weights).sum(axis=1) / weights.sum(axis=1)
             elif out.ndim == 3:
                 out = out * weights
-            parts.append(out)
-        return np.concatenate(parts)
+            yield out
 
 
 def _left_in_float(
