@@ -202,8 +202,8 @@ class StaticInt8(PassOptions):
     def check(self, header: ModelHeader) -> None:
         if header.is_decoder:
             raise invalid(
-                "`static-int8` takes encoders; a decoder exported so would run without its key/value cache.",
-                "Use `smoothquant` for this model.",
+                "`static-int8` takes encoders: it calibrates no graph with a key/value cache.",
+                "Use `dynamic-int8` or `smoothquant` for this model.",
             )
         if 4 * header.parameters > _GRAPH_BYTES:
             raise invalid(
