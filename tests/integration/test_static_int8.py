@@ -166,7 +166,7 @@ def test_a_decoder_is_refused_and_an_encoder_has_its_estimate(bench: Bench):
     estimate = make_plan(recipe, bench.context.header).estimate
     assert estimate is not None
     assert estimate.output_bytes["onnx"] < 0.5 * bench.context.header.size
-    decoder = bench.context.header.model_copy(update={"model_type": "llama", "task": "causal-lm"})
+    decoder = bench.context.header.model_copy(update={"model_type": "llama", "architecture": "LlamaForCausalLM"})
     with pytest.raises(NightpressError, match="key/value cache"):
         make_plan(recipe, decoder)
 

@@ -307,11 +307,13 @@ class _Judge:
         pairs = zip(self._answers(graph, held), self._expected[: len(held.ids)], strict=True)
         if self._pooling:
             return float(np.mean([row_cosines(ours, theirs)[0] for ours, theirs in pairs]))
-        product = ours_squared = theirs_squared = 0.0
+        product, ours_squared, theirs_squared = 0.0, 0.0, 0.0
         for ours, theirs in pairs:
             a, b = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
-            product, ours_squared, theirs_squared = product + a @ b, ours_squared + a @ a, theirs_squared + b @ b
-        return float(product / max(np.sqrt(ours_squared * theirs_squared), 1e-30))
+            product += float(a @ b)
+            ours_squared += float(a @ a)
+            theirs_squared += float(b @ b)
+        return float(product / max((ours_squared * theirs_squared) ** 0.5, 1e-30))
 
     def _answers(self, graph: bytes | Path, texts: Texts) -> Iterator[NDArray[np.float32]]:
         """A text at a time: the logits of a masked language model are wide."""
