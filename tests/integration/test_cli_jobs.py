@@ -241,7 +241,9 @@ def test_a_result_is_pulled_and_compared(face: Face, job: JobView, tmp_path: Pat
     assert json.loads(run(face, "report", job.id, "--json").stdout)["verdict"] == "rejected"
 
 
-def test_a_models_name_pulls_its_newest_accepted_result(face: Face, job: JobView, tmp_path: Path):
+def test_a_models_name_pulls_its_newest_accepted_result(face: Face, bert_tiny: Path, tmp_path: Path):
+    with face.client() as one:  # a name of its own: other tests' jobs are accepted too
+        job = one.jobs.submit(one.models.upload(bert_tiny, "followed").id, RECIPE)
     none_yet = run(face, "pull", job.model_name, cwd=tmp_path)
     assert none_yet.returncode == 5, none_yet.stderr
     made = face.succeed(face.claim(), verdict="accepted")
