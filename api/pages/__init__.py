@@ -1,6 +1,5 @@
 """The web page: files that the browser runs as they stand. They speak to `/v1` like any other client and need nothing from elsewhere."""
 
-import mimetypes
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,6 +15,7 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-cache",  # asked for again with its ETag, so that a new release is seen at once
 }
+_MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 router = APIRouter(include_in_schema=False)
 
@@ -24,8 +24,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.content = path.read_bytes()
         self.etag = f'"{sha256(self.content).hexdigest()[:32]}"'
-        kind = "text/javascript" if path.suffix == ".js" else mimetypes.guess_type(path.name)[0]
-        self.media_type = kind or "application/octet-stream"
+        self.media_type = _MEDIA_TYPES[path.suffix]
 
 
 #: Read once: an unknown name can reach no file.

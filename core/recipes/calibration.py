@@ -12,7 +12,7 @@ BUILTIN_DATA = frozenset({"builtin:prose"})
 class Calibration(BaseModel):
     """Text that the passes may look at. Never the text the result is measured on."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, defer_build=True)
 
     data: DataRef = "builtin:prose"
     samples: int = Field(128, ge=1, le=100_000)

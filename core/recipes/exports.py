@@ -39,7 +39,7 @@ GGUF_ENCODERS = frozenset({"bert"})
 class Export(BaseModel):
     """A format, and the type its weights are written in. In a recipe `onnx` is short for `{format: onnx}`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     format: ExportFormat
     type: str | None = None

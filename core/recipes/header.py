@@ -73,7 +73,7 @@ SHARED_BLOCKS = frozenset({"albert"})
 class TensorInfo(BaseModel):
     """One tensor as its safetensors header describes it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     name: str
     dtype: str  #: safetensors name, e.g. "F32", "BF16"
@@ -84,7 +84,7 @@ class TensorInfo(BaseModel):
 class ModelHeader(BaseModel):
     """A model without its weights."""
 
-    model_config = ConfigDict(frozen=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, protected_namespaces=(), defer_build=True)
 
     model_type: str
     architecture: str

@@ -30,7 +30,7 @@ _MOST_ROWS = 16  #: of a batch
 
 
 class Step(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     kind: Literal["pass", "export", "evaluate"]
     name: str
@@ -40,7 +40,7 @@ class Step(BaseModel):
 class Leaner(BaseModel):
     """A change to the recipe with which it takes less memory."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     change: str
     memory_bytes: int
@@ -49,7 +49,7 @@ class Leaner(BaseModel):
 class Estimate(BaseModel):
     """Bytes and seconds, from the header alone."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     memory_bytes: int
     disk_bytes: int
@@ -60,7 +60,7 @@ class Estimate(BaseModel):
 
 
 class Plan(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     recipe: Recipe
     queue: Literal["cpu", "gpu"]

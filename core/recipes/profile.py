@@ -27,7 +27,7 @@ _FLOAT = 4  #: bytes of an activation and of a cached key in fp32, in which mode
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Part(_Model):

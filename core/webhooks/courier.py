@@ -14,9 +14,10 @@ from typing import Any
 from core.errors import NightpressError
 from core.settings import Settings
 from core.version import VERSION
-from core.webhooks.outbound import Answer, Resolve, check_target, post, resolve_name
+from core.webhooks.outbound import Answer, post
 from core.webhooks.signing import sign
 from core.webhooks.store import Due, WebhookStore
+from core.webhooks.targets import Resolve, check_target, resolve_name
 
 #: The pause after each try that failed: three days in all.
 PAUSES_S = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)

@@ -1,40 +1,21 @@
-"""Requests to addresses that a stranger chose. Every address a name resolves to is checked, and the connection goes to the one that was checked.
+"""Requests to addresses that a stranger chose: the connection goes to the very address that was checked.
 
-Resolving once and connecting to that very address defeats a name that changes its mind in between (DNS rebinding); TLS still
+Resolving once and connecting to that address defeats a name that changes its mind in between (DNS rebinding); TLS still
 checks the certificate of the name. Redirects are not followed, the whole exchange has ten seconds, and 64 KiB are read.
 """
 
-import ipaddress
-import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpcore
 
-from core.errors import ErrorCode, NightpressError
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Resolve = Callable[[str, int], list[str]]
+from core.webhooks.targets import Target
 
 DEADLINE_S = 10.0
 MAX_ANSWER = 64 * 1024
-_PORTS = frozenset({443, 8443})
-_NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
-
-
-@dataclass(frozen=True)
-class Target:
-    """An address that may be reached, and where it was found."""
-
-    url: str
-    host: str
-    port: int
-    address: str
 
 
 @dataclass(frozen=True)
@@ -42,49 +23,6 @@ class Answer:
     status: int
     headers: Mapping[str, str]  #: by lower-case name
     body: bytes
-
-
-def resolve_name(host: str, port: int) -> list[str]:
-    """Every address of a name. Raises OSError where there is none."""
-    return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-
-
-def check_target(url: str, allowed: Sequence[Network] = (), *, resolve: Resolve = resolve_name) -> Target:
-    """Raises NightpressError(url_not_allowed) unless every address of the URL is public, or in a network the operator allowed.
-
-    Only in such networks may it be plain http, or a port other than 443 and 8443.
-    """
-    try:
-        parts = urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        host = (parts.hostname or "").encode("idna").decode()
-    except ValueError as error:  # a port or a name that is none
-        raise _refused("it is not a web address") from error
-    if parts.scheme not in {"http", "https"} or not host or not url.isascii() or not url.isprintable() or " " in url:
-        raise _refused("it is not a web address")
-    if parts.username is not None or parts.password is not None:
-        raise _refused("it holds a user name or password")
-    try:
-        addresses = [ipaddress.ip_address(one.partition("%")[0]) for one in resolve(host, port)]
-    except (OSError, ValueError) as error:
-        raise _refused(f"the name {host[:100]} has no address") from error
-    known = [_within(one, allowed) for one in addresses]
-    if not addresses or not all(mine or is_public(one) for mine, one in zip(known, addresses, strict=True)):
-        raise _refused("it leads to a private or reserved address")
-    if not all(known) and (parts.scheme != "https" or port not in _PORTS):
-        raise _refused("it must be https, on port 443 or 8443")
-    return Target(url, host, port, str(addresses[0]))
-
-
-def is_public(address: Address) -> bool:
-    """Whether an address is on the open internet, also where it is wrapped into an IPv6 one."""
-    if isinstance(address, ipaddress.IPv6Address):
-        if any(address in network for network in _NAT64):
-            return False
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
-        if inner is not None and not is_public(inner):
-            return False
-    return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 def post(target: Target, headers: Mapping[str, str], body: bytes, *, context: ssl.SSLContext | None = None) -> Answer:
@@ -170,15 +108,3 @@ class _Bounded(httpcore.NetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
-
-
-def _within(address: Address, networks: Sequence[Network]) -> bool:
-    return any(address.version == network.version and address in network for network in networks)
-
-
-def _refused(why: str) -> NightpressError:
-    return NightpressError(
-        ErrorCode.URL_NOT_ALLOWED,
-        f"The address can't be used: {why}.",
-        hint="Give an https address on the open internet, or ask the operator to add its network to NIGHTPRESS_WEBHOOK_NETWORKS.",
-    )

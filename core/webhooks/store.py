@@ -14,10 +14,10 @@ from core.ids import new_id
 from core.paging import newest_first
 from core.schemas import AttemptView, DeliveryView, NewWebhookView, WebhookCreate, WebhookUpdate, WebhookView
 from core.settings import Settings
-from core.webhooks.outbound import check_target
 from core.webhooks.outbox import add_delivery
 from core.webhooks.signing import SecretKeeper
 from core.webhooks.tables import webhook_attempts, webhook_deliveries, webhooks
+from core.webhooks.targets import check_target
 
 _MAX_WEBHOOKS = 50  #: a tenant
 _CLAIM_S = 60.0  #: a delivery that a process took and never settled is tried again so much later

@@ -210,7 +210,7 @@ def test_no_file_of_the_web_page_names_another_origin():
 
 
 _LIBRARIES = "fastapi, sqlalchemy.dialects.postgresql, pydantic_settings, prometheus_client, yaml"
-_HEAVY = {"torch", "numpy", "transformers", "boto3", "celery"}
+_HEAVY = {"torch", "numpy", "transformers", "boto3", "celery", "httpcore"}
 
 
 def cpu_s_of_import(modules: str) -> tuple[float, set[str]]:
@@ -226,8 +226,7 @@ def cpu_s_of_import(modules: str) -> tuple[float, set[str]]:
     return min(seconds for seconds, _ in runs), set(runs[0][1])
 
 
-def test_importing_it_takes_under_a_second_and_loads_no_torch():
+def test_importing_it_loads_nothing_heavy_and_adds_less_than_its_libraries_take():
     ours, loaded = cpu_s_of_import("api.app")
     assert not loaded & _HEAVY
-    # On a machine that is busy everything takes longer: then what our own modules add to their libraries is the bound.
-    assert ours < 1.0 or ours < 1.5 * cpu_s_of_import(_LIBRARIES)[0]
+    assert ours < 2 * cpu_s_of_import(_LIBRARIES)[0]

@@ -131,7 +131,7 @@ def test_weights_that_do_not_fit_the_config_are_said_so(tmp_path: Path, model: P
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ('{"text": "fine"}\n[1]\n', "line 2 is not an object"),
+        ('{"text": "fine"}\n[1]\n', "line 2 is no JSON object"),
         ('{"tokens": ["a"], "tags": ["O"]}\n', "no `text`"),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_recipe_can_be_named(world: World):
 
 
 def test_what_cannot_work_is_refused_and_leaves_nothing(world: World):
-    model_type = {"passes": [{"pass": "weight-only"}], "exports": ["onnx"], "name": "bad"}
+    model_type = {"passes": [{"pass": "fp8"}], "exports": ["onnx"], "name": "bad"}
     cases = {
         ErrorCode.NOT_FOUND: wanted(model="nobody"),
         ErrorCode.INVALID_RECIPE: wanted(recipe=model_type),

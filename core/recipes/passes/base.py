@@ -37,7 +37,9 @@ KEPT_MODULES = ("lm_head", "re:.*embed.*", "re:.*classifier.*", "re:.*pooler.*")
 class PassOptions(BaseModel):
     """A pass as a recipe names it. What its methods say, they say from the model's header alone, before anything runs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True, defer_build=True
+    )
 
     needs: ClassVar[Need] = "nothing"
     scope: ClassVar[Scope]

@@ -28,7 +28,7 @@ _ONE_GRID = "transformers takes the zero points of one grid alone: leave `symmet
 class Override(BaseModel):
     """What is different for some layers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     bits: Bits
     group_size: int | None = Field(

@@ -19,7 +19,7 @@ _PASSES = 3  #: a backward pass costs about two forward ones
 class Training(BaseModel):
     """The training loop shared by all passes that train. The same options and data give the same bytes, killed and resumed or not."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, defer_build=True)
 
     data: DataRef = Field("builtin:prose", description="What it learns from. Rows with labels for a classifier.")
     length: int = Field(128, ge=8, le=131_072, description="tokens an example is cut at")
