@@ -175,7 +175,12 @@ class Service:
                 key = f"jobs/{job.reused_from or job_id}/attempts/{artifact.attempt}/{artifact.path}/{file['path']}"
                 self.objects.get_file(key, self.settings.data_dir / "check", sha256=file["sha256"])
         # The folder goes after the commit, a moment later. Nothing of a job is left behind.
-        eventually(lambda: not list((self.settings.data_dir / "work").glob("*/*/out/*")), within=5)
+        eventually(lambda: not self._results_left(), within=5)
+
+    def _results_left(self) -> list[str]:
+        """Folders of results that workers have not removed yet. They may go while this looks."""
+        walk = os.walk(self.settings.data_dir / "work")
+        return [folder for folder, folders, files in walk if Path(folder).name == "out" and (folders or files)]
 
     # Workers ---------------------------------------------------------------------------------------------------------
 

@@ -64,9 +64,14 @@ def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pip
         print("the kernel has no Landlock: this job can read what its user can read", file=sys.stderr)  # noqa: T201
     press = load()
     started.get()
-    _run(options.job_dir, press)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        _run(options.job_dir, press)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (
+        BrokenPipeError
+    ):  # nobody listens any more; the watch, which may not have seen it yet, would end with this thread
+        _end_with_all_it_started()
     os._exit(0)  # all is said; torch and the consumers' libraries may take a second to unload
 
 
@@ -86,17 +91,20 @@ def _watch_supervisor(started: "SimpleQueue[None]") -> None:
     while select.select([0], [], [], patience)[0]:
         if not os.read(0, 4096):
             break
-    _end_descendants()
-    os.killpg(os.getpid(), signal.SIGKILL)  # this group: the child and the consumers it started
+    _end_with_all_it_started()
 
 
-def _end_descendants() -> None:
-    """Those that left the group too: orphans come back to this process, so each is found below it."""
-    me = psutil.Process()
-    while found := [one for one in me.children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]:
-        for one in found:
+def _end_with_all_it_started() -> None:
+    """First those that left the group: orphans come back to this process, so each is found below it. Then the group."""
+    me, left = psutil.Process(), True
+    while left:
+        left = False
+        for one in me.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+                if one.status() != psutil.STATUS_ZOMBIE:
+                    one.kill()
+                    left = True
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def _run(job_dir: Path, press: Press) -> None:

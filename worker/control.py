@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sqlalchemy import Engine
+
 from core.access.quotas import QuotaBook
 from core.artifacts.storage import ObjectStore, open_store
 from core.database import make_engine
@@ -103,6 +105,10 @@ class Control:
             except Exception:
                 log.exception("%s: an unexpected error", step.__name__.strip("_"))
 
+    def close(self) -> None:
+        """Wait for the messages that are on their way."""
+        self._courier.close()
+
     def _expire_leases(self) -> None:
         for job_id in self._store.expire_leases(backoff_s=self._settings.retry_backoff_s):
             LEASES_EXPIRED.inc()
@@ -157,6 +163,27 @@ class Control:
         self._objects.sweep_uploads(_UPLOAD_LIFE_S)
 
 
+def open_control(settings: Settings, engine: Engine, ring: Callable[[str], None]) -> Control:
+    """One replica and all that it works with."""
+    store, objects = JobStore(engine), open_store(settings)
+    models, data_sets = ModelRegistry(engine, objects, settings), DataSetRegistry(engine, objects, settings)
+    schedules = ScheduleStore(engine)
+    jobs = JobService(store, models, data_sets, QuotaBook(engine, settings), settings)
+    webhooks = WebhookStore(engine, open_keeper(settings), settings)
+    return Control(
+        settings,
+        store,
+        CheckpointIndex(engine),
+        (models, data_sets),
+        objects,
+        ring,
+        Firing(schedules, jobs, store, ring),
+        schedules,
+        webhooks,
+        Courier(webhooks, settings),
+    )
+
+
 def main() -> int:
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
@@ -165,37 +192,14 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     engine = make_engine(settings.sql_url)
     ringer = Ringer(settings)
-    objects = open_store(settings)
-    registries = (ModelRegistry(engine, objects, settings), DataSetRegistry(engine, objects, settings))
-    store, models, data_sets = JobStore(engine), *registries
-    schedules = ScheduleStore(engine)
-    firing = Firing(
-        schedules,
-        JobService(store, models, data_sets, QuotaBook(engine, settings), settings),
-        store,
-        ringer.ring,
-    )
-    webhooks = WebhookStore(engine, open_keeper(settings), settings)
-    courier = Courier(webhooks, settings)
-    control = Control(
-        settings,
-        store,
-        CheckpointIndex(engine),
-        registries,
-        objects,
-        ringer.ring,
-        firing,
-        schedules,
-        webhooks,
-        courier,
-    )
+    control = open_control(settings, engine, ringer.ring)
     serve_metrics(settings.metrics_port)
     log.info("The control process ticks every %g s.", settings.tick_s)
     while not stop.is_set():
         control.tick()
         mark_alive(settings.data_dir, "control")
         stop.wait(settings.tick_s)
-    courier.close()
+    control.close()
     ringer.close()
     engine.dispose()
     return 0

@@ -26,11 +26,16 @@ class ChildProcess:
         self.job_dir = root / new_id("run")
         self._begun = False
         self._seen: set[psutil.Process] = set()
-        sandbox.prepare_folder(self.job_dir)
-        self.frames, frames_end = os.pipe()
-        self.chatter, chatter_end = os.pipe()
-        options = ["--frames", str(frames_end), *(["--keep-network"] if network else []), str(self.job_dir)]
-        try:
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as its_ends:
+            undo.callback(shutil.rmtree, self.job_dir, ignore_errors=True)
+            sandbox.prepare_folder(self.job_dir)
+            self.frames, frames_end = os.pipe()
+            undo.callback(os.close, self.frames)
+            its_ends.callback(os.close, frames_end)
+            self.chatter, chatter_end = os.pipe()
+            undo.callback(os.close, self.chatter)
+            its_ends.callback(os.close, chatter_end)
+            options = ["--frames", str(frames_end), *(["--keep-network"] if network else []), str(self.job_dir)]
             self._process = subprocess.Popen(
                 [*command, *options],
                 stdin=subprocess.PIPE,
@@ -41,12 +46,7 @@ class ChildProcess:
                 cwd=self.job_dir,
                 start_new_session=True,
             )
-        except OSError:
-            self.remove()
-            raise
-        finally:
-            os.close(frames_end)
-            os.close(chatter_end)
+            undo.pop_all()
 
     @property
     def pid(self) -> int:
@@ -120,8 +120,7 @@ class ChildProcess:
         for end in (self.frames, self.chatter):
             with contextlib.suppress(OSError):
                 os.close(end)
-        process = getattr(self, "_process", None)
-        if process is not None and process.stdin is not None:
-            with contextlib.suppress(OSError):
-                process.stdin.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
         shutil.rmtree(self.job_dir, ignore_errors=True)

@@ -4,8 +4,10 @@ What may end a job from outside (lease lost, cancellation, drain, limits) is loo
 megabyte moved. Only then, with the child dead, one guarded statement says how the attempt ended.
 """
 
+import contextlib
 import logging
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -115,7 +117,16 @@ class Supervisor:
             with log_context(job_id=claimed.job.id, attempt=claimed.lease.attempt):
                 attempt.run()
         finally:
+            self._clear()
             self.warm_up()
+
+    def _clear(self) -> None:
+        """Remove the folders of earlier attempts that could not be removed then: without a file handle free, nobody can."""
+        spare = self._spare.job_dir if self._spare is not None else None
+        with contextlib.suppress(OSError):
+            for folder in list(self._root.iterdir()):
+                if folder != spare:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Attempt:

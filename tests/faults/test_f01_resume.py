@@ -17,7 +17,7 @@ from core.jobs.tables import checkpoint_files, checkpoints
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import parse_recipe
 from tests.service import Service, eventually
-from worker.control import Control
+from worker.control import open_control
 
 STEPS = {"name": "steps", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
 
@@ -100,7 +100,9 @@ def test_only_the_newest_file_of_a_name_is_kept_and_all_go_when_nobody_needs_the
     index = CheckpointIndex(service.engine)
 
     def sweep() -> None:
-        Control(settings, service.store, index, (), service.objects, lambda _queue: None).tick()
+        control = open_control(settings, service.engine, lambda _queue: None)
+        control.tick()
+        control.close()
 
     eventually(lambda: sweep() or not service.running(), within=10)
     sweep()

@@ -50,7 +50,7 @@ def test_f5_a_claim_whose_answer_was_lost_is_another_workers_after_the_lease(
     service: Service, proxy: CuttingProxy
 ) -> None:
     job_id = service.submit()
-    lost(proxy, lambda: service.store.claim(offer(), ttl_s=0.3))
+    lost(proxy, lambda: service.store.claim(offer(), ttl_s=0.3), on=b"UPDATE jobs")
     assert service.job(job_id).state == "running", "it was done"
     assert service.store.claim(offer(), ttl_s=60) is None
     eventually(lambda: service.store.expire_leases(backoff_s=0.0))

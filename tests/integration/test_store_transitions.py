@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, event, select
 
 from core.database import make_engine, transaction
 from core.errors import ErrorCode, NightpressError
@@ -275,6 +275,31 @@ def test_a_lost_worker_counts_as_a_failure_and_is_named(store: JobStore, engine:
     assert store.expire_leases(backoff_s=1.0) == [], "the second replica finds nothing to do"
 
 
+def once_they_were_found(engine: Engine, happens: Callable[[], object]) -> None:
+    """Let something happen between the control process's look for what is due and its first transition."""
+
+    @event.listens_for(engine, "checkin", once=True)
+    def after_the_look(_connection: object, _record: object) -> None:
+        happens()
+
+
+def test_a_lease_that_is_renewed_at_the_last_moment_is_left_alone(store: JobStore, engine: Engine):
+    job_id = submit(store)
+    lease = claim(store).lease
+    age(engine, job_id, 100, "lease_expires_at")
+    once_they_were_found(engine, lambda: store.renew(lease, ttl_s=60))
+    assert store.expire_leases(backoff_s=1.0) == []
+    assert load(store, job_id).state == "running"
+
+
+def test_a_job_that_is_started_at_the_last_moment_has_met_its_queue_deadline(store: JobStore, engine: Engine):
+    job_id = submit(store, queue_limit_s=5.0)
+    age(engine, job_id, 6, "start_before")
+    once_they_were_found(engine, lambda: store.release(claim(store).lease))
+    assert store.expire_queue_deadlines() == []
+    assert load(store, job_id).state == "queued"
+
+
 def test_a_run_past_its_limit_that_its_worker_let_go_on_fails(store: JobStore, engine: Engine):
     job_id = submit(store, run_limit_s=10.0)
     claim(store)
@@ -329,7 +354,7 @@ def test_a_queue_deadline_holds_only_until_the_first_start(store: JobStore, engi
     assert (load(store, waiting).error or {})["code"] == "queue_deadline_exceeded"
 
 
-def test_finishing_writes_artifacts_report_and_figures_with_the_state(store: JobStore):
+def test_finishing_writes_artifacts_report_and_figures_with_the_state(store: JobStore, engine: Engine):
     job_id = submit(store)
     lease = claim(store).lease
     assert store.report(job_id) is None
@@ -340,6 +365,7 @@ def test_finishing_writes_artifacts_report_and_figures_with_the_state(store: Job
     assert (artifact.format, artifact.attempt, artifact.size) == ("safetensors", 1, 3)
     assert store.report(job_id) == {"schema_version": 1, "verdict": "accepted"}
     assert store.events(job_id)[-1].data == {"attempt": 1, "verdict": "accepted"}
+    assert everything(engine, job_id)[-1] == ((1, "succeeded"),)
 
 
 def test_a_finish_that_cannot_be_written_whole_changes_nothing(store: JobStore, engine: Engine):

@@ -1,11 +1,13 @@
 """The line between a supervisor and its child."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from core.handoff.frames import Result, parse_frame
+from core.handoff.frames import Log, Result, parse_frame
+from tests.service import RECIPE, behaving, eventually, pids_said, running
 from worker.process import ChildProcess
 
 
@@ -24,6 +26,24 @@ def test_a_beat_before_the_job_begins_does_not_confuse_the_child(tmp_path: Path)
         assert isinstance(result, Result)
         assert result.error is not None, "there is no spec.json in its folder"
         assert child.wait(30) is not None
+    finally:
+        child.kill()
+        child.remove()
+
+
+def test_a_child_that_nobody_hears_ends_with_all_it_started(tmp_path: Path) -> None:
+    """A killed supervisor's pipes close together. Which of them its child comes upon first must not matter."""
+    child = ChildProcess(tmp_path, threads=1, network=True, command=behaving("endless"))
+    try:
+        spec = {"job_id": "job_1", "attempt": 1, "model_name": "m", "model_digest": "d", "recipe": RECIPE}
+        (child.job_dir / "spec.json").write_text(json.dumps(spec))
+        child.begin(patience_s=60)
+        with open(child.frames, "rb", closefd=False) as stream:
+            said = next(frame for frame in map(parse_frame, stream) if isinstance(frame, Log))
+        started = pids_said(said.text)
+        assert len(running(started)) == 3
+        os.close(child.frames)
+        eventually(lambda: not running(started), within=5)
     finally:
         child.kill()
         child.remove()

@@ -52,6 +52,18 @@ def test_a_job_runs_from_claim_to_committed_artifacts(tmp_path: Path, sql_url: s
     service.close()
 
 
+def test_what_an_earlier_attempt_could_not_remove_goes_with_the_next(service: Service) -> None:
+    slot, supervisor = service.slot("press", spare=True)
+    supervisor.warm_up()
+    (left,) = (service.settings.data_dir / "work").glob("wkr_*/")
+    (left / "run_left" / "out").mkdir(parents=True)
+    service.submit()
+    slot.serve()
+    (spare,) = left.iterdir()
+    assert spare.name != "run_left"
+    supervisor.close()
+
+
 def test_one_call_works_through_the_whole_queue(service: Service) -> None:
     jobs = [service.submit() for _ in range(3)]
     serve(service, "press")
