@@ -91,6 +91,7 @@ def create_app(settings: Settings) -> FastAPI:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=partial(_lifespan, services),
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
     )
     app.state.services = services
     problems.install(app)

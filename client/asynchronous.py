@@ -2,43 +2,36 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import httpx
 
-from client import calls
+from client import access, calls
+from client.asking import AsksAsync, AsyncResource, PagesAsync
 from client.calls import Call
-from client.client import Client, schedule_of
+from client.client import Client
 from client.errors import ApiError, UnreachableError
 from client.events import EVENTS, LOGS, Numbered, Stream, Tail
 from client.folders import plain_name
 from client.transfers import UNWATCHED, Meter
 from client.transport import Attempts, read_answer
 from client.waiting import Pace
-from core.recipes.plan import Plan
 from core.schemas import (
     TERMINAL_STATES,
-    ArtifactView,
     DataSetCreate,
     DataSetView,
     EventView,
-    JobCreate,
     JobView,
-    LatestView,
     LogView,
+    MeView,
     ModelCreate,
     ModelView,
-    Page,
+    QueueView,
     ReadyView,
-    RecipeView,
-    ReportView,
-    ScheduleRunView,
-    ScheduleUpdate,
-    ScheduleView,
     WorkerView,
 )
 
@@ -51,9 +44,15 @@ class AsyncClient:
     """As `client.Client`, for an event loop. To be closed with `aclose()` or used with `async with`."""
 
     def __init__(
-        self, api_url: str | None = None, api_key: str | None = None, *, timeout_s: float = 30.0, retries: int = 3
+        self,
+        api_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        profile: str | None = None,
+        timeout_s: float = 30.0,
+        retries: int = 3,
     ) -> None:
-        self.blocking = Client(api_url, api_key, timeout_s=timeout_s, retries=retries)
+        self.blocking = Client(api_url, api_key, profile=profile, timeout_s=timeout_s, retries=retries)
         self.options = self.blocking.options
         self.http = httpx.AsyncClient(**self.options.http_options())
         self.models = AsyncModels(self)
@@ -61,6 +60,9 @@ class AsyncClient:
         self.recipes = AsyncRecipes(self)
         self.jobs = AsyncJobs(self)
         self.schedules = AsyncSchedules(self)
+        self.webhooks = AsyncWebhooks(self)
+        self.keys = AsyncKeys(self)
+        self.tenants = AsyncTenants(self)
 
     async def send(self, call: Call[Answer]) -> Answer:
         """Make one request of `client.calls`, with retries. Raises ApiError or UnreachableError."""
@@ -90,8 +92,11 @@ class AsyncClient:
     async def ready(self) -> ReadyView:
         return await self.send(calls.ready())
 
-    async def me(self) -> dict[str, Any]:
-        return await self.send(calls.me())
+    async def queues(self) -> list[QueueView]:
+        return await self.send(calls.list_queues())
+
+    async def me(self) -> MeView:
+        return await self.send(access.me())
 
     async def aclose(self) -> None:
         self.blocking.close()
@@ -106,36 +111,14 @@ class AsyncClient:
         await self.aclose()
 
 
-class _Resource:
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-        self._send = client.send
-
-    async def _every(self, page_of: Callable[[str | None], Call[Page[Item]]]) -> AsyncIterator[Item]:
-        cursor: str | None = None
-        while True:
-            page = await self._send(page_of(cursor))
-            for item in page.items:
-                yield item
-            if not (cursor := page.next_cursor):
-                return
-
-
-class AsyncModels(_Resource):
-    async def list(self, *, cursor: str | None = None, limit: int = 50) -> Page[ModelView]:
-        return await self._send(calls.page_models(cursor=cursor, limit=limit))
-
-    def iterate(self) -> AsyncIterator[ModelView]:
-        return self._every(lambda cursor: calls.page_models(cursor=cursor, limit=200))
-
-    async def get(self, model: str) -> ModelView:
-        return await self._send(calls.get_model(model))
-
-    async def latest(self, model: str) -> LatestView:
-        return await self._send(calls.latest_of(model))
-
-    async def delete(self, model: str) -> None:
-        await self._send(calls.delete_model(model))
+class AsyncModels(AsyncResource):
+    list = AsksAsync(calls.page_models)
+    iterate = PagesAsync(calls.page_models)
+    get = AsksAsync(calls.get_model)
+    delete = AsksAsync(calls.delete_model)
+    latest = AsksAsync(calls.latest_of)
+    promote = AsksAsync(calls.promote)
+    promotions = PagesAsync(calls.page_promotions)
 
     async def register(self, path: str, name: str | None = None) -> ModelView:
         name = name or plain_name(Path(path).name)
@@ -146,18 +129,11 @@ class AsyncModels(_Resource):
         return await self._client.in_thread(lambda stop: models.upload(folder, name, meter=meter, stop=stop))
 
 
-class AsyncDataSets(_Resource):
-    async def list(self, *, cursor: str | None = None, limit: int = 50) -> Page[DataSetView]:
-        return await self._send(calls.page_data_sets(cursor=cursor, limit=limit))
-
-    def iterate(self) -> AsyncIterator[DataSetView]:
-        return self._every(lambda cursor: calls.page_data_sets(cursor=cursor, limit=200))
-
-    async def get(self, data_set: str) -> DataSetView:
-        return await self._send(calls.get_data_set(data_set))
-
-    async def delete(self, data_set: str) -> None:
-        await self._send(calls.delete_data_set(data_set))
+class AsyncDataSets(AsyncResource):
+    list = AsksAsync(calls.page_data_sets)
+    iterate = PagesAsync(calls.page_data_sets)
+    get = AsksAsync(calls.get_data_set)
+    delete = AsksAsync(calls.delete_data_set)
 
     async def register(self, path: str, name: str | None = None) -> DataSetView:
         name = name or plain_name(Path(path).name.split(".")[0])
@@ -168,50 +144,24 @@ class AsyncDataSets(_Resource):
         return await self._client.in_thread(lambda stop: data_sets.upload(file, name, meter=meter, stop=stop))
 
 
-class AsyncRecipes(_Resource):
-    async def list(self) -> list[RecipeView]:
-        return await self._send(calls.list_recipes())
-
-    async def get(self, name: str) -> RecipeView:
-        return await self._send(calls.get_recipe(name))
-
-    async def validate(self, recipe: dict[str, Any] | str, model: str | None = None) -> Plan:
-        return await self._send(calls.validate_recipe(recipe, model))
+class AsyncRecipes(AsyncResource):
+    list = AsksAsync(calls.list_recipes)
+    get = AsksAsync(calls.get_recipe)
+    validate = AsksAsync(calls.validate_recipe)
+    schema = AsksAsync(calls.recipe_schema)
 
 
-class AsyncJobs(_Resource):
-    async def submit(
-        self, model: str, recipe: str | dict[str, Any], *, idempotency_key: str | None = None, **fields: Any
-    ) -> JobView:
-        return await self._send(calls.submit_job(JobCreate(model=model, recipe=recipe, **fields), idempotency_key))
-
-    async def list(
-        self,
-        *,
-        states: Sequence[str] = (),
-        labels: Mapping[str, str] | None = None,
-        model: str | None = None,
-        cursor: str | None = None,
-        limit: int = 50,
-    ) -> Page[JobView]:
-        call = calls.page_jobs(states=states, labels=labels, model=model, cursor=cursor, limit=limit)
-        return await self._send(call)
-
-    def iterate(
-        self, *, states: Sequence[str] = (), labels: Mapping[str, str] | None = None, model: str | None = None
-    ) -> AsyncIterator[JobView]:
-        return self._every(
-            lambda cursor: calls.page_jobs(states=states, labels=labels, model=model, cursor=cursor, limit=200)
-        )
-
-    async def get(self, job_id: str) -> JobView:
-        return await self._send(calls.get_job(job_id))
-
-    async def cancel(self, job_id: str) -> JobView:
-        return await self._send(calls.cancel_job(job_id))
-
-    async def retry(self, job_id: str) -> JobView:
-        return await self._send(calls.retry_job(job_id))
+class AsyncJobs(AsyncResource):
+    submit = AsksAsync(calls.submit_job)
+    list = AsksAsync(calls.page_jobs)
+    iterate = PagesAsync(calls.page_jobs)
+    get = AsksAsync(calls.get_job)
+    cancel = AsksAsync(calls.cancel_job)
+    retry = AsksAsync(calls.retry_job)
+    past_events = AsksAsync(calls.list_events)
+    artifacts = AsksAsync(calls.list_artifacts)
+    report = AsksAsync(calls.get_report)
+    drawn_report = AsksAsync(calls.get_drawn_report)
 
     async def wait(
         self,
@@ -238,9 +188,6 @@ class AsyncJobs(_Resource):
 
     def events(self, job_id: str, *, after: int = 0, patience_s: float = 120.0) -> AsyncIterator[EventView]:
         return self._follow(EVENTS, job_id, after, patience_s)
-
-    async def past_events(self, job_id: str, *, after: int = 0, limit: int = 500) -> Sequence[EventView]:
-        return await self._send(calls.list_events(job_id, after=after, limit=limit))
 
     async def logs(
         self, job_id: str, *, after: int = 0, follow: bool = False, patience_s: float = 120.0
@@ -280,15 +227,6 @@ class AsyncJobs(_Resource):
                             yield item
                 return
 
-    async def artifacts(self, job_id: str) -> Sequence[ArtifactView]:
-        return await self._send(calls.list_artifacts(job_id))
-
-    async def report(self, job_id: str) -> ReportView:
-        return await self._send(calls.get_report(job_id))
-
-    async def drawn_report(self, job_id: str, form: Literal["html", "md"]) -> str:
-        return await self._send(calls.get_drawn_report(job_id, form))
-
     async def download(
         self, job_id: str, folder: Path, *, formats: Sequence[str] = (), meter: Meter = UNWATCHED
     ) -> Sequence[Path]:
@@ -298,33 +236,41 @@ class AsyncJobs(_Resource):
         )
 
 
-class AsyncSchedules(_Resource):
-    async def create(
-        self, name: str, cron: str, model: str, recipe: str | dict[str, Any], *, timezone: str = "UTC", **fields: Any
-    ) -> ScheduleView:
-        request = schedule_of(name, cron, model, recipe, timezone, fields)
-        return await self._send(calls.create_schedule(request))
+class AsyncSchedules(AsyncResource):
+    create = AsksAsync(calls.create_schedule)
+    iterate = PagesAsync(calls.page_schedules)
+    get = AsksAsync(calls.get_schedule)
+    edit = AsksAsync(calls.edit_schedule)
+    delete = AsksAsync(calls.delete_schedule)
+    suspend = AsksAsync(calls.suspend_schedule)
+    resume = AsksAsync(calls.resume_schedule)
+    trigger = AsksAsync(calls.trigger_schedule)
+    runs = PagesAsync(calls.page_schedule_runs)
 
-    async def get(self, schedule: str) -> ScheduleView:
-        return await self._send(calls.get_schedule(schedule))
 
-    def iterate(self) -> AsyncIterator[ScheduleView]:
-        return self._every(lambda cursor: calls.page_schedules(cursor=cursor, limit=200))
+class AsyncWebhooks(AsyncResource):
+    create = AsksAsync(access.create_webhook)
+    iterate = PagesAsync(access.page_webhooks)
+    get = AsksAsync(access.get_webhook)
+    edit = AsksAsync(access.edit_webhook)
+    delete = AsksAsync(access.delete_webhook)
+    rotate = AsksAsync(access.rotate_secret)
+    test = AsksAsync(access.send_test)
+    deliveries = PagesAsync(access.page_deliveries)
+    delivery = AsksAsync(access.get_delivery)
+    redeliver = AsksAsync(access.redeliver)
 
-    async def edit(self, schedule: str, *, version: int | None = None, **changes: Any) -> ScheduleView:
-        return await self._send(calls.edit_schedule(schedule, ScheduleUpdate(**changes), version))
 
-    async def delete(self, schedule: str) -> None:
-        await self._send(calls.delete_schedule(schedule))
+class AsyncKeys(AsyncResource):
+    create = AsksAsync(access.create_key)
+    iterate = PagesAsync(access.page_keys)
+    get = AsksAsync(access.get_key)
+    rotate = AsksAsync(access.rotate_key)
+    revoke = AsksAsync(access.revoke_key)
 
-    async def suspend(self, schedule: str) -> ScheduleView:
-        return await self._send(calls.suspend_schedule(schedule))
 
-    async def resume(self, schedule: str) -> ScheduleView:
-        return await self._send(calls.resume_schedule(schedule))
-
-    async def trigger(self, schedule: str) -> ScheduleRunView:
-        return await self._send(calls.trigger_schedule(schedule))
-
-    def runs(self, schedule: str) -> AsyncIterator[ScheduleRunView]:
-        return self._every(lambda cursor: calls.page_schedule_runs(schedule, cursor=cursor, limit=200))
+class AsyncTenants(AsyncResource):
+    iterate = PagesAsync(access.page_tenants)
+    get = AsksAsync(access.get_tenant)
+    set_quotas = AsksAsync(access.set_quotas)
+    audit = PagesAsync(access.page_audit)

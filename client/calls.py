@@ -6,11 +6,11 @@
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from core.recipes.plan import Plan
 from core.schemas import (
@@ -19,12 +19,16 @@ from core.schemas import (
     DataSetView,
     EventView,
     JobCreate,
+    JobSpec,
     JobView,
     LatestView,
     LogView,
     ModelCreate,
     ModelView,
     Page,
+    PromotionCreate,
+    PromotionView,
+    QueueView,
     ReadyView,
     RecipeView,
     ReportView,
@@ -57,7 +61,7 @@ class Call(Generic[Answer]):
     timeout_s: float | None = None  #: where the server has long work to do before it can answer
 
 
-def _reader(kind: Any) -> Callable[[httpx.Response], Any]:
+def reader(kind: Any) -> Callable[[httpx.Response], Any]:
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
     return lambda response: adapter.validate_json(response.content)
 
@@ -68,7 +72,7 @@ def _items(kind: Any) -> Callable[[httpx.Response], Any]:
     return lambda response: adapter.validate_json(response.content).items
 
 
-def _nothing(_response: httpx.Response) -> None:
+def nothing(_response: httpx.Response) -> None:
     return None
 
 
@@ -76,81 +80,110 @@ def _text(response: httpx.Response) -> str:
     return response.text
 
 
-_LATEST = _reader(LatestView)
-_MODEL, _MODELS = _reader(ModelView), _reader(Page[ModelView])
-_DATA_SET, _DATA_SETS = _reader(DataSetView), _reader(Page[DataSetView])
-_JOB, _JOBS = _reader(JobView), _reader(Page[JobView])
+_LATEST, _PROMOTION, _PROMOTIONS = reader(LatestView), reader(PromotionView), reader(Page[PromotionView])
+_MODEL, _MODELS = reader(ModelView), reader(Page[ModelView])
+_DATA_SET, _DATA_SETS = reader(DataSetView), reader(Page[DataSetView])
+_JOB, _JOBS = reader(JobView), reader(Page[JobView])
 _UPLOADS = _items(UploadFile)
-_RECIPE, _RECIPES = _reader(RecipeView), _items(RecipeView)
-_ARTIFACTS, _WORKERS = _items(ArtifactView), _items(WorkerView)
+_RECIPE, _RECIPES = reader(RecipeView), _items(RecipeView)
+_ARTIFACTS, _WORKERS, _QUEUES = _items(ArtifactView), _items(WorkerView), _items(QueueView)
 _EVENTS, _LOGS = _items(EventView), _items(LogView)
-_REPORT, _READY = _reader(ReportView), _reader(ReadyView)
-_SCHEDULE, _SCHEDULES = _reader(ScheduleView), _reader(Page[ScheduleView])
-_RUN, _RUNS = _reader(ScheduleRunView), _reader(Page[ScheduleRunView])
-_VALIDATED = _reader(ValidateView)
-_JSON = _reader(dict[str, Any])
+_REPORT, _READY = reader(ReportView), reader(ReadyView)
+_SCHEDULE, _SCHEDULES = reader(ScheduleView), reader(Page[ScheduleView])
+_RUN, _RUNS = reader(ScheduleRunView), reader(Page[ScheduleRunView])
+_VALIDATED = reader(ValidateView)
+_JSON = reader(dict[str, Any])
 
 
-def _path(*parts: str) -> str:
+def path_of(*parts: str) -> str:
     return "/v1/" + "/".join(quote(part, safe="") for part in parts)
 
 
-def _given(**params: object) -> list[tuple[str, str]]:
+def given(**params: object) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in params.items() if value is not None]
+
+
+def if_match(version: int | None) -> dict[str, str]:
+    """A header that lets an edit of this version alone succeed. Repeated after a lost answer it would be refused."""
+    return {"If-Match": f'"v{version}"'} if version is not None else {}
+
+
+def post(
+    path: str,
+    parse: Callable[[httpx.Response], Answer],
+    body: BaseModel | None = None,
+    *,
+    key: str | None = None,
+    repeatable: bool = False,
+    timeout_s: float | None = None,
+) -> Call[Answer]:
+    """A POST with an Idempotency-Key. It is made here, once a call and not once a try, so that a retry finds what the try before it did."""
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+    json = None if body is None else body.model_dump(mode="json", exclude_unset=True)
+    return Call("POST", path, parse, repeatable=repeatable, json=json, headers=headers, timeout_s=timeout_s)
 
 
 # Models and data sets ------------------------------------------------------------------------------------------------
 
 
 def create_model(request: ModelCreate) -> Call[ModelView]:
-    body = request.model_dump(mode="json")
-    return Call("POST", "/v1/models", _MODEL, repeatable=False, json=body, timeout_s=_HASHING_S)
+    return post("/v1/models", _MODEL, request, timeout_s=_HASHING_S)
 
 
 def get_model(model: str) -> Call[ModelView]:
-    return Call("GET", _path("models", model), _MODEL)
+    return Call("GET", path_of("models", model), _MODEL)
 
 
 def latest_of(model: str) -> Call[LatestView]:
-    return Call("GET", _path("models", model, "latest"), _LATEST)
+    """The newest accepted result of a model's name. Raises ApiError(not_found) where none was accepted yet."""
+    return Call("GET", path_of("models", model, "latest"), _LATEST)
+
+
+def page_promotions(model: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[PromotionView]]:
+    """Where a model's name stood, newest first: the first is where it stands."""
+    return Call("GET", path_of("models", model, "promotions"), _PROMOTIONS, params=given(cursor=cursor, limit=limit))
+
+
+def promote(model: str, job_id: str) -> Call[PromotionView]:
+    """Let a model's name mean another job's accepted result, e.g. to go back. Holds until the next job of this name is accepted."""
+    return post(path_of("models", model, "promotions"), _PROMOTION, PromotionCreate(job_id=job_id))
 
 
 def page_models(*, cursor: str | None = None, limit: int = 50) -> Call[Page[ModelView]]:
-    return Call("GET", "/v1/models", _MODELS, params=_given(cursor=cursor, limit=limit))
+    return Call("GET", "/v1/models", _MODELS, params=given(cursor=cursor, limit=limit))
 
 
 def delete_model(model: str) -> Call[None]:
-    return Call("DELETE", _path("models", model), _nothing)
+    return Call("DELETE", path_of("models", model), nothing)
 
 
 def create_data_set(request: DataSetCreate) -> Call[DataSetView]:
-    body = request.model_dump(mode="json")
-    return Call("POST", "/v1/datasets", _DATA_SET, repeatable=False, json=body, timeout_s=_HASHING_S)
+    return post("/v1/datasets", _DATA_SET, request, timeout_s=_HASHING_S)
 
 
 def get_data_set(data_set: str) -> Call[DataSetView]:
-    return Call("GET", _path("datasets", data_set), _DATA_SET)
+    return Call("GET", path_of("datasets", data_set), _DATA_SET)
 
 
 def page_data_sets(*, cursor: str | None = None, limit: int = 50) -> Call[Page[DataSetView]]:
-    return Call("GET", "/v1/datasets", _DATA_SETS, params=_given(cursor=cursor, limit=limit))
+    return Call("GET", "/v1/datasets", _DATA_SETS, params=given(cursor=cursor, limit=limit))
 
 
 def delete_data_set(data_set: str) -> Call[None]:
-    return Call("DELETE", _path("datasets", data_set), _nothing)
+    return Call("DELETE", path_of("datasets", data_set), nothing)
 
 
 def uploads(kind: str, subject: str) -> Call[list[UploadFile]]:
     """The parts not yet received, with fresh URLs. `kind`: "models" or "datasets"."""
-    return Call("GET", _path(kind, subject, "uploads"), _UPLOADS)
+    return Call("GET", path_of(kind, subject, "uploads"), _UPLOADS)
 
 
 def complete(kind: str, subject: str) -> Call[None]:
-    return Call("POST", _path(kind, subject, "complete"), _nothing, repeatable=False, timeout_s=_HASHING_S)
+    return post(path_of(kind, subject, "complete"), nothing, timeout_s=_HASHING_S)
 
 
 def upload_state(kind: str, subject: str) -> Call[str]:
-    return Call("GET", _path(kind, subject), lambda response: str(response.json()["state"]))
+    return Call("GET", path_of(kind, subject), lambda response: str(response.json()["state"]))
 
 
 # Recipes -------------------------------------------------------------------------------------------------------------
@@ -161,26 +194,37 @@ def list_recipes() -> Call[list[RecipeView]]:
 
 
 def get_recipe(name: str) -> Call[RecipeView]:
-    return Call("GET", _path("recipes", name), _RECIPE)
+    return Call("GET", path_of("recipes", name), _RECIPE)
 
 
-def validate_recipe(recipe: dict[str, Any] | str, model: str | None) -> Call[Plan]:
+def validate_recipe(recipe: dict[str, Any] | str, model: str | None = None) -> Call[Plan]:
+    """The plan, estimate and warnings for a recipe given as a mapping or YAML text. Raises ApiError(invalid_recipe)."""
     body = ValidateRequest(recipe=recipe, model=model).model_dump(mode="json")
     return Call("POST", "/v1/recipes/validate", lambda response: _VALIDATED(response).plan, json=body)
+
+
+def recipe_schema() -> Call[dict[str, Any]]:
+    """The JSON schema of a recipe, for editors."""
+    return Call("GET", "/v1/recipes/schema", _JSON)
 
 
 # Jobs ----------------------------------------------------------------------------------------------------------------
 
 
-def submit_job(request: JobCreate, idempotency_key: str | None) -> Call[JobView]:
-    """The key is made here, once a call and not once a try, so that a retry finds the job of the try before it."""
-    key = idempotency_key or uuid.uuid4().hex
-    body = request.model_dump(mode="json", exclude_unset=True)
-    return Call("POST", "/v1/jobs", _JOB, json=body, headers={"Idempotency-Key": key})
+def submit_job(
+    model: str, recipe: str | dict[str, Any], *, idempotency_key: str | None = None, **fields: Any
+) -> Call[JobView]:
+    """Queue a job. `fields`: those of core.schemas.JobCreate (name, priority, labels, run_after, …).
+
+    The request carries a fresh Idempotency-Key, so that a retry over a bad line makes no second job; give your own to extend
+    that over several runs of a program.
+    """
+    request = JobCreate(model=model, recipe=recipe, **fields)
+    return post("/v1/jobs", _JOB, request, key=idempotency_key, repeatable=True)
 
 
 def get_job(job_id: str) -> Call[JobView]:
-    return Call("GET", _path("jobs", job_id), _JOB)
+    return Call("GET", path_of("jobs", job_id), _JOB)
 
 
 def page_jobs(
@@ -193,82 +237,87 @@ def page_jobs(
 ) -> Call[Page[JobView]]:
     params = [("state", state) for state in states]
     params += [("label", f"{key}={value}") for key, value in (labels or {}).items()]
-    return Call("GET", "/v1/jobs", _JOBS, params=params + _given(model=model, cursor=cursor, limit=limit))
+    return Call("GET", "/v1/jobs", _JOBS, params=params + given(model=model, cursor=cursor, limit=limit))
 
 
 def cancel_job(job_id: str) -> Call[JobView]:
-    return Call("POST", _path("jobs", job_id, "cancel"), _JOB)
+    return post(path_of("jobs", job_id, "cancel"), _JOB, repeatable=True)
 
 
 def retry_job(job_id: str) -> Call[JobView]:
-    return Call("POST", _path("jobs", job_id, "retry"), _JOB, repeatable=False)
+    """A new job like a finished one."""
+    return post(path_of("jobs", job_id, "retry"), _JOB)
 
 
 def list_events(job_id: str, *, after: int = 0, limit: int = 500) -> Call[list[EventView]]:
-    return Call("GET", _path("jobs", job_id, "events"), _EVENTS, params=_given(after=after, limit=limit))
+    return Call("GET", path_of("jobs", job_id, "events"), _EVENTS, params=given(after=after, limit=limit))
 
 
 def list_logs(job_id: str, *, after: int = 0, limit: int = 500) -> Call[list[LogView]]:
-    return Call("GET", _path("jobs", job_id, "logs"), _LOGS, params=_given(after=after, limit=limit))
+    return Call("GET", path_of("jobs", job_id, "logs"), _LOGS, params=given(after=after, limit=limit))
 
 
 def list_artifacts(job_id: str) -> Call[list[ArtifactView]]:
-    return Call("GET", _path("jobs", job_id, "artifacts"), _ARTIFACTS)
+    return Call("GET", path_of("jobs", job_id, "artifacts"), _ARTIFACTS)
 
 
 def get_report(job_id: str) -> Call[ReportView]:
-    return Call("GET", _path("jobs", job_id, "report"), _REPORT)
+    return Call("GET", path_of("jobs", job_id, "report"), _REPORT)
 
 
-def get_drawn_report(job_id: str, form: str) -> Call[str]:
-    """`form`: "html" or "md"."""
-    return Call("GET", _path("jobs", job_id, f"report.{form}"), _text)
+def get_drawn_report(job_id: str, form: Literal["html", "md"]) -> Call[str]:
+    """The report as one self-contained page or as a Markdown model card."""
+    return Call("GET", path_of("jobs", job_id, f"report.{form}"), _text)
 
 
 # Schedules -----------------------------------------------------------------------------------------------------------
 
 
-def create_schedule(request: ScheduleCreate) -> Call[ScheduleView]:
-    """Its name is unique: a repeated request makes no second one, but is refused as a conflict. So it is not repeated."""
-    body = request.model_dump(mode="json", exclude_unset=True)
-    return Call("POST", "/v1/schedules", _SCHEDULE, repeatable=False, json=body)
+def create_schedule(
+    name: str, cron: str, model: str, recipe: str | dict[str, Any], *, timezone: str = "UTC", **fields: Any
+) -> Call[ScheduleView]:
+    """`fields`: those of core.schemas.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobSpec."""
+    own = {key: value for key, value in fields.items() if key in ScheduleCreate.model_fields}
+    rest = {key: value for key, value in fields.items() if key not in own}
+    job = JobSpec(model=model, recipe=recipe, **rest)
+    return post("/v1/schedules", _SCHEDULE, ScheduleCreate(name=name, cron=cron, timezone=timezone, job=job, **own))
 
 
 def get_schedule(schedule: str) -> Call[ScheduleView]:
-    return Call("GET", _path("schedules", schedule), _SCHEDULE)
+    return Call("GET", path_of("schedules", schedule), _SCHEDULE)
 
 
 def page_schedules(*, cursor: str | None = None, limit: int = 50) -> Call[Page[ScheduleView]]:
-    return Call("GET", "/v1/schedules", _SCHEDULES, params=_given(cursor=cursor, limit=limit))
+    return Call("GET", "/v1/schedules", _SCHEDULES, params=given(cursor=cursor, limit=limit))
 
 
-def edit_schedule(schedule: str, change: ScheduleUpdate, version: int | None) -> Call[ScheduleView]:
-    headers = {"If-Match": f'"v{version}"'} if version is not None else {}
-    body = change.model_dump(mode="json", exclude_unset=True)
-    # Repeated after a lost answer, an edit of one version would be refused.
-    return Call(
-        "PATCH", _path("schedules", schedule), _SCHEDULE, repeatable=version is None, json=body, headers=headers
-    )
+def edit_schedule(schedule: str, *, version: int | None = None, **changes: Any) -> Call[ScheduleView]:
+    """Change what is given. With `version`, only while it is still that one: else ApiError(precondition_failed)."""
+    body = ScheduleUpdate(**changes).model_dump(mode="json", exclude_unset=True)
+    headers = if_match(version)
+    return Call("PATCH", path_of("schedules", schedule), _SCHEDULE, repeatable=not headers, json=body, headers=headers)
 
 
 def delete_schedule(schedule: str) -> Call[None]:
-    return Call("DELETE", _path("schedules", schedule), _nothing)
+    return Call("DELETE", path_of("schedules", schedule), nothing)
 
 
 def suspend_schedule(schedule: str) -> Call[ScheduleView]:
-    return Call("POST", _path("schedules", schedule, "suspend"), _SCHEDULE)
+    return post(path_of("schedules", schedule, "suspend"), _SCHEDULE, repeatable=True)
 
 
 def resume_schedule(schedule: str) -> Call[ScheduleView]:
-    return Call("POST", _path("schedules", schedule, "resume"), _SCHEDULE)
+    return post(path_of("schedules", schedule, "resume"), _SCHEDULE, repeatable=True)
 
 
 def trigger_schedule(schedule: str) -> Call[ScheduleRunView]:
-    return Call("POST", _path("schedules", schedule, "trigger"), _RUN, repeatable=False)
+    """Fire now. The run's job appears within a few seconds."""
+    return post(path_of("schedules", schedule, "trigger"), _RUN)
 
 
 def page_schedule_runs(schedule: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[ScheduleRunView]]:
-    return Call("GET", _path("schedules", schedule, "runs"), _RUNS, params=_given(cursor=cursor, limit=limit))
+    """What each fire came to, newest first."""
+    return Call("GET", path_of("schedules", schedule, "runs"), _RUNS, params=given(cursor=cursor, limit=limit))
 
 
 # The service ---------------------------------------------------------------------------------------------------------
@@ -278,9 +327,11 @@ def list_workers() -> Call[list[WorkerView]]:
     return Call("GET", "/v1/workers", _WORKERS)
 
 
+def list_queues() -> Call[list[QueueView]]:
+    """What waits and what runs, over all tenants."""
+    return Call("GET", "/v1/queues", _QUEUES)
+
+
 def ready() -> Call[ReadyView]:
+    """What the API says of the parts it needs; needs no key."""
     return Call("GET", "/readyz", _READY, accept=frozenset({503}))
-
-
-def me() -> Call[dict[str, Any]]:
-    return Call("GET", "/v1/me", _JSON)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import httpx
 
-from client import calls
+from client import access, calls
+from client.asking import Asks, Pages, Resource
 from client.calls import Call
 from client.discovery import options_from
 from client.errors import ApiError, ClientError, UnreachableError
@@ -19,28 +20,18 @@ from client.folders import ModelFolder, plain_name, read_model_folder
 from client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
 from client.transport import Attempts, read_answer
 from client.waiting import Pace
-from core.recipes.plan import Plan
 from core.schemas import (
     TERMINAL_STATES,
-    ArtifactView,
     DataSetCreate,
     DataSetView,
     EventView,
-    JobCreate,
-    JobSpec,
     JobView,
-    LatestView,
     LogView,
+    MeView,
     ModelCreate,
     ModelView,
-    Page,
+    QueueView,
     ReadyView,
-    RecipeView,
-    ReportView,
-    ScheduleCreate,
-    ScheduleRunView,
-    ScheduleUpdate,
-    ScheduleView,
     UploadFile,
     WorkerView,
 )
@@ -53,6 +44,8 @@ NumberedItem = TypeVar("NumberedItem", bound=Numbered)
 class Client:
     """A connection to one Nightpress API, to be closed or used with `with`. Safe to share between threads.
 
+    `profile`: a server that `nightpress servers add` named. With nothing given, it is found as the command line finds it.
+
     >>> with Client() as nightpress:
     ...     model = nightpress.models.upload(Path("all-minilm-l6-v2"))
     ...     job = nightpress.jobs.wait(nightpress.jobs.submit(model.id, "int8-encoder").id)
@@ -60,15 +53,24 @@ class Client:
     """
 
     def __init__(
-        self, api_url: str | None = None, api_key: str | None = None, *, timeout_s: float = 30.0, retries: int = 3
+        self,
+        api_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        profile: str | None = None,
+        timeout_s: float = 30.0,
+        retries: int = 3,
     ) -> None:
-        self.options = options_from(api_url, api_key, timeout_s, retries)
+        self.options = options_from(api_url, api_key, profile, timeout_s=timeout_s, retries=retries)
         self.http = httpx.Client(**self.options.http_options())
         self.models = Models(self)
         self.data_sets = DataSets(self)
         self.recipes = Recipes(self)
         self.jobs = Jobs(self)
         self.schedules = Schedules(self)
+        self.webhooks = Webhooks(self)
+        self.keys = Keys(self)
+        self.tenants = Tenants(self)
 
     def send(self, call: Call[Answer]) -> Answer:
         """Make one request of `client.calls`, with retries. Raises ApiError or UnreachableError."""
@@ -87,13 +89,17 @@ class Client:
     def workers(self) -> list[WorkerView]:
         return self.send(calls.list_workers())
 
+    def queues(self) -> list[QueueView]:
+        """What waits and what runs, over all tenants."""
+        return self.send(calls.list_queues())
+
     def ready(self) -> ReadyView:
         """What the API says of the parts it needs; needs no key."""
         return self.send(calls.ready())
 
-    def me(self) -> dict[str, Any]:
-        """Whom the key belongs to and what it allows."""
-        return self.send(calls.me())
+    def me(self) -> MeView:
+        """Whom the key belongs to, what it allows, and what its tenant uses of its quotas."""
+        return self.send(access.me())
 
     def close(self) -> None:
         self.http.close()
@@ -107,39 +113,16 @@ class Client:
         self.close()
 
 
-class _Resource:
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._send = client.send
-
-    def _every(self, page_of: Callable[[str | None], Call[Page[Item]]]) -> Iterator[Item]:
-        cursor: str | None = None
-        while True:
-            page = self._send(page_of(cursor))
-            yield from page.items
-            if not (cursor := page.next_cursor):
-                return
-
-
-class Models(_Resource):
+class Models(Resource):
     """Models: immutable folders with a digest."""
 
-    def list(self, *, cursor: str | None = None, limit: int = 50) -> Page[ModelView]:
-        return self._send(calls.page_models(cursor=cursor, limit=limit))
-
-    def iterate(self) -> Iterator[ModelView]:
-        """All, newest first, asking for the next page as it is needed."""
-        return self._every(lambda cursor: calls.page_models(cursor=cursor, limit=200))
-
-    def get(self, model: str) -> ModelView:
-        return self._send(calls.get_model(model))
-
-    def latest(self, model: str) -> LatestView:
-        """The newest accepted result of a model's name. Raises ApiError(not_found) where none was accepted yet."""
-        return self._send(calls.latest_of(model))
-
-    def delete(self, model: str) -> None:
-        self._send(calls.delete_model(model))
+    list = Asks(calls.page_models)
+    iterate = Pages(calls.page_models)
+    get = Asks(calls.get_model)
+    delete = Asks(calls.delete_model)
+    latest = Asks(calls.latest_of)
+    promote = Asks(calls.promote)
+    promotions = Pages(calls.page_promotions)
 
     def register(self, path: str, name: str | None = None) -> ModelView:
         """Use a folder on the server in place. Raises ApiError(path_not_allowed) where its operator hasn't allowed it."""
@@ -177,20 +160,13 @@ class Models(_Resource):
         return model
 
 
-class DataSets(_Resource):
+class DataSets(Resource):
     """Data sets: one immutable file of prose or of labelled rows."""
 
-    def list(self, *, cursor: str | None = None, limit: int = 50) -> Page[DataSetView]:
-        return self._send(calls.page_data_sets(cursor=cursor, limit=limit))
-
-    def iterate(self) -> Iterator[DataSetView]:
-        return self._every(lambda cursor: calls.page_data_sets(cursor=cursor, limit=200))
-
-    def get(self, data_set: str) -> DataSetView:
-        return self._send(calls.get_data_set(data_set))
-
-    def delete(self, data_set: str) -> None:
-        self._send(calls.delete_data_set(data_set))
+    list = Asks(calls.page_data_sets)
+    iterate = Pages(calls.page_data_sets)
+    get = Asks(calls.get_data_set)
+    delete = Asks(calls.delete_data_set)
 
     def register(self, path: str, name: str | None = None) -> DataSetView:
         name = name or plain_name(Path(path).name.split(".")[0])
@@ -239,60 +215,28 @@ def _send_files(
             raise
 
 
-class Recipes(_Resource):
+class Recipes(Resource):
     """Recipes: what to do with a model."""
 
-    def list(self) -> list[RecipeView]:
-        return self._send(calls.list_recipes())
-
-    def get(self, name: str) -> RecipeView:
-        return self._send(calls.get_recipe(name))
-
-    def validate(self, recipe: dict[str, Any] | str, model: str | None = None) -> Plan:
-        """The plan, estimate and warnings for a recipe given as a mapping or YAML text. Raises ApiError(invalid_recipe)."""
-        return self._send(calls.validate_recipe(recipe, model))
+    list = Asks(calls.list_recipes)
+    get = Asks(calls.get_recipe)
+    validate = Asks(calls.validate_recipe)
+    schema = Asks(calls.recipe_schema)
 
 
-class Jobs(_Resource):
+class Jobs(Resource):
     """Jobs: one recipe on one model."""
 
-    def submit(
-        self, model: str, recipe: str | dict[str, Any], *, idempotency_key: str | None = None, **fields: Any
-    ) -> JobView:
-        """Queue a job. `fields`: those of core.schemas.JobCreate (name, priority, labels, run_after, …).
-
-        The request carries a fresh Idempotency-Key, so that a retry over a bad line makes no second job; give your own to extend
-        that over several runs of a program.
-        """
-        return self._send(calls.submit_job(JobCreate(model=model, recipe=recipe, **fields), idempotency_key))
-
-    def list(
-        self,
-        *,
-        states: Sequence[str] = (),
-        labels: Mapping[str, str] | None = None,
-        model: str | None = None,
-        cursor: str | None = None,
-        limit: int = 50,
-    ) -> Page[JobView]:
-        return self._send(calls.page_jobs(states=states, labels=labels, model=model, cursor=cursor, limit=limit))
-
-    def iterate(
-        self, *, states: Sequence[str] = (), labels: Mapping[str, str] | None = None, model: str | None = None
-    ) -> Iterator[JobView]:
-        return self._every(
-            lambda cursor: calls.page_jobs(states=states, labels=labels, model=model, cursor=cursor, limit=200)
-        )
-
-    def get(self, job_id: str) -> JobView:
-        return self._send(calls.get_job(job_id))
-
-    def cancel(self, job_id: str) -> JobView:
-        return self._send(calls.cancel_job(job_id))
-
-    def retry(self, job_id: str) -> JobView:
-        """A new job like a finished one."""
-        return self._send(calls.retry_job(job_id))
+    submit = Asks(calls.submit_job)
+    list = Asks(calls.page_jobs)
+    iterate = Pages(calls.page_jobs)
+    get = Asks(calls.get_job)
+    cancel = Asks(calls.cancel_job)
+    retry = Asks(calls.retry_job)
+    past_events = Asks(calls.list_events)
+    artifacts = Asks(calls.list_artifacts)
+    report = Asks(calls.get_report)
+    drawn_report = Asks(calls.get_drawn_report)
 
     def wait(
         self,
@@ -324,9 +268,6 @@ class Jobs(_Resource):
     def events(self, job_id: str, *, after: int = 0, patience_s: float = 120.0) -> Iterator[EventView]:
         """A job's history as it grows, until the job is over. Reconnects, skipping and repeating nothing."""
         return self._follow(EVENTS, job_id, after, patience_s)
-
-    def past_events(self, job_id: str, *, after: int = 0, limit: int = 500) -> Sequence[EventView]:
-        return self._send(calls.list_events(job_id, after=after, limit=limit))
 
     def logs(
         self, job_id: str, *, after: int = 0, follow: bool = False, patience_s: float = 120.0
@@ -363,16 +304,6 @@ class Jobs(_Resource):
                     yield from (item for item in rest if tail.seen(item) is not None)
                 return
 
-    def artifacts(self, job_id: str) -> Sequence[ArtifactView]:
-        return self._send(calls.list_artifacts(job_id))
-
-    def report(self, job_id: str) -> ReportView:
-        return self._send(calls.get_report(job_id))
-
-    def drawn_report(self, job_id: str, form: Literal["html", "md"]) -> str:
-        """The report as one self-contained page or as a Markdown model card."""
-        return self._send(calls.get_drawn_report(job_id, form))
-
     def download(
         self,
         job_id: str,
@@ -397,50 +328,49 @@ class Jobs(_Resource):
         return [target_of(folder, one.format) for one in artifacts]
 
 
-class Schedules(_Resource):
+class Schedules(Resource):
     """Schedules: jobs that come again. `schedule`: an id or a name."""
 
-    def create(
-        self, name: str, cron: str, model: str, recipe: str | dict[str, Any], *, timezone: str = "UTC", **fields: Any
-    ) -> ScheduleView:
-        """`fields`: those of core.schemas.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobSpec."""
-        request = schedule_of(name, cron, model, recipe, timezone, fields)
-        return self._send(calls.create_schedule(request))
-
-    def get(self, schedule: str) -> ScheduleView:
-        return self._send(calls.get_schedule(schedule))
-
-    def iterate(self) -> Iterator[ScheduleView]:
-        return self._every(lambda cursor: calls.page_schedules(cursor=cursor, limit=200))
-
-    def edit(self, schedule: str, *, version: int | None = None, **changes: Any) -> ScheduleView:
-        """Change what is given. With `version`, only while it is still that one: else ApiError(precondition_failed)."""
-        return self._send(calls.edit_schedule(schedule, ScheduleUpdate(**changes), version))
-
-    def delete(self, schedule: str) -> None:
-        self._send(calls.delete_schedule(schedule))
-
-    def suspend(self, schedule: str) -> ScheduleView:
-        return self._send(calls.suspend_schedule(schedule))
-
-    def resume(self, schedule: str) -> ScheduleView:
-        return self._send(calls.resume_schedule(schedule))
-
-    def trigger(self, schedule: str) -> ScheduleRunView:
-        """Fire now. The run's job appears within a few seconds."""
-        return self._send(calls.trigger_schedule(schedule))
-
-    def runs(self, schedule: str) -> Iterator[ScheduleRunView]:
-        """What each fire came to, newest first."""
-        return self._every(lambda cursor: calls.page_schedule_runs(schedule, cursor=cursor, limit=200))
+    create = Asks(calls.create_schedule)
+    iterate = Pages(calls.page_schedules)
+    get = Asks(calls.get_schedule)
+    edit = Asks(calls.edit_schedule)
+    delete = Asks(calls.delete_schedule)
+    suspend = Asks(calls.suspend_schedule)
+    resume = Asks(calls.resume_schedule)
+    trigger = Asks(calls.trigger_schedule)
+    runs = Pages(calls.page_schedule_runs)
 
 
-def schedule_of(
-    name: str, cron: str, model: str, recipe: str | dict[str, Any], timezone: str, fields: Mapping[str, Any]
-) -> ScheduleCreate:
-    """A request from plain arguments: those of the job go into the job."""
-    own = {key: value for key, value in fields.items() if key in ScheduleCreate.model_fields}
-    rest = {key: value for key, value in fields.items() if key not in own}
-    return ScheduleCreate(
-        name=name, cron=cron, timezone=timezone, job=JobSpec(model=model, recipe=recipe, **rest), **own
-    )
+class Webhooks(Resource):
+    """Webhooks: who is told when a job has ended."""
+
+    create = Asks(access.create_webhook)
+    iterate = Pages(access.page_webhooks)
+    get = Asks(access.get_webhook)
+    edit = Asks(access.edit_webhook)
+    delete = Asks(access.delete_webhook)
+    rotate = Asks(access.rotate_secret)
+    test = Asks(access.send_test)
+    deliveries = Pages(access.page_deliveries)
+    delivery = Asks(access.get_delivery)
+    redeliver = Asks(access.redeliver)
+
+
+class Keys(Resource):
+    """API keys: of one's own tenant, and for administrators of any."""
+
+    create = Asks(access.create_key)
+    iterate = Pages(access.page_keys)
+    get = Asks(access.get_key)
+    rotate = Asks(access.rotate_key)
+    revoke = Asks(access.revoke_key)
+
+
+class Tenants(Resource):
+    """Tenants, their quotas and use, and what their keys did: for administrators."""
+
+    iterate = Pages(access.page_tenants)
+    get = Asks(access.get_tenant)
+    set_quotas = Asks(access.set_quotas)
+    audit = Pages(access.page_audit)

@@ -1,14 +1,18 @@
-"""Finding the server and the key: what was said, then the environment, then what the embedded stack left in its folder."""
+"""Finding the server and the key: what was said, then the environment, then a named server, then the embedded stack's folder."""
 
 import json
 import os
 from dataclasses import dataclass
 
+import httpx
+
 from client.errors import ClientError
+from client.servers import Servers, read_servers, servers_file
 from client.transport import Options
 from core.settings import Settings, load_settings
 
 DEVSTACK_FILE = "devstack.json"
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @dataclass(frozen=True)
@@ -19,21 +23,47 @@ class Found:
     source: str
 
 
-def find_api_url(settings: Settings, given: str | None = None) -> Found:
-    if given:
-        return Found(_clean_url(given), "--api")
-    if url := os.environ.get("NIGHTPRESS_API_URL"):
-        return Found(_clean_url(url), "NIGHTPRESS_API_URL")
-    if left := read_devstack(settings).get("api_url"):
-        return Found(_clean_url(str(left)), str(settings.data_dir / DEVSTACK_FILE))
-    return Found(f"http://{settings.api_host}:{settings.api_port}", "the default")
+@dataclass(frozen=True)
+class Place:
+    """A server and the key for it. They are found together, so that no server is ever sent another's key."""
+
+    url: str
+    source: str
+    key: Found
 
 
-def find_api_key(settings: Settings, given: str | None = None) -> Found:
+def find_server(
+    settings: Settings, api_url: str | None = None, api_key: str | None = None, profile: str | None = None
+) -> Place:
+    """Raises ClientError for a profile that is not known."""
+    if api_url and profile:
+        raise ClientError("An address and a profile are two servers.", hint="Give --api or --profile, not both.")
+    servers, environment = read_servers(), os.environ
+    if not api_url and (named := profile or environment.get("NIGHTPRESS_PROFILE")):
+        return _named(servers, named, api_key)
+    if address := api_url or environment.get("NIGHTPRESS_API_URL"):
+        url, source = clean_url(address), "--api" if api_url else "NIGHTPRESS_API_URL"
+    elif servers.default:
+        return _named(servers, servers.default, api_key)
+    elif left := read_devstack(settings).get("api_url"):
+        url, source = clean_url(str(left)), str(settings.data_dir / DEVSTACK_FILE)
+    else:
+        url, source = f"http://{settings.api_host}:{settings.api_port}", "the default"
+    return Place(url, source, _find_key(settings, url, api_key))
+
+
+def _named(servers: Servers, name: str, api_key: str | None) -> Place:
+    server, source = servers.get(name), f"{servers_file()}, {name}"
+    return Place(server.api_url, source, Found(api_key or server.api_key, "given" if api_key else source))
+
+
+def _find_key(settings: Settings, url: str, given: str | None) -> Found:
     if given:
         return Found(given.strip(), "given")
     if key := os.environ.get("NIGHTPRESS_API_KEY"):
         return Found(key.strip(), "NIGHTPRESS_API_KEY")
+    if httpx.URL(url).host not in {*_LOOPBACK, settings.api_host}:
+        return Found(None, f"no NIGHTPRESS_API_KEY, and {settings.key_file} is for this machine alone")
     try:
         return Found(settings.key_file.read_text().strip(), str(settings.key_file))
     except FileNotFoundError:
@@ -54,13 +84,14 @@ def read_devstack(settings: Settings) -> dict[str, object]:
     return raw if isinstance(raw, dict) else {}
 
 
-def _clean_url(url: str) -> str:
+def clean_url(url: str) -> str:
     url = url.strip().rstrip("/")
     return url if "://" in url else f"http://{url}"
 
 
-def options_from(api_url: str | None, api_key: str | None, timeout_s: float, retries: int) -> Options:
-    """Fill what the caller left open from the environment and the embedded stack's folder."""
-    settings = load_settings()
-    url = find_api_url(settings, api_url).value
-    return Options(str(url), find_api_key(settings, api_key).value, timeout_s=timeout_s, retries=retries)
+def options_from(
+    api_url: str | None, api_key: str | None, profile: str | None, *, timeout_s: float, retries: int
+) -> Options:
+    """Fill what the caller left open from the environment, the named servers and the embedded stack's folder."""
+    place = find_server(load_settings(), api_url, api_key, profile)
+    return Options(place.url, place.key.value, timeout_s=timeout_s, retries=retries)

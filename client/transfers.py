@@ -18,10 +18,12 @@ import httpx
 from client.errors import ApiError, ClientError, TransferError
 from client.transport import Attempts, Options, not_reachable
 from core.handoff.manifest import FileEntry, digest_of
-from core.schemas import ArtifactView, FileAnnouncement, FileView, UploadFile, UploadPart
+from core.schemas import ArtifactView, FileAnnouncement, FileView, UploadFile, UploadPart, upload_part_size
 
 _CHUNK = 1024 * 1024
 _ROUNDS_WITHOUT_PROGRESS = 3
+#: More than half a terabyte's parts would not fit into one request: such files are verified whole, at the end.
+_MOST_PART_DIGESTS = 8_000
 
 
 class Meter(Protocol):
@@ -216,15 +218,31 @@ class Transfers:
     # Common ------------------------------------------------------------------------------------------------------
 
     def hash_files(self, files: Mapping[str, Path]) -> list[FileAnnouncement]:
-        """Size and SHA-256 of each local file, hashed in parallel."""
+        """Size and SHA-256 of each local file and of each part it will be sent in, hashed in parallel."""
         found: dict[str, FileAnnouncement] = {}
 
         def look(name: str, source: Path) -> None:
-            digest = self._hash(source).hexdigest()
-            found[name] = FileAnnouncement(path=name, size=source.stat().st_size, sha256=digest)
+            found[name] = self._announce(name, source)
 
         self._in_threads([(look, item) for item in files.items()])
-        return [found[name] for name in sorted(found)]
+        announced = [found[name] for name in sorted(found)]
+        if sum(len(one.part_sha256) for one in announced) > _MOST_PART_DIGESTS:
+            return [one.model_copy(update={"part_sha256": []}) for one in announced]
+        return announced
+
+    def _announce(self, name: str, source: Path) -> FileAnnouncement:
+        size = source.stat().st_size
+        whole, parts = hashlib.sha256(), []
+        with source.open("rb") as stream:
+            for offset in range(0, size, upload_part_size(size)):
+                left, part = min(upload_part_size(size), size - offset), hashlib.sha256()
+                while left and (chunk := stream.read(min(_CHUNK, left))):
+                    self._check()
+                    whole.update(chunk)
+                    part.update(chunk)
+                    left -= len(chunk)
+                parts.append(part.hexdigest())
+        return FileAnnouncement(path=name, size=size, sha256=whole.hexdigest(), part_sha256=parts)
 
     def _in_threads(self, tasks: Sequence[tuple[Callable[..., None], tuple[object, ...]]]) -> None:
         """Run all; at the first error, or when the caller is interrupted, stop the others and raise it."""

@@ -139,14 +139,14 @@ def commands_page() -> str:
     parts = [
         "# Commands\n\n"
         + _GENERATED
-        + "Every command with its arguments and options. [Command line](cli.md) says what they have in common, exit statuses among it. Each takes `--api URL`, "
+        + "Every command with its arguments and options. [Command line](cli.md) says what they have in common, exit statuses among it. Each takes `--api URL`, `--profile NAME`, "
         "`--json` and `--help`; `nightpress --install-completion` completes them in your shell.\n"
     ]
     for words, command in _commands(get_command(app), ("nightpress",)):
         rows: list[tuple[object, ...]] = [
             (_spelling(one), getattr(one, "help", "") or "")
             for one in command.params
-            if one.name not in {"_api", "_json", "install_completion", "show_completion"}
+            if one.name not in {"_api", "_profile", "_json", "install_completion", "show_completion"}
         ]
         parts.append(f"## {' '.join(words)}\n\n{inspect.cleandoc(command.help or '')}\n")
         if rows:

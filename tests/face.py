@@ -12,7 +12,7 @@ import httpx
 
 import migrations
 from client import Client
-from core.access.keys import create_key
+from core.access.keys import ALL_SCOPES, create_key
 from core.artifacts.storage import open_store
 from core.database import make_engine
 from core.errors import NightpressError
@@ -24,7 +24,6 @@ from core.settings import Settings
 from tests.servers import free_port
 from tests.service import ROOT, eventually
 
-SCOPES = frozenset({"jobs:read", "jobs:write", "models:read", "models:write", "workers:read", "admin"})
 OFFER = WorkerOffer("wkr_test", "cpu", "cpu", 64 * 1024**3, 2)
 RECIPE = {
     "name": "eights",
@@ -51,7 +50,7 @@ class Face:
         self.engine = make_engine(self.settings.sql_url)
         self.store = JobStore(self.engine)
         self.objects = open_store(self.settings)
-        _, self.key = create_key(self.engine, name="test", scopes=SCOPES)
+        _, self.key = create_key(self.engine, name="test", scopes=ALL_SCOPES)
         self.settings.key_file.write_text(self.key)
         self.url = f"http://127.0.0.1:{self.settings.api_port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -90,7 +89,8 @@ class Face:
             for name, value in told.items()
         }
         clean = {name: value for name, value in os.environ.items() if not name.startswith("NIGHTPRESS_")}
-        return {**clean, **env, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        own = {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "XDG_CONFIG_HOME": str(self.folder / "config")}
+        return {**clean, **env, **own}
 
     def client(self, url: str | None = None, **more: Any) -> Client:
         return Client(url or self.url, self.key, **more)

@@ -36,9 +36,11 @@ def add_upload_routes(
     router: APIRouter, registry: Callable[[Services], Registry], view: type[BaseModel], what: str
 ) -> None:
     """Add `uploads`, `parts`, `complete` and DELETE below `/{reference}` of a router."""
+    noun = what.replace(" ", "_")
 
     @router.get(
         "/{reference}/uploads",
+        name=f"list_{noun}_uploads",
         response_model=Page[UploadFile],
         summary="The parts still to be sent, with fresh addresses",
         responses=documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE),
@@ -49,6 +51,7 @@ def add_upload_routes(
 
     @router.put(
         "/{reference}/parts/{number}",
+        name=f"send_{noun}_part",
         status_code=204,
         response_class=Response,
         summary="Send one part through the API",
@@ -84,6 +87,7 @@ def add_upload_routes(
 
     @router.post(
         "/{reference}/complete",
+        name=f"complete_{noun}",
         response_model=view,
         summary=f"All parts are sent: verify the files and make the {what} ready",
         responses=documented(
@@ -99,6 +103,7 @@ def add_upload_routes(
 
     @router.delete(
         "/{reference}",
+        name=f"delete_{noun}",
         status_code=204,
         response_class=Response,
         summary=f"Delete a {what}, or give up its upload",

@@ -1,5 +1,6 @@
-"""Subcommands about what a service has: recipes, models, data sets, workers."""
+"""Subcommands about what a service has: recipes, models, data sets, workers, queues."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,11 @@ from client.cli.jobs import read_recipe, send_model
 from client.cli.session import Session, takes_session
 from core.recipes.plan import Plan
 
-recipes = typer.Typer(invoke_without_command=True, help="The recipes: list, show one, check one's own.")
-models = typer.Typer(invoke_without_command=True, help="The models: list, show, add, remove.")
-data_sets = typer.Typer(invoke_without_command=True, help="The data sets: list, add, remove.")
+recipes = typer.Typer(invoke_without_command=True, help="The recipes: list, show one, check one's own, the schema.")
+models = typer.Typer(
+    invoke_without_command=True, help="The models: list, show, add, remove; history and promote: what a name means."
+)
+data_sets = typer.Typer(invoke_without_command=True, help="The data sets: list, show, add, remove.")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -21,6 +24,7 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(models, name="models", rich_help_panel="Service")
     app.add_typer(data_sets, name="datasets", rich_help_panel="Service")
     app.command("workers", rich_help_panel="Service")(takes_session(workers))
+    app.command("queues", rich_help_panel="Service")(takes_session(queues))
 
 
 @recipes.callback()
@@ -47,6 +51,14 @@ def show_recipe(session: Session, name: Annotated[str, typer.Argument(metavar="N
         output.print_json(found)
     else:
         output.say(yaml.safe_dump(found.recipe, sort_keys=False, allow_unicode=False).rstrip())
+
+
+@recipes.command("schema")
+@takes_session
+def recipe_schema(session: Session) -> None:
+    """Print the JSON schema of a recipe, for an editor to check one against."""
+    with session.client() as client:
+        output.print_json(client.recipes.schema())
 
 
 @recipes.command("validate")
@@ -139,6 +151,39 @@ def show_model(session: Session, model: Annotated[str, typer.Argument(metavar="M
     )
 
 
+@models.command("history")
+@takes_session
+def model_history(
+    session: Session,
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many, newest first.")] = 20,
+) -> None:
+    """Which jobs' results a model's name has meant; the first is what `nightpress pull MODEL` fetches."""
+    with session.client() as client:
+        found = list(islice(client.models.promotions(model, limit=min(limit, 200)), limit))
+    if session.json:
+        output.print_json(found)
+        return
+    rows = [(f"{one.created_at:%Y-%m-%d %H:%M}Z", one.job_id, one.recipe, one.cause) for one in found]
+    output.print_table(("since", "job", "recipe", "because"), rows)
+
+
+@models.command("promote")
+@takes_session
+def promote_job(
+    session: Session,
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    job: Annotated[str, typer.Argument(metavar="JOB", help="A job of this model whose result was accepted.")],
+) -> None:
+    """Let a model's name mean another job's result, e.g. to go back. Holds until the next one is accepted."""
+    with session.client() as client:
+        made = client.models.promote(model, job)
+    if session.json:
+        output.print_json(made)
+    else:
+        output.say(f"{made.model_name} is now {made.job_id} ({made.recipe}).")
+
+
 @models.command("add")
 @takes_session
 def add_model(
@@ -184,6 +229,31 @@ def list_data_sets(session: Session, context: typer.Context) -> None:
         for one in found
     ]
     output.print_table(("data set", "name", "state", "rows", "labels", "size"), rows, right=(3, 5))
+
+
+@data_sets.command("show")
+@takes_session
+def show_data_set(session: Session, data_set: Annotated[str, typer.Argument(metavar="DATASET")]) -> None:
+    """Everything known of one data set."""
+    with session.client() as client:
+        one = client.data_sets.get(data_set)
+    if session.json:
+        output.print_json(one)
+        return
+    output.print_fields(
+        [
+            ("data set", one.id),
+            ("name", one.name),
+            ("state", one.state),
+            ("digest", one.digest),
+            ("rows", one.rows),
+            ("labels", "yes" if one.labelled else ""),
+            ("size", output.size_text(one.size)),
+            ("source", one.source),
+            ("added", one.created_at),
+            ("error", (one.error or {}).get("message")),
+        ]
+    )
 
 
 @data_sets.command("add")
@@ -235,3 +305,17 @@ def workers(session: Session) -> None:
     output.print_table(
         ("worker", "host", "queue", "state", "device", "memory", "threads", "job", "seen"), rows, right=(5, 6)
     )
+
+
+def queues(session: Session) -> None:
+    """What waits and what runs, over all tenants."""
+    with session.client() as client:
+        found = client.queues()
+    if session.json:
+        output.print_json(found)
+        return
+    rows = [
+        (one.name, one.queued, one.running, output.duration_text(one.oldest_queued_s or 0) if one.queued else "")
+        for one in found
+    ]
+    output.print_table(("queue", "queued", "running", "oldest waits"), rows, right=(1, 2, 3))

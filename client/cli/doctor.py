@@ -15,7 +15,7 @@ from client.cli import output
 from client.cli.exits import Exit
 from client.cli.session import Session, takes_session
 from client.client import Client
-from client.discovery import find_api_key, find_api_url
+from client.discovery import find_server
 from client.errors import ApiError, ClientError, UnreachableError
 from core.errors import ErrorCode, NightpressError
 from core.settings import Settings, load_settings
@@ -57,16 +57,16 @@ def doctor(session: Session) -> None:
 def examine(session: Session, settings: Settings) -> Iterator[Check]:
     """Each check as it is done."""
     yield Check("versions", "ok", f"nightpress {VERSION}, Python {sys.version.split()[0]}")
-    url = find_api_url(settings, session.api)
-    key = find_api_key(settings)
-    with Client(url.value, key.value or "none", retries=0, timeout_s=10) as client:
+    place = find_server(settings, session.api, profile=session.profile)
+    key = place.key
+    with Client(place.url, key.value or "none", retries=0, timeout_s=10) as client:
         try:
             ready = client.ready()
         except (UnreachableError, ApiError, ClientError) as error:
-            yield Check("API", "failed", f"{error.message} (address from {url.source})", error.hint)
+            yield Check("API", "failed", f"{error.message} (address from {place.source})", error.hint)
             yield from _look_ourselves(settings)
         else:
-            version = f"version {ready.version} at {url.value}, address from {url.source}"
+            version = f"version {ready.version} at {place.url}, address from {place.source}"
             same = ready.version == VERSION
             yield Check(
                 "API", "ok" if same else "warning", version, "" if same else "Bring client and server to one version."

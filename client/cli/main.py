@@ -7,7 +7,23 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from client.cli import catalog, demo, doctor, jobs, output, press, profile, proof, results, schedules, stack, web
+from client.cli import (
+    access,
+    catalog,
+    demo,
+    doctor,
+    jobs,
+    output,
+    press,
+    profile,
+    proof,
+    results,
+    schedules,
+    servers,
+    stack,
+    web,
+    webhooks,
+)
 from client.cli.exits import EPILOG, Exit
 from client.errors import ApiError, ClientError, TransferError, UnreachableError
 from core.errors import ErrorCode, NightpressError
@@ -21,7 +37,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stdout.isatty() else None,  # boxes and colours for eyes, plain lines for pipes
 )
-for part in (jobs, results, proof, schedules, catalog, stack, web, press, profile, doctor, demo):
+for part in (
+    jobs,
+    results,
+    proof,
+    schedules,
+    catalog,
+    webhooks,
+    access,
+    stack,
+    servers,
+    web,
+    press,
+    profile,
+    doctor,
+    demo,
+):
     part.add_to(app)
 
 

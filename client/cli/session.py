@@ -1,4 +1,4 @@
-"""What every subcommand shares: `--api` and `--json`, said once, and the client made from them."""
+"""What every subcommand shares: `--api`, `--profile` and `--json`, said once, and the client made from them."""
 
 import functools
 import inspect
@@ -17,9 +17,10 @@ class Session:
 
     api: str | None = None
     json: bool = False
+    profile: str | None = None
 
     def client(self) -> Client:
-        return Client(self.api)
+        return Client(self.api, profile=self.profile)
 
 
 _API = Annotated[
@@ -29,6 +30,10 @@ _API = Annotated[
         metavar="URL",
         help="The API's address; otherwise NIGHTPRESS_API_URL, or the stack that runs on this machine.",
     ),
+]
+_PROFILE = Annotated[
+    str | None,
+    typer.Option("--profile", metavar="NAME", help="A server of `nightpress servers`; otherwise NIGHTPRESS_PROFILE."),
 ]
 _JSON = Annotated[
     bool,
@@ -42,12 +47,13 @@ def takes_session(function: Callable[..., None]) -> Callable[..., None]:
     own = [one for one in signature.parameters.values() if one.name != "session"]
     common = [
         inspect.Parameter("_api", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_API),
+        inspect.Parameter("_profile", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_PROFILE),
         inspect.Parameter("_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_JSON),
     ]
 
     @functools.wraps(function)
-    def subcommand(*, _api: str | None, _json: bool, **given: Any) -> None:
-        function(session=Session(_api, _json), **given)
+    def subcommand(*, _api: str | None, _profile: str | None, _json: bool, **given: Any) -> None:
+        function(session=Session(_api, _json, _profile), **given)
 
     parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own), *common]
     subcommand.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

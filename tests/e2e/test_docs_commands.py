@@ -108,6 +108,7 @@ def service() -> Iterator[dict[str, str]]:
     home = tempfile.mkdtemp(prefix="np-")  # a unix socket's path is short: pytest's own folders are too deep
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NIGHTPRESS_")}
     environment |= {"HOME": home, "NIGHTPRESS_API_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    environment.pop("XDG_CONFIG_HOME", None)
     environment["NIGHTPRESS_DRAIN_S"] = "1"  # the last page leaves a job behind
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     nightpress = [sys.executable, "-m", "client.cli.main"]

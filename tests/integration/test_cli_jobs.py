@@ -1,7 +1,5 @@
 """The `nightpress` command as its user runs it: real processes, a real API, what lands on which stream, and exit statuses."""
 
-import contextlib
-import io
 import json
 import os
 import pty
@@ -11,21 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from client.cli.comparison import comparison_rows
 from client.cli.doctor import examine
-from client.cli.main import main
 from client.cli.session import Session
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
 from core.handoff.manifest import describe_folder
 from core.schemas import JobView
+from tests.command import run
 from tests.face import OFFER, RECIPE, Face, make_report
 from tests.service import ROOT, eventually
 
@@ -52,28 +48,6 @@ def job(face: Face, model_id: str) -> Iterator[JobView]:
         job = one.jobs.submit(model_id, RECIPE)
         yield job
         one.jobs.cancel(job.id)
-
-
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(face: Face, *arguments: str, cwd: Path = ROOT, **env: str) -> Done:
-    """The command in this process: Python takes longer to start than most subcommands to run."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.dict(os.environ, face.environment() | env, clear=True),
-        mock.patch.object(sys, "argv", ["nightpress", *arguments]),
-        contextlib.chdir(cwd),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        main()
-    return Done(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def test_a_folder_is_submitted_and_json_stands_alone(face: Face, bert_tiny: Path, tmp_path: Path):

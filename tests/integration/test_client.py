@@ -1,7 +1,7 @@
 """The Python client against a real API process, on good lines and on bad ones."""
 
 import asyncio
-import inspect
+import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 import client as package
-from client import ApiError, AsyncClient, Client, TransferError, UnreachableError, asynchronous, calls, client
+from client import ApiError, AsyncClient, Client, TransferError, UnreachableError, calls
 from client.folders import read_model_folder
-from client.transfers import target_of
+from client.transfers import Transfers, target_of
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
 from core.handoff.manifest import describe_folder
-from core.schemas import JobView, ModelCreate
+from core.schemas import DataSetCreate, JobView, ModelCreate, upload_part_size
 from tests.face import RECIPE, Face
 from tests.proxy import CuttingProxy
 from tests.servers import S3
@@ -97,6 +97,25 @@ def test_a_data_set_is_sent_and_found(nightpress: Client, tmp_path: Path):
     nightpress.data_sets.delete(data_set.id)
 
 
+def test_a_large_file_goes_in_parts_that_are_checked_each(nightpress: Client, tmp_path: Path):
+    file = tmp_path / "large.txt"
+    line = b"The press ran all night and nobody heard it.\n"
+    file.write_bytes(line * (upload_part_size(1) // len(line) + 1))
+    transfers = Transfers(nightpress.http, nightpress.options)
+    [announced] = transfers.hash_files({"large.txt": file})
+    whole = file.read_bytes()
+    parts = [whole[: upload_part_size(1)], whole[upload_part_size(1) :]]
+    assert announced.part_sha256 == [hashlib.sha256(part).hexdigest() for part in parts]
+    begun = nightpress.send(calls.create_data_set(DataSetCreate(name="large", file=announced)))
+    missing = nightpress.send(calls.uploads("datasets", begun.id))
+    swapped = missing[0].parts[1].model_copy(update={"offset": 0})
+    with pytest.raises(ApiError) as refused:
+        transfers.upload([missing[0].model_copy(update={"parts": [swapped]})], {"large.txt": file}, lambda: missing)
+    assert refused.value.code == "checksum_mismatch"
+    assert nightpress.data_sets.upload(file).state == "ready"
+    nightpress.data_sets.delete(begun.id)
+
+
 def test_jobs_are_listed_page_by_page_without_gaps(nightpress: Client, model_id: str):
     labels = {"suite": "pages"}
     made = [nightpress.jobs.submit(model_id, RECIPE, labels=labels).id for _ in range(5)]
@@ -158,7 +177,8 @@ def test_recipes_plans_and_the_service_can_be_read(nightpress: Client, model_id:
     assert plan.estimate is not None
     assert plan.estimate.output_bytes["compressed-tensors"] > 0
     assert nightpress.ready().checks["database"] == "ok"
-    assert nightpress.me()["tenant_id"] == "default"
+    assert nightpress.me().tenant_id == "default"
+    assert {one.name for one in nightpress.queues()} == {"cpu", "gpu"}
     assert nightpress.workers() == []
 
 
@@ -326,15 +346,3 @@ def test_the_asynchronous_client_does_the_same(face: Face, bert_tiny: Path, tmp_
                 await one.models.get("nobody")
 
     asyncio.run(whole_way())
-
-
-def test_both_clients_offer_the_same():
-    def methods(kind: type) -> dict[str, list[str]]:
-        return {
-            name: [one for one in inspect.signature(method).parameters if one != "stop"]
-            for name, method in inspect.getmembers(kind, inspect.isfunction)
-            if not name.startswith("_")
-        }
-
-    for name in ("Models", "DataSets", "Recipes", "Jobs"):
-        assert methods(getattr(client, name)) == methods(getattr(asynchronous, f"Async{name}"))

@@ -1,0 +1,99 @@
+"""`nightpress servers …`: several servers under names, for `--profile`."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from client.cli import output
+from client.cli.session import Session, takes_session
+from client.client import Client
+from client.discovery import clean_url
+from client.errors import ClientError
+from client.servers import Server, check_name, read_servers, save_servers
+
+servers = typer.Typer(
+    invoke_without_command=True, help="Servers under names, for --profile: list, add, use one by default, remove."
+)
+
+Named = Annotated[str, typer.Argument(metavar="NAME")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(servers, name="servers", rich_help_panel="This machine")
+
+
+@servers.callback()
+@takes_session
+def list_servers(session: Session, context: typer.Context) -> None:
+    if context.invoked_subcommand:
+        return
+    found = read_servers()
+    rows = [
+        {"name": name, "api_url": one.api_url, "key": bool(one.api_key), "default": name == found.default}
+        for name, one in sorted(found.known.items())
+    ]
+    if session.json:
+        output.print_json(rows)
+        return
+    marks = [
+        (one["name"], one["api_url"], "yes" if one["key"] else "", "default" if one["default"] else "") for one in rows
+    ]
+    output.print_table(("server", "address", "key", ""), marks)
+
+
+@servers.command("add")
+@takes_session
+def add(
+    session: Session,
+    name: Named,
+    url: Annotated[str, typer.Argument(metavar="URL")],
+    use: Annotated[bool, typer.Option("--use", help="Take it by default from now on.")] = False,
+    unchecked: Annotated[bool, typer.Option("--unchecked", help="Don't try the key.")] = False,
+) -> None:
+    """Remember a server and its key. The key is asked for, or read from standard input: it must not stand in a command."""
+    check_name(name)
+    known = read_servers()
+    url = clean_url(url)
+    key = (
+        typer.prompt("API key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
+    ).strip() or None
+    if not unchecked:
+        if key is None:
+            raise ClientError("No key came on standard input.", hint="Type it when asked, or pipe it in.")
+        with Client(url, key) as client:
+            me = client.me()
+        if not session.json:
+            output.note(f"The key is {me.key_id} of tenant {me.tenant_id}.")
+    known.known[name] = Server(url, key)
+    if use:
+        known.default = name
+    path = save_servers(known)
+    if session.json:
+        output.print_json({"name": name, "api_url": url, "default": known.default == name})
+    else:
+        output.say(f"{name} is {url}, in {path}.")
+
+
+@servers.command("use")
+@takes_session
+def use_server(session: Session, name: Named) -> None:
+    """Take this server where none is named."""
+    known = read_servers()
+    server = known.get(name)
+    known.default = name
+    save_servers(known)
+    output.print_json({"default": name}) if session.json else output.say(f"{name} ({server.api_url}) is the default.")
+
+
+@servers.command("rm")
+@takes_session
+def remove(session: Session, name: Named) -> None:
+    """Forget a server and its key. The key itself stays good: `nightpress keys rm` revokes one."""
+    known = read_servers()
+    known.get(name)
+    del known.known[name]
+    if known.default == name:
+        known.default = None
+    save_servers(known)
+    output.print_json({"removed": name}) if session.json else output.say(f"{name} is gone.")

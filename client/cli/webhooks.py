@@ -1,0 +1,181 @@
+"""`nightpress webhooks …`: who is told when a job has ended."""
+
+from itertools import islice
+from typing import Annotated, Any
+
+import typer
+
+from client.cli import output
+from client.cli.session import Session, takes_session
+from core.schemas import DeliveryView, NewWebhookView, WebhookView
+
+webhooks = typer.Typer(
+    invoke_without_command=True,
+    help="Webhooks: list, add, show, edit, rotate the secret, test, deliveries, redeliver, remove.",
+)
+
+Hook = Annotated[str, typer.Argument(metavar="WEBHOOK", help="Its id.")]
+Event = Annotated[
+    list[str] | None,
+    typer.Option("--event", "-e", metavar="EVENT", help="job.succeeded, job.failed or job.cancelled; may be repeated."),
+]
+_EVERY_EVENT = ["job.succeeded", "job.failed", "job.cancelled"]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(webhooks, name="webhooks", rich_help_panel="Access")
+
+
+@webhooks.callback()
+@takes_session
+def list_webhooks(session: Session, context: typer.Context) -> None:
+    if context.invoked_subcommand:
+        return
+    with session.client() as client:
+        found = list(client.webhooks.iterate())
+    if session.json:
+        output.print_json(found)
+        return
+    rows = [(one.id, one.url, ", ".join(one.events), _state(one)) for one in found]
+    output.print_table(("webhook", "address", "events", "state"), rows)
+
+
+@webhooks.command("add")
+@takes_session
+def add(session: Session, url: Annotated[str, typer.Argument(metavar="URL")], event: Event = None) -> None:
+    """Tell an address when jobs end, and print the secret that signs the messages: it is shown this once."""
+    wanted: Any = event or _EVERY_EVENT
+    with session.client() as client:
+        _print_new(session, client.webhooks.create(url, wanted))
+
+
+@webhooks.command("show")
+@takes_session
+def show(session: Session, webhook: Hook) -> None:
+    """One webhook."""
+    with session.client() as client:
+        _print(session, client.webhooks.get(webhook))
+
+
+@webhooks.command("edit")
+@takes_session
+def edit(
+    session: Session,
+    webhook: Hook,
+    url: Annotated[str | None, typer.Option(metavar="URL")] = None,
+    event: Event = None,
+    enabled: Annotated[bool | None, typer.Option("--on/--off", help="Send again, or send nothing.")] = None,
+) -> None:
+    """Change what is given; the rest stays."""
+    given = {"url": url, "events": event, "enabled": enabled}
+    with session.client() as client:
+        found = client.webhooks.get(webhook)
+        changes = {key: value for key, value in given.items() if value is not None}
+        _print(session, client.webhooks.edit(webhook, version=found.version, **changes))
+
+
+@webhooks.command("rotate")
+@takes_session
+def rotate(
+    session: Session,
+    webhook: Hook,
+    overlap: Annotated[
+        float, typer.Option(min=0, help="Seconds for which messages carry the old secret's signature too.")
+    ] = 24 * 3600.0,
+) -> None:
+    """Make a new secret and print it, this once."""
+    with session.client() as client:
+        _print_new(session, client.webhooks.rotate(webhook, overlap_s=overlap))
+
+
+@webhooks.command("test")
+@takes_session
+def test(session: Session, webhook: Hook) -> None:
+    """Send a message that says nothing, to see whether it comes through."""
+    with session.client() as client:
+        _print_sent(session, client.webhooks.test(webhook))
+
+
+@webhooks.command("deliveries")
+@takes_session
+def deliveries(
+    session: Session,
+    webhook: Hook,
+    delivery: Annotated[str | None, typer.Argument(metavar="[DELIVERY]", help="One alone, with every try.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many, newest first.")] = 20,
+) -> None:
+    """What was sent, and what came of it."""
+    with session.client() as client:
+        if delivery is not None:
+            _print_tries(session, client.webhooks.delivery(webhook, delivery))
+            return
+        found = list(islice(client.webhooks.deliveries(webhook, limit=min(limit, 200)), limit))
+    if session.json:
+        output.print_json(found)
+        return
+    rows = [(one.id, one.event, one.state, one.attempts, output.ago_text(one.created_at)) for one in found]
+    output.print_table(("delivery", "event", "state", "tries", "made"), rows, right=(3,))
+
+
+@webhooks.command("redeliver")
+@takes_session
+def redeliver(session: Session, webhook: Hook, delivery: Annotated[str, typer.Argument(metavar="DELIVERY")]) -> None:
+    """Send a message again, whatever came of it before."""
+    with session.client() as client:
+        _print_sent(session, client.webhooks.redeliver(webhook, delivery))
+
+
+@webhooks.command("rm")
+@takes_session
+def remove(session: Session, webhook: Hook) -> None:
+    """Delete a webhook with its deliveries."""
+    with session.client() as client:
+        client.webhooks.delete(webhook)
+    output.print_json({"removed": webhook}) if session.json else output.say(f"{webhook} is gone.")
+
+
+def _state(one: WebhookView) -> str:
+    return "on" if one.enabled else f"off: {one.disabled_reason}" if one.disabled_reason else "off"
+
+
+def _print(session: Session, one: WebhookView) -> None:
+    if session.json:
+        output.print_json(one)
+        return
+    fields = [("webhook", one.id), ("address", one.url), ("events", ", ".join(one.events)), ("state", _state(one))]
+    output.print_fields([*fields, ("made", one.created_at)])
+
+
+def _print_new(session: Session, made: NewWebhookView) -> None:
+    if session.json:
+        output.print_json(made)
+        return
+    _print(session, made.webhook)
+    output.say(f"secret   {made.secret}")
+    output.note("Keep the secret: it is shown this once. Messages are signed as standardwebhooks.com has it.")
+
+
+def _print_sent(session: Session, sent: DeliveryView) -> None:
+    if session.json:
+        output.print_json(sent)
+        return
+    output.say(f"{sent.id}: `nightpress webhooks deliveries {sent.webhook_id} {sent.id}` tells what came of it.")
+
+
+def _print_tries(session: Session, one: DeliveryView) -> None:
+    if session.json:
+        output.print_json(one)
+        return
+    output.print_fields([("delivery", one.id), ("event", one.event), ("state", one.state), ("next try", one.next_at)])
+    rows = [
+        (
+            tried.number,
+            f"{tried.at:%Y-%m-%d %H:%M:%S}Z",
+            tried.status or "",
+            f"{tried.duration_ms} ms",
+            tried.error or "",
+        )
+        for tried in one.log
+    ]
+    if rows:
+        output.print_table(("try", "at", "status", "took", "error"), rows, right=(0, 2, 3))

@@ -1,0 +1,38 @@
+"""The `nightpress` command in the test's own process: Python takes longer to start than most subcommands to run."""
+
+import contextlib
+import io
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from client.cli.main import main
+from tests.face import Face
+from tests.service import ROOT
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(face: Face, *arguments: str, cwd: Path = ROOT, stdin: str = "", **env: str) -> Done:
+    """What its user would see, with the settings of an installation."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, face.environment() | env, clear=True),
+        mock.patch.object(sys, "argv", ["nightpress", *arguments]),
+        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return Done(int(ended.value.code or 0), out.getvalue(), err.getvalue())

@@ -1,0 +1,219 @@
+"""Everything that the API can do, both Python clients can do, and the command line too, but for what is said here to be left out."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from api.app import create_app
+from client import access, asynchronous, calls, client
+from client.asking import AsyncResource, Resource, _Method
+from client.calls import Call
+from client.cli.main import app
+from core.schemas import DataSetCreate, ModelCreate
+from core.settings import Settings
+
+#: operation → the command that asks for it. A new operation must be added here, or to LEFT_OUT with its reason.
+COMMANDS = {
+    "create_job": "submit",
+    "list_jobs": "ls",
+    "get_job": "inspect",
+    "cancel_job": "cancel",
+    "retry_job": "retry",
+    "job_events": "watch",
+    "job_logs": "logs",
+    "job_artifacts": "inspect",
+    "artifact_file": "pull",
+    "job_report": "report",
+    "job_report_html": "report",
+    "job_report_markdown": "report",
+    "create_schedule": "schedule add",
+    "list_schedules": "schedule",
+    "get_schedule": "schedule show",
+    "edit_schedule": "schedule edit",
+    "delete_schedule": "schedule rm",
+    "suspend_schedule": "schedule suspend",
+    "resume_schedule": "schedule resume",
+    "trigger_schedule": "schedule trigger",
+    "list_runs": "schedule show",
+    "create_model": "models add",
+    "list_models": "models",
+    "get_model": "models show",
+    "list_model_uploads": "models add",
+    "send_model_part": "models add",
+    "complete_model": "models add",
+    "delete_model": "models rm",
+    "latest": "pull",
+    "history": "models history",
+    "promote": "models promote",
+    "create_data_set": "datasets add",
+    "list_data_sets": "datasets",
+    "get_data_set": "datasets show",
+    "list_data_set_uploads": "datasets add",
+    "send_data_set_part": "datasets add",
+    "complete_data_set": "datasets add",
+    "delete_data_set": "datasets rm",
+    "list_recipes": "recipes",
+    "recipe_schema": "recipes schema",
+    "one_recipe": "recipes show",
+    "validate_recipe": "recipes validate",
+    "list_workers": "workers",
+    "list_queues": "queues",
+    "create_webhook": "webhooks add",
+    "list_webhooks": "webhooks",
+    "get_webhook": "webhooks show",
+    "edit_webhook": "webhooks edit",
+    "delete_webhook": "webhooks rm",
+    "rotate_secret": "webhooks rotate",
+    "test_webhook": "webhooks test",
+    "list_deliveries": "webhooks deliveries",
+    "get_delivery": "webhooks deliveries",
+    "redeliver": "webhooks redeliver",
+    "list_keys": "keys",
+    "create_key": "keys add",
+    "get_key": "keys show",
+    "rotate_key": "keys rotate",
+    "revoke_key": "keys rm",
+    "me": "whoami",
+    "list_tenants": "tenants",
+    "get_tenant": "tenants show",
+    "change_tenant": "tenants quota",
+    "list_audit": "audit",
+    "readyz": "doctor",
+}
+LEFT_OUT = {
+    "healthz": "for load balancers; a client asks /readyz",
+    "metrics": "for Prometheus",
+}
+#: Operations whose addresses a client is given by the service and never makes: client/transfers.py sends them.
+BY_ADDRESS = {"send_model_part", "send_data_set_part", "artifact_file"}
+
+_ARGUMENTS: dict[str, Any] = {
+    "events": ["job.failed"],
+    "scopes": ["jobs:read"],
+    "url": "https://example.com/",
+    "cron": "0 2 * * *",
+}
+_CHOICES = {"kind": ("models", "datasets"), "form": ("html", "md")}
+
+
+@pytest.fixture(scope="module")
+def operations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """Operation → its method and address."""
+    document = create_app(Settings(_env_file=None, data_dir=tmp_path_factory.mktemp("np"))).openapi()
+    found = [
+        (operation["operationId"], (method.upper(), path))
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+    assert len(found) == len(dict(found)), "two operations have one name"
+    return dict(found)
+
+
+def makers(module: ModuleType) -> dict[str, FunctionType]:
+    """The functions of a module that make a call."""
+    return {
+        name: one
+        for name, one in inspect.getmembers(module, inspect.isfunction)
+        if one.__module__ == module.__name__
+        and str(one.__annotations__.get("return", "")).startswith("client.calls.Call[")
+        and name != "post"
+    }
+
+
+MAKERS = makers(calls) | makers(access)
+
+
+def made_by(maker: FunctionType) -> Iterator[Call[Any]]:
+    """A call for each of the addresses that a maker knows."""
+    needed = [one.name for one in inspect.signature(maker).parameters.values() if one.default is one.empty]
+    arguments = {name: _ARGUMENTS.get(name, "x") for name in needed if name not in {"fields", "changes", "quotas"}}
+    if "request" in arguments:
+        arguments["request"] = (ModelCreate if "model" in maker.__name__ else DataSetCreate)(name="x")
+    chosen = next((name for name in _CHOICES if name in arguments), None)
+    for value in _CHOICES[chosen] if chosen else ():
+        yield maker(**{**arguments, chosen: value})
+    if chosen is None:
+        yield maker(**arguments)
+
+
+def operation_of(call: Call[Any], operations: dict[str, tuple[str, str]]) -> set[str]:
+    """An address that is written out comes before one with a parameter."""
+    exact = {name for name, one in operations.items() if one == (call.method, call.path)}
+    return exact or {
+        name
+        for name, (method, path) in operations.items()
+        if method == call.method and re.fullmatch(re.sub(r"\{[^}]+\}", "[^/]+", path), call.path)
+    }
+
+
+def test_every_operation_has_a_call(operations: dict[str, tuple[str, str]]):
+    reached = {name for maker in MAKERS.values() for call in made_by(maker) for name in operation_of(call, operations)}
+    assert operations.keys() - reached == LEFT_OUT.keys() | BY_ADDRESS
+    for maker in MAKERS.values():
+        for call in made_by(maker):
+            assert len(operation_of(call, operations)) == 1, call.path
+
+
+def test_the_client_makes_every_call():
+    used = {
+        _maker(one) for one in _resources(client, Resource) for one in vars(one).values() if isinstance(one, _Method)
+    }
+    used |= {name for one in _code_of(client) for name in one.co_names}
+    used |= {name for one in _code_of(inspect.getmodule(client.EVENTS)) for name in one.co_names}
+    assert not MAKERS.keys() - used
+
+
+def test_both_clients_offer_the_same():
+    def offered(kind: type) -> dict[str, list[str]]:
+        public = {name: one for name, one in vars(kind).items() if not name.startswith("_")}
+        functions = {name: one.make if isinstance(one, _Method) else one for name, one in public.items()}
+        return {
+            name: [one for one in inspect.signature(function).parameters if one not in {"stop", "self"}]
+            for name, function in functions.items()
+            if callable(function)
+        }
+
+    pairs = {f"Async{one.__name__}": one for one in _resources(client, Resource)}
+    assert pairs.keys() == {one.__name__ for one in _resources(asynchronous, AsyncResource)}
+    for name, one in pairs.items():
+        assert offered(one) == offered(getattr(asynchronous, name)), name
+    both = ({"close"}, {"aclose", "in_thread"})
+    assert offered(client.Client).keys() - both[0] == offered(asynchronous.AsyncClient).keys() - both[1]
+
+
+def test_every_operation_has_a_command(operations: dict[str, tuple[str, str]]):
+    assert operations.keys() == COMMANDS.keys() | LEFT_OUT.keys()
+    there = set(_words(get_command(app), ()))
+    assert not set(COMMANDS.values()) - there
+
+
+def _words(command: Any, words: tuple[str, ...]) -> Iterator[str]:
+    yield " ".join(words)
+    if isinstance(command, TyperGroup):
+        for name, one in command.commands.items():
+            yield from _words(one, (*words, name))
+
+
+def _resources(module: ModuleType, base: type) -> list[type]:
+    return [one for _, one in inspect.getmembers(module, inspect.isclass) if issubclass(one, base) and one is not base]
+
+
+def _maker(method: _Method[..., Any]) -> str:
+    return method.make.__name__
+
+
+def _code_of(module: ModuleType | None) -> Iterator[CodeType]:
+    assert module is not None
+    assert module.__file__ is not None
+    waiting = [compile(Path(module.__file__).read_text(), module.__file__, "exec")]
+    while waiting:
+        code = waiting.pop()
+        yield code
+        waiting += [one for one in code.co_consts if isinstance(one, CodeType)]
