@@ -41,6 +41,9 @@ Item = TypeVar("Item")
 NumberedItem = TypeVar("NumberedItem", bound=Numbered)
 
 
+_LOOK_AGAIN_S = 1.0  #: how often a large upload is asked whether it is verified
+
+
 class Client:
     """A connection to one Nightpress API, to be closed or used with `with`. Safe to share between threads.
 
@@ -211,8 +214,10 @@ def _send_files(
         client.send(calls.complete(kind, subject))
     except UnreachableError:
         # The answer was lost, perhaps not the request: asking what came of it is safe, completing twice is not.
-        if client.send(calls.upload_state(kind, subject)) != "ready":
+        if client.send(calls.upload_state(kind, subject)) not in {"ready", "verifying"}:
             raise
+    while client.send(calls.upload_state(kind, subject)) == "verifying":
+        time.sleep(_LOOK_AGAIN_S)
 
 
 class Recipes(Resource):

@@ -21,6 +21,7 @@ class ErrorCode(StrEnum):
     INVALID_SCHEDULE = "invalid_schedule"
     URL_NOT_ALLOWED = "url_not_allowed"
     SOURCE_UNAVAILABLE = "source_unavailable"
+    SOURCE_REFUSED = "source_refused"
     # Who called
     UNAUTHENTICATED = "unauthenticated"
     FORBIDDEN = "forbidden"
@@ -70,6 +71,7 @@ ERROR_KINDS: dict[ErrorCode, ErrorKind] = {
     ErrorCode.INVALID_SCHEDULE: ErrorKind("The schedule is not valid", 422),
     ErrorCode.URL_NOT_ALLOWED: ErrorKind("The address is not one that may be reached from here", 422),
     ErrorCode.SOURCE_UNAVAILABLE: ErrorKind("The place a model comes from does not answer", 503, retryable=True),
+    ErrorCode.SOURCE_REFUSED: ErrorKind("The place a model comes from refuses access", 422),
     ErrorCode.UNAUTHENTICATED: ErrorKind("No valid API key was given", 401),
     ErrorCode.FORBIDDEN: ErrorKind("The API key does not allow this", 403),
     ErrorCode.NOT_FOUND: ErrorKind("There is no such thing", 404),

@@ -101,19 +101,27 @@ class FileAnnouncement(Request):
 
 
 class ModelCreate(Request):
-    """Either `files` (an upload follows) or `path` (a folder the operator allowed), never both."""
+    """Exactly one of `files` (an upload follows), `path` (a folder the operator allowed) and `source` (fetched from there).
+
+    A source is `s3://bucket/folder`, or `hf://organisation/name@revision`, where the revision is a branch, tag or commit.
+    """
 
     name: Name
     files: list[FileAnnouncement] = Field(default_factory=list, max_length=2000)
     path: str | None = Field(None, max_length=4096, examples=["/srv/models/all-minilm-l6-v2"])
+    source: str | None = Field(None, min_length=1, max_length=1024, examples=["s3://models/released/minilm"])
 
 
 class DataSetCreate(Request):
-    """One file: `.txt` (prose) or `.jsonl` (rows with `text` and, for classifiers, `label`), plain or `.gz`."""
+    """One file: `.txt` (prose) or `.jsonl` (rows with `text` and, for classifiers, `label`), plain or `.gz`.
+
+    A source is `s3://bucket/folder/file.jsonl`, or `hf://datasets/organisation/name@revision/folder/file.jsonl`.
+    """
 
     name: Name
     file: FileAnnouncement | None = None
     path: str | None = Field(None, max_length=4096)
+    source: str | None = Field(None, min_length=1, max_length=1024, examples=["s3://data/reviews.jsonl.gz"])
 
 
 class UploadPart(View):
@@ -138,13 +146,21 @@ class FileView(View):
     sha256: str
 
 
+RegistryState = Literal["uploading", "fetching", "verifying", "ready", "failed"]
+
+
 class ModelView(View):
+    """`fetching` and `verifying` go on by themselves, to `ready` or, with an `error`, to `failed`."""
+
     id: str
     name: str
-    state: Literal["uploading", "ready", "failed"]
+    state: RegistryState
     digest: str | None
     size: int
-    source: Literal["upload", "path"]
+    source: Literal["upload", "path", "s3", "hub"]
+    source_url: str | None = None
+    revision: str | None = None  #: of the source: a commit, or a digest of what its bucket listed
+    progress: float | None = None  #: 0 to 1, while it is fetched or verified
     architecture: str | None
     model_type: str | None
     task: str | None
@@ -158,10 +174,13 @@ class ModelView(View):
 class DataSetView(View):
     id: str
     name: str
-    state: Literal["uploading", "ready", "failed"]
+    state: RegistryState
     digest: str | None
     size: int
-    source: Literal["upload", "path", "builtin"]
+    source: Literal["upload", "path", "s3", "hub", "builtin"]
+    source_url: str | None = None
+    revision: str | None = None
+    progress: float | None = None
     rows: int | None
     labelled: bool | None
     error: dict[str, Any] | None = None
@@ -254,6 +273,49 @@ class JobView(View):
     run_after: dt.datetime
     started_at: dt.datetime | None
     finished_at: dt.datetime | None
+
+
+class JobBatch(Request):
+    """Jobs that are submitted all or none."""
+
+    jobs: list[JobCreate] = Field(min_length=1, max_length=100)
+
+
+class JobBatchView(View):
+    """In the order in which they were asked for."""
+
+    items: list[JobView]
+
+
+class JobFilter(Request):
+    """Which jobs; all that is given must match. Without anything it would mean every job: say `all` for that."""
+
+    state: list[Literal["queued", "running"]] = Field(default_factory=list, max_length=2)
+    labels: Labels = {}
+    model: str | None = Field(None, min_length=1, max_length=128, description="A model's id or name.")
+    queue: Literal["cpu", "gpu"] | None = None
+    created_after: AwareDatetime | None = None
+    created_before: AwareDatetime | None = None
+    all: bool = Field(False, description="Mean every job that is not over.")
+
+    @field_validator("created_after", "created_before")
+    @classmethod
+    def _near(cls, moment: dt.datetime | None) -> dt.datetime | None:
+        return _near(moment)
+
+    @model_validator(mode="after")
+    def _says_which(self) -> "JobFilter":
+        given = self.model_dump(exclude_defaults=True).keys() - {"all"}
+        if bool(given) == self.all:
+            raise ValueError("give at least one condition, or `all`, and not both")
+        return self
+
+
+class CancelledView(View):
+    """`cancelled`: how many are cancelled or will be in a moment. `more`: there were more than are cancelled in one request."""
+
+    cancelled: int
+    more: bool
 
 
 class EventView(View):
@@ -488,13 +550,16 @@ class ScheduleCreate(Request):
 
     `overlap`: what to do where the run before is not over: skip this one, queue it behind, or replace (cancel) the other.
     `catch_up`: after the service was down, run none of the missed fires, the latest alone, or all.
-    `only_if_changed`: skip where the model's bytes are those of the last run that did not fail.
+    `source`: where the model comes from, `s3://…`, `hf://…` or a server folder. Each fire looks there; what is new is fetched
+    and registered under the name `job.model` before the job is submitted.
+    `only_if_changed`: skip where the source's revision, or the model's bytes, are those of the last run that did not fail.
     """
 
     name: Name
     cron: CronText
     timezone: ZoneText = "UTC"
     job: JobSpec
+    source: str | None = Field(None, min_length=1, max_length=1024, examples=["s3://models/released/minilm"])
     overlap: Overlap = "skip"
     catch_up: CatchUp = "latest"
     only_if_changed: bool = False
@@ -508,6 +573,7 @@ class ScheduleUpdate(Request):
     cron: CronText | None = None
     timezone: ZoneText | None = None
     job: JobSpec | None = None
+    source: str | None = Field(None, min_length=1, max_length=1024)
     overlap: Overlap | None = None
     catch_up: CatchUp | None = None
     only_if_changed: bool | None = None
@@ -520,6 +586,7 @@ class ScheduleView(View):
     cron: str
     timezone: str
     job: JobSpec
+    source: str | None = None
     overlap: Overlap
     catch_up: CatchUp
     only_if_changed: bool
@@ -544,6 +611,8 @@ class ScheduleRunView(View):
     job_id: str | None
     job_state: JobState | None
     job_verdict: Literal["accepted", "rejected"] | None
+    model_id: str | None = None  #: what was fetched for it, where the schedule has a source
+    revision: str | None = None  #: of the source
     created_at: dt.datetime
 
 

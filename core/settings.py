@@ -37,6 +37,27 @@ class Settings(BaseSettings):
     model_roots: list[Path] = Field(
         default_factory=list, description="Server folders from which models and data may be registered by path."
     )
+    source_prefixes: list[str] = Field(
+        default_factory=list,
+        description="Buckets or folders in them from which models and data may be fetched, e.g. s3://models/released.",
+    )
+    source_s3_endpoint_url: str | None = Field(None, description="The store of those buckets. Empty: S3_ENDPOINT_URL.")
+    source_s3_access_key_id: SecretStr | None = Field(None, description="Its key. Empty: the storage's own.")
+    source_s3_secret_access_key: SecretStr | None = None
+    hub_organisations: list[str] = Field(
+        default_factory=list,
+        description="Organisations and users of the Hugging Face Hub whose models and data may be fetched. Empty: none.",
+    )
+    hub_endpoint: str = Field("https://huggingface.co", description="The Hub, or a mirror that speaks its API.")
+    hub_token: SecretStr | None = Field(None, description="For private and gated repositories of those organisations.")
+    hub_download_domains: list[str] = Field(
+        default_factory=lambda: ["huggingface.co", "hf.co"],
+        description="Domains to which the Hub may send a download on, besides its own.",
+    )
+    verify_inline_bytes: int = Field(
+        128 * 1024**2,
+        description="Models and data of up to this size are verified within the request; larger ones by the control process.",
+    )
     max_model_bytes: int = 2 * 1024**4
     max_dataset_bytes: int = 4 * 1024**3
     max_body_bytes: int = 1024**2

@@ -1,7 +1,10 @@
 """How Alembic reaches the database: one connection, one transaction, and on PostgreSQL never a long wait for a lock."""
 
+from typing import Any
+
 from alembic import context
 from sqlalchemy import text
+from sqlalchemy.engine import Connection
 
 import core.access.tables
 import core.jobs.tables
@@ -23,22 +26,33 @@ def _url() -> str:
 def run() -> None:
     engine = make_engine(_url(), pool_size=1)
     try:
-        with engine.begin() as connection:
-            if connection.dialect.name == "postgresql":
-                # An ALTER that waits behind a long query makes every later query wait behind itself: better to fail and try again.
-                connection.execute(text("SET LOCAL lock_timeout = '5s'"))
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
-            context.configure(
-                connection=connection,
-                target_metadata=metadata,
-                render_as_batch=connection.dialect.name == "sqlite",
-                compare_server_default=True,
-                user_module_prefix="core.database.",
-            )
-            with context.begin_transaction():
-                context.run_migrations()
+        with engine.connect() as connection:
+            if connection.dialect.name == "sqlite":
+                # SQLite changes a constraint by making the table anew; dropping the old one would empty those that refer to it.
+                driver: Any = connection.connection.driver_connection
+                driver.execute("PRAGMA foreign_keys=OFF")
+            with connection.begin():
+                _migrate(connection)
     finally:
         engine.dispose()
+
+
+def _migrate(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        # An ALTER that waits behind a long query makes every later query wait behind itself: better to fail and try again.
+        connection.execute(text("SET LOCAL lock_timeout = '5s'"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+    context.configure(
+        connection=connection,
+        target_metadata=metadata,
+        render_as_batch=connection.dialect.name == "sqlite",
+        compare_server_default=True,
+        user_module_prefix="core.database.",
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+    if connection.dialect.name == "sqlite" and (broken := connection.execute(text("PRAGMA foreign_key_check")).all()):
+        raise RuntimeError(f"the migration left rows that refer to nothing: {broken[:3]}")
 
 
 run()

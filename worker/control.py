@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from sqlalchemy import Engine
@@ -20,7 +21,9 @@ from core.jobs.service import JobService
 from core.jobs.store import JobStore
 from core.logs import configure_logging
 from core.registry.datasets import DataSetRegistry
+from core.registry.intake import Intake
 from core.registry.models import ModelRegistry
+from core.schedules.bringing import Bringer
 from core.schedules.firing import Firing
 from core.schedules.store import ScheduleStore
 from core.settings import Settings, load_settings
@@ -38,6 +41,33 @@ _LONGEST_PAUSE_S = 30.0
 _HISTORY_S = 90 * 24 * 3600.0  #: schedules' runs and webhooks' deliveries are shown so long
 
 log = logging.getLogger(__name__)
+
+
+def attempt(name: str, step: Callable[[], object]) -> None:
+    """A step that fails is told in the log, and done again at the next tick."""
+    try:
+        with TICKS.labels(name).time():
+            step()
+    except NightpressError as error:
+        log.warning("%s: %s", name, error)
+    except Exception:
+        log.exception("%s: an unexpected error", name)
+
+
+class SlowSteps:
+    """Steps that may wait for somebody else: each in a thread of its own, and never twice at a time."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(thread_name_prefix="slow")
+        self._running: dict[str, Future[None]] = {}
+
+    def start(self, name: str, step: Callable[[], object]) -> None:
+        running = self._running.get(name)
+        if running is None or running.done():
+            self._running[name] = self._threads.submit(attempt, name, step)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
 
 
 @dataclass
@@ -63,6 +93,7 @@ class Control:
         schedules: ScheduleStore,
         webhooks: WebhookStore,
         courier: Courier,
+        intake: Intake,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -74,6 +105,8 @@ class Control:
         self._schedules = schedules
         self._webhooks = webhooks
         self._courier = courier
+        self._intake = intake
+        self._slow = SlowSteps()
         self._bells: dict[str, _Bell] = {}
         self._sweep_at = 0.0
 
@@ -84,6 +117,7 @@ class Control:
             self._expire_queue_deadlines,
             self._fire_schedules,
             self._advance_runs,
+            self._take_in,
             self._deliver_webhooks,
             self._ring_queues,
         ]
@@ -97,17 +131,13 @@ class Control:
                 self._forget_history,
             ]
         for step in steps:
-            try:
-                with TICKS.labels(step.__name__.strip("_")).time():
-                    step()
-            except NightpressError as error:
-                log.warning("%s: %s", step.__name__.strip("_"), error)
-            except Exception:
-                log.exception("%s: an unexpected error", step.__name__.strip("_"))
+            attempt(step.__name__.strip("_"), step)
 
     def close(self) -> None:
-        """Wait for the messages that are on their way."""
+        """Wait for the messages that are on their way, and give back what is being fetched."""
+        self._intake.close()
         self._courier.close()
+        self._slow.close()
 
     def _expire_leases(self) -> None:
         for job_id in self._store.expire_leases(backoff_s=self._settings.retry_backoff_s):
@@ -122,7 +152,11 @@ class Control:
         self._firing.fire()
 
     def _advance_runs(self) -> None:
-        self._firing.advance()
+        """Beside the ticks: a source that does not answer holds up schedules, but no lease."""
+        self._slow.start("advance_runs", self._firing.advance)
+
+    def _take_in(self) -> None:
+        self._intake.advance()
 
     def _deliver_webhooks(self) -> None:
         self._courier.deliver()
@@ -177,10 +211,11 @@ def open_control(settings: Settings, engine: Engine, ring: Callable[[str], None]
         (models, data_sets),
         objects,
         ring,
-        Firing(schedules, jobs, store, ring),
+        Firing(schedules, jobs, store, Bringer(schedules, models, settings), ring),
         schedules,
         webhooks,
         Courier(webhooks, settings),
+        Intake(engine, (models, data_sets)),
     )
 
 

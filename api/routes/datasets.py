@@ -20,6 +20,10 @@ _EXAMPLES = {
         "summary": "A file that follows, in parts",
         "value": {"name": "reviews", "file": {"path": "reviews.jsonl.gz", "size": 482113, "sha256": _SHA256}},
     },
+    "from a bucket": {
+        "summary": "Fetched from a bucket that the operator allowed",
+        "value": {"name": "reviews", "source": "s3://data/reviews.jsonl.gz"},
+    },
     "server path": {
         "summary": "A file on the server that the operator allowed",
         "value": {"name": "reviews", "path": "/srv/data/reviews.jsonl"},
@@ -32,7 +36,10 @@ _EXAMPLES = {
     status_code=201,
     response_model=DataSetView,
     summary="Announce a data set",
-    description="With `file`: send the parts that `uploads` lists, then POST `complete`. With `path`: the data set is read and ready at once.",
+    description=(
+        "With `file`: send the parts that `uploads` lists, then POST `complete`. With `path`: it is read now, or `verifying` if it is "
+        "large. With `source`: it is `fetching`. Both go on by themselves to `ready` or, with an `error`, to `failed`: GET it."
+    ),
     responses=documented(
         ErrorCode.INVALID_REQUEST,
         ErrorCode.UNSUPPORTED_FORMAT,

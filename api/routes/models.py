@@ -27,6 +27,14 @@ _EXAMPLES = {
             ],
         },
     },
+    "from a bucket": {
+        "summary": "Fetched from a bucket that the operator allowed",
+        "value": {"name": "all-minilm-l6-v2", "source": "s3://models/released/all-minilm-l6-v2"},
+    },
+    "from the Hub": {
+        "summary": "Fetched from the Hugging Face Hub, at the commit that the branch means now",
+        "value": {"name": "all-minilm-l6-v2", "source": "hf://sentence-transformers/all-MiniLM-L6-v2@main"},
+    },
     "server path": {
         "summary": "A folder on the server that the operator allowed",
         "value": {"name": "all-minilm-l6-v2", "path": "/srv/models/all-minilm-l6-v2"},
@@ -39,7 +47,10 @@ _EXAMPLES = {
     status_code=201,
     response_model=ModelView,
     summary="Announce a model",
-    description="With `files`: send the parts that `uploads` lists, then POST `complete`. With `path`: the model is read and ready at once.",
+    description=(
+        "With `files`: send the parts that `uploads` lists, then POST `complete`. With `path`: it is read now, or `verifying` if it is "
+        "large. With `source`: it is `fetching`. Both go on by themselves to `ready` or, with an `error`, to `failed`: GET it."
+    ),
     responses=documented(
         ErrorCode.INVALID_REQUEST,
         ErrorCode.UNSUPPORTED_FORMAT,

@@ -12,7 +12,7 @@ from api.deps import ModelsWriter, Services, ServicesDep
 from api.problems import documented
 from api.routes import answer
 from core.errors import ErrorCode, NightpressError
-from core.schemas import Page, UploadFile
+from core.schemas import DataSetView, ModelView, Page, UploadFile
 
 _PIECE = 1024**2  #: bytes handed to the store's thread at a time
 _PATIENCE_S = 60.0  #: a client that sends nothing for so long has gone
@@ -27,7 +27,7 @@ class Registry(Protocol):
         self, tenant_id: str, reference: str, path: str, number: int, pieces: Iterator[bytes], size: int
     ) -> None: ...
 
-    def complete(self, tenant_id: str, reference: str) -> BaseModel: ...
+    def complete(self, tenant_id: str, reference: str) -> ModelView | DataSetView: ...
 
     def delete(self, tenant_id: str, reference: str) -> None: ...
 
@@ -90,16 +90,23 @@ def add_upload_routes(
         name=f"complete_{noun}",
         response_model=view,
         summary=f"All parts are sent: verify the files and make the {what} ready",
-        responses=documented(
-            ErrorCode.NOT_FOUND,
-            ErrorCode.CONFLICT,
-            ErrorCode.CHECKSUM_MISMATCH,
-            ErrorCode.MALFORMED_MODEL,
-            ErrorCode.STORAGE_UNAVAILABLE,
-        ),
+        description="202: it is large, and `verifying`. GET it (`Location`) until it is `ready` or, with an `error`, `failed`.",
+        responses={
+            202: {"model": view, "description": "It is verified beside the request."},
+            **documented(
+                ErrorCode.NOT_FOUND,
+                ErrorCode.CONFLICT,
+                ErrorCode.CHECKSUM_MISMATCH,
+                ErrorCode.MALFORMED_MODEL,
+                ErrorCode.STORAGE_UNAVAILABLE,
+            ),
+        },
     )
     async def complete(reference: str, caller: ModelsWriter, services: ServicesDep) -> Response:
-        return answer(await services.transfer(registry(services).complete, caller.tenant_id, reference))
+        made = await services.transfer(registry(services).complete, caller.tenant_id, reference)
+        if made.state == "ready":
+            return answer(made)
+        return answer(made, status=202, headers={"Location": f"{router.prefix}/{made.id}"})
 
     @router.delete(
         "/{reference}",

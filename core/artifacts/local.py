@@ -5,6 +5,7 @@
 import contextlib
 import datetime as dt
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -19,8 +20,10 @@ from core.artifacts.storage import (
     ObjectInfo,
     OnBytes,
     SignedRequest,
+    exactly,
     missing_object,
     valid_key,
+    wrong_checksum,
 )
 from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
@@ -45,6 +48,20 @@ class LocalStore:
     def put_bytes(self, key: str, data: bytes) -> None:
         with disk_errors(key):
             self._write(key, [data], None)
+
+    def put_pieces(self, key: str, pieces: Iterable[bytes], *, size: int, sha256: str | None = None) -> str:
+        digest = hashlib.sha256()
+
+        def hashed() -> Iterator[bytes]:
+            for piece in exactly(key, pieces, size):
+                digest.update(piece)
+                yield piece
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise wrong_checksum(key, sha256, digest.hexdigest())
+
+        with disk_errors(key):
+            self._write(key, hashed(), None)
+        return digest.hexdigest()
 
     def get_file(self, key: str, path: Path, *, sha256: str | None = None, on_bytes: OnBytes | None = None) -> None:
         with disk_errors(key), self._open(key) as source:
@@ -123,7 +140,7 @@ class LocalStore:
         if not folder.is_dir():
             raise _no_upload(key)
         with disk_errors(key):
-            write_atomically(folder / f"{number}", _capped(key, pieces, size), key=key, sha256=sha256, durable=False)
+            write_atomically(folder / f"{number}", exactly(key, pieces, size), key=key, sha256=sha256, durable=False)
 
     def received_parts(self, key: str, upload_id: str) -> dict[int, int]:
         try:
@@ -216,28 +233,6 @@ def _joined(parts: Iterable[Path]) -> Iterator[bytes]:
     for part in parts:
         with part.open("rb") as source:
             yield from _pieces(source, None)
-
-
-def _capped(key: str, pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """Pass on exactly `size` bytes, or raise."""
-    received = 0
-    for piece in pieces:
-        received += len(piece)
-        if received > size:
-            raise NightpressError(
-                ErrorCode.PAYLOAD_TOO_LARGE,
-                f"The part is larger than the {size} bytes announced for it.",
-                hint="Send exactly the part's `size` bytes from its `offset`.",
-                key=key,
-            )
-        yield piece
-    if received < size:
-        raise NightpressError(
-            ErrorCode.INVALID_REQUEST,
-            f"The part ended after {received} of {size} bytes.",
-            hint="Nothing of it was kept. Send the whole part again.",
-            key=key,
-        )
 
 
 @contextlib.contextmanager

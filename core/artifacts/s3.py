@@ -20,6 +20,7 @@ from core.artifacts.storage import (
     ObjectInfo,
     OnBytes,
     SignedRequest,
+    exactly,
     missing_object,
     valid_key,
     wrong_checksum,
@@ -67,10 +68,23 @@ class S3Store:
             if on_bytes is not None:
                 on_bytes(len(data))
         else:
-            self._put_parts(key, path, size, sha256, on_bytes)
+            with disk_errors(path.name), path.open("rb", buffering=0) as source:
+                part_size = _part_size(size)
+                parts = iter(lambda: source.read(part_size), b"")
+                self._put_parts(key, parts, size, sha256, hashlib.sha256() if sha256 else None, on_bytes)
 
     def put_bytes(self, key: str, data: bytes) -> None:
         self._put(key, data, None)
+
+    def put_pieces(self, key: str, pieces: Iterable[bytes], *, size: int, sha256: str | None = None) -> str:
+        exact = exactly(key, pieces, size)
+        if size <= _PART:
+            data = b"".join(exact)
+            self._put(key, data, sha256)
+            return hashlib.sha256(data).hexdigest()
+        whole = hashlib.sha256()
+        self._put_parts(key, _rejoined(exact, _part_size(size)), size, sha256, whole, None)
+        return whole.hexdigest()
 
     def get_file(self, key: str, path: Path, *, sha256: str | None = None, on_bytes: OnBytes | None = None) -> None:
         with disk_errors(path.name):
@@ -267,22 +281,27 @@ class S3Store:
                 Metadata={"sha256": digest.hexdigest()},
             )
 
-    def _put_parts(self, key: str, path: Path, size: int, sha256: str | None, on_bytes: OnBytes | None) -> None:
-        part_size = max(_PART, -(-size // _MAX_PARTS))
+    def _put_parts(
+        self,
+        key: str,
+        pieces: Iterable[bytes],
+        size: int,
+        sha256: str | None,
+        whole: "hashlib._Hash | None",
+        on_bytes: OnBytes | None,
+    ) -> None:
+        """Send parts as they come, each whole but the last. `whole` gets every byte, where the object's digest is wanted."""
         metadata = {"sha256": sha256} if sha256 is not None else {}
         with s3_errors(key):
             upload_id = self._client.create_multipart_upload(
                 **self._at(key), ChecksumAlgorithm="SHA256", Metadata=metadata
             )["UploadId"]
-        whole = hashlib.sha256()
 
         def numbered() -> Iterator[tuple[int, bytes]]:
-            with path.open("rb", buffering=0) as source:
-                for number in range(1, -(-size // part_size) + 1):
-                    piece = source.read(part_size)
-                    if sha256 is not None:
-                        whole.update(piece)
-                    yield number, piece
+            for number, piece in enumerate(pieces, 1):
+                if whole is not None:
+                    whole.update(piece)
+                yield number, piece
 
         def send(item: tuple[int, bytes]) -> dict[str, Any]:
             number, piece = item
@@ -293,15 +312,16 @@ class S3Store:
             return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum, "Size": len(piece)}
 
         try:
-            with s3_errors(key), disk_errors(path.name):
+            with s3_errors(key):
                 parts = []
                 for part in _in_order(send, numbered()):
                     parts.append(part)
                     if on_bytes is not None:
                         on_bytes(part["Size"])
                 sent = sum(part["Size"] for part in parts)
-                if sent != size or (sha256 is not None and whole.hexdigest() != sha256):
-                    raise wrong_checksum(key, sha256 or "", whole.hexdigest())
+                found = whole.hexdigest() if whole is not None else ""
+                if sent != size or (sha256 is not None and found != sha256):
+                    raise wrong_checksum(key, sha256 or "", found)
                 self._join(key, upload_id, parts)
         except BaseException:
             with contextlib.suppress(NightpressError):  # the first error is the one to tell; the sweep comes by
@@ -341,6 +361,22 @@ def _counted(pieces: Iterable[bytes], on_bytes: OnBytes | None) -> Iterator[byte
         yield piece
         if on_bytes is not None:
             on_bytes(len(piece))
+
+
+def _part_size(size: int) -> int:
+    return max(_PART, -(-size // _MAX_PARTS))
+
+
+def _rejoined(pieces: Iterable[bytes], part_size: int) -> Iterator[bytes]:
+    """The same bytes in parts of one size, the last one but for the rest."""
+    part = bytearray()
+    for piece in pieces:
+        part += piece
+        while len(part) >= part_size:
+            yield bytes(part[:part_size])
+            del part[:part_size]
+    if part:
+        yield bytes(part)
 
 
 def _base64(digest: bytes) -> str:

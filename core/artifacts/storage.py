@@ -40,6 +40,12 @@ class ObjectStore(Protocol):
 
     def put_bytes(self, key: str, data: bytes) -> None: ...
 
+    def put_pieces(self, key: str, pieces: Iterable[bytes], *, size: int, sha256: str | None = None) -> str:
+        """Store what comes in pieces, of which no more than a few are held. Returns its SHA-256.
+
+        Nothing is stored unless there are exactly `size` bytes, and, where it is given, with this SHA-256.
+        """
+
     def get_file(self, key: str, path: Path, *, sha256: str | None = None, on_bytes: OnBytes | None = None) -> None:
         """Fetch to `path`, which appears whole or not at all. With `sha256`, raises checksum_mismatch for other bytes."""
 
@@ -133,6 +139,28 @@ def wrong_checksum(key: str, expected: str, found: str) -> NightpressError:
         expected=expected,
         found=found,
     )
+
+
+def exactly(key: str, pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Pass on exactly `size` bytes. Raises payload_too_large for more, before they are passed on; invalid_request for less."""
+    received = 0
+    for piece in pieces:
+        received += len(piece)
+        if received > size:
+            raise NightpressError(
+                ErrorCode.PAYLOAD_TOO_LARGE,
+                f"{key} is larger than the {size} bytes announced for it.",
+                hint="Send exactly the announced bytes: a part's `size` from its `offset`.",
+                key=key,
+            )
+        yield piece
+    if received < size:
+        raise NightpressError(
+            ErrorCode.INVALID_REQUEST,
+            f"{key} ended after {received} of {size} bytes.",
+            hint="Nothing of it was kept. Send it again, whole.",
+            key=key,
+        )
 
 
 def open_store(settings: Settings) -> ObjectStore:

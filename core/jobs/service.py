@@ -204,24 +204,12 @@ class JobService:
 
     def _ready_model(self, tenant_id: str, id_or_name: str) -> ModelView:
         model = self._models.get(tenant_id, id_or_name)
-        if model.state != "ready":
-            raise NightpressError(
-                ErrorCode.CONFLICT,
-                f"The model {model.name} is {'still being uploaded' if model.state == 'uploading' else 'not usable'}.",
-                hint="Complete its upload first." if model.state == "uploading" else "Register it again.",
-                state=model.state,
-            )
+        _must_be_ready("model", model)
         return model
 
     def _ready_data(self, tenant_id: str, id_or_name: str) -> DataSetView:
         data_set = self._data_sets.get(tenant_id, id_or_name)
-        if data_set.state != "ready":
-            raise NightpressError(
-                ErrorCode.CONFLICT,
-                f"The data set {data_set.name} is not ready.",
-                hint="Complete its upload first, or register it again.",
-                state=data_set.state,
-            )
+        _must_be_ready("data set", data_set)
         return data_set
 
     def _check_fit(self, queue: Queue, needs_memory: int, leaner: Sequence[Leaner] = ()) -> None:
@@ -238,6 +226,18 @@ class JobService:
                 needs=needs_memory,
                 largest=max(offers),
             )
+
+
+def _must_be_ready(noun: str, one: ModelView | DataSetView) -> None:
+    says = {
+        "uploading": ("still being uploaded", "Complete its upload first."),
+        "fetching": ("still being fetched", "Wait until it is ready."),
+        "verifying": ("still being verified", "Wait until it is ready."),
+        "failed": ("not usable", "Its `error` says why. Register it again."),
+    }
+    if one.state != "ready":
+        state, hint = says[one.state]
+        raise NightpressError(ErrorCode.CONFLICT, f"The {noun} {one.name} is {state}.", hint=hint, state=one.state)
 
 
 @dataclass(frozen=True)

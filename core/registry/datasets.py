@@ -8,15 +8,18 @@ from sqlalchemy import Row, select
 from sqlalchemy.engine import Connection
 
 from core.artifacts.files import disk_errors
+from core.artifacts.storage import OnBytes
 from core.errors import ErrorCode, NightpressError
 from core.handoff.manifest import FileEntry
 from core.jobs.tables import jobs
 from core.recipes.calibration import BUILTIN_DATA
 from core.registry.datafile import DataFacts, check_data_name, examine_data
-from core.registry.registry import Registry, check_size, describe_files, live_jobs
+from core.registry.registry import Registry, Taken, check_size, describe_files, live_jobs
 from core.registry.tables import data_sets
 from core.registry.uploads import Owner
 from core.schemas import DataSetCreate, DataSetView
+from core.sources.address import resolve_path
+from core.sources.source import Listing, RemoteFile, Source
 
 _PIECE = 1024**2
 
@@ -31,18 +34,21 @@ class DataSetRegistry(Registry[DataSetView]):
     table = data_sets
 
     def create(self, tenant_id: str, request: DataSetCreate) -> DataSetView:
-        """Announce a file that will be uploaded, or register one on the server: that is read and hashed now."""
-        if (request.file is None) == (request.path is None):
+        """Announce a file that will be uploaded, name a source to fetch, or register one on the server: read and hashed now if it is small."""
+        if [request.file, request.path, request.source].count(None) != 2:
             raise NightpressError(
                 ErrorCode.INVALID_REQUEST,
-                "A data set is announced with `file` or with `path`: with exactly one of them.",
-                hint="`file` is uploaded, `path` names a file on the server.",
+                "A data set is announced with exactly one of `file`, `path` and `source`.",
+                hint="`file` is uploaded, `path` names a file on the server, `source` a place to fetch it from.",
             )
+        if request.source is not None:
+            check_data_name(request.source.rpartition("/")[2])
+            return self.fetch(tenant_id, request.name, request.source)
         if request.path is not None:
             return self._create_from_path(tenant_id, request.name, request.path)
         assert request.file is not None
         check_data_name(request.file.path)
-        check_size(self.noun, request.file.size, self._settings.max_dataset_bytes)
+        check_size(self.noun, request.file.size, self._limit)
         if request.file.size == 0:
             raise NightpressError(
                 ErrorCode.INVALID_DATA,
@@ -66,23 +72,36 @@ class DataSetRegistry(Registry[DataSetView]):
         return (items + builtin, None) if len(items) + len(builtin) <= limit else (items, items[-1].id)
 
     def _create_from_path(self, tenant_id: str, name: str, raw: str) -> DataSetView:
-        path = self._allowed_path(raw)
+        path = resolve_path(raw, self._settings)
         if not path.is_file():
-            raise NightpressError(
-                ErrorCode.NOT_FOUND,
-                f"There is no file {raw} on the server.",
-                hint="Name one .txt, .jsonl, .csv or .parquet file.",
-            )
+            raise _no_file(raw)
         check_data_name(path.name)
         with disk_errors(raw):
-            check_size(self.noun, path.stat().st_size, self._settings.max_dataset_bytes)
-            facts = examine_data(path.name, _pieces(path), self._settings.max_dataset_bytes)
-        return self._register(tenant_id, name, path, describe_files(path.parent, [path.name]), _columns(facts))
+            size = path.stat().st_size
+        return self._register(tenant_id, name, path, size)
+
+    def _examine_path(self, path: Path, on_bytes: OnBytes) -> Taken:
+        if not path.is_file():
+            raise _no_file(str(path))
+        with disk_errors(str(path)):
+            check_size(self.noun, path.stat().st_size, self._limit)
+            facts = examine_data(path.name, _pieces(path), self._limit)
+        return describe_files(path.parent, [path.name], on_bytes), _columns(facts)
+
+    def _choose(self, _source: Source, listing: Listing) -> Sequence[RemoteFile]:
+        (file,) = listing.files
+        # Where it lay in its repository or bucket says nothing about it here.
+        check_data_name(file.path.rpartition("/")[2])
+        return (file,)
+
+    @property
+    def _limit(self) -> int:
+        return self._settings.max_dataset_bytes
 
     def _examine_stored(self, owner: Owner, files: Sequence[FileEntry]) -> dict[str, Any]:
         (file,) = files
         pieces = self._store.read(owner.key(file.path))
-        return _columns(examine_data(file.path, pieces, self._settings.max_dataset_bytes))
+        return _columns(examine_data(file.path, pieces, self._limit))
 
     def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
         used = connection.scalars(select(jobs.c.data).where(jobs.c.tenant_id == tenant_id, live_jobs()))
@@ -96,6 +115,9 @@ class DataSetRegistry(Registry[DataSetView]):
             digest=row.digest,
             size=row.size,
             source=row.source,
+            source_url=row.source_url,
+            revision=row.revision,
+            progress=row.progress if row.state in {"fetching", "verifying"} else None,
             rows=row.rows,
             labelled=None if row.labels is None else row.labels > 0,
             error=row.error,
@@ -114,6 +136,14 @@ def _builtin(name: str) -> DataSetView:
         rows=None,
         labelled=False,
         created_at=None,
+    )
+
+
+def _no_file(raw: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.NOT_FOUND,
+        f"There is no file {raw} on the server.",
+        hint="Name one .txt, .jsonl, .csv or .parquet file.",
     )
 
 

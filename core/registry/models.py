@@ -1,23 +1,27 @@
 """The registry of models."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Row, select
 from sqlalchemy.engine import Connection
 
 from core.artifacts.files import disk_errors
-from core.artifacts.storage import ObjectStore
+from core.artifacts.storage import ObjectStore, OnBytes
 from core.database import transaction
 from core.errors import ErrorCode, NightpressError
 from core.handoff.manifest import FileEntry
 from core.jobs.tables import jobs
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, check_names, inspect_model
-from core.registry.registry import Registry, check_size, describe_files, live_jobs
+from core.registry.registry import Registry, Taken, check_size, describe_files, live_jobs
 from core.registry.tables import models
 from core.registry.uploads import Owner
 from core.schemas import FileView, ModelCreate, ModelView
+from core.sources.address import resolve_path
+from core.sources.selection import choose_model_files
+from core.sources.source import Listing, RemoteFile, Source
 
 
 class ModelRegistry(Registry[ModelView]):
@@ -30,20 +34,22 @@ class ModelRegistry(Registry[ModelView]):
     table = models
 
     def create(self, tenant_id: str, request: ModelCreate) -> ModelView:
-        """Announce files that will be uploaded, or register a server folder: that is inspected and hashed now."""
-        if bool(request.files) == (request.path is not None):
+        """Announce files that will be uploaded, name a source to fetch, or register a server folder: inspected and hashed now if it is small."""
+        if [bool(request.files), request.path is not None, request.source is not None].count(True) != 1:
             raise NightpressError(
                 ErrorCode.INVALID_REQUEST,
-                "A model is announced with `files` or with `path`: with exactly one of them.",
-                hint="`files` are uploaded, `path` names a folder on the server.",
+                "A model is announced with exactly one of `files`, `path` and `source`.",
+                hint="`files` are uploaded, `path` names a folder on the server, `source` a place to fetch them from.",
             )
+        if request.source is not None:
+            return self.fetch(tenant_id, request.name, request.source)
         if request.path is not None:
             return self._create_from_path(tenant_id, request.name, request.path)
         sizes = {file.path: file.size for file in request.files}
         if len(sizes) != len(request.files):
             raise NightpressError(ErrorCode.INVALID_REQUEST, "A file is announced twice.", hint="Name each path once.")
         check_names(sizes)
-        check_size(self.noun, sum(sizes.values()), self._settings.max_model_bytes)
+        check_size(self.noun, sum(sizes.values()), self._limit)
         return self._begin(tenant_id, request.name, request.files)
 
     def header(self, model_id: str) -> ModelHeader:
@@ -63,17 +69,30 @@ class ModelRegistry(Registry[ModelView]):
         return ModelHeader.model_validate(row.header)
 
     def _create_from_path(self, tenant_id: str, name: str, raw: str) -> ModelView:
-        path = self._allowed_path(raw)
+        path = resolve_path(raw, self._settings)
         if not path.is_dir():
-            raise NightpressError(
-                ErrorCode.NOT_FOUND, f"There is no folder {raw} on the server.", hint="Name the model's folder."
-            )
+            raise _no_folder(raw)
         with disk_errors(raw):
+            sizes = FolderFiles(path).names()
+        check_names(sizes)
+        return self._register(tenant_id, name, path, sum(sizes.values()))
+
+    def _examine_path(self, path: Path, on_bytes: OnBytes) -> Taken:
+        if not path.is_dir():
+            raise _no_folder(str(path))
+        with disk_errors(str(path)):
             files = FolderFiles(path)
             sizes = files.names()
-            check_size(self.noun, sum(sizes.values()), self._settings.max_model_bytes)
+            check_size(self.noun, sum(sizes.values()), self._limit)
             header = inspect_model(files)
-        return self._register(tenant_id, name, path, describe_files(path, list(sizes)), _facts(header))
+        return describe_files(path, list(sizes), on_bytes), _facts(header)
+
+    def _choose(self, source: Source, listing: Listing) -> Sequence[RemoteFile]:
+        return choose_model_files(source, listing)
+
+    @property
+    def _limit(self) -> int:
+        return self._settings.max_model_bytes
 
     def _examine_stored(self, owner: Owner, files: Sequence[FileEntry]) -> dict[str, Any]:
         return _facts(inspect_model(_StoredFiles(self._store, owner.prefix, {one.path: one.size for one in files})))
@@ -90,6 +109,9 @@ class ModelRegistry(Registry[ModelView]):
             digest=row.digest,
             size=row.size,
             source=row.source,
+            source_url=row.source_url,
+            revision=row.revision,
+            progress=row.progress if row.state in {"fetching", "verifying"} else None,
             architecture=row.architecture,
             model_type=row.model_type,
             task=row.task,
@@ -98,6 +120,12 @@ class ModelRegistry(Registry[ModelView]):
             error=row.error,
             created_at=row.created_at,
         )
+
+
+def _no_folder(raw: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.NOT_FOUND, f"There is no folder {raw} on the server.", hint="Name the model's folder."
+    )
 
 
 def _facts(header: ModelHeader) -> dict[str, Any]:

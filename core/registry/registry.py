@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -12,17 +13,21 @@ from sqlalchemy.engine import Connection
 
 from core.access.quotas import QuotaBook
 from core.artifacts.files import disk_errors
-from core.artifacts.storage import ObjectStore
+from core.artifacts.storage import ObjectStore, OnBytes
 from core.database import db_now, transaction
 from core.errors import ErrorCode, NightpressError
 from core.handoff.manifest import FileEntry, describe_file, digest_of
 from core.ids import new_id
 from core.jobs.tables import jobs
+from core.registry.claims import Claim
 from core.registry.uploads import Owner, Uploads
 from core.schemas import TERMINAL_STATES, DataSetView, FileAnnouncement, ModelView, UploadFile
 from core.settings import Settings
+from core.sources.address import BucketAddress, HubAddress, Kind, parse_address, resolve_path
+from core.sources.source import Listing, RemoteFile, Source, open_source, read_steadily
 
 View = TypeVar("View", ModelView, DataSetView)
+Taken = tuple[Sequence[FileEntry], Mapping[str, Any]]  #: files, and the columns that say what is in them
 
 
 class Registry(ABC, Generic[View]):
@@ -31,7 +36,7 @@ class Registry(ABC, Generic[View]):
     A reference is an id, or a name: then the newest ready one is meant, else the newest.
     """
 
-    kind: ClassVar[str]  #: "models" or "datasets": the first part of keys and routes
+    kind: ClassVar[Kind]  #: "models" or "datasets": the first part of keys and routes
     noun: ClassVar[str]
     id_prefix: ClassVar[str]
     upload_column: ClassVar[str]
@@ -76,21 +81,24 @@ class Registry(ABC, Generic[View]):
         """Verify what was uploaded and make it ready. Safe to repeat.
 
         Raises conflict while parts are missing. Any other fault of the files makes it `failed` and deletes them.
+        What is too large for a request becomes `verifying`: the control process goes on.
         """
         row = self._find(tenant_id, reference)
-        if row.state == "ready":
+        if row.state in {"ready", "verifying"}:
             return self._view(row)
         self._must_be_uploading(row)
         owner = self._owner(row.id)
-        files = [FileEntry.model_validate(one) for one in row.files]
+        self._uploads.must_be_whole(owner)
+        if row.size > self._settings.verify_inline_bytes:
+            won = self._advance(row, state="verifying")
+            return self.get(tenant_id, row.id) if won else self._as_decided(tenant_id, owner)
         try:
-            self._uploads.finish(owner)
-            facts = self._examine_stored(owner, files)
+            files, facts = self._verify_upload(row, _ignore)
         except NightpressError as error:
-            if not error.kind.retryable and error.code not in {ErrorCode.CONFLICT, ErrorCode.NOT_FOUND}:
-                self._fail(row.id, error)
+            if not error.kind.retryable and error.code is not ErrorCode.NOT_FOUND:
+                self._fail(row, error)
             raise
-        if not self._advance(row.id, state="ready", digest=digest_of(files), **facts):
+        if not self._advance(row, **_made_ready(files, facts)):
             return self._as_decided(tenant_id, owner)
         self._uploads.forget(owner)
         return self.get(tenant_id, row.id)
@@ -112,15 +120,131 @@ class Registry(ABC, Generic[View]):
         """Fail the uploads that nobody finished for so long, and delete what came of them. Returns how many."""
         table = self.table
         with transaction(self._engine, read_only=True) as connection:
-            ids = connection.scalars(
-                select(table.c.id).where(table.c.state == "uploading", table.c.created_at < db_now(-older_than_s))
+            rows = connection.execute(
+                self._select().where(table.c.state == "uploading", table.c.created_at < db_now(-older_than_s))
             ).all()
         error = NightpressError(
             ErrorCode.CONFLICT, "The upload was not completed in time, and was given up.", hint="Upload it again."
         )
-        for one in ids:
-            self._fail(one, error)
-        return len(ids)
+        for row in rows:
+            self._fail(row, error)
+        return len(rows)
+
+    # Sources, and what takes long --------------------------------------------------------------------------------
+
+    def fetch(self, tenant_id: str, name: str, source_url: str, revision: str | None = None) -> View:
+        """Note a model or data set that the control process will fetch. Raises invalid_request, path_not_allowed."""
+        address = parse_address(source_url, self.kind, self._settings)
+        row_id = new_id(self.id_prefix)
+        kind = "s3" if isinstance(address, BucketAddress) else "hub"
+        given = {"state": "fetching", "source": kind, "source_url": address.url, "revision": revision}
+        with transaction(self._engine) as connection:
+            self._insert(connection, row_id, tenant_id, name, **given, **_described([]))
+        return self.get(tenant_id, row_id)
+
+    def fetched(self, tenant_id: str, name: str, source_url: str, revision: str) -> View | None:
+        """The newest one of this name with these bytes of a source, if it is there or on its way."""
+        columns = self.table.c
+        same = (columns.name == name, columns.source_url == source_url, columns.revision == revision)
+        query = self._select().where(columns.tenant_id == tenant_id, *same, columns.state != "failed")
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(query.order_by(columns.id.desc()).limit(1)).one_or_none()
+        return None if row is None else self._view(row)
+
+    def take_in(self, claim: Claim) -> None:
+        """Fetch or verify what the claim is for, to its end. Faults of its files make it `failed`; raises what may pass."""
+        columns = self.table.c
+        with transaction(self._engine, read_only=True) as connection:
+            query = self._select().where(columns.id == claim.row_id, columns.claim_id == claim.claim_id)
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            return
+        claim.total = row.size
+        try:
+            if row.state == "fetching":
+                files, facts = self._fetch(row, claim)
+            elif row.source == "path":
+                files, facts = self._describe_path(row, claim.note)
+            else:
+                files, facts = self._verify_upload(row, claim.note)
+        except NightpressError as error:
+            self._forget_if_deleted(row)
+            if error.kind.retryable or error.code is ErrorCode.CANCELLED:
+                raise
+            self._fail(row, error)
+            return
+        if self._advance(row, **_made_ready(files, facts)):
+            self._uploads.forget(self._owner(row.id))
+        self._forget_if_deleted(row)
+
+    def give_up(self, claim: Claim, error: NightpressError, *, older_than_s: float) -> bool:
+        """Fail what has been tried for so long. False: it is younger."""
+        columns = self.table.c
+        old = (columns.id == claim.row_id, columns.created_at < db_now(-older_than_s))
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(self._select().where(*old, columns.claim_id == claim.claim_id)).one_or_none()
+        if row is None:
+            return False
+        self._fail(row, error)
+        return True
+
+    def _fetch(self, row: Row[Any], claim: Claim) -> "Taken":
+        """Every file of a source into the store. After an interruption those that are whole are not fetched again."""
+        address = parse_address(row.source_url, self.kind, self._settings)  # the operator may have taken it back
+        if isinstance(address, HubAddress) and row.revision:
+            address = replace(address, revision=row.revision)
+        owner = self._owner(row.id)
+        source = open_source(address, self._settings)
+        try:
+            listing = source.listing()
+            wanted = self._choose(source, listing)
+            claim.total = sum(file.size for file in wanted)
+            check_size(self.noun, claim.total, self._limit)
+            if row.size == 0:
+                self._quotas.check_storage(row.tenant_id, claim.total)
+            if listing.revision == row.revision:
+                have = {one["path"]: FileEntry.model_validate(one) for one in row.files}
+            else:
+                have = {}
+                self._store.delete_prefix(owner.prefix)
+            self._note(row, claim, size=claim.total, revision=listing.revision, files=_dumped(have.values()))
+            for file in wanted:
+                if file.path in have:
+                    claim.note(file.size)
+                    continue
+                pieces = claim.counted(read_steadily(source, file, stop=claim.lost.is_set))
+                sha256 = self._store.put_pieces(owner.key(file.path), pieces, size=file.size, sha256=file.sha256)
+                have[file.path] = FileEntry(path=file.path, size=file.size, sha256=sha256)
+                self._note(row, claim, files=_dumped(have.values()))
+        finally:
+            source.close()
+        files = tuple(have[file.path] for file in wanted)
+        return files, self._examine_stored(owner, files)
+
+    def _verify_upload(self, row: Row[Any], on_bytes: OnBytes) -> "Taken":
+        owner = self._owner(row.id)
+        files = tuple(FileEntry.model_validate(one) for one in row.files)
+        self._uploads.finish(owner, on_bytes)
+        return files, self._examine_stored(owner, files)
+
+    def _describe_path(self, row: Row[Any], on_bytes: OnBytes) -> "Taken":
+        return self._examine_path(resolve_path(row.server_path, self._settings), on_bytes)
+
+    def _note(self, row: Row[Any], claim: Claim, **columns: Any) -> None:
+        """Write how far it is. Raises cancelled where the claim is lost."""
+        mine = (self.table.c.id == row.id, self.table.c.claim_id == claim.claim_id, self.table.c.deleted_at.is_(None))
+        with transaction(self._engine) as connection:
+            if not connection.execute(update(self.table).where(*mine).values(**columns)).rowcount:
+                claim.lost.set()
+        claim.note(0)
+
+    def _forget_if_deleted(self, row: Row[Any]) -> None:
+        """This process may have stored files after the deletion."""
+        gone = select(self.table.c.id).where(self.table.c.id == row.id, self.table.c.deleted_at.is_not(None))
+        with transaction(self._engine, read_only=True) as connection:
+            deleted = connection.execute(gone).one_or_none() is not None
+        if deleted:
+            self._uploads.abandon(self._owner(row.id))
 
     # What the two kinds do their own way -------------------------------------------------------------------------
 
@@ -130,6 +254,19 @@ class Registry(ABC, Generic[View]):
     @abstractmethod
     def _examine_stored(self, owner: Owner, files: Sequence[FileEntry]) -> dict[str, Any]:
         """Validate the stored files and return the columns they fill."""
+
+    @abstractmethod
+    def _examine_path(self, path: Path, on_bytes: OnBytes) -> "Taken":
+        """Validate and hash what lies at a server path. Raises not_found."""
+
+    @abstractmethod
+    def _choose(self, source: Source, listing: Listing) -> Sequence[RemoteFile]:
+        """Which of a source's files are to be fetched."""
+
+    @property
+    @abstractmethod
+    def _limit(self) -> int:
+        """The most bytes of one."""
 
     @abstractmethod
     def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
@@ -145,7 +282,8 @@ class Registry(ABC, Generic[View]):
         rows = self._uploads.open(owner, files)
         try:
             with transaction(self._engine) as connection:
-                self._insert(connection, owner.id, tenant_id, name, entries, state="uploading", source="upload")
+                columns = {"state": "uploading", "source": "upload", **_described(entries)}
+                self._insert(connection, owner.id, tenant_id, name, **columns)
                 self._uploads.insert(connection, rows)
         except BaseException:
             self._uploads.abort(owner, ((row["path"], row["store_upload_id"]) for row in rows))
@@ -153,53 +291,21 @@ class Registry(ABC, Generic[View]):
             raise
         return self.get(tenant_id, owner.id).model_copy(update={"uploads": self._uploads.pending(owner)})
 
-    def _register(
-        self, tenant_id: str, name: str, server_path: Path, files: Sequence[FileEntry], facts: Mapping[str, Any]
-    ) -> View:
-        """Write a row that is ready at once: its files stay where the operator put them."""
+    def _register(self, tenant_id: str, name: str, server_path: Path, size: int) -> View:
+        """Write a row for files that stay where the operator put them: ready at once, unless reading them takes long."""
         row_id = new_id(self.id_prefix)
-        given = {"state": "ready", "source": "path", "server_path": str(server_path), "digest": digest_of(list(files))}
+        given: dict[str, Any] = {"source": "path", "server_path": str(server_path)}
+        if size > self._settings.verify_inline_bytes:
+            given |= {"state": "verifying", "files": [], "size": size}
+        else:
+            given |= _made_ready(*self._examine_path(server_path, _ignore))
         with transaction(self._engine) as connection:
-            self._insert(connection, row_id, tenant_id, name, files, **given, **facts)
+            self._insert(connection, row_id, tenant_id, name, **given)
         return self.get(tenant_id, row_id)
 
-    def _insert(
-        self,
-        connection: Connection,
-        row_id: str,
-        tenant_id: str,
-        name: str,
-        files: Sequence[FileEntry],
-        **columns: Any,
-    ) -> None:
-        connection.execute(
-            insert(self.table).values(
-                id=row_id,
-                tenant_id=tenant_id,
-                name=name,
-                size=sum(file.size for file in files),
-                files=[file.model_dump() for file in files],
-                created_at=db_now(),
-                **columns,
-            )
-        )
-
-    def _allowed_path(self, raw: str) -> Path:
-        """Resolve a server path. Raises path_not_allowed outside the operator's roots, whether it exists there or not."""
-        try:
-            path = Path(raw).resolve()
-            allowed = Path(raw).is_absolute() and any(
-                path.is_relative_to(root.resolve()) for root in self._settings.model_roots
-            )
-        except (OSError, ValueError, RuntimeError):  # a link to itself, a NUL
-            allowed = False
-        if not allowed:
-            raise NightpressError(
-                ErrorCode.PATH_NOT_ALLOWED,
-                f"{raw[:300]!r} is not below a folder that the operator allowed.",
-                hint="Upload the files, or ask the operator to add their folder to NIGHTPRESS_MODEL_ROOTS.",
-            )
-        return path
+    def _insert(self, connection: Connection, row_id: str, tenant_id: str, name: str, **columns: Any) -> None:
+        named = {"id": row_id, "tenant_id": tenant_id, "name": name, "created_at": db_now()}
+        connection.execute(insert(self.table).values({**named, **columns}))
 
     def _find(self, tenant_id: str, reference: str) -> Row[Any]:
         table = self.table
@@ -242,14 +348,15 @@ class Registry(ABC, Generic[View]):
                 else "Its `error` says why. Bring it again.",
             )
 
-    def _advance(self, row_id: str, **columns: Any) -> bool:
-        """uploading → ready | failed. False if somebody else decided first."""
+    def _advance(self, row: Row[Any], **columns: Any) -> bool:
+        """From the state in which the row was read, and under the claim it then had. False if somebody else decided first."""
         table = self.table
+        same = (table.c.state == row.state, table.c.claim_id.is_not_distinct_from(row.claim_id))
+        if columns["state"] in {"ready", "failed"}:
+            columns |= {"claim_id": None, "claim_until": None}
         with transaction(self._engine) as connection:
             won = connection.execute(
-                update(table)
-                .where(table.c.id == row_id, table.c.state == "uploading", table.c.deleted_at.is_(None))
-                .values(**columns)
+                update(table).where(table.c.id == row.id, *same, table.c.deleted_at.is_(None)).values(**columns)
             )
             return won.rowcount == 1
 
@@ -260,13 +367,30 @@ class Registry(ABC, Generic[View]):
         except NightpressError:
             self._uploads.abandon(owner)  # deleted: this request may have joined parts after that
             raise
-        if row.state != "ready":
+        if row.state not in {"ready", "verifying"}:
             self._must_be_uploading(row)
         return self._view(row)
 
-    def _fail(self, row_id: str, error: NightpressError) -> None:
-        if self._advance(row_id, state="failed", error=error.as_dict()):
-            self._uploads.abandon(self._owner(row_id))
+    def _fail(self, row: Row[Any], error: NightpressError) -> None:
+        if self._advance(row, state="failed", error=error.as_dict()):
+            self._uploads.abandon(self._owner(row.id))
+
+
+def _made_ready(files: Sequence[FileEntry], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of one that is ready."""
+    return {"state": "ready", "progress": 1.0, "digest": digest_of(list(files)), **_described(files), **facts}
+
+
+def _described(files: Sequence[FileEntry]) -> dict[str, Any]:
+    return {"files": _dumped(files), "size": sum(file.size for file in files)}
+
+
+def _dumped(files: Iterable[FileEntry]) -> list[dict[str, Any]]:
+    return [file.model_dump() for file in files]
+
+
+def _ignore(_count: int) -> None:
+    """Nobody watches: the request is about to be answered."""
 
 
 def live_jobs() -> Any:
@@ -274,10 +398,16 @@ def live_jobs() -> Any:
     return jobs.c.state.not_in(sorted(TERMINAL_STATES))
 
 
-def describe_files(root: Path, paths: Sequence[str]) -> tuple[FileEntry, ...]:
+def describe_files(root: Path, paths: Sequence[str], on_bytes: OnBytes) -> tuple[FileEntry, ...]:
     """Hash files below a folder, two at a time: hashing holds no lock, and more would only fight for the disk."""
+
+    def describe(path: str) -> FileEntry:
+        found = describe_file(root, root / path)
+        on_bytes(found.size)
+        return found
+
     with disk_errors(str(root)), ThreadPoolExecutor(2) as pool:
-        return tuple(pool.map(lambda path: describe_file(root, root / path), paths))
+        return tuple(pool.map(describe, paths))
 
 
 def check_size(noun: str, total: int, limit: int) -> None:

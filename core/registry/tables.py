@@ -1,6 +1,18 @@
 """The tables of models, data sets and their uploads. Rows are kept after deletion, because jobs tell their history by them."""
 
-from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, ForeignKey, Index, Integer, String, Table
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Table,
+    text,
+)
 
 from core.database import JsonType, UtcDateTime, metadata
 
@@ -16,6 +28,12 @@ models = Table(
     Column("state", String(16), nullable=False),
     Column("source", String(16), nullable=False),
     Column("server_path", String(4096)),
+    Column("source_url", String(1024)),
+    Column("revision", String(100)),  #: of the source, once it is known
+    Column("progress", Float, nullable=False, server_default=text("0")),  #: of fetching or verifying
+    #: whose it is while it is taken in, and until when; the next one may have it then
+    Column("claim_id", String(40)),
+    Column("claim_until", UtcDateTime()),
     Column("digest", String(80)),
     Column("size", BigInteger, nullable=False),  #: bytes of all files
     Column("architecture", String(128)),
@@ -27,8 +45,9 @@ models = Table(
     Column("error", JsonType),
     Column("created_at", UtcDateTime(), nullable=False),
     Column("deleted_at", UtcDateTime()),
-    CheckConstraint("state IN ('uploading', 'ready', 'failed')", name="state"),
-    CheckConstraint("source IN ('upload', 'path')", name="source"),
+    CheckConstraint("state IN ('uploading', 'fetching', 'verifying', 'ready', 'failed')", name="state"),
+    CheckConstraint("source IN ('upload', 'path', 's3', 'hub')", name="source"),
+    CheckConstraint("(source IN ('s3', 'hub')) = (source_url IS NOT NULL)", name="source_url"),
     CheckConstraint("(source = 'path') = (server_path IS NOT NULL)", name="server_path"),
     CheckConstraint("state <> 'ready' OR (digest IS NOT NULL AND parameters IS NOT NULL)", name="ready_is_whole"),
     CheckConstraint("size >= 0", name="size"),
@@ -46,6 +65,12 @@ data_sets = Table(
     Column("state", String(16), nullable=False),
     Column("source", String(16), nullable=False),
     Column("server_path", String(4096)),
+    Column("source_url", String(1024)),
+    Column("revision", String(100)),  #: of the source, once it is known
+    Column("progress", Float, nullable=False, server_default=text("0")),  #: of fetching or verifying
+    #: whose it is while it is taken in, and until when; the next one may have it then
+    Column("claim_id", String(40)),
+    Column("claim_until", UtcDateTime()),
     Column("digest", String(80)),
     Column("size", BigInteger, nullable=False),
     Column("rows", BigInteger),
@@ -54,8 +79,9 @@ data_sets = Table(
     Column("error", JsonType),
     Column("created_at", UtcDateTime(), nullable=False),
     Column("deleted_at", UtcDateTime()),
-    CheckConstraint("state IN ('uploading', 'ready', 'failed')", name="state"),
-    CheckConstraint("source IN ('upload', 'path')", name="source"),
+    CheckConstraint("state IN ('uploading', 'fetching', 'verifying', 'ready', 'failed')", name="state"),
+    CheckConstraint("source IN ('upload', 'path', 's3', 'hub')", name="source"),
+    CheckConstraint("(source IN ('s3', 'hub')) = (source_url IS NOT NULL)", name="source_url"),
     CheckConstraint("(source = 'path') = (server_path IS NOT NULL)", name="server_path"),
     CheckConstraint("state <> 'ready' OR (digest IS NOT NULL AND rows > 0)", name="ready_is_whole"),
     CheckConstraint("size >= 0", name="size"),

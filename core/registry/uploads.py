@@ -9,7 +9,7 @@ from urllib.parse import quote
 from sqlalchemy import ColumnElement, Engine, Row, delete, insert, select, update
 from sqlalchemy.engine import Connection
 
-from core.artifacts.storage import ObjectStore
+from core.artifacts.storage import ObjectStore, OnBytes
 from core.database import transaction
 from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
@@ -93,11 +93,8 @@ class Uploads:
             owner.key(path), row.store_upload_id, number, pieces, size=wanted, sha256=_part_sha256(row, number)
         )
 
-    def finish(self, owner: Owner) -> None:
-        """Join and verify every file. May be called again after an interruption: what was verified is not read twice.
-
-        Raises conflict where parts are missing, checksum_mismatch where the bytes are others.
-        """
+    def must_be_whole(self, owner: Owner) -> None:
+        """Raises conflict where parts are missing."""
         rows = self._rows(owner)
         missing = {row.path: parts for row in rows if (parts := self._missing(owner, row))}
         if missing:
@@ -108,12 +105,19 @@ class Uploads:
                 hint="GET …/uploads lists them with fresh addresses; send them, then complete again.",
                 missing={path: parts[:100] for path, parts in missing.items()},
             )
-        for row in rows:
+
+    def finish(self, owner: Owner, on_bytes: OnBytes) -> None:
+        """Join and verify every file. May be called again after an interruption: what was verified is not read twice.
+
+        Raises checksum_mismatch where the bytes are others.
+        """
+        for row in self._rows(owner):
             self._store.complete_upload(
                 owner.key(row.path), row.store_upload_id, size=row.size, sha256=row.sha256, part_sha256=row.part_sha256
             )
             with transaction(self._engine) as connection:
                 connection.execute(update(uploads).where(uploads.c.id == row.id).values(verified=True))
+            on_bytes(row.size)
 
     def abandon(self, owner: Owner) -> None:
         """Leave nothing of the owner in the store, nor of its uploads in SQL."""

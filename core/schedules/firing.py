@@ -11,6 +11,7 @@ from collections.abc import Callable
 from core.errors import ErrorCode, NightpressError
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
+from core.schedules.bringing import Bringer
 from core.schedules.store import Due, PendingRun, ScheduleStore
 from core.schemas import JobCreate
 
@@ -19,7 +20,7 @@ _REACH_S = 31 * 24 * 3600.0  #: catching up looks back no further
 _MAX_RECORDED = 100  #: of the fires missed in one go, the newest
 _MAX_WAITING = 10  #: runs that wait for the one before them; later ones are skipped
 #: Errors that another hour may mend: the run stays pending so long.
-_PATIENT = {ErrorCode.QUOTA_EXCEEDED, ErrorCode.CANNOT_FIT}
+_PATIENT = {ErrorCode.QUOTA_EXCEEDED, ErrorCode.CANNOT_FIT, ErrorCode.SOURCE_UNAVAILABLE}
 _PATIENCE_S = 3600.0
 
 log = logging.getLogger(__name__)
@@ -29,11 +30,17 @@ class Firing:
     """`fire` and `advance` are safe to run twice, and in several processes."""
 
     def __init__(
-        self, schedules: ScheduleStore, jobs: JobService, store: JobStore, ring: Callable[[str], None]
+        self,
+        schedules: ScheduleStore,
+        jobs: JobService,
+        store: JobStore,
+        bringer: Bringer,
+        ring: Callable[[str], None],
     ) -> None:
         self._schedules = schedules
         self._jobs = jobs
         self._store = store
+        self._bringer = bringer
         self._ring = ring
 
     def fire(self, now: dt.datetime | None = None) -> None:
@@ -50,7 +57,7 @@ class Firing:
             try:
                 self._decide(run)
             except NightpressError as error:
-                if error.kind.retryable:
+                if error.kind.retryable and error.code not in _PATIENT:
                     raise
                 late = (self._schedules.now() - run.created_at).total_seconds() > _PATIENCE_S
                 if error.code not in _PATIENT or late:
@@ -66,9 +73,24 @@ class Firing:
         if going and run.overlap == "skip":
             self._schedules.settle(run.id, "skipped", reason="overlap")
             return
-        digest = self._jobs.model_digest(run.tenant_id, run.job.model)
-        unchanged = digest == self._schedules.last_digest(run.schedule_id)
-        if run.only_if_changed and run.cause == "cron" and unchanged:
+        if_changed = run.only_if_changed and run.cause == "cron"
+        if run.source is not None and run.model_id is None:
+            revision = self._bringer.look(run)
+            if revision is None:
+                return
+            if if_changed and revision == self._schedules.last_revision(run.schedule_id):
+                self._schedules.settle(run.id, "skipped", reason="unchanged", revision=revision)
+            else:
+                self._bringer.begin(run, revision)
+            return
+        model = run.job.model
+        if run.source is not None:
+            brought = self._bringer.ready(run)
+            if brought is None:
+                return
+            model = brought.id
+        digest = self._jobs.model_digest(run.tenant_id, model)
+        if if_changed and digest == self._schedules.last_digest(run.schedule_id):
             self._schedules.settle(run.id, "skipped", reason="unchanged")
             return
         for earlier, job_id in going:
@@ -77,7 +99,8 @@ class Firing:
                 self._store.request_cancel(run.tenant_id, job_id)
         # The space keeps the key out of reach of clients, whose keys have none.
         # What nothing changed for isn't pressed again, unless a person asked for this run or said so in the schedule.
-        wanted = JobCreate(**{"reuse": run.cause == "cron", **run.job.model_dump(exclude_unset=True)})
+        said = run.job.model_dump(exclude_unset=True)
+        wanted = JobCreate(**{"reuse": run.cause == "cron", **said, "model": model})
         job, _ = self._jobs.submit(run.tenant_id, wanted, f"schedule {run.id}", key_id=run.created_by)
         if self._schedules.settle(run.id, "submitted", job_id=job.id, digest=job.model_digest):
             log.info("Schedule %s submitted job %s.", run.schedule_id, job.id, extra={"job_id": job.id})

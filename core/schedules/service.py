@@ -9,6 +9,7 @@ from core.schedules.cron import Cron, parse_cron
 from core.schedules.store import ScheduleStore, changed_since
 from core.schemas import JobSpec, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 from core.settings import Settings
+from core.sources.address import check_source
 
 
 class ScheduleService:
@@ -24,6 +25,7 @@ class ScheduleService:
         now = self.store.now()
         cron = self._cron(wanted.cron, wanted.timezone, now)
         self._check_job(tenant_id, wanted.job)
+        self._check_source(wanted.source)
         next_at = None if wanted.suspended else _first(cron, now)
         values = wanted.model_dump(mode="json") | {"cron": cron.expression, "next_at": next_at}
         return self.store.create(tenant_id, values, key_id=key_id)
@@ -38,6 +40,7 @@ class ScheduleService:
         values: dict[str, Any] = wanted.model_dump(mode="json", exclude_none=True)
         if wanted.job is not None:
             self._check_job(tenant_id, wanted.job)
+        self._check_source(wanted.source)
         suspended = schedule.suspended if wanted.suspended is None else wanted.suspended
         now = self.store.now()
         cron = self._cron(wanted.cron or schedule.cron, wanted.timezone or schedule.timezone, now)
@@ -61,6 +64,10 @@ class ScheduleService:
 
     def _cron(self, expression: str, timezone: str, now: dt.datetime) -> Cron:
         return parse_cron(expression, timezone, min_interval_s=self._settings.schedule_min_interval_s, now=now)
+
+    def _check_source(self, source: str | None) -> None:
+        if source is not None:
+            check_source(source, self._settings)
 
     def _check_job(self, tenant_id: str, job: JobSpec) -> None:
         try:

@@ -50,6 +50,9 @@ class PendingRun:
     only_if_changed: bool
     job: JobSpec
     created_by: str | None
+    source: str | None
+    model_id: str | None  #: what is fetched for it
+    revision: str | None
 
 
 class ScheduleStore:
@@ -211,6 +214,9 @@ class ScheduleStore:
                 columns.only_if_changed,
                 columns.job,
                 columns.created_by,
+                columns.source,
+                _runs.model_id,
+                _runs.revision,
             )
             .join_from(schedule_runs, schedules, columns.id == _runs.schedule_id)
             .where(_runs.state == "pending")
@@ -240,8 +246,15 @@ class ScheduleStore:
 
     def last_digest(self, schedule_id: str) -> str | None:
         """Of the model that the last job of the schedule was submitted for, leaving out jobs that failed or were cancelled."""
+        return self._last(schedule_id, _runs.digest)
+
+    def last_revision(self, schedule_id: str) -> str | None:
+        """Of the source, likewise."""
+        return self._last(schedule_id, _runs.revision)
+
+    def _last(self, schedule_id: str, column: ColumnElement[Any]) -> str | None:
         query = (
-            select(_runs.digest)
+            select(column)
             .join_from(schedule_runs, jobs, jobs.c.id == _runs.job_id, isouter=True)
             .where(
                 _runs.schedule_id == schedule_id,
@@ -253,6 +266,13 @@ class ScheduleStore:
         )
         with transaction(self._engine, read_only=True) as connection:
             return connection.execute(query).scalar_one_or_none()
+
+    def bring(self, run_id: str, model_id: str, revision: str) -> bool:
+        """Note which model a pending run waits for. False: another replica has noted one, or has decided."""
+        with transaction(self._engine) as connection:
+            still = (_runs.id == run_id, _runs.state == "pending", _runs.model_id.is_(None))
+            noted = update(schedule_runs).where(*still).values(model_id=model_id, revision=revision)
+            return connection.execute(noted).rowcount == 1
 
     def settle(self, run_id: str, state: str, **columns: Any) -> bool:
         """pending → submitted | skipped | failed. False: another replica has decided."""

@@ -28,6 +28,7 @@ schedules = Table(
     Column("only_if_changed", Boolean, nullable=False),
     Column("suspended", Boolean, nullable=False),
     Column("job", JsonType, nullable=False),  #: core.schemas.JobSpec
+    Column("source", String(1024)),  #: where each fire looks for the model
     Column("version", Integer, nullable=False),  #: counts edits; its ETag
     #: the next fire that is not recorded yet; none while suspended
     Column("next_at", UtcDateTime),
@@ -54,6 +55,8 @@ schedule_runs = Table(
     Column("reason", String(16)),  #: why it was skipped
     Column("error", JsonType),
     Column("job_id", ForeignKey("jobs.id", ondelete="SET NULL"), index=True),
+    Column("model_id", String(40)),  #: what was fetched for it, where the schedule has a source
+    Column("revision", String(100)),  #: of the source
     Column("digest", String(80)),  #: of the model the job was submitted for
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("cause IN ('cron','manual')", name="cause"),

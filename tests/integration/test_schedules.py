@@ -1,6 +1,7 @@
 """Schedules against a real database: what each fire comes to, with a clock that the test moves (F23)."""
 
 import datetime as dt
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,23 @@ from core.access.quotas import QuotaBook
 from core.artifacts.storage import open_store
 from core.database import make_engine, transaction
 from core.errors import ErrorCode, NightpressError
-from core.jobs.records import WorkerOffer
+from core.handoff.manifest import Manifest
+from core.jobs.records import Succeeded, WorkerOffer
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
 from core.jobs.tables import jobs
 from core.registry.datasets import DataSetRegistry
+from core.registry.intake import Intake
 from core.registry.models import ModelRegistry
+from core.schedules.bringing import Bringer
 from core.schedules.firing import Firing
 from core.schedules.service import ScheduleService
 from core.schedules.store import ScheduleStore
-from core.schedules.tables import schedules
+from core.schedules.tables import schedule_runs, schedules
 from core.schemas import JobSpec, ModelCreate, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 from core.settings import Settings
+from tests.hub import serve_hub
+from tests.service import eventually
 
 TENANT = "default"
 HOUR = dt.timedelta(hours=1)
@@ -32,8 +38,9 @@ HOUR = dt.timedelta(hours=1)
 class World:
     """A service without processes, whose schedules begin a day before `now`."""
 
-    def __init__(self, folder: Path, sql_url: str, model: Path) -> None:
-        settings = Settings(_env_file=None, data_dir=folder, database_url=sql_url, model_roots=[model.parent])
+    def __init__(self, folder: Path, sql_url: str, model: Path, **more: Any) -> None:
+        roots = [model.parent, folder / "roots"]
+        settings = Settings(_env_file=None, data_dir=folder, database_url=sql_url, model_roots=roots, **more)
         self.engine = make_engine(sql_url)
         objects = open_store(settings)
         self.store = JobStore(self.engine)
@@ -48,7 +55,11 @@ class World:
         self.schedules = ScheduleStore(self.engine)
         self.service = ScheduleService(self.schedules, jobs, settings)
         self.rung: list[str] = []
-        self.firing = Firing(self.schedules, jobs, self.store, self.rung.append)
+        self.settings = settings
+        self.intake = Intake(self.engine, (self.models,))
+        self.firing = Firing(
+            self.schedules, jobs, self.store, Bringer(self.schedules, self.models, settings), self.rung.append
+        )
         self.model = model
         self.bring()
 
@@ -67,6 +78,16 @@ class World:
         self.firing.fire(utc(now))
         self.firing.advance()
 
+    def settle(self, now: str) -> None:
+        """Tick until no run is pending."""
+
+        def over() -> bool:
+            self.tick(now)
+            self.intake.advance()
+            return all(run.state != "pending" for run in self.runs())
+
+        eventually(over)
+
     def runs(self) -> list[ScheduleRunView]:
         """Oldest fire first."""
         return sorted(
@@ -80,6 +101,13 @@ class World:
         while (claimed := self.store.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)) is not None:
             fault = NightpressError(ErrorCode.NUMERICAL_FAILURE, "over")
             self.store.fail(claimed.lease, fault, backoff_s=0)
+
+    def end_jobs_well(self) -> None:
+        while (claimed := self.store.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)) is not None:
+            manifest = Manifest(
+                job_id=claimed.job.id, attempt=claimed.lease.attempt, verdict="accepted", artifacts=(), report=()
+            )
+            assert self.store.finish(claimed.lease, Succeeded("accepted", manifest, {}))
 
 
 def utc(text: str) -> dt.datetime:
@@ -234,3 +262,73 @@ def test_two_schedules_of_one_name_are_a_conflict(world: World):
     with pytest.raises(NightpressError) as caught:
         world.schedule("2026-11-23T02:00")
     assert caught.value.code is ErrorCode.CONFLICT
+
+
+# A source --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_fetches_what_is_new_at_its_source_and_presses_nothing_twice(
+    tmp_path: Path, sqlite_url: str, bert_tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    files = {path.name: path.read_bytes() for path in bert_tiny.iterdir() if path.is_file()}
+    with serve_hub() as hub:
+        world = World(tmp_path, sqlite_url, bert_tiny, hub_endpoint=hub.url, hub_organisations=["acme"])
+        first = hub.push("models/acme/tiny", files)
+        world.schedule("2026-11-23T02:00", source="hf://acme/tiny", only_if_changed=True)
+        world.settle("2026-11-23T02:00")
+        world.end_jobs_well()
+        world.settle("2026-11-23T03:00")
+        second = hub.push("models/acme/tiny", files | {"README.md": b"retrained"})
+        world.settle("2026-11-23T04:00")
+        world.end_jobs_well()
+        assert [outcome for _, outcome in world.outcomes()] == ["submitted", "unchanged", "submitted"]
+        assert [run.revision for run in world.runs()] == [first, first, second]
+        jobs, _ = world.store.page(TENANT)
+        brought = [world.models.get(TENANT, job.model_id) for job in reversed(jobs)]
+        assert [model.revision for model in brought] == [first, second]
+        assert {model.name for model in brought} == {"tiny"}
+        downloads = [path for path in hub.paths() if path.endswith("model.safetensors") and "/cdn/" in path]
+        assert len(downloads) == 2, "what did not change was not fetched again"
+        del hub.repositories["models/acme/tiny"]
+        world.settle("2026-11-23T05:00")
+        assert world.runs()[-1].error["code"] == "not_found"
+        hub.push("models/acme/tiny", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+        world.settle("2026-11-23T06:00")
+        assert world.runs()[-1].error["code"] == "unsupported_format"
+        world.intake.close()
+        world.engine.dispose()
+
+
+def test_a_server_folder_is_a_source_too(world: World, tmp_path: Path):
+    folder = tmp_path / "roots" / "nightly"
+    shutil.copytree(world.model, folder)
+    world.schedule("2026-11-23T02:00", source=str(folder), only_if_changed=True)
+    world.settle("2026-11-23T02:00")
+    world.end_jobs_well()
+    world.settle("2026-11-23T03:00")
+    (folder / "README.md").write_text("retrained")
+    world.settle("2026-11-23T04:00")
+    assert [outcome for _, outcome in world.outcomes()] == ["submitted", "unchanged", "submitted"]
+    with pytest.raises(NightpressError) as refused:
+        world.service.edit(TENANT, "nightly", ScheduleUpdate(source="/etc"))
+    assert refused.value.code is ErrorCode.PATH_NOT_ALLOWED
+
+
+def test_a_source_that_does_not_answer_holds_up_no_other_schedule(world: World):
+    down = world.settings.model_copy(update={"hub_endpoint": "http://127.0.0.1:1", "hub_organisations": ["acme"]})
+    for part in (world.service, world.firing._bringer, world.models):
+        part._settings = down
+    world.schedule("2026-11-23T02:00", source="hf://acme/tiny")
+    job = JobSpec(model="tiny", recipe="int8-encoder")
+    world.service.create(TENANT, ScheduleCreate(name="other", cron="0 * * * *", job=job))
+    other = world.service.trigger(TENANT, "other")
+    for _ in range(2):
+        world.tick("2026-11-23T02:00")
+    assert world.schedules.run(other.id).state == "submitted"
+    assert world.outcomes() == [("02:00", "pending")]
+    with transaction(world.engine) as connection:
+        connection.execute(update(schedule_runs).values(created_at=utc("2020-01-01T00:00")))
+    world.firing._bringer._rests.clear()
+    world.firing.advance()
+    assert world.runs()[0].error["code"] == "source_unavailable"

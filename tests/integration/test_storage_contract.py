@@ -358,3 +358,31 @@ def test_s3_refuses_parts_on_a_local_road(s3_server: S3) -> None:
     with pytest.raises(NightpressError) as error:
         store.receive_part("k", "u", 1, [b"x"], size=1, sha256=None)
     assert error.value.code is ErrorCode.CONFLICT
+
+
+def test_what_comes_in_pieces_is_stored_whole_or_not_at_all(store: ObjectStore):
+    data = os.urandom(37 * MIB + 11)
+
+    def pieces() -> Iterator[bytes]:
+        for begin in range(0, len(data), 3 * MIB + 7):
+            yield data[begin : begin + 3 * MIB + 7]
+
+    assert store.put_pieces("a/big", pieces(), size=len(data)) == sha256(data)
+    assert b"".join(store.read("a/big")) == data
+    assert store.put_pieces("a/small", [b"x", b"yz"], size=3, sha256=sha256(b"xyz")) == sha256(b"xyz")
+    assert b"".join(store.read("a/small")) == b"xyz"
+    for size in (len(data) - 1, len(data) + 1):
+        with pytest.raises(NightpressError):
+            store.put_pieces("b/big", pieces(), size=size)
+    for key, parts, size in (("b/big", pieces(), len(data)), ("b/small", [b"xyz"], 3)):
+        with pytest.raises(NightpressError) as refused:
+            store.put_pieces(key, parts, size=size, sha256=sha256(b"other"))
+        assert refused.value.code is ErrorCode.CHECKSUM_MISMATCH
+
+    def breaking() -> Iterator[bytes]:
+        yield data[: 20 * MIB]
+        raise NightpressError(ErrorCode.SOURCE_UNAVAILABLE, "away")
+
+    with pytest.raises(NightpressError):
+        store.put_pieces("b/broken", breaking(), size=len(data))
+    assert keys(store) == {"a/big", "a/small"}

@@ -1,0 +1,135 @@
+"""A small Hub on a loopback port: the calls of the Hugging Face Hub's API that reading one commit takes, answered as the Hub does."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+Files = dict[str, bytes]
+
+
+@dataclass
+class Hub:
+    """`repositories`: "models/org/name" → commit → files. Large files are sent on to /cdn/, as the Hub's are."""
+
+    repositories: dict[str, dict[str, Files]] = field(default_factory=dict)
+    branches: dict[tuple[str, str], str] = field(default_factory=dict)
+    private: dict[str, str] = field(default_factory=dict)  #: repository → the token that opens it
+    gated: set[str] = field(default_factory=set)
+    breaks: list[int] = field(default_factory=list)  #: the next downloads end after so many bytes
+    elsewhere: str = ""  #: where large files are sent on to instead of here
+    asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    url: str = ""
+
+    def push(self, repository: str, files: Files, branch: str = "main") -> str:
+        """A new commit; its name."""
+        listing = sorted((path, hashlib.sha256(data).hexdigest()) for path, data in files.items())
+        commit = hashlib.sha1(json.dumps(listing).encode()).hexdigest()
+        self.repositories.setdefault(repository, {})[commit] = files
+        self.branches[repository, branch] = commit
+        return commit
+
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.asked]
+
+
+@contextmanager
+def serve_hub() -> Iterator[Hub]:
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None: ...
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.asked.append((path, {key.lower(): value for key, value in self.headers.items()}))
+            parts = path.strip("/").split("/")
+            if parts[0] == "api":
+                self.describe("/".join(parts[1:4]), unquote("/".join(parts[5:])))
+            elif parts[0] == "cdn":
+                _, kind, organisation, name, commit, *rest = parts
+                self.send_bytes(hub.repositories[f"{kind}/{organisation}/{name}"][commit]["/".join(rest)])
+            else:
+                kind = "datasets" if parts[0] == "datasets" else "models"
+                organisation, name, _, commit, *rest = parts[kind == "datasets" :]
+                self.resolve(f"{kind}/{organisation}/{name}", commit, "/".join(rest))
+
+        def describe(self, repository: str, revision: str) -> None:
+            if not self.may_read(repository):
+                return
+            commit = hub.branches.get((repository, revision), revision)
+            files = hub.repositories[repository].get(commit)
+            if files is None:
+                self.refuse(404, "RevisionNotFound")
+                return
+            siblings = [
+                {"rfilename": path, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+                | ({"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}} if large(path) else {})
+                for path, data in files.items()
+            ]
+            self.send_bytes(json.dumps({"sha": commit, "siblings": siblings}).encode())
+
+        def resolve(self, repository: str, commit: str, path: str) -> None:
+            if not self.may_read(repository):
+                return
+            data = hub.repositories.get(repository, {}).get(commit, {}).get(path)
+            if data is None:
+                self.refuse(404, "EntryNotFound")
+            elif large(path):
+                self.send_response(302)
+                self.send_header("Location", hub.elsewhere or f"/cdn/{repository}/{commit}/{path}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+            else:
+                self.send_bytes(data)
+
+        def may_read(self, repository: str) -> bool:
+            token = hub.private.get(repository)
+            if token is not None and self.headers.get("Authorization") != f"Bearer {token}":
+                self.refuse(401, "RepoNotFound")
+            elif repository in hub.gated:
+                self.refuse(403, "GatedRepo")
+            elif repository not in hub.repositories:
+                self.refuse(404, "RepoNotFound")
+            else:
+                return True
+            return False
+
+        def refuse(self, status: int, code: str) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def send_bytes(self, data: bytes) -> None:
+            start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            rest = data[start:]
+            if hub.breaks and len(rest) > hub.breaks[0]:
+                self.wfile.write(rest[: hub.breaks.pop(0)])
+                self.close_connection = True
+                return
+            self.wfile.write(rest)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, name="hub under test")
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def large(path: str) -> bool:
+    return path.endswith((".safetensors", ".bin"))
