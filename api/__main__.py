@@ -7,6 +7,7 @@ import uvicorn
 from api.app import create_app
 from core.logs import configure_logging
 from core.settings import load_settings
+from core.tracing import configure_tracing
 
 
 class Server(uvicorn.Server):
@@ -21,6 +22,7 @@ class Server(uvicorn.Server):
 def main() -> None:
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
+    configure_tracing(settings.otlp_endpoint, "api")
     app = create_app(settings)
     config = uvicorn.Config(
         app,

@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
@@ -14,10 +15,12 @@ from api.problems import on_unexpected, problem
 from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
 from core.logs import log_context
+from core.tracing import NOT_TRACED, SpanNotes, span
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 #: Routes that take files rather than JSON bound their body themselves, by the size that was announced.
 _STREAMING = re.compile(r"/v1/(models|datasets)/[^/]+/parts/[^/]+")
+_UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
 class Edge:
@@ -55,8 +58,10 @@ class Edge:
             if refusal is not None:
                 await problem(refusal, Request(scope))(scope, receive, send_marked)
             else:
-                with log_context(request_id=request_id):
+                with log_context(request_id=request_id), _traced(scope, request_id) as here:
                     await self.app(scope, self._bounded(scope, receive), send_marked)
+                    here.update_name(f"{scope['method']} {getattr(scope.get('route'), 'path', '(none)')}")
+                    here.set_attributes({"http.response.status_code": status})
         except ClientDisconnect:
             pass  # nobody is left to answer
         except Exception as error:
@@ -94,6 +99,17 @@ class Edge:
             return message
 
         return bounded
+
+
+def _traced(scope: Scope, request_id: str) -> AbstractContextManager[SpanNotes]:
+    """The request's span, below the caller's own if it says one. Probes and scrapes would be most of all there is to see."""
+    if scope["path"] in _UNTRACED:
+        return nullcontext(NOT_TRACED)
+    caller = next(
+        (value.decode("ascii", "replace") for name, value in scope["headers"] if name == b"traceparent"), None
+    )
+    about = {"http.request.method": scope["method"], "nightpress.request_id": request_id}
+    return span(scope["method"], about, parent=caller, kind="server")
 
 
 def _read_headers(scope: Scope) -> tuple[str, int]:

@@ -114,6 +114,10 @@ class Settings(BaseSettings):
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Where a worker or control process answers Prometheus; 0: nowhere."
     )
+    otlp_endpoint: str = Field(
+        "",
+        description="Where traces go, by OTLP over HTTP, e.g. http://collector:4318. Empty: where OpenTelemetry's own OTEL_EXPORTER_OTLP_ENDPOINT says, if it is set.",
+    )
     log_format: Literal["text", "json"] = "text"
     log_level: str = "INFO"
 

@@ -15,6 +15,7 @@ from core.jobs.records import WorkerOffer
 from core.jobs.ring import make_celery
 from core.jobs.store import JobStore
 from core.settings import Settings
+from core.tracing import configure_tracing
 from worker.cache import BlobCache
 from worker.folder import WorkerFolder
 from worker.metrics import serve_metrics
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMAND) -> None:
     """Serve settings.worker_queue until SIGTERM or SIGINT."""
+    configure_tracing(settings.otlp_endpoint, "worker")
     offer = make_offer(settings, new_id("wkr"))
     engine = make_engine(settings.sql_url)
     store = JobStore(engine, Caps(settings.max_running_jobs, settings.max_gpu_seconds_month))

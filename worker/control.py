@@ -27,6 +27,7 @@ from core.schedules.bringing import Bringer
 from core.schedules.firing import Firing
 from core.schedules.store import ScheduleStore
 from core.settings import Settings, load_settings
+from core.tracing import configure_tracing
 from core.webhooks.courier import Courier
 from core.webhooks.signing import open_keeper
 from core.webhooks.store import WebhookStore
@@ -222,6 +223,7 @@ def open_control(settings: Settings, engine: Engine, ring: Callable[[str], None]
 def main() -> int:
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
+    configure_tracing(settings.otlp_endpoint, "control")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from core.errors import ErrorCode, NightpressError
-from core.handoff.frames import MAX_FRAME_BYTES, Checkpoint, Frame, Log, Metric, Progress, Result, parse_frame
+from core.handoff.frames import MAX_FRAME_BYTES, Checkpoint, Frame, Log, Metric, Progress, Result, Span, parse_frame
+from core.tracing import record_span
 from worker.lease import LeaseKeeper
 from worker.process import ChildProcess
 
@@ -101,6 +102,8 @@ class Relay:
             return
         if isinstance(frame, Result):
             self._result = frame
+        elif isinstance(frame, Span):
+            record_span(frame.name, frame.started_ns, frame.ended_ns, of_child=True)
         elif isinstance(frame, Log):
             self._keeper.log_line(frame.level, frame.text)
         else:

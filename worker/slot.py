@@ -8,6 +8,7 @@ from collections.abc import Callable
 from core.errors import NightpressError
 from core.jobs.records import WorkerOffer
 from core.jobs.store import JobStore
+from core.tracing import record_span
 from worker.health import mark_alive
 from worker.metrics import CLAIMS
 from worker.offer import introduce
@@ -55,11 +56,13 @@ class Slot:
             return
         try:
             while not self._supervisor.draining.is_set():
-                asked = time.monotonic()
+                asked, asked_ns = time.monotonic(), time.time_ns()
                 claimed = self._store.claim(self._offer, ttl_s=self._ttl_s)
                 if claimed is None:
                     return
                 CLAIMS.labels(self._offer.queue).inc()
+                about = {"nightpress.job_id": claimed.job.id, "nightpress.worker_id": self._offer.worker_id}
+                record_span("claim", asked_ns, attributes=about, parent=claimed.job.traceparent)
                 self._supervisor.run(claimed, claimed_at=asked)
         finally:
             self._busy.release()

@@ -24,6 +24,7 @@ from core.jobs.store import JobStore
 from core.logs import log_context
 from core.recipes.models import Recipe
 from core.settings import Settings
+from core.tracing import span
 from worker.cache import disk_errors
 from worker.checkpoints import CheckpointDepot
 from worker.lease import LeaseKeeper
@@ -114,8 +115,15 @@ class Supervisor:
         """Work on one job until this worker has no more to do with it. Never raises for what the job does."""
         attempt = _Attempt(self, claimed, claimed_at)
         try:
-            with log_context(job_id=claimed.job.id, attempt=claimed.lease.attempt):
-                attempt.run()
+            about: dict[str, str | int] = {
+                "nightpress.job_id": claimed.job.id,
+                "nightpress.attempt": claimed.lease.attempt,
+            }
+            with (
+                log_context(job_id=claimed.job.id, attempt=claimed.lease.attempt),
+                span("attempt", about, parent=claimed.job.traceparent, kind="consumer") as here,
+            ):
+                here.set_attributes({"nightpress.outcome": attempt.run()})
         finally:
             self._clear()
             self.warm_up()
@@ -148,7 +156,8 @@ class _Attempt:
         )
         self._extra = {"job_id": self._job.id, "attempt": self._lease.attempt}
 
-    def run(self) -> None:
+    def run(self) -> str:
+        """How it ended, in the words of the attempts' metric."""
         log.info("Job %s, attempt %d: started.", self._job.id, self._lease.attempt, extra=self._extra)
         flush_s = 0.0  # unfinished work is worth a delay where another attempt is to follow
         outcome = "succeeded"
@@ -174,7 +183,8 @@ class _Attempt:
             self._depot.close(flush_s=flush_s)
         self._keeper.close()  # the log is written under the lease, which the ending gives up
         try:
-            said = "the lease was lost, nothing is written" if ending is None else self._insist(ending)
+            with span("commit"):
+                said = "the lease was lost, nothing is written" if ending is None else self._insist(ending)
             log.info("Job %s, attempt %d: %s.", self._job.id, self._lease.attempt, said, extra=self._extra)
         except LeaseLostError:
             outcome = "lost"
@@ -183,6 +193,7 @@ class _Attempt:
             self._count(outcome)
             if self._child is not None:
                 self._child.remove()
+        return outcome
 
     def _count(self, outcome: str) -> None:
         ATTEMPTS.labels(self._job.queue, outcome).inc()
@@ -194,7 +205,8 @@ class _Attempt:
     def _press(self) -> Callable[[], str]:
         """Files in, child, files out. Returns the statement that commits the result."""
         self._child = child = self._supervisor.take_child()
-        data = self._stage(child.job_dir)
+        with span("stage"):
+            data = self._stage(child.job_dir)
         recipe = Recipe.model_validate(self._job.recipe)
         depot = self._depot = CheckpointDepot(
             self._supervisor.checkpoints,
@@ -224,7 +236,8 @@ class _Attempt:
         spec.save(child.job_dir)
         relay = Relay(child, self._keeper, keep=depot.keep, memory_limit=spec.memory_limit, stall_s=self._job.stall_s)
         child.begin(patience_s=self._settings.lease_ttl_s)
-        relay.run(self._check)
+        with span("press", {"process.pid": child.pid}):
+            relay.run(self._check)
         child.kill()  # what it started must not outlive it, nor change what is read now
         self._supervisor.warm_up()
         return self._ship(child.job_dir)
@@ -238,7 +251,8 @@ class _Attempt:
         outcome = outcome_of(job_dir, manifest)
         report = self._mover("uploading", PRESSED, 1.0)
         report.expect(sum(file.size for file in files_of(manifest)))
-        ship(job_dir, manifest, self._supervisor.objects, on_bytes=report.moved)
+        with span("upload"):
+            ship(job_dir, manifest, self._supervisor.objects, on_bytes=report.moved)
         self._check()
 
         def commit() -> str:

@@ -1,20 +1,24 @@
 """The one Celery task. Whoever can reach the broker can make a worker look into SQL, and nothing else."""
 
 import logging
+import time
 
-from celery import Celery
+from celery import Celery, Task
 
 from core.errors import NightpressError
 from core.jobs.ring import RING_TASK
+from core.tracing import record_span
 from worker.slot import Slot
 
 log = logging.getLogger(__name__)
 
 
 def add_tasks(app: Celery, slot: Slot) -> None:
-    @app.task(name=RING_TASK, ignore_result=True, typing=False)  # type: ignore[untyped-decorator]
-    def ring(*_queue: object) -> None:
+    @app.task(name=RING_TASK, ignore_result=True, typing=False, bind=True)  # type: ignore[untyped-decorator]
+    def ring(task: Task, *_queue: object) -> None:
         """The queue may have work. Which job, and whether, SQL decides."""
+        if rung_by := (task.request.headers or {}).get("traceparent"):
+            record_span("hear", time.time_ns(), parent=str(rung_by), kind="consumer")
         try:
             slot.serve()
         except NightpressError as error:

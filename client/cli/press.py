@@ -18,7 +18,7 @@ from client.cli.jobs import read_recipe
 from client.cli.session import Session, takes_session
 from client.errors import ClientError
 from client.folders import read_model_folder
-from core.handoff.frames import Checkpoint, Log, Metric, Progress, Result
+from core.handoff.frames import Checkpoint, Log, Metric, Progress, Result, Span
 from core.handoff.manifest import FileEntry, Manifest, describe_file, digest_of
 from core.handoff.report import REPORT_FILE, Report
 from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
@@ -26,7 +26,7 @@ from core.ids import new_id
 from core.recipes.builtins import get_recipe
 from core.recipes.models import Recipe, parse_recipe
 
-AnyFrame = Progress | Metric | Log | Checkpoint | Result
+AnyFrame = Progress | Metric | Log | Checkpoint | Span | Result
 _NEEDED = ("torch", "transformers", "safetensors")
 
 

@@ -29,7 +29,7 @@ from core.compress.lineage import read_lineage
 from core.compress.passes import MODEL_PASSES, PassContext
 from core.compress.passes.static_int8 import static_int8
 from core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
-from core.handoff.frames import Checkpoint, Frame, Log, Metric, Phase, Progress
+from core.handoff.frames import Checkpoint, Frame, Log, Metric, Phase, Progress, Span
 from core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
 from core.handoff.report import DataUsed, PassRecord, Report, Subject
 from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
@@ -58,7 +58,11 @@ def run(job_dir: Path, emit: Emit) -> Manifest:
     try:
         with disk_errors():
             _empty(out)
-            return _Press(job_dir, emit).run()
+            press = _Press(job_dir, emit)
+            try:
+                return press.run()
+            finally:
+                press.clock.close()
     except BaseException:
         with contextlib.suppress(OSError):
             _empty(out)
@@ -76,12 +80,13 @@ def _empty(folder: Path) -> None:
 
 
 class _Clock:
-    """Says where the job is: phases, their seconds, and a fraction that never falls."""
+    """Says where the job is: phases, their seconds and spans, and a fraction that never falls."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self._lock = threading.Lock()
         self._started = self._phase_started = time.monotonic()
+        self._phase_started_ns = time.time_ns()
         self._phase: Phase = "validating"
         self._fraction = 0.0
         self.seconds: dict[str, float] = {}
@@ -90,7 +95,15 @@ class _Clock:
         now = time.monotonic()
         with self._lock:
             self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._phase_started
-            self._phase, self._phase_started = phase, now
+            self._phase_started = now
+            if phase == self._phase:
+                return
+            self.close()
+            self._phase, self._phase_started_ns = phase, time.time_ns()
+
+    def close(self) -> None:
+        """Say when the phase began and that it is over."""
+        self._emit(Span(name=self._phase, started_ns=self._phase_started_ns, ended_ns=time.time_ns()))
 
     def at(self, fraction: float, message: str, *, pass_index: int | None = None) -> None:
         with self._lock:
@@ -401,6 +414,9 @@ class _Press:
         self.records.append(record)
         for step, layer in enumerate(record.layers):
             self.emit(Metric(name=f"{record.name}.relative_error", value=layer.relative_error, step=step))
+        ended_ns = time.time_ns()
+        began_ns = ended_ns - int(record.seconds * 1e9)
+        self.emit(Span(name=f"pass {record.name}", started_ns=began_ns, ended_ns=ended_ns))
         self._log(f"{record.name}: {len(record.layers)} layers in {record.seconds:.1f} s")
 
     def _publish(self, subject: Subject) -> None:

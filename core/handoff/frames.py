@@ -51,6 +51,15 @@ class Checkpoint(_Frame):
     pass_index: int = Field(0, ge=0, description="the pass it belongs to")
 
 
+class Span(_Frame):
+    """A step that is over: a phase or a pass, for who traces jobs."""
+
+    frame: Literal["span"] = "span"
+    name: str = Field(max_length=200)
+    started_ns: int = Field(ge=0, lt=2**63, description="Unix nanoseconds")
+    ended_ns: int = Field(ge=0, lt=2**63)
+
+
 class Result(_Frame):
     """The last frame. Either `error` is None and out/manifest.json is whole, or `error` is NightpressError.as_dict()."""
 
@@ -58,7 +67,7 @@ class Result(_Frame):
     error: dict[str, Any] | None = None
 
 
-Frame = Annotated[Progress | Metric | Log | Checkpoint | Result, Field(discriminator="frame")]
+Frame = Annotated[Progress | Metric | Log | Checkpoint | Span | Result, Field(discriminator="frame")]
 _ADAPTER: TypeAdapter[Frame] = TypeAdapter(Frame)
 
 

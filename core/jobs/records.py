@@ -35,6 +35,7 @@ class NewJob:
     promote: bool = True  #: an accepted result becomes the model name's latest
     created_by: str | None = None  #: the key's id
     fingerprint: str | None = None  #: of all that decides the result; jobs of one tenant with the same may share it
+    traceparent: str | None = None  #: of the span that submitted it, in W3C's form
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Job:
     retry_of: str | None
     promote: bool
     created_by: str | None
+    traceparent: str | None
     reused_from: str | None  #: the job whose result this one was given
     worker_id: str | None  #: the current or last worker
     lease_id: str | None

@@ -12,6 +12,7 @@ from celery import Celery
 from kombu import Queue
 
 from core.settings import Settings
+from core.tracing import span, traceparent
 
 RING_TASK: Final = "nightpress.ring"
 QUEUES: Final = ("cpu", "gpu", "control")
@@ -58,7 +59,7 @@ class Ringer:
 
     def __init__(self, settings: Settings) -> None:
         self._app = make_celery(settings)
-        self._wanted: set[str] = set()
+        self._wanted: dict[str, str | None] = {}  #: queues, and the span of who wanted each first
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._publish, name="ringer", daemon=True)
@@ -68,7 +69,7 @@ class Ringer:
         """Say that a queue may have work. Never blocks and never raises."""
         with self._changed:
             if queue not in self._wanted:
-                self._wanted.add(queue)
+                self._wanted[queue] = traceparent()
                 self._changed.notify()
 
     def close(self) -> None:
@@ -89,16 +90,20 @@ class Ringer:
                 self._changed.wait_for(lambda: self._wanted or self._closed)
                 if not self._wanted:
                     return
-                queue = self._wanted.pop()
-            if self._send(queue):
+                queue, wanted_by = self._wanted.popitem()
+            if self._send(queue, wanted_by):
                 pause = 0.0
                 time.sleep(_REST_S)
             else:
                 pause = min(max(2 * pause, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
 
-    def _send(self, queue: str) -> bool:
+    def _send(self, queue: str, wanted_by: str | None) -> bool:
         try:
-            self._app.send_task(RING_TASK, args=[queue], queue=queue, retry=False, expires=_RING_LIFE_S)
+            with span("ring", {"nightpress.queue": queue}, parent=wanted_by, kind="producer"):
+                told = {"traceparent": traceparent()}
+                self._app.send_task(
+                    RING_TASK, args=[queue], queue=queue, retry=False, expires=_RING_LIFE_S, headers=told
+                )
         except Exception as error:
             log.warning("The broker did not take a ring of %s: %s", queue, error)
             return False

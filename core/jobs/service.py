@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from core.access.quotas import NO_BOUND, QuotaBook
@@ -19,6 +19,7 @@ from core.recipes.models import Quality, Recipe, parse_recipe
 from core.recipes.plan import Leaner, make_plan
 from core.schemas import DataSetView, JobCreate, JobSpec, ModelView
 from core.settings import Settings
+from core.tracing import span, traceparent
 from core.version import ENGINE
 
 Value = TypeVar("Value")
@@ -154,7 +155,13 @@ class JobService:
         self._quotas.check_storage(new.tenant_id)
         if new.queue == "gpu":
             self._quotas.check_gpu(new.tenant_id)
-        return self._store.submit(new, idempotency=idempotency, max_queued=quotas.max_queued_jobs or NO_BOUND)
+        with span("submit", {"nightpress.tenant": new.tenant_id, "nightpress.queue": new.queue}) as here:
+            traced = replace(new, traceparent=traceparent())
+            job, created = self._store.submit(
+                traced, idempotency=idempotency, max_queued=quotas.max_queued_jobs or NO_BOUND
+            )
+            here.set_attributes({"nightpress.job_id": job.id})
+        return job, created
 
     def _resolve(self, tenant_id: str, wanted: JobCreate, key_id: str | None) -> NewJob:
         recipe = wanted.recipe if isinstance(wanted.recipe, str) else json.dumps(wanted.recipe, sort_keys=True)

@@ -56,6 +56,8 @@ jobs = Table(
     Column("promote", Boolean, nullable=False, server_default=text("true")),
     #: the key that asked for it
     Column("created_by", String(8)),
+    #: the span that submitted it; its attempts' spans are of the same trace, on whichever machine and however much later
+    Column("traceparent", String(55)),
     Column("worker_id", String(80)),
     Column("lease_id", String(40)),
     Column("lease_expires_at", UtcDateTime),
