@@ -83,9 +83,12 @@ def main() -> int:
     if given.press is not None:
         found = press(given.model, given.data, given.press, given.device, given.only or [*RECIPES, "steps"])
     elif given.measure is not None:
-        from bench.train_cpu import measure
+        from bench.train_cpu import measure, show
 
         found = measure(given.model, given.data, given.measure, given.threads, given.rounds)
+        if not given.json:
+            show(found)
+            return 0
     else:
         parser.error("say --press OUT or --measure OUT")
     json.dump(found, sys.stdout, indent=1 if given.json else None)
@@ -259,21 +262,23 @@ def compare_steps(model: Path, rows: Path, device: str, scratch: Path) -> dict[s
 
 
 def plain_loop(model: Path, rows: Path, device: str, steps: int) -> float:
-    """Steps a second of what one writes first: transformers models, a shuffled DataLoader, AdamW, a linear schedule."""
+    """Steps a second of what one writes first: transformers models, a shuffled DataLoader, AdamW, a linear schedule. Rows are tokenized before."""
+    from torch.nn.utils.rnn import pad_sequence
     from torch.utils.data import DataLoader
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = [json.loads(line) for line in _lines(rows)]
+    tokens = tokenizer([one["text"] for one in texts], truncation=True, max_length=96)["input_ids"]
+    examples = [(torch.tensor(ids), int(one["label"])) for ids, one in zip(tokens, texts, strict=True)]
 
-    def together(batch: list[dict[str, Any]]) -> Any:
-        read = tokenizer(
-            [one["text"] for one in batch], padding=True, truncation=True, max_length=96, return_tensors="pt"
-        )
-        return read, torch.tensor([one["label"] for one in batch])
+    def together(batch: list[tuple[torch.Tensor, int]]) -> Any:
+        ids = pad_sequence([one for one, _ in batch], batch_first=True, padding_value=tokenizer.pad_token_id)
+        mask = pad_sequence([torch.ones_like(one) for one, _ in batch], batch_first=True)
+        return ids, mask, torch.tensor([label for _, label in batch])
 
-    loader = DataLoader(texts, batch_size=32, shuffle=True, drop_last=True, collate_fn=together)  # type: ignore[arg-type]
+    loader = DataLoader(examples, batch_size=32, shuffle=True, drop_last=True, collate_fn=together)  # type: ignore[arg-type]
     teacher = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).to(device).eval()
     student = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).to(device).train()
     student.bert.encoder.layer = torch.nn.ModuleList(student.bert.encoder.layer[at] for at in (0, 2, 4))
@@ -284,12 +289,12 @@ def plain_loop(model: Path, rows: Path, device: str, steps: int) -> float:
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     done, began = 0, time.perf_counter()
     while done < steps:
-        for read, labels in loader:
-            read, labels = read.to(device), labels.to(device)
+        for batch in loader:
+            ids, mask, labels = (one.to(device) for one in batch)
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 with torch.no_grad():
-                    answer = teacher(**read).logits
-                logits = student(**read).logits
+                    answer = teacher(input_ids=ids, attention_mask=mask).logits
+                logits = student(input_ids=ids, attention_mask=mask).logits
             soft = torch.nn.functional.kl_div(
                 (logits.float() / 2).log_softmax(-1), (answer.float() / 2).softmax(-1), reduction="batchmean"
             )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bench.train import accuracy, compare_steps, test_rows, unship
+from core.compress import environment
 from core.compress.context import PassContext
 from core.compress.evaluate.data import Sequences, pad
 from core.compress.executors import graph
@@ -29,7 +30,11 @@ def measure(model: Path, data: Path, shipped: Path, threads: int, rounds: int) -
     """Everything that OUT holds."""
     torch.set_num_threads(threads)
     test = test_rows(model, data / "rt_sentiment_test.jsonl.gz")
-    found: dict[str, Any] = {"threads": threads, "source_accuracy": accuracy(model, model, test)}
+    found: dict[str, Any] = {
+        "cpu": " ".join([environment.processor(), *environment.cpu_features()]),
+        "threads": threads,
+        "source_accuracy": accuracy(model, model, test),
+    }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source = _graph(model, model, folder / "source", threads)
@@ -42,6 +47,39 @@ def measure(model: Path, data: Path, shipped: Path, threads: int, rounds: int) -
             found["early-exit"] = _exits(model, folder / "early-exit", source, folder, test, threads, rounds)
         found["steps"] = compare_steps(model, data / "rt_sentiment_train.jsonl.gz", "cpu", folder)
     return found
+
+
+def show(found: dict[str, Any]) -> None:
+    """The tables of docs/results.md."""
+    base = found["source_accuracy"]
+    print(f"{found['cpu']}, {found['threads']} threads. Source: {base:.1%} of the test rows right.\n")
+    print(
+        "| | accuracy | of the source | ONNX Runtime, mean ms | faster | torch, mean ms | faster |\n|---|---|---|---|---|---|---|"
+    )
+    for name in ("distill", "distill-rows-only", "prune"):
+        if one := found.get(name):
+            graph, eager = one["onnxruntime"], one["torch"]
+            print(
+                f"| {name} | {one['accuracy']:.1%} | {one['of_the_source']:.1%} "
+                f"| {graph['source_mean_ms']:.1f} → {graph['mean_ms']:.1f} | {graph['speedup']:.2f}× "
+                f"| {eager['source_mean_ms']:.1f} → {eager['mean_ms']:.1f} | {eager['speedup']:.2f}× |"
+            )
+    if exits := found.get("early-exit"):
+        print(
+            "\n| early-exit at threshold | blocks run | accuracy | points lost | mean ms | p95 ms | faster |\n|---|---|---|---|---|---|---|"
+        )
+        for one in exits["thresholds"]:
+            chosen = " (chosen)" if one["threshold"] == exits["at_chosen"]["threshold"] else ""
+            print(
+                f"| {one['threshold']:.4f}{chosen} | {one['depth']:.2f} | {one['accuracy']:.1%} | {100 * one['lost']:.1f} "
+                f"| {one['source_mean_ms']:.1f} → {one['mean_ms']:.1f} | {one['source_p95_ms']:.1f} → {one['p95_ms']:.1f} | {one['speedup']:.2f}× |"
+            )
+        cross = exits["cross_chosen"]
+        print(
+            f"\nChosen on one half and counted on the other, both ways: {cross['depth']:.2f} blocks, {100 * cross['lost']:.1f} points lost."
+        )
+    if steps := found.get("steps"):
+        print(f"\nSteps/s of distillation on this CPU: {steps['ours']:.2f}, of a plain loop {steps['plain']:.2f}.")
 
 
 def _beside(

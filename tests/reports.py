@@ -63,6 +63,40 @@ def full_report(
             ],
             "passes": [
                 {
+                    "index": 2,
+                    "name": "magnitude",
+                    "seconds": 3.1,
+                    "summary": {
+                        "sparsity": 0.5,
+                        "storage": {
+                            "dense": 42_500_000,
+                            "bitmap": 22_600_000,
+                            "csr": 31_900_000,
+                            "deflate": 23_100_000,
+                            "deflate_before": 39_400_000,
+                        },
+                    },
+                },
+                {
+                    "index": 3,
+                    "name": "generation-cache",
+                    "seconds": 4.0,
+                    "summary": {
+                        "mode": "sliding",
+                        "cache_bytes": [
+                            {"tokens": 64, "bytes": 2_900_000, "dynamic_bytes": 2_900_000},
+                            {"tokens": 1024, "bytes": 12_000_000, "dynamic_bytes": 47_200_000},
+                        ],
+                        "beyond": {
+                            "prompt": 520,
+                            "tokens": 16,
+                            "texts": 2,
+                            "tokens_alike": 0.84,
+                            "logit_difference": 0.04,
+                        },
+                    },
+                },
+                {
                     "index": 0,
                     "name": "distill",
                     "seconds": 812.4,
@@ -115,8 +149,41 @@ def full_report(
                 "evaluating": 44.1,
             },
             "notes": ["Latencies were taken one model after the other on the worker's own processors."],
+            "profiles": [_profile("source", 1.0), _profile("pressed", 0.5)],
         }
     )
+
+
+def _profile(subject: str, share: float) -> dict[str, Any]:
+    """Of an encoder whose feed-forward has `share` of its channels."""
+    parts = [
+        {"block": None, "kind": "embeddings", "parameters": 11_700_000, "bytes": 46_900_000, "flops": 0},
+        {"block": 0, "kind": "attention projections", "parameters": 590_000, "bytes": 2_360_000, "flops": 151_000_000},
+        {"block": 0, "kind": "attention scores", "parameters": 0, "bytes": 0, "flops": 25_200_000},
+        {
+            "block": 0,
+            "kind": "feed-forward",
+            "parameters": int(1_180_000 * share),
+            "bytes": int(4_720_000 * share),
+            "flops": int(302_000_000 * share),
+        },
+    ]
+    shapes = [
+        {
+            "batch": 1,
+            "length": length,
+            "flops": int(length * (3_539_000 * share + 1_180_000) + 1536 * length**2),
+            "attention_share": 1536 * length / (3_539_000 * share + 1_180_000 + 1536 * length),
+            "moved_bytes": 90_000_000,
+            "intensity": 14.2,
+            "bound_ms": 0.4 * length / 128,
+            "limit": "compute",
+        }
+        for length in (128, 512, 2048)
+    ]
+    total = {key: sum(part[key] for part in parts) for key in ("parameters", "bytes")}
+    machine = {"name": "this processor, 2 threads, fp32 (measured)", "flops_per_s": 2e11, "bytes_per_s": 1.9e10}
+    return {"subject": subject, **total, "parts": parts, "shapes": shapes, "quadratic_from": 3072, "device": machine}
 
 
 def _gate(artifact: str, verdict: str) -> dict[str, Any]:
@@ -183,6 +250,28 @@ def _subject(
             for batch, ms in zip((1, 8), p50, strict=True)
         ],
     }
+    found["generation"] = [
+        {
+            "batch": 1,
+            "prompt": prompt,
+            "tokens": 64 if cached else 4,
+            "cached": cached,
+            "alike": None if cached else 1.0,
+            "threads": 2,
+            "repeats": 3,
+            "prefill_p50_ms": 2.0 * prompt,
+            "prefill_p95_ms": 2.2 * prompt,
+            "prefill_tokens_per_s": 500.0,
+            "token_p50_ms": 60.0,
+            "token_p95_ms": 71.0,
+            "decode_tokens_per_s": 16.4 if cached else 300 / prompt,
+            "decode_slowest": 15.0 if cached else 290 / prompt,
+            "decode_fastest": 17.0 if cached else 310 / prompt,
+            "peak_memory_bytes": memory + 90_000 * prompt * cached,
+        }
+        for cached in (True, False)
+        for prompt in (64, 256, 1024)
+    ]
     if compared:
         library = consumer.split()[0]
         found["verification"] = {

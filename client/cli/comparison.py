@@ -45,7 +45,7 @@ def comparison_rows(report: Report) -> list[list[str]]:
         rows.append([f"latency, {label}", _latency(before, None), *(_latency(one, before) for one in after)])
         rows.append([f"throughput, {label}", *(_throughput(one) for one in (before, *after))])
     for at, base in enumerate(source.generation):
-        label = f"{base.batch} × prompt of {base.prompt}, {base.tokens} written"
+        label = f"{base.batch} × prompt of {base.prompt}, {base.tokens} written{'' if base.cached else ', no cache'}"
         found = [one.generation[at] if one.generation else None for one in (source, *artifacts)]
         rows.append(
             [f"prefill, {label}", *(f"{one.prefill_tokens_per_s:,.0f} tokens/s" if one else "–" for one in found)]

@@ -15,7 +15,7 @@ def describe(spec: JobSpec, versions: dict[str, str]) -> dict[str, Any]:
         "nightpress": version_of("nightpress"),
         "versions": dict(sorted(versions.items())),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cpu_features": cpu_features(),
         "cores": os.cpu_count(),
         "threads": spec.threads,
@@ -44,7 +44,7 @@ def _cpuinfo(field: str) -> str:
     return ""
 
 
-def _cpu() -> str:
+def processor() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 

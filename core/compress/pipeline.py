@@ -486,7 +486,12 @@ def _remarks(artifact: Subject, source: Subject) -> tuple[str, ...]:
     for wrote in artifact.generation:
         for before in source.generation:
             same = (wrote.batch, wrote.prompt, wrote.tokens) == (before.batch, before.prompt, before.tokens)
-            if same and before.decode_tokens_per_s > _SLOWER * wrote.decode_tokens_per_s:
+            if (
+                same
+                and wrote.cached
+                and before.cached
+                and before.decode_tokens_per_s > _SLOWER * wrote.decode_tokens_per_s
+            ):
                 remarks.append(
                     f"Decodes slower than the source at batch {wrote.batch} × prompt of {wrote.prompt} tokens: {wrote.decode_tokens_per_s:.1f} tokens/s against {before.decode_tokens_per_s:.1f}."
                 )

@@ -12,7 +12,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from core.compress import charts
+from core.compress import charts, report_costs
 from core.handoff.compare import compare
 from core.handoff.report import REPORT_FILE, GenerationTiming, LayerEffect, Measurement, PassRecord, Report, Subject
 
@@ -146,10 +146,15 @@ def _context(report: Report) -> dict[str, Any]:
         "phase_chart": Markup(charts.phases(report.phases)),  # noqa: S704
         "verifying_share": verifying / total if total else 0.0,
         "curve_charts": [
-            (record, Markup(charts.curves(record.series, f"{record.name} over its steps")))  # noqa: S704
+            (record, Markup(charts.curves(record.series, f"{record.name} by {record.series[0].x_label}")))  # noqa: S704
             for record in report.passes
             if record.series
         ],
+        "profiles": report_costs.profiles(report),
+        "generation_bars": [Markup(one) for one in report_costs.generation_bars(subjects)],  # noqa: S704
+        "generation_plots": [(title, Markup(one)) for title, one in report_costs.generation_plots(subjects)],  # noqa: S704
+        "caches": [found for record in report.passes if (found := report_costs.cache_tables(record))],
+        "zeros": report_costs.storage_tables(report),
         "layer_charts": [(record, *_layer_charts(record)) for record in report.passes if record.layers],
         "layers_shown": LAYERS_SHOWN,
         "recipe_json": json.dumps(report.recipe, indent=2),
@@ -238,7 +243,9 @@ def _rows(report: Report) -> list[_Row]:
 def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[_Row]:
     rows: list[_Row] = []
     for at, base in enumerate(source.generation):
-        shape = f"batch {base.batch} × prompt of {base.prompt}, {base.tokens} written"
+        shape = (
+            f"batch {base.batch} × prompt of {base.prompt}, {base.tokens} written{'' if base.cached else ', no cache'}"
+        )
         # A consumer that can't decode leaves its cells empty.
         ours = [one.generation[at] if one.generation else None for one in artifacts]
         rows.append(

@@ -56,6 +56,8 @@ class GenerationTiming(_Model):
     batch: int
     prompt: int
     tokens: int  #: written by each row, the first by the prefill
+    cached: bool = True  #: as the folder's settings say; False: each token took a pass over the whole text
+    alike: float | None = None  #: without a cache: share of the tokens that the folder's cache wrote too
     threads: int
     repeats: int
     prefill_p50_ms: float  #: from the call to the first token

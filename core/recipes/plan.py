@@ -21,12 +21,13 @@ from core.recipes.exports import GRAPH_FORMATS, Export
 from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from core.recipes.linears import invalid
 from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe
-from core.recipes.passes import PassOptions
+from core.recipes.passes import EarlyExit, GenerationCache, PassOptions
 
 _IMPORT_S = 6.0  #: start of one consumer process
 _DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
 _LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared
 _MOST_ROWS = 16  #: of a batch
+_CUT_BACK = frozenset({"none", "dynamic"})  #: caches from which tokens can be taken back
 
 
 class Step(BaseModel):
@@ -120,6 +121,12 @@ def _check_order(recipe: Recipe) -> None:
                 f"passes.{index + 1}: nothing can follow `{one.pass_}`, because its result is no longer a float model.",
                 f"Move `{one.pass_}` to the end, or give the two their own recipes.",
             )
+    cut = [one.pass_ for one in recipe.passes if isinstance(one, GenerationCache) and one.mode not in _CUT_BACK]
+    if cut and any(isinstance(one, EarlyExit) for one in recipe.passes):
+        raise invalid(
+            "`early-exit` drafts tokens and takes wrong ones back, which needs a cache that can be cut back.",
+            "Use `generation-cache` with `mode: dynamic`, or give the two their own recipes.",
+        )
 
 
 def _check_exports(recipe: Recipe) -> None:

@@ -40,7 +40,7 @@ def test_every_run_writes_the_tokens_asked_for_whatever_ends_or_drafts_them(bert
 
 def test_rates_count_the_whole_batch_and_medians_are_of_runs():
     runs = [[100.0, 10, 10, 20], [60.0, 5, 5, 10], [80.0, 20, 20, 40]]
-    written = {"batch": 2, "prompt": 12, "tokens": 4, "milliseconds": runs, "peak_memory_bytes": 5}
+    written = {"batch": 2, "prompt": 12, "tokens": 4, "cached": True, "milliseconds": runs, "peak_memory_bytes": 5}
     seen = Observed({}, (), (written,), 9, {}, "", 1.0, Path("unused"))
     (one,) = generation_timings(seen, 1)
     assert (one.prefill_p50_ms, one.prefill_tokens_per_s) == pytest.approx((80, 2 * 12 / 0.08))

@@ -121,7 +121,12 @@ def test_the_record_says_that_nothing_became_smaller_and_what_compression_would_
     source = tiny_llama(tmp_path / "source", hidden_size=128, intermediate_size=256)
     summary = prune(source, tmp_path / "out", sparsity=0.8).summary
     assert summary["bytes_after"] == summary["bytes_before"]
-    assert summary["deflated_share_after"] < 0.6 * summary["deflated_share_before"]
+    storage = summary["storage"]
+    kept, weights = summary["weights"] - summary["zeros"], summary["weights"]
+    assert storage["dense"] == 2 * weights
+    assert storage["bitmap"] == 2 * kept + weights // 8
+    assert storage["csr"] > storage["bitmap"]
+    assert storage["deflate"] < 0.6 * storage["deflate_before"]
     json.dumps(summary)
 
 

@@ -17,6 +17,7 @@ from core.handoff.report import (
     Timing,
     Verification,
 )
+from tests.reports import full_report
 
 EVIL = '<script>alert("x")</script>"><img src=x onerror=alert(1)>'
 
@@ -110,6 +111,23 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
+
+
+def test_the_page_shows_what_was_counted_kept_and_saved():
+    page, card = reports.render_html(full_report()), reports.render_markdown(full_report())
+    for expected in (
+        "0.30 → 0.15 (50%)",  # GFLOP of the feed-forward
+        "14.3% → 21.1%",  # the quadratic share at 512 tokens
+        "held back by",
+        "22.60 MB",  # with a bitmap
+        "47.20 MB",
+        "84% of 32 tokens",
+    ):
+        assert expected in page
+        assert expected in card
+    # Lines: attention's share of two models; tokens/s and memory of three subjects with a cache and without.
+    assert page.count("<polyline") >= 2 * (2 + 2 * 6)
+    assert "source, no cache" in page
 
 
 def test_the_page_carries_the_comparison():

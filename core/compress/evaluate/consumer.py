@@ -59,6 +59,7 @@ class Writing:
     prompt: int
     tokens: int
     repeats: int
+    cached: bool = True  #: as the folder's settings say; else each token takes a pass over the whole text
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Task:
     def longest(self) -> int:
         """Tokens of the longest text."""
         widths = [int(one.sequences.ids.shape[1]) for one in self.sets]
-        return max([*widths, *(shape.length for shape in self.shapes)])
+        written = [one.prompt + one.tokens for one in self.writings]
+        return max([*widths, *(shape.length for shape in self.shapes), *written])
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def _environment(threads: int, scratch: Path) -> dict[str, str]:
         # times slower. Threads that don't spin at all cost a quiet machine a third. This many rounds cost neither.
         "GOMP_SPINCOUNT": "3000",
         "TOKENIZERS_PARALLELISM": "false",
+        "HF_MODULES_CACHE": str((scratch / "modules").resolve()),  # where transformers copies a folder's own code
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

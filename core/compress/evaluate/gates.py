@@ -47,9 +47,11 @@ def _timing(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
 
 
 def _generation(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
-    theirs = {(one.batch, one.prompt, one.tokens): one for one in source.generation}
+    theirs = {(one.batch, one.prompt, one.tokens): one for one in source.generation if one.cached}
     results = []
     for ours in artifact.generation:
+        if not ours.cached:
+            continue
         base = theirs.get((ours.batch, ours.prompt, ours.tokens))
         if base is not None:
             value = float(getattr(ours, gate.metric))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,10 @@ from core.errors import ErrorCode, NightpressError
 from core.handoff.report import GenerationTiming, Measurement, Timing
 from core.recipes.header import ModelHeader
 from core.recipes.models import GenerationSpeed, Latency, Metric, Quality, Recipe
+from core.recipes.passes import GenerationCache
 
 _CHECK_ROWS = 8  #: texts of differing lengths in the verification
+_UNCACHED_TOKENS = 4  #: each reads the whole text again
 _SEED = 20  #: of the bootstrap; the recipe's seed is added
 
 _SCORERS: dict[Metric, Callable[[Asked], Scorer]] = {
@@ -105,13 +107,18 @@ def _shapes(recipe: Recipe) -> tuple[Shape, ...]:
 
 
 def _writings(recipe: Recipe) -> tuple[Writing, ...]:
-    return tuple(
+    """As often as asked for; beside a cache that a pass chose, also a few tokens without any."""
+    wanted = [
         Writing(batch, prompt, one.tokens, one.repeats)
         for one in recipe.evaluate
         if isinstance(one, GenerationSpeed)
         for batch in one.batch
         for prompt in one.prompt
-    )
+    ]
+    if not any(isinstance(one, GenerationCache) for one in recipe.passes):
+        return tuple(wanted)
+    without = [replace(one, tokens=min(one.tokens, _UNCACHED_TOKENS), repeats=3, cached=False) for one in wanted]
+    return (*wanted, *without)
 
 
 def _prepare_images(
@@ -245,6 +252,8 @@ def generation_timings(observed: Observed, threads: int) -> tuple[GenerationTimi
                 batch=one["batch"],
                 prompt=one["prompt"],
                 tokens=one["tokens"],
+                cached=one["cached"],
+                alike=one.get("alike"),
                 threads=threads,
                 repeats=len(waits),
                 prefill_p50_ms=float(prefill_p50),

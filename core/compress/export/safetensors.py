@@ -1,5 +1,6 @@
 """A float model as a folder of safetensors, as transformers and most others read it."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,10 +10,22 @@ from core.compress.checkpoint import disk_errors
 
 #: The script that loads the saved folder in a fresh process; see runners/.
 CONSUMER = Path(__file__).with_name("runners") / "transformers_runner.py"
+_OWN_CODE = Path(__file__).parents[1] / "generation_cache.py"
 
 
 def save(model_dir: Path, out_dir: Path, **_context: Any) -> None:
-    """Put the finished model folder at `out_dir`. Files are linked where the file system can, so that no byte is written twice."""
+    """Put the finished model folder at `out_dir`; with the code of the cache that its settings ask for, where transformers has none like it."""
+    copy_folder(model_dir, out_dir)
+    settings = out_dir / "generation_config.json"
+    if settings.is_file() and "mode" in (json.loads(settings.read_bytes()).get("cache_config") or {}):
+        code = out_dir / "custom_generate" / "generate.py"  # where transformers looks for it
+        with disk_errors():
+            code.parent.mkdir()
+            shutil.copyfile(_OWN_CODE, code)
+
+
+def copy_folder(model_dir: Path, out_dir: Path) -> None:
+    """The same files at `out_dir`, linked where the file system can, so that no byte is written twice."""
     with disk_errors():
         shutil.copytree(model_dir, out_dir, copy_function=_link)
 

@@ -7,6 +7,7 @@ from typing import Any
 from core.compress.context import PassContext
 from core.compress.passes.activations import fp8, kv_cache, smoothquant
 from core.compress.passes.aware import qat
+from core.compress.passes.cache import generation_cache
 from core.compress.passes.calibrated import awq, gptq, sparsegpt, wanda
 from core.compress.passes.depth import early_exit
 from core.compress.passes.distill import distill, recover
@@ -37,5 +38,6 @@ MODEL_PASSES: dict[str, ModelPass] = {
     "distill": distill,
     "recover": recover,
     "early-exit": early_exit,
+    "generation-cache": generation_cache,
     "qat": qat,
 }

@@ -19,6 +19,7 @@ from core.compress.export.compressed_tensors import write_config
 from core.compress.passes.folding import Folding
 from core.compress.passes.quantize import OnGrid
 from core.compress.passes.sensitivity import part_of, schemes_within_budget
+from core.compress.passes.zeros import with_storage
 from core.compress.solvers.awq import search_scales
 from core.compress.solvers.gram import Gram
 from core.compress.solvers.grid import dequantize
@@ -62,13 +63,15 @@ def awq(source: Path, target: Path, options: Awq, context: PassContext) -> PassR
 def sparsegpt(source: Path, target: Path, options: SparseGpt, context: PassContext) -> PassRecord:
     """Prune with SparseGPT; a dense model of the same size comes out."""
     start = time.monotonic()
-    return record(options, context, press(source, target, Sparse(options), options, context), start, {})
+    done = record(options, context, press(source, target, Sparse(options), options, context), start, {})
+    return with_storage(done, source, target)
 
 
 def wanda(source: Path, target: Path, options: Wanda, context: PassContext) -> PassRecord:
     """Prune with Wanda; a dense model of the same size comes out."""
     start = time.monotonic()
-    return record(options, context, press(source, target, WeightAndActivation(options), options, context), start, {})
+    done = record(options, context, press(source, target, WeightAndActivation(options), options, context), start, {})
+    return with_storage(done, source, target)
 
 
 def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Schemes, dict[str, Any], PassContext]:

@@ -2,7 +2,6 @@
 
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from core.compress.checkpoint import Shard, StoredTensor, read_shards
 from core.compress.context import PassContext
 from core.compress.executors.rewrite import Effect, Put
 from core.compress.executors.stream import copy_companions, scan, sweep
+from core.compress.passes.zeros import with_storage
 from core.compress.solvers.grid import Workspace
 from core.compress.solvers.threshold import (
     LOWER_BINS,
@@ -33,10 +33,6 @@ from core.recipes.passes import Magnitude
 #: (tensor, first row of a chunk) → how many weights equal to the threshold stand before it
 Ties = dict[tuple[str, int], int]
 Span = tuple[float, float]
-
-_DEFLATE_SAMPLE = (
-    64 * 1024
-)  #: bytes of each layer that are compressed to estimate what its zeros save in a compressed file
 
 
 def magnitude(source: Path, target: Path, options: Magnitude, context: PassContext) -> PassRecord:
@@ -64,7 +60,7 @@ def magnitude(source: Path, target: Path, options: Magnitude, context: PassConte
     copy_companions(source, target)
     counts = {name: tensors[name].shape[0] * tensors[name].shape[1] for name in swept.effects}
     total = sum(swept.effects.values(), Effect())
-    return PassRecord(
+    record = PassRecord(
         index=context.index,
         name=options.pass_,
         seconds=time.monotonic() - start,
@@ -78,8 +74,6 @@ def magnitude(source: Path, target: Path, options: Magnitude, context: PassConte
             "relative_error": total.relative_error,
             "bytes_before": sum(info.size for info in tensors.values()),
             "bytes_after": sum(info.size for info in tensors.values()),
-            "deflated_share_before": _deflated_share(shards, linears),
-            "deflated_share_after": _deflated_share(read_shards(target), linears),
         },
         layers=tuple(
             LayerEffect(
@@ -92,6 +86,7 @@ def magnitude(source: Path, target: Path, options: Magnitude, context: PassConte
             for name, effect in swept.effects.items()
         ),
     )
+    return with_storage(record, source, target)
 
 
 @dataclass(frozen=True)
@@ -201,17 +196,3 @@ def _ties_before(
         before[chunk] = seen
         seen += found[chunk]
     return before
-
-
-def _deflated_share(shards: tuple[Shard, ...], names: set[str]) -> float:
-    """What share of its size a compressed file of these layers would have, from the first bytes of each."""
-    raw = deflated = 0
-    for shard in shards:
-        with shard.path.open("rb") as file:
-            for one in shard.tensors:
-                if one.name in names:
-                    file.seek(one.offset)
-                    sample = file.read(min(_DEFLATE_SAMPLE, one.info.size))
-                    raw += len(sample)
-                    deflated += len(zlib.compress(sample, level=1))
-    return deflated / raw

@@ -15,7 +15,7 @@ from torch import Tensor
 from core.compress.checkpoint import write_file
 from core.compress.context import PassContext
 from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
-from core.compress.export.safetensors import save as copy_weights
+from core.compress.export.safetensors import copy_folder
 from core.compress.networks import load_model
 from core.handoff.report import PassRecord
 from core.recipes.depth import depth
@@ -47,7 +47,7 @@ def speculate(source: Path, target: Path, options: EarlyExit, context: PassConte
     right = [one for one in rows_found if one["equal"] == len(prompts)]
     best = max(right, key=lambda one: one["tokens_per_second"], default=None)
     chosen = best["blocks"] if best is not None and (best["speedup"] > 1 or options.exits) else None
-    copy_weights(source, target)
+    copy_folder(source, target)
     if chosen is not None:
         file = target / "generation_config.json"
         config = json.loads(file.read_bytes()) if file.is_file() else {}

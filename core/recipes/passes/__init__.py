@@ -8,6 +8,7 @@ from core.recipes.passes.activations import DynamicInt8, Fp8, KvCache, SmoothQua
 from core.recipes.passes.adapt import EarlyExit
 from core.recipes.passes.aware import Qat
 from core.recipes.passes.base import ExportFormat, PassOptions
+from core.recipes.passes.caching import GenerationCache
 from core.recipes.passes.distill import Distill, Recover
 from core.recipes.passes.measure import Profiling
 from core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
@@ -24,6 +25,7 @@ __all__ = [
     "EarlyExit",
     "ExportFormat",
     "Fp8",
+    "GenerationCache",
     "Gptq",
     "Heads",
     "KvCache",
@@ -59,6 +61,7 @@ Pass = Annotated[
     | Distill
     | Recover
     | EarlyExit
+    | GenerationCache
     | Qat
     | DynamicInt8
     | StaticInt8,
@@ -81,6 +84,7 @@ PASS_TYPES: tuple[type[PassOptions], ...] = (
     Distill,
     Recover,
     EarlyExit,
+    GenerationCache,
     Qat,
     DynamicInt8,
     StaticInt8,

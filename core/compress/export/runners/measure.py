@@ -10,7 +10,8 @@ writings.
 Each set has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows` a batch; its arrays in `inputs` are called
 `<name>.ids` and so on. The runner of the source also says how a causal language model goes on with a prompt: `load` then returns a fourth
 thing, `generate(ids, new_tokens)`, from a prompt [S] to its greedy continuation, a list of token ids. A runner that can decode returns a
-fifth, `waits(ids, tokens)`, from prompts [B, S] to the milliseconds before each token that it writes, `tokens` of them.
+fifth, `waits(ids, tokens, cached)`, from prompts [B, S] to the milliseconds before each token that it writes, `tokens` of them, and the
+tokens [B, tokens]; not `cached` is asked of transformers alone.
 """
 
 import json
@@ -30,7 +31,7 @@ Array = NDArray[Any]
 Request = dict[str, Any]
 Forward = Callable[[Array, Array], Array]
 Generate = Callable[[Array, int], list[int]]
-Waits = Callable[[Array, int], list[float]]
+Waits = Callable[[Array, int, bool], tuple[list[float], Array]]
 
 _SHAPE_SECONDS = 8.0  # a shape is timed no longer, but at least _FEWEST times
 _FEWEST = 5
@@ -59,10 +60,15 @@ def main(load: Callable[[Request], Any]) -> None:
     for at, shape in enumerate(request["timings"], len(request["sets"])):
         _say(at / steps, f"timing {shape['batch']} × {shape['length']}")
         timings.append(_time(forward, shape, inputs))
-    writings, memory = [], _Memory()
+    writings: list[dict[str, Any]] = []
+    memory, texts = _Memory(), dict[tuple[int, int], Array]()
     for at, one in enumerate(written, steps - len(written)):
-        _say(at / steps, f"decoding {one['batch']} × {one['prompt']}")
-        writings.append(_time_writing(waits, one, inputs, memory))
+        _say(at / steps, f"decoding {one['batch']} × {one['prompt']}{'' if one['cached'] else ' without a cache'}")
+        timed, text = _time_writing(waits, one, inputs, memory)
+        cached = texts.setdefault((one["batch"], one["prompt"]), text)
+        if not one["cached"]:
+            timed["alike"] = float((cached[:, : one["tokens"]] == text).mean())
+        writings.append(timed)
     # Atomically: the parent must not take a half-written file for an answer.
     partial = Path(request["outputs"] + ".partial.npz")
     np.savez(partial, **outputs)  # type: ignore[arg-type]  # the stub takes ** for its keyword
@@ -211,16 +217,16 @@ def _time(forward: Forward, shape: dict[str, int], inputs: Any) -> dict[str, Any
     return {"batch": shape["batch"], "length": shape["length"], "milliseconds": taken}
 
 
-def _time_writing(waits: Waits, one: dict[str, int], inputs: Any, memory: "_Memory") -> dict[str, Any]:
-    """Milliseconds before each token, [repeats][tokens], after one run to warm up; and the peak of memory meanwhile."""
+def _time_writing(waits: Waits, one: dict[str, Any], inputs: Any, memory: "_Memory") -> tuple[dict[str, Any], Array]:
+    """Milliseconds before each token, [repeats][tokens], after one run to warm up, and the peak of memory meanwhile; and the tokens."""
     ids = np.resize(inputs["timing.ids"], (one["batch"], one["prompt"]))
     memory.start()
-    waits(ids, one["tokens"])
+    _, text = waits(ids, one["tokens"], one["cached"])
     runs: list[list[float]] = []
     deadline = time.perf_counter() + _WRITING_SECONDS
     while len(runs) < one["repeats"] and (len(runs) < _FEWEST_WRITINGS or time.perf_counter() < deadline):
-        runs.append(waits(ids, one["tokens"]))
-    return {**one, "milliseconds": runs, "peak_memory_bytes": memory.stop()}
+        runs.append(waits(ids, one["tokens"], one["cached"])[0])
+    return {**one, "milliseconds": runs, "peak_memory_bytes": memory.stop()}, text
 
 
 class _Memory:

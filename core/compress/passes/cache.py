@@ -1,0 +1,181 @@
+"""generation-cache: write how keys and values are kept into generation_config.json, after a look at what it changes."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.compress.checkpoint import write_file
+from core.compress.context import PassContext
+from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+from core.compress.export.safetensors import copy_folder
+from core.compress.generation_cache import PrefixStore, cache_bytes, cache_for
+from core.compress.networks import load_model
+from core.errors import ErrorCode, NightpressError
+from core.handoff.report import PassRecord, Series
+from core.recipes.passes.caching import GenerationCache
+
+_TEXTS, _NEW = 2, 16  #: texts of each check, and tokens written behind them
+_LENGTHS = (64, 256, 1024)  #: tokens at which the cache is weighed
+_PREFIX, _OWN = 256, 16  #: tokens of a text that was seen before, and of what is new behind it
+_NEAR = 1e-3  #: of the largest logit: sums in another order differ by less
+
+
+def generation_cache(source: Path, target: Path, options: GenerationCache, context: PassContext) -> PassRecord:
+    """Compare greedy decoding with the cache to decoding without one, weigh the cache, and write the settings.
+
+    Raises NightpressError(numerical_failure) where the cache must say what no cache says, and doesn't.
+    """
+    start = time.monotonic()
+    torch.set_num_threads(context.threads)
+    model = load_model(source, context.header).to(context.device)
+    longest = min(context.header.positions or max(_LENGTHS), max(_LENGTHS)) - _NEW
+    text = _text(source, longest, context)
+    context.progress(0.1, "decoding without a cache")
+    summary: dict[str, Any] = {"mode": options.mode, "settings": options.settings()}
+    short = int(max(2, min(32, longest, options.exact_to - _NEW)))
+    if options.mode != "none":
+        near = _compare(model, text[:, :short], options, {"use_cache": False})
+        if options.exact_to >= short + _NEW and near["logit_difference"] > _NEAR:
+            raise NightpressError(
+                ErrorCode.NUMERICAL_FAILURE,
+                f"`generation-cache`: with the cache the model answers differently than without one, by {near['logit_difference']:.2g} of its largest logit.",
+                hint="Use `mode: dynamic`, or say on the project's page which model this is.",
+            )
+        summary["against_no_cache"] = near
+    if short + _NEW < options.exact_to < longest:
+        context.progress(0.4, "decoding longer texts")
+        beyond = int(min(longest, 2 * options.exact_to))
+        summary["beyond"] = _compare(model, text[:, :beyond], options, {})
+    context.progress(0.6, "weighing the cache")
+    lengths = sorted({min(length, longest) for length in _LENGTHS})
+    weighed = [_weigh(model, text[:1, :length], options) for length in lengths] if options.mode != "none" else []
+    summary["cache_bytes"] = weighed
+    if options.prefix_bytes is not None:
+        context.progress(0.8, "reading a known beginning again")
+        summary["prefix"] = _reuse(model, text, options.prefix_bytes)
+    copy_folder(source, target)
+    file = target / "generation_config.json"
+    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    stale = {"use_cache", "cache_implementation", "cache_config", "max_cache_len"}
+    kept = {name: value for name, value in config.items() if name not in stale}
+    write_file(file, json.dumps(kept | options.settings(), indent=2).encode() + b"\n")
+    return PassRecord(
+        index=context.index,
+        name=options.name,
+        seconds=time.monotonic() - start,
+        summary=summary,
+        series=tuple(
+            Series(
+                name=name,
+                x=tuple(one["tokens"] for one in weighed),
+                y=tuple(one[key] / 1e6 for one in weighed),
+                x_label="tokens",
+            )
+            for name, key in ((f"MB kept, {options.mode}", "bytes"), ("MB kept, dynamic", "dynamic_bytes"))
+            if len(weighed) > 1
+        ),
+    )
+
+
+def _text(source: Path, length: int, context: PassContext) -> Tensor:
+    """Running text [_TEXTS, length]."""
+    rows = read_rows("builtin:prose", None, purpose="calibration")
+    windows = text_windows(rows, open_tokenizer(source), samples=_TEXTS, length=length, ref="builtin:prose")
+    return torch.from_numpy(windows.ids).to(context.device)
+
+
+def _kwargs(model: Any, options: GenerationCache) -> dict[str, Any]:
+    """What `generate` is told, to use the cache once."""
+    settings = options.settings()
+    own = settings.pop("cache_config", None)
+    if own is not None and own["mode"] != "dynamic":
+        settings["past_key_values"] = cache_for(model, own)
+    return settings
+
+
+def _compare(model: Any, texts: Tensor, options: GenerationCache, reference: dict[str, Any]) -> dict[str, Any]:
+    """Greedy decoding behind each text, with the cache and as `reference` says: tokens alike, and logits as long as they are."""
+    alike, difference = 0, 0.0
+    for ids in texts:
+        ours, theirs = (_write(model, ids[None], one) for one in (_kwargs(model, options), reference))
+        differ = (ours[0] != theirs[0]).nonzero()
+        same = int(differ[0]) if len(differ) else _NEW
+        alike += same
+        ahead = slice(0, min(same + 1, _NEW))  # the first other token was still chosen behind the same text
+        gap = (ours[1][ahead] - theirs[1][ahead]).abs().max() / theirs[1][ahead].abs().max()
+        difference = max(difference, float(gap))
+    return {
+        "prompt": texts.shape[1],
+        "tokens": _NEW,
+        "texts": len(texts),
+        "tokens_alike": alike / (_NEW * len(texts)),
+        "logit_difference": difference,
+    }
+
+
+def _write(model: Any, ids: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """_NEW tokens behind the prompt [1, S], and the logits [_NEW, V] that chose them."""
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=_NEW,
+        max_new_tokens=_NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        pad_token_id=model.generation_config.pad_token_id or 0,
+        **({"use_cache": True} | settings),
+    )
+    return found.sequences[0, ids.shape[1] :], torch.cat(found.logits).float()
+
+
+def _weigh(model: Any, ids: Tensor, options: GenerationCache) -> dict[str, int]:
+    """Bytes of the cache behind a text, and of a dynamic one."""
+    from transformers import StaticCache
+
+    given = _kwargs(model, options)
+    cache = given.get("past_key_values")
+    if options.mode == "static":
+        cache = StaticCache(config=model.config, max_cache_len=max(options.length or 0, ids.shape[1]))
+    sizes = []
+    for one in (cache, None):
+        with torch.inference_mode():
+            out = model(input_ids=ids, past_key_values=one, use_cache=True, logits_to_keep=1)
+        sizes.append(cache_bytes(out.past_key_values))
+    return {"tokens": ids.shape[1], "bytes": sizes[0], "dynamic_bytes": sizes[1]}
+
+
+def _reuse(model: Any, text: Tensor, limit: int) -> dict[str, Any]:
+    """Read a text whose beginning was read before, from nothing and from the store."""
+    length = min(_PREFIX, text.shape[1] - _OWN)
+    known, asked = text[:1, :length], torch.cat([text[:1, :length], text[1:2, :_OWN]], dim=1)
+    store = PrefixStore(limit)
+    with torch.inference_mode():
+        cache, _ = store.take(known[0])
+        model(input_ids=known, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        store.put(known[0], cache)
+        took: dict[bool, list[float]] = {False: [], True: []}
+        answers = {}
+        reused = 0
+        for _ in range(3):
+            for reuses in (False, True):
+                began = time.perf_counter()
+                cache, found = store.take(asked[0]) if reuses else (None, 0)
+                reused = max(reused, found)
+                out = model(input_ids=asked[:, found:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                took[reuses].append(time.perf_counter() - began)
+                answers[reuses] = out.logits[0, -1].float()
+    gap = (answers[True] - answers[False]).abs().max() / answers[False].abs().max()
+    return {
+        "prompt": asked.shape[1],
+        "reused": reused,
+        "kept_bytes": store.used,
+        "prefill_tokens_per_s": asked.shape[1] / min(took[False]),
+        "prefill_tokens_per_s_reused": asked.shape[1] / min(took[True]),
+        "logit_difference": float(gap),
+        "same_token": bool(answers[True].argmax() == answers[False].argmax()),
+    }
