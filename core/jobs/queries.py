@@ -21,7 +21,7 @@ from core.schemas import JobState
 JOB_COLUMNS = tuple(jobs.c[field.name] for field in fields(Job))
 #: Written into the statement, not bound: a partial index is only used where its condition stands in the text.
 IS_QUEUED: ColumnElement[bool] = jobs.c.state == literal_column("'queued'")
-IS_LEASED: ColumnElement[bool] = jobs.c.lease_expires_at.is_not(None)
+IS_LEASED: ColumnElement[bool] = jobs.c.lease_id.is_not(None)
 _COUNT_BOUND = 1000
 QUEUES: tuple[Queue, ...] = get_args(Queue)
 

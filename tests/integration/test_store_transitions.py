@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import Engine, event, select
+from sqlalchemy import Engine, event, select, text
 
 from core.database import make_engine, transaction
 from core.errors import ErrorCode, NightpressError
@@ -16,6 +16,7 @@ from core.jobs.store import BELT_S, JobStore
 from core.jobs.tables import job_attempts, job_events, jobs
 from core.schemas import JobState
 from tests.jobs import add_model, age, claim, offer, submit, succeeded
+from tests.service import eventually
 
 TENANT = "default"
 RETRYABLE = NightpressError(ErrorCode.OUT_OF_MEMORY, "too large", hint="a larger worker")
@@ -327,6 +328,25 @@ def test_progress_keeps_a_run_alive(store: JobStore, engine: Engine):
     age(engine, job_id, 11 + BELT_S, "progressed_at")
     store.renew(lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.5))
     assert store.expire_leases(backoff_s=1.0) == []
+
+
+def test_a_renewal_touches_no_index(store: JobStore, engine: Engine):
+    """A running job is renewed every two seconds for hours: PostgreSQL must find room beside the row, and leave ten indexes alone."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("SQLite writes in place")
+    submit(store)
+    lease = claim(store).lease
+    for step in range(20):
+        assert store.renew(lease, ttl_s=60, progress=Progress(phase="pressing", fraction=step / 20)).held
+    engine.dispose()  # a connection that ends says what it did
+    ask = text("SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'jobs'")
+
+    def counted() -> tuple[int, int] | None:
+        with transaction(engine, read_only=True) as connection:
+            row = connection.execute(ask).one()
+        return tuple(row) if row[0] >= 21 else None
+
+    assert eventually(counted) == (21, 20), "all but the claim"
 
 
 def test_progress_never_falls_within_an_attempt_and_starts_anew_with_the_next(store: JobStore):
