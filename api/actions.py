@@ -22,6 +22,8 @@ async def note_action(scope: Scope, status: int) -> None:
     method, route = scope["method"], getattr(scope.get("route"), "path", "")
     if caller is None or method in {"GET", "HEAD", "OPTIONS"} or not route or status >= 400:
         return
+    if state.get("replayed"):  # it was done, and noted, before
+        return
     if any(method == verb and route.endswith(end) for verb, end in _TOLD_ELSEWHERE):
         return
     services: Services = scope["app"].state.services

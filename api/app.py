@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from api import pages, problems
+from api import once, pages, problems
 from api.deps import API_KEY_SCHEME, Services
 from api.edge import Edge
 from api.metrics import ApiMetrics
@@ -35,6 +35,7 @@ from api.routes import (
 )
 from api.tail import Tail
 from core.access.audit import AuditLog
+from core.access.idempotency import IdempotencyBook
 from core.access.issuing import KeyIssuer
 from core.access.keys import KeyRing
 from core.access.quotas import QuotaBook
@@ -131,6 +132,7 @@ def open_services(settings: Settings) -> Services:
         issuer=KeyIssuer(engine),
         quotas=quotas,
         limiter=RateLimiter(settings.celery_url),
+        idempotency=IdempotencyBook(engine),
         audit=AuditLog(engine),
         promotions=PromotionStore(engine),
         webhooks=WebhookStore(engine, open_keeper(settings), settings),
@@ -167,7 +169,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             schemas.pop(name, None)
         document["components"]["securitySchemes"] = API_KEY_SCHEME
         for path, operations in document["paths"].items():
-            for operation in operations.values():
+            for method, operation in operations.items():
+                if method == "post":
+                    operation.setdefault("parameters", []).append(once.PARAMETER)
                 if path.startswith("/v1/"):
                     operation["security"] = [{"ApiKey": []}]
                 _complete_responses(operation)

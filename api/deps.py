@@ -15,6 +15,7 @@ from api.metrics import ApiMetrics
 from api.ratelimit import RateLimiter, too_many
 from api.tail import Tail
 from core.access.audit import AuditLog
+from core.access.idempotency import IdempotencyBook
 from core.access.issuing import KeyIssuer
 from core.access.keys import KeyRing, Principal
 from core.access.quotas import QuotaBook
@@ -55,6 +56,7 @@ class Services:
     issuer: KeyIssuer
     quotas: QuotaBook
     limiter: RateLimiter
+    idempotency: IdempotencyBook
     audit: AuditLog
     promotions: PromotionStore
     webhooks: WebhookStore

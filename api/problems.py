@@ -70,7 +70,7 @@ def problem_body(
 
 def problem_headers(error: NightpressError, status: int | None = None) -> dict[str, str]:
     number = status or error.kind.status
-    if number in {429, 503}:
+    if number in {429, 503} or "retry_after_s" in error.details:
         return {"Retry-After": str(error.details.get("retry_after_s", RETRY_AFTER_S))}
     if number == 401:
         return {"WWW-Authenticate": 'Bearer realm="nightpress"'}

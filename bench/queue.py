@@ -28,6 +28,7 @@ from sqlalchemy import Engine, event, text
 import migrations
 from core.database import make_engine, transaction
 from core.errors import NightpressError
+from core.jobs.queries import JobsWanted
 from core.jobs.store import JobStore
 from tests.jobs import add_model, offer, submit
 from tests.servers import Postgres
@@ -91,7 +92,7 @@ def measure(server: Postgres, count: int) -> dict[str, float]:
     calls: dict[str, Callable[[int], object]] = {
         "claim": lambda n: store.claim(offer(f"w{n}"), ttl_s=3600.0),
         "page": lambda n: store.page("tenant-3", cursor=cursors[n % len(cursors)], limit=50),
-        "page_by_state": lambda _n: store.page("tenant-3", states=("queued",), limit=50),
+        "page_by_state": lambda _n: store.page("tenant-3", JobsWanted(states=("queued",)), limit=50),
         "tick": lambda _n: _tick(store),
         "statistics": lambda _n: store.statistics(),
     }

@@ -153,10 +153,12 @@ class AsyncRecipes(AsyncResource):
 
 class AsyncJobs(AsyncResource):
     submit = AsksAsync(calls.submit_job)
+    submit_all = AsksAsync(calls.submit_jobs)
     list = AsksAsync(calls.page_jobs)
     iterate = PagesAsync(calls.page_jobs)
     get = AsksAsync(calls.get_job)
     cancel = AsksAsync(calls.cancel_job)
+    cancel_all = AsksAsync(calls.cancel_jobs)
     retry = AsksAsync(calls.retry_job)
     past_events = AsksAsync(calls.list_events)
     artifacts = AsksAsync(calls.list_artifacts)

@@ -15,10 +15,13 @@ from pydantic import BaseModel, TypeAdapter
 from core.recipes.plan import Plan
 from core.schemas import (
     ArtifactView,
+    CancelledView,
     DataSetCreate,
     DataSetView,
     EventView,
+    JobBatch,
     JobCreate,
+    JobFilter,
     JobSpec,
     JobView,
     LatestView,
@@ -83,7 +86,8 @@ def _text(response: httpx.Response) -> str:
 _LATEST, _PROMOTION, _PROMOTIONS = reader(LatestView), reader(PromotionView), reader(Page[PromotionView])
 _MODEL, _MODELS = reader(ModelView), reader(Page[ModelView])
 _DATA_SET, _DATA_SETS = reader(DataSetView), reader(Page[DataSetView])
-_JOB, _JOBS = reader(JobView), reader(Page[JobView])
+_JOB, _JOBS, _JOB_LIST = reader(JobView), reader(Page[JobView]), _items(JobView)
+_CANCELLED = reader(CancelledView)
 _UPLOADS = _items(UploadFile)
 _RECIPE, _RECIPES = reader(RecipeView), _items(RecipeView)
 _ARTIFACTS, _WORKERS, _QUEUES = _items(ArtifactView), _items(WorkerView), _items(QueueView)
@@ -221,6 +225,16 @@ def submit_job(
     """
     request = JobCreate(model=model, recipe=recipe, **fields)
     return post("/v1/jobs", _JOB, request, key=idempotency_key, repeatable=True)
+
+
+def submit_jobs(jobs: Sequence[JobCreate], *, idempotency_key: str | None = None) -> Call[list[JobView]]:
+    """Queue up to 100 jobs, all or none."""
+    return post("/v1/jobs:batch", _JOB_LIST, JobBatch(jobs=list(jobs)), key=idempotency_key, repeatable=True)
+
+
+def cancel_jobs(wanted: JobFilter) -> Call[CancelledView]:
+    """Cancel every job that matches, a bounded number at a time: `more` says whether to ask again."""
+    return post("/v1/jobs:cancel", _CANCELLED, wanted, repeatable=True)
 
 
 def get_job(job_id: str) -> Call[JobView]:

@@ -233,10 +233,12 @@ class Jobs(Resource):
     """Jobs: one recipe on one model."""
 
     submit = Asks(calls.submit_job)
+    submit_all = Asks(calls.submit_jobs)
     list = Asks(calls.page_jobs)
     iterate = Pages(calls.page_jobs)
     get = Asks(calls.get_job)
     cancel = Asks(calls.cancel_job)
+    cancel_all = Asks(calls.cancel_jobs)
     retry = Asks(calls.retry_job)
     past_events = Asks(calls.list_events)
     artifacts = Asks(calls.list_artifacts)

@@ -111,6 +111,26 @@ class Settings(BaseSettings):
     )
     sandbox_network: bool = Field(True, description="Cut children off from the network where the kernel allows.")
 
+    keep_artifacts_days: int = Field(
+        0,
+        ge=0,
+        description="Artifacts of jobs that ended so many days ago go, their reports stay; 0: none go. What is promoted, or a schedule's last, stays.",
+    )
+    keep_jobs_days: int = Field(
+        0, ge=0, description="Jobs that ended so many days ago go, with all that is known of them; 0: none go."
+    )
+    keep_fetched_days: int = Field(
+        30,
+        ge=0,
+        description="Models and data sets that were fetched go so many days later, once there is a newer one of their name; 0: none go.",
+    )
+    keep_history_days: int = Field(
+        90, ge=1, description="Schedules' runs and webhooks' deliveries are shown so many days."
+    )
+    keep_audit_days: int = Field(
+        0, ge=0, description="Lines of the audit log go after so many days, never before 30; 0: none go."
+    )
+
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Where a worker or control process answers Prometheus; 0: nowhere."
     )

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
+from core.access.audit import AuditLog
+from core.access.idempotency import IdempotencyBook
 from core.access.quotas import QuotaBook
 from core.artifacts.storage import ObjectStore, open_store
 from core.database import make_engine
 from core.errors import NightpressError
 from core.jobs.checkpoints import CheckpointIndex, folder_of
+from core.jobs.retention import JobRetention
 from core.jobs.ring import Ringer
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
@@ -39,7 +42,7 @@ _ABANDONED_S = 3600.0  #: a lost attempt's files are swept so long after its end
 _UPLOAD_LIFE_S = 24 * 3600.0
 _WORKER_MEMORY_S = 3600.0  #: lost workers are shown so long
 _LONGEST_PAUSE_S = 30.0
-_HISTORY_S = 90 * 24 * 3600.0  #: schedules' runs and webhooks' deliveries are shown so long
+_DAY_S = 24 * 3600.0
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +98,9 @@ class Control:
         webhooks: WebhookStore,
         courier: Courier,
         intake: Intake,
+        idempotency: IdempotencyBook,
+        retention: JobRetention,
+        audit: AuditLog,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -107,6 +113,9 @@ class Control:
         self._webhooks = webhooks
         self._courier = courier
         self._intake = intake
+        self._idempotency = idempotency
+        self._retention = retention
+        self._audit = audit
         self._slow = SlowSteps()
         self._bells: dict[str, _Bell] = {}
         self._sweep_at = 0.0
@@ -129,7 +138,8 @@ class Control:
                 self._sweep_attempts,
                 self._sweep_checkpoints,
                 self._sweep_uploads,
-                self._forget_history,
+                self._prune,
+                self._forget_requests,
             ]
         for step in steps:
             attempt(step.__name__.strip("_"), step)
@@ -162,9 +172,28 @@ class Control:
     def _deliver_webhooks(self) -> None:
         self._courier.deliver()
 
-    def _forget_history(self) -> None:
-        self._schedules.forget_runs(_HISTORY_S)
-        self._webhooks.forget_deliveries(_HISTORY_S)
+    def _prune(self) -> None:
+        """Beside the ticks: many files take their time."""
+        self._slow.start("prune", self._prune_all)
+
+    def _prune_all(self) -> None:
+        settings = self._settings
+        self._schedules.forget_runs(settings.keep_history_days * _DAY_S)
+        self._webhooks.forget_deliveries(settings.keep_history_days * _DAY_S)
+        if settings.keep_audit_days:
+            self._audit.prune(settings.keep_audit_days * _DAY_S)
+        if settings.keep_artifacts_days and (
+            count := self._retention.prune_artifacts(settings.keep_artifacts_days * _DAY_S)
+        ):
+            log.info("The artifacts of %d old jobs were removed.", count)
+        if settings.keep_jobs_days and (count := self._retention.prune_jobs(settings.keep_jobs_days * _DAY_S)):
+            log.info("%d old jobs were removed.", count)
+        for registry in self._registries if settings.keep_fetched_days else ():
+            if count := registry.forget_superseded(settings.keep_fetched_days * _DAY_S):
+                log.info("%d fetched %s were removed: there are newer ones.", count, registry.kind)
+
+    def _forget_requests(self) -> None:
+        self._idempotency.prune()
 
     def _ring_queues(self) -> None:
         """Ring where there is work and a worker is idle. A busy worker looks for work by itself when it is done."""
@@ -217,6 +246,9 @@ def open_control(settings: Settings, engine: Engine, ring: Callable[[str], None]
         webhooks,
         Courier(webhooks, settings),
         Intake(engine, (models, data_sets)),
+        IdempotencyBook(engine),
+        JobRetention(engine, objects),
+        AuditLog(engine),
     )
 
 

@@ -6,13 +6,14 @@ from fastapi import APIRouter, Body
 from starlette.responses import Response
 
 from api.deps import Cursor, Limit, ModelsReader, ModelsWriter, ServicesDep
+from api.once import OnceRoute
 from api.problems import documented
 from api.routes import answer
 from api.routes.uploads import add_upload_routes
 from core.errors import ErrorCode
 from core.schemas import DataSetCreate, DataSetView, Page
 
-router = APIRouter(prefix="/v1/datasets", tags=["data sets"])
+router = APIRouter(prefix="/v1/datasets", tags=["data sets"], route_class=OnceRoute)
 
 _SHA256 = "0f34e5a9d2a1c4b79e2c3f4f8f2f6a6e5d4c3b2a190817263544536271809fae"
 _EXAMPLES = {

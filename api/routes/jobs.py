@@ -1,30 +1,25 @@
 """Jobs: create, list, look, cancel, retry."""
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Header, Query
+from fastapi import APIRouter, Body, Query, Request
+from pydantic import AwareDatetime
 from starlette.responses import Response
 
 from api.deps import Cursor, JobsReader, JobsWriter, Limit, Services, ServicesDep
+from api.once import OnceRoute, key_of
 from api.problems import documented
 from api.routes import answer
+from api.waiting import PARAMETER, preferred_wait, until_ended
 from core.access.keys import Principal
 from core.errors import ErrorCode, NightpressError
+from core.jobs.queries import JobsWanted
 from core.jobs.records import Job
-from core.schemas import JobCreate, JobState, JobView, Page
+from core.jobs.store import MAX_CANCELLED
+from core.schemas import CancelledView, JobBatch, JobBatchView, JobCreate, JobFilter, JobState, JobView, Page
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
-
-IdempotencyKey = Annotated[
-    str | None,
-    Header(
-        min_length=1,
-        max_length=255,
-        pattern=r"^[\x21-\x7e]+$",
-        description="Makes the request safe to repeat: the same key and body answer with the job that is already there.",
-        examples=["nightly-2026-11-23"],
-    ),
-]
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=OnceRoute)
+_WAITS: dict[str, Any] = {"parameters": [PARAMETER]}
 
 _EXAMPLES = {
     "built-in recipe": {
@@ -52,6 +47,7 @@ _EXAMPLES = {
     status_code=201,
     response_model=JobView,
     summary="Submit a job",
+    openapi_extra=_WAITS,
     responses={
         200: {"model": JobView, "description": "The idempotency key was used before with this body: the job it made."},
         **documented(
@@ -68,17 +64,61 @@ _EXAMPLES = {
     },
 )
 async def create_job(
+    request: Request,
     caller: JobsWriter,
     services: ServicesDep,
     body: Annotated[JobCreate, Body(openapi_examples=_EXAMPLES)],
-    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     job, created = await services.call(
-        services.jobs.submit, caller.tenant_id, body, idempotency_key, key_id=caller.key_id
+        services.jobs.submit, caller.tenant_id, body, key_of(request), key_id=caller.key_id
     )
     if created and job.state == "queued":
         services.ringer.ring(job.queue)
-    return _one(job, status=201 if created else 200)
+    return await _in_time(request, services, job, status=201 if created else 200)
+
+
+@router.post(
+    ":batch",
+    status_code=201,
+    response_model=JobBatchView,
+    summary="Submit up to 100 jobs, all or none",
+    description="Where one can't be submitted none is, and `errors` names each fault by its place.",
+    responses=documented(
+        ErrorCode.INVALID_REQUEST,
+        ErrorCode.INVALID_RECIPE,
+        ErrorCode.CANNOT_FIT,
+        ErrorCode.UNSUPPORTED_ARCHITECTURE,
+        ErrorCode.NOT_FOUND,
+        ErrorCode.CONFLICT,
+        ErrorCode.PAYLOAD_TOO_LARGE,
+        ErrorCode.QUOTA_EXCEEDED,
+    ),
+)
+async def create_jobs(caller: JobsWriter, services: ServicesDep, body: JobBatch) -> Response:
+    made = await services.call(services.jobs.submit_all, caller.tenant_id, body.jobs, key_id=caller.key_id)
+    for queue in {job.queue for job in made if job.state == "queued"}:
+        services.ringer.ring(queue)
+    return answer(JobBatchView(items=[view(job) for job in made]), status=201)
+
+
+@router.post(
+    ":cancel",
+    response_model=CancelledView,
+    summary="Cancel every job that matches",
+    description=f"The newest first, {MAX_CANCELLED} at most: `more` says whether to ask again.",
+    responses=documented(ErrorCode.INVALID_REQUEST),
+)
+async def cancel_jobs(caller: JobsWriter, services: ServicesDep, body: JobFilter) -> Response:
+    wanted = JobsWanted(
+        states=tuple(body.state),
+        labels=body.labels,
+        model=body.model,
+        queue=body.queue,
+        created_after=body.created_after,
+        created_before=body.created_before,
+    )
+    count, more = await services.call(services.store.cancel_all, caller.tenant_id, wanted)
+    return answer(CancelledView(cancelled=count, more=more))
 
 
 @router.get(
@@ -95,24 +135,31 @@ async def list_jobs(
         list[str], Query(max_length=32, description="`key=value`; repeat for several: all must match.")
     ] = [],  # noqa: B006
     model: Annotated[str | None, Query(max_length=128, description="A model's id or name.")] = None,
+    queue: Annotated[Literal["cpu", "gpu"] | None, Query()] = None,
+    created_after: Annotated[AwareDatetime | None, Query(description="This moment included.")] = None,
+    created_before: Annotated[AwareDatetime | None, Query()] = None,
     cursor: Cursor = None,
     limit: Limit = 50,
 ) -> Response:
     jobs, next_cursor = await services.call(
         services.store.page,
         caller.tenant_id,
-        states=tuple(state),
-        labels=_labels(label),
-        model=model,
+        JobsWanted(tuple(state), _labels(label), model, queue, created_after, created_before),
         cursor=cursor,
         limit=limit,
     )
     return answer(Page[JobView](items=[view(job) for job in jobs], next_cursor=next_cursor))
 
 
-@router.get("/{job_id}", response_model=JobView, summary="One job", responses=documented(ErrorCode.NOT_FOUND))
-async def get_job(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
-    return _one(await own_job(services, caller, job_id))
+@router.get(
+    "/{job_id}",
+    response_model=JobView,
+    summary="One job",
+    responses=documented(ErrorCode.NOT_FOUND),
+    openapi_extra=_WAITS,
+)
+async def get_job(request: Request, job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+    return await _in_time(request, services, await own_job(services, caller, job_id))
 
 
 @router.post(
@@ -162,6 +209,16 @@ def view(job: Job) -> JobView:
 
 def _one(job: Job, *, status: int = 200) -> Response:
     return answer(view(job), status=status, headers={"Location": f"/v1/jobs/{job.id}"} if status == 201 else None)
+
+
+async def _in_time(request: Request, services: Services, job: Job, *, status: int = 200) -> Response:
+    """The job; where the caller prefers to wait, when it has ended."""
+    wait_s = preferred_wait(request)
+    if not wait_s:
+        return _one(job, status=status)
+    response = _one(await until_ended(services, job, wait_s), status=status)
+    response.headers["Preference-Applied"] = f"wait={wait_s}"
+    return response
 
 
 def _labels(raw: list[str]) -> dict[str, str]:

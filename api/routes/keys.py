@@ -6,12 +6,13 @@ from fastapi import APIRouter, Body, Query
 from starlette.responses import Response
 
 from api.deps import Cursor, KeysReader, KeysWriter, Limit, ServicesDep
+from api.once import OnceRoute
 from api.problems import documented
 from api.routes import answer
 from core.errors import ErrorCode
 from core.schemas import KeyCreate, KeyRotate, KeyView, NewKeyView, Page, TenantId
 
-router = APIRouter(prefix="/v1/keys", tags=["access"])
+router = APIRouter(prefix="/v1/keys", tags=["access"], route_class=OnceRoute)
 
 _EXAMPLES = {
     "for a pipeline": {

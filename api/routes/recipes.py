@@ -6,6 +6,7 @@ from fastapi import APIRouter, Body
 from starlette.responses import JSONResponse, Response
 
 from api.deps import JobsReader, Services, ServicesDep
+from api.once import OnceRoute
 from api.problems import documented
 from api.routes import answer
 from core.errors import ErrorCode
@@ -14,7 +15,7 @@ from core.recipes.models import Recipe, load_recipe, parse_recipe
 from core.recipes.plan import Plan, make_plan
 from core.schemas import Page, RecipeView, ValidateRequest, ValidateView
 
-router = APIRouter(prefix="/v1/recipes", tags=["recipes"])
+router = APIRouter(prefix="/v1/recipes", tags=["recipes"], route_class=OnceRoute)
 
 _EXAMPLES = {
     "mapping": {

@@ -7,12 +7,13 @@ from fastapi import APIRouter, Body, Header
 from starlette.responses import Response
 
 from api.deps import Cursor, JobsReader, JobsWriter, Limit, ServicesDep
+from api.once import OnceRoute
 from api.problems import documented
 from api.routes import answer
 from core.errors import ErrorCode, NightpressError
 from core.schemas import Page, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 
-router = APIRouter(prefix="/v1/schedules", tags=["schedules"])
+router = APIRouter(prefix="/v1/schedules", tags=["schedules"], route_class=OnceRoute)
 
 IfMatch = Annotated[
     str | None, Header(max_length=64, description="The ETag that was read: 412 where somebody changed it since.")

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Body
 from starlette.responses import Response
 
 from api.deps import Cursor, Limit, ServicesDep, WebhooksReader, WebhooksWriter
+from api.once import OnceRoute
 from api.problems import documented
 from api.routes import answer
 from api.routes.schedules import IfMatch, version_of
@@ -20,7 +21,7 @@ from core.schemas import (
     WebhookView,
 )
 
-router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
+router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], route_class=OnceRoute)
 
 _EXAMPLES = {
     "ended jobs": {

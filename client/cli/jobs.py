@@ -15,7 +15,7 @@ from client.errors import ApiError
 from client.folders import read_model_folder
 from core.errors import ErrorCode
 from core.recipes.models import load_recipe
-from core.schemas import JobView, LogView, ModelView
+from core.schemas import JobFilter, JobView, LogView, ModelView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
@@ -195,8 +195,22 @@ def _print_line(line: LogView) -> None:
     output.say(f"{line.at:%H:%M:%S} {line.level:<7} {output.clean(line.text)}", style)
 
 
-def cancel(session: Session, job: JobArgument) -> None:
-    """Stop a job. A queued one ends at once, a running one within seconds."""
+def cancel(
+    session: Session,
+    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="The job's id.")] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", "-l", metavar="K=V", help="Every job with this label; may be repeated."),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Every job on this model.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every job that is not over.")] = False,
+) -> None:
+    """Stop a job, or every job that matches. A queued one ends at once, a running one within seconds."""
+    if [job is not None, bool(label or model), every].count(True) != 1:
+        raise typer.BadParameter("Name one job, or say which with --label, --model or --all.", param_hint="JOB")
+    if job is None:
+        _cancel_all(session, JobFilter(labels=parse_labels(label or []), model=model, all=every))
+        return
     with session.client() as client:
         view = client.jobs.cancel(job)
     if session.json:
@@ -205,6 +219,19 @@ def cancel(session: Session, job: JobArgument) -> None:
         output.say(f"{view.id} is {view.state}.")
     else:
         output.say(f"{view.id} had already ended: {describe(view)}.")
+
+
+def _cancel_all(session: Session, wanted: JobFilter) -> None:
+    """As many requests as it takes: one cancels a bounded number."""
+    count, more = 0, True
+    with session.client() as client:
+        while more:
+            done = client.jobs.cancel_all(wanted)
+            count, more = count + done.cancelled, done.more and done.cancelled > 0
+    if session.json:
+        output.print_json({"cancelled": count})
+    else:
+        output.say(f"{count} job{'' if count == 1 else 's'} cancelled.")
 
 
 def retry(

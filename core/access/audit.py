@@ -1,12 +1,15 @@
-"""The audit log: who did what. Lines are only ever added; triggers in the database refuse anything else."""
+"""The audit log: who did what. Lines are only ever added; triggers in the database refuse anything but the removal of old ones."""
 
-from sqlalchemy import Engine, insert, select
+from sqlalchemy import Engine, delete, insert, select
 
 from core.access.tables import audit_log
 from core.database import clean_text, db_now, statement
 from core.ids import new_id
 from core.paging import newest_first
 from core.schemas import AuditView
+
+LEAST_KEPT_S = 31 * 24 * 3600.0
+_BATCH = 5000
 
 
 class AuditLog:
@@ -26,6 +29,13 @@ class AuditLog:
         }
         with statement(self._engine) as connection:
             connection.execute(insert(audit_log).values(at=db_now(), **line))
+
+    def prune(self, older_than_s: float) -> int:
+        """Delete lines that are older, and than 30 days too: the database refuses to lose younger ones."""
+        old = audit_log.c.at < db_now(-max(older_than_s, LEAST_KEPT_S))
+        few = select(audit_log.c.id).where(old).limit(_BATCH)
+        with statement(self._engine) as connection:
+            return connection.execute(delete(audit_log).where(audit_log.c.id.in_(few))).rowcount
 
     def page(self, *, tenant_id: str | None, cursor: str | None, limit: int) -> tuple[list[AuditView], str | None]:
         """Newest first; of one tenant or of all."""

@@ -49,7 +49,7 @@ gpu_usage = Table(
     CheckConstraint("seconds >= 0", name="seconds"),
 )
 
-#: Who did what. Triggers in the database refuse to change or delete a line.
+#: Who did what. Triggers in the database refuse to change a line, or to delete one that is younger than 30 days.
 audit_log = Table(
     "audit_log",
     metadata,

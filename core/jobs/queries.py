@@ -5,7 +5,7 @@ import binascii
 import datetime as dt
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from sqlalchemy import ColumnElement, Engine, case, func, literal, literal_column, or_, select, tuple_
@@ -18,7 +18,7 @@ from core.jobs.states import QUEUED
 from core.jobs.tables import job_artifacts, job_attempts, job_events, job_logs, job_reports, jobs
 from core.schemas import JobState
 
-JOB_COLUMNS = tuple(jobs.c[field.name] for field in fields(Job))
+JOB_COLUMNS = tuple(jobs.c[one.name] for one in fields(Job))
 #: Written into the statement, not bound: a partial index is only used where its condition stands in the text.
 IS_QUEUED: ColumnElement[bool] = jobs.c.state == literal_column("'queued'")
 IS_LEASED: ColumnElement[bool] = jobs.c.lease_id.is_not(None)
@@ -29,6 +29,18 @@ QUEUES: tuple[Queue, ...] = get_args(Queue)
 def job_of(row: Sequence[Any]) -> Job:
     """A row of JOB_COLUMNS."""
     return Job(*row)
+
+
+@dataclass(frozen=True)
+class JobsWanted:
+    """Which of a tenant's jobs: all that is given must match."""
+
+    states: Collection[JobState] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None  #: an id or a name
+    queue: Queue | None = None
+    created_after: dt.datetime | None = None  #: this moment included
+    created_before: dt.datetime | None = None
 
 
 class JobReader:
@@ -46,26 +58,13 @@ class JobReader:
         return job_of(row) if row else None
 
     def page(
-        self,
-        tenant_id: str,
-        *,
-        states: Collection[JobState] = (),
-        labels: Mapping[str, str] | None = None,
-        model: str | None = None,
-        cursor: str | None = None,
-        limit: int = 50,
+        self, tenant_id: str, wanted: "JobsWanted | None" = None, *, cursor: str | None = None, limit: int = 50
     ) -> tuple[list[Job], str | None]:
-        """A tenant's jobs, newest first, and the cursor of the next page. `model` is an id or a name.
+        """A tenant's jobs, newest first, and the cursor of the next page.
 
         Raises NightpressError(invalid_request) for a cursor that isn't ours.
         """
-        query = select(*JOB_COLUMNS).where(jobs.c.tenant_id == tenant_id)
-        if states:
-            query = query.where(jobs.c.state.in_(states))
-        for key, value in (labels or {}).items():
-            query = query.where(self._has_label(key, value))
-        if model is not None:
-            query = query.where(or_(jobs.c.model_id == model, jobs.c.model_name == model))
+        query = select(*JOB_COLUMNS).where(*self._matching(tenant_id, wanted or JobsWanted()))
         if cursor is not None:
             created_at, job_id = _read_cursor(cursor)
             query = query.where(
@@ -77,6 +76,20 @@ class JobReader:
             found = [job_of(row) for row in connection.execute(query)]
         page = found[:limit]
         return page, _write_cursor(page[-1]) if len(found) > limit else None
+
+    def _matching(self, tenant_id: str, wanted: "JobsWanted") -> list[ColumnElement[bool]]:
+        found = [jobs.c.tenant_id == tenant_id, *(self._has_label(key, value) for key, value in wanted.labels.items())]
+        if wanted.states:
+            found.append(jobs.c.state.in_(wanted.states))
+        if wanted.model is not None:
+            found.append(or_(jobs.c.model_id == wanted.model, jobs.c.model_name == wanted.model))
+        if wanted.queue is not None:
+            found.append(jobs.c.queue == wanted.queue)
+        if wanted.created_after is not None:
+            found.append(jobs.c.created_at >= wanted.created_after)
+        if wanted.created_before is not None:
+            found.append(jobs.c.created_at < wanted.created_before)
+        return found
 
     def _has_label(self, key: str, value: str) -> ColumnElement[bool]:
         if not self._sqlite:
@@ -101,9 +114,10 @@ class JobReader:
             return [LogLine(*row) for row in connection.execute(query)]
 
     def artifacts(self, job_id: str) -> list[Artifact]:
-        """What the job committed; empty until it has succeeded."""
-        query = select(*(job_artifacts.c[field.name] for field in fields(Artifact)))
-        query = query.where(job_artifacts.c.job_id == job_id).order_by(job_artifacts.c.path)
+        """What the job committed; empty until it has succeeded, and when it was pruned."""
+        query = select(*(job_artifacts.c[one.name] for one in fields(Artifact)))
+        query = query.join_from(job_artifacts, jobs, jobs.c.id == job_artifacts.c.job_id)
+        query = query.where(jobs.c.id == job_id, jobs.c.artifacts_state == "kept").order_by(job_artifacts.c.path)
         with transaction(self._engine, read_only=True) as connection:
             return [Artifact(*row) for row in connection.execute(query)]
 

@@ -99,6 +99,38 @@ class JobService:
             job = self._store.reuse(job)
         return job, created
 
+    def submit_all(self, tenant_id: str, wanted: Sequence[JobCreate], *, key_id: str | None = None) -> list[Job]:
+        """Write jobs, all or none. Raises what `submit` would, with each job's fault by its place in `faults`."""
+        news: list[NewJob] = []
+        refusals: list[tuple[int, NightpressError]] = []
+        for index, one in enumerate(wanted):
+            try:
+                news.append(self._resolve(tenant_id, one, key_id))
+            except NightpressError as error:
+                if error.kind.retryable:
+                    raise
+                refusals.append((index, error))
+        if refusals:
+            (index, first), count = refusals[0], len(refusals)
+            faults = [
+                {"at": f"body.jobs.{at}", "problem": str(error), "type": error.code.value} for at, error in refusals
+            ]
+            raise NightpressError(
+                first.code,
+                f"No job was submitted: {count} of {len(wanted)} can't be. Number {index}: {first.message}",
+                hint=first.hint,
+                faults=faults,
+            )
+        quotas = self._quotas.of(tenant_id)
+        self._quotas.check_storage(tenant_id)
+        if any(new.queue == "gpu" for new in news):
+            self._quotas.check_gpu(tenant_id)
+        made = self._store.submit_all(news, max_queued=quotas.max_queued_jobs or NO_BOUND)
+        return [
+            self._store.reuse(job) if one.reuse and not one.force else job
+            for job, one in zip(made, wanted, strict=True)
+        ]
+
     def check(self, tenant_id: str, wanted: JobSpec) -> None:
         """Raise what submitting this job now would raise, the quota apart."""
         found = self._look_up(tenant_id, wanted)

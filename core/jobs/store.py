@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from sqlalchemy import (
@@ -27,7 +27,7 @@ from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
 from core.ids import new_id
 from core.jobs.claims import Caps, claim_and_note, claim_job, claim_values, some_have_caps, whose_turn
-from core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS, job_of
+from core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS, JobsWanted, job_of
 from core.jobs.records import Claimed, Job, Lease, Renewal, Succeeded, WorkerOffer
 from core.jobs.roster import WorkerRoster
 from core.jobs.states import (
@@ -35,6 +35,7 @@ from core.jobs.states import (
     CANCELLING,
     FAILED,
     QUEUED,
+    RUNNING,
     SUCCEEDED,
     AttemptOutcome,
     Trigger,
@@ -54,6 +55,7 @@ from core.promotions.store import promote_accepted
 from core.webhooks.outbox import note_for_webhooks
 
 MAX_LOG_LINES = 10_000  #: a job
+MAX_CANCELLED = 500  #: by one request
 MAX_LOG_BYTES = 4096  #: a line
 MAX_BACKOFF_S = 600.0
 #: The supervisor stops a run that is too long or stalls; where it failed to, the control process does so this much later.
@@ -91,6 +93,19 @@ class JobStore(JobSubmitter, WorkerRoster):
             )
         return job or self.get(tenant_id, job_id)
 
+    def cancel_all(self, tenant_id: str, wanted: JobsWanted, *, limit: int = MAX_CANCELLED) -> tuple[int, bool]:
+        """Ask for the end of every job that matches and isn't over, the newest first. Returns how many, and whether more are left.
+
+        The newest first, so that no job starts in the place of one that was cancelled just before it.
+        """
+        states = wanted.states or (QUEUED, RUNNING)
+        matching = self._matching(tenant_id, replace(wanted, states=states))
+        query = select(_columns.id).where(*matching).order_by(_columns.created_at.desc(), _columns.id.desc())
+        with transaction(self._engine, read_only=True) as connection:
+            found = connection.execute(query.limit(limit + 1)).scalars().all()
+        asked = [self.request_cancel(tenant_id, job_id) for job_id in found[:limit]]
+        return sum(job is not None and job.state in {CANCELLED, CANCELLING} for job in asked), len(found) > limit
+
     def reuse(self, job: Job) -> Job:
         """queued → succeeded with the result of an identical job of the same tenant, if there is one. Returns the job as it is then.
 
@@ -104,6 +119,7 @@ class JobStore(JobSubmitter, WorkerRoster):
             .where(made.c.state == literal_column("'succeeded'"), made.c.reused_from.is_(None))
             .order_by(made.c.finished_at.desc())
             .limit(1)
+            .with_for_update()  # so that it isn't pruned meanwhile
         )
         with transaction(self._engine) as connection:
             origin = connection.execute(found).one_or_none()

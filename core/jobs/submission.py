@@ -3,6 +3,7 @@
 import datetime as dt
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,6 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.engine import Connection
 
+from core.access.idempotency import mismatch
 from core.database import JsonType, UtcDateTime, clean_text, db_now, statement, transaction
 from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
@@ -119,12 +121,7 @@ class JobSubmitter(JobReader):
         if found is not None:
             return found, False
         if row is None:
-            raise NightpressError(
-                ErrorCode.QUOTA_EXCEEDED,
-                f"There are already {max_queued} jobs queued.",
-                hint="Wait for some to start, or cancel some.",
-                limit=max_queued,
-            )
+            raise _quota_used_up(max_queued)
         if counted:
             self._gauge.counted(new.tenant_id, max_queued - row.queued - 1)
         return _fresh(new, values, row.created_at, row.run_after), True
@@ -137,19 +134,34 @@ class JobSubmitter(JobReader):
     def _found(self, connection: Connection, tenant_id: str, idempotency: Idempotency) -> Job | None:
         query = (
             select(idempotency_keys.c.fingerprint, *JOB_COLUMNS)
-            .join_from(idempotency_keys, jobs, jobs.c.id == idempotency_keys.c.job_id)
+            .join_from(idempotency_keys, jobs, jobs.c.id == idempotency_keys.c.job_id, isouter=True)
             .where(idempotency_keys.c.tenant_id == tenant_id, idempotency_keys.c.key == idempotency.key)
         )
         row = connection.execute(query).one_or_none()
         if row is None:
             return None
-        if row[0] != idempotency.fingerprint:
-            raise NightpressError(
-                ErrorCode.IDEMPOTENCY_MISMATCH,
-                "This idempotency key was used for another request.",
-                hint="Use a new key for a new request.",
-            )
+        if row[0] != idempotency.fingerprint or row[1] is None:  # no job: another kind of request had it
+            raise mismatch()
         return job_of(row[1:])
+
+    def submit_all(self, news: Sequence[NewJob], *, max_queued: int) -> list[Job]:
+        """Write queued jobs of one tenant, all or none. Raises NightpressError(quota_exceeded)."""
+        rows = [(new, _bound(new, None, max_queued)) for new in news]
+        with transaction(self._engine) as connection:
+            queued = connection.execute(_queued_count(), rows[0][1]).scalar_one()
+            if queued + len(rows) > max_queued:
+                raise _quota_used_up(max_queued)
+            made = [(new, values, _insert_with_event(connection, values)) for new, values in rows]
+        return [_fresh(new, values, row.created_at, row.run_after) for new, values, row in made]
+
+
+def _quota_used_up(max_queued: int) -> NightpressError:
+    return NightpressError(
+        ErrorCode.QUOTA_EXCEEDED,
+        f"There may be {max_queued} jobs queued, and no more.",
+        hint="Wait for some to start, or cancel some.",
+        limit=max_queued,
+    )
 
 
 def _bound(new: NewJob, idempotency: Idempotency | None, max_queued: int) -> dict[str, Any]:
@@ -243,12 +255,17 @@ def _insert_one_by_one(
     queued = connection.execute(_queued_count(), values).scalar_one() if counted else 0
     if queued >= values["max_queued"]:
         return None
-    row = connection.execute(_insert_job(), {**values, "queued": queued}).one()
-    event = {"job_id": values["id"], "seq": 1, "at": row.created_at, "kind": "queued", "data": {}}
-    connection.execute(insert(job_events), event)
+    row = _insert_with_event(connection, {**values, "queued": queued})
     if idempotency is not None:
         key = insert(idempotency_keys).from_select(_IDEMPOTENCY_COLUMNS, select(*_idempotency_values()))
         connection.execute(key, values)
+    return row
+
+
+def _insert_with_event(connection: Connection, values: dict[str, Any]) -> Row[Any]:
+    row = connection.execute(_insert_job(), {"queued": 0, **values}).one()
+    event = {"job_id": values["id"], "seq": 1, "at": row.created_at, "kind": "queued", "data": {}}
+    connection.execute(insert(job_events), event)
     return row
 
 

@@ -9,6 +9,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     SmallInteger,
     String,
     Table,
@@ -46,6 +47,8 @@ jobs = Table(
     Column("fingerprint", String(64)),
     #: the job whose result this one was given instead of running: its files are that one's
     Column("reused_from", String(40)),
+    #: kept, going or gone: pruned ones are `going` while their files are removed: nobody is shown them any more
+    Column("artifacts_state", String(8), nullable=False, server_default=text("'kept'")),
     Column("attempt", Integer, nullable=False, server_default=text("0")),
     Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("max_failures", Integer, nullable=False),
@@ -239,14 +242,22 @@ job_metrics = Table(
     Column("high", Float),
 )
 
+#: What a POST with an Idempotency-Key came to: a job, written with it in one transaction, or the answer that was given.
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,
     Column("tenant_id", String(64), primary_key=True),
     Column("key", String(255), primary_key=True),
     Column("fingerprint", String(64), nullable=False),
-    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE")),
+    Column("attempt_id", String(40)),  #: whose request is being answered
+    Column("locked_until", UtcDateTime),
+    Column("status", Integer),
+    Column("headers", JsonType),
+    Column("body", LargeBinary),  #: compressed; none where it showed a secret
     Column("created_at", UtcDateTime, nullable=False),
+    CheckConstraint("(job_id IS NULL) = (attempt_id IS NOT NULL)", name="one_kind"),
+    Index("ix_idempotency_keys_created_at", "created_at"),
 )
 
 workers = Table(

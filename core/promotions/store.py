@@ -47,7 +47,8 @@ class PromotionStore:
         """Let the name mean another job's result, e.g. an earlier one. Raises not_found, conflict (it wasn't accepted)."""
         mine = (jobs.c.id == job_id, jobs.c.tenant_id == tenant_id, jobs.c.model_name == model_name)
         with transaction(self._engine) as connection:
-            row = connection.execute(select(jobs.c.state, jobs.c.verdict).where(*mine)).one_or_none()
+            query = select(jobs.c.state, jobs.c.verdict, jobs.c.artifacts_state).where(*mine)
+            row = connection.execute(query.with_for_update()).one_or_none()  # so that it isn't pruned meanwhile
             if row is None:
                 raise NightpressError(
                     ErrorCode.NOT_FOUND,
@@ -60,7 +61,8 @@ class PromotionStore:
                     f"The job is {row.verdict or row.state}; only an accepted result can be promoted.",
                     hint="Its report says which gate it missed." if row.verdict else "Wait for its end.",
                 )
-            if not connection.execute(select(exists().where(job_artifacts.c.job_id == job_id))).scalar_one():
+            has_some = select(exists().where(job_artifacts.c.job_id == job_id))
+            if row.artifacts_state != "kept" or not connection.execute(has_some).scalar_one():
                 raise NightpressError(
                     ErrorCode.CONFLICT, "The job's artifacts were pruned.", hint="Run it again: `nightpress retry`."
                 )

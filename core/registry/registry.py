@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Engine, Row, Select, Table, insert, or_, select, update
+from sqlalchemy import Engine, Row, Select, Table, exists, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
 from core.access.quotas import QuotaBook
@@ -129,6 +129,30 @@ class Registry(ABC, Generic[View]):
         for row in rows:
             self._fail(row, error)
         return len(rows)
+
+    def forget_superseded(self, older_than_s: float, *, limit: int = 100) -> int:
+        """Delete what was fetched so long ago and has a newer one of its name, but for what a job needs. Returns how many."""
+        table, newer = self.table, self.table.alias("newer")
+        is_newer = (newer.c.tenant_id == table.c.tenant_id, newer.c.name == table.c.name, newer.c.id > table.c.id)
+        query = select(table.c.id, table.c.tenant_id).where(
+            table.c.source_url.is_not(None),
+            table.c.deleted_at.is_(None),
+            table.c.state.in_(("ready", "failed")),
+            table.c.created_at < db_now(-older_than_s),
+            exists().where(*is_newer, newer.c.state == "ready", newer.c.deleted_at.is_(None)),
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            rows = connection.execute(query.order_by(table.c.created_at).limit(limit)).all()
+        count = 0
+        for row in rows:
+            try:
+                self.delete(row.tenant_id, row.id)
+            except NightpressError as error:
+                if error.code not in {ErrorCode.CONFLICT, ErrorCode.NOT_FOUND}:
+                    raise
+                continue  # a job needs it, or another process was faster
+            count += 1
+        return count
 
     # Sources, and what takes long --------------------------------------------------------------------------------
 

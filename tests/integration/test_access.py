@@ -15,6 +15,7 @@ from core.access.quotas import QuotaBook, add_gpu_time
 from core.access.tables import audit_log
 from core.database import make_engine, read_now, transaction
 from core.jobs.claims import Caps
+from core.jobs.queries import JobsWanted
 from core.jobs.records import Lease, WorkerOffer
 from core.jobs.store import JobStore
 from core.schemas import QuotaChange
@@ -144,7 +145,7 @@ def test_running_jobs_are_capped_in_the_claim_also_when_many_claim_at_once(sql_u
             thread.join()
         assert sorted(claimed) == ["default"] * 2 + ["other"] * 6
         # One ends, one more may run.
-        lease = store.page("default", states=("running",))[0][0]
+        lease = store.page("default", JobsWanted(states=("running",)))[0][0]
         job = store.get("default", lease.id)
         assert job is not None
         assert store.release(Lease(job.id, str(job.lease_id), job.attempt, str(job.worker_id)))

@@ -1,6 +1,7 @@
 """Jobs over HTTP on both databases: submitted once, found, followed, cancelled, retried, and their results fetched."""
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,53 @@ def test_the_same_key_and_body_make_one_job(client: httpx.Client):
     other = client.post("/v1/jobs", json={**SOON, "priority": 1}, headers=headers)
     assert (other.status_code, other.json()["code"]) == (422, "idempotency_mismatch")
     assert len(client.get("/v1/jobs").json()["items"]) == 1
+
+
+def test_who_prefers_to_wait_is_answered_when_the_job_has_ended(api: RunningApi, client: httpx.Client):
+    def soon() -> None:
+        claimed = api.claim()
+        api.services.store.fail(claimed.lease, NightpressError(ErrorCode.NUMERICAL_FAILURE, "over"), backoff_s=0)
+
+    later = threading.Timer(0.3, soon)
+    later.start()
+    ended = client.post("/v1/jobs", json=SOON, headers={"Prefer": "respond-async, wait=15"})
+    later.join()
+    assert (ended.status_code, ended.json()["state"]) == (201, "failed")
+    assert ended.headers["preference-applied"] == "wait=15"
+    again = client.get(f"/v1/jobs/{ended.json()['id']}", headers={"Prefer": "wait=99999"})
+    assert (again.json()["state"], again.headers["preference-applied"]) == ("failed", "wait=60")
+    waiting = client.post("/v1/jobs", json=SOON, headers={"Prefer": "wait=1"})
+    assert waiting.json()["state"] == "queued"
+    assert "preference-applied" not in client.get(f"/v1/jobs/{ended.json()['id']}", headers={"Prefer": "wait"}).headers
+
+
+def test_a_batch_is_submitted_whole_or_refused_with_every_fault(client: httpx.Client):
+    made = client.post("/v1/jobs:batch", json={"jobs": [{**SOON, "name": "a"}, {**SOON, "name": "b"}]})
+    assert made.status_code == 201
+    assert [job["name"] for job in made.json()["items"]] == ["a", "b"]
+    wrong = {"jobs": [SOON, {**SOON, "model": "nobody"}, {**SOON, "recipe": "nothing"}]}
+    refused = client.post("/v1/jobs:batch", json=wrong)
+    assert (refused.status_code, refused.json()["code"]) == (404, "not_found")
+    assert [fault["at"] for fault in refused.json()["errors"]] == ["body.jobs.1", "body.jobs.2"]
+    assert client.post("/v1/jobs:batch", json={"jobs": []}).status_code == 422
+    assert client.post("/v1/jobs:batch", json={"jobs": [SOON] * 101}).status_code == 422
+    assert len(client.get("/v1/jobs").json()["items"]) == 2
+
+
+def test_jobs_are_cancelled_by_what_they_are_and_never_by_mistake(client: httpx.Client):
+    for label in ("x", "x", "y"):
+        client.post("/v1/jobs", json={**SOON, "labels": {"suite": label}}).raise_for_status()
+    assert client.post("/v1/jobs:cancel", json={}).status_code == 422
+    assert client.post("/v1/jobs:cancel", json={"labels": {"suite": "x"}, "all": True}).status_code == 422
+    done = client.post("/v1/jobs:cancel", json={"labels": {"suite": "x"}, "state": ["queued"]})
+    assert done.json() == {"cancelled": 2, "more": False}
+    left = client.get("/v1/jobs", params={"state": "queued"}).json()["items"]
+    assert [job["labels"] for job in left] == [{"suite": "y"}]
+    moment = left[0]["created_at"]
+    assert client.get("/v1/jobs", params={"created_before": moment, "queue": "cpu"}).json()["items"][0] != left[0]
+    assert client.get("/v1/jobs", params={"created_after": moment}).json()["items"] == left
+    assert client.get("/v1/jobs", params={"created_after": "yesterday"}).status_code == 422
+    assert client.post("/v1/jobs:cancel", json={"all": True}).json() == {"cancelled": 1, "more": False}
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from sqlalchemy import Engine, update
 
 from core.database import db_now, make_engine, transaction
 from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Job, Worker
+from core.jobs.queries import JobsWanted
+from core.jobs.records import Job, Worker, WorkerOffer
 from core.jobs.store import MAX_LOG_BYTES, MAX_LOG_LINES, JobStore
 from core.jobs.tables import workers
-from tests.jobs import GB, add_model, age, claim, submit, succeeded
+from tests.jobs import GB, add_model, age, claim, new_job, submit, succeeded
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_filters_by_state_label_and_model(store: JobStore, engine: Engine):
     store.request_cancel("default", half)
 
     def found(**filters: Any) -> list[str]:
-        return [job.id for job in store.page("default", **filters)[0]]
+        return [job.id for job in store.page("default", JobsWanted(**filters))[0]]
 
     assert found(labels={"team": "search"}) == [half, labelled]
     assert found(labels={"team": "search", "env": "prod"}) == [labelled]
@@ -74,6 +75,38 @@ def test_filters_by_state_label_and_model(store: JobStore, engine: Engine):
     assert found(states=["cancelled", "running"]) == [half]
     assert found(model="model_other") == found(model="other") == [labelled]
     assert found(model="model_other", states=["running"]) == []
+    assert found(queue="cpu") == [half, labelled, plain]
+    assert found(queue="gpu") == []
+    moment = next(job.created_at for job in store.page("default")[0] if job.id == labelled)
+    assert found(created_after=moment) == [half, labelled]
+    assert found(created_before=moment) == [plain]
+
+
+def test_what_matches_is_cancelled_and_no_more_at_once_than_is_asked(store: JobStore):
+    mine = [submit(store, labels={"suite": "nightly"}) for _ in range(3)]
+    other = submit(store)
+    claimed = store.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)
+    assert claimed is not None
+    assert claimed.job.id == mine[0]
+    wanted = JobsWanted(labels={"suite": "nightly"})
+    assert store.cancel_all("stranger", wanted) == (0, False)
+    assert store.cancel_all("default", wanted, limit=2) == (2, True)
+    states = {job.id: job.state for job in store.page("default")[0]}
+    assert [states[one] for one in (*mine, other)] == ["running", "cancelled", "cancelled", "queued"]
+    assert store.cancel_all("default", wanted) == (1, False)
+    assert store.cancel_all("default", wanted) == (0, False)
+    assert store.get("default", mine[0]).state == "cancelling"
+
+
+def test_a_batch_is_queued_whole_or_not_at_all(store: JobStore):
+    made = store.submit_all([new_job(name="a"), new_job(name="b")], max_queued=3)
+    assert [job.name for job in made] == ["a", "b"]
+    assert made == [store.get("default", job.id) for job in made]
+    assert [event.kind for event in store.events(made[1].id)] == ["queued"]
+    with pytest.raises(NightpressError) as refused:
+        store.submit_all([new_job(), new_job()], max_queued=3)
+    assert refused.value.code is ErrorCode.QUOTA_EXCEEDED
+    assert len(store.page("default")[0]) == 2
 
 
 def test_a_made_up_cursor_is_refused(store: JobStore):

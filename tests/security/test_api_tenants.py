@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ _OPEN = {"/healthz", "/readyz", "/metrics"}
 #: what a POST that makes something is tried with; a new one must be added here
 BODIES: dict[str, Any] = {
     "/v1/jobs": {"model": "x", "recipe": "x"},
+    "/v1/jobs:batch": {"jobs": [{"model": "x", "recipe": "x"}]},
+    "/v1/jobs:cancel": {"labels": {"no": "job"}},
     "/v1/models": {"name": "other", "path": "/nowhere"},
     "/v1/datasets": {"name": "other", "path": "/nowhere"},
     "/v1/models/{reference}/promotions": {"job_id": "job_x"},
@@ -265,6 +268,95 @@ def test_an_idempotency_key_belongs_to_its_tenant(
     assert (
         owner.post("/v1/jobs", json={**body, "priority": 2}, headers=headers).json()["code"] == "idempotency_mismatch"
     )
+
+
+#: what makes each POST succeed where BODIES would not
+DONE: dict[str, Any] = {
+    "/v1/jobs": {"model": "tiny", "recipe": "int8-encoder"},
+    "/v1/jobs:batch": {"jobs": [{"model": "tiny", "recipe": "int8-encoder", "name": "one of a batch"}]},
+    "/v1/webhooks": {"url": "http://127.0.0.1:1/", "events": ["job.failed"]},
+    "/v1/schedules": {"name": "once", "cron": "0 2 * * *", "job": {"model": "tiny", "recipe": "int8-encoder"}},
+    "/v1/keys": {"name": "other", "scopes": ["jobs:read"]},
+}
+
+
+def test_every_post_under_a_key_is_done_once_and_answered_alike(
+    api: RunningApi, owner: httpx.Client, owned: Owned, bert_tiny: Path
+):
+    data_file = api.services.settings.data_dir.parent / "data.txt"
+    bodies = DONE | {
+        "/v1/models": {"name": "once", "path": str(bert_tiny)},
+        "/v1/datasets": {"name": "once", "path": str(data_file)},
+        "/v1/models/{reference}/promotions": {"job_id": owned.jobs},
+        "/v1/recipes/validate": {"recipe": "int8-encoder", "model": "tiny"},
+    }
+    document = httpx.get(f"{api.url}/openapi.json", trust_env=False).json()
+    done = 0
+    for operation in operations(api):
+        if operation.method != "POST":
+            continue
+        named = [one["name"] for one in document["paths"][operation.path]["post"]["parameters"]]
+        assert named.count("Idempotency-Key") == 1, operation
+        path = operation.at(getattr(owned, operation.kind, ""))
+        body = bodies.get(operation.path, BODIES.get(operation.path))
+        headers = {"Idempotency-Key": f"once {operation.path}".replace(" ", "-")}
+        first, second = (owner.post(path, json=body, headers=headers) for _ in range(2))
+        other = owner.post(path, json={**(body or {}), "more": 1}, headers=headers)
+        if first.is_error:  # it did nothing: mended, the request may come again under its key
+            assert second.status_code == first.status_code, operation
+            assert other.json()["code"] != "idempotency_mismatch", operation
+            continue
+        done += 1
+        if operation.path == "/v1/jobs":
+            assert (second.status_code, second.json()["id"]) == (200, first.json()["id"])
+            other = owner.post(path, json={**body, "priority": 1}, headers=headers)
+        elif "no-store" in first.headers.get("cache-control", ""):
+            assert (second.status_code, second.json()["code"]) == (409, "conflict"), operation
+            assert "np_" not in second.text
+            assert "whsec_" not in second.text
+        else:
+            assert (second.status_code, second.content) == (first.status_code, first.content), operation
+            assert second.headers["idempotency-replayed"] == "true"
+            assert second.headers.get("location") == first.headers.get("location")
+        assert (other.status_code, other.json()["code"]) == (422, "idempotency_mismatch"), operation
+    assert done >= 15
+    for path, name in (("/v1/models", "once"), ("/v1/datasets", "once"), ("/v1/jobs", "one of a batch")):
+        assert [one["name"] for one in owner.get(path).json()["items"]].count(name) == 1
+    taken = {"Idempotency-Key": "once-/v1/webhooks"}
+    assert owner.post("/v1/jobs", json=DONE["/v1/jobs"], headers=taken).json()["code"] == "idempotency_mismatch"
+    taken = {"Idempotency-Key": "once-/v1/jobs"}
+    assert owner.post("/v1/webhooks", json=DONE["/v1/webhooks"], headers=taken).json()["code"] == "idempotency_mismatch"
+    for bad in ("a b", "x" * 256, ""):
+        answer = owner.post("/v1/webhooks", json=DONE["/v1/webhooks"], headers={"Idempotency-Key": bad})
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), bad
+
+
+def test_a_key_that_may_do_less_is_not_told_what_another_was_answered(
+    api: RunningApi, owner: httpx.Client, owned: Owned
+):
+    headers, body = {"Idempotency-Key": "mine"}, DONE["/v1/schedules"] | {"name": "mine"}
+    assert owner.post("/v1/schedules", json=body, headers=headers).status_code == 201
+    with api.client(tenant_id="first", scopes=["models:read"]) as lesser, api.client(tenant_id="second") as stranger:
+        refused = lesser.post("/v1/schedules", json=body, headers=headers)
+        assert (refused.status_code, refused.json()["code"]) == (422, "idempotency_mismatch")
+        assert "mine" not in refused.json()["detail"]
+        assert stranger.post("/v1/schedules", json=body, headers=headers).status_code == 201
+
+
+def test_at_the_same_moment_one_is_done_and_the_others_wait_or_are_told(
+    api: RunningApi, owner: httpx.Client, owned: Owned, bert_tiny: Path
+):
+    body, headers = {"name": "at-once", "path": str(bert_tiny)}, {"Idempotency-Key": "at-once"}
+
+    def send(_: int) -> tuple[int, str]:
+        answer = owner.post("/v1/models", json=body, headers=headers)
+        return answer.status_code, answer.json().get("id") or answer.headers["retry-after"]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = set(pool.map(send, range(8)))
+    assert {status for status, _ in answers} <= {201, 409}
+    assert len({told for status, told in answers if status == 201}) == 1
+    assert [one["name"] for one in owner.get("/v1/models").json()["items"]].count("at-once") == 1
 
 
 def test_a_dump_of_the_database_holds_no_key(api: RunningApi):

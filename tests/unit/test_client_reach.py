@@ -16,7 +16,7 @@ from client import access, asynchronous, calls, client
 from client.asking import AsyncResource, Resource, _Method
 from client.calls import Call
 from client.cli.main import app
-from core.schemas import DataSetCreate, ModelCreate
+from core.schemas import DataSetCreate, JobCreate, JobFilter, ModelCreate
 from core.settings import Settings
 
 #: operation → the command that asks for it. A new operation must be added here, or to LEFT_OUT with its reason.
@@ -25,6 +25,7 @@ COMMANDS = {
     "list_jobs": "ls",
     "get_job": "inspect",
     "cancel_job": "cancel",
+    "cancel_jobs": "cancel",
     "retry_job": "retry",
     "job_events": "watch",
     "job_logs": "logs",
@@ -91,6 +92,8 @@ LEFT_OUT = {
     "healthz": "for load balancers; a client asks /readyz",
     "metrics": "for Prometheus",
 }
+#: For programs alone: a shell has loops, and shows what became of each.
+FOR_PROGRAMS = {"create_jobs"}
 #: Operations whose addresses a client is given by the service and never makes: client/transfers.py sends them.
 BY_ADDRESS = {"send_model_part", "send_data_set_part", "artifact_file"}
 
@@ -99,6 +102,8 @@ _ARGUMENTS: dict[str, Any] = {
     "scopes": ["jobs:read"],
     "url": "https://example.com/",
     "cron": "0 2 * * *",
+    "jobs": [JobCreate(model="x", recipe="x")],
+    "wanted": JobFilter(all=True),
 }
 _CHOICES = {"kind": ("models", "datasets"), "form": ("html", "md")}
 
@@ -189,7 +194,7 @@ def test_both_clients_offer_the_same():
 
 
 def test_every_operation_has_a_command(operations: dict[str, tuple[str, str]]):
-    assert operations.keys() == COMMANDS.keys() | LEFT_OUT.keys()
+    assert operations.keys() == COMMANDS.keys() | LEFT_OUT.keys() | FOR_PROGRAMS
     there = set(_words(get_command(app), ()))
     assert not set(COMMANDS.values()) - there
 

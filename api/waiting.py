@@ -1,0 +1,46 @@
+"""`Prefer: wait=N` (RFC 7240): the answer is held back until the job has ended, or N seconds are over."""
+
+import asyncio
+import re
+import time
+
+from starlette.requests import Request
+
+from api.deps import Services
+from core.jobs.records import Job
+from core.jobs.states import is_terminal
+
+LONGEST_S = 60
+_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?(?=$|[,;\s])", re.IGNORECASE)
+
+PARAMETER = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": f"`wait=N`: answer when the job has ended, or after N seconds, {LONGEST_S} at most.",
+    "schema": {"type": "string", "maxLength": 200, "examples": ["wait=30"]},
+}
+
+
+def preferred_wait(request: Request) -> int:
+    """Seconds that the caller would wait; 0 where it says nothing of that. Preferences that aren't known are passed over."""
+    found = _WAIT.search(request.headers.get("prefer", ""))
+    return min(int(found[1]), LONGEST_S) if found else 0
+
+
+async def until_ended(services: Services, job: Job, wait_s: int) -> Job:
+    """The job when it has ended, or as it is when the time is over. Holds no thread meanwhile."""
+    deadline = time.monotonic() + wait_s
+    with services.tail.watch(job.id) as watch:
+        while not is_terminal(job.state) and not services.tail.closed:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            try:
+                await asyncio.wait_for(watch.changed.wait(), left)
+            except TimeoutError:
+                break
+            watch.changed.clear()
+            now = await services.call(services.store.get, job.tenant_id, job.id)
+            job = now or job  # pruned meanwhile: as it was last seen
+    return job
