@@ -17,6 +17,7 @@ from core.recipes.builtins import builtin_recipes, builtin_text
 from core.recipes.calibration import Calibration
 from core.recipes.models import GATE_METRICS, GenerationSpeed, Latency, Quality, Recipe
 from core.recipes.passes import PASS_TYPES
+from core.recipes.targets import AIMS, Aim
 from core.settings import Settings
 
 _GENERATED = "<!-- Written by docs/reference.py from the code; change the code, not this page. -->\n\n"
@@ -102,6 +103,11 @@ def _doc(model: Any) -> str:
     return "\n".join(line.strip() for line in (model.__doc__ or "").splitlines()).strip()
 
 
+def _aim(name: str, aim: Aim) -> tuple[object, ...]:
+    passes = ", ".join("`" + ", ".join(f"{key}: {value}" for key, value in one.items()) + "`" for one in aim.passes)
+    return f"`{name}`", passes, ", ".join(f"`{one.name}`" for one in aim.exports), aim.because
+
+
 def recipes_page() -> str:
     parts = [
         "# Recipes\n\n"
@@ -110,6 +116,11 @@ def recipes_page() -> str:
         "`nightpress recipes` lists those that come with Nightpress; `nightpress recipes show NAME` prints one to start from, and "
         "`POST /v1/recipes/validate` (or `nightpress recipes validate FILE`) answers with the normalised recipe, the plan, an estimate and warnings.\n",
         "## Fields\n\n" + _fields(Recipe),
+        "## Targets\n\n"
+        "A recipe with a `target` may leave out `passes`, `exports` or both. What is filled in stands in the recipe from then on: it is what is stored, "
+        "fingerprinted and shown. Exports that the target's runtimes don't load are refused. `auto` takes `cpu-llm` for language models that llama.cpp runs, up to "
+        "8 billion parameters, `gpu-vllm` for others, `cpu-encoder` for text encoders.\n\n"
+        + _table(("target", "passes", "exports", "why"), [_aim(name, one) for name, one in AIMS.items()]),
         "## Passes\n",
     ]
     for one in PASS_TYPES:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -24,7 +24,9 @@ from core.handoff.report import REPORT_FILE, Report
 from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
 from core.ids import new_id
 from core.recipes.builtins import get_recipe
-from core.recipes.models import Recipe, parse_recipe
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import Recipe, aim, parse_recipe
+from core.recipes.targets import Target
 
 AnyFrame = Progress | Metric | Log | Checkpoint | Span | Result
 _NEEDED = ("torch", "transformers", "safetensors")
@@ -39,8 +41,13 @@ def press(
     model: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A local model folder.", exists=True, file_okay=False)
     ],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the result goes; must not exist or be empty.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help=f"In place of a recipe: {', '.join(get_args(Target))}.")
+    ] = None,
     data: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FILE", help="A data set that the recipe names; may be repeated.")
     ] = None,
@@ -52,8 +59,7 @@ def press(
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda.", param_hint="--device")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} exists and is not empty.", param_hint="--out")
-    chosen = read_recipe(recipe)
-    wanted = get_recipe(chosen) if isinstance(chosen, str) else parse_recipe(chosen)
+    wanted = aim(_wanted(recipe, target), inspect_model(FolderFiles(model)))
     sets = read_data(wanted, data or [])
     threads = threads or len(os.sched_getaffinity(0))
     require_core()
@@ -81,6 +87,17 @@ def press(
         print_report(report.model_dump(mode="json"))
         output.say(f"The result is in {out}.")
     raise typer.Exit(Exit.REJECTED if manifest.verdict == "rejected" else Exit.OK)
+
+
+def _wanted(recipe: str | None, target: str | None) -> Recipe:
+    if (recipe is None) == (target is None):
+        raise typer.BadParameter("Say what is to come out with one of --recipe and --target.", param_hint="--recipe")
+    if target is not None:
+        if target not in get_args(Target):
+            raise typer.BadParameter(f"{target!r} is none of {', '.join(get_args(Target))}.", param_hint="--target")
+        return get_recipe(target)
+    chosen = read_recipe(str(recipe))
+    return get_recipe(chosen) if isinstance(chosen, str) else parse_recipe(chosen)
 
 
 def require_core() -> None:

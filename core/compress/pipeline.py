@@ -22,7 +22,7 @@ from core.compress.evaluate.finite import check_weights
 from core.compress.evaluate.quality import Trial
 from core.compress.evaluate.roofline import device_of
 from core.compress.executors import graph
-from core.compress.export import compressed_tensors, gguf, onnx, openvino, safetensors
+from core.compress.export import compressed_tensors, gguf, onnx, openvino, safetensors, transformersjs
 from core.compress.export.early_exit import trace_exits
 from core.compress.export.verify import verify
 from core.compress.lineage import read_lineage
@@ -44,7 +44,7 @@ from core.recipes.profile import Profile, profile_of
 
 Emit = Callable[[Frame], None]
 
-_GRAPHS = {"onnx": onnx, "openvino": openvino}
+_GRAPHS = {"onnx": onnx, "openvino": openvino, "transformers.js": transformersjs}
 _FOLDERS = {"safetensors": safetensors, "compressed-tensors": compressed_tensors}
 _SLOWER = 1.05  #: medians nearer than this are called equal
 

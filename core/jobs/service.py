@@ -228,6 +228,7 @@ class JobService:
         model = self._ready_model(tenant_id, wanted.model)
         header = self._models.header(model.id)
         plan = make_plan(recipe, header)
+        recipe = plan.recipe  # with its target decided for this model
         data = {name: self._ready_data(tenant_id, name) for name in sorted(recipe.data_refs())}
         _check_labels(recipe, header, data)
         return _Resolved(
@@ -237,7 +238,7 @@ class JobService:
             queue=plan.queue,
             needs_memory=plan.estimate.memory_bytes if plan.estimate else 0,
             leaner=plan.estimate.leaner if plan.estimate else (),
-            recipe=plan.recipe.model_dump(mode="json"),
+            recipe=recipe.model_dump(mode="json"),
             data={name: {"id": one.id, "name": one.name, "digest": one.digest} for name, one in data.items()},
         )
 

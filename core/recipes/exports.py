@@ -10,12 +10,13 @@ from core.recipes.header import DECODERS, ENCODERS, MIXTURES, ModelHeader, Tenso
 from core.recipes.linears import invalid
 from core.recipes.passes.base import ExportFormat
 
-GRAPH_FORMATS = frozenset({"onnx", "openvino"})
+GRAPH_FORMATS = frozenset({"onnx", "openvino", "transformers.js"})
 
 #: The types of weights a format can be asked for; the first is what it uses unasked. Formats that aren't here keep the model's own.
 TYPES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16"),
     "openvino": ("fp32", "fp16"),
+    "transformers.js": ("fp32", "fp16"),
     "gguf": ("f16", "f32", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"),
 }
 #: Bits a weight of GGUF's types, with their scales.
@@ -48,6 +49,11 @@ class Export(BaseModel):
     def name(self) -> str:
         """What the artifact and its folder are called."""
         return self.format if self.type is None else f"{self.format}-{self.type}"
+
+    @property
+    def carrier(self) -> ExportFormat:
+        """The format that a pass must be able to put its result in: transformers.js reads an ONNX graph."""
+        return "onnx" if self.format == "transformers.js" else self.format
 
     @property
     def weights(self) -> str | None:
@@ -88,6 +94,10 @@ class Export(BaseModel):
         if why is not None:
             others = [one for one in (*TYPES, "safetensors") if _refusal(Export(format=one), header) is None]
             raise invalid(f"exports: {self.name} can't take this model: {why}.", f"Use {', '.join(others)}.")
+
+
+def runs_in_llama_cpp(header: ModelHeader) -> bool:
+    return _refusal(Export(format="gguf"), header) is None
 
 
 def _refusal(export: Export, header: ModelHeader) -> str | None:

@@ -10,7 +10,9 @@ from pydantic_core import ErrorDetails
 from core.errors import ErrorCode, NightpressError
 from core.recipes.calibration import BUILTIN_DATA, Calibration, DataRef
 from core.recipes.exports import Export
+from core.recipes.header import ModelHeader
 from core.recipes.passes import Pass
+from core.recipes.targets import Target, fill_in, misfit, target_for
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 MAX_PASSES = 20
@@ -132,11 +134,15 @@ class Recipe(_Model):
     name: Name
     version: int = Field(1, ge=1)
     description: str = Field("", max_length=2000)
+    target: Target | None = Field(
+        None,
+        description="Where the result is to run: fills in the passes and exports that are left out. `auto` goes by the model.",
+    )
     passes: tuple[Pass, ...] = Field(
-        max_length=MAX_PASSES, description="May be empty: then the exports alone change the model's form."
+        (), max_length=MAX_PASSES, description="May be empty: then the exports alone change the model's form."
     )
     exports: tuple[Export, ...] = Field(
-        min_length=1, max_length=8, description="Formats, e.g. `onnx`, or with a type: `{format: gguf, type: q8_0}`."
+        (), max_length=8, description="Formats, e.g. `onnx`, or with a type: `{format: gguf, type: q8_0}`."
     )
     calibration: Calibration = Calibration()
     evaluate: tuple[Evaluation, ...] = Field((Quality(), Latency()), max_length=16)
@@ -146,12 +152,30 @@ class Recipe(_Model):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     seed: int = Field(0, ge=0, le=2**31 - 1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _aimed(cls, raw: Any) -> Any:
+        return fill_in(raw) if isinstance(raw, dict) else raw
+
     @field_validator("exports")
     @classmethod
     def _no_export_twice(cls, exports: tuple[Export, ...]) -> tuple[Export, ...]:
         if len({one.name for one in exports}) != len(exports):
             raise ValueError("an export is named twice")
         return exports
+
+    @model_validator(mode="after")
+    def _says_what_comes_out(self) -> "Recipe":
+        if self.target == "auto":
+            if self.passes or self.exports:
+                raise ValueError(
+                    "`target: auto` chooses the passes and exports itself: name a target, or leave them out"
+                )
+        elif not self.exports or "passes" not in self.model_fields_set:
+            raise ValueError("name `passes` and `exports`, or a `target` that fills them in")
+        elif self.target is not None and (why := misfit(self.target, self.exports)) is not None:
+            raise ValueError(why)
+        return self
 
     @model_validator(mode="after")
     def _gates_parse(self) -> "Recipe":
@@ -225,6 +249,14 @@ def parse_recipe(raw: Any) -> Recipe:
             hint="`nightpress recipes` lists the built-in recipes and passes; docs/recipes.md explains every field.",
             faults=faults,
         ) from error
+
+
+def aim(recipe: Recipe, header: ModelHeader) -> Recipe:
+    """The recipe with `target: auto` decided for a model; any other as it is. Raises NightpressError(invalid_recipe)."""
+    if recipe.target != "auto":
+        return recipe
+    raw = recipe.model_dump(mode="json", exclude={"passes", "exports"}, exclude_unset=True)
+    return parse_recipe(raw | {"target": target_for(header)})
 
 
 def _fault(error: ErrorDetails) -> dict[str, str]:

@@ -20,8 +20,9 @@ from core.recipes.costs import (
 from core.recipes.exports import GRAPH_FORMATS, Export
 from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from core.recipes.linears import invalid
-from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe
+from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
 from core.recipes.passes import EarlyExit, GenerationCache, PassOptions
+from core.recipes.targets import check_target
 
 _IMPORT_S = 6.0  #: start of one consumer process
 _DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
@@ -75,6 +76,9 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None) -> Plan:
 
     Raises NightpressError: invalid_recipe for a combination that can't work, unsupported_architecture for a model no pass or evaluation here knows.
     """
+    if header is not None:
+        recipe = aim(recipe, header)
+        check_target(recipe.target, header)
     _check_order(recipe)
     _check_exports(recipe)
     estimate = None
@@ -145,7 +149,7 @@ def _check_exports(recipe: Recipe) -> None:
 
 def _check_carriers(recipe: Recipe, one: PassOptions, header: ModelHeader | None) -> None:
     carriers = one.carriers(header)
-    wrong = [export.name for export in recipe.exports if export.format not in carriers]
+    wrong = [export.name for export in recipe.exports if export.carrier not in carriers]
     if wrong:
         why = one.why_not(header)
         raise invalid(
@@ -164,6 +168,8 @@ def _chain(recipe: Recipe, header: ModelHeader) -> tuple[list[ModelHeader], Mode
 
 
 def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
+    if recipe.target == "auto" and header is None:
+        yield "`target: auto` looks at the model: name one to see the passes and exports."
     given = _chain(recipe, header)[0] if header is not None else [None] * len(recipe.passes)
     for one, seen in zip(recipe.passes, given, strict=True):
         yield from one.warnings(seen)

@@ -87,6 +87,13 @@ def test_a_recipe_can_be_named(world: World):
     assert refusal(world.service, wanted(recipe="int9-encoder")).code is ErrorCode.NOT_FOUND
 
 
+def test_what_is_stored_is_what_a_target_came_to(world: World):
+    job, _ = world.service.submit(TENANT, wanted(recipe="auto"))
+    assert job.recipe["target"] == "cpu-encoder"
+    assert [one["pass"] for one in job.recipe["passes"]] == ["dynamic-int8"]
+    assert job.recipe["exports"] == ["onnx"]
+
+
 def test_what_cannot_work_is_refused_and_leaves_nothing(world: World):
     model_type = {"passes": [{"pass": "fp8"}], "exports": ["onnx"], "name": "bad"}
     cases = {

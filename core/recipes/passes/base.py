@@ -10,7 +10,7 @@ from core.recipes.costs import Cost, blocks_cost, stream_cost
 from core.recipes.header import CONV1D, ModelHeader, TensorInfo
 from core.recipes.linears import Divisor, check_layout, invalid, is_linear_weight
 
-ExportFormat = Literal["safetensors", "compressed-tensors", "onnx", "openvino", "gguf"]
+ExportFormat = Literal["safetensors", "compressed-tensors", "onnx", "openvino", "gguf", "transformers.js"]
 Need = Literal["nothing", "calibration", "labels", "training"]
 Scope = Literal["stream", "blocks", "train", "graph"]
 Patterns = Annotated[tuple[str, ...], Field(max_length=100)]

@@ -1,0 +1,53 @@
+"""An ONNX graph laid out as transformers.js looks for it, in a page or in Node: onnx/model_quantized.onnx beside config and tokenizer."""
+
+import json
+from pathlib import Path
+
+from core.compress.checkpoint import write_file
+from core.compress.executors.graph import Traced
+from core.compress.export import onnx
+from core.errors import ErrorCode, NightpressError
+from core.handoff.report import PassRecord
+from core.recipes.passes import DynamicInt8
+
+CONSUMER = Path(__file__).with_name("runners") / "transformersjs_runner.py"
+#: The name of a number type there → what a file's name ends in.
+_SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4"}
+_INTEGERS = frozenset({"MatMulInteger", "DynamicQuantizeMatMul", "DequantizeLinear"})
+
+
+def save(
+    model_dir: Path,
+    out_dir: Path,
+    traced: Traced,
+    graph_passes: list[tuple[int, DynamicInt8]],
+    *,
+    weights: str = "fp32",
+) -> tuple[PassRecord, ...]:
+    """Write the folder; as `onnx.save`, which makes the graph. Raises NightpressError(invalid_recipe) for a graph that a page can't load."""
+    records = onnx.save(model_dir, out_dir, traced, graph_passes, weights=weights)
+    graph = out_dir / onnx.GRAPH_FILE
+    if graph.with_name(f"{onnx.GRAPH_FILE}.data").exists():
+        raise NightpressError(
+            ErrorCode.INVALID_RECIPE,
+            "The graph is larger than the 2 GB that a page can load.",
+            hint="Add a pass that makes it smaller, or export `onnx`.",
+        )
+    kind = _number_type(graph, weights)
+    (out_dir / "onnx").mkdir()
+    graph.rename(out_dir / "onnx" / f"model{_SUFFIXES[kind]}.onnx")
+    config = json.loads((out_dir / "config.json").read_bytes())
+    config.pop("quantization_config", None)  # the graph holds the numbers; the loader would refuse what it doesn't know
+    config["transformers.js_config"] = {"dtype": kind}  # so that a page needs to name no type
+    write_file(out_dir / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+    return records
+
+
+def _number_type(graph: Path, weights: str) -> str:
+    """What transformers.js calls the numbers of a graph."""
+    import onnx as library
+
+    operations = {node.op_type: node for node in library.load(graph).graph.node}
+    if product := operations.get("MatMulNBits"):
+        return "q4" if any(one.name == "bits" and one.i == 4 for one in product.attribute) else "q8"
+    return "q8" if operations.keys() & _INTEGERS else weights

@@ -1,0 +1,118 @@
+"""Where a model is to run, and the passes and exports that run fastest there by what was measured.
+
+A recipe that names a target may leave out its passes, its exports, or both. What is filled in stands in the recipe from then on: it is
+what is stored, fingerprinted and shown.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from core.recipes.exports import Export, runs_in_llama_cpp
+from core.recipes.header import DECODERS, ENCODERS, ModelHeader
+from core.recipes.linears import invalid
+from core.recipes.passes.base import ExportFormat
+
+Target = Literal["cpu-encoder", "cpu-llm", "gpu-vllm", "browser", "auto"]
+
+#: Parameters above which `auto` sends a language model to a GPU: a CPU decodes at a rate of memory bandwidth over bytes a token, and
+#: the 4.5 GB of eight billion weights in 4 bits leave it a few tokens a second.
+_LARGEST_ON_CPU = 8_100_000_000
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a target's recipe holds where it doesn't say otherwise."""
+
+    passes: tuple[Mapping[str, Any], ...]
+    calibration: Mapping[str, Any] | None  #: of those passes
+    exports: tuple[Export, ...]
+    reads: frozenset[ExportFormat]  #: what the target's runtimes load
+    decoders: bool | None  #: whether it is for models that write text, for others, or (None) for both
+    because: str  #: the figures that decided, and what printed them
+
+
+AIMS: Mapping[str, Aim] = {
+    "cpu-encoder": Aim(
+        passes=({"pass": "dynamic-int8"},),
+        calibration=None,
+        exports=(Export(format="onnx"),),
+        reads=frozenset({"onnx", "openvino"}),
+        decoders=False,
+        because="ONNX Runtime in int8 was the fastest form of an encoder on a CPU with AVX2, ahead of OpenVINO in int8 and of both in fp32 (`bench.targets`, `bench.encoder`).",
+    ),
+    "cpu-llm": Aim(
+        passes=({"pass": "gptq", "bits": 4, "group_size": 32},),
+        calibration={"samples": 32, "length": 512},
+        exports=(Export(format="gguf", type="q8_0"),),
+        reads=frozenset({"gguf"}),
+        decoders=True,
+        because="llama.cpp decodes Q4_0 fastest of all its types, and codes that GPTQ chose lose a fraction there of what rounding loses; the vocabulary's matrix in Q8_0 costs little time and keeps the words apart (`bench.targets`).",
+    ),
+    "gpu-vllm": Aim(
+        passes=({"pass": "gptq", "bits": 4, "group_size": 128},),
+        calibration={"samples": 128, "length": 512},
+        exports=(Export(format="compressed-tensors"),),
+        reads=frozenset({"compressed-tensors", "safetensors"}),
+        decoders=True,
+        because="GPTQ at 4 bits in groups of 128 is what vLLM has its fastest kernels for; its quality was measured (`bench.quality`), its speed in vLLM was not.",
+    ),
+    "browser": Aim(
+        passes=({"pass": "dynamic-int8"},),
+        calibration=None,
+        exports=(Export(format="transformers.js"),),
+        reads=frozenset({"transformers.js"}),
+        decoders=None,
+        because="A page loads what it must first download: int8 is the smallest form that transformers.js runs for every kind of model here (`bench.targets`).",
+    ),
+}
+
+
+def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's mapping with what its target adds. One without a target, or with `auto`, comes back as it is."""
+    filled = dict(raw)
+    aim = AIMS.get(str(raw.get("target")))
+    if aim is None:
+        return filled
+    if "passes" not in raw:
+        filled["passes"] = [dict(one) for one in aim.passes]
+        if aim.calibration is not None:
+            filled.setdefault("calibration", dict(aim.calibration))
+    filled.setdefault("exports", [one.model_dump() for one in aim.exports])
+    return filled
+
+
+def misfit(target: str, exports: tuple[Export, ...]) -> str | None:
+    """Why a target can't have these exports; None where it can."""
+    aim = AIMS.get(target)
+    wrong = [] if aim is None else [one.name for one in exports if one.format not in aim.reads]
+    if aim is None or not wrong:
+        return None
+    return (
+        f"`target: {target}` runs {' and '.join(sorted(aim.reads))}, not {', '.join(wrong)}. {aim.because} "
+        "Leave out `exports`, or leave out `target` to choose freely"
+    )
+
+
+def check_target(target: str | None, header: ModelHeader) -> None:
+    """Raise NightpressError(invalid_recipe) where a target is for another kind of model."""
+    aim = AIMS.get(target or "")
+    if aim is not None and aim.decoders not in {None, header.is_decoder}:
+        kind = "models that write text" if aim.decoders else "encoders"
+        raise invalid(
+            f"`target: {target}` is for {kind}, and this is a {header.architecture}.",
+            f"Use `target: {target_for(header)}`, or `target: auto`.",
+        )
+
+
+def target_for(header: ModelHeader) -> str:
+    """What `auto` comes to. Raises NightpressError(invalid_recipe) for a model that no target is for."""
+    if header.is_decoder and header.model_type in DECODERS:
+        small = header.parameters <= _LARGEST_ON_CPU
+        return "cpu-llm" if small and runs_in_llama_cpp(header) else "gpu-vllm"
+    if header.model_type in ENCODERS and header.task not in {"seq2seq", "other"}:
+        return "cpu-encoder"
+    raise invalid(
+        f"`target: auto` knows no target for a {header.architecture}: they are for language models and text encoders.",
+        "Name `passes` and `exports`.",
+    )
