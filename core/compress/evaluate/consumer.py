@@ -7,6 +7,7 @@ module beside that, and nothing of this process's state.
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -260,6 +261,14 @@ def _failed(name: str, status: int, stderr: str) -> NightpressError:
             hint="Use a worker with more memory, or evaluate with a smaller `batch` and `length`.",
             stderr=whole,
         )
+    if (mismatch := _version_mismatch(whole)) is not None:
+        return NightpressError(
+            ErrorCode.VERIFICATION_FAILED,
+            f"{_subject(name).capitalize()} is written in {mismatch[0]}; the library that is to load it here reads up to {mismatch[1]}.",
+            hint="Bring the libraries to the versions in constraints.txt: what writes the file and what reads it must fit together.",
+            artifact=name,
+            stderr=whole,
+        )
     died = f"signal {-status}" if status < 0 else f"status {status}"
     hint = (
         "The model itself can't be run: check that its config.json and weights belong together."
@@ -273,6 +282,22 @@ def _failed(name: str, status: int, stderr: str) -> NightpressError:
         artifact=name,
         stderr=whole,
     )
+
+
+#: What consumers say of a file that is newer than they are: its version, and the last one they read.
+_TOO_NEW = (
+    ("IR version", re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")),
+    ("opset", re.compile(r"[Oo]pset (\d+) is under development.*?till opset (\d+)", re.DOTALL)),
+    ("GGUF version", re.compile(r"GGUF.*?version (\d+).*?\(?max(?:imum)?:? (\d+)")),
+)
+
+
+def _version_mismatch(stderr: str) -> tuple[str, str] | None:
+    """E.g. `("IR version 99", "IR version 13")`, where that is why a file didn't load."""
+    for what, pattern in _TOO_NEW:
+        if found := pattern.search(stderr):
+            return f"{what} {found[1]}", f"{what} {found[2]}"
+    return None
 
 
 def _subject(name: str) -> str:

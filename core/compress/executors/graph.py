@@ -28,8 +28,11 @@ from core.compress.networks import load_model
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import ModelHeader
 
-_ANY = torch.export.Dim.DYNAMIC
-_BOTH = {0: _ANY, 1: _ANY}
+#: Dimensions that vary, under the names that generation libraries look for: transformers.js makes an empty cache from them.
+_BATCH, _LENGTH = "batch_size", "sequence_length"
+_BOTH = {0: _BATCH, 1: _LENGTH}
+_SEEN = {0: _BATCH, 1: "total_sequence_length"}
+_PAST = {0: _BATCH, 2: "past_sequence_length"}
 OPSET = 18  #: read by every ONNX Runtime and OpenVINO of the last two years
 
 
@@ -190,7 +193,7 @@ class _WithCache(torch.nn.Module):
             ("input_ids", "attention_mask", "position_ids", *(f"past_key_values.{one}" for one in layers)),
             ("logits", *(f"present.{one}" for one in layers)),
             (ids, torch.ones(batch, past + length, dtype=torch.int64), positions, cache),
-            (dict(_BOTH), dict(_BOTH), dict(_BOTH), [{0: _ANY, 2: _ANY} for _ in cache]),
+            (dict(_BOTH), dict(_SEEN), dict(_BOTH), [dict(_PAST) for _ in cache]),
         )
 
 

