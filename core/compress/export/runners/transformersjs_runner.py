@@ -83,7 +83,7 @@ class Node:
     """The graph's first output for whole texts, by a process of Node."""
 
     def __init__(self, snippet: str, *, decodes: bool) -> None:
-        self.said = tempfile.TemporaryFile()
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - the process writes into it as long as it lives
         self.process = subprocess.Popen(
             [_node(), "-e", _SERVER % snippet],
             stdin=subprocess.PIPE,
