@@ -179,13 +179,17 @@ def test_a_file_carries_the_codes_the_tokenizer_and_the_template(llama_cpp: Any,
     recipe = {
         "passes": [{"pass": "weight-only", "bits": 4, "group_size": 32}],
         "exports": [{"format": "gguf", "type": "q8_0"}],
-        "evaluate": [{"metric": "perplexity", "samples": 2, "length": 32}],
+        "evaluate": [
+            {"metric": "perplexity", "samples": 2, "length": 32},
+            {"metric": "generation-speed", "prompt": 40, "tokens": 4, "repeats": 3},
+        ],
         "gates": {"size": "<= 40%"},
     }
     manifest, report, _ = press(lay_out(tmp_path / "job", llama, recipe))
     assert manifest.artifacts[0].format == "gguf-q8_0"
     assert manifest.artifacts[0].consumer.startswith("llama-cpp-python")
     assert {one.name for one in report.artifacts[0].measurements} >= {"perplexity", "kl_divergence"}
+    assert report.artifacts[0].generation[0].decode_tokens_per_s > 0
     path = tmp_path / "job" / "out" / "gguf-q8_0" / "model.gguf"
     kinds = {one.name: one.tensor_type.name for one in GGUFReader(path).tensors}
     assert kinds["blk.0.attn_q.weight"] == "Q4_0"

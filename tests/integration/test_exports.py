@@ -95,6 +95,13 @@ def test_a_graph_newer_than_its_consumer_is_said_with_both_versions(bench: Bench
     assert "constraints.txt" in caught.value.hint
 
 
+def test_the_same_graph_is_the_same_bytes_again(bench: Bench, tmp_path: Path):
+    for name in ("one", "two"):
+        openvino.save(bench.model, tmp_path / name, bench.traced, [(0, DynamicInt8())])
+    for file in ("model.xml", "model.bin"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
 def test_an_artifact_that_answers_wrongly_is_found_out(bench: Bench, tmp_path: Path):
     out = tmp_path / "onnx"
     onnx.save(bench.model, out, bench.traced, [])
@@ -109,11 +116,13 @@ def test_an_artifact_that_answers_wrongly_is_found_out(bench: Bench, tmp_path: P
 
 def test_ignored_layers_stay_in_float(bench: Bench, tmp_path: Path):
     options = DynamicInt8(ignore=("re:.*query", "bert.embeddings.*"))
-    names = {layer.name for layer in quantize_onnx(bench.traced.path, tmp_path / "q.onnx", options, rounding={})}
+    names = {
+        layer.name for layer in quantize_onnx(bench.traced.path, tmp_path / "q.onnx", options, rounding={}, peaks={})
+    }
     assert "bert.encoder.layer.0.attention.self.key" in names
     assert not [name for name in names if "query" in name or "embeddings" in name]
     with pytest.raises(NightpressError) as caught:
-        quantize_onnx(bench.traced.path, tmp_path / "none.onnx", DynamicInt8(ignore=("*",)), rounding={})
+        quantize_onnx(bench.traced.path, tmp_path / "none.onnx", DynamicInt8(ignore=("*",)), rounding={}, peaks={})
     assert caught.value.code == ErrorCode.INVALID_RECIPE
 
 

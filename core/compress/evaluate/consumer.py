@@ -288,7 +288,6 @@ def _failed(name: str, status: int, stderr: str) -> NightpressError:
 _TOO_NEW = (
     ("IR version", re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")),
     ("opset", re.compile(r"[Oo]pset (\d+) is under development.*?till opset (\d+)", re.DOTALL)),
-    ("GGUF version", re.compile(r"GGUF.*?version (\d+).*?\(?max(?:imum)?:? (\d+)")),
 )
 
 

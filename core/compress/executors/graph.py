@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ class Traced:
     rounding: Mapping[
         str, float
     ]  #: linear layer → relative error of its input on those texts, rounded to int8 with one scale
+    peaks: Mapping[str, NDArray[np.float32]] = field(
+        default_factory=dict
+    )  #: linear layer → largest magnitude of each of its inputs on those texts, [in]
     cached: bool = False  #: the graph takes and gives the keys and values of what it has seen: a decoder's
 
 
@@ -52,12 +55,13 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
     """Trace once. `model_dir` is immutable: its folder name and header decide whether a kept trace is of the same model."""
     key = hashlib.sha256(f"{model_dir.resolve()}\n{header.model_dump_json()}\n{OPSET}\n".encode() + check.ids.tobytes())
     folder = context.work_dir / "graph" / key.hexdigest()[:16]
-    graph, outputs, errors = folder / "model.onnx", folder / "check.npy", folder / "rounding.json"
-    if not all(file.is_file() for file in (graph, errors, outputs)):
+    graph, outputs = folder / "model.onnx", folder / "check.npy"
+    errors, peaks = folder / "rounding.json", folder / "peaks.npz"
+    if not all(file.is_file() for file in (graph, errors, peaks, outputs)):
         folder.mkdir(parents=True, exist_ok=True)
         context.progress(0.05, "loading the model to trace it")
         model = _load(model_dir, header, context.threads)
-        with torch.inference_mode(), _watch_inputs(model) as rounding:
+        with torch.inference_mode(), _watch_inputs(model) as (rounding, largest):
             expected = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask)).float().numpy()
         context.progress(0.2, "tracing the model into a graph")
         with disk_errors():
@@ -71,22 +75,28 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
                 file.replace(folder / file.name)
             partial.rmdir()
             write_file(errors, json.dumps(rounding).encode())
+            np.savez(folder / "partial.npz", **largest)  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
+            (folder / "partial.npz").replace(peaks)
             with (folder / "check.partial").open("wb") as stream:
                 np.save(stream, expected)
                 os.fsync(stream.fileno())
             (folder / "check.partial").replace(outputs)
         context.checkpoint(graph.relative_to(context.work_dir).as_posix(), 1)
-    return Traced(graph, np.load(outputs), json.loads(errors.read_bytes()), cached=header.is_decoder)
+    with np.load(peaks) as archive:
+        largest = {name: archive[name] for name in archive.files}
+    return Traced(graph, np.load(outputs), json.loads(errors.read_bytes()), largest, cached=header.is_decoder)
 
 
 @contextlib.contextmanager
-def _watch_inputs(model: torch.nn.Module) -> Iterator[dict[str, float]]:
-    """While inside, note how much each linear layer's input loses when it is rounded as a runtime does it: to uint8, one scale a tensor."""
+def _watch_inputs(model: torch.nn.Module) -> Iterator[tuple[dict[str, float], dict[str, NDArray[np.float32]]]]:
+    """While inside, note each linear layer's inputs: what they lose when a runtime rounds them, to uint8 with one scale, and their largest magnitudes."""
     errors: dict[str, float] = {}
+    largest: dict[str, NDArray[np.float32]] = {}
 
     def watch(name: str) -> Any:
         def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].float()
+            largest[name] = x.abs().flatten(0, -2).amax(0).numpy()
             low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
             scale = ((high - low) / 255).clamp(min=1e-30)
             zero = torch.round(-low / scale)
@@ -101,7 +111,7 @@ def _watch_inputs(model: torch.nn.Module) -> Iterator[dict[str, float]]:
         if isinstance(module, torch.nn.Linear)
     ]
     try:
-        yield errors
+        yield errors, largest
     finally:
         for handle in handles:
             handle.remove()

@@ -40,7 +40,7 @@ def save(
     records = []
     for index, options in graph_passes:
         start = time.monotonic()
-        layers = quantize_onnx(traced.path, target, options, rounding=traced.rounding)
+        layers = quantize_onnx(traced.path, target, options, rounding=traced.rounding, peaks=traced.peaks)
         records.append(
             PassRecord(
                 index=index,

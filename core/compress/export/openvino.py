@@ -6,7 +6,7 @@ from pathlib import Path
 from core.compress.checkpoint import disk_errors
 from core.compress.executors.graph import Traced
 from core.compress.executors.stream import copy_companions
-from core.compress.export.openvino_graph import halve, keep_cache, write_codes
+from core.compress.export.openvino_graph import halve, keep_cache, settle_names, write_codes
 from core.compress.export.weights import PressedWeights
 from core.compress.passes.quantize_graph import quantize_openvino
 from core.handoff.report import PassRecord
@@ -63,5 +63,6 @@ def save(
     with disk_errors():
         out_dir.mkdir(parents=True)
         copy_companions(model_dir, out_dir)
+        settle_names(model)
         openvino.save_model(model, str(out_dir / GRAPH_FILE), compress_to_fp16=False)
     return tuple(records)

@@ -125,3 +125,10 @@ def keep_cache(model: Any) -> None:
         empty = ops.broadcast(ops.constant(0.0, dtype=node.get_output_element_type(0)), shape)
         node.set_arguments([empty.output(0)])
     model.validate_nodes_and_infer_types()
+
+
+def settle_names(model: Any) -> None:
+    """Name by its place what nobody named. OpenVINO numbers such nodes as the process makes them, and the file's bytes would follow."""
+    for place, node in enumerate(model.get_ordered_ops()):
+        if node.get_friendly_name() == node.get_name():
+            node.set_friendly_name(f"{node.get_type_name()}@{place}")

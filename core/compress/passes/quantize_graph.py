@@ -2,14 +2,17 @@
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from core.compress.checkpoint import disk_errors
+from core.compress.solvers.smooth import smoothing_factors
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import LayerEffect
 from core.recipes.linears import matches
@@ -20,6 +23,8 @@ Weights = NDArray[np.float32]
 _FEWEST = 1024  #: weights; smaller constants are biases, masks and shapes
 
 
+#: How much of their inputs' strength weights take over (SmoothQuant's α).
+_SMOOTHING = 0.65
 #: A layer whose input loses this many times more than the median layer's keeps float arithmetic in ONNX Runtime, which has one scale
 #: for a whole input; such layers may hold this share of the weights.
 _SENSITIVE, _SENSITIVE_SHARE = 1.5, 1 / 8
@@ -41,9 +46,17 @@ def sensitive_layers(rounding: Mapping[str, float], sizes: Mapping[str, int]) ->
 
 
 def quantize_onnx(
-    graph: Path, target: Path, options: DynamicInt8, *, rounding: Mapping[str, float]
+    graph: Path,
+    target: Path,
+    options: DynamicInt8,
+    *,
+    rounding: Mapping[str, float],
+    peaks: Mapping[str, Weights],
 ) -> tuple[LayerEffect, ...]:
-    """Matrix products by ONNX Runtime's own quantizer, embeddings row by row. Writes `target`. rounding: see executors/graph.py."""
+    """Matrix products by ONNX Runtime's own quantizer, embeddings row by row. Writes `target`. rounding, peaks: see executors/graph.py.
+
+    Layers that one scale for their input would hurt are computed in float with weights stored in int8.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -55,13 +68,18 @@ def quantize_onnx(
     products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
     sizes = {node.name: int(np.prod(constants[node.input[1]].dims)) for node in products}
     sensitive = sensitive_layers(rounding, sizes)
+    taken = []
     for node in products:
-        if node.name in sensitive or matches(node.name, options.ignore) or matches(node.input[1], options.ignore):
+        if matches(node.name, options.ignore) or matches(node.input[1], options.ignore):
             ignored.append(node.name)
-            continue
+        elif len(constants[node.input[1]].dims) == 2:
+            taken.append(node)
+    smooth_inputs(onnx, model, [node for node in taken if node.name not in sensitive], peaks)
+    axis = 0 if options.per_channel else None
+    for node in taken:
         weight = array_of(onnx, constants[node.input[1]])
-        if weight.ndim == 2:
-            effects.append(effect_of(node.name, weight, _rounded(weight, 0 if options.per_channel else None)))
+        effects.append(effect_of(node.name, weight, _rounded(weight, axis)))
+    store_in_int8(onnx, model, sensitive - set(ignored))
     effects += quantize_embeddings(onnx, model, constants, options.ignore)
     something(effects, options.pass_)
     with disk_errors(), _without_advice():
@@ -69,12 +87,61 @@ def quantize_onnx(
             model,
             target,
             per_channel=options.per_channel,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,
             op_types_to_quantize=["MatMul"],
             nodes_to_exclude=ignored,
             extra_options={"MatMulConstBOnly": True},
         )
     return tuple(effects)
+
+
+def smooth_inputs(onnx: Any, model: Any, products: Iterable[Any], peaks: Mapping[str, Weights]) -> None:
+    """Divide what products read by a factor for each channel, and multiply their weights' rows by it, in place.
+
+    One scale for a whole input then covers channels that are nearer to each other (SmoothQuant, arXiv 2211.10438). The division is an
+    operation of the graph: behind a norm whose output goes elsewhere as well, or behind an activation, no weight can take it in.
+    """
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    constants = {one.name: one for one in model.graph.initializer}
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    readers: dict[str, list[Any]] = {}
+    for node in products:
+        # A weight that several products share can't follow the inputs of each.
+        if node.name in peaks and uses[node.input[1]] == 1:
+            readers.setdefault(node.input[0], []).append(node)
+    divisions = {}
+    for name, nodes in readers.items():
+        weights = [array_of(onnx, constants[node.input[1]]) for node in nodes]  # [in, out] each
+        together = torch.from_numpy(np.concatenate(weights, axis=1).T)
+        factors = smoothing_factors(torch.from_numpy(peaks[nodes[0].name]), together, _SMOOTHING).numpy()
+        model.graph.initializer.append(numpy_helper.from_array(1 / factors, f"{name}_factors"))
+        divisions[name] = helper.make_node("Mul", [name, f"{name}_factors"], [f"{name}_smooth"], f"{name}_smoothing")
+        for node, weight in zip(nodes, weights, strict=True):
+            node.input[0] = f"{name}_smooth"
+            constants[node.input[1]].CopyFrom(numpy_helper.from_array(weight * factors[:, None], node.input[1]))
+    ordered = []
+    for node in model.graph.node:
+        ordered += [node, *(divisions[name] for name in node.output if name in divisions)]
+    del model.graph.node[:]
+    model.graph.node.extend(ordered)
+
+
+def store_in_int8(onnx: Any, model: Any, products: Collection[str]) -> None:
+    """Weights of these products become codes and a scale an output, which the runtime multiplies out once, as it loads the graph."""
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    constants = {one.name: one for one in model.graph.initializer}
+    floats = []
+    for name in dict.fromkeys(node.input[1] for node in model.graph.node if node.name in products):
+        codes, scales = codes_of(array_of(onnx, constants[name]), 0)
+        constants[name].CopyFrom(numpy_helper.from_array(codes, f"{name}_int8"))
+        model.graph.initializer.append(numpy_helper.from_array(scales, f"{name}_scale"))
+        floats += [
+            helper.make_node("Cast", [f"{name}_int8"], [f"{name}_float"], f"{name}_cast", to=onnx.TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{name}_float", f"{name}_scale"], [name], f"{name}_mul"),
+        ]
+    nodes = [*floats, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def fold_transposes(onnx: Any, model: Any) -> None:
@@ -182,8 +249,13 @@ def codes_of(weight: Weights, axis: int | None, top: int = 127) -> tuple[NDArray
 
 
 def _rounded(weight: Weights, axis: int | None) -> Weights:
-    codes, scales = codes_of(weight, axis)
-    return codes * scales
+    """To uint8 between the extremes along `axis`, as the runtime's quantizer does it."""
+    low = np.minimum(weight.min(axis=axis, keepdims=True), 0)
+    high = np.maximum(weight.max(axis=axis, keepdims=True), 0)
+    scale = np.where(high > low, (high - low) / 255, 1).astype(np.float32)
+    zero = np.rint(-low / scale)
+    rounded: Weights = (np.clip(np.rint(weight / scale) + zero, 0, 255) - zero) * scale
+    return rounded
 
 
 def array_of(onnx: Any, tensor: Any) -> Weights:

@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ model = llama_cpp.Llama(
 class Words:
     """A language model's logits for whole texts, one after the other: llama.cpp answers a batch no faster."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, longest: int) -> None:
+        import llama_cpp
+
+        self.model, self.library = model, llama_cpp
+        self.batch = llama_cpp.llama_batch_init(longest, 0, 1)
 
     def __call__(self, ids: Any, mask: Any) -> Any:
         return self._run(ids, mask, steps=1)
@@ -40,6 +45,38 @@ class Words:
             out[row, :length] = self.model.scores[:length]
         return out
 
+    def waits(self, ids: Any, tokens: int, _cached: bool) -> tuple[list[float], Any]:
+        """Greedy, to the last token; the texts of a batch one after the other."""
+        written = [self._write(row, tokens) for row in ids]
+        return np.sum([took for took, _ in written], axis=0).tolist(), np.array([text for _, text in written])
+
+    def _write(self, prompt: Any, tokens: int) -> tuple[list[float], list[int]]:
+        library, context = self.library, self.model.ctx
+        library.llama_memory_clear(library.llama_get_memory(context), True)
+        took: list[float] = []
+        text: list[int] = []
+        step, seen = prompt.tolist(), 0
+        while len(text) < tokens:
+            start = time.perf_counter()
+            fill(self.batch, step, seen, answers={len(step) - 1})
+            status = library.llama_decode(context, self.batch)
+            if status:
+                raise RuntimeError(f"llama.cpp could not decode token {seen}: status {status}")
+            logits = library.llama_get_logits_ith(context, -1)
+            text.append(int(np.ctypeslib.as_array(logits, (self.model.n_vocab(),)).argmax()))
+            took.append(1000 * (time.perf_counter() - start))
+            step, seen = text[-1:], seen + len(step)
+        return took, text
+
+
+def fill(batch: Any, tokens: list[int], seen: int, *, answers: Container[int]) -> None:
+    """Put tokens, behind `seen` others, into a batch of one text; llama.cpp answers at those places that are in `answers`."""
+    batch.n_tokens = len(tokens)
+    for at, token in enumerate(tokens):
+        batch.token[at], batch.pos[at] = token, seen + at
+        batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
+        batch.logits[at] = at in answers
+
 
 class Embeddings:
     """An embedder's pooled vectors [B, H]."""
@@ -55,11 +92,7 @@ class Embeddings:
 
     def _embed(self, tokens: Any) -> Any:
         batch, library = self.batch, self.library
-        batch.n_tokens = len(tokens)
-        for at, token in enumerate(tokens.tolist()):
-            batch.token[at], batch.pos[at] = token, at
-            batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
-            batch.logits[at] = True
+        fill(batch, tokens.tolist(), 0, answers=range(len(tokens)))
         library.llama_memory_clear(library.llama_get_memory(self.model.ctx), True)
         status = library.llama_encode(self.model.ctx, batch)
         if status:
@@ -68,7 +101,7 @@ class Embeddings:
         return np.ctypeslib.as_array(ctypes.cast(found, ctypes.POINTER(ctypes.c_float)), (self.model.n_embd(),)).copy()
 
 
-def load(request: dict[str, Any]) -> tuple[Any, dict[str, str], str]:
+def load(request: dict[str, Any]) -> tuple[Any, ...]:
     embeds = request["task"] == "embedding"
     longest = max(16, request["longest"])
     snippet = SNIPPET.format(
@@ -80,8 +113,11 @@ def load(request: dict[str, Any]) -> tuple[Any, dict[str, str], str]:
     model = measure.execute(snippet)["model"]
     import llama_cpp
 
-    forward = Embeddings(model, longest) if embeds else Words(model)
-    return forward, {"llama-cpp-python": llama_cpp.__version__}, snippet
+    versions = {"llama-cpp-python": llama_cpp.__version__}
+    if embeds:
+        return Embeddings(model, longest), versions, snippet
+    words = Words(model, longest)
+    return words, versions, snippet, None, words.waits
 
 
 if __name__ == "__main__":
