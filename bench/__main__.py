@@ -18,6 +18,7 @@ BENCHES = (
     "stream",
     "encoder",
     "static_int8",
+    "targets",
     "shrink",
     "overhead",
 )
