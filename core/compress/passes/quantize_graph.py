@@ -80,7 +80,8 @@ def quantize_onnx(
     axis = 0 if options.per_channel else None
     for node in taken:
         weight = array_of(onnx, constants[node.input[1]])
-        effects.append(effect_of(node.name, weight, _rounded(weight, axis)))
+        codes, scales = codes_of(weight, 0) if node.name in sensitive else codes_of(weight, axis, _TOP)
+        effects.append(effect_of(node.name, weight, codes * scales))
     store_in_int8(onnx, model, sensitive - set(ignored))
     effects += quantize_embeddings(onnx, model, constants, options.ignore)
     something(effects, options.pass_)
@@ -249,11 +250,6 @@ def codes_of(weight: Weights, axis: int | None, top: int = 127) -> tuple[NDArray
         )
     scales = np.where(largest > 0, largest / top, 1).astype(np.float32)
     return np.clip(np.rint(weight / scales), -top, top).astype(np.int8), scales
-
-
-def _rounded(weight: Weights, axis: int | None) -> Weights:
-    codes, scales = codes_of(weight, axis, _TOP)
-    return codes * scales
 
 
 def array_of(onnx: Any, tensor: Any) -> Weights:
