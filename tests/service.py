@@ -21,6 +21,7 @@ from core.handoff.manifest import describe_folder, digest_of
 from core.ids import new_id
 from core.jobs.checkpoints import CheckpointIndex
 from core.jobs.records import Event, Job, NewJob, WorkerOffer
+from core.jobs.ring import RING_TASK, make_celery
 from core.jobs.store import JobStore
 from core.jobs.tables import jobs
 from core.registry.tables import models
@@ -122,6 +123,17 @@ class Service:
             max_queued=1000,
         )
         return job.id
+
+    def ring(self) -> None:
+        """Wake an idle worker at once, as the API does after a submission; by itself it looks every five seconds."""
+        app = make_celery(self.settings)
+        app.send_task(RING_TASK, args=["cpu"], queue="cpu")
+        app.close()
+
+    def submit_and_ring(self, **more: Any) -> str:
+        job_id = self.submit(**more)
+        self.ring()
+        return job_id
 
     # Looking ---------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ def test_f1_a_killed_worker_takes_its_child_along_and_another_finishes_the_job(s
 
 def test_f2_a_killed_child_is_told_with_its_signal_and_its_worker_serves_on(service: Service) -> None:
     service.start_worker("endless")
-    job_id = service.submit(max_failures=1)
+    job_id = service.submit_and_ring(max_failures=1)
     said = pids_said(service.await_log(job_id, "consumer"))
     os.kill(said[0], signal.SIGKILL)
     job = service.await_state(job_id, "failed", within=10)
@@ -34,7 +34,7 @@ def test_f2_a_killed_child_is_told_with_its_signal_and_its_worker_serves_on(serv
     assert (job.error["code"], job.error["details"]["signal"], job.failures) == ("worker_lost", 9, 1)
     assert not running(said), "what the child had started outlived it"
     service.check_invariants(job_id)
-    service.await_state(service.submit(), "running", within=10)
+    service.await_state(service.submit_and_ring(), "running", within=10)
 
 
 def test_f11_a_worker_that_was_frozen_past_its_lease_changes_nothing_when_it_wakes(service: Service) -> None:

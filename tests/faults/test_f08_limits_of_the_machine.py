@@ -36,14 +36,14 @@ def test_f8_a_full_disk_is_said_left_clean_and_the_worker_goes_on(service: Servi
         NIGHTPRESS_STORAGE_URL=service.settings.objects_url,
     )
     service.model_id, service.model_digest = large
-    job_id = service.submit(max_failures=2)
+    job_id = service.submit_and_ring(max_failures=2)
     job = service.await_state(job_id, "failed", within=30)
     assert job.error is not None
     assert (job.error["code"], job.attempt) == ("disk_full", 2)
     inside = Path(f"/proc/{worker.pid}/root{disk}")
     eventually(lambda: not list(inside.glob("work/*/run_*/source/*")), within=5)
     service.model_id, service.model_digest = small
-    service.await_state(service.submit(), "succeeded", within=30)
+    service.await_state(service.submit_and_ring(), "succeeded", within=30)
     service.check_invariants(job_id)
 
 
@@ -107,7 +107,7 @@ def test_f17_a_gpus_memory_is_back_to_what_it_was_when_the_child_is_gone(service
 def test_f27_a_worker_without_file_handles_works_again_when_it_has_some(service: Service) -> None:
     service.settings = service.settings.model_copy(update={"retry_backoff_s": 1.0})
     worker = service.start_worker("press")
-    service.await_state(service.submit(), "succeeded")
+    service.await_state(service.submit_and_ring(), "succeeded")
     before = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
     held = len(list(Path(f"/proc/{worker.pid}/fd").iterdir()))
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (held, before[1]))

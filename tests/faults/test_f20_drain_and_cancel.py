@@ -38,7 +38,7 @@ def test_f4_a_database_that_is_away_for_less_than_the_lease_costs_nothing(servic
 
 def test_f4_a_worker_that_cannot_renew_in_time_stops_its_child_and_commits_nothing(service: Service) -> None:
     service.start_worker("first_slow")
-    job_id = service.submit()
+    job_id = service.submit_and_ring()
     said = pids_said(service.await_log(job_id, "consumer"))
     with locked(service):
         eventually(lambda: not running(said), within=service.settings.lease_ttl_s + 2)
@@ -72,7 +72,7 @@ def test_f19_a_job_that_waited_too_long_fails_without_ever_running(service: Serv
 
 def test_f20_a_worker_told_to_end_gives_its_job_back_and_a_peer_takes_it(service: Service) -> None:
     worker = service.start_worker("first_slow")
-    job_id = service.submit()
+    job_id = service.submit_and_ring()
     said = pids_said(service.await_log(job_id, "consumer"))
     service.start_worker("first_slow")
     told = time.monotonic()
@@ -80,6 +80,7 @@ def test_f20_a_worker_told_to_end_gives_its_job_back_and_a_peer_takes_it(service
     assert worker.wait(10) == 0
     assert time.monotonic() - told < 10
     assert not running(said)
+    service.ring()  # as the control process would with its next tick
     job = service.await_state(job_id, "succeeded", within=15)
     assert (job.attempt, job.failures) == (2, 0), "a deploy is no failure"
     kinds = service.kinds(job_id)
@@ -107,7 +108,7 @@ def test_f21_cancelling_a_queued_job_twice_ends_it_once(service: Service) -> Non
 
 def test_f21_cancelling_a_job_whose_worker_is_dead_ends_it_with_its_lease(service: Service) -> None:
     worker = service.start_worker("endless")
-    job_id = service.submit()
+    job_id = service.submit_and_ring()
     service.await_log(job_id, "consumer")
     worker.kill()
     service.store.request_cancel("default", job_id)

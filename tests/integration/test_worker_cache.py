@@ -2,13 +2,17 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core.errors import NightpressError
+from tests.service import Service
 from worker.cache import BlobCache, stage_in_place
 
 
@@ -99,6 +103,53 @@ def test_two_that_want_the_same_blob_fetch_it_once(tmp_path: Path) -> None:
         thread.join()
     assert len(calls) == 1
     assert all((tmp_path / str(index)).read_bytes() == b"shared" * 100 for index in range(4))
+
+
+def test_a_worker_that_is_killed_while_it_fetches_holds_up_no_other(tmp_path: Path) -> None:
+    """A real process, killed in the middle of a blob: its lock is gone with it, and half a blob is none."""
+    script = (
+        "import sys, time; from pathlib import Path; from worker.cache import BlobCache\n"
+        "def fetch(path):\n path.write_bytes(b'who'); print('fetching', flush=True); time.sleep(600)\n"
+        f"cache = BlobCache(Path({str(tmp_path / 'cache')!r}), 1000)\n"
+        f"cache.take({sha256(b'whole')!r}, 5, Path({str(tmp_path / 'a')!r}), fetch, on_bytes=lambda _: None)"
+    )
+    calls: list[Path] = []
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "fetching\n"
+        cache = BlobCache(tmp_path / "cache", 1000)
+        waits = threading.Thread(target=take, args=(cache, b"whole", tmp_path / "b", calls))
+        waits.start()
+        waits.join(0.2)
+        assert waits.is_alive(), "it waits for the other's download"
+        process.kill()
+        waits.join(10)
+    assert (tmp_path / "b").read_bytes() == b"whole"
+    assert len(calls) == 1
+
+
+def test_ten_jobs_on_one_model_download_it_once(tmp_path: Path, sqlite_url: str) -> None:
+    """Two workers of a host, each with a cache object of its own on the host's folder."""
+    service = Service(tmp_path, sqlite_url)
+    fetched: list[str] = []
+    get_file = service.objects.get_file
+
+    def counted(key: str, *args: Any, **more: Any) -> None:
+        fetched.append(key)
+        get_file(key, *args, **more)
+
+    service.objects.get_file = counted  # type: ignore[method-assign]
+    jobs = [service.submit() for _ in range(10)]
+    workers = [service.slot("press") for _ in range(2)]
+    threads = [threading.Thread(target=slot.serve) for slot, _ in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {service.job(job_id).state for job_id in jobs} == {"succeeded"}
+    assert len({service.job(job_id).worker_id for job_id in jobs}) == 2
+    assert sorted(fetched) == [f"models/{service.model_id}/{name}" for name in ("config.json", "model.safetensors")]
+    service.close()
 
 
 @pytest.mark.parametrize("link", [True, False])

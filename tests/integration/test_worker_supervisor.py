@@ -10,6 +10,7 @@ import pytest
 
 from core.ids import new_id
 from tests.service import MIB, Service, eventually, pids_said, running
+from worker.metrics import REGISTRY
 
 
 @pytest.fixture
@@ -50,6 +51,28 @@ def test_a_job_runs_from_claim_to_committed_artifacts(tmp_path: Path, sql_url: s
     assert service.objects.stat(f"jobs/{job_id}/attempts/1/manifest.json") is not None
     service.check_invariants(job_id)
     service.close()
+
+
+def test_what_an_attempt_takes_is_counted(service: Service) -> None:
+    def counted(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(f"nightpress_{name}", labels) or 0.0
+
+    asked: list[tuple[str, dict[str, str]]] = [
+        ("claims_total", {"queue": "cpu"}),
+        ("attempts_total", {"queue": "cpu", "outcome": "succeeded"}),
+        ("attempts_total", {"queue": "cpu", "outcome": "worker_lost"}),
+        ("phase_seconds_count", {"phase": "pressing"}),
+        ("transfer_bytes_total", {"direction": "fetching"}),
+        ("transfer_bytes_total", {"direction": "uploading"}),
+    ]
+    before = [counted(name, **labels) for name, labels in asked]
+    for behaviour in ("press", "leave"):
+        service.submit(max_failures=1)
+        serve(service, behaviour)
+    grown = [counted(name, **labels) - old for (name, labels), old in zip(asked, before, strict=True)]
+    assert grown[:3] == [2, 1, 1]
+    assert grown[3] >= 1
+    assert all(bytes_moved >= 50_000 for bytes_moved in grown[4:])
 
 
 def test_what_an_earlier_attempt_could_not_remove_goes_with_the_next(service: Service) -> None:
