@@ -248,7 +248,7 @@ class Service:
         before = len(self.store.workers())
         script = (str(ROOT / "tests" / "worker_process.py"), behaviour) if behaviour else ("-m", "worker")
         process = self.start(*script, through=through, **more)
-        eventually(lambda: len(self.store.workers()) > before or process.poll() is not None)
+        eventually(lambda: len(self.store.workers()) > before or process.poll() is not None, within=60)
         assert process.poll() is None, self.output()
         return process
 

@@ -91,7 +91,7 @@ def test_f20_a_worker_told_to_end_gives_its_job_back_and_a_peer_takes_it(service
 
 def test_f20_an_idle_worker_ends_at_once(service: Service) -> None:
     worker = service.start_worker("press")
-    time.sleep(1.5)
+    eventually(lambda: "serves cpu" in service.output(), within=60)
     told = time.monotonic()
     worker.terminate()
     assert worker.wait(10) == 0
@@ -113,6 +113,7 @@ def test_f21_cancelling_a_job_whose_worker_is_dead_ends_it_with_its_lease(servic
     worker.kill()
     service.store.request_cancel("default", job_id)
     service.start_control()
+    eventually(lambda: "ticks every" in service.output(), within=60)
     service.await_state(job_id, "cancelled", within=service.settings.lease_ttl_s + 3)
     service.check_invariants(job_id)
 
