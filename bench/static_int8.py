@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.machine import machine_of
 from core.compress import pipeline
 from core.compress.evaluate import quality
 from core.compress.evaluate.calibration import calibration_samples
@@ -155,14 +156,19 @@ def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 
 def show(found: dict[str, Any]) -> None:
-    environment = found["environment"]
-    print(f"{environment['cpu']} {environment['cpu_features']}, {environment['threads']} threads")
-    print(f"the whole job: {found['job_seconds']} s; the pass: {found['pass']}")
+    left = found["pass"]["left_in_float"]
+    print(
+        f"{machine_of(found['environment'])}. The job took {found['job_seconds']} s, the pass {found['pass']['seconds']} s."
+    )
+    print(
+        f"{len(left)} of {found['pass']['matrices']} matrices left in float; weights in {found['pass']['weight_bits']} bits.\n"
+    )
+    shapes = list(next(iter(found["forms"].values()))["p50_ms"])
+    print("| | MB | cosine |" + "".join(f" {shape}, ms | over torch |" for shape in shapes))
+    print("|---|---|---|" + "---|---|" * len(shapes))
     for name, form in found["forms"].items():
-        shapes = "  ".join(
-            f"{shape} {ms:8.2f} ms ({form['over_torch_fp32'][shape]:.2f}×)" for shape, ms in form["p50_ms"].items()
-        )
-        print(f"{name:21} {form['size_mb']:6.1f} MB  cosine {form['cosine']:.5f}  {shapes}")
+        times = "".join(f" {form['p50_ms'][one]:.2f} | {form['over_torch_fp32'][one]:.2f}× |" for one in shapes)
+        print(f"| {name} | {form['size_mb']:.1f} | {form['cosine']:.5f} |{times}")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=[*RECIPES, "steps"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--texts", type=int, default=200, help="test rows that are timed")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     if given.press is not None:
@@ -85,7 +86,8 @@ def main() -> int:
     elif given.measure is not None:
         from bench.train_cpu import measure, show
 
-        found = measure(given.model, given.data, given.measure, given.threads, given.rounds)
+        names = given.only or [*RECIPES, "steps"]
+        found = measure(given.model, given.data, given.measure, given.threads, given.rounds, given.texts, names)
         if not given.json:
             show(found)
             return 0
@@ -236,7 +238,7 @@ def unship(model: Path, shipped: Path, folder: Path) -> None:
 
 def compare_steps(model: Path, rows: Path, device: str, scratch: Path) -> dict[str, float]:
     """Our loop and a plain one, by turns, on the same work: half the blocks, batches of 32 rows, logits and labels."""
-    steps = 200 if device == "cuda" else 16
+    steps = 200 if device == "cuda" else 6
     options = {
         "pass": "distill",
         "student": {"layers": [0, 2, 4]},

@@ -1,5 +1,6 @@
 """What bench.train shipped, on this machine's CPU: accuracy on the test rows, and latency beside the source's, text by text."""
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,11 +24,14 @@ from core.recipes.inspect import FolderFiles, inspect_model
 
 #: token ids [1, S] → the model's outputs
 Run = Callable[[np.ndarray[Any, Any]], Any]
-_TIMED = 200  #: test rows that are timed
+#: token ids [S] each
+Texts = list[np.ndarray[Any, Any]]
 
 
-def measure(model: Path, data: Path, shipped: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """Everything that OUT holds."""
+def measure(
+    model: Path, data: Path, shipped: Path, threads: int, rounds: int, texts: int, names: list[str]
+) -> dict[str, Any]:
+    """Of what OUT holds, what `names` names."""
     torch.set_num_threads(threads)
     test = test_rows(model, data / "rt_sentiment_test.jsonl.gz")
     found: dict[str, Any] = {
@@ -38,14 +42,21 @@ def measure(model: Path, data: Path, shipped: Path, threads: int, rounds: int) -
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source = _graph(model, model, folder / "source", threads)
+        timed = list(test.ids[:: max(1, len(test) // texts)])
         for name in ("distill", "distill-rows-only", "prune"):
-            if (shipped / name / "names.json").is_file():
+            if name in names and (shipped / name / "names.json").is_file():
                 unship(model, shipped / name, folder / name)
-                found[name] = _beside(model, folder / name, source, folder, test, threads, rounds)
-        if (shipped / "early-exit" / "names.json").is_file():
+                found[name] = _beside(model, folder / name, source, folder, test, timed, threads, rounds)
+                found[name]["of_the_source"] = found[name]["accuracy"] / found["source_accuracy"]
+                print(name, found[name], file=sys.stderr, flush=True)
+        if "early-exit" in names and (shipped / "early-exit" / "names.json").is_file():
             unship(model, shipped / "early-exit", folder / "early-exit")
-            found["early-exit"] = _exits(model, folder / "early-exit", source, folder, test, threads, rounds)
-        found["steps"] = compare_steps(model, data / "rt_sentiment_train.jsonl.gz", "cpu", folder)
+            base = found["source_accuracy"]
+            found["early-exit"] = _exits(
+                model, folder / "early-exit", source, base, folder, test, timed, threads, rounds
+            )
+        if "steps" in names:
+            found["steps"] = compare_steps(model, data / "rt_sentiment_train.jsonl.gz", "cpu", folder)
     return found
 
 
@@ -83,20 +94,27 @@ def show(found: dict[str, Any]) -> None:
 
 
 def _beside(
-    model: Path, pressed: Path, source: Run, scratch: Path, test: Examples, threads: int, rounds: int
+    model: Path, pressed: Path, source: Run, scratch: Path, test: Examples, timed: Texts, threads: int, rounds: int
 ) -> dict[str, Any]:
     ours = _graph(pressed, pressed, scratch / f"{pressed.name}-onnx", threads)
     kept = accuracy(pressed, pressed, test)
     return {
         "accuracy": kept,
-        "of_the_source": kept / accuracy(model, model, test),
-        "onnxruntime": _ratio(source, ours, test, rounds),
-        "torch": _ratio(_eager(model), _eager(pressed), test, rounds),
+        "onnxruntime": _ratio(source, ours, timed, rounds),
+        "torch": _ratio(_eager(model), _eager(pressed), timed, rounds),
     }
 
 
 def _exits(
-    model: Path, pressed: Path, source: Run, scratch: Path, test: Examples, threads: int, rounds: int
+    model: Path,
+    pressed: Path,
+    source: Run,
+    baseline: float,
+    scratch: Path,
+    test: Examples,
+    timed: Texts,
+    threads: int,
+    rounds: int,
 ) -> dict[str, Any]:
     """Thresholds are chosen on one half of the test rows and counted on the other, both ways round."""
     header = inspect_model(FolderFiles(model))
@@ -122,7 +140,6 @@ def _exits(
     context.work_dir.mkdir(parents=True, exist_ok=True)
     check = _check(test)
     session = _session(trace_exits(pressed, header, check, context).path, threads)
-    baseline = accuracy(model, model, test)
     levels = sorted(
         {float(np.mean(picked)), *np.quantile(every, [0.1, 0.3, 0.5, 0.7, 0.9]).tolist(), float(every.max()) + 1}
     )
@@ -132,7 +149,7 @@ def _exits(
         early = _with_threshold(session, threshold)
         rows.append(
             {"threshold": threshold, "depth": depth, "accuracy": kept, "lost": baseline - kept}
-            | _ratio(source, early, test, rounds if threshold == float(np.mean(picked)) else 1)
+            | _ratio(source, early, timed, rounds if threshold == float(np.mean(picked)) else 1)
         )
     return {
         "source_accuracy": baseline,
@@ -149,9 +166,9 @@ def _at(scores: Any, right: Any, depths: Any, threshold: float) -> tuple[float, 
     return found.depth, found.accuracy
 
 
-def _ratio(source: Run, ours: Run, test: Examples, rounds: int) -> dict[str, float]:
+def _ratio(source: Run, ours: Run, timed: Texts, rounds: int) -> dict[str, float]:
     """Milliseconds a text, both sides by turns on the same text; the ratio is of means, the median over rounds."""
-    texts = [one[None] for one in test.ids[: _TIMED * 5 : 5]]
+    texts = [one[None] for one in timed]
     for run in (source, ours):
         for text in texts[:10]:
             run(text)
