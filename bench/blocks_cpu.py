@@ -2,17 +2,18 @@
 
     python -m bench.blocks_cpu [--method NAME …] [--seeds 2] [--peer PYTHON | --no-peer] [--samples 32] [--length 512] [--json]
 
-Both get the same model, the same calibration tokens and the same text for perplexity, one method a process. The peer runs in an
-environment of its own: PYTHON is its interpreter; without it one is made from bench/peer-requirements.txt, which takes some minutes and
-2 GB of disk. A further seed calibrates both on other windows of the same prose: the spread of a method's perplexity over seeds is what a
-difference has to exceed. The model's weights were 4-bit before they were de-quantized: 4-bit figures on it flatter grids like its own.
-About 2 minutes a method and seed for us and 4 for the peer on 2 quiet cores.
+Both get the same fp32 model, the same calibration tokens and as many threads. What is counted is a whole process, from its start to the
+saved folder: imports, loading, calibrating, solving, saving. Perplexity is then measured on the saved folder, as transformers loads it,
+by one and the same process. The peer runs in an environment of its own: PYTHON is its interpreter; without it one is made from
+bench/peer-requirements.txt, which takes some minutes and 2 GB of disk. A further seed calibrates both on other windows of the same prose:
+the spread of a method's perplexity over seeds is what a difference has to exceed. The model's weights were 4-bit before they were
+de-quantized: 4-bit figures on it flatter grids like its own. The peer's AWQ does not run without a GPU.
 """
 
 import argparse
 import json
+import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any
 
 METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"pass": "gptq", "group_size": 64},
+    "gptq-published": {"pass": "gptq", "group_size": 64, "ranges": "extremes", "order": "natural", "refine": False},
     "gptq-asymmetric": {"pass": "gptq", "group_size": 64, "symmetric": False},
     "awq": {"pass": "awq", "group_size": 64},
     "sparsegpt-50%": {"pass": "sparsegpt", "sparsity": 0.5},
@@ -30,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda-50%": {"pass": "wanda", "sparsity": 0.5},
     "wanda-2:4": {"pass": "wanda", "pattern": "2:4"},
 }
-USUAL = ("gptq", "sparsegpt-50%", "wanda-50%")
+USUAL = ("gptq", "sparsegpt-50%", "wanda-50%", "awq")
 EVALUATED = (32, 512)  #: windows of the built-in evaluation prose, tokens each
 HERE = Path(__file__).parent
 
@@ -59,13 +61,11 @@ def prepare(folder: Path, samples: int, length: int, seeds: int) -> None:
     )
 
 
-def press(folder: Path, name: str, calibration: Path) -> dict[str, float]:
+def press(source: Path, name: str, calibration: Path, out: Path) -> None:
     """One method of ours, in this process."""
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from bench.peer_llmcompressor import perplexity
     from core.compress.passes import MODEL_PASSES, PassContext, calibrated
     from core.recipes.inspect import FolderFiles, inspect_model
     from core.recipes.models import parse_recipe
@@ -73,31 +73,54 @@ def press(folder: Path, name: str, calibration: Path) -> dict[str, float]:
     given = METHODS[name]
     export = "compressed-tensors" if given["pass"] in {"gptq", "awq"} else "safetensors"
     recipe = parse_recipe({"name": "bench", "passes": [given], "exports": [export]})
-    source, work = folder / "model", folder / f"work-{name}-{calibration.stem}"
-    work.mkdir()
     ids = torch.from_numpy(np.load(calibration))
     calibrated.calibration_samples = lambda *_: {"input_ids": ids}  # the very tokens that the peer gets
-    context = PassContext(header=inspect_model(FolderFiles(source)), work_dir=work)
-    start, cpu = time.perf_counter(), time.process_time()
-    MODEL_PASSES[given["pass"]](source, work / "out", recipe.passes[0], context)
-    out = {
-        "cpu_s": time.process_time() - cpu,
-        "seconds": time.perf_counter() - start,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-    }
-    model = AutoModelForCausalLM.from_pretrained(work / "out", dtype="float32")
-    return out | {"perplexity": perplexity(model, folder / "evaluation.npy")}
+    context = PassContext(header=inspect_model(FolderFiles(source)), work_dir=out.with_suffix(".work"))
+    MODEL_PASSES[given["pass"]](source, out, recipe.passes[0], context)
 
 
-def child(command: list[str]) -> dict[str, Any]:
-    """Run one method in a process of its own; its last line is the result."""
+def perplexity(model_dir: Path, file: Path) -> float:
+    """Of a saved folder, over the windows of token ids in an .npy file."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32")
+    ids = torch.from_numpy(np.load(file))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for rows in torch.split(ids, 2):
+            logits = model(input_ids=rows).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+            total += float(loss)
+            count += rows[:, 1:].numel()
+    return math.exp(total / count)
+
+
+def measured(command: list[str], folder: Path, out: Path) -> dict[str, Any]:
+    """Press in a process of its own, and weigh that process and what it left."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if run.returncode:
-        lines = run.stderr.strip().splitlines() or ["it said nothing"]
+    start = time.perf_counter()
+    with (folder / "child.log").open("w") as log:
+        child = subprocess.Popen([*command, str(out)], env=environment, stdout=log, stderr=log)
+        _, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        lines = (folder / "child.log").read_text().strip().splitlines() or ["it said nothing"]
         return {"failed": lines[-1][:300]}
-    result: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
-    return result
+    figures = {
+        "cpu_s": used.ru_utime + used.ru_stime,
+        "seconds": time.perf_counter() - start,
+        "peak_gb": used.ru_maxrss * 1024 / 1e9,
+        "written_mb": sum(one.stat().st_size for one in out.glob("*.safetensors")) / 1e6,
+    }
+    weighed = subprocess.run(
+        [sys.executable, "-m", "bench.blocks_cpu", "--evaluate", str(out), str(folder / "evaluation.npy")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return figures | {"perplexity": float(weighed.stdout.strip().splitlines()[-1])}
 
 
 def make_peer(folder: Path) -> str:
@@ -135,25 +158,32 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    parser.add_argument("--child", nargs=3, metavar=("FOLDER", "NAME", "CALIBRATION"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, metavar=("MODEL", "NAME", "CALIBRATION", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--evaluate", nargs=2, metavar=("MODEL", "EVALUATION"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        folder, name, calibration = given.child
-        print(json.dumps(press(Path(folder), name, Path(calibration))))
+        source, name, calibration, target = given.child
+        press(Path(source), name, Path(calibration), Path(target))
+        return 0
+    if given.evaluate:
+        print(perplexity(Path(given.evaluate[0]), Path(given.evaluate[1])))
         return 0
     out: dict[str, Any] = {"samples": given.samples, "length": given.length, "seeds": given.seeds}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder, given.samples, given.length, given.seeds)
         python = None if given.no_peer else given.peer or make_peer(folder / "peer")
+        model = str(folder / "model")
         for name in given.method:
             files = [str(folder / f"calibration-{seed}.npy") for seed in range(given.seeds)]
-            us = [sys.executable, "-m", "bench.blocks_cpu", "--child", scratch, name]
-            ours = [child([*us, file]) for file in files]
+            us = [sys.executable, "-m", "bench.blocks_cpu", "--child", model, name]
+            ours = [measured([*us, file], folder, folder / f"{name}-{seed}") for seed, file in enumerate(files)]
             peers = []
-            if python is not None and name != "awq":  # its AWQ doesn't run without a GPU
-                script = str(HERE / "peer_llmcompressor.py")
-                peers = [child([python, script, scratch, name, file]) for file in files]
+            if python is not None and name != "awq":
+                them = [python, "-P", str(HERE / "peer_llmcompressor.py"), model, name]  # this folder has a queue.py
+                peers = [
+                    measured([*them, file], folder, folder / f"{name}-{seed}-peer") for seed, file in enumerate(files)
+                ]
             out[name] = compare(ours, peers)
             if not given.json:
                 print(name, json.dumps(out[name]), flush=True)

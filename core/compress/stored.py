@@ -53,8 +53,9 @@ def round_weight(
         return Coded(nearest_codes(weight, wide, torch.zeros_like(wide), grid), scale.view(1).to(stored))
     if scheme.format == "nvfp4-pack-quantized":
         assert largest is not None
-        # The largest weight's group gets the largest scale that fp8 has.
-        total = torch.tensor([LARGEST_FLOAT[8] * LARGEST_FLOAT[4] / max(largest, 2.0**-80)], device=weight.device)
+        # The largest weight's group gets the largest scale that fp8 has; less what three float32 operations may add, for above it is only NaN.
+        most = LARGEST_FLOAT[8] * LARGEST_FLOAT[4] * (1 - 2.0**-22)
+        total = torch.tensor([most / max(largest, 2.0**-80)], device=weight.device)
         coded = _round_rows(weight * total, grid, torch.float8_e4m3fn, ranges, importance)
         return Coded(coded.codes, coded.scale, global_scale=total)
     held = torch.float8_e8m0fnu if scheme.format == "mxfp4-pack-quantized" else stored
