@@ -27,7 +27,7 @@ _STREAM_BYTES = 80 * 1024**2  #: row chunks and write buffers of the stream exec
 _STREAM_RATE = 0.4e9  #: bytes/s read, rounded and written with fsync on two cores
 BATCH_TOKENS = {
     "cuda": 16384,
-    "cpu": 2048,
+    "cpu": 1024,
 }  #: of the blocks executor: enough to fill the device; more only costs memory
 GRAPH_TOKENS = 1024  #: of calibration text that run through a graph at a time
 TRIAL_TOKENS = (

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from core.compress.checkpoint import TORCH_DTYPES, Shard, StoredTensor
 from core.compress.executors.experts import Experts, take_apart
@@ -98,7 +99,7 @@ class Skeleton:
         self.source, self.device, self.dtype = source, torch.device(device), dtype
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.config.use_cache = False
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _NothingAllocated():
             self.model: nn.Module = AutoModel.from_config(self.config, dtype=dtype)
         self.model.eval().requires_grad_(False)
         take_apart(self.model, self.config.model_type)
@@ -223,6 +224,20 @@ class Skeleton:
                     filled[stored] = nn.Parameter(value, requires_grad=False)
                 holder, leaf = _parent(self.model, name)
                 holder._parameters[leaf] = filled[stored]
+
+
+class _NothingAllocated(TorchFunctionMode):
+    """Weights that would only be thrown away are never made: layers make theirs with `torch.empty`, buffers come with values.
+
+    One layer's weight at a time would do, but the C library can't give them back one by one: address space as large as the model is
+    taken, which a limit on it refuses.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        elsewhere = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **{**(kwargs or {}), **elsewhere})
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -157,15 +157,15 @@ def round_obs(
     prune: Prune | None = None,
 ) -> Coded:
     """Round a weight [out, in] float32 by the Optimal-Brain-Surgeon solver. Without pruning, no row costs the outputs more than rounded to nearest."""
-    grid = grid_of(scheme)
-    solved = solve(weight, factor, Quantize(grid, stored, ranges=ranges), prune)
+    importance = factor.power if ranges == "least-error" else None
+    nearest = None if prune else round_weight(weight, scheme, stored, ranges=ranges, importance=importance)
+    known = None if nearest is None else _ranges_of(nearest)
+    solved = solve(weight, factor, Quantize(grid_of(scheme), stored, ranges, known), prune)
     assert solved.codes is not None
     assert solved.scale is not None
-    if prune is not None:
+    if nearest is None:
         return Coded(solved.codes, solved.scale, solved.zero_point)
     scale, loss = solved.scale, solved.loss
-    importance = factor.power if ranges == "least-error" else None
-    nearest = round_weight(weight, scheme, stored, ranges=ranges, importance=importance)
     with fast_products():
         if refine:
             fitted = _fitted(weight, gram, factor, solved, scale, stored)
@@ -178,6 +178,12 @@ def round_obs(
     if zero_point is not None and nearest.zero_point is not None:
         zero_point = torch.where(worse, nearest.zero_point, zero_point)
     return Coded(torch.where(worse, nearest.codes, solved.codes), torch.where(worse, nearest.scale, scale), zero_point)
+
+
+def _ranges_of(coded: Coded) -> tuple[Tensor, Tensor]:
+    """Scales and zero points [out, groups] in float32."""
+    scale = coded.scale.float()
+    return scale, torch.zeros_like(scale) if coded.zero_point is None else coded.zero_point.float()
 
 
 def _fitted(weight: Tensor, gram: Tensor, factor: Factor, solved: Solved, scale: Tensor, stored: torch.dtype) -> Tensor:

@@ -38,6 +38,8 @@ class Quantize:
     grid: Grid
     stored: torch.dtype  #: of the scales
     ranges: str = "extremes"  #: or `least-error`, weighted by the inputs' power, or `half-quadratic`
+    #: Scales and zero points [out, groups] of the weight as it was, where they are known already.
+    known: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class _Ranges:
             self._scale = weight.new_empty(rows, quantize.grid.groups(columns))
             self._zero_point = torch.empty_like(self._scale)
         else:
-            self._scale, self._zero_point = self._find(weight, 0, columns)
+            self._scale, self._zero_point = quantize.known or self._find(weight, 0, columns)
 
     def of_block(self, now: Tensor, start: int, end: int) -> BlockGrid:
         if self._as_they_come:
