@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.routing import Route
 
 from api import once, pages, problems
 from api.deps import API_KEY_SCHEME, Services
@@ -95,11 +96,11 @@ def create_app(settings: Settings) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
     )
     app.state.services = services
-    problems.install(app)
+    routers = [*(one.router for one in _ROUTES), pages.router]
+    problems.install(app, [route for router in routers for route in router.routes if isinstance(route, Route)])
     app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=services.metrics)
-    for routes in _ROUTES:
-        app.include_router(routes.router)
-    app.include_router(pages.router)
+    for router in routers:
+        app.include_router(router)
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     return app
 

@@ -2,12 +2,14 @@
 
 import json
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from core.errors import ERROR_KINDS, ErrorCode, NightpressError
 from core.schemas import Problem
@@ -18,7 +20,7 @@ MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 5  #: what a client that got 429 or 503 is asked to wait
 _MAX_FAULTS = 50
 
-#: Statuses that the framework decides itself. 405, 400 and 415 have no code of their own: the request was not valid.
+#: Statuses that the framework decides itself. 405 and 415 have no code of their own: the request was not valid.
 _FRAMEWORK_CODES = {
     401: ErrorCode.UNAUTHENTICATED,
     403: ErrorCode.FORBIDDEN,
@@ -105,16 +107,24 @@ async def _on_invalid_request(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    code = _FRAMEWORK_CODES.get(error.status_code)
+    status, headers = error.status_code, dict(error.headers or {})
+    if status == 400:
+        status = 422  # a body that is no JSON: as every other request that isn't valid
+    if status == 405:
+        headers["Allow"] = ", ".join(_methods_of(request))
+    code = _FRAMEWORK_CODES.get(status)
     if code is None:
-        code = ErrorCode.INVALID_REQUEST if error.status_code < 500 else ErrorCode.INTERNAL
-    detail, hint = _FRAMEWORK_DETAILS.get(error.status_code, (str(error.detail), ""))
-    return problem(
-        NightpressError(code, detail, hint=hint),
-        request,
-        status=error.status_code,
-        headers=dict(error.headers or {}),
-    )
+        code = ErrorCode.INVALID_REQUEST if status < 500 else ErrorCode.INTERNAL
+    detail, hint = _FRAMEWORK_DETAILS.get(status, (str(error.detail), ""))
+    return problem(NightpressError(code, detail, hint=hint), request, status=status, headers=headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """What an address takes. The framework names the methods of the first of its routes alone."""
+    routes: Iterable[Route] = request.app.state.routes
+    here = [one for one in routes if one.matches(request.scope)[0] is not Match.NONE]
+    here = [one for one in here if one.path == request.url.path] or here  # one that is written out hides a pattern
+    return sorted({method for one in here for method in one.methods or ()})
 
 
 async def on_unexpected(request: Request, error: Exception) -> Response:
@@ -131,8 +141,9 @@ async def on_unexpected(request: Request, error: Exception) -> Response:
     )
 
 
-def install(app: FastAPI) -> None:
-    """Handle our own errors, the framework's and the unexpected ones alike."""
+def install(app: FastAPI, routes: Sequence[Route]) -> None:
+    """Handle our own errors, the framework's and the unexpected ones alike. `routes`: every one there is."""
+    app.state.routes = routes
     app.add_exception_handler(NightpressError, _on_nightpress_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -20,6 +20,8 @@ Labels = Annotated[
     ],
     Field(max_length=32),
 ]
+#: JSON has no time of its own: it comes as text
+Moment = Annotated[AwareDatetime, Field(strict=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -32,9 +34,9 @@ def _holds_nul(raw: object) -> bool:
 
 
 class Request(BaseModel):
-    """What a caller sends: unknown fields are an error, never ignored."""
+    """What a caller sends: unknown fields are an error, never ignored, and `true` is no number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -236,7 +238,7 @@ class JobSpec(Request):
 class JobCreate(JobSpec):
     """A job, to run now or not before `run_after`."""
 
-    run_after: AwareDatetime | None = Field(None, examples=["2026-11-24T01:00:00Z"])
+    run_after: Moment | None = Field(None, examples=["2026-11-24T01:00:00Z"])
 
     @field_validator("run_after")
     @classmethod
@@ -419,7 +421,7 @@ class KeyCreate(Request):
 
     name: str = Field(min_length=1, max_length=200, pattern=_ONE_LINE)
     scopes: list[Annotated[str, Field(max_length=32)]] = Field(min_length=1, max_length=20)
-    expires_at: AwareDatetime | None = None
+    expires_at: Moment | None = None
     tenant_id: TenantId | None = None
 
     @field_validator("expires_at")

@@ -58,7 +58,11 @@ async def one_recipe(name: str, _caller: JobsReader) -> Response:
     response_model=ValidateView,
     summary="Check a recipe, and say what it would do, take and risk",
     responses=documented(
-        ErrorCode.INVALID_REQUEST, ErrorCode.INVALID_RECIPE, ErrorCode.UNSUPPORTED_ARCHITECTURE, ErrorCode.NOT_FOUND
+        ErrorCode.INVALID_REQUEST,
+        ErrorCode.INVALID_RECIPE,
+        ErrorCode.UNSUPPORTED_ARCHITECTURE,
+        ErrorCode.NOT_FOUND,
+        ErrorCode.CONFLICT,
     ),
 )
 async def validate_recipe(

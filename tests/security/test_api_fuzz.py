@@ -1,0 +1,93 @@
+"""The whole API under schemathesis: strange input gets a documented problem, never a crash, and what it answers is what it documents.
+
+Run twice: with identifiers made up, and with those of things that are there. Only whether the *valid* is taken is not asked: a schema
+can't say that a time zone exists, a host resolves, or a cron expression ever comes true.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from core.access.keys import ALL_SCOPES, create_key
+from tests.face import RECIPE, Face
+
+_CHECKS = "positive_data_acceptance"
+_SEED = 7
+_KEYS = "^/v1/keys/"  #: one key and what is done to it: tried by a key of their own, which they may revoke
+
+
+@pytest.fixture(scope="module")
+def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
+    face = Face(tmp_path_factory.mktemp("fuzz"), webhook_networks=["127.0.0.0/8"])
+    face.start()
+    yield face
+    face.close()
+
+
+@pytest.fixture(scope="module")
+def things(face: Face, bert_tiny: Path) -> dict[str, dict[str, str]]:
+    """Pattern of addresses → parameters with which they name something that is there."""
+    with face.client() as one:
+        model = one.models.upload(bert_tiny)
+        job = one.jobs.submit(model.id, RECIPE).id
+        face.succeed(face.claim())
+        schedule = one.schedules.create("nightly", "0 2 * * *", "bert-tiny", "int8-weights").id
+        hook = one.webhooks.create("http://127.0.0.1:9/", ["job.failed"]).webhook.id
+        delivery = one.webhooks.test(hook).id
+    return {
+        "^/v1/jobs/": {"job_id": job, "format": "compressed-tensors", "path": "config.json"},
+        "^/v1/models/": {"reference": model.id},
+        "^/v1/schedules/": {"reference": schedule},
+        "^/v1/webhooks/": {"webhook_id": hook, "delivery_id": delivery},
+        "^/v1/admin/tenants/": {"tenant_id": "default"},
+        "^/v1/recipes/": {"name": "int8-encoder"},
+    }
+
+
+def fuzz(face: Face, key: str, *options: str, config: str = "") -> None:
+    file = face.folder / "schemathesis.toml"
+    file.write_text(config)
+    command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()"]
+    done = subprocess.run(
+        [
+            *(*command, "--config-file", str(file), "run", f"{face.url}/openapi.json", "--no-color"),
+            *("-H", f"Authorization: Bearer {face.key}", "--phases", "examples,coverage,fuzzing"),
+            *("--max-examples", "4", "--seed", str(_SEED), "--exclude-checks", _CHECKS),
+            *("--suppress-health-check", "all", "--warnings", "off", *options),
+        ],
+        cwd=face.folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2000:]
+    assert "Traceback" not in (face.folder / "api.log").read_text()
+
+
+@pytest.mark.slow
+def test_strange_input_gets_a_documented_problem(face: Face):
+    fuzz(face, face.key, "--exclude-path-regex", _KEYS)
+    with face.client() as one:
+        assert "admin" in one.me().scopes, "the key no longer works: most of it was tried without one"
+
+
+@pytest.mark.slow
+def test_so_do_keys(face: Face):
+    fuzz(face, create_key(face.engine, name="fuzz", scopes=ALL_SCOPES)[1], "--include-path-regex", _KEYS)
+
+
+@pytest.mark.slow
+def test_so_it_does_where_things_are_there(face: Face, things: dict[str, dict[str, str]]):
+    operations = [
+        f'[[operations]]\ninclude-path-regex = "{pattern}"\nexclude-method = "DELETE"\nparameters = {{ {_toml(names)} }}\n'
+        for pattern, names in things.items()
+    ]
+    fuzz(face, face.key, "--exclude-path-regex", _KEYS, "--exclude-method", "DELETE", config="\n".join(operations))
+
+
+def _toml(names: dict[str, str]) -> str:
+    return ", ".join(f'"path.{name}" = {json.dumps(value)}' for name, value in names.items())
