@@ -120,6 +120,20 @@ class AsyncModels(AsyncResource):
     promote = AsksAsync(calls.promote)
     promotions = PagesAsync(calls.page_promotions)
 
+    async def fetch(self, source: str, name: str) -> ModelView:
+        return await self._send(calls.create_model(ModelCreate(name=name, source=source)))
+
+    async def wait(
+        self, model: str, *, poll_s: float = 1.0, on_update: Callable[[ModelView], None] | None = None
+    ) -> ModelView:
+        while True:
+            one = await self.get(model)
+            if on_update:
+                on_update(one)
+            if one.state not in {"fetching", "verifying"}:
+                return one
+            await asyncio.sleep(poll_s)
+
     async def register(self, path: str, name: str | None = None) -> ModelView:
         name = name or plain_name(Path(path).name)
         return await self._send(calls.create_model(ModelCreate(name=name, path=path)))
@@ -134,6 +148,20 @@ class AsyncDataSets(AsyncResource):
     iterate = PagesAsync(calls.page_data_sets)
     get = AsksAsync(calls.get_data_set)
     delete = AsksAsync(calls.delete_data_set)
+
+    async def fetch(self, source: str, name: str) -> DataSetView:
+        return await self._send(calls.create_data_set(DataSetCreate(name=name, source=source)))
+
+    async def wait(
+        self, data_set: str, *, poll_s: float = 1.0, on_update: Callable[[DataSetView], None] | None = None
+    ) -> DataSetView:
+        while True:
+            one = await self.get(data_set)
+            if on_update:
+                on_update(one)
+            if one.state not in {"fetching", "verifying"}:
+                return one
+            await asyncio.sleep(poll_s)
 
     async def register(self, path: str, name: str | None = None) -> DataSetView:
         name = name or plain_name(Path(path).name.split(".")[0])

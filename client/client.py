@@ -127,6 +127,22 @@ class Models(Resource):
     promote = Asks(calls.promote)
     promotions = Pages(calls.page_promotions)
 
+    def fetch(self, source: str, name: str) -> ModelView:
+        """Have the server fetch it from `s3://…` or `hf://…`, where its operator allows that. It goes on by itself: see `wait`."""
+        return self._send(calls.create_model(ModelCreate(name=name, source=source)))
+
+    def wait(
+        self, model: str, *, poll_s: float = 1.0, on_update: Callable[[ModelView], None] | None = None
+    ) -> ModelView:
+        """Until it is ready or failed: large ones are fetched and verified beside the request."""
+        while True:
+            one = self.get(model)
+            if on_update:
+                on_update(one)
+            if one.state not in {"fetching", "verifying"}:
+                return one
+            time.sleep(poll_s)
+
     def register(self, path: str, name: str | None = None) -> ModelView:
         """Use a folder on the server in place. Raises ApiError(path_not_allowed) where its operator hasn't allowed it."""
         name = name or plain_name(Path(path).name)
@@ -170,6 +186,22 @@ class DataSets(Resource):
     iterate = Pages(calls.page_data_sets)
     get = Asks(calls.get_data_set)
     delete = Asks(calls.delete_data_set)
+
+    def fetch(self, source: str, name: str) -> DataSetView:
+        """Have the server fetch it from `s3://…` or `hf://…`, where its operator allows that. It goes on by itself: see `wait`."""
+        return self._send(calls.create_data_set(DataSetCreate(name=name, source=source)))
+
+    def wait(
+        self, data_set: str, *, poll_s: float = 1.0, on_update: Callable[[DataSetView], None] | None = None
+    ) -> DataSetView:
+        """Until it is ready or failed: large ones are fetched and verified beside the request."""
+        while True:
+            one = self.get(data_set)
+            if on_update:
+                on_update(one)
+            if one.state not in {"fetching", "verifying"}:
+                return one
+            time.sleep(poll_s)
 
     def register(self, path: str, name: str | None = None) -> DataSetView:
         name = name or plain_name(Path(path).name.split(".")[0])

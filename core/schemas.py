@@ -296,8 +296,8 @@ class JobFilter(Request):
     labels: Labels = {}
     model: str | None = Field(None, min_length=1, max_length=128, description="A model's id or name.")
     queue: Literal["cpu", "gpu"] | None = None
-    created_after: AwareDatetime | None = None
-    created_before: AwareDatetime | None = None
+    created_after: Moment | None = None
+    created_before: Moment | None = None
     all: bool = Field(False, description="Mean every job that is not over.")
 
     @field_validator("created_after", "created_before")

@@ -1,5 +1,6 @@
 """Subcommands about what a service has: recipes, models, data sets, workers, queues."""
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,10 @@ import yaml
 from client.cli import output
 from client.cli.jobs import read_recipe, send_model
 from client.cli.session import Session, takes_session
+from client.errors import ClientError
+from client.folders import plain_name
 from core.recipes.plan import Plan
+from core.schemas import DataSetView, ModelView
 
 recipes = typer.Typer(invoke_without_command=True, help="The recipes: list, show one, check one's own, the schema.")
 models = typer.Typer(
@@ -188,13 +192,21 @@ def promote_job(
 @takes_session
 def add_model(
     session: Session,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", file_okay=False, exists=True)],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|SOURCE", help="A local folder, or s3://bucket/folder or hf://organisation/name@revision."
+        ),
+    ],
     name: Annotated[str | None, typer.Option(help="Otherwise the folder's.")] = None,
 ) -> None:
-    """Send a local model folder (or use it in place, where the server may read it)."""
+    """Send a local model folder (or use it in place, where the server may read it), or have the server fetch one."""
     with session.client() as client:
-        model = client.models.get(send_model(client, str(folder), name, quiet=session.json))
-    output.print_json(model) if session.json else output.say(f"{model.id}  {output.clean(model.name)}  {model.state}")
+        if "://" in folder:
+            started = client.models.fetch(folder, name or _name_in(folder)).id
+        else:
+            started = send_model(client, folder, name, quiet=session.json)
+        _print_brought(session, client.models.wait(started, on_update=_brought(session)))
 
 
 @models.command("rm")
@@ -260,15 +272,23 @@ def show_data_set(session: Session, data_set: Annotated[str, typer.Argument(meta
 @takes_session
 def add_data_set(
     session: Session,
-    file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, exists=True)],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE|SOURCE",
+            help="A local file, or s3://bucket/file or hf://datasets/organisation/name@revision/file.",
+        ),
+    ],
     name: Annotated[str | None, typer.Option(help="Otherwise the file's.")] = None,
 ) -> None:
-    """Send a local data set: .txt (prose) or .jsonl (rows with `text` and perhaps `label`), plain or .gz."""
-    with session.client() as client, output.transfer_meter(f"sending {file.name}", quiet=session.json) as meter:
-        data_set = client.data_sets.upload(file, name, meter=meter)
-    output.print_json(data_set) if session.json else output.say(
-        f"{data_set.id}  {output.clean(data_set.name)}  {data_set.state}"
-    )
+    """Send a local data set (prose, or rows with `text` and perhaps `label`, plain or .gz), or have the server fetch one."""
+    with session.client() as client:
+        if "://" in file:
+            started = client.data_sets.fetch(file, name or _name_in(file)).id
+        else:
+            with output.transfer_meter(f"sending {file}", quiet=session.json) as meter:
+                started = client.data_sets.upload(Path(file), name, meter=meter).id
+        _print_brought(session, client.data_sets.wait(started, on_update=_brought(session)))
 
 
 @data_sets.command("rm")
@@ -319,3 +339,28 @@ def queues(session: Session) -> None:
         for one in found
     ]
     output.print_table(("queue", "queued", "running", "oldest waits"), rows, right=(1, 2, 3))
+
+
+def _name_in(source: str) -> str:
+    """The last word of an address that is no revision, without its endings."""
+    return plain_name(source.rstrip("/").rpartition("/")[2].partition("@")[0].partition(".")[0])
+
+
+def _brought(session: Session) -> Callable[[ModelView | DataSetView], None]:
+    """Say each new tenth of what the server fetches or verifies."""
+    said = [-1]
+
+    def say(one: ModelView | DataSetView) -> None:
+        tenth = int((one.progress or 0) * 10)
+        if one.state in {"fetching", "verifying"} and tenth > said[0] and not session.json:
+            said[0] = tenth
+            output.note(f"{one.state} {tenth * 10}%", "dim")
+
+    return say
+
+
+def _print_brought(session: Session, one: ModelView | DataSetView) -> None:
+    if one.state == "failed":
+        error = one.error or {}
+        raise ClientError(f"{one.name}: {error.get('message', 'it failed')}", hint=str(error.get("hint", "")))
+    output.print_json(one) if session.json else output.say(f"{one.id}  {output.clean(one.name)}  {one.state}")

@@ -56,6 +56,13 @@ def add(
     model: Annotated[str, typer.Option("--model", "-m", help="A model's name: the newest ready one, each time.")],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")],
     timezone: Zone = "UTC",
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Where each fire looks for the model first: s3://…, hf://…, or a folder of the server.",
+        ),
+    ] = None,
     overlap: Annotated[str, typer.Option(help=OVERLAP)] = "skip",
     catch_up: Annotated[str, typer.Option(help=CATCH_UP)] = "latest",
     only_if_changed: Annotated[
@@ -69,6 +76,7 @@ def add(
 ) -> None:
     """Submit a job again and again, e.g. every night."""
     fields: dict[str, Any] = {"overlap": overlap, "catch_up": catch_up, "only_if_changed": only_if_changed}
+    fields |= {"source": source} if source else {}
     fields |= {"priority": priority, "labels": parse_labels(label or []), "promote": not no_promote}
     with session.client() as client:
         made = client.schedules.create(name, cron, model, read_recipe(recipe), timezone=timezone, **fields)
@@ -167,6 +175,7 @@ def _print(session: Session, one: ScheduleView) -> None:
             ("cron", f"{one.cron} {one.timezone}"),
             ("state", "suspended" if one.suspended else "active"),
             ("job", f"{_recipe_name(one)} on {one.job.model}"),
+            ("source", one.source),
             ("overlap", one.overlap),
             ("catch up", one.catch_up),
             ("only if changed", "yes" if one.only_if_changed else ""),
