@@ -10,13 +10,13 @@ from contextvars import ContextVar
 from typing import Literal
 
 _SECRETS = re.compile(
-    r"(?i)(authorization:\s*\S+\s+|x-amz-(?:signature|credential|security-token)=|np_[a-z0-9]{4,12}_)[^\s&\"'@]+"
+    r"(?i)(authorization:\s*\S+\s+|x-amz-(?:signature|credential|security-token)=|np_[a-z0-9]{4,12}_|whsec_)[^\s&\"'@]+"
     r"|(://[^/\s:@]*:)[^\s/@]+(?=@)"
 )
 
 
 def redact(text: str) -> str:
-    """Replace keys, presigned signatures and passwords in URLs by `***`."""
+    """Replace keys, webhooks' secrets, presigned signatures and passwords in URLs by `***`."""
     return _SECRETS.sub(lambda match: f"{match.group(1) or match.group(2)}***", text)
 
 

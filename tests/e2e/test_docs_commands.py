@@ -157,6 +157,15 @@ def test_what_a_page_tells_to_type_works(page: Path, service: dict[str, str], ch
     assert len(answers) == len(commands), done.stdout
 
 
+def test_a_newcomer_has_a_nightly_job_after_five_commands():
+    """The page runs as it stands, above; that it stays this short is held here."""
+    section = (ROOT / "docs" / "how-to" / "nightly.md").read_text().split("\n## ")[1]
+    commands = [one.text for block in blocks_of(section) for one in commands_of(block)]
+    assert len(commands) == 5
+    assert commands[0] == "make demo"
+    assert commands[-1].startswith("nightpress schedule add")
+
+
 def test_a_line_of_output_may_leave_something_open():
     assert shows("ok    API   … at http://…", "ok   API version 1 at http://here\n")
     assert not shows("verdict: accepted", "verdict: rejected")

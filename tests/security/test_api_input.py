@@ -126,6 +126,16 @@ def test_a_model_larger_than_the_quota_is_refused(client: httpx.Client):
     assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
 
 
+@pytest.mark.parametrize("path", ["model.zip", "model.tar", "weights/model.tar.gz", "model.7z", "model.safetensors.gz"])
+def test_no_archive_is_taken(client: httpx.Client, path: str):
+    """So nothing is ever unpacked: no slip, no bomb, no million entries."""
+    files = [{"path": path, "size": 1, "sha256": "0" * 64}, {"path": "config.json", "size": 1, "sha256": "0" * 64}]
+    response = client.post("/v1/models", json={"name": "packed", "files": files})
+    assert (response.status_code, response.json()["code"]) == (422, "unsupported_format")
+    data = {"name": "packed", "file": {"path": path, "size": 1, "sha256": "0" * 64}}
+    assert client.post("/v1/datasets", json=data).status_code == 422
+
+
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", "..\\x", "x\u202ey", "./x", "con\ntrol"])
 def test_a_files_name_is_a_plain_relative_path(client: httpx.Client, path: str):
     files = [{"path": path, "size": 1, "sha256": "0" * 64}]

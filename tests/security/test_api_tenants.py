@@ -1,8 +1,10 @@
 """S6, S8, S15: every route of the OpenAPI document, tried by strangers, by keys of other scopes, and without a key."""
 
+import datetime as dt
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,7 +121,7 @@ def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
 
 
 def operations(api: RunningApi) -> list[Operation]:
-    document = httpx.get(f"{api.url}/openapi.json", trust_env=False).json()
+    document = httpx.get(f"{api.url}/openapi.json", trust_env=False, timeout=60).json()
     return [Operation(method.upper(), path) for path, methods in document["paths"].items() for method in methods]
 
 
@@ -187,6 +189,20 @@ def test_without_a_key_every_route_is_closed(api: RunningApi):
                 continue
             assert (response.status_code, response.json()["code"]) == (401, "unauthenticated"), operation
             assert response.headers["www-authenticate"].startswith("Bearer"), operation
+
+
+def test_an_expired_revoked_or_invented_key_opens_no_route(api: RunningApi):
+    engine = api.services.engine
+    over = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1)
+    _, expired = create_key(engine, tenant_id="first", name="k", scopes=ALL_SCOPES, expires_at=over)
+    record, revoked = create_key(engine, tenant_id="first", name="k", scopes=ALL_SCOPES)
+    assert revoke(engine, record.id)
+    invented = f"{expired[:12]}{secrets.token_urlsafe(32)}{expired[-6:]}"
+    with httpx.Client(base_url=api.url, trust_env=False) as client:
+        for operation in (one for one in operations(api) if one.path not in _OPEN):
+            for key in (expired, revoked, invented):
+                answer = operation.send(client, "job_x", headers={"Authorization": f"Bearer {key}"})
+                assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated"), operation
 
 
 def test_each_route_takes_exactly_one_scope_and_only_reading_scopes_for_reading(api: RunningApi):

@@ -1,0 +1,20 @@
+"""docs/security.md names, for each attack, the tests that try it: they exist, and no attack is without one."""
+
+import ast
+import re
+
+from tests.service import ROOT
+
+_ROW = re.compile(r"^\| S(\d+) \|.*\|$", re.M)
+_TEST = re.compile(r"`((?:\w+/)*\w+\.py)::(\w+)`")
+
+
+def test_every_attack_is_tried_by_tests_that_exist():
+    page = (ROOT / "docs" / "security.md").read_text()
+    rows = {int(row[1]): _TEST.findall(row[0]) for row in _ROW.finditer(page)}
+    assert rows.keys() == set(range(1, 17))
+    for number, named in rows.items():
+        assert named, f"S{number} names no test"
+        for file, test in named:
+            tree = ast.parse((ROOT / "tests" / file).read_text())
+            assert test in {one.name for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)}, f"{file}::{test}"
