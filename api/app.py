@@ -92,6 +92,7 @@ def create_app(settings: Settings) -> FastAPI:
         description=_DESCRIPTION,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=partial(_lifespan, services),
+        docs_url=None,  # api/pages draws it, with nothing from elsewhere
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
     )

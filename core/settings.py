@@ -138,6 +138,9 @@ class Settings(BaseSettings):
         "",
         description="Where traces go, by OTLP over HTTP, e.g. http://collector:4318. Empty: where OpenTelemetry's own OTEL_EXPORTER_OTLP_ENDPOINT says, if it is set.",
     )
+    metrics_access: Literal["open", "key"] = Field(
+        "open", description="Who may read the API's /metrics: everybody, or who has a key with the scope metrics:read."
+    )
     log_format: Literal["text", "json"] = "text"
     log_level: str = "INFO"
 

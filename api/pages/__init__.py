@@ -36,6 +36,12 @@ async def index(request: Request) -> Response:
     return _answer(request, _FILES["index.html"])
 
 
+@router.get("/docs")
+async def reference(request: Request) -> Response:
+    """The API's document, drawn by a page of our own: the usual viewers load theirs from the network."""
+    return _answer(request, _FILES["reference.html"])
+
+
 @router.get("/static/{name:path}")
 async def static(name: str, request: Request) -> Response:
     file = _FILES.get(name)

@@ -5,13 +5,13 @@ import logging
 from collections.abc import Callable
 from importlib.metadata import version
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy import inspect, text
 from starlette.responses import JSONResponse, Response
 
 from api.broker import ping_broker
-from api.deps import Services, ServicesDep
+from api.deps import Services, ServicesDep, needs
 from api.problems import documented
 from api.routes import answer
 from core.database import transaction
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 router = APIRouter(tags=["health"])
 
 _PATIENCE_S = 3.0
+_METRICS_READER = needs("metrics:read")
 
 
 @router.get("/healthz", summary="The process answers", response_model=dict[str, str])
@@ -56,9 +57,15 @@ async def readyz(services: ServicesDep) -> Response:
     "/metrics",
     response_class=Response,
     summary="Figures for Prometheus",
-    responses={200: {"content": {"text/plain": {}}}, **documented(ErrorCode.DATABASE_UNAVAILABLE)},
+    description="Open, unless the operator asks for a key with the scope `metrics:read` (NIGHTPRESS_METRICS_ACCESS).",
+    responses={
+        200: {"content": {"text/plain": {}}},
+        **documented(ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN, ErrorCode.DATABASE_UNAVAILABLE),
+    },
 )
-async def metrics(services: ServicesDep) -> Response:
+async def metrics(request: Request, services: ServicesDep) -> Response:
+    if services.settings.metrics_access == "key":
+        await _METRICS_READER(request)
     statistics, workers = await services.call(
         services.metrics.queue, lambda: (services.store.statistics(), services.store.workers())
     )

@@ -24,6 +24,7 @@ ALL_SCOPES = frozenset(
         "models:read",
         "models:write",
         "workers:read",
+        "metrics:read",
         "keys:read",
         "keys:write",
         "webhooks:read",

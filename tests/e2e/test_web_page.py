@@ -122,6 +122,26 @@ def test_every_view_is_usable_by_all_and_asks_no_other_origin(
         assert seen.complaints == []
 
 
+@pytest.mark.parametrize(("viewport", "dark"), [(DESKTOP, False), (NARROW, True)])
+def test_the_apis_reference_shows_every_operation_and_asks_no_other_origin(
+    browser: Browser, face: Face, viewport: dict[str, int], dark: bool
+):
+    with browser.open(f"{face.url}/docs", viewport=viewport, dark=dark) as seen:
+        page = seen.page
+        page.wait_for_selector("#create_job")
+        document = page.evaluate("fetch('/openapi.json').then((answer) => answer.json())")
+        names = [one["operationId"] for methods in document["paths"].values() for one in methods.values()]
+        assert [name for name in names if page.locator(f"details#{name}").count() != 1] == []
+        page.locator("#create_job > summary").click()
+        assert "all-minilm-l6-v2" in page.locator("#create_job").inner_text()
+        page.locator("#create_job a", has_text="JobCreate").click()
+        page.wait_for_selector("#schema-JobCreate[open]")
+        assert not violations(page)
+        assert not overflows(page)
+        assert all(url.startswith(face.url) for url in seen.requests)
+        assert seen.complaints == []
+
+
 def test_what_people_write_is_shown_and_never_run(browser: Browser, face: Face, finished: list[str]):
     with signed_in(browser, face) as seen:
         link = seen.page.wait_for_selector(f"a[href='#/jobs/{finished[0]}']")

@@ -272,6 +272,16 @@ def test_no_answer_tells_the_key(api: RunningApi, owned: Owned):
             assert key.split("_")[2] not in client.get(path).text
 
 
+def test_figures_are_for_who_may_read_them_where_the_operator_says_so(tmp_path: Path):
+    settings = Settings(data_dir=tmp_path, broker_url="redis://127.0.0.1:1/0", metrics_access="key")
+    migrations.upgrade(settings.sql_url)
+    with serve(settings) as closed:
+        assert httpx.get(f"{closed.url}/metrics", trust_env=False).status_code == 401
+        for scopes, status in (["jobs:read"], 403), (["metrics:read"], 200):
+            with closed.client(scopes=scopes) as client:
+                assert client.get("/metrics").status_code == status
+
+
 def test_an_idempotency_key_belongs_to_its_tenant(
     owner: httpx.Client, stranger: httpx.Client, owned: Owned, bert_tiny: Path
 ):
