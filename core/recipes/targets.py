@@ -29,7 +29,7 @@ class Aim:
     exports: tuple[str | Mapping[str, str], ...]  #: as a recipe writes them
     reads: frozenset[ExportFormat]  #: what the target's runtimes load
     decoders: bool | None  #: whether it is for models that write text, for others, or (None) for both
-    because: str  #: the figures that decided, and what printed them
+    because: str  #: what decided, and the command that prints its figures
 
 
 AIMS: Mapping[str, Aim] = {
@@ -39,7 +39,7 @@ AIMS: Mapping[str, Aim] = {
         exports=("onnx",),
         reads=frozenset({"onnx", "openvino"}),
         decoders=False,
-        because="ONNX Runtime in int8 was the fastest form of an encoder on a CPU with AVX2, ahead of OpenVINO in int8 and of both in fp32 (`bench.targets`, `bench.encoder`).",
+        because="ONNX Runtime in int8 was the fastest form of an encoder on a CPU with AVX2, ahead of OpenVINO in int8 and of both in fp32 (`bench.encoder`).",
     ),
     "cpu-llm": Aim(
         passes=({"pass": "gptq", "bits": 4, "group_size": 32},),
@@ -47,7 +47,7 @@ AIMS: Mapping[str, Aim] = {
         exports=({"format": "gguf", "type": "q8_0"},),
         reads=frozenset({"gguf"}),
         decoders=True,
-        because="llama.cpp decodes Q4_0 fastest of all its types, and codes that GPTQ chose lose a fraction there of what rounding loses; the vocabulary's matrix in Q8_0 costs little time and keeps the words apart (`bench.targets`).",
+        because="llama.cpp decoded Q4_0 faster than its other types that were timed, and at 4 bits codes that GPTQ chose lose a fraction of what rounding loses (`bench.quality`); `bench.targets` measures both together.",
     ),
     "gpu-vllm": Aim(
         passes=({"pass": "gptq", "bits": 4, "group_size": 128},),
@@ -63,7 +63,7 @@ AIMS: Mapping[str, Aim] = {
         exports=("transformers.js",),
         reads=frozenset({"transformers.js"}),
         decoders=None,
-        because="A page loads what it must first download: int8 is the smallest form that transformers.js runs for every kind of model here (`bench.targets`).",
+        because="A page loads what it must first download: int8 halves half precision and runs in transformers.js for every kind of model here. Its speed in a page was not measured.",
     ),
 }
 
