@@ -57,7 +57,8 @@ def quantize_onnx(
 ) -> tuple[LayerEffect, ...]:
     """Matrix products by ONNX Runtime's own quantizer, embeddings row by row. Writes `target`. rounding, peaks: see executors/graph.py.
 
-    Layers that one scale for their input would hurt are computed in float with weights stored in int8.
+    Layers that one scale for their input would hurt are computed in float with weights stored in int8. Weights that were trained on
+    the grid of int8 (`qat`) keep their codes: they are neither smoothed nor brought to a smaller range.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -76,11 +77,15 @@ def quantize_onnx(
             ignored.append(node.name)
         elif len(constants[node.input[1]].dims) == 2:
             taken.append(node)
-    smooth_inputs(onnx, model, [node for node in taken if node.name not in sensitive], peaks)
     axis = 0 if options.per_channel else None
+    trained = any(lies_on_grid(array_of(onnx, constants[node.input[1]]), axis) for node in taken)
+    if not trained:
+        smooth_inputs(onnx, model, [node for node in taken if node.name not in sensitive], peaks)
     for node in taken:
         weight = array_of(onnx, constants[node.input[1]])
-        codes, scales = codes_of(weight, 0) if node.name in sensitive else codes_of(weight, axis, _TOP)
+        codes, scales = (
+            codes_of(weight, 0) if node.name in sensitive else codes_of(weight, axis, 127 if trained else _TOP)
+        )
         effects.append(effect_of(node.name, weight, codes * scales))
     store_in_int8(onnx, model, sensitive - set(ignored))
     effects += quantize_embeddings(onnx, model, constants, options.ignore)
@@ -91,12 +96,18 @@ def quantize_onnx(
             target,
             per_channel=options.per_channel,
             weight_type=QuantType.QInt8,
-            reduce_range=True,
+            reduce_range=not trained,
             op_types_to_quantize=["MatMul"],
             nodes_to_exclude=ignored,
             extra_options={"MatMulConstBOnly": True},
         )
     return tuple(effects)
+
+
+def lies_on_grid(weight: Weights, axis: int | None) -> bool:
+    """Whether rounding to int8's full range leaves a weight as it is, which training with rounding on aims at and chance doesn't."""
+    codes, scales = codes_of(weight, axis)
+    return bool(weight.any()) and bool(np.allclose(codes * scales, weight, rtol=1e-5, atol=0))
 
 
 def smooth_inputs(onnx: Any, model: Any, products: Iterable[Any], peaks: Mapping[str, Weights]) -> None:
