@@ -18,7 +18,7 @@ PARAMETER = {
     "in": "header",
     "required": False,
     "description": f"`wait=N`: answer when the job has ended, or after N seconds, {LONGEST_S} at most.",
-    "schema": {"type": "string", "maxLength": 200, "examples": ["wait=30"]},
+    "schema": {"type": "string", "examples": ["wait=30"]},
 }
 
 

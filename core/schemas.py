@@ -1,9 +1,18 @@
 """The wire: what the HTTP API takes and answers, one model a shape, shared by the API and the client."""
 
 import datetime as dt
+import re
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from core.recipes.models import Name
 from core.recipes.plan import Plan
@@ -20,8 +29,6 @@ Labels = Annotated[
     ],
     Field(max_length=32),
 ]
-#: JSON has no time of its own: it comes as text
-Moment = Annotated[AwareDatetime, Field(strict=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -51,10 +58,21 @@ class Request(BaseModel):
         return raw
 
 
-def _near(moment: dt.datetime | None) -> dt.datetime | None:
-    if moment is not None and not 2000 <= moment.year <= 2200:
+def _written_as_a_time(raw: object) -> object:
+    # pydantic would take 0.5 for half a second past 1970
+    if isinstance(raw, dt.datetime) or (isinstance(raw, str) and re.match(r"\d{4}-\d\d-\d\d", raw)):
+        return raw
+    raise ValueError("must be a time with its zone, such as 2026-11-24T01:00:00Z")
+
+
+def _near(moment: dt.datetime) -> dt.datetime:
+    if not 2000 <= moment.year <= 2200:
         raise ValueError("must lie between the years 2000 and 2200")
     return moment
+
+
+#: JSON has no time of its own: it comes as text
+Moment = Annotated[AwareDatetime, Field(strict=False), BeforeValidator(_written_as_a_time), AfterValidator(_near)]
 
 
 class View(BaseModel):
@@ -240,11 +258,6 @@ class JobCreate(JobSpec):
 
     run_after: Moment | None = Field(None, examples=["2026-11-24T01:00:00Z"])
 
-    @field_validator("run_after")
-    @classmethod
-    def _near(cls, moment: dt.datetime | None) -> dt.datetime | None:
-        return _near(moment)
-
 
 class JobView(View):
     id: str
@@ -299,11 +312,6 @@ class JobFilter(Request):
     created_after: Moment | None = None
     created_before: Moment | None = None
     all: bool = Field(False, description="Mean every job that is not over.")
-
-    @field_validator("created_after", "created_before")
-    @classmethod
-    def _near(cls, moment: dt.datetime | None) -> dt.datetime | None:
-        return _near(moment)
 
     @model_validator(mode="after")
     def _says_which(self) -> "JobFilter":
@@ -423,11 +431,6 @@ class KeyCreate(Request):
     scopes: list[Annotated[str, Field(max_length=32)]] = Field(min_length=1, max_length=20)
     expires_at: Moment | None = None
     tenant_id: TenantId | None = None
-
-    @field_validator("expires_at")
-    @classmethod
-    def _near(cls, moment: dt.datetime | None) -> dt.datetime | None:
-        return _near(moment)
 
 
 class KeyRotate(Request):

@@ -225,6 +225,7 @@ class S3(_Server):
             "-master.telemetry=false",
             "-admin.ui=false",
             "-webdav=false",
+            "-volume.max=10000",  # each bucket takes a volume, and the server's own limit follows the free disk: 60 buckets here
         ]
         options += [f"-{name}={port}" for name, port in self._ports.items()]
         (self.folder / "data").mkdir(exist_ok=True)

@@ -3,7 +3,6 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Query, Request
-from pydantic import AwareDatetime
 from starlette.responses import Response
 
 from api.deps import Cursor, JobsReader, JobsWriter, Limit, Services, ServicesDep
@@ -16,7 +15,7 @@ from core.errors import ErrorCode, NightpressError
 from core.jobs.queries import JobsWanted
 from core.jobs.records import Job
 from core.jobs.store import MAX_CANCELLED
-from core.schemas import CancelledView, JobBatch, JobBatchView, JobCreate, JobFilter, JobState, JobView, Page
+from core.schemas import CancelledView, JobBatch, JobBatchView, JobCreate, JobFilter, JobState, JobView, Moment, Page
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=OnceRoute)
 _WAITS: dict[str, Any] = {"parameters": [PARAMETER]}
@@ -136,8 +135,8 @@ async def list_jobs(
     ] = [],  # noqa: B006
     model: Annotated[str | None, Query(max_length=128, description="A model's id or name.")] = None,
     queue: Annotated[Literal["cpu", "gpu"] | None, Query()] = None,
-    created_after: Annotated[AwareDatetime | None, Query(description="This moment included.")] = None,
-    created_before: Annotated[AwareDatetime | None, Query()] = None,
+    created_after: Annotated[Moment | None, Query(description="This moment included.")] = None,
+    created_before: Annotated[Moment | None, Query()] = None,
     cursor: Cursor = None,
     limit: Limit = 50,
 ) -> Response:
