@@ -16,6 +16,11 @@ from tests.models import bert_tiny_dir, minilm_dir, smollm_dir
 from tests.servers import S3, Postgres, Valkey
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors: many tests wait for a lease, a server or a child that starts."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     with Postgres(tmp_path_factory.mktemp("postgres")) as server:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from client import Client
 from core.errors import ErrorCode, NightpressError
@@ -112,7 +113,7 @@ def test_every_view_is_usable_by_all_and_asks_no_other_origin(
         ):
             page.wait_for_selector("h1")
             page.evaluate(f"location.hash = '#{view}'")
-            page.wait_for_function(f"location.hash === '#{view}'")
+            expect(page).to_have_url(re.compile(f"#{re.escape(view)}$"))
             page.wait_for_timeout(300)
             settled(page) if not view.startswith("/jobs/job") else page.wait_for_selector(".log")
             assert violations(page) == [], view
@@ -231,7 +232,7 @@ def test_filters_are_in_the_address_and_an_empty_list_says_so(browser: Browser, 
     with signed_in(browser, face) as seen:
         page = seen.page
         page.click("button.chip:has-text('failed')")
-        page.wait_for_function("document.querySelectorAll('tbody tr').length === 1")
+        expect(page.locator("tbody tr")).to_have_count(1)
         assert page.url.endswith("#/jobs?state=failed")
         page.fill("input[aria-label='Only jobs with this label']", "team=nobody")
         page.keyboard.press("Enter")
