@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from core.jobs.store import JobStore
 from tests.jobs import add_model, offer, submit
 from tests.servers import Postgres
 
-CALLS, WARM = 300, 20
+CALLS, TURNS, WARM = 600, 6, 20
 PROCESSES, WORKERS_EACH, RACED = 4, 50, 4000
 
 _FILL = """
@@ -70,51 +71,72 @@ def fill(engine: Engine, count: int) -> None:
         connection.execute(text("VACUUM ANALYZE"))
 
 
-def measure(server: Postgres, count: int) -> dict[str, float]:
-    """Of each call: milliseconds at the median and the 99th percentile, statements, and milliseconds of the server's processor time."""
-    url = server.create_database()
-    migrations.upgrade(url)
-    engine = make_engine(url)
-    began = time.monotonic()
-    fill(engine, count)
-    found: dict[str, float] = {"fill_s": round(time.monotonic() - began, 1)}
-    statements = 0
+class Side:
+    """A database with so many jobs, what is asked of it, and what the answers took."""
 
-    @event.listens_for(engine, "before_cursor_execute")
-    def count_it(*_: object) -> None:
-        nonlocal statements
-        statements += 1
+    def __init__(self, server: Postgres, count: int) -> None:
+        url = server.create_database()
+        migrations.upgrade(url)
+        self.engine = make_engine(url)
+        began = time.monotonic()
+        fill(self.engine, count)
+        self.found: dict[str, float] = {"fill_s": round(time.monotonic() - began, 1)}
+        self.statements = 0
+        event.listen(self.engine, "before_cursor_execute", self._count)
+        store = JobStore(self.engine)
+        cursors: list[str | None] = [None]
+        for _ in range(20):
+            cursors.append(store.page("tenant-3", cursor=cursors[-1], limit=50)[1])
+        self.calls: dict[str, Callable[[int], object]] = {
+            "claim": lambda n: store.claim(offer(f"w{n}"), ttl_s=3600.0),
+            "page": lambda n: store.page("tenant-3", cursor=cursors[n % len(cursors)], limit=50),
+            "page_by_state": lambda _n: store.page("tenant-3", JobsWanted(states=("queued",)), limit=50),
+            "tick": lambda _n: _tick(store),
+            "statistics": lambda _n: store.statistics(),
+        }
 
-    store = JobStore(engine)
-    cursors: list[str | None] = [None]
-    for _ in range(20):
-        cursors.append(store.page("tenant-3", cursor=cursors[-1], limit=50)[1])
-    calls: dict[str, Callable[[int], object]] = {
-        "claim": lambda n: store.claim(offer(f"w{n}"), ttl_s=3600.0),
-        "page": lambda n: store.page("tenant-3", cursor=cursors[n % len(cursors)], limit=50),
-        "page_by_state": lambda _n: store.page("tenant-3", JobsWanted(states=("queued",)), limit=50),
-        "tick": lambda _n: _tick(store),
-        "statistics": lambda _n: store.statistics(),
-    }
-    for name, call in calls.items():
-        repeats = 20 if name == "statistics" else CALLS
-        for n in range(WARM):  # a pool's connections are long there, and have prepared what they ask often
-            call(n)
-        statements, cpu = 0, _cpu_s(server)
-        times = sorted(_timed(call, n) for n in range(repeats))
-        found[f"{name}_p50_ms"] = round(statistics.median(times), 2)
-        found[f"{name}_p99_ms"] = round(times[int(0.99 * (len(times) - 1))], 2)
-        found[f"{name}_statements"] = round(statements / repeats, 1)
-        found[f"{name}_cpu_ms"] = round(1000 * (_cpu_s(server) - cpu) / repeats, 2)
-    engine.dispose()
-    return found
+    def _count(self, *_: object) -> None:
+        self.statements += 1
+
+
+def measure(server: Postgres, counts: list[int]) -> list[dict[str, float]]:
+    """Of each call, for each count: milliseconds at the median and the 99th percentile, statements, and milliseconds of the server's time.
+
+    The databases are asked in turns, so that what else the machine does falls on all alike.
+    """
+    sides = [Side(server, count) for count in counts]
+    for name in sides[0].calls:
+        turn = 4 if name == "statistics" else CALLS // TURNS
+        for side in sides:
+            for n in range(WARM):  # a pool's connections are long there, and have prepared what they ask often
+                side.calls[name](n)
+            side.statements = 0
+        times: list[list[float]] = [[] for _ in sides]
+        cpu = [0.0] * len(sides)
+        for _ in range(TURNS):
+            for index, side in enumerate(sides):
+                before = _cpu_s(server)
+                times[index] += (_timed(side.calls[name], len(times[index])) for _ in range(turn))
+                cpu[index] += _cpu_s(server) - before
+        for index, side in enumerate(sides):
+            took = sorted(times[index])
+            side.found[f"{name}_p50_ms"] = round(statistics.median(took), 2)
+            side.found[f"{name}_p99_ms"] = round(took[int(0.99 * (len(took) - 1))], 2)
+            side.found[f"{name}_statements"] = round(side.statements / len(took), 1)
+            side.found[f"{name}_cpu_ms"] = round(1000 * cpu[index] / len(took), 2)
+    for side in sides:
+        side.engine.dispose()
+    return [side.found for side in sides]
 
 
 def _cpu_s(server: Postgres) -> float:
     """What PostgreSQL's processes have used, those that are over included. The kernel counts in hundredths."""
     assert server.process is not None
     main = psutil.Process(server.process.pid)
-    times = [one.cpu_times() for one in (main, *main.children(recursive=True))]
+    times = []
+    for one in (main, *main.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # over since it was listed: counted with those that are
+            times.append(one.cpu_times())
     over = main.cpu_times()
     return sum(one.user + one.system for one in times) + over.children_user + over.children_system
 
@@ -207,7 +229,10 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder,
         Postgres(Path(folder), durable=True) as server,
     ):
-        found: dict[str, Any] = {f"{count:,} jobs": measure(server, count) for count in options.jobs}
+        found: dict[str, Any] = {
+            f"{count:,} jobs": figures
+            for count, figures in zip(options.jobs, measure(server, options.jobs), strict=True)
+        }
         found["race"] = race(server)
     if options.json:
         print(json.dumps(found))
