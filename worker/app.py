@@ -1,10 +1,13 @@
 """The Celery worker: one process, one slot, one queue."""
 
 import logging
+import os
+import signal
 from collections.abc import Sequence
 
 from celery import Celery, signals
 from celery.apps.worker import Worker as CeleryWorker
+from celery.worker import state as celery_state
 
 from core.artifacts.storage import open_store
 from core.database import make_engine
@@ -27,6 +30,7 @@ from worker.supervisor import Supervisor
 from worker.tasks import add_tasks
 
 _RESTART_S = 1.0
+_OLDEST_SHARE = 1 / 8  #: of the claims: what low priorities get of a queue that never empties
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +40,8 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     configure_tracing(settings.otlp_endpoint, "worker")
     offer = make_offer(settings, new_id("wkr"))
     engine = make_engine(settings.sql_url)
-    store = JobStore(engine, Caps(settings.max_running_jobs, settings.max_gpu_seconds_month))
+    caps = Caps(settings.max_running_jobs, settings.max_gpu_seconds_month)
+    store = JobStore(engine, caps, oldest_share=_OLDEST_SHARE)
     objects = open_store(settings)
     folder = WorkerFolder(settings.data_dir / "work", offer.worker_id)
     cache = BlobCache(settings.data_dir / "cache", settings.cache_bytes)
@@ -58,6 +63,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     signals.worker_shutting_down.connect(lambda **_: supervisor.draining.set(), weak=False)
     signals.worker_ready.connect(lambda **_: log.info("Worker %s serves %s.", offer.worker_id, offer.queue), weak=False)
     serve_metrics(settings.metrics_port)
+    _drain_before_celery_listens(supervisor)
     slot.open()
     try:
         while not supervisor.draining.is_set():
@@ -68,6 +74,17 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
         slot.close(timeout=settings.drain_s)
         folder.close()
         engine.dispose()
+
+
+def _drain_before_celery_listens(supervisor: Supervisor) -> None:
+    """The worker takes jobs from now on, and Celery sets its own handlers only when it starts, a moment later."""
+
+    def drain(*_: object) -> None:
+        supervisor.draining.set()
+        celery_state.should_stop = os.EX_OK  # a Celery that starts right after this ends at once
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, drain)
 
 
 def _listen(app: Celery, offer: WorkerOffer, settings: Settings) -> None:

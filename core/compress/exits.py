@@ -44,7 +44,10 @@ class Heads(NamedTuple):
 
 
 class ExitModel(nn.Module):
-    """A classifier and a head (dense, tanh, linear, on the first token) behind each of some blocks."""
+    """A classifier and a head (dense, tanh, linear, on the mean over tokens) behind each of some blocks.
+
+    The first token, on which the model's own head may stand, has taken in little of the others after a block or two.
+    """
 
     def __init__(self, model: Any, blocks: Sequence[int], policy: Policy) -> None:
         super().__init__()
@@ -58,7 +61,10 @@ class ExitModel(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> Heads:
         extra = {} if types is None else {"token_type_ids": types}
         out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, return_dict=True, **extra)
-        said = [head(out.hidden_states[block + 1][:, 0]) for head, block in zip(self.heads, self.blocks, strict=True)]
+        real = mask.to(out.logits.dtype)[..., None]
+        count = real.sum(1).clamp(min=1)
+        means = [(out.hidden_states[block + 1] * real).sum(1) / count for block in self.blocks]
+        said = [head(mean) for head, mean in zip(self.heads, means, strict=True)]
         return Heads([*said, out.logits], exit_scores(said, mask, self.policy))
 
     def answer(self, ids: Tensor, mask: Tensor, plan: ExitPlan) -> tuple[Tensor, Tensor]:

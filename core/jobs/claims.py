@@ -1,4 +1,8 @@
-"""Which job a worker gets: by priority, then the tenant with the fewest running, then age. Statements only, made once."""
+"""Which job a worker gets: by priority, then the tenant with the fewest running, then age. Statements only, made once.
+
+A claim that is for the oldest job passes over priorities and over fairness, never over quotas: however much of a higher priority keeps
+coming, every job is the oldest some day.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -63,18 +67,36 @@ def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float, caps: Caps) ->
     }
 
 
-@cache
-def whose_turn() -> Select[Any]:
-    """The tenant whose turn it is, and its best priority: a few index probes a tenant, however many jobs they have.
-
-    The recursion steps from tenant to tenant along the claim index, which a DISTINCT would read to its end.
-    """
+def _waiting_tenants() -> CTE:
+    """Tenants with jobs in the queue, by steps from one to the next along the claim index, which a DISTINCT would read to its end."""
     tenants = select(func.min(_columns.tenant_id).label("id")).where(*_IN_QUEUE).cte("waiting", recursive=True)
     following = select(func.min(_columns.tenant_id)).where(*_IN_QUEUE, _columns.tenant_id > tenants.c.id)
-    tenants = tenants.union_all(select(following.correlate(tenants).scalar_subquery()).where(tenants.c.id.is_not(None)))
+    return tenants.union_all(select(following.correlate(tenants).scalar_subquery()).where(tenants.c.id.is_not(None)))
+
+
+def _waiting_levels() -> CTE:
+    """Tenants with each priority that their jobs in the queue have, found by the same steps."""
+    tenants = _waiting_tenants()
+    highest = select(func.max(_columns.priority)).where(*_IN_QUEUE, _columns.tenant_id == tenants.c.id)
+    of_each = select(tenants.c.id, highest.correlate(tenants).scalar_subquery().label("priority"))
+    levels = of_each.where(tenants.c.id.is_not(None)).cte("levels", recursive=True)
+    lower = select(func.max(_columns.priority)).where(
+        *_IN_QUEUE, _columns.tenant_id == levels.c.id, _columns.priority < levels.c.priority
+    )
+    step = select(levels.c.id, lower.correlate(levels).scalar_subquery()).where(levels.c.priority.is_not(None))
+    return levels.union_all(step)
+
+
+@cache
+def whose_turn(*, oldest: bool) -> Select[Any]:
+    """The tenant whose turn it is, and the priority: a few index probes a tenant, however many jobs they have."""
+    tenants = _waiting_levels() if oldest else _waiting_tenants()
+    of_them = [_columns.tenant_id == tenants.c.id]
+    if oldest:
+        of_them.append(_columns.priority == tenants.c.priority)
     best_of = (
         select(_columns.id)
-        .where(*_FITS, _columns.tenant_id == tenants.c.id)
+        .where(*_FITS, *of_them)
         .order_by(_columns.priority.desc(), _columns.created_at, _columns.id)
         .limit(literal_column("1"))
         .correlate(tenants)
@@ -96,6 +118,7 @@ def whose_turn() -> Select[Any]:
         .correlate(tenants)
         .scalar_subquery()
     )
+    by_age = (candidate.c.created_at, candidate.c.id)
     return (
         select(candidate.c.tenant_id, candidate.c.priority)
         .join_from(tenants, candidate, candidate.c.id == best_of)
@@ -107,7 +130,7 @@ def whose_turn() -> Select[Any]:
                 func.coalesce(used, literal_column("0")) < most_gpu,
             ),
         )
-        .order_by(candidate.c.priority.desc(), running, candidate.c.created_at, candidate.c.id)
+        .order_by(*by_age if oldest else (candidate.c.priority.desc(), running, *by_age))
         .limit(literal_column("1"))
     )
 
@@ -123,11 +146,11 @@ def some_have_caps() -> Select[Any]:
     return select(exists().where(tenants_table.c.max_running_jobs > 0))
 
 
-def _best_job() -> ScalarSelect[Any]:
+def _best_job(*, oldest: bool) -> ScalarSelect[Any]:
     """That tenant's oldest job of that priority which no other worker is claiming at this very moment."""
     return (
         select(_columns.id)
-        .where(*_FITS, tuple_(_columns.tenant_id, _columns.priority) == whose_turn().scalar_subquery())
+        .where(*_FITS, tuple_(_columns.tenant_id, _columns.priority) == whose_turn(oldest=oldest).scalar_subquery())
         .order_by(_columns.created_at, _columns.id)
         .limit(literal_column("1"))
         .with_for_update(skip_locked=True)
@@ -136,7 +159,7 @@ def _best_job() -> ScalarSelect[Any]:
 
 
 @cache
-def claim_job() -> Update:
+def claim_job(*, oldest: bool) -> Update:
     """queued → running, in one UPDATE. Returns the job and its event's number."""
     values: dict[str, Any] = {
         "state": literal_column(f"'{RUNNING}'"),
@@ -154,14 +177,14 @@ def claim_job() -> Update:
         "eta_s": null(),
         "message": literal_column("''"),
     }
-    guarded = update(jobs).where(IS_QUEUED, _columns.id == _best_job()).values(values)
+    guarded = update(jobs).where(IS_QUEUED, _columns.id == _best_job(oldest=oldest)).values(values)
     return guarded.returning(*JOB_COLUMNS, _columns.event_seq)
 
 
 @cache
-def claim_and_note() -> Select[Any]:
+def claim_and_note(*, oldest: bool) -> Select[Any]:
     """PostgreSQL: the same UPDATE with the attempt and the event in one statement and one round trip."""
-    claimed = claim_job().cte("claimed")
+    claimed = claim_job(oldest=oldest).cte("claimed")
     attempt = select(claimed.c.id, claimed.c.attempt, claimed.c.lease_id, claimed.c.worker_id, claimed.c.started_at)
     opened = insert(job_attempts).from_select(["job_id", "number", "lease_id", "worker_id", "started_at"], attempt)
     data: ColumnElement[Any] = func.jsonb_build_object(

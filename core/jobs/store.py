@@ -71,9 +71,11 @@ _columns = jobs.c
 class JobStore(JobSubmitter, WorkerRoster):
     """Jobs from submission to their end, on SQLite or PostgreSQL. Safe to share between threads."""
 
-    def __init__(self, engine: Engine, caps: Caps | None = None) -> None:
+    def __init__(self, engine: Engine, caps: Caps | None = None, *, oldest_share: float = 0.0) -> None:
+        """oldest_share: the part of all claims that takes the oldest job, whatever its priority."""
         super().__init__(engine)
         self._caps = caps or Caps()
+        self._oldest_share = oldest_share
         self._capped = (False, 0.0)  #: whether tenants have caps of their own, and until when that is believed
 
     # A person ----------------------------------------------------------------------------------------------------
@@ -149,30 +151,31 @@ class JobStore(JobSubmitter, WorkerRoster):
     def claim(self, offer: WorkerOffer, *, ttl_s: float) -> Claimed | None:
         """queued → running, for the best job that fits: by priority, then the tenant with the fewest running, then age.
 
-        None: there is nothing to do for this worker now.
+        Now and then, the oldest of all: none starves behind higher priorities. None: there is nothing to do for this worker now.
         """
         values = claim_values(offer, new_id("lease"), ttl_s, self._caps)
+        oldest = random.random() < self._oldest_share
         for _ in range(_CLAIM_TRIES):
-            job = self._claim(values)
+            job = self._claim(values, oldest=oldest)
             if job is not None:
                 return Claimed(job, Lease(job.id, str(job.lease_id), job.attempt, offer.worker_id))
             with transaction(self._engine, read_only=True) as connection:
-                if self._sqlite or connection.execute(whose_turn(), values).first() is None:
+                if self._sqlite or connection.execute(whose_turn(oldest=oldest), values).first() is None:
                     return None
             # There is work, but other workers are claiming all of the best tenant's jobs at this very moment.
             time.sleep(random.uniform(0.0, 0.005))
         return None
 
-    def _claim(self, values: dict[str, Any]) -> Job | None:
+    def _claim(self, values: dict[str, Any], *, oldest: bool) -> Job | None:
         if not self._sqlite:
             with transaction(self._engine) if self._is_capped() else statement(self._engine) as connection:
                 if self._is_capped():
                     # Two claims at a time would each count the same running jobs: where counts are bounds, one goes after the other.
                     connection.execute(select(func.pg_advisory_xact_lock(_CLAIM_LOCK)))
-                row = connection.execute(claim_and_note(), values).one_or_none()
+                row = connection.execute(claim_and_note(oldest=oldest), values).one_or_none()
             return job_of(row[:-1]) if row else None
         with transaction(self._engine) as connection:
-            row = connection.execute(claim_job(), values).one_or_none()
+            row = connection.execute(claim_job(oldest=oldest), values).one_or_none()
             if row is None:
                 return None
             job, seq = job_of(row[:-1]), row[-1]

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import Engine
 
 from core.database import make_engine
+from core.jobs.claims import Caps
 from core.jobs.records import Lease
 from core.jobs.store import JobStore
 from tests.jobs import GB, add_model, claim, offer, submit, succeeded
@@ -50,6 +51,37 @@ def test_priority_outranks_fairness(store: JobStore):
     submit(store, tenant_id="few")
     urgent = [submit(store, tenant_id="many", priority=1) for _ in range(2)]
     assert order(store, 2) == urgent
+
+
+def test_a_claim_for_the_oldest_passes_over_priorities_and_fairness_but_not_over_fit(engine: Engine):
+    submit(JobStore(engine), needs_memory=100 * GB)
+    store = JobStore(engine, oldest_share=1.0)
+    first = submit(store, tenant_id="many", priority=-5)
+    second = submit(store, tenant_id="many", priority=5)
+    third = submit(store, tenant_id="few", priority=-5)
+    fourth = submit(store, tenant_id="many", priority=-5)
+    assert order(store, 4) == [first, second, third, fourth]
+    assert store.claim(offer(), ttl_s=60) is None
+
+
+def test_a_claim_for_the_oldest_keeps_to_quotas(engine: Engine):
+    store = JobStore(engine, Caps(running=1), oldest_share=1.0)
+    full = [submit(store, tenant_id="full") for _ in range(2)]
+    other = submit(store, tenant_id="other")
+    assert order(store, 2) == [full[0], other]
+    assert store.claim(offer(), ttl_s=60) is None
+
+
+def test_a_low_priority_is_served_however_much_of_a_higher_one_keeps_coming(engine: Engine):
+    store = JobStore(engine, oldest_share=1 / 8)
+    waiting = submit(store, priority=-100)
+    for _ in range(200):  # the chance that none of so many takes the oldest is 2.5e-12
+        submit(store, priority=100)
+        lease = claim(store).lease
+        store.finish(lease, succeeded(lease))
+        if lease.job_id == waiting:
+            return
+    pytest.fail("it starved")
 
 
 def test_what_is_running_counts_until_it_ends(store: JobStore):

@@ -33,7 +33,7 @@ _BATCH, _LENGTH = "batch_size", "sequence_length"
 _BOTH = {0: _BATCH, 1: _LENGTH}
 _SEEN = {0: _BATCH, 1: "total_sequence_length"}
 _PAST = {0: _BATCH, 2: "past_sequence_length"}
-OPSET = 18  #: read by every ONNX Runtime and OpenVINO of the last two years
+OPSET = 20  #: the first with Gelu as one node; ONNX Runtime reads it from 1.17 on, OpenVINO from 2024.0
 
 
 @dataclass(frozen=True)

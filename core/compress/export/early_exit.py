@@ -6,6 +6,8 @@ is needed to load it. docs/decisions/0031.
 """
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,13 @@ def with_exits(flat: onnx.ModelProto, plan: ExitPlan) -> onnx.ModelProto:
         return [node for node in graph.node if id(node) in chosen]
 
     heads = len(plan.blocks)
+    readers = Counter(name for node in graph.node for name in node.input)
+    constants = {one.name: one for one in graph.initializer}
+
+    def only_of(nodes: list[onnx.NodeProto]) -> list[onnx.TensorProto]:
+        """The constants that no other node reads. They stand beside their nodes: runtimes fuse and pack no node whose weights stand elsewhere."""
+        read = Counter(name for node in nodes for name in node.input)
+        return [constants[name] for name in read if name in constants and read[name] == readers[name]]
 
     def build(at: int) -> tuple[list[onnx.NodeProto], str, str]:
         """(nodes, the value with the logits, the one with the depths) from head `at` on."""
@@ -101,6 +110,7 @@ def with_exits(flat: onnx.ModelProto, plan: ExitPlan) -> onnx.ModelProto:
             helper.make_node("Unsqueeze", [sure, "last_axis"], [rows], name=rows),
         ]
         inner, rest_logits, rest_depth = build(at + 1)
+        own = only_of(inner)
         inner += [
             helper.make_node("Where", [rows, logits, rest_logits], [f"merged.{at}"], name=f"merged.{at}"),
             helper.make_node("Where", [sure, depth, rest_depth], [f"merged.{at}.depth"], name=f"merged.{at}.depth"),
@@ -116,12 +126,13 @@ def with_exits(flat: onnx.ModelProto, plan: ExitPlan) -> onnx.ModelProto:
                 [f"answer.{at}", f"answer.{at}.depth"],
                 name=f"exit.{at}",
                 then_branch=_branch(f"leave.{at}", leave, f"left.{at}", f"left.{at}.depth"),
-                else_branch=_branch(f"go_on.{at}", inner, f"merged.{at}", f"merged.{at}.depth"),
+                else_branch=_branch(f"go_on.{at}", inner, f"merged.{at}", f"merged.{at}.depth", own),
             )
         )
         return nodes, f"answer.{at}", f"answer.{at}.depth"
 
     nodes, logits, depth = build(0)
+    inside = {one.name for one in _constants_inside(nodes)}
     nodes += [
         helper.make_node("Identity", [logits], ["logits"], name="logits"),
         helper.make_node("Identity", [depth], ["depth"], name="depth"),
@@ -136,19 +147,28 @@ def with_exits(flat: onnx.ModelProto, plan: ExitPlan) -> onnx.ModelProto:
             helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", None]),
             helper.make_tensor_value_info("depth", TensorProto.INT64, ["batch"]),
         ],
-        initializer=[*graph.initializer, threshold, axis],
+        initializer=[*(one for one in graph.initializer if one.name not in inside), threshold, axis],
     )
     model = helper.make_model(whole, opset_imports=list(flat.opset_import), functions=list(flat.functions))
     model.ir_version = flat.ir_version
     return model
 
 
-def _branch(name: str, nodes: list[onnx.NodeProto], logits: str, depth: str) -> onnx.GraphProto:
+def _constants_inside(nodes: list[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from attribute.g.initializer
+            yield from _constants_inside(list(attribute.g.node))
+
+
+def _branch(
+    name: str, nodes: list[onnx.NodeProto], logits: str, depth: str, constants: Sequence[onnx.TensorProto] = ()
+) -> onnx.GraphProto:
     outputs = [
         helper.make_tensor_value_info(logits, TensorProto.FLOAT, None),
         helper.make_tensor_value_info(depth, TensorProto.INT64, None),
     ]
-    return helper.make_graph(nodes, name, [], outputs)
+    return helper.make_graph(nodes, name, [], outputs, initializer=constants)
 
 
 def _depth(logits: str, out: str, blocks: int) -> list[onnx.NodeProto]:
