@@ -62,7 +62,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
         {
             "pass": "early-exit",
             "exits": [1, 2, 3, 4],
-            "train": {**TRAIN, "epochs": 4, "learning_rate": 5e-5, "validation": 0.1, "precision": "bf16"},
+            "train": {**TRAIN, "epochs": 8, "validation": 0.1, "precision": "bf16"},
         }
     ],
 }
