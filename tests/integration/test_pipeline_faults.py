@@ -42,6 +42,16 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, model: Path, bad: f
     assert error.details["tensors"] == [name]
 
 
+def test_outputs_that_are_no_numbers_are_said_to_be_the_models(tmp_path: Path, model: Path):
+    tensors = load_file(model / "model.safetensors")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    tensors[name] = np.full_like(tensors[name], 3e38)  # finite, but no sum of its products is
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    error = fails(lay_out(tmp_path / "job", model, MAGNITUDE))
+    assert error.code == ErrorCode.NUMERICAL_FAILURE
+    assert "source model gives outputs that are not finite" in error.message
+
+
 def test_a_tokenizer_of_another_model_is_found_out(tmp_path: Path, model: Path):
     tensors = load_file(model / "model.safetensors")
     name = "bert.embeddings.word_embeddings.weight"
@@ -84,6 +94,7 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path, model: Path):
         ('{"text": "one short row"}\n', "fewer than two"),
         ('{"text": "fine"}\n{"txt": "no"}\n', "line 2"),
         ('{"text": "fine"}\nnot json\n', "line 2"),
+        ('{"text": "fine", "label": 1}\n{"text": " ", "label": 0}\n', "line 2: `text` is empty"),
     ],
 )
 def test_an_unusable_data_set_is_refused(tmp_path: Path, model: Path, text: str, said: str):

@@ -3,6 +3,7 @@
 import datetime as dt
 import ipaddress
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from core.webhooks.outbound import Answer, post
 from core.webhooks.signing import SecretKeeper, open_keeper, sign, verify
 from core.webhooks.store import WebhookStore
 from core.webhooks.targets import check_target
+from tests.certificates import Certificate, make_certificate
 from tests.jobs import add_model, claim, submit, succeeded
 
 TENANT = "default"
@@ -31,10 +33,11 @@ LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
 
 
 class Receiver:
-    """A real HTTP server that answers as it is told and keeps what it got."""
+    """A real HTTP server that answers as it is told and keeps what it got; over TLS where it is given a certificate."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Certificate | None = None) -> None:
         receiver = self
+        self.named: list[str | None] = []  #: the server name that each TLS handshake began with
         self.got: list[tuple[dict[str, str], bytes]] = []
         self.answer: Callable[[BaseHTTPRequestHandler], None] = lambda handler: reply(handler, 204)
 
@@ -54,7 +57,21 @@ class Receiver:
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/hook"
+        if certificate is not None:
+            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.context.sni_callback = lambda _socket, name, _context: self.named.append(name)
+            self.show(certificate)
+            self.server.socket = self.context.wrap_socket(self.server.socket, server_side=True)
+            self.url = f"https://hooks.example:{self.port}/hook"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def show(self, certificate: Certificate) -> None:
+        """From the next handshake on."""
+        self.context.load_cert_chain(certificate.chain, certificate.key)
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
 
 
 def reply(handler: BaseHTTPRequestHandler, status: int, **headers: str) -> None:
@@ -69,8 +86,7 @@ def reply(handler: BaseHTTPRequestHandler, status: int, **headers: str) -> None:
 def receiver() -> Iterator[Receiver]:
     receiver = Receiver()
     yield receiver
-    receiver.server.shutdown()
-    receiver.server.server_close()
+    receiver.close()
 
 
 class World:
@@ -191,6 +207,72 @@ def test_the_connection_goes_to_the_address_that_was_checked_and_keeps_the_name(
     target = check_target(url, [LOOPBACK], resolve=lambda *_: ["127.0.0.1"])
     assert post(target, {"Host": f"hooks.example:{receiver.port}", "Content-Length": "2"}, b"{}").status == 204
     assert receiver.got[0][0]["host"] == f"hooks.example:{receiver.port}"
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Certificate]:
+    folder = tmp_path_factory.mktemp("certificates")
+    return {name: make_certificate(folder, name) for name in ("hooks.example", "other.example")}
+
+
+def over_tls(world: World, receiver: Receiver, trusted: Certificate) -> str:
+    """Register a receiver whose name no resolver knows, and have the courier find it here and trust one certificate."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("core.webhooks.store.check_target", lambda url, nets: check_target(url, nets, resolve=here))
+        hook, _ = world.hook(receiver.url)
+    world.courier = trusting(world, trusted)
+    return hook
+
+
+def trusting(world: World, certificate: Certificate) -> Courier:
+    context = ssl.create_default_context(cafile=str(certificate.chain))
+    return Courier(world.store, world.settings, resolve=here, context=context)
+
+
+def here(_name: str, _port: int) -> list[str]:
+    return ["127.0.0.1"]
+
+
+def test_over_tls_the_address_that_was_checked_must_prove_the_name(world: World, certificates: dict[str, Certificate]):
+    receiver = Receiver(certificates["hooks.example"])
+    hook = over_tls(world, receiver, certificates["hooks.example"])
+    world.end_a_job()
+    assert world.try_all() == 1
+    [delivery] = world.store.deliveries(TENANT, hook, cursor=None, limit=5)[0]
+    assert delivery.state == "delivered"
+    [(headers, _)] = receiver.got
+    assert headers["host"] == f"hooks.example:{receiver.port}"
+    assert receiver.named == ["hooks.example"]
+    receiver.close()
+
+
+@pytest.mark.parametrize(
+    ("shown", "trusted", "fault"),
+    [("other.example", "other.example", "Hostname mismatch"), ("hooks.example", "other.example", "self-signed")],
+    ids=["another's name", "an issuer nobody trusts"],
+)
+def test_a_wrong_certificate_is_told_nothing_and_is_tried_again_until_it_is_right(
+    world: World, certificates: dict[str, Certificate], shown: str, trusted: str, fault: str
+):
+    receiver = Receiver(certificates[shown])
+    hook = over_tls(world, receiver, certificates[trusted])
+    world.end_a_job()
+    began = world.store.now()
+    assert world.try_all(began) == 1
+    [delivery] = world.store.deliveries(TENANT, hook, cursor=None, limit=5)[0]
+    [tried] = world.store.delivery(TENANT, hook, delivery.id).log
+    assert (delivery.state, tried.status) == ("pending", None)
+    assert fault in str(tried.error)
+    assert receiver.got == []
+    assert receiver.named == ["hooks.example"]
+    assert delivery.next_at is not None
+    assert 0.79 * PAUSES_S[0] <= (delivery.next_at - began).total_seconds() <= 1.21 * PAUSES_S[0]
+    receiver.show(certificates["hooks.example"])
+    world.courier = trusting(world, certificates["hooks.example"])
+    assert world.try_all(delivery.next_at) == 1
+    assert world.store.delivery(TENANT, hook, delivery.id).state == "delivered"
+    assert [headers["webhook-id"] for headers, _ in receiver.got] == [delivery.id]
+    receiver.close()
 
 
 def test_a_redirect_is_an_answer_and_is_not_followed(world: World, receiver: Receiver):

@@ -174,6 +174,10 @@ def _render(ref: str, raw: list[_Raw], model_dir: Path | None) -> list[Row]:
             raise invalid(ref, f"{one.place}: `label` is neither a whole number nor a name", "Use the class's index.")
         if text.strip():
             rows.append(Row(text, label))
+        elif label is not None:
+            raise invalid(
+                ref, f"{one.place}: `text` is empty, and has a label", "Leave the row out, or write its text."
+            )
     return rows
 
 

@@ -1,0 +1,79 @@
+"""A pass that is broken off and begun again in the same folder leaves the same files as one that ran through.
+
+`distill` stands in test_train_executor.py, killed as a process; `channels` and `heads` in test_shrink.py; `static-int8` in
+test_static_int8.py; `profile` keeps nothing that an attempt could find.
+"""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training import classifier, language_model, rows, run_pass
+
+_TRAIN = {
+    "data": "mine",
+    "length": 16,
+    "batch": 8,
+    "steps": 8,
+    "validation": 0.2,
+    "validate_every": 3,
+    "checkpoint_every": 2,
+    "learning_rate": 1e-3,
+}
+
+
+class Killed(BaseException):
+    """No one catches it, as no one does a kill."""
+
+
+@pytest.fixture(scope="module")
+def folders(bert_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    classifier(bert_tiny, root / "classifier")
+    language_model(bert_tiny, root / "language-model")
+    rows(root / "rows.jsonl")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "export"),
+    [
+        ({"pass": "magnitude", "across": "global"}, "language-model", "safetensors"),
+        ({"pass": "layers", "count": 2}, "language-model", "safetensors"),
+        ({"pass": "generation-cache", "mode": "quantized", "residual": 8}, "language-model", "safetensors"),
+        ({"pass": "distill", "student": {"layers": 2}, "logits": {"cache": True}, "train": _TRAIN}, "classifier", "onnx"),
+        ({"pass": "recover", "lora": {"rank": 4}, "logits": {"alpha": 0.5}, "train": _TRAIN}, "classifier", "onnx"),
+        ({"pass": "qat", "bits": 4, "group_size": 16, "train": _TRAIN}, "classifier", "compressed-tensors"),
+        ({"pass": "early-exit", "policy": "entropy", "train": _TRAIN}, "classifier", "onnx"),
+    ],
+    ids=lambda given: given["pass"] if isinstance(given, dict) else None,
+)  # fmt: skip
+def test_it_ends_with_the_same_bytes_wherever_it_was_broken_off(
+    options: dict[str, Any], model: str, export: str, folders: Path, tmp_path: Path
+):
+    def run(work: str, report: Callable[[], None]) -> Path:
+        source, files = folders / model, {"mine": folders / "rows.jsonl"}
+        said = {"progress": lambda _done, _text: report(), "checkpoint": lambda _path, _step: report()}
+        return run_pass(source, tmp_path / work, options, export=export, data_files=files, origin=source, **said)[0]
+
+    reports = itertools.count()
+    whole = run("whole", lambda: next(reports))
+    total = next(reports)
+    for share in (0.3, 0.6, 0.95):
+        left = iter(range(int(share * total)))
+
+        def dying(left: Any = left) -> None:
+            if next(left, None) is None:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run(f"killed-{share}", dying)
+        resumed = run(f"killed-{share}", lambda: None)
+        assert _files(resumed) == _files(whole)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(one.relative_to(folder)): one.read_bytes() for one in sorted(folder.rglob("*")) if one.is_file()}
