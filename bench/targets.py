@@ -38,6 +38,7 @@ Found = dict[str, Any]
 Form = tuple[Path, Path]  # the runner, and the folder it loads
 PERSUASION = Path(__file__).parents[2] / "shared" / "data" / "lm_eval_persuasion.txt.gz"
 SHAPE = "1x128"
+_RUNNERS = {"onnx": onnx.CONSUMER, "openvino": openvino.CONSUMER}
 
 
 def main() -> int:
@@ -99,7 +100,7 @@ def _ratios(rounds: list[dict[str, float]], slow: str, fast: str) -> float:
 def encoder(folder: Path, threads: int, rounds: int) -> Found:
     source = minilm_dir(folder)
     found = _encoder(folder, source, threads, rounds)
-    ours = found["forms"]["ours: cpu-encoder"]
+    ours = _ours(found)
     found["bars"] = [
         _bar("cpu-encoder against eager torch in fp32", ours["× torch"], 2.5),
         _bar("cosine of its embeddings", ours["cosine"], 0.997),
@@ -118,20 +119,27 @@ def encoder_base(folder: Path, threads: int, rounds: int) -> Found:
     BertModel(BertConfig()).save_pretrained(source)
     found = _encoder(folder, source, threads, rounds)
     found["bars"] = [
-        _bar("cpu-encoder against eager torch in fp32", found["forms"]["ours: cpu-encoder"]["× torch"], 4.0),
+        _bar("cpu-encoder against eager torch in fp32", _ours(found)["× torch"], 4.0),
         *_beside_hand(found),
     ]
     return found
 
 
+def _ours(found: Found) -> Found:
+    """The target's artifact that is fastest here, as a report's reader would choose."""
+    ours = [one for name, one in found["forms"].items() if name.startswith("ours")]
+    return max(ours, key=lambda one: float(one["× torch"]))
+
+
 def _beside_hand(found: Found) -> list[Found]:
-    """No slower by 2% than what is made by hand, of the forms that are as faithful."""
-    ours = found["forms"]["ours: cpu-encoder"]
-    return [
-        _bar(f"speed against {name}", ours["× torch"] / one["× torch"], 0.98)
-        for name, one in found["forms"].items()
-        if name.startswith("by hand") and one["cosine"] >= ours["cosine"] - 0.02
-    ]
+    """No slower and no worse by 2% than what is made by hand; forms that are less faithful by more than that are no match."""
+    ours = _ours(found)
+    bars = []
+    for name, one in found["forms"].items():
+        if name.startswith("by hand") and one["cosine"] >= 0.98 * ours["cosine"]:
+            bars.append(_bar(f"speed against {name}", ours["× torch"] / one["× torch"], 0.98))
+            bars.append(_bar(f"cosine against {name}", ours["cosine"] / one["cosine"], 0.98))
+    return bars
 
 
 def _encoder(folder: Path, source: Path, threads: int, rounds: int) -> Found:
@@ -149,7 +157,7 @@ def _encoder(folder: Path, source: Path, threads: int, rounds: int) -> Found:
         "torch fp32": (safetensors.CONSUMER, source),
         "ONNX Runtime fp32": (onnx.CONSUMER, folder / "onnx-fp32"),
         "OpenVINO fp32": (openvino.CONSUMER, folder / "openvino-fp32"),
-        "ours: cpu-encoder": (onnx.CONSUMER, out / "onnx"),
+        **{f"ours: cpu-encoder, {one.name}": (_RUNNERS[one.format], out / one.name) for one in recipe.exports},
         "by hand: quantize_dynamic": (onnx.CONSUMER, _quantize_dynamic(folder / "onnx-fp32", folder / "by-hand")),
     }
     if importlib.util.find_spec("nncf"):

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,9 @@ def quantize_onnx(
     axis = 0 if options.per_channel else None
     trained = any(lies_on_grid(array_of(onnx, constants[node.input[1]]), axis) for node in taken)
     if not trained:
-        smooth_inputs(onnx, model, [node for node in taken if node.name not in sensitive], peaks)
+        calm = [node for node in taken if node.name not in sensitive and node.name in peaks]
+        largest = {node.input[0]: torch.from_numpy(peaks[node.name]) for node in calm}
+        smooth_inputs(onnx, model, calm, lambda x, weight: smoothing_factors(largest[x], weight, _SMOOTHING))
     for node in taken:
         weight = array_of(onnx, constants[node.input[1]])
         codes, scales = (
@@ -110,10 +112,13 @@ def lies_on_grid(weight: Weights, axis: int | None) -> bool:
     return bool(weight.any()) and bool(np.allclose(codes * scales, weight, rtol=1e-5, atol=0))
 
 
-def smooth_inputs(onnx: Any, model: Any, products: Iterable[Any], peaks: Mapping[str, Weights]) -> None:
+def smooth_inputs(
+    onnx: Any, model: Any, products: Iterable[Any], factors_of: Callable[[str, torch.Tensor], torch.Tensor]
+) -> None:
     """Divide what products read by a factor for each channel, and multiply their weights' rows by it, in place.
 
-    One scale for a whole input then covers channels that are nearer to each other (SmoothQuant, arXiv 2211.10438). The division is an
+    factors_of(input's name, weight [out, in] of all that read it) → [in]. One scale for a whole input then covers channels that are
+    nearer to each other (SmoothQuant, arXiv 2211.10438). The division is an
     operation of the graph: behind a norm whose output goes elsewhere as well, or behind an activation, no weight can take it in.
     """
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
@@ -122,13 +127,13 @@ def smooth_inputs(onnx: Any, model: Any, products: Iterable[Any], peaks: Mapping
     readers: dict[str, list[Any]] = {}
     for node in products:
         # A weight that several products share can't follow the inputs of each.
-        if node.name in peaks and uses[node.input[1]] == 1:
+        if uses[node.input[1]] == 1:
             readers.setdefault(node.input[0], []).append(node)
     divisions = {}
     for name, nodes in readers.items():
         weights = [array_of(onnx, constants[node.input[1]]) for node in nodes]  # [in, out] each
         together = torch.from_numpy(np.concatenate(weights, axis=1).T)
-        factors = smoothing_factors(torch.from_numpy(peaks[nodes[0].name]), together, _SMOOTHING).numpy()
+        factors = factors_of(name, together).numpy()
         model.graph.initializer.append(numpy_helper.from_array(1 / factors, f"{name}_factors"))
         divisions[name] = helper.make_node("Mul", [name, f"{name}_factors"], [f"{name}_smooth"], f"{name}_smoothing")
         for node, weight in zip(nodes, weights, strict=True):
@@ -288,7 +293,7 @@ def _without_advice() -> Iterator[None]:
         logging.getLogger().removeFilter(drop)
 
 
-def something(effects: Iterable[LayerEffect], name: str) -> None:
+def something(effects: Iterable[object], name: str) -> None:
     if not list(effects):
         raise NightpressError(
             ErrorCode.INVALID_RECIPE,

@@ -1,16 +1,15 @@
 """Static int8 on a graph: ranges from calibration, layers that cost most left in float until the answers are near enough.
 
 A quantized product reads `DequantizeLinear(QuantizeLinear(x))` and `DequantizeLinear(int8 weight)` (QDQ), which ONNX Runtime and OpenVINO
-turn into int8 kernels as they load.
+turn into int8 kernels as they load. One left in float has its weights in int8 all the same: ONNX Runtime multiplies them out as it loads,
+OpenVINO rounds their inputs in groups as they come.
 """
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,20 +21,10 @@ from core.compress.evaluate.calibration import calibration_samples
 from core.compress.evaluate.fidelity import row_cosines
 from core.compress.evaluate.quality import pooling_of
 from core.compress.executors.graph import Traced
-from core.compress.passes.quantize_graph import (
-    array_of,
-    codes_of,
-    effect_of,
-    fold_transposes,
-    quantize_embeddings,
-    something,
-)
-from core.compress.solvers import activation_ranges
-from core.compress.solvers.activation_ranges import Histogram, Range
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import LayerEffect, PassRecord
-from core.recipes.costs import GRAPH_TOKENS, TRIAL_TOKENS
-from core.recipes.linears import invalid, matches
+from core.compress.passes.static_ranges import Texts, calibrated, session
+from core.handoff.report import PassRecord
+from core.recipes.costs import TRIAL_TOKENS
+from core.recipes.linears import invalid
 from core.recipes.passes import StaticInt8
 
 GRAPH_FILE = "model.onnx"
@@ -43,29 +32,6 @@ _TRIAL_LENGTH = 128  #: tokens of a text held apart
 _RANKED_SHARE = 4  #: a single layer is judged on this part of them
 #: Largest code of a weight: 255 · 64 · 2 still fits the 16-bit sums of x86 without VNNI, 255 · 127 · 2 doesn't.
 _TOP = {7: 64, 8: 127}
-
-Ids = NDArray[np.int64]
-Feeds = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Texts:
-    ids: Ids  #: [N, S]
-    mask: Ids  #: [N, S]
-
-    def feeds(self, inputs: Collection[str], tokens: int) -> Iterator[Feeds]:
-        """What a graph is called with, about so many tokens at a time and at least one text."""
-        rows = max(1, tokens // self.ids.shape[1])
-        for at in range(0, len(self.ids), rows):
-            ids, mask = self.ids[at : at + rows], self.mask[at : at + rows]
-            found = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-            yield {name: value for name, value in found.items() if name in inputs}
-
-    def __getitem__(self, rows: slice) -> "Texts":
-        return Texts(self.ids[rows], self.mask[rows])
-
-    def cut(self, length: int) -> "Texts":
-        return Texts(self.ids[:, :length], self.mask[:, :length])
 
 
 def static_int8(
@@ -83,8 +49,7 @@ def static_int8(
     if not report.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         seen, held = _texts(model_dir, context)
-        plan = _Plan.of(traced.path, options, _TOP[bits])
-        ranges = _ranges_of(plan, seen, options, folder, context)
+        plan, ranges = calibrated(traced.path, seen, options, _TOP[bits], folder, context)
         judge = _Judge(traced.path, model_dir, held, context)
 
         def score(left: Collection[str], texts: int | None = None) -> float:
@@ -107,7 +72,7 @@ def static_int8(
                 "left_in_float": sorted(left),
                 "cosine_held_apart": round(cosine, 6),
             },
-            layers=tuple(effect for effect in plan.effects if effect.name not in left),
+            layers=plan.effects(left),
         )
         write_file(report, record.model_dump_json().encode())
         context.whole(2, graph, report)
@@ -135,164 +100,6 @@ def _texts(model_dir: Path, context: PassContext) -> tuple[Texts, Texts]:
     return texts[: len(ids) - held], texts[len(ids) - held :].cut(_TRIAL_LENGTH)
 
 
-# The graph ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A graph with its embeddings in int8, and the products that may follow."""
-
-    model: Any  #: onnx.ModelProto
-    inputs: Mapping[str, str]  #: product → the tensor it is given
-    codes: Mapping[str, tuple[NDArray[np.int8], NDArray[np.float32]]]  #: weight → codes [in, out] and scales [out]
-    effects: tuple[LayerEffect, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.inputs)
-
-    @classmethod
-    def of(cls, graph: Path, options: StaticInt8, top: int) -> "_Plan":
-        import onnx
-
-        model = onnx.load(graph)
-        fold_transposes(onnx, model)
-        constants = {one.name: one for one in model.graph.initializer}
-        inputs, codes, effects = {}, {}, []
-        for node in model.graph.node:
-            if node.op_type != "MatMul" or node.input[1] not in constants or node.input[0] in constants:
-                continue
-            if matches(node.name, options.ignore) or matches(node.input[1], options.ignore):
-                continue
-            weight = array_of(onnx, constants[node.input[1]])
-            if weight.ndim != 2:
-                continue
-            rounded, scales = codes_of(weight, 0, top)
-            inputs[node.name], codes[node.input[1]] = node.input[0], (rounded, scales[0])
-            effects.append(effect_of(node.name, weight, rounded * scales))
-        something(effects, options.pass_)
-        effects += quantize_embeddings(onnx, model, constants, options.ignore)
-        return cls(model, inputs, codes, tuple(effects))
-
-    def written(self, ranges: Mapping[str, Range], left: Collection[str]) -> bytes:
-        """The graph with all products in int8 but those that are left in float."""
-        import onnx
-
-        helper, numpy_helper = onnx.helper, onnx.numpy_helper
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
-        nodes, constants, made = [], [], set()
-        for node in model.graph.node:
-            if node.name not in self.inputs or node.name in left:
-                nodes.append(node)
-                continue
-            x, weight = node.input
-            if x not in made:  # queries, keys and values are given the same codes
-                made.add(x)
-                scale, zero = activation_ranges.scale_and_zero(ranges[x])
-                constants += [
-                    numpy_helper.from_array(np.asarray(scale), f"{x}_scale"),
-                    numpy_helper.from_array(np.asarray(zero), f"{x}_zero"),
-                ]
-                grid = [f"{x}_scale", f"{x}_zero"]
-                nodes.append(helper.make_node("QuantizeLinear", [x, *grid], [f"{x}_uint8"], f"{x}_quantize"))
-                nodes.append(
-                    helper.make_node("DequantizeLinear", [f"{x}_uint8", *grid], [f"{x}_seen"], f"{x}_dequantize")
-                )
-            if weight not in made:
-                made.add(weight)
-                codes, scales = self.codes[weight]
-                constants += [
-                    numpy_helper.from_array(codes, f"{weight}_int8"),
-                    numpy_helper.from_array(scales, f"{weight}_scales"),
-                    numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{weight}_zeros"),
-                ]
-                parts = [f"{weight}_int8", f"{weight}_scales", f"{weight}_zeros"]
-                nodes.append(
-                    helper.make_node("DequantizeLinear", parts, [f"{weight}_float"], f"{weight}_dequantize", axis=1)
-                )
-            node.input[0], node.input[1] = f"{x}_seen", f"{weight}_float"
-            nodes.append(node)
-        used = {name for node in nodes for name in node.input}
-        constants += [one for one in model.graph.initializer if one.name in used]
-        for field, found in ((model.graph.node, nodes), (model.graph.initializer, constants)):
-            del field[:]
-            field.extend(found)
-        return bytes(model.SerializeToString(deterministic=True))
-
-
-def _session(graph: bytes | Path, threads: int) -> Any:
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.log_severity_level = 3
-    source = graph if isinstance(graph, bytes) else str(graph)
-    return onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
-
-
-# Ranges ------------------------------------------------------------------------------------------------------------------
-
-
-def _ranges_of(plan: _Plan, texts: Texts, options: StaticInt8, folder: Path, context: PassContext) -> dict[str, Range]:
-    """The range of each product's input, from running the graph over the texts, once for extremes and once for histograms."""
-    kept = folder / "ranges.json"
-    if kept.is_file():
-        return {name: (low, high) for name, (low, high) in json.loads(kept.read_bytes()).items()}
-    names = sorted(set(plan.inputs.values()))
-    extremes = dict.fromkeys(names, (0.0, 0.0))
-    for values in _inputs_seen(plan, names, texts, context, 0.2, 0.4):
-        for name, one in values.items():
-            low, high = extremes[name]
-            extremes[name] = min(low, float(one.min())), max(high, float(one.max()))
-    if not np.isfinite(list(extremes.values())).all():
-        raise NightpressError(
-            ErrorCode.NUMERICAL_FAILURE,
-            "A layer of the graph is given values that are not finite.",
-            hint="Check the model's weights.",
-        )
-    found = extremes
-    if options.ranges != "min-max":
-        counts = {name: np.zeros(activation_ranges.BINS) for name in names}
-        for values in _inputs_seen(plan, names, texts, context, 0.4, 0.6):
-            for name, one in values.items():
-                counts[name] += activation_ranges.count(one, *extremes[name])
-        choose: dict[str, Callable[[Histogram], Range]] = {
-            "percentile": lambda one: activation_ranges.percentile(one, options.percentile),
-            "entropy": activation_ranges.entropy,
-            "mse": activation_ranges.mse,
-        }
-        found = {name: choose[options.ranges](Histogram(*extremes[name], counts[name])) for name in names}
-    write_file(kept, json.dumps(found).encode())
-    context.whole(1, kept)
-    return found
-
-
-def _inputs_seen(
-    plan: _Plan, names: Sequence[str], texts: Texts, context: PassContext, start: float, end: float
-) -> Iterator[dict[str, NDArray[np.float32]]]:
-    """What each tensor holds where the texts have tokens, a batch at a time."""
-    import onnx
-
-    model = onnx.ModelProto()
-    model.CopyFrom(plan.model)
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
-    session = _session(model.SerializeToString(), context.threads)
-    inputs = {one.name for one in session.get_inputs()}
-    done = 0
-    for feeds in texts.feeds(inputs, GRAPH_TOKENS):
-        real = feeds["attention_mask"] > 0
-        values = dict(zip(names, session.run(list(names), feeds), strict=True))
-        done += len(real)
-        context.progress(
-            start + (end - start) * done / len(texts.ids), f"calibrating, {done} of {len(texts.ids)} texts"
-        )
-        yield {name: one[real] if one.shape[:2] == real.shape else one for name, one in values.items()}
-
-
-# Sensitive layers --------------------------------------------------------------------------------------------------------
-
-
 class _Judge:
     """How near a quantized graph's answers to the held texts are to the float graph's."""
 
@@ -317,10 +124,10 @@ class _Judge:
 
     def _answers(self, graph: bytes | Path, texts: Texts) -> Iterator[NDArray[np.float32]]:
         """A text at a time: the logits of a masked language model are wide."""
-        session = _session(graph, self._threads)
-        inputs = {one.name for one in session.get_inputs()}
+        loaded = session(graph, self._threads)
+        inputs = {one.name for one in loaded.get_inputs()}
         for feeds in texts.feeds(inputs, tokens=1):
-            out = session.run(None, feeds)[0]
+            out = loaded.run(None, feeds)[0]
             weights = feeds["attention_mask"][:, :, None].astype(np.float32)
             if self._pooling == "cls":
                 out = out[:, 0]

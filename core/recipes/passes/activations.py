@@ -168,8 +168,9 @@ class DynamicInt8(PassOptions):
 class StaticInt8(PassOptions):
     """Int8 weights, and activations rounded to uint8 with one scale a layer, from calibration: no runtime looks for ranges as it goes.
 
-    Written as an ONNX graph with QuantizeLinear and DequantizeLinear (QDQ), which OpenVINO reads too. Where all layers in int8 would
-    answer too differently, those that cost most, measured one by one, stay in float. Attention's own products and heads on one vector stay in float.
+    Written as an ONNX graph with QuantizeLinear and DequantizeLinear (QDQ), which OpenVINO reads too. Inputs are smoothed beforehand, each by
+    what costs its layers least. Where all layers in int8 would answer too differently, those that cost most, measured one by one, keep float
+    arithmetic, their weights in int8 all the same. Attention's own products and heads on one vector stay in float.
     """
 
     needs: ClassVar[Need] = "calibration"
@@ -180,14 +181,14 @@ class StaticInt8(PassOptions):
 
     pass_: Literal["static-int8"] = Field("static-int8", alias="pass")
     ranges: Literal["min-max", "percentile", "entropy", "mse"] = Field(
-        "mse", description="How much of what a layer was given its range covers."
+        "min-max", description="How much of what a layer was given its range covers."
     )
     percentile: float = Field(99.99, gt=50, le=100, description="With `percentile`: of the values that it covers.")
     min_cosine: float | None = Field(
         0.995,
         gt=0,
         lt=1,
-        description="Cosine with the float graph's answers to texts held apart from calibration, for which layers are left in float; null: none is.",
+        description="Cosine with the float graph's answers to texts held apart from calibration, for which layers keep float arithmetic; null: none does.",
     )
     weight_bits: Literal["auto", 7, 8] = Field(
         "auto",
@@ -208,7 +209,7 @@ class StaticInt8(PassOptions):
         if 4 * header.parameters > _GRAPH_BYTES:
             raise invalid(
                 "`static-int8` takes graphs of up to 2 GiB in fp32, and this model's is larger.",
-                "Use a smaller model.",
+                "Use `dynamic-int8`, which takes graphs of any size.",
             )
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
