@@ -53,8 +53,9 @@ def edit_webhook(webhook: str, *, version: int | None = None, **changes: Any) ->
     return Call("PATCH", path_of("webhooks", webhook), _WEBHOOK, repeatable=not headers, json=body, headers=headers)
 
 
-def delete_webhook(webhook: str) -> Call[None]:
-    return Call("DELETE", path_of("webhooks", webhook), nothing)
+def delete_webhook(webhook: str, *, version: int | None = None) -> Call[None]:
+    """With its deliveries. With `version`, only while it is still that one: else ApiError(precondition_failed)."""
+    return Call("DELETE", path_of("webhooks", webhook), nothing, headers=if_match(version))
 
 
 def rotate_secret(webhook: str, *, overlap_s: float = 24 * 3600.0) -> Call[NewWebhookView]:

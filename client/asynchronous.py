@@ -18,7 +18,7 @@ from client.errors import ApiError, UnreachableError
 from client.events import EVENTS, LOGS, Numbered, Stream, Tail
 from client.folders import plain_name
 from client.transfers import UNWATCHED, Meter
-from client.transport import Attempts, read_answer
+from client.transport import attempts_at, read_answer
 from client.waiting import Pace
 from core.schemas import (
     TERMINAL_STATES,
@@ -66,7 +66,7 @@ class AsyncClient:
 
     async def send(self, call: Call[Answer]) -> Answer:
         """Make one request of `client.calls`, with retries. Raises ApiError or UnreachableError."""
-        attempts = Attempts(self.options, repeatable=call.repeatable, accept=call.accept)
+        attempts = attempts_at(call, self.options)
         while True:
             outcome: httpx.Response | httpx.TransportError
             try:
@@ -75,7 +75,7 @@ class AsyncClient:
                 outcome = error
             pause = attempts.pause_after(outcome)
             if pause is None:
-                return read_answer(call, self.options, outcome)
+                return read_answer(call, self.options, outcome, answer_lost=attempts.answer_lost)
             await asyncio.sleep(pause)
 
     async def in_thread(self, transfer: Callable[[threading.Event], Answer]) -> Answer:

@@ -51,7 +51,10 @@ _HASHING_S = 3600.0  #: to read a model of some terabytes from a server's disk
 
 @dataclass(frozen=True)
 class Call(Generic[Answer]):
-    """One request. `repeatable`: sending it twice does no more than sending it once, so a broken connection may be retried."""
+    """One request. `repeatable`: sending it twice does no more than sending it once, so a broken connection may be retried.
+
+    All are but an edit of a named version: every POST carries a key under which the server does it once.
+    """
 
     method: str
     path: str
@@ -118,13 +121,12 @@ def post(
     body: BaseModel | None = None,
     *,
     key: str | None = None,
-    repeatable: bool = False,
     timeout_s: float | None = None,
 ) -> Call[Answer]:
     """A POST with an Idempotency-Key. It is made here, once a call and not once a try, so that a retry finds what the try before it did."""
     headers = {"Idempotency-Key": key or uuid.uuid4().hex}
     json = None if body is None else body.model_dump(mode="json", exclude_unset=True)
-    return Call("POST", path, parse, repeatable=repeatable, json=json, headers=headers, timeout_s=timeout_s)
+    return Call("POST", path, parse, json=json, headers=headers, timeout_s=timeout_s)
 
 
 # Models and data sets ------------------------------------------------------------------------------------------------
@@ -224,17 +226,17 @@ def submit_job(
     that over several runs of a program.
     """
     request = JobCreate(model=model, recipe=recipe, **fields)
-    return post("/v1/jobs", _JOB, request, key=idempotency_key, repeatable=True)
+    return post("/v1/jobs", _JOB, request, key=idempotency_key)
 
 
 def submit_jobs(jobs: Sequence[JobCreate], *, idempotency_key: str | None = None) -> Call[list[JobView]]:
     """Queue up to 100 jobs, all or none."""
-    return post("/v1/jobs:batch", _JOB_LIST, JobBatch(jobs=list(jobs)), key=idempotency_key, repeatable=True)
+    return post("/v1/jobs:batch", _JOB_LIST, JobBatch(jobs=list(jobs)), key=idempotency_key)
 
 
 def cancel_jobs(wanted: JobFilter) -> Call[CancelledView]:
     """Cancel every job that matches, a bounded number at a time: `more` says whether to ask again."""
-    return post("/v1/jobs:cancel", _CANCELLED, wanted, repeatable=True)
+    return post("/v1/jobs:cancel", _CANCELLED, wanted)
 
 
 def get_job(job_id: str) -> Call[JobView]:
@@ -255,7 +257,7 @@ def page_jobs(
 
 
 def cancel_job(job_id: str) -> Call[JobView]:
-    return post(path_of("jobs", job_id, "cancel"), _JOB, repeatable=True)
+    return post(path_of("jobs", job_id, "cancel"), _JOB)
 
 
 def retry_job(job_id: str) -> Call[JobView]:
@@ -312,16 +314,17 @@ def edit_schedule(schedule: str, *, version: int | None = None, **changes: Any) 
     return Call("PATCH", path_of("schedules", schedule), _SCHEDULE, repeatable=not headers, json=body, headers=headers)
 
 
-def delete_schedule(schedule: str) -> Call[None]:
-    return Call("DELETE", path_of("schedules", schedule), nothing)
+def delete_schedule(schedule: str, *, version: int | None = None) -> Call[None]:
+    """With `version`, only while it is still that one: else ApiError(precondition_failed)."""
+    return Call("DELETE", path_of("schedules", schedule), nothing, headers=if_match(version))
 
 
 def suspend_schedule(schedule: str) -> Call[ScheduleView]:
-    return post(path_of("schedules", schedule, "suspend"), _SCHEDULE, repeatable=True)
+    return post(path_of("schedules", schedule, "suspend"), _SCHEDULE)
 
 
 def resume_schedule(schedule: str) -> Call[ScheduleView]:
-    return post(path_of("schedules", schedule, "resume"), _SCHEDULE, repeatable=True)
+    return post(path_of("schedules", schedule, "resume"), _SCHEDULE)
 
 
 def trigger_schedule(schedule: str) -> Call[ScheduleRunView]:

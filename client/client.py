@@ -18,7 +18,7 @@ from client.errors import ApiError, ClientError, UnreachableError
 from client.events import EVENTS, LOGS, Numbered, Stream, Tail
 from client.folders import ModelFolder, plain_name, read_model_folder
 from client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
-from client.transport import Attempts, read_answer
+from client.transport import attempts_at, read_answer
 from client.waiting import Pace
 from core.schemas import (
     TERMINAL_STATES,
@@ -77,7 +77,7 @@ class Client:
 
     def send(self, call: Call[Answer]) -> Answer:
         """Make one request of `client.calls`, with retries. Raises ApiError or UnreachableError."""
-        attempts = Attempts(self.options, repeatable=call.repeatable, accept=call.accept)
+        attempts = attempts_at(call, self.options)
         while True:
             outcome: httpx.Response | httpx.TransportError
             try:
@@ -86,7 +86,7 @@ class Client:
                 outcome = error
             pause = attempts.pause_after(outcome)
             if pause is None:
-                return read_answer(call, self.options, outcome)
+                return read_answer(call, self.options, outcome, answer_lost=attempts.answer_lost)
             time.sleep(pause)
 
     def workers(self) -> list[WorkerView]:

@@ -1,6 +1,7 @@
 """What both clients share around a request: headers, whether and when to try again, and reading the answer."""
 
 import random
+import time
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +13,8 @@ from core.version import VERSION
 
 Answer = TypeVar("Answer")
 
-_TRY_AGAIN = frozenset({502, 503, 504})
+_GATEWAYS = frozenset({502, 504})  #: what a proxy says that lost the server, whatever that did
+_TRY_AGAIN = _GATEWAYS | {503}
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,37 @@ class Options:
 class Attempts:
     """Counts the tries of one request and says how long to pause before the next; None: there is no next."""
 
-    def __init__(self, options: Options, *, repeatable: bool, accept: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        options: Options,
+        *,
+        repeatable: bool,
+        accept: frozenset[int] = frozenset(),
+        patience_s: float | None = None,
+    ) -> None:
         self._options = options
         self._repeatable = repeatable
         self._accept = accept
+        self._until = time.monotonic() + (patience_s or options.timeout_s)
         self._made = 0
+        self.answer_lost = False  #: whether a try may have been done although nobody heard of it
 
     def pause_after(self, outcome: httpx.Response | httpx.TransportError) -> float | None:
+        asked = retry_after_of(outcome) if isinstance(outcome, httpx.Response) else None
+        if self._is_being_answered(outcome) and time.monotonic() < self._until:
+            return asked  # no try is used up: an earlier one is at work
         if not self._worth_another(outcome) or self._made >= self._options.retries:
             return None
-        asked = retry_after_of(outcome) if isinstance(outcome, httpx.Response) else None
+        self.answer_lost |= _may_be_done(outcome)
         pause = self._options.backoff_s * 2.0**self._made * random.uniform(0.75, 1.25)
         self._made += 1
         return min(max(pause, asked or 0.0), self._options.longest_pause_s)
+
+    def _is_being_answered(self, outcome: httpx.Response | httpx.TransportError) -> bool:
+        """The server still does what an earlier try under the same Idempotency-Key asked for, whose answer was lost."""
+        if not self.answer_lost or isinstance(outcome, httpx.TransportError):
+            return False
+        return outcome.status_code == 409 and retry_after_of(outcome) is not None
 
     def _worth_another(self, outcome: httpx.Response | httpx.TransportError) -> bool:
         if isinstance(outcome, httpx.ConnectError | httpx.ConnectTimeout):
@@ -80,11 +100,25 @@ class Attempts:
         return self._repeatable and outcome.status_code in _TRY_AGAIN - self._accept
 
 
-def read_answer(call: Call[Answer], options: Options, outcome: httpx.Response | httpx.TransportError) -> Answer:
-    """Parse what came of a call, or raise ApiError or UnreachableError."""
+def _may_be_done(outcome: httpx.Response | httpx.TransportError) -> bool:
+    """Whether the server may have done what it was asked, and only its answer is missing."""
+    if isinstance(outcome, httpx.TransportError):
+        return not isinstance(outcome, httpx.ConnectError | httpx.ConnectTimeout)
+    return outcome.status_code in _GATEWAYS
+
+
+def attempts_at(call: Call[Any], options: Options) -> Attempts:
+    return Attempts(options, repeatable=call.repeatable, accept=call.accept, patience_s=call.timeout_s)
+
+
+def read_answer(
+    call: Call[Answer], options: Options, outcome: httpx.Response | httpx.TransportError, *, answer_lost: bool = False
+) -> Answer:
+    """Parse what came of a call, or raise ApiError or UnreachableError. `answer_lost`: an earlier try may have been done."""
     if isinstance(outcome, httpx.TransportError):
         raise not_reachable(options.api_url, outcome) from outcome
-    if outcome.status_code >= 400 and outcome.status_code not in call.accept:
+    deleted = answer_lost and call.method == "DELETE" and outcome.status_code == 404
+    if outcome.status_code >= 400 and outcome.status_code not in call.accept and not deleted:
         raise ApiError.from_response(outcome)
     try:
         return call.parse(outcome)

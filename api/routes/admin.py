@@ -8,7 +8,7 @@ from starlette.responses import Response
 from api.deps import Admin, Cursor, Limit, ServicesDep
 from api.problems import documented
 from api.routes import answer
-from api.routes.schedules import IfMatch, version_of
+from api.versions import IfMatch, etag_of, version_of
 from core.errors import ErrorCode
 from core.schemas import AuditView, Page, QuotaChange, TenantId, TenantView
 
@@ -60,4 +60,4 @@ async def list_audit(
 
 
 def _one(tenant: TenantView) -> Response:
-    return answer(tenant, headers={"ETag": f'"v{tenant.version}"'})
+    return answer(tenant, headers={"ETag": etag_of(tenant.version)})

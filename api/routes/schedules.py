@@ -1,23 +1,19 @@
 """Schedules: jobs that come again, in a time zone, whether or not anybody is awake."""
 
-import re
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Header
+from fastapi import APIRouter, Body
 from starlette.responses import Response
 
 from api.deps import Cursor, JobsReader, JobsWriter, Limit, ServicesDep
 from api.once import OnceRoute
 from api.problems import documented
 from api.routes import answer
-from core.errors import ErrorCode, NightpressError
+from api.versions import IfMatch, etag_of, version_of
+from core.errors import ErrorCode
 from core.schemas import Page, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 
 router = APIRouter(prefix="/v1/schedules", tags=["schedules"], route_class=OnceRoute)
-
-IfMatch = Annotated[
-    str | None, Header(max_length=64, description="The ETag that was read: 412 where somebody changed it since.")
-]
 
 _JOB = {"model": "all-minilm-l6-v2", "recipe": "int8-encoder"}
 _EXAMPLES = {
@@ -155,22 +151,8 @@ async def list_runs(
     return answer(Page[ScheduleRunView](items=items, next_cursor=following))
 
 
-def version_of(if_match: str | None) -> int | None:
-    """The version that an ETag of ours names. None: any will do."""
-    if if_match is None or if_match.strip() == "*":
-        return None
-    found = re.fullmatch(r'"v(\d{1,9})"', if_match.strip())
-    if found is None:
-        raise NightpressError(
-            ErrorCode.PRECONDITION_FAILED,
-            "If-Match is not an ETag of this thing.",
-            hint="Send the ETag as it was read.",
-        )
-    return int(found[1])
-
-
 def _one(schedule: ScheduleView, *, status: int = 200) -> Response:
-    headers = {"ETag": f'"v{schedule.version}"'}
+    headers = {"ETag": etag_of(schedule.version)}
     if status == 201:
         headers["Location"] = f"/v1/schedules/{schedule.id}"
     return answer(schedule, status=status, headers=headers)

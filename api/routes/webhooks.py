@@ -9,7 +9,7 @@ from api.deps import Cursor, Limit, ServicesDep, WebhooksReader, WebhooksWriter
 from api.once import OnceRoute
 from api.problems import documented
 from api.routes import answer
-from api.routes.schedules import IfMatch, version_of
+from api.versions import IfMatch, etag_of, version_of
 from core.errors import ErrorCode
 from core.schemas import (
     DeliveryView,
@@ -84,10 +84,13 @@ async def edit_webhook(
     status_code=204,
     response_class=Response,
     summary="Delete a webhook with its deliveries",
-    responses=documented(ErrorCode.NOT_FOUND),
+    responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED),
 )
-async def delete_webhook(webhook_id: str, caller: WebhooksWriter, services: ServicesDep) -> Response:
-    await services.call(services.webhooks.delete, caller.tenant_id, webhook_id)
+async def delete_webhook(
+    webhook_id: str, caller: WebhooksWriter, services: ServicesDep, if_match: IfMatch = None
+) -> Response:
+    version = version_of(if_match)
+    await services.call(services.webhooks.delete, caller.tenant_id, webhook_id, version=version)
     return Response(status_code=204)
 
 
@@ -154,4 +157,4 @@ async def redeliver(webhook_id: str, delivery_id: str, caller: WebhooksWriter, s
 
 
 def _one(webhook: WebhookView) -> Response:
-    return answer(webhook, headers={"ETag": f'"v{webhook.version}"'})
+    return answer(webhook, headers={"ETag": etag_of(webhook.version)})

@@ -20,6 +20,7 @@ from core.paging import newest_first
 from core.registry.tables import data_sets, models
 from core.schemas import QuotaChange, TenantView, UsageView
 from core.settings import Settings
+from core.versions import changed_since
 
 NO_BOUND = 2**31 - 1
 _CACHE_S = 3.0
@@ -139,7 +140,7 @@ class QuotaBook:
                 row = connection.execute(select(tenants.c.version).where(mine)).one_or_none()
                 there = row.version if row else 0
                 if version is not None and version != there:
-                    raise _changed_since()
+                    raise changed_since()
                 if row is None:
                     new = {"id": tenant_id, "version": 1, "created_at": db_now()}
                     connection.execute(insert(tenants).values(**new, **values))
@@ -147,9 +148,9 @@ class QuotaBook:
                     still = (mine, tenants.c.version == there)
                     won = connection.execute(update(tenants).where(*still).values(version=there + 1, **values))
                     if not won.rowcount:
-                        raise _changed_since()
+                        raise changed_since()
         except IntegrityError as error:
-            raise _changed_since() from error
+            raise changed_since() from error
         with self._lock:
             self._known.pop(tenant_id, None)
         return self.view(tenant_id)
@@ -210,11 +211,3 @@ def _stored(connection: Connection, tenant_id: str) -> int:
         .where(jobs.c.tenant_id == tenant_id, jobs.c.reused_from.is_(None))  # a reused result's files are another job's
     )
     return total + int(connection.execute(made).scalar_one())
-
-
-def _changed_since() -> NightpressError:
-    return NightpressError(
-        ErrorCode.PRECONDITION_FAILED,
-        "It was changed since it was read.",
-        hint="Read it again, and send the new ETag as If-Match.",
-    )

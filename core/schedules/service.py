@@ -6,10 +6,11 @@ from typing import Any
 from core.errors import ErrorCode, NightpressError
 from core.jobs.service import JobService
 from core.schedules.cron import Cron, parse_cron
-from core.schedules.store import ScheduleStore, changed_since
+from core.schedules.store import ScheduleStore
 from core.schemas import JobSpec, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 from core.settings import Settings
 from core.sources.address import check_source
+from core.versions import changed_since
 
 
 class ScheduleService:
@@ -53,10 +54,7 @@ class ScheduleService:
         return self.store.edit(tenant_id, schedule, values | {"cron": cron.expression})
 
     def delete(self, tenant_id: str, reference: str, *, version: int | None = None) -> None:
-        schedule = self.store.get(tenant_id, reference)
-        if version is not None and version != schedule.version:
-            raise changed_since()
-        self.store.delete(tenant_id, schedule)
+        self.store.delete(tenant_id, reference, version=version)
 
     def trigger(self, tenant_id: str, reference: str) -> ScheduleRunView:
         """Fire now, also while suspended. Its rule of overlap holds; `only_if_changed` doesn't."""

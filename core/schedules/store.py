@@ -18,6 +18,7 @@ from core.paging import newest_first
 from core.schedules.cron import Cron
 from core.schedules.tables import schedule_runs, schedules
 from core.schemas import TERMINAL_STATES, JobSpec, ScheduleRunView, ScheduleView
+from core.versions import changed_since
 
 _MAX_SCHEDULES = 1000  #: a tenant
 _UPCOMING = 5
@@ -120,10 +121,17 @@ class ScheduleStore:
             raise changed_since()
         return self.get(tenant_id, schedule.id)
 
-    def delete(self, tenant_id: str, schedule: ScheduleView) -> None:
-        """The jobs it made stay."""
+    def delete(self, tenant_id: str, reference: str, *, version: int | None = None) -> None:
+        """The jobs it made stay. Raises precondition_failed where `version` is no longer its own."""
+        found = self.get(tenant_id, reference)
+        unchanged = [schedules.c.tenant_id == tenant_id, schedules.c.id == found.id]
+        if version is not None:
+            unchanged.append(schedules.c.version == version)
         with transaction(self._engine) as connection:
-            connection.execute(schedules.delete().where(*_named(tenant_id, schedule.id)))
+            won = connection.execute(schedules.delete().where(*unchanged)).rowcount
+        if not won:
+            self.get(tenant_id, found.id)
+            raise changed_since()
 
     def trigger(self, tenant_id: str, schedule_id: str) -> ScheduleRunView:
         """Record a fire that a person asked for, now."""
@@ -286,14 +294,6 @@ class ScheduleStore:
         with transaction(self._engine) as connection:
             old = (_runs.state != "pending", _runs.created_at < db_now(-older_than_s))
             return connection.execute(schedule_runs.delete().where(*old)).rowcount
-
-
-def changed_since() -> NightpressError:
-    return NightpressError(
-        ErrorCode.PRECONDITION_FAILED,
-        "It was changed since it was read.",
-        hint="Read it again, and send the new ETag as If-Match.",
-    )
 
 
 def _named(tenant_id: str, reference: str) -> tuple[ColumnElement[bool], ...]:

@@ -14,6 +14,7 @@ from core.ids import new_id
 from core.paging import newest_first
 from core.schemas import AttemptView, DeliveryView, NewWebhookView, WebhookCreate, WebhookUpdate, WebhookView
 from core.settings import Settings
+from core.versions import changed_since
 from core.webhooks.outbox import add_delivery
 from core.webhooks.signing import SecretKeeper
 from core.webhooks.tables import webhook_attempts, webhook_deliveries, webhooks
@@ -78,19 +79,13 @@ class WebhookStore:
         values = wanted.model_dump(exclude_none=True)
         if wanted.enabled:
             values["disabled_reason"] = None
-        guards = [*_mine(tenant_id, webhook_id)]
-        if version is not None:
-            guards.append(webhooks.c.version == version)
+        unchanged = _mine(tenant_id, webhook_id, version)
         with transaction(self._engine) as connection:
-            changed = update(webhooks).where(*guards).values(version=webhooks.c.version + 1, **values)
+            changed = update(webhooks).where(*unchanged).values(version=webhooks.c.version + 1, **values)
             won = connection.execute(changed).rowcount
         view = self.get(tenant_id, webhook_id)
         if not won:
-            raise NightpressError(
-                ErrorCode.PRECONDITION_FAILED,
-                "It was changed since it was read.",
-                hint="Read it again, and send the new ETag as If-Match.",
-            )
+            raise changed_since()
         return view
 
     def rotate(self, tenant_id: str, webhook_id: str, *, overlap_s: float) -> NewWebhookView:
@@ -102,11 +97,13 @@ class WebhookStore:
         row = self._row(tenant_id, webhook_id)
         return NewWebhookView(webhook=_view(row), secret=self._keeper.secret(webhook_id, row.generation))
 
-    def delete(self, tenant_id: str, webhook_id: str) -> None:
-        """With its deliveries, also those that wait."""
-        self._row(tenant_id, webhook_id)
+    def delete(self, tenant_id: str, webhook_id: str, *, version: int | None = None) -> None:
+        """With its deliveries, also those that wait. Raises precondition_failed."""
         with transaction(self._engine) as connection:
-            connection.execute(delete(webhooks).where(*_mine(tenant_id, webhook_id)))
+            won = connection.execute(delete(webhooks).where(*_mine(tenant_id, webhook_id, version))).rowcount
+        if not won:
+            self._row(tenant_id, webhook_id)
+            raise changed_since()
 
     def test(self, tenant_id: str, webhook_id: str) -> DeliveryView:
         """Send a message that says nothing, to see whether it comes through."""
@@ -219,8 +216,9 @@ class WebhookStore:
         return row
 
 
-def _mine(tenant_id: str, webhook_id: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    return webhooks.c.tenant_id == tenant_id, webhooks.c.id == webhook_id
+def _mine(tenant_id: str, webhook_id: str, version: int | None = None) -> list[ColumnElement[bool]]:
+    mine = [webhooks.c.tenant_id == tenant_id, webhooks.c.id == webhook_id]
+    return mine if version is None else [*mine, webhooks.c.version == version]
 
 
 def _view(row: Row[Any]) -> WebhookView:

@@ -1,0 +1,118 @@
+"""Answers that get lost on their way to a client: what it asks for again, and that the server does it once."""
+
+import asyncio
+import ipaddress
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import migrations
+from client import ApiError, AsyncClient, Client, UnreachableError, access, calls
+from client.calls import Call
+from core.settings import Settings
+from tests.api import RunningApi, serve
+from tests.proxy import CuttingProxy
+
+Send = Callable[[Call[Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
+    inside = [ipaddress.IPv4Network("127.0.0.0/8")]
+    folder = tmp_path_factory.mktemp("retries")
+    settings = Settings(data_dir=folder, broker_url="redis://127.0.0.1:1/0", webhook_networks=inside)
+    migrations.upgrade(settings.sql_url)
+    with serve(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(api: RunningApi) -> Iterator[CuttingProxy]:
+    with CuttingProxy(int(api.url.rpartition(":")[2])) as one:
+        yield one
+
+
+@pytest.fixture(params=["sync", "async"])
+def sent(api: RunningApi, proxy: CuttingProxy, request: pytest.FixtureRequest) -> Send:
+    """Send a call through the proxy, with either client, for a tenant of the test's own."""
+    key = api.key(tenant_id=request.node.name.replace("[", "-").rstrip("]")[-60:])
+
+    async def apart(call: Call[Any]) -> Any:
+        async with AsyncClient(proxy.url, key) as one:
+            return await one.send(call)
+
+    def send(call: Call[Any]) -> Any:
+        if request.param == "async":
+            return asyncio.run(apart(call))
+        with Client(proxy.url, key) as one:
+            return one.send(call)
+
+    return send
+
+
+def nightly() -> Call[Any]:
+    return calls.create_schedule("nightly", "0 2 * * *", "some-model", "int8-encoder")
+
+
+def test_a_post_whose_answer_is_lost_is_sent_again_and_done_once(proxy: CuttingProxy, sent: Send):
+    proxy.cut_answers(0, 5)
+    made = sent(nightly())
+    assert [one.id for one in sent(calls.page_schedules()).items] == [made.id]
+    proxy.cut_answers(0)
+    run = sent(calls.trigger_schedule(made.id))
+    assert [one.id for one in sent(calls.page_schedule_runs(made.id)).items] == [run.id]
+
+
+def test_a_secret_whose_answer_is_lost_is_not_shown_again_and_its_owner_told_what_to_do(
+    proxy: CuttingProxy, sent: Send
+):
+    proxy.cut_answers(0)
+    with pytest.raises(ApiError) as told:
+        sent(access.create_webhook("http://127.0.0.1:9/", ["job.failed"]))
+    assert told.value.code == "conflict"
+    assert "rotate" in told.value.hint
+    [one] = sent(access.page_webhooks()).items
+    assert sent(access.rotate_secret(one.id)).secret.startswith("whsec_")
+
+
+def test_an_edit_of_a_named_version_is_not_sent_again(proxy: CuttingProxy, sent: Send):
+    made = sent(nightly())
+    proxy.cut_answers(0)
+    with pytest.raises(UnreachableError, match="broke off"):
+        sent(calls.edit_schedule(made.id, version=made.version, overlap="queue"))
+    assert sent(calls.get_schedule(made.id)).version == made.version + 1
+
+
+def test_a_deletion_whose_answer_is_lost_is_done_and_one_of_nothing_is_an_error(proxy: CuttingProxy, sent: Send):
+    made = sent(nightly())
+    proxy.cut_answers(0)
+    assert sent(calls.delete_schedule(made.id, version=made.version)) is None
+    assert sent(calls.page_schedules()).items == []
+    with pytest.raises(ApiError) as missing:
+        sent(calls.delete_schedule(made.id))
+    assert missing.value.code == "not_found"
+
+
+def test_a_request_that_is_still_being_answered_is_waited_for(
+    api: RunningApi, proxy: CuttingProxy, sent: Send, monkeypatch: pytest.MonkeyPatch
+):
+    create, begun = api.services.schedules.create, threading.Event()
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        time.sleep(1.5)
+        return create(*args, **kwargs)
+
+    def cut() -> None:
+        assert begun.wait(10)
+        proxy.drop_all()
+
+    monkeypatch.setattr(api.services.schedules, "create", slowly)
+    cutting = threading.Thread(target=cut)
+    cutting.start()
+    made = sent(nightly())
+    cutting.join()
+    assert [one.id for one in sent(calls.page_schedules()).items] == [made.id]
