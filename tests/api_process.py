@@ -1,12 +1,64 @@
-"""`python tests/api_process.py before|after`: the real API, which is killed at the first submission, before or after its commit."""
+"""The API as a process of its own, to be killed.
+
+`python tests/api_process.py before|after`: the real API, which is killed at the first submission, before or after its commit.
+"""
 
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import httpx
+from sqlalchemy import update
+
 from api.__main__ import main
+from core.access.keys import create_key
+from core.database import transaction
+from core.ids import new_id
 from core.jobs.store import JobStore
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.registry.tables import models
+from tests.servers import free_port
+from tests.service import TENANT, Service, eventually
+
+SCOPES = ("jobs:read", "jobs:write", "models:read", "models:write")
+
+
+class ApiProcess:
+    """`python -m api` of an installation, and a model that a plan can be made for."""
+
+    def __init__(self, service: Service, model: Path) -> None:
+        self._service = service
+        self._port = free_port()
+        self._key = create_key(service.engine, tenant_id=TENANT, name="t", scopes=SCOPES)[1]
+        service.model_id, service.model_digest = service.register(new_id("mdl"), model)
+        self.job = {"model": service.model_id, "recipe": "int8-encoder"}
+        self.process: subprocess.Popen[bytes] | None = None
+        header = inspect_model(FolderFiles(model)).model_dump(mode="json")
+        with transaction(service.engine) as connection:
+            connection.execute(update(models).where(models.c.id == service.model_id).values(header=header))
+
+    def start(self, dies: str = "") -> None:
+        """`dies`: before or after the commit of the first submission."""
+        script = ("-P", "tests/api_process.py", dies) if dies else ("-m", "api")
+        self.process = self._service.start(*script, NIGHTPRESS_API_PORT=str(self._port))
+        with self.client() as client:
+            eventually(lambda: self._answers(client), within=60)
+
+    @staticmethod
+    def _answers(client: httpx.Client) -> bool:
+        try:
+            return client.get("/healthz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def client(self) -> httpx.Client:
+        """A client whose POSTs all have one idempotency key."""
+        headers = {"Authorization": f"Bearer {self._key}", "Idempotency-Key": "k"}
+        return httpx.Client(base_url=f"http://127.0.0.1:{self._port}", headers=headers, timeout=20, trust_env=False)
+
 
 if __name__ == "__main__":
     submit = JobStore.submit

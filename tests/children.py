@@ -63,8 +63,9 @@ def press(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def slow(job_dir: Path, emit: Emit) -> Manifest:
-    """Four seconds of steady progress."""
+    """Four seconds of steady progress, each step of it said."""
     for step in range(40):
+        emit(Log(text=f"step {step}"))
         emit(Progress(phase="pressing", fraction=step / 80, message=f"step {step}"))
         time.sleep(0.1)
     return press(job_dir, emit)

@@ -17,8 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 STORE, CLAIMS, SUBMISSION = "core/jobs/store.py", "core/jobs/claims.py", "core/jobs/submission.py"
 CHECKPOINTS, SERVICE = "core/jobs/checkpoints.py", "core/jobs/service.py"
+STATES, SCHEDULES, REGISTRY = "core/jobs/states.py", "core/schedules/store.py", "core/registry/registry.py"
 _TRANSITIONS, _CLAIMS = "tests/integration/test_store_transitions.py", "tests/integration/test_store_claims.py"
-_API = "tests/integration/test_api_jobs.py"
+_API, _ACCESS = "tests/integration/test_api_jobs.py", "tests/integration/test_access.py"
+_REGISTRY, _SOURCES = "tests/integration/test_registry.py", "tests/integration/test_sources.py"
+_HANGS = "tests/faults/test_f06_storage.py::test_f6_"
 #: the tests that hold what stands in a file; where these stay green, a mutant has survived
 TESTS = {
     STORE: (_TRANSITIONS, _CLAIMS, "tests/integration/test_store_reads.py"),
@@ -26,6 +29,9 @@ TESTS = {
     SUBMISSION: ("tests/integration/test_store_submissions.py",),
     CHECKPOINTS: ("tests/integration/test_checkpoint_index.py",),
     SERVICE: (_API,),
+    STATES: ("tests/unit/test_states.py",),
+    SCHEDULES: ("tests/integration/test_schedules.py",),
+    REGISTRY: (_REGISTRY, _SOURCES),
 }
 
 
@@ -46,7 +52,15 @@ MUTANTS = (
     Mutant("claim: it fits the worker's memory", CLAIMS, '_columns.needs_memory <= bindparam("offered_memory", type_=BigInteger)', '_columns.needs_memory != bindparam("offered_memory", type_=BigInteger)'),
     Mutant("claim: of the worker's own queue", CLAIMS, '_columns.queue == bindparam("offered_queue", type_=String)', '_columns.queue != bindparam("offered_queue", type_=String) + "x"'),
     Mutant("claim: a fresh attempt number", CLAIMS, '_columns.attempt + literal_column("1")', '_columns.attempt + literal_column("0")'),
-    Mutant("claim: the tenant with the fewest running first", CLAIMS, "candidate.c.priority.desc(), running, candidate", "candidate.c.priority.desc(), candidate"),
+    Mutant("claim: the tenant with the fewest running first", CLAIMS, "(candidate.c.priority.desc(), running, *by_age)", "(candidate.c.priority.desc(), *by_age)"),
+    Mutant("claim: the highest priority first", CLAIMS, "(candidate.c.priority.desc(), running, *by_age)", "(running, *by_age)"),
+    Mutant("claim: now and then the oldest, whatever its priority", CLAIMS, "*by_age if oldest else (", "*by_age if False else ("),
+    Mutant("claim: the oldest of every priority is seen", CLAIMS, "tenants = _waiting_levels() if oldest else _waiting_tenants()\n    of_them = [_columns.tenant_id == tenants.c.id]\n    if oldest:", "tenants = _waiting_tenants()\n    of_them = [_columns.tenant_id == tenants.c.id]\n    if False:"),
+    Mutant("claim: a tenant's bound on running jobs", CLAIMS, "running < most_running", "running < most_running + 1000", (_ACCESS,)),
+    Mutant("claim: a tenant's bound on GPU time", CLAIMS, '< most_gpu,\n', '< most_gpu + 10**9,\n', (_ACCESS,)),
+    Mutant("claim: a lease of its own", CLAIMS, '"lease_id": bindparam("new_lease", type_=String)', '"lease_id": literal_column("\'lease_one\'")'),
+    Mutant("the table: nothing leads out of an end", STATES, "Trigger.REUSE: {QUEUED: frozenset({SUCCEEDED})}", "Trigger.REUSE: {QUEUED: frozenset({SUCCEEDED}), FAILED: frozenset({SUCCEEDED})}"),
+    Mutant("the table: only a cancelling job is confirmed cancelled", STATES, "Trigger.CONFIRM_CANCELLED: {CANCELLING: frozenset({CANCELLED})}", "Trigger.CONFIRM_CANCELLED: {RUNNING: frozenset({CANCELLED}), CANCELLING: frozenset({CANCELLED})}"),
     Mutant("every worker's statement: the lease", STORE, "_columns.lease_id == lease.lease_id, ", ""),
     Mutant("every transition: the states it starts from", STORE, "            .where(*guards, in_source)\n", "            .where(*guards)\n"),
     Mutant("every transition: an event without a gap", STORE, ".values(event_seq=_columns.event_seq + 1, **values)", ".values(event_seq=_columns.event_seq + 2, **values)"),
@@ -66,12 +80,23 @@ MUTANTS = (
     Mutant("queue deadline: still due when it is passed", STORE, "                    _columns.id == job_id,\n                    is_due,\n", "                    _columns.id == job_id,\n"),
     Mutant("logs: a job's share and no more", STORE, "                if seq <= MAX_LOG_LINES\n", ""),
     Mutant("end: the attempt is closed", STORE, '            _close_attempt(connection, job, "succeeded")\n', ""),
+    Mutant("end: a name's newest result is an accepted one", STORE, '            if outcome.verdict == "accepted" and job.promote:\n', "            if job.promote:\n", (_ACCESS,)),
+    Mutant("release: no failure is counted", STORE, "                run_after=db_now(),\n                **_RESTING", "                run_after=db_now(),\n                failures=_columns.failures + 1,\n                **_RESTING"),
+    Mutant("fail: a failure is counted", STORE, "else_=_columns.failures + 1),", "else_=_columns.failures),"),
     Mutant("end: nobody holds it any more", STORE, '    "lease_id": null(),\n', ""),
     Mutant("reuse: an identical job's result alone", STORE, "made.c.fingerprint == mine)", "made.c.fingerprint.is_not(None))", (_API,)),
     Mutant("reuse: within the tenant alone", STORE, ".where(made.c.tenant_id == job.tenant_id, ", ".where(", (_API,)),
     Mutant("reuse: never by force", SERVICE, "wanted.reuse and not wanted.force", "wanted.reuse"),
     Mutant("submit: the quota", SUBMISSION, 'if queued >= values["max_queued"]:', "if False:"),
     Mutant("submit: the key's own body", SUBMISSION, "        if row[0] != idempotency.fingerprint:\n", "        if False:\n"),
+    Mutant("fire: recorded once", SCHEDULES, "(schedules.c.id == due.id, schedules.c.next_at == due.next_at)", "(schedules.c.id == due.id,)"),
+    Mutant("fire: decided once", SCHEDULES, '_runs.state == "pending")\n            won', '_runs.state != "x")\n            won'),
+    Mutant("model: not deleted while a job needs it", REGISTRY, "if self._is_needed(connection, tenant_id, row.id):", "if False:"),
+    Mutant("model: decided once, from the state in which it was read", REGISTRY, "table.c.id == row.id, *same, table", "table.c.id == row.id, table"),
+    Mutant("deletion: done again when nobody stores any more", REGISTRY, "UNSWEPT, over_at < db_now(-older_than_s)", "UNSWEPT", ("tests/faults/test_deletions.py",)),
+    Mutant("store: one that hangs holds up no cancellation", "worker/moving.py", "while not wait([done], timeout=_LOOK_S).done:", "while False:", (f"{_HANGS}f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_deploy",)),
+    Mutant("store: one that hangs holds up no deploy", "worker/app.py", "if supervisor.mover.hangs():", "if False:", (f"{_HANGS}f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_deploy",)),
+    Mutant("store: one that hangs holds up no lease", "worker/control.py", 'self._slow.start(slow.__name__.strip("_"), slow)', "slow()", (f"{_HANGS}a_store_that_hangs_holds_up_no_lease",)),
     Mutant("checkpoint: one writer a prefix", CHECKPOINTS, ", where=~_held(checkpoints.c.lease_id))", ")"),
     Mutant("checkpoint: the prefix is the writer's, whose lease stands", CHECKPOINTS, "(checkpoints.c.digest == digest, _held(lease.lease_id))", "(checkpoints.c.digest == digest,)"),
     Mutant("checkpoint: its bound", CHECKPOINTS, ".where(*mine, size <= limit)", ".where(*mine)"),
@@ -112,7 +137,7 @@ def _first_red_test(copy: Path, mutant: Mutant) -> str:
     path.write_text(whole.replace(mutant.old, mutant.new))
     tests = mutant.tests or TESTS[mutant.path]
     try:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "sqlite", *tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not postgresql", *tests]
         env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
         ran = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=600)
     finally:

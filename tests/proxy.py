@@ -5,6 +5,7 @@ import http.client
 import http.server
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
@@ -103,8 +104,9 @@ class CuttingProxy:
             self._open -= {source, target}
 
 
-#: (method, path) → a status to answer with in the server's place, "alter" to change a byte of the body on its way, or None to pass
-Fault = Callable[[str, str], int | str | None]
+#: (method, path) → a status to answer with in the server's place, "alter" to change a byte of the body on its way, "hang" to say nothing
+#: until `let_go`, a number of seconds to wait first, or None to pass
+Fault = Callable[[str, str], int | float | str | None]
 
 
 class FaultyHttp:
@@ -113,6 +115,7 @@ class FaultyHttp:
     def __init__(self, target_port: int) -> None:
         self.fault: Fault = lambda _method, _path: None
         self.seen: list[tuple[str, str]] = []
+        self.let_go = threading.Event()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler(target_port))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -122,6 +125,7 @@ class FaultyHttp:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.let_go.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -142,20 +146,25 @@ class FaultyHttp:
                     text = f"<Error><Code>{code}</Code><Message>a fault on purpose</Message></Error>".encode()
                     self._answer(what, [("Content-Type", "application/xml")], text)
                     return
+                if what == "hang":
+                    proxy.let_go.wait()
+                elif isinstance(what, float):
+                    time.sleep(what)
                 if what == "alter" and body:
                     body = body[:-1] + bytes([body[-1] ^ 1])
                 server = http.client.HTTPConnection("127.0.0.1", target_port, timeout=30)
-                server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-                for name, value in self.headers.items():
-                    if name.lower() not in {"expect", "connection"}:
-                        server.putheader(name, value)
-                server.endheaders(body)
-                answer = server.getresponse()
-                content = answer.read()
-                if what == "alter" and self.command == "GET" and content:
-                    content = content[:-1] + bytes([content[-1] ^ 1])
-                self._answer(answer.status, answer.getheaders(), content)
-                server.close()
+                # Whoever waited too long has hung up.
+                with contextlib.closing(server), contextlib.suppress(ConnectionError):
+                    server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                    for name, value in self.headers.items():
+                        if name.lower() not in {"expect", "connection"}:
+                            server.putheader(name, value)
+                    server.endheaders(body)
+                    answer = server.getresponse()
+                    content = answer.read()
+                    if what == "alter" and self.command == "GET" and content:
+                        content = content[:-1] + bytes([content[-1] ^ 1])
+                    self._answer(answer.status, answer.getheaders(), content)
 
             def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
                 self.send_response_only(status)

@@ -38,7 +38,7 @@ from worker.health import mark_alive
 from worker.metrics import LEASES_EXPIRED, TICKS, serve_metrics
 
 _SWEEP_EVERY_S = 60.0
-_ABANDONED_S = 3600.0  #: a lost attempt's files are swept so long after its end
+_ABANDONED_S = 3600.0  #: files of lost attempts, and what a deletion left, are swept so long after
 _UPLOAD_LIFE_S = 24 * 3600.0
 _WORKER_MEMORY_S = 3600.0  #: lost workers are shown so long
 _LONGEST_PAUSE_S = 30.0
@@ -62,7 +62,7 @@ class SlowSteps:
     """Steps that may wait for somebody else: each in a thread of its own, and never twice at a time."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(thread_name_prefix="slow")
+        self._threads = ThreadPoolExecutor(8, thread_name_prefix="slow")
         self._running: dict[str, Future[None]] = {}
 
     def start(self, name: str, step: Callable[[], object]) -> None:
@@ -133,14 +133,10 @@ class Control:
         ]
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
-            steps += [
-                self._forget_workers,
-                self._sweep_attempts,
-                self._sweep_checkpoints,
-                self._sweep_uploads,
-                self._prune,
-                self._forget_requests,
-            ]
+            steps += [self._forget_workers, self._forget_requests]
+            # Beside the ticks: a store that hangs, or many files, must hold up no lease.
+            for slow in (self._sweep_attempts, self._sweep_checkpoints, self._sweep_uploads, self._prune):
+                self._slow.start(slow.__name__.strip("_"), slow)
         for step in steps:
             attempt(step.__name__.strip("_"), step)
 
@@ -173,10 +169,6 @@ class Control:
         self._courier.deliver()
 
     def _prune(self) -> None:
-        """Beside the ticks: many files take their time."""
-        self._slow.start("prune", self._prune_all)
-
-    def _prune_all(self) -> None:
         settings = self._settings
         self._schedules.forget_runs(settings.keep_history_days * _DAY_S)
         self._webhooks.forget_deliveries(settings.keep_history_days * _DAY_S)
@@ -224,6 +216,7 @@ class Control:
         for registry in self._registries:
             if given_up := registry.sweep_abandoned(_UPLOAD_LIFE_S):
                 log.info("%d uploads of %s were given up.", given_up, registry.kind)
+            registry.sweep_deleted(_ABANDONED_S)
         self._objects.sweep_uploads(_UPLOAD_LIFE_S)
 
 

@@ -1,7 +1,7 @@
 """The supervisor: one claimed job from its files in to its result committed, around one child process.
 
-What may end a job from outside (lease lost, cancellation, drain, limits) is looked at in every wait and at every
-megabyte moved. Only then, with the child dead, one guarded statement says how the attempt ended.
+What may end a job from outside (lease lost, cancellation, drain, limits) is looked at in every wait, that for the object
+store included. Only then, with the child dead, one guarded statement says how the attempt ended.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from worker.cache import disk_errors
 from worker.checkpoints import CheckpointDepot
 from worker.lease import LeaseKeeper
 from worker.metrics import ATTEMPTS, BYTES_MOVED, GPU_SECONDS, LEASES_LOST, SECONDS_MOVING
+from worker.moving import Mover
 from worker.process import CHILD_COMMAND, ChildProcess
 from worker.relay import Relay
 from worker.staging import Stager, files_of, outcome_of, read_manifest, ship
@@ -80,6 +81,7 @@ class Supervisor:
         self._child_command = child_command
         self._spare: ChildProcess | None = None
         self.draining = threading.Event()
+        self.mover = Mover()
 
     # The spare -------------------------------------------------------------------------------------------------------
 
@@ -206,7 +208,7 @@ class _Attempt:
         """Files in, child, files out. Returns the statement that commits the result."""
         self._child = child = self._supervisor.take_child()
         with span("stage"):
-            data = self._stage(child.job_dir)
+            data = self._move(lambda: self._stage(child.job_dir))
         recipe = Recipe.model_validate(self._job.recipe)
         depot = self._depot = CheckpointDepot(
             self._supervisor.checkpoints,
@@ -221,7 +223,7 @@ class _Attempt:
             note=self._keeper.note,
         )
         with disk_errors():
-            depot.begin(on_bytes=lambda _count: self._check())
+            self._move(lambda: depot.begin(on_bytes=lambda _count: self._check()))
         spec = JobSpec(
             job_id=self._job.id,
             attempt=self._lease.attempt,
@@ -243,16 +245,16 @@ class _Attempt:
         return self._ship(child.job_dir)
 
     def _stage(self, job_dir: Path) -> dict[str, str]:
-        report = self._mover("fetching", 0.0, FETCHED)
+        report = self._meter("fetching", 0.0, FETCHED)
         return self._supervisor.stager.stage(self._job, job_dir, on_total=report.expect, on_bytes=report.moved)
 
     def _ship(self, job_dir: Path) -> Callable[[], str]:
         manifest = read_manifest(job_dir, self._lease)
         outcome = outcome_of(job_dir, manifest)
-        report = self._mover("uploading", PRESSED, 1.0)
+        report = self._meter("uploading", PRESSED, 1.0)
         report.expect(sum(file.size for file in files_of(manifest)))
         with span("upload"):
-            ship(job_dir, manifest, self._supervisor.objects, on_bytes=report.moved)
+            self._move(lambda: ship(job_dir, manifest, self._supervisor.objects, on_bytes=report.moved))
         self._check()
 
         def commit() -> str:
@@ -310,11 +312,14 @@ class _Attempt:
         if self._child is not None:
             self._child.beat()
 
-    def _mover(self, phase: Phase, low: float, high: float) -> "_Mover":
-        return _Mover(self._keeper, self._check, phase, low, high)
+    def _move(self, step: Callable[[], Answer]) -> Answer:
+        return self._supervisor.mover.move(step, self._check)
+
+    def _meter(self, phase: Phase, low: float, high: float) -> "_Meter":
+        return _Meter(self._keeper, self._check, phase, low, high)
 
 
-class _Mover:
+class _Meter:
     """Turns bytes moved into progress."""
 
     def __init__(self, keeper: LeaseKeeper, check: Callable[[], None], phase: Phase, low: float, high: float) -> None:

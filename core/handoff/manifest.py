@@ -2,9 +2,9 @@
 
 import hashlib
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MANIFEST_FILE = "manifest.json"
 
@@ -13,27 +13,37 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FileEntry(_Model):
-    """One file. `path` is relative, POSIX, without `..`."""
+def _plain(path: str) -> str:
+    pure = PurePosixPath(path)
+    if (
+        not pure.parts
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or str(pure) != path
+        or "\\" in path
+        or not path.isprintable()
+    ):
+        raise ValueError(f"{path!r} is not a plain relative path")
+    return path
 
-    path: str = Field(min_length=1, max_length=512)
+
+#: POSIX, without `..`
+RelativePath = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_plain)]
+
+
+class FileEntry(_Model):
+    """One file."""
+
+    path: RelativePath
     size: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-
-    @field_validator("path")
-    @classmethod
-    def _relative(cls, path: str) -> str:
-        pure = PurePosixPath(path)
-        if pure.is_absolute() or ".." in pure.parts or str(pure) != path or "\\" in path or not path.isprintable():
-            raise ValueError(f"{path!r} is not a plain relative path")
-        return path
 
 
 class ArtifactEntry(_Model):
     """One exported form of the pressed model: a folder below out/."""
 
     format: str  #: e.g. "onnx", "openvino", "compressed-tensors", "safetensors"
-    path: str  #: folder below out/, e.g. "onnx"
+    path: RelativePath  #: folder below out/, e.g. "onnx"
     files: tuple[FileEntry, ...]  #: paths relative to `path`
     consumer: str  #: what loaded it in the verification, with its version, e.g. "onnxruntime 1.32.0"
 

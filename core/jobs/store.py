@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from sqlalchemy import (
@@ -29,6 +29,7 @@ from core.ids import new_id
 from core.jobs.claims import Caps, claim_and_note, claim_job, claim_values, some_have_caps, whose_turn
 from core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS, JobsWanted, job_of
 from core.jobs.records import Claimed, Job, Lease, Renewal, Succeeded, WorkerOffer
+from core.jobs.results import copy_result, write_result
 from core.jobs.roster import WorkerRoster
 from core.jobs.states import (
     CANCELLED,
@@ -43,12 +44,9 @@ from core.jobs.states import (
 )
 from core.jobs.submission import JobSubmitter
 from core.jobs.tables import (
-    job_artifacts,
     job_attempts,
     job_events,
     job_logs,
-    job_metrics,
-    job_reports,
     jobs,
 )
 from core.promotions.store import promote_accepted
@@ -141,7 +139,7 @@ class JobStore(JobSubmitter, WorkerRoster):
             )
             if done is None:
                 return job
-            _copy_result(connection, origin.id, job.id)
+            copy_result(connection, origin.id, job.id)
             if origin.verdict == "accepted" and job.promote:
                 promote_accepted(connection, job.tenant_id, job.model_name, job.id)
         return done
@@ -239,7 +237,7 @@ class JobStore(JobSubmitter, WorkerRoster):
             if job is None:
                 return False
             _close_attempt(connection, job, "succeeded")
-            _write_result(connection, lease, outcome)
+            write_result(connection, lease, outcome)
             if outcome.verdict == "accepted" and job.promote:
                 promote_accepted(connection, job.tenant_id, job.model_name, job.id)
         return True
@@ -530,47 +528,6 @@ def _close_attempt(
     )
     if job.queue == "gpu":
         add_gpu_time(connection, job.tenant_id, job.started_at)
-
-
-def _write_result(connection: Connection, lease: Lease, outcome: Succeeded) -> None:
-    manifest = outcome.manifest
-    artifacts = [
-        {
-            "id": new_id("art"),
-            "job_id": lease.job_id,
-            "attempt": lease.attempt,
-            "format": entry.format,
-            "path": entry.path,
-            "size": entry.size,
-            "digest": entry.digest,
-            "consumer": entry.consumer,
-            "files": [file.model_dump() for file in entry.files],
-        }
-        for entry in manifest.artifacts
-    ]
-    if artifacts:
-        connection.execute(insert(job_artifacts), artifacts)
-    report_files = [file.model_dump() for file in manifest.report]
-    connection.execute(insert(job_reports).values(job_id=lease.job_id, report=outcome.report, files=report_files))
-    metrics = [
-        {"job_id": lease.job_id, "position": position, **asdict(row)} for position, row in enumerate(outcome.metrics)
-    ]
-    if metrics:
-        connection.execute(insert(job_metrics), metrics)
-
-
-def _copy_result(connection: Connection, origin: str, job_id: str) -> None:
-    """The rows of another job's result. Their files stay where they are: `attempt` and `reused_from` say where."""
-    artifacts = connection.execute(select(job_artifacts).where(job_artifacts.c.job_id == origin)).mappings().all()
-    if artifacts:
-        rows = [{**row, "id": new_id("art"), "job_id": job_id} for row in artifacts]
-        connection.execute(insert(job_artifacts), rows)
-    row = connection.execute(select(job_reports).where(job_reports.c.job_id == origin)).mappings().one()
-    report = {**row["report"], "reused_from": origin}
-    connection.execute(insert(job_reports).values(job_id=job_id, report=report, files=row["files"]))
-    metrics = connection.execute(select(job_metrics).where(job_metrics.c.job_id == origin)).mappings().all()
-    if metrics:
-        connection.execute(insert(job_metrics), [{**one, "job_id": job_id} for one in metrics])
 
 
 def _cut(text: str) -> str:

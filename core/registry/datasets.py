@@ -14,7 +14,8 @@ from core.handoff.manifest import FileEntry
 from core.jobs.tables import jobs
 from core.recipes.calibration import BUILTIN_DATA
 from core.registry.datafile import DataFacts, check_data_name, examine_data
-from core.registry.registry import Registry, Taken, check_size, describe_files, live_jobs
+from core.registry.fetching import FetchingRegistry
+from core.registry.registry import Taken, check_size, describe_files, live_jobs
 from core.registry.tables import data_sets
 from core.registry.uploads import Owner
 from core.schemas import DataSetCreate, DataSetView
@@ -24,7 +25,7 @@ from core.sources.source import Listing, RemoteFile, Source
 _PIECE = 1024**2
 
 
-class DataSetRegistry(Registry[DataSetView]):
+class DataSetRegistry(FetchingRegistry[DataSetView]):
     """Text and labelled rows that people brought, and the ones that come with Nightpress."""
 
     kind = "datasets"

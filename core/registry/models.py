@@ -15,7 +15,8 @@ from core.handoff.manifest import FileEntry
 from core.jobs.tables import jobs
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, check_names, inspect_model
-from core.registry.registry import Registry, Taken, check_size, describe_files, live_jobs
+from core.registry.fetching import FetchingRegistry
+from core.registry.registry import Taken, check_size, describe_files, live_jobs
 from core.registry.tables import models
 from core.registry.uploads import Owner
 from core.schemas import FileView, ModelCreate, ModelView
@@ -24,7 +25,7 @@ from core.sources.selection import choose_model_files
 from core.sources.source import Listing, RemoteFile, Source
 
 
-class ModelRegistry(Registry[ModelView]):
+class ModelRegistry(FetchingRegistry[ModelView]):
     """Models that people brought. Ready ones never change, and were inspected before they became ready."""
 
     kind = "models"

@@ -3,12 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Engine, Row, Select, Table, exists, insert, or_, select, update
+from sqlalchemy import Engine, Row, Select, Table, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
 from core.access.quotas import QuotaBook
@@ -19,12 +18,11 @@ from core.errors import ErrorCode, NightpressError
 from core.handoff.manifest import FileEntry, describe_file, digest_of
 from core.ids import new_id
 from core.jobs.tables import jobs
-from core.registry.claims import Claim
+from core.registry.tables import UNSWEPT
 from core.registry.uploads import Owner, Uploads
 from core.schemas import TERMINAL_STATES, DataSetView, FileAnnouncement, ModelView, UploadFile
 from core.settings import Settings
-from core.sources.address import BucketAddress, HubAddress, Kind, parse_address, resolve_path
-from core.sources.source import Listing, RemoteFile, Source, open_source, read_steadily
+from core.sources.address import Kind
 
 View = TypeVar("View", ModelView, DataSetView)
 Taken = tuple[Sequence[FileEntry], Mapping[str, Any]]  #: files, and the columns that say what is in them
@@ -98,7 +96,7 @@ class Registry(ABC, Generic[View]):
             if not error.kind.retryable and error.code is not ErrorCode.NOT_FOUND:
                 self._fail(row, error)
             raise
-        if not self._advance(row, **_made_ready(files, facts)):
+        if not self._advance(row, **made_ready(files, facts)):
             return self._as_decided(tenant_id, owner)
         self._uploads.forget(owner)
         return self.get(tenant_id, row.id)
@@ -130,145 +128,27 @@ class Registry(ABC, Generic[View]):
             self._fail(row, error)
         return len(rows)
 
-    def forget_superseded(self, older_than_s: float, *, limit: int = 100) -> int:
-        """Delete what was fetched so long ago and has a newer one of its name, but for what a job needs. Returns how many."""
-        table, newer = self.table, self.table.alias("newer")
-        is_newer = (newer.c.tenant_id == table.c.tenant_id, newer.c.name == table.c.name, newer.c.id > table.c.id)
-        query = select(table.c.id, table.c.tenant_id).where(
-            table.c.source_url.is_not(None),
-            table.c.deleted_at.is_(None),
-            table.c.state.in_(("ready", "failed")),
-            table.c.created_at < db_now(-older_than_s),
-            exists().where(*is_newer, newer.c.state == "ready", newer.c.deleted_at.is_(None)),
-        )
-        with transaction(self._engine, read_only=True) as connection:
-            rows = connection.execute(query.order_by(table.c.created_at).limit(limit)).all()
-        count = 0
-        for row in rows:
-            try:
-                self.delete(row.tenant_id, row.id)
-            except NightpressError as error:
-                if error.code not in {ErrorCode.CONFLICT, ErrorCode.NOT_FOUND}:
-                    raise
-                continue  # a job needs it, or another process was faster
-            count += 1
-        return count
+    def sweep_deleted(self, older_than_s: float, *, limit: int = 100) -> int:
+        """Delete once more the files of what was deleted or failed so long ago. Returns of how many.
 
-    # Sources, and what takes long --------------------------------------------------------------------------------
-
-    def fetch(self, tenant_id: str, name: str, source_url: str, revision: str | None = None) -> View:
-        """Note a model or data set that the control process will fetch. Raises invalid_request, path_not_allowed."""
-        address = parse_address(source_url, self.kind, self._settings)
-        row_id = new_id(self.id_prefix)
-        kind = "s3" if isinstance(address, BucketAddress) else "hub"
-        given = {"state": "fetching", "source": kind, "source_url": address.url, "revision": revision}
-        with transaction(self._engine) as connection:
-            self._insert(connection, row_id, tenant_id, name, **given, **_described([]))
-        return self.get(tenant_id, row_id)
-
-    def fetched(self, tenant_id: str, name: str, source_url: str, revision: str) -> View | None:
-        """The newest one of this name with these bytes of a source, if it is there or on its way."""
+        Their rows say so before their files go: a process that was killed in between left some, and a slow one may have stored more.
+        """
         columns = self.table.c
-        same = (columns.name == name, columns.source_url == source_url, columns.revision == revision)
-        query = self._select().where(columns.tenant_id == tenant_id, *same, columns.state != "failed")
+        over_at = func.coalesce(columns.deleted_at, columns.created_at)
+        query = select(columns.id).where(UNSWEPT, over_at < db_now(-older_than_s)).order_by(columns.id).limit(limit)
         with transaction(self._engine, read_only=True) as connection:
-            row = connection.execute(query.order_by(columns.id.desc()).limit(1)).one_or_none()
-        return None if row is None else self._view(row)
+            ids = connection.scalars(query).all()
+        for row_id in ids:
+            self._uploads.abandon(self._owner(row_id))
+            with transaction(self._engine) as connection:
+                connection.execute(update(self.table).where(columns.id == row_id).values(swept=True))
+        return len(ids)
 
-    def take_in(self, claim: Claim) -> None:
-        """Fetch or verify what the claim is for, to its end. Faults of its files make it `failed`; raises what may pass."""
-        columns = self.table.c
-        with transaction(self._engine, read_only=True) as connection:
-            query = self._select().where(columns.id == claim.row_id, columns.claim_id == claim.claim_id)
-            row = connection.execute(query).one_or_none()
-        if row is None:
-            return
-        claim.total = row.size
-        try:
-            if row.state == "fetching":
-                files, facts = self._fetch(row, claim)
-            elif row.source == "path":
-                files, facts = self._describe_path(row, claim.note)
-            else:
-                files, facts = self._verify_upload(row, claim.note)
-        except NightpressError as error:
-            self._forget_if_deleted(row)
-            if error.kind.retryable or error.code is ErrorCode.CANCELLED:
-                raise
-            self._fail(row, error)
-            return
-        if self._advance(row, **_made_ready(files, facts)):
-            self._uploads.forget(self._owner(row.id))
-        self._forget_if_deleted(row)
-
-    def give_up(self, claim: Claim, error: NightpressError, *, older_than_s: float) -> bool:
-        """Fail what has been tried for so long. False: it is younger."""
-        columns = self.table.c
-        old = (columns.id == claim.row_id, columns.created_at < db_now(-older_than_s))
-        with transaction(self._engine, read_only=True) as connection:
-            row = connection.execute(self._select().where(*old, columns.claim_id == claim.claim_id)).one_or_none()
-        if row is None:
-            return False
-        self._fail(row, error)
-        return True
-
-    def _fetch(self, row: Row[Any], claim: Claim) -> "Taken":
-        """Every file of a source into the store. After an interruption those that are whole are not fetched again."""
-        address = parse_address(row.source_url, self.kind, self._settings)  # the operator may have taken it back
-        if isinstance(address, HubAddress) and row.revision:
-            address = replace(address, revision=row.revision)
-        owner = self._owner(row.id)
-        source = open_source(address, self._settings)
-        try:
-            listing = source.listing()
-            wanted = self._choose(source, listing)
-            claim.total = sum(file.size for file in wanted)
-            check_size(self.noun, claim.total, self._limit)
-            if row.size == 0:
-                self._quotas.check_storage(row.tenant_id, claim.total)
-            if listing.revision == row.revision:
-                have = {one["path"]: FileEntry.model_validate(one) for one in row.files}
-            else:
-                have = {}
-                self._store.delete_prefix(owner.prefix)
-            self._note(row, claim, size=claim.total, revision=listing.revision, files=_dumped(have.values()))
-            for file in wanted:
-                if file.path in have:
-                    claim.note(file.size)
-                    continue
-                pieces = claim.counted(read_steadily(source, file, stop=claim.lost.is_set))
-                sha256 = self._store.put_pieces(owner.key(file.path), pieces, size=file.size, sha256=file.sha256)
-                have[file.path] = FileEntry(path=file.path, size=file.size, sha256=sha256)
-                self._note(row, claim, files=_dumped(have.values()))
-        finally:
-            source.close()
-        files = tuple(have[file.path] for file in wanted)
-        return files, self._examine_stored(owner, files)
-
-    def _verify_upload(self, row: Row[Any], on_bytes: OnBytes) -> "Taken":
+    def _verify_upload(self, row: Row[Any], on_bytes: OnBytes) -> Taken:
         owner = self._owner(row.id)
         files = tuple(FileEntry.model_validate(one) for one in row.files)
         self._uploads.finish(owner, on_bytes)
         return files, self._examine_stored(owner, files)
-
-    def _describe_path(self, row: Row[Any], on_bytes: OnBytes) -> "Taken":
-        return self._examine_path(resolve_path(row.server_path, self._settings), on_bytes)
-
-    def _note(self, row: Row[Any], claim: Claim, **columns: Any) -> None:
-        """Write how far it is. Raises cancelled where the claim is lost."""
-        mine = (self.table.c.id == row.id, self.table.c.claim_id == claim.claim_id, self.table.c.deleted_at.is_(None))
-        with transaction(self._engine) as connection:
-            if not connection.execute(update(self.table).where(*mine).values(**columns)).rowcount:
-                claim.lost.set()
-        claim.note(0)
-
-    def _forget_if_deleted(self, row: Row[Any]) -> None:
-        """This process may have stored files after the deletion."""
-        gone = select(self.table.c.id).where(self.table.c.id == row.id, self.table.c.deleted_at.is_not(None))
-        with transaction(self._engine, read_only=True) as connection:
-            deleted = connection.execute(gone).one_or_none() is not None
-        if deleted:
-            self._uploads.abandon(self._owner(row.id))
 
     # What the two kinds do their own way -------------------------------------------------------------------------
 
@@ -282,10 +162,6 @@ class Registry(ABC, Generic[View]):
     @abstractmethod
     def _examine_path(self, path: Path, on_bytes: OnBytes) -> "Taken":
         """Validate and hash what lies at a server path. Raises not_found."""
-
-    @abstractmethod
-    def _choose(self, source: Source, listing: Listing) -> Sequence[RemoteFile]:
-        """Which of a source's files are to be fetched."""
 
     @property
     @abstractmethod
@@ -306,7 +182,7 @@ class Registry(ABC, Generic[View]):
         rows = self._uploads.open(owner, files)
         try:
             with transaction(self._engine) as connection:
-                columns = {"state": "uploading", "source": "upload", **_described(entries)}
+                columns = {"state": "uploading", "source": "upload", **described(entries)}
                 self._insert(connection, owner.id, tenant_id, name, **columns)
                 self._uploads.insert(connection, rows)
         except BaseException:
@@ -322,7 +198,7 @@ class Registry(ABC, Generic[View]):
         if size > self._settings.verify_inline_bytes:
             given |= {"state": "verifying", "files": [], "size": size}
         else:
-            given |= _made_ready(*self._examine_path(server_path, _ignore))
+            given |= made_ready(*self._examine_path(server_path, _ignore))
         with transaction(self._engine) as connection:
             self._insert(connection, row_id, tenant_id, name, **given)
         return self.get(tenant_id, row_id)
@@ -400,16 +276,16 @@ class Registry(ABC, Generic[View]):
             self._uploads.abandon(self._owner(row.id))
 
 
-def _made_ready(files: Sequence[FileEntry], facts: Mapping[str, Any]) -> dict[str, Any]:
+def made_ready(files: Sequence[FileEntry], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of one that is ready."""
-    return {"state": "ready", "progress": 1.0, "digest": digest_of(list(files)), **_described(files), **facts}
+    return {"state": "ready", "progress": 1.0, "digest": digest_of(list(files)), **described(files), **facts}
 
 
-def _described(files: Sequence[FileEntry]) -> dict[str, Any]:
-    return {"files": _dumped(files), "size": sum(file.size for file in files)}
+def described(files: Sequence[FileEntry]) -> dict[str, Any]:
+    return {"files": dumped(files), "size": sum(file.size for file in files)}
 
 
-def _dumped(files: Iterable[FileEntry]) -> list[dict[str, Any]]:
+def dumped(files: Iterable[FileEntry]) -> list[dict[str, Any]]:
     return [file.model_dump() for file in files]
 
 

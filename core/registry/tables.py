@@ -45,6 +45,9 @@ models = Table(
     Column("error", JsonType),
     Column("created_at", UtcDateTime(), nullable=False),
     Column("deleted_at", UtcDateTime()),
+    Column(
+        "swept", Boolean(), nullable=False, server_default=text("false")
+    ),  #: once it is over: its files are surely gone
     CheckConstraint("state IN ('uploading', 'fetching', 'verifying', 'ready', 'failed')", name="state"),
     CheckConstraint("source IN ('upload', 'path', 's3', 'hub')", name="source"),
     CheckConstraint("(source IN ('s3', 'hub')) = (source_url IS NOT NULL)", name="source_url"),
@@ -79,6 +82,9 @@ data_sets = Table(
     Column("error", JsonType),
     Column("created_at", UtcDateTime(), nullable=False),
     Column("deleted_at", UtcDateTime()),
+    Column(
+        "swept", Boolean(), nullable=False, server_default=text("false")
+    ),  #: once it is over: its files are surely gone
     CheckConstraint("state IN ('uploading', 'fetching', 'verifying', 'ready', 'failed')", name="state"),
     CheckConstraint("source IN ('upload', 'path', 's3', 'hub')", name="source"),
     CheckConstraint("(source IN ('s3', 'hub')) = (source_url IS NOT NULL)", name="source_url"),
@@ -88,6 +94,11 @@ data_sets = Table(
     Index("ix_data_sets_tenant_id_name_id", "tenant_id", "name", "id"),
     Index("ix_data_sets_state_created_at", "state", "created_at"),
 )
+
+#: Over, but its files may still be there.
+UNSWEPT = text("NOT swept AND (deleted_at IS NOT NULL OR state = 'failed')")
+for _table in (models, data_sets):
+    Index(f"ix_{_table.name}_unswept", _table.c.id, postgresql_where=UNSWEPT, sqlite_where=UNSWEPT)
 
 #: A file that a client is uploading. Which parts have come the store knows; it is never said twice.
 uploads = Table(

@@ -71,6 +71,22 @@ def test_another_worker_goes_on_behind_the_last_step_and_no_step_is_done_twice(s
     service.check_invariants(job_id)
 
 
+def test_f20_a_worker_that_drains_stores_what_it_has_and_its_peer_goes_on_from_there(service: Service) -> None:
+    service.settings = service.settings.model_copy(update={"checkpoint_after_s": 3600.0})
+    job_id = service.submit(STEPS)
+    worker = service.start_worker("stepping:3", NIGHTPRESS_DATA_DIR=str(service.settings.data_dir.parent / "elsewhere"))
+    service.await_log(job_id, "waiting")
+    assert not stored(service), "too young to be worth a copy"
+    worker.terminate()
+    assert worker.wait(10) == 0
+    finish(service, "stepping")
+    assert steps_done(service, job_id) == [f"doing step {n}" for n in range(1, 6)]
+    job, kinds = service.job(job_id), service.kinds(job_id)
+    assert (job.state, job.attempt, job.failures) == ("succeeded", 2, 0)
+    assert (kinds.count("started"), kinds.count("released"), kinds.count("succeeded")) == (2, 1, 1)
+    service.check_invariants(job_id)
+
+
 def test_another_job_with_the_same_beginning_goes_on_too_but_not_another_tenants(service: Service) -> None:
     first = service.submit(STEPS)
     break_off(service, "stepping:3", first, step=3)

@@ -1,4 +1,4 @@
-"""F3, F9, F13: rings that are lost, doubled, forged or never sent. SQL decides, so none of it matters for long."""
+"""F3, F9: rings that are lost, doubled or forged. SQL decides, so none of it matters for long."""
 
 import time
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import pytest
 import redis
 
 from core.jobs.ring import Ringer, make_celery
+from tests.api_process import ApiProcess
 from tests.servers import Valkey
 from tests.service import Service, eventually
 
@@ -38,14 +39,13 @@ def test_f3_ringing_a_dead_broker_neither_blocks_nor_raises(own: Service, broker
 
 
 def test_f3_ringing_a_hung_broker_neither_blocks_nor_raises(own: Service, broker: Valkey) -> None:
-    assert broker.process is not None
-    broker.process.send_signal(19)
+    broker.freeze()
     ringer = Ringer(own.settings)
     started = time.monotonic()
     ringer.ring("cpu")
     ringer.close()
     assert time.monotonic() - started < 3
-    broker.process.send_signal(18)
+    broker.thaw()
 
 
 def test_f3_a_job_submitted_while_the_broker_is_down_runs_and_the_running_one_is_unaffected(
@@ -66,6 +66,24 @@ def test_f3_a_job_submitted_while_the_broker_is_down_runs_and_the_running_one_is
     for job_id in (first, second):
         own.check_invariants(job_id)
         assert own.job(job_id).attempt == 1
+
+
+def test_f3_an_api_takes_jobs_as_fast_and_says_that_it_is_degraded(
+    own: Service, broker: Valkey, bert_tiny: Path
+) -> None:
+    api = ApiProcess(own, bert_tiny)
+    api.start()
+    with api.client() as client:
+        assert client.get("/readyz").json()["status"] == "ok"
+        for away in (broker.kill, broker.start, broker.freeze):
+            away()
+            asked = time.monotonic()
+            answer = client.post("/v1/jobs", json=api.job, headers={"Idempotency-Key": away.__name__})
+            assert answer.status_code == 201
+            assert time.monotonic() - asked < 0.5
+            status = "ok" if away == broker.start else "degraded"
+            eventually(lambda status=status: client.get("/readyz").json()["status"] == status)
+    broker.thaw()
 
 
 def test_f3_rings_that_a_flush_destroyed_are_rung_again(own: Service, broker: Valkey) -> None:
@@ -91,14 +109,6 @@ def test_f9_a_ring_delivered_many_times_starts_one_attempt(own: Service) -> None
     assert own.kinds(job_id).count("started") == 1
     app.close()
     own.check_invariants(job_id)
-
-
-def test_f13_a_job_nobody_rang_for_runs_within_a_tick(own: Service) -> None:
-    own.start_worker("press")
-    own.start_control()
-    eventually(lambda: "ticks every" in own.output() and "ready" in own.output())
-    job_id = own.submit()
-    own.await_state(job_id, "running", "succeeded", within=own.settings.tick_s + 3.0)
 
 
 def test_the_control_process_rings_sparingly(own: Service, broker: Valkey) -> None:

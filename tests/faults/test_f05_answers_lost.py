@@ -1,27 +1,19 @@
-"""F5, F14: an answer that is lost after the commit, an API that dies before or after it. Whoever asks again gets the same job."""
+"""F5, F13, F14: an answer that is lost after the commit, an API that dies before or after it. Whoever asks again gets the same job."""
 
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from sqlalchemy import update
 
 import migrations
-from core.access.keys import create_key
-from core.database import transaction
 from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.registry.tables import models
+from tests.api_process import ApiProcess
 from tests.jobs import offer, succeeded
 from tests.proxy import CuttingProxy
-from tests.servers import Postgres, free_port
+from tests.servers import Postgres, Valkey
 from tests.service import TENANT, Service, eventually
-
-JOB = {"model": "m", "recipe": "int8-encoder"}
 
 
 @pytest.fixture
@@ -31,11 +23,13 @@ def proxy(postgres_server: Postgres) -> Iterator[CuttingProxy]:
 
 
 @pytest.fixture
-def service(tmp_path: Path, postgres_server: Postgres, proxy: CuttingProxy) -> Iterator[Service]:
+def service(tmp_path: Path, postgres_server: Postgres, valkey_server: Valkey, proxy: CuttingProxy) -> Iterator[Service]:
     """An installation whose every statement goes through the proxy."""
     url = postgres_server.create_database()
     migrations.upgrade(url)
-    service = Service(tmp_path, url.replace(f":{postgres_server.port}/", f":{proxy.port}/"))
+    service = Service(
+        tmp_path, url.replace(f":{postgres_server.port}/", f":{proxy.port}/"), broker_url=valkey_server.url
+    )
     yield service
     service.close()
 
@@ -69,66 +63,20 @@ def test_f5_a_result_whose_commit_was_not_heard_of_is_there_once(service: Servic
     assert len(service.store.artifacts(job_id)) == 1
 
 
-class Api:
-    """`python -m api`, the real process, that may be told to die around a submission's commit."""
-
-    def __init__(self, service: Service, model: Path) -> None:
-        self.service = service
-        self.port = free_port()
-        self.key = create_key(
-            service.engine,
-            tenant_id=TENANT,
-            name="t",
-            scopes=["jobs:read", "jobs:write", "models:read", "models:write"],
-        )[1]
-        service.model_id, service.model_digest = service.register(new_id("mdl"), model)
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, dies: str = "") -> None:
-        script = ("-P", "tests/api_process.py", dies) if dies else ("-m", "api")
-        self.process = self.service.start(*script, NIGHTPRESS_API_PORT=str(self.port))
-        with self.client() as client:
-            eventually(lambda: self._answers(client), within=60)
-
-    @staticmethod
-    def _answers(client: httpx.Client) -> bool:
-        try:
-            return client.get("/healthz").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def client(self) -> httpx.Client:
-        headers = {"Authorization": f"Bearer {self.key}", "Idempotency-Key": "k"}
-        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=20, trust_env=False)
-
-
 @pytest.fixture
-def api(service: Service, bert_tiny: Path) -> Api:
-    return Api(service, bert_tiny)
+def api(service: Service, bert_tiny: Path) -> ApiProcess:
+    return ApiProcess(service, bert_tiny)
 
 
-def prepare(service: Service, bert_tiny: Path) -> None:
-    """The model's header, which a plan is made from."""
-    header = inspect_model(FolderFiles(bert_tiny))
-    with transaction(service.engine) as connection:
-        connection.execute(
-            update(models).where(models.c.id == service.model_id).values(header=header.model_dump(mode="json"))
-        )
-
-
-def test_f5_a_submission_whose_answer_was_lost_is_one_job(
-    service: Service, api: Api, proxy: CuttingProxy, bert_tiny: Path
-) -> None:
-    prepare(service, bert_tiny)
+def test_f5_a_submission_whose_answer_was_lost_is_one_job(api: ApiProcess, proxy: CuttingProxy) -> None:
     api.start()
-    body = JOB | {"model": service.model_id}
     with api.client() as client:
         assert client.get("/v1/jobs").status_code == 200
         with proxy.mute():
-            response = client.post("/v1/jobs", json=body)
+            response = client.post("/v1/jobs", json=api.job)
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) > 0
-        again = eventually(lambda: _taken(client.post("/v1/jobs", json=body)))
+        again = eventually(lambda: _taken(client.post("/v1/jobs", json=api.job)))
         assert [one["id"] for one in client.get("/v1/jobs").json()["items"]] == [again.json()["id"]]
 
 
@@ -138,18 +86,29 @@ def _taken(response: httpx.Response) -> httpx.Response | None:
 
 @pytest.mark.parametrize(("moment", "written"), [("before", 0), ("after", 1)])
 def test_f14_an_api_that_dies_around_the_commit_leaves_one_job_to_who_asks_again(
-    service: Service, api: Api, bert_tiny: Path, moment: str, written: int
+    service: Service, api: ApiProcess, moment: str, written: int
 ) -> None:
-    prepare(service, bert_tiny)
     api.start(dies=moment)
-    body = JOB | {"model": service.model_id}
     with api.client() as client, pytest.raises(httpx.TransportError):
-        client.post("/v1/jobs", json=body)
+        client.post("/v1/jobs", json=api.job)
     assert api.process is not None
     assert api.process.wait(10) == -signal.SIGKILL
     assert len(service.store.page(TENANT)[0]) == written
     api.start()
     with api.client() as client:
-        again = client.post("/v1/jobs", json=body)
+        again = client.post("/v1/jobs", json=api.job)
         assert again.status_code == (200 if written else 201)
         assert [one["id"] for one in client.get("/v1/jobs").json()["items"]] == [again.json()["id"]]
+
+
+def test_f13_a_job_whose_api_died_before_it_could_ring_runs_within_a_tick(service: Service, api: ApiProcess) -> None:
+    service.start_worker("press")
+    service.start_control()
+    eventually(lambda: "ticks every" in service.output() and "serves cpu" in service.output(), within=60)
+    api.start(dies="after")
+    with api.client() as client, pytest.raises(httpx.TransportError):
+        client.post("/v1/jobs", json=api.job)
+    [job] = service.store.page(TENANT)[0]
+    service.await_state(job.id, "running", "succeeded", within=service.settings.tick_s + 3.0)
+    service.await_state(job.id, "succeeded")
+    service.check_invariants(job.id)

@@ -1,13 +1,18 @@
-"""F6, F7: a store that refuses, is slow, forgets who we are, or alters bytes, on the way in and on the way out."""
+"""F6, F7, and F11, F20, F21 at a store: one that refuses, is slow or hangs, forgets who we are, or alters bytes, on the way in and on the way out."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
+from core.database import db_now, transaction
 from core.ids import new_id
 from core.jobs.records import Job
+from core.jobs.tables import job_attempts
+from tests.jobs import offer
 from tests.proxy import Fault, FaultyHttp
 from tests.servers import S3
 from tests.service import Service, eventually
@@ -34,17 +39,25 @@ def service(tmp_path: Path, sqlite_url: str, s3_server: S3, proxy: FaultyHttp) -
     service.close()
 
 
-def on(method: str, part: str, what: int | str, times: int = 10**9) -> Fault:
+def on(method: str, part: str, what: int | float | str, times: int = 10**9) -> Fault:
     """The first so many requests of this kind meet the fault."""
     left = [times]
 
-    def fault(asked: str, path: str) -> int | str | None:
+    def fault(asked: str, path: str) -> int | float | str | None:
         if asked != method or part not in path or left[0] == 0:
             return None
         left[0] -= 1
         return what
 
     return fault
+
+
+def register_large_model(service: Service, tmp_path: Path) -> None:
+    """One whose file goes up and comes down in two parts."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(os.urandom(17 * 1024**2))
+    service.model_id, service.model_digest = service.register(new_id("mdl"), folder)
 
 
 def run_to_its_end(service: Service) -> Job:
@@ -84,16 +97,93 @@ def test_f6_bytes_that_were_altered_on_their_way_up_are_not_taken(service: Servi
 def test_f6_a_large_upload_that_breaks_off_leaves_no_parts(
     service: Service, proxy: FaultyHttp, s3_server: S3, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "large"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(os.urandom(17 * 1024**2))
-    service.model_id, service.model_digest = service.register(new_id("mdl"), folder)
+    register_large_model(service, tmp_path)
     proxy.fault = on("PUT", "partNumber=2", 500)
     job = run_to_its_end(service)
     assert job.error is not None
     assert (job.state, job.error["code"]) == ("failed", "storage_unavailable")
     bucket = service.settings.storage_url.removeprefix("s3://")
     assert not s3_server.client().list_multipart_uploads(Bucket=bucket).get("Uploads")
+
+
+def test_f6_a_store_that_is_slower_than_a_lease_costs_no_attempt(service: Service, proxy: FaultyHttp) -> None:
+    service.settings = service.settings.model_copy(update={"lease_ttl_s": 1.0})
+    proxy.fault = on("PUT", "/jobs/", 1.5)
+    job = run_to_its_end(service)
+    assert (job.state, job.attempt) == ("succeeded", 1)
+
+
+@pytest.mark.parametrize(("method", "part", "phase"), [("GET", "/models/", "fetching"), ("PUT", "/jobs/", "uploading")])
+def test_f6_f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_deploy(
+    service: Service, proxy: FaultyHttp, tmp_path: Path, method: str, part: str, phase: str
+) -> None:
+    """The worker waits for an answer that doesn't come, while it fetches and while it uploads a file of several parts."""
+    register_large_model(service, tmp_path)
+    proxy.fault = on(method, part, "hang")
+    worker = service.start_worker("press")
+
+    def hang() -> str:
+        job_id = service.submit()
+        eventually(lambda: service.job(job_id).phase == phase)
+        eventually(lambda: any(one[0] == method and part in one[1] for one in proxy.seen))
+        return job_id
+
+    cancelled = hang()
+    service.store.request_cancel("default", cancelled)
+    service.await_state(cancelled, "cancelled", within=5)
+    given_back = hang()
+    worker.terminate()
+    assert worker.wait(10) == 0
+    job = service.job(given_back)
+    assert (job.state, job.attempt, job.failures) == ("queued", 1, 0), "a deploy is no failure"
+    proxy.fault = lambda _method, _path: None
+    slot, supervisor = service.slot("press")
+    slot.serve()
+    supervisor.close()
+    assert service.job(given_back).state == "succeeded"
+    for job_id in (cancelled, given_back):
+        service.check_invariants(job_id)
+
+
+def test_f6_a_store_that_hangs_holds_up_no_lease(service: Service, proxy: FaultyHttp) -> None:
+    """The control process sweeps files at its start, and waits for an answer that doesn't come."""
+    job_id = service.submit(max_failures=1)
+    proxy.fault = lambda _method, _path: "hang"
+    control = service.start_control()
+    eventually(lambda: proxy.seen, within=30)
+    assert service.store.claim(offer(), ttl_s=1.0) is not None
+    service.await_state(job_id, "failed", within=5)
+    assert control.poll() is None
+    control.kill()
+
+
+def test_f11_a_zombie_that_was_frozen_while_it_uploaded_wins_nothing_and_its_files_go(
+    service: Service, proxy: FaultyHttp
+) -> None:
+    service.settings = service.settings.model_copy(update={"lease_ttl_s": 2.0})
+    last = "/attempts/1/manifest.json"
+    proxy.fault = on("PUT", last, "hang")
+    service.start_control()
+    zombie = service.start_worker("press")
+    job_id = service.submit()
+    eventually(lambda: any(last in path for _, path in proxy.seen))
+    zombie.send_signal(signal.SIGSTOP)
+    service.start_worker("press")
+    job = service.await_state(job_id, "succeeded", within=15)
+    assert (job.attempt, job.failures) == (2, 1)
+    events = service.events(job_id)
+    proxy.let_go.set()  # now the store does what the zombie had asked for
+    eventually(lambda: service.objects.stat(f"jobs/{job_id}{last}"))
+    zombie.send_signal(signal.SIGCONT)
+    eventually(lambda: "the lease was lost, nothing is written" in service.output())
+    assert service.job(job_id) == job
+    assert service.events(job_id) == events
+    with transaction(service.engine) as connection:
+        mine = (job_attempts.c.job_id == job_id, job_attempts.c.number == 1)
+        connection.execute(update(job_attempts).where(*mine).values(finished_at=db_now(-7200)))
+    service.start_control()
+    eventually(lambda: not list(service.objects.list(f"jobs/{job_id}/attempts/1")))
+    service.check_invariants(job_id)
 
 
 def test_f7_a_source_that_cannot_be_fetched_is_tried_again_and_said_clearly(

@@ -118,16 +118,21 @@ def test_f27_a_worker_without_file_handles_works_again_when_it_has_some(service:
     service.check_invariants(job_id)
 
 
-def test_f27_a_broker_that_takes_no_more_costs_time_and_no_job(service: Service, valkey_server: Valkey) -> None:
+@pytest.mark.parametrize("policy", ["noeviction", "allkeys-lru"])
+def test_f27_a_broker_that_takes_no_more_or_forgets_costs_time_and_no_job(
+    service: Service, valkey_server: Valkey, policy: str
+) -> None:
     service.start_worker("press")
     service.start_control()
     with redis.Redis.from_url(valkey_server.url) as client:
+        client.config_set("maxmemory-policy", policy)
         client.config_set("maxmemory", "1")
         try:
             refused = service.submit()
             service.await_state(refused, "succeeded", within=20)
         finally:
             client.config_set("maxmemory", "0")
+            client.config_set("maxmemory-policy", "noeviction")
     after = service.submit()
     service.await_state(after, "succeeded", within=20)
     for job_id in (refused, after):

@@ -1,54 +1,12 @@
-"""F4, F18, F19, F20, F21: databases that stall, deadlines, deploys and cancellations at every moment."""
+"""F18, F19, F20, F21: children that stall, deadlines, deploys and cancellations at every moment."""
 
 import random
-import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from tests.service import Service, eventually, pids_said, running
-
-
-@contextmanager
-def locked(service: Service) -> Iterator[None]:
-    """The database refuses every write meanwhile."""
-    connection = sqlite3.connect(str(service.engine.url.database), isolation_level=None)
-    connection.execute("BEGIN EXCLUSIVE")
-    try:
-        yield
-    finally:
-        connection.execute("ROLLBACK")
-        connection.close()
-
-
-def test_f4_a_database_that_is_away_for_less_than_the_lease_costs_nothing(service: Service) -> None:
-    service.start_worker("slow")
-    service.start_control()
-    job_id = service.submit()
-    service.await_state(job_id, "running")
-    with locked(service):
-        time.sleep(service.settings.lease_ttl_s / 2)
-    job = service.await_state(job_id, "succeeded")
-    assert (job.attempt, job.failures) == (1, 0)
-    service.check_invariants(job_id)
-
-
-def test_f4_a_worker_that_cannot_renew_in_time_stops_its_child_and_commits_nothing(service: Service) -> None:
-    service.start_worker("first_slow")
-    job_id = service.submit_and_ring()
-    said = pids_said(service.await_log(job_id, "consumer"))
-    with locked(service):
-        eventually(lambda: not running(said), within=service.settings.lease_ttl_s + 2)
-        time.sleep(0.5)
-    time.sleep(0.3)
-    assert service.job(job_id).state == "running", "only the control process may take the job from it"
-    service.start_control()
-    job = service.await_state(job_id, "succeeded", within=15)
-    assert job.attempt == 2
-    service.check_invariants(job_id)
 
 
 def test_f18_a_wedged_child_is_stopped_and_its_job_tried_again(service: Service) -> None:

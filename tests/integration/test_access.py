@@ -3,6 +3,7 @@
 import datetime as dt
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,19 @@ def test_an_accepted_result_is_the_names_latest_at_once(api: RunningApi, client:
     queued = client.post("/v1/jobs", json=JOB).json()["id"]
     assert client.post("/v1/models/tiny/promotions", json={"job_id": queued}).json()["code"] == "conflict"
     assert client.post("/v1/models/tiny/promotions", json={"job_id": "job_no"}).status_code == 404
+
+
+def test_a_rejected_result_is_nobodys_latest_also_when_it_is_given_to_another_job(
+    api: RunningApi, client: httpx.Client
+):
+    job = client.post("/v1/jobs", json={**JOB, "reuse": False}).json()["id"]
+    claimed = api.claim()
+    assert claimed.job.id == job
+    rejected = replace(api.ship(claimed, {"model.onnx": b"worse"}), verdict="rejected")
+    assert api.services.store.finish(claimed.lease, rejected)
+    given = client.post("/v1/jobs", json={**JOB, "reuse": True}).json()
+    assert (given["state"], given["verdict"], given["reused_from"]) == ("succeeded", "rejected", job)
+    assert client.get("/v1/models/tiny/latest").status_code == 404
 
 
 def test_a_job_that_was_submitted_earlier_and_ends_later_does_not_replace_a_newer_one(

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -202,6 +203,26 @@ def test_abandoned_uploads_are_swept(models: ModelRegistry, store: ObjectStore, 
     assert models.sweep_abandoned(older_than_s=-5) == 1
     assert models.get("t", view.id).state == "failed"
     assert store.sweep_uploads(older_than_s=-5) == 0
+
+
+def test_what_was_given_up_while_it_was_verified_stays_given_up(
+    models: ModelRegistry, store: ObjectStore, bert_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = models.create("t", announce(bert_tiny))
+    send(models, view.id, view.uploads, contents_of(bert_tiny))
+    verify = models._verify_upload
+
+    def slowly(*arguments: Any) -> Any:
+        verified = verify(*arguments)
+        models.sweep_abandoned(older_than_s=-5)
+        return verified
+
+    monkeypatch.setattr(models, "_verify_upload", slowly)
+    with pytest.raises(NightpressError) as error:
+        models.complete("t", view.id)
+    assert code_of(error) is ErrorCode.CONFLICT
+    assert models.get("t", view.id).state == "failed"
+    assert stored(store) == []
 
 
 def test_an_empty_file_needs_no_upload(models: ModelRegistry, store: ObjectStore, bert_tiny: Path) -> None:

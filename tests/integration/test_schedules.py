@@ -133,6 +133,18 @@ def test_a_fire_becomes_one_job_however_often_it_is_looked_at(world: World):
     assert len(world.runs()) == 1
 
 
+def test_a_replica_that_comes_too_late_is_told_that_another_has_decided(world: World):
+    made = world.schedule("2026-11-23T02:00")
+    [due] = world.schedules.due(utc("2026-11-23T02:00"))
+    for first in (True, False):
+        assert world.schedules.record_fires(due, {due.next_at: None}, due.cron.next(due.next_at)) is first
+    [run] = world.schedules.pending()
+    assert run.schedule_id == made.id
+    assert world.schedules.settle(run.id, "skipped", reason="overlap")
+    assert not world.schedules.settle(run.id, "failed")
+    assert world.outcomes() == [("02:00", "overlap")]
+
+
 @pytest.mark.parametrize(
     ("catch_up", "expected"),
     [

@@ -43,7 +43,9 @@ class ModelJob:
     priority: int
     age: int
     max_failures: int
+    fingerprint: str | None = None
     state: str = "queued"
+    reused: bool = False
     failures: int = 0
     attempt: int = 0
     lease: str | None = None
@@ -63,9 +65,12 @@ class Model:
     def running(self, tenant: str) -> int:
         return sum(job.lease is not None and job.tenant == tenant for job in self.jobs.values())
 
-    def best(self) -> str | None:
+    def best(self, *, oldest: bool) -> str | None:
         queued = {job_id: job for job_id, job in self.jobs.items() if job.state == "queued"}
-        ranks = {job_id: (-job.priority, self.running(job.tenant), job.age) for job_id, job in queued.items()}
+        ranks = {
+            job_id: (job.age,) if oldest else (-job.priority, self.running(job.tenant), job.age)
+            for job_id, job in queued.items()
+        }
         return min(ranks, key=ranks.__getitem__, default=None)
 
     def end(self, job_id: str, state: str, *, failed: bool = False) -> None:
@@ -84,6 +89,14 @@ class Model:
             self.end(job_id, "queued", failed=True)
         return job.state
 
+    def gives(self, job_id: str) -> bool:
+        """Whether an identical job of the tenant has a result of its own."""
+        mine = self.jobs[job_id]
+        wanted = (mine.tenant, mine.fingerprint, "succeeded", False)
+        return mine.fingerprint is not None and any(
+            (one.tenant, one.fingerprint, one.state, one.reused) == wanted for one in self.jobs.values()
+        )
+
 
 class StoreMachine(RuleBasedStateMachine):
     """Leases live on in a bundle after they were lost: every rule is tried by zombies too."""
@@ -100,6 +113,7 @@ class StoreMachine(RuleBasedStateMachine):
         add_model(self.store._engine)
         # Each example is a world of its own: what an earlier one counted is forgotten with it.
         self.store = JobStore(self.store._engine)
+        self.for_the_oldest = JobStore(self.store._engine, oldest_share=1.0)
         self.model = Model()
 
     def _holds(self, lease: Lease) -> bool:
@@ -112,15 +126,24 @@ class StoreMachine(RuleBasedStateMachine):
         max_failures=st.integers(1, 3),
         key=st.none() | st.sampled_from(["k1", "k2"]),
         body=st.sampled_from(["b1", "b2"]),
+        fingerprint=st.none() | st.sampled_from(["f1", "f2"]),
     )
-    def submit(self, tenant: str, priority: int, max_failures: int, key: str | None, body: str) -> str:
+    def submit(
+        self, tenant: str, priority: int, max_failures: int, key: str | None, body: str, fingerprint: str | None
+    ) -> str:
         known = self.model.keys.get((tenant, key or ""))
         expected = None
         if known is not None and known.split()[1] != body:
             expected = ErrorCode.IDEMPOTENCY_MISMATCH
         elif known is None and self.model.queued(tenant) >= MAX_QUEUED:
             expected = ErrorCode.QUOTA_EXCEEDED
-        new = new_job(tenant_id=tenant, priority=priority, max_failures=max_failures)
+        new = new_job(
+            tenant_id=tenant,
+            priority=priority,
+            max_failures=max_failures,
+            fingerprint=fingerprint,
+            queue_limit_s=3600.0,
+        )
         try:
             job, created = self.store.submit(
                 new, idempotency=Idempotency(key, body) if key else None, max_queued=MAX_QUEUED
@@ -133,15 +156,15 @@ class StoreMachine(RuleBasedStateMachine):
         if not created:
             assert job.id == str(known).split()[0]
             return job.id
-        self.model.jobs[job.id] = ModelJob(tenant, priority, len(self.model.jobs), max_failures)
+        self.model.jobs[job.id] = ModelJob(tenant, priority, len(self.model.jobs), max_failures, fingerprint)
         if key:
             self.model.keys[tenant, key] = f"{job.id} {body}"
         return job.id
 
-    @rule(target=leases, worker=st.sampled_from(["w1", "w2"]))
-    def claim(self, worker: str) -> Lease:
-        claimed = self.store.claim(offer(worker), ttl_s=60)
-        best = self.model.best()
+    @rule(target=leases, worker=st.sampled_from(["w1", "w2"]), oldest=st.booleans())
+    def claim(self, worker: str, oldest: bool) -> Lease:
+        claimed = (self.for_the_oldest if oldest else self.store).claim(offer(worker), ttl_s=60)
+        best = self.model.best(oldest=oldest)
         assert (claimed.job.id if claimed else None) == best
         if claimed is None:
             return Lease("", "", 0, worker)
@@ -223,6 +246,40 @@ class StoreMachine(RuleBasedStateMachine):
             self.model.fail(lease.job_id, final=False)
             self._pass_backoff(lease.job_id)
         assert self.store.expire_leases(backoff_s=0.0) == []
+
+    @rule(lease=leases, clock=st.sampled_from(["progressed_at", "started_at"]))
+    def overrun(self, lease: Lease, clock: str) -> None:
+        """Its run stalls, or passes its limit, and its worker lets it."""
+        if lease.job_id and self._holds(lease):
+            age(self.store._engine, lease.job_id, 10**6, clock)
+            assert self.store.expire_leases(backoff_s=0.0) == [lease.job_id]
+            cancelling = self.model.jobs[lease.job_id].state == "cancelling"
+            self.model.fail(lease.job_id, final=clock == "started_at" and not cancelling)
+            self._pass_backoff(lease.job_id)
+
+    @rule(job_id=job_ids)
+    def wait_too_long(self, job_id: str) -> None:
+        """Its queue deadline passes, which counts only until it was started once."""
+        if job_id:
+            job = self.model.jobs[job_id]
+            due = job.state == "queued" and job.attempt == 0
+            if due:
+                age(self.store._engine, job_id, 7200, "start_before")
+            assert self.store.expire_queue_deadlines() == [job_id] * due
+            if due:
+                self.model.end(job_id, "failed")
+
+    @rule(job_id=job_ids)
+    def reuse(self, job_id: str) -> None:
+        if job_id:
+            mine = self.model.jobs[job_id]
+            job = self.store.get(mine.tenant, job_id)
+            assert job is not None
+            given = mine.state == "queued" and self.model.gives(job_id)
+            assert (self.store.reuse(job).reused_from is not None) is (given or mine.reused)
+            if given:
+                mine.reused = True
+                self.model.end(job_id, "succeeded")
 
     @precondition(lambda self: any(job.state == "queued" for job in self.model.jobs.values()))
     @rule()

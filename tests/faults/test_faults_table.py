@@ -1,0 +1,27 @@
+"""docs/faults.md names, for each fault and each invariant, the tests that cause or check it: they exist, and none is without one."""
+
+import ast
+import re
+
+from tests.service import ROOT
+
+_ROW = re.compile(r"^\| ([FI]\d+) \|.*\|$", re.M)
+_TEST = re.compile(r"`((?:\w+/)*\w+\.py)::(\w+)`")
+
+
+def test_every_fault_is_caused_by_tests_that_exist():
+    page = (ROOT / "docs" / "faults.md").read_text()
+    rows = {row[1]: _TEST.findall(row[0]) for row in _ROW.finditer(page)}
+    assert rows.keys() == {f"F{n}" for n in range(1, 31)} | {f"I{n}" for n in range(1, 7)}
+    assert all(rows.values()), "a row names no test"
+    for file, test in _TEST.findall(page):
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        assert test in {one.name for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)}, f"{file}::{test}"
+
+
+def test_every_test_of_a_fault_is_named():
+    named = {test for _, test in _TEST.findall((ROOT / "docs" / "faults.md").read_text())}
+    for path in sorted((ROOT / "tests" / "faults").glob("test_f*.py")):
+        for one in ast.walk(ast.parse(path.read_text())):
+            if isinstance(one, ast.FunctionDef) and re.match(r"test_f\d", one.name):
+                assert one.name in named, f"{path.name}::{one.name} is in no row of docs/faults.md"
