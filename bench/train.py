@@ -284,8 +284,9 @@ def plain_loop(model: Path, rows: Path, device: str, steps: int) -> float:
     teacher = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).to(device).eval()
     student = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).to(device).train()
     student.bert.encoder.layer = torch.nn.ModuleList(student.bert.encoder.layer[at] for at in (0, 2, 4))
-    for parameter in student.bert.embeddings.parameters():
-        parameter.requires_grad_(False)
+    for module in student.modules():  # as ours does: the tables alone, not the norm behind them
+        if isinstance(module, torch.nn.Embedding):
+            module.requires_grad_(False)
     learned = [one for one in student.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-4)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)

@@ -1,7 +1,9 @@
 """Where a job ran: what a reader needs to judge its figures, or to take them again."""
 
+import contextlib
 import os
 import platform
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,37 @@ def describe(spec: JobSpec, versions: dict[str, str]) -> dict[str, Any]:
         "threads": spec.threads,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": spec.device,
+        "gpu": gpu(spec.device),
         "seed": spec.recipe.seed,
         "attempt": spec.attempt,
     }
+
+
+def gpu(device: str) -> dict[str, Any] | None:
+    """The GPU that the passes ran on. None on a CPU."""
+    if device != "cuda":
+        return None
+    import torch
+
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": found.name,
+        "memory_bytes": found.total_memory,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+@contextlib.contextmanager
+def gpu_peak(device: str) -> Iterator[Callable[[], int | None]]:
+    """Watch the GPU's memory. What it gives says, once over, the most that tensors took at once; None on a CPU."""
+    if device != "cuda":
+        yield lambda: None
+        return
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    yield torch.cuda.max_memory_allocated
 
 
 def version_of(package: str) -> str:

@@ -54,6 +54,13 @@ def load_model(folder: Path, header: ModelHeader, *, attention: str | None = Non
     return model.eval()
 
 
+def cast_weights(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its parameters in another dtype. Buffers stay: the angles of rotary positions, in bfloat16, would be others."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def save_model(model: Any, source: Path, target: Path, header: ModelHeader) -> None:
     """Write the folder: weights in the dtype that most of the source's have, config, and what stands beside them in `source`."""
     counts: dict[str, int] = {}

@@ -237,8 +237,9 @@ class _Press:
             span = self.clock.span(start, end, pass_index=index)
             span(0.0, f"pass {index + 1}: {options.pass_}")
             target = self.work / pass_folder(index, options.pass_)
-            record = MODEL_PASSES[options.pass_](folder, target, options, self._context(header, span, index=index))
-            self._record(record)
+            with environment.gpu_peak(self.spec.device) as peak:
+                record = MODEL_PASSES[options.pass_](folder, target, options, self._context(header, span, index=index))
+            self._record(record.model_copy(update={"peak_gpu_bytes": peak()}))
             folder = target
             if not options.last:  # a quantized model is no source for anything, and isn't looked at as one
                 header = inspect_model(FolderFiles(folder))

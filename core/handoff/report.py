@@ -127,6 +127,7 @@ class PassRecord(_Model):
     summary: dict[str, Any]
     layers: tuple[LayerEffect, ...] = ()
     series: tuple[Series, ...] = ()
+    peak_gpu_bytes: int | None = None  #: of the GPU's memory while it ran; None on a CPU
 
 
 class GateResult(_Model):

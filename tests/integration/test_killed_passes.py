@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from core.recipes.calibration import Calibration
 from tests.training import classifier, language_model, rows, run_pass
 
 _TRAIN = {
@@ -56,8 +57,12 @@ def test_it_ends_with_the_same_bytes_wherever_it_was_broken_off(
 ):
     def run(work: str, report: Callable[[], None]) -> Path:
         source, files = folders / model, {"mine": folders / "rows.jsonl"}
-        said = {"progress": lambda _done, _text: report(), "checkpoint": lambda _path, _step: report()}
-        return run_pass(source, tmp_path / work, options, export=export, data_files=files, origin=source, **said)[0]
+        context = {
+            "progress": lambda _done, _text: report(),
+            "checkpoint": lambda _path, _step: report(),
+            "calibration": Calibration(samples=4, length=32),
+        }
+        return run_pass(source, tmp_path / work, options, export=export, data_files=files, origin=source, **context)[0]
 
     reports = itertools.count()
     whole = run("whole", lambda: next(reports))

@@ -1,7 +1,9 @@
 """Static int8: ranges that cover what calibration saw, a graph its runtimes compute in int8, and layers in float until the budget holds."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -44,8 +46,10 @@ class Bench:
         )
         self.traced = graph.trace(self.model, header, trial.task.sets[0].sequences, self.context)
 
-    def quantize(self, work: Path, **options: object) -> tuple[onnx.ModelProto, PassRecord]:
-        context = replace(self.context, work_dir=work)
+    def quantize(
+        self, work: Path, progress: Callable[[float, str], None] = lambda _done, _text: None, **options: object
+    ) -> tuple[onnx.ModelProto, PassRecord]:
+        context = replace(self.context, work_dir=work, progress=progress)
         traced, record = static_int8(self.model, self.traced, StaticInt8.model_validate(options), context)
         return onnx.load(traced.path), record
 
@@ -103,6 +107,28 @@ def test_the_same_bytes_come_out_again_and_are_found_again(bench: Bench, tmp_pat
     stamp = written.stat().st_mtime_ns
     assert bench.quantize(tmp_path / "b")[1] == record
     assert written.stat().st_mtime_ns == stamp
+
+
+def test_broken_off_and_begun_again_it_ends_with_the_same_bytes(bench: Bench, tmp_path: Path):
+    _, free = bench.quantize(tmp_path / "free", min_cosine=None)
+    budget = 1 - (1 - free.summary["cosine_held_apart"]) / 2
+    said: list[str] = []
+    whole, record = bench.quantize(tmp_path / "whole", lambda _done, text: said.append(text), min_cosine=budget)
+    assert record.summary["left_in_float"]
+    for at in (len(said) // 2, len(said) - 1):
+        left = iter(range(at))
+
+        def dying(_done: float, _text: str, left: Any = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        work = tmp_path / f"killed-{at}"
+        with pytest.raises(KeyboardInterrupt):
+            bench.quantize(work, dying, min_cosine=budget)
+        assert not list(work.glob("static/*/record.json"))
+        again, resumed = bench.quantize(work, min_cosine=budget)
+        assert again.SerializeToString(deterministic=True) == whole.SerializeToString(deterministic=True)
+        assert resumed.summary == record.summary
 
 
 def test_layers_that_cost_most_stay_in_float_until_the_budget_holds(bench: Bench, tmp_path: Path):

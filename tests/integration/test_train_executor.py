@@ -75,6 +75,21 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(model: Path, dat
     assert len(curves["train loss"].x) == _STEPS
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_ends_with_the_same_bytes_too(model: Path, data: Path, tmp_path: Path):
+    def die(_path: str, step: int) -> None:
+        if step == 16:
+            raise KeyboardInterrupt
+
+    given = {"data_files": {"mine": data}, "device": "cuda"}
+    whole, _ = run_pass(model, tmp_path / "whole", _DISTILL, **given)
+    with pytest.raises(KeyboardInterrupt):
+        run_pass(model, tmp_path / "killed", _DISTILL, checkpoint=die, **given)
+    resumed, record = run_pass(model, tmp_path / "killed", _DISTILL, **given)
+    assert record.summary["resumed_from"] == 16
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 def test_other_options_or_data_start_anew(model: Path, data: Path, tmp_path: Path):
     first, _ = run_pass(model, tmp_path, _DISTILL, data_files={"mine": data})
     before = (first / "model.safetensors").read_bytes()

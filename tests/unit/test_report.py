@@ -130,6 +130,17 @@ def test_the_page_shows_what_was_counted_kept_and_saved():
     assert "source, no cache" in page
 
 
+def test_a_gpu_is_named_with_what_each_pass_took_of_it():
+    report = full_report()
+    gpu = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 85_000_000_000, "torch": "2.11.0", "cuda": "13.0"}
+    passes = tuple(one.model_copy(update={"peak_gpu_bytes": 6_540_000_000}) for one in report.passes)
+    on_gpu = report.model_copy(update={"environment": report.environment | {"gpu": gpu}, "passes": passes})
+    for drawn in (reports.render_html(on_gpu), reports.render_markdown(on_gpu)):
+        assert "NVIDIA H100 80GB HBM3" in drawn
+        assert drawn.count("up to 6.54 GB") == len(passes)
+    assert "GPU memory" not in reports.render_markdown(report)
+
+
 def test_the_page_carries_the_comparison():
     page = reports.render_html(make_report())
     for expected in ("Accepted", "84.0%", "[82.0%, 86.0%]", "2.00× faster", "25%", "sha256:dig", "import onnxruntime"):

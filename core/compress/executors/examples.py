@@ -116,18 +116,19 @@ def batch_order(examples: Examples, batch: int, *, seed: int, epoch: int) -> lis
 def collate(examples: Examples, chosen: NDArray[np.int64], device: torch.device) -> Batch:
     """Put these examples on the device, padded to their longest."""
     width = max(len(examples.ids[at]) for at in chosen)
-    ids = np.full((len(chosen), width), examples.pad_id, np.int64)
-    mask = np.zeros_like(ids)
+    both = np.zeros((2, len(chosen), width), np.int64)  # ids and mask, for one transfer
+    both[0] = examples.pad_id
     for row, at in enumerate(chosen):
-        ids[row, : len(examples.ids[at])] = examples.ids[at]
-        mask[row, : len(examples.ids[at])] = 1
+        both[0, row, : len(examples.ids[at])] = examples.ids[at]
+        both[1, row, : len(examples.ids[at])] = 1
 
     def put(array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
     labels = None if examples.labels is None else put(examples.labels[chosen])
-    return Batch(put(ids), put(mask), labels, torch.from_numpy(examples.numbers[chosen]))
+    ids, mask = put(both)
+    return Batch(ids, mask, labels, torch.from_numpy(examples.numbers[chosen]))
 
 
 def _cut(ids: list[int], length: int) -> list[int]:

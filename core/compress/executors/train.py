@@ -73,6 +73,7 @@ class _State:
     best: float = math.inf
     waited: int = 0  #: validations since the best
     counted: int = 0  #: steps whose losses are summed up for the curve's next point
+    names: list[str] = field(default_factory=list)  #: of those losses
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
 
@@ -103,19 +104,26 @@ def train(
 
 @contextlib.contextmanager
 def _reproducible(device: str) -> Iterator[None]:
-    """While inside, a GPU sums in a fixed order, and the random numbers of the caller are left as they were."""
+    """While inside, a GPU sums in a fixed order, and the random numbers of the caller are left as they were.
+
+    cuDNN's attention is left out: its gradients differ from run to run, and it makes a new plan, which takes longer than a step, for every
+    length of text.
+    """
     cuda = torch.device(device).type == "cuda"
     if cuda:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[torch.device(device)] if cuda else []):
         try:
             torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.backends.cuda.enable_cudnn_sdp(False)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
             torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
@@ -134,6 +142,20 @@ def precision(options: Training, device: str) -> torch.dtype:
     if options.precision == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     return torch.bfloat16 if options.precision == "bf16" else torch.float32
+
+
+@contextlib.contextmanager
+def asked(device: torch.device) -> Iterator[None]:
+    """While inside, a frozen model answers: it computes in the dtype that its weights have, and nothing is kept to go back through."""
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """As torch.manual_seed, which also notes the stack for every kind of device that isn't there: half a millisecond a step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 class _Run:
@@ -160,7 +182,8 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self._groups(), lr=options.learning_rate, fused=True)
         self.state = _State()
         self.best: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}
+        self.sums = torch.zeros(0)  #: [names] float64, of the losses since the curve's last point
+        self._share = torch.tensor(1 / options.accumulate, device=self.device)
         self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
         digest = hashlib.sha256(
             f"{recipe}\n{options.model_dump_json()}\n{context.seed}\n{self.device.type}\n{self.dtype}\n".encode()
@@ -175,6 +198,7 @@ class _Run:
         first = self._resume()
         stepping = 0.0
         said = saved = time.monotonic()
+        self.objective.module.train()
         while self.state.step < self.total and not self._stops():
             begun = time.monotonic()
             self._step(self.state.step)
@@ -185,6 +209,7 @@ class _Run:
             stepping += time.monotonic() - begun
             if self.held is not None and (self.state.step % self.every == 0 or self.state.step == self.total):
                 self._validate(self.held)
+                self.objective.module.train()
             now = time.monotonic()
             if now - said > _SAY_S:
                 self._say(first, stepping)
@@ -214,17 +239,18 @@ class _Run:
     def _step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.total, self.options)
-        self.objective.module.train()
         for part in range(self.options.accumulate):
             number = step * self.options.accumulate + part
-            torch.manual_seed((self.context.seed << 32) + number)
+            _seed((self.context.seed << 32) + number, self.device)
             batch = self._batch(number)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 losses = self.objective.losses(batch)
-            (losses["loss"] / self.options.accumulate).backward()  # type: ignore[no-untyped-call]
-            for name, value in losses.items():
-                share = value.detach().double() / self.options.accumulate
-                self.sums[name] = self.sums[name] + share if name in self.sums else share
+            torch.use_deterministic_algorithms(True)  # attention only sums in order where nothing else is allowed
+            losses["loss"].backward(self._share)  # type: ignore[no-untyped-call]
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            seen = torch.stack([one.detach() for one in losses.values()]).double() / self.options.accumulate
+            self.sums = self.sums + seen if len(self.sums) else seen
+            self.state.names = list(losses)
         torch.nn.utils.clip_grad_norm_(self.learned.values(), self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -248,8 +274,8 @@ class _Run:
     # Curves and validation ---------------------------------------------------------------------------------------------
 
     def _add_point(self) -> None:
-        for name, added in self.sums.items():
-            mean = float(added) / self.state.counted
+        for name, added in zip(self.state.names, self.sums.tolist(), strict=True):
+            mean = added / self.state.counted
             if not math.isfinite(mean):
                 raise NightpressError(
                     ErrorCode.NUMERICAL_FAILURE,
@@ -258,7 +284,7 @@ class _Run:
                     step=self.state.step,
                 )
             self._plot(f"train {name}", mean)
-        self.sums, self.state.counted = {}, 0
+        self.sums, self.state.counted = torch.zeros(0), 0
 
     def _validate(self, held: Examples) -> None:
         self.objective.module.eval()
@@ -267,7 +293,7 @@ class _Run:
         order = np.argsort([len(one) for one in held.ids], kind="stable")
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             for start in range(0, len(order), self.options.batch):
-                torch.manual_seed((self.context.seed << 32) + start)
+                _seed((self.context.seed << 32) + start, self.device)
                 batch = collate(held, order[start : start + self.options.batch], self.device)
                 for name, mean in self.objective.validate(batch).items():
                     totals[name] = totals.get(name, 0.0) + float(mean) * len(batch.ids)
@@ -315,7 +341,7 @@ class _Run:
     def _save(self) -> None:
         tensors = {f"module.{name}": one.detach() for name, one in self._kept().items()}
         tensors |= {f"best.{name}": one for name, one in self.best.items()}
-        tensors |= {f"sums.{name}": one for name, one in self.sums.items()}
+        tensors["sums"] = self.sums
         for name, parameter in self.learned.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
@@ -342,9 +368,10 @@ class _Run:
         with torch.no_grad():
             for name, one in kept.items():
                 one.copy_(found[f"module.{name}"])
-        moved = {name: one.to(self.device) for name, one in found.items() if name.startswith(("best.", "sums."))}
-        self.best = {name.removeprefix("best."): one for name, one in moved.items() if name.startswith("best.")}
-        self.sums = {name.removeprefix("sums."): one for name, one in moved.items() if name.startswith("sums.")}
+        self.best = {
+            name.removeprefix("best."): one.to(self.device) for name, one in found.items() if name.startswith("best.")
+        }
+        self.sums = found["sums"].to(self.device)
         for name, parameter in self.learned.items():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 stored = found.get(f"optimizer.{key}.{name}")

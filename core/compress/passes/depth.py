@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from core.compress.context import PassContext
 from core.compress.executors.examples import Batch, Examples, collate, read_examples
-from core.compress.executors.train import Trained, precision, train
+from core.compress.executors.train import Trained, asked, precision, train
 from core.compress.exits import ExitModel, ExitPlan, save_heads
-from core.compress.networks import embeddings_of, load_model, save_model
+from core.compress.networks import cast_weights, embeddings_of, load_model, save_model
 from core.compress.passes.self_speculation import speculate
 from core.compress.solvers.distillation import soft_cross_entropy
 from core.compress.solvers.exits import Outcome, choose, outcome, outcomes
@@ -39,7 +39,7 @@ def early_exit(source: Path, target: Path, options: EarlyExit, context: PassCont
     if options.train.freeze_embeddings:
         for parameter in embeddings_of(model.model):
             parameter.requires_grad_(False)
-    teacher = load_model(source, header).to(context.device, precision(options.train, context.device))
+    teacher = cast_weights(load_model(source, header), precision(options.train, context.device)).to(context.device)
     if options.train.gradient_checkpointing:
         model.model.activation_checkpointing_enable()
     lesson = _Lesson(model, teacher, options)
@@ -104,7 +104,7 @@ class _Lesson(nn.Module):
         return self
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        with torch.no_grad():
+        with asked(batch.ids.device):
             answer = self.teacher(input_ids=batch.ids, attention_mask=batch.mask).logits
         said = self.exits(batch.ids, batch.mask).logits
         parts = []

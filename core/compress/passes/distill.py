@@ -13,8 +13,8 @@ from core.compress.context import PassContext
 from core.compress.evaluate.data import open_tokenizer, special_tokens
 from core.compress.evaluate.quality import pooling_of
 from core.compress.executors.examples import Batch, read_examples
-from core.compress.executors.train import Trained, precision, train
-from core.compress.networks import embeddings_of, find_blocks, grow_student, load_model, save_model
+from core.compress.executors.train import Trained, asked, precision, train
+from core.compress.networks import cast_weights, embeddings_of, find_blocks, grow_student, load_model, save_model
 from core.compress.passes.low_rank import add_low_rank, merge_low_rank
 from core.compress.passes.teacher_cache import CachedLogits, cache_logits
 from core.compress.solvers.distillation import (
@@ -97,7 +97,7 @@ def teach(
         parameter.requires_grad_(False)
     dtype = precision(options.train, context.device)
     student.to(context.device)
-    teacher.to(context.device, dtype).requires_grad_(False).eval()
+    cast_weights(teacher, dtype).to(context.device).requires_grad_(False).eval()
     if options.train.gradient_checkpointing:
         student.activation_checkpointing_enable()
     cached = None
@@ -195,11 +195,11 @@ class _Lesson(nn.Module):
         with _watch(self._watched[0] if self._watched else ()) as our_vectors:
             ours = self.student(**read, **more)
         theirs: Any = None
-        with torch.no_grad(), _watch(self._watched[1] if self._watched else ()) as their_vectors:
+        with asked(batch.ids.device), _watch(self._watched[1] if self._watched else ()) as their_vectors:
             if self._cached is None:
                 theirs = self.teacher(**read, **more)
         found: dict[str, Tensor] = {}
-        total = batch.ids.new_zeros((), dtype=torch.float32)
+        parts: list[Tensor] = []  # of the loss, weighted
         if options.logits is not None:
             logits = ours.logits if where is None else ours.logits[where]
             if self._cached is None:
@@ -208,12 +208,11 @@ class _Lesson(nn.Module):
             else:
                 values, indices = self._cached.of(batch, where)
                 found["logits"] = soft_cross_entropy_top(logits, values, indices, options.logits.temperature)
-            part = options.logits.alpha * found["logits"]
+            parts.append(options.logits.weight * options.logits.alpha * found["logits"])
             if options.logits.alpha < 1:
                 assert labels is not None
                 found["labels"] = nn.functional.cross_entropy(logits.float(), labels)
-                part = part + (1 - options.logits.alpha) * found["labels"]
-            total = total + options.logits.weight * part
+                parts.append(options.logits.weight * (1 - options.logits.alpha) * found["labels"])
         if options.hidden is not None:
             errors = []
             for at, origin in enumerate(self._hidden_map):
@@ -222,17 +221,17 @@ class _Lesson(nn.Module):
                     state = self.projections[at](state)
                 errors.append(hidden_error(state, theirs.hidden_states[origin + 1], batch.mask))
             found["hidden"] = torch.stack(errors).mean()
-            total = total + options.hidden.weight * found["hidden"]
+            parts.append(options.hidden.weight * found["hidden"])
         if options.relations is not None:
             pairs = zip(our_vectors, their_vectors, strict=True)
             kinds = [relation_divergence(a, b, batch.mask, options.relations.heads) for a, b in pairs]
             found["relations"] = torch.stack(kinds).mean()
-            total = total + options.relations.weight * found["relations"]
+            parts.append(options.relations.weight * found["relations"])
         if options.cosine is not None:
-            ends = [pool(one.last_hidden_state, batch.mask, self._pooling) for one in (ours, theirs)]
-            found["cosine"] = cosine_distance(*ends)
-            total = total + options.cosine.weight * found["cosine"]
-        return {"loss": total, **found}
+            mine, its = (pool(one.last_hidden_state, batch.mask, self._pooling) for one in (ours, theirs))
+            found["cosine"] = cosine_distance(mine, its.clone())  # what was answered can't itself be gone back to
+            parts.append(options.cosine.weight * found["cosine"])
+        return {"loss": torch.stack(parts).sum(), **found}
 
     def validate(self, batch: Batch) -> dict[str, Tensor]:
         found = self.losses(batch)
