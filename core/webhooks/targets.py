@@ -12,7 +12,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolve = Callable[[str, int], list[str]]
 
-_PORTS = frozenset({443, 8443})
+PORTS = frozenset({443, 8443})
 _NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
 
 
@@ -53,7 +53,7 @@ def check_target(url: str, allowed: Sequence[Network] = (), *, resolve: Resolve 
     known = [_within(one, allowed) for one in addresses]
     if not addresses or not all(mine or is_public(one) for mine, one in zip(known, addresses, strict=True)):
         raise _refused("it leads to a private or reserved address")
-    if not all(known) and (parts.scheme != "https" or port not in _PORTS):
+    if not all(known) and (parts.scheme != "https" or port not in PORTS):
         raise _refused("it must be https, on port 443 or 8443")
     return Target(url, host, port, str(addresses[0]))
 

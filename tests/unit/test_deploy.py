@@ -1,5 +1,6 @@
 """The files that deploy Nightpress are valid where no engine runs: by schema, and by what they name."""
 
+import json
 import re
 import subprocess
 import sys
@@ -28,6 +29,13 @@ def test_the_compose_file_has_every_part_and_a_health_check_for_each() -> None:
     services = COMPOSE["services"]
     assert {"postgres", "valkey", "storage", "migrate", "api", "control", "worker-cpu", "worker-gpu"} == set(services)
     assert all("healthcheck" in service for name, service in services.items() if name != "migrate")
+
+
+def test_whoever_reads_a_model_in_place_has_its_folder_and_may_not_write_it() -> None:
+    roots = json.loads(COMPOSE["x-nightpress"]["environment"]["NIGHTPRESS_MODEL_ROOTS"])
+    for name in ("api", "control", "worker-cpu", "worker-gpu"):
+        mounts = [one for one in COMPOSE["services"][name]["volumes"] if one.startswith("${MODELS_DIR")]
+        assert [f"{one.rpartition('}:')[2]}" for one in mounts] == [f"{root}:ro" for root in roots], name
 
 
 def test_no_port_is_open_to_the_world() -> None:

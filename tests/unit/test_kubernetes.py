@@ -1,6 +1,9 @@
 """The Kubernetes manifests follow Kubernetes' schemas, and name only what the code has: modules, settings, ports, paths, metrics."""
 
+import copy
 import importlib.util
+import ipaddress
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +16,7 @@ import yaml
 
 from api.app import create_app
 from core.settings import Settings
+from core.webhooks.targets import PORTS, is_public
 from tests.unit.test_monitoring import exported
 from worker import health
 
@@ -59,19 +63,88 @@ def test_a_misspelt_field_would_be_found():
         kubernetes_validate.validate(broken, "1.30", strict=True)
 
 
-@pytest.mark.parametrize("folder", ["base", "keda"])
-def test_kustomize_builds_it(folder: str):
+def built(folder: Path) -> list[dict[str, Any]]:
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed")
-    built = subprocess.run(["kubectl", "kustomize", str(FOLDER / folder)], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    kinds = [one["kind"] for one in yaml.safe_load_all(built.stdout)]
+    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.mark.parametrize("folder", ["base", "keda"])
+def test_kustomize_builds_it(folder: str):
+    kinds = [one["kind"] for one in built(FOLDER / folder)]
     assert kinds.count("Deployment") == 4
     assert kinds.count("ScaledObject") == (2 if folder == "keda" else 0)
 
 
+def with_models() -> list[dict[str, Any]]:
+    """The base with the component's patches, of which there are only additions."""
+    documents = copy.deepcopy(BASE)
+    for patch in yaml.safe_load((FOLDER / "models" / "kustomization.yaml").read_text())["patches"]:
+        target = patch["target"]
+        for one in documents:
+            if one["kind"] != target["kind"] or one["metadata"]["name"] != target.get("name", one["metadata"]["name"]):
+                continue
+            for step in yaml.safe_load(patch["patch"]):
+                assert step["op"] == "add"
+                *way, last = step["path"].removeprefix("/").split("/")
+                place = one
+                for part in way:
+                    place = place[int(part) if isinstance(place, list) else part]
+                place.append(step["value"]) if isinstance(place, list) else place.update({last: step["value"]})
+    return documents
+
+
+def test_whoever_reads_a_model_in_place_has_its_volume_and_may_not_write_it():
+    claim = yaml.safe_load((FOLDER / "models" / "claim.yaml").read_text())
+    kubernetes_validate.validate(claim, "1.30", strict=True)
+    documents = with_models()
+    config = next(one["data"] for one in documents if one["kind"] == "ConfigMap")
+    (root,) = Settings(_env_file=None, model_roots=json.loads(config["NIGHTPRESS_MODEL_ROOTS"])).model_roots
+    deployments = [one for one in documents if one["kind"] == "Deployment"]
+    assert {one["metadata"]["name"] for one in deployments} == PODS.keys() - {"migrate"}
+    for one in deployments:
+        kubernetes_validate.validate(one, "1.30", strict=True)
+        pod = one["spec"]["template"]["spec"]
+        (mount,) = [one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "models"]
+        assert (mount["mountPath"], mount["readOnly"]) == (str(root), True)
+        (volume,) = [one for one in pod["volumes"] if one["name"] == "models"]
+        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+def test_kustomize_builds_it_with_models(tmp_path: Path):
+    shutil.copytree(FOLDER, tmp_path / "kubernetes")
+    (tmp_path / "kubernetes" / "mine").mkdir()
+    mine = {"resources": ["../keda"], "components": ["../models"]}
+    (tmp_path / "kubernetes" / "mine" / "kustomization.yaml").write_text(yaml.safe_dump(mine))
+    made = built(tmp_path / "kubernetes" / "mine")
+    mounted = [one for one in made if one["kind"] == "Deployment" and "/srv/models" in json.dumps(one)]
+    assert len(mounted) == 4
+    assert [one["metadata"]["namespace"] for one in made if one["kind"] == "PersistentVolumeClaim"] == ["nightpress"]
+
+
+def test_the_way_out_leads_to_public_addresses_alone():
+    (policy,) = [one for one in BASE if one["kind"] == "NetworkPolicy" and one["metadata"]["name"] == "outside"]
+    assert policy["spec"]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "control"}}
+    (rule,) = policy["spec"]["egress"]
+    assert {one["port"] for one in rule["ports"]} == PORTS
+
+    def leads_to(address: str) -> bool:
+        one = ipaddress.ip_address(address)
+        blocks = [(ipaddress.ip_network(to["ipBlock"]["cidr"]), to["ipBlock"].get("except", [])) for to in rule["to"]]
+        return any(
+            one in network and not any(one in ipaddress.ip_network(hole) for hole in holes) for network, holes in blocks
+        )
+
+    inside = ["10.0.0.1", "100.64.0.1", "127.0.0.1", "169.254.169.254", "172.31.0.1", "192.168.1.1", "224.0.0.1"]
+    inside += ["::1", "::ffff:10.0.0.1", "fd00::1", "fe80::1", "64:ff9b::a00:1", "2002:a00:1::"]
+    for address in [*inside, "93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"]:
+        assert leads_to(address) == is_public(ipaddress.ip_address(address)), address
+
+
 def test_every_file_is_used():
-    for folder in ("base", "keda"):
+    for folder in ("base", "keda", "models"):
         listed = yaml.safe_load((FOLDER / folder / "kustomization.yaml").read_text())["resources"]
         assert {path.name for path in (FOLDER / folder).glob("*.yaml")} - {"kustomization.yaml"} <= set(listed)
 
