@@ -11,12 +11,16 @@ from playwright.sync_api import expect
 from client import Client
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
+from core.webhooks.courier import Courier
+from core.webhooks.signing import open_keeper, verify
+from core.webhooks.store import WebhookStore
 from tests.browser import DESKTOP, Browser, Seen, chromium, overflows, violations
 from tests.face import RECIPE, Face
+from tests.receiver import Receiver, reply
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"> nightly"
 NARROW = {"width": 360, "height": 740}
-VIEWS = ("/jobs", "/jobs/new", "/models", "/schedules", "/workers", "/access", "/compare")
+VIEWS = ("/jobs", "/jobs/new", "/models", "/schedules", "/workers", "/webhooks", "/access", "/tenants", "/compare")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
-    face = Face(tmp_path_factory.mktemp("face"))
+    face = Face(tmp_path_factory.mktemp("face"), webhook_networks=["127.0.0.0/8"])
     face.start()
     yield face
     face.close()
@@ -292,6 +296,83 @@ def test_a_key_is_made_shown_once_and_revoked(browser: Browser, face: Face):
         page.click("tr:has-text('robot') button:has-text('Revoke')")
         page.click("dialog button[value=yes]")
         page.wait_for_selector("tr:has-text('robot') .badge:has-text('revoked')")
+
+
+def test_a_webhook_is_made_tried_looked_into_rotated_switched_off_and_deleted(browser: Browser, face: Face):
+    receiver = Receiver()
+    store = WebhookStore(face.engine, open_keeper(face.settings), face.settings)
+    courier = Courier(store, face.settings)
+
+    def deliver() -> None:
+        for due in store.take_due(store.now()):
+            courier.attempt(due)
+
+    with signed_in(browser, face, "/webhooks") as seen:
+        page = seen.page
+        page.wait_for_selector(".empty:has-text('No webhooks yet')")
+        page.click("text=New webhook")
+        page.get_by_label("Address").fill("http://169.254.169.254/")
+        page.click("form button:has-text('Make it')")
+        assert "can't be used" in page.wait_for_selector("form [role=alert]").inner_text()
+        page.get_by_label("Address").fill(receiver.url)
+        page.get_by_label("a job was cancelled").uncheck()
+        page.click("form button:has-text('Make it')")
+        secret = page.wait_for_selector("dialog pre").inner_text()
+        assert violations(page) == []
+        page.click("dialog button:has-text('I have it')")
+        page.wait_for_selector(f"h1:has-text('{receiver.url}')")
+        page.wait_for_selector(".empty:has-text('Nothing was sent yet')")
+        assert secret not in page.content()
+
+        receiver.answer = lambda handler: reply(handler, 503)
+        page.click("button:has-text('Send a test')")
+        page.wait_for_selector("tr:has-text('webhook.test') .badge:has-text('pending')")
+        deliver()
+        page.click("button[aria-label^='Look at']")
+        page.wait_for_selector("td:has-text('status 503')")
+        assert "webhook.test" in page.inner_text("[aria-labelledby=opened] pre")
+        assert violations(page) == []
+        receiver.answer = lambda handler: reply(handler, 204)
+        page.click("button[aria-label$=' again']")
+        page.wait_for_selector("#announce:has-text('sent again')", state="attached")
+        deliver()
+        page.wait_for_selector("tr:has-text('webhook.test') .badge:has-text('delivered')")
+        assert all(verify(secret, headers, body) for headers, body in receiver.got)
+
+        page.click("button:has-text('Rotate the secret')")
+        page.click("dialog button[value=yes]")
+        renewed = page.wait_for_selector("dialog pre").inner_text()
+        page.click("dialog button:has-text('I have it')")
+        assert renewed.startswith("whsec_")
+        assert renewed != secret
+        page.click("button:has-text('Switch off')")
+        page.wait_for_selector("dd .badge:has-text('disabled')")
+        page.click("button:has-text('Edit')")
+        page.get_by_label("a job succeeded").uncheck()
+        page.click("form button:has-text('Save')")
+        expect(page.locator("dd", has_text="a job failed")).to_have_text("a job failed")
+        page.click("button:has-text('Delete')")
+        page.click("dialog button[value=yes]")
+        page.wait_for_selector(".empty:has-text('No webhooks yet')")
+    courier.close()
+    receiver.close()
+
+
+def test_an_administrator_sees_what_tenants_use_and_sets_their_quotas(browser: Browser, face: Face, model_id: str):
+    with face.client() as one, signed_in(browser, face, "/access") as seen:
+        page = seen.page
+        page.click("text=Tenants and quotas")
+        page.click("button[aria-label='Quotas of default']")
+        page.get_by_label("Running jobs").fill("3")
+        assert violations(page) == []
+        page.click("form button:has-text('Save')")
+        page.wait_for_selector("tr:has-text('default') td:has-text('0 of 3')")
+        assert one.tenants.get("default").own.max_running_jobs == 3
+        page.click("button[aria-label='Quotas of default']")
+        page.get_by_label("Running jobs").fill("")
+        page.click("form button:has-text('Save')")
+        page.wait_for_selector("tr:has-text('default') td[data-of='Running']:text-is('0')")
+        assert one.tenants.get("default").own.max_running_jobs is None
 
 
 def test_artifacts_that_others_beat_are_greyed(browser: Browser, face: Face, finished: list[str]):

@@ -10,6 +10,8 @@ import { jobs } from "./views/jobs.js";
 import { model, models } from "./views/models.js";
 import { fresh } from "./views/new.js";
 import { schedule, schedules } from "./views/schedules.js";
+import { tenants } from "./views/tenants.js";
+import { webhook, webhooks } from "./views/webhooks.js";
 import { workers } from "./views/workers.js";
 
 const VIEWS = [
@@ -22,9 +24,12 @@ const VIEWS = [
   [/^\/schedules$/, schedules, "Schedules"],
   [/^\/schedules\/([^/]+)$/, schedule, "Schedule"],
   [/^\/workers$/, workers, "Workers"],
+  [/^\/webhooks$/, webhooks, "Webhooks"],
+  [/^\/webhooks\/([^/]+)$/, webhook, "Webhook"],
   [/^\/access$/, access, "Keys"],
+  [/^\/tenants$/, tenants, "Tenants"],
 ];
-const NAVIGATION = [["#/jobs", "Jobs"], ["#/models", "Models"], ["#/schedules", "Schedules"], ["#/workers", "Workers"], ["#/access", "Keys"]];
+const NAVIGATION = [["#/jobs", "Jobs"], ["#/models", "Models"], ["#/schedules", "Schedules"], ["#/workers", "Workers"], ["#/webhooks", "Webhooks"], ["#/access", "Keys"]];
 const THEME = "nightpress.theme";
 const main = document.getElementById("main");
 let leave = new AbortController();

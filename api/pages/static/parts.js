@@ -101,6 +101,15 @@ export function confirmed(question, yes, { tone = "bad" } = {}) {
   });
 }
 
+/** A secret, the one time that it can be seen. */
+export function shownOnce(title, why, secret, then) {
+  const dialog = h("dialog", { "aria-labelledby": "made" },
+    h("h2", { id: "made" }, title), h("p", {}, why), copyable(secret),
+    h("form", { method: "dialog" }, h("button", { class: "primary" }, "I have it")));
+  dialog.addEventListener("close", then);
+  show(dialog);
+}
+
 export function show(dialog) {
   document.body.append(dialog);
   dialog.addEventListener("close", () => dialog.remove());

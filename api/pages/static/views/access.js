@@ -3,16 +3,18 @@
 import { change, get, post } from "../api.js";
 import { fill, h } from "../dom.js";
 import { age, moment } from "../format.js";
-import { badge, button, confirmed, copyable, empty, facts, field, heading, row, show, table, trouble } from "../parts.js";
+import { badge, button, confirmed, copyable, empty, facts, field, heading, row, shownOnce, table, trouble } from "../parts.js";
+import { QUOTAS, used } from "./tenants.js";
 
 const COLUMNS = ["Key", "State", "Scopes", "Made", "Expires", "Last used", ""];
 
 export async function access(main, { signal, go }) {
   const me = await get("/v1/me", {}, signal);
   const place = h("div");
-  fill(main, heading("Keys"),
+  fill(main, heading("Keys", me.scopes.includes("admin") ? h("a", { class: "button", href: "#/tenants" }, "Tenants and quotas") : null),
     h("section", { class: "card" }, h("h2", {}, "The key in use"),
-      facts([["Tenant", h("code", {}, me.tenant_id)], ["Key", h("code", {}, me.key_id)], ["It may", me.scopes.map((one) => h("span", { class: "label" }, one))]])),
+      facts([["Tenant", h("code", {}, me.tenant_id)], ["Key", h("code", {}, me.key_id)], ["It may", me.scopes.map((one) => h("span", { class: "label" }, one))],
+        ...(me.usage ? QUOTAS.map((quota) => [quota[1].split(",")[0], used(quota, me.quotas, me.usage)]) : [])])),
     place);
   try {
     const page = await get("/v1/keys", { limit: 200 }, signal);
@@ -59,9 +61,6 @@ function make(me, go) {
   return form;
 }
 
-/** The one time that a key is shown. */
 function shown(made, go) {
-  const dialog = h("dialog", { "aria-labelledby": "made" }, h("h2", { id: "made" }, "The new key"), h("p", {}, "Copy it now: it is kept only as a hash and can't be shown again."), copyable(made.key), h("form", { method: "dialog" }, h("button", { class: "primary" }, "I have it")));
-  dialog.addEventListener("close", () => go("#/access"));
-  show(dialog);
+  shownOnce("The new key", "Copy it now: it is kept only as a hash and can't be shown again.", made.key, () => go("#/access"));
 }

@@ -1,0 +1,66 @@
+// For administrators: who uses how much, and what each may.
+
+import { change, get } from "../api.js";
+import { announce, fill, h } from "../dom.js";
+import { bytes, duration } from "../format.js";
+import { poll } from "../live.js";
+import { button, empty, field, heading, row, table, trouble } from "../parts.js";
+
+const COLUMNS = ["Tenant", "Queued", "Running", "Storage", "GPU time this month", "Requests a minute", ""];
+/** quota → what it bounds, what is used of it, how it reads */
+export const QUOTAS = [
+  ["max_queued_jobs", "Queued jobs", "queued_jobs", String],
+  ["max_running_jobs", "Running jobs", "running_jobs", String],
+  ["max_storage_bytes", "Storage, bytes", "storage_bytes", bytes],
+  ["max_gpu_seconds_month", "GPU seconds a month", "gpu_seconds_month", duration],
+  ["rate_limit_per_minute", "Requests a key and minute", null, String],
+];
+
+/** "3 of 10", "3" where there is no bound. */
+export function used([name, , use, text], quotas, usage) {
+  const bound = quotas[name] ? text(quotas[name]) : null;
+  if (use === null) return bound ?? "no bound";
+  return bound ? `${text(usage[use])} of ${bound}` : text(usage[use]);
+}
+
+export async function tenants(main, { signal, query }) {
+  const notice = h("div");
+  const place = h("div");
+  const pages = h("nav", { class: "pages", "aria-label": "Pages" });
+  const editing = h("div");
+  fill(main, h("p", { class: "crumbs" }, h("a", { href: "#/access" }, "Keys")), heading("Tenants"), notice, editing, place, pages);
+  await poll(signal, 10, load, (error) => fill(notice, trouble(error)));
+
+  async function load() {
+    const page = await get("/v1/admin/tenants", { cursor: query.get("cursor"), limit: 50 }, signal);
+    fill(notice);
+    fill(pages, page.next_cursor ? h("a", { href: `#/tenants?cursor=${encodeURIComponent(page.next_cursor)}` }, "More") : null);
+    if (page.items.length === 0) fill(place, empty("No tenants yet."));
+    else fill(place, table("Tenants, with what they use", COLUMNS, page.items.map((one) => row(COLUMNS, [
+      h("code", {}, one.id), QUOTAS.map((quota) => used(quota, one.quotas, one.usage)),
+      button("Quotas", async () => fill(editing, form(await get(`/v1/admin/tenants/${encodeURIComponent(one.id)}`, {}, signal), load)), { tone: "small", label: `Quotas of ${one.id}` }),
+    ].flat()))));
+  }
+}
+
+/** What stands in a field is the tenant's own; an empty one leaves it to the installation, 0 means no bound. */
+function form(tenant, saved) {
+  const inputs = QUOTAS.map(([name]) => h("input", { type: "number", min: 0, step: 1, value: tenant.own[name] ?? "", placeholder: `${tenant.quotas[name]}` }));
+  const place = h("div");
+  const element = h("form", { class: "card narrow" }, h("h2", {}, `Quotas of ${tenant.id}`), place,
+    QUOTAS.map(([, label], at) => field(label, inputs[at])), h("p", { class: "quiet" }, "Empty: the installation's own. 0: no bound."),
+    h("div", { class: "row" }, h("button", { class: "primary" }, "Save"), h("button", { type: "button", onclick: () => element.remove() }, "Cancel")));
+  element.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const wanted = Object.fromEntries(QUOTAS.map(([name], at) => [name, inputs[at].value === "" ? null : Number(inputs[at].value)]));
+    try {
+      await change("PATCH", `/v1/admin/tenants/${encodeURIComponent(tenant.id)}`, wanted, tenant.etag);
+      element.remove();
+      announce("Saved");
+      await saved();
+    } catch (error) {
+      fill(place, trouble(error));
+    }
+  });
+  return element;
+}
