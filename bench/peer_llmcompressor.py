@@ -16,14 +16,20 @@ def modifier(name: str) -> Any:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
     from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-    if name.startswith("gptq"):
+    linears: dict[str, Any] = {"targets": ["Linear"], "ignore": ["lm_head"]}
+    if name.startswith("smoothquant"):
+        return [SmoothQuantModifier(smoothing_strength=0.5), QuantizationModifier(scheme="W8A8", **linears)]
+    if name.startswith("gptq") or name == "nearest":
         symmetric = "asymmetric" not in name
         weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 64}
-        return GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+        kind = QuantizationModifier if name == "nearest" else GPTQModifier
+        return kind(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
     mask = {"mask_structure": "2:4"} if name.endswith("2:4") else {}
-    kind = SparseGPTModifier if name.startswith("sparsegpt") else WandaPruningModifier
-    return kind(sparsity=0.5, targets=["Linear"], ignore=["lm_head"], **mask)
+    pruning = SparseGPTModifier if name.startswith("sparsegpt") else WandaPruningModifier
+    return pruning(sparsity=0.5, **linears, **mask)
 
 
 def main() -> None:
@@ -45,7 +51,7 @@ def main() -> None:
         num_calibration_samples=len(ids),
         pipeline="sequential",
     )
-    model.save_pretrained(out, save_compressed=name.startswith("gptq"))
+    model.save_pretrained(out, save_compressed=not name.startswith(("sparsegpt", "wanda")))
 
 
 if __name__ == "__main__":

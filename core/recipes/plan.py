@@ -21,7 +21,7 @@ from core.recipes.exports import GRAPH_FORMATS, Export
 from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from core.recipes.linears import invalid
 from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
-from core.recipes.passes import EarlyExit, GenerationCache, PassOptions
+from core.recipes.passes import EarlyExit, GenerationCache, PassOptions, Recover
 from core.recipes.targets import check_target
 
 _IMPORT_S = 6.0  #: start of one consumer process
@@ -170,6 +170,8 @@ def _chain(recipe: Recipe, header: ModelHeader) -> tuple[list[ModelHeader], Mode
 def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
     if recipe.target == "auto" and header is None:
         yield "`target: auto` looks at the model: name one to see the passes and exports."
+    if recipe.passes and isinstance(recipe.passes[0], Recover):
+        yield "`recover` comes first, so that the model's teacher is the model itself: put it behind what takes something away."
     given = _chain(recipe, header)[0] if header is not None else [None] * len(recipe.passes)
     for one, seen in zip(recipe.passes, given, strict=True):
         yield from one.warnings(seen)

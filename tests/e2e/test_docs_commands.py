@@ -164,6 +164,11 @@ def test_a_newcomer_has_a_nightly_job_after_five_commands():
     assert len(commands) == 5
     assert commands[0] == "make demo"
     assert commands[-1].startswith("nightpress schedule add")
+    readme = (ROOT / "README.md").read_text().split("\n## In five commands\n")[1].split("\n## ")[0]
+    shown = [one.text for one in commands_of(blocks_of(readme)[0])]
+    assert "the first is `make demo`" in readme
+    assert len(shown) == 4
+    assert shown[-1].startswith("nightpress schedule add")
 
 
 def test_a_line_of_output_may_leave_something_open():

@@ -77,7 +77,7 @@ def test_a_method_that_settles_layer_by_layer_runs_each_text_through_a_block_onc
         calls.clear()
         method = WeightAndActivation(Wanda())
         context = _context(source, tmp_path / work)
-        samples = {"input_ids": _ids(samples=200, length=24)}  # five batches
+        samples = {"input_ids": _ids(samples=600, length=24)}  # fifteen batches, of which one is tried out first
         press_blocks(source, tmp_path / work / "out", method, samples, context, chosen=_linears(source), recipe="r")
         return len(calls)
 

@@ -195,6 +195,16 @@ def test_recovering_learns_from_the_source_and_leaves_zeros_zero(lora: Any, mode
     assert curve.y[-1] < curve.y[0]
 
 
+def test_recovering_from_nothing_is_warned_of(model: Path):
+    def warned(*passes: dict[str, Any]) -> bool:
+        recipe = parse_recipe({"name": "x", "passes": list(passes), "exports": ["onnx"]})
+        return any("recover" in one for one in make_plan(recipe, inspect_model(FolderFiles(model))).warnings)
+
+    recover = {"pass": "recover", "train": {"data": "mine", "length": 16}}
+    assert warned(recover)
+    assert not warned({"pass": "layers"}, recover)
+
+
 # Early exit ----------------------------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,16 @@ def test_no_address_inside_can_be_registered_or_reached(url: str):
     assert caught.value.code is ErrorCode.URL_NOT_ALLOWED
 
 
+def test_an_address_inside_is_refused_where_a_webhook_is_made_and_where_it_is_edited(world: World, receiver: Receiver):
+    inside = "https://169.254.169.254/latest/meta-data"
+    hook, _ = world.hook(receiver.url)
+    for attempt in (lambda: world.hook(inside), lambda: world.store.edit(TENANT, hook, WebhookUpdate(url=inside))):
+        with pytest.raises(NightpressError) as caught:
+            attempt()
+        assert caught.value.code is ErrorCode.URL_NOT_ALLOWED
+    assert [one.url for one in world.store.page(TENANT, cursor=None, limit=5)[0]] == [receiver.url]
+
+
 def test_every_address_of_a_name_must_be_public():
     public, private = "93.184.215.14", "127.0.0.1"
     assert check_target("https://a.example/", resolve=lambda *_: [public]).address == public

@@ -2,7 +2,7 @@
 
 import contextlib
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,71 @@ from core.compress.executors.skeleton import Call
 
 _GPU_SHARE = 0.3  #: of the free memory
 _HOST_SHARE = 0.25
+_M_MMAP_THRESHOLD = -3  #: of malloc.h
 
 
-def room_for(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path) -> Tensor:
-    """Memory for the hidden states: on the device, in host memory, or in a file that the kernel pages, whichever has ample room."""
-    size = dtype.itemsize
-    for dim in shape:
-        size *= dim
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if size < _GPU_SHARE * free:
-            return torch.empty(shape, dtype=dtype, device=device)
-    if size < _HOST_SHARE * psutil.virtual_memory().available:
-        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+class Waiting:
+    """The hidden states [samples, length, width] of all texts between two blocks, batch by batch.
+
+    They lie on the device, in host memory, or in a file that the kernel pages, whichever has ample room.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], batch: int, dtype: torch.dtype, device: torch.device, folder: Path
+    ) -> None:
+        self.shape, self._device = shape, device
+        samples = shape[0]
+        sizes = [min(batch, samples - at) for at in range(0, samples, batch)]
+        size = torch.Size(shape).numel() * dtype.itemsize
+        on_gpu = device.type == "cuda" and size < _GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+        in_file = not on_gpu and size >= _HOST_SHARE * psutil.virtual_memory().available
+        #: Batches come and go with the runs that hold them; else there is one place for each, which they are copied from and to.
+        self._come_and_go = not in_file and (on_gpu or device.type == "cpu")
+        self._batches: list[Tensor] = []
+        if in_file:
+            self._batches = list(torch.split(_mapped(shape, dtype, folder), batch))
+        elif not self._come_and_go:
+            self._batches = [torch.empty((one, *shape[1:]), dtype=dtype, pin_memory=True) for one in sizes]
+        else:
+            self._batches = [torch.empty(0, dtype=dtype, device=device) for _ in sizes]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self._batches[0].device
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Each batch [B, length, width], where it lies."""
+        return iter(self._batches)
+
+    def look_at(self, number: int) -> Tensor:
+        """A batch on the device, to be left as it is."""
+        return self._batches[number].to(self._device, non_blocking=True)
+
+    def take(self, number: int) -> Tensor:
+        """A batch on the device, for the caller to use up; another is put in its place afterwards."""
+        taken = self._batches[number]
+        if self._come_and_go:
+            self._batches[number] = taken.new_empty(0)
+            return taken
+        return taken.to(self._device, non_blocking=True).view_as(taken)
+
+    def put(self, number: int, batch: Tensor) -> None:
+        if self._come_and_go:
+            self._batches[number] = batch
+        else:
+            self._batches[number].copy_(batch)
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "hidden-states.bin"
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-    room = torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
+    room = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype)
     path.unlink()  # the mapping keeps the file for as long as it is needed
     return room.view(shape)
 
@@ -40,6 +87,15 @@ def return_freed_memory() -> None:
     """Give the kernel back what was freed. glibc keeps it, in holes that the next block's tensors don't fit: up to half as much again."""
     with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_large_tensors_pages_of_their_own() -> None:
+    """Let glibc map every tensor of two megabytes or more by itself, from now on in this process: what is freed goes back whole.
+
+    Left alone it raises that bound with each one that is freed, and texts that wait then leave holes that nothing fits.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2 * 1024**2)
 
 
 class Calls:

@@ -12,7 +12,7 @@ runs as its files say it, what follows is the same to the last byte.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,7 +32,12 @@ from core.compress.checkpoint import (
     write_index,
 )
 from core.compress.context import PassContext
-from core.compress.executors.activations import Calls, return_freed_memory, room_for
+from core.compress.executors.activations import (
+    Calls,
+    Waiting,
+    give_large_tensors_pages_of_their_own,
+    return_freed_memory,
+)
 from core.compress.executors.experts import Experts
 from core.compress.executors.rewrite import Effect, Rewrite, becomes
 from core.compress.executors.skeleton import Batch, Skeleton, Source, is_conv1d
@@ -43,6 +48,7 @@ from core.compress.executors.watch import (
     InTurn,
     Statistic,
     Watched,
+    find_groups,
     in_features,
     without_padding,
 )
@@ -110,6 +116,7 @@ def press_blocks(
     cache while they are watched. If a GPU's memory does not suffice, smaller batches are tried once. Raises NightpressError.
     """
     target.mkdir(parents=True, exist_ok=True)
+    give_large_tensors_pages_of_their_own()
     for share in (1, 4):
         try:
             with torch.no_grad():
@@ -171,28 +178,26 @@ class _Run:
             digest.update(shard.header)
         self.records = context.work_dir / "blocks" / digest.hexdigest()[:16]
         self.records.mkdir(parents=True, exist_ok=True)
-        self.came_out: list[
-            Tensor
-        ] = []  #: of each row that has run, the hidden states of all texts [samples, length, width]
+        self.came_out: list[Waiting] = []  #: of each row that has run, the texts' hidden states
         self.calls = Calls(self.device)
         self.effects: dict[str, Effect] = {}  #: of tensors outside the blocks
         self.unseen: list[str] = []
         self.starved: dict[str, int] = {}
-        self.groups: dict[tuple[str, ...], list[list[str]] | None] = {}
+        self.groups: dict[tuple[str, ...], Groups | None] = {}
 
     def run(self) -> Pressed:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             rest: Future[None] = writer.submit(self._copy_rest)
             self.context.progress(0.0, "calibrating")
             finished = self._finished()
-            coming = reader.submit(self._read, 0, finished)
+            coming = reader.submit(self._read_ahead, 0, finished)
             writing: tuple[int, Future[None]] | None = None
             for index, block in enumerate(self.skeleton.blocks):
                 if index == 0 or block.row != self.skeleton.blocks[index - 1].row:
                     self._capture(block.row)
-                tensors = coming.result()
+                tensors = coming.result() or self._read(index, finished)
                 if index + 1 < self.count:
-                    coming = reader.submit(self._read, index + 1, finished)
+                    coming = reader.submit(self._read_ahead, index + 1, finished)
                 self.context.progress(index / self.count, f"block {index + 1} of {self.count}")
                 if index < finished:
                     tensors |= {name: self.method.restore(name, tensors) for name in self._chosen_of(index)}
@@ -201,7 +206,9 @@ class _Run:
                 else:
                     settled = self._press(index, tensors)
                     self._wait(writing)
-                    writing = index, writer.submit(self._write, index, tensors, settled)
+                    writing = index, writer.submit(self._write, index, *_as_written(tensors, settled))
+                    del settled
+                del tensors
                 self.skeleton.empty_block(index)
                 return_freed_memory()
             self._wait(writing)
@@ -223,22 +230,17 @@ class _Run:
         """What enters a row [samples, length, width], and what each of its blocks is given beside it."""
         starts = range(0, self.total, self.batch)
         batches = ({name: one[at : at + self.batch] for name, one in self.samples.items()} for at in starts)
-        earlier = [torch.split(one, self.batch) for one in self.came_out]
-        hidden: Tensor | None = None
+        earlier = [list(one) for one in self.came_out]
+        hidden: Waiting | None = None
         self.calls = Calls(self.device)
-        for at, (entered, heard) in zip(starts, self.skeleton.capture(row, batches, earlier), strict=True):
+        for number, (entered, heard) in enumerate(self.skeleton.capture(row, batches, earlier)):
             if hidden is None:
                 shape = (self.total, *entered.shape[1:])
-                hidden = room_for(shape, entered.dtype, self.device, self.context.work_dir)
-            hidden[at : at + len(entered)] = entered
+                hidden = Waiting(shape, self.batch, entered.dtype, self.device, self.context.work_dir)
+            hidden.put(number, entered.clone())
             self.calls.add(heard, keep_on=hidden.device)
         assert hidden is not None
         self.came_out.append(hidden)
-
-    def _batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Each batch by number, where it is kept and on the device."""
-        for number, kept in enumerate(torch.split(self.came_out[-1], self.batch)):
-            yield number, kept, kept.to(self.device, non_blocking=True)
 
     def _through(self, index: int, number: int, batch: Tensor, watched: Watched | None = None) -> Tensor:
         """A batch [B, L, width] after all runs of a block."""
@@ -257,8 +259,9 @@ class _Run:
 
     def _forward(self, index: int) -> None:
         """Run all texts through a block; what comes out takes the place of what went in."""
-        for number, kept, batch in self._batches():
-            kept.copy_(self._through(index, number, batch))
+        hidden = self.came_out[-1]
+        for number in range(len(hidden)):
+            hidden.put(number, self._through(index, number, hidden.take(number)))
 
     def _real(self, number: int) -> Tensor | None:
         """Which of a batch's tokens are no padding, bool [B, L]; None if all."""
@@ -305,12 +308,16 @@ class _Run:
         """Sum up the inputs of every linear layer."""
         watched = Watched(self.method.watch, self.device, linears)
         with watched.over(self.skeleton.blocks[index].module):
-            for number, _, batch in self._batches():
-                with contextlib.suppress(EnoughSeen):
-                    self._through(index, number, batch, watched)
+            self._show(index, watched)
         few = self._starved(index, watched.inputs())
         self.starved |= few
         return [one for one in watched.inputs() if few.keys().isdisjoint(one.names)]
+
+    def _show(self, index: int, watched: Watched) -> None:
+        """Run all texts through a block as far as there is something to see; they stay as they are."""
+        for number in range(len(self.came_out[-1])):
+            with contextlib.suppress(EnoughSeen):
+                self._through(index, number, self.came_out[-1].look_at(number), watched)
 
     def _starved(self, index: int, inputs: Sequence[Inputs]) -> dict[str, int]:
         """The weights of experts that saw fewer tokens than they have inputs, too few to tell one input from another."""
@@ -333,9 +340,7 @@ class _Run:
         watched = Watched(self.method.watch, self.device, starved)
         try:
             with watched.over(self.skeleton.blocks[index].module):
-                for number, _, batch in self._batches():
-                    with contextlib.suppress(EnoughSeen):
-                        self._through(index, number, batch, watched)
+                self._show(index, watched)
         finally:
             for mixture in self._experts_of(index):
                 mixture.shown_all = frozenset()
@@ -343,32 +348,31 @@ class _Run:
 
     # In one pass: the texts wait before each group of layers until it is settled
 
-    def _groups_of(self, index: int, linears: Mapping[str, nn.Module]) -> list[list[str]] | None:
+    def _groups_of(self, index: int, linears: Mapping[str, nn.Module]) -> Groups | None:
         """The layers in groups of the same inputs, in the order of their calls; None if they can't be settled in turn."""
         if not self.method.by_group or not linears or self.skeleton.experts(index) or self.calls.runs(index) > 1:
             return None
-        width = self.came_out[-1].shape[-1]
+        samples, length, width = self.came_out[-1].shape
         widest = max(in_features(one) for one in linears.values())
-        tokens = self.came_out[-1].shape[0] * self.came_out[-1].shape[1]
-        if in_turn_bytes(tokens, width, widest, self.skeleton.dtype.itemsize) > IN_TURN_BYTES[self.device.type]:
+        held = in_turn_bytes(samples * length, width, widest, self.skeleton.dtype.itemsize)
+        if held > IN_TURN_BYTES[self.device.type]:
             return None
         short = self.skeleton.short_names(index)
         like = tuple(short[name] for name in linears)
         if like not in self.groups:
-            found = Groups(linears)
-            with found.over():
-                number, _, batch = next(self._batches())
-                self._through(index, number, batch)
-            order = found.in_order()
-            self.groups[like] = None if order is None else [[short[name] for name in group] for group in order]
-        known, names = self.groups[like], self.skeleton.blocks[index].names
-        return None if known is None else [[names[one] for one in group] for group in known]
+            layers = {short[name]: one for name, one in linears.items()}
+            batch = self.came_out[-1].look_at(0)
+            self.groups[like] = find_groups(
+                self.skeleton.blocks[index].module, layers, lambda: self._through(index, 0, batch.clone())
+            )
+        return self.groups[like]
 
     def _press_in_turn(
-        self, index: int, tensors: dict[str, Tensor], linears: Mapping[str, nn.Module], groups: list[list[str]]
+        self, index: int, tensors: dict[str, Tensor], linears: Mapping[str, nn.Module], groups: Groups
     ) -> dict[str, Settled]:
         settled: dict[str, Settled] = {}
         statistic: Statistic | None = None
+        block, hidden = self.skeleton.blocks[index], self.came_out[-1]
 
         def watch(inputs: Tensor, number: int) -> None:
             nonlocal statistic
@@ -376,24 +380,25 @@ class _Run:
                 statistic = self.method.watch(inputs.shape[-1], self.device)
             statistic.add(without_padding(inputs, self._real(number)))
 
-        def settle(group: int) -> None:
+        def settle(layers: Sequence[str]) -> None:
             nonlocal statistic
             assert statistic is not None
-            names = groups[group]
-            found = self._settle({name: tensors[name] for name in names}, [Inputs(tuple(names), statistic)], linears)
+            names = tuple(block.names[layer] for layer in layers)
+            found = self._settle({name: tensors[name] for name in names}, [Inputs(names, statistic)], linears)
             statistic = None
             for name, one in found.items():
                 weight = one.weight.to(self.device, self.skeleton.dtype)
                 linears[name].weight = nn.Parameter(weight, requires_grad=False)
+                tensors[name] = one.weight  # what it was is not asked for again
             settled.update(found)
             return_freed_memory()
 
-        def through(number: int, kept: Tensor) -> None:
-            kept.copy_(self._through(index, number, kept.to(self.device, non_blocking=True)))
+        def through(number: int) -> None:
+            hidden.put(number, self._through(index, number, hidden.take(number)))
 
-        kept = torch.split(self.came_out[-1], self.batch)
-        runs = [partial(through, number, one) for number, one in enumerate(kept)]
-        InTurn(groups, linears).run(runs, watch, settle, to_the_end=index + 1 < self.count)
+        layers = {layer: linears[name] for layer, name in block.names.items() if name in linears}
+        runs = [partial(through, number) for number in range(len(hidden))]
+        InTurn(groups, block.module, layers).run(runs, watch, settle, to_the_end=index + 1 < self.count)
         return settled
 
     # Files -------------------------------------------------------------------------------------------------------------
@@ -407,6 +412,14 @@ class _Run:
     def _record_file(self, index: int) -> Path:
         return self.records / f"block-{index:05}.json"
 
+    def _read_ahead(self, index: int, finished: int) -> dict[str, Tensor]:
+        """A block's tensors, for a GPU; a CPU takes far longer to compute than to read, so there the kernel alone reads ahead."""
+        if self.device.type == "cuda":
+            return self._read(index, finished)
+        if index >= finished:
+            self.source.will_need(self.skeleton.block_names(index))
+        return {}
+
     def _read(self, index: int, finished: int) -> dict[str, Tensor]:
         """A block's tensors: as they were, or, of a finished one, as they were written."""
         if index < finished:
@@ -415,17 +428,13 @@ class _Run:
         tensors = {name: self.source.read(name) for name in self.skeleton.block_names(index)}
         return {name: one.pin_memory() for name, one in tensors.items()} if self.device.type == "cuda" else tensors
 
-    def _write(self, index: int, tensors: Mapping[str, Tensor], settled: Mapping[str, Settled]) -> None:
-        out: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            out |= settled[name].tensors if name in settled else {name: tensor}
-        self._write_shard(self._block_file(index), out)
-        record = {name: asdict(one.effect) for name, one in settled.items() if one.effect is not None}
-        unseen = [name for name in self.unseen if name in settled]
-        starved = {name: count for name, count in self.starved.items() if name in settled}
+    def _write(self, index: int, tensors: Mapping[str, Tensor], effects: Mapping[str, Effect | None]) -> None:
+        self._write_shard(self._block_file(index), tensors)
+        unseen = [name for name in self.unseen if name in effects]
+        starved = {name: count for name, count in self.starved.items() if name in effects}
         body = {
             "size": self._block_file(index).stat().st_size,
-            "effects": record,
+            "effects": {name: asdict(one) for name, one in effects.items() if one is not None},
             "unseen": unseen,
             "starved": starved,
         }
@@ -503,6 +512,16 @@ class _Run:
                 if name not in effects and name.endswith(".weight") and len(self.source.stored(name).info.shape) == 2
             ),
         )
+
+
+def _as_written(
+    tensors: Mapping[str, Tensor], settled: Mapping[str, Settled]
+) -> tuple[dict[str, Tensor], dict[str, Effect | None]]:
+    """A block's tensors as they go into its file, and what was done to which; the floats they stand for are not held on to."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        out |= settled[name].tensors if name in settled else {name: tensor}
+    return out, {name: one.effect for name, one in settled.items()}
 
 
 def _turned(name: str, one: Settled) -> Settled:

@@ -70,6 +70,7 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
             partial.mkdir(exist_ok=True)
             program = export_graph(model, header, model.signature(example_ids(header)))
             _name_after_modules(program.model.graph)
+            without_notes(program.model.graph)
             program.save(partial / "model.onnx", external_data=4 * header.parameters > 1_900_000_000)
             for file in partial.iterdir():
                 file.replace(folder / file.name)
@@ -290,6 +291,15 @@ def _name_after_modules(graph: Any) -> None:
         if name not in taken:
             taken.add(name)
             node.name = name
+
+
+def without_notes(graph: Any) -> None:
+    """Leave out what the exporter notes of each node's origin, its stack trace included: no runtime reads it."""
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 @contextlib.contextmanager

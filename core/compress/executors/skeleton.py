@@ -5,6 +5,7 @@ linear layers, and what each block is given beside the hidden states is recorded
 has two rows, and what comes out of the first is there when the second is recorded. A block may run more than once, as ALBERT's do.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,13 @@ class Source:
         data = torch.empty(stored.info.size, dtype=torch.uint8)
         _read(shard, stored.offset, memoryview(data.numpy()))  # type: ignore[arg-type]
         return data.view(TORCH_DTYPES[stored.info.dtype]).view(stored.info.shape)
+
+    def will_need(self, names: Iterable[str]) -> None:
+        """Let the kernel read tensors into its cache meanwhile."""
+        for name in names:
+            shard, stored = self._places[name]
+            with shard.path.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), stored.offset, stored.info.size, os.POSIX_FADV_WILLNEED)
 
     def pieces(self, name: str) -> Iterator[tuple[int, memoryview]]:
         """The tensor's bytes a piece at a time, each with its place; a piece holds until the next one."""

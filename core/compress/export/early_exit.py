@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from core.compress.checkpoint import disk_errors
 from core.compress.context import PassContext
 from core.compress.evaluate.data import Sequences
-from core.compress.executors.graph import Traced, encoder_signature, example_ids, export_graph, takes_types
+from core.compress.executors.graph import (
+    Traced,
+    encoder_signature,
+    example_ids,
+    export_graph,
+    takes_types,
+    without_notes,
+)
 from core.compress.exits import ExitModel, ExitPlan, load_exits
 from core.recipes.header import ModelHeader
 
@@ -39,6 +46,7 @@ def trace_exits(model_dir: Path, header: ModelHeader, check: Sequences, context:
     types = takes_types(model.model, header)
     signature = encoder_signature(example_ids(header), types=types, outputs=_names(plan))
     program = export_graph(_Flat(model).eval(), header, signature)
+    without_notes(program.model.graph)
     with disk_errors():
         onnx.save(with_exits(program.model_proto, plan), folder / "model.onnx")
     return Traced(folder / "model.onnx", expected.float().numpy().astype(np.float32), {})
