@@ -97,6 +97,7 @@ class LeaseKeeper:
             except Exception as error:  # whatever ails the database, the lease's end is the only bound
                 log.warning("The lease of %s could not be renewed: %s", self._lease.job_id, error)
                 time.sleep(random.uniform(0.1, min(1.0, self._ttl_s / 8)))
+                continue  # also at the end: what was said is not lost because the database is away just then
             if stop:
                 return
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,14 @@ from pathlib import Path
 import httpx
 
 import migrations
+from core.database import make_engine
 from core.errors import NightpressError
+from core.jobs.store import JobStore
 from tests.api_process import ApiProcess
+from tests.jobs import add_model, claim, submit
 from tests.servers import Postgres, Valkey
 from tests.service import Service, eventually, pids_said, running
+from worker.lease import LeaseKeeper
 
 
 @contextmanager
@@ -88,6 +93,24 @@ def test_f4_a_server_that_is_gone_for_a_while_costs_503s_and_no_attempt(
             service.check_invariants(job_id)
         finally:
             service.close()
+
+
+def test_f4_the_last_words_are_written_once_the_server_is_back(tmp_path: Path) -> None:
+    with Postgres(tmp_path / "postgres", durable=True) as server:
+        url = server.create_database()
+        migrations.upgrade(url)
+        engine = make_engine(url)
+        store = JobStore(engine)
+        add_model(engine)
+        job_id = submit(store)
+        lease = claim(store, ttl_s=20.0).lease
+        keeper = LeaseKeeper(store, lease, ttl_s=20.0, claimed_at=time.monotonic(), on_renewed=lambda: None)
+        keeper.log_line("info", "the last words")
+        server.kill()
+        threading.Timer(0.5, server.start).start()
+        keeper.close()
+        assert [line.text for line in store.logs(job_id)] == ["the last words"]
+        engine.dispose()
 
 
 def _accepted(response: httpx.Response) -> bool:

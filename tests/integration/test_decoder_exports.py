@@ -85,8 +85,8 @@ def test_a_calibrated_decoder_answers_alike_in_every_runtime(graphs: Any):
     assert [one.format for one in manifest.artifacts] == ["onnx", "onnx-fp16", "openvino"]
     for one in report.artifacts:
         assert one.verification is not None
-        # ONNX Runtime rounds activations to int8 before a product with packed weights.
-        assert one.verification.value > (0.9999 if one.name == "openvino" else 0.995), one.name
+        # ONNX Runtime rounds activations to int8 before a product with packed weights; OpenVINO computes in bf16 where the processor can.
+        assert one.verification.value > (0.998 if one.name == "openvino" else 0.995), one.name
 
 
 @pytest.mark.slow

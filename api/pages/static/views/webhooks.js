@@ -117,7 +117,7 @@ export async function webhook(main, { signal, query, go }, id) {
 
 /** A new webhook, or another version of one: then `If-Match` sees to it that nobody's edit is lost. */
 function form(go, existing = null, saved = null) {
-  const url = h("input", { type: "url", required: true, maxlength: 2048, placeholder: "https://ci.example.com/hooks/nightpress", value: existing?.url ?? "" });
+  const url = h("input", { type: "url", required: true, maxlength: 2048, placeholder: "the https address that is to be told", value: existing?.url ?? "" });
   const events = EVENTS.map(([name]) => h("input", { type: "checkbox", value: name, id: `event-${name}`, checked: existing ? existing.events.includes(name) : true }));
   const place = h("div");
   const element = h("form", { class: "card narrow" }, h("h2", {}, existing ? "Edit the webhook" : "New webhook"), place,
