@@ -31,17 +31,21 @@ from worker.process import ChildProcess
 MIB = 1024**2
 _EVERY_S = 0.05  #: how often memory is looked at
 _FACTOR = {"memory": 1.2, "size": 1.02, "seconds": 2.0}
-_WEIGHTS = {".safetensors", ".onnx", ".data", ".bin"}
+_WEIGHTS = {".safetensors", ".onnx", ".data", ".xml", ".bin"}
 
 #: Model, pass, export, and calibration: samples and length.
 PAIRS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
     "bert-tiny-weight-only": ("bert-tiny", {"pass": "weight-only", "bits": 8}, "compressed-tensors", (8, 16)),
     "bert-tiny-dynamic-int8": ("bert-tiny", {"pass": "dynamic-int8"}, "onnx", (8, 16)),
+    "bert-tiny-dynamic-int8-openvino": ("bert-tiny", {"pass": "dynamic-int8"}, "openvino", (8, 16)),
+    "bert-tiny-static-int8": ("bert-tiny", {"pass": "static-int8"}, "onnx", (16, 32)),
     "minilm-weight-only": ("minilm", {"pass": "weight-only", "bits": 8}, "compressed-tensors", (8, 16)),
     "minilm-gptq": ("minilm", {"pass": "gptq", "group_size": 64}, "compressed-tensors", (32, 128)),
     "minilm-wanda": ("minilm", {"pass": "wanda"}, "safetensors", (64, 256)),
     "minilm-dynamic-int8-onnx": ("minilm", {"pass": "dynamic-int8"}, "onnx", (8, 16)),
     "minilm-dynamic-int8-openvino": ("minilm", {"pass": "dynamic-int8"}, "openvino", (8, 16)),
+    "minilm-static-int8-onnx": ("minilm", {"pass": "static-int8"}, "onnx", (32, 128)),
+    "minilm-static-int8-openvino": ("minilm", {"pass": "static-int8"}, "openvino", (32, 128)),
     "smollm-weight-only": (
         "smollm",
         {"pass": "weight-only", "bits": 4, "group_size": 64},

@@ -35,3 +35,8 @@ def press(job_dir: Path) -> tuple[Manifest, Report, list[Frame]]:
     frames: list[Frame] = []
     manifest = pipeline.run(job_dir, frames.append)
     return manifest, Report.model_validate_json((job_dir / "out" / "report.json").read_bytes()), frames
+
+
+def graph_bytes(artifact: Path) -> int:
+    """Of the files that hold the graph and its weights, which a plan estimates: without tokenizer and configs."""
+    return sum(file.stat().st_size for file in artifact.iterdir() if file.suffix in {".onnx", ".data", ".xml", ".bin"})

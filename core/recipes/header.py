@@ -115,6 +115,13 @@ class ModelHeader(BaseModel):
         return self.task == "causal-lm"
 
     @property
+    def tied_table(self) -> TensorInfo | None:
+        """A language model's one matrix with a row a token: it is both looked up in and multiplied by. None: the head has its own, or there is none."""
+        rows = self.config.get("vocab_size")
+        tables = [one for one in self.tensors if len(one.shape) == 2 and one.shape[0] == rows]
+        return tables[0] if self.task in {"causal-lm", "masked-lm"} and len(tables) == 1 else None
+
+    @property
     def sees_images(self) -> bool:
         return self.model_type in VISION
 

@@ -269,12 +269,18 @@ def stored(recipe: Recipe, header: ModelHeader) -> ModelHeader:
 
 
 def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
+    left = _chain(recipe, header)[1]
+    tensors = left.tensors
+    if left.tied_table is not None and any(one.scope == "graph" for one in recipe.passes):
+        # Rows of the one are looked up, columns of the other multiplied by, and each has codes of its own.
+        tensors += (left.tied_table,)
     total = 0
-    for tensor in _chain(recipe, header)[1].tensors:
+    for tensor in tensors:
         size = tensor.size
         for one in recipe.passes:
             size = min(size, one.stored_bytes(tensor))
         total += export.stored_bytes(tensor) if size == tensor.size else size
+        total += export.text_bytes(tensor)
     return total
 
 

@@ -11,8 +11,11 @@ import pytest
 from core.handoff.frames import Frame, Metric, Progress
 from core.handoff.manifest import Manifest, describe_folder
 from core.handoff.report import Report
+from core.handoff.spec import SOURCE_DIR, JobSpec
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.plan import make_plan
 from tests.models import bert_tiny_dir
-from tests.press import lay_out, press
+from tests.press import graph_bytes, lay_out, press
 
 
 class Done(NamedTuple):
@@ -66,6 +69,15 @@ def test_the_artifacts_are_half_the_size_or_less_although_embeddings_are_tied(do
         assert one.size_bytes < 0.6 * done.report.source.size_bytes
     assert done.report.verdict == "accepted"
     assert len(done.report.gates) == 4
+
+
+@pytest.mark.parametrize("export", ["onnx", "openvino"])
+def test_the_plan_says_how_large_a_graph_will_be(done: Done, export: str):
+    estimate = make_plan(
+        JobSpec.load(done.folder).recipe, inspect_model(FolderFiles(done.folder / SOURCE_DIR))
+    ).estimate
+    assert estimate is not None
+    assert graph_bytes(done.folder / "out" / export) == pytest.approx(estimate.output_bytes[export], rel=0.02)
 
 
 def test_fidelity_has_its_interval_and_the_source_none(done: Done):
