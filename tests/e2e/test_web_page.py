@@ -12,11 +12,13 @@ from playwright.sync_api import expect
 from client import Client
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
+from core.jobs.records import Worker
 from core.webhooks.courier import Courier
 from core.webhooks.signing import open_keeper, verify
 from core.webhooks.store import WebhookStore
 from tests.browser import DESKTOP, Browser, Seen, chromium, overflows, violations
 from tests.face import RECIPE, Face
+from tests.jobs import GB
 from tests.receiver import Receiver, reply
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"> nightly"
@@ -108,10 +110,12 @@ def test_a_key_in_the_address_is_taken_and_leaves_it(browser: Browser, face: Fac
 def test_every_view_is_usable_by_all_and_asks_no_other_origin(
     browser: Browser, face: Face, finished: list[str], look: dict[str, Any]
 ):
-    with signed_in(browser, face, **look) as seen:
+    with face.client() as one, signed_in(browser, face, **look) as seen:
         page = seen.page
+        wide = one.webhooks.create(f"http://127.0.0.1:9/{'longaddress/' * 12}", events=["job.failed"]).webhook
         for view in (
             *VIEWS,
+            f"/webhooks/{wide.id}",
             f"/jobs/{finished[0]}",
             f"/jobs/{finished[2]}",
             f"/compare?job={finished[0]}&job={finished[1]}",
@@ -124,8 +128,23 @@ def test_every_view_is_usable_by_all_and_asks_no_other_origin(
             assert violations(page) == [], view
             assert overflows(page) == [], view
             assert page.title().endswith("Nightpress"), view
+        one.webhooks.delete(wide.id)
         assert {url.split("/")[2] for url in seen.requests if url.startswith("http")} == {face.url.split("/")[2]}
         assert seen.complaints == []
+
+
+def test_a_worker_shows_how_much_of_its_gpus_memory_is_in_use(browser: Browser, face: Face):
+    gpu = Worker("wkr_gpu", "gpu-host", "gpu", "NVIDIA H100", 80 * GB, 16, "0.1.0", False, 85 * GB, 31 * GB)
+    face.store.heartbeat_worker(gpu)
+    face.store.heartbeat_worker(Worker("wkr_cpu", "cpu-host", "cpu", "cpu", 20 * GB, 2, "0.1.0"))
+    with signed_in(browser, face, "/workers") as seen:
+        page = seen.page
+        memory = page.wait_for_selector("tr:has-text('gpu-host') progress")
+        assert memory.get_attribute("aria-label") == "31.0 GB of 85.0 GB of GPU memory in use"
+        assert page.inner_text("tr:has-text('cpu-host') td[data-of=Memory]") == "20.0 GB"
+        assert violations(page) == []
+    for worker in ("wkr_gpu", "wkr_cpu"):
+        face.store.remove_worker(worker)
 
 
 @pytest.mark.parametrize(("viewport", "dark"), [(DESKTOP, False), (NARROW, True)])
@@ -288,7 +307,7 @@ def test_a_key_is_made_with_scopes_and_an_expiry_shown_once_rotated_and_revoked(
         page = seen.page
         page.get_by_label("Name").fill("robot")
         page.get_by_label("Days until it expires").fill("30")
-        page.get_by_label("keys:write").uncheck()
+        page.get_by_label("keys:read").check()
         page.click("button:has-text('Make it')")
         made = page.wait_for_selector("dialog pre").inner_text()
         page.click("dialog button:has-text('I have it')")

@@ -7,6 +7,8 @@ import { badge, button, confirmed, empty, facts, field, heading, row, show, show
 import { QUOTAS, used } from "./tenants.js";
 
 const COLUMNS = ["Key", "State", "Scopes", "Made", "Expires", "Last used", ""];
+/** What a key that submits jobs and fetches results needs; more is given on purpose. */
+const USUAL = new Set(["jobs:read", "jobs:write", "models:read", "models:write"]);
 const OVERLAPS = [[0, "not at all"], [3600, "an hour"], [86_400, "a day"], [7 * 86_400, "a week"]];
 
 export async function access(main, { signal, query, go }) {
@@ -74,7 +76,7 @@ function overlapOf(key) {
 function make(me, tenant, again) {
   const name = h("input", { maxlength: 100, placeholder: "ci", required: true });
   const days = h("input", { type: "number", min: 1, max: 3650, placeholder: "never" });
-  const scopes = me.scopes.map((one) => h("input", { type: "checkbox", value: one, id: `scope-${one}`, checked: one !== "admin" }));
+  const scopes = me.scopes.map((one) => h("input", { type: "checkbox", value: one, id: `scope-${one}`, checked: USUAL.has(one) }));
   const place = h("div");
   const form = h("form", { class: "card narrow" }, h("h2", {}, tenant === me.tenant_id ? "Make a key" : `Make a key for ${tenant}`), place, field("Name", name), field("Days until it expires", days),
     h("fieldset", {}, h("legend", {}, "It may"), scopes.map((one) => h("p", { class: "check" }, one, h("label", { for: one.id }, one.value)))), h("button", {}, "Make it"));
