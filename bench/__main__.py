@@ -13,6 +13,7 @@ BENCHES = (
     "submit",
     "queue",
     "streams",
+    "web",
     "recovery",
     "storage",
     "stream",

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import typer
@@ -22,6 +24,7 @@ from core.settings import Settings, load_settings
 from core.version import VERSION
 
 _LOW_DISK = 5 * 1000**3
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _CONSUMERS = ("transformers", "compressed-tensors", "onnxruntime", "openvino")
 
 
@@ -83,7 +86,7 @@ def examine(session: Session, settings: Settings) -> Iterator[Check]:
             if key.value:
                 yield _check_workers(client)
     yield _check_disk(settings)
-    yield _check_torch()
+    yield from _check_torch()
 
 
 _MEND = {
@@ -149,13 +152,18 @@ def _check_key(client: Client, key: str | None, source: str) -> Check:
 def _check_workers(client: Client) -> Check:
     try:
         alive = [one for one in client.workers() if one.state != "lost"]
+        served = {one.queue for one in alive}
+        unserved = [one for one in client.queues() if one.queued and one.name not in served]
     except ApiError as error:
         return Check("workers", "warning", error.message, error.hint)
+    found = ", ".join(f"{one.queue} on {one.host} ({one.state})" for one in alive) or "none; jobs will wait"
+    if unserved:
+        waiting = " and ".join(f"{one.queued} waiting in the queue {one.name}" for one in unserved)
+        starts = " or ".join(f"`NIGHTPRESS_WORKER_QUEUE={one.name} python -m worker`" for one in unserved)
+        return Check("workers", "failed", f"{found}; {waiting}, which no worker serves", f"Start one with {starts}.")
     if not alive:
-        return Check(
-            "workers", "failed", "none; jobs will wait", "Start one with `python -m worker`; its log says why it can't."
-        )
-    return Check("workers", "ok", ", ".join(f"{one.queue} on {one.host} ({one.state})" for one in alive))
+        return Check("workers", "failed", found, "Start one with `python -m worker`; its log says why it can't.")
+    return Check("workers", "ok", found)
 
 
 def _check_disk(settings: Settings) -> Check:
@@ -172,34 +180,65 @@ def _check_disk(settings: Settings) -> Check:
     return Check("disk", "ok", found)
 
 
-def _check_torch() -> Check:
+_PROBE = """
+import json, torch
+gpus = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": [[one.name, one.total_memory] for one in gpus]}))
+"""
+
+
+def _check_torch() -> Iterator[Check]:
     if importlib.util.find_spec("torch") is None:
-        return Check(
+        yield Check(
             "torch",
             "warning",
             "not installed: this machine can't press, only submit",
             "`pip install 'nightpress[compress]' -r requirements-cpu.txt`",
         )
+        return
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _CONSUMERS if _installed(name)]
     missing = [name for name in _CONSUMERS if not _installed(name)]
-    # In a process of its own: a broken driver can crash an import, and this one needn't hold torch.
-    probe = "import torch; print(torch.__version__, '|', ', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or 'no GPU')"
     try:
-        seen = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
+        # In a process of its own: a broken driver can crash an import, and this one needn't hold torch.
+        seen = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=60, check=True)
     except (subprocess.SubprocessError, OSError) as error:
-        return Check(
+        yield Check(
             "torch",
             "failed",
             f"installed, but it can't be imported: {type(error).__name__}",
             "Reinstall it: `pip install --force-reinstall -r requirements-cpu.txt`",
         )
-    version, _, gpus = seen.stdout.strip().partition(" | ")
-    found = f"torch {version}, {gpus}; {', '.join(versions)}"
+        return
+    probed = json.loads(seen.stdout)
+    found = ", ".join([f"torch {probed['torch']}", *versions])
     if missing:
-        return Check(
+        yield Check(
             "torch", "warning", f"{found}; missing {', '.join(missing)}", "`pip install 'nightpress[compress]'`"
         )
-    return Check("torch", "ok", found)
+    else:
+        yield Check("torch", "ok", found)
+    yield check_gpu(driver=_NVIDIA_DRIVER.exists(), cuda=probed["cuda"], gpus=probed["gpus"])
+
+
+def check_gpu(*, driver: bool, cuda: str | None, gpus: list[tuple[str, int]]) -> Check:
+    """What torch finds, beside whether NVIDIA's driver is loaded. `cuda`: the version that torch was built for; gpus: name, bytes."""
+    if gpus:
+        return Check("GPU", "ok", ", ".join(f"{name} with {output.size_text(memory)}" for name, memory in gpus))
+    if not driver:
+        return Check("GPU", "ok", "none, and none is needed: jobs of the queue cpu run here")
+    if cuda is None:
+        return Check(
+            "GPU",
+            "warning",
+            "NVIDIA's driver is loaded, but torch is its CPU build",
+            "Install torch's CUDA build: docs/how-to/gpu-worker.md has the command.",
+        )
+    return Check(
+        "GPU",
+        "warning",
+        f"NVIDIA's driver is loaded, but torch, built for CUDA {cuda}, finds no GPU",
+        f"Is the driver new enough for CUDA {cuda} (`nvidia-smi` says up to which), and does CUDA_VISIBLE_DEVICES hide none?",
+    )
 
 
 def _installed(name: str) -> bool:

@@ -1,5 +1,6 @@
 """The web page in a real browser, against a real API; a worker's part is played by hand."""
 
+import datetime as dt
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,13 @@ from playwright.sync_api import expect
 from client import Client
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
+from core.jobs.records import Worker
 from core.webhooks.courier import Courier
 from core.webhooks.signing import open_keeper, verify
 from core.webhooks.store import WebhookStore
 from tests.browser import DESKTOP, Browser, Seen, chromium, overflows, violations
 from tests.face import RECIPE, Face
+from tests.jobs import GB
 from tests.receiver import Receiver, reply
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"> nightly"
@@ -107,10 +110,12 @@ def test_a_key_in_the_address_is_taken_and_leaves_it(browser: Browser, face: Fac
 def test_every_view_is_usable_by_all_and_asks_no_other_origin(
     browser: Browser, face: Face, finished: list[str], look: dict[str, Any]
 ):
-    with signed_in(browser, face, **look) as seen:
+    with face.client() as one, signed_in(browser, face, **look) as seen:
         page = seen.page
+        wide = one.webhooks.create(f"http://127.0.0.1:9/{'longaddress/' * 12}", events=["job.failed"]).webhook
         for view in (
             *VIEWS,
+            f"/webhooks/{wide.id}",
             f"/jobs/{finished[0]}",
             f"/jobs/{finished[2]}",
             f"/compare?job={finished[0]}&job={finished[1]}",
@@ -123,8 +128,23 @@ def test_every_view_is_usable_by_all_and_asks_no_other_origin(
             assert violations(page) == [], view
             assert overflows(page) == [], view
             assert page.title().endswith("Nightpress"), view
+        one.webhooks.delete(wide.id)
         assert {url.split("/")[2] for url in seen.requests if url.startswith("http")} == {face.url.split("/")[2]}
         assert seen.complaints == []
+
+
+def test_a_worker_shows_how_much_of_its_gpus_memory_is_in_use(browser: Browser, face: Face):
+    gpu = Worker("wkr_gpu", "gpu-host", "gpu", "NVIDIA H100", 80 * GB, 16, "0.1.0", False, 85 * GB, 31 * GB)
+    face.store.heartbeat_worker(gpu)
+    face.store.heartbeat_worker(Worker("wkr_cpu", "cpu-host", "cpu", "cpu", 20 * GB, 2, "0.1.0"))
+    with signed_in(browser, face, "/workers") as seen:
+        page = seen.page
+        memory = page.wait_for_selector("tr:has-text('gpu-host') progress")
+        assert memory.get_attribute("aria-label") == "31.0 GB of 85.0 GB of GPU memory in use"
+        assert page.inner_text("tr:has-text('cpu-host') td[data-of=Memory]") == "20.0 GB"
+        assert violations(page) == []
+    for worker in ("wkr_gpu", "wkr_cpu"):
+        face.store.remove_worker(worker)
 
 
 @pytest.mark.parametrize(("viewport", "dark"), [(DESKTOP, False), (NARROW, True)])
@@ -282,20 +302,70 @@ def test_a_models_page_says_what_its_name_points_at_and_can_point_back(browser: 
         assert "manual" in page.inner_text("tbody tr:first-child")
 
 
-def test_a_key_is_made_shown_once_and_revoked(browser: Browser, face: Face):
+def test_a_key_is_made_with_scopes_and_an_expiry_shown_once_rotated_and_revoked(browser: Browser, face: Face):
     with signed_in(browser, face, "/access") as seen:
         page = seen.page
         page.get_by_label("Name").fill("robot")
+        page.get_by_label("Days until it expires").fill("30")
+        page.get_by_label("keys:read").check()
         page.click("button:has-text('Make it')")
         made = page.wait_for_selector("dialog pre").inner_text()
-        with Client(face.url, made) as one:
-            assert one.jobs.list() is not None
         page.click("dialog button:has-text('I have it')")
         page.wait_for_selector("tr:has-text('robot')")
         assert made not in page.content()
-        page.click("tr:has-text('robot') button:has-text('Revoke')")
+        with Client(face.url, made) as one:
+            me = one.me()
+            assert me.key_id in page.inner_text("tr:has-text('robot')")
+            assert {"jobs:write", "keys:read"} <= set(me.scopes)
+            assert {"keys:write", "admin"}.isdisjoint(me.scopes)
+            ends = one.keys.get(me.key_id).expires_at
+        assert ends is not None
+        assert 29 < (ends - dt.datetime.now(dt.UTC)) / dt.timedelta(days=1) <= 30
+
+        page.click(f"button[aria-label='Rotate {me.key_id}']")
+        page.get_by_label("The old one works on for").select_option("not at all")
+        assert violations(page) == []
+        page.click("dialog button:has-text('Make the new key')")
+        renewed = page.wait_for_selector("dialog pre").inner_text()
+        page.click("dialog button:has-text('I have it')")
+        page.wait_for_selector(f"tr:has-text('{me.key_id} robot'):not(:has-text('after')) .badge:has-text('expired')")
+        page.wait_for_selector(f"tr:has-text('after {me.key_id}') .badge:has-text('active')")
+        with Client(face.url, renewed) as one:
+            assert one.me().scopes == me.scopes
+        page.click(f"tr:has-text('after {me.key_id}') button:has-text('Revoke')")
         page.click("dialog button[value=yes]")
-        page.wait_for_selector("tr:has-text('robot') .badge:has-text('revoked')")
+        page.wait_for_selector(f"tr:has-text('after {me.key_id}') .badge:has-text('revoked')")
+
+
+def test_who_rotates_the_key_in_use_stays_signed_in_with_its_successor(browser: Browser, face: Face):
+    with face.client() as one:
+        own = one.keys.create("visitor", ["jobs:read", "keys:read", "keys:write"]).key
+    with browser.open(f"{face.url}/#key={own}") as seen:
+        page = seen.page
+        page.click("nav a:has-text('Keys')")
+        page.click("tr:has-text('in use') button:has-text('Rotate')")
+        page.get_by_label("The old one works on for").select_option("not at all")
+        page.click("dialog button:has-text('Make the new key')")
+        renewed = page.wait_for_selector("dialog pre").inner_text()
+        page.click("dialog button:has-text('I have it')")
+        page.wait_for_selector("tr:has-text('after'):has-text('in use')")
+        page.click("nav a:has-text('Jobs')")
+        page.wait_for_selector("h1:has-text('Jobs')")
+        assert page.evaluate("sessionStorage.getItem('nightpress.key')") == renewed
+        assert page.evaluate("localStorage.length") == 0
+
+
+def test_text_to_copy_has_its_button_only_where_the_browser_lends_its_clipboard(browser: Browser, face: Face):
+    with signed_in(browser, face, "/schedules") as seen:
+        seen.page.wait_for_selector(".empty pre:has-text('nightpress schedule add')")
+        assert seen.page.locator(".empty button:text-is('Copy')").count() == 1
+    with signed_in(browser, face) as seen:
+        page = seen.page
+        page.wait_for_selector("h1:has-text('Jobs')")
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as over plain http
+        page.evaluate("location.hash = '#/schedules'")
+        page.wait_for_selector(".empty pre:has-text('nightpress schedule add')")
+        assert page.locator(".empty button").count() == 0
 
 
 def test_a_webhook_is_made_tried_looked_into_rotated_switched_off_and_deleted(browser: Browser, face: Face):
@@ -373,6 +443,21 @@ def test_an_administrator_sees_what_tenants_use_and_sets_their_quotas(browser: B
         page.click("form button:has-text('Save')")
         page.wait_for_selector("tr:has-text('default') td[data-of='Running']:text-is('0')")
         assert one.tenants.get("default").own.max_running_jobs is None
+
+        page.get_by_label("Name").fill("search-team")
+        page.click("button:has-text('To its keys')")
+        page.wait_for_selector("h1:has-text('Keys of search-team')")
+        page.wait_for_selector(".empty:has-text('No keys')")
+        page.get_by_label("Name").fill("theirs")
+        page.click("button:has-text('Make it')")
+        theirs = page.wait_for_selector("dialog pre").inner_text()
+        page.click("dialog button:has-text('I have it')")
+        page.wait_for_selector("tr:has-text('theirs')")
+        assert violations(page) == []
+        with Client(face.url, theirs) as their:
+            assert their.me().tenant_id == "search-team"
+        page.click("text=Tenants and quotas")
+        page.wait_for_selector("a[aria-label='Keys of search-team']")
 
 
 def test_artifacts_that_others_beat_are_greyed(browser: Browser, face: Face, finished: list[str]):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from client.cli.comparison import comparison_rows
-from client.cli.doctor import examine
+from client.cli.doctor import check_gpu, examine
 from client.cli.session import Session
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
@@ -323,6 +323,34 @@ def test_doctor_tells_a_wrong_key_and_looks_itself_where_no_api_answers(face: Fa
         "failed",
         "ok",
     ]
+
+
+def test_doctor_sees_jobs_that_no_worker_will_take(face: Face, model_id: str):
+    with face.client() as one:
+        job = one.jobs.submit(model_id, RECIPE)
+        checks = {check.name: check for check in islice(examine(Session(face.url), face.settings), 8)}
+        one.jobs.cancel(job.id)
+    assert checks["workers"].status == "failed"
+    assert "waiting in the queue cpu, which no worker serves" in checks["workers"].found
+    assert "NIGHTPRESS_WORKER_QUEUE=cpu python -m worker" in checks["workers"].mend
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "gpus", "status", "said"),
+    [
+        (False, None, [], "ok", "none is needed"),
+        (True, "12.8", [("NVIDIA H100 80GB HBM3", 85_000_000_000)], "ok", "NVIDIA H100 80GB HBM3 with 85.0 GB"),
+        (True, None, [], "warning", "CPU build"),
+        (True, "12.8", [], "warning", "built for CUDA 12.8, finds no GPU"),
+    ],
+)
+def test_doctor_tells_why_torch_finds_no_gpu_and_what_to_do(
+    driver: bool, cuda: str | None, gpus: list[tuple[str, int]], status: str, said: str
+):
+    check = check_gpu(driver=driver, cuda=cuda, gpus=gpus)
+    assert check.status == status
+    assert said in check.found
+    assert bool(check.mend) == (status != "ok")
 
 
 def test_the_command_starts_without_torch_and_fast():

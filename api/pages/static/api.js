@@ -20,6 +20,11 @@ export function keep(value, onThisDevice) {
   (onThisDevice ? localStorage : sessionStorage).setItem(KEY, value);
 }
 
+/** Go on with another key, kept where the one before it is. */
+export function replace(value) {
+  keep(value, localStorage.getItem(KEY) !== null);
+}
+
 export function forget() {
   sessionStorage.removeItem(KEY);
   localStorage.removeItem(KEY);

@@ -116,8 +116,10 @@ export function show(dialog) {
   dialog.showModal();
 }
 
+/** Text to take along. Browsers lend the clipboard only over https and on localhost: elsewhere the text is selected by hand. */
 export function copyable(text) {
   const pre = h("pre", { tabindex: "0" }, text);
+  if (!navigator.clipboard) return h("div", {}, pre);
   const copy = h("button", { type: "button", class: "small" }, "Copy");
   copy.addEventListener("click", async () => {
     await navigator.clipboard.writeText(text);

@@ -1,59 +1,93 @@
-// The key that is in use, and the tenant's others.
+// The key that is in use, and the tenant's others; for administrators another tenant's too.
 
-import { change, get, post } from "../api.js";
+import { change, get, post, replace } from "../api.js";
 import { fill, h } from "../dom.js";
 import { age, moment } from "../format.js";
-import { badge, button, confirmed, copyable, empty, facts, field, heading, row, shownOnce, table, trouble } from "../parts.js";
+import { badge, button, confirmed, empty, facts, field, heading, row, show, shownOnce, table, trouble } from "../parts.js";
 import { QUOTAS, used } from "./tenants.js";
 
 const COLUMNS = ["Key", "State", "Scopes", "Made", "Expires", "Last used", ""];
+/** What a key that submits jobs and fetches results needs; more is given on purpose. */
+const USUAL = new Set(["jobs:read", "jobs:write", "models:read", "models:write"]);
+const OVERLAPS = [[0, "not at all"], [3600, "an hour"], [86_400, "a day"], [7 * 86_400, "a week"]];
 
-export async function access(main, { signal, go }) {
+export async function access(main, { signal, query, go }) {
   const me = await get("/v1/me", {}, signal);
+  const tenant = query.get("tenant") || me.tenant_id;
   const place = h("div");
-  fill(main, heading("Keys", me.scopes.includes("admin") ? h("a", { class: "button", href: "#/tenants" }, "Tenants and quotas") : null),
+  const again = () => go(address(tenant));
+  fill(main, heading(tenant === me.tenant_id ? "Keys" : `Keys of ${tenant}`, me.scopes.includes("admin") ? h("a", { class: "button", href: "#/tenants" }, "Tenants and quotas") : null),
     h("section", { class: "card" }, h("h2", {}, "The key in use"),
       facts([["Tenant", h("code", {}, me.tenant_id)], ["Key", h("code", {}, me.key_id)], ["It may", me.scopes.map((one) => h("span", { class: "label" }, one))],
         ...(me.usage ? QUOTAS.map((quota) => [quota[1].split(",")[0], used(quota, me.quotas, me.usage)]) : [])])),
     place);
   try {
-    const page = await get("/v1/keys", { limit: 200 }, signal);
-    fill(place, page.items.length === 0 ? empty("No other keys.") : table("Keys", COLUMNS, page.items.map((one) => draw(one, me, go))), make(me, go));
+    const page = await get("/v1/keys", { tenant_id: tenant, cursor: query.get("cursor"), limit: 50 }, signal);
+    fill(place,
+      page.items.length === 0 ? empty("No keys.") : table("Keys", COLUMNS, page.items.map((one) => draw(one, me, again))),
+      page.next_cursor ? h("nav", { class: "pages", "aria-label": "Pages" }, h("a", { href: address(tenant, page.next_cursor) }, "More")) : null,
+      make(me, tenant, again));
   } catch (error) {
-    if (error.status !== 403) throw error;
+    if (error.status !== 403 || tenant !== me.tenant_id) throw error;
     fill(place, h("p", { class: "quiet" }, "A key with the scope keys:read sees the others, one with keys:write makes them."));
   }
 }
 
-function draw(key, me, go) {
+function address(tenant, cursor = "") {
+  return `#/access?${new URLSearchParams({ tenant, ...(cursor ? { cursor } : {}) })}`;
+}
+
+function draw(key, me, again) {
   const state = key.revoked_at ? "revoked" : key.expires_at && Date.parse(key.expires_at) < Date.now() ? "expired" : "active";
+  const own = key.id === me.key_id;
   return row(COLUMNS, [
-    h("span", {}, h("code", {}, key.id), key.name ? ` ${key.name}` : "", key.id === me.key_id ? h("small", { class: "quiet" }, " in use") : null),
+    h("span", {}, h("code", {}, key.id), key.name ? ` ${key.name}` : "", own ? h("small", { class: "quiet" }, " in use") : null,
+      key.rotated_from ? h("small", { class: "quiet" }, " after ", h("code", {}, key.rotated_from)) : null),
     badge(state), key.scopes.join(", "), age(key.created_at), key.expires_at ? moment(key.expires_at) : "never", key.last_used_at ? age(key.last_used_at) : "never",
     state !== "active" ? "" : h("div", { class: "row" },
       button("Rotate", async () => {
-        shown(await post(`/v1/keys/${key.id}/rotate`, {}), go);
+        const overlap = await overlapOf(key);
+        if (overlap === null) return;
+        const made = (await post(`/v1/keys/${key.id}/rotate`, { overlap_s: overlap })).key;
+        if (own) replace(made);
+        shown(made, again);
       }, { tone: "small", label: `Rotate ${key.id}` }),
       button("Revoke", async () => {
-        if (!(await confirmed(`Revoke the key ${key.id}? Whoever uses it is shut out at once.`, "Revoke it"))) return;
+        if (!(await confirmed(`Revoke the key ${key.id}? ${own ? "You are signed in with it, and are shut out" : "Whoever uses it is shut out"} at once.`, "Revoke it"))) return;
         await change("DELETE", `/v1/keys/${key.id}`);
-        go("#/access");
+        again();
       }, { tone: "small bad", label: `Revoke ${key.id}` })),
   ]);
 }
 
-function make(me, go) {
+/** For how many seconds the old key is to work beside its successor; null: no successor after all. */
+function overlapOf(key) {
+  const choice = h("select", {}, OVERLAPS.map(([seconds, text]) => h("option", { value: seconds, selected: seconds === 3600 }, text)));
+  return new Promise((resolve) => {
+    const dialog = h("dialog", { "aria-labelledby": "rotated" },
+      h("h2", { id: "rotated" }, `Rotate ${key.id}?`), h("p", {}, "Its successor has the same name, scopes and expiry."),
+      h("form", { method: "dialog" }, field("The old one works on for", choice),
+        h("div", { class: "row" }, h("button", { value: "yes", class: "primary" }, "Make the new key"), h("button", { value: "no" }, "Cancel"))));
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes" ? Number(choice.value) : null));
+    show(dialog);
+  });
+}
+
+function make(me, tenant, again) {
   const name = h("input", { maxlength: 100, placeholder: "ci", required: true });
   const days = h("input", { type: "number", min: 1, max: 3650, placeholder: "never" });
-  const scopes = me.scopes.map((one) => h("input", { type: "checkbox", value: one, id: `scope-${one}`, checked: one !== "admin" }));
+  const scopes = me.scopes.map((one) => h("input", { type: "checkbox", value: one, id: `scope-${one}`, checked: USUAL.has(one) }));
   const place = h("div");
-  const form = h("form", { class: "card narrow" }, h("h2", {}, "Make a key"), place, field("Name", name), field("Days until it expires", days),
+  const form = h("form", { class: "card narrow" }, h("h2", {}, tenant === me.tenant_id ? "Make a key" : `Make a key for ${tenant}`), place, field("Name", name), field("Days until it expires", days),
     h("fieldset", {}, h("legend", {}, "It may"), scopes.map((one) => h("p", { class: "check" }, one, h("label", { for: one.id }, one.value)))), h("button", {}, "Make it"));
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     try {
       const expires = days.value ? new Date(Date.now() + Number(days.value) * 86_400_000).toISOString() : null;
-      shown(await post("/v1/keys", { name: name.value.trim(), scopes: scopes.filter((one) => one.checked).map((one) => one.value), ...(expires ? { expires_at: expires } : {}) }), go);
+      shown((await post("/v1/keys", {
+        name: name.value.trim(), scopes: scopes.filter((one) => one.checked).map((one) => one.value),
+        ...(expires ? { expires_at: expires } : {}), ...(tenant === me.tenant_id ? {} : { tenant_id: tenant }),
+      })).key, again);
     } catch (error) {
       fill(place, trouble(error));
     }
@@ -61,6 +95,6 @@ function make(me, go) {
   return form;
 }
 
-function shown(made, go) {
-  shownOnce("The new key", "Copy it now: it is kept only as a hash and can't be shown again.", made.key, () => go("#/access"));
+function shown(key, then) {
+  shownOnce("The new key", "Copy it now: it is kept only as a hash and can't be shown again.", key, then);
 }

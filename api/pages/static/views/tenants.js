@@ -23,12 +23,12 @@ export function used([name, , use, text], quotas, usage) {
   return bound ? `${text(usage[use])} of ${bound}` : text(usage[use]);
 }
 
-export async function tenants(main, { signal, query }) {
+export async function tenants(main, { signal, query, go }) {
   const notice = h("div");
   const place = h("div");
   const pages = h("nav", { class: "pages", "aria-label": "Pages" });
   const editing = h("div");
-  fill(main, h("p", { class: "crumbs" }, h("a", { href: "#/access" }, "Keys")), heading("Tenants"), notice, editing, place, pages);
+  fill(main, h("p", { class: "crumbs" }, h("a", { href: "#/access" }, "Keys")), heading("Tenants"), notice, editing, place, pages, fresh(go));
   await poll(signal, 10, load, (error) => fill(notice, trouble(error)));
 
   async function load() {
@@ -37,10 +37,22 @@ export async function tenants(main, { signal, query }) {
     fill(pages, page.next_cursor ? h("a", { href: `#/tenants?cursor=${encodeURIComponent(page.next_cursor)}` }, "More") : null);
     if (page.items.length === 0) fill(place, empty("No tenants yet."));
     else fill(place, table("Tenants, with what they use", COLUMNS, page.items.map((one) => row(COLUMNS, [
-      h("code", {}, one.id), QUOTAS.map((quota) => used(quota, one.quotas, one.usage)),
+      h("a", { href: `#/access?${new URLSearchParams({ tenant: one.id })}`, "aria-label": `Keys of ${one.id}` }, h("code", {}, one.id)), QUOTAS.map((quota) => used(quota, one.quotas, one.usage)),
       button("Quotas", async () => fill(editing, form(await get(`/v1/admin/tenants/${encodeURIComponent(one.id)}`, {}, signal), load)), { tone: "small", label: `Quotas of ${one.id}` }),
     ].flat()))));
   }
+}
+
+/** A tenant is the name that its keys carry: its first key makes it. */
+function fresh(go) {
+  const name = h("input", { required: true, maxlength: 64, pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", placeholder: "search-team" });
+  return h("form", {
+    class: "card narrow",
+    onsubmit: (event) => {
+      event.preventDefault();
+      go(`#/access?${new URLSearchParams({ tenant: name.value.trim() })}`);
+    },
+  }, h("h2", {}, "New tenant"), field("Name", name, "Its first key makes it."), h("button", {}, "To its keys"));
 }
 
 /** What stands in a field is the tenant's own; an empty one leaves it to the installation, 0 means no bound. */
