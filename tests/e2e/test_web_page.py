@@ -34,7 +34,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
-    face = Face(tmp_path_factory.mktemp("face"), webhook_networks=["127.0.0.0/8"])
+    face = Face(tmp_path_factory.mktemp("face"), webhook_networks=["127.0.0.0/8"], source_prefixes=["s3://released"])
     face.start()
     yield face
     face.close()
@@ -282,6 +282,28 @@ def test_a_schedule_is_made_edited_suspended_and_deleted(browser: Browser, face:
         page.wait_for_selector("dd:has-text('0 3 * * *')")
         page.click("button:has-text('Suspend')")
         page.wait_for_selector("dd .badge:has-text('suspended')")
+        assert violations(page) == []
+        page.click("button:has-text('Delete')")
+        page.click("dialog button[value=yes]")
+        page.wait_for_selector(".empty:has-text('No schedules yet')")
+
+
+def test_a_schedule_that_fetches_its_model_from_a_bucket_is_made_and_moved(browser: Browser, face: Face):
+    with signed_in(browser, face, "/schedules") as seen:
+        page = seen.page
+        page.click("text=New schedule")
+        page.get_by_label("Name").fill("from-bucket")
+        page.get_by_label("Model", exact=True).fill("brought-by-night")
+        page.get_by_label("Fetched from").fill("s3://elsewhere/minilm")
+        page.click("form button:has-text('Create')")
+        assert "s3://elsewhere" in page.wait_for_selector("form [role=alert]").inner_text()
+        page.get_by_label("Fetched from").fill("s3://released/minilm")
+        page.click("form button:has-text('Create')")
+        page.wait_for_selector("dd code:has-text('s3://released/minilm')")
+        page.click("button:has-text('Edit')")
+        page.get_by_label("Fetched from").fill("s3://released/minilm-2")
+        page.click("form button:has-text('Save')")
+        page.wait_for_selector("dd code:has-text('s3://released/minilm-2')")
         assert violations(page) == []
         page.click("button:has-text('Delete')")
         page.click("dialog button[value=yes]")

@@ -81,7 +81,7 @@ function bring(go) {
   const form = h("form", { class: "card narrow" },
     h("h2", {}, "Bring a model from the server"), place,
     field("Name", name, "Lower-case letters, digits, dots and dashes."),
-    field("Folder, `s3://` or `hf://` address", path, "Folders, prefixes and organisations that the operator allowed. A folder of your own: nightpress submit ./folder."),
+    field("Folder, s3:// or hf:// address", path, "Folders, prefixes and organisations that the operator allowed. A folder of your own: nightpress submit ./folder."),
     h("button", {}, "Bring it"));
   form.addEventListener("submit", async (event) => {
     event.preventDefault();

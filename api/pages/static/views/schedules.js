@@ -84,6 +84,7 @@ export async function schedule(main, { signal, go }, id) {
           ["When", h("span", {}, h("code", {}, one.cron), " ", one.timezone)],
           ["Next", one.upcoming.length ? one.upcoming.slice(0, 3).map((at) => h("div", {}, h("time", { datetime: at }, `${moment(at)} (${age(at)})`))) : null],
           ["Presses", pressed(one.job)],
+          ["Fetched from", one.source ? h("code", {}, one.source) : null],
           ["If the last still runs", words(one.overlap)],
           ["Missed fires", one.catch_up === "none" ? "left out" : one.catch_up === "latest" ? "the latest is made up" : "all are made up"],
           ["Only if the model changed", one.only_if_changed ? "yes" : "no"],
@@ -105,7 +106,8 @@ async function form(signal, go, existing = null) {
   const cron = h("input", { required: true, value: existing?.cron ?? "0 2 * * *" });
   const zone = h("input", { required: true, value: existing?.timezone ?? Intl.DateTimeFormat().resolvedOptions().timeZone });
   const names = [...new Set([...(job.model ? [job.model] : []), ...models.items.map((one) => one.name)])];
-  const model = h("select", { required: true }, names.map((one) => h("option", { value: one, selected: one === job.model }, one)));
+  const model = h("input", { required: true, maxlength: 128, list: "known-models", value: job.model ?? names[0] ?? "" });
+  const source = h("input", { maxlength: 1024, required: Boolean(existing?.source), placeholder: "s3://models/released/minilm", value: existing?.source ?? "" });
   const recipe = h("select", {}, own ? h("option", { value: "", selected: true }, `${job.recipe.name} (as it is)`) : null, recipes.items.map((one) => h("option", { value: one.name, selected: one.name === job.recipe }, one.name)));
   const choice = (options, chosen) => h("select", {}, options.map(([value, text]) => h("option", { value, selected: value === chosen }, text)));
   const overlap = choice([["skip", "leave this one out"], ["queue", "wait for it"], ["replace", "cancel it"]], existing?.overlap ?? "skip");
@@ -114,13 +116,15 @@ async function form(signal, go, existing = null) {
   const place = h("div");
   const element = h("form", { class: "card" }, h("h2", {}, existing ? `Edit ${existing.name}` : "New schedule"), place,
     h("div", { class: "pair" },
-      h("div", {}, field("Name", name), field("When (cron)", cron, "Minute, hour, day, month, weekday."), field("Time zone", zone, "As in Europe/Berlin.")),
-      h("div", {}, field("Model", model, "The newest of this name, each time."), field("Recipe", recipe), field("If the last still runs", overlap), field("Missed fires", catchUp),
-        h("p", { class: "check" }, onlyIfChanged, h("label", { for: "only-if-changed" }, "Only if the model changed")))),
+      h("div", {}, field("Name", name), field("When (cron)", cron, "Minute, hour, day, month, weekday."), field("Time zone", zone, "As in Europe/Berlin."),
+        field("If the last still runs", overlap), field("Missed fires", catchUp)),
+      h("div", {}, field("Model", model, "The newest of this name, each time."), h("datalist", { id: "known-models" }, names.map((one) => h("option", { value: one }))),
+        field("Fetched from", source, "s3://, hf:// or a folder of the server, looked at each time: what is new there is fetched under the model's name. Empty: the models that are here."),
+        h("p", { class: "check" }, onlyIfChanged, h("label", { for: "only-if-changed" }, "Only if the model changed")), field("Recipe", recipe))),
     h("div", { class: "row" }, h("button", { class: "primary" }, existing ? "Save" : "Create"), h("button", { type: "button", onclick: () => element.remove() }, "Cancel")));
   element.addEventListener("submit", async (event) => {
     event.preventDefault();
-    const wanted = { name: name.value.trim(), cron: cron.value.trim(), timezone: zone.value.trim(), overlap: overlap.value, catch_up: catchUp.value, only_if_changed: onlyIfChanged.checked, job: { ...job, model: model.value, recipe: recipe.value || job.recipe } };
+    const wanted = { name: name.value.trim(), cron: cron.value.trim(), timezone: zone.value.trim(), overlap: overlap.value, catch_up: catchUp.value, only_if_changed: onlyIfChanged.checked, ...(source.value.trim() ? { source: source.value.trim() } : {}), job: { ...job, model: model.value.trim(), recipe: recipe.value || job.recipe } };
     try {
       const saved = existing
         ? await change("PATCH", `/v1/schedules/${existing.id}`, wanted, existing.etag)
