@@ -261,23 +261,25 @@ def _check_metric(one: Quality, header: ModelHeader) -> None:
 
 def stored(recipe: Recipe, header: ModelHeader) -> ModelHeader:
     """The header of the float model that the passes leave, with the sizes that its tensors are stored in."""
+    passes = [one.settled(header) for one in recipe.passes]
     tensors = [
-        tensor.model_copy(update={"size": min([tensor.size, *(one.stored_bytes(tensor) for one in recipe.passes)])})
+        tensor.model_copy(update={"size": min([tensor.size, *(one.stored_bytes(tensor) for one in passes)])})
         for tensor in header.tensors
     ]
     return header.model_copy(update={"tensors": tuple(tensors)})
 
 
 def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
-    left = _chain(recipe, header)[1]
+    given, left = _chain(recipe, header)
+    passes = [one.settled(seen) for one, seen in zip(recipe.passes, given, strict=True)]
     tensors = left.tensors
-    if left.tied_table is not None and any(one.scope == "graph" for one in recipe.passes):
+    if left.tied_table is not None and any(one.scope == "graph" for one in passes):
         # Rows of the one are looked up, columns of the other multiplied by, and each has codes of its own.
         tensors += (left.tied_table,)
     total = 0
     for tensor in tensors:
         size = tensor.size
-        for one in recipe.passes:
+        for one in passes:
             size = min(size, one.stored_bytes(tensor))
         total += export.stored_bytes(tensor) if size == tensor.size else size
         total += export.text_bytes(tensor)

@@ -70,9 +70,7 @@ def _measure(source: Path, samples: Batch, options: Budgeted, context: PassConte
     lost = [
         [sum(errors[name][1 + at] for name in names) for at in range(len(options.candidates))] for names in together
     ]
-    assert options.budget is not None
-    weights = sum(infos[name].shape[0] * infos[name].shape[1] for name in errors)
-    picked = choose(sizes, lost, int(options.budget * weights / 8))
+    picked = choose(sizes, lost, options.room(infos.values(), errors))
     shutil.rmtree(scratch)
     bits = {
         module_of(infos[name]): options.candidates[at]

@@ -1,7 +1,7 @@
 """What every pass is: options that say what they take, what they need, what they cost and what they leave behind. No torch here."""
 
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -88,6 +88,10 @@ class PassOptions(BaseModel):
     def leaves(self, header: ModelHeader) -> ModelHeader:
         """The header of the float model it leaves: later passes, estimates and exports see this one."""
         return header
+
+    def settled(self, header: ModelHeader) -> Self:
+        """The same pass, with what its options leave to the model decided."""
+        return self
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
         """Bytes of a tensor of the model it leaves; `tensor.size` where the pass leaves it alone."""

@@ -1,10 +1,12 @@
 """Passes that round weights to a grid."""
 
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from core.recipes.calibration import Calibration
 from core.recipes.costs import Cost
@@ -23,6 +25,19 @@ Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Ranges = Literal["extremes", "least-error", "half-quadratic"]
 _RANGES = "A scale from its weights' extremes, where their rounding costs least, or by half-quadratic splitting, which minds outliers less."
 _ONE_GRID = "transformers takes the zero points of one grid alone: leave `symmetric` at true with {}"
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(MB|GB|%)")
+_UNITS = {"MB": 1e6, "GB": 1e9}
+
+
+def _checked(budget: float | str | None) -> float | str | None:
+    known = _SIZE.fullmatch(budget) if isinstance(budget, str) else budget is None or 2 < budget <= 8.5
+    if not known:
+        raise ValueError(
+            f"{budget!r} is neither bits a weight, more than 2 and at most 8.5, nor a size like '100MB' or '35%'"
+        )
+    return budget
 
 
 class Override(BaseModel):
@@ -178,14 +193,20 @@ _FLOATS: dict[str, dict[str, int | None]] = {
 }
 
 
+def _bytes_of(size: str, whole: int) -> float:
+    """`100MB`, or `35%` of the whole."""
+    match = _SIZE.fullmatch(size)
+    assert match is not None
+    number, unit = match.groups()
+    return float(number) / 100 * whole if unit == "%" else float(number) * _UNITS[unit]
+
+
 class Budgeted(Rounding, Calibrated):
     """A pass that can give each layer its own bits, by what each would lose."""
 
-    budget: float | None = Field(
+    budget: Annotated[float | str | None, AfterValidator(_checked)] = Field(
         None,
-        gt=2,
-        le=8.5,
-        description="Bits a weight, scales included, over all layers to round. Each layer's error is measured for every candidate, and the bits go where they help most.",
+        description="Bits a weight, 2 to 8.5, scales included, over all layers to round; or what all the model's weights may take, those that stay as they are included: `100MB`, `35%` of the model the pass is given. Each layer's error is measured for every candidate, and the bits go where they help most.",
     )
     candidates: tuple[Bits, ...] = Field((4, 8), min_length=2, max_length=7, description="Bits to choose from.")
 
@@ -198,26 +219,53 @@ class Budgeted(Rounding, Calibrated):
     def describe(self) -> str:
         if self.budget is None:
             return super().describe()
-        return f"{self.budget:g} bits a weight from int{', int'.join(map(str, self.candidates))} by measured error"
+        limit = self.budget if isinstance(self.budget, str) else f"{self.budget:g} bits a weight"
+        return f"{limit} from int{', int'.join(map(str, self.candidates))} by measured error"
 
     def candidate(self, bits: int) -> Scheme:
         return replace(self._plain, bits=bits)
 
     def check(self, header: ModelHeader) -> None:
         super().check(header)
-        if self.budget is None:
-            return
-        weights = [tensor for tensor in header.tensors if self.takes(tensor)]
-        count = sum(tensor.shape[0] * tensor.shape[1] for tensor in weights)
-        least = 8 * sum(self.candidate(min(self.candidates)).stored_bytes(one) for one in weights) / count
-        if least > self.budget:
-            raise invalid(
-                f"`{self.name}`: a budget of {self.budget:g} bits a weight is less than int{min(self.candidates)} takes everywhere, {least:.2f} with its scales.",
-                "Raise `budget`, or name fewer bits in `candidates`.",
-            )
+        if self.budget is not None:
+            self.room(header.tensors, self._taken(header))
+
+    def room(self, tensors: Iterable[TensorInfo], rounded: Collection[str]) -> int:
+        """Bytes that the budget leaves for the weights to round, by name, out of all a model's tensors.
+
+        Raises NightpressError(invalid_recipe), with the least it could be, where the fewest bits everywhere take more.
+        """
+        assert self.budget is not None
+        everything = list(tensors)
+        weights = [one for one in everything if one.name in rounded]
+        least = sum(self.candidate(min(self.candidates)).stored_bytes(one) for one in weights)
+        whole = sum(one.size for one in everything)
+        kept = whole - sum(one.size for one in weights)
+        fewest = f"int{min(self.candidates)}"
+        if isinstance(self.budget, str):
+            room = int(_bytes_of(self.budget, whole)) - kept
+            smallest = f"{math.ceil((kept + least) / 1e4) / 100:.2f}MB, or {math.ceil(1000 * (kept + least) / whole) / 10:.1f}%"
+            short = f"a budget of {self.budget} is less than the least it could be, {smallest}: {kept / 1e6:.2f} MB stay as they are, and {fewest} everywhere else takes {least / 1e6:.2f} MB with its scales"
+        else:
+            count = sum(one.shape[0] * one.shape[1] for one in weights)
+            room = int(self.budget * count / 8)
+            short = f"a budget of {self.budget:g} bits a weight is less than {fewest} takes everywhere, {8 * least / count:.2f} with its scales"
+        if room < least:
+            raise invalid(f"`{self.name}`: {short}.", "Raise `budget`, or name fewer bits in `candidates`.")
+        return room
+
+    def settled(self, header: ModelHeader) -> Self:
+        if not isinstance(self.budget, str):
+            return self
+        taken = self._taken(header)
+        count = sum(one.shape[0] * one.shape[1] for one in header.tensors if one.name in taken)
+        return self.model_copy(update={"budget": 8 * self.room(header.tensors, taken) / count})
+
+    def _taken(self, header: ModelHeader) -> frozenset[str]:
+        return frozenset(one.name for one in header.tensors if self.takes(one))
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
-        if self.budget is None or not self.takes(tensor):
+        if not isinstance(self.budget, float) or not self.takes(tensor):
             return super().stored_bytes(tensor)
         most = self.candidate(max(self.candidates)).stored_bytes(tensor)
         return min(most, int(self.budget * tensor.shape[0] * tensor.shape[1] / 8))
