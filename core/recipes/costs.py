@@ -85,18 +85,20 @@ def blocks_cost(header: ModelHeader, calibration: Calibration, *, gram: bool = T
     return Cost(memory, header.size / _STREAM_RATE, work, gpu)
 
 
-def graph_cost(header: ModelHeader, calibration: Calibration, *, ranked: bool) -> Cost:
-    """Ranges of a graph's layers, in two forward passes; ranked: then a trial of each layer by itself, and of a few sets of them."""
+def graph_cost(header: ModelHeader, calibration: Calibration) -> Cost:
+    """Ranges of a traced graph's layers, in two forward passes, and its answers to the texts held apart.
+
+    Where they are too far off, layers are tried one by one, too: that is not counted.
+    """
     shape = _shape(header)
     length = min(calibration.length, header.positions or calibration.length)
     linears = sum(
         len(tensor.shape) == 2 and re.search(r"\.\d+\.", tensor.name) is not None for tensor in header.tensors
     )
-    trials = TRIAL_TOKENS * (linears / 4 + 8) * ranked
-    work = (2 * calibration.samples * length + trials) * shape.linear_weights
-    # The graph, what a session holds of it and a trial's copy; the inputs of all layers, for one batch.
-    memory = 3 * 4 * header.parameters + 4 * max(GRAPH_TOKENS, length) * linears * shape.widest
-    return Cost(memory, linears * ranked * header.size / _STREAM_RATE / 2, work)
+    work = (2 * calibration.samples * length + TRIAL_TOKENS) * shape.linear_weights
+    # The graph, what a session holds of it and a trial's copy; the inputs of all layers, for one batch; what tracing left.
+    memory = 3 * 4 * header.parameters + 4 * max(GRAPH_TOKENS, length) * linears * shape.widest + TRACING_BYTES
+    return Cost(memory, 3 * header.size / _STREAM_RATE, work)
 
 
 class _Shape(NamedTuple):

@@ -216,4 +216,4 @@ class StaticInt8(PassOptions):
         return tensor.size if len(tensor.shape) != 2 else tensor.shape[0] * tensor.shape[1] + 4 * tensor.shape[0]
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return graph_cost(header, calibration, ranked=self.min_cosine is not None)
+        return graph_cost(header, calibration)
