@@ -110,11 +110,15 @@ def edit(
     only_if_changed: Annotated[bool | None, typer.Option("--only-if-changed/--always")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Another recipe.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Another model.")] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Another place where each fire looks for the model first.")
+    ] = None,
 ) -> None:
     """Change what is given; the rest stays."""
     given = {
         "cron": cron,
         "timezone": timezone,
+        "source": source,
         "overlap": overlap,
         "catch_up": catch_up,
         "only_if_changed": only_if_changed,

@@ -24,7 +24,11 @@ NIGHTLY = {
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
-    settings = Settings(data_dir=tmp_path_factory.mktemp("schedules"), broker_url="redis://127.0.0.1:1/0")
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("schedules"),
+        broker_url="redis://127.0.0.1:1/0",
+        model_roots=[tmp_path_factory.mktemp("models")],
+    )
     migrations.upgrade(settings.sql_url)
     with serve(settings) as running:
         yield running
@@ -116,6 +120,9 @@ def test_the_client_and_the_command_do_the_same(api: RunningApi, monkeypatch: py
         "int4-weights",
         {"a": "b"},
     )
+    folder = api.services.settings.model_roots[0] / "tiny"
+    moved = json.loads(call("edit", "nightly", "--source", str(folder), "--json"))
+    assert (moved["source"], moved["overlap"]) == (str(folder), "replace")
     assert "suspended" in call("suspend", "nightly")
     assert "active" in call("resume", "nightly")
     call("trigger", "nightly")
