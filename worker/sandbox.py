@@ -139,6 +139,8 @@ def confine(job_dir: Path) -> bool:
             _allow(ruleset_fd, path, _READ & handled)
         _allow(ruleset_fd, Path("/dev"), (_READ | _WRITE_FILE | _TRUNCATE) & handled)
         _allow(ruleset_fd, Path("/dev/shm"), handled)  # noqa: S108 - semaphores live there
+        # Its own entry alone: CUDA names its threads there, and gives up where it may not.
+        _allow(ruleset_fd, Path("/proc/self"), (_READ | _WRITE_FILE | _TRUNCATE) & handled)
         _allow(ruleset_fd, job_dir, _READ & handled)
         for folder in (WORK_DIR, OUT_DIR, TMP_DIR):
             _allow(ruleset_fd, job_dir / folder, handled)
