@@ -259,7 +259,7 @@ def spy(job_dir: Path, emit: Emit) -> Manifest:
     attempt("the supervisor's memory", lambda: Path(f"/proc/{supervisor}/mem").read_bytes())
     attempt("killing the supervisor", lambda: os.kill(supervisor, 0))
     attempt("the supervisor's name", lambda: Path(f"/proc/{supervisor}/comm").write_text("spy"))
-    attempt("the kernel's settings", lambda: Path("/proc/sys/kernel/core_pattern").open("r+b"))
+    attempt("the kernel's settings", lambda: os.open("/proc/sys/kernel/core_pattern", os.O_WRONLY))
     attempt("its own threads' names", lambda: Path(f"/proc/self/task/{os.getpid()}/comm").write_text("spy"))
     attempt("the data folder", lambda: sorted(root.iterdir()))
     attempt("the key", lambda: (root / "key").read_text())
