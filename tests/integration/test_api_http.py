@@ -214,19 +214,18 @@ _HEAVY = {"torch", "numpy", "transformers", "boto3", "celery", "httpcore"}
 
 
 def cpu_s_of_import(modules: str) -> tuple[float, set[str]]:
-    """CPU seconds of a fresh interpreter, the best of three: other tests share this machine's cores. And what it loaded."""
+    """CPU seconds of a fresh interpreter, and what it loaded."""
     code = (
         f"import json, resource, sys\nimport {modules}\nused = resource.getrusage(resource.RUSAGE_SELF)\n"
         "print(json.dumps([used.ru_utime + used.ru_stime, list(sys.modules)]))"
     )
-    runs = [
-        json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    return min(seconds for seconds, _ in runs), set(runs[0][1])
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, loaded = json.loads(run.stdout)
+    return seconds, set(loaded)
 
 
 def test_importing_it_loads_nothing_heavy_and_adds_less_than_its_libraries_take():
-    ours, loaded = cpu_s_of_import("api.app")
-    assert not loaded & _HEAVY
-    assert ours < 2 * cpu_s_of_import(_LIBRARIES)[0]
+    # By turns, and the best of each: other tests share this machine's cores.
+    runs = [(cpu_s_of_import("api.app"), cpu_s_of_import(_LIBRARIES)) for _ in range(5)]
+    assert not runs[0][0][1] & _HEAVY
+    assert min(ours for (ours, _), _ in runs) < 2 * min(theirs for _, (theirs, _) in runs)
