@@ -88,7 +88,7 @@ MUTANTS = (
     Mutant("reuse: within the tenant alone", STORE, ".where(made.c.tenant_id == job.tenant_id, ", ".where(", (_API,)),
     Mutant("reuse: never by force", SERVICE, "wanted.reuse and not wanted.force", "wanted.reuse"),
     Mutant("submit: the quota", SUBMISSION, 'if queued >= values["max_queued"]:', "if False:"),
-    Mutant("submit: the key's own body", SUBMISSION, "        if row[0] != idempotency.fingerprint:\n", "        if False:\n"),
+    Mutant("submit: the key's own body", SUBMISSION, "if row[0] != idempotency.fingerprint or row[1] is None:", "if row[1] is None:"),
     Mutant("fire: recorded once", SCHEDULES, "(schedules.c.id == due.id, schedules.c.next_at == due.next_at)", "(schedules.c.id == due.id,)"),
     Mutant("fire: decided once", SCHEDULES, '_runs.state == "pending")\n            won', '_runs.state != "x")\n            won'),
     Mutant("model: not deleted while a job needs it", REGISTRY, "if self._is_needed(connection, tenant_id, row.id):", "if False:"),
