@@ -7,12 +7,16 @@ from dataclasses import dataclass
 class Fold:
     """A place where inputs can be scaled for free: what `source` puts out is divided, the columns of `targets` are multiplied.
 
-    Names are those of a block's modules. `targets` are all the linear layers that are given the source's output and nothing else is.
+    Names are those of a block's modules in the files; `*` stands for an expert's number. `targets` and `routers` are all that is given the
+    source's output. A source with a `*` stands for a fold in each expert; without one, its factors are shared by all experts.
     """
 
     source: str
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  #: linear layers to round
     kind: str  #: "norm"; "norm+1": a norm that multiplies by 1 + weight; "linear": its rows; "values": an attention's value projection
+    routers: tuple[
+        str, ...
+    ] = ()  #: matrices that stay in float: their columns are multiplied, too, and they choose as before
 
 
 def _llama(*, norm: str = "norm", before_feed_forward: str = "post_attention_layernorm") -> tuple[Fold, ...]:
@@ -24,6 +28,22 @@ def _llama(*, norm: str = "norm", before_feed_forward: str = "post_attention_lay
     )
 
 
+def _mixture(
+    mixture: str, gate: str, up: str, down: str, *, shared: str | None = None, dense: bool = False
+) -> tuple[Fold, ...]:
+    """Llama's, with experts in place of the feed-forward: in all blocks, or beside blocks that keep it (`dense`)."""
+    expert, folds = f"{mixture}.experts.*", list(_llama() if dense else _llama()[:2])
+    takers, routers = [f"{expert}.{gate}", f"{expert}.{up}"], [f"{mixture}.gate"]
+    if shared is not None:
+        takers += [f"{mixture}.{shared}.{gate}", f"{mixture}.{shared}.{up}"]
+        routers += [f"{mixture}.{shared}_gate"]
+        folds.append(Fold(f"{mixture}.{shared}.{up}", (f"{mixture}.{shared}.{down}",), "linear"))
+    folds.append(Fold("post_attention_layernorm", tuple(takers), "norm", tuple(routers)))
+    return (*folds, Fold(f"{expert}.{up}", (f"{expert}.{down}",), "linear"))
+
+
+_PARTS = ("gate_proj", "up_proj", "down_proj")
+
 #: By config.json's `model_type`.
 FOLDS: dict[str, tuple[Fold, ...]] = {
     "llama": _llama(),
@@ -33,6 +53,10 @@ FOLDS: dict[str, tuple[Fold, ...]] = {
     "gemma": _llama(norm="norm+1"),
     "gemma2": _llama(norm="norm+1", before_feed_forward="pre_feedforward_layernorm"),
     "gemma3_text": _llama(norm="norm+1", before_feed_forward="pre_feedforward_layernorm"),
+    "mixtral": _mixture("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen2_moe": _mixture("mlp", *_PARTS, shared="shared_expert", dense=True),
+    "qwen3_moe": _mixture("mlp", *_PARTS, dense=True),
+    "olmoe": _mixture("mlp", *_PARTS),
     "starcoder2": (
         Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "norm"),
         Fold("self_attn.v_proj", ("self_attn.o_proj",), "values"),

@@ -54,6 +54,11 @@ def module_of(tensor: TensorInfo) -> str:
     return tensor.name.removesuffix(".weight")
 
 
+def is_expert(name: str) -> bool:
+    """Whether a tensor or module belongs to one of a mixture's experts; one that every token goes through is none."""
+    return re.search(r"\.experts\.\d+\.", name) is not None
+
+
 def is_token_embedding(tensor: TensorInfo) -> bool:
     """Whether it is the matrix that tokens are looked up in."""
     return is_table(module_of(tensor)) and len(tensor.shape) == 2 and tensor.dtype in {"F64", "F32", "F16", "BF16"}

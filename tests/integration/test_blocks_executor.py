@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.compress.architectures import FOLDS
@@ -19,6 +19,7 @@ from core.compress.executors.blocks import Inputs, Settled, press_blocks
 from core.compress.executors.rewrite import Effect
 from core.compress.passes.activations import RoundedInputs
 from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
+from core.compress.passes.folding import Folding
 from core.compress.solvers.wanda import Power
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
@@ -59,6 +60,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 32,
         "mlp_only_layers": [1],
     },
+    "OlmoeForCausalLM": {**_GROUPED, **_IDS, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.5},
     "Qwen3MoeForCausalLM": {
         **_GROUPED,
         **_IDS,
@@ -232,7 +234,7 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
         if name.lower().removesuffix("forcausallm") == model_type.removesuffix("_text").replace("_", "")
     )
     model = _save(family, tmp_path / "source")
-    source, out = tmp_path / "source", tmp_path / "out"
+    source, out, again = tmp_path / "source", tmp_path / "out", tmp_path / "again"
     options = Awq(bits=8, group_size=16)
     method = ActivationAware(options, options.scheme, _header(model_type, family))
     press_blocks(
@@ -251,17 +253,73 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
     before = load_file(source / "model.safetensors")
     assert any("norm" in name and not torch.equal(before[name], one) for name, one in state.items())
     assert set(FOLDS) == Awq.model_types
+    again.mkdir()
+    shutil.copy(source / "config.json", again)
+    save_file(state, again / "model.safetensors", {"format": "pt"})
     with torch.no_grad():
         expected = model(input_ids=_ids()).logits
-        model.load_state_dict(state, strict=False)
-        found = model(input_ids=_ids()).logits
+        found = type(model).from_pretrained(again)(input_ids=_ids()).logits
     assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+class _Scaled:
+    """Leaves weights in float, but has every fold of a family exchange factors drawn by lot."""
+
+    by_group = False
+
+    def __init__(self, header: ModelHeader) -> None:
+        self._folding = Folding(header)
+        self.scaled: set[str] = set()
+
+    def watch(self, columns: int, device: torch.device) -> Power:
+        return Power(columns, device)
+
+    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+        seen = {name: one for one in inputs for name in one.names}
+        floats = {name: block[name].to(device).float() for name in seen}
+        for place in self._folding.places(block, seen):
+            columns = block[place.targets[0]].shape[1]
+            factors = torch.rand(columns, generator=torch.Generator().manual_seed(columns)) * 8 + 0.125
+            if place.kind == "values":
+                heads, width = place.share
+                grouped = factors.view(heads, -1, width)
+                factors = grouped[:, :1].expand_as(grouped).reshape(-1)
+            place.apply(factors, block, floats)
+            self.scaled |= {*place.targets, *place.routers}
+        return {name: Settled(weight=one, tensors={name: one}, effect=None) for name, one in floats.items()}
+
+    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
+        return written[name]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "Moe" in name or "moe" in name or "Mixtral" in name])
+def test_a_mixture_whose_layers_exchanged_factors_answers_as_before(family: str, tmp_path: Path):
+    """Before anything is rounded: the router chooses the same experts, and each makes the same of its tokens."""
+    model = _save(family, tmp_path / "source")
+    source, out = tmp_path / "source", tmp_path / "out"
+    method = _Scaled(_header(model.config.model_type, family))
+    samples, context = {"input_ids": _ids()}, _context(source, tmp_path / "work")
+    press_blocks(source, out, method, samples, context, chosen=_linears(source), recipe="scaled")
+    kept = {name for name in method.scaled if "experts" in name or name.endswith("gate.weight")}
+    experts = {name for name in _load(source) if "experts" in name or name.endswith("gate.weight")}
+    assert kept == experts  # all of them, and their routers
+    shutil.copy(source / "config.json", out)
+    scaled = type(model).from_pretrained(out)
+    for one in (model, scaled):
+        one.double().set_experts_implementation("eager")  # the only one that multiplies float64
+    with torch.no_grad():
+        expected = model(input_ids=_ids(), output_router_logits=True)
+        found = scaled(input_ids=_ids(), output_router_logits=True)
+    for ours, theirs in zip(found.router_logits, expected.router_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
 
 
 def _methods() -> dict[str, Any]:
     gptq = Gptq(bits=4, group_size=16, overrides={"re:.*mlp.*": {"bits": 8, "group_size": None}})
     sparse = Gptq(bits=3, group_size=16, symmetric=False, sparsity=0.3)
     awq, header = Awq(group_size=16), _header("llama", "LlamaForCausalLM")
+    mixture = _header("qwen2_moe", "Qwen2MoeForCausalLM")
     return {
         "gptq": Quantized(gptq, gptq.scheme),
         "gptq asymmetric, sparse": Quantized(sparse, sparse.scheme),
@@ -270,6 +328,8 @@ def _methods() -> dict[str, Any]:
         "smoothquant, static, gptq": RoundedInputs(
             SmoothQuant(activations="tensor", weights="gptq", alpha=0.5), header
         ),
+        "awq on experts": ActivationAware(awq, awq.scheme, mixture),
+        "smoothquant on experts": RoundedInputs(SmoothQuant(activations="tensor"), mixture),
         "fp8, static": RoundedInputs(Fp8(activations="static"), header),
         "sparsegpt": Sparse(SparseGpt(pattern="2:4")),
         "wanda": WeightAndActivation(Wanda(sparsity=0.5)),
@@ -283,7 +343,7 @@ class _KilledError(Exception):
 @pytest.mark.parametrize("name", _methods())
 def test_an_attempt_killed_after_a_block_is_finished_byte_by_byte_as_if_nothing_happened(name: str, tmp_path: Path):
     source = tmp_path / "source"
-    _save("LlamaForCausalLM", source)
+    _save("Qwen2MoeForCausalLM" if "experts" in name else "LlamaForCausalLM", source)
 
     def press(out: Path, work: Path, **extra: Any) -> Any:
         context = _context(source, work, **extra)

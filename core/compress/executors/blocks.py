@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -344,7 +344,7 @@ class _Run:
         finally:
             for mixture in self._experts_of(index):
                 mixture.shown_all = frozenset()
-        return watched.inputs()
+        return [replace(one, routed={name: self.starved[name] for name in one.names}) for one in watched.inputs()]
 
     # In one pass: the texts wait before each group of layers until it is settled
 

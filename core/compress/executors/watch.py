@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,12 @@ class Inputs:
 
     names: tuple[str, ...]  #: of their weights
     statistic: Statistic
+    #: Of weights that were shown more tokens than come to them, how many do: starved experts'.
+    routed: Mapping[str, int] = field(default_factory=dict)
+
+    def share(self, name: str) -> float:
+        """How many of the tokens that a weight was shown come to it, of 1."""
+        return self.routed[name] / max(1, self.statistic.tokens) if name in self.routed else 1.0
 
 
 class EnoughSeen(Exception):  # noqa: N818 (nothing went wrong)

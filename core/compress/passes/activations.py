@@ -13,11 +13,11 @@ from core.compress.checkpoint import write_file
 from core.compress.context import PassContext
 from core.compress.executors.blocks import Inputs, Settled, Statistic
 from core.compress.export.compressed_tensors import CACHE_FILE
-from core.compress.passes.calibrated import made_up, press, quantize, record, round_obs, settle_coded
-from core.compress.passes.folding import Folding
+from core.compress.passes.calibrated import made_up, press, quantize, record, round_obs, scheme_of, settle_coded
+from core.compress.passes.folding import Folding, Part
 from core.compress.passes.quantize import stream_rounded
 from core.compress.solvers.obs import factorize
-from core.compress.solvers.smooth import Strengths, input_scale, search_factors, smoothing_factors
+from core.compress.solvers.smooth import Rounded, Strengths, Taker, input_scale, search_factors, smoothing_factors
 from core.compress.stored import from_tensors, grid_of, round_weight
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import PassRecord
@@ -48,11 +48,9 @@ class RoundedInputs:
     by_group = False  # what stands before them has run already when their inputs are known
 
     def __init__(self, options: SmoothQuant | Fp8, header: ModelHeader) -> None:
-        self._options, self._scheme = options, options.scheme("")
+        self._schemes, self._grid = options.scheme, grid_of(options.scheme(""))
         self._smooth = options if isinstance(options, SmoothQuant) else None
         self._folding = Folding(header)
-        assert self._scheme.activations is not None
-        self._static = self._scheme.activations.static
 
     def watch(self, columns: int, device: torch.device) -> Strengths:
         return Strengths(columns, device, gram=self._smooth is not None and self._smooth.weights == "gptq")
@@ -64,11 +62,11 @@ class RoundedInputs:
         settled = {name: made_up(name, one, block[name].dtype) for name, one in floats.items() if name not in seen}
         for one in inputs:
             given = factors.get(one.names[0], torch.ones((), device=device))
-            settled |= self._round(one, given, {name: floats[name] for name in one.names}, block)
+            settled |= self._round(one, given, {name: floats.pop(name) for name in one.names}, block)
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
-        return from_tensors(name, self._scheme, written)
+        return from_tensors(name, scheme_of(self._schemes, name), written)
 
     def _even_out(
         self,
@@ -79,19 +77,16 @@ class RoundedInputs:
     ) -> dict[str, Tensor]:
         factors: dict[str, Tensor] = {}
         for place in self._folding.places(block, seen):
-            strengths = _strengths(seen[place.targets[0]].statistic)
-            stacked = torch.cat([floats[name] for name in place.targets])
             if options.alpha == "search":
-                found = search_factors(
-                    strengths.sample(),
-                    strengths.largest,
-                    stacked,
-                    grid_of(self._scheme),
-                    static=self._static,
-                    share=place.share,
-                )
+                takers = [self._taker(part, floats) for part in place.parts]
+                found = search_factors(takers, self._grid, share=place.share)
+                del takers
+            elif not any(self._inputs_of(name) for name in place.targets):
+                continue  # nothing is gained where inputs stay in float
             else:
-                found = smoothing_factors(strengths.largest, stacked, options.alpha, share=place.share)
+                largest = torch.stack([_strengths(part.statistic).largest for part in place.parts]).amax(0)
+                heaviest = torch.stack([floats[name].abs().amax(0) for name in place.targets])
+                found = smoothing_factors(largest, heaviest, options.alpha, share=place.share)
             place.apply(found, block, floats)
             factors |= dict.fromkeys(place.targets, found)
         return factors
@@ -105,17 +100,28 @@ class RoundedInputs:
             gram = strengths.gram.matrix() / factors / factors.view(-1, 1)
             factor = factorize(gram, damping=self._smooth.damping, by_power=True)
         for name, weight in weights.items():
-            stored = block[name].dtype
+            stored, scheme = block[name].dtype, scheme_of(self._schemes, name)
             if factor is not None and gram is not None:
-                coded = round_obs(weight, gram, factor, self._scheme, stored)
+                coded = round_obs(weight, gram, factor, scheme, stored)
             else:
-                largest = float(weight.abs().max()) if self._scheme.strategy == "tensor" else None
-                coded = round_weight(weight, self._scheme, stored, largest=largest)
+                largest = float(weight.abs().max()) if scheme.strategy == "tensor" else None
+                coded = round_weight(weight, scheme, stored, largest=largest)
             scale = None
-            if self._static:
-                scale = input_scale(strengths.largest / factors, grid_of(self._scheme)).to(stored)
-            settled[name] = settle_coded(name, self._scheme, coded, weight, input_scale=scale)
+            if self._inputs_of(name) == "static":
+                scale = input_scale(strengths.largest / factors, self._grid).to(stored)
+            settled[name] = settle_coded(name, scheme, coded, weight, input_scale=scale)
         return settled
+
+    def _inputs_of(self, name: str) -> Rounded:
+        """How what a weight is given is rounded."""
+        activations = scheme_of(self._schemes, name).activations
+        return None if activations is None else "static" if activations.static else "token"
+
+    def _taker(self, part: Part, floats: Mapping[str, Tensor]) -> Taker:
+        strengths = _strengths(part.statistic)
+        stacked = torch.cat([floats[name] for name in part.names])
+        inputs = self._inputs_of(part.names[0])
+        return Taker(stacked, strengths.sample(), strengths.largest, inputs, part.share * strengths.tokens)
 
 
 def _strengths(statistic: Statistic) -> Strengths:

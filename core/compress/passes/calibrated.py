@@ -16,11 +16,11 @@ from core.compress.executors.blocks import Inputs, Method, Pressed, Settled, Sta
 from core.compress.executors.rewrite import Effect
 from core.compress.executors.stream import copy_companions
 from core.compress.export.compressed_tensors import write_config
-from core.compress.passes.folding import Folding
+from core.compress.passes.folding import Folding, Part
 from core.compress.passes.quantize import OnGrid
 from core.compress.passes.sensitivity import part_of, schemes_within_budget
 from core.compress.passes.zeros import with_storage
-from core.compress.solvers.awq import search_scales
+from core.compress.solvers.awq import Taker, search_scales
 from core.compress.solvers.gram import Gram
 from core.compress.solvers.grid import dequantize
 from core.compress.solvers.obs import Factor, Prune, Quantize, Solved, factorize, solve
@@ -269,15 +269,14 @@ class ActivationAware:
         floats = {name: block[name].to(device).float() for name in seen}
         factors: dict[str, Tensor] = {}
         for place in self._folding.places(block, seen):
-            statistic, first = seen[place.targets[0]].statistic, place.targets[0]
-            assert isinstance(statistic, Gram)
-            stacked = torch.cat([floats[name] for name in place.targets])
-            grid = grid_of(scheme_of(self._schemes, first))
-            found = search_scales(stacked, statistic.matrix(), grid, block[first].dtype, share=place.share)
+            takers = [self._taker(part, floats) for part in place.parts]
+            found = search_scales(takers, block[place.targets[0]].dtype, share=place.share)
+            del takers
             place.apply(found, block, floats)
             factors |= dict.fromkeys(place.targets, found)
         settled = {}
-        for name, weight in floats.items():
+        for name in list(floats):
+            weight = floats.pop(name)
             if name not in seen:
                 settled[name] = made_up(name, weight, block[name].dtype)
                 continue
@@ -291,9 +290,15 @@ class ActivationAware:
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
 
+    def _taker(self, part: Part, floats: Mapping[str, Tensor]) -> Taker:
+        assert isinstance(part.statistic, Gram)
+        stacked = torch.cat([floats[name] for name in part.names])
+        grid = grid_of(scheme_of(self._schemes, part.names[0]))
+        return Taker(stacked, part.statistic.matrix(), grid, part.share)
+
 
 def made_up(name: str, weight: Tensor, stored: torch.dtype) -> Settled:
-    """A norm or a bias that makes up for scaled inputs, as it is written."""
+    """A norm, a bias or a router that makes up for scaled inputs, as it is written."""
     value = weight.to(stored)
     return Settled(weight=value, tensors={name: value}, effect=None)
 

@@ -1,13 +1,23 @@
 """Factors that linear layers and what stands before them exchange, the model's function staying as it is."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from core.compress.architectures import FOLDS, Fold
-from core.compress.executors.blocks import Inputs
+from core.compress.executors.blocks import Inputs, Statistic
 from core.recipes.header import ModelHeader
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the layers that take what a source puts out, given the same of it."""
+
+    names: tuple[str, ...]  #: of their weights
+    statistic: Statistic
+    share: float  #: how many of the tokens that the statistic has seen come to them, of 1
 
 
 @dataclass(frozen=True)
@@ -16,14 +26,19 @@ class Place:
 
     source: str  #: weight of what puts the inputs out
     bias: str  #: its bias; it may have none
-    targets: tuple[str, ...]  #: weights of all layers that take them
+    parts: tuple[Part, ...]  #: all layers that take them, and are rounded: one part, but for experts
+    routers: tuple[str, ...]  #: weights of those that take them, and are not
     kind: str
     share: tuple[int, int]  #: (heads, width): inputs are heads · repeats · width, and a head's repeats share a factor
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(name for part in self.parts for name in part.names)
+
     def apply(self, factors: Tensor, block: Mapping[str, Tensor], floats: dict[str, Tensor]) -> None:
         """Multiply the targets' columns by factors [in], and divide what the source puts out by them. `floats` gets what changes."""
-        for name in self.targets:
-            floats[name] = floats[name] * factors
+        for name in (*self.targets, *self.routers):
+            floats[name] = _float(name, block, floats, factors) * factors
         if self.kind == "values":
             heads, width = self.share
             factors = factors.view(heads, -1, width)[:, 0].reshape(-1)
@@ -42,6 +57,7 @@ class Folding:
     def __init__(self, header: ModelHeader) -> None:
         self._folds = FOLDS.get(header.model_type, ())
         config = header.config
+        self._clips = config.get("clip_qkv") is not None
         heads = int(config.get("num_attention_heads") or 1)
         self._share = (
             int(config.get("num_key_value_heads") or heads),
@@ -51,21 +67,49 @@ class Folding:
     def places(self, block: Mapping[str, Tensor], seen: Mapping[str, Inputs]) -> Iterator[Place]:
         """Those of a block where every layer that takes the source's output is among the watched ones."""
         for fold in self._folds:
-            place = self._place(fold, seen)
-            # A cache's scale was found for the values as they are.
-            kept = place is not None and fold.kind == "values" and any(name.endswith(".v_scale") for name in block)
-            if place is not None and not kept:
-                yield place
+            # A cache's scale was found for the values as they are, and so was a bound on them.
+            bound = self._clips or any(name.endswith(".v_scale") for name in block)
+            if fold.kind == "values" and bound:
+                continue
+            for source, targets, routers in _named(fold, block):
+                parts = _parts(targets, seen)
+                if parts and all(name in block for name in routers):
+                    share = self._share if fold.kind == "values" else (1, 1)
+                    yield Place(f"{source}.weight", f"{source}.bias", parts, routers, fold.kind, share)
 
-    def _place(self, fold: Fold, seen: Mapping[str, Inputs]) -> Place | None:
-        last = f"{fold.targets[0]}.weight"
-        prefix = next((name.removesuffix(last) for name in seen if name.endswith("." + last)), None)
-        targets = tuple(f"{prefix}{target}.weight" for target in fold.targets)
-        if prefix is None or not all(name in seen for name in targets) or set(seen[targets[0]].names) != set(targets):
-            return None
-        source = f"{prefix}{fold.source}"
-        share = self._share if fold.kind == "values" else (1, 1)
-        return Place(f"{source}.weight", f"{source}.bias", targets, fold.kind, share)
+
+def _named(fold: Fold, block: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """A fold's source, and the weights of its targets and routers, in a block: nothing where it has no such layers."""
+    first = re.escape(fold.targets[0]).replace(r"\*", r"(?P<expert>\d+)")
+    found = [one for name in block if (one := re.fullmatch(rf"(?P<prefix>.*\.){first}\.weight", name))]
+    if not found:
+        return
+    prefix, experts = found[0]["prefix"], [one.groupdict().get("expert") or "" for one in found]
+
+    def weights(modules: tuple[str, ...], of: list[str]) -> tuple[str, ...]:
+        numbered = {module: of if "*" in module else of[:1] for module in modules}
+        return tuple(
+            f"{prefix}{module.replace('*', one)}.weight" for module, numbers in numbered.items() for one in numbers
+        )
+
+    for some in [[one] for one in experts] if "*" in fold.source else [experts]:
+        yield prefix + fold.source.replace("*", some[0]), weights(fold.targets, some), weights(fold.routers, some)
+
+
+def _parts(targets: tuple[str, ...], seen: Mapping[str, Inputs]) -> tuple[Part, ...]:
+    """The targets by what they are given. None if one is not watched, or if anything else is given the same."""
+    if not all(name in seen for name in targets):
+        return ()
+    given: dict[tuple[int, float], list[str]] = {}
+    for name in targets:
+        given.setdefault((id(seen[name]), seen[name].share(name)), []).append(name)
+    if not {other for name in targets for other in seen[name].names} <= set(targets):
+        return ()
+    # Alone, a part loses the least with the same factors, however often it is asked.
+    alone = len(given) == 1
+    return tuple(
+        Part(tuple(names), seen[names[0]].statistic, 1.0 if alone else share) for (_, share), names in given.items()
+    )
 
 
 def _float(name: str, block: Mapping[str, Tensor], floats: Mapping[str, Tensor], like: Tensor) -> Tensor:

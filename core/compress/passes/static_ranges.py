@@ -17,7 +17,7 @@ from core.compress.passes.static_graph import QdqGraph
 from core.compress.solvers import activation_ranges
 from core.compress.solvers.activation_ranges import Histogram, Range
 from core.compress.solvers.grid import Grid
-from core.compress.solvers.smooth import search_factors
+from core.compress.solvers.smooth import Taker, search_factors
 from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import GRAPH_TOKENS
 from core.recipes.passes import StaticInt8
@@ -79,7 +79,7 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, top: int, kept: P
 
     def factors_of(name: str, weight: Tensor) -> Tensor:
         largest = torch.from_numpy(np.maximum(-held[name].low, held[name].high))
-        chosen = search_factors(held[name].sample(), largest, weight, Grid(8), static=True)
+        chosen = search_factors([Taker(weight, held[name].sample(), largest, "static")], Grid(8))
         factors[name] = chosen.numpy()
         return chosen
 

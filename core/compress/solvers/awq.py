@@ -6,6 +6,9 @@ Gram matrix H, so one matrix product a candidate does it, whatever the number of
 Lin et al., AWQ: Activation-aware Weight Quantization (arXiv 2306.00978), section 3.2.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,28 +20,42 @@ _EXPONENTS = tuple(step / 20 for step in range(21))
 _ROWS = 4096  #: of a weight, evenly spread, that the search looks at: more don't change which candidate wins
 
 
-def search_scales(
-    weight: Tensor, gram: Tensor, grid: Grid, stored: torch.dtype, *, share: tuple[int, int] = (1, 1)
-) -> Tensor:
-    """Factors [in] > 0 for the columns of weight [out, in] float32, whose inputs are divided by them; all 1 where nothing is gained.
+class Taker(NamedTuple):
+    """Layers that take the inputs to be scaled: all tokens of them, or those that a router gives them."""
 
+    weight: Tensor  #: [out, in] float32, of all the layers
+    gram: Tensor  #: [in, in] float32, Σ xxᵀ of the tokens that they were shown
+    grid: Grid
+    share: float = 1.0  #: how many of those tokens come to them, of 1
+
+
+def search_scales(takers: Sequence[Taker], stored: torch.dtype, *, share: tuple[int, int] = (1, 1)) -> Tensor:
+    """Factors [in] > 0 for the columns of all takers' weights, whose inputs are divided by them; all 1 where nothing is gained.
+
+    What each taker loses is summed over the tokens that come to it, so that an expert counts as often as it is asked.
     share (heads, width): columns are heads · repeats · width, and the repeats of a head get one factor, as grouped-query attention needs.
     """
-    looked_at = weight[:: -(-len(weight) // _ROWS)]
-    inputs = _shared(gram.diagonal().sqrt(), share)
-    weights = _shared(weight.abs().mean(0), share)
+    rows = sum(len(one.weight) for one in takers)
+    looked_at = [one._replace(weight=one.weight[:: -(-rows // _ROWS)]) for one in takers if one.share]
+    power = torch.stack([one.gram.diagonal() * one.share for one in takers]).sum(0)
+    magnitude = torch.stack([one.weight.abs().mean(0) * (len(one.weight) / rows) for one in takers]).sum(0)
+    inputs, weights = _shared(power.sqrt(), share), _shared(magnitude, share)
     inputs, weights = inputs / inputs.mean().clamp(min=1e-12), weights / weights.mean().clamp(min=1e-12)
     best, least = torch.ones_like(inputs), float("inf")
     for exponent in _EXPONENTS:
         for against in (0.0, 1.0) if exponent else (0.0,):
             factors = inputs.clamp(min=1e-4) ** exponent / weights.clamp(min=1e-4) ** (against * (1 - exponent))
             factors = factors / (factors.max() * factors.min()).sqrt()
-            lost = looked_at - round_scaled(looked_at, factors, grid, stored)
-            with fast_products():
-                loss = float(((lost @ gram) * lost).sum())
+            loss = sum(one.share * _loss(one, factors, stored) for one in looked_at)
             if loss < least:
                 best, least = factors, loss
     return best
+
+
+def _loss(taker: Taker, factors: Tensor, stored: torch.dtype) -> float:
+    lost = taker.weight - round_scaled(taker.weight, factors, taker.grid, stored)
+    with fast_products():
+        return float(((lost @ taker.gram) * lost).sum())
 
 
 def round_scaled(weight: Tensor, factors: Tensor, grid: Grid, stored: torch.dtype) -> Tensor:

@@ -3,6 +3,9 @@
 Xiao et al., SmoothQuant (arXiv 2211.10438), eq. 4: inputs are divided, and columns multiplied, by s_j = max|X_j|^α / max|W_j|^(1−α).
 """
 
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -49,32 +52,55 @@ def smoothing_factors(largest: Tensor, weight: Tensor, alpha: float, *, share: t
     return torch.where(inputs > 0, factors.clamp(1e-5, 1e5), torch.ones_like(factors))
 
 
-def search_factors(
-    sample: Tensor, largest: Tensor, weight: Tensor, grid: Grid, *, static: bool, share: tuple[int, int] = (1, 1)
-) -> Tensor:
-    """The factors, of all alphas' and none, with which rounded inputs [tokens, in] and rounded weights make the least output error."""
-    looked_at = weight[:: -(-len(weight) // _ROWS)]
+#: A scale a token, one for all of them, or none: inputs stay in float.
+Rounded = Literal["token", "static"] | None
+
+
+class Taker(NamedTuple):
+    """Layers that take the inputs to be scaled: all tokens of them, or those that a router gives them."""
+
+    weight: Tensor  #: [out, in] float32, of all the layers
+    sample: Tensor  #: [tokens, in] float32, some of what they were shown
+    largest: Tensor  #: [in], magnitudes of all that they were shown
+    inputs: Rounded
+    tokens: float = 1.0  #: how many come to them
+
+
+def search_factors(takers: Sequence[Taker], grid: Grid, *, share: tuple[int, int] = (1, 1)) -> Tensor:
+    """The factors, of all alphas' and none, with which rounded inputs and rounded weights make the least output error over all takers."""
+    rows = sum(len(one.weight) for one in takers)
+    looked_at = [one._replace(weight=one.weight[:: -(-rows // _ROWS)]) for one in takers if one.tokens]
+    largest = torch.stack([one.largest for one in takers]).amax(0)
+    heaviest = torch.stack([one.weight.abs().amax(0) for one in takers])
     tried = [torch.ones_like(largest)]
-    tried += [smoothing_factors(largest, weight, alpha, share=share) for alpha in _EXPONENTS]
+    tried += [smoothing_factors(largest, heaviest, alpha, share=share) for alpha in _EXPONENTS]
     best, least = tried[0], float("inf")
     with fast_products():
-        exact = sample @ looked_at.T
+        exact = [one.sample @ one.weight.T for one in looked_at]
         for factors in tried:
-            loss = float(
-                (rounded_outputs(sample, largest, looked_at, factors, grid, static=static) - exact).square().sum()
+            loss = sum(
+                one.tokens / max(1, len(one.sample)) * _loss(one, factors, grid, outputs)
+                for one, outputs in zip(looked_at, exact, strict=True)
             )
             if loss < least:
                 best, least = factors, loss
     return best
 
 
+def _loss(taker: Taker, factors: Tensor, grid: Grid, exact: Tensor) -> float:
+    outputs = rounded_outputs(taker.sample, taker.largest, taker.weight, factors, grid, taker.inputs)
+    return float((outputs - exact).square().sum())
+
+
 def rounded_outputs(
-    inputs: Tensor, largest: Tensor, weight: Tensor, factors: Tensor, grid: Grid, *, static: bool
+    inputs: Tensor, largest: Tensor, weight: Tensor, factors: Tensor, grid: Grid, rounded: Rounded
 ) -> Tensor:
-    """What a layer of 8-bit weights and inputs puts out [tokens, out], its inputs divided by factors and its columns multiplied."""
+    """What a layer of 8-bit weights puts out [tokens, out], its inputs divided by factors, and rounded, and its columns multiplied."""
     scaled = inputs / factors
-    scale = input_scale(largest / factors, grid) if static else input_scale(scaled, grid)
-    return round_inputs(scaled, scale, grid) @ _rounded(weight * factors, grid).T
+    if rounded is not None:
+        scale = input_scale(largest / factors, grid) if rounded == "static" else input_scale(scaled, grid)
+        scaled = round_inputs(scaled, scale, grid)
+    return scaled @ _rounded(weight * factors, grid).T
 
 
 def input_scale(inputs: Tensor, grid: Grid) -> Tensor:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from core.recipes.calibration import Calibration
 from core.recipes.costs import Cost, blocks_cost, graph_cost, stream_cost
 from core.recipes.header import ModelHeader, TensorInfo
-from core.recipes.linears import Divisor, invalid
+from core.recipes.linears import Divisor, invalid, is_expert
 from core.recipes.passes.base import FOLDABLE, Calibrated, ExportFormat, Need, PassOptions, Patterns, Scope
 from core.recipes.passes.quantizing import Quantizing
 from core.recipes.schemes import BLOCK, Activations, Scheme
@@ -18,7 +18,8 @@ class SmoothQuant(Quantizing, Calibrated):
     """Int8 weights and int8 activations: strong inputs are scaled down, the norms before them making up for it (arXiv 2211.10438).
 
     Weights have a scale a row. Inputs are rounded with a scale a token as they come, or with one a layer from calibration. Where a
-    family's norms can't take the factors, its inputs are rounded as they are. Written as compressed-tensors `int-quantized`.
+    family's norms can't take the factors, its inputs are rounded as they are. Written as compressed-tensors `int-quantized`; a mixture's
+    experts as `pack-quantized`, their inputs in float: transformers reads no others of 8-bit integers.
     """
 
     pass_: Literal["smoothquant"] = Field("smoothquant", alias="pass")
@@ -39,7 +40,7 @@ class SmoothQuant(Quantizing, Calibrated):
         return f"{self.scheme('').describe()}, alpha {strength}, weights by {self.weights}"
 
     def scheme(self, module: str) -> Scheme:
-        return Scheme(8, activations=Activations(static=self.activations == "tensor"))
+        return Scheme(8, activations=None if is_expert(module) else Activations(static=self.activations == "tensor"))
 
     @property
     def coarsest_bits(self) -> int:
@@ -49,6 +50,8 @@ class SmoothQuant(Quantizing, Calibrated):
         yield from super().warnings(header)
         if header is not None and header.model_type not in FOLDABLE:
             yield f"`smoothquant`: the norms of a {header.model_type} can't take factors, so its inputs are rounded as they are."
+        if header is not None and any(is_expert(tensor.name) for tensor in header.tensors):
+            yield "`smoothquant`: the inputs of a mixture's experts stay in float, because transformers reads no int8 experts with rounded ones."
 
 
 class Fp8(Quantizing):

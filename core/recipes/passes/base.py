@@ -29,6 +29,10 @@ FOLDABLE = frozenset(
         "gpt_neox",
         "opt",
         "starcoder2",
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "olmoe",
     }
 )
 KEPT_MODULES = ("lm_head", "re:.*embed.*", "re:.*classifier.*", "re:.*pooler.*")

@@ -10,8 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from core.recipes.calibration import Calibration
 from core.recipes.costs import Cost
-from core.recipes.header import MIXTURES, READ_AS_FLOATS, ModelHeader, TensorInfo
-from core.recipes.linears import Divisor, check_layout, invalid, is_token_embedding, matches, module_of
+from core.recipes.header import READ_AS_FLOATS, ModelHeader, TensorInfo
+from core.recipes.linears import Divisor, check_layout, invalid, is_expert, is_token_embedding, matches, module_of
 from core.recipes.passes.base import (
     FOLDABLE,
     Calibrated,
@@ -116,11 +116,6 @@ class Rounding(Quantizing):
                 by_group.setdefault(size, []).append(tensor)
         for size, weights in by_group.items():
             check_layout(self.name, weights, header, Divisor(size, "group_size"), turns=self.turns)
-        if header.model_type in MIXTURES and not self.symmetric:
-            raise invalid(
-                f"`{self.name}`: transformers passes over the zero points of a mixture's experts.",
-                "Leave `symmetric` at true for this model.",
-            )
         if header.model_type in READ_AS_FLOATS and self.overrides:
             raise invalid(
                 f"`{self.name}`: transformers reads one grid alone of a {header.model_type}.", "Leave out `overrides`."
@@ -227,6 +222,11 @@ class Budgeted(Rounding, Calibrated):
 
     def check(self, header: ModelHeader) -> None:
         super().check(header)
+        if self.budget is not None and any(is_expert(name) for name in self._taken(header)):
+            raise invalid(
+                f"`{self.name}`: a `budget` gives each layer its own bits, and transformers reads one grid alone for all experts of a mixture.",
+                "Leave out `budget`, and give layers that are no experts other bits by `overrides`.",
+            )
         if self.budget is not None:
             self.room(header.tensors, self._taken(header))
 
