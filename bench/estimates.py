@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import select
+import shutil
 import sys
 import tempfile
 import time
@@ -46,6 +47,10 @@ PAIRS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
     "minilm-dynamic-int8-openvino": ("minilm", {"pass": "dynamic-int8"}, "openvino", (8, 16)),
     "minilm-static-int8-onnx": ("minilm", {"pass": "static-int8"}, "onnx", (32, 128)),
     "minilm-static-int8-openvino": ("minilm", {"pass": "static-int8"}, "openvino", (32, 128)),
+    "bert-512-dynamic-int8-onnx": ("bert-512", {"pass": "dynamic-int8"}, "onnx", (8, 16)),
+    "bert-512-dynamic-int8-openvino": ("bert-512", {"pass": "dynamic-int8"}, "openvino", (8, 16)),
+    "bert-768-dynamic-int8-onnx": ("bert-768", {"pass": "dynamic-int8"}, "onnx", (8, 16)),
+    "bert-768-dynamic-int8-openvino": ("bert-768", {"pass": "dynamic-int8"}, "openvino", (8, 16)),
     "smollm-weight-only": (
         "smollm",
         {"pass": "weight-only", "bits": 4, "group_size": 64},
@@ -127,6 +132,21 @@ def _watch(child: ChildProcess) -> dict[str, Any]:
             raise SystemExit("The child ended without a result.")
 
 
+def random_bert(folder: Path, *, width: int, blocks: int) -> Path:
+    """A BERT with a language model's head and random weights: what a job takes depends on its shape alone."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    from tests.models import bert_tiny_dir
+
+    config = BertConfig(
+        hidden_size=width, num_hidden_layers=blocks, num_attention_heads=width // 64, intermediate_size=4 * width
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bert_tiny_dir() / name, folder)
+    return folder
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=sorted(PAIRS))
@@ -135,10 +155,16 @@ def main() -> int:
     given = parser.parse_args()
     from tests.models import bert_tiny_dir, minilm_dir, smollm_dir
 
-    folders = {"bert-tiny": bert_tiny_dir, "minilm": minilm_dir, "smollm": smollm_dir}
     out: dict[str, Any] = {}
     missed = 0
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as models:
+        folders = {
+            "bert-tiny": bert_tiny_dir,
+            "minilm": minilm_dir,
+            "smollm": smollm_dir,
+            "bert-512": lambda: random_bert(Path(models) / "bert-512", width=512, blocks=6),
+            "bert-768": lambda: random_bert(Path(models) / "bert-768", width=768, blocks=12),
+        }
         for name in given.only or PAIRS:
             out[name] = press(name, folders[PAIRS[name][0]](), Path(root), given.threads)
             missed += not all(out[name]["holds"].values())

@@ -6,6 +6,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import shutil
 import threading
 import time
@@ -22,6 +23,7 @@ from core.compress.evaluate.finite import check_weights
 from core.compress.evaluate.quality import Trial
 from core.compress.evaluate.roofline import device_of
 from core.compress.executors import graph
+from core.compress.executors.activations import return_freed_memory
 from core.compress.export import compressed_tensors, gguf, onnx, openvino, safetensors, transformersjs
 from core.compress.export.early_exit import trace_exits
 from core.compress.export.verify import verify
@@ -77,6 +79,12 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def _let_go_of_graphs() -> None:
+    """Libraries' graphs point at themselves in rings, which wait for the collector with several times the model's weights in them."""
+    gc.collect()
+    return_freed_memory()
 
 
 class _Clock:
@@ -270,6 +278,7 @@ class _Press:
                     exits = any(isinstance(one, EarlyExit) for one in self.recipe.passes[-1:])
                     trace = trace_exits if exits else graph.trace
                     self.traced = trace(model_dir, header, trial.task.sets[0].sequences, context)
+                    _let_go_of_graphs()
                     for index, options in enumerate(self.recipe.passes):
                         if isinstance(options, StaticInt8):
                             context = self._context(header, self.clock.span(start, end), index=index)
@@ -278,6 +287,7 @@ class _Press:
                 exporter = _GRAPHS[export.format]
                 for record in exporter.save(model_dir, folder, self.traced, graph_passes, weights=export.weights):
                     self._record(record)
+                _let_go_of_graphs()
                 runner = exporter.CONSUMER
             elif export.format == "gguf":
                 assert export.weights is not None

@@ -13,7 +13,8 @@ RUNTIME_BYTES = 205 * _MIB
 MODELLING_BYTES = (
     110 * _MIB
 )  #: … what a pass that runs the model leaves in it: transformers' classes and heaps that don't shrink …
-TRACING_BYTES = 385 * _MIB  #: … and what tracing and writing graphs leave.
+TRACED_BYTES = 195 * _MIB  #: … what tracing leaves: torch's exporter, transformers' classes …
+TRACING_BYTES = 385 * _MIB  #: … and what it and the passes on a graph that try layers leave.
 CONSUMER_BYTES = 265 * _MIB  #: a process with torch and transformers, beside the model it loads
 GRAPH_CONSUMER_BYTES = 40 * _MIB  #: one with a graph runtime
 LOGIT_BYTES = 256 * _MIB  #: logits over the vocabulary that a consumer holds at once
@@ -35,6 +36,24 @@ TRIAL_TOKENS = (
 )
 #: The blocks executor settles a block in one forward pass where its texts, waiting in the middle of it, take no more than this.
 IN_TURN_BYTES = {"cuda": 4 * 1024**3, "cpu": 1024**3}
+
+
+def made_graph_bytes(header: ModelHeader, runtime: str, *, rounded: bool) -> int:
+    """What the child holds at most while it makes a graph, beside RUNTIME_BYTES.
+
+    Writing the trace down, the model and its serialised copy are there. OpenVINO's graph is changed where it lies, with the floats that rounding
+    its largest matrix takes. ONNX Runtime's quantizer copies a model again and again: on models of 17 to 508 MiB, it held nearly six times
+    their weights.
+    """
+    whole, matrices = 4 * header.parameters, [4 * math.prod(one.shape) for one in header.tensors if len(one.shape) == 2]
+    trace = TRACED_BYTES + 2 * whole
+    if not rounded:
+        return trace
+    if runtime == "openvino":
+        return trace + 35 * _MIB + 3 * max(matrices, default=0)
+    # A table that is looked up in and multiplied by stands in the graph twice.
+    held = whole + (4 * math.prod(header.tied_table.shape) if header.tied_table is not None else 0)
+    return max(TRACED_BYTES + 75 * _MIB + int(3.2 * held), 53 * _MIB + int(5.8 * held))
 
 
 class Cost(NamedTuple):

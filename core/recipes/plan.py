@@ -14,17 +14,19 @@ from core.recipes.costs import (
     LOGIT_BYTES,
     MODELLING_BYTES,
     RUNTIME_BYTES,
-    TRACING_BYTES,
+    TRACED_BYTES,
     Cost,
+    made_graph_bytes,
 )
 from core.recipes.exports import GRAPH_FORMATS, Export
 from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from core.recipes.linears import invalid
 from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
-from core.recipes.passes import EarlyExit, GenerationCache, PassOptions, Recover
+from core.recipes.passes import DynamicInt8, EarlyExit, GenerationCache, PassOptions, Recover
 from core.recipes.targets import check_target
 
-_IMPORT_S = 6.0  #: start of one consumer process
+_IMPORT_S = 6.0  #: start of one consumer process with torch and transformers
+_GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alone
 _DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
 _LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared
 _MOST_ROWS = 16  #: of a batch
@@ -338,18 +340,18 @@ def _with_calibration(recipe: Recipe, header: ModelHeader, *, samples: int, leng
 def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
     """The source and each artifact, loaded in a process of its own and run on every evaluation."""
     tokens = sum(_tokens(one) for one in recipe.evaluate)
-    runs = 1 + len(recipe.exports)
-    seconds = runs * (_IMPORT_S + tokens * header.parameters / FORWARD_RATE)
+    starts = [_IMPORT_S, *(_GRAPH_S if one.format in GRAPH_FORMATS else _IMPORT_S for one in recipe.exports)]
+    seconds = sum(starts) + len(starts) * tokens * header.parameters / FORWARD_RATE
     return Cost(max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports)), seconds)
 
 
 def _measuring_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
     """What a consumer holds of an artifact or the source (None), with what the child holds of it. Weights in fp32 are mapped from their file."""
     whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
-    if (
-        export is not None and export.format in GRAPH_FORMATS
-    ):  # traced, the model and its serialised copy are there; later the runtime's
-        return TRACING_BYTES + max(2 * whole, GRAPH_CONSUMER_BYTES + whole + logits)
+    if export is not None and export.format in GRAPH_FORMATS:
+        rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
+        made = made_graph_bytes(header, export.format, rounded=rounded)
+        return max(made, TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits)
     if export is not None and any(one.quantizes for one in recipe.passes):  # the codes, and what they become
         return CONSUMER_BYTES + _output_bytes(recipe, header, export) + whole + logits
     mapped = all(tensor.dtype == "F32" for tensor in header.tensors) and (export is None or export.weights is None)
