@@ -21,6 +21,7 @@ from core.recipes.exports import Export
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import parse_recipe
 from core.recipes.passes import DynamicInt8
+from core.recipes.plan import make_plan
 from tests.models import bert_tiny_dir
 from tests.press import lay_out, press
 
@@ -119,6 +120,9 @@ def test_ignored_layers_stay_in_float(bench: Bench, tmp_path: Path):
     names = {
         layer.name for layer in quantize_onnx(bench.traced.path, tmp_path / "q.onnx", options, rounding={}, peaks={})
     }
+    planned = make_plan(bench.recipe.model_copy(update={"passes": (options,)}), bench.header).estimate
+    assert planned is not None
+    assert (tmp_path / "q.onnx").stat().st_size == pytest.approx(planned.output_bytes["onnx"], rel=0.02)
     assert "bert.encoder.layer.0.attention.self.key" in names
     assert not [name for name in names if "query" in name or "embeddings" in name]
     with pytest.raises(NightpressError) as caught:
