@@ -44,6 +44,23 @@ def test_jobs_on_one_source_show_it_once():
     assert len(found.points) == 5
 
 
+def test_nothing_is_beaten_where_no_quality_is_known():
+    reports = [full_report(), full_report(job="job_02")]
+    found = compare(reports, "perplexity")
+    assert found.metric is None
+    assert not [one for one in found.points if one.dominated_by]
+
+
+def test_an_artifact_that_missed_no_gate_of_a_rejected_job_says_so():
+    report = full_report(verdict="rejected")
+    missed = {one.artifact for one in report.gates if not one.passed}
+    verdicts = {one.artifact: one.verdict for one in compare([report]).points}
+    assert missed
+    for artifact in report.artifacts:
+        said = "rejected" if artifact.name in missed else "rejected; its own gates are passed"
+        assert verdicts[artifact.name] == said
+
+
 def test_without_a_common_scale_a_note_says_so():
     report = full_report()
     apart = changed(report, measurements=(), timings=())
