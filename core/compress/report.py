@@ -55,6 +55,10 @@ _SHARES = frozenset(
 )
 #: what the Hub calls a figure, where it has its own name for it
 _HUB_METRICS = {"spearman": "spearmanr", "pearson": "pearsonr", "entity_f1": "seqeval", "choice_accuracy": "acc_norm"}
+#: what makes the Hub's `quantized` of a model, as a GGUF without any pass does; it has no nearer word for the others than `finetune`
+_QUANTIZING = frozenset(
+    {"dynamic-int8", "static-int8", "weight-only", "gptq", "awq", "smoothquant", "fp8", "kv-cache", "qat"}
+)
 _PIPELINE_TAGS = {
     "causal-lm": "text-generation",
     "classification": "text-classification",
@@ -101,7 +105,7 @@ def render_markdown(report: Report) -> str:
         "license_link": model.get("license_link"),
         "language": model.get("language"),
         "base_model": model["name"],
-        "base_model_relation": "quantized",
+        "base_model_relation": _relation(report),
         "datasets": model.get("datasets"),
         "pipeline_tag": _PIPELINE_TAGS.get(str(model.get("task"))),
         "tags": ["nightpress", *(one.format for one in report.artifacts)],
@@ -110,6 +114,11 @@ def render_markdown(report: Report) -> str:
     known = {key: value for key, value in front.items() if value}
     metadata = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1000)
     return _templates().get_template("report.md").render(metadata=metadata, **_context(report))
+
+
+def _relation(report: Report) -> str:
+    changed = {one["pass"] for one in report.recipe.get("passes", ())} - {"profile", "generation-cache"}
+    return "quantized" if not changed or changed & _QUANTIZING else "finetune"
 
 
 def _index_results(report: Report) -> list[dict[str, Any]]:

@@ -150,6 +150,23 @@ def test_the_card_is_one_that_the_hub_reads(tmp_path: Path):
     assert all(one.dataset_name for one in card.data.eval_results)
 
 
+@pytest.mark.parametrize(
+    ("passes", "relation"),
+    [
+        ([], "quantized"),  # what GGUF's types do without any
+        (["profile"], "quantized"),
+        (["distill"], "finetune"),
+        (["magnitude", "recover"], "finetune"),
+        (["channels", "dynamic-int8"], "quantized"),
+    ],
+)
+def test_the_card_says_what_the_result_is_to_its_base_in_the_hubs_words(passes: list[str], relation: str):
+    report = full_report()
+    recipe = report.recipe | {"passes": [{"pass": one} for one in passes]}
+    card = reports.render_markdown(report.model_copy(update={"recipe": recipe}))
+    assert f"base_model_relation: {relation}\n" in card
+
+
 def test_lineage_is_carried_over_from_the_card(tmp_path: Path):
     (tmp_path / "README.md").write_text(
         "---\nlicense: mit\nbase_model: some/model\ndatasets: [a, b]\nwidget: {}\n---\n# A model\n"
