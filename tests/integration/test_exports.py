@@ -113,6 +113,25 @@ def test_an_artifact_that_answers_wrongly_is_found_out(bench: Bench, tmp_path: P
         verify(bench.recipe, Export(format="onnx"), wrong, source=observed, traced=bench.traced, task=bench.trial.task)
     assert caught.value.code == ErrorCode.VERIFICATION_FAILED
     assert caught.value.details["bound"] == EXACT
+    assert f"is {caught.value.details['value']:.5f}, the bound {EXACT:g}" in caught.value.message
+    # A folder that no pass has changed answers as its source does.
+    copied = bench.recipe.model_copy(update={"passes": ()})
+    with pytest.raises(NightpressError, match="cosine of outputs with the source's"):
+        verify(copied, Export(format="safetensors"), wrong, source=observed, traced=None, task=bench.trial.task)
+
+
+def test_an_artifact_whose_answers_are_no_numbers_is_named(bench: Bench, tmp_path: Path):
+    import onnx as library
+
+    model = library.load(bench.traced.path)
+    bias = next(one for one in model.graph.initializer if list(one.dims) == [128])
+    bias.CopyFrom(library.numpy_helper.from_array(np.full(128, np.nan, np.float32), bias.name))
+    (tmp_path / "onnx").mkdir()
+    library.save(model, tmp_path / "onnx" / "model.onnx")
+    with pytest.raises(NightpressError, match="The artifact onnx gives outputs that are not finite") as caught:
+        run_consumer(onnx.CONSUMER, tmp_path / "onnx", bench.trial.task, name="onnx", scratch=tmp_path / "scratch")
+    assert caught.value.code == ErrorCode.NUMERICAL_FAILURE
+    assert "gentler pass" in caught.value.hint
 
 
 def test_ignored_layers_stay_in_float(bench: Bench, tmp_path: Path):
