@@ -68,7 +68,8 @@ def _graph_bound(recipe: Recipe, export: Export) -> float:
     # The codes that a pass chose are in the model it is compared with; the runtime rounds activations beside them.
     if any(one.scope == "graph" or one.quantizes for one in recipe.passes):
         return ROUNDED[8]
-    return HALVED if export.weights == "fp16" else EXACT
+    # OpenVINO computes in bfloat16 where the processor can, whatever the weights are stored in.
+    return HALVED if export.weights == "fp16" or export.format == "openvino" else EXACT
 
 
 def _rounding_bound(recipe: Recipe, export: Export) -> float | None:
