@@ -11,6 +11,7 @@ from html import escape
 from core.handoff.compare import Comparison, Point
 from core.handoff.report import LayerEffect, Series, Subject
 
+_LINE = 16  #: pixels between two lines of letters in a plot
 _PALETTE = 6  #: line colours in the style sheet
 
 
@@ -163,8 +164,9 @@ def pareto(comparison: Comparison) -> str:
         parts.append(
             f'<polyline class="front" points="{" ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in front)}"/>'
         )
-        labels: dict[tuple[int, int], tuple[float, float, list[int]]] = {}  # points in one place share a label
-        for at, (one, value) in enumerate(shown, 1):
+        spots: list[_Spot] = []
+        # What is beaten is drawn first: it hides nothing that isn't.
+        for at, (one, value) in sorted(enumerate(shown, 1), key=lambda numbered: not numbered[1][0].dominated_by):
             x, y = frame.x(one.size_bytes / 1e6), frame.y(value)
             kind = "grey" if one.dominated_by else "pale" if one.artifact == "source" else "solid"
             radius = 5 + 5 * fastest / one.latency_ms if timed and one.latency_ms else 7
@@ -175,12 +177,36 @@ def pareto(comparison: Comparison) -> str:
             parts.append(
                 f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"><title>{escape(one.label)}</title></circle>'
             )
-            labels.setdefault((round(x / 8), round(y / 8)), (x + radius + 3, y + 4, []))[2].append(at)
-        for x, y, numbers in labels.values():
-            parts.append(f'<text x="{x:.1f}" y="{y:.1f}">{", ".join(map(str, numbers))}</text>')
+            spots.append(_Spot(x + radius + 3, y + 4, [at]))
+        parts += [
+            f'<text x="{spot.x:.1f}" y="{spot.y:.1f}">{", ".join(map(str, sorted(spot.numbers)))}</text>'
+            for spot in _together(spots)
+        ]
         return "".join(parts)
 
     return _plot(draw, f"Size against {axis}")
+
+
+@dataclass
+class _Spot:
+    """Where a label begins, and the points that it names."""
+
+    x: float
+    y: float
+    numbers: list[int]
+
+
+def _together(spots: Sequence[_Spot]) -> list[_Spot]:
+    """One label for all points whose own would be written over each other."""
+    found: list[_Spot] = []
+    for spot in sorted(spots, key=lambda one: (one.y, one.x)):
+        near = next((one for one in found if abs(one.y - spot.y) < _LINE and abs(one.x - spot.x) < 2 * _LINE), None)
+        if near is None:
+            found.append(_Spot(spot.x, spot.y, list(spot.numbers)))
+        else:
+            near.x, near.y = max(near.x, spot.x), (near.y + spot.y) / 2
+            near.numbers += spot.numbers
+    return found
 
 
 def _front(shown: Sequence[tuple[Point, float]], higher: bool) -> list[tuple[float, float]]:

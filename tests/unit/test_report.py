@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
+from core.compress import charts
 from core.compress import report as reports
+from core.handoff.compare import compare
 from core.handoff.report import (
     GateResult,
     LayerEffect,
@@ -231,6 +233,21 @@ def test_the_line_to_run_it_again_names_the_data_it_needs():
     assert "nightpress reproduce report.json --model FOLDER --data mine=FILE</pre>" in reports.render_html(
         make_report("mine")
     )
+
+
+def test_points_that_lie_together_share_a_label_and_what_is_beaten_hides_nothing():
+    report = full_report()
+    first, second = report.artifacts
+    near = second.model_copy(update={"size_bytes": second.size_bytes + 200_000, "name": "near"})
+    drawn = charts.pareto(compare([report.model_copy(update={"artifacts": (first, second, near)})]))
+    for plot in drawn.split("</svg>")[:2]:
+        labels = re.findall(r'<text x="([\d.]+)" y="([\d.]+)">([\d, ]+)</text>', plot)
+        assert sorted(number for _, _, text in labels for number in text.split(", ")) == ["1", "2", "3", "4"]
+        places = [(float(x), float(y)) for x, y, _ in labels]
+        assert all(abs(a[0] - b[0]) >= 12 or abs(a[1] - b[1]) >= 12 for a in places for b in places if a is not b)
+        kinds = re.findall(r'<circle class="(\w+)"', plot)
+        assert kinds == sorted(kinds, key=lambda kind: kind != "grey")
+        assert "grey" in kinds
 
 
 def test_the_front_is_what_is_best_for_its_size():
