@@ -308,7 +308,7 @@ def page_schedules(*, cursor: str | None = None, limit: int = 50) -> Call[Page[S
 
 
 def edit_schedule(schedule: str, *, version: int | None = None, **changes: Any) -> Call[ScheduleView]:
-    """Change what is given. With `version`, only while it is still that one: else ApiError(precondition_failed)."""
+    """Change what is given; `source=None` takes the source away. With `version`, only while it is still that one: else ApiError(precondition_failed)."""
     body = ScheduleUpdate(**changes).model_dump(mode="json", exclude_unset=True)
     headers = if_match(version)
     return Call("PATCH", path_of("schedules", schedule), _SCHEDULE, repeatable=not headers, json=body, headers=headers)

@@ -572,7 +572,10 @@ class ScheduleCreate(Request):
 
 
 class ScheduleUpdate(Request):
-    """What to change; the rest stays. Edits count `version` up, which is also the ETag."""
+    """What to change; the rest stays. Edits count `version` up, which is also the ETag.
+
+    `source: null` takes the source away: the schedule then presses what is registered. Null elsewhere changes nothing.
+    """
 
     name: Name | None = None
     cron: CronText | None = None

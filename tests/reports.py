@@ -193,7 +193,7 @@ def _gate(artifact: str, verdict: str) -> dict[str, Any]:
         "artifact": artifact,
         "observed": -0.014 if passed else -0.031,
         "passed": passed,
-        "explanation": f"{'-1.40' if passed else '-3.10'}% (lower end of the 95% interval around -0.0047, on reviews)",
+        "explanation": f"{'-1.40' if passed else '-3.10'}% (lower end of the 95% interval around -0.47%, on reviews)",
     }
 
 

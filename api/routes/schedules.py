@@ -77,7 +77,7 @@ async def get_schedule(reference: str, caller: JobsReader, services: ServicesDep
     "/{reference}",
     response_model=ScheduleView,
     summary="Change a schedule",
-    description="Only what is given changes. Its next fire is counted anew from now where the time, the zone or `suspended` changes.",
+    description="Only what is given changes; `source: null` takes the source away. Its next fire is counted anew from now where the time, the zone or `suspended` changes.",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED, *_REFUSALS),
 )
 async def edit_schedule(

@@ -111,19 +111,21 @@ def edit(
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Another recipe.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Another model.")] = None,
     source: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Another place where each fire looks for the model first.")
+        str | None,
+        typer.Option(metavar="SOURCE", help="Another place where each fire looks for the model first; '' for none."),
     ] = None,
 ) -> None:
     """Change what is given; the rest stays."""
     given = {
         "cron": cron,
         "timezone": timezone,
-        "source": source,
         "overlap": overlap,
         "catch_up": catch_up,
         "only_if_changed": only_if_changed,
     }
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if source is not None:
+        changes["source"] = source or None
     with session.client() as client:
         found = client.schedules.get(name)
         job = {"model": model, "recipe": read_recipe(recipe) if recipe else None}

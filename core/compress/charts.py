@@ -11,6 +11,7 @@ from html import escape
 from core.handoff.compare import Comparison, Point
 from core.handoff.report import LayerEffect, Series, Subject
 
+_LINE = 16  #: pixels between two lines of letters in a plot
 _PALETTE = 6  #: line colours in the style sheet
 
 
@@ -29,6 +30,7 @@ class Bar:
 def bars(rows: Sequence[Bar], caption: str) -> str:
     """A table of bars."""
     lines = []
+    widest = max((len(_short(one.label)) for one in rows), default=0)
     for one in rows:
         behind = f'<i class="pale" style="width:{_percent(one.behind)}"></i>' if one.behind else ""
         reach = f'<i class="reach" style="width:{_percent(one.reach)}"></i>' if one.reach else ""
@@ -37,7 +39,7 @@ def bars(rows: Sequence[Bar], caption: str) -> str:
             f'<td class="track" aria-hidden="true">{behind}{reach}<i class="{one.kind}" style="width:{_percent(one.share)}"></i></td>'
             f"<td>{escape(one.value)}</td></tr>"
         )
-    return f'<table class="bars"><caption>{escape(caption)}</caption><tbody>{"".join(lines)}</tbody></table>'
+    return f'<table class="bars" style="--label:{widest}ch"><caption>{escape(caption)}</caption><tbody>{"".join(lines)}</tbody></table>'
 
 
 def layer_sizes(layers: Sequence[LayerEffect]) -> str:
@@ -108,7 +110,12 @@ def phases(seconds: dict[str, float]) -> str:
 
 
 def curves(series: Sequence[Series], title: str) -> str:
-    """Lines over steps, each on the common scale."""
+    """Lines over steps, each on the common scale. What is the same line has one colour and all its names."""
+    named: dict[tuple[tuple[float, ...], tuple[float, ...]], list[str]] = {}
+    for one in series:
+        named.setdefault((one.x, one.y), []).append(one.name)
+    label = series[0].x_label if series else ""
+    series = [Series(name=" and ".join(names), x=x, y=y, x_label=label) for (x, y), names in named.items()]
     points = [
         (x, y) for one in series for x, y in zip(one.x, one.y, strict=True) if math.isfinite(x) and math.isfinite(y)
     ]
@@ -117,7 +124,7 @@ def curves(series: Sequence[Series], title: str) -> str:
 
     def draw(width: int, height: int) -> str:
         frame = _Frame.around(points, width, height)
-        parts = [frame.axes(series[0].x_label, "", "{:g}".format, "{:.4g}".format)]
+        parts = [frame.axes(label, "")]
         for at, one in enumerate(series):
             line = " ".join(
                 f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(one.x, one.y, strict=True) if math.isfinite(y)
@@ -152,13 +159,14 @@ def pareto(comparison: Comparison) -> str:
         frame = _Frame.around(
             [(0.0, ends[0])] + [(one.size_bytes / 1e6, y) for one, _ in shown for y in ends], width, height
         )
-        parts = [frame.axes("size, MB", axis, "{:,.0f}".format, "{:.4g}".format)]
-        front = sorted((one.size_bytes / 1e6, value) for one, value in shown if not one.dominated_by)
+        parts = [frame.axes("size, MB", axis)]
+        front = _front(shown, by_quality and comparison.better == "higher")
         parts.append(
             f'<polyline class="front" points="{" ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in front)}"/>'
         )
-        labels: dict[tuple[int, int], tuple[float, float, list[int]]] = {}  # points in one place share a label
-        for at, (one, value) in enumerate(shown, 1):
+        spots: list[_Spot] = []
+        # What is beaten is drawn first: it hides nothing that isn't.
+        for at, (one, value) in sorted(enumerate(shown, 1), key=lambda numbered: not numbered[1][0].dominated_by):
             x, y = frame.x(one.size_bytes / 1e6), frame.y(value)
             kind = "grey" if one.dominated_by else "pale" if one.artifact == "source" else "solid"
             radius = 5 + 5 * fastest / one.latency_ms if timed and one.latency_ms else 7
@@ -169,12 +177,47 @@ def pareto(comparison: Comparison) -> str:
             parts.append(
                 f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"><title>{escape(one.label)}</title></circle>'
             )
-            labels.setdefault((round(x / 8), round(y / 8)), (x + radius + 3, y + 4, []))[2].append(at)
-        for x, y, numbers in labels.values():
-            parts.append(f'<text x="{x:.1f}" y="{y:.1f}">{", ".join(map(str, numbers))}</text>')
+            spots.append(_Spot(x + radius + 3, y + 4, [at]))
+        parts += [
+            f'<text x="{spot.x:.1f}" y="{spot.y:.1f}">{", ".join(map(str, sorted(spot.numbers)))}</text>'
+            for spot in _together(spots)
+        ]
         return "".join(parts)
 
     return _plot(draw, f"Size against {axis}")
+
+
+@dataclass
+class _Spot:
+    """Where a label begins, and the points that it names."""
+
+    x: float
+    y: float
+    numbers: list[int]
+
+
+def _together(spots: Sequence[_Spot]) -> list[_Spot]:
+    """One label for all points whose own would be written over each other."""
+    found: list[_Spot] = []
+    for spot in sorted(spots, key=lambda one: (one.y, one.x)):
+        near = next((one for one in found if abs(one.y - spot.y) < _LINE and abs(one.x - spot.x) < 2 * _LINE), None)
+        if near is None:
+            found.append(_Spot(spot.x, spot.y, list(spot.numbers)))
+        else:
+            near.x, near.y = max(near.x, spot.x), (near.y + spot.y) / 2
+            near.numbers += spot.numbers
+    return found
+
+
+def _front(shown: Sequence[tuple[Point, float]], higher: bool) -> list[tuple[float, float]]:
+    """The points (MB, height) that nothing beats in the two things drawn: from the smallest on, each better than all before."""
+    front: list[tuple[float, float]] = []
+    for size, value in sorted(
+        ((one.size_bytes / 1e6, value) for one, value in shown), key=lambda at: (at[0], -at[1] if higher else at[1])
+    ):
+        if not front or (value > front[-1][1] if higher else value < front[-1][1]):
+            front.append((size, value))
+    return front
 
 
 def _interval(one: Point, by_quality: bool) -> tuple[float, float] | tuple[()]:
@@ -209,20 +252,18 @@ class _Frame:
         room = self.height - self._TOP - self._BOTTOM
         return self._TOP + room * (1 - (value - self.y0) / ((self.y1 - self.y0) or 1))
 
-    def axes(self, x_label: str, y_label: str, show_x: Callable[[float], str], show_y: Callable[[float], str]) -> str:
+    def axes(self, x_label: str, y_label: str) -> str:
         parts = []
-        for value in _ticks(self.y0, self.y1):
+        for value, text in _ticks(self.y0, self.y1):
             at = self.y(value)
             parts.append(
                 f'<line class="grid" x1="{self._LEFT}" x2="{self.width - self._RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-                f'<text class="tick" x="{self._LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{show_y(value)}</text>'
+                f'<text class="tick" x="{self._LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{text}</text>'
             )
         bottom = self.height - self._BOTTOM
-        for value in _ticks(self.x0, self.x1, most=max(3, self.width // 110)):
+        for value, text in _ticks(self.x0, self.x1, most=max(3, self.width // 110)):
             at = self.x(value)
-            parts.append(
-                f'<text class="tick" x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{show_x(value)}</text>'
-            )
+            parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{text}</text>')
         parts.append(
             f'<line class="axis" x1="{self._LEFT}" x2="{self.width - self._RIGHT}" y1="{bottom}" y2="{bottom}"/>'
             f'<text class="tick" x="{self.width - self._RIGHT}" y="{self.height - 6}" text-anchor="end">{escape(x_label)}</text>'
@@ -231,16 +272,17 @@ class _Frame:
         return "".join(parts)
 
 
-def _ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers between low and high, at most about `most`."""
+def _ticks(low: float, high: float, most: int = 6) -> list[tuple[float, str]]:
+    """Round numbers between low and high, at most about `most`, all written with as many digits as tell them apart."""
     span = high - low
     if span <= 0 or not math.isfinite(span):
-        return [low]
+        return [(low, f"{low:.4g}")]
     rough = span / most
     step = 10.0 ** math.floor(math.log10(rough))
     step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= rough)
     first = math.ceil(low / step)
-    return [at * step for at in range(first, math.floor(high / step) + 1)]
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [(at * step, f"{at * step:,.{digits}f}") for at in range(first, math.floor(high / step) + 1)]
 
 
 def _plot(draw: Callable[[int, int], str], title: str) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from core.compress import environment, report
 from core.compress.checkpoint import disk_errors, write_file
@@ -454,11 +455,19 @@ class _Press:
 
     def _data_used(self) -> tuple[DataUsed, ...]:
         folder = self.job_dir / DATA_DIR
-        built_in = {one.data for one in self.recipe.evaluate if isinstance(one, Quality)} & BUILTIN_DATA
+        measured = {one.data for one in self.recipe.evaluate if isinstance(one, Quality)}
+        seen = {ref for one in self.recipe.passes for ref in one.data_refs()}
+        if any(one.wants == "calibration" for one in self.recipe.passes):
+            seen.add(self.recipe.calibration.data)
+        purposes: dict[Literal["evaluation", "calibration"], set[str]] = {"evaluation": measured, "calibration": seen}
         brought = {ref: describe_file(folder, folder / name).sha256 for ref, name in self.spec.data.items()}
         return (
             *(DataUsed(ref=ref, sha256=sha256) for ref, sha256 in brought.items()),
-            *(DataUsed(ref=ref, sha256=builtin_digest(ref), license=BUILTIN_LICENSE) for ref in sorted(built_in)),
+            *(
+                DataUsed(ref=ref, sha256=builtin_digest(purpose), license=BUILTIN_LICENSE, purpose=purpose)
+                for purpose, refs in purposes.items()
+                for ref in sorted(refs & BUILTIN_DATA)
+            ),
         )
 
     def _notes(self, header: ModelHeader) -> tuple[str, ...]:

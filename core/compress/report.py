@@ -55,6 +55,10 @@ _SHARES = frozenset(
 )
 #: what the Hub calls a figure, where it has its own name for it
 _HUB_METRICS = {"spearman": "spearmanr", "pearson": "pearsonr", "entity_f1": "seqeval", "choice_accuracy": "acc_norm"}
+#: what makes the Hub's `quantized` of a model, as a GGUF without any pass does; it has no nearer word for the others than `finetune`
+_QUANTIZING = frozenset(
+    {"dynamic-int8", "static-int8", "weight-only", "gptq", "awq", "smoothquant", "fp8", "kv-cache", "qat"}
+)
 _PIPELINE_TAGS = {
     "causal-lm": "text-generation",
     "classification": "text-classification",
@@ -101,7 +105,7 @@ def render_markdown(report: Report) -> str:
         "license_link": model.get("license_link"),
         "language": model.get("language"),
         "base_model": model["name"],
-        "base_model_relation": "quantized",
+        "base_model_relation": _relation(report),
         "datasets": model.get("datasets"),
         "pipeline_tag": _PIPELINE_TAGS.get(str(model.get("task"))),
         "tags": ["nightpress", *(one.format for one in report.artifacts)],
@@ -110,6 +114,11 @@ def render_markdown(report: Report) -> str:
     known = {key: value for key, value in front.items() if value}
     metadata = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1000)
     return _templates().get_template("report.md").render(metadata=metadata, **_context(report))
+
+
+def _relation(report: Report) -> str:
+    changed = {one["pass"] for one in report.recipe.get("passes", ())} - {"profile", "generation-cache"}
+    return "quantized" if not changed or changed & _QUANTIZING else "finetune"
 
 
 def _index_results(report: Report) -> list[dict[str, Any]]:
@@ -155,7 +164,8 @@ def _context(report: Report) -> dict[str, Any]:
         "generation_plots": [(title, Markup(one)) for title, one in report_costs.generation_plots(subjects)],  # noqa: S704
         "caches": [found for record in report.passes if (found := report_costs.cache_tables(record))],
         "zeros": report_costs.storage_tables(report),
-        "layer_charts": [(record, *_layer_charts(record)) for record in report.passes if record.layers],
+        "gates_said": _gates_said(report),
+        "layer_charts": _layer_charts(report.passes),
         "layers_shown": LAYERS_SHOWN,
         "recipe_json": json.dumps(report.recipe, indent=2),
     }
@@ -165,10 +175,32 @@ def _pareto(report: Report) -> str:
     return charts.pareto(compare([report])) if len(report.artifacts) > 1 else ""
 
 
-def _layer_charts(record: PassRecord) -> tuple[Markup, Markup, int]:
-    layers = largest_errors(record.layers)
-    sizes, errors = charts.layer_sizes(layers), charts.layer_errors(layers)
-    return Markup(sizes), Markup(errors), len(record.layers)  # noqa: S704 - escaped there
+def _gates_said(report: Report) -> str:
+    """In a line, why the verdict is what it is."""
+    if not report.gates:
+        return ""
+    if not (missed := [one for one in report.gates if not one.passed]):
+        return "The gate is passed." if len(report.gates) == 1 else f"All {len(report.gates)} gates are passed."
+    artifacts: dict[str, list[str]] = {}
+    for one in missed:
+        artifacts.setdefault(one.gate.split()[0].replace("_", " "), []).append(one.artifact)
+    said = "; ".join(f"{metric} by {' and '.join(names)}" for metric, names in artifacts.items())
+    return f"{len(missed)} of {len(report.gates)} gates missed: {said}."
+
+
+def _layer_charts(passes: Sequence[PassRecord]) -> list[tuple[PassRecord, list[str], Markup, Markup, int]]:
+    """What each pass did to each layer, drawn once where several formats carry the same."""
+    drawn: list[tuple[PassRecord, list[str], Markup, Markup, int]] = []
+    for record in passes:
+        formats = [str(record.summary["format"])] if "format" in record.summary else []
+        same = next((one for one in drawn if (one[0].index, one[0].layers) == (record.index, record.layers)), None)
+        if same is not None:
+            same[1].extend(one for one in formats if one not in same[1])
+        elif record.layers:
+            layers = largest_errors(record.layers)
+            sizes, errors = charts.layer_sizes(layers), charts.layer_errors(layers)
+            drawn.append((record, formats, Markup(sizes), Markup(errors), len(record.layers)))  # noqa: S704 - escaped there
+    return drawn
 
 
 def largest_errors(layers: tuple[LayerEffect, ...], shown: int = LAYERS_SHOWN) -> tuple[LayerEffect, ...]:
@@ -193,9 +225,22 @@ def _headline(report: Report) -> list[tuple[str, str, str]]:
         if ratios:
             low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
             parts.append(f"{low}×" + (f" to {high}×" if low != high else "") + " the speed")
+        writing = _decode_ratios(one, report.source)
+        if writing:
+            low, high = f"{min(writing):.1f}", f"{max(writing):.1f}"
+            parts.append(f"decodes {low}×" + (f" to {high}×" if low != high else "") + " as fast")
         first = one.measurements[0] if one.measurements else None
         lines.append((one.name, ", ".join(parts), f"{metric_name(first)} {figure(first)}" if first else ""))
     return lines
+
+
+def _decode_ratios(artifact: Subject, source: Subject) -> list[float]:
+    base = {(one.batch, one.prompt, one.tokens): one.decode_tokens_per_s for one in source.generation if one.cached}
+    return [
+        one.decode_tokens_per_s / base[shape]
+        for one in artifact.generation
+        if one.cached and base.get(shape := (one.batch, one.prompt, one.tokens))
+    ]
 
 
 def _rows(report: Report) -> list[_Row]:
@@ -310,13 +355,18 @@ def megabytes(size: float) -> str:
 
 def figure(one: Measurement) -> str:
     """Value and interval, with as many digits as tell them apart from each other and from 1."""
-    low, high = one.low, one.high
-    if one.name in _SHARES:
-        ends = f" [{low:.1%}, {high:.1%}]" if low is not None and high is not None else ""
-        return f"{one.value:.1%}{ends}"
-    digits = 5 if one.name in {"cosine", "kl_divergence"} else 3
-    ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if low is not None and high is not None else ""
-    return f"{one.value:.{digits}f}{ends}"
+    known = one.low is not None and one.high is not None
+    ends = f" [{shown(one.low, one.name)}, {shown(one.high, one.name)}]" if known else ""
+    return shown(one.value, one.name) + ends
+
+
+def shown(value: float | None, metric: str) -> str:
+    """A figure of this metric."""
+    if value is None:
+        return "–"
+    if metric in _SHARES:
+        return f"{value:.1%}"
+    return f"{value:.{5 if metric in {'cosine', 'kl_divergence'} else 3}f}"
 
 
 def change(one: Measurement) -> str:
@@ -337,7 +387,13 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"megabytes": megabytes, "cell": _table_cell, "plain": _plain_text, "code": _code_block}
+    environment.filters |= {
+        "megabytes": megabytes,
+        "shown": shown,
+        "cell": _table_cell,
+        "plain": _plain_text,
+        "code": _code_block,
+    }
     return environment
 
 

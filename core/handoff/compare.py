@@ -28,7 +28,7 @@ class Point:
     quality: float | None
     quality_low: float | None
     quality_high: float | None
-    verdict: str  #: "" for a source
+    verdict: str  #: of its job, with whether it is the one that missed a gate; "" for a source
     dominated_by: str = ""  #: the label of a point that is at least as good in everything and better in something
 
     @property
@@ -101,8 +101,13 @@ def _point(report: Report, subject: Subject, key: tuple[str, str] | None, shape:
         quality=measured.value if measured else itself,
         quality_low=measured.low if measured else None,
         quality_high=measured.high if measured else None,
-        verdict="" if subject is report.source else report.verdict,
+        verdict="" if subject is report.source else _verdict(report, subject),
     )
+
+
+def _verdict(report: Report, subject: Subject) -> str:
+    missed = any(one.artifact == subject.name and not one.passed for one in report.gates)
+    return report.verdict if missed or report.verdict == "accepted" else f"{report.verdict}; its own gates are passed"
 
 
 def _mark(points: list[Point], better: str) -> list[Point]:
@@ -120,7 +125,9 @@ def _mark(points: list[Point], better: str) -> list[Point]:
 
     found = []
     for one in points:
-        by = next((other for other in points if other is not one and dominates(other, one)), None)
+        # Where no quality is known, small and fast alone beat nothing.
+        rivals = [other for other in points if other is not one and other.quality is not None]
+        by = next((other for other in rivals if dominates(other, one)), None)
         found.append(replace(one, dominated_by=by.label if by else ""))
     return found
 

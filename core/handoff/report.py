@@ -146,6 +146,7 @@ class DataUsed(_Model):
     ref: str  #: as the recipe calls it
     sha256: str  #: of the file as it was handed to the job
     license: str | None = None  #: of built-in sets; of others only their owner knows
+    purpose: Literal["evaluation", "calibration"] | None = None  #: of built-in sets, which have a text for each
 
 
 class Report(_Model):

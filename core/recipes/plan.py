@@ -30,6 +30,8 @@ _GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alo
 _DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
 _LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared
 _MOST_ROWS = 16  #: of a batch
+#: what the head is called that multiplies by the table, for `ignore`
+_HEADS = {"causal-lm": "lm_head.weight", "masked-lm": "cls.predictions.decoder.weight"}
 _CUT_BACK = frozenset({"none", "dynamic"})  #: caches from which tokens can be taken back
 
 
@@ -277,7 +279,7 @@ def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
     tensors = left.tensors
     if left.tied_table is not None and any(one.scope == "graph" for one in passes):
         # Rows of the one are looked up, columns of the other multiplied by, and each has codes of its own.
-        tensors += (left.tied_table,)
+        tensors += (left.tied_table.model_copy(update={"name": _HEADS[left.task]}),)
     total = 0
     for tensor in tensors:
         size = tensor.size

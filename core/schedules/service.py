@@ -39,6 +39,8 @@ class ScheduleService:
         if version is not None and version != schedule.version:
             raise changed_since()
         values: dict[str, Any] = wanted.model_dump(mode="json", exclude_none=True)
+        if "source" in wanted.model_fields_set:  # null takes it away
+            values["source"] = wanted.source
         if wanted.job is not None:
             self._check_job(tenant_id, wanted.job)
         self._check_source(wanted.source)

@@ -55,7 +55,19 @@ def test_the_verdict_and_the_gates_come_first(browser: Browser, pages: Path):
 
 def test_it_prints_with_everything_on_the_paper(browser: Browser, pages: Path, tmp_path: Path):
     with browser.open((pages / "report.html").as_uri()) as seen:
+        shown = "[...document.querySelectorAll('details')].every(one => one.offsetHeight > 2 * one.querySelector('summary').offsetHeight)"
+        assert not seen.page.evaluate(shown)
         seen.page.emulate_media(media="print")
+        assert seen.page.evaluate(shown)
+        letters = [
+            seen.page.evaluate(f"parseFloat(getComputedStyle(document.querySelector('{one}')).fontSize)")
+            for one in ("body", "td")
+        ]
+        assert letters[1] <= letters[0]
+        # A cell that is narrower than its word breaks it.
+        assert seen.page.evaluate(
+            "[...document.querySelectorAll('td.good, td.bad')].every(one => one.getClientRects()[0].height < 40)"
+        )
         assert not overflows(seen.page)
         paper = seen.page.pdf(format="A4", prefer_css_page_size=True)
     assert paper.startswith(b"%PDF")

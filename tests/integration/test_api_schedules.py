@@ -123,6 +123,8 @@ def test_the_client_and_the_command_do_the_same(api: RunningApi, monkeypatch: py
     folder = api.services.settings.model_roots[0] / "tiny"
     moved = json.loads(call("edit", "nightly", "--source", str(folder), "--json"))
     assert (moved["source"], moved["overlap"]) == (str(folder), "replace")
+    assert json.loads(call("edit", "nightly", "--catch-up", "none", "--json"))["source"] == str(folder)
+    assert json.loads(call("edit", "nightly", "--source", "", "--json"))["source"] is None
     assert "suspended" in call("suspend", "nightly")
     assert "active" in call("resume", "nightly")
     call("trigger", "nightly")

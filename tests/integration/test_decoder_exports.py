@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from core.compress.evaluate import quality
+from core.compress.evaluate.consumer import run_consumer
 from core.compress.evaluate.fidelity import whole_cosine
 from core.compress.export import gguf
 from core.compress.export.onnx_codes import block_size
+from core.compress.export.verify import EXACT, HALVED
 from core.errors import ErrorCode, NightpressError
 from core.recipes.exports import Export
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import parse_recipe
 from tests.models import bert_tiny_dir
 from tests.press import lay_out, press
 
@@ -104,6 +108,14 @@ def test_the_codes_lie_in_the_graphs_as_codes(graphs: Any):
         sum(one.size for one in artifact.files if one.path.startswith("model.")) for artifact in graphs[1][0].artifacts
     ]
     assert sizes[1] < sizes[0]
+
+
+def test_a_float_decoder_passes_in_every_graph_runtime_whatever_arithmetic_it_chooses(llama: Path, tmp_path: Path):
+    """Where the processor can, OpenVINO computes in bfloat16."""
+    recipe = {"passes": [], "exports": ["onnx", "openvino"], "evaluate": []}
+    _, report, _ = press(lay_out(tmp_path / "job", llama, recipe))
+    bounds = {one.name: one.verification.bound for one in report.artifacts if one.verification}
+    assert bounds == {"onnx": EXACT, "openvino": HALVED}
 
 
 def test_the_widest_block_divides_the_group():
@@ -229,6 +241,28 @@ def test_a_bert_embeds_in_llama_cpp(llama_cpp: Any, tmp_path: Path):
         Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
     )
     assert model.tokenize(TEXT.encode(), add_bos=False, special=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "bytes_", "said"),
+    [
+        (b"GGUF\3", b"GGUF\x63", "written in GGUF version 99; .* reads up to GGUF version 3"),
+        (b"llama", b"lhama", "unknown model architecture: 'lhama'"),
+    ],
+)
+def test_why_llama_cpp_does_not_load_a_file_is_said(
+    place: bytes, bytes_: bytes, said: str, llama_cpp: Any, llama: Path, tmp_path: Path
+):
+    header = inspect_model(FolderFiles(llama))
+    recipe = parse_recipe({"name": "t", "passes": [], "exports": ["gguf"], "evaluate": []})
+    trial = quality.prepare(recipe, header, llama, {}, threads=1)
+    out = tmp_path / "gguf"
+    gguf.save(llama, out, header, weights="f16", pooling="mean")
+    file = out / gguf.FILE_NAME
+    file.write_bytes(file.read_bytes().replace(place, bytes_, 1))
+    with pytest.raises(NightpressError, match=said) as caught:
+        run_consumer(gguf.CONSUMER, out, trial.task, name="gguf", scratch=tmp_path / "scratch")
+    assert caught.value.code == ErrorCode.VERIFICATION_FAILED
 
 
 def test_a_tensor_that_llama_cpp_does_not_know_is_said(llama: Path, tmp_path: Path):

@@ -123,6 +123,21 @@ def test_a_stride_scores_each_token_once_with_what_stands_before_it(language: La
     assert measured.value == pytest.approx(float(loss.exp()), rel=1e-4)
 
 
+def test_fidelity_is_the_divergence_and_agreement_of_the_two_models_answers(language: Language):
+    examples = language.trial.evaluations[0].scorer.examples
+    ids, compared = torch.from_numpy(examples.sequences.ids), torch.from_numpy(examples.compared)
+    scored = torch.from_numpy(examples.sequences.targets) >= 0
+    with torch.inference_mode():
+        ours, theirs = language.noisy(ids).logits.log_softmax(-1), language.model(ids).logits.log_softmax(-1)
+    divergence = (theirs.exp() * (theirs - ours)).sum(-1)[compared]
+    agreed = (ours.argmax(-1) == theirs.argmax(-1))[scored].float().mean()
+    measured = language.figures["kl_divergence"]
+    assert measured.n == int(compared.sum())
+    assert measured.value == pytest.approx(float(divergence.mean()), rel=1e-3)
+    assert language.figures["top1_agreement"].value == pytest.approx(float(agreed), rel=1e-6)
+    assert float(divergence.mean()) > 0.001
+
+
 def test_bits_per_byte_divide_the_loss_by_the_bytes_of_the_scored_text(language: Language):
     perplexity, bits = language.figures["perplexity"], language.figures["bits_per_byte"]
     assert bits.value * bits.n * np.log(2) == pytest.approx(np.log(perplexity.value) * perplexity.n, rel=1e-6)
@@ -234,6 +249,23 @@ def test_entities_are_judged_by_each_words_first_piece(tmp_path: Path):
     # Told the truth, the same scorer finds every entity.
     told = Observed({**source.outputs, "quality0.top1": targets[targets >= 0]}, (), (), 0, {}, "", 0.0, Path())
     assert named(quality.measurements(trial, told, None))["entity_f1"].value == 1
+
+
+@pytest.mark.parametrize("tag", ["B-PLANET", 17, -1])
+def test_a_tag_that_the_model_does_not_have_is_refused(tmp_path: Path, tag: str | int):
+    from transformers import BertConfig, BertForTokenClassification
+
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=30522, num_labels=3
+    )
+    BertForTokenClassification(config).save_pretrained(tmp_path / "model")
+    shutil.copy(bert_tiny_dir() / "tokenizer.json", tmp_path / "model")
+    rows = [{"tokens": ["Ada"], "tags": [0]}, {"tokens": ["Mars"], "tags": [tag]}]
+    with pytest.raises(NightpressError) as caught:
+        prepared(tmp_path / "model", [{"metric": "entities", "data": "mine"}], {"mine": rows}, tmp_path)
+    assert caught.value.code == ErrorCode.INVALID_DATA
+    assert str(tag) in caught.value.message
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(

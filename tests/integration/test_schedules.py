@@ -327,6 +327,16 @@ def test_a_server_folder_is_a_source_too(world: World, tmp_path: Path):
     assert refused.value.code is ErrorCode.PATH_NOT_ALLOWED
 
 
+def test_a_source_is_taken_away_by_null_alone(world: World, tmp_path: Path):
+    folder = tmp_path / "roots" / "nightly"
+    shutil.copytree(world.model, folder)
+    world.schedule("2026-11-23T02:00", source=str(folder))
+    assert world.service.edit(TENANT, "nightly", ScheduleUpdate(overlap="queue", job=None)).source == str(folder)
+    assert world.service.edit(TENANT, "nightly", ScheduleUpdate(source=None)).source is None
+    world.settle("2026-11-23T02:00")
+    assert world.runs()[0].model_id is None  # nothing was fetched for it
+
+
 def test_a_source_that_does_not_answer_holds_up_no_other_schedule(world: World):
     down = world.settings.model_copy(update={"hub_endpoint": "http://127.0.0.1:1", "hub_organisations": ["acme"]})
     for part in (world.service, world.firing._bringer, world.models):

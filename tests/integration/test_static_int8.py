@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 
 from core.compress.evaluate import quality
+from core.compress.evaluate.data import builtin_digest
 from core.compress.executors import graph
 from core.compress.passes import PassContext
 from core.compress.passes.static_int8 import static_int8
@@ -177,6 +178,9 @@ def test_both_runtimes_load_it_and_answer_as_the_model_does_at_the_size_that_was
         assert written == pytest.approx(estimate.output_bytes[one.name], rel=0.02)
     (record,) = report.passes
     assert record.index == 0
+    text = {one.purpose: one for one in report.data}
+    assert (text["calibration"].ref, text["calibration"].license) == ("builtin:prose", "public domain")
+    assert text["calibration"].sha256 == builtin_digest("calibration") != builtin_digest("evaluation")
 
 
 @pytest.mark.parametrize(

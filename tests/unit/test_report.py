@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
+from core.compress import charts
 from core.compress import report as reports
+from core.handoff.compare import compare
 from core.handoff.report import (
     GateResult,
     LayerEffect,
@@ -126,7 +128,8 @@ def test_the_page_shows_what_was_counted_kept_and_saved():
         assert expected in page
         assert expected in card
     # Lines: attention's share of two models; tokens/s and memory of three subjects with a cache and without.
-    assert page.count("<polyline") >= 2 * (2 + 2 * 6)
+    # Two of them are one line, with both names.
+    assert page.count("<polyline") >= 2 * (2 + 2 * 6 - 1)
     assert "source, no cache" in page
 
 
@@ -202,6 +205,53 @@ def test_many_layers_are_cut_to_those_with_the_largest_errors(layers: int):
     assert "Nightpress report" in reports.render_html(report)
 
 
-def test_a_rejected_report_says_so_first():
-    page = reports.render_html(make_report(verdict="rejected"))
-    assert page.index("Rejected") < page.index("Before and after")
+def test_a_rejected_report_says_so_first_and_why():
+    report = make_report(verdict="rejected")
+    passed = report.gates[0]
+    missed = passed.model_copy(update={"gate": "top1_agreement >= 99%", "passed": False})
+    page = reports.render_html(report.model_copy(update={"gates": (passed, missed)}))
+    assert (
+        page.index("Rejected")
+        < page.index("1 of 2 gates missed: top1 agreement by onnx.")
+        < page.index("Before and after")
+    )
+    assert page.index("top1_agreement ≥ 99%") < page.index("size ≤ 35%")
+
+
+def test_what_a_pass_did_alike_in_two_formats_is_drawn_once():
+    report = make_report()
+    (record,) = report.passes
+    again = record.model_copy(update={"summary": {"format": "transformers.js"}})
+    other = record.model_copy(update={"summary": {"format": "openvino"}, "layers": record.layers[:2]})
+    page = reports.render_html(report.model_copy(update={"passes": (record, other, again)}))
+    assert "<h3>dynamic-int8 in onnx and transformers.js</h3>" in page
+    assert "<h3>dynamic-int8 in openvino</h3>" in page
+    assert page.count("<h3>dynamic-int8") == 2
+
+
+def test_the_line_to_run_it_again_names_the_data_it_needs():
+    assert "nightpress reproduce report.json --model FOLDER --data mine=FILE</pre>" in reports.render_html(
+        make_report("mine")
+    )
+
+
+def test_points_that_lie_together_share_a_label_and_what_is_beaten_hides_nothing():
+    report = full_report()
+    first, second = report.artifacts
+    near = second.model_copy(update={"size_bytes": second.size_bytes + 200_000, "name": "near"})
+    drawn = charts.pareto(compare([report.model_copy(update={"artifacts": (first, second, near)})]))
+    for plot in drawn.split("</svg>")[:2]:
+        labels = re.findall(r'<text x="([\d.]+)" y="([\d.]+)">([\d, ]+)</text>', plot)
+        assert sorted(number for _, _, text in labels for number in text.split(", ")) == ["1", "2", "3", "4"]
+        places = [(float(x), float(y)) for x, y, _ in labels]
+        assert all(abs(a[0] - b[0]) >= 12 or abs(a[1] - b[1]) >= 12 for a in places for b in places if a is not b)
+        kinds = re.findall(r'<circle class="(\w+)"', plot)
+        assert kinds == sorted(kinds, key=lambda kind: kind != "grey")
+        assert "grey" in kinds
+
+
+def test_the_front_is_what_is_best_for_its_size():
+    page = reports.render_html(full_report())
+    front = page.split('class="front" points="')[1].split('"')[0]
+    heights = [float(pair.split(",")[1]) for pair in front.split()]
+    assert heights == sorted(heights, reverse=True)  # the larger, the better; a page counts from its top

@@ -44,6 +44,23 @@ def test_jobs_on_one_source_show_it_once():
     assert len(found.points) == 5
 
 
+def test_nothing_is_beaten_where_no_quality_is_known():
+    reports = [full_report(), full_report(job="job_02")]
+    found = compare(reports, "perplexity")
+    assert found.metric is None
+    assert not [one for one in found.points if one.dominated_by]
+
+
+def test_an_artifact_that_missed_no_gate_of_a_rejected_job_says_so():
+    report = full_report(verdict="rejected")
+    missed = {one.artifact for one in report.gates if not one.passed}
+    verdicts = {one.artifact: one.verdict for one in compare([report]).points}
+    assert missed
+    for artifact in report.artifacts:
+        said = "rejected" if artifact.name in missed else "rejected; its own gates are passed"
+        assert verdicts[artifact.name] == said
+
+
 def test_without_a_common_scale_a_note_says_so():
     report = full_report()
     apart = changed(report, measurements=(), timings=())
@@ -131,6 +148,23 @@ def test_the_card_is_one_that_the_hub_reads(tmp_path: Path):
     assert card.data.base_model == "minilm-l6-sentiment"
     assert {one.metric_type for one in card.data.eval_results} >= {"accuracy", "f1"}
     assert all(one.dataset_name for one in card.data.eval_results)
+
+
+@pytest.mark.parametrize(
+    ("passes", "relation"),
+    [
+        ([], "quantized"),  # what GGUF's types do without any
+        (["profile"], "quantized"),
+        (["distill"], "finetune"),
+        (["magnitude", "recover"], "finetune"),
+        (["channels", "dynamic-int8"], "quantized"),
+    ],
+)
+def test_the_card_says_what_the_result_is_to_its_base_in_the_hubs_words(passes: list[str], relation: str):
+    report = full_report()
+    recipe = report.recipe | {"passes": [{"pass": one} for one in passes]}
+    card = reports.render_markdown(report.model_copy(update={"recipe": recipe}))
+    assert f"base_model_relation: {relation}\n" in card
 
 
 def test_lineage_is_carried_over_from_the_card(tmp_path: Path):

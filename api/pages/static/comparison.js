@@ -55,7 +55,9 @@ export function commonMeasure(reports) {
   return PREFERRED.find((name) => shared.includes(name)) ?? shared[0] ?? null;
 }
 
+/** What lacks a figure that the other has beats nothing, and neither does what is only small and fast. */
 function beats(one, other) {
+  if (one.quality === null || (one.latency === null && other.latency !== null)) return false;
   const axes = [[one.size, other.size, "lower"], [one.latency, other.latency, "lower"], [one.quality, other.quality, other.better]]
     .filter(([a, b]) => a !== null && b !== null)
     .map(([a, b, better]) => (better === "lower" ? b - a : a - b));

@@ -5,7 +5,7 @@ import { announce, h } from "./dom.js";
 import { duration, percent, words } from "./format.js";
 
 const TONES = {
-  succeeded: "good", accepted: "good", ready: "good", idle: "good", active: "good", delivered: "good",
+  succeeded: "good", accepted: "good", verified: "good", ready: "good", idle: "good", active: "good", delivered: "good",
   failed: "bad", rejected: "bad", lost: "bad", disabled: "bad", revoked: "bad",
   running: "live", busy: "live", cancelling: "live", fetching: "live", uploading: "live", hashing: "live",
 };

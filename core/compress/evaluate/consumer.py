@@ -264,7 +264,7 @@ def _failed(name: str, status: int, stderr: str) -> NightpressError:
     if (mismatch := _version_mismatch(whole)) is not None:
         return NightpressError(
             ErrorCode.VERIFICATION_FAILED,
-            f"{_subject(name).capitalize()} is written in {mismatch[0]}; the library that is to load it here reads up to {mismatch[1]}.",
+            f"{_subject(name).capitalize()} is written in {mismatch[0]}; the library that is to load it here {mismatch[1]}.",
             hint="Bring the libraries to the versions in constraints.txt: what writes the file and what reads it must fit together.",
             artifact=name,
             stderr=whole,
@@ -284,18 +284,20 @@ def _failed(name: str, status: int, stderr: str) -> NightpressError:
     )
 
 
-#: What consumers say of a file that is newer than they are: its version, and the last one they read.
+#: What consumers say of a file that is newer than they are: its version, and, but for OpenVINO, the last one they read.
 _TOO_NEW = (
+    ("GGUF version", re.compile(r"GGUF file is version (\d+) but this software only supports up to version (\d+)")),
+    ("opset", re.compile(r"from unsupported opset: opset(\d+)()")),
     ("IR version", re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")),
     ("opset", re.compile(r"[Oo]pset (\d+) is under development.*?till opset (\d+)", re.DOTALL)),
 )
 
 
 def _version_mismatch(stderr: str) -> tuple[str, str] | None:
-    """E.g. `("IR version 99", "IR version 13")`, where that is why a file didn't load."""
+    """E.g. `("IR version 99", "reads up to IR version 13")`, where that is why a file didn't load."""
     for what, pattern in _TOO_NEW:
         if found := pattern.search(stderr):
-            return f"{what} {found[1]}", f"{what} {found[2]}"
+            return f"{what} {found[1]}", f"reads up to {what} {found[2]}" if found[2] else "does not know it"
     return None
 
 

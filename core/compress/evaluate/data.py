@@ -54,9 +54,9 @@ class Sequences:
         return int(self.mask.sum())
 
 
-def builtin_digest(_ref: str) -> str:
-    """SHA-256 of the built-in evaluation text as it is shipped."""
-    return hashlib.sha256(builtin_bytes("evaluation")).hexdigest()
+def builtin_digest(purpose: str) -> str:
+    """SHA-256 of a built-in text as it is shipped: that of `evaluation`, or that of `calibration`, which passes see."""
+    return hashlib.sha256(builtin_bytes(purpose)).hexdigest()
 
 
 @dataclass(frozen=True)

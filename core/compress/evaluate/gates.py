@@ -83,18 +83,20 @@ def _one_quality(gate: Gate, artifact: Subject, one: Measurement) -> GateResult:
     upper = gate.operator in {"<=", "<"}
     if gate.relative == "absolute":
         end = one.high if upper else one.low
-        return _compare(gate, artifact, one.value if end is None else end, None, _ends(one, upper, one.value, end))
+        value = one.value if end is None else end
+        return _compare(gate, artifact, value, None, _ends(one, upper, _shown(gate, one.value), end))
     if one.change is None:
         return _unknown(gate, artifact, "it has no counterpart in the source to compare with; give an absolute bound")
     end = one.change_high if upper else one.change_low
     change = one.change if end is None else end
-    return _compare(gate, artifact, one.value, 1 + change, _ends(one, upper, one.change, end))
+    point = _shown(gate, _relative(gate, 1 + one.change))
+    return _compare(gate, artifact, one.value, 1 + change, _ends(one, upper, point, end))
 
 
-def _ends(one: Measurement, upper: bool, value: float, end: float | None) -> str:
+def _ends(one: Measurement, upper: bool, point: str, end: float | None) -> str:
     if end is None:
         return f"on {one.data}"
-    return f"{'upper' if upper else 'lower'} end of the 95% interval around {value:.4g}, on {one.data}"
+    return f"{'upper' if upper else 'lower'} end of the 95% interval around {point}, on {one.data}"
 
 
 def _compare(gate: Gate, artifact: Subject, value: float, ratio: float | None, what: str) -> GateResult:
@@ -103,22 +105,34 @@ def _compare(gate: Gate, artifact: Subject, value: float, ratio: float | None, w
         observed = value
     else:
         assert ratio is not None
-        observed = ratio - 1 if gate.relative == "change" else ratio
+        observed = _relative(gate, ratio)
     passed = {
         "<=": observed <= gate.value,
         ">=": observed >= gate.value,
         "<": observed < gate.value,
         ">": observed > gate.value,
     }[gate.operator]
-    shown = {
+    return GateResult(
+        gate=str(gate),
+        artifact=artifact.name,
+        observed=observed,
+        passed=passed,
+        explanation=f"{_shown(gate, observed)} ({what})",
+    )
+
+
+def _relative(gate: Gate, ratio: float) -> float:
+    return ratio - 1 if gate.relative == "change" else ratio
+
+
+def _shown(gate: Gate, observed: float) -> str:
+    """In the gate's own terms."""
+    return {
         "absolute": f"{observed:.5g}",
         "change": f"{100 * observed:+.2f}%",
         "share": f"{100 * observed:.1f}% of the source",
         "times": f"{observed:.2f}x the source",
     }[gate.relative]
-    return GateResult(
-        gate=str(gate), artifact=artifact.name, observed=observed, passed=passed, explanation=f"{shown} ({what})"
-    )
 
 
 def _unknown(gate: Gate, artifact: Subject, why: str) -> GateResult:

@@ -40,7 +40,7 @@ def save(
     config.pop("quantization_config", None)  # the graph holds the numbers; the loader would refuse what it doesn't know
     config["transformers.js_config"] = {"dtype": kind}  # so that a page needs to name no type
     write_file(out_dir / "config.json", json.dumps(config, indent=2).encode() + b"\n")
-    return records
+    return tuple(one.model_copy(update={"summary": one.summary | {"format": "transformers.js"}}) for one in records)
 
 
 def _number_type(graph: Path, weights: str) -> str:

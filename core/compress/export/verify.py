@@ -10,9 +10,9 @@ from core.errors import ErrorCode, NightpressError
 from core.handoff.report import Verification
 from core.recipes.exports import GRAPH_FORMATS, Export
 from core.recipes.models import Recipe
-from core.recipes.passes import Gptq, Pass, Qat, Quantizing
+from core.recipes.passes import Gptq, Pass, Profiling, Qat, Quantizing
 
-#: An fp32 graph computes what the model computes; only the order of sums differs.
+#: An fp32 graph computes what the model computes, and a copy the same; only the order of sums differs.
 EXACT = 0.9999
 #: Rounding may change answers, which the evaluation measures; what falls below these is broken, not rounded.
 ROUNDED = {8: 0.9, 7: 0.9, 6: 0.9, 5: 0.7, 4: 0.5}
@@ -68,17 +68,21 @@ def _graph_bound(recipe: Recipe, export: Export) -> float:
     # The codes that a pass chose are in the model it is compared with; the runtime rounds activations beside them.
     if any(one.scope == "graph" or one.quantizes for one in recipe.passes):
         return ROUNDED[8]
-    return HALVED if export.weights == "fp16" else EXACT
+    # OpenVINO computes in bfloat16 where the processor can, whatever the weights are stored in.
+    return HALVED if export.weights == "fp16" or export.format == "openvino" else EXACT
 
 
 def _rounding_bound(recipe: Recipe, export: Export) -> float | None:
     """How near the source an artifact must stay that was only rounded. None: the passes may change the answers at will."""
-    bounds = [_pass_bound(one) for one in recipe.passes]
+    passes = [one for one in recipe.passes if not isinstance(one, Profiling)]
+    bounds = [_pass_bound(one) for one in passes]
+    if not passes:
+        bounds.append(EXACT)
     if export.format == "gguf" and export.weights is not None:
         bounds.append(_WRITTEN.get(export.weights, ROUNDED[4]))
     known = [one for one in bounds if one is not None]
     # Two passes that only round one after the other are not foreseen.
-    return min(known) if known and len(known) == len(bounds) and len(recipe.passes) < 2 else None
+    return min(known) if known and len(known) == len(bounds) and len(passes) < 2 else None
 
 
 def _pass_bound(one: Pass) -> float | None:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from core.recipes.calibration import Calibration
 from core.recipes.costs import Cost, blocks_cost, graph_cost, stream_cost
 from core.recipes.header import ModelHeader, TensorInfo
-from core.recipes.linears import Divisor, invalid, is_expert
+from core.recipes.linears import Divisor, invalid, is_expert, matches, module_of
 from core.recipes.passes.base import FOLDABLE, Calibrated, ExportFormat, Need, PassOptions, Patterns, Scope
 from core.recipes.passes.quantizing import Quantizing
 from core.recipes.schemes import BLOCK, Activations, Scheme
@@ -162,7 +162,7 @@ class DynamicInt8(PassOptions):
         return "int8 weights and activations"
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
-        return tensor.size if len(tensor.shape) != 2 else tensor.shape[0] * tensor.shape[1] + 4 * tensor.shape[0]
+        return _in_int8(tensor, self.ignore)
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         return stream_cost(header)
@@ -216,7 +216,14 @@ class StaticInt8(PassOptions):
             )
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
-        return tensor.size if len(tensor.shape) != 2 else tensor.shape[0] * tensor.shape[1] + 4 * tensor.shape[0]
+        return _in_int8(tensor, self.ignore)
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         return graph_cost(header, calibration)
+
+
+def _in_int8(tensor: TensorInfo, ignore: Patterns) -> int:
+    """Bytes of a matrix in int8 with a scale a row; graphs name their products and tables as the files name theirs."""
+    if len(tensor.shape) != 2 or matches(tensor.name, ignore) or matches(module_of(tensor), ignore):
+        return tensor.size
+    return tensor.shape[0] * tensor.shape[1] + 4 * tensor.shape[0]

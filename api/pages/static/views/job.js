@@ -157,7 +157,7 @@ function artifact(path, one, report) {
   const check = subject?.verification;
   return h("article", { class: "card" },
     h("h3", {}, one.format, " ", h("small", { class: "quiet" }, bytes(one.size))),
-    check ? h("p", {}, badge(check.passed ? "accepted" : "failed"), ` Loaded by ${check.consumer} in a fresh process: ${check.measure} ${figure(check.value)} (bound ${figure(check.bound)}).`) : null,
+    check ? h("p", {}, badge(check.passed ? "verified" : "failed"), ` Loaded by ${check.consumer} in a fresh process: ${check.measure} ${figure(check.value)} (bound ${figure(check.bound)}).`) : null,
     check?.load_snippet ? copyable(check.load_snippet) : null,
     h("details", {}, h("summary", {}, `${one.files.length} files`),
       h("ul", { class: "files" }, one.files.map((file) => h("li", {}, button(file.path, () => download(one.download_url + file.path.split("/").map(encodeURIComponent).join("/"), file.path.split("/").at(-1)), { tone: "link", label: `Download ${file.path}` }), " ", h("small", { class: "quiet" }, bytes(file.size), " ", h("code", { title: file.sha256 }, file.sha256.slice(0, 12))))))));

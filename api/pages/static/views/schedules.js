@@ -107,7 +107,7 @@ async function form(signal, go, existing = null) {
   const zone = h("input", { required: true, value: existing?.timezone ?? Intl.DateTimeFormat().resolvedOptions().timeZone });
   const names = [...new Set([...(job.model ? [job.model] : []), ...models.items.map((one) => one.name)])];
   const model = h("input", { required: true, maxlength: 128, list: "known-models", value: job.model ?? names[0] ?? "" });
-  const source = h("input", { maxlength: 1024, required: Boolean(existing?.source), placeholder: "s3://models/released/minilm", value: existing?.source ?? "" });
+  const source = h("input", { maxlength: 1024, placeholder: "s3://models/released/minilm", value: existing?.source ?? "" });
   const recipe = h("select", {}, own ? h("option", { value: "", selected: true }, `${job.recipe.name} (as it is)`) : null, recipes.items.map((one) => h("option", { value: one.name, selected: one.name === job.recipe }, one.name)));
   const choice = (options, chosen) => h("select", {}, options.map(([value, text]) => h("option", { value, selected: value === chosen }, text)));
   const overlap = choice([["skip", "leave this one out"], ["queue", "wait for it"], ["replace", "cancel it"]], existing?.overlap ?? "skip");
@@ -124,7 +124,7 @@ async function form(signal, go, existing = null) {
     h("div", { class: "row" }, h("button", { class: "primary" }, existing ? "Save" : "Create"), h("button", { type: "button", onclick: () => element.remove() }, "Cancel")));
   element.addEventListener("submit", async (event) => {
     event.preventDefault();
-    const wanted = { name: name.value.trim(), cron: cron.value.trim(), timezone: zone.value.trim(), overlap: overlap.value, catch_up: catchUp.value, only_if_changed: onlyIfChanged.checked, ...(source.value.trim() ? { source: source.value.trim() } : {}), job: { ...job, model: model.value.trim(), recipe: recipe.value || job.recipe } };
+    const wanted = { name: name.value.trim(), cron: cron.value.trim(), timezone: zone.value.trim(), overlap: overlap.value, catch_up: catchUp.value, only_if_changed: onlyIfChanged.checked, source: source.value.trim() || null, job: { ...job, model: model.value.trim(), recipe: recipe.value || job.recipe } };
     try {
       const saved = existing
         ? await change("PATCH", `/v1/schedules/${existing.id}`, wanted, existing.etag)

@@ -19,6 +19,9 @@ model = llama_cpp.Llama(
 )
 """
 
+_ERROR = 4  #: level of ggml's log
+_LISTENING: list[Any] = []  #: what llama.cpp may call as long as it runs
+
 
 class Words:
     """A language model's logits for whole texts, one after the other: llama.cpp answers a batch no faster."""
@@ -101,6 +104,24 @@ class Embeddings:
         return np.ctypeslib.as_array(ctypes.cast(found, ctypes.POINTER(ctypes.c_float)), (self.model.n_embd(),)).copy()
 
 
+def _load(snippet: str) -> Any:
+    """Without `verbose` the binding keeps to itself why a file doesn't load."""
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def listen(level: int, text: bytes, _data: Any) -> None:
+        if level == _ERROR:
+            errors.append(text.decode(errors="replace").strip())
+
+    errors: list[str] = []
+    _LISTENING.append(listen)
+    llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
+    try:
+        return measure.execute(snippet)["model"]
+    except ValueError as error:
+        raise RuntimeError("; ".join(errors) or str(error)) from error
+
+
 def load(request: dict[str, Any]) -> tuple[Any, ...]:
     embeds = request["task"] == "embedding"
     longest = max(16, request["longest"])
@@ -110,7 +131,7 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
         threads=request["threads"],
         mode="embedding" if embeds else "logits_all",
     )
-    model = measure.execute(snippet)["model"]
+    model = _load(snippet)
     import llama_cpp
 
     versions = {"llama-cpp-python": llama_cpp.__version__}
