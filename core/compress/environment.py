@@ -10,6 +10,8 @@ from typing import Any
 
 from core.handoff.spec import JobSpec
 
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+
 
 def describe(spec: JobSpec, versions: dict[str, str]) -> dict[str, Any]:
     """Versions, processor, threads and memory. versions: those that the consumers' processes named."""
@@ -79,7 +81,12 @@ def processor() -> str:
 
 
 def cpu_features() -> list[str]:
-    """The instruction sets on which int8 speed depends."""
-    telling = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+    """The instruction sets on which the speed of int8 and bfloat16 depends."""
+    telling = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm", *_BFLOAT16)
     have = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
     return [one for one in telling if one in have]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 by instructions of its own, at least twice as fast as float32."""
+    return not set(_BFLOAT16).isdisjoint(cpu_features())

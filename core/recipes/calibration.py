@@ -1,6 +1,6 @@
 """The text that passes may look at."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,3 +22,7 @@ class Calibration(BaseModel):
         description="Join the texts to whole windows of `length`. false: each text by itself, cut at `length` and padded; padding is not calibrated on.",
     )
     seed: int = Field(0, ge=0, description="Which texts are taken: 0 from the start on, another from elsewhere.")
+    dtype: Literal["auto", "float32"] = Field(
+        "auto",
+        description="What the model is computed in while passes go through it block by block. auto: bfloat16 on processors with instructions for it, float32 on others, and on a GPU as the weights are stored. float32: takes up to twice as long and leaves the same on all processors but for the order of sums.",
+    )

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from core.compress.passes.activations import RoundedInputs
 from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from core.compress.passes.folding import Folding
 from core.compress.solvers.wanda import Power
+from core.recipes.calibration import Calibration
 from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.linears import is_linear_weight
@@ -121,11 +122,12 @@ def _samples(family: str, ids: Tensor) -> dict[str, Tensor]:
     return model_inputs(ids, header)
 
 
-def _context(source: Path, work: Path, **extra: Any) -> PassContext:
+def _context(source: Path, work: Path, dtype: Literal["auto", "float32"] = "float32", **extra: Any) -> PassContext:
+    """By default what is computed can be held against the whole model in float32."""
     header = ModelHeader(model_type="x", architecture="x", config={}, tensors=(), has_tokenizer=False)
     if (source / "tokenizer.json").exists():
         header = inspect_model(FolderFiles(source))
-    return PassContext(header=header, work_dir=work, **extra)
+    return PassContext(header=header, work_dir=work, calibration=Calibration(dtype=dtype), **extra)
 
 
 def _linears(source: Path) -> frozenset[str]:
@@ -213,6 +215,23 @@ def test_each_layer_is_seen_with_the_inputs_it_has_in_the_whole_model(family: st
     assert pressed.unseen == ()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_processor_with_instructions_for_bfloat16_sees_nearly_the_same_unless_float32_is_asked_for(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("core.compress.executors.blocks.multiplies_bfloat16", lambda: True)
+    _save(family, tmp_path / "source")
+    seen = {}
+    for dtype in ("auto", "float32"):
+        looks, context = _Looks(by_group=True), _context(tmp_path, tmp_path / "work", dtype)
+        chosen, samples = _linears(tmp_path / "source"), _samples(family, _ids())
+        press_blocks(tmp_path / "source", tmp_path / dtype, looks, samples, context, chosen=chosen, recipe="look")
+        seen[dtype] = torch.cat([one.sum for one in looks.seen.values()])
+    assert not torch.equal(seen["auto"], seen["float32"])
+    distance = (seen["auto"] - seen["float32"]).norm() / seen["float32"].norm()
+    assert distance < 0.02
 
 
 def _load(folder: Path) -> dict[str, Tensor]:
@@ -346,7 +365,7 @@ def test_an_attempt_killed_after_a_block_is_finished_byte_by_byte_as_if_nothing_
     _save("Qwen2MoeForCausalLM" if "experts" in name else "LlamaForCausalLM", source)
 
     def press(out: Path, work: Path, **extra: Any) -> Any:
-        context = _context(source, work, **extra)
+        context = _context(source, work, "auto", **extra)
         return press_blocks(
             source, out, _methods()[name], {"input_ids": _ids()}, context, chosen=_linears(source), recipe=name
         )

@@ -98,7 +98,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory, bert_tiny: Path) -> Path:
     return folder
 
 
-def press(source: Path, work: Path, passes: list[dict[str, Any]]) -> tuple[Path, list[Any]]:
+_CALIBRATION = Calibration(samples=8, length=64)
+
+
+def press(
+    source: Path, work: Path, passes: list[dict[str, Any]], *, calibration: Calibration = _CALIBRATION
+) -> tuple[Path, list[Any]]:
     """Run a recipe's passes, hold the estimate against what is written, and export."""
     recipe = parse_recipe({"name": "r", "passes": passes, "exports": ["compressed-tensors"]})
     plan = make_plan(recipe, inspect_model(FolderFiles(source)))
@@ -108,7 +113,7 @@ def press(source: Path, work: Path, passes: list[dict[str, Any]]) -> tuple[Path,
             header=inspect_model(FolderFiles(folder)),
             work_dir=work / "work",
             index=index,
-            calibration=Calibration(samples=8, length=64),
+            calibration=calibration,
         )
         context.work_dir.mkdir(parents=True, exist_ok=True)
         records.append(MODEL_PASSES[options.pass_](folder, work / str(index), options, context))
@@ -175,13 +180,14 @@ def test_a_budget_is_met_and_spent_where_the_error_is(llama: Path, tmp_path: Pat
 
 
 def test_a_caches_scales_hold_the_keys_and_values_that_transformers_caches(llama: Path, tmp_path: Path):
-    out, _ = press(llama, tmp_path, [{"pass": "kv-cache", "format": "int8"}])
+    exact = _CALIBRATION.model_copy(update={"dtype": "float32"})
+    out, _ = press(llama, tmp_path, [{"pass": "kv-cache", "format": "int8"}], calibration=exact)
     scales = {name: float(one) for name, one in load_tensors(out).items() if name.endswith("_scale")}
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     context = PassContext(
         header=inspect_model(FolderFiles(llama)),
         work_dir=tmp_path,
-        calibration=Calibration(samples=8, length=64),
+        calibration=_CALIBRATION,
     )
     with torch.no_grad():
         cache = model(**calibration_samples(llama, context), use_cache=True).past_key_values

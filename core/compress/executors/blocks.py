@@ -32,6 +32,7 @@ from core.compress.checkpoint import (
     write_index,
 )
 from core.compress.context import PassContext
+from core.compress.environment import multiplies_bfloat16
 from core.compress.executors.activations import (
     Calls,
     Waiting,
@@ -171,7 +172,7 @@ class _Run:
         self.length = _tokens_a_sample(samples, self.skeleton.config)
         self.batch = max(1, min(self.total, BATCH_TOKENS[self.device.type] // share // self.length))
         self.count = len(self.skeleton.blocks)
-        digest = hashlib.sha256(f"{recipe}\n{self.batch}\n{target.name}".encode())
+        digest = hashlib.sha256(f"{recipe}\n{self.batch}\n{self.skeleton.dtype}\n{target.name}".encode())
         for name, one in sorted(samples.items()):
             digest.update(name.encode() + one.contiguous().numpy().tobytes())
         for shard in self.source.shards:
@@ -216,9 +217,11 @@ class _Run:
         return self._conclude()
 
     def _compute_dtype(self) -> torch.dtype:
-        """On a GPU as the weights are stored; on a CPU in float32, which is faster there than any narrower type."""
-        if self.device.type == "cpu":
+        """As `Calibration.dtype` says."""
+        if self.context.calibration.dtype == "float32":
             return torch.float32
+        if self.device.type == "cpu":
+            return torch.bfloat16 if multiplies_bfloat16() else torch.float32
         names = {self.source.stored(name).info.dtype for name in self.chosen or self.source.names()}
         return next(
             (dtype for dtype in (torch.float32, torch.bfloat16) if SAFETENSORS_DTYPES[dtype] in names), torch.float16
