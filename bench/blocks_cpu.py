@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda-2:4": {"pass": "wanda", "pattern": "2:4"},
     "smoothquant": {"pass": "smoothquant"},
     "smoothquant-0.5": {"pass": "smoothquant", "alpha": 0.5},
-    "nearest": {"pass": "weight-only", "bits": 4, "group_size": 64},
+    "nearest": {"pass": "weight-only", "bits": 4, "group_size": 64, "ranges": "extremes"},
     "awq": {"pass": "awq", "group_size": 64},
 }
 USUAL = ("gptq", "sparsegpt-50%", "sparsegpt-2:4", "wanda-50%", "smoothquant-0.5", "nearest")

@@ -1,6 +1,6 @@
-"""The blocks executor on a GPU: marginal seconds a layer and peak memory on a model of Llama-3-8B's shape, cut to a few layers.
+"""The blocks executor on a GPU: marginal seconds a layer and peak memory, beside the plan's estimate, on a model of Llama-3's shape, cut to a few layers.
 
-    python -m bench.blocks_gpu [--layers 4 10] [--samples 128] [--length 2048] [--only NAME …] [--json]
+    python -m bench.blocks_gpu [--shape 8b|1b] [--layers 4 10] [--samples 128] [--length 2048] [--only NAME …] [--json]
 
 Everything counts: reading the weights, both forward passes, Gram matrices, solving, packing, writing and fsync (to the folder that
 NIGHTPRESS_BENCH_DISK names, if it is set). The floor beside it is
@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,102 +30,127 @@ from core.compress.executors.blocks import Method, press_blocks
 from core.compress.passes.activations import RoundedInputs
 from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from core.compress.solvers.gram import Gram
+from core.recipes.calibration import Calibration
 from core.recipes.header import ModelHeader
+from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.linears import is_linear_weight
-from core.recipes.passes import Awq, Gptq, SmoothQuant, SparseGpt, Wanda
+from core.recipes.passes import Awq, Fp8, Gptq, SmoothQuant, SparseGpt, Wanda
+from core.recipes.passes.base import OnLinears
 
-HIDDEN, INNER, HEADS, KEY_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
-KEYS = HIDDEN // HEADS * KEY_HEADS
-MATRICES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEYS, HIDDEN),
-    "self_attn.v_proj": (KEYS, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
+VOCABULARY = 128256
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        keys = self.hidden // self.heads * self.key_heads
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (keys, self.hidden),
+            "self_attn.v_proj": (keys, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.inner, self.hidden),
+            "mlp.up_proj": (self.inner, self.hidden),
+            "mlp.down_proj": (self.hidden, self.inner),
+        }
+
+    def config(self, **more: Any) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads,
+            rope_theta=500000.0,
+            **more,
+        )
+
+
+SHAPES = {"8b": Shape(4096, 14336, 32, 8), "1b": Shape(2048, 8192, 32, 8)}
+
+
+OPTIONS: dict[str, OnLinears] = {
+    "gptq-w4a16": Gptq(order="natural", ranges="extremes", refine=False),
+    "gptq-w4a16-activation-order": Gptq(ranges="extremes", refine=False),
+    "gptq-w4a16-default": Gptq(),
+    "awq-w4a16": Awq(ranges="extremes"),
+    "awq-w4a16-default": Awq(),
+    "smoothquant": SmoothQuant(alpha=0.5),
+    "smoothquant-search": SmoothQuant(),
+    "smoothquant-static-gptq": SmoothQuant(activations="tensor", weights="gptq"),
+    "fp8-static": Fp8(activations="static"),
+    "sparsegpt-2:4": SparseGpt(pattern="2:4"),
+    "sparsegpt-50%": SparseGpt(),
+    "wanda-2:4": Wanda(pattern="2:4"),
+    "gptq-w4a16-and-2:4": Gptq(order="natural", ranges="extremes", pattern="2:4"),
 }
-HEADER = ModelHeader(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    config={"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS, "hidden_size": HIDDEN},
-    tensors=(),
-    has_tokenizer=False,
-)
 
 
-def methods() -> dict[str, Method]:
-    """What is timed, by name."""
-    plain = Gptq(order="natural", ranges="extremes", refine=False)
-    by_power = Gptq(ranges="extremes", refine=False)
-    joint = Gptq(order="natural", ranges="extremes", pattern="2:4")
-    awq, default = Awq(ranges="extremes"), Gptq()
-    return {
-        "gptq-w4a16": Quantized(plain, plain.scheme),
-        "gptq-w4a16-activation-order": Quantized(by_power, by_power.scheme),
-        "gptq-w4a16-default": Quantized(default, default.scheme),
-        "awq-w4a16": ActivationAware(awq, awq.scheme, HEADER),
-        "smoothquant": RoundedInputs(SmoothQuant(alpha=0.5), HEADER),
-        "smoothquant-search": RoundedInputs(SmoothQuant(), HEADER),
-        "smoothquant-static-gptq": RoundedInputs(SmoothQuant(activations="tensor", weights="gptq"), HEADER),
-        "sparsegpt-2:4": Sparse(SparseGpt(pattern="2:4")),
-        "sparsegpt-50%": Sparse(SparseGpt()),
-        "wanda-2:4": WeightAndActivation(Wanda(pattern="2:4")),
-        "gptq-w4a16-and-2:4": Quantized(joint, joint.scheme),
-    }
+def method_of(options: OnLinears, header: ModelHeader) -> Method:
+    match options:
+        case Gptq():
+            return Quantized(options, options.scheme)
+        case Awq():
+            return ActivationAware(options, options.scheme, header)
+        case SmoothQuant() | Fp8():
+            return RoundedInputs(options, header)
+        case SparseGpt():
+            return Sparse(options)
+        case Wanda():
+            return WeightAndActivation(options)
+    raise TypeError(options)
 
 
-def write_model(folder: Path, layers: int) -> None:
-    """A checkpoint with a shard a layer, beside the shards of `folder`'s siblings where they exist already."""
+def write_model(folder: Path, shape: Shape, layers: int) -> None:
+    """A checkpoint with a shard a layer."""
     folder.mkdir(parents=True)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_HEADS,
+    config = shape.config(
         num_hidden_layers=layers,
         vocab_size=VOCABULARY,
         max_position_embeddings=8192,
-        rope_theta=500000.0,
         tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
     config.save_pretrained(folder)
 
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, device="cuda") * 0.02).bfloat16()
+    def random(*size: int) -> torch.Tensor:
+        return (torch.randn(size, device="cuda") * 0.02).bfloat16()
 
-    rest = {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN), "lm_head.weight": random(VOCABULARY, HIDDEN)}
-    ones = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
-    save_file(rest | {"model.norm.weight": ones}, folder / "model-rest.safetensors")
+    rest = {
+        "model.embed_tokens.weight": random(VOCABULARY, shape.hidden),
+        "lm_head.weight": random(VOCABULARY, shape.hidden),
+    }
+    ones = torch.ones(shape.hidden, device="cuda", dtype=torch.bfloat16)
+    rest["model.norm.weight"] = ones
+    save_file(rest, folder / "model-rest.safetensors")
+    places = dict.fromkeys(rest, "model-rest.safetensors")
     for layer in range(layers):
-        tensors = {f"model.layers.{layer}.{name}.weight": random(*shape) for name, shape in MATRICES.items()}
+        tensors = {f"model.layers.{layer}.{name}.weight": random(*size) for name, size in shape.matrices.items()}
         tensors |= {f"model.layers.{layer}.{name}_layernorm.weight": ones for name in ("input", "post_attention")}
         save_file({name: one.clone() for name, one in tensors.items()}, folder / f"model-{layer:03}.safetensors")
+        places |= dict.fromkeys(tensors, f"model-{layer:03}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
-def floor(samples: int, length: int) -> dict[str, float]:
+def floor(shape: Shape, samples: int, length: int) -> dict[str, float]:
     """Seconds a layer that no calibrated method goes without."""
     from transformers import LlamaModel
 
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_HEADS,
-        num_hidden_layers=1,
-        vocab_size=256,
-        rope_theta=500000.0,
-    )
+    config = shape.config(num_hidden_layers=1, vocab_size=256)
     config.use_cache = False
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaModel(config).eval()
     torch.set_default_dtype(torch.float32)
-    hidden = torch.randn(8, length, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    wide = torch.randn(8 * length, INNER, device="cuda", dtype=torch.bfloat16)
-    narrow_gram, wide_gram = Gram(HIDDEN, "cuda"), Gram(INNER, "cuda")
+    hidden = torch.randn(8, length, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    wide = torch.randn(8 * length, shape.inner, device="cuda", dtype=torch.bfloat16)
+    narrow_gram, wide_gram = Gram(shape.hidden, "cuda"), Gram(shape.inner, "cuda")
     position = torch.arange(length, device="cuda")[None]
     embeddings = model.rotary_emb(hidden, position)
 
@@ -149,14 +175,13 @@ def _median(run: Any) -> float:
     return statistics.median(times[2:])
 
 
-def press(method: Method, model: Path, scratch: Path, ids: torch.Tensor) -> dict[str, float]:
+def press(options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor) -> dict[str, float]:
     """Seconds and GiB of one whole run."""
     shutil.rmtree(scratch, ignore_errors=True)
     infos = [one.info for shard in read_shards(model) for one in shard.tensors]
-    chosen = frozenset(info.name for info in infos if is_linear_weight(info, Wanda().ignore))
-    header = ModelHeader(
-        model_type="llama", architecture="LlamaForCausalLM", config={}, tensors=(), has_tokenizer=False
-    )
+    chosen = frozenset(info.name for info in infos if is_linear_weight(info, options.ignore))
+    header = inspect_model(FolderFiles(model))
+    method = method_of(options, header)
     context = PassContext(header=header, work_dir=scratch / "work", device="cuda")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -173,13 +198,15 @@ def main() -> int:
     parser.add_argument("--layers", type=int, nargs=2, default=(4, 10))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--only", nargs="*", choices=sorted(methods()))
+    parser.add_argument("--only", nargs="*", choices=sorted(OPTIONS))
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: no CUDA device", file=sys.stderr)
         return 0
     few, many = given.layers
+    shape, calibration = SHAPES[given.shape], Calibration(samples=given.samples, length=given.length)
     out: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -188,21 +215,24 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=os.environ.get("NIGHTPRESS_BENCH_DISK")) as scratch:
         folder = Path(scratch)
         for layers in (few, many):
-            write_model(folder / f"model-{layers}", layers)
+            write_model(folder / f"model-{layers}", shape, layers)
         ids = torch.randint(0, VOCABULARY, (given.samples, given.length), generator=torch.Generator().manual_seed(1))
-        out["floor"] = floor(given.samples, given.length)
+        out["floor"] = floor(shape, given.samples, given.length)
         if not given.json:
             print(json.dumps(out), flush=True)
-        for name in given.only or methods():
-            press(methods()[name], folder / f"model-{few}", folder / "run", ids[:8])  # compiles the kernels
+        for name in given.only or OPTIONS:
+            press(OPTIONS[name], folder / f"model-{few}", folder / "run", ids[:8])  # compiles the kernels
             runs = {
-                layers: press(methods()[name], folder / f"model-{layers}", folder / "run", ids)
-                for layers in (few, many)
+                layers: press(OPTIONS[name], folder / f"model-{layers}", folder / "run", ids) for layers in (few, many)
             }
+            estimated = OPTIONS[name].cost(inspect_model(FolderFiles(folder / f"model-{many}")), calibration).gpu_bytes
+            peak = max(run["peak_gib"] for run in runs.values())
             out[name] = {
                 "s_per_layer": (runs[many]["seconds"] - runs[few]["seconds"]) / (many - few),
                 "seconds": {layers: run["seconds"] for layers, run in runs.items()},
-                "peak_gib": max(run["peak_gib"] for run in runs.values()),
+                "peak_gib": peak,
+                "estimated_gib": estimated / 2**30,
+                "estimated_over_peak": estimated / 2**30 / peak,
             }
             if not given.json:
                 print(name, json.dumps(out[name]), flush=True)

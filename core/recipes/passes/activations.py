@@ -46,6 +46,9 @@ class SmoothQuant(Quantizing, Calibrated):
     def coarsest_bits(self) -> int:
         return 8
 
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        return blocks_cost(header, calibration, gram=self.weights == "gptq", copies=9 if self.weights == "gptq" else 7)
+
     def warnings(self, header: ModelHeader | None) -> Iterable[str]:
         yield from super().warnings(header)
         if header is not None and header.model_type not in FOLDABLE:
@@ -95,7 +98,9 @@ class Fp8(Quantizing):
         return 8
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return blocks_cost(header, calibration) if self.wants == "calibration" else stream_cost(header)
+        if self.wants != "calibration":
+            return stream_cost(header)
+        return blocks_cost(header, calibration, gram=False, copies=6)
 
 
 _GRAPH_BYTES = 1_900_000_000  #: of an fp32 graph that fits into one file

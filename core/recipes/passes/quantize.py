@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost
+from core.recipes.costs import Cost, blocks_cost
 from core.recipes.header import READ_AS_FLOATS, ModelHeader, TensorInfo
 from core.recipes.linears import Divisor, check_layout, invalid, is_expert, is_token_embedding, matches, module_of
 from core.recipes.passes.base import (
@@ -314,6 +314,10 @@ class Gptq(Budgeted):
     def divisor(self) -> Divisor | None:
         return pattern_divisor(self.pattern)
 
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        plain = self.ranges == "extremes" and not self.refine
+        return blocks_cost(header, calibration, copies=(0 if plain else 9) + 7 * (self.sparsity is not None))
+
 
 class Awq(Budgeted):
     """Scale columns up where their inputs are strong, before rounding to nearest; the norms before them make up for it (arXiv 2306.00978).
@@ -326,6 +330,9 @@ class Awq(Budgeted):
     pass_: Literal["awq"] = Field("awq", alias="pass")
     bits: Bits = 4
     symmetric: bool = False
+
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        return blocks_cost(header, calibration, copies=4)
 
     def check(self, header: ModelHeader) -> None:
         super().check(header)
