@@ -2,7 +2,7 @@
 
     python -m bench.blocks_gpu [--shape 8b|1b] [--layers 4 10] [--samples 128] [--length 2048] [--only NAME …] [--json]
 
-Everything counts: reading the weights, both forward passes, Gram matrices, solving, packing, writing and fsync (to the folder that
+Each method runs in a process of its own: what ran before would show in its peak. Everything counts: reading the weights, both forward passes, Gram matrices, solving, packing, writing and fsync (to the folder that
 NIGHTPRESS_BENCH_DISK names, if it is set). The floor beside it is
 what no calibrated method goes without: two forward passes of a layer and the Gram matrices of its four distinct inputs.
 Random weights and token ids: the work doesn't depend on their values.
@@ -13,9 +13,11 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,21 @@ def press(options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor) -> 
     return {"seconds": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
+def in_turn(names: Sequence[str], as_json: bool) -> int:
+    """Each method by a command of its own, with the options that were given."""
+    out: dict[str, Any] = {}
+    arguments = [one for one in sys.argv[1:] if one not in {"--only", "--json", *OPTIONS}]
+    for name in names:
+        command = [sys.executable, "-m", "bench.blocks_gpu", *arguments, "--json", "--only", name]
+        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        if not as_json:
+            print("" if out else json.dumps(found["floor"]), name, json.dumps(found[name]), flush=True)
+        out |= found
+    if as_json:
+        print(json.dumps(out))
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs=2, default=(4, 10))
@@ -205,6 +222,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("skipped: no CUDA device", file=sys.stderr)
         return 0
+    names = given.only or list(OPTIONS)
+    if len(names) > 1:
+        return in_turn(names, given.json)
     few, many = given.layers
     shape, calibration = SHAPES[given.shape], Calibration(samples=given.samples, length=given.length)
     out: dict[str, Any] = {
@@ -220,7 +240,7 @@ def main() -> int:
         out["floor"] = floor(shape, given.samples, given.length)
         if not given.json:
             print(json.dumps(out), flush=True)
-        for name in given.only or OPTIONS:
+        for name in names:
             press(OPTIONS[name], folder / f"model-{few}", folder / "run", ids[:8])  # compiles the kernels
             runs = {
                 layers: press(OPTIONS[name], folder / f"model-{layers}", folder / "run", ids) for layers in (few, many)

@@ -73,11 +73,11 @@ def stream_cost(header: ModelHeader) -> Cost:
     return Cost(_STREAM_BYTES, header.size / _STREAM_RATE)
 
 
-def blocks_cost(header: ModelHeader, calibration: Calibration, *, gram: bool = True, copies: int = 9) -> Cost:
+def blocks_cost(header: ModelHeader, calibration: Calibration, *, gram: bool = True, solves: bool = True) -> Cost:
     """The blocks executor's: one forward pass over the calibration text where its texts may wait in the middle of a block, else two.
 
-    gram: the method sums up Σ xxᵀ of each layer's inputs (half of it: it is symmetric) and solves with it. copies: of the largest weight
-    in float32, that settling it takes on a GPU at its peak; fitted to an 8B shape by `bench.blocks_gpu`.
+    gram: the method sums up Σ xxᵀ of each layer's inputs (half of it: it is symmetric). solves: by its factor, which on a GPU makes its
+    peak; without it the batches' intermediate results do.
     """
     shape = _shape(header)
     length = min(calibration.length, header.positions or calibration.length)
@@ -99,9 +99,8 @@ def blocks_cost(header: ModelHeader, calibration: Calibration, *, gram: bool = T
     gpu = (
         2 * tokens * shape.width
         + shape.largest_block
-        + 2 * 4 * shape.widest**2 * gram
+        + 2 * 4 * shape.widest**2 * (gram and solves)
         + 2 * _BATCH_WIDTHS * gpu_tokens * shape.widest
-        + copies * shape.largest_weight
     )
     return Cost(memory, header.size / _STREAM_RATE, work, gpu)
 
@@ -131,7 +130,6 @@ class _Shape(NamedTuple):
     linear_weights: int  #: in blocks, as often as a token meets them
     distinct_squares: int  #: Σ n² over the distinct inputs of layers
     solving: int  #: Σ n³/3 over distinct inputs and m·n²/2 over weights
-    largest_weight: int
     largest_block: int
     largest_outside: int
 
@@ -139,7 +137,7 @@ class _Shape(NamedTuple):
 def _shape(header: ModelHeader) -> _Shape:
     blocks: dict[str, int] = {}
     distinct: set[tuple[str, str, int]] = set()
-    outside = widest = solving = weight = 0
+    outside = widest = solving = 0
     weights = 0.0
     experts = int(header.config.get("num_local_experts") or header.config.get("num_experts") or 1)
     chosen = int(header.config.get("num_experts_per_tok") or 1)
@@ -154,7 +152,6 @@ def _shape(header: ModelHeader) -> _Shape:
         if len(tensor.shape) != 2:
             continue
         rows, columns = reversed(tensor.shape) if header.model_type in CONV1D else tensor.shape
-        weight = max(weight, size)
         weights += runs * math.prod(tensor.shape) * (chosen / experts if ".experts." in tensor.name else 1)
         widest = max(widest, columns)
         solving += rows * columns**2 // 2
@@ -163,7 +160,7 @@ def _shape(header: ModelHeader) -> _Shape:
     squares = sum(columns**2 for _, _, columns in distinct)
     solving += sum(columns**3 // 3 for _, _, columns in distinct)
     largest = max(blocks.values(), default=0)
-    return _Shape(len(blocks), width, widest, int(weights), squares * runs, solving, weight, largest, outside)
+    return _Shape(len(blocks), width, widest, int(weights), squares * runs, solving, largest, outside)
 
 
 def _input_of(name: str) -> str:

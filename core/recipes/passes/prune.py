@@ -82,4 +82,4 @@ class Wanda(Pruning, Calibrated):
     pass_: Literal["wanda"] = Field("wanda", alias="pass")
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return blocks_cost(header, calibration, gram=False, copies=18)
+        return blocks_cost(header, calibration, gram=False)

@@ -314,10 +314,6 @@ class Gptq(Budgeted):
     def divisor(self) -> Divisor | None:
         return pattern_divisor(self.pattern)
 
-    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        plain = self.ranges == "extremes" and not self.refine
-        return blocks_cost(header, calibration, copies=(0 if plain else 9) + 7 * (self.sparsity is not None))
-
 
 class Awq(Budgeted):
     """Scale columns up where their inputs are strong, before rounding to nearest; the norms before them make up for it (arXiv 2306.00978).
@@ -332,7 +328,7 @@ class Awq(Budgeted):
     symmetric: bool = False
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return blocks_cost(header, calibration, copies=4)
+        return blocks_cost(header, calibration, solves=False)
 
     def check(self, header: ModelHeader) -> None:
         super().check(header)
