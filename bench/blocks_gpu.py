@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from core.compress.checkpoint import read_shards
+from core.compress.checkpoint import read_shards, write_index
 from core.compress.context import PassContext
 from core.compress.executors.blocks import Method, press_blocks
 from core.compress.passes.activations import RoundedInputs
@@ -137,7 +137,7 @@ def write_model(folder: Path, shape: Shape, layers: int) -> None:
         tensors |= {f"model.layers.{layer}.{name}_layernorm.weight": ones for name in ("input", "post_attention")}
         save_file({name: one.clone() for name, one in tensors.items()}, folder / f"model-{layer:03}.safetensors")
         places |= dict.fromkeys(tensors, f"model-{layer:03}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    write_index(folder, places, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
 
 
 def floor(shape: Shape, samples: int, length: int) -> dict[str, float]:
@@ -195,17 +195,18 @@ def press(options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor) -> 
     return {"seconds": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
-def in_turn(names: Sequence[str], as_json: bool) -> int:
+def in_turn(names: Sequence[str], given: argparse.Namespace) -> int:
     """Each method by a command of its own, with the options that were given."""
     out: dict[str, Any] = {}
-    arguments = [one for one in sys.argv[1:] if one not in {"--only", "--json", *OPTIONS}]
+    arguments = ["--shape", given.shape, "--layers", *map(str, given.layers)]
+    arguments += ["--samples", str(given.samples), "--length", str(given.length)]
     for name in names:
         command = [sys.executable, "-m", "bench.blocks_gpu", *arguments, "--json", "--only", name]
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        if not as_json:
+        if not given.json:
             print("" if out else json.dumps(found["floor"]), name, json.dumps(found[name]), flush=True)
         out |= found
-    if as_json:
+    if given.json:
         print(json.dumps(out))
     return 0
 
@@ -224,7 +225,7 @@ def main() -> int:
         return 0
     names = given.only or list(OPTIONS)
     if len(names) > 1:
-        return in_turn(names, given.json)
+        return in_turn(names, given)
     few, many = given.layers
     shape, calibration = SHAPES[given.shape], Calibration(samples=given.samples, length=given.length)
     out: dict[str, Any] = {

@@ -36,6 +36,8 @@ def write_model(folder: Path, size: int) -> int:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
+    from core.compress.checkpoint import write_index
+
     matrices = {
         **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
         **{f"mlp.{name}_proj": (INNER, HIDDEN) for name in ("gate", "up")},
@@ -71,8 +73,7 @@ def write_model(folder: Path, size: int) -> int:
     save_file(rest, folder / "model-rest.safetensors")
     weight_map |= dict.fromkeys(rest, "model-rest.safetensors")
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_index(folder, weight_map, total)
     return total
 
 
