@@ -6,7 +6,7 @@ from pathlib import Path
 from core.compress.checkpoint import disk_errors
 from core.compress.executors.graph import Traced
 from core.compress.executors.stream import copy_companions
-from core.compress.export.openvino_graph import halve, keep_cache, settle_names, write_codes
+from core.compress.export.openvino_graph import divide_in_norms, halve, keep_cache, settle_names, write_codes
 from core.compress.export.weights import PressedWeights
 from core.compress.passes.quantize_graph import quantize_openvino
 from core.handoff.report import PassRecord
@@ -39,6 +39,7 @@ def save(
         write_codes(model, pressed)
     if weights == "fp16":
         halve(model)
+    divide_in_norms(model)
     if traced.cached:
         keep_cache(model)
     records = []

@@ -1,4 +1,4 @@
-"""Changes to an OpenVINO graph: the codes that a pass chose as compressed constants, and a cache that the model itself keeps."""
+"""Changes to an OpenVINO graph: codes that a pass chose as compressed constants, norms that divide for a product, and a cache that the model keeps."""
 
 from typing import Any
 
@@ -69,6 +69,42 @@ def _constant(values: NDArray[np.uint8], *, wide: bool) -> Any:
     flat = values.reshape(-1)
     flat = np.pad(flat, (0, flat.size % 2))
     return ops.constant(Tensor(flat[::2] | flat[1::2] << 4, list(values.shape), Type.u4), shared_memory=False)
+
+
+def divide_in_norms(model: Any) -> int:
+    """Let a norm's own scale and shift take in the division before a rounded product (`smooth_inputs`); how many.
+
+    norm = x̂ · γ + β also feeds the sum around its block, so that the two cannot be one. With (x̂ · γf + βf) beside it, computed from the same x̂,
+    each has one reader and the plugin merges it with that reader: the sum, and the rounding. Otherwise the division would be a pass of its own.
+    """
+    from openvino import opset13 as ops
+
+    folded = 0
+    for division in model.get_ordered_ops():
+        readers = division.output(0).get_target_inputs() if division.get_type_name() == "Multiply" else ()
+        if not readers or any(one.get_node().get_type_name() != "FakeQuantize" for one in readers):
+            continue
+        shifted, factors = _by_constant(division, "Multiply")
+        scaled, beta = _by_constant(shifted, "Add")
+        normed, gamma = _by_constant(scaled, "Multiply")
+        if normed is None or normed.get_type_name() != "MVN":
+            continue
+        scale, shift = (ops.constant((one.data * factors.data).astype(np.float32)) for one in (gamma, beta))
+        apart = ops.add(ops.multiply(normed, scale), shift, name=division.get_friendly_name())
+        for one in readers:
+            one.replace_source_output(apart.output(0))
+        folded += 1
+    return folded
+
+
+def _by_constant(node: Any, kind: str) -> tuple[Any, Any]:
+    """(what a node of this kind is given, the constant it is given with); nothing for any other node."""
+    if node is None or node.get_type_name() != kind:
+        return None, None
+    given = [one.get_node() for one in node.input_values()]
+    constants = [one for one in given if one.get_type_name() == "Constant"]
+    computed = [one for one in given if one.get_type_name() != "Constant"]
+    return (computed[0], constants[0]) if len(constants) == len(computed) == 1 else (None, None)
 
 
 def halve(model: Any) -> None:

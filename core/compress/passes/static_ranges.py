@@ -59,13 +59,13 @@ def calibrated(
     with np.load(kept) as archive:
         found = {name: archive[name] for name in archive.files}
     plan = QdqGraph.of(graph, options, top, lambda name, _weight: torch.from_numpy(found[f"factors.{name}"]))
-    ranges = {name: tuple(found[f"range.{name}"].tolist()) for name in plan.inputs.values()}
+    ranges = {name: tuple(found[f"range.{name}"].tolist()) for name in plan.rounded}
     return plan, ranges
 
 
 def _calibrate(graph: Path, texts: Texts, options: StaticInt8, top: int, kept: Path, context: PassContext) -> None:
     plain = QdqGraph.of(graph, options, top)
-    held: dict[str, _Held] = {name: _Held() for name in sorted(set(plain.inputs.values()))}
+    held: dict[str, _Held] = {name: _Held() for name in sorted(set(plain.rounded))}
     for values in _inputs_seen(plain, list(held), texts, context, 0.2, 0.4):
         for name, one in values.items():
             held[name].add(one)
@@ -85,7 +85,7 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, top: int, kept: P
 
     plan = QdqGraph.of(graph, options, top, factors_of)
     extremes: dict[str, Range] = {}
-    for name, given in zip(plain.inputs.values(), plan.inputs.values(), strict=True):
+    for name, given in zip(plain.rounded, plan.rounded, strict=True):
         by = factors[name] if given != name else np.float32(1)
         extremes[given] = float((held[name].low / by).min()), float((held[name].high / by).max())
     ranges = extremes

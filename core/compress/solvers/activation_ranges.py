@@ -41,6 +41,11 @@ def scale_and_zero(found: Range) -> tuple[np.float32, np.uint8]:
     return scale, np.uint8(np.clip(np.rint(-low / scale), 0, LEVELS - 1))
 
 
+def symmetric_scale(found: Range, top: int) -> np.float32:
+    """The step of a grid of −top … top that covers a range."""
+    return np.float32(max(-found[0], found[1]) / top or 1.0)
+
+
 def min_max(seen: Histogram) -> Range:
     """Everything that was seen."""
     return seen.low, seen.high
