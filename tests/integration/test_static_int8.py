@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import openvino
 import pytest
 
 from core.compress.evaluate import quality
 from core.compress.evaluate.data import builtin_digest
 from core.compress.executors import graph
+from core.compress.export.openvino_graph import divide_in_norms
 from core.compress.passes import PassContext
+from core.compress.passes.attention_scores import Operand, Scores, score_products
 from core.compress.passes.static_int8 import static_int8
 from core.compress.solvers import activation_ranges
 from core.compress.solvers.activation_ranges import BINS, Histogram
@@ -91,6 +94,74 @@ def test_the_runtime_multiplies_in_int8(bench: Bench, tmp_path: Path):
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert record.summary["attention_scores"] == 2  # one a layer
     assert kinds.count("MatMulIntegerToFloat") == record.summary["matrices"] + record.summary["attention_scores"]
+
+
+def test_queries_and_keys_are_rounded_before_they_are_split_into_heads(bench: Bench, tmp_path: Path):
+    scales = {}
+    for bits, top in ((7, 64), (8, 127)):
+        model, _ = bench.quantize(tmp_path / str(bits), weight_bits=bits)
+        made_by = {out: node for node in model.graph.node for out in node.output}
+        constants = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+        rounding = [node for node in model.graph.node if node.name.endswith("_int8_quantize")]
+        assert len(rounding) == 4  # two layers
+        for node in rounding:
+            linear = next(made_by[name] for name in made_by[node.input[0]].input if name in made_by)
+            kind = linear.name.rpartition(".")[2]
+            assert kind in {"query", "key"}
+            assert constants[node.input[2]] == np.int8(0)
+            scales[node.name, bits] = kind, float(constants[node.input[1]]) * (top if kind == "key" else 127)
+    # Keys stay, as weights do, within what the processor can sum: fewer steps over the same range.
+    for (name, _), found in scales.items():
+        assert found == (scales[name, 8][0], pytest.approx(scales[name, 8][1]))
+
+
+def test_scores_that_are_ignored_stay_in_float(bench: Bench, tmp_path: Path):
+    model, record = bench.quantize(tmp_path, ignore=["bert.encoder.layer.0.attention.self.matmul"])
+    assert record.summary["attention_scores"] == 1
+    assert len([node for node in model.graph.node if node.name.endswith("_int8_quantize")]) == 2
+
+
+@pytest.mark.parametrize("read_elsewhere", [False, True])
+def test_what_something_else_reads_too_is_rounded_for_the_scores_alone(read_elsewhere: bool):
+    node = onnx.helper.make_node
+    nodes = [
+        node("Add", ["x", "b"], ["q"], "add"),
+        node("Transpose", ["q"], ["turned"], "turn"),
+        node("Relu", ["x"], ["k"], "relu"),
+        node("MatMul", ["turned", "k"], ["scores"], "product"),
+        node("Mul", ["scores", "s"], ["scaled"], "scale"),
+        node("Softmax", ["scaled"], ["weights"], "softmax"),
+        node("MatMul", ["weights", "k"], ["out"], "values"),
+    ]
+    if read_elsewhere:
+        nodes.append(node("Identity", ["turned"], ["kept"], "keep"))
+    graph = onnx.helper.make_graph(nodes, "g", [], [])
+    query = Operand("turned", "product") if read_elsewhere else Operand("q", "turn")
+    assert score_products(graph) == {"product": Scores(query, Operand("k", "product"))}
+
+
+def test_openvino_divides_in_its_norms_and_answers_as_before(bench: Bench, tmp_path: Path):
+    bench.quantize(tmp_path, min_cosine=None)
+    (written,) = tmp_path.glob("static/*/model.onnx")
+    core = openvino.Core()
+    ids = np.random.default_rng(0).integers(1000, 2000, (2, 16))
+    answers, divisions = [], []
+    for changed in (False, True):
+        model = core.read_model(written)
+        assert (divide_in_norms(model) if changed else 0) == (6 if changed else 0)  # two a layer, two of the head
+        divisions.append(
+            sum(
+                one.get_type_name() == "Multiply" and one.get_friendly_name().endswith("_smoothing")
+                for one in model.get_ops()
+            )
+        )
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        names = {name for port in compiled.inputs for name in port.names}
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        answers.append(compiled({name: one for name, one in feeds.items() if name in names})[0])
+    assert divisions[0] - divisions[1] == 6
+    # A code may fall on the other side of a rounding.
+    assert np.abs(answers[0] - answers[1]).max() < 0.02 * np.abs(answers[0]).max()
 
 
 @pytest.mark.parametrize("ranges", ["min-max", "percentile", "entropy"])

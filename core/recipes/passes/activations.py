@@ -178,7 +178,8 @@ class StaticInt8(PassOptions):
 
     Written as an ONNX graph with QuantizeLinear and DequantizeLinear (QDQ), which OpenVINO reads too. Inputs are smoothed beforehand, each by
     what costs its layers least. Where all layers in int8 would answer too differently, those that cost most, measured one by one, keep float
-    arithmetic, their weights in int8 all the same. Attention's own products and heads on one vector stay in float.
+    arithmetic, their weights in int8 all the same. Attention's scores are products of int8 too; its sums over values and heads on one
+    vector stay in float.
     """
 
     needs: ClassVar[Need] = "calibration"
