@@ -14,7 +14,16 @@ from markupsafe import Markup
 
 from core.compress import charts, report_costs
 from core.handoff.compare import compare
-from core.handoff.report import REPORT_FILE, GenerationTiming, LayerEffect, Measurement, PassRecord, Report, Subject
+from core.handoff.report import (
+    REPORT_FILE,
+    GenerationTiming,
+    LayerEffect,
+    Measurement,
+    PassRecord,
+    Report,
+    Series,
+    Subject,
+)
 
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
@@ -155,7 +164,7 @@ def _context(report: Report) -> dict[str, Any]:
         "phase_chart": Markup(charts.phases(report.phases)),  # noqa: S704
         "verifying_share": verifying / total if total else 0.0,
         "curve_charts": [
-            (record, Markup(charts.curves(record.series, f"{record.name} by {record.series[0].x_label}")))  # noqa: S704
+            (record, [Markup(one) for one in _curves(record)])  # noqa: S704 - escaped there
             for record in report.passes
             if record.series
         ],
@@ -169,6 +178,14 @@ def _context(report: Report) -> dict[str, Any]:
         "layers_shown": LAYERS_SHOWN,
         "recipe_json": json.dumps(report.recipe, indent=2),
     }
+
+
+def _curves(record: PassRecord) -> list[str]:
+    """A plot for each scale: losses and accuracies have no axis in common, nor have steps and what else they may stand over."""
+    scales: dict[tuple[str, bool], list[Series]] = {}
+    for one in record.series:
+        scales.setdefault((one.x_label, one.name.endswith("accuracy")), []).append(one)
+    return [charts.curves(some, f"{record.name} by {x}") for (x, _), some in scales.items()]
 
 
 def _pareto(report: Report) -> str:

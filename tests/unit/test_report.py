@@ -133,6 +133,25 @@ def test_the_page_shows_what_was_counted_kept_and_saved():
     assert "source, no cache" in page
 
 
+def test_losses_and_accuracies_are_drawn_apart_and_so_is_what_stands_over_no_steps():
+    report = make_report()
+    curves = [
+        ("train loss", "step", 0.4),
+        ("validation loss", "step", 0.5),
+        ("validation accuracy", "step", 88.0),
+        ("held-apart accuracy", "blocks run", 77.0),
+    ]
+    series = [{"name": name, "x": [0, 1], "y": [y, y / 2], "x_label": x} for name, x, y in curves]
+    record = PassRecord.model_validate(
+        {"index": 0, "name": "early-exit", "seconds": 1, "summary": {}, "series": series}
+    )
+    page = reports.render_html(report.model_copy(update={"passes": (record,)}))
+    section = page[page.index("<h2>Curves</h2>") :]
+    section = section[: section.index("</section>")]
+    figures = [re.findall(r"</i>([\w -]+):", figure) for figure in section.split("</figure>")[:-1]]
+    assert figures == [["train loss", "validation loss"], ["validation accuracy"], ["held-apart accuracy"]]
+
+
 def test_a_gpu_is_named_with_what_each_pass_took_of_it():
     report = full_report()
     gpu = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 85_000_000_000, "torch": "2.11.0", "cuda": "13.0"}
