@@ -102,12 +102,12 @@ def test_queries_and_keys_are_rounded_before_they_are_split_into_heads(bench: Be
         model, _ = bench.quantize(tmp_path / str(bits), weight_bits=bits)
         made_by = {out: node for node in model.graph.node for out in node.output}
         constants = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
-        rounding = [node for node in model.graph.node if node.name.endswith("_int8_quantize")]
+        rounding = [node for node in model.graph.node if node.name.endswith(("_query_quantize", "_key_quantize"))]
         assert len(rounding) == 4  # two layers
         for node in rounding:
             linear = next(made_by[name] for name in made_by[node.input[0]].input if name in made_by)
             kind = linear.name.rpartition(".")[2]
-            assert kind in {"query", "key"}
+            assert node.name.endswith(f"_{kind}_quantize")
             assert constants[node.input[2]] == np.int8(0)
             scales[node.name, bits] = kind, float(constants[node.input[1]]) * (top if kind == "key" else 127)
     # Keys stay, as weights do, within what the processor can sum: fewer steps over the same range.
@@ -118,7 +118,7 @@ def test_queries_and_keys_are_rounded_before_they_are_split_into_heads(bench: Be
 def test_scores_that_are_ignored_stay_in_float(bench: Bench, tmp_path: Path):
     model, record = bench.quantize(tmp_path, ignore=["bert.encoder.layer.0.attention.self.matmul"])
     assert record.summary["attention_scores"] == 1
-    assert len([node for node in model.graph.node if node.name.endswith("_int8_quantize")]) == 2
+    assert len([node for node in model.graph.node if node.name.endswith(("_query_quantize", "_key_quantize"))]) == 2
 
 
 @pytest.mark.parametrize("read_elsewhere", [False, True])

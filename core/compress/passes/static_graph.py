@@ -104,58 +104,62 @@ class QdqGraph:
         """The graph with all products in int8 but those that are left in float, whose weights alone are."""
         import onnx
 
-        helper, numpy_helper = onnx.helper, onnx.numpy_helper
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        nodes: list[Any] = []
-        constants: list[Any] = []
-        made = set()
-
-        def rounded(name: str, kind: str, scale: np.float32, zero: np.generic) -> str:
-            """The tensor's name once it was rounded to codes; those who share it are given the same ones."""
-            seen = f"{name}_{kind}_seen"
-            if seen not in made:
-                made.add(seen)
-                grid = [f"{name}_{kind}_scale", f"{name}_{kind}_zero"]
-                for value, constant in zip((scale, zero), grid, strict=True):
-                    constants.append(numpy_helper.from_array(np.asarray(value), constant))
-                codes = f"{name}_{kind}"
-                nodes.append(helper.make_node("QuantizeLinear", [name, *grid], [codes], f"{codes}_quantize"))
-                nodes.append(helper.make_node("DequantizeLinear", [codes, *grid], [seen], f"{codes}_dequantize"))
-            return seen
-
-        tops = {}
+        new = _Written(onnx)
+        operands = {}
         for name, scores in self.scores.items():
             if name not in left:
-                tops[scores.query.reader, scores.query.tensor] = _TOP
-                tops[scores.key.reader, scores.key.tensor] = self.top
+                operands[scores.query.reader, scores.query.tensor] = "query", _TOP
+                operands[scores.key.reader, scores.key.tensor] = "key", self.top
         for node in model.graph.node:
             for at, name in enumerate(node.input):
-                top = tops.get((node.name, name))
-                if top is not None:
+                if (node.name, name) in operands:
+                    kind, top = operands[node.name, name]
                     scale = activation_ranges.symmetric_scale(ranges[name], top)
-                    node.input[at] = rounded(name, "int8", scale, np.int8(0))
+                    node.input[at] = new.rounded(name, kind, scale, np.int8(0))
             if node.name in self.inputs and node.name not in left:
                 x, weight = node.input
-                if weight not in made:
-                    made.add(weight)
-                    codes, scales = self.codes[weight]
-                    constants += [
-                        numpy_helper.from_array(codes, f"{weight}_int8"),
-                        numpy_helper.from_array(scales, f"{weight}_scales"),
-                        numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{weight}_zeros"),
-                    ]
-                    parts = [f"{weight}_int8", f"{weight}_scales", f"{weight}_zeros"]
-                    nodes.append(
-                        helper.make_node("DequantizeLinear", parts, [f"{weight}_float"], f"{weight}_dequantize", axis=1)
-                    )
-                node.input[0] = rounded(x, "uint8", *activation_ranges.scale_and_zero(ranges[x]))
-                node.input[1] = f"{weight}_float"
-            nodes.append(node)
-        used = {name for node in nodes for name in node.input}
-        constants += [one for one in model.graph.initializer if one.name in used]
-        for field, found in ((model.graph.node, nodes), (model.graph.initializer, constants)):
+                node.input[0] = new.rounded(x, "uint8", *activation_ranges.scale_and_zero(ranges[x]))
+                node.input[1] = new.weight(weight, *self.codes[weight])
+            new.nodes.append(node)
+        used = {name for node in new.nodes for name in node.input}
+        new.constants += [one for one in model.graph.initializer if one.name in used]
+        for field, found in ((model.graph.node, new.nodes), (model.graph.initializer, new.constants)):
             del field[:]
             field.extend(found)
         store_in_int8(onnx, model, set(left) & set(self.inputs))
         return bytes(model.SerializeToString(deterministic=True))
+
+
+class _Written:
+    """Nodes in their order and their constants. What several nodes read is made once, before the first of them."""
+
+    def __init__(self, onnx: Any) -> None:
+        self._make, self._constant = onnx.helper.make_node, onnx.numpy_helper.from_array
+        self._made: set[str] = set()
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def rounded(self, name: str, kind: str, scale: np.float32, zero: np.generic) -> str:
+        """The name of a tensor's values once they were rounded to codes."""
+        codes = f"{name}_{kind}"
+        seen = f"{codes}_seen"
+        if seen not in self._made:
+            self._made.add(seen)
+            grid = [f"{codes}_scale", f"{codes}_zero"]
+            self.constants += [self._constant(np.asarray(one), at) for one, at in zip((scale, zero), grid, strict=True)]
+            self.nodes.append(self._make("QuantizeLinear", [name, *grid], [codes], f"{codes}_quantize"))
+            self.nodes.append(self._make("DequantizeLinear", [codes, *grid], [seen], f"{codes}_dequantize"))
+        return seen
+
+    def weight(self, name: str, codes: NDArray[np.int8], scales: NDArray[np.float32]) -> str:
+        """The name of a weight's values: codes [in, out], scales [out]."""
+        floats = f"{name}_float"
+        if floats not in self._made:
+            self._made.add(floats)
+            parts = [f"{name}_int8", f"{name}_scales", f"{name}_zeros"]
+            values = (codes, scales, np.zeros(len(scales), np.int8))
+            self.constants += [self._constant(one, at) for one, at in zip(values, parts, strict=True)]
+            self.nodes.append(self._make("DequantizeLinear", parts, [floats], f"{name}_dequantize", axis=1))
+        return floats
