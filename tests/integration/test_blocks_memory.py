@@ -1,5 +1,6 @@
 """Where the blocks executor keeps its activations, and what it does when memory runs out."""
 
+import contextlib
 import gc
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
+from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -152,6 +154,32 @@ def test_a_gpu_with_too_little_memory_for_a_batch_is_tried_with_smaller_ones(
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert any("smaller batches" in text for text in messages)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_no_text_waits_inside_a_block_for_good(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Behind the last block nothing is asked for, and behind an error neither."""
+    source = tmp_path / "source"
+    _save("LlamaForCausalLM", source)
+    method = Sparse(SparseGpt())
+
+    def fail(*_: object) -> None:
+        raise NightpressError(ErrorCode.NUMERICAL_FAILURE, "broken")
+
+    if broken:
+        monkeypatch.setattr(method, "settle", fail)
+    with pytest.raises(NightpressError) if broken else contextlib.nullcontext():
+        press_blocks(
+            source,
+            tmp_path / "out",
+            method,
+            {"input_ids": _ids()},
+            _context(source, tmp_path / "work"),
+            chosen=_linears(source),
+            recipe="r",
+        )
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one) is greenlet and one.gr_frame is not None]
 
 
 @pytest.mark.gpu

@@ -226,14 +226,18 @@ class InTurn:
         waiting = [greenlet(one) for one in runs]
         numbers: dict[Any, int] = {one: at for at, one in enumerate(waiting)}
         hooks = {name: _Hook(stop, name) for name in self._group_of} | {"": _Hook(enter, "")}
-        with _hooks(hooks, self._modules):
-            for group, names in enumerate(self._groups.layers):
-                for one in waiting:
-                    if one.switch() != group:
-                        raise RuntimeError("A block's layers are not called in the same order for every batch")
-                settle(names)
-            while waiting and to_the_end:
-                waiting.pop(0).switch()  # what it held is free when it ends
+        try:
+            with _hooks(hooks, self._modules):
+                for group, names in enumerate(self._groups.layers):
+                    for one in waiting:
+                        if one.switch() != group:
+                            raise RuntimeError("A block's layers are not called in the same order for every batch")
+                    settle(names)
+                while waiting and to_the_end:
+                    waiting.pop(0).switch()  # what it held is free when it ends
+        finally:
+            for one in waiting:
+                one.throw()  # no garbage collector looks into frames that wait: they would be held for good
 
 
 def _let_go(spent: Tensor | None) -> None:
