@@ -7,6 +7,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from core.compress.solvers.grid import Grid, Workspace, dequantize, pack, pack_zero_points, round_to_grid
+from core.compress.solvers.ranges import find_ranges, nearest_codes
 from core.errors import ErrorCode, NightpressError
 
 GRIDS = [Grid(8), Grid(8, 32), Grid(4), Grid(4, 32), Grid(8, symmetric=False), Grid(4, 32, symmetric=False)]
@@ -87,6 +88,42 @@ def test_a_row_of_zeros_and_a_row_of_tiny_numbers_have_finite_scales(dtype: torc
     assert torch.isfinite(rounded.scale).all()
     assert (rounded.scale > 0).all()
     assert torch.equal(dequantize(rounded.codes, rounded.scale)[0], torch.zeros(source.shape[1], dtype=dtype).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("source", "code", "step"),
+    [([-4.0, 1.0], -8, 0.5), ([-4.0, 3.75], -8, 0.5), ([3.75, -1.0], 7, 0.5), ([4.0, -4.0], 7, 4 / 7.5)],
+)
+def test_the_lowest_weight_is_the_lowest_code_and_the_highest_half_a_step_above_the_highest(
+    source: list[float], code: int, step: float, dtype: torch.dtype
+):
+    rounded = round_to_grid(torch.tensor([source], dtype=dtype), Grid(4))
+    assert int(rounded.codes[0, 0]) == code
+    assert float(rounded.scale) == pytest.approx(step, rel=float(torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_steps_lose_less_than_those_of_the_largest_magnitude(bits: int):
+    source, grid = weight(512, 512, torch.float32), Grid(bits, 64)
+    grouped = source.view(512, 8, 64)
+    step = grouped.abs().amax(2, keepdim=True) / grid.reach
+    usual = (grouped / step).round().clamp(-grid.top, grid.top - 1) * step
+    rounded = round_to_grid(source, grid)
+    assert rounded.squared_error < (0.95 if bits == 4 else 0.998) * float((usual - grouped).square().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_sweep_and_the_solvers_have_the_same_grid(dtype: torch.dtype):
+    source = weight(dtype=dtype)
+    rounded = round_to_grid(source, Grid(4, 32))
+    scale, zero_point = find_ranges(source.float(), Grid(4, 32), dtype)
+    assert torch.equal(rounded.scale, scale.to(dtype))
+    codes = nearest_codes(source.float(), scale, zero_point, Grid(4, 32)).to(torch.int8)
+    steps = source.float() / scale.repeat_interleave(32, dim=1)
+    tie = ((steps - steps.floor()) - 0.5).abs() < 1e-5
+    assert torch.equal(rounded.codes[~tie], codes[~tie])
+    assert float(tie.float().mean()) < 0.1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

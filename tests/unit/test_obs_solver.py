@@ -30,7 +30,7 @@ def _plain_gptq(weight: Tensor, gram: Tensor, group_size: int, bits: int, order:
     top = 2 ** (bits - 1)
 
     def scale_of(values: Tensor) -> Tensor:
-        return values.abs().amax(1) / (top - 0.5)
+        return torch.maximum(-values.amin(1).clamp(max=0) / top, values.amax(1).clamp(min=0) / (top - 0.5))
 
     scales = {first: scale_of(weight[:, first : first + group_size]) for first in range(0, len(order), group_size)}
     for j in order.tolist():
@@ -83,7 +83,8 @@ def test_uncorrelated_inputs_are_rounded_to_nearest():
     weight, _ = _problem(8, 64)
     solved = solve(weight, factorize(torch.eye(64).double()), Quantize(Grid(4, 32), torch.float64))
     assert solved.codes is not None
-    step = weight.view(8, 2, 32).abs().amax(2, keepdim=True) / 7.5
+    grouped = weight.view(8, 2, 32)
+    step = torch.maximum(-grouped.amin(2, keepdim=True) / 8, grouped.amax(2, keepdim=True) / 7.5)
     assert torch.equal(solved.codes.view(8, 2, 32), (weight.view(8, 2, 32) / step).round().clamp(-8, 7).to(torch.int8))
 
 

@@ -94,9 +94,9 @@ def _kernel(
     for at in range(TRIES):
         shrink = tl.load(shrinks + at)
         if SYMMETRIC:
-            scale = _round_up(
-                tl.div_rn(tl.maximum(-low * shrink, high * shrink), tl.full([COUNT], TOP - 0.5, tl.float32)), HELD, WORD
-            )
+            below = tl.div_rn(-low * shrink, tl.full([COUNT], TOP * 1.0, tl.float32))
+            above = tl.div_rn(high * shrink, tl.full([COUNT], TOP - 0.5, tl.float32))
+            scale = _round_up(tl.maximum(below, above), HELD, WORD)
             zero = tl.zeros([COUNT], tl.float32)
         else:
             spread = high * shrink - low * shrink

@@ -54,8 +54,8 @@ def stream_rounded(
 ) -> PassRecord:
     """Round every weight that the options take, in one sweep, and say in config.json what became of them.
 
-    fast: plain int4 and int8 may be rounded by the chunked kernel, which takes ties at the end of a range the other way than
-    `round_weight` does; neither loses more.
+    fast: plain int4 and int8 may be rounded by the chunked kernel, which multiplies by a step's reciprocal: of a tie it may take the
+    other side than `round_weight` does, and loses no more.
     """
     start = time.monotonic()
     infos = {one.name: one.info for shard in read_shards(source) for one in shard.tensors}

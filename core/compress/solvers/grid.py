@@ -23,8 +23,6 @@ _SAME_SIZE_INT = {
 #: Added to a float32 of less than 2^22, it leaves no bits for a fraction: the sum is rounded to the nearest integer (of two, the even
 #: one), and the low byte of its pattern is that integer. One addition and a narrowing copy do what round and convert would.
 _ROUNDS = 1.5 * 2.0**23
-#: Keeps a range's own maximum, top − ½ steps, from rounding up to a code that doesn't exist. Steers no weight by more than 3e-5 steps.
-_SHY_OF_ONE = 1 - 2.0**-22
 #: The numbers of e2m1 from zero up; their places are its codes without a sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST_FLOAT = {8: 448.0, 4: 6.0}
@@ -49,6 +47,15 @@ class Grid:
     def reach(self) -> float:
         """How many steps from zero the largest weight may lie on a symmetric grid and still be within half a step of a code."""
         return self.top - 0.5 if self.kind == "int" else LARGEST_FLOAT[self.bits]
+
+    def step(self, low: Tensor, high: Tensor) -> Tensor:
+        """The scale of a symmetric grid for weights from low ≤ 0 to high ≥ 0.
+
+        Integers have one code more below zero than above it. So the lowest weight is the lowest code, without an error, and the highest
+        lies half a step above the highest: of equal extremes the lowest would go half a step astray too, in coarser steps.
+        """
+        below = self.top if self.kind == "int" else self.reach
+        return torch.maximum(-low / below, high / self.reach)
 
     def groups(self, columns: int) -> int:
         """Scales a row. The columns must be a multiple of the group size."""
@@ -115,9 +122,10 @@ def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None
             "A weight holds NaN or infinity.",
             hint="The source model is damaged: export it again.",
         )
-    steps *= torch.div(_SHY_OF_ONE, step).unsqueeze(1)  # the weight in units of its step
+    steps *= step.reciprocal().unsqueeze(1)  # the weight in units of its step
     if zero_point is not None:
-        steps.add_(zero_point.unsqueeze(1)).clamp_(-grid.top, grid.top - 1)
+        steps.add_(zero_point.unsqueeze(1))
+    steps.clamp_(-grid.top, grid.top - 1)
     codes = workspace.take("codes", (rows, columns), torch.int8)
     codes.view(grouped.shape).copy_(steps.add_(_ROUNDS).view(torch.int32))
     zeros = None if zero_point is None else zero_point.to(torch.int8).view(rows, groups)
@@ -178,8 +186,12 @@ def pack_zero_points(zero_point: Tensor, bits: int) -> Tensor:
 
 
 def _symmetric_scale(grouped: Tensor, grid: Grid, workspace: Workspace) -> Tensor:
-    largest = magnitude_bits(grouped, workspace).amax(dim=1)
-    return _round_up(_widen(largest.view(grouped.dtype)) / (grid.top - 0.5), grouped.dtype)
+    bits = grouped.view(_SAME_SIZE_INT[grouped.dtype])  # as integers floats compare faster, those below zero in reverse
+    flipped = workspace.take("flipped", tuple(bits.shape), bits.dtype)
+    torch.bitwise_xor(bits, torch.iinfo(bits.dtype).max, out=flipped)  # … which puts them in order
+    highest = bits.amax(dim=1).clamp_(min=0).view(grouped.dtype)
+    lowest = flipped.amin(dim=1).clamp_(max=-1).bitwise_xor_(torch.iinfo(bits.dtype).max).view(grouped.dtype)
+    return _round_up(grid.step(_widen(lowest), _widen(highest)), grouped.dtype)
 
 
 def _asymmetric_range(grouped: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ def search(weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor |
 
 def _grid_over(low: Tensor, high: Tensor, grid: Grid, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     if grid.symmetric:
-        scale = _round_up(torch.maximum(-low, high) / grid.reach, stored)
+        scale = _round_up(grid.step(low, high), stored)
         return scale, torch.zeros_like(scale)
     scale = _round_up((high - low) / (2 * grid.top - 1), stored)
     return scale, torch.round(-grid.top - low / scale).clamp_(-grid.top, grid.top - 1)
