@@ -59,6 +59,10 @@ PAIRS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
     ),
     "smollm-gptq": ("smollm", {"pass": "gptq", "group_size": 64}, "compressed-tensors", (32, 512)),
     "smollm-sparsegpt": ("smollm", {"pass": "sparsegpt"}, "safetensors", (16, 256)),
+    "smollm-onnx": ("smollm", {"pass": "weight-only", "bits": 4, "group_size": 64}, "onnx", (8, 16)),
+    "mixture-gptq": ("mixture", {"pass": "gptq", "group_size": 64}, "compressed-tensors", (64, 128)),
+    "mixture-awq": ("mixture", {"pass": "awq", "group_size": 64, "symmetric": True}, "compressed-tensors", (64, 128)),
+    "mixture-sparsegpt": ("mixture", {"pass": "sparsegpt"}, "safetensors", (64, 128)),
 }
 
 
@@ -147,6 +151,33 @@ def random_bert(folder: Path, *, width: int, blocks: int) -> Path:
     return folder
 
 
+def random_mixture(folder: Path) -> Path:
+    """Two blocks of 16 experts, in bfloat16, with random weights: an expert's Gram matrices take twice what its weights do."""
+    import torch
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    from tests.models import bert_tiny_dir
+
+    config = OlmoeConfig(
+        vocab_size=30522,
+        hidden_size=512,
+        intermediate_size=3072,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_experts=16,
+        num_experts_per_tok=8,
+        tie_word_embeddings=True,
+        bos_token_id=101,
+        eos_token_id=102,
+        pad_token_id=0,
+    )
+    OlmoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bert_tiny_dir() / name, folder)
+    return folder
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=sorted(PAIRS))
@@ -162,6 +193,7 @@ def main() -> int:
             "bert-tiny": bert_tiny_dir,
             "minilm": minilm_dir,
             "smollm": smollm_dir,
+            "mixture": lambda: random_mixture(Path(models) / "mixture"),
             "bert-512": lambda: random_bert(Path(models) / "bert-512", width=512, blocks=6),
             "bert-768": lambda: random_bert(Path(models) / "bert-768", width=768, blocks=12),
         }
