@@ -61,7 +61,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
     "smollm-sparsegpt": ("smollm", {"pass": "sparsegpt"}, "safetensors", (16, 256)),
     "smollm-onnx": ("smollm", {"pass": "weight-only", "bits": 4, "group_size": 64}, "onnx", (8, 16)),
     "mixture-gptq": ("mixture", {"pass": "gptq", "group_size": 64}, "compressed-tensors", (64, 128)),
-    "mixture-awq": ("mixture", {"pass": "awq", "group_size": 64}, "compressed-tensors", (64, 128)),
+    "mixture-awq": ("mixture", {"pass": "awq", "group_size": 64, "symmetric": True}, "compressed-tensors", (64, 128)),
     "mixture-sparsegpt": ("mixture", {"pass": "sparsegpt"}, "safetensors", (64, 128)),
 }
 

@@ -18,7 +18,7 @@ TRACING_BYTES = 385 * _MIB  #: … and what it and the passes on a graph that tr
 CONSUMER_BYTES = 265 * _MIB  #: a process with torch and transformers, beside the model it loads
 GRAPH_CONSUMER_BYTES = 40 * _MIB  #: one with a graph runtime
 LOGIT_BYTES = 256 * _MIB  #: logits over the vocabulary that a consumer holds at once
-FORWARD_RATE = 25e9  #: multiply-adds/s of fp32 on two cores
+FORWARD_RATE = 33e9  #: multiply-adds/s on two cores, of fp32 or, where the processor has it, of bfloat16: between what both come to
 GPU_RATE = 250e12  #: multiply-adds/s of bf16 that a calibration comes to on an H100, its kernels' waiting included
 _GRAM_EFFORT = 1.25  #: of strips up to the diagonal, for the half that is asked for
 _SOLVE_EFFORT = 3.0  #: settling columns moves memory as much as it multiplies
@@ -73,17 +73,27 @@ def stream_cost(header: ModelHeader) -> Cost:
     return Cost(_STREAM_BYTES, header.size / _STREAM_RATE)
 
 
-def blocks_cost(header: ModelHeader, calibration: Calibration, *, gram: bool = True, solves: bool = True) -> Cost:
+def blocks_cost(
+    header: ModelHeader,
+    calibration: Calibration,
+    *,
+    gram: bool = True,
+    solves: bool = True,
+    by_group: bool = True,
+    copies: bool = False,
+) -> Cost:
     """The blocks executor's: one forward pass over the calibration text where its texts may wait in the middle of a block, else two.
 
     gram: the method sums up Σ xxᵀ of each layer's inputs (half of it: it is symmetric). solves: by its factor, which on a GPU makes its
-    peak; without it the batches' intermediate results do.
+    peak; without it the batches' intermediate results do. by_group: it settles the layers behind each tensor by themselves; else, and
+    for mixtures, what is known of all inputs of a block is held at once. copies: it holds a block's weights once more, in float32.
     """
     shape = _shape(header)
     length = min(calibration.length, header.positions or calibration.length)
     tokens = calibration.samples * length
     waiting = in_turn_bytes(tokens, shape.width, shape.widest, 4)
-    in_turn = waiting <= IN_TURN_BYTES["cpu"] and header.model_type not in MIXTURES | SHARED_BLOCKS
+    at_once = not by_group or header.model_type in MIXTURES | SHARED_BLOCKS
+    in_turn = waiting <= IN_TURN_BYTES["cpu"] and not at_once
     work: float = (1 if in_turn else 2) * tokens * shape.linear_weights
     work += tokens * length * shape.width * shape.blocks  # attention: half of QKᵀ and of its product with V
     if gram:
@@ -91,6 +101,8 @@ def blocks_cost(header: ModelHeader, calibration: Calibration, *, gram: bool = T
     held = (
         2 * shape.largest_block
         + 4 * 4 * shape.widest**2 * gram
+        + (0 if in_turn else shape.stored_block + 4 * (shape.block_squares - shape.widest**2) * gram)
+        + shape.largest_block * copies
         + _BATCH_WIDTHS * BATCH_TOKENS["cpu"] * shape.widest * 4
     )
     activations = 4 * tokens * shape.width
@@ -100,6 +112,7 @@ def blocks_cost(header: ModelHeader, calibration: Calibration, *, gram: bool = T
         2 * tokens * shape.width
         + shape.largest_block
         + 2 * 4 * shape.widest**2 * (gram and solves)
+        + 4 * (shape.block_squares - shape.widest**2) * (gram and header.model_type in MIXTURES)
         + 2 * _BATCH_WIDTHS * gpu_tokens * shape.widest
     )
     return Cost(memory, header.size / _STREAM_RATE, work, gpu)
@@ -128,14 +141,17 @@ class _Shape(NamedTuple):
     width: int  #: of the hidden states
     widest: int  #: inputs of a layer
     linear_weights: int  #: in blocks, as often as a token meets them
-    distinct_squares: int  #: Σ n² over the distinct inputs of layers
+    distinct_squares: int  #: Σ n² over the distinct inputs of layers, each as often as a token comes to it
+    block_squares: int  #: Σ n² over all distinct inputs of one block, the most of any
     solving: int  #: Σ n³/3 over distinct inputs and m·n²/2 over weights
     largest_block: int
+    stored_block: int  #: the same as it is in the file
     largest_outside: int
 
 
 def _shape(header: ModelHeader) -> _Shape:
     blocks: dict[str, int] = {}
+    stored: dict[str, int] = {}
     distinct: set[tuple[str, str, int]] = set()
     outside = widest = solving = 0
     weights = 0.0
@@ -149,6 +165,7 @@ def _shape(header: ModelHeader) -> _Shape:
             outside = max(outside, size)
             continue
         blocks[found[0]] = blocks.get(found[0], 0) + size
+        stored[found[0]] = stored.get(found[0], 0) + tensor.size
         if len(tensor.shape) != 2:
             continue
         rows, columns = reversed(tensor.shape) if header.model_type in CONV1D else tensor.shape
@@ -157,10 +174,24 @@ def _shape(header: ModelHeader) -> _Shape:
         solving += rows * columns**2 // 2
         distinct.add((found[0], _input_of(tensor.name), columns))
     width = next((int(header.config[name]) for name in _WIDTHS if header.config.get(name)), widest)
-    squares = sum(columns**2 for _, _, columns in distinct)
+    squares = sum(columns**2 * (chosen / experts if ".experts." in name else 1) for _, name, columns in distinct)
+    together: dict[str, int] = {}
+    for block, _, columns in distinct:
+        together[block] = together.get(block, 0) + columns**2
     solving += sum(columns**3 // 3 for _, _, columns in distinct)
     largest = max(blocks.values(), default=0)
-    return _Shape(len(blocks), width, widest, int(weights), squares * runs, solving, largest, outside)
+    return _Shape(
+        len(blocks),
+        width,
+        widest,
+        int(weights),
+        int(squares * runs),
+        max(together.values(), default=0),
+        solving,
+        largest,
+        max(stored.values(), default=0),
+        outside,
+    )
 
 
 def _input_of(name: str) -> str:

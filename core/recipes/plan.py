@@ -25,7 +25,7 @@ from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, R
 from core.recipes.passes import DynamicInt8, EarlyExit, GenerationCache, PassOptions, Recover
 from core.recipes.targets import check_target
 
-_IMPORT_S = 6.0  #: start of one consumer process with torch and transformers
+_IMPORT_S = 3.5  #: start of one consumer process with torch and transformers
 _GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alone
 _DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
 _LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared

@@ -328,7 +328,7 @@ class Awq(Budgeted):
     symmetric: bool = False
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return blocks_cost(header, calibration, solves=False)
+        return blocks_cost(header, calibration, solves=False, by_group=False, copies=True)
 
     def check(self, header: ModelHeader) -> None:
         super().check(header)

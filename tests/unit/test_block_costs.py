@@ -1,0 +1,60 @@
+"""What a calibrated pass is estimated to hold, from a model's header alone."""
+
+import math
+
+import pytest
+
+from core.recipes.calibration import Calibration
+from core.recipes.costs import blocks_cost
+from core.recipes.header import ModelHeader, TensorInfo
+
+_WIDTH, _INNER = 256, 1024
+_TEXT = Calibration(samples=8, length=64)
+
+
+def _tensor(name: str, *shape: int) -> TensorInfo:
+    return TensorInfo(name=name, dtype="BF16", shape=shape, size=2 * math.prod(shape))
+
+
+def _mixture(experts: int, model_type: str = "olmoe") -> ModelHeader:
+    return ModelHeader(
+        model_type=model_type,
+        architecture="OlmoeForCausalLM",
+        config={"vocab_size": 100, "hidden_size": _WIDTH, "num_experts": experts, "num_experts_per_tok": 2},
+        tensors=tuple(
+            tensor
+            for expert in range(experts)
+            for tensor in (
+                _tensor(f"model.layers.0.mlp.experts.{expert}.gate_proj.weight", _INNER, _WIDTH),
+                _tensor(f"model.layers.0.mlp.experts.{expert}.up_proj.weight", _INNER, _WIDTH),
+                _tensor(f"model.layers.0.mlp.experts.{expert}.down_proj.weight", _WIDTH, _INNER),
+            )
+        ),
+        has_tokenizer=True,
+    )
+
+
+def test_the_gram_matrices_of_all_experts_are_held_at_once():
+    few, many = (blocks_cost(_mixture(experts), _TEXT) for experts in (4, 20))
+    weights, grams = 3 * _INNER * _WIDTH, _WIDTH**2 + _INNER**2
+    # a block in float32 twice, as it computes and as it comes out, and once as it is stored
+    assert many.memory_bytes - few.memory_bytes == 16 * (2 * 4 * weights + 2 * weights + 4 * grams)
+    assert many.gpu_bytes - few.gpu_bytes == 16 * (4 * weights + 4 * grams)
+
+
+def test_an_expert_is_multiplied_by_the_tokens_that_come_to_it():
+    few, many = (blocks_cost(_mixture(experts), _TEXT, solves=False) for experts in (4, 20))
+    solving = 16 * 3 * (_INNER * _WIDTH**2 + _WIDTH * _INNER**2 // 2 + _WIDTH**3 // 3 + _INNER**3 // 3)
+    assert many.work - few.work == pytest.approx(solving, rel=1e-6)  # two experts a token, however many there are
+
+
+def test_a_pass_that_scales_weights_in_float32_holds_a_block_more():
+    plain, copied = (blocks_cost(_mixture(4), _TEXT, by_group=False, copies=copies) for copies in (False, True))
+    assert copied.memory_bytes - plain.memory_bytes == 4 * 4 * 3 * _INNER * _WIDTH
+
+
+def test_what_waits_for_all_inputs_of_a_block_holds_their_gram_matrices_together():
+    dense = _mixture(1, model_type="llama")
+    text = Calibration(samples=1, length=8)
+    in_turn, at_once = (blocks_cost(dense, text, by_group=by_group) for by_group in (True, False))
+    assert at_once.memory_bytes > in_turn.memory_bytes + 4 * _WIDTH**2
