@@ -92,10 +92,11 @@ def windows(text: Path | None, source: Path, samples: int, length: int) -> torch
 def perplexity(folder: Path, ids: torch.Tensor, device: str) -> float:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    # What is unpacked while it is loaded may be of another dtype, and answer from the CPU.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device, torch.float32).eval()
     total = 0.0
     for batch in ids.to(device).split(4):
-        logits = model(batch).logits[:, :-1]
+        logits = model(batch).logits[:, :-1].to(device)
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
     return math.exp(total / ids[:, 1:].numel())
 
