@@ -11,7 +11,9 @@ from core.errors import ErrorCode, NightpressError
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-_PATIENCE_S = 0.2
+#: One that is away refuses at once; one that hangs is waited for so long, which a busy process's own delays must not come to.
+_PATIENCE_S = 1.0
+_CONNECTIONS = 8  #: kept open: a flood that had to open one for each of its requests would be what makes them late
 _REST_S = 5.0  #: after Redis did not answer, it isn't asked for so long
 #: A bucket of ARGV[1] tokens that fills in a minute, by the server's own clock: returns whether one was there, and how many are left.
 _TAKE = """
@@ -74,20 +76,20 @@ class RateLimiter:
             await self._redis.aclose()
 
     def _connect(self) -> None:
-        from redis.asyncio import Redis  # 0.1 s of import that only a limit needs
+        from redis.asyncio import BlockingConnectionPool, Redis  # 0.1 s of import that only a limit needs
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
-        options: dict[str, Any] = {
-            "socket_timeout": _PATIENCE_S,
-            "socket_connect_timeout": _PATIENCE_S,
-            "retry": Retry(NoBackoff(), 0),
-        }
         parts = urlsplit(self._url)
-        if parts.scheme == "redis+socket":  # Celery's way to write a unix socket
-            self._redis = Redis(unix_socket_path=parts.path, **options)
-        else:
-            self._redis = Redis.from_url(self._url, **options)
+        in_a_file = parts.scheme == "redis+socket"  # Celery's way to write a unix socket
+        pool = BlockingConnectionPool.from_url(
+            f"unix://{parts.path}" if in_a_file else self._url,
+            max_connections=_CONNECTIONS,
+            socket_timeout=_PATIENCE_S,
+            socket_connect_timeout=_PATIENCE_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._redis = Redis.from_pool(pool)
         self._script = self._redis.register_script(_TAKE)
 
 
