@@ -14,6 +14,7 @@ MODELLING_BYTES = (
     110 * _MIB
 )  #: … what a pass that runs the model leaves in it: transformers' classes and heaps that don't shrink …
 TRACED_BYTES = 195 * _MIB  #: … what tracing leaves: torch's exporter, transformers' classes …
+TRACED_BLOCK_BYTES = 10 * _MIB  #: … for each block of the model …
 TRACING_BYTES = 385 * _MIB  #: … and what it and the passes on a graph that try layers leave.
 CONSUMER_BYTES = 265 * _MIB  #: a process with torch and transformers, beside the model it loads
 GRAPH_CONSUMER_BYTES = 40 * _MIB  #: one with a graph runtime
@@ -30,6 +31,7 @@ BATCH_TOKENS = {
     "cuda": 16384,
     "cpu": 1024,
 }  #: of the blocks executor: enough to fill the device; more only costs memory
+_CACHED_BLOCK_S = 1.2  #: of tracing a block with a key/value cache
 GRAPH_TOKENS = 1024  #: of calibration text that run through a graph at a time
 TRIAL_TOKENS = (
     2048  #: of text held apart, on which a trial of a quantized graph is judged; a single layer, on a quarter
@@ -38,15 +40,15 @@ TRIAL_TOKENS = (
 IN_TURN_BYTES = {"cuda": 4 * 1024**3, "cpu": 1024**3}
 
 
-def made_graph_bytes(header: ModelHeader, runtime: str, *, rounded: bool) -> int:
-    """What the child holds at most while it makes a graph, beside RUNTIME_BYTES.
+def made_graph_bytes(header: ModelHeader, runtime: str, *, rounded: bool, mapped: bool) -> int:
+    """What the child holds at most while it makes a graph, beside RUNTIME_BYTES. mapped: the model to trace is its file, in fp32; else it is held, too.
 
     Writing the trace down, the model and its serialised copy are there. OpenVINO's graph is changed where it lies, with the floats that rounding
     its largest matrix takes. ONNX Runtime's quantizer copies a model again and again: on models of 17 to 508 MiB, it held nearly six times
     their weights.
     """
     whole, matrices = 4 * header.parameters, [4 * math.prod(one.shape) for one in header.tensors if len(one.shape) == 2]
-    trace = TRACED_BYTES + 2 * whole
+    trace = TRACED_BYTES + TRACED_BLOCK_BYTES * _shape(header).blocks + (2 if mapped else 3) * whole
     if not rounded:
         return trace
     if runtime == "openvino":
@@ -54,6 +56,11 @@ def made_graph_bytes(header: ModelHeader, runtime: str, *, rounded: bool) -> int
     # A table that is looked up in and multiplied by stands in the graph twice.
     held = whole + (4 * math.prod(header.tied_table.shape) if header.tied_table is not None else 0)
     return max(TRACED_BYTES + 75 * _MIB + int(3.2 * held), 53 * _MIB + int(5.8 * held))
+
+
+def cached_trace_seconds(header: ModelHeader) -> float:
+    """What tracing a model with a key/value cache takes longer than another."""
+    return _CACHED_BLOCK_S * _shape(header).blocks if header.is_decoder else 0.0
 
 
 class Cost(NamedTuple):

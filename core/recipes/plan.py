@@ -16,6 +16,7 @@ from core.recipes.costs import (
     RUNTIME_BYTES,
     TRACED_BYTES,
     Cost,
+    cached_trace_seconds,
     made_graph_bytes,
 )
 from core.recipes.exports import GRAPH_FORMATS, Export
@@ -343,20 +344,25 @@ def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
     """The source and each artifact, loaded in a process of its own and run on every evaluation."""
     tokens = sum(_tokens(one) for one in recipe.evaluate)
     starts = [_IMPORT_S, *(_GRAPH_S if one.format in GRAPH_FORMATS else _IMPORT_S for one in recipe.exports)]
-    seconds = sum(starts) + len(starts) * tokens * header.parameters / FORWARD_RATE
+    traced = any(one.format in GRAPH_FORMATS for one in recipe.exports)  # a trace serves all of them
+    seconds = (
+        sum(starts) + traced * cached_trace_seconds(header) + len(starts) * tokens * header.parameters / FORWARD_RATE
+    )
     return Cost(max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports)), seconds)
 
 
 def _measuring_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
     """What a consumer holds of an artifact or the source (None), with what the child holds of it. Weights in fp32 are mapped from their file."""
     whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
+    floats = all(tensor.dtype == "F32" for tensor in header.tensors)
+    codes = any(one.quantizes for one in recipe.passes)
     if export is not None and export.format in GRAPH_FORMATS:
         rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
-        made = made_graph_bytes(header, export.format, rounded=rounded)
-        return max(made, TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits)
-    if export is not None and any(one.quantizes for one in recipe.passes):  # the codes, and what they become
+        made = made_graph_bytes(header, export.format, rounded=rounded, mapped=floats and not codes)
+        return max(made + logits, TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits)
+    if export is not None and codes:  # the codes, and what they become
         return CONSUMER_BYTES + _output_bytes(recipe, header, export) + whole + logits
-    mapped = all(tensor.dtype == "F32" for tensor in header.tensors) and (export is None or export.weights is None)
+    mapped = floats and (export is None or export.weights is None)
     return CONSUMER_BYTES + whole * (not mapped) + logits
 
 
