@@ -114,7 +114,7 @@ def copy(source: Path, target: Path, *, sync: bool) -> float:
 
 def press(source: Path, target: Path, bits: int, threads: int) -> dict[str, float]:
     """In a process of its own, so that its memory is its own. The time counts the pass, not the imports."""
-    command = [sys.executable, __file__, "--child", str(source), str(target), str(bits), str(threads)]
+    command = [sys.executable, "-m", "bench.stream", "--child", str(source), str(target), str(bits), str(threads)]
     done = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
     )
@@ -125,7 +125,6 @@ def press(source: Path, target: Path, bits: int, threads: int) -> dict[str, floa
 def child(source: Path, target: Path, bits: int, threads: int) -> None:
     import threading
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from core.compress.checkpoint import read_shards
     from core.compress.passes import MODEL_PASSES, PassContext
     from core.recipes.header import ModelHeader
