@@ -1,7 +1,6 @@
 """Whether the broker answers: the one question the API asks it directly. Rings go through core/jobs/ring.py."""
 
-from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 _TIMEOUT_S = 1.0
 
@@ -13,19 +12,21 @@ def ping_broker(url: str) -> None:
     from redis.exceptions import RedisError
     from redis.retry import Retry
 
-    options: dict[str, Any] = {
-        "socket_timeout": _TIMEOUT_S,
-        "socket_connect_timeout": _TIMEOUT_S,
-        "retry": Retry(NoBackoff(), 0),  # the client's own retries would take longer than the probe waits
-    }
-    parts = urlsplit(url)
-    if parts.scheme == "redis+socket":  # Celery's way to write a unix socket
-        client = Redis(unix_socket_path=parts.path, **options)
-    else:
-        client = Redis.from_url(url, **options)
+    client = Redis.from_url(
+        client_url(url),
+        socket_timeout=_TIMEOUT_S,
+        socket_connect_timeout=_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),  # the client's own retries would take longer than the probe waits
+    )
     try:
         client.ping()
     except RedisError as error:
         raise ConnectionError("the broker does not answer") from error
     finally:
         client.close()
+
+
+def client_url(url: str) -> str:
+    """A Celery URL as redis-py writes it: the two have a unix socket's by different names."""
+    parts = urlsplit(url)
+    return f"unix://{quote(parts.path)}" if parts.scheme == "redis+socket" else url

@@ -4,8 +4,8 @@ import logging
 import math
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
 
+from api.broker import client_url
 from core.errors import ErrorCode, NightpressError
 
 if TYPE_CHECKING:
@@ -80,10 +80,8 @@ class RateLimiter:
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
-        parts = urlsplit(self._url)
-        in_a_file = parts.scheme == "redis+socket"  # Celery's way to write a unix socket
         pool = BlockingConnectionPool.from_url(
-            f"unix://{parts.path}" if in_a_file else self._url,
+            client_url(self._url),
             max_connections=_CONNECTIONS,
             socket_timeout=_PATIENCE_S,
             socket_connect_timeout=_PATIENCE_S,
