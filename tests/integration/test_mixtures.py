@@ -120,15 +120,15 @@ def _check_loaded(source: Path, out: Path, pass_: dict[str, Any], record: Any) -
 
 
 @pytest.mark.parametrize(
-    ("pass_", "plain"),
+    ("pass_", "plain", "share"),
     [
-        ({"pass": "awq", "group_size": 32, "symmetric": True}, {"pass": "weight-only", "bits": 4, "group_size": 32}),
-        ({"pass": "smoothquant"}, {"pass": "smoothquant", "alpha": 0}),
+        ({"pass": "awq", "group_size": 32, "symmetric": True}, {"pass": "weight-only", "bits": 4, "group_size": 32}, 0.91),
+        ({"pass": "smoothquant"}, {"pass": "smoothquant", "alpha": 0}, 0.85),
     ],
     ids=["awq", "smoothquant"],
 )  # fmt: skip
 def test_scaled_experts_answer_nearer_than_rounded_ones_and_load_as_they_were_written(
-    pass_: dict[str, Any], plain: dict[str, Any], mixture: Path, tmp_path: Path
+    pass_: dict[str, Any], plain: dict[str, Any], share: float, mixture: Path, tmp_path: Path
 ):
     expected = _answers(_load(mixture))
 
@@ -144,7 +144,7 @@ def test_scaled_experts_answer_nearer_than_rounded_ones_and_load_as_they_were_wr
         assert not torch.equal(after[name], before[name])
     model = _check_loaded(mixture, out, pass_, record)
     rounded, _ = _press(mixture, tmp_path / "rounded", plain)
-    assert distance(model) < 0.95 * distance(_load(rounded))
+    assert distance(model) < share * distance(_load(rounded))
 
 
 @pytest.mark.parametrize(
