@@ -83,8 +83,13 @@ def _load(folder: Path) -> Any:
 
 def _answers(model: Any) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(torch.randint(1000, 20000, (4, 32), generator=torch.Generator().manual_seed(1))).logits
+        logits: Tensor = model(torch.randint(1000, 20000, (64, 32), generator=torch.Generator().manual_seed(1))).logits
     return logits
+
+
+def _distance(answers: Tensor, expected: Tensor) -> float:
+    """The median over tokens of the relative error: a token that rounding sends to another expert is far away and says nothing."""
+    return float(((answers - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
 def _expert_weights(model: Any) -> dict[tuple[int, str], Tensor]:
@@ -122,8 +127,8 @@ def _check_loaded(source: Path, out: Path, pass_: dict[str, Any], record: Any) -
 @pytest.mark.parametrize(
     ("pass_", "plain", "share"),
     [
-        ({"pass": "awq", "group_size": 32, "symmetric": True}, {"pass": "weight-only", "bits": 4, "group_size": 32}, 0.91),
-        ({"pass": "smoothquant"}, {"pass": "smoothquant", "alpha": 0}, 0.85),
+        ({"pass": "awq", "group_size": 32, "symmetric": True}, {"pass": "weight-only", "bits": 4, "group_size": 32}, 0.8),
+        ({"pass": "smoothquant"}, {"pass": "smoothquant", "alpha": 0}, 0.7),
     ],
     ids=["awq", "smoothquant"],
 )  # fmt: skip
@@ -131,10 +136,6 @@ def test_scaled_experts_answer_nearer_than_rounded_ones_and_load_as_they_were_wr
     pass_: dict[str, Any], plain: dict[str, Any], share: float, mixture: Path, tmp_path: Path
 ):
     expected = _answers(_load(mixture))
-
-    def distance(model: Any) -> float:
-        return float((_answers(model) - expected).norm() / expected.norm())
-
     out, record = _press(mixture, tmp_path / "scaled", pass_)
     before, after = load_tensors(mixture), load_tensors(out)
     routers = [name for name in before if name.endswith((".gate.weight", "shared_expert_gate.weight"))]
@@ -144,7 +145,7 @@ def test_scaled_experts_answer_nearer_than_rounded_ones_and_load_as_they_were_wr
         assert not torch.equal(after[name], before[name])
     model = _check_loaded(mixture, out, pass_, record)
     rounded, _ = _press(mixture, tmp_path / "rounded", plain)
-    assert distance(model) < share * distance(_load(rounded))
+    assert _distance(_answers(model), expected) < share * _distance(_answers(_load(rounded)), expected)
 
 
 @pytest.mark.parametrize(
