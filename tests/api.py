@@ -18,6 +18,7 @@ from core.access.keys import ALL_SCOPES, create_key
 from core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
 from core.jobs.records import Claimed, Succeeded, WorkerOffer
 from core.settings import Settings
+from tests.patience import slowness
 
 
 @dataclass
@@ -74,5 +75,5 @@ def serve(settings: Settings) -> Iterator[RunningApi]:
         yield RunningApi(f"http://127.0.0.1:{port}", app.state.services)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(20 * slowness())
         assert not thread.is_alive(), "the API did not stop"

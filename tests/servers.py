@@ -20,6 +20,7 @@ import redis
 from botocore.config import Config
 
 from core.ids import new_id
+from tests.patience import slowness
 
 
 def free_port() -> int:
@@ -37,12 +38,12 @@ def _package_dir(package: str) -> Path:
 
 
 def _wait(ready: Callable[[], object], process: subprocess.Popen[bytes], log: Path, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     while True:
         try:
             ready()
         except Exception as error:
-            if process.poll() is not None or time.monotonic() > deadline:
+            if process.poll() is not None or time.monotonic() - began > seconds * slowness():
                 raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-2000:]}") from error
             time.sleep(0.05)
         else:
@@ -93,7 +94,7 @@ class _Server:
         if self.process is not None:
             self.process.terminate()
             try:
-                self.process.wait(10)
+                self.process.wait(10 * slowness())
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -165,7 +166,7 @@ class Postgres(_Server):
         if self.process is not None:
             self.process.send_signal(2)  # fast shutdown: don't wait for clients
             try:
-                self.process.wait(10)
+                self.process.wait(10 * slowness())
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

@@ -18,6 +18,7 @@ import yaml
 from client import Client
 from client.folders import read_model_folder
 from core.handoff.manifest import describe_folder, digest_of
+from tests.patience import slowness
 from tests.servers import S3, Postgres, Valkey, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,7 @@ def running(service: str, environment: dict[str, str], folder: Path) -> Iterator
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(20 * slowness())
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -71,9 +72,9 @@ def healthy(service: str, environment: dict[str, str]) -> bool:
 
 
 def wait_until(seen: Any, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     while not seen():
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() - began < seconds * slowness(), "it did not come to pass"
         time.sleep(0.2)
 
 

@@ -16,6 +16,7 @@ from core.jobs.checkpoints import CheckpointIndex
 from core.jobs.tables import checkpoint_files, checkpoints
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import parse_recipe
+from tests.patience import slowness
 from tests.service import Service, eventually
 from worker.control import open_control
 
@@ -78,7 +79,7 @@ def test_f20_a_worker_that_drains_stores_what_it_has_and_its_peer_goes_on_from_t
     service.await_log(job_id, "waiting")
     assert not stored(service), "too young to be worth a copy"
     worker.terminate()
-    assert worker.wait(10) == 0
+    assert worker.wait(10 * slowness()) == 0
     finish(service, "stepping")
     assert steps_done(service, job_id) == [f"doing step {n}" for n in range(1, 6)]
     job, kinds = service.job(job_id), service.kinds(job_id)

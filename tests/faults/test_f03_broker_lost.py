@@ -9,6 +9,7 @@ import redis
 
 from core.jobs.ring import Ringer, make_celery
 from tests.api_process import ApiProcess
+from tests.patience import slowness
 from tests.servers import Valkey
 from tests.service import Service, eventually
 
@@ -33,9 +34,9 @@ def test_f3_ringing_a_dead_broker_neither_blocks_nor_raises(own: Service, broker
     started = time.monotonic()
     for _ in range(200):
         ringer.ring("cpu")
-    assert time.monotonic() - started < 0.1
+    assert time.monotonic() - started < 0.1 * slowness()
     ringer.close()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 3 * slowness()
 
 
 def test_f3_ringing_a_hung_broker_neither_blocks_nor_raises(own: Service, broker: Valkey) -> None:
@@ -44,7 +45,7 @@ def test_f3_ringing_a_hung_broker_neither_blocks_nor_raises(own: Service, broker
     started = time.monotonic()
     ringer.ring("cpu")
     ringer.close()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 3 * slowness()
     broker.thaw()
 
 
@@ -80,7 +81,7 @@ def test_f3_an_api_takes_jobs_as_fast_and_says_that_it_is_degraded(
             asked = time.monotonic()
             answer = client.post("/v1/jobs", json=api.job, headers={"Idempotency-Key": away.__name__})
             assert answer.status_code == 201
-            assert time.monotonic() - asked < 0.5
+            assert time.monotonic() - asked < 0.5 * slowness()
             status = "ok" if away == broker.start else "degraded"
             eventually(lambda status=status: client.get("/readyz").json()["status"] == status)
     broker.thaw()

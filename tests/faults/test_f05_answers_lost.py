@@ -11,6 +11,7 @@ import migrations
 from core.errors import ErrorCode, NightpressError
 from tests.api_process import ApiProcess
 from tests.jobs import offer, succeeded
+from tests.patience import slowness
 from tests.proxy import CuttingProxy
 from tests.servers import Postgres, Valkey
 from tests.service import TENANT, Service, eventually
@@ -92,7 +93,7 @@ def test_f14_an_api_that_dies_around_the_commit_leaves_one_job_to_who_asks_again
     with api.client() as client, pytest.raises(httpx.TransportError):
         client.post("/v1/jobs", json=api.job)
     assert api.process is not None
-    assert api.process.wait(10) == -signal.SIGKILL
+    assert api.process.wait(10 * slowness()) == -signal.SIGKILL
     assert len(service.store.page(TENANT)[0]) == written
     api.start()
     with api.client() as client:

@@ -13,6 +13,7 @@ from core.ids import new_id
 from core.jobs.records import Job
 from core.jobs.tables import job_attempts
 from tests.jobs import offer
+from tests.patience import slowness
 from tests.proxy import Fault, FaultyHttp
 from tests.servers import S3
 from tests.service import Service, eventually
@@ -133,7 +134,7 @@ def test_f6_f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_dep
     service.await_state(cancelled, "cancelled", within=5)
     given_back = hang()
     worker.terminate()
-    assert worker.wait(10) == 0
+    assert worker.wait(10 * slowness()) == 0
     job = service.job(given_back)
     assert (job.state, job.attempt, job.failures) == ("queued", 1, 0), "a deploy is no failure"
     proxy.fault = lambda _method, _path: None

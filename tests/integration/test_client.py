@@ -17,6 +17,7 @@ from core.handoff.frames import Progress
 from core.handoff.manifest import describe_folder
 from core.schemas import DataSetCreate, JobView, ModelCreate, upload_part_size
 from tests.face import RECIPE, Face
+from tests.patience import slowness
 from tests.proxy import CuttingProxy
 from tests.servers import S3
 
@@ -199,7 +200,7 @@ def test_events_are_followed_over_cuts_without_gap_or_double(
         if step in {2, 4}:
             proxy.drop_all()
     face.succeed(claimed)
-    reader.join(30)
+    reader.join(30 * slowness())
     assert not reader.is_alive()
     assert [seq for seq, _ in seen] == list(range(1, len(seen) + 1))
     assert [kind for _, kind in seen].count("checkpoint") == 6
@@ -228,7 +229,7 @@ def test_waiting_outlasts_a_restart_of_the_api(face: Face, job: JobView):
         face.store.renew(claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.5))
         face.succeed(claimed)
         face.start()
-        waiting.join(30)
+        waiting.join(30 * slowness())
         assert [one.state for one in ended] == ["succeeded"]
         assert views[-1] == ended[0]
 

@@ -15,6 +15,7 @@ import redis
 
 import migrations
 from core.ids import new_id
+from tests.patience import slowness
 from tests.servers import free_port
 from tests.service import ROOT, Service, eventually, running
 
@@ -84,7 +85,7 @@ def test_the_stack_starts_serves_refuses_a_second_and_leaves_nothing_running(sta
     assert running(list(pids.values())) == list(pids.values())
     assert stack.process is not None
     stack.process.terminate()
-    assert stack.process.wait(40) == 0
+    assert stack.process.wait(40 * slowness()) == 0
     assert not running(list(pids.values()))
     assert not (stack.folder / "devstack.json").exists()
 
@@ -94,7 +95,7 @@ def test_when_one_process_ends_all_end_and_it_is_named(stack: Stack) -> None:
     pids = stack.pids
     os.kill(pids["control"], signal.SIGKILL)
     assert stack.process is not None
-    assert stack.process.wait(40) == 1
+    assert stack.process.wait(40 * slowness()) == 1
     assert not running(list(pids.values()))
     assert "The control process ended with status -9" in stack.service.output()
 

@@ -20,6 +20,7 @@ from core.database import transaction
 from core.ids import new_id
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.registry.tables import models
+from tests.patience import slowness
 from tests.servers import Valkey, free_port
 from tests.service import Service, eventually
 
@@ -106,7 +107,7 @@ def test_a_jobs_trace_spans_all_processes_that_work_on_it(
     service.await_state(job_id, "succeeded", within=180)
     for process in service.processes:  # who ends sends what it has
         process.terminate()
-        process.wait(30)
+        process.wait(30 * slowness())
 
     trace = bytes.fromhex(CALLER.split("-")[1])
     found = {(sender, span.name): span for sender, span in collector.spans if span.trace_id == trace}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from core.errors import NightpressError
+from tests.patience import slowness
 from tests.service import Service
 from worker.cache import BlobCache, stage_in_place
 
@@ -123,7 +124,7 @@ def test_a_worker_that_is_killed_while_it_fetches_holds_up_no_other(tmp_path: Pa
         waits.join(0.2)
         assert waits.is_alive(), "it waits for the other's download"
         process.kill()
-        waits.join(10)
+        waits.join(10 * slowness())
     assert (tmp_path / "b").read_bytes() == b"whole"
     assert len(calls) == 1
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from core.handoff.frames import Log, Result, parse_frame
+from tests.patience import slowness
 from tests.service import RECIPE, behaving, eventually, pids_said, running
 from worker.process import ChildProcess
 
@@ -25,7 +26,7 @@ def test_a_beat_before_the_job_begins_does_not_confuse_the_child(tmp_path: Path)
         (result,) = frames_of(child)
         assert isinstance(result, Result)
         assert result.error is not None, "there is no spec.json in its folder"
-        assert child.wait(30) is not None
+        assert child.wait(30 * slowness()) is not None
     finally:
         child.kill()
         child.remove()
@@ -57,7 +58,7 @@ def test_a_child_that_is_told_nonsense_ends_instead_of_waiting(tmp_path: Path) -
         assert child.stdin is not None
         child.stdin.write(b".nonsense\n")
         child.stdin.flush()
-        assert child.wait(60) != 0
+        assert child.wait(60 * slowness()) != 0
     finally:
         child.kill()
         child.wait()

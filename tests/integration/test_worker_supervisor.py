@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.ids import new_id
+from tests.patience import slowness
 from tests.service import MIB, Service, eventually, pids_said, running
 from worker.metrics import REGISTRY
 
@@ -119,7 +120,7 @@ def test_a_spare_that_died_while_it_waited_costs_no_attempt(service: Service) ->
     supervisor.warm_up()
     assert supervisor._spare is not None
     os.kill(supervisor._spare.pid, 9)
-    supervisor._spare.wait(5)
+    supervisor._spare.wait(5 * slowness())
     job_id = service.submit()
     slot.serve()
     assert (service.job(job_id).state, service.job(job_id).attempt) == ("succeeded", 1)
@@ -162,7 +163,7 @@ def test_signs_of_life_are_no_progress(service: Service) -> None:
 
 
 def test_a_run_past_its_limit_is_stopped_and_not_repeated(service: Service) -> None:
-    job_id = service.submit(max_failures=5, run_limit_s=2.0)
+    job_id = service.submit(max_failures=5, run_limit_s=4 * slowness())  # the child must have begun by then
     serve(service, "endless")
     job = service.job(job_id)
     assert (job.state, job.attempt) == ("failed", 1)
@@ -189,8 +190,8 @@ def test_a_cancelled_run_ends_with_everything_it_started(service: Service) -> No
     asked = time.monotonic()
     service.store.request_cancel("default", job_id)
     service.await_state(job_id, "cancelled", within=5)
-    assert time.monotonic() - asked < 5
-    thread.join(10)
+    assert time.monotonic() - asked < 5 * slowness()
+    thread.join(10 * slowness())
     assert not running(said)
     service.check_invariants(job_id)
 
@@ -207,7 +208,7 @@ def test_progress_and_phases_reach_the_row_while_it_runs(service: Service) -> No
         return job.state == "succeeded"
 
     eventually(done, within=20)
-    thread.join(10)
+    thread.join(10 * slowness())
     assert len([one for one in seen if one[0] == "pressing"]) >= 3
 
 
