@@ -14,6 +14,7 @@ from core.compress.solvers.units import (
     smallest,
     weight_norms,
 )
+from core.errors import ErrorCode, NightpressError
 
 
 def known_of(inputs: Tensor, *, centred: bool) -> Known:
@@ -68,6 +69,15 @@ def test_units_that_put_nothing_out_cost_nothing_and_break_nothing():
     x, weight = torch.zeros(10, 6), torch.randn(3, 6)
     new, _ = compensated(weight, None, known_of(x, centred=False), torch.arange(4), torch.arange(4, 6), 0.01)
     assert torch.equal(new, weight[:, :4])
+
+
+def test_moments_that_no_damping_makes_definite_are_an_error_and_no_silent_cut():
+    x, weight = inputs_of(6), torch.randn(3, 6)
+    known = known_of(x, centred=False)
+    known.second[0, 1] = known.second[1, 0] = 1e9
+    with pytest.raises(NightpressError, match="positive definite") as caught:
+        compensated(weight, None, known, torch.arange(4), torch.arange(4, 6), 0.01)
+    assert caught.value.code == ErrorCode.NUMERICAL_FAILURE
 
 
 def test_of_equal_scores_the_last_go_and_both_lists_ascend():

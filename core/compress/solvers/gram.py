@@ -8,6 +8,8 @@ and summed in float32: their products are exact there.
 import torch
 from torch import Tensor
 
+from core.errors import ErrorCode, NightpressError
+
 _STRIPS = {"cuda": 2048, "cpu": 256}  #: columns; narrower ones would no longer fill the device
 
 
@@ -44,3 +46,22 @@ class Gram:
             end = min(start + self._strip, columns)
             self._sum[:start, start:end] = self._sum[start:end, :start].T
         return self._sum
+
+
+def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The lower Cholesky factor [n, n] of matrix + damping · 1, and the damping that it took. `matrix` is overwritten.
+
+    Where rounding left the matrix indefinite, up to a thousandfold damping is tried. Raises NightpressError(numerical_failure).
+    """
+    matrix.diagonal().add_(damping)
+    for _ in range(4):
+        lower, fault = torch.linalg.cholesky_ex(matrix)
+        if not int(fault):
+            return lower, damping
+        matrix.diagonal().add_(9 * damping)
+        damping *= 10
+    raise NightpressError(
+        ErrorCode.NUMERICAL_FAILURE,
+        "The Gram matrix of a layer's inputs is not positive definite.",
+        hint="Check that the source model is whole; more calibration text or a larger `damping` helps a layer that saw too little.",
+    )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block
+from core.compress.solvers.gram import damped_cholesky
 from core.compress.solvers.grid import Grid
 from core.compress.solvers.ranges import find_ranges, half_quadratic, nearest_codes
 from core.compress.solvers.threshold import count_lower, count_upper, locate
@@ -84,15 +85,9 @@ def factorize(gram: Tensor, *, damping: float = 0.01, by_power: bool = False) ->
     order = torch.argsort(power, descending=True, stable=True) if by_power else None
     # R is the lower factor of H turned by 180°, turned back.
     turned = gram.flip(0, 1) if order is None else gram[order.flip(0)][:, order.flip(0)]
-    amount = damping * mean or 1.0  # where no token ever came, any positive number leaves every column to itself
-    turned.diagonal().add_(amount)
-    for _ in range(4):
-        lower, fault = torch.linalg.cholesky_ex(turned)
-        if not int(fault):
-            return Factor(upper=lower.flip(0, 1), power=power, damping=amount, order=order)
-        turned.diagonal().add_(9 * amount)
-        amount *= 10
-    raise _failure("The Gram matrix of a layer's inputs is not positive definite.")
+    # Where no token ever came, any positive number leaves every column to itself.
+    lower, added = damped_cholesky(turned, damping * mean or 1.0)
+    return Factor(upper=lower.flip(0, 1), power=power, damping=added, order=order)
 
 
 def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prune: Prune | None = None) -> Solved:

@@ -5,14 +5,13 @@ is known by its second moments C = Σ (x − μ)(x − μ)ᵀ / n where W has a 
 """
 
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from core.compress.solvers.gram import Gram
+from core.compress.solvers.gram import Gram, damped_cholesky
 from core.errors import ErrorCode, NightpressError
 
 
@@ -110,19 +109,15 @@ def compensated(
 
     min over Ŵ of ‖W x − Ŵ x_s‖² is Ŵ = W_s + W_g C_gs C_ss⁻¹ (optimal brain surgeon's update for many weights at once, Hassibi & Stork 1993).
     `stays` and `goes` are columns. `damping` times C's mean diagonal is added to C_ss, which only the correction sees.
+    Raises NightpressError(numerical_failure) where C_ss stays indefinite with a thousandfold damping.
     """
     inner = known.second[stays][:, stays]
     amount = damping * float(inner.diagonal().mean())
     cross = known.second[stays][:, goes] @ weight[:, goes].T  # [stays, out]
     correction = torch.zeros_like(cross)
-    if math.isfinite(amount) and amount > 0:
-        for _ in range(4):
-            inner.diagonal().add_(amount)
-            lower, fault = torch.linalg.cholesky_ex(inner)
-            if not int(fault):
-                correction = torch.cholesky_solve(cross, lower)
-                break
-            amount *= 10
+    if amount > 0:  # else no unit that stays put out anything: there is nothing to make up with
+        lower, _ = damped_cholesky(inner, amount)
+        correction = torch.cholesky_solve(cross, lower)
     new = weight[:, stays] + correction.T
     if bias is None:
         return new, None
