@@ -205,6 +205,23 @@ def test_recovering_from_nothing_is_warned_of(model: Path):
     assert not warned({"pass": "layers"}, recover)
 
 
+def test_each_training_of_a_recipe_is_its_own_though_two_read_alike(model: Path, data: Path, tmp_path: Path):
+    """Two passes with the same options, data and shapes: what the first left is neither a checkpoint nor a teacher of the second."""
+    recover = {"pass": "recover", "logits": {"cache": True}, "train": _TRAIN}
+    distill = {"pass": "distill", "logits": {"cache": True}, "train": _TRAIN}
+    prune = {"pass": "magnitude", "sparsity": 0.5}
+    recipe = {
+        "passes": [recover, prune, recover, distill, distill],
+        "exports": ["safetensors"],
+        "evaluate": [{"metric": "accuracy", "data": "mine", "samples": 40, "length": 16}],
+    }
+    job = lay_out(tmp_path / "job", model, recipe, {"mine": data.read_text()})
+    _, report, _ = press(job)
+    trained = [one.summary for one in report.passes if one.name in {"recover", "distill"}]
+    assert [one["resumed_from"] for one in trained] == [0, 0, 0, 0]
+    assert len(list((job / "work" / "answers").iterdir())) == 4
+
+
 # Early exit ----------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -186,7 +185,7 @@ class _Run:
         self._share = torch.tensor(1 / options.accumulate, device=self.device)
         self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
         digest = hashlib.sha256(
-            f"{recipe}\n{options.model_dump_json()}\n{context.seed}\n{self.device.type}\n{self.dtype}\n".encode()
+            f"{context.index}\n{recipe}\n{options.model_dump_json()}\n{context.seed}\n{self.device.type}\n{self.dtype}\n".encode()
         )
         digest.update(examples.digest())
         for name, one in self.learned.items():
@@ -390,8 +389,3 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out[name] = one.clone() if one.numel() and pointer in seen else one
         seen.add(pointer)
     return out
-
-
-def checkpoint_files(work_dir: Path) -> list[Path]:
-    """The training checkpoints below a job's work folder."""
-    return sorted((work_dir / "train").glob("*/checkpoint.safetensors"))

@@ -80,7 +80,8 @@ def cache_logits(
             f"The teacher's answers to {len(examples):,} examples, {top} logits each position, would take {size / 1e9:.1f} GB on disk; `cache_bytes` allows {options.logits.cache_bytes / 1e9:.1f} GB.",
             hint="Lower `cache_top`, raise `cache_bytes`, or leave `cache` out.",
         )
-    key = hashlib.sha256(examples.digest() + f"{context.header.model_dump_json()} {top} {device.type}".encode())
+    # A pass has one teacher: its source, or the job's. Another pass of the recipe may have another of the same shape.
+    key = hashlib.sha256(examples.digest() + f"{context.index} {top} {device.type}".encode())
     file = context.work_dir / "answers" / f"{key.hexdigest()[:16]}.safetensors"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
