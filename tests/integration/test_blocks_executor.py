@@ -1,6 +1,8 @@
 """The blocks executor on small models of every family: what it sees, what it writes, and how it goes on after a kill."""
 
+import gc
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,7 @@ from core.compress.architectures import FOLDS
 from core.compress.checkpoint import read_shards
 from core.compress.context import PassContext
 from core.compress.evaluate.calibration import model_inputs
+from core.compress.executors import blocks
 from core.compress.executors.blocks import Inputs, Settled, press_blocks
 from core.compress.executors.rewrite import Effect
 from core.compress.passes.activations import RoundedInputs
@@ -387,3 +390,47 @@ def test_an_attempt_killed_after_a_block_is_finished_byte_by_byte_as_if_nothing_
     assert names == sorted(path.name for path in (tmp_path / "b" / "out").iterdir())
     for file in names:
         assert (tmp_path / "a" / "out" / file).read_bytes() == (tmp_path / "b" / "out" / file).read_bytes(), file
+
+
+class _RunsOut(_Looks):
+    """Memory runs out in the second block, once. Keeps track of what it watched with, without holding on to it."""
+
+    def __init__(self, by_group: bool) -> None:
+        super().__init__(by_group)
+        self.ran_out = False
+        self.watched: list[weakref.ref[Power]] = []
+        self.left: list[int] = []  #: of the failed run's statistics, how many were alive when the next run watched
+
+    def watch(self, columns: int, device: torch.device) -> Power:
+        if self.ran_out:
+            self.left.append(sum(one() is not None for one in self.watched))
+        statistic = super().watch(columns, device)
+        if not self.ran_out:
+            self.watched.append(weakref.ref(statistic))
+        return statistic
+
+    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+        if not self.ran_out and any(".1." in name for one in inputs for name in one.names):
+            self.ran_out = True
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        settled = super().settle(block, inputs, device)
+        self.seen = {}
+        return settled
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+def test_a_run_that_was_out_of_memory_is_gone_before_the_next_begins(by_group: bool, tmp_path: Path):
+    _save("LlamaForCausalLM", tmp_path / "source")
+    method, living = _RunsOut(by_group), []
+
+    def progress(_fraction: float, message: str) -> None:
+        if "once more" in message:
+            living.extend(one for one in gc.get_objects() if type(one) is blocks._Run)
+
+    context = _context(tmp_path, tmp_path / "work", progress=progress)
+    chosen = _linears(tmp_path / "source")
+    samples = {"input_ids": _ids()}
+    press_blocks(tmp_path / "source", tmp_path / "out", method, samples, context, chosen=chosen, recipe="looks")
+    assert method.ran_out
+    assert not living
+    assert method.left[0] == 0

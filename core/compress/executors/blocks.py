@@ -10,6 +10,7 @@ runs as its files say it, what follows is the same to the last byte.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -118,20 +119,23 @@ def press_blocks(
     """
     target.mkdir(parents=True, exist_ok=True)
     give_large_tensors_pages_of_their_own()
-    for share in (1, 4):
+    run = partial(_Run, source, target, method, samples, context, chosen, recipe, outside or {}, cache)
+    with torch.no_grad():
         try:
-            with torch.no_grad():
-                run = _Run(source, target, method, samples, context, chosen, recipe, share, outside or {}, cache)
-                return run.run()
+            return run(share=1).run()
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            if share == 4:
-                raise _out_of_memory(error) from error
-        # Outside of the handler: what the failed run held is free by now.
-        context.progress(0.0, "memory ran out: once more with smaller batches")
+        # No name holds the failed run, and the error with its frames is gone. Reference cycles are left to collect.
+        gc.collect()
         torch.cuda.empty_cache()
-    raise AssertionError
+        context.progress(0.0, "memory ran out: once more with smaller batches")
+        try:
+            return run(share=4).run()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise _out_of_memory(error) from error
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -158,9 +162,9 @@ class _Run:
         context: PassContext,
         chosen: frozenset[str],
         recipe: str,
-        share: int,
         outside: Mapping[str, Rewrite],
         cache: object | None,
+        share: int,
     ) -> None:
         self.outside, self.cache = outside, cache
         self.target, self.method, self.context, self.chosen = target, method, context, chosen
@@ -207,7 +211,8 @@ class _Run:
                 else:
                     settled = self._press(index, tensors)
                     self._wait(writing)
-                    writing = index, writer.submit(self._write, index, *_as_written(tensors, settled))
+                    record = self._record(settled)
+                    writing = index, writer.submit(self._write, index, _as_written(tensors, settled), record)
                     del settled
                 del tensors
                 self.skeleton.empty_block(index)
@@ -431,17 +436,18 @@ class _Run:
         tensors = {name: self.source.read(name) for name in self.skeleton.block_names(index)}
         return {name: one.pin_memory() for name, one in tensors.items()} if self.device.type == "cuda" else tensors
 
-    def _write(self, index: int, tensors: Mapping[str, Tensor], effects: Mapping[str, Effect | None]) -> None:
-        self._write_shard(self._block_file(index), tensors)
-        unseen = [name for name in self.unseen if name in effects]
-        starved = {name: count for name, count in self.starved.items() if name in effects}
-        body = {
-            "size": self._block_file(index).stat().st_size,
-            "effects": {name: asdict(one) for name, one in effects.items() if one is not None},
-            "unseen": unseen,
-            "starved": starved,
+    def _record(self, settled: Mapping[str, Settled]) -> dict[str, Any]:
+        """What was done to a block. Its writer is given values: the next block changes what this is read from."""
+        return {
+            "effects": {name: asdict(one.effect) for name, one in settled.items() if one.effect is not None},
+            "unseen": [name for name in self.unseen if name in settled],
+            "starved": {name: count for name, count in self.starved.items() if name in settled},
         }
-        write_file(self._record_file(index), json.dumps(body).encode())
+
+    def _write(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        self._write_shard(self._block_file(index), tensors)
+        size = self._block_file(index).stat().st_size
+        write_file(self._record_file(index), json.dumps({"size": size, **record}).encode())
 
     def _copy_rest(self) -> None:
         """The shard of all tensors outside the blocks. Made anew by every attempt: it takes a moment."""
@@ -517,14 +523,12 @@ class _Run:
         )
 
 
-def _as_written(
-    tensors: Mapping[str, Tensor], settled: Mapping[str, Settled]
-) -> tuple[dict[str, Tensor], dict[str, Effect | None]]:
-    """A block's tensors as they go into its file, and what was done to which; the floats they stand for are not held on to."""
+def _as_written(tensors: Mapping[str, Tensor], settled: Mapping[str, Settled]) -> dict[str, Tensor]:
+    """A block's tensors as they go into its file; the floats they stand for are not held on to."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         out |= settled[name].tensors if name in settled else {name: tensor}
-    return out, {name: one.effect for name, one in settled.items()}
+    return out
 
 
 def _turned(name: str, one: Settled) -> Settled:
