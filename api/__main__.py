@@ -5,6 +5,7 @@ import socket
 import uvicorn
 
 from api.app import create_app
+from api.connections import configure
 from core.logs import configure_logging
 from core.settings import load_settings
 from core.tracing import configure_tracing
@@ -23,15 +24,11 @@ def main() -> None:
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
     configure_tracing(settings.otlp_endpoint, "api")
-    app = create_app(settings)
-    config = uvicorn.Config(
-        app,
+    config = configure(
+        create_app(settings),
+        settings,
         host=settings.api_host,
         port=settings.api_port,
-        log_config=None,  # ours is set, and it redacts
-        access_log=False,  # /metrics counts; a line a request would cost more than the request
-        server_header=False,
-        timeout_keep_alive=30,
         timeout_graceful_shutdown=10,
     )
     Server(config).run()

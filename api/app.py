@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.routing import Route
 
 from api import once, pages, problems
+from api.admission import UPLOADS, Admission
 from api.deps import API_KEY_SCHEME, Services
 from api.edge import Edge
 from api.metrics import ApiMetrics
@@ -74,7 +75,7 @@ _ROUTES = (
     health,
 )
 _SQL_CONNECTIONS = 8
-_TRANSFERS = 16  #: uploads through the API that run at a time; others wait
+_TRANSFERS = 16
 _DESCRIPTION = """
 Nightpress compresses Transformer models overnight and proves what it did.
 
@@ -122,6 +123,8 @@ def open_services(settings: Settings) -> Services:
         settings=settings,
         engine=engine,
         threads=threads,
+        uploads=ThreadPoolExecutor(UPLOADS, thread_name_prefix="upload"),
+        admission=Admission(),
         transfers=ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer"),
         probes=ThreadPoolExecutor(3, thread_name_prefix="probe"),
         store=store,
@@ -150,7 +153,7 @@ async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
     services.tail.close()
     await services.limiter.close()
     services.ringer.close()
-    for pool in (services.threads, services.transfers, services.probes):
+    for pool in (services.threads, services.uploads, services.transfers, services.probes):
         pool.shutdown(wait=False, cancel_futures=True)
     services.engine.dispose()
 

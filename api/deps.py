@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 from fastapi import Depends, Query, Request
 from sqlalchemy import Engine
 
+from api.admission import Admission
 from api.metrics import ApiMetrics
 from api.ratelimit import RateLimiter, too_many
 from api.tail import Tail
@@ -44,7 +45,9 @@ class Services:
     settings: Settings
     engine: Engine
     threads: ThreadPoolExecutor  #: for calls that wait for SQL; as many as there are SQL connections
-    transfers: ThreadPoolExecutor  #: for uploads through the API, which last as long as their client takes
+    uploads: ThreadPoolExecutor  #: for uploads through the API, which last as long as their client takes
+    admission: Admission  #: to these threads
+    transfers: ThreadPoolExecutor  #: for what else moves many bytes
     probes: ThreadPoolExecutor  #: for /readyz, so that a part that hangs holds up nothing else
     store: JobStore
     jobs: JobService
@@ -74,6 +77,11 @@ class Services:
     async def transfer(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The same for what moves many bytes."""
         return await asyncio.get_running_loop().run_in_executor(self.transfers, partial(function, *args, **kwargs))
+
+    async def upload(self, caller: Principal, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same for what waits for the caller's bytes."""
+        async with self.admission.of(caller):
+            return await asyncio.get_running_loop().run_in_executor(self.uploads, partial(function, *args, **kwargs))
 
 
 #: Stands in the OpenAPI document. Keys are read by hand below: a dependency of a dependency costs each request as much as its SQL.

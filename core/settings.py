@@ -34,6 +34,17 @@ class Settings(BaseSettings):
 
     api_host: str = "127.0.0.1"
     api_port: int = 8790
+    api_connections: int = Field(
+        2000, ge=1, description="Connections one API process keeps open, as far as its file handles go."
+    )
+    api_connections_per_address: int = Field(
+        500,
+        ge=1,
+        description="Of these, from one address. Behind a reverse proxy, which is one address, raise it to API_CONNECTIONS.",
+    )
+    api_client_patience_s: float = Field(
+        30.0, gt=0, description="How long a client may take for a request's head, and for every 30 KB of its body."
+    )
     model_roots: list[Path] = Field(
         default_factory=list, description="Server folders from which models and data may be registered by path."
     )

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import uvicorn
 
 from api.__main__ import Server
 from api.app import create_app
+from api.connections import configure
 from api.deps import Services
 from core.access.keys import ALL_SCOPES, create_key
 from core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
@@ -64,7 +64,7 @@ class RunningApi:
 @contextmanager
 def serve(settings: Settings) -> Iterator[RunningApi]:
     app = create_app(settings)
-    server = Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    server = Server(configure(app, settings, port=0, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, name="api under test")
     thread.start()
     try:

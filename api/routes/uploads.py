@@ -15,7 +15,6 @@ from core.errors import ErrorCode, NightpressError
 from core.schemas import DataSetView, ModelView, Page, UploadFile
 
 _PIECE = 1024**2  #: bytes handed to the store's thread at a time
-_PATIENCE_S = 60.0  #: a client that sends nothing for so long has gone
 
 
 class Registry(Protocol):
@@ -61,6 +60,7 @@ def add_upload_routes(
             ErrorCode.CONFLICT,
             ErrorCode.CHECKSUM_MISMATCH,
             ErrorCode.PAYLOAD_TOO_LARGE,
+            ErrorCode.RATE_LIMITED,
             ErrorCode.STORAGE_UNAVAILABLE,
         ),
         openapi_extra={
@@ -80,9 +80,8 @@ def add_upload_routes(
     ) -> Response:
         pieces = _pieces(request, asyncio.get_running_loop())
         size = _announced_size(request)
-        await services.transfer(
-            registry(services).receive_part, caller.tenant_id, reference, path, number, pieces, size
-        )
+        receive = registry(services).receive_part
+        await services.upload(caller, receive, caller.tenant_id, reference, path, number, pieces, size)
         return Response(status_code=204)
 
     @router.post(
@@ -142,15 +141,6 @@ def _pieces(request: Request, loop: asyncio.AbstractEventLoop) -> Iterator[bytes
                 break
         return bytes(piece)
 
-    while True:
-        try:
-            piece = asyncio.run_coroutine_threadsafe(gather(), loop).result(_PATIENCE_S)
-        except TimeoutError:
-            raise NightpressError(
-                ErrorCode.INVALID_REQUEST,
-                "The part stopped coming.",
-                hint="Send it again; parts that arrived are kept.",
-            ) from None
-        if not piece:
-            return
+    # A client that falls silent is disconnected (api/connections.py), which ends this too.
+    while piece := asyncio.run_coroutine_threadsafe(gather(), loop).result():
         yield piece

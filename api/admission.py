@@ -1,0 +1,49 @@
+"""Who may send files through the API now. An upload lasts as long as its client takes, so nobody's slow ones may keep others out."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from weakref import WeakValueDictionary
+
+from core.access.keys import Principal
+from core.errors import ErrorCode, NightpressError
+
+UPLOADS = 64  #: at a time in one process, each on a thread of its own
+UPLOADS_A_TENANT = 16
+UPLOADS_A_KEY = 8
+_PATIENCE_S = 30.0
+
+
+class Admission:
+    """Lets uploads in, first come first served, as far as the bounds of their key, their tenant and the process go."""
+
+    def __init__(self, patience_s: float = _PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._all = asyncio.Semaphore(UPLOADS)
+        self._shares: WeakValueDictionary[tuple[str, str], asyncio.Semaphore] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def of(self, caller: Principal) -> AsyncIterator[None]:
+        """Wait for a place, and hold it. Raises NightpressError(rate_limited) after some patience."""
+        key = self._share("key", caller.key_id, UPLOADS_A_KEY)
+        tenant = self._share("tenant", caller.tenant_id, UPLOADS_A_TENANT)
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    for places in (key, tenant, self._all):
+                        await held.enter_async_context(places)
+            except TimeoutError:
+                raise NightpressError(
+                    ErrorCode.RATE_LIMITED,
+                    f"There may be {UPLOADS_A_KEY} uploads of one key and {UPLOADS_A_TENANT} of one tenant at a time, and none ended in {self._patience_s:g} s.",
+                    hint="Send fewer parts at a time.",
+                    retry_after_s=5,
+                ) from None
+            yield
+
+    def _share(self, kind: str, name: str, places: int) -> asyncio.Semaphore:
+        """A key's or a tenant's own places. It is kept while an upload holds or awaits one."""
+        share = self._shares.get((kind, name))
+        if share is None:
+            share = self._shares[kind, name] = asyncio.Semaphore(places)
+        return share
