@@ -25,7 +25,7 @@ class Admission:
     @asynccontextmanager
     async def of(self, caller: Principal) -> AsyncIterator[None]:
         """Wait for a place, and hold it. Raises NightpressError(rate_limited) after some patience."""
-        key = self._share("key", caller.key_id, UPLOADS_A_KEY)
+        key = self._share("key", caller.family, UPLOADS_A_KEY)
         tenant = self._share("tenant", caller.tenant_id, UPLOADS_A_TENANT)
         async with AsyncExitStack() as held:
             try:

@@ -125,7 +125,7 @@ async def _count(services: Services, caller: Principal, state: dict[str, Any]) -
     if quotas is None:
         quotas = await services.call(services.quotas.of, caller.tenant_id)
     if quotas.rate_limit_per_minute:
-        taken = await services.limiter.take(caller.key_id, quotas.rate_limit_per_minute)
+        taken = await services.limiter.take(caller.family, quotas.rate_limit_per_minute)
         state["headers"] = taken.headers
         if not taken.allowed:
             raise too_many(quotas.rate_limit_per_minute)

@@ -14,7 +14,7 @@ from core.paging import newest_first
 from core.schemas import KeyCreate, KeyView, NewKeyView
 
 _columns = api_keys.c
-_SHOWN = [column for column in api_keys.c if column.name != "digest"]
+_SHOWN = [column for column in api_keys.c if column.name not in {"digest", "family"}]
 
 
 class KeyIssuer:
@@ -40,20 +40,34 @@ class KeyIssuer:
         return _view(row)
 
     def create(self, caller: Principal, wanted: KeyCreate) -> NewKeyView:
-        """Raises invalid_request, and forbidden for rights that the caller itself lacks."""
+        """A key that ends with the caller's at the latest, and whose requests count with the caller's.
+
+        Only what an administrator makes for another tenant stands by itself.
+        Raises invalid_request, and forbidden for rights or a time that the caller itself lacks.
+        """
         tenant_id = self._tenant(caller, wanted.tenant_id)
         _must_hold(caller, wanted.scopes)
-        if wanted.expires_at is not None and wanted.expires_at <= self._now():
+        expires_at = wanted.expires_at
+        if expires_at is not None and expires_at <= self._now():
             raise NightpressError(
                 ErrorCode.INVALID_REQUEST, "The key would have expired already.", hint="Give a later `expires_at`."
             )
+        own_line = tenant_id == caller.tenant_id or "admin" in wanted.scopes
+        if own_line:
+            expires_at = _within(self.get(caller, caller.key_id).expires_at, expires_at)
         record, plain = create_key(
-            self._engine, tenant_id=tenant_id, name=wanted.name, scopes=wanted.scopes, expires_at=wanted.expires_at
+            self._engine,
+            tenant_id=tenant_id,
+            name=wanted.name,
+            scopes=wanted.scopes,
+            expires_at=expires_at,
+            made_by=caller.key_id if own_line else None,
+            family=caller.family if own_line else None,
         )
         return NewKeyView(record=self._read(record.id), key=plain)
 
     def rotate(self, caller: Principal, key_id: str, *, overlap_s: float) -> NewKeyView:
-        """A new key with the same name, rights and expiry; the old one works on for `overlap_s`."""
+        """A new key with the same name, rights and expiry, in the old one's place; the old one works on for `overlap_s`."""
         old = self.get(caller, key_id)
         _must_hold(caller, old.scopes)
         if not self._is_live(old):
@@ -67,20 +81,30 @@ class KeyIssuer:
             scopes=old.scopes,
             expires_at=old.expires_at,
             rotated_from=old.id,
+            made_by=old.made_by,
+            family=self._family(old.id),
         )
         ends = db_now(overlap_s)
         sooner = case((or_(_columns.expires_at.is_(None), _columns.expires_at > ends), ends), else_=_columns.expires_at)
         with transaction(self._engine) as connection:
             connection.execute(update(api_keys).where(_columns.id == old.id).values(expires_at=sooner))
+            connection.execute(update(api_keys).where(_columns.made_by == old.id).values(made_by=record.id))
         return NewKeyView(record=self._read(record.id), key=plain)
 
     def revoke(self, caller: Principal, key_id: str) -> None:
-        """End a key now; again: nothing more. Other processes notice within five seconds."""
+        """End a key and all that were made with it now; again: nothing more. Other processes notice within five seconds."""
         key = self.get(caller, key_id)
         _must_hold(caller, key.scopes)
+        line = select(_columns.id).where(_columns.id == key_id).cte("line", recursive=True)
+        line = line.union(select(_columns.id).where(_columns.made_by == line.c.id))
         with transaction(self._engine) as connection:
-            live = (_columns.id == key_id, _columns.revoked_at.is_(None))
+            live = (_columns.id.in_(select(line.c.id)), _columns.revoked_at.is_(None))
             connection.execute(update(api_keys).where(*live).values(revoked_at=db_now()))
+
+    def _family(self, key_id: str) -> str:
+        with transaction(self._engine, read_only=True) as connection:
+            family = connection.execute(select(_columns.family).where(_columns.id == key_id)).scalar_one()
+        return family or key_id
 
     def _read(self, key_id: str) -> KeyView:
         with transaction(self._engine, read_only=True) as connection:
@@ -105,6 +129,19 @@ class KeyIssuer:
     def _seen(self, caller: Principal, key_id: str) -> list[ColumnElement[bool]]:
         seen = [_columns.id == key_id]
         return seen if caller.is_admin else [*seen, _columns.tenant_id == caller.tenant_id]
+
+
+def _within(own: dt.datetime | None, wanted: dt.datetime | None) -> dt.datetime | None:
+    """When a key ends that is made by one that itself ends at `own`; None: never. Raises forbidden for a later time."""
+    if own is None or (wanted is not None and wanted <= own):
+        return wanted
+    if wanted is not None:
+        raise NightpressError(
+            ErrorCode.FORBIDDEN,
+            f"Your key itself ends at {own.isoformat()}.",
+            hint="Give an `expires_at` that is no later, or leave it out.",
+        )
+    return own
 
 
 def _must_hold(caller: Principal, scopes: Collection[str]) -> None:

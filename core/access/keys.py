@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, insert, or_, select, update
+from sqlalchemy import Engine, func, insert, or_, select, update
 
 from core.access.tables import api_keys
 from core.database import db_now, statement, transaction
@@ -48,6 +48,9 @@ class Principal:
     tenant_id: str
     key_id: str
     scopes: frozenset[str]
+    family: (
+        str  #: the first key of the line that it was made in: what one key may use, all of a family may use together
+    )
 
     @property
     def is_admin(self) -> bool:
@@ -81,8 +84,10 @@ def create_key(
     scopes: Collection[str],
     expires_at: dt.datetime | None = None,
     rotated_from: str | None = None,
+    made_by: str | None = None,
+    family: str | None = None,
 ) -> tuple[KeyRecord, str]:
-    """Make a key. The second value is the key itself: it can't be read again.
+    """Make a key. The second value is the key itself: it can't be read again. `family`: None begins one.
 
     Raises NightpressError(invalid_request) for a scope that doesn't exist.
     """
@@ -109,6 +114,8 @@ def create_key(
                 created_at=db_now(),
                 expires_at=expires_at,
                 rotated_from=rotated_from,
+                made_by=made_by,
+                family=family,
             )
         )
     return record, plain
@@ -153,7 +160,8 @@ class KeyRing:
         columns = api_keys.c
         is_live = (columns.revoked_at.is_(None), or_(columns.expires_at.is_(None), columns.expires_at > db_now()))
         untouched = or_(columns.last_used_at.is_(None), columns.last_used_at < db_now(-_TOUCH_S))
-        query = select(columns.tenant_id, columns.digest, columns.scopes, untouched).where(
+        family = func.coalesce(columns.family, columns.id).label("family")
+        query = select(columns.tenant_id, columns.digest, columns.scopes, family, untouched.label("untouched")).where(
             columns.id == key_id, *is_live
         )
         with transaction(self._engine, read_only=True) as connection:
@@ -161,12 +169,12 @@ class KeyRing:
         # Compared also where there is no such key, so that the answer takes as long.
         if not secrets.compare_digest(row.digest if row else "", digest) or row is None:
             raise _refused()
-        if row[3]:
+        if row.untouched:
             with statement(self._engine) as connection:
                 connection.execute(
                     update(api_keys).where(columns.id == key_id, untouched).values(last_used_at=db_now())
                 )
-        return Principal(row.tenant_id, key_id, frozenset(row.scopes))
+        return Principal(row.tenant_id, key_id, frozenset(row.scopes), row.family)
 
 
 def _refused() -> NightpressError:

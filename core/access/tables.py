@@ -36,7 +36,10 @@ api_keys = Table(
     Column("revoked_at", UtcDateTime),
     Column("last_used_at", UtcDateTime),
     Column("rotated_from", String(8)),
+    Column("made_by", String(8)),  #: the key of the same tenant that made it: it ends with that one
+    Column("family", String(8)),  #: the first key of the line it was made in; None: itself
     Index("ix_api_keys_tenant_id_created_at", "tenant_id", "created_at"),
+    Index("ix_api_keys_made_by", "made_by"),
 )
 
 #: GPU time that attempts took, added when each ends: what a month's quota is compared with.

@@ -106,6 +106,40 @@ def test_a_key_rotates_expires_and_ends(api: RunningApi, client: httpx.Client):
     assert client.post("/v1/keys", json=gone).status_code == 422
 
 
+def test_what_a_key_makes_stays_within_its_own_time_and_ends_with_it(api: RunningApi, client: httpx.Client):
+    soon = (dt.datetime.now(dt.UTC) + dt.timedelta(hours=1)).isoformat()
+    later = (dt.datetime.now(dt.UTC) + dt.timedelta(hours=2)).isoformat()
+    scopes = ["jobs:read", "keys:read", "keys:write"]
+
+    def made_with(key: str, **more: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        wanted = {"name": "child", "scopes": scopes, **more}
+        return httpx.post(f"{api.url}/v1/keys", json=wanted, headers=headers, trust_env=False)
+
+    parent = client.post("/v1/keys", json={"name": "parent", "scopes": scopes, "expires_at": soon}).json()
+    assert made_with(parent["key"], expires_at=later).json()["code"] == "forbidden"
+    child = made_with(parent["key"]).json()
+    assert child["record"]["expires_at"] == parent["record"]["expires_at"]
+    assert child["record"]["made_by"] == parent["record"]["id"]
+    successor = client.post(f"/v1/keys/{parent['record']['id']}/rotate", json={"overlap_s": 0}).json()
+    grandchild = made_with(child["key"]).json()
+    assert client.get(f"/v1/keys/{child['record']['id']}").json()["made_by"] == successor["record"]["id"]
+    assert client.delete(f"/v1/keys/{successor['record']['id']}").status_code == 204
+    api.services.keys._known.clear()  # what five seconds would do
+    for ended in (child, grandchild):
+        assert client.get(f"/v1/keys/{ended['record']['id']}").json()["revoked_at"]
+        assert made_with(ended["key"]).status_code == 401
+    assert client.get("/v1/me").status_code == 200
+
+
+def test_an_administrator_makes_keys_of_other_tenants_that_stand_by_themselves(api: RunningApi, admin: httpx.Client):
+    theirs = {"name": "first", "scopes": ["jobs:read"], "tenant_id": "another"}
+    assert admin.post("/v1/keys", json=theirs).json()["record"]["made_by"] is None
+    another_administrator = {**theirs, "scopes": ["admin"]}
+    own = admin.get("/v1/me").json()["key_id"]
+    assert admin.post("/v1/keys", json=another_administrator).json()["record"]["made_by"] == own
+
+
 def test_the_audit_log_says_who_did_what_and_is_never_changed(
     api: RunningApi, client: httpx.Client, admin: httpx.Client
 ):
@@ -195,6 +229,22 @@ def test_too_many_requests_a_minute_are_refused_and_a_dead_broker_lets_all_pass(
                 assert 1 <= int(answers[5].headers["retry-after"]) <= 12
             with api.client() as another:
                 assert another.get("/v1/jobs").status_code == 200
+
+
+def test_keys_that_a_key_makes_for_itself_pass_no_more_requests_than_it_may(
+    tmp_path: Path, sqlite_url: str, valkey_server: Valkey
+):
+    url = valkey_server.url
+    settings = Settings(data_dir=tmp_path, database_url=sqlite_url, broker_url=url, rate_limit_per_minute=8)
+    with serve(settings) as api, api.client() as client:
+        wanted = {"name": "child", "scopes": ["jobs:read"]}
+        children = [client.post("/v1/keys", json=wanted).json() for _ in range(3)]
+        rotated = client.post(f"/v1/keys/{children[0]['record']['id']}/rotate").json()
+        codes = []
+        for made in (*children, rotated):
+            headers = {"Authorization": f"Bearer {made['key']}"}
+            codes += [client.get("/v1/jobs", headers=headers).status_code for _ in range(3)]
+        assert codes.count(200) == 4, "eight, of which four went to the keys' making"
 
 
 def finish(api: RunningApi, client: httpx.Client, **more: Any) -> str:
