@@ -17,7 +17,7 @@ _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 _FIGURES_KEPT_S = 5.0
 QueueFigures = tuple[JobStatistics, list[Worker]]
-_WORKER_STATES = ("idle", "busy", "draining", "lost")
+_WORKER_STATES = ("idle", "busy", "draining", "unfit", "lost")
 
 
 class ApiMetrics:

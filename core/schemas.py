@@ -635,7 +635,8 @@ class WorkerView(View):
     gpu_memory_used: int | None = None  #: as of the last beat, by whoever uses it
     threads: int
     version: str
-    state: Literal["idle", "busy", "draining", "lost"]
+    state: Literal["idle", "busy", "draining", "unfit", "lost"]
+    unfit: str | None = Field(None, description="What is wrong with its machine, for which it claims nothing.")
     job_id: str | None
     started_at: dt.datetime
     last_seen_at: dt.datetime

@@ -31,7 +31,7 @@ def make_offer(settings: Settings, worker_id: str) -> WorkerOffer:
     )
 
 
-def introduce(offer: WorkerOffer, *, draining: bool) -> Worker:
+def introduce(offer: WorkerOffer, *, draining: bool, unfit: str | None = None) -> Worker:
     """The row by which others know this worker, as it is now."""
     gpu_memory, gpu_memory_used = _gpu_memory() if offer.queue == "gpu" else (None, None)
     return Worker(
@@ -43,6 +43,7 @@ def introduce(offer: WorkerOffer, *, draining: bool) -> Worker:
         threads=offer.threads,
         version=version("nightpress"),
         draining=draining,
+        unfit=unfit,
         gpu_memory=gpu_memory,
         gpu_memory_used=gpu_memory_used,
     )

@@ -36,6 +36,7 @@ class Slot:
 
     def open(self) -> None:
         """Register, warm up, and begin to look for work."""
+        self._supervisor.fitness.examine()
         self._supervisor.warm_up()
         for thread in self._threads:
             thread.start()
@@ -51,11 +52,11 @@ class Slot:
             log.warning("The worker could not say good-bye: %s", error)
 
     def serve(self) -> None:
-        """Run what this worker may claim until there is nothing left. Returns at once if a job runs already."""
+        """Run what this worker may claim until there is nothing left. Returns at once if a job runs already, or the machine is unfit."""
         if not self._busy.acquire(blocking=False):
             return
         try:
-            while not self._supervisor.draining.is_set():
+            while not self._supervisor.draining.is_set() and not self._supervisor.fitness.reason:
                 asked, asked_ns = time.monotonic(), time.time_ns()
                 claimed = self._store.claim(self._offer, ttl_s=self._ttl_s)
                 if claimed is None:
@@ -68,8 +69,11 @@ class Slot:
             self._busy.release()
 
     def _beat(self) -> None:
+        fitness = self._supervisor.fitness
+        fitness.look_again()
+        unfit = fitness.reason or None
+        self._store.heartbeat_worker(introduce(self._offer, draining=self._supervisor.draining.is_set(), unfit=unfit))
         mark_alive(self._supervisor.settings.data_dir, "worker")
-        self._store.heartbeat_worker(introduce(self._offer, draining=self._supervisor.draining.is_set()))
 
     def _every(self, seconds: float, step: Callable[[], None]) -> None:
         while True:

@@ -27,6 +27,7 @@ from core.settings import Settings
 from core.tracing import span
 from worker.cache import disk_errors
 from worker.checkpoints import CheckpointDepot
+from worker.fitness import Fitness
 from worker.lease import LeaseKeeper
 from worker.metrics import ATTEMPTS, BYTES_MOVED, GPU_SECONDS, LEASES_LOST, SECONDS_MOVING
 from worker.moving import Mover
@@ -82,6 +83,7 @@ class Supervisor:
         self._spare: ChildProcess | None = None
         self.draining = threading.Event()
         self.mover = Mover()
+        self.fitness = Fitness(settings, objects)
 
     # The spare -------------------------------------------------------------------------------------------------------
 
@@ -273,10 +275,23 @@ class _Attempt:
 
     def _failed(self, error: NightpressError) -> Callable[[], str]:
         log.warning("Job %s: %s: %s", self._job.id, error.code, error, extra=self._extra)
-        return lambda: (
-            f"{error.code}, "
-            + (self._store.fail(self._lease, error, backoff_s=self._settings.retry_backoff_s) or "late")
-        )
+        reason: str | None = None
+
+        def end() -> str:
+            nonlocal reason
+            if reason is None:  # once, however often the database has to be asked
+                if self._child is not None:
+                    shutil.rmtree(self._child.job_dir, ignore_errors=True)  # what the job took of the disk is its own
+                reason = self._supervisor.fitness.fault_behind(error) if error.kind.retryable else ""
+            if reason and self._store.machine_faults(self._job.id) + 1 < self._job.max_failures:
+                fault = NightpressError(error.code, error.message, hint=error.hint, **error.details, machine=reason)
+                return f"{reason}; " + (
+                    "given back" if self._store.release(self._lease, fault) else "given back too late"
+                )
+            failed = self._store.fail(self._lease, error, backoff_s=self._settings.retry_backoff_s)
+            return f"{error.code}, {failed or 'late'}"
+
+        return end
 
     def _insist(self, write: Callable[[], Answer]) -> Answer:
         """Write, and try again while the database is away and the lease is held. Raises LeaseLostError."""

@@ -317,13 +317,15 @@ def workers(session: Session) -> None:
             one.device,
             output.size_text(one.memory),
             one.threads,
-            one.job_id or "",
+            one.unfit or one.job_id or "",
             output.ago_text(one.last_seen_at),
         )
         for one in found
     ]
     output.print_table(
-        ("worker", "host", "queue", "state", "device", "memory", "threads", "job", "seen"), rows, right=(5, 6)
+        ("worker", "host", "queue", "state", "device", "memory", "threads", "job, or what is wrong", "seen"),
+        rows,
+        right=(5, 6),
     )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
 from core.artifacts.storage import missing_object
 from core.errors import ErrorCode, NightpressError
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 THREADS = 4  #: requests in flight for one file
 GONE = {"404", "NoSuchKey", "NotFound"}
+_REFUSED = {
+    "403",
+    "AccessDenied",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+}
 _BAD_BYTES = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 
 
@@ -46,11 +55,13 @@ def error_code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def unavailable(what: str, why: str) -> NightpressError:
+def unavailable(what: str, why: str, *, refused: bool = False) -> NightpressError:
+    """refused: the store answers, and does not take this machine's credentials or clock."""
     return NightpressError(
         ErrorCode.STORAGE_UNAVAILABLE,
         f"The object store did not do what was asked of {what}: {why}.",
         hint="Try again in a minute; `nightpress doctor` shows whether address, bucket and keys are right.",
+        **({"refused": True} if refused else {}),
     )
 
 
@@ -69,8 +80,8 @@ def s3_errors(what: str) -> Iterator[None]:
                 hint="Nothing was kept. Try again; if it happens twice, something between here and the store alters data.",
                 key=what,
             ) from error
-        raise unavailable(
-            what, f"{code or 'error'} {error.response.get('Error', {}).get('Message', '')}".strip()
-        ) from error
+        said = f"{code or 'error'} {error.response.get('Error', {}).get('Message', '')}".strip()
+        raise unavailable(what, said, refused=code in _REFUSED) from error
     except BotoCoreError as error:
-        raise unavailable(what, str(error).rstrip(".")) from error
+        refused = isinstance(error, NoCredentialsError | PartialCredentialsError)
+        raise unavailable(what, str(error).rstrip("."), refused=refused) from error

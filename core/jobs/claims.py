@@ -39,10 +39,20 @@ from core.jobs.tables import job_attempts, job_events, jobs
 
 _columns = jobs.c
 _IN_QUEUE = (IS_QUEUED, _columns.queue == bindparam("offered_queue", type_=String))
+_AVOIDED_S = 600.0  #: a job is not offered again to a worker whose machine failed it
+_failed_it = job_attempts.alias("failed_it")
+_WAS_FAILED_HERE = exists().where(
+    _failed_it.c.job_id == _columns.id,
+    _failed_it.c.worker_id == bindparam("claimed_by", type_=String),
+    _failed_it.c.outcome == literal_column("'released'"),
+    _failed_it.c.error.is_not(None),
+    _failed_it.c.finished_at > db_now(-_AVOIDED_S),
+)
 _FITS = (
     *_IN_QUEUE,
     _columns.needs_memory <= bindparam("offered_memory", type_=BigInteger),
     _columns.run_after <= db_now(),
+    ~_WAS_FAILED_HERE,
 )
 
 

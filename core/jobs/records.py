@@ -8,7 +8,7 @@ from core.handoff.manifest import Manifest
 from core.schemas import JobState
 
 Queue = Literal["cpu", "gpu"]
-WorkerState = Literal["idle", "busy", "draining", "lost"]
+WorkerState = Literal["idle", "busy", "draining", "unfit", "lost"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +186,7 @@ class Worker:
     threads: int
     version: str
     draining: bool = False
+    unfit: str | None = None  #: what is wrong with its machine, for which it claims nothing
     gpu_memory: int | None = None  #: bytes; None where there is no GPU
     gpu_memory_used: int | None = None  #: by whoever uses it, as of the last beat
     state: WorkerState = "idle"

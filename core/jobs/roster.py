@@ -10,7 +10,18 @@ from core.jobs.records import Worker, WorkerState
 from core.jobs.tables import jobs, workers
 
 WORKER_LOST_S = 30.0  #: a worker not seen for so long is shown as lost
-_TOLD = ("host", "queue", "device", "memory", "threads", "version", "draining", "gpu_memory", "gpu_memory_used")
+_TOLD = (
+    "host",
+    "queue",
+    "device",
+    "memory",
+    "threads",
+    "version",
+    "draining",
+    "unfit",
+    "gpu_memory",
+    "gpu_memory_used",
+)
 
 
 class WorkerRoster:
@@ -59,6 +70,7 @@ class WorkerRoster:
         for row in rows:
             values = {key: value for key, value in row.items() if key != "lost"}
             busy: WorkerState = "busy" if row["job_id"] else "idle"
-            state: WorkerState = "lost" if row["lost"] else "draining" if row["draining"] else busy
+            told: WorkerState = "draining" if row["draining"] else "unfit" if row["unfit"] and busy == "idle" else busy
+            state: WorkerState = "lost" if row["lost"] else told
             found.append(Worker(**values, state=state))
         return found

@@ -263,14 +263,21 @@ class JobStore(JobSubmitter, WorkerRoster):
             return None
         return "failed" if job.state == FAILED else "cancelled" if job.state == CANCELLED else "requeued"
 
-    def release(self, lease: Lease) -> bool:
-        """running → queued at once, no failure counted: the worker drains. cancelling → cancelled."""
+    def release(self, lease: Lease, fault: NightpressError | None = None) -> bool:
+        """running → queued at once, no failure counted: the worker drains. cancelling → cancelled.
+
+        fault: what is wrong with the worker's machine, where that is why. The job is not offered to this worker again for some minutes.
+        """
+        why = {} if fault is None else {"error": fault.as_dict()}
         with transaction(self._engine) as connection:
             job = self._move(
                 connection,
                 Trigger.RELEASE,
                 *_holds(lease, Trigger.RELEASE),
-                note=lambda job: (CANCELLED if job.state == CANCELLED else "released", {"attempt": lease.attempt}),
+                note=lambda job: (
+                    CANCELLED if job.state == CANCELLED else "released",
+                    {"attempt": lease.attempt, **why},
+                ),
                 state=case((_columns.state == CANCELLING, CANCELLED), else_=QUEUED),
                 finished_at=case((_columns.state == CANCELLING, db_now()), else_=null()),
                 run_after=db_now(),
@@ -278,8 +285,15 @@ class JobStore(JobSubmitter, WorkerRoster):
             )
             if job is None:
                 return False
-            _close_attempt(connection, job, "released")
+            _close_attempt(connection, job, "released", why.get("error"))
         return True
+
+    def machine_faults(self, job_id: str) -> int:
+        """How many attempts of a job ended by a fault of their worker's machine, and so were not counted as failures."""
+        ended_so = (job_attempts.c.outcome == literal_column("'released'"), job_attempts.c.error.is_not(None))
+        query = select(func.count()).where(job_attempts.c.job_id == job_id, *ended_so)
+        with transaction(self._engine, read_only=True) as connection:
+            return int(connection.execute(query).scalar_one())
 
     def confirm_cancelled(self, lease: Lease) -> bool:
         """cancelling → cancelled: the child is dead. False: not cancelling, or the lease was lost."""

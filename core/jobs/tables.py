@@ -273,6 +273,7 @@ workers = Table(
     Column("threads", Integer, nullable=False),
     Column("version", String(40), nullable=False),
     Column("draining", Boolean, nullable=False),
+    Column("unfit", String(1000)),  #: what is wrong with its machine, for which it claims nothing
     Column("started_at", UtcDateTime, nullable=False),
     Column("last_seen_at", UtcDateTime, nullable=False),
     CheckConstraint("queue IN ('cpu','gpu')", name="queue"),

@@ -1,5 +1,6 @@
-"""F8, F12, F16, F17, F27: full disks, wrong clocks, too little memory, too few file handles, a broker that takes no more."""
+"""F8, F12, F16, F17, F27, F31: full disks, wrong clocks, too little memory, too few file handles, a broker that takes no more."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import redis
 
+from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
-from tests.servers import Valkey
+from core.jobs.records import WorkerOffer
+from tests.servers import S3, Valkey
 from tests.service import MIB, Service, eventually
 
 
@@ -137,3 +140,87 @@ def test_f27_a_broker_that_takes_no_more_or_forgets_costs_time_and_no_job(
     service.await_state(after, "succeeded", within=20)
     for job_id in (refused, after):
         service.check_invariants(job_id)
+
+
+def fill(disk: Path) -> Path:
+    """Leave no byte free. Returns the file that takes the room."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+@pytest.mark.skipif(not can_mount(), reason="this user may not mount a small disk")
+def test_f31_a_worker_with_a_full_disk_fails_no_jobs_and_works_again_when_there_is_room(
+    service: Service, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    bad = service.start_worker(
+        "slow",
+        through=["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size=8m tmpfs {disk} && exec "$@"', "sh"],
+        NIGHTPRESS_DATA_DIR=str(disk),
+        NIGHTPRESS_STORAGE_URL=service.settings.objects_url,
+    )
+    [bad_id] = [one.id for one in service.store.workers()]
+    filler = fill(Path(f"/proc/{bad.pid}/root{disk}"))
+    service.start_worker("press")
+    job_ids = [service.submit(max_failures=2) for _ in range(12)]
+    service.ring()
+    for job_id in job_ids:
+        job = service.await_state(job_id, "succeeded", "failed", within=60)
+        assert (job.state, job.failures) == ("succeeded", 0), job.error
+        service.check_invariants(job_id)
+
+    def state() -> tuple[str, str | None]:
+        [seen] = [one for one in service.store.workers() if one.id == bad_id]
+        return seen.state, seen.unfit
+
+    said = eventually(lambda: state()[1], within=20)
+    assert "is full" in said
+    assert state()[0] == "unfit"
+    filler.unlink()
+    eventually(lambda: state() in {("idle", None), ("busy", None)}, within=20)
+
+
+def test_f31_a_machine_without_the_storages_credentials_gives_jobs_back_until_it_has_them(
+    tmp_path: Path, sqlite_url: str, valkey_server: Valkey, s3_server: S3
+) -> None:
+    bucket = {
+        "storage_url": f"s3://{s3_server.create_bucket()}/np",
+        "s3_endpoint_url": s3_server.endpoint,
+        "s3_access_key_id": s3_server.access_key,
+        "s3_secret_access_key": s3_server.secret_key,
+    }
+    service = Service(tmp_path, sqlite_url, broker_url=valkey_server.url, lease_ttl_s=10.0, **bucket)
+    try:
+        service.start_worker("press", NIGHTPRESS_S3_SECRET_ACCESS_KEY="wrong")
+        job_id = service.submit_and_ring(max_failures=2)
+        [worker] = eventually(lambda: [one for one in service.store.workers() if one.unfit], within=20)
+        assert worker.state == "unfit"
+        assert service.job(job_id).state == "queued"
+        service.start_worker("press")
+        service.ring()
+        job = service.await_state(job_id, "succeeded", within=60)
+        assert job.failures == 0
+        service.check_invariants(job_id)
+    finally:
+        service.close()
+
+
+def test_f31_a_job_is_not_offered_again_where_the_machine_failed_it_and_fails_where_many_did(service: Service) -> None:
+    job_id = service.submit(max_failures=3)
+    offers = [WorkerOffer(f"worker-{at}", "cpu", "cpu", 1024 * MIB, 1) for at in range(3)]
+    fault = NightpressError(ErrorCode.DISK_FULL, "The disk is full.")
+    for at, offer in enumerate(offers):
+        claimed = service.store.claim(offer, ttl_s=60)
+        assert claimed is not None
+        assert service.store.machine_faults(job_id) == at
+        assert service.store.release(claimed.lease, fault)
+        assert service.store.claim(offer, ttl_s=60) is None, "another worker may have it"
+    job = service.job(job_id)
+    assert (job.state, job.failures, job.attempt) == ("queued", 0, 3)
+    assert [event.data["error"]["code"] for event in service.events(job_id) if event.kind == "released"] == [
+        "disk_full"
+    ] * 3
