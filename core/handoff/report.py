@@ -37,6 +37,21 @@ class Measurement(_Model):
     change_high: float | None = None
 
 
+class Speedup(_Model):
+    """How many times as fast as the source an artifact is at one shape: the source's median wait over the artifact's.
+
+    By turns, low and high are the ends of the 95% interval, from runs of both that took turns. Else both were timed one after the
+    other, and low and high compare the 5th percentile of either with the other's 95th: whatever else ran meanwhile is in that.
+    """
+
+    value: float
+    low: float
+    high: float
+    told_apart: bool  #: low and high lie on one side of 1
+    by_turns: bool
+    source_p50_ms: float  #: the source's median in these runs
+
+
 class Timing(_Model):
     """Latency of one batch shape: `repeats` timed runs after warm-up, in milliseconds."""
 
@@ -48,6 +63,7 @@ class Timing(_Model):
     p95_ms: float
     throughput: float
     throughput_unit: str  #: "sequences/s" or "tokens/s"
+    speedup: Speedup | None = None  #: of an artifact
 
 
 class GenerationTiming(_Model):
@@ -71,6 +87,8 @@ class GenerationTiming(_Model):
     peak_memory_bytes: int | None = (
         None  #: of the consumer's process during these runs; None where the system can't say
     )
+    prefill_speedup: Speedup | None = None  #: of an artifact, in tokens/s of the prompt
+    decode_speedup: Speedup | None = None  #: of an artifact, in tokens/s after the first
 
 
 class Verification(_Model):
@@ -96,7 +114,7 @@ class Subject(_Model):
     measurements: tuple[Measurement, ...] = ()
     timings: tuple[Timing, ...] = ()
     generation: tuple[GenerationTiming, ...] = ()
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None  #: of the consumer's process; None: unknown
     verification: Verification | None = None
     notes: tuple[str, ...] = ()  #: honest remarks: "slower than the source", "zeros save nothing in this format"
 
@@ -135,7 +153,7 @@ class GateResult(_Model):
 
     gate: str  #: e.g. "perplexity <= +3%"
     artifact: str
-    observed: float
+    observed: float | None  #: None: it was not measured, and so is missed
     passed: bool
     explanation: str
 

@@ -214,10 +214,19 @@ GATE_METRICS = (
     "recall",
     "generation_match",
     "prefix_match",
+    "fidelity",
     "cosine",
+    "centred_cosine",
     "top1_agreement",
+    "label_agreement",
     "kl_divergence",
+    "rank_correlation",
+    "correlation",
+    "mean_error",
+    "largest_error",
 )
+#: What a gate on `fidelity` bounds: for each kind of output, the figure from 0 to 1 that says how near it is to the source's.
+FIDELITY = ("centred_cosine", "top1_agreement", "label_agreement", "rank_correlation", "correlation")
 
 
 def parse_gate(metric: str, bound: str) -> Gate:
