@@ -30,6 +30,7 @@ _IMPORT_S = 3.5  #: start of one consumer process with torch and transformers
 _GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alone
 _DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
 _LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared
+_BESIDE_BYTES = 1024**3  #: that the source and an artifact may take together, so that they are timed by turns
 _MOST_ROWS = 16  #: of a batch
 #: what the head is called that multiplies by the table, for `ignore`
 _HEADS = {"causal-lm": "lm_head.weight", "masked-lm": "cls.predictions.decoder.weight"}
@@ -348,7 +349,32 @@ def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
     seconds = (
         sum(starts) + traced * cached_trace_seconds(header) + len(starts) * tokens * header.parameters / FORWARD_RATE
     )
-    return Cost(max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports)), seconds)
+    alone, together = _measuring_memory(recipe, header)
+    if not timed_by_turns(recipe, header):
+        return Cost(alone, seconds)
+    timed = sum(_tokens(one) for one in recipe.evaluate if not isinstance(one, Quality))
+    again = (
+        _IMPORT_S + len(recipe.exports) * timed * header.parameters / FORWARD_RATE
+    )  # the source, beside each artifact
+    return Cost(together, seconds + again)
+
+
+def timed_by_turns(recipe: Recipe, header: ModelHeader) -> bool:
+    """Whether the source's process is there while an artifact is timed: where that takes little memory, or no more than the job takes anyway."""
+    if not any(isinstance(one, Latency | GenerationSpeed) for one in recipe.evaluate):
+        return False
+    alone, together = _measuring_memory(recipe, header)
+    given, _ = _chain(recipe, header)
+    passes = [one.cost(seen, recipe.calibration).memory_bytes for one, seen in zip(recipe.passes, given, strict=True)]
+    return together <= max(_BESIDE_BYTES, alone, *passes)
+
+
+def _measuring_memory(recipe: Recipe, header: ModelHeader) -> tuple[int, int]:
+    """Bytes while one model is measured after the other, and where the source's process stays beside each artifact's."""
+    alone = [_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports)]
+    mapped = all(tensor.dtype == "F32" for tensor in header.tensors)
+    beside = CONSUMER_BYTES + 4 * header.parameters * (not mapped)
+    return max(alone), max(alone[0], *(one + beside for one in alone[1:])) if alone[1:] else alone[0]
 
 
 def _measuring_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
@@ -381,7 +407,7 @@ def _tokens(one: Evaluation) -> float:
         case Quality():
             return one.samples * (one.length + one.new_tokens * (one.metric == "generation"))
         case Latency():
-            return sum(b * n for b in one.batch for n in one.length) * (one.repeats + 3)
+            return sum(b * n for b in one.batch for n in one.length) * 2 * (one.repeats + 1)  # each run behind another
         case GenerationSpeed():
             read = sum(b * n for b in one.batch for n in one.prompt)
             # A step reads every weight for few tokens: it waits for memory, whatever the batch.

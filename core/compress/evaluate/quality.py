@@ -13,10 +13,11 @@ from core.compress.evaluate.consumer import Observed, Shape, Task, TokenSet, Wri
 from core.compress.evaluate.images import read_images
 from core.compress.evaluate.view import Asked, Scorer, View
 from core.errors import ErrorCode, NightpressError
-from core.handoff.report import GenerationTiming, Measurement, Timing
+from core.handoff.report import Measurement
 from core.recipes.header import ModelHeader
 from core.recipes.models import GenerationSpeed, Latency, Metric, Quality, Recipe
 from core.recipes.passes import GenerationCache
+from core.recipes.plan import timed_by_turns
 
 _CHECK_ROWS = 8  #: texts of differing lengths in the verification
 _UNCACHED_TOKENS = 4  #: each reads the whole text again
@@ -50,6 +51,7 @@ class Trial:
     task: Task
     evaluations: tuple[Evaluation, ...]
     seed: int
+    by_turns: bool  #: whether source and artifact may be timed by turns, as the plan's estimate counts on
 
 
 def prepare(
@@ -93,6 +95,7 @@ def prepare(
         ),
         evaluations=tuple(evaluations),
         seed=_SEED + recipe.seed,
+        by_turns=timed_by_turns(recipe, header),
     )
 
 
@@ -152,7 +155,7 @@ def _prepare_images(
         classes=data.class_count(header),
         threads=threads,
     )
-    return Trial(task=task, evaluations=tuple(evaluations), seed=_SEED + recipe.seed)
+    return Trial(task, tuple(evaluations), seed=_SEED + recipe.seed, by_turns=timed_by_turns(recipe, header))
 
 
 def _seen(pixels: NDArray[np.float32], classes: list[int] | None) -> data.Sequences:
@@ -215,56 +218,3 @@ def measurements(trial: Trial, source: Observed, artifact: Observed | None) -> t
         for one in trial.evaluations
         for figure in one.scorer.figures(View(one.scorer.examples.name, one.ref, source, artifact, trial.seed))
     )
-
-
-def timings(observed: Observed, task: Task) -> tuple[Timing, ...]:
-    """Medians and 95th percentiles of the timed runs."""
-    found = []
-    for one in observed.timings:
-        p50, p95 = np.percentile(one["milliseconds"], [50, 95])
-        per_run = one["batch"] * (one["length"] if task.name == "causal-lm" else 1)
-        found.append(
-            Timing(
-                batch=one["batch"],
-                length=one["length"],
-                threads=task.threads,
-                repeats=len(one["milliseconds"]),
-                p50_ms=float(p50),
-                p95_ms=float(p95),
-                throughput=1000 * per_run / float(p50),
-                throughput_unit="tokens/s" if task.name == "causal-lm" else "sequences/s",
-            )
-        )
-    return tuple(found)
-
-
-def generation_timings(observed: Observed, threads: int) -> tuple[GenerationTiming, ...]:
-    """What the timed runs of decoding come to: medians, 95th percentiles, and the slowest and the fastest run."""
-    found = []
-    for one in observed.writings:
-        waits = np.asarray(one["milliseconds"])  # [repeats, tokens]
-        prefill, decode = waits[:, 0], waits[:, 1:]
-        rates = 1000 * one["batch"] * decode.shape[1] / decode.sum(axis=1)
-        prefill_p50, prefill_p95 = np.percentile(prefill, [50, 95])
-        token_p50, token_p95 = np.percentile(decode, [50, 95])
-        found.append(
-            GenerationTiming(
-                batch=one["batch"],
-                prompt=one["prompt"],
-                tokens=one["tokens"],
-                cached=one["cached"],
-                alike=one.get("alike"),
-                threads=threads,
-                repeats=len(waits),
-                prefill_p50_ms=float(prefill_p50),
-                prefill_p95_ms=float(prefill_p95),
-                prefill_tokens_per_s=1000 * one["batch"] * one["prompt"] / float(prefill_p50),
-                token_p50_ms=float(token_p50),
-                token_p95_ms=float(token_p95),
-                decode_tokens_per_s=float(np.median(rates)),
-                decode_slowest=float(rates.min()),
-                decode_fastest=float(rates.max()),
-                peak_memory_bytes=one["peak_memory_bytes"],
-            )
-        )
-    return tuple(found)
