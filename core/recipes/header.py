@@ -91,6 +91,7 @@ class ModelHeader(BaseModel):
     config: dict[str, Any] = Field(repr=False)
     tensors: tuple[TensorInfo, ...] = Field(repr=False)
     has_tokenizer: bool
+    pooling: str = "mean"  #: how an embedder's token vectors become one; see core/recipes/pooling.py
 
     @property
     def parameters(self) -> int:

@@ -1,6 +1,5 @@
 """From a recipe to the examples that every model of a job is run on, and from their outputs to measurements."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,7 +87,7 @@ def prepare(
             sets=tuple(sets),
             shapes=shapes,
             timing_ids=timing,
-            pooling=pooling_of(model_dir),
+            pooling=header.pooling,
             classes=int(header.config.get("vocab_size") or 1),
             threads=threads,
             writings=writings,
@@ -196,19 +195,6 @@ def _check_set(prose: list[data.Row], tokenizer: data.Tokenizer, header: ModelHe
     encoded = [tokenizer.encode(row.text, special=True)[: 12 + 5 * at] for at, row in enumerate(texts)]
     kind = {"embedding": "pooled", "classification": "logits"}.get(header.task, "last")
     return TokenSet("check", kind, data.pad(encoded, tokenizer.pad_id))
-
-
-def pooling_of(model_dir: Path) -> str:
-    """How the model's card says its token vectors become one: mean unless its pooling module says the first token."""
-    file = model_dir / "1_Pooling" / "config.json"
-    if file.is_file():
-        try:
-            raw = json.loads(file.read_bytes())
-        except ValueError:
-            return "mean"
-        if raw.get("pooling_mode_cls_token"):
-            return "cls"
-    return "mean"
 
 
 def measurements(trial: Trial, source: Observed, artifact: Observed | None) -> tuple[Measurement, ...]:

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from core.compress.evaluate.consumer import Observed, Task, consumer_name
 from core.compress.evaluate.fidelity import whole_cosine
 from core.compress.executors.graph import Traced
+from core.compress.export.runners.measure import pool
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import Verification
 from core.recipes.exports import GRAPH_FORMATS, Export
@@ -100,8 +101,5 @@ def _reduce(out: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
     if check.kind == "last":
         last: NDArray[np.float32] = out[np.arange(len(out)), mask.sum(axis=1) - 1]
         return last
-    if task.pooling == "cls":
-        return out[:, 0]
-    weights = mask[:, :, None].astype(np.float32)
-    pooled: NDArray[np.float32] = (out * weights).sum(axis=1) / weights.sum(axis=1)
+    pooled: NDArray[np.float32] = pool(out, mask, task.pooling)
     return pooled

@@ -108,7 +108,7 @@ def _run_set(forward: Forward, one: dict[str, Any], inputs: Any, reference: Any,
         elif kind == "last":
             part = {"values": out[np.arange(len(out)), mask[rows, :width].sum(axis=1) - 1]}
         elif kind == "pooled":
-            part = {"values": _pool(out, mask[rows, :width], request["pooling"])}
+            part = {"values": pool(out, mask[rows, :width], request["pooling"])}
         else:
             part = {"values": out}
         parts.append(part)
@@ -155,14 +155,29 @@ def _continue(
     return {f"{name}.tokens": chosen}
 
 
-def _pool(hidden: Array, mask: Array, pooling: str) -> Array:
-    """hidden [B, S, H] → [B, H]"""
+def pool(hidden: Array, mask: Array, pooling: str) -> Array:
+    """Token vectors [B, S, H], padded on the right → one a text [B, H], or [B, H · modes] for modes joined by `+`. Pooled ones come back as they are."""
     if hidden.ndim == 2:
         return hidden
-    if pooling == "cls":
+    found: Array = np.concatenate([_pool(hidden, mask[:, :, None], mode) for mode in pooling.split("+")], axis=1)
+    return found
+
+
+def _pool(hidden: Array, mask: Array, mode: str) -> Array:
+    """mask [B, S, 1]; modes as sentence-transformers calls them."""
+    if mode == "cls":
         return hidden[:, 0]
-    weights = mask[:, :, None].astype(np.float32)
-    pooled: Array = (hidden * weights).sum(axis=1) / np.maximum(weights.sum(axis=1), 1)
+    if mode == "lasttoken":
+        return hidden[np.arange(len(hidden)), np.maximum(mask[:, :, 0].sum(axis=1), 1) - 1]
+    pooled: Array
+    if mode == "max":
+        pooled = np.where(mask > 0, hidden, -np.inf).max(axis=1)
+        return pooled
+    weights = mask.astype(np.float32)
+    if mode == "weightedmean":
+        weights *= np.arange(1, hidden.shape[1] + 1, dtype=np.float32)[:, None]
+    length = np.maximum(weights.sum(axis=1), 1)
+    pooled = (hidden * weights).sum(axis=1) / (np.sqrt(length) if mode == "mean_sqrt_len_tokens" else length)
     return pooled
 
 
