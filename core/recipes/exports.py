@@ -111,6 +111,8 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
     kind, config = header.model_type, header.config
     if export.format in GRAPH_FORMATS and kind not in (ENCODERS | DECODERS) - MIXTURES:
         return f"no graph of a {kind} was ever checked"
+    if export.format in GRAPH_FORMATS and header.one_text_a_batch:
+        return "its classifier finds a text's end by the padding token, and its config.json names no `pad_token_id`"
     if export.format != "gguf":
         return None
     if header.task == "causal-lm":

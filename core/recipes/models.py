@@ -42,7 +42,8 @@ class Quality(_Model):
 
     `auto` is perplexity for causal language models, masked-lm for masked ones, accuracy and entities where the data has labels for
     them, otherwise fidelity. `fidelity` needs no labels: cosine of pooled outputs for embedders, top-1 agreement and KL divergence where
-    there are logits; it comes with every other metric whose outputs show it.
+    there are logits, correlations and errors where outputs are plain numbers, and for all of them the centred cosine; it comes with
+    every other metric whose outputs show it.
     """
 
     metric: Literal["auto"] | Metric = "auto"
@@ -214,7 +215,6 @@ GATE_METRICS = (
     "recall",
     "generation_match",
     "prefix_match",
-    "fidelity",
     "cosine",
     "centred_cosine",
     "top1_agreement",
@@ -225,8 +225,6 @@ GATE_METRICS = (
     "mean_error",
     "largest_error",
 )
-#: What a gate on `fidelity` bounds: for each kind of output, the figure from 0 to 1 that says how near it is to the source's.
-FIDELITY = ("centred_cosine", "top1_agreement", "label_agreement", "rank_correlation", "correlation")
 
 
 def parse_gate(metric: str, bound: str) -> Gate:

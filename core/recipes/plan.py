@@ -219,6 +219,11 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
             _check_metric(wanted, header)
         elif isinstance(wanted, GenerationSpeed):
             _check_generation(wanted, header)
+        elif header.one_text_a_batch and max(wanted.batch) > 1:
+            raise invalid(
+                "evaluate: the model takes no batch of several texts: it finds a text's end by its padding token, and its config.json names none.",
+                "Use `batch: 1`, or give config.json the `pad_token_id` that the model was trained with.",
+            )
 
 
 def _check_generation(one: GenerationSpeed, header: ModelHeader) -> None:
@@ -257,6 +262,11 @@ def _check_metric(one: Quality, header: ModelHeader) -> None:
         raise invalid(
             f"evaluate: {one.metric} is for {' and '.join(sorted(tasks))} models, and this one is for {header.task}.",
             f"Use {', '.join(f'`{name}`' for name in ['auto', *others, 'fidelity'])}.",
+        )
+    if one.metric == "accuracy" and header.head != "classes":
+        raise invalid(
+            f"evaluate: accuracy is for models that choose one class, and this one's outputs are {header.head} (`problem_type` and `num_labels` in its config.json).",
+            "Use `fidelity`, which compares them with the source's.",
         )
     if not prose and one.data.startswith("builtin:"):
         raise invalid(

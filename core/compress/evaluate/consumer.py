@@ -41,9 +41,12 @@ class TokenSet:
     sequences: Sequences
     compared: NDArray[np.bool_] | None = None  #: [N, S], where whole distributions are compared
     new_tokens: int = 0  #: `generated`: how many the source writes at most
+    alone: bool = False  #: one text a batch: the model can't read padded ones
 
     def rows(self, classes: int) -> int:
         """Rows a batch. classes: the width of one position's output."""
+        if self.alone:
+            return 1
         length = int(self.sequences.ids.shape[1]) + self.new_tokens
         per_row = 4 * length * classes if self.kind in {"tokens", "last", "generated"} else 4 * length * 8192
         return max(1, min(16, LOGIT_BYTES // max(per_row, 1)))
@@ -84,6 +87,28 @@ class Task:
     def only_timed(self) -> "Task":
         """The same without its examples."""
         return replace(self, sets=())
+
+    def request(self) -> dict[str, Any]:
+        """What a runner is told of it."""
+        sets = [
+            {"name": one.name, "kind": one.kind, "rows": one.rows(self.classes), "new_tokens": one.new_tokens}
+            for one in self.sets
+        ]
+        told = {"task": self.name, "pooling": self.pooling, "threads": self.threads, "longest": self.longest}
+        return told | {"sets": sets}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a runner is given."""
+        arrays: dict[str, NDArray[Any]] = {"timing.ids": self.timing_ids}
+        for one in self.sets:
+            arrays[f"{one.name}.ids"] = one.sequences.ids
+            arrays[f"{one.name}.mask"] = one.sequences.mask
+            if one.kind == "tokens":
+                assert one.sequences.targets is not None
+                assert one.compared is not None
+                arrays[f"{one.name}.targets"] = one.sequences.targets
+                arrays[f"{one.name}.compared"] = one.compared
+        return arrays
 
     @property
     def longest(self) -> int:
@@ -145,26 +170,14 @@ class Consumer:
         with disk_errors():
             inputs = scratch / "inputs.npz"
             if not inputs.exists():
-                np.savez(inputs, **_arrays(task))  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
+                np.savez(inputs, **task.arrays())  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
             files = {"inputs": inputs, "outputs": self._outputs, "answer": self._answer, "reference": reference}
             request.write_text(
                 json.dumps(
                     {
                         "folder": folder.name,
-                        "task": task.name,
-                        "pooling": task.pooling,
-                        "threads": task.threads,
-                        "longest": task.longest,
+                        **task.request(),
                         **{key: None if file is None else str(file.resolve()) for key, file in files.items()},
-                        "sets": [
-                            {
-                                "name": one.name,
-                                "kind": one.kind,
-                                "rows": one.rows(task.classes),
-                                "new_tokens": one.new_tokens,
-                            }
-                            for one in task.sets
-                        ],
                     }
                 )
             )
@@ -356,19 +369,6 @@ def consumer_name(versions: Mapping[str, str]) -> str:
     """E.g. `onnxruntime 1.32.0`: the library that a runner names last."""
     library, version = list(versions.items())[-1]
     return f"{library} {version}"
-
-
-def _arrays(task: Task) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {"timing.ids": task.timing_ids}
-    for one in task.sets:
-        arrays[f"{one.name}.ids"] = one.sequences.ids
-        arrays[f"{one.name}.mask"] = one.sequences.mask
-        if one.kind == "tokens":
-            assert one.sequences.targets is not None
-            assert one.compared is not None
-            arrays[f"{one.name}.targets"] = one.sequences.targets
-            arrays[f"{one.name}.compared"] = one.compared
-    return arrays
 
 
 def _environment(threads: int, scratch: Path) -> dict[str, str]:

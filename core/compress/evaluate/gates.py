@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from core.handoff.report import GateResult, GenerationTiming, Measurement, Speedup, Subject, Timing
-from core.recipes.models import FIDELITY, Gate, Recipe
+from core.recipes.models import Gate, Recipe
 
 
 def decide(recipe: Recipe, source: Subject, artifacts: tuple[Subject, ...]) -> tuple[GateResult, ...]:
@@ -97,12 +97,11 @@ def _speed(gate: Gate, artifact: Subject, value: float, speedup: Speedup | None,
 
 
 def _quality(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list[GateResult]:
-    names = FIDELITY if gate.metric == "fidelity" else (gate.metric,)
-    found = {_key(one): one for one in artifact.measurements if one.name in names}
+    found = {_key(one): one for one in artifact.measurements if one.name == gate.metric}
     if not found:
         known = ", ".join(dict.fromkeys(one.name for one in artifact.measurements)) or "nothing of quality"
         return [_unknown(gate, artifact, f"it was not measured for this model and recipe; measured was {known}")]
-    elsewhere = {_key(one): one for subject in subjects for one in subject.measurements if one.name in names}
+    elsewhere = {_key(one): one for subject in subjects for one in subject.measurements if one.name == gate.metric}
     results = [_one_quality(gate, artifact, one) for one in found.values()]
     return results + list(_lacking(gate, artifact, (one for key, one in elsewhere.items() if key not in found)))
 
@@ -122,18 +121,17 @@ def _place(one: Measurement) -> str:
 
 def _one_quality(gate: Gate, artifact: Subject, one: Measurement) -> GateResult:
     upper = _is_upper(gate)
-    named = f"{one.name} " if one.name != gate.metric else ""
     if gate.relative == "absolute":
         end = one.high if upper else one.low
         value = one.value if end is None else end
-        return _compare(gate, artifact, value, None, named + _ends(one, upper, _shown(gate, one.value), end))
+        return _compare(gate, artifact, value, None, _ends(one, upper, _shown(gate, one.value), end))
     if one.change is None:
         why = f"on {_place(one)} it has nothing in the source to compare with; give an absolute bound"
         return _unknown(gate, artifact, why)
     end = one.change_high if upper else one.change_low
     change = one.change if end is None else end
     point = _shown(gate, _relative(gate, 1 + one.change))
-    return _compare(gate, artifact, one.value, 1 + change, named + _ends(one, upper, point, end))
+    return _compare(gate, artifact, one.value, 1 + change, _ends(one, upper, point, end))
 
 
 def _is_upper(gate: Gate) -> bool:

@@ -135,14 +135,14 @@ def _prepare_images(
         images = read_images(
             one.data, data_files.get(one.data), model_dir, header, samples=one.samples, seed=_SEED + 1 + recipe.seed
         )
-        labelled = kind == "logits" and all(label is not None for label in images.labels)
+        labelled = kind == "logits" and header.head == "classes" and all(label is not None for label in images.labels)
         scorer: Scorer
         if one.metric == "accuracy" or (one.metric == "auto" and labelled):
             classes = [data.class_index(label, header, one.data) for label in images.labels]
-            names = {int(index): str(name) for index, name in (header.config.get("id2label") or {}).items()}
+            names = fidelity.output_names(header)
             scorer = labels.Classification(TokenSet(f"quality{at}", kind, _seen(images.pixels, classes)), names)
         else:
-            scorer = fidelity.Fidelity(TokenSet(f"quality{at}", kind, _seen(images.pixels, None)))
+            scorer = fidelity.of_classifier(TokenSet(f"quality{at}", kind, _seen(images.pixels, None)), header)
         sets.append(scorer.examples)
         evaluations.append(Evaluation(one.data, scorer))
     task = Task(
@@ -151,7 +151,7 @@ def _prepare_images(
         shapes=_shapes(recipe),
         timing_ids=check.pixels[0],
         pooling="cls",
-        classes=data.class_count(header),
+        classes=header.classes,
         threads=threads,
     )
     return Trial(task, tuple(evaluations), seed=_SEED + recipe.seed, by_turns=timed_by_turns(recipe, header))
@@ -182,7 +182,7 @@ def _metric(one: Quality, header: ModelHeader, source: data.Source) -> Metric:
             return "perplexity"
         case "masked-lm":
             return "masked-lm"
-        case "classification" if all(row.label is not None for row in source.rows()):
+        case "classification" if header.head == "classes" and all(row.label is not None for row in source.rows()):
             return "accuracy"
         case "token-classification" if source.has("tags", "ner_tags"):
             return "entities"
@@ -194,7 +194,7 @@ def _check_set(prose: list[data.Row], tokenizer: data.Tokenizer, header: ModelHe
     texts = [row for row in prose if len(row.text) > 200][:_CHECK_ROWS]
     encoded = [tokenizer.encode(row.text, special=True)[: 12 + 5 * at] for at, row in enumerate(texts)]
     kind = {"embedding": "pooled", "classification": "logits"}.get(header.task, "last")
-    return TokenSet("check", kind, data.pad(encoded, tokenizer.pad_id))
+    return TokenSet("check", kind, data.pad(encoded, tokenizer.pad_id), alone=header.one_text_a_batch)
 
 
 def measurements(trial: Trial, source: Observed, artifact: Observed | None) -> tuple[Measurement, ...]:

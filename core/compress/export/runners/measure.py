@@ -44,14 +44,8 @@ def main(load: Callable[[Request], Any]) -> None:
     loaded_s = time.perf_counter() - started
     inputs = np.load(request["inputs"])
     reference = np.load(request["reference"]) if request["reference"] else None
-    outputs: dict[str, Array] = {}
     memory = _Memory()
-    for at, one in enumerate(request["sets"]):
-        _say(at / len(request["sets"]), one["name"])
-        if one["kind"] == "generated":
-            outputs |= _continue(forward, generate, one, inputs, reference)
-        else:
-            outputs |= _run_set(forward, one, inputs, reference, request)
+    outputs = run_sets(forward, generate, request, inputs, reference)
     # Atomically: the parent must not take a half-written file for an answer.
     partial = Path(request["outputs"] + ".partial.npz")
     np.savez(partial, **outputs)  # type: ignore[arg-type]  # the stub takes ** for its keyword
@@ -71,6 +65,20 @@ def main(load: Callable[[Request], Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # some runtimes take long to unload, and everything is written
+
+
+def run_sets(
+    forward: Forward, generate: Generate | None, request: Request, inputs: Any, reference: Any
+) -> dict[str, Array]:
+    """The model's outputs for every set. inputs, reference: arrays by name; reference None: this is the source."""
+    outputs: dict[str, Array] = {}
+    for at, one in enumerate(request["sets"]):
+        _say(at / len(request["sets"]), one["name"])
+        if one["kind"] == "generated":
+            outputs |= _continue(forward, generate, one, inputs, reference)
+        else:
+            outputs |= _run_set(forward, one, inputs, reference, request)
+    return outputs
 
 
 def _answer(what: str, found: dict[str, Any], forward: Forward, memory: "_Memory") -> None:
@@ -120,6 +128,7 @@ def _run_set(forward: Forward, one: dict[str, Any], inputs: Any, reference: Any,
         else:
             theirs = reference[f"{name}.reference"]
             merged["kl"] = (np.exp(theirs) * (theirs - logp)).sum(axis=1, dtype=np.float64)
+            merged["products"] = centred_products(logp, theirs)
     return {f"{name}.{key}": value for key, value in merged.items()}
 
 
@@ -168,17 +177,31 @@ def _pool(hidden: Array, mask: Array, mode: str) -> Array:
     if mode == "cls":
         return hidden[:, 0]
     if mode == "lasttoken":
-        return hidden[np.arange(len(hidden)), np.maximum(mask[:, :, 0].sum(axis=1), 1) - 1]
+        last: Array = hidden[np.arange(len(hidden)), np.maximum(mask[:, :, 0].sum(axis=1), 1) - 1]
+        return last
     pooled: Array
     if mode == "max":
         pooled = np.where(mask > 0, hidden, -np.inf).max(axis=1)
         return pooled
-    weights = mask.astype(np.float32)
+    weights: Array = mask.astype(np.float32)
     if mode == "weightedmean":
-        weights *= np.arange(1, hidden.shape[1] + 1, dtype=np.float32)[:, None]
+        weights = weights * np.arange(1, hidden.shape[1] + 1, dtype=np.float32)[:, None]
     length = np.maximum(weights.sum(axis=1), 1)
     pooled = (hidden * weights).sum(axis=1) / (np.sqrt(length) if mode == "mean_sqrt_len_tokens" else length)
     return pooled
+
+
+def centred_products(ours: Array, theirs: Array) -> Array:
+    """Of each row: ours · theirs, |ours|² and |theirs|², both less the mean of all of their rows. [N, H] each → [N, 3]
+
+    What all rows have in common says nothing of how well they are told apart: without it, one answer to everything comes to nothing.
+    """
+    mean = theirs.mean(axis=0, dtype=np.float64)
+    found = np.empty((len(ours), 3))
+    for at, (mine, base) in enumerate(zip(ours, theirs, strict=True)):  # a row at a time: distributions are wide
+        a, b = mine - mean, base - mean
+        found[at] = a @ b, a @ a, b @ b
+    return found
 
 
 def _log_sum_exp(logits: Array) -> Array:
