@@ -30,7 +30,7 @@ _IMPORT_S = 3.5  #: start of one consumer process with torch and transformers
 _GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alone
 _DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
 _LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared
-_BESIDE_BYTES = 1024**3  #: that the source and an artifact may take together, so that they are timed by turns
+_BESIDE_BYTES = 3 * 1024**3 // 2  #: that the source and an artifact may take together, so that they are timed by turns
 _MOST_ROWS = 16  #: of a batch
 #: what the head is called that multiplies by the table, for `ignore`
 _HEADS = {"causal-lm": "lm_head.weight", "masked-lm": "cls.predictions.decoder.weight"}
@@ -381,24 +381,35 @@ def timed_by_turns(recipe: Recipe, header: ModelHeader) -> bool:
 
 def _measuring_memory(recipe: Recipe, header: ModelHeader) -> tuple[int, int]:
     """Bytes while one model is measured after the other, and where the source's process stays beside each artifact's."""
-    alone = [_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports)]
-    mapped = all(tensor.dtype == "F32" for tensor in header.tensors)
-    beside = CONSUMER_BYTES + 4 * header.parameters * (not mapped)
-    return max(alone), max(alone[0], *(one + beside for one in alone[1:])) if alone[1:] else alone[0]
+    alone = max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports))
+    beside = CONSUMER_BYTES + 4 * header.parameters * (not _mapped(header))
+    return alone, max(alone, *(_consumer_bytes(recipe, header, export) + beside for export in recipe.exports))
+
+
+def _mapped(header: ModelHeader) -> bool:
+    """Weights in fp32 are mapped from their file."""
+    return all(tensor.dtype in {"F32", "I64"} for tensor in header.tensors)
 
 
 def _measuring_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
-    """What a consumer holds of an artifact or the source (None), with what the child holds of it. Weights in fp32 are mapped from their file."""
+    """What the child holds while it makes a graph, or a consumer of an artifact or the source (None), with what the child holds then."""
+    held = _consumer_bytes(recipe, header, export)
+    if export is None or export.format not in GRAPH_FORMATS:
+        return held
+    rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
+    floats = _mapped(header) and not any(one.quantizes for one in recipe.passes)
+    made = made_graph_bytes(header, export.format, rounded=rounded, mapped=floats)
+    return max(made + _logit_bytes(recipe, header), held)
+
+
+def _consumer_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
+    """What a consumer holds of an artifact or the source (None), with what the child holds of it."""
     whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
-    floats = all(tensor.dtype == "F32" for tensor in header.tensors)
-    codes = any(one.quantizes for one in recipe.passes)
     if export is not None and export.format in GRAPH_FORMATS:
-        rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
-        made = made_graph_bytes(header, export.format, rounded=rounded, mapped=floats and not codes)
-        return max(made + logits, TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits)
-    if export is not None and codes:  # the codes, and what they become
+        return TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits
+    if export is not None and any(one.quantizes for one in recipe.passes):  # the codes, and what they become
         return CONSUMER_BYTES + _output_bytes(recipe, header, export) + whole + logits
-    mapped = floats and (export is None or export.weights is None)
+    mapped = _mapped(header) and (export is None or export.weights is None)
     return CONSUMER_BYTES + whole * (not mapped) + logits
 
 
