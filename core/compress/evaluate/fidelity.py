@@ -108,7 +108,11 @@ def of_tokens(view: View, examples: TokenSet) -> list[Measurement]:
             better="lower",
             unit="nats",
         ),
-        _centred(view, np.stack([sums(compared, one, count) for one in view.ours("products").T], axis=1)[kept]),
+        _centred(
+            view,
+            np.stack([sums(compared, one, count) for one in view.ours("products").T], axis=1)[kept],
+            n=len(compared),
+        ),
     ]
 
 
@@ -184,10 +188,10 @@ def of_vectors(view: View) -> list[Measurement]:
     ]
 
 
-def _centred(view: View, products: Array) -> Measurement:
-    """products [N, 3]: of each text, ours · theirs and both squares."""
-    n = len(products)
-    return view.resampled("centred_cosine", of_sums(products, _cosine), n, n=n, better="higher")
+def _centred(view: View, products: Array, n: int | None = None) -> Measurement:
+    """products [N, 3]: of each text, ours · theirs and both squares. n: of what was compared in all texts, where that is more."""
+    count = len(products)
+    return view.resampled("centred_cosine", of_sums(products, _cosine), count, n=n or count, better="higher")
 
 
 def _cosine(sums: Array) -> Array:
