@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core.compress import pipeline
-from core.compress.evaluate import quality
+from core.compress.evaluate import quality, speed
 from core.compress.evaluate.consumer import run_consumer
 from core.compress.executors import graph
 from core.compress.export import onnx, openvino, safetensors
@@ -78,7 +78,7 @@ def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
         order = list(forms.items())
         for name, (runner, artifact) in order if turn % 2 == 0 else reversed(order):
             seen = run_consumer(runner, artifact, trial.task, name=name, scratch=folder / "scratch")
-            times[name].append({f"{one.batch}x{one.length}": one.p50_ms for one in quality.timings(seen, trial.task)})
+            times[name].append({f"{one.batch}x{one.length}": one.p50_ms for one in speed.timings(seen, trial.task)})
     shapes = list(times["torch fp32"][0])
     return {
         "environment": report.environment,

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.machine import machine_of
 from core.compress import pipeline
-from core.compress.evaluate import quality
+from core.compress.evaluate import quality, speed
 from core.compress.evaluate.consumer import run_consumer
 from core.compress.executors import graph
 from core.compress.export import onnx, openvino
@@ -112,7 +112,7 @@ def speedups(folder: Path, source: Path, threads: int, rounds: int) -> dict[str,
             order = list(forms.items())
             for form, path in order if turn % 2 == 0 else reversed(order):
                 seen = run_consumer(exporter.CONSUMER, path, trial.task, name=form, scratch=folder / "scratch" / name)
-                taken = quality.timings(seen, trial.task)
+                taken = speed.timings(seen, trial.task)
                 times[form].append({f"{one.batch}x{one.length}": one.p50_ms for one in taken})
         found[name] = {
             shape: {

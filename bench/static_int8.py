@@ -23,7 +23,7 @@ import numpy as np
 
 from bench.machine import machine_of
 from core.compress import pipeline
-from core.compress.evaluate import quality
+from core.compress.evaluate import quality, speed
 from core.compress.evaluate.calibration import calibration_samples
 from core.compress.evaluate.consumer import run_consumer
 from core.compress.executors import graph
@@ -106,7 +106,7 @@ def measure(model: Path, folder: Path, threads: int, rounds: int) -> dict[str, A
         reference = None
         for name, (runner, artifact) in order if turn % 2 == 0 else reversed(order):
             seen = run_consumer(runner, artifact, trial.task, name=name, scratch=folder / "scratch")
-            times[name].append({f"{one.batch}x{one.length}": one.p50_ms for one in quality.timings(seen, trial.task)})
+            times[name].append({f"{one.batch}x{one.length}": one.p50_ms for one in speed.timings(seen, trial.task)})
             if turn == 0:
                 reference = reference or seen
                 (measured,) = quality.measurements(trial, reference, seen)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from core.compress import pipeline
-from core.compress.evaluate import quality
+from core.compress.evaluate import quality, speed
 from core.compress.evaluate.consumer import run_consumer
 from core.compress.executors import graph
 from core.compress.export import gguf, onnx, openvino, safetensors
@@ -203,7 +203,7 @@ def _encoder(folder: Path, source: Path, threads: int, rounds: int) -> Found:
         order = list(forms.items())
         for name, (runner, artifact) in order if turn % 2 == 0 else reversed(order):
             seen = run_consumer(runner, artifact, trial.task, name=name.replace(" ", ""), scratch=folder / "scratch")
-            shapes = {f"{one.batch}x{one.length}": one.p50_ms for one in quality.timings(seen, trial.task)}
+            shapes = {f"{one.batch}x{one.length}": one.p50_ms for one in speed.timings(seen, trial.task)}
             times[-1][name] = shapes[SHAPE]
             if turn == 0:
                 reference = reference or seen

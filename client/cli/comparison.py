@@ -3,9 +3,16 @@
 from collections.abc import Sequence
 
 from client.cli import output
-from core.handoff.report import GenerationTiming, Measurement, Report, Subject, Timing, read_report
-
-_ALIKE = 1.05  #: medians nearer than this are called equal, as the report's own notes do
+from core.handoff.report import (
+    GenerationTiming,
+    Measurement,
+    Report,
+    Subject,
+    Timing,
+    decode_speedup,
+    read_report,
+    speedup,
+)
 
 
 def print_report(raw: dict[str, object]) -> None:
@@ -99,9 +106,10 @@ def _latency(found: Timing | None, before: Timing | None) -> str:
     text = f"{found.p50_ms:.1f} ms"
     if before is None or not found.p50_ms:
         return text
-    factor = before.p50_ms / found.p50_ms
-    if 1 / _ALIKE < factor < _ALIKE:
-        return f"{text} (as fast)"
+    compared = speedup(found, before)
+    if not compared.told_apart:
+        return f"{text} (not told apart: {compared.low:.1f}× to {compared.high:.1f}×)"
+    factor = compared.value
     return f"{text} ({factor:.1f}× faster)" if factor >= 1 else f"{text} ({1 / factor:.1f}× SLOWER)"
 
 
@@ -111,11 +119,14 @@ def _throughput(found: Timing | None) -> str:
 
 def _decode(found: GenerationTiming, before: GenerationTiming) -> str:
     text = f"{found.decode_tokens_per_s:,.1f} tokens/s (p95 {found.token_p95_ms:.1f} ms)"
-    return text if found is before else f"{text} {found.decode_tokens_per_s / before.decode_tokens_per_s:.2f}×"
+    if found is before:
+        return text
+    compared = decode_speedup(found, before)
+    return f"{text} {compared.value:.2f}×{'' if compared.told_apart else ' (not told apart)'}"
 
 
 def _memory(subject: Subject) -> str:
-    return "–" if subject.peak_memory_bytes is None else output.size_text(subject.peak_memory_bytes)
+    return "–" if not subject.peak_memory_bytes else output.size_text(subject.peak_memory_bytes)
 
 
 def _verified(subject: Subject) -> str:
@@ -123,5 +134,7 @@ def _verified(subject: Subject) -> str:
     return "–" if seen is None else f"{seen.consumer}{'' if seen.passed else ': FAILED'}"
 
 
-def _figure(value: float) -> str:
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "–"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"

@@ -17,11 +17,13 @@ from typing import Literal
 
 from core.compress import environment, report
 from core.compress.checkpoint import disk_errors, write_file
-from core.compress.evaluate import gates, quality
-from core.compress.evaluate.consumer import Observed, run_consumer
+from core.compress.evaluate import gates, quality, speed
+from core.compress.evaluate.beside import SourceBeside
+from core.compress.evaluate.consumer import Consumer, Observed, run_consumer
 from core.compress.evaluate.data import BUILTIN_LICENSE, builtin_digest
 from core.compress.evaluate.finite import check_weights
 from core.compress.evaluate.quality import Trial
+from core.compress.evaluate.remarks import remarks
 from core.compress.evaluate.roofline import device_of
 from core.compress.executors import graph
 from core.compress.executors.activations import return_freed_memory
@@ -49,7 +51,6 @@ Emit = Callable[[Frame], None]
 
 _GRAPHS = {"onnx": onnx, "openvino": openvino, "transformers.js": transformersjs}
 _FOLDERS = {"safetensors": safetensors, "compressed-tensors": compressed_tensors}
-_SLOWER = 1.05  #: medians nearer than this are called equal
 
 
 def run(job_dir: Path, emit: Emit) -> Manifest:
@@ -221,8 +222,8 @@ class _Press:
             size_bytes=_folder_bytes(self.source),
             parameters=header.parameters,
             measurements=quality.measurements(trial, observed, None),
-            timings=quality.timings(observed, trial.task),
-            generation=quality.generation_timings(observed, trial.task.threads),
+            timings=speed.timings(observed, trial.task),
+            generation=speed.generation_timings(observed, trial.task.threads),
             peak_memory_bytes=observed.peak_memory,
         )
         self._publish(subject)
@@ -309,6 +310,23 @@ class _Press:
         reference: Observed,
         scratch: Path,
     ) -> tuple[list[Subject], dict[str, str]]:
+        limit = self.spec.memory_limit
+        with SourceBeside(
+            safetensors.CONSUMER, self.source, trial.task, reference, scratch=scratch, limit=limit
+        ) as beside:
+            opener = beside.open if trial.by_turns else lambda _peak: None
+            return self._measure_each(exported, parameters, trial, source, reference, scratch, opener)
+
+    def _measure_each(
+        self,
+        exported: list[_Exported],
+        parameters: int,
+        trial: Trial,
+        source: Subject,
+        reference: Observed,
+        scratch: Path,
+        beside: Callable[[int | None], Consumer | None],
+    ) -> tuple[list[Subject], dict[str, str]]:
         subjects: list[Subject] = []
         versions: dict[str, str] = {}
         for at, one in enumerate(exported):
@@ -323,6 +341,7 @@ class _Press:
                 name=name,
                 scratch=scratch,
                 reference=reference.outputs_file,
+                beside=beside,
                 progress=self._evaluating(start, end, name),
             )
             versions |= observed.versions
@@ -340,12 +359,12 @@ class _Press:
                 size_bytes=_folder_bytes(one.folder),
                 parameters=parameters,
                 measurements=quality.measurements(trial, reference, observed),
-                timings=quality.timings(observed, trial.task),
-                generation=quality.generation_timings(observed, trial.task.threads),
+                timings=speed.timings(observed, trial.task, reference),
+                generation=speed.generation_timings(observed, trial.task.threads, reference),
                 peak_memory_bytes=observed.peak_memory,
                 verification=verification,
             )
-            subject = subject.model_copy(update={"notes": _remarks(subject, source)})
+            subject = subject.model_copy(update={"notes": remarks(subject, source)})
             self._publish(subject)
             subjects.append(subject)
         return subjects, versions
@@ -477,42 +496,8 @@ class _Press:
             notes.append(
                 f"The source is stored as {kinds} and was measured in fp32, as were the artifacts' float parts."
             )
-        notes.append(
-            "Latencies were taken one model after the other on the worker's own processors; what else ran there is in their spread."
-        )
         return tuple(notes)
 
 
 def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _remarks(artifact: Subject, source: Subject) -> tuple[str, ...]:
-    """What a reader should not have to find out alone. Remarks decide nothing; gates do."""
-    remarks = []
-    if artifact.size_bytes >= source.size_bytes:
-        remarks.append(
-            f"Not smaller than the source: {artifact.size_bytes / 1e6:.1f} MB against {source.size_bytes / 1e6:.1f} MB."
-        )
-    for ours in artifact.timings:
-        for theirs in source.timings:
-            same = (ours.batch, ours.length) == (theirs.batch, theirs.length)
-            if same and ours.p50_ms > _SLOWER * theirs.p50_ms:
-                remarks.append(
-                    f"Slower than the source at batch {ours.batch} × {ours.length} tokens: {ours.p50_ms:.1f} ms against {theirs.p50_ms:.1f} ms."
-                )
-    if source.generation and not artifact.generation:
-        remarks.append("Writing text was timed on the source only: what runs this format here does not decode yet.")
-    for wrote in artifact.generation:
-        for before in source.generation:
-            same = (wrote.batch, wrote.prompt, wrote.tokens) == (before.batch, before.prompt, before.tokens)
-            if (
-                same
-                and wrote.cached
-                and before.cached
-                and before.decode_tokens_per_s > _SLOWER * wrote.decode_tokens_per_s
-            ):
-                remarks.append(
-                    f"Decodes slower than the source at batch {wrote.batch} × prompt of {wrote.prompt} tokens: {wrote.decode_tokens_per_s:.1f} tokens/s against {before.decode_tokens_per_s:.1f}."
-                )
-    return tuple(remarks)

@@ -22,7 +22,11 @@ from core.handoff.report import (
     PassRecord,
     Report,
     Series,
+    Speedup,
     Subject,
+    Timing,
+    decode_speedup,
+    speedup,
 )
 
 MARKDOWN_FILE = "report.md"
@@ -31,6 +35,7 @@ LAYERS_SHOWN = 40
 
 _Row = tuple[str, str, list[tuple[str, str]]]  #: what, the source's figure, [(an artifact's figure, its change)]
 _NONE = ("–", "")
+_UNKNOWN = "unknown"
 
 _NAMES = {
     "perplexity": "Perplexity",
@@ -48,7 +53,13 @@ _NAMES = {
     "generation_match": "Texts written alike",
     "prefix_match": "Tokens written alike",
     "cosine": "Cosine with the source",
+    "centred_cosine": "Cosine with the source, centred",
     "top1_agreement": "Top-1 agreement with the source",
+    "label_agreement": "Labels given alike",
+    "rank_correlation": "Rank correlation with the source",
+    "correlation": "Correlation with the source",
+    "mean_error": "Mean error against the source",
+    "largest_error": "Largest error against the source",
     "kl_divergence": "KL divergence from the source",
 }
 _SHARES = frozenset(
@@ -57,11 +68,15 @@ _SHARES = frozenset(
         "choice_accuracy",
         "masked_accuracy",
         "top1_agreement",
+        "label_agreement",
         "generation_match",
         "prefix_match",
         "recall",
     }
 )
+_FINE = frozenset(
+    {"cosine", "centred_cosine", "kl_divergence", "rank_correlation", "correlation", "mean_error"}
+)  #: five digits
 #: what the Hub calls a figure, where it has its own name for it
 _HUB_METRICS = {"spearman": "spearmanr", "pearson": "pearsonr", "entity_f1": "seqeval", "choice_accuracy": "acc_norm"}
 #: what makes the Hub's `quantized` of a model, as a GGUF without any pass does; it has no nearer word for the others than `finetune`
@@ -233,30 +248,27 @@ def _headline(report: Report) -> list[tuple[str, str, str]]:
     lines = []
     for one in report.artifacts:
         parts = [f"{one.size_bytes / report.source.size_bytes:.0%} of the size"]
-        ratios = [
-            theirs.p50_ms / ours.p50_ms
-            for ours in one.timings
-            for theirs in report.source.timings
-            if (ours.batch, ours.length) == (theirs.batch, theirs.length)
-        ]
-        if ratios:
-            low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
-            parts.append(f"{low}×" + (f" to {high}×" if low != high else "") + " the speed")
-        writing = _decode_ratios(one, report.source)
-        if writing:
-            low, high = f"{min(writing):.1f}", f"{max(writing):.1f}"
-            parts.append(f"decodes {low}×" + (f" to {high}×" if low != high else "") + " as fast")
+        lines_of_speed = (
+            report_costs.speed_line("speed", "{} the speed", _speedups(one, report.source)),
+            report_costs.speed_line("decoding", "decodes {} as fast", _decode_speedups(one, report.source)),
+        )
+        parts += [line for line in lines_of_speed if line]
         first = one.measurements[0] if one.measurements else None
         lines.append((one.name, ", ".join(parts), f"{metric_name(first)} {figure(first)}" if first else ""))
     return lines
 
 
-def _decode_ratios(artifact: Subject, source: Subject) -> list[float]:
-    base = {(one.batch, one.prompt, one.tokens): one.decode_tokens_per_s for one in source.generation if one.cached}
+def _speedups(artifact: Subject, source: Subject) -> list[Speedup]:
+    base = {(one.batch, one.length): one for one in source.timings}
+    return [speedup(one, base[shape]) for one in artifact.timings if (shape := (one.batch, one.length)) in base]
+
+
+def _decode_speedups(artifact: Subject, source: Subject) -> list[Speedup]:
+    base = {(one.batch, one.prompt, one.tokens): one for one in source.generation if one.cached}
     return [
-        one.decode_tokens_per_s / base[shape]
+        decode_speedup(one, base[shape])
         for one in artifact.generation
-        if one.cached and base.get(shape := (one.batch, one.prompt, one.tokens))
+        if one.cached and (shape := (one.batch, one.prompt, one.tokens)) in base
     ]
 
 
@@ -280,11 +292,14 @@ def _rows(report: Report) -> list[_Row]:
         rows.append((label, figure(theirs) if theirs else "–", cells))
     for at, timing in enumerate(source.timings):
         label = f"Latency, batch {timing.batch} × {timing.length} tokens"
-        cells = [_of_time(one.timings[at].p50_ms, one.timings[at].p95_ms, timing.p50_ms) for one in artifacts]
+        cells = [_of_time(one.timings[at], timing) for one in artifacts]
         rows.append((label, f"{timing.p50_ms:.1f} ms (p95 {timing.p95_ms:.1f})", cells))
         unit = timing.throughput_unit
         throughput = [
-            (f"{one.timings[at].throughput:,.0f} {unit}", f"{one.timings[at].throughput / timing.throughput:.2f}×")
+            (
+                f"{one.timings[at].throughput:,.0f} {unit}",
+                _times(one.timings[at].speedup, one.timings[at].throughput / timing.throughput),
+            )
             for one in artifacts
         ]
         rows.append(
@@ -295,11 +310,16 @@ def _rows(report: Report) -> list[_Row]:
             )
         )
     rows += _generation_rows(source, artifacts)
-    if source.peak_memory_bytes:
-        base = source.peak_memory_bytes
-        cells = [_of(one.peak_memory_bytes or 0, base, megabytes) for one in artifacts]
-        rows.append(("Peak memory of the process", megabytes(base), cells))
+    rows += _memory_row(
+        "Peak memory of the process", source.peak_memory_bytes, [one.peak_memory_bytes for one in artifacts]
+    )
     return rows
+
+
+def _memory_row(label: str, theirs: int | None, ours: Sequence[int | None]) -> list[_Row]:
+    """None: unknown. A report of an earlier version has 0 for that. The row is left out where nothing is known."""
+    cells = [_of(one, theirs or 0, megabytes) if one else (_UNKNOWN, "") for one in ours]
+    return [(label, megabytes(theirs) if theirs else _UNKNOWN, cells)] if theirs or any(ours) else []
 
 
 def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[_Row]:
@@ -315,7 +335,9 @@ def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[_R
                 f"Prefill, {shape}",
                 _prefill(base),
                 [
-                    (_prefill(one), f"{one.prefill_tokens_per_s / base.prefill_tokens_per_s:.2f}×") if one else _NONE
+                    (_prefill(one), _times(one.prefill_speedup, one.prefill_tokens_per_s / base.prefill_tokens_per_s))
+                    if one
+                    else _NONE
                     for one in ours
                 ],
             )
@@ -325,16 +347,15 @@ def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[_R
                 f"Decode, {shape}",
                 _decode(base),
                 [
-                    (_decode(one), f"{one.decode_tokens_per_s / base.decode_tokens_per_s:.2f}×") if one else _NONE
+                    (_decode(one), _times(one.decode_speedup, one.decode_tokens_per_s / base.decode_tokens_per_s))
+                    if one
+                    else _NONE
                     for one in ours
                 ],
             )
         )
-        if base.peak_memory_bytes:
-            cells = [
-                _of(one.peak_memory_bytes or 0, base.peak_memory_bytes, megabytes) if one else _NONE for one in ours
-            ]
-            rows.append((f"Peak memory, {shape}", megabytes(base.peak_memory_bytes), cells))
+        peaks = [one.peak_memory_bytes if one else None for one in ours]
+        rows += _memory_row(f"Peak memory, {shape}", base.peak_memory_bytes, peaks)
     return rows
 
 
@@ -361,9 +382,20 @@ def _of(value: int, base: int, show: Any) -> tuple[str, str]:
     return show(value), f"{value / base:.0%}" if base else ""
 
 
-def _of_time(p50: float, p95: float, base: float) -> tuple[str, str]:
-    faster = base / p50
-    return f"{p50:.1f} ms (p95 {p95:.1f})", f"{faster:.2f}× faster" if faster >= 1 else f"{1 / faster:.2f}× slower"
+def _of_time(ours: Timing, theirs: Timing) -> tuple[str, str]:
+    shown, compared = f"{ours.p50_ms:.1f} ms (p95 {ours.p95_ms:.1f})", speedup(ours, theirs)
+    if not compared.told_apart:
+        return shown, "not told apart"
+    faster = compared.value
+    return shown, f"{faster:.2f}× faster" if faster >= 1 else f"{1 / faster:.2f}× slower"
+
+
+def _times(speedup: Speedup | None, ratio: float) -> str:
+    """ratio: of the medians, for a report of an earlier version."""
+    if speedup is None:
+        return f"{ratio:.2f}×"
+    apart = "" if speedup.told_apart else ", not told apart"
+    return f"{speedup.value:.2f}× [{speedup.low:.2f}, {speedup.high:.2f}]{apart}"
 
 
 def megabytes(size: float) -> str:
@@ -383,7 +415,7 @@ def shown(value: float | None, metric: str) -> str:
         return "–"
     if metric in _SHARES:
         return f"{value:.1%}"
-    return f"{value:.{5 if metric in {'cosine', 'kl_divergence'} else 3}f}"
+    return f"{value:.{5 if metric in _FINE else 3}f}"
 
 
 def change(one: Measurement) -> str:

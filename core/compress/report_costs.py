@@ -1,10 +1,25 @@
 """The report's parts on what a model costs to run and to keep: its profile, how it writes text, and what zeros save."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from core.compress import charts
-from core.handoff.report import GenerationTiming, PassRecord, Report, Series, Subject
+from core.handoff.report import GenerationTiming, PassRecord, Report, Series, Speedup, Subject
 from core.recipes.profile import Profile, by_kind
+
+
+def speed_line(what: str, said: str, speedups: Sequence[Speedup]) -> str:
+    """How many times as fast, over all shapes, with the whole interval; where source and artifact are not told apart, that instead. "": nothing was timed."""
+    if not speedups:
+        return ""
+    ends = f"[{min(one.low for one in speedups):.1f}×, {max(one.high for one in speedups):.1f}×]"
+    apart = [one for one in speedups if one.told_apart]
+    if not apart:
+        return f"{what} not told apart from the source's {ends}"
+    low, high = f"{min(one.value for one in speedups):.1f}", f"{max(one.value for one in speedups):.1f}"
+    line = said.format(f"{low}×" + (f" to {high}×" if low != high else "")) + f" {ends}"
+    blurred = len(speedups) - len(apart)
+    return line + (f", not told apart from the source's at {blurred} of {len(speedups)} shapes" if blurred else "")
 
 
 class Table(NamedTuple):

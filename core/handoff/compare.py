@@ -7,11 +7,9 @@ from core.handoff.report import Measurement, Report, Subject
 
 #: what a source scores against itself, where a figure is about nearness to the source
 _OF_ITSELF = {
-    "cosine": 1.0,
-    "top1_agreement": 1.0,
-    "generation_match": 1.0,
-    "prefix_match": 1.0,
-    "kl_divergence": 0.0,
+    **dict.fromkeys(("cosine", "centred_cosine", "top1_agreement", "label_agreement"), 1.0),
+    **dict.fromkeys(("rank_correlation", "correlation", "generation_match", "prefix_match"), 1.0),
+    **dict.fromkeys(("kl_divergence", "mean_error", "largest_error"), 0.0),
 }
 
 

@@ -37,6 +37,21 @@ class Measurement(_Model):
     change_high: float | None = None
 
 
+class Speedup(_Model):
+    """How many times as fast as the source an artifact is at one shape: the source's median wait over the artifact's.
+
+    By turns, low and high are the ends of the 95% interval, from runs of both that took turns. Else both were timed one after the
+    other, and low and high compare the 5th percentile of either with the other's 95th: whatever else ran meanwhile is in that.
+    """
+
+    value: float
+    low: float
+    high: float
+    told_apart: bool  #: low and high lie on one side of 1
+    by_turns: bool
+    source_p50_ms: float  #: the source's median in these runs
+
+
 class Timing(_Model):
     """Latency of one batch shape: `repeats` timed runs after warm-up, in milliseconds."""
 
@@ -48,6 +63,7 @@ class Timing(_Model):
     p95_ms: float
     throughput: float
     throughput_unit: str  #: "sequences/s" or "tokens/s"
+    speedup: Speedup | None = None  #: of an artifact
 
 
 class GenerationTiming(_Model):
@@ -71,6 +87,29 @@ class GenerationTiming(_Model):
     peak_memory_bytes: int | None = (
         None  #: of the consumer's process during these runs; None where the system can't say
     )
+    prefill_speedup: Speedup | None = None  #: of an artifact, in tokens/s of the prompt
+    decode_speedup: Speedup | None = None  #: of an artifact, in tokens/s after the first
+
+
+def speedup(ours: Timing, theirs: Timing) -> Speedup:
+    """Of two timings at one shape. Reports of earlier versions tell medians and 95th percentiles alone: the spread is taken from these."""
+    if ours.speedup is not None:
+        return ours.speedup
+    ends = theirs.p50_ms / ours.p95_ms, theirs.p95_ms / ours.p50_ms
+    return _one_after_the_other(theirs.p50_ms / ours.p50_ms, *ends, theirs.p50_ms)
+
+
+def decode_speedup(ours: GenerationTiming, theirs: GenerationTiming) -> Speedup:
+    """The same of decoding, in tokens/s after the first."""
+    if ours.decode_speedup is not None:
+        return ours.decode_speedup
+    ends = ours.decode_slowest / theirs.decode_fastest, ours.decode_fastest / theirs.decode_slowest
+    return _one_after_the_other(ours.decode_tokens_per_s / theirs.decode_tokens_per_s, *ends, theirs.token_p50_ms)
+
+
+def _one_after_the_other(value: float, low: float, high: float, source_p50_ms: float) -> Speedup:
+    apart = low > 1 or high < 1
+    return Speedup(value=value, low=low, high=high, told_apart=apart, by_turns=False, source_p50_ms=source_p50_ms)
 
 
 class Verification(_Model):
@@ -96,7 +135,7 @@ class Subject(_Model):
     measurements: tuple[Measurement, ...] = ()
     timings: tuple[Timing, ...] = ()
     generation: tuple[GenerationTiming, ...] = ()
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None  #: of the consumer's process; None: unknown
     verification: Verification | None = None
     notes: tuple[str, ...] = ()  #: honest remarks: "slower than the source", "zeros save nothing in this format"
 
@@ -135,7 +174,7 @@ class GateResult(_Model):
 
     gate: str  #: e.g. "perplexity <= +3%"
     artifact: str
-    observed: float
+    observed: float | None  #: None: it was not measured, and so is missed
     passed: bool
     explanation: str
 

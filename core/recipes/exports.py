@@ -36,6 +36,7 @@ GGUF_BITS: Mapping[str, float] = {
 }
 #: model_type values that llama.cpp's graphs for these names compute as transformers does.
 GGUF_DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
+GGUF_POOLING = frozenset({"mean", "cls", "lasttoken"})  #: of embedders, as llama.cpp can do it
 GGUF_ENCODERS = frozenset({"bert"})
 
 
@@ -110,6 +111,8 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
     kind, config = header.model_type, header.config
     if export.format in GRAPH_FORMATS and kind not in (ENCODERS | DECODERS) - MIXTURES:
         return f"no graph of a {kind} was ever checked"
+    if export.format in GRAPH_FORMATS and header.one_text_a_batch:
+        return "its classifier finds a text's end by the padding token, and its config.json names no `pad_token_id`"
     if export.format != "gguf":
         return None
     if header.task == "causal-lm":
@@ -124,5 +127,7 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
             return "llama.cpp's qwen2 has heads that share the hidden size between them"
         return None
     if kind in GGUF_ENCODERS and header.task == "embedding":
+        if header.pooling not in GGUF_POOLING:
+            return f"llama.cpp pools by {', '.join(sorted(GGUF_POOLING))}, and this model by {header.pooling}"
         return None
     return f"llama.cpp runs language models and BERT embedders, and this is a {header.architecture}"

@@ -1,5 +1,6 @@
 """What a plan needs to know of a model, read from its config and its safetensors headers alone."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -70,6 +71,10 @@ CONV1D = frozenset({"gpt2"})
 SHARED_BLOCKS = frozenset({"albert"})
 
 
+#: What a classifier's outputs mean: one class of several, labels of which each holds or doesn't, or plain numbers.
+Head = Literal["classes", "labels", "numbers"]
+
+
 class TensorInfo(BaseModel):
     """One tensor as its safetensors header describes it."""
 
@@ -91,6 +96,7 @@ class ModelHeader(BaseModel):
     config: dict[str, Any] = Field(repr=False)
     tensors: tuple[TensorInfo, ...] = Field(repr=False)
     has_tokenizer: bool
+    pooling: str = "mean"  #: how an embedder's token vectors become one; see core/recipes/pooling.py
 
     @property
     def parameters(self) -> int:
@@ -115,6 +121,24 @@ class ModelHeader(BaseModel):
         return self.task == "causal-lm"
 
     @property
+    def classes(self) -> int:
+        """Outputs of a classifier."""
+        return len(self.config.get("id2label") or {}) or int(self.config.get("num_labels") or 2)
+
+    @property
+    def head(self) -> Head:
+        """As transformers reads `problem_type`; a single output is a number, as a regression's or a reranker's is."""
+        problem = self.config.get("problem_type")
+        if problem == "regression" or self.classes == 1:
+            return "numbers"
+        return "labels" if problem == "multi_label_classification" else "classes"
+
+    @property
+    def one_text_a_batch(self) -> bool:
+        """Whether the model can't read padded texts: a decoder's classifier finds a text's end by the padding token, and this has none."""
+        return self.task == "classification" and self.model_type in DECODERS and padding_token(self.config) is None
+
+    @property
     def tied_table(self) -> TensorInfo | None:
         """A language model's one matrix with a row a token: it is both looked up in and multiplied by. None: the head has its own, or there is none."""
         rows = self.config.get("vocab_size")
@@ -133,3 +157,11 @@ class ModelHeader(BaseModel):
             return None
         # These count positions from their padding token on.
         return limit - 2 if self.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"} else limit
+
+
+def padding_token(config: Mapping[str, Any]) -> int | None:
+    """A model's own padding token. None: it has none; some configs write −1 for that."""
+    found, words = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        return None
+    return found if not isinstance(words, int) or found < words else None

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from core.errors import ErrorCode, NightpressError
 from core.recipes.header import ModelHeader, TensorInfo
 from core.recipes.jsonfile import malformed, parse_json, walk
+from core.recipes.pooling import read_pooling
 from core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
 
 MAX_FILES = 2000
@@ -119,13 +120,20 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
         _check_small_file(files, path, sizes[path])
     tensors = _read_tensors(files, sizes)
     architectures = config.get("architectures") or [""]
-    return ModelHeader(
+    header = ModelHeader(
         model_type=config["model_type"],
         architecture=architectures[0],
         config=config,
         tensors=tuple(tensors),
         has_tokenizer=not TOKENIZER_FILES.isdisjoint(sizes),
     )
+    if header.task != "embedding" or header.sees_images:
+        return header
+
+    def read(path: str) -> Any:
+        return _read_json(files, path, sizes[path], _CONFIG_BYTES) if path in sizes else None
+
+    return header.model_copy(update={"pooling": read_pooling(read)})
 
 
 def is_model_file(path: str) -> bool:

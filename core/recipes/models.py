@@ -42,7 +42,8 @@ class Quality(_Model):
 
     `auto` is perplexity for causal language models, masked-lm for masked ones, accuracy and entities where the data has labels for
     them, otherwise fidelity. `fidelity` needs no labels: cosine of pooled outputs for embedders, top-1 agreement and KL divergence where
-    there are logits; it comes with every other metric whose outputs show it.
+    there are logits, correlations and errors where outputs are plain numbers, and for all of them the centred cosine; it comes with
+    every other metric whose outputs show it.
     """
 
     metric: Literal["auto"] | Metric = "auto"
@@ -215,8 +216,14 @@ GATE_METRICS = (
     "generation_match",
     "prefix_match",
     "cosine",
+    "centred_cosine",
     "top1_agreement",
+    "label_agreement",
     "kl_divergence",
+    "rank_correlation",
+    "correlation",
+    "mean_error",
+    "largest_error",
 )
 
 

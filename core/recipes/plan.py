@@ -30,6 +30,7 @@ _IMPORT_S = 3.5  #: start of one consumer process with torch and transformers
 _GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alone
 _DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
 _LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared
+_BESIDE_BYTES = 3 * 1024**3 // 2  #: that the source and an artifact may take together, so that they are timed by turns
 _MOST_ROWS = 16  #: of a batch
 #: what the head is called that multiplies by the table, for `ignore`
 _HEADS = {"causal-lm": "lm_head.weight", "masked-lm": "cls.predictions.decoder.weight"}
@@ -218,6 +219,11 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
             _check_metric(wanted, header)
         elif isinstance(wanted, GenerationSpeed):
             _check_generation(wanted, header)
+        elif header.one_text_a_batch and max(wanted.batch) > 1:
+            raise invalid(
+                "evaluate: the model takes no batch of several texts: it finds a text's end by its padding token, and its config.json names none.",
+                "Use `batch: 1`, or give config.json the `pad_token_id` that the model was trained with.",
+            )
 
 
 def _check_generation(one: GenerationSpeed, header: ModelHeader) -> None:
@@ -256,6 +262,11 @@ def _check_metric(one: Quality, header: ModelHeader) -> None:
         raise invalid(
             f"evaluate: {one.metric} is for {' and '.join(sorted(tasks))} models, and this one is for {header.task}.",
             f"Use {', '.join(f'`{name}`' for name in ['auto', *others, 'fidelity'])}.",
+        )
+    if one.metric == "accuracy" and header.head != "classes":
+        raise invalid(
+            f"evaluate: accuracy is for models that choose one class, and this one's outputs are {header.head} (`problem_type` and `num_labels` in its config.json).",
+            "Use `fidelity`, which compares them with the source's.",
         )
     if not prose and one.data.startswith("builtin:"):
         raise invalid(
@@ -348,21 +359,57 @@ def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
     seconds = (
         sum(starts) + traced * cached_trace_seconds(header) + len(starts) * tokens * header.parameters / FORWARD_RATE
     )
-    return Cost(max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports)), seconds)
+    alone, together = _measuring_memory(recipe, header)
+    if not timed_by_turns(recipe, header):
+        return Cost(alone, seconds)
+    timed = sum(_tokens(one) for one in recipe.evaluate if not isinstance(one, Quality))
+    again = (
+        _IMPORT_S + len(recipe.exports) * timed * header.parameters / FORWARD_RATE
+    )  # the source, beside each artifact
+    return Cost(together, seconds + again)
+
+
+def timed_by_turns(recipe: Recipe, header: ModelHeader) -> bool:
+    """Whether the source's process is there while an artifact is timed: where that takes little memory, or no more than the job takes anyway."""
+    if not any(isinstance(one, Latency | GenerationSpeed) for one in recipe.evaluate):
+        return False
+    alone, together = _measuring_memory(recipe, header)
+    given, _ = _chain(recipe, header)
+    passes = [one.cost(seen, recipe.calibration).memory_bytes for one, seen in zip(recipe.passes, given, strict=True)]
+    return together <= max(_BESIDE_BYTES, alone, *passes)
+
+
+def _measuring_memory(recipe: Recipe, header: ModelHeader) -> tuple[int, int]:
+    """Bytes while one model is measured after the other, and where the source's process stays beside each artifact's."""
+    alone = max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports))
+    beside = CONSUMER_BYTES + 4 * header.parameters * (not _mapped(header))
+    return alone, max(alone, *(_consumer_bytes(recipe, header, export) + beside for export in recipe.exports))
+
+
+def _mapped(header: ModelHeader) -> bool:
+    """Weights in fp32 are mapped from their file."""
+    return all(tensor.dtype in {"F32", "I64"} for tensor in header.tensors)
 
 
 def _measuring_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
-    """What a consumer holds of an artifact or the source (None), with what the child holds of it. Weights in fp32 are mapped from their file."""
+    """What the child holds while it makes a graph, or a consumer of an artifact or the source (None), with what the child holds then."""
+    held = _consumer_bytes(recipe, header, export)
+    if export is None or export.format not in GRAPH_FORMATS:
+        return held
+    rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
+    floats = _mapped(header) and not any(one.quantizes for one in recipe.passes)
+    made = made_graph_bytes(header, export.format, rounded=rounded, mapped=floats)
+    return max(made + _logit_bytes(recipe, header), held)
+
+
+def _consumer_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
+    """What a consumer holds of an artifact or the source (None), with what the child holds of it."""
     whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
-    floats = all(tensor.dtype == "F32" for tensor in header.tensors)
-    codes = any(one.quantizes for one in recipe.passes)
     if export is not None and export.format in GRAPH_FORMATS:
-        rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
-        made = made_graph_bytes(header, export.format, rounded=rounded, mapped=floats and not codes)
-        return max(made + logits, TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits)
-    if export is not None and codes:  # the codes, and what they become
+        return TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits
+    if export is not None and any(one.quantizes for one in recipe.passes):  # the codes, and what they become
         return CONSUMER_BYTES + _output_bytes(recipe, header, export) + whole + logits
-    mapped = floats and (export is None or export.weights is None)
+    mapped = _mapped(header) and (export is None or export.weights is None)
     return CONSUMER_BYTES + whole * (not mapped) + logits
 
 
@@ -381,7 +428,7 @@ def _tokens(one: Evaluation) -> float:
         case Quality():
             return one.samples * (one.length + one.new_tokens * (one.metric == "generation"))
         case Latency():
-            return sum(b * n for b in one.batch for n in one.length) * (one.repeats + 3)
+            return sum(b * n for b in one.batch for n in one.length) * 2 * (one.repeats + 1)  # each run behind another
         case GenerationSpeed():
             read = sum(b * n for b in one.batch for n in one.prompt)
             # A step reads every weight for few tokens: it waits for memory, whatever the batch.

@@ -213,7 +213,8 @@ def test_a_file_carries_the_codes_the_tokenizer_and_the_template(llama_cpp: Any,
     assert model.metadata["tokenizer.chat_template"] == "{{ messages }}"
 
 
-def test_a_bert_embeds_in_llama_cpp(llama_cpp: Any, tmp_path: Path):
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+def test_a_bert_embeds_in_llama_cpp(pooling: str, llama_cpp: Any, tmp_path: Path):
     import torch
     from tokenizers import Tokenizer
     from transformers import BertConfig, BertModel
@@ -227,6 +228,10 @@ def test_a_bert_embeds_in_llama_cpp(llama_cpp: Any, tmp_path: Path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (bert_tiny_dir() / name).exists():
             shutil.copy(bert_tiny_dir() / name, tmp_path / "model")
+    module = {"path": "pool", "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling"}
+    (tmp_path / "model" / "modules.json").write_text(json.dumps([module]))
+    (tmp_path / "model" / "pool").mkdir()
+    (tmp_path / "model" / "pool" / "config.json").write_text(json.dumps({"pooling_mode": pooling}))
     recipe = {
         "passes": [],
         "exports": ["gguf", {"format": "gguf", "type": "q8_0"}],

@@ -84,7 +84,7 @@ def test_fidelity_has_its_interval_and_the_source_none(done: Done):
     assert [one.name for one in done.report.source.measurements] == ["masked_accuracy"]
     for one in done.report.artifacts:
         found = {measured.name: measured for measured in one.measurements}
-        assert set(found) == {"masked_accuracy", "top1_agreement", "kl_divergence"}
+        assert set(found) == {"masked_accuracy", "top1_agreement", "kl_divergence", "centred_cosine"}
         for measured in found.values():
             assert measured.low <= measured.value <= measured.high
             assert measured.n > 16

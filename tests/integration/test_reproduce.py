@@ -57,7 +57,7 @@ def test_the_same_files_give_the_same_bytes_and_figures(pressed: Path):
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert found["outcome"] == "identical"
     assert all(one["same"] for one in found["bytes"])
-    assert {one["name"] for one in found["figures"]} == {"top1_agreement", "kl_divergence"}
+    assert {one["name"] for one in found["figures"]} == {"top1_agreement", "kl_divergence", "centred_cosine"}
     assert found["versions"] == {}
     assert all(one["same"] for one in found["figures"])
 

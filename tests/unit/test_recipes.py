@@ -4,7 +4,7 @@ import pytest
 
 from core.errors import ErrorCode, NightpressError
 from core.recipes.builtins import builtin_recipes, get_recipe
-from core.recipes.models import load_recipe, parse_gate, parse_recipe
+from core.recipes.models import GATE_METRICS, Quality, load_recipe, parse_gate, parse_recipe
 
 GOOD = {"name": "r", "passes": [{"pass": "weight-only", "bits": 4}], "exports": ["compressed-tensors"]}
 
@@ -87,3 +87,17 @@ def test_only_data_sets_that_a_person_brought_are_references() -> None:
         {**GOOD, "evaluate": [{"metric": "auto", "data": "reviews"}, {"metric": "auto", "data": "builtin:prose"}]}
     )
     assert recipe.data_refs() == {"reviews"}
+
+
+_NOT_OF_QUALITY = {"size", "memory", "latency", "throughput", "prefill_tokens_per_s", "decode_tokens_per_s"}
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_builtin_recipe_gates_on_a_quality_that_it_measures(name: str):
+    recipe = builtin_recipes()[name]
+    gates = set(recipe.gates) & (set(GATE_METRICS) - _NOT_OF_QUALITY)
+    measured = {one.metric for one in recipe.evaluate if isinstance(one, Quality)}
+    assert gates
+    # These alone are there whatever the model is for; perplexity is asked of recipes for language models.
+    assert gates <= {"centred_cosine"} | ({"perplexity"} if measured <= {"perplexity", "auto"} else set())
+    assert measured

@@ -6,6 +6,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from client.cli.comparison import comparison_rows
 from core.compress import report as reports
 from core.compress.lineage import read_lineage
 from core.errors import ErrorCode, NightpressError
@@ -196,3 +197,22 @@ def test_a_licence_is_known_by_its_text(tmp_path: Path):
     assert read_lineage(tmp_path) == {"license": "apache-2.0"}
     (tmp_path / "LICENSE").write_text("Do as you please.")
     assert read_lineage(tmp_path) == {"license": "other"}
+
+
+@pytest.mark.parametrize("unknown", ["source", "artifact"])
+def test_an_unknown_peak_of_memory_is_no_zero(unknown: str):
+    report = full_report()
+    blank = {"peak_memory_bytes": None, "generation": ()}
+    if unknown == "source":
+        report = report.model_copy(update={"source": report.source.model_copy(update=blank)})
+    else:
+        artifacts = tuple(one.model_copy(update=blank) for one in report.artifacts)
+        report = report.model_copy(update={"artifacts": artifacts})
+    for page in (reports.render_markdown(report), reports.render_html(report)):
+        assert "Peak memory of the process" in page
+        assert "unknown" in page
+        assert " 0.0 MB" not in page
+        assert ">0.0 MB" not in page
+    row = next(one for one in comparison_rows(report) if one[0] == "peak memory")
+    assert ("–" in row[1]) is (unknown == "source")
+    assert ("–" in row[2]) is (unknown == "artifact")

@@ -3,8 +3,9 @@
 import { change, figure } from "./format.js";
 
 /** Fidelity compares with the source, which agrees with itself. */
-const OF_THE_SOURCE = { cosine: 1, top1_agreement: 1, kl_divergence: 0, generation_match: 1 };
-const PREFERRED = ["perplexity", "accuracy", "f1", "ndcg", "spearman", "cosine", "top1_agreement", "kl_divergence"];
+const OF_THE_SOURCE = { cosine: 1, centred_cosine: 1, top1_agreement: 1, label_agreement: 1, kl_divergence: 0, rank_correlation: 1, correlation: 1, mean_error: 0, largest_error: 0, generation_match: 1 };
+const LOWER_IS_BETTER = ["kl_divergence", "mean_error", "largest_error"];
+const PREFERRED = ["perplexity", "accuracy", "f1", "ndcg", "spearman", "centred_cosine", "cosine", "top1_agreement", "label_agreement", "rank_correlation", "kl_divergence"];
 
 /** The measure that says most of a model's quality, as its report has it. */
 export function quality(subject, names = PREFERRED) {
@@ -40,7 +41,7 @@ export function points(reports) {
       return {
         job, source, format: subject.format, report,
         label: source ? `${report.model.name} (source)` : `${report.recipe.name} · ${subject.format}`,
-        size: subject.size_bytes, latency: latency(subject)?.p50_ms ?? null, measure, quality: found?.value ?? (source ? (OF_THE_SOURCE[measure] ?? null) : null), better: found?.better ?? (measure === "kl_divergence" ? "lower" : "higher"),
+        size: subject.size_bytes, latency: latency(subject)?.p50_ms ?? null, measure, quality: found?.value ?? (source ? (OF_THE_SOURCE[measure] ?? null) : null), better: found?.better ?? (LOWER_IS_BETTER.includes(measure) ? "lower" : "higher"),
       };
     });
   });

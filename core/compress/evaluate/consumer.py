@@ -1,19 +1,19 @@
 """Running a model in the hands of its real consumer: a fresh process that loads the folder with the consumer's own library.
 
 One process an artifact serves the verification, the evaluation and the timing. It sees no code of ours but its script and the measuring
-module beside that, and nothing of this process's state.
+module beside that, and nothing of this process's state. An artifact is timed by turns with its source, where both fit into memory: what
+else the machine does then slows both alike.
 """
 
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.compress.checkpoint import disk_errors
+from core.compress.evaluate.consumer_faults import check_finite, failed
 from core.compress.evaluate.data import Sequences
-from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import LOGIT_BYTES
 
 _STDERR_SHOWN = 2000
+_SHAPE_SECONDS = 8.0  #: a shape is timed no longer for each model, but at least _FEWEST times
+_FEWEST = 5
+_WRITING_SECONDS = 20.0  #: and decoding no longer than this, but at least _FEWEST_WRITINGS times
+_FEWEST_WRITINGS = 3
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,12 @@ class TokenSet:
     sequences: Sequences
     compared: NDArray[np.bool_] | None = None  #: [N, S], where whole distributions are compared
     new_tokens: int = 0  #: `generated`: how many the source writes at most
+    alone: bool = False  #: one text a batch: the model can't read padded ones
 
     def rows(self, classes: int) -> int:
         """Rows a batch. classes: the width of one position's output."""
+        if self.alone:
+            return 1
         length = int(self.sequences.ids.shape[1]) + self.new_tokens
         per_row = 4 * length * classes if self.kind in {"tokens", "last", "generated"} else 4 * length * 8192
         return max(1, min(16, LOGIT_BYTES // max(per_row, 1)))
@@ -77,6 +84,33 @@ class Task:
     writings: tuple[Writing, ...] = ()
 
     @property
+    def only_timed(self) -> "Task":
+        """The same without its examples."""
+        return replace(self, sets=())
+
+    def request(self) -> dict[str, Any]:
+        """What a runner is told of it."""
+        sets = [
+            {"name": one.name, "kind": one.kind, "rows": one.rows(self.classes), "new_tokens": one.new_tokens}
+            for one in self.sets
+        ]
+        told = {"task": self.name, "pooling": self.pooling, "threads": self.threads, "longest": self.longest}
+        return told | {"sets": sets}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a runner is given."""
+        arrays: dict[str, NDArray[Any]] = {"timing.ids": self.timing_ids}
+        for one in self.sets:
+            arrays[f"{one.name}.ids"] = one.sequences.ids
+            arrays[f"{one.name}.mask"] = one.sequences.mask
+            if one.kind == "tokens":
+                assert one.sequences.targets is not None
+                assert one.compared is not None
+                arrays[f"{one.name}.targets"] = one.sequences.targets
+                arrays[f"{one.name}.compared"] = one.compared
+        return arrays
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest text."""
         widths = [int(one.sequences.ids.shape[1]) for one in self.sets]
@@ -91,11 +125,134 @@ class Observed:
     outputs: Mapping[str, NDArray[Any]] = field(repr=False)
     timings: tuple[dict[str, Any], ...]
     writings: tuple[dict[str, Any], ...]  #: none where the consumer can't decode
-    peak_memory: int
+    peak_memory: int | None  #: None where the system can't say
     versions: dict[str, str]
     snippet: str  #: the lines that loaded the folder, as executed
     seconds: float
     outputs_file: Path
+    beside: "Timed | None" = None  #: the source's runs, where both took turns
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Runs of one model: each shape, and each kind of writing, with its milliseconds."""
+
+    timings: tuple[dict[str, Any], ...]
+    writings: tuple[dict[str, Any], ...]
+
+
+class Consumer:
+    """A fresh process that loads a folder, runs the task's examples and is then timed, a run at a time.
+
+    A context manager: the process ends with the block.
+    """
+
+    def __init__(
+        self,
+        runner: Path,
+        folder: Path,
+        task: Task,
+        *,
+        name: str,
+        scratch: Path,
+        reference: Path | None = None,
+        stem: str | None = None,
+        progress: Callable[[float, str], None] = lambda _fraction, _text: None,
+    ) -> None:
+        """name: of the artifact, or `source`. stem: of its files in `scratch`; the name, where it isn't given."""
+        self.name, self._progress, self._started = name, progress, time.monotonic()
+        self.peak_memory: int | None = None  #: of the process until now; None where the system can't say
+        self.decodes = False  #: whether it can be timed as it writes; known once it has run
+        scratch.mkdir(parents=True, exist_ok=True)
+        stem = stem or name
+        self._outputs, self._answer = scratch / f"{stem}.npz", scratch / f"{stem}.json"
+        request = scratch / f"{stem}.request.json"
+        with disk_errors():
+            inputs = scratch / "inputs.npz"
+            if not inputs.exists():
+                np.savez(inputs, **task.arrays())  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
+            files = {"inputs": inputs, "outputs": self._outputs, "answer": self._answer, "reference": reference}
+            request.write_text(
+                json.dumps(
+                    {
+                        "folder": folder.name,
+                        **task.request(),
+                        **{key: None if file is None else str(file.resolve()) for key, file in files.items()},
+                    }
+                )
+            )
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - the process writes into it as long as it lives
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-B", str(runner), str(request.resolve())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=_environment(task.threads, scratch),
+            cwd=folder.parent,
+        )
+
+    def __enter__(self) -> "Consumer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def run(self) -> Observed:
+        """Wait until the examples were run.
+
+        Raises NightpressError(verification_failed) with the end of its standard error when that fails, numerical_failure when an
+        output is not finite.
+        """
+        self._wait_for(b"@ready ")
+        with np.load(self._outputs) as archive:
+            kept = {key: archive[key] for key in archive.files}
+        check_finite(kept, self.name)
+        raw = json.loads(self._answer.read_bytes())
+        self.decodes = bool(raw["decodes"])
+        return Observed(
+            outputs=kept,
+            timings=(),
+            writings=(),
+            peak_memory=self.peak_memory,
+            versions=raw["versions"],
+            snippet=raw["snippet"],
+            seconds=self.seconds,
+            outputs_file=self._outputs,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Since the process was started."""
+        return time.monotonic() - self._started
+
+    def time(self, wanted: Shape | Writing) -> dict[str, Any]:
+        """A run, with its milliseconds. Raises as `run` does."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and what it said is read below
+            self._process.stdin.write(json.dumps(vars(wanted)).encode() + b"\n")
+            self._process.stdin.flush()
+        return self._wait_for(b"@timed ")
+
+    def _wait_for(self, sign: bytes) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(sign):
+                found: dict[str, Any] = json.loads(line[len(sign) :])
+                self.peak_memory = max(found.pop("process_peak_bytes") or 0, self.peak_memory or 0) or None
+                return found
+            if line.startswith(b"@progress "):
+                with contextlib.suppress(ValueError):
+                    fraction, _, text = line[10:].decode(errors="replace").strip().partition(" ")
+                    self._progress(float(fraction), text)
+        status = self._process.wait()
+        self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, self._errors.tell() - _STDERR_SHOWN))
+        raise failed(self.name, status, self._errors.read().decode(errors="replace"))
 
 
 def run_consumer(
@@ -106,80 +263,112 @@ def run_consumer(
     name: str,
     scratch: Path,
     reference: Path | None = None,
+    beside: Callable[[int | None], Consumer | None] = lambda _peak: None,
     progress: Callable[[float, str], None] = lambda _fraction, _text: None,
 ) -> Observed:
     """Load `folder` in a fresh process and run the task there.
 
-    Raises NightpressError(verification_failed) with the end of its standard error when that fails, numerical_failure when an output
-    is not finite.
+    beside: from the peak of this process's memory to the source's consumer, loaded, to take turns with; None: it is timed alone.
+    Raises as Consumer.run does.
     """
-    started = time.monotonic()
-    scratch.mkdir(parents=True, exist_ok=True)
-    inputs, outputs, answer = scratch / "inputs.npz", scratch / f"{name}.npz", scratch / f"{name}.json"
-    with disk_errors():
-        if not inputs.exists():
-            np.savez(inputs, **_arrays(task))  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
-        request = scratch / f"{name}.request.json"
-        request.write_text(
-            json.dumps(
-                {
-                    "folder": folder.name,
-                    "task": task.name,
-                    "pooling": task.pooling,
-                    "threads": task.threads,
-                    "longest": task.longest,
-                    "inputs": str(inputs.resolve()),
-                    "outputs": str(outputs.resolve()),
-                    "answer": str(answer.resolve()),
-                    "reference": None if reference is None else str(reference.resolve()),
-                    "sets": [
-                        {
-                            "name": one.name,
-                            "kind": one.kind,
-                            "rows": one.rows(task.classes),
-                            "new_tokens": one.new_tokens,
-                        }
-                        for one in task.sets
-                    ],
-                    "timings": [vars(shape) for shape in task.shapes],
-                    "writings": [vars(one) for one in task.writings],
-                }
-            )
+    timed = len(task.shapes) + len(task.writings)
+    share = len(task.sets) / max(1, len(task.sets) + timed)  # of the progress that the sets make
+    with Consumer(
+        runner,
+        folder,
+        task,
+        name=name,
+        scratch=scratch,
+        reference=reference,
+        progress=lambda fraction, text: progress(share * fraction, text),
+    ) as consumer:
+        seen = consumer.run()
+        other = beside(consumer.peak_memory) if timed else None
+        models = [consumer] if other is None else [consumer, other]
+        ours, *theirs = _take_turns(task, models, lambda fraction, text: progress(share + (1 - share) * fraction, text))
+        return replace(
+            seen,
+            timings=ours.timings,
+            writings=ours.writings,
+            beside=theirs[0] if theirs else None,
+            peak_memory=consumer.peak_memory,
+            seconds=consumer.seconds,
         )
-    _run(runner, request, folder.parent, task.threads, name, progress)
-    with np.load(outputs) as archive:
-        kept = {key: archive[key] for key in archive.files}
-    _check_finite(kept, name)
-    raw = json.loads(answer.read_bytes())
-    return Observed(
-        outputs=kept,
-        timings=tuple(raw["timings"]),
-        writings=tuple(raw["writings"]),
-        peak_memory=int(raw["peak_memory_bytes"]),
-        versions=raw["versions"],
-        snippet=raw["snippet"],
-        seconds=time.monotonic() - started,
-        outputs_file=outputs,
+
+
+def _take_turns(task: Task, models: Sequence[Consumer], progress: Callable[[float, str], None]) -> tuple[Timed, ...]:
+    """Every shape and every kind of writing, a run of each model after the other."""
+    decode = all(one.decodes for one in models[:1])
+    wanted: list[Shape | Writing] = [*task.shapes, *(task.writings if decode else ())]
+    runs: list[list[list[dict[str, Any]]]] = []
+    for at, one in enumerate(wanted):
+        progress(at / len(wanted), _said(one))
+        runs.append(_rounds(one, models))
+    shapes = len(task.shapes)
+    return tuple(
+        Timed(
+            timings=tuple(_timed(one, found[at]) for one, found in zip(wanted[:shapes], runs, strict=False)),
+            writings=_written(wanted[shapes:], [found[at] for found in runs[shapes:]]),
+        )
+        for at in range(len(models))
     )
+
+
+def _said(one: Shape | Writing) -> str:
+    if isinstance(one, Shape):
+        return f"timing {one.batch} × {one.length}"
+    return f"decoding {one.batch} × {one.prompt}{'' if one.cached else ' without a cache'}"
+
+
+def _rounds(one: Shape | Writing, models: Sequence[Consumer]) -> list[list[dict[str, Any]]]:
+    """Runs of each model, [models][rounds], behind one that warms up. In every second round the order is turned."""
+    fewest, seconds = (_FEWEST, _SHAPE_SECONDS) if isinstance(one, Shape) else (_FEWEST_WRITINGS, _WRITING_SECONDS)
+    warm = [model.time(one) for model in models]
+    found: list[list[dict[str, Any]]] = [[] for _ in models]
+    deadline = time.monotonic() + seconds * len(models)
+    while len(found[0]) < one.repeats and (len(found[0]) < fewest or time.monotonic() < deadline):
+        order = list(zip(models, found, strict=True))
+        for model, runs in order if len(found[0]) % 2 == 0 else reversed(order):
+            runs.append(model.time(one))
+    if isinstance(one, Writing):  # what is written first needs memory, too
+        for first, runs in zip(warm, found, strict=True):
+            runs[0]["peak_memory_bytes"] = _larger(first["peak_memory_bytes"], runs[0]["peak_memory_bytes"])
+    return found
+
+
+def _larger(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else max(a, b)
+
+
+def _timed(shape: Shape | Writing, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    assert isinstance(shape, Shape)
+    return {"batch": shape.batch, "length": shape.length, "milliseconds": [one["milliseconds"] for one in runs]}
+
+
+def _written(wanted: Sequence[Shape | Writing], runs: Sequence[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...]:
+    """Waits before each token [runs][tokens], the peak of memory, and without a cache how much was written alike."""
+    texts: dict[tuple[int, int], NDArray[Any]] = {}
+    found = []
+    for one, of_one in zip(wanted, runs, strict=True):
+        assert isinstance(one, Writing)
+        text = np.asarray(of_one[0]["text"])
+        cached = texts.setdefault((one.batch, one.prompt), text)
+        peaks = [run["peak_memory_bytes"] for run in of_one]
+        written = {
+            **vars(one),
+            "milliseconds": [run["milliseconds"] for run in of_one],
+            "peak_memory_bytes": None if None in peaks else max(peaks),
+        }
+        if not one.cached:
+            written["alike"] = float((cached[:, : one.tokens] == text).mean())
+        found.append(written)
+    return tuple(found)
 
 
 def consumer_name(versions: Mapping[str, str]) -> str:
     """E.g. `onnxruntime 1.32.0`: the library that a runner names last."""
     library, version = list(versions.items())[-1]
     return f"{library} {version}"
-
-
-def _arrays(task: Task) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {"timing.ids": task.timing_ids}
-    for one in task.sets:
-        arrays[f"{one.name}.ids"] = one.sequences.ids
-        arrays[f"{one.name}.mask"] = one.sequences.mask
-        if one.kind == "tokens":
-            assert one.sequences.targets is not None
-            assert one.compared is not None
-            arrays[f"{one.name}.targets"] = one.sequences.targets
-            arrays[f"{one.name}.compared"] = one.compared
-    return arrays
 
 
 def _environment(threads: int, scratch: Path) -> dict[str, str]:
@@ -196,124 +385,3 @@ def _environment(threads: int, scratch: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TMPDIR": str(scratch.resolve()),
     }
-
-
-def _run(
-    runner: Path, request: Path, beside: Path, threads: int, name: str, progress: Callable[[float, str], None]
-) -> None:
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(runner), str(request.resolve())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=_environment(threads, request.parent),
-            cwd=beside,
-        )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith(b"@progress "):
-                    with contextlib.suppress(ValueError):
-                        fraction, _, text = line[10:].decode(errors="replace").strip().partition(" ")
-                        progress(float(fraction), text)
-            status = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-        if status:
-            errors.seek(0, os.SEEK_END)
-            errors.seek(max(0, errors.tell() - _STDERR_SHOWN))
-            raise _failed(name, status, errors.read().decode(errors="replace"))
-
-
-def _failed(name: str, status: int, stderr: str) -> NightpressError:
-    whole = stderr.strip()
-    last = whole.splitlines()[-1] if whole else "it said nothing"
-    if any(sign in whole for sign in ("No space left on device", "File too large", "Disk quota exceeded")):
-        return NightpressError(
-            ErrorCode.DISK_FULL,
-            f"The disk filled up while {_subject(name)} was measured.",
-            hint="Free space in the worker's data folder.",
-        )
-    if "IndexError: index out of range in self" in whole or "indices element out of data bounds" in whole:
-        return NightpressError(
-            ErrorCode.MALFORMED_MODEL,
-            f"{_subject(name).capitalize()} was asked for a token or position that it has no embedding for.",
-            hint="Compare the model's embeddings with `vocab_size` and `max_position_embeddings` in its config.json.",
-            artifact=name,
-            stderr=whole,
-        )
-    if "size mismatch" in whole or "ignore_mismatched_sizes" in whole:
-        return NightpressError(
-            ErrorCode.MALFORMED_MODEL,
-            f"The weights of {_subject(name)} don't have the shapes that its config.json gives.",
-            hint="Bring the config.json that the weights were saved with.",
-            artifact=name,
-            stderr=whole,
-        )
-    if status == -9 or "MemoryError" in last or "Cannot allocate memory" in whole or "not enough memory" in whole:
-        return NightpressError(
-            ErrorCode.OUT_OF_MEMORY,
-            f"The process that loaded {_subject(name)} ran out of memory.",
-            hint="Use a worker with more memory, or evaluate with a smaller `batch` and `length`.",
-            stderr=whole,
-        )
-    if (mismatch := _version_mismatch(whole)) is not None:
-        return NightpressError(
-            ErrorCode.VERIFICATION_FAILED,
-            f"{_subject(name).capitalize()} is written in {mismatch[0]}; the library that is to load it here {mismatch[1]}.",
-            hint="Bring the libraries to the versions in constraints.txt: what writes the file and what reads it must fit together.",
-            artifact=name,
-            stderr=whole,
-        )
-    died = f"signal {-status}" if status < 0 else f"status {status}"
-    hint = (
-        "The model itself can't be run: check that its config.json and weights belong together."
-        if name == "source"
-        else "Leave this format out of `exports`, or compare the versions of the libraries with those in pyproject.toml."
-    )
-    return NightpressError(
-        ErrorCode.VERIFICATION_FAILED,
-        f"{_subject(name).capitalize()} could not be run by its consumer, which ended with {died}: {last[:500]}",
-        hint=hint,
-        artifact=name,
-        stderr=whole,
-    )
-
-
-#: What consumers say of a file that is newer than they are: its version, and, but for OpenVINO, the last one they read.
-_TOO_NEW = (
-    ("GGUF version", re.compile(r"GGUF file is version (\d+) but this software only supports up to version (\d+)")),
-    ("opset", re.compile(r"from unsupported opset: opset(\d+)()")),
-    ("IR version", re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")),
-    ("opset", re.compile(r"[Oo]pset (\d+) is under development.*?till opset (\d+)", re.DOTALL)),
-)
-
-
-def _version_mismatch(stderr: str) -> tuple[str, str] | None:
-    """E.g. `("IR version 99", "reads up to IR version 13")`, where that is why a file didn't load."""
-    for what, pattern in _TOO_NEW:
-        if found := pattern.search(stderr):
-            return f"{what} {found[1]}", f"reads up to {what} {found[2]}" if found[2] else "does not know it"
-    return None
-
-
-def _subject(name: str) -> str:
-    return "the source model" if name == "source" else f"the artifact {name}"
-
-
-def _check_finite(outputs: Mapping[str, NDArray[Any]], name: str) -> None:
-    for key, values in outputs.items():
-        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-            bad = int((~np.isfinite(values)).sum())
-            raise NightpressError(
-                ErrorCode.NUMERICAL_FAILURE,
-                f"{_subject(name).capitalize()} gives outputs that are not finite: {bad} of {values.size} numbers ({key}).",
-                hint="The weights overflow or hold NaN: check the model, or use a gentler pass."
-                if name == "source"
-                else "Use a gentler pass, or leave the layers that overflow to `ignore`.",
-                artifact=name,
-            )

@@ -1,6 +1,7 @@
 """Rows of text as token ids: windows of running text, or rows by themselves, with or without labels."""
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from core.compress.evaluate.rows import (
     read_text,
 )
 from core.errors import ErrorCode, NightpressError
-from core.recipes.header import ModelHeader
+from core.recipes.header import ModelHeader, padding_token
 
 __all__ = ["MAX_TEXT_BYTES", "Row", "read_records", "read_rows"]
 
@@ -182,7 +183,7 @@ def text_rows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length: in
 
 def class_index(label: int | str | None, header: ModelHeader, ref: str) -> int:
     """A row's class as the model counts them. Raises NightpressError(invalid_data) for one it doesn't have."""
-    classes = class_count(header)
+    classes = header.classes
     if isinstance(label, str):
         names = {str(name): int(index) for name, index in (header.config.get("label2id") or {}).items()}
         if label in names:
@@ -196,10 +197,6 @@ def class_index(label: int | str | None, header: ModelHeader, ref: str) -> int:
             f"Use 0 to {classes - 1}, or a name from the model's label2id.",
         )
     return label
-
-
-def class_count(header: ModelHeader) -> int:
-    return len(header.config.get("id2label") or {}) or int(header.config.get("num_labels") or 2)
 
 
 def pad(sequences: list[list[int]], pad_id: int) -> Sequences:
@@ -267,7 +264,9 @@ def check_vocabulary(sequences: Sequences, header: ModelHeader) -> None:
 class FastTokenizer:
     """tokenizer.json through the tokenizers library: no model code is imported for it."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, pad_id: int | None = None) -> None:
+        """pad_id: the model's own; None: its config names none."""
+        self._pad_id = pad_id
         from tokenizers import Tokenizer as Library
 
         try:
@@ -302,7 +301,7 @@ class FastTokenizer:
 
     @property
     def pad_id(self) -> int:
-        return self._first("[PAD]", "<pad>", "<|endoftext|>", "</s>") or 0
+        return self._first("[PAD]", "<pad>", "<|endoftext|>", "</s>") or 0 if self._pad_id is None else self._pad_id
 
     def _first(self, *names: str) -> int | None:
         return next((found for name in names if (found := self._library.token_to_id(name)) is not None), None)
@@ -311,7 +310,9 @@ class FastTokenizer:
 class SlowTokenizer:
     """Whatever transformers can read, for models without a tokenizer.json."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pad_id: int | None = None) -> None:
+        """pad_id: the model's own; None: its config names none."""
+        self._pad_id = pad_id
         from transformers import AutoTokenizer
 
         try:
@@ -335,10 +336,15 @@ class SlowTokenizer:
 
     @property
     def pad_id(self) -> int:
-        return self._library.pad_token_id or 0
+        return self._library.pad_token_id or 0 if self._pad_id is None else self._pad_id
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """The model's own tokenizer. Raises NightpressError(malformed_model)."""
+    """The model's own tokenizer, which pads as the model's config says: by the padding token some models find where a text ends.
+
+    Raises NightpressError(malformed_model).
+    """
+    config = folder / "config.json"
+    pad_id = padding_token(json.loads(config.read_bytes())) if config.is_file() else None
     file = folder / "tokenizer.json"
-    return FastTokenizer(file) if file.is_file() else SlowTokenizer(folder)
+    return FastTokenizer(file, pad_id) if file.is_file() else SlowTokenizer(folder, pad_id)

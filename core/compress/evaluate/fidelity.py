@@ -1,24 +1,36 @@
-"""How near an artifact's answers are to the source's: cosine, agreement of the first choice, Kullback-Leibler divergence. No labels."""
+"""How near an artifact's answers are to the source's. No labels.
 
-from dataclasses import dataclass
+Every kind of output has `centred_cosine`: the cosine of all answers with the source's, less what the source's answers have in common. A
+model that gives one answer to everything comes to 0 there, however near that answer is to the mean. Beside it stands what each kind of
+output is read for: the first choice and its distribution, labels, numbers, or the direction of a vector.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.compress.evaluate import data
 from core.compress.evaluate.consumer import TokenSet
-from core.compress.evaluate.statistics import Array, paired_shares, ratio
-from core.compress.evaluate.view import Asked, View, spread, sums
+from core.compress.evaluate.scores import pearson, spearman
+from core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
+from core.compress.evaluate.view import Asked, Better, View, spread, sums
+from core.compress.export.runners.measure import centred_products
 from core.handoff.report import Measurement
+from core.recipes.header import Head, ModelHeader
 
 COMPARED_BYTES = 32 * 1024**2  #: saved distributions of the source; the divergence is taken over so many positions
+OUTPUTS_SHOWN = 20  #: of a model with many numbers or labels, the worst
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Texts of which no answer is known."""
+    """Texts of which no answer is known. head, names: what a classifier's outputs mean."""
 
     examples: TokenSet
+    head: Head = "classes"
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def figures(self, view: View) -> list[Measurement]:
         if not view.compares:
@@ -27,8 +39,17 @@ class Fidelity:
             case "tokens":
                 return of_tokens(view, self.examples)
             case "logits":
-                return of_classes(view)
+                return of_head(view, self.head, self.names)
         return of_vectors(view)
+
+
+def of_classifier(examples: TokenSet, header: ModelHeader) -> Fidelity:
+    """For a model whose outputs are one row a text."""
+    return Fidelity(examples, header.head, output_names(header))
+
+
+def output_names(header: ModelHeader) -> dict[int, str]:
+    return {int(index): str(name) for index, name in (header.config.get("id2label") or {}).items()}
 
 
 def prepare(asked: Asked) -> Fidelity:
@@ -45,7 +66,7 @@ def prepare(asked: Asked) -> Fidelity:
         case "embedding":
             return Fidelity(TokenSet(asked.name, "pooled", sequences))
         case "classification":
-            return Fidelity(TokenSet(asked.name, "logits", sequences))
+            return of_classifier(TokenSet(asked.name, "logits", sequences, alone=header.one_text_a_batch), header)
         case "masked-lm":
             sequences = data.masked_targets(sequences, asked.tokenizer, seed=asked.seed)
         case "causal-lm":
@@ -53,7 +74,7 @@ def prepare(asked: Asked) -> Fidelity:
         case "seq2seq":  # told to write what it read, and compared at every token
             sequences = data.every_token(sequences)
         case _:
-            return Fidelity(token_set(asked.name, data.every_token(sequences), data.class_count(header)))
+            return Fidelity(token_set(asked.name, data.every_token(sequences), header.classes))
     return Fidelity(token_set(asked.name, sequences, asked.vocabulary))
 
 
@@ -87,7 +108,22 @@ def of_tokens(view: View, examples: TokenSet) -> list[Measurement]:
             better="lower",
             unit="nats",
         ),
+        _centred(
+            view,
+            np.stack([sums(compared, one, count) for one in view.ours("products").T], axis=1)[kept],
+            n=len(compared),
+        ),
     ]
+
+
+def of_head(view: View, head: Head, names: Mapping[int, str]) -> list[Measurement]:
+    """Of one row of outputs a text."""
+    match head:
+        case "numbers":
+            return of_numbers(view, names)
+        case "labels":
+            return of_labels(view)
+    return of_classes(view)
 
 
 def of_classes(view: View) -> list[Measurement]:
@@ -99,12 +135,82 @@ def of_classes(view: View) -> list[Measurement]:
     return [
         view.alone("top1_agreement", same, n=len(agree), better="higher"),
         view.resampled("kl_divergence", ratio(kl), len(kl), n=len(kl), better="lower", unit="nats"),
+        _centred(view, centred_products(ours, theirs)),
     ]
 
 
+def of_labels(view: View) -> list[Measurement]:
+    """Labels that hold each by itself: a sigmoid for each, and true above one half."""
+    ours, theirs = (side("values").astype(np.float64) for side in (view.ours, view.theirs))
+    agree = ((ours > 0) == (theirs > 0)).mean(axis=1)
+    same = paired_shares(agree, np.ones_like(agree), seed=view.seed).figure
+    yes, no = (
+        np.exp(log_sigmoid(sign * theirs)) * (log_sigmoid(sign * theirs) - log_sigmoid(sign * ours)) for sign in (1, -1)
+    )
+    kl = np.maximum((yes + no).sum(axis=1), 0)
+    return [
+        view.alone("label_agreement", same, n=len(agree), better="higher"),
+        view.resampled("kl_divergence", ratio(kl), len(kl), n=len(kl), better="lower", unit="nats"),
+        _centred(view, centred_products(ours, theirs)),
+    ]
+
+
+def of_numbers(view: View, names: Mapping[int, str]) -> list[Measurement]:
+    """Scores: do they rank and move as the source's do, and how far off are they? Of several outputs their mean, and each by itself.
+
+    Errors are in standard deviations of the source's output on the same examples, so that a bound means the same for every model.
+    """
+    ours, theirs = (side("values").astype(np.float64) for side in (view.ours, view.theirs))
+    n, outputs = ours.shape
+    errors = np.abs(ours - theirs) / np.maximum(theirs.std(axis=0), 1e-9 * np.abs(theirs).max(axis=0) + 1e-30)
+    kinds: list[tuple[str, Better, str, list[Statistic]]] = [
+        ("rank_correlation", "higher", "", [spearman(a, b) for a, b in zip(ours.T, theirs.T, strict=True)]),
+        ("correlation", "higher", "", [pearson(a, b) for a, b in zip(ours.T, theirs.T, strict=True)]),
+        ("mean_error", "lower", "σ", [ratio(one) for one in errors.T]),
+        ("largest_error", "lower", "σ", [_largest(one) for one in errors.T]),
+    ]
+    worst: list[int] = np.sort(np.argsort(-errors.mean(axis=0))[:OUTPUTS_SHOWN]).tolist() if outputs > 1 else []
+    found = []
+    for name, better, unit, statistics in kinds:
+        found.append(view.resampled(name, _mean(statistics), n, n=n, better=better, unit=unit))
+        for at in worst:
+            of = names.get(at, str(at))
+            found.append(view.resampled(name, statistics[at], n, n=n, better=better, unit=unit, of=of))
+    return [*found, _centred(view, centred_products(ours, theirs))]
+
+
 def of_vectors(view: View) -> list[Measurement]:
-    cosines = row_cosines(view.ours("values"), view.theirs("values"))
-    return [view.resampled("cosine", ratio(cosines), len(cosines), n=len(cosines), better="higher")]
+    ours, theirs = view.ours("values"), view.theirs("values")
+    cosines = row_cosines(ours, theirs)
+    return [
+        view.resampled("cosine", ratio(cosines), len(cosines), n=len(cosines), better="higher"),
+        _centred(view, centred_products(ours, theirs)),
+    ]
+
+
+def _centred(view: View, products: Array, n: int | None = None) -> Measurement:
+    """products [N, 3]: of each text, ours · theirs and both squares. n: of what was compared in all texts, where that is more."""
+    count = len(products)
+    return view.resampled("centred_cosine", of_sums(products, _cosine), count, n=n or count, better="higher")
+
+
+def _cosine(sums: Array) -> Array:
+    product, ours, theirs = sums.T
+    result: Array = product / np.sqrt(np.maximum(ours * theirs, 1e-300))
+    return result
+
+
+def _mean(statistics: Sequence[Statistic]) -> Statistic:
+    return lambda times: np.mean([one(times) for one in statistics], axis=0)
+
+
+def _largest(values: Array) -> Statistic:
+    return lambda times: np.where(times > 0, values, 0.0).max(axis=1)
+
+
+def log_sigmoid(logits: Array) -> Array:
+    result: Array = -np.logaddexp(0, -logits)
+    return result
 
 
 def log_softmax(logits: Array) -> Array:
@@ -120,6 +226,12 @@ def row_cosines(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> Arr
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     result: Array = (a * b).sum(axis=1) / np.maximum(norms, 1e-30)
     return result
+
+
+def centred_cosine(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> float:
+    """Cosine of two sets of outputs, each taken as one vector, less the mean of theirs. [N, …] each"""
+    rows = (one.reshape(len(one), -1).astype(np.float64) for one in (ours, theirs))
+    return float(_cosine(centred_products(*rows).sum(axis=0, keepdims=True))[0])
 
 
 def whole_cosine(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> float:

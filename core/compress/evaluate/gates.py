@@ -1,102 +1,150 @@
 """Whether an artifact is good enough: each gate is decided on the unfavourable end of the interval."""
 
-from core.handoff.report import GateResult, Measurement, Subject
+from collections.abc import Iterable, Sequence
+
+from core.handoff.report import GateResult, GenerationTiming, Measurement, Speedup, Subject, Timing
 from core.recipes.models import Gate, Recipe
 
 
 def decide(recipe: Recipe, source: Subject, artifacts: tuple[Subject, ...]) -> tuple[GateResult, ...]:
     """Every gate for every artifact. A gate on something that was not measured is missed, and says so."""
-    return tuple(_decide(gate, source, artifact) for artifact in artifacts for gate in recipe.parsed_gates())
+    subjects = (source, *artifacts)
+    return tuple(_worst(gate, _results(gate, subjects, one)) for one in artifacts for gate in recipe.parsed_gates())
 
 
-def _decide(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
-    if gate.metric == "size":
-        pair = (float(artifact.size_bytes), float(source.size_bytes))
-        return _compare(gate, artifact, pair[0], pair[0] / pair[1], "bytes of the whole folder")
-    if gate.metric == "memory":
-        if artifact.peak_memory_bytes is None or not source.peak_memory_bytes:
-            return _unknown(gate, artifact, "its peak memory was not measured")
-        ratio = artifact.peak_memory_bytes / source.peak_memory_bytes
-        return _compare(
-            gate, artifact, float(artifact.peak_memory_bytes), ratio, "peak memory of the consumer's process"
-        )
-    if gate.metric in {"latency", "throughput"}:
-        return _timing(gate, source, artifact)
-    if gate.metric in {"prefill_tokens_per_s", "decode_tokens_per_s"}:
-        return _generation(gate, source, artifact)
-    return _quality(gate, artifact)
+def _results(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list[GateResult]:
+    """The gate for everything that it bounds: each data set, or each shape."""
+    source = subjects[0]
+    match gate.metric:
+        case "size":
+            size = float(artifact.size_bytes)
+            return [_compare(gate, artifact, size, size / source.size_bytes, "bytes of the whole folder")]
+        case "memory":
+            return [_memory(gate, source, artifact)]
+        case "latency" | "throughput":
+            return _timing(gate, source, artifact)
+        case "prefill_tokens_per_s" | "decode_tokens_per_s":
+            return _generation(gate, source, artifact)
+    return _quality(gate, subjects, artifact)
 
 
-def _timing(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
-    pairs = [
-        (ours, theirs)
-        for ours in artifact.timings
-        for theirs in source.timings
-        if (ours.batch, ours.length) == (theirs.batch, theirs.length)
-    ]
-    if not pairs:
-        return _unknown(gate, artifact, "the recipe's `evaluate` has no `latency`")
+def _worst(gate: Gate, results: Sequence[GateResult]) -> GateResult:
+    """What was not measured is worse than any figure."""
+    worst = max if _is_upper(gate) else min
+    unknown = (one for one in results if one.observed is None)
+    return next(unknown, None) or worst(results, key=lambda one: one.observed or 0.0)
+
+
+def _memory(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
+    ours, theirs = artifact.peak_memory_bytes, source.peak_memory_bytes
+    if not ours or (not theirs and gate.relative != "absolute"):
+        return _unknown(gate, artifact, "its peak memory was not measured")
+    ratio = ours / theirs if theirs else None
+    return _compare(gate, artifact, float(ours), ratio, "peak memory of the consumer's process")
+
+
+def _timing(gate: Gate, source: Subject, artifact: Subject) -> list[GateResult]:
+    if not source.timings:
+        return [_unknown(gate, artifact, "the recipe's `evaluate` has no `latency`")]
+    timed = {(one.batch, one.length): one for one in artifact.timings}
     results = []
-    for ours, theirs in pairs:
-        value, base = (ours.p50_ms, theirs.p50_ms) if gate.metric == "latency" else (ours.throughput, theirs.throughput)
-        what = f"median at batch {ours.batch} × {ours.length} tokens"
-        results.append(_compare(gate, artifact, value, value / base, what))
-    # The worst shape decides.
-    worst = max if gate.operator in {"<=", "<"} else min
-    return worst(results, key=lambda one: one.observed)
-
-
-def _generation(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
-    theirs = {(one.batch, one.prompt, one.tokens): one for one in source.generation if one.cached}
-    results = []
-    for ours in artifact.generation:
-        if not ours.cached:
+    for shape in ((one.batch, one.length) for one in source.timings):
+        ours, what = timed.get(shape), f"at batch {shape[0]} × {shape[1]} tokens"
+        if ours is None:
+            results.append(_unknown(gate, artifact, f"it was not taken {what}"))
             continue
-        base = theirs.get((ours.batch, ours.prompt, ours.tokens))
-        if base is not None:
-            value = float(getattr(ours, gate.metric))
-            what = f"median at batch {ours.batch} × prompt of {ours.prompt}, {ours.tokens} tokens written"
-            results.append(_compare(gate, artifact, value, value / float(getattr(base, gate.metric)), what))
-    if not results:
-        why = (
-            "what runs this format here does not decode yet"
-            if theirs
-            else "the recipe's `evaluate` has no `generation-speed`"
-        )
-        return _unknown(gate, artifact, why)
-    # The worst shape decides.
-    worst = max if gate.operator in {"<=", "<"} else min
-    return worst(results, key=lambda one: one.observed)
+        results.append(_speed(gate, artifact, _figure(gate, ours), ours.speedup, what))
+    return results
 
 
-def _quality(gate: Gate, artifact: Subject) -> GateResult:
-    found = [one for one in artifact.measurements if one.name == gate.metric]
+def _figure(gate: Gate, timed: Timing | GenerationTiming) -> float:
+    return float(getattr(timed, "p50_ms" if gate.metric == "latency" else gate.metric))
+
+
+def _generation(gate: Gate, source: Subject, artifact: Subject) -> list[GateResult]:
+    wanted = [(one.batch, one.prompt, one.tokens) for one in source.generation if one.cached]
+    if not wanted:
+        return [_unknown(gate, artifact, "the recipe's `evaluate` has no `generation-speed`")]
+    if not artifact.generation:
+        return [_unknown(gate, artifact, "what runs this format here does not decode yet")]
+    timed = {(one.batch, one.prompt, one.tokens): one for one in artifact.generation if one.cached}
+    results = []
+    for shape in wanted:
+        ours, what = timed.get(shape), f"at batch {shape[0]} × prompt of {shape[1]}, {shape[2]} tokens written"
+        if ours is None:
+            results.append(_unknown(gate, artifact, f"it was not taken {what}"))
+            continue
+        speedup = ours.decode_speedup if gate.metric == "decode_tokens_per_s" else ours.prefill_speedup
+        results.append(_speed(gate, artifact, _figure(gate, ours), speedup, what))
+    return results
+
+
+def _speed(gate: Gate, artifact: Subject, value: float, speedup: Speedup | None, what: str) -> GateResult:
+    """A median; beside the source's, by the unfavourable end of how many times as fast it is."""
+    if gate.relative == "absolute":
+        return _compare(gate, artifact, value, None, f"median {what}")
+    if speedup is None:
+        return _unknown(gate, artifact, f"it was not compared with the source's {what}")
+    inverse = gate.metric == "latency"
+    point, *ends = (1 / one if inverse else one for one in (speedup.value, speedup.low, speedup.high))
+    upper = _is_upper(gate)
+    end = max(ends) if upper else min(ends)
+    said = _end_of(
+        upper, "the spread" if not speedup.by_turns else "the 95% interval", _shown(gate, _relative(gate, point))
+    )
+    apart = "" if speedup.told_apart else "; not told apart from the source"
+    return _compare(gate, artifact, value, end, f"{said}, median {what}{apart}")
+
+
+def _quality(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list[GateResult]:
+    found = {_key(one): one for one in artifact.measurements if one.name == gate.metric}
     if not found:
         known = ", ".join(dict.fromkeys(one.name for one in artifact.measurements)) or "nothing of quality"
-        return _unknown(gate, artifact, f"it was not measured for this model and recipe; measured was {known}")
-    upper = gate.operator in {"<=", "<"}
-    worst = max if upper else min
-    return worst((_one_quality(gate, artifact, one) for one in found), key=lambda result: result.observed)
+        return [_unknown(gate, artifact, f"it was not measured for this model and recipe; measured was {known}")]
+    elsewhere = {_key(one): one for subject in subjects for one in subject.measurements if one.name == gate.metric}
+    results = [_one_quality(gate, artifact, one) for one in found.values()]
+    return results + list(_lacking(gate, artifact, (one for key, one in elsewhere.items() if key not in found)))
+
+
+def _lacking(gate: Gate, artifact: Subject, missing: Iterable[Measurement]) -> Iterable[GateResult]:
+    for one in missing:
+        yield _unknown(gate, artifact, f"it was not measured on {_place(one)}, where it was for others")
+
+
+def _key(one: Measurement) -> tuple[str, str, str]:
+    return one.name, one.data, one.of
+
+
+def _place(one: Measurement) -> str:
+    return f"{one.data}, {one.of}" if one.of else one.data
 
 
 def _one_quality(gate: Gate, artifact: Subject, one: Measurement) -> GateResult:
-    upper = gate.operator in {"<=", "<"}
+    upper = _is_upper(gate)
     if gate.relative == "absolute":
         end = one.high if upper else one.low
         value = one.value if end is None else end
         return _compare(gate, artifact, value, None, _ends(one, upper, _shown(gate, one.value), end))
     if one.change is None:
-        return _unknown(gate, artifact, "it has no counterpart in the source to compare with; give an absolute bound")
+        why = f"on {_place(one)} it has nothing in the source to compare with; give an absolute bound"
+        return _unknown(gate, artifact, why)
     end = one.change_high if upper else one.change_low
     change = one.change if end is None else end
     point = _shown(gate, _relative(gate, 1 + one.change))
     return _compare(gate, artifact, one.value, 1 + change, _ends(one, upper, point, end))
 
 
+def _is_upper(gate: Gate) -> bool:
+    return gate.operator in {"<=", "<"}
+
+
 def _ends(one: Measurement, upper: bool, point: str, end: float | None) -> str:
-    if end is None:
-        return f"on {one.data}"
-    return f"{'upper' if upper else 'lower'} end of the 95% interval around {point}, on {one.data}"
+    where = f"on {_place(one)}"
+    return where if end is None else f"{_end_of(upper, 'the 95% interval', point)}, {where}"
+
+
+def _end_of(upper: bool, interval: str, point: str) -> str:
+    return f"{'upper' if upper else 'lower'} end of {interval} around {point}"
 
 
 def _compare(gate: Gate, artifact: Subject, value: float, ratio: float | None, what: str) -> GateResult:
@@ -137,5 +185,5 @@ def _shown(gate: Gate, observed: float) -> str:
 
 def _unknown(gate: Gate, artifact: Subject, why: str) -> GateResult:
     return GateResult(
-        gate=str(gate), artifact=artifact.name, observed=0.0, passed=False, explanation=f"{gate.metric}: {why}"
+        gate=str(gate), artifact=artifact.name, observed=None, passed=False, explanation=f"{gate.metric}: {why}"
     )

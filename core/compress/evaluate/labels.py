@@ -60,7 +60,10 @@ def classification(asked: Asked) -> Classification:
         seed=asked.seed,
         ref=asked.ref,
     )
-    return Classification(TokenSet(asked.name, "logits", sequences), _names(asked))
+    return Classification(
+        TokenSet(asked.name, "logits", sequences, alone=asked.header.one_text_a_batch),
+        fidelity.output_names(asked.header),
+    )
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Entities:
 
 def entities(asked: Asked) -> Entities:
     """Rows with `tokens`, a list of words, and `tags`, one each. A word is judged by its first piece."""
-    names = _names(asked)
+    names = fidelity.output_names(asked.header)
     if not names:
         raise asked.invalid("the model's config.json names no tags", "Give the model an `id2label`.")
     records = asked.source.records()
@@ -123,7 +126,7 @@ def entities(asked: Asked) -> Entities:
     if not (scored >= 0).any():
         raise asked.invalid("none of its rows has a word", "Bring rows with words and tags.")
     whole = Sequences(padded.ids, padded.mask, targets=scored)
-    return Entities(fidelity.token_set(asked.name, whole, data.class_count(asked.header)), names, tuple(truth))
+    return Entities(fidelity.token_set(asked.name, whole, asked.header.classes), names, tuple(truth))
 
 
 def _pieces(asked: Asked, words: list[str], classes: list[int]) -> tuple[list[int], list[int], int]:
@@ -138,7 +141,3 @@ def _pieces(asked: Asked, words: list[str], classes: list[int]) -> tuple[list[in
         ids += pieces
         targets += [cls] + [-1] * (len(pieces) - 1)
     return [*ids, *after], targets + [-1] * len(after), len(words)
-
-
-def _names(asked: Asked) -> dict[int, str]:
-    return {int(index): str(name) for index, name in (asked.header.config.get("id2label") or {}).items()}

@@ -1,6 +1,5 @@
 """From a recipe to the examples that every model of a job is run on, and from their outputs to measurements."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,11 @@ from core.compress.evaluate.consumer import Observed, Shape, Task, TokenSet, Wri
 from core.compress.evaluate.images import read_images
 from core.compress.evaluate.view import Asked, Scorer, View
 from core.errors import ErrorCode, NightpressError
-from core.handoff.report import GenerationTiming, Measurement, Timing
+from core.handoff.report import Measurement
 from core.recipes.header import ModelHeader
 from core.recipes.models import GenerationSpeed, Latency, Metric, Quality, Recipe
 from core.recipes.passes import GenerationCache
+from core.recipes.plan import timed_by_turns
 
 _CHECK_ROWS = 8  #: texts of differing lengths in the verification
 _UNCACHED_TOKENS = 4  #: each reads the whole text again
@@ -50,6 +50,7 @@ class Trial:
     task: Task
     evaluations: tuple[Evaluation, ...]
     seed: int
+    by_turns: bool  #: whether source and artifact may be timed by turns, as the plan's estimate counts on
 
 
 def prepare(
@@ -86,13 +87,14 @@ def prepare(
             sets=tuple(sets),
             shapes=shapes,
             timing_ids=timing,
-            pooling=pooling_of(model_dir),
+            pooling=header.pooling,
             classes=int(header.config.get("vocab_size") or 1),
             threads=threads,
             writings=writings,
         ),
         evaluations=tuple(evaluations),
         seed=_SEED + recipe.seed,
+        by_turns=timed_by_turns(recipe, header),
     )
 
 
@@ -133,14 +135,14 @@ def _prepare_images(
         images = read_images(
             one.data, data_files.get(one.data), model_dir, header, samples=one.samples, seed=_SEED + 1 + recipe.seed
         )
-        labelled = kind == "logits" and all(label is not None for label in images.labels)
+        labelled = kind == "logits" and header.head == "classes" and all(label is not None for label in images.labels)
         scorer: Scorer
         if one.metric == "accuracy" or (one.metric == "auto" and labelled):
             classes = [data.class_index(label, header, one.data) for label in images.labels]
-            names = {int(index): str(name) for index, name in (header.config.get("id2label") or {}).items()}
+            names = fidelity.output_names(header)
             scorer = labels.Classification(TokenSet(f"quality{at}", kind, _seen(images.pixels, classes)), names)
         else:
-            scorer = fidelity.Fidelity(TokenSet(f"quality{at}", kind, _seen(images.pixels, None)))
+            scorer = fidelity.of_classifier(TokenSet(f"quality{at}", kind, _seen(images.pixels, None)), header)
         sets.append(scorer.examples)
         evaluations.append(Evaluation(one.data, scorer))
     task = Task(
@@ -149,10 +151,10 @@ def _prepare_images(
         shapes=_shapes(recipe),
         timing_ids=check.pixels[0],
         pooling="cls",
-        classes=data.class_count(header),
+        classes=header.classes,
         threads=threads,
     )
-    return Trial(task=task, evaluations=tuple(evaluations), seed=_SEED + recipe.seed)
+    return Trial(task, tuple(evaluations), seed=_SEED + recipe.seed, by_turns=timed_by_turns(recipe, header))
 
 
 def _seen(pixels: NDArray[np.float32], classes: list[int] | None) -> data.Sequences:
@@ -180,7 +182,7 @@ def _metric(one: Quality, header: ModelHeader, source: data.Source) -> Metric:
             return "perplexity"
         case "masked-lm":
             return "masked-lm"
-        case "classification" if all(row.label is not None for row in source.rows()):
+        case "classification" if header.head == "classes" and all(row.label is not None for row in source.rows()):
             return "accuracy"
         case "token-classification" if source.has("tags", "ner_tags"):
             return "entities"
@@ -192,20 +194,7 @@ def _check_set(prose: list[data.Row], tokenizer: data.Tokenizer, header: ModelHe
     texts = [row for row in prose if len(row.text) > 200][:_CHECK_ROWS]
     encoded = [tokenizer.encode(row.text, special=True)[: 12 + 5 * at] for at, row in enumerate(texts)]
     kind = {"embedding": "pooled", "classification": "logits"}.get(header.task, "last")
-    return TokenSet("check", kind, data.pad(encoded, tokenizer.pad_id))
-
-
-def pooling_of(model_dir: Path) -> str:
-    """How the model's card says its token vectors become one: mean unless its pooling module says the first token."""
-    file = model_dir / "1_Pooling" / "config.json"
-    if file.is_file():
-        try:
-            raw = json.loads(file.read_bytes())
-        except ValueError:
-            return "mean"
-        if raw.get("pooling_mode_cls_token"):
-            return "cls"
-    return "mean"
+    return TokenSet("check", kind, data.pad(encoded, tokenizer.pad_id), alone=header.one_text_a_batch)
 
 
 def measurements(trial: Trial, source: Observed, artifact: Observed | None) -> tuple[Measurement, ...]:
@@ -215,56 +204,3 @@ def measurements(trial: Trial, source: Observed, artifact: Observed | None) -> t
         for one in trial.evaluations
         for figure in one.scorer.figures(View(one.scorer.examples.name, one.ref, source, artifact, trial.seed))
     )
-
-
-def timings(observed: Observed, task: Task) -> tuple[Timing, ...]:
-    """Medians and 95th percentiles of the timed runs."""
-    found = []
-    for one in observed.timings:
-        p50, p95 = np.percentile(one["milliseconds"], [50, 95])
-        per_run = one["batch"] * (one["length"] if task.name == "causal-lm" else 1)
-        found.append(
-            Timing(
-                batch=one["batch"],
-                length=one["length"],
-                threads=task.threads,
-                repeats=len(one["milliseconds"]),
-                p50_ms=float(p50),
-                p95_ms=float(p95),
-                throughput=1000 * per_run / float(p50),
-                throughput_unit="tokens/s" if task.name == "causal-lm" else "sequences/s",
-            )
-        )
-    return tuple(found)
-
-
-def generation_timings(observed: Observed, threads: int) -> tuple[GenerationTiming, ...]:
-    """What the timed runs of decoding come to: medians, 95th percentiles, and the slowest and the fastest run."""
-    found = []
-    for one in observed.writings:
-        waits = np.asarray(one["milliseconds"])  # [repeats, tokens]
-        prefill, decode = waits[:, 0], waits[:, 1:]
-        rates = 1000 * one["batch"] * decode.shape[1] / decode.sum(axis=1)
-        prefill_p50, prefill_p95 = np.percentile(prefill, [50, 95])
-        token_p50, token_p95 = np.percentile(decode, [50, 95])
-        found.append(
-            GenerationTiming(
-                batch=one["batch"],
-                prompt=one["prompt"],
-                tokens=one["tokens"],
-                cached=one["cached"],
-                alike=one.get("alike"),
-                threads=threads,
-                repeats=len(waits),
-                prefill_p50_ms=float(prefill_p50),
-                prefill_p95_ms=float(prefill_p95),
-                prefill_tokens_per_s=1000 * one["batch"] * one["prompt"] / float(prefill_p50),
-                token_p50_ms=float(token_p50),
-                token_p95_ms=float(token_p95),
-                decode_tokens_per_s=float(np.median(rates)),
-                decode_slowest=float(rates.min()),
-                decode_fastest=float(rates.max()),
-                peak_memory_bytes=one["peak_memory_bytes"],
-            )
-        )
-    return tuple(found)

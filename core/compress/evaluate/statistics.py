@@ -96,6 +96,15 @@ def paired_shares(ours: Array, theirs: Array, *, seed: int) -> Paired:
     return Paired(figure, change)
 
 
+def spread_of_draws(
+    statistic: Callable[[NDArray[np.int64]], Array], count: int, *, seed: int = 0
+) -> tuple[float, float]:
+    """The ends of the 95% interval of a statistic that needs the drawn places themselves, as a median does: [R, N] → [R]."""
+    drawn = statistic(np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count)))
+    low, high = np.percentile(drawn, [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def _drawn(count: int, seed: int) -> Iterator[Array]:
     """How often each example is drawn, in blocks of resamples [R, N]. The same seed draws the same examples, so figures pair up."""
     rng = np.random.default_rng(seed)

@@ -108,9 +108,9 @@ class View:
         )
 
     def resampled(
-        self, name: str, statistic: Statistic, count: int, *, n: int, better: Better, unit: str = ""
+        self, name: str, statistic: Statistic, count: int, *, n: int, better: Better, unit: str = "", of: str = ""
     ) -> Measurement:
-        return self.alone(name, interval(statistic, count, seed=self.seed), n=n, better=better, unit=unit)
+        return self.alone(name, interval(statistic, count, seed=self.seed), n=n, better=better, unit=unit, of=of)
 
 
 class Scorer(Protocol):

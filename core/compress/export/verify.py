@@ -4,8 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.compress.evaluate.consumer import Observed, Task, consumer_name
-from core.compress.evaluate.fidelity import whole_cosine
+from core.compress.evaluate.fidelity import centred_cosine, whole_cosine
 from core.compress.executors.graph import Traced
+from core.compress.export.runners.measure import pool
 from core.errors import ErrorCode, NightpressError
 from core.handoff.report import Verification
 from core.recipes.exports import GRAPH_FORMATS, Export
@@ -18,6 +19,10 @@ EXACT = 0.9999
 ROUNDED = {8: 0.9, 7: 0.9, 6: 0.9, 5: 0.7, 4: 0.5}
 #: Weights in float16, and in GGUF activations as well.
 HALVED = 0.999
+#: What the answers to several texts have in common makes every cosine large: less that, an artifact that gives one answer to all of them
+#: comes to 0. Rounding of models that hardly tell texts apart comes lower than a format's own bound, but not near 0.
+_TELLS_APART = 0.25
+_CONSTANT = 1e-3  #: variation, beside the size of the answers, below which a model is taken to give one answer itself
 _WRITTEN = {"f32": HALVED, "f16": HALVED, "q8_0": ROUNDED[8], "q6_k": ROUNDED[6]}
 
 
@@ -31,17 +36,25 @@ def verify(
     task: Task,
 ) -> Verification:
     """Raises NightpressError(verification_failed) when the artifact answers otherwise than it may."""
-    ours = observed.outputs["check.values"]
+    ours, theirs = observed.outputs["check.values"], None
     if export.format in GRAPH_FORMATS:
         assert traced is not None
-        value = whole_cosine(ours, _reduce(traced.check, task))
+        theirs = _reduce(traced.check, task)
+        value = whole_cosine(ours, theirs)
         measure, bound = "cosine of outputs with the pressed model's, in torch", _graph_bound(recipe, export)
     elif (least := _rounding_bound(recipe, export)) is not None:
-        value = whole_cosine(ours, source.outputs["check.values"])
+        theirs = source.outputs["check.values"]
+        value = whole_cosine(ours, theirs)
         measure, bound = "cosine of outputs with the source's", least
     else:
         # Pruning and 2 or 3 bits may change the answers at will: that is for the evaluation and the gates.
         value, measure, bound = float(np.isfinite(ours).mean()), "share of outputs that are finite", 1.0
+    if value >= bound and theirs is not None:
+        varied = _variation(theirs)
+        told = centred_cosine(ours, theirs)
+        if varied > _CONSTANT and told < _TELLS_APART:
+            value, bound = told, _TELLS_APART
+            measure += ", less what these have in common"
     passed = value >= bound
     if not passed:
         raise NightpressError(
@@ -62,6 +75,12 @@ def verify(
         seconds=observed.seconds,
         load_snippet=observed.snippet,
     )
+
+
+def _variation(answers: NDArray[np.float32]) -> float:
+    """Of answers to several texts [N, …]: how far they are from their mean, beside their size."""
+    whole = answers.astype(np.float64)
+    return float(np.linalg.norm(whole - whole.mean(axis=0)) / max(float(np.linalg.norm(whole)), 1e-30))
 
 
 def _graph_bound(recipe: Recipe, export: Export) -> float:
@@ -100,8 +119,5 @@ def _reduce(out: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
     if check.kind == "last":
         last: NDArray[np.float32] = out[np.arange(len(out)), mask.sum(axis=1) - 1]
         return last
-    if task.pooling == "cls":
-        return out[:, 0]
-    weights = mask[:, :, None].astype(np.float32)
-    pooled: NDArray[np.float32] = (out * weights).sum(axis=1) / weights.sum(axis=1)
+    pooled: NDArray[np.float32] = pool(out, mask, task.pooling)
     return pooled

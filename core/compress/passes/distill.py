@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from core.compress.context import PassContext
 from core.compress.evaluate.data import open_tokenizer, special_tokens
-from core.compress.evaluate.quality import pooling_of
 from core.compress.executors.examples import Batch, read_examples
 from core.compress.executors.train import Trained, asked, precision, train
 from core.compress.networks import cast_weights, embeddings_of, find_blocks, grow_student, load_model, save_model
@@ -169,7 +168,7 @@ class _Lesson(nn.Module):
         self.__dict__["teacher"] = teacher  # not as a part: it neither learns nor is kept
         self._options, self._header, self._cached = options, header, cached
         self._inputs = _Inputs(source, header, fixed=cached is not None)
-        self._pooling = pooling_of(source)
+        self._pooling = header.pooling
         self.projections = nn.ModuleList()
         self._hidden_map: tuple[int, ...] = ()
         _, ours = find_blocks(student)

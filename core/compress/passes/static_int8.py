@@ -19,8 +19,8 @@ from core.compress.context import PassContext
 from core.compress.environment import cpu_features
 from core.compress.evaluate.calibration import calibration_samples
 from core.compress.evaluate.fidelity import row_cosines
-from core.compress.evaluate.quality import pooling_of
 from core.compress.executors.graph import Traced
+from core.compress.export.runners.measure import pool
 from core.compress.passes.static_ranges import Texts, calibrated, session
 from core.handoff.report import PassRecord
 from core.recipes.costs import TRIAL_TOKENS
@@ -50,7 +50,7 @@ def static_int8(
         folder.mkdir(parents=True, exist_ok=True)
         seen, held = _texts(model_dir, context)
         plan, ranges = calibrated(traced.path, seen, options, _TOP[bits], folder, context)
-        judge = _Judge(traced.path, model_dir, held, context)
+        judge = _Judge(traced.path, held, context)
 
         def score(left: Collection[str], texts: int | None = None) -> float:
             return judge.cosine(plan.written(ranges, left), texts)
@@ -104,9 +104,9 @@ def _texts(model_dir: Path, context: PassContext) -> tuple[Texts, Texts]:
 class _Judge:
     """How near a quantized graph's answers to the held texts are to the float graph's."""
 
-    def __init__(self, graph: Path, model_dir: Path, texts: Texts, context: PassContext) -> None:
+    def __init__(self, graph: Path, texts: Texts, context: PassContext) -> None:
         self._texts, self._threads = texts, context.threads
-        self._pooling = pooling_of(model_dir) if context.header.task == "embedding" else None
+        self._pooling = context.header.pooling if context.header.task == "embedding" else None
         self._expected = list(self._answers(graph, texts))
 
     def cosine(self, graph: bytes, texts: int | None = None) -> float:
@@ -129,13 +129,10 @@ class _Judge:
         inputs = {one.name for one in loaded.get_inputs()}
         for feeds in texts.feeds(inputs, tokens=1):
             out = loaded.run(None, feeds)[0]
-            weights = feeds["attention_mask"][:, :, None].astype(np.float32)
-            if self._pooling == "cls":
-                out = out[:, 0]
-            elif self._pooling:
-                out = (out * weights).sum(axis=1) / weights.sum(axis=1)
+            if self._pooling:
+                out = pool(out, feeds["attention_mask"], self._pooling)
             elif out.ndim == 3:
-                out = out * weights
+                out = out * feeds["attention_mask"][:, :, None].astype(np.float32)
             yield out
 
 

@@ -58,8 +58,25 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
-    """Token vectors [B, S, H] → one a text [B, H]: the first one (`cls`), or the mean over mask [B, S]."""
-    if how == "cls":
+    """Token vectors [B, S, H], padded on the right by mask [B, S] → one a text [B, H], or [B, H · modes] for modes joined by `+`.
+
+    The same as the runners' (core/compress/export/runners/measure.py), for vectors that gradients go through.
+    """
+    return torch.cat([_pool(hidden, mask[:, :, None], mode) for mode in how.split("+")], dim=1)
+
+
+def _pool(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
+    """mask [B, S, 1]; modes as sentence-transformers calls them."""
+    if mode == "cls":
         return hidden[:, 0]
-    weights = mask[:, :, None].to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1)
+    if mode == "lasttoken":
+        last = mask[:, :, 0].sum(1).clamp(min=1) - 1
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    if mode == "max":
+        return hidden.masked_fill(mask == 0, -torch.inf).amax(1)
+    weights = mask.to(hidden.dtype)
+    if mode == "weightedmean":
+        places = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=hidden.dtype)
+        weights = weights * places[:, None]
+    length = weights.sum(1).clamp(min=1)
+    return (hidden * weights).sum(1) / (length.sqrt() if mode == "mean_sqrt_len_tokens" else length)

@@ -116,6 +116,13 @@ async function results(path, now, place, signal) {
       h("a", { class: "button", href: `#/compare?job=${now.id}` }, "Compare with other jobs")));
 }
 
+// How many times as fast as the source; a report of an earlier version has medians alone.
+function times(found, base) {
+  if (!found.speedup) return `${(base.p50_ms / found.p50_ms).toFixed(2)}×`;
+  const { value, low, high, told_apart } = found.speedup;
+  return `${value.toFixed(2)}× [${low.toFixed(2)}, ${high.toFixed(2)}]${told_apart ? "" : ", not told apart"}`;
+}
+
 function gates(report) {
   if (report.gates.length === 0) return h("p", { class: "quiet" }, "The recipe sets no gates: whatever verifies is accepted.");
   return h("ul", { class: "gates" }, report.gates.map((one) => h("li", { class: one.passed ? "good" : "bad" },
@@ -136,7 +143,7 @@ function comparison(report, subjects) {
     ...shapes.map((shape) => row(columns, [`latency ${shape}`, ...subjects.map((one) => {
       const found = one.timings.find((timing) => `${timing.batch} × ${timing.length}` === shape);
       const base = source.timings.find((timing) => `${timing.batch} × ${timing.length}` === shape);
-      return found ? h("span", {}, `${figure(found.p50_ms)} ms`, h("small", {}, one === source || !base ? `p95 ${figure(found.p95_ms)} ms` : `${(base.p50_ms / found.p50_ms).toFixed(2)}× · p95 ${figure(found.p95_ms)} ms`)) : "–";
+      return found ? h("span", {}, `${figure(found.p50_ms)} ms`, h("small", {}, one === source || !base ? `p95 ${figure(found.p95_ms)} ms` : `${times(found, base)} · p95 ${figure(found.p95_ms)} ms`)) : "–";
     })])),
     row(columns, ["peak memory", ...subjects.map((one) => bytes(one.peak_memory_bytes))]),
     row(columns, ["parameters", ...subjects.map((one) => count(one.parameters))]),

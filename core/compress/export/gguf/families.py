@@ -22,6 +22,7 @@ _ARCHITECTURES = {
     "gemma": gguf.MODEL_ARCH.GEMMA,
     "bert": gguf.MODEL_ARCH.BERT,
 }
+_POOLING = {"mean": gguf.PoolingType.MEAN, "cls": gguf.PoolingType.CLS, "lasttoken": gguf.PoolingType.LAST}
 #: Parts of a BERT that an embedding doesn't pass through.
 _UNUSED = ("pooler.", "cls.", "embeddings.position_ids")
 
@@ -103,7 +104,7 @@ class Family:
             writer.add_layer_norm_eps(float(config.get("layer_norm_eps", 1e-12)))
             writer.add_causal_attention(False)
             writer.add_token_type_count(int(config.get("type_vocab_size") or 1))
-            writer.add_pooling_type(gguf.PoolingType.CLS if pooling == "cls" else gguf.PoolingType.MEAN)
+            writer.add_pooling_type(_POOLING[pooling])
             return
         writer.add_head_count_kv(self._key_value_heads)
         writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))

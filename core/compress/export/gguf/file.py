@@ -30,7 +30,7 @@ def save(model_dir: Path, out_dir: Path, header: ModelHeader, *, weights: str, p
     """Write the folder with its one file.
 
     weights: the type of matrices, e.g. `q8_0`; those that a pass has rounded keep the codes it chose, in the layout that holds them.
-    pooling: `mean` or `cls`, of an embedder. Raises NightpressError(unsupported_architecture).
+    pooling: of an embedder; one of GGUF_POOLING in core/recipes/exports.py. Raises NightpressError(unsupported_architecture).
     """
     family, source = Family(header), PressedWeights(model_dir)
     names = _names(family, source)

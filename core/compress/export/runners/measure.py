@@ -6,8 +6,9 @@ where the model keeps a cache, `forward.continued` does the same in two steps th
 `forward.peak_memory` is its peak in bytes. The snippet is the code that loaded the folder: it is
 text that the runner executes, so that what a report shows is what was run. The working directory is the one that holds the folder.
 
-The request is a JSON file: folder, task, pooling, threads, longest (tokens of a text), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null), sets, timings,
-writings.
+The request is a JSON file: folder, task, pooling, threads, longest (tokens of a text), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets.
+When the sets are done and the answer is written, the process says `@ready` and times what it is asked to, one JSON line a run on its standard
+input, until that is closed: so several models can be timed by turns.
 Each set has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows` a batch; its arrays in `inputs` are called
 `<name>.ids` and so on. The runner of the source also says how a causal language model goes on with a prompt: `load` then returns a fourth
 thing, `generate(ids, new_tokens)`, from a prompt [S] to its greedy continuation, a list of token ids. A runner that can decode returns a
@@ -34,11 +35,6 @@ Forward = Callable[[Array, Array], Array]
 Generate = Callable[[Array, int], list[int]]
 Waits = Callable[[Array, int, bool], tuple[list[float], Array]]
 
-_SHAPE_SECONDS = 8.0  # a shape is timed no longer, but at least _FEWEST times
-_FEWEST = 5
-_WRITING_SECONDS = 20.0  # and decoding no longer than this, but at least _FEWEST_WRITINGS times
-_FEWEST_WRITINGS = 3
-
 
 def main(load: Callable[[Request], Any]) -> None:
     request = json.loads(Path(sys.argv[1]).read_bytes())
@@ -48,28 +44,8 @@ def main(load: Callable[[Request], Any]) -> None:
     loaded_s = time.perf_counter() - started
     inputs = np.load(request["inputs"])
     reference = np.load(request["reference"]) if request["reference"] else None
-    outputs: dict[str, Array] = {}
-    written = request["writings"] if waits else []
-    steps = len(request["sets"]) + len(request["timings"]) + len(written)
-    for at, one in enumerate(request["sets"]):
-        _say(at / steps, one["name"])
-        if one["kind"] == "generated":
-            outputs |= _continue(forward, generate, one, inputs, reference)
-        else:
-            outputs |= _run_set(forward, one, inputs, reference, request)
-    timings = []
-    for at, shape in enumerate(request["timings"], len(request["sets"])):
-        _say(at / steps, f"timing {shape['batch']} × {shape['length']}")
-        timings.append(_time(forward, shape, inputs))
-    writings: list[dict[str, Any]] = []
-    memory, texts = _Memory(), dict[tuple[int, int], Array]()
-    for at, one in enumerate(written, steps - len(written)):
-        _say(at / steps, f"decoding {one['batch']} × {one['prompt']}{'' if one['cached'] else ' without a cache'}")
-        timed, text = _time_writing(waits, one, inputs, memory)
-        cached = texts.setdefault((one["batch"], one["prompt"]), text)
-        if not one["cached"]:
-            timed["alike"] = float((cached[:, : one["tokens"]] == text).mean())
-        writings.append(timed)
+    memory = _Memory()
+    outputs = run_sets(forward, generate, request, inputs, reference)
     # Atomically: the parent must not take a half-written file for an answer.
     partial = Path(request["outputs"] + ".partial.npz")
     np.savez(partial, **outputs)  # type: ignore[arg-type]  # the stub takes ** for its keyword
@@ -78,14 +54,37 @@ def main(load: Callable[[Request], Any]) -> None:
         "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},
         "snippet": snippet,
         "load_seconds": loaded_s,
-        "peak_memory_bytes": max(memory.whole(), getattr(forward, "peak_memory", 0)),
-        "timings": timings,
-        "writings": writings,
+        "decodes": waits is not None,
     }
     Path(request["answer"]).write_text(json.dumps(answer))
+    _answer("ready", {}, forward, memory)
+    for line in sys.stdin:
+        wanted = json.loads(line)
+        timed = _write(waits, wanted, inputs, memory) if "prompt" in wanted else _time(forward, wanted, inputs)
+        _answer("timed", timed, forward, memory)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # some runtimes take long to unload, and everything is written
+
+
+def run_sets(
+    forward: Forward, generate: Generate | None, request: Request, inputs: Any, reference: Any
+) -> dict[str, Array]:
+    """The model's outputs for every set. inputs, reference: arrays by name; reference None: this is the source."""
+    outputs: dict[str, Array] = {}
+    for at, one in enumerate(request["sets"]):
+        _say(at / len(request["sets"]), one["name"])
+        if one["kind"] == "generated":
+            outputs |= _continue(forward, generate, one, inputs, reference)
+        else:
+            outputs |= _run_set(forward, one, inputs, reference, request)
+    return outputs
+
+
+def _answer(what: str, found: dict[str, Any], forward: Forward, memory: "_Memory") -> None:
+    """Tell the parent, and with it the most memory that the process has had; None: unknown."""
+    peak = max(memory.whole() or 0, getattr(forward, "peak_memory", 0)) or None
+    print(f"@{what} {json.dumps({**found, 'process_peak_bytes': peak})}", flush=True)
 
 
 def execute(snippet: str) -> dict[str, Any]:
@@ -117,7 +116,7 @@ def _run_set(forward: Forward, one: dict[str, Any], inputs: Any, reference: Any,
         elif kind == "last":
             part = {"values": out[np.arange(len(out)), mask[rows, :width].sum(axis=1) - 1]}
         elif kind == "pooled":
-            part = {"values": _pool(out, mask[rows, :width], request["pooling"])}
+            part = {"values": pool(out, mask[rows, :width], request["pooling"])}
         else:
             part = {"values": out}
         parts.append(part)
@@ -129,6 +128,7 @@ def _run_set(forward: Forward, one: dict[str, Any], inputs: Any, reference: Any,
         else:
             theirs = reference[f"{name}.reference"]
             merged["kl"] = (np.exp(theirs) * (theirs - logp)).sum(axis=1, dtype=np.float64)
+            merged["products"] = centred_products(logp, theirs)
     return {f"{name}.{key}": value for key, value in merged.items()}
 
 
@@ -164,15 +164,44 @@ def _continue(
     return {f"{name}.tokens": chosen}
 
 
-def _pool(hidden: Array, mask: Array, pooling: str) -> Array:
-    """hidden [B, S, H] → [B, H]"""
+def pool(hidden: Array, mask: Array, pooling: str) -> Array:
+    """Token vectors [B, S, H], padded on the right → one a text [B, H], or [B, H · modes] for modes joined by `+`. Pooled ones come back as they are."""
     if hidden.ndim == 2:
         return hidden
-    if pooling == "cls":
+    found: Array = np.concatenate([_pool(hidden, mask[:, :, None], mode) for mode in pooling.split("+")], axis=1)
+    return found
+
+
+def _pool(hidden: Array, mask: Array, mode: str) -> Array:
+    """mask [B, S, 1]; modes as sentence-transformers calls them."""
+    if mode == "cls":
         return hidden[:, 0]
-    weights = mask[:, :, None].astype(np.float32)
-    pooled: Array = (hidden * weights).sum(axis=1) / np.maximum(weights.sum(axis=1), 1)
+    if mode == "lasttoken":
+        last: Array = hidden[np.arange(len(hidden)), np.maximum(mask[:, :, 0].sum(axis=1), 1) - 1]
+        return last
+    pooled: Array
+    if mode == "max":
+        pooled = np.where(mask > 0, hidden, -np.inf).max(axis=1)
+        return pooled
+    weights: Array = mask.astype(np.float32)
+    if mode == "weightedmean":
+        weights = weights * np.arange(1, hidden.shape[1] + 1, dtype=np.float32)[:, None]
+    length = np.maximum(weights.sum(axis=1), 1)
+    pooled = (hidden * weights).sum(axis=1) / (np.sqrt(length) if mode == "mean_sqrt_len_tokens" else length)
     return pooled
+
+
+def centred_products(ours: Array, theirs: Array) -> Array:
+    """Of each row: ours · theirs, |ours|² and |theirs|², both less the mean of all of their rows. [N, H] each → [N, 3]
+
+    What all rows have in common says nothing of how well they are told apart: without it, one answer to everything comes to nothing.
+    """
+    mean = theirs.mean(axis=0, dtype=np.float64)
+    found = np.empty((len(ours), 3))
+    for at, (mine, base) in enumerate(zip(ours, theirs, strict=True)):  # a row at a time: distributions are wide
+        a, b = mine - mean, base - mean
+        found[at] = a @ b, a @ a, b @ b
+    return found
 
 
 def _log_sum_exp(logits: Array) -> Array:
@@ -203,41 +232,32 @@ def _log_probabilities(logits: Array, marked: Array) -> Array:
 
 
 def _time(forward: Forward, shape: dict[str, int], inputs: Any) -> dict[str, Any]:
-    """Milliseconds of single runs after warm-up, on real text of the shape."""
+    """Milliseconds of a run on real text of the shape, behind one that isn't timed: what another process left in the caches doesn't count."""
     sample = inputs["timing.ids"]
     ids = np.resize(sample, (shape["batch"], *(sample.shape if sample.ndim > 1 else (shape["length"],))))
     mask = np.ones((len(ids), shape["length"]), np.int64)
-    for _ in range(3):
-        forward(ids, mask)
-    taken: list[float] = []
-    deadline = time.perf_counter() + _SHAPE_SECONDS
-    while len(taken) < shape["repeats"] and (len(taken) < _FEWEST or time.perf_counter() < deadline):
-        start = time.perf_counter()
-        forward(ids, mask)
-        taken.append(1000 * (time.perf_counter() - start))
-    return {"batch": shape["batch"], "length": shape["length"], "milliseconds": taken}
+    forward(ids, mask)
+    start = time.perf_counter()
+    forward(ids, mask)
+    return {"milliseconds": 1000 * (time.perf_counter() - start)}
 
 
-def _time_writing(waits: Waits, one: dict[str, Any], inputs: Any, memory: "_Memory") -> tuple[dict[str, Any], Array]:
-    """Milliseconds before each token, [repeats][tokens], after one run to warm up, and the peak of memory meanwhile; and the tokens."""
+def _write(waits: Waits, one: dict[str, Any], inputs: Any, memory: "_Memory") -> dict[str, Any]:
+    """Milliseconds before each token of a run, the peak of memory meanwhile, and the tokens [B, tokens]."""
     ids = np.resize(inputs["timing.ids"], (one["batch"], one["prompt"]))
     memory.start()
-    _, text = waits(ids, one["tokens"], one["cached"])
-    runs: list[list[float]] = []
-    deadline = time.perf_counter() + _WRITING_SECONDS
-    while len(runs) < one["repeats"] and (len(runs) < _FEWEST_WRITINGS or time.perf_counter() < deadline):
-        runs.append(waits(ids, one["tokens"], one["cached"])[0])
-    return {**one, "milliseconds": runs, "peak_memory_bytes": memory.stop()}, text
+    taken, text = waits(ids, one["tokens"], one["cached"])
+    return {"milliseconds": list(taken), "peak_memory_bytes": memory.stop(), "text": np.asarray(text).tolist()}
 
 
 class _Memory:
-    """The peak of this process's memory: as a whole, and between `start` and `stop` where the kernel lets its mark be set back."""
+    """The peak of this process's memory: as a whole, and between `start` and `stop` where the kernel lets its mark be set back. None: unknown."""
 
     def __init__(self) -> None:
         self._before = 0
 
     def start(self) -> None:
-        self._before = self.whole()
+        self._before = self.whole() or 0
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self._since = True
@@ -247,11 +267,11 @@ class _Memory:
     def stop(self) -> int | None:
         return _peak_memory() if self._since else None
 
-    def whole(self) -> int:
-        return max(self._before, _peak_memory())
+    def whole(self) -> int | None:
+        return max(self._before, _peak_memory() or 0) or None
 
 
-def _peak_memory() -> int:
+def _peak_memory() -> int | None:
     # ru_maxrss would count the process that started this one; the kernel's high-water mark of this address space doesn't.
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -259,4 +279,4 @@ def _peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) or None

@@ -1,0 +1,57 @@
+"""The source's process beside an artifact's, so that both can be timed by turns."""
+
+from pathlib import Path
+
+from core.compress.evaluate.consumer import Consumer, Observed, Task
+
+_SPARE = 0.9  #: of the memory that the job may use; the rest is for what no peak shows
+
+
+class SourceBeside:
+    """Starts the source's consumer when an artifact is first timed, and keeps it for the artifacts after that. A context manager."""
+
+    def __init__(self, runner: Path, folder: Path, task: Task, seen: Observed, *, scratch: Path, limit: int) -> None:
+        """seen: of the source, when it was measured. limit: bytes that the job may use; 0: what the machine has."""
+        self._runner, self._folder, self._task, self._seen = runner, folder, task, seen
+        self._scratch, self._limit = scratch, limit
+        self._consumer: Consumer | None = None
+
+    def __enter__(self) -> "SourceBeside":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._consumer is not None:
+            self._consumer.__exit__(*_)
+
+    def open(self, artifact_peak: int | None) -> Consumer | None:
+        """The source's consumer, loaded; None where it doesn't fit beside a process with that peak of memory, or nobody knows."""
+        if self._consumer is not None:
+            return self._consumer
+        if not self._fits(artifact_peak):
+            return None
+        shown = self._task.only_timed
+        self._consumer = Consumer(
+            self._runner, self._folder, shown, name="source", scratch=self._scratch, stem="source-beside"
+        )
+        self._consumer.run()
+        return self._consumer
+
+    def _fits(self, artifact_peak: int | None) -> bool:
+        source_peak = self._seen.peak_memory
+        if source_peak is None or artifact_peak is None:
+            return False
+        available = _kilobytes("/proc/meminfo", "MemAvailable:")
+        if available is not None and source_peak > _SPARE * available:
+            return False
+        ours = _kilobytes("/proc/self/status", "RssAnon:") or 0
+        return not self._limit or ours + artifact_peak + source_peak <= _SPARE * self._limit
+
+
+def _kilobytes(file: str, field: str) -> int | None:
+    try:
+        for line in Path(file).read_text().splitlines():
+            if line.startswith(field):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,100 @@
+"""What went wrong where a consumer's process ended early, or gave numbers that are none."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import ErrorCode, NightpressError
+
+
+def failed(name: str, status: int, stderr: str) -> NightpressError:
+    whole = stderr.strip()
+    last = whole.splitlines()[-1] if whole else "it said nothing"
+    if any(sign in whole for sign in ("No space left on device", "File too large", "Disk quota exceeded")):
+        return NightpressError(
+            ErrorCode.DISK_FULL,
+            f"The disk filled up while {_subject(name)} was measured.",
+            hint="Free space in the worker's data folder.",
+        )
+    if "IndexError: index out of range in self" in whole or "indices element out of data bounds" in whole:
+        return NightpressError(
+            ErrorCode.MALFORMED_MODEL,
+            f"{_subject(name).capitalize()} was asked for a token or position that it has no embedding for.",
+            hint="Compare the model's embeddings with `vocab_size` and `max_position_embeddings` in its config.json.",
+            artifact=name,
+            stderr=whole,
+        )
+    if "size mismatch" in whole or "ignore_mismatched_sizes" in whole:
+        return NightpressError(
+            ErrorCode.MALFORMED_MODEL,
+            f"The weights of {_subject(name)} don't have the shapes that its config.json gives.",
+            hint="Bring the config.json that the weights were saved with.",
+            artifact=name,
+            stderr=whole,
+        )
+    if status == -9 or "MemoryError" in last or "Cannot allocate memory" in whole or "not enough memory" in whole:
+        return NightpressError(
+            ErrorCode.OUT_OF_MEMORY,
+            f"The process that loaded {_subject(name)} ran out of memory.",
+            hint="Use a worker with more memory, or evaluate with a smaller `batch` and `length`.",
+            stderr=whole,
+        )
+    if (mismatch := _version_mismatch(whole)) is not None:
+        return NightpressError(
+            ErrorCode.VERIFICATION_FAILED,
+            f"{_subject(name).capitalize()} is written in {mismatch[0]}; the library that is to load it here {mismatch[1]}.",
+            hint="Bring the libraries to the versions in constraints.txt: what writes the file and what reads it must fit together.",
+            artifact=name,
+            stderr=whole,
+        )
+    died = f"signal {-status}" if status < 0 else f"status {status}"
+    hint = (
+        "The model itself can't be run: check that its config.json and weights belong together."
+        if name == "source"
+        else "Leave this format out of `exports`, or compare the versions of the libraries with those in pyproject.toml."
+    )
+    return NightpressError(
+        ErrorCode.VERIFICATION_FAILED,
+        f"{_subject(name).capitalize()} could not be run by its consumer, which ended with {died}: {last[:500]}",
+        hint=hint,
+        artifact=name,
+        stderr=whole,
+    )
+
+
+#: What consumers say of a file that is newer than they are: its version, and, but for OpenVINO, the last one they read.
+_TOO_NEW = (
+    ("GGUF version", re.compile(r"GGUF file is version (\d+) but this software only supports up to version (\d+)")),
+    ("opset", re.compile(r"from unsupported opset: opset(\d+)()")),
+    ("IR version", re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")),
+    ("opset", re.compile(r"[Oo]pset (\d+) is under development.*?till opset (\d+)", re.DOTALL)),
+)
+
+
+def _version_mismatch(stderr: str) -> tuple[str, str] | None:
+    """E.g. `("IR version 99", "reads up to IR version 13")`, where that is why a file didn't load."""
+    for what, pattern in _TOO_NEW:
+        if found := pattern.search(stderr):
+            return f"{what} {found[1]}", f"reads up to {what} {found[2]}" if found[2] else "does not know it"
+    return None
+
+
+def _subject(name: str) -> str:
+    return "the source model" if name == "source" else f"the artifact {name}"
+
+
+def check_finite(outputs: Mapping[str, NDArray[Any]], name: str) -> None:
+    for key, values in outputs.items():
+        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+            bad = int((~np.isfinite(values)).sum())
+            raise NightpressError(
+                ErrorCode.NUMERICAL_FAILURE,
+                f"{_subject(name).capitalize()} gives outputs that are not finite: {bad} of {values.size} numbers ({key}).",
+                hint="The weights overflow or hold NaN: check the model, or use a gentler pass."
+                if name == "source"
+                else "Use a gentler pass, or leave the layers that overflow to `ignore`.",
+                artifact=name,
+            )

@@ -1,0 +1,105 @@
+"""What timed runs come to: medians, percentiles, and how many times as fast as its source an artifact is, with an interval."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from core.compress.evaluate.consumer import Observed, Task, Timed
+from core.compress.evaluate.statistics import Array, spread_of_draws
+from core.handoff.report import GenerationTiming, Speedup, Timing
+
+
+def timings(observed: Observed, task: Task, source: Observed | None = None) -> tuple[Timing, ...]:
+    """Medians and 95th percentiles of the timed runs. source: what an artifact is compared with."""
+    found = []
+    for at, one in enumerate(observed.timings):
+        runs = np.asarray(one["milliseconds"])
+        p50, p95 = np.percentile(runs, [50, 95])
+        per_run = one["batch"] * (one["length"] if task.name == "causal-lm" else 1)
+        found.append(
+            Timing(
+                batch=one["batch"],
+                length=one["length"],
+                threads=task.threads,
+                repeats=len(runs),
+                p50_ms=float(p50),
+                p95_ms=float(p95),
+                throughput=1000 * per_run / float(p50),
+                throughput_unit="tokens/s" if task.name == "causal-lm" else "sequences/s",
+                speedup=_speedup_of(runs, _theirs(observed, source, "timings", at), observed.beside),
+            )
+        )
+    return tuple(found)
+
+
+def generation_timings(
+    observed: Observed, threads: int, source: Observed | None = None
+) -> tuple[GenerationTiming, ...]:
+    """What the timed runs of decoding come to: medians, 95th percentiles, and the slowest and the fastest run."""
+    found = []
+    for at, one in enumerate(observed.writings):
+        waits = np.asarray(one["milliseconds"])  # [repeats, tokens]
+        prefill, decode = waits[:, 0], waits[:, 1:]
+        rates = 1000 * one["batch"] * decode.shape[1] / decode.sum(axis=1)
+        prefill_p50, prefill_p95 = np.percentile(prefill, [50, 95])
+        token_p50, token_p95 = np.percentile(decode, [50, 95])
+        theirs = _theirs(observed, source, "writings", at)
+        found.append(
+            GenerationTiming(
+                batch=one["batch"],
+                prompt=one["prompt"],
+                tokens=one["tokens"],
+                cached=one["cached"],
+                alike=one.get("alike"),
+                threads=threads,
+                repeats=len(waits),
+                prefill_p50_ms=float(prefill_p50),
+                prefill_p95_ms=float(prefill_p95),
+                prefill_tokens_per_s=1000 * one["batch"] * one["prompt"] / float(prefill_p50),
+                token_p50_ms=float(token_p50),
+                token_p95_ms=float(token_p95),
+                decode_tokens_per_s=float(np.median(rates)),
+                decode_slowest=float(rates.min()),
+                decode_fastest=float(rates.max()),
+                peak_memory_bytes=one["peak_memory_bytes"],
+                prefill_speedup=_speedup_of(prefill, None if theirs is None else theirs[:, 0], observed.beside),
+                decode_speedup=_speedup_of(
+                    decode.mean(axis=1), None if theirs is None else theirs[:, 1:].mean(axis=1), observed.beside
+                ),
+            )
+        )
+    return tuple(found)
+
+
+def _theirs(observed: Observed, source: Observed | None, kind: str, at: int) -> Array | None:
+    """The source's runs of the same shape: those that took turns with the artifact's, else those that were taken before."""
+    held = observed.beside or source
+    return None if held is None else np.asarray(getattr(held, kind)[at]["milliseconds"])
+
+
+def _speedup_of(ours: Array, theirs: Array | None, beside: Timed | None) -> Speedup | None:
+    return None if theirs is None else speedup(ours, theirs, by_turns=beside is not None)
+
+
+def speedup(ours: Sequence[float] | Array, theirs: Sequence[float] | Array, *, by_turns: bool) -> Speedup:
+    """The source's median over the artifact's. ours, theirs [rounds]: milliseconds; by turns, those of a round belong together.
+
+    Runs that took turns saw the same load, so that rounds can be resampled: what is left is how sure both medians are. Of runs that were
+    taken one after the other, resampling would see nothing of what else ran during either: their own spread has to speak.
+    """
+    mine, base = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    value = float(np.median(base) / np.median(mine))
+    if by_turns:
+        low, high = spread_of_draws(lambda at: np.median(base[at], axis=1) / np.median(mine[at], axis=1), len(mine))
+    else:
+        (ours_5, ours_95), (theirs_5, theirs_95) = (np.percentile(one, [5, 95]) for one in (mine, base))
+        low, high = float(theirs_5 / ours_95), float(theirs_95 / ours_5)
+    low, high = min(low, value), max(high, value)
+    return Speedup(
+        value=value,
+        low=low,
+        high=high,
+        told_apart=low > 1 or high < 1,
+        by_turns=by_turns,
+        source_p50_ms=float(np.median(base)),
+    )

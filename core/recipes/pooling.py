@@ -1,0 +1,76 @@
+"""How an embedder's token vectors become one vector, as its folder says: `modules.json` and the pooling module that it names.
+
+Everything that pools asks the model's header, which is read here: figures, passes that weigh layers or learn, GGUF.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from core.errors import ErrorCode, NightpressError
+from core.recipes.jsonfile import malformed
+
+MODULES_FILE = "modules.json"
+_UNLISTED = "1_Pooling/config.json"  #: where the module lies in folders that list none
+#: As sentence-transformers calls them, in the order in which it joins several; and the keys that it wrote before 2026.
+_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+#: Modules that change no direction of a vector, which is all that figures of embedders look at.
+_HARMLESS = frozenset({"Transformer", "Normalize", "Dropout"})
+
+Read = Callable[[str], Any]  #: a JSON file by its path in the folder; None: there is none
+
+
+def read_pooling(read: Read) -> str:
+    """E.g. `mean`, or `cls+max` where vectors are joined; `mean` for a folder that says nothing.
+
+    Raises NightpressError: unsupported_architecture for a module that is neither pressed nor measured here, malformed_model.
+    """
+    modules = read(MODULES_FILE)
+    if modules is None:
+        return _modes(_UNLISTED, read(_UNLISTED) or {})
+    if not isinstance(modules, list) or not all(isinstance(one, dict) for one in modules):
+        raise malformed(MODULES_FILE, "it is no list of modules")
+    found: list[str] = []
+    for one in modules:
+        kind, path = str(one.get("type", "")).rpartition(".")[2], str(one.get("path", ""))
+        if kind == "Pooling":
+            file = f"{path}/config.json" if path else "config.json"
+            config = read(file)
+            if config is None:
+                raise malformed(MODULES_FILE, f"it names a pooling module in {path[:200]}, which has no config.json")
+            found.append(_modes(file, config))
+        elif kind not in _HARMLESS:
+            raise _unsupported(kind, path)
+    if len(found) != 1:
+        raise malformed(MODULES_FILE, f"it names {len(found)} pooling modules, where an embedder has one")
+    return found[0]
+
+
+def _modes(file: str, config: Any) -> str:
+    if not isinstance(config, dict):
+        raise malformed(file, "it is not a JSON object")
+    said = config.get("pooling_mode")
+    if said is None:
+        said = [mode for flag, mode in _FLAGS.items() if config.get(flag)] or ["mean"]
+    modes = said if isinstance(said, list) else [said]
+    for mode in modes:
+        if mode not in _FLAGS.values():
+            raise malformed(file, f"it has the pooling mode {str(mode)[:40]!r}; known are {', '.join(_FLAGS.values())}")
+    if not modes:
+        raise malformed(file, "its list of pooling modes is empty")
+    return "+".join(modes)
+
+
+def _unsupported(kind: str, path: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.UNSUPPORTED_ARCHITECTURE,
+        f"{MODULES_FILE} names a module {kind[:60]!r} in {path[:200]!r}: it changes the vectors, and is neither pressed nor measured here.",
+        hint=f"Press the transformer alone: take that module out of {MODULES_FILE}, and apply it to the artifact's vectors where you use them.",
+        file=MODULES_FILE,
+    )

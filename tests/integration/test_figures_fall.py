@@ -1,0 +1,279 @@
+"""Every figure of every task sees a model that is broken step by step, and so do the verification and a gate on quality."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core.compress.evaluate import quality
+from core.compress.evaluate.consumer import Observed
+from core.compress.export.runners import measure, transformers_runner
+from core.compress.export.verify import verify
+from core.errors import ErrorCode, NightpressError
+from core.handoff.report import Measurement
+from core.recipes.exports import Export
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import Recipe, parse_recipe
+from tests.models import minilm_dir, smollm_dir
+from tests.training import classifier
+
+#: Noise on every weight, in its own standard deviations: nothing that a figure may hold against it, some, and nothing left of the model.
+LEVELS = (0.001, 0.3, 5.0)
+WORDS = ("lamp", "river", "stone", "window", "garden", "letter", "horse", "winter", "road", "bread", "king", "sea")
+TEXTS = [" ".join(WORDS[(at * 7 + place * place * 5) % 12] for place in range(2 + at % 7)) for at in range(48)]
+_TAGS = ("O", "B-X", "B-Y", "I-Y")
+FIDELITY = {"metric": "fidelity", "samples": 48, "length": 32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task: its model, what is measured on it, and the figures that this gives. data: rows by name, made with the source's answers."""
+
+    build: Callable[[Path, Path], Path]
+    figures: set[str]
+    evaluate: tuple[dict[str, Any], ...] = (FIDELITY,)
+    data: Callable[[Path], dict[str, list[dict[str, Any]]]] = field(default=lambda _folder: {})
+
+
+def _bert(head: str, **config: Any) -> Callable[[Path, Path], Path]:
+    def build(bert_tiny: Path, folder: Path) -> Path:
+        import transformers
+
+        torch.manual_seed(0)
+        shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+        made = transformers.BertConfig(**shape, initializer_range=0.3, **config)
+        getattr(transformers, head)(made).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(bert_tiny / name, folder / name)
+        return folder
+
+    return build
+
+
+def _says_lamp(bert_tiny: Path, folder: Path) -> Path:
+    """A masked language model that knows nothing but the commonest word."""
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer
+
+    _bert("BertForMaskedLM", vocab_size=30522)(bert_tiny, folder)
+    weights = load_file(folder / "model.safetensors")
+    lamp = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("lamp")
+    weights["cls.predictions.bias"][lamp] = 12.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _vit(_bert_tiny: Path, folder: Path) -> Path:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = ViTConfig(**shape, image_size=32, patch_size=8, num_labels=5, initializer_range=0.3)
+    ViTForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+def _t5(bert_tiny: Path, folder: Path) -> Path:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=30522, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    shutil.copy(bert_tiny / "tokenizer.json", folder)
+    return folder
+
+
+def _answers(folder: Path, texts: list[str]) -> np.ndarray:
+    """Classes that a BERT classifier gives: of each text, or of each text's tokens."""
+    import transformers
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_bytes())
+    model = getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
+    with torch.inference_mode():
+        logits = [model(torch.tensor([tokenizer.encode(text).ids])).logits[0] for text in texts]
+    return np.array([one.argmax(-1).tolist() for one in logits], dtype=object)
+
+
+def _labelled(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    classes = _answers(folder, TEXTS)
+    return {"rows": [{"text": text, "label": int(cls)} for text, cls in zip(TEXTS, classes, strict=True)]}
+
+
+def _lamps(_folder: Path) -> dict[str, list[dict[str, Any]]]:
+    texts = [" ".join("lamp" if (at + place) % 4 else WORDS[place] for place in range(12)) for at in range(48)]
+    return {"rows": [{"text": text} for text in texts]}
+
+
+def _tagged(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    names = json.loads((folder / "config.json").read_bytes())["id2label"]
+    rows = []
+    for text, classes in zip(TEXTS, _answers(folder, TEXTS), strict=True):
+        tags = [names[str(cls)] for cls in classes[1:-1]]
+        rows.append({"tokens": text.split(), "tags": tags[: len(text.split())]})
+    return {"rows": rows}
+
+
+def _pairs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Pairs with the source's own cosines for scores."""
+    import transformers
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+
+    def vector(text: str) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(torch.tensor([tokenizer.encode(text).ids])).last_hidden_state[0].mean(0)
+
+    pairs = list(zip(TEXTS, TEXTS[1:] + TEXTS[:1], strict=True))
+    scores = [float(torch.cosine_similarity(vector(a), vector(b), dim=0)) for a, b in pairs]
+    return {"pairs": [{"text_a": a, "text_b": b, "score": score} for (a, b), score in zip(pairs, scores, strict=True)]}
+
+
+_TOKENS = {"top1_agreement", "kl_divergence", "centred_cosine"}
+_NUMBERS = {"rank_correlation", "correlation", "mean_error", "largest_error", "centred_cosine"}
+CASES = {
+    "embedder": Case(
+        lambda _bert_tiny, folder: minilm_dir(folder.parent / "minilm"),
+        {"spearman", "pearson", "ndcg", "recall", "cosine", "centred_cosine"},
+        ({"metric": "similarity", "data": "pairs"}, {"metric": "retrieval", "samples": 48}),
+        _pairs,
+    ),
+    "classifier": Case(
+        classifier,
+        {"accuracy", "f1", *_TOKENS},
+        ({"metric": "accuracy", "data": "rows", "samples": 48},),
+        _labelled,
+    ),
+    "one logit": Case(_bert("BertForSequenceClassification", num_labels=1), _NUMBERS),
+    "numbers": Case(_bert("BertForSequenceClassification", num_labels=3, problem_type="regression"), _NUMBERS),
+    "labels": Case(
+        _bert("BertForSequenceClassification", num_labels=4, problem_type="multi_label_classification"),
+        {"label_agreement", "kl_divergence", "centred_cosine"},
+    ),
+    "tokens": Case(
+        _bert(
+            "BertForTokenClassification",
+            id2label=dict(enumerate(_TAGS)),
+            label2id={name: at for at, name in enumerate(_TAGS)},
+        ),
+        {"entity_f1", *_TOKENS},
+        ({"metric": "entities", "data": "rows", "samples": 48},),
+        _tagged,
+    ),
+    "masked LM": Case(
+        _says_lamp,
+        {"masked_accuracy", *_TOKENS},
+        ({"metric": "masked-lm", "data": "rows", "samples": 24, "length": 32},),
+        _lamps,
+    ),
+    "causal LM": Case(
+        lambda _bert_tiny, _folder: smollm_dir(),
+        {"perplexity", "bits_per_byte", "generation_match", "prefix_match", *_TOKENS},
+        (
+            {"metric": "perplexity", "samples": 12, "length": 32},
+            {"metric": "generation", "samples": 12, "length": 12, "new_tokens": 6},
+        ),
+    ),
+    "images": Case(_vit, _TOKENS, ({"metric": "fidelity", "samples": 48},)),
+    "encoder-decoder": Case(_t5, _TOKENS, ({"metric": "fidelity", "samples": 12, "length": 24},)),
+}
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _observe(folder: Path, trial: quality.Trial, reference: Observed | None) -> Observed:
+    """What the runner's own code sees, in this process: forty processes would take minutes to import torch."""
+    request = {**trial.task.request(), "folder": folder.name}
+    with _inside(folder.parent):
+        forward, versions, snippet, generate, _ = transformers_runner.load(request)
+        outputs = measure.run_sets(
+            forward, generate, request, trial.task.arrays(), None if reference is None else reference.outputs
+        )
+    return Observed(outputs, (), (), None, versions, snippet, 0.0, folder)
+
+
+def _broken(source: Path, target: Path, level: float) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    weights = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in weights.items():
+        if weight.is_floating_point() and weight.numel() > 1:
+            noise = torch.randn(weight.shape, generator=generator)
+            # A norm's or a bias's weights may all be alike: then the layer's own size is what noise is measured in.
+            weights[name] = weight + level * (weight.std() if weight.dim() > 1 else weight.abs().mean() * 0.1) * noise
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def _worse(one: Measurement, other: Measurement) -> bool:
+    """Whether `one` is worse than `other`, beyond both intervals."""
+    assert None not in (one.low, one.high, other.low, other.high)
+    return one.high < other.low if one.better == "higher" else one.low > other.high
+
+
+def _verified(recipe: Recipe, trial: quality.Trial, base: Observed, seen: Observed) -> bool:
+    try:
+        verify(recipe, Export(format="compressed-tensors"), seen, source=base, traced=None, task=trial.task)
+    except NightpressError as error:
+        if error.code is not ErrorCode.VERIFICATION_FAILED:
+            raise
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_figures_verification_and_gate_see_a_model_break_step_by_step(
+    name: str, bert_tiny: Path, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    source = case.build(bert_tiny, tmp_path / "source")
+    files = {}
+    for ref, rows in case.data(source).items():
+        files[ref] = tmp_path / f"{ref}.jsonl"
+        files[ref].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    passes, exports = [{"pass": "weight-only", "bits": 8}], ["compressed-tensors"]
+    recipe = parse_recipe({"name": "t", "passes": passes, "exports": exports, "evaluate": list(case.evaluate)})
+    trial = quality.prepare(recipe, inspect_model(FolderFiles(source)), source, files, threads=1)
+    base = _observe(source, trial, None)
+    found, verified = [], []
+    for at, level in enumerate(LEVELS):
+        seen = _observe(_broken(source, tmp_path / f"broken{at}", level), trial, base)
+        measured = [one for one in quality.measurements(trial, base, seen) if one.name != "class_f1"]
+        found.append({(one.name, one.of, one.data): one for one in measured})
+        verified.append(_verified(recipe, trial, base, seen))
+        shutil.rmtree(tmp_path / f"broken{at}")
+    mildest, middle, strongest = found
+    assert {key[0] for key in mildest} == case.figures
+    for key in mildest:
+        assert not _worse(mildest[key], middle[key]), key
+        assert not _worse(middle[key], strongest[key]), key
+        assert _worse(strongest[key], mildest[key]), (key, mildest[key].value, strongest[key].value)
+    nearness = [key for key in mildest if key[0] == "centred_cosine"]
+    assert all(mildest[key].low > 0.99 for key in nearness)
+    assert all(strongest[key].low < 0.5 for key in nearness)
+    assert verified[0]
+    assert not verified[-1]
