@@ -38,10 +38,12 @@ from core.jobs.states import RUNNING
 from core.jobs.tables import job_attempts, job_events, jobs
 
 _columns = jobs.c
+_UNKNOWN = 2**63 - 1  #: of a GPU that does not say how much memory it has: any job may try
 _IN_QUEUE = (IS_QUEUED, _columns.queue == bindparam("offered_queue", type_=String))
 _FITS = (
     *_IN_QUEUE,
     _columns.needs_memory <= bindparam("offered_memory", type_=BigInteger),
+    _columns.needs_gpu_memory <= bindparam("offered_gpu_memory", type_=BigInteger),
     _columns.run_after <= db_now(),
 )
 
@@ -61,6 +63,7 @@ def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float, caps: Caps) ->
         "default_gpu_seconds": caps.gpu_seconds_month,
         "offered_queue": offer.queue,
         "offered_memory": offer.memory,
+        "offered_gpu_memory": _UNKNOWN if offer.gpu_memory is None else offer.gpu_memory,
         "claimed_by": offer.worker_id,
         "new_lease": lease_id,
         "ttl_s": ttl_s,

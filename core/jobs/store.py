@@ -13,6 +13,7 @@ from sqlalchemy import (
     case,
     func,
     insert,
+    literal,
     literal_column,
     null,
     or_,
@@ -109,7 +110,8 @@ class JobStore(JobSubmitter, WorkerRoster):
     def reuse(self, job: Job) -> Job:
         """queued → succeeded with the result of an identical job of the same tenant, if there is one. Returns the job as it is then.
 
-        The result is the other's: its artifacts' files, its report and its figures. Where a worker was faster, the job simply runs.
+        The result is the other's: its artifacts' files, its report and its figures. Where the recipe names a device, the result was made on
+        that one; with `device: auto` either will do. Where a worker was faster, the job simply runs.
         """
         made = jobs.alias("made")
         mine = select(_columns.fingerprint).where(_columns.id == job.id).scalar_subquery()
@@ -117,6 +119,7 @@ class JobStore(JobSubmitter, WorkerRoster):
             select(made.c.id, made.c.verdict)
             .where(made.c.tenant_id == job.tenant_id, made.c.fingerprint == mine)
             .where(made.c.state == literal_column("'succeeded'"), made.c.reused_from.is_(None))
+            .where(literal(job.recipe.get("device", "auto") == "auto") | (made.c.queue == job.queue))
             .order_by(made.c.finished_at.desc())
             .limit(1)
             .with_for_update()  # so that it isn't pruned meanwhile

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from core.recipes.calibration import Calibration
 from core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
+from core.recipes.placement import Queue
 
 _MIB = 1024**2
 #: Anonymous memory, as the supervisor weighs it, measured by `bench.estimates`: of a job's child with torch and its tokenizer loaded …
@@ -19,7 +20,8 @@ TRACING_BYTES = 385 * _MIB  #: … and what it and the passes on a graph that tr
 CONSUMER_BYTES = 265 * _MIB  #: a process with torch and transformers, beside the model it loads
 GRAPH_CONSUMER_BYTES = 40 * _MIB  #: one with a graph runtime
 LOGIT_BYTES = 256 * _MIB  #: logits over the vocabulary that a consumer holds at once
-FORWARD_RATE = 33e9  #: multiply-adds/s on two cores, of fp32 or, where the processor has it, of bfloat16: between what both come to
+CORE_RATE = 16.5e9  #: multiply-adds/s on each core, of fp32 or, where the processor has it, of bfloat16: between what both come to
+GPU_RUNTIME_BYTES = 600 * _MIB  #: of a GPU's memory: CUDA's context and its libraries' kernels and workspaces
 GPU_RATE = 250e12  #: multiply-adds/s of bf16 that a calibration comes to on an H100, its kernels' waiting included
 _GRAM_EFFORT = 1.25  #: of strips up to the diagonal, for the half that is asked for
 _SOLVE_EFFORT = 3.0  #: settling columns moves memory as much as it multiplies
@@ -65,9 +67,20 @@ def cached_trace_seconds(header: ModelHeader) -> float:
 
 class Cost(NamedTuple):
     memory_bytes: int  #: anonymous, of the host, beside RUNTIME_BYTES
-    seconds: float  #: of reading, writing and what a faster device doesn't speed up; without `work`, of all
-    work: float = 0.0  #: multiply-adds, done at the device's rate
+    seconds: float  #: of reading, writing, and what neither more cores nor a GPU speed up
+    work: float = 0.0  #: multiply-adds on the device that the job runs on
     gpu_bytes: int = 0  #: of the GPU's memory, if the job runs on one
+    host_bytes: int | None = None  #: of the host's memory, if the job runs on a GPU; None: the same as without
+    host_work: float = 0.0  #: multiply-adds on the processor, whatever the job runs on
+
+    def held(self, queue: Queue) -> int:
+        """Bytes of the host's memory."""
+        return self.memory_bytes if queue == "cpu" or self.host_bytes is None else self.host_bytes
+
+    def lasts(self, queue: Queue, threads: int) -> float:
+        """Seconds."""
+        cores = CORE_RATE * threads
+        return self.seconds + self.host_work / cores + self.work / (GPU_RATE if queue == "gpu" else cores)
 
 
 def in_turn_bytes(tokens: int, width: int, widest: int, itemsize: int) -> int:

@@ -1,6 +1,6 @@
 """From a recipe and a model's header to a plan: the steps, what they cost, and what speaks against them. Nothing runs here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -8,8 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import (
     CONSUMER_BYTES,
-    FORWARD_RATE,
-    GPU_RATE,
+    GPU_RUNTIME_BYTES,
     GRAPH_CONSUMER_BYTES,
     LOGIT_BYTES,
     MODELLING_BYTES,
@@ -24,6 +23,7 @@ from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, Mo
 from core.recipes.linears import invalid
 from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
 from core.recipes.passes import DynamicInt8, EarlyExit, GenerationCache, PassOptions, Recover
+from core.recipes.placement import Need, Placement, Queue, Seat, place, threads_of
 from core.recipes.targets import check_target
 
 _IMPORT_S = 3.5  #: start of one consumer process with torch and transformers
@@ -54,13 +54,14 @@ class Leaner(BaseModel):
 
 
 class Estimate(BaseModel):
-    """Bytes and seconds, from the header alone."""
+    """Bytes and seconds in the plan's queue, from the header alone."""
 
     model_config = ConfigDict(frozen=True, defer_build=True)
 
     memory_bytes: int
     disk_bytes: int
     seconds: float
+    threads: int  #: of the processor, that the seconds are for
     output_bytes: dict[str, int]  #: by export format
     gpu_bytes: int = 0  #: of a GPU's memory; 0 on a CPU
     leaner: tuple[Leaner, ...] = ()  #: the nearest first
@@ -70,15 +71,17 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, defer_build=True)
 
     recipe: Recipe
-    queue: Literal["cpu", "gpu"]
+    queue: Queue
+    queue_reason: str  #: why this queue
     steps: tuple[Step, ...]
     warnings: tuple[str, ...]
     estimate: Estimate | None  #: None where no model was named
 
 
-def make_plan(recipe: Recipe, header: ModelHeader | None = None) -> Plan:
-    """Check that the passes, exports and model go together, and say what it will take.
+def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence[Seat] = ()) -> Plan:
+    """Check that the passes, exports and model go together, decide where it runs, and say what it will take.
 
+    fleet: the workers that there have been lately; `device: auto` is decided by them, too.
     Raises NightpressError: invalid_recipe for a combination that can't work, unsupported_architecture for a model no pass or evaluation here knows.
     """
     if header is not None:
@@ -89,7 +92,11 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None) -> Plan:
     estimate = None
     if header is not None:
         _check_model(recipe, header)
-        estimate = _estimate(recipe, header)
+        costs = _costs(recipe, header)
+        queue, reason = _placed(recipe, costs, fleet)
+        estimate = _estimate(recipe, header, costs, queue, fleet)
+    else:
+        queue, reason = _queue_without_model(recipe)
     warnings = dict.fromkeys(_warnings(recipe, header))
     steps = [Step(kind="pass", name=one.pass_, detail=one.describe()) for one in recipe.passes]
     steps += [
@@ -106,7 +113,8 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None) -> Plan:
     ]
     return Plan(
         recipe=recipe,
-        queue="gpu" if recipe.device == "gpu" else "cpu",
+        queue=queue,
+        queue_reason=reason,
         steps=tuple(steps),
         warnings=tuple(warnings),
         estimate=estimate,
@@ -291,19 +299,44 @@ def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
     return total
 
 
-def _estimate(recipe: Recipe, header: ModelHeader) -> Estimate:
+def _queue_without_model(recipe: Recipe) -> Placement:
+    if recipe.device != "auto":
+        return Placement(recipe.device, f"the recipe says `device: {recipe.device}`.")
+    return Placement("cpu", "`device: auto` looks at the model, and none is named.")
+
+
+def _placed(recipe: Recipe, costs: Sequence[Cost], fleet: Sequence[Seat]) -> Placement:
+    """The queue, and why it is this one."""
+    if recipe.device != "auto":
+        return _queue_without_model(recipe)
+    here_alone = [one.name for one in recipe.passes if "cuda" not in one.runs_on]
+    if here_alone:
+        return Placement("cpu", f"`{here_alone[0]}` runs on a processor alone.")
+    # With the same threads for both: what more of them gain is no reason to take a GPU.
+    threads = threads_of(fleet, "cpu" if any(seat.queue == "cpu" for seat in fleet) else "gpu")
+    return place(_need(recipe, costs, "cpu", threads), _need(recipe, costs, "gpu", threads), fleet)
+
+
+def _need(recipe: Recipe, costs: Sequence[Cost], queue: Queue, threads: int) -> Need:
+    seconds = sum(one.lasts(queue, threads) for one in costs)
+    gpu = GPU_RUNTIME_BYTES + max(one.gpu_bytes for one in costs) if queue == "gpu" else 0
+    return Need(_memory(recipe, costs, queue), gpu, seconds)
+
+
+def _estimate(
+    recipe: Recipe, header: ModelHeader, costs: Sequence[Cost], queue: Queue, fleet: Sequence[Seat]
+) -> Estimate:
     outputs = {export.name: _output_bytes(recipe, header, export) for export in recipe.exports}
-    costs = _costs(recipe, header)
-    memory = _memory(recipe, costs)
-    on_gpu = recipe.device == "gpu"
-    rate = GPU_RATE if on_gpu else FORWARD_RATE
+    threads = threads_of(fleet, queue)
+    need = _need(recipe, costs, queue, threads)
     return Estimate(
-        memory_bytes=memory,
+        memory_bytes=need.memory_bytes,
         disk_bytes=header.size + 2 * sum(outputs.values()),
-        seconds=round(sum(one.seconds + one.work / rate for one in costs), 1),
+        seconds=round(need.seconds, 1),
+        threads=threads,
         output_bytes=outputs,
-        gpu_bytes=max(one.gpu_bytes for one in costs) if on_gpu else 0,
-        leaner=tuple(one for one in _leaner(recipe, header) if one.memory_bytes < memory),
+        gpu_bytes=need.gpu_bytes,
+        leaner=tuple(one for one in _leaner(recipe, header, queue) if one.memory_bytes < need.memory_bytes),
     )
 
 
@@ -313,8 +346,8 @@ def _costs(recipe: Recipe, header: ModelHeader) -> list[Cost]:
     return [*found, _measuring_cost(recipe, header)]
 
 
-def _memory(recipe: Recipe, costs: list[Cost]) -> int:
-    return RUNTIME_BYTES + _kept(recipe) + max(one.memory_bytes for one in costs)
+def _memory(recipe: Recipe, costs: Sequence[Cost], queue: Queue) -> int:
+    return RUNTIME_BYTES + _kept(recipe) + max(one.held(queue) for one in costs)
 
 
 def _kept(recipe: Recipe) -> int:
@@ -322,21 +355,21 @@ def _kept(recipe: Recipe) -> int:
     return MODELLING_BYTES if {one.scope for one in recipe.passes} & {"blocks", "train"} else 0
 
 
-def _leaner(recipe: Recipe, header: ModelHeader) -> Iterable[Leaner]:
+def _leaner(recipe: Recipe, header: ModelHeader, queue: Queue) -> Iterable[Leaner]:
     """Fewer samples, then shorter ones: what is asked of the text is given up before what is asked of the model."""
     given = recipe.calibration
     for share in (2, 4, 8):
         if given.samples >= 8 * share:
-            yield _with_calibration(recipe, header, samples=given.samples // share, length=given.length)
+            yield _with_calibration(recipe, header, queue, samples=given.samples // share, length=given.length)
     for share in (2, 4):
         if given.samples >= 64 and given.length >= 128 * share:
-            yield _with_calibration(recipe, header, samples=given.samples // 8, length=given.length // share)
+            yield _with_calibration(recipe, header, queue, samples=given.samples // 8, length=given.length // share)
 
 
-def _with_calibration(recipe: Recipe, header: ModelHeader, *, samples: int, length: int) -> Leaner:
+def _with_calibration(recipe: Recipe, header: ModelHeader, queue: Queue, *, samples: int, length: int) -> Leaner:
     calibration = recipe.calibration.model_copy(update={"samples": samples, "length": length})
     leaner = recipe.model_copy(update={"calibration": calibration})
-    memory = _memory(leaner, _costs(leaner, header))
+    memory = _memory(leaner, _costs(leaner, header), queue)
     return Leaner(change=f"`calibration: {{samples: {samples}, length: {length}}}`", memory_bytes=memory)
 
 
@@ -345,10 +378,9 @@ def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
     tokens = sum(_tokens(one) for one in recipe.evaluate)
     starts = [_IMPORT_S, *(_GRAPH_S if one.format in GRAPH_FORMATS else _IMPORT_S for one in recipe.exports)]
     traced = any(one.format in GRAPH_FORMATS for one in recipe.exports)  # a trace serves all of them
-    seconds = (
-        sum(starts) + traced * cached_trace_seconds(header) + len(starts) * tokens * header.parameters / FORWARD_RATE
-    )
-    return Cost(max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports)), seconds)
+    memory = max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports))
+    work = len(starts) * tokens * header.parameters
+    return Cost(memory, sum(starts) + traced * cached_trace_seconds(header), host_work=work)
 
 
 def _measuring_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
