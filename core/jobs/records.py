@@ -105,6 +105,7 @@ class WorkerOffer:
     memory: int
     threads: int
     gpu_memory: int | None = None  #: bytes; None: no GPU, or one that does not say
+    gpu_uuid: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
