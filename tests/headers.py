@@ -71,3 +71,17 @@ def _header(model_type: str, architecture: str, config: dict[str, Any], tensors:
     return ModelHeader(
         model_type=model_type, architecture=architecture, config=config, tensors=tuple(tensors), has_tokenizer=True
     )
+
+
+def mixture(hidden: int, inner: int, *, experts: int, chosen: int, layers: int, vocabulary: int) -> ModelHeader:
+    """Of OLMoE's architecture."""
+    tensors = [tensor("model.embed_tokens.weight", vocabulary, hidden)]
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        tensors += [tensor(f"{at}self_attn.{name}_proj.weight", hidden, hidden) for name in "qkvo"]
+        tensors.append(tensor(f"{at}mlp.gate.weight", experts, hidden))
+        for expert in range(experts):
+            parts = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+            tensors += [tensor(f"{at}mlp.experts.{expert}.{name}.weight", *size) for name, size in parts.items()]
+    config = {"hidden_size": hidden, "num_experts": experts, "num_experts_per_tok": chosen, "vocab_size": vocabulary}
+    return _header("olmoe", "OlmoeForCausalLM", config, tensors)

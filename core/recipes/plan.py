@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict
 from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import (
     CONSUMER_BYTES,
+    GPU_CONSUMER_BYTES,
     GPU_RUNTIME_BYTES,
+    GPU_START_S,
     GRAPH_CONSUMER_BYTES,
     LOGIT_BYTES,
     MODELLING_BYTES,
@@ -19,7 +21,7 @@ from core.recipes.costs import (
     made_graph_bytes,
 )
 from core.recipes.exports import GRAPH_FORMATS, Export
-from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
+from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader, TensorInfo
 from core.recipes.linears import invalid
 from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
 from core.recipes.passes import DynamicInt8, EarlyExit, GenerationCache, PassOptions, Recover
@@ -320,7 +322,7 @@ def _placed(recipe: Recipe, costs: Sequence[Cost], fleet: Sequence[Seat]) -> Pla
 def _need(recipe: Recipe, costs: Sequence[Cost], queue: Queue, threads: int) -> Need:
     seconds = sum(one.lasts(queue, threads) for one in costs)
     gpu = GPU_RUNTIME_BYTES + max(one.gpu_bytes for one in costs) if queue == "gpu" else 0
-    return Need(_memory(recipe, costs, queue), gpu, seconds)
+    return Need(_memory(recipe, costs, queue), gpu, seconds + GPU_START_S * (queue == "gpu"))
 
 
 def _estimate(
@@ -347,7 +349,12 @@ def _costs(recipe: Recipe, header: ModelHeader) -> list[Cost]:
 
 
 def _memory(recipe: Recipe, costs: Sequence[Cost], queue: Queue) -> int:
-    return RUNTIME_BYTES + _kept(recipe) + max(one.held(queue) for one in costs)
+    *passes, measuring = (one.held(queue) for one in costs)
+    if queue == "gpu" and _kept(
+        recipe
+    ):  # torch gives pinned memory back to nobody: it is there while artifacts are measured, too
+        return RUNTIME_BYTES + _kept(recipe) + max(passes) + measuring
+    return RUNTIME_BYTES + _kept(recipe) + max([measuring, *passes])
 
 
 def _kept(recipe: Recipe) -> int:
@@ -379,8 +386,9 @@ def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
     starts = [_IMPORT_S, *(_GRAPH_S if one.format in GRAPH_FORMATS else _IMPORT_S for one in recipe.exports)]
     traced = any(one.format in GRAPH_FORMATS for one in recipe.exports)  # a trace serves all of them
     memory = max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports))
+    beside_gpu = max(_measuring_bytes_beside_gpu(recipe, header, export) for export in (None, *recipe.exports))
     work = len(starts) * tokens * header.parameters
-    return Cost(memory, sum(starts) + traced * cached_trace_seconds(header), host_work=work)
+    return Cost(memory, sum(starts) + traced * cached_trace_seconds(header), host_bytes=beside_gpu, host_work=work)
 
 
 def _measuring_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
@@ -396,6 +404,22 @@ def _measuring_bytes(recipe: Recipe, header: ModelHeader, export: Export | None)
         return CONSUMER_BYTES + _output_bytes(recipe, header, export) + whole + logits
     mapped = floats and (export is None or export.weights is None)
     return CONSUMER_BYTES + whole * (not mapped) + logits
+
+
+def _measuring_bytes_beside_gpu(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
+    """The same where the passes ran on a GPU, which a consumer doesn't use. Of codes, what stays float is mapped from its file."""
+    if export is not None and export.format in GRAPH_FORMATS:
+        return _measuring_bytes(recipe, header, export)
+    whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
+    codes = 0
+    if export is not None and any(one.quantizes for one in recipe.passes):
+        floats = sum(tensor.size for tensor in header.tensors if not _becomes_codes(recipe, tensor))
+        codes = max(0, _output_bytes(recipe, header, export) - floats)
+    return CONSUMER_BYTES + GPU_CONSUMER_BYTES + codes + whole + logits
+
+
+def _becomes_codes(recipe: Recipe, tensor: TensorInfo) -> bool:
+    return any(one.stored_bytes(tensor) < tensor.size for one in recipe.passes if one.quantizes)
 
 
 def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
