@@ -169,8 +169,9 @@ class JobStore(JobSubmitter, WorkerRoster):
 
     def _claim(self, values: dict[str, Any], *, oldest: bool) -> Job | None:
         if not self._sqlite:
-            with transaction(self._engine) if self._is_capped() else statement(self._engine) as connection:
-                if self._is_capped():
+            capped = self._is_capped()  # asked once: the answer may change, and the lock holds in a transaction alone
+            with transaction(self._engine) if capped else statement(self._engine) as connection:
+                if capped:
                     # Two claims at a time would each count the same running jobs: where counts are bounds, one goes after the other.
                     connection.execute(select(func.pg_advisory_xact_lock(_CLAIM_LOCK)))
                 row = connection.execute(claim_and_note(oldest=oldest), values).one_or_none()

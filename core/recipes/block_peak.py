@@ -88,6 +88,12 @@ def gpu_peak(
     return max(stages) + _WORKSPACE
 
 
+def searched_bytes(header: ModelHeader) -> int:
+    """What AWQ's search holds beside a block and the sums of its inputs, on any device."""
+    _, groups, _ = _largest_block(header)
+    return max(_searched(groups, header.model_type in MIXTURES), default=0)
+
+
 def _searched(groups: list[_Group], mixture: bool) -> list[int]:
     """What AWQ's search holds of the layers behind each norm. A norm stands before all the experts of a mixture."""
     found = [

@@ -4,7 +4,7 @@ import math
 import re
 from typing import NamedTuple
 
-from core.recipes.block_peak import gpu_peak, input_of
+from core.recipes.block_peak import gpu_peak, input_of, searched_bytes
 from core.recipes.calibration import Calibration
 from core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
 from core.recipes.placement import Queue
@@ -112,7 +112,7 @@ def blocks_cost(
 
     gram: the method sums up Σ xxᵀ of each layer's inputs (half of it: it is symmetric). bits: of the codes that it leaves; None: it leaves
     weights. by_group: it settles the layers behind each tensor by themselves; else, and for mixtures, what is known of all inputs of a
-    block is held at once. copies: it holds a block's weights once more, in float32.
+    block is held at once. copies: it holds a block's weights once more, in float32, and searches in copies of them.
     """
     shape = _shape(header)
     length = min(calibration.length, header.positions or calibration.length)
@@ -128,7 +128,7 @@ def blocks_cost(
         2 * shape.largest_block
         + 4 * 4 * shape.widest**2 * gram
         + (0 if in_turn else shape.stored_block + 4 * (shape.block_squares - shape.widest**2) * gram)
-        + shape.largest_block * copies
+        + (shape.largest_block + searched_bytes(header)) * copies
         + _BATCH_WIDTHS * BATCH_TOKENS["cpu"] * shape.widest * 4
     )
     activations = 4 * tokens * shape.width

@@ -187,3 +187,13 @@ def test_a_gpu_takes_no_job_that_needs_more_memory_than_it_has(store: JobStore):
     unsaid = store.claim(offer(queue="gpu", gpu_memory=None), ttl_s=60)
     assert unsaid is not None
     assert unsaid.job.id == large
+
+
+def test_a_claim_asks_once_whether_claims_must_go_one_after_another(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    """Two answers may differ, and a lock that is taken outside a transaction locks nothing."""
+    submit(store)
+    asked = store._is_capped
+    answers: list[bool] = []
+    monkeypatch.setattr(store, "_is_capped", lambda: answers.append(asked()) or answers[-1])
+    claim(store)
+    assert len(answers) <= 1

@@ -51,7 +51,11 @@ def test_an_expert_is_multiplied_by_the_tokens_that_come_to_it():
 
 def test_a_pass_that_scales_weights_in_float32_holds_a_block_more():
     plain, copied = (blocks_cost(_mixture(4), _TEXT, by_group=False, copies=copies) for copies in (False, True))
-    assert copied.memory_bytes - plain.memory_bytes == 4 * 4 * 3 * _INNER * _WIDTH
+    block, searched = (
+        4 * 4 * 3 * _INNER * _WIDTH,
+        4 * 4 * 2 * _INNER * _WIDTH,
+    )  # all that stands behind one norm, and more for trials
+    assert block + searched <= copied.memory_bytes - plain.memory_bytes < block + 2 * searched
 
 
 def test_what_waits_for_all_inputs_of_a_block_holds_their_gram_matrices_together():
