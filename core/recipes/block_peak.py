@@ -55,6 +55,7 @@ def gpu_peak(
     block = itemsize * parameters
     written = 1.0 * itemsize if bits is None else bits / 8
     floats = _FLOAT if bits is not None else 0  #: of a weight that stands for codes
+    earlier = int(written * linear)  #: what the block before became, until it is written
     mixture = header.model_type in MIXTURES
     waits = itemsize * tokens * (4 * width + 2 * inner.columns)
     in_turn = by_group and not mixture and header.model_type not in SHARED_BLOCKS and waits <= in_turn_bytes
@@ -69,7 +70,7 @@ def gpu_peak(
     stages = [hidden + itemsize * _largest_outside(header) + 2 * itemsize * batch * width]
     for group in groups:
         others = linear - group.weights
-        held = int((floats + written) * others) + itemsize * group.weights
+        held = earlier + int((floats + written) * others) + itemsize * group.weights
         own = _FLOAT * group.columns**2
         factors = 3 * own if gram else 0  # turned, factored, turned back
         copies = (_ROUNDING if bits is not None else _PRUNING) * group.weights + own if gram else 0
@@ -80,11 +81,12 @@ def gpu_peak(
         elif by_group:
             stages.append(hidden + block + grams + held + max(factors, copies))
     if not in_turn:
-        stages.append(hidden + block + grams + int(written * linear) + entered)
+        stages.append(hidden + block + grams + earlier + entered)
         again = 3 * product + 2 * itemsize * batch * width
         stages.append(hidden + block + int((floats + written) * linear) + again)
     if not by_group:
-        stages += [hidden + block + grams + _FLOAT * linear + searched for searched in _searched(groups, mixture)]
+        held = hidden + block + grams + earlier + _FLOAT * linear
+        stages += [held + searched for searched in _searched(groups, mixture)]
     return max(stages) + _WORKSPACE
 
 

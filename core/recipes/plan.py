@@ -7,32 +7,21 @@ from pydantic import BaseModel, ConfigDict
 
 from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import (
-    CONSUMER_BYTES,
-    GPU_CONSUMER_BYTES,
     GPU_RUNTIME_BYTES,
     GPU_START_S,
-    GRAPH_CONSUMER_BYTES,
-    LOGIT_BYTES,
     MODELLING_BYTES,
     RUNTIME_BYTES,
-    TRACED_BYTES,
     Cost,
-    cached_trace_seconds,
-    made_graph_bytes,
 )
-from core.recipes.exports import GRAPH_FORMATS, Export
-from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader, TensorInfo
+from core.recipes.exports import Export
+from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from core.recipes.linears import invalid
+from core.recipes.measuring import measuring_cost
 from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
-from core.recipes.passes import DynamicInt8, EarlyExit, GenerationCache, PassOptions, Recover
+from core.recipes.passes import EarlyExit, GenerationCache, PassOptions, Recover
 from core.recipes.placement import Need, Placement, Queue, Seat, place, threads_of
 from core.recipes.targets import check_target
 
-_IMPORT_S = 3.5  #: start of one consumer process with torch and transformers
-_GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alone
-_DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
-_LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared
-_MOST_ROWS = 16  #: of a batch
 #: what the head is called that multiplies by the table, for `ignore`
 _HEADS = {"causal-lm": "lm_head.weight", "masked-lm": "cls.predictions.decoder.weight"}
 _CUT_BACK = frozenset({"none", "dynamic"})  #: caches from which tokens can be taken back
@@ -284,6 +273,11 @@ def stored(recipe: Recipe, header: ModelHeader) -> ModelHeader:
     return header.model_copy(update={"tensors": tuple(tensors)})
 
 
+def _outputs(recipe: Recipe, header: ModelHeader) -> dict[str, int]:
+    """Bytes of each artifact, by export."""
+    return {export.name: _output_bytes(recipe, header, export) for export in recipe.exports}
+
+
 def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
     given, left = _chain(recipe, header)
     passes = [one.settled(seen) for one, seen in zip(recipe.passes, given, strict=True)]
@@ -328,7 +322,7 @@ def _need(recipe: Recipe, costs: Sequence[Cost], queue: Queue, threads: int) -> 
 def _estimate(
     recipe: Recipe, header: ModelHeader, costs: Sequence[Cost], queue: Queue, fleet: Sequence[Seat]
 ) -> Estimate:
-    outputs = {export.name: _output_bytes(recipe, header, export) for export in recipe.exports}
+    outputs = _outputs(recipe, header)
     threads = threads_of(fleet, queue)
     need = _need(recipe, costs, queue, threads)
     return Estimate(
@@ -345,7 +339,7 @@ def _estimate(
 def _costs(recipe: Recipe, header: ModelHeader) -> list[Cost]:
     given, _ = _chain(recipe, header)
     found = [one.cost(seen, recipe.calibration) for one, seen in zip(recipe.passes, given, strict=True)]
-    return [*found, _measuring_cost(recipe, header)]
+    return [*found, measuring_cost(recipe, header, _outputs(recipe, header))]
 
 
 def _memory(recipe: Recipe, costs: Sequence[Cost], queue: Queue) -> int:
@@ -378,68 +372,3 @@ def _with_calibration(recipe: Recipe, header: ModelHeader, queue: Queue, *, samp
     leaner = recipe.model_copy(update={"calibration": calibration})
     memory = _memory(leaner, _costs(leaner, header), queue)
     return Leaner(change=f"`calibration: {{samples: {samples}, length: {length}}}`", memory_bytes=memory)
-
-
-def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
-    """The source and each artifact, loaded in a process of its own and run on every evaluation."""
-    tokens = sum(_tokens(one) for one in recipe.evaluate)
-    starts = [_IMPORT_S, *(_GRAPH_S if one.format in GRAPH_FORMATS else _IMPORT_S for one in recipe.exports)]
-    traced = any(one.format in GRAPH_FORMATS for one in recipe.exports)  # a trace serves all of them
-    memory = max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports))
-    beside_gpu = max(_measuring_bytes_beside_gpu(recipe, header, export) for export in (None, *recipe.exports))
-    work = len(starts) * tokens * header.parameters
-    return Cost(memory, sum(starts) + traced * cached_trace_seconds(header), host_bytes=beside_gpu, host_work=work)
-
-
-def _measuring_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
-    """What a consumer holds of an artifact or the source (None), with what the child holds of it. Weights in fp32 are mapped from their file."""
-    whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
-    floats = all(tensor.dtype == "F32" for tensor in header.tensors)
-    codes = any(one.quantizes for one in recipe.passes)
-    if export is not None and export.format in GRAPH_FORMATS:
-        rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
-        made = made_graph_bytes(header, export.format, rounded=rounded, mapped=floats and not codes)
-        return max(made + logits, TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits)
-    if export is not None and codes:  # the codes, and what they become
-        return CONSUMER_BYTES + _output_bytes(recipe, header, export) + whole + logits
-    mapped = floats and (export is None or export.weights is None)
-    return CONSUMER_BYTES + whole * (not mapped) + logits
-
-
-def _measuring_bytes_beside_gpu(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
-    """The same where the passes ran on a GPU, which a consumer doesn't use. Of codes, what stays float is mapped from its file."""
-    if export is not None and export.format in GRAPH_FORMATS:
-        return _measuring_bytes(recipe, header, export)
-    whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
-    codes = 0
-    if export is not None and any(one.quantizes for one in recipe.passes):
-        floats = sum(tensor.size for tensor in header.tensors if not _becomes_codes(recipe, tensor))
-        codes = max(0, _output_bytes(recipe, header, export) - floats)
-    return CONSUMER_BYTES + GPU_CONSUMER_BYTES + codes + whole + logits
-
-
-def _becomes_codes(recipe: Recipe, tensor: TensorInfo) -> bool:
-    return any(one.stored_bytes(tensor) < tensor.size for one in recipe.passes if one.quantizes)
-
-
-def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
-    """Of the largest batch of an evaluation, over the vocabulary."""
-    if header.task not in {"causal-lm", "masked-lm"}:
-        return 0
-    row = 4 * int(header.config.get("vocab_size") or 0)
-    lengths = [(min(one.samples, _MOST_ROWS), one.length) for one in recipe.evaluate if isinstance(one, Quality)]
-    return int(_LOGIT_COPIES * max((min(LOGIT_BYTES, rows * length * row) for rows, length in lengths), default=0))
-
-
-def _tokens(one: Evaluation) -> float:
-    """Tokens of one evaluation, each as long as one of many in a forward pass."""
-    match one:
-        case Quality():
-            return one.samples * (one.length + one.new_tokens * (one.metric == "generation"))
-        case Latency():
-            return sum(b * n for b in one.batch for n in one.length) * (one.repeats + 3)
-        case GenerationSpeed():
-            read = sum(b * n for b in one.batch for n in one.prompt)
-            # A step reads every weight for few tokens: it waits for memory, whatever the batch.
-            steps = len(one.batch) * len(one.prompt) * one.tokens * _DECODE_STEP
-            return (read + steps) * (one.repeats + 1)
