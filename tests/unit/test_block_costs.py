@@ -39,8 +39,8 @@ def test_the_gram_matrices_of_all_experts_are_held_at_once():
     weights, grams = 3 * _INNER * _WIDTH, _WIDTH**2 + _INNER**2
     # a block in float32 twice, as it computes and as it comes out, and once as it is stored
     assert many.memory_bytes - few.memory_bytes == 16 * (2 * 4 * weights + 2 * weights + 4 * grams)
-    # on a GPU the block as it is stored, the matrices, and what the last one became, which is being written
-    assert many.gpu_bytes - few.gpu_bytes == pytest.approx(16 * (2 * weights + 4 * grams + 2 * weights), rel=0.05)
+    # on a GPU the block as it is stored, the matrices, what is settled, and what the block before became, until it is written
+    assert many.gpu_bytes - few.gpu_bytes == 16 * (2 * weights + 4 * grams + 2 * weights + 2 * weights)
 
 
 def test_an_expert_is_multiplied_by_the_tokens_that_come_to_it():
