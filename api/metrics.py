@@ -1,5 +1,6 @@
 """/metrics: what Prometheus reads. Figures of this process are counted; those of the queue are read from SQL at each scrape."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -11,12 +12,13 @@ from starlette.types import Scope
 
 from core.jobs.queries import QUEUES
 from core.jobs.records import JobStatistics, Worker
+from core.jobs.roster import Fleet
 from core.jobs.states import ALL_STATES
 
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 _FIGURES_KEPT_S = 5.0
-QueueFigures = tuple[JobStatistics, list[Worker]]
+QueueFigures = tuple[JobStatistics, list[Worker], Fleet]
 _WORKER_STATES = ("idle", "busy", "draining", "unfit", "lost")
 
 
@@ -62,19 +64,20 @@ class ApiMetrics:
                 self._figures_until = time.monotonic() + _FIGURES_KEPT_S
             return self._figures
 
-    def render(self, statistics: JobStatistics, workers: list[Worker]) -> bytes:
+    def render(self, statistics: JobStatistics, workers: list[Worker], fleet: Fleet) -> bytes:
         """The text that Prometheus scrapes."""
         queue = CollectorRegistry()
-        queue.register(_Queue(statistics, workers))
+        queue.register(_Queue(statistics, workers, fleet))
         return generate_latest(self.registry) + generate_latest(queue)
 
 
 class _Queue(Collector):
     """The queue as one scrape found it. Every state is named, also at zero, so that alerts need no `absent()`."""
 
-    def __init__(self, statistics: JobStatistics, workers: list[Worker]) -> None:
+    def __init__(self, statistics: JobStatistics, workers: list[Worker], fleet: Fleet) -> None:
         self._statistics = statistics
         self._workers = workers
+        self._fleet = fleet
 
     def collect(self) -> Iterable[Metric]:
         jobs = GaugeMetricFamily("nightpress_jobs", "Jobs by queue and state.", labels=("queue", "state"))
@@ -82,7 +85,14 @@ class _Queue(Collector):
         age = GaugeMetricFamily(
             "nightpress_queue_oldest_seconds", "Age of the oldest job that could run now.", labels=("queue",)
         )
+        unserved = GaugeMetricFamily(
+            "nightpress_queue_unserved_seconds",
+            "Time since a worker of this queue was last seen; infinite where none has been for a week.",
+            labels=("queue",),
+        )
         for queue in QUEUES:
+            silent = self._fleet.unserved_s(queue)
+            unserved.add_metric((queue,), math.inf if silent is None else silent)
             for state in ALL_STATES:
                 jobs.add_metric((queue, state), self._statistics.jobs.get((queue, state), 0))
             depth.add_metric((queue,), self._statistics.jobs.get((queue, "queued"), 0))
@@ -95,4 +105,4 @@ class _Queue(Collector):
             for doing in _WORKER_STATES:
                 found = sum(one.queue == queue and one.state == doing for one in self._workers)
                 workers.add_metric((queue, doing), found)
-        return (jobs, depth, age, failures, workers)
+        return (jobs, depth, age, unserved, failures, workers)

@@ -1,6 +1,6 @@
 """The blocks executor on a GPU: marginal seconds a layer and peak memory, beside the plan's estimate, on a model of Llama-3's shape, cut to a few layers.
 
-    python -m bench.blocks_gpu [--shape 8b|1b] [--layers 4 10] [--samples 128] [--length 2048] [--only NAME …] [--json]
+    python -m bench.blocks_gpu [--shape 8b|7b|3b|1b|0.5b] [--layers 4 10] [--samples 128] [--length 2048] [--only NAME …] [--json]
 
 Each method runs in a process of its own: what ran before would show in its peak. Everything counts: reading the weights, both forward passes, Gram matrices, solving, packing, writing and fsync (to the folder that
 NIGHTPRESS_BENCH_DISK names, if it is set). The floor beside it is
@@ -73,7 +73,14 @@ class Shape:
         )
 
 
-SHAPES = {"8b": Shape(4096, 14336, 32, 8), "1b": Shape(2048, 8192, 32, 8)}
+#: Of Llama-3-8B, Qwen2.5-7B and -3B, Llama-3.2-1B and Qwen2.5-0.5B.
+SHAPES = {
+    "8b": Shape(4096, 14336, 32, 8),
+    "7b": Shape(3584, 18944, 28, 4),
+    "3b": Shape(2048, 11008, 16, 2),
+    "1b": Shape(2048, 8192, 32, 8),
+    "0.5b": Shape(896, 4864, 14, 2),
+}
 
 
 OPTIONS: dict[str, OnLinears] = {

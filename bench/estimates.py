@@ -1,16 +1,20 @@
 """What the plan estimates of memory, time and size, beside what is then measured, for several models and recipes.
 
-    python -m bench.estimates [--only PAIR …] [--threads 2] [--json]
+    python -m bench.estimates [--only PAIR …] [--threads 2] [--device cuda] [--json]
 
 Each pair is one whole job in a worker's child: baseline, passes, exports, verification and a short evaluation. Memory is what the supervisor
 weighs against its limit: anonymous memory of the child and all it started, at its peak. Size is that of the artifact's weights or graph.
 Time is CPU seconds over threads, so that what else runs on the machine doesn't count; wall seconds stand beside it. Bars: memory within 20%,
 size within 2%, time within a factor of 2. A ratio is the estimate over what was measured.
+
+With `--device cuda` the jobs are others: language models of known shapes, cut to a few layers, with 128 × 2048 tokens. Time is wall seconds there, and
+the peak of the GPU's memory stands beside its estimate.
 """
 
 import argparse
 import json
 import os
+import random
 import select
 import shutil
 import sys
@@ -23,15 +27,18 @@ import psutil
 
 from client.cli.press import write_job
 from core.handoff.frames import Progress, Result, parse_frame
+from core.handoff.report import REPORT_FILE, Report
 from core.handoff.spec import OUT_DIR
+from core.recipes.costs import GPU_RUNTIME_BYTES
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import parse_recipe
+from core.recipes.placement import Seat
 from core.recipes.plan import make_plan
 from worker.process import ChildProcess
 
 MIB = 1024**2
 _EVERY_S = 0.05  #: how often memory is looked at
-_FACTOR = {"memory": 1.2, "size": 1.02, "seconds": 2.0}
+_FACTOR = {"memory": 1.2, "gpu": 1.2, "size": 1.02, "seconds": 2.0}
 _WEIGHTS = {".safetensors", ".onnx", ".data", ".xml", ".bin"}
 
 #: Model, pass, export, and calibration: samples and length.
@@ -66,31 +73,52 @@ PAIRS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
 }
 
 
-def press(name: str, source: Path, root: Path, threads: int) -> dict[str, Any]:
+#: The same for a GPU; the model is a shape of bench.blocks_gpu and a number of layers.
+GPU_PAIRS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
+    "8b-gptq": ("8b 4", {"pass": "gptq", "group_size": 128}, "compressed-tensors", (128, 2048)),
+    "8b-awq": ("8b 4", {"pass": "awq", "group_size": 128}, "compressed-tensors", (128, 2048)),
+    "8b-smoothquant": ("8b 4", {"pass": "smoothquant", "alpha": 0.5}, "compressed-tensors", (128, 512)),
+    "7b-gptq": ("7b 4", {"pass": "gptq", "group_size": 128}, "compressed-tensors", (128, 512)),
+    "3b-gptq": ("3b 12", {"pass": "gptq", "group_size": 128}, "compressed-tensors", (128, 2048)),
+    "3b-wanda": ("3b 12", {"pass": "wanda"}, "safetensors", (128, 2048)),
+    "0.5b-gptq": ("0.5b 24", {"pass": "gptq", "group_size": 128}, "compressed-tensors", (128, 2048)),
+}
+
+
+def press(name: str, source: Path, root: Path, threads: int, device: str) -> dict[str, Any]:
     """One pair as a whole job: what was estimated, and what was measured."""
-    _, pass_, export, (samples, length) = PAIRS[name]
+    on_gpu = device == "cuda"
+    _, pass_, export, (samples, length) = (GPU_PAIRS if on_gpu else PAIRS)[name]
     recipe = parse_recipe(
         {
             "name": "bench",
             "passes": [pass_],
             "exports": [export],
-            "calibration": {"samples": samples, "length": length},
+            "calibration": {"samples": samples, "length": length, "data": "words" if on_gpu else "builtin:prose"},
             "evaluate": [{"metric": "fidelity", "samples": 8, "length": 64}],
+            "device": "gpu" if on_gpu else "cpu",
         }
     )
-    estimate = make_plan(recipe, inspect_model(FolderFiles(source))).estimate
+    seats = [Seat(recipe.device, 0, threads)]
+    estimate = make_plan(recipe, inspect_model(FolderFiles(source)), seats).estimate
     assert estimate is not None
     child = ChildProcess(root, threads=threads, network=True)
     try:
-        write_job(child.job_dir, source, recipe, {}, device="cpu", threads=threads)
+        sets = {"words": words(root / "words.txt", samples * length)} if on_gpu else {}
+        write_job(child.job_dir, source, recipe, sets, device=device, threads=threads)
         measured = _watch(child)
         folder = child.job_dir / OUT_DIR / export
         measured["size"] = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in _WEIGHTS)
+        if on_gpu:
+            report = Report.model_validate_json((child.job_dir / OUT_DIR / REPORT_FILE).read_bytes())
+            measured["gpu"] = max(one.peak_gpu_bytes or 0 for one in report.passes)
     finally:
         child.kill()
         child.remove()
-    measured["seconds"] = measured["cpu_seconds"] / threads
+    measured["seconds"] = measured["wall_seconds"] if on_gpu else measured["cpu_seconds"] / threads
     estimated = {"memory": estimate.memory_bytes, "seconds": estimate.seconds, "size": estimate.output_bytes[export]}
+    if on_gpu:
+        estimated["gpu"] = estimate.gpu_bytes - GPU_RUNTIME_BYTES  # torch counts its tensors, not CUDA's context
     ratios = {key: one / measured[key] for key, one in estimated.items()}
     holds = {key: 1 / _FACTOR[key] <= ratio <= _FACTOR[key] for key, ratio in ratios.items()}
     return {"estimated": estimated, "measured": measured, "ratios": ratios, "holds": holds}
@@ -104,12 +132,14 @@ def _watch(child: ChildProcess) -> dict[str, Any]:
     process = psutil.Process(child.pid)
     started, before = time.monotonic(), 0.0
     peaks: dict[str, int] = {}
-    phase, rest, cpu = "importing", b"", 0.0
+    began: dict[str, float] = {}
+    phase, rest, cpu, chatter = "importing", b"", 0.0, b""
     child.begin(3600)
     while True:
         readable, _, _ = select.select([child.frames, child.chatter], [], [], _EVERY_S)
         if child.chatter in readable:
-            os.read(child.chatter, 65536)
+            chatter = (chatter + os.read(child.chatter, 65536))[-4000:]
+        began.setdefault(phase, time.monotonic() - started)
         peaks[phase] = max(peaks.get(phase, 0), child.anonymous_memory())
         with_ended = process.cpu_times()
         cpu = max(cpu, with_ended.user + with_ended.system + with_ended.children_user + with_ended.children_system)
@@ -129,11 +159,12 @@ def _watch(child: ChildProcess) -> dict[str, Any]:
                 return {
                     "memory": max(peaks.values()),
                     "by_phase": peaks,
+                    "phase_began": began,
                     "cpu_seconds": cpu - before,
                     "wall_seconds": wall,
                 }
         if not data:
-            raise SystemExit("The child ended without a result.")
+            raise SystemExit(f"The child ended without a result. It said last:\n{chatter.decode(errors='replace')}")
 
 
 def random_bert(folder: Path, *, width: int, blocks: int) -> Path:
@@ -178,10 +209,33 @@ def random_mixture(folder: Path) -> Path:
     return folder
 
 
+def words(file: Path, count: int) -> Path:
+    """A text of at least so many tokens: there are not so many in the built-in prose."""
+    some = ("night", "press", "the", "of", "river", "light", "a", "stone", "and", "walked")
+    chooser = random.Random(0)
+    lines = (" ".join(chooser.choices(some, k=20)) + "." for _ in range(count // 20 + 1))
+    file.write_text("\n\n".join(lines))
+    return file
+
+
+def random_llama(folder: Path, wanted: str) -> Path:
+    """A shape of bench.blocks_gpu and a number of layers, with a tokenizer whose tokens are some of its vocabulary."""
+    from bench.blocks_gpu import SHAPES, write_model
+    from tests.models import bert_tiny_dir
+
+    shape, layers = wanted.split()
+    if not folder.exists():
+        write_model(folder, SHAPES[shape], int(layers))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(bert_tiny_dir() / name, folder)
+    return folder
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=sorted(PAIRS))
+    parser.add_argument("--only", nargs="*", choices=sorted(PAIRS | GPU_PAIRS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     given = parser.parse_args()
     from tests.models import bert_tiny_dir, minilm_dir, smollm_dir
@@ -197,8 +251,12 @@ def main() -> int:
             "bert-512": lambda: random_bert(Path(models) / "bert-512", width=512, blocks=6),
             "bert-768": lambda: random_bert(Path(models) / "bert-768", width=768, blocks=12),
         }
-        for name in given.only or PAIRS:
-            out[name] = press(name, folders[PAIRS[name][0]](), Path(root), given.threads)
+        pairs = GPU_PAIRS if given.device == "cuda" else PAIRS
+        for name in given.only or pairs:
+            model = pairs[name][0]
+            known = folders.get(model)
+            source = known() if known else random_llama(Path(models) / model.replace(" ", "-"), model)
+            out[name] = press(name, source, Path(root), given.threads, given.device)
             missed += not all(out[name]["holds"].values())
             if not given.json:
                 print(_line(name, out[name]), flush=True)
@@ -214,7 +272,8 @@ def _line(name: str, one: dict[str, Any]) -> str:
     return (
         f"{name}: memory {said['memory'] / MIB:.0f} / {was['memory'] / MIB:.0f} MiB ({phases}); "
         f"size {said['size'] / 1e6:.2f} / {was['size'] / 1e6:.2f} MB; "
-        f"seconds {said['seconds']:.1f} / {was['seconds']:.1f}, wall {was['wall_seconds']:.1f}; missed: {missed}"
+        + (f"GPU {said['gpu'] / MIB:.0f} / {was['gpu'] / MIB:.0f} MiB; " if "gpu" in was else "")
+        + f"seconds {said['seconds']:.1f} / {was['seconds']:.1f}, wall {was['wall_seconds']:.1f}; missed: {missed}"
     )
 
 

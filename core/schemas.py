@@ -272,6 +272,8 @@ class JobView(View):
     priority: int
     labels: dict[str, str]
     queue: Literal["cpu", "gpu"]
+    queue_reason: str = ""  #: why this queue
+    notice: str | None = None  #: of a queued job: that no worker could have taken it for an hour, and what to do
     model_id: str
     model_name: str
     recipe: dict[str, Any]

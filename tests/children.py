@@ -187,6 +187,13 @@ def killed_at_its_limit(job_dir: Path, emit: Emit) -> Manifest:
     raise AssertionError(len(held))
 
 
+def killed_by_somebody(job_dir: Path, emit: Emit) -> Manifest:
+    """An end like the kernel's, for no want of memory."""
+    time.sleep(4)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
 def out_of_addresses(job_dir: Path, emit: Emit) -> Manifest:
     resource.setrlimit(resource.RLIMIT_AS, (512 * 1024**2,) * 2)
     raise AssertionError(len(bytearray(1024**3)))
@@ -284,7 +291,7 @@ def spy(job_dir: Path, emit: Emit) -> Manifest:
 BEHAVIOURS = {
     one.__name__: one
     for one in (
-        press, slow, first_slow, endless, stepping, chaotic, pipeline_until, wedged, segfault, leave, killed_at_its_limit, out_of_addresses, cuda_out_of_memory,
+        press, slow, first_slow, endless, stepping, chaotic, pipeline_until, wedged, segfault, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
         fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy
     )
 }  # fmt: skip

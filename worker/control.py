@@ -20,6 +20,7 @@ from core.errors import NightpressError
 from core.jobs.checkpoints import CheckpointIndex, folder_of
 from core.jobs.retention import JobRetention
 from core.jobs.ring import Ringer
+from core.jobs.roster import FLEET_MEMORY_S
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
 from core.logs import configure_logging
@@ -40,7 +41,6 @@ from worker.metrics import LEASES_EXPIRED, TICKS, serve_metrics
 _SWEEP_EVERY_S = 60.0
 _ABANDONED_S = 3600.0  #: files of lost attempts, and what a deletion left, are swept so long after
 _UPLOAD_LIFE_S = 24 * 3600.0
-_WORKER_MEMORY_S = 3600.0  #: lost workers are shown so long
 _LONGEST_PAUSE_S = 30.0
 _DAY_S = 24 * 3600.0
 
@@ -199,7 +199,7 @@ class Control:
                 bell.pause_s = min(2 * bell.pause_s, _LONGEST_PAUSE_S)
 
     def _forget_workers(self) -> None:
-        self._store.forget_lost_workers(_WORKER_MEMORY_S)
+        self._store.forget_workers(FLEET_MEMORY_S)
 
     def _sweep_attempts(self) -> None:
         for job_id, attempt in self._store.abandoned_attempts(older_than_s=_ABANDONED_S):

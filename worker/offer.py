@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,28 +11,30 @@ import psutil
 from core.errors import ErrorCode, NightpressError
 from core.jobs.records import Worker, WorkerOffer
 from core.settings import Settings
+from worker.gpus import Gpu, GpuError, list_gpus, memory_used, visible_gpus
 
 log = logging.getLogger(__name__)
 
 _SHARE = 0.8  #: of the memory; the rest is for the supervisor, the page cache and neighbours
-_MIB = 1024**2
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def make_offer(settings: Settings, worker_id: str) -> WorkerOffer:
     """Raises NightpressError(invalid_request) where a worker for `gpu` finds no GPU."""
+    gpu = _gpu() if settings.worker_queue == "gpu" else None
     return WorkerOffer(
         worker_id=worker_id,
         queue=settings.worker_queue,
-        device=_gpu_name() if settings.worker_queue == "gpu" else "cpu",
+        device="cpu" if gpu is None else gpu.name,
         memory=settings.worker_memory or int(_SHARE * _memory()),
         threads=settings.worker_threads or _cores(),
+        gpu_memory=None if gpu is None else gpu.memory,
+        gpu_uuid=None if gpu is None else gpu.uuid,
     )
 
 
 def introduce(offer: WorkerOffer, *, draining: bool, unfit: str | None = None) -> Worker:
     """The row by which others know this worker, as it is now."""
-    gpu_memory, gpu_memory_used = _gpu_memory() if offer.queue == "gpu" else (None, None)
     return Worker(
         id=offer.worker_id,
         host=socket.gethostname(),
@@ -44,8 +45,8 @@ def introduce(offer: WorkerOffer, *, draining: bool, unfit: str | None = None) -
         version=version("nightpress"),
         draining=draining,
         unfit=unfit,
-        gpu_memory=gpu_memory,
-        gpu_memory_used=gpu_memory_used,
+        gpu_memory=offer.gpu_memory,
+        gpu_memory_used=None if offer.gpu_uuid is None else _memory_used(offer.gpu_uuid),
     )
 
 
@@ -68,29 +69,37 @@ def _cores() -> int:
         return cores
 
 
-def _ask_gpu(fields: str) -> list[str]:
-    """What nvidia-smi says of the first GPU. Raises OSError or SubprocessError where it can't."""
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    return [value.strip() for value in said.split("\n")[0].split(",")]
-
-
-def _gpu_memory() -> tuple[int | None, int | None]:
-    """Bytes of the GPU's memory and of what is in use; None where it doesn't say, which stops no work."""
+def _gpu() -> Gpu:
+    """The GPU that this worker's jobs will run on. Raises NightpressError(invalid_request) where there is none."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
-        total, used = _ask_gpu("memory.total,memory.used")
-        return int(total) * _MIB, int(used) * _MIB
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        log.warning("nvidia-smi does not say how much memory is in use: %s", error)
-        return None, None
+        there = list_gpus()
+    except GpuError as error:
+        raise _no_gpu(str(error), "Install NVIDIA's driver, or give the container a GPU.") from error
+    visible = visible_gpus(there, asked)
+    if visible:
+        return visible[0]
+    if not there:
+        raise _no_gpu("NVML lists none", "Give the process a GPU.")
+    names = ", ".join(f"{gpu.uuid} ({gpu.name})" for gpu in there)
+    raise _no_gpu(
+        f"CUDA_VISIBLE_DEVICES={asked} leaves it none of {names}",
+        "Name a GPU by its index or UUID, or unset the variable.",
+    )
 
 
-def _gpu_name() -> str:
+def _no_gpu(why: str, hint: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.INVALID_REQUEST,
+        f"This worker is to serve the queue gpu, but it has no GPU: {why}.",
+        hint=f"{hint} Or set NIGHTPRESS_WORKER_QUEUE=cpu.",
+    )
+
+
+def _memory_used(uuid: str) -> int | None:
+    """Bytes of the GPU's memory that are in use; None where it doesn't say, which stops no work."""
     try:
-        return _ask_gpu("name")[0]
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NightpressError(
-            ErrorCode.INVALID_REQUEST,
-            f"This worker is to serve the queue gpu, but nvidia-smi finds no GPU: {error}.",
-            hint="Set NIGHTPRESS_WORKER_QUEUE=cpu, or give the process a GPU.",
-        ) from error
+        return memory_used(uuid)
+    except GpuError as error:
+        log.warning("How much of the GPU's memory is in use is not known: %s", error)
+        return None

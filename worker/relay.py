@@ -6,7 +6,6 @@ import selectors
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import MAX_FRAME_BYTES, Checkpoint, Frame, Log, Metric, Progress, Result, Span, parse_frame
 from core.tracing import record_span
+from worker.cgroup import oom_kills
 from worker.lease import LeaseKeeper
 from worker.process import ChildProcess
 
@@ -45,7 +45,7 @@ class Relay:
         self._result: Result | None = None
         self._where: tuple[object, ...] = ()
         self._progressed = time.monotonic()
-        self._kernel_kills = _kernel_kills()
+        self._oom_kills = oom_kills()
         self._lines = {
             child.frames: _Lines(MAX_FRAME_BYTES, self._take_frame),
             child.chatter: _Lines(_MAX_CHATTER_BYTES, self._take_chatter),
@@ -142,7 +142,7 @@ class Relay:
 
     def _untimely_end(self, status: int | None) -> NightpressError:
         if status == -signal.SIGKILL and (
-            _kernel_kills() > self._kernel_kills or self._peak_memory > _NEAR_LIMIT * self._memory_limit > 0
+            oom_kills() > self._oom_kills or self._peak_memory > _NEAR_LIMIT * self._memory_limit > 0
         ):
             return self._out_of_memory("was killed by the kernel at")
         if status is None:
@@ -195,11 +195,3 @@ def _error_of(raw: dict[str, Any]) -> NightpressError:
         return NightpressError.from_dict(raw)
     except (KeyError, TypeError, ValueError):
         return NightpressError(ErrorCode.INTERNAL, f"The child failed without a usable reason: {str(raw)[:500]}")
-
-
-def _kernel_kills() -> int:
-    """How many processes the kernel has ended for want of memory since it started."""
-    for line in Path("/proc/vmstat").read_text().splitlines():
-        if line.startswith("oom_kill "):
-            return int(line.split()[1])
-    return 0

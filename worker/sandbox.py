@@ -80,6 +80,7 @@ def child_environment(job_dir: Path, threads: int) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that CUDA_VISIBLE_DEVICES counts as worker/gpus.py does
         "OMP_NUM_THREADS": count,
         "GOMP_SPINCOUNT": "3000",  # a worker's processors are rarely its own: see core/compress/evaluate/consumer.py
         "MKL_NUM_THREADS": count,

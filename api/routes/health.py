@@ -66,10 +66,10 @@ async def readyz(services: ServicesDep) -> Response:
 async def metrics(request: Request, services: ServicesDep) -> Response:
     if services.settings.metrics_access == "key":
         await _METRICS_READER(request)
-    statistics, workers = await services.call(
-        services.metrics.queue, lambda: (services.store.statistics(), services.store.workers())
+    figures = await services.call(
+        services.metrics.queue, lambda: (services.store.statistics(), services.store.workers(), services.store.fleet())
     )
-    return Response(services.metrics.render(statistics, workers), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return Response(services.metrics.render(*figures), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def _check(services: Services, ask: Callable[[], object]) -> str:

@@ -1,5 +1,6 @@
 """Jobs: create, list, look, cancel, retry."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Query, Request
@@ -97,7 +98,7 @@ async def create_jobs(caller: JobsWriter, services: ServicesDep, body: JobBatch)
     made = await services.call(services.jobs.submit_all, caller.tenant_id, body.jobs, key_id=caller.key_id)
     for queue in {job.queue for job in made if job.state == "queued"}:
         services.ringer.ring(queue)
-    return answer(JobBatchView(items=[view(job) for job in made]), status=201)
+    return answer(JobBatchView(items=await _views(services, made)), status=201)
 
 
 @router.post(
@@ -147,7 +148,7 @@ async def list_jobs(
         cursor=cursor,
         limit=limit,
     )
-    return answer(Page[JobView](items=[view(job) for job in jobs], next_cursor=next_cursor))
+    return answer(Page[JobView](items=await _views(services, jobs), next_cursor=next_cursor))
 
 
 @router.get(
@@ -172,7 +173,7 @@ async def cancel_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> 
     job = await services.call(services.store.request_cancel, caller.tenant_id, job_id)
     if job is None:
         raise missing_job()
-    return _one(job)
+    return await _one(services, job)
 
 
 @router.post(
@@ -185,7 +186,7 @@ async def cancel_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> 
 async def retry_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> Response:
     job = await services.call(services.jobs.retry, caller.tenant_id, job_id, key_id=caller.key_id)
     services.ringer.ring(job.queue)
-    return _one(job, status=201)
+    return await _one(services, job, status=201)
 
 
 async def own_job(services: Services, caller: Principal, job_id: str) -> Job:
@@ -202,20 +203,25 @@ def missing_job() -> NightpressError:
     )
 
 
-def view(job: Job) -> JobView:
-    return JobView.model_validate(job, from_attributes=True)
+async def _views(services: Services, jobs: Sequence[Job]) -> list[JobView]:
+    views = [JobView.model_validate(job, from_attributes=True) for job in jobs]
+    if any(job.state == "queued" for job in jobs):
+        fleet = await services.call(services.jobs.fleet)
+        return [one.model_copy(update={"notice": fleet.notice(job)}) for one, job in zip(views, jobs, strict=True)]
+    return views
 
 
-def _one(job: Job, *, status: int = 200) -> Response:
-    return answer(view(job), status=status, headers={"Location": f"/v1/jobs/{job.id}"} if status == 201 else None)
+async def _one(services: Services, job: Job, *, status: int = 200) -> Response:
+    (view,) = await _views(services, [job])
+    return answer(view, status=status, headers={"Location": f"/v1/jobs/{job.id}"} if status == 201 else None)
 
 
 async def _in_time(request: Request, services: Services, job: Job, *, status: int = 200) -> Response:
     """The job; where the caller prefers to wait, when it has ended."""
     wait_s = preferred_wait(request)
     if not wait_s:
-        return _one(job, status=status)
-    response = _one(await until_ended(services, job, wait_s), status=status)
+        return await _one(services, job, status=status)
+    response = await _one(services, await until_ended(services, job, wait_s), status=status)
     response.headers["Preference-Applied"] = f"wait={wait_s}"
     return response
 

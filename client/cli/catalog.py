@@ -86,20 +86,27 @@ def validate_recipe(
 
 
 def print_plan(plan: Plan) -> None:
-    output.say(f"{plan.recipe.name} is valid; its jobs go to the queue {plan.queue}.", "green")
+    output.say(f"{plan.recipe.name} is valid; its jobs go to the queue {plan.queue}: {plan.queue_reason}", "green")
     output.print_table(("", "step", ""), [(step.kind, step.name, step.detail) for step in plan.steps])
     if plan.estimate is not None:
         sizes = ", ".join(f"{name} {output.size_text(size)}" for name, size in plan.estimate.output_bytes.items())
         output.print_fields(
             [
                 ("memory", output.size_text(plan.estimate.memory_bytes)),
+                ("GPU memory", output.size_text(plan.estimate.gpu_bytes) if plan.estimate.gpu_bytes else None),
                 ("disk", output.size_text(plan.estimate.disk_bytes)),
-                ("time", f"about {output.duration_text(plan.estimate.seconds)} on two cores"),
+                ("time", f"about {output.duration_text(plan.estimate.seconds)} {_on(plan)}"),
                 ("result", sizes),
             ]
         )
     for warning in plan.warnings:
         output.say(f"warning: {warning}", "yellow")
+
+
+def _on(plan: Plan) -> str:
+    assert plan.estimate is not None
+    cores = "a core" if plan.estimate.threads == 1 else f"{plan.estimate.threads} cores"
+    return f"on {cores} with a GPU" if plan.queue == "gpu" else f"on {cores}"
 
 
 @models.callback()

@@ -13,16 +13,30 @@ from client.client import Client
 from core.schemas import JobView
 
 
+class _Notices:
+    """Says a job's notice, once each time that it is another."""
+
+    def __init__(self) -> None:
+        self._said: str | None = None
+
+    def __call__(self, job: JobView) -> None:
+        if job.notice is not None and job.notice != self._said:
+            output.note(output.clean(job.notice), "yellow")
+        self._said = job.notice
+
+
 class _Follower:
     """Draws each new view of a job."""
 
     def __init__(self, progress: Progress | None, since: float) -> None:
+        self._notices = _Notices()
         self._progress = progress
         self._task: TaskID | None = None
         self._last: tuple[object, ...] = ()
         self._since = since
 
     def __call__(self, job: JobView) -> None:
+        self._notices(job)
         title = output.clean(describe(job))
         if self._progress is not None:
             if self._task is None:
@@ -40,6 +54,8 @@ class _Follower:
 
 def describe(job: JobView) -> str:
     """State, phase and attempt in a few words."""
+    if job.notice is not None:
+        return f"{job.state} (no {job.queue} worker)"
     if job.state != "running":
         return f"{job.state} ({job.verdict})" if job.verdict else job.state
     text = job.phase or "starting"
@@ -69,7 +85,7 @@ def show(
 ) -> JobView:
     """Wait for a job's end, showing the way unless `quiet`. `since`: the moment that counts as 0 s."""
     if quiet:
-        return client.jobs.wait(job_id, timeout_s=timeout_s)
+        return client.jobs.wait(job_id, timeout_s=timeout_s, on_update=_Notices())
     since = since or time.monotonic()
     if not output.stderr().is_terminal:
         return client.jobs.wait(job_id, timeout_s=timeout_s, poll_s=0.5, on_update=_Follower(None, since))

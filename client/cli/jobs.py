@@ -58,7 +58,7 @@ def submit(
         subject = send_model(client, model, model_name, quiet=session.json)
         job = client.jobs.submit(subject, chosen, idempotency_key=idempotency_key, **fields)
         if not session.json:
-            output.note(f"Submitted {job.id}.")
+            output.note(f"Submitted {job.id} to the queue {job.queue}: {output.clean(job.queue_reason)}")
         if not wait:
             output.print_json(job) if session.json else output.say(job.id)
             return
@@ -156,7 +156,8 @@ def inspect(session: Session, job: JobArgument) -> None:
         ("progress", f"{view.progress:.0%} {view.message}" if view.state == "running" else ""),
         ("model", f"{view.model_name} ({view.model_id})"),
         ("recipe", view.recipe.get("name")),
-        ("queue", view.queue),
+        ("queue", f"{view.queue}: {view.queue_reason}" if view.queue_reason else view.queue),
+        ("notice", view.notice),
         ("priority", view.priority or None),
         ("labels", " ".join(f"{key}={value}" for key, value in view.labels.items())),
         ("attempts", f"{view.attempt}, {view.failures} failed of {view.max_failures} allowed"),

@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
+import psutil
 import typer
 
 from client.cli import output
@@ -24,8 +25,11 @@ from core.handoff.report import REPORT_FILE, Report
 from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
 from core.ids import new_id
 from core.recipes.builtins import get_recipe
+from core.recipes.header import ModelHeader
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import Recipe, aim, parse_recipe
+from core.recipes.placement import Seat
+from core.recipes.plan import make_plan
 from core.recipes.targets import Target
 
 AnyFrame = Progress | Metric | Log | Checkpoint | Span | Result
@@ -52,20 +56,25 @@ def press(
         list[str] | None, typer.Option(metavar="NAME=FILE", help="A data set that the recipe names; may be repeated.")
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as this process may use.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: as the recipe says, else by what it gains on this machine's GPU.")
+    ] = "auto",
 ) -> None:
     """Press a local model here and now, without a service. Ctrl-C stops it and leaves nothing half-made."""
-    if device not in {"cpu", "cuda"}:
-        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda.", param_hint="--device")
+    if device not in {"cpu", "cuda", "auto"}:
+        raise typer.BadParameter(f"{device!r} is none of cpu, cuda and auto.", param_hint="--device")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} exists and is not empty.", param_hint="--out")
-    wanted = aim(_wanted(recipe, target), inspect_model(FolderFiles(model)))
+    header = inspect_model(FolderFiles(model))
+    wanted = aim(_wanted(recipe, target), header)
     sets = read_data(wanted, data or [])
     threads = threads or len(os.sched_getaffinity(0))
     require_core()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read once, when torch is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+    if device == "auto":
+        device = _device(wanted, header, threads, quiet=session.json)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the finished result moves in one step.
@@ -98,6 +107,24 @@ def _wanted(recipe: str | None, target: str | None) -> Recipe:
         return get_recipe(target)
     chosen = read_recipe(str(recipe))
     return get_recipe(chosen) if isinstance(chosen, str) else parse_recipe(chosen)
+
+
+def _device(recipe: Recipe, header: ModelHeader, threads: int, *, quiet: bool) -> Literal["cpu", "cuda"]:
+    """Where this machine presses best, and say why. Raises ClientError where the recipe wants a GPU that isn't there."""
+    from core.compress.environment import gpu_memory
+
+    memory, on_gpu = int(psutil.virtual_memory().total), gpu_memory()
+    if recipe.device == "gpu" and on_gpu is None:
+        raise ClientError(
+            "The recipe says `device: gpu`, and torch finds no GPU here.",
+            hint="Set `device: auto`, or pass --device cpu.",
+        )
+    fleet = [Seat("cpu", memory, threads)]
+    fleet += [] if on_gpu is None else [Seat("gpu", memory, threads, on_gpu)]
+    plan = make_plan(recipe, header, fleet)
+    if on_gpu is not None and not quiet:
+        output.note(f"On the {'GPU' if plan.queue == 'gpu' else 'processor'}: {plan.queue_reason}", "dim")
+    return "cuda" if plan.queue == "gpu" else "cpu"
 
 
 def require_core() -> None:

@@ -46,6 +46,15 @@ def gpu(device: str) -> dict[str, Any] | None:
     }
 
 
+def gpu_memory() -> int | None:
+    """Bytes of the GPU that a job in this process would run on; None where torch finds none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
 @contextlib.contextmanager
 def gpu_peak(device: str) -> Iterator[Callable[[], int | None]]:
     """Watch the GPU's memory. What it gives says, once over, the most that tensors took at once; None on a CPU."""

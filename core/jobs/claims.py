@@ -38,6 +38,7 @@ from core.jobs.states import RUNNING
 from core.jobs.tables import job_attempts, job_events, jobs
 
 _columns = jobs.c
+_UNKNOWN = 2**63 - 1  #: of a GPU that does not say how much memory it has: any job may try
 _IN_QUEUE = (IS_QUEUED, _columns.queue == bindparam("offered_queue", type_=String))
 _AVOIDED_S = 600.0  #: a job is not offered again to a worker whose machine failed it
 _failed_it = job_attempts.alias("failed_it")
@@ -51,6 +52,7 @@ _WAS_FAILED_HERE = exists().where(
 _FITS = (
     *_IN_QUEUE,
     _columns.needs_memory <= bindparam("offered_memory", type_=BigInteger),
+    _columns.needs_gpu_memory <= bindparam("offered_gpu_memory", type_=BigInteger),
     _columns.run_after <= db_now(),
     ~_WAS_FAILED_HERE,
 )
@@ -71,6 +73,7 @@ def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float, caps: Caps) ->
         "default_gpu_seconds": caps.gpu_seconds_month,
         "offered_queue": offer.queue,
         "offered_memory": offer.memory,
+        "offered_gpu_memory": _UNKNOWN if offer.gpu_memory is None else offer.gpu_memory,
         "claimed_by": offer.worker_id,
         "new_lease": lease_id,
         "ttl_s": ttl_s,

@@ -13,9 +13,10 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from core.database import db_now, transaction
 from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, Queue, QueueLoad
+from core.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, QueueLoad
 from core.jobs.states import QUEUED
 from core.jobs.tables import job_artifacts, job_attempts, job_events, job_logs, job_reports, jobs
+from core.recipes.placement import Queue
 from core.schemas import JobState
 
 JOB_COLUMNS = tuple(jobs.c[one.name] for one in fields(Job))

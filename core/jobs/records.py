@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from core.handoff.manifest import Manifest
+from core.recipes.placement import Queue
 from core.schemas import JobState
 
-Queue = Literal["cpu", "gpu"]
 WorkerState = Literal["idle", "busy", "draining", "unfit", "lost"]
 
 
@@ -25,6 +25,8 @@ class NewJob:
     run_limit_s: float
     stall_s: float
     max_failures: int
+    needs_gpu_memory: int = 0  #: bytes of a GPU's memory, likewise
+    queue_reason: str = ""  #: why this queue
     name: str = ""
     priority: int = 0
     labels: dict[str, str] = field(default_factory=dict)
@@ -63,7 +65,9 @@ class Job:
     priority: int
     labels: dict[str, str]
     queue: Queue
+    queue_reason: str
     needs_memory: int
+    needs_gpu_memory: int
     model_id: str
     model_name: str
     model_digest: str
@@ -100,6 +104,8 @@ class WorkerOffer:
     device: str
     memory: int
     threads: int
+    gpu_memory: int | None = None  #: bytes; None: no GPU, or one that does not say
+    gpu_uuid: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

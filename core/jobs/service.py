@@ -10,13 +10,14 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from core.access.quotas import NO_BOUND, QuotaBook
 from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Idempotency, Job, NewJob, Queue, Worker
+from core.jobs.records import Idempotency, Job, NewJob
+from core.jobs.roster import Fleet
 from core.jobs.states import is_terminal
 from core.jobs.store import JobStore
 from core.recipes.builtins import get_recipe
 from core.recipes.header import ModelHeader
 from core.recipes.models import Quality, Recipe, parse_recipe
-from core.recipes.plan import Leaner, make_plan
+from core.recipes.plan import Plan, make_plan
 from core.schemas import DataSetView, JobCreate, JobSpec, ModelView
 from core.settings import Settings
 from core.tracing import span, traceparent
@@ -72,7 +73,7 @@ class JobService:
         self._quotas = quotas
         self._settings = settings
         self._resolved: _Briefly[_Resolved] = _Briefly(3.0)
-        self._workers: _Briefly[list[Worker]] = _Briefly(3.0, size=1)
+        self._fleet: _Briefly[Fleet] = _Briefly(3.0, size=1)
 
     def submit(
         self, tenant_id: str, wanted: JobCreate, idempotency_key: str | None = None, *, key_id: str | None = None
@@ -133,15 +134,22 @@ class JobService:
 
     def check(self, tenant_id: str, wanted: JobSpec) -> None:
         """Raise what submitting this job now would raise, the quota apart."""
-        found = self._look_up(tenant_id, wanted)
-        self._check_fit(found.queue, found.needs_memory, found.leaner)
+        self._check_fit(self._look_up(tenant_id, wanted).plan)
+
+    def plan(self, recipe: Recipe, model_id: str) -> Plan:
+        """What a recipe would do to a model, and where, as the fleet is now."""
+        return make_plan(recipe, self._models.header(model_id), self.fleet().seats)
+
+    def fleet(self) -> Fleet:
+        """The workers that there have been lately, as of the last seconds."""
+        return self._fleet.get("fleet", self._store.fleet)
 
     def model_digest(self, tenant_id: str, model: str) -> str:
         """Of the model that an id or a name means now. Raises not_found, conflict (it isn't ready)."""
         return str(self._ready_model(tenant_id, model).digest)
 
     def retry(self, tenant_id: str, job_id: str, *, key_id: str | None = None) -> Job:
-        """Run a finished job again, as a new job with `retry_of`: the same model, recipe, data and limits.
+        """Run a finished job again, as a new job with `retry_of`: the same model, recipe, data and limits, where it runs now.
 
         Raises NightpressError: not_found, conflict (it hasn't ended), quota_exceeded.
         """
@@ -158,14 +166,14 @@ class JobService:
         self._ready_model(tenant_id, old.model_id)
         for data_set in old.data.values():
             self._ready_data(tenant_id, data_set["id"])
-        self._check_fit(old.queue, old.needs_memory)
+        plan = self.plan(Recipe.model_validate(old.recipe), old.model_id)
+        self._check_fit(plan)
         new = NewJob(
             tenant_id=tenant_id,
             name=old.name,
             priority=old.priority,
             labels=old.labels,
-            queue=old.queue,
-            needs_memory=old.needs_memory,
+            **_planned(plan),
             model_id=old.model_id,
             model_name=old.model_name,
             model_digest=old.model_digest,
@@ -178,7 +186,7 @@ class JobService:
             retry_of=old.id,
             promote=old.promote,
             created_by=key_id,
-            fingerprint=_fingerprint(old.model_digest, old.recipe, old.data, old.queue),
+            fingerprint=_fingerprint(old.model_digest, old.recipe, old.data),
         )
         return self._admit(new)[0]
 
@@ -199,21 +207,20 @@ class JobService:
         recipe = wanted.recipe if isinstance(wanted.recipe, str) else json.dumps(wanted.recipe, sort_keys=True)
         key = (tenant_id, wanted.model, isinstance(wanted.recipe, str), recipe)
         found = self._resolved.get(key, lambda: self._look_up(tenant_id, wanted))
-        self._check_fit(found.queue, found.needs_memory, found.leaner)
+        self._check_fit(found.plan)
         settings = self._settings
         return NewJob(
             tenant_id=tenant_id,
             name=wanted.name,
             priority=wanted.priority,
             labels=wanted.labels,
-            queue=found.queue,
-            needs_memory=found.needs_memory,
+            **_planned(found.plan),
             model_id=found.model_id,
             model_name=found.model_name,
             model_digest=found.model_digest,
             recipe=found.recipe,
             data=found.data,
-            fingerprint=_fingerprint(found.model_digest, found.recipe, found.data, found.queue),
+            fingerprint=_fingerprint(found.model_digest, found.recipe, found.data),
             run_after=wanted.run_after,
             queue_limit_s=wanted.queue_limit_s,
             run_limit_s=wanted.run_limit_s or settings.run_limit_s,
@@ -227,7 +234,7 @@ class JobService:
         recipe = get_recipe(wanted.recipe) if isinstance(wanted.recipe, str) else parse_recipe(wanted.recipe)
         model = self._ready_model(tenant_id, wanted.model)
         header = self._models.header(model.id)
-        plan = make_plan(recipe, header)
+        plan = make_plan(recipe, header, self.fleet().seats)
         recipe = plan.recipe  # with its target decided for this model
         data = {name: self._ready_data(tenant_id, name) for name in sorted(recipe.data_refs())}
         _check_labels(recipe, header, data)
@@ -235,9 +242,7 @@ class JobService:
             model_id=model.id,
             model_name=model.name,
             model_digest=str(model.digest),
-            queue=plan.queue,
-            needs_memory=plan.estimate.memory_bytes if plan.estimate else 0,
-            leaner=plan.estimate.leaner if plan.estimate else (),
+            plan=plan,
             recipe=recipe.model_dump(mode="json"),
             data={name: {"id": one.id, "name": one.name, "digest": one.digest} for name, one in data.items()},
         )
@@ -252,20 +257,32 @@ class JobService:
         _must_be_ready("data set", data_set)
         return data_set
 
-    def _check_fit(self, queue: Queue, needs_memory: int, leaner: Sequence[Leaner] = ()) -> None:
-        """Refuse what no worker could ever hold. Where none is there to compare with, one that is large enough may still come."""
-        workers = self._workers.get("workers", self._store.workers)
-        offers = [one.memory for one in workers if one.queue == queue and one.state != "lost"]
-        if offers and max(offers) < needs_memory:
-            fitting = next((one for one in leaner if one.memory_bytes <= max(offers)), None)
-            advice = "Start a" if fitting is None else f"Give the recipe {fitting.change}, or start a"
+    def _check_fit(self, plan: Plan) -> None:
+        """Refuse what no worker could ever hold. Where none is known to compare with, one that is large enough may still come."""
+        assert plan.estimate is not None
+        seats = [seat for seat in self.fleet().seats if seat.queue == plan.queue]
+        need, gpu_need = plan.estimate.memory_bytes, plan.estimate.gpu_bytes
+        if not seats or any(seat.holds(need, gpu_need) for seat in seats):
+            return
+        largest = max(seat.memory for seat in seats)
+        if largest >= need:
+            largest_gpu = max(seat.gpu_memory or 0 for seat in seats)
             raise NightpressError(
                 ErrorCode.CANNOT_FIT,
-                f"The job needs about {needs_memory / 1e9:.1f} GB of memory; the largest {queue} worker offers {max(offers) / 1e9:.1f} GB.",
-                hint=f"{advice} worker that offers {-(-needs_memory // 2**30)} GiB, or raise NIGHTPRESS_WORKER_MEMORY if one has more than it offers.",
-                needs=needs_memory,
-                largest=max(offers),
+                f"The job needs about {gpu_need / 1e9:.1f} GB of a GPU's memory; the largest GPU of a worker that could hold it has {largest_gpu / 1e9:.1f} GB.",
+                hint="Start a worker with a larger GPU, use fewer or shorter calibration samples, or set `device: cpu`.",
+                needs=gpu_need,
+                largest=largest_gpu,
             )
+        fitting = next((one for one in plan.estimate.leaner if one.memory_bytes <= largest), None)
+        advice = "Start a" if fitting is None else f"Give the recipe {fitting.change}, or start a"
+        raise NightpressError(
+            ErrorCode.CANNOT_FIT,
+            f"The job needs about {need / 1e9:.1f} GB of memory; the largest {plan.queue} worker offers {largest / 1e9:.1f} GB.",
+            hint=f"{advice} worker that offers {-(-need // 2**30)} GiB, or raise NIGHTPRESS_WORKER_MEMORY if one has more than it offers.",
+            needs=need,
+            largest=largest,
+        )
 
 
 def _must_be_ready(noun: str, one: ModelView | DataSetView) -> None:
@@ -287,18 +304,27 @@ class _Resolved:
     model_id: str
     model_name: str
     model_digest: str
-    queue: Queue
-    needs_memory: int
-    leaner: tuple[Leaner, ...]
+    plan: Plan
     recipe: dict[str, Any]
     data: dict[str, dict[str, Any]]
 
 
-def _fingerprint(model_digest: str, recipe: dict[str, Any], data: dict[str, dict[str, Any]], queue: Queue) -> str:
-    """Of all that decides a job's result. What a recipe is called decides nothing."""
-    says = {key: value for key, value in recipe.items() if key not in {"name", "version", "description"}}
+def _planned(plan: Plan) -> dict[str, Any]:
+    """What a plan decides of a job, by its columns."""
+    assert plan.estimate is not None
+    return {
+        "queue": plan.queue,
+        "queue_reason": plan.queue_reason,
+        "needs_memory": plan.estimate.memory_bytes,
+        "needs_gpu_memory": plan.estimate.gpu_bytes,
+    }
+
+
+def _fingerprint(model_digest: str, recipe: dict[str, Any], data: dict[str, dict[str, Any]]) -> str:
+    """Of all that decides a job's result, but where it runs: `JobStore.reuse` looks at that. What a recipe is called decides nothing."""
+    says = {key: value for key, value in recipe.items() if key not in {"name", "version", "description", "device"}}
     digests = {name: one["digest"] for name, one in data.items()}
-    body = {"model": model_digest, "recipe": says, "data": digests, "queue": queue, "engine": ENGINE}
+    body = {"model": model_digest, "recipe": says, "data": digests, "engine": ENGINE}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

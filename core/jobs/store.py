@@ -13,6 +13,7 @@ from sqlalchemy import (
     case,
     func,
     insert,
+    literal,
     literal_column,
     null,
     or_,
@@ -109,7 +110,8 @@ class JobStore(JobSubmitter, WorkerRoster):
     def reuse(self, job: Job) -> Job:
         """queued → succeeded with the result of an identical job of the same tenant, if there is one. Returns the job as it is then.
 
-        The result is the other's: its artifacts' files, its report and its figures. Where a worker was faster, the job simply runs.
+        The result is the other's: its artifacts' files, its report and its figures. Where the recipe names a device, the result was made on
+        that one; with `device: auto` either will do. Where a worker was faster, the job simply runs.
         """
         made = jobs.alias("made")
         mine = select(_columns.fingerprint).where(_columns.id == job.id).scalar_subquery()
@@ -117,6 +119,7 @@ class JobStore(JobSubmitter, WorkerRoster):
             select(made.c.id, made.c.verdict)
             .where(made.c.tenant_id == job.tenant_id, made.c.fingerprint == mine)
             .where(made.c.state == literal_column("'succeeded'"), made.c.reused_from.is_(None))
+            .where(literal(job.recipe.get("device", "auto") == "auto") | (made.c.queue == job.queue))
             .order_by(made.c.finished_at.desc())
             .limit(1)
             .with_for_update()  # so that it isn't pruned meanwhile
@@ -166,8 +169,9 @@ class JobStore(JobSubmitter, WorkerRoster):
 
     def _claim(self, values: dict[str, Any], *, oldest: bool) -> Job | None:
         if not self._sqlite:
-            with transaction(self._engine) if self._is_capped() else statement(self._engine) as connection:
-                if self._is_capped():
+            capped = self._is_capped()  # asked once: the answer may change, and the lock holds in a transaction alone
+            with transaction(self._engine) if capped else statement(self._engine) as connection:
+                if capped:
                     # Two claims at a time would each count the same running jobs: where counts are bounds, one goes after the other.
                     connection.execute(select(func.pg_advisory_xact_lock(_CLAIM_LOCK)))
                 row = connection.execute(claim_and_note(oldest=oldest), values).one_or_none()

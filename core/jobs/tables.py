@@ -37,7 +37,10 @@ jobs = Table(
     Column("priority", SmallInteger, nullable=False),
     Column("labels", JsonType, nullable=False),
     Column("queue", String(8), nullable=False),
+    #: why this queue, for people
+    Column("queue_reason", Text, nullable=False, server_default=text("''")),
     Column("needs_memory", BigInteger, nullable=False),
+    Column("needs_gpu_memory", BigInteger, nullable=False, server_default=text("0")),
     Column("model_id", ForeignKey("models.id"), nullable=False, index=True),
     Column("model_name", String(64), nullable=False),
     Column("model_digest", String(80), nullable=False),
@@ -102,7 +105,7 @@ Index(
     jobs.c.created_at,
     jobs.c.id,
     # What decides whether a job fits, so that one that doesn't costs no look at its row.
-    postgresql_include=["run_after", "needs_memory"],
+    postgresql_include=["run_after", "needs_memory", "needs_gpu_memory"],
     postgresql_where=_QUEUED,
     sqlite_where=_QUEUED,
 )
@@ -276,5 +279,6 @@ workers = Table(
     Column("unfit", String(1000)),  #: what is wrong with its machine, for which it claims nothing
     Column("started_at", UtcDateTime, nullable=False),
     Column("last_seen_at", UtcDateTime, nullable=False),
+    Column("left_at", UtcDateTime),  #: when it said good-bye; jobs are planned by who was there lately, too
     CheckConstraint("queue IN ('cpu','gpu')", name="queue"),
 )

@@ -4,8 +4,10 @@ import math
 import re
 from typing import NamedTuple
 
+from core.recipes.block_peak import gpu_peak, input_of, searched_bytes
 from core.recipes.calibration import Calibration
 from core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
+from core.recipes.placement import Queue
 
 _MIB = 1024**2
 #: Anonymous memory, as the supervisor weighs it, measured by `bench.estimates`: of a job's child with torch and its tokenizer loaded …
@@ -19,7 +21,12 @@ TRACING_BYTES = 385 * _MIB  #: … and what it and the passes on a graph that tr
 CONSUMER_BYTES = 265 * _MIB  #: a process with torch and transformers, beside the model it loads
 GRAPH_CONSUMER_BYTES = 40 * _MIB  #: one with a graph runtime
 LOGIT_BYTES = 256 * _MIB  #: logits over the vocabulary that a consumer holds at once
-FORWARD_RATE = 33e9  #: multiply-adds/s on two cores, of fp32 or, where the processor has it, of bfloat16: between what both come to
+CORE_RATE = 16.5e9  #: multiply-adds/s on each core, of fp32 or, where the processor has it, of bfloat16: between what both come to
+GPU_RUNTIME_BYTES = 600 * _MIB  #: of a GPU's memory: CUDA's context and its libraries' kernels and workspaces
+GPU_CHILD_BYTES = 745 * _MIB  #: of the host's memory, in a child that has used a GPU: CUDA's libraries …
+KERNELS_BYTES = 225 * _MIB  #: … and where Triton has compiled a kernel, its compiler.
+GPU_CONSUMER_BYTES = 225 * _MIB  #: what a consumer's process with a CUDA build of torch holds beyond CONSUMER_BYTES
+GPU_START_S = 15.0  #: starting CUDA and compiling kernels
 GPU_RATE = 250e12  #: multiply-adds/s of bf16 that a calibration comes to on an H100, its kernels' waiting included
 _GRAM_EFFORT = 1.25  #: of strips up to the diagonal, for the half that is asked for
 _SOLVE_EFFORT = 3.0  #: settling columns moves memory as much as it multiplies
@@ -31,6 +38,7 @@ BATCH_TOKENS = {
     "cuda": 16384,
     "cpu": 1024,
 }  #: of the blocks executor: enough to fill the device; more only costs memory
+_PINNED_BLOCKS = 3  #: that is run, that is read ahead, and whose memory isn't given out again yet
 _CACHED_BLOCK_S = 1.2  #: of tracing a block with a key/value cache
 GRAPH_TOKENS = 1024  #: of calibration text that run through a graph at a time
 TRIAL_TOKENS = (
@@ -65,9 +73,20 @@ def cached_trace_seconds(header: ModelHeader) -> float:
 
 class Cost(NamedTuple):
     memory_bytes: int  #: anonymous, of the host, beside RUNTIME_BYTES
-    seconds: float  #: of reading, writing and what a faster device doesn't speed up; without `work`, of all
-    work: float = 0.0  #: multiply-adds, done at the device's rate
+    seconds: float  #: of reading, writing, and what neither more cores nor a GPU speed up
+    work: float = 0.0  #: multiply-adds on the device that the job runs on
     gpu_bytes: int = 0  #: of the GPU's memory, if the job runs on one
+    host_bytes: int | None = None  #: of the host's memory, if the job runs on a GPU; None: the same as without
+    host_work: float = 0.0  #: multiply-adds on the processor, whatever the job runs on
+
+    def held(self, queue: Queue) -> int:
+        """Bytes of the host's memory."""
+        return self.memory_bytes if queue == "cpu" or self.host_bytes is None else self.host_bytes
+
+    def lasts(self, queue: Queue, threads: int) -> float:
+        """Seconds."""
+        cores = CORE_RATE * threads
+        return self.seconds + self.host_work / cores + self.work / (GPU_RATE if queue == "gpu" else cores)
 
 
 def in_turn_bytes(tokens: int, width: int, widest: int, itemsize: int) -> int:
@@ -85,15 +104,15 @@ def blocks_cost(
     calibration: Calibration,
     *,
     gram: bool = True,
-    solves: bool = True,
+    bits: int | None = None,
     by_group: bool = True,
     copies: bool = False,
 ) -> Cost:
     """The blocks executor's: one forward pass over the calibration text where its texts may wait in the middle of a block, else two.
 
-    gram: the method sums up Σ xxᵀ of each layer's inputs (half of it: it is symmetric). solves: by its factor, which on a GPU makes its
-    peak; without it the batches' intermediate results do. by_group: it settles the layers behind each tensor by themselves; else, and
-    for mixtures, what is known of all inputs of a block is held at once. copies: it holds a block's weights once more, in float32.
+    gram: the method sums up Σ xxᵀ of each layer's inputs (half of it: it is symmetric). bits: of the codes that it leaves; None: it leaves
+    weights. by_group: it settles the layers behind each tensor by themselves; else, and for mixtures, what is known of all inputs of a
+    block is held at once. copies: it holds a block's weights once more, in float32, and searches in copies of them.
     """
     shape = _shape(header)
     length = min(calibration.length, header.positions or calibration.length)
@@ -109,20 +128,23 @@ def blocks_cost(
         2 * shape.largest_block
         + 4 * 4 * shape.widest**2 * gram
         + (0 if in_turn else shape.stored_block + 4 * (shape.block_squares - shape.widest**2) * gram)
-        + shape.largest_block * copies
+        + (shape.largest_block + searched_bytes(header)) * copies
         + _BATCH_WIDTHS * BATCH_TOKENS["cpu"] * shape.widest * 4
     )
     activations = 4 * tokens * shape.width
     memory = activations + max(2 * shape.largest_outside, held + (waiting if in_turn else 0))
-    gpu_tokens = BATCH_TOKENS["cuda"]
-    gpu = (
-        2 * tokens * shape.width
-        + shape.largest_block
-        + 2 * 4 * shape.widest**2 * (gram and solves)
-        + 4 * (shape.block_squares - shape.widest**2) * (gram and header.model_type in MIXTURES)
-        + 2 * _BATCH_WIDTHS * gpu_tokens * shape.widest
+    gpu = gpu_peak(
+        header,
+        tokens,
+        shape.width,
+        batch=BATCH_TOKENS["cuda"],
+        in_turn_bytes=IN_TURN_BYTES["cuda"],
+        gram=gram,
+        bits=bits,
+        by_group=by_group,
     )
-    return Cost(memory, header.size / _STREAM_RATE, work, gpu)
+    host = GPU_CHILD_BYTES + KERNELS_BYTES * gram + _PINNED_BLOCKS * shape.pinned_block
+    return Cost(memory, header.size / _STREAM_RATE, work, gpu, host)
 
 
 def graph_cost(header: ModelHeader, calibration: Calibration) -> Cost:
@@ -154,11 +176,13 @@ class _Shape(NamedTuple):
     largest_block: int
     stored_block: int  #: the same as it is in the file
     largest_outside: int
+    pinned_block: int  #: as stored, each tensor in a power of two: so torch gives out memory that a GPU reads
 
 
 def _shape(header: ModelHeader) -> _Shape:
     blocks: dict[str, int] = {}
     stored: dict[str, int] = {}
+    pinned: dict[str, int] = {}
     distinct: set[tuple[str, str, int]] = set()
     outside = widest = solving = 0
     weights = 0.0
@@ -173,13 +197,14 @@ def _shape(header: ModelHeader) -> _Shape:
             continue
         blocks[found[0]] = blocks.get(found[0], 0) + size
         stored[found[0]] = stored.get(found[0], 0) + tensor.size
+        pinned[found[0]] = pinned.get(found[0], 0) + 2 ** max(0, tensor.size - 1).bit_length()
         if len(tensor.shape) != 2:
             continue
         rows, columns = reversed(tensor.shape) if header.model_type in CONV1D else tensor.shape
         weights += runs * math.prod(tensor.shape) * (chosen / experts if ".experts." in tensor.name else 1)
         widest = max(widest, columns)
         solving += rows * columns**2 // 2
-        distinct.add((found[0], _input_of(tensor.name), columns))
+        distinct.add((found[0], input_of(tensor.name), columns))
     width = next((int(header.config[name]) for name in _WIDTHS if header.config.get(name)), widest)
     squares = sum(columns**2 * (chosen / experts if ".experts." in name else 1) for _, name, columns in distinct)
     together: dict[str, int] = {}
@@ -198,12 +223,5 @@ def _shape(header: ModelHeader) -> _Shape:
         largest,
         max(stored.values(), default=0),
         outside,
+        max(pinned.values(), default=0),
     )
-
-
-def _input_of(name: str) -> str:
-    """Layers with one name here are given the same inputs: queries, keys and values; gate and up projection."""
-    holder, _, leaf = name.removesuffix(".weight").rpartition(".")
-    if re.fullmatch(r"[qkv](_proj|_lin)?|query|key|value|gate_proj|up_proj|w1|w3|wi_\d", leaf):
-        return holder
-    return name

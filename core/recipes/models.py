@@ -150,7 +150,10 @@ class Recipe(_Model):
     gates: dict[str, str] = Field(
         default_factory=dict, max_length=32, description='e.g. {"perplexity": "<= +3%", "size": "<= 35%"}'
     )
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        "auto",
+        description="Where the passes run. `auto` is decided when a job is planned, by what they gain on a GPU, what the model needs, and which workers there have been lately; the plan and the job say why.",
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1)
 
     @model_validator(mode="before")

@@ -1,37 +1,27 @@
 """From a recipe and a model's header to a plan: the steps, what they cost, and what speaks against them. Nothing runs here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from core.errors import ErrorCode, NightpressError
+from core.recipes import measuring
 from core.recipes.costs import (
-    CONSUMER_BYTES,
-    FORWARD_RATE,
-    GPU_RATE,
-    GRAPH_CONSUMER_BYTES,
-    LOGIT_BYTES,
+    GPU_RUNTIME_BYTES,
+    GPU_START_S,
     MODELLING_BYTES,
     RUNTIME_BYTES,
-    TRACED_BYTES,
     Cost,
-    cached_trace_seconds,
-    made_graph_bytes,
 )
-from core.recipes.exports import GRAPH_FORMATS, Export
+from core.recipes.exports import Export
 from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from core.recipes.linears import invalid
 from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
-from core.recipes.passes import DynamicInt8, EarlyExit, GenerationCache, PassOptions, Recover
+from core.recipes.passes import EarlyExit, GenerationCache, PassOptions, Recover
+from core.recipes.placement import Need, Placement, Queue, Seat, place, threads_of
 from core.recipes.targets import check_target
 
-_IMPORT_S = 3.5  #: start of one consumer process with torch and transformers
-_GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alone
-_DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
-_LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared
-_BESIDE_BYTES = 3 * 1024**3 // 2  #: that the source and an artifact may take together, so that they are timed by turns
-_MOST_ROWS = 16  #: of a batch
 #: what the head is called that multiplies by the table, for `ignore`
 _HEADS = {"causal-lm": "lm_head.weight", "masked-lm": "cls.predictions.decoder.weight"}
 _CUT_BACK = frozenset({"none", "dynamic"})  #: caches from which tokens can be taken back
@@ -55,13 +45,14 @@ class Leaner(BaseModel):
 
 
 class Estimate(BaseModel):
-    """Bytes and seconds, from the header alone."""
+    """Bytes and seconds in the plan's queue, from the header alone."""
 
     model_config = ConfigDict(frozen=True, defer_build=True)
 
     memory_bytes: int
     disk_bytes: int
     seconds: float
+    threads: int  #: of the processor, that the seconds are for
     output_bytes: dict[str, int]  #: by export format
     gpu_bytes: int = 0  #: of a GPU's memory; 0 on a CPU
     leaner: tuple[Leaner, ...] = ()  #: the nearest first
@@ -71,15 +62,17 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, defer_build=True)
 
     recipe: Recipe
-    queue: Literal["cpu", "gpu"]
+    queue: Queue
+    queue_reason: str  #: why this queue
     steps: tuple[Step, ...]
     warnings: tuple[str, ...]
     estimate: Estimate | None  #: None where no model was named
 
 
-def make_plan(recipe: Recipe, header: ModelHeader | None = None) -> Plan:
-    """Check that the passes, exports and model go together, and say what it will take.
+def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence[Seat] = ()) -> Plan:
+    """Check that the passes, exports and model go together, decide where it runs, and say what it will take.
 
+    fleet: the workers that there have been lately; `device: auto` is decided by them, too.
     Raises NightpressError: invalid_recipe for a combination that can't work, unsupported_architecture for a model no pass or evaluation here knows.
     """
     if header is not None:
@@ -90,7 +83,11 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None) -> Plan:
     estimate = None
     if header is not None:
         _check_model(recipe, header)
-        estimate = _estimate(recipe, header)
+        costs = _costs(recipe, header)
+        queue, reason = _placed(recipe, costs, fleet)
+        estimate = _estimate(recipe, header, costs, queue, fleet)
+    else:
+        queue, reason = _queue_without_model(recipe)
     warnings = dict.fromkeys(_warnings(recipe, header))
     steps = [Step(kind="pass", name=one.pass_, detail=one.describe()) for one in recipe.passes]
     steps += [
@@ -107,7 +104,8 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None) -> Plan:
     ]
     return Plan(
         recipe=recipe,
-        queue="gpu" if recipe.device == "gpu" else "cpu",
+        queue=queue,
+        queue_reason=reason,
         steps=tuple(steps),
         warnings=tuple(warnings),
         estimate=estimate,
@@ -285,6 +283,11 @@ def stored(recipe: Recipe, header: ModelHeader) -> ModelHeader:
     return header.model_copy(update={"tensors": tuple(tensors)})
 
 
+def _outputs(recipe: Recipe, header: ModelHeader) -> dict[str, int]:
+    """Bytes of each artifact, by export."""
+    return {export.name: _output_bytes(recipe, header, export) for export in recipe.exports}
+
+
 def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
     given, left = _chain(recipe, header)
     passes = [one.settled(seen) for one, seen in zip(recipe.passes, given, strict=True)]
@@ -302,30 +305,71 @@ def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
     return total
 
 
-def _estimate(recipe: Recipe, header: ModelHeader) -> Estimate:
-    outputs = {export.name: _output_bytes(recipe, header, export) for export in recipe.exports}
-    costs = _costs(recipe, header)
-    memory = _memory(recipe, costs)
-    on_gpu = recipe.device == "gpu"
-    rate = GPU_RATE if on_gpu else FORWARD_RATE
+def _queue_without_model(recipe: Recipe) -> Placement:
+    if recipe.device != "auto":
+        return Placement(recipe.device, f"the recipe says `device: {recipe.device}`.")
+    return Placement("cpu", "`device: auto` looks at the model, and none is named.")
+
+
+def _placed(recipe: Recipe, costs: Sequence[Cost], fleet: Sequence[Seat]) -> Placement:
+    """The queue, and why it is this one."""
+    if recipe.device != "auto":
+        return _queue_without_model(recipe)
+    here_alone = [one.name for one in recipe.passes if "cuda" not in one.runs_on]
+    if here_alone:
+        return Placement("cpu", f"`{here_alone[0]}` runs on a processor alone.")
+    # With the same threads for both: what more of them gain is no reason to take a GPU.
+    threads = threads_of(fleet, "cpu" if any(seat.queue == "cpu" for seat in fleet) else "gpu")
+    return place(_need(recipe, costs, "cpu", threads), _need(recipe, costs, "gpu", threads), fleet)
+
+
+def _need(recipe: Recipe, costs: Sequence[Cost], queue: Queue, threads: int) -> Need:
+    seconds = sum(one.lasts(queue, threads) for one in costs)
+    gpu = GPU_RUNTIME_BYTES + max(one.gpu_bytes for one in costs) if queue == "gpu" else 0
+    return Need(_memory(recipe, costs, queue), gpu, seconds + GPU_START_S * (queue == "gpu"))
+
+
+def _estimate(
+    recipe: Recipe, header: ModelHeader, costs: Sequence[Cost], queue: Queue, fleet: Sequence[Seat]
+) -> Estimate:
+    outputs = _outputs(recipe, header)
+    threads = threads_of(fleet, queue)
+    need = _need(recipe, costs, queue, threads)
     return Estimate(
-        memory_bytes=memory,
+        memory_bytes=need.memory_bytes,
         disk_bytes=header.size + 2 * sum(outputs.values()),
-        seconds=round(sum(one.seconds + one.work / rate for one in costs), 1),
+        seconds=round(need.seconds, 1),
+        threads=threads,
         output_bytes=outputs,
-        gpu_bytes=max(one.gpu_bytes for one in costs) if on_gpu else 0,
-        leaner=tuple(one for one in _leaner(recipe, header) if one.memory_bytes < memory),
+        gpu_bytes=need.gpu_bytes,
+        leaner=tuple(one for one in _leaner(recipe, header, queue) if one.memory_bytes < need.memory_bytes),
     )
 
 
 def _costs(recipe: Recipe, header: ModelHeader) -> list[Cost]:
     given, _ = _chain(recipe, header)
     found = [one.cost(seen, recipe.calibration) for one, seen in zip(recipe.passes, given, strict=True)]
-    return [*found, _measuring_cost(recipe, header)]
+    return [*found, measuring.measuring_cost(recipe, header, _outputs(recipe, header), _most(found))]
 
 
-def _memory(recipe: Recipe, costs: list[Cost]) -> int:
-    return RUNTIME_BYTES + _kept(recipe) + max(one.memory_bytes for one in costs)
+def timed_by_turns(recipe: Recipe, header: ModelHeader) -> bool:
+    """Whether the source and an artifact are loaded at the same time and timed by turns, as the estimate of memory has it."""
+    given, _ = _chain(recipe, header)
+    passes = [one.cost(seen, recipe.calibration) for one, seen in zip(recipe.passes, given, strict=True)]
+    return measuring.timed_by_turns(recipe, header, _outputs(recipe, header), _most(passes))
+
+
+def _most(costs: Sequence[Cost]) -> int:
+    return max((cost.memory_bytes for cost in costs), default=0)
+
+
+def _memory(recipe: Recipe, costs: Sequence[Cost], queue: Queue) -> int:
+    *passes, measuring = (one.held(queue) for one in costs)
+    if queue == "gpu" and _kept(
+        recipe
+    ):  # torch gives pinned memory back to nobody: it is there while artifacts are measured, too
+        return RUNTIME_BYTES + _kept(recipe) + max(passes) + measuring
+    return RUNTIME_BYTES + _kept(recipe) + max([measuring, *passes])
 
 
 def _kept(recipe: Recipe) -> int:
@@ -333,104 +377,19 @@ def _kept(recipe: Recipe) -> int:
     return MODELLING_BYTES if {one.scope for one in recipe.passes} & {"blocks", "train"} else 0
 
 
-def _leaner(recipe: Recipe, header: ModelHeader) -> Iterable[Leaner]:
+def _leaner(recipe: Recipe, header: ModelHeader, queue: Queue) -> Iterable[Leaner]:
     """Fewer samples, then shorter ones: what is asked of the text is given up before what is asked of the model."""
     given = recipe.calibration
     for share in (2, 4, 8):
         if given.samples >= 8 * share:
-            yield _with_calibration(recipe, header, samples=given.samples // share, length=given.length)
+            yield _with_calibration(recipe, header, queue, samples=given.samples // share, length=given.length)
     for share in (2, 4):
         if given.samples >= 64 and given.length >= 128 * share:
-            yield _with_calibration(recipe, header, samples=given.samples // 8, length=given.length // share)
+            yield _with_calibration(recipe, header, queue, samples=given.samples // 8, length=given.length // share)
 
 
-def _with_calibration(recipe: Recipe, header: ModelHeader, *, samples: int, length: int) -> Leaner:
+def _with_calibration(recipe: Recipe, header: ModelHeader, queue: Queue, *, samples: int, length: int) -> Leaner:
     calibration = recipe.calibration.model_copy(update={"samples": samples, "length": length})
     leaner = recipe.model_copy(update={"calibration": calibration})
-    memory = _memory(leaner, _costs(leaner, header))
+    memory = _memory(leaner, _costs(leaner, header), queue)
     return Leaner(change=f"`calibration: {{samples: {samples}, length: {length}}}`", memory_bytes=memory)
-
-
-def _measuring_cost(recipe: Recipe, header: ModelHeader) -> Cost:
-    """The source and each artifact, loaded in a process of its own and run on every evaluation."""
-    tokens = sum(_tokens(one) for one in recipe.evaluate)
-    starts = [_IMPORT_S, *(_GRAPH_S if one.format in GRAPH_FORMATS else _IMPORT_S for one in recipe.exports)]
-    traced = any(one.format in GRAPH_FORMATS for one in recipe.exports)  # a trace serves all of them
-    seconds = (
-        sum(starts) + traced * cached_trace_seconds(header) + len(starts) * tokens * header.parameters / FORWARD_RATE
-    )
-    alone, together = _measuring_memory(recipe, header)
-    if not timed_by_turns(recipe, header):
-        return Cost(alone, seconds)
-    timed = sum(_tokens(one) for one in recipe.evaluate if not isinstance(one, Quality))
-    again = (
-        _IMPORT_S + len(recipe.exports) * timed * header.parameters / FORWARD_RATE
-    )  # the source, beside each artifact
-    return Cost(together, seconds + again)
-
-
-def timed_by_turns(recipe: Recipe, header: ModelHeader) -> bool:
-    """Whether the source's process is there while an artifact is timed: where that takes little memory, or no more than the job takes anyway."""
-    if not any(isinstance(one, Latency | GenerationSpeed) for one in recipe.evaluate):
-        return False
-    alone, together = _measuring_memory(recipe, header)
-    given, _ = _chain(recipe, header)
-    passes = [one.cost(seen, recipe.calibration).memory_bytes for one, seen in zip(recipe.passes, given, strict=True)]
-    return together <= max(_BESIDE_BYTES, alone, *passes)
-
-
-def _measuring_memory(recipe: Recipe, header: ModelHeader) -> tuple[int, int]:
-    """Bytes while one model is measured after the other, and where the source's process stays beside each artifact's."""
-    alone = max(_measuring_bytes(recipe, header, export) for export in (None, *recipe.exports))
-    beside = CONSUMER_BYTES + 4 * header.parameters * (not _mapped(header))
-    return alone, max(alone, *(_consumer_bytes(recipe, header, export) + beside for export in recipe.exports))
-
-
-def _mapped(header: ModelHeader) -> bool:
-    """Weights in fp32 are mapped from their file."""
-    return all(tensor.dtype in {"F32", "I64"} for tensor in header.tensors)
-
-
-def _measuring_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
-    """What the child holds while it makes a graph, or a consumer of an artifact or the source (None), with what the child holds then."""
-    held = _consumer_bytes(recipe, header, export)
-    if export is None or export.format not in GRAPH_FORMATS:
-        return held
-    rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
-    floats = _mapped(header) and not any(one.quantizes for one in recipe.passes)
-    made = made_graph_bytes(header, export.format, rounded=rounded, mapped=floats)
-    return max(made + _logit_bytes(recipe, header), held)
-
-
-def _consumer_bytes(recipe: Recipe, header: ModelHeader, export: Export | None) -> int:
-    """What a consumer holds of an artifact or the source (None), with what the child holds of it."""
-    whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
-    if export is not None and export.format in GRAPH_FORMATS:
-        return TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits
-    if export is not None and any(one.quantizes for one in recipe.passes):  # the codes, and what they become
-        return CONSUMER_BYTES + _output_bytes(recipe, header, export) + whole + logits
-    mapped = _mapped(header) and (export is None or export.weights is None)
-    return CONSUMER_BYTES + whole * (not mapped) + logits
-
-
-def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
-    """Of the largest batch of an evaluation, over the vocabulary."""
-    if header.task not in {"causal-lm", "masked-lm"}:
-        return 0
-    row = 4 * int(header.config.get("vocab_size") or 0)
-    lengths = [(min(one.samples, _MOST_ROWS), one.length) for one in recipe.evaluate if isinstance(one, Quality)]
-    return int(_LOGIT_COPIES * max((min(LOGIT_BYTES, rows * length * row) for rows, length in lengths), default=0))
-
-
-def _tokens(one: Evaluation) -> float:
-    """Tokens of one evaluation, each as long as one of many in a forward pass."""
-    match one:
-        case Quality():
-            return one.samples * (one.length + one.new_tokens * (one.metric == "generation"))
-        case Latency():
-            return sum(b * n for b in one.batch for n in one.length) * 2 * (one.repeats + 1)  # each run behind another
-        case GenerationSpeed():
-            read = sum(b * n for b in one.batch for n in one.prompt)
-            # A step reads every weight for few tokens: it waits for memory, whatever the batch.
-            steps = len(one.batch) * len(one.prompt) * one.tokens * _DECODE_STEP
-            return (read + steps) * (one.repeats + 1)

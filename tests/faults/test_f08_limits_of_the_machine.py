@@ -4,8 +4,12 @@ import contextlib
 import os
 import resource
 import shutil
+import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,6 +90,56 @@ def test_f16_f17_a_job_that_wants_too_much_memory_says_which(
     if behaviour == "killed_at_its_limit":
         assert error["details"]["peak_bytes"] > 360 * MIB
     service.check_invariants(job_id)
+
+
+MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group of 40 MiB, beside the one that the tests run in."""
+    group = MEMORY_GROUPS / new_id("np")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(40 * MIB))
+    except OSError as error:
+        pytest.skip(f"this user may not make a control group for memory: {error}")
+    yield group
+    eventually(lambda: not (group / "cgroup.procs").read_text(), within=5)
+    group.rmdir()
+
+
+def run_in(group: Path, code: str) -> subprocess.CompletedProcess[str]:
+    enter = f"import pathlib, os; pathlib.Path({str(group / 'cgroup.procs')!r}).write_text(str(os.getpid()))\n"
+    return subprocess.run(
+        [sys.executable, "-c", enter + code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+
+
+def test_f16_a_job_killed_by_somebody_is_not_blamed_for_anothers_memory(service: Service, small_group: Path) -> None:
+    job_id = service.submit(max_failures=1)
+    slot, supervisor = service.slot("killed_by_somebody", memory=400 * MIB)
+    with ThreadPoolExecutor(1) as threads:
+        serving = threads.submit(slot.serve)
+        service.await_state(job_id, "running", within=20)
+        assert run_in(small_group, f"held = bytearray({400 * MIB})").returncode == -signal.SIGKILL
+        serving.result()
+    supervisor.close()
+    error = service.job(job_id).error
+    assert error is not None
+    assert error["code"] == "worker_lost"
+
+
+def test_f16_a_workers_own_group_counts_what_the_kernel_kills_in_it(small_group: Path) -> None:
+    said = run_in(
+        small_group,
+        "import subprocess, sys\n"
+        "from worker.cgroup import oom_kills\n"
+        "before = oom_kills()\n"
+        f"victim = subprocess.run([sys.executable, '-c', 'held = bytearray({400 * MIB})'])\n"
+        "print(victim.returncode, oom_kills() - before)\n",
+    )
+    assert said.stdout.split() == [str(-signal.SIGKILL), "1"], said
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from core.errors import ErrorCode, NightpressError
 from core.jobs.records import Worker
 from core.settings import Settings
 from tests.api import RunningApi, serve
+from tests.jobs import age
 
 SOON = {"model": "tiny", "recipe": "int8-encoder"}
 
@@ -334,3 +335,23 @@ def test_recipes_are_listed_described_and_checked_against_a_model(client: httpx.
 def test_a_key_knows_itself(client: httpx.Client):
     assert client.get("/v1/me").json()["tenant_id"] == "default"
     assert "jobs:write" in client.get("/v1/me").json()["scopes"]
+
+
+def test_a_job_and_a_plan_say_why_they_go_where_they_go(client: httpx.Client):
+    recipe = client.get("/v1/recipes/int8-encoder").json()["recipe"]
+    plan = client.post("/v1/recipes/validate", json={"recipe": recipe, "model": "tiny"}).json()["plan"]
+    job = client.get(f"/v1/jobs/{submit(client)}").json()
+    assert job["queue"] == plan["queue"] == "cpu"
+    assert job["queue_reason"] == plan["queue_reason"] == "`dynamic-int8` runs on a processor alone."
+    assert job["notice"] is None
+
+
+def test_a_job_without_a_worker_for_an_hour_says_so_wherever_it_is_shown(api: RunningApi, client: httpx.Client):
+    job_id = submit(client)
+    age(api.services.engine, job_id, 3700, "created_at", "run_after")
+    shown = [client.get(f"/v1/jobs/{job_id}").json(), *client.get("/v1/jobs").json()["items"]]
+    shown.append(client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=1"}).json())
+    for job in shown:
+        assert "No cpu worker has been seen lately" in job["notice"]
+    assert 'nightpress_queue_unserved_seconds{queue="cpu"} +Inf' in client.get("/metrics").text
+    assert client.post(f"/v1/jobs/{job_id}/cancel").json()["notice"] is None

@@ -212,6 +212,7 @@ def test_the_plan_names_smaller_settings_and_what_they_take(bert_tiny: Path):
             "passes": [{"pass": "gptq", "group_size": 64}],
             "exports": ["compressed-tensors"],
             "calibration": {"samples": 20000, "length": 512},
+            "device": "cpu",
         }
     )
     estimate = make_plan(recipe, inspect_model(FolderFiles(bert_tiny))).estimate

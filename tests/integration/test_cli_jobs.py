@@ -23,6 +23,7 @@ from core.handoff.manifest import describe_folder
 from core.schemas import JobView
 from tests.command import run
 from tests.face import OFFER, RECIPE, Face, make_report
+from tests.jobs import age
 from tests.patience import slowness
 from tests.service import ROOT, eventually
 
@@ -374,3 +375,17 @@ def test_help_documents_the_exit_statuses(face: Face):
 def test_the_web_pages_address_carries_the_key_behind_the_hash(face: Face):
     address = run(face, "web", "--print").stdout.strip()
     assert address == f"{face.url}/#key={face.key}"
+
+
+def test_a_job_that_no_worker_will_take_is_listed_and_waited_for_with_a_notice(face: Face, job: JobView):
+    age(face.engine, job.id, 3700, "created_at", "run_after")
+    listed = run(face, "ls")
+    assert f"queued (no {job.queue} worker)" in listed.stdout
+    waited = run(face, "wait", job.id, "--timeout", "0.1")
+    assert (
+        f"No {job.queue} worker has been seen lately. Start one with NIGHTPRESS_WORKER_QUEUE={job.queue}"
+        in waited.stderr
+    )
+    inspected = run(face, "inspect", job.id)
+    assert job.queue_reason in inspected.stdout
+    face.store.request_cancel("default", job.id)

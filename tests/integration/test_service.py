@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, update
 
 from core.access.quotas import QuotaBook
 from core.artifacts.storage import open_store
-from core.database import make_engine
+from core.database import db_now, make_engine, transaction
 from core.errors import ErrorCode, NightpressError
 from core.jobs.records import Worker
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
+from core.jobs.tables import workers
 from core.recipes.models import Recipe
 from core.registry.datasets import DataSetRegistry
 from core.registry.models import ModelRegistry
 from core.schemas import DataSetCreate, FileAnnouncement, JobCreate, ModelCreate
 from core.settings import Settings
-from tests.jobs import GB, claim, succeeded
+from tests.jobs import GB, age, claim, offer, succeeded
 
 TENANT = "default"
 RECIPE: dict[str, Any] = {"name": "half", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
@@ -137,11 +138,12 @@ def test_what_no_worker_of_the_queue_can_hold_is_refused(world: World):
 
     announce("small", 1000)
     announce("gpu", 100 * GB, "gpu")
-    error = refusal(world.fresh(), wanted())
+    on_a_cpu = wanted(recipe={**RECIPE, "device": "cpu"})
+    error = refusal(world.fresh(), on_a_cpu)
     assert error.code is ErrorCode.CANNOT_FIT
     assert error.details["largest"] == 1000
     announce("large", 100 * GB)
-    assert world.fresh().submit(TENANT, wanted())[1]
+    assert world.fresh().submit(TENANT, on_a_cpu)[1]
 
 
 def test_a_repeated_request_gives_the_same_job_even_when_its_model_is_gone(world: World):
@@ -182,3 +184,96 @@ def test_the_quota_of_the_settings_holds(world: World):
     for _ in range(2):
         service.submit(TENANT, wanted())
     assert refusal(service, wanted()).code is ErrorCode.QUOTA_EXCEEDED
+
+
+def announce(
+    world: World, worker_id: str, queue: Any, *, memory: int = 100 * GB, gpu_memory: int | None = None
+) -> None:
+    world.store.heartbeat_worker(Worker(worker_id, "host", queue, "a device", memory, 2, "0.1", gpu_memory=gpu_memory))
+
+
+def unseen(world: World, worker_id: str, seconds: float) -> None:
+    """Let time pass since a worker was last seen."""
+    with transaction(world.engine) as connection:
+        moved = update(workers).where(workers.c.id == worker_id).values(last_seen_at=db_now(-seconds))
+        connection.execute(moved)
+
+
+def test_a_job_is_queued_where_the_fleet_can_run_it_and_says_why(world: World):
+    announce(world, "only", "gpu", gpu_memory=80 * GB)
+    job, _ = world.service.submit(TENANT, wanted())
+    assert job.queue == "gpu"
+    assert "no processor's worker has been seen lately" in job.queue_reason
+    assert job.needs_gpu_memory > 0
+    assert world.store.get(TENANT, job.id) == job
+    announce(world, "other", "cpu")
+    assert world.fresh().submit(TENANT, wanted())[0].queue == "cpu"
+
+
+def test_a_worker_that_said_good_bye_is_remembered_for_a_week(world: World):
+    announce(world, "night", "gpu", gpu_memory=80 * GB)
+    world.store.remove_worker("night")
+    assert world.store.workers() == []
+    assert world.fresh().submit(TENANT, wanted())[0].queue == "gpu"
+    unseen(world, "night", 8 * 24 * 3600)
+    assert world.fresh().submit(TENANT, wanted())[0].queue == "cpu"
+
+
+def test_a_retry_is_queued_by_the_fleet_of_its_own_time(world: World):
+    announce(world, "first", "gpu", gpu_memory=80 * GB)
+    old, _ = world.service.submit(TENANT, wanted())
+    world.store.request_cancel(TENANT, old.id)
+    unseen(world, "first", 8 * 24 * 3600)
+    announce(world, "second", "cpu")
+    new = world.fresh().retry(TENANT, old.id)
+    assert (old.queue, new.queue) == ("gpu", "cpu")
+    assert new.needs_gpu_memory == 0
+    assert world.store.get(TENANT, new.id) == new
+
+
+def test_a_gpu_too_small_for_a_job_is_refused_where_the_recipe_insists_on_one(world: World):
+    announce(world, "small", "gpu", gpu_memory=GB // 10)
+    error = refusal(world.service, wanted(recipe={**RECIPE, "device": "gpu"}))
+    assert error.code is ErrorCode.CANNOT_FIT
+    assert "of a GPU's memory" in error.message
+    assert error.details["largest"] == GB // 10
+
+
+def test_a_result_is_reused_wherever_it_was_made_unless_the_recipe_names_a_device(world: World):
+    announce(world, "gpu", "gpu", gpu_memory=80 * GB)
+    first, _ = world.service.submit(TENANT, wanted())
+    claimed = world.store.claim(offer(queue="gpu", gpu_memory=80 * GB), ttl_s=60)
+    assert claimed is not None
+    world.store.finish(claimed.lease, succeeded(claimed.lease))
+    announce(world, "cpu", "cpu")
+    again, _ = world.fresh().submit(TENANT, wanted(reuse=True))
+    assert (first.queue, again.queue, again.reused_from) == ("gpu", "cpu", first.id)
+    elsewhere, _ = world.fresh().submit(TENANT, wanted(reuse=True, recipe={**RECIPE, "device": "cpu"}))
+    assert (elsewhere.state, elsewhere.reused_from) == ("queued", None)
+    same, _ = world.fresh().submit(TENANT, wanted(reuse=True, recipe={**RECIPE, "device": "gpu"}))
+    assert same.reused_from == first.id
+
+
+def test_a_queued_job_says_that_no_worker_has_been_there_for_an_hour(world: World):
+    job, _ = world.service.submit(TENANT, wanted())
+    assert world.store.fleet().notice(job) is None, "it has only just come"
+    announce(world, "gone", "cpu")
+    unseen(world, "gone", 3700)
+    notice = world.store.fleet().notice(job)
+    assert notice is not None
+    assert "No cpu worker has been seen for 1 h" in notice
+    assert "NIGHTPRESS_WORKER_QUEUE=cpu" in notice
+    announce(world, "small", "cpu", memory=1000)
+    notice = world.store.fleet().notice(job)
+    assert notice is not None
+    assert "No cpu worker that could hold it" in notice
+    announce(world, "gone", "cpu")
+    assert world.store.fleet().notice(job) is None
+
+
+def test_a_job_older_than_an_hour_says_that_no_worker_ever_came(world: World):
+    job, _ = world.service.submit(TENANT, wanted())
+    age(world.engine, job.id, 3700, "created_at", "run_after")
+    waiting = world.store.get(TENANT, job.id)
+    assert waiting is not None
+    assert "No cpu worker has been seen lately" in str(world.store.fleet().notice(waiting))

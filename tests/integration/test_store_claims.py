@@ -175,3 +175,25 @@ def test_two_racing_ends_of_one_attempt_have_one_winner(store: JobStore):
         assert sum(kind in {"succeeded", "cancelled", "failed"} for kind in kinds) <= 1
         assert [event.seq for event in store.events(job_id)] == list(range(1, len(kinds) + 1))
         store.request_cancel("default", job_id)
+
+
+def test_a_gpu_takes_no_job_that_needs_more_memory_than_it_has(store: JobStore):
+    large = submit(store, queue="gpu", needs_gpu_memory=40 * GB)
+    small = submit(store, queue="gpu", needs_gpu_memory=10 * GB)
+    taken = store.claim(offer(queue="gpu", gpu_memory=24 * GB), ttl_s=60)
+    assert taken is not None
+    assert taken.job.id == small
+    assert store.claim(offer(queue="gpu", gpu_memory=24 * GB), ttl_s=60) is None
+    unsaid = store.claim(offer(queue="gpu", gpu_memory=None), ttl_s=60)
+    assert unsaid is not None
+    assert unsaid.job.id == large
+
+
+def test_a_claim_asks_once_whether_claims_must_go_one_after_another(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    """Two answers may differ, and a lock that is taken outside a transaction locks nothing."""
+    submit(store)
+    asked = store._is_capped
+    answers: list[bool] = []
+    monkeypatch.setattr(store, "_is_capped", lambda: answers.append(asked()) or answers[-1])
+    claim(store)
+    assert len(answers) <= 1

@@ -170,9 +170,10 @@ def test_workers_are_idle_busy_draining_or_lost(store: JobStore, engine: Engine)
     started = store.workers()[0].started_at
     announce("a")
     assert store.workers()[0].started_at == started
-    assert store.forget_lost_workers(older_than_s=50) == 1
+    assert store.forget_workers(older_than_s=50) == 1
     store.remove_worker("a")
     assert [one.id for one in store.workers()] == ["b", "c"]
+    assert [seat.queue for seat in store.fleet().seats] == ["cpu"], "one kind, those that left among them"
 
 
 def test_attempts_that_did_not_win_are_swept_once_and_late(store: JobStore, engine: Engine):

@@ -1,5 +1,6 @@
 """The dashboard and the alerts ask for metrics that exist."""
 
+import datetime as dt
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from api.metrics import ApiMetrics, _Queue
 from core.jobs.records import JobStatistics
+from core.jobs.roster import Fleet
 from worker.metrics import REGISTRY
 
 MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
@@ -19,7 +21,9 @@ MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
 def exported() -> dict[str, set[str]]:
     """The names that Prometheus sees, and the labels of each."""
     queue = CollectorRegistry()
-    found: Collector = _Queue(JobStatistics(jobs={}, oldest_queued_s={}, failures={"internal": 1}), [])
+    found: Collector = _Queue(
+        JobStatistics(jobs={}, oldest_queued_s={}, failures={"internal": 1}), [], Fleet((), dt.datetime.now(dt.UTC))
+    )
     queue.register(found)
     names: dict[str, set[str]] = {}
     for registry in (REGISTRY, ApiMetrics().registry, queue):

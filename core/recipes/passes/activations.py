@@ -47,7 +47,7 @@ class SmoothQuant(Quantizing, Calibrated):
         return 8
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return blocks_cost(header, calibration, gram=self.weights == "gptq")
+        return blocks_cost(header, calibration, gram=self.weights == "gptq", bits=8)
 
     def warnings(self, header: ModelHeader | None) -> Iterable[str]:
         yield from super().warnings(header)
@@ -100,7 +100,7 @@ class Fp8(Quantizing):
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         if self.wants != "calibration":
             return stream_cost(header)
-        return blocks_cost(header, calibration, gram=False)
+        return blocks_cost(header, calibration, gram=False, bits=8)
 
 
 _GRAPH_BYTES = 1_900_000_000  #: of an fp32 graph that fits into one file

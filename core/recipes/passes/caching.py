@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from core.recipes.calibration import Calibration
-from core.recipes.costs import FORWARD_RATE, Cost
+from core.recipes.costs import Cost
 from core.recipes.header import ModelHeader
 from core.recipes.linears import invalid
 from core.recipes.passes.base import ExportFormat, PassOptions, Scope
@@ -158,7 +158,8 @@ class GenerationCache(PassOptions):
             yield "`generation-cache`: transformers runs the folder's own custom_generate/generate.py if told to with `trust_remote_code=True`; other consumers don't know it."
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return Cost(4 * header.parameters, _CHECKED_TOKENS * header.parameters / FORWARD_RATE)
+        whole = 4 * header.parameters
+        return Cost(whole, 0.0, _CHECKED_TOKENS * header.parameters, gpu_bytes=whole)
 
 
 def _own_window(header: ModelHeader) -> bool:

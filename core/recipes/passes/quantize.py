@@ -275,8 +275,11 @@ class Budgeted(Rounding, Calibrated):
         return super().coarsest_bits if self.budget is None else min(self.candidates)
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        once = super().cost(header, calibration)
+        once = self._once(header, calibration)
         return once if self.budget is None else once._replace(seconds=2 * once.seconds, work=2 * once.work)
+
+    def _once(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        return blocks_cost(header, calibration, bits=self.coarsest_bits)
 
 
 class Gptq(Budgeted):
@@ -327,8 +330,8 @@ class Awq(Budgeted):
     bits: Bits = 4
     symmetric: bool = False
 
-    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return blocks_cost(header, calibration, solves=False, by_group=False, copies=True)
+    def _once(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        return blocks_cost(header, calibration, bits=self.coarsest_bits, by_group=False, copies=True)
 
     def check(self, header: ModelHeader) -> None:
         super().check(header)

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.recipes.calibration import BUILTIN_DATA, DataRef
-from core.recipes.costs import FORWARD_RATE, Cost
+from core.recipes.costs import Cost
 from core.recipes.header import ModelHeader
 from core.recipes.linears import invalid
 
@@ -80,4 +80,4 @@ class Training(BaseModel):
         layers = int(header.config.get("num_hidden_layers") or header.config.get("n_layers") or 12)
         activations = 4 * self.batch * self.length * width * (2 if self.gradient_checkpointing else 16) * layers
         memory = 4 * header.parameters * (1 + _STATE_COPIES * trained) + activations
-        return Cost(int(memory), work / FORWARD_RATE)
+        return Cost(int(memory), 0.0, work, gpu_bytes=int(memory), host_bytes=4 * header.parameters)

@@ -76,6 +76,8 @@ function about(now) {
   return facts([
     ["Model", h("span", {}, now.model_name, " ", h("code", {}, now.model_id))],
     ["Queue", `${now.queue}${now.priority ? `, priority ${now.priority}` : ""}`],
+    ["Why", now.queue_reason || null],
+    ["Notice", now.notice],
     ["Submitted", h("time", { datetime: now.created_at }, `${moment(now.created_at)} (${age(now.created_at)})`)],
     ["Starts after", since(now.run_after) < 0 ? moment(now.run_after) : null],
     ["Started", now.started_at ? moment(now.started_at) : null],

@@ -91,7 +91,7 @@ function drawPlan(plan, withModel) {
     h("ol", {}, plan.steps.map((one) => h("li", {}, h("strong", {}, one.name), " ", h("span", { class: "quiet" }, one.detail)))),
     plan.estimate
       ? h("dl", {},
-          h("dt", {}, "Queue"), h("dd", {}, plan.queue),
+          h("dt", {}, "Queue"), h("dd", {}, `${plan.queue}: ${plan.queue_reason}`),
           h("dt", {}, "Memory"), h("dd", {}, bytes(plan.estimate.memory_bytes)),
           h("dt", {}, "Time"), h("dd", {}, `about ${duration(plan.estimate.seconds)}`),
           Object.entries(plan.estimate.output_bytes).map(([name, size]) => [h("dt", {}, name), h("dd", {}, bytes(size))]))

@@ -1,0 +1,146 @@
+"""What the blocks executor holds of a GPU's memory at most, from a model's header alone.
+
+The peak is that of a stage, and which stage it is depends on the shape: each is added up here by what is alive in it. Traced on an H200 for
+five shapes of Llama's architecture and a mixture, 2026-11; `python -m bench.blocks_gpu` prints the estimate beside the peak.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+from core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
+
+_MIB = 1024**2
+_WORKSPACE = 34 * _MIB  #: cuBLAS's
+_FLOAT = 4
+#: Bytes a weight of a group that is settled at once. Rounding holds seven copies in float32 (the weight, what is settled, what is owed,
+#: steps, losses, spread and pulled), two of codes in int8, and the weight as stored; pruning holds fewer.
+_ROUNDING, _PRUNING = 7 * _FLOAT + 2, 5 * _FLOAT
+_SQUARES = 2 * _FLOAT  #: of an input whose squares are summed up: itself and its square in float32
+_SEARCHED_ROWS = 4096  #: of a weight, that AWQ's search looks at …
+_SEARCHED_COPIES = 5 * _FLOAT  #: … with so many bytes of copies
+
+
+class _Group(NamedTuple):
+    """Layers of a block that are given the same inputs."""
+
+    columns: int
+    weights: int
+    rows: int
+    share: float  #: of the tokens that come to it: an expert's is less than 1
+
+
+def gpu_peak(
+    header: ModelHeader,
+    tokens: int,
+    width: int,
+    *,
+    batch: int,
+    in_turn_bytes: int,
+    gram: bool,
+    bits: int | None,
+    by_group: bool,
+) -> int:
+    """tokens: of the calibration text. width: of the hidden states. in_turn_bytes: what texts that wait within a block may take.
+
+    gram: Σ xxᵀ is summed up. bits: of the codes that come out; None: weights under a mask. by_group: as `Method.by_group`, else AWQ.
+    """
+    prefix, groups, itemsize = _largest_block(header)
+    if not groups:
+        return _WORKSPACE
+    parameters = sum(math.prod(one.shape) for one in header.tensors if one.name.startswith(prefix))
+    linear = sum(group.weights for group in groups)
+    batch = min(batch, tokens)
+    inner = max(groups, key=lambda group: group.columns)
+    block = itemsize * parameters
+    written = 1.0 * itemsize if bits is None else bits / 8
+    floats = _FLOAT if bits is not None else 0  #: of a weight that stands for codes
+    earlier = int(written * linear)  #: what the block before became, until it is written
+    mixture = header.model_type in MIXTURES
+    waits = itemsize * tokens * (4 * width + 2 * inner.columns)
+    in_turn = by_group and not mixture and header.model_type not in SHARED_BLOCKS and waits <= in_turn_bytes
+    hidden = itemsize * tokens * width
+    grams = sum(_FLOAT * group.columns**2 for group in groups) if gram else 0
+    product = itemsize * batch * int(inner.columns * inner.share)
+    entered = itemsize * batch * (width + sum(int(group.columns * group.share) for group in groups))
+    if bits is None and not gram:
+        entered += _SQUARES * batch * inner.columns
+    else:
+        entered += 2 * product  # gate and up projection, while their product is made
+    stages = [hidden + itemsize * _largest_outside(header) + 2 * itemsize * batch * width]
+    for group in groups:
+        others = linear - group.weights
+        held = earlier + int((floats + written) * others) + itemsize * group.weights
+        own = _FLOAT * group.columns**2
+        factors = 3 * own if gram else 0  # turned, factored, turned back
+        copies = (_ROUNDING if bits is not None else _PRUNING) * group.weights + own if gram else 0
+        if in_turn:
+            waiting = itemsize * tokens * (group.columns + width)
+            stages.append(waiting + block + own * gram + held + max(factors, copies))
+            stages.append(waiting + block + own * gram + held + 2 * product)
+        elif by_group:
+            stages.append(hidden + block + grams + held + max(factors, copies))
+    if not in_turn:
+        stages.append(hidden + block + grams + earlier + entered)
+        again = 3 * product + 2 * itemsize * batch * width
+        stages.append(hidden + block + int((floats + written) * linear) + again)
+    if not by_group:
+        held = hidden + block + grams + earlier + _FLOAT * linear
+        stages += [held + searched for searched in _searched(groups, mixture)]
+    return max(stages) + _WORKSPACE
+
+
+def searched_bytes(header: ModelHeader) -> int:
+    """What AWQ's search holds beside a block and the sums of its inputs, on any device."""
+    _, groups, _ = _largest_block(header)
+    return max(_searched(groups, header.model_type in MIXTURES), default=0)
+
+
+def _searched(groups: list[_Group], mixture: bool) -> list[int]:
+    """What AWQ's search holds of the layers behind each norm. A norm stands before all the experts of a mixture."""
+    found = [
+        _FLOAT * group.weights + _SEARCHED_COPIES * min(group.rows, _SEARCHED_ROWS) * group.columns for group in groups
+    ]
+    behind: dict[int, int] = {}
+    for group in groups if mixture else ():
+        behind[group.columns] = behind.get(group.columns, 0) + group.weights
+    return found + [_FLOAT * weights for weights in behind.values()]
+
+
+def _largest_block(header: ModelHeader) -> tuple[str, list[_Group], int]:
+    """The block with the most parameters: the beginning of its tensors' names, its groups, and bytes of a number."""
+    sizes: dict[str, int] = {}
+    for tensor in header.tensors:
+        if (found := re.match(r".*?\.\d+\.", tensor.name)) is not None:
+            sizes[found[0]] = sizes.get(found[0], 0) + math.prod(tensor.shape)
+    if not sizes:
+        return "", [], 2
+    prefix = max(sizes, key=lambda name: sizes[name])
+    experts = int(header.config.get("num_local_experts") or header.config.get("num_experts") or 1)
+    chosen = int(header.config.get("num_experts_per_tok") or 1)
+    groups: dict[str, _Group] = {}
+    itemsize = 2
+    for tensor in header.tensors:
+        if not tensor.name.startswith(prefix) or len(tensor.shape) != 2:
+            continue
+        if tensor.dtype == "F32":
+            itemsize = 4
+        rows, columns = reversed(tensor.shape) if header.model_type in CONV1D else tensor.shape
+        share = chosen / experts if ".experts." in tensor.name else 1.0
+        name = input_of(tensor.name)
+        known = groups.get(name, _Group(columns, 0, 0, share))
+        groups[name] = _Group(columns, known.weights + rows * columns, known.rows + rows, share)
+    return prefix, list(groups.values()), itemsize
+
+
+def _largest_outside(header: ModelHeader) -> int:
+    inside = re.compile(r".*?\.\d+\.")
+    return max((math.prod(one.shape) for one in header.tensors if not inside.match(one.name)), default=0)
+
+
+def input_of(name: str) -> str:
+    """Layers with one name here are given the same inputs: queries, keys and values; gate and up projection."""
+    holder, _, leaf = name.removesuffix(".weight").rpartition(".")
+    if re.fullmatch(r"[qkv](_proj|_lin)?|query|key|value|gate_proj|up_proj|w1|w3|wi_\d", leaf):
+        return holder
+    return name

@@ -1,0 +1,127 @@
+"""What measuring takes: a consumer's process for the source and for each artifact, on the processor and in fp32."""
+
+from collections.abc import Mapping
+
+from core.recipes.costs import (
+    CONSUMER_BYTES,
+    GPU_CONSUMER_BYTES,
+    GRAPH_CONSUMER_BYTES,
+    LOGIT_BYTES,
+    TRACED_BYTES,
+    Cost,
+    cached_trace_seconds,
+    made_graph_bytes,
+)
+from core.recipes.exports import GRAPH_FORMATS, Export
+from core.recipes.header import ModelHeader, TensorInfo
+from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe
+from core.recipes.passes import DynamicInt8
+
+_IMPORT_S = 3.5  #: start of one consumer process with torch and transformers
+_GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alone
+_DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
+_LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared
+_MOST_ROWS = 16  #: of a batch
+_BESIDE_BYTES = 3 * 1024**3 // 2  #: that the source and an artifact may take together, so that they are timed by turns
+
+
+def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int], pass_bytes: int) -> Cost:
+    """The source and each artifact, loaded in a process of its own and run on every evaluation.
+
+    outputs: bytes of each artifact; pass_bytes: what the passes hold at most.
+    """
+    tokens = sum(_tokens(one) for one in recipe.evaluate)
+    starts = [_IMPORT_S, *(_GRAPH_S if one.format in GRAPH_FORMATS else _IMPORT_S for one in recipe.exports)]
+    traced = any(one.format in GRAPH_FORMATS for one in recipe.exports)  # a trace serves all of them
+    seconds = sum(starts) + traced * cached_trace_seconds(header)
+    work = len(starts) * tokens * header.parameters
+    memory = max(_bytes(recipe, header, export, outputs) for export in (None, *recipe.exports))
+    beside_gpu = max(_bytes_beside_gpu(recipe, header, export, outputs) for export in (None, *recipe.exports))
+    if not timed_by_turns(recipe, header, outputs, pass_bytes):
+        return Cost(memory, seconds, host_bytes=beside_gpu, host_work=work)
+    timed = sum(_tokens(one) for one in recipe.evaluate if not isinstance(one, Quality))
+    work += len(recipe.exports) * timed * header.parameters  # the source again, beside each artifact
+    _, together = _alone_and_together(recipe, header, outputs)
+    source = CONSUMER_BYTES + 4 * header.parameters
+    return Cost(together, seconds + _IMPORT_S, host_bytes=beside_gpu + source, host_work=work)
+
+
+def timed_by_turns(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int], pass_bytes: int) -> bool:
+    """Whether the source's process is there while an artifact is timed: where that takes little memory, or no more than the job takes anyway."""
+    if not any(isinstance(one, Latency | GenerationSpeed) for one in recipe.evaluate):
+        return False
+    alone, together = _alone_and_together(recipe, header, outputs)
+    return together <= max(_BESIDE_BYTES, alone, pass_bytes)
+
+
+def _alone_and_together(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes while one model is measured after the other, and where the source's process stays beside each artifact's."""
+    alone = max(_bytes(recipe, header, export, outputs) for export in (None, *recipe.exports))
+    beside = CONSUMER_BYTES + 4 * header.parameters * (not _mapped(header))
+    return alone, max(alone, *(_consumer_bytes(recipe, header, export, outputs) + beside for export in recipe.exports))
+
+
+def _mapped(header: ModelHeader) -> bool:
+    """Weights in fp32 are mapped from their file."""
+    return all(tensor.dtype in {"F32", "I64"} for tensor in header.tensors)
+
+
+def _bytes(recipe: Recipe, header: ModelHeader, export: Export | None, outputs: Mapping[str, int]) -> int:
+    """What the child holds while it makes a graph, or a consumer of an artifact or the source (None), with what the child holds then."""
+    held = _consumer_bytes(recipe, header, export, outputs)
+    if export is None or export.format not in GRAPH_FORMATS:
+        return held
+    rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
+    floats = _mapped(header) and not any(one.quantizes for one in recipe.passes)
+    made = made_graph_bytes(header, export.format, rounded=rounded, mapped=floats)
+    return max(made + _logit_bytes(recipe, header), held)
+
+
+def _consumer_bytes(recipe: Recipe, header: ModelHeader, export: Export | None, outputs: Mapping[str, int]) -> int:
+    """What a consumer holds of an artifact or the source (None), with what the child holds of it."""
+    whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
+    if export is not None and export.format in GRAPH_FORMATS:
+        return TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits
+    if export is not None and any(one.quantizes for one in recipe.passes):  # the codes, and what they become
+        return CONSUMER_BYTES + outputs[export.name] + whole + logits
+    mapped = _mapped(header) and (export is None or export.weights is None)
+    return CONSUMER_BYTES + whole * (not mapped) + logits
+
+
+def _bytes_beside_gpu(recipe: Recipe, header: ModelHeader, export: Export | None, outputs: Mapping[str, int]) -> int:
+    """The same where the passes ran on a GPU, which a consumer doesn't use. Of codes, what stays float is mapped from its file."""
+    if export is not None and export.format in GRAPH_FORMATS:
+        return _bytes(recipe, header, export, outputs)
+    whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
+    codes = 0
+    if export is not None and any(one.quantizes for one in recipe.passes):
+        floats = sum(tensor.size for tensor in header.tensors if not _becomes_codes(recipe, tensor))
+        codes = max(0, outputs[export.name] - floats)
+    return CONSUMER_BYTES + GPU_CONSUMER_BYTES + codes + whole + logits
+
+
+def _becomes_codes(recipe: Recipe, tensor: TensorInfo) -> bool:
+    return any(one.stored_bytes(tensor) < tensor.size for one in recipe.passes if one.quantizes)
+
+
+def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
+    """Of the largest batch of an evaluation, over the vocabulary."""
+    if header.task not in {"causal-lm", "masked-lm"}:
+        return 0
+    row = 4 * int(header.config.get("vocab_size") or 0)
+    lengths = [(min(one.samples, _MOST_ROWS), one.length) for one in recipe.evaluate if isinstance(one, Quality)]
+    return int(_LOGIT_COPIES * max((min(LOGIT_BYTES, rows * length * row) for rows, length in lengths), default=0))
+
+
+def _tokens(one: Evaluation) -> float:
+    """Tokens of one evaluation, each as long as one of many in a forward pass."""
+    match one:
+        case Quality():
+            return one.samples * (one.length + one.new_tokens * (one.metric == "generation"))
+        case Latency():
+            return sum(b * n for b in one.batch for n in one.length) * 2 * (one.repeats + 1)  # each run behind another
+        case GenerationSpeed():
+            read = sum(b * n for b in one.batch for n in one.prompt)
+            # A step reads every weight for few tokens: it waits for memory, whatever the batch.
+            steps = len(one.batch) * len(one.prompt) * one.tokens * _DECODE_STEP
+            return (read + steps) * (one.repeats + 1)

@@ -1,0 +1,95 @@
+"""Where a job runs: on a processor or on a GPU, by what its passes gain, what the model asks, and which workers there are."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Queue = Literal["cpu", "gpu"]
+
+#: What a GPU must save for a job to take it from others: so much time, and half of the job's time on a processor.
+_WORTH_S = 300.0
+_WORTH_SHARE = 0.5
+#: Threads that an estimate counts on where no worker is known.
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a worker offers to jobs."""
+
+    queue: Queue
+    memory: int  #: bytes of the host's memory
+    threads: int = THREADS
+    gpu_memory: int | None = None  #: bytes; None: a processor, or a GPU that does not say
+    seen_s: float = 0.0  #: seconds since it was last seen
+
+    def holds(self, memory: int, gpu_memory: int) -> bool:
+        """Whether a job that needs so much fits."""
+        return memory <= self.memory and (self.gpu_memory is None or gpu_memory <= self.gpu_memory)
+
+
+class Need(NamedTuple):
+    """What a job takes on one of the two."""
+
+    memory_bytes: int
+    gpu_bytes: int
+    seconds: float
+
+
+class Placement(NamedTuple):
+    queue: Queue
+    reason: str
+
+
+def threads_of(fleet: Collection[Seat], queue: Queue) -> int:
+    """Threads that a job in this queue has at least."""
+    return min((seat.threads for seat in fleet if seat.queue == queue), default=THREADS)
+
+
+def place(on_cpu: Need, on_gpu: Need, fleet: Sequence[Seat]) -> Placement:
+    """Where a job runs whose passes can run on both.
+
+    A GPU is for what gains much by it. Who would run elsewhere than where it suits, does so only where the fleet leaves no choice; where no
+    worker is known, the job alone decides. Workers of a queue that can't hold the job count as none.
+    """
+    saved = on_cpu.seconds - on_gpu.seconds
+    gains = saved >= _WORTH_S and saved >= _WORTH_SHARE * on_cpu.seconds
+    both = f"it takes about {_time(on_gpu.seconds)} on a GPU and {_time(on_cpu.seconds)} on a processor"
+    cpus, gpus = ([seat for seat in fleet if seat.queue == queue] for queue in ("cpu", "gpu"))
+    fits_cpu = any(seat.holds(on_cpu.memory_bytes, 0) for seat in cpus)
+    fits_gpu = any(seat.holds(on_gpu.memory_bytes, on_gpu.gpu_bytes) for seat in gpus)
+    if gains:
+        if fits_gpu:
+            return Placement("gpu", f"{both}.")
+        if not fleet:
+            return Placement("gpu", f"{both}; no worker has been seen lately.")
+        return Placement("cpu", f"{_why_no_gpu(on_gpu, gpus)}; {both}.")
+    why = f"a GPU would save {_time(saved)} of {_time(on_cpu.seconds)}" if saved >= 1 else "it gains nothing by a GPU"
+    if fits_gpu and not fits_cpu:
+        missing = "no processor's worker can hold it" if cpus else "no processor's worker has been seen lately"
+        return Placement("gpu", f"{why}, but {missing}.")
+    return Placement("cpu", f"{why}.")
+
+
+def _why_no_gpu(need: Need, gpus: Sequence[Seat]) -> str:
+    if not gpus:
+        return "no GPU worker has been seen lately"
+    largest = max(gpus, key=lambda seat: (seat.gpu_memory or 0, seat.memory))
+    if largest.gpu_memory is not None and largest.gpu_memory < need.gpu_bytes:
+        return (
+            f"it needs {_size(need.gpu_bytes)} of a GPU's memory, and the largest GPU has {_size(largest.gpu_memory)}"
+        )
+    most = max(seat.memory for seat in gpus)
+    return (
+        f"beside a GPU it needs {_size(need.memory_bytes)} of memory, and the GPU workers offer {_size(most)} at most"
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
