@@ -185,7 +185,8 @@ def _bound(new: NewJob, idempotency: Idempotency | None, max_queued: int) -> dic
     if new.run_after is not None and new.queue_limit_s is not None:
         values["limit_from_then"] = new.run_after + dt.timedelta(seconds=new.queue_limit_s)
     if idempotency is not None:
-        values |= {"key": idempotency.key, "fingerprint": idempotency.fingerprint}
+        # Names that no column of a job has: the job keeps its own fingerprint.
+        values |= {"idempotency_key": idempotency.key, "idempotency_fingerprint": idempotency.fingerprint}
     return values
 
 
@@ -223,7 +224,12 @@ _IDEMPOTENCY_COLUMNS = ("tenant_id", "key", "fingerprint", "job_id", "created_at
 
 
 def _idempotency_values() -> list[ColumnElement[Any]]:
-    names = {"tenant_id": "tenant_id", "key": "key", "fingerprint": "fingerprint", "job_id": "id"}
+    names = {
+        "tenant_id": "tenant_id",
+        "key": "idempotency_key",
+        "fingerprint": "idempotency_fingerprint",
+        "job_id": "id",
+    }
     bound = [bindparam(param, type_=idempotency_keys.c[column].type) for column, param in names.items()]
     return [*bound, db_now()]
 
