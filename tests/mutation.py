@@ -84,7 +84,7 @@ MUTANTS = (
     Mutant("release: no failure is counted", STORE, "                run_after=db_now(),\n                **_RESTING", "                run_after=db_now(),\n                failures=_columns.failures + 1,\n                **_RESTING"),
     Mutant("fail: a failure is counted", STORE, "else_=_columns.failures + 1),", "else_=_columns.failures),"),
     Mutant("end: nobody holds it any more", STORE, '    "lease_id": null(),\n', ""),
-    Mutant("reuse: an identical job's result alone", STORE, "made.c.fingerprint == mine)", "made.c.fingerprint.is_not(None))", (_API,)),
+    Mutant("reuse: an identical job's result alone", STORE, "made.c.fingerprint == job.fingerprint)", "made.c.fingerprint.is_not(None))", (_API,)),
     Mutant("reuse: within the tenant alone", STORE, ".where(made.c.tenant_id == job.tenant_id, ", ".where(", (_API,)),
     Mutant("reuse: never by force", SERVICE, "wanted.reuse and not wanted.force", "wanted.reuse"),
     Mutant("submit: the quota", SUBMISSION, 'if queued >= values["max_queued"]:', "if False:"),

@@ -50,6 +50,7 @@ from core.jobs.tables import (
     jobs,
 )
 from core.promotions.store import promote_accepted
+from core.version import ENGINE
 from core.webhooks.outbox import note_for_webhooks
 
 MAX_LOG_LINES = 10_000  #: a job
@@ -111,12 +112,14 @@ class JobStore(JobSubmitter, WorkerRoster):
 
         The result is the other's: its artifacts' files, its report and its figures. Where a worker was faster, the job simply runs.
         """
+        if job.fingerprint is None:
+            return job  # nobody knows what decided its result
         made = jobs.alias("made")
-        mine = select(_columns.fingerprint).where(_columns.id == job.id).scalar_subquery()
         found = (
             select(made.c.id, made.c.verdict)
-            .where(made.c.tenant_id == job.tenant_id, made.c.fingerprint == mine)
+            .where(made.c.tenant_id == job.tenant_id, made.c.fingerprint == job.fingerprint)
             .where(made.c.state == literal_column("'succeeded'"), made.c.reused_from.is_(None))
+            .where(made.c.engine == ENGINE)  # in a rolling upgrade an older worker may have made it
             .order_by(made.c.finished_at.desc())
             .limit(1)
             .with_for_update()  # so that it isn't pruned meanwhile
@@ -133,6 +136,7 @@ class JobStore(JobSubmitter, WorkerRoster):
                 state=SUCCEEDED,
                 verdict=origin.verdict,
                 reused_from=origin.id,
+                engine=ENGINE,
                 progress=1.0,
                 finished_at=db_now(),
                 start_before=null(),
@@ -230,6 +234,7 @@ class JobStore(JobSubmitter, WorkerRoster):
                 note=lambda _: ("succeeded", {"attempt": lease.attempt, "verdict": outcome.verdict}),
                 state=SUCCEEDED,
                 verdict=outcome.verdict,
+                engine=ENGINE,
                 progress=1.0,
                 finished_at=db_now(),
                 **_RESTING,

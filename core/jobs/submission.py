@@ -320,6 +320,7 @@ def _fresh(new: NewJob, values: dict[str, Any], created_at: dt.datetime, run_aft
         model_digest=new.model_digest,
         recipe=new.recipe,
         data=new.data,
+        fingerprint=new.fingerprint,
         attempt=0,
         failures=0,
         max_failures=new.max_failures,

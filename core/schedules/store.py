@@ -56,6 +56,15 @@ class PendingRun:
     revision: str | None
 
 
+@dataclass(frozen=True)
+class LastRun:
+    """What the schedule's last job was made from."""
+
+    model_id: str | None  #: where the schedule has a source
+    revision: str | None
+    fingerprint: str | None
+
+
 class ScheduleStore:
     """Schedules of all tenants. Every method that takes a tenant looks only among its own."""
 
@@ -252,17 +261,10 @@ class ScheduleStore:
         with transaction(self._engine, read_only=True) as connection:
             return [(row.id, row.job_id) for row in connection.execute(query)]
 
-    def last_digest(self, schedule_id: str) -> str | None:
-        """Of the model that the last job of the schedule was submitted for, leaving out jobs that failed or were cancelled."""
-        return self._last(schedule_id, _runs.digest)
-
-    def last_revision(self, schedule_id: str) -> str | None:
-        """Of the source, likewise."""
-        return self._last(schedule_id, _runs.revision)
-
-    def _last(self, schedule_id: str, column: ColumnElement[Any]) -> str | None:
+    def last(self, schedule_id: str) -> LastRun | None:
+        """The last run of the schedule that submitted a job, leaving out jobs that failed or were cancelled."""
         query = (
-            select(column)
+            select(_runs.model_id, _runs.revision, _runs.fingerprint)
             .join_from(schedule_runs, jobs, jobs.c.id == _runs.job_id, isouter=True)
             .where(
                 _runs.schedule_id == schedule_id,
@@ -273,7 +275,8 @@ class ScheduleStore:
             .limit(1)
         )
         with transaction(self._engine, read_only=True) as connection:
-            return connection.execute(query).scalar_one_or_none()
+            row = connection.execute(query).one_or_none()
+        return None if row is None else LastRun(*row)
 
     def bring(self, run_id: str, model_id: str, revision: str) -> bool:
         """Note which model a pending run waits for. False: another replica has noted one, or has decided."""
