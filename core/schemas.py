@@ -430,7 +430,19 @@ class KeyCreate(Request):
     name: str = Field(min_length=1, max_length=200, pattern=_ONE_LINE)
     scopes: list[Annotated[str, Field(max_length=32)]] = Field(min_length=1, max_length=20)
     expires_at: Moment | None = None
+    expires_in_s: float | None = Field(
+        None,
+        gt=0,
+        le=100 * 365 * 24 * 3600.0,
+        description="Instead of `expires_at`: so long from now, by the service's clock.",
+    )
     tenant_id: TenantId | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "KeyCreate":
+        if self.expires_at is not None and self.expires_in_s is not None:
+            raise ValueError("a key expires at a time or after a time, not both: give `expires_at` or `expires_in_s`")
+        return self
 
 
 class KeyRotate(Request):
@@ -448,6 +460,7 @@ class KeyView(View):
     scopes: list[str]
     created_at: dt.datetime
     expires_at: dt.datetime | None
+    expired: bool = False  #: by the database's clock
     revoked_at: dt.datetime | None
     last_used_at: dt.datetime | None
     rotated_from: str | None
