@@ -111,7 +111,9 @@ class ScheduleStore:
 
     def page(self, tenant_id: str, *, cursor: str | None, limit: int) -> tuple[list[ScheduleView], str | None]:
         mine = select(schedules).where(schedules.c.tenant_id == tenant_id)
-        rows, following = newest_first(self._engine, mine, schedules.c.id, cursor=cursor, limit=limit)
+        rows, following = newest_first(
+            self._engine, mine, schedules.c.created_at, schedules.c.id, cursor=cursor, limit=limit
+        )
         with transaction(self._engine, read_only=True) as connection:
             now = read_now(connection)
         return [_view(row, now) for row in rows], following
@@ -170,7 +172,7 @@ class ScheduleStore:
         """What each fire came to, newest first."""
         schedule = self.get(tenant_id, reference)
         query = _select_runs().where(_runs.schedule_id == schedule.id)
-        rows, following = newest_first(self._engine, query, _runs.id, cursor=cursor, limit=limit)
+        rows, following = newest_first(self._engine, query, _runs.created_at, _runs.id, cursor=cursor, limit=limit)
         return [_run_view(row) for row in rows], following
 
     def now(self) -> dt.datetime:

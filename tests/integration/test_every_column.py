@@ -103,7 +103,9 @@ class Rows:
         with transaction(self.engine, read_only=True) as connection:
             return about(read_now(connection) + dt.timedelta(seconds=seconds))
 
-    def check(self, table: Table, expected: Row, *which: ColumnElement[bool], alike: frozenset[str] = frozenset()) -> Row:
+    def check(
+        self, table: Table, expected: Row, *which: ColumnElement[bool], alike: frozenset[str] = frozenset()
+    ) -> Row:
         """The one row of the table that `which` chooses. `alike`: columns that may hold the value of another one."""
         assert set(expected) == set(table.c.keys()), "say here what every column of the table holds"
         plain = [
