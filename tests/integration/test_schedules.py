@@ -33,6 +33,7 @@ from tests.service import eventually
 
 TENANT = "default"
 HOUR = dt.timedelta(hours=1)
+NIGHTLY = JobSpec(model="tiny", recipe="int8-encoder")
 
 
 class World:
@@ -45,7 +46,7 @@ class World:
         objects = open_store(settings)
         self.store = JobStore(self.engine)
         self.models = ModelRegistry(self.engine, objects, settings)
-        jobs = JobService(
+        jobs = self.jobs = JobService(
             self.store,
             self.models,
             DataSetRegistry(self.engine, objects, settings),
@@ -66,9 +67,16 @@ class World:
     def bring(self) -> None:
         self.models.create(TENANT, ModelCreate(name="tiny", path=str(self.model)))
 
-    def schedule(self, first: str, cron: str = "0 * * * *", **more: Any) -> ScheduleView:
-        job = JobSpec(model="tiny", recipe="int8-encoder")
-        made = self.service.create(TENANT, ScheduleCreate(name="nightly", cron=cron, job=job, **more))
+    def schedule(
+        self,
+        first: str,
+        cron: str = "0 * * * *",
+        job: JobSpec = NIGHTLY,
+        key_id: str | None = None,
+        **more: Any,
+    ) -> ScheduleView:
+        wanted = ScheduleCreate(name="nightly", cron=cron, job=job, **more)
+        made = self.service.create(TENANT, wanted, key_id=key_id)
         with transaction(self.engine) as connection:
             moved = update(schedules).where(schedules.c.id == made.id).values(next_at=utc(first))
             connection.execute(moved)
