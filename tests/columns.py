@@ -66,7 +66,8 @@ class Rows:
         assert all(plain.count(value) == 1 for value in plain), "each column needs a value of its own"
         with transaction(self.engine, read_only=True) as connection:
             row = dict(connection.execute(select(table).where(*which)).mappings().one())
-        assert row == expected
+        other = {name: (value, expected[name]) for name, value in row.items() if expected[name] != value}
+        assert not other, f"{table.name}: found and expected differ: {other}"
         self.seen.setdefault(table.name, set()).update(name for name, value in row.items() if value is not None)
         return row
 
