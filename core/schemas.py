@@ -247,8 +247,10 @@ class JobSpec(Request):
     queue_limit_s: float | None = Field(None, gt=0, le=_MAX_S, description="fail if not started within")
     run_limit_s: float | None = Field(None, gt=0, le=_MAX_S, description="fail if one attempt runs longer")
     max_failures: int | None = Field(None, ge=1, le=20)
-    reuse: bool = Field(
-        False, description="answer at once with the result of an identical job that has succeeded, where there is one"
+    reuse: bool | None = Field(
+        None,
+        description="answer at once with the result of an identical job that has succeeded, where there is one; "
+        "left out: a schedule's own fires do, other submissions don't",
     )
     force: bool = Field(False, description="run whatever is known already: overrides `reuse`")
 
@@ -570,7 +572,8 @@ class ScheduleCreate(Request):
     `catch_up`: after the service was down, run none of the missed fires, the latest alone, or all.
     `source`: where the model comes from, `s3://…`, `hf://…` or a server folder. Each fire looks there; what is new is fetched
     and registered under the name `job.model` before the job is submitted.
-    `only_if_changed`: skip where the source's revision, or the model's bytes, are those of the last run that did not fail.
+    `only_if_changed`: skip where all that decides the result is as it was for the last run that did not fail: the source's revision
+    or the model's bytes, the recipe, the data sets and the engine's version.
     """
 
     name: Name

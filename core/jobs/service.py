@@ -84,8 +84,8 @@ class JobService:
         """
         idempotency = None
         if idempotency_key is not None:
-            fingerprint = hashlib.sha256(wanted.model_dump_json().encode()).hexdigest()
-            idempotency = Idempotency(idempotency_key, fingerprint)
+            body = wanted.model_copy(update={"reuse": bool(wanted.reuse)}).model_dump_json()
+            idempotency = Idempotency(idempotency_key, hashlib.sha256(body.encode()).hexdigest())
         try:
             new = self._resolve(tenant_id, wanted, key_id)
         except NightpressError:

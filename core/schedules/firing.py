@@ -99,8 +99,8 @@ class Firing:
                 self._store.request_cancel(run.tenant_id, job_id)
         # The space keeps the key out of reach of clients, whose keys have none.
         # What nothing changed for isn't pressed again, unless a person asked for this run or said so in the schedule.
-        said = run.job.model_dump(exclude_unset=True)
-        wanted = JobCreate(**{"reuse": run.cause == "cron", **said, "model": model})
+        reuse = run.cause == "cron" if run.job.reuse is None else run.job.reuse
+        wanted = JobCreate(**{**run.job.model_dump(), "model": model, "reuse": reuse})
         job, _ = self._jobs.submit(run.tenant_id, wanted, f"schedule {run.id}", key_id=run.created_by)
         made = {"job_id": job.id, "digest": job.model_digest, "fingerprint": job.fingerprint}
         if self._schedules.settle(run.id, "submitted", **made):

@@ -4,6 +4,8 @@ Until here the fingerprint of a job that was submitted under an idempotency key 
 are can't be told from their rows, so every fingerprint is forgotten. A job that was given the result of other weights or other data
 keeps its row and its report, but no artifacts, and no model's name points at it any more.
 
+Schedules that did not speak of `reuse` reuse what nothing changed for, as the documentation says.
+
 Revision ID: 0013
 Revises: 0012
 """
@@ -41,6 +43,7 @@ def upgrade() -> None:
     op.add_column("schedule_runs", sa.Column("fingerprint", sa.String(length=64), nullable=True))
     op.execute("UPDATE jobs SET fingerprint = NULL WHERE fingerprint IS NOT NULL")
     _take_back_wrong_results(op.get_bind())
+    _forget_what_no_schedule_said(op.get_bind())
     for name, (table, owner, _, new) in _INDEXES.items():
         op.drop_index(name, table_name=table)
         op.create_index(name, table, [*owner, *new])
@@ -86,6 +89,15 @@ def _take_back_wrong_results(connection: sa.Connection) -> None:
             told = sa.table(table, sa.column("job_id"))
             connection.execute(sa.delete(told).where(told.c.job_id.in_(batch)))
         connection.execute(sa.update(jobs).where(jobs.c.id.in_(batch)).values(artifacts_state="gone"))
+
+
+def _forget_what_no_schedule_said(connection: sa.Connection) -> None:
+    """`reuse: false` was written into every schedule that did not speak of it, and kept its fires from reusing anything."""
+    schedules = sa.table("schedules", sa.column("id"), sa.column("job", JsonType))
+    for row in connection.execute(sa.select(schedules.c.id, schedules.c.job)).all():
+        if row.job.get("reuse") is False:
+            job = {key: value for key, value in row.job.items() if key != "reuse"}
+            connection.execute(sa.update(schedules).where(schedules.c.id == row.id).values(job=job))
 
 
 def _digests(data: dict[str, Any]) -> dict[str, Any]:

@@ -288,7 +288,7 @@ def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
         "name": "nightly",
         "cron": "0 * * * *",
         "suspended": False,
-        "job": job.model_dump(mode="json"),
+        "job": job.model_dump(mode="json", exclude_none=True),
         "source": str(source),
         "version": 1,
         "next_at": utc("2026-11-23T02:00"),
