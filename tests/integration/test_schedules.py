@@ -237,6 +237,31 @@ def test_only_if_changed_runs_for_new_bytes_alone(world: World, tmp_path: Path):
     world.end_jobs()
 
 
+@pytest.mark.parametrize("only_if_changed", [False, True])
+def test_a_night_with_new_weights_is_not_given_the_last_nights_result(
+    tmp_path: Path, sql_url: str, bert_tiny: Path, only_if_changed: bool
+):
+    folder = tmp_path / "roots" / "tiny"
+    shutil.copytree(bert_tiny, folder)
+    world = World(tmp_path, sql_url, folder)
+    world.schedule("2026-11-23T02:00", only_if_changed=only_if_changed)
+    outcomes = []
+    for hour, content in enumerate(("first", "second", "second", "first")):
+        (folder / "README.md").write_text(content)
+        world.bring()
+        world.tick(f"2026-11-23T0{2 + hour}:00")
+        world.end_jobs_well()
+        job = world.store.get(TENANT, str(world.runs()[-1].job_id))
+        outcomes.append(None if job is None else (job.model_digest, job.reused_from))
+        if job is not None:
+            assert job.model_digest == world.models.get(TENANT, "tiny").digest
+    (first, _), (second, _) = outcomes[0], outcomes[1]
+    made = [run.job_id for run in world.runs()]
+    unchanged = None if only_if_changed else (second, made[1])
+    assert outcomes == [(first, None), (second, None), unchanged, (first, made[0])]
+    world.engine.dispose()
+
+
 def test_a_schedule_that_cannot_submit_says_why_and_goes_on(world: World):
     world.schedule("2026-11-23T02:00")
     world.models.delete(TENANT, "tiny")

@@ -1,7 +1,9 @@
 """Hosts whose clocks differ: what is newer, and what is over, the database's time says."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from core.artifacts.local import LocalStore
 from core.artifacts.storage import ObjectStore, open_store
 from core.database import db_now, make_engine, transaction
 from core.errors import ErrorCode, NightpressError
+from core.jobs.records import Claimed
 from core.jobs.retention import JobRetention
 from core.jobs.store import JobStore
 from core.promotions.store import PromotionStore
@@ -123,6 +126,26 @@ def test_a_job_submitted_by_a_host_ahead_is_no_newer_for_it(engine: Engine, host
     assert finish_next(store) == newer
     assert finish_next(store) == older
     assert pointers.latest(TENANT, "tiny").job_id == newer
+
+
+def test_of_two_jobs_that_end_at_the_same_moment_the_later_one_holds_the_name(engine: Engine) -> None:
+    add_model(engine)
+    store, pointers = JobStore(engine), PromotionStore(engine)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(15):
+            older = submit(store)
+            apart()
+            newer = submit(store)
+            start = threading.Barrier(2)
+
+            def finish(claimed: Claimed, start: threading.Barrier = start) -> None:
+                start.wait()
+                assert store.finish(claimed.lease, succeeded(claimed.lease))
+
+            both = [claim(store), claim(store)]
+            assert [claimed.job.id for claimed in both] == [older, newer]
+            list(pool.map(finish, both))
+            assert pointers.latest(TENANT, "tiny").job_id == newer
 
 
 def test_a_database_whose_clock_was_set_back_still_orders_promotions(engine: Engine) -> None:
