@@ -78,14 +78,18 @@ class Nights:
         with transaction(self.service.engine) as connection:
             connection.execute(update(schedules).values(next_at=db_now(-1)))
 
-        def over() -> ScheduleRunView | None:
+        def decided() -> bool:
             self._control.tick()
-            self._slot.serve()
-            newest = self.runs()[0]
-            ended = newest.state != "pending" and newest.job_state not in {"queued", "running"}
-            return newest if len(self.runs()) > before and ended else None
+            return len(self.runs()) > before and self.runs()[0].state != "pending"
 
-        run = eventually(over, within=WITHIN_S, every=0.2)
+        def over() -> bool:
+            self._slot.serve()
+            return self.runs()[0].job_state not in {"queued", "running"}
+
+        # A worker that is faster than the look for an earlier result would press it again.
+        eventually(decided, within=WITHIN_S)
+        eventually(over, within=WITHIN_S)
+        run = self.runs()[0]
         assert run.state != "failed", run.error
         if run.job_id is not None:
             job = self.client.jobs.get(run.job_id)
@@ -161,14 +165,11 @@ def test_the_second_night_presses_the_second_weights(nights: Nights, only_if_cha
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("only_if_changed", [False, True])
-def test_whatever_else_decides_the_result_is_a_change_too(
-    nights: Nights, only_if_changed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_else_decides_the_result_is_a_change_too(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights, and another data set, another recipe of the same name, another engine: each is pressed anew, once."""
     nights.train(1)
     nights.write_data("The first text")
-    nights.schedule(only_if_changed=only_if_changed, recipe=recipe(data="lines"))
+    nights.schedule(only_if_changed=True, recipe=recipe(data="lines"))
     pressed = [nights.night().job_id]
     for change in ("nothing", "data set", "nothing", "recipe", "engine", "nothing"):
         if change == "data set":
@@ -184,9 +185,6 @@ def test_whatever_else_decides_the_result_is_a_change_too(
             assert run.job_id is not None, (change, run.reason)
             assert nights.client.jobs.get(run.job_id).reused_from is None, change
             pressed.append(run.job_id)
-        elif only_if_changed:
-            assert run.reason == "unchanged"
         else:
-            assert run.job_id is not None
-            assert nights.client.jobs.get(run.job_id).reused_from == pressed[-1]
+            assert run.reason == "unchanged"
     assert len(set(pressed)) == 4
