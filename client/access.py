@@ -87,10 +87,17 @@ def redeliver(webhook: str, delivery: str) -> Call[DeliveryView]:
 
 
 def create_key(
-    name: str, scopes: Sequence[str], *, expires_at: dt.datetime | None = None, tenant_id: str | None = None
+    name: str,
+    scopes: Sequence[str],
+    *,
+    expires_at: dt.datetime | None = None,
+    expires_in_s: float | None = None,
+    tenant_id: str | None = None,
 ) -> Call[NewKeyView]:
     """The key stands in this answer and nowhere else. `tenant_id` is for administrators."""
-    body = KeyCreate(name=name, scopes=list(scopes), expires_at=expires_at, tenant_id=tenant_id)
+    body = KeyCreate(
+        name=name, scopes=list(scopes), expires_at=expires_at, expires_in_s=expires_in_s, tenant_id=tenant_id
+    )
     return post("/v1/keys", _NEW_KEY, body)
 
 

@@ -188,7 +188,6 @@ class AsyncJobs(AsyncResource):
     cancel = AsksAsync(calls.cancel_job)
     cancel_all = AsksAsync(calls.cancel_jobs)
     retry = AsksAsync(calls.retry_job)
-    past_events = AsksAsync(calls.list_events)
     artifacts = AsksAsync(calls.list_artifacts)
     report = AsksAsync(calls.get_report)
     drawn_report = AsksAsync(calls.get_drawn_report)
@@ -216,6 +215,9 @@ class AsyncJobs(AsyncResource):
                 pause = pace.after(job)
             await asyncio.sleep(pause)
 
+    def past_events(self, job_id: str, *, after: int = 0) -> AsyncIterator[EventView]:
+        return self._past(EVENTS, job_id, after)
+
     def events(self, job_id: str, *, after: int = 0, patience_s: float = 120.0) -> AsyncIterator[EventView]:
         return self._follow(EVENTS, job_id, after, patience_s)
 
@@ -226,10 +228,14 @@ class AsyncJobs(AsyncResource):
             async for line in self._follow(LOGS, job_id, after, patience_s):
                 yield line
             return
-        while lines := await self._send(calls.list_logs(job_id, after=after)):
-            for line in lines:
-                yield line
-            after = lines[-1].seq
+        async for line in self._past(LOGS, job_id, after):
+            yield line
+
+    async def _past(self, stream: Stream[NumberedItem], job_id: str, after: int) -> AsyncIterator[NumberedItem]:
+        while items := await self._send(stream.page(job_id, after=after)):
+            for item in items:
+                yield item
+            after = items[-1].seq
 
     async def _follow(
         self, stream: Stream[NumberedItem], job_id: str, after: int, patience_s: float

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -156,27 +156,31 @@ class Models(Resource):
         meter: Meter = UNWATCHED,
         stop: threading.Event | None = None,
     ) -> ModelView:
-        """Send a local folder. The same bytes under the same name are never sent twice: a ready model is reused, a broken upload continued."""
+        """Send a local folder, so that its name means these bytes afterwards.
+
+        Where the name means them already nothing is sent, and a broken upload is continued.
+        """
         chosen = folder if isinstance(folder, ModelFolder) else read_model_folder(folder, name)
         transfers = Transfers(self._client.http, self._client.options, meter, stop=stop or threading.Event())
         announced = transfers.hash_files(chosen.files)
         wanted = {(file.path, file.size, file.sha256) for file in announced}
-        model = next(
-            (
-                one
-                for one in self.iterate()
-                if one.name == chosen.name
-                and one.state != "failed"
-                and {(file.path, file.size, file.sha256) for file in one.files} == wanted
-            ),
-            None,
-        )
+        model = self._there(chosen.name, wanted)
         if model is None:
             model = self._send(calls.create_model(ModelCreate(name=chosen.name, files=announced)))
         if model.state == "uploading":
             _send_files(self._client, transfers, "models", model.id, model.uploads, chosen.files)
             model = self.get(model.id)
         return model
+
+    def _there(self, name: str, wanted: Collection[tuple[str, int, str]]) -> ModelView | None:
+        """The model of this name with these files (path, size, SHA-256), unless the name means a newer one by now."""
+        for model in self.iterate():
+            if model.name == name and model.state != "failed":
+                if {(file.path, file.size, file.sha256) for file in model.files} == wanted:
+                    return model
+                if model.state == "ready":
+                    return None
+        return None
 
 
 class DataSets(Resource):
@@ -272,7 +276,6 @@ class Jobs(Resource):
     cancel = Asks(calls.cancel_job)
     cancel_all = Asks(calls.cancel_jobs)
     retry = Asks(calls.retry_job)
-    past_events = Asks(calls.list_events)
     artifacts = Asks(calls.list_artifacts)
     report = Asks(calls.get_report)
     drawn_report = Asks(calls.get_drawn_report)
@@ -304,6 +307,10 @@ class Jobs(Resource):
                 pause = pace.after(job)
             time.sleep(pause)
 
+    def past_events(self, job_id: str, *, after: int = 0) -> Iterator[EventView]:
+        """A job's history up to now, however long it is."""
+        return self._past(EVENTS, job_id, after)
+
     def events(self, job_id: str, *, after: int = 0, patience_s: float = 120.0) -> Iterator[EventView]:
         """A job's history as it grows, until the job is over. Reconnects, skipping and repeating nothing."""
         return self._follow(EVENTS, job_id, after, patience_s)
@@ -315,9 +322,12 @@ class Jobs(Resource):
         if follow:
             yield from self._follow(LOGS, job_id, after, patience_s)
             return
-        while lines := self._send(calls.list_logs(job_id, after=after)):
-            yield from lines
-            after = lines[-1].seq
+        yield from self._past(LOGS, job_id, after)
+
+    def _past(self, stream: Stream[NumberedItem], job_id: str, after: int) -> Iterator[NumberedItem]:
+        while items := self._send(stream.page(job_id, after=after)):
+            yield from items
+            after = items[-1].seq
 
     def _follow(
         self, stream: Stream[NumberedItem], job_id: str, after: int, patience_s: float

@@ -1,6 +1,7 @@
 """The SQL engine, the metadata of all tables and the database's clock. Every statement that changes a job stands in core/jobs/store.py."""
 
 import datetime as dt
+import hashlib
 import json
 import math
 import sqlite3
@@ -17,9 +18,11 @@ from sqlalchemy import (
     Engine,
     Float,
     MetaData,
+    Select,
     String,
     create_engine,
     event,
+    func,
     literal,
     select,
 )
@@ -243,6 +246,20 @@ def _connected(engine: Engine, *, read_only: bool, autocommit: bool) -> Iterator
             f"The database did not answer: {str(cause).strip()}.",
             hint="Nothing was written. Try again in a few seconds; `nightpress doctor` says what is wrong.",
         ) from error
+
+
+def lock_until_commit(connection: Connection, name: str) -> None:
+    """Wait until nobody else holds this name, then hold it. SQLite's writers exclude each other anyway."""
+    if connection.dialect.name == "postgresql":
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+        connection.execute(select(func.pg_advisory_xact_lock(key)))
+
+
+def later_than(connection: Connection, newest: Select[Any]) -> dt.datetime:
+    """The database's time; a microsecond after `newest`, if its clock has not moved on since, or was set back."""
+    now: dt.datetime
+    now, last = connection.execute(select(db_now(), newest.scalar_subquery())).one()
+    return now if last is None or last < now else last + dt.timedelta(microseconds=1)
 
 
 def read_now(connection: Connection) -> dt.datetime:

@@ -1,4 +1,7 @@
-"""Identifiers: a prefix that says what is meant, and 26 characters that sort by the time they were made."""
+"""Identifiers: a prefix that says what is meant, and 26 characters that sort by the time they were made.
+
+That time is the process's own, so it decides nothing: what is newer, the database's time says. Neighbours in time stay neighbours in an index.
+"""
 
 import secrets
 import threading

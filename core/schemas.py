@@ -247,8 +247,10 @@ class JobSpec(Request):
     queue_limit_s: float | None = Field(None, gt=0, le=_MAX_S, description="fail if not started within")
     run_limit_s: float | None = Field(None, gt=0, le=_MAX_S, description="fail if one attempt runs longer")
     max_failures: int | None = Field(None, ge=1, le=20)
-    reuse: bool = Field(
-        False, description="answer at once with the result of an identical job that has succeeded, where there is one"
+    reuse: bool | None = Field(
+        None,
+        description="answer at once with the result of an identical job that has succeeded, where there is one; "
+        "left out: a schedule's own fires do, other submissions don't",
     )
     force: bool = Field(False, description="run whatever is known already: overrides `reuse`")
 
@@ -432,7 +434,19 @@ class KeyCreate(Request):
     name: str = Field(min_length=1, max_length=200, pattern=_ONE_LINE)
     scopes: list[Annotated[str, Field(max_length=32)]] = Field(min_length=1, max_length=20)
     expires_at: Moment | None = None
+    expires_in_s: float | None = Field(
+        None,
+        gt=0,
+        le=100 * 365 * 24 * 3600.0,
+        description="Instead of `expires_at`: so long from now, by the service's clock.",
+    )
     tenant_id: TenantId | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "KeyCreate":
+        if self.expires_at is not None and self.expires_in_s is not None:
+            raise ValueError("a key expires at a time or after a time, not both: give `expires_at` or `expires_in_s`")
+        return self
 
 
 class KeyRotate(Request):
@@ -450,6 +464,7 @@ class KeyView(View):
     scopes: list[str]
     created_at: dt.datetime
     expires_at: dt.datetime | None
+    expired: bool = False  #: by the database's clock
     revoked_at: dt.datetime | None
     last_used_at: dt.datetime | None
     rotated_from: str | None
@@ -560,7 +575,8 @@ class ScheduleCreate(Request):
     `catch_up`: after the service was down, run none of the missed fires, the latest alone, or all.
     `source`: where the model comes from, `s3://…`, `hf://…` or a server folder. Each fire looks there; what is new is fetched
     and registered under the name `job.model` before the job is submitted.
-    `only_if_changed`: skip where the source's revision, or the model's bytes, are those of the last run that did not fail.
+    `only_if_changed`: skip where all that decides the result is as it was for the last run that did not fail: the source's revision
+    or the model's bytes, the recipe, the data sets and the engine's version.
     """
 
     name: Name

@@ -21,6 +21,8 @@ STATES, SCHEDULES, REGISTRY = "core/jobs/states.py", "core/schedules/store.py", 
 _TRANSITIONS, _CLAIMS = "tests/integration/test_store_transitions.py", "tests/integration/test_store_claims.py"
 _API, _ACCESS = "tests/integration/test_api_jobs.py", "tests/integration/test_access.py"
 _REGISTRY, _SOURCES = "tests/integration/test_registry.py", "tests/integration/test_sources.py"
+_SKEWED = "tests/integration/test_skewed_clocks.py"
+PROMOTIONS = "core/promotions/store.py"
 _HANGS = "tests/faults/test_f06_storage.py::test_f6_"
 #: the tests that hold what stands in a file; where these stay green, a mutant has survived
 TESTS = {
@@ -84,10 +86,13 @@ MUTANTS = (
     Mutant("release: no failure is counted", STORE, "                run_after=db_now(),\n                **_RESTING", "                run_after=db_now(),\n                failures=_columns.failures + 1,\n                **_RESTING"),
     Mutant("fail: a failure is counted", STORE, "else_=_columns.failures + 1),", "else_=_columns.failures),"),
     Mutant("end: nobody holds it any more", STORE, '    "lease_id": null(),\n', ""),
-    Mutant("reuse: an identical job's result alone", STORE, "made.c.fingerprint == mine)", "made.c.fingerprint.is_not(None))", (_API,)),
+    Mutant("reuse: an identical job's result alone", STORE, "made.c.fingerprint == job.fingerprint)", "made.c.fingerprint.is_not(None))", (_API,)),
     Mutant("reuse: within the tenant alone", STORE, ".where(made.c.tenant_id == job.tenant_id, ", ".where(", (_API,)),
+    Mutant("reuse: what the same engine made", STORE, "            .where(made.c.engine == ENGINE)", "            .where(True)"),
     Mutant("reuse: never by force", SERVICE, "wanted.reuse and not wanted.force", "wanted.reuse"),
     Mutant("submit: the quota", SUBMISSION, 'if queued >= values["max_queued"]:', "if False:"),
+    Mutant("submit: the job's own fingerprint", SUBMISSION, '"idempotency_fingerprint": idempotency.fingerprint}', '"idempotency_fingerprint": idempotency.fingerprint, "fingerprint": idempotency.fingerprint}', ("tests/integration/test_columns_of_jobs.py",)),
+    Mutant("end: the newest of all lines is the latest", PROMOTIONS, "_columns.created_at.desc(), _columns.id.desc()", "_columns.id.desc()", (_SKEWED,)),
     Mutant("submit: the key's own body", SUBMISSION, "if row[0] != idempotency.fingerprint or row[1] is None:", "if row[1] is None:"),
     Mutant("fire: recorded once", SCHEDULES, "(schedules.c.id == due.id, schedules.c.next_at == due.next_at)", "(schedules.c.id == due.id,)"),
     Mutant("fire: decided once", SCHEDULES, '_runs.state == "pending")\n            won', '_runs.state != "x")\n            won'),

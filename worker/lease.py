@@ -126,6 +126,6 @@ class LeaseKeeper:
                 self._store.append_logs(self._lease, lines[:_LOG_BATCH])
                 del lines[:_LOG_BATCH]
         except Exception:
-            with self._changed:
-                self._lines.extendleft(reversed(lines))
+            with self._changed:  # in their order; a full deque drops at its left end, the oldest first
+                self._lines = deque([*lines, *self._lines], maxlen=_LOG_LINES)
             raise

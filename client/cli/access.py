@@ -1,6 +1,5 @@
 """Subcommands about who may do what: whoami, keys, tenants, audit."""
 
-import datetime as dt
 from itertools import islice
 from typing import Annotated
 
@@ -72,9 +71,9 @@ def add_key(
     tenant: OfTenant = None,
 ) -> None:
     """Make a key and print it, this once. It can do no more than your own."""
-    ends = None if days is None else dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
+    seconds = None if days is None else days * 24 * 3600
     with session.client() as client:
-        _print_new(session, client.keys.create(name, scope, expires_at=ends, tenant_id=tenant))
+        _print_new(session, client.keys.create(name, scope, expires_in_s=seconds, tenant_id=tenant))
 
 
 @keys.command("show")
@@ -187,8 +186,7 @@ def _state(one: KeyView) -> str:
         return "revoked"
     if one.expires_at is None:
         return "good"
-    ended = one.expires_at <= dt.datetime.now(dt.UTC)
-    return f"{'expired' if ended else 'good until'} {one.expires_at:%Y-%m-%d %H:%M}Z"
+    return f"{'expired' if one.expired else 'good until'} {one.expires_at:%Y-%m-%d %H:%M}Z"
 
 
 def _print_key(session: Session, one: KeyView) -> None:

@@ -144,10 +144,10 @@ def inspect(session: Session, job: JobArgument) -> None:
     """Everything known of one job."""
     with session.client() as client:
         view = client.jobs.get(job)
-        history = client.jobs.past_events(job)
+        history = list(client.jobs.past_events(job))
         artifacts = client.jobs.artifacts(job)
     if session.json:
-        output.print_json({"job": view, "events": list(history), "artifacts": list(artifacts)})
+        output.print_json({"job": view, "events": history, "artifacts": list(artifacts)})
         return
     fields: list[tuple[str, object]] = [
         ("job", view.id),

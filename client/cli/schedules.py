@@ -66,7 +66,11 @@ def add(
     overlap: Annotated[str, typer.Option(help=OVERLAP)] = "skip",
     catch_up: Annotated[str, typer.Option(help=CATCH_UP)] = "latest",
     only_if_changed: Annotated[
-        bool, typer.Option("--only-if-changed", help="Skip where the model is the one of the last run.")
+        bool,
+        typer.Option(
+            "--only-if-changed",
+            help="Skip where nothing changed since the last run: not the model, the recipe, the data, nor the engine.",
+        ),
     ] = False,
     priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first.")] = 0,
     label: Annotated[list[str] | None, typer.Option("--label", "-l", metavar="K=V", help="Of each job.")] = None,

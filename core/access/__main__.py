@@ -5,7 +5,7 @@ import datetime as dt
 import sys
 
 from core.access.keys import ALL_SCOPES, create_key, revoke
-from core.database import make_engine
+from core.database import make_engine, read_now, transaction
 from core.errors import NightpressError
 from core.settings import load_settings
 
@@ -36,7 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             sys.stderr.write(f"There is no key {given.id} that still works.\n")
             return 1
-        expires_at = dt.datetime.now(dt.UTC) + dt.timedelta(days=given.days) if given.days is not None else None
+        expires_at = None
+        if given.days is not None:
+            with transaction(engine, read_only=True) as connection:
+                expires_at = read_now(connection) + dt.timedelta(days=given.days)
         scopes = given.scope or ALL_SCOPES - {"admin"}
         _, plain = create_key(engine, tenant_id=given.tenant, name=given.name, scopes=scopes, expires_at=expires_at)
     except NightpressError as error:

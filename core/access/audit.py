@@ -42,5 +42,5 @@ class AuditLog:
         query = select(audit_log)
         if tenant_id is not None:
             query = query.where(audit_log.c.tenant_id == tenant_id)
-        rows, following = newest_first(self._engine, query, audit_log.c.id, cursor=cursor, limit=limit)
+        rows, following = newest_first(self._engine, query, audit_log.c.at, audit_log.c.id, cursor=cursor, limit=limit)
         return [AuditView(**row._mapping) for row in rows], following

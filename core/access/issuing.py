@@ -4,7 +4,7 @@ import datetime as dt
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, Row, case, or_, select, update
+from sqlalchemy import ColumnElement, Engine, Row, and_, case, or_, select, update
 
 from core.access.keys import Principal, create_key
 from core.access.tables import api_keys
@@ -14,7 +14,8 @@ from core.paging import newest_first
 from core.schemas import KeyCreate, KeyView, NewKeyView
 
 _columns = api_keys.c
-_SHOWN = [column for column in api_keys.c if column.name not in {"digest", "family"}]
+_EXPIRED = and_(_columns.expires_at.is_not(None), _columns.expires_at <= db_now())
+_SHOWN = [*(column for column in api_keys.c if column.name not in {"digest", "family"}), _EXPIRED.label("expired")]
 
 
 class KeyIssuer:
@@ -26,9 +27,9 @@ class KeyIssuer:
     def page(
         self, caller: Principal, *, tenant_id: str | None, cursor: str | None, limit: int
     ) -> tuple[list[KeyView], str | None]:
-        """In no promised order: a key's id is drawn by lot."""
+        """Newest first."""
         mine = select(*_SHOWN).where(_columns.tenant_id == self._tenant(caller, tenant_id))
-        rows, following = newest_first(self._engine, mine, _columns.id, cursor=cursor, limit=limit)
+        rows, following = newest_first(self._engine, mine, _columns.created_at, _columns.id, cursor=cursor, limit=limit)
         return [_view(row) for row in rows], following
 
     def get(self, caller: Principal, key_id: str) -> KeyView:
@@ -48,7 +49,9 @@ class KeyIssuer:
         tenant_id = self._tenant(caller, wanted.tenant_id)
         _must_hold(caller, wanted.scopes)
         expires_at = wanted.expires_at
-        if expires_at is not None and expires_at <= self._now():
+        if wanted.expires_in_s is not None:
+            expires_at = self._now() + dt.timedelta(seconds=wanted.expires_in_s)
+        elif expires_at is not None and expires_at <= self._now():
             raise NightpressError(
                 ErrorCode.INVALID_REQUEST, "The key would have expired already.", hint="Give a later `expires_at`."
             )
@@ -70,7 +73,7 @@ class KeyIssuer:
         """A new key with the same name, rights and expiry, in the old one's place; the old one works on for `overlap_s`."""
         old = self.get(caller, key_id)
         _must_hold(caller, old.scopes)
-        if not self._is_live(old):
+        if old.revoked_at is not None or old.expired:
             raise NightpressError(
                 ErrorCode.CONFLICT, "The key no longer works, so it can't be rotated.", hint="Make a new one."
             )
@@ -113,9 +116,6 @@ class KeyIssuer:
     def _now(self) -> dt.datetime:
         with transaction(self._engine, read_only=True) as connection:
             return read_now(connection)
-
-    def _is_live(self, key: KeyView) -> bool:
-        return key.revoked_at is None and (key.expires_at is None or key.expires_at > self._now())
 
     def _tenant(self, caller: Principal, tenant_id: str | None) -> str:
         if tenant_id is None or tenant_id == caller.tenant_id:

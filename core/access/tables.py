@@ -64,5 +64,6 @@ audit_log = Table(
     Column("subject", String(1024), nullable=False),  #: the address that was asked
     Column("status", Integer, nullable=False),
     Column("request_id", String(64), nullable=False),
-    Index("ix_audit_log_tenant_id_id", "tenant_id", "id"),
+    Index("ix_audit_log_tenant_id_at_id", "tenant_id", "at", "id"),
+    Index("ix_audit_log_at_id", "at", "id"),
 )

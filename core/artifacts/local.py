@@ -9,7 +9,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -172,7 +171,7 @@ class LocalStore:
         shutil.rmtree(self._parts(upload_id), ignore_errors=True)
 
     def sweep_uploads(self, older_than_s: float) -> int:
-        limit = time.time() - older_than_s
+        limit = self._clock() - older_than_s
         uploads = self.root / _UPLOADS
         leftovers = [*uploads.glob("*"), *(path for path in self.root.rglob(f"{OWN}*") if path != uploads)]
         count = 0
@@ -191,6 +190,16 @@ class LocalStore:
             probe.unlink()
 
     # ---------------------------------------------------------------------------------------------------------------
+
+    def _clock(self) -> float:
+        """The file system's time, which its files' times are compared with: the folder may be another host's."""
+        with disk_errors("the storage folder"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f"{OWN}clock-{secrets.token_hex(4)}"
+            probe.touch()
+            now = probe.stat().st_mtime
+            probe.unlink()
+        return now
 
     def _path(self, key: str) -> Path:
         return self.root / valid_key(key)

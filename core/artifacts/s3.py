@@ -5,8 +5,9 @@ import contextlib
 import datetime as dt
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -225,12 +226,12 @@ class S3Store:
                     raise
 
     def sweep_uploads(self, older_than_s: float) -> int:
-        limit = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=older_than_s)
         count = 0
         with s3_errors(self._prefix):
-            pages = self._client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self._bucket, Prefix=self._prefix
+            pages = list(
+                self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
             )
+            limit = _clock(pages[0]) - dt.timedelta(seconds=older_than_s)
             leftovers = [upload for page in pages for upload in page.get("Uploads", [])]
         for upload in leftovers:
             key = upload["Key"].removeprefix(self._prefix)
@@ -361,6 +362,11 @@ def _counted(pieces: Iterable[bytes], on_bytes: OnBytes | None) -> Iterator[byte
         yield piece
         if on_bytes is not None:
             on_bytes(len(piece))
+
+
+def _clock(answer: Mapping[str, Any]) -> dt.datetime:
+    """The store's own time, which its uploads' times are compared with."""
+    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(dt.UTC)
 
 
 def _part_size(size: int) -> int:

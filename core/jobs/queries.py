@@ -1,21 +1,18 @@
 """Reading jobs: nothing here changes a row."""
 
-import base64
-import binascii
 import datetime as dt
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from sqlalchemy import ColumnElement, Engine, case, func, literal, literal_column, or_, select, tuple_
+from sqlalchemy import ColumnElement, Engine, case, func, literal_column, or_, select
 from sqlalchemy.dialects.postgresql import JSONB
 
 from core.database import db_now, transaction
-from core.errors import ErrorCode, NightpressError
 from core.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, QueueLoad
 from core.jobs.states import QUEUED
 from core.jobs.tables import job_artifacts, job_attempts, job_events, job_logs, job_reports, jobs
+from core.paging import newest_first
 from core.recipes.placement import Queue
 from core.schemas import JobState
 
@@ -66,17 +63,8 @@ class JobReader:
         Raises NightpressError(invalid_request) for a cursor that isn't ours.
         """
         query = select(*JOB_COLUMNS).where(*self._matching(tenant_id, wanted or JobsWanted()))
-        if cursor is not None:
-            created_at, job_id = _read_cursor(cursor)
-            query = query.where(
-                tuple_(jobs.c.created_at, jobs.c.id)
-                < tuple_(literal(created_at, jobs.c.created_at.type), literal(job_id))
-            )
-        query = query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit + 1)
-        with transaction(self._engine, read_only=True) as connection:
-            found = [job_of(row) for row in connection.execute(query)]
-        page = found[:limit]
-        return page, _write_cursor(page[-1]) if len(found) > limit else None
+        rows, following = newest_first(self._engine, query, jobs.c.created_at, jobs.c.id, cursor=cursor, limit=limit)
+        return [job_of(row) for row in rows], following
 
     def _matching(self, tenant_id: str, wanted: "JobsWanted") -> list[ColumnElement[bool]]:
         found = [jobs.c.tenant_id == tenant_id, *(self._has_label(key, value) for key, value in wanted.labels.items())]
@@ -207,22 +195,3 @@ class JobReader:
                 if code is not None:
                     failures[code] = failures.get(code, 0) + count
         return JobStatistics(jobs=counts, oldest_queued_s=ages, failures=failures)
-
-
-def _write_cursor(job: Job) -> str:
-    return base64.urlsafe_b64encode(json.dumps([job.created_at.isoformat(), job.id]).encode()).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str) -> tuple[dt.datetime, str]:
-    try:
-        created_at, job_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-        moment = dt.datetime.fromisoformat(created_at)
-        if moment.tzinfo is None or not isinstance(job_id, str) or "\0" in job_id:
-            raise ValueError("not a cursor")
-    except (ValueError, TypeError, binascii.Error) as error:
-        raise NightpressError(
-            ErrorCode.INVALID_REQUEST,
-            "The cursor is not one that this service gave out.",
-            hint="Start again without a cursor.",
-        ) from error
-    return moment, job_id

@@ -73,6 +73,7 @@ class Job:
     model_digest: str
     recipe: dict[str, Any]
     data: dict[str, Any]
+    fingerprint: str | None  #: of all that decides its result
     attempt: int  #: how often it was claimed; the number of the current or last attempt
     failures: int
     max_failures: int

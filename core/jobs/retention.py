@@ -5,7 +5,7 @@ found again by its rows. Kept whatever their age: what a model name's pointer st
 another job that is kept was given.
 """
 
-from sqlalchemy import ColumnElement, Engine, and_, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Engine, and_, delete, exists, or_, select, tuple_, update
 from sqlalchemy.engine import Connection
 
 from core.artifacts.storage import ObjectStore
@@ -86,14 +86,21 @@ def _still_unneeded(connection: Connection, job_id: str) -> bool:
 
 
 def _is_kept() -> ColumnElement[bool]:
-    newest = select(func.max(promotions.c.id)).group_by(promotions.c.tenant_id, promotions.c.model_name)
-    promoted = exists().where(promotions.c.job_id == _columns.id, promotions.c.id.in_(newest))
-    last_run = (
-        select(func.max(schedule_runs.c.id))
-        .where(schedule_runs.c.state == "submitted", schedule_runs.c.job_id.is_not(None))
-        .group_by(schedule_runs.c.schedule_id)
+    newer = promotions.alias("newer")
+    moved_on = exists().where(
+        newer.c.tenant_id == promotions.c.tenant_id,
+        newer.c.model_name == promotions.c.model_name,
+        tuple_(newer.c.created_at, newer.c.id) > tuple_(promotions.c.created_at, promotions.c.id),
     )
-    scheduled = exists().where(schedule_runs.c.job_id == _columns.id, schedule_runs.c.id.in_(last_run))
+    promoted = exists().where(promotions.c.job_id == _columns.id, ~moved_on)
+    later = schedule_runs.alias("later")
+    followed = exists().where(
+        later.c.schedule_id == schedule_runs.c.schedule_id,
+        later.c.scheduled_for > schedule_runs.c.scheduled_for,
+        later.c.state == "submitted",
+        later.c.job_id.is_not(None),
+    )
+    scheduled = exists().where(schedule_runs.c.job_id == _columns.id, schedule_runs.c.state == "submitted", ~followed)
     given = jobs.alias("given")
     reused = exists().where(
         given.c.reused_from == _columns.id,

@@ -72,7 +72,7 @@ class JobService:
         self._data_sets = data_sets
         self._quotas = quotas
         self._settings = settings
-        self._resolved: _Briefly[_Resolved] = _Briefly(3.0)
+        self._planned: _Briefly[_Planned] = _Briefly(3.0)
         self._fleet: _Briefly[Fleet] = _Briefly(3.0, size=1)
 
     def submit(
@@ -85,8 +85,8 @@ class JobService:
         """
         idempotency = None
         if idempotency_key is not None:
-            fingerprint = hashlib.sha256(wanted.model_dump_json().encode()).hexdigest()
-            idempotency = Idempotency(idempotency_key, fingerprint)
+            body = wanted.model_copy(update={"reuse": bool(wanted.reuse)}).model_dump_json()
+            idempotency = Idempotency(idempotency_key, hashlib.sha256(body.encode()).hexdigest())
         try:
             new = self._resolve(tenant_id, wanted, key_id)
         except NightpressError:
@@ -144,9 +144,9 @@ class JobService:
         """The workers that there have been lately, as of the last seconds."""
         return self._fleet.get("fleet", self._store.fleet)
 
-    def model_digest(self, tenant_id: str, model: str) -> str:
-        """Of the model that an id or a name means now. Raises not_found, conflict (it isn't ready)."""
-        return str(self._ready_model(tenant_id, model).digest)
+    def fingerprint(self, tenant_id: str, wanted: JobSpec) -> str:
+        """Of all that would decide the result of this job if it was submitted now. Raises what `check` raises, but cannot_fit."""
+        return self._look_up(tenant_id, wanted).fingerprint
 
     def retry(self, tenant_id: str, job_id: str, *, key_id: str | None = None) -> Job:
         """Run a finished job again, as a new job with `retry_of`: the same model, recipe, data and limits, where it runs now.
@@ -204,9 +204,7 @@ class JobService:
         return job, created
 
     def _resolve(self, tenant_id: str, wanted: JobCreate, key_id: str | None) -> NewJob:
-        recipe = wanted.recipe if isinstance(wanted.recipe, str) else json.dumps(wanted.recipe, sort_keys=True)
-        key = (tenant_id, wanted.model, isinstance(wanted.recipe, str), recipe)
-        found = self._resolved.get(key, lambda: self._look_up(tenant_id, wanted))
+        found = self._look_up(tenant_id, wanted)
         self._check_fit(found.plan)
         settings = self._settings
         return NewJob(
@@ -220,7 +218,7 @@ class JobService:
             model_digest=found.model_digest,
             recipe=found.recipe,
             data=found.data,
-            fingerprint=_fingerprint(found.model_digest, found.recipe, found.data),
+            fingerprint=found.fingerprint,
             run_after=wanted.run_after,
             queue_limit_s=wanted.queue_limit_s,
             run_limit_s=wanted.run_limit_s or settings.run_limit_s,
@@ -231,13 +229,13 @@ class JobService:
         )
 
     def _look_up(self, tenant_id: str, wanted: JobSpec) -> "_Resolved":
+        """What the names mean now. They are asked for each time: a name means other weights as soon as these are registered."""
         recipe = get_recipe(wanted.recipe) if isinstance(wanted.recipe, str) else parse_recipe(wanted.recipe)
         model = self._ready_model(tenant_id, wanted.model)
-        header = self._models.header(model.id)
-        plan = make_plan(recipe, header, self.fleet().seats)
-        recipe = plan.recipe  # with its target decided for this model
+        planned = self._planned.get((model.id, recipe.model_dump_json()), lambda: self._make_plan(model.id, recipe))
+        plan, recipe = planned.plan, planned.plan.recipe  # with its target decided for this model
         data = {name: self._ready_data(tenant_id, name) for name in sorted(recipe.data_refs())}
-        _check_labels(recipe, header, data)
+        _check_labels(recipe, planned.header, data)
         return _Resolved(
             model_id=model.id,
             model_name=model.name,
@@ -246,6 +244,10 @@ class JobService:
             recipe=recipe.model_dump(mode="json"),
             data={name: {"id": one.id, "name": one.name, "digest": one.digest} for name, one in data.items()},
         )
+
+    def _make_plan(self, model_id: str, recipe: Recipe) -> "_Planned":
+        header = self._models.header(model_id)
+        return _Planned(header, make_plan(recipe, header, self.fleet().seats))
 
     def _ready_model(self, tenant_id: str, id_or_name: str) -> ModelView:
         model = self._models.get(tenant_id, id_or_name)
@@ -298,8 +300,16 @@ def _must_be_ready(noun: str, one: ModelView | DataSetView) -> None:
 
 
 @dataclass(frozen=True)
+class _Planned:
+    """What a recipe comes to on a model, with the fleet of the last seconds."""
+
+    header: ModelHeader
+    plan: Plan
+
+
+@dataclass(frozen=True)
 class _Resolved:
-    """What a model's and a recipe's name meant a moment ago."""
+    """What a model's, a recipe's and the data sets' names mean."""
 
     model_id: str
     model_name: str
@@ -307,6 +317,10 @@ class _Resolved:
     plan: Plan
     recipe: dict[str, Any]
     data: dict[str, dict[str, Any]]
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.model_digest, self.recipe, self.data)
 
 
 def _planned(plan: Plan) -> dict[str, Any]:

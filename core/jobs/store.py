@@ -51,6 +51,7 @@ from core.jobs.tables import (
     jobs,
 )
 from core.promotions.store import promote_accepted
+from core.version import ENGINE
 from core.webhooks.outbox import note_for_webhooks
 
 MAX_LOG_LINES = 10_000  #: a job
@@ -113,13 +114,15 @@ class JobStore(JobSubmitter, WorkerRoster):
         The result is the other's: its artifacts' files, its report and its figures. Where the recipe names a device, the result was made on
         that one; with `device: auto` either will do. Where a worker was faster, the job simply runs.
         """
+        if job.fingerprint is None:
+            return job  # nobody knows what decided its result
         made = jobs.alias("made")
-        mine = select(_columns.fingerprint).where(_columns.id == job.id).scalar_subquery()
         found = (
             select(made.c.id, made.c.verdict)
-            .where(made.c.tenant_id == job.tenant_id, made.c.fingerprint == mine)
+            .where(made.c.tenant_id == job.tenant_id, made.c.fingerprint == job.fingerprint)
             .where(made.c.state == literal_column("'succeeded'"), made.c.reused_from.is_(None))
             .where(literal(job.recipe.get("device", "auto") == "auto") | (made.c.queue == job.queue))
+            .where(made.c.engine == ENGINE)  # in a rolling upgrade an older worker may have made it
             .order_by(made.c.finished_at.desc())
             .limit(1)
             .with_for_update()  # so that it isn't pruned meanwhile
@@ -136,6 +139,7 @@ class JobStore(JobSubmitter, WorkerRoster):
                 state=SUCCEEDED,
                 verdict=origin.verdict,
                 reused_from=origin.id,
+                engine=ENGINE,
                 progress=1.0,
                 finished_at=db_now(),
                 start_before=null(),
@@ -234,6 +238,7 @@ class JobStore(JobSubmitter, WorkerRoster):
                 note=lambda _: ("succeeded", {"attempt": lease.attempt, "verdict": outcome.verdict}),
                 state=SUCCEEDED,
                 verdict=outcome.verdict,
+                engine=ENGINE,
                 progress=1.0,
                 finished_at=db_now(),
                 **_RESTING,

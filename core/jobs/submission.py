@@ -28,7 +28,16 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.engine import Connection
 
 from core.access.idempotency import mismatch
-from core.database import JsonType, UtcDateTime, clean_text, db_now, statement, transaction
+from core.access.quotas import NO_BOUND
+from core.database import (
+    JsonType,
+    UtcDateTime,
+    clean_text,
+    db_now,
+    lock_until_commit,
+    statement,
+    transaction,
+)
 from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
 from core.jobs.queries import IS_QUEUED, JOB_COLUMNS, QUEUES, JobReader, job_of
@@ -61,24 +70,24 @@ _GIVEN = (
     "run_limit_s",
     "stall_s",
 )
+#: So many submissions of one process go in uncounted, within so many seconds, after a count that found more than `_NEAR` places free.
+_ALLOWANCE = 64
 _ALLOWANCE_S = 2.0
-_ALLOWANCE_SHARE = 4
-_AT_ONCE = 64  #: submissions in flight in one process, at most
+#: With fewer places free, a tenant's submissions are counted one after the other.
+_NEAR = 2048
 
 
 @dataclass
 class _Allowance:
     left: int
-    given: float
     until: float
 
 
 class _QuotaGauge:
-    """Spares most submissions the count of what is queued, without letting a tenant past its quota.
+    """Spares most submissions the count of what is queued, far from a tenant's quota.
 
-    After a count that found room for n more, a quarter of it, less what other threads may have used meanwhile, goes in uncounted in the
-    next two seconds. A quarter, because other processes hand out theirs from the same room; close to the quota every submission is
-    counted. Of counts that overlap, one hands out: each has seen the same room.
+    A process has at most `_ALLOWANCE` uncounted submissions to give and as many in flight, whatever other processes do. So sixteen
+    processes together stay below `_NEAR`, and a tenant can't pass its quota, unless `_NEAR` jobs come within `_ALLOWANCE_S`.
     """
 
     def __init__(self) -> None:
@@ -86,7 +95,7 @@ class _QuotaGauge:
         self._allowances: dict[str, _Allowance] = {}
 
     def take(self, tenant_id: str) -> bool:
-        """Whether one may go in uncounted."""
+        """Whether a submission may go in uncounted."""
         with self._lock:
             allowance = self._allowances.get(tenant_id)
             if allowance is None or allowance.left <= 0 or time.monotonic() > allowance.until:
@@ -94,14 +103,10 @@ class _QuotaGauge:
             allowance.left -= 1
             return True
 
-    def counted(self, tenant_id: str, room: int, *, began: float) -> None:
-        """A count that began then (`time.monotonic()`) found so much room."""
+    def is_far(self, tenant_id: str) -> None:
+        """A count has found the tenant far from its quota."""
         with self._lock:
-            latest = self._allowances.get(tenant_id)
-            if latest is None or latest.given < began:
-                left = max(0, room - _AT_ONCE) // _ALLOWANCE_SHARE
-                now = time.monotonic()
-                self._allowances[tenant_id] = _Allowance(left, given=now, until=now + _ALLOWANCE_S)
+            self._allowances[tenant_id] = _Allowance(_ALLOWANCE, until=time.monotonic() + _ALLOWANCE_S)
 
 
 class JobSubmitter(JobReader):
@@ -117,25 +122,46 @@ class JobSubmitter(JobReader):
         Raises NightpressError: quota_exceeded, idempotency_mismatch.
         """
         values = _bound(new, idempotency, max_queued)
-        began = time.monotonic()
-        counted = not self._gauge.take(new.tenant_id)
-        found = None
-        if self._sqlite:
-            with transaction(self._engine) as connection:
-                found = self._found(connection, new.tenant_id, idempotency) if idempotency else None
-                row = None if found else _insert_one_by_one(connection, values, counted, idempotency)
-        else:
-            with statement(self._engine) as connection:
-                row = connection.execute(_all_in_one(counted, idempotency is not None), values).one_or_none()
-                if row is None and idempotency is not None:
-                    found = self._found(connection, new.tenant_id, idempotency)
-        if found is not None:
-            return found, False
-        if row is None:
+        counted = max_queued < NO_BOUND and not self._gauge.take(new.tenant_id)
+        write = self._write_on_sqlite if self._sqlite else self._write_on_postgresql
+        written = write(values, counted, idempotency)
+        if isinstance(written, Job):
+            return written, False
+        if written is None:
             raise _quota_used_up(max_queued)
-        if counted:
-            self._gauge.counted(new.tenant_id, max_queued - row.queued - 1, began=began)
-        return _fresh(new, values, row.created_at, row.run_after), True
+        if counted and written.queued < _far_from(max_queued):
+            self._gauge.is_far(new.tenant_id)
+        return _fresh(new, values, written.created_at, written.run_after), True
+
+    def _write_on_sqlite(
+        self, values: dict[str, Any], counted: bool, idempotency: Idempotency | None
+    ) -> Row[Any] | Job | None:
+        """The new row, the job that the key has already, or None where the quota is used up."""
+        with transaction(self._engine) as connection:
+            found = self._found(connection, values["tenant_id"], idempotency) if idempotency else None
+            return found or _insert_one_by_one(connection, values, counted, idempotency)
+
+    def _write_on_postgresql(
+        self, values: dict[str, Any], counted: bool, idempotency: Idempotency | None
+    ) -> Row[Any] | Job | None:
+        """The same. Far from the quota it is one statement; close to it, one submission after the other."""
+        far = _far_from(values["max_queued"]) if counted else values["max_queued"]
+        if far:
+            with statement(self._engine) as connection:
+                written = self._write_all_in_one(connection, {**values, "max_queued": far}, counted, idempotency)
+            if written is not None or not counted:
+                return written
+        with transaction(self._engine) as connection:
+            _lock_quota(connection, values["tenant_id"])
+            return self._write_all_in_one(connection, values, counted, idempotency)
+
+    def _write_all_in_one(
+        self, connection: Connection, values: dict[str, Any], counted: bool, idempotency: Idempotency | None
+    ) -> Row[Any] | Job | None:
+        row = connection.execute(_all_in_one(counted, idempotency is not None), values).one_or_none()
+        if row is None and idempotency is not None:
+            return self._found(connection, values["tenant_id"], idempotency)
+        return row
 
     def replay(self, tenant_id: str, idempotency: Idempotency) -> Job | None:
         """The job that an idempotency key already has. Raises NightpressError(idempotency_mismatch)."""
@@ -159,11 +185,22 @@ class JobSubmitter(JobReader):
         """Write queued jobs of one tenant, all or none. Raises NightpressError(quota_exceeded)."""
         rows = [(new, _bound(new, None, max_queued)) for new in news]
         with transaction(self._engine) as connection:
+            _lock_quota(connection, news[0].tenant_id)
             queued = connection.execute(_queued_count(), rows[0][1]).scalar_one()
             if queued + len(rows) > max_queued:
                 raise _quota_used_up(max_queued)
             made = [(new, values, _insert_with_event(connection, values)) for new, values in rows]
         return [_fresh(new, values, row.created_at, row.run_after) for new, values, row in made]
+
+
+def _far_from(max_queued: int) -> int:
+    """With fewer jobs queued than this, no submission need wait for another one's count."""
+    return max(0, max_queued - _NEAR)
+
+
+def _lock_quota(connection: Connection, tenant_id: str) -> None:
+    """Two counts at the same moment would each see the last free place."""
+    lock_until_commit(connection, f"quota/{tenant_id}")
 
 
 def _quota_used_up(max_queued: int) -> NightpressError:
@@ -187,7 +224,8 @@ def _bound(new: NewJob, idempotency: Idempotency | None, max_queued: int) -> dic
     if new.run_after is not None and new.queue_limit_s is not None:
         values["limit_from_then"] = new.run_after + dt.timedelta(seconds=new.queue_limit_s)
     if idempotency is not None:
-        values |= {"key": idempotency.key, "fingerprint": idempotency.fingerprint}
+        # Names that no column of a job has: the job keeps its own fingerprint.
+        values |= {"idempotency_key": idempotency.key, "idempotency_fingerprint": idempotency.fingerprint}
     return values
 
 
@@ -225,7 +263,12 @@ _IDEMPOTENCY_COLUMNS = ("tenant_id", "key", "fingerprint", "job_id", "created_at
 
 
 def _idempotency_values() -> list[ColumnElement[Any]]:
-    names = {"tenant_id": "tenant_id", "key": "key", "fingerprint": "fingerprint", "job_id": "id"}
+    names = {
+        "tenant_id": "tenant_id",
+        "key": "idempotency_key",
+        "fingerprint": "idempotency_fingerprint",
+        "job_id": "id",
+    }
     bound = [bindparam(param, type_=idempotency_keys.c[column].type) for column, param in names.items()]
     return [*bound, db_now()]
 
@@ -318,6 +361,7 @@ def _fresh(new: NewJob, values: dict[str, Any], created_at: dt.datetime, run_aft
         model_digest=new.model_digest,
         recipe=new.recipe,
         data=new.data,
+        fingerprint=new.fingerprint,
         attempt=0,
         failures=0,
         max_failures=new.max_failures,

@@ -48,6 +48,8 @@ jobs = Table(
     Column("data", JsonType, nullable=False),
     #: what decides the result: model, recipe, data, engine; of jobs older than the column, nothing is known
     Column("fingerprint", String(64)),
+    #: whose code made the result; a worker's may be older or newer than the code that took the job in
+    Column("engine", String(40)),
     #: the job whose result this one was given instead of running: its files are that one's
     Column("reused_from", String(40)),
     #: kept, going or gone: pruned ones are `going` while their files are removed: nobody is shown them any more

@@ -2,10 +2,10 @@
 
 from typing import Any, Literal
 
-from sqlalchemy import Engine, Select, exists, insert, select
+from sqlalchemy import Engine, Select, exists, func, insert, select, tuple_
 from sqlalchemy.engine import Connection
 
-from core.database import db_now, transaction
+from core.database import later_than, lock_until_commit, transaction
 from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
 from core.jobs.tables import job_artifacts, jobs
@@ -26,7 +26,8 @@ class PromotionStore:
         """Raises not_found where no result was ever promoted."""
         query = _select().where(_columns.tenant_id == tenant_id, _columns.model_name == model_name)
         with transaction(self._engine, read_only=True) as connection:
-            row = connection.execute(query.order_by(_columns.id.desc()).limit(1)).one_or_none()
+            newest = query.order_by(_columns.created_at.desc(), _columns.id.desc()).limit(1)
+            row = connection.execute(newest).one_or_none()
         if row is None:
             raise NightpressError(
                 ErrorCode.NOT_FOUND,
@@ -40,7 +41,9 @@ class PromotionStore:
     ) -> tuple[list[PromotionView], str | None]:
         """The pointer's history, newest first: the first one is where it stands."""
         query = _select().where(_columns.tenant_id == tenant_id, _columns.model_name == model_name)
-        rows, following = newest_first(self._engine, query, _columns.id, cursor=cursor, limit=limit)
+        rows, following = newest_first(
+            self._engine, query, _columns.created_at, _columns.id, cursor=cursor, limit=limit
+        )
         return [PromotionView(**row._mapping) for row in rows], following
 
     def promote(self, tenant_id: str, model_name: str, job_id: str, *, key_id: str | None) -> PromotionView:
@@ -66,17 +69,23 @@ class PromotionStore:
                 raise NightpressError(
                     ErrorCode.CONFLICT, "The job's artifacts were pruned.", hint="Run it again: `nightpress retry`."
                 )
-            _write(connection, tenant_id, model_name, job_id, "manual", key_id)
-        return self.latest(tenant_id, model_name)
+            lock_until_commit(connection, _pointer(tenant_id, model_name))
+            written = _write(connection, tenant_id, model_name, job_id, "manual", key_id)
+            return PromotionView(**connection.execute(_select().where(_columns.id == written)).one()._mapping)
 
 
 def promote_accepted(connection: Connection, tenant_id: str, model_name: str, job_id: str) -> None:
     """In the transaction of an accepted finish. A job submitted before the one that stands there comes too late to replace it."""
+    # Of two jobs that end at the same moment, the later one to come here must see what the other wrote.
+    lock_until_commit(connection, _pointer(tenant_id, model_name))
+    mine, other = jobs.alias("mine"), jobs.alias("other")
     newer = exists().where(
         _columns.tenant_id == tenant_id,
         _columns.model_name == model_name,
         _columns.cause == "accepted",
-        _columns.job_id > job_id,  # identifiers sort by the time they were made
+        other.c.id == _columns.job_id,
+        mine.c.id == job_id,
+        tuple_(other.c.created_at, other.c.id) > tuple_(mine.c.created_at, mine.c.id),
     )
     if not connection.execute(select(newer)).scalar_one():
         _write(connection, tenant_id, model_name, job_id, "accepted", None)
@@ -89,9 +98,18 @@ def _write(
     job_id: str,
     cause: Literal["accepted", "manual"],
     key_id: str | None,
-) -> None:
+) -> str:
+    """A line that is newer than all the pointer has. Returns its id."""
+    there = (_columns.tenant_id == tenant_id, _columns.model_name == model_name)
+    created_at = later_than(connection, select(func.max(_columns.created_at)).where(*there))
     row = {"tenant_id": tenant_id, "model_name": model_name, "job_id": job_id, "cause": cause, "created_by": key_id}
-    connection.execute(insert(promotions).values(id=new_id("prm"), created_at=db_now(), **row))
+    written = new_id("prm")
+    connection.execute(insert(promotions).values(id=written, created_at=created_at, **row))
+    return written
+
+
+def _pointer(tenant_id: str, model_name: str) -> str:
+    return f"promotions/{tenant_id}/{model_name}"
 
 
 def _select() -> Select[Any]:

@@ -16,4 +16,10 @@ promotions = Table(
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("cause IN ('accepted','manual')", name="cause"),
 )
-Index("ix_promotions_latest", promotions.c.tenant_id, promotions.c.model_name, promotions.c.id)
+Index(
+    "ix_promotions_latest",
+    promotions.c.tenant_id,
+    promotions.c.model_name,
+    promotions.c.created_at,
+    promotions.c.id,
+)

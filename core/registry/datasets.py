@@ -12,6 +12,7 @@ from core.artifacts.storage import OnBytes
 from core.errors import ErrorCode, NightpressError
 from core.handoff.manifest import FileEntry
 from core.jobs.tables import jobs
+from core.paging import cursor_after
 from core.recipes.calibration import BUILTIN_DATA
 from core.registry.datafile import DataFacts, check_data_name, examine_data
 from core.registry.fetching import FetchingRegistry
@@ -70,7 +71,11 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
             return items, following
         builtin = [_builtin(name) for name in sorted(BUILTIN_DATA)]
         # What comes with Nightpress ends the list; where the page has no room for it, a page of its own follows.
-        return (items + builtin, None) if len(items) + len(builtin) <= limit else (items, items[-1].id)
+        if not items or len(items) + len(builtin) <= limit:
+            return items + builtin, None
+        last = items[-1]
+        assert last.created_at is not None  # only what comes with Nightpress has no such time
+        return items, cursor_after(last.created_at, last.id)
 
     def _create_from_path(self, tenant_id: str, name: str, raw: str) -> DataSetView:
         path = resolve_path(raw, self._settings)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Row, exists, select, update
+from sqlalchemy import Row, exists, select, tuple_, update
 
 from core.database import db_now, transaction
 from core.errors import ErrorCode, NightpressError
@@ -36,7 +36,9 @@ class FetchingRegistry(Registry[View]):
         same = (columns.name == name, columns.source_url == source_url, columns.revision == revision)
         query = self._select().where(columns.tenant_id == tenant_id, *same, columns.state != "failed")
         with transaction(self._engine, read_only=True) as connection:
-            row = connection.execute(query.order_by(columns.id.desc()).limit(1)).one_or_none()
+            row = connection.execute(
+                query.order_by(columns.created_at.desc(), columns.id.desc()).limit(1)
+            ).one_or_none()
         return None if row is None else self._view(row)
 
     def take_in(self, claim: Claim) -> None:
@@ -80,7 +82,11 @@ class FetchingRegistry(Registry[View]):
     def forget_superseded(self, older_than_s: float, *, limit: int = 100) -> int:
         """Delete what was fetched so long ago and has a newer one of its name, but for what a job needs. Returns how many."""
         table, newer = self.table, self.table.alias("newer")
-        is_newer = (newer.c.tenant_id == table.c.tenant_id, newer.c.name == table.c.name, newer.c.id > table.c.id)
+        is_newer = (
+            newer.c.tenant_id == table.c.tenant_id,
+            newer.c.name == table.c.name,
+            tuple_(newer.c.created_at, newer.c.id) > tuple_(table.c.created_at, table.c.id),
+        )
         query = select(table.c.id, table.c.tenant_id).where(
             table.c.source_url.is_not(None),
             table.c.deleted_at.is_(None),

@@ -13,11 +13,12 @@ from sqlalchemy.engine import Connection
 from core.access.quotas import QuotaBook
 from core.artifacts.files import disk_errors
 from core.artifacts.storage import ObjectStore, OnBytes
-from core.database import db_now, transaction
+from core.database import db_now, later_than, transaction
 from core.errors import ErrorCode, NightpressError
 from core.handoff.manifest import FileEntry, describe_file, digest_of
 from core.ids import new_id
 from core.jobs.tables import jobs
+from core.paging import newest_first
 from core.registry.tables import UNSWEPT
 from core.registry.uploads import Owner, Uploads
 from core.schemas import TERMINAL_STATES, DataSetView, FileAnnouncement, ModelView, UploadFile
@@ -54,13 +55,9 @@ class Registry(ABC, Generic[View]):
     def page(self, tenant_id: str, *, cursor: str | None = None, limit: int = 50) -> tuple[list[View], str | None]:
         """The newest first, and the cursor of the next page, if there is one."""
         table = self.table
-        query = self._select().where(table.c.tenant_id == tenant_id).order_by(table.c.id.desc()).limit(limit + 1)
-        if cursor is not None:
-            query = query.where(table.c.id < cursor)
-        with transaction(self._engine, read_only=True) as connection:
-            rows = connection.execute(query).all()
-        items = [self._view(row) for row in rows[:limit]]
-        return items, items[-1].id if len(rows) > limit else None
+        query = self._select().where(table.c.tenant_id == tenant_id)
+        rows, following = newest_first(self._engine, query, table.c.created_at, table.c.id, cursor=cursor, limit=limit)
+        return [self._view(row) for row in rows], following
 
     def uploads(self, tenant_id: str, reference: str) -> list[UploadFile]:
         """The parts still missing, with fresh URLs; none once it is ready or failed."""
@@ -204,7 +201,10 @@ class Registry(ABC, Generic[View]):
         return self.get(tenant_id, row_id)
 
     def _insert(self, connection: Connection, row_id: str, tenant_id: str, name: str, **columns: Any) -> None:
-        named = {"id": row_id, "tenant_id": tenant_id, "name": name, "created_at": db_now()}
+        columns_of = self.table.c
+        namesakes = (columns_of.tenant_id == tenant_id, columns_of.name == name)
+        created_at = later_than(connection, select(func.max(columns_of.created_at)).where(*namesakes))
+        named = {"id": row_id, "tenant_id": tenant_id, "name": name, "created_at": created_at}
         connection.execute(insert(self.table).values({**named, **columns}))
 
     def _find(self, tenant_id: str, reference: str) -> Row[Any]:
@@ -212,7 +212,12 @@ class Registry(ABC, Generic[View]):
         query = (
             self._select()
             .where(table.c.tenant_id == tenant_id, or_(table.c.id == reference, table.c.name == reference))
-            .order_by((table.c.id == reference).desc(), (table.c.state == "ready").desc(), table.c.id.desc())
+            .order_by(
+                (table.c.id == reference).desc(),
+                (table.c.state == "ready").desc(),
+                table.c.created_at.desc(),
+                table.c.id.desc(),
+            )
             .limit(1)
         )
         if not reference.isprintable():

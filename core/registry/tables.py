@@ -54,7 +54,7 @@ models = Table(
     CheckConstraint("(source = 'path') = (server_path IS NOT NULL)", name="server_path"),
     CheckConstraint("state <> 'ready' OR (digest IS NOT NULL AND parameters IS NOT NULL)", name="ready_is_whole"),
     CheckConstraint("size >= 0", name="size"),
-    Index("ix_models_tenant_id_name_id", "tenant_id", "name", "id"),
+    Index("ix_models_tenant_id_name_created_at_id", "tenant_id", "name", "created_at", "id"),
     Index("ix_models_state_created_at", "state", "created_at"),
 )
 
@@ -91,7 +91,7 @@ data_sets = Table(
     CheckConstraint("(source = 'path') = (server_path IS NOT NULL)", name="server_path"),
     CheckConstraint("state <> 'ready' OR (digest IS NOT NULL AND rows > 0)", name="ready_is_whole"),
     CheckConstraint("size >= 0", name="size"),
-    Index("ix_data_sets_tenant_id_name_id", "tenant_id", "name", "id"),
+    Index("ix_data_sets_tenant_id_name_created_at_id", "tenant_id", "name", "created_at", "id"),
     Index("ix_data_sets_state_created_at", "state", "created_at"),
 )
 

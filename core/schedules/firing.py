@@ -12,7 +12,7 @@ from core.errors import ErrorCode, NightpressError
 from core.jobs.service import JobService
 from core.jobs.store import JobStore
 from core.schedules.bringing import Bringer
-from core.schedules.store import Due, PendingRun, ScheduleStore
+from core.schedules.store import Due, LastRun, PendingRun, ScheduleStore
 from core.schemas import JobCreate
 
 ON_TIME_S = 300.0  #: a fire seen this much later was not missed: a control process may restart meanwhile
@@ -73,12 +73,12 @@ class Firing:
         if going and run.overlap == "skip":
             self._schedules.settle(run.id, "skipped", reason="overlap")
             return
-        if_changed = run.only_if_changed and run.cause == "cron"
+        last = self._schedules.last(run.schedule_id) if run.only_if_changed and run.cause == "cron" else None
         if run.source is not None and run.model_id is None:
             revision = self._bringer.look(run)
             if revision is None:
                 return
-            if if_changed and revision == self._schedules.last_revision(run.schedule_id):
+            if last is not None and revision == last.revision and self._is_same_work(run, last):
                 self._schedules.settle(run.id, "skipped", reason="unchanged", revision=revision)
             else:
                 self._bringer.begin(run, revision)
@@ -89,8 +89,8 @@ class Firing:
             if brought is None:
                 return
             model = brought.id
-        digest = self._jobs.model_digest(run.tenant_id, model)
-        if if_changed and digest == self._schedules.last_digest(run.schedule_id):
+        fingerprint = self._fingerprint(run, model)  # before anything is replaced: it also says what can't be submitted
+        if last is not None and fingerprint == last.fingerprint:
             self._schedules.settle(run.id, "skipped", reason="unchanged")
             return
         for earlier, job_id in going:
@@ -99,15 +99,28 @@ class Firing:
                 self._store.request_cancel(run.tenant_id, job_id)
         # The space keeps the key out of reach of clients, whose keys have none.
         # What nothing changed for isn't pressed again, unless a person asked for this run or said so in the schedule.
-        said = run.job.model_dump(exclude_unset=True)
-        wanted = JobCreate(**{"reuse": run.cause == "cron", **said, "model": model})
+        reuse = run.cause == "cron" if run.job.reuse is None else run.job.reuse
+        wanted = JobCreate(**{**run.job.model_dump(), "model": model, "reuse": reuse})
         job, _ = self._jobs.submit(run.tenant_id, wanted, f"schedule {run.id}", key_id=run.created_by)
-        if self._schedules.settle(run.id, "submitted", job_id=job.id, digest=job.model_digest):
+        made = {"job_id": job.id, "digest": job.model_digest, "fingerprint": job.fingerprint}
+        if self._schedules.settle(run.id, "submitted", **made):
             log.info("Schedule %s submitted job %s.", run.schedule_id, job.id, extra={"job_id": job.id})
             if job.state == "queued":
                 self._ring(job.queue)
         elif self._schedules.run(run.id).job_id != job.id:
             self._store.request_cancel(run.tenant_id, job.id)  # replaced by a later run while this one submitted
+
+    def _is_same_work(self, run: PendingRun, last: LastRun) -> bool:
+        """Whether a job for the model of the last run would do nothing new."""
+        try:
+            return last.model_id is not None and self._fingerprint(run, last.model_id) == last.fingerprint
+        except NightpressError as error:
+            if error.code is not ErrorCode.NOT_FOUND:
+                raise
+            return False  # the model was deleted: it is fetched again
+
+    def _fingerprint(self, run: PendingRun, model: str) -> str:
+        return self._jobs.fingerprint(run.tenant_id, run.job.model_copy(update={"model": model}))
 
 
 def plan_fires(due: Due, now: dt.datetime) -> dict[dt.datetime, str | None]:

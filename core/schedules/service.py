@@ -28,7 +28,8 @@ class ScheduleService:
         self._check_job(tenant_id, wanted.job)
         self._check_source(wanted.source)
         next_at = None if wanted.suspended else _first(cron, now)
-        values = wanted.model_dump(mode="json") | {"cron": cron.expression, "next_at": next_at}
+        job = wanted.job.model_dump(mode="json", exclude_none=True)
+        values = wanted.model_dump(mode="json") | {"cron": cron.expression, "next_at": next_at, "job": job}
         return self.store.create(tenant_id, values, key_id=key_id)
 
     def edit(

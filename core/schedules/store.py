@@ -56,6 +56,15 @@ class PendingRun:
     revision: str | None
 
 
+@dataclass(frozen=True)
+class LastRun:
+    """What the schedule's last job was made from."""
+
+    model_id: str | None  #: where the schedule has a source
+    revision: str | None
+    fingerprint: str | None
+
+
 class ScheduleStore:
     """Schedules of all tenants. Every method that takes a tenant looks only among its own."""
 
@@ -102,7 +111,9 @@ class ScheduleStore:
 
     def page(self, tenant_id: str, *, cursor: str | None, limit: int) -> tuple[list[ScheduleView], str | None]:
         mine = select(schedules).where(schedules.c.tenant_id == tenant_id)
-        rows, following = newest_first(self._engine, mine, schedules.c.id, cursor=cursor, limit=limit)
+        rows, following = newest_first(
+            self._engine, mine, schedules.c.created_at, schedules.c.id, cursor=cursor, limit=limit
+        )
         with transaction(self._engine, read_only=True) as connection:
             now = read_now(connection)
         return [_view(row, now) for row in rows], following
@@ -161,7 +172,7 @@ class ScheduleStore:
         """What each fire came to, newest first."""
         schedule = self.get(tenant_id, reference)
         query = _select_runs().where(_runs.schedule_id == schedule.id)
-        rows, following = newest_first(self._engine, query, _runs.id, cursor=cursor, limit=limit)
+        rows, following = newest_first(self._engine, query, _runs.created_at, _runs.id, cursor=cursor, limit=limit)
         return [_run_view(row) for row in rows], following
 
     def now(self) -> dt.datetime:
@@ -252,17 +263,10 @@ class ScheduleStore:
         with transaction(self._engine, read_only=True) as connection:
             return [(row.id, row.job_id) for row in connection.execute(query)]
 
-    def last_digest(self, schedule_id: str) -> str | None:
-        """Of the model that the last job of the schedule was submitted for, leaving out jobs that failed or were cancelled."""
-        return self._last(schedule_id, _runs.digest)
-
-    def last_revision(self, schedule_id: str) -> str | None:
-        """Of the source, likewise."""
-        return self._last(schedule_id, _runs.revision)
-
-    def _last(self, schedule_id: str, column: ColumnElement[Any]) -> str | None:
+    def last(self, schedule_id: str) -> LastRun | None:
+        """The last run of the schedule that submitted a job, leaving out jobs that failed or were cancelled."""
         query = (
-            select(column)
+            select(_runs.model_id, _runs.revision, _runs.fingerprint)
             .join_from(schedule_runs, jobs, jobs.c.id == _runs.job_id, isouter=True)
             .where(
                 _runs.schedule_id == schedule_id,
@@ -273,7 +277,8 @@ class ScheduleStore:
             .limit(1)
         )
         with transaction(self._engine, read_only=True) as connection:
-            return connection.execute(query).scalar_one_or_none()
+            row = connection.execute(query).one_or_none()
+        return None if row is None else LastRun(*row)
 
     def bring(self, run_id: str, model_id: str, revision: str) -> bool:
         """Note which model a pending run waits for. False: another replica has noted one, or has decided."""

@@ -58,6 +58,7 @@ schedule_runs = Table(
     Column("model_id", String(40)),  #: what was fetched for it, where the schedule has a source
     Column("revision", String(100)),  #: of the source
     Column("digest", String(80)),  #: of the model the job was submitted for
+    Column("fingerprint", String(64)),  #: of all that decides the job's result
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("cause IN ('cron','manual')", name="cause"),
     CheckConstraint("state IN ('pending','submitted','skipped','failed')", name="state"),
@@ -65,7 +66,7 @@ schedule_runs = Table(
     CheckConstraint("(state = 'skipped') = (reason IS NOT NULL)", name="skipped"),
     CheckConstraint("(state = 'failed') = (error IS NOT NULL)", name="failed"),
     UniqueConstraint("schedule_id", "scheduled_for"),
-    Index("ix_schedule_runs_listing", "schedule_id", "id"),
+    Index("ix_schedule_runs_listing", "schedule_id", "created_at", "id"),
 )
 _PENDING = text("state = 'pending'")
 Index("ix_schedule_runs_pending", schedule_runs.c.id, postgresql_where=_PENDING, sqlite_where=_PENDING)

@@ -77,12 +77,13 @@ class Courier:
     def attempt(self, due: Due, now: dt.datetime | None = None) -> None:
         """One try, and what follows from it."""
         began = time.monotonic()
+        clock = self._store.now()  # a receiver refuses what was signed five minutes off: this host's clock may be wrong
         body = json.dumps(due.payload, separators=(",", ":"), ensure_ascii=False).encode()
         headers = {
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
             "User-Agent": f"nightpress/{VERSION}",
-            **sign(due.secrets, due.id, int(time.time()), body),
+            **sign(due.secrets, due.id, int(clock.timestamp()), body),
         }
         answer, fault = None, None
         try:
@@ -101,28 +102,28 @@ class Courier:
             self._store.settle(due, state="delivered", next_at=None, attempt=tried)
             return
         gone = answer is not None and answer.status == 410
-        pause = pause_after(due.attempts, answer)
+        pause = pause_after(due.attempts, answer, clock)
         if gone or pause is None:
             self._store.settle(due, state="failed", next_at=None, attempt=tried, gone=gone)
             return
-        moment = (now or self._store.now()) + dt.timedelta(seconds=pause)
+        moment = (now or clock + dt.timedelta(seconds=time.monotonic() - began)) + dt.timedelta(seconds=pause)
         self._store.settle(due, state="pending", next_at=moment, attempt=tried)
 
 
-def pause_after(attempts: int, answer: Answer | None) -> float | None:
+def pause_after(attempts: int, answer: Answer | None, now: dt.datetime) -> float | None:
     """Seconds until the next try after so many. None: there is none. A receiver's Retry-After makes it longer, never shorter."""
     if attempts > len(PAUSES_S):
         return None
     pause = PAUSES_S[attempts - 1] * random.uniform(1 - _JITTER, 1 + _JITTER)
-    return max(pause, _asked_for(answer) if answer else 0.0)
+    return max(pause, _asked_for(answer, now) if answer else 0.0)
 
 
-def _asked_for(answer: Answer) -> float:
+def _asked_for(answer: Answer, now: dt.datetime) -> float:
     raw = answer.headers.get("retry-after", "")
     if raw.isdigit():
         return min(float(raw), _LONGEST_ASKED_S)
     try:
-        wait = (parsedate_to_datetime(raw) - dt.datetime.now(dt.UTC)).total_seconds()
+        wait = (parsedate_to_datetime(raw) - now).total_seconds()
     except (ValueError, TypeError):
         return 0.0
     return min(max(wait, 0.0), _LONGEST_ASKED_S)

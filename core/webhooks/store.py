@@ -67,7 +67,9 @@ class WebhookStore:
 
     def page(self, tenant_id: str, *, cursor: str | None, limit: int) -> tuple[list[WebhookView], str | None]:
         mine = select(webhooks).where(webhooks.c.tenant_id == tenant_id)
-        rows, following = newest_first(self._engine, mine, webhooks.c.id, cursor=cursor, limit=limit)
+        rows, following = newest_first(
+            self._engine, mine, webhooks.c.created_at, webhooks.c.id, cursor=cursor, limit=limit
+        )
         return [_view(row) for row in rows], following
 
     def edit(
@@ -118,7 +120,9 @@ class WebhookStore:
     ) -> tuple[list[DeliveryView], str | None]:
         self._row(tenant_id, webhook_id)
         query = select(webhook_deliveries).where(_deliveries.webhook_id == webhook_id)
-        rows, following = newest_first(self._engine, query, _deliveries.id, cursor=cursor, limit=limit)
+        rows, following = newest_first(
+            self._engine, query, _deliveries.created_at, _deliveries.id, cursor=cursor, limit=limit
+        )
         return [DeliveryView(**row._mapping) for row in rows], following
 
     def delivery(self, tenant_id: str, webhook_id: str, delivery_id: str) -> DeliveryView:

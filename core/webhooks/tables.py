@@ -19,7 +19,7 @@ webhooks = Table(
     Column("created_by", String(8)),
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("generation >= 1 AND version >= 1", name="counters"),
-    Index("ix_webhooks_tenant_id_id", "tenant_id", "id"),
+    Index("ix_webhooks_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
 )
 
 webhook_deliveries = Table(
@@ -35,7 +35,7 @@ webhook_deliveries = Table(
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("state IN ('pending','delivered','failed')", name="state"),
     CheckConstraint("(state = 'pending') = (next_at IS NOT NULL)", name="next_at"),
-    Index("ix_webhook_deliveries_listing", "webhook_id", "id"),
+    Index("ix_webhook_deliveries_listing", "webhook_id", "created_at", "id"),
 )
 _PENDING = text("state = 'pending'")
 Index("ix_webhook_deliveries_due", webhook_deliveries.c.next_at, postgresql_where=_PENDING, sqlite_where=_PENDING)

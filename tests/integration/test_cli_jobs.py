@@ -202,6 +202,16 @@ def test_nothing_from_a_server_steers_the_terminal(face: Face, job: JobView):
     assert "start" in run(face, "logs", job.id).stdout
 
 
+def test_inspect_shows_a_history_however_long_it_is(face: Face, job: JobView):
+    claimed = face.claim()
+    for step in range(1010):
+        face.store.record_event(claimed.lease, "checkpoint", {"step": step})
+    seen = json.loads(run(face, "inspect", job.id, "--json").stdout)["events"]
+    assert [event["seq"] for event in seen] == list(range(1, 1013))
+    assert "step=1009" in run(face, "inspect", job.id).stdout
+    face.succeed(claimed)
+
+
 def test_a_result_is_pulled_and_compared(face: Face, job: JobView, tmp_path: Path):
     made = face.succeed(face.claim(), verdict="rejected")
     done = run(face, "pull", job.id, "--out", "here", cwd=tmp_path)

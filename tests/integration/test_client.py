@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,19 @@ def test_jobs_are_listed_page_by_page_without_gaps(nightpress: Client, model_id:
     for one in made:
         assert nightpress.jobs.cancel(one).state == "cancelled"
     assert not list(nightpress.jobs.iterate(labels=labels, states=["queued"]))
+
+
+def test_a_name_means_what_was_sent_last_though_it_was_sent_before(nightpress: Client, bert_tiny: Path, tmp_path: Path):
+    folder = tmp_path / "back-and-forth"
+    shutil.copytree(bert_tiny, folder)
+    sent = []
+    for content in ("first", "first", "second", "first", "first"):
+        (folder / "README.md").write_text(content)
+        sent.append(nightpress.models.upload(folder).id)
+        assert nightpress.models.get("back-and-forth").id == sent[-1]
+    assert sent[0] == sent[1], "what the name means already is not sent again"
+    assert sent[3] == sent[4]
+    assert len(set(sent)) == 3
 
 
 def test_a_lost_answer_to_submit_makes_no_second_job(face: Face, proxy: CuttingProxy, model_id: str):

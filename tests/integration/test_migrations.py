@@ -12,8 +12,9 @@ from sqlalchemy.exc import DBAPIError
 import migrations
 from core.database import make_engine, metadata, transaction
 from core.jobs.store import JobStore
+from core.promotions.store import PromotionStore
 from migrations.__main__ import main
-from tests.jobs import add_model, claim, submit
+from tests.jobs import add_model, claim, new_job, submit, succeeded
 from tests.servers import Postgres
 
 
@@ -93,3 +94,29 @@ def test_a_migration_gives_up_on_a_locked_table_instead_of_queueing_everybody_be
             migrations.downgrade(url)
     assert "jobs" in inspect(engine).get_table_names()
     engine.dispose()
+
+
+def test_a_fingerprint_that_cannot_be_trusted_is_forgotten_and_what_came_of_it_is_taken_back(
+    sql_url: str, engine: Engine
+):
+    """Before 0013 a job under a key was given the result of the last one with the same request, whatever its model was by then."""
+    add_model(engine)
+    store = JobStore(engine)
+    mine = {"fingerprint": "f" * 64, "priority": 1}
+    night = store.submit(new_job(**mine), max_queued=10)[0]
+    lease = claim(store).lease
+    assert store.finish(lease, succeeded(lease))
+    same = store.reuse(store.submit(new_job(**mine), max_queued=10)[0])
+    other_weights = {**mine, "model_digest": "sha256:" + "1" * 64}
+    wrong = store.reuse(store.submit(new_job(**other_weights), max_queued=10)[0])
+    assert same.reused_from == wrong.reused_from == night.id
+    assert PromotionStore(engine).latest("default", "tiny").job_id == wrong.id
+    migrations.downgrade(sql_url, "0012")
+    migrations.upgrade(sql_url)
+    assert PromotionStore(engine).latest("default", "tiny").job_id == same.id
+    assert [bool(store.artifacts(job.id)) for job in (night, same, wrong)] == [True, True, False]
+    again = store.submit(new_job(**mine), max_queued=10)[0]
+    assert store.reuse(again) == again, "it runs: nothing is known of what is older"
+    lease = claim(store).lease
+    assert store.finish(lease, succeeded(lease))
+    assert store.reuse(store.submit(new_job(**mine), max_queued=10)[0]).reused_from == again.id

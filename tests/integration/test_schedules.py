@@ -33,6 +33,7 @@ from tests.service import eventually
 
 TENANT = "default"
 HOUR = dt.timedelta(hours=1)
+NIGHTLY = JobSpec(model="tiny", recipe="int8-encoder")
 
 
 class World:
@@ -45,7 +46,7 @@ class World:
         objects = open_store(settings)
         self.store = JobStore(self.engine)
         self.models = ModelRegistry(self.engine, objects, settings)
-        jobs = JobService(
+        jobs = self.jobs = JobService(
             self.store,
             self.models,
             DataSetRegistry(self.engine, objects, settings),
@@ -66,9 +67,16 @@ class World:
     def bring(self) -> None:
         self.models.create(TENANT, ModelCreate(name="tiny", path=str(self.model)))
 
-    def schedule(self, first: str, cron: str = "0 * * * *", **more: Any) -> ScheduleView:
-        job = JobSpec(model="tiny", recipe="int8-encoder")
-        made = self.service.create(TENANT, ScheduleCreate(name="nightly", cron=cron, job=job, **more))
+    def schedule(
+        self,
+        first: str,
+        cron: str = "0 * * * *",
+        job: JobSpec = NIGHTLY,
+        key_id: str | None = None,
+        **more: Any,
+    ) -> ScheduleView:
+        wanted = ScheduleCreate(name="nightly", cron=cron, job=job, **more)
+        made = self.service.create(TENANT, wanted, key_id=key_id)
         with transaction(self.engine) as connection:
             moved = update(schedules).where(schedules.c.id == made.id).values(next_at=utc(first))
             connection.execute(moved)
@@ -227,6 +235,31 @@ def test_only_if_changed_runs_for_new_bytes_alone(world: World, tmp_path: Path):
     world.firing.advance()
     assert world.runs()[-1].state == "submitted"  # a person asked
     world.end_jobs()
+
+
+@pytest.mark.parametrize("only_if_changed", [False, True])
+def test_a_night_with_new_weights_is_not_given_the_last_nights_result(
+    tmp_path: Path, sql_url: str, bert_tiny: Path, only_if_changed: bool
+):
+    folder = tmp_path / "roots" / "tiny"
+    shutil.copytree(bert_tiny, folder)
+    world = World(tmp_path, sql_url, folder)
+    world.schedule("2026-11-23T02:00", only_if_changed=only_if_changed)
+    outcomes = []
+    for hour, content in enumerate(("first", "second", "second", "first")):
+        (folder / "README.md").write_text(content)
+        world.bring()
+        world.tick(f"2026-11-23T0{2 + hour}:00")
+        world.end_jobs_well()
+        job = world.store.get(TENANT, str(world.runs()[-1].job_id))
+        outcomes.append(None if job is None else (job.model_digest, job.reused_from))
+        if job is not None:
+            assert job.model_digest == world.models.get(TENANT, "tiny").digest
+    (first, _), (second, _) = outcomes[0], outcomes[1]
+    made = [run.job_id for run in world.runs()]
+    unchanged = None if only_if_changed else (second, made[1])
+    assert outcomes == [(first, None), (second, None), unchanged, (first, made[0])]
+    world.engine.dispose()
 
 
 def test_a_schedule_that_cannot_submit_says_why_and_goes_on(world: World):

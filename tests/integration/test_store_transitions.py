@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Engine, event, select, text
 
+import core.jobs.store
 from core.database import make_engine, transaction
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
@@ -422,3 +423,25 @@ def test_another_tenants_job_can_neither_be_seen_nor_cancelled(store: JobStore):
     assert store.get("stranger", job_id) is None
     assert store.request_cancel("stranger", job_id) is None
     assert load(store, job_id).state == "queued"
+
+
+def test_only_a_result_of_the_same_engine_is_reused(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    """In a rolling upgrade an older worker may have made it."""
+    with monkeypatch.context() as older:
+        older.setattr(core.jobs.store, "ENGINE", "older/1")
+        old = submit(store, fingerprint="same")
+        lease = claim(store).lease
+        assert store.finish(lease, succeeded(lease))
+    new = submit(store, fingerprint="same")
+    assert store.reuse(load(store, new)).state == "queued"
+    lease = claim(store).lease
+    assert store.finish(lease, succeeded(lease))
+    again = submit(store, fingerprint="same")
+    assert store.reuse(load(store, again)).reused_from == new != old
+
+
+def test_a_job_of_which_nothing_is_known_is_given_no_result(store: JobStore):
+    submit(store)
+    lease = claim(store).lease
+    assert store.finish(lease, succeeded(lease))
+    assert store.reuse(load(store, submit(store))).state == "queued"

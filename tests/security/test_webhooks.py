@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
 from itertools import pairwise
 from pathlib import Path
@@ -373,9 +374,15 @@ def test_a_receiver_that_is_down_for_three_days_is_tried_ten_times_under_one_id(
 
 @pytest.mark.parametrize(("asked", "at_least"), [("600", 600), ("1", 4), ("nonsense", 4), ("-5", 4), ("9" * 30, 86400)])
 def test_retry_after_makes_a_pause_longer_and_never_shorter(asked: str, at_least: float):
-    pause = pause_after(1, Answer(429, {"retry-after": asked}, b""))
+    pause = pause_after(1, Answer(429, {"retry-after": asked}, b""), dt.datetime.now(dt.UTC))
     assert pause is not None
     assert at_least <= pause <= max(at_least, 6)
+
+
+def test_retry_after_as_a_date_is_counted_from_the_databases_time():
+    now = dt.datetime(2031, 5, 6, 7, 8, 9, tzinfo=dt.UTC)
+    asked = Answer(503, {"retry-after": format_datetime(now + dt.timedelta(minutes=10), usegmt=True)}, b"")
+    assert pause_after(1, asked, now) == 600
 
 
 def test_two_couriers_send_each_message_once(world: World, receiver: Receiver):

@@ -38,7 +38,7 @@ function address(tenant, cursor = "") {
 }
 
 function draw(key, me, again) {
-  const state = key.revoked_at ? "revoked" : key.expires_at && Date.parse(key.expires_at) < Date.now() ? "expired" : "active";
+  const state = key.revoked_at ? "revoked" : key.expired ? "expired" : "active";
   const own = key.id === me.key_id;
   return row(COLUMNS, [
     h("span", {}, h("code", {}, key.id), key.name ? ` ${key.name}` : "", own ? h("small", { class: "quiet" }, " in use") : null,

@@ -87,7 +87,7 @@ export async function schedule(main, { signal, go }, id) {
           ["Fetched from", one.source ? h("code", {}, one.source) : null],
           ["If the last still runs", words(one.overlap)],
           ["Missed fires", one.catch_up === "none" ? "left out" : one.catch_up === "latest" ? "the latest is made up" : "all are made up"],
-          ["Only if the model changed", one.only_if_changed ? "yes" : "no"],
+          ["Only if something changed", one.only_if_changed ? "yes" : "no"],
         ]));
     }
     fill(runs, page.items.length === 0 ? empty("It has not fired yet.") : table("Fires, newest first", RUNS, page.items.map((run) => row(RUNS, [
@@ -120,7 +120,7 @@ async function form(signal, go, existing = null) {
         field("If the last still runs", overlap), field("Missed fires", catchUp)),
       h("div", {}, field("Model", model, "The newest of this name, each time."), h("datalist", { id: "known-models" }, names.map((one) => h("option", { value: one }))),
         field("Fetched from", source, "s3://, hf:// or a folder of the server, looked at each time: what is new there is fetched under the model's name. Empty: the models that are here."),
-        h("p", { class: "check" }, onlyIfChanged, h("label", { for: "only-if-changed" }, "Only if the model changed")), field("Recipe", recipe))),
+        h("p", { class: "check" }, onlyIfChanged, h("label", { for: "only-if-changed" }, "Only if something changed")), field("Recipe", recipe))),
     h("div", { class: "row" }, h("button", { class: "primary" }, existing ? "Save" : "Create"), h("button", { type: "button", onclick: () => element.remove() }, "Cancel")));
   element.addEventListener("submit", async (event) => {
     event.preventDefault();

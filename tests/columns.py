@@ -1,0 +1,77 @@
+"""Whole rows, compared column by column: what tests/integration/test_columns_*.py are made of."""
+
+import datetime as dt
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sqlalchemy import ColumnElement, Engine, Table, select
+
+from core.database import read_now, transaction
+
+Row = Mapping[str, Any]
+A_MINUTE = dt.timedelta(minutes=1)
+
+
+class Chosen:
+    """Equal to every value that passes a test: for what the code under test chooses itself."""
+
+    def __init__(self, says: str, is_right: Callable[[Any], bool]) -> None:
+        self._says = says
+        self._is_right = is_right
+
+    def __eq__(self, other: object) -> bool:
+        return self._is_right(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return self._says
+
+
+def identifier(prefix: str) -> Any:
+    return Chosen(f"<{prefix}_…>", lambda value: isinstance(value, str) and value.startswith(f"{prefix}_"))
+
+
+def whole_id(size: int) -> Any:
+    return Chosen(f"<{size} characters>", lambda value: isinstance(value, str) and len(value) == size)
+
+
+def about(moment: dt.datetime) -> Any:
+    return Chosen(f"<about {moment}>", lambda value: isinstance(value, dt.datetime) and abs(value - moment) < A_MINUTE)
+
+
+class Rows:
+    """Compares whole rows, and remembers which columns have been seen with a value."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.seen: dict[str, set[str]] = {}
+        with transaction(engine, read_only=True) as connection:
+            self.now = about(read_now(connection))
+
+    def after(self, seconds: float) -> Any:
+        with transaction(self.engine, read_only=True) as connection:
+            return about(read_now(connection) + dt.timedelta(seconds=seconds))
+
+    def check(
+        self, table: Table, expected: Row, *which: ColumnElement[bool], alike: frozenset[str] = frozenset()
+    ) -> Row:
+        """The one row of the table that `which` chooses. `alike`: columns that may hold the value of another one."""
+        assert set(expected) == set(table.c.keys()), "say here what every column of the table holds"
+        plain = [
+            value
+            for name, value in expected.items()
+            if not isinstance(value, Chosen | bool) and value not in (None, [], {}) and name not in alike
+        ]
+        assert all(plain.count(value) == 1 for value in plain), "each column needs a value of its own"
+        with transaction(self.engine, read_only=True) as connection:
+            row = dict(connection.execute(select(table).where(*which)).mappings().one())
+        other = {name: (value, expected[name]) for name, value in row.items() if expected[name] != value}
+        assert not other, f"{table.name}: found and expected differ: {other}"
+        self.seen.setdefault(table.name, set()).update(name for name, value in row.items() if value is not None)
+        return row
+
+    def all_seen(self, *tables: Table) -> None:
+        """Every column has been seen with a value, in one row or another."""
+        for table in tables:
+            assert set(table.c.keys()) - self.seen[table.name] == set(), f"no row of {table.name} had a value in these"

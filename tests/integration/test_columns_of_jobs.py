@@ -1,0 +1,446 @@
+"""Every column of every table of jobs: written with a value of its own by the code that inserts it, and read back.
+
+Two columns whose values change places, or that share a parameter, show here. So does a new column that nobody added.
+"""
+
+import datetime as dt
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from core.database import make_engine
+from core.errors import ErrorCode, NightpressError
+from core.handoff.frames import Progress
+from core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
+from core.jobs.queries import JOB_COLUMNS
+from core.jobs.records import Claimed, Idempotency, Job, MetricRow, NewJob, Succeeded, WorkerOffer
+from core.jobs.store import JobStore
+from core.jobs.tables import (
+    idempotency_keys,
+    job_artifacts,
+    job_attempts,
+    job_events,
+    job_logs,
+    job_metrics,
+    job_reports,
+    jobs,
+)
+from core.promotions.tables import promotions
+from core.schedules.tables import schedule_runs
+from core.schemas import JobCreate, JobSpec
+from core.version import ENGINE
+from tests.columns import Rows, identifier
+from tests.integration.test_schedules import TENANT, World, utc
+from tests.jobs import MODEL_ID, add_model, new_job, submit
+
+COVERED = {
+    jobs,
+    job_events,
+    job_logs,
+    job_attempts,
+    job_artifacts,
+    job_reports,
+    job_metrics,
+    idempotency_keys,
+    promotions,
+}
+
+
+@pytest.fixture
+def engine(sql_url: str) -> Iterator[Engine]:
+    engine = make_engine(sql_url)
+    add_model(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def rows(engine: Engine) -> Rows:
+    return Rows(engine)
+
+
+@pytest.fixture
+def store(engine: Engine) -> JobStore:
+    return JobStore(engine)
+
+
+LATER = dt.datetime(2031, 5, 6, 7, 8, 9, tzinfo=dt.UTC)
+#: a value of its own for each field of a new job
+GIVEN: dict[str, Any] = {
+    "tenant_id": "tenant-a",
+    "model_id": MODEL_ID,
+    "model_name": "name-of-the-model",
+    "model_digest": "sha256:" + "1" * 64,
+    "recipe": {"name": "of-the-recipe"},
+    "queue": "gpu",
+    "needs_memory": 11,
+    "run_limit_s": 12.5,
+    "stall_s": 13.5,
+    "max_failures": 14,
+    "name": "name-of-the-job",
+    "priority": 15,
+    "labels": {"label": "yes"},
+    "data": {"reviews": {"id": "dat_1", "name": "reviews", "digest": "sha256:" + "2" * 64}},
+    "run_after": LATER,
+    "queue_limit_s": 16.5,
+    "retry_of": None,
+    "promote": False,
+    "created_by": "key12345",
+    "fingerprint": "3" * 64,
+    "traceparent": "00-" + "4" * 32 + "-" + "5" * 16 + "-01",
+}
+#: what a job has that nobody has taken yet
+UNTOUCHED: dict[str, Any] = {
+    "state": "queued",
+    "verdict": None,
+    "phase": None,
+    "progress": 0.0,
+    "pass_index": None,
+    "eta_s": None,
+    "message": "",
+    "reused_from": None,
+    "engine": None,
+    "artifacts_state": "kept",
+    "attempt": 0,
+    "failures": 0,
+    "error": None,
+    "error_code": None,
+    "worker_id": None,
+    "lease_id": None,
+    "lease_expires_at": None,
+    "started_at": None,
+    "progressed_at": None,
+    "finished_at": None,
+    "event_seq": 1,
+    "log_seq": 0,
+}
+#: may hold what another column holds: small numbers and times
+JOB_ALIKE = frozenset({"event_seq", "attempt", "failures", "log_seq", "progress"})
+
+
+def given(store: JobStore) -> NewJob:
+    assert set(GIVEN) == {field.name for field in fields(NewJob)}, "give each field of a new job a value of its own"
+    return NewJob(**{**GIVEN, "retry_of": submit(store)})
+
+
+def queued(new: NewJob, rows: Rows) -> dict[str, Any]:
+    values = {field.name: getattr(new, field.name) for field in fields(NewJob)}
+    start_before = LATER + dt.timedelta(seconds=GIVEN["queue_limit_s"])
+    return {**values, **UNTOUCHED, "id": identifier("job"), "created_at": rows.now, "start_before": start_before}
+
+
+def submit_plain(store: JobStore, new: NewJob) -> Job:
+    return store.submit(new, max_queued=10)[0]
+
+
+def submit_keyed(store: JobStore, new: NewJob) -> Job:
+    return store.submit(new, idempotency=Idempotency("key-of-the-client", "6" * 64), max_queued=10)[0]
+
+
+def submit_in_a_batch(store: JobStore, new: NewJob) -> Job:
+    return store.submit_all([new, new_job(tenant_id=new.tenant_id)], max_queued=10)[0]
+
+
+@pytest.mark.parametrize("write", [submit_plain, submit_keyed, submit_in_a_batch])
+def test_a_new_job(store: JobStore, rows: Rows, write: Callable[[JobStore, NewJob], Job]) -> None:
+    new = given(store)
+    job = write(store, new)
+    row = rows.check(jobs, queued(new, rows), jobs.c.id == job.id, alike=JOB_ALIKE)
+    assert job == Job(**{column.name: row[column.name] for column in JOB_COLUMNS}), "the answer is the row"
+    assert store.get(new.tenant_id, job.id) == job
+    rows.check(
+        job_events,
+        {"job_id": job.id, "seq": 1, "at": rows.now, "kind": "queued", "data": {}},
+        job_events.c.job_id == job.id,
+    )
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_an_uncounted_job_is_written_as_a_counted_one(store: JobStore, rows: Rows, keyed: bool) -> None:
+    new = replace(given(store), retry_of=None)
+    for index in range(3):
+        key = Idempotency(f"key-{index}", "6" * 64) if keyed else None
+        job, _ = store.submit(new, idempotency=key, max_queued=10_000)
+        rows.check(jobs, queued(new, rows), jobs.c.id == job.id, alike=JOB_ALIKE)
+
+
+# The life of a job ---------------------------------------------------------------------------------------------------
+
+
+def started(store: JobStore, rows: Rows, new: NewJob) -> tuple[Claimed, dict[str, Any]]:
+    """A job that runs and has told all that it can tell, and its row."""
+    job = store.submit(replace(new, run_after=None), max_queued=10)[0]
+    claimed = store.claim(WorkerOffer("worker-7", new.queue, "device-8", 1 << 40, 9), ttl_s=600)
+    assert claimed is not None
+    assert claimed.job.id == job.id
+    told = Progress(phase="pressing", fraction=0.25, pass_index=21, message="layer 3 of 12", eta_s=22.5)
+    assert store.renew(claimed.lease, ttl_s=600, progress=told).held
+    assert store.append_logs(claimed.lease, [("info", "first line"), ("warning", "second line")])
+    assert store.record_event(claimed.lease, "checkpoint", {"step": 23})
+    row = {
+        **queued(new, rows),
+        "state": "running",
+        "phase": "pressing",
+        "progress": 0.25,
+        "pass_index": 21,
+        "eta_s": 22.5,
+        "message": "layer 3 of 12",
+        "attempt": 1,
+        "worker_id": "worker-7",
+        "lease_id": claimed.lease.lease_id,
+        "lease_expires_at": rows.after(600),
+        "started_at": rows.now,
+        "progressed_at": rows.now,
+        "run_after": rows.now,
+        "start_before": None,
+        "event_seq": 3,
+        "log_seq": 2,
+    }
+    return claimed, row
+
+
+RESTING = {"phase": None, "pass_index": None, "eta_s": None, "lease_id": None, "lease_expires_at": None}
+
+
+def test_from_the_queue_to_a_result_that_another_job_is_given(store: JobStore, rows: Rows) -> None:
+    new = replace(given(store), promote=True)
+    rows.check(jobs, queued(new, rows), jobs.c.id == store.submit(new, max_queued=10)[0].id, alike=JOB_ALIKE)
+    claimed, row = started(store, rows, new)
+    job_id = claimed.job.id
+    mine = jobs.c.id == job_id
+    rows.check(jobs, row, mine, alike=JOB_ALIKE)
+    for seq, (level, text) in enumerate([("info", "first line"), ("warning", "second line")], 1):
+        line = {"job_id": job_id, "seq": seq, "at": rows.now, "attempt": 1, "level": level, "text": text}
+        rows.check(job_logs, line, job_logs.c.job_id == job_id, job_logs.c.seq == seq, alike=frozenset({"attempt"}))
+    attempt = {
+        "job_id": job_id,
+        "number": 1,
+        "lease_id": claimed.lease.lease_id,
+        "worker_id": "worker-7",
+        "started_at": rows.now,
+        "finished_at": None,
+        "outcome": None,
+        "error": None,
+        "swept": False,
+    }
+    rows.check(job_attempts, attempt, job_attempts.c.job_id == job_id)
+
+    files = (FileEntry(path="model.onnx", size=31, sha256="a" * 64),)
+    artifact = ArtifactEntry(format="onnx", path="folder-of-it", files=files, consumer="onnxruntime 1.32")
+    report_files = (FileEntry(path="report.json", size=32, sha256="b" * 64),)
+    manifest = Manifest(job_id=job_id, attempt=1, verdict="accepted", artifacts=(artifact,), report=report_files)
+    metric = MetricRow("onnx", "latency", 33.5, unit="ms", low=34.5, high=35.5)
+    assert store.finish(claimed.lease, Succeeded("accepted", manifest, {"figure": 36}, [metric]))
+    ended = {
+        **row,
+        **RESTING,
+        "state": "succeeded",
+        "verdict": "accepted",
+        "progress": 1.0,
+        "engine": ENGINE,
+        "finished_at": rows.now,
+        "event_seq": 4,
+    }
+    rows.check(jobs, ended, mine, alike=JOB_ALIKE)
+    closed = {**attempt, "finished_at": rows.now, "outcome": "succeeded"}
+    rows.check(job_attempts, closed, job_attempts.c.job_id == job_id)
+
+    again = store.submit(new, max_queued=10)[0]
+    assert store.reuse(again).reused_from == job_id
+    reused = {
+        **queued(new, rows),
+        "state": "succeeded",
+        "verdict": "accepted",
+        "progress": 1.0,
+        "engine": ENGINE,
+        "reused_from": job_id,
+        "start_before": None,
+        "finished_at": rows.now,
+        "event_seq": 2,
+    }
+    # The verdict is the other's, and so is the engine that made it.
+    rows.check(jobs, reused, jobs.c.id == again.id, alike=JOB_ALIKE)
+    for owner, report in ((job_id, {"figure": 36}), (again.id, {"figure": 36, "reused_from": job_id})):
+        stored = {
+            "id": identifier("art"),
+            "job_id": owner,
+            "attempt": 1,
+            "format": "onnx",
+            "path": "folder-of-it",
+            "size": 31,
+            "digest": artifact.digest,
+            "consumer": "onnxruntime 1.32",
+            "files": [files[0].model_dump()],
+        }
+        rows.check(job_artifacts, stored, job_artifacts.c.job_id == owner)
+        kept = {"job_id": owner, "report": report, "files": [report_files[0].model_dump()]}
+        rows.check(job_reports, kept, job_reports.c.job_id == owner)
+        figure = {"subject": "onnx", "name": "latency", "value": 33.5, "unit": "ms", "low": 34.5, "high": 35.5}
+        rows.check(job_metrics, {"job_id": owner, "position": 0, **figure}, job_metrics.c.job_id == owner)
+        pointed = {
+            "id": identifier("prm"),
+            "tenant_id": new.tenant_id,
+            "model_name": new.model_name,
+            "job_id": owner,
+            "cause": "accepted",
+            "created_by": None,
+            "created_at": rows.now,
+        }
+        rows.check(promotions, pointed, promotions.c.job_id == owner)
+    rows.all_seen(job_artifacts, job_reports, job_metrics, job_logs)
+
+
+def test_a_job_that_fails(store: JobStore, rows: Rows) -> None:
+    new = replace(given(store), max_failures=1)
+    claimed, row = started(store, rows, new)
+    error = NightpressError(ErrorCode.NUMERICAL_FAILURE, "It came to nothing.")
+    assert store.fail(claimed.lease, error, backoff_s=5.0) == "failed"
+    ended = {
+        **row,
+        **RESTING,
+        "state": "failed",
+        "failures": 1,
+        "error": error.as_dict(),
+        "error_code": "numerical_failure",
+        "finished_at": rows.now,
+        "event_seq": 4,
+    }
+    alike = JOB_ALIKE | {"max_failures"}
+    rows.check(jobs, ended, jobs.c.id == claimed.job.id, alike=alike)
+    attempt = {
+        "job_id": claimed.job.id,
+        "number": 1,
+        "lease_id": claimed.lease.lease_id,
+        "worker_id": "worker-7",
+        "started_at": rows.now,
+        "finished_at": rows.now,
+        "outcome": "failed",
+        "error": error.as_dict(),
+        "swept": False,
+    }
+    rows.check(job_attempts, attempt, job_attempts.c.job_id == claimed.job.id)
+    rows.all_seen(job_attempts)
+
+
+def test_every_column_of_a_job_has_been_seen_with_a_value() -> None:
+    """Given, while it runs, and at its end: what the tests above compare."""
+    told = {name for name, value in UNTOUCHED.items() if value is not None} | set(GIVEN)
+    running = {"phase", "pass_index", "eta_s", "worker_id", "lease_id", "lease_expires_at", "started_at"}
+    ended = {"progressed_at", "finished_at", "verdict", "engine", "reused_from", "error", "error_code"}
+    assert told | running | ended | {"id", "created_at", "start_before"} == set(jobs.c.keys())
+
+
+# Paths of the service ------------------------------------------------------------------------------------------------
+
+RECIPE: dict[str, Any] = {
+    "name": "of-these-tests",
+    "passes": [{"pass": "dynamic-int8"}],
+    "exports": ["onnx"],
+    "evaluate": [{"metric": "fidelity", "samples": 4, "length": 16}],
+}
+SAID: dict[str, Any] = {
+    "name": "name-of-the-job",
+    "priority": 15,
+    "labels": {"label": "yes"},
+    "promote": False,
+    "queue_limit_s": 3600.5,
+    "run_limit_s": 1234.5,
+    "max_failures": 14,
+}
+
+
+@pytest.fixture
+def world(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[World]:
+    world = World(tmp_path, sql_url, bert_tiny)
+    yield world
+    world.engine.dispose()
+
+
+def resolved(world: World, rows: Rows, **more: Any) -> dict[str, Any]:
+    """The row of a job that the service has made of SAID."""
+    spec = JobSpec(model="tiny", recipe=RECIPE, **SAID)
+    model = world.models.get(TENANT, "tiny")
+    new = world.jobs._resolve(TENANT, JobCreate(**spec.model_dump()), "key12345")
+    assert (new.model_digest, new.recipe["name"]) == (model.digest, "of-these-tests")
+    assert new.fingerprint == world.jobs.fingerprint(TENANT, spec)
+    return {
+        **UNTOUCHED,
+        **SAID,
+        "id": identifier("job"),
+        "tenant_id": TENANT,
+        "queue": "cpu",
+        "needs_memory": new.needs_memory,
+        "model_id": model.id,
+        "model_name": "tiny",
+        "model_digest": model.digest,
+        "recipe": new.recipe,
+        "data": {},
+        "fingerprint": new.fingerprint,
+        "retry_of": None,
+        "created_by": "key12345",
+        "traceparent": None,
+        "stall_s": world.settings.stall_s,
+        "created_at": rows.now,
+        "run_after": rows.now,
+        "start_before": rows.after(SAID["queue_limit_s"]),
+        **more,
+    }
+
+
+def test_what_the_service_submits_and_retries(world: World) -> None:
+    rows = Rows(world.engine)
+    wanted = JobCreate(model="tiny", recipe=RECIPE, **SAID)
+    row = resolved(world, rows)
+    plain, _ = world.jobs.submit(TENANT, wanted, key_id="key12345")
+    keyed, _ = world.jobs.submit(TENANT, wanted, "key-of-the-client", key_id="key12345")
+    batch = world.jobs.submit_all(TENANT, [wanted, wanted], key_id="key12345")
+    for job in (plain, keyed, *batch):
+        rows.check(jobs, row, jobs.c.id == job.id, alike=JOB_ALIKE)
+    book = {
+        "tenant_id": TENANT,
+        "key": "key-of-the-client",
+        "job_id": keyed.id,
+        "attempt_id": None,
+        "locked_until": None,
+        "status": None,
+        "headers": None,
+        "body": None,
+        "created_at": rows.now,
+    }
+    with world.engine.connect() as connection:
+        digest = connection.execute(idempotency_keys.select()).one().fingerprint
+    assert digest != row["fingerprint"]
+    rows.check(idempotency_keys, {**book, "fingerprint": digest}, idempotency_keys.c.job_id == keyed.id)
+    world.end_jobs()
+    again = world.jobs.retry(TENANT, keyed.id, key_id="key67890")
+    retried = {**row, "retry_of": keyed.id, "created_by": "key67890"}
+    rows.check(jobs, retried, jobs.c.id == again.id, alike=JOB_ALIKE)
+
+
+def test_what_a_schedule_submits(world: World) -> None:
+    rows = Rows(world.engine)
+    made = world.schedule("2026-11-23T02:00", job=JobSpec(model="tiny", recipe=RECIPE, **SAID), key_id="key12345")
+    world.tick("2026-11-23T02:00")
+    [run] = world.runs()
+    row = resolved(world, rows)
+    rows.check(jobs, row, jobs.c.id == run.job_id, alike=JOB_ALIKE)
+    fire = {
+        "id": identifier("run"),
+        "schedule_id": made.id,
+        "scheduled_for": utc("2026-11-23T02:00"),
+        "cause": "cron",
+        "state": "submitted",
+        "reason": None,
+        "error": None,
+        "job_id": run.job_id,
+        "model_id": None,
+        "revision": None,
+        "digest": row["model_digest"],
+        "fingerprint": row["fingerprint"],
+        "created_at": rows.now,
+    }
+    rows.check(schedule_runs, fire, schedule_runs.c.id == run.id)

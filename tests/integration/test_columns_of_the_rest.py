@@ -1,0 +1,435 @@
+"""Every column of every other table: written with a value of its own by the code that inserts it, and read back."""
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, select
+
+from core.access.audit import AuditLog
+from core.access.idempotency import Answered, Begun, IdempotencyBook
+from core.access.keys import KeyRing, create_key, revoke
+from core.access.quotas import QuotaBook
+from core.access.tables import api_keys, audit_log, gpu_usage, tenants
+from core.artifacts.storage import open_store
+from core.database import db_month, make_engine, metadata, transaction
+from core.jobs.checkpoints import CheckpointIndex, StoredFile
+from core.jobs.records import Worker, WorkerOffer
+from core.jobs.store import JobStore
+from core.jobs.tables import checkpoint_files, checkpoints, idempotency_keys, workers
+from core.promotions.store import PromotionStore
+from core.promotions.tables import promotions
+from core.registry.datasets import DataSetRegistry
+from core.registry.intake import Intake
+from core.registry.models import ModelRegistry
+from core.registry.tables import data_sets, models, uploads
+from core.schedules.tables import schedule_runs, schedules
+from core.schemas import DataSetCreate, FileAnnouncement, JobSpec, ModelCreate, QuotaChange, WebhookCreate
+from core.settings import Settings
+from core.webhooks.signing import open_keeper
+from core.webhooks.store import WebhookStore
+from core.webhooks.tables import webhook_attempts, webhook_deliveries, webhooks
+from tests.columns import Chosen, Rows, identifier
+from tests.integration import test_columns_of_jobs
+from tests.integration.test_schedules import TENANT, World, utc
+from tests.jobs import add_model, age, claim, submit, succeeded
+
+COVERED = {
+    api_keys,
+    audit_log,
+    checkpoint_files,
+    checkpoints,
+    data_sets,
+    gpu_usage,
+    models,
+    schedule_runs,
+    schedules,
+    tenants,
+    uploads,
+    webhook_attempts,
+    webhook_deliveries,
+    webhooks,
+    workers,
+}
+DIGEST = Chosen("<digest>", lambda value: isinstance(value, str) and value.startswith("sha256:"))
+WORDS = Chosen("<words>", lambda value: isinstance(value, str) and bool(value))
+MAPPING = Chosen("<mapping>", lambda value: isinstance(value, dict) and bool(value))
+
+
+@pytest.fixture
+def engine(sql_url: str) -> Iterator[Engine]:
+    engine = make_engine(sql_url)
+    add_model(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def rows(engine: Engine) -> Rows:
+    return Rows(engine)
+
+
+@pytest.fixture
+def store(engine: Engine) -> JobStore:
+    return JobStore(engine)
+
+
+@pytest.fixture
+def world(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[World]:
+    world = World(tmp_path, sql_url, bert_tiny)
+    yield world
+    world.engine.dispose()
+
+
+def test_every_table_is_covered() -> None:
+    assert set(metadata.tables.values()) == COVERED | test_columns_of_jobs.COVERED
+
+
+# Access --------------------------------------------------------------------------------------------------------------
+
+
+def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobStore, tmp_path: Path) -> None:
+    book = QuotaBook(engine, Settings(_env_file=None, data_dir=tmp_path))
+    bounds = {
+        "max_queued_jobs": 11,
+        "max_running_jobs": 12,
+        "max_storage_bytes": 13,
+        "max_gpu_seconds_month": 14,
+        "rate_limit_per_minute": 15,
+    }
+    book.change("tenant-a", QuotaChange(**bounds))
+    book.change("tenant-a", QuotaChange(max_queued_jobs=16))
+    changed = {**bounds, "id": "tenant-a", "max_queued_jobs": 16, "version": 2, "created_at": rows.now}
+    rows.check(tenants, changed)
+
+    ends = utc("2031-05-06T07:08:09")
+    given: dict[str, Any] = {"tenant_id": "tenant-a", "name": "name-of-the-key", "expires_at": ends}
+    record, plain = create_key(engine, **given, scopes=["jobs:read"], rotated_from="key12345")
+    KeyRing(engine).authenticate(plain)
+    assert revoke(engine, record.id)
+    key = {
+        **given,
+        "id": record.id,
+        "digest": hashlib.sha256(plain.encode()).hexdigest(),
+        "scopes": ["jobs:read"],
+        "created_at": rows.now,
+        "revoked_at": rows.now,
+        "last_used_at": rows.now,
+        "rotated_from": "key12345",
+    }
+    rows.check(api_keys, key)
+
+    line: dict[str, Any] = {
+        "tenant_id": "tenant-a",
+        "key_id": "key12345",
+        "action": "POST /v1/jobs",
+        "subject": "/v1/jobs",
+        "status": 201,
+        "request_id": "req_1",
+    }
+    AuditLog(engine).note(**line)
+    rows.check(audit_log, {**line, "id": identifier("aud"), "at": rows.now})
+
+    job_id = submit(store, tenant_id="tenant-b", queue="gpu")
+    claimed = store.claim(WorkerOffer("worker-1", "gpu", "cuda:0", 1 << 40, 1), ttl_s=600)
+    assert claimed is not None
+    age(engine, job_id, 100, "started_at")
+    assert store.release(claimed.lease)
+    with transaction(engine, read_only=True) as connection:
+        month = connection.execute(select(db_month())).scalar_one()
+    seconds = Chosen("<about 100>", lambda value: 100 <= value < 160)
+    rows.check(gpu_usage, {"tenant_id": "tenant-b", "month": month, "seconds": seconds})
+    rows.all_seen(tenants, api_keys, audit_log, gpu_usage)
+
+
+def test_answers_to_requests_under_a_key(engine: Engine, rows: Rows) -> None:
+    book = IdempotencyBook(engine)
+    begun = book.begin("tenant-a", "key-of-the-client", "f" * 64)
+    assert isinstance(begun, Begun)
+    row = {
+        "tenant_id": "tenant-a",
+        "key": "key-of-the-client",
+        "fingerprint": "f" * 64,
+        "job_id": None,
+        "attempt_id": begun.attempt_id,
+        "locked_until": rows.after(120),
+        "status": None,
+        "headers": None,
+        "body": None,
+        "created_at": rows.now,
+    }
+    rows.check(idempotency_keys, row)
+    book.answer(begun, Answered(201, {"Location": "/v1/keys/1"}, b"the body"))
+    body = Chosen("<packed body>", lambda value: zlib.decompress(value) == b"the body")
+    answered = {"status": 201, "headers": {"Location": "/v1/keys/1"}, "body": body, "locked_until": None}
+    rows.check(idempotency_keys, {**row, **answered})
+
+
+# Workers and their checkpoints ---------------------------------------------------------------------------------------
+
+
+def test_workers(engine: Engine, rows: Rows, store: JobStore) -> None:
+    worker = Worker(
+        id="worker-1",
+        host="host-2",
+        queue="gpu",
+        device="device-3",
+        memory=14,
+        threads=15,
+        version="version-6",
+        draining=True,
+        gpu_memory=17,
+        gpu_memory_used=18,
+    )
+    told = {column.name: getattr(worker, column.name) for column in workers.c if not column.name.endswith("_at")}
+    for _ in range(2):  # the first beat inserts, the others update
+        store.heartbeat_worker(worker)
+        rows.check(workers, {**told, "started_at": rows.now, "last_seen_at": rows.now})
+    rows.all_seen(workers)
+
+
+def test_checkpoints(engine: Engine, rows: Rows, store: JobStore) -> None:
+    index = CheckpointIndex(engine)
+    submit(store)
+    lease = claim(store).lease
+    assert index.take(lease, "d" * 64)
+    assert index.add(lease, "d" * 64, StoredFile("folder/of-it", 11, "e" * 64, 12, lease.job_id), limit=100)
+    prefix = {"digest": "d" * 64, "job_id": lease.job_id, "lease_id": lease.lease_id, "size": 11, "used_at": rows.now}
+    rows.check(checkpoints, prefix)
+    file = {"digest": "d" * 64, "path": "folder/of-it", "size": 11, "sha256": "e" * 64, "step": 12}
+    rows.check(checkpoint_files, {**file, "job_id": lease.job_id})
+    rows.all_seen(checkpoints, checkpoint_files)
+
+
+# Webhooks and promotions ---------------------------------------------------------------------------------------------
+
+
+def test_webhooks_and_what_they_deliver(engine: Engine, rows: Rows, tmp_path: Path) -> None:
+    settings = Settings(_env_file=None, data_dir=tmp_path)
+    hooks = WebhookStore(engine, open_keeper(settings), settings)
+    wanted = WebhookCreate(url="https://93.184.215.14/", events=["job.failed"])
+    hook = hooks.create("tenant-a", wanted, key_id="key12345").webhook.id
+    row = {
+        "id": hook,
+        "tenant_id": "tenant-a",
+        "url": "https://93.184.215.14/",
+        "events": ["job.failed"],
+        "generation": 1,
+        "previous_until": None,
+        "enabled": True,
+        "disabled_reason": None,
+        "version": 1,
+        "created_by": "key12345",
+        "created_at": rows.now,
+    }
+    counters = frozenset({"generation", "version"})
+    rows.check(webhooks, row, alike=counters)
+    hooks.rotate("tenant-a", hook, overlap_s=3600)
+    hooks.test("tenant-a", hook)
+    delivery = {
+        "id": identifier("msg"),
+        "webhook_id": hook,
+        "event": "webhook.test",
+        "payload": MAPPING,
+        "state": "pending",
+        "attempts": 0,
+        "next_at": rows.now,
+        "created_at": rows.now,
+    }
+    rows.check(webhook_deliveries, delivery)
+    [due] = hooks.take_due(hooks.now())
+    rows.check(webhook_deliveries, {**delivery, "attempts": 1, "next_at": rows.after(60)})
+    tried = {"status": 410, "error": "Gone", "duration_ms": 21}
+    hooks.settle(due, state="failed", next_at=None, attempt=tried, gone=True)
+    rows.check(webhook_deliveries, {**delivery, "state": "failed", "attempts": 1, "next_at": None})
+    rows.check(webhook_attempts, {**tried, "delivery_id": due.id, "number": 1, "at": rows.now})
+    ended = {"generation": 2, "previous_until": rows.after(3600), "enabled": False, "disabled_reason": WORDS}
+    rows.check(webhooks, {**row, **ended, "version": 3})
+    rows.all_seen(webhooks, webhook_deliveries, webhook_attempts)
+
+
+def test_a_promotion_by_hand(engine: Engine, rows: Rows, store: JobStore) -> None:
+    submit(store, tenant_id="tenant-a", model_name="name-of-the-model", promote=False)
+    claimed = claim(store)
+    assert store.finish(claimed.lease, succeeded(claimed.lease))
+    PromotionStore(engine).promote("tenant-a", "name-of-the-model", claimed.job.id, key_id="key12345")
+    row = {
+        "id": identifier("prm"),
+        "tenant_id": "tenant-a",
+        "model_name": "name-of-the-model",
+        "job_id": claimed.job.id,
+        "cause": "manual",
+        "created_by": "key12345",
+        "created_at": rows.now,
+    }
+    rows.check(promotions, row)
+    rows.all_seen(promotions)
+
+
+# Schedules -----------------------------------------------------------------------------------------------------------
+
+
+def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
+    rows = Rows(world.engine)
+    source = tmp_path / "roots" / "source"
+    source.mkdir(parents=True)
+    for file in world.model.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    job = JobSpec(model="tiny", recipe="int8-encoder", name="name-of-the-job")
+    given: dict[str, Any] = {"timezone": "Asia/Tokyo", "overlap": "queue", "catch_up": "all", "only_if_changed": True}
+    made = world.schedule("2026-11-23T02:00", job=job, key_id="key12345", source=str(source), **given)
+    row = {
+        **given,
+        "id": made.id,
+        "tenant_id": TENANT,
+        "name": "nightly",
+        "cron": "0 * * * *",
+        "suspended": False,
+        "job": job.model_dump(mode="json", exclude_none=True),
+        "source": str(source),
+        "version": 1,
+        "next_at": utc("2026-11-23T02:00"),
+        "created_by": "key12345",
+        "created_at": rows.now,
+        "updated_at": rows.now,
+    }
+    rows.check(schedules, row)
+    world.settle("2026-11-23T02:00")
+    world.end_jobs_well()
+    world.settle("2026-11-23T03:00")
+    submitted, skipped = world.runs()
+    pressed = world.store.get(TENANT, str(submitted.job_id))
+    assert pressed is not None
+    run = {
+        "id": submitted.id,
+        "schedule_id": made.id,
+        "scheduled_for": utc("2026-11-23T02:00"),
+        "cause": "cron",
+        "state": "submitted",
+        "reason": None,
+        "error": None,
+        "job_id": submitted.job_id,
+        "model_id": pressed.model_id,
+        "revision": WORDS,
+        "digest": pressed.model_digest,
+        "fingerprint": pressed.fingerprint,
+        "created_at": rows.now,
+    }
+    rows.check(schedule_runs, run, schedule_runs.c.id == submitted.id)
+    nothing = {"job_id": None, "model_id": None, "digest": None, "fingerprint": None}
+    left_out = {"id": skipped.id, "scheduled_for": utc("2026-11-23T03:00"), "state": "skipped", "reason": "unchanged"}
+    rows.check(schedule_runs, {**run, **nothing, **left_out}, schedule_runs.c.id == skipped.id)
+    (source / "model.safetensors").write_bytes(b"no model at all")
+    world.settle("2026-11-23T04:00")
+    failed = world.runs()[-1]
+    broken = {"id": failed.id, "scheduled_for": utc("2026-11-23T04:00"), "state": "failed", "error": MAPPING}
+    broken |= {"revision": None}
+    rows.check(schedule_runs, {**run, **nothing, **broken}, schedule_runs.c.id == failed.id)
+    rows.all_seen(schedules, schedule_runs)
+
+
+# Models and data sets ------------------------------------------------------------------------------------------------
+
+#: what a model or data set has until it is examined
+UNKNOWN: dict[str, Any] = {
+    "server_path": None,
+    "source_url": None,
+    "revision": None,
+    "progress": 0.0,
+    "claim_id": None,
+    "claim_until": None,
+    "digest": None,
+    "files": [],
+    "error": None,
+    "deleted_at": None,
+    "swept": False,
+}
+UNKNOWN_MODEL = {"architecture": None, "model_type": None, "task": None, "parameters": None, "header": None}
+UNKNOWN_DATA = {"rows": None, "labels": None}
+FACTS: dict[str, Any] = {
+    "architecture": "BertForMaskedLM",
+    "model_type": "bert",
+    "task": "masked-lm",
+    "parameters": Chosen("<parameters>", lambda value: value > 1_000_000),
+    "header": MAPPING,
+}
+
+
+@pytest.mark.parametrize("kind", ["models", "datasets"])
+def test_models_and_data_sets(
+    engine: Engine, rows: Rows, tmp_path: Path, sql_url: str, bert_tiny: Path, kind: str
+) -> None:
+    (tmp_path / "lines.jsonl").write_text('{"text": "good", "label": 1}\n{"text": "bad", "label": 0}\n' * 2)
+    roots = [bert_tiny.parent, tmp_path]
+    settings = Settings(
+        _env_file=None, data_dir=tmp_path / "home", model_roots=roots, hub_organisations=["acme"], database_url=sql_url
+    )
+    objects = open_store(settings)
+    registry: ModelRegistry | DataSetRegistry
+    announced = FileAnnouncement(path="lines.txt", size=7, sha256="a" * 64, part_sha256=["a" * 64])
+    if kind == "models":
+        registry = ModelRegistry(engine, objects, settings)
+        announced = announced.model_copy(update={"path": "model.safetensors"})
+        config = FileAnnouncement(path="config.json", size=0, sha256=hashlib.sha256(b"").hexdigest())
+        placed = registry.create("tenant-a", ModelCreate(name="placed", path=str(bert_tiny)))
+        sent = registry.create("tenant-a", ModelCreate(name="sent", files=[announced, config]))
+        unknown, facts, size = UNKNOWN_MODEL, FACTS, sum(file.stat().st_size for file in bert_tiny.iterdir())
+        path, prefix = str(bert_tiny), "mdl"
+    else:
+        registry = DataSetRegistry(engine, objects, settings)
+        path, prefix = str(tmp_path / "lines.jsonl"), "dat"
+        placed = registry.create("tenant-a", DataSetCreate(name="placed", path=path))
+        sent = registry.create("tenant-a", DataSetCreate(name="sent", file=announced))
+        unknown, facts, size = UNKNOWN_DATA, {"rows": 4, "labels": 2}, Path(path).stat().st_size
+    table = registry.table
+    base = {**UNKNOWN, **unknown, "id": identifier(prefix), "tenant_id": "tenant-a", "created_at": rows.now}
+    files = Chosen("<files>", lambda value: bool(value) and set(value[0]) == {"path", "size", "sha256"})
+    ready = {"name": "placed", "state": "ready", "source": "path", "server_path": path, "size": size}
+    rows.check(
+        table,
+        {**base, **ready, **facts, "progress": 1.0, "digest": DIGEST, "files": files},
+        table.c.id == placed.id,
+        alike=frozenset({"progress", "rows", "labels"}),
+    )
+
+    waiting = {**base, "name": "sent", "state": "uploading", "source": "upload", "size": 7, "files": files}
+    rows.check(table, waiting, table.c.id == sent.id)
+    part = {
+        "id": identifier("up"),
+        "model_id": sent.id if kind == "models" else None,
+        "data_set_id": sent.id if kind == "datasets" else None,
+        "path": announced.path,
+        "size": 7,
+        "sha256": "a" * 64,
+        "part_size": Chosen("<size of a part>", lambda value: value >= 7),
+        "part_sha256": ["a" * 64],
+        "store_upload_id": identifier("up"),
+        "verified": False,
+    }
+    rows.check(uploads, part)
+    assert registry.sweep_abandoned(-60.0)
+    rows.check(table, {**waiting, "state": "failed", "error": MAPPING}, table.c.id == sent.id)
+    registry.delete("tenant-a", sent.id)
+    registry.sweep_deleted(-60.0)
+    gone = {**waiting, "state": "failed", "error": MAPPING, "deleted_at": rows.now, "swept": True}
+    rows.check(table, gone, table.c.id == sent.id)
+
+    address = "hf://acme/tiny" if kind == "models" else "hf://datasets/acme/tiny/lines.txt"
+    fetched = registry.fetch("tenant-a", "fetched", address, "b" * 40)
+    url = registry.get("tenant-a", fetched.id).source_url
+    coming = {**base, "name": "fetched", "state": "fetching", "source": "hub", "size": 0}
+    coming |= {"source_url": url, "revision": "b" * 40}
+    rows.check(table, coming, table.c.id == fetched.id, alike=frozenset({"progress"}))
+    intake = Intake(engine, [registry], ttl_s=600)
+    claimed = intake._claim_next()
+    assert claimed is not None
+    _, right = claimed
+    right.total, right.done = 4, 1
+    intake._renew(registry, right)
+    held = {"claim_id": right.claim_id, "claim_until": rows.after(600), "progress": 0.25}
+    rows.check(table, {**coming, **held}, table.c.id == fetched.id)
+    intake.close()
+    rows.all_seen(table)

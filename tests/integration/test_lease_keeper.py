@@ -1,0 +1,58 @@
+"""What a worker says while the database is away."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, text
+
+import migrations
+import worker.lease
+from core.database import make_engine
+from core.jobs.store import JobStore
+from tests.jobs import add_model, claim, submit
+from tests.servers import Postgres
+from tests.service import eventually
+from worker.lease import LeaseKeeper
+
+KEPT = 50
+TTL_S = 40.0
+
+
+@pytest.fixture
+def engine(postgres_server: Postgres) -> Iterator[Engine]:
+    url = postgres_server.create_database()
+    migrations.upgrade(url)
+    engine = make_engine(url)
+    add_model(engine)
+    yield engine
+    engine.dispose()
+
+
+def somebody_waits(engine: Engine) -> bool:
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with engine.connect() as connection:
+        return bool(connection.execute(text(waits)).scalar_one())
+
+
+def test_the_newest_lines_of_a_log_are_kept_in_their_order(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines whose writing failed go before those that came meanwhile; where there are too many, the oldest are dropped."""
+    monkeypatch.setattr(worker.lease, "_LOG_LINES", KEPT)
+    store = JobStore(engine)
+    submit(store)
+    lease = claim(store, ttl_s=TTL_S).lease
+    keeper = LeaseKeeper(store, lease, ttl_s=TTL_S, claimed_at=time.monotonic(), on_renewed=lambda: None)
+    lines = [f"line {number}" for number in range(80)]
+    with engine.connect() as holder, holder.begin():
+        holder.execute(text("LOCK TABLE job_logs IN ACCESS EXCLUSIVE MODE"))
+        for line in lines[:40]:
+            keeper.log_line("info", line)
+        eventually(lambda: somebody_waits(engine))  # it writes the first forty
+        for line in lines[40:]:
+            keeper.log_line("info", line)
+        holder.execute(text("ALTER TABLE job_logs RENAME TO away"))
+    time.sleep(0.3)  # and fails
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("ALTER TABLE away RENAME TO job_logs"))
+    keeper.close()
+    assert [line.text for line in store.logs(lease.job_id)] == lines[-KEPT:]
