@@ -485,13 +485,8 @@ class _Run:
         return self.count
 
     def _conclude(self) -> Pressed:
-        weight_map: dict[str, str] = {}
-        sizes: dict[str, int] = {}
-        for number in range(self.count + 1):
-            shard = read_shard(self.target / self._shard_name(number))
-            weight_map |= dict.fromkeys((one.name for one in shard.tensors), shard.path.name)
-            sizes |= {one.name: one.info.size for one in shard.tensors}
-        write_index(self.target, weight_map, sum(sizes.values()))
+        write_index(self.target)
+        sizes = {one.name: one.info.size for shard in read_shards(self.target) for one in shard.tensors}
         effects = dict(self.effects)
         unseen: list[str] = []
         starved: dict[str, int] = {}

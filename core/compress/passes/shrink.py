@@ -233,11 +233,8 @@ def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[in
     """The tensors outside the blocks and of the blocks that stay, shard by shard, the blocks numbered anew."""
     target.mkdir(parents=True, exist_ok=True)
     number = {before: after for after, before in enumerate(kept)}
-    shards = read_shards(source)
-    files = Source(shards)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for shard in shards:
+    files = Source(read_shards(source))
+    for shard in files.shards:
         names = {}
         for one in shard.tensors:
             place = anatomy.place(one.name)
@@ -250,10 +247,7 @@ def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[in
             for old, new in names.items():
                 writer.write(new, 0, tensor_bytes(files.read(old)))
             writer.commit()
-        weight_map |= dict.fromkeys(names.values(), shard.path.name)
-        total += sum(info.size for info in infos)
-    if len(shards) > 1:
-        write_index(target, weight_map, total)
+    write_index(target)
 
 
 def _write_config(target: Path, changed: Mapping[str, Any]) -> None:
