@@ -51,13 +51,15 @@ from core.compress.executors.watch import (
     Watched,
     find_groups,
     in_features,
+    split_mask,
     without_padding,
 )
+from core.compress.numbers import check_finite
 from core.compress.solvers.grid import Workspace
 from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import BATCH_TOKENS, IN_TURN_BYTES, in_turn_bytes
 
-__all__ = ["Inputs", "Method", "Pressed", "Settled", "Statistic", "press_blocks"]
+__all__ = ["CacheStandIn", "Inputs", "Method", "Pressed", "Settled", "Statistic", "press_blocks"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ class Method(Protocol):
         """A settled linear weight from what was written."""
 
 
+class CacheStandIn(Protocol):
+    """What blocks are given in place of a key/value cache, to see what they would cache."""
+
+    real: Tensor | None  #: bool [B, L] of the batch that runs: False where it is padding; None: nowhere
+
+
 @dataclass(frozen=True)
 class Pressed:
     """What a run did."""
@@ -108,7 +116,7 @@ def press_blocks(
     chosen: frozenset[str],
     recipe: str,
     outside: Mapping[str, Rewrite] | None = None,
-    cache: object | None = None,
+    cache: CacheStandIn | None = None,
 ) -> Pressed:
     """Settle the chosen weights of all blocks and copy the rest of the model's tensors; `target` gets its shards and their index.
 
@@ -160,14 +168,14 @@ class _Run:
         recipe: str,
         share: int,
         outside: Mapping[str, Rewrite],
-        cache: object | None,
+        cache: CacheStandIn | None,
     ) -> None:
         self.outside, self.cache = outside, cache
         self.target, self.method, self.context, self.chosen = target, method, context, chosen
         self.source = Source(read_shards(source))
         self.device = torch.device(context.device)
         self.skeleton = Skeleton(source, self.source, context.device, self._compute_dtype())
-        self.samples, self.real = _without_idle_mask(samples)
+        self.samples, self.real = split_mask(samples)
         self.total = len(next(iter(samples.values())))
         self.length = _tokens_a_sample(samples, self.skeleton.config)
         self.batch = max(1, min(self.total, BATCH_TOKENS[self.device.type] // share // self.length))
@@ -255,7 +263,8 @@ class _Run:
             beside: dict[str, object] = {}
             if watched is not None:
                 watched.stops, watched.real = at == len(calls), self._real(number)
-                beside = {} if self.cache is None else {"past_key_values": self.cache}
+                if self.cache is not None:
+                    self.cache.real, beside = watched.real, {"past_key_values": self.cache}
             out = block(batch, *call.args, **{**call.kwargs, **beside})
             batch = out[0] if isinstance(out, tuple) else out
         return batch
@@ -299,6 +308,8 @@ class _Run:
         self, tensors: Mapping[str, Tensor], inputs: Sequence[Inputs], linears: Mapping[str, nn.Module]
     ) -> dict[str, Settled]:
         """The method's answer. It knows weights as [out, in] alone; those stored the other way round are turned before and after."""
+        for one in inputs:
+            check_finite([name.removesuffix(".weight") for name in one.names], one.statistic)
         self.unseen += [name for one in inputs if one.statistic.tokens == 0 for name in one.names]
         turned = {name for name, one in linears.items() if is_conv1d(one)}
         given = {name: one.t().contiguous() if name in turned else one for name, one in tensors.items()}
@@ -527,16 +538,6 @@ def _turned(name: str, one: Settled) -> Settled:
     assert one.tensors.keys() == {name}, "codes can't be turned"
     weight = one.weight.t().contiguous()
     return Settled(weight=weight, tensors={name: weight}, effect=one.effect)
-
-
-def _without_idle_mask(samples: Batch) -> tuple[Batch, Tensor | None]:
-    """The samples without a mask that hides nothing, and the mask as bool [samples, length] where it hides padding."""
-    mask = samples.get("attention_mask")
-    if mask is None:
-        return samples, None
-    if bool(mask.all()):
-        return {name: one for name, one in samples.items() if not name.endswith("attention_mask")}, None
-    return samples, mask.bool()
 
 
 def _tokens_a_sample(samples: Batch, config: Any) -> int:

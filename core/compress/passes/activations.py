@@ -12,7 +12,9 @@ from torch import Tensor
 from core.compress.checkpoint import write_file
 from core.compress.context import PassContext
 from core.compress.executors.blocks import Inputs, Settled, Statistic
+from core.compress.executors.watch import without_padding
 from core.compress.export.compressed_tensors import CACHE_FILE
+from core.compress.numbers import check_finite
 from core.compress.passes.calibrated import made_up, press, quantize, record, round_obs, scheme_of, settle_coded
 from core.compress.passes.folding import Folding, Part
 from core.compress.passes.quantize import stream_rounded
@@ -158,6 +160,8 @@ class CacheScales:
         largest = self.cache.take()
         weight = next(name for name in block if name.endswith(CACHED_FROM))
         attention, stored = weight.rsplit(".", 2)[0], block[weight].dtype
+        for one in largest.values():
+            check_finite([attention], one)
         scales = {
             f"{attention}.{part}_scale": input_scale(one.float().view(1), self._grid).to(stored)
             for part, one in largest.items()
@@ -173,11 +177,13 @@ class _SeenByCache:
     """Stands for a model's key/value cache: keeps the largest magnitudes of what comes, and hands it on."""
 
     def __init__(self) -> None:
+        self.real: Tensor | None = None
         self._largest: dict[str, Tensor] = {}
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """keys and values [B, heads, L, width]"""
         for part, one in (("k", keys), ("v", values)):
-            largest = one.abs().amax()
+            largest = without_padding(one.transpose(1, 2).flatten(2), self.real).abs().amax()
             self._largest[part] = torch.maximum(self._largest[part], largest) if part in self._largest else largest
         return keys, values
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from core.compress.checkpoint import read_shards
 from core.compress.context import PassContext
 from core.compress.evaluate.calibration import calibration_samples
-from core.compress.executors.blocks import Inputs, Method, Pressed, Settled, Statistic, press_blocks
+from core.compress.executors.blocks import CacheStandIn, Inputs, Method, Pressed, Settled, Statistic, press_blocks
 from core.compress.executors.rewrite import Effect
 from core.compress.executors.stream import copy_companions
 from core.compress.export.compressed_tensors import write_config
@@ -342,7 +342,7 @@ def press(
     options: PassOptions,
     context: PassContext,
     *,
-    cache: object | None = None,
+    cache: CacheStandIn | None = None,
 ) -> Pressed:
     """Run the blocks executor over the linear layers that the options take, and round what they round beside them."""
     infos = [one.info for shard in read_shards(source) for one in shard.tensors]
