@@ -12,10 +12,12 @@ runs as its files say it, what follows is the same to the last byte.
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,8 +42,9 @@ from core.compress.executors.activations import (
     return_freed_memory,
 )
 from core.compress.executors.experts import Experts
+from core.compress.executors.live_block import PROBE_TOKENS, LiveBlock
 from core.compress.executors.rewrite import Effect, Rewrite, becomes
-from core.compress.executors.skeleton import Batch, Skeleton, Source, is_conv1d
+from core.compress.executors.skeleton import Batch, Call, Skeleton, Source, is_conv1d
 from core.compress.executors.watch import (
     EnoughSeen,
     Groups,
@@ -54,7 +57,7 @@ from core.compress.executors.watch import (
     split_mask,
     without_padding,
 )
-from core.compress.numbers import check_finite
+from core.compress.numbers import check_finite, naming
 from core.compress.solvers.grid import Workspace
 from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import BATCH_TOKENS, IN_TURN_BYTES, in_turn_bytes
@@ -80,7 +83,7 @@ class Method(Protocol):
 
     def watch(self, columns: int, device: torch.device) -> Statistic: ...
 
-    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
         """What becomes of the tensors of a block, given by name in their stored dtype: of all that were watched, and of others if need be."""
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -104,6 +107,7 @@ class Pressed:
         str, int
     ]  #: weights of experts that were calibrated with every token, and how few the router gave them
     kept: tuple[str, ...]  #: matrices that were copied
+    warnings: dict[str, int]  #: what a person should know, and of how many blocks it is true
 
 
 def press_blocks(
@@ -193,6 +197,8 @@ class _Run:
         self.unseen: list[str] = []
         self.starved: dict[str, int] = {}
         self.groups: dict[tuple[str, ...], Groups | None] = {}
+        self.probe: tuple[int, list[tuple[int, Call]]] | None = None  #: length of a text, and the blocks' calls for it
+        self.warnings: list[str] = []  #: of the block that was settled last
 
     def run(self) -> Pressed:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
@@ -215,7 +221,7 @@ class _Run:
                 else:
                     settled = self._press(index, tensors)
                     self._wait(writing)
-                    writing = index, writer.submit(self._write, index, *_as_written(tensors, settled))
+                    writing = index, writer.submit(self._write, index, *_as_written(tensors, settled), self.warnings)
                     del settled
                 del tensors
                 self.skeleton.empty_block(index)
@@ -244,7 +250,12 @@ class _Run:
         earlier = [list(one) for one in self.came_out]
         hidden: Waiting | None = None
         self.calls = Calls(self.device)
-        for number, (entered, heard) in enumerate(self.skeleton.capture(row, batches, earlier)):
+        self.probe = None
+        captured = self.skeleton.capture(row, batches if row else chain([_first_text(self.samples)], batches), earlier)
+        if not row:
+            entered, heard = next(captured)
+            self.probe = entered.shape[1], heard
+        for number, (entered, heard) in enumerate(captured):
             if hidden is None:
                 shape = (self.total, *entered.shape[1:])
                 hidden = Waiting(shape, self.batch, entered.dtype, self.device, self.context.work_dir)
@@ -297,7 +308,7 @@ class _Run:
         if groups is not None:
             return self._press_in_turn(index, tensors, linears, groups)
         inputs = self._watch(index, linears) + self._watch_starved(index, linears)
-        settled = self._settle(tensors, inputs, linears)
+        settled = self._settle(index, tensors, inputs, linears)
         del inputs
         self.skeleton.fill_block(index, tensors | {name: one.weight for name, one in settled.items()})
         if index + 1 < self.count:
@@ -305,16 +316,31 @@ class _Run:
         return settled
 
     def _settle(
-        self, tensors: Mapping[str, Tensor], inputs: Sequence[Inputs], linears: Mapping[str, nn.Module]
+        self, index: int, tensors: Mapping[str, Tensor], inputs: Sequence[Inputs], linears: Mapping[str, nn.Module]
     ) -> dict[str, Settled]:
         """The method's answer. It knows weights as [out, in] alone; those stored the other way round are turned before and after."""
-        for one in inputs:
-            check_finite([name.removesuffix(".weight") for name in one.names], one.statistic)
+        layers = [[name.removesuffix(".weight") for name in one.names] for one in inputs]
+        for names, one in zip(layers, inputs, strict=True):
+            check_finite(names, one.statistic)
         self.unseen += [name for one in inputs if one.statistic.tokens == 0 for name in one.names]
         turned = {name for name, one in linears.items() if is_conv1d(one)}
         given = {name: one.t().contiguous() if name in turned else one for name, one in tensors.items()}
-        settled = self.method.settle(given, inputs, self.device)
+        live = self._live(index, given, turned)
+        with naming([name for names in layers for name in names]):
+            settled = self.method.settle(live, inputs, self.device)
+        self.warnings = live.warnings
         return {name: _turned(name, one) if name in turned else one for name, one in settled.items()}
+
+    def _live(self, index: int, given: Mapping[str, Tensor], turned: set[str]) -> LiveBlock:
+        """The block for a method; one that settles more than what stands behind one tensor may try it."""
+        block = self.skeleton.blocks[index]
+        if self.probe is None or self.method.by_group:
+            return LiveBlock(given, block)
+        length, heard = self.probe
+        for mixture in self._experts_of(index):
+            mixture.real = None if self.real is None else self.real[0, :length].to(self.device)
+        entered = self.came_out[-1].look_at(0)[:1, :length]
+        return LiveBlock(given, block, entered, [call for at, call in heard if at == index], turned)
 
     # In two passes: watch, settle, run again
 
@@ -398,7 +424,7 @@ class _Run:
             nonlocal statistic
             assert statistic is not None
             names = tuple(block.names[layer] for layer in layers)
-            found = self._settle({name: tensors[name] for name in names}, [Inputs(names, statistic)], linears)
+            found = self._settle(index, {name: tensors[name] for name in names}, [Inputs(names, statistic)], linears)
             statistic = None
             for name, one in found.items():
                 weight = one.weight.to(self.device, self.skeleton.dtype)
@@ -442,7 +468,13 @@ class _Run:
         tensors = {name: self.source.read(name) for name in self.skeleton.block_names(index)}
         return {name: one.pin_memory() for name, one in tensors.items()} if self.device.type == "cuda" else tensors
 
-    def _write(self, index: int, tensors: Mapping[str, Tensor], effects: Mapping[str, Effect | None]) -> None:
+    def _write(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        effects: Mapping[str, Effect | None],
+        warnings: Sequence[str],
+    ) -> None:
         self._write_shard(self._block_file(index), tensors)
         unseen = [name for name in self.unseen if name in effects]
         starved = {name: count for name, count in self.starved.items() if name in effects}
@@ -451,6 +483,7 @@ class _Run:
             "effects": {name: asdict(one) for name, one in effects.items() if one is not None},
             "unseen": unseen,
             "starved": starved,
+            "warnings": list(warnings),
         }
         write_file(self._record_file(index), json.dumps(body).encode())
 
@@ -501,11 +534,13 @@ class _Run:
         effects = dict(self.effects)
         unseen: list[str] = []
         starved: dict[str, int] = {}
+        warnings: Counter[str] = Counter()
         for index in range(self.count):
             record = json.loads(self._record_file(index).read_bytes())
             effects |= {name: Effect(**one) for name, one in record["effects"].items()}
             unseen += record["unseen"]
             starved |= record["starved"]
+            warnings.update(record["warnings"])
         self.context.progress(1.0, "done")
         return Pressed(
             effects=effects,
@@ -520,6 +555,7 @@ class _Run:
                 for name in self.source.names()
                 if name not in effects and name.endswith(".weight") and len(self.source.stored(name).info.shape) == 2
             ),
+            warnings=dict(warnings),
         )
 
 
@@ -538,6 +574,11 @@ def _turned(name: str, one: Settled) -> Settled:
     assert one.tensors.keys() == {name}, "codes can't be turned"
     weight = one.weight.t().contiguous()
     return Settled(weight=weight, tensors={name: weight}, effect=one.effect)
+
+
+def _first_text(samples: Batch) -> Batch:
+    """The beginning of the first text, or the first image."""
+    return {name: one[:1] if one.dim() > 2 else one[:1, :PROBE_TOKENS] for name, one in samples.items()}
 
 
 def _tokens_a_sample(samples: Batch, config: Any) -> int:
