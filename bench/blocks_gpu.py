@@ -138,13 +138,11 @@ def write_model(folder: Path, shape: Shape, layers: int) -> None:
     ones = torch.ones(shape.hidden, device="cuda", dtype=torch.bfloat16)
     rest["model.norm.weight"] = ones
     save_file(rest, folder / "model-rest.safetensors")
-    places = dict.fromkeys(rest, "model-rest.safetensors")
     for layer in range(layers):
         tensors = {f"model.layers.{layer}.{name}.weight": random(*size) for name, size in shape.matrices.items()}
         tensors |= {f"model.layers.{layer}.{name}_layernorm.weight": ones for name in ("input", "post_attention")}
         save_file({name: one.clone() for name, one in tensors.items()}, folder / f"model-{layer:03}.safetensors")
-        places |= dict.fromkeys(tensors, f"model-{layer:03}.safetensors")
-    write_index(folder, places, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    write_index(folder)
 
 
 def floor(shape: Shape, samples: int, length: int) -> dict[str, float]:

@@ -62,19 +62,15 @@ def write_model(folder: Path, size: int) -> int:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 0.02
 
-    weight_map = {}
     for block in range(blocks):
         prefix = f"model.layers.{block}."
         tensors = {f"{prefix}{name}.weight": random(*shape) for name, shape in matrices.items()}
         tensors |= {f"{prefix}{name}_layernorm.weight": ones.clone() for name in ("input", "post_attention")}
         save_file(tensors, folder / f"model-{block:04}.safetensors")
-        weight_map |= dict.fromkeys(tensors, f"model-{block:04}.safetensors")
     rest = {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN), "model.norm.weight": ones}
     save_file(rest, folder / "model-rest.safetensors")
-    weight_map |= dict.fromkeys(rest, "model-rest.safetensors")
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    write_index(folder, weight_map, total)
-    return total
+    write_index(folder)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def press(model: Path, work: Path, name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from core.errors import ErrorCode, NightpressError
 from core.recipes.header import TensorInfo
 
 INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
 _MAX_HEADER = 100 * 1024**2
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -163,9 +164,22 @@ class ShardWriter:
         self.abandon()
 
 
-def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
-    """The index that says which shard holds which tensor."""
-    body = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+def write_index(folder: Path) -> None:
+    """Finish a checkpoint: write which shard holds which tensor, as the shards in the folder say.
+
+    Readers look for `model.safetensors` first and need no index for it. Weights under any other name are found by the index alone, even
+    where they are one file. Raises NightpressError(malformed_model) if a tensor lies in two shards.
+    """
+    shards = read_shards(folder)
+    if [shard.path.name for shard in shards] == [WEIGHTS_FILE]:
+        return
+    weight_map: dict[str, str] = {}
+    for shard in shards:
+        for stored in shard.tensors:
+            if weight_map.setdefault(stored.name, shard.path.name) != shard.path.name:
+                raise _malformed(shard.path, f"{stored.name} lies in {weight_map[stored.name]}, too")
+    total = sum(stored.info.size for shard in shards for stored in shard.tensors)
+    body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_file(folder / INDEX_FILE, json.dumps(body, indent=2).encode() + b"\n")
 
 

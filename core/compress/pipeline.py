@@ -443,6 +443,8 @@ class _Press:
 
     def _record(self, record: PassRecord) -> None:
         self.records.append(record)
+        for text in record.warnings:
+            self.emit(Log(level="warning", text=text))
         for step, layer in enumerate(record.layers):
             self.emit(Metric(name=f"{record.name}.relative_error", value=layer.relative_error, step=step))
         ended_ns = time.time_ns()
@@ -490,7 +492,7 @@ class _Press:
         )
 
     def _notes(self, header: ModelHeader) -> tuple[str, ...]:
-        notes = list(make_plan(self.recipe, header).warnings)
+        notes = [*make_plan(self.recipe, header).warnings, *(text for one in self.records for text in one.warnings)]
         if source_dtypes := {one.dtype for one in header.tensors} - {"F32", "I64"}:
             kinds = ", ".join(sorted(source_dtypes))
             notes.append(

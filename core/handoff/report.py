@@ -167,6 +167,7 @@ class PassRecord(_Model):
     layers: tuple[LayerEffect, ...] = ()
     series: tuple[Series, ...] = ()
     peak_gpu_bytes: int | None = None  #: of the GPU's memory while it ran; None on a CPU
+    warnings: tuple[str, ...] = ()  #: what it left out, and why
 
 
 class GateResult(_Model):

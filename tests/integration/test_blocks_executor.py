@@ -19,6 +19,7 @@ from core.compress.context import PassContext
 from core.compress.evaluate.calibration import model_inputs
 from core.compress.executors import blocks
 from core.compress.executors.blocks import Inputs, Settled, press_blocks
+from core.compress.executors.live_block import LiveBlock
 from core.compress.executors.rewrite import Effect
 from core.compress.passes.activations import RoundedInputs
 from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
@@ -296,7 +297,7 @@ class _Scaled:
     def watch(self, columns: int, device: torch.device) -> Power:
         return Power(columns, device)
 
-    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
         seen = {name: one for one in inputs for name in one.names}
         floats = {name: block[name].to(device).float() for name in seen}
         for place in self._folding.places(block, seen):

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from core.compress.checkpoint import ShardWriter, read_shard, read_shards, tensor_info, write_index
+from core.compress.checkpoint import INDEX_FILE, ShardWriter, read_shard, read_shards, tensor_info, write_index
 from core.compress.executors.rewrite import tensor_bytes
 from core.errors import ErrorCode, NightpressError
 
@@ -163,8 +163,23 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path):
 
 
 def test_an_index_is_sorted_and_adds_up(tmp_path: Path):
-    write_index(tmp_path, {"b": "model-2.safetensors", "a": "model-1.safetensors"}, 12)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_bytes())
-    assert list(index["weight_map"]) == ["a", "b"]
+    save_file({"b": torch.zeros(2)}, tmp_path / "model-1.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "model-2.safetensors")
+    write_index(tmp_path)
+    index = json.loads((tmp_path / INDEX_FILE).read_bytes())
+    assert list(index["weight_map"].items()) == [("a", "model-2.safetensors"), ("b", "model-1.safetensors")]
     assert index["metadata"]["total_size"] == 12
-    assert [one.name for one in tmp_path.iterdir()] == ["model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("model.safetensors", False), ("model-00001-of-00001.safetensors", True)])
+def test_only_the_file_that_readers_look_for_first_needs_no_index(name: str, wanted: bool, tmp_path: Path):
+    save_file({"a": torch.zeros(1)}, tmp_path / name)
+    write_index(tmp_path)
+    assert (tmp_path / INDEX_FILE).exists() is wanted
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path):
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        save_file({"a": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(NightpressError, match="a lies in model-1"):
+        write_index(tmp_path)

@@ -13,10 +13,12 @@ import contextlib
 import gc
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,8 +43,9 @@ from core.compress.executors.activations import (
     return_freed_memory,
 )
 from core.compress.executors.experts import Experts
+from core.compress.executors.live_block import PROBE_TOKENS, LiveBlock
 from core.compress.executors.rewrite import Effect, Rewrite, becomes
-from core.compress.executors.skeleton import Batch, Skeleton, Source, is_conv1d
+from core.compress.executors.skeleton import Batch, Call, Skeleton, Source, is_conv1d
 from core.compress.executors.watch import (
     EnoughSeen,
     Groups,
@@ -52,13 +55,15 @@ from core.compress.executors.watch import (
     Watched,
     find_groups,
     in_features,
+    split_mask,
     without_padding,
 )
+from core.compress.numbers import check_finite, naming
 from core.compress.solvers.grid import Workspace
 from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import BATCH_TOKENS, IN_TURN_BYTES, in_turn_bytes
 
-__all__ = ["Inputs", "Method", "Pressed", "Settled", "Statistic", "press_blocks"]
+__all__ = ["CacheStandIn", "Inputs", "Method", "Pressed", "Settled", "Statistic", "press_blocks"]
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,17 @@ class Method(Protocol):
 
     def watch(self, columns: int, device: torch.device) -> Statistic: ...
 
-    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
         """What becomes of the tensors of a block, given by name in their stored dtype: of all that were watched, and of others if need be."""
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         """A settled linear weight from what was written."""
+
+
+class CacheStandIn(Protocol):
+    """What blocks are given in place of a key/value cache, to see what they would cache."""
+
+    real: Tensor | None  #: bool [B, L] of the batch that runs: False where it is padding; None: nowhere
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ class Pressed:
         str, int
     ]  #: weights of experts that were calibrated with every token, and how few the router gave them
     kept: tuple[str, ...]  #: matrices that were copied
+    warnings: dict[str, int]  #: what a person should know, and of how many blocks it is true
 
 
 def press_blocks(
@@ -109,7 +121,7 @@ def press_blocks(
     chosen: frozenset[str],
     recipe: str,
     outside: Mapping[str, Rewrite] | None = None,
-    cache: object | None = None,
+    cache: CacheStandIn | None = None,
 ) -> Pressed:
     """Settle the chosen weights of all blocks and copy the rest of the model's tensors; `target` gets its shards and their index.
 
@@ -163,7 +175,7 @@ class _Run:
         chosen: frozenset[str],
         recipe: str,
         outside: Mapping[str, Rewrite],
-        cache: object | None,
+        cache: CacheStandIn | None,
         share: int,
     ) -> None:
         self.outside, self.cache = outside, cache
@@ -171,7 +183,7 @@ class _Run:
         self.source = Source(read_shards(source))
         self.device = torch.device(context.device)
         self.skeleton = Skeleton(source, self.source, context.device, self._compute_dtype())
-        self.samples, self.real = _without_idle_mask(samples)
+        self.samples, self.real = split_mask(samples)
         self.total = len(next(iter(samples.values())))
         self.length = _tokens_a_sample(samples, self.skeleton.config)
         self.batch = max(1, min(self.total, BATCH_TOKENS[self.device.type] // share // self.length))
@@ -189,6 +201,8 @@ class _Run:
         self.unseen: list[str] = []
         self.starved: dict[str, int] = {}
         self.groups: dict[tuple[str, ...], Groups | None] = {}
+        self.probe: tuple[int, list[tuple[int, Call]]] | None = None  #: length of a text, and the blocks' calls for it
+        self.warnings: list[str] = []  #: of the block that was settled last
 
     def run(self) -> Pressed:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
@@ -241,7 +255,12 @@ class _Run:
         earlier = [list(one) for one in self.came_out]
         hidden: Waiting | None = None
         self.calls = Calls(self.device)
-        for number, (entered, heard) in enumerate(self.skeleton.capture(row, batches, earlier)):
+        self.probe = None
+        captured = self.skeleton.capture(row, batches if row else chain([_first_text(self.samples)], batches), earlier)
+        if not row:
+            entered, heard = next(captured)
+            self.probe = entered.shape[1], heard
+        for number, (entered, heard) in enumerate(captured):
             if hidden is None:
                 shape = (self.total, *entered.shape[1:])
                 hidden = Waiting(shape, self.batch, entered.dtype, self.device, self.context.work_dir)
@@ -260,7 +279,8 @@ class _Run:
             beside: dict[str, object] = {}
             if watched is not None:
                 watched.stops, watched.real = at == len(calls), self._real(number)
-                beside = {} if self.cache is None else {"past_key_values": self.cache}
+                if self.cache is not None:
+                    self.cache.real, beside = watched.real, {"past_key_values": self.cache}
             out = block(batch, *call.args, **{**call.kwargs, **beside})
             batch = out[0] if isinstance(out, tuple) else out
         return batch
@@ -293,7 +313,7 @@ class _Run:
         if groups is not None:
             return self._press_in_turn(index, tensors, linears, groups)
         inputs = self._watch(index, linears) + self._watch_starved(index, linears)
-        settled = self._settle(tensors, inputs, linears)
+        settled = self._settle(index, tensors, inputs, linears)
         del inputs
         self.skeleton.fill_block(index, tensors | {name: one.weight for name, one in settled.items()})
         if index + 1 < self.count:
@@ -301,14 +321,31 @@ class _Run:
         return settled
 
     def _settle(
-        self, tensors: Mapping[str, Tensor], inputs: Sequence[Inputs], linears: Mapping[str, nn.Module]
+        self, index: int, tensors: Mapping[str, Tensor], inputs: Sequence[Inputs], linears: Mapping[str, nn.Module]
     ) -> dict[str, Settled]:
         """The method's answer. It knows weights as [out, in] alone; those stored the other way round are turned before and after."""
+        layers = [[name.removesuffix(".weight") for name in one.names] for one in inputs]
+        for names, one in zip(layers, inputs, strict=True):
+            check_finite(names, one.statistic)
         self.unseen += [name for one in inputs if one.statistic.tokens == 0 for name in one.names]
         turned = {name for name, one in linears.items() if is_conv1d(one)}
         given = {name: one.t().contiguous() if name in turned else one for name, one in tensors.items()}
-        settled = self.method.settle(given, inputs, self.device)
+        live = self._live(index, given, turned)
+        with naming([name for names in layers for name in names]):
+            settled = self.method.settle(live, inputs, self.device)
+        self.warnings = live.warnings
         return {name: _turned(name, one) if name in turned else one for name, one in settled.items()}
+
+    def _live(self, index: int, given: Mapping[str, Tensor], turned: set[str]) -> LiveBlock:
+        """The block for a method; one that settles more than what stands behind one tensor may try it."""
+        block = self.skeleton.blocks[index]
+        if self.probe is None or self.method.by_group:
+            return LiveBlock(given, block)
+        length, heard = self.probe
+        for mixture in self._experts_of(index):
+            mixture.real = None if self.real is None else self.real[0, :length].to(self.device)
+        entered = self.came_out[-1].look_at(0)[:1, :length]
+        return LiveBlock(given, block, entered, [call for at, call in heard if at == index], turned)
 
     # In two passes: watch, settle, run again
 
@@ -392,7 +429,7 @@ class _Run:
             nonlocal statistic
             assert statistic is not None
             names = tuple(block.names[layer] for layer in layers)
-            found = self._settle({name: tensors[name] for name in names}, [Inputs(names, statistic)], linears)
+            found = self._settle(index, {name: tensors[name] for name in names}, [Inputs(names, statistic)], linears)
             statistic = None
             for name, one in found.items():
                 weight = one.weight.to(self.device, self.skeleton.dtype)
@@ -442,6 +479,7 @@ class _Run:
             "effects": {name: asdict(one.effect) for name, one in settled.items() if one.effect is not None},
             "unseen": [name for name in self.unseen if name in settled],
             "starved": {name: count for name, count in self.starved.items() if name in settled},
+            "warnings": list(self.warnings),
         }
 
     def _write(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -491,21 +529,18 @@ class _Run:
         return self.count
 
     def _conclude(self) -> Pressed:
-        weight_map: dict[str, str] = {}
-        sizes: dict[str, int] = {}
-        for number in range(self.count + 1):
-            shard = read_shard(self.target / self._shard_name(number))
-            weight_map |= dict.fromkeys((one.name for one in shard.tensors), shard.path.name)
-            sizes |= {one.name: one.info.size for one in shard.tensors}
-        write_index(self.target, weight_map, sum(sizes.values()))
+        write_index(self.target)
+        sizes = {one.name: one.info.size for shard in read_shards(self.target) for one in shard.tensors}
         effects = dict(self.effects)
         unseen: list[str] = []
         starved: dict[str, int] = {}
+        warnings: Counter[str] = Counter()
         for index in range(self.count):
             record = json.loads(self._record_file(index).read_bytes())
             effects |= {name: Effect(**one) for name, one in record["effects"].items()}
             unseen += record["unseen"]
             starved |= record["starved"]
+            warnings.update(record["warnings"])
         self.context.progress(1.0, "done")
         return Pressed(
             effects=effects,
@@ -520,6 +555,7 @@ class _Run:
                 for name in self.source.names()
                 if name not in effects and name.endswith(".weight") and len(self.source.stored(name).info.shape) == 2
             ),
+            warnings=dict(warnings),
         )
 
 
@@ -538,14 +574,9 @@ def _turned(name: str, one: Settled) -> Settled:
     return Settled(weight=weight, tensors={name: weight}, effect=one.effect)
 
 
-def _without_idle_mask(samples: Batch) -> tuple[Batch, Tensor | None]:
-    """The samples without a mask that hides nothing, and the mask as bool [samples, length] where it hides padding."""
-    mask = samples.get("attention_mask")
-    if mask is None:
-        return samples, None
-    if bool(mask.all()):
-        return {name: one for name, one in samples.items() if not name.endswith("attention_mask")}, None
-    return samples, mask.bool()
+def _first_text(samples: Batch) -> Batch:
+    """The beginning of the first text, or the first image."""
+    return {name: one[:1] if one.dim() > 2 else one[:1, :PROBE_TOKENS] for name, one in samples.items()}
 
 
 def _tokens_a_sample(samples: Batch, config: Any) -> int:

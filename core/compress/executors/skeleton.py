@@ -42,6 +42,12 @@ class Block:
     module: nn.Module
     names: Mapping[str, str]  #: by a parameter of the module, what the files call it; in the files' order
 
+    @property
+    def name(self) -> str:
+        """What the files call the block."""
+        short, stored = next(iter(self.names.items()))
+        return stored.removesuffix(f".{short}")
+
 
 class Source:
     """The tensors of shards by name, read when asked for."""

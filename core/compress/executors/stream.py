@@ -66,11 +66,7 @@ def sweep(
     Sweep(jobs, context, target, commit, span).run()
 
     outputs = {stored.name: becomes(stored.info, choose(stored.info)) for shard in shards for stored in shard.tensors}
-    if len(shards) > 1 or (source / INDEX_FILE).exists():
-        weight_map = {
-            out.name: shard.path.name for shard in shards for stored in shard.tensors for out in outputs[stored.name]
-        }
-        write_index(target, weight_map, sum(out.size for group in outputs.values() for out in group))
+    write_index(target)
     merged = {name: effect for shard in shards for name, effect in effects[shard.path.name].items()}
     return Swept(effects=merged, outputs=outputs)
 

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from core.compress.checkpoint import read_shards
 from core.compress.context import PassContext
 from core.compress.executors.activations import Calls
-from core.compress.executors.skeleton import Skeleton, Source
+from core.compress.executors.skeleton import Batch, Skeleton, Source
+from core.compress.executors.watch import split_mask, without_padding
 from core.compress.networks import load_model
+from core.compress.numbers import check_finite
 from core.compress.solvers.units import Moments
 from core.recipes.anatomy import Anatomy
 from core.recipes.costs import BATCH_TOKENS
@@ -33,15 +35,23 @@ class Seen:
     influence: float  #: one minus the mean cosine of what enters with what leaves, over tokens
 
 
-def survey(source: Path, ids: Tensor, context: PassContext, watched: str | None) -> Iterator[Seen]:
-    """Run ids [samples, length] through the blocks of the model, one after the other. watched: a module within a block, or None."""
+def survey(source: Path, samples: Batch, context: PassContext, watched: str | None) -> Iterator[Seen]:
+    """Run texts, with their mask if they are padded, through the model's blocks one after the other. watched: a module within a block, or None.
+
+    Raises NightpressError(numerical_failure) for a block that gives, or is given, no finite numbers.
+    """
     files = Source(read_shards(source))
     device = torch.device(context.device)
     skeleton = Skeleton(source, files, context.device, torch.float32)
-    rows = max(1, min(len(ids), BATCH_TOKENS[device.type] // ids.shape[1]))
+    samples, real = split_mask(samples)
+    total, length = samples["input_ids"].shape
+    rows = max(1, min(total, BATCH_TOKENS[device.type] // length))
+    starts = range(0, total, rows)
+    masks = [None if real is None else real[at : at + rows].to(device) for at in starts]
+    tokens = total * length if real is None else int(real.sum())
     with torch.no_grad():
         hidden, calls = [], Calls(device)
-        batches = ({"input_ids": one} for one in torch.split(ids, rows))
+        batches = ({name: one[at : at + rows] for name, one in samples.items()} for at in starts)
         for entered, heard in skeleton.capture(0, batches, []):
             hidden.append(entered.clone())
             calls.add(heard, keep_on=device)
@@ -49,32 +59,42 @@ def survey(source: Path, ids: Tensor, context: PassContext, watched: str | None)
             context.progress(index / len(skeleton.blocks), f"looking at block {index + 1} of {len(skeleton.blocks)}")
             tensors = {name: files.read(name) for name in skeleton.block_names(index)}
             block = skeleton.fill_block(index, tensors)
-            moments: list[Moments] = []
+            look = _Look(device)
             cosines = torch.zeros((), dtype=torch.float64)
             with ExitStack() as stack:
                 if watched is not None:
-                    hook = block.get_submodule(watched).register_forward_pre_hook(_take_moments(moments, device))
-                    stack.callback(hook.remove)
+                    stack.callback(block.get_submodule(watched).register_forward_pre_hook(look).remove)
                 for at, before in enumerate(hidden):
+                    look.real = masks[at]
                     (call,) = calls.of(index, at)
                     out = block(before, *call.args, **call.kwargs)
                     after = out[0] if isinstance(out, tuple) else out
-                    cosines += F.cosine_similarity(before, after, dim=-1).double().sum().cpu()
+                    each = F.cosine_similarity(before, after, dim=-1)  # [B, L]
+                    cosines += without_padding(each[..., None], masks[at]).double().sum().cpu()
                     hidden[at] = after
             skeleton.empty_block(index)
-            yield Seen(index, tensors, moments[0] if moments else None, 1 - float(cosines) / ids.numel())
+            name = skeleton.blocks[index].name
+            check_finite([name], cosines)
+            if look.moments is not None:
+                check_finite([f"{name}.{watched}"], look.moments)
+            yield Seen(index, tensors, look.moments, 1 - float(cosines) / tokens)
 
 
-def _take_moments(into: list[Moments], device: torch.device) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not into:
-            into.append(Moments(inputs[0].shape[-1], device))
-        into[0].add(inputs[0])
+class _Look:
+    """Sums up what a module is given."""
 
-    return hook
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.moments: Moments | None = None
+        self.real: Tensor | None = None  #: bool [B, L] of the batch that runs; None: it has no padding
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.moments is None:
+            self.moments = Moments(inputs[0].shape[-1], self._device)
+        self.moments.add(without_padding(inputs[0], self.real))
 
 
-def unit_gradients(source: Path, ids: Tensor, context: PassContext, anatomy: Anatomy, watched: str) -> list[Tensor]:
+def unit_gradients(source: Path, samples: Batch, context: PassContext, anatomy: Anatomy, watched: str) -> list[Tensor]:
     """For each block [inputs of the watched module]: what the loss would change by without the weights behind each input.
 
     Σ_i |w_ij ∂L/∂w_ij|, in the mean over samples (LLM-Pruner, arXiv 2305.11627, eq. 5). The absolute value is taken weight by weight: a norm
@@ -95,20 +115,24 @@ def unit_gradients(source: Path, ids: Tensor, context: PassContext, anatomy: Ana
         else:
             found[index] += score
 
-    _backwards(model, ids, context, modules, collect)
-    return [one / len(ids) for one in found]
+    _backwards(model, samples, context, modules, collect)
+    for at, one in enumerate(found):
+        check_finite([anatomy.name(at, watched, "weight").removesuffix(".weight")], one)
+    return [one / len(samples["input_ids"]) for one in found]
 
 
-def block_gradients(source: Path, ids: Tensor, context: PassContext, anatomy: Anatomy) -> list[float]:
+def block_gradients(source: Path, samples: Batch, context: PassContext, anatomy: Anatomy) -> list[float]:
     """For each block: what the loss would change by without what it adds to the hidden states: Σ_i |Σ_tokens a_i ∂L/∂a_i|, in the mean over samples."""
-    found = [0.0] * anatomy.layers
+    found, texts = [0.0] * anatomy.layers, len(samples["input_ids"])
 
     def collect(index: int, entered: Tensor, left: Tensor) -> None:
         assert left.grad is not None
-        found[index] += float(((left - entered).detach() * left.grad).sum((0, 1)).abs().sum()) / len(ids)
+        found[index] += float(((left - entered).detach() * left.grad).sum((0, 1)).abs().sum()) / texts
 
     model = _whole(source, context)
-    _backwards(model, ids, context, _blocks(model, anatomy), collect)
+    _backwards(model, samples, context, _blocks(model, anatomy), collect)
+    for at, one in enumerate(found):
+        check_finite([f"{anatomy.prefix}{at}"], torch.tensor(one))
     return found
 
 
@@ -129,12 +153,16 @@ def _blocks(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
 
 def _backwards(
     model: nn.Module,
-    ids: Tensor,
+    samples: Batch,
     context: PassContext,
     modules: Sequence[nn.Module],
     collect: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Run the texts forwards and backwards, a text at a time, and hand on what entered and what left each module, the latter with its gradient."""
+    """Run the texts forwards and backwards, and hand on what entered and what left each module, the latter with its gradient.
+
+    A text runs by itself, so its padding is cut off.
+    """
+    ids, real = samples["input_ids"], split_mask(samples)[1]
     kept: list[tuple[Tensor, Tensor]] = []
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Any) -> None:
@@ -149,7 +177,8 @@ def _backwards(
         stack.callback(embeddings.register_forward_hook(lambda _module, _args, out: out.requires_grad_(True)).remove)
         for one in modules:
             stack.callback(one.register_forward_hook(hook, with_kwargs=True).remove)
-        for at, sample in enumerate(torch.split(ids, 1)):
+        for at in range(len(ids)):
+            sample = ids[at : at + 1] if real is None else ids[at : at + 1, real[at]]
             context.progress(at / len(ids), f"gradients of text {at + 1} of {len(ids)}")
             _loss(model, sample.to(context.device), context, generator).backward()  # type: ignore[no-untyped-call]
             for index, (entered, left) in enumerate(kept):
@@ -166,7 +195,8 @@ def _loss(model: nn.Module, ids: Tensor, context: PassContext, generator: torch.
     task = context.header.task
     if task == "causal-lm":
         logits = model(input_ids=ids, use_cache=False).logits
-        return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+        # A text of one token has no next one: its sum is 0, where a mean would be NaN.
+        return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum") / max(1, ids.shape[1] - 1)
     out = model(input_ids=ids)
     if task == "embedding":
         pooled = out.last_hidden_state.mean(1).float()

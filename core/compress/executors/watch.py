@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from core.compress.executors.skeleton import is_conv1d
+from core.compress.executors.skeleton import Batch, is_conv1d
 
 
 class Statistic(Protocol):
@@ -20,6 +20,9 @@ class Statistic(Protocol):
 
     def add(self, inputs: Tensor) -> None:
         """Take in [..., columns]."""
+
+    def is_finite(self) -> bool:
+        """Whether all that was taken in is finite, and what was made of it."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +263,16 @@ def _hooks(hooks: "Mapping[str, _Hook]", modules: Mapping[str, nn.Module]) -> It
 def in_features(module: Any) -> int:
     """How many inputs a linear layer takes."""
     return int(module.weight.shape[0] if is_conv1d(module) else module.weight.shape[1])
+
+
+def split_mask(samples: Batch) -> tuple[Batch, Tensor | None]:
+    """The samples without a mask that hides nothing, and the mask as bool [samples, length] where it hides padding."""
+    mask = samples.get("attention_mask")
+    if mask is None:
+        return samples, None
+    if bool(mask.all()):
+        return {name: one for name, one in samples.items() if not name.endswith("attention_mask")}, None
+    return samples, mask.bool()
 
 
 def without_padding(inputs: Tensor, real: Tensor | None) -> Tensor:

@@ -12,9 +12,12 @@ from torch import Tensor
 from core.compress.checkpoint import write_file
 from core.compress.context import PassContext
 from core.compress.executors.blocks import Inputs, Settled, Statistic
+from core.compress.executors.live_block import LiveBlock
+from core.compress.executors.watch import without_padding
 from core.compress.export.compressed_tensors import CACHE_FILE
+from core.compress.numbers import check_finite
 from core.compress.passes.calibrated import made_up, press, quantize, record, round_obs, scheme_of, settle_coded
-from core.compress.passes.folding import Folding, Part
+from core.compress.passes.folding import Folding, Part, Place
 from core.compress.passes.quantize import stream_rounded
 from core.compress.solvers.obs import factorize
 from core.compress.solvers.smooth import Rounded, Strengths, Taker, input_scale, search_factors, smoothing_factors
@@ -55,10 +58,11 @@ class RoundedInputs:
     def watch(self, columns: int, device: torch.device) -> Strengths:
         return Strengths(columns, device, gram=self._smooth is not None and self._smooth.weights == "gptq")
 
-    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
         seen = {name: one for one in inputs for name in one.names}
+        places = [] if self._smooth is None else self._folding.places(block, seen)
         floats = {name: block[name].to(device).float() for name in seen}
-        factors = {} if self._smooth is None else self._even_out(self._smooth, block, seen, floats)
+        factors = {} if self._smooth is None else self._even_out(self._smooth, places, block, floats)
         settled = {name: made_up(name, one, block[name].dtype) for name, one in floats.items() if name not in seen}
         for one in inputs:
             given = factors.get(one.names[0], torch.ones((), device=device))
@@ -71,12 +75,12 @@ class RoundedInputs:
     def _even_out(
         self,
         options: SmoothQuant,
+        places: Sequence[Place],
         block: Mapping[str, Tensor],
-        seen: Mapping[str, Inputs],
         floats: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         factors: dict[str, Tensor] = {}
-        for place in self._folding.places(block, seen):
+        for place in places:
             if options.alpha == "search":
                 takers = [self._taker(part, floats) for part in place.parts]
                 found = search_factors(takers, self._grid, share=place.share)
@@ -158,6 +162,8 @@ class CacheScales:
         largest = self.cache.take()
         weight = next(name for name in block if name.endswith(CACHED_FROM))
         attention, stored = weight.rsplit(".", 2)[0], block[weight].dtype
+        for one in largest.values():
+            check_finite([attention], one)
         scales = {
             f"{attention}.{part}_scale": input_scale(one.float().view(1), self._grid).to(stored)
             for part, one in largest.items()
@@ -173,11 +179,13 @@ class _SeenByCache:
     """Stands for a model's key/value cache: keeps the largest magnitudes of what comes, and hands it on."""
 
     def __init__(self) -> None:
+        self.real: Tensor | None = None
         self._largest: dict[str, Tensor] = {}
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """keys and values [B, heads, L, width]"""
         for part, one in (("k", keys), ("v", values)):
-            largest = one.abs().amax()
+            largest = without_padding(one.transpose(1, 2).flatten(2), self.real).abs().amax()
             self._largest[part] = torch.maximum(self._largest[part], largest) if part in self._largest else largest
         return keys, values
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from core.compress.checkpoint import read_shards
 from core.compress.context import PassContext
 from core.compress.evaluate.calibration import calibration_samples
-from core.compress.executors.blocks import Inputs, Method, Pressed, Settled, Statistic, press_blocks
+from core.compress.executors.blocks import CacheStandIn, Inputs, Method, Pressed, Settled, Statistic, press_blocks
+from core.compress.executors.live_block import LiveBlock
 from core.compress.executors.rewrite import Effect
 from core.compress.executors.stream import copy_companions
 from core.compress.export.compressed_tensors import write_config
@@ -28,6 +29,7 @@ from core.compress.solvers.products import fast_products
 from core.compress.solvers.refine import fit_scales, output_loss
 from core.compress.solvers.wanda import Power, wanda_mask
 from core.compress.stored import Coded, dequantized, from_tensors, grid_of, round_weight, to_tensors
+from core.errors import ErrorCode, NightpressError
 from core.handoff.report import LayerEffect, PassRecord
 from core.recipes.header import ModelHeader
 from core.recipes.linears import is_linear_weight, module_of
@@ -264,11 +266,18 @@ class ActivationAware:
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
 
-    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
         seen = {name: one for one in inputs for name in one.names}
+        places = self._folding.places(block, seen)
+        if block.warnings and not places:
+            raise NightpressError(
+                ErrorCode.UNSUPPORTED_ARCHITECTURE,
+                f"`awq` can scale nothing in this model: {'; '.join(block.warnings)}.",
+                hint="Use `gptq`, which exchanges no factors.",
+            )
         floats = {name: block[name].to(device).float() for name in seen}
         factors: dict[str, Tensor] = {}
-        for place in self._folding.places(block, seen):
+        for place in places:
             takers = [self._taker(part, floats) for part in place.parts]
             found = search_scales(takers, block[place.targets[0]].dtype, share=place.share)
             del takers
@@ -342,7 +351,7 @@ def press(
     options: PassOptions,
     context: PassContext,
     *,
-    cache: object | None = None,
+    cache: CacheStandIn | None = None,
 ) -> Pressed:
     """Run the blocks executor over the linear layers that the options take, and round what they round beside them."""
     infos = [one.info for shard in read_shards(source) for one in shard.tensors]
@@ -402,5 +411,9 @@ def record(
             "uncalibrated": list(pressed.unseen),
             "starved_experts": pressed.starved,
         },
+        warnings=tuple(
+            f"`{options.name}`: {text} ({count} {'block' if count == 1 else 'blocks'})."
+            for text, count in pressed.warnings.items()
+        ),
         layers=layers,
     )

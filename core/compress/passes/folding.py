@@ -1,14 +1,24 @@
-"""Factors that linear layers and what stands before them exchange, the model's function staying as it is."""
+"""Factors that linear layers and what stands before them exchange, the model's function staying as it is.
+
+Where a family's parts lie is written down by its name (architectures.py). Whether factors may be exchanged there is proved on the model
+at hand, block by block, since keys of its config change a block's shape: OPT's norms stand before or behind its layers.
+"""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
+import torch
 from torch import Tensor
 
 from core.compress.architectures import FOLDS, Fold
 from core.compress.executors.blocks import Inputs, Statistic
+from core.compress.executors.live_block import LiveBlock
 from core.recipes.header import ModelHeader
+
+#: Of the change that scaling the targets alone makes. A true fold leaves less than a millionth, a false one a fifth and more.
+_SAME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,7 @@ class Place:
 
     def apply(self, factors: Tensor, block: Mapping[str, Tensor], floats: dict[str, Tensor]) -> None:
         """Multiply the targets' columns by factors [in], and divide what the source puts out by them. `floats` gets what changes."""
-        for name in (*self.targets, *self.routers):
-            floats[name] = _float(name, block, floats, factors) * factors
+        self.scale_targets(factors, block, floats)
         if self.kind == "values":
             heads, width = self.share
             factors = factors.view(heads, -1, width)[:, 0].reshape(-1)
@@ -49,6 +58,21 @@ class Place:
             floats[self.source] = before / factors.view(-1, *[1] * (before.dim() - 1))
         if self.bias in block:
             floats[self.bias] = _float(self.bias, block, floats, factors) / factors
+
+    def scale_targets(self, factors: Tensor, block: Mapping[str, Tensor], floats: dict[str, Tensor]) -> None:
+        """Multiply the columns of all that take the inputs: half of `apply`."""
+        for name in (*self.targets, *self.routers):
+            floats[name] = _float(name, block, floats, factors) * factors
+
+    def fits(self, block: Mapping[str, Tensor]) -> bool:
+        """Whether the source has a weight, and puts out as many numbers as the targets take in."""
+        if self.source not in block:
+            return False
+        columns, rows = {block[name].shape[1] for name in (*self.targets, *self.routers)}, len(block[self.source])
+        if self.kind == "values":
+            heads, width = self.share
+            return rows == heads * width and len(columns) == 1 and columns.pop() % rows == 0
+        return columns == {rows}
 
 
 class Folding:
@@ -64,18 +88,71 @@ class Folding:
             int(config.get("head_dim") or config.get("hidden_size", 0) // heads),
         )
 
-    def places(self, block: Mapping[str, Tensor], seen: Mapping[str, Inputs]) -> Iterator[Place]:
-        """Those of a block where every layer that takes the source's output is among the watched ones."""
-        for fold in self._folds:
-            # A cache's scale was found for the values as they are, and so was a bound on them.
-            bound = self._clips or any(name.endswith(".v_scale") for name in block)
-            if fold.kind == "values" and bound:
-                continue
-            for source, targets, routers in _named(fold, block):
-                parts = _parts(targets, seen)
-                if parts and all(name in block for name in routers):
-                    share = self._share if fold.kind == "values" else (1, 1)
-                    yield Place(f"{source}.weight", f"{source}.bias", parts, routers, fold.kind, share)
+    def places(self, block: LiveBlock, seen: Mapping[str, Inputs]) -> list[Place]:
+        """Those of a block where factors can be exchanged. The block is told what was left out because it would answer otherwise."""
+        candidates = [(fold, found) for fold in self._folds if (found := list(self._candidates(fold, block, seen)))]
+        proofs = _proofs([places for _, places in candidates], block)
+        proved: list[Place] = []
+        for (fold, places), holds in zip(candidates, proofs, strict=True):
+            if holds:
+                proved += places
+            else:
+                block.warnings.append(
+                    f"{fold.source} can't take factors from {', '.join(fold.targets)}: the block would answer otherwise"
+                )
+        return proved
+
+    def _candidates(self, fold: Fold, block: Mapping[str, Tensor], seen: Mapping[str, Inputs]) -> Iterator[Place]:
+        """Those where every layer that takes the source's output, as far as the family's name says, is among the watched ones."""
+        # A cache's scale was found for the values as they are, and so was a bound on them.
+        if fold.kind == "values" and (self._clips or any(name.endswith(".v_scale") for name in block)):
+            return
+        share = self._share if fold.kind == "values" else (1, 1)
+        for source, targets, routers in _named(fold, block):
+            parts = _parts(targets, seen)
+            if parts and all(name in block for name in routers):
+                yield Place(f"{source}.weight", f"{source}.bias", parts, routers, fold.kind, share)
+
+
+def _proofs(folds: Sequence[Sequence[Place]], block: LiveBlock) -> list[bool]:
+    """Of each fold, whether the block answers as before if factors are exchanged in all its places.
+
+    In all places at once, for an expert that is given no token shows nothing alone. What is left of the change is measured against what
+    the targets alone, scaled, would make: an answer's size says nothing, since most of it passes a block by.
+    """
+    fits = [block.runs and all(place.fits(block) for place in places) for places in folds]
+    if not any(fits):
+        return fits
+    trials = (trial for places, fit in zip(folds, fits, strict=True) if fit for trial in _trials(places, block))
+    answers = block.answers(chain([{}], trials))
+    before = next(answers)
+    proofs = []
+    for fit in fits:
+        change, left = (float((answer - before).norm()) for answer in islice(answers, 2)) if fit else (0.0, 0.0)
+        proofs.append(change > 0 and left <= _SAME * change)
+    return proofs
+
+
+def _trials(places: Sequence[Place], block: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The tensors that change if the targets of all places are scaled, and if factors are exchanged.
+
+    Factors are ½, 1 and 2, by which floats are multiplied without an error: a true fold changes next to no bit.
+    """
+    for exchange in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        floats: dict[str, Tensor] = {}
+        for place in places:
+            columns = block[place.targets[0]].shape[1]
+            factors = 2.0 ** torch.randint(-1, 2, (columns,), generator=generator)
+            if place.kind == "values":
+                heads, width = place.share
+                grouped = factors.view(heads, -1, width)
+                factors = grouped[:, :1].expand_as(grouped).reshape(-1)
+            if exchange:
+                place.apply(factors, block, floats)
+            else:
+                place.scale_targets(factors, block, floats)
+        yield floats
 
 
 def _named(fold: Fold, block: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:

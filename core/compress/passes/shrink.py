@@ -15,7 +15,7 @@ from core.compress.context import PassContext
 from core.compress.evaluate.calibration import calibration_samples
 from core.compress.executors.blocks import Inputs, Settled, press_blocks
 from core.compress.executors.rewrite import Effect, tensor_bytes
-from core.compress.executors.skeleton import Source
+from core.compress.executors.skeleton import Batch, Source
 from core.compress.executors.stream import copy_companions
 from core.compress.executors.survey import block_gradients, survey, unit_gradients
 from core.compress.solvers.units import (
@@ -40,8 +40,7 @@ def narrow(source: Path, target: Path, options: Narrowing, context: PassContext)
     start = time.monotonic()
     anatomy = options.anatomy(context.header)
     samples = calibration_samples(source, context)
-    ids = samples["input_ids"]
-    scores = _scores_ahead(source, ids, options, anatomy, context)
+    scores = _scores_ahead(source, samples, options, anatomy, context)
     method = Narrow(options, anatomy, scores)
     output = options.inner(anatomy).output
     pressed = press_blocks(
@@ -68,11 +67,11 @@ def layers(source: Path, target: Path, options: Layers, context: PassContext) ->
     anatomy = options.anatomy(context.header)
     influence: list[float] = []
     if options.remove is None:
-        ids = calibration_samples(source, context)["input_ids"]
+        samples = calibration_samples(source, context)
         if options.by_gradient:
-            influence = block_gradients(source, ids, context, anatomy)
+            influence = block_gradients(source, samples, context, anatomy)
         else:
-            influence = [seen.influence for seen in survey(source, ids, context, None)]
+            influence = [seen.influence for seen in survey(source, samples, context, None)]
         order = sorted(range(anatomy.layers), key=lambda at: (influence[at], at))
         gone = set(order[: options.count])
     else:
@@ -195,17 +194,17 @@ def unit_scores(
 
 
 def _scores_ahead(
-    source: Path, ids: Tensor, options: Narrowing, anatomy: Anatomy, context: PassContext
+    source: Path, samples: Batch, options: Narrowing, anatomy: Anatomy, context: PassContext
 ) -> list[Tensor] | None:
     """The importance of all units of all blocks, where it must be known before the first is touched; else None."""
     inner = options.inner(anatomy)
     if options.by_gradient:
-        found = unit_gradients(source, ids, context, anatomy, inner.output)
+        found = unit_gradients(source, samples, context, anatomy, inner.output)
         return [one.view(-1, anatomy.unit(inner)).sum(1) for one in found]
     if options.across == "layer":
         return None
     scores = []
-    for seen in survey(source, ids, context, inner.output):
+    for seen in survey(source, samples, context, inner.output):
         assert seen.moments is not None
         bias = anatomy.name(seen.index, inner.output, "bias")
         known = seen.moments.finish(centred=bias in seen.tensors)
@@ -233,11 +232,8 @@ def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[in
     """The tensors outside the blocks and of the blocks that stay, shard by shard, the blocks numbered anew."""
     target.mkdir(parents=True, exist_ok=True)
     number = {before: after for after, before in enumerate(kept)}
-    shards = read_shards(source)
-    files = Source(shards)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for shard in shards:
+    files = Source(read_shards(source))
+    for shard in files.shards:
         names = {}
         for one in shard.tensors:
             place = anatomy.place(one.name)
@@ -250,10 +246,7 @@ def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[in
             for old, new in names.items():
                 writer.write(new, 0, tensor_bytes(files.read(old)))
             writer.commit()
-        weight_map |= dict.fromkeys(names.values(), shard.path.name)
-        total += sum(info.size for info in infos)
-    if len(shards) > 1:
-        write_index(target, weight_map, total)
+    write_index(target)
 
 
 def _write_config(target: Path, changed: Mapping[str, Any]) -> None:

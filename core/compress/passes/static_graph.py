@@ -52,10 +52,15 @@ class QdqGraph:
         return (*self.inputs, *self.scores)
 
     @property
+    def operands(self) -> tuple[tuple[str, str], ...]:
+        """(product, tensor that it is given and that needs a range)."""
+        scores = ((name, x.tensor) for name, one in self.scores.items() for x in (one.query, one.key))
+        return (*self.inputs.items(), *scores)
+
+    @property
     def rounded(self) -> tuple[str, ...]:
         """The tensors that need ranges, product by product."""
-        operands = (x for one in self.scores.values() for x in (one.query, one.key))
-        return (*self.inputs.values(), *(one.tensor for one in operands))
+        return tuple(tensor for _, tensor in self.operands)
 
     @classmethod
     def of(cls, graph: Path, options: StaticInt8, top: int, factors_of: FactorsOf | None = None) -> "QdqGraph":

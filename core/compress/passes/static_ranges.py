@@ -12,17 +12,16 @@ from torch import Tensor
 
 from core.compress.checkpoint import disk_errors
 from core.compress.context import PassContext
+from core.compress.numbers import check_finite
 from core.compress.passes.quantize_graph import Weights
 from core.compress.passes.static_graph import QdqGraph
 from core.compress.solvers import activation_ranges
 from core.compress.solvers.activation_ranges import Histogram, Range
 from core.compress.solvers.grid import Grid
+from core.compress.solvers.samples import EvenSample
 from core.compress.solvers.smooth import Taker, search_factors
-from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import GRAPH_TOKENS
 from core.recipes.passes import StaticInt8
-
-_SAMPLE = 32  #: tokens of each batch that the search for smoothing looks at
 
 Ids = NDArray[np.int64]
 Feeds = dict[str, Any]
@@ -69,12 +68,8 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, top: int, kept: P
     for values in _inputs_seen(plain, list(held), texts, context, 0.2, 0.4):
         for name, one in values.items():
             held[name].add(one)
-    if not all(np.isfinite(one.low).all() and np.isfinite(one.high).all() for one in held.values()):
-        raise NightpressError(
-            ErrorCode.NUMERICAL_FAILURE,
-            "A layer of the graph is given values that are not finite.",
-            hint="Check the model's weights.",
-        )
+    for product, name in plain.operands:
+        check_finite([product], held[name].extremes())
     factors: dict[str, Weights] = {}
 
     def factors_of(name: str, weight: Tensor) -> Tensor:
@@ -114,17 +109,21 @@ class _Held:
     def __init__(self) -> None:
         self.low: Weights = np.zeros(1, np.float32)
         self.high: Weights = np.zeros(1, np.float32)
-        self._tokens: list[Weights] = []
+        self._sample = EvenSample()
 
     def add(self, values: Weights) -> None:
         """Take in [..., in]."""
         x = values.reshape(-1, values.shape[-1])
         self.low, self.high = np.minimum(self.low, x.min(axis=0)), np.maximum(self.high, x.max(axis=0))
-        self._tokens.append(x[:: max(1, len(x) // _SAMPLE)][:_SAMPLE].copy())
+        self._sample.add(torch.from_numpy(x))
+
+    def extremes(self) -> Tensor:
+        """[2, in]"""
+        return torch.from_numpy(np.stack([self.low, self.high]))
 
     def sample(self) -> Tensor:
         """[tokens, in]"""
-        return torch.from_numpy(np.concatenate(self._tokens))
+        return self._sample.tokens()
 
 
 def _inputs_seen(
@@ -146,7 +145,23 @@ def _inputs_seen(
         context.progress(
             start + (end - start) * done / len(texts.ids), f"calibrating, {done} of {len(texts.ids)} texts"
         )
-        yield {name: one[real] if one.shape[:2] == real.shape else one for name, one in values.items()}
+        yield {name: without_padding(one, real) for name, one in values.items()}
+
+
+def without_padding(values: NDArray[np.float32], real: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """What a graph's tensor [..., channels] holds where texts have tokens, real [B, S]: [tokens, ..., channels].
+
+    A tensor is taken to stand for tokens where it is [B, S, ...], [B · S, channels] or, split into heads, [B, heads, S, width] or
+    [B, heads, width, S]. All of any other is returned, such as [B, channels] of pooled texts.
+    """
+    batch, length = real.shape
+    if values.ndim >= 3 and values.shape[:2] == real.shape:
+        return values[real]
+    if values.ndim == 2 and len(values) == real.size:
+        return values[real.ravel()]
+    if values.ndim == 4 and len(values) == batch and length in values.shape[2:]:
+        return np.moveaxis(values, 2 if values.shape[2] == length else 3, 1)[real]
+    return values
 
 
 def session(graph: bytes | Path, threads: int) -> Any:

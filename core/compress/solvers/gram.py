@@ -39,6 +39,10 @@ class Gram:
             else:
                 into.addmm_(x[:, start:end].T, x[:, :end])
 
+    def is_finite(self) -> bool:
+        """Whether all inputs were, and their sums are."""
+        return bool(torch.isfinite(self._sum.diagonal()).all())
+
     def matrix(self) -> Tensor:
         """Σ xxᵀ [columns, columns], the sum's own memory: add nothing afterwards."""
         columns = len(self._sum)

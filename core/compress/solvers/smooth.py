@@ -13,10 +13,10 @@ from core.compress.solvers.gram import Gram
 from core.compress.solvers.grid import Grid
 from core.compress.solvers.products import fast_products
 from core.compress.solvers.ranges import find_ranges, nearest_codes, nearest_floats
+from core.compress.solvers.samples import EvenSample
 
 _EXPONENTS = tuple(step / 20 for step in range(21))
 _ROWS = 4096  #: of a weight, evenly spread, that the search looks at
-_SAMPLE = 32  #: tokens of each batch that the search looks at
 
 
 class Strengths:
@@ -26,20 +26,24 @@ class Strengths:
         self.largest = torch.zeros(columns, device=device)
         self.gram = Gram(columns, device) if gram else None
         self.tokens = 0
-        self._sample: list[Tensor] = []
+        self._sample = EvenSample()
 
     def add(self, inputs: Tensor) -> None:
         """Take in [..., columns], of any float dtype."""
         x = inputs.reshape(-1, inputs.shape[-1])
         torch.maximum(self.largest, x.abs().amax(0).float(), out=self.largest)
-        self._sample.append(x[:: max(1, len(x) // _SAMPLE)][:_SAMPLE].clone())
+        self._sample.add(x)
         self.tokens += len(x)
         if self.gram is not None:
             self.gram.add(x)
 
+    def is_finite(self) -> bool:
+        """Whether all inputs were, and their sums are."""
+        return bool(torch.isfinite(self.largest).all()) and (self.gram is None or self.gram.is_finite())
+
     def sample(self) -> Tensor:
         """[tokens, columns] float32, evenly spread over what came."""
-        return torch.cat(self._sample).float() if self._sample else self.largest.new_zeros(0, len(self.largest))
+        return self._sample.tokens().float() if self.tokens else self.largest.new_zeros(0, len(self.largest))
 
 
 def smoothing_factors(largest: Tensor, weight: Tensor, alpha: float, *, share: tuple[int, int] = (1, 1)) -> Tensor:

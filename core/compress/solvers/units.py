@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from core.compress.solvers.gram import Gram, damped_cholesky
-from core.errors import ErrorCode, NightpressError
 
 
 class Moments:
@@ -29,6 +28,10 @@ class Moments:
         self.tokens = self._gram.tokens
         self._sum += inputs.reshape(-1, inputs.shape[-1]).sum(0, dtype=torch.float32)
 
+    def is_finite(self) -> bool:
+        """Whether all inputs were, and their sums are."""
+        return self._gram.is_finite()
+
     def finish(self, *, centred: bool) -> "Known":
         """Add nothing afterwards."""
         count = max(self.tokens, 1)
@@ -36,12 +39,6 @@ class Moments:
         mean = self._sum / count
         if centred:
             second.addr_(mean, mean, alpha=-1)
-        if not bool(torch.isfinite(second.diagonal()).all()):
-            raise NightpressError(
-                ErrorCode.NUMERICAL_FAILURE,
-                "The inputs of a layer hold NaN or infinity during calibration.",
-                hint="Check that the source model is whole.",
-            )
         return Known(second, mean)
 
 

@@ -20,6 +20,10 @@ class Power:
         self.sum += x.float().square().sum(0)
         self.tokens += len(x)
 
+    def is_finite(self) -> bool:
+        """Whether all inputs were, and their sums are."""
+        return bool(torch.isfinite(self.sum).all())
+
 
 def wanda_mask(weight: Tensor, power: Tensor, sparsity: float, pattern: tuple[int, int] | None = None) -> Tensor:
     """True where a weight [out, in] goes; power [in] is Σ x². With a pattern (kept, of), so many of every `of` neighbours stay."""

@@ -1,0 +1,165 @@
+"""Padding is not calibrated on: the same texts, padded to a longer length, give every pass the same statistics and the same result."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from core.compress.evaluate import data
+from core.compress.passes import MODEL_PASSES, PassContext
+from core.compress.passes.static_int8 import static_int8
+from core.handoff.report import PassRecord
+from core.recipes.calibration import Calibration
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import parse_recipe
+from core.recipes.passes import StaticInt8
+from tests.integration.test_shrink import _model
+from tests.integration.test_static_int8 import Bench
+
+_PADDED = 36  #: tokens more, behind each text
+_CALIBRATION = Calibration(data="mine", samples=60, length=24, packing=False, dtype="float32")
+_QUANTIZING = {"gptq", "awq", "smoothquant", "fp8", "kv-cache"}
+
+#: Every pass that looks at calibration text, with each of the statistics that it knows.
+PASSES: dict[str, dict[str, Any]] = {
+    "gptq": {"pass": "gptq", "group_size": 16},
+    "gptq, 2:4": {"pass": "gptq", "bits": 8, "group_size": None, "pattern": "2:4", "order": "natural"},
+    "gptq, bits by measured error": {"pass": "gptq", "group_size": 16, "budget": 7.0},
+    "awq": {"pass": "awq", "group_size": 16},
+    "smoothquant": {"pass": "smoothquant"},
+    "smoothquant, fixed": {"pass": "smoothquant", "alpha": 0.5, "activations": "tensor", "weights": "gptq"},
+    "fp8, static": {"pass": "fp8", "activations": "static"},
+    "kv-cache": {"pass": "kv-cache"},
+    "sparsegpt": {"pass": "sparsegpt", "sparsity": 0.5},
+    "wanda": {"pass": "wanda", "sparsity": 0.5},
+    "layers": {"pass": "layers"},
+    "layers, taylor": {"pass": "layers", "importance": "taylor"},
+    "channels": {"pass": "channels", "multiple": 8},
+    "channels, global": {"pass": "channels", "multiple": 8, "across": "global"},
+    "channels, taylor": {"pass": "channels", "multiple": 8, "importance": "taylor"},
+    "heads": {"pass": "heads", "share": 0.5},
+    "heads, global": {"pass": "heads", "share": 0.5, "across": "global"},
+    "heads, taylor": {"pass": "heads", "share": 0.5, "importance": "taylor"},
+}
+_ENCODERS = [name for name, one in PASSES.items() if one["pass"] not in {"awq", "smoothquant", "kv-cache", "fp8"}]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Texts of as many letters each: without more padding they have none."""
+    letters = np.random.default_rng(0).integers(0, 26, (60, 13))
+    rows = [{"text": "".join(chr(97 + at) for at in row)} for row in letters]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _pad_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on every text gets more padding."""
+    pad = data.pad
+
+    def longer(sequences: list[list[int]], pad_id: int) -> data.Sequences:
+        ids, mask = (
+            np.pad(one, ((0, 0), (0, _PADDED)), constant_values=fill)
+            for one, fill in zip((pad(sequences, pad_id).ids, pad(sequences, pad_id).mask), (pad_id, 0), strict=True)
+        )
+        return data.Sequences(ids, mask)
+
+    monkeypatch.setattr(data, "pad", longer)
+
+
+def _run(source: Path, work: Path, pass_: Mapping[str, Any], texts: Path) -> tuple[dict[str, Tensor], PassRecord]:
+    exports = ["compressed-tensors" if pass_["pass"] in _QUANTIZING else "onnx"]
+    options = parse_recipe({"name": "r", "passes": [dict(pass_)], "exports": exports}).passes[0]
+    header = inspect_model(FolderFiles(source))
+    (work / "work").mkdir(parents=True)
+    context = PassContext(header, work / "work", calibration=_CALIBRATION, data_files={"mine": texts})
+    record = MODEL_PASSES[pass_["pass"]](source, work / "out", options, context)
+    found = {name: one for path in (work / "out").glob("*.safetensors") for name, one in load_file(path).items()}
+    return found, record
+
+
+def _check_alike(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """The same but for the order of sums: it may turn a tie, and with it what GPTQ makes of the rest of a row."""
+    assert ours.keys() == theirs.keys()
+    for name, one in ours.items():
+        assert one.shape == theirs[name].shape, name
+        if one.is_floating_point() and one.dtype.itemsize > 1:
+            difference = (one.double() - theirs[name].double()).norm() / one.double().norm().clamp(min=1e-12)
+            assert difference < 2e-3, name
+        else:
+            differ = (one.view(torch.uint8) != theirs[name].view(torch.uint8)).double().mean()
+            assert differ < 0.05, name
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers of a record's summary, but for counts of codes that are 0."""
+    if isinstance(value, Mapping):
+        return [one for key, inner in value.items() if key not in {"zeros", "sparsity"} for one in _numbers(inner)]
+    if isinstance(value, list | tuple):
+        return [one for inner in value for one in _numbers(inner)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def _make_padding_loud(folder: Path) -> None:
+    """Give the padding token the largest keys of all: whoever counts it can't miss it."""
+    tensors = load_file(folder / "model.safetensors")
+    keys = tensors["model.layers.0.self_attn.k_proj.weight"]
+    tensors["model.embed_tokens.weight"][1] = 50 * keys[keys.norm(dim=1).argmax()]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _compare(class_name: str, name: str, texts: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _model(class_name, work / "source")
+    if class_name != "BertForMaskedLM":
+        _make_padding_loud(source)
+    plain, plain_record = _run(source, work / "plain", PASSES[name], texts)
+    _pad_longer(monkeypatch)
+    padded, padded_record = _run(source, work / "padded", PASSES[name], texts)
+    _check_alike(plain, padded)
+    assert _numbers(padded_record.summary) == pytest.approx(_numbers(plain_record.summary), rel=2e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_decoders_pass_takes_no_notice_of_padding(
+    name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _compare("LlamaForCausalLM", name, texts, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", _ENCODERS)
+def test_an_encoders_pass_takes_no_notice_of_padding(
+    name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _compare("BertForMaskedLM", name, texts, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "smoothquant", "wanda"])
+def test_experts_take_no_notice_of_padding(name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _compare("MixtralForCausalLM", name, texts, tmp_path, monkeypatch)
+
+
+def test_the_smoothing_and_the_ranges_of_a_graph_take_no_notice_of_padding(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bench = Bench(tmp_path)
+    found = []
+    for name in ("plain", "padded"):
+        if name == "padded":
+            _pad_longer(monkeypatch)
+        context = replace(bench.context, work_dir=tmp_path / name, calibration=_CALIBRATION, data_files={"mine": texts})
+        static_int8(bench.model, bench.traced, StaticInt8(ranges="mse", min_cosine=None), context)
+        (kept,) = (tmp_path / name).glob("static/*/calibration.npz")
+        with np.load(kept) as archive:
+            found.append({key: archive[key] for key in archive.files})
+    plain, padded = found
+    assert plain.keys() == padded.keys()
+    for key, one in plain.items():
+        np.testing.assert_allclose(padded[key], one, rtol=2e-3, atol=1e-6, err_msg=key)
