@@ -25,6 +25,7 @@ from core.compress.evaluate.data import Sequences
 from core.errors import ErrorCode, NightpressError
 from core.recipes.costs import LOGIT_BYTES
 
+_STDERR_READ = 32768
 _STDERR_SHOWN = 2000
 
 
@@ -225,13 +226,13 @@ def _run(
                 process.stdout.close()
         if status:
             errors.seek(0, os.SEEK_END)
-            errors.seek(max(0, errors.tell() - _STDERR_SHOWN))
+            errors.seek(max(0, errors.tell() - _STDERR_READ))
             raise _failed(name, status, errors.read().decode(errors="replace"))
 
 
 def _failed(name: str, status: int, stderr: str) -> NightpressError:
-    whole = stderr.strip()
-    last = whole.splitlines()[-1] if whole else "it said nothing"
+    whole = re.sub(r"([ -])\1{9,}", r"\1", stderr).strip()  # tables that are filled up to the width of their widest row
+    cause, whole = _cause(whole), whole[-_STDERR_SHOWN:]
     if any(sign in whole for sign in ("No space left on device", "File too large", "Disk quota exceeded")):
         return NightpressError(
             ErrorCode.DISK_FULL,
@@ -254,7 +255,7 @@ def _failed(name: str, status: int, stderr: str) -> NightpressError:
             artifact=name,
             stderr=whole,
         )
-    if status == -9 or "MemoryError" in last or "Cannot allocate memory" in whole or "not enough memory" in whole:
+    if status == -9 or "MemoryError" in cause or "Cannot allocate memory" in whole or "not enough memory" in whole:
         return NightpressError(
             ErrorCode.OUT_OF_MEMORY,
             f"The process that loaded {_subject(name)} ran out of memory.",
@@ -273,15 +274,26 @@ def _failed(name: str, status: int, stderr: str) -> NightpressError:
     hint = (
         "The model itself can't be run: check that its config.json and weights belong together."
         if name == "source"
-        else "Leave this format out of `exports`, or compare the versions of the libraries with those in pyproject.toml."
+        else "Leave this format out of `exports`, or use another pass: the library that loads it can't read this model in this form."
     )
     return NightpressError(
         ErrorCode.VERIFICATION_FAILED,
-        f"{_subject(name).capitalize()} could not be run by its consumer, which ended with {died}: {last[:500]}",
+        f"{_subject(name).capitalize()} could not be run by its consumer, which ended with {died}: {cause[:500]}",
         hint=hint,
         artifact=name,
         stderr=whole,
     )
+
+
+#: Where transformers' report on a load names why a tensor was not read; its last line only points at the report.
+_UNREAD = re.compile(r"^(?P<why>.+)\nError: \w+ on tensors destined for (?P<tensor>\S+?)\.? ", re.MULTILINE)
+
+
+def _cause(stderr: str) -> str:
+    """What a process said of its end: the error itself, not the line that points at it."""
+    if found := _UNREAD.search(stderr):
+        return f"{found['tensor']} could not be read: {found['why']}"
+    return stderr.splitlines()[-1] if stderr else "it said nothing"
 
 
 #: What consumers say of a file that is newer than they are: its version, and, but for OpenVINO, the last one they read.
