@@ -183,7 +183,8 @@ def _arrays(task: Task) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _environment(threads: int, scratch: Path) -> dict[str, str]:
+def consumer_environment(threads: int, scratch: Path) -> dict[str, str]:
+    """What a consumer's process sees of this one's environment: no Python settings, no network."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     return kept | {
         "OMP_NUM_THREADS": str(threads),
@@ -208,7 +209,7 @@ def _run(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=_environment(threads, request.parent),
+            env=consumer_environment(threads, request.parent),
             cwd=beside,
         )
         try:
