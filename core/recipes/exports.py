@@ -108,6 +108,6 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
     kind = header.model_type
     if export.format in GRAPH_FORMATS and kind not in (ENCODERS | DECODERS) - MIXTURES:
         return f"no graph of a {kind} was ever checked"
-    if export.format != "gguf":
-        return None
-    return why_not_llama_cpp(header)
+    if export.carrier == "onnx" and kind == "falcon" and header.config.get("alibi"):
+        return "transformers multiplies alibi's slopes in bfloat16, which ONNX Runtime has no product for"
+    return why_not_llama_cpp(header) if export.format == "gguf" else None

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -268,6 +269,14 @@ def _failed(name: str, status: int, stderr: str) -> NightpressError:
             ErrorCode.VERIFICATION_FAILED,
             f"{_subject(name).capitalize()} is written in {mismatch[0]}; the library that is to load it here {mismatch[1]}.",
             hint="Bring the libraries to the versions in constraints.txt: what writes the file and what reads it must fit together.",
+            artifact=name,
+            stderr=whole,
+        )
+    if -status == signal.SIGILL:
+        return NightpressError(
+            ErrorCode.VERIFICATION_FAILED,
+            f"The library that loads {_subject(name)} uses instructions that this processor doesn't have.",
+            hint="Build it again on this machine, or for a plainer processor: llama-cpp-python with CMAKE_ARGS=-DGGML_NATIVE=OFF.",
             artifact=name,
             stderr=whole,
         )
