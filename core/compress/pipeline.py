@@ -345,6 +345,9 @@ class _Press:
                 progress=self._evaluating(start, end, name),
             )
             versions |= observed.versions
+            of_tokens: tuple[str, ...] = ()
+            if one.export.format == "gguf":
+                of_tokens = gguf.check_tokens(self.source, one.folder, name=name, scratch=scratch)
             verification = verify(
                 self.recipe,
                 one.export,
@@ -364,7 +367,7 @@ class _Press:
                 peak_memory_bytes=observed.peak_memory,
                 verification=verification,
             )
-            subject = subject.model_copy(update={"notes": remarks(subject, source)})
+            subject = subject.model_copy(update={"notes": (*of_tokens, *remarks(subject, source))})
             self._publish(subject)
             subjects.append(subject)
         return subjects, versions

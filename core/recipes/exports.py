@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
 from core.recipes.header import DECODERS, ENCODERS, MIXTURES, ModelHeader, TensorInfo
 from core.recipes.linears import invalid
+from core.recipes.llama_cpp import why_not_llama_cpp
 from core.recipes.passes.base import ExportFormat
 
 GRAPH_FORMATS = frozenset({"onnx", "openvino", "transformers.js"})
@@ -34,10 +35,6 @@ GGUF_BITS: Mapping[str, float] = {
     "q4_0": 4.5,
     "q4_k": 4.5,
 }
-#: model_type values that llama.cpp's graphs for these names compute as transformers does.
-GGUF_DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
-GGUF_POOLING = frozenset({"mean", "cls", "lasttoken"})  #: of embedders, as llama.cpp can do it
-GGUF_ENCODERS = frozenset({"bert"})
 
 
 class Export(BaseModel):
@@ -108,26 +105,11 @@ def runs_in_llama_cpp(header: ModelHeader) -> bool:
 
 
 def _refusal(export: Export, header: ModelHeader) -> str | None:
-    kind, config = header.model_type, header.config
+    kind = header.model_type
     if export.format in GRAPH_FORMATS and kind not in (ENCODERS | DECODERS) - MIXTURES:
         return f"no graph of a {kind} was ever checked"
     if export.format in GRAPH_FORMATS and header.one_text_a_batch:
         return "its classifier finds a text's end by the padding token, and its config.json names no `pad_token_id`"
-    if export.format != "gguf":
-        return None
-    if header.task == "causal-lm":
-        if kind not in GGUF_DECODERS:
-            return f"of decoders it takes {', '.join(sorted(GGUF_DECODERS))}, and this is a {kind}"
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        turning = rope.get("rope_type") or rope.get("type") or "default"
-        if turning not in {"default", "linear", "llama3"}:
-            return f"its rotary positions are scaled by {turning!r}"
-        width, heads = config.get("head_dim"), config.get("num_attention_heads")
-        if kind == "qwen2" and width and heads and width * heads != config.get("hidden_size"):
-            return "llama.cpp's qwen2 has heads that share the hidden size between them"
-        return None
-    if kind in GGUF_ENCODERS and header.task == "embedding":
-        if header.pooling not in GGUF_POOLING:
-            return f"llama.cpp pools by {', '.join(sorted(GGUF_POOLING))}, and this model by {header.pooling}"
-        return None
-    return f"llama.cpp runs language models and BERT embedders, and this is a {header.architecture}"
+    if export.carrier == "onnx" and kind == "falcon" and header.config.get("alibi"):
+        return "transformers multiplies alibi's slopes in bfloat16, which ONNX Runtime has no product for"
+    return why_not_llama_cpp(header) if export.format == "gguf" else None

@@ -62,9 +62,6 @@ VISION = frozenset({"vit"})
 
 #: Families whose experts lie in files one by one, and in transformers' memory as one tensor.
 MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"})
-#: Families that transformers calls other names than their files do, or asks for weights that codes have not: their codes become floats
-#: while it loads them.
-READ_AS_FLOATS = frozenset({"t5", "vit"})
 #: Families whose linear layers are Conv1D, with weights laid out [in, out].
 CONV1D = frozenset({"gpt2"})
 #: Families whose blocks run more than once, one after the other.

@@ -13,8 +13,9 @@ from core.recipes.header import CONV1D, ModelHeader, TensorInfo
 _NOT_LINEAR = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})
 #: They choose experts; a router's few weights decide everything, and no format carries them rounded.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-#: Heads over the vocabulary. Most are tied to the embeddings, so they stay as those are, whether or not the file holds a copy.
-_OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "vocab_projector", "generator_lm_head", "decoder"})
+#: Heads over the vocabulary, most of which are tied to the embeddings, so that they stay as those are, whether or not the file holds a copy;
+#: and a decoder's head over classes, a few rows that decide every answer.
+_OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "vocab_projector", "generator_lm_head", "decoder", "score"})
 #: What families call the table of token embeddings.
 _TOKEN_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte"})
 

@@ -15,7 +15,7 @@ from core.recipes.costs import (
     Cost,
 )
 from core.recipes.exports import Export
-from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
+from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, MIXTURES, VISION, ModelHeader
 from core.recipes.linears import invalid
 from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
 from core.recipes.passes import EarlyExit, GenerationCache, PassOptions, Recover
@@ -192,11 +192,14 @@ def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
 
 def _check_model(recipe: Recipe, header: ModelHeader) -> None:
     known = ENCODERS | DECODERS | ENCODER_DECODERS | VISION
-    if header.model_type not in known or header.task == "other":
+    alone = header.model_type in ENCODER_DECODERS and header.task != "seq2seq"
+    if header.model_type not in known or header.task == "other" or alone:
         raise NightpressError(
             ErrorCode.UNSUPPORTED_ARCHITECTURE,
             f"The model is a {header.architecture or 'model without a named class'} of type {header.model_type!r}, which cannot be evaluated and exported here yet.",
-            hint=f"Known types: {', '.join(sorted(known))}.",
+            hint="Of encoder-decoders only whole ones with the head ForConditionalGeneration are known."
+            if alone
+            else f"Known types: {', '.join(sorted(known))}.",
             model_type=header.model_type,
         )
     if not header.has_tokenizer and not header.sees_images:
@@ -210,6 +213,7 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
         one.check(seen)
         _check_carriers(recipe, one, seen)
         seen = one.leaves(seen)
+    _check_cached_mixture(recipe, header)
     for export in recipe.exports:
         export.check(header)
     for wanted in recipe.evaluate:
@@ -222,6 +226,16 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
                 "evaluate: the model takes no batch of several texts: it finds a text's end by its padding token, and its config.json names none.",
                 "Use `batch: 1`, or give config.json the `pad_token_id` that the model was trained with.",
             )
+
+
+def _check_cached_mixture(recipe: Recipe, header: ModelHeader) -> None:
+    """With a description of quantized weights that names none, transformers looks in vain for the experts' scheme."""
+    names = {one.pass_ for one in recipe.passes}
+    if "kv-cache" in names and header.model_type in MIXTURES and not any(one.last for one in recipe.passes):
+        raise invalid(
+            "`kv-cache` alone can't take a mixture of experts: transformers takes its experts for codes, and they stay in float.",
+            "Let a pass that quantizes the weights follow, e.g. `gptq`.",
+        )
 
 
 def _check_generation(one: GenerationSpeed, header: ModelHeader) -> None:

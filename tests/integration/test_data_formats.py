@@ -41,6 +41,16 @@ def test_csv_and_parquet_give_the_rows_that_jsonl_gives(tmp_path: Path):
     assert read_rows("d", _jsonl(tmp_path, *({"text": row.text, "label": row.label} for row in expected))) == expected
 
 
+@pytest.mark.parametrize(
+    ("format_", "written"),
+    [("%d %b %Y", "01 Jan 2025"), ("%Y-%m-%d", "2025-01-01"), ("%B %d, %Y, %H:%M", "January 01, 2025, 00:00")],
+)
+def test_a_template_is_told_a_fixed_time_in_the_format_that_it_asks_for(format_: str, written: str, tmp_path: Path):
+    model = _model(tmp_path / "model", "Today is {{ strftime_now('" + format_ + "') }}.")
+    (row,) = read_rows("d", _jsonl(tmp_path, {"messages": _TALK}), model_dir=model)
+    assert row.text == f"Today is {written}."
+
+
 def test_conversations_are_written_as_the_models_template_says(tmp_path: Path):
     model = _model(tmp_path / "model", _TEMPLATE)
     rows = read_rows("d", _jsonl(tmp_path, {"messages": _TALK}, {"text": "Prose."}), model_dir=model)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from core.errors import ErrorCode, NightpressError
 
 _RENDERER = Path(__file__).with_name("chat_renderer.py")
 _SECONDS = 60
+#: What `strftime_now` of a template tells the time of, always: what a template writes decides the bytes of the result.
+RENDERED_AT = datetime(2025, 1, 1, tzinfo=UTC)
 
 
 def render_conversations(
@@ -20,7 +23,8 @@ def render_conversations(
 ) -> list[str]:
     """Each conversation, a list of {"role", "content"}, as one text with the template's own markers. Raises NightpressError(invalid_data)."""
     template, tokens = _template_of(model_dir, ref)
-    request = json.dumps({"template": template, "tokens": tokens, "conversations": conversations}).encode()
+    asked = {"template": template, "tokens": tokens, "conversations": conversations, "now": RENDERED_AT.isoformat()}
+    request = json.dumps(asked).encode()
     with tempfile.TemporaryFile() as out:
         try:
             run = subprocess.run(

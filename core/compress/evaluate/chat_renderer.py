@@ -6,6 +6,7 @@ Run as a script, so that a template that loops or grows ends this process alone.
 import json
 import resource
 import sys
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
@@ -25,8 +26,7 @@ def main() -> None:
     )
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = _raise
-    # Always the same day: what a template writes decides the bytes of the result.
-    environment.globals["strftime_now"] = lambda _format: "01 Jan 2025"
+    environment.globals["strftime_now"] = datetime.fromisoformat(request["now"]).strftime
     try:
         template = environment.from_string(request["template"])
         texts = [_render(template, one, request["tokens"]) for one in request["conversations"]]

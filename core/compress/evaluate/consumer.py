@@ -25,7 +25,7 @@ from core.compress.evaluate.consumer_faults import check_finite, failed
 from core.compress.evaluate.data import Sequences
 from core.recipes.costs import LOGIT_BYTES
 
-_STDERR_SHOWN = 2000
+_STDERR_READ = 32768
 _SHAPE_SECONDS = 8.0  #: a shape is timed no longer for each model, but at least _FEWEST times
 _FEWEST = 5
 _WRITING_SECONDS = 20.0  #: and decoding no longer than this, but at least _FEWEST_WRITINGS times
@@ -187,7 +187,7 @@ class Consumer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=_environment(task.threads, scratch),
+            env=consumer_environment(task.threads, scratch),
             cwd=folder.parent,
         )
 
@@ -251,7 +251,7 @@ class Consumer:
                     self._progress(float(fraction), text)
         status = self._process.wait()
         self._errors.seek(0, os.SEEK_END)
-        self._errors.seek(max(0, self._errors.tell() - _STDERR_SHOWN))
+        self._errors.seek(max(0, self._errors.tell() - _STDERR_READ))
         raise failed(self.name, status, self._errors.read().decode(errors="replace"))
 
 
@@ -371,7 +371,8 @@ def consumer_name(versions: Mapping[str, str]) -> str:
     return f"{library} {version}"
 
 
-def _environment(threads: int, scratch: Path) -> dict[str, str]:
+def consumer_environment(threads: int, scratch: Path) -> dict[str, str]:
+    """What a consumer's process sees of this one's environment: no Python settings, no network."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     return kept | {
         "OMP_NUM_THREADS": str(threads),

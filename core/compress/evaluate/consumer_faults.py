@@ -1,6 +1,7 @@
 """What went wrong where a consumer's process ended early, or gave numbers that are none."""
 
 import re
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,12 @@ from numpy.typing import NDArray
 
 from core.errors import ErrorCode, NightpressError
 
+_SHOWN = 2000
+
 
 def failed(name: str, status: int, stderr: str) -> NightpressError:
-    whole = stderr.strip()
-    last = whole.splitlines()[-1] if whole else "it said nothing"
+    whole = re.sub(r"([ -])\1{9,}", r"\1", stderr).strip()  # tables that are filled up to the width of their widest row
+    cause, whole = _cause(whole), whole[-_SHOWN:]
     if any(sign in whole for sign in ("No space left on device", "File too large", "Disk quota exceeded")):
         return NightpressError(
             ErrorCode.DISK_FULL,
@@ -35,7 +38,7 @@ def failed(name: str, status: int, stderr: str) -> NightpressError:
             artifact=name,
             stderr=whole,
         )
-    if status == -9 or "MemoryError" in last or "Cannot allocate memory" in whole or "not enough memory" in whole:
+    if status == -9 or "MemoryError" in cause or "Cannot allocate memory" in whole or "not enough memory" in whole:
         return NightpressError(
             ErrorCode.OUT_OF_MEMORY,
             f"The process that loaded {_subject(name)} ran out of memory.",
@@ -50,19 +53,38 @@ def failed(name: str, status: int, stderr: str) -> NightpressError:
             artifact=name,
             stderr=whole,
         )
+    if -status == signal.SIGILL:
+        return NightpressError(
+            ErrorCode.VERIFICATION_FAILED,
+            f"The library that loads {_subject(name)} uses instructions that this processor doesn't have.",
+            hint="Build it again on this machine, or for a plainer processor: llama-cpp-python with CMAKE_ARGS=-DGGML_NATIVE=OFF.",
+            artifact=name,
+            stderr=whole,
+        )
     died = f"signal {-status}" if status < 0 else f"status {status}"
     hint = (
         "The model itself can't be run: check that its config.json and weights belong together."
         if name == "source"
-        else "Leave this format out of `exports`, or compare the versions of the libraries with those in pyproject.toml."
+        else "Leave this format out of `exports`, or use another pass: the library that loads it can't read this model in this form."
     )
     return NightpressError(
         ErrorCode.VERIFICATION_FAILED,
-        f"{_subject(name).capitalize()} could not be run by its consumer, which ended with {died}: {last[:500]}",
+        f"{_subject(name).capitalize()} could not be run by its consumer, which ended with {died}: {cause[:500]}",
         hint=hint,
         artifact=name,
         stderr=whole,
     )
+
+
+#: Where transformers' report on a load names why a tensor was not read; its last line only points at the report.
+_UNREAD = re.compile(r"^(?P<why>.+)\nError: \w+ on tensors destined for (?P<tensor>\S+?)\.? ", re.MULTILINE)
+
+
+def _cause(stderr: str) -> str:
+    """What a process said of its end: the error itself, not the line that points at it."""
+    if found := _UNREAD.search(stderr):
+        return f"{found['tensor']} could not be read: {found['why']}"
+    return stderr.splitlines()[-1] if stderr else "it said nothing"
 
 
 #: What consumers say of a file that is newer than they are: its version, and, but for OpenVINO, the last one they read.

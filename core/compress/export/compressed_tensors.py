@@ -9,8 +9,7 @@ from typing import Any
 from core.compress.checkpoint import write_file
 from core.compress.export import safetensors
 from core.compress.export.safetensors import CONSUMER
-from core.recipes.header import READ_AS_FLOATS
-from core.recipes.linears import is_table
+from core.recipes.readable import become_floats
 from core.recipes.schemes import Scheme
 
 __all__ = ["CACHE_FILE", "CONSUMER", "save", "write_config"]
@@ -32,8 +31,11 @@ def write_config(model_dir: Path, schemes: Mapping[str, Scheme], *, kept: Iterab
     config = json.loads(path.read_bytes())
     cache_scheme = json.loads(cache.read_bytes()) if cache.exists() else None
     config["quantization_config"] = quantization_config(
-        schemes, kept=kept, cache_scheme=cache_scheme, as_floats=config["model_type"] in READ_AS_FLOATS
+        schemes, kept=kept, cache_scheme=cache_scheme, as_floats=become_floats(config["model_type"], schemes)
     )
+    if cache_scheme is not None:
+        # transformers asks for the number that a family without groups of heads doesn't state.
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])
     write_file(path, json.dumps(config, indent=2).encode() + b"\n")
     cache.unlink(missing_ok=True)
 
@@ -62,14 +64,7 @@ def quantization_config(
     every = [target for some in targets.values() for target in some]
     ignore = sorted({_pattern(name, exact=True) for name in kept if any(re.match(one[3:], name) for one in every)})
     formats = list(dict.fromkeys(scheme.format for scheme in targets))
-    # transformers prepares modules for packed weights without packing their zero points (compressed-tensors up to 0.20),
-    # and then refuses the files; neither does it make room for packed embeddings, and fp4 it unpacks to bf16 whatever the model's
-    # dtype. Dequantizing while it loads is its way round all three, and round the names of `as_floats`, for models with one scheme; vLLM doesn't read the key.
-    fp4 = any(scheme.kind == "float" and scheme.bits == 4 for scheme in targets)
-    dense = (
-        as_floats or fp4 or any(not scheme.symmetric for scheme in targets) or any(is_table(name) for name in schemes)
-    )
-    assert not dense or len(targets) == 1
+    assert not as_floats or len(targets) == 1
     return {
         "quant_method": "compressed-tensors",
         "format": formats[0] if len(formats) == 1 else "mixed-precision" if formats else "dense",
@@ -77,7 +72,7 @@ def quantization_config(
         "global_compression_ratio": None,
         "kv_cache_scheme": cache_scheme,
         "ignore": ignore,
-        **({"dequantize": True} if dense else {}),
+        **({"dequantize": True} if as_floats else {}),
         "config_groups": {
             f"group_{number}": {
                 "targets": sorted(some),

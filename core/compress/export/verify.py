@@ -23,7 +23,8 @@ HALVED = 0.999
 #: comes to 0. Rounding of models that hardly tell texts apart comes lower than a format's own bound, but not near 0.
 _TELLS_APART = 0.25
 _CONSTANT = 1e-3  #: variation, beside the size of the answers, below which a model is taken to give one answer itself
-_WRITTEN = {"f32": HALVED, "f16": HALVED, "q8_0": ROUNDED[8], "q6_k": ROUNDED[6]}
+#: GGUF's types, where nothing else was rounded: a random model, which makes most of every error, has 0.9985 in q8_0 and 0.965 in q5_1.
+_WRITTEN = {"f32": HALVED, "f16": HALVED, "q8_0": 0.995, "q6_k": 0.97, "q5_k": 0.9, "q5_1": 0.9, "q5_0": 0.9}
 
 
 def verify(

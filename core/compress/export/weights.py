@@ -71,6 +71,12 @@ class PressedWeights:
             return int(rows), int(columns)
         return self._source.stored(name).info.shape
 
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors are stored as the same numbers. A packed weight is like no other."""
+        if {name, other} & self._packed or not {name, other} <= set(self.names):
+            return False
+        return torch.equal(self._source.read(name), self._source.read(other))
+
     def grid(self, name: str) -> Grid:
         """The grid of a packed weight, its group size never None."""
         groups = self._source.stored(f"{name}_scale").info.shape[1]

@@ -10,8 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from core.recipes.calibration import Calibration
 from core.recipes.costs import Cost, blocks_cost
-from core.recipes.header import READ_AS_FLOATS, ModelHeader, TensorInfo
-from core.recipes.linears import Divisor, check_layout, invalid, is_expert, is_token_embedding, matches, module_of
+from core.recipes.header import ModelHeader, TensorInfo
+from core.recipes.linears import Divisor, check_layout, invalid, is_token_embedding, matches, module_of
 from core.recipes.passes.base import (
     FOLDABLE,
     Calibrated,
@@ -116,10 +116,6 @@ class Rounding(Quantizing):
                 by_group.setdefault(size, []).append(tensor)
         for size, weights in by_group.items():
             check_layout(self.name, weights, header, Divisor(size, "group_size"), turns=self.turns)
-        if header.model_type in READ_AS_FLOATS and self.overrides:
-            raise invalid(
-                f"`{self.name}`: transformers reads one grid alone of a {header.model_type}.", "Leave out `overrides`."
-            )
         names = [module_of(tensor) for tensor in header.tensors if self.takes(tensor)]
         for pattern in self.overrides:
             if not any(matches(name, (pattern,)) for name in names):
@@ -220,13 +216,13 @@ class Budgeted(Rounding, Calibrated):
     def candidate(self, bits: int) -> Scheme:
         return replace(self._plain, bits=bits)
 
+    def schemes(self, module: str) -> Collection[Scheme]:
+        if self.budget is None:
+            return super().schemes(module)
+        return {self.candidate(bits) for bits in self.candidates}
+
     def check(self, header: ModelHeader) -> None:
         super().check(header)
-        if self.budget is not None and any(is_expert(name) for name in self._taken(header)):
-            raise invalid(
-                f"`{self.name}`: a `budget` gives each layer its own bits, and transformers reads one grid alone for all experts of a mixture.",
-                "Leave out `budget`, and give layers that are no experts other bits by `overrides`.",
-            )
         if self.budget is not None:
             self.room(header.tensors, self._taken(header))
 

@@ -1,10 +1,12 @@
 """What every pass is that leaves codes and scales in the place of weights."""
 
+from collections.abc import Collection
 from typing import ClassVar
 
 from core.recipes.header import ModelHeader, TensorInfo
-from core.recipes.linears import invalid, is_expert, module_of
+from core.recipes.linears import invalid, module_of
 from core.recipes.passes.base import ExportFormat, OnLinears
+from core.recipes.readable import why_unreadable
 from core.recipes.schemes import Scheme
 
 
@@ -24,25 +26,16 @@ class Quantizing(OnLinears):
         """Of any weight it rounds."""
         raise NotImplementedError
 
+    def schemes(self, module: str) -> Collection[Scheme]:
+        """Those that the pass may choose from for this module."""
+        return {self.scheme(module)}
+
     def check(self, header: ModelHeader) -> None:
         super().check(header)
-        taken = [tensor for tensor in header.tensors if self.takes(tensor)]
-        schemes = {self.scheme(module_of(tensor)) for tensor in taken if is_expert(tensor.name)}
-        if any(not one.symmetric for one in schemes):
-            raise invalid(
-                f"`{self.name}`: transformers passes over the zero points of a mixture's experts.",
-                "Set `symmetric` to true for this model.",
-            )
-        if len(schemes) > 1:
-            raise invalid(
-                f"`{self.name}`: transformers reads one grid alone for all experts of a mixture.",
-                "Let all experts have the same bits and groups: `overrides` may name other layers.",
-            )
-        if any(one.format == "nvfp4-pack-quantized" for one in schemes):
-            raise invalid(
-                f"`{self.name}`: transformers passes over what nvfp4's scales are divided by in a mixture's experts.",
-                "Use `mxfp4` or integers for this model.",
-            )
+        taken = {tensor: self.schemes(module_of(tensor)) for tensor in header.tensors if self.takes(tensor)}
+        if (unreadable := why_unreadable(header, taken)) is not None:
+            why, advice = unreadable
+            raise invalid(f"`{self.name}`: {why}.", advice)
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
         return self.scheme(module_of(tensor)).stored_bytes(tensor) if self.takes(tensor) else tensor.size

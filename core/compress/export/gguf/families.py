@@ -58,8 +58,9 @@ class Family:
         plain = tensor.removeprefix("bert.")
         if self.header.model_type == "bert" and plain.startswith(_UNUSED):
             return None
-        if tensor.endswith("rotary_emb.inv_freq") or (tensor == "lm_head.weight" and self._tied):
+        if tensor.endswith("rotary_emb.inv_freq"):
             return None
+        plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         names = gguf.get_tensor_name_map(_ARCHITECTURES[self.header.model_type], int(self._config["num_hidden_layers"]))
         found = names.get_name(plain, try_suffixes=(".weight", ".bias"))
         if found is None:
@@ -67,8 +68,14 @@ class Family:
         return found
 
     @property
-    def _tied(self) -> bool:
+    def tied(self) -> bool:
+        """Whether config.json says that the head is the table of embeddings."""
         return bool(self._config.get("tie_word_embeddings", self.header.model_type == "gemma"))
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether llama.cpp's graph takes a head beside the embeddings."""
+        return self.header.model_type != "gemma"
 
     def row_order(self, tensor: str) -> NDArray[np.intp] | None:
         """The order of a tensor's rows in the file: a Llama's queries and keys turn in pairs of neighbours there, in pairs of halves here."""

@@ -22,6 +22,7 @@ FILE_NAME = "model.gguf"
 
 Type = gguf.GGMLQuantizationType
 _FEWEST_DIMS = 2  #: vectors stay in float32: they are small, and llama.cpp wants them so
+_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 #: Matrices that rows are looked up in, not multiplied with.
 _LOOKED_UP = frozenset({"position_embd.weight", "token_types.weight"})
 
@@ -30,7 +31,7 @@ def save(model_dir: Path, out_dir: Path, header: ModelHeader, *, weights: str, p
     """Write the folder with its one file.
 
     weights: the type of matrices, e.g. `q8_0`; those that a pass has rounded keep the codes it chose, in the layout that holds them.
-    pooling: of an embedder; one of GGUF_POOLING in core/recipes/exports.py. Raises NightpressError(unsupported_architecture).
+    pooling: of an embedder; one of POOLING in core/recipes/llama_cpp.py. Raises NightpressError(unsupported_architecture).
     """
     family, source = Family(header), PressedWeights(model_dir)
     names = _names(family, source)
@@ -66,7 +67,16 @@ def save(model_dir: Path, out_dir: Path, header: ModelHeader, *, weights: str, p
 def _names(family: Family, source: PressedWeights) -> dict[str, str]:
     """Name in the file → name in the model."""
     names: dict[str, str] = {}
+    tied = family.tied and _HEAD in source.names and source.same(_HEAD, _TABLE)
+    if _HEAD in source.names and not tied and not family.has_own_head:
+        raise NightpressError(
+            ErrorCode.UNSUPPORTED_ARCHITECTURE,
+            f"llama.cpp's {family.architecture} multiplies by the table of embeddings, and the model's {_HEAD} holds other numbers.",
+            hint="Leave gguf out of `exports`; or remove the head from the files, if the two should be tied.",
+        )
     for tensor in source:
+        if tensor == _HEAD and tied:  # llama.cpp takes the table for both
+            continue
         try:
             name = family.name(tensor)
         except KeyError as error:

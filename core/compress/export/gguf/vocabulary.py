@@ -20,11 +20,16 @@ _SPLITS = (
 
 def add_vocabulary(writer: gguf.GGUFWriter, model_dir: Path, header: ModelHeader) -> None:
     """Write the tokenizer into the file's head. Raises NightpressError(unsupported_architecture) for one that llama.cpp doesn't have."""
-    raw = json.loads((model_dir / "tokenizer.json").read_bytes())
+    file = model_dir / "tokenizer.json"
+    if not file.is_file():
+        raise _unknown("it has no tokenizer.json")
+    raw = json.loads(file.read_bytes())
     model, size = raw["model"], int(header.config["vocab_size"])
     words, kinds = _words(raw, size)
     if model["type"] == "WordPiece":
         writer.add_tokenizer_model("bert")
+        for key, value in _normalizing(raw).items():
+            writer.add_bool(f"tokenizer.ggml.normalizer.{key}", value)
         words = [_phantom(word, kind) for word, kind in zip(words, kinds, strict=True)]
     elif model["type"] == "BPE" and model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
@@ -59,6 +64,20 @@ def _words(raw: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     if unknown in model["vocab"]:
         kinds[model["vocab"][unknown]] = int(_TYPE.UNKNOWN)
     return words, kinds
+
+
+def _normalizing(raw: dict[str, Any]) -> dict[str, bool]:
+    """What becomes of case and accents. llama.cpp does the rest as BERT does, and in no other way."""
+    steps = raw.get("normalizer") or {}
+    splits = (raw.get("pre_tokenizer") or {}).get("type")
+    if steps.get("type") != "BertNormalizer" or splits != "BertPreTokenizer":
+        raise _unknown(f"WordPiece behind {steps.get('type')} and {splits}")
+    for key in ("clean_text", "handle_chinese_chars"):
+        if not steps.get(key, True):
+            raise _unknown(f"WordPiece with {key} false")
+    lowercase = bool(steps.get("lowercase", True))
+    accents = steps.get("strip_accents")
+    return {"lowercase": lowercase, "strip_accents": lowercase if accents is None else bool(accents)}
 
 
 def _phantom(word: str, kind: int) -> str:

@@ -1,0 +1,90 @@
+"""What transformers reads of a folder with codes: as codes, as floats that it makes of them while it loads, or not at all. No torch here."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+from core.recipes.header import MIXTURES, ModelHeader, TensorInfo
+from core.recipes.linears import is_expert, is_table, module_of
+from core.recipes.schemes import Scheme
+
+#: Families that transformers calls other names than their files do, or asks for weights that codes have not.
+_OTHER_NAMES = frozenset({"t5", "vit"})
+#: Families whose `_init_weights` reads the weight of every linear module before the files are read. A packed module has none.
+_READ_BEFORE_LOADING = frozenset({"falcon", "gpt_bigcode", "modernbert"})
+_WORD = 32  #: bits of the integers that codes are packed into
+
+
+def become_floats(model_type: str, schemes: Mapping[str, Scheme]) -> bool:
+    """Whether transformers must be told to make floats of the codes while it loads them. schemes: by module.
+
+    It prepares modules for packed weights without packing their zero points (compressed-tensors up to 0.20), and then refuses the files.
+    It makes no room for packed embeddings, and it unpacks fp4 to bfloat16 whatever the model's dtype. Making floats is the way round all
+    of these, and round the families above. It takes one scheme. vLLM doesn't read the key.
+    """
+    packed = any(one.format == "pack-quantized" for one in schemes.values())
+    return (
+        model_type in _OTHER_NAMES
+        or (packed and model_type in _READ_BEFORE_LOADING)
+        or any(one.kind == "float" and one.bits == 4 for one in schemes.values())
+        or any(not one.symmetric for one in schemes.values())
+        or any(is_table(name) for name in schemes)
+    )
+
+
+def why_unreadable(header: ModelHeader, schemes: Mapping[TensorInfo, Collection[Scheme]]) -> tuple[str, str] | None:
+    """Why transformers could not load the result, and what to do; None: it can.
+
+    schemes: the weights that a pass takes, each with the schemes that it may choose from.
+    """
+    every = {scheme for some in schemes.values() for scheme in some}
+    if header.model_type in MIXTURES and (refused := _experts(header, schemes, every)) is not None:
+        return refused
+    of_modules = {module_of(one): scheme for one, some in schemes.items() for scheme in some}
+    if len(every) > 1 and become_floats(header.model_type, of_modules):
+        return f"transformers reads one grid alone of a {header.model_type}", "Leave out `overrides` and `budget`."
+    for tensor, some in schemes.items():
+        for scheme in some:
+            if not scheme.symmetric and tensor.shape[0] * scheme.bits <= _WORD:
+                return (
+                    f"transformers can't read the zero points of {tensor.name}, which has only {tensor.shape[0]} outputs",
+                    "Set `symmetric` to true, or name the module in `ignore`.",
+                )
+    return None
+
+
+def _experts(
+    header: ModelHeader, schemes: Mapping[TensorInfo, Collection[Scheme]], every: Iterable[Scheme]
+) -> tuple[str, str] | None:
+    """transformers puts a mixture's experts together while it loads them, by one scheme for all."""
+    taken = {scheme for tensor, some in schemes.items() if is_expert(tensor.name) for scheme in some}
+    if any(not one.symmetric for one in taken):
+        return (
+            "transformers passes over the zero points of a mixture's experts",
+            "Set `symmetric` to true for this model.",
+        )
+    if len(taken) > 1:
+        return (
+            "transformers reads one grid alone for all experts of a mixture",
+            "Let all experts have the same bits and groups: `overrides` may name other layers, and leave out `budget`.",
+        )
+    if any(one.format == "nvfp4-pack-quantized" for one in taken):
+        return (
+            "transformers passes over what nvfp4's scales are divided by in a mixture's experts",
+            "Use `mxfp4` or integers for this model.",
+        )
+    if any(one.strategy == "block" for one in taken):
+        return (
+            "transformers multiplies a mixture's experts by a scale a row, and can't by one for 128 × 128",
+            "Leave `weights` at `channel` for this model.",
+        )
+    names = {tensor.name for tensor in schemes}
+    left = [
+        one.name
+        for one in header.tensors
+        if is_expert(one.name) and one.name.endswith(".weight") and one.name not in names
+    ]
+    if left and (taken or any(one.format != "float-quantized" for one in every)):
+        return (
+            f"transformers takes all of a mixture's experts for codes, and {left[0]} stays in float",
+            "Let the pass take all experts: change `ignore`.",
+        )
+    return None

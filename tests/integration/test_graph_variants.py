@@ -1,0 +1,77 @@
+"""What config keys make of a family, as graphs: each variant is loaded by its runtime and answers as the model does, or is refused when planned."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import ErrorCode, NightpressError
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import parse_recipe
+from core.recipes.plan import make_plan
+from tests.every_family import save_family
+from tests.press import lay_out, press
+
+_BASE = {"rope_theta": 10000.0, "factor": 2.0}
+_LONG = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16} | _BASE
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("falcon", {"alibi": True}),
+    ("falcon", {"alibi": True, "multi_query": False}),
+    ("falcon", {"multi_query": False}),
+    ("falcon", {"parallel_attn": False}),
+    ("falcon", {"bias": True}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("gpt_bigcode", {"multi_query": False}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt_neox", {"attention_bias": False}),
+    ("llama", {"rope_parameters": {"rope_type": "linear"} | _BASE}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic"} | _BASE}),
+    ("llama", {"rope_parameters": {"rope_type": "yarn"} | _BASE}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("mistral", {"sliding_window": 4}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    ("phi", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25} | _BASE}),
+    ("phi", {"qk_layernorm": True}),
+    ("phi3", {"sliding_window": 4}),
+    ("phi3", {"rope_parameters": _LONG | {"original_max_position_embeddings": 16}, "max_position_embeddings": 32}),
+    ("gemma2", {"sliding_window": 4}),
+    ("opt", {"do_layer_norm_before": False}),
+    ("opt", {"word_embed_proj_dim": 64}),
+    ("modernbert", {"local_attention": 4}),
+]
+
+
+def _recipe(export: str) -> dict[str, Any]:
+    return {"passes": [], "exports": [export], "evaluate": []}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("export", ["onnx", "openvino"])
+@pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=str)
+def test_a_variant_loads_and_answers_alike_or_is_refused_when_planned(
+    family: str, changes: dict[str, Any], export: str, tmp_path: Path
+):
+    folder = save_family(family, tmp_path / "model", **changes)
+    if _refused(folder, export) is None:
+        _, report, _ = press(lay_out(tmp_path / "job", folder, _recipe(export)))  # which verifies it
+        assert report.artifacts[0].verification is not None
+
+
+def _refused(folder: Path, export: str) -> NightpressError | None:
+    try:
+        make_plan(parse_recipe({"name": "r", **_recipe(export)}), inspect_model(FolderFiles(folder)))
+    except NightpressError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("export", ["onnx", "transformers.js"])
+def test_a_falcon_with_alibi_is_refused_for_onnx_runtime(export: str, tmp_path: Path):
+    folder = save_family("falcon", tmp_path / "model", alibi=True)
+    refused = _refused(folder, export)
+    assert refused is not None
+    assert refused.code == ErrorCode.INVALID_RECIPE
+    assert "alibi" in refused.message
+    assert "openvino" in refused.hint
+    assert _refused(save_family("falcon", tmp_path / "other"), export) is None

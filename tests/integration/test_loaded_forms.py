@@ -1,0 +1,215 @@
+"""Every family in every form that quantized weights are stored in: transformers loads what was made, or the plan refuses it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from core.compress.evaluate import quality
+from core.compress.evaluate.consumer import run_consumer
+from core.compress.export import compressed_tensors
+from core.compress.passes import MODEL_PASSES, PassContext
+from core.compress.stored import from_tensors
+from core.errors import ErrorCode, NightpressError
+from core.recipes.calibration import Calibration
+from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.models import parse_recipe
+from core.recipes.passes import Quantizing
+from core.recipes.plan import make_plan
+from tests.every_family import FAMILIES, family_answers, save_family
+from tests.folders import load_tensors
+
+_INT4 = {"pass": "weight-only", "bits": 4, "group_size": 32}
+#: passes, and how far from the floats of the same codes the answers may be. Rounded activations move them, and where they move a router they
+#: move much; wrong weights come to more than 1.
+FORMS: dict[str, tuple[list[dict[str, Any]], float]] = {
+    "int8": ([{"pass": "weight-only"}], 1e-4),
+    "int4": ([_INT4], 1e-4),
+    "int4, zero points": ([_INT4 | {"symmetric": False}], 1e-4),
+    "int4 and int8": ([_INT4 | {"overrides": {"re:.*1\\..*": {"bits": 8}}}], 1e-4),
+    "int8, embeddings": ([{"pass": "weight-only", "embeddings": True}], 1e-4),
+    "fp8 weights": ([{"pass": "weight-only", "format": "fp8"}], 1e-4),
+    #: fp4 is unpacked to bfloat16 before it is a float
+    "mxfp4": ([{"pass": "weight-only", "format": "mxfp4"}], 0.05),
+    "nvfp4": ([{"pass": "weight-only", "format": "nvfp4"}], 0.05),
+    "fp8": ([{"pass": "fp8"}], 0.2),
+    "fp8, a scale a tensor": ([{"pass": "fp8", "weights": "tensor"}], 0.2),
+    "fp8, blocks": ([{"pass": "fp8", "weights": "block"}], 0.2),
+    "fp8, static": ([{"pass": "fp8", "activations": "static"}], 0.2),
+    "int8 activations": ([{"pass": "smoothquant", "alpha": 0.0}], 0.4),
+    "int8 activations, static": ([{"pass": "smoothquant", "alpha": 0.0, "activations": "tensor"}], 0.4),
+    "cache": ([{"pass": "kv-cache"}], 0.1),
+    "int8 cache, then int4": ([{"pass": "kv-cache", "format": "int8"}, _INT4], 0.1),
+}
+_HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification")
+
+# transformers asks for a dtype of the scales that torch announces to go
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def test_every_admitted_family_is_here():
+    assert set(FAMILIES) == ENCODERS | DECODERS | ENCODER_DECODERS | VISION
+
+
+def _recipe(passes: list[dict[str, Any]]) -> Any:
+    return parse_recipe({"name": "r", "passes": passes, "exports": ["compressed-tensors"], "evaluate": []})
+
+
+def _press(source: Path, work: Path, passes: list[dict[str, Any]]) -> Path:
+    recipe, folder = _recipe(passes), source
+    calibration = Calibration(samples=8, length=32, dtype="float32")
+    (work / "work").mkdir(parents=True)
+    for index, options in enumerate(recipe.passes):
+        header = inspect_model(FolderFiles(folder))
+        context = PassContext(header=header, work_dir=work / "work", index=index, calibration=calibration)
+        MODEL_PASSES[options.pass_](folder, work / str(index), options, context)
+        folder = work / str(index)
+    compressed_tensors.save(folder, work / "out")
+    return work / "out"
+
+
+def _as_floats(source: Path, out: Path, folder: Path, last: Any) -> Path:
+    """The source with the weights that `out` holds codes of, in float: what a loader should make of it."""
+    written, floats = load_tensors(out), load_tensors(source)
+    for name in floats:
+        module = name.removesuffix(".weight")
+        if isinstance(last, Quantizing) and f"{name}_scale" in written:
+            floats[name] = from_tensors(name, last.scheme(module), written)
+        else:
+            floats[name] = written[name]
+    folder.mkdir()
+    save_file(floats, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    return folder
+
+
+def _refusal(passes: list[dict[str, Any]], source: Path) -> NightpressError | None:
+    try:
+        make_plan(_recipe(passes), inspect_model(FolderFiles(source)))
+    except NightpressError as error:
+        return error
+    return None
+
+
+def _check(class_name: str, source: Path, work: Path, form: str) -> None:
+    """A form loads with the right answer, or the plan says why not."""
+    passes, bound = FORMS[form]
+    if (refused := _refusal(passes, source)) is not None:
+        assert refused.code in {ErrorCode.INVALID_RECIPE, ErrorCode.UNSUPPORTED_ARCHITECTURE}
+        assert refused.hint
+        return
+    out = _press(source, work, passes)
+    floats = _as_floats(source, out, work / "floats", _recipe(passes).passes[-1])
+    found, expected = family_answers(class_name, out), family_answers(class_name, floats)
+    assert float((found - expected).norm() / expected.norm()) < bound
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_form_loads_with_the_right_answer_or_is_refused_when_planned(family: str, form: str, tmp_path: Path):
+    class_name, _ = FAMILIES[family]
+    _check(class_name, save_family(family, tmp_path / "source"), tmp_path / "pressed", form)
+
+
+@pytest.mark.parametrize("head", _HEADS)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in VISION])
+def test_other_heads_of_a_family_load_as_well(family: str, head: str, tmp_path: Path):
+    class_name = re.sub(r"(ForMaskedLM|ForCausalLM|LMHeadModel|ForConditionalGeneration)$", head, FAMILIES[family][0])
+    if not hasattr(transformers, class_name) or class_name == "Gemma3ForSequenceClassification":  # of another config
+        pytest.skip("transformers has no such class")
+    source = save_family(family, tmp_path / "source", class_name=class_name)
+    for form in ("int8", "int4, zero points", "int8 activations"):
+        _check(class_name, source, tmp_path / form, form)
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        *((family, form) for family in ("falcon", "gpt_bigcode", "modernbert") for form in ("int8", "int4")),
+        ("opt", "cache"),
+        ("opt", "int8 cache, then int4"),
+    ],
+)
+def test_forms_that_load_with_help_are_not_refused(family: str, form: str, tmp_path: Path):
+    header = inspect_model(FolderFiles(save_family(family, tmp_path / "source")))
+    make_plan(_recipe(FORMS[form][0]), header)
+
+
+_BUDGET = {"pass": "gptq", "group_size": 32, "budget": 6.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "pass_", "why"),
+    [
+        ("falcon", FORMS["int4 and int8"][0][0], "one grid alone of a falcon"),
+        ("t5", _BUDGET, "one grid alone of a t5"),
+        ("modernbert", _BUDGET, "one grid alone of a modernbert"),
+        ("mixtral", _BUDGET, "one grid alone for all experts"),
+        ("mixtral", _INT4 | {"ignore": ["re:.*experts.*"]}, "experts for codes, and .* stays in float"),
+        ("olmoe", _INT4 | {"ignore": ["re:.*experts\\.1\\..*"]}, "experts for codes, and .* stays in float"),
+        ("mixtral", {"pass": "fp8", "weights": "block"}, "can't by one for 128 × 128"),
+        ("qwen3_moe", {"pass": "kv-cache"}, "experts for codes, and they stay in float"),
+    ],
+)
+def test_what_transformers_could_not_load_is_refused_with_the_reason(
+    family: str, pass_: dict[str, Any], why: str, tmp_path: Path
+):
+    header = inspect_model(FolderFiles(save_family(family, tmp_path / "source")))
+    with pytest.raises(NightpressError, match=why) as caught:
+        make_plan(_recipe([pass_]), header)
+    assert caught.value.code == ErrorCode.INVALID_RECIPE
+
+
+def test_half_an_encoder_decoder_is_refused_when_planned(tmp_path: Path):
+    header = inspect_model(
+        FolderFiles(save_family("t5", tmp_path / "source", class_name="T5ForSequenceClassification"))
+    )
+    with pytest.raises(NightpressError, match="T5ForSequenceClassification") as caught:
+        make_plan(_recipe(FORMS["int8"][0]), header)
+    assert caught.value.code == ErrorCode.UNSUPPORTED_ARCHITECTURE
+    assert "ForConditionalGeneration" in caught.value.hint
+
+
+def test_a_mixtures_experts_may_stay_in_float_beside_fp8(tmp_path: Path):
+    source = save_family("mixtral", tmp_path / "source")
+    passes = [{"pass": "fp8", "ignore": ["re:.*experts.*"]}]
+    make_plan(_recipe(passes), inspect_model(FolderFiles(source)))
+    out = _press(source, tmp_path / "pressed", passes)
+    before, after = (family_answers("MixtralForCausalLM", one) for one in (source, out))
+    assert 0 < float((after - before).norm() / before.norm()) < 0.2
+
+
+def test_zero_points_of_a_layer_with_few_outputs_are_refused(tmp_path: Path):
+    source = save_family("bert", tmp_path / "source", class_name="BertForSequenceClassification")
+    header = inspect_model(FolderFiles(source))
+    with pytest.raises(NightpressError, match=r"zero points of classifier\.weight, which has only 2 outputs"):
+        make_plan(_recipe([_INT4 | {"symmetric": False, "ignore": []}]), header)
+
+
+def test_a_decoders_head_over_classes_stays_in_float(tmp_path: Path):
+    source = save_family("llama", tmp_path / "source", class_name="LlamaForSequenceClassification")
+    assert "score.weight" in load_tensors(_press(source, tmp_path / "pressed", [_INT4]))
+
+
+def test_what_does_not_load_is_said_with_its_cause(tmp_path: Path):
+    """As if the plan had let it through."""
+    source = save_family("bert", tmp_path / "source", class_name="BertForSequenceClassification")
+    recipe = _recipe([_INT4 | {"symmetric": False, "ignore": []}])
+    header = inspect_model(FolderFiles(source))
+    out = _press(source, tmp_path / "pressed", [_INT4 | {"symmetric": False, "ignore": []}])
+    trial = quality.prepare(recipe, header, source, {}, threads=1)
+    with pytest.raises(NightpressError, match=r"classifier\.weight could not be read: .*stride") as caught:
+        run_consumer(compressed_tensors.CONSUMER, out, trial.task, name="it", scratch=tmp_path / "scratch")
+    assert caught.value.code == ErrorCode.VERIFICATION_FAILED
+    assert "version" not in caught.value.hint
