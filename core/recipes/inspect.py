@@ -43,7 +43,9 @@ _ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".zs
 
 _CONFIG_BYTES = 1024**2
 _JSON_BYTES = 16 * 1024**2
-_NOT_PARSED = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", "unigram.json"})  #: large, and data alone to every reader
+_NOT_PARSED = frozenset(
+    {"tokenizer.json", "vocab.json", "added_tokens.json", "unigram.json"}
+)  #: large, and data alone to every reader
 
 #: bounds no real model comes near; beyond them a reader would only allocate until it dies
 _BOUNDS = {

@@ -9,20 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate.rows import (
-    MAX_TEXT_BYTES,
-    Row,
-    builtin_bytes,
-    invalid,
-    is_parquet,
-    read_records,
-    read_rows,
-    read_text,
-)
+from core.compress.evaluate.rows import Row, builtin_bytes, has_columns, read_records, read_rows
 from core.errors import ErrorCode, NightpressError
+from core.recipes.datafile import invalid
 from core.recipes.header import ModelHeader
 
-__all__ = ["MAX_TEXT_BYTES", "Row", "read_records", "read_rows"]
+__all__ = ["Row", "read_records", "read_rows"]
 
 Ids = NDArray[np.int64]
 
@@ -81,11 +73,7 @@ class Source:
 
     def has(self, *names: str) -> bool:
         """Whether it is rows that have one of these columns."""
-        if self.ref.startswith("builtin:") or self.file is None or not self.file.is_file() or is_parquet(self.file):
-            return False
-        lines = (line for line in read_text(self.ref, self.file).splitlines() if line.strip())
-        first = next(lines, "").lstrip()
-        return first.startswith("{") and any(name in self.records()[0] for name in names)
+        return not self.ref.startswith("builtin:") and has_columns(self.ref, self.file, names)
 
     def field(self, record: dict[str, Any], at: int, kind: str, *names: str) -> Any:
         """The first of the columns `names` that the row has, as a `text`, `number`, `words` (texts), `texts` (one or more) or `list`."""

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate.rows import find_file, invalid, parquet_batches
+from core.compress.evaluate.rows import find_file, parquet_batches
+from core.recipes.datafile import invalid
 from core.recipes.header import ModelHeader
 
 _MAX_PIXELS = 64 * 1024**2
