@@ -16,6 +16,7 @@ from core.errors import ErrorCode, NightpressError
 from core.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, Queue, QueueLoad
 from core.jobs.states import QUEUED
 from core.jobs.tables import job_artifacts, job_attempts, job_events, job_logs, job_reports, jobs
+from core.recipes.jsonfile import is_text
 from core.schemas import JobState
 
 JOB_COLUMNS = tuple(jobs.c[one.name] for one in fields(Job))
@@ -216,9 +217,10 @@ def _read_cursor(cursor: str) -> tuple[dt.datetime, str]:
     try:
         created_at, job_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
         moment = dt.datetime.fromisoformat(created_at)
-        if moment.tzinfo is None or not isinstance(job_id, str) or "\0" in job_id:
+        # A year that leaves room for every time zone: the database reckons in UTC.
+        if moment.tzinfo is None or not 1970 < moment.year < 9999 or not isinstance(job_id, str) or not is_text(job_id):
             raise ValueError("not a cursor")
-    except (ValueError, TypeError, binascii.Error) as error:
+    except (ValueError, TypeError, RecursionError, binascii.Error) as error:
         raise NightpressError(
             ErrorCode.INVALID_REQUEST,
             "The cursor is not one that this service gave out.",

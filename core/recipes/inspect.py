@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from core.errors import ErrorCode, NightpressError
+from core.recipes.bounds import size_flaw
 from core.recipes.header import ModelHeader, TensorInfo
 from core.recipes.jsonfile import JsonBudget, malformed, parse_json, walk
 from core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
@@ -47,17 +48,6 @@ _NOT_PARSED = frozenset(
     {"tokenizer.json", "vocab.json", "added_tokens.json", "unigram.json"}
 )  #: large, and data alone to every reader
 
-#: bounds no real model comes near; beyond them a reader would only allocate until it dies
-_BOUNDS = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "d_kv", "head_dim"), 1 << 18),
-    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "n_inner", "vocab_size"), 1 << 24),
-    **dict.fromkeys(
-        ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 4096
-    ),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 1 << 14),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "type_vocab_size"), 1 << 30),
-    **dict.fromkeys(("num_local_experts", "num_experts", "num_labels"), 1 << 20),
-}
 _DUNDER = re.compile(r"__\w+__")
 
 
@@ -191,6 +181,9 @@ def _read_config(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget
         raise malformed("config.json", "it is not a JSON object")
     for key, value in walk("config.json", config):
         _check_value(key, value)
+    for key, value in config.items():
+        if (flaw := size_flaw(key, value, at_the_top=True)) is not None:
+            raise malformed("config.json", flaw)
     architectures = config.get("architectures")
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(one, str) and one.isidentifier() for one in architectures)
@@ -215,13 +208,8 @@ def _read_config(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget
 
 
 def _check_value(key: str, value: Any) -> None:
-    if key in _BOUNDS and value is not None:
-        for one in value if isinstance(value, list) else [value]:
-            least = 0 if key == "type_vocab_size" else 1  # DeBERTa has no types of tokens
-            if isinstance(one, bool) or not isinstance(one, int) or not least <= one <= _BOUNDS[key]:
-                raise malformed(
-                    "config.json", f"`{key}` is {str(one)[:40]}, not a number from {least} to {_BOUNDS[key]}"
-                )
+    if (flaw := size_flaw(key, value)) is not None:
+        raise malformed("config.json", flaw)
     if key == "_name_or_path" and isinstance(value, str) and ".." in re.split(r"[/\\]", value):
         raise malformed("config.json", "`_name_or_path` climbs out of a folder")
 

@@ -99,7 +99,7 @@ class GenerationSpeed(_Model):
 
 def _which_evaluation(raw: Any) -> str:
     metric = raw.get("metric") if isinstance(raw, dict) else getattr(raw, "metric", None)
-    return metric if metric in {"latency", "generation-speed"} else "quality"
+    return metric if isinstance(metric, str) and metric in {"latency", "generation-speed"} else "quality"
 
 
 Evaluation = Annotated[

@@ -1,5 +1,6 @@
 """What models and data sets have in common: brought by upload or by server path, looked up by tenant, deleted with their bytes."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from core.registry.uploads import Owner, Uploads
 from core.schemas import TERMINAL_STATES, DataSetView, FileAnnouncement, ModelView, UploadFile
 from core.settings import Settings
 from core.sources.address import Kind
+
+log = logging.getLogger(__name__)
 
 View = TypeVar("View", ModelView, DataSetView)
 Taken = tuple[Sequence[FileEntry], Mapping[str, Any]]  #: files, and the columns that say what is in them
@@ -95,13 +98,14 @@ class Registry(ABC, Generic[View]):
             if row.size > self._settings.verify_inline_bytes:
                 raise TakesLonger
             files, facts = self._verify_upload(row, _ignore, at_once=True)
-        except TakesLonger:
-            won = self._advance(row, state="verifying")
-            return self.get(tenant_id, row.id) if won else self._as_decided(tenant_id, owner)
         except NightpressError as error:
             if not error.kind.retryable and error.code is not ErrorCode.NOT_FOUND:
                 self._fail(row, error)
             raise
+        except Exception as error:
+            _note_unforeseen(error, self.noun, row.id)
+            won = self._advance(row, state="verifying")
+            return self.get(tenant_id, row.id) if won else self._as_decided(tenant_id, owner)
         if not self._advance(row, **made_ready(files, facts)):
             return self._as_decided(tenant_id, owner)
         self._uploads.forget(owner)
@@ -205,7 +209,10 @@ class Registry(ABC, Generic[View]):
             if size > self._settings.verify_inline_bytes:
                 raise TakesLonger
             given |= made_ready(*self._examine_path(server_path, _ignore, at_once=True))
-        except TakesLonger:
+        except NightpressError:
+            raise
+        except Exception as error:
+            _note_unforeseen(error, self.noun, row_id)
             given |= {"state": "verifying", "files": [], "size": size}
         with transaction(self._engine) as connection:
             self._insert(connection, row_id, tenant_id, name, **given)
@@ -295,6 +302,12 @@ def described(files: Sequence[FileEntry]) -> dict[str, Any]:
 
 def dumped(files: Iterable[FileEntry]) -> list[dict[str, Any]]:
     return [file.model_dump() for file in files]
+
+
+def _note_unforeseen(error: Exception, noun: str, row_id: str) -> None:
+    """What nobody foresaw goes the way of what takes longer: the control process tries again, and comes to an end."""
+    if not isinstance(error, TakesLonger):
+        log.error("The %s %s: an unexpected error", noun, row_id, exc_info=error)
 
 
 def _ignore(_count: int) -> None:

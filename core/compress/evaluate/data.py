@@ -261,20 +261,15 @@ class FastTokenizer:
         try:
             self._library: Any = Library.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-            raise NightpressError(
-                ErrorCode.MALFORMED_MODEL,
-                f"tokenizer.json can't be read: {str(error)[:300]}",
-                hint="Save it again with the tokenizer's save_pretrained.",
-                file="tokenizer.json",
-            ) from error
+            raise _damaged(error) from error
         self._library.no_truncation()
         self._library.no_padding()
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        return list(self._library.encode(text, add_special_tokens=special).ids)
+        return list(self._encoded(text, special).ids)
 
     def encode_counted(self, text: str) -> tuple[list[int], list[int] | None]:
-        encoded = self._library.encode(text, add_special_tokens=False)
+        encoded = self._encoded(text, False)
         counts, at = [], 0
         for _, end in encoded.offsets:
             # Pieces of one character end where it ends: its bytes are the first piece's, and the sum stays right.
@@ -283,6 +278,12 @@ class FastTokenizer:
         if counts:
             counts[-1] += len(text[at:].encode())
         return list(encoded.ids), counts
+
+    def _encoded(self, text: str, special: bool) -> Any:
+        try:
+            return self._library.encode(text, add_special_tokens=special)
+        except Exception as error:  # some flaws of the file show with a text only, e.g. no token for unknown words
+            raise _damaged(error) from error
 
     @property
     def mask_id(self) -> int | None:
@@ -294,6 +295,15 @@ class FastTokenizer:
 
     def _first(self, *names: str) -> int | None:
         return next((found for name in names if (found := self._library.token_to_id(name)) is not None), None)
+
+
+def _damaged(error: Exception) -> NightpressError:
+    return NightpressError(
+        ErrorCode.MALFORMED_MODEL,
+        f"tokenizer.json can't be read: {str(error)[:300]}",
+        hint="Save it again with the tokenizer's save_pretrained.",
+        file="tokenizer.json",
+    )
 
 
 class SlowTokenizer:
