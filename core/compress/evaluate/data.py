@@ -1,7 +1,9 @@
 """Rows of text as token ids: windows of running text, or rows by themselves, with or without labels."""
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -258,10 +260,8 @@ class FastTokenizer:
     def __init__(self, file: Path) -> None:
         from tokenizers import Tokenizer as Library
 
-        try:
+        with _tokenizer_faults():
             self._library: Any = Library.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-            raise _damaged(error) from error
         self._library.no_truncation()
         self._library.no_padding()
 
@@ -280,10 +280,8 @@ class FastTokenizer:
         return list(encoded.ids), counts
 
     def _encoded(self, text: str, special: bool) -> Any:
-        try:
+        with _tokenizer_faults():  # some flaws show with a text only, e.g. that there is no token for unknown words
             return self._library.encode(text, add_special_tokens=special)
-        except Exception as error:  # some flaws of the file show with a text only, e.g. no token for unknown words
-            raise _damaged(error) from error
 
     @property
     def mask_id(self) -> int | None:
@@ -297,13 +295,20 @@ class FastTokenizer:
         return next((found for name in names if (found := self._library.token_to_id(name)) is not None), None)
 
 
-def _damaged(error: Exception) -> NightpressError:
-    return NightpressError(
-        ErrorCode.MALFORMED_MODEL,
-        f"tokenizer.json can't be read: {str(error)[:300]}",
-        hint="Save it again with the tokenizer's save_pretrained.",
-        file="tokenizer.json",
-    )
+@contextlib.contextmanager
+def _tokenizer_faults() -> Iterator[None]:
+    """The library raises bare Exception for whatever is wrong with a file, and panics, as Rust has it, for the rest."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise NightpressError(
+            ErrorCode.MALFORMED_MODEL,
+            f"tokenizer.json can't be read: {str(error)[:300]}",
+            hint="Save it again with the tokenizer's save_pretrained.",
+            file="tokenizer.json",
+        ) from error
 
 
 class SlowTokenizer:

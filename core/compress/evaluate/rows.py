@@ -65,11 +65,11 @@ def find_file(ref: str, file: Path | None) -> Path:
     return file
 
 
-def parquet_batches(ref: str, file: Path, wanted: Iterable[str]) -> Iterator[list[dict[str, Any]]]:
-    """Those of the wanted columns that a Parquet file has, some rows at a time. Raises NightpressError(invalid_data)."""
+def parquet_rows(ref: str, file: Path, wanted: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Those of the wanted columns that a Parquet file has, row by row. Raises NightpressError(invalid_data)."""
     try:
         from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
+        from pyarrow.parquet import ParquetFile, read_schema
     except ImportError as error:
         raise invalid(
             ref,
@@ -77,16 +77,18 @@ def parquet_batches(ref: str, file: Path, wanted: Iterable[str]) -> Iterator[lis
             "Install `nightpress[compress]` there, or bring JSONL.",
         ) from error
     try:
-        with ParquetFile(file) as table:
-            columns = [name for name in wanted if name in table.schema_arrow.names]
+        columns = [name for name in wanted if name in read_schema(file).names]
+        # A text that stands in a million rows is held once, and copied only where its row is asked for.
+        with ParquetFile(file, read_dictionary=[name for name in columns if name == "text"]) as table:
             for batch in table.iter_batches(_BATCH_ROWS, columns=columns) if columns else ():
-                yield batch.to_pylist()
+                for at in range(batch.num_rows):
+                    yield {name: column[at].as_py() for name, column in zip(columns, batch.columns, strict=True)}
     except (
         ArrowException,
         OSError,
         ValueError,
         OverflowError,
-    ) as error:  # texts that are not UTF-8, times beyond Python's
+    ) as error:  # the last two: not UTF-8, times beyond Python's
         raise invalid(ref, f"its Parquet can't be read ({str(error)[:200]})", "Write it again.") from error
 
 
@@ -103,16 +105,14 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 
 def _parquet(ref: str, file: Path) -> Iterator[DataRow]:
-    number = size = 0
-    for batch in parquet_batches(ref, file, ("text", "label", "messages")):
-        for values in batch:
-            number += 1
-            size += len(str(values))
-            if size > READ_BYTES or number > READ_LINES:
-                return
-            row = row_of(ref, f"row {number}", values)
-            if row is not None:
-                yield row
+    size = 0
+    for number, values in enumerate(parquet_rows(ref, file, ("text", "label", "messages")), 1):
+        size += len(str(values))
+        if size > READ_BYTES or number > READ_LINES:
+            return
+        row = row_of(ref, f"row {number}", values)
+        if row is not None:
+            yield row
 
 
 def _render(ref: str, raw: list[DataRow], model_dir: Path | None) -> list[Row]:
