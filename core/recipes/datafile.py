@@ -48,11 +48,17 @@ class DataRow:
 
 @dataclass
 class Window:
-    """How much of a file is read. `cut`: there was more."""
+    """How much of a file is read, and what it ended by where there was more."""
 
     size: int = READ_BYTES
     lines: int = READ_LINES
-    cut: bool = False
+    cut: Literal["size", "lines"] | None = None
+
+    @property
+    def hides(self) -> bool:
+        """Whether a job would see more."""
+        limit, most = (self.size, READ_BYTES) if self.cut == "size" else (self.lines, READ_LINES)
+        return self.cut is not None and limit < most
 
 
 def kind_of(name: str) -> Kind:
@@ -254,7 +260,7 @@ def _split(texts: Iterator[str], separator: str, window: Window) -> Iterator[tup
         *whole, rest = (rest + text).split(separator)
         for part in whole:
             if number == window.lines:
-                window.cut = True
+                window.cut = "lines"
                 return
             number += 1
             yield number, part
@@ -274,7 +280,7 @@ def _texts(ref: str, pieces: Iterable[bytes], window: Window) -> Iterator[str]:
     left, at = window.size, 0
     for piece, final in _bounded(pieces):
         if len(piece) > left:
-            window.cut, piece, final = True, piece[:left], False
+            window.cut, piece, final = "size", piece[:left], False
         left -= len(piece)
         try:
             text: str = decoder.decode(piece, final)
@@ -346,19 +352,20 @@ def _check_unpacked(ref: str, packed: int, unpacked: int) -> None:
 
 @dataclass(frozen=True)
 class DataFacts:
-    rows: int | None  #: that jobs read: of prose, paragraphs; None: unknown
+    rows: int | None  #: that jobs read; of prose: lines; None: unknown
     labels: int | None  #: classes: the highest label plus one, or how many names; 0: unlabelled; None: unknown
 
 
 def examine_data(path: str, pieces: Iterable[bytes], window: Window | None = None) -> DataFacts:
     """Read what a job would read. Raises NightpressError(invalid_data) with the line at fault."""
-    if kind_of(path) == "parquet":
+    kind = kind_of(path)
+    if kind == "parquet":
         return _look_at_parquet(path, pieces)
     rows = highest = 0
     names: set[str] = set()
     labelled: bool | None = None
     for row in read_data(path, path, pieces, window):
-        rows += 1
+        rows += 1 if kind != "txt" or row.text is None else row.text.count("\n") + 1
         if not _OTHER_COLUMNS.isdisjoint(row.values):
             continue
         labelled = row.label is not None if labelled is None else labelled
