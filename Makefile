@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo up test lint types contracts check docs bench clean mutate soak
+.PHONY: help demo up test lint types contracts check docs bench clean fuzz mutate soak
 
 help:  ## say what each target does
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ mutate: $(VENV)/.dev-installed  ## take each guard of the store away and see a t
 
 soak: $(VENV)/.dev-installed  ## seeded chaos on both stacks: make soak MINUTES=10 [STACK=embedded|production] [CHAOS_SEED=…]
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(if $(STACK),--stack $(STACK))
+
+fuzz: $(VENV)/.dev-installed  ## hostile input for every file reader and route: make fuzz MINUTES=30 [FUZZ_SEED=…]
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10)
 
 clean:  ## remove the virtual environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info build dist site bench/out

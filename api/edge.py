@@ -15,11 +15,13 @@ from api.problems import on_unexpected, problem
 from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
 from core.logs import log_context
+from core.numbers import whole_number
 from core.tracing import NOT_TRACED, SpanNotes, span
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 #: Routes that take files rather than JSON bound their body themselves, by the size that was announced.
 _STREAMING = re.compile(r"/v1/(models|datasets)/[^/]+/parts/[^/]+")
+_ENDLESS = 1 << 62  #: what a length is taken for that can't be read
 _UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
@@ -118,6 +120,7 @@ def _read_headers(scope: Scope) -> tuple[str, int]:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             request_id = value.decode()
-        elif name == b"content-length" and value.isdigit():
-            length = int(value)
+        elif name == b"content-length":
+            announced = whole_number(value.decode("latin-1"))
+            length = _ENDLESS if announced is None else announced
     return request_id or new_id("req"), length

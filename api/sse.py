@@ -12,6 +12,7 @@ from api.deps import Services
 from core.errors import ErrorCode, NightpressError
 from core.jobs.positions import Position
 from core.jobs.records import Event, Job, LogLine
+from core.numbers import whole_number
 from core.schemas import TERMINAL_STATES
 
 MEDIA_TYPE = "text/event-stream"
@@ -33,11 +34,12 @@ def resume_point(request: Request, after: int) -> int:
     raw = request.headers.get("last-event-id", "").strip()
     if not raw:
         return after
-    if not raw.isdigit() or len(raw) > 15:
+    number = whole_number(raw)
+    if number is None:
         raise NightpressError(
             ErrorCode.INVALID_REQUEST, "Last-Event-ID is not a number.", hint="Send the last `id` that was received."
         )
-    return int(raw)
+    return number
 
 
 async def stream(

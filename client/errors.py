@@ -5,6 +5,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
+from core.numbers import whole_number
 from core.schemas import Problem
 
 
@@ -60,5 +61,4 @@ class ApiError(ClientError):
 
 def retry_after_of(response: httpx.Response) -> float | None:
     """Seconds from a Retry-After header; None where there is none or it is a date."""
-    value = response.headers.get("retry-after", "")
-    return float(value) if value.isdecimal() else None
+    return whole_number(response.headers.get("retry-after", ""))

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from core.recipes.jsonfile import is_text
 from core.recipes.models import Name
 from core.recipes.plan import Plan
 
@@ -32,12 +33,32 @@ Labels = Annotated[
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-def _holds_nul(raw: object) -> bool:
-    if isinstance(raw, str):
-        return "\0" in raw
-    if isinstance(raw, dict):
-        return any(_holds_nul(key) or _holds_nul(value) for key, value in raw.items())
-    return isinstance(raw, list) and any(_holds_nul(one) for one in raw)
+_MAX_VALUES = 50_000  #: of one body: a hundred jobs with recipes of their own have a tenth of that
+_MAX_DEPTH = 48
+
+
+def _flaw(raw: object) -> str | None:
+    """Why no database would keep it, or nobody would send it. Costs little, whatever is in it."""
+    left = _MAX_VALUES
+    level = [raw]
+    for _ in range(_MAX_DEPTH):
+        left -= len(level)
+        below: list[object] = []
+        for one in level:
+            if isinstance(one, str):
+                if not is_text(one):
+                    return "a NUL character or half a surrogate pair is not allowed"
+            elif isinstance(one, dict):
+                below += one
+                below += one.values()
+            elif isinstance(one, list | tuple):
+                below += one
+            if len(below) > left:
+                return f"has more than {_MAX_VALUES} values"
+        if not below:
+            return None
+        level = below
+    return "is nested too deeply"
 
 
 class Request(BaseModel):
@@ -48,13 +69,8 @@ class Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _storable(cls, raw: Any) -> Any:
-        # PostgreSQL keeps no NUL in text or JSON, and no file has one in its name.
-        try:
-            nul = _holds_nul(raw)
-        except RecursionError:
-            raise ValueError("is nested too deeply") from None
-        if nul:
-            raise ValueError("a NUL character is not allowed")
+        if isinstance(raw, dict) and (why := _flaw(raw)) is not None:
+            raise ValueError(why)
         return raw
 
 

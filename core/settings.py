@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     )
     verify_inline_bytes: int = Field(
         128 * 1024**2,
-        description="Models and data of up to this size are verified within the request; larger ones by the control process.",
+        description="Models and data of up to this size are verified within the request; larger ones, and data of many rows, by the control process.",
     )
     max_model_bytes: int = 2 * 1024**4
     max_dataset_bytes: int = 4 * 1024**3

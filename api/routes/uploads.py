@@ -12,6 +12,7 @@ from api.deps import ModelsWriter, Services, ServicesDep
 from api.problems import documented
 from api.routes import answer
 from core.errors import ErrorCode, NightpressError
+from core.numbers import whole_number
 from core.schemas import DataSetView, ModelView, Page, UploadFile
 
 _PIECE = 1024**2  #: bytes handed to the store's thread at a time
@@ -121,12 +122,12 @@ def add_upload_routes(
 
 
 def _announced_size(request: Request) -> int:
-    raw = request.headers.get("content-length", "")
-    if not raw.isdigit():
+    size = whole_number(request.headers.get("content-length", ""))
+    if size is None:
         raise NightpressError(
             ErrorCode.INVALID_REQUEST, "The part's length is not known.", hint="Send it with a Content-Length header."
         )
-    return int(raw)
+    return size
 
 
 def _pieces(request: Request, loop: asyncio.AbstractEventLoop) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ import typer
 
 from client.cli import output
 from client.cli.session import Session, takes_session
+from core.numbers import whole_number
 from core.schemas import KeyView, NewKeyView, QuotaChange, TenantView, UsageView
 
 keys = typer.Typer(invoke_without_command=True, help="API keys: list, add, show, rotate, revoke.")
@@ -153,11 +154,12 @@ def set_quota(
     wanted: dict[str, int | None] = {}
     for one in quota:
         name, given, value = one.partition("=")
-        if name not in QuotaChange.model_fields or not given or not (value.isdecimal() or not value):
+        bound = whole_number(value)
+        if name not in QuotaChange.model_fields or not given or (value and bound is None):
             raise typer.BadParameter(
                 f"{one!r} is not QUOTA=N. Quotas: {', '.join(QuotaChange.model_fields)}.", param_hint="QUOTA=N"
             )
-        wanted[name] = int(value) if value else None
+        wanted[name] = bound
     with session.client() as client:
         _print_tenant(session, client.tenants.set_quotas(tenant, **wanted))
 

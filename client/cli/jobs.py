@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from client.cli import output
 from client.cli.exits import Exit
@@ -15,6 +14,7 @@ from client.errors import ApiError
 from client.folders import read_model_folder
 from core.errors import ErrorCode
 from core.recipes.models import load_recipe
+from core.recipes.yamlfile import read_yaml
 from core.schemas import JobFilter, JobView, LogView, ModelView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
@@ -264,7 +264,7 @@ def read_recipe(recipe: str) -> str | dict[str, Any]:
         return recipe
     text = path.read_text()
     load_recipe(text)
-    raw: dict[str, Any] = yaml.safe_load(text)
+    raw: dict[str, Any] = read_yaml(text)
     return raw
 
 

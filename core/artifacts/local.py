@@ -26,6 +26,7 @@ from core.artifacts.storage import (
 )
 from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
+from core.numbers import whole_number
 
 _PIECE = 1024**2
 _UPLOADS = f"{OWN}uploads"
@@ -144,7 +145,8 @@ class LocalStore:
     def received_parts(self, key: str, upload_id: str) -> dict[int, int]:
         try:
             entries = self._parts(upload_id).iterdir()
-            return {int(entry.name): entry.stat().st_size for entry in entries if entry.name.isdecimal()}
+            numbered = ((whole_number(entry.name), entry) for entry in entries)
+            return {number: entry.stat().st_size for number, entry in numbered if number is not None}
         except FileNotFoundError:
             return {}
 

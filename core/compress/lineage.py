@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
+from core.errors import NightpressError
+from core.recipes.yamlfile import read_yaml
 
 _CARD = "README.md"
 _LICENSES = ("LICENSE", "LICENCE", "LICENSE.txt", "LICENSE.md")
@@ -46,11 +47,11 @@ def _front(card: Path) -> dict[str, Any]:
     if not text.startswith("---\n"):
         return {}
     body, end, _ = text[4:].partition("\n---")
-    if not end or "&" in body:  # anchors: a few bytes could unfold into gigabytes
+    if not end:
         return {}
     try:
-        found = yaml.safe_load(body)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        found = read_yaml(body, max_characters=_READ, max_nodes=_READ)
+    except NightpressError:
         return {}
     return found if isinstance(found, dict) else {}
 

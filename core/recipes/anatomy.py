@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from core.numbers import whole_number
 from core.recipes.header import CONV1D, ModelHeader
 from core.recipes.linears import invalid
 
@@ -188,7 +189,8 @@ class Anatomy:
             return None
         number, _, rest = name.removeprefix(self.prefix).partition(".")
         module, _, leaf = rest.rpartition(".")
-        return (int(number), module, leaf) if number.isdigit() else None
+        block = whole_number(number)
+        return None if block is None else (block, module, leaf)
 
 
 def anatomy_of(header: ModelHeader, asker: str) -> Anatomy:
@@ -214,6 +216,8 @@ def anatomy_of(header: ModelHeader, asker: str) -> Anatomy:
     assert isinstance(heads, int)
     head_dim = config.get("head_dim") or hidden // heads
     group = heads // (config.get("num_key_value_heads") or heads)
+    if not head_dim or not group:
+        raise invalid(f"`{asker}` can't take this model: its config has more heads than fit.", "Check its config.json.")
     transposed = header.model_type in CONV1D
     wanted = [f"{prefix}{at}.{inner.output}.weight" for at in range(layers) for inner in _inners(family)]
     missing = [name for name in wanted if len(shapes.get(name, ())) != 2]

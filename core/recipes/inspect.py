@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from core.errors import ErrorCode, NightpressError
+from core.recipes.bounds import size_flaw
 from core.recipes.header import ModelHeader, TensorInfo
-from core.recipes.jsonfile import malformed, parse_json, walk
+from core.recipes.jsonfile import JsonBudget, malformed, parse_json, walk
 from core.recipes.pooling import read_pooling
 from core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
 
@@ -44,19 +45,10 @@ _ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".zs
 
 _CONFIG_BYTES = 1024**2
 _JSON_BYTES = 16 * 1024**2
-_NOT_PARSED = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json"})  #: large, and data alone to every reader
+_NOT_PARSED = frozenset(
+    {"tokenizer.json", "vocab.json", "added_tokens.json", "unigram.json"}
+)  #: large, and data alone to every reader
 
-#: bounds no real model comes near; beyond them a reader would only allocate until it dies
-_BOUNDS = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "d_kv", "head_dim"), 1 << 18),
-    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "n_inner", "vocab_size"), 1 << 24),
-    **dict.fromkeys(
-        ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 4096
-    ),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 1 << 14),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "type_vocab_size"), 1 << 30),
-    **dict.fromkeys(("num_local_experts", "num_experts", "num_labels"), 1 << 20),
-}
 _DUNDER = re.compile(r"__\w+__")
 
 
@@ -115,10 +107,11 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
     """
     sizes = files.names()
     check_names(sizes)
-    config = _read_config(files, sizes)
+    budget = JsonBudget()
+    config = _read_config(files, sizes, budget)
     for path in sizes:
-        _check_small_file(files, path, sizes[path])
-    tensors = _read_tensors(files, sizes)
+        _check_small_file(files, path, sizes[path], budget)
+    tensors = _read_tensors(files, sizes, budget)
     architectures = config.get("architectures") or [""]
     header = ModelHeader(
         model_type=config["model_type"],
@@ -131,7 +124,7 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
         return header
 
     def read(path: str) -> Any:
-        return _read_json(files, path, sizes[path], _CONFIG_BYTES) if path in sizes else None
+        return _read_json(files, path, sizes[path], _CONFIG_BYTES, budget) if path in sizes else None
 
     return header.model_copy(update={"pooling": read_pooling(read)})
 
@@ -183,7 +176,7 @@ def _unsupported_file(path: str) -> NightpressError:
     return NightpressError(ErrorCode.UNSUPPORTED_FORMAT, what, hint=hint, file=path)
 
 
-def _read_config(files: ModelFiles, sizes: Mapping[str, int]) -> dict[str, Any]:
+def _read_config(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> dict[str, Any]:
     if "config.json" not in sizes:
         raise NightpressError(
             ErrorCode.MALFORMED_MODEL,
@@ -191,11 +184,14 @@ def _read_config(files: ModelFiles, sizes: Mapping[str, int]) -> dict[str, Any]:
             hint="Bring the whole folder that `save_pretrained` wrote.",
             file="config.json",
         )
-    config = _read_json(files, "config.json", sizes["config.json"], _CONFIG_BYTES)
+    config = _read_json(files, "config.json", sizes["config.json"], _CONFIG_BYTES, budget)
     if not isinstance(config, dict):
         raise malformed("config.json", "it is not a JSON object")
     for key, value in walk("config.json", config):
         _check_value(key, value)
+    for key, value in config.items():
+        if (flaw := size_flaw(key, value, at_the_top=True)) is not None:
+            raise malformed("config.json", flaw)
     architectures = config.get("architectures")
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(one, str) and one.isidentifier() for one in architectures)
@@ -220,18 +216,13 @@ def _read_config(files: ModelFiles, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _check_value(key: str, value: Any) -> None:
-    if key in _BOUNDS and value is not None:
-        for one in value if isinstance(value, list) else [value]:
-            least = 0 if key == "type_vocab_size" else 1  # DeBERTa has no types of tokens
-            if isinstance(one, bool) or not isinstance(one, int) or not least <= one <= _BOUNDS[key]:
-                raise malformed(
-                    "config.json", f"`{key}` is {str(one)[:40]}, not a number from {least} to {_BOUNDS[key]}"
-                )
+    if (flaw := size_flaw(key, value)) is not None:
+        raise malformed("config.json", flaw)
     if key == "_name_or_path" and isinstance(value, str) and ".." in re.split(r"[/\\]", value):
         raise malformed("config.json", "`_name_or_path` climbs out of a folder")
 
 
-def _check_small_file(files: ModelFiles, path: str, size: int) -> None:
+def _check_small_file(files: ModelFiles, path: str, size: int, budget: JsonBudget) -> None:
     """JSON must parse and name no code; a chat template must not reach for Python's internals."""
     pure = PurePosixPath(path)
     if pure.suffix == ".jinja":
@@ -240,7 +231,7 @@ def _check_small_file(files: ModelFiles, path: str, size: int) -> None:
         _check_template(path, files.read(path, 0, size).decode(errors="replace"))
     if pure.suffix != ".json" or path in _NOT_PARSED:
         return
-    for key, value in walk(path, _read_json(files, path, size, _JSON_BYTES)):
+    for key, value in walk(path, _read_json(files, path, size, _JSON_BYTES, budget)):
         if key == "auto_map":
             raise NightpressError(
                 ErrorCode.UNSUPPORTED_FORMAT,
@@ -257,13 +248,15 @@ def _check_template(path: str, template: str) -> None:
         raise malformed(path, f"its chat template uses {found[0][:40]}, which only an attack does")
 
 
-def _read_json(files: ModelFiles, path: str, size: int, limit: int) -> Any:
+def _read_json(files: ModelFiles, path: str, size: int, limit: int, budget: JsonBudget) -> Any:
     if size > limit:
         raise malformed(path, f"it has {size} bytes; at most {limit} are read")
-    return parse_json(path, files.read(path, 0, size))
+    data = files.read(path, 0, size)
+    budget.take(path, data)
+    return parse_json(path, data)
 
 
-def _read_tensors(files: ModelFiles, sizes: Mapping[str, int]) -> list[TensorInfo]:
+def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> list[TensorInfo]:
     weights = [path for path in sizes if path.endswith(".safetensors")]
     if not weights:
         raise NightpressError(
@@ -272,7 +265,7 @@ def _read_tensors(files: ModelFiles, sizes: Mapping[str, int]) -> list[TensorInf
             hint=f"Bring {WEIGHTS_FILE}, or its shards with {INDEX_FILE}.",
         )
     if INDEX_FILE in sizes:
-        weight_map = _read_index(files, sizes)
+        weight_map = _read_index(files, sizes, budget)
     elif WEIGHTS_FILE in sizes:
         weight_map = None
     else:
@@ -296,8 +289,8 @@ def _read_tensors(files: ModelFiles, sizes: Mapping[str, int]) -> list[TensorInf
     return tensors
 
 
-def _read_index(files: ModelFiles, sizes: Mapping[str, int]) -> dict[str, str]:
-    index = _read_json(files, INDEX_FILE, sizes[INDEX_FILE], _JSON_BYTES)
+def _read_index(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> dict[str, str]:
+    index = _read_json(files, INDEX_FILE, sizes[INDEX_FILE], _JSON_BYTES, budget)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if (
         not isinstance(weight_map, dict)

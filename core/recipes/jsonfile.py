@@ -3,11 +3,32 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NoReturn
 
 from core.errors import ErrorCode, NightpressError
 
 _MAX_DEPTH = 64
+_MANY_BYTES = 4 * 1024**2  #: of JSON that is not ASCII: Python takes up to four bytes a character of it
+
+
+@dataclass
+class JsonBudget:
+    """What may still be parsed of one model. Counted before anything is built: an empty list takes 3 bytes of a file and 64 of memory."""
+
+    size: int = 64 * 1024**2
+    values: int = 500_000
+
+    def take(self, path: str, data: bytes) -> None:
+        """Raises NightpressError(malformed_model) where the budget is used up."""
+        self.size -= len(data)
+        # Commas and brackets in texts count as well: the bound is far above what models have.
+        self.values -= data.count(b",") + data.count(b"[") + data.count(b"{")
+        if self.size < 0 or self.values < 0:
+            raise malformed(path, "the model's JSON files together hold more than any model needs")
+        if len(data) > _MANY_BYTES and not data.isascii():
+            raise malformed(path, f"it has {len(data)} bytes, and is not ASCII: at most {_MANY_BYTES} are read of such")
 
 
 def malformed(path: str, why: str) -> NightpressError:
@@ -27,22 +48,39 @@ def parse_json(path: str, data: bytes) -> Any:
         raise malformed(path, f"it is not plain JSON: {str(error)[:200] or 'nested too deep'}") from error
 
 
-def walk(path: str, value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+def walk(path: str, root: Any) -> Iterator[tuple[str, Any]]:
     """Each value with the key it stands under, at every depth. Raises malformed_model for what can't be kept in a database."""
-    if depth > _MAX_DEPTH:
-        raise malformed(path, f"it nests deeper than {_MAX_DEPTH} levels")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise malformed(path, f"`{key[:100]}` is not a finite number")
-    if isinstance(value, str) and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
-        raise malformed(path, f"`{key[:100]}` has characters that are no text")
-    yield key, value
-    if isinstance(value, dict):
-        for name, one in value.items():
-            yield from walk(path, name, key, depth + 1)
-            yield from walk(path, one, name, depth + 1)
-    elif isinstance(value, list):
-        for one in value:
-            yield from walk(path, one, key, depth + 1)
+    stack: list[Iterator[tuple[str, Any]]] = [iter([("", root)])]
+    while stack:
+        found = next(stack[-1], None)
+        if found is None:
+            stack.pop()
+            continue
+        key, value = found
+        if isinstance(value, float) and not math.isfinite(value):
+            raise malformed(path, f"`{key[:100]}` is not a finite number")
+        if isinstance(value, str) and not is_text(value):
+            raise malformed(path, f"`{key[:100]}` has characters that are no text")
+        yield key, value
+        if isinstance(value, dict):
+            if not all(map(is_text, value)):
+                raise malformed(path, f"a key below `{key[:100]}` has characters that are no text")
+            stack.append(iter(value.items()))
+        elif isinstance(value, list):
+            stack.append(zip(repeat(key), value, strict=False))
+        if len(stack) > _MAX_DEPTH:
+            raise malformed(path, f"it nests deeper than {_MAX_DEPTH} levels")
+
+
+def is_text(value: str) -> bool:
+    """Whether a database keeps it: PostgreSQL takes no NUL, and UTF-8 has no halves of surrogate pairs."""
+    if "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

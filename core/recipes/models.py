@@ -3,7 +3,6 @@
 import re
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
@@ -13,6 +12,7 @@ from core.recipes.exports import Export
 from core.recipes.header import ModelHeader
 from core.recipes.passes import Pass
 from core.recipes.targets import Target, fill_in, misfit, target_for
+from core.recipes.yamlfile import read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 MAX_PASSES = 20
@@ -100,7 +100,7 @@ class GenerationSpeed(_Model):
 
 def _which_evaluation(raw: Any) -> str:
     metric = raw.get("metric") if isinstance(raw, dict) else getattr(raw, "metric", None)
-    return metric if metric in {"latency", "generation-speed"} else "quality"
+    return metric if isinstance(metric, str) and metric in {"latency", "generation-speed"} else "quality"
 
 
 Evaluation = Annotated[
@@ -278,12 +278,4 @@ def _fault(error: ErrorDetails) -> dict[str, str]:
 
 def load_recipe(text: str) -> Recipe:
     """Read a recipe from YAML or JSON text. Raises NightpressError(invalid_recipe)."""
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise NightpressError(
-            ErrorCode.INVALID_RECIPE,
-            f"The recipe is not valid YAML: {error}.",
-            hint="Check its indentation and quotes.",
-        ) from error
-    return parse_recipe(raw)
+    return parse_recipe(read_yaml(text))

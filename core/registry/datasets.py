@@ -1,6 +1,6 @@
 """The registry of data sets."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from core.handoff.manifest import FileEntry
 from core.jobs.tables import jobs
 from core.paging import cursor_after
 from core.recipes.calibration import BUILTIN_DATA
-from core.registry.datafile import DataFacts, check_data_name, examine_data
+from core.recipes.datafile import READ_BYTES, DataFacts, Window, examine_data, kind_of
 from core.registry.fetching import FetchingRegistry
-from core.registry.registry import Taken, check_size, describe_files, live_jobs
+from core.registry.registry import Taken, TakesLonger, check_size, describe_files, live_jobs
 from core.registry.tables import data_sets
 from core.registry.uploads import Owner
 from core.schemas import DataSetCreate, DataSetView
@@ -24,6 +24,9 @@ from core.sources.address import resolve_path
 from core.sources.source import Listing, RemoteFile, Source
 
 _PIECE = 1024**2
+#: what is read of a data set while a request waits: a few tenths of a second
+_AT_ONCE_BYTES = 16 * 1024**2  #: of rows; prose is read many times faster
+_AT_ONCE_LINES = 50_000
 
 
 class DataSetRegistry(FetchingRegistry[DataSetView]):
@@ -44,12 +47,12 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
                 hint="`file` is uploaded, `path` names a file on the server, `source` a place to fetch it from.",
             )
         if request.source is not None:
-            check_data_name(request.source.rpartition("/")[2])
+            kind_of(request.source.rpartition("/")[2])
             return self.fetch(tenant_id, request.name, request.source)
         if request.path is not None:
             return self._create_from_path(tenant_id, request.name, request.path)
         assert request.file is not None
-        check_data_name(request.file.path)
+        kind_of(request.file.path)
         check_size(self.noun, request.file.size, self._limit)
         if request.file.size == 0:
             raise NightpressError(
@@ -81,33 +84,32 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
         path = resolve_path(raw, self._settings)
         if not path.is_file():
             raise _no_file(raw)
-        check_data_name(path.name)
+        kind_of(path.name)
         with disk_errors(raw):
             size = path.stat().st_size
         return self._register(tenant_id, name, path, size)
 
-    def _examine_path(self, path: Path, on_bytes: OnBytes) -> Taken:
+    def _examine_path(self, path: Path, on_bytes: OnBytes, *, at_once: bool = False) -> Taken:
         if not path.is_file():
             raise _no_file(str(path))
         with disk_errors(str(path)):
             check_size(self.noun, path.stat().st_size, self._limit)
-            facts = examine_data(path.name, _pieces(path), self._limit)
-        return describe_files(path.parent, [path.name], on_bytes), _columns(facts)
+            facts = _examine(path.name, _pieces(path), at_once=at_once)
+        return describe_files(path.parent, [path.name], on_bytes), facts
 
     def _choose(self, _source: Source, listing: Listing) -> Sequence[RemoteFile]:
         (file,) = listing.files
         # Where it lay in its repository or bucket says nothing about it here.
-        check_data_name(file.path.rpartition("/")[2])
+        kind_of(file.path.rpartition("/")[2])
         return (file,)
 
     @property
     def _limit(self) -> int:
         return self._settings.max_dataset_bytes
 
-    def _examine_stored(self, owner: Owner, files: Sequence[FileEntry]) -> dict[str, Any]:
+    def _examine_stored(self, owner: Owner, files: Sequence[FileEntry], *, at_once: bool = False) -> dict[str, Any]:
         (file,) = files
-        pieces = self._store.read(owner.key(file.path))
-        return _columns(examine_data(file.path, pieces, self._limit))
+        return _examine(file.path, self._store.read(owner.key(file.path)), at_once=at_once)
 
     def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
         used = connection.scalars(select(jobs.c.data).where(jobs.c.tenant_id == tenant_id, live_jobs()))
@@ -153,7 +155,14 @@ def _no_file(raw: str) -> NightpressError:
     )
 
 
-def _columns(facts: DataFacts) -> dict[str, Any]:
+def _examine(name: str, pieces: Iterable[bytes], *, at_once: bool) -> dict[str, Any]:
+    """The columns that say what is in a file. Raises TakesLonger where that must be known at once and isn't."""
+    window = Window()
+    if at_once:
+        window = Window(READ_BYTES if kind_of(name) == "txt" else _AT_ONCE_BYTES, _AT_ONCE_LINES)
+    facts: DataFacts = examine_data(name, pieces, window)
+    if window.hides:
+        raise TakesLonger
     return {"rows": facts.rows, "labels": facts.labels}
 
 

@@ -6,13 +6,14 @@ after the last file that is whole.
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy import ColumnElement, Engine, or_, select, update
 
 from core.database import db_now, statement, transaction
-from core.errors import NightpressError
+from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
 from core.registry.claims import Claim
 from core.registry.datasets import DataSetRegistry
@@ -22,6 +23,9 @@ AT_A_TIME = 2
 TTL_S = 60.0
 _PAUSE_S = 30.0  #: before what failed for now is tried again
 _PATIENCE_S = 24 * 3600.0  #: after which it is failed for good
+_PATIENCE_WITH_US_S = (
+    600.0  #: the same, for errors that nobody foresaw: what can't be read once can seldom be read later
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +34,23 @@ class Intake:
     """One a control process. `advance` starts what is due and keeps what runs; it never waits for either."""
 
     def __init__(
-        self, engine: Engine, registries: Sequence[ModelRegistry | DataSetRegistry], *, ttl_s: float = TTL_S
+        self,
+        engine: Engine,
+        registries: Sequence[ModelRegistry | DataSetRegistry],
+        *,
+        ttl_s: float = TTL_S,
+        pause_s: float = _PAUSE_S,
+        patience_with_us_s: float = _PATIENCE_WITH_US_S,
     ) -> None:
         self._engine = engine
         self._registries = registries
         self._ttl_s = ttl_s
+        self._pause_s = pause_s
+        self._patience_with_us_s = patience_with_us_s
         self._threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="intake")
         self._lock = threading.Lock()
         self._running: dict[str, tuple[ModelRegistry | DataSetRegistry, Claim]] = {}
+        self._failing_since: dict[str, float] = {}  #: row → when this process first met an error that nobody foresaw
 
     def advance(self) -> None:
         with self._lock:
@@ -89,17 +102,26 @@ class Intake:
             if claim.lost.is_set():
                 return
             log.warning("The %s %s could not be taken in now: %s", registry.noun, claim.row_id, error)
-            self._put_off(registry, claim, error)
+            self._put_off(registry, claim, error, _PATIENCE_S)
         except Exception:
             log.exception("The %s %s: an unexpected error", registry.noun, claim.row_id)
+            since = self._failing_since.setdefault(claim.row_id, time.monotonic())
+            patience_s = 0.0 if time.monotonic() - since >= self._patience_with_us_s else _PATIENCE_S
+            self._put_off(registry, claim, _unexpected(registry.noun), patience_s)
+        else:
+            self._failing_since.pop(claim.row_id, None)
         finally:
             with self._lock:
                 self._running.pop(claim.claim_id, None)
 
-    def _put_off(self, registry: ModelRegistry | DataSetRegistry, claim: Claim, error: NightpressError) -> None:
+    def _put_off(
+        self, registry: ModelRegistry | DataSetRegistry, claim: Claim, error: NightpressError, patience_s: float
+    ) -> None:
         try:
-            if not registry.give_up(claim, error, older_than_s=_PATIENCE_S):
-                self._release(registry, claim, _PAUSE_S)
+            if registry.give_up(claim, error, older_than_s=patience_s):
+                self._failing_since.pop(claim.row_id, None)
+            else:
+                self._release(registry, claim, self._pause_s)
         except NightpressError as away:  # the database: the claim runs out by itself
             log.warning("The claim of %s %s stays: %s", registry.noun, claim.row_id, away)
 
@@ -116,3 +138,11 @@ class Intake:
         with statement(self._engine) as connection:
             freed = update(registry.table).where(*mine).values(claim_id=None, claim_until=db_now(pause_s))
             connection.execute(freed)
+
+
+def _unexpected(noun: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.INTERNAL,
+        f"The {noun} could not be read, for a reason that nobody foresaw.",
+        hint="The control process's log says which. Save it again in another way, or ask for help.",
+    )

@@ -78,7 +78,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         check_names(sizes)
         return self._register(tenant_id, name, path, sum(sizes.values()))
 
-    def _examine_path(self, path: Path, on_bytes: OnBytes) -> Taken:
+    def _examine_path(self, path: Path, on_bytes: OnBytes, *, at_once: bool = False) -> Taken:  # noqa: ARG002
         if not path.is_dir():
             raise _no_folder(str(path))
         with disk_errors(str(path)):
@@ -95,7 +95,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
     def _limit(self) -> int:
         return self._settings.max_model_bytes
 
-    def _examine_stored(self, owner: Owner, files: Sequence[FileEntry]) -> dict[str, Any]:
+    def _examine_stored(self, owner: Owner, files: Sequence[FileEntry], *, at_once: bool = False) -> dict[str, Any]:  # noqa: ARG002
         return _facts(inspect_model(_StoredFiles(self._store, owner.prefix, {one.path: one.size for one in files})))
 
     def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:

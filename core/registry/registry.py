@@ -1,5 +1,6 @@
 """What models and data sets have in common: brought by upload or by server path, looked up by tenant, deleted with their bytes."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,14 @@ from core.schemas import TERMINAL_STATES, DataSetView, FileAnnouncement, ModelVi
 from core.settings import Settings
 from core.sources.address import Kind
 
+log = logging.getLogger(__name__)
+
 View = TypeVar("View", ModelView, DataSetView)
 Taken = tuple[Sequence[FileEntry], Mapping[str, Any]]  #: files, and the columns that say what is in them
+
+
+class TakesLonger(Exception):  # noqa: N818
+    """It can't be verified while a request waits: the control process does it."""
 
 
 class Registry(ABC, Generic[View]):
@@ -76,7 +83,7 @@ class Registry(ABC, Generic[View]):
         """Verify what was uploaded and make it ready. Safe to repeat.
 
         Raises conflict while parts are missing. Any other fault of the files makes it `failed` and deletes them.
-        What is too large for a request becomes `verifying`: the control process goes on.
+        What takes too long for a request becomes `verifying`: the control process goes on.
         """
         row = self._find(tenant_id, reference)
         if row.state in {"ready", "verifying"}:
@@ -84,15 +91,18 @@ class Registry(ABC, Generic[View]):
         self._must_be_uploading(row)
         owner = self._owner(row.id)
         self._uploads.must_be_whole(owner)
-        if row.size > self._settings.verify_inline_bytes:
-            won = self._advance(row, state="verifying")
-            return self.get(tenant_id, row.id) if won else self._as_decided(tenant_id, owner)
         try:
-            files, facts = self._verify_upload(row, _ignore)
+            if row.size > self._settings.verify_inline_bytes:
+                raise TakesLonger
+            files, facts = self._verify_upload(row, _ignore, at_once=True)
         except NightpressError as error:
             if not error.kind.retryable and error.code is not ErrorCode.NOT_FOUND:
                 self._fail(row, error)
             raise
+        except Exception as error:
+            _note_unforeseen(error, self.noun, row.id)
+            won = self._advance(row, state="verifying")
+            return self.get(tenant_id, row.id) if won else self._as_decided(tenant_id, owner)
         if not self._advance(row, **made_ready(files, facts)):
             return self._as_decided(tenant_id, owner)
         self._uploads.forget(owner)
@@ -141,11 +151,11 @@ class Registry(ABC, Generic[View]):
                 connection.execute(update(self.table).where(columns.id == row_id).values(swept=True))
         return len(ids)
 
-    def _verify_upload(self, row: Row[Any], on_bytes: OnBytes) -> Taken:
+    def _verify_upload(self, row: Row[Any], on_bytes: OnBytes, *, at_once: bool = False) -> Taken:
         owner = self._owner(row.id)
         files = tuple(FileEntry.model_validate(one) for one in row.files)
         self._uploads.finish(owner, on_bytes)
-        return files, self._examine_stored(owner, files)
+        return files, self._examine_stored(owner, files, at_once=at_once)
 
     # What the two kinds do their own way -------------------------------------------------------------------------
 
@@ -153,12 +163,12 @@ class Registry(ABC, Generic[View]):
     def _view(self, row: Row[Any]) -> View: ...
 
     @abstractmethod
-    def _examine_stored(self, owner: Owner, files: Sequence[FileEntry]) -> dict[str, Any]:
-        """Validate the stored files and return the columns they fill."""
+    def _examine_stored(self, owner: Owner, files: Sequence[FileEntry], *, at_once: bool = False) -> dict[str, Any]:
+        """Validate the stored files and return the columns they fill. `at_once`: raises TakesLonger for what a request can't wait for."""
 
     @abstractmethod
-    def _examine_path(self, path: Path, on_bytes: OnBytes) -> "Taken":
-        """Validate and hash what lies at a server path. Raises not_found."""
+    def _examine_path(self, path: Path, on_bytes: OnBytes, *, at_once: bool = False) -> "Taken":
+        """Validate and hash what lies at a server path. Raises not_found; `at_once`: TakesLonger."""
 
     @property
     @abstractmethod
@@ -192,10 +202,15 @@ class Registry(ABC, Generic[View]):
         """Write a row for files that stay where the operator put them: ready at once, unless reading them takes long."""
         row_id = new_id(self.id_prefix)
         given: dict[str, Any] = {"source": "path", "server_path": str(server_path)}
-        if size > self._settings.verify_inline_bytes:
+        try:
+            if size > self._settings.verify_inline_bytes:
+                raise TakesLonger
+            given |= made_ready(*self._examine_path(server_path, _ignore, at_once=True))
+        except NightpressError:
+            raise
+        except Exception as error:
+            _note_unforeseen(error, self.noun, row_id)
             given |= {"state": "verifying", "files": [], "size": size}
-        else:
-            given |= made_ready(*self._examine_path(server_path, _ignore))
         with transaction(self._engine) as connection:
             self._insert(connection, row_id, tenant_id, name, **given)
         return self.get(tenant_id, row_id)
@@ -292,6 +307,12 @@ def described(files: Sequence[FileEntry]) -> dict[str, Any]:
 
 def dumped(files: Iterable[FileEntry]) -> list[dict[str, Any]]:
     return [file.model_dump() for file in files]
+
+
+def _note_unforeseen(error: Exception, noun: str, row_id: str) -> None:
+    """What nobody foresaw goes the way of what takes longer: the control process tries again, and comes to an end."""
+    if not isinstance(error, TakesLonger):
+        log.error("The %s %s: an unexpected error", noun, row_id, exc_info=error)
 
 
 def _ignore(_count: int) -> None:

@@ -51,7 +51,7 @@ class HubSource:
             said = httpx.Response(200, content=raw).json()
             commit = str(said["sha"])
             files = [_file(one, commit) for one in said["siblings"]]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise unavailable(address.url, "the Hub's answer can't be understood") from error
         if address.path:
             files = [replace(one, path=self._name) for one in files if one.path == address.path]

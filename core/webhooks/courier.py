@@ -12,6 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from core.errors import NightpressError
+from core.numbers import whole_number
 from core.settings import Settings
 from core.version import VERSION
 from core.webhooks.outbound import Answer, post
@@ -93,6 +94,10 @@ class Courier:
             answer = post(target, headers, body, context=self._context)
         except (NightpressError, ConnectionError, TimeoutError) as error:
             fault = error.message if isinstance(error, NightpressError) else str(error)
+        except Exception:
+            # A receiver says what it likes: whatever that does to us uses up a try, so that the tries come to an end.
+            log.exception("Delivery %s: an unexpected error", due.id)
+            fault = "The answer could not be read."
         tried: dict[str, Any] = {
             "status": answer.status if answer else None,
             "error": fault,
@@ -120,11 +125,12 @@ def pause_after(attempts: int, answer: Answer | None, now: dt.datetime) -> float
 
 def _asked_for(answer: Answer, now: dt.datetime) -> float:
     raw = answer.headers.get("retry-after", "")
-    if raw.isdigit():
-        return min(float(raw), _LONGEST_ASKED_S)
+    seconds = whole_number(raw, digits=100)
+    if seconds is not None:
+        return min(float(seconds), _LONGEST_ASKED_S)
     try:
         wait = (parsedate_to_datetime(raw) - now).total_seconds()
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, LookupError, ArithmeticError):
         return 0.0
     return min(max(wait, 0.0), _LONGEST_ASKED_S)
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
+from core.numbers import whole_number
 from core.settings import Settings
 
 PREFIX = "whsec_"
@@ -58,9 +59,10 @@ def verify(secret: str, headers: Mapping[str, str], body: bytes, *, now: float |
     """
     message_id, stamp = headers.get("webhook-id", ""), headers.get("webhook-timestamp", "")
     moment = time.time() if now is None else now
-    if not stamp.isdigit() or abs(moment - int(stamp)) > TOLERANCE_S:
+    sent_at = whole_number(stamp)
+    if sent_at is None or abs(moment - sent_at) > TOLERANCE_S:
         return False
-    expected = _signature(secret, message_id, int(stamp), body)
+    expected = _signature(secret, message_id, sent_at, body)
     given = [one.removeprefix("v1,") for one in headers.get("webhook-signature", "").split() if one.startswith("v1,")]
     return any(hmac.compare_digest(expected.encode(), one.encode()) for one in given)
 

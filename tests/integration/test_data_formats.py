@@ -1,6 +1,8 @@
 """Data sets as people bring them: CSV, Parquet, conversations, padding; and templates that would rather not end."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ from core.compress.evaluate.data import Row, read_rows
 from core.errors import ErrorCode, NightpressError
 from core.recipes.calibration import Calibration
 from core.recipes.inspect import FolderFiles, inspect_model
+from tests.service import ROOT
 
 _TALK = [{"role": "user", "content": "Is the quay lit?"}, {"role": "assistant", "content": "Since dusk."}]
 _TEMPLATE = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
@@ -106,3 +109,54 @@ def test_rows_by_themselves_are_padded_and_masked_and_another_seed_takes_other_t
     packed = [samples()["input_ids"].tolist() for _ in range(2)]  # type: ignore[attr-defined]
     assert packed[0] == packed[1] != samples(seed=3)["input_ids"].tolist()  # type: ignore[attr-defined]
     assert samples(seed=3)["input_ids"].tolist() == samples(seed=3)["input_ids"].tolist()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rows", [200, 200_000])
+def test_a_parquet_bomb_is_read_up_to_the_bound(rows: int, tmp_path: Path):
+    """One text of ten megabytes in each of many rows: a file of kilobytes, gigabytes when it is read."""
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), ["x" * 10_000_000])
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 1_000_000
+    program = (
+        "import resource, sys; from pathlib import Path; from core.compress.evaluate.rows import read_rows\n"
+        "import pyarrow.parquet\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "rows = read_rows('d', Path(sys.argv[1]))\n"
+        "print(len(rows), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a.parquet")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    count, grown = map(int, done.stdout.split())
+    assert count == 6
+    assert grown < 512, "MiB more than before"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"text": [1, 2]},
+        {"text": [b"\xff", b"a"]},
+        {"text": ["a", "b"], "label": [1.5, 2.0]},
+        {"text": ["a", "b"], "label": [-1, 0]},
+        {"words": ["a", "b"]},
+        {"text": [None, None]},
+    ],
+)
+def test_parquet_that_holds_no_rows_of_ours_is_refused(table: dict[str, list[object]], tmp_path: Path):
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(NightpressError) as caught:
+        read_rows("d", tmp_path / "a.parquet")
+    assert caught.value.code is ErrorCode.INVALID_DATA
+    assert caught.value.hint
+
+
+def test_parquet_is_as_lenient_as_jsonl(tmp_path: Path):
+    table = pa.table({"text": ["a", None, " ", "b"], "label": ["pos", "neg", "neg", "3"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_rows("d", tmp_path / "a.parquet") == [Row("a", "pos"), Row("b", 3)]

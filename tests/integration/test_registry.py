@@ -212,8 +212,8 @@ def test_what_was_given_up_while_it_was_verified_stays_given_up(
     send(models, view.id, view.uploads, contents_of(bert_tiny))
     verify = models._verify_upload
 
-    def slowly(*arguments: Any) -> Any:
-        verified = verify(*arguments)
+    def slowly(*arguments: Any, **more: Any) -> Any:
+        verified = verify(*arguments, **more)
         models.sweep_abandoned(older_than_s=-5)
         return verified
 

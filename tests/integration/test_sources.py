@@ -1,5 +1,6 @@
 """Models and data sets that are fetched: from a real S3 server and from a Hub on a loopback port, on both kinds of database."""
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,10 @@ class World:
         self.intakes: list[Intake] = []
 
     def intake(self) -> Intake:
-        self.intakes.append(Intake(self.engine, (self.models, self.data_sets)))
+        return self.patient_intake()
+
+    def patient_intake(self, **patience: float) -> Intake:
+        self.intakes.append(Intake(self.engine, (self.models, self.data_sets), **patience))
         return self.intakes[-1]
 
     def fetch(self, source: str, name: str = "m") -> ModelView:
@@ -364,4 +368,79 @@ def test_what_is_too_large_for_a_request_is_verified_beside_it(tmp_path: Path, s
             assert refusal(model)[0] == "checksum_mismatch"
         else:
             assert model.state == "ready"
+    world.close()
+
+
+def test_what_nobody_foresaw_is_tried_for_a_while_and_then_given_up(
+    tmp_path: Path, sql_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    world = World(tmp_path, sql_url, verify_inline_bytes=0, model_roots=[tmp_path])
+    (tmp_path / "a.txt").write_text("text")
+    tries: list[str] = []
+
+    def broken(path: Path, *_: object, **__: object) -> None:
+        tries.append(path.name)
+        raise ZeroDivisionError("a reader with a fault of its own")
+
+    monkeypatch.setattr(world.data_sets, "_examine_path", broken)
+    made = world.data_sets.create(TENANT, DataSetCreate(name="d", path=str(tmp_path / "a.txt")))
+    intake = world.patient_intake(pause_s=0.1, patience_with_us_s=1.0)
+
+    def over() -> bool:
+        intake.advance()
+        return world.data_sets.get(TENANT, made.id).state == "failed"
+
+    eventually(over)
+    data_set = world.data_sets.get(TENANT, made.id)
+    assert len(tries) > 1
+    assert data_set.error is not None
+    assert data_set.error["code"] == "internal"
+    count = len(tries)
+    intake.advance()
+    eventually(lambda: not intake._running)
+    assert len(tries) == count
+    assert intake._failing_since == {}
+    world.close()
+
+
+def test_what_nobody_foresaw_in_a_request_is_left_to_the_intake(
+    tmp_path: Path, sql_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    world = World(tmp_path, sql_url)
+    data = b"text"
+    file = {"path": "a.txt", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    made = world.data_sets.create(TENANT, DataSetCreate.model_validate({"name": "d", "file": file}))
+    world.data_sets.receive_part(TENANT, made.id, "a.txt", 1, [data], len(data))
+    examine = world.data_sets._examine_stored
+    monkeypatch.setattr(world.data_sets, "_examine_stored", lambda *_, **__: 1 // 0)
+    assert world.data_sets.complete(TENANT, made.id).state == "verifying"
+    monkeypatch.setattr(world.data_sets, "_examine_stored", examine)
+    intake = world.intake()
+
+    def ready() -> bool:
+        intake.advance()
+        return world.data_sets.get(TENANT, made.id).state == "ready"
+
+    eventually(ready)
+    world.close()
+
+
+def test_data_that_takes_long_to_read_is_read_beside_the_request(tmp_path: Path, sql_url: str):
+    world = World(tmp_path, sql_url, model_roots=[tmp_path])
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 60_000)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n' * 60_000 + "no JSON\n")
+    made = [
+        world.data_sets.create(TENANT, DataSetCreate(name=name, path=str(tmp_path / name)))
+        for name in ("a.jsonl", "bad.jsonl")
+    ]
+    assert [one.state for one in made] == ["verifying", "verifying"]
+    intake = world.intake()
+
+    def over() -> bool:
+        intake.advance()
+        return all(world.data_sets.get(TENANT, one.id).state in {"ready", "failed"} for one in made)
+
+    eventually(over)
+    assert world.data_sets.get(TENANT, made[0].id).rows == 60_000
+    assert "line 60001 is not JSON" in refusal(world.data_sets.get(TENANT, made[1].id))[1]
     world.close()

@@ -12,7 +12,7 @@ _TEST = re.compile(r"`((?:\w+/)*\w+\.py)::(\w+)`")
 def test_every_attack_is_tried_by_tests_that_exist():
     page = (ROOT / "docs" / "security.md").read_text()
     rows = {int(row[1]): _TEST.findall(row[0]) for row in _ROW.finditer(page)}
-    assert rows.keys() == set(range(1, max(17, len(rows) + 1)))
+    assert rows.keys() >= set(range(1, 17))
     for number, named in rows.items():
         assert named, f"S{number} names no test"
         for file, test in named:

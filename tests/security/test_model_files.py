@@ -227,6 +227,57 @@ def test_a_hostile_header_costs_little_memory(folder: Path, attack: str) -> None
     assert int(done.stdout) < 64 * 1024, "KiB more than before"
 
 
+JSON_BOMBS: dict[str, Callable[[], bytes]] = {
+    "empty lists": lambda: b"[" + b"[]," * 5_500_000 + b"[]]",
+    "empty objects": lambda: b"[" + b"{}," * 5_500_000 + b"{}]",
+    "numbers": lambda: b"[" + b"1.5," * 4_000_000 + b"1]",
+    "just fewer lists than are too many": lambda: b"[" + b"[]," * 240_000 + b"[]]",
+    "one letter": lambda: b'["' + b"a" * 16_000_000 + b'"]',
+    "letters of two bytes": lambda: b'["' + "é".encode() * 8_000_000 + b'"]',
+    "one letter of four bytes among many of one": lambda: b'["' + "🙂".encode() + b"a" * 15_000_000 + b'"]',
+    "halves of surrogate pairs": lambda: b'["' + b"\\ud800" * 2_600_000 + b'"]',
+    "depth": lambda: b"[" * 16_000_000,
+    "a long number": lambda: b"[" + b"9" * 16_000_000 + b"]",
+}
+
+
+@pytest.mark.parametrize("bomb", JSON_BOMBS)
+def test_json_beside_a_model_costs_little(folder: Path, bomb: str) -> None:
+    data = JSON_BOMBS[bomb]()
+    for number in range(7):
+        (folder / f"x{number}.json").write_bytes(data)
+    start = time.thread_time()
+    refused(folder, ErrorCode.MALFORMED_MODEL)
+    assert time.thread_time() - start < 1.0
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64 * 1024, "KiB more than before"
+
+
+def test_as_much_json_as_real_models_have_is_read(folder: Path) -> None:
+    """A vocabulary with scores, as sentence-transformers keeps it, and an index of a hundred thousand tensors' size."""
+    (folder / "unigram.json").write_text(json.dumps([["▁word", -1.5]] * 250_000))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {str(n): {"content": f"<{n}>", "special": True} for n in range(20_000)}})
+    )
+    inspect_model(FolderFiles(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_experts_per_tok", "²"), ("dim", -1), ("word_embed_proj_dim", "x"), ("hidden_dim", 2**40), ("dim", True)],
+)
+def test_sizes_that_plans_reckon_with_are_numbers(folder: Path, key: str, value: object) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, key: value}))
+    assert key in refused(folder, ErrorCode.MALFORMED_MODEL).message
+
+
 def test_a_folder_of_endless_files_is_refused(folder: Path) -> None:
     for number in range(2001):
         (folder / f"{number}.txt").touch()

@@ -372,7 +372,20 @@ def test_a_receiver_that_is_down_for_three_days_is_tried_ten_times_under_one_id(
     assert receiver.got[-1][0]["webhook-id"] == delivery.id
 
 
-@pytest.mark.parametrize(("asked", "at_least"), [("600", 600), ("1", 4), ("nonsense", 4), ("-5", 4), ("9" * 30, 86400)])
+@pytest.mark.parametrize(
+    ("asked", "at_least"),
+    [
+        ("600", 600),
+        ("1", 4),
+        ("nonsense", 4),
+        ("-5", 4),
+        ("9" * 30, 86400),
+        ("²", 4),
+        ("٣", 4),
+        ("9" * 5000, 4),
+        ("Mon, 99 Jan 99999 00:00:00 GMT", 4),
+    ],
+)
 def test_retry_after_makes_a_pause_longer_and_never_shorter(asked: str, at_least: float):
     pause = pause_after(1, Answer(429, {"retry-after": asked}, b""), dt.datetime.now(dt.UTC))
     assert pause is not None
@@ -383,6 +396,16 @@ def test_retry_after_as_a_date_is_counted_from_the_databases_time():
     now = dt.datetime(2031, 5, 6, 7, 8, 9, tzinfo=dt.UTC)
     asked = Answer(503, {"retry-after": format_datetime(now + dt.timedelta(minutes=10), usegmt=True)}, b"")
     assert pause_after(1, asked, now) == 600
+
+
+@pytest.mark.parametrize("asked", ["\xb2", "9" * 5000, "Mon, 01 Jan 0001 00:00:00 +9999", "Thu, 01 Jan 1970 00:00:00"])
+def test_a_receiver_that_asks_for_nonsense_is_settled_all_the_same(world: World, receiver: Receiver, asked: str):
+    hook, _ = world.hook(receiver.url)
+    receiver.answer = lambda handler: reply(handler, 503, Retry_After=asked)
+    world.end_a_job()
+    assert world.try_all() == 1
+    [delivery] = world.store.deliveries(TENANT, hook, cursor=None, limit=9)[0]
+    assert [one.status for one in world.store.delivery(TENANT, hook, delivery.id).log] == [503]
 
 
 def test_two_couriers_send_each_message_once(world: World, receiver: Receiver):

@@ -1,6 +1,8 @@
 """When schedules fire: tables of instants around clock changes, and what is no schedule."""
 
+import contextlib
 import datetime as dt
+import time
 from itertools import islice, pairwise
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -101,3 +103,25 @@ def test_every_fire_is_later_and_no_day_fires_twice(minute: int, hour: int, zone
     days = [one.astimezone(ZoneInfo(zone)).date() for one in fires]
     assert len(set(days)) == len(days)
     assert all((later - sooner).days == 1 for sooner, later in pairwise(days))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "0 0 30 2 *",
+        "0 0 31 2,4,6,9,11 *",
+        "59 23 29 2 1#5",
+        "0 0 29 2 MON",
+        ",".join(["0-59"] * 38) + " * * * *",
+        "*/1,*/2,*/3,*/4,*/5,*/6,*/7 */1,*/2,*/3 1,2,3,4,5,6,7 */1 *",
+        "9" * 190 + " * * * *",
+        "² * * * *",
+        "* * * * * ",
+        "*/" + "9" * 180 + " * * * *",
+    ],
+)
+def test_the_worst_expressions_cost_less_than_a_second(expression: str):
+    began = time.thread_time()
+    with contextlib.suppress(NightpressError):
+        parse_cron(expression, "UTC", min_interval_s=60, now=dt.datetime(2026, 3, 1, tzinfo=dt.UTC))
+    assert time.thread_time() - began < 1.0

@@ -12,6 +12,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 _LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+_PAGE = re.compile(r"\bdocs/[\w/.-]+\.md\b")
 _FENCED = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 
 
@@ -36,6 +37,18 @@ def test_every_link_within_the_project_leads_somewhere(page: Path) -> None:
         assert target.exists(), name
         if anchor and target.suffix == ".md":
             assert anchor in _anchors(target), f"{name}#{anchor}"
+
+
+def test_every_page_that_an_error_or_a_help_text_names_is_there() -> None:
+    named = {
+        (page, path.relative_to(ROOT).as_posix())
+        for folder in ("api", "client", "core", "worker")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".html", ".j2", ".js"}
+        for page in _PAGE.findall(path.read_text())
+    }
+    assert len(named) > 5
+    assert [(page, where) for page, where in sorted(named) if not (ROOT / page).is_file()] == []
 
 
 def _pages(nav: Any) -> Iterator[str]:

@@ -1,8 +1,10 @@
 """Rows of text as token ids: windows of running text, or rows by themselves, with or without labels."""
 
+import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,20 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate.rows import (
-    MAX_TEXT_BYTES,
-    Row,
-    builtin_bytes,
-    invalid,
-    is_parquet,
-    read_records,
-    read_rows,
-    read_text,
-)
+from core.compress.evaluate.rows import Row, builtin_bytes, has_columns, read_records, read_rows
 from core.errors import ErrorCode, NightpressError
+from core.recipes.datafile import invalid
 from core.recipes.header import ModelHeader, padding_token
 
-__all__ = ["MAX_TEXT_BYTES", "Row", "read_records", "read_rows"]
+__all__ = ["Row", "read_records", "read_rows"]
 
 Ids = NDArray[np.int64]
 
@@ -82,11 +76,7 @@ class Source:
 
     def has(self, *names: str) -> bool:
         """Whether it is rows that have one of these columns."""
-        if self.ref.startswith("builtin:") or self.file is None or not self.file.is_file() or is_parquet(self.file):
-            return False
-        lines = (line for line in read_text(self.ref, self.file).splitlines() if line.strip())
-        first = next(lines, "").lstrip()
-        return first.startswith("{") and any(name in self.records()[0] for name in names)
+        return not self.ref.startswith("builtin:") and has_columns(self.ref, self.file, names)
 
     def field(self, record: dict[str, Any], at: int, kind: str, *names: str) -> Any:
         """The first of the columns `names` that the row has, as a `text`, `number`, `words` (texts), `texts` (one or more) or `list`."""
@@ -269,23 +259,16 @@ class FastTokenizer:
         self._pad_id = pad_id
         from tokenizers import Tokenizer as Library
 
-        try:
+        with _tokenizer_faults():
             self._library: Any = Library.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-            raise NightpressError(
-                ErrorCode.MALFORMED_MODEL,
-                f"tokenizer.json can't be read: {str(error)[:300]}",
-                hint="Save it again with the tokenizer's save_pretrained.",
-                file="tokenizer.json",
-            ) from error
         self._library.no_truncation()
         self._library.no_padding()
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        return list(self._library.encode(text, add_special_tokens=special).ids)
+        return list(self._encoded(text, special).ids)
 
     def encode_counted(self, text: str) -> tuple[list[int], list[int] | None]:
-        encoded = self._library.encode(text, add_special_tokens=False)
+        encoded = self._encoded(text, False)
         counts, at = [], 0
         for _, end in encoded.offsets:
             # Pieces of one character end where it ends: its bytes are the first piece's, and the sum stays right.
@@ -294,6 +277,10 @@ class FastTokenizer:
         if counts:
             counts[-1] += len(text[at:].encode())
         return list(encoded.ids), counts
+
+    def _encoded(self, text: str, special: bool) -> Any:
+        with _tokenizer_faults():  # some flaws show with a text only, e.g. that there is no token for unknown words
+            return self._library.encode(text, add_special_tokens=special)
 
     @property
     def mask_id(self) -> int | None:
@@ -305,6 +292,22 @@ class FastTokenizer:
 
     def _first(self, *names: str) -> int | None:
         return next((found for name in names if (found := self._library.token_to_id(name)) is not None), None)
+
+
+@contextlib.contextmanager
+def _tokenizer_faults() -> Iterator[None]:
+    """The library raises bare Exception for whatever is wrong with a file, and panics, as Rust has it, for the rest."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise NightpressError(
+            ErrorCode.MALFORMED_MODEL,
+            f"tokenizer.json can't be read: {str(error)[:300]}",
+            hint="Save it again with the tokenizer's save_pretrained.",
+            file="tokenizer.json",
+        ) from error
 
 
 class SlowTokenizer:

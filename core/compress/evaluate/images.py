@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate.rows import find_file, invalid, parquet_batches
+from core.compress.evaluate.rows import find_file, parquet_rows
+from core.recipes.datafile import invalid
 from core.recipes.header import ModelHeader
 
 _MAX_PIXELS = 64 * 1024**2
@@ -34,7 +35,7 @@ def read_images(
     if ref.startswith("builtin:"):
         pixels = _synthetic(samples, size, channels, seed)
         return Images(_normalised(pixels, settings), (None,) * samples)
-    rows = [row for batch in parquet_batches(ref, find_file(ref, file), ("image", "label")) for row in batch]
+    rows = list(parquet_rows(ref, find_file(ref, file), ("image", "label")))
     if not rows or "image" not in rows[0]:
         raise invalid(ref, "it has no column `image`", "Bring a Parquet file with `image` (bytes) and perhaps `label`.")
     order = np.random.default_rng(seed).permutation(len(rows))[:samples]

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from core.recipes.bounds import size_flaw
 from core.recipes.calibration import Calibration
 from core.recipes.costs import Cost
 from core.recipes.depth import depth, evenly, width
@@ -280,6 +281,9 @@ class Distill(Teaching):
         return header.model_copy(update={"config": header.config | self.student.changes(header)})
 
     def check(self, header: ModelHeader) -> None:
+        for key, value in self.student.config.items():
+            if (flaw := size_flaw(key, value, at_the_top=True)) is not None:
+                raise invalid(f"`distill`: the student's {flaw}.", "Correct student.config.")
         student = self.student_header(header)
         if header.model_type in SHARED_BLOCKS and self.student.cut:
             raise invalid(

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from core.numbers import whole_number
 from core.recipes.linears import Divisor
 
 Pattern = Annotated[str, Field(pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$")]
@@ -13,10 +14,10 @@ def with_sparsity(raw: object) -> object:
     """A pattern N:M says the sparsity itself. Raises ValueError where the two don't agree."""
     if not isinstance(raw, dict) or ":" not in str(raw.get("pattern", "")):
         return raw
-    kept, _, of = str(raw["pattern"]).partition(":")
-    if not (kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of)):
-        raise ValueError(f"pattern {raw['pattern']}: the first number must be smaller than the second")
-    given = 1 - int(kept) / int(of)
+    kept, of = (whole_number(part) for part in (str(raw["pattern"]).partition(":")[::2]))
+    if kept is None or of is None or not 0 < kept < of:
+        raise ValueError(f"pattern {str(raw['pattern'])[:40]}: the first number must be smaller than the second")
+    given = 1 - kept / of
     if raw.get("sparsity") is not None and raw["sparsity"] != given:
         raise ValueError(f"pattern {raw['pattern']} gives sparsity {given:g}; leave `sparsity` out")
     return {**raw, "sparsity": given}

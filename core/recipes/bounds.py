@@ -1,0 +1,33 @@
+"""Bounds of what a config may say. No real model comes near them; beyond, a reader would only allocate until it dies."""
+
+from typing import Any
+
+_BOUNDS = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "d_kv", "head_dim"), 1 << 18),
+    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "n_inner", "vocab_size"), 1 << 24),
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 4096
+    ),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 1 << 14),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "type_vocab_size"), 1 << 30),
+    **dict.fromkeys(("num_local_experts", "num_experts", "num_labels"), 1 << 20),
+}
+#: Names that a part of a model may use for something else: they are sizes where the whole model's config has them.
+_AT_THE_TOP = {
+    **dict.fromkeys(("dim", "hidden_dim", "word_embed_proj_dim"), 1 << 24),
+    "num_experts_per_tok": 1 << 20,
+    "num_channels": 1 << 10,
+}
+_MAY_BE_ZERO = frozenset({"type_vocab_size"})  # DeBERTa has no types of tokens
+
+
+def size_flaw(key: str, value: Any, *, at_the_top: bool = False) -> str | None:
+    """Why a config can't say this; None: it can."""
+    bound = _BOUNDS.get(key) or (_AT_THE_TOP.get(key) if at_the_top else None)
+    if bound is None or value is None:
+        return None
+    least = 0 if key in _MAY_BE_ZERO else 1
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, bool) or not isinstance(one, int) or not least <= one <= bound:
+            return f"`{key}` is {str(one)[:40]}, not a number from {least} to {bound}"
+    return None

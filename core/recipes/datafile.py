@@ -1,0 +1,393 @@
+"""Data sets as people bring them: prose, JSONL and CSV, plain or packed by gzip. Registration and jobs read them by this one reader.
+
+So what was registered is never refused by a job for how it is written. All that it costs is bounded: a job looks at no more than
+the first 64 MiB and the first million lines, and neither does anybody else. Parquet needs a library that the API has not:
+registration looks at it from outside, and a worker gives its rows to `row_of`.
+"""
+
+import codecs
+import csv
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from core.errors import ErrorCode, NightpressError
+from core.recipes.jsonfile import is_text
+
+Kind = Literal["txt", "jsonl", "csv", "parquet"]
+
+READ_BYTES = 64 * 1024**2  #: what of a data set is looked at, unpacked; a quality figure needs far less
+READ_LINES = 1_000_000  #: lines of rows, blank ones too; of prose: paragraphs
+MAX_LINE = 1024**2  #: characters of a row; a longer paragraph is cut
+_PIECE = 64 * 1024
+_MAX_LABEL = 99_999
+_MAX_LABEL_NAME = 200
+_MAX_MEMBERS = 10_000  #: of a gzip file
+_MOST_UNPACKED = 200  #: times the packed size; text rarely gets to 20
+_RATIO_FROM = 8 * 1024**2  #: less than that may repeat itself as it likes
+#: the first column of rows for metrics that read more than a text; see docs/evaluation.md
+_OTHER_COLUMNS = frozenset({"text_a", "sentence1", "text1", "query", "anchor", "question", "prompt", "tokens", "words"})
+
+_HINT = "docs/how-to/bring-your-data.md shows what a data set looks like."
+_CONVERSATION = 'Write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}.'
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """One row, or one paragraph of prose. A row has a text, a conversation, or columns that only some metrics read."""
+
+    place: str  #: for a person who looks for it
+    values: Mapping[str, Any]  #: all its columns
+    text: str | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
+    label: int | str | None = None  #: the class's number or name
+
+
+@dataclass
+class Window:
+    """How much of a file is read, and what it ended by where there was more."""
+
+    size: int = READ_BYTES
+    lines: int = READ_LINES
+    cut: Literal["size", "lines"] | None = None
+
+    @property
+    def hides(self) -> bool:
+        """Whether a job would see more."""
+        limit, most = (self.size, READ_BYTES) if self.cut == "size" else (self.lines, READ_LINES)
+        return self.cut is not None and limit < most
+
+
+def kind_of(name: str) -> Kind:
+    """By its name alone, so that everybody takes a file for the same. Raises NightpressError(unsupported_format)."""
+    if name.endswith(".parquet") and "/" not in name:
+        return "parquet"
+    plain = name.removesuffix(".gz")
+    for kind in ("txt", "jsonl", "csv") if "/" not in name else ():
+        if plain.endswith(f".{kind}"):
+            return kind
+    raise NightpressError(
+        ErrorCode.UNSUPPORTED_FORMAT,
+        f"{name[:200]} is not a kind of file that a data set is here.",
+        hint="Bring one .txt, .jsonl or .csv file, plain or as .gz, or one .parquet file.",
+        file=name,
+    )
+
+
+def read_data(ref: str, name: str, pieces: Iterable[bytes], window: Window | None = None) -> Iterator[DataRow]:
+    """The rows of a file that is not Parquet. Blank ones are passed over. Raises NightpressError(invalid_data) with the line at fault.
+
+    ref: what errors call the data set.
+    """
+    window = window or Window()
+    texts = _texts(ref, _unpacked(ref, pieces) if name.endswith(".gz") else pieces, window)
+    match kind_of(name):
+        case "csv":
+            return _table(ref, texts, window)
+        case "jsonl":
+            return _objects(ref, texts, window)
+        case _:
+            return _paragraphs(texts, window)
+
+
+def row_of(ref: str, place: str, values: Mapping[str, Any]) -> DataRow | None:
+    """A row from its columns; None: a blank one. Raises NightpressError(invalid_data)."""
+    text = values.get("text")
+    if not _OTHER_COLUMNS.isdisjoint(values):
+        # What each metric needs of them is checked where it reads them.
+        label = values.get("label")
+        plain = isinstance(label, int | str) and not isinstance(label, bool)
+        return DataRow(place, values, text if isinstance(text, str) else None, label=label if plain else None)
+    label = _label(ref, place, values.get("label"))
+    if values.get("messages") is not None:
+        messages = _messages(ref, place, values["messages"])
+        says = any(one["content"].strip() for one in messages)
+        return DataRow(place, values, messages=messages, label=label) if says else None
+    if isinstance(text, str):
+        return DataRow(place, values, text, label=label) if text.strip() else None
+    if text is None and ("text" in values or "messages" in values):
+        return None
+    what = "has no `text`" if text is None else "has a `text` that is no text"
+    raise invalid(
+        ref, f"{place} {what}", f'Give each row a `text`, or `messages` as [{{"role": …, "content": …}}]. {_HINT}'
+    )
+
+
+def invalid(ref: str, what: str, hint: str) -> NightpressError:
+    return NightpressError(ErrorCode.INVALID_DATA, f"The data set {ref} can't be used: {what}.", hint=hint, data=ref)
+
+
+def _label(ref: str, place: str, label: object) -> int | str | None:
+    if isinstance(label, str):
+        label = label.strip() or None
+    if label is None:
+        return None
+    if isinstance(label, str):
+        if not (label.isascii() and label.isdigit()):
+            if len(label) > _MAX_LABEL_NAME:
+                raise invalid(ref, f"{place}: `label` is a text of {len(label)} characters", "Name the class shortly.")
+            return label
+        label = int(label) if len(label) <= len(str(_MAX_LABEL)) else _MAX_LABEL + 1
+    if type(label) is not int or not 0 <= label <= _MAX_LABEL:
+        raise invalid(
+            ref,
+            f"{place}: `label` is neither a class's name nor a whole number from 0 to {_MAX_LABEL}",
+            "Write the class's index or its name, as the model's `label2id` has it.",
+        )
+    return label
+
+
+def _messages(ref: str, place: str, raw: object) -> tuple[Mapping[str, str], ...]:
+    turns = [_turn(one) for one in raw] if isinstance(raw, list) else []
+    found = tuple(one for one in turns if one is not None)
+    if not found or len(found) < len(turns):
+        raise invalid(ref, f"{place}: `messages` is no list of objects with a `role` and a `content`", _CONVERSATION)
+    return found
+
+
+def _turn(raw: object) -> Mapping[str, str] | None:
+    """Null content, as turns that call tools have it, says nothing: an empty text. None: it is no turn."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
+        return None
+    content = raw.get("content", 0)
+    return {"role": raw["role"], "content": content or ""} if content is None or isinstance(content, str) else None
+
+
+# Formats -------------------------------------------------------------------------------------------------------------
+
+
+def _paragraphs(texts: Iterator[str], window: Window) -> Iterator[DataRow]:
+    for _, part in _split(texts, "\n\n", window):
+        text = part.strip("\n")
+        for at in range(0, len(text), MAX_LINE):
+            piece = text[at : at + MAX_LINE]
+            if piece.strip():
+                yield DataRow("", {"text": piece}, piece)
+
+
+def _objects(ref: str, texts: Iterator[str], window: Window) -> Iterator[DataRow]:
+    for number, line in _split(texts, "\n", window):
+        if len(line) > MAX_LINE:
+            raise invalid(ref, f"line {number} is longer than {MAX_LINE} characters", "Cut its texts.")
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise invalid(
+                ref,
+                f"line {number} is not JSON ({str(error)[:100]})",
+                f"Write one JSON object a line, with a `text`. {_HINT}",
+            ) from error
+        if "\\u" in line and not _all_text(values):  # halves of surrogate pairs and NUL come by escapes alone
+            raise invalid(ref, f"line {number} has characters that are no text", "Leave out the escape.")
+        if not isinstance(values, dict):
+            raise invalid(ref, f"line {number} is no JSON object", 'Write lines like {"text": "…", "label": 1}.')
+        row = row_of(ref, f"line {number}", values)
+        if row is not None:
+            yield row
+
+
+def _all_text(value: object) -> bool:
+    """Whether a tokenizer takes every text in it."""
+    level = [value]
+    while level:
+        one = level.pop()
+        if isinstance(one, str) and not is_text(one):
+            return False
+        if isinstance(one, dict):
+            level += one
+            level += one.values()
+        elif isinstance(one, list):
+            level += one
+    return True
+
+
+def _table(ref: str, texts: Iterator[str], window: Window) -> Iterator[DataRow]:
+    feed = _Feed(ref, _split(texts, "\n", window))
+    table = csv.reader(feed, strict=True)
+    try:
+        names = next(table, None)
+        for fields in table:
+            feed.length = 0
+            if not fields or names is None:
+                continue
+            cells = dict(zip(names, [*fields, *[None] * (len(names) - len(fields))], strict=False))
+            values: dict[str, Any] = {name: cells[name] for name in cells.keys() & {"text", "label"}}
+            row = row_of(ref, f"line {table.line_num}", values)
+            if row is not None:
+                yield row
+    except csv.Error as error:
+        if window.cut:
+            return  # it ends within quotes
+        raise invalid(
+            ref,
+            f"its CSV can't be read at line {table.line_num} ({error})",
+            "Quote texts that hold commas or line breaks, and double the quotes in them.",
+        ) from error
+
+
+class _Feed:
+    """Lines for the CSV reader, which joins them while a quote is open: one row must not take the whole file."""
+
+    def __init__(self, ref: str, lines: Iterator[tuple[int, str]]) -> None:
+        self._ref = ref
+        self._lines = lines
+        self.length = 0  #: characters since the last whole row
+
+    def __iter__(self) -> "_Feed":
+        return self
+
+    def __next__(self) -> str:
+        number, line = next(self._lines)
+        self.length += len(line) + 1
+        if self.length > MAX_LINE:
+            hint = "Is a quote not closed? Cut longer texts."
+            raise invalid(self._ref, f"the row that ends at line {number} is longer than {MAX_LINE} characters", hint)
+        return f"{line}\n"
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def _split(texts: Iterator[str], separator: str, window: Window) -> Iterator[tuple[int, str]]:
+    """Numbered parts. What is longer than MAX_LINE comes in pieces, or in one that is longer than that."""
+    number, rest = 0, ""
+    for text in texts:
+        *whole, rest = (rest + text).split(separator)
+        for part in whole:
+            if number == window.lines:
+                window.cut = "lines"
+                return
+            number += 1
+            yield number, part
+        if len(rest) > MAX_LINE + len(separator):
+            if separator == "\n":  # refused by whoever reads rows
+                yield number + 1, rest
+            else:
+                yield number + 1, rest[:MAX_LINE]
+                rest = rest[MAX_LINE:]
+    if rest and not window.cut:
+        yield number + 1, rest
+
+
+def _texts(ref: str, pieces: Iterable[bytes], window: Window) -> Iterator[str]:
+    """Decoded, with `\\n` at every line's end, up to the window's size."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    left, at = window.size, 0
+    for piece, final in _bounded(pieces):
+        if len(piece) > left:
+            window.cut, piece, final = "size", piece[:left], False
+        left -= len(piece)
+        try:
+            text: str = decoder.decode(piece, final)
+        except UnicodeDecodeError as error:
+            raise invalid(
+                ref,
+                f"it is not UTF-8 near byte {at} ({error.reason})",
+                "Save the file as UTF-8, without any other mark.",
+            ) from error
+        at += len(piece)
+        if "\0" in text:
+            raise invalid(ref, f"it has a NUL character near byte {at}", "Bring text, not a binary file.")
+        yield text
+        if window.cut:
+            return
+
+
+def _bounded(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """In small pieces, with an empty last one."""
+    for piece in pieces:
+        for begin in range(0, len(piece), _PIECE):
+            yield piece[begin : begin + _PIECE], False
+    yield b"", True
+
+
+def _unpacked(ref: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    packed = unpacked = members = 0
+    member = None
+    try:
+        for piece, _ in _bounded(pieces):
+            packed += len(piece)
+            rest = piece
+            while rest:
+                if member is None:
+                    rest = rest.lstrip(b"\0") if members else rest  # padding, as of tapes
+                    if not rest:
+                        break
+                    member, members = zlib.decompressobj(wbits=31), members + 1
+                out = member.decompress(rest, _PIECE)
+                while out:
+                    unpacked += len(out)
+                    _check_unpacked(ref, packed, unpacked)
+                    yield out
+                    out = member.decompress(member.unconsumed_tail, _PIECE) if not member.eof else b""
+                rest = member.unused_data if member.eof else b""
+                member = None if member.eof else member
+                if members > _MAX_MEMBERS:
+                    raise invalid(ref, f"its gzip file has more than {_MAX_MEMBERS} members", "Pack it as one.")
+            if packed > unpacked + _RATIO_FROM:
+                raise invalid(ref, "its gzip file is larger than what it holds", "Pack it again.")
+    except zlib.error as error:
+        raise invalid(ref, f"it is not a whole gzip file ({error})", "Pack it again and compare checksums.") from error
+    if member is not None:
+        raise invalid(ref, "it is not a whole gzip file (it ends too soon)", "Pack it again and compare checksums.")
+
+
+def _check_unpacked(ref: str, packed: int, unpacked: int) -> None:
+    if unpacked > _RATIO_FROM and unpacked > _MOST_UNPACKED * packed:
+        raise NightpressError(
+            ErrorCode.PAYLOAD_TOO_LARGE,
+            f"The data set {ref} unpacks to more than {_MOST_UNPACKED} times its size; text does not.",
+            hint="Bring text that does not repeat itself so often, or bring it unpacked.",
+            data=ref,
+        )
+
+
+# Registration --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    rows: int | None  #: that jobs read; of prose: lines; None: unknown
+    labels: int | None  #: classes: the highest label plus one, or how many names; 0: unlabelled; None: unknown
+
+
+def examine_data(path: str, pieces: Iterable[bytes], window: Window | None = None) -> DataFacts:
+    """Read what a job would read. Raises NightpressError(invalid_data) with the line at fault."""
+    kind = kind_of(path)
+    if kind == "parquet":
+        return _look_at_parquet(path, pieces)
+    rows = highest = 0
+    names: set[str] = set()
+    labelled: bool | None = None
+    for row in read_data(path, path, pieces, window):
+        rows += 1 if kind != "txt" or row.text is None else row.text.count("\n") + 1
+        if not _OTHER_COLUMNS.isdisjoint(row.values):
+            continue
+        labelled = row.label is not None if labelled is None else labelled
+        if labelled != (row.label is not None):
+            why = f"{row.place} {'has no' if labelled else 'has a'} label, unlike those before it"
+            raise invalid(path, why, "Give every row a label, or none.")
+        if isinstance(row.label, str):
+            names.add(row.label)
+        elif row.label is not None:
+            highest = max(highest, row.label + 1)
+    if rows == 0:
+        raise invalid(path, "no line of it says anything", f"A data set needs at least one line of text. {_HINT}")
+    return DataFacts(rows, max(highest, len(names)))
+
+
+def _look_at_parquet(path: str, pieces: Iterable[bytes]) -> DataFacts:
+    first, last, size = b"", b"", 0
+    for piece in pieces:
+        first = (first + piece[:4])[:4]
+        last = (last + piece[-8:])[-8:]
+        size += len(piece)
+    footer = int.from_bytes(last[:4], "little")
+    if first != b"PAR1" or last[4:] != b"PAR1" or footer > size - 12:
+        raise invalid(path, "it is not a whole Parquet file", "Write it again with pyarrow or pandas.")
+    return DataFacts(None, None)
