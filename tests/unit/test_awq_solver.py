@@ -38,7 +38,7 @@ def test_repeats_of_a_value_head_share_their_factors():
     taker = Taker(torch.randn(32, 48), inputs.T @ inputs, Grid(4, 16))
     factors = search_scales([taker], torch.float32, share=(2, 8))
     grouped = factors.view(2, 3, 8)
-    assert torch.equal(grouped, grouped[:, :1].expand_as(grouped))
+    torch.testing.assert_close(grouped, grouped[:, :1].expand_as(grouped))
 
 
 def _experts(shares: tuple[float, float]) -> tuple[list[Taker], torch.Tensor]:
