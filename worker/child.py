@@ -110,7 +110,7 @@ def _end_all(inner: Enclosure, *, used: bool) -> NoReturn:
 
 def _end_like(inner: Enclosure) -> NoReturn:
     """End with the status, or by the signal, with which the inner process ended; what it left running ends first."""
-    _, status = os.waitpid(inner.pid, 0)
+    status = inner.wait()
     inner.end()
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)

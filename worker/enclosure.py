@@ -24,9 +24,19 @@ class Enclosure:
     def __init__(self, pid: int, init: "_Init | None") -> None:
         self.pid = pid
         self._init = init
+        self._status: int | None = None
+
+    def wait(self) -> int:
+        """Its status, as waitpid(2) tells it, once it has ended."""
+        if self._status is None:
+            _, self._status = os.waitpid(self.pid, 0)
+        return self._status
 
     def end(self) -> None:
         """Kill it and everything it started. A PID namespace ends with its first process; else all are looked for."""
+        if self._status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()  # a namespace does not end before the last of its dead is buried
         if self._init is not None:
             self._init.end()
         else:
