@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pip
             os.dup2(nothing.fileno(), 0)  # the supervisor's word is for the process outside
         faulthandler.enable()
         if walls.down:
-            print(f"This job's {walls}", file=sys.stderr)  # noqa: T201
+            print(f"From this job, this is {walls}", file=sys.stderr)  # noqa: T201
         press = load()
         if not os.read(begun, 1):
             os._exit(0)  # a spare that was never used

@@ -1,4 +1,7 @@
-"""`python -m worker.probe`: build the walls around a process that does nothing else, and say in JSON which don't stand."""
+"""Which walls stand here: they are built around a process that does nothing else.
+
+`python -m worker.probe --tell` says in JSON which don't, and why. With a job's folder instead, it is that process.
+"""
 
 import json
 import os
@@ -35,6 +38,10 @@ def probe_walls(*, network: bool) -> Walls:
 
 
 def main() -> None:
+    if "--tell" in sys.argv:
+        print(json.dumps(probe_walls(network="--keep-network" in sys.argv).down))  # noqa: T201
+        return
+
     def work(walls: Walls) -> NoReturn:
         os.write(1, json.dumps(walls.down).encode())
         os._exit(0)

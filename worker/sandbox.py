@@ -37,7 +37,9 @@ _PASSED_ON = (
     "NVIDIA_DRIVER_CAPABILITIES",
 )
 _OPEN_FILES = 4096
-_SPARED_DISK = 1024**3  #: what no single file of a job may take of the worker's free disk: logs and a database may lie there
+_SPARED_DISK = (
+    1024**3
+)  #: what no single file of a job may take of the worker's free disk: logs and a database may lie there
 
 
 def child_environment(job_dir: Path, threads: int) -> dict[str, str]:

@@ -125,12 +125,20 @@ def _program(machine: str, *, unix_sockets: bool, metadata: bool) -> list[bytes]
             program += on(name, [_fail(0)])
         for name in _ATTRIBUTES:
             program += on(name, [_fail(errno.EPERM)])
-    program += on("clone", [_op(_LOAD, _ARGUMENT_0), _op(_ANY_BIT, _NEW_NAMESPACES, 0, 1), _fail(errno.EPERM), _allow()])
+    program += on(
+        "clone", [_op(_LOAD, _ARGUMENT_0), _op(_ANY_BIT, _NEW_NAMESPACES, 0, 1), _fail(errno.EPERM), _allow()]
+    )
     allowed = [part for family in families for part in (_op(_EQUAL, family, 0, 1), _allow())]
     program += on("socket", [_op(_LOAD, _ARGUMENT_0), *allowed, _fail(errno.EAFNOSUPPORT)])
     if not unix_sockets:
         # A pair of streams reaches nobody else; half a pair of datagram sockets may still be sent anywhere.
-        kind = [_op(_LOAD, _ARGUMENT_1), _op(_AND, 0xF), _op(_EQUAL, _DATAGRAM, 0, 1), _fail(errno.EAFNOSUPPORT), _allow()]
+        kind = [
+            _op(_LOAD, _ARGUMENT_1),
+            _op(_AND, 0xF),
+            _op(_EQUAL, _DATAGRAM, 0, 1),
+            _fail(errno.EAFNOSUPPORT),
+            _allow(),
+        ]
         program += on("socketpair", kind)
     return [*program, _allow()]
 

@@ -150,4 +150,8 @@ def _below(root: Path, path: Path) -> Path:
 
 def _outermost(paths: list[Path]) -> list[Path]:
     """Without those that lie inside another."""
-    return [path for path in dict.fromkeys(paths) if not any(other != path and path.is_relative_to(other) for other in paths)]
+    return [
+        path
+        for path in dict.fromkeys(paths)
+        if not any(other != path and path.is_relative_to(other) for other in paths)
+    ]
