@@ -269,7 +269,7 @@ def spy(job_dir: Path, emit: Emit) -> Manifest:
         enough = threading.Event()
         started = 0
         try:
-            for started in range(how_many):
+            for started in range(how_many):  # noqa: B007
                 threading.Thread(target=enough.wait, daemon=True).start()
         except RuntimeError as error:
             raise OSError(errno.EAGAIN, f"after {started}") from error

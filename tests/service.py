@@ -282,7 +282,7 @@ def pids_said(line: str) -> list[int]:
     found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/{process.pid}/ns/pid") == namespace:
+            if str(Path(f"/proc/{process.pid}/ns/pid").readlink()) == namespace:
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 numbers = next(row for row in status.splitlines() if row.startswith("NSpid:")).split()
                 found[int(numbers[-1])] = process.pid

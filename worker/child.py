@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pip
 
     def work(walls: Walls) -> NoReturn:
         os.close(begin)
-        with open(os.devnull) as nothing:
+        with Path(os.devnull).open() as nothing:
             os.dup2(nothing.fileno(), 0)  # the supervisor's word is for the process outside
         faulthandler.enable()
         if walls.down:

@@ -64,7 +64,8 @@ class Namespaces:
 def leave(*, network: bool) -> Namespaces:
     """Move this single-threaded process to namespaces of its own, as many as the kernel grants. `network`: keep the network."""
     uid, gid = os.geteuid(), os.getegid()
-    own, refused = 0, {}
+    own = 0
+    refused: dict[int, str] = {}
     for flag, name in _NAMES.items():
         if network and flag == kernel.CLONE_NEWNET:
             continue
