@@ -85,7 +85,7 @@ def endless(job_dir: Path, emit: Emit) -> Manifest:
     daemon = subprocess.run(
         ["sh", "-c", "setsid sleep 600 >&2 & echo $!"], stdout=subprocess.PIPE, text=True, check=True
     )
-    seen_in = os.readlink("/proc/self/ns/pid")
+    seen_in = Path("/proc/self/ns/pid").readlink()
     emit(Log(text=f"pid {os.getpid()} consumer {consumer.pid} daemon {daemon.stdout.strip()} in {seen_in}"))
     (job_dir / "work" / "one").write_text("so far")
     emit(Checkpoint(path="one", step=1))
