@@ -29,4 +29,6 @@ def ping_broker(url: str) -> None:
 def client_url(url: str) -> str:
     """A Celery URL as redis-py writes it: the two have a unix socket's by different names."""
     parts = urlsplit(url)
-    return f"unix://{quote(parts.path)}" if parts.scheme == "redis+socket" else url
+    if parts.scheme != "redis+socket":
+        return url
+    return f"unix://{f':{parts.password}@' if parts.password else ''}{quote(parts.path)}"

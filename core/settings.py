@@ -161,12 +161,26 @@ class Settings(BaseSettings):
 
     @cached_property
     def celery_url(self) -> str:
-        return self.broker_url or f"redis+socket://{self.broker_socket}?virtual_host=0"
+        password = f":{self.broker_password}@" if self.broker_password else ""
+        return self.broker_url or f"redis+socket://{password}{self.broker_socket}?virtual_host=0"
 
     @property
     def broker_socket(self) -> Path:
         """The embedded Valkey server's socket."""
         return self.data_dir / "valkey.sock"
+
+    @property
+    def broker_password_file(self) -> Path:
+        """Where the embedded stack writes that server's password, for its owner alone."""
+        return self.data_dir / "valkey.password"
+
+    @property
+    def broker_password(self) -> str:
+        """The embedded Valkey server's password. Empty where none has started in this folder yet."""
+        try:
+            return self.broker_password_file.read_text().strip()
+        except OSError:
+            return ""
 
     @cached_property
     def objects_url(self) -> str:

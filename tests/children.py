@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ def press(job_dir: Path, emit: Emit) -> Manifest:
         model={},
         recipe={},
         data=(),
-        environment={"pid": os.getpid(), "threads": spec.threads},
+        environment={"folder": job_dir.name, "threads": spec.threads},
         source=subject,
         artifacts=(),
         passes=(),
@@ -84,7 +85,8 @@ def endless(job_dir: Path, emit: Emit) -> Manifest:
     daemon = subprocess.run(
         ["sh", "-c", "setsid sleep 600 >&2 & echo $!"], stdout=subprocess.PIPE, text=True, check=True
     )
-    emit(Log(text=f"pid {os.getpid()} consumer {consumer.pid} daemon {daemon.stdout}"))
+    seen_in = Path("/proc/self/ns/pid").readlink()
+    emit(Log(text=f"pid {os.getpid()} consumer {consumer.pid} daemon {daemon.stdout.strip()} in {seen_in}"))
     (job_dir / "work" / "one").write_text("so far")
     emit(Checkpoint(path="one", step=1))
     step = 0
@@ -258,8 +260,30 @@ def spy(job_dir: Path, emit: Emit) -> Manifest:
         except OSError as error:
             found[name] = f"no: {errno.errorcode.get(error.errno or 0, error)}"
 
-    supervisor = os.getppid()
-    root = job_dir.parents[2]
+    asked = json.loads(sys.argv[1].partition(":")[2])
+    supervisor, root = int(asked["supervisor"]), job_dir.parents[2]
+
+    def say(path: str) -> bytes:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(2)
+            client.connect(path)
+            client.sendall(b"PING\r\n")
+            return client.recv(100)
+
+    def start(how_many: int) -> int:
+        """Threads: the kernel counts them as it does processes, and they cost less."""
+        threading.stack_size(64 * 1024)
+        enough = threading.Event()
+        started = 0
+        try:
+            for started in range(how_many):  # noqa: B007
+                threading.Thread(target=enough.wait, daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, f"after {started}") from error
+        finally:
+            enough.set()
+        return how_many
+
     attempt("its own environment", lambda: Path("/proc/self/environ").read_bytes())
     attempt("init's environment", lambda: Path("/proc/1/environ").read_bytes())
     attempt("the supervisor's environment", lambda: Path(f"/proc/{supervisor}/environ").read_bytes())
@@ -277,7 +301,27 @@ def spy(job_dir: Path, emit: Emit) -> Manifest:
     attempt("a home folder", lambda: sorted(Path("/root").iterdir()))
     attempt("writing beside", lambda: (job_dir / "elsewhere").write_text("x"))
     attempt("writing /tmp", lambda: Path("/tmp/nightpress-spy").write_text("x"))
-    attempt("the network", lambda: socket.create_connection(("127.0.0.1", int(sys.argv[1].split(":")[1])), timeout=2))
+    attempt("the network", lambda: socket.create_connection(("127.0.0.1", asked["port"]), timeout=2))
+    source = next((job_dir / "source").iterdir())
+    attempt("the broker's socket", lambda: say(asked["broker"]))
+    attempt("a socket without a path", lambda: say("\0nightpress-spy"))
+    attempt("a virtual machine's socket", lambda: socket.socket(socket.AF_VSOCK))
+    attempt("half a pair of datagrams", lambda: _datagram(asked["bystander"]))
+    attempt("the key's mode", lambda: (root / "key").chmod(0o666))
+    attempt("the database's times", lambda: os.utime(root / "nightpress.db", (0, 0)))
+    attempt("the key's attributes", lambda: os.setxattr(root / "key", "user.x", b"y"))
+    attempt("the cached model's mode", lambda: source.chmod(0))
+    attempt("another job's shared memory", lambda: Path(asked["shared"]).read_bytes())
+    attempt("leaving shared memory", lambda: Path(asked["left"]).write_text("left"))
+    attempt("memory without a file", lambda: os.memfd_create("spy"))
+    attempt("another's command line", lambda: _command_line_of("nightpress" + "-neighbour"))
+    attempt("a namespace of its own", lambda: _unshare(0x10000000))
+    attempt("the user's keyring", lambda: _system_call(219 if os.uname().machine == "aarch64" else 250, 0, -4, 0))
+    attempt("ten thousand threads", lambda: start(10_000))
+    attempt("a socket of its own", _talk_to_itself)
+    attempt("shared memory of its own", lambda: _share_memory())
+    attempt("a program of the system", lambda: subprocess.run(["true"], check=True))
+    attempt("linking work into its result", lambda: _link(job_dir))
     attempt("writing its folder", lambda: (job_dir / "work" / "x").write_text("x"))
     attempt("a temporary file", lambda: (Path(os.environ["TMPDIR"]) / "x").write_text("x"))
     status = Path("/proc/self/limits").read_text()
@@ -288,11 +332,88 @@ def spy(job_dir: Path, emit: Emit) -> Manifest:
     return press(job_dir, emit)
 
 
+def _system_call(number: int, *arguments: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = int(libc.syscall(number, *arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+    return result
+
+
+def _unshare(flags: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(flags) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+    return flags
+
+
+def _datagram(path: str) -> int:
+    mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with mine, other:
+        return mine.sendto(b"hi", path)
+
+
+def _command_line_of(name: str) -> str:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        if name in path.read_text():
+            return str(path)
+    raise FileNotFoundError(errno.ENOENT, name)
+
+
+def _talk_to_itself() -> bytes:
+    """As CUDA's and NCCL's processes of one job do: by a socket without a path, and by TCP on the loopback device."""
+    for family, address in ((socket.AF_UNIX, "\0nightpress-own"), (socket.AF_INET, ("127.0.0.1", 0))):
+        with socket.socket(family) as server, socket.socket(family) as client:
+            server.bind(address)
+            server.listen()
+            client.connect(server.getsockname())
+            client.sendall(b"hi")
+            with server.accept()[0] as heard:
+                said = heard.recv(2)
+    return said
+
+
+def _share_memory() -> int:
+    import multiprocessing
+    from multiprocessing.shared_memory import SharedMemory
+
+    lock, memory = multiprocessing.Lock(), SharedMemory(create=True, size=4096)
+    with lock:
+        memory.close()
+        memory.unlink()
+    return memory.size
+
+
+def _link(job_dir: Path) -> None:
+    (job_dir / "work" / "linked").write_text("x")
+    (job_dir / "out" / "linked").hardlink_to(job_dir / "work" / "linked")
+    (job_dir / "out" / "linked").unlink()
+
+
+def hides_memory(job_dir: Path, emit: Emit) -> Manifest:
+    """More than the worker offers, in files of /dev/shm that no process maps and nothing names."""
+    held = []
+    for at in range(8):
+        path = Path(f"/dev/shm/{at}")
+        held.append(path.open("wb"))
+        path.unlink()
+        held[-1].write(bytes(100 * 1024**2))
+    time.sleep(20)
+    raise AssertionError(held)
+
+
+def long_file(job_dir: Path, emit: Emit) -> Manifest:
+    """A file longer than the disk has room for, without a byte in it."""
+    with (job_dir / "work" / "long").open("wb") as stream:
+        stream.truncate(1 << 42)
+    raise AssertionError
+
+
 BEHAVIOURS = {
     one.__name__: one
     for one in (
         press, slow, first_slow, endless, stepping, chaotic, pipeline_until, wedged, segfault, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
-        fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy
+        fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy, hides_memory, long_file
     )
 }  # fmt: skip
 

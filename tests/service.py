@@ -275,8 +275,20 @@ class Service:
 
 
 def pids_said(line: str) -> list[int]:
-    """The numbers in a line of log such as `pid 12 consumer 13`."""
-    return [int(word) for word in line.split() if word.isdigit()]
+    """The processes named in a line of log such as `pid 12 consumer 13 in pid:[402]`, by the numbers they have out here.
+
+    A child counts processes in a PID namespace of its own. Those that have ended already are left out.
+    """
+    inside = [int(word) for word in line.split() if word.isdigit()]
+    namespace = line.split()[-1]
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError):
+            if str(Path(f"/proc/{process.pid}/ns/pid").readlink()) == namespace:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                numbers = next(row for row in status.splitlines() if row.startswith("NSpid:")).split()
+                found[int(numbers[-1])] = process.pid
+    return [found[pid] for pid in inside if pid in found]
 
 
 def running(pids: list[int]) -> list[int]:

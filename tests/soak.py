@@ -181,11 +181,13 @@ class Soak:
     # Watching and judging ----------------------------------------------------------------------------------------------
 
     def _children(self) -> Iterator[tuple[int, str]]:
-        """Processes that work on a job, and which."""
+        """The children that work on a job, and which job. A child is the leader of its processes."""
         for process in psutil.process_iter(["pid", "cmdline", "status"]):
             command = process.info["cmdline"] or []
             if "--frames" in command and str(self._folder) in command[-1] and process.info["status"] != "zombie":
                 with contextlib.suppress(OSError, ValueError):
+                    if os.getpgid(process.pid) != process.pid:
+                        continue
                     yield process.pid, JobSpec.load(Path(command[-1])).job_id
 
     def _watch_children(self, stop: threading.Event) -> None:

@@ -23,6 +23,7 @@ from worker.cache import BlobCache
 from worker.folder import WorkerFolder
 from worker.metrics import serve_metrics
 from worker.offer import make_offer
+from worker.probe import probe_walls
 from worker.process import CHILD_COMMAND
 from worker.slot import Slot
 from worker.staging import Stager
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMAND) -> None:
     """Serve settings.worker_queue until SIGTERM or SIGINT."""
+    standing = probe_walls(network=not settings.sandbox_network)
+    log.log(logging.WARNING if standing.down else logging.INFO, "From jobs here, this is %s", standing)
     configure_tracing(settings.otlp_endpoint, "worker")
     offer = make_offer(settings, new_id("wkr"))
     engine = make_engine(settings.sql_url)

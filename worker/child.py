@@ -1,12 +1,12 @@
-"""The child: one process for one job. It holds no credential, sees no network, and dies when its supervisor does.
+"""The child: two processes for one job. The inner one presses, within walls; the outer one only watches over it.
 
-`python -m worker.child --frames FD JOB_DIR` starts warm: it confines itself, imports the compression core, then waits for a
-line on standard input. Every further byte there says that the supervisor still holds the job's lease; silence for longer than
-the line allows, or the end of the stream, ends the child and everything it started.
+`python -m worker.child --frames FD JOB_DIR` starts warm: the inner process closes itself in, imports the compression core, then
+waits. A line on the outer one's standard input starts it. Every further byte there says that the supervisor still holds the
+job's lease; silence for longer than the line allows, or the end of the stream, ends everything that the child started. A
+supervisor sees the outer process alone: it ends as the inner one did, by the same status or signal.
 """
 
 import argparse
-import contextlib
 import errno
 import faulthandler
 import json
@@ -18,16 +18,15 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NoReturn
-
-import psutil
 
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Frame, Result
 from core.handoff.manifest import Manifest
 from core.handoff.spec import JobSpec
 from worker import sandbox
+from worker.enclosure import Enclosure, enclose
+from worker.walls import Walls
 
 FRAMES_FD = 3
 
@@ -42,7 +41,7 @@ def _load_pipeline() -> Press:
 
 
 def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pipeline) -> NoReturn:
-    """Confine this process, load what presses, wait for the word, press, and end."""
+    """Start the inner process: it loads what presses, waits for the word, presses and ends. Watch over it until then."""
     parser = argparse.ArgumentParser(prog="python -m worker.child")
     parser.add_argument("--frames", type=int, default=FRAMES_FD, help="file descriptor the frames go to")
     parser.add_argument("--keep-network", action="store_true", help="don't cut this child off from the network")
@@ -51,60 +50,74 @@ def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pip
     if options.frames != FRAMES_FD:
         os.dup2(options.frames, FRAMES_FD, inheritable=False)
         os.close(options.frames)
-    faulthandler.enable()
     sandbox.limit_resources()
     sandbox.adopt_orphans()
-    # In this order: only a process without threads may change its user namespace, and Landlock binds only this thread and
-    # those it starts from now on: the watch stays outside, so that it may kill, and every thread of torch is within.
-    if not options.keep_network and not sandbox.leave_network():
-        print("the kernel allows no network namespace: this job is not cut off from the network", file=sys.stderr)  # noqa: T201
-    started: SimpleQueue[None] = SimpleQueue()
-    threading.Thread(target=_watch_supervisor, args=(started,), name="supervisor-watch", daemon=True).start()
-    if not sandbox.confine(options.job_dir):
-        print("the kernel has no Landlock: this job can read what its user can read", file=sys.stderr)  # noqa: T201
-    press = load()
-    started.get()
-    try:
-        _run(options.job_dir, press)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except (
-        BrokenPipeError
-    ):  # nobody listens any more; the watch, which may not have seen it yet, would end with this thread
-        _end_with_all_it_started()
-    os._exit(0)  # all is said; torch and the consumers' libraries may take a second to unload
+    begun, begin = os.pipe()
 
-
-def _watch_supervisor(started: "SimpleQueue[None]") -> None:
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
+    def work(walls: Walls) -> NoReturn:
+        os.close(begin)
+        with Path(os.devnull).open() as nothing:
+            os.dup2(nothing.fileno(), 0)  # the supervisor's word is for the process outside
+        faulthandler.enable()
+        if walls.down:
+            print(f"From this job, this is {walls}", file=sys.stderr)  # noqa: T201
+        press = load()
+        if not os.read(begun, 1):
             os._exit(0)  # a spare that was never used
-        line += byte
-    try:
-        patience = float(json.loads(line)["patience_s"])
-    except (ValueError, KeyError):
-        traceback.print_exc()
-        os._exit(os.EX_PROTOCOL)  # better no child than one that waits for ever
-    started.put(None)
-    while select.select([0], [], [], patience)[0]:
-        if not os.read(0, 4096):
-            break
-    _end_with_all_it_started()
+        try:
+            _run(options.job_dir, press)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BrokenPipeError:
+            os._exit(os.EX_IOERR)  # nobody listens any more
+        os._exit(0)  # all is said; torch and the consumers' libraries may take a second to unload
+
+    inner = enclose(options.job_dir, work, network=options.keep_network)
+    os.close(begun)
+    os.close(FRAMES_FD)  # the end of the frames is the end of the inner process
+    _watch(inner, begin)
 
 
-def _end_with_all_it_started() -> None:
-    """First those that left the group: orphans come back to this process, so each is found below it. Then the group."""
-    me, left = psutil.Process(), True
-    while left:
-        left = False
-        for one in me.children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if one.status() != psutil.STATUS_ZOMBIE:
-                    one.kill()
-                    left = True
-    os.killpg(os.getpid(), signal.SIGKILL)
+def _watch(inner: Enclosure, begin: int) -> NoReturn:
+    """Until the inner process ends, or the supervisor has no more use for it."""
+    ended = os.pidfd_open(inner.pid)
+    line, patience = b"", None
+    while True:
+        ready, _, _ = select.select([ended, 0], [], [], patience)
+        if ended in ready:
+            _end_like(inner)
+        heard = os.read(0, 4096 if patience else 1) if ready else b""
+        if not heard:  # silence, or the end of the stream
+            _end_all(inner, used=patience is not None)
+        if patience is None:
+            line += heard
+            if line.endswith(b"\n"):
+                try:
+                    patience = float(json.loads(line)["patience_s"])
+                except (ValueError, KeyError):
+                    traceback.print_exc()
+                    inner.end()
+                    os._exit(os.EX_PROTOCOL)  # better no child than one that waits for ever
+                os.write(begin, b".")
+
+
+def _end_all(inner: Enclosure, *, used: bool) -> NoReturn:
+    inner.end()
+    if used:
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(0)  # a spare that was never used
+
+
+def _end_like(inner: Enclosure) -> NoReturn:
+    """End with the status, or by the signal, with which the inner process ended; what it left running ends first."""
+    status = inner.wait()
+    inner.end()
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)  # Python handles some by itself
+        os.kill(os.getpid(), number)
+    os._exit(os.waitstatus_to_exitcode(status))
 
 
 def _run(job_dir: Path, press: Press) -> None:

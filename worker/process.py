@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from core.ids import new_id
-from worker import sandbox
+from worker import sandbox, view
 
 CHILD_COMMAND = (sys.executable, "-P", "-m", "worker.child")
 _TERM_GRACE_S = 1.0
@@ -23,7 +23,7 @@ class ChildProcess:
     """One child in a folder of its own. It is started before its job is known, and used for one job."""
 
     def __init__(self, root: Path, *, threads: int, network: bool, command: Sequence[str] = CHILD_COMMAND) -> None:
-        self.job_dir = root / new_id("run")
+        self.job_dir = root.resolve() / new_id("run")
         self._begun = False
         self._seen: set[psutil.Process] = set()
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as its_ends:
@@ -79,14 +79,26 @@ class ChildProcess:
             return None
 
     def anonymous_memory(self) -> int:
-        """Bytes that the child and its descendants hold and that no file backs: what a memory limit is about."""
-        total = 0
+        """Bytes that the child and its descendants hold and that no disk backs: what a memory limit is about.
+
+        Shared memory counts once as files in the child's own /dev/shm, and again as what processes map of it.
+        """
+        total = self._shared_memory()
         for pid in [self.pid, *(one.pid for one in self._descendants())]:
             with contextlib.suppress(OSError):
                 for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                    if line.startswith(("RssAnon:", "RssShmem:")):
+                    if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
                         total += int(line.split()[1]) * 1024
         return total
+
+    def _shared_memory(self) -> int:
+        """What lies in the child's own /dev/shm, mapped or not, named or not. The outer process sees it, and hides nothing."""
+        shared = Path(f"/proc/{self.pid}/root{view.SHARED_MEMORY}")
+        with contextlib.suppress(OSError):
+            if shared.stat().st_dev != view.SHARED_MEMORY.stat().st_dev:
+                space = os.statvfs(shared)
+                return (space.f_blocks - space.f_bfree) * space.f_frsize
+        return 0
 
     def _descendants(self) -> list[psutil.Process]:
         """Everything it started that lives, whatever session it moved to: orphans among them are the child's own."""

@@ -14,7 +14,7 @@ from core.handoff.report import REPORT_FILE, Report, Subject
 from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR
 from core.jobs.records import Job, Lease, MetricRow, Succeeded
 from core.registry.tables import data_sets, models
-from worker import sandbox
+from worker import landlock
 from worker.cache import BlobCache, disk_errors, stage_in_place
 
 _MAX_MANIFEST_BYTES = 16 * 1024**2
@@ -76,7 +76,7 @@ class Stager:
         if source.server_path is not None:
             path = source.server_path / file.path if source.server_path.is_dir() else source.server_path
             # Without Landlock a child could write through the link into the operator's own file.
-            link = sandbox.landlock_version() > 0
+            link = landlock.version() > 0
             stage_in_place(path, file.sha256, file.size, target, link=link, on_bytes=on_bytes)
             return
         key = f"{source.prefix}/{file.path}"

@@ -25,6 +25,7 @@ from core.logs import log_context
 from core.recipes.models import Recipe
 from core.settings import Settings
 from core.tracing import span
+from worker import sandbox
 from worker.cache import disk_errors
 from worker.checkpoints import CheckpointDepot
 from worker.fitness import Fitness
@@ -236,6 +237,7 @@ class _Attempt:
             device="cuda" if self._job.queue == "gpu" else "cpu",
             threads=self._supervisor.threads,
             memory_limit=self._supervisor.memory,
+            file_limit=sandbox.file_limit(child.job_dir),
         )
         spec.save(child.job_dir)
         relay = Relay(child, self._keeper, keep=depot.keep, memory_limit=spec.memory_limit, stall_s=self._job.stall_s)

@@ -86,6 +86,7 @@ def examine(session: Session, settings: Settings) -> Iterator[Check]:
             if key.value:
                 yield _check_workers(client)
     yield _check_disk(settings)
+    yield _check_walls(settings)
     yield from _check_torch()
 
 
@@ -128,7 +129,7 @@ def _look_ourselves(settings: Settings) -> Iterator[Check]:
 def _ping_broker(settings: Settings) -> None:
     import redis
 
-    url = settings.broker_url or f"unix://{settings.broker_socket}"
+    url = settings.broker_url or f"unix://:{settings.broker_password}@{settings.broker_socket}"
     try:
         redis.Redis.from_url(url, socket_connect_timeout=2.0, socket_timeout=2.0).ping()
     except redis.RedisError as error:
@@ -178,6 +179,20 @@ def _check_disk(settings: Settings) -> Check:
             "Make room, or set NIGHTPRESS_DATA_DIR to a larger disk; a job needs about three times its model.",
         )
     return Check("disk", "ok", found)
+
+
+def _check_walls(settings: Settings) -> Check:
+    """The worker's own probe, by its command line: the faces do not import each other."""
+    command = [sys.executable, "-P", "-m", "worker.probe", "--tell"]
+    command += [] if settings.sandbox_network else ["--keep-network"]
+    try:
+        down = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+    except (subprocess.SubprocessError, OSError, ValueError) as error:
+        return Check("walls", "warning", f"it can't be said what jobs are walled off from: {type(error).__name__}")
+    if not down:
+        return Check("walls", "ok", "jobs are walled off from all they have no need of")
+    found = "; ".join(f"{what} ({why})" for what, why in down.items())
+    return Check("walls", "warning", f"jobs are not walled off from: {found}", "See docs/security.md, Walls.")
 
 
 _PROBE = """

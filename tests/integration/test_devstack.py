@@ -70,7 +70,16 @@ def test_the_stack_starts_serves_refuses_a_second_and_leaves_nothing_running(sta
     assert set(pids) == {"stack", "broker", "api", "worker", "control"}
     assert (stack.folder / "key").stat().st_mode & 0o777 == 0o600
     assert httpx.get(f"{stack.url}/readyz", timeout=5).json()["status"] == "ok"
-    with redis.Redis(unix_socket_path=str(stack.folder / "valkey.sock")) as client:
+    password = stack.folder / "valkey.password"
+    assert password.stat().st_mode & 0o777 == 0o600
+    stranger = redis.Redis(unix_socket_path=str(stack.folder / "valkey.sock"))
+    with stranger, pytest.raises(redis.AuthenticationError):
+        stranger.ping()
+    commands = [part for pid in pids.values() for part in psutil.Process(pid).cmdline()]
+    assert not [part for part in commands if password.read_text().strip() in part]
+    with redis.Redis(
+        unix_socket_path=str(stack.folder / "valkey.sock"), password=password.read_text().strip()
+    ) as client:
         assert client.config_get("appendonly") == {"appendonly": "yes"}
     second = subprocess.run(
         [sys.executable, "-m", "worker.devstack"],

@@ -109,7 +109,7 @@ def test_the_spare_child_takes_the_next_job_and_is_replaced(service: Service) ->
     slot.serve()
     report = service.store.report(job_id)
     assert report is not None
-    assert report["environment"]["pid"] == spare.pid
+    assert report["environment"]["folder"] == spare.job_dir.name
     assert supervisor._spare is not None
     assert supervisor._spare.pid != spare.pid
     supervisor.close()

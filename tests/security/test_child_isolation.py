@@ -16,9 +16,20 @@ from kombu import Queue
 
 from tests.servers import Valkey
 from tests.service import ROOT, Service, eventually, load_json
-from worker import sandbox
+from worker import landlock, sandbox, view, walls
+from worker.probe import probe_walls
+from worker.walls import Walls
 
-needs_landlock = pytest.mark.skipif(sandbox.landlock_version() < 6, reason="this kernel's Landlock is older")
+needs_landlock = pytest.mark.skipif(
+    landlock.version() < landlock.ABSTRACT_SOCKETS, reason="this kernel's Landlock is older"
+)
+#: what processes of a single job do among themselves, and what exporters do
+JOB_NEEDS = (
+    "a socket of its own",
+    "shared memory of its own",
+    "a program of the system",
+    "linking work into its result",
+)
 SECRETS = {
     "NIGHTPRESS_DATABASE_URL": "postgresql://u:hunter2@db/x",
     "NIGHTPRESS_S3_SECRET_ACCESS_KEY": "hunter2",
@@ -31,26 +42,65 @@ SECRETS = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def standing() -> Walls:
+    return probe_walls(network=False)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """What the spying child of tests/children.py told."""
     import migrations
 
     folder = tmp_path_factory.mktemp("spied")
     url = f"sqlite:///{folder / 'np' / 'nightpress.db'}"
-    (folder / "np").mkdir()
+    (folder / "np").mkdir(mode=0o700)
     migrations.upgrade(url)
-    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as server:
+    shared, left = Path("/dev/shm/nightpress-victim"), Path("/dev/shm/nightpress-left")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as broker,
+        socket.socket(socket.AF_UNIX) as pathless,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bystander,
+    ):
+        broker.bind(str(folder / "np" / "valkey.sock"))
+        pathless.bind("\0nightpress-spy")
+        bystander.bind(str(folder / "bystander"))
+        for listener in (broker, pathless):
+            listener.listen()
         for name, value in SECRETS.items():
             patch.setenv(name, value)
         service = Service(folder, url)
-        (service.settings.data_dir / "key").write_text("np_secret")
-        job_id = service.submit()
-        slot, _ = service.slot(f"spy:{server.getsockname()[1]}")
-        slot.serve()
-        assert service.job(job_id).state == "succeeded", service.job(job_id).error
-        told = load_json(service.await_log(job_id, "environment"))
-        service.close()
-    return told
+        key, database = service.settings.data_dir / "key", service.settings.data_dir / "nightpress.db"
+        key.write_text("np_secret")
+        key.chmod(0o600)
+        os.utime(database, (1000, 1000))
+        shared.write_text("another tenant's weights")
+        asked = {
+            "port": server.getsockname()[1],
+            "supervisor": os.getpid(),
+            "broker": str(folder / "np" / "valkey.sock"),
+            "bystander": str(folder / "bystander"),
+            "shared": str(shared),
+            "left": str(left),
+        }
+        victim = subprocess.Popen([sys.executable, "-c", "input()", "nightpress-neighbour"], stdin=subprocess.PIPE)
+        try:
+            job_id = service.submit()
+            slot, _ = service.slot(f"spy:{json.dumps(asked)}")
+            slot.serve()
+            assert service.job(job_id).state == "succeeded", service.job(job_id).error
+            told = load_json(service.await_log(job_id, "environment"))
+            cached = next((service.settings.data_dir / "cache" / "blobs").iterdir())
+            told["after"] = json.dumps([oct(path.stat().st_mode & 0o777) for path in (key, cached)])
+            told["left"] = str(left.exists())
+            yield told
+        finally:
+            victim.kill()
+            victim.communicate()
+            shared.unlink()
+            left.unlink(missing_ok=True)
+            service.close()
 
 
 def test_the_environment_is_an_allow_list(found: dict[str, str]) -> None:
@@ -87,15 +137,136 @@ def test_out_of_reach(found: dict[str, str], what: str) -> None:
     assert found[what].startswith("no"), found[what]
 
 
+@pytest.mark.parametrize(
+    ("what", "wall"),
+    [
+        ("the broker's socket", walls.SOCKETS),
+        ("a socket without a path", walls.SOCKETS),
+        ("half a pair of datagrams", walls.SOCKETS),
+        ("the key's mode", walls.METADATA),
+        ("the database's times", walls.METADATA),
+        ("the key's attributes", walls.METADATA),
+        ("the cached model's mode", walls.METADATA),
+        ("another job's shared memory", walls.SHARED_MEMORY),
+        ("another's command line", walls.PROCESSES),
+        ("ten thousand threads", walls.TASKS),
+        ("a virtual machine's socket", walls.CALLS),
+        ("memory without a file", walls.CALLS),
+        ("a namespace of its own", walls.CALLS),
+        ("the user's keyring", walls.CALLS),
+    ],
+)
+def test_behind_a_wall(found: dict[str, str], standing: Walls, what: str, wall: str) -> None:
+    if wall in standing.down:
+        pytest.skip(f"{wall}: {standing.down[wall]}")
+    assert found[what].startswith("no"), found[what]
+
+
+def test_nothing_is_left_behind_or_changed(found: dict[str, str], standing: Walls) -> None:
+    if {walls.METADATA, walls.SHARED_MEMORY} & standing.down.keys():
+        pytest.skip(str(standing))
+    assert json.loads(found["after"]) == ["0o600", "0o444"]
+    assert found["left"] == "False"
+
+
 def test_what_it_needs_is_within_reach(found: dict[str, str]) -> None:
     # CUDA begins by naming its threads.
-    for what in ("its own environment", "writing its folder", "a temporary file", "its own threads' names"):
+    for what in ("its own environment", "writing its folder", "a temporary file", "its own threads' names", *JOB_NEEDS):
         assert found[what].startswith("yes"), (what, found[what])
 
 
 def test_resources_are_limited(found: dict[str, str]) -> None:
     assert found["open files"].split()[3:5] == ["4096", "4096"]
     assert found["core"].split()[4:6] == ["0", "0"]
+
+
+@pytest.fixture
+def alone(tmp_path: Path, sqlite_url: str) -> Iterator[Service]:
+    service = Service(tmp_path, sqlite_url)
+    yield service
+    service.close()
+
+
+def test_shared_memory_that_no_process_maps_counts_as_the_jobs(alone: Service, standing: Walls) -> None:
+    if walls.FILES in standing.down or walls.SHARED_MEMORY in standing.down:
+        pytest.skip(str(standing))
+    job_id = alone.submit(max_failures=1)
+    slot, _ = alone.slot("hides_memory", memory=512 * 1024**2)
+    slot.serve()
+    job = alone.job(job_id)
+    assert job.error is not None
+    assert job.error["code"] == "out_of_memory", job.error
+
+
+def test_no_file_of_a_job_is_longer_than_the_disk_has_room(alone: Service) -> None:
+    job_id = alone.submit(max_failures=1)
+    slot, _ = alone.slot("long_file")
+    slot.serve()
+    job = alone.job(job_id)
+    assert job.error is not None
+    assert job.error["code"] == "disk_full", job.error
+
+
+_WITHOUT_NAMESPACES = (
+    'for kind in user mnt pid net ipc uts; do echo 0 > /proc/sys/user/max_${kind}_namespaces; done; exec "$@"'
+)
+
+
+def without_namespaces(*command: str) -> list[str]:
+    """Run it where the kernel grants no namespace, as most containers have it."""
+    return ["unshare", "--user", "--map-root-user", "sh", "-c", _WITHOUT_NAMESPACES, "sh", *command]
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A job's folder; skips where this kernel lets nobody take namespaces away."""
+    if subprocess.run(without_namespaces("true"), capture_output=True).returncode:
+        pytest.skip("no user namespace can be made here")
+    sandbox.prepare_folder(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_where_there_are_no_namespaces_it_is_said_which_walls_are_missing(bare: Path) -> None:
+    command = without_namespaces(sys.executable, "-P", "-m", "worker.probe", str(bare))
+    probed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    down = json.loads(probed.stdout)
+    assert {walls.NETWORK, walls.PROCESSES} <= down.keys()
+    assert "user namespace" in down[walls.NETWORK]
+    assert walls.METADATA not in down, "seccomp stands in"
+    if not view.gpu_devices():
+        assert walls.SOCKETS not in down, "seccomp stands in"
+    if landlock.version():
+        assert walls.FILES not in down, "Landlock stands in"
+
+
+def test_without_namespaces_no_socket_is_reached_and_no_mode_changed(bare: Path, tmp_path: Path) -> None:
+    if view.gpu_devices():
+        pytest.skip("CUDA keeps its sockets where there are no namespaces")
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "broker"))
+        listener.listen()
+        script = (
+            "import os, socket, sys; from pathlib import Path; from worker.enclosure import enclose\n"
+            "def work(walls):\n"
+            "    os.chmod(sys.argv[2], 0o666)\n"
+            "    try: socket.socket(socket.AF_UNIX).connect(sys.argv[3])\n"
+            "    except OSError as error: os.write(1, os.strerror(error.errno).encode())\n"
+            "    os._exit(0)\n"
+            "inner = enclose(Path(sys.argv[1]), work, network=False); inner.wait(); inner.end()\n"
+        )
+        command = without_namespaces(sys.executable, "-c", script, str(bare), str(key), str(tmp_path / "broker"))
+        said = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert said.stdout == "Address family not supported by protocol", said.stderr
+    assert key.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_worker_says_first_which_walls_stand(alone: Service) -> None:
+    alone.start_worker()
+    first = alone.output().splitlines()[0]
+    assert "walled off: " in first
+    assert "Not walled off: " in first
 
 
 def test_a_childs_folder_is_its_owners_alone(tmp_path: Path) -> None:

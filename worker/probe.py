@@ -1,0 +1,55 @@
+"""Which walls stand here: they are built around a process that does nothing else.
+
+`python -m worker.probe --tell` says in JSON which don't, and why. With a job's folder instead, it is that process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+from worker import sandbox
+from worker.enclosure import enclose
+from worker.walls import CALLS, FILES, Walls
+
+_PATIENCE_S = 60.0
+
+
+def probe_walls(*, network: bool) -> Walls:
+    """Which walls would stand around a job here. In a process of its own: they can't be taken down again.
+
+    network: jobs keep the network, as NIGHTPRESS_SANDBOX_NETWORK=false has it.
+    """
+    command = [sys.executable, "-P", "-m", "worker.probe", *(["--keep-network"] if network else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        job_dir = Path(folder).resolve() / "run"
+        sandbox.prepare_folder(job_dir)
+        env = sandbox.child_environment(job_dir, 1)
+        try:
+            said = subprocess.run(
+                [*command, str(job_dir)], env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE_S
+            )
+            return Walls(json.loads(said.stdout))
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            return Walls({FILES: f"the probe failed: {error}", CALLS: f"the probe failed: {error}"})
+
+
+def main() -> None:
+    if "--tell" in sys.argv:
+        print(json.dumps(probe_walls(network="--keep-network" in sys.argv).down))  # noqa: T201
+        return
+
+    def work(walls: Walls) -> NoReturn:
+        os.write(1, json.dumps(walls.down).encode())
+        os._exit(0)
+
+    inner = enclose(Path(sys.argv[-1]), work, network="--keep-network" in sys.argv)
+    inner.wait()
+    inner.end()
+
+
+if __name__ == "__main__":
+    main()
