@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo up test lint types contracts check docs bench clean fuzz mutate soak
+.PHONY: help demo up test test-avx2 lint types contracts check docs bench clean fuzz mutate soak
 
 help:  ## say what each target does
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.run-installed  ## press a real model through a real service and show the comparison
 	$(BIN)/nightpress demo
@@ -17,6 +17,9 @@ up: $(VENV)/.run-installed  ## start the embedded service and stay
 
 test: $(VENV)/.dev-installed  ## run all tests; they start their own PostgreSQL, Valkey and S3 servers
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-avx2: $(VENV)/.dev-installed  ## the tests that touch arithmetic, with the processor's features held down to AVX2
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -m arithmetic --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.dev-installed  ## ruff: format and rules
 	$(BIN)/ruff format --check .

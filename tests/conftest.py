@@ -1,6 +1,7 @@
 """Fixtures that every kind of test shares: real servers, migrated databases, real models."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,19 @@ import pytest
 import migrations
 from tests.models import bert_tiny_dir, minilm_dir, smollm_dir
 from tests.servers import S3, Postgres, Valkey
+
+#: the libraries by whose arithmetic, and so by the processor, a test's figures differ
+_ARITHMETIC = re.compile(
+    r"^\s*(?:from|import) (?:torch|onnx|openvino|transformers|core\.compress|tests\.(?:press|training))\b", re.M
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of modules that import a library of arithmetic, so that they can be run for another processor."""
+    touches = {path: bool(_ARITHMETIC.search(path.read_text())) for path in {item.path for item in items}}
+    for item in items:
+        if touches[item.path]:
+            item.add_marker(pytest.mark.arithmetic)
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -24,7 +24,8 @@ from api.waiting import preferred_wait
 from core.compress.evaluate.data import FastTokenizer, read_records, read_rows
 from core.compress.lineage import read_lineage
 from core.errors import NightpressError
-from core.jobs.queries import _read_cursor
+from core.jobs.tables import jobs
+from core.paging import _read_cursor
 from core.recipes.builtins import builtin_recipes, builtin_text
 from core.recipes.datafile import examine_data
 from core.recipes.inspect import FolderFiles, inspect_model
@@ -174,7 +175,11 @@ class Readers:
         _wanted_range(asked, '"etag"', 100)
         pause_after(1, Answer(503, {"retry-after": value}, b""))
         verify("whsec_AAAA", {"webhook-id": value, "webhook-timestamp": value, "webhook-signature": value}, b"")
-        for reader in (lambda: version_of(value), lambda: _read_cursor(any_text(dice)), lambda: resume_point(asked, 0)):
+        for reader in (
+            lambda: version_of(value),
+            lambda: _read_cursor(any_text(dice), (jobs.c.created_at, jobs.c.id)),
+            lambda: resume_point(asked, 0),
+        ):
             with refusing():
                 reader()
 
