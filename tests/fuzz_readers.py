@@ -173,7 +173,7 @@ class Readers:
         asked = Request({"type": "http", "headers": [(name, value.encode("latin-1")) for name in names]})
         preferred_wait(asked)
         _wanted_range(asked, '"etag"', 100)
-        pause_after(1, Answer(503, {"retry-after": value}, b""))
+        pause_after(1, Answer(503, {"retry-after": value}, b""), dt.datetime.now(dt.UTC))
         verify("whsec_AAAA", {"webhook-id": value, "webhook-timestamp": value, "webhook-signature": value}, b"")
         for reader in (
             lambda: version_of(value),
