@@ -154,6 +154,37 @@ def pipeline_until(job_dir: Path, emit: Emit) -> Manifest:
     return pipeline.run(job_dir, emit_until)
 
 
+def pipeline_until_said(job_dir: Path, emit: Emit) -> Manifest:
+    """The real pipeline. `:TEXT` stops the first attempt for ever at the first message or checkpoint's path that holds TEXT."""
+    from core.compress import pipeline
+
+    text = sys.argv[1].partition(":")[2]
+    stops = JobSpec.load(job_dir).attempt == 1
+
+    def emit_until(frame: Frame) -> None:
+        emit(frame)
+        said = frame.message if isinstance(frame, Progress) else frame.path if isinstance(frame, Checkpoint) else ""
+        if stops and text in said:
+            emit(Log(text="waiting"))
+            while True:
+                emit(Progress(phase="exporting", fraction=0.5, message=f"waiting since {time.monotonic()}"))
+                time.sleep(0.1)
+
+    return pipeline.run(job_dir, emit_until)
+
+
+def telling(job_dir: Path, emit: Emit) -> Manifest:
+    """The real pipeline. Its messages go to the job's log too, a line each."""
+    from core.compress import pipeline
+
+    def emit_and_tell(frame: Frame) -> None:
+        emit(frame)
+        if isinstance(frame, Progress):
+            emit(Log(text=f"told: {frame.message}"))
+
+    return pipeline.run(job_dir, emit_and_tell)
+
+
 def wedged(job_dir: Path, emit: Emit) -> Manifest:
     """Signs of life without progress."""
     while True:
@@ -412,7 +443,7 @@ def long_file(job_dir: Path, emit: Emit) -> Manifest:
 BEHAVIOURS = {
     one.__name__: one
     for one in (
-        press, slow, first_slow, endless, stepping, chaotic, pipeline_until, wedged, segfault, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
+        press, slow, first_slow, endless, stepping, chaotic, pipeline_until, pipeline_until_said, telling, wedged, segfault, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
         fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy, hides_memory, long_file
     )
 }  # fmt: skip

@@ -79,7 +79,9 @@ class CheckpointDepot:
             return
         try:
             self._mine = {at for at, digest in enumerate(self._digests) if self._index.take(self._lease, digest)}
-            for at in reversed(range(len(self._digests))):
+            *passes, graph = range(len(self._digests))
+            self._bring(graph, self._index.files(self._digests[graph]), on_bytes)
+            for at in reversed(passes):
                 if self._bring_finished(at, on_bytes):
                     break
                 self._bring(at, self._index.files(self._digests[at]), on_bytes)
@@ -108,7 +110,7 @@ class CheckpointDepot:
             step = max(one.step for one in good)
             makers = sorted({one.job_id for one in good})
             self._note("resumed", {"pass_index": at, "step": step, "files": len(good), "from": makers})
-            self._tell("info", f"Pass {at + 1} goes on from {len(good)} files made by {', '.join(makers)}.")
+            self._tell("info", f"{self._name(at)} goes on from {len(good)} files made by {', '.join(makers)}.")
         return not useless
 
     def _fetch(self, at: int, file: StoredFile, on_bytes: OnBytes) -> bool:
@@ -180,7 +182,7 @@ class CheckpointDepot:
             except (NightpressError, OSError) as error:
                 self._mine.discard(at)  # what comes later would be of no use without this file
                 self._tell(
-                    "warning", f"The checkpoint {path} was not stored, nor will others of pass {at + 1}: {error}"
+                    "warning", f"The checkpoint {path} was not stored, nor will others of {self._name(at)}: {error}"
                 )
             finally:
                 os.close(descriptor)
@@ -202,7 +204,7 @@ class CheckpointDepot:
         if not self._index.add(self._lease, digest, file, limit=self._limit):
             self._mine.discard(at)
             self._tell(
-                "info", f"Pass {at + 1} keeps no more checkpoints: they are past their limit, or another attempt's."
+                "info", f"{self._name(at)} keeps no more checkpoints: they are past their limit, or another attempt's."
             )
             return
         self._known[path] = _identity(status)
@@ -211,14 +213,20 @@ class CheckpointDepot:
 
     def _drop_superseded(self, at: int, path: str, before: dict[str, StoredFile]) -> None:
         """Remove what this file replaces: its earlier self, and behind a whole pass all that was there to go on with it."""
-        digest, name = self._digests[at], self._recipe.passes[at].pass_
-        done = path == pass_record(at, name)
-        gone = [one for one in before if done and one != path and not one.startswith(f"{pass_folder(at, name)}/")]
+        digest, gone = self._digests[at], list[str]()
+        if at < len(self._recipe.passes):
+            name = self._recipe.passes[at].pass_
+            below = f"{pass_folder(at, name)}/"
+            if path == pass_record(at, name):
+                gone = [one for one in before if one != path and not one.startswith(below)]
         if gone:
             self._index.forget(digest, gone)
         kept = {one.sha256 for one in self._index.files(digest).values()}
         for sha256 in {before[one].sha256 for one in [*gone, path] if one in before} - kept:
             self._objects.delete_prefix(f"{folder_of(digest)}/{sha256}")
+
+    def _name(self, at: int) -> str:
+        return f"Pass {at + 1}" if at < len(self._recipe.passes) else "The graph"
 
 
 def _identity(status: os.stat_result) -> _Identity:

@@ -11,6 +11,21 @@ from typing import Any
 from core.handoff.spec import JobSpec
 
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+_AMX = frozenset({"amx_int8", "amx_bf16"})
+_AVX512_BF16 = _AMX | {"avx512_bf16"}
+_VNNI_512 = _AVX512_BF16 | {"avx512_vnni"}
+#: ONEDNN_MAX_CPU_ISA → the features that it holds down.
+_HELD_DOWN = {
+    "SSE41": _VNNI_512 | {"avx512f", "avx_vnni", "avx2"},
+    "AVX": _VNNI_512 | {"avx512f", "avx_vnni", "avx2"},
+    "AVX2": _VNNI_512 | {"avx512f", "avx_vnni"},
+    "AVX2_VNNI": _VNNI_512 | {"avx512f"},
+    "AVX2_VNNI_2": _VNNI_512 | {"avx512f"},
+    "AVX512_CORE": _VNNI_512 | {"avx_vnni"},
+    "AVX512_CORE_VNNI": _AVX512_BF16,
+    "AVX512_CORE_BF16": _AMX,
+    "AVX512_CORE_FP16": _AMX,
+}
 
 
 def describe(spec: JobSpec, versions: dict[str, str]) -> dict[str, Any]:
@@ -90,10 +105,14 @@ def processor() -> str:
 
 
 def cpu_features() -> list[str]:
-    """The instruction sets on which the speed of int8 and bfloat16 depends."""
+    """The instruction sets on which the speed of int8 and bfloat16 depends: of the processor, and as far as ONEDNN_MAX_CPU_ISA lets them be used.
+
+    torch and OpenVINO obey that variable as well. ONNX Runtime has no such switch.
+    """
     telling = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm", *_BFLOAT16)
     have = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
-    return [one for one in telling if one in have]
+    held_down = _HELD_DOWN.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), frozenset())
+    return [one for one in telling if one in have - held_down]
 
 
 def multiplies_bfloat16() -> bool:

@@ -56,10 +56,12 @@ def prefix_digests(
 ) -> list[str]:
     """For each pass a digest of all that decides what it makes: the model, the passes up to it, what they read, who computes.
 
+    One more at the end is for the graph that is traced from what all passes made.
+
     data: digest of each data set by what the recipe calls it; one that only the evaluation reads decides nothing here.
     """
     digests = []
-    for count in range(1, len(recipe.passes) + 1):
+    for count in (*range(1, len(recipe.passes) + 1), None):
         passes = [one.model_dump(mode="json") for one in recipe.passes[:count]]
         reads = any(one.wants != "nothing" for one in recipe.passes[:count])
         calibration = recipe.calibration.model_dump(mode="json") if reads else None
@@ -74,6 +76,8 @@ def prefix_digests(
             "device": device,
             "engine": engine,
         }
+        if count is None:
+            body["makes"] = "graph"
         digests.append(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
     return digests
 

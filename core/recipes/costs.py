@@ -42,8 +42,9 @@ _PINNED_BLOCKS = 3  #: that is run, that is read ahead, and whose memory isn't g
 _CACHED_BLOCK_S = 1.2  #: of tracing a block with a key/value cache
 GRAPH_TOKENS = 1024  #: of calibration text that run through a graph at a time
 TRIAL_TOKENS = (
-    2048  #: of text held apart, on which a trial of a quantized graph is judged; a single layer, on a quarter
+    2048  #: of text held apart, on which a trial of a quantized graph is judged; a kind of layer, on a quarter
 )
+_TRIALS = 2.5  #: forward passes in float that ten trials of quantized graphs take the time of
 #: The blocks executor settles a block in one forward pass where its texts, waiting in the middle of it, take no more than this.
 IN_TURN_BYTES = {"cuda": 4 * 1024**3, "cpu": 1024**3}
 
@@ -148,18 +149,18 @@ def blocks_cost(
 
 
 def graph_cost(header: ModelHeader, calibration: Calibration) -> Cost:
-    """Ranges of a traced graph's layers, in two forward passes, and its answers to the texts held apart.
-
-    Where they are too far off, layers are tried one by one, too: that is not counted.
-    """
+    """Ranges and Gram matrices of a traced graph's layers in one forward pass, their weights settled, and trials on texts held apart."""
     shape = _shape(header)
     length = min(calibration.length, header.positions or calibration.length)
+    tokens = calibration.samples * length
     linears = sum(
         len(tensor.shape) == 2 and re.search(r"\.\d+\.", tensor.name) is not None for tensor in header.tensors
     )
-    work = (2 * calibration.samples * length + TRIAL_TOKENS) * shape.linear_weights
-    # The graph, what a session holds of it and a trial's copy; the inputs of all layers, for one batch; what tracing left.
-    memory = 3 * 4 * header.parameters + 4 * max(GRAPH_TOKENS, length) * linears * shape.widest + TRACING_BYTES
+    work: float = (tokens + _TRIALS * TRIAL_TOKENS) * shape.linear_weights
+    work += tokens * shape.distinct_squares / 2 * _GRAM_EFFORT + _SOLVE_EFFORT * shape.solving
+    # The graph and what a session and its loading hold of it; all Gram matrices; the inputs of all layers, for one batch; what tracing left.
+    memory = 4 * 4 * header.parameters + 4 * shape.distinct_squares
+    memory += 4 * max(GRAPH_TOKENS, length) * linears * shape.widest + TRACING_BYTES
     return Cost(memory, 3 * header.size / _STREAM_RATE, work)
 
 

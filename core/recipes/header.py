@@ -1,6 +1,6 @@
 """What a plan needs to know of a model, read from its config and its safetensors headers alone."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -70,6 +70,19 @@ SHARED_BLOCKS = frozenset({"albert"})
 
 #: What a classifier's outputs mean: one class of several, labels of which each holds or doesn't, or plain numbers.
 Head = Literal["classes", "labels", "numbers"]
+#: What a headless encoder's tensors are called, before the first dot.
+_BODY = frozenset({"embeddings", "encoder", "pooler", "transformer", "layers", "final_norm", "embeddings_project"})
+
+
+def class_of(named: str, model_type: str, tensors: "Collection[TensorInfo]") -> str:
+    """The class that a checkpoint holds: the one that its config names, or that class without its head where an encoder's head has no tensor.
+
+    Embedders that were trained from a masked language model often keep its name (all-mpnet-base-v2 does). A loader would give them a head
+    of chance.
+    """
+    body, has_head, _ = named.partition("For")
+    bare = model_type in ENCODERS and len(tensors) > 0 and all(one.name.partition(".")[0] in _BODY for one in tensors)
+    return f"{body}Model" if has_head and bare else named
 
 
 class TensorInfo(BaseModel):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from core.errors import ErrorCode, NightpressError
 from core.recipes.bounds import size_flaw
-from core.recipes.header import ModelHeader, TensorInfo
+from core.recipes.header import ModelHeader, TensorInfo, class_of
 from core.recipes.jsonfile import JsonBudget, malformed, parse_json, walk
 from core.recipes.pooling import read_pooling
 from core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
@@ -115,7 +115,7 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
     architectures = config.get("architectures") or [""]
     header = ModelHeader(
         model_type=config["model_type"],
-        architecture=architectures[0],
+        architecture=class_of(architectures[0], config["model_type"], tensors),
         config=config,
         tensors=tuple(tensors),
         has_tokenizer=not TOKENIZER_FILES.isdisjoint(sizes),

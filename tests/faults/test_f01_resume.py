@@ -43,10 +43,10 @@ def break_off(service: Service, behaviour: str, job_id: str, *, step: int, pass_
     worker.wait()
 
 
-def finish(service: Service, behaviour: str | None) -> None:
+def finish(service: Service, behaviour: str | None, *, within: float = 60.0) -> None:
     slot, supervisor = service.slot(behaviour, memory=4 * 1024**3)
     eventually(lambda: service.store.expire_leases(backoff_s=0.0) or not service.running(), within=10)
-    eventually(lambda: slot.serve() or not service.unfinished(), within=60)
+    eventually(lambda: slot.serve() or not service.unfinished(), within=within)
     supervisor.close()
 
 
@@ -187,3 +187,54 @@ def test_a_real_model_killed_between_two_blocks_ends_with_the_same_bytes(
     assert {one["path"]: one["sha256"] for one in artifact.files} == {
         one.path: one.sha256 for one in describe_folder(model)
     }
+
+
+GRAPH = {
+    "name": "graph",
+    "passes": [{"pass": "magnitude", "sparsity": 0.3}, {"pass": "static-int8"}],
+    "exports": ["onnx"],
+    "calibration": {"samples": 8, "length": 32},
+    "evaluate": [{"metric": "fidelity", "samples": 4, "length": 16}],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("said", "stored_at_least", "not_done_again"),
+    [
+        ("tracing", {"passes/0-magnitude.json"}, "pass 1: magnitude"),
+        ("check.npy", {"check.npy"}, "tracing the model into a graph"),
+        ("calibration.npz", {"check.npy", "calibration.npz"}, "rounding weights"),
+    ],
+    ids=["while it is traced", "behind the trace", "while it is rounded"],
+)
+def test_a_killed_graph_goes_on_from_what_was_there_and_ends_with_the_same_bytes(
+    service: Service, bert_tiny: Path, said: str, stored_at_least: set[str], not_done_again: str
+) -> None:
+    recipe = parse_recipe(GRAPH).model_dump(mode="json")
+    service.model_id, service.model_digest = service.register(new_id("mdl"), bert_tiny)
+    job_id = service.submit(recipe, run_limit_s=400.0)
+    elsewhere = str(service.settings.data_dir.parent / "elsewhere")
+    worker = service.start_worker(f"pipeline_until_said:{said}", NIGHTPRESS_DATA_DIR=elsewhere)
+
+    def stored_it() -> bool:
+        noted = [str(one.data["path"]) for one in service.events(job_id) if one.kind == "checkpoint"]
+        return all(any(path.endswith(name) for path in noted) for name in stored_at_least)
+
+    eventually(stored_it, within=240)
+    worker.kill()
+    worker.wait()
+    finish(service, "telling", within=240)
+    messages = [line for line in service.log(job_id).splitlines() if line.startswith("told: ")]
+    assert service.job(job_id).state == "succeeded", service.log(job_id)
+    assert not [one for one in messages if not_done_again in one]
+    assert [one for one in messages if "judging the graph" in one], "it was not rounded to its end before"
+
+    # Another tenant's job shares no checkpoints, so this runs from its beginning.
+    straight = service.submit(recipe, tenant_id="neighbour", run_limit_s=400.0)
+    finish(service, None, within=240)
+    bytes_of = [
+        {one["path"]: one["sha256"] for one in service.store.artifacts(job)[0].files} for job in (job_id, straight)
+    ]
+    assert bytes_of[0] == bytes_of[1]
+    service.check_invariants(job_id)

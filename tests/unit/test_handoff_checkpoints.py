@@ -29,8 +29,12 @@ def digests(*, world: dict[str, Any] | None = None, **changes: Any) -> list[str]
     return prefix_digests(parse_recipe(recipe | changes), **(WORLD | (world or {})))
 
 
-def test_one_digest_a_pass_and_all_different():
-    assert len(set(digests())) == 2
+def test_one_digest_a_pass_and_one_for_the_graph_all_different():
+    assert len(set(digests())) == len(PASSES) + 1
+
+
+def test_a_graph_that_is_made_without_any_pass_has_a_digest_too():
+    assert len(digests(passes=[], exports=["onnx"], calibration={})) == 1
 
 
 def test_a_recipe_that_begins_the_same_shares_what_it_begins_with():

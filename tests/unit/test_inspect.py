@@ -70,6 +70,24 @@ def test_a_model_is_described_from_its_headers() -> None:
     assert (header.parameters, header.size, header.has_tokenizer) == (11, 34, True)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "architecture", "task"),
+    [
+        (("embeddings.word.weight", "encoder.layer.0.q.weight", "pooler.dense.weight"), "MPNetModel", "embedding"),
+        (("mpnet.embeddings.word.weight", "lm_head.dense.weight"), "MPNetForMaskedLM", "masked-lm"),
+        (("embeddings.word.weight", "lm_head.dense.weight"), "MPNetForMaskedLM", "masked-lm"),
+    ],
+)
+def test_an_encoder_without_its_head_is_an_embedder_whatever_its_config_says(
+    tensors: tuple[str, ...], architecture: str, task: str
+) -> None:
+    """Of a masked language model's name and no head, all-mpnet-base-v2: a loader would give it a head of chance."""
+    config = CONFIG | {"model_type": "mpnet", "architectures": ["MPNetForMaskedLM"]}
+    weights = safetensors({name: ("F32", [2, 3]) for name in tensors})
+    header = inspect_model(model(config__json=json.dumps(config).encode(), model__safetensors=weights))
+    assert (header.architecture, header.task) == (architecture, task)
+
+
 def test_a_missing_tokenizer_is_noted_not_refused() -> None:
     assert not inspect_model(model(tokenizer__json=None)).has_tokenizer
 

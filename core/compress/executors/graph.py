@@ -26,6 +26,7 @@ from core.compress.evaluate.data import Sequences
 from core.compress.export.weights import PressedWeights
 from core.compress.networks import load_model
 from core.errors import ErrorCode, NightpressError
+from core.handoff.manifest import describe_folder
 from core.recipes.header import ModelHeader
 
 #: Dimensions that vary, under the names that generation libraries look for: transformers.js makes an empty cache from them.
@@ -52,8 +53,10 @@ class Traced:
 
 
 def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassContext) -> Traced:
-    """Trace once. `model_dir` is immutable: its folder name and header decide whether a kept trace is of the same model."""
-    key = hashlib.sha256(f"{model_dir.resolve()}\n{header.model_dump_json()}\n{OPSET}\n".encode() + check.ids.tobytes())
+    """Trace once. Another attempt, whose folders have other names, finds the trace by the bytes of the model and of the check texts."""
+    context.progress(0.0, "looking for an earlier trace of this model")
+    key = hashlib.sha256(f"{content_digest(model_dir)}\n{header.model_dump_json()}\n{OPSET}\n".encode())
+    key.update(check.ids.tobytes())
     folder = context.work_dir / "graph" / key.hexdigest()[:16]
     graph, outputs = folder / "model.onnx", folder / "check.npy"
     errors, peaks = folder / "rounding.json", folder / "peaks.npz"
@@ -82,10 +85,19 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
                 np.save(stream, expected)
                 os.fsync(stream.fileno())
             (folder / "check.partial").replace(outputs)
-        context.checkpoint(graph.relative_to(context.work_dir).as_posix(), 1)
+        beside = (file for file in folder.glob(f"{graph.name}.*") if file.is_file())  # weights beyond 2 GiB
+        context.whole(1, *beside, graph, errors, peaks, outputs)
     with np.load(peaks) as archive:
         largest = {name: archive[name] for name in archive.files}
     return Traced(graph, np.load(outputs), json.loads(errors.read_bytes()), largest, cached=header.is_decoder)
+
+
+def content_digest(model_dir: Path) -> str:
+    """One digest of all that a folder holds."""
+    found = hashlib.sha256()
+    for file in describe_folder(model_dir):
+        found.update(f"{file.path} {file.sha256}\n".encode())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

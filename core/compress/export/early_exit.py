@@ -22,6 +22,7 @@ from core.compress.context import PassContext
 from core.compress.evaluate.data import Sequences
 from core.compress.executors.graph import (
     Traced,
+    content_digest,
     encoder_signature,
     example_ids,
     export_graph,
@@ -39,7 +40,7 @@ def trace_exits(model_dir: Path, header: ModelHeader, check: Sequences, context:
     model, plan = load_exits(model_dir, header, attention="eager")
     with torch.inference_mode():
         expected, _ = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask), plan)
-    key = hashlib.sha256(f"{model_dir.resolve()}\n{header.model_dump_json()}\n{plan.model_dump_json()}".encode())
+    key = hashlib.sha256(f"{content_digest(model_dir)}\n{header.model_dump_json()}\n{plan.model_dump_json()}".encode())
     folder = context.work_dir / "graph" / f"exits-{key.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     context.progress(0.3, "tracing the model into a graph")

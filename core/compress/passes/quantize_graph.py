@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ def quantize_onnx(
             codes_of(weight, 0) if node.name in sensitive else codes_of(weight, axis, 127 if trained else _TOP)
         )
         effects.append(effect_of(node.name, weight, codes * scales))
-    store_in_int8(onnx, model, sensitive - set(ignored))
+    in_float = dict.fromkeys(node.input[1] for node in products if node.name in sensitive - set(ignored))
+    store_in_int8(onnx, model, {name: codes_of(array_of(onnx, constants[name]), 0) for name in in_float})
     effects += quantize_embeddings(onnx, model, constants, options.ignore)
     something(effects, options.pass_)
     with disk_errors(), _without_advice():
@@ -123,12 +124,7 @@ def smooth_inputs(
     """
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     constants = {one.name: one for one in model.graph.initializer}
-    uses = Counter(name for node in model.graph.node for name in node.input)
-    readers: dict[str, list[Any]] = {}
-    for node in products:
-        # A weight that several products share can't follow the inputs of each.
-        if uses[node.input[1]] == 1:
-            readers.setdefault(node.input[0], []).append(node)
+    readers = readers_by_input(model, products)
     divisions = {}
     for name, nodes in readers.items():
         weights = [array_of(onnx, constants[node.input[1]]) for node in nodes]  # [in, out] each
@@ -146,13 +142,27 @@ def smooth_inputs(
     model.graph.node.extend(ordered)
 
 
-def store_in_int8(onnx: Any, model: Any, products: Collection[str]) -> None:
-    """Weights of these products become codes and a scale an output, which the runtime multiplies out once, as it loads the graph."""
+def is_smoothing(node: Any) -> bool:
+    """Whether `smooth_inputs` made this node."""
+    return bool(node.op_type == "Mul" and node.name.endswith("_smoothing"))
+
+
+def readers_by_input(model: Any, products: Iterable[Any]) -> dict[str, list[Any]]:
+    """Input → the products that read it. A weight that several products share can't follow the inputs of each: those are left out."""
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    readers: dict[str, list[Any]] = {}
+    for node in products:
+        if uses[node.input[1]] == 1:
+            readers.setdefault(node.input[0], []).append(node)
+    return readers
+
+
+def store_in_int8(onnx: Any, model: Any, weights: Mapping[str, tuple[NDArray[np.int8], Weights]]) -> None:
+    """These weights become codes [in, out] and scales [1, out], which the runtime multiplies out once, as it loads the graph."""
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     constants = {one.name: one for one in model.graph.initializer}
     floats = []
-    for name in dict.fromkeys(node.input[1] for node in model.graph.node if node.name in products):
-        codes, scales = codes_of(array_of(onnx, constants[name]), 0)
+    for name, (codes, scales) in weights.items():
         constants[name].CopyFrom(numpy_helper.from_array(codes, f"{name}_int8"))
         model.graph.initializer.append(numpy_helper.from_array(scales, f"{name}_scale"))
         floats += [

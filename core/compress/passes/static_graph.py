@@ -19,12 +19,15 @@ from core.compress.passes.quantize_graph import (
     codes_of,
     effect_of,
     fold_transposes,
+    is_smoothing,
     lies_on_grid,
     quantize_embeddings,
+    readers_by_input,
     smooth_inputs,
     something,
     store_in_int8,
 )
+from core.compress.passes.static_weights import Settled
 from core.compress.solvers import activation_ranges
 from core.compress.solvers.activation_ranges import Range
 from core.handoff.report import LayerEffect
@@ -33,18 +36,36 @@ from core.recipes.passes import StaticInt8
 
 _TOP = 127  #: of a query's codes
 
-FactorsOf = Callable[[str, Tensor], Tensor]
+Settle = Callable[
+    [str, Tensor], Settled
+]  #: (input's name, weights [out, in] of all that read it) → how they are settled
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A product's weight in the two forms that a graph may hold."""
+
+    codes: NDArray[np.int8]  #: [in, out], up to the largest code that the processor can sum
+    scales: NDArray[np.float32]  #: [out]
+    stored: NDArray[np.int8]  #: [in, out], not smoothed, all of int8's range: for a product that is left in float
+    stored_scales: NDArray[np.float32]  #: [1, out]
+    effect: LayerEffect  #: of `codes`
+    stored_effect: LayerEffect
 
 
 @dataclass(frozen=True)
 class QdqGraph:
-    """A graph with its embeddings in int8, and the products that may follow."""
+    """A graph with its embeddings in int8, and the products that may follow. Weights stand beside it and not in it."""
 
     model: Any  #: onnx.ModelProto
     inputs: Mapping[str, str]  #: product → the tensor it is given
-    codes: Mapping[str, tuple[NDArray[np.int8], NDArray[np.float32]]]  #: weight → codes [in, out] and scales [out]
+    plain_inputs: Mapping[str, str]  #: product → that tensor before it was smoothed
+    weights: Mapping[str, Weight]  #: by their names in the graph
     scores: Mapping[str, Scores]  #: attention's product → queries and keys
-    top: int  #: the largest code of a weight, and of a key
+    costs: Mapping[
+        str, float
+    ]  #: product → share of its outputs' power that rounding changed, of products whose weights were settled
+    top: int  #: the largest code of a key
     tables: tuple[LayerEffect, ...]  #: of the embeddings
 
     @property
@@ -63,8 +84,8 @@ class QdqGraph:
         return tuple(tensor for _, tensor in self.operands)
 
     @classmethod
-    def of(cls, graph: Path, options: StaticInt8, top: int, factors_of: FactorsOf | None = None) -> "QdqGraph":
-        """factors_of: what its products' inputs are divided by, see `smooth_inputs`; None: they are taken as they come."""
+    def of(cls, graph: Path, options: StaticInt8, top: int, settle: Settle | None = None) -> "QdqGraph":
+        """settle: None leaves inputs as they come and rounds each weight to its nearest code."""
         import onnx
 
         model = onnx.load(graph)
@@ -80,29 +101,35 @@ class QdqGraph:
             and not matches(node.input[1], options.ignore)
         ]
         something(products, options.pass_)
-        # Weights that were trained on the grid of int8 keep their codes.
-        if factors_of and not any(lies_on_grid(array_of(onnx, constants[node.input[1]]), 0) for node in products):
-            smooth_inputs(onnx, model, products, factors_of)
-        inputs, codes = {}, {}
-        for node in products:
-            rounded, scales = codes_of(array_of(onnx, constants[node.input[1]]), 0, top)
-            inputs[node.name], codes[node.input[1]] = node.input[0], (rounded, scales[0])
+        # As they are: a strong channel that smoothing multiplies into a weight would take most of its row's range.
+        plain_inputs = {node.name: node.input[0] for node in products}
+        names = dict.fromkeys(node.input[1] for node in products)
+        stored = {name: codes_of(array_of(onnx, constants[name]), 0) for name in names}
+        lost = {
+            name: effect_of(name, array_of(onnx, constants[name]), codes * scales)
+            for name, (codes, scales) in stored.items()
+        }
+        settled, costs = _settled(onnx, model, products, settle) if settle else ({}, {})
+        weights = {}
+        for name in names:
+            floats = array_of(onnx, constants[name])
+            codes, scales = settled.get(name) or codes_of(floats, 0, top)
+            effect = effect_of(name, floats, codes * scales)
+            weights[name] = Weight(codes, scales.reshape(-1), *stored[name], effect, lost[name])
+            constants[name].ClearField("raw_data")
         scores = {name: one for name, one in score_products(model.graph).items() if not matches(name, options.ignore)}
         tables = quantize_embeddings(onnx, model, constants, options.ignore)
-        return cls(model, inputs, codes, scores, top, tuple(tables))
+        inputs = {node.name: node.input[0] for node in products}
+        return cls(model, inputs, plain_inputs, weights, scores, costs, top, tuple(tables))
 
     def effects(self, left: Collection[str]) -> tuple[LayerEffect, ...]:
         """What rounding did to each weight; those of products left in float have all of int8's range."""
-        import onnx
-
-        constants = {one.name: one for one in self.model.graph.initializer}
         found = []
         for node in self.model.graph.node:
-            if node.name not in self.inputs:
-                continue
-            weight = array_of(onnx, constants[node.input[1]])
-            codes, scales = codes_of(weight, 0) if node.name in left else self.codes[node.input[1]]
-            found.append(effect_of(node.name, weight, codes * scales))
+            if node.name in self.inputs:
+                weight = self.weights[node.input[1]]
+                effect = weight.stored_effect if node.name in left else weight.effect
+                found.append(effect.model_copy(update={"name": node.name}))
         return (*found, *self.tables)
 
     def written(self, ranges: Mapping[str, Range], left: Collection[str]) -> bytes:
@@ -126,15 +153,52 @@ class QdqGraph:
             if node.name in self.inputs and node.name not in left:
                 x, weight = node.input
                 node.input[0] = new.rounded(x, "uint8", *activation_ranges.scale_and_zero(ranges[x]))
-                node.input[1] = new.weight(weight, *self.codes[weight])
+                node.input[1] = new.weight(weight, self.weights[weight])
+            elif node.name in self.inputs:
+                node.input[0] = self.plain_inputs[node.name]
             new.nodes.append(node)
+        used = {name for node in new.nodes for name in node.input}
+        new.nodes = [node for node in new.nodes if not is_smoothing(node) or node.output[0] in used]
         used = {name for node in new.nodes for name in node.input}
         new.constants += [one for one in model.graph.initializer if one.name in used]
         for field, found in ((model.graph.node, new.nodes), (model.graph.initializer, new.constants)):
             del field[:]
             field.extend(found)
-        store_in_int8(onnx, model, set(left) & set(self.inputs))
+        floats = dict.fromkeys(
+            node.input[1] for node in model.graph.node if node.name in left and node.name in self.inputs
+        )
+        store_in_int8(
+            onnx, model, {name: (self.weights[name].stored, self.weights[name].stored_scales) for name in floats}
+        )
         return bytes(model.SerializeToString(deterministic=True))
+
+
+def _settled(
+    onnx: Any, model: Any, products: list[Any], settle: Settle
+) -> tuple[dict[str, tuple[NDArray[np.int8], NDArray[np.float32]]], dict[str, float]]:
+    """Smooth the products' inputs in place. (Weight → codes [in, out] and scales [1, out], product → its cost.)
+
+    Weights that were trained on the grid of int8 keep their codes, and their inputs are left as they come.
+    """
+    constants = {one.name: one for one in model.graph.initializer}
+    free = [node for node in products if not lies_on_grid(array_of(onnx, constants[node.input[1]]), 0)]
+    readers = readers_by_input(model, free)
+    found: dict[str, Settled] = {}
+
+    def factors_of(name: str, weight: Tensor) -> Tensor:
+        found[name] = settle(name, weight)
+        return found[name].factors
+
+    smooth_inputs(onnx, model, free, factors_of)
+    codes, costs = {}, {}
+    for name, nodes in readers.items():
+        first, one = 0, found[name]
+        for node in nodes:
+            rows = slice(first, first + constants[node.input[1]].dims[1])
+            codes[node.input[1]] = np.ascontiguousarray(one.codes[rows].T), one.scales[None, rows]
+            costs[node.name] = float(one.error[rows].sum() / max(one.power[rows].sum(), 1e-30))
+            first = rows.stop
+    return codes, costs
 
 
 class _Written:
@@ -158,13 +222,13 @@ class _Written:
             self.nodes.append(self._make("DequantizeLinear", [codes, *grid], [seen], f"{codes}_dequantize"))
         return seen
 
-    def weight(self, name: str, codes: NDArray[np.int8], scales: NDArray[np.float32]) -> str:
-        """The name of a weight's values: codes [in, out], scales [out]."""
+    def weight(self, name: str, weight: Weight) -> str:
+        """The name of a weight's values."""
         floats = f"{name}_float"
         if floats not in self._made:
             self._made.add(floats)
             parts = [f"{name}_int8", f"{name}_scales", f"{name}_zeros"]
-            values = (codes, scales, np.zeros(len(scales), np.int8))
+            values = (weight.codes, weight.scales, np.zeros(len(weight.scales), np.int8))
             self.constants += [self._constant(one, at) for one, at in zip(values, parts, strict=True)]
             self.nodes.append(self._make("DequantizeLinear", parts, [floats], f"{name}_dequantize", axis=1))
         return floats

@@ -6,8 +6,9 @@ OpenVINO rounds their inputs in groups as they come.
 """
 
 import hashlib
+import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from core.recipes.linears import invalid
 from core.recipes.passes import StaticInt8
 
 GRAPH_FILE = "model.onnx"
+_NUMBER = re.compile(r"\d+")  #: layers whose names differ in numbers alone are of a kind
 _TRIAL_LENGTH = 128  #: tokens of a text held apart
-_RANKED_SHARE = 4  #: a single layer is judged on this part of them
-#: Largest code of a weight: 255 · 64 · 2 still fits the 16-bit sums of x86 without VNNI, 255 · 127 · 2 doesn't.
-_TOP = {7: 64, 8: 127}
+_RANKED_SHARE = 4  #: layers of a kind are judged on this part of them
+#: Of the layers, that stay in float where no number of them holds the budget: the graph is still faster than the float graph.
+_MOST_IN_FLOAT = 1 / 2
 
 
 def static_int8(
@@ -39,7 +41,7 @@ def static_int8(
 ) -> tuple[Traced, PassRecord]:
     """The traced graph with its linear layers in int8. Another attempt of the same job finds ranges and result in its work folder.
 
-    Raises NightpressError: invalid_recipe if nothing is left to quantize, or if the budget can't be held with any layer in int8.
+    Raises NightpressError: invalid_recipe if nothing is left to quantize, and numerical_failure if what a layer is given is not finite.
     """
     start = time.monotonic()
     bits = _weight_bits(options)
@@ -49,13 +51,13 @@ def static_int8(
     if not report.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         seen, held = _texts(model_dir, context)
-        plan, ranges = calibrated(traced.path, seen, options, _TOP[bits], folder, context)
+        plan, ranges, costs = calibrated(traced.path, seen, options, bits, folder, context)
         judge = _Judge(traced.path, held, context)
 
         def score(left: Collection[str], texts: int | None = None) -> float:
             return judge.cosine(plan.written(ranges, left), texts)
 
-        left, cosine = _left_in_float(plan.names, score, options.min_cosine, len(held.ids), context)
+        left, cosine = _left_in_float(costs, score, options.min_cosine, len(held.ids), context)
         with disk_errors():
             partial = folder / "partial.onnx"
             partial.write_bytes(plan.written(ranges, left))
@@ -72,6 +74,7 @@ def static_int8(
                 "attention_scores": len(set(plan.scores) - left),
                 "left_in_float": sorted(left),
                 "cosine_held_apart": round(cosine, 6),
+                "min_cosine_held": options.min_cosine is None or cosine >= options.min_cosine,
             },
             layers=plan.effects(left),
         )
@@ -105,7 +108,7 @@ class _Judge:
     """How near a quantized graph's answers to the held texts are to the float graph's."""
 
     def __init__(self, graph: Path, texts: Texts, context: PassContext) -> None:
-        self._texts, self._threads = texts, context.threads
+        self._texts, self._context = texts, context
         self._pooling = context.header.pooling if context.header.task == "embedding" else None
         self._expected = list(self._answers(graph, texts))
 
@@ -125,9 +128,10 @@ class _Judge:
 
     def _answers(self, graph: bytes | Path, texts: Texts) -> Iterator[NDArray[np.float32]]:
         """A text at a time: the logits of a masked language model are wide."""
-        loaded = session(graph, self._threads)
+        loaded = session(graph, self._context.threads)
         inputs = {one.name for one in loaded.get_inputs()}
-        for feeds in texts.feeds(inputs, tokens=1):
+        for at, feeds in enumerate(texts.feeds(inputs, tokens=1)):
+            self._context.progress(0.6, f"answering texts held apart, {at + 1} of {len(texts.ids)}")
             out = loaded.run(None, feeds)[0]
             if self._pooling:
                 out = pool(out, feeds["attention_mask"], self._pooling)
@@ -137,35 +141,46 @@ class _Judge:
 
 
 def _left_in_float(
-    names: Sequence[str],
+    costs: Mapping[str, float],
     score: Callable[..., float],
     least: float | None,
     texts: int,
     context: PassContext,
 ) -> tuple[frozenset[str], float]:
-    """The fewest of the worst layers without which the cosine reaches `least`, and that cosine.
+    """The fewest of the worst layers without which the cosine reaches `least`, and that cosine; half of them where none does.
 
-    score(layers left in float, number of texts) → cosine. Layers are ranked by what each costs alone in int8; how many of
-    them stay in float is found by bisection.
+    score(layers left in float, number of texts) → cosine. How much of what is lost each *kind* of layer loses is measured, a graph a
+    kind; within a kind, layers share it as their own `costs` say. How many of them stay in float is found by bisection. So the number of
+    graphs grows with the logarithm of the number of layers.
     """
-    context.progress(0.6, "judging the quantized graph")
+    context.progress(0.6, "judging the graph with all layers in int8")
     cosine = score(())
     if least is None or cosine >= least:
         return frozenset(), cosine
-    alone = {}
-    for at, name in enumerate(names):
-        alone[name] = score(set(names) - {name}, max(1, texts // _RANKED_SHARE))
-        context.progress(0.65 + 0.25 * (at + 1) / len(names), f"weighing layer {at + 1} of {len(names)}")
-    order = sorted(names, key=lambda name: (alone[name], name))
-    few, many, found = 1, len(order), {0: cosine}
+    part = max(1, texts // _RANKED_SHARE)
+    kinds: dict[str, list[str]] = {}
+    for name in costs:
+        kinds.setdefault(_NUMBER.sub("#", name), []).append(name)
+    all_in_int8 = score((), part)
+    expected: dict[str, float] = {}
+    for at, (kind, names) in enumerate(kinds.items()):
+        context.progress(0.65 + 0.15 * at / len(kinds), f"weighing layers of a kind, {at + 1} of {len(kinds)}: {kind}")
+        gained = max(score(names, part) - all_in_int8, 0.0)
+        together = sum(costs[name] for name in names) or 1.0
+        expected |= {name: gained * costs[name] / together for name in names}
+    order = sorted(costs, key=lambda name: (-expected[name], -costs[name], name))
+
+    def tried(count: int) -> float:
+        context.progress(0.8 + 0.015 * len(found), f"judging the graph with {count} of {len(order)} layers in float")
+        found[count] = score(order[:count])
+        return found[count]
+
+    found: dict[int, float] = {}
+    few, many = 1, len(order) - 1
+    if many < 1 or tried(many) < least:
+        half = max(1, int(len(order) * _MOST_IN_FLOAT))
+        return frozenset(order[:half]), tried(half)
     while few < many:
         middle = (few + many) // 2
-        found[middle] = score(set(order[:middle]))
-        few, many = (few, middle) if found[middle] >= least else (middle + 1, many)
-    if many == len(order):
-        best = max(found.values())
-        raise invalid(
-            f"`static-int8` can't hold `min_cosine: {least:g}` with any layer in int8; the best that was tried reached {best:.5f}.",
-            "Lower `min_cosine`, try another `ranges`, or use `dynamic-int8`.",
-        )
+        few, many = (few, middle) if tried(middle) >= least else (middle + 1, many)
     return frozenset(order[:many]), found[many]

@@ -177,8 +177,9 @@ class StaticInt8(PassOptions):
     """Int8 weights, and activations rounded to uint8 with one scale a layer, from calibration: no runtime looks for ranges as it goes.
 
     Written as an ONNX graph with QuantizeLinear and DequantizeLinear (QDQ), which OpenVINO reads too. Inputs are smoothed beforehand, each by
-    what costs its layers least. Where all layers in int8 would answer too differently, those that cost most, measured one by one, keep float
-    arithmetic, their weights in int8 all the same. Attention's scores are products of int8 too; its sums over values and heads on one
+    what costs its layers least, and weights make up for each other's rounding. Where all layers in int8 would answer too differently, those
+    that cost most keep float arithmetic, their weights in int8 all the same. Where no number of them holds `min_cosine`, half do, and the
+    report says so: gates decide. Attention's scores are products of int8 too; its sums over values and heads on one
     vector stay in float.
     """
 
@@ -197,7 +198,7 @@ class StaticInt8(PassOptions):
         0.995,
         gt=0,
         lt=1,
-        description="Cosine with the float graph's answers to texts held apart from calibration, for which layers keep float arithmetic; null: none does.",
+        description="Cosine with the float graph's answers to texts held apart from calibration, for which layers keep float arithmetic; null: none does. Where it can't be held, the report says what was reached.",
     )
     weight_bits: Literal["auto", 7, 8] = Field(
         "auto",
