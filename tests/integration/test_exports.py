@@ -15,7 +15,7 @@ from core.compress.executors import graph
 from core.compress.export import onnx, openvino, safetensors
 from core.compress.export.verify import EXACT, HALVED, verify
 from core.compress.passes import PassContext
-from core.compress.passes.quantize_graph import quantize_onnx, sensitive_layers
+from core.compress.passes.quantize_graph import codes_of, fold_transposes, quantize_onnx, sensitive_layers
 from core.errors import ErrorCode, NightpressError
 from core.recipes.exports import Export
 from core.recipes.inspect import FolderFiles, inspect_model
@@ -63,7 +63,8 @@ def test_the_trace_is_kept_for_the_next_attempt(bench: Bench):
     before = bench.traced.path.stat().st_mtime_ns
     again = graph.trace(bench.model, bench.header, bench.trial.task.sets[0].sequences, bench.context)
     assert again.path.stat().st_mtime_ns == before
-    assert bench.checkpoints == [again.path.relative_to(bench.context.work_dir).as_posix()]
+    assert again.path.relative_to(bench.context.work_dir).as_posix() in bench.checkpoints
+    assert len(bench.checkpoints) == len(set(bench.checkpoints)), "nothing was made again"
 
 
 def test_an_artifact_that_does_not_load_fails_with_what_its_consumer_said(bench: Bench, tmp_path: Path):
@@ -157,6 +158,38 @@ def test_ignored_layers_stay_in_float(bench: Bench, tmp_path: Path):
     with pytest.raises(NightpressError) as caught:
         quantize_onnx(bench.traced.path, tmp_path / "none.onnx", DynamicInt8(ignore=("*",)), rounding={}, peaks={})
     assert caught.value.code == ErrorCode.INVALID_RECIPE
+
+
+def test_a_weight_that_lies_on_the_grid_decides_for_itself_alone(bench: Bench, tmp_path: Path):
+    """Weights trained with rounding on keep their codes; the others are rounded just as where there is no such weight."""
+    import onnx as library
+
+    model = library.load(bench.traced.path)
+    fold_transposes(library, model)
+    constants = {one.name: one for one in model.graph.initializer}
+    product = next(
+        node for node in model.graph.node if node.op_type == "MatMul" and constants.get(node.input[1]) is not None
+    )
+    weight = constants[product.input[1]]
+    codes, scales = codes_of(library.numpy_helper.to_array(weight), 0)
+    weight.CopyFrom(library.numpy_helper.from_array((codes * scales).astype(np.float32), weight.name))
+    library.save(model, tmp_path / "on-the-grid.onnx")
+
+    def rounded(source: Path) -> dict[str, np.ndarray]:
+        quantize_onnx(source, tmp_path / "out.onnx", DynamicInt8(), rounding={}, peaks={})
+        return {
+            one.name.removesuffix("_quantized"): library.numpy_helper.to_array(one)
+            for one in library.load(tmp_path / "out.onnx").graph.initializer
+            if one.name.endswith("_quantized")
+        }
+
+    plain, mixed = rounded(bench.traced.path), rounded(tmp_path / "on-the-grid.onnx")
+    assert plain.keys() == mixed.keys()
+    assert len(plain) > 5
+    for name in plain.keys() - {weight.name}:
+        np.testing.assert_array_equal(plain[name], mixed[name], err_msg=name)
+    assert np.abs(plain[weight.name].astype(int)).max() <= 64
+    np.testing.assert_array_equal(mixed[weight.name], codes)
 
 
 def test_layers_that_one_scale_would_hurt_stay_in_float():

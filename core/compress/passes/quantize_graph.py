@@ -78,32 +78,37 @@ def quantize_onnx(
         elif len(constants[node.input[1]].dims) == 2:
             taken.append(node)
     axis = 0 if options.per_channel else None
-    trained = any(lies_on_grid(array_of(onnx, constants[node.input[1]]), axis) for node in taken)
-    if not trained:
-        calm = [node for node in taken if node.name not in sensitive and node.name in peaks]
-        largest = {node.input[0]: torch.from_numpy(peaks[node.name]) for node in calm}
-        smooth_inputs(onnx, model, calm, lambda x, weight: smoothing_factors(largest[x], weight, _SMOOTHING))
+    trained = {node.name for node in taken if lies_on_grid(array_of(onnx, constants[node.input[1]]), axis)}
+    calm = [node for node in taken if node.name not in sensitive | trained and node.name in peaks]
+    largest = {node.input[0]: torch.from_numpy(peaks[node.name]) for node in calm}
+    smooth_inputs(onnx, model, calm, lambda x, weight: smoothing_factors(largest[x], weight, _SMOOTHING))
     for node in taken:
         weight = array_of(onnx, constants[node.input[1]])
         codes, scales = (
-            codes_of(weight, 0) if node.name in sensitive else codes_of(weight, axis, 127 if trained else _TOP)
+            codes_of(weight, 0)
+            if node.name in sensitive
+            else codes_of(weight, axis, 127 if node.name in trained else _TOP)
         )
         effects.append(effect_of(node.name, weight, codes * scales))
     in_float = dict.fromkeys(node.input[1] for node in products if node.name in sensitive - set(ignored))
     store_in_int8(onnx, model, {name: codes_of(array_of(onnx, constants[name]), 0) for name in in_float})
     effects += quantize_embeddings(onnx, model, constants, options.ignore)
     something(effects, options.pass_)
+    made: Any = model
     with disk_errors(), _without_advice():
-        quantize_dynamic(
-            model,
-            target,
-            per_channel=options.per_channel,
-            weight_type=QuantType.QInt8,
-            reduce_range=not trained,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=ignored,
-            extra_options={"MatMulConstBOnly": True},
-        )
+        # Weights that lie on int8's full grid are written after the others, whose range is smaller: a range is one of a call.
+        for excluded, reduce_range in ((ignored + sorted(trained), True), (ignored, False))[: 1 + bool(trained)]:
+            quantize_dynamic(
+                made,
+                target,
+                per_channel=options.per_channel,
+                weight_type=QuantType.QInt8,
+                reduce_range=reduce_range,
+                op_types_to_quantize=["MatMul"],
+                nodes_to_exclude=excluded,
+                extra_options={"MatMulConstBOnly": True},
+            )
+            made = onnx.load(target)
     return tuple(effects)
 
 
