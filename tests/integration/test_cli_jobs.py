@@ -20,6 +20,7 @@ from client.cli.session import Session
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Progress
 from core.handoff.manifest import describe_folder
+from core.handoff.report import Speedup
 from core.schemas import JobView
 from tests.command import run
 from tests.face import OFFER, RECIPE, Face, make_report
@@ -248,15 +249,25 @@ def test_a_models_name_pulls_its_newest_accepted_result(face: Face, bert_tiny: P
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "said"), [(10.0, "2.0× faster"), (19.5, "as fast"), (20.5, "as fast"), (30.0, "1.5× SLOWER")]
+    ("value", "spread", "said"),
+    [
+        (2.0, 0.3, "2.0× faster"),
+        (1.1, 0.2, "not told apart: 0.9× to 1.3×"),
+        (0.9, 0.2, "not told apart: 0.7× to 1.1×"),
+        (2 / 3, 0.1, "1.5× SLOWER"),
+    ],
 )
-def test_a_difference_within_the_noise_is_called_none(milliseconds: float, said: str):
+def test_a_difference_within_the_noise_is_called_none(value: float, spread: float, said: str):
     report = make_report("job_1", "accepted")
     [pressed] = report.artifacts
-    timing = pressed.timings[0].model_copy(update={"p50_ms": milliseconds})
+    low, high = value - spread, value + spread
+    compared = Speedup(
+        value=value, low=low, high=high, told_apart=not low <= 1 <= high, by_turns=True, source_p50_ms=20.0
+    )
+    timing = pressed.timings[0].model_copy(update={"p50_ms": 20.0 / value, "speedup": compared})
     changed = report.model_copy(update={"artifacts": (pressed.model_copy(update={"timings": (timing,)}),)})
     [latency] = [row for row in comparison_rows(changed) if row[0].startswith("latency")]
-    assert latency[2] == f"{milliseconds:.1f} ms ({said})"
+    assert latency[2] == f"{20.0 / value:.1f} ms ({said})"
 
 
 def test_damage_is_a_fault_of_its_own_status(face: Face, job: JobView, tmp_path: Path):

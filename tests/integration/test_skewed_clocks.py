@@ -14,7 +14,7 @@ from sqlalchemy import Engine, select, update
 import core.ids
 from core.access.audit import AuditLog
 from core.access.issuing import KeyIssuer
-from core.access.keys import ALL_SCOPES, Principal
+from core.access.keys import ALL_SCOPES, Principal, create_key
 from core.access.tables import audit_log
 from core.artifacts.local import LocalStore
 from core.artifacts.storage import ObjectStore, open_store
@@ -237,11 +237,17 @@ def test_what_was_fetched_before_is_what_goes(engine: Engine, settings: Settings
 # Lists ---------------------------------------------------------------------------------------------------------------
 
 
+def administrator_of(engine: Engine) -> Principal:
+    """Somebody whose key is there."""
+    key, _ = create_key(engine, tenant_id=TENANT, name="administrator", scopes=ALL_SCOPES)
+    return Principal(TENANT, key.id, ALL_SCOPES, key.id)
+
+
 def lists(engine: Engine, settings: Settings) -> dict[str, tuple[Callable[[int], str], Callable[..., Any]]]:
     """For each list: how to add the n-th line, which returns its id, and how to ask for a page."""
     schedules, audit = ScheduleStore(engine), AuditLog(engine)
     hooks, issuer = WebhookStore(engine, open_keeper(settings), settings), KeyIssuer(engine)
-    administrator = Principal(TENANT, "key12345", ALL_SCOPES)
+    administrator = administrator_of(engine)
     hook = hooks.create(TENANT, WebhookCreate(url="https://93.184.215.14/", events=["job.failed"])).webhook.id
     cron: dict[str, Any] = {"cron": "0 2 * * *", "timezone": "UTC", "overlap": "skip", "catch_up": "latest"}
     rest: dict[str, Any] = {"only_if_changed": False, "suspended": False, "job": {"model": "m", "recipe": "auto"}}
@@ -321,7 +327,7 @@ def test_a_list_is_newest_first_whichever_host_wrote_a_line(
 @pytest.mark.parametrize("ahead", [-DAY_S, DAY_S])
 def test_a_key_lasts_as_long_as_was_asked_for(engine: Engine, host: Host, ahead: float) -> None:
     issuer = KeyIssuer(engine)
-    administrator = Principal(TENANT, "key12345", ALL_SCOPES)
+    administrator = administrator_of(engine)
     with host.ahead(ahead):
         made = issuer.create(administrator, KeyCreate(name="k", scopes=["jobs:read"], expires_in_s=HOUR_S)).record
         assert made.expires_at is not None
