@@ -63,40 +63,63 @@ class ModelFiles(Protocol):
 
 
 class FolderFiles:
-    """A local folder. Hidden files are passed over; a link or a special file that could lead elsewhere is refused."""
+    """A local folder. Hidden files are passed over.
+
+    A link to a file is followed where it stays in the folder. The Hub's cache keeps a repository's files in `blobs` and fills each
+    `snapshots/<revision>` with links to them: such a folder's links may lead there too. Whatever leads elsewhere is refused.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
+        self._within = [self.root]
+        if self.root.parent.name == "snapshots":
+            self._within.append(self.root.parents[1] / "blobs")
 
     def names(self) -> Mapping[str, int]:
         found: dict[str, int] = {}
         for path in sorted(self.root.rglob("*")):
             relative = path.relative_to(self.root)
-            if any(part.startswith(".") for part in relative.parts):
+            if any(part.startswith(".") for part in relative.parts) or (path.is_dir() and not path.is_symlink()):
                 continue
-            real = path.resolve()
-            if not real.is_relative_to(self.root) or not (real.is_file() or real.is_dir()):
-                raise NightpressError(
-                    ErrorCode.PATH_NOT_ALLOWED,
-                    f"{relative} leads out of its folder, or is no plain file.",
-                    hint="Copy the folder with its links resolved, e.g. with `cp -rL`.",
-                    file=relative.as_posix(),
-                )
-            if real.is_file():
-                found[relative.as_posix()] = real.stat().st_size
+            found[relative.as_posix()] = self.path(relative.as_posix()).stat().st_size
             if len(found) > MAX_FILES:
                 raise malformed(str(relative), f"its folder has more than {MAX_FILES} files; one model is one folder")
         return found
 
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        real = (self.root / path).resolve()
-        if not real.is_relative_to(self.root):
+    def path(self, name: str) -> Path:
+        """Where a file really lies, now: a link may have been exchanged. Raises path_not_allowed, not_found."""
+        try:
+            real = (self.root / name).resolve()
+        except RuntimeError:  # a link to itself
+            raise _not_a_file(name, "is a link that leads to itself") from None
+        if not any(real.is_relative_to(folder) for folder in self._within):
+            raise _not_a_file(name, "leads out of its folder")
+        if real.is_dir():
+            raise _not_a_file(name, "is a link to a folder")
+        if not real.exists():
             raise NightpressError(
-                ErrorCode.PATH_NOT_ALLOWED, f"{path} leads out of its folder.", hint="Replace the link by the file."
+                ErrorCode.NOT_FOUND,
+                f"{name} is not there, or is a link to nothing.",
+                hint="Put the file back, or fetch the model again and register it anew.",
+                file=name,
             )
-        with real.open("rb") as source:
+        if not real.is_file():
+            raise _not_a_file(name, "is no plain file")
+        return real
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        with self.path(path).open("rb") as source:
             source.seek(offset)
             return source.read(size)
+
+
+def _not_a_file(name: str, why: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.PATH_NOT_ALLOWED,
+        f"{name} {why}.",
+        hint="Copy the folder with its links resolved, e.g. with `cp -rL`, and take what is no plain file out of it.",
+        file=name,
+    )
 
 
 def inspect_model(files: ModelFiles) -> ModelHeader:
