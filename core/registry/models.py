@@ -13,8 +13,9 @@ from core.database import transaction
 from core.errors import ErrorCode, NightpressError
 from core.handoff.manifest import FileEntry
 from core.jobs.tables import jobs
+from core.recipes.filenames import check_names
 from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, check_names, inspect_model
+from core.recipes.inspect import FolderFiles, inspect_model
 from core.registry.fetching import FetchingRegistry
 from core.registry.registry import Taken, check_size, describe_files, live_jobs
 from core.registry.tables import models
