@@ -1,13 +1,15 @@
 """Which files of a local model folder are sent, and whether they make a model: told before a byte is read in full."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from core.errors import ErrorCode, NightpressError
+from core.recipes.filenames import check_names, choose_files
 from core.recipes.header import ModelHeader
-from core.recipes.inspect import check_names, inspect_model, is_model_file
+from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.pooling import module_folders
 
 
 @dataclass(frozen=True)
@@ -23,22 +25,22 @@ class ModelFolder:
 class _Chosen:
     """The chosen files alone, as core.recipes.inspect wants to see a folder."""
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = files
+    def __init__(self, folder: FolderFiles, names: Sequence[str]) -> None:
+        self._folder = folder
+        self._names = names
 
     def names(self) -> Mapping[str, int]:
-        return {name: path.stat().st_size for name, path in self._files.items()}
+        return {name: self._folder.path(name).stat().st_size for name in self._names}
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        with self._files[path].open("rb") as source:
-            source.seek(offset)
-            return source.read(size)
+        return self._folder.read(path, offset, size)
 
 
 def read_model_folder(folder: Path, name: str | None = None) -> ModelFolder:
-    """Choose the model's files at the top of a folder, as `save_pretrained` lays them out, and check them as the server will.
+    """Choose a model's files, as `save_pretrained` lays them out, and check them as the server will.
 
-    Raises NightpressError with the server's own codes: unsupported_format, malformed_model, unsupported_architecture.
+    They lie at the top of the folder, and in those that `modules.json` names. Links are followed as the server follows them.
+    Raises NightpressError with the server's own codes: unsupported_format, malformed_model, unsupported_architecture, path_not_allowed.
     """
     if not folder.is_dir():
         raise NightpressError(
@@ -46,16 +48,34 @@ def read_model_folder(folder: Path, name: str | None = None) -> ModelFolder:
             f"{folder} is not a folder.",
             hint="Name the folder that holds config.json and model.safetensors.",
         )
-    present = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")}
-    files = {name: path for name, path in present.items() if is_model_file(name)}
-    if not any(one.endswith(".safetensors") for one in files):
-        check_names(dict.fromkeys(present, 0))  # says what is there instead, and how to convert it
+    files = FolderFiles(folder)
+    top = _files_in(files, "")
+    present = [*top, *(path for module in _modules(files, top) for path in _files_in(files, module))]
+    chosen = choose_files(present, lambda path: _whole(files, path))
+    if not any(path.endswith(".safetensors") for path in chosen):
+        check_names(chosen)  # says what is there instead, and how to convert it
     return ModelFolder(
-        name=name or plain_name(folder.resolve().name),
-        files=files,
-        left_out=tuple(one for one in present if one not in files),
-        header=inspect_model(_Chosen(files)),
+        name=name or plain_name(files.root.name),
+        files={path: files.path(path) for path in chosen},
+        left_out=tuple(path for path in present if path not in chosen),
+        header=inspect_model(_Chosen(files, chosen)),
     )
+
+
+def _files_in(files: FolderFiles, below: str) -> list[str]:
+    folder = files.root / below
+    if not folder.is_dir():
+        return []
+    found = [path for path in sorted(folder.iterdir()) if path.is_symlink() or not path.is_dir()]
+    return [(PurePosixPath(below) / path.name).as_posix() for path in found if not path.name.startswith(".")]
+
+
+def _modules(files: FolderFiles, top: Sequence[str]) -> Sequence[str]:
+    return module_folders(lambda path: _whole(files, path) if path in top else None)
+
+
+def _whole(files: FolderFiles, path: str) -> bytes:
+    return files.read(path, 0, files.path(path).stat().st_size)
 
 
 def plain_name(text: str) -> str:

@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -175,11 +176,8 @@ class Readers:
         _wanted_range(asked, '"etag"', 100)
         pause_after(1, Answer(503, {"retry-after": value}, b""), dt.datetime.now(dt.UTC))
         verify("whsec_AAAA", {"webhook-id": value, "webhook-timestamp": value, "webhook-signature": value}, b"")
-        for reader in (
-            lambda: version_of(value),
-            lambda: _read_cursor(any_text(dice), (jobs.c.created_at, jobs.c.id)),
-            lambda: resume_point(asked, 0),
-        ):
+        cursor = partial(_read_cursor, any_text(dice), (jobs.c.created_at, jobs.c.id))
+        for reader in (lambda: version_of(value), lambda: resume_point(asked, 0), cursor):
             with refusing():
                 reader()
 
@@ -214,6 +212,7 @@ _KEYS = [
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "n_positions", "num_experts", "num_local_experts",
     "num_experts_per_tok", "layer_types", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers", "embedding_size",
     "word_embed_proj_dim", "id2label", "num_labels", "label2id", "architectures", "tie_word_embeddings", "image_size", "num_channels",
+    "attn_implementation", "_experts_implementation", "custom_pipelines", "transformers_weights",
     "type_vocab_size", "hidden_act", "pad_token_id", "decoder_start_token_id", "problem_type", "nightpress_shapes",
 ]  # fmt: skip
 _PLANS: list[dict[str, Any]] = [

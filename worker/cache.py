@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,15 +61,15 @@ class BlobCache:
         """Remove the blobs not used for longest. A blob that a job still links frees nothing, so it stays."""
         with FileLock(self._locks / "eviction.lock"):
             blobs = sorted(((path.stat(), path) for path in self._blobs.iterdir()), key=lambda one: one[0].st_mtime)
-            excess = sum(stat.st_size for stat, _ in blobs) + size - self._limit
-            for stat, path in blobs:
+            excess = sum(info.st_size for info, _ in blobs) + size - self._limit
+            for info, path in blobs:
                 if excess <= 0:
                     return
-                if stat.st_nlink > 1 or path.suffix:
+                if info.st_nlink > 1 or path.suffix:
                     continue
                 with contextlib.suppress(Timeout), self._lock(path.name, timeout=0):
                     path.unlink(missing_ok=True)
-                    excess -= stat.st_size
+                    excess -= info.st_size
 
     def _drop_partial_blobs(self) -> None:
         for partial in self._blobs.glob("*.partial"):
@@ -87,7 +88,7 @@ def stage_in_place(source: Path, sha256: str, size: int, target: Path, *, link: 
         else:
             shutil.copyfile(source, target)
         if not _same(target, sha256, size, on_bytes):
-            found = "other bytes" if target.stat().st_size == size else f"{target.stat().st_size} bytes"
+            found = "other bytes" if target.lstat().st_size == size else f"{target.lstat().st_size} bytes"
             target.unlink()
             raise wrong_checksum(str(source), sha256, found)
 
@@ -103,7 +104,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def _same(path: Path, sha256: str, size: int, on_bytes: OnBytes) -> bool:
-    if path.stat().st_size != size:
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size != size:
         return False
     digest = hashlib.sha256()
     with path.open("rb") as stream:

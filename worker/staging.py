@@ -13,6 +13,7 @@ from core.handoff.manifest import MANIFEST_FILE, FileEntry, Manifest, digest_of
 from core.handoff.report import REPORT_FILE, Report, Subject
 from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR
 from core.jobs.records import Job, Lease, MetricRow, Succeeded
+from core.recipes.inspect import FolderFiles
 from core.registry.tables import data_sets, models
 from worker import landlock
 from worker.cache import BlobCache, disk_errors, stage_in_place
@@ -74,7 +75,9 @@ class Stager:
     def _bring(self, source: _Source, file: FileEntry, target: Path, on_bytes: OnBytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.server_path is not None:
-            path = source.server_path / file.path if source.server_path.is_dir() else source.server_path
+            # Where links lead now: they may have been exchanged since, and a hard link to a link is one that the child can't follow.
+            lies_in = source.server_path
+            path = FolderFiles(lies_in).path(file.path) if lies_in.is_dir() else lies_in.resolve()
             # Without Landlock a child could write through the link into the operator's own file.
             link = landlock.version() > 0
             stage_in_place(path, file.sha256, file.size, target, link=link, on_bytes=on_bytes)

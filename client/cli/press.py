@@ -26,7 +26,6 @@ from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
 from core.ids import new_id
 from core.recipes.builtins import get_recipe
 from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, inspect_model
 from core.recipes.models import Recipe, aim, parse_recipe
 from core.recipes.placement import Seat
 from core.recipes.plan import make_plan
@@ -65,7 +64,7 @@ def press(
         raise typer.BadParameter(f"{device!r} is none of cpu, cuda and auto.", param_hint="--device")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} exists and is not empty.", param_hint="--out")
-    header = inspect_model(FolderFiles(model))
+    header = read_model_folder(model).header
     wanted = aim(_wanted(recipe, target), header)
     sets = read_data(wanted, data or [])
     threads = threads or len(os.sched_getaffinity(0))
@@ -162,6 +161,7 @@ def write_job(
         (job_dir / name).mkdir(exist_ok=True)
     files: list[FileEntry] = []
     for name, path in chosen.files.items():
+        (job_dir / SOURCE_DIR / name).parent.mkdir(exist_ok=True, parents=True)
         _place(path, job_dir / SOURCE_DIR / name)
         files.append(describe_file(job_dir / SOURCE_DIR, job_dir / SOURCE_DIR / name))
     data: dict[str, str] = {}

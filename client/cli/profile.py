@@ -8,7 +8,7 @@ import typer
 from client.cli import output
 from client.cli.press import require_core
 from client.cli.session import Session, takes_session
-from core.recipes.inspect import FolderFiles, inspect_model
+from client.folders import read_model_folder
 from core.recipes.passes import Profiling
 from core.recipes.profile import Device, Profile, by_kind, profile_of
 
@@ -32,7 +32,7 @@ def profile(
     """Count a model's parameters, operations, bytes and key/value cache, by kind, and what they allow a device at best."""
     asked = {"batch": tuple(batch) if batch else None, "length": tuple(length) if length else None}
     options = Profiling.model_validate({"device": device, **{key: value for key, value in asked.items() if value}})
-    header = inspect_model(FolderFiles(model))
+    header = read_model_folder(model).header
     options.check(header)
     found = profile_of(header, model.name, options.shapes, _device(options, threads))
     if session.json:

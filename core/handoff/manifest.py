@@ -73,9 +73,14 @@ def digest_of(files: tuple[FileEntry, ...] | list[FileEntry]) -> str:
 
 def describe_file(root: Path, path: Path) -> FileEntry:
     """Hash one file below `root`."""
+    return describe_as(path.relative_to(root).as_posix(), path)
+
+
+def describe_as(name: str, path: Path) -> FileEntry:
+    """Hash a file that goes by another name than where it lies."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileEntry(path=path.relative_to(root).as_posix(), size=path.stat().st_size, sha256=digest)
+    return FileEntry(path=name, size=path.stat().st_size, sha256=digest)
 
 
 def describe_folder(root: Path) -> tuple[FileEntry, ...]:

@@ -37,6 +37,11 @@ GGUF_BITS: Mapping[str, float] = {
 }
 
 
+_TURNED_BY_LENGTH = frozenset(
+    {"dynamic", "longrope"}
+)  #: kinds of rotary positions whose frequencies follow the text's length
+
+
 class Export(BaseModel):
     """A format, and the type its weights are written in. In a recipe `onnx` is short for `{format: onnx}`."""
 
@@ -108,8 +113,16 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
     kind = header.model_type
     if export.format in GRAPH_FORMATS and kind not in (ENCODERS | DECODERS) - MIXTURES:
         return f"no graph of a {kind} was ever checked"
+    if export.format in GRAPH_FORMATS and (turning := _rope_type(header)) in _TURNED_BY_LENGTH:
+        return f"rotary positions of kind {turning!r} are computed anew for longer texts, which a traced graph can't decide"
     if export.format in GRAPH_FORMATS and header.one_text_a_batch:
         return "its classifier finds a text's end by the padding token, and its config.json names no `pad_token_id`"
     if export.carrier == "onnx" and kind == "falcon" and header.config.get("alibi"):
         return "transformers multiplies alibi's slopes in bfloat16, which ONNX Runtime has no product for"
     return why_not_llama_cpp(header) if export.format == "gguf" else None
+
+
+def _rope_type(header: ModelHeader) -> str:
+    """How rotary positions are scaled, as transformers reads it."""
+    rope = header.config.get("rope_parameters") or header.config.get("rope_scaling") or {}
+    return str(rope.get("rope_type") or rope.get("type") or "default")

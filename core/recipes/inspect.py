@@ -4,20 +4,21 @@ Only names on an allow-list come in; weights are safetensors whose header is rea
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from core.errors import ErrorCode, NightpressError
 from core.recipes.bounds import size_flaw
+from core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, check_names, missing_shards, raise_all
 from core.recipes.header import ModelHeader, TensorInfo, class_of
 from core.recipes.jsonfile import JsonBudget, malformed, parse_json, walk
 from core.recipes.pooling import read_pooling
+from core.recipes.remote_code import code_flaw
 from core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
 
 MAX_FILES = 2000
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILES = frozenset(
     {
         "tokenizer.json",
@@ -30,25 +31,13 @@ TOKENIZER_FILES = frozenset(
     }
 )
 
-_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
-_NAMES = frozenset({"LICENSE", "LICENCE", "NOTICE", "README"})
-_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".p", ".ckpt", ".joblib", ".npy", ".npz", ".dill"})
-_FOREIGN = {
-    ".h5": "TensorFlow",
-    ".msgpack": "Flax",
-    ".onnx": "ONNX",
-    ".gguf": "GGUF",
-    ".tflite": "TensorFlow Lite",
-    ".ot": "Rust",
-}
-_ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".zst"})
-
 _CONFIG_BYTES = 1024**2
 _JSON_BYTES = 16 * 1024**2
 _NOT_PARSED = frozenset(
     {"tokenizer.json", "vocab.json", "added_tokens.json", "unigram.json"}
 )  #: large, and data alone to every reader
 
+_MOST_ERRORS = 100  #: that are looked for in a model's JSON
 _DUNDER = re.compile(r"__\w+__")
 
 
@@ -63,40 +52,63 @@ class ModelFiles(Protocol):
 
 
 class FolderFiles:
-    """A local folder. Hidden files are passed over; a link or a special file that could lead elsewhere is refused."""
+    """A local folder. Hidden files are passed over.
+
+    A link to a file is followed where it stays in the folder. The Hub's cache keeps a repository's files in `blobs` and fills each
+    `snapshots/<revision>` with links to them: such a folder's links may lead there too. Whatever leads elsewhere is refused.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
+        self._within = [self.root]
+        if self.root.parent.name == "snapshots":
+            self._within.append(self.root.parents[1] / "blobs")
 
     def names(self) -> Mapping[str, int]:
         found: dict[str, int] = {}
         for path in sorted(self.root.rglob("*")):
             relative = path.relative_to(self.root)
-            if any(part.startswith(".") for part in relative.parts):
+            if any(part.startswith(".") for part in relative.parts) or (path.is_dir() and not path.is_symlink()):
                 continue
-            real = path.resolve()
-            if not real.is_relative_to(self.root) or not (real.is_file() or real.is_dir()):
-                raise NightpressError(
-                    ErrorCode.PATH_NOT_ALLOWED,
-                    f"{relative} leads out of its folder, or is no plain file.",
-                    hint="Copy the folder with its links resolved, e.g. with `cp -rL`.",
-                    file=relative.as_posix(),
-                )
-            if real.is_file():
-                found[relative.as_posix()] = real.stat().st_size
+            found[relative.as_posix()] = self.path(relative.as_posix()).stat().st_size
             if len(found) > MAX_FILES:
                 raise malformed(str(relative), f"its folder has more than {MAX_FILES} files; one model is one folder")
         return found
 
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        real = (self.root / path).resolve()
-        if not real.is_relative_to(self.root):
+    def path(self, name: str) -> Path:
+        """Where a file really lies, now: a link may have been exchanged. Raises path_not_allowed, not_found."""
+        try:
+            real = (self.root / name).resolve()
+        except RuntimeError:  # a link to itself
+            raise _not_a_file(name, "is a link that leads to itself") from None
+        if not any(real.is_relative_to(folder) for folder in self._within):
+            raise _not_a_file(name, "leads out of its folder")
+        if real.is_dir():
+            raise _not_a_file(name, "is a link to a folder")
+        if not real.exists():
             raise NightpressError(
-                ErrorCode.PATH_NOT_ALLOWED, f"{path} leads out of its folder.", hint="Replace the link by the file."
+                ErrorCode.NOT_FOUND,
+                f"{name} is not there, or is a link to nothing.",
+                hint="Put the file back, or fetch the model again and register it anew.",
+                file=name,
             )
-        with real.open("rb") as source:
+        if not real.is_file():
+            raise _not_a_file(name, "is no plain file")
+        return real
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        with self.path(path).open("rb") as source:
             source.seek(offset)
             return source.read(size)
+
+
+def _not_a_file(name: str, why: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.PATH_NOT_ALLOWED,
+        f"{name} {why}.",
+        hint="Copy the folder with its links resolved, e.g. with `cp -rL`, and take what is no plain file out of it.",
+        file=name,
+    )
 
 
 def inspect_model(files: ModelFiles) -> ModelHeader:
@@ -109,8 +121,7 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
     check_names(sizes)
     budget = JsonBudget()
     config = _read_config(files, sizes, budget)
-    for path in sizes:
-        _check_small_file(files, path, sizes[path], budget)
+    raise_all(islice(_code_in(files, sizes, budget), _MOST_ERRORS))
     tensors = _read_tensors(files, sizes, budget)
     architectures = config.get("architectures") or [""]
     header = ModelHeader(
@@ -127,53 +138,6 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
         return _read_json(files, path, sizes[path], _CONFIG_BYTES, budget) if path in sizes else None
 
     return header.model_copy(update={"pooling": read_pooling(read)})
-
-
-def is_model_file(path: str) -> bool:
-    """Whether a file of this name may be part of a model here."""
-    pure = PurePosixPath(path)
-    return pure.suffix in _SUFFIXES or pure.name in _NAMES
-
-
-def check_names(paths: Mapping[str, int]) -> None:
-    """Refuse a model by the names of its files alone, before a byte was sent."""
-    seen: dict[str, str] = {}
-    for path in paths:
-        pure = PurePosixPath(path)
-        if str(pure) != path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():
-            raise malformed(path[:200], "its name is not a plain relative path")
-        twin = seen.setdefault(path.casefold(), path)
-        if twin != path:
-            raise malformed(path, f"its name differs from {twin} by case alone")
-        if not is_model_file(path):
-            raise _unsupported_file(path)
-        if pure.suffix == ".safetensors" and len(pure.parts) > 1:
-            raise NightpressError(
-                ErrorCode.UNSUPPORTED_FORMAT,
-                f"{path} holds weights in a sub-folder.",
-                hint="Weights lie at the top of the folder: one model a folder.",
-                file=path,
-            )
-
-
-def _unsupported_file(path: str) -> NightpressError:
-    suffix = PurePosixPath(path).suffix.lower()
-    if suffix in _PICKLES:
-        what = f"{path} is a pickle, or a format that may hold one: opening it can run any program."
-        hint = (
-            "Convert it on your own machine, where you trust it: "
-            "`AutoModel….from_pretrained(folder).save_pretrained(new_folder)` of transformers writes safetensors. Then bring new_folder."
-        )
-    elif suffix in _FOREIGN:
-        what = f"{path} holds {_FOREIGN[suffix]} weights; models come here as safetensors."
-        hint = "Leave it out, or load it with transformers and `save_pretrained` it as safetensors."
-    elif suffix in _ARCHIVES:
-        what = f"{path} is an archive; archives are not opened here."
-        hint = "Unpack it and bring the files."
-    else:
-        what = f"{path} is not a kind of file that a model has here."
-        hint = f"Leave it out. Taken are {', '.join(sorted(_SUFFIXES))} and {', '.join(sorted(_NAMES))}."
-    return NightpressError(ErrorCode.UNSUPPORTED_FORMAT, what, hint=hint, file=path)
 
 
 def _read_config(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> dict[str, Any]:
@@ -222,25 +186,27 @@ def _check_value(key: str, value: Any) -> None:
         raise malformed("config.json", "`_name_or_path` climbs out of a folder")
 
 
-def _check_small_file(files: ModelFiles, path: str, size: int, budget: JsonBudget) -> None:
-    """JSON must parse and name no code; a chat template must not reach for Python's internals."""
-    pure = PurePosixPath(path)
-    if pure.suffix == ".jinja":
-        if size > _CONFIG_BYTES:
-            raise malformed(path, f"it has {size} bytes; a template has at most {_CONFIG_BYTES}")
-        _check_template(path, files.read(path, 0, size).decode(errors="replace"))
-    if pure.suffix != ".json" or path in _NOT_PARSED:
-        return
-    for key, value in walk(path, _read_json(files, path, size, _JSON_BYTES, budget)):
-        if key == "auto_map":
-            raise NightpressError(
-                ErrorCode.UNSUPPORTED_FORMAT,
-                f"{path} has an `auto_map`: the model wants to run code of its own, which never happens here.",
-                hint="Save it with a transformers that has the architecture built in, or remove `auto_map` if it does not need it.",
-                file=path,
-            )
-        if key in {"chat_template", "template"} and isinstance(value, str):
-            _check_template(path, value)
+def _code_in(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> Iterator[NightpressError]:
+    """Each field that names code. Raises for JSON that doesn't parse, and for a chat template that reaches for Python's internals."""
+    for path, size in sizes.items():
+        pure = PurePosixPath(path)
+        if pure.suffix == ".jinja":
+            if size > _CONFIG_BYTES:
+                raise malformed(path, f"it has {size} bytes; a template has at most {_CONFIG_BYTES}")
+            _check_template(path, files.read(path, 0, size).decode(errors="replace"))
+        if pure.suffix != ".json" or path in _NOT_PARSED:
+            continue
+        for key, value in walk(path, _read_json(files, path, size, _JSON_BYTES, budget)):
+            if (flaw := code_flaw(key, value)) is not None:
+                yield NightpressError(
+                    ErrorCode.UNSUPPORTED_FORMAT,
+                    f"{path} {flaw}, which never happens here.",
+                    hint=f"Take `{key[:60]}` out of the file if the model works without it. A model that needs code of its own "
+                    "can be pressed once transformers has its architecture built in.",
+                    file=path,
+                )
+            if key in {"chat_template", "template"} and isinstance(value, str):
+                _check_template(path, value)
 
 
 def _check_template(path: str, template: str) -> None:
@@ -271,13 +237,10 @@ def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudge
     else:
         raise malformed(weights[0], f"there is neither {WEIGHTS_FILE} nor {INDEX_FILE} to say which tensors lie where")
     used = {WEIGHTS_FILE} if weight_map is None else set(weight_map.values())
-    for path in weights:
-        if path not in used:
-            raise malformed(path, "the model does not use it")
+    missing = list(missing_shards(used, weights))
+    raise_all([*missing, *_unused(used, weights, [WEIGHTS_FILE] if missing else [])])
     tensors: list[TensorInfo] = []
     for path in sorted(used):
-        if path not in sizes:
-            raise malformed(INDEX_FILE, f"it names {path[:200]}, which is not there")
         for tensor in read_safetensors_header(files, path, sizes[path]):
             if weight_map is not None and weight_map.pop(tensor.name, None) != path:
                 raise malformed(path, f"{INDEX_FILE} does not place the tensor {tensor.name[:200]} here, and only here")
@@ -287,6 +250,20 @@ def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudge
     if weight_map:
         raise malformed(INDEX_FILE, f"it names the tensor {next(iter(weight_map))[:200]}, which no shard has")
     return tensors
+
+
+def _unused(used: Set[str], present: Sequence[str], told: Sequence[str]) -> Iterator[NightpressError]:
+    """Weights that the model is not made of: nobody would press them, and whoever loads the folder may take them for the model's."""
+    for path in present:
+        if path in used or path in told:
+            continue
+        if path == WEIGHTS_FILE:
+            why = f"{INDEX_FILE} and its shards are the model already"
+            hint = f"Keep either {WEIGHTS_FILE}, or {INDEX_FILE} with its shards, and delete the other."
+        else:
+            model = WEIGHTS_FILE if WEIGHTS_FILE in used else f"what {INDEX_FILE} names"
+            why, hint = "the model does not use it", f"Leave it out: the model is {model}."
+        yield NightpressError(ErrorCode.MALFORMED_MODEL, f"{path}: {why}.", hint=hint, file=path)
 
 
 def _read_index(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> dict[str, str]:

@@ -4,10 +4,11 @@ Everything that pools asks the model's header, which is read here: figures, pass
 """
 
 from collections.abc import Callable
+from pathlib import PurePosixPath
 from typing import Any
 
 from core.errors import ErrorCode, NightpressError
-from core.recipes.jsonfile import malformed
+from core.recipes.jsonfile import malformed, parse_json
 
 MODULES_FILE = "modules.json"
 _UNLISTED = "1_Pooling/config.json"  #: where the module lies in folders that list none
@@ -24,6 +25,19 @@ _FLAGS = {
 _HARMLESS = frozenset({"Transformer", "Normalize", "Dropout"})
 
 Read = Callable[[str], Any]  #: a JSON file by its path in the folder; None: there is none
+
+
+def module_folders(read: Callable[[str], bytes | None]) -> list[str]:
+    """The folders below a model's in which its modules of sentence-transformers lie. `read` answers None for a file that isn't there."""
+    raw = read(MODULES_FILE)
+    if raw is None:
+        return [PurePosixPath(_UNLISTED).parts[0]]
+    modules = parse_json(MODULES_FILE, raw)
+    paths = [str(one.get("path", "")) for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
+    plain = [
+        path for path in paths if path and not path.startswith(("/", ".")) and ".." not in PurePosixPath(path).parts
+    ]
+    return list(dict.fromkeys(plain))
 
 
 def read_pooling(read: Read) -> str:

@@ -95,7 +95,7 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
         with disk_errors(str(path)):
             check_size(self.noun, path.stat().st_size, self._limit)
             facts = _examine(path.name, _pieces(path), at_once=at_once)
-        return describe_files(path.parent, [path.name], on_bytes), facts
+        return describe_files(path.parent, {path.name: path}, on_bytes), facts
 
     def _choose(self, _source: Source, listing: Listing) -> Sequence[RemoteFile]:
         (file,) = listing.files

@@ -13,8 +13,9 @@ from core.database import transaction
 from core.errors import ErrorCode, NightpressError
 from core.handoff.manifest import FileEntry
 from core.jobs.tables import jobs
+from core.recipes.filenames import check_names
 from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, check_names, inspect_model
+from core.recipes.inspect import FolderFiles, inspect_model
 from core.registry.fetching import FetchingRegistry
 from core.registry.registry import Taken, check_size, describe_files, live_jobs
 from core.registry.tables import models
@@ -74,19 +75,26 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         if not path.is_dir():
             raise _no_folder(raw)
         with disk_errors(raw):
-            sizes = FolderFiles(path).names()
+            sizes = self._files_at(path).names()
         check_names(sizes)
         return self._register(tenant_id, name, path, sum(sizes.values()))
+
+    def _files_at(self, path: Path) -> FolderFiles:
+        """A server folder whose links, where it has some, lead to nothing but what the operator allowed."""
+        files = FolderFiles(path)
+        for name in files.names():
+            resolve_path(str(files.path(name)), self._settings)
+        return files
 
     def _examine_path(self, path: Path, on_bytes: OnBytes, *, at_once: bool = False) -> Taken:  # noqa: ARG002
         if not path.is_dir():
             raise _no_folder(str(path))
         with disk_errors(str(path)):
-            files = FolderFiles(path)
+            files = self._files_at(path)
             sizes = files.names()
             check_size(self.noun, sum(sizes.values()), self._limit)
             header = inspect_model(files)
-        return describe_files(path, list(sizes), on_bytes), _facts(header)
+        return describe_files(path, {name: files.path(name) for name in sizes}, on_bytes), _facts(header)
 
     def _choose(self, source: Source, listing: Listing) -> Sequence[RemoteFile]:
         return choose_model_files(source, listing)

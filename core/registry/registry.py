@@ -16,7 +16,7 @@ from core.artifacts.files import disk_errors
 from core.artifacts.storage import ObjectStore, OnBytes
 from core.database import db_now, later_than, transaction
 from core.errors import ErrorCode, NightpressError
-from core.handoff.manifest import FileEntry, describe_file, digest_of
+from core.handoff.manifest import FileEntry, describe_as, digest_of
 from core.ids import new_id
 from core.jobs.tables import jobs
 from core.paging import newest_first
@@ -324,16 +324,16 @@ def live_jobs() -> Any:
     return jobs.c.state.not_in(sorted(TERMINAL_STATES))
 
 
-def describe_files(root: Path, paths: Sequence[str], on_bytes: OnBytes) -> tuple[FileEntry, ...]:
-    """Hash files below a folder, two at a time: hashing holds no lock, and more would only fight for the disk."""
+def describe_files(root: Path, files: Mapping[str, Path], on_bytes: OnBytes) -> tuple[FileEntry, ...]:
+    """Hash files, named as they are below `root`, two at a time: hashing holds no lock, and more would only fight for the disk."""
 
-    def describe(path: str) -> FileEntry:
-        found = describe_file(root, root / path)
+    def describe(name: str) -> FileEntry:
+        found = describe_as(name, files[name])
         on_bytes(found.size)
         return found
 
     with disk_errors(str(root)), ThreadPoolExecutor(2) as pool:
-        return tuple(pool.map(describe, paths))
+        return tuple(pool.map(describe, files))
 
 
 def check_size(noun: str, total: int, limit: int) -> None:

@@ -69,9 +69,9 @@ class Bringer:
                     ErrorCode.NOT_FOUND, f"There is no folder {raw} on the server.", hint="Name the model's folder."
                 )
             with disk_errors(raw):
+                files = FolderFiles(path)
                 lines = [
-                    f"{name}\0{size}\0{(path / name).stat().st_mtime_ns}"
-                    for name, size in FolderFiles(path).names().items()
+                    f"{name}\0{size}\0{files.path(name).stat().st_mtime_ns}" for name, size in files.names().items()
                 ]
             return revision_of(lines)
         source = open_source(parse_address(raw, "models", self._settings), self._settings)

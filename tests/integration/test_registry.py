@@ -23,6 +23,7 @@ from core.registry.datasets import DataSetRegistry
 from core.registry.models import ModelRegistry
 from core.schemas import DataSetCreate, DataSetView, FileAnnouncement, ModelCreate, UploadFile
 from core.settings import Settings
+from tests.hub_cache import hub_snapshot
 from tests.servers import S3
 
 
@@ -294,6 +295,59 @@ def test_a_link_out_of_an_allowed_folder_is_refused(local_models: ModelRegistry,
         local_models.create("t", ModelCreate(name="tiny", path=str(allowed / "tiny")))
     assert code_of(error) is ErrorCode.PATH_NOT_ALLOWED
     assert error.value.details["file"] == "generation_config.json"
+
+
+def test_a_snapshot_of_the_hubs_cache_is_registered_in_place(
+    local_models: ModelRegistry, allowed: Path, bert_tiny: Path
+) -> None:
+    snapshot = hub_snapshot(bert_tiny, allowed)
+    view = local_models.create("t", ModelCreate(name="cached", path=str(snapshot)))
+    assert (view.state, view.digest) == ("ready", digest_of(describe_folder(bert_tiny)))
+
+
+def test_links_lead_to_no_blobs_that_the_operator_did_not_allow(
+    engine: Engine, settings: Settings, tmp_path: Path, bert_tiny: Path
+) -> None:
+    snapshot = hub_snapshot(bert_tiny, tmp_path)
+    settings = settings.model_copy(update={"model_roots": [snapshot.parent]})
+    registry = ModelRegistry(engine, open_store(settings), settings)
+    with pytest.raises(NightpressError) as error:
+        registry.create("t", ModelCreate(name="cached", path=str(snapshot)))
+    assert code_of(error) is ErrorCode.PATH_NOT_ALLOWED
+
+
+def test_a_link_to_another_file_of_the_folder_is_followed(local_models: ModelRegistry, allowed: Path) -> None:
+    folder = allowed / "tiny"
+    (folder / "model.safetensors").rename(folder / ".weights")
+    (folder / "model.safetensors").symlink_to(".weights")
+    view = local_models.create("t", ModelCreate(name="tiny", path=str(folder)))
+    assert view.state == "ready"
+    assert {file.path: file.size for file in view.files}["model.safetensors"] > 1_000_000
+
+
+def test_a_link_to_a_folder_is_refused_where_its_files_would_be_missing(
+    local_models: ModelRegistry, allowed: Path
+) -> None:
+    folder = allowed / "tiny"
+    (folder / ".modules").mkdir()
+    (folder / ".modules" / "config.json").write_text("{}")
+    (folder / "1_Pooling").symlink_to(".modules")
+    with pytest.raises(NightpressError, match="1_Pooling is a link to a folder") as error:
+        local_models.create("t", ModelCreate(name="tiny", path=str(folder)))
+    assert "cp -rL" in error.value.hint
+
+
+def test_all_that_is_wrong_with_a_server_folder_is_told_at_once(local_models: ModelRegistry, allowed: Path) -> None:
+    for name in ("optimizer.pt", "training_args.bin", "model.gguf"):
+        (allowed / "tiny" / name).touch()
+    with pytest.raises(NightpressError) as error:
+        local_models.create("t", ModelCreate(name="tiny", path=str(allowed / "tiny")))
+    assert code_of(error) is ErrorCode.UNSUPPORTED_FORMAT
+    assert {fault["at"] for fault in error.value.details["faults"]} == {
+        "optimizer.pt",
+        "training_args.bin",
+        "model.gguf",
+    }
 
 
 def test_a_data_set_from_the_server(local_datasets: DataSetRegistry, allowed: Path) -> None:

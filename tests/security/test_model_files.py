@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from core.artifacts.storage import ObjectStore, open_store
 from core.errors import ErrorCode, NightpressError
 from core.recipes.inspect import FolderFiles, inspect_model
+from core.recipes.remote_code import code_flaw
 from core.settings import Settings
 from tests.servers import S3
 
@@ -310,6 +311,21 @@ def test_nothing_leads_out_of_a_folder(folder: Path, kind: str) -> None:
         FolderFiles(folder).read("../outside/vocab.txt", 0, 10)
 
 
+_KERNELS = (
+    "acme/flash",
+    "acme/flash@main:attention",
+    "paged|acme/flash",
+    "paged|eager",
+    "flash_attention_2",
+    "flash_attention_3",
+    "msa_attention",
+    "",
+    7,
+    ["acme/flash"],
+    {"": "eager", "text_config": "acme/flash"},
+    {"text_config": {"": "acme/flash"}},
+)
+
 # S3 ------------------------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +380,81 @@ def test_code_named_beside_the_config_is_refused(folder: Path, name: str) -> Non
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}))
     assert refused(folder, ErrorCode.UNSUPPORTED_FORMAT).details["file"] == name
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal") for value in _KERNELS),
+        *((key, value) for key in ("experts_implementation", "_experts_implementation", "_experts_implementation_internal")
+          for value in ("acme/experts", "sonicmoe", "deepgemm", {"": "eager", "text_config": "deepgemm"})),
+        ("custom_pipelines", {"evil": {"impl": "evil.Pipeline", "pt": ["AutoModel"]}}),
+        ("custom_generate", "acme/evil"),
+        ("kernel_config", {"kernel_mapping": {"RMSNorm": "acme/norm:RMSNorm"}}),
+        ("use_kernels", True),
+        ("allow_all_kernels", True),
+        ("trust_remote_code", True),
+        ("_custom_object_save", "evil.py"),
+        ("transformers_weights", "../other/model.safetensors"),
+        ("transformers_weights", "adapter_model.safetensors"),
+        ("auto_map", {"AutoModel": "evil.Model"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "1_Pooling/config.json"]
+)
+def test_no_field_has_code_fetched(folder: Path, name: str, key: str, value: object) -> None:
+    """At the top of a file, and in the config of a model's part."""
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    for change in ({key: value}, {"text_config": {key: value}}, {"parts": [{"config": {key: value}}]}):
+        path.write_text(json.dumps({**whole, **change}))
+        error = refused(folder, ErrorCode.UNSUPPORTED_FORMAT)
+        assert error.details["file"] == name
+        assert key in error.message
+        assert key in error.hint
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"_attn_implementation": "eager", "attn_implementation": None, "_attn_implementation_internal": "sdpa"},
+        {"attn_implementation": {"": "sdpa", "text_config": "flex_attention", "vision_config": None}},
+        {"_experts_implementation": "grouped_mm", "experts_implementation": {"": "batched_mm", "text_config": "eager"}},
+        {"trust_remote_code": False, "use_kernels": False, "custom_pipelines": {}, "kernel_config": None},
+        {"_attn_implementation_autoset": True, "transformers_weights": "model.safetensors"},
+    ],
+)
+def test_fields_that_name_what_is_built_in_are_taken(folder: Path, fields: dict[str, object]) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **fields, "text_config": fields}))
+    inspect_model(FolderFiles(folder))
+
+
+def test_transformers_own_implementations_are_those_that_are_taken() -> None:
+    """A new one that fetches nothing may be added to our list; a name that left transformers must leave it."""
+    from transformers.integrations.hub_kernels import is_kernel
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attention = {
+        name for name in ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()] if not code_flaw("attn_implementation", name)
+    }
+    experts = {
+        name for name in ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()] if not code_flaw("experts_implementation", name)
+    }
+    assert attention == {"eager", "sdpa", "flex_attention"}
+    assert experts == {"eager", "batched_mm", "grouped_mm"}
+    assert not any(is_kernel(name) for name in attention | experts)
+
+
+def test_all_fields_that_name_code_are_told_at_once(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "auto_map": {}, "custom_pipelines": {"evil": {}}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", None]}}))
+    error = refused(folder, ErrorCode.UNSUPPORTED_FORMAT)
+    assert [fault["at"] for fault in error.details["faults"]] == ["config.json", "config.json", "tokenizer_config.json"]
+    assert "auto_map" in error.hint
+    assert "custom_pipelines" in error.hint
 
 
 def test_a_chat_template_that_reaches_for_python_is_refused(folder: Path) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from client.folders import read_model_folder
 from core.errors import ErrorCode, NightpressError
-from core.recipes.inspect import FolderFiles, inspect_model, is_model_file
+from core.recipes.filenames import choose_files, is_model_file
+from core.recipes.inspect import FolderFiles, inspect_model
+from tests.hub_cache import hub_snapshot
 
 CONFIG = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 4}
 
@@ -203,3 +206,234 @@ def test_hidden_files_of_a_folder_are_passed_over(bert_tiny: Path, tmp_path: Pat
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "x.lock").touch()
     assert set(FolderFiles(tmp_path).names()) == {path.name for path in bert_tiny.iterdir()}
+
+
+# Folders that are no model, and models with something beside them ------------------------------------------------------
+
+WEIGHTS = safetensors({"a": ("F32", [2])})
+CONFIG_BYTES = json.dumps(CONFIG).encode()
+INDEX = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+
+
+@pytest.mark.parametrize(
+    ("files", "said", "to_do"),
+    [
+        (
+            {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS, "training_args.bin": b""},
+            "an adapter (LoRA) without the model",
+            "merge_and_unload()",
+        ),
+        (
+            {"adapter_config.json": b"{}", "adapter_model.bin": b"", "README.md": b""},
+            "an adapter (LoRA) without the model",
+            "merge_and_unload()",
+        ),
+        (
+            {"config.json": CONFIG_BYTES, "model.safetensors": WEIGHTS, "adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS},
+            "adapter_config.json and adapter_model.safetensors belong to an adapter",
+            "Take adapter_config.json and adapter_model.safetensors out",
+        ),
+        (
+            {"config.json": CONFIG_BYTES, "model.safetensors": WEIGHTS, "model.safetensors.index.json": INDEX},
+            "model.safetensors.index.json is stale",
+            "delete model.safetensors.index.json",
+        ),
+        (
+            {"config.json": CONFIG_BYTES, "model-00001-of-00002.safetensors": WEIGHTS, "model.safetensors.index.json": INDEX},
+            "it names model-00002-of-00002.safetensors, which is not there",
+            "Fetch the missing shards",
+        ),
+        (
+            {
+                "config.json": CONFIG_BYTES,
+                "model.safetensors": WEIGHTS,
+                "model.safetensors.index.json": b'{"weight_map": {"a": "m.safetensors"}}',
+                "m.safetensors": WEIGHTS,
+            },
+            "model.safetensors: model.safetensors.index.json and its shards are the model already",
+            "Keep either",
+        ),
+        (
+            {"config.json": CONFIG_BYTES, "model.safetensors": WEIGHTS, "consolidated.safetensors": WEIGHTS},
+            "consolidated.safetensors holds the weights once more",
+            "Leave it out",
+        ),
+        (
+            {"params.json": b"{}", "consolidated.safetensors": WEIGHTS, "tokenizer.model": b""},
+            "which transformers doesn't read",
+            "as transformers saves it",
+        ),
+        (
+            {"config.json": CONFIG_BYTES, "model.safetensors": WEIGHTS, "2_Dense/config.json": b"{}", "2_Dense/model.safetensors": WEIGHTS},
+            "a module of sentence-transformers",
+            "leave 2_Dense out, take its entry out of modules.json",
+        ),
+        (
+            {"config.json": CONFIG_BYTES, "model.safetensors": WEIGHTS, "teacher/model.safetensors": WEIGHTS},
+            "teacher/model.safetensors holds weights in a sub-folder",
+            "Leave teacher out",
+        ),
+        ({"model-Q4_K_M.gguf": b"GGUF", "README.md": b""}, "holds GGUF weights", "`gguf` in a recipe's `exports`"),
+        ({"config.json": CONFIG_BYTES, "onnx/model.onnx": b""}, "holds ONNX weights", "the model that it was exported from"),
+        (
+            {"config.json": CONFIG_BYTES, "openvino_model.xml": b"", "openvino_model.bin": b""},
+            "holds OpenVINO weights",
+            "`openvino` in a recipe's `exports`",
+        ),
+        ({"config.json": CONFIG_BYTES, "tf_model.h5": b""}, "holds TensorFlow weights", "transformers 4"),
+        (
+            {"model_index.json": b"{}", "unet/config.json": b"{}", "unet/diffusion_pytorch_model.safetensors": b"", "vae/x.bin": b""},
+            "a pipeline of diffusers",
+            "text_encoder",
+        ),
+        (
+            {"config.json": CONFIG_BYTES, "pytorch_model-00001-of-00002.bin": b"", "pytorch_model-00002-of-00002.bin": b""},
+            "pytorch_model-00001-of-00002.bin, pytorch_model-00002-of-00002.bin",
+            "save_pretrained(new_folder)",
+        ),
+        ({"model.pt": b""}, "holds weights as pickles", "save_pretrained(new_folder)"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_another_kind_is_told_what_it_is_and_what_to_do(
+    files: dict[str, bytes], said: str, to_do: str
+) -> None:
+    error = refused(MemoryFiles(files))
+    assert said in error.message
+    assert to_do in error.hint
+    assert "config.json at the top" not in error.message
+    assert error.details["file"] in files
+
+
+def test_all_that_is_wrong_with_a_folder_is_told_at_once() -> None:
+    spoiled = model().files | {
+        "training_args.bin": b"",
+        "optimizer.pt": b"",
+        "model.onnx": b"",
+        "consolidated.safetensors": WEIGHTS,
+        "adapter_config.json": b"{}",
+        "2_Dense/model.safetensors": WEIGHTS,
+    }
+    error = refused(MemoryFiles(spoiled))
+    told = {fault["at"] for fault in error.details["faults"]}
+    assert told == spoiled.keys() - model().files.keys()
+    assert all(name in error.message for name in told)
+    assert len(error.details["faults"]) == 6
+    assert "Leave it out" in error.hint
+
+
+def test_of_endless_problems_twenty_are_told() -> None:
+    error = refused(MemoryFiles(model().files | {f"step-{number}.pt": b"" for number in range(300)}))
+    assert "In all, 300 things are wrong" in error.message
+    assert "and 280 more" in error.message
+    assert len(error.details["faults"]) == 20
+    assert len(error.message) + len(error.hint) < 2000
+
+
+def test_all_shards_that_are_missing_are_told_at_once() -> None:
+    error = refused(sharded({"weight_map": {name: f"{name}.safetensors" for name in "abcd"}}, a=WEIGHTS, z=WEIGHTS))
+    assert [fault["at"] for fault in error.details["faults"]] == [f"{name}.safetensors" for name in "bcdz"]
+
+
+@pytest.mark.parametrize(
+    ("names", "index", "chosen"),
+    [
+        (
+            ["config.json", "model.safetensors", "pytorch_model.bin", "onnx/model.onnx"],
+            {},
+            ["config.json", "model.safetensors"],
+        ),
+        (
+            ["config.json", "model.safetensors.index.json", "a.safetensors", "consolidated.safetensors"],
+            {"w": "a.safetensors"},
+            ["config.json", "model.safetensors.index.json", "a.safetensors"],
+        ),
+        (["config.json", "pytorch_model.bin"], {}, ["config.json", "pytorch_model.bin"]),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            {},
+            ["adapter_config.json", "adapter_model.safetensors"],
+        ),
+    ],
+)
+def test_of_a_repository_the_models_files_are_chosen(
+    names: list[str], index: dict[str, str], chosen: list[str]
+) -> None:
+    assert choose_files(names, lambda _: json.dumps({"weight_map": index}).encode()) == chosen
+
+
+def test_a_stale_index_is_told_before_anything_is_fetched() -> None:
+    with pytest.raises(NightpressError, match="is stale"):
+        choose_files(["config.json", "model.safetensors", "model.safetensors.index.json"], lambda _: INDEX)
+
+
+# Links ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_of_the_hubs_cache_reads_as_the_folder_it_stands_for(bert_tiny: Path, tmp_path: Path) -> None:
+    snapshot = hub_snapshot(bert_tiny, tmp_path)
+    files = FolderFiles(snapshot)
+    assert files.names() == FolderFiles(bert_tiny).names()
+    assert inspect_model(files) == inspect_model(FolderFiles(bert_tiny))
+    assert files.path("config.json").parent.name == "blobs"
+
+
+@pytest.mark.parametrize(
+    ("target", "code"),
+    [
+        ("../../refs/main", ErrorCode.PATH_NOT_ALLOWED),
+        ("../other/secret.json", ErrorCode.PATH_NOT_ALLOWED),
+        ("../../blobs/../../secret.json", ErrorCode.PATH_NOT_ALLOWED),
+        ("../../blobs", ErrorCode.PATH_NOT_ALLOWED),
+        ("../../blobs/leads-out", ErrorCode.PATH_NOT_ALLOWED),
+        ("vocab.json", ErrorCode.PATH_NOT_ALLOWED),
+        ("../../blobs/gone", ErrorCode.NOT_FOUND),
+    ],
+)
+def test_a_snapshots_link_leads_to_a_blob_or_nowhere(
+    bert_tiny: Path, tmp_path: Path, target: str, code: ErrorCode
+) -> None:
+    snapshot = hub_snapshot(bert_tiny, tmp_path)
+    (tmp_path / "secret.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    (snapshot.parent / "other").mkdir()
+    (snapshot.parent / "other" / "secret.json").write_text("{}")
+    (snapshot.parents[1] / "blobs" / "leads-out").symlink_to(tmp_path / "secret.json")
+    (snapshot / "vocab.json").symlink_to(target)
+    with pytest.raises(NightpressError) as error:
+        FolderFiles(snapshot).names()
+    assert error.value.code is code
+    assert error.value.details["file"] == "vocab.json"
+    assert error.value.hint
+
+
+def test_blobs_beside_a_folder_that_is_no_snapshot_are_not_its_own(bert_tiny: Path, tmp_path: Path) -> None:
+    snapshot = hub_snapshot(bert_tiny, tmp_path)
+    snapshot.parent.rename(snapshot.parents[1] / "models")
+    with pytest.raises(NightpressError, match="leads out of its folder"):
+        FolderFiles(snapshot.parents[1] / "models" / snapshot.name).names()
+
+
+def test_a_blobs_folder_that_is_a_link_is_not_followed(bert_tiny: Path, tmp_path: Path) -> None:
+    snapshot = hub_snapshot(bert_tiny, tmp_path)
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(NightpressError, match="leads out of its folder"):
+        FolderFiles(snapshot).names()
+
+
+def test_a_client_sends_what_links_stand_for_and_the_modules_below(bert_tiny: Path, tmp_path: Path) -> None:
+    snapshot = hub_snapshot(bert_tiny, tmp_path)
+    (snapshot / "1_Pooling").mkdir()
+    (snapshot / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (snapshot / "checkpoint-5").mkdir()
+    (snapshot / "checkpoint-5" / "optimizer.pt").touch()
+    (snapshot / "training_args.bin").touch()
+    chosen = read_model_folder(snapshot)
+    assert chosen.files.keys() == {*FolderFiles(bert_tiny).names(), "1_Pooling/config.json"}
+    assert not any(path.is_symlink() for path in chosen.files.values())
+    assert chosen.left_out == ("training_args.bin",)
+    (snapshot / "merges.txt").symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(NightpressError, match=r"merges\.txt leads out of its folder"):
+        read_model_folder(snapshot)
