@@ -26,11 +26,12 @@ def test_f34_control_processes_whose_clocks_differ_take_no_living_job_and_free_a
     for clock in CLOCKS:
         service.start_control(clock)
     eventually(lambda: service.output().count("ticks every") == len(CLOCKS), within=60)
-    service.start_worker("slow")
+    first = service.start_worker("slow")
     living = service.submit_and_ring(queue_limit_s=600.0)
     job = service.await_state(living, "succeeded", "failed", within=30)
     assert (job.state, job.attempt, job.failures) == ("succeeded", 1, 0), job.error
-    service.processes[-1].terminate()
+    first.terminate()
+    assert first.wait(20 * slowness()) == 0
     worker = service.start_worker("first_slow")
     dead = service.submit_and_ring()
     service.await_state(dead, "running")
@@ -205,7 +206,7 @@ def test_f39_an_api_that_is_killed_in_mid_upload_takes_the_rest_when_it_is_back(
         with face.client(retries=40) as client:
             data = client.data_sets.upload(texts, "texts", meter=KillingMeter(10 * MIB, kill))
             back.join(60 * slowness())
-            assert client.data_sets.wait(data).state == "ready"
+            assert client.data_sets.wait(data.id).state == "ready"
         assert back.finished.is_set()
         left = [
             path for path in face.settings.data_dir.rglob("*") if ".partial" in path.name or "uploads" in path.parts
