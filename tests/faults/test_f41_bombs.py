@@ -1,6 +1,5 @@
 """F41: bombs brought as models or as data: refused within seconds, or taken as the small thing they are, and the API answers meanwhile."""
 
-import shutil
 import struct
 import threading
 import time
@@ -12,6 +11,7 @@ import httpx
 import pytest
 
 from client.errors import ClientError
+from core.handoff.manifest import describe_folder
 from tests.face import Face
 from tests.patience import slowness
 
@@ -47,25 +47,34 @@ def image(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("with_weights", [False, True], ids=["alone", "beside weights"])
+@pytest.mark.parametrize("disguised", [False, True], ids=["by its name", "as safetensors"])
 @pytest.mark.parametrize("bomb", [gguf, onnx, image])
 def test_f41_a_bomb_brought_as_a_model_costs_nothing(
-    face: Face, bert_tiny: Path, tmp_path: Path, bomb: Callable[[Path], None], with_weights: bool
+    face: Face, bert_tiny: Path, tmp_path: Path, bomb: Callable[[Path], None], disguised: bool
 ) -> None:
-    folder = tmp_path / "model"
-    if with_weights:
-        shutil.copytree(bert_tiny, folder)
-    else:
-        folder.mkdir()
-        (folder / "config.json").write_bytes((bert_tiny / "config.json").read_bytes())
-    bomb(folder)
+    """By plain HTTP, for our own client refuses it before it sends anything."""
+    bomb(tmp_path)
+    [path] = [one for one in tmp_path.iterdir() if one.is_file()]
+    if disguised:
+        path = path.rename(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((bert_tiny / "config.json").read_bytes())
 
     def bring() -> str:
-        with face.client() as client:
-            model = client.models.upload(folder, f"{bomb.__name__}{with_weights}")
-            return client.models.wait(model.id).state
+        headers = {"Authorization": f"Bearer {face.key}"}
+        with httpx.Client(base_url=face.url, headers=headers, trust_env=False, timeout=60) as client:
+            files = [one.model_dump() for one in describe_folder(tmp_path)]
+            made = client.post("/v1/models", json={"name": f"bomb-{bomb.__name__}", "files": files})
+            if made.status_code == 422:
+                return f"refused: {made.text}"
+            assert made.status_code == 201, made.text
+            for file in made.json()["uploads"]:
+                for part in file["parts"]:
+                    content = (tmp_path / file["path"]).read_bytes()
+                    assert client.put(part["url"], content=content, headers=part["headers"]).is_success
+            done = client.post(f"/v1/models/{made.json()['id']}/complete")
+            return f"refused: {done.text}" if done.status_code == 422 else f"{done.status_code} {done.text}"
 
-    assert_cheap(face, bring, taken=with_weights)
+    assert_cheap(face, bring, taken=False)
 
 
 def test_f41_a_parquet_bomb_brought_as_data_costs_nothing(face: Face, tmp_path: Path) -> None:
@@ -85,18 +94,20 @@ def test_f41_a_parquet_bomb_brought_as_data_costs_nothing(face: Face, tmp_path: 
 
 def assert_cheap(face: Face, bring: Callable[[], str], *, taken: bool) -> None:
     """It ends within seconds, refused, or taken where nobody opens what is strange in it; others wait less than a second."""
-    stop, slowest = threading.Event(), [0.0]
+    stop, asking, slowest = threading.Event(), threading.Event(), [0.0]
 
     def ask() -> None:
         headers = {"Authorization": f"Bearer {face.key}"}
         with httpx.Client(base_url=face.url, headers=headers, trust_env=False, timeout=60) as client:
             while not stop.wait(0.05):
+                asking.set()
                 began = time.monotonic()
                 assert client.get("/v1/me").status_code == 200
                 slowest[0] = max(slowest[0], time.monotonic() - began)
 
     asker = threading.Thread(target=ask)
     asker.start()
+    assert asking.wait(20 * slowness())
     began = time.monotonic()
     try:
         state = bring()
