@@ -11,7 +11,7 @@ import pytest
 import migrations
 from tests.api_process import ApiProcess
 from tests.servers import Valkey
-from tests.service import ROOT, Service, eventually
+from tests.service import RECIPE, ROOT, Service, eventually
 
 
 def code_before_the_newest_migration() -> bytes | None:
@@ -95,7 +95,7 @@ def take_a_job_through(api: ApiProcess, tree: Path, service: Service) -> None:
     """By HTTP alone, as a client that is told of no deploy."""
     api.start(tree=tree)
     with api.client() as client:
-        answer = client.post("/v1/jobs", json=api.job)
+        answer = client.post("/v1/jobs", json=api.job | {"recipe": RECIPE})
         assert answer.status_code == 201, answer.text
         job_id = answer.json()["id"]
         eventually(lambda: client.get(f"/v1/jobs/{job_id}").json()["state"] == "succeeded", within=60)
