@@ -18,6 +18,7 @@ from api.edge import Edge
 from api.metrics import ApiMetrics
 from api.problems import documented
 from api.ratelimit import RateLimiter
+from api.readiness import DatabaseProbe
 from api.routes import (
     admin,
     datasets,
@@ -127,6 +128,7 @@ def open_services(settings: Settings) -> Services:
         admission=Admission(),
         transfers=ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer"),
         probes=ThreadPoolExecutor(3, thread_name_prefix="probe"),
+        database_probe=DatabaseProbe(settings.sql_url),
         store=store,
         jobs=jobs_service,
         schedules=ScheduleService(ScheduleStore(engine), jobs_service, settings),
@@ -156,6 +158,7 @@ async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
     for pool in (services.threads, services.uploads, services.transfers, services.probes):
         pool.shutdown(wait=False, cancel_futures=True)
     services.engine.dispose()
+    services.database_probe.close()
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from sqlalchemy import Engine
 from api.admission import Admission
 from api.metrics import ApiMetrics
 from api.ratelimit import RateLimiter, too_many
+from api.readiness import DatabaseProbe
 from api.tail import Tail
 from core.access.audit import AuditLog
 from core.access.idempotency import IdempotencyBook
@@ -49,6 +50,7 @@ class Services:
     admission: Admission  #: to these threads
     transfers: ThreadPoolExecutor  #: for what else moves many bytes
     probes: ThreadPoolExecutor  #: for /readyz, so that a part that hangs holds up nothing else
+    database_probe: DatabaseProbe
     store: JobStore
     jobs: JobService
     schedules: ScheduleService

@@ -1,6 +1,5 @@
 """Finding the server and the key: what was said, then the environment, then a named server, then the embedded stack's folder."""
 
-import json
 import os
 from dataclasses import dataclass
 
@@ -10,8 +9,8 @@ from client.errors import ClientError
 from client.servers import Servers, read_servers, servers_file
 from client.transport import Options
 from core.settings import Settings, load_settings
+from core.stack_state import STATE_FILE, StackState
 
-DEVSTACK_FILE = "devstack.json"
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -45,8 +44,8 @@ def find_server(
         url, source = clean_url(address), "--api" if api_url else "NIGHTPRESS_API_URL"
     elif servers.default:
         return _named(servers, servers.default, api_key)
-    elif left := read_devstack(settings).get("api_url"):
-        url, source = clean_url(str(left)), str(settings.data_dir / DEVSTACK_FILE)
+    elif left := StackState.load(settings.data_dir).api_url:
+        url, source = clean_url(left), str(settings.data_dir / STATE_FILE)
     else:
         url, source = f"http://{settings.api_host}:{settings.api_port}", "the default"
     return Place(url, source, _find_key(settings, url, api_key))
@@ -65,23 +64,17 @@ def _find_key(settings: Settings, url: str, given: str | None) -> Found:
     if httpx.URL(url).host not in {*_LOOPBACK, settings.api_host}:
         return Found(None, f"no NIGHTPRESS_API_KEY, and {settings.key_file} is for this machine alone")
     try:
-        return Found(settings.key_file.read_text().strip(), str(settings.key_file))
+        key = settings.key_file.read_text().strip()
     except FileNotFoundError:
         return Found(None, f"no NIGHTPRESS_API_KEY and no {settings.key_file}")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ClientError(
-            f"The key file {settings.key_file} cannot be read: {error.strerror}.",
+            f"The key file {settings.key_file} cannot be read: {getattr(error, 'strerror', 'it is no text')}.",
             hint="Set NIGHTPRESS_API_KEY, or run as the person who started the stack.",
         ) from error
-
-
-def read_devstack(settings: Settings) -> dict[str, object]:
-    """What a running embedded stack says of itself; empty where there is none."""
-    try:
-        raw = json.loads((settings.data_dir / DEVSTACK_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return raw if isinstance(raw, dict) else {}
+    if not key:
+        return Found(None, f"{settings.key_file} is empty; the next `nightpress up` writes a key into it")
+    return Found(key, str(settings.key_file))
 
 
 def clean_url(url: str) -> str:

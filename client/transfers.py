@@ -86,7 +86,7 @@ class Transfers:
 
         def send(file: UploadFile, part: UploadPart) -> None:
             try:
-                self._upload_part(sources[file.path], part)
+                self._upload_part(self._source_of(sources, file.path), part)
             except ApiError as error:
                 # 401 and 403 from a store mean an expired URL; from our own API they mean the key.
                 if not self._is_ours(part.url) or error.status >= 500:
@@ -96,6 +96,11 @@ class Transfers:
 
         self._in_threads([(send, (file, part)) for file in files for part in file.parts])
         return errors[-1] if errors else None
+
+    def _source_of(self, sources: Mapping[str, Path], path: str) -> Path:
+        if path not in sources:
+            raise _is_none(self.options, "a file to send", path)
+        return sources[path]
 
     def _upload_part(self, source: Path, part: UploadPart) -> None:
         attempts = Attempts(self.options, repeatable=True)
@@ -108,6 +113,8 @@ class Transfers:
                 outcome = self.http.put(part.url, content=self._slice(source, part, sent), headers=headers)
                 if outcome.is_success:
                     return
+            except UnicodeError as error:  # of a header's name or value
+                raise _is_none(self.options, "a header", next(iter(part.headers), "")) from error
             except httpx.TransportError as error:
                 outcome = error
             self.meter.advance(-sent[0])
@@ -262,7 +269,11 @@ class Transfers:
 
     def _is_ours(self, url: str) -> bool:
         """Whether a URL is the API's own: only those get the key."""
-        target, own = httpx.URL(self.options.api_url).join(url), httpx.URL(self.options.api_url)
+        own = httpx.URL(self.options.api_url)
+        try:
+            target = own.join(url)
+        except httpx.InvalidURL as error:
+            raise _is_none(self.options, "an address", url) from error
         return (target.scheme, target.host, target.port) == (own.scheme, own.host, own.port)
 
     def _error(self, outcome: httpx.Response | httpx.TransportError) -> ClientError:
@@ -277,6 +288,13 @@ class Transfers:
     def _sleep(self, seconds: float) -> None:
         if self.stop.wait(seconds):
             raise _StoppedError
+
+
+def _is_none(options: Options, what: str, text: str) -> TransferError:
+    return TransferError(
+        f"The server named {what} that is none: {text:.80}.",
+        hint=f"Is {options.api_url} a Nightpress API?",
+    )
 
 
 def target_of(folder: Path, path: str) -> Path:

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
+from sqlalchemy.exc import (
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    InvalidatePoolError,
+    NotSupportedError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -42,6 +51,7 @@ JsonType = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postg
 
 
 _PING_AFTER_S = 2.0
+_LOCK_WAIT_S = 10.0
 
 
 class UtcDateTime(TypeDecorator[dt.datetime]):
@@ -122,9 +132,10 @@ metadata = MetaData(
 )
 
 
-def make_engine(url: str, *, pool_size: int = 5) -> Engine:
+def make_engine(url: str, *, pool_size: int = 5, lock_wait_s: float = _LOCK_WAIT_S) -> Engine:
     """Open a pool on SQLite (WAL, immediate transactions, foreign keys on) or PostgreSQL (psycopg 3).
 
+    A statement waits `lock_wait_s` for a lock that somebody else holds, on both, then fails as database_unavailable.
     Raises NightpressError(invalid_request) for any other database.
     """
     parsed = make_url(url)
@@ -133,7 +144,7 @@ def make_engine(url: str, *, pool_size: int = 5) -> Engine:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(
             parsed,
-            connect_args={"timeout": 10, "check_same_thread": False},
+            connect_args={"timeout": lock_wait_s, "check_same_thread": False},
             pool_size=pool_size,
             json_serializer=_dump_json,
         )
@@ -149,6 +160,7 @@ def make_engine(url: str, *, pool_size: int = 5) -> Engine:
             connect_args={"connect_timeout": 3, "tcp_user_timeout": 10_000},
             json_serializer=_dump_json,
         )
+        event.listen(engine, "connect", partial(_bound_lock_waits, lock_wait_s))
         event.listen(engine, "checkin", _note_checkin)
         event.listen(engine, "checkout", _ping_idle)
         return engine
@@ -179,6 +191,12 @@ def _cleaned(value: Any) -> Any:
 
 def _dump_json(value: Any) -> str:
     return json.dumps(_cleaned(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _bound_lock_waits(seconds: float, connection: Any, _record: object) -> None:
+    # Not by the startup packet's options, which connection poolers refuse.
+    connection.execute(f"SET lock_timeout = {int(seconds * 1000)}")
+    connection.commit()
 
 
 def _note_checkin(_connection: object, record: ConnectionPoolEntry) -> None:
@@ -239,13 +257,38 @@ def _connected(engine: Engine, *, read_only: bool, autocommit: bool) -> Iterator
     try:
         with engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
-    except (OperationalError, InterfaceError, PoolTimeout, InvalidatePoolError) as error:
-        cause = error.orig if isinstance(error, DBAPIError) else error
-        raise NightpressError(
-            ErrorCode.DATABASE_UNAVAILABLE,
-            f"The database did not answer: {str(cause).strip()}.",
-            hint="Nothing was written. Try again in a few seconds; `nightpress doctor` says what is wrong.",
-        ) from error
+    except (DBAPIError, PoolTimeout, InvalidatePoolError) as error:
+        if isinstance(error, _OUR_FAULTS):
+            raise
+        raise unavailable(error) from error
+
+
+#: A statement of ours was wrong. Every other error is the server's, the file's or the network's.
+_OUR_FAULTS = (DataError, IntegrityError, NotSupportedError, ProgrammingError)
+
+_NOT_WRITABLE = "can be read, but not written"
+
+
+def unavailable(error: SQLAlchemyError) -> NightpressError:
+    """What a database's failure means: a full disk, a damaged file, no right to write, or no answer."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    name = getattr(cause, "sqlite_errorname", "")
+    state = getattr(cause, "sqlstate", None) or ""
+    if name == "SQLITE_FULL" or state == "53100":
+        said, hint = _NOT_WRITABLE, "Its disk is full: make room there. Nothing was written."
+    elif name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")) or state in {"XX001", "XX002"}:
+        said, hint = "is damaged", "Stop the service and restore a backup; docs/how-to/backup.md says how."
+    elif name.startswith("SQLITE_READONLY") or state == "25006":
+        said, hint = _NOT_WRITABLE, "Is it a standby, or are its file and folder read-only to this user?"
+    else:
+        said, hint = (
+            "did not answer",
+            "Nothing was written. Try again in a few seconds; `nightpress doctor` says what is wrong.",
+        )
+    details = {} if said == "did not answer" else {"said": said}
+    return NightpressError(
+        ErrorCode.DATABASE_UNAVAILABLE, f"The database {said}: {str(cause).strip()}.", hint=hint, **details
+    )
 
 
 def lock_until_commit(connection: Connection, name: str) -> None:

@@ -21,7 +21,7 @@ from core.jobs.store import JobStore
 from core.recipes.inspect import FolderFiles, inspect_model
 from core.registry.tables import models
 from tests.servers import free_port
-from tests.service import TENANT, Service, eventually
+from tests.service import ROOT, TENANT, Service, eventually
 
 SCOPES = ("jobs:read", "jobs:write", "models:read", "models:write")
 
@@ -40,10 +40,11 @@ class ApiProcess:
         with transaction(service.engine) as connection:
             connection.execute(update(models).where(models.c.id == service.model_id).values(header=header))
 
-    def start(self, dies: str = "") -> None:
-        """`dies`: before or after the commit of the first submission."""
+    def start(self, dies: str = "", tree: Path = ROOT) -> None:
+        """`dies`: before or after the commit of the first submission. `tree`: whose code it is."""
         script = ("-P", "tests/api_process.py", dies) if dies else ("-m", "api")
-        self.process = self._service.start(*script, NIGHTPRESS_API_PORT=str(self._port))
+        more = {"NIGHTPRESS_API_PORT": str(self._port), "PYTHONPATH": str(tree)}
+        self.process = self._service.start(*script, cwd=tree, **more)
         with self.client() as client:
             eventually(lambda: self._answers(client), within=60)
 

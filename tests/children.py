@@ -185,6 +185,18 @@ def telling(job_dir: Path, emit: Emit) -> Manifest:
     return pipeline.run(job_dir, emit_and_tell)
 
 
+def staying(job_dir: Path, emit: Emit) -> Manifest:
+    """`:PHASE` goes through the phases up to this one, and stays there."""
+    last = sys.argv[1].partition(":")[2]
+    for phase in ("validating", "baseline", "pressing", "exporting", "verifying", "evaluating"):
+        emit(Progress.model_validate({"phase": phase, "fraction": 0.5}))
+        if phase == last:
+            break
+    while True:
+        emit(Progress.model_validate({"phase": last, "fraction": 0.5, "message": f"since {time.monotonic()}"}))
+        time.sleep(0.1)
+
+
 def wedged(job_dir: Path, emit: Emit) -> Manifest:
     """Signs of life without progress."""
     while True:
@@ -443,7 +455,7 @@ def long_file(job_dir: Path, emit: Emit) -> Manifest:
 BEHAVIOURS = {
     one.__name__: one
     for one in (
-        press, slow, first_slow, endless, stepping, chaotic, pipeline_until, pipeline_until_said, telling, wedged, segfault, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
+        press, slow, first_slow, endless, stepping, chaotic, pipeline_until, pipeline_until_said, telling, staying, wedged, segfault, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
         fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy, hides_memory, long_file
     )
 }  # fmt: skip

@@ -125,7 +125,7 @@ class Readers:
         name = dice.choice(list(_ROWS))
         data = mangled(dice, _ROWS[name])
         if dice.random() < 0.3:
-            name, data = f"{name}.gz", gzip.compress(data)
+            name, data = f"{name}.gz", gzip.compress(data, mtime=0)
             data = mangled(dice, data) if dice.random() < 0.5 else data
         facts = examine_data(name, [data])
         file = self._file(name, data)

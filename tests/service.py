@@ -254,7 +254,9 @@ class Service:
         assert process.poll() is None, self.output()
         return process
 
-    def start_control(self) -> "subprocess.Popen[bytes]":
+    def start_control(self, clock_wrong_by: str = "") -> "subprocess.Popen[bytes]":
+        if clock_wrong_by:
+            return self.start("tests/control_process.py", NIGHTPRESS_TEST_CLOCK=clock_wrong_by)
         return self.start("-m", "worker.control")
 
     def output(self) -> str:

@@ -1,7 +1,7 @@
 """`python -m tests.soak`: seeded chaos on a whole installation, and the invariants at its end.
 
 Jobs of three tenants come in at random while workers, children, control processes, the broker, the database and the object store are
-killed, frozen, drained, flushed and cancelled at random. The seed is printed first; CHAOS_SEED plays the same faults again. At the end:
+killed, frozen, drained, flushed, locked, put out of time and cancelled at random, half of these faults two at once. The seed is printed first; CHAOS_SEED plays the same faults again. At the end:
 
 I1 every accepted job reaches an end · I2 exactly one · I3 its manifest is committed once and every SHA-256 is right · I4 failures stay
 within bounds · I5 no two children of one job live longer than a lease and the grace of a kill · I6 histories have no gaps.
@@ -12,16 +12,18 @@ import contextlib
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import psycopg
 
 import migrations
 from core.handoff.spec import JobSpec
@@ -33,6 +35,7 @@ TENANTS = ("one", "two", "three")
 WORKERS = 3
 GRACE_S = 4.0  #: of a kill
 RECIPE = {"name": "chaos", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
+_ALONE = 0.5  #: share of faults that come alone; the others come two at once
 BACKLOG = 30  #: jobs that may wait; a machine of any speed is kept busy, and done soon after
 QUIET_S = 60.0  #: once the faults are over, a job comes to its end at least this often
 
@@ -42,9 +45,11 @@ class Soak:
 
     def __init__(self, folder: Path, stack: str, seed: int, say: Callable[[str], None]) -> None:
         self._folder, self._stack, self._say = folder, stack, say
-        self._dice = random.Random(seed)
+        self._seeds = random.Random(seed)
         self._jobs: dict[str, str] = {}  #: job → tenant
         self._faults: Counter[str] = Counter()
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._dices = threading.local()
         self._overlaps: dict[str, float] = {}
         self.violations: list[str] = []
 
@@ -101,17 +106,36 @@ class Soak:
             (self._ring_wildly, 4),
             (self._restart_control, 3),
             (self._restart_server, 2),
+            (self._freeze_server, 2),
+            (self._lock_database, 2),
+            (self._skew_control, 3),
         ]
         steps, weights = zip(*faults, strict=True)
         while time.monotonic() < until:
-            step = self._dice.choices(steps, weights)[0]
-            name = step.__name__.strip("_").replace("_", " ")
+            pair = self._seeds.choices(steps, weights, k=2)
+            at_once = pair[: 1 if self._seeds.random() < _ALONE else 2]
+            threads = [threading.Thread(target=self._cause, args=(step, self._seeds.random())) for step in at_once]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            time.sleep(self._seeds.uniform(0.05, 0.5))
+
+    @property
+    def _dice(self) -> random.Random:
+        """Of the fault that this thread causes: which of two goes first changes no throw."""
+        dice: random.Random = self._dices.of_this_fault
+        return dice
+
+    def _cause(self, step: Callable[[], None], seed: float) -> None:
+        self._dices.of_this_fault = random.Random(seed)
+        name = step.__name__.strip("_").replace("_", " ")
+        with self._locks[name.split()[-1]]:  # two faults of the same servers, workers or controls take turns
             try:
                 step()
             except Exception as error:  # the client's side of a fault: it would ask again
                 self._say(f"{name}: {error!s:.120}")
             self._faults[name] += 1
-            time.sleep(self._dice.uniform(0.05, 0.5))
 
     def _submit(self) -> None:
         if len(self._service.unfinished()) > BACKLOG:
@@ -177,6 +201,33 @@ class Soak:
         server.kill()
         time.sleep(self._dice.uniform(0.0, 1.0))
         server.start()
+
+    def _freeze_server(self) -> None:
+        """It is there, and answers nothing."""
+        server = self._servers[self._dice.choice(sorted(self._servers))]
+        server.freeze()
+        time.sleep(self._dice.uniform(0.2, 3.0))
+        server.thaw()
+
+    def _lock_database(self) -> None:
+        """Every write of a job waits meanwhile, as for a long ALTER or VACUUM."""
+        url = self._service.settings.sql_url
+        seconds = self._dice.uniform(0.2, 3.0)
+        if self._stack == "embedded":
+            with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as holder:
+                holder.execute("BEGIN IMMEDIATE")
+                time.sleep(seconds)
+            return
+        with psycopg.connect(url, connect_timeout=2) as connection:
+            connection.execute("LOCK TABLE jobs IN EXCLUSIVE MODE")
+            time.sleep(seconds)
+            connection.rollback()
+
+    def _skew_control(self) -> None:
+        """The second control process starts again with a clock an hour off."""
+        self._controls[1].kill()
+        self._controls[1].wait()
+        self._controls[1] = self._service.start_control(self._dice.choice(("3600", "-3600")))
 
     # Watching and judging ----------------------------------------------------------------------------------------------
 

@@ -5,9 +5,10 @@ start finds their state and goes on.
 """
 
 import contextlib
-import json
+import errno
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,21 +17,24 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import httpx
 import psutil
 import redis
 from filelock import FileLock, Timeout
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
 
 import migrations
-from core.access.keys import ALL_SCOPES, create_key
-from core.database import make_engine
+from core.access.keys import ALL_SCOPES, KeyRing, create_key
+from core.database import make_engine, unavailable
 from core.errors import ErrorCode, NightpressError
 from core.settings import Settings, load_settings
+from core.stack_state import STATE_FILE, StackState
+from core.webhooks.signing import open_keeper
 from worker import sandbox
 
-STATE_FILE = "devstack.json"
 _START_S = 30.0
 _MAX_SOCKET_PATH = 100  #: bytes; the kernel takes 107
 
@@ -46,7 +50,6 @@ class DevStack:
         self._settings = settings
         self._folder = settings.data_dir
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = FileLock(self._folder / "devstack.lock")
 
     @property
@@ -55,9 +58,13 @@ class DevStack:
 
     def start(self) -> None:
         """Raises NightpressError: conflict where it runs already, internal where a part does not start."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in (STATE_FILE, f"{STATE_FILE}.partial"):
+            _clear_folder(self._folder / name)  # only a file is ours
         self._take_folder()
-        migrations.upgrade(self._settings.sql_url)
+        self._migrate()
         self._make_key()
+        open_keeper(self._settings)
         self._spawn("broker", self._broker_command())
         self._wait("broker", self._ping_broker)
         for name, module in (("api", "api"), ("worker", "worker"), ("control", "worker.control")):
@@ -100,7 +107,7 @@ class DevStack:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            where = self._read_state().get("api_url", self.api_url)
+            where = StackState.load(self._folder).api_url or self.api_url
             raise NightpressError(
                 ErrorCode.CONFLICT,
                 f"Nightpress already runs in {self._folder}: {where}.",
@@ -110,7 +117,7 @@ class DevStack:
 
     def _wait_for_predecessors(self) -> None:
         """Processes of a stack that was killed are on their way out: the worker gives its job back first."""
-        started = self._read_state().get("started", {})
+        started = StackState.load(self._folder).started
         deadline = time.monotonic() + self._settings.drain_s
         while (left := _still_running(started)) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -118,15 +125,23 @@ class DevStack:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    def _migrate(self) -> None:
+        try:
+            migrations.upgrade(self._settings.sql_url)
+        except DBAPIError as error:
+            raise unavailable(error) from error
+
     def _make_key(self) -> None:
-        """The first API key, readable by its owner alone. A key file without its database, or the reverse, gets a new key."""
+        """The first API key, readable by its owner alone. An empty file, or one without its database, gets a new key."""
         path = self._settings.key_file
-        if path.exists():
-            return
         engine = make_engine(self._settings.sql_url)
-        _, plain = create_key(engine, name="embedded", scopes=ALL_SCOPES)
-        engine.dispose()
-        _write_secret(path, plain + "\n")
+        try:
+            if path.exists() and _is_known(engine, path.read_text().strip()):
+                return
+            _, plain = create_key(engine, name="embedded", scopes=ALL_SCOPES)
+            _write_secret(path, plain + "\n")
+        finally:
+            engine.dispose()
 
     def _make_broker_password(self) -> str:
         """Made once, and kept: other workers of this folder may outlive the server."""
@@ -150,13 +165,18 @@ class DevStack:
                 f"{socket} is too long for a unix socket.",
                 hint="Set NIGHTPRESS_DATA_DIR to a shorter path.",
             )
+        # Rings are all that it holds, and the control process rings again for what waits: it starts empty, so that
+        # nothing that a power cut or a full disk left there can keep it from starting (decision 0093).
         data = self._folder / "valkey"
-        data.mkdir(mode=0o700, exist_ok=True)
+        for path in (data, socket):
+            _clear_folder(path)
+            path.unlink(missing_ok=True)
+        data.mkdir(mode=0o700)
         # In a file, because everybody on the machine may read a command line.
         config = data / "valkey.conf"
         _write_secret(config, f"requirepass {self._make_broker_password()}\n")
         options = {"port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "dir": str(data), "save": ""}
-        options |= {"appendonly": "yes", "maxmemory-policy": "noeviction", "loglevel": "warning"}
+        options |= {"appendonly": "no", "maxmemory-policy": "noeviction", "loglevel": "warning"}
         return [str(program), str(config), *(part for name, value in options.items() for part in (f"--{name}", value))]
 
     def _spawn(self, name: str, command: list[str]) -> None:
@@ -214,34 +234,41 @@ class DevStack:
         last = path.read_text(errors="replace").strip().splitlines()[-3:] if path.exists() else []
         return NightpressError(ErrorCode.INTERNAL, f"The {name} process {how}.", hint=f"See {path}: {' | '.join(last)}")
 
-    def _read_state(self) -> dict[str, Any]:
-        try:
-            state = json.loads((self._folder / STATE_FILE).read_text())
-        except (OSError, ValueError):
-            return {}
-        return state if isinstance(state, dict) else {}
-
     def _write_state(self) -> None:
         """Who runs, and since when: a number alone may be another process's by the time it is read."""
         pids = {"stack": os.getpid()} | {name: process.pid for name, process in self._processes.items()}
         started = {}
         for pid in pids.values():
             with contextlib.suppress(psutil.NoSuchProcess):
-                started[str(pid)] = psutil.Process(pid).create_time()
-        partial = self._folder / f"{STATE_FILE}.partial"
-        partial.write_text(json.dumps({"api_url": self.api_url, "pids": pids, "started": started}))
-        partial.replace(self._folder / STATE_FILE)
+                started[pid] = psutil.Process(pid).create_time()
+        StackState(api_url=self.api_url, pids=pids, started=started).save(self._folder)
 
 
-def _still_running(started: dict[str, float]) -> list[psutil.Process]:
+def _still_running(started: dict[int, float]) -> list[psutil.Process]:
     """Those of the noted processes that are the same ones still, and no zombies."""
     found = []
     for pid, created in started.items():
         with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(int(pid))
+            process = psutil.Process(pid)
             if abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def _is_known(engine: Engine, plain: str) -> bool:
+    try:
+        KeyRing(engine).authenticate(plain)
+    except NightpressError as error:
+        if error.code is not ErrorCode.UNAUTHENTICATED:
+            raise
+        return False
+    return True
+
+
+def _clear_folder(path: Path) -> None:
+    """Remove a folder, not what a link to one names."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
 
 
 def _write_secret(path: Path, text: str) -> None:
@@ -251,6 +278,16 @@ def _write_secret(path: Path, text: str) -> None:
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
         stream.write(text)
     partial.replace(path)
+
+
+def _of_a_file(folder: Path, error: OSError | UnicodeDecodeError) -> str:
+    """In a sentence, what keeps a stack from starting in a folder, and what to do."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"A file in {folder} is no text. Is it the `key`? Move it away; the next start writes a new one."
+    path = error.filename or folder
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return f"The disk of {folder} is full. Make room there, or set NIGHTPRESS_DATA_DIR to another disk."
+    return f"{path}: {error.strerror}. Move it away or mend its permissions, then start again."
 
 
 def _end_with_parent() -> None:
@@ -275,6 +312,9 @@ def main() -> int:
         status = 0
     except NightpressError as error:
         print(error, file=sys.stderr)  # noqa: T201
+        status = 1
+    except (OSError, UnicodeDecodeError) as error:
+        print(_of_a_file(settings.data_dir, error), file=sys.stderr)  # noqa: T201
         status = 1
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,17 +7,14 @@ from importlib.metadata import version
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from sqlalchemy import inspect, text
 from starlette.responses import JSONResponse, Response
 
 from api.broker import ping_broker
 from api.deps import Services, ServicesDep, needs
 from api.problems import documented
 from api.routes import answer
-from core.database import transaction
 from core.errors import ErrorCode, NightpressError
 from core.schemas import ReadyView
-from migrations import newest
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["health"])
@@ -35,12 +32,12 @@ async def healthz() -> Response:
     "/readyz",
     response_model=ReadyView,
     summary="What the service depends on answers",
-    description="`degraded`: jobs are accepted, but the broker or the storage is away and they wait. 503: the database is away.",
+    description="`degraded`: jobs are accepted, but the broker or the storage is away and they wait. 503: the database is away, or can be read but not written; `checks` says which.",
     responses={503: {"model": ReadyView}},
 )
 async def readyz(services: ServicesDep) -> Response:
     database, broker, storage = await asyncio.gather(
-        _check(services, lambda: _ask_database(services)),
+        _check(services, services.database_probe.ask),
         _check(services, lambda: ping_broker(services.settings.celery_url)),
         _check(services, services.objects.check),
     )
@@ -85,17 +82,3 @@ async def _check(services: Services, ask: Callable[[], object]) -> str:
         log.warning("not ready: %s", error)
         return "does not answer"
     return "ok"
-
-
-def _ask_database(services: Services) -> None:
-    """It answers, and has the tables that this code was written for; newer ones serve it too."""
-    with transaction(services.engine, read_only=True) as connection:
-        migrated = inspect(connection).has_table("alembic_version")
-        found = connection.execute(text("SELECT max(version_num) FROM alembic_version")).scalar() if migrated else None
-    if found is None or found < newest():
-        raise NightpressError(
-            ErrorCode.DATABASE_UNAVAILABLE,
-            f"The database is at revision {found or 'none'}; this version needs {newest()}.",
-            hint="Run `python -m migrations upgrade` with the same settings.",
-            said="is not migrated",
-        )

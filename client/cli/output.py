@@ -78,6 +78,7 @@ def _plain(value: Any) -> Any:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> None:
     """A table with rules on a terminal; aligned columns, never cut, anywhere else. `right`: the columns of figures."""
+    headers = [clean(header) for header in headers]
     cells = [[clean(cell) for cell in row] for row in rows]
     console = stdout()
     if console.is_terminal:

@@ -15,9 +15,9 @@ import typer
 from client.cli import output
 from client.cli.session import Session, takes_session
 from client.client import Client
-from client.discovery import read_devstack
 from client.errors import ClientError, UnreachableError
 from core.settings import Settings, load_settings
+from core.stack_state import StackState
 
 _MODULE = "worker.devstack"
 
@@ -41,7 +41,7 @@ def up(
     if running_stack(settings) is None:
         process = start_stack(settings)
         await_ready(process, settings, patience)
-    url = str(read_devstack(settings).get("api_url", ""))
+    url = StackState.load(settings.data_dir).api_url
     if session.json:
         output.print_json({"api_url": url, "key_file": str(settings.key_file), "data_dir": str(settings.data_dir)})
     else:
@@ -73,15 +73,13 @@ def down(session: Session) -> None:
 
 def running_stack(settings: Settings) -> psutil.Process | None:
     """The stack's own process, found by the number it left and by what it runs, for numbers are used again."""
-    pids = read_devstack(settings).get("pids")
-    numbers = pids.values() if isinstance(pids, dict) else pids if isinstance(pids, list) else []
-    for number in numbers:
+    for number in StackState.load(settings.data_dir).pids.values():
         try:
-            process = psutil.Process(int(str(number)))
+            process = psutil.Process(number)
             for one in (process, *process.parents()):
                 if _MODULE in one.cmdline() and one.status() != psutil.STATUS_ZOMBIE:
                     return one
-        except (psutil.Error, ValueError):
+        except psutil.Error:
             continue
     return None
 
@@ -127,9 +125,10 @@ def await_ready(process: "subprocess.Popen[bytes]", settings: Settings, patience
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise ClientError(f"The stack ended as it started (status {process.returncode}).", hint=_log_end(settings))
-        url = read_devstack(settings).get("api_url")
-        if client is None and isinstance(url, str) and settings.key_file.exists():
-            client = Client(url, settings.key_file.read_text().strip(), retries=0)
+        state = StackState.load(settings.data_dir)
+        # One that a killed stack left may name another port, and be there before the key is.
+        if client is None and state.pids.get("stack") == process.pid:
+            client = Client(state.api_url, settings.key_file.read_text().strip(), retries=0)
         if client is not None and _answers(client):
             return client
         time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import hashlib
+import logging
 import re
 import secrets
 import string
@@ -11,7 +12,7 @@ import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, func, insert, or_, select, update
+from sqlalchemy import Engine, Update, func, insert, or_, select, update
 
 from core.access.tables import api_keys
 from core.database import db_now, statement, transaction
@@ -39,6 +40,9 @@ _SHAPE = re.compile(r"np_([a-z0-9]{8})_([A-Za-z0-9_-]{43})([0-9a-f]{6})")
 _CACHE_S = 5.0  #: for so long a key works on after it was revoked
 _CACHE_SIZE = 10_000
 _TOUCH_S = 60.0
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class KeyRing:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = threading.Lock()
+        self._touch_at: dict[str, float] = {}  #: by key: when it is tried again, so that a lock is waited for once
         self._known: dict[str, tuple[Principal, float]] = {}  #: by digest: no plain key stays in memory
 
     def cached(self, plain: str) -> Principal | None:
@@ -169,12 +174,21 @@ class KeyRing:
         # Compared also where there is no such key, so that the answer takes as long.
         if not secrets.compare_digest(row.digest if row else "", digest) or row is None:
             raise _refused()
-        if row.untouched:
-            with statement(self._engine) as connection:
-                connection.execute(
-                    update(api_keys).where(columns.id == key_id, untouched).values(last_used_at=db_now())
-                )
+        if row.untouched and time.monotonic() >= self._touch_at.get(key_id, 0.0):
+            self._touch(update(api_keys).where(columns.id == key_id, untouched).values(last_used_at=db_now()), key_id)
         return Principal(row.tenant_id, key_id, frozenset(row.scopes), row.family)
+
+    def _touch(self, note: Update, key_id: str) -> None:
+        """Note that a key was used. Where the database takes no writes, who reads must not be refused for it."""
+        with self._lock:
+            if len(self._touch_at) >= _CACHE_SIZE:
+                self._touch_at.clear()
+            self._touch_at[key_id] = time.monotonic() + _TOUCH_S
+        try:
+            with statement(self._engine) as connection:
+                connection.execute(note)
+        except NightpressError as error:
+            log.warning("the use of key %s was not noted: %s", key_id, error)
 
 
 def _refused() -> NightpressError:

@@ -8,11 +8,13 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
+from core.errors import ErrorCode, NightpressError
 from core.numbers import whole_number
 from core.settings import Settings
 
 PREFIX = "whsec_"
 TOLERANCE_S = 300.0
+_KEY_BYTES = 32
 
 
 class SecretKeeper:
@@ -36,14 +38,21 @@ def open_keeper(settings: Settings) -> SecretKeeper:
     partial = path.with_name(f"secret.{os.getpid()}")
     if not path.exists():
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
-            stream.write(os.urandom(32))
+            stream.write(os.urandom(_KEY_BYTES))
         try:
             os.link(partial, path)  # never over another process's
         except FileExistsError:
             pass  # two processes began at a time: the first one's key counts
         finally:
             partial.unlink()
-    return SecretKeeper(path.read_bytes())
+    key = path.read_bytes()
+    if len(key) != _KEY_BYTES:
+        raise NightpressError(
+            ErrorCode.INTERNAL,
+            f"{path} holds {len(key)} bytes, not {_KEY_BYTES}: it was cut off or overwritten.",
+            hint="Restore it from a backup; or move it away, and rotate every webhook's secret after the start.",
+        )
+    return SecretKeeper(key)
 
 
 def sign(secrets: Sequence[str], message_id: str, timestamp: int, body: bytes) -> dict[str, str]:

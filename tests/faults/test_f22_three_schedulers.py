@@ -23,7 +23,10 @@ SCHEDULES, FIRES = 4, 4
 
 
 @pytest.mark.slow
-def test_every_fire_happens_once_with_three_control_processes(tmp_path: Path, sql_url: str, bert_tiny: Path):
+@pytest.mark.parametrize("clocks", [("", "", ""), ("3600", "-3600", "")], ids=["right", "two hours apart"])
+def test_every_fire_happens_once_with_three_control_processes(
+    tmp_path: Path, sql_url: str, bert_tiny: Path, clocks: tuple[str, ...]
+):
     service = Service(tmp_path, sql_url, tick_s=0.05, model_roots=[bert_tiny.parent])
     try:
         settings, objects = service.settings, open_store(service.settings)
@@ -44,7 +47,7 @@ def test_every_fire_happens_once_with_three_control_processes(tmp_path: Path, sq
             people.create(TENANT, wanted)
         start = store.now().replace(second=0, microsecond=0) - dt.timedelta(minutes=5 * FIRES)
         start -= dt.timedelta(minutes=start.minute % 5)
-        processes = [service.start_control() for _ in range(3)]
+        processes = [service.start_control(clock) for clock in clocks]
         eventually(lambda: "ticks every" in service.output() and service.output().count("ticks every") == 3)
         with transaction(service.engine) as connection:
             connection.execute(update(schedules).values(next_at=start))

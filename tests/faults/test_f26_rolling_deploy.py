@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import migrations
+from tests.api_process import ApiProcess
 from tests.servers import Valkey
-from tests.service import ROOT, Service, eventually
+from tests.service import RECIPE, ROOT, Service, eventually
 
 
 def code_before_the_newest_migration() -> bytes | None:
@@ -77,6 +78,30 @@ def test_f26_a_new_worker_waits_for_its_tables_and_does_what_old_code_submits(
         service.await_state(submitted_by(old_tree, service), "succeeded", within=60)
     finally:
         service.close()
+
+
+def test_f26_an_old_worker_does_what_a_new_api_accepts(service: Service, old_tree: Path, bert_tiny: Path) -> None:
+    old = {"PYTHONPATH": str(old_tree)}
+    service.start(str(old_tree / "tests" / "worker_process.py"), "press", cwd=old_tree, **old)
+    take_a_job_through(ApiProcess(service, bert_tiny), ROOT, service)
+
+
+def test_f26_a_new_worker_does_what_an_old_api_accepts(service: Service, old_tree: Path, bert_tiny: Path) -> None:
+    service.start_worker("press")
+    take_a_job_through(ApiProcess(service, bert_tiny), old_tree, service)
+
+
+def take_a_job_through(api: ApiProcess, tree: Path, service: Service) -> None:
+    """By HTTP alone, as a client that is told of no deploy."""
+    api.start(tree=tree)
+    with api.client() as client:
+        answer = client.post("/v1/jobs", json=api.job | {"recipe": RECIPE})
+        assert answer.status_code == 201, answer.text
+        job_id = answer.json()["id"]
+        eventually(lambda: client.get(f"/v1/jobs/{job_id}").json()["state"] == "succeeded", within=60)
+        assert client.get(f"/v1/jobs/{job_id}/artifacts").status_code == 200
+        assert client.get(f"/v1/jobs/{job_id}/report").status_code == 200
+    service.check_invariants(job_id)
 
 
 def submitted_by(tree: Path, service: Service) -> str:

@@ -236,7 +236,7 @@ def test_an_empty_file_needs_no_upload(models: ModelRegistry, store: ObjectStore
 
 
 def test_a_data_set_is_uploaded_and_counted(datasets: DataSetRegistry, store: ObjectStore) -> None:
-    data = gzip.compress(b'{"text": "good", "label": 1}\n\n{"text": "b\xc3\xa4d", "label": 0}\n')
+    data = gzip.compress(b'{"text": "good", "label": 1}\n\n{"text": "b\xc3\xa4d", "label": 0}\n', mtime=0)
     view = datasets.create("t", DataSetCreate(name="reviews", file=announced("reviews.jsonl.gz", data)))
     send(datasets, view.id, view.uploads, {"reviews.jsonl.gz": data})
     ready = datasets.complete("t", view.id)

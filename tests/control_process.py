@@ -1,0 +1,11 @@
+"""`python tests/control_process.py`: the real control process. NIGHTPRESS_TEST_CLOCK puts its clock wrong by so many seconds."""
+
+import os
+import sys
+
+from tests.worker_process import put_clock_wrong
+from worker.control import main
+
+if __name__ == "__main__":
+    put_clock_wrong(os.environ["NIGHTPRESS_TEST_CLOCK"])
+    sys.exit(main())

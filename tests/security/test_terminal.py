@@ -1,0 +1,221 @@
+"""Nothing that a server says steers the terminal: every subcommand, with every string of every answer made hostile on its way."""
+
+import http.client
+import http.server
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from client.cli.main import app, main
+from core.errors import ErrorCode, NightpressError
+from core.handoff.frames import Progress
+from tests.face import RECIPE, Face
+
+#: A title, a cleared screen, an 8-bit sequence, a bell, a hyperlink, a clipboard, a direction override, a return, all C0 and C1.
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\x1b]8;;http://x\x1b\\\x1b]52;c;eA==\x07\u202e\u2066\u200b\r\b" + "".join(
+    map(chr, (*range(9), *range(11, 32), *range(127, 160)))
+)
+_ID = re.compile(r"[a-z]+_[0-9a-z]{20,}|np_\w+|[a-z0-9]{8}")
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT")
+
+#: What prints nothing of a server, or none that this machine's owner did not start.
+_OWN = {"up", "down", "web", "press", "profile", "demo", "doctor", "reproduce", "servers"}
+
+
+class Poisoner:
+    """A proxy before the API. Each string of an answer gets the hostile text behind it, but those that would not be read at all."""
+
+    def __init__(self, port: int, document: dict[str, Any]) -> None:
+        self.identifiers = False  #: whether they are made hostile too: then what refers to them fails
+        self._fixed = set(_constants(document))
+        self._names = set(_property_names(document))
+        poisoner = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def _pass(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                server = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+                server.request(self.command, self.path, body, headers)
+                answer = server.getresponse()
+                content = poisoner.poison_body(answer.getheader("Content-Type", ""), answer.read())
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in {"content-length", "transfer-encoding", "connection", "content-encoding"}:
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+                server.close()
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass  # noqa: N815 - as the library calls them
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def poison_body(self, kind: str, body: bytes) -> bytes:
+        if "json" in kind and "ndjson" not in kind:
+            return json.dumps(self.poison(json.loads(body))).encode() if body else body
+        if "event-stream" in kind:
+            return b"\n".join(self._poison_line(line) for line in body.split(b"\n"))
+        return body
+
+    def _poison_line(self, line: bytes) -> bytes:
+        name, colon, value = line.partition(b": ")
+        return name + colon + json.dumps(self.poison(json.loads(value))).encode() if name == b"data" else line
+
+    def poison(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name if name in self._names else name + HOSTILE: self.poison(one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [self.poison(one) for one in value]
+        if not isinstance(value, str) or value in self._fixed or _TIME.match(value):
+            return value
+        return value if _ID.fullmatch(value) and not self.identifiers else value + HOSTILE
+
+
+def _constants(schema: Any) -> Iterator[str]:
+    """The values that an answer is checked against."""
+    if isinstance(schema, dict):
+        yield from (one for one in [*schema.get("enum", ()), schema.get("const")] if isinstance(one, str))
+        for one in schema.values():
+            yield from _constants(one)
+    elif isinstance(schema, list):
+        for one in schema:
+            yield from _constants(one)
+
+
+def _property_names(schema: Any) -> Iterator[str]:
+    if isinstance(schema, dict):
+        if isinstance(schema.get("properties"), dict):
+            yield from schema["properties"]
+        for one in schema.values():
+            yield from _property_names(one)
+    elif isinstance(schema, list):
+        for one in schema:
+            yield from _property_names(one)
+
+
+@pytest.fixture(scope="module")
+def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
+    face = Face(tmp_path_factory.mktemp("face"), webhook_networks=["127.0.0.0/8"])
+    face.start()
+    yield face
+    face.close()
+
+
+@pytest.fixture(scope="module")
+def poisoner(face: Face) -> Iterator[Poisoner]:
+    from api.app import create_app
+    from core.handoff.report import Report
+
+    document = {"api": create_app(face.settings).openapi(), "report": Report.model_json_schema()}
+    poisoner = Poisoner(face.settings.api_port, document)
+    yield poisoner
+    poisoner.close()
+
+
+@pytest.fixture(scope="module")
+def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """Every subcommand that asks a server, on things that have all their fields filled."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "texts.jsonl").write_text('{"text": "a"}\n' * 8)
+    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    with face.client() as client:
+        model = client.models.upload(bert_tiny, "mine").id
+        data = client.data_sets.upload(folder / "texts.jsonl", "texts").id
+        done = client.jobs.submit(model, RECIPE, labels={"team": "one"}, name="nightly").id
+        claimed = face.claim()
+        face.store.append_logs(claimed.lease, [("info", "a line"), ("error", "another")])
+        face.store.record_event(claimed.lease, "checkpoint", {"step": 1, "strange": "word"})
+        face.succeed(claimed)
+        failed = client.jobs.submit(model, RECIPE).id
+        face.fail(face.claim(), NightpressError(ErrorCode.INVALID_RECIPE, "It failed.", hint="Do this."))
+        running = client.jobs.submit(model, RECIPE).id
+        lease = face.claim().lease
+        face.store.renew(lease, ttl_s=600, progress=Progress(phase="pressing", fraction=0.3, message="block 3"))
+        client.schedules.create("nightly", "0 3 * * *", "mine", RECIPE)
+        client.schedules.trigger("nightly")
+        hook = client.webhooks.create("http://127.0.0.1:9/hook", ["job.failed"]).webhook.id
+        delivery = client.webhooks.test(hook).id
+        key = client.keys.create("other", ["jobs:read"]).record.id
+    texts = [
+        f"submit {model} -r int8-encoder", f"watch {done}", f"watch {failed}", f"wait {done}", f"wait {failed}", "ls", f"inspect {done}",
+        f"inspect {failed}", f"inspect {running}", f"logs {done}", f"cancel {done}", "cancel --label none=such", f"retry {failed}",
+        f"pull {done} --out {folder / 'pulled'}", f"pull mine --out {folder / 'latest'}", f"report {done}", f"compare {done} {done}",
+        "workers", "queues", "whoami", "audit", "recipes", "recipes show int8-encoder", "recipes schema",
+        f"recipes validate {folder / 'recipe.json'} --model {model}", "models", f"models show {model}", "models show nothing",
+        "models history mine", f"models promote mine {done}", f"models add {bert_tiny} --name second", "models rm nothing",
+        "datasets", f"datasets show {data}", f"datasets add {folder / 'texts.jsonl'} --name more", "datasets rm nothing",
+        "schedule", "schedule show nightly", "schedule edit nightly --cron 0_4_*_*_*", "schedule suspend nightly", "schedule resume nightly",
+        "schedule trigger nightly", "schedule add later --cron 0_5_*_*_* --model mine --recipe int8-encoder", "schedule rm later",
+        "webhooks", f"webhooks show {hook}", f"webhooks edit {hook} --off", f"webhooks rotate {hook}", f"webhooks test {hook}",
+        f"webhooks deliveries {hook}", f"webhooks deliveries {hook} {delivery}", f"webhooks redeliver {hook} {delivery}",
+        "webhooks add http://127.0.0.1:9/other -e job.failed", "webhooks rm whk_nothing",
+        "keys", f"keys show {key}", "keys add more --scope jobs:read", f"keys rotate {key}", f"keys rm {key}",
+        "tenants", "tenants show default", "tenants quota default max_queued_jobs=5",
+    ]  # fmt: skip
+    return [[word.replace("_*", " *") if "*" in word else word for word in text.split()] for text in texts]
+
+
+def subcommands() -> Iterator[tuple[str, ...]]:
+    for name, command in typer.main.get_command(app).commands.items():
+        below = getattr(command, "commands", None)
+        yield from ((name, one) for one in below) if below else ((name,),)
+
+
+def test_every_subcommand_that_asks_a_server_is_tried(commands: list[list[str]]) -> None:
+    tried = {tuple(command[:length]) for command in commands for length in (1, 2)}
+    groups = {command[0] for command in commands if len(command) == 1}
+    left = {one for one in subcommands() if one not in tried and one[0] not in _OWN}
+    assert not {one for one in left if not (len(one) == 2 and one[1] in {"ls", "list"} and one[0] in groups)}
+
+
+@pytest.mark.parametrize("identifiers", [False, True], ids=["fields", "identifiers too"])
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_nothing_that_a_server_says_steers_the_terminal(
+    face: Face,
+    poisoner: Poisoner,
+    commands: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    identifiers: bool,
+    form: str,
+) -> None:
+    poisoner.identifiers = identifiers
+    for name, value in face.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NIGHTPRESS_API_KEY", face.key)
+    monkeypatch.chdir(face.folder)
+    showed = 0
+    broke = []
+    for command in commands:
+        extra = ["--json"] if form == "json" else []
+        monkeypatch.setattr(sys, "argv", ["nightpress", *command, "--api", poisoner.url, *extra])
+        try:
+            main()
+        except SystemExit as ended:
+            status = ended.code
+        out, err = capsys.readouterr()
+        strange = {hex(ord(one)) for one in out + err if not one.isprintable() and one != "\n"}
+        assert not strange, (command, strange, out, err)
+        showed += "owned" in out + err
+        if "Something unexpected" in err or status == 2:
+            broke.append((command, status, err.encode("ascii", "replace")[:500]))
+    assert not broke, "\n".join(map(repr, broke))
+    assert showed > len(commands) * 2 // 3, "what is hostile was shown, without what makes it so"
