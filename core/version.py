@@ -5,4 +5,4 @@ import importlib.metadata
 VERSION = importlib.metadata.version("nightpress")
 
 #: What decides, beside model, recipe, data and device, which bytes come out. The revision is raised whenever that changes within a version.
-ENGINE = f"{VERSION}/1"
+ENGINE = f"{VERSION}/2"

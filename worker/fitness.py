@@ -25,6 +25,14 @@ _IMPORT_ERRORS = ("ImportError:", "ModuleNotFoundError:")
 log = logging.getLogger(__name__)
 
 
+class MachineFaultError(NightpressError):
+    """A fault of this machine that is known without a probe, and that other jobs need not meet: `reason` says what it is."""
+
+    def __init__(self, code: ErrorCode, message: str, *, hint: str, reason: str) -> None:
+        super().__init__(code, message, hint=hint)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Probe:
     suspects: Callable[[NightpressError], bool]  #: whether a job's failure may be this fault's

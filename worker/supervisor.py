@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
+from pydantic import ValidationError
+
 from core.artifacts.storage import ObjectStore
 from core.errors import ErrorCode, NightpressError
 from core.handoff.frames import Phase, Progress
@@ -25,10 +27,11 @@ from core.logs import log_context
 from core.recipes.models import Recipe
 from core.settings import Settings
 from core.tracing import span
+from core.version import VERSION
 from worker import sandbox
 from worker.cache import disk_errors
 from worker.checkpoints import CheckpointDepot
-from worker.fitness import Fitness
+from worker.fitness import Fitness, MachineFaultError
 from worker.lease import LeaseKeeper
 from worker.metrics import ATTEMPTS, BYTES_MOVED, GPU_SECONDS, LEASES_LOST, SECONDS_MOVING
 from worker.moving import Mover
@@ -212,7 +215,7 @@ class _Attempt:
         self._child = child = self._supervisor.take_child()
         with span("stage"):
             data = self._move(lambda: self._stage(child.job_dir))
-        recipe = Recipe.model_validate(self._job.recipe)
+        recipe = _read_recipe(self._job)
         depot = self._depot = CheckpointDepot(
             self._supervisor.checkpoints,
             self._supervisor.objects,
@@ -284,9 +287,13 @@ class _Attempt:
             if reason is None:  # once, however often the database has to be asked
                 if self._child is not None:
                     shutil.rmtree(self._child.job_dir, ignore_errors=True)  # what the job took of the disk is its own
-                reason = self._supervisor.fitness.fault_behind(error) if error.kind.retryable else ""
+                if isinstance(error, MachineFaultError):
+                    reason = error.reason
+                else:
+                    reason = self._supervisor.fitness.fault_behind(error) if error.kind.retryable else ""
             if reason and self._store.machine_faults(self._job.id) + 1 < self._job.max_failures:
-                fault = NightpressError(error.code, error.message, hint=error.hint, **error.details, machine=reason)
+                details = error.details | {"machine": reason}
+                fault = NightpressError(error.code, error.message, hint=error.hint, **details)
                 return f"{reason}; " + (
                     "given back" if self._store.release(self._lease, fault) else "given back too late"
                 )
@@ -334,6 +341,20 @@ class _Attempt:
 
     def _meter(self, phase: Phase, low: float, high: float) -> "_Meter":
         return _Meter(self._keeper, self._check, phase, low, high)
+
+
+def _read_recipe(job: Job) -> Recipe:
+    """A job's recipe. One that a newer release wrote is another worker's to read: raises MachineFaultError."""
+    try:
+        return Recipe.model_validate(job.recipe)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise MachineFaultError(
+            ErrorCode.INTERNAL,
+            f"The recipe says something that this worker's release does not know: {'.'.join(map(str, first['loc']))}: {first['msg']}.",
+            hint="Upgrade the workers to the API's release.",
+            reason=f"the worker's release, {VERSION}, is older than the API's",
+        ) from error
 
 
 class _Meter:

@@ -19,7 +19,7 @@ from core.errors import ErrorCode, NightpressError
 from core.ids import new_id
 from core.jobs.records import WorkerOffer
 from tests.servers import S3, Valkey
-from tests.service import MIB, Service, eventually
+from tests.service import MIB, RECIPE, Service, eventually
 
 
 def can_mount() -> bool:
@@ -278,3 +278,20 @@ def test_f31_a_job_is_not_offered_again_where_the_machine_failed_it_and_fails_wh
     assert [event.data["error"]["code"] for event in service.events(job_id) if event.kind == "released"] == [
         "disk_full"
     ] * 3
+
+
+def test_f31_a_recipe_of_a_newer_release_waits_for_a_worker_that_can_read_it(service: Service) -> None:
+    job_id = service.submit({**RECIPE, "passes": [{"pass": "invented-next-year"}]}, max_failures=2)
+    slot, supervisor = service.slot("press")
+    slot.serve()
+    supervisor.close()
+    job = service.job(job_id)
+    assert (job.state, job.failures) == ("queued", 0)
+    [released] = [event for event in service.events(job_id) if event.kind == "released"]
+    assert "older" in released.data["error"]["details"]["machine"]
+    other = service.submit(max_failures=2)
+    slot, supervisor = service.slot("press")
+    slot.serve()
+    supervisor.close()
+    assert service.job(other).state == "succeeded", "the worker serves what it can read"
+    assert service.job(job_id).state == "failed", "no worker of two could read it"

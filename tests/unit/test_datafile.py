@@ -176,7 +176,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "line ends of rows, packed": ("a.jsonl.gz", lambda: gzip.compress(b"\n" * 70_000_000, 1, mtime=0)),
     "line ends of a table, packed": ("a.csv.gz", lambda: gzip.compress(b"text\n" + b"\n" * 40_000_000, 1, mtime=0)),
     "one letter, packed": ("a.txt.gz", lambda: gzip.compress(b"a" * 70_000_000, 1, mtime=0)),
-    "one row, packed": ("a.jsonl.gz", lambda: gzip.compress(b'{"text": "' + b"a" * 100_000_000, 1), mtime=0),
+    "one row, packed": ("a.jsonl.gz", lambda: gzip.compress(b'{"text": "' + b"a" * 100_000_000, 1, mtime=0)),
     "empty members": ("a.txt.gz", lambda: _empty_members(500_000)),
     "empty blocks": ("a.txt.gz", lambda: _empty_blocks(4_000_000)),
     "packed twice": ("a.txt.gz", lambda: gzip.compress(gzip.compress(b"a" * 100_000_000, 1), mtime=0)),
