@@ -106,8 +106,9 @@ def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobS
     rows.check(tenants, changed)
 
     ends = utc("2031-05-06T07:08:09")
+    made = {"rotated_from": "key12345", "made_by": "key67890", "family": "keyabcde"}
     given: dict[str, Any] = {"tenant_id": "tenant-a", "name": "name-of-the-key", "expires_at": ends}
-    record, plain = create_key(engine, **given, scopes=["jobs:read"], rotated_from="key12345")
+    record, plain = create_key(engine, **given, scopes=["jobs:read"], **made)
     KeyRing(engine).authenticate(plain)
     assert revoke(engine, record.id)
     key = {
@@ -118,7 +119,7 @@ def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobS
         "created_at": rows.now,
         "revoked_at": rows.now,
         "last_used_at": rows.now,
-        "rotated_from": "key12345",
+        **made,
     }
     rows.check(api_keys, key)
 
@@ -181,13 +182,16 @@ def test_workers(engine: Engine, rows: Rows, store: JobStore) -> None:
         threads=15,
         version="version-6",
         draining=True,
+        unfit="the disk is full",
         gpu_memory=17,
         gpu_memory_used=18,
     )
     told = {column.name: getattr(worker, column.name) for column in workers.c if not column.name.endswith("_at")}
     for _ in range(2):  # the first beat inserts, the others update
         store.heartbeat_worker(worker)
-        rows.check(workers, {**told, "started_at": rows.now, "last_seen_at": rows.now})
+        rows.check(workers, {**told, "started_at": rows.now, "last_seen_at": rows.now, "left_at": None})
+    store.remove_worker(worker.id)
+    rows.check(workers, {**told, "started_at": rows.now, "last_seen_at": rows.now, "left_at": rows.now})
     rows.all_seen(workers)
 
 

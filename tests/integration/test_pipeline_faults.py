@@ -94,7 +94,7 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path, model: Path):
         ('{"text": "one short row"}\n', "fewer than two"),
         ('{"text": "fine"}\n{"txt": "no"}\n', "line 2"),
         ('{"text": "fine"}\nnot json\n', "line 2"),
-        ('{"text": "fine", "label": 1}\n{"text": " ", "label": 0}\n', "line 2: `text` is empty"),
+        ('{"text": "fine", "label": 1}\n{"text": " ", "label": 0}\n', "a single usable example"),
     ],
 )
 def test_an_unusable_data_set_is_refused(tmp_path: Path, model: Path, text: str, said: str):

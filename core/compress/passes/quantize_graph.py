@@ -289,8 +289,8 @@ def array_of(onnx: Any, tensor: Any) -> Weights:
 
 
 def effect_of(name: str, before: Weights, after: Weights) -> LayerEffect:
-    norm = float(np.linalg.norm(before))
-    error = float(np.linalg.norm(before - after)) / norm if norm else 0.0
+    norm = float(np.linalg.norm(before.astype(np.float64)))  # squares of large weights leave float32
+    error = float(np.linalg.norm(before.astype(np.float64) - after)) / norm if norm else 0.0
     return LayerEffect(name=name, bytes_before=before.nbytes, bytes_after=before.size, relative_error=error)
 
 
