@@ -228,4 +228,4 @@ def test_importing_it_loads_nothing_heavy_and_adds_less_than_its_libraries_take(
     # By turns, and the best of each: other tests share this machine's cores.
     runs = [(cpu_s_of_import("api.app"), cpu_s_of_import(_LIBRARIES)) for _ in range(5)]
     assert not runs[0][0][1] & _HEAVY
-    assert min(ours for (ours, _), _ in runs) < 2 * min(theirs for _, (theirs, _) in runs)
+    assert min(ours for (ours, _), _ in runs) < 2.5 * min(theirs for _, (theirs, _) in runs)
