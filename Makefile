@@ -18,8 +18,11 @@ up: $(VENV)/.run-installed  ## start the embedded service and stay
 test: $(VENV)/.dev-installed  ## run all tests; they start their own PostgreSQL, Valkey and S3 servers
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
+# Without those that run OpenVINO: it chooses bfloat16 by the processor that there is, and then has no kernel for it.
+AVX2_TESTS := tests/unit tests/property $(addprefix tests/integration/test_,mixtures.py aware.py evaluation.py figures_fall.py)
+
 test-avx2: $(VENV)/.dev-installed  ## the tests that touch arithmetic, with the processor's features held down to AVX2
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -m arithmetic --numprocesses auto --maxprocesses 4 --dist loadfile
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -m arithmetic --numprocesses auto --maxprocesses 4 --dist loadfile $(AVX2_TESTS)
 
 lint: $(VENV)/.dev-installed  ## ruff: format and rules
 	$(BIN)/ruff format --check .
