@@ -226,7 +226,9 @@ def hog(job_dir: Path, emit: Emit) -> Manifest:
 
 def killed_at_its_limit(job_dir: Path, emit: Emit) -> Manifest:
     """Nearly all the memory it may have, then the kernel's end."""
-    held = bytearray(JobSpec.load(job_dir).memory_limit * 95 // 100 - 65 * 1024**2)  # beside the two processes of a child
+    held = bytearray(
+        JobSpec.load(job_dir).memory_limit * 95 // 100 - 65 * 1024**2
+    )  # beside the two processes of a child
     time.sleep(1.2)  # long enough to be weighed
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError(len(held))

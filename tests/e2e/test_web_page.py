@@ -134,7 +134,9 @@ def test_every_view_is_usable_by_all_and_asks_no_other_origin(
 
 
 def test_a_worker_shows_how_much_of_its_gpus_memory_is_in_use(browser: Browser, face: Face):
-    gpu = Worker("wkr_gpu", "gpu-host", "gpu", "NVIDIA H100", 80 * GB, 16, "0.1.0", False, 85 * GB, 31 * GB)
+    gpu = Worker(
+        "wkr_gpu", "gpu-host", "gpu", "NVIDIA H100", 80 * GB, 16, "0.1.0", gpu_memory=85 * GB, gpu_memory_used=31 * GB
+    )
     face.store.heartbeat_worker(gpu)
     face.store.heartbeat_worker(Worker("wkr_cpu", "cpu-host", "cpu", "cpu", 20 * GB, 2, "0.1.0"))
     with signed_in(browser, face, "/workers") as seen:
