@@ -19,12 +19,23 @@ _AT_THE_TOP = {
     "num_channels": 1 << 10,
 }
 _MAY_BE_ZERO = frozenset({"type_vocab_size"})  # DeBERTa has no types of tokens
+#: What is no size, and what it is instead.
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("rope_parameters", "rope_scaling", "id2label", "label2id"), (dict, "an object")),
+    **dict.fromkeys(("sliding_window", "max_window_layers"), (int, "a whole number")),
+    "layer_types": (list, "a list"),
+    "rope_type": (str, "a text"),
+}
 
 
 def size_flaw(key: str, value: Any, *, at_the_top: bool = False) -> str | None:
     """Why a config can't say this; None: it can."""
     bound = _BOUNDS.get(key) or (_AT_THE_TOP.get(key) if at_the_top else None)
-    if bound is None or value is None:
+    if value is None:
+        return None
+    if key in _KINDS and not isinstance(value, _KINDS[key][0]):
+        return f"`{key}` is {str(value)[:40]}, not {_KINDS[key][1]}"
+    if bound is None:
         return None
     least = 0 if key in _MAY_BE_ZERO else 1
     for one in value if isinstance(value, list) else [value]:

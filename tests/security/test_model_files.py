@@ -279,6 +279,15 @@ def test_sizes_that_plans_reckon_with_are_numbers(folder: Path, key: str, value:
     assert key in refused(folder, ErrorCode.MALFORMED_MODEL).message
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope_scaling", 3), ("rope_parameters", {"rope_type": []}), ("sliding_window", "4096"), ("layer_types", 1), ("id2label", ["a"])],
+)  # fmt: skip
+def test_what_plans_read_has_the_kind_that_transformers_writes(folder: Path, key: str, value: object) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, key: value}))
+    assert "not a" in refused(folder, ErrorCode.MALFORMED_MODEL).message
+
+
 def test_a_folder_of_endless_files_is_refused(folder: Path) -> None:
     for number in range(2001):
         (folder / f"{number}.txt").touch()
