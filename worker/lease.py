@@ -112,20 +112,20 @@ class LeaseKeeper:
         self._on_renewed()
 
     def _flush(self) -> None:
-        while self._notes and not self._gone:
-            kind, data = note = self._notes[0]
-            self._store.record_event(self._lease, kind, data)
-            with self._changed:
-                if self._notes and self._notes[0] is note:
-                    self._notes.popleft()
+        """Lines first: a checkpoint in the history means that what was logged before it is stored too, if this worker is killed now."""
         with self._changed:
-            lines = list(self._lines)
+            lines, notes = list(self._lines), list(self._notes)
             self._lines.clear()
+            self._notes.clear()
         try:
             while lines and not self._gone:
                 self._store.append_logs(self._lease, lines[:_LOG_BATCH])
                 del lines[:_LOG_BATCH]
+            while notes and not self._gone:
+                self._store.record_event(self._lease, *notes[0])
+                del notes[0]
         except Exception:
             with self._changed:  # in their order; a full deque drops at its left end, the oldest first
                 self._lines = deque([*lines, *self._lines], maxlen=_LOG_LINES)
+                self._notes = deque([*notes, *self._notes], maxlen=_NOTES)
             raise

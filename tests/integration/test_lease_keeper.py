@@ -56,3 +56,19 @@ def test_the_newest_lines_of_a_log_are_kept_in_their_order(engine: Engine, monke
         connection.execute(text("ALTER TABLE away RENAME TO job_logs"))
     keeper.close()
     assert [line.text for line in store.logs(lease.job_id)] == lines[-KEPT:]
+
+
+def test_lines_are_stored_before_the_checkpoint_that_followed_them(engine: Engine) -> None:
+    """Who reads of a checkpoint may kill this worker: its log must be there by then."""
+    store = JobStore(engine)
+    submit(store)
+    lease = claim(store, ttl_s=TTL_S).lease
+    keeper = LeaseKeeper(store, lease, ttl_s=TTL_S, claimed_at=time.monotonic(), on_renewed=lambda: None)
+    with engine.connect() as holder, holder.begin():
+        holder.execute(text("LOCK TABLE job_events IN ACCESS EXCLUSIVE MODE"))
+        keeper.log_line("info", "step 1")
+        keeper.note("checkpoint", {"step": 1})
+        eventually(lambda: somebody_waits(engine))
+        assert [line.text for line in store.logs(lease.job_id)] == ["step 1"]
+    keeper.close()
+    assert [event.data for event in store.events(lease.job_id) if event.kind == "checkpoint"] == [{"step": 1}]
