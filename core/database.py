@@ -149,7 +149,7 @@ def make_engine(url: str, *, pool_size: int = 5, lock_wait_s: float = _LOCK_WAIT
             json_serializer=_dump_json,
         )
         event.listen(engine, "connect", _sqlite_connect)
-        event.listen(engine, "begin", _sqlite_begin)
+        event.listen(engine, "begin", partial(_sqlite_begin, lock_wait_s))
         return engine
     if parsed.get_backend_name() == "postgresql":
         engine = create_engine(
@@ -226,34 +226,39 @@ def _sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA foreign_keys=ON")
 
 
-def _sqlite_begin(connection: Connection) -> None:
+def _sqlite_begin(lock_wait_s: float, connection: Connection) -> None:
+    options = connection.get_execution_options()
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {round(options.get('lock_wait_s', lock_wait_s) * 1000)}")
     # A writer that starts as a reader fails with "database is locked" when it turns writer: say so at once instead.
-    read_only = connection.get_execution_options().get("read_only", False)
-    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+    connection.exec_driver_sql("BEGIN" if options.get("read_only", False) else "BEGIN IMMEDIATE")
 
 
 @contextmanager
-def transaction(engine: Engine, *, read_only: bool = False) -> Iterator[Connection]:
-    """One transaction: committed at the end, rolled back on any error.
+def transaction(engine: Engine, *, read_only: bool = False, lock_wait_s: float | None = None) -> Iterator[Connection]:
+    """One transaction: committed at the end, rolled back on any error. It waits for locks as long as the engine does, or `lock_wait_s`.
 
     Raises NightpressError(database_unavailable) where the database can't be reached or stays locked.
     """
-    with _connected(engine, read_only=read_only, autocommit=read_only) as connection:
+    options: dict[str, Any] = {"read_only": read_only}
+    if lock_wait_s is not None:
+        options["lock_wait_s"] = lock_wait_s
+    with _connected(engine, options, autocommit=read_only) as connection:
+        if lock_wait_s is not None and engine.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(lock_wait_s * 1000)}")
         yield connection
 
 
 @contextmanager
 def statement(engine: Engine) -> Iterator[Connection]:
     """For one statement that is a transaction by itself: on PostgreSQL it saves the round trips of BEGIN and COMMIT."""
-    with _connected(engine, read_only=False, autocommit=True) as connection:
+    with _connected(engine, {}, autocommit=True) as connection:
         yield connection
 
 
 @contextmanager
-def _connected(engine: Engine, *, read_only: bool, autocommit: bool) -> Iterator[Connection]:
-    options: dict[str, Any] = {"read_only": read_only}
+def _connected(engine: Engine, options: dict[str, Any], *, autocommit: bool) -> Iterator[Connection]:
     if autocommit and engine.dialect.name == "postgresql":
-        options["isolation_level"] = "AUTOCOMMIT"
+        options = options | {"isolation_level": "AUTOCOMMIT"}
     try:
         with engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection

@@ -40,6 +40,7 @@ _SHAPE = re.compile(r"np_([a-z0-9]{8})_([A-Za-z0-9_-]{43})([0-9a-f]{6})")
 _CACHE_S = 5.0  #: for so long a key works on after it was revoked
 _CACHE_SIZE = 10_000
 _TOUCH_S = 60.0
+_TOUCH_WAIT_S = 0.2  #: for a lock: the request that the key came with may have to wait for the same one
 
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class KeyRing:
                 self._touch_at.clear()
             self._touch_at[key_id] = time.monotonic() + _TOUCH_S
         try:
-            with statement(self._engine) as connection:
+            with transaction(self._engine, lock_wait_s=_TOUCH_WAIT_S) as connection:
                 connection.execute(note)
         except NightpressError as error:
             log.warning("the use of key %s was not noted: %s", key_id, error)

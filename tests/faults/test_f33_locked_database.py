@@ -89,7 +89,8 @@ def test_f33_a_submission_behind_a_lock_that_lasts_hears_when_to_come_again(serv
         with locked(service):
             began = time.monotonic()
             refused = client.post("/v1/jobs", json=api.job, timeout=60)
-            assert time.monotonic() - began < (LOCK_WAIT_S + 3) * slowness()
+            # One wait, though this is the key's first use, which is noted too.
+            assert time.monotonic() - began < min((LOCK_WAIT_S + 3) * slowness(), 2 * LOCK_WAIT_S)
         assert (refused.status_code, refused.json()["code"]) == (503, "database_unavailable")
         assert int(refused.headers["retry-after"]) > 0
         assert client.post("/v1/jobs", json=api.job).status_code == 201
