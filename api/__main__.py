@@ -1,14 +1,14 @@
-"""`python -m api`: serve on the address that the settings name, 127.0.0.1 unless told otherwise."""
+"""`python -m nightpress.api`: serve on the address that the settings name, 127.0.0.1 unless told otherwise."""
 
 import socket
 
 import uvicorn
 
-from api.app import create_app
-from api.connections import configure
-from core.logs import configure_logging
-from core.settings import load_settings
-from core.tracing import configure_tracing
+from nightpress.api.app import create_app
+from nightpress.api.connections import configure
+from nightpress.core.logs import configure_logging
+from nightpress.core.settings import load_settings
+from nightpress.core.tracing import configure_tracing
 
 
 class Server(uvicorn.Server):

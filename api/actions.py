@@ -5,9 +5,9 @@ from typing import Any
 
 from starlette.types import Scope
 
-from api.deps import Services
-from core.access.keys import Principal
-from core.errors import NightpressError
+from nightpress.api.deps import Services
+from nightpress.core.access.keys import Principal
+from nightpress.core.errors import NightpressError
 
 #: Jobs carry the key that asked for them, and parts are bytes of what was already announced.
 _TOLD_ELSEWHERE = {("POST", "/v1/jobs"), ("PUT", "/parts/{number}"), ("POST", "/v1/recipes/validate")}

@@ -11,15 +11,15 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.routing import Route
 
-from api import once, pages, problems
-from api.admission import UPLOADS, Admission
-from api.deps import API_KEY_SCHEME, Services
-from api.edge import Edge
-from api.metrics import ApiMetrics
-from api.problems import documented
-from api.ratelimit import RateLimiter
-from api.readiness import DatabaseProbe
-from api.routes import (
+from nightpress.api import once, pages, problems
+from nightpress.api.admission import UPLOADS, Admission
+from nightpress.api.deps import API_KEY_SCHEME, Services
+from nightpress.api.edge import Edge
+from nightpress.api.metrics import ApiMetrics
+from nightpress.api.problems import documented
+from nightpress.api.ratelimit import RateLimiter
+from nightpress.api.readiness import DatabaseProbe
+from nightpress.api.routes import (
     admin,
     datasets,
     health,
@@ -36,27 +36,27 @@ from api.routes import (
     webhooks,
     workers,
 )
-from api.tail import Tail
-from core.access.audit import AuditLog
-from core.access.idempotency import IdempotencyBook
-from core.access.issuing import KeyIssuer
-from core.access.keys import KeyRing
-from core.access.quotas import QuotaBook
-from core.artifacts.storage import open_store
-from core.database import make_engine
-from core.errors import ErrorCode
-from core.jobs.positions import read_positions
-from core.jobs.service import JobService
-from core.jobs.store import JobStore
-from core.promotions.store import PromotionStore
-from core.registry.datasets import DataSetRegistry
-from core.registry.models import ModelRegistry
-from core.schedules.service import ScheduleService
-from core.schedules.store import ScheduleStore
-from core.schemas import Problem
-from core.settings import Settings
-from core.webhooks.signing import open_keeper
-from core.webhooks.store import WebhookStore
+from nightpress.api.tail import Tail
+from nightpress.core.access.audit import AuditLog
+from nightpress.core.access.idempotency import IdempotencyBook
+from nightpress.core.access.issuing import KeyIssuer
+from nightpress.core.access.keys import KeyRing
+from nightpress.core.access.quotas import QuotaBook
+from nightpress.core.artifacts.storage import open_store
+from nightpress.core.database import make_engine
+from nightpress.core.errors import ErrorCode
+from nightpress.core.jobs.positions import read_positions
+from nightpress.core.jobs.service import JobService
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.promotions.store import PromotionStore
+from nightpress.core.registry.datasets import DataSetRegistry
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.schedules.service import ScheduleService
+from nightpress.core.schedules.store import ScheduleStore
+from nightpress.core.schemas import Problem
+from nightpress.core.settings import Settings
+from nightpress.core.webhooks.signing import open_keeper
+from nightpress.core.webhooks.store import WebhookStore
 
 _ROUTES = (
     jobs,
@@ -110,7 +110,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def open_services(settings: Settings) -> Services:
     """Open the database, the storage and the broker's bell. Nothing is asked of them yet: a part that is away is /readyz's to tell."""
-    from core.jobs.ring import Ringer  # Celery: a fifth of the time that importing this module would take
+    from nightpress.core.jobs.ring import Ringer  # Celery: a fifth of the time that importing this module would take
 
     engine = make_engine(settings.sql_url, pool_size=_SQL_CONNECTIONS)
     threads = ThreadPoolExecutor(_SQL_CONNECTIONS, thread_name_prefix="sql")

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from api.problems import MEDIA_TYPE, problem_body
-from core.errors import ErrorCode, NightpressError
-from core.settings import Settings
+from nightpress.api.problems import MEDIA_TYPE, problem_body
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.settings import Settings
 
 _HEAD_BYTES = 32 * 1024  #: of a request line and its headers
 _HEADERS = 100

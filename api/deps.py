@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 from fastapi import Depends, Query, Request
 from sqlalchemy import Engine
 
-from api.admission import Admission
-from api.metrics import ApiMetrics
-from api.ratelimit import RateLimiter, too_many
-from api.readiness import DatabaseProbe
-from api.tail import Tail
-from core.access.audit import AuditLog
-from core.access.idempotency import IdempotencyBook
-from core.access.issuing import KeyIssuer
-from core.access.keys import KeyRing, Principal
-from core.access.quotas import QuotaBook
-from core.artifacts.storage import ObjectStore
-from core.errors import ErrorCode, NightpressError
-from core.jobs.service import JobService
-from core.jobs.store import JobStore
-from core.promotions.store import PromotionStore
-from core.registry.datasets import DataSetRegistry
-from core.registry.models import ModelRegistry
-from core.schedules.service import ScheduleService
-from core.settings import Settings
-from core.webhooks.store import WebhookStore
+from nightpress.api.admission import Admission
+from nightpress.api.metrics import ApiMetrics
+from nightpress.api.ratelimit import RateLimiter, too_many
+from nightpress.api.readiness import DatabaseProbe
+from nightpress.api.tail import Tail
+from nightpress.core.access.audit import AuditLog
+from nightpress.core.access.idempotency import IdempotencyBook
+from nightpress.core.access.issuing import KeyIssuer
+from nightpress.core.access.keys import KeyRing, Principal
+from nightpress.core.access.quotas import QuotaBook
+from nightpress.core.artifacts.storage import ObjectStore
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.service import JobService
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.promotions.store import PromotionStore
+from nightpress.core.registry.datasets import DataSetRegistry
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.schedules.service import ScheduleService
+from nightpress.core.settings import Settings
+from nightpress.core.webhooks.store import WebhookStore
 
 if TYPE_CHECKING:
-    from core.jobs.ring import Ringer
+    from nightpress.core.jobs.ring import Ringer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -91,7 +91,7 @@ API_KEY_SCHEME = {
     "ApiKey": {
         "type": "http",
         "scheme": "bearer",
-        "description": "An API key, `np_…`. `nightpress up` writes one to its data folder; `python -m core.access create-key` makes more.",
+        "description": "An API key, `np_…`. `nightpress up` writes one to its data folder; `python -m nightpress.core.access create-key` makes more.",
     }
 }
 

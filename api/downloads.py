@@ -9,9 +9,9 @@ from urllib.parse import quote
 from fastapi import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from api.deps import Services
-from api.problems import problem
-from core.errors import ErrorCode, NightpressError
+from nightpress.api.deps import Services
+from nightpress.api.problems import problem
+from nightpress.core.errors import ErrorCode, NightpressError
 
 #: Asked for by a browser, whose scripts may not follow a redirect to another origin: it gets the address to go to instead.
 LOCATION_TYPE = "application/vnd.nightpress.location+json"

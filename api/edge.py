@@ -9,14 +9,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.actions import note_action
-from api.metrics import ApiMetrics
-from api.problems import on_unexpected, problem
-from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.logs import log_context
-from core.numbers import whole_number
-from core.tracing import NOT_TRACED, SpanNotes, span
+from nightpress.api.actions import note_action
+from nightpress.api.metrics import ApiMetrics
+from nightpress.api.problems import on_unexpected, problem
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.logs import log_context
+from nightpress.core.numbers import whole_number
+from nightpress.core.tracing import NOT_TRACED, SpanNotes, span
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 #: Routes that take files rather than JSON bound their body themselves, by the size that was announced.

@@ -9,9 +9,9 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from api.deps import Services, authenticated
-from core.access.idempotency import Answered
-from core.errors import ErrorCode, NightpressError
+from nightpress.api.deps import Services, authenticated
+from nightpress.core.access.idempotency import Answered
+from nightpress.core.errors import ErrorCode, NightpressError
 
 HEADER = "Idempotency-Key"
 REPLAYED = "Idempotency-Replayed"

@@ -11,8 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from core.errors import ERROR_KINDS, ErrorCode, NightpressError
-from core.schemas import Problem
+from nightpress.core.errors import ERROR_KINDS, ErrorCode, NightpressError
+from nightpress.core.schemas import Problem
 
 log = logging.getLogger(__name__)
 

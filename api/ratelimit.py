@@ -5,8 +5,8 @@ import math
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from api.broker import client_url
-from core.errors import ErrorCode, NightpressError
+from nightpress.api.broker import client_url
+from nightpress.core.errors import ErrorCode, NightpressError
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -5,9 +5,9 @@ import time
 
 from sqlalchemy import inspect, text
 
-from core.database import make_engine, transaction
-from core.errors import ErrorCode, NightpressError
-from migrations import newest
+from nightpress.core.database import make_engine, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.migrations import newest
 
 _LOCK_WAIT_S = 1.0
 _WRITE_EVERY_S = 1.0
@@ -45,7 +45,7 @@ class DatabaseProbe:
             raise NightpressError(
                 ErrorCode.DATABASE_UNAVAILABLE,
                 f"The database is at revision {found or 'none'}; this version needs {newest()}.",
-                hint="Run `python -m migrations upgrade` with the same settings.",
+                hint="Run `python -m nightpress.migrations upgrade` with the same settings.",
                 said="is not migrated",
             )
 

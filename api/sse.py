@@ -8,12 +8,12 @@ from typing import TypeVar
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
-from api.deps import Services
-from core.errors import ErrorCode, NightpressError
-from core.jobs.positions import Position
-from core.jobs.records import Event, Job, LogLine
-from core.numbers import whole_number
-from core.schemas import TERMINAL_STATES
+from nightpress.api.deps import Services
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.positions import Position
+from nightpress.core.jobs.records import Event, Job, LogLine
+from nightpress.core.numbers import whole_number
+from nightpress.core.schemas import TERMINAL_STATES
 
 MEDIA_TYPE = "text/event-stream"
 HEARTBEAT_S = 15.0  #: a comment line so often, so that proxies keep the connection and we notice a reader that went

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import Header
 
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.errors import ErrorCode, NightpressError
 
 IfMatch = Annotated[
     str | None, Header(max_length=64, description="The ETag that was read: 412 where somebody changed it since.")

@@ -6,9 +6,9 @@ import time
 
 from starlette.requests import Request
 
-from api.deps import Services
-from core.jobs.records import Job
-from core.jobs.states import is_terminal
+from nightpress.api.deps import Services
+from nightpress.core.jobs.records import Job
+from nightpress.core.jobs.states import is_terminal
 
 LONGEST_S = 60
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?(?=$|[,;\s])", re.IGNORECASE)

@@ -51,7 +51,7 @@ def prepare(folder: Path, samples: int, length: int) -> None:
     """The model, and the token ids to calibrate and to evaluate on, for both sides."""
     import numpy as np
 
-    from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+    from nightpress.core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
     from tests.models import smollm_dir
 
     model = folder / "model"
@@ -76,9 +76,9 @@ def press(source: Path, name: str, calibration: Path, out: Path) -> None:
     import numpy as np
     import torch
 
-    from core.compress.passes import MODEL_PASSES, PassContext, calibrated
-    from core.recipes.inspect import FolderFiles, inspect_model
-    from core.recipes.models import parse_recipe
+    from nightpress.core.compress.passes import MODEL_PASSES, PassContext, calibrated
+    from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+    from nightpress.core.recipes.models import parse_recipe
 
     given = METHODS[name]
     export = "safetensors" if given["pass"] in {"sparsegpt", "wanda"} else "compressed-tensors"

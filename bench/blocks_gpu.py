@@ -26,18 +26,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from core.compress.checkpoint import read_shards, write_index
-from core.compress.context import PassContext
-from core.compress.executors.blocks import Method, press_blocks
-from core.compress.passes.activations import RoundedInputs
-from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
-from core.compress.solvers.gram import Gram
-from core.recipes.calibration import Calibration
-from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.linears import is_linear_weight
-from core.recipes.passes import Awq, Fp8, Gptq, SmoothQuant, SparseGpt, Wanda
-from core.recipes.passes.base import OnLinears
+from nightpress.core.compress.checkpoint import read_shards, write_index
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.blocks import Method, press_blocks
+from nightpress.core.compress.passes.activations import RoundedInputs
+from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
+from nightpress.core.compress.solvers.gram import Gram
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.linears import is_linear_weight
+from nightpress.core.recipes.passes import Awq, Fp8, Gptq, SmoothQuant, SparseGpt, Wanda
+from nightpress.core.recipes.passes.base import OnLinears
 
 VOCABULARY = 128256
 

@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.compress import pipeline
-from core.compress.evaluate import quality, speed
-from core.compress.evaluate.consumer import run_consumer
-from core.compress.executors import graph
-from core.compress.export import onnx, openvino, safetensors
-from core.compress.passes import PassContext
-from core.handoff.report import Report
-from core.handoff.spec import JobSpec
-from core.recipes.builtins import get_recipe
-from core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.compress import pipeline
+from nightpress.core.compress.evaluate import quality, speed
+from nightpress.core.compress.evaluate.consumer import run_consumer
+from nightpress.core.compress.executors import graph
+from nightpress.core.compress.export import onnx, openvino, safetensors
+from nightpress.core.compress.passes import PassContext
+from nightpress.core.handoff.report import Report
+from nightpress.core.handoff.spec import JobSpec
+from nightpress.core.recipes.builtins import get_recipe
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from tests.models import minilm_dir
 
 

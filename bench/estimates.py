@@ -25,16 +25,16 @@ from typing import Any
 
 import psutil
 
-from client.cli.press import write_job
-from core.handoff.frames import Progress, Result, parse_frame
-from core.handoff.report import REPORT_FILE, Report
-from core.handoff.spec import OUT_DIR
-from core.recipes.costs import GPU_RUNTIME_BYTES
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.placement import Seat
-from core.recipes.plan import make_plan
-from worker.process import ChildProcess
+from nightpress.client.cli.press import write_job
+from nightpress.core.handoff.frames import Progress, Result, parse_frame
+from nightpress.core.handoff.report import REPORT_FILE, Report
+from nightpress.core.handoff.spec import OUT_DIR
+from nightpress.core.recipes.costs import GPU_RUNTIME_BYTES
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.placement import Seat
+from nightpress.core.recipes.plan import make_plan
+from nightpress.worker.process import ChildProcess
 
 MIB = 1024**2
 _EVERY_S = 0.05  #: how often memory is looked at

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import machine_of
-from core.compress import pipeline
-from core.handoff.report import Report, read_report
-from core.handoff.spec import JobSpec
-from core.recipes.models import parse_recipe
+from nightpress.core.compress import pipeline
+from nightpress.core.handoff.report import Report, read_report
+from nightpress.core.handoff.spec import JobSpec
+from nightpress.core.recipes.models import parse_recipe
 from tests.models import smollm_dir
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -36,7 +36,7 @@ def write_model(folder: Path, size: int) -> int:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from core.compress.checkpoint import write_index
+    from nightpress.core.compress.checkpoint import write_index
 
     matrices = {
         **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
@@ -77,9 +77,9 @@ def press(model: Path, work: Path, name: str) -> dict[str, Any]:
     """One pass in this process."""
     import torch
 
-    from core.compress.passes import MODEL_PASSES, PassContext, calibrated
-    from core.recipes.inspect import FolderFiles, inspect_model
-    from core.recipes.models import parse_recipe
+    from nightpress.core.compress.passes import MODEL_PASSES, PassContext, calibrated
+    from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+    from nightpress.core.recipes.models import parse_recipe
 
     recipe = parse_recipe({"name": "bench", "passes": [PASSES[name]], "exports": ["compressed-tensors"]})
     ids = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))

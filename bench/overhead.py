@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from core.compress import pipeline
-from core.handoff.report import REPORT_FILE, read_report
-from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, JobSpec
-from core.recipes.builtins import get_recipe
+from nightpress.core.compress import pipeline
+from nightpress.core.handoff.report import REPORT_FILE, read_report
+from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, JobSpec
+from nightpress.core.recipes.builtins import get_recipe
 from tests.models import minilm_dir, smollm_dir
 
 BAR = 0.20

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.compress.checkpoint import read_shards
-from core.compress.context import PassContext
-from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
-from core.compress.export import compressed_tensors, safetensors
-from core.compress.passes import MODEL_PASSES
-from core.recipes.calibration import Calibration
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
+from nightpress.core.compress.checkpoint import read_shards
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+from nightpress.core.compress.export import compressed_tensors, safetensors
+from nightpress.core.compress.passes import MODEL_PASSES
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
 from tests.models import smollm_dir
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

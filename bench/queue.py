@@ -26,11 +26,11 @@ from typing import Any
 import psutil
 from sqlalchemy import Engine, event, text
 
-import migrations
-from core.database import make_engine, transaction
-from core.errors import NightpressError
-from core.jobs.queries import JobsWanted
-from core.jobs.store import JobStore
+from nightpress import migrations
+from nightpress.core.database import make_engine, transaction
+from nightpress.core.errors import NightpressError
+from nightpress.core.jobs.queries import JobsWanted
+from nightpress.core.jobs.store import JobStore
 from tests.jobs import add_model, offer, submit
 from tests.servers import Postgres
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import migrations
+from nightpress import migrations
 from tests.servers import Postgres, Valkey
 from tests.service import Service, eventually
 

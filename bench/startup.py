@@ -4,7 +4,7 @@
 
 submit → child running: from before the POST until SQL says that the child reported its first phase, with a warm spare, and beside
 it the same without one. Worker ready: from the start of the process until it is registered and hears rings, beside a bare Celery
-worker. `import api.app` beside the import of the libraries it stands on. Memory: proportional set size (pages shared between
+worker. `import nightpress.api.app` beside the import of the libraries it stands on. Memory: proportional set size (pages shared between
 processes count once in all), resident set size and anonymous memory.
 """
 
@@ -59,7 +59,9 @@ class Stack:
             "NIGHTPRESS_WORKER_SPARE": str(spare),
         }
         self.env = env
-        self.process = subprocess.Popen([sys.executable, "-m", "worker.devstack"], env=env, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nightpress.worker.devstack"], env=env, stdout=subprocess.DEVNULL
+        )
         self._wait(lambda: self.client().get("/v1/workers").json()["items"], 90)
         self.http = self.client()
         answer = self.http.post("/v1/models", json={"name": "bert-tiny", "path": str(next(models.iterdir()))})
@@ -119,7 +121,7 @@ class Stack:
     def worker_ready(self) -> float:
         """Seconds until a second worker hears rings."""
         started = time.perf_counter()
-        command = [sys.executable, "-m", "worker"]
+        command = [sys.executable, "-m", "nightpress.worker"]
         process = subprocess.Popen(command, env=self.env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         return _seconds_until(process, process.stderr, "ready", started)
 
@@ -214,7 +216,7 @@ def measure(jobs: int) -> dict[str, Any]:
             "bar": 3,
         },
         "import_s": {
-            "api.app": round(import_seconds("import api.app"), 2),
+            "nightpress.api.app": round(import_seconds("import nightpress.api.app"), 2),
             "fastapi, sqlalchemy, celery": round(import_seconds("import fastapi, sqlalchemy, celery"), 2),
             "bar": 1,
         },

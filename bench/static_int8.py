@@ -22,17 +22,17 @@ from typing import Any
 import numpy as np
 
 from bench.machine import machine_of
-from core.compress import pipeline
-from core.compress.evaluate import quality, speed
-from core.compress.evaluate.calibration import calibration_samples
-from core.compress.evaluate.consumer import run_consumer
-from core.compress.executors import graph
-from core.compress.export import onnx, openvino, safetensors
-from core.compress.passes import PassContext
-from core.handoff.report import Report
-from core.handoff.spec import JobSpec
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
+from nightpress.core.compress import pipeline
+from nightpress.core.compress.evaluate import quality, speed
+from nightpress.core.compress.evaluate.calibration import calibration_samples
+from nightpress.core.compress.evaluate.consumer import run_consumer
+from nightpress.core.compress.executors import graph
+from nightpress.core.compress.export import onnx, openvino, safetensors
+from nightpress.core.compress.passes import PassContext
+from nightpress.core.handoff.report import Report
+from nightpress.core.handoff.spec import JobSpec
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
 from tests.models import minilm_dir
 
 RECIPE = {

@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.compress.evaluate import quality
-from core.compress.executors import graph
-from core.compress.passes import PassContext
-from core.compress.passes.static_int8 import static_int8
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.passes import StaticInt8
-from core.recipes.plan import make_plan
+from nightpress.core.compress.evaluate import quality
+from nightpress.core.compress.executors import graph
+from nightpress.core.compress.passes import PassContext
+from nightpress.core.compress.passes.static_int8 import static_int8
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import StaticInt8
+from nightpress.core.recipes.plan import make_plan
 
 
 def main() -> int:

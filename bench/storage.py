@@ -23,8 +23,8 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from pydantic import SecretStr
 
-from core.artifacts.storage import open_store
-from core.settings import Settings
+from nightpress.core.artifacts.storage import open_store
+from nightpress.core.settings import Settings
 from tests.servers import S3
 
 MIB = 1024**2

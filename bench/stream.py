@@ -125,10 +125,10 @@ def press(source: Path, target: Path, bits: int, threads: int) -> dict[str, floa
 def child(source: Path, target: Path, bits: int, threads: int) -> None:
     import threading
 
-    from core.compress.checkpoint import read_shards
-    from core.compress.passes import MODEL_PASSES, PassContext
-    from core.recipes.header import ModelHeader
-    from core.recipes.passes import WeightOnly
+    from nightpress.core.compress.checkpoint import read_shards
+    from nightpress.core.compress.passes import MODEL_PASSES, PassContext
+    from nightpress.core.recipes.header import ModelHeader
+    from nightpress.core.recipes.passes import WeightOnly
 
     header = ModelHeader(
         model_type="llama",

@@ -19,9 +19,9 @@ from typing import Any
 import httpx
 import psutil
 
-import migrations
-from core.access.keys import create_key
-from core.jobs.records import Claimed
+from nightpress import migrations
+from nightpress.core.access.keys import create_key
+from nightpress.core.jobs.records import Claimed
 from tests.jobs import offer, succeeded
 from tests.servers import Postgres, Valkey, free_port
 from tests.service import Service, eventually
@@ -84,7 +84,7 @@ def measure(clients: int) -> dict[str, Any]:
             jobs = [service.submit() for _ in range(JOBS)]
             claimed = [one for one in (service.store.claim(offer(), ttl_s=3600.0) for _ in jobs) if one is not None]
             key = create_key(service.engine, tenant_id="default", name="bench", scopes=["jobs:read"])[1]
-            process = psutil.Process(service.start("-m", "api").pid)
+            process = psutil.Process(service.start("-m", "nightpress.api").pid)
             base = f"http://127.0.0.1:{port}"
             eventually(lambda: _healthy(base), within=60)
             idle, peak, over = process.memory_info().rss, [0], threading.Event()

@@ -41,8 +41,8 @@ def serve_bare(url: str, port: int) -> None:
     from sqlalchemy import Column, MetaData, String, Table, insert
     from sqlalchemy.dialects.postgresql import JSONB
 
-    from core.database import make_engine
-    from core.ids import new_id
+    from nightpress.core.database import make_engine
+    from nightpress.core.ids import new_id
 
     engine = make_engine(url, pool_size=POOL)
     rows = Table("bare", MetaData(), Column("id", String(40), primary_key=True), Column("body", JSONB, nullable=False))
@@ -193,9 +193,9 @@ def start(command: list[str], port: int, env: dict[str, str], log: Path) -> subp
 
 
 def measure(folder: Path, *, seconds: float, rounds: int, durable: bool) -> dict[str, Any]:
-    import migrations
-    from core.access.keys import create_key
-    from core.database import make_engine
+    from nightpress import migrations
+    from nightpress.core.access.keys import create_key
+    from nightpress.core.database import make_engine
     from tests.models import bert_tiny_dir
     from tests.servers import Postgres, Valkey, free_port
 
@@ -220,7 +220,7 @@ def measure(folder: Path, *, seconds: float, rounds: int, durable: bool) -> dict
         bare = [sys.executable, "-m", "bench.submit", "--serve-bare", url, str(bare_port)]
         servers = []
         try:
-            servers.append(start([sys.executable, "-m", "api"], ours_port, settings, folder / "ours.log"))
+            servers.append(start([sys.executable, "-m", "nightpress.api"], ours_port, settings, folder / "ours.log"))
             servers.append(start(bare, bare_port, {}, folder / "bare.log"))
             headers = {"Authorization": f"Bearer {key}"}
             made = httpx.post(

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.compress.checkpoint import read_shards
-from core.compress.context import PassContext
-from core.compress.executors.examples import Examples, collate, read_examples
-from core.compress.executors.skeleton import Source
-from core.compress.networks import load_model
-from core.compress.passes import MODEL_PASSES
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
+from nightpress.core.compress.checkpoint import read_shards
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.examples import Examples, collate, read_examples
+from nightpress.core.compress.executors.skeleton import Source
+from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.passes import MODEL_PASSES
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
 
 TRAIN = {"data": "train", "length": 96, "batch": 32, "learning_rate": 1e-4, "validation": 0.05}
 RECIPES: dict[str, list[dict[str, Any]]] = {

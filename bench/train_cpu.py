@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from bench.train import accuracy, compare_steps, test_rows, unship
-from core.compress import environment
-from core.compress.context import PassContext
-from core.compress.evaluate.data import Sequences, pad
-from core.compress.executors import graph
-from core.compress.executors.examples import Examples
-from core.compress.exits import load_exits
-from core.compress.export.early_exit import trace_exits
-from core.compress.networks import load_model
-from core.compress.solvers.exits import choose, outcomes
-from core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.compress import environment
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.data import Sequences, pad
+from nightpress.core.compress.executors import graph
+from nightpress.core.compress.executors.examples import Examples
+from nightpress.core.compress.exits import load_exits
+from nightpress.core.compress.export.early_exit import trace_exits
+from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.solvers.exits import choose, outcomes
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 
 #: token ids [1, S] → the model's outputs
 Run = Callable[[np.ndarray[Any, Any]], Any]
@@ -160,7 +160,7 @@ def _exits(
 
 
 def _at(scores: Any, right: Any, depths: Any, threshold: float) -> tuple[float, float]:
-    from core.compress.solvers.exits import outcome
+    from nightpress.core.compress.solvers.exits import outcome
 
     found = outcome(scores, right, depths, threshold)
     return found.depth, found.accuracy

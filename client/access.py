@@ -4,8 +4,8 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import Any
 
-from client.calls import Call, given, if_match, nothing, path_of, post, reader
-from core.schemas import (
+from nightpress.client.calls import Call, given, if_match, nothing, path_of, post, reader
+from nightpress.core.schemas import (
     AuditView,
     DeliveryView,
     KeyCreate,

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, overload
 
-from client.calls import Call
-from core.schemas import Page
+from nightpress.client.calls import Call
+from nightpress.core.schemas import Page
 
 if TYPE_CHECKING:
-    from client.asynchronous import AsyncClient
-    from client.client import Client
+    from nightpress.client.asynchronous import AsyncClient
+    from nightpress.client.client import Client
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")

@@ -10,17 +10,17 @@ from typing import Self, TypeVar
 
 import httpx
 
-from client import access, calls
-from client.asking import AsksAsync, AsyncResource, PagesAsync
-from client.calls import Call
-from client.client import Client
-from client.errors import ApiError, UnreachableError
-from client.events import EVENTS, LOGS, Numbered, Stream, Tail
-from client.folders import plain_name
-from client.transfers import UNWATCHED, Meter
-from client.transport import attempts_at, read_answer
-from client.waiting import Pace
-from core.schemas import (
+from nightpress.client import access, calls
+from nightpress.client.asking import AsksAsync, AsyncResource, PagesAsync
+from nightpress.client.calls import Call
+from nightpress.client.client import Client
+from nightpress.client.errors import ApiError, UnreachableError
+from nightpress.client.events import EVENTS, LOGS, Numbered, Stream, Tail
+from nightpress.client.folders import plain_name
+from nightpress.client.transfers import UNWATCHED, Meter
+from nightpress.client.transport import attempts_at, read_answer
+from nightpress.client.waiting import Pace
+from nightpress.core.schemas import (
     TERMINAL_STATES,
     DataSetCreate,
     DataSetView,

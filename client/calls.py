@@ -12,8 +12,8 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, TypeAdapter
 
-from core.recipes.plan import Plan
-from core.schemas import (
+from nightpress.core.recipes.plan import Plan
+from nightpress.core.schemas import (
     ArtifactView,
     CancelledView,
     DataSetCreate,

@@ -10,17 +10,17 @@ from typing import Self, TypeVar
 
 import httpx
 
-from client import access, calls
-from client.asking import Asks, Pages, Resource
-from client.calls import Call
-from client.discovery import options_from
-from client.errors import ApiError, ClientError, UnreachableError
-from client.events import EVENTS, LOGS, Numbered, Stream, Tail
-from client.folders import ModelFolder, plain_name, read_model_folder
-from client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
-from client.transport import attempts_at, read_answer
-from client.waiting import Pace
-from core.schemas import (
+from nightpress.client import access, calls
+from nightpress.client.asking import Asks, Pages, Resource
+from nightpress.client.calls import Call
+from nightpress.client.discovery import options_from
+from nightpress.client.errors import ApiError, ClientError, UnreachableError
+from nightpress.client.events import EVENTS, LOGS, Numbered, Stream, Tail
+from nightpress.client.folders import ModelFolder, plain_name, read_model_folder
+from nightpress.client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
+from nightpress.client.transport import attempts_at, read_answer
+from nightpress.client.waiting import Pace
+from nightpress.core.schemas import (
     TERMINAL_STATES,
     DataSetCreate,
     DataSetView,

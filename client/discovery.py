@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import httpx
 
-from client.errors import ClientError
-from client.servers import Servers, read_servers, servers_file
-from client.transport import Options
-from core.settings import Settings, load_settings
-from core.stack_state import STATE_FILE, StackState
+from nightpress.client.errors import ClientError
+from nightpress.client.servers import Servers, read_servers, servers_file
+from nightpress.client.transport import Options
+from nightpress.core.settings import Settings, load_settings
+from nightpress.core.stack_state import STATE_FILE, StackState
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 

@@ -5,8 +5,8 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from core.numbers import whole_number
-from core.schemas import Problem
+from nightpress.core.numbers import whole_number
+from nightpress.core.schemas import Problem
 
 
 class ClientError(Exception):

@@ -8,10 +8,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
-from client.calls import Call, list_events, list_logs
-from client.errors import ApiError
-from client.transport import Options, not_reachable
-from core.schemas import EventView, LogView
+from nightpress.client.calls import Call, list_events, list_logs
+from nightpress.client.errors import ApiError
+from nightpress.client.transport import Options, not_reachable
+from nightpress.core.schemas import EventView, LogView
 
 
 class Numbered(Protocol):

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.filenames import check_names, choose_files
-from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.pooling import module_folders
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.filenames import check_names, choose_files
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.pooling import module_folders
 
 
 @dataclass(frozen=True)

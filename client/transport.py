@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import httpx
 
-from client.calls import Call
-from client.errors import ApiError, ClientError, UnreachableError, retry_after_of
-from core.version import VERSION
+from nightpress.client.calls import Call
+from nightpress.client.errors import ApiError, ClientError, UnreachableError, retry_after_of
+from nightpress.core.version import VERSION
 
 Answer = TypeVar("Answer")
 

@@ -2,8 +2,8 @@
 
 import time
 
-from client.errors import ApiError, UnreachableError
-from core.schemas import JobView
+from nightpress.client.errors import ApiError, UnreachableError
+from nightpress.core.schemas import JobView
 
 
 class Pace:

@@ -44,7 +44,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.errors import ErrorCode, NightpressError
 
 #: None is SQL's NULL, so that constraints may ask `IS NULL`
 JsonType = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")

@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Engine, Row, Select, literal, tuple_
 from sqlalchemy.sql.elements import KeyedColumnElement
 
-from core.database import UtcDateTime, clean_text, transaction
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.database import UtcDateTime, clean_text, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
 
 Order = Sequence[KeyedColumnElement[Any]]
 

@@ -14,9 +14,9 @@ from pydantic import (
     model_validator,
 )
 
-from core.recipes.jsonfile import is_text
-from core.recipes.models import Name
-from core.recipes.plan import Plan
+from nightpress.core.recipes.jsonfile import is_text
+from nightpress.core.recipes.models import Name
+from nightpress.core.recipes.plan import Plan
 
 Item = TypeVar("Item")
 JobState = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]

@@ -1,6 +1,6 @@
 """What people edit carries a version, so that nobody's change is written over, or deleted, by somebody who hasn't seen it."""
 
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.errors import ErrorCode, NightpressError
 
 
 def changed_since() -> NightpressError:

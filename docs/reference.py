@@ -10,16 +10,16 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from client.cli.main import app
-from core.errors import ERROR_KINDS
-from core.handoff.report import Report
-from core.recipes.builtins import builtin_recipes, builtin_text
-from core.recipes.calibration import Calibration
-from core.recipes.exports import Export
-from core.recipes.models import GATE_METRICS, GenerationSpeed, Latency, Quality, Recipe
-from core.recipes.passes import PASS_TYPES
-from core.recipes.targets import AIMS, Aim
-from core.settings import Settings
+from nightpress.client.cli.main import app
+from nightpress.core.errors import ERROR_KINDS
+from nightpress.core.handoff.report import Report
+from nightpress.core.recipes.builtins import builtin_recipes, builtin_text
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.models import GATE_METRICS, GenerationSpeed, Latency, Quality, Recipe
+from nightpress.core.recipes.passes import PASS_TYPES
+from nightpress.core.recipes.targets import AIMS, Aim
+from nightpress.core.settings import Settings
 
 _GENERATED = "<!-- Written by docs/reference.py from the code; change the code, not this page. -->\n\n"
 

@@ -1,13 +1,13 @@
-"""`python -m migrations upgrade|downgrade|check [--url …] [--to REVISION]`, `python -m migrations revision -m MESSAGE`."""
+"""`python -m nightpress.migrations upgrade|downgrade|check [--url …] [--to REVISION]`, `python -m nightpress.migrations revision -m MESSAGE`."""
 
 import argparse
 
-import migrations
-from core.settings import load_settings
+from nightpress import migrations
+from nightpress.core.settings import load_settings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m migrations", description="Change the database's shape.")
+    parser = argparse.ArgumentParser(prog="python -m nightpress.migrations", description="Change the database's shape.")
     parser.add_argument("action", choices=["upgrade", "downgrade", "check", "revision"])
     parser.add_argument("--url", help="SQLAlchemy URL; default: NIGHTPRESS_DATABASE_URL")
     parser.add_argument("--to", help="revision; default: head for upgrade, base for downgrade")

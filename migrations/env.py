@@ -6,14 +6,14 @@ from alembic import context
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
 
-import core.access.tables
-import core.jobs.tables
-import core.promotions.tables
-import core.registry.tables
-import core.schedules.tables
-import core.webhooks.tables  # noqa: F401 - importing a module of tables adds them to the metadata
-from core.database import make_engine, metadata
-from core.settings import load_settings
+import nightpress.core.access.tables
+import nightpress.core.jobs.tables
+import nightpress.core.promotions.tables
+import nightpress.core.registry.tables
+import nightpress.core.schedules.tables
+import nightpress.core.webhooks.tables  # noqa: F401 - importing a module of tables adds them to the metadata
+from nightpress.core.database import make_engine, metadata
+from nightpress.core.settings import load_settings
 
 _LOCK_KEY = 7_126_001  #: any number, the same in every process: migrations wait for each other
 
@@ -47,7 +47,7 @@ def _migrate(connection: Connection) -> None:
         target_metadata=metadata,
         render_as_batch=connection.dialect.name == "sqlite",
         compare_server_default=True,
-        user_module_prefix="core.database.",
+        user_module_prefix="nightpress.core.database.",
     )
     with context.begin_transaction():
         context.run_migrations()

@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 from sqlalchemy import update
 
-from api.__main__ import main
-from core.access.keys import create_key
-from core.database import transaction
-from core.ids import new_id
-from core.jobs.store import JobStore
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.registry.tables import models
+from nightpress.api.__main__ import main
+from nightpress.core.access.keys import create_key
+from nightpress.core.database import transaction
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.registry.tables import models
 from tests.servers import free_port
 from tests.service import ROOT, TENANT, Service, eventually
 
@@ -27,7 +27,7 @@ SCOPES = ("jobs:read", "jobs:write", "models:read", "models:write")
 
 
 class ApiProcess:
-    """`python -m api` of an installation, and a model that a plan can be made for."""
+    """`python -m nightpress.api` of an installation, and a model that a plan can be made for."""
 
     def __init__(self, service: Service, model: Path) -> None:
         self._service = service
@@ -42,7 +42,7 @@ class ApiProcess:
 
     def start(self, dies: str = "", tree: Path = ROOT) -> None:
         """`dies`: before or after the commit of the first submission. `tree`: whose code it is."""
-        script = ("-P", "tests/api_process.py", dies) if dies else ("-m", "api")
+        script = ("-P", "tests/api_process.py", dies) if dies else ("-m", "nightpress.api")
         more = {"NIGHTPRESS_API_PORT": str(self._port), "PYTHONPATH": str(tree)}
         self.process = self._service.start(*script, cwd=tree, **more)
         with self.client() as client:

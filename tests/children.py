@@ -1,6 +1,6 @@
 """Children that misbehave on purpose: the real child, with another press than the pipeline.
 
-`python tests/children.py BEHAVIOUR …` takes what `python -m worker.child …` takes.
+`python tests/children.py BEHAVIOUR …` takes what `python -m nightpress.worker.child …` takes.
 """
 
 import ctypes
@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from core.errors import ErrorCode, NightpressError
-from core.handoff.frames import Checkpoint, Frame, Log, Progress
-from core.handoff.manifest import ArtifactEntry, Manifest, describe_file
-from core.handoff.report import Report, Subject
-from core.handoff.spec import JobSpec
-from worker.child import main
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Checkpoint, Frame, Log, Progress
+from nightpress.core.handoff.manifest import ArtifactEntry, Manifest, describe_file
+from nightpress.core.handoff.report import Report, Subject
+from nightpress.core.handoff.spec import JobSpec
+from nightpress.worker.child import main
 
 Emit = Callable[[Frame], None]
 
@@ -140,7 +140,7 @@ def chaotic(job_dir: Path, emit: Emit) -> Manifest:
 
 def pipeline_until(job_dir: Path, emit: Emit) -> Manifest:
     """The real pipeline. `:N` stops for ever behind block N of the first attempt's second pass."""
-    from core.compress import pipeline
+    from nightpress.core.compress import pipeline
 
     stop_at = int(sys.argv[1].partition(":")[2]) if JobSpec.load(job_dir).attempt == 1 else 0
 
@@ -156,7 +156,7 @@ def pipeline_until(job_dir: Path, emit: Emit) -> Manifest:
 
 def pipeline_until_said(job_dir: Path, emit: Emit) -> Manifest:
     """The real pipeline. `:TEXT` stops the first attempt for ever at the first message or checkpoint's path that holds TEXT."""
-    from core.compress import pipeline
+    from nightpress.core.compress import pipeline
 
     text = sys.argv[1].partition(":")[2]
     stops = JobSpec.load(job_dir).attempt == 1
@@ -175,7 +175,7 @@ def pipeline_until_said(job_dir: Path, emit: Emit) -> Manifest:
 
 def telling(job_dir: Path, emit: Emit) -> Manifest:
     """The real pipeline. Its messages go to the job's log too, a line each."""
-    from core.compress import pipeline
+    from nightpress.core.compress import pipeline
 
     def emit_and_tell(frame: Frame) -> None:
         emit(frame)

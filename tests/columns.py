@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, Table, select
 
-from core.database import read_now, transaction
+from nightpress.core.database import read_now, transaction
 
 Row = Mapping[str, Any]
 A_MINUTE = dt.timedelta(minutes=1)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from client.cli.main import main
+from nightpress.client.cli.main import main
 from tests.face import Face
 from tests.service import ROOT
 

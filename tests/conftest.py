@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-import migrations
+from nightpress import migrations
 from tests.models import bert_tiny_dir, minilm_dir, smollm_dir
 from tests.servers import S3, Postgres, Valkey
 

@@ -3,8 +3,8 @@
 import os
 import sys
 
+from nightpress.worker.control import main
 from tests.worker_process import put_clock_wrong
-from worker.control import main
 
 if __name__ == "__main__":
     put_clock_wrong(os.environ["NIGHTPRESS_TEST_CLOCK"])

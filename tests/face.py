@@ -10,17 +10,17 @@ from typing import Any
 
 import httpx
 
-import migrations
-from client import Client
-from core.access.keys import ALL_SCOPES, create_key
-from core.artifacts.storage import open_store
-from core.database import make_engine
-from core.errors import NightpressError
-from core.handoff.manifest import ArtifactEntry, Manifest, describe_folder
-from core.handoff.report import GateResult, Measurement, Report, Subject, Timing, Verification
-from core.jobs.records import Claimed, Succeeded, WorkerOffer
-from core.jobs.store import JobStore
-from core.settings import Settings
+from nightpress import migrations
+from nightpress.client import Client
+from nightpress.core.access.keys import ALL_SCOPES, create_key
+from nightpress.core.artifacts.storage import open_store
+from nightpress.core.database import make_engine
+from nightpress.core.errors import NightpressError
+from nightpress.core.handoff.manifest import ArtifactEntry, Manifest, describe_folder
+from nightpress.core.handoff.report import GateResult, Measurement, Report, Subject, Timing, Verification
+from nightpress.core.jobs.records import Claimed, Succeeded, WorkerOffer
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.settings import Settings
 from tests.servers import free_port
 from tests.service import ROOT, eventually
 
@@ -58,7 +58,7 @@ class Face:
     def start(self) -> None:
         with (self.folder / "api.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "api"], env=self.environment(), cwd=ROOT, stdout=log, stderr=log
+                [sys.executable, "-m", "nightpress.api"], env=self.environment(), cwd=ROOT, stdout=log, stderr=log
             )
         eventually(self._alive, within=30)
 

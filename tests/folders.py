@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.compress.checkpoint import INDEX_FILE, read_shards
-from core.recipes.header import ModelHeader
+from nightpress.core.compress.checkpoint import INDEX_FILE, read_shards
+from nightpress.core.recipes.header import ModelHeader
 
 
 def header_of(folder: Path) -> ModelHeader:

@@ -18,29 +18,29 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from api.downloads import _wanted_range
-from api.sse import resume_point
-from api.versions import version_of
-from api.waiting import preferred_wait
-from core.compress.evaluate.data import FastTokenizer, read_records, read_rows
-from core.compress.lineage import read_lineage
-from core.errors import NightpressError
-from core.jobs.tables import jobs
-from core.paging import _read_cursor
-from core.recipes.builtins import builtin_recipes, builtin_text
-from core.recipes.datafile import examine_data
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.jsonfile import parse_json, walk
-from core.recipes.models import load_recipe, parse_gate, parse_recipe
-from core.recipes.plan import make_plan
-from core.schedules.cron import parse_cron
-from core.schemas import DataSetCreate, JobCreate, ModelCreate, ScheduleCreate, ValidateRequest
-from core.settings import Settings
-from core.sources.address import parse_address
-from core.webhooks.courier import pause_after
-from core.webhooks.outbound import Answer
-from core.webhooks.signing import verify
-from core.webhooks.targets import check_target
+from nightpress.api.downloads import _wanted_range
+from nightpress.api.sse import resume_point
+from nightpress.api.versions import version_of
+from nightpress.api.waiting import preferred_wait
+from nightpress.core.compress.evaluate.data import FastTokenizer, read_records, read_rows
+from nightpress.core.compress.lineage import read_lineage
+from nightpress.core.errors import NightpressError
+from nightpress.core.jobs.tables import jobs
+from nightpress.core.paging import _read_cursor
+from nightpress.core.recipes.builtins import builtin_recipes, builtin_text
+from nightpress.core.recipes.datafile import examine_data
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.jsonfile import parse_json, walk
+from nightpress.core.recipes.models import load_recipe, parse_gate, parse_recipe
+from nightpress.core.recipes.plan import make_plan
+from nightpress.core.schedules.cron import parse_cron
+from nightpress.core.schemas import DataSetCreate, JobCreate, ModelCreate, ScheduleCreate, ValidateRequest
+from nightpress.core.settings import Settings
+from nightpress.core.sources.address import parse_address
+from nightpress.core.webhooks.courier import pause_after
+from nightpress.core.webhooks.outbound import Answer
+from nightpress.core.webhooks.signing import verify
+from nightpress.core.webhooks.targets import check_target
 from tests.fuzz_values import any_text, any_value, as_json, mangled, spoiled
 
 SLOW_S = 1.0  #: processor time of one input

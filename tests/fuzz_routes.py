@@ -12,8 +12,8 @@ from urllib.parse import quote_from_bytes
 import httpx
 from sqlalchemy import select
 
-from core.errors import ErrorCode
-from core.registry.tables import data_sets, models
+from nightpress.core.errors import ErrorCode
+from nightpress.core.registry.tables import data_sets, models
 from tests.face import RECIPE, Face
 from tests.fuzz_readers import _ROWS
 from tests.fuzz_values import any_text, any_value, as_json, mangled, spoiled

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
 
 
 def tensor(name: str, *shape: int, dtype: str = "BF16") -> TensorInfo:

@@ -5,12 +5,12 @@ from typing import Any
 
 from sqlalchemy import Engine, insert, select, update
 
-from core.database import db_now, transaction
-from core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
-from core.jobs.records import Claimed, Lease, MetricRow, NewJob, Succeeded, WorkerOffer
-from core.jobs.store import JobStore
-from core.jobs.tables import jobs
-from core.registry.tables import models
+from nightpress.core.database import db_now, transaction
+from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
+from nightpress.core.jobs.records import Claimed, Lease, MetricRow, NewJob, Succeeded, WorkerOffer
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.jobs.tables import jobs
+from nightpress.core.registry.tables import models
 
 MODEL_ID = "model_tiny"
 GB = 10**9

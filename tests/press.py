@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from core.compress import pipeline
-from core.handoff.frames import Frame
-from core.handoff.manifest import Manifest
-from core.handoff.report import Report
-from core.handoff.spec import DATA_DIR, SOURCE_DIR, JobSpec
-from core.recipes.models import parse_recipe
+from nightpress.core.compress import pipeline
+from nightpress.core.handoff.frames import Frame
+from nightpress.core.handoff.manifest import Manifest
+from nightpress.core.handoff.report import Report
+from nightpress.core.handoff.spec import DATA_DIR, SOURCE_DIR, JobSpec
+from nightpress.core.recipes.models import parse_recipe
 
 
 def lay_out(job_dir: Path, model: Path, recipe: dict[str, Any], data: dict[str, str] | None = None) -> Path:

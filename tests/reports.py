@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from core.handoff.report import Report
+from nightpress.core.handoff.report import Report
 
 DIGEST = "sha256:" + "3f9a1c" * 10 + "0b1e"
 

@@ -19,7 +19,7 @@ import psycopg
 import redis
 from botocore.config import Config
 
-from core.ids import new_id
+from nightpress.core.ids import new_id
 from tests.patience import slowness
 
 

@@ -15,24 +15,24 @@ import psutil
 from pydantic import SecretStr
 from sqlalchemy import insert, select
 
-from core.artifacts.storage import ObjectStore, open_store
-from core.database import db_now, make_engine, transaction
-from core.handoff.manifest import describe_folder, digest_of
-from core.ids import new_id
-from core.jobs.checkpoints import CheckpointIndex
-from core.jobs.records import Event, Job, NewJob, WorkerOffer
-from core.jobs.ring import RING_TASK, make_celery
-from core.jobs.store import JobStore
-from core.jobs.tables import jobs
-from core.registry.tables import models
-from core.settings import Settings
+from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.handoff.manifest import describe_folder, digest_of
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.checkpoints import CheckpointIndex
+from nightpress.core.jobs.records import Event, Job, NewJob, WorkerOffer
+from nightpress.core.jobs.ring import RING_TASK, make_celery
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.jobs.tables import jobs
+from nightpress.core.registry.tables import models
+from nightpress.core.settings import Settings
+from nightpress.worker.cache import BlobCache
+from nightpress.worker.folder import WorkerFolder
+from nightpress.worker.process import CHILD_COMMAND
+from nightpress.worker.slot import Slot
+from nightpress.worker.staging import Stager
+from nightpress.worker.supervisor import Supervisor
 from tests.patience import slowness
-from worker.cache import BlobCache
-from worker.folder import WorkerFolder
-from worker.process import CHILD_COMMAND
-from worker.slot import Slot
-from worker.staging import Stager
-from worker.supervisor import Supervisor
 
 ROOT = Path(__file__).parents[1]
 TENANT = "default"
@@ -248,7 +248,7 @@ class Service:
         self, behaviour: str | None = "press", *, through: Sequence[str] = (), **more: str
     ) -> "subprocess.Popen[bytes]":
         before = len(self.store.workers())
-        script = (str(ROOT / "tests" / "worker_process.py"), behaviour) if behaviour else ("-m", "worker")
+        script = (str(ROOT / "tests" / "worker_process.py"), behaviour) if behaviour else ("-m", "nightpress.worker")
         process = self.start(*script, through=through, **more)
         eventually(lambda: len(self.store.workers()) > before or process.poll() is not None, within=60)
         assert process.poll() is None, self.output()
@@ -257,7 +257,7 @@ class Service:
     def start_control(self, clock_wrong_by: str = "") -> "subprocess.Popen[bytes]":
         if clock_wrong_by:
             return self.start("tests/control_process.py", NIGHTPRESS_TEST_CLOCK=clock_wrong_by)
-        return self.start("-m", "worker.control")
+        return self.start("-m", "nightpress.worker.control")
 
     def output(self) -> str:
         return (self.settings.data_dir / "processes.log").read_text(errors="replace")

@@ -25,9 +25,9 @@ from pathlib import Path
 import psutil
 import psycopg
 
-import migrations
-from core.handoff.spec import JobSpec
-from core.jobs.ring import make_celery
+from nightpress import migrations
+from nightpress.core.handoff.spec import JobSpec
+from nightpress.core.jobs.ring import make_celery
 from tests.servers import S3, Postgres, Valkey
 from tests.service import Service
 

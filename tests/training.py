@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from core.compress.context import PassContext
-from core.compress.passes import MODEL_PASSES
-from core.handoff.report import PassRecord
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.plan import make_plan
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.passes import MODEL_PASSES
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
 
 _WORDS = ("lamp", "river", "stone", "window", "garden", "letter", "horse", "winter", "road", "bread")
 

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from core.logs import configure_logging
-from core.settings import load_settings
-from worker.app import run_worker
+from nightpress.core.logs import configure_logging
+from nightpress.core.settings import load_settings
+from nightpress.worker.app import run_worker
 
 
 def put_clock_wrong(by: str) -> None:

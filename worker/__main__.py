@@ -1,12 +1,12 @@
-"""`python -m worker`: one worker for NIGHTPRESS_WORKER_QUEUE."""
+"""`python -m nightpress.worker`: one worker for NIGHTPRESS_WORKER_QUEUE."""
 
 import sys
 
-from core.errors import NightpressError
-from core.logs import configure_logging
-from core.settings import load_settings
-from worker import sandbox
-from worker.app import run_worker
+from nightpress.core.errors import NightpressError
+from nightpress.core.logs import configure_logging
+from nightpress.core.settings import load_settings
+from nightpress.worker import sandbox
+from nightpress.worker.app import run_worker
 
 
 def main() -> int:

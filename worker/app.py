@@ -9,26 +9,26 @@ from celery import Celery, signals
 from celery.apps.worker import Worker as CeleryWorker
 from celery.worker import state as celery_state
 
-from core.artifacts.storage import open_store
-from core.database import make_engine
-from core.ids import new_id
-from core.jobs.checkpoints import CheckpointIndex
-from core.jobs.claims import Caps
-from core.jobs.records import WorkerOffer
-from core.jobs.ring import make_celery
-from core.jobs.store import JobStore
-from core.settings import Settings
-from core.tracing import configure_tracing
-from worker.cache import BlobCache
-from worker.folder import WorkerFolder
-from worker.metrics import serve_metrics
-from worker.offer import make_offer
-from worker.probe import probe_walls
-from worker.process import CHILD_COMMAND
-from worker.slot import Slot
-from worker.staging import Stager
-from worker.supervisor import Supervisor
-from worker.tasks import add_tasks
+from nightpress.core.artifacts.storage import open_store
+from nightpress.core.database import make_engine
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.checkpoints import CheckpointIndex
+from nightpress.core.jobs.claims import Caps
+from nightpress.core.jobs.records import WorkerOffer
+from nightpress.core.jobs.ring import make_celery
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.settings import Settings
+from nightpress.core.tracing import configure_tracing
+from nightpress.worker.cache import BlobCache
+from nightpress.worker.folder import WorkerFolder
+from nightpress.worker.metrics import serve_metrics
+from nightpress.worker.offer import make_offer
+from nightpress.worker.probe import probe_walls
+from nightpress.worker.process import CHILD_COMMAND
+from nightpress.worker.slot import Slot
+from nightpress.worker.staging import Stager
+from nightpress.worker.supervisor import Supervisor
+from nightpress.worker.tasks import add_tasks
 
 _RESTART_S = 1.0
 _OLDEST_SHARE = 1 / 8  #: of the claims: what low priorities get of a queue that never empties

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from core.artifacts.storage import OnBytes, wrong_checksum
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.artifacts.storage import OnBytes, wrong_checksum
+from nightpress.core.errors import ErrorCode, NightpressError
 
 _CHUNK = 1024**2
 

@@ -13,16 +13,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from core.artifacts.storage import ObjectStore, OnBytes
-from core.errors import ErrorCode, NightpressError
-from core.handoff.checkpoints import pass_folder, pass_record, prefix_digests
-from core.handoff.frames import Checkpoint
-from core.handoff.manifest import FileEntry
-from core.handoff.spec import WORK_DIR
-from core.jobs.checkpoints import CheckpointIndex, StoredFile, folder_of, key_of
-from core.jobs.records import Job, Lease
-from core.recipes.models import Recipe
-from core.version import ENGINE
+from nightpress.core.artifacts.storage import ObjectStore, OnBytes
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.checkpoints import pass_folder, pass_record, prefix_digests
+from nightpress.core.handoff.frames import Checkpoint
+from nightpress.core.handoff.manifest import FileEntry
+from nightpress.core.handoff.spec import WORK_DIR
+from nightpress.core.jobs.checkpoints import CheckpointIndex, StoredFile, folder_of, key_of
+from nightpress.core.jobs.records import Job, Lease
+from nightpress.core.recipes.models import Recipe
+from nightpress.core.version import ENGINE
 
 _WAITING = 256  #: files that wait to be stored; more are not stored
 

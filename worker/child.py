@@ -1,6 +1,6 @@
 """The child: two processes for one job. The inner one presses, within walls; the outer one only watches over it.
 
-`python -m worker.child --frames FD JOB_DIR` starts warm: the inner process closes itself in, imports the compression core, then
+`python -m nightpress.worker.child --frames FD JOB_DIR` starts warm: the inner process closes itself in, imports the compression core, then
 waits. A line on the outer one's standard input starts it. Every further byte there says that the supervisor still holds the
 job's lease; silence for longer than the line allows, or the end of the stream, ends everything that the child started. A
 supervisor sees the outer process alone: it ends as the inner one did, by the same status or signal.
@@ -20,13 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from core.errors import ErrorCode, NightpressError
-from core.handoff.frames import Frame, Result
-from core.handoff.manifest import Manifest
-from core.handoff.spec import JobSpec
-from worker import sandbox
-from worker.enclosure import Enclosure, enclose
-from worker.walls import Walls
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Frame, Result
+from nightpress.core.handoff.manifest import Manifest
+from nightpress.core.handoff.spec import JobSpec
+from nightpress.worker import sandbox
+from nightpress.worker.enclosure import Enclosure, enclose
+from nightpress.worker.walls import Walls
 
 FRAMES_FD = 3
 
@@ -35,14 +35,14 @@ Press = Callable[[Path, Callable[[Frame], None]], Manifest]
 
 
 def _load_pipeline() -> Press:
-    from core.compress import pipeline  # torch is imported here
+    from nightpress.core.compress import pipeline  # torch is imported here
 
     return pipeline.run
 
 
 def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pipeline) -> NoReturn:
     """Start the inner process: it loads what presses, waits for the word, presses and ends. Watch over it until then."""
-    parser = argparse.ArgumentParser(prog="python -m worker.child")
+    parser = argparse.ArgumentParser(prog="python -m nightpress.worker.child")
     parser.add_argument("--frames", type=int, default=FRAMES_FD, help="file descriptor the frames go to")
     parser.add_argument("--keep-network", action="store_true", help="don't cut this child off from the network")
     parser.add_argument("job_dir", type=Path)

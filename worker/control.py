@@ -11,32 +11,32 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
-from core.access.audit import AuditLog
-from core.access.idempotency import IdempotencyBook
-from core.access.quotas import QuotaBook
-from core.artifacts.storage import ObjectStore, open_store
-from core.database import make_engine
-from core.errors import NightpressError
-from core.jobs.checkpoints import CheckpointIndex, folder_of
-from core.jobs.retention import JobRetention
-from core.jobs.ring import Ringer
-from core.jobs.roster import FLEET_MEMORY_S
-from core.jobs.service import JobService
-from core.jobs.store import JobStore
-from core.logs import configure_logging
-from core.registry.datasets import DataSetRegistry
-from core.registry.intake import Intake
-from core.registry.models import ModelRegistry
-from core.schedules.bringing import Bringer
-from core.schedules.firing import Firing
-from core.schedules.store import ScheduleStore
-from core.settings import Settings, load_settings
-from core.tracing import configure_tracing
-from core.webhooks.courier import Courier
-from core.webhooks.signing import open_keeper
-from core.webhooks.store import WebhookStore
-from worker.health import mark_alive
-from worker.metrics import LEASES_EXPIRED, TICKS, serve_metrics
+from nightpress.core.access.audit import AuditLog
+from nightpress.core.access.idempotency import IdempotencyBook
+from nightpress.core.access.quotas import QuotaBook
+from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.database import make_engine
+from nightpress.core.errors import NightpressError
+from nightpress.core.jobs.checkpoints import CheckpointIndex, folder_of
+from nightpress.core.jobs.retention import JobRetention
+from nightpress.core.jobs.ring import Ringer
+from nightpress.core.jobs.roster import FLEET_MEMORY_S
+from nightpress.core.jobs.service import JobService
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.logs import configure_logging
+from nightpress.core.registry.datasets import DataSetRegistry
+from nightpress.core.registry.intake import Intake
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.schedules.bringing import Bringer
+from nightpress.core.schedules.firing import Firing
+from nightpress.core.schedules.store import ScheduleStore
+from nightpress.core.settings import Settings, load_settings
+from nightpress.core.tracing import configure_tracing
+from nightpress.core.webhooks.courier import Courier
+from nightpress.core.webhooks.signing import open_keeper
+from nightpress.core.webhooks.store import WebhookStore
+from nightpress.worker.health import mark_alive
+from nightpress.worker.metrics import LEASES_EXPIRED, TICKS, serve_metrics
 
 _SWEEP_EVERY_S = 60.0
 _ABANDONED_S = 3600.0  #: files of lost attempts, and what a deletion left, are swept so long after

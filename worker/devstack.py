@@ -1,4 +1,4 @@
-"""`python -m worker.devstack`: the whole service on one machine, in one folder: a Valkey server, API, one worker, control.
+"""`python -m nightpress.worker.devstack`: the whole service on one machine, in one folder: a Valkey server, API, one worker, control.
 
 Everything lives in NIGHTPRESS_DATA_DIR and survives a kill: the processes notice their parent's death and end, a second
 start finds their state and goes on.
@@ -26,14 +26,14 @@ from filelock import FileLock, Timeout
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-import migrations
-from core.access.keys import ALL_SCOPES, KeyRing, create_key
-from core.database import make_engine, unavailable
-from core.errors import ErrorCode, NightpressError
-from core.settings import Settings, load_settings
-from core.stack_state import STATE_FILE, StackState
-from core.webhooks.signing import open_keeper
-from worker import sandbox
+from nightpress import migrations
+from nightpress.core.access.keys import ALL_SCOPES, KeyRing, create_key
+from nightpress.core.database import make_engine, unavailable
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.settings import Settings, load_settings
+from nightpress.core.stack_state import STATE_FILE, StackState
+from nightpress.core.webhooks.signing import open_keeper
+from nightpress.worker import sandbox
 
 _START_S = 30.0
 _MAX_SOCKET_PATH = 100  #: bytes; the kernel takes 107
@@ -67,7 +67,11 @@ class DevStack:
         open_keeper(self._settings)
         self._spawn("broker", self._broker_command())
         self._wait("broker", self._ping_broker)
-        for name, module in (("api", "api"), ("worker", "worker"), ("control", "worker.control")):
+        for name, module in (
+            ("api", "nightpress.api"),
+            ("worker", "nightpress.worker"),
+            ("control", "nightpress.worker.control"),
+        ):
             self._spawn(name, [sys.executable, "-m", module])
         self._wait("api", self._ping_api)
         self._write_state()

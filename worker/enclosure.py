@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import psutil
 
-from worker import kernel, sandbox, walls
-from worker.walls import Walls
+from nightpress.worker import kernel, sandbox, walls
+from nightpress.worker.walls import Walls
 
 
 class Enclosure:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.artifacts.storage import ObjectStore
-from core.errors import ErrorCode, NightpressError
-from core.settings import Settings
+from nightpress.core.artifacts.storage import ObjectStore
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.settings import Settings
 
 _ROOM_BYTES = 1024**3  #: that a disk must have free, or a tenth of it where it is small
 _PROBE_S = 60.0

@@ -1,6 +1,6 @@
 """Liveness for container engines: a worker or control process touches a file each time it gets round, and this looks how old it is.
 
-`python -m worker.health` ends with status 0 while the worker beside it gets round, `--control` asks for the control process.
+`python -m nightpress.worker.health` ends with status 0 while the worker beside it gets round, `--control` asks for the control process.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from core.settings import load_settings
+from nightpress.core.settings import load_settings
 
 STALE_S = 60.0  #: twelve beats of a worker
 
@@ -34,7 +34,7 @@ def _mark(data_dir: Path, role: Role) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m worker.health", description=__doc__.splitlines()[0] if __doc__ else None
+        prog="python -m nightpress.worker.health", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("--control", action="store_true", help="ask for the control process")
     role: Role = "control" if parser.parse_args(argv).control else "worker"

@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from core.handoff.frames import Progress
-from core.jobs.records import Lease
-from core.jobs.store import JobStore
-from worker.metrics import PhaseClock
+from nightpress.core.handoff.frames import Progress
+from nightpress.core.jobs.records import Lease
+from nightpress.core.jobs.store import JobStore
+from nightpress.worker.metrics import PhaseClock
 
 _LONGEST_INTERVAL_S = 2.0  #: how late a cancellation may be noticed
 _SHORTEST_INTERVAL_S = 0.5  #: between two reports of progress

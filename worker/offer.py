@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 
-from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Worker, WorkerOffer
-from core.settings import Settings
-from worker.gpus import Gpu, GpuError, list_gpus, memory_used, visible_gpus
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.records import Worker, WorkerOffer
+from nightpress.core.settings import Settings
+from nightpress.worker.gpus import Gpu, GpuError, list_gpus, memory_used, visible_gpus
 
 log = logging.getLogger(__name__)
 

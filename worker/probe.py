@@ -1,6 +1,6 @@
 """Which walls stand here: they are built around a process that does nothing else.
 
-`python -m worker.probe --tell` says in JSON which don't, and why. With a job's folder instead, it is that process.
+`python -m nightpress.worker.probe --tell` says in JSON which don't, and why. With a job's folder instead, it is that process.
 """
 
 import json
@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from worker import sandbox
-from worker.enclosure import enclose
-from worker.walls import CALLS, FILES, Walls
+from nightpress.worker import sandbox
+from nightpress.worker.enclosure import enclose
+from nightpress.worker.walls import CALLS, FILES, Walls
 
 _PATIENCE_S = 60.0
 
@@ -23,7 +23,7 @@ def probe_walls(*, network: bool) -> Walls:
 
     network: jobs keep the network, as NIGHTPRESS_SANDBOX_NETWORK=false has it.
     """
-    command = [sys.executable, "-P", "-m", "worker.probe", *(["--keep-network"] if network else [])]
+    command = [sys.executable, "-P", "-m", "nightpress.worker.probe", *(["--keep-network"] if network else [])]
     with tempfile.TemporaryDirectory() as folder:
         job_dir = Path(folder).resolve() / "run"
         sandbox.prepare_folder(job_dir)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 
-from core.ids import new_id
-from worker import sandbox, view
+from nightpress.core.ids import new_id
+from nightpress.worker import sandbox, view
 
-CHILD_COMMAND = (sys.executable, "-P", "-m", "worker.child")
+CHILD_COMMAND = (sys.executable, "-P", "-m", "nightpress.worker.child")
 _TERM_GRACE_S = 1.0
 
 

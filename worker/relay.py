@@ -10,12 +10,22 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from core.errors import ErrorCode, NightpressError
-from core.handoff.frames import MAX_FRAME_BYTES, Checkpoint, Frame, Log, Metric, Progress, Result, Span, parse_frame
-from core.tracing import record_span
-from worker.cgroup import oom_kills
-from worker.lease import LeaseKeeper
-from worker.process import ChildProcess
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import (
+    MAX_FRAME_BYTES,
+    Checkpoint,
+    Frame,
+    Log,
+    Metric,
+    Progress,
+    Result,
+    Span,
+    parse_frame,
+)
+from nightpress.core.tracing import record_span
+from nightpress.worker.cgroup import oom_kills
+from nightpress.worker.lease import LeaseKeeper
+from nightpress.worker.process import ChildProcess
 
 _TICK_S = 0.2
 _MEMORY_EVERY_S = 0.5

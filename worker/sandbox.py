@@ -21,9 +21,9 @@ import resource
 import shutil
 from pathlib import Path
 
-from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, SPEC_FILE, WORK_DIR
-from worker import kernel, view
-from worker.view import TMP_DIR
+from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, SPEC_FILE, WORK_DIR
+from nightpress.worker import kernel, view
+from nightpress.worker.view import TMP_DIR
 
 _PASSED_ON = (
     "PATH",

@@ -8,7 +8,7 @@ import errno
 import os
 import struct
 
-from worker import kernel
+from nightpress.worker import kernel
 
 _SECCOMP = {"x86_64": 317, "aarch64": 277}
 _SET_MODE_FILTER, _SPEC_ALLOW = 1, 4  # the second: older kernels would slow every thread down against Spectre

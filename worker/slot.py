@@ -5,14 +5,14 @@ import threading
 import time
 from collections.abc import Callable
 
-from core.errors import NightpressError
-from core.jobs.records import WorkerOffer
-from core.jobs.store import JobStore
-from core.tracing import record_span
-from worker.health import mark_alive
-from worker.metrics import CLAIMS
-from worker.offer import introduce
-from worker.supervisor import Supervisor
+from nightpress.core.errors import NightpressError
+from nightpress.core.jobs.records import WorkerOffer
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.tracing import record_span
+from nightpress.worker.health import mark_alive
+from nightpress.worker.metrics import CLAIMS
+from nightpress.worker.offer import introduce
+from nightpress.worker.supervisor import Supervisor
 
 _BEAT_S = 5.0  #: how often the worker says that it is there
 _LOOK_S = 5.0  #: how often an idle worker looks for work although nobody rang: the broker may be down

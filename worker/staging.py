@@ -6,17 +6,17 @@ from pathlib import Path, PurePosixPath
 
 from sqlalchemy import Engine, Table, select
 
-from core.artifacts.storage import ObjectStore, OnBytes
-from core.database import transaction
-from core.errors import ErrorCode, NightpressError
-from core.handoff.manifest import MANIFEST_FILE, FileEntry, Manifest, digest_of
-from core.handoff.report import REPORT_FILE, Report, Subject
-from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR
-from core.jobs.records import Job, Lease, MetricRow, Succeeded
-from core.recipes.inspect import FolderFiles
-from core.registry.tables import data_sets, models
-from worker import landlock
-from worker.cache import BlobCache, disk_errors, stage_in_place
+from nightpress.core.artifacts.storage import ObjectStore, OnBytes
+from nightpress.core.database import transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import MANIFEST_FILE, FileEntry, Manifest, digest_of
+from nightpress.core.handoff.report import REPORT_FILE, Report, Subject
+from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR
+from nightpress.core.jobs.records import Job, Lease, MetricRow, Succeeded
+from nightpress.core.recipes.inspect import FolderFiles
+from nightpress.core.registry.tables import data_sets, models
+from nightpress.worker import landlock
+from nightpress.worker.cache import BlobCache, disk_errors, stage_in_place
 
 _MAX_MANIFEST_BYTES = 16 * 1024**2
 _MAX_REPORT_BYTES = 64 * 1024**2

@@ -16,28 +16,28 @@ from typing import Final, TypeVar
 
 from pydantic import ValidationError
 
-from core.artifacts.storage import ObjectStore
-from core.errors import ErrorCode, NightpressError
-from core.handoff.frames import Phase, Progress
-from core.handoff.spec import JobSpec
-from core.jobs.checkpoints import CheckpointIndex
-from core.jobs.records import Claimed, Job
-from core.jobs.store import JobStore
-from core.logs import log_context
-from core.recipes.models import Recipe
-from core.settings import Settings
-from core.tracing import span
-from core.version import VERSION
-from worker import sandbox
-from worker.cache import disk_errors
-from worker.checkpoints import CheckpointDepot
-from worker.fitness import Fitness, MachineFaultError
-from worker.lease import LeaseKeeper
-from worker.metrics import ATTEMPTS, BYTES_MOVED, GPU_SECONDS, LEASES_LOST, SECONDS_MOVING
-from worker.moving import Mover
-from worker.process import CHILD_COMMAND, ChildProcess
-from worker.relay import Relay
-from worker.staging import Stager, files_of, outcome_of, read_manifest, ship
+from nightpress.core.artifacts.storage import ObjectStore
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Phase, Progress
+from nightpress.core.handoff.spec import JobSpec
+from nightpress.core.jobs.checkpoints import CheckpointIndex
+from nightpress.core.jobs.records import Claimed, Job
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.logs import log_context
+from nightpress.core.recipes.models import Recipe
+from nightpress.core.settings import Settings
+from nightpress.core.tracing import span
+from nightpress.core.version import VERSION
+from nightpress.worker import sandbox
+from nightpress.worker.cache import disk_errors
+from nightpress.worker.checkpoints import CheckpointDepot
+from nightpress.worker.fitness import Fitness, MachineFaultError
+from nightpress.worker.lease import LeaseKeeper
+from nightpress.worker.metrics import ATTEMPTS, BYTES_MOVED, GPU_SECONDS, LEASES_LOST, SECONDS_MOVING
+from nightpress.worker.moving import Mover
+from nightpress.worker.process import CHILD_COMMAND, ChildProcess
+from nightpress.worker.relay import Relay
+from nightpress.worker.staging import Stager, files_of, outcome_of, read_manifest, ship
 
 #: of the whole job's progress, what fetching the source and uploading the result are worth
 FETCHED: Final = 0.03

@@ -5,10 +5,10 @@ import time
 
 from celery import Celery, Task
 
-from core.errors import NightpressError
-from core.jobs.ring import RING_TASK
-from core.tracing import record_span
-from worker.slot import Slot
+from nightpress.core.errors import NightpressError
+from nightpress.core.jobs.ring import RING_TASK
+from nightpress.core.tracing import record_span
+from nightpress.worker.slot import Slot
 
 log = logging.getLogger(__name__)
 

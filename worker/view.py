@@ -5,9 +5,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from core.handoff.spec import DATA_DIR, SOURCE_DIR, SPEC_FILE
-from worker import kernel
-from worker.kernel import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC, MS_REMOUNT
+import nightpress
+from nightpress.core.handoff.spec import DATA_DIR, SOURCE_DIR, SPEC_FILE
+from nightpress.worker import kernel
+from nightpress.worker.kernel import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC, MS_REMOUNT
 
 TMP_DIR = "tmp"
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - semaphores and tensors that processes share live there
@@ -19,7 +20,8 @@ _MACHINE = ("sys", "sysrq-trigger", "irq", "bus", "fs", "acpi", "scsi", "asound"
 
 
 def project() -> Path:
-    return Path(__file__).resolve().parents[1]
+    """The folder that `nightpress` is imported from: a checkout, or site-packages."""
+    return Path(nightpress.__file__).resolve().parents[1]
 
 
 def readable() -> list[Path]:
@@ -29,7 +31,7 @@ def readable() -> list[Path]:
     paths += [Path(path) for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
     paths += [Path(path) for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path.startswith("/")]
     paths += [Path("/etc") / name for name in _ETC]
-    paths += [project() / name for name in ("core", "worker")]
+    paths += [project() / name for name in ("nightpress", "core", "worker")]
     return [path for path in paths if os.path.exists(path)]  # noqa: PTH110 - Path raises where it may not look
 
 

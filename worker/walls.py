@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from core.handoff.spec import OUT_DIR, WORK_DIR
-from worker import kernel, landlock, sandbox, seccomp, view
+from nightpress.core.handoff.spec import OUT_DIR, WORK_DIR
+from nightpress.worker import kernel, landlock, sandbox, seccomp, view
 
 # What the walls keep a child from.
 NETWORK: Final = "network"

@@ -5,12 +5,12 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 from starlette.responses import Response
 
-from api.deps import Admin, Cursor, Limit, ServicesDep
-from api.problems import documented
-from api.routes import answer
-from api.versions import IfMatch, etag_of, version_of
-from core.errors import ErrorCode
-from core.schemas import AuditView, Page, QuotaChange, TenantId, TenantView
+from nightpress.api.deps import Admin, Cursor, Limit, ServicesDep
+from nightpress.api.problems import documented
+from nightpress.api.routes import answer
+from nightpress.api.versions import IfMatch, etag_of, version_of
+from nightpress.core.errors import ErrorCode
+from nightpress.core.schemas import AuditView, Page, QuotaChange, TenantId, TenantView
 
 router = APIRouter(prefix="/v1/admin", tags=["administration"])
 

@@ -9,12 +9,12 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from api.broker import ping_broker
-from api.deps import Services, ServicesDep, needs
-from api.problems import documented
-from api.routes import answer
-from core.errors import ErrorCode, NightpressError
-from core.schemas import ReadyView
+from nightpress.api.broker import ping_broker
+from nightpress.api.deps import Services, ServicesDep, needs
+from nightpress.api.problems import documented
+from nightpress.api.routes import answer
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.schemas import ReadyView
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["health"])

@@ -5,14 +5,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from api import sse
-from api.deps import JobsReader, ServicesDep
-from api.problems import documented
-from api.routes import answer
-from api.routes.jobs import own_job
-from core.errors import ErrorCode
-from core.jobs.records import Event, LogLine
-from core.schemas import EventView, LogView, Page
+from nightpress.api import sse
+from nightpress.api.deps import JobsReader, ServicesDep
+from nightpress.api.problems import documented
+from nightpress.api.routes import answer
+from nightpress.api.routes.jobs import own_job
+from nightpress.core.errors import ErrorCode
+from nightpress.core.jobs.records import Event, LogLine
+from nightpress.core.schemas import EventView, LogView, Page
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["jobs"])
 

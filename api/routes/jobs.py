@@ -6,17 +6,27 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body, Query, Request
 from starlette.responses import Response
 
-from api.deps import Cursor, JobsReader, JobsWriter, Limit, Services, ServicesDep
-from api.once import OnceRoute, key_of
-from api.problems import documented
-from api.routes import answer
-from api.waiting import PARAMETER, preferred_wait, until_ended
-from core.access.keys import Principal
-from core.errors import ErrorCode, NightpressError
-from core.jobs.queries import JobsWanted
-from core.jobs.records import Job
-from core.jobs.store import MAX_CANCELLED
-from core.schemas import CancelledView, JobBatch, JobBatchView, JobCreate, JobFilter, JobState, JobView, Moment, Page
+from nightpress.api.deps import Cursor, JobsReader, JobsWriter, Limit, Services, ServicesDep
+from nightpress.api.once import OnceRoute, key_of
+from nightpress.api.problems import documented
+from nightpress.api.routes import answer
+from nightpress.api.waiting import PARAMETER, preferred_wait, until_ended
+from nightpress.core.access.keys import Principal
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.queries import JobsWanted
+from nightpress.core.jobs.records import Job
+from nightpress.core.jobs.store import MAX_CANCELLED
+from nightpress.core.schemas import (
+    CancelledView,
+    JobBatch,
+    JobBatchView,
+    JobCreate,
+    JobFilter,
+    JobState,
+    JobView,
+    Moment,
+    Page,
+)
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=OnceRoute)
 _WAITS: dict[str, Any] = {"parameters": [PARAMETER]}

@@ -5,12 +5,12 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Query
 from starlette.responses import Response
 
-from api.deps import Cursor, KeysReader, KeysWriter, Limit, ServicesDep
-from api.once import OnceRoute
-from api.problems import documented
-from api.routes import answer
-from core.errors import ErrorCode
-from core.schemas import KeyCreate, KeyRotate, KeyView, NewKeyView, Page, TenantId
+from nightpress.api.deps import Cursor, KeysReader, KeysWriter, Limit, ServicesDep
+from nightpress.api.once import OnceRoute
+from nightpress.api.problems import documented
+from nightpress.api.routes import answer
+from nightpress.core.errors import ErrorCode
+from nightpress.core.schemas import KeyCreate, KeyRotate, KeyView, NewKeyView, Page, TenantId
 
 router = APIRouter(prefix="/v1/keys", tags=["access"], route_class=OnceRoute)
 

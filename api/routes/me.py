@@ -6,10 +6,10 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from api.deps import ServicesDep, authenticated
-from api.routes import answer
-from core.access.keys import Principal
-from core.schemas import MeView
+from nightpress.api.deps import ServicesDep, authenticated
+from nightpress.api.routes import answer
+from nightpress.core.access.keys import Principal
+from nightpress.core.schemas import MeView
 
 router = APIRouter(prefix="/v1/me", tags=["access"])
 

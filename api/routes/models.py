@@ -5,13 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Body
 from starlette.responses import Response
 
-from api.deps import Cursor, Limit, ModelsReader, ModelsWriter, ServicesDep
-from api.once import OnceRoute
-from api.problems import documented
-from api.routes import answer
-from api.routes.uploads import add_upload_routes
-from core.errors import ErrorCode
-from core.schemas import ModelCreate, ModelView, Page
+from nightpress.api.deps import Cursor, Limit, ModelsReader, ModelsWriter, ServicesDep
+from nightpress.api.once import OnceRoute
+from nightpress.api.problems import documented
+from nightpress.api.routes import answer
+from nightpress.api.routes.uploads import add_upload_routes
+from nightpress.core.errors import ErrorCode
+from nightpress.core.schemas import ModelCreate, ModelView, Page
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=OnceRoute)
 

@@ -3,13 +3,13 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from api.deps import Cursor, Limit, ModelsReader, ModelsWriter, Services, ServicesDep
-from api.once import OnceRoute
-from api.problems import documented
-from api.routes import answer
-from api.routes.results import artifact_view
-from core.errors import ErrorCode, NightpressError
-from core.schemas import LatestView, Page, PromotionCreate, PromotionView
+from nightpress.api.deps import Cursor, Limit, ModelsReader, ModelsWriter, Services, ServicesDep
+from nightpress.api.once import OnceRoute
+from nightpress.api.problems import documented
+from nightpress.api.routes import answer
+from nightpress.api.routes.results import artifact_view
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.schemas import LatestView, Page, PromotionCreate, PromotionView
 
 router = APIRouter(prefix="/v1/models/{reference}", tags=["models"], route_class=OnceRoute)
 

@@ -3,9 +3,9 @@
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from api.deps import ServicesDep, WorkersReader
-from api.routes import answer
-from core.schemas import Page, QueueView
+from nightpress.api.deps import ServicesDep, WorkersReader
+from nightpress.api.routes import answer
+from nightpress.core.schemas import Page, QueueView
 
 router = APIRouter(prefix="/v1/queues", tags=["workers"])
 

@@ -5,15 +5,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body
 from starlette.responses import JSONResponse, Response
 
-from api.deps import JobsReader, Services, ServicesDep
-from api.once import OnceRoute
-from api.problems import documented
-from api.routes import answer
-from core.errors import ErrorCode
-from core.recipes.builtins import builtin_recipes, builtin_text, get_recipe
-from core.recipes.models import Recipe, load_recipe, parse_recipe
-from core.recipes.plan import Plan, make_plan
-from core.schemas import Page, RecipeView, ValidateRequest, ValidateView
+from nightpress.api.deps import JobsReader, Services, ServicesDep
+from nightpress.api.once import OnceRoute
+from nightpress.api.problems import documented
+from nightpress.api.routes import answer
+from nightpress.core.errors import ErrorCode
+from nightpress.core.recipes.builtins import builtin_recipes, builtin_text, get_recipe
+from nightpress.core.recipes.models import Recipe, load_recipe, parse_recipe
+from nightpress.core.recipes.plan import Plan, make_plan
+from nightpress.core.schemas import Page, RecipeView, ValidateRequest, ValidateView
 
 router = APIRouter(prefix="/v1/recipes", tags=["recipes"], route_class=OnceRoute)
 

@@ -3,15 +3,15 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from api.deps import JobsReader, Services, ServicesDep
-from api.downloads import send_object
-from api.problems import documented
-from api.routes import answer
-from api.routes.jobs import own_job
-from core.access.keys import Principal
-from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Artifact, Job
-from core.schemas import ArtifactView, FileView, Page, ReportView
+from nightpress.api.deps import JobsReader, Services, ServicesDep
+from nightpress.api.downloads import send_object
+from nightpress.api.problems import documented
+from nightpress.api.routes import answer
+from nightpress.api.routes.jobs import own_job
+from nightpress.core.access.keys import Principal
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.records import Artifact, Job
+from nightpress.core.schemas import ArtifactView, FileView, Page, ReportView
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
 

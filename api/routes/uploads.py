@@ -8,12 +8,12 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from api.deps import ModelsWriter, Services, ServicesDep
-from api.problems import documented
-from api.routes import answer
-from core.errors import ErrorCode, NightpressError
-from core.numbers import whole_number
-from core.schemas import DataSetView, ModelView, Page, UploadFile
+from nightpress.api.deps import ModelsWriter, Services, ServicesDep
+from nightpress.api.problems import documented
+from nightpress.api.routes import answer
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.numbers import whole_number
+from nightpress.core.schemas import DataSetView, ModelView, Page, UploadFile
 
 _PIECE = 1024**2  #: bytes handed to the store's thread at a time
 

@@ -5,13 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Body
 from starlette.responses import Response
 
-from api.deps import Cursor, Limit, ServicesDep, WebhooksReader, WebhooksWriter
-from api.once import OnceRoute
-from api.problems import documented
-from api.routes import answer
-from api.versions import IfMatch, etag_of, version_of
-from core.errors import ErrorCode
-from core.schemas import (
+from nightpress.api.deps import Cursor, Limit, ServicesDep, WebhooksReader, WebhooksWriter
+from nightpress.api.once import OnceRoute
+from nightpress.api.problems import documented
+from nightpress.api.routes import answer
+from nightpress.api.versions import IfMatch, etag_of, version_of
+from nightpress.core.errors import ErrorCode
+from nightpress.core.schemas import (
     DeliveryView,
     NewWebhookView,
     Page,

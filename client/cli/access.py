@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from client.cli import output
-from client.cli.session import Session, takes_session
-from core.numbers import whole_number
-from core.schemas import KeyView, NewKeyView, QuotaChange, TenantView, UsageView
+from nightpress.client.cli import output
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.core.numbers import whole_number
+from nightpress.core.schemas import KeyView, NewKeyView, QuotaChange, TenantView, UsageView
 
 keys = typer.Typer(invoke_without_command=True, help="API keys: list, add, show, rotate, revoke.")
 tenants = typer.Typer(

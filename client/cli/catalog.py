@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 import yaml
 
-from client.cli import output
-from client.cli.jobs import read_recipe, send_model
-from client.cli.session import Session, takes_session
-from client.errors import ClientError
-from client.folders import plain_name
-from core.recipes.plan import Plan
-from core.schemas import DataSetView, ModelView
+from nightpress.client.cli import output
+from nightpress.client.cli.jobs import read_recipe, send_model
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.errors import ClientError
+from nightpress.client.folders import plain_name
+from nightpress.core.recipes.plan import Plan
+from nightpress.core.schemas import DataSetView, ModelView
 
 recipes = typer.Typer(invoke_without_command=True, help="The recipes: list, show one, check one's own, the schema.")
 models = typer.Typer(

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from client.cli import output
-from core.handoff.report import (
+from nightpress.client.cli import output
+from nightpress.core.handoff.report import (
     GenerationTiming,
     Measurement,
     Report,

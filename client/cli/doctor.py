@@ -13,15 +13,15 @@ from typing import Literal
 
 import typer
 
-from client.cli import output
-from client.cli.exits import Exit
-from client.cli.session import Session, takes_session
-from client.client import Client
-from client.discovery import find_server
-from client.errors import ApiError, ClientError, UnreachableError
-from core.errors import ErrorCode, NightpressError
-from core.settings import Settings, load_settings
-from core.version import VERSION
+from nightpress.client.cli import output
+from nightpress.client.cli.exits import Exit
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.client import Client
+from nightpress.client.discovery import find_server
+from nightpress.client.errors import ApiError, ClientError, UnreachableError
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.settings import Settings, load_settings
+from nightpress.core.version import VERSION
 
 _LOW_DISK = 5 * 1000**3
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -91,7 +91,7 @@ def examine(session: Session, settings: Settings) -> Iterator[Check]:
 
 
 _MEND = {
-    "database": "Is it up, and is NIGHTPRESS_DATABASE_URL right? `python -m migrations upgrade` makes its tables.",
+    "database": "Is it up, and is NIGHTPRESS_DATABASE_URL right? `python -m nightpress.migrations upgrade` makes its tables.",
     "broker": "Is Redis or Valkey up, and is NIGHTPRESS_BROKER_URL right? Jobs wait safely in the database meanwhile.",
     "storage": "Does the bucket or folder exist, and are NIGHTPRESS_STORAGE_URL and the S3 credentials right?",
 }
@@ -100,8 +100,8 @@ _MEND = {
 def _look_ourselves(settings: Settings) -> Iterator[Check]:
     """With no API to ask, try the three from here, with this shell's settings."""
     # Imported late: no other subcommand needs them, and each start would pay for them.
-    from core.artifacts.storage import open_store
-    from core.database import make_engine, read_now, transaction
+    from nightpress.core.artifacts.storage import open_store
+    from nightpress.core.database import make_engine, read_now, transaction
 
     own = " (tried from here, with this shell's settings)"
     if not settings.database_url and not (settings.data_dir / "nightpress.db").exists():
@@ -160,10 +160,12 @@ def _check_workers(client: Client) -> Check:
     found = ", ".join(f"{one.queue} on {one.host} ({one.state})" for one in alive) or "none; jobs will wait"
     if unserved:
         waiting = " and ".join(f"{one.queued} waiting in the queue {one.name}" for one in unserved)
-        starts = " or ".join(f"`NIGHTPRESS_WORKER_QUEUE={one.name} python -m worker`" for one in unserved)
+        starts = " or ".join(f"`NIGHTPRESS_WORKER_QUEUE={one.name} python -m nightpress.worker`" for one in unserved)
         return Check("workers", "failed", f"{found}; {waiting}, which no worker serves", f"Start one with {starts}.")
     if not alive:
-        return Check("workers", "failed", found, "Start one with `python -m worker`; its log says why it can't.")
+        return Check(
+            "workers", "failed", found, "Start one with `python -m nightpress.worker`; its log says why it can't."
+        )
     return Check("workers", "ok", found)
 
 
@@ -183,7 +185,7 @@ def _check_disk(settings: Settings) -> Check:
 
 def _check_walls(settings: Settings) -> Check:
     """The worker's own probe, by its command line: the faces do not import each other."""
-    command = [sys.executable, "-P", "-m", "worker.probe", "--tell"]
+    command = [sys.executable, "-P", "-m", "nightpress.worker.probe", "--tell"]
     command += [] if settings.sandbox_network else ["--keep-network"]
     try:
         down = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)

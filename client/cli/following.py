@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import typer
 from rich.progress import Progress, TaskID
 
-from client.cli import output
-from client.cli.exits import Exit
-from client.client import Client
-from core.schemas import JobView
+from nightpress.client.cli import output
+from nightpress.client.cli.exits import Exit
+from nightpress.client.client import Client
+from nightpress.core.schemas import JobView
 
 
 class _Notices:

@@ -5,17 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from client.cli import output
-from client.cli.exits import Exit
-from client.cli.following import describe, detach_on_interrupt, exit_of, follow, print_end
-from client.cli.session import Session, takes_session
-from client.client import Client
-from client.errors import ApiError
-from client.folders import read_model_folder
-from core.errors import ErrorCode
-from core.recipes.models import load_recipe
-from core.recipes.yamlfile import read_yaml
-from core.schemas import JobFilter, JobView, LogView, ModelView
+from nightpress.client.cli import output
+from nightpress.client.cli.exits import Exit
+from nightpress.client.cli.following import describe, detach_on_interrupt, exit_of, follow, print_end
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.client import Client
+from nightpress.client.errors import ApiError
+from nightpress.client.folders import read_model_folder
+from nightpress.core.errors import ErrorCode
+from nightpress.core.recipes.models import load_recipe
+from nightpress.core.recipes.yamlfile import read_yaml
+from nightpress.core.schemas import JobFilter, JobView, LogView, ModelView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 

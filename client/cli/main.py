@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from client.cli import (
+from nightpress.client.cli import (
     access,
     catalog,
     demo,
@@ -24,10 +24,10 @@ from client.cli import (
     web,
     webhooks,
 )
-from client.cli.exits import EPILOG, Exit
-from client.errors import ApiError, ClientError, TransferError, UnreachableError
-from core.errors import ErrorCode, NightpressError
-from core.version import VERSION
+from nightpress.client.cli.exits import EPILOG, Exit
+from nightpress.client.errors import ApiError, ClientError, TransferError, UnreachableError
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.version import VERSION
 
 app = typer.Typer(
     name="nightpress",

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from client.transfers import UNWATCHED, Meter
+from nightpress.client.transfers import UNWATCHED, Meter
 
 
 def stdout() -> Console:

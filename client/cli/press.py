@@ -12,24 +12,24 @@ from typing import Annotated, Literal, get_args
 import psutil
 import typer
 
-from client.cli import output
-from client.cli.comparison import print_report
-from client.cli.exits import Exit
-from client.cli.jobs import read_recipe
-from client.cli.session import Session, takes_session
-from client.errors import ClientError
-from client.folders import read_model_folder
-from core.handoff.frames import Checkpoint, Log, Metric, Progress, Result, Span
-from core.handoff.manifest import FileEntry, Manifest, describe_file, digest_of
-from core.handoff.report import REPORT_FILE, Report
-from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
-from core.ids import new_id
-from core.recipes.builtins import get_recipe
-from core.recipes.header import ModelHeader
-from core.recipes.models import Recipe, aim, parse_recipe
-from core.recipes.placement import Seat
-from core.recipes.plan import make_plan
-from core.recipes.targets import Target
+from nightpress.client.cli import output
+from nightpress.client.cli.comparison import print_report
+from nightpress.client.cli.exits import Exit
+from nightpress.client.cli.jobs import read_recipe
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.errors import ClientError
+from nightpress.client.folders import read_model_folder
+from nightpress.core.handoff.frames import Checkpoint, Log, Metric, Progress, Result, Span
+from nightpress.core.handoff.manifest import FileEntry, Manifest, describe_file, digest_of
+from nightpress.core.handoff.report import REPORT_FILE, Report
+from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
+from nightpress.core.ids import new_id
+from nightpress.core.recipes.builtins import get_recipe
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.models import Recipe, aim, parse_recipe
+from nightpress.core.recipes.placement import Seat
+from nightpress.core.recipes.plan import make_plan
+from nightpress.core.recipes.targets import Target
 
 AnyFrame = Progress | Metric | Log | Checkpoint | Span | Result
 _NEEDED = ("torch", "transformers", "safetensors")
@@ -110,7 +110,7 @@ def _wanted(recipe: str | None, target: str | None) -> Recipe:
 
 def _device(recipe: Recipe, header: ModelHeader, threads: int, *, quiet: bool) -> Literal["cpu", "cuda"]:
     """Where this machine presses best, and say why. Raises ClientError where the recipe wants a GPU that isn't there."""
-    from core.compress.environment import gpu_memory
+    from nightpress.core.compress.environment import gpu_memory
 
     memory, on_gpu = int(psutil.virtual_memory().total), gpu_memory()
     if recipe.device == "gpu" and on_gpu is None:
@@ -213,7 +213,7 @@ def run_here(job_dir: Path, *, quiet: bool) -> Manifest:
 
 def _pipeline(job_dir: Path, emit: Callable[[AnyFrame], None]) -> Manifest:
     # Imported late: this loads torch, which no other subcommand needs.
-    from core.compress.pipeline import run
+    from nightpress.core.compress.pipeline import run
 
     return run(job_dir, emit)
 

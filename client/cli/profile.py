@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from client.cli import output
-from client.cli.press import require_core
-from client.cli.session import Session, takes_session
-from client.folders import read_model_folder
-from core.recipes.passes import Profiling
-from core.recipes.profile import Device, Profile, by_kind, profile_of
+from nightpress.client.cli import output
+from nightpress.client.cli.press import require_core
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.folders import read_model_folder
+from nightpress.core.recipes.passes import Profiling
+from nightpress.core.recipes.profile import Device, Profile, by_kind, profile_of
 
 
 def add_to(app: typer.Typer) -> None:
@@ -45,7 +45,7 @@ def _device(options: Profiling, threads: int) -> Device | None:
     if options.device == "none":
         return None
     require_core()
-    from core.compress.evaluate.roofline import device_of
+    from nightpress.core.compress.evaluate.roofline import device_of
 
     return device_of(options.device, threads=threads)
 

@@ -9,17 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from client.cli import output
-from client.cli.exits import Exit
-from client.cli.press import read_data, require_core, run_here, write_job
-from client.cli.session import Session, takes_session
-from client.errors import ClientError
-from core.handoff.compare import Comparison, compare
-from core.handoff.manifest import describe_file
-from core.handoff.report import REPORT_FILE, Report, read_report
-from core.handoff.reproduction import Reproduction, judge
-from core.handoff.spec import DATA_DIR, OUT_DIR
-from core.recipes.models import parse_recipe
+from nightpress.client.cli import output
+from nightpress.client.cli.exits import Exit
+from nightpress.client.cli.press import read_data, require_core, run_here, write_job
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.errors import ClientError
+from nightpress.core.handoff.compare import Comparison, compare
+from nightpress.core.handoff.manifest import describe_file
+from nightpress.core.handoff.report import REPORT_FILE, Report, read_report
+from nightpress.core.handoff.reproduction import Reproduction, judge
+from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR
+from nightpress.core.recipes.models import parse_recipe
 
 _EXITS = {"identical": Exit.OK, "equivalent": Exit.OTHER_BYTES, "different": Exit.OTHER_FIGURES}
 
@@ -42,7 +42,7 @@ def compare_jobs(
     found = compare(reports, metric)
     if html is not None:
         # Imported late: the templates' library is needed for pages alone.
-        from core.compress.report import render_comparison
+        from nightpress.core.compress.report import render_comparison
 
         html.write_text(render_comparison(reports, metric))
     if session.json:

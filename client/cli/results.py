@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from client.cli import output
-from client.cli.comparison import print_report
-from client.cli.session import Session, takes_session
-from client.client import Client
-from client.errors import ApiError
-from core.errors import ErrorCode
-from core.schemas import JobView
+from nightpress.client.cli import output
+from nightpress.client.cli.comparison import print_report
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.client import Client
+from nightpress.client.errors import ApiError
+from nightpress.core.errors import ErrorCode
+from nightpress.core.schemas import JobView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 

@@ -4,10 +4,10 @@ from typing import Annotated, Any
 
 import typer
 
-from client.cli import output
-from client.cli.jobs import parse_labels, read_recipe
-from client.cli.session import Session, takes_session
-from core.schemas import ScheduleRunView, ScheduleView
+from nightpress.client.cli import output
+from nightpress.client.cli.jobs import parse_labels, read_recipe
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.core.schemas import ScheduleRunView, ScheduleView
 
 schedule = typer.Typer(invoke_without_command=True, help="Schedules: list, add, show, edit, suspend, resume, trigger.")
 

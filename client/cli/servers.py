@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from client.cli import output
-from client.cli.session import Session, takes_session
-from client.client import Client
-from client.discovery import clean_url
-from client.errors import ClientError
-from client.servers import Server, check_name, read_servers, save_servers
+from nightpress.client.cli import output
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.client import Client
+from nightpress.client.discovery import clean_url
+from nightpress.client.errors import ClientError
+from nightpress.client.servers import Server, check_name, read_servers, save_servers
 
 servers = typer.Typer(
     invoke_without_command=True, help="Servers under names, for --profile: list, add, use one by default, remove."

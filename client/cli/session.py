@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from client.client import Client
+from nightpress.client.client import Client
 
 
 @dataclass(frozen=True)

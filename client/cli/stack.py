@@ -12,14 +12,14 @@ from typing import Annotated
 import psutil
 import typer
 
-from client.cli import output
-from client.cli.session import Session, takes_session
-from client.client import Client
-from client.errors import ClientError, UnreachableError
-from core.settings import Settings, load_settings
-from core.stack_state import StackState
+from nightpress.client.cli import output
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.client import Client
+from nightpress.client.errors import ClientError, UnreachableError
+from nightpress.core.settings import Settings, load_settings
+from nightpress.core.stack_state import StackState
 
-_MODULE = "worker.devstack"
+_MODULE = "nightpress.worker.devstack"
 
 
 def add_to(app: typer.Typer) -> None:

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from client.cli import output
-from client.cli.session import Session, takes_session
-from client.errors import ClientError
+from nightpress.client.cli import output
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.errors import ClientError
 
 
 def add_to(app: typer.Typer) -> None:

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from client.cli import output
-from client.cli.session import Session, takes_session
-from core.schemas import DeliveryView, NewWebhookView, WebhookView
+from nightpress.client.cli import output
+from nightpress.client.cli.session import Session, takes_session
+from nightpress.core.schemas import DeliveryView, NewWebhookView, WebhookView
 
 webhooks = typer.Typer(
     invoke_without_command=True,

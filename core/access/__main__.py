@@ -1,17 +1,17 @@
-"""`python -m core.access create-key --name …` and `… revoke-key ID`: keys from the operator's side, straight into the database."""
+"""`python -m nightpress.core.access create-key --name …` and `… revoke-key ID`: keys from the operator's side, straight into the database."""
 
 import argparse
 import datetime as dt
 import sys
 
-from core.access.keys import ALL_SCOPES, create_key, revoke
-from core.database import make_engine, read_now, transaction
-from core.errors import NightpressError
-from core.settings import load_settings
+from nightpress.core.access.keys import ALL_SCOPES, create_key, revoke
+from nightpress.core.database import make_engine, read_now, transaction
+from nightpress.core.errors import NightpressError
+from nightpress.core.settings import load_settings
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m core.access", description="Make and revoke API keys.")
+    parser = argparse.ArgumentParser(prog="python -m nightpress.core.access", description="Make and revoke API keys.")
     actions = parser.add_subparsers(dest="action", required=True)
     create = actions.add_parser("create-key", help="make a key and print it, this once")
     create.add_argument("--name", required=True, help="who or what will use it")

@@ -2,11 +2,11 @@
 
 from sqlalchemy import Engine, delete, insert, select
 
-from core.access.tables import audit_log
-from core.database import clean_text, db_now, statement
-from core.ids import new_id
-from core.paging import newest_first
-from core.schemas import AuditView
+from nightpress.core.access.tables import audit_log
+from nightpress.core.database import clean_text, db_now, statement
+from nightpress.core.ids import new_id
+from nightpress.core.paging import newest_first
+from nightpress.core.schemas import AuditView
 
 LEAST_KEPT_S = 31 * 24 * 3600.0
 _BATCH = 5000

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, Engine, delete, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from core.database import db_now, statement, transaction
-from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.jobs.tables import idempotency_keys
+from nightpress.core.database import db_now, statement, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.tables import idempotency_keys
 
 KEPT_S = 24 * 3600.0
 _LOCKED_S = 120.0  #: a request whose process died is not being answered any more after so long

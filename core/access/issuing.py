@@ -6,12 +6,12 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, Row, and_, case, or_, select, update
 
-from core.access.keys import Principal, create_key
-from core.access.tables import api_keys
-from core.database import db_now, read_now, transaction
-from core.errors import ErrorCode, NightpressError
-from core.paging import newest_first
-from core.schemas import KeyCreate, KeyView, NewKeyView
+from nightpress.core.access.keys import Principal, create_key
+from nightpress.core.access.tables import api_keys
+from nightpress.core.database import db_now, read_now, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.paging import newest_first
+from nightpress.core.schemas import KeyCreate, KeyView, NewKeyView
 
 _columns = api_keys.c
 _EXPIRED = and_(_columns.expires_at.is_not(None), _columns.expires_at <= db_now())

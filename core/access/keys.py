@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine, Update, func, insert, or_, select, update
 
-from core.access.tables import api_keys
-from core.database import db_now, statement, transaction
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.access.tables import api_keys
+from nightpress.core.database import db_now, statement, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
 
 ALL_SCOPES = frozenset(
     {
@@ -196,5 +196,5 @@ def _refused() -> NightpressError:
     return NightpressError(
         ErrorCode.UNAUTHENTICATED,
         "The API key is not valid: unknown, expired or revoked.",
-        hint="Send `Authorization: Bearer np_…`. `python -m core.access create-key` makes a new one.",
+        hint="Send `Authorization: Bearer np_…`. `python -m nightpress.core.access create-key` makes a new one.",
     )

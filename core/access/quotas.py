@@ -11,16 +11,16 @@ from sqlalchemy import Engine, func, insert, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
-from core.access.tables import api_keys, gpu_usage, tenants
-from core.database import db_month, db_now, transaction
-from core.errors import ErrorCode, NightpressError
-from core.jobs.queries import IS_LEASED, IS_QUEUED
-from core.jobs.tables import job_artifacts, jobs
-from core.paging import newest_first
-from core.registry.tables import data_sets, models
-from core.schemas import QuotaChange, TenantView, UsageView
-from core.settings import Settings
-from core.versions import changed_since
+from nightpress.core.access.tables import api_keys, gpu_usage, tenants
+from nightpress.core.database import db_month, db_now, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.queries import IS_LEASED, IS_QUEUED
+from nightpress.core.jobs.tables import job_artifacts, jobs
+from nightpress.core.paging import newest_first
+from nightpress.core.registry.tables import data_sets, models
+from nightpress.core.schemas import QuotaChange, TenantView, UsageView
+from nightpress.core.settings import Settings
+from nightpress.core.versions import changed_since
 
 NO_BOUND = 2**31 - 1
 _CACHE_S = 3.0

@@ -2,7 +2,7 @@
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, Float, Index, Integer, String, Table
 
-from core.database import JsonType, UtcDateTime, metadata
+from nightpress.core.database import JsonType, UtcDateTime, metadata
 
 #: A tenant is the name its keys carry. A row is needed only where its quotas are not the settings' own.
 tenants = Table(

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from core.artifacts.storage import wrong_checksum
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.artifacts.storage import wrong_checksum
+from nightpress.core.errors import ErrorCode, NightpressError
 
 OWN = ".np-"  #: what our own files and folders beside objects begin with; keys can't
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from core.artifacts.files import OWN, disk_errors, write_atomically
-from core.artifacts.storage import (
+from nightpress.core.artifacts.files import OWN, disk_errors, write_atomically
+from nightpress.core.artifacts.storage import (
     PRESIGN_S,
     ObjectInfo,
     OnBytes,
@@ -24,9 +24,9 @@ from core.artifacts.storage import (
     valid_key,
     wrong_checksum,
 )
-from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.numbers import whole_number
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.numbers import whole_number
 
 _PIECE = 1024**2
 _UPLOADS = f"{OWN}uploads"

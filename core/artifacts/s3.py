@@ -14,9 +14,9 @@ from urllib.parse import quote, urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from core.artifacts.files import disk_errors, write_atomically
-from core.artifacts.s3connection import GONE, THREADS, connect, error_code, s3_errors, unavailable
-from core.artifacts.storage import (
+from nightpress.core.artifacts.files import disk_errors, write_atomically
+from nightpress.core.artifacts.s3connection import GONE, THREADS, connect, error_code, s3_errors, unavailable
+from nightpress.core.artifacts.storage import (
     PRESIGN_S,
     ObjectInfo,
     OnBytes,
@@ -26,8 +26,8 @@ from core.artifacts.storage import (
     valid_key,
     wrong_checksum,
 )
-from core.errors import ErrorCode, NightpressError
-from core.settings import Settings
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.settings import Settings
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from core.errors import ErrorCode, NightpressError
-from core.settings import Settings
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.settings import Settings
 
 MAX_KEY_BYTES = 1024
 PRESIGN_S = 900
@@ -166,9 +166,9 @@ def exactly(key: str, pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
 def open_store(settings: Settings) -> ObjectStore:
     """The store that the settings name: `s3://bucket/prefix` or a folder."""
     if settings.objects_url.startswith("s3://"):
-        from core.artifacts.s3 import S3Store  # boto3 takes 0.2 s to import: only those who use it pay
+        from nightpress.core.artifacts.s3 import S3Store  # boto3 takes 0.2 s to import: only those who use it pay
 
         return S3Store.from_settings(settings)
-    from core.artifacts.local import LocalStore
+    from nightpress.core.artifacts.local import LocalStore
 
     return LocalStore(Path(settings.objects_url.removeprefix("file://")))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from core.handoff.compare import Comparison, Point
-from core.handoff.report import LayerEffect, Series, Subject
+from nightpress.core.handoff.compare import Comparison, Point
+from nightpress.core.handoff.report import LayerEffect, Series, Subject
 
 _LINE = 16  #: pixels between two lines of letters in a plot
 _PALETTE = 6  #: line colours in the style sheet

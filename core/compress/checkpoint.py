@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.header import TensorInfo
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.header import TensorInfo
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.recipes.calibration import Calibration
-from core.recipes.header import ModelHeader
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.header import ModelHeader
 
 
 def _no_progress(_fraction: float, _message: str) -> None:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from core.handoff.spec import JobSpec
+from nightpress.core.handoff.spec import JobSpec
 
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 _AMX = frozenset({"amx_int8", "amx_bf16"})

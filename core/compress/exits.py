@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from core.compress.checkpoint import disk_errors, write_file
-from core.compress.networks import load_model
-from core.compress.solvers.exits import exit_scores
-from core.recipes.header import ModelHeader
-from core.recipes.passes.adapt import Policy
+from nightpress.core.compress.checkpoint import disk_errors, write_file
+from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.solvers.exits import exit_scores
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.passes.adapt import Policy
 
 EXITS_FILE = "exits.json"
 _WEIGHTS_FILE = "exits/heads.safetensors"  #: beside the model's own files it would be taken for one of their shards

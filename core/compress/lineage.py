@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from core.errors import NightpressError
-from core.recipes.yamlfile import read_yaml
+from nightpress.core.errors import NightpressError
+from nightpress.core.recipes.yamlfile import read_yaml
 
 _CARD = "README.md"
 _LICENSES = ("LICENSE", "LICENCE", "LICENSE.txt", "LICENSE.md")

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.compress.checkpoint import SAFETENSORS_DTYPES, TORCH_DTYPES, disk_errors, read_shards, sync_folder
-from core.compress.executors.skeleton import Source, find_rows
-from core.compress.executors.stream import copy_companions
-from core.compress.modules import quiet, take_own_shapes
-from core.errors import ErrorCode, NightpressError
-from core.recipes.anatomy import OWN_SHAPES
-from core.recipes.header import ModelHeader
+from nightpress.core.compress.checkpoint import SAFETENSORS_DTYPES, TORCH_DTYPES, disk_errors, read_shards, sync_folder
+from nightpress.core.compress.executors.skeleton import Source, find_rows
+from nightpress.core.compress.executors.stream import copy_companions
+from nightpress.core.compress.modules import quiet, take_own_shapes
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.anatomy import OWN_SHAPES
+from nightpress.core.recipes.header import ModelHeader
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",

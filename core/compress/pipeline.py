@@ -15,37 +15,37 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from core.compress import environment, report
-from core.compress.checkpoint import disk_errors, write_file
-from core.compress.evaluate import gates, quality, speed
-from core.compress.evaluate.beside import SourceBeside
-from core.compress.evaluate.consumer import Consumer, Observed, run_consumer
-from core.compress.evaluate.data import BUILTIN_LICENSE, builtin_digest
-from core.compress.evaluate.finite import check_weights
-from core.compress.evaluate.quality import Trial
-from core.compress.evaluate.remarks import remarks
-from core.compress.evaluate.roofline import device_of
-from core.compress.executors import graph
-from core.compress.executors.activations import return_freed_memory
-from core.compress.export import compressed_tensors, gguf, onnx, openvino, safetensors, transformersjs
-from core.compress.export.early_exit import trace_exits
-from core.compress.export.verify import verify
-from core.compress.lineage import read_lineage
-from core.compress.passes import MODEL_PASSES, PassContext
-from core.compress.passes.static_int8 import static_int8
-from core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
-from core.handoff.frames import Checkpoint, Frame, Log, Metric, Phase, Progress, Span
-from core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
-from core.handoff.report import DataUsed, PassRecord, Report, Subject
-from core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
-from core.recipes.calibration import BUILTIN_DATA
-from core.recipes.exports import Export
-from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import Quality
-from core.recipes.passes import DynamicInt8, EarlyExit, Profiling, StaticInt8
-from core.recipes.plan import make_plan, stored
-from core.recipes.profile import Profile, profile_of
+from nightpress.core.compress import environment, report
+from nightpress.core.compress.checkpoint import disk_errors, write_file
+from nightpress.core.compress.evaluate import gates, quality, speed
+from nightpress.core.compress.evaluate.beside import SourceBeside
+from nightpress.core.compress.evaluate.consumer import Consumer, Observed, run_consumer
+from nightpress.core.compress.evaluate.data import BUILTIN_LICENSE, builtin_digest
+from nightpress.core.compress.evaluate.finite import check_weights
+from nightpress.core.compress.evaluate.quality import Trial
+from nightpress.core.compress.evaluate.remarks import remarks
+from nightpress.core.compress.evaluate.roofline import device_of
+from nightpress.core.compress.executors import graph
+from nightpress.core.compress.executors.activations import return_freed_memory
+from nightpress.core.compress.export import compressed_tensors, gguf, onnx, openvino, safetensors, transformersjs
+from nightpress.core.compress.export.early_exit import trace_exits
+from nightpress.core.compress.export.verify import verify
+from nightpress.core.compress.lineage import read_lineage
+from nightpress.core.compress.passes import MODEL_PASSES, PassContext
+from nightpress.core.compress.passes.static_int8 import static_int8
+from nightpress.core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
+from nightpress.core.handoff.frames import Checkpoint, Frame, Log, Metric, Phase, Progress, Span
+from nightpress.core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
+from nightpress.core.handoff.report import DataUsed, PassRecord, Report, Subject
+from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
+from nightpress.core.recipes.calibration import BUILTIN_DATA
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import Quality
+from nightpress.core.recipes.passes import DynamicInt8, EarlyExit, Profiling, StaticInt8
+from nightpress.core.recipes.plan import make_plan, stored
+from nightpress.core.recipes.profile import Profile, profile_of
 
 Emit = Callable[[Frame], None]
 

@@ -12,9 +12,9 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from core.compress import charts, report_costs
-from core.handoff.compare import compare
-from core.handoff.report import (
+from nightpress.core.compress import charts, report_costs
+from nightpress.core.handoff.compare import compare
+from nightpress.core.handoff.report import (
     REPORT_FILE,
     GenerationTiming,
     LayerEffect,
@@ -430,7 +430,7 @@ def change(one: Measurement) -> str:
 @cache
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("core.compress", "templates"),
+        loader=jinja2.PackageLoader("nightpress.core.compress", "templates"),
         autoescape=jinja2.select_autoescape(["html"]),  # Markdown is escaped by the filters `plain` and `cell`
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

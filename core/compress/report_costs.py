@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from core.compress import charts
-from core.handoff.report import GenerationTiming, PassRecord, Report, Series, Speedup, Subject
-from core.recipes.profile import Profile, by_kind
+from nightpress.core.compress import charts
+from nightpress.core.handoff.report import GenerationTiming, PassRecord, Report, Series, Speedup, Subject
+from nightpress.core.recipes.profile import Profile, by_kind
 
 
 def speed_line(what: str, said: str, speedups: Sequence[Speedup]) -> str:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.compress.solvers.grid import E2M1, LARGEST_FLOAT, Grid, dequantize
-from core.compress.solvers.packing import pack_bits, unpack_bits
-from core.compress.solvers.ranges import find_ranges, half_quadratic, nearest_codes
-from core.recipes.schemes import BLOCK, Scheme
+from nightpress.core.compress.solvers.grid import E2M1, LARGEST_FLOAT, Grid, dequantize
+from nightpress.core.compress.solvers.packing import pack_bits, unpack_bits
+from nightpress.core.compress.solvers.ranges import find_ranges, half_quadratic, nearest_codes
+from nightpress.core.recipes.schemes import BLOCK, Scheme
 
 
 @dataclass(frozen=True)

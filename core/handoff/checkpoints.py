@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from core.handoff.report import PassRecord
-from core.recipes.header import ModelHeader
-from core.recipes.models import Recipe
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.models import Recipe
 
 
 def pass_folder(index: int, name: str) -> str:

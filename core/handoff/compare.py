@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from core.handoff.report import Measurement, Report, Subject
+from nightpress.core.handoff.report import Measurement, Report, Subject
 
 #: what a source scores against itself, where a figure is about nearness to the source
 _OF_ITSELF = {

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.profile import Profile
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.profile import Profile
 
 REPORT_FILE = "report.json"
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from core.handoff.report import Measurement, Report
+from nightpress.core.handoff.report import Measurement, Report
 
 Outcome = Literal["identical", "equivalent", "different"]
 

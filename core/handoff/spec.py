@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from core.recipes.models import Recipe
+from nightpress.core.recipes.models import Recipe
 
 SPEC_FILE = "spec.json"
 SOURCE_DIR = "source"

@@ -11,10 +11,10 @@ from sqlalchemy import ColumnElement, Engine, delete, exists, func, insert, sele
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from core.database import db_now, transaction
-from core.jobs.records import Lease
-from core.jobs.states import ALL_STATES, is_terminal
-from core.jobs.tables import checkpoint_files, checkpoints, jobs
+from nightpress.core.database import db_now, transaction
+from nightpress.core.jobs.records import Lease
+from nightpress.core.jobs.states import ALL_STATES, is_terminal
+from nightpress.core.jobs.tables import checkpoint_files, checkpoints, jobs
 
 _LIVE_STATES = tuple(state for state in ALL_STATES if not is_terminal(state))
 _PRUNE_BATCH = 100

@@ -29,13 +29,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import BigInteger, Float
 
-from core.access.tables import gpu_usage
-from core.access.tables import tenants as tenants_table
-from core.database import JsonType, db_month, db_now
-from core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS
-from core.jobs.records import WorkerOffer
-from core.jobs.states import RUNNING
-from core.jobs.tables import job_attempts, job_events, jobs
+from nightpress.core.access.tables import gpu_usage
+from nightpress.core.access.tables import tenants as tenants_table
+from nightpress.core.database import JsonType, db_month, db_now
+from nightpress.core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS
+from nightpress.core.jobs.records import WorkerOffer
+from nightpress.core.jobs.states import RUNNING
+from nightpress.core.jobs.tables import job_attempts, job_events, jobs
 
 _columns = jobs.c
 _UNKNOWN = 2**63 - 1  #: of a GPU that does not say how much memory it has: any job may try

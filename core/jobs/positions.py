@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from sqlalchemy import Engine, select
 
-from core.database import transaction
-from core.jobs.tables import jobs
-from core.schemas import JobState
+from nightpress.core.database import transaction
+from nightpress.core.jobs.tables import jobs
+from nightpress.core.schemas import JobState
 
 
 class Position(NamedTuple):

@@ -8,13 +8,13 @@ from typing import Any, get_args
 from sqlalchemy import ColumnElement, Engine, case, func, literal_column, or_, select
 from sqlalchemy.dialects.postgresql import JSONB
 
-from core.database import db_now, transaction
-from core.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, QueueLoad
-from core.jobs.states import QUEUED
-from core.jobs.tables import job_artifacts, job_attempts, job_events, job_logs, job_reports, jobs
-from core.paging import newest_first
-from core.recipes.placement import Queue
-from core.schemas import JobState
+from nightpress.core.database import db_now, transaction
+from nightpress.core.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, QueueLoad
+from nightpress.core.jobs.states import QUEUED
+from nightpress.core.jobs.tables import job_artifacts, job_attempts, job_events, job_logs, job_reports, jobs
+from nightpress.core.paging import newest_first
+from nightpress.core.recipes.placement import Queue
+from nightpress.core.schemas import JobState
 
 JOB_COLUMNS = tuple(jobs.c[one.name] for one in fields(Job))
 #: Written into the statement, not bound: a partial index is only used where its condition stands in the text.

@@ -4,9 +4,9 @@ import datetime as dt
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from core.handoff.manifest import Manifest
-from core.recipes.placement import Queue
-from core.schemas import JobState
+from nightpress.core.handoff.manifest import Manifest
+from nightpress.core.recipes.placement import Queue
+from nightpress.core.schemas import JobState
 
 WorkerState = Literal["idle", "busy", "draining", "unfit", "lost"]
 

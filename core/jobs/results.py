@@ -5,9 +5,9 @@ from dataclasses import asdict
 from sqlalchemy import insert, select
 from sqlalchemy.engine import Connection
 
-from core.ids import new_id
-from core.jobs.records import Lease, Succeeded
-from core.jobs.tables import job_artifacts, job_metrics, job_reports
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.records import Lease, Succeeded
+from nightpress.core.jobs.tables import job_artifacts, job_metrics, job_reports
 
 
 def write_result(connection: Connection, lease: Lease, outcome: Succeeded) -> None:

@@ -8,12 +8,12 @@ another job that is kept was given.
 from sqlalchemy import ColumnElement, Engine, and_, delete, exists, or_, select, tuple_, update
 from sqlalchemy.engine import Connection
 
-from core.artifacts.storage import ObjectStore
-from core.database import db_now, transaction
-from core.jobs.tables import job_artifacts, jobs
-from core.promotions.tables import promotions
-from core.schedules.tables import schedule_runs
-from core.schemas import TERMINAL_STATES
+from nightpress.core.artifacts.storage import ObjectStore
+from nightpress.core.database import db_now, transaction
+from nightpress.core.jobs.tables import job_artifacts, jobs
+from nightpress.core.promotions.tables import promotions
+from nightpress.core.schedules.tables import schedule_runs
+from nightpress.core.schemas import TERMINAL_STATES
 
 _BATCH = 100
 _columns = jobs.c

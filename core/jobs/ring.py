@@ -11,8 +11,8 @@ from typing import Final
 from celery import Celery
 from kombu import Queue
 
-from core.settings import Settings
-from core.tracing import span, traceparent
+from nightpress.core.settings import Settings
+from nightpress.core.tracing import span, traceparent
 
 RING_TASK: Final = "nightpress.ring"
 QUEUES: Final = ("cpu", "gpu", "control")

@@ -6,12 +6,12 @@ from typing import Any
 
 from sqlalchemy import CursorResult, Engine, delete, func, insert, select, update
 
-from core.database import db_now, read_now, statement, transaction
-from core.jobs.queries import IS_LEASED
-from core.jobs.records import Job, Worker, WorkerState
-from core.jobs.states import QUEUED
-from core.jobs.tables import jobs, workers
-from core.recipes.placement import Queue, Seat
+from nightpress.core.database import db_now, read_now, statement, transaction
+from nightpress.core.jobs.queries import IS_LEASED
+from nightpress.core.jobs.records import Job, Worker, WorkerState
+from nightpress.core.jobs.states import QUEUED
+from nightpress.core.jobs.tables import jobs, workers
+from nightpress.core.recipes.placement import Queue, Seat
 
 WORKER_LOST_S = 30.0  #: a worker not seen for so long is shown as lost
 _TOLD = (

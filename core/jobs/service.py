@@ -8,20 +8,20 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
-from core.access.quotas import NO_BOUND, QuotaBook
-from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Idempotency, Job, NewJob
-from core.jobs.roster import Fleet
-from core.jobs.states import is_terminal
-from core.jobs.store import JobStore
-from core.recipes.builtins import get_recipe
-from core.recipes.header import ModelHeader
-from core.recipes.models import Quality, Recipe, parse_recipe
-from core.recipes.plan import Plan, make_plan
-from core.schemas import DataSetView, JobCreate, JobSpec, ModelView
-from core.settings import Settings
-from core.tracing import span, traceparent
-from core.version import ENGINE
+from nightpress.core.access.quotas import NO_BOUND, QuotaBook
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.records import Idempotency, Job, NewJob
+from nightpress.core.jobs.roster import Fleet
+from nightpress.core.jobs.states import is_terminal
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.recipes.builtins import get_recipe
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.models import Quality, Recipe, parse_recipe
+from nightpress.core.recipes.plan import Plan, make_plan
+from nightpress.core.schemas import DataSetView, JobCreate, JobSpec, ModelView
+from nightpress.core.settings import Settings
+from nightpress.core.tracing import span, traceparent
+from nightpress.core.version import ENGINE
 
 Value = TypeVar("Value")
 

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Final, Literal
 
-from core.schemas import TERMINAL_STATES, JobState
+from nightpress.core.schemas import TERMINAL_STATES, JobState
 
 QUEUED: Final = "queued"
 RUNNING: Final = "running"

@@ -22,17 +22,17 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
-from core.access.quotas import add_gpu_time
-from core.database import JsonType, clean_text, db_now, statement, transaction
-from core.errors import ErrorCode, NightpressError
-from core.handoff.frames import Progress
-from core.ids import new_id
-from core.jobs.claims import Caps, claim_and_note, claim_job, claim_values, some_have_caps, whose_turn
-from core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS, JobsWanted, job_of
-from core.jobs.records import Claimed, Job, Lease, Renewal, Succeeded, WorkerOffer
-from core.jobs.results import copy_result, write_result
-from core.jobs.roster import WorkerRoster
-from core.jobs.states import (
+from nightpress.core.access.quotas import add_gpu_time
+from nightpress.core.database import JsonType, clean_text, db_now, statement, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Progress
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.claims import Caps, claim_and_note, claim_job, claim_values, some_have_caps, whose_turn
+from nightpress.core.jobs.queries import IS_LEASED, IS_QUEUED, JOB_COLUMNS, JobsWanted, job_of
+from nightpress.core.jobs.records import Claimed, Job, Lease, Renewal, Succeeded, WorkerOffer
+from nightpress.core.jobs.results import copy_result, write_result
+from nightpress.core.jobs.roster import WorkerRoster
+from nightpress.core.jobs.states import (
     CANCELLED,
     CANCELLING,
     FAILED,
@@ -43,16 +43,16 @@ from core.jobs.states import (
     Trigger,
     sources,
 )
-from core.jobs.submission import JobSubmitter
-from core.jobs.tables import (
+from nightpress.core.jobs.submission import JobSubmitter
+from nightpress.core.jobs.tables import (
     job_attempts,
     job_events,
     job_logs,
     jobs,
 )
-from core.promotions.store import promote_accepted
-from core.version import ENGINE
-from core.webhooks.outbox import note_for_webhooks
+from nightpress.core.promotions.store import promote_accepted
+from nightpress.core.version import ENGINE
+from nightpress.core.webhooks.outbox import note_for_webhooks
 
 MAX_LOG_LINES = 10_000  #: a job
 MAX_CANCELLED = 500  #: by one request

@@ -27,9 +27,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.engine import Connection
 
-from core.access.idempotency import mismatch
-from core.access.quotas import NO_BOUND
-from core.database import (
+from nightpress.core.access.idempotency import mismatch
+from nightpress.core.access.quotas import NO_BOUND
+from nightpress.core.database import (
     JsonType,
     UtcDateTime,
     clean_text,
@@ -38,12 +38,12 @@ from core.database import (
     statement,
     transaction,
 )
-from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.jobs.queries import IS_QUEUED, JOB_COLUMNS, QUEUES, JobReader, job_of
-from core.jobs.records import Idempotency, Job, NewJob
-from core.jobs.states import QUEUED
-from core.jobs.tables import idempotency_keys, job_events, jobs
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.queries import IS_QUEUED, JOB_COLUMNS, QUEUES, JobReader, job_of
+from nightpress.core.jobs.records import Idempotency, Job, NewJob
+from nightpress.core.jobs.states import QUEUED
+from nightpress.core.jobs.tables import idempotency_keys, job_events, jobs
 
 _GIVEN = (
     "id",

@@ -18,7 +18,7 @@ from sqlalchemy import (
     text,
 )
 
-from core.database import JsonType, UtcDateTime, metadata
+from nightpress.core.database import JsonType, UtcDateTime, metadata
 
 jobs = Table(
     "jobs",

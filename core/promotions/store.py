@@ -5,13 +5,13 @@ from typing import Any, Literal
 from sqlalchemy import Engine, Select, exists, func, insert, select, tuple_
 from sqlalchemy.engine import Connection
 
-from core.database import later_than, lock_until_commit, transaction
-from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.jobs.tables import job_artifacts, jobs
-from core.paging import newest_first
-from core.promotions.tables import promotions
-from core.schemas import PromotionView
+from nightpress.core.database import later_than, lock_until_commit, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.tables import job_artifacts, jobs
+from nightpress.core.paging import newest_first
+from nightpress.core.promotions.tables import promotions
+from nightpress.core.schemas import PromotionView
 
 _columns = promotions.c
 

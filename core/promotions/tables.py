@@ -2,7 +2,7 @@
 
 from sqlalchemy import CheckConstraint, Column, ForeignKey, Index, String, Table
 
-from core.database import UtcDateTime, metadata
+from nightpress.core.database import UtcDateTime, metadata
 
 promotions = Table(
     "promotions",

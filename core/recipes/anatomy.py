@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from core.numbers import whole_number
-from core.recipes.header import CONV1D, ModelHeader
-from core.recipes.linears import invalid
+from nightpress.core.numbers import whole_number
+from nightpress.core.recipes.header import CONV1D, ModelHeader
+from nightpress.core.recipes.linears import invalid
 
 #: What a linear layer's outputs are made of, one part after the other: feed-forward channels; query heads; key or value heads; or a
 #: query, a key and a value head by turns.

@@ -8,7 +8,7 @@ import math
 import re
 from typing import NamedTuple
 
-from core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
+from nightpress.core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
 
 _MIB = 1024**2
 _WORKSPACE = 34 * _MIB  #: cuBLAS's

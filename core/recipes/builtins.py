@@ -3,14 +3,14 @@
 from functools import cache
 from importlib.resources import files
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.models import Recipe, load_recipe
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.models import Recipe, load_recipe
 
 
 @cache
 def builtin_recipes() -> dict[str, Recipe]:
     """All of them by name, sorted."""
-    folder = files("core.recipes") / "builtin"
+    folder = files("nightpress.core.recipes") / "builtin"
     recipes = [load_recipe(entry.read_text()) for entry in folder.iterdir() if entry.name.endswith(".yaml")]
     return {recipe.name: recipe for recipe in sorted(recipes, key=lambda one: one.name)}
 
@@ -18,7 +18,7 @@ def builtin_recipes() -> dict[str, Recipe]:
 @cache
 def builtin_text(name: str) -> str:
     """A built-in recipe as it is written: what has its default is left out."""
-    return (files("core.recipes") / "builtin" / f"{name}.yaml").read_text()
+    return (files("nightpress.core.recipes") / "builtin" / f"{name}.yaml").read_text()
 
 
 def get_recipe(name: str) -> Recipe:

@@ -4,10 +4,10 @@ import math
 import re
 from typing import NamedTuple
 
-from core.recipes.block_peak import gpu_peak, input_of, searched_bytes
-from core.recipes.calibration import Calibration
-from core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
-from core.recipes.placement import Queue
+from nightpress.core.recipes.block_peak import gpu_peak, input_of, searched_bytes
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
+from nightpress.core.recipes.placement import Queue
 
 _MIB = 1024**2
 #: Anonymous memory, as the supervisor weighs it, measured by `bench.estimates`: of a job's child with torch and its tokenizer loaded …

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.jsonfile import is_text
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.jsonfile import is_text
 
 Kind = Literal["txt", "jsonl", "csv", "parquet"]
 

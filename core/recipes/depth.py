@@ -1,6 +1,6 @@
 """What configs of the known families call a model's depth and widths."""
 
-from core.recipes.header import ModelHeader
+from nightpress.core.recipes.header import ModelHeader
 
 _DEPTH = ("num_hidden_layers", "n_layers", "n_layer")
 _WIDTH = ("hidden_size", "dim", "n_embd")

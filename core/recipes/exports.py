@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
-from core.recipes.header import DECODERS, ENCODERS, MIXTURES, ModelHeader, TensorInfo
-from core.recipes.linears import invalid
-from core.recipes.llama_cpp import why_not_llama_cpp
-from core.recipes.passes.base import ExportFormat
+from nightpress.core.recipes.header import DECODERS, ENCODERS, MIXTURES, ModelHeader, TensorInfo
+from nightpress.core.recipes.linears import invalid
+from nightpress.core.recipes.llama_cpp import why_not_llama_cpp
+from nightpress.core.recipes.passes.base import ExportFormat
 
 GRAPH_FORMATS = frozenset({"onnx", "openvino", "transformers.js"})
 

@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Set
 from pathlib import PurePosixPath
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.jsonfile import malformed
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.jsonfile import malformed
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -9,14 +9,14 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.bounds import size_flaw
-from core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, check_names, missing_shards, raise_all
-from core.recipes.header import ModelHeader, TensorInfo, class_of
-from core.recipes.jsonfile import JsonBudget, malformed, parse_json, walk
-from core.recipes.pooling import read_pooling
-from core.recipes.remote_code import code_flaw
-from core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.bounds import size_flaw
+from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, check_names, missing_shards, raise_all
+from nightpress.core.recipes.header import ModelHeader, TensorInfo, class_of
+from nightpress.core.recipes.jsonfile import JsonBudget, malformed, parse_json, walk
+from nightpress.core.recipes.pooling import read_pooling
+from nightpress.core.recipes.remote_code import code_flaw
+from nightpress.core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
 
 MAX_FILES = 2000
 TOKENIZER_FILES = frozenset(

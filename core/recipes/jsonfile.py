@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, NoReturn
 
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.errors import ErrorCode, NightpressError
 
 _MAX_DEPTH = 64
 _MANY_BYTES = 4 * 1024**2  #: of JSON that is not ASCII: Python takes up to four bytes a character of it

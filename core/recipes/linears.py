@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.header import CONV1D, ModelHeader, TensorInfo
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.header import CONV1D, ModelHeader, TensorInfo
 
 #: Matrices that are looked up, not multiplied.
 _NOT_LINEAR = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})

@@ -7,7 +7,7 @@ that no GGUF key stands for, must hold the value that the graph was written for.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from core.recipes.header import ModelHeader
+from nightpress.core.recipes.header import ModelHeader
 
 #: model_type values that llama.cpp's graphs for these names compute as transformers does.
 DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from core.recipes.costs import (
+from nightpress.core.recipes.costs import (
     CONSUMER_BYTES,
     GPU_CONSUMER_BYTES,
     GRAPH_CONSUMER_BYTES,
@@ -12,10 +12,10 @@ from core.recipes.costs import (
     cached_trace_seconds,
     made_graph_bytes,
 )
-from core.recipes.exports import GRAPH_FORMATS, Export
-from core.recipes.header import ModelHeader, TensorInfo
-from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe
-from core.recipes.passes import DynamicInt8
+from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe
+from nightpress.core.recipes.passes import DynamicInt8
 
 _IMPORT_S = 3.5  #: start of one consumer process with torch and transformers
 _GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alone

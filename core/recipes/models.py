@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.calibration import BUILTIN_DATA, Calibration, DataRef
-from core.recipes.exports import Export
-from core.recipes.header import ModelHeader
-from core.recipes.passes import Pass
-from core.recipes.targets import Target, fill_in, misfit, target_for
-from core.recipes.yamlfile import read_yaml
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.calibration import BUILTIN_DATA, Calibration, DataRef
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.passes import Pass
+from nightpress.core.recipes.targets import Target, fill_in, misfit, target_for
+from nightpress.core.recipes.yamlfile import read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 MAX_PASSES = 20

@@ -5,22 +5,22 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes import measuring
-from core.recipes.costs import (
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes import measuring
+from nightpress.core.recipes.costs import (
     GPU_RUNTIME_BYTES,
     GPU_START_S,
     MODELLING_BYTES,
     RUNTIME_BYTES,
     Cost,
 )
-from core.recipes.exports import Export
-from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, MIXTURES, VISION, ModelHeader
-from core.recipes.linears import invalid
-from core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
-from core.recipes.passes import EarlyExit, GenerationCache, PassOptions, Recover
-from core.recipes.placement import Need, Placement, Queue, Seat, place, threads_of
-from core.recipes.targets import check_target
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, MIXTURES, VISION, ModelHeader
+from nightpress.core.recipes.linears import invalid
+from nightpress.core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
+from nightpress.core.recipes.passes import EarlyExit, GenerationCache, PassOptions, Recover
+from nightpress.core.recipes.placement import Need, Placement, Queue, Seat, place, threads_of
+from nightpress.core.recipes.targets import check_target
 
 #: what the head is called that multiplies by the table, for `ignore`
 _HEADS = {"causal-lm": "lm_head.weight", "masked-lm": "cls.predictions.decoder.weight"}

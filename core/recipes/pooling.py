@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.jsonfile import malformed, parse_json
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.jsonfile import malformed, parse_json
 
 MODULES_FILE = "modules.json"
 _UNLISTED = "1_Pooling/config.json"  #: where the module lies in folders that list none

@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from core.recipes.anatomy import Anatomy, anatomy_of
-from core.recipes.header import ModelHeader, TensorInfo
-from core.recipes.linears import is_linear_weight
+from nightpress.core.recipes.anatomy import Anatomy, anatomy_of
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.linears import is_linear_weight
 
 Kind = Literal["embeddings", "attention projections", "attention scores", "feed-forward", "norms and biases", "head"]
 KINDS: tuple[Kind, ...] = (

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from core.recipes.header import MIXTURES, ModelHeader, TensorInfo
-from core.recipes.linears import is_expert, is_table, module_of
-from core.recipes.schemes import Scheme
+from nightpress.core.recipes.header import MIXTURES, ModelHeader, TensorInfo
+from nightpress.core.recipes.linears import is_expert, is_table, module_of
+from nightpress.core.recipes.schemes import Scheme
 
 #: Families that transformers calls other names than their files do, or asks for weights that codes have not.
 _OTHER_NAMES = frozenset({"t5", "vit"})

@@ -5,7 +5,7 @@ Read through transformers 5.23: configuration_utils, modeling_utils, generation,
 
 from typing import Any
 
-from core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE
+from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE
 
 #: What these fields may say. Anything else names a kernel of the Hub, or has one fetched where the library is not installed.
 _ATTENTION = frozenset({"eager", "sdpa", "flex_attention"})

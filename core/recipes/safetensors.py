@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from core.recipes.header import TensorInfo
-from core.recipes.jsonfile import malformed, parse_json, unique_keys
+from nightpress.core.recipes.header import TensorInfo
+from nightpress.core.recipes.jsonfile import malformed, parse_json, unique_keys
 
 if TYPE_CHECKING:
-    from core.recipes.inspect import ModelFiles
+    from nightpress.core.recipes.inspect import ModelFiles
 
 MAX_TENSORS = 100_000
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from core.recipes.header import TensorInfo
+from nightpress.core.recipes.header import TensorInfo
 
 Kind = Literal["int", "float"]
 Strategy = Literal["tensor", "channel", "group", "block"]

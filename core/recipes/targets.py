@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from core.recipes.exports import Export, runs_in_llama_cpp
-from core.recipes.header import DECODERS, ENCODERS, ModelHeader
-from core.recipes.linears import invalid
-from core.recipes.passes.base import ExportFormat
+from nightpress.core.recipes.exports import Export, runs_in_llama_cpp
+from nightpress.core.recipes.header import DECODERS, ENCODERS, ModelHeader
+from nightpress.core.recipes.linears import invalid
+from nightpress.core.recipes.passes.base import ExportFormat
 
 Target = Literal["cpu-encoder", "cpu-llm", "gpu-vllm", "browser", "auto"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.jsonfile import is_text
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.jsonfile import is_text
 
 MAX_CHARACTERS = 64 * 1024
 MAX_DEPTH = 32

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.errors import ErrorCode, NightpressError
 
 
 @dataclass

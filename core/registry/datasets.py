@@ -7,21 +7,21 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.engine import Connection
 
-from core.artifacts.files import disk_errors
-from core.artifacts.storage import OnBytes
-from core.errors import ErrorCode, NightpressError
-from core.handoff.manifest import FileEntry
-from core.jobs.tables import jobs
-from core.paging import cursor_after
-from core.recipes.calibration import BUILTIN_DATA
-from core.recipes.datafile import READ_BYTES, DataFacts, Window, examine_data, kind_of
-from core.registry.fetching import FetchingRegistry
-from core.registry.registry import Taken, TakesLonger, check_size, describe_files, live_jobs
-from core.registry.tables import data_sets
-from core.registry.uploads import Owner
-from core.schemas import DataSetCreate, DataSetView
-from core.sources.address import resolve_path
-from core.sources.source import Listing, RemoteFile, Source
+from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.storage import OnBytes
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import FileEntry
+from nightpress.core.jobs.tables import jobs
+from nightpress.core.paging import cursor_after
+from nightpress.core.recipes.calibration import BUILTIN_DATA
+from nightpress.core.recipes.datafile import READ_BYTES, DataFacts, Window, examine_data, kind_of
+from nightpress.core.registry.fetching import FetchingRegistry
+from nightpress.core.registry.registry import Taken, TakesLonger, check_size, describe_files, live_jobs
+from nightpress.core.registry.tables import data_sets
+from nightpress.core.registry.uploads import Owner
+from nightpress.core.schemas import DataSetCreate, DataSetView
+from nightpress.core.sources.address import resolve_path
+from nightpress.core.sources.source import Listing, RemoteFile, Source
 
 _PIECE = 1024**2
 #: what is read of a data set while a request waits: a few tenths of a second

@@ -7,14 +7,14 @@ from typing import Any
 
 from sqlalchemy import Row, exists, select, tuple_, update
 
-from core.database import db_now, transaction
-from core.errors import ErrorCode, NightpressError
-from core.handoff.manifest import FileEntry
-from core.ids import new_id
-from core.registry.claims import Claim
-from core.registry.registry import Registry, Taken, View, check_size, described, dumped, made_ready
-from core.sources.address import BucketAddress, HubAddress, parse_address, resolve_path
-from core.sources.source import Listing, RemoteFile, Source, open_source, read_steadily
+from nightpress.core.database import db_now, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import FileEntry
+from nightpress.core.ids import new_id
+from nightpress.core.registry.claims import Claim
+from nightpress.core.registry.registry import Registry, Taken, View, check_size, described, dumped, made_ready
+from nightpress.core.sources.address import BucketAddress, HubAddress, parse_address, resolve_path
+from nightpress.core.sources.source import Listing, RemoteFile, Source, open_source, read_steadily
 
 
 class FetchingRegistry(Registry[View]):

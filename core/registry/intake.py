@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy import ColumnElement, Engine, or_, select, update
 
-from core.database import db_now, statement, transaction
-from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.registry.claims import Claim
-from core.registry.datasets import DataSetRegistry
-from core.registry.models import ModelRegistry
+from nightpress.core.database import db_now, statement, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.registry.claims import Claim
+from nightpress.core.registry.datasets import DataSetRegistry
+from nightpress.core.registry.models import ModelRegistry
 
 AT_A_TIME = 2
 TTL_S = 60.0

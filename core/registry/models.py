@@ -7,23 +7,23 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.engine import Connection
 
-from core.artifacts.files import disk_errors
-from core.artifacts.storage import ObjectStore, OnBytes
-from core.database import transaction
-from core.errors import ErrorCode, NightpressError
-from core.handoff.manifest import FileEntry
-from core.jobs.tables import jobs
-from core.recipes.filenames import check_names
-from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.registry.fetching import FetchingRegistry
-from core.registry.registry import Taken, check_size, describe_files, live_jobs
-from core.registry.tables import models
-from core.registry.uploads import Owner
-from core.schemas import FileView, ModelCreate, ModelView
-from core.sources.address import resolve_path
-from core.sources.selection import choose_model_files
-from core.sources.source import Listing, RemoteFile, Source
+from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.storage import ObjectStore, OnBytes
+from nightpress.core.database import transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import FileEntry
+from nightpress.core.jobs.tables import jobs
+from nightpress.core.recipes.filenames import check_names
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.registry.fetching import FetchingRegistry
+from nightpress.core.registry.registry import Taken, check_size, describe_files, live_jobs
+from nightpress.core.registry.tables import models
+from nightpress.core.registry.uploads import Owner
+from nightpress.core.schemas import FileView, ModelCreate, ModelView
+from nightpress.core.sources.address import resolve_path
+from nightpress.core.sources.selection import choose_model_files
+from nightpress.core.sources.source import Listing, RemoteFile, Source
 
 
 class ModelRegistry(FetchingRegistry[ModelView]):

@@ -11,20 +11,20 @@ from pydantic import ValidationError
 from sqlalchemy import Engine, Row, Select, Table, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
-from core.access.quotas import QuotaBook
-from core.artifacts.files import disk_errors
-from core.artifacts.storage import ObjectStore, OnBytes
-from core.database import db_now, later_than, transaction
-from core.errors import ErrorCode, NightpressError
-from core.handoff.manifest import FileEntry, describe_as, digest_of
-from core.ids import new_id
-from core.jobs.tables import jobs
-from core.paging import newest_first
-from core.registry.tables import UNSWEPT
-from core.registry.uploads import Owner, Uploads
-from core.schemas import TERMINAL_STATES, DataSetView, FileAnnouncement, ModelView, UploadFile
-from core.settings import Settings
-from core.sources.address import Kind
+from nightpress.core.access.quotas import QuotaBook
+from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.storage import ObjectStore, OnBytes
+from nightpress.core.database import db_now, later_than, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import FileEntry, describe_as, digest_of
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.tables import jobs
+from nightpress.core.paging import newest_first
+from nightpress.core.registry.tables import UNSWEPT
+from nightpress.core.registry.uploads import Owner, Uploads
+from nightpress.core.schemas import TERMINAL_STATES, DataSetView, FileAnnouncement, ModelView, UploadFile
+from nightpress.core.settings import Settings
+from nightpress.core.sources.address import Kind
 
 log = logging.getLogger(__name__)
 

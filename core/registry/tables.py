@@ -14,7 +14,7 @@ from sqlalchemy import (
     text,
 )
 
-from core.database import JsonType, UtcDateTime, metadata
+from nightpress.core.database import JsonType, UtcDateTime, metadata
 
 _ID = String(40)
 

@@ -9,12 +9,12 @@ from urllib.parse import quote
 from sqlalchemy import ColumnElement, Engine, Row, delete, insert, select, update
 from sqlalchemy.engine import Connection
 
-from core.artifacts.storage import ObjectStore, OnBytes
-from core.database import transaction
-from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.registry.tables import uploads
-from core.schemas import FileAnnouncement, UploadFile, UploadPart, upload_part_size
+from nightpress.core.artifacts.storage import ObjectStore, OnBytes
+from nightpress.core.database import transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.registry.tables import uploads
+from nightpress.core.schemas import FileAnnouncement, UploadFile, UploadPart, upload_part_size
 
 _NOTHING = hashlib.sha256(b"").hexdigest()
 

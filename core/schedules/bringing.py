@@ -3,15 +3,15 @@
 import logging
 import time
 
-from core.artifacts.files import disk_errors
-from core.errors import ErrorCode, NightpressError
-from core.recipes.inspect import FolderFiles
-from core.registry.models import ModelRegistry
-from core.schedules.store import PendingRun, ScheduleStore
-from core.schemas import ModelCreate, ModelView
-from core.settings import Settings
-from core.sources.address import parse_address, resolve_path
-from core.sources.source import open_source, revision_of
+from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.inspect import FolderFiles
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.schedules.store import PendingRun, ScheduleStore
+from nightpress.core.schemas import ModelCreate, ModelView
+from nightpress.core.settings import Settings
+from nightpress.core.sources.address import parse_address, resolve_path
+from nightpress.core.sources.source import open_source, revision_of
 
 _REST_S = 30.0  #: a source that did not answer is asked again so much later
 

@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from cronsim import CronSim, CronSimError
 
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.errors import ErrorCode, NightpressError
 
 MAX_LENGTH = 200
 #: enough fires to see every gap of a day in which they come five minutes apart, and the one over midnight

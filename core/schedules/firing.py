@@ -8,12 +8,12 @@ import datetime as dt
 import logging
 from collections.abc import Callable
 
-from core.errors import ErrorCode, NightpressError
-from core.jobs.service import JobService
-from core.jobs.store import JobStore
-from core.schedules.bringing import Bringer
-from core.schedules.store import Due, LastRun, PendingRun, ScheduleStore
-from core.schemas import JobCreate
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.service import JobService
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.schedules.bringing import Bringer
+from nightpress.core.schedules.store import Due, LastRun, PendingRun, ScheduleStore
+from nightpress.core.schemas import JobCreate
 
 ON_TIME_S = 300.0  #: a fire seen this much later was not missed: a control process may restart meanwhile
 _REACH_S = 31 * 24 * 3600.0  #: catching up looks back no further

@@ -3,14 +3,14 @@
 import datetime as dt
 from typing import Any
 
-from core.errors import ErrorCode, NightpressError
-from core.jobs.service import JobService
-from core.schedules.cron import Cron, parse_cron
-from core.schedules.store import ScheduleStore
-from core.schemas import JobSpec, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
-from core.settings import Settings
-from core.sources.address import check_source
-from core.versions import changed_since
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.service import JobService
+from nightpress.core.schedules.cron import Cron, parse_cron
+from nightpress.core.schedules.store import ScheduleStore
+from nightpress.core.schemas import JobSpec, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
+from nightpress.core.settings import Settings
+from nightpress.core.sources.address import check_source
+from nightpress.core.versions import changed_since
 
 
 class ScheduleService:

@@ -10,15 +10,15 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
-from core.database import db_now, read_now, transaction
-from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.jobs.tables import jobs
-from core.paging import newest_first
-from core.schedules.cron import Cron
-from core.schedules.tables import schedule_runs, schedules
-from core.schemas import TERMINAL_STATES, JobSpec, ScheduleRunView, ScheduleView
-from core.versions import changed_since
+from nightpress.core.database import db_now, read_now, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.tables import jobs
+from nightpress.core.paging import newest_first
+from nightpress.core.schedules.cron import Cron
+from nightpress.core.schedules.tables import schedule_runs, schedules
+from nightpress.core.schemas import TERMINAL_STATES, JobSpec, ScheduleRunView, ScheduleView
+from nightpress.core.versions import changed_since
 
 _MAX_SCHEDULES = 1000  #: a tenant
 _UPCOMING = 5

@@ -13,7 +13,7 @@ from sqlalchemy import (
     text,
 )
 
-from core.database import JsonType, UtcDateTime, metadata
+from nightpress.core.database import JsonType, UtcDateTime, metadata
 
 schedules = Table(
     "schedules",

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from core.errors import ErrorCode, NightpressError
-from core.settings import Settings
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.settings import Settings
 
 Kind = Literal["models", "datasets"]
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
-from core.artifacts.s3connection import GONE, connect, error_code
-from core.errors import ErrorCode, NightpressError
-from core.settings import Settings
-from core.sources.address import BucketAddress
-from core.sources.source import Listing, RemoteFile, refused, revision_of, unavailable
+from nightpress.core.artifacts.s3connection import GONE, connect, error_code
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.settings import Settings
+from nightpress.core.sources.address import BucketAddress
+from nightpress.core.sources.source import Listing, RemoteFile, refused, revision_of, unavailable
 
 _MAX_OBJECTS = 10_000
 _PIECE = 8 * 1024**2

@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 import httpx
 
-from core.errors import ErrorCode, NightpressError
-from core.settings import Settings
-from core.sources.address import HubAddress
-from core.sources.source import Listing, RemoteFile, refused, unavailable
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.settings import Settings
+from nightpress.core.sources.address import HubAddress
+from nightpress.core.sources.source import Listing, RemoteFile, refused, unavailable
 
 _PIECE = 1024**2
 _HOPS = 5

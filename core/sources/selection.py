@@ -1,8 +1,8 @@
 """Which of a source's files are the model's. The others, a trainer's pickles and other frameworks' weights, are never fetched."""
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, check_names, choose_files
-from core.sources.source import Listing, RemoteFile, Source, read_steadily
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, check_names, choose_files
+from nightpress.core.sources.source import Listing, RemoteFile, Source, read_steadily
 
 _MAX_INDEX = 16 * 1024**2
 

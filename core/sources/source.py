@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.errors import ErrorCode, NightpressError
-from core.settings import Settings
-from core.sources.address import Address, BucketAddress
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.settings import Settings
+from nightpress.core.sources.address import Address, BucketAddress
 
 _TRIES = 4  #: in a row without a byte more
 _PAUSE_S = 1.0
@@ -48,10 +48,12 @@ class Source(Protocol):
 
 def open_source(address: Address, settings: Settings) -> Source:
     if isinstance(address, BucketAddress):
-        from core.sources.bucket import BucketSource  # boto3 takes 0.2 s to import: only those who use it pay
+        from nightpress.core.sources.bucket import (
+            BucketSource,
+        )  # boto3 takes 0.2 s to import: only those who use it pay
 
         return BucketSource(address, settings)
-    from core.sources.hub import HubSource
+    from nightpress.core.sources.hub import HubSource
 
     return HubSource(address, settings)
 

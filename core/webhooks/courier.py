@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from core.errors import NightpressError
-from core.numbers import whole_number
-from core.settings import Settings
-from core.version import VERSION
-from core.webhooks.outbound import Answer, post
-from core.webhooks.signing import sign
-from core.webhooks.store import Due, WebhookStore
-from core.webhooks.targets import Resolve, check_target, resolve_name
+from nightpress.core.errors import NightpressError
+from nightpress.core.numbers import whole_number
+from nightpress.core.settings import Settings
+from nightpress.core.version import VERSION
+from nightpress.core.webhooks.outbound import Answer, post
+from nightpress.core.webhooks.signing import sign
+from nightpress.core.webhooks.store import Due, WebhookStore
+from nightpress.core.webhooks.targets import Resolve, check_target, resolve_name
 
 #: The pause after each try that failed: three days in all.
 PAUSES_S = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)

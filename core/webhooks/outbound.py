@@ -12,7 +12,7 @@ from typing import Any
 
 import httpcore
 
-from core.webhooks.targets import Target
+from nightpress.core.webhooks.targets import Target
 
 DEADLINE_S = 10.0
 MAX_ANSWER = 64 * 1024

@@ -5,10 +5,10 @@ from typing import Any
 from sqlalchemy import insert, select
 from sqlalchemy.engine import Connection
 
-from core.database import db_now, read_now
-from core.ids import new_id
-from core.jobs.records import Job
-from core.webhooks.tables import webhook_deliveries, webhooks
+from nightpress.core.database import db_now, read_now
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.records import Job
+from nightpress.core.webhooks.tables import webhook_deliveries, webhooks
 
 #: the event in a job's history → what a webhook calls it
 EVENTS = {"succeeded": "job.succeeded", "failed": "job.failed", "cancelled": "job.cancelled"}

@@ -8,9 +8,9 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-from core.errors import ErrorCode, NightpressError
-from core.numbers import whole_number
-from core.settings import Settings
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.numbers import whole_number
+from nightpress.core.settings import Settings
 
 PREFIX = "whsec_"
 TOLERANCE_S = 300.0

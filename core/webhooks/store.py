@@ -8,17 +8,17 @@ from typing import Any
 from sqlalchemy import ColumnElement, Engine, Row, delete, func, insert, select, update
 from sqlalchemy.engine import Connection
 
-from core.database import clean_text, db_now, read_now, transaction
-from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.paging import newest_first
-from core.schemas import AttemptView, DeliveryView, NewWebhookView, WebhookCreate, WebhookUpdate, WebhookView
-from core.settings import Settings
-from core.versions import changed_since
-from core.webhooks.outbox import add_delivery
-from core.webhooks.signing import SecretKeeper
-from core.webhooks.tables import webhook_attempts, webhook_deliveries, webhooks
-from core.webhooks.targets import check_target
+from nightpress.core.database import clean_text, db_now, read_now, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.paging import newest_first
+from nightpress.core.schemas import AttemptView, DeliveryView, NewWebhookView, WebhookCreate, WebhookUpdate, WebhookView
+from nightpress.core.settings import Settings
+from nightpress.core.versions import changed_since
+from nightpress.core.webhooks.outbox import add_delivery
+from nightpress.core.webhooks.signing import SecretKeeper
+from nightpress.core.webhooks.tables import webhook_attempts, webhook_deliveries, webhooks
+from nightpress.core.webhooks.targets import check_target
 
 _MAX_WEBHOOKS = 50  #: a tenant
 _CLAIM_S = 60.0  #: a delivery that a process took and never settled is tried again so much later

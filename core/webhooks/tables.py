@@ -2,7 +2,7 @@
 
 from sqlalchemy import Boolean, CheckConstraint, Column, ForeignKey, Index, Integer, String, Table, Text, text
 
-from core.database import JsonType, UtcDateTime, metadata
+from nightpress.core.database import JsonType, UtcDateTime, metadata
 
 webhooks = Table(
     "webhooks",

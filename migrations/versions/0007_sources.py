@@ -7,7 +7,7 @@ Revises: 0006
 import sqlalchemy as sa
 from alembic import op
 
-from core.database import UtcDateTime
+from nightpress.core.database import UtcDateTime
 
 revision = "0007"
 down_revision = "0006"

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-from core.database import UtcDateTime
+from nightpress.core.database import UtcDateTime
 
 revision = "0010"
 down_revision = "0009"

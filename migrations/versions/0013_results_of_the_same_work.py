@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from core.database import JsonType
+from nightpress.core.database import JsonType
 
 revision = "0013"
 down_revision = "0012"

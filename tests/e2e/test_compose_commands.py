@@ -15,9 +15,9 @@ import httpx
 import pytest
 import yaml
 
-from client import Client
-from client.folders import read_model_folder
-from core.handoff.manifest import describe_folder, digest_of
+from nightpress.client import Client
+from nightpress.client.folders import read_model_folder
+from nightpress.core.handoff.manifest import describe_folder, digest_of
 from tests.patience import slowness
 from tests.servers import S3, Postgres, Valkey, free_port
 
@@ -109,7 +109,7 @@ def test_a_model_goes_through_the_production_stack(
             for service in ("migrate", "api", "control", "worker-cpu")
         }
         subprocess.run(command_of("migrate"), env=environments["migrate"], check=True, cwd=tmp_path, timeout=60)
-        create_key = [sys.executable, "-m", "core.access", "create-key", "--name", "first"]
+        create_key = [sys.executable, "-m", "nightpress.core.access", "create-key", "--name", "first"]
         made = subprocess.run(
             create_key, env=environments["api"], check=True, cwd=tmp_path, capture_output=True, text=True
         )

@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.handoff.manifest import MANIFEST_FILE, Manifest, describe_folder
-from core.handoff.report import Report
+from nightpress.core.handoff.manifest import MANIFEST_FILE, Manifest, describe_folder
+from nightpress.core.handoff.report import Report
 from tests.servers import free_port
 from tests.service import ROOT, eventually
 
-COMMAND = [sys.executable, "-m", "client.cli.main"]
+COMMAND = [sys.executable, "-m", "nightpress.client.cli.main"]
 RECIPE = """
 name: small-int8
 passes: [{pass: dynamic-int8}]
@@ -136,7 +136,9 @@ def test_an_interrupted_demo_takes_its_stack_along(environment: dict[str, str], 
         text=True,
     )
     started = psutil.Process(process.pid)
-    stack = eventually(lambda: [one for one in started.children(recursive=True) if "worker.devstack" in one.cmdline()])
+    stack = eventually(
+        lambda: [one for one in started.children(recursive=True) if "nightpress.worker.devstack" in one.cmdline()]
+    )
     parts = eventually(lambda: stack[0].children() or not stack[0].is_running())
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)

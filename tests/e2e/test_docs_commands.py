@@ -111,7 +111,7 @@ def service() -> Iterator[dict[str, str]]:
     environment.pop("XDG_CONFIG_HOME", None)
     environment["NIGHTPRESS_DRAIN_S"] = "1"  # the last page leaves a job behind
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    nightpress = [sys.executable, "-m", "client.cli.main"]
+    nightpress = [sys.executable, "-m", "nightpress.client.cli.main"]
     up = subprocess.run([*nightpress, "up", "--detach"], env=environment, cwd=home, capture_output=True, text=True)
     assert up.returncode == 0, up.stderr
     yield environment

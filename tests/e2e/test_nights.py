@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from sqlalchemy import update
 
-import core.jobs.service
-import core.jobs.store
-from client import Client
-from core.database import db_now, transaction
-from core.schedules.tables import schedules
-from core.schemas import ScheduleRunView
+import nightpress.core.jobs.service
+import nightpress.core.jobs.store
+from nightpress.client import Client
+from nightpress.core.database import db_now, transaction
+from nightpress.core.schedules.tables import schedules
+from nightpress.core.schemas import ScheduleRunView
+from nightpress.worker.control import open_control
 from tests.api import serve
 from tests.service import Service, eventually
-from worker.control import open_control
 
 WITHIN_S = 240.0
 Weights = dict[str, torch.Tensor]
@@ -178,7 +178,7 @@ def test_whatever_else_decides_the_result_is_a_change_too(nights: Nights, monkey
             job = nights.client.schedules.get("nightly").job.model_copy(update={"recipe": recipe(0.625, "lines")})
             nights.client.schedules.edit("nightly", job=job)
         elif change == "engine":
-            for module in (core.jobs.service, core.jobs.store):
+            for module in (nightpress.core.jobs.service, nightpress.core.jobs.store):
                 monkeypatch.setattr(module, "ENGINE", "a later one/1")
         run = nights.night()
         if change != "nothing":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from core.compress import report as reports
+from nightpress.core.compress import report as reports
 from tests.browser import DESKTOP, PHONE, Browser, chromium, overflows, violations
 from tests.reports import full_report
 

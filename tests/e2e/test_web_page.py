@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from client import Client
-from core.errors import ErrorCode, NightpressError
-from core.handoff.frames import Progress
-from core.jobs.records import Worker
-from core.webhooks.courier import Courier
-from core.webhooks.signing import open_keeper, verify
-from core.webhooks.store import WebhookStore
+from nightpress.client import Client
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Progress
+from nightpress.core.jobs.records import Worker
+from nightpress.core.webhooks.courier import Courier
+from nightpress.core.webhooks.signing import open_keeper, verify
+from nightpress.core.webhooks.store import WebhookStore
 from tests.browser import DESKTOP, Browser, Seen, chromium, overflows, violations
 from tests.face import RECIPE, Face
 from tests.jobs import GB

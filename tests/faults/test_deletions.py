@@ -7,18 +7,18 @@ import sys
 import pytest
 from sqlalchemy import Table, update
 
-from core.database import db_now, transaction
-from core.errors import ErrorCode, NightpressError
-from core.registry.models import ModelRegistry
-from core.registry.tables import models
+from nightpress.core.database import db_now, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.registry.tables import models
 from tests.service import ROOT, TENANT, Service, eventually
 
 _KILLED_DELETION = """
 import os, signal, sys
-from core.artifacts.storage import open_store
-from core.database import make_engine
-from core.registry.models import ModelRegistry
-from core.settings import load_settings
+from nightpress.core.artifacts.storage import open_store
+from nightpress.core.database import make_engine
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.settings import load_settings
 settings = load_settings()
 store = open_store(settings)
 store.delete_prefix = lambda prefix: os.kill(os.getpid(), signal.SIGKILL)

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import httpx
 
-import migrations
-from core.database import make_engine
-from core.errors import NightpressError
-from core.jobs.store import JobStore
+from nightpress import migrations
+from nightpress.core.database import make_engine
+from nightpress.core.errors import NightpressError
+from nightpress.core.jobs.store import JobStore
+from nightpress.worker.lease import LeaseKeeper
 from tests.api_process import ApiProcess
 from tests.jobs import add_model, claim, submit
 from tests.servers import Postgres, Valkey
 from tests.service import Service, eventually, pids_said, running
-from worker.lease import LeaseKeeper
 
 
 @contextmanager

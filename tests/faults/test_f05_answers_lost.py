@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-import migrations
-from core.errors import ErrorCode, NightpressError
+from nightpress import migrations
+from nightpress.core.errors import ErrorCode, NightpressError
 from tests.api_process import ApiProcess
 from tests.jobs import offer, succeeded
 from tests.patience import slowness

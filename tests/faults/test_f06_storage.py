@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from core.database import db_now, transaction
-from core.ids import new_id
-from core.jobs.records import Job
-from core.jobs.tables import job_attempts
+from nightpress.core.database import db_now, transaction
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.records import Job
+from nightpress.core.jobs.tables import job_attempts
 from tests.jobs import offer
 from tests.patience import slowness
 from tests.proxy import Fault, FaultyHttp

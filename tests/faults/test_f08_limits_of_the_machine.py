@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.jobs.records import WorkerOffer
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.records import WorkerOffer
 from tests.servers import S3, Valkey
 from tests.service import MIB, RECIPE, Service, eventually
 
@@ -134,7 +134,7 @@ def test_f16_a_workers_own_group_counts_what_the_kernel_kills_in_it(small_group:
     said = run_in(
         small_group,
         "import subprocess, sys\n"
-        "from worker.cgroup import oom_kills\n"
+        "from nightpress.worker.cgroup import oom_kills\n"
         "before = oom_kills()\n"
         f"victim = subprocess.run([sys.executable, '-c', 'held = bytearray({400 * MIB})'])\n"
         "print(victim.returncode, oom_kills() - before)\n",

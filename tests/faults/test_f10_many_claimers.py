@@ -9,17 +9,17 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from core.database import make_engine
-from core.jobs.store import JobStore
+from nightpress.core.database import make_engine
+from nightpress.core.jobs.store import JobStore
 from tests.jobs import add_model, submit
 from tests.service import ROOT
 
 _CLAIMER = """
 import json, sys
 from concurrent.futures import ThreadPoolExecutor
-from core.database import make_engine
-from core.errors import NightpressError
-from core.jobs.store import JobStore
+from nightpress.core.database import make_engine
+from nightpress.core.errors import NightpressError
+from nightpress.core.jobs.store import JobStore
 from tests.jobs import offer
 store = JobStore(make_engine(sys.argv[1]))
 

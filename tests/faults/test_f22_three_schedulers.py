@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select, update
 
-from core.access.quotas import QuotaBook
-from core.artifacts.storage import open_store
-from core.database import transaction
-from core.jobs.service import JobService
-from core.jobs.tables import jobs
-from core.registry.datasets import DataSetRegistry
-from core.registry.models import ModelRegistry
-from core.schedules.service import ScheduleService
-from core.schedules.store import ScheduleStore
-from core.schedules.tables import schedule_runs, schedules
-from core.schemas import JobSpec, ModelCreate, ScheduleCreate
+from nightpress.core.access.quotas import QuotaBook
+from nightpress.core.artifacts.storage import open_store
+from nightpress.core.database import transaction
+from nightpress.core.jobs.service import JobService
+from nightpress.core.jobs.tables import jobs
+from nightpress.core.registry.datasets import DataSetRegistry
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.schedules.service import ScheduleService
+from nightpress.core.schedules.store import ScheduleStore
+from nightpress.core.schedules.tables import schedule_runs, schedules
+from nightpress.core.schemas import JobSpec, ModelCreate, ScheduleCreate
 from tests.service import TENANT, Service, eventually
 
 SCHEDULES, FIRES = 4, 4

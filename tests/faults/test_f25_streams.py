@@ -6,8 +6,8 @@ import time
 
 import httpx
 
-from core.access.keys import create_key
-from core.jobs.records import Claimed
+from nightpress.core.access.keys import create_key
+from nightpress.core.jobs.records import Claimed
 from tests.jobs import offer, succeeded
 from tests.servers import free_port
 from tests.service import Service, eventually
@@ -37,7 +37,7 @@ def test_f25_an_api_that_is_killed_costs_its_readers_no_event(service: Service) 
     job_id = service.submit()
     claimed = service.store.claim(offer(), ttl_s=600)
     assert claimed is not None
-    api = service.start("-m", "api", NIGHTPRESS_API_PORT=str(port))
+    api = service.start("-m", "nightpress.api", NIGHTPRESS_API_PORT=str(port))
     base = f"http://127.0.0.1:{port}"
     eventually(lambda: _answers(base), within=60)
 
@@ -48,7 +48,7 @@ def test_f25_an_api_that_is_killed_costs_its_readers_no_event(service: Service) 
             if step == EVENTS // 2:
                 api.kill()
                 api.wait()
-                service.start("-m", "api", NIGHTPRESS_API_PORT=str(port))
+                service.start("-m", "nightpress.api", NIGHTPRESS_API_PORT=str(port))
         service.store.finish(claimed.lease, succeeded(claimed.lease))
 
     async def everybody() -> list[list[int]]:

@@ -12,8 +12,8 @@ import httpx
 import psutil
 import pytest
 
-import migrations
-from core.stack_state import StackState
+from nightpress import migrations
+from nightpress.core.stack_state import StackState
 from tests.faults.test_f08_limits_of_the_machine import can_mount
 from tests.patience import slowness
 from tests.servers import free_port
@@ -42,7 +42,7 @@ def start(folder: Path) -> Iterator[Callable[[], str]]:
     def start() -> str:
         log = (folder.parent / "log").open("ab")
         with log:
-            command = [sys.executable, "-m", "worker.devstack"]
+            command = [sys.executable, "-m", "nightpress.worker.devstack"]
             started.append(subprocess.Popen(command, env=environment(folder, port), cwd=ROOT, stdout=log, stderr=log))
 
         def answers() -> bool:
@@ -137,7 +137,7 @@ STRANGE_STATES = [
 def test_f32_a_strange_state_file_says_nothing_and_stops_nobody(folder: Path, text: str) -> None:
     (folder / "devstack.json").write_bytes(os.fsencode(text))
     assert StackState.load(folder) == StackState()
-    down = run(folder, "client.cli.main", "down")
+    down = run(folder, "nightpress.client.cli.main", "down")
     assert (down.returncode, down.stderr) == (0, ""), down.stderr
     assert "is running" in down.stdout
 
@@ -207,7 +207,7 @@ def test_f32_what_a_start_cannot_mend_is_said_with_what_to_do(
     folder: Path, disorder: Callable[[Path], None], said: str
 ) -> None:
     disorder(folder)
-    ended = run(folder, "client.cli.main", "up")
+    ended = run(folder, "nightpress.client.cli.main", "up")
     assert ended.returncode == 1
     assert said in ended.stderr
     assert "Traceback" not in ended.stderr

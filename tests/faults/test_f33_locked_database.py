@@ -12,7 +12,7 @@ import httpx
 import psycopg
 import pytest
 
-import migrations
+from nightpress import migrations
 from tests.api_process import ApiProcess
 from tests.patience import slowness
 from tests.servers import Postgres, Valkey

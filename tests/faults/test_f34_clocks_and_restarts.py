@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event
 
-import migrations
-from core.errors import ErrorCode, NightpressError
-from core.jobs.store import JobStore
+from nightpress import migrations
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.store import JobStore
 from tests.face import Face
 from tests.faults.test_f06_storage import register_large_model
 from tests.jobs import add_model, claim, offer, submit, succeeded
@@ -108,7 +108,7 @@ def test_f35_a_database_that_restarts_between_claim_and_result_costs_no_attempt(
 
 
 def store_on(server: Postgres) -> tuple[JobStore, str]:
-    from core.database import make_engine
+    from nightpress.core.database import make_engine
 
     url = server.create_database()
     migrations.upgrade(url)

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from client.errors import ClientError
-from core.handoff.manifest import describe_folder
+from nightpress.client.errors import ClientError
+from nightpress.core.handoff.manifest import describe_folder
 from tests.face import Face
 from tests.patience import slowness
 

@@ -12,15 +12,15 @@ import pytest
 from sqlalchemy import delete, update
 from sqlalchemy.exc import DBAPIError
 
-from core.access.quotas import QuotaBook, add_gpu_time
-from core.access.tables import audit_log
-from core.database import make_engine, read_now, transaction
-from core.jobs.claims import Caps
-from core.jobs.queries import JobsWanted
-from core.jobs.records import Lease, WorkerOffer
-from core.jobs.store import JobStore
-from core.schemas import QuotaChange
-from core.settings import Settings
+from nightpress.core.access.quotas import QuotaBook, add_gpu_time
+from nightpress.core.access.tables import audit_log
+from nightpress.core.database import make_engine, read_now, transaction
+from nightpress.core.jobs.claims import Caps
+from nightpress.core.jobs.queries import JobsWanted
+from nightpress.core.jobs.records import Lease, WorkerOffer
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.schemas import QuotaChange
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.jobs import add_model, claim, submit, succeeded
 from tests.servers import Valkey

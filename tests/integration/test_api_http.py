@@ -11,9 +11,9 @@ import httpx
 import pytest
 from openapi_spec_validator import validate
 
-import migrations
-from core.errors import ErrorCode
-from core.settings import Settings
+from nightpress import migrations
+from nightpress.core.errors import ErrorCode
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.servers import Postgres, Valkey
 
@@ -226,6 +226,6 @@ def cpu_s_of_import(modules: str) -> tuple[float, set[str]]:
 
 def test_importing_it_loads_nothing_heavy_and_adds_less_than_its_libraries_take():
     # By turns, and the best of each: other tests share this machine's cores.
-    runs = [(cpu_s_of_import("api.app"), cpu_s_of_import(_LIBRARIES)) for _ in range(5)]
+    runs = [(cpu_s_of_import("nightpress.api.app"), cpu_s_of_import(_LIBRARIES)) for _ in range(5)]
     assert not runs[0][0][1] & _HEAVY
     assert min(ours for (ours, _), _ in runs) < 2.5 * min(theirs for _, (theirs, _) in runs)

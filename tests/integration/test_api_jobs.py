@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Worker
-from core.settings import Settings
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.records import Worker
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.jobs import age
 

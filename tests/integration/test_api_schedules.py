@@ -8,10 +8,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-import migrations
-from client.cli.main import app
-from client.client import Client
-from core.settings import Settings
+from nightpress import migrations
+from nightpress.client.cli.main import app
+from nightpress.client.client import Client
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 
 NIGHTLY = {

@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api import sse
-from core.database import make_engine
-from core.jobs.positions import read_positions
-from core.jobs.records import Claimed
-from core.settings import Settings
+from nightpress.api import sse
+from nightpress.core.database import make_engine
+from nightpress.core.jobs.positions import read_positions
+from nightpress.core.jobs.records import Claimed
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.patience import slowness
 

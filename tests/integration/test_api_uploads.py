@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-import migrations
-from core.settings import Settings
+from nightpress import migrations
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.servers import S3
 

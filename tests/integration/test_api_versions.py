@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-import migrations
-from core.access.keys import ALL_SCOPES
-from core.settings import Settings
+from nightpress import migrations
+from nightpress.core.access.keys import ALL_SCOPES
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 
 #: address of one → what is sent to make it, if it isn't there by itself, and two changes

@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from core.compress.context import PassContext
-from core.compress.evaluate.data import pad
-from core.compress.evaluate.fidelity import whole_cosine
-from core.compress.executors import graph
-from core.compress.export import onnx as onnx_export
-from core.compress.passes.aware import on_graph_grid, take_out, train_rounded
-from core.errors import NightpressError
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.passes import DynamicInt8
-from core.recipes.plan import make_plan
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.data import pad
+from nightpress.core.compress.evaluate.fidelity import whole_cosine
+from nightpress.core.compress.executors import graph
+from nightpress.core.compress.export import onnx as onnx_export
+from nightpress.core.compress.passes.aware import on_graph_grid, take_out, train_rounded
+from nightpress.core.errors import NightpressError
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import DynamicInt8
+from nightpress.core.recipes.plan import make_plan
 from tests.press import lay_out, press
 from tests.training import classifier, rows, run_pass
 

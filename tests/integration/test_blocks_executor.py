@@ -13,23 +13,23 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core.compress.architectures import FOLDS
-from core.compress.checkpoint import read_shards
-from core.compress.context import PassContext
-from core.compress.evaluate.calibration import model_inputs
-from core.compress.executors import blocks
-from core.compress.executors.blocks import Inputs, Settled, press_blocks
-from core.compress.executors.live_block import LiveBlock
-from core.compress.executors.rewrite import Effect
-from core.compress.passes.activations import RoundedInputs
-from core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
-from core.compress.passes.folding import Folding
-from core.compress.solvers.wanda import Power
-from core.recipes.calibration import Calibration
-from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.linears import is_linear_weight
-from core.recipes.passes import Awq, Fp8, Gptq, SmoothQuant, SparseGpt, Wanda
+from nightpress.core.compress.architectures import FOLDS
+from nightpress.core.compress.checkpoint import read_shards
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.calibration import model_inputs
+from nightpress.core.compress.executors import blocks
+from nightpress.core.compress.executors.blocks import Inputs, Settled, press_blocks
+from nightpress.core.compress.executors.live_block import LiveBlock
+from nightpress.core.compress.executors.rewrite import Effect
+from nightpress.core.compress.passes.activations import RoundedInputs
+from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
+from nightpress.core.compress.passes.folding import Folding
+from nightpress.core.compress.solvers.wanda import Power
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.linears import is_linear_weight
+from nightpress.core.recipes.passes import Awq, Fp8, Gptq, SmoothQuant, SparseGpt, Wanda
 
 _SMALL = {
     "hidden_size": 32,
@@ -225,7 +225,7 @@ def test_each_layer_is_seen_with_the_inputs_it_has_in_the_whole_model(family: st
 def test_a_processor_with_instructions_for_bfloat16_sees_nearly_the_same_unless_float32_is_asked_for(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("core.compress.executors.blocks.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("nightpress.core.compress.executors.blocks.multiplies_bfloat16", lambda: True)
     _save(family, tmp_path / "source")
     seen = {}
     for dtype in ("auto", "float32"):

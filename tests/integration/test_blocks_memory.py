@@ -12,15 +12,15 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from core.compress.context import PassContext
-from core.compress.executors import activations, blocks
-from core.compress.executors.blocks import press_blocks
-from core.compress.passes.calibrated import Sparse, WeightAndActivation
-from core.errors import ErrorCode, NightpressError
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.passes import SparseGpt, Wanda
-from core.recipes.plan import make_plan
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors import activations, blocks
+from nightpress.core.compress.executors.blocks import press_blocks
+from nightpress.core.compress.passes.calibrated import Sparse, WeightAndActivation
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import SparseGpt, Wanda
+from nightpress.core.recipes.plan import make_plan
 from tests.integration.test_blocks_executor import _context, _ids, _linears, _save
 
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from core.compress.passes import MODEL_PASSES, PassContext
-from core.errors import NightpressError
-from core.handoff.frames import Checkpoint
-from core.recipes.calibration import Calibration
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.plan import make_plan
+from nightpress.core.compress.passes import MODEL_PASSES, PassContext
+from nightpress.core.errors import NightpressError
+from nightpress.core.handoff.frames import Checkpoint
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
 from tests.press import lay_out, press
 
 _CALIBRATION = Calibration(samples=24, length=48)

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, update
 
-from core.database import db_now, make_engine, transaction
-from core.jobs.checkpoints import CheckpointIndex, StoredFile
-from core.jobs.records import Lease
-from core.jobs.store import JobStore
-from core.jobs.tables import checkpoints
+from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.jobs.checkpoints import CheckpointIndex, StoredFile
+from nightpress.core.jobs.records import Lease
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.jobs.tables import checkpoints
 from tests.jobs import add_model, age, claim, submit
 
 DIGEST = "d" * 64

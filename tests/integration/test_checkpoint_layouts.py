@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from core.compress.context import PassContext
-from core.compress.passes import MODEL_PASSES
-from core.recipes.calibration import Calibration
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.passes import MODEL_PASSES
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
 
 _TRAIN = {"steps": 2, "batch": 4, "length": 16, "validation": 0.0}
 PASSES: dict[str, dict[str, Any]] = {

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from core.compress.evaluate import quality
-from core.compress.evaluate.consumer import Observed, run_consumer
-from core.compress.evaluate.data import open_tokenizer
-from core.compress.export import safetensors
-from core.compress.export.verify import verify
-from core.errors import ErrorCode, NightpressError
-from core.recipes.exports import Export
-from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.plan import make_plan
+from nightpress.core.compress.evaluate import quality
+from nightpress.core.compress.evaluate.consumer import Observed, run_consumer
+from nightpress.core.compress.evaluate.data import open_tokenizer
+from nightpress.core.compress.export import safetensors
+from nightpress.core.compress.export.verify import verify
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
 
 RECIPE: dict[str, Any] = {"name": "t", "passes": [{"pass": "weight-only"}], "exports": ["compressed-tensors"]}
 TEXTS = [f"{'the ' * (at % 9)}king of {word} sat down" for at, word in enumerate(("spain", "france", "wales") * 8)]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from client import ApiError, Client, ClientError
-from client.discovery import find_server
-from client.servers import servers_file
+from nightpress.client import ApiError, Client, ClientError
+from nightpress.client.discovery import find_server
+from nightpress.client.servers import servers_file
 from tests.command import run
 from tests.face import RECIPE, Face
 from tests.service import ROOT
@@ -173,7 +173,7 @@ def test_an_edit_of_what_somebody_else_changed_is_refused(face: Face):
 @pytest.mark.parametrize(("typed", "offered"), [("sched", "schedule"), ("webhooks red", "redeliver")])
 def test_a_shell_completes_words(typed: str, offered: str):
     """As the script that `--show-completion bash` prints does it."""
-    program = "import sys; sys.argv = ['nightpress']; from client.cli.main import main; main()"
+    program = "import sys; sys.argv = ['nightpress']; from nightpress.client.cli.main import main; main()"
     words = f"nightpress {typed}"
     done = subprocess.run(
         [sys.executable, "-c", program],

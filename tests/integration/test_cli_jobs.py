@@ -14,21 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from client.cli.comparison import comparison_rows
-from client.cli.doctor import check_gpu, examine
-from client.cli.session import Session
-from core.errors import ErrorCode, NightpressError
-from core.handoff.frames import Progress
-from core.handoff.manifest import describe_folder
-from core.handoff.report import Speedup
-from core.schemas import JobView
+from nightpress.client.cli.comparison import comparison_rows
+from nightpress.client.cli.doctor import check_gpu, examine
+from nightpress.client.cli.session import Session
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Progress
+from nightpress.core.handoff.manifest import describe_folder
+from nightpress.core.handoff.report import Speedup
+from nightpress.core.schemas import JobView
 from tests.command import run
 from tests.face import OFFER, RECIPE, Face, make_report
 from tests.jobs import age
 from tests.patience import slowness
 from tests.service import ROOT, eventually
 
-COMMAND = [sys.executable, "-m", "client.cli.main"]
+COMMAND = [sys.executable, "-m", "nightpress.client.cli.main"]
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +355,7 @@ def test_doctor_sees_jobs_that_no_worker_will_take(face: Face, model_id: str):
         one.jobs.cancel(job.id)
     assert checks["workers"].status == "failed"
     assert "waiting in the queue cpu, which no worker serves" in checks["workers"].found
-    assert "NIGHTPRESS_WORKER_QUEUE=cpu python -m worker" in checks["workers"].mend
+    assert "NIGHTPRESS_WORKER_QUEUE=cpu python -m nightpress.worker" in checks["workers"].mend
 
 
 @pytest.mark.parametrize(

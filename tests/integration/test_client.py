@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-import client as package
-from client import ApiError, AsyncClient, Client, TransferError, UnreachableError, calls
-from client.folders import read_model_folder
-from client.transfers import Transfers, target_of
-from core.errors import ErrorCode, NightpressError
-from core.handoff.frames import Progress
-from core.handoff.manifest import describe_folder
-from core.schemas import DataSetCreate, JobView, ModelCreate, upload_part_size
+import nightpress as package
+from nightpress.client import ApiError, AsyncClient, Client, TransferError, UnreachableError, calls
+from nightpress.client.folders import read_model_folder
+from nightpress.client.transfers import Transfers, target_of
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Progress
+from nightpress.core.handoff.manifest import describe_folder
+from nightpress.core.schemas import DataSetCreate, JobView, ModelCreate, upload_part_size
 from tests.face import RECIPE, Face
 from tests.patience import slowness
 from tests.proxy import CuttingProxy

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-import migrations
-from client import ApiError, AsyncClient, Client, UnreachableError, access, calls
-from client.calls import Call
-from core.settings import Settings
+from nightpress import migrations
+from nightpress.client import ApiError, AsyncClient, Client, UnreachableError, access, calls
+from nightpress.client.calls import Call
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.proxy import CuttingProxy
 

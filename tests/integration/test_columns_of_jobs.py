@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from core.database import make_engine
-from core.errors import ErrorCode, NightpressError
-from core.handoff.frames import Progress
-from core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
-from core.jobs.queries import JOB_COLUMNS
-from core.jobs.records import Claimed, Idempotency, Job, MetricRow, NewJob, Succeeded, WorkerOffer
-from core.jobs.store import JobStore
-from core.jobs.tables import (
+from nightpress.core.database import make_engine
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Progress
+from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
+from nightpress.core.jobs.queries import JOB_COLUMNS
+from nightpress.core.jobs.records import Claimed, Idempotency, Job, MetricRow, NewJob, Succeeded, WorkerOffer
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.jobs.tables import (
     idempotency_keys,
     job_artifacts,
     job_attempts,
@@ -29,10 +29,10 @@ from core.jobs.tables import (
     job_reports,
     jobs,
 )
-from core.promotions.tables import promotions
-from core.schedules.tables import schedule_runs
-from core.schemas import JobCreate, JobSpec
-from core.version import ENGINE
+from nightpress.core.promotions.tables import promotions
+from nightpress.core.schedules.tables import schedule_runs
+from nightpress.core.schemas import JobCreate, JobSpec
+from nightpress.core.version import ENGINE
 from tests.columns import Rows, identifier
 from tests.integration.test_schedules import TENANT, World, utc
 from tests.jobs import MODEL_ID, add_model, new_job, submit

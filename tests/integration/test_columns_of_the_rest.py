@@ -9,29 +9,29 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select
 
-from core.access.audit import AuditLog
-from core.access.idempotency import Answered, Begun, IdempotencyBook
-from core.access.keys import KeyRing, create_key, revoke
-from core.access.quotas import QuotaBook
-from core.access.tables import api_keys, audit_log, gpu_usage, tenants
-from core.artifacts.storage import open_store
-from core.database import db_month, make_engine, metadata, transaction
-from core.jobs.checkpoints import CheckpointIndex, StoredFile
-from core.jobs.records import Worker, WorkerOffer
-from core.jobs.store import JobStore
-from core.jobs.tables import checkpoint_files, checkpoints, idempotency_keys, workers
-from core.promotions.store import PromotionStore
-from core.promotions.tables import promotions
-from core.registry.datasets import DataSetRegistry
-from core.registry.intake import Intake
-from core.registry.models import ModelRegistry
-from core.registry.tables import data_sets, models, uploads
-from core.schedules.tables import schedule_runs, schedules
-from core.schemas import DataSetCreate, FileAnnouncement, JobSpec, ModelCreate, QuotaChange, WebhookCreate
-from core.settings import Settings
-from core.webhooks.signing import open_keeper
-from core.webhooks.store import WebhookStore
-from core.webhooks.tables import webhook_attempts, webhook_deliveries, webhooks
+from nightpress.core.access.audit import AuditLog
+from nightpress.core.access.idempotency import Answered, Begun, IdempotencyBook
+from nightpress.core.access.keys import KeyRing, create_key, revoke
+from nightpress.core.access.quotas import QuotaBook
+from nightpress.core.access.tables import api_keys, audit_log, gpu_usage, tenants
+from nightpress.core.artifacts.storage import open_store
+from nightpress.core.database import db_month, make_engine, metadata, transaction
+from nightpress.core.jobs.checkpoints import CheckpointIndex, StoredFile
+from nightpress.core.jobs.records import Worker, WorkerOffer
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.jobs.tables import checkpoint_files, checkpoints, idempotency_keys, workers
+from nightpress.core.promotions.store import PromotionStore
+from nightpress.core.promotions.tables import promotions
+from nightpress.core.registry.datasets import DataSetRegistry
+from nightpress.core.registry.intake import Intake
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.registry.tables import data_sets, models, uploads
+from nightpress.core.schedules.tables import schedule_runs, schedules
+from nightpress.core.schemas import DataSetCreate, FileAnnouncement, JobSpec, ModelCreate, QuotaChange, WebhookCreate
+from nightpress.core.settings import Settings
+from nightpress.core.webhooks.signing import open_keeper
+from nightpress.core.webhooks.store import WebhookStore
+from nightpress.core.webhooks.tables import webhook_attempts, webhook_deliveries, webhooks
 from tests.columns import Chosen, Rows, identifier
 from tests.integration import test_columns_of_jobs
 from tests.integration.test_schedules import TENANT, World, utc

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, literal, select, text
 
-from core import database
-from core.database import db_now, make_engine, read_now, statement, transaction
-from core.errors import ErrorCode, NightpressError
+from nightpress.core import database
+from nightpress.core.database import db_now, make_engine, read_now, statement, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
 from tests.servers import Postgres
 
 

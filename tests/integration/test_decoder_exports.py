@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.compress.evaluate import quality
-from core.compress.evaluate.consumer import run_consumer
-from core.compress.evaluate.fidelity import whole_cosine
-from core.compress.export import gguf
-from core.compress.export.onnx_codes import block_size
-from core.compress.export.verify import EXACT, HALVED
-from core.errors import ErrorCode, NightpressError
-from core.recipes.exports import Export
-from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
+from nightpress.core.compress.evaluate import quality
+from nightpress.core.compress.evaluate.consumer import run_consumer
+from nightpress.core.compress.evaluate.fidelity import whole_cosine
+from nightpress.core.compress.export import gguf
+from nightpress.core.compress.export.onnx_codes import block_size
+from nightpress.core.compress.export.verify import EXACT, HALVED
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
 from tests.models import bert_tiny_dir
 from tests.press import lay_out, press
 

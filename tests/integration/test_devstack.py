@@ -13,8 +13,8 @@ import psutil
 import pytest
 import redis
 
-import migrations
-from core.ids import new_id
+from nightpress import migrations
+from nightpress.core.ids import new_id
 from tests.patience import slowness
 from tests.servers import free_port
 from tests.service import ROOT, Service, eventually, running
@@ -35,7 +35,7 @@ class Stack:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        self.process = self.service.start("-m", "worker.devstack")
+        self.process = self.service.start("-m", "nightpress.worker.devstack")
         eventually(self._ready, within=60)
 
     def _ready(self) -> bool:
@@ -82,7 +82,7 @@ def test_the_stack_starts_serves_refuses_a_second_and_leaves_nothing_running(sta
     ) as client:
         assert client.config_get("appendonly") == {"appendonly": "no"}, "it holds nothing that is needed again"
     second = subprocess.run(
-        [sys.executable, "-m", "worker.devstack"],
+        [sys.executable, "-m", "nightpress.worker.devstack"],
         env=stack.service.environment(),
         cwd=ROOT,
         capture_output=True,

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from core.compress.evaluate import quality
-from core.compress.evaluate.consumer import Observed, run_consumer
-from core.compress.export import safetensors
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import Measurement
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.plan import make_plan
+from nightpress.core.compress.evaluate import quality
+from nightpress.core.compress.evaluate.consumer import Observed, run_consumer
+from nightpress.core.compress.export import safetensors
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import Measurement
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
 from tests.models import bert_tiny_dir
 
 EMBEDDED = [

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.compress.evaluate import quality
-from core.compress.evaluate.consumer import run_consumer
-from core.compress.executors import graph
-from core.compress.export import onnx, openvino, safetensors
-from core.compress.export.verify import EXACT, HALVED, verify
-from core.compress.passes import PassContext
-from core.compress.passes.quantize_graph import codes_of, fold_transposes, quantize_onnx, sensitive_layers
-from core.errors import ErrorCode, NightpressError
-from core.recipes.exports import Export
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.passes import DynamicInt8
-from core.recipes.plan import make_plan
+from nightpress.core.compress.evaluate import quality
+from nightpress.core.compress.evaluate.consumer import run_consumer
+from nightpress.core.compress.executors import graph
+from nightpress.core.compress.export import onnx, openvino, safetensors
+from nightpress.core.compress.export.verify import EXACT, HALVED, verify
+from nightpress.core.compress.passes import PassContext
+from nightpress.core.compress.passes.quantize_graph import codes_of, fold_transposes, quantize_onnx, sensitive_layers
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import DynamicInt8
+from nightpress.core.recipes.plan import make_plan
 from tests.models import bert_tiny_dir
 from tests.press import lay_out, press
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from core.compress.evaluate import quality
-from core.compress.evaluate.consumer import Observed
-from core.compress.export.runners import measure, transformers_runner
-from core.compress.export.verify import verify
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import Measurement
-from core.recipes.exports import Export
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import Recipe, parse_recipe
+from nightpress.core.compress.evaluate import quality
+from nightpress.core.compress.evaluate.consumer import Observed
+from nightpress.core.compress.export.runners import measure, transformers_runner
+from nightpress.core.compress.export.verify import verify
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import Measurement
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import Recipe, parse_recipe
 from tests.models import minilm_dir, smollm_dir
 from tests.training import classifier
 

@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from core.compress.executors.blocks import press_blocks
-from core.compress.executors.stream import copy_companions
-from core.compress.passes import MODEL_PASSES, PassContext
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import PassRecord
-from core.recipes.calibration import Calibration
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.passes.base import FOLDABLE
+from nightpress.core.compress.executors.blocks import press_blocks
+from nightpress.core.compress.executors.stream import copy_companions
+from nightpress.core.compress.passes import MODEL_PASSES, PassContext
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes.base import FOLDABLE
 from tests.integration.test_blocks_executor import FAMILIES, _linears, _Scaled
 
 #: Class → by name, what a config says otherwise than the family's default.

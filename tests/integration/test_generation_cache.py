@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from core.compress import report as reports
-from core.compress.export import safetensors
-from core.compress.generation_cache import (
+from nightpress.core.compress import report as reports
+from nightpress.core.compress.export import safetensors
+from nightpress.core.compress.generation_cache import (
     PrefixStore,
     QuantizedLayer,
     SlidingLayer,
@@ -22,10 +22,10 @@ from core.compress.generation_cache import (
     pack,
     unpack,
 )
-from core.errors import ErrorCode, NightpressError
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.plan import make_plan
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
 from tests.press import lay_out, press
 from tests.training import classifier, language_model, run_pass
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.compress import report as reports
-from core.compress.evaluate.consumer import Observed, run_consumer
-from core.compress.evaluate.quality import prepare
-from core.compress.evaluate.speed import generation_timings
-from core.compress.export import safetensors
-from core.errors import ErrorCode, NightpressError
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.plan import make_plan
+from nightpress.core.compress import report as reports
+from nightpress.core.compress.evaluate.consumer import Observed, run_consumer
+from nightpress.core.compress.evaluate.quality import prepare
+from nightpress.core.compress.evaluate.speed import generation_timings
+from nightpress.core.compress.export import safetensors
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
 from tests.press import lay_out, press
 from tests.training import embedder, language_model
 

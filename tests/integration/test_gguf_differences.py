@@ -10,12 +10,12 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from core.compress.evaluate.fidelity import whole_cosine
-from core.compress.export import gguf
-from core.errors import ErrorCode, NightpressError
-from core.recipes.exports import Export
-from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.compress.evaluate.fidelity import whole_cosine
+from nightpress.core.compress.export import gguf
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from tests.integration.test_decoder_exports import byte_level_tokenizer
 from tests.press import lay_out, press
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.plan import make_plan
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
 from tests.every_family import save_family
 from tests.press import lay_out, press
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from core.recipes.calibration import Calibration
+from nightpress.core.recipes.calibration import Calibration
 from tests.training import classifier, language_model, rows, run_pass
 
 _TRAIN = {

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
-import migrations
-import worker.lease
-from core.database import make_engine
-from core.jobs.store import JobStore
+import nightpress.worker.lease
+from nightpress import migrations
+from nightpress.core.database import make_engine
+from nightpress.core.jobs.store import JobStore
+from nightpress.worker.lease import LeaseKeeper
 from tests.jobs import add_model, claim, submit
 from tests.servers import Postgres
 from tests.service import eventually
-from worker.lease import LeaseKeeper
 
 KEPT = 50
 TTL_S = 40.0
@@ -37,7 +37,7 @@ def somebody_waits(engine: Engine) -> bool:
 
 def test_the_newest_lines_of_a_log_are_kept_in_their_order(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines whose writing failed go before those that came meanwhile; where there are too many, the oldest are dropped."""
-    monkeypatch.setattr(worker.lease, "_LOG_LINES", KEPT)
+    monkeypatch.setattr(nightpress.worker.lease, "_LOG_LINES", KEPT)
     store = JobStore(engine)
     submit(store)
     lease = claim(store, ttl_s=TTL_S).lease

@@ -9,18 +9,18 @@ import transformers
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from core.compress.evaluate import quality
-from core.compress.evaluate.consumer import run_consumer
-from core.compress.export import compressed_tensors
-from core.compress.passes import MODEL_PASSES, PassContext
-from core.compress.stored import from_tensors
-from core.errors import ErrorCode, NightpressError
-from core.recipes.calibration import Calibration
-from core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.passes import Quantizing
-from core.recipes.plan import make_plan
+from nightpress.core.compress.evaluate import quality
+from nightpress.core.compress.evaluate.consumer import run_consumer
+from nightpress.core.compress.export import compressed_tensors
+from nightpress.core.compress.passes import MODEL_PASSES, PassContext
+from nightpress.core.compress.stored import from_tensors
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import Quantizing
+from nightpress.core.recipes.plan import make_plan
 from tests.every_family import FAMILIES, family_answers, save_family
 from tests.folders import load_tensors
 

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from core.compress.export import safetensors
-from core.compress.passes import MODEL_PASSES, PassContext
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import PassRecord
-from core.recipes.linears import is_linear_weight
-from core.recipes.passes import Magnitude
+from nightpress.core.compress.export import safetensors
+from nightpress.core.compress.passes import MODEL_PASSES, PassContext
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.linears import is_linear_weight
+from nightpress.core.recipes.passes import Magnitude
 from tests.folders import header_of, load_tensors, tiny_llama
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

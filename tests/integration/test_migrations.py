@@ -9,11 +9,11 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
-import migrations
-from core.database import make_engine, metadata, transaction
-from core.jobs.store import JobStore
-from core.promotions.store import PromotionStore
-from migrations.__main__ import main
+from nightpress import migrations
+from nightpress.core.database import make_engine, metadata, transaction
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.promotions.store import PromotionStore
+from nightpress.migrations.__main__ import main
 from tests.jobs import add_model, claim, new_job, submit, succeeded
 from tests.servers import Postgres
 

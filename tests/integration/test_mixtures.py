@@ -9,14 +9,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from core.compress.passes import MODEL_PASSES, PassContext
-from core.compress.stored import from_tensors
-from core.errors import NightpressError
-from core.recipes.calibration import Calibration
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.passes import Quantizing
-from core.recipes.plan import make_plan
+from nightpress.core.compress.passes import MODEL_PASSES, PassContext
+from nightpress.core.compress.stored import from_tensors
+from nightpress.core.errors import NightpressError
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import Quantizing
+from nightpress.core.recipes.plan import make_plan
 from tests.folders import load_tensors
 from tests.format_rules import check_folder
 

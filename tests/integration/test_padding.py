@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core.compress.evaluate import data
-from core.compress.passes import MODEL_PASSES, PassContext
-from core.compress.passes.static_int8 import static_int8
-from core.handoff.report import PassRecord
-from core.recipes.calibration import Calibration
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.passes import StaticInt8
+from nightpress.core.compress.evaluate import data
+from nightpress.core.compress.passes import MODEL_PASSES, PassContext
+from nightpress.core.compress.passes.static_int8 import static_int8
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import StaticInt8
 from tests.integration.test_shrink import _model
 from tests.integration.test_static_int8 import Bench
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import pytest
 
-from core.handoff.frames import Frame, Metric, Progress
-from core.handoff.manifest import Manifest, describe_folder
-from core.handoff.report import Report
-from core.handoff.spec import SOURCE_DIR, JobSpec
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.plan import make_plan
+from nightpress.core.handoff.frames import Frame, Metric, Progress
+from nightpress.core.handoff.manifest import Manifest, describe_folder
+from nightpress.core.handoff.report import Report
+from nightpress.core.handoff.spec import SOURCE_DIR, JobSpec
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.plan import make_plan
 from tests.models import bert_tiny_dir
 from tests.press import graph_bytes, lay_out, press
 

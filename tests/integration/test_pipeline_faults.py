@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.errors import ErrorCode, NightpressError
 from tests.models import bert_tiny_dir
 from tests.press import lay_out, press
 
@@ -121,7 +121,7 @@ def test_a_full_disk_is_called_by_its_name(tmp_path: Path, model: Path):
     recipe = MAGNITUDE | {"evaluate": [{"metric": "latency", "length": 8, "repeats": 3}]}
     job = lay_out(tmp_path / "job", model, recipe)
     script = (
-        "import resource, sys; from pathlib import Path; from core.compress import pipeline; from core.errors import NightpressError\n"
+        "import resource, sys; from pathlib import Path; from nightpress.core.compress import pipeline; from nightpress.core.errors import NightpressError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))\n"
         "try: pipeline.run(Path(sys.argv[1]), lambda frame: None)\n"
         "except NightpressError as error: print(error.code)\n"

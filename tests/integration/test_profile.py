@@ -9,14 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from client.cli.main import app
-from core.compress.evaluate.roofline import probe
-from core.compress.networks import load_model
-from core.errors import NightpressError
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.plan import make_plan
-from core.recipes.profile import Device, by_kind, profile_of
+from nightpress.client.cli.main import app
+from nightpress.core.compress.evaluate.roofline import probe
+from nightpress.core.compress.networks import load_model
+from nightpress.core.errors import NightpressError
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
+from nightpress.core.recipes.profile import Device, by_kind, profile_of
 from tests.integration.test_shrink import _SHRINKING, _model
 from tests.press import lay_out, press
 

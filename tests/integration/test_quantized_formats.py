@@ -10,17 +10,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from core.compress.evaluate.calibration import calibration_samples
-from core.compress.export import compressed_tensors
-from core.compress.passes import MODEL_PASSES, PassContext
-from core.compress.stored import from_tensors
-from core.errors import NightpressError
-from core.recipes.calibration import Calibration
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.passes import Quantizing
-from core.recipes.plan import make_plan
-from core.recipes.schemes import Scheme
+from nightpress.core.compress.evaluate.calibration import calibration_samples
+from nightpress.core.compress.export import compressed_tensors
+from nightpress.core.compress.passes import MODEL_PASSES, PassContext
+from nightpress.core.compress.stored import from_tensors
+from nightpress.core.errors import NightpressError
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import Quantizing
+from nightpress.core.recipes.plan import make_plan
+from nightpress.core.recipes.schemes import Scheme
 from tests.folders import load_tensors, tiny_llama
 from tests.format_rules import check_folder
 

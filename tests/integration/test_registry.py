@@ -13,16 +13,16 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
-from core.artifacts.storage import ObjectStore, open_store
-from core.database import make_engine
-from core.errors import ErrorCode, NightpressError
-from core.handoff.manifest import describe_folder, digest_of
-from core.jobs.records import NewJob
-from core.jobs.store import JobStore
-from core.registry.datasets import DataSetRegistry
-from core.registry.models import ModelRegistry
-from core.schemas import DataSetCreate, DataSetView, FileAnnouncement, ModelCreate, UploadFile
-from core.settings import Settings
+from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.database import make_engine
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import describe_folder, digest_of
+from nightpress.core.jobs.records import NewJob
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.registry.datasets import DataSetRegistry
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.schemas import DataSetCreate, DataSetView, FileAnnouncement, ModelCreate, UploadFile
+from nightpress.core.settings import Settings
 from tests.hub_cache import hub_snapshot
 from tests.servers import S3
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from client.cli.exits import Exit
-from client.cli.main import app
-from client.errors import ClientError
+from nightpress.client.cli.exits import Exit
+from nightpress.client.cli.main import app
+from nightpress.client.errors import ClientError
 from tests.models import bert_tiny_dir
 
 RECIPE = """

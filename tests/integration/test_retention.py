@@ -7,21 +7,21 @@ import pytest
 from sqlalchemy import Engine, insert, select, update
 from sqlalchemy.exc import DatabaseError
 
-from core.access.audit import AuditLog
-from core.access.tables import audit_log
-from core.artifacts.local import LocalStore
-from core.database import db_now, make_engine, transaction
-from core.errors import ErrorCode, NightpressError
-from core.ids import new_id
-from core.jobs.records import Idempotency
-from core.jobs.retention import JobRetention
-from core.jobs.store import JobStore
-from core.jobs.tables import job_artifacts, job_attempts, job_events, jobs
-from core.promotions.store import PromotionStore
-from core.registry.models import ModelRegistry
-from core.registry.tables import models
-from core.schedules.tables import schedule_runs, schedules
-from core.settings import Settings
+from nightpress.core.access.audit import AuditLog
+from nightpress.core.access.tables import audit_log
+from nightpress.core.artifacts.local import LocalStore
+from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.jobs.records import Idempotency
+from nightpress.core.jobs.retention import JobRetention
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.jobs.tables import job_artifacts, job_attempts, job_events, jobs
+from nightpress.core.promotions.store import PromotionStore
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.registry.tables import models
+from nightpress.core.schedules.tables import schedule_runs, schedules
+from nightpress.core.settings import Settings
 from tests.jobs import add_model, age, claim, new_job, submit, succeeded
 
 DAY = 24 * 3600.0

@@ -9,25 +9,25 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from core.access.quotas import QuotaBook
-from core.artifacts.storage import open_store
-from core.database import make_engine, transaction
-from core.errors import ErrorCode, NightpressError
-from core.handoff.manifest import Manifest
-from core.jobs.records import Succeeded, WorkerOffer
-from core.jobs.service import JobService
-from core.jobs.store import JobStore
-from core.jobs.tables import jobs
-from core.registry.datasets import DataSetRegistry
-from core.registry.intake import Intake
-from core.registry.models import ModelRegistry
-from core.schedules.bringing import Bringer
-from core.schedules.firing import Firing
-from core.schedules.service import ScheduleService
-from core.schedules.store import ScheduleStore
-from core.schedules.tables import schedule_runs, schedules
-from core.schemas import JobSpec, ModelCreate, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
-from core.settings import Settings
+from nightpress.core.access.quotas import QuotaBook
+from nightpress.core.artifacts.storage import open_store
+from nightpress.core.database import make_engine, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import Manifest
+from nightpress.core.jobs.records import Succeeded, WorkerOffer
+from nightpress.core.jobs.service import JobService
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.jobs.tables import jobs
+from nightpress.core.registry.datasets import DataSetRegistry
+from nightpress.core.registry.intake import Intake
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.schedules.bringing import Bringer
+from nightpress.core.schedules.firing import Firing
+from nightpress.core.schedules.service import ScheduleService
+from nightpress.core.schedules.store import ScheduleStore
+from nightpress.core.schedules.tables import schedule_runs, schedules
+from nightpress.core.schemas import JobSpec, ModelCreate, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
+from nightpress.core.settings import Settings
 from tests.hub import serve_hub
 from tests.service import eventually
 

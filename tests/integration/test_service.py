@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, update
 
-from core.access.quotas import QuotaBook
-from core.artifacts.storage import open_store
-from core.database import db_now, make_engine, transaction
-from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Worker
-from core.jobs.service import JobService
-from core.jobs.store import JobStore
-from core.jobs.tables import workers
-from core.recipes.models import Recipe
-from core.registry.datasets import DataSetRegistry
-from core.registry.models import ModelRegistry
-from core.schemas import DataSetCreate, FileAnnouncement, JobCreate, ModelCreate
-from core.settings import Settings
+from nightpress.core.access.quotas import QuotaBook
+from nightpress.core.artifacts.storage import open_store
+from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.records import Worker
+from nightpress.core.jobs.service import JobService
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.jobs.tables import workers
+from nightpress.core.recipes.models import Recipe
+from nightpress.core.registry.datasets import DataSetRegistry
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.schemas import DataSetCreate, FileAnnouncement, JobCreate, ModelCreate
+from nightpress.core.settings import Settings
 from tests.jobs import GB, age, claim, offer, succeeded
 
 TENANT = "default"

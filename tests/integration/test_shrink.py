@@ -13,19 +13,19 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from core.compress.context import PassContext
-from core.compress.evaluate.calibration import calibration_samples
-from core.compress.executors import blocks
-from core.compress.networks import load_model
-from core.compress.passes import MODEL_PASSES
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import PassRecord
-from core.recipes import anatomy
-from core.recipes.anatomy import OWN_SHAPES, anatomy_of
-from core.recipes.calibration import Calibration
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.plan import make_plan
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.calibration import calibration_samples
+from nightpress.core.compress.executors import blocks
+from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.passes import MODEL_PASSES
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes import anatomy
+from nightpress.core.recipes.anatomy import OWN_SHAPES, anatomy_of
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
 from tests.integration.test_blocks_executor import FAMILIES, _save
 from tests.press import lay_out, press
 

@@ -11,29 +11,29 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select, update
 
-import core.ids
-from core.access.audit import AuditLog
-from core.access.issuing import KeyIssuer
-from core.access.keys import ALL_SCOPES, Principal, create_key
-from core.access.tables import audit_log
-from core.artifacts.local import LocalStore
-from core.artifacts.storage import ObjectStore, open_store
-from core.database import db_now, make_engine, transaction
-from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Claimed
-from core.jobs.retention import JobRetention
-from core.jobs.store import JobStore
-from core.promotions.store import PromotionStore
-from core.promotions.tables import promotions
-from core.registry.datasets import DataSetRegistry
-from core.registry.models import ModelRegistry
-from core.registry.registry import Registry
-from core.registry.tables import data_sets, models
-from core.schedules.store import ScheduleStore
-from core.schemas import DataSetCreate, KeyCreate, ModelCreate, WebhookCreate
-from core.settings import Settings
-from core.webhooks.signing import open_keeper
-from core.webhooks.store import WebhookStore
+import nightpress.core.ids
+from nightpress.core.access.audit import AuditLog
+from nightpress.core.access.issuing import KeyIssuer
+from nightpress.core.access.keys import ALL_SCOPES, Principal, create_key
+from nightpress.core.access.tables import audit_log
+from nightpress.core.artifacts.local import LocalStore
+from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.records import Claimed
+from nightpress.core.jobs.retention import JobRetention
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.promotions.store import PromotionStore
+from nightpress.core.promotions.tables import promotions
+from nightpress.core.registry.datasets import DataSetRegistry
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.registry.registry import Registry
+from nightpress.core.registry.tables import data_sets, models
+from nightpress.core.schedules.store import ScheduleStore
+from nightpress.core.schemas import DataSetCreate, KeyCreate, ModelCreate, WebhookCreate
+from nightpress.core.settings import Settings
+from nightpress.core.webhooks.signing import open_keeper
+from nightpress.core.webhooks.store import WebhookStore
 from tests.jobs import add_model, age, claim, submit, succeeded
 
 TENANT = "default"
@@ -51,11 +51,11 @@ class Host:
     def ahead(self, seconds: float) -> Iterator[None]:
         real_ns, real = time.time_ns, time.time
         with self._monkeypatch.context() as patched:
-            patched.setattr(core.ids, "_last", 0)  # another process
+            patched.setattr(nightpress.core.ids, "_last", 0)  # another process
             patched.setattr(time, "time_ns", lambda: real_ns() + int(seconds * 1e9))
             patched.setattr(time, "time", lambda: real() + seconds)
             yield
-        core.ids._last = 0
+        nightpress.core.ids._last = 0
 
 
 @pytest.fixture

@@ -10,17 +10,17 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import update
 
-from core.artifacts.storage import ObjectStore, open_store
-from core.database import db_now, make_engine, transaction
-from core.errors import ErrorCode, NightpressError
-from core.handoff.manifest import describe_folder, digest_of
-from core.registry.datasets import DataSetRegistry
-from core.registry.intake import Intake
-from core.registry.models import ModelRegistry
-from core.registry.tables import models
-from core.schemas import DataSetCreate, DataSetView, ModelCreate, ModelView
-from core.settings import Settings
-from core.sources.address import parse_address
+from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import describe_folder, digest_of
+from nightpress.core.registry.datasets import DataSetRegistry
+from nightpress.core.registry.intake import Intake
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.registry.tables import models
+from nightpress.core.schemas import DataSetCreate, DataSetView, ModelCreate, ModelView
+from nightpress.core.settings import Settings
+from nightpress.core.sources.address import parse_address
 from tests.hub import Hub, serve_hub
 from tests.servers import S3
 from tests.service import eventually

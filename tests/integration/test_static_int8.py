@@ -16,24 +16,24 @@ import openvino
 import pytest
 import torch
 
-from core.compress.evaluate import quality
-from core.compress.evaluate.data import builtin_digest
-from core.compress.executors import graph
-from core.compress.export.openvino_graph import divide_in_norms
-from core.compress.passes import PassContext
-from core.compress.passes.attention_scores import Operand, Scores, score_products
-from core.compress.passes.quantize_graph import codes_of
-from core.compress.passes.static_int8 import _left_in_float, _weight_bits, static_int8
-from core.compress.passes.static_weights import settle
-from core.compress.solvers import activation_ranges
-from core.compress.solvers.activation_ranges import BINS, Histogram
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import PassRecord
-from core.recipes.calibration import Calibration
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.passes import StaticInt8
-from core.recipes.plan import make_plan
+from nightpress.core.compress.evaluate import quality
+from nightpress.core.compress.evaluate.data import builtin_digest
+from nightpress.core.compress.executors import graph
+from nightpress.core.compress.export.openvino_graph import divide_in_norms
+from nightpress.core.compress.passes import PassContext
+from nightpress.core.compress.passes.attention_scores import Operand, Scores, score_products
+from nightpress.core.compress.passes.quantize_graph import codes_of
+from nightpress.core.compress.passes.static_int8 import _left_in_float, _weight_bits, static_int8
+from nightpress.core.compress.passes.static_weights import settle
+from nightpress.core.compress.solvers import activation_ranges
+from nightpress.core.compress.solvers.activation_ranges import BINS, Histogram
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import StaticInt8
+from nightpress.core.recipes.plan import make_plan
 from tests.models import bert_tiny_dir
 from tests.press import graph_bytes, lay_out, press
 
@@ -294,7 +294,8 @@ def test_weights_have_7_bits_where_the_processor_is_told_to_do_without_vnni(
     monkeypatch: pytest.MonkeyPatch, isa: str, bits: int
 ):
     monkeypatch.setattr(
-        "core.compress.environment._cpuinfo", lambda _field: "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 amx_int8"
+        "nightpress.core.compress.environment._cpuinfo",
+        lambda _field: "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 amx_int8",
     )
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
     assert _weight_bits(StaticInt8()) == bits

@@ -10,11 +10,11 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from core.artifacts.local import LocalStore
-from core.artifacts.s3 import S3Store
-from core.artifacts.storage import ObjectStore, open_store
-from core.errors import ErrorCode, NightpressError
-from core.settings import Settings
+from nightpress.core.artifacts.local import LocalStore
+from nightpress.core.artifacts.s3 import S3Store
+from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.settings import Settings
 from tests.servers import S3
 
 MIB = 1024**2

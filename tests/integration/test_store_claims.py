@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Engine
 
-from core.database import make_engine
-from core.jobs.claims import Caps
-from core.jobs.records import Lease
-from core.jobs.store import JobStore
+from nightpress.core.database import make_engine
+from nightpress.core.jobs.claims import Caps
+from nightpress.core.jobs.records import Lease
+from nightpress.core.jobs.store import JobStore
 from tests.jobs import GB, add_model, claim, offer, submit, succeeded
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, update
 
-from core.database import db_now, make_engine, transaction
-from core.errors import ErrorCode, NightpressError
-from core.jobs.queries import JobsWanted
-from core.jobs.records import Job, Worker, WorkerOffer
-from core.jobs.store import MAX_LOG_BYTES, MAX_LOG_LINES, JobStore
-from core.jobs.tables import workers
+from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.queries import JobsWanted
+from nightpress.core.jobs.records import Job, Worker, WorkerOffer
+from nightpress.core.jobs.store import MAX_LOG_BYTES, MAX_LOG_LINES, JobStore
+from nightpress.core.jobs.tables import workers
 from tests.jobs import GB, add_model, age, claim, new_job, submit, succeeded
 
 

@@ -9,11 +9,11 @@ from contextlib import suppress
 import pytest
 from sqlalchemy import Engine, func, select
 
-from core.database import make_engine, transaction
-from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Idempotency
-from core.jobs.store import JobStore
-from core.jobs.tables import job_events, jobs
+from nightpress.core.database import make_engine, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.records import Idempotency
+from nightpress.core.jobs.store import JobStore
+from nightpress.core.jobs.tables import job_events, jobs
 from tests.jobs import add_model, claim, new_job, submit
 
 

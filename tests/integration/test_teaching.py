@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from core.compress.context import PassContext
-from core.compress.evaluate.data import pad
-from core.compress.exits import ExitPlan, load_exits
-from core.compress.export.early_exit import trace_exits
-from core.errors import ErrorCode, NightpressError
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.models import parse_recipe
-from core.recipes.plan import make_plan
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.data import pad
+from nightpress.core.compress.exits import ExitPlan, load_exits
+from nightpress.core.compress.export.early_exit import trace_exits
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
 from tests.press import lay_out, press
 from tests.training import classifier, embedder, language_model, rows, run_pass
 

@@ -14,12 +14,12 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from sqlalchemy import update
 
-import migrations
-from core.access.keys import create_key
-from core.database import transaction
-from core.ids import new_id
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.registry.tables import models
+from nightpress import migrations
+from nightpress.core.access.keys import create_key
+from nightpress.core.database import transaction
+from nightpress.core.ids import new_id
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.registry.tables import models
 from tests.patience import slowness
 from tests.servers import Valkey, free_port
 from tests.service import Service, eventually
@@ -94,7 +94,7 @@ def test_a_jobs_trace_spans_all_processes_that_work_on_it(
         connection.execute(update(models).where(models.c.id == service.model_id).values(header=header))
     key = create_key(service.engine, tenant_id="default", name="t", scopes=["jobs:read", "jobs:write"])[1]
     port = free_port()
-    service.start("-m", "api", NIGHTPRESS_API_PORT=str(port))
+    service.start("-m", "nightpress.api", NIGHTPRESS_API_PORT=str(port))
     service.start_worker(None)
     base = f"http://127.0.0.1:{port}"
     eventually(lambda: _answers(base), within=60)
@@ -147,7 +147,7 @@ def _answers(base: str) -> bool:
 def test_nothing_of_opentelemetry_is_loaded_where_no_endpoint_is_set() -> None:
     """Of its API, which redis looks for itself, no more than that."""
     script = (
-        "import sys; from core.tracing import configure_tracing, span, traceparent; import api.app, worker.app\n"
+        "import sys; from nightpress.core.tracing import configure_tracing, span, traceparent; import nightpress.api.app, nightpress.worker.app\n"
         "configure_tracing('', 'api')\n"
         "with span('x'): assert traceparent() is None\n"
         "sys.exit(any(name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter')) for name in sys.modules))"

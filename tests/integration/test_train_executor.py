@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.compress.executors.examples import Examples, batch_order
-from core.compress.executors.train import learning_rate
-from core.errors import ErrorCode, NightpressError
-from core.recipes.passes.training import Training
+from nightpress.core.compress.executors.examples import Examples, batch_order
+from nightpress.core.compress.executors.train import learning_rate
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.passes.training import Training
 from tests.training import classifier, rows, run_pass
 
 _STEPS = 30

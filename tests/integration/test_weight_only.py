@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging
 
-from core.compress.checkpoint import INDEX_FILE, ShardWriter, read_shards
-from core.compress.export import compressed_tensors
-from core.compress.passes import MODEL_PASSES, PassContext, quantize
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import PassRecord
-from core.recipes.linears import is_linear_weight
-from core.recipes.models import parse_recipe
-from core.recipes.passes import WeightOnly
-from core.recipes.plan import make_plan
-from core.recipes.schemes import Scheme
+from nightpress.core.compress.checkpoint import INDEX_FILE, ShardWriter, read_shards
+from nightpress.core.compress.export import compressed_tensors
+from nightpress.core.compress.passes import MODEL_PASSES, PassContext, quantize
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.linears import is_linear_weight
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import WeightOnly
+from nightpress.core.recipes.plan import make_plan
+from nightpress.core.recipes.schemes import Scheme
 from tests.folders import header_of, load_tensors, tiny_llama
 
 CASES = [

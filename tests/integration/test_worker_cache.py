@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from core.errors import NightpressError
+from nightpress.core.errors import NightpressError
+from nightpress.worker.cache import BlobCache, stage_in_place
 from tests.patience import slowness
 from tests.service import Service
-from worker.cache import BlobCache, stage_in_place
 
 
 def sha256(data: bytes) -> str:
@@ -109,7 +109,7 @@ def test_two_that_want_the_same_blob_fetch_it_once(tmp_path: Path) -> None:
 def test_a_worker_that_is_killed_while_it_fetches_holds_up_no_other(tmp_path: Path) -> None:
     """A real process, killed in the middle of a blob: its lock is gone with it, and half a blob is none."""
     script = (
-        "import sys, time; from pathlib import Path; from worker.cache import BlobCache\n"
+        "import sys, time; from pathlib import Path; from nightpress.worker.cache import BlobCache\n"
         "def fetch(path):\n path.write_bytes(b'who'); print('fetching', flush=True); time.sleep(600)\n"
         f"cache = BlobCache(Path({str(tmp_path / 'cache')!r}), 1000)\n"
         f"cache.take({sha256(b'whole')!r}, 5, Path({str(tmp_path / 'a')!r}), fetch, on_bytes=lambda _: None)"

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from core.handoff.frames import Log, Result, parse_frame
+from nightpress.core.handoff.frames import Log, Result, parse_frame
+from nightpress.worker.process import ChildProcess
 from tests.patience import slowness
 from tests.service import RECIPE, behaving, eventually, pids_said, running
-from worker.process import ChildProcess
 
 
 def frames_of(child: ChildProcess) -> list[object]:
@@ -52,7 +52,7 @@ def test_a_child_that_nobody_hears_ends_with_all_it_started(tmp_path: Path) -> N
 
 def test_a_child_that_is_told_nonsense_ends_instead_of_waiting(tmp_path: Path) -> None:
     read, write = os.pipe()
-    command = [sys.executable, "-m", "worker.child", "--frames", str(write), "--keep-network", str(tmp_path)]
+    command = [sys.executable, "-m", "nightpress.worker.child", "--frames", str(write), "--keep-network", str(tmp_path)]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=(write,))
     try:
         assert child.stdin is not None

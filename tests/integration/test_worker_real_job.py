@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from core.database import transaction
-from core.ids import new_id
-from core.registry.models import ModelRegistry
-from core.registry.tables import models
-from core.schemas import ModelCreate
+from nightpress.core.database import transaction
+from nightpress.core.ids import new_id
+from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.registry.tables import models
+from nightpress.core.schemas import ModelCreate
 from tests.hub_cache import hub_snapshot
 from tests.service import TENANT, Service
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from core.ids import new_id
+from nightpress.core.ids import new_id
+from nightpress.worker.metrics import REGISTRY
 from tests.patience import slowness
 from tests.service import MIB, Service, eventually, pids_said, running
-from worker.metrics import REGISTRY
 
 
 @pytest.fixture

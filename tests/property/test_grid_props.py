@@ -6,8 +6,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.compress.solvers.grid import Grid, dequantize, pack, round_to_grid
-from core.compress.solvers.threshold import (
+from nightpress.core.compress.solvers.grid import Grid, dequantize, pack, round_to_grid
+from nightpress.core.compress.solvers.threshold import (
     count_lower,
     count_upper,
     locate,

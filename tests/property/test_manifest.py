@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from core.handoff.manifest import ArtifactEntry, FileEntry, Manifest, describe_folder, digest_of
+from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest, describe_folder, digest_of
 
 NAMES = st.from_regex(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,20}", fullmatch=True).filter(lambda name: name != "..")
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map("/".join)

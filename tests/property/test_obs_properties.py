@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from core.compress.kernels.obs_block import BlockGrid, BlockMask, reference
-from core.compress.solvers.grid import Grid
-from core.compress.solvers.obs import Prune, Quantize, factorize, solve
-from core.compress.solvers.ranges import find_ranges
+from nightpress.core.compress.kernels.obs_block import BlockGrid, BlockMask, reference
+from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.solvers.obs import Prune, Quantize, factorize, solve
+from nightpress.core.compress.solvers.ranges import find_ranges
 
 
 def _draw(seed: int, rows: int, columns: int, tokens: int) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from core.compress.passes.calibrated import round_obs
-from core.compress.solvers.grid import Grid
-from core.compress.solvers.knapsack import choose
-from core.compress.solvers.obs import Quantize, factorize, solve
-from core.compress.solvers.ranges import find_ranges, half_quadratic, nearest_codes, nearest_floats
-from core.compress.solvers.refine import fit_scales, output_loss
-from core.compress.stored import dequantized, from_tensors, round_weight, to_tensors
-from core.recipes.schemes import Scheme
+from nightpress.core.compress.passes.calibrated import round_obs
+from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.solvers.knapsack import choose
+from nightpress.core.compress.solvers.obs import Quantize, factorize, solve
+from nightpress.core.compress.solvers.ranges import find_ranges, half_quadratic, nearest_codes, nearest_floats
+from nightpress.core.compress.solvers.refine import fit_scales, output_loss
+from nightpress.core.compress.stored import dequantized, from_tensors, round_weight, to_tensors
+from nightpress.core.recipes.schemes import Scheme
 
 
 def _draw(seed: int, rows: int, columns: int, tokens: int) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.safetensors import read_safetensors_header
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.safetensors import read_safetensors_header
 
 WIDTHS = {"F32": 4, "BF16": 2, "I8": 1, "I64": 8}
 

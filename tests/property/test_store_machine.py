@@ -20,12 +20,12 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import delete
 
-import migrations
-from core.database import make_engine, metadata, transaction
-from core.errors import ErrorCode, NightpressError
-from core.jobs.records import Idempotency, Lease
-from core.jobs.states import is_terminal
-from core.jobs.store import JobStore
+from nightpress import migrations
+from nightpress.core.database import make_engine, metadata, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.jobs.records import Idempotency, Lease
+from nightpress.core.jobs.states import is_terminal
+from nightpress.core.jobs.store import JobStore
 from tests.jobs import add_model, age, new_job, offer, succeeded
 from tests.servers import Postgres
 

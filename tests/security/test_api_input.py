@@ -13,13 +13,13 @@ import httpx
 import pytest
 from starlette.requests import Request
 
-import migrations
-from api.downloads import safe_filename
-from api.sse import resume_point
-from core.errors import NightpressError
-from core.jobs.records import Job
-from core.schemas import JobCreate, JobView
-from core.settings import Settings
+from nightpress import migrations
+from nightpress.api.downloads import safe_filename
+from nightpress.api.sse import resume_point
+from nightpress.core.errors import NightpressError
+from nightpress.core.jobs.records import Job
+from nightpress.core.schemas import JobCreate, JobView
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 
 MIB = 1024**2

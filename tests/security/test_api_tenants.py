@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-import migrations
-from core.access.keys import ALL_SCOPES, create_key, revoke
-from core.settings import Settings
+from nightpress import migrations
+from nightpress.core.access.keys import ALL_SCOPES, create_key, revoke
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 
 #: path parameter → what it names. A new route with another parameter must be classified here first.

@@ -14,11 +14,11 @@ import redis
 from celery import Celery
 from kombu import Queue
 
+from nightpress.worker import landlock, sandbox, view, walls
+from nightpress.worker.probe import probe_walls
+from nightpress.worker.walls import Walls
 from tests.servers import Valkey
 from tests.service import ROOT, Service, eventually, load_json
-from worker import landlock, sandbox, view, walls
-from worker.probe import probe_walls
-from worker.walls import Walls
 
 needs_landlock = pytest.mark.skipif(
     landlock.version() < landlock.ABSTRACT_SOCKETS, reason="this kernel's Landlock is older"
@@ -49,7 +49,7 @@ def standing() -> Walls:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """What the spying child of tests/children.py told."""
-    import migrations
+    from nightpress import migrations
 
     folder = tmp_path_factory.mktemp("spied")
     url = f"sqlite:///{folder / 'np' / 'nightpress.db'}"
@@ -227,7 +227,7 @@ def bare(tmp_path: Path) -> Path:
 
 
 def test_where_there_are_no_namespaces_it_is_said_which_walls_are_missing(bare: Path) -> None:
-    command = without_namespaces(sys.executable, "-P", "-m", "worker.probe", str(bare))
+    command = without_namespaces(sys.executable, "-P", "-m", "nightpress.worker.probe", str(bare))
     probed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     down = json.loads(probed.stdout)
     assert {walls.NETWORK, walls.PROCESSES} <= down.keys()
@@ -248,7 +248,7 @@ def test_without_namespaces_no_socket_is_reached_and_no_mode_changed(bare: Path,
         listener.bind(str(tmp_path / "broker"))
         listener.listen()
         script = (
-            "import os, socket, sys; from pathlib import Path; from worker.enclosure import enclose\n"
+            "import os, socket, sys; from pathlib import Path; from nightpress.worker.enclosure import enclose\n"
             "def work(walls):\n"
             "    os.chmod(sys.argv[2], 0o666)\n"
             "    try: socket.socket(socket.AF_UNIX).connect(sys.argv[3])\n"
@@ -277,7 +277,7 @@ def test_a_childs_folder_is_its_owners_alone(tmp_path: Path) -> None:
 def test_a_spare_ends_with_its_supervisor(tmp_path: Path) -> None:
     """Killed, not told: the end of the stream is all the child learns."""
     script = (
-        "import sys, time; from pathlib import Path; from worker.process import ChildProcess; "
+        "import sys, time; from pathlib import Path; from nightpress.worker.process import ChildProcess; "
         "from tests.service import behaving; "
         f"child = ChildProcess(Path({str(tmp_path)!r}), threads=1, network=False, command=behaving('press')); "
         "print(child.pid, flush=True); time.sleep(60)"

@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from api.connections import bounds_of
-from core.settings import Settings
+from nightpress.api.connections import bounds_of
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.patience import slowness
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 
-import migrations
-from api.deps import Services
-from core.settings import Settings
+from nightpress import migrations
+from nightpress.api.deps import Services
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.servers import Postgres, Valkey
 

@@ -24,7 +24,7 @@ def lines(request: pytest.FixtureRequest) -> list[str]:
     """What a process of ours logs of each, as a message and as an error's own words."""
     program = (
         "import json, logging, sys\n"
-        "from core.logs import configure_logging\n"
+        "from nightpress.core.logs import configure_logging\n"
         f"configure_logging('info', {request.param!r})\n"
         "for text in json.load(sys.stdin):\n"
         "    logging.getLogger('x').info('%s', text)\n"

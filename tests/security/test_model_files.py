@@ -18,11 +18,11 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from core.artifacts.storage import ObjectStore, open_store
-from core.errors import ErrorCode, NightpressError
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.remote_code import code_flaw
-from core.settings import Settings
+from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.remote_code import code_flaw
+from nightpress.core.settings import Settings
 from tests.servers import S3
 
 MIB = 1024**2
@@ -189,8 +189,8 @@ def test_a_hostile_header_is_refused_fast(folder: Path, attack: str) -> None:
 _MEASURED = """
 import resource, sys
 from pathlib import Path
-from core.errors import NightpressError
-from core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.errors import NightpressError
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 try:

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from api import admission
-from core.settings import Settings
+from nightpress.api import admission
+from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.patience import slowness
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import typer
 
-from client.cli.main import app, main
-from core.errors import ErrorCode, NightpressError
-from core.handoff.frames import Progress
+from nightpress.client.cli.main import app, main
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Progress
 from tests.face import RECIPE, Face
 
 #: A title, a cleared screen, an 8-bit sequence, a bell, a hyperlink, a clipboard, a direction override, a return, all C0 and C1.
@@ -121,8 +121,8 @@ def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
 
 @pytest.fixture(scope="module")
 def poisoner(face: Face) -> Iterator[Poisoner]:
-    from api.app import create_app
-    from core.handoff.report import Report
+    from nightpress.api.app import create_app
+    from nightpress.core.handoff.report import Report
 
     document = {"api": create_app(face.settings).openapi(), "report": Report.model_json_schema()}
     poisoner = Poisoner(face.settings.api_port, document)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from core.recipes.calibration import Calibration
-from core.recipes.costs import blocks_cost
-from core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import blocks_cost
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
 
 _WIDTH, _INNER = 256, 1024
 _TEXT = Calibration(samples=8, length=64)

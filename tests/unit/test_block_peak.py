@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from core.recipes.calibration import Calibration
-from core.recipes.costs import GPU_RUNTIME_BYTES
-from core.recipes.header import ModelHeader
-from core.recipes.models import parse_recipe
-from core.recipes.passes import Awq, Gptq, SmoothQuant, SparseGpt, Wanda
-from core.recipes.passes.base import OnLinears
-from core.recipes.placement import Seat
-from core.recipes.plan import make_plan
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import GPU_RUNTIME_BYTES
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import Awq, Gptq, SmoothQuant, SparseGpt, Wanda
+from nightpress.core.recipes.passes.base import OnLinears
+from nightpress.core.recipes.placement import Seat
+from nightpress.core.recipes.plan import make_plan
 from tests.headers import decoder, mixture
 
 MIB = 1024**2

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from core.errors import NightpressError
-from core.recipes.header import ModelHeader, TensorInfo
-from core.recipes.models import parse_recipe
-from core.recipes.plan import Plan, make_plan
+from nightpress.core.errors import NightpressError
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import Plan, make_plan
 
 _ROWS, _WIDTH = 1000, 256
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.cgroup import oom_kills
+from nightpress.worker.cgroup import oom_kills
 
 
 @pytest.mark.parametrize(

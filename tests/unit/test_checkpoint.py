@@ -10,9 +10,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from core.compress.checkpoint import INDEX_FILE, ShardWriter, read_shard, read_shards, tensor_info, write_index
-from core.compress.executors.rewrite import tensor_bytes
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.compress.checkpoint import (
+    INDEX_FILE,
+    ShardWriter,
+    read_shard,
+    read_shards,
+    tensor_info,
+    write_index,
+)
+from nightpress.core.compress.executors.rewrite import tensor_bytes
+from nightpress.core.errors import ErrorCode, NightpressError
 
 TENSORS = {
     "b": torch.arange(3, dtype=torch.bfloat16),  # 6 bytes: whatever came next would be misaligned

@@ -11,13 +11,13 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from api.app import create_app
-from client import access, asynchronous, calls, client
-from client.asking import AsyncResource, Resource, _Method
-from client.calls import Call
-from client.cli.main import app
-from core.schemas import DataSetCreate, JobCreate, JobFilter, ModelCreate
-from core.settings import Settings
+from nightpress.api.app import create_app
+from nightpress.client import access, asynchronous, calls, client
+from nightpress.client.asking import AsyncResource, Resource, _Method
+from nightpress.client.calls import Call
+from nightpress.client.cli.main import app
+from nightpress.core.schemas import DataSetCreate, JobCreate, JobFilter, ModelCreate
+from nightpress.core.settings import Settings
 
 #: operation → the command that asks for it. A new operation must be added here, or to LEFT_OUT with its reason.
 COMMANDS = {

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import ErrorCode, NightpressError
-from core.schedules.cron import Cron, parse_cron
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.schedules.cron import Cron, parse_cron
 
 NOW = dt.datetime(2026, 11, 23, 12, tzinfo=dt.UTC)
 

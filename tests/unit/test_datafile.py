@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.compress.evaluate.data import Row, read_rows
-from core.errors import ErrorCode, NightpressError
-from core.recipes.datafile import MAX_LINE, READ_LINES, DataFacts, Window, examine_data, read_data
+from nightpress.core.compress.evaluate.data import Row, read_rows
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.datafile import MAX_LINE, READ_LINES, DataFacts, Window, examine_data, read_data
 
 _TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 

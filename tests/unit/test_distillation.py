@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.compress.solvers.distillation import (
+from nightpress.core.compress.solvers.distillation import (
     cosine_distance,
     hidden_error,
     pool,
@@ -12,7 +12,7 @@ from core.compress.solvers.distillation import (
     soft_cross_entropy,
     soft_cross_entropy_top,
 )
-from core.compress.solvers.exits import choose, exit_scores, outcome, outcomes
+from nightpress.core.compress.solvers.exits import choose, exit_scores, outcome, outcomes
 
 _RANDOM = torch.Generator().manual_seed(0)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from core.errors import ERROR_KINDS, ErrorCode, NightpressError
-from core.logs import redact
+from nightpress.core.errors import ERROR_KINDS, ErrorCode, NightpressError
+from nightpress.core.logs import redact
 
 
 def test_every_code_has_a_kind() -> None:

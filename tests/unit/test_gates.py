@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from core.compress.evaluate import gates
-from core.handoff.report import GateResult, GenerationTiming, Measurement, Speedup, Subject, Timing
-from core.recipes.models import parse_recipe
+from nightpress.core.compress.evaluate import gates
+from nightpress.core.handoff.report import GateResult, GenerationTiming, Measurement, Speedup, Subject, Timing
+from nightpress.core.recipes.models import parse_recipe
 
 
 def _figure(name: str, data: str, value: float = 0.8, change: float | None = None, of: str = "") -> Measurement:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import NightpressError
-from core.settings import Settings
-from worker import sandbox
-from worker.gpus import Gpu, GpuError, list_gpus, visible_gpus
-from worker.offer import make_offer
+from nightpress.core.errors import NightpressError
+from nightpress.core.settings import Settings
+from nightpress.worker import sandbox
+from nightpress.worker.gpus import Gpu, GpuError, list_gpus, visible_gpus
+from nightpress.worker.offer import make_offer
 
 GIB = 2**30
 FIRST = Gpu("GPU-1a2b0000-0000", "NVIDIA L4", 24 * GIB)

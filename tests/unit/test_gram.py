@@ -2,7 +2,7 @@
 
 import torch
 
-from core.compress.solvers.gram import Gram
+from nightpress.core.compress.solvers.gram import Gram
 
 
 def test_batches_add_up_to_one_symmetric_matrix_whatever_their_shape():

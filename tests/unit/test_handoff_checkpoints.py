@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
-from core.recipes.header import ModelHeader
-from core.recipes.models import parse_recipe
+from nightpress.core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.models import parse_recipe
 
 PASSES = [{"pass": "sparsegpt", "pattern": "2:4"}, {"pass": "gptq", "bits": 4}]
 WORLD = {

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from client.folders import read_model_folder
-from core.errors import ErrorCode, NightpressError
-from core.recipes.filenames import choose_files, is_model_file
-from core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.client.folders import read_model_folder
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.filenames import choose_files, is_model_file
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from tests.hub_cache import hub_snapshot
 
 CONFIG = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 4}

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block, reference
-from core.compress.solvers.grid import Grid
-from core.compress.solvers.obs import Prune, Quantize, factorize, solve
-from core.compress.solvers.ranges import find_ranges, search
+from nightpress.core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block, reference
+from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.solvers.obs import Prune, Quantize, factorize, solve
+from nightpress.core.compress.solvers.ranges import find_ranges, search
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,11 +14,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from api.app import create_app
-from core.settings import Settings
-from core.webhooks.targets import PORTS, is_public
+from nightpress.api.app import create_app
+from nightpress.core.settings import Settings
+from nightpress.core.webhooks.targets import PORTS, is_public
+from nightpress.worker import health
 from tests.unit.test_monitoring import exported
-from worker import health
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"

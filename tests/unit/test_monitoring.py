@@ -10,10 +10,10 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
-from api.metrics import ApiMetrics, _Queue
-from core.jobs.records import JobStatistics
-from core.jobs.roster import Fleet
-from worker.metrics import REGISTRY
+from nightpress.api.metrics import ApiMetrics, _Queue
+from nightpress.core.jobs.records import JobStatistics
+from nightpress.core.jobs.roster import Fleet
+from nightpress.worker.metrics import REGISTRY
 
 MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
 

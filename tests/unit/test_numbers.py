@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from core.compress.numbers import check_finite, naming
-from core.compress.solvers.gram import Gram
-from core.compress.solvers.obs import factorize
-from core.compress.solvers.smooth import Strengths
-from core.compress.solvers.units import Moments
-from core.compress.solvers.wanda import Power
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.compress.numbers import check_finite, naming
+from nightpress.core.compress.solvers.gram import Gram
+from nightpress.core.compress.solvers.obs import factorize
+from nightpress.core.compress.solvers.smooth import Strengths
+from nightpress.core.compress.solvers.units import Moments
+from nightpress.core.compress.solvers.wanda import Power
+from nightpress.core.errors import ErrorCode, NightpressError
 
 _LAYERS = [f"layers.{at}.q_proj" for at in range(5)]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.compress.solvers.grid import Grid, dequantize
-from core.compress.solvers.obs import Prune, Quantize, factorize, solve
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.compress.solvers.grid import Grid, dequantize
+from nightpress.core.compress.solvers.obs import Prune, Quantize, factorize, solve
+from nightpress.core.errors import ErrorCode, NightpressError
 
 
 def _problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:

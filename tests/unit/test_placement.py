@@ -2,11 +2,11 @@
 
 import pytest
 
-from core.recipes.builtins import builtin_recipes, get_recipe
-from core.recipes.header import ModelHeader
-from core.recipes.models import parse_recipe
-from core.recipes.placement import Need, Seat, place
-from core.recipes.plan import Plan, make_plan
+from nightpress.core.recipes.builtins import builtin_recipes, get_recipe
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.placement import Need, Seat, place
+from nightpress.core.recipes.plan import Plan, make_plan
 from tests.headers import decoder, encoder
 
 GB = 10**9

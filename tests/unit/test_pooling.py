@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from core.compress.export.runners.measure import pool
-from core.compress.solvers import distillation
-from core.errors import ErrorCode, NightpressError
-from core.recipes.exports import Export
-from core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.compress.export.runners.measure import pool
+from nightpress.core.compress.solvers import distillation
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from tests.training import embedder
 
 ST = "sentence_transformers"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.builtins import builtin_recipes, get_recipe
-from core.recipes.models import GATE_METRICS, Quality, load_recipe, parse_gate, parse_recipe
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.builtins import builtin_recipes, get_recipe
+from nightpress.core.recipes.models import GATE_METRICS, Quality, load_recipe, parse_gate, parse_recipe
 
 GOOD = {"name": "r", "passes": [{"pass": "weight-only", "bits": 4}], "exports": ["compressed-tensors"]}
 

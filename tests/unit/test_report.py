@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from core.compress import charts
-from core.compress import report as reports
-from core.handoff.compare import compare
-from core.handoff.report import (
+from nightpress.core.compress import charts
+from nightpress.core.compress import report as reports
+from nightpress.core.handoff.compare import compare
+from nightpress.core.handoff.report import (
     GateResult,
     LayerEffect,
     Measurement,

@@ -6,13 +6,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from client.cli.comparison import comparison_rows
-from core.compress import report as reports
-from core.compress.lineage import read_lineage
-from core.errors import ErrorCode, NightpressError
-from core.handoff.compare import compare
-from core.handoff.report import Report, read_report
-from core.handoff.reproduction import judge
+from nightpress.client.cli.comparison import comparison_rows
+from nightpress.core.compress import report as reports
+from nightpress.core.compress.lineage import read_lineage
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.compare import compare
+from nightpress.core.handoff.report import Report, read_report
+from nightpress.core.handoff.reproduction import judge
 from tests.reports import full_report
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"

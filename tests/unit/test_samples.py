@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.compress.solvers.samples import EvenSample
+from nightpress.core.compress.solvers.samples import EvenSample
 
 
 @given(st.lists(st.integers(0, 900), min_size=1, max_size=12))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from core.compress.evaluate.scores import (
+from nightpress.core.compress.evaluate.scores import (
     class_f1,
     counts_by_class,
     macro_f1,
@@ -18,7 +18,7 @@ from core.compress.evaluate.scores import (
     spans,
     spearman,
 )
-from core.compress.evaluate.statistics import Statistic, of_sums, paired, paired_shares
+from nightpress.core.compress.evaluate.statistics import Statistic, of_sums, paired, paired_shares
 
 RNG = np.random.default_rng(4)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.compress.solvers.grid import Grid
-from core.compress.solvers.smooth import (
+from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.solvers.smooth import (
     Rounded,
     Strengths,
     Taker,

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.compress import report as reports
-from core.compress.evaluate.beside import SourceBeside
-from core.compress.evaluate.consumer import Observed, Task
-from core.compress.evaluate.remarks import remarks
-from core.compress.evaluate.speed import speedup
-from core.compress.report_costs import speed_line
-from core.handoff.report import Report, Speedup
+from nightpress.core.compress import report as reports
+from nightpress.core.compress.evaluate.beside import SourceBeside
+from nightpress.core.compress.evaluate.consumer import Observed, Task
+from nightpress.core.compress.evaluate.remarks import remarks
+from nightpress.core.compress.evaluate.speed import speedup
+from nightpress.core.compress.report_costs import speed_line
+from nightpress.core.handoff.report import Report, Speedup
 from tests.reports import full_report
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from core.compress.evaluate.statistics import mean_interval, of_sums, paired, ratio
+from nightpress.core.compress.evaluate.statistics import mean_interval, of_sums, paired, ratio
 
 
 def against(ours: NDArray[np.float64], theirs: NDArray[np.float64]):

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.builtins import get_recipe
-from core.recipes.exports import Export
-from core.recipes.header import ModelHeader, TensorInfo
-from core.recipes.models import aim, parse_recipe
-from core.recipes.plan import make_plan
-from core.recipes.targets import AIMS
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.builtins import get_recipe
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.models import aim, parse_recipe
+from nightpress.core.recipes.plan import make_plan
+from nightpress.core.recipes.targets import AIMS
 
 
 def header(model_type: str, architecture: str, *, width: int = 64, blocks: int = 2) -> ModelHeader:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.compress.solvers.units import (
+from nightpress.core.compress.solvers.units import (
     Known,
     Moments,
     columns_of,
@@ -14,7 +14,7 @@ from core.compress.solvers.units import (
     smallest,
     weight_norms,
 )
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.errors import ErrorCode, NightpressError
 
 
 def known_of(inputs: Tensor, *, centred: bool) -> Known:

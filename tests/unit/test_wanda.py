@@ -2,7 +2,7 @@
 
 import torch
 
-from core.compress.solvers.wanda import Power, wanda_mask
+from nightpress.core.compress.solvers.wanda import Power, wanda_mask
 
 
 def test_a_large_weight_on_a_silent_input_goes_before_a_small_one_on_a_loud_input():

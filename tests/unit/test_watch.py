@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from core.compress.executors.watch import ENTERED, Groups, InTurn, find_groups
+from nightpress.core.compress.executors.watch import ENTERED, Groups, InTurn, find_groups
 
 
 class _Block(nn.Module):

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.builtins import builtin_recipes
-from core.recipes.models import load_recipe
-from core.recipes.yamlfile import MAX_CHARACTERS, MAX_DEPTH, MAX_NODES, read_yaml
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.builtins import builtin_recipes
+from nightpress.core.recipes.models import load_recipe
+from nightpress.core.recipes.yamlfile import MAX_CHARACTERS, MAX_DEPTH, MAX_NODES, read_yaml
 
 
 def _merge_bomb(depth: int) -> str:

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.compress.context import PassContext
-from core.compress.evaluate.data import open_tokenizer, read_rows, text_rows, text_windows
-from core.compress.evaluate.images import read_images
-from core.recipes.header import ModelHeader
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.data import open_tokenizer, read_rows, text_rows, text_windows
+from nightpress.core.compress.evaluate.images import read_images
+from nightpress.core.recipes.header import ModelHeader
 
 
 def calibration_samples(source: Path, context: PassContext) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.errors import ErrorCode, NightpressError
 
 _RENDERER = Path(__file__).with_name("chat_renderer.py")
 _SECONDS = 60

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.checkpoint import disk_errors
-from core.compress.evaluate.consumer_faults import check_finite, failed
-from core.compress.evaluate.data import Sequences
-from core.recipes.costs import LOGIT_BYTES
+from nightpress.core.compress.checkpoint import disk_errors
+from nightpress.core.compress.evaluate.consumer_faults import check_finite, failed
+from nightpress.core.compress.evaluate.data import Sequences
+from nightpress.core.recipes.costs import LOGIT_BYTES
 
 _STDERR_READ = 32768
 _SHAPE_SECONDS = 8.0  #: a shape is timed no longer for each model, but at least _FEWEST times

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.errors import ErrorCode, NightpressError
 
 _SHOWN = 2000
 

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate.rows import Row, builtin_bytes, has_columns, read_records, read_rows
-from core.errors import ErrorCode, NightpressError
-from core.recipes.datafile import invalid
-from core.recipes.header import ModelHeader, padding_token
+from nightpress.core.compress.evaluate.rows import Row, builtin_bytes, has_columns, read_records, read_rows
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.datafile import invalid
+from nightpress.core.recipes.header import ModelHeader, padding_token
 
 __all__ = ["Row", "read_records", "read_rows"]
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate import data, fidelity
-from core.compress.evaluate.consumer import TokenSet
-from core.compress.evaluate.scores import CUT, pearson, ranking_scores, spearman
-from core.compress.evaluate.statistics import Array, Statistic, ratio
-from core.compress.evaluate.view import Asked, View
-from core.handoff.report import Measurement
+from nightpress.core.compress.evaluate import data, fidelity
+from nightpress.core.compress.evaluate.consumer import TokenSet
+from nightpress.core.compress.evaluate.scores import CUT, pearson, ranking_scores, spearman
+from nightpress.core.compress.evaluate.statistics import Array, Statistic, ratio
+from nightpress.core.compress.evaluate.view import Asked, View
+from nightpress.core.handoff.report import Measurement
 
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+")
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate import data
-from core.compress.evaluate.consumer import TokenSet
-from core.compress.evaluate.scores import pearson, spearman
-from core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
-from core.compress.evaluate.view import Asked, Better, View, spread, sums
-from core.compress.export.runners.measure import centred_products
-from core.handoff.report import Measurement
-from core.recipes.header import Head, ModelHeader
+from nightpress.core.compress.evaluate import data
+from nightpress.core.compress.evaluate.consumer import TokenSet
+from nightpress.core.compress.evaluate.scores import pearson, spearman
+from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
+from nightpress.core.compress.evaluate.view import Asked, Better, View, spread, sums
+from nightpress.core.compress.export.runners.measure import centred_products
+from nightpress.core.handoff.report import Measurement
+from nightpress.core.recipes.header import Head, ModelHeader
 
 COMPARED_BYTES = 32 * 1024**2  #: saved distributions of the source; the divergence is taken over so many positions
 OUTPUTS_SHOWN = 20  #: of a model with many numbers or labels, the worst

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from core.compress.checkpoint import Shard, read_shards
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.compress.checkpoint import Shard, read_shards
+from nightpress.core.errors import ErrorCode, NightpressError
 
 #: safetensors name → unsigned type of the same width, and the exponent's bits: all set in ±∞ and NaN, and only in them
 _EXPONENTS: dict[str, tuple[str, int]] = {

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from core.handoff.report import GateResult, GenerationTiming, Measurement, Speedup, Subject, Timing
-from core.recipes.models import Gate, Recipe
+from nightpress.core.handoff.report import GateResult, GenerationTiming, Measurement, Speedup, Subject, Timing
+from nightpress.core.recipes.models import Gate, Recipe
 
 
 def decide(recipe: Recipe, source: Subject, artifacts: tuple[Subject, ...]) -> tuple[GateResult, ...]:

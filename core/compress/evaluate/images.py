@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate.rows import find_file, parquet_rows
-from core.recipes.datafile import invalid
-from core.recipes.header import ModelHeader
+from nightpress.core.compress.evaluate.rows import find_file, parquet_rows
+from nightpress.core.recipes.datafile import invalid
+from nightpress.core.recipes.header import ModelHeader
 
 _MAX_PIXELS = 64 * 1024**2
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from core.compress.evaluate import data, fidelity
-from core.compress.evaluate.consumer import TokenSet
-from core.compress.evaluate.data import Sequences, pad
-from core.compress.evaluate.scores import class_f1, counts_by_class, macro_f1, spans
-from core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares
-from core.compress.evaluate.view import Asked, View
-from core.handoff.report import Measurement
+from nightpress.core.compress.evaluate import data, fidelity
+from nightpress.core.compress.evaluate.consumer import TokenSet
+from nightpress.core.compress.evaluate.data import Sequences, pad
+from nightpress.core.compress.evaluate.scores import class_f1, counts_by_class, macro_f1, spans
+from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares
+from nightpress.core.compress.evaluate.view import Asked, View
+from nightpress.core.handoff.report import Measurement
 
 _CLASSES_SHOWN = 20
 

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate import data, fidelity
-from core.compress.evaluate.consumer import TokenSet
-from core.compress.evaluate.data import Sequences
-from core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
-from core.compress.evaluate.view import Asked, View, sums
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import Measurement
+from nightpress.core.compress.evaluate import data, fidelity
+from nightpress.core.compress.evaluate.consumer import TokenSet
+from nightpress.core.compress.evaluate.data import Sequences
+from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
+from nightpress.core.compress.evaluate.view import Asked, View, sums
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import Measurement
 
 _PROMPTS = ("prompt", "text")
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate import data, embeddings, fidelity, labels, language
-from core.compress.evaluate.consumer import Observed, Shape, Task, TokenSet, Writing
-from core.compress.evaluate.images import read_images
-from core.compress.evaluate.view import Asked, Scorer, View
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import Measurement
-from core.recipes.header import ModelHeader
-from core.recipes.models import GenerationSpeed, Latency, Metric, Quality, Recipe
-from core.recipes.passes import GenerationCache
-from core.recipes.plan import timed_by_turns
+from nightpress.core.compress.evaluate import data, embeddings, fidelity, labels, language
+from nightpress.core.compress.evaluate.consumer import Observed, Shape, Task, TokenSet, Writing
+from nightpress.core.compress.evaluate.images import read_images
+from nightpress.core.compress.evaluate.view import Asked, Scorer, View
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import Measurement
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.models import GenerationSpeed, Latency, Metric, Quality, Recipe
+from nightpress.core.recipes.passes import GenerationCache
+from nightpress.core.recipes.plan import timed_by_turns
 
 _CHECK_ROWS = 8  #: texts of differing lengths in the verification
 _UNCACHED_TOKENS = 4  #: each reads the whole text again

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from core.handoff.report import Speedup, Subject
+from nightpress.core.handoff.report import Speedup, Subject
 
 _SLOWER = 1.05  #: medians nearer than this are called equal
 

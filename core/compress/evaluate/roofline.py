@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from core.recipes.profile import Device
+from nightpress.core.recipes.profile import Device
 
 #: Dense fp16/bf16 operations a second and bytes a second of memory, from the makers' data sheets.
 KNOWN: Mapping[str, Device] = {

@@ -6,8 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from core.compress.evaluate.chat import render_conversations
-from core.recipes.datafile import READ_BYTES, READ_LINES, DataRow, invalid, kind_of, read_data, row_of
+from nightpress.core.compress.evaluate.chat import render_conversations
+from nightpress.core.recipes.datafile import READ_BYTES, READ_LINES, DataRow, invalid, kind_of, read_data, row_of
 
 _PROSE = {"evaluation": "prose_evaluation.txt.gz", "calibration": "prose_calibration.txt.gz"}
 _BATCH_ROWS = 1024
@@ -51,7 +51,7 @@ def has_columns(ref: str, file: Path | None, names: Iterable[str]) -> bool:
 
 def builtin_bytes(purpose: str) -> bytes:
     """The built-in prose for a purpose as it is shipped, packed."""
-    return (files("core.compress") / "data" / _PROSE[purpose]).read_bytes()
+    return (files("nightpress.core.compress") / "data" / _PROSE[purpose]).read_bytes()
 
 
 def is_parquet(file: Path) -> bool:

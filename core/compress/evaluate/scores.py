@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate.statistics import Array, Statistic, of_sums
+from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums
 
 Classes = NDArray[np.int64]
 CUT = 10  #: ranks that nDCG and recall look at

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from core.compress.evaluate.consumer import Observed, Task, Timed
-from core.compress.evaluate.statistics import Array, spread_of_draws
-from core.handoff.report import GenerationTiming, Speedup, Timing
+from nightpress.core.compress.evaluate.consumer import Observed, Task, Timed
+from nightpress.core.compress.evaluate.statistics import Array, spread_of_draws
+from nightpress.core.handoff.report import GenerationTiming, Speedup, Timing
 
 
 def timings(observed: Observed, task: Task, source: Observed | None = None) -> tuple[Timing, ...]:

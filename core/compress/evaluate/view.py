@@ -7,13 +7,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate import data
-from core.compress.evaluate.consumer import Observed, TokenSet
-from core.compress.evaluate.statistics import Array, Interval, Paired, Statistic, interval, paired
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import Measurement
-from core.recipes.header import ModelHeader
-from core.recipes.models import Quality
+from nightpress.core.compress.evaluate import data
+from nightpress.core.compress.evaluate.consumer import Observed, TokenSet
+from nightpress.core.compress.evaluate.statistics import Array, Interval, Paired, Statistic, interval, paired
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import Measurement
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.models import Quality
 
 Better = Literal["higher", "lower"]
 

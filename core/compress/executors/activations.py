@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from core.compress.executors.skeleton import Call
+from nightpress.core.compress.executors.skeleton import Call
 
 _GPU_SHARE = 0.3  #: of the free memory
 _HOST_SHARE = 0.25

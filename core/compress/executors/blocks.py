@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from core.compress.checkpoint import (
+from nightpress.core.compress.checkpoint import (
     SAFETENSORS_DTYPES,
     ShardWriter,
     read_shard,
@@ -34,19 +34,19 @@ from core.compress.checkpoint import (
     write_file,
     write_index,
 )
-from core.compress.context import PassContext
-from core.compress.environment import multiplies_bfloat16
-from core.compress.executors.activations import (
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.environment import multiplies_bfloat16
+from nightpress.core.compress.executors.activations import (
     Calls,
     Waiting,
     give_large_tensors_pages_of_their_own,
     return_freed_memory,
 )
-from core.compress.executors.experts import Experts
-from core.compress.executors.live_block import PROBE_TOKENS, LiveBlock
-from core.compress.executors.rewrite import Effect, Rewrite, becomes
-from core.compress.executors.skeleton import Batch, Call, Skeleton, Source, is_conv1d
-from core.compress.executors.watch import (
+from nightpress.core.compress.executors.experts import Experts
+from nightpress.core.compress.executors.live_block import PROBE_TOKENS, LiveBlock
+from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes
+from nightpress.core.compress.executors.skeleton import Batch, Call, Skeleton, Source, is_conv1d
+from nightpress.core.compress.executors.watch import (
     EnoughSeen,
     Groups,
     Inputs,
@@ -58,10 +58,10 @@ from core.compress.executors.watch import (
     split_mask,
     without_padding,
 )
-from core.compress.numbers import check_finite, naming
-from core.compress.solvers.grid import Workspace
-from core.errors import ErrorCode, NightpressError
-from core.recipes.costs import BATCH_TOKENS, IN_TURN_BYTES, in_turn_bytes
+from nightpress.core.compress.numbers import check_finite, naming
+from nightpress.core.compress.solvers.grid import Workspace
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.costs import BATCH_TOKENS, IN_TURN_BYTES, in_turn_bytes
 
 __all__ = ["CacheStandIn", "Inputs", "Method", "Pressed", "Settled", "Statistic", "press_blocks"]
 

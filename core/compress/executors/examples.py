@@ -9,9 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.compress.evaluate.data import check_vocabulary, class_index, open_tokenizer, read_rows, text_windows
-from core.errors import ErrorCode, NightpressError
-from core.recipes.header import ModelHeader
+from nightpress.core.compress.evaluate.data import (
+    check_vocabulary,
+    class_index,
+    open_tokenizer,
+    read_rows,
+    text_windows,
+)
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.header import ModelHeader
 
 _POOL = 32  #: batches among which texts are sorted by length, so that little is computed on padding
 _FEWEST = 4  #: examples that can be learned from

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.compress.checkpoint import disk_errors, write_file
-from core.compress.context import PassContext
-from core.compress.evaluate.data import Sequences
-from core.compress.export.weights import PressedWeights
-from core.compress.networks import load_model
-from core.errors import ErrorCode, NightpressError
-from core.handoff.manifest import describe_folder
-from core.recipes.header import ModelHeader
+from nightpress.core.compress.checkpoint import disk_errors, write_file
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.data import Sequences
+from nightpress.core.compress.export.weights import PressedWeights
+from nightpress.core.compress.networks import load_model
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import describe_folder
+from nightpress.core.recipes.header import ModelHeader
 
 #: Dimensions that vary, under the names that generation libraries look for: transformers.js makes an empty cache from them.
 _BATCH, _LENGTH = "batch_size", "sequence_length"

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.compress.checkpoint import TORCH_DTYPES, Shard, ShardWriter, StoredTensor
-from core.compress.context import PassContext
-from core.compress.executors.rewrite import Effect, Rewrite, becomes, tensor_bytes
-from core.compress.solvers.grid import Workspace
-from core.errors import ErrorCode, NightpressError
-from core.recipes.header import TensorInfo
+from nightpress.core.compress.checkpoint import TORCH_DTYPES, Shard, ShardWriter, StoredTensor
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes, tensor_bytes
+from nightpress.core.compress.solvers.grid import Workspace
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.header import TensorInfo
 
 _CHUNK_WEIGHTS = 512 * 1024  #: weights a chunk: large enough to hide the interpreter, small enough for the caches
 _COPY_BYTES = 2 * 1024**2

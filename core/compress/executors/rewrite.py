@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from core.compress.solvers.grid import Workspace
-from core.recipes.header import TensorInfo
+from nightpress.core.compress.solvers.grid import Workspace
+from nightpress.core.recipes.header import TensorInfo
 
 #: (output tensor's name, byte offset in it, its bytes)
 Put = Callable[[str, int, Tensor], None]

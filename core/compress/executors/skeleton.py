@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from core.compress.checkpoint import TORCH_DTYPES, Shard, StoredTensor
-from core.compress.executors.experts import Experts, take_apart
-from core.compress.modules import fit
-from core.errors import ErrorCode, NightpressError
-from core.recipes.header import SHARED_BLOCKS
+from nightpress.core.compress.checkpoint import TORCH_DTYPES, Shard, StoredTensor
+from nightpress.core.compress.executors.experts import Experts, take_apart
+from nightpress.core.compress.modules import fit
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.header import SHARED_BLOCKS
 
 _PIECE = 16 * 1024**2  #: bytes copied at a time
 Batch = Mapping[str, Tensor]  #: what the model is called with, each [samples, …]

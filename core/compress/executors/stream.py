@@ -9,12 +9,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from core.compress.checkpoint import INDEX_FILE, Shard, StoredTensor, disk_errors, read_shards, write_file, write_index
-from core.compress.context import PassContext
-from core.compress.executors.overlap import ShardJob, Sweep, plan_shard
-from core.compress.executors.rewrite import Effect, Put, Rewrite, becomes
-from core.compress.solvers.grid import Workspace
-from core.recipes.header import TensorInfo
+from nightpress.core.compress.checkpoint import (
+    INDEX_FILE,
+    Shard,
+    StoredTensor,
+    disk_errors,
+    read_shards,
+    write_file,
+    write_index,
+)
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.overlap import ShardJob, Sweep, plan_shard
+from nightpress.core.compress.executors.rewrite import Effect, Put, Rewrite, becomes
+from nightpress.core.compress.solvers.grid import Workspace
+from nightpress.core.recipes.header import TensorInfo
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.compress.checkpoint import read_shards
-from core.compress.context import PassContext
-from core.compress.executors.activations import Calls
-from core.compress.executors.skeleton import Batch, Skeleton, Source
-from core.compress.executors.watch import split_mask, without_padding
-from core.compress.networks import load_model
-from core.compress.numbers import check_finite
-from core.compress.solvers.units import Moments
-from core.recipes.anatomy import Anatomy
-from core.recipes.costs import BATCH_TOKENS
+from nightpress.core.compress.checkpoint import read_shards
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.activations import Calls
+from nightpress.core.compress.executors.skeleton import Batch, Skeleton, Source
+from nightpress.core.compress.executors.watch import split_mask, without_padding
+from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.numbers import check_finite
+from nightpress.core.compress.solvers.units import Moments
+from nightpress.core.recipes.anatomy import Anatomy
+from nightpress.core.recipes.costs import BATCH_TOKENS
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from core.compress.checkpoint import disk_errors, sync_folder
-from core.compress.context import PassContext
-from core.compress.executors.examples import Batch, Examples, batch_order, collate
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import Series
-from core.recipes.passes.training import Training
+from nightpress.core.compress.checkpoint import disk_errors, sync_folder
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.examples import Batch, Examples, batch_order, collate
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import Series
+from nightpress.core.recipes.passes.training import Training
 
 _CURVE_POINTS = 100
 _VALIDATIONS = 10

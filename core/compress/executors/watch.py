@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from core.compress.executors.skeleton import Batch, is_conv1d
+from nightpress.core.compress.executors.skeleton import Batch, is_conv1d
 
 
 class Statistic(Protocol):

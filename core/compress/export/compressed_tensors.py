@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.compress.checkpoint import write_file
-from core.compress.export import safetensors
-from core.compress.export.safetensors import CONSUMER
-from core.recipes.readable import become_floats
-from core.recipes.schemes import Scheme
+from nightpress.core.compress.checkpoint import write_file
+from nightpress.core.compress.export import safetensors
+from nightpress.core.compress.export.safetensors import CONSUMER
+from nightpress.core.recipes.readable import become_floats
+from nightpress.core.recipes.schemes import Scheme
 
 __all__ = ["CACHE_FILE", "CONSUMER", "save", "write_config"]
 

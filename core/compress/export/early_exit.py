@@ -17,10 +17,10 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from core.compress.checkpoint import disk_errors
-from core.compress.context import PassContext
-from core.compress.evaluate.data import Sequences
-from core.compress.executors.graph import (
+from nightpress.core.compress.checkpoint import disk_errors
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.data import Sequences
+from nightpress.core.compress.executors.graph import (
     Traced,
     content_digest,
     encoder_signature,
@@ -29,8 +29,8 @@ from core.compress.executors.graph import (
     takes_types,
     without_notes,
 )
-from core.compress.exits import ExitModel, ExitPlan, load_exits
-from core.recipes.header import ModelHeader
+from nightpress.core.compress.exits import ExitModel, ExitPlan, load_exits
+from nightpress.core.recipes.header import ModelHeader
 
 
 def trace_exits(model_dir: Path, header: ModelHeader, check: Sequences, context: PassContext) -> Traced:

@@ -5,14 +5,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.compress.checkpoint import disk_errors
-from core.compress.executors.graph import Traced
-from core.compress.executors.stream import copy_companions
-from core.compress.export.onnx_codes import write_codes
-from core.compress.export.weights import PressedWeights
-from core.compress.passes.quantize_graph import quantize_onnx
-from core.handoff.report import PassRecord
-from core.recipes.passes import DynamicInt8
+from nightpress.core.compress.checkpoint import disk_errors
+from nightpress.core.compress.executors.graph import Traced
+from nightpress.core.compress.executors.stream import copy_companions
+from nightpress.core.compress.export.onnx_codes import write_codes
+from nightpress.core.compress.export.weights import PressedWeights
+from nightpress.core.compress.passes.quantize_graph import quantize_onnx
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.passes import DynamicInt8
 
 CONSUMER = Path(__file__).with_name("runners") / "onnxruntime_runner.py"
 GRAPH_FILE = "model.onnx"

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from core.compress.checkpoint import disk_errors
+from nightpress.core.compress.checkpoint import disk_errors
 
 #: The script that loads the saved folder in a fresh process; see runners/.
 CONSUMER = Path(__file__).with_name("runners") / "transformers_runner.py"

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from core.compress.checkpoint import write_file
-from core.compress.executors.graph import Traced
-from core.compress.export import onnx
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import PassRecord
-from core.recipes.passes import DynamicInt8
+from nightpress.core.compress.checkpoint import write_file
+from nightpress.core.compress.executors.graph import Traced
+from nightpress.core.compress.export import onnx
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.passes import DynamicInt8
 
 CONSUMER = Path(__file__).with_name("runners") / "transformersjs_runner.py"
 #: The name of a number type there → what a file's name ends in.

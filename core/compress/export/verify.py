@@ -3,15 +3,15 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.evaluate.consumer import Observed, Task, consumer_name
-from core.compress.evaluate.fidelity import centred_cosine, whole_cosine
-from core.compress.executors.graph import Traced
-from core.compress.export.runners.measure import pool
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import Verification
-from core.recipes.exports import GRAPH_FORMATS, Export
-from core.recipes.models import Recipe
-from core.recipes.passes import Gptq, Pass, Profiling, Qat, Quantizing
+from nightpress.core.compress.evaluate.consumer import Observed, Task, consumer_name
+from nightpress.core.compress.evaluate.fidelity import centred_cosine, whole_cosine
+from nightpress.core.compress.executors.graph import Traced
+from nightpress.core.compress.export.runners.measure import pool
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import Verification
+from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
+from nightpress.core.recipes.models import Recipe
+from nightpress.core.recipes.passes import Gptq, Pass, Profiling, Qat, Quantizing
 
 #: An fp32 graph computes what the model computes, and a copy the same; only the order of sums differs.
 EXACT = 0.9999

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.compress.checkpoint import read_shards
-from core.compress.executors.skeleton import Source
-from core.compress.solvers.grid import Grid
-from core.compress.solvers.packing import unpack_bits
+from nightpress.core.compress.checkpoint import read_shards
+from nightpress.core.compress.executors.skeleton import Source
+from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.solvers.packing import unpack_bits
 
 _PACKED = "_packed"
 

@@ -46,7 +46,7 @@ def obs_block(
     cost [columns] is what a unit lost in a column does to the output; Σ (lost · cost)² is added to loss [rows].
     """
     if weight.is_cuda and weight.dtype == torch.float32:
-        from core.compress.kernels.obs_block_triton import launch
+        from nightpress.core.compress.kernels.obs_block_triton import launch
 
         launch(weight, spread, cost, loss, grid, mask)
     else:

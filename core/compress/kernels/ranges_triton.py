@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
-from core.compress.solvers.grid import Grid
+from nightpress.core.compress.solvers.grid import Grid
 
 _TILE = 4096  #: weights a program holds
 _WORDS = {

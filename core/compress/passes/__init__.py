@@ -4,17 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.compress.context import PassContext
-from core.compress.passes.activations import fp8, kv_cache, smoothquant
-from core.compress.passes.aware import qat
-from core.compress.passes.cache import generation_cache
-from core.compress.passes.calibrated import awq, gptq, sparsegpt, wanda
-from core.compress.passes.depth import early_exit
-from core.compress.passes.distill import distill, recover
-from core.compress.passes.prune import magnitude
-from core.compress.passes.quantize import weight_only
-from core.compress.passes.shrink import layers, narrow
-from core.handoff.report import PassRecord
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.passes.activations import fp8, kv_cache, smoothquant
+from nightpress.core.compress.passes.aware import qat
+from nightpress.core.compress.passes.cache import generation_cache
+from nightpress.core.compress.passes.calibrated import awq, gptq, sparsegpt, wanda
+from nightpress.core.compress.passes.depth import early_exit
+from nightpress.core.compress.passes.distill import distill, recover
+from nightpress.core.compress.passes.prune import magnitude
+from nightpress.core.compress.passes.quantize import weight_only
+from nightpress.core.compress.passes.shrink import layers, narrow
+from nightpress.core.handoff.report import PassRecord
 
 __all__ = ["MODEL_PASSES", "ModelPass", "PassContext"]
 

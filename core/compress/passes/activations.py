@@ -9,24 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.compress.checkpoint import write_file
-from core.compress.context import PassContext
-from core.compress.executors.blocks import Inputs, Settled, Statistic
-from core.compress.executors.live_block import LiveBlock
-from core.compress.executors.watch import without_padding
-from core.compress.export.compressed_tensors import CACHE_FILE
-from core.compress.numbers import check_finite
-from core.compress.passes.calibrated import made_up, press, quantize, record, round_obs, scheme_of, settle_coded
-from core.compress.passes.folding import Folding, Part, Place
-from core.compress.passes.quantize import stream_rounded
-from core.compress.solvers.obs import factorize
-from core.compress.solvers.smooth import Rounded, Strengths, Taker, input_scale, search_factors, smoothing_factors
-from core.compress.stored import from_tensors, grid_of, round_weight
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import PassRecord
-from core.recipes.header import ModelHeader
-from core.recipes.passes import Fp8, KvCache, SmoothQuant
-from core.recipes.passes.activations import CACHED_FROM
+from nightpress.core.compress.checkpoint import write_file
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.blocks import Inputs, Settled, Statistic
+from nightpress.core.compress.executors.live_block import LiveBlock
+from nightpress.core.compress.executors.watch import without_padding
+from nightpress.core.compress.export.compressed_tensors import CACHE_FILE
+from nightpress.core.compress.numbers import check_finite
+from nightpress.core.compress.passes.calibrated import (
+    made_up,
+    press,
+    quantize,
+    record,
+    round_obs,
+    scheme_of,
+    settle_coded,
+)
+from nightpress.core.compress.passes.folding import Folding, Part, Place
+from nightpress.core.compress.passes.quantize import stream_rounded
+from nightpress.core.compress.solvers.obs import factorize
+from nightpress.core.compress.solvers.smooth import (
+    Rounded,
+    Strengths,
+    Taker,
+    input_scale,
+    search_factors,
+    smoothing_factors,
+)
+from nightpress.core.compress.stored import from_tensors, grid_of, round_weight
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.passes import Fp8, KvCache, SmoothQuant
+from nightpress.core.recipes.passes.activations import CACHED_FROM
 
 
 def smoothquant(source: Path, target: Path, options: SmoothQuant, context: PassContext) -> PassRecord:

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.compress.checkpoint import TORCH_DTYPES
-from core.compress.context import PassContext
-from core.compress.executors.train import Trained
-from core.compress.networks import embeddings_of, load_model, save_model
-from core.compress.passes.distill import record_of, teach
-from core.compress.passes.quantize import stream_rounded
-from core.compress.stored import dequantized, round_weight
-from core.handoff.report import PassRecord
-from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.linears import module_of
-from core.recipes.passes.aware import Qat
-from core.recipes.schemes import Scheme
+from nightpress.core.compress.checkpoint import TORCH_DTYPES
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.train import Trained
+from nightpress.core.compress.networks import embeddings_of, load_model, save_model
+from nightpress.core.compress.passes.distill import record_of, teach
+from nightpress.core.compress.passes.quantize import stream_rounded
+from nightpress.core.compress.stored import dequantized, round_weight
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.linears import module_of
+from nightpress.core.recipes.passes.aware import Qat
+from nightpress.core.recipes.schemes import Scheme
 
 
 def qat(source: Path, target: Path, options: Qat, context: PassContext) -> PassRecord:

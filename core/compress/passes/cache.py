@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.compress.checkpoint import write_file
-from core.compress.context import PassContext
-from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
-from core.compress.export.safetensors import copy_folder
-from core.compress.generation_cache import PrefixStore, cache_bytes, cache_for
-from core.compress.networks import load_model
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import PassRecord, Series
-from core.recipes.passes.caching import GenerationCache
+from nightpress.core.compress.checkpoint import write_file
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+from nightpress.core.compress.export.safetensors import copy_folder
+from nightpress.core.compress.generation_cache import PrefixStore, cache_bytes, cache_for
+from nightpress.core.compress.networks import load_model
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import PassRecord, Series
+from nightpress.core.recipes.passes.caching import GenerationCache
 
 _TEXTS, _NEW = 2, 16  #: texts of each check, and tokens written behind them
 _LENGTHS = (64, 256, 1024)  #: tokens at which the cache is weighed

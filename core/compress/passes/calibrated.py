@@ -9,34 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.compress.checkpoint import read_shards
-from core.compress.context import PassContext
-from core.compress.evaluate.calibration import calibration_samples
-from core.compress.executors.blocks import CacheStandIn, Inputs, Method, Pressed, Settled, Statistic, press_blocks
-from core.compress.executors.live_block import LiveBlock
-from core.compress.executors.rewrite import Effect
-from core.compress.executors.stream import copy_companions
-from core.compress.export.compressed_tensors import write_config
-from core.compress.passes.folding import Folding, Part
-from core.compress.passes.quantize import OnGrid
-from core.compress.passes.sensitivity import part_of, schemes_within_budget
-from core.compress.passes.zeros import with_storage
-from core.compress.solvers.awq import Taker, search_scales
-from core.compress.solvers.gram import Gram
-from core.compress.solvers.grid import dequantize
-from core.compress.solvers.obs import Factor, Prune, Quantize, Solved, factorize, solve
-from core.compress.solvers.products import fast_products
-from core.compress.solvers.refine import fit_scales, output_loss
-from core.compress.solvers.wanda import Power, wanda_mask
-from core.compress.stored import Coded, dequantized, from_tensors, grid_of, round_weight, to_tensors
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import LayerEffect, PassRecord
-from core.recipes.header import ModelHeader
-from core.recipes.linears import is_linear_weight, module_of
-from core.recipes.passes import Awq, Gptq, PassOptions, Quantizing, SparseGpt, Wanda
-from core.recipes.passes.base import OnLinears
-from core.recipes.passes.quantize import Budgeted, Rounding
-from core.recipes.schemes import Scheme
+from nightpress.core.compress.checkpoint import read_shards
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.calibration import calibration_samples
+from nightpress.core.compress.executors.blocks import (
+    CacheStandIn,
+    Inputs,
+    Method,
+    Pressed,
+    Settled,
+    Statistic,
+    press_blocks,
+)
+from nightpress.core.compress.executors.live_block import LiveBlock
+from nightpress.core.compress.executors.rewrite import Effect
+from nightpress.core.compress.executors.stream import copy_companions
+from nightpress.core.compress.export.compressed_tensors import write_config
+from nightpress.core.compress.passes.folding import Folding, Part
+from nightpress.core.compress.passes.quantize import OnGrid
+from nightpress.core.compress.passes.sensitivity import part_of, schemes_within_budget
+from nightpress.core.compress.passes.zeros import with_storage
+from nightpress.core.compress.solvers.awq import Taker, search_scales
+from nightpress.core.compress.solvers.gram import Gram
+from nightpress.core.compress.solvers.grid import dequantize
+from nightpress.core.compress.solvers.obs import Factor, Prune, Quantize, Solved, factorize, solve
+from nightpress.core.compress.solvers.products import fast_products
+from nightpress.core.compress.solvers.refine import fit_scales, output_loss
+from nightpress.core.compress.solvers.wanda import Power, wanda_mask
+from nightpress.core.compress.stored import Coded, dequantized, from_tensors, grid_of, round_weight, to_tensors
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import LayerEffect, PassRecord
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.linears import is_linear_weight, module_of
+from nightpress.core.recipes.passes import Awq, Gptq, PassOptions, Quantizing, SparseGpt, Wanda
+from nightpress.core.recipes.passes.base import OnLinears
+from nightpress.core.recipes.passes.quantize import Budgeted, Rounding
+from nightpress.core.recipes.schemes import Scheme
 
 #: A row whose loss is within a hundredth of rounding's counts as no better: far beyond what fast products err by.
 _CLEARLY = 0.99

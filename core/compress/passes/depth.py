@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.compress.context import PassContext
-from core.compress.executors.examples import Batch, Examples, collate, read_examples
-from core.compress.executors.train import Trained, asked, precision, train
-from core.compress.exits import ExitModel, ExitPlan, save_heads
-from core.compress.networks import cast_weights, embeddings_of, load_model, save_model
-from core.compress.passes.self_speculation import speculate
-from core.compress.solvers.distillation import soft_cross_entropy
-from core.compress.solvers.exits import Outcome, choose, outcome, outcomes
-from core.handoff.report import PassRecord, Series
-from core.recipes.depth import depth
-from core.recipes.passes.adapt import EarlyExit
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.examples import Batch, Examples, collate, read_examples
+from nightpress.core.compress.executors.train import Trained, asked, precision, train
+from nightpress.core.compress.exits import ExitModel, ExitPlan, save_heads
+from nightpress.core.compress.networks import cast_weights, embeddings_of, load_model, save_model
+from nightpress.core.compress.passes.self_speculation import speculate
+from nightpress.core.compress.solvers.distillation import soft_cross_entropy
+from nightpress.core.compress.solvers.exits import Outcome, choose, outcome, outcomes
+from nightpress.core.handoff.report import PassRecord, Series
+from nightpress.core.recipes.depth import depth
+from nightpress.core.recipes.passes.adapt import EarlyExit
 
 _SHOWN = 12  #: thresholds in the report
 

@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.compress.context import PassContext
-from core.compress.evaluate.data import open_tokenizer, special_tokens
-from core.compress.executors.examples import Batch, read_examples
-from core.compress.executors.train import Trained, asked, precision, train
-from core.compress.networks import cast_weights, embeddings_of, find_blocks, grow_student, load_model, save_model
-from core.compress.passes.low_rank import add_low_rank, merge_low_rank
-from core.compress.passes.teacher_cache import CachedLogits, cache_logits
-from core.compress.solvers.distillation import (
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.data import open_tokenizer, special_tokens
+from nightpress.core.compress.executors.examples import Batch, read_examples
+from nightpress.core.compress.executors.train import Trained, asked, precision, train
+from nightpress.core.compress.networks import (
+    cast_weights,
+    embeddings_of,
+    find_blocks,
+    grow_student,
+    load_model,
+    save_model,
+)
+from nightpress.core.compress.passes.low_rank import add_low_rank, merge_low_rank
+from nightpress.core.compress.passes.teacher_cache import CachedLogits, cache_logits
+from nightpress.core.compress.solvers.distillation import (
     cosine_distance,
     hidden_error,
     pool,
@@ -24,12 +31,12 @@ from core.compress.solvers.distillation import (
     soft_cross_entropy,
     soft_cross_entropy_top,
 )
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import PassRecord
-from core.recipes.depth import ends_of_spans
-from core.recipes.header import ModelHeader
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.passes.distill import Distill, Recover, Teaching
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.depth import ends_of_spans
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.passes.distill import Distill, Recover, Teaching
 
 _PROJECTIONS = ({"query", "q_proj", "q_lin", "q", "query_proj"}, {"key", "k_proj", "k_lin", "k", "key_proj"}, {"value", "v_proj", "v_lin", "v", "value_proj"})  # fmt: skip
 _MASKED = 0.15  #: share of the words that a masked language model has to guess

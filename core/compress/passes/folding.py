@@ -12,10 +12,10 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from core.compress.architectures import FOLDS, Fold
-from core.compress.executors.blocks import Inputs, Statistic
-from core.compress.executors.live_block import LiveBlock
-from core.recipes.header import ModelHeader
+from nightpress.core.compress.architectures import FOLDS, Fold
+from nightpress.core.compress.executors.blocks import Inputs, Statistic
+from nightpress.core.compress.executors.live_block import LiveBlock
+from nightpress.core.recipes.header import ModelHeader
 
 #: Of the change that scaling the targets alone makes. A true fold leaves less than a millionth, a false one a fifth and more.
 _SAME = 1e-3

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.compress.networks import find_blocks
-from core.recipes.passes.distill import Lora
+from nightpress.core.compress.networks import find_blocks
+from nightpress.core.recipes.passes.distill import Lora
 
 
 class LowRank(nn.Module):

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.compress.checkpoint import Shard, StoredTensor, read_shards
-from core.compress.context import PassContext
-from core.compress.executors.rewrite import Effect, Put
-from core.compress.executors.stream import copy_companions, scan, sweep
-from core.compress.passes.zeros import with_storage
-from core.compress.solvers.grid import Workspace
-from core.compress.solvers.threshold import (
+from nightpress.core.compress.checkpoint import Shard, StoredTensor, read_shards
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.rewrite import Effect, Put
+from nightpress.core.compress.executors.stream import copy_companions, scan, sweep
+from nightpress.core.compress.passes.zeros import with_storage
+from nightpress.core.compress.solvers.grid import Workspace
+from nightpress.core.compress.solvers.threshold import (
     LOWER_BINS,
     UPPER_BINS,
     Threshold,
@@ -25,10 +25,10 @@ from core.compress.solvers.threshold import (
     magnitude_keys,
     pattern_mask,
 )
-from core.handoff.report import LayerEffect, PassRecord
-from core.recipes.header import TensorInfo
-from core.recipes.linears import is_linear_weight
-from core.recipes.passes import Magnitude
+from nightpress.core.handoff.report import LayerEffect, PassRecord
+from nightpress.core.recipes.header import TensorInfo
+from nightpress.core.recipes.linears import is_linear_weight
+from nightpress.core.recipes.passes import Magnitude
 
 #: (tensor, first row of a chunk) → how many weights equal to the threshold stand before it
 Ties = dict[tuple[str, int], int]

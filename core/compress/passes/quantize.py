@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.compress.checkpoint import StoredTensor, read_shards, tensor_info
-from core.compress.context import PassContext
-from core.compress.executors.rewrite import Effect, Put, Rewrite
-from core.compress.executors.stream import copy_companions, scan, sweep
-from core.compress.export.compressed_tensors import write_config
-from core.compress.solvers.grid import Grid, Workspace, magnitude_bits, pack, pack_zero_points, round_to_grid
-from core.compress.stored import dequantized, grid_of, round_weight, to_tensors
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import LayerEffect, PassRecord
-from core.recipes.header import TensorInfo
-from core.recipes.linears import module_of
-from core.recipes.passes import Quantizing, WeightOnly
-from core.recipes.schemes import BLOCK, Scheme
+from nightpress.core.compress.checkpoint import StoredTensor, read_shards, tensor_info
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.rewrite import Effect, Put, Rewrite
+from nightpress.core.compress.executors.stream import copy_companions, scan, sweep
+from nightpress.core.compress.export.compressed_tensors import write_config
+from nightpress.core.compress.solvers.grid import Grid, Workspace, magnitude_bits, pack, pack_zero_points, round_to_grid
+from nightpress.core.compress.stored import dequantized, grid_of, round_weight, to_tensors
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import LayerEffect, PassRecord
+from nightpress.core.recipes.header import TensorInfo
+from nightpress.core.recipes.linears import module_of
+from nightpress.core.recipes.passes import Quantizing, WeightOnly
+from nightpress.core.recipes.schemes import BLOCK, Scheme
 
 #: Errors of plain int4 and int8 are exact in layers of up to this many weights. In larger ones they are taken from every 8th row, which
 #: is hundreds of thousands of weights still: measuring all of them would take a third of the time of rounding them.

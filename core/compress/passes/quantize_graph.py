@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.compress.checkpoint import disk_errors
-from core.compress.solvers.smooth import smoothing_factors
-from core.errors import ErrorCode, NightpressError
-from core.handoff.report import LayerEffect
-from core.recipes.linears import matches
-from core.recipes.passes import DynamicInt8
-from core.recipes.passes.base import Patterns
+from nightpress.core.compress.checkpoint import disk_errors
+from nightpress.core.compress.solvers.smooth import smoothing_factors
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import LayerEffect
+from nightpress.core.recipes.linears import matches
+from nightpress.core.recipes.passes import DynamicInt8
+from nightpress.core.recipes.passes.base import Patterns
 
 Weights = NDArray[np.float32]
 _FEWEST = 1024  #: weights; smaller constants are biases, masks and shapes

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.compress.checkpoint import write_file
-from core.compress.context import PassContext
-from core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
-from core.compress.export.safetensors import copy_folder
-from core.compress.networks import load_model
-from core.handoff.report import PassRecord
-from core.recipes.depth import depth
-from core.recipes.passes.adapt import EarlyExit
+from nightpress.core.compress.checkpoint import write_file
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+from nightpress.core.compress.export.safetensors import copy_folder
+from nightpress.core.compress.networks import load_model
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.depth import depth
+from nightpress.core.recipes.passes.adapt import EarlyExit
 
 _PROMPTS, _PROMPT, _NEW = 4, 32, 48  #: texts, their tokens, and how many are added
 

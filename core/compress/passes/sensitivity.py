@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.compress.checkpoint import read_shards, write_file
-from core.compress.context import PassContext
-from core.compress.executors.blocks import Inputs, Settled, press_blocks
-from core.compress.executors.rewrite import Effect
-from core.compress.executors.skeleton import Batch, Source
-from core.compress.solvers.gram import Gram
-from core.compress.solvers.knapsack import choose
-from core.compress.stored import dequantized, round_weight
-from core.recipes.linears import is_linear_weight, module_of
-from core.recipes.passes.quantize import Budgeted
-from core.recipes.schemes import Scheme
+from nightpress.core.compress.checkpoint import read_shards, write_file
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.blocks import Inputs, Settled, press_blocks
+from nightpress.core.compress.executors.rewrite import Effect
+from nightpress.core.compress.executors.skeleton import Batch, Source
+from nightpress.core.compress.solvers.gram import Gram
+from nightpress.core.compress.solvers.knapsack import choose
+from nightpress.core.compress.stored import dequantized, round_weight
+from nightpress.core.recipes.linears import is_linear_weight, module_of
+from nightpress.core.recipes.passes.quantize import Budgeted
+from nightpress.core.recipes.schemes import Scheme
 
 _ERRORS = "_errors"  #: what is written for a weight: its relative squared output error under each candidate
 

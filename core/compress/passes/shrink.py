@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.compress.checkpoint import ShardWriter, read_shards, write_file, write_index
-from core.compress.context import PassContext
-from core.compress.evaluate.calibration import calibration_samples
-from core.compress.executors.blocks import Inputs, Settled, press_blocks
-from core.compress.executors.rewrite import Effect, tensor_bytes
-from core.compress.executors.skeleton import Batch, Source
-from core.compress.executors.stream import copy_companions
-from core.compress.executors.survey import block_gradients, survey, unit_gradients
-from core.compress.solvers.units import (
+from nightpress.core.compress.checkpoint import ShardWriter, read_shards, write_file, write_index
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.calibration import calibration_samples
+from nightpress.core.compress.executors.blocks import Inputs, Settled, press_blocks
+from nightpress.core.compress.executors.rewrite import Effect, tensor_bytes
+from nightpress.core.compress.executors.skeleton import Batch, Source
+from nightpress.core.compress.executors.stream import copy_companions
+from nightpress.core.compress.executors.survey import block_gradients, survey, unit_gradients
+from nightpress.core.compress.solvers.units import (
     Known,
     Moments,
     columns_of,
@@ -28,11 +28,11 @@ from core.compress.solvers.units import (
     smallest,
     weight_norms,
 )
-from core.handoff.report import LayerEffect, PassRecord
-from core.recipes.anatomy import Anatomy
-from core.recipes.inspect import FolderFiles, inspect_model
-from core.recipes.passes import Layers
-from core.recipes.passes.shrink import Narrowing, renumbered
+from nightpress.core.handoff.report import LayerEffect, PassRecord
+from nightpress.core.recipes.anatomy import Anatomy
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.passes import Layers
+from nightpress.core.recipes.passes.shrink import Narrowing, renumbered
 
 
 def narrow(source: Path, target: Path, options: Narrowing, context: PassContext) -> PassRecord:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.compress.passes.attention_scores import Scores, score_products
-from core.compress.passes.quantize_graph import (
+from nightpress.core.compress.passes.attention_scores import Scores, score_products
+from nightpress.core.compress.passes.quantize_graph import (
     array_of,
     codes_of,
     effect_of,
@@ -27,12 +27,12 @@ from core.compress.passes.quantize_graph import (
     something,
     store_in_int8,
 )
-from core.compress.passes.static_weights import Settled
-from core.compress.solvers import activation_ranges
-from core.compress.solvers.activation_ranges import Range
-from core.handoff.report import LayerEffect
-from core.recipes.linears import matches
-from core.recipes.passes import StaticInt8
+from nightpress.core.compress.passes.static_weights import Settled
+from nightpress.core.compress.solvers import activation_ranges
+from nightpress.core.compress.solvers.activation_ranges import Range
+from nightpress.core.handoff.report import LayerEffect
+from nightpress.core.recipes.linears import matches
+from nightpress.core.recipes.passes import StaticInt8
 
 _TOP = 127  #: of a query's codes
 

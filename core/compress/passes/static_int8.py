@@ -15,18 +15,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compress.checkpoint import disk_errors, write_file
-from core.compress.context import PassContext
-from core.compress.environment import cpu_features
-from core.compress.evaluate.calibration import calibration_samples
-from core.compress.evaluate.fidelity import row_cosines
-from core.compress.executors.graph import Traced
-from core.compress.export.runners.measure import pool
-from core.compress.passes.static_ranges import Texts, calibrated, session
-from core.handoff.report import PassRecord
-from core.recipes.costs import TRIAL_TOKENS
-from core.recipes.linears import invalid
-from core.recipes.passes import StaticInt8
+from nightpress.core.compress.checkpoint import disk_errors, write_file
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.environment import cpu_features
+from nightpress.core.compress.evaluate.calibration import calibration_samples
+from nightpress.core.compress.evaluate.fidelity import row_cosines
+from nightpress.core.compress.executors.graph import Traced
+from nightpress.core.compress.export.runners.measure import pool
+from nightpress.core.compress.passes.static_ranges import Texts, calibrated, session
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.costs import TRIAL_TOKENS
+from nightpress.core.recipes.linears import invalid
+from nightpress.core.recipes.passes import StaticInt8
 
 GRAPH_FILE = "model.onnx"
 _NUMBER = re.compile(r"\d+")  #: layers whose names differ in numbers alone are of a kind

@@ -12,19 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.compress.checkpoint import disk_errors
-from core.compress.context import PassContext
-from core.compress.executors.activations import return_freed_memory
-from core.compress.numbers import check_finite
-from core.compress.passes.quantize_graph import Weights
-from core.compress.passes.static_graph import QdqGraph
-from core.compress.passes.static_weights import Settled, settle
-from core.compress.solvers import activation_ranges
-from core.compress.solvers.activation_ranges import Histogram, Range
-from core.compress.solvers.gram import Gram
-from core.compress.solvers.samples import EvenSample
-from core.recipes.costs import GRAPH_TOKENS
-from core.recipes.passes import StaticInt8
+from nightpress.core.compress.checkpoint import disk_errors
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.activations import return_freed_memory
+from nightpress.core.compress.numbers import check_finite
+from nightpress.core.compress.passes.quantize_graph import Weights
+from nightpress.core.compress.passes.static_graph import QdqGraph
+from nightpress.core.compress.passes.static_weights import Settled, settle
+from nightpress.core.compress.solvers import activation_ranges
+from nightpress.core.compress.solvers.activation_ranges import Histogram, Range
+from nightpress.core.compress.solvers.gram import Gram
+from nightpress.core.compress.solvers.samples import EvenSample
+from nightpress.core.recipes.costs import GRAPH_TOKENS
+from nightpress.core.recipes.passes import StaticInt8
 
 #: Largest code of a weight: 255 · 64 · 2 still fits the 16-bit sums of x86 without VNNI, 255 · 127 · 2 doesn't.
 TOP = {7: 64, 8: 127}

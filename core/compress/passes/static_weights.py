@@ -7,10 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.compress.solvers import activation_ranges
-from core.compress.solvers.grid import Grid
-from core.compress.solvers.obs import Quantize, factorize, solve
-from core.compress.solvers.smooth import smoothing_factors
+from nightpress.core.compress.solvers import activation_ranges
+from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.solvers.obs import Quantize, factorize, solve
+from nightpress.core.compress.solvers.smooth import smoothing_factors
 
 _ROWS = 512  #: of a weight, evenly spread, that the search for factors looks at
 _COARSE, _FINE = 0.1, 0.05  #: steps of the exponent α

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from core.compress.checkpoint import ShardWriter, tensor_info
-from core.compress.context import PassContext
-from core.compress.executors.examples import Batch, Examples, collate
-from core.compress.executors.rewrite import tensor_bytes
-from core.errors import ErrorCode, NightpressError
-from core.recipes.passes.distill import Teaching
+from nightpress.core.compress.checkpoint import ShardWriter, tensor_info
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.examples import Batch, Examples, collate
+from nightpress.core.compress.executors.rewrite import tensor_bytes
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.passes.distill import Teaching
 
 #: (batch) → what the model reads, where its logits count, their labels
 Inputs = Callable[[Batch], tuple[dict[str, Tensor], Tensor | None, Tensor | None]]

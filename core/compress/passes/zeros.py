@@ -4,8 +4,8 @@ import zlib
 from collections.abc import Collection
 from pathlib import Path
 
-from core.compress.checkpoint import Shard, read_shards
-from core.handoff.report import PassRecord
+from nightpress.core.compress.checkpoint import Shard, read_shards
+from nightpress.core.handoff.report import PassRecord
 
 #: Bytes of each layer that are deflated: whole models would cost minutes, and a layer is alike all over.
 _DEFLATE_SAMPLE = 64 * 1024

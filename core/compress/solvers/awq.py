@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.compress.solvers.grid import Grid
-from core.compress.solvers.products import fast_products
-from core.compress.solvers.ranges import find_ranges, nearest_codes
+from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.solvers.products import fast_products
+from nightpress.core.compress.solvers.ranges import find_ranges, nearest_codes
 
 _EXPONENTS = tuple(step / 20 for step in range(21))
 _ROWS = 4096  #: of a weight, evenly spread, that the search looks at: more don't change which candidate wins

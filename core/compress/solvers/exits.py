@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.recipes.passes.adapt import Policy
+from nightpress.core.recipes.passes.adapt import Policy
 
 Floats = NDArray[np.float64]
 _CANDIDATES = 200  #: thresholds that are tried

@@ -8,7 +8,7 @@ and summed in float32: their products are exact there.
 import torch
 from torch import Tensor
 
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.errors import ErrorCode, NightpressError
 
 _STRIPS = {"cuda": 2048, "cpu": 256}  #: columns; narrower ones would no longer fill the device
 

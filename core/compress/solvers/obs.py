@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block
-from core.compress.solvers.gram import damped_cholesky
-from core.compress.solvers.grid import Grid
-from core.compress.solvers.ranges import find_ranges, half_quadratic, nearest_codes
-from core.compress.solvers.threshold import count_lower, count_upper, locate
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block
+from nightpress.core.compress.solvers.gram import damped_cholesky
+from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.solvers.ranges import find_ranges, half_quadratic, nearest_codes
+from nightpress.core.compress.solvers.threshold import count_lower, count_upper, locate
+from nightpress.core.errors import ErrorCode, NightpressError
 
 _BLOCK = 128  #: columns that a kernel settles in one go
 _OUTER = 1024  #: columns whose losses are passed on to the rest together

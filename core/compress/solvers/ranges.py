@@ -7,7 +7,7 @@ A weight's squared error counts by what its input does to the output (the diagon
 import torch
 from torch import Tensor
 
-from core.compress.solvers.grid import E2M1, Grid
+from nightpress.core.compress.solvers.grid import E2M1, Grid
 
 _SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SMALLEST_SCALE = 2.0**-100  # its reciprocal is still finite in float32
@@ -29,7 +29,7 @@ def find_ranges(
     With importance [columns], the range of least squared error so weighted; without, the extremes. Zero is always on the grid.
     """
     if importance is not None and weight.is_cuda and weight.dtype == torch.float32 and grid.kind == "int":
-        from core.compress.kernels.ranges_triton import launch
+        from nightpress.core.compress.kernels.ranges_triton import launch
 
         return launch(weight, grid, stored, importance, SHRINKS)
     return search(weight, grid, stored, importance)

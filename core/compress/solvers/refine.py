@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from core.compress.solvers.obs import Factor
+from nightpress.core.compress.solvers.obs import Factor
 
 
 def output_loss(weight: Tensor, rounded: Tensor, factor: Factor) -> Tensor:

@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from core.compress.solvers.gram import Gram
-from core.compress.solvers.grid import Grid
-from core.compress.solvers.products import fast_products
-from core.compress.solvers.ranges import find_ranges, nearest_codes, nearest_floats
-from core.compress.solvers.samples import EvenSample
+from nightpress.core.compress.solvers.gram import Gram
+from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.solvers.products import fast_products
+from nightpress.core.compress.solvers.ranges import find_ranges, nearest_codes, nearest_floats
+from nightpress.core.compress.solvers.samples import EvenSample
 
 _EXPONENTS = tuple(step / 20 for step in range(21))
 _ROWS = 4096  #: of a weight, evenly spread, that the search looks at

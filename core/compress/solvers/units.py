@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.compress.solvers.gram import Gram, damped_cholesky
+from nightpress.core.compress.solvers.gram import Gram, damped_cholesky
 
 
 class Moments:

@@ -4,17 +4,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from core.recipes.passes.activations import DynamicInt8, Fp8, KvCache, SmoothQuant, StaticInt8
-from core.recipes.passes.adapt import EarlyExit
-from core.recipes.passes.aware import Qat
-from core.recipes.passes.base import ExportFormat, PassOptions
-from core.recipes.passes.caching import GenerationCache
-from core.recipes.passes.distill import Distill, Recover
-from core.recipes.passes.measure import Profiling
-from core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
-from core.recipes.passes.quantize import Awq, Gptq, WeightOnly
-from core.recipes.passes.quantizing import Quantizing
-from core.recipes.passes.shrink import Channels, Heads, Layers
+from nightpress.core.recipes.passes.activations import DynamicInt8, Fp8, KvCache, SmoothQuant, StaticInt8
+from nightpress.core.recipes.passes.adapt import EarlyExit
+from nightpress.core.recipes.passes.aware import Qat
+from nightpress.core.recipes.passes.base import ExportFormat, PassOptions
+from nightpress.core.recipes.passes.caching import GenerationCache
+from nightpress.core.recipes.passes.distill import Distill, Recover
+from nightpress.core.recipes.passes.measure import Profiling
+from nightpress.core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
+from nightpress.core.recipes.passes.quantize import Awq, Gptq, WeightOnly
+from nightpress.core.recipes.passes.quantizing import Quantizing
+from nightpress.core.recipes.passes.shrink import Channels, Heads, Layers
 
 __all__ = [
     "PASS_TYPES",

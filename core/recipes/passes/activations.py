@@ -5,13 +5,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost, blocks_cost, graph_cost, stream_cost
-from core.recipes.header import ModelHeader, TensorInfo
-from core.recipes.linears import Divisor, invalid, is_expert, matches, module_of
-from core.recipes.passes.base import FOLDABLE, Calibrated, ExportFormat, Need, PassOptions, Patterns, Scope
-from core.recipes.passes.quantizing import Quantizing
-from core.recipes.schemes import BLOCK, Activations, Scheme
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import Cost, blocks_cost, graph_cost, stream_cost
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.linears import Divisor, invalid, is_expert, matches, module_of
+from nightpress.core.recipes.passes.base import FOLDABLE, Calibrated, ExportFormat, Need, PassOptions, Patterns, Scope
+from nightpress.core.recipes.passes.quantizing import Quantizing
+from nightpress.core.recipes.schemes import BLOCK, Activations, Scheme
 
 
 class SmoothQuant(Quantizing, Calibrated):

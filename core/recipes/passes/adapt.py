@@ -5,14 +5,14 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from core.recipes.calibration import Calibration, DataRef
-from core.recipes.costs import Cost
-from core.recipes.depth import depth
-from core.recipes.header import SHARED_BLOCKS, ModelHeader
-from core.recipes.linears import invalid
-from core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
-from core.recipes.passes.distill import Blocks
-from core.recipes.passes.training import Training
+from nightpress.core.recipes.calibration import Calibration, DataRef
+from nightpress.core.recipes.costs import Cost
+from nightpress.core.recipes.depth import depth
+from nightpress.core.recipes.header import SHARED_BLOCKS, ModelHeader
+from nightpress.core.recipes.linears import invalid
+from nightpress.core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
+from nightpress.core.recipes.passes.distill import Blocks
+from nightpress.core.recipes.passes.training import Training
 
 Policy = Literal["confidence", "entropy", "patience", "length"]
 

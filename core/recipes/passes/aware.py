@@ -5,15 +5,15 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost
-from core.recipes.header import ModelHeader
-from core.recipes.linears import Divisor
-from core.recipes.passes.base import ExportFormat, Need, Scope
-from core.recipes.passes.distill import Teaching
-from core.recipes.passes.quantizing import Quantizing
-from core.recipes.passes.training import Training
-from core.recipes.schemes import Activations, Scheme, Strategy
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import Cost
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.linears import Divisor
+from nightpress.core.recipes.passes.base import ExportFormat, Need, Scope
+from nightpress.core.recipes.passes.distill import Teaching
+from nightpress.core.recipes.passes.quantizing import Quantizing
+from nightpress.core.recipes.passes.training import Training
+from nightpress.core.recipes.schemes import Activations, Scheme, Strategy
 
 _CODES: frozenset[ExportFormat] = frozenset({"compressed-tensors"})
 _FLOATS: frozenset[ExportFormat] = frozenset({"safetensors", "onnx", "openvino"})

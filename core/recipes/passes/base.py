@@ -5,10 +5,10 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost, blocks_cost, stream_cost
-from core.recipes.header import CONV1D, ModelHeader, TensorInfo
-from core.recipes.linears import Divisor, check_layout, invalid, is_linear_weight
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import Cost, blocks_cost, stream_cost
+from nightpress.core.recipes.header import CONV1D, ModelHeader, TensorInfo
+from nightpress.core.recipes.linears import Divisor, check_layout, invalid, is_linear_weight
 
 ExportFormat = Literal["safetensors", "compressed-tensors", "onnx", "openvino", "gguf", "transformers.js"]
 Need = Literal["nothing", "calibration", "labels", "training"]

@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost
-from core.recipes.header import ModelHeader
-from core.recipes.linears import invalid
-from core.recipes.passes.base import ExportFormat, PassOptions, Scope
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import Cost
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.linears import invalid
+from nightpress.core.recipes.passes.base import ExportFormat, PassOptions, Scope
 
 CacheMode = Literal["none", "dynamic", "static", "sliding", "quantized"]
 

@@ -5,14 +5,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from core.recipes.bounds import size_flaw
-from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost
-from core.recipes.depth import depth, evenly, width
-from core.recipes.header import SHARED_BLOCKS, ModelHeader
-from core.recipes.linears import invalid
-from core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
-from core.recipes.passes.training import Training
+from nightpress.core.recipes.bounds import size_flaw
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import Cost
+from nightpress.core.recipes.depth import depth, evenly, width
+from nightpress.core.recipes.header import SHARED_BLOCKS, ModelHeader
+from nightpress.core.recipes.linears import invalid
+from nightpress.core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
+from nightpress.core.recipes.passes.training import Training
 
 Blocks = Annotated[tuple[Annotated[int, Field(ge=0, le=999)], ...], Field(min_length=1, max_length=1000)]
 #: Blocks, width, heads and feed-forward width, as in Turc et al., Well-Read Students Learn Better (arXiv 1908.08962).

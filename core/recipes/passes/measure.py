@@ -4,11 +4,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from core.recipes.anatomy import anatomy_of
-from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost
-from core.recipes.header import ModelHeader
-from core.recipes.passes.base import ExportFormat, PassOptions, Scope
+from nightpress.core.recipes.anatomy import anatomy_of
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import Cost
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.passes.base import ExportFormat, PassOptions, Scope
 
 
 class Profiling(PassOptions):

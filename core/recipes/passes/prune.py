@@ -5,12 +5,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost, blocks_cost
-from core.recipes.header import ModelHeader
-from core.recipes.linears import Divisor
-from core.recipes.passes.base import Calibrated, ExportFormat, OnLinears
-from core.recipes.passes.sparsity import Pattern, pattern_divisor, with_sparsity
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import Cost, blocks_cost
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.linears import Divisor
+from nightpress.core.recipes.passes.base import Calibrated, ExportFormat, OnLinears
+from nightpress.core.recipes.passes.sparsity import Pattern, pattern_divisor, with_sparsity
 
 _NO_GAIN = "Unstructured and N:M zeros make a dense model neither smaller nor faster in today's runtimes; the report measures it."
 

@@ -8,18 +8,18 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost, blocks_cost
-from core.recipes.header import ModelHeader, TensorInfo
-from core.recipes.linears import Divisor, check_layout, invalid, is_token_embedding, matches, module_of
-from core.recipes.passes.base import (
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import Cost, blocks_cost
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.linears import Divisor, check_layout, invalid, is_token_embedding, matches, module_of
+from nightpress.core.recipes.passes.base import (
     FOLDABLE,
     Calibrated,
     ExportFormat,
 )
-from core.recipes.passes.quantizing import Quantizing
-from core.recipes.passes.sparsity import Pattern, pattern_divisor, with_sparsity
-from core.recipes.schemes import Scheme, Strategy
+from nightpress.core.recipes.passes.quantizing import Quantizing
+from nightpress.core.recipes.passes.sparsity import Pattern, pattern_divisor, with_sparsity
+from nightpress.core.recipes.schemes import Scheme, Strategy
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Ranges = Literal["extremes", "least-error", "half-quadratic"]

@@ -3,11 +3,11 @@
 from collections.abc import Collection
 from typing import ClassVar
 
-from core.recipes.header import ModelHeader, TensorInfo
-from core.recipes.linears import invalid, module_of
-from core.recipes.passes.base import ExportFormat, OnLinears
-from core.recipes.readable import why_unreadable
-from core.recipes.schemes import Scheme
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.linears import invalid, module_of
+from nightpress.core.recipes.passes.base import ExportFormat, OnLinears
+from nightpress.core.recipes.readable import why_unreadable
+from nightpress.core.recipes.schemes import Scheme
 
 
 class Quantizing(OnLinears):

@@ -5,12 +5,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from core.recipes.anatomy import BY_LAYER, OWN_SHAPES, Anatomy, Inner, anatomy_of
-from core.recipes.calibration import Calibration
-from core.recipes.costs import Cost, blocks_cost
-from core.recipes.header import SHARED_BLOCKS, ModelHeader, TensorInfo
-from core.recipes.linears import invalid
-from core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
+from nightpress.core.recipes.anatomy import BY_LAYER, OWN_SHAPES, Anatomy, Inner, anatomy_of
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import Cost, blocks_cost
+from nightpress.core.recipes.header import SHARED_BLOCKS, ModelHeader, TensorInfo
+from nightpress.core.recipes.linears import invalid
+from nightpress.core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
 
 _ANY: frozenset[ExportFormat] = frozenset({"safetensors", "compressed-tensors", "onnx", "openvino"})
 _GRAPHS: frozenset[ExportFormat] = frozenset({"onnx", "openvino"})

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from core.numbers import whole_number
-from core.recipes.linears import Divisor
+from nightpress.core.numbers import whole_number
+from nightpress.core.recipes.linears import Divisor
 
 Pattern = Annotated[str, Field(pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$")]
 

@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from core.recipes.calibration import BUILTIN_DATA, DataRef
-from core.recipes.costs import Cost
-from core.recipes.header import ModelHeader
-from core.recipes.linears import invalid
+from nightpress.core.recipes.calibration import BUILTIN_DATA, DataRef
+from nightpress.core.recipes.costs import Cost
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.linears import invalid
 
 _EPOCHS = 3
 _PROSE_ROWS = 2000  #: about as many windows of 128 tokens as the built-in prose has

@@ -1,6 +1,6 @@
 """GGUF, the file that llama.cpp runs: one module each for the layouts of its blocks, the families, the vocabulary and the file."""
 
-from core.compress.export.gguf.file import CONSUMER, FILE_NAME, save
-from core.compress.export.gguf.tokens import check_tokens
+from nightpress.core.compress.export.gguf.file import CONSUMER, FILE_NAME, save
+from nightpress.core.compress.export.gguf.tokens import check_tokens
 
 __all__ = ["CONSUMER", "FILE_NAME", "check_tokens", "save"]

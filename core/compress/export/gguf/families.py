@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from core.recipes.header import ModelHeader
+from nightpress.core.recipes.header import ModelHeader
 
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,

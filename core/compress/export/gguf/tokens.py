@@ -6,10 +6,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from core.compress.evaluate.consumer import consumer_environment
-from core.compress.evaluate.data import open_tokenizer
-from core.compress.export.gguf.file import FILE_NAME
-from core.errors import ErrorCode, NightpressError
+from nightpress.core.compress.evaluate.consumer import consumer_environment
+from nightpress.core.compress.evaluate.data import open_tokenizer
+from nightpress.core.compress.export.gguf.file import FILE_NAME
+from nightpress.core.errors import ErrorCode, NightpressError
 
 _RUNNER = Path(__file__).parents[1] / "runners" / "llamacpp_tokens.py"
 _SECONDS = 300

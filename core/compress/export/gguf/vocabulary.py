@@ -6,8 +6,8 @@ from typing import Any
 
 import gguf
 
-from core.errors import ErrorCode, NightpressError
-from core.recipes.header import ModelHeader
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.header import ModelHeader
 
 _TYPE = gguf.TokenType
 #: How a byte-level tokenizer splits text before it joins anything, by what only its pattern has: llama.cpp has each as code of its own.
