@@ -127,7 +127,7 @@ def makers(module: ModuleType) -> dict[str, FunctionType]:
         name: one
         for name, one in inspect.getmembers(module, inspect.isfunction)
         if one.__module__ == module.__name__
-        and str(one.__annotations__.get("return", "")).startswith("client.calls.Call[")
+        and str(one.__annotations__.get("return", "")).startswith("nightpress.client.calls.Call[")
         and name != "post"
     }
 
