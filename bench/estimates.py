@@ -119,15 +119,16 @@ def press(name: str, source: Path, root: Path, threads: int, device: str) -> lis
     estimated = {"memory": estimate.memory_bytes, "seconds": estimate.seconds, "size": estimate.output_bytes[export]}
     if on_gpu:
         estimated["gpu"] = estimate.gpu_bytes - GPU_RUNTIME_BYTES  # torch counts its tensors, not CUDA's context
-    figures = [Figure(f"{name}/wall", round(measured["wall_seconds"], 1), "s")]
+    row = f"{'gpu' if on_gpu else 'graphs' if export in {'onnx', 'openvino'} else 'weights'}/{name}"
+    figures = [Figure(f"{row}/wall", round(measured["wall_seconds"], 1), "s")]
     for kind, said in estimated.items():
         unit, divisor, factor = _KINDS[kind]
         off = max(said / measured[kind], measured[kind] / said)
         figures += [
-            Figure(f"{name}/{kind}_estimated", round(said / divisor, 2), unit),
-            Figure(f"{name}/{kind}", round(measured[kind] / divisor, 2), unit),
-            Figure(f"{name}/{kind}_ratio", round(said / measured[kind], 2), "estimated / measured"),
-            Figure(f"{name}/{kind}_off", round(off, 3), "× off", bar=f"<= {factor:g}"),
+            Figure(f"{row}/{kind}_estimated", round(said / divisor, 2), unit),
+            Figure(f"{row}/{kind}", round(measured[kind] / divisor, 2), unit),
+            Figure(f"{row}/{kind}_ratio", round(said / measured[kind], 2), "estimated / measured"),
+            Figure(f"{row}/{kind}_off", round(off, 3), "× off", bar=f"<= {factor:g}"),
         ]
     return figures
 

@@ -79,7 +79,7 @@ class Run:
     """Figures that were taken together."""
 
     date: str
-    commit: str  #: "+" behind it: with changes that were not committed
+    commit: str  #: "+" behind it: with changes that were not committed; empty outside of a checkout
     machine: Machine
     versions: dict[str, str]
     figures: tuple[Figure, ...]
@@ -134,7 +134,7 @@ def write(name: str, runs: Iterable[Run], folder: Path = RESULTS) -> Path:
     for run in runs:
         document = dataclasses.asdict(run)
         figures = [_compact(one) for one in document.pop("figures")]
-        document = {key: one for key, one in document.items() if one not in (False, "")}
+        document = {key: one for key, one in document.items() if key not in {"transcribed", "note"} or one}
         head = json.dumps(document, ensure_ascii=False, indent=1).removesuffix("\n}").replace("\n", "\n  ")
         parts.append(f"  {head},\n   " + '"figures": [\n    ' + ",\n    ".join(figures) + "\n   ]\n  }")
     path = folder / f"{name}.json"

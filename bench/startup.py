@@ -92,8 +92,8 @@ class Stack:
         return found
 
     def settle(self) -> None:
-        """Wait until all are idle: whatever is imported has been imported."""
-        while True:
+        """Wait until all are idle: whatever is imported has been imported. On a busy machine they never are; then a minute must do."""
+        for _ in range(60):
             before = self._cpu()
             time.sleep(1.0)
             if self._cpu() - before < 0.06:

@@ -11,9 +11,10 @@ In a page, a template stands in a comment, and what it comes to stands behind it
     -->
 
 The first line names the results that the template uses. `{submit/ours/rate:.0f}` is the figure `ours/rate` of bench/results/submit.json, in
-Python's format; without a format it is written as it was measured. `{/ours/rate}` means the first result. `@bar`, `@verdict`, `@low` and
-`@high` behind a name give the figure's bar, PASS or MISS, and its spread. A line with `{/*}` or `{/group/*}` is repeated for each row, whose
-name takes the place of every `*`; a row without one of the figures shows `–` there. `{@sources}` says when and where all of them were taken.
+Python's format; without a format it is written as it was measured. `{/ours/rate}` means the first result. `@bar`, `@verdict`, `@low`,
+`@high` and `@spread` behind a name give the figure's bar, PASS or MISS, and how far it varied. A line with `{/*}` or `{/group/*}` is repeated
+for each row, whose name takes the place of every `*`; `{/group/* by size}` sorts the rows. A row without one of the figures shows `–` there.
+`{@sources}` says when and where all figures were taken.
 """
 
 import re
@@ -30,6 +31,12 @@ BLOCK = re.compile(
 )
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 _FORMAT = re.compile(r":([+,]*(?:\.\d+)?[df%])$")
+_ROWS = re.compile(r"^(.*/\*)(?: by (\w+))?$")
+_FENCED = re.compile(r"^ *```.*?^ *```", re.M | re.S)
+_CODE = re.compile(r"`[^`]*`")
+_VALUE = re.compile(r"\d ?(?:µs|ms|s|MB|MiB|GB|GiB|[kMG]?B/s|\w+/s|points)\b|\d ?[%×](?! \d)")  # 4 × 4 is a shape
+_TITLE = re.compile(r"\b(?:ms|seconds|MB|MiB|GB|GiB|\w+/s|perplexity|cosine|accuracy|faster)\b")
+_RATE = re.compile(r"\d ?(?:µs|ms|[kMG]?B/s|(?:tokens|requests|claims|steps)/s)\b|\d×|\d times as fast")
 _SIGNS = {"<=": "≤", ">=": "≥", "<": "<", ">": ">"}
 
 
@@ -63,12 +70,12 @@ class Figures:
                     return one
         raise UnknownFigureError(f"bench/results/{result}.json has no figure {figure!r}.")
 
-    def rows(self, reference: str) -> list[str]:
-        """What may stand for the `*` at the end of a reference, in the order in which it was measured."""
+    def rows(self, reference: str, by: str | None) -> list[str]:
+        """What may stand for the `*` at the end of a reference: in the order of the file, or by the values of a column."""
         result, prefix = self._split(reference.removesuffix("*"))
         names = [one.name for run in self.runs[result] for one in run.figures if one.name.startswith(prefix)]
-        found = [name.removeprefix(prefix).split("/")[0] for name in names if "/" in name.removeprefix(prefix)]
-        return list(dict.fromkeys(found))
+        rows = dict.fromkeys(name.removeprefix(prefix).split("/")[0] for name in names if "/" in name[len(prefix) :])
+        return sorted(rows, key=lambda row: self.find(f"{result}/{prefix}{row}/{by}").value) if by else list(rows)
 
     def _split(self, reference: str) -> tuple[str, str]:
         result, _, figure = reference.partition("/")
@@ -78,22 +85,24 @@ class Figures:
         return result, figure
 
     def sources(self) -> str:
-        parts = [_source(name, run) for name, runs in self.used.items() for run in runs]
+        """A sentence; benches that ran in the same place on the same day are named together."""
+        places: dict[str, list[str]] = {}
+        for name, runs in self.used.items():
+            for run in runs:
+                places.setdefault(_place(run), []).append(f"`bench.{name}`")
+        parts = [f"{', '.join(dict.fromkeys(benches))} on {place}" for place, benches in places.items()]
         return f"*Taken by {'; '.join(parts)}.*"
 
 
-def _source(name: str, run: Run) -> str:
-    day = date.fromisoformat(run.date)
-    machine = run.machine
+def _place(run: Run) -> str:
+    day, machine = date.fromisoformat(run.date), run.machine
     features = f" ({', '.join(machine.features)})" if machine.features else ""
     parts = [f"{machine.processor}{features}" if machine.processor else "", machine.gpu or ""]
     parts.append(f"{machine.cores} cores" if machine.cores else "")
     parts.append(f"{machine.memory_gb} GiB" if machine.memory_gb else "")
-    parts += [
-        f"{library} {number}" for library, number in run.versions.items() if library in {"torch", "llmcompressor"}
-    ]
+    parts += [f"{library} {run.versions[library]}" for library in ("torch", "llmcompressor") if library in run.versions]
     note = f" ({run.note})" if run.note else ""
-    return f"`bench.{name.split('-')[0]}` on {day.day} {day:%B %Y}: {', '.join(one for one in parts if one)}{note}"
+    return f"{day.day} {day:%B %Y}: {', '.join(part for part in parts if part)}{note}"
 
 
 def written(page: str) -> str:
@@ -110,14 +119,14 @@ def _block(found: re.Match[str]) -> str:
 
 def _lines(line: str, figures: Figures) -> list[str]:
     """What a line of a template comes to: itself, or a line for each row."""
-    label = next((one for one in _PLACEHOLDER.findall(line) if one.endswith("/*")), None)
-    if label is None:
+    labels = [one for one in _PLACEHOLDER.findall(line) if _ROWS.match(one)]
+    if not labels:
         return [_PLACEHOLDER.sub(lambda one: _shown(one[1], figures), line)]
+    reference, by = _ROWS.findall(labels[0])[0]
     lines = []
-    for row in figures.rows(label):
-        filled = line.replace(f"{{{label}}}", row)
-        filled = _PLACEHOLDER.sub(lambda one, row=row: _of_row(one[1].replace("*", row), figures), filled)
-        lines.append(filled)
+    for row in figures.rows(reference, by):
+        filled = line.replace(f"{{{labels[0]}}}", row)
+        lines.append(_PLACEHOLDER.sub(lambda one, row=row: _of_row(one[1].replace("*", row), figures), filled))
     return lines
 
 
@@ -125,7 +134,7 @@ def _of_row(placeholder: str, figures: Figures) -> str:
     try:
         return _shown(placeholder, figures)
     except UnknownFigureError:
-        return "–"
+        return "" if "@spread" in placeholder else "–"
 
 
 def _shown(placeholder: str, figures: Figures) -> str:
@@ -141,14 +150,50 @@ def _shown(placeholder: str, figures: Figures) -> str:
         return f"{_SIGNS[sign]} {float(bound):g}"
     if attribute == "verdict":
         return figure.verdict
-    value = figure.value
+    write = (lambda value: str(value)) if given is None else (lambda value: _format(value, given[1]))
+    if attribute == "spread":
+        return "" if figure.spread is None else " ({} to {})".format(*map(write, figure.spread))
     if attribute in {"low", "high"}:
         if figure.spread is None:
             raise UnknownFigureError(f"{name} has no spread.")
-        value = figure.spread[attribute == "high"]
-    if given is None:
-        return str(value)
-    return format(round(value) if given[1].endswith("d") else value, given[1])
+        return write(figure.spread[attribute == "high"])
+    return write(figure.value)
+
+
+def _format(value: float, how: str) -> str:
+    return format(round(value) if how.endswith("d") else value, how)
+
+
+def unmarked(page: str) -> list[str]:
+    """Lines of tables that hold measured figures and stand outside of markers. A table of other figures has `<!-- not measured: why -->` above it."""
+    found, table = [], []
+    rest = _FENCED.sub("", BLOCK.sub("", page))
+    above = ""
+    for line in [*rest.splitlines(), ""]:
+        if line.startswith("|"):
+            table.append(line)
+            continue
+        if table and not above.startswith("<!-- not measured: "):
+            found += _measured_lines(table)
+        above = line.strip() or ("" if table else above)
+        table = []
+    return found
+
+
+def _measured_lines(table: list[str]) -> list[str]:
+    head, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    titled = {at for at, cell in enumerate(head) if _TITLE.search(cell)}
+    return [
+        line
+        for line, cells in zip(table[1:], body, strict=True)
+        if any(_VALUE.search(cell) or (at in titled and cell[:1].isdigit()) for at, cell in enumerate(cells))
+    ]
+
+
+def unsourced_prose(page: str) -> list[str]:
+    """Times and rates in prose outside of markers: they must come from the results, too."""
+    rest = _CODE.sub("", _FENCED.sub("", BLOCK.sub("", page)))
+    return [line for line in rest.splitlines() if not line.startswith("|") and _RATE.search(line)]
 
 
 if __name__ == "__main__":
