@@ -37,26 +37,26 @@ from nightpress.api.routes import (
     workers,
 )
 from nightpress.api.tail import Tail
-from nightpress.core.access.audit import AuditLog
-from nightpress.core.access.idempotency import IdempotencyBook
-from nightpress.core.access.issuing import KeyIssuer
-from nightpress.core.access.keys import KeyRing
-from nightpress.core.access.quotas import QuotaBook
 from nightpress.core.artifacts.storage import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode
-from nightpress.core.jobs.positions import read_positions
-from nightpress.core.jobs.service import JobService
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.promotions.store import PromotionStore
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.schedules.service import ScheduleService
-from nightpress.core.schedules.store import ScheduleStore
-from nightpress.core.schemas import Problem
+from nightpress.core.service.access.audit import AuditLog
+from nightpress.core.service.access.idempotency import IdempotencyBook
+from nightpress.core.service.access.issuing import KeyIssuer
+from nightpress.core.service.access.keys import KeyRing
+from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.jobs.positions import read_positions
+from nightpress.core.service.jobs.service import JobService
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.promotions.store import PromotionStore
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.schedules.service import ScheduleService
+from nightpress.core.service.schedules.store import ScheduleStore
+from nightpress.core.service.webhooks.signing import open_keeper
+from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
-from nightpress.core.webhooks.signing import open_keeper
-from nightpress.core.webhooks.store import WebhookStore
+from nightpress.core.wire.base import Problem
 
 _ROUTES = (
     jobs,
@@ -110,7 +110,9 @@ def create_app(settings: Settings) -> FastAPI:
 
 def open_services(settings: Settings) -> Services:
     """Open the database, the storage and the broker's bell. Nothing is asked of them yet: a part that is away is /readyz's to tell."""
-    from nightpress.core.jobs.ring import Ringer  # Celery: a fifth of the time that importing this module would take
+    from nightpress.core.service.jobs.ring import (
+        Ringer,  # Celery: a fifth of the time that importing this module would take
+    )
 
     engine = make_engine(settings.sql_url, pool_size=_SQL_CONNECTIONS)
     threads = ThreadPoolExecutor(_SQL_CONNECTIONS, thread_name_prefix="sql")

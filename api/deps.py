@@ -16,24 +16,24 @@ from nightpress.api.metrics import ApiMetrics
 from nightpress.api.ratelimit import RateLimiter, too_many
 from nightpress.api.readiness import DatabaseProbe
 from nightpress.api.tail import Tail
-from nightpress.core.access.audit import AuditLog
-from nightpress.core.access.idempotency import IdempotencyBook
-from nightpress.core.access.issuing import KeyIssuer
-from nightpress.core.access.keys import KeyRing, Principal
-from nightpress.core.access.quotas import QuotaBook
 from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.service import JobService
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.promotions.store import PromotionStore
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.schedules.service import ScheduleService
+from nightpress.core.service.access.audit import AuditLog
+from nightpress.core.service.access.idempotency import IdempotencyBook
+from nightpress.core.service.access.issuing import KeyIssuer
+from nightpress.core.service.access.keys import KeyRing, Principal
+from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.jobs.service import JobService
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.promotions.store import PromotionStore
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.schedules.service import ScheduleService
+from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
-from nightpress.core.webhooks.store import WebhookStore
 
 if TYPE_CHECKING:
-    from nightpress.core.jobs.ring import Ringer
+    from nightpress.core.service.jobs.ring import Ringer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -91,7 +91,7 @@ API_KEY_SCHEME = {
     "ApiKey": {
         "type": "http",
         "scheme": "bearer",
-        "description": "An API key, `np_…`. `nightpress up` writes one to its data folder; `python -m nightpress.core.access create-key` makes more.",
+        "description": "An API key, `np_…`. `nightpress up` writes one to its data folder; `python -m nightpress.core.service.access create-key` makes more.",
     }
 }
 

@@ -10,8 +10,8 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from nightpress.api.deps import Services, authenticated
-from nightpress.core.access.idempotency import Answered
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.service.access.idempotency import Answered
 
 HEADER = "Idempotency-Key"
 REPLAYED = "Idempotency-Replayed"

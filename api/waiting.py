@@ -7,8 +7,8 @@ import time
 from starlette.requests import Request
 
 from nightpress.api.deps import Services
-from nightpress.core.jobs.records import Job
-from nightpress.core.jobs.states import is_terminal
+from nightpress.core.service.jobs.records import Job
+from nightpress.core.service.jobs.states import is_terminal
 
 LONGEST_S = 60
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?(?=$|[,;\s])", re.IGNORECASE)

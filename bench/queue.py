@@ -29,8 +29,8 @@ from sqlalchemy import Engine, event, text
 from nightpress import migrations
 from nightpress.core.database import make_engine, transaction
 from nightpress.core.errors import NightpressError
-from nightpress.core.jobs.queries import JobsWanted
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.queries import JobsWanted
+from nightpress.core.service.jobs.store import JobStore
 from tests.jobs import add_model, offer, submit
 from tests.servers import Postgres
 

@@ -20,8 +20,8 @@ import httpx
 import psutil
 
 from nightpress import migrations
-from nightpress.core.access.keys import create_key
-from nightpress.core.jobs.records import Claimed
+from nightpress.core.service.access.keys import create_key
+from nightpress.core.service.jobs.records import Claimed
 from tests.jobs import offer, succeeded
 from tests.servers import Postgres, Valkey, free_port
 from tests.service import Service, eventually

@@ -14,9 +14,9 @@ from nightpress.api.__main__ import Server
 from nightpress.api.app import create_app
 from nightpress.api.connections import configure
 from nightpress.api.deps import Services
-from nightpress.core.access.keys import ALL_SCOPES, create_key
 from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
-from nightpress.core.jobs.records import Claimed, Succeeded, WorkerOffer
+from nightpress.core.service.access.keys import ALL_SCOPES, create_key
+from nightpress.core.service.jobs.records import Claimed, Succeeded, WorkerOffer
 from nightpress.core.settings import Settings
 from tests.patience import slowness
 

@@ -14,12 +14,12 @@ import httpx
 from sqlalchemy import update
 
 from nightpress.api.__main__ import main
-from nightpress.core.access.keys import create_key
 from nightpress.core.database import transaction
 from nightpress.core.ids import new_id
-from nightpress.core.jobs.store import JobStore
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
-from nightpress.core.registry.tables import models
+from nightpress.core.service.access.keys import create_key
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.tables.registry import models
 from tests.servers import free_port
 from tests.service import ROOT, TENANT, Service, eventually
 

@@ -12,14 +12,14 @@ import httpx
 
 from nightpress import migrations
 from nightpress.client import Client
-from nightpress.core.access.keys import ALL_SCOPES, create_key
 from nightpress.core.artifacts.storage import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.manifest import ArtifactEntry, Manifest, describe_folder
 from nightpress.core.handoff.report import GateResult, Measurement, Report, Subject, Timing, Verification
-from nightpress.core.jobs.records import Claimed, Succeeded, WorkerOffer
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.access.keys import ALL_SCOPES, create_key
+from nightpress.core.service.jobs.records import Claimed, Succeeded, WorkerOffer
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.settings import Settings
 from tests.servers import free_port
 from tests.service import ROOT, eventually

@@ -7,10 +7,10 @@ from sqlalchemy import Engine, insert, select, update
 
 from nightpress.core.database import db_now, transaction
 from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
-from nightpress.core.jobs.records import Claimed, Lease, MetricRow, NewJob, Succeeded, WorkerOffer
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.jobs.tables import jobs
-from nightpress.core.registry.tables import models
+from nightpress.core.service.jobs.records import Claimed, Lease, MetricRow, NewJob, Succeeded, WorkerOffer
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.tables.jobs import jobs
+from nightpress.core.service.tables.registry import models
 
 MODEL_ID = "model_tiny"
 GB = 10**9

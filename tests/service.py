@@ -19,12 +19,12 @@ from nightpress.core.artifacts.storage import ObjectStore, open_store
 from nightpress.core.database import db_now, make_engine, transaction
 from nightpress.core.handoff.manifest import describe_folder, digest_of
 from nightpress.core.ids import new_id
-from nightpress.core.jobs.checkpoints import CheckpointIndex
-from nightpress.core.jobs.records import Event, Job, NewJob, WorkerOffer
-from nightpress.core.jobs.ring import RING_TASK, make_celery
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.jobs.tables import jobs
-from nightpress.core.registry.tables import models
+from nightpress.core.service.jobs.checkpoints import CheckpointIndex
+from nightpress.core.service.jobs.records import Event, Job, NewJob, WorkerOffer
+from nightpress.core.service.jobs.ring import RING_TASK, make_celery
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.tables.jobs import jobs
+from nightpress.core.service.tables.registry import models
 from nightpress.core.settings import Settings
 from nightpress.worker.cache import BlobCache
 from nightpress.worker.folder import WorkerFolder

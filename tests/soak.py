@@ -27,7 +27,7 @@ import psycopg
 
 from nightpress import migrations
 from nightpress.core.handoff.spec import JobSpec
-from nightpress.core.jobs.ring import make_celery
+from nightpress.core.service.jobs.ring import make_celery
 from tests.servers import S3, Postgres, Valkey
 from tests.service import Service
 

@@ -12,11 +12,11 @@ from celery.worker import state as celery_state
 from nightpress.core.artifacts.storage import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.ids import new_id
-from nightpress.core.jobs.checkpoints import CheckpointIndex
-from nightpress.core.jobs.claims import Caps
-from nightpress.core.jobs.records import WorkerOffer
-from nightpress.core.jobs.ring import make_celery
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.checkpoints import CheckpointIndex
+from nightpress.core.service.jobs.claims import Caps
+from nightpress.core.service.jobs.records import WorkerOffer
+from nightpress.core.service.jobs.ring import make_celery
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.settings import Settings
 from nightpress.core.tracing import configure_tracing
 from nightpress.worker.cache import BlobCache

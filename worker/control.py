@@ -11,30 +11,30 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
-from nightpress.core.access.audit import AuditLog
-from nightpress.core.access.idempotency import IdempotencyBook
-from nightpress.core.access.quotas import QuotaBook
 from nightpress.core.artifacts.storage import ObjectStore, open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
-from nightpress.core.jobs.checkpoints import CheckpointIndex, folder_of
-from nightpress.core.jobs.retention import JobRetention
-from nightpress.core.jobs.ring import Ringer
-from nightpress.core.jobs.roster import FLEET_MEMORY_S
-from nightpress.core.jobs.service import JobService
-from nightpress.core.jobs.store import JobStore
 from nightpress.core.logs import configure_logging
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.intake import Intake
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.schedules.bringing import Bringer
-from nightpress.core.schedules.firing import Firing
-from nightpress.core.schedules.store import ScheduleStore
+from nightpress.core.service.access.audit import AuditLog
+from nightpress.core.service.access.idempotency import IdempotencyBook
+from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.jobs.checkpoints import CheckpointIndex, folder_of
+from nightpress.core.service.jobs.retention import JobRetention
+from nightpress.core.service.jobs.ring import Ringer
+from nightpress.core.service.jobs.roster import FLEET_MEMORY_S
+from nightpress.core.service.jobs.service import JobService
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.intake import Intake
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.schedules.bringing import Bringer
+from nightpress.core.service.schedules.firing import Firing
+from nightpress.core.service.schedules.store import ScheduleStore
+from nightpress.core.service.webhooks.courier import Courier
+from nightpress.core.service.webhooks.signing import open_keeper
+from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings, load_settings
 from nightpress.core.tracing import configure_tracing
-from nightpress.core.webhooks.courier import Courier
-from nightpress.core.webhooks.signing import open_keeper
-from nightpress.core.webhooks.store import WebhookStore
 from nightpress.worker.health import mark_alive
 from nightpress.worker.metrics import LEASES_EXPIRED, TICKS, serve_metrics
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from nightpress.core.handoff.frames import Progress
-from nightpress.core.jobs.records import Lease
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.records import Lease
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.worker.metrics import PhaseClock
 
 _LONGEST_INTERVAL_S = 2.0  #: how late a cancellation may be noticed

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from nightpress.core.errors import NightpressError
-from nightpress.core.jobs.records import WorkerOffer
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.records import WorkerOffer
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.tracing import record_span
 from nightpress.worker.health import mark_alive
 from nightpress.worker.metrics import CLAIMS

@@ -12,9 +12,9 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import MANIFEST_FILE, FileEntry, Manifest, digest_of
 from nightpress.core.handoff.report import REPORT_FILE, Report, Subject
 from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR
-from nightpress.core.jobs.records import Job, Lease, MetricRow, Succeeded
 from nightpress.core.recipes.inspect import FolderFiles
-from nightpress.core.registry.tables import data_sets, models
+from nightpress.core.service.jobs.records import Job, Lease, MetricRow, Succeeded
+from nightpress.core.service.tables.registry import data_sets, models
 from nightpress.worker import landlock
 from nightpress.worker.cache import BlobCache, disk_errors, stage_in_place
 

@@ -20,11 +20,11 @@ from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Phase, Progress
 from nightpress.core.handoff.spec import JobSpec
-from nightpress.core.jobs.checkpoints import CheckpointIndex
-from nightpress.core.jobs.records import Claimed, Job
-from nightpress.core.jobs.store import JobStore
 from nightpress.core.logs import log_context
 from nightpress.core.recipes.models import Recipe
+from nightpress.core.service.jobs.checkpoints import CheckpointIndex
+from nightpress.core.service.jobs.records import Claimed, Job
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.settings import Settings
 from nightpress.core.tracing import span
 from nightpress.core.version import VERSION

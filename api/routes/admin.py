@@ -10,7 +10,8 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.versions import IfMatch, etag_of, version_of
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import AuditView, Page, QuotaChange, TenantId, TenantView
+from nightpress.core.wire.access import AuditView, QuotaChange, TenantId, TenantView
+from nightpress.core.wire.base import Page
 
 router = APIRouter(prefix="/v1/admin", tags=["administration"])
 

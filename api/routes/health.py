@@ -14,7 +14,7 @@ from nightpress.api.deps import Services, ServicesDep, needs
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.schemas import ReadyView
+from nightpress.core.wire.system import ReadyView
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["health"])

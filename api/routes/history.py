@@ -11,8 +11,9 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.routes.jobs import own_job
 from nightpress.core.errors import ErrorCode
-from nightpress.core.jobs.records import Event, LogLine
-from nightpress.core.schemas import EventView, LogView, Page
+from nightpress.core.service.jobs.records import Event, LogLine
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.jobs import EventView, LogView
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["jobs"])
 

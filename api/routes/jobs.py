@@ -11,22 +11,13 @@ from nightpress.api.once import OnceRoute, key_of
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.waiting import PARAMETER, preferred_wait, until_ended
-from nightpress.core.access.keys import Principal
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.queries import JobsWanted
-from nightpress.core.jobs.records import Job
-from nightpress.core.jobs.store import MAX_CANCELLED
-from nightpress.core.schemas import (
-    CancelledView,
-    JobBatch,
-    JobBatchView,
-    JobCreate,
-    JobFilter,
-    JobState,
-    JobView,
-    Moment,
-    Page,
-)
+from nightpress.core.service.access.keys import Principal
+from nightpress.core.service.jobs.queries import JobsWanted
+from nightpress.core.service.jobs.records import Job
+from nightpress.core.service.jobs.store import MAX_CANCELLED
+from nightpress.core.wire.base import Moment, Page
+from nightpress.core.wire.jobs import CancelledView, JobBatch, JobBatchView, JobCreate, JobFilter, JobState, JobView
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=OnceRoute)
 _WAITS: dict[str, Any] = {"parameters": [PARAMETER]}

@@ -10,7 +10,8 @@ from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import KeyCreate, KeyRotate, KeyView, NewKeyView, Page, TenantId
+from nightpress.core.wire.access import KeyCreate, KeyRotate, KeyView, NewKeyView, TenantId
+from nightpress.core.wire.base import Page
 
 router = APIRouter(prefix="/v1/keys", tags=["access"], route_class=OnceRoute)
 

@@ -8,8 +8,8 @@ from starlette.responses import Response
 
 from nightpress.api.deps import ServicesDep, authenticated
 from nightpress.api.routes import answer
-from nightpress.core.access.keys import Principal
-from nightpress.core.schemas import MeView
+from nightpress.core.service.access.keys import Principal
+from nightpress.core.wire.system import MeView
 
 router = APIRouter(prefix="/v1/me", tags=["access"])
 

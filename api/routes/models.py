@@ -11,7 +11,8 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.routes.uploads import add_upload_routes
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import ModelCreate, ModelView, Page
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.models import ModelCreate, ModelView
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=OnceRoute)
 

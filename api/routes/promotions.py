@@ -9,7 +9,8 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.routes.results import artifact_view
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.schemas import LatestView, Page, PromotionCreate, PromotionView
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.promotions import LatestView, PromotionCreate, PromotionView
 
 router = APIRouter(prefix="/v1/models/{reference}", tags=["models"], route_class=OnceRoute)
 

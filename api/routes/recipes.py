@@ -13,7 +13,8 @@ from nightpress.core.errors import ErrorCode
 from nightpress.core.recipes.builtins import builtin_recipes, builtin_text, get_recipe
 from nightpress.core.recipes.models import Recipe, load_recipe, parse_recipe
 from nightpress.core.recipes.plan import Plan, make_plan
-from nightpress.core.schemas import Page, RecipeView, ValidateRequest, ValidateView
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.recipes import RecipeView, ValidateRequest, ValidateView
 
 router = APIRouter(prefix="/v1/recipes", tags=["recipes"], route_class=OnceRoute)
 

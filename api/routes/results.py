@@ -8,10 +8,12 @@ from nightpress.api.downloads import send_object
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.routes.jobs import own_job
-from nightpress.core.access.keys import Principal
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.records import Artifact, Job
-from nightpress.core.schemas import ArtifactView, FileView, Page, ReportView
+from nightpress.core.service.access.keys import Principal
+from nightpress.core.service.jobs.records import Artifact, Job
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.jobs import ArtifactView, ReportView
+from nightpress.core.wire.models import FileView
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
 

@@ -11,7 +11,8 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.versions import IfMatch, etag_of, version_of
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import Page, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 
 router = APIRouter(prefix="/v1/schedules", tags=["schedules"], route_class=OnceRoute)
 

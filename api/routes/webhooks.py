@@ -11,10 +11,10 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.versions import IfMatch, etag_of, version_of
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import (
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.webhooks import (
     DeliveryView,
     NewWebhookView,
-    Page,
     SecretRotate,
     WebhookCreate,
     WebhookUpdate,

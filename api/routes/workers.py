@@ -5,7 +5,8 @@ from starlette.responses import Response
 
 from nightpress.api.deps import ServicesDep, WorkersReader
 from nightpress.api.routes import answer
-from nightpress.core.schemas import Page, WorkerView
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.system import WorkerView
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"])
 

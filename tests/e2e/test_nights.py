@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from sqlalchemy import update
 
-import nightpress.core.jobs.service
-import nightpress.core.jobs.store
+import nightpress.core.service.jobs.service
+import nightpress.core.service.jobs.store
 from nightpress.client import Client
 from nightpress.core.database import db_now, transaction
-from nightpress.core.schedules.tables import schedules
-from nightpress.core.schemas import ScheduleRunView
+from nightpress.core.service.tables.schedules import schedules
+from nightpress.core.wire.schedules import ScheduleRunView
 from nightpress.worker.control import open_control
 from tests.api import serve
 from tests.service import Service, eventually
@@ -178,7 +178,7 @@ def test_whatever_else_decides_the_result_is_a_change_too(nights: Nights, monkey
             job = nights.client.schedules.get("nightly").job.model_copy(update={"recipe": recipe(0.625, "lines")})
             nights.client.schedules.edit("nightly", job=job)
         elif change == "engine":
-            for module in (nightpress.core.jobs.service, nightpress.core.jobs.store):
+            for module in (nightpress.core.service.jobs.service, nightpress.core.service.jobs.store):
                 monkeypatch.setattr(module, "ENGINE", "a later one/1")
         run = nights.night()
         if change != "nothing":

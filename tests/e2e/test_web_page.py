@@ -12,10 +12,10 @@ from playwright.sync_api import expect
 from nightpress.client import Client
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
-from nightpress.core.jobs.records import Worker
-from nightpress.core.webhooks.courier import Courier
-from nightpress.core.webhooks.signing import open_keeper, verify
-from nightpress.core.webhooks.store import WebhookStore
+from nightpress.core.service.jobs.records import Worker
+from nightpress.core.service.webhooks.courier import Courier
+from nightpress.core.service.webhooks.signing import open_keeper, verify
+from nightpress.core.service.webhooks.store import WebhookStore
 from tests.browser import DESKTOP, Browser, Seen, chromium, overflows, violations
 from tests.face import RECIPE, Face
 from tests.jobs import GB

@@ -12,10 +12,10 @@ from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.database import transaction
 from nightpress.core.handoff.manifest import describe_folder
 from nightpress.core.ids import new_id
-from nightpress.core.jobs.checkpoints import CheckpointIndex
-from nightpress.core.jobs.tables import checkpoint_files, checkpoints
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.service.jobs.checkpoints import CheckpointIndex
+from nightpress.core.service.tables.jobs import checkpoint_files, checkpoints
 from nightpress.worker.control import open_control
 from tests.patience import slowness
 from tests.service import Service, eventually

@@ -13,7 +13,7 @@ import httpx
 from nightpress import migrations
 from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.worker.lease import LeaseKeeper
 from tests.api_process import ApiProcess
 from tests.jobs import add_model, claim, submit

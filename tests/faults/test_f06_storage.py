@@ -10,8 +10,8 @@ from sqlalchemy import update
 
 from nightpress.core.database import db_now, transaction
 from nightpress.core.ids import new_id
-from nightpress.core.jobs.records import Job
-from nightpress.core.jobs.tables import job_attempts
+from nightpress.core.service.jobs.records import Job
+from nightpress.core.service.tables.jobs import job_attempts
 from tests.jobs import offer
 from tests.patience import slowness
 from tests.proxy import Fault, FaultyHttp

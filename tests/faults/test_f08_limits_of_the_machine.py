@@ -17,7 +17,7 @@ import redis
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.ids import new_id
-from nightpress.core.jobs.records import WorkerOffer
+from nightpress.core.service.jobs.records import WorkerOffer
 from tests.servers import S3, Valkey
 from tests.service import MIB, RECIPE, Service, eventually
 

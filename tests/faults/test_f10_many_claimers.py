@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Engine
 
 from nightpress.core.database import make_engine
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.store import JobStore
 from tests.jobs import add_model, submit
 from tests.service import ROOT
 
@@ -19,7 +19,7 @@ import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.store import JobStore
 from tests.jobs import offer
 store = JobStore(make_engine(sys.argv[1]))
 

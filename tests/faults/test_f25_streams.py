@@ -6,8 +6,8 @@ import time
 
 import httpx
 
-from nightpress.core.access.keys import create_key
-from nightpress.core.jobs.records import Claimed
+from nightpress.core.service.access.keys import create_key
+from nightpress.core.service.jobs.records import Claimed
 from tests.jobs import offer, succeeded
 from tests.servers import free_port
 from tests.service import Service, eventually

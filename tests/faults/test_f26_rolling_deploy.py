@@ -108,7 +108,7 @@ def submitted_by(tree: Path, service: Service) -> str:
     """A job's id: the code of `tree` submits it."""
     script = (
         "import sys; from tests.service import Service; from nightpress.core.database import make_engine; "
-        "from nightpress.core.jobs.store import JobStore; s = object.__new__(Service); s.store = JobStore(make_engine(sys.argv[1])); "
+        "from nightpress.core.service.jobs.store import JobStore; s = object.__new__(Service); s.store = JobStore(make_engine(sys.argv[1])); "
         "s.model_id, s.model_digest = sys.argv[2:]; print(s.submit())"
     )
     done = subprocess.run(

@@ -10,7 +10,7 @@ from sqlalchemy import event
 
 from nightpress import migrations
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.store import JobStore
 from tests.face import Face
 from tests.faults.test_f06_storage import register_large_model
 from tests.jobs import add_model, claim, offer, submit, succeeded

@@ -12,15 +12,15 @@ import pytest
 from sqlalchemy import delete, update
 from sqlalchemy.exc import DBAPIError
 
-from nightpress.core.access.quotas import QuotaBook, add_gpu_time
-from nightpress.core.access.tables import audit_log
 from nightpress.core.database import make_engine, read_now, transaction
-from nightpress.core.jobs.claims import Caps
-from nightpress.core.jobs.queries import JobsWanted
-from nightpress.core.jobs.records import Lease, WorkerOffer
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.schemas import QuotaChange
+from nightpress.core.service.access.quotas import QuotaBook, add_gpu_time
+from nightpress.core.service.jobs.claims import Caps
+from nightpress.core.service.jobs.queries import JobsWanted
+from nightpress.core.service.jobs.records import Lease, WorkerOffer
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.tables.access import audit_log
 from nightpress.core.settings import Settings
+from nightpress.core.wire.access import QuotaChange
 from tests.api import RunningApi, serve
 from tests.jobs import add_model, claim, submit, succeeded
 from tests.servers import Valkey

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.records import Worker
+from nightpress.core.service.jobs.records import Worker
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.jobs import age

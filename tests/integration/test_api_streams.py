@@ -12,8 +12,8 @@ import pytest
 
 from nightpress.api import sse
 from nightpress.core.database import make_engine
-from nightpress.core.jobs.positions import read_positions
-from nightpress.core.jobs.records import Claimed
+from nightpress.core.service.jobs.positions import read_positions
+from nightpress.core.service.jobs.records import Claimed
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.patience import slowness

@@ -6,10 +6,10 @@ import pytest
 from sqlalchemy import Engine, update
 
 from nightpress.core.database import db_now, make_engine, transaction
-from nightpress.core.jobs.checkpoints import CheckpointIndex, StoredFile
-from nightpress.core.jobs.records import Lease
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.jobs.tables import checkpoints
+from nightpress.core.service.jobs.checkpoints import CheckpointIndex, StoredFile
+from nightpress.core.service.jobs.records import Lease
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.tables.jobs import checkpoints
 from tests.jobs import add_model, age, claim, submit
 
 DIGEST = "d" * 64

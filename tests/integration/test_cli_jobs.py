@@ -21,7 +21,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from nightpress.core.handoff.manifest import describe_folder
 from nightpress.core.handoff.report import Speedup
-from nightpress.core.schemas import JobView
+from nightpress.core.wire.jobs import JobView
 from tests.command import run
 from tests.face import OFFER, RECIPE, Face, make_report
 from tests.jobs import age

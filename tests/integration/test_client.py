@@ -16,7 +16,8 @@ from nightpress.client.transfers import Transfers, target_of
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from nightpress.core.handoff.manifest import describe_folder
-from nightpress.core.schemas import DataSetCreate, JobView, ModelCreate, upload_part_size
+from nightpress.core.wire.jobs import JobView
+from nightpress.core.wire.models import DataSetCreate, ModelCreate, upload_part_size
 from tests.face import RECIPE, Face
 from tests.patience import slowness
 from tests.proxy import CuttingProxy

@@ -16,10 +16,10 @@ from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
-from nightpress.core.jobs.queries import JOB_COLUMNS
-from nightpress.core.jobs.records import Claimed, Idempotency, Job, MetricRow, NewJob, Succeeded, WorkerOffer
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.jobs.tables import (
+from nightpress.core.service.jobs.queries import JOB_COLUMNS
+from nightpress.core.service.jobs.records import Claimed, Idempotency, Job, MetricRow, NewJob, Succeeded, WorkerOffer
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.tables.jobs import (
     idempotency_keys,
     job_artifacts,
     job_attempts,
@@ -29,10 +29,10 @@ from nightpress.core.jobs.tables import (
     job_reports,
     jobs,
 )
-from nightpress.core.promotions.tables import promotions
-from nightpress.core.schedules.tables import schedule_runs
-from nightpress.core.schemas import JobCreate, JobSpec
+from nightpress.core.service.tables.promotions import promotions
+from nightpress.core.service.tables.schedules import schedule_runs
 from nightpress.core.version import ENGINE
+from nightpress.core.wire.jobs import JobCreate, JobRequest
 from tests.columns import Rows, identifier
 from tests.integration.test_schedules import TENANT, World, utc
 from tests.jobs import MODEL_ID, add_model, new_job, submit
@@ -364,7 +364,7 @@ def world(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[World]:
 
 def resolved(world: World, rows: Rows, **more: Any) -> dict[str, Any]:
     """The row of a job that the service has made of SAID."""
-    spec = JobSpec(model="tiny", recipe=RECIPE, **SAID)
+    spec = JobRequest(model="tiny", recipe=RECIPE, **SAID)
     model = world.models.get(TENANT, "tiny")
     new = world.jobs._resolve(TENANT, JobCreate(**spec.model_dump()), "key12345")
     assert (new.model_digest, new.recipe["name"]) == (model.digest, "of-these-tests")
@@ -427,7 +427,7 @@ def test_what_the_service_submits_and_retries(world: World) -> None:
 
 def test_what_a_schedule_submits(world: World) -> None:
     rows = Rows(world.engine)
-    made = world.schedule("2026-11-23T02:00", job=JobSpec(model="tiny", recipe=RECIPE, **SAID), key_id="key12345")
+    made = world.schedule("2026-11-23T02:00", job=JobRequest(model="tiny", recipe=RECIPE, **SAID), key_id="key12345")
     world.tick("2026-11-23T02:00")
     [run] = world.runs()
     row = resolved(world, rows)

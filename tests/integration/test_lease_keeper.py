@@ -9,7 +9,7 @@ from sqlalchemy import Engine, text
 import nightpress.worker.lease
 from nightpress import migrations
 from nightpress.core.database import make_engine
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.worker.lease import LeaseKeeper
 from tests.jobs import add_model, claim, submit
 from tests.servers import Postgres

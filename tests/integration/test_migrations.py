@@ -11,8 +11,8 @@ from sqlalchemy.exc import DBAPIError
 
 from nightpress import migrations
 from nightpress.core.database import make_engine, metadata, transaction
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.promotions.store import PromotionStore
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.promotions.store import PromotionStore
 from nightpress.migrations.__main__ import main
 from tests.jobs import add_model, claim, new_job, submit, succeeded
 from tests.servers import Postgres

@@ -17,12 +17,12 @@ from nightpress.core.artifacts.storage import ObjectStore, open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import describe_folder, digest_of
-from nightpress.core.jobs.records import NewJob
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.schemas import DataSetCreate, DataSetView, FileAnnouncement, ModelCreate, UploadFile
+from nightpress.core.service.jobs.records import NewJob
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.models import ModelRegistry
 from nightpress.core.settings import Settings
+from nightpress.core.wire.models import DataSetCreate, DataSetView, FileAnnouncement, ModelCreate, UploadFile
 from tests.hub_cache import hub_snapshot
 from tests.servers import S3
 

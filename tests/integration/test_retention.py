@@ -7,20 +7,20 @@ import pytest
 from sqlalchemy import Engine, insert, select, update
 from sqlalchemy.exc import DatabaseError
 
-from nightpress.core.access.audit import AuditLog
-from nightpress.core.access.tables import audit_log
 from nightpress.core.artifacts.local import LocalStore
 from nightpress.core.database import db_now, make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.ids import new_id
-from nightpress.core.jobs.records import Idempotency
-from nightpress.core.jobs.retention import JobRetention
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.jobs.tables import job_artifacts, job_attempts, job_events, jobs
-from nightpress.core.promotions.store import PromotionStore
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.registry.tables import models
-from nightpress.core.schedules.tables import schedule_runs, schedules
+from nightpress.core.service.access.audit import AuditLog
+from nightpress.core.service.jobs.records import Idempotency
+from nightpress.core.service.jobs.retention import JobRetention
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.promotions.store import PromotionStore
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.tables.access import audit_log
+from nightpress.core.service.tables.jobs import job_artifacts, job_attempts, job_events, jobs
+from nightpress.core.service.tables.registry import models
+from nightpress.core.service.tables.schedules import schedule_runs, schedules
 from nightpress.core.settings import Settings
 from tests.jobs import add_model, age, claim, new_job, submit, succeeded
 

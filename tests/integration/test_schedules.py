@@ -9,31 +9,33 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from nightpress.core.access.quotas import QuotaBook
 from nightpress.core.artifacts.storage import open_store
 from nightpress.core.database import make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import Manifest
-from nightpress.core.jobs.records import Succeeded, WorkerOffer
-from nightpress.core.jobs.service import JobService
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.jobs.tables import jobs
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.intake import Intake
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.schedules.bringing import Bringer
-from nightpress.core.schedules.firing import Firing
-from nightpress.core.schedules.service import ScheduleService
-from nightpress.core.schedules.store import ScheduleStore
-from nightpress.core.schedules.tables import schedule_runs, schedules
-from nightpress.core.schemas import JobSpec, ModelCreate, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
+from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.jobs.records import Succeeded, WorkerOffer
+from nightpress.core.service.jobs.service import JobService
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.intake import Intake
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.schedules.bringing import Bringer
+from nightpress.core.service.schedules.firing import Firing
+from nightpress.core.service.schedules.service import ScheduleService
+from nightpress.core.service.schedules.store import ScheduleStore
+from nightpress.core.service.tables.jobs import jobs
+from nightpress.core.service.tables.schedules import schedule_runs, schedules
 from nightpress.core.settings import Settings
+from nightpress.core.wire.jobs import JobRequest
+from nightpress.core.wire.models import ModelCreate
+from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 from tests.hub import serve_hub
 from tests.service import eventually
 
 TENANT = "default"
 HOUR = dt.timedelta(hours=1)
-NIGHTLY = JobSpec(model="tiny", recipe="int8-encoder")
+NIGHTLY = JobRequest(model="tiny", recipe="int8-encoder")
 
 
 class World:
@@ -71,7 +73,7 @@ class World:
         self,
         first: str,
         cron: str = "0 * * * *",
-        job: JobSpec = NIGHTLY,
+        job: JobRequest = NIGHTLY,
         key_id: str | None = None,
         **more: Any,
     ) -> ScheduleView:
@@ -375,7 +377,7 @@ def test_a_source_that_does_not_answer_holds_up_no_other_schedule(world: World):
     for part in (world.service, world.firing._bringer, world.models):
         part._settings = down
     world.schedule("2026-11-23T02:00", source="hf://acme/tiny")
-    job = JobSpec(model="tiny", recipe="int8-encoder")
+    job = JobRequest(model="tiny", recipe="int8-encoder")
     world.service.create(TENANT, ScheduleCreate(name="other", cron="0 * * * *", job=job))
     other = world.service.trigger(TENANT, "other")
     for _ in range(2):

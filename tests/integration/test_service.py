@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, update
 
-from nightpress.core.access.quotas import QuotaBook
 from nightpress.core.artifacts.storage import open_store
 from nightpress.core.database import db_now, make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.records import Worker
-from nightpress.core.jobs.service import JobService
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.jobs.tables import workers
 from nightpress.core.recipes.models import Recipe
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.schemas import DataSetCreate, FileAnnouncement, JobCreate, ModelCreate
+from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.jobs.records import Worker
+from nightpress.core.service.jobs.service import JobService
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.tables.jobs import workers
 from nightpress.core.settings import Settings
+from nightpress.core.wire.jobs import JobCreate
+from nightpress.core.wire.models import DataSetCreate, FileAnnouncement, ModelCreate
 from tests.jobs import GB, age, claim, offer, succeeded
 
 TENANT = "default"

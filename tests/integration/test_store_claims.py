@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import Engine
 
 from nightpress.core.database import make_engine
-from nightpress.core.jobs.claims import Caps
-from nightpress.core.jobs.records import Lease
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.claims import Caps
+from nightpress.core.service.jobs.records import Lease
+from nightpress.core.service.jobs.store import JobStore
 from tests.jobs import GB, add_model, claim, offer, submit, succeeded
 
 

@@ -9,10 +9,10 @@ from sqlalchemy import Engine, update
 
 from nightpress.core.database import db_now, make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.queries import JobsWanted
-from nightpress.core.jobs.records import Job, Worker, WorkerOffer
-from nightpress.core.jobs.store import MAX_LOG_BYTES, MAX_LOG_LINES, JobStore
-from nightpress.core.jobs.tables import workers
+from nightpress.core.service.jobs.queries import JobsWanted
+from nightpress.core.service.jobs.records import Job, Worker, WorkerOffer
+from nightpress.core.service.jobs.store import MAX_LOG_BYTES, MAX_LOG_LINES, JobStore
+from nightpress.core.service.tables.jobs import workers
 from tests.jobs import GB, add_model, age, claim, new_job, submit, succeeded
 
 

@@ -11,9 +11,9 @@ from sqlalchemy import Engine, func, select
 
 from nightpress.core.database import make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.records import Idempotency
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.jobs.tables import job_events, jobs
+from nightpress.core.service.jobs.records import Idempotency
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.tables.jobs import job_events, jobs
 from tests.jobs import add_model, claim, new_job, submit
 
 

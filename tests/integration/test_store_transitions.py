@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Engine, event, select, text
 
-import nightpress.core.jobs.store
+import nightpress.core.service.jobs.store
 from nightpress.core.database import make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
-from nightpress.core.jobs.records import Job, Lease
-from nightpress.core.jobs.states import ALL_STATES, TRANSITIONS, Trigger, is_terminal
-from nightpress.core.jobs.store import BELT_S, JobStore
-from nightpress.core.jobs.tables import job_attempts, job_events, jobs
-from nightpress.core.schemas import JobState
+from nightpress.core.service.jobs.records import Job, Lease
+from nightpress.core.service.jobs.states import ALL_STATES, TRANSITIONS, Trigger, is_terminal
+from nightpress.core.service.jobs.store import BELT_S, JobStore
+from nightpress.core.service.tables.jobs import job_attempts, job_events, jobs
+from nightpress.core.wire.jobs import JobState
 from tests.jobs import add_model, age, claim, offer, submit, succeeded
 from tests.service import eventually
 
@@ -428,7 +428,7 @@ def test_another_tenants_job_can_neither_be_seen_nor_cancelled(store: JobStore):
 def test_only_a_result_of_the_same_engine_is_reused(store: JobStore, monkeypatch: pytest.MonkeyPatch):
     """In a rolling upgrade an older worker may have made it."""
     with monkeypatch.context() as older:
-        older.setattr(nightpress.core.jobs.store, "ENGINE", "older/1")
+        older.setattr(nightpress.core.service.jobs.store, "ENGINE", "older/1")
         old = submit(store, fingerprint="same")
         lease = claim(store).lease
         assert store.finish(lease, succeeded(lease))

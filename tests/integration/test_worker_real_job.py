@@ -10,9 +10,9 @@ from sqlalchemy import select
 
 from nightpress.core.database import transaction
 from nightpress.core.ids import new_id
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.registry.tables import models
-from nightpress.core.schemas import ModelCreate
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.tables.registry import models
+from nightpress.core.wire.models import ModelCreate
 from tests.hub_cache import hub_snapshot
 from tests.service import TENANT, Service
 

@@ -23,9 +23,9 @@ from sqlalchemy import delete
 from nightpress import migrations
 from nightpress.core.database import make_engine, metadata, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.records import Idempotency, Lease
-from nightpress.core.jobs.states import is_terminal
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.records import Idempotency, Lease
+from nightpress.core.service.jobs.states import is_terminal
+from nightpress.core.service.jobs.store import JobStore
 from tests.jobs import add_model, age, new_job, offer, succeeded
 from tests.servers import Postgres
 

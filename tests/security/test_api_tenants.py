@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from nightpress import migrations
-from nightpress.core.access.keys import ALL_SCOPES, create_key, revoke
+from nightpress.core.service.access.keys import ALL_SCOPES, create_key, revoke
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 

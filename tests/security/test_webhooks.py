@@ -17,15 +17,15 @@ import pytest
 
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.schemas import WebhookCreate, WebhookUpdate
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.webhooks import outbound
+from nightpress.core.service.webhooks.courier import PAUSES_S, Courier, pause_after
+from nightpress.core.service.webhooks.outbound import Answer, post
+from nightpress.core.service.webhooks.signing import SecretKeeper, open_keeper, sign, verify
+from nightpress.core.service.webhooks.store import WebhookStore
+from nightpress.core.service.webhooks.targets import check_target
 from nightpress.core.settings import Settings
-from nightpress.core.webhooks import outbound
-from nightpress.core.webhooks.courier import PAUSES_S, Courier, pause_after
-from nightpress.core.webhooks.outbound import Answer, post
-from nightpress.core.webhooks.signing import SecretKeeper, open_keeper, sign, verify
-from nightpress.core.webhooks.store import WebhookStore
-from nightpress.core.webhooks.targets import check_target
+from nightpress.core.wire.webhooks import WebhookCreate, WebhookUpdate
 from tests.certificates import Certificate, make_certificate
 from tests.jobs import add_model, claim, submit, succeeded
 from tests.receiver import Receiver, reply
@@ -149,7 +149,7 @@ def test_a_name_that_turns_private_after_registration_is_not_reached(
     world = World(tmp_path, sqlite_url, inside=False)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            "nightpress.core.webhooks.store.check_target",
+            "nightpress.core.service.webhooks.store.check_target",
             lambda url, nets: check_target(url, nets, resolve=lambda *_: next(answers)),
         )
         hook, _ = world.hook("https://rebind.example/")
@@ -181,7 +181,8 @@ def over_tls(world: World, receiver: Receiver, trusted: Certificate) -> str:
     """Register a receiver whose name no resolver knows, and have the courier find it here and trust one certificate."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            "nightpress.core.webhooks.store.check_target", lambda url, nets: check_target(url, nets, resolve=here)
+            "nightpress.core.service.webhooks.store.check_target",
+            lambda url, nets: check_target(url, nets, resolve=here),
         )
         hook, _ = world.hook(receiver.url)
     world.courier = trusting(world, trusted)
