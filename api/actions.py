@@ -36,6 +36,6 @@ async def note_action(scope: Scope, status: int) -> None:
         "request_id": state.get("request_id", ""),
     }
     try:
-        await services.call(services.audit.note, **line)
+        await services.call(services.resources.audit.note, **line)
     except NightpressError:
         log.exception("The audit log could not be written: %s", line)

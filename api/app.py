@@ -37,24 +37,10 @@ from nightpress.api.routes import (
     workers,
 )
 from nightpress.api.tail import Tail
-from nightpress.core.artifacts.storage import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode
-from nightpress.core.service.access.audit import AuditLog
-from nightpress.core.service.access.idempotency import IdempotencyBook
-from nightpress.core.service.access.issuing import KeyIssuer
-from nightpress.core.service.access.keys import KeyRing
-from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.compose import Resources
 from nightpress.core.service.jobs.positions import read_positions
-from nightpress.core.service.jobs.service import JobService
-from nightpress.core.service.jobs.store import JobStore
-from nightpress.core.service.promotions.store import PromotionStore
-from nightpress.core.service.registry.datasets import DataSetRegistry
-from nightpress.core.service.registry.models import ModelRegistry
-from nightpress.core.service.schedules.service import ScheduleService
-from nightpress.core.service.schedules.store import ScheduleStore
-from nightpress.core.service.webhooks.signing import open_keeper
-from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
 from nightpress.core.wire.base import Problem
 
@@ -116,35 +102,15 @@ def open_services(settings: Settings) -> Services:
 
     engine = make_engine(settings.sql_url, pool_size=_SQL_CONNECTIONS)
     threads = ThreadPoolExecutor(_SQL_CONNECTIONS, thread_name_prefix="sql")
-    store = JobStore(engine)
-    objects = open_store(settings)
-    models = ModelRegistry(engine, objects, settings)
-    data_sets = DataSetRegistry(engine, objects, settings)
-    quotas = QuotaBook(engine, settings)
-    jobs_service = JobService(store, models, data_sets, quotas, settings)
     return Services(
-        settings=settings,
-        engine=engine,
+        resources=Resources(settings, engine),
         threads=threads,
         uploads=ThreadPoolExecutor(UPLOADS, thread_name_prefix="upload"),
         admission=Admission(),
         transfers=ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer"),
         probes=ThreadPoolExecutor(3, thread_name_prefix="probe"),
         database_probe=DatabaseProbe(settings.sql_url),
-        store=store,
-        jobs=jobs_service,
-        schedules=ScheduleService(ScheduleStore(engine), jobs_service, settings),
-        models=models,
-        datasets=data_sets,
-        objects=objects,
-        keys=KeyRing(engine),
-        issuer=KeyIssuer(engine),
-        quotas=quotas,
         limiter=RateLimiter(settings.celery_url),
-        idempotency=IdempotencyBook(engine),
-        audit=AuditLog(engine),
-        promotions=PromotionStore(engine),
-        webhooks=WebhookStore(engine, open_keeper(settings), settings),
         ringer=Ringer(settings),
         tail=Tail(partial(read_positions, engine), threads),
         metrics=ApiMetrics(),
@@ -159,7 +125,7 @@ async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
     services.ringer.close()
     for pool in (services.threads, services.uploads, services.transfers, services.probes):
         pool.shutdown(wait=False, cancel_futures=True)
-    services.engine.dispose()
+    services.resources.engine.dispose()
     services.database_probe.close()
 
 

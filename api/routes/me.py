@@ -16,8 +16,8 @@ router = APIRouter(prefix="/v1/me", tags=["access"])
 
 @router.get("", response_model=MeView, summary="The key's tenant, scopes, quotas and use")
 async def me(caller: Annotated[Principal, Depends(authenticated)], services: ServicesDep) -> Response:
-    quotas = await services.call(services.quotas.of, caller.tenant_id)
-    usage = await services.call(services.quotas.usage, caller.tenant_id)
+    quotas = await services.call(services.resources.quotas.of, caller.tenant_id)
+    usage = await services.call(services.resources.quotas.usage, caller.tenant_id)
     view = MeView(
         tenant_id=caller.tenant_id,
         key_id=caller.key_id,

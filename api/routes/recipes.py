@@ -78,7 +78,7 @@ def _plan(services: Services, tenant_id: str, body: ValidateRequest) -> Plan:
     recipe = load_recipe(body.recipe) if isinstance(body.recipe, str) else parse_recipe(body.recipe)
     if body.model is None:
         return make_plan(recipe)
-    return services.jobs.plan(recipe, services.models.get(tenant_id, body.model).id)
+    return services.resources.jobs.plan(recipe, services.resources.models.get(tenant_id, body.model).id)
 
 
 def _view(recipe: Recipe) -> RecipeView:

@@ -17,9 +17,10 @@ import nightpress.core.service.jobs.service
 import nightpress.core.service.jobs.store
 from nightpress.client import Client
 from nightpress.core.database import db_now, transaction
+from nightpress.core.service.compose import Resources
 from nightpress.core.service.tables.schedules import schedules
 from nightpress.core.wire.schedules import ScheduleRunView
-from nightpress.worker.control import open_control
+from nightpress.worker.control import Control
 from tests.api import serve
 from tests.service import Service, eventually
 
@@ -45,7 +46,7 @@ class Nights:
         self.client = client
         self._source = source
         self._folder = folder
-        self._control = open_control(service.settings, service.engine, lambda _: None)
+        self._control = Control(Resources(service.settings, service.engine), lambda _: None)
         self._slot, _ = service.slot(None, memory=4 * 1024**3)
 
     def train(self, seed: int) -> Weights:

@@ -14,9 +14,10 @@ from nightpress.core.handoff.manifest import describe_folder
 from nightpress.core.ids import new_id
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.service.compose import Resources
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex
 from nightpress.core.service.tables.jobs import checkpoint_files, checkpoints
-from nightpress.worker.control import open_control
+from nightpress.worker.control import Control
 from tests.patience import slowness
 from tests.service import Service, eventually
 
@@ -117,7 +118,7 @@ def test_only_the_newest_file_of_a_name_is_kept_and_all_go_when_nobody_needs_the
     index = CheckpointIndex(service.engine)
 
     def sweep() -> None:
-        control = open_control(settings, service.engine, lambda _queue: None)
+        control = Control(Resources(settings, service.engine), lambda _queue: None)
         control.tick()
         control.close()
 

@@ -295,3 +295,32 @@ def test_f31_a_recipe_of_a_newer_release_waits_for_a_worker_that_can_read_it(ser
     supervisor.close()
     assert service.job(other).state == "succeeded", "the worker serves what it can read"
     assert service.job(job_id).state == "failed", "no worker of two could read it"
+
+
+def test_f31_a_folder_that_this_machine_lacks_leaves_the_job_to_another(service: Service, tmp_path: Path) -> None:
+    """A model registered where it lies, on a mount that one worker's machine has not."""
+    folder, away = tmp_path / "mounted", tmp_path / "unmounted"
+    shutil.copytree(service.settings.data_dir / "upload", folder)
+    service.model_id, service.model_digest = service.register(new_id("mdl"), folder, in_place=True)
+    job_id = service.submit(max_failures=2)
+
+    def serve() -> None:
+        slot, supervisor = service.slot("press")
+        slot.serve()
+        supervisor.close()
+
+    folder.rename(away)
+    serve()
+    assert (service.job(job_id).state, service.job(job_id).failures) == ("queued", 0)
+    [released] = [event for event in service.events(job_id) if event.kind == "released"]
+    assert str(folder) in released.data["error"]["details"]["machine"]
+    away.rename(folder)
+    serve()
+    assert service.job(job_id).state == "succeeded"
+
+    (folder / "config.json").unlink()
+    other = service.submit(max_failures=1)
+    serve()
+    error = service.job(other).error
+    assert error is not None
+    assert (error["code"], "config.json" in error["message"]) == ("not_found", True)

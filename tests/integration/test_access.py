@@ -86,7 +86,7 @@ def test_storage_that_is_full_takes_no_model_and_no_job(api: RunningApi, client:
 
 def test_a_key_rotates_expires_and_ends(api: RunningApi, client: httpx.Client):
     def works(key: str) -> bool:
-        api.services.keys._known.clear()  # what five seconds would do
+        api.services.resources.keys._known.clear()  # what five seconds would do
         response = httpx.get(f"{api.url}/v1/me", headers={"Authorization": f"Bearer {key}"}, trust_env=False)
         return response.status_code == 200
 
@@ -125,7 +125,7 @@ def test_what_a_key_makes_stays_within_its_own_time_and_ends_with_it(api: Runnin
     grandchild = made_with(child["key"]).json()
     assert client.get(f"/v1/keys/{child['record']['id']}").json()["made_by"] == successor["record"]["id"]
     assert client.delete(f"/v1/keys/{successor['record']['id']}").status_code == 204
-    api.services.keys._known.clear()  # what five seconds would do
+    api.services.resources.keys._known.clear()  # what five seconds would do
     for ended in (child, grandchild):
         assert client.get(f"/v1/keys/{ended['record']['id']}").json()["revoked_at"]
         assert made_with(ended["key"]).status_code == 401
@@ -153,7 +153,7 @@ def test_the_audit_log_says_who_did_what_and_is_never_changed(
     assert (first["action"], first["key_id"], first["request_id"]) == ("POST /v1/keys", key, "req-1")
     assert (second["action"], second["subject"]) == ("DELETE /v1/keys/{key_id}", revoked)
     for change in (update(audit_log).values(key_id="somebody"), delete(audit_log)):
-        with pytest.raises(DBAPIError, match="append-only"), transaction(api.services.engine) as connection:
+        with pytest.raises(DBAPIError, match="append-only"), transaction(api.services.resources.engine) as connection:
             connection.execute(change)
 
 
@@ -250,7 +250,7 @@ def test_keys_that_a_key_makes_for_itself_pass_no_more_requests_than_it_may(
 def finish(api: RunningApi, client: httpx.Client, **more: Any) -> str:
     job = str(client.post("/v1/jobs", json={**JOB, "reuse": False, **more}).json()["id"])
     claimed = api.claim()
-    assert api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": job.encode()}))
+    assert api.services.resources.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": job.encode()}))
     return job
 
 
@@ -284,7 +284,7 @@ def test_a_rejected_result_is_nobodys_latest_also_when_it_is_given_to_another_jo
     claimed = api.claim()
     assert claimed.job.id == job
     rejected = replace(api.ship(claimed, {"model.onnx": b"worse"}), verdict="rejected")
-    assert api.services.store.finish(claimed.lease, rejected)
+    assert api.services.resources.store.finish(claimed.lease, rejected)
     given = client.post("/v1/jobs", json={**JOB, "reuse": True}).json()
     assert (given["state"], given["verdict"], given["reused_from"]) == ("succeeded", "rejected", job)
     assert client.get("/v1/models/tiny/latest").status_code == 404
@@ -297,5 +297,5 @@ def test_a_job_that_was_submitted_earlier_and_ends_later_does_not_replace_a_newe
     held = api.claim()
     assert held.job.id == slow
     newer = finish(api, client)
-    assert api.services.store.finish(held.lease, api.ship(held, {"model.onnx": b"old"}))
+    assert api.services.resources.store.finish(held.lease, api.ship(held, {"model.onnx": b"old"}))
     assert client.get("/v1/models/tiny/latest").json()["promotion"]["job_id"] == newer
