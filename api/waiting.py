@@ -41,6 +41,6 @@ async def until_ended(services: Services, job: Job, wait_s: int) -> Job:
             except TimeoutError:
                 break
             watch.changed.clear()
-            now = await services.call(services.resources.store.get, job.tenant_id, job.id)
+            now = await services.call(services.resources.store.reader.get, job.tenant_id, job.id)
             job = now or job  # pruned meanwhile: as it was last seen
     return job

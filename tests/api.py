@@ -38,7 +38,7 @@ class RunningApi:
     def claim(self) -> Claimed:
         """Take the next job, as a worker would."""
         offer = WorkerOffer(worker_id="test-worker", queue="cpu", device="cpu", memory=1 << 40, threads=1)
-        claimed = self.services.resources.store.claim(offer, ttl_s=60)
+        claimed = self.services.resources.store.claims.claim(offer, ttl_s=60)
         assert claimed is not None
         return claimed
 

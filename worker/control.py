@@ -112,12 +112,12 @@ class Control:
         self._slow.close()
 
     def _expire_leases(self) -> None:
-        for job_id in self._resources.store.expire_leases(backoff_s=self._settings.retry_backoff_s):
+        for job_id in self._resources.store.expiry.expire_leases(backoff_s=self._settings.retry_backoff_s):
             LEASES_EXPIRED.inc()
             log.warning("Job %s was taken from its worker.", job_id, extra={"job_id": job_id})
 
     def _expire_queue_deadlines(self) -> None:
-        for job_id in self._resources.store.expire_queue_deadlines():
+        for job_id in self._resources.store.expiry.expire_queue_deadlines():
             log.warning("Job %s waited too long.", job_id, extra={"job_id": job_id})
 
     def _fire_schedules(self) -> None:
@@ -156,10 +156,12 @@ class Control:
 
     def _ring_queues(self) -> None:
         """Ring where there is work and a worker is idle. A busy worker looks for work by itself when it is done."""
-        work = self._resources.store.queues_with_work()
+        work = self._resources.store.reader.queues_with_work()
         self._bells = {queue: self._bells.get(queue) or _Bell(self._settings.tick_s) for queue in work}
         idle: set[str] = (
-            {worker.queue for worker in self._resources.store.workers() if worker.state == "idle"} if work else set()
+            {worker.queue for worker in self._resources.store.roster.workers() if worker.state == "idle"}
+            if work
+            else set()
         )
         for queue, bell in self._bells.items():
             if queue in idle and time.monotonic() >= bell.next_at:
@@ -168,12 +170,12 @@ class Control:
                 bell.pause_s = min(2 * bell.pause_s, _LONGEST_PAUSE_S)
 
     def _forget_workers(self) -> None:
-        self._resources.store.forget_workers(FLEET_MEMORY_S)
+        self._resources.store.roster.forget_workers(FLEET_MEMORY_S)
 
     def _sweep_attempts(self) -> None:
-        for job_id, attempt in self._resources.store.abandoned_attempts(older_than_s=_ABANDONED_S):
+        for job_id, attempt in self._resources.store.reader.abandoned_attempts(older_than_s=_ABANDONED_S):
             self._resources.objects.delete_prefix(f"jobs/{job_id}/attempts/{attempt}")
-            self._resources.store.mark_swept(job_id, attempt)
+            self._resources.store.expiry.mark_swept(job_id, attempt)
 
     def _sweep_checkpoints(self) -> None:
         keep_s = self._settings.checkpoint_keep_s

@@ -66,9 +66,9 @@ async def metrics(request: Request, services: ServicesDep) -> Response:
     figures = await services.call(
         services.metrics.queue,
         lambda: (
-            services.resources.store.statistics(),
-            services.resources.store.workers(),
-            services.resources.store.fleet(),
+            services.resources.store.reader.statistics(),
+            services.resources.store.roster.workers(),
+            services.resources.store.roster.fleet(),
         ),
     )
     return Response(services.metrics.render(*figures), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -15,7 +15,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.access.keys import Principal
 from nightpress.core.service.jobs.queries import JobsWanted
 from nightpress.core.service.jobs.records import Job
-from nightpress.core.service.jobs.store import MAX_CANCELLED
+from nightpress.core.service.jobs.requests import MAX_CANCELLED
 from nightpress.core.wire.base import Moment, Page
 from nightpress.core.wire.jobs import CancelledView, JobBatch, JobBatchView, JobCreate, JobFilter, JobState, JobView
 
@@ -118,7 +118,7 @@ async def cancel_jobs(caller: JobsWriter, services: ServicesDep, body: JobFilter
         created_after=body.created_after,
         created_before=body.created_before,
     )
-    count, more = await services.call(services.resources.store.cancel_all, caller.tenant_id, wanted)
+    count, more = await services.call(services.resources.store.requests.cancel_all, caller.tenant_id, wanted)
     return answer(CancelledView(cancelled=count, more=more))
 
 
@@ -143,7 +143,7 @@ async def list_jobs(
     limit: Limit = 50,
 ) -> Response:
     jobs, next_cursor = await services.call(
-        services.resources.store.page,
+        services.resources.store.reader.page,
         caller.tenant_id,
         JobsWanted(tuple(state), _labels(label), model, queue, created_after, created_before),
         cursor=cursor,
@@ -171,7 +171,7 @@ async def get_job(request: Request, job_id: str, caller: JobsReader, services: S
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def cancel_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> Response:
-    job = await services.call(services.resources.store.request_cancel, caller.tenant_id, job_id)
+    job = await services.call(services.resources.store.requests.request_cancel, caller.tenant_id, job_id)
     if job is None:
         raise missing_job()
     return await _one(services, job)
@@ -192,7 +192,7 @@ async def retry_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> R
 
 async def own_job(services: Services, caller: Principal, job_id: str) -> Job:
     """The caller's job. Another tenant's is as missing as one that never was."""
-    job = await services.call(services.resources.store.get, caller.tenant_id, job_id)
+    job = await services.call(services.resources.store.reader.get, caller.tenant_id, job_id)
     if job is None:
         raise missing_job()
     return job

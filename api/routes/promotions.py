@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1/models/{reference}", tags=["models"], route_class
 )
 async def latest(request: Request, reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
     promotion = await services.call(_latest, services, caller.tenant_id, reference)
-    artifacts = await services.call(services.resources.store.artifacts, promotion.job_id)
+    artifacts = await services.call(services.resources.store.reader.artifacts, promotion.job_id)
     view = LatestView(promotion=promotion, artifacts=[artifact_view(promotion.job_id, one) for one in artifacts])
     etag = f'"{promotion.id}"'
     if etag in request.headers.get("if-none-match", ""):

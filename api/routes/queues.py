@@ -13,5 +13,5 @@ router = APIRouter(prefix="/v1/queues", tags=["workers"])
 
 @router.get("", response_model=Page[QueueView], summary="The queues: what waits and what runs, over all tenants")
 async def list_queues(_caller: WorkersReader, services: ServicesDep) -> Response:
-    found = await services.call(services.resources.store.queues)
+    found = await services.call(services.resources.store.reader.queues)
     return answer(Page[QueueView](items=[QueueView.model_validate(one, from_attributes=True) for one in found]))

@@ -217,7 +217,7 @@ def test_f31_a_worker_with_a_full_disk_fails_no_jobs_and_works_again_when_there_
         NIGHTPRESS_DATA_DIR=str(disk),
         NIGHTPRESS_STORAGE_URL=service.settings.objects_url,
     )
-    [bad_id] = [one.id for one in service.store.workers()]
+    [bad_id] = [one.id for one in service.store.roster.workers()]
     filler = fill(Path(f"/proc/{bad.pid}/root{disk}"))
     service.start_worker("press")
     job_ids = [service.submit(max_failures=2) for _ in range(12)]
@@ -228,7 +228,7 @@ def test_f31_a_worker_with_a_full_disk_fails_no_jobs_and_works_again_when_there_
         service.check_invariants(job_id)
 
     def state() -> tuple[str, str | None]:
-        [seen] = [one for one in service.store.workers() if one.id == bad_id]
+        [seen] = [one for one in service.store.roster.workers() if one.id == bad_id]
         return seen.state, seen.unfit
 
     said = eventually(lambda: state()[1], within=20)
@@ -251,7 +251,7 @@ def test_f31_a_machine_without_the_storages_credentials_gives_jobs_back_until_it
     try:
         service.start_worker("press", NIGHTPRESS_S3_SECRET_ACCESS_KEY="wrong")
         job_id = service.submit_and_ring(max_failures=2)
-        [worker] = eventually(lambda: [one for one in service.store.workers() if one.unfit], within=20)
+        [worker] = eventually(lambda: [one for one in service.store.roster.workers() if one.unfit], within=20)
         assert worker.state == "unfit"
         assert service.job(job_id).state == "queued"
         service.start_worker("press")
@@ -268,11 +268,11 @@ def test_f31_a_job_is_not_offered_again_where_the_machine_failed_it_and_fails_wh
     offers = [WorkerOffer(f"worker-{at}", "cpu", "cpu", 1024 * MIB, 1) for at in range(3)]
     fault = NightpressError(ErrorCode.DISK_FULL, "The disk is full.")
     for at, offer in enumerate(offers):
-        claimed = service.store.claim(offer, ttl_s=60)
+        claimed = service.store.claims.claim(offer, ttl_s=60)
         assert claimed is not None
-        assert service.store.machine_faults(job_id) == at
-        assert service.store.release(claimed.lease, fault)
-        assert service.store.claim(offer, ttl_s=60) is None, "another worker may have it"
+        assert service.store.reader.machine_faults(job_id) == at
+        assert service.store.attempts.release(claimed.lease, fault)
+        assert service.store.claims.claim(offer, ttl_s=60) is None, "another worker may have it"
     job = service.job(job_id)
     assert (job.state, job.failures, job.attempt) == ("queued", 0, 3)
     assert [event.data["error"]["code"] for event in service.events(job_id) if event.kind == "released"] == [

@@ -110,7 +110,9 @@ def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
     data = owner.post("/v1/datasets", json={"name": "prose", "path": str(data_file)}).json()["id"]
     job = owner.post("/v1/jobs", json={"model": "tiny", "recipe": "int8-encoder"}).json()["id"]
     claimed = api.claim()
-    assert api.services.resources.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"secret weights"}))
+    assert api.services.resources.store.attempts.finish(
+        claimed.lease, api.ship(claimed, {"model.onnx": b"secret weights"})
+    )
     key = create_key(api.services.resources.engine, tenant_id="first", name="k", scopes=["jobs:read"])[0].id
     hook = owner.post("/v1/webhooks", json={"url": "http://127.0.0.1:1/", "events": ["job.failed"]}).json()["webhook"][
         "id"

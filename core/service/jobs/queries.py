@@ -48,7 +48,7 @@ class JobsWanted:
 
 
 class JobReader:
-    """The reading half of the job store."""
+    """Reads jobs. Nothing here changes a row."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -68,11 +68,11 @@ class JobReader:
 
         Raises NightpressError(invalid_request) for a cursor that isn't ours.
         """
-        query = select(*JOB_COLUMNS).where(*self._matching(tenant_id, wanted or JobsWanted()))
+        query = select(*JOB_COLUMNS).where(*self.matching(tenant_id, wanted or JobsWanted()))
         rows, following = newest_first(self._engine, query, jobs.c.created_at, jobs.c.id, cursor=cursor, limit=limit)
         return [job_of(row) for row in rows], following
 
-    def _matching(self, tenant_id: str, wanted: "JobsWanted") -> list[ColumnElement[bool]]:
+    def matching(self, tenant_id: str, wanted: "JobsWanted") -> list[ColumnElement[bool]]:
         found = [jobs.c.tenant_id == tenant_id, *(self._has_label(key, value) for key, value in wanted.labels.items())]
         if wanted.states:
             found.append(jobs.c.state.in_(wanted.states))
@@ -121,6 +121,13 @@ class JobReader:
         query = select(job_reports.c.report).where(job_reports.c.job_id == job_id)
         with transaction(self._engine, read_only=True) as connection:
             return connection.execute(query).scalar_one_or_none()
+
+    def machine_faults(self, job_id: str) -> int:
+        """How many attempts of a job ended by a fault of their worker's machine, and so were not counted as failures."""
+        ended_so = (job_attempts.c.outcome == literal_column("'released'"), job_attempts.c.error.is_not(None))
+        query = select(func.count()).where(job_attempts.c.job_id == job_id, *ended_so)
+        with transaction(self._engine, read_only=True) as connection:
+            return int(connection.execute(query).scalar_one())
 
     def queues_with_work(self) -> dict[str, int]:
         """How many jobs could run now, per queue that has any; counted up to a thousand."""

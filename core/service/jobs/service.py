@@ -92,13 +92,13 @@ class JobService:
             new = self._resolve(tenant_id, wanted, key_id)
         except NightpressError:
             # What made the job may be gone by now; the job itself is not.
-            job = self._store.replay(tenant_id, idempotency) if idempotency else None
+            job = self._store.submission.replay(tenant_id, idempotency) if idempotency else None
             if job is None:
                 raise
             return job, False
         job, created = self._admit(new, idempotency)
         if created and wanted.reuse and not wanted.force:
-            job = self._store.reuse(job)
+            job = self._store.requests.reuse(job)
         return job, created
 
     def submit_all(self, tenant_id: str, wanted: Sequence[JobCreate], *, key_id: str | None = None) -> list[Job]:
@@ -127,9 +127,9 @@ class JobService:
         self._quotas.check_storage(tenant_id)
         if any(new.queue == "gpu" for new in news):
             self._quotas.check_gpu(tenant_id)
-        made = self._store.submit_all(news, max_queued=quotas.max_queued_jobs or NO_BOUND)
+        made = self._store.submission.submit_all(news, max_queued=quotas.max_queued_jobs or NO_BOUND)
         return [
-            self._store.reuse(job) if one.reuse and not one.force else job
+            self._store.requests.reuse(job) if one.reuse and not one.force else job
             for job, one in zip(made, wanted, strict=True)
         ]
 
@@ -143,7 +143,7 @@ class JobService:
 
     def fleet(self) -> Fleet:
         """The workers that there have been lately, as of the last seconds."""
-        return self._fleet.get("fleet", self._store.fleet)
+        return self._fleet.get("fleet", self._store.roster.fleet)
 
     def fingerprint(self, tenant_id: str, wanted: JobRequest) -> str:
         """Of all that would decide the result of this job if it was submitted now. Raises what `check` raises, but cannot_fit."""
@@ -154,7 +154,7 @@ class JobService:
 
         Raises NightpressError: not_found, conflict (it hasn't ended), quota_exceeded.
         """
-        old = self._store.get(tenant_id, job_id)
+        old = self._store.reader.get(tenant_id, job_id)
         if old is None:
             raise NightpressError(ErrorCode.NOT_FOUND, "There is no such job.", hint="GET /v1/jobs lists yours.")
         if not is_terminal(old.state):
@@ -198,7 +198,7 @@ class JobService:
             self._quotas.check_gpu(new.tenant_id)
         with span("submit", {"nightpress.tenant": new.tenant_id, "nightpress.queue": new.queue}) as here:
             traced = replace(new, traceparent=traceparent())
-            job, created = self._store.submit(
+            job, created = self._store.submission.submit(
                 traced, idempotency=idempotency, max_queued=quotas.max_queued_jobs or NO_BOUND
             )
             here.set_attributes({"nightpress.job_id": job.id})

@@ -40,7 +40,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.ids import new_id
 from nightpress.core.service.access.idempotency import mismatch
 from nightpress.core.service.access.quotas import NO_BOUND
-from nightpress.core.service.jobs.queries import JOB_COLUMNS, QUEUES, JobReader, job_of
+from nightpress.core.service.jobs.queries import JOB_COLUMNS, QUEUES, job_of
 from nightpress.core.service.jobs.records import Idempotency, Job, NewJob
 from nightpress.core.service.jobs.states import QUEUED
 from nightpress.core.service.tables.jobs import IS_QUEUED, idempotency_keys, job_events, jobs
@@ -109,11 +109,12 @@ class _QuotaGauge:
             self._allowances[tenant_id] = _Allowance(_ALLOWANCE, until=time.monotonic() + _ALLOWANCE_S)
 
 
-class JobSubmitter(JobReader):
-    """The submitting part of the job store."""
+class JobSubmission:
+    """Writes queued jobs."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
+        self._engine = engine
+        self._sqlite = engine.dialect.name == "sqlite"
         self._gauge = _QuotaGauge()
 
     def submit(self, new: NewJob, *, idempotency: Idempotency | None = None, max_queued: int) -> tuple[Job, bool]:

@@ -96,7 +96,7 @@ class Firing:
         for earlier, job_id in going:
             self._schedules.settle(earlier, "skipped", reason="replaced")
             if job_id is not None:
-                self._store.request_cancel(run.tenant_id, job_id)
+                self._store.requests.request_cancel(run.tenant_id, job_id)
         # The space keeps the key out of reach of clients, whose keys have none.
         # What nothing changed for isn't pressed again, unless a person asked for this run or said so in the schedule.
         reuse = run.cause == "cron" if run.job.reuse is None else run.job.reuse
@@ -108,7 +108,9 @@ class Firing:
             if job.state == "queued":
                 self._ring(job.queue)
         elif self._schedules.run(run.id).job_id != job.id:
-            self._store.request_cancel(run.tenant_id, job.id)  # replaced by a later run while this one submitted
+            self._store.requests.request_cancel(
+                run.tenant_id, job.id
+            )  # replaced by a later run while this one submitted
 
     def _is_same_work(self, run: PendingRun, last: LastRun) -> bool:
         """Whether a job for the model of the last run would do nothing new."""
