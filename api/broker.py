@@ -1,4 +1,4 @@
-"""Whether the broker answers: the one question the API asks it directly. Rings go through core/jobs/ring.py."""
+"""Whether the broker answers: the one question the API asks it directly. Rings go through core/service/jobs/ring.py."""
 
 from urllib.parse import quote, urlsplit
 

@@ -16,8 +16,8 @@ import psutil
 
 from bench.record import Figure, finish, make_parser
 from bench.stack import postgres_and_valkey
-from nightpress.core.access.keys import create_key
-from nightpress.core.jobs.records import Claimed
+from nightpress.core.service.access.keys import create_key
+from nightpress.core.service.jobs.records import Claimed
 from tests.jobs import offer, succeeded
 from tests.servers import free_port
 from tests.service import Service, eventually
@@ -52,9 +52,9 @@ def work(service: Service, claimed: list[Claimed]) -> None:
     time.sleep(2)
     for step in range(EVENTS):
         for job in claimed:
-            service.store.record_event(job.lease, "checkpoint", {"step": step})
+            service.store.attempts.record_event(job.lease, "checkpoint", {"step": step})
     for job in claimed:
-        service.store.finish(job.lease, succeeded(job.lease))
+        service.store.attempts.finish(job.lease, succeeded(job.lease))
 
 
 async def everybody(url: str, key: str, jobs: list[str], clients: int) -> list[list[int]]:
@@ -72,7 +72,7 @@ def measure(clients: int) -> list[Figure]:
         service = Service(folder, url, broker_url=broker_url, api_port=port)
         try:
             jobs = [service.submit() for _ in range(JOBS)]
-            claimed = [job for _ in jobs if (job := service.store.claim(offer(), ttl_s=3600.0)) is not None]
+            claimed = [job for _ in jobs if (job := service.store.claims.claim(offer(), ttl_s=3600.0)) is not None]
             key = create_key(service.engine, tenant_id="default", name="bench", scopes=["jobs:read"])[1]
             process = psutil.Process(service.start("-m", "nightpress.api").pid)
             base = f"http://127.0.0.1:{port}"

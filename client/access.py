@@ -5,19 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from nightpress.client.calls import Call, given, if_match, nothing, path_of, post, reader
-from nightpress.core.schemas import (
-    AuditView,
+from nightpress.core.wire.access import AuditView, KeyCreate, KeyRotate, KeyView, NewKeyView, QuotaChange, TenantView
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.system import MeView
+from nightpress.core.wire.webhooks import (
     DeliveryView,
-    KeyCreate,
-    KeyRotate,
-    KeyView,
-    MeView,
-    NewKeyView,
     NewWebhookView,
-    Page,
-    QuotaChange,
     SecretRotate,
-    TenantView,
     WebhookCreate,
     WebhookEvent,
     WebhookUpdate,
@@ -47,7 +41,7 @@ def page_webhooks(*, cursor: str | None = None, limit: int = 50) -> Call[Page[We
 
 
 def edit_webhook(webhook: str, *, version: int | None = None, **changes: Any) -> Call[WebhookView]:
-    """`changes`: those of core.schemas.WebhookUpdate. With `version`, only while it is still that one: else ApiError(precondition_failed)."""
+    """`changes`: those of core.wire.webhooks.WebhookUpdate. With `version`, only while it is still that one: else ApiError(precondition_failed)."""
     body = WebhookUpdate(**changes).model_dump(mode="json", exclude_unset=True)
     headers = if_match(version)
     return Call("PATCH", path_of("webhooks", webhook), _WEBHOOK, repeatable=not headers, json=body, headers=headers)
@@ -135,7 +129,7 @@ def get_tenant(tenant_id: str) -> Call[TenantView]:
 
 
 def set_quotas(tenant_id: str, *, version: int | None = None, **quotas: int | None) -> Call[TenantView]:
-    """`quotas`: those of core.schemas.QuotaChange; None gives the installation's own back, 0 means no bound."""
+    """`quotas`: those of core.wire.access.QuotaChange; None gives the installation's own back, 0 means no bound."""
     body = QuotaChange(**quotas).model_dump(mode="json", exclude_unset=True)
     headers = if_match(version)
     path = path_of("admin", "tenants", tenant_id)

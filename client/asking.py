@@ -8,7 +8,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, overload
 
 from nightpress.client.calls import Call
-from nightpress.core.schemas import Page
+from nightpress.core.wire.base import Page
 
 if TYPE_CHECKING:
     from nightpress.client.asynchronous import AsyncClient

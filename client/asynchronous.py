@@ -20,20 +20,9 @@ from nightpress.client.folders import plain_name
 from nightpress.client.transfers import UNWATCHED, Meter
 from nightpress.client.transport import attempts_at, read_answer
 from nightpress.client.waiting import Pace
-from nightpress.core.schemas import (
-    TERMINAL_STATES,
-    DataSetCreate,
-    DataSetView,
-    EventView,
-    JobView,
-    LogView,
-    MeView,
-    ModelCreate,
-    ModelView,
-    QueueView,
-    ReadyView,
-    WorkerView,
-)
+from nightpress.core.wire.jobs import TERMINAL_STATES, EventView, JobView, LogView
+from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView
+from nightpress.core.wire.system import MeView, QueueView, ReadyView, WorkerView
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")

@@ -13,37 +13,24 @@ import httpx
 from pydantic import BaseModel, TypeAdapter
 
 from nightpress.core.recipes.plan import Plan
-from nightpress.core.schemas import (
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.jobs import (
     ArtifactView,
     CancelledView,
-    DataSetCreate,
-    DataSetView,
     EventView,
     JobBatch,
     JobCreate,
     JobFilter,
-    JobSpec,
+    JobRequest,
     JobView,
-    LatestView,
     LogView,
-    ModelCreate,
-    ModelView,
-    Page,
-    PromotionCreate,
-    PromotionView,
-    QueueView,
-    ReadyView,
-    RecipeView,
     ReportView,
-    ScheduleCreate,
-    ScheduleRunView,
-    ScheduleUpdate,
-    ScheduleView,
-    UploadFile,
-    ValidateRequest,
-    ValidateView,
-    WorkerView,
 )
+from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView, UploadFile
+from nightpress.core.wire.promotions import LatestView, PromotionCreate, PromotionView
+from nightpress.core.wire.recipes import RecipeView, ValidateRequest, ValidateView
+from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
+from nightpress.core.wire.system import QueueView, ReadyView, WorkerView
 
 Answer = TypeVar("Answer")
 _HASHING_S = 3600.0  #: to read a model of some terabytes from a server's disk
@@ -220,7 +207,7 @@ def recipe_schema() -> Call[dict[str, Any]]:
 def submit_job(
     model: str, recipe: str | dict[str, Any], *, idempotency_key: str | None = None, **fields: Any
 ) -> Call[JobView]:
-    """Queue a job. `fields`: those of core.schemas.JobCreate (name, priority, labels, run_after, …).
+    """Queue a job. `fields`: those of core.wire.jobs.JobCreate (name, priority, labels, run_after, …).
 
     The request carries a fresh Idempotency-Key, so that a retry over a bad line makes no second job; give your own to extend
     that over several runs of a program.
@@ -292,10 +279,10 @@ def get_drawn_report(job_id: str, form: Literal["html", "md"]) -> Call[str]:
 def create_schedule(
     name: str, cron: str, model: str, recipe: str | dict[str, Any], *, timezone: str = "UTC", **fields: Any
 ) -> Call[ScheduleView]:
-    """`fields`: those of core.schemas.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobSpec."""
+    """`fields`: those of core.wire.schedules.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobRequest."""
     own = {key: value for key, value in fields.items() if key in ScheduleCreate.model_fields}
     rest = {key: value for key, value in fields.items() if key not in own}
-    job = JobSpec(model=model, recipe=recipe, **rest)
+    job = JobRequest(model=model, recipe=recipe, **rest)
     return post("/v1/schedules", _SCHEDULE, ScheduleCreate(name=name, cron=cron, timezone=timezone, job=job, **own))
 
 

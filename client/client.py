@@ -20,21 +20,9 @@ from nightpress.client.folders import ModelFolder, plain_name, read_model_folder
 from nightpress.client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
 from nightpress.client.transport import attempts_at, read_answer
 from nightpress.client.waiting import Pace
-from nightpress.core.schemas import (
-    TERMINAL_STATES,
-    DataSetCreate,
-    DataSetView,
-    EventView,
-    JobView,
-    LogView,
-    MeView,
-    ModelCreate,
-    ModelView,
-    QueueView,
-    ReadyView,
-    UploadFile,
-    WorkerView,
-)
+from nightpress.core.wire.jobs import TERMINAL_STATES, EventView, JobView, LogView
+from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView, UploadFile
+from nightpress.core.wire.system import MeView, QueueView, ReadyView, WorkerView
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")

@@ -8,7 +8,7 @@ import typer
 from nightpress.client.cli import output
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.core.numbers import whole_number
-from nightpress.core.schemas import KeyView, NewKeyView, QuotaChange, TenantView, UsageView
+from nightpress.core.wire.access import KeyView, NewKeyView, QuotaChange, TenantView, UsageView
 
 keys = typer.Typer(invoke_without_command=True, help="API keys: list, add, show, rotate, revoke.")
 tenants = typer.Typer(

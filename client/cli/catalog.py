@@ -14,7 +14,7 @@ from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.errors import ClientError
 from nightpress.client.folders import plain_name
 from nightpress.core.recipes.plan import Plan
-from nightpress.core.schemas import DataSetView, ModelView
+from nightpress.core.wire.models import DataSetView, ModelView
 
 recipes = typer.Typer(invoke_without_command=True, help="The recipes: list, show one, check one's own, the schema.")
 models = typer.Typer(

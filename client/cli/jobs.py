@@ -15,7 +15,8 @@ from nightpress.client.folders import read_model_folder
 from nightpress.core.errors import ErrorCode
 from nightpress.core.recipes.models import load_recipe
 from nightpress.core.recipes.yamlfile import read_yaml
-from nightpress.core.schemas import JobFilter, JobView, LogView, ModelView
+from nightpress.core.wire.jobs import JobFilter, JobView, LogView
+from nightpress.core.wire.models import ModelView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 

@@ -7,7 +7,7 @@ import typer
 from nightpress.client.cli import output
 from nightpress.client.cli.jobs import parse_labels, read_recipe
 from nightpress.client.cli.session import Session, takes_session
-from nightpress.core.schemas import ScheduleRunView, ScheduleView
+from nightpress.core.wire.schedules import ScheduleRunView, ScheduleView
 
 schedule = typer.Typer(invoke_without_command=True, help="Schedules: list, add, show, edit, suspend, resume, trigger.")
 

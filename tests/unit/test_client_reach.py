@@ -16,8 +16,9 @@ from nightpress.client import access, asynchronous, calls, client
 from nightpress.client.asking import AsyncResource, Resource, _Method
 from nightpress.client.calls import Call
 from nightpress.client.cli.main import app
-from nightpress.core.schemas import DataSetCreate, JobCreate, JobFilter, ModelCreate
 from nightpress.core.settings import Settings
+from nightpress.core.wire.jobs import JobCreate, JobFilter
+from nightpress.core.wire.models import DataSetCreate, ModelCreate
 
 #: operation → the command that asks for it. A new operation must be added here, or to LEFT_OUT with its reason.
 COMMANDS = {
