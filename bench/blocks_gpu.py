@@ -224,7 +224,10 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> list[Figure
     row = f"{options.shape}/{name}"
     seconds = (runs[many]["seconds"] - runs[few]["seconds"]) / (many - few)
     return [
-        *(Figure(f"{options.shape} floor/{what}/seconds", round(one, 3), "s a layer") for what, one in least.items()),
+        *(
+            Figure(f"{options.shape} floor/{what}/seconds", round(taken, 3), "s a layer")
+            for what, taken in least.items()
+        ),
         Figure(f"{row}/seconds", round(seconds, 3), "s a layer"),
         Figure(f"{row}/peak", round(peak, 2), "GiB of the GPU"),
         Figure(f"{row}/estimated", round(estimated, 2), "GiB of the GPU"),

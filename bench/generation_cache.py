@@ -52,31 +52,31 @@ def main() -> int:
 
 def figures_of(name: str, report: Report) -> Iterator[Figure]:
     (artifact,) = report.artifacts
-    kept = {one["tokens"]: one["bytes"] / 1e6 for one in report.passes[0].summary["cache_bytes"]}
-    without = {one.prompt: one for one in artifact.generation if not one.cached}
-    for one in artifact.generation:
-        if not one.cached:
+    kept = {entry["tokens"]: entry["bytes"] / 1e6 for entry in report.passes[0].summary["cache_bytes"]}
+    without = {timing.prompt: timing for timing in artifact.generation if not timing.cached}
+    for timing in artifact.generation:
+        if not timing.cached:
             continue
-        none, row = without[one.prompt], f"caches/{name}, {one.prompt}"
-        shorter = [size for tokens, size in kept.items() if tokens <= max(one.prompt, min(kept))]
-        yield Figure(f"{row}/prefill", round(one.prefill_tokens_per_s, 1), "tokens/s")
-        yield Figure(f"{row}/decode", round(one.decode_tokens_per_s, 2), "tokens/s")
+        none, row = without[timing.prompt], f"caches/{name}, {timing.prompt}"
+        shorter = [size for tokens, size in kept.items() if tokens <= max(timing.prompt, min(kept))]
+        yield Figure(f"{row}/prefill", round(timing.prefill_tokens_per_s, 1), "tokens/s")
+        yield Figure(f"{row}/decode", round(timing.decode_tokens_per_s, 2), "tokens/s")
         yield Figure(f"{row}/without", round(none.decode_tokens_per_s, 2), "tokens/s")
-        yield Figure(f"{row}/faster", round(one.decode_tokens_per_s / none.decode_tokens_per_s, 2), "×")
-        yield Figure(f"{row}/kept", round(kept.get(one.prompt, max(shorter)), 1), "MB")
-        yield Figure(f"{row}/peak", round((one.peak_memory_bytes or 0) / 1e6), "MB")
+        yield Figure(f"{row}/faster", round(timing.decode_tokens_per_s / none.decode_tokens_per_s, 2), "×")
+        yield Figure(f"{row}/kept", round(kept.get(timing.prompt, max(shorter)), 1), "MB")
+        yield Figure(f"{row}/peak", round((timing.peak_memory_bytes or 0) / 1e6), "MB")
         yield Figure(f"{row}/alike", none.alike or 0.0, "of four tokens")
     summary = report.passes[0].summary
-    if one := summary.get("beyond"):
-        yield Figure(f"beyond/{name}/prompt", one["prompt"], "tokens")
-        yield Figure(f"beyond/{name}/tokens", one["tokens"] * one["texts"], "tokens")
-        yield Figure(f"beyond/{name}/alike", one["tokens_alike"], "as a dynamic cache writes them")
-    if one := summary.get("prefix"):
-        yield Figure("prefix/prompt", one["prompt"], "tokens")
-        yield Figure("prefix/known", one["reused"], "tokens")
-        yield Figure("prefix/prefill", round(one["prefill_tokens_per_s_reused"]), "tokens/s")
-        yield Figure("prefix/prefill_without", round(one["prefill_tokens_per_s"]), "tokens/s")
-        yield Figure("prefix/same_token", int(one["same_token"]))
+    if beyond := summary.get("beyond"):
+        yield Figure(f"beyond/{name}/prompt", beyond["prompt"], "tokens")
+        yield Figure(f"beyond/{name}/tokens", beyond["tokens"] * beyond["texts"], "tokens")
+        yield Figure(f"beyond/{name}/alike", beyond["tokens_alike"], "as a dynamic cache writes them")
+    if prefix := summary.get("prefix"):
+        yield Figure("prefix/prompt", prefix["prompt"], "tokens")
+        yield Figure("prefix/known", prefix["reused"], "tokens")
+        yield Figure("prefix/prefill", round(prefix["prefill_tokens_per_s_reused"]), "tokens/s")
+        yield Figure("prefix/prefill_without", round(prefix["prefill_tokens_per_s"]), "tokens/s")
+        yield Figure("prefix/same_token", int(prefix["same_token"]))
 
 
 if __name__ == "__main__":

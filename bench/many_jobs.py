@@ -227,7 +227,7 @@ def figures_of(counts: list[int], sides: list[dict[str, float]], raced: dict[str
     figures = []
     for count, side in zip(counts, sides, strict=True):
         for name, value in side.items():
-            call = next((one for one in sorted(BARS_MS, key=len, reverse=True) if name.startswith(one)), "")
+            call = next((call for call in sorted(BARS_MS, key=len, reverse=True) if name.startswith(call)), "")
             barred = count == max(counts) and name == f"{call}_p99_ms"
             unit = next((unit for end, unit in reversed(UNITS.items()) if name.endswith(f"_{end}")), "")
             figures.append(Figure(f"{count} jobs/{name}", value, unit, bar=f"< {BARS_MS[call]}" if barred else ""))

@@ -39,11 +39,13 @@ class Timed:
 
     def median(self, form: str, shape: str) -> float:
         """Milliseconds."""
-        return statistics.median(one[form][shape] for one in self.rounds)
+        return statistics.median(times[form][shape] for times in self.rounds)
 
     def speedup(self, form: str, others: tuple[str, ...], shape: str) -> float:
         """How many times as fast as the fastest of some others. The ratio is taken within a round: all forms of one saw the same machine."""
-        return statistics.median(min(one[name][shape] for name in others) / one[form][shape] for one in self.rounds)
+        return statistics.median(
+            min(times[name][shape] for name in others) / times[form][shape] for times in self.rounds
+        )
 
     @property
     def shapes(self) -> list[str]:
@@ -92,11 +94,11 @@ def time_by_turns(forms: Mapping[str, Form], trial: quality.Trial, rounds: int, 
             plain = name.replace(" ", "-").replace(":", "")
             seen = run_consumer(form.runner, form.folder, trial.task, name=plain, scratch=scratch)
             taken = speed.timings(seen, trial.task)
-            timed.rounds[-1][name] = {f"{one.batch}x{one.length}": one.p50_ms for one in taken}
+            timed.rounds[-1][name] = {f"{timing.batch}x{timing.length}": timing.p50_ms for timing in taken}
             if turn == 0:
                 reference = reference or seen
                 measured = quality.measurements(trial, reference, seen)
-                timed.cosines[name] = next(one.value for one in measured if one.name == "cosine")
+                timed.cosines[name] = next(figure.value for figure in measured if figure.name == "cosine")
     return timed
 
 

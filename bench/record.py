@@ -115,14 +115,14 @@ def _versions() -> dict[str, str]:
 
 def read(name: str, folder: Path = RESULTS) -> tuple[Run, ...]:
     """All runs of a result, oldest first. Raises FileNotFoundError."""
-    return tuple(_run(one) for one in json.loads((folder / f"{name}.json").read_text())["runs"])
+    return tuple(_run(document) for document in json.loads((folder / f"{name}.json").read_text())["runs"])
 
 
 def _run(document: dict[str, Any]) -> Run:
     machine = Machine(**{**document["machine"], "features": tuple(document["machine"]["features"])})
     figures = tuple(
-        Figure(**{**one, "spread": tuple(one["spread"])}) if "spread" in one else Figure(**one)
-        for one in document["figures"]
+        Figure(**{**figure, "spread": tuple(figure["spread"])}) if "spread" in figure else Figure(**figure)
+        for figure in document["figures"]
     )
     return Run(**{**document, "machine": machine, "figures": figures})
 
@@ -133,8 +133,8 @@ def write(name: str, runs: Iterable[Run], folder: Path = RESULTS) -> Path:
     parts = []
     for run in runs:
         document = dataclasses.asdict(run)
-        figures = [_compact(one) for one in document.pop("figures")]
-        document = {key: one for key, one in document.items() if key not in {"transcribed", "note"} or one}
+        figures = [_compact(figure) for figure in document.pop("figures")]
+        document = {key: value for key, value in document.items() if key not in {"transcribed", "note"} or value}
         head = json.dumps(document, ensure_ascii=False, indent=1).removesuffix("\n}").replace("\n", "\n  ")
         parts.append(f"  {head},\n   " + '"figures": [\n    ' + ",\n    ".join(figures) + "\n   ]\n  }")
     path = folder / f"{name}.json"
@@ -143,17 +143,17 @@ def write(name: str, runs: Iterable[Run], folder: Path = RESULTS) -> Path:
 
 
 def _compact(figure: dict[str, Any]) -> str:
-    return json.dumps({key: one for key, one in figure.items() if one not in (None, "")}, ensure_ascii=False)
+    return json.dumps({key: value for key, value in figure.items() if value not in (None, "")}, ensure_ascii=False)
 
 
 def add(name: str, run: Run, folder: Path = RESULTS) -> Path:
     """Keep a run: its figures take the place of earlier ones of the same names."""
-    taken = {one.name for one in run.figures}
+    taken = {figure.name for figure in run.figures}
     if len(taken) < len(run.figures):
         raise ValueError(f"The bench {name} gave two figures the same name.")
     runs = []
     for earlier in read(name, folder) if (folder / f"{name}.json").exists() else ():
-        left = tuple(one for one in earlier.figures if one.name not in taken)
+        left = tuple(figure for figure in earlier.figures if figure.name not in taken)
         if left:
             runs.append(dataclasses.replace(earlier, figures=left))
     return write(name, [*runs, run], folder)
@@ -172,15 +172,15 @@ def finish(
     A run with the parser's defaults is kept in bench/results, any other in bench/out: it measured something else. `choices` names options
     that choose which figures are taken and don't change them.
     """
-    width = max((len(one.name) for one in figures), default=0)
-    for one in figures:
-        spread = f" ({one.spread[0]:g} to {one.spread[1]:g})" if one.spread else ""
-        bar = f"  {one.verdict} ({one.bar})" if one.bar else ""
-        print(f"{one.name:{width}}  {one.value:g} {one.unit}{spread}{bar}")
+    width = max((len(figure.name) for figure in figures), default=0)
+    for figure in figures:
+        spread = f" ({figure.spread[0]:g} to {figure.spread[1]:g})" if figure.spread else ""
+        bar = f"  {figure.verdict} ({figure.bar})" if figure.bar else ""
+        print(f"{figure.name:{width}}  {figure.value:g} {figure.unit}{spread}{bar}")
     usual = all(parser.get_default(key) == value for key, value in vars(options).items() if key not in choices)
     run = Run(datetime.now(UTC).date().isoformat(), _commit(), Machine.here(), _versions(), tuple(figures))
     print(f"kept in {add(name, run, RESULTS if usual else OUT).relative_to(BENCH.parent)}", file=sys.stderr)
-    return int(any(one.meets_bar is False for one in figures))
+    return int(any(figure.meets_bar is False for figure in figures))
 
 
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ def milliseconds(run: Any) -> float:
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times[5:])
+    return float(statistics.median(times[5:]))
 
 
 def stored_bytes(sparse: Any) -> int:

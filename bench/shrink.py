@@ -42,9 +42,9 @@ def measure(folder: Path, threads: int, rounds: int) -> list[Figure]:
     for at, (name, way) in enumerate(WAYS.items()):
         report = press(folder / str(at), source, recipe_of(way), threads)
         if not way:
-            figures.append(Figure("parameters/whole", report.source.parameters))
+            figures.append(Figure("parameters/whole", report.source.parameters or 0))
             figures.append(Figure("parameters/smaller", report.artifacts[0].parameters or 0))
-        cosine = next(one.value for one in report.artifacts[0].measurements if one.name == "cosine")
+        cosine = next(figure.value for figure in report.artifacts[0].measurements if figure.name == "cosine")
         figures.append(Figure(f"chosen by/{name}/cosine", round(cosine, 5)))
         seconds = sum(record.seconds for record in report.passes)
         figures.append(Figure(f"chosen by/{name}/seconds", round(seconds, 1), "s"))

@@ -88,7 +88,7 @@ def _quantize_naively(graph_file: Path, target: Path, ids: np.ndarray[Any, Any])
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     session = onnxruntime.InferenceSession(graph_file, providers=["CPUExecutionProvider"])
-    inputs = {one.name for one in session.get_inputs()}
+    inputs = {port.name for port in session.get_inputs()}
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -62,12 +62,12 @@ def make_model(folder: Path, size: int) -> None:
     total = number = 0
     for last, block in [(block is blocks[-1], block) for block in blocks]:
         shard |= block
-        if last or sum(one.nbytes for one in shard.values()) >= SHARD_BYTES:
+        if last or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             number += 1
             name = f"model-{number:05}.safetensors"
             save_file(shard, folder / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(shard, name)
-            total += sum(one.nbytes for one in shard.values())
+            total += sum(tensor.nbytes for tensor in shard.values())
             shard = {}
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -134,7 +134,7 @@ def child(source: Path, target: Path, bits: int, threads: int) -> None:
         model_type="llama",
         architecture="LlamaForCausalLM",
         config={},
-        tensors=tuple(one.info for shard in read_shards(source) for one in shard.tensors),
+        tensors=tuple(tensor.info for shard in read_shards(source) for tensor in shard.tensors),
         has_tokenizer=True,
     )
     peak, stop = anonymous_bytes(), threading.Event()

@@ -39,7 +39,7 @@ core, settings = openvino.Core(), {"INFERENCE_NUM_THREADS": threads, "PERFORMANC
 def load(file):
     model = core.compile_model(file, "CPU", settings)
     names = {name for port in model.inputs for name in port.names}
-    return model.create_infer_request(), {name: one for name, one in given.items() if name in names}
+    return model.create_infer_request(), {name: value for name, value in given.items() if name in names}
 def wait(request, feeds):
     request.infer(feeds)
     waits = []
@@ -127,8 +127,8 @@ def compare(
         "ONNX Runtime fp32": Form(onnx.CONSUMER, floats[0]),
         "OpenVINO fp32": Form(openvino.CONSUMER, floats[1]),
         **{
-            f"ours: cpu-encoder, {one.name}": Form(_RUNNERS[one.format], job / "out" / one.name)
-            for one in recipe.exports
+            f"ours: cpu-encoder, {export.name}": Form(_RUNNERS[export.format], job / "out" / export.name)
+            for export in recipe.exports
         },
         "by hand: quantize_dynamic": Form(onnx.CONSUMER, _quantize_dynamic(floats[0], folder / "by-hand")),
     }
@@ -149,7 +149,7 @@ def _by_turns(ours: Path, theirs: Path, threads: int) -> float:
     run = subprocess.run(
         [sys.executable, "-c", _TURNS, str(threads), *files], check=True, capture_output=True, text=True
     )
-    return statistics.median(json.loads(run.stdout))
+    return float(statistics.median(json.loads(run.stdout)))
 
 
 def _quantize_dynamic(floats: Path, target: Path) -> Path:

@@ -93,7 +93,9 @@ def measure(folder: Path, threads: int, rounds: int) -> list[Figure]:
     figures = []
     for name in commands:
         figures += [
-            Figure(f"forms/{name}/decode", round(1 / statistics.median(one[name] for one in rounds_s), 1), "tokens/s"),
+            Figure(
+                f"forms/{name}/decode", round(1 / statistics.median(waits[name] for waits in rounds_s), 1), "tokens/s"
+            ),
             Figure(f"forms/{name}/faster", round(_ratio(rounds_s, SOURCE, name), 2), "× transformers"),
             Figure(f"forms/{name}/perplexity", round(perplexity[name], 2)),
             Figure(f"forms/{name}/change", round(perplexity[name] / perplexity[SOURCE] - 1, 4), "of the perplexity"),
@@ -132,7 +134,7 @@ def perplexities(folder: Path, source: Path, files: dict[str, Path], threads: in
             gguf.CONSUMER, artifact, trial.task, name=f"form{at}", scratch=scratch, reference=reference.outputs_file
         )
         measurements = quality.measurements(trial, reference, seen)
-        found[name] = next(one.value for one in measurements if one.name == "perplexity")
+        found[name] = next(figure.value for figure in measurements if figure.name == "perplexity")
     return found
 
 
@@ -153,7 +155,7 @@ def bars_of(perplexity: dict[str, float], rounds_s: list[dict[str, float]]) -> l
 
 def _ratio(rounds_s: list[dict[str, float]], slow: str, fast: str) -> float:
     """How many times as fast `fast` is: both taken in the same rounds."""
-    return statistics.median(one[slow] / one[fast] for one in rounds_s)
+    return statistics.median(waits[slow] / waits[fast] for waits in rounds_s)
 
 
 def _decode(commands: dict[str, list[str]], turn: int, threads: int) -> dict[str, float]:

@@ -63,17 +63,22 @@ class Figures:
     def find(self, reference: str) -> Figure:
         result, figure = self._split(reference)
         for run in self.runs[result]:
-            for one in run.figures:
-                if one.name == figure:
+            for candidate in run.figures:
+                if candidate.name == figure:
                     if run not in self.used[result]:
                         self.used[result].append(run)
-                    return one
+                    return candidate
         raise UnknownFigureError(f"bench/results/{result}.json has no figure {figure!r}.")
 
     def rows(self, reference: str, by: str | None) -> list[str]:
         """What may stand for the `*` at the end of a reference: in the order of the file, or by the values of a column."""
         result, prefix = self._split(reference.removesuffix("*"))
-        names = [one.name for run in self.runs[result] for one in run.figures if one.name.startswith(prefix)]
+        names = [
+            candidate.name
+            for run in self.runs[result]
+            for candidate in run.figures
+            if candidate.name.startswith(prefix)
+        ]
         rows = dict.fromkeys(name.removeprefix(prefix).split("/")[0] for name in names if "/" in name[len(prefix) :])
         return sorted(rows, key=lambda row: self.find(f"{result}/{prefix}{row}/{by}").value) if by else list(rows)
 
@@ -112,21 +117,22 @@ def written(page: str) -> str:
 
 def _block(found: re.Match[str]) -> str:
     figures = Figures(found["names"].split())
-    lines = [line for one in found["template"].splitlines() for line in _lines(one, figures)]
+    lines = [line for part in found["template"].splitlines() for line in _lines(part, figures)]
     shown = "\n".join(lines).replace("{@sources}", figures.sources())
     return f"<!-- figures: {found['names']}\n{found['template']}-->\n{shown}\n<!-- end -->"
 
 
 def _lines(line: str, figures: Figures) -> list[str]:
     """What a line of a template comes to: itself, or a line for each row."""
-    labels = [one for one in _PLACEHOLDER.findall(line) if _ROWS.match(one)]
+    labels = [name for name in _PLACEHOLDER.findall(line) if _ROWS.match(name)]
     if not labels:
-        return [_PLACEHOLDER.sub(lambda one: _shown(one[1], figures), line)]
+        return [_PLACEHOLDER.sub(lambda found: _shown(found[1], figures), line)]
     reference, by = _ROWS.findall(labels[0])[0]
     lines = []
     for row in figures.rows(reference, by):
-        filled = line.replace(f"{{{labels[0]}}}", row)
-        lines.append(_PLACEHOLDER.sub(lambda one, row=row: _of_row(one[1].replace("*", row), figures), filled))
+        parts = _PLACEHOLDER.split(line.replace(f"{{{labels[0]}}}", row))
+        parts[1::2] = [_of_row(placeholder.replace("*", row), figures) for placeholder in parts[1::2]]
+        lines.append("".join(parts))
     return lines
 
 
@@ -150,17 +156,20 @@ def _shown(placeholder: str, figures: Figures) -> str:
         return f"{_SIGNS[sign]} {float(bound):g}"
     if attribute == "verdict":
         return figure.verdict
-    write = (lambda value: str(value)) if given is None else (lambda value: _format(value, given[1]))
+    how = given[1] if given else ""
     if attribute == "spread":
-        return "" if figure.spread is None else " ({} to {})".format(*map(write, figure.spread))
+        return (
+            "" if figure.spread is None else f" ({_format(figure.spread[0], how)} to {_format(figure.spread[1], how)})"
+        )
     if attribute in {"low", "high"}:
         if figure.spread is None:
             raise UnknownFigureError(f"{name} has no spread.")
-        return write(figure.spread[attribute == "high"])
-    return write(figure.value)
+        return _format(figure.spread[attribute == "high"], how)
+    return _format(figure.value, how)
 
 
 def _format(value: float, how: str) -> str:
+    """In Python's format; without one, as it was measured."""
     return format(round(value) if how.endswith("d") else value, how)
 
 

@@ -69,11 +69,11 @@ def errors_page() -> str:
 
 def _type_of(schema: dict[str, Any]) -> str:
     if "enum" in schema:
-        return ", ".join(f"`{one}`" for one in schema["enum"])
+        return ", ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:
         return f"`{schema['const']}`"
     if "anyOf" in schema:
-        return " or ".join(_type_of(one) for one in schema["anyOf"])
+        return " or ".join(_type_of(choice) for choice in schema["anyOf"])
     bounds = [
         f"{sign} {schema[key]}"
         for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
@@ -85,16 +85,16 @@ def _type_of(schema: dict[str, Any]) -> str:
 def _fields(model: Any) -> str:
     schema = model.model_json_schema()
     rows: list[tuple[object, ...]] = []
-    for name, one in schema["properties"].items():
+    for name, field in schema["properties"].items():
         if name in {"pass"}:
             continue
-        default = one.get("default", "")
+        default = field.get("default", "")
         rows.append(
             (
                 f"`{name}`",
-                _type_of(one),
+                _type_of(field),
                 f"`{default}`" if default not in ("", None) else "",
-                one.get("description", ""),
+                field.get("description", ""),
             )
         )
     return _table(("field", "takes", "default", "meaning"), rows)
@@ -105,8 +105,15 @@ def _doc(model: Any) -> str:
 
 
 def _aim(name: str, aim: Aim) -> tuple[object, ...]:
-    passes = ", ".join("`" + ", ".join(f"{key}: {value}" for key, value in one.items()) + "`" for one in aim.passes)
-    return f"`{name}`", passes, ", ".join(f"`{Export.model_validate(one).name}`" for one in aim.exports), aim.because
+    passes = ", ".join(
+        "`" + ", ".join(f"{key}: {value}" for key, value in options.items()) + "`" for options in aim.passes
+    )
+    return (
+        f"`{name}`",
+        passes,
+        ", ".join(f"`{Export.model_validate(export).name}`" for export in aim.exports),
+        aim.because,
+    )
 
 
 def recipes_page() -> str:
@@ -121,13 +128,13 @@ def recipes_page() -> str:
         "A recipe with a `target` may leave out `passes`, `exports` or both. What is filled in stands in the recipe from then on: it is what is stored, "
         "fingerprinted and shown. Exports that the target's runtimes don't load are refused. `auto` takes `cpu-llm` for language models that llama.cpp runs, up to "
         "8 billion parameters, `gpu-vllm` for others, `cpu-encoder` for text encoders.\n\n"
-        + _table(("target", "passes", "exports", "why"), [_aim(name, one) for name, one in AIMS.items()]),
+        + _table(("target", "passes", "exports", "why"), [_aim(name, aim) for name, aim in AIMS.items()]),
         "## Passes\n",
     ]
-    for one in PASS_TYPES:
-        carriers = ", ".join(f"`{name}`" for name in sorted(one.exports))
+    for options in PASS_TYPES:
+        carriers = ", ".join(f"`{name}`" for name in sorted(options.exports))
         parts.append(
-            f"### {one.model_fields['pass_'].default}\n\n{_doc(one)}\n\nNeeds: {one.needs}. Result carried by: {carriers}.\n\n{_fields(one)}"
+            f"### {options.model_fields['pass_'].default}\n\n{_doc(options)}\n\nNeeds: {options.needs}. Result carried by: {carriers}.\n\n{_fields(options)}"
         )
     parts.append("## Calibration\n\n" + _doc(Calibration) + "\n\n" + _fields(Calibration))
     parts.append("## Evaluation\n\n### quality\n\n" + _doc(Quality) + "\n\n" + _fields(Quality))
@@ -156,9 +163,9 @@ def commands_page() -> str:
     ]
     for words, command in _commands(get_command(app), ("nightpress",)):
         rows: list[tuple[object, ...]] = [
-            (_spelling(one), getattr(one, "help", "") or "")
-            for one in command.params
-            if one.name not in {"_api", "_profile", "_json", "install_completion", "show_completion"}
+            (_spelling(parameter), getattr(parameter, "help", "") or "")
+            for parameter in command.params
+            if parameter.name not in {"_api", "_profile", "_json", "install_completion", "show_completion"}
         ]
         parts.append(f"## {' '.join(words)}\n\n{inspect.cleandoc(command.help or '')}\n")
         if rows:
@@ -173,8 +180,8 @@ def _commands(command: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str,
         return
     if command.invoke_without_command:
         yield words, command
-    for name, one in command.commands.items():
-        yield from _commands(one, (*words, name))
+    for name, subcommand in command.commands.items():
+        yield from _commands(subcommand, (*words, name))
 
 
 def _spelling(parameter: Any) -> str:
