@@ -26,7 +26,7 @@ BENCHES = {
     "startup": Bench("How long a job, a worker and the API take to start, and the memory of an idle service.", 2),
     "submit": Bench("Submissions a second over HTTP, beside a bare endpoint with one INSERT.", 2),
     "many_jobs": Bench("Claims, pages and ticks with a million jobs in PostgreSQL, beside ten thousand.", 3),
-    "streams": Bench("Five hundred readers of event streams on one API process.", 0.5),
+    "event_streams": Bench("Five hundred readers of event streams on one API process.", 0.5),
     "web": Bench("Milliseconds until the web page shows a list, with ten thousand jobs.", 2),
     "recovery": Bench("Seconds until the job of a killed worker runs elsewhere.", 2),
     "storage": Bench("Upload and download of 1 GB, beside boto3.", 3),

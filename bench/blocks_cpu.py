@@ -2,16 +2,16 @@
 
     python -m bench.blocks_cpu [--method NAME …] [--seeds 2] [--side ours|peer] [--keep FOLDER] [--peer PYTHON | --no-peer]
 
-Both get the same fp32 model, the same calibration tokens and as many threads. What is counted is a whole process, from its start to the
-saved folder: imports, loading, calibrating, solving, saving. Its peak is that of its resident memory, files it maps included. Perplexity is
-then measured on the saved folder, as transformers loads it, by one and the same process. The peer runs in an environment of its own:
-PYTHON is its interpreter; without it one is made from bench/peer-requirements.txt, which takes some minutes and 2 GB of disk. A further
-seed calibrates both on other windows of the same prose: the spread of a method's perplexity over seeds is what a difference has to exceed.
-With --keep, figures are left in FOLDER and a run whose figures are there is not repeated: so the whole can be taken in pieces.
+Both sides get the same fp32 model, the same calibration tokens and the same number of threads. A whole process is counted, from its start to
+the saved folder: imports, loading, calibrating, solving, saving. Its peak is that of its resident memory, mapped files included. Another
+process then measures the perplexity of the saved folder, as transformers loads it. The other side, the peer, runs in an environment of its
+own. PYTHON is its interpreter; without it one is made from bench/peer-requirements.txt, which takes some minutes and 2 GB of disk. Each seed
+calibrates both sides on other windows of the same prose: a difference counts where it exceeds the spread over seeds. With --keep, figures
+are left in FOLDER, and a run whose figures are there is not repeated: so the bench can be run in pieces.
 
-The model's weights were 4-bit before they were de-quantized: 4-bit figures on it flatter grids like its own. The peer's AWQ does not run
-without a GPU. Bars: half of the peer's CPU seconds and half of its peak for GPTQ, SparseGPT and Wanda; a perplexity no worse than the
-peer's by more than it varies from seed to seed, for every method.
+The model's weights were 4-bit before they were de-quantized, which flatters 4-bit grids like its own. The peer's AWQ does not run without a
+GPU. Bars: half of the peer's CPU seconds and half of its peak for GPTQ, SparseGPT and Wanda; for every method a perplexity that is above the
+peer's by no more than it varies from seed to seed.
 """
 
 import argparse

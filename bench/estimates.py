@@ -2,12 +2,12 @@
 
     python -m bench.estimates [--only PAIR …] [--threads 2] [--device cuda]
 
-Each pair is one whole job in a worker's child: baseline, passes, exports, verification and a short evaluation. Memory is what the supervisor
-weighs against its limit: anonymous memory of the child and all it started, at its peak. Size is that of the artifact's weights or graph.
-Time is CPU seconds over threads, so that what else runs on the machine doesn't count; wall seconds stand beside it. Bars: memory within 20%,
-size within 2%, time within a factor of 2. A ratio is the estimate over what was measured.
+Each pair is a whole job in a worker's child: baseline, passes, exports, verification and a short evaluation. Memory is what the supervisor
+compares with its limit: the peak of anonymous memory of the child and all it started. Size is that of the artifact's weights or graph. Time is
+CPU seconds over threads, so that other work on the machine doesn't count. Wall seconds stand beside it. Bars: memory within 20%, size within
+2%, time within a factor of 2. A ratio is estimate over measurement.
 
-With `--device cuda` the jobs are others: language models of known shapes, cut to a few layers, with 128 × 2048 tokens. Time is wall seconds there, and
+With `--device cuda` the jobs are language models of known shapes, cut to a few layers, with 128 × 2048 tokens. Time is then wall seconds, and
 the peak of the GPU's memory stands beside its estimate.
 """
 

@@ -1,10 +1,10 @@
-"""A checkpoint several times larger than the memory it may use goes through GPTQ and weight-only: peak memory and seconds.
+"""GPTQ and weight-only on a checkpoint several times larger than the memory that they may use: peak memory and seconds.
 
     python -m bench.larger_than_memory [--memory-mib 640] [--times 4]
 
-A narrow Llama of random weights in fp32, with as many blocks as make it so large. Each pass runs in a child that may hold `--memory-mib` in all,
-what the imports of torch and transformers took included. The limit is a memory cgroup's: past it the kernel ends the process. The peak of
-its resident memory, files it maps included, is held against the limit besides. Needs the right to make cgroups, as root has.
+The model is a narrow Llama with random weights in fp32, with as many blocks as the size needs. Each pass runs in a child that may hold
+`--memory-mib` in all, the imports of torch and transformers included. A memory cgroup sets the limit: past it the kernel ends the process. The
+peak of the child's resident memory, mapped files included, is compared with the limit too. Only root may make cgroups.
 """
 
 import argparse

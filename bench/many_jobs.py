@@ -1,11 +1,10 @@
-"""The queue as it grows: claims, pages and ticks with a million jobs in PostgreSQL beside ten thousand; many workers at once.
+"""The store with a million jobs in PostgreSQL beside ten thousand: claims, pages and ticks; and many workers that claim at once.
 
     python -m bench.many_jobs [--jobs 10000 1000000]
 
-Nine jobs of ten are done, the rest wait, spread over twenty tenants and five priorities. PostgreSQL keeps fsync on. Latencies are of single
-calls from one client; the rate is of four processes with fifty simulated workers each, who claim until nothing is left. What doesn't depend on
-what else the machine does stands beside them: a call's statements and the processor time that it takes the server. A million rows take about
-a minute to write.
+Nine jobs of ten are done. The others wait, spread over twenty tenants and five priorities. PostgreSQL keeps fsync on. Latencies are of single
+calls from one client. The rate of claims is of four processes with fifty simulated workers each, who claim until no job is left. Two figures
+of each call don't depend on other work on the machine: its statements, and the server's CPU time. Writing a million rows takes about a minute.
 """
 
 import multiprocessing

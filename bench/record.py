@@ -1,7 +1,7 @@
-"""What a bench measured, kept in bench/results/NAME.json: the one place that every figure of the docs comes from.
+"""What benches measured, kept in bench/results/NAME.json. Every figure of the docs comes from there.
 
-A file holds runs. A run is what was measured together: on one machine, of one commit, on one day. A later run replaces the figures that it
-took again and leaves the others, each with the machine and the date that it has. `python -m docs.figures` writes the docs' tables from these files.
+A file holds runs. The figures of a run were measured together: on one machine, of one commit, on one day. A later run replaces the figures that
+it measured again. The others stay, each with its own machine and date. `python -m docs.figures` writes the docs' tables from these files.
 """
 
 import argparse

@@ -1,6 +1,8 @@
-"""How long a job is nobody's when its worker is killed: from kill -9 to running again elsewhere, beside the lease.
+"""How long a job runs nowhere after its worker was killed: from kill -9 until it runs on another worker, beside the lease.
 
-python -m bench.recovery [--ttl 10] [--rounds 5]
+    python -m bench.recovery [--ttl 10] [--rounds 5]
+
+Two workers on PostgreSQL. The control process ticks every two seconds, as it does by default.
 """
 
 import random

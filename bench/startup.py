@@ -1,11 +1,12 @@
-"""How long things take to begin, and what a service that does nothing holds.
+"""How long a job, a worker and the API take to start, and how much memory an idle service holds.
 
     python -m bench.startup [--jobs 10]
 
-submit → child running: from before the POST until SQL says that the child reported its first phase, with a warm spare, and beside
-it the same without one. Worker ready: from the start of the process until it is registered and hears rings, beside a bare Celery
-worker. `import nightpress.api.app` beside the import of the libraries it stands on. Memory: proportional set size (pages shared between
-processes count once in all), resident set size and anonymous memory.
+- From submission to running: from before the POST until the database says that the child reported its first phase; with a warm spare child,
+  and without one.
+- Worker ready: from the start of the process until it is registered and hears rings, beside a bare Celery worker.
+- Import: `nightpress.api.app`, beside the libraries that it needs.
+- Memory: proportional set size (pages that processes share are counted once in all), resident set size, and anonymous memory.
 """
 
 import json

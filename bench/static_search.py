@@ -1,9 +1,9 @@
-"""The `static-int8` pass alone on encoders that you have: how near it comes, what it costs, and its longest silence.
+"""The `static-int8` pass alone, on encoders that you have: its cosine, its cost, and the longest time without a message of progress.
 
     python -m bench.static_search FOLDER … [--bits 7 8] [--min-cosine 0.997] [--threads 2]
 
-Each folder is traced, then rounded once for each number of bits: 7 is what a processor without VNNI needs. Memory is anonymous, of a process of its
-own for each run, beside the plan's estimate for the whole job.
+Each folder is traced, then rounded once for each number of bits: a processor without VNNI needs 7. Each run has a process of its own. Its peak
+is that of anonymous memory, beside the plan's estimate for the whole job.
 """
 
 import multiprocessing

@@ -2,10 +2,10 @@
 
     python -m bench.stream [--size-gb 4] [--repeats 3] [--folder DIR]
 
-Makes a Llama-like bf16 model of the size asked for in a temporary folder (twice its size of disk is needed beside it), then alternates
-`cp` and `weight-only` at 8 and 4 bits: *cold* drops the page cache before and counts fsync on both sides; *warm* reads from the page
-cache, and `cp` doesn't fsync there, while the pass always does. Speeds are source bytes a second; ratios are medians of neighbours.
-Bars: 0.8 of the speed of `cp` cold, 0.35 warm, 400 MB of anonymous memory.
+Makes a Llama-like bf16 model in a temporary folder, which takes three times the model's size of disk in all. Then `cp` and `weight-only` at 8
+and 4 bits take turns. *Cold*: the page cache is emptied before, and both sides end with fsync. *Warm*: the files are in the page cache; the
+pass ends with fsync, and `cp` doesn't. Speeds are source bytes a second; ratios are medians of neighbouring runs. Bars: 0.8 of the speed of
+`cp` cold, 0.35 warm, 400 MB of anonymous memory.
 """
 
 import json

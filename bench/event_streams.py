@@ -1,8 +1,8 @@
-"""Five hundred people follow twenty jobs through one API process: its memory, and whether anybody misses or sees twice an event.
+"""Five hundred readers follow the events of twenty jobs through one API process: its memory, and events that are missed or come twice.
 
-    python -m bench.streams [--clients 500]
+    python -m bench.event_streams [--clients 500]
 
-PostgreSQL, one real API process. A third of the clients are cut off in the middle and come back with Last-Event-ID.
+The database is PostgreSQL, and the API process a real one. A third of the clients are cut off in the middle and come back with Last-Event-ID.
 """
 
 import asyncio
@@ -113,10 +113,10 @@ def _healthy(url: str) -> bool:
 
 
 def main() -> int:
-    parser = make_parser("streams", __doc__)
+    parser = make_parser("event_streams", __doc__)
     parser.add_argument("--clients", type=int, default=500)
     options = parser.parse_args()
-    return finish("streams", measure(options.clients), parser, options)
+    return finish("event_streams", measure(options.clients), parser, options)
 
 
 if __name__ == "__main__":
