@@ -40,8 +40,8 @@ docs: $(VENV)/.dev-installed  ## build the user's guide into site/
 	$(PIP) -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.dev-installed  ## take the figures that the docs show, some hours in all; one of them: make bench BENCH=static_int8
-	@$(BIN)/python -m bench --list
+bench: $(VENV)/.dev-installed  ## measure what the docs show, some hours in all; one bench: make bench BENCH=static_int8
+	$(if $(BENCH),,@$(BIN)/python -m bench --list)
 	$(BIN)/python -m bench $(BENCH)
 
 figures: $(VENV)/.dev-installed  ## write the figures of bench/results into the README and the docs

@@ -97,10 +97,11 @@ def _gpu() -> str | None:
 
 def _commit() -> str:
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=BENCH, capture_output=True, text=True)
+        done = subprocess.run(["git", *words], cwd=BENCH.parent, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results")  # where the bench before has left its own
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 
 
 def _versions() -> dict[str, str]:

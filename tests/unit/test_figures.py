@@ -11,6 +11,7 @@ import pytest
 from bench import record
 from bench.__main__ import BENCHES, listing
 from bench.record import Figure, Machine, Run
+from bench.train_figures import figures_of
 from docs import figures
 from docs.figures import PAGES, ROOT, UnknownFigureError, unmarked, unsourced_prose, written
 
@@ -240,3 +241,28 @@ def test_an_unknown_bench_and_one_that_needs_arguments_are_refused():
         done = subprocess.run([sys.executable, "-m", "bench", name], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2
         assert says in done.stderr
+
+
+def test_the_bench_of_training_names_its_figures_as_the_pages_do():
+    times = {"speedup": 1.9, "source_mean_ms": 12.1, "mean_ms": 6.6, "source_p95_ms": 29.5, "p95_ms": 13.8}
+    exits = [{"threshold": at / 10, "depth": 2.0 + at, "accuracy": 0.85, "lost": -0.005} | times for at in range(7)]
+    beside = {"accuracy": 0.84, "of_the_source": 0.99, "onnxruntime": times, "torch": times}
+    measured = {
+        "source_accuracy": 0.845,
+        "distill": beside,
+        "prune": beside,
+        "early-exit": {
+            "thresholds": exits,
+            "at_chosen": exits[2],
+            "cross_chosen": {"depth": 2.1, "lost": 0.006},
+        },
+        "steps": {"ours": 2.7, "plain": 1.5},
+    }
+    trained = {"device": "NVIDIA H200", "source_accuracy": 0.845, "steps": {"ours": 38.6, "plain": 33.9}}
+    found = [*figures_of(measured, "cpu"), *figures_of(trained, "cuda")]
+    shown = {figure.name for run in record.read("train") for figure in run.figures}
+    assert shown - {figure.name for figure in found} == set()
+    by_name = {figure.name: figure for figure in found}
+    assert by_name["classifiers/prune/lost"] == Figure("classifiers/prune/lost", 0.5, "points", bar="<= 2")
+    assert by_name["thresholds/chosen/threshold"].value == 0.2
+    assert by_name["thresholds/percentile 30/threshold"].value == 0.1
