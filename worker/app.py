@@ -71,7 +71,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
         slot.close(timeout=settings.drain_s)
         folder.close()
         engine.dispose()
-        if supervisor.mover.hangs():
+        if supervisor.storage_threads.hangs():
             log.warning("The object store does not answer; its last requests are given up.")
             logging.shutdown()
             os._exit(os.EX_OK)  # else Python would wait for them

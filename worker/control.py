@@ -62,10 +62,10 @@ class SlowSteps:
 
 
 @dataclass
-class _Bell:
-    """When a queue is rung next. The pause doubles until the queue has been empty once."""
+class _Pause:
+    """When a queue is rung again. The pause doubles with each ring, until the queue has been empty once."""
 
-    pause_s: float
+    seconds: float
     next_at: float = 0.0
 
 
@@ -82,7 +82,7 @@ class Control:
         self._courier = Courier(resources.webhooks, resources.settings)
         self._intake = Intake(resources.engine, self._registries)
         self._slow = SlowSteps()
-        self._bells: dict[str, _Bell] = {}
+        self._pauses: dict[str, _Pause] = {}
         self._sweep_at = 0.0
 
     def tick(self) -> None:
@@ -157,17 +157,17 @@ class Control:
     def _ring_queues(self) -> None:
         """Ring where there is work and a worker is idle. A busy worker looks for work by itself when it is done."""
         work = self._resources.store.reader.queues_with_work()
-        self._bells = {queue: self._bells.get(queue) or _Bell(self._settings.tick_s) for queue in work}
+        self._pauses = {queue: self._pauses.get(queue) or _Pause(self._settings.tick_s) for queue in work}
         idle: set[str] = (
             {worker.queue for worker in self._resources.store.roster.workers() if worker.state == "idle"}
             if work
             else set()
         )
-        for queue, bell in self._bells.items():
-            if queue in idle and time.monotonic() >= bell.next_at:
+        for queue, pause in self._pauses.items():
+            if queue in idle and time.monotonic() >= pause.next_at:
                 self._ring(queue)
-                bell.next_at = time.monotonic() + bell.pause_s
-                bell.pause_s = min(2 * bell.pause_s, _LONGEST_PAUSE_S)
+                pause.next_at = time.monotonic() + pause.seconds
+                pause.seconds = min(2 * pause.seconds, _LONGEST_PAUSE_S)
 
     def _forget_workers(self) -> None:
         self._resources.store.roster.forget_workers(FLEET_MEMORY_S)

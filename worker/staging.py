@@ -14,7 +14,7 @@ from nightpress.core.recipes.inspect import FolderFiles
 from nightpress.core.service.jobs.records import Job, Lease, MetricRow, Succeeded
 from nightpress.core.service.registry.contents import Contents, data_set_contents, model_contents
 from nightpress.worker import landlock
-from nightpress.worker.cache import BlobCache, disk_errors, stage_in_place
+from nightpress.worker.cache import BlobCache, full_worker_disk, stage_in_place
 from nightpress.worker.fitness import MachineFaultError
 
 _MAX_MANIFEST_BYTES = 16 * 1024**2
@@ -105,7 +105,7 @@ def files_of(manifest: Manifest) -> list[FileEntry]:
 def ship(job_dir: Path, manifest: Manifest, objects: ObjectStore, *, on_bytes: OnBytes) -> None:
     """Upload every file of the manifest, and the manifest last. Nobody sees any of it before the job's commit."""
     prefix = f"jobs/{manifest.job_id}/attempts/{manifest.attempt}"
-    with disk_errors():
+    with full_worker_disk():
         for file in files_of(manifest):
             path = _plain_file(job_dir, file.path)
             if path.stat().st_size != file.size:

@@ -29,15 +29,15 @@ from nightpress.core.settings import Settings
 from nightpress.core.tracing import span
 from nightpress.core.version import VERSION
 from nightpress.worker import sandbox
-from nightpress.worker.cache import disk_errors
+from nightpress.worker.cache import full_worker_disk
 from nightpress.worker.checkpoints import CheckpointDepot
 from nightpress.worker.fitness import Fitness, MachineFaultError
 from nightpress.worker.lease import LeaseKeeper
 from nightpress.worker.metrics import ATTEMPTS, BYTES_MOVED, GPU_SECONDS, LEASES_LOST, SECONDS_MOVING
-from nightpress.worker.moving import Mover
 from nightpress.worker.process import CHILD_COMMAND, ChildProcess
 from nightpress.worker.relay import Relay
 from nightpress.worker.staging import Stager, files_of, outcome_of, read_manifest, ship
+from nightpress.worker.storage_threads import StorageThreads
 
 #: of the whole job's progress, what fetching the source and uploading the result are worth
 FETCHED: Final = 0.03
@@ -86,7 +86,7 @@ class Supervisor:
         self._child_command = child_command
         self._spare: ChildProcess | None = None
         self.draining = threading.Event()
-        self.mover = Mover()
+        self.storage_threads = StorageThreads()
         self.fitness = Fitness(settings, objects)
 
     # The spare -------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ class _Attempt:
             tell=self._keeper.log_line,
             note=self._keeper.note,
         )
-        with disk_errors():
+        with full_worker_disk():
             self._move(lambda: depot.begin(on_bytes=lambda _count: self._check()))
         spec = JobSpec(
             job_id=self._job.id,
@@ -337,7 +337,7 @@ class _Attempt:
             self._child.beat()
 
     def _move(self, step: Callable[[], Answer]) -> Answer:
-        return self._supervisor.mover.move(step, self._check)
+        return self._supervisor.storage_threads.run(step, self._check)
 
     def _meter(self, phase: Phase, low: float, high: float) -> "_Meter":
         return _Meter(self._keeper, self._check, phase, low, high)

@@ -41,7 +41,7 @@ class DataSets(Protocol):
     def get(self, tenant_id: str, id_or_name: str) -> DataSetView: ...
 
 
-class _Briefly(Generic[Value]):
+class _RecentAnswers(Generic[Value]):
     """Answers remembered for a few seconds, so that a burst of submissions asks SQL once. Errors are not remembered."""
 
     def __init__(self, seconds: float, size: int = 256) -> None:
@@ -73,8 +73,8 @@ class JobService:
         self._data_sets = data_sets
         self._quotas = quotas
         self._settings = settings
-        self._planned: _Briefly[_Planned] = _Briefly(3.0)
-        self._fleet: _Briefly[Fleet] = _Briefly(3.0, size=1)
+        self._planned: _RecentAnswers[_Planned] = _RecentAnswers(3.0)
+        self._fleet: _RecentAnswers[Fleet] = _RecentAnswers(3.0, size=1)
 
     def submit(
         self, tenant_id: str, wanted: JobCreate, idempotency_key: str | None = None, *, key_id: str | None = None

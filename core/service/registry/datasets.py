@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.engine import Connection
 
-from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.files import storage_errors
 from nightpress.core.artifacts.storage import OnBytes
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import FileEntry
@@ -85,14 +85,14 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
         if not path.is_file():
             raise _no_file(raw)
         kind_of(path.name)
-        with disk_errors(raw):
+        with storage_errors(raw):
             size = path.stat().st_size
         return self._register(tenant_id, name, path, size)
 
     def _examine_path(self, path: Path, on_bytes: OnBytes, *, at_once: bool = False) -> Taken:
         if not path.is_file():
             raise _no_file(str(path))
-        with disk_errors(str(path)):
+        with storage_errors(str(path)):
             check_size(self.noun, path.stat().st_size, self._limit)
             facts = _examine(path.name, _pieces(path), at_once=at_once)
         return describe_files(path.parent, {path.name: path}, on_bytes), facts

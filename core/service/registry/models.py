@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.engine import Connection
 
-from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.files import storage_errors
 from nightpress.core.artifacts.storage import ObjectStore, OnBytes
 from nightpress.core.database import transaction
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -74,7 +74,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         path = resolve_path(raw, self._settings)
         if not path.is_dir():
             raise _no_folder(raw)
-        with disk_errors(raw):
+        with storage_errors(raw):
             sizes = self._files_at(path).names()
         check_names(sizes)
         return self._register(tenant_id, name, path, sum(sizes.values()))
@@ -89,7 +89,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
     def _examine_path(self, path: Path, on_bytes: OnBytes, *, at_once: bool = False) -> Taken:  # noqa: ARG002
         if not path.is_dir():
             raise _no_folder(str(path))
-        with disk_errors(str(path)):
+        with storage_errors(str(path)):
             files = self._files_at(path)
             sizes = files.names()
             check_size(self.noun, sum(sizes.values()), self._limit)

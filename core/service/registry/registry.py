@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sqlalchemy import Engine, Row, Select, Table, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
-from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.files import storage_errors
 from nightpress.core.artifacts.storage import ObjectStore, OnBytes
 from nightpress.core.database import db_now, later_than, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -333,7 +333,7 @@ def describe_files(root: Path, files: Mapping[str, Path], on_bytes: OnBytes) -> 
         on_bytes(found.size)
         return found
 
-    with disk_errors(str(root)), ThreadPoolExecutor(2) as pool:
+    with storage_errors(str(root)), ThreadPoolExecutor(2) as pool:
         return tuple(pool.map(describe, files))
 
 
