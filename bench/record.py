@@ -62,7 +62,7 @@ class Machine:
     processor: str
     features: tuple[str, ...]  #: instruction sets on which int8 and bfloat16 depend
     cores: int | None
-    memory_gb: int | None
+    memory_gib: int | None
     gpu: str | None
 
     @classmethod

@@ -32,11 +32,6 @@ BLOCK = re.compile(
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 _FORMAT = re.compile(r":([+,]*(?:\.\d+)?[df%])$")
 _ROWS = re.compile(r"^(.*/\*)(?: by (\w+))?$")
-_FENCED = re.compile(r"^ *```.*?^ *```", re.M | re.S)
-_CODE = re.compile(r"`[^`]*`")
-_VALUE = re.compile(r"\d ?(?:µs|ms|s|MB|MiB|GB|GiB|[kMG]?B/s|\w+/s|points)\b|\d ?[%×](?! \d)")  # 4 × 4 is a shape
-_TITLE = re.compile(r"\b(?:ms|seconds|MB|MiB|GB|GiB|\w+/s|perplexity|cosine|accuracy|faster)\b")
-_RATE = re.compile(r"\d ?(?:µs|ms|[kMG]?B/s|(?:tokens|requests|claims|steps)/s)\b|\d×|\d times as fast")
 _SIGNS = {"<=": "≤", ">=": "≥", "<": "<", ">": ">"}
 
 
@@ -104,7 +99,7 @@ def _place(run: Run) -> str:
     features = f" ({', '.join(machine.features)})" if machine.features else ""
     parts = [f"{machine.processor}{features}" if machine.processor else "", machine.gpu or ""]
     parts.append(f"{machine.cores} cores" if machine.cores else "")
-    parts.append(f"{machine.memory_gb} GiB" if machine.memory_gb else "")
+    parts.append(f"{machine.memory_gib} GiB" if machine.memory_gib else "")
     parts += [f"{library} {run.versions[library]}" for library in ("torch", "llmcompressor") if library in run.versions]
     note = f" ({run.note})" if run.note else ""
     return f"{day.day} {day:%B %Y}: {', '.join(part for part in parts if part)}{note}"
@@ -128,19 +123,30 @@ def _lines(line: str, figures: Figures) -> list[str]:
     if not labels:
         return [_PLACEHOLDER.sub(lambda found: _shown(found[1], figures), line)]
     reference, by = _ROWS.findall(labels[0])[0]
-    lines = []
-    for row in figures.rows(reference, by):
-        parts = _PLACEHOLDER.split(line.replace(f"{{{labels[0]}}}", row))
-        parts[1::2] = [_of_row(placeholder.replace("*", row), figures) for placeholder in parts[1::2]]
-        lines.append("".join(parts))
-    return lines
+    rows = figures.rows(reference, by)
+    plain, *rest = _PLACEHOLDER.split(line)
+    columns = [_column(placeholder, rows, figures) for placeholder in rest[::2]]
+    texts = rest[1::2]
+    return [
+        plain + "".join(cell + text for cell, text in zip(cells, texts, strict=True))
+        for cells in zip(*columns, strict=True)
+    ]
 
 
-def _of_row(placeholder: str, figures: Figures) -> str:
-    try:
-        return _shown(placeholder, figures)
-    except UnknownFigureError:
-        return "" if "@spread" in placeholder else "–"
+def _column(placeholder: str, rows: list[str], figures: Figures) -> list[str]:
+    """What a placeholder is in each row. Raises UnknownFigureError where no row has the figure."""
+    if _ROWS.match(placeholder):
+        return rows
+    cells, missing = [], []
+    for row in rows:
+        try:
+            cells.append(_shown(placeholder.replace("*", row), figures))
+        except UnknownFigureError as error:
+            missing.append(error)
+            cells.append("" if "@spread" in placeholder else "–")
+    if missing and len(missing) == len(rows):
+        raise missing[0]
+    return cells
 
 
 def _shown(placeholder: str, figures: Figures) -> str:
@@ -152,57 +158,26 @@ def _shown(placeholder: str, figures: Figures) -> str:
         name, attribute = name.split("@")
     figure = figures.find(name)
     if attribute == "bar":
+        if not figure.bar:
+            raise UnknownFigureError(f"{name} has no bar.")
         sign, bound = figure.bar.split(" ")
         return f"{_SIGNS[sign]} {float(bound):g}"
     if attribute == "verdict":
         return figure.verdict
     how = given[1] if given else ""
-    if attribute == "spread":
-        return (
-            "" if figure.spread is None else f" ({_format(figure.spread[0], how)} to {_format(figure.spread[1], how)})"
-        )
-    if attribute in {"low", "high"}:
+    if attribute in {"low", "high", "spread"}:
         if figure.spread is None:
+            if attribute == "spread":
+                return ""
             raise UnknownFigureError(f"{name} has no spread.")
-        return _format(figure.spread[attribute == "high"], how)
+        low, high = (_format(value, how) for value in figure.spread)
+        return {"low": low, "high": high, "spread": f" ({low} to {high})"}[attribute]
     return _format(figure.value, how)
 
 
 def _format(value: float, how: str) -> str:
     """In Python's format; without one, as it was measured."""
     return format(round(value) if how.endswith("d") else value, how)
-
-
-def unmarked(page: str) -> list[str]:
-    """Lines of tables that hold measured figures and stand outside of markers. A table of other figures has `<!-- not measured: why -->` above it."""
-    found, table = [], []
-    rest = _FENCED.sub("", BLOCK.sub("", page))
-    above = ""
-    for line in [*rest.splitlines(), ""]:
-        if line.startswith("|"):
-            table.append(line)
-            continue
-        if table and not above.startswith("<!-- not measured: "):
-            found += _measured_lines(table)
-        above = line.strip() or ("" if table else above)
-        table = []
-    return found
-
-
-def _measured_lines(table: list[str]) -> list[str]:
-    head, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
-    titled = {at for at, cell in enumerate(head) if _TITLE.search(cell)}
-    return [
-        line
-        for line, cells in zip(table[1:], body, strict=True)
-        if any(_VALUE.search(cell) or (at in titled and cell[:1].isdigit()) for at, cell in enumerate(cells))
-    ]
-
-
-def unsourced_prose(page: str) -> list[str]:
-    """Times and rates in prose outside of markers: they must come from the results, too."""
-    rest = _CODE.sub("", _FENCED.sub("", BLOCK.sub("", page)))
-    return [line for line in rest.splitlines() if not line.startswith("|") and _RATE.search(line)]
 
 
 if __name__ == "__main__":

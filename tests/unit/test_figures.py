@@ -13,7 +13,8 @@ from bench.__main__ import BENCHES, listing
 from bench.record import Figure, Machine, Run
 from bench.train_figures import figures_of
 from docs import figures
-from docs.figures import PAGES, ROOT, UnknownFigureError, unmarked, unsourced_prose, written
+from docs.figures import PAGES, ROOT, UnknownFigureError, written
+from docs.stray_figures import unmarked, unsourced_prose
 
 RESULTS = sorted(path.stem for path in (ROOT / "bench" / "results").glob("*.json"))
 #: written by docs/reference.py from the code
@@ -50,6 +51,8 @@ def test_no_measured_figure_stands_outside_of_markers(page: Path):
         ("submit", "{/ours/no such figure}"),
         ("submit", "{storage/upload/ours}"),  # which the marker doesn't name
         ("submit", "{/ours/rate@low}"),  # of which no spread is known
+        ("submit", "{/bare/rate@bar}"),  # of which nothing was promised
+        ("stream", "| {/cases/*} | {/cases/*/no such column} |"),
     ],
 )
 def test_a_page_cannot_name_what_was_not_measured(names: str, template: str):
