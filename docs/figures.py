@@ -11,8 +11,8 @@ In a page, a template stands in a comment, and what it comes to stands behind it
     -->
 
 The first line names the results that the template uses. `{submit/ours/rate:.0f}` is the figure `ours/rate` of bench/results/submit.json, in
-Python's format; without a format it is written as it was measured. `{/ours/rate}` means the first result. `@bar`, `@verdict`, `@low`,
-`@high` and `@spread` behind a name give the figure's bar, PASS or MISS, and how far it varied. A line with `{/*}` or `{/group/*}` is repeated
+Python's format; without a format it is written as it was measured. `{/ours/rate}` means the first result. `@bar`, `@verdict`
+and `@spread` behind a name give the figure's bar, PASS or MISS, and how far it varied, if it is known. A line with `{/*}` or `{/group/*}` is repeated
 for each row, whose name takes the place of every `*`; `{/group/* by size}` sorts the rows. A row without one of the figures shows `–` there.
 `{@sources}` says when and where all figures were taken.
 """
@@ -165,13 +165,8 @@ def _shown(placeholder: str, figures: Figures) -> str:
     if attribute == "verdict":
         return figure.verdict
     how = given[1] if given else ""
-    if attribute in {"low", "high", "spread"}:
-        if figure.spread is None:
-            if attribute == "spread":
-                return ""
-            raise UnknownFigureError(f"{name} has no spread.")
-        low, high = (_format(value, how) for value in figure.spread)
-        return {"low": low, "high": high, "spread": f" ({low} to {high})"}[attribute]
+    if attribute == "spread":
+        return " ({} to {})".format(*(_format(value, how) for value in figure.spread)) if figure.spread else ""
     return _format(figure.value, how)
 
 
