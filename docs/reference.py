@@ -63,7 +63,8 @@ def errors_page() -> str:
         + _GENERATED
         + "One closed set of codes serves HTTP problems (RFC 9457), failed jobs and the command line. "
         "Each error says what happened and, in `hint`, what to do. A job that fails with a code that is tried again goes back to its "
-        "queue until its failures are used up.\n\n" + _table(("code", "HTTP status", "meaning", "tried again"), rows)
+        "queue, until it has failed as often as it may.\n\n"
+        + _table(("code", "HTTP status", "meaning", "tried again"), rows)
     )
 
 
@@ -125,9 +126,9 @@ def recipes_page() -> str:
         "`POST /v1/recipes/validate` (or `nightpress recipes validate FILE`) answers with the normalised recipe, the plan, an estimate and warnings.\n",
         "## Fields\n\n" + _fields(Recipe),
         "## Targets\n\n"
-        "A recipe with a `target` may leave out `passes`, `exports` or both. What is filled in stands in the recipe from then on: it is what is stored, "
-        "fingerprinted and shown. Exports that the target's runtimes don't load are refused. `auto` takes `cpu-llm` for language models that llama.cpp runs, up to "
-        "8 billion parameters, `gpu-vllm` for others, `cpu-encoder` for text encoders.\n\n"
+        "A recipe with a `target` may leave out `passes`, `exports` or both. The target fills them in, and the recipe is stored, fingerprinted and shown with them. "
+        "Exports that the target's runtimes don't load are refused. `auto` means `cpu-llm` for language models that llama.cpp runs, up to "
+        "8 billion parameters, `gpu-vllm` for other language models, and `cpu-encoder` for text encoders.\n\n"
         + _table(("target", "passes", "exports", "why"), [_aim(name, aim) for name, aim in AIMS.items()]),
         "## Passes\n",
     ]
@@ -143,7 +144,7 @@ def recipes_page() -> str:
     parts.append(
         '## Gates\n\nA gate bounds a figure: `perplexity: "<= +3%"` (a signed percentage is a change against the source), `size: "<= 35%"` '
         '(an unsigned one is a share of the source), `throughput: ">= 1.5x"` (a factor), `cosine: ">= 0.99"` (the value itself). '
-        "It is decided on the unfavourable end of the figure's 95% interval. A missed gate makes the verdict `rejected`; the artifacts are kept.\n\n"
+        "The unfavourable end of the figure's 95% interval decides. When a gate is missed, the verdict is `rejected`, and the artifacts are kept.\n\n"
         f"Figures: {', '.join(f'`{name}`' for name in GATE_METRICS)}.\n"
     )
     parts.append("## Built-in recipes\n")
@@ -158,8 +159,8 @@ def commands_page() -> str:
     parts = [
         "# Commands\n\n"
         + _GENERATED
-        + "Every command with its arguments and options. [Command line](cli.md) says what they have in common, exit statuses among it. Each takes `--api URL`, `--profile NAME`, "
-        "`--json` and `--help`; `nightpress --install-completion` completes them in your shell.\n"
+        + "Every command with its arguments and options. [Command line](cli.md) says what all commands have in common, such as exit statuses. Each takes `--api URL`, `--profile NAME`, "
+        "`--json` and `--help`. `nightpress --install-completion` makes your shell complete them.\n"
     ]
     for words, command in _commands(get_command(app), ("nightpress",)):
         rows: list[tuple[object, ...]] = [
