@@ -25,7 +25,7 @@ from nightpress.core.service.tables.jobs import (
 )
 from nightpress.core.wire.jobs import JobState
 
-JOB_COLUMNS = tuple(jobs.c[one.name] for one in fields(Job))
+JOB_COLUMNS = tuple(jobs.c[field.name] for field in fields(Job))
 _COUNT_BOUND = 1000
 QUEUES: tuple[Queue, ...] = get_args(Queue)
 
@@ -110,7 +110,7 @@ class JobReader:
 
     def artifacts(self, job_id: str) -> list[Artifact]:
         """What the job committed; empty until it has succeeded, and when it was pruned."""
-        query = select(*(job_artifacts.c[one.name] for one in fields(Artifact)))
+        query = select(*(job_artifacts.c[field.name] for field in fields(Artifact)))
         query = query.join_from(job_artifacts, jobs, jobs.c.id == job_artifacts.c.job_id)
         query = query.where(jobs.c.id == job_id, jobs.c.artifacts_state == "kept").order_by(job_artifacts.c.path)
         with transaction(self._engine, read_only=True) as connection:

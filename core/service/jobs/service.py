@@ -105,9 +105,9 @@ class JobService:
         """Write jobs, all or none. Raises what `submit` would, with each job's fault by its place in `faults`."""
         news: list[NewJob] = []
         refusals: list[tuple[int, NightpressError]] = []
-        for index, one in enumerate(wanted):
+        for index, request in enumerate(wanted):
             try:
-                news.append(self._resolve(tenant_id, one, key_id))
+                news.append(self._resolve(tenant_id, request, key_id))
             except NightpressError as error:
                 if error.kind.retryable:
                     raise
@@ -129,8 +129,8 @@ class JobService:
             self._quotas.check_gpu(tenant_id)
         made = self._store.submission.submit_all(news, max_queued=quotas.max_queued_jobs or NO_BOUND)
         return [
-            self._store.requests.reuse(job) if one.reuse and not one.force else job
-            for job, one in zip(made, wanted, strict=True)
+            self._store.requests.reuse(job) if request.reuse and not request.force else job
+            for job, request in zip(made, wanted, strict=True)
         ]
 
     def check(self, tenant_id: str, wanted: JobRequest) -> None:
@@ -243,7 +243,10 @@ class JobService:
             model_digest=str(model.digest),
             plan=plan,
             recipe=recipe.model_dump(mode="json"),
-            data={name: {"id": one.id, "name": one.name, "digest": one.digest} for name, one in data.items()},
+            data={
+                name: {"id": data_set.id, "name": data_set.name, "digest": data_set.digest}
+                for name, data_set in data.items()
+            },
         )
 
     def _make_plan(self, model_id: str, recipe: Recipe) -> "_Planned":
@@ -277,7 +280,7 @@ class JobService:
                 needs=gpu_need,
                 largest=largest_gpu,
             )
-        fitting = next((one for one in plan.estimate.leaner if one.memory_bytes <= largest), None)
+        fitting = next((variant for variant in plan.estimate.leaner if variant.memory_bytes <= largest), None)
         advice = "Start a" if fitting is None else f"Give the recipe {fitting.change}, or start a"
         raise NightpressError(
             ErrorCode.CANNOT_FIT,
@@ -288,16 +291,16 @@ class JobService:
         )
 
 
-def _must_be_ready(noun: str, one: ModelView | DataSetView) -> None:
+def _must_be_ready(noun: str, model: ModelView | DataSetView) -> None:
     says = {
         "uploading": ("still being uploaded", "Complete its upload first."),
         "fetching": ("still being fetched", "Wait until it is ready."),
         "verifying": ("still being verified", "Wait until it is ready."),
         "failed": ("not usable", "Its `error` says why. Register it again."),
     }
-    if one.state != "ready":
-        state, hint = says[one.state]
-        raise NightpressError(ErrorCode.CONFLICT, f"The {noun} {one.name} is {state}.", hint=hint, state=one.state)
+    if model.state != "ready":
+        state, hint = says[model.state]
+        raise NightpressError(ErrorCode.CONFLICT, f"The {noun} {model.name} is {state}.", hint=hint, state=model.state)
 
 
 @dataclass(frozen=True)
@@ -338,17 +341,21 @@ def _planned(plan: Plan) -> dict[str, Any]:
 def _fingerprint(model_digest: str, recipe: dict[str, Any], data: dict[str, dict[str, Any]]) -> str:
     """Of all that decides a job's result, but where it runs: `JobStore.reuse` looks at that. What a recipe is called decides nothing."""
     says = {key: value for key, value in recipe.items() if key not in {"name", "version", "description", "device"}}
-    digests = {name: one["digest"] for name, one in data.items()}
+    digests = {name: entry["digest"] for name, entry in data.items()}
     body = {"model": model_digest, "recipe": says, "data": digests, "engine": ENGINE}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _check_labels(recipe: Recipe, header: ModelHeader, data: dict[str, DataSetView]) -> None:
-    for one in recipe.evaluate:
-        if isinstance(one, Quality) and one.metric == "accuracy" and not (one.data in data and data[one.data].labelled):
+    for measure in recipe.evaluate:
+        if (
+            isinstance(measure, Quality)
+            and measure.metric == "accuracy"
+            and not (measure.data in data and data[measure.data].labelled)
+        ):
             raise NightpressError(
                 ErrorCode.INVALID_DATA,
-                f"evaluate: accuracy needs labels, and {one.data} has none.",
+                f"evaluate: accuracy needs labels, and {measure.data} has none.",
                 hint="Name a data set of rows with `text` and `label`.",
             )
     for step in recipe.passes:

@@ -122,7 +122,7 @@ class FetchingRegistry(Registry[View]):
             if row.size == 0:
                 self._quotas.check_storage(row.tenant_id, claim.total)
             if listing.revision == row.revision:
-                have = {one["path"]: FileEntry.model_validate(one) for one in row.files}
+                have = {entry["path"]: FileEntry.model_validate(entry) for entry in row.files}
             else:
                 have = {}
                 self._store.delete_prefix(owner.prefix)

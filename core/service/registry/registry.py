@@ -154,7 +154,7 @@ class Registry(ABC, Generic[View]):
 
     def _verify_upload(self, row: Row[Any], on_bytes: OnBytes, *, at_once: bool = False) -> Taken:
         owner = self._owner(row.id)
-        files = tuple(FileEntry.model_validate(one) for one in row.files)
+        files = tuple(FileEntry.model_validate(entry) for entry in row.files)
         self._uploads.finish(owner, on_bytes)
         return files, self._examine_stored(owner, files, at_once=at_once)
 
