@@ -91,7 +91,7 @@ class JobService:
         try:
             new = self._resolve(tenant_id, wanted, key_id)
         except NightpressError:
-            # What made the job may be gone by now; the job itself is not.
+            # The model or recipe may be deleted by now; the job that they made is still there.
             job = self._store.submission.replay(tenant_id, idempotency) if idempotency else None
             if job is None:
                 raise
@@ -142,11 +142,11 @@ class JobService:
         return make_plan(recipe, self._models.header(model_id), self.fleet().seats)
 
     def fleet(self) -> Fleet:
-        """The workers that there have been lately, as of the last seconds."""
+        """The workers seen lately. The answer may be some seconds old."""
         return self._fleet.get("fleet", self._store.roster.fleet)
 
     def fingerprint(self, tenant_id: str, wanted: JobRequest) -> str:
-        """Of all that would decide the result of this job if it was submitted now. Raises what `check` raises, but cannot_fit."""
+        """The fingerprint that this job would have if it was submitted now. Raises what `check` raises, except cannot_fit."""
         return self._look_up(tenant_id, wanted).fingerprint
 
     def retry(self, tenant_id: str, job_id: str, *, key_id: str | None = None) -> Job:
@@ -230,7 +230,7 @@ class JobService:
         )
 
     def _look_up(self, tenant_id: str, wanted: JobRequest) -> "_Resolved":
-        """What the names mean now. They are asked for each time: a name means other weights as soon as these are registered."""
+        """Resolve the names of model and data sets. Nothing is remembered: a name means other weights as soon as these are registered."""
         recipe = get_recipe(wanted.recipe) if isinstance(wanted.recipe, str) else parse_recipe(wanted.recipe)
         model = self._ready_model(tenant_id, wanted.model)
         planned = self._planned.get((model.id, recipe.model_dump_json()), lambda: self._make_plan(model.id, recipe))
@@ -264,7 +264,7 @@ class JobService:
         return data_set
 
     def _check_fit(self, plan: Plan) -> None:
-        """Refuse what no worker could ever hold. Where none is known to compare with, one that is large enough may still come."""
+        """Refuse a job that no known worker could ever hold. With no worker known, a large enough one may still start."""
         assert plan.estimate is not None
         seats = [seat for seat in self.fleet().seats if seat.queue == plan.queue]
         need, gpu_need = plan.estimate.memory_bytes, plan.estimate.gpu_bytes
@@ -305,7 +305,7 @@ def _must_be_ready(noun: str, model: ModelView | DataSetView) -> None:
 
 @dataclass(frozen=True)
 class _Planned:
-    """What a recipe comes to on a model, with the fleet of the last seconds."""
+    """The plan of a recipe for a model and the workers seen lately."""
 
     header: ModelHeader
     plan: Plan
@@ -339,7 +339,7 @@ def _planned(plan: Plan) -> dict[str, Any]:
 
 
 def _fingerprint(model_digest: str, recipe: dict[str, Any], data: dict[str, dict[str, Any]]) -> str:
-    """Of all that decides a job's result, but where it runs: `JobStore.reuse` looks at that. What a recipe is called decides nothing."""
+    """A digest of everything that decides a job's result. The device is not in it (`JobRequests.reuse` compares that), nor is the recipe's name."""
     says = {key: value for key, value in recipe.items() if key not in {"name", "version", "description", "device"}}
     digests = {name: entry["digest"] for name, entry in data.items()}
     body = {"model": model_digest, "recipe": says, "data": digests, "engine": ENGINE}

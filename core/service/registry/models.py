@@ -55,7 +55,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         return self._begin(tenant_id, request.name, request.files)
 
     def header(self, model_id: str) -> ModelHeader:
-        """What a plan needs to know. Whose model it is the caller has asked `get`. Raises not_found, conflict."""
+        """The header that a plan needs. The caller has checked the tenant with `get`. Raises not_found, conflict."""
         with transaction(self._engine, read_only=True) as connection:
             row = connection.execute(
                 select(models.c.name, models.c.state, models.c.header).where(
