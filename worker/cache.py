@@ -60,7 +60,7 @@ class BlobCache:
     def _make_room(self, size: int) -> None:
         """Remove the blobs not used for longest. A blob that a job still links frees nothing, so it stays."""
         with FileLock(self._locks / "eviction.lock"):
-            blobs = sorted(((path.stat(), path) for path in self._blobs.iterdir()), key=lambda one: one[0].st_mtime)
+            blobs = sorted(((path.stat(), path) for path in self._blobs.iterdir()), key=lambda entry: entry[0].st_mtime)
             excess = sum(info.st_size for info, _ in blobs) + size - self._limit
             for info, path in blobs:
                 if excess <= 0:

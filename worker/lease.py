@@ -112,7 +112,7 @@ class LeaseKeeper:
         self._on_renewed()
 
     def _flush(self) -> None:
-        """Lines first: a checkpoint in the history means that what was logged before it is stored too, if this worker is killed now."""
+        """Write the log lines first, then the events. So a checkpoint in the history means that the lines before it are stored too."""
         with self._changed:
             lines, notes = list(self._lines), list(self._notes)
             self._lines.clear()

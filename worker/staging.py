@@ -128,7 +128,10 @@ def _metrics(subject: Subject) -> list[MetricRow]:
     rows = [MetricRow(subject.name, "size", subject.size_bytes, "bytes")]
     if subject.peak_memory_bytes is not None:
         rows.append(MetricRow(subject.name, "peak_memory", subject.peak_memory_bytes, "bytes"))
-    rows += [MetricRow(subject.name, one.name, one.value, one.unit, one.low, one.high) for one in subject.measurements]
+    rows += [
+        MetricRow(subject.name, measured.name, measured.value, measured.unit, measured.low, measured.high)
+        for measured in subject.measurements
+    ]
     for timing in subject.timings:
         shape = f"{timing.batch}x{timing.length}"
         rows.append(MetricRow(subject.name, f"latency_{shape}", timing.p50_ms, "ms"))

@@ -138,7 +138,7 @@ class S3Store:
         keys = [info.key for info in self.list(key)] + [key] * (self.stat(key) is not None)
         with s3_errors(prefix):
             for begin in range(0, len(keys), 1000):
-                batch: Any = [{"Key": self._prefix + one} for one in keys[begin : begin + 1000]]
+                batch: Any = [{"Key": self._prefix + key} for key in keys[begin : begin + 1000]]
                 answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True})
                 for fault in answer.get("Errors", []):
                     raise unavailable(prefix, f"{fault.get('Code')}: {fault.get('Message')}")

@@ -82,7 +82,7 @@ class JobAttempts:
         return job is not None
 
     def append_logs(self, lease: Lease, lines: Sequence[tuple[str, str]]) -> bool:
-        """Keep lines of (level, text), until the job has its share of them. False: the lease was lost."""
+        """Store lines of (level, text), at most MAX_LOG_LINES a job. False: the lease was lost."""
         guarded = (
             update(jobs)
             .where(*holds(lease, Trigger.RENEW))

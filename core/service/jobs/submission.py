@@ -70,7 +70,7 @@ _GIVEN = (
     "run_limit_s",
     "stall_s",
 )
-#: So many submissions of one process go in uncounted, within so many seconds, after a count that found more than `_NEAR` places free.
+#: After a count that found more than `_NEAR` free places, a process may write this many submissions within this many seconds without counting.
 _ALLOWANCE = 64
 _ALLOWANCE_S = 2.0
 #: With fewer places free, a tenant's submissions are counted one after the other.
@@ -84,7 +84,7 @@ class _Allowance:
 
 
 class _QuotaGauge:
-    """Spares most submissions the count of what is queued, far from a tenant's quota.
+    """Saves most submissions from counting the queued jobs, as long as the tenant is far from its quota.
 
     A process has at most `_ALLOWANCE` uncounted submissions to give and as many in flight, whatever other processes do. So sixteen
     processes together stay below `_NEAR`, and a tenant can't pass its quota, unless `_NEAR` jobs come within `_ALLOWANCE_S`.

@@ -113,7 +113,7 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
 
     def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
         used = connection.scalars(select(jobs.c.data).where(jobs.c.tenant_id == tenant_id, live_jobs()))
-        return any(str(one.get("id")) == row_id for data in used for one in data.values())
+        return any(str(entry.get("id")) == row_id for data in used for entry in data.values())
 
     def _view(self, row: Row[Any]) -> DataSetView:
         return DataSetView(

@@ -55,7 +55,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         return self._begin(tenant_id, request.name, request.files)
 
     def header(self, model_id: str) -> ModelHeader:
-        """What a plan needs to know. Whose model it is the caller has asked `get`. Raises not_found, conflict."""
+        """The header that a plan needs. The caller has checked the tenant with `get`. Raises not_found, conflict."""
         with transaction(self._engine, read_only=True) as connection:
             row = connection.execute(
                 select(models.c.name, models.c.state, models.c.header).where(
@@ -104,7 +104,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         return self._settings.max_model_bytes
 
     def _examine_stored(self, owner: Owner, files: Sequence[FileEntry], *, at_once: bool = False) -> dict[str, Any]:  # noqa: ARG002
-        return _facts(inspect_model(_StoredFiles(self._store, owner.prefix, {one.path: one.size for one in files})))
+        return _facts(inspect_model(_StoredFiles(self._store, owner.prefix, {file.path: file.size for file in files})))
 
     def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
         query = select(jobs.c.id).where(jobs.c.tenant_id == tenant_id, jobs.c.model_id == row_id, live_jobs()).limit(1)
@@ -125,7 +125,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
             model_type=row.model_type,
             task=row.task,
             parameters=row.parameters,
-            files=[FileView.model_validate(one) for one in row.files],
+            files=[FileView.model_validate(entry) for entry in row.files],
             error=row.error,
             created_at=row.created_at,
         )

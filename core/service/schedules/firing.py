@@ -49,7 +49,7 @@ class Firing:
         for due in self._schedules.due(moment):
             fires = plan_fires(due, moment)
             if self._schedules.record_fires(due, fires, due.cron.next(moment)):
-                log.info("Schedule %s fired for %s.", due.id, ", ".join(f"{one:%Y-%m-%d %H:%M}Z" for one in fires))
+                log.info("Schedule %s fired for %s.", due.id, ", ".join(f"{fire:%Y-%m-%d %H:%M}Z" for fire in fires))
 
     def advance(self) -> None:
         """Decide each pending run. One that fails doesn't hold up the others."""
@@ -134,6 +134,6 @@ def plan_fires(due: Due, now: dt.datetime) -> dict[dt.datetime, str | None]:
     if due.catch_up == "all":
         return dict.fromkeys(fires)
     if due.catch_up == "latest":
-        return {one: None if one == fires[-1] else "missed" for one in fires}
+        return {fire: None if fire == fires[-1] else "missed" for fire in fires}
     on_time = now - dt.timedelta(seconds=ON_TIME_S)
-    return {one: None if one >= on_time else "missed" for one in fires}
+    return {fire: None if fire >= on_time else "missed" for fire in fires}
