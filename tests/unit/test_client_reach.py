@@ -11,11 +11,12 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from nightpress import AsyncClient, Client
 from nightpress.api.app import create_app
-from nightpress.client import access, asynchronous, calls, client
-from nightpress.client.asking import AsyncResource, Resource, _Method
+from nightpress.client import access, calls, events, resources, uploads
 from nightpress.client.calls import Call
 from nightpress.client.cli.main import app
+from nightpress.client.methods import Answering, Iterating, Resource
 from nightpress.core.schemas import DataSetCreate, JobCreate, JobFilter, ModelCreate
 from nightpress.core.settings import Settings
 
@@ -166,31 +167,29 @@ def test_every_operation_has_a_call(operations: dict[str, tuple[str, str]]):
             assert len(operation_of(call, operations)) == 1, call.path
 
 
-def test_the_client_makes_every_call():
-    used = {
-        _maker(one) for one in _resources(client, Resource) for one in vars(one).values() if isinstance(one, _Method)
-    }
-    used |= {name for one in _code_of(client) for name in one.co_names}
-    used |= {name for one in _code_of(inspect.getmodule(client.EVENTS)) for name in one.co_names}
+def test_the_clients_make_every_call():
+    kinds = [kind for _, kind in inspect.getmembers(resources, inspect.isclass) if issubclass(kind, Resource)]
+    methods = [method for kind in kinds for method in vars(kind).values()]
+    used = {method.described.__name__ for method in methods if isinstance(method, Answering | Iterating)}
+    used |= {name for module in (resources, uploads, events) for code in _code_of(module) for name in code.co_names}
     assert not MAKERS.keys() - used
 
 
 def test_both_clients_offer_the_same():
-    def offered(kind: type) -> dict[str, list[str]]:
-        public = {name: one for name, one in vars(kind).items() if not name.startswith("_")}
-        functions = {name: one.make if isinstance(one, _Method) else one for name, one in public.items()}
-        return {
-            name: [one for one in inspect.signature(function).parameters if one not in {"stop", "self"}]
-            for name, function in functions.items()
-            if callable(function)
+    def offered(resource: object) -> dict[str, list[str]]:
+        members = {name: getattr(resource, name) for name in dir(resource) if not name.startswith("_")}
+        methods = {
+            name: list(inspect.signature(member).parameters) for name, member in members.items() if callable(member)
         }
+        for name, member in members.items():
+            if isinstance(member, Resource):
+                methods |= {f"{name}.{method}": parameters for method, parameters in offered(member).items()}
+        return methods
 
-    pairs = {f"Async{one.__name__}": one for one in _resources(client, Resource)}
-    assert pairs.keys() == {one.__name__ for one in _resources(asynchronous, AsyncResource)}
-    for name, one in pairs.items():
-        assert offered(one) == offered(getattr(asynchronous, name)), name
-    both = ({"close"}, {"aclose", "in_thread"})
-    assert offered(client.Client).keys() - both[0] == offered(asynchronous.AsyncClient).keys() - both[1]
+    both, awaited = offered(Client("http://127.0.0.1:1")), offered(AsyncClient("http://127.0.0.1:1"))
+    assert both.pop("close") == awaited.pop("aclose") == []
+    assert both == awaited
+    assert both["jobs.wait"] == ["job_id", "timeout_s", "poll_s", "patience_s", "on_update"]
 
 
 def test_every_operation_has_a_command(operations: dict[str, tuple[str, str]]):
@@ -206,16 +205,7 @@ def _words(command: Any, words: tuple[str, ...]) -> Iterator[str]:
             yield from _words(one, (*words, name))
 
 
-def _resources(module: ModuleType, base: type) -> list[type]:
-    return [one for _, one in inspect.getmembers(module, inspect.isclass) if issubclass(one, base) and one is not base]
-
-
-def _maker(method: _Method[..., Any]) -> str:
-    return method.make.__name__
-
-
-def _code_of(module: ModuleType | None) -> Iterator[CodeType]:
-    assert module is not None
+def _code_of(module: ModuleType) -> Iterator[CodeType]:
     assert module.__file__ is not None
     waiting = [compile(Path(module.__file__).read_text(), module.__file__, "exec")]
     while waiting:
