@@ -1,6 +1,5 @@
 """Subcommands about jobs: submit, watch, wait, ls, inspect, logs, cancel, retry."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,14 +7,11 @@ import typer
 from nightpress.client.cli import output
 from nightpress.client.cli.exits import Exit
 from nightpress.client.cli.following import describe, detach_on_interrupt, exit_of, follow, print_end
+from nightpress.client.cli.models import send_model
+from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
-from nightpress.client.errors import ApiError
-from nightpress.client.folders import read_model_folder
-from nightpress.core.errors import ErrorCode
-from nightpress.core.recipes.models import load_recipe
-from nightpress.core.recipes.yamlfile import read_yaml
-from nightpress.core.schemas import JobFilter, JobView, LogView, ModelView
+from nightpress.core.schemas import JobFilter, JobView, LogView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
@@ -253,44 +249,3 @@ def parse_labels(raw: list[str]) -> dict[str, str]:
         if not one.partition("=")[1]:
             raise typer.BadParameter(f"{one!r} is not of the form key=value.", param_hint="--label")
     return dict(one.split("=", 1) for one in raw)
-
-
-def read_recipe(recipe: str) -> str | dict[str, Any]:
-    """A built-in's name as it is, a file's content as a mapping. A file's faults are found here, before anything is sent."""
-    path = Path(recipe)
-    if not path.is_file():
-        if path.suffix in {".yaml", ".yml", ".json"} or "/" in recipe:
-            raise typer.BadParameter(f"There is no file {recipe}.", param_hint="--recipe")
-        return recipe
-    text = path.read_text()
-    load_recipe(text)
-    raw: dict[str, Any] = read_yaml(text)
-    return raw
-
-
-def send_model(client: Client, model: str, name: str | None, *, quiet: bool) -> str:
-    """The id or name to submit: a local folder is registered in place where the server allows that, and sent otherwise."""
-    folder = Path(model)
-    if not folder.is_dir():
-        if "/" in model or model.startswith("."):
-            raise typer.BadParameter(f"There is no folder {model}.", param_hint="MODEL")
-        return model
-    chosen = read_model_folder(folder, name)
-    if (there := _registered_in_place(client, folder.resolve(), chosen.name)) is not None:
-        return there.id
-    if chosen.left_out and not quiet:
-        output.note(f"Not sent: {', '.join(chosen.left_out)}.", "dim")
-    with output.transfer_meter(f"sending {output.clean(chosen.name)}", quiet=quiet) as meter:
-        return client.models.upload(chosen, meter=meter).id
-
-
-def _registered_in_place(client: Client, folder: Path, name: str) -> ModelView | None:
-    """The model at this path of the server, if the server is this machine and its operator allowed the folder."""
-    if client.http.base_url.host not in {"127.0.0.1", "localhost", "::1"}:
-        return None
-    try:
-        return client.models.register(str(folder), name)
-    except ApiError as error:
-        if error.code in {ErrorCode.PATH_NOT_ALLOWED, ErrorCode.NOT_FOUND, ErrorCode.UNSUPPORTED_FORMAT}:
-            return None
-        raise

@@ -15,7 +15,7 @@ import typer
 from nightpress.client.cli import output
 from nightpress.client.cli.comparison import print_report
 from nightpress.client.cli.exits import Exit
-from nightpress.client.cli.jobs import read_recipe
+from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.errors import ClientError
 from nightpress.client.folders import read_model_folder

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from nightpress.client.cli import output
-from nightpress.client.cli.jobs import parse_labels, read_recipe
+from nightpress.client.cli.jobs import parse_labels
+from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.core.schemas import ScheduleRunView, ScheduleView
 
