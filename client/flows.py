@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import httpx
 
 from nightpress.client.calls import Call
-from nightpress.client.transport import Options, attempts_at, read_answer
+from nightpress.client.transport import Options, retry_of, read_answer
 from nightpress.core.schemas import Page
 
 P = ParamSpec("P")
@@ -75,12 +75,12 @@ def advance(flow: Generator[AnyStep, Any, Answer], outcome: object = None) -> An
 
 def send(call: Call[Answer], options: Options) -> Flow[Answer]:
     """Send a call, again where that helps. Raises ApiError or UnreachableError."""
-    attempts = attempts_at(call, options)
+    retry = retry_of(call, options)
     while True:
         outcome: httpx.Response | httpx.TransportError = yield Request(options.request(call))
-        pause = attempts.pause_after(outcome)
+        pause = retry.pause_after(outcome)
         if pause is None:
-            return read_answer(call, options, outcome, answer_lost=attempts.answer_lost)
+            return read_answer(call, options, outcome, answer_lost=retry.answer_lost)
         yield Pause(pause)
 
 

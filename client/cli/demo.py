@@ -64,7 +64,7 @@ def demo(
         model = Path(folder) / _MODEL_NAME
         copy_demo_model(package, model)
         step(
-            f"Sending {_MODEL_NAME} ({output.size_text(sum(one.stat().st_size for one in model.iterdir()))}) over HTTP"
+            f"Sending {_MODEL_NAME} ({output.size_text(sum(file.stat().st_size for file in model.iterdir()))}) over HTTP"
         )
         with output.transfer_meter("sending", quiet=quiet) as meter:
             subject = client.models.upload(read_model_folder(model, _MODEL_NAME), meter=meter)
@@ -91,13 +91,13 @@ def demo(
                 "job": job,
                 "report": report,
                 "folder": str(out),
-                "artifacts": [str(one) for one in folders],
+                "artifacts": [str(folder) for folder in folders],
                 "seconds": round(seconds, 1),
             }
         )
     else:
         print_report(report)
-        output.say(f"\nArtifacts: {', '.join(str(one) for one in folders)}")
+        output.say(f"\nArtifacts: {', '.join(str(folder) for folder in folders)}")
         output.say(f"Report:    {out / 'report.html'}")
         step("Done.")
     raise typer.Exit(exit_of(job))

@@ -152,15 +152,17 @@ def _check_key(client: Client, key: str | None, source: str) -> Check:
 
 def _check_workers(client: Client) -> Check:
     try:
-        alive = [one for one in client.workers() if one.state != "lost"]
-        served = {one.queue for one in alive}
-        unserved = [one for one in client.queues() if one.queued and one.name not in served]
+        alive = [worker for worker in client.workers() if worker.state != "lost"]
+        served = {worker.queue for worker in alive}
+        unserved = [queue for queue in client.queues() if queue.queued and queue.name not in served]
     except ApiError as error:
         return Check("workers", "warning", error.message, error.hint)
-    found = ", ".join(f"{one.queue} on {one.host} ({one.state})" for one in alive) or "none; jobs will wait"
+    found = ", ".join(f"{worker.queue} on {worker.host} ({worker.state})" for worker in alive) or "none; jobs will wait"
     if unserved:
-        waiting = " and ".join(f"{one.queued} waiting in the queue {one.name}" for one in unserved)
-        starts = " or ".join(f"`NIGHTPRESS_WORKER_QUEUE={one.name} python -m nightpress.worker`" for one in unserved)
+        waiting = " and ".join(f"{queue.queued} waiting in the queue {queue.name}" for queue in unserved)
+        starts = " or ".join(
+            f"`NIGHTPRESS_WORKER_QUEUE={queue.name} python -m nightpress.worker`" for queue in unserved
+        )
         return Check("workers", "failed", f"{found}; {waiting}, which no worker serves", f"Start one with {starts}.")
     if not alive:
         return Check(
@@ -170,7 +172,7 @@ def _check_workers(client: Client) -> Check:
 
 
 def _check_disk(settings: Settings) -> Check:
-    place = next(one for one in (settings.data_dir, *settings.data_dir.parents) if one.exists())
+    place = next(folder for folder in (settings.data_dir, *settings.data_dir.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     found = f"{output.size_text(free)} free at {place}"
     if free < _LOW_DISK:
@@ -200,7 +202,7 @@ def _check_walls(settings: Settings) -> Check:
 _PROBE = """
 import json, torch
 gpus = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
-print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": [[one.name, one.total_memory] for one in gpus]}))
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": [[gpu.name, gpu.total_memory] for gpu in gpus]}))
 """
 
 

@@ -167,8 +167,11 @@ def inspect(session: Session, job: JobArgument) -> None:
     if view.error:
         fields.append(("error", f"{view.error.get('code')}: {view.error.get('message')} {view.error.get('hint', '')}"))
     fields += [
-        (f"artifact {one.format}", f"{output.size_text(one.size)} in {len(one.files)} files, loaded by {one.consumer}")
-        for one in artifacts
+        (
+            f"artifact {artifact.format}",
+            f"{output.size_text(artifact.size)} in {len(artifact.files)} files, loaded by {artifact.consumer}",
+        )
+        for artifact in artifacts
     ]
     output.print_fields(fields)
     for event in history:
@@ -245,7 +248,7 @@ def retry(
 
 
 def parse_labels(raw: list[str]) -> dict[str, str]:
-    for one in raw:
-        if not one.partition("=")[1]:
-            raise typer.BadParameter(f"{one!r} is not of the form key=value.", param_hint="--label")
-    return dict(one.split("=", 1) for one in raw)
+    for label in raw:
+        if not label.partition("=")[1]:
+            raise typer.BadParameter(f"{label!r} is not of the form key=value.", param_hint="--label")
+    return dict(label.split("=", 1) for label in raw)

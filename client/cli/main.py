@@ -118,7 +118,7 @@ def explain(error: Exception) -> Exit:
                 return Exit.NOT_FOUND
             return Exit.REFUSED if error.kind.status < 500 else Exit.JOB_FAILED
         case ValidationError():
-            faults = [{"at": ".".join(map(str, one["loc"])), "problem": one["msg"]} for one in error.errors()]
+            faults = [{"at": ".".join(map(str, fault["loc"])), "problem": fault["msg"]} for fault in error.errors()]
             output.fail(
                 f"Some values are not valid.{_places(faults)}", "Settings come from NIGHTPRESS_* variables and .env."
             )
@@ -143,7 +143,8 @@ def explain(error: Exception) -> Exit:
 def _places(faults: list[dict[str, str]]) -> str:
     """The faulty fields, one a line."""
     return "".join(
-        f"\n  {one.get('at') or one.get('loc', '')}: {one.get('problem') or one.get('msg', '')}" for one in faults
+        f"\n  {fault.get('at') or fault.get('loc', '')}: {fault.get('problem') or fault.get('msg', '')}"
+        for fault in faults
     )
 
 

@@ -139,10 +139,10 @@ def require_core() -> None:
 def read_data(recipe: Recipe, given: list[str]) -> dict[str, Path]:
     """The local file for each data set that the recipe names."""
     sets: dict[str, Path] = {}
-    for one in given:
-        name, _, file = one.partition("=")
+    for assignment in given:
+        name, _, file = assignment.partition("=")
         if not file or not Path(file).is_file():
-            raise typer.BadParameter(f"{one!r} is not NAME=FILE with a file that exists.", param_hint="--data")
+            raise typer.BadParameter(f"{assignment!r} is not NAME=FILE with a file that exists.", param_hint="--data")
         sets[name] = Path(file)
     if missing := sorted(recipe.data_refs() - sets.keys()):
         raise typer.BadParameter(

@@ -56,24 +56,26 @@ def _show(found: Profile) -> None:
     kinds = [
         (
             kind,
-            f"{one.parameters:,}",
-            f"{one.bytes / 1e6:,.1f}",
-            f"{one.flops / 1e9:,.2f}",
-            f"{one.flops / max(first.flops, 1):.1%}",
+            f"{work.parameters:,}",
+            f"{work.bytes / 1e6:,.1f}",
+            f"{work.flops / 1e9:,.2f}",
+            f"{work.flops / max(first.flops, 1):.1%}",
         )
-        for kind, one in by_kind(found).items()
+        for kind, work in by_kind(found).items()
     ]
     heads = ("kind", "parameters", "MB", f"GFLOP at {first.batch} × {first.length}", "share")
     output.print_table(heads, kinds, right=(1, 2, 3, 4))
     columns: dict[str, list[str]] = {
-        "batch × tokens": [f"{one.batch} × {one.length}" for one in found.shapes],
-        "GFLOP": [f"{one.flops / 1e9:,.2f}" for one in found.shapes],
-        "quadratic": [f"{one.attention_share:.1%}" for one in found.shapes],
-        "FLOP/byte": [f"{one.intensity:,.0f}" for one in found.shapes],
-        "at best": [_ms(one.bound_ms) for one in found.shapes],
-        "limit": [one.limit or "" for one in found.shapes],
-        "cache": [f"{one.cache_bytes / 1e6:,.1f} MB" if one.cache_bytes is not None else "" for one in found.shapes],
-        "next token": [_ms(one.decode_bound_ms) for one in found.shapes],
+        "batch × tokens": [f"{shape.batch} × {shape.length}" for shape in found.shapes],
+        "GFLOP": [f"{shape.flops / 1e9:,.2f}" for shape in found.shapes],
+        "quadratic": [f"{shape.attention_share:.1%}" for shape in found.shapes],
+        "FLOP/byte": [f"{shape.intensity:,.0f}" for shape in found.shapes],
+        "at best": [_ms(shape.bound_ms) for shape in found.shapes],
+        "limit": [shape.limit or "" for shape in found.shapes],
+        "cache": [
+            f"{shape.cache_bytes / 1e6:,.1f} MB" if shape.cache_bytes is not None else "" for shape in found.shapes
+        ],
+        "next token": [_ms(shape.decode_bound_ms) for shape in found.shapes],
     }
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     output.print_table(list(shown), list(zip(*shown.values(), strict=True)), right=range(len(shown)))

@@ -74,14 +74,14 @@ def _print_comparison(found: Comparison) -> None:
     if found.shape:
         headers.append(f"latency {found.shape[0]} × {found.shape[1]}")
     rows = []
-    for one in found.points:
-        row = [one.label, output.size_text(one.size_bytes)]
+    for point in found.points:
+        row = [point.label, output.size_text(point.size_bytes)]
         if found.metric:
-            ends = f" [{one.quality_low:.4g}, {one.quality_high:.4g}]" if one.quality_low is not None else ""
-            row.append("–" if one.quality is None else f"{one.quality:.4g}{ends}")
+            ends = f" [{point.quality_low:.4g}, {point.quality_high:.4g}]" if point.quality_low is not None else ""
+            row.append("–" if point.quality is None else f"{point.quality:.4g}{ends}")
         if found.shape:
-            row.append("–" if one.latency_ms is None else f"{one.latency_ms:.1f} ms")
-        rows.append([*row, f"beaten by {one.dominated_by}" if one.dominated_by else one.verdict])
+            row.append("–" if point.latency_ms is None else f"{point.latency_ms:.1f} ms")
+        rows.append([*row, f"beaten by {point.dominated_by}" if point.dominated_by else point.verdict])
     output.print_table([*headers, ""], rows, right=range(1, len(headers)))
     for note in found.notes:
         output.note(f"note {note}", "yellow")
@@ -117,7 +117,7 @@ def reproduce(
                 f"{model} is not the model of the report: its digest is {spec.model_digest}, the report's {before.model.get('digest')}.",
                 hint="Bring the same files: no other revision, and no file more or less.",
             )
-        expected = {one.ref: one.sha256 for one in before.data}
+        expected = {data_set.ref: data_set.sha256 for data_set in before.data}
         for name, file in spec.data.items():
             sha256 = describe_file(job_dir / DATA_DIR, job_dir / DATA_DIR / file).sha256
             if expected.get(name) not in {None, sha256}:
@@ -138,15 +138,18 @@ def reproduce(
 
 def _as_dict(found: Reproduction) -> dict[str, Any]:
     tree = dataclasses.asdict(found)
-    tree["bytes"] = [dataclasses.asdict(one) | {"same": one.same} for one in found.bytes]
-    tree["figures"] = [dataclasses.asdict(one) | {"same": one.same, "within": one.within} for one in found.figures]
+    tree["bytes"] = [dataclasses.asdict(artifact) | {"same": artifact.same} for artifact in found.bytes]
+    tree["figures"] = [
+        dataclasses.asdict(figure) | {"same": figure.same, "within": figure.within} for figure in found.figures
+    ]
     return tree
 
 
 def _print_reproduction(found: Reproduction) -> None:
-    for one in found.bytes:
+    for artifact in found.bytes:
         output.say(
-            f"{one.artifact}: {'the same bytes' if one.same else 'other bytes'}", "green" if one.same else "yellow"
+            f"{artifact.artifact}: {'the same bytes' if artifact.same else 'other bytes'}",
+            "green" if artifact.same else "yellow",
         )
     rows = []
     for figure in found.figures:

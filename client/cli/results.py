@@ -42,12 +42,17 @@ def pull(
         folders = fetch(client, view, folder, formats or [], quiet=session.json)
     if session.json:
         output.print_json(
-            {"job": view.id, "verdict": view.verdict, "folder": str(folder), "artifacts": [str(one) for one in folders]}
+            {
+                "job": view.id,
+                "verdict": view.verdict,
+                "folder": str(folder),
+                "artifacts": [str(path) for path in folders],
+            }
         )
         return
-    for one in folders:
-        size = sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
-        output.say(f"{one}  {output.size_text(size)}")
+    for path in folders:
+        size = sum(path.stat().st_size for path in path.rglob("*") if path.is_file())
+        output.say(f"{path}  {output.size_text(size)}")
     if view.verdict == "rejected":
         output.note("Mind: this job's result was rejected by a gate of its recipe; see report.md there.", "yellow")
 

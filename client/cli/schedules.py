@@ -35,15 +35,19 @@ def list_schedules(session: Session, context: typer.Context) -> None:
         return
     rows = [
         (
-            one.name,
-            one.cron,
-            one.timezone,
-            "suspended" if one.suspended else f"{one.upcoming[0]:%Y-%m-%d %H:%M}Z" if one.upcoming else "never",
-            one.job.model,
-            _recipe_name(one),
-            one.overlap,
+            schedule.name,
+            schedule.cron,
+            schedule.timezone,
+            "suspended"
+            if schedule.suspended
+            else f"{schedule.upcoming[0]:%Y-%m-%d %H:%M}Z"
+            if schedule.upcoming
+            else "never",
+            schedule.job.model,
+            _recipe_name(schedule),
+            schedule.overlap,
         )
-        for one in found
+        for schedule in found
     ]
     output.print_table(("schedule", "cron", "time zone", "next", "model", "recipe", "overlap"), rows)
 
@@ -176,27 +180,27 @@ def remove(session: Session, name: Named) -> None:
     output.print_json({"removed": name}) if session.json else output.say(f"{name} is gone.")
 
 
-def _print(session: Session, one: ScheduleView) -> None:
+def _print(session: Session, schedule: ScheduleView) -> None:
     if session.json:
-        output.print_json(one)
+        output.print_json(schedule)
         return
     output.print_fields(
         [
-            ("schedule", one.name),
-            ("cron", f"{one.cron} {one.timezone}"),
-            ("state", "suspended" if one.suspended else "active"),
-            ("job", f"{_recipe_name(one)} on {one.job.model}"),
-            ("source", one.source),
-            ("overlap", one.overlap),
-            ("catch up", one.catch_up),
-            ("only if changed", "yes" if one.only_if_changed else ""),
-            ("next", ", ".join(f"{moment:%Y-%m-%d %H:%M}Z" for moment in one.upcoming[:3])),
+            ("schedule", schedule.name),
+            ("cron", f"{schedule.cron} {schedule.timezone}"),
+            ("state", "suspended" if schedule.suspended else "active"),
+            ("job", f"{_recipe_name(schedule)} on {schedule.job.model}"),
+            ("source", schedule.source),
+            ("overlap", schedule.overlap),
+            ("catch up", schedule.catch_up),
+            ("only if changed", "yes" if schedule.only_if_changed else ""),
+            ("next", ", ".join(f"{moment:%Y-%m-%d %H:%M}Z" for moment in schedule.upcoming[:3])),
         ]
     )
 
 
-def _recipe_name(one: ScheduleView) -> str:
-    return one.job.recipe if isinstance(one.job.recipe, str) else str(one.job.recipe.get("name", ""))
+def _recipe_name(schedule: ScheduleView) -> str:
+    return schedule.job.recipe if isinstance(schedule.job.recipe, str) else str(schedule.job.recipe.get("name", ""))
 
 
 def _row(run: ScheduleRunView) -> tuple[str, ...]:

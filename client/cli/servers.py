@@ -30,14 +30,14 @@ def list_servers(session: Session, context: typer.Context) -> None:
         return
     found = read_servers()
     rows = [
-        {"name": name, "api_url": one.api_url, "key": bool(one.api_key), "default": name == found.default}
-        for name, one in sorted(found.known.items())
+        {"name": name, "api_url": server.api_url, "key": bool(server.api_key), "default": name == found.default}
+        for name, server in sorted(found.known.items())
     ]
     if session.json:
         output.print_json(rows)
         return
     marks = [
-        (one["name"], one["api_url"], "yes" if one["key"] else "", "default" if one["default"] else "") for one in rows
+        (row["name"], row["api_url"], "yes" if row["key"] else "", "default" if row["default"] else "") for row in rows
     ]
     output.print_table(("server", "address", "key", ""), marks)
 

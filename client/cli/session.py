@@ -44,7 +44,7 @@ _JSON = Annotated[
 def takes_session(function: Callable[..., None]) -> Callable[..., None]:
     """Make a subcommand of a function whose parameter `session: Session` stands for the common options."""
     signature = inspect.signature(function)
-    own = [one for one in signature.parameters.values() if one.name != "session"]
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "session"]
     common = [
         inspect.Parameter("_api", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_API),
         inspect.Parameter("_profile", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_PROFILE),
@@ -55,7 +55,7 @@ def takes_session(function: Callable[..., None]) -> Callable[..., None]:
     def subcommand(*, _api: str | None, _profile: str | None, _json: bool, **given: Any) -> None:
         function(session=Session(_api, _json, _profile), **given)
 
-    parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own), *common]
+    parameters = [*(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own), *common]
     subcommand.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    subcommand.__annotations__ = {one.name: one.annotation for one in parameters}
+    subcommand.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return subcommand

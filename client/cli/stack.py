@@ -76,9 +76,9 @@ def running_stack(settings: Settings) -> psutil.Process | None:
     for number in StackState.load(settings.data_dir).pids.values():
         try:
             process = psutil.Process(number)
-            for one in (process, *process.parents()):
-                if _MODULE in one.cmdline() and one.status() != psutil.STATUS_ZOMBIE:
-                    return one
+            for ancestor in (process, *process.parents()):
+                if _MODULE in ancestor.cmdline() and ancestor.status() != psutil.STATUS_ZOMBIE:
+                    return ancestor
         except psutil.Error:
             continue
     return None

@@ -36,7 +36,7 @@ def list_webhooks(session: Session, context: typer.Context) -> None:
     if session.json:
         output.print_json(found)
         return
-    rows = [(one.id, one.url, ", ".join(one.events), _state(one)) for one in found]
+    rows = [(webhook.id, webhook.url, ", ".join(webhook.events), _state(webhook)) for webhook in found]
     output.print_table(("webhook", "address", "events", "state"), rows)
 
 
@@ -113,7 +113,10 @@ def deliveries(
     if session.json:
         output.print_json(found)
         return
-    rows = [(one.id, one.event, one.state, one.attempts, output.ago_text(one.created_at)) for one in found]
+    rows = [
+        (delivery.id, delivery.event, delivery.state, delivery.attempts, output.ago_text(delivery.created_at))
+        for delivery in found
+    ]
     output.print_table(("delivery", "event", "state", "tries", "made"), rows, right=(3,))
 
 
@@ -134,16 +137,21 @@ def remove(session: Session, webhook: Hook) -> None:
     output.print_json({"removed": webhook}) if session.json else output.say(f"{webhook} is gone.")
 
 
-def _state(one: WebhookView) -> str:
-    return "on" if one.enabled else f"off: {one.disabled_reason}" if one.disabled_reason else "off"
+def _state(webhook: WebhookView) -> str:
+    return "on" if webhook.enabled else f"off: {webhook.disabled_reason}" if webhook.disabled_reason else "off"
 
 
-def _print(session: Session, one: WebhookView) -> None:
+def _print(session: Session, webhook: WebhookView) -> None:
     if session.json:
-        output.print_json(one)
+        output.print_json(webhook)
         return
-    fields = [("webhook", one.id), ("address", one.url), ("events", ", ".join(one.events)), ("state", _state(one))]
-    output.print_fields([*fields, ("made", one.created_at)])
+    fields = [
+        ("webhook", webhook.id),
+        ("address", webhook.url),
+        ("events", ", ".join(webhook.events)),
+        ("state", _state(webhook)),
+    ]
+    output.print_fields([*fields, ("made", webhook.created_at)])
 
 
 def _print_new(session: Session, made: NewWebhookView) -> None:
@@ -162,11 +170,18 @@ def _print_sent(session: Session, sent: DeliveryView) -> None:
     output.say(f"{sent.id}: `nightpress webhooks deliveries {sent.webhook_id} {sent.id}` tells what came of it.")
 
 
-def _print_tries(session: Session, one: DeliveryView) -> None:
+def _print_tries(session: Session, delivery: DeliveryView) -> None:
     if session.json:
-        output.print_json(one)
+        output.print_json(delivery)
         return
-    output.print_fields([("delivery", one.id), ("event", one.event), ("state", one.state), ("next try", one.next_at)])
+    output.print_fields(
+        [
+            ("delivery", delivery.id),
+            ("event", delivery.event),
+            ("state", delivery.state),
+            ("next try", delivery.next_at),
+        ]
+    )
     rows = [
         (
             tried.number,
@@ -175,7 +190,7 @@ def _print_tries(session: Session, one: DeliveryView) -> None:
             f"{tried.duration_ms} ms",
             tried.error or "",
         )
-        for tried in one.log
+        for tried in delivery.log
     ]
     if rows:
         output.print_table(("try", "at", "status", "took", "error"), rows, right=(0, 2, 3))
