@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import httpx
 
 from nightpress.client.calls import Call
-from nightpress.client.transport import Options, retry_of, read_answer
+from nightpress.client.transport import Options, read_answer, retry_of
 from nightpress.core.schemas import Page
 
 P = ParamSpec("P")

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import httpx
 
 from nightpress.client.errors import ApiError, ClientError, TransferError
-from nightpress.client.transport import Retry, Options, not_reachable
+from nightpress.client.transport import Options, Retry, not_reachable
 from nightpress.core.handoff.manifest import FileEntry, digest_of
 from nightpress.core.schemas import ArtifactView, FileAnnouncement, FileView, UploadFile, UploadPart, upload_part_size
 

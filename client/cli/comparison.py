@@ -1,4 +1,4 @@
-"""The table of a report: the source model beside each artifact, with the change and its interval."""
+"""A report as a table: a column for the source model and for each artifact, with changes and intervals."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,8 @@ from nightpress.core.handoff.report import (
 
 
 def print_report(raw: dict[str, object]) -> None:
-    """Draw report.json: sizes, quality with intervals, latency, throughput, memory, gates, verdict and remarks."""
-    report = read_report(raw)  # a newer server may report more, an old job less
+    """Print a report: sizes, quality with intervals, latency, throughput, memory, gates, verdict and notes."""
+    report = read_report(raw)  # accepts more fields of a newer server and fewer of an old job
     subjects = (report.source, *report.artifacts)
     recipe, model = report.recipe.get("name", "?"), report.model.get("name", "?")
     output.say(f"{model} pressed with {recipe}", "bold")
@@ -30,15 +30,15 @@ def print_report(raw: dict[str, object]) -> None:
             f"gate {mark} {gate.artifact}: {gate.gate} (observed {_figure(gate.observed)}) {gate.explanation}", style
         )
     for subject in report.artifacts:
-        for remark in subject.notes:
-            output.say(f"note {subject.format}: {remark}", "yellow")
-    for remark in report.notes:
-        output.say(f"note {remark}", "yellow")
+        for note in subject.notes:
+            output.say(f"note {subject.format}: {note}", "yellow")
+    for note in report.notes:
+        output.say(f"note {note}", "yellow")
     output.say(f"verdict: {report.verdict}", "green" if report.verdict == "accepted" else "red")
 
 
 def comparison_rows(report: Report) -> list[list[str]]:
-    """A row a figure, a column a subject; the source's own column comes first."""
+    """The rows of the table: a figure each, with a cell for the source model and then for each artifact."""
     source, artifacts = report.source, report.artifacts
     rows = [["size", output.size_text(source.size_bytes), *(_size(artifact, source) for artifact in artifacts)]]
     for key in _measured((source, *artifacts)):

@@ -1,4 +1,4 @@
-"""`nightpress profile`: what a local model costs to run, counted from its header."""
+"""`nightpress profile`: the cost of running a local model, counted from its header."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,13 +25,13 @@ def profile(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Texts at once; may be repeated.")] = None,
     length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens a text; may be repeated.")] = None,
     device: Annotated[
-        str, typer.Option(help="Whose roofline: this (measured in a second), h100, a100, rtx-4090, none.")
+        str, typer.Option(help="The device of the roofline: this (measured in a second), h100, a100, rtx-4090, none.")
     ] = "this",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of the measurement.")] = 1,
 ) -> None:
-    """Count a model's parameters, operations, bytes and key/value cache, by kind, and what they allow a device at best."""
-    asked = {"batch": tuple(batch) if batch else None, "length": tuple(length) if length else None}
-    options = Profiling.model_validate({"device": device, **{key: value for key, value in asked.items() if value}})
+    """Count a model's parameters, operations, bytes and key/value cache by kind of layer, and bound its speed on a device."""
+    shapes = {"batch": tuple(batch) if batch else None, "length": tuple(length) if length else None}
+    options = Profiling.model_validate({"device": device, **{key: value for key, value in shapes.items() if value}})
     header = read_model_folder(model).header
     options.check(header)
     found = profile_of(header, model.name, options.shapes, _device(options, threads))

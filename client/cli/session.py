@@ -1,4 +1,4 @@
-"""What every subcommand shares: `--api`, `--profile` and `--json`, said once, and the client made from them."""
+"""The options that every command shares, `--api`, `--profile` and `--json`, and the client that is made from them."""
 
 import functools
 import inspect
@@ -13,13 +13,14 @@ from nightpress.client.client import Client
 
 @dataclass(frozen=True)
 class Session:
-    """The options that every subcommand takes."""
+    """The values of the shared options."""
 
     api: str | None = None
     json: bool = False
     profile: str | None = None
 
     def client(self) -> Client:
+        """A client of the chosen server. Raises ClientError for an unknown profile."""
         return Client(self.api, profile=self.profile)
 
 
@@ -33,16 +34,20 @@ _API = Annotated[
 ]
 _PROFILE = Annotated[
     str | None,
-    typer.Option("--profile", metavar="NAME", help="A server of `nightpress servers`; otherwise NIGHTPRESS_PROFILE."),
+    typer.Option(
+        "--profile", metavar="NAME", help="A server that `nightpress servers` lists; otherwise NIGHTPRESS_PROFILE."
+    ),
 ]
 _JSON = Annotated[
     bool,
-    typer.Option("--json", help="Print JSON (one document, or one a line) and nothing else to standard output."),
+    typer.Option(
+        "--json", help="Print JSON and nothing else to standard output: a document, or a document on each line."
+    ),
 ]
 
 
 def takes_session(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a subcommand of a function whose parameter `session: Session` stands for the common options."""
+    """Make a command of a function: its parameter `session: Session` is replaced by the shared options."""
     signature = inspect.signature(function)
     own = [parameter for parameter in signature.parameters.values() if parameter.name != "session"]
     common = [

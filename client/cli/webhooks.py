@@ -1,4 +1,4 @@
-"""`nightpress webhooks …`: who is told when a job has ended."""
+"""`nightpress webhooks …`: addresses that are told when a job has ended."""
 
 from itertools import islice
 from typing import Annotated, Any
@@ -43,7 +43,7 @@ def list_webhooks(session: Session, context: typer.Context) -> None:
 @webhooks.command("add")
 @takes_session
 def add(session: Session, url: Annotated[str, typer.Argument(metavar="URL")], event: Event = None) -> None:
-    """Tell an address when jobs end, and print the secret that signs the messages: it is shown this once."""
+    """Tell an address when jobs end. Prints the secret that signs the messages; it is shown this once."""
     wanted: Any = event or _EVERY_EVENT
     with session.client() as client:
         _print_new(session, client.webhooks.create(url, wanted))
@@ -52,7 +52,7 @@ def add(session: Session, url: Annotated[str, typer.Argument(metavar="URL")], ev
 @webhooks.command("show")
 @takes_session
 def show(session: Session, webhook: Hook) -> None:
-    """One webhook."""
+    """Print a webhook's address, events and state."""
     with session.client() as client:
         _print(session, client.webhooks.get(webhook))
 
@@ -64,9 +64,9 @@ def edit(
     webhook: Hook,
     url: Annotated[str | None, typer.Option(metavar="URL")] = None,
     event: Event = None,
-    enabled: Annotated[bool | None, typer.Option("--on/--off", help="Send again, or send nothing.")] = None,
+    enabled: Annotated[bool | None, typer.Option("--on/--off", help="Send messages, or send none.")] = None,
 ) -> None:
-    """Change what is given; the rest stays."""
+    """Change the given options of a webhook. Options that are not given stay as they are."""
     given = {"url": url, "events": event, "enabled": enabled}
     with session.client() as client:
         found = client.webhooks.get(webhook)
@@ -80,10 +80,10 @@ def rotate(
     session: Session,
     webhook: Hook,
     overlap: Annotated[
-        float, typer.Option(min=0, help="Seconds for which messages carry the old secret's signature too.")
+        float, typer.Option(min=0, help="Seconds for which messages carry signatures by both secrets.")
     ] = 24 * 3600.0,
 ) -> None:
-    """Make a new secret and print it, this once."""
+    """Make a new secret and print it. It is shown this once."""
     with session.client() as client:
         _print_new(session, client.webhooks.rotate(webhook, overlap_s=overlap))
 
@@ -91,7 +91,7 @@ def rotate(
 @webhooks.command("test")
 @takes_session
 def test(session: Session, webhook: Hook) -> None:
-    """Send a message that says nothing, to see whether it comes through."""
+    """Send a test message, to see whether it arrives."""
     with session.client() as client:
         _print_sent(session, client.webhooks.test(webhook))
 
@@ -101,10 +101,12 @@ def test(session: Session, webhook: Hook) -> None:
 def deliveries(
     session: Session,
     webhook: Hook,
-    delivery: Annotated[str | None, typer.Argument(metavar="[DELIVERY]", help="One alone, with every try.")] = None,
+    delivery: Annotated[
+        str | None, typer.Argument(metavar="[DELIVERY]", help="Print only this delivery, with every try.")
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many, newest first.")] = 20,
 ) -> None:
-    """What was sent, and what came of it."""
+    """List the messages to a webhook and whether each arrived."""
     with session.client() as client:
         if delivery is not None:
             _print_tries(session, client.webhooks.delivery(webhook, delivery))
@@ -123,7 +125,7 @@ def deliveries(
 @webhooks.command("redeliver")
 @takes_session
 def redeliver(session: Session, webhook: Hook, delivery: Annotated[str, typer.Argument(metavar="DELIVERY")]) -> None:
-    """Send a message again, whatever came of it before."""
+    """Send a message again, whether it arrived before or not."""
     with session.client() as client:
         _print_sent(session, client.webhooks.redeliver(webhook, delivery))
 
@@ -131,7 +133,7 @@ def redeliver(session: Session, webhook: Hook, delivery: Annotated[str, typer.Ar
 @webhooks.command("rm")
 @takes_session
 def remove(session: Session, webhook: Hook) -> None:
-    """Delete a webhook with its deliveries."""
+    """Delete a webhook and its deliveries."""
     with session.client() as client:
         client.webhooks.delete(webhook)
     output.print_json({"removed": webhook}) if session.json else output.say(f"{webhook} is gone.")
@@ -160,14 +162,14 @@ def _print_new(session: Session, made: NewWebhookView) -> None:
         return
     _print(session, made.webhook)
     output.say(f"secret   {made.secret}")
-    output.note("Keep the secret: it is shown this once. Messages are signed as standardwebhooks.com has it.")
+    output.note("Keep the secret: it is shown this once. Messages are signed as standardwebhooks.com specifies.")
 
 
 def _print_sent(session: Session, sent: DeliveryView) -> None:
     if session.json:
         output.print_json(sent)
         return
-    output.say(f"{sent.id}: `nightpress webhooks deliveries {sent.webhook_id} {sent.id}` tells what came of it.")
+    output.say(f"{sent.id}: `nightpress webhooks deliveries {sent.webhook_id} {sent.id}` shows whether it arrived.")
 
 
 def _print_tries(session: Session, delivery: DeliveryView) -> None:
