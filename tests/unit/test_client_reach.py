@@ -63,7 +63,7 @@ COMMANDS = {
     "delete_data_set": "datasets rm",
     "list_recipes": "recipes",
     "recipe_schema": "recipes schema",
-    "one_recipe": "recipes show",
+    "get_recipe": "recipes show",
     "validate_recipe": "recipes validate",
     "list_workers": "workers",
     "list_queues": "queues",
