@@ -6,8 +6,8 @@ from typing import Any
 from starlette.types import Scope
 
 from nightpress.api.deps import Services
-from nightpress.core.access.keys import Principal
 from nightpress.core.errors import NightpressError
+from nightpress.core.service.access.keys import Principal
 
 #: Not written: a job's row names its key, and a part belongs to an upload whose announcement was written.
 _NOT_NOTED = {("POST", "/v1/jobs"), ("PUT", "/parts/{number}"), ("POST", "/v1/recipes/validate")}
@@ -36,6 +36,6 @@ async def note_action(scope: Scope, status: int) -> None:
         "request_id": state.get("request_id", ""),
     }
     try:
-        await services.call(services.audit.note, **line)
+        await services.call(services.resources.audit.note, **line)
     except NightpressError:
         log.exception("The audit log could not be written: %s", line)

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from weakref import WeakValueDictionary
 
-from nightpress.core.access.keys import Principal
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.service.access.keys import Principal
 
 UPLOADS = 64  #: at a time in one process, each on a thread of its own
 UPLOADS_A_TENANT = 16

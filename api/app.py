@@ -37,26 +37,12 @@ from nightpress.api.routes import (
     workers,
 )
 from nightpress.api.tail import Tail
-from nightpress.core.access.audit import AuditLog
-from nightpress.core.access.idempotency import IdempotencyBook
-from nightpress.core.access.issuing import KeyIssuer
-from nightpress.core.access.keys import KeyRing
-from nightpress.core.access.quotas import QuotaBook
-from nightpress.core.artifacts.storage import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode
-from nightpress.core.jobs.positions import read_positions
-from nightpress.core.jobs.service import JobService
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.promotions.store import PromotionStore
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.schedules.service import ScheduleService
-from nightpress.core.schedules.store import ScheduleStore
-from nightpress.core.schemas import Problem
+from nightpress.core.service.compose import Resources
+from nightpress.core.service.jobs.positions import read_positions
 from nightpress.core.settings import Settings
-from nightpress.core.webhooks.signing import open_keeper
-from nightpress.core.webhooks.store import WebhookStore
+from nightpress.core.wire.base import Problem
 
 _ROUTES = (
     jobs,
@@ -110,39 +96,21 @@ def create_app(settings: Settings) -> FastAPI:
 
 def open_services(settings: Settings) -> Services:
     """Open the database, the storage and the broker's bell. Nothing is asked of them yet: a part that is away is /readyz's to tell."""
-    from nightpress.core.jobs.ring import Ringer  # Celery: a fifth of the time that importing this module would take
+    from nightpress.core.service.jobs.ring import (
+        Ringer,  # Celery: a fifth of the time that importing this module would take
+    )
 
     engine = make_engine(settings.sql_url, pool_size=_SQL_CONNECTIONS)
     threads = ThreadPoolExecutor(_SQL_CONNECTIONS, thread_name_prefix="sql")
-    store = JobStore(engine)
-    objects = open_store(settings)
-    models = ModelRegistry(engine, objects, settings)
-    data_sets = DataSetRegistry(engine, objects, settings)
-    quotas = QuotaBook(engine, settings)
-    jobs_service = JobService(store, models, data_sets, quotas, settings)
     return Services(
-        settings=settings,
-        engine=engine,
+        resources=Resources(settings, engine),
         threads=threads,
         uploads=ThreadPoolExecutor(UPLOADS, thread_name_prefix="upload"),
         admission=Admission(),
         transfers=ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer"),
         probes=ThreadPoolExecutor(3, thread_name_prefix="probe"),
         database_probe=DatabaseProbe(settings.sql_url),
-        store=store,
-        jobs=jobs_service,
-        schedules=ScheduleService(ScheduleStore(engine), jobs_service, settings),
-        models=models,
-        datasets=data_sets,
-        objects=objects,
-        keys=KeyRing(engine),
-        issuer=KeyIssuer(engine),
-        quotas=quotas,
         limiter=RateLimiter(settings.celery_url),
-        idempotency=IdempotencyBook(engine),
-        audit=AuditLog(engine),
-        promotions=PromotionStore(engine),
-        webhooks=WebhookStore(engine, open_keeper(settings), settings),
         ringer=Ringer(settings),
         tail=Tail(partial(read_positions, engine), threads),
         metrics=ApiMetrics(),
@@ -157,7 +125,7 @@ async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
     services.ringer.close()
     for pool in (services.threads, services.uploads, services.transfers, services.probes):
         pool.shutdown(wait=False, cancel_futures=True)
-    services.engine.dispose()
+    services.resources.engine.dispose()
     services.database_probe.close()
 
 

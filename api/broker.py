@@ -1,4 +1,4 @@
-"""Whether the broker answers. The API asks nothing else of it directly: rings are sent by core/jobs/ring.py."""
+"""Whether the broker answers. The API asks nothing else of it directly: rings are sent by core/service/jobs/ring.py."""
 
 from urllib.parse import quote, urlsplit
 

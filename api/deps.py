@@ -9,31 +9,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import Depends, Query, Request
-from sqlalchemy import Engine
 
 from nightpress.api.admission import Admission
 from nightpress.api.metrics import ApiMetrics
 from nightpress.api.ratelimit import RateLimiter, too_many
 from nightpress.api.readiness import DatabaseProbe
 from nightpress.api.tail import Tail
-from nightpress.core.access.audit import AuditLog
-from nightpress.core.access.idempotency import IdempotencyBook
-from nightpress.core.access.issuing import KeyIssuer
-from nightpress.core.access.keys import KeyRing, Principal
-from nightpress.core.access.quotas import QuotaBook
-from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.service import JobService
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.promotions.store import PromotionStore
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.schedules.service import ScheduleService
-from nightpress.core.settings import Settings
-from nightpress.core.webhooks.store import WebhookStore
+from nightpress.core.service.access.keys import Principal
+from nightpress.core.service.compose import Resources
 
 if TYPE_CHECKING:
-    from nightpress.core.jobs.ring import Ringer
+    from nightpress.core.service.jobs.ring import Ringer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,28 +30,14 @@ T = TypeVar("T")
 class Services:
     """Everything that a route may call, made once per process."""
 
-    settings: Settings
-    engine: Engine
+    resources: Resources
     threads: ThreadPoolExecutor  #: for calls that wait for SQL; as many as there are SQL connections
     uploads: ThreadPoolExecutor  #: for uploads through the API, which a slow client makes last
     admission: Admission  #: to the threads of `uploads`
     transfers: ThreadPoolExecutor  #: for other calls that move many bytes
     probes: ThreadPoolExecutor  #: for /readyz, so that a hanging part blocks nothing else
     database_probe: DatabaseProbe
-    store: JobStore
-    jobs: JobService
-    schedules: ScheduleService
-    models: ModelRegistry
-    datasets: DataSetRegistry
-    objects: ObjectStore
-    keys: KeyRing
-    issuer: KeyIssuer
-    quotas: QuotaBook
     limiter: RateLimiter
-    idempotency: IdempotencyBook
-    audit: AuditLog
-    promotions: PromotionStore
-    webhooks: WebhookStore
     ringer: "Ringer"
     tail: Tail
     metrics: ApiMetrics
@@ -91,7 +64,7 @@ API_KEY_SCHEME = {
     "ApiKey": {
         "type": "http",
         "scheme": "bearer",
-        "description": "An API key, `np_…`. `nightpress up` writes one to its data folder; `python -m nightpress.core.access create-key` makes more.",
+        "description": "An API key, `np_…`. `nightpress up` writes one to its data folder; `python -m nightpress.core.service.access create-key` makes more.",
     }
 }
 
@@ -114,9 +87,9 @@ async def authenticated(request: Request) -> Principal:
             hint="Send `Authorization: Bearer np_…`. `nightpress up` writes a key to its data folder.",
         )
     services: Services = request.app.state.services
-    caller = services.keys.cached(plain.strip())
+    caller = services.resources.keys.cached(plain.strip())
     if caller is None:
-        caller = await services.call(services.keys.authenticate, plain.strip())
+        caller = await services.call(services.resources.keys.authenticate, plain.strip())
     state = request.scope.setdefault("state", {})
     if "caller" not in state:  # count a request once, although several dependencies ask for its caller
         state["caller"] = caller
@@ -126,9 +99,9 @@ async def authenticated(request: Request) -> Principal:
 
 async def _count(services: Services, caller: Principal, state: dict[str, Any]) -> None:
     """Count a request against the rate limit of its key. Raises NightpressError(rate_limited)."""
-    quotas = services.quotas.cached(caller.tenant_id)
+    quotas = services.resources.quotas.cached(caller.tenant_id)
     if quotas is None:
-        quotas = await services.call(services.quotas.of, caller.tenant_id)
+        quotas = await services.call(services.resources.quotas.of, caller.tenant_id)
     if quotas.rate_limit_per_minute:
         taken = await services.limiter.take(caller.family, quotas.rate_limit_per_minute)
         state["headers"] = taken.headers

@@ -21,7 +21,7 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 async def send_object(request: Request, services: Services, key: str, *, path: str, size: int, sha256: str) -> Response:
     """Answer with a stored file. `path` gives the download its name. The SHA-256 is the ETag, so that a resumed download can't mix versions."""
     filename = safe_filename(path)
-    url = await services.call(services.objects.presign_get, key, filename=filename)
+    url = await services.call(services.resources.objects.presign_get, key, filename=filename)
     if url is not None and LOCATION_TYPE in request.headers.get("accept", ""):
         return JSONResponse({"url": url}, media_type=LOCATION_TYPE, headers={"Cache-Control": "no-store"})
     if url is not None:
@@ -59,7 +59,7 @@ def _opened(services: Services, key: str, start: int, end: int) -> Iterator[byte
     """Read the first chunk now: a store that does not answer must lead to a problem response, not to a cut connection."""
     if start == end:
         return iter(())
-    chunks = iter(services.objects.read(key, start, end))
+    chunks = iter(services.resources.objects.read(key, start, end))
     return chain([next(chunks)], chunks)
 
 

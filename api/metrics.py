@@ -10,10 +10,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
-from nightpress.core.jobs.queries import QUEUES
-from nightpress.core.jobs.records import JobStatistics, Worker
-from nightpress.core.jobs.roster import Fleet
-from nightpress.core.jobs.states import ALL_STATES
+from nightpress.core.service.jobs.queries import QUEUES
+from nightpress.core.service.jobs.records import JobStatistics, Worker
+from nightpress.core.service.jobs.roster import Fleet
+from nightpress.core.service.jobs.states import ALL_STATES
 
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})

@@ -10,8 +10,8 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from nightpress.api.deps import Services, authenticated
-from nightpress.core.access.idempotency import Answered
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.service.access.idempotency import Answered
 
 HEADER = "Idempotency-Key"
 REPLAYED = "Idempotency-Replayed"
@@ -66,21 +66,23 @@ async def _once(request: Request, key: str, handle: Handler) -> Response:
     content = (
         f"{caller.key_id} {request.method} {request.url.path}?{request.url.query}\n".encode() + await request.body()
     )
-    begun = await services.call(services.idempotency.begin, caller.tenant_id, key, hashlib.sha256(content).hexdigest())
+    begun = await services.call(
+        services.resources.idempotency.begin, caller.tenant_id, key, hashlib.sha256(content).hexdigest()
+    )
     if isinstance(begun, Answered):
         request.scope["state"]["replayed"] = True
         return _again(begun)
     try:
         response = await handle(request)
     except Exception:
-        await services.call(services.idempotency.forget, begun)
+        await services.call(services.resources.idempotency.forget, begun)
         raise
     if response.status_code >= 400:
-        await services.call(services.idempotency.forget, begun)
+        await services.call(services.resources.idempotency.forget, begun)
         return response
     headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
     body = None if "no-store" in headers.get("cache-control", "") else bytes(response.body)
-    await services.call(services.idempotency.answer, begun, Answered(response.status_code, headers, body))
+    await services.call(services.resources.idempotency.answer, begun, Answered(response.status_code, headers, body))
     return response
 
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from nightpress.core.errors import ERROR_KINDS, ErrorCode, NightpressError
-from nightpress.core.schemas import Problem
+from nightpress.core.wire.base import Problem
 
 log = logging.getLogger(__name__)
 

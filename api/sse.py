@@ -10,10 +10,10 @@ from starlette.responses import Response, StreamingResponse
 
 from nightpress.api.deps import Services
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.positions import Position
-from nightpress.core.jobs.records import Event, Job, LogLine
 from nightpress.core.numbers import whole_number
-from nightpress.core.schemas import TERMINAL_STATES
+from nightpress.core.service.jobs.positions import Position
+from nightpress.core.service.jobs.records import Event, Job, LogLine
+from nightpress.core.wire.jobs import TERMINAL_STATES
 
 MEDIA_TYPE = "text/event-stream"
 HEARTBEAT_S = 15.0  #: between comment lines, which keep proxies from closing and show that a reader is gone

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 
-from nightpress.core.jobs.positions import Position
+from nightpress.core.service.jobs.positions import Position
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import time
 from starlette.requests import Request
 
 from nightpress.api.deps import Services
-from nightpress.core.jobs.records import Job
-from nightpress.core.jobs.states import is_terminal
+from nightpress.core.service.jobs.records import Job
+from nightpress.core.service.jobs.states import is_terminal
 
 LONGEST_S = 60
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?(?=$|[,;\s])", re.IGNORECASE)
@@ -41,6 +41,6 @@ async def until_ended(services: Services, job: Job, wait_s: int) -> Job:
             except TimeoutError:
                 break
             watch.changed.clear()
-            now = await services.call(services.store.get, job.tenant_id, job.id)
+            now = await services.call(services.resources.store.reader.get, job.tenant_id, job.id)
             job = now or job  # a job that was pruned meanwhile is returned as it was last seen
     return job

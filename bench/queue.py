@@ -29,8 +29,8 @@ from sqlalchemy import Engine, event, text
 from nightpress import migrations
 from nightpress.core.database import make_engine, transaction
 from nightpress.core.errors import NightpressError
-from nightpress.core.jobs.queries import JobsWanted
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.queries import JobsWanted
+from nightpress.core.service.jobs.store import JobStore
 from tests.jobs import add_model, offer, submit
 from tests.servers import Postgres
 
@@ -86,13 +86,13 @@ class Side:
         store = JobStore(self.engine)
         cursors: list[str | None] = [None]
         for _ in range(20):
-            cursors.append(store.page("tenant-3", cursor=cursors[-1], limit=50)[1])
+            cursors.append(store.reader.page("tenant-3", cursor=cursors[-1], limit=50)[1])
         self.calls: dict[str, Callable[[int], object]] = {
-            "claim": lambda n: store.claim(offer(f"w{n}"), ttl_s=3600.0),
-            "page": lambda n: store.page("tenant-3", cursor=cursors[n % len(cursors)], limit=50),
-            "page_by_state": lambda _n: store.page("tenant-3", JobsWanted(states=("queued",)), limit=50),
+            "claim": lambda n: store.claims.claim(offer(f"w{n}"), ttl_s=3600.0),
+            "page": lambda n: store.reader.page("tenant-3", cursor=cursors[n % len(cursors)], limit=50),
+            "page_by_state": lambda _n: store.reader.page("tenant-3", JobsWanted(states=("queued",)), limit=50),
             "tick": lambda _n: _tick(store),
-            "statistics": lambda _n: store.statistics(),
+            "statistics": lambda _n: store.reader.statistics(),
         }
 
     def _count(self, *_: object) -> None:
@@ -149,10 +149,10 @@ def _timed(call: Callable[[int], object], n: int) -> float:
 
 def _tick(store: JobStore) -> None:
     """What the control process asks of the store every two seconds."""
-    store.expire_leases(backoff_s=5.0)
-    store.expire_queue_deadlines()
-    store.queues_with_work()
-    store.workers()
+    store.expiry.expire_leases(backoff_s=5.0)
+    store.expiry.expire_queue_deadlines()
+    store.reader.queues_with_work()
+    store.roster.workers()
 
 
 def race(server: Postgres) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _claim_all(url: str, number: int) -> tuple[list[str], float, float]:
         found = []
         while True:
             try:
-                claimed = store.claim(offer(name), ttl_s=3600.0)
+                claimed = store.claims.claim(offer(name), ttl_s=3600.0)
             except NightpressError:
                 continue  # no connection was free in time
             if claimed is None:

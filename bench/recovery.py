@@ -30,9 +30,9 @@ def measure(ttl_s: float, rounds: int) -> dict[str, Any]:
             service.start_control()
             workers = {}
             for _ in range(2):
-                known = {one.id for one in service.store.workers()}
+                known = {one.id for one in service.store.roster.workers()}
                 process = service.start_worker("endless")
-                (new,) = {one.id for one in service.store.workers()} - known
+                (new,) = {one.id for one in service.store.roster.workers()} - known
                 workers[new] = process
             seconds = []
             for _ in range(rounds):
@@ -43,11 +43,11 @@ def measure(ttl_s: float, rounds: int) -> dict[str, Any]:
                 killed = time.monotonic()
                 eventually(lambda job_id=job_id: service.job(job_id).attempt == 2, within=3 * ttl_s + 60)
                 seconds.append(time.monotonic() - killed)
-                service.store.request_cancel("default", job_id)
+                service.store.requests.request_cancel("default", job_id)
                 service.await_state(job_id, "cancelled", within=30)
-                known = {one.id for one in service.store.workers()}
+                known = {one.id for one in service.store.roster.workers()}
                 process = service.start_worker("endless")
-                (new,) = {one.id for one in service.store.workers()} - known
+                (new,) = {one.id for one in service.store.roster.workers()} - known
                 workers[new] = process
         finally:
             service.close()

@@ -20,8 +20,8 @@ import httpx
 import psutil
 
 from nightpress import migrations
-from nightpress.core.access.keys import create_key
-from nightpress.core.jobs.records import Claimed
+from nightpress.core.service.access.keys import create_key
+from nightpress.core.service.jobs.records import Claimed
 from tests.jobs import offer, succeeded
 from tests.servers import Postgres, Valkey, free_port
 from tests.service import Service, eventually
@@ -56,9 +56,9 @@ def work(service: Service, claimed: list[Claimed]) -> None:
     time.sleep(2)
     for step in range(EVENTS):
         for one in claimed:
-            service.store.record_event(one.lease, "checkpoint", {"step": step})
+            service.store.attempts.record_event(one.lease, "checkpoint", {"step": step})
     for one in claimed:
-        service.store.finish(one.lease, succeeded(one.lease))
+        service.store.attempts.finish(one.lease, succeeded(one.lease))
 
 
 async def everybody(url: str, key: str, jobs: list[str], clients: int) -> list[list[int]]:
@@ -82,7 +82,9 @@ def measure(clients: int) -> dict[str, Any]:
         service = Service(Path(folder), url, broker_url=broker.url, api_port=port)
         try:
             jobs = [service.submit() for _ in range(JOBS)]
-            claimed = [one for one in (service.store.claim(offer(), ttl_s=3600.0) for _ in jobs) if one is not None]
+            claimed = [
+                one for one in (service.store.claims.claim(offer(), ttl_s=3600.0) for _ in jobs) if one is not None
+            ]
             key = create_key(service.engine, tenant_id="default", name="bench", scopes=["jobs:read"])[1]
             process = psutil.Process(service.start("-m", "nightpress.api").pid)
             base = f"http://127.0.0.1:{port}"

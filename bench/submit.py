@@ -194,8 +194,8 @@ def start(command: list[str], port: int, env: dict[str, str], log: Path) -> subp
 
 def measure(folder: Path, *, seconds: float, rounds: int, durable: bool) -> dict[str, Any]:
     from nightpress import migrations
-    from nightpress.core.access.keys import create_key
     from nightpress.core.database import make_engine
+    from nightpress.core.service.access.keys import create_key
     from tests.models import bert_tiny_dir
     from tests.servers import Postgres, Valkey, free_port
 

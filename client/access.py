@@ -5,19 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from nightpress.client.calls import Call, given, if_match, nothing, path_of, post, reader
-from nightpress.core.schemas import (
-    AuditView,
+from nightpress.core.wire.access import AuditView, KeyCreate, KeyRotate, KeyView, NewKeyView, QuotaChange, TenantView
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.system import MeView
+from nightpress.core.wire.webhooks import (
     DeliveryView,
-    KeyCreate,
-    KeyRotate,
-    KeyView,
-    MeView,
-    NewKeyView,
     NewWebhookView,
-    Page,
-    QuotaChange,
     SecretRotate,
-    TenantView,
     WebhookCreate,
     WebhookEvent,
     WebhookUpdate,
@@ -47,7 +41,7 @@ def page_webhooks(*, cursor: str | None = None, limit: int = 50) -> Call[Page[We
 
 
 def edit_webhook(webhook: str, *, version: int | None = None, **changes: Any) -> Call[WebhookView]:
-    """Change the given fields of core.schemas.WebhookUpdate: url, events, enabled.
+    """Change the given fields of core.wire.webhooks.WebhookUpdate: url, events, enabled.
 
     With `version`, raises ApiError(precondition_failed) where the webhook has been changed since that version.
     """
@@ -140,7 +134,7 @@ def get_tenant(tenant_id: str) -> Call[TenantView]:
 
 
 def set_quotas(tenant_id: str, *, version: int | None = None, **quotas: int | None) -> Call[TenantView]:
-    """Change the given quotas of core.schemas.QuotaChange. None: the installation's default. 0: unlimited.
+    """Change the given quotas of core.wire.access.QuotaChange. None: the installation's default. 0: unlimited.
 
     With `version`, raises ApiError(precondition_failed) where the quotas have been changed since that version.
     """

@@ -13,37 +13,24 @@ import httpx
 from pydantic import BaseModel, TypeAdapter
 
 from nightpress.core.recipes.plan import Plan
-from nightpress.core.schemas import (
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.jobs import (
     ArtifactView,
     CancelledView,
-    DataSetCreate,
-    DataSetView,
     EventView,
     JobBatch,
     JobCreate,
     JobFilter,
-    JobSpec,
+    JobRequest,
     JobView,
-    LatestView,
     LogView,
-    ModelCreate,
-    ModelView,
-    Page,
-    PromotionCreate,
-    PromotionView,
-    QueueView,
-    ReadyView,
-    RecipeView,
     ReportView,
-    ScheduleCreate,
-    ScheduleRunView,
-    ScheduleUpdate,
-    ScheduleView,
-    UploadFile,
-    ValidateRequest,
-    ValidateView,
-    WorkerView,
 )
+from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView, UploadFile
+from nightpress.core.wire.promotions import LatestView, PromotionCreate, PromotionView
+from nightpress.core.wire.recipes import RecipeView, ValidateRequest, ValidateView
+from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
+from nightpress.core.wire.system import QueueView, ReadyView, WorkerView
 
 Answer = TypeVar("Answer")
 _HASHING_S = 3600.0  #: time for the server to read a model of some terabytes from its disk
@@ -231,7 +218,7 @@ def recipe_schema() -> Call[dict[str, Any]]:
 def submit_job(
     model: str, recipe: str | dict[str, Any], *, idempotency_key: str | None = None, **fields: Any
 ) -> Call[JobView]:
-    """Queue a job. `fields`: further fields of core.schemas.JobCreate (name, priority, labels, run_after, …).
+    """Queue a job. `fields`: further fields of core.wire.jobs.JobCreate (name, priority, labels, run_after, …).
 
     Each call has its own Idempotency-Key, so that a retry after a lost answer makes no second job. Give a key of your own
     where a second run of your program must not make a second job either.
@@ -311,11 +298,11 @@ def create_schedule(
 ) -> Call[ScheduleView]:
     """Submit a job at each time that `cron` names.
 
-    `fields`: further fields of core.schemas.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobSpec.
+    `fields`: further fields of core.wire.schedules.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobRequest.
     """
     own = {key: value for key, value in fields.items() if key in ScheduleCreate.model_fields}
     rest = {key: value for key, value in fields.items() if key not in own}
-    job = JobSpec(model=model, recipe=recipe, **rest)
+    job = JobRequest(model=model, recipe=recipe, **rest)
     return post("/v1/schedules", _SCHEDULE, ScheduleCreate(name=name, cron=cron, timezone=timezone, job=job, **own))
 
 
@@ -328,7 +315,7 @@ def page_schedules(*, cursor: str | None = None, limit: int = 50) -> Call[Page[S
 
 
 def edit_schedule(schedule: str, *, version: int | None = None, **changes: Any) -> Call[ScheduleView]:
-    """Change the given fields of core.schemas.ScheduleUpdate. `source=None` removes the source.
+    """Change the given fields of core.wire.schedules.ScheduleUpdate. `source=None` removes the source.
 
     With `version`, raises ApiError(precondition_failed) where the schedule has been changed since that version.
     """

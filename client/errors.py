@@ -6,7 +6,7 @@ import httpx
 from pydantic import ValidationError
 
 from nightpress.core.numbers import whole_number
-from nightpress.core.schemas import Problem
+from nightpress.core.wire.base import Problem
 
 
 class ClientError(Exception):

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from nightpress.client.calls import Call, list_events, list_logs
 from nightpress.client.errors import ApiError
 from nightpress.client.transport import Options, not_reachable
-from nightpress.core.schemas import EventView, LogView
+from nightpress.core.wire.jobs import EventView, LogView
 
 
 class Numbered(Protocol):

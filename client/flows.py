@@ -11,7 +11,7 @@ import httpx
 
 from nightpress.client.calls import Call
 from nightpress.client.transport import Options, read_answer, retry_of
-from nightpress.core.schemas import Page
+from nightpress.core.wire.base import Page
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")

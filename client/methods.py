@@ -11,7 +11,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 from nightpress.client.calls import Call
 from nightpress.client.drivers import Blocking, EventLoop
 from nightpress.client.flows import Flow, Listing, every_page, send
-from nightpress.core.schemas import Page
+from nightpress.core.wire.base import Page
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")

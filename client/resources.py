@@ -18,16 +18,8 @@ from nightpress.client.methods import Driver, Resource, ask, flow, listing, page
 from nightpress.client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
 from nightpress.client.uploads import finish_upload
 from nightpress.client.waiting import Pace
-from nightpress.core.schemas import (
-    TERMINAL_STATES,
-    DataSetCreate,
-    DataSetView,
-    EventView,
-    JobView,
-    LogView,
-    ModelCreate,
-    ModelView,
-)
+from nightpress.core.wire.jobs import TERMINAL_STATES, EventView, JobView, LogView
+from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView
 
 NumberedItem = TypeVar("NumberedItem", bound=Numbered)
 Uploaded = TypeVar("Uploaded", ModelView, DataSetView)

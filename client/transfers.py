@@ -18,7 +18,8 @@ import httpx
 from nightpress.client.errors import ApiError, ClientError, TransferError
 from nightpress.client.transport import Options, Retry, not_reachable
 from nightpress.core.handoff.manifest import FileEntry, digest_of
-from nightpress.core.schemas import ArtifactView, FileAnnouncement, FileView, UploadFile, UploadPart, upload_part_size
+from nightpress.core.wire.jobs import ArtifactView
+from nightpress.core.wire.models import FileAnnouncement, FileView, UploadFile, UploadPart, upload_part_size
 
 _CHUNK = 1024 * 1024
 _ROUNDS_WITHOUT_PROGRESS = 3

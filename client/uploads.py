@@ -8,7 +8,7 @@ from nightpress.client import calls
 from nightpress.client.drivers import Blocking
 from nightpress.client.errors import UnreachableError
 from nightpress.client.transfers import Transfers
-from nightpress.core.schemas import DataSetView, ModelView, UploadFile
+from nightpress.core.wire.models import DataSetView, ModelView, UploadFile
 
 _POLL_S = 1.0  #: how often the state of an upload is asked while the server verifies it
 

@@ -3,7 +3,7 @@
 import time
 
 from nightpress.client.errors import ApiError, UnreachableError
-from nightpress.core.schemas import JobView
+from nightpress.core.wire.jobs import JobView
 
 
 class Pace:

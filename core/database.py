@@ -1,4 +1,4 @@
-"""The SQL engine, the metadata of all tables and the database's clock. Every statement that changes a job stands in core/jobs/store.py."""
+"""The SQL engine, the metadata of all tables and the database's clock. Every statement that changes a job stands in core/service/jobs/store.py."""
 
 import datetime as dt
 import hashlib

@@ -6,12 +6,12 @@ from alembic import context
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
 
-import nightpress.core.access.tables
-import nightpress.core.jobs.tables
-import nightpress.core.promotions.tables
-import nightpress.core.registry.tables
-import nightpress.core.schedules.tables
-import nightpress.core.webhooks.tables  # noqa: F401 - importing a module of tables adds them to the metadata
+import nightpress.core.service.tables.access
+import nightpress.core.service.tables.jobs
+import nightpress.core.service.tables.promotions
+import nightpress.core.service.tables.registry
+import nightpress.core.service.tables.schedules
+import nightpress.core.service.tables.webhooks  # noqa: F401 - importing a module of tables adds them to the metadata
 from nightpress.core.database import make_engine, metadata
 from nightpress.core.settings import load_settings
 

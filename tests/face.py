@@ -12,14 +12,14 @@ import httpx
 
 from nightpress import migrations
 from nightpress.client import Client
-from nightpress.core.access.keys import ALL_SCOPES, create_key
 from nightpress.core.artifacts.storage import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.manifest import ArtifactEntry, Manifest, describe_folder
 from nightpress.core.handoff.report import GateResult, Measurement, Report, Subject, Timing, Verification
-from nightpress.core.jobs.records import Claimed, Succeeded, WorkerOffer
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.access.keys import ALL_SCOPES, create_key
+from nightpress.core.service.jobs.records import Claimed, Succeeded, WorkerOffer
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.settings import Settings
 from tests.servers import free_port
 from tests.service import ROOT, eventually
@@ -98,7 +98,7 @@ class Face:
     # A worker's part -------------------------------------------------------------------------------------------------
 
     def claim(self) -> Claimed:
-        claimed = self.store.claim(OFFER, ttl_s=60)
+        claimed = self.store.claims.claim(OFFER, ttl_s=60)
         assert claimed is not None
         return claimed
 
@@ -130,11 +130,11 @@ class Face:
             artifacts=(entry,),
             report=tuple(file for file in describe_folder(out) if "/" not in file.path),
         )
-        assert self.store.finish(claimed.lease, Succeeded(verdict, manifest, report.model_dump(mode="json")))
+        assert self.store.attempts.finish(claimed.lease, Succeeded(verdict, manifest, report.model_dump(mode="json")))
         return out
 
     def fail(self, claimed: Claimed, error: NightpressError) -> None:
-        assert self.store.fail(claimed.lease, error, backoff_s=0.1) == "failed"
+        assert self.store.attempts.fail(claimed.lease, error, backoff_s=0.1) == "failed"
 
 
 def make_report(job_id: str, verdict: Any) -> Report:

@@ -25,7 +25,6 @@ from nightpress.api.waiting import preferred_wait
 from nightpress.core.compress.evaluate.data import FastTokenizer, read_records, read_rows
 from nightpress.core.compress.lineage import read_lineage
 from nightpress.core.errors import NightpressError
-from nightpress.core.jobs.tables import jobs
 from nightpress.core.paging import _read_cursor
 from nightpress.core.recipes.builtins import builtin_recipes, builtin_text
 from nightpress.core.recipes.datafile import examine_data
@@ -33,14 +32,18 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.jsonfile import parse_json, walk
 from nightpress.core.recipes.models import load_recipe, parse_gate, parse_recipe
 from nightpress.core.recipes.plan import make_plan
-from nightpress.core.schedules.cron import parse_cron
-from nightpress.core.schemas import DataSetCreate, JobCreate, ModelCreate, ScheduleCreate, ValidateRequest
+from nightpress.core.service.schedules.cron import parse_cron
+from nightpress.core.service.tables.jobs import jobs
+from nightpress.core.service.webhooks.courier import pause_after
+from nightpress.core.service.webhooks.outbound import Answer
+from nightpress.core.service.webhooks.signing import verify
+from nightpress.core.service.webhooks.targets import check_target
 from nightpress.core.settings import Settings
 from nightpress.core.sources.address import parse_address
-from nightpress.core.webhooks.courier import pause_after
-from nightpress.core.webhooks.outbound import Answer
-from nightpress.core.webhooks.signing import verify
-from nightpress.core.webhooks.targets import check_target
+from nightpress.core.wire.jobs import JobCreate
+from nightpress.core.wire.models import DataSetCreate, ModelCreate
+from nightpress.core.wire.recipes import ValidateRequest
+from nightpress.core.wire.schedules import ScheduleCreate
 from tests.fuzz_values import any_text, any_value, as_json, mangled, spoiled
 
 SLOW_S = 1.0  #: processor time of one input

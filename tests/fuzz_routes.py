@@ -13,7 +13,7 @@ import httpx
 from sqlalchemy import select
 
 from nightpress.core.errors import ErrorCode
-from nightpress.core.registry.tables import data_sets, models
+from nightpress.core.service.tables.registry import data_sets, models
 from tests.face import RECIPE, Face
 from tests.fuzz_readers import _ROWS
 from tests.fuzz_values import any_text, any_value, as_json, mangled, spoiled

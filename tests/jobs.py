@@ -7,10 +7,10 @@ from sqlalchemy import Engine, insert, select, update
 
 from nightpress.core.database import db_now, transaction
 from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
-from nightpress.core.jobs.records import Claimed, Lease, MetricRow, NewJob, Succeeded, WorkerOffer
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.jobs.tables import jobs
-from nightpress.core.registry.tables import models
+from nightpress.core.service.jobs.records import Claimed, Lease, MetricRow, NewJob, Succeeded, WorkerOffer
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.tables.jobs import jobs
+from nightpress.core.service.tables.registry import models
 
 MODEL_ID = "model_tiny"
 GB = 10**9
@@ -55,11 +55,11 @@ def offer(worker_id: str = "worker-1", **changes: Any) -> WorkerOffer:
 
 def submit(store: JobStore, *, max_queued: int = 10_000, **changes: Any) -> str:
     """A queued job's id."""
-    return store.submit(new_job(**changes), max_queued=max_queued)[0].id
+    return store.submission.submit(new_job(**changes), max_queued=max_queued)[0].id
 
 
 def claim(store: JobStore, worker_id: str = "worker-1", *, ttl_s: float = 60.0) -> Claimed:
-    claimed = store.claim(offer(worker_id), ttl_s=ttl_s)
+    claimed = store.claims.claim(offer(worker_id), ttl_s=ttl_s)
     assert claimed is not None
     return claimed
 

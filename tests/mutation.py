@@ -15,14 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-STORE, CLAIMS, SUBMISSION = "core/jobs/store.py", "core/jobs/claims.py", "core/jobs/submission.py"
-CHECKPOINTS, SERVICE = "core/jobs/checkpoints.py", "core/jobs/service.py"
-STATES, SCHEDULES, REGISTRY = "core/jobs/states.py", "core/schedules/store.py", "core/registry/registry.py"
+STORE, CLAIMS, SUBMISSION = (
+    "core/service/jobs/store.py",
+    "core/service/jobs/claims.py",
+    "core/service/jobs/submission.py",
+)
+CHECKPOINTS, SERVICE = "core/service/jobs/checkpoints.py", "core/service/jobs/service.py"
+STATES, SCHEDULES, REGISTRY = (
+    "core/service/jobs/states.py",
+    "core/service/schedules/store.py",
+    "core/service/registry/registry.py",
+)
 _TRANSITIONS, _CLAIMS = "tests/integration/test_store_transitions.py", "tests/integration/test_store_claims.py"
 _API, _ACCESS = "tests/integration/test_api_jobs.py", "tests/integration/test_access.py"
 _REGISTRY, _SOURCES = "tests/integration/test_registry.py", "tests/integration/test_sources.py"
 _SKEWED = "tests/integration/test_skewed_clocks.py"
-PROMOTIONS = "core/promotions/store.py"
+PROMOTIONS = "core/service/promotions/store.py"
 _HANGS = "tests/faults/test_f06_storage.py::test_f6_"
 #: the tests that hold what stands in a file; where these stay green, a mutant has survived
 TESTS = {

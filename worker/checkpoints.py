@@ -19,9 +19,9 @@ from nightpress.core.handoff.checkpoints import pass_folder, pass_record, prefix
 from nightpress.core.handoff.frames import Checkpoint
 from nightpress.core.handoff.manifest import FileEntry
 from nightpress.core.handoff.spec import WORK_DIR
-from nightpress.core.jobs.checkpoints import CheckpointIndex, StoredFile, folder_of, key_of
-from nightpress.core.jobs.records import Job, Lease
 from nightpress.core.recipes.models import Recipe
+from nightpress.core.service.jobs.checkpoints import CheckpointIndex, StoredFile, folder_of, key_of
+from nightpress.core.service.jobs.records import Job, Lease
 from nightpress.core.version import ENGINE
 
 _WAITING = 256  #: files that wait to be stored; more are not stored

@@ -27,12 +27,12 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from nightpress import migrations
-from nightpress.core.access.keys import ALL_SCOPES, KeyRing, create_key
 from nightpress.core.database import make_engine, unavailable
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.service.access.keys import ALL_SCOPES, KeyRing, create_key
+from nightpress.core.service.webhooks.signing import open_keeper
 from nightpress.core.settings import Settings, load_settings
 from nightpress.core.stack_state import STATE_FILE, StackState
-from nightpress.core.webhooks.signing import open_keeper
 from nightpress.worker import sandbox
 
 _START_S = 30.0

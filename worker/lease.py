@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from nightpress.core.handoff.frames import Progress
-from nightpress.core.jobs.records import Lease
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.records import Lease
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.worker.metrics import PhaseClock
 
 _LONGEST_INTERVAL_S = 2.0  #: how late a cancellation may be noticed
@@ -103,7 +103,7 @@ class LeaseKeeper:
 
     def _renew(self) -> None:
         asked = time.monotonic()
-        renewal = self._store.renew(self._lease, ttl_s=self._ttl_s, progress=self._progress)
+        renewal = self._store.attempts.renew(self._lease, ttl_s=self._ttl_s, progress=self._progress)
         if not renewal.held:
             self._gone = True
             return
@@ -119,10 +119,10 @@ class LeaseKeeper:
             self._notes.clear()
         try:
             while lines and not self._gone:
-                self._store.append_logs(self._lease, lines[:_LOG_BATCH])
+                self._store.attempts.append_logs(self._lease, lines[:_LOG_BATCH])
                 del lines[:_LOG_BATCH]
             while notes and not self._gone:
-                self._store.record_event(self._lease, *notes[0])
+                self._store.attempts.record_event(self._lease, *notes[0])
                 del notes[0]
         except Exception:
             with self._changed:  # in their order; a full deque drops at its left end, the oldest first

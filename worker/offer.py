@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.records import Worker, WorkerOffer
+from nightpress.core.service.jobs.records import Worker, WorkerOffer
 from nightpress.core.settings import Settings
 from nightpress.worker.gpus import Gpu, GpuError, list_gpus, memory_used, visible_gpus
 

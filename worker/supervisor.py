@@ -20,11 +20,11 @@ from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Phase, Progress
 from nightpress.core.handoff.spec import JobSpec
-from nightpress.core.jobs.checkpoints import CheckpointIndex
-from nightpress.core.jobs.records import Claimed, Job
-from nightpress.core.jobs.store import JobStore
 from nightpress.core.logs import log_context
 from nightpress.core.recipes.models import Recipe
+from nightpress.core.service.jobs.checkpoints import CheckpointIndex
+from nightpress.core.service.jobs.records import Claimed, Job
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.settings import Settings
 from nightpress.core.tracing import span
 from nightpress.core.version import VERSION
@@ -265,7 +265,7 @@ class _Attempt:
         self._check()
 
         def commit() -> str:
-            won = self._store.finish(self._lease, outcome)
+            won = self._store.attempts.finish(self._lease, outcome)
             return f"succeeded, {outcome.verdict}" if won else "finished too late: the lease was lost"
 
         return commit
@@ -273,10 +273,10 @@ class _Attempt:
     # How an attempt ends ---------------------------------------------------------------------------------------------
 
     def _cancelled(self) -> str:
-        return "cancelled" if self._store.confirm_cancelled(self._lease) else "cancelled too late"
+        return "cancelled" if self._store.attempts.confirm_cancelled(self._lease) else "cancelled too late"
 
     def _drained(self) -> str:
-        return "given back" if self._store.release(self._lease) else "given back too late"
+        return "given back" if self._store.attempts.release(self._lease) else "given back too late"
 
     def _failed(self, error: NightpressError) -> Callable[[], str]:
         log.warning("Job %s: %s: %s", self._job.id, error.code, error, extra=self._extra)
@@ -291,13 +291,13 @@ class _Attempt:
                     reason = error.reason
                 else:
                     reason = self._supervisor.fitness.fault_behind(error) if error.kind.retryable else ""
-            if reason and self._store.machine_faults(self._job.id) + 1 < self._job.max_failures:
+            if reason and self._store.reader.machine_faults(self._job.id) + 1 < self._job.max_failures:
                 details = error.details | {"machine": reason}
                 fault = NightpressError(error.code, error.message, hint=error.hint, **details)
                 return f"{reason}; " + (
-                    "given back" if self._store.release(self._lease, fault) else "given back too late"
+                    "given back" if self._store.attempts.release(self._lease, fault) else "given back too late"
                 )
-            failed = self._store.fail(self._lease, error, backoff_s=self._settings.retry_backoff_s)
+            failed = self._store.attempts.fail(self._lease, error, backoff_s=self._settings.retry_backoff_s)
             return f"{error.code}, {failed or 'late'}"
 
         return end

@@ -6,7 +6,7 @@ import time
 from celery import Celery, Task
 
 from nightpress.core.errors import NightpressError
-from nightpress.core.jobs.ring import RING_TASK
+from nightpress.core.service.jobs.ring import RING_TASK
 from nightpress.core.tracing import record_span
 from nightpress.worker.slot import Slot
 

@@ -10,7 +10,8 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.versions import IfMatch, etag_of, version_of
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import AuditView, Page, QuotaChange, TenantId, TenantView
+from nightpress.core.wire.access import AuditView, QuotaChange, TenantId, TenantView
+from nightpress.core.wire.base import Page
 
 router = APIRouter(prefix="/v1/admin", tags=["administration"])
 
@@ -19,7 +20,7 @@ Tenant = Annotated[TenantId, Path()]
 
 @router.get("/tenants", response_model=Page[TenantView], summary="List tenants with their quotas and use")
 async def list_tenants(_caller: Admin, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50) -> Response:
-    items, following = await services.call(services.quotas.page, cursor=cursor, limit=limit)
+    items, following = await services.call(services.resources.quotas.page, cursor=cursor, limit=limit)
     return answer(Page[TenantView](items=items, next_cursor=following))
 
 
@@ -30,7 +31,7 @@ async def list_tenants(_caller: Admin, services: ServicesDep, cursor: Cursor = N
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST),
 )
 async def get_tenant(tenant_id: Tenant, _caller: Admin, services: ServicesDep) -> Response:
-    return _with_etag(await services.call(services.quotas.view, tenant_id))
+    return _with_etag(await services.call(services.resources.quotas.view, tenant_id))
 
 
 @router.patch(
@@ -44,7 +45,7 @@ async def change_tenant(
     tenant_id: Tenant, _caller: Admin, services: ServicesDep, body: QuotaChange, if_match: IfMatch = None
 ) -> Response:
     version = version_of(if_match)
-    return _with_etag(await services.call(services.quotas.change, tenant_id, body, version=version))
+    return _with_etag(await services.call(services.resources.quotas.change, tenant_id, body, version=version))
 
 
 @router.get("/audit", response_model=Page[AuditView], summary="List what keys have changed, newest first")
@@ -55,7 +56,9 @@ async def list_audit(
     cursor: Cursor = None,
     limit: Limit = 50,
 ) -> Response:
-    items, following = await services.call(services.audit.page, tenant_id=tenant_id, cursor=cursor, limit=limit)
+    items, following = await services.call(
+        services.resources.audit.page, tenant_id=tenant_id, cursor=cursor, limit=limit
+    )
     return answer(Page[AuditView](items=items, next_cursor=following))
 
 

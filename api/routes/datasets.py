@@ -11,7 +11,8 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.routes.uploads import add_upload_routes
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import DataSetCreate, DataSetView, Page
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.models import DataSetCreate, DataSetView
 
 router = APIRouter(prefix="/v1/datasets", tags=["data sets"], route_class=OnceRoute)
 
@@ -55,7 +56,7 @@ async def create_data_set(
     services: ServicesDep,
     body: Annotated[DataSetCreate, Body(openapi_examples=_EXAMPLES)],
 ) -> Response:
-    data_set = await services.transfer(services.datasets.create, caller.tenant_id, body)
+    data_set = await services.transfer(services.resources.datasets.create, caller.tenant_id, body)
     return answer(data_set, status=201, headers={"Location": f"/v1/datasets/{data_set.id}"})
 
 
@@ -63,7 +64,9 @@ async def create_data_set(
 async def list_data_sets(
     caller: ModelsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
-    items, next_cursor = await services.call(services.datasets.page, caller.tenant_id, cursor=cursor, limit=limit)
+    items, next_cursor = await services.call(
+        services.resources.datasets.page, caller.tenant_id, cursor=cursor, limit=limit
+    )
     return answer(Page[DataSetView](items=items, next_cursor=next_cursor))
 
 
@@ -74,7 +77,7 @@ async def list_data_sets(
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_data_set(reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
-    return answer(await services.call(services.datasets.get, caller.tenant_id, reference))
+    return answer(await services.call(services.resources.datasets.get, caller.tenant_id, reference))
 
 
-add_upload_routes(router, lambda services: services.datasets, DataSetView, "data set")
+add_upload_routes(router, lambda services: services.resources.datasets, DataSetView, "data set")

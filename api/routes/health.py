@@ -14,7 +14,7 @@ from nightpress.api.deps import Services, ServicesDep, needs
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.schemas import ReadyView
+from nightpress.core.wire.system import ReadyView
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["health"])
@@ -38,8 +38,8 @@ async def healthz() -> Response:
 async def readyz(services: ServicesDep) -> Response:
     database, broker, storage = await asyncio.gather(
         _check(services, services.database_probe.ask),
-        _check(services, lambda: ping_broker(services.settings.celery_url)),
-        _check(services, services.objects.check),
+        _check(services, lambda: ping_broker(services.resources.settings.celery_url)),
+        _check(services, services.resources.objects.check),
     )
     checks = {"database": database, "broker": broker, "storage": storage}
     status = "unavailable" if database != "ok" else "ok" if set(checks.values()) == {"ok"} else "degraded"
@@ -61,10 +61,15 @@ async def readyz(services: ServicesDep) -> Response:
     },
 )
 async def metrics(request: Request, services: ServicesDep) -> Response:
-    if services.settings.metrics_access == "key":
+    if services.resources.settings.metrics_access == "key":
         await _METRICS_READER(request)
     figures = await services.call(
-        services.metrics.queue, lambda: (services.store.statistics(), services.store.workers(), services.store.fleet())
+        services.metrics.queue,
+        lambda: (
+            services.resources.store.reader.statistics(),
+            services.resources.store.roster.workers(),
+            services.resources.store.roster.fleet(),
+        ),
     )
     return Response(services.metrics.render(*figures), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

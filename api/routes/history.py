@@ -11,8 +11,9 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.routes.jobs import own_job
 from nightpress.core.errors import ErrorCode
-from nightpress.core.jobs.records import Event, LogLine
-from nightpress.core.schemas import EventView, LogView, Page
+from nightpress.core.service.jobs.records import Event, LogLine
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.jobs import EventView, LogView
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["jobs"])
 
@@ -45,11 +46,11 @@ async def job_events(
             services,
             job,
             after=sse.resume_point(request, after),
-            read=services.store.events,
+            read=services.resources.store.reader.events,
             newest=lambda position: position.event_seq,
             frame=lambda event: f"id: {event.seq}\nevent: {event.kind}\ndata: {_event(event).model_dump_json()}\n\n",
         )
-    events = await services.call(services.store.events, job_id, after=after, limit=limit)
+    events = await services.call(services.resources.store.reader.events, job_id, after=after, limit=limit)
     return answer(Page[EventView](items=[_event(event) for event in events], next_cursor=_next(events, limit)))
 
 
@@ -69,11 +70,11 @@ async def job_logs(
             services,
             job,
             after=sse.resume_point(request, after),
-            read=services.store.logs,
+            read=services.resources.store.reader.logs,
             newest=lambda position: position.log_seq,
             frame=lambda line: f"id: {line.seq}\nevent: log\ndata: {_log(line).model_dump_json()}\n\n",
         )
-    lines = await services.call(services.store.logs, job_id, after=after, limit=limit)
+    lines = await services.call(services.resources.store.reader.logs, job_id, after=after, limit=limit)
     return answer(Page[LogView](items=[_log(line) for line in lines], next_cursor=_next(lines, limit)))
 
 

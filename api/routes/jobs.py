@@ -11,22 +11,13 @@ from nightpress.api.once import OnceRoute, key_of
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.waiting import PARAMETER, preferred_wait, until_ended
-from nightpress.core.access.keys import Principal
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.queries import JobsWanted
-from nightpress.core.jobs.records import Job
-from nightpress.core.jobs.store import MAX_CANCELLED
-from nightpress.core.schemas import (
-    CancelledView,
-    JobBatch,
-    JobBatchView,
-    JobCreate,
-    JobFilter,
-    JobState,
-    JobView,
-    Moment,
-    Page,
-)
+from nightpress.core.service.access.keys import Principal
+from nightpress.core.service.jobs.queries import JobsWanted
+from nightpress.core.service.jobs.records import Job
+from nightpress.core.service.jobs.requests import MAX_CANCELLED
+from nightpress.core.wire.base import Moment, Page
+from nightpress.core.wire.jobs import CancelledView, JobBatch, JobBatchView, JobCreate, JobFilter, JobState, JobView
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=OnceRoute)
 _WAITS: dict[str, Any] = {"parameters": [PARAMETER]}
@@ -83,7 +74,7 @@ async def create_job(
     body: Annotated[JobCreate, Body(openapi_examples=_EXAMPLES)],
 ) -> Response:
     job, created = await services.call(
-        services.jobs.submit, caller.tenant_id, body, key_of(request), key_id=caller.key_id
+        services.resources.jobs.submit, caller.tenant_id, body, key_of(request), key_id=caller.key_id
     )
     if created and job.state == "queued":
         services.ringer.ring(job.queue)
@@ -108,7 +99,7 @@ async def create_job(
     ),
 )
 async def create_jobs(caller: JobsWriter, services: ServicesDep, body: JobBatch) -> Response:
-    made = await services.call(services.jobs.submit_all, caller.tenant_id, body.jobs, key_id=caller.key_id)
+    made = await services.call(services.resources.jobs.submit_all, caller.tenant_id, body.jobs, key_id=caller.key_id)
     for queue in {job.queue for job in made if job.state == "queued"}:
         services.ringer.ring(queue)
     return answer(JobBatchView(items=await _views(services, made)), status=201)
@@ -130,7 +121,7 @@ async def cancel_jobs(caller: JobsWriter, services: ServicesDep, body: JobFilter
         created_after=body.created_after,
         created_before=body.created_before,
     )
-    count, more = await services.call(services.store.cancel_all, caller.tenant_id, wanted)
+    count, more = await services.call(services.resources.store.requests.cancel_all, caller.tenant_id, wanted)
     return answer(CancelledView(cancelled=count, more=more))
 
 
@@ -155,7 +146,7 @@ async def list_jobs(
     limit: Limit = 50,
 ) -> Response:
     jobs, next_cursor = await services.call(
-        services.store.page,
+        services.resources.store.reader.page,
         caller.tenant_id,
         JobsWanted(tuple(state), _labels(label), model, queue, created_after, created_before),
         cursor=cursor,
@@ -183,7 +174,7 @@ async def get_job(request: Request, job_id: str, caller: JobsReader, services: S
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def cancel_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> Response:
-    job = await services.call(services.store.request_cancel, caller.tenant_id, job_id)
+    job = await services.call(services.resources.store.requests.request_cancel, caller.tenant_id, job_id)
     if job is None:
         raise missing_job()
     return await _answer_with(services, job)
@@ -197,14 +188,14 @@ async def cancel_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> 
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.QUOTA_EXCEEDED),
 )
 async def retry_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> Response:
-    job = await services.call(services.jobs.retry, caller.tenant_id, job_id, key_id=caller.key_id)
+    job = await services.call(services.resources.jobs.retry, caller.tenant_id, job_id, key_id=caller.key_id)
     services.ringer.ring(job.queue)
     return await _answer_with(services, job, status=201)
 
 
 async def own_job(services: Services, caller: Principal, job_id: str) -> Job:
     """The caller's job. Raises NightpressError(not_found) for another tenant's job too: an answer must not show that it exists."""
-    job = await services.call(services.store.get, caller.tenant_id, job_id)
+    job = await services.call(services.resources.store.reader.get, caller.tenant_id, job_id)
     if job is None:
         raise missing_job()
     return job
@@ -219,7 +210,7 @@ def missing_job() -> NightpressError:
 async def _views(services: Services, jobs: Sequence[Job]) -> list[JobView]:
     views = [JobView.model_validate(job, from_attributes=True) for job in jobs]
     if any(job.state == "queued" for job in jobs):
-        fleet = await services.call(services.jobs.fleet)
+        fleet = await services.call(services.resources.jobs.fleet)
         return [view.model_copy(update={"notice": fleet.notice(job)}) for view, job in zip(views, jobs, strict=True)]
     return views
 

@@ -10,7 +10,8 @@ from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import KeyCreate, KeyRotate, KeyView, NewKeyView, Page, TenantId
+from nightpress.core.wire.access import KeyCreate, KeyRotate, KeyView, NewKeyView, TenantId
+from nightpress.core.wire.base import Page
 
 router = APIRouter(prefix="/v1/keys", tags=["access"], route_class=OnceRoute)
 
@@ -35,7 +36,7 @@ async def list_keys(
     limit: Limit = 50,
 ) -> Response:
     items, following = await services.call(
-        services.issuer.page, caller, tenant_id=tenant_id, cursor=cursor, limit=limit
+        services.resources.issuer.page, caller, tenant_id=tenant_id, cursor=cursor, limit=limit
     )
     return answer(Page[KeyView](items=items, next_cursor=following))
 
@@ -50,7 +51,7 @@ async def list_keys(
 async def create_key(
     caller: KeysWriter, services: ServicesDep, body: Annotated[KeyCreate, Body(openapi_examples=_EXAMPLES)]
 ) -> Response:
-    made = await services.call(services.issuer.create, caller, body)
+    made = await services.call(services.resources.issuer.create, caller, body)
     return answer(made, status=201, headers={"Location": f"/v1/keys/{made.record.id}", **_NO_STORE})
 
 
@@ -61,7 +62,7 @@ async def create_key(
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_key(key_id: str, caller: KeysReader, services: ServicesDep) -> Response:
-    return answer(await services.call(services.issuer.get, caller, key_id))
+    return answer(await services.call(services.resources.issuer.get, caller, key_id))
 
 
 @router.post(
@@ -73,7 +74,7 @@ async def get_key(key_id: str, caller: KeysReader, services: ServicesDep) -> Res
 )
 async def rotate_key(key_id: str, caller: KeysWriter, services: ServicesDep, body: KeyRotate | None = None) -> Response:
     overlap_s = (body or KeyRotate()).overlap_s
-    made = await services.call(services.issuer.rotate, caller, key_id, overlap_s=overlap_s)
+    made = await services.call(services.resources.issuer.rotate, caller, key_id, overlap_s=overlap_s)
     return answer(made, status=201, headers={"Location": f"/v1/keys/{made.record.id}", **_NO_STORE})
 
 
@@ -85,7 +86,7 @@ async def rotate_key(key_id: str, caller: KeysWriter, services: ServicesDep, bod
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def revoke_key(key_id: str, caller: KeysWriter, services: ServicesDep) -> Response:
-    await services.call(services.issuer.revoke, caller, key_id)
+    await services.call(services.resources.issuer.revoke, caller, key_id)
     return Response(status_code=204)
 
 

@@ -8,16 +8,16 @@ from starlette.responses import Response
 
 from nightpress.api.deps import ServicesDep, authenticated
 from nightpress.api.routes import answer
-from nightpress.core.access.keys import Principal
-from nightpress.core.schemas import MeView
+from nightpress.core.service.access.keys import Principal
+from nightpress.core.wire.system import MeView
 
 router = APIRouter(prefix="/v1/me", tags=["access"])
 
 
 @router.get("", response_model=MeView, summary="Get the tenant, scopes, quotas and use of the key")
 async def me(caller: Annotated[Principal, Depends(authenticated)], services: ServicesDep) -> Response:
-    quotas = await services.call(services.quotas.of, caller.tenant_id)
-    usage = await services.call(services.quotas.usage, caller.tenant_id)
+    quotas = await services.call(services.resources.quotas.of, caller.tenant_id)
+    usage = await services.call(services.resources.quotas.usage, caller.tenant_id)
     view = MeView(
         tenant_id=caller.tenant_id,
         key_id=caller.key_id,

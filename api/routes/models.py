@@ -11,7 +11,8 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.routes.uploads import add_upload_routes
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import ModelCreate, ModelView, Page
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.models import ModelCreate, ModelView
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=OnceRoute)
 
@@ -66,7 +67,7 @@ async def create_model(
     services: ServicesDep,
     body: Annotated[ModelCreate, Body(openapi_examples=_EXAMPLES)],
 ) -> Response:
-    model = await services.transfer(services.models.create, caller.tenant_id, body)
+    model = await services.transfer(services.resources.models.create, caller.tenant_id, body)
     return answer(model, status=201, headers={"Location": f"/v1/models/{model.id}"})
 
 
@@ -74,7 +75,9 @@ async def create_model(
 async def list_models(
     caller: ModelsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
-    items, next_cursor = await services.call(services.models.page, caller.tenant_id, cursor=cursor, limit=limit)
+    items, next_cursor = await services.call(
+        services.resources.models.page, caller.tenant_id, cursor=cursor, limit=limit
+    )
     return answer(Page[ModelView](items=items, next_cursor=next_cursor))
 
 
@@ -85,7 +88,7 @@ async def list_models(
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_model(reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
-    return answer(await services.call(services.models.get, caller.tenant_id, reference))
+    return answer(await services.call(services.resources.models.get, caller.tenant_id, reference))
 
 
-add_upload_routes(router, lambda services: services.models, ModelView, "model")
+add_upload_routes(router, lambda services: services.resources.models, ModelView, "model")

@@ -9,7 +9,8 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.routes.results import artifact_view
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.schemas import LatestView, Page, PromotionCreate, PromotionView
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.promotions import LatestView, PromotionCreate, PromotionView
 
 router = APIRouter(prefix="/v1/models/{reference}", tags=["models"], route_class=OnceRoute)
 
@@ -23,7 +24,7 @@ router = APIRouter(prefix="/v1/models/{reference}", tags=["models"], route_class
 )
 async def latest(request: Request, reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
     promotion = await services.call(_latest, services, caller.tenant_id, reference)
-    artifacts = await services.call(services.store.artifacts, promotion.job_id)
+    artifacts = await services.call(services.resources.store.reader.artifacts, promotion.job_id)
     view = LatestView(
         promotion=promotion, artifacts=[artifact_view(promotion.job_id, artifact) for artifact in artifacts]
     )
@@ -44,7 +45,7 @@ async def history(
 ) -> Response:
     promotion = await services.call(_latest, services, caller.tenant_id, reference)
     items, following = await services.call(
-        services.promotions.page, caller.tenant_id, promotion.model_name, cursor=cursor, limit=limit
+        services.resources.promotions.page, caller.tenant_id, promotion.model_name, cursor=cursor, limit=limit
     )
     return answer(Page[PromotionView](items=items, next_cursor=following))
 
@@ -59,18 +60,20 @@ async def history(
 )
 async def promote(reference: str, caller: ModelsWriter, services: ServicesDep, body: PromotionCreate) -> Response:
     name = await services.call(_name_of, services, caller.tenant_id, reference)
-    made = await services.call(services.promotions.promote, caller.tenant_id, name, body.job_id, key_id=caller.key_id)
+    made = await services.call(
+        services.resources.promotions.promote, caller.tenant_id, name, body.job_id, key_id=caller.key_id
+    )
     return answer(made, status=201)
 
 
 def _latest(services: Services, tenant_id: str, reference: str) -> PromotionView:
-    return services.promotions.latest(tenant_id, _name_of(services, tenant_id, reference))
+    return services.resources.promotions.latest(tenant_id, _name_of(services, tenant_id, reference))
 
 
 def _name_of(services: Services, tenant_id: str, reference: str) -> str:
     """The name that an id or a name refers to. A name may have no model any more: the results of its models are still there."""
     try:
-        return services.models.get(tenant_id, reference).name
+        return services.resources.models.get(tenant_id, reference).name
     except NightpressError as error:
         if error.code is not ErrorCode.NOT_FOUND:
             raise

@@ -14,7 +14,8 @@ from nightpress.core.recipes.builtins import builtin_recipes, builtin_text
 from nightpress.core.recipes.builtins import get_recipe as get_builtin
 from nightpress.core.recipes.models import Recipe, load_recipe, parse_recipe
 from nightpress.core.recipes.plan import Plan, make_plan
-from nightpress.core.schemas import Page, RecipeView, ValidateRequest, ValidateView
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.recipes import RecipeView, ValidateRequest, ValidateView
 
 router = APIRouter(prefix="/v1/recipes", tags=["recipes"], route_class=OnceRoute)
 
@@ -78,7 +79,7 @@ def _plan(services: Services, tenant_id: str, body: ValidateRequest) -> Plan:
     recipe = load_recipe(body.recipe) if isinstance(body.recipe, str) else parse_recipe(body.recipe)
     if body.model is None:
         return make_plan(recipe)
-    return services.jobs.plan(recipe, services.models.get(tenant_id, body.model).id)
+    return services.resources.jobs.plan(recipe, services.resources.models.get(tenant_id, body.model).id)
 
 
 def _view(recipe: Recipe) -> RecipeView:

@@ -8,10 +8,12 @@ from nightpress.api.downloads import send_object
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.routes.jobs import own_job
-from nightpress.core.access.keys import Principal
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.records import Artifact, Job
-from nightpress.core.schemas import ArtifactView, FileView, Page, ReportView
+from nightpress.core.service.access.keys import Principal
+from nightpress.core.service.jobs.records import Artifact, Job
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.jobs import ArtifactView, ReportView
+from nightpress.core.wire.models import FileView
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
 
@@ -24,7 +26,7 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
 )
 async def job_artifacts(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
     await own_job(services, caller, job_id)
-    found = await services.call(services.store.artifacts, job_id)
+    found = await services.call(services.resources.store.reader.artifacts, job_id)
     return answer(Page[ArtifactView](items=[artifact_view(job_id, artifact) for artifact in found]))
 
 
@@ -50,7 +52,7 @@ async def artifact_file(
     services: ServicesDep,
 ) -> Response:
     job = await own_job(services, caller, job_id)
-    for artifact in await services.call(services.store.artifacts, job_id):
+    for artifact in await services.call(services.resources.store.reader.artifacts, job_id):
         for file in artifact.files if artifact.format == format else ():
             if file["path"] == path:
                 key = f"{attempt_prefix(job, artifact.attempt)}/{artifact.path}/{path}"
@@ -70,7 +72,7 @@ async def artifact_file(
 )
 async def job_report(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
     await own_job(services, caller, job_id)
-    report = await services.call(services.store.report, job_id)
+    report = await services.call(services.resources.store.reader.report, job_id)
     if report is None:
         raise _no_report()
     base = f"/v1/jobs/{job_id}/report"
@@ -123,9 +125,13 @@ async def _drawn(services: Services, caller: Principal, job_id: str, name: str) 
     job = await own_job(services, caller, job_id)
     if job.state != "succeeded":
         raise _no_report()
-    attempt = (await services.call(services.store.artifacts, job_id))[0].attempt if job.reused_from else job.attempt
+    attempt = (
+        (await services.call(services.resources.store.reader.artifacts, job_id))[0].attempt
+        if job.reused_from
+        else job.attempt
+    )
     key = f"{attempt_prefix(job, attempt)}/{name}"
-    return await services.call(lambda: b"".join(services.objects.read(key))), job
+    return await services.call(lambda: b"".join(services.resources.objects.read(key))), job
 
 
 def _no_report() -> NightpressError:

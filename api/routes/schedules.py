@@ -11,7 +11,8 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.versions import IfMatch, etag_of, version_of
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import Page, ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 
 router = APIRouter(prefix="/v1/schedules", tags=["schedules"], route_class=OnceRoute)
 
@@ -51,7 +52,7 @@ _REFUSALS = (
 async def create_schedule(
     caller: JobsWriter, services: ServicesDep, body: Annotated[ScheduleCreate, Body(openapi_examples=_EXAMPLES)]
 ) -> Response:
-    schedule = await services.call(services.schedules.create, caller.tenant_id, body, key_id=caller.key_id)
+    schedule = await services.call(services.resources.schedules.create, caller.tenant_id, body, key_id=caller.key_id)
     return _with_etag(schedule, status=201)
 
 
@@ -59,7 +60,9 @@ async def create_schedule(
 async def list_schedules(
     caller: JobsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
-    items, following = await services.call(services.schedules.store.page, caller.tenant_id, cursor=cursor, limit=limit)
+    items, following = await services.call(
+        services.resources.schedules.store.page, caller.tenant_id, cursor=cursor, limit=limit
+    )
     return answer(Page[ScheduleView](items=items, next_cursor=following))
 
 
@@ -70,7 +73,7 @@ async def list_schedules(
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_schedule(reference: str, caller: JobsReader, services: ServicesDep) -> Response:
-    return _with_etag(await services.call(services.schedules.store.get, caller.tenant_id, reference))
+    return _with_etag(await services.call(services.resources.schedules.store.get, caller.tenant_id, reference))
 
 
 @router.patch(
@@ -84,7 +87,9 @@ async def edit_schedule(
     reference: str, caller: JobsWriter, services: ServicesDep, body: ScheduleUpdate, if_match: IfMatch = None
 ) -> Response:
     version = version_of(if_match)
-    return _with_etag(await services.call(services.schedules.edit, caller.tenant_id, reference, body, version=version))
+    return _with_etag(
+        await services.call(services.resources.schedules.edit, caller.tenant_id, reference, body, version=version)
+    )
 
 
 @router.delete(
@@ -98,7 +103,7 @@ async def delete_schedule(
     reference: str, caller: JobsWriter, services: ServicesDep, if_match: IfMatch = None
 ) -> Response:
     version = version_of(if_match)
-    await services.call(services.schedules.delete, caller.tenant_id, reference, version=version)
+    await services.call(services.resources.schedules.delete, caller.tenant_id, reference, version=version)
     return Response(status_code=204)
 
 
@@ -110,7 +115,7 @@ async def delete_schedule(
 )
 async def suspend_schedule(reference: str, caller: JobsWriter, services: ServicesDep) -> Response:
     change = ScheduleUpdate(suspended=True)
-    return _with_etag(await services.call(services.schedules.edit, caller.tenant_id, reference, change))
+    return _with_etag(await services.call(services.resources.schedules.edit, caller.tenant_id, reference, change))
 
 
 @router.post(
@@ -121,7 +126,7 @@ async def suspend_schedule(reference: str, caller: JobsWriter, services: Service
 )
 async def resume_schedule(reference: str, caller: JobsWriter, services: ServicesDep) -> Response:
     change = ScheduleUpdate(suspended=False)
-    return _with_etag(await services.call(services.schedules.edit, caller.tenant_id, reference, change))
+    return _with_etag(await services.call(services.resources.schedules.edit, caller.tenant_id, reference, change))
 
 
 @router.post(
@@ -133,7 +138,7 @@ async def resume_schedule(reference: str, caller: JobsWriter, services: Services
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def trigger_schedule(reference: str, caller: JobsWriter, services: ServicesDep) -> Response:
-    return answer(await services.call(services.schedules.trigger, caller.tenant_id, reference), status=201)
+    return answer(await services.call(services.resources.schedules.trigger, caller.tenant_id, reference), status=201)
 
 
 @router.get(
@@ -146,7 +151,7 @@ async def list_runs(
     reference: str, caller: JobsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
     items, following = await services.call(
-        services.schedules.store.runs, caller.tenant_id, reference, cursor=cursor, limit=limit
+        services.resources.schedules.store.runs, caller.tenant_id, reference, cursor=cursor, limit=limit
     )
     return answer(Page[ScheduleRunView](items=items, next_cursor=following))
 

@@ -13,7 +13,8 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.numbers import whole_number
-from nightpress.core.schemas import DataSetView, ModelView, Page, UploadFile
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.models import DataSetView, ModelView, UploadFile
 
 _PIECE = 1024**2  #: bytes handed to the store's thread at a time
 

@@ -11,10 +11,10 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.versions import IfMatch, etag_of, version_of
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import (
+from nightpress.core.wire.base import Page
+from nightpress.core.wire.webhooks import (
     DeliveryView,
     NewWebhookView,
-    Page,
     SecretRotate,
     WebhookCreate,
     WebhookUpdate,
@@ -45,7 +45,7 @@ _NO_STORE = {"Cache-Control": "no-store"}
 async def create_webhook(
     caller: WebhooksWriter, services: ServicesDep, body: Annotated[WebhookCreate, Body(openapi_examples=_EXAMPLES)]
 ) -> Response:
-    made = await services.transfer(services.webhooks.create, caller.tenant_id, body, key_id=caller.key_id)
+    made = await services.transfer(services.resources.webhooks.create, caller.tenant_id, body, key_id=caller.key_id)
     return answer(made, status=201, headers={"Location": f"/v1/webhooks/{made.webhook.id}", **_NO_STORE})
 
 
@@ -53,7 +53,9 @@ async def create_webhook(
 async def list_webhooks(
     caller: WebhooksReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
-    items, following = await services.call(services.webhooks.page, caller.tenant_id, cursor=cursor, limit=limit)
+    items, following = await services.call(
+        services.resources.webhooks.page, caller.tenant_id, cursor=cursor, limit=limit
+    )
     return answer(Page[WebhookView](items=items, next_cursor=following))
 
 
@@ -61,7 +63,7 @@ async def list_webhooks(
     "/{webhook_id}", response_model=WebhookView, summary="Get a webhook", responses=documented(ErrorCode.NOT_FOUND)
 )
 async def get_webhook(webhook_id: str, caller: WebhooksReader, services: ServicesDep) -> Response:
-    return _with_etag(await services.call(services.webhooks.get, caller.tenant_id, webhook_id))
+    return _with_etag(await services.call(services.resources.webhooks.get, caller.tenant_id, webhook_id))
 
 
 @router.patch(
@@ -77,7 +79,7 @@ async def edit_webhook(
 ) -> Response:
     version = version_of(if_match)
     return _with_etag(
-        await services.transfer(services.webhooks.edit, caller.tenant_id, webhook_id, body, version=version)
+        await services.transfer(services.resources.webhooks.edit, caller.tenant_id, webhook_id, body, version=version)
     )
 
 
@@ -92,7 +94,7 @@ async def delete_webhook(
     webhook_id: str, caller: WebhooksWriter, services: ServicesDep, if_match: IfMatch = None
 ) -> Response:
     version = version_of(if_match)
-    await services.call(services.webhooks.delete, caller.tenant_id, webhook_id, version=version)
+    await services.call(services.resources.webhooks.delete, caller.tenant_id, webhook_id, version=version)
     return Response(status_code=204)
 
 
@@ -106,7 +108,7 @@ async def rotate_secret(
     webhook_id: str, caller: WebhooksWriter, services: ServicesDep, body: SecretRotate | None = None
 ) -> Response:
     overlap_s = (body or SecretRotate()).overlap_s
-    made = await services.call(services.webhooks.rotate, caller.tenant_id, webhook_id, overlap_s=overlap_s)
+    made = await services.call(services.resources.webhooks.rotate, caller.tenant_id, webhook_id, overlap_s=overlap_s)
     return answer(made, headers=_NO_STORE)
 
 
@@ -118,7 +120,7 @@ async def rotate_secret(
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def test_webhook(webhook_id: str, caller: WebhooksWriter, services: ServicesDep) -> Response:
-    return answer(await services.call(services.webhooks.test, caller.tenant_id, webhook_id), status=202)
+    return answer(await services.call(services.resources.webhooks.test, caller.tenant_id, webhook_id), status=202)
 
 
 @router.get(
@@ -131,7 +133,7 @@ async def list_deliveries(
     webhook_id: str, caller: WebhooksReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
     items, following = await services.call(
-        services.webhooks.deliveries, caller.tenant_id, webhook_id, cursor=cursor, limit=limit
+        services.resources.webhooks.deliveries, caller.tenant_id, webhook_id, cursor=cursor, limit=limit
     )
     return answer(Page[DeliveryView](items=items, next_cursor=following))
 
@@ -143,7 +145,7 @@ async def list_deliveries(
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_delivery(webhook_id: str, delivery_id: str, caller: WebhooksReader, services: ServicesDep) -> Response:
-    return answer(await services.call(services.webhooks.delivery, caller.tenant_id, webhook_id, delivery_id))
+    return answer(await services.call(services.resources.webhooks.delivery, caller.tenant_id, webhook_id, delivery_id))
 
 
 @router.post(
@@ -154,7 +156,7 @@ async def get_delivery(webhook_id: str, delivery_id: str, caller: WebhooksReader
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def redeliver(webhook_id: str, delivery_id: str, caller: WebhooksWriter, services: ServicesDep) -> Response:
-    sent = await services.call(services.webhooks.redeliver, caller.tenant_id, webhook_id, delivery_id)
+    sent = await services.call(services.resources.webhooks.redeliver, caller.tenant_id, webhook_id, delivery_id)
     return answer(sent, status=202)
 
 

@@ -10,7 +10,7 @@ from rich.progress import Progress, TaskID
 from nightpress.client.cli import output
 from nightpress.client.cli.exits import Exit
 from nightpress.client.client import Client
-from nightpress.core.schemas import JobView
+from nightpress.core.wire.jobs import JobView
 
 
 class _Notices:

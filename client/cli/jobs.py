@@ -11,7 +11,7 @@ from nightpress.client.cli.models import send_model
 from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
-from nightpress.core.schemas import JobFilter, JobView, LogView
+from nightpress.core.wire.jobs import JobFilter, JobView, LogView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 

@@ -6,7 +6,7 @@ import typer
 
 from nightpress.client.cli import output
 from nightpress.client.cli.session import Session, takes_session
-from nightpress.core.schemas import KeyView, NewKeyView
+from nightpress.core.wire.access import KeyView, NewKeyView
 
 keys = typer.Typer(invoke_without_command=True, help="API keys: list, add, show, rotate, revoke.")
 

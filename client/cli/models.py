@@ -13,7 +13,7 @@ from nightpress.client.client import Client
 from nightpress.client.errors import ApiError
 from nightpress.client.folders import read_model_folder
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import ModelView
+from nightpress.core.wire.models import ModelView
 
 models = typer.Typer(
     invoke_without_command=True, help="Models: list, show, add, remove; history and promote: which result a name means."

@@ -6,7 +6,7 @@ from nightpress.client.cli import output
 from nightpress.client.cli.session import Session
 from nightpress.client.errors import ClientError
 from nightpress.client.folders import plain_name
-from nightpress.core.schemas import DataSetView, ModelView
+from nightpress.core.wire.models import DataSetView, ModelView
 
 
 def name_of_source(source: str) -> str:

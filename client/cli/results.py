@@ -13,7 +13,7 @@ from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
 from nightpress.client.errors import ApiError
 from nightpress.core.errors import ErrorCode
-from nightpress.core.schemas import JobView
+from nightpress.core.wire.jobs import JobView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 

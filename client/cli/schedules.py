@@ -8,7 +8,7 @@ from nightpress.client.cli import output
 from nightpress.client.cli.jobs import parse_labels
 from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
-from nightpress.core.schemas import ScheduleRunView, ScheduleView
+from nightpress.core.wire.schedules import ScheduleRunView, ScheduleView
 
 schedules = typer.Typer(invoke_without_command=True, help="Schedules: list, add, show, edit, suspend, resume, trigger.")
 

@@ -7,7 +7,7 @@ import typer
 from nightpress.client.cli import output
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.core.numbers import whole_number
-from nightpress.core.schemas import QuotaChange, TenantView, UsageView
+from nightpress.core.wire.access import QuotaChange, TenantView, UsageView
 
 tenants = typer.Typer(
     invoke_without_command=True, help="Tenants, for administrators: list, show quotas and use, set quotas."

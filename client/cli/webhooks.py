@@ -7,7 +7,7 @@ import typer
 
 from nightpress.client.cli import output
 from nightpress.client.cli.session import Session, takes_session
-from nightpress.core.schemas import DeliveryView, NewWebhookView, WebhookView
+from nightpress.core.wire.webhooks import DeliveryView, NewWebhookView, WebhookView
 
 webhooks = typer.Typer(
     invoke_without_command=True,

@@ -22,7 +22,7 @@ class JobSpec(BaseModel):
     job_id: str
     attempt: int = Field(ge=1)
     model_name: str
-    model_digest: str = Field(description="`sha256:…` over the model's file list; see core/registry")
+    model_digest: str = Field(description="`sha256:…` over the model's file list; see core/service/registry")
     recipe: Recipe
     data: dict[str, str] = Field(default_factory=dict, description="data set id → file below data/")
     device: Literal["cpu", "cuda"] = "cpu"

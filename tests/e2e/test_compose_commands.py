@@ -109,7 +109,7 @@ def test_a_model_goes_through_the_production_stack(
             for service in ("migrate", "api", "control", "worker-cpu")
         }
         subprocess.run(command_of("migrate"), env=environments["migrate"], check=True, cwd=tmp_path, timeout=60)
-        create_key = [sys.executable, "-m", "nightpress.core.access", "create-key", "--name", "first"]
+        create_key = [sys.executable, "-m", "nightpress.core.service.access", "create-key", "--name", "first"]
         made = subprocess.run(
             create_key, env=environments["api"], check=True, cwd=tmp_path, capture_output=True, text=True
         )

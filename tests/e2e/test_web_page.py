@@ -12,10 +12,10 @@ from playwright.sync_api import expect
 from nightpress.client import Client
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
-from nightpress.core.jobs.records import Worker
-from nightpress.core.webhooks.courier import Courier
-from nightpress.core.webhooks.signing import open_keeper, verify
-from nightpress.core.webhooks.store import WebhookStore
+from nightpress.core.service.jobs.records import Worker
+from nightpress.core.service.webhooks.courier import Courier
+from nightpress.core.service.webhooks.signing import open_keeper, verify
+from nightpress.core.service.webhooks.store import WebhookStore
 from tests.browser import DESKTOP, Browser, Seen, chromium, overflows, violations
 from tests.face import RECIPE, Face
 from tests.jobs import GB
@@ -137,8 +137,8 @@ def test_a_worker_shows_how_much_of_its_gpus_memory_is_in_use(browser: Browser, 
     gpu = Worker(
         "wkr_gpu", "gpu-host", "gpu", "NVIDIA H100", 80 * GB, 16, "0.1.0", gpu_memory=85 * GB, gpu_memory_used=31 * GB
     )
-    face.store.heartbeat_worker(gpu)
-    face.store.heartbeat_worker(Worker("wkr_cpu", "cpu-host", "cpu", "cpu", 20 * GB, 2, "0.1.0"))
+    face.store.roster.heartbeat_worker(gpu)
+    face.store.roster.heartbeat_worker(Worker("wkr_cpu", "cpu-host", "cpu", "cpu", 20 * GB, 2, "0.1.0"))
     with signed_in(browser, face, "/workers") as seen:
         page = seen.page
         memory = page.wait_for_selector("tr:has-text('gpu-host') progress")
@@ -146,7 +146,7 @@ def test_a_worker_shows_how_much_of_its_gpus_memory_is_in_use(browser: Browser, 
         assert page.inner_text("tr:has-text('cpu-host') td[data-of=Memory]") == "20.0 GB"
         assert violations(page) == []
     for worker in ("wkr_gpu", "wkr_cpu"):
-        face.store.remove_worker(worker)
+        face.store.roster.remove_worker(worker)
 
 
 @pytest.mark.parametrize(("viewport", "dark"), [(DESKTOP, False), (NARROW, True)])
@@ -186,10 +186,10 @@ def test_a_job_is_followed_live_from_queued_to_its_artifacts(browser: Browser, f
         page = seen.page
         page.wait_for_selector(".badge:has-text('queued')")
         claimed = face.claim()
-        face.store.renew(
+        face.store.attempts.renew(
             claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.4, message="layer 3 of 7")
         )
-        face.store.append_logs(claimed.lease, [("info", "reading <weights>")])
+        face.store.attempts.append_logs(claimed.lease, [("info", "reading <weights>")])
         page.wait_for_selector(".now:has-text('layer 3 of 7')")
         assert page.get_attribute(".now progress", "aria-label") == "pressing, 40%"
         page.wait_for_selector(".log:has-text('reading <weights>')")

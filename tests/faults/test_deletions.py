@@ -9,15 +9,15 @@ from sqlalchemy import Table, update
 
 from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.registry.tables import models
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.tables.registry import models
 from tests.service import ROOT, TENANT, Service, eventually
 
 _KILLED_DELETION = """
 import os, signal, sys
 from nightpress.core.artifacts.storage import open_store
 from nightpress.core.database import make_engine
-from nightpress.core.registry.models import ModelRegistry
+from nightpress.core.service.registry.models import ModelRegistry
 from nightpress.core.settings import load_settings
 settings = load_settings()
 store = open_store(settings)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from nightpress.core.jobs.ring import Ringer, make_celery
+from nightpress.core.service.jobs.ring import Ringer, make_celery
 from tests.api_process import ApiProcess
 from tests.patience import slowness
 from tests.servers import Valkey

@@ -13,7 +13,7 @@ import httpx
 from nightpress import migrations
 from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
-from nightpress.core.jobs.store import JobStore
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.worker.lease import LeaseKeeper
 from tests.api_process import ApiProcess
 from tests.jobs import add_model, claim, submit
@@ -109,7 +109,7 @@ def test_f4_the_last_words_are_written_once_the_server_is_back(tmp_path: Path) -
         server.kill()
         threading.Timer(0.5, server.start).start()
         keeper.close()
-        assert [line.text for line in store.logs(job_id)] == ["the last words"]
+        assert [line.text for line in store.reader.logs(job_id)] == ["the last words"]
         engine.dispose()
 
 

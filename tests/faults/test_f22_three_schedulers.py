@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select, update
 
-from nightpress.core.access.quotas import QuotaBook
 from nightpress.core.artifacts.storage import open_store
 from nightpress.core.database import transaction
-from nightpress.core.jobs.service import JobService
-from nightpress.core.jobs.tables import jobs
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.schedules.service import ScheduleService
-from nightpress.core.schedules.store import ScheduleStore
-from nightpress.core.schedules.tables import schedule_runs, schedules
-from nightpress.core.schemas import JobSpec, ModelCreate, ScheduleCreate
+from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.jobs.service import JobService
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.schedules.service import ScheduleService
+from nightpress.core.service.schedules.store import ScheduleStore
+from nightpress.core.service.tables.jobs import jobs
+from nightpress.core.service.tables.schedules import schedule_runs, schedules
+from nightpress.core.wire.jobs import JobRequest
+from nightpress.core.wire.models import ModelCreate
+from nightpress.core.wire.schedules import ScheduleCreate
 from tests.service import TENANT, Service, eventually
 
 SCHEDULES, FIRES = 4, 4
@@ -42,7 +44,7 @@ def test_every_fire_happens_once_with_three_control_processes(
         )
         people = ScheduleService(store, job_service, settings)
         for number in range(SCHEDULES):
-            job = JobSpec(model="tiny", recipe="int8-encoder")
+            job = JobRequest(model="tiny", recipe="int8-encoder")
             wanted = ScheduleCreate(name=f"s{number}", cron="*/5 * * * *", catch_up="all", overlap="replace", job=job)
             people.create(TENANT, wanted)
         start = store.now().replace(second=0, microsecond=0) - dt.timedelta(minutes=5 * FIRES)

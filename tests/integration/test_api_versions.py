@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nightpress import migrations
-from nightpress.core.access.keys import ALL_SCOPES
+from nightpress.core.service.access.keys import ALL_SCOPES
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 

@@ -9,29 +9,32 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select
 
-from nightpress.core.access.audit import AuditLog
-from nightpress.core.access.idempotency import Answered, Begun, IdempotencyBook
-from nightpress.core.access.keys import KeyRing, create_key, revoke
-from nightpress.core.access.quotas import QuotaBook
-from nightpress.core.access.tables import api_keys, audit_log, gpu_usage, tenants
 from nightpress.core.artifacts.storage import open_store
 from nightpress.core.database import db_month, make_engine, metadata, transaction
-from nightpress.core.jobs.checkpoints import CheckpointIndex, StoredFile
-from nightpress.core.jobs.records import Worker, WorkerOffer
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.jobs.tables import checkpoint_files, checkpoints, idempotency_keys, workers
-from nightpress.core.promotions.store import PromotionStore
-from nightpress.core.promotions.tables import promotions
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.intake import Intake
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.registry.tables import data_sets, models, uploads
-from nightpress.core.schedules.tables import schedule_runs, schedules
-from nightpress.core.schemas import DataSetCreate, FileAnnouncement, JobSpec, ModelCreate, QuotaChange, WebhookCreate
+from nightpress.core.service.access.audit import AuditLog
+from nightpress.core.service.access.idempotency import Answered, Begun, IdempotencyBook
+from nightpress.core.service.access.keys import KeyRing, create_key, revoke
+from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.jobs.checkpoints import CheckpointIndex, StoredFile
+from nightpress.core.service.jobs.records import Worker, WorkerOffer
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.promotions.store import PromotionStore
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.intake import Intake
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.tables.access import api_keys, audit_log, gpu_usage, tenants
+from nightpress.core.service.tables.jobs import checkpoint_files, checkpoints, idempotency_keys, workers
+from nightpress.core.service.tables.promotions import promotions
+from nightpress.core.service.tables.registry import data_sets, models, uploads
+from nightpress.core.service.tables.schedules import schedule_runs, schedules
+from nightpress.core.service.tables.webhooks import webhook_attempts, webhook_deliveries, webhooks
+from nightpress.core.service.webhooks.signing import open_keeper
+from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
-from nightpress.core.webhooks.signing import open_keeper
-from nightpress.core.webhooks.store import WebhookStore
-from nightpress.core.webhooks.tables import webhook_attempts, webhook_deliveries, webhooks
+from nightpress.core.wire.access import QuotaChange
+from nightpress.core.wire.jobs import JobRequest
+from nightpress.core.wire.models import DataSetCreate, FileAnnouncement, ModelCreate
+from nightpress.core.wire.webhooks import WebhookCreate
 from tests.columns import Chosen, Rows, identifier
 from tests.integration import test_columns_of_jobs
 from tests.integration.test_schedules import TENANT, World, utc
@@ -135,10 +138,10 @@ def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobS
     rows.check(audit_log, {**line, "id": identifier("aud"), "at": rows.now})
 
     job_id = submit(store, tenant_id="tenant-b", queue="gpu")
-    claimed = store.claim(WorkerOffer("worker-1", "gpu", "cuda:0", 1 << 40, 1), ttl_s=600)
+    claimed = store.claims.claim(WorkerOffer("worker-1", "gpu", "cuda:0", 1 << 40, 1), ttl_s=600)
     assert claimed is not None
     age(engine, job_id, 100, "started_at")
-    assert store.release(claimed.lease)
+    assert store.attempts.release(claimed.lease)
     with transaction(engine, read_only=True) as connection:
         month = connection.execute(select(db_month())).scalar_one()
     seconds = Chosen("<about 100>", lambda value: 100 <= value < 160)
@@ -188,9 +191,9 @@ def test_workers(engine: Engine, rows: Rows, store: JobStore) -> None:
     )
     told = {column.name: getattr(worker, column.name) for column in workers.c if not column.name.endswith("_at")}
     for _ in range(2):  # the first beat inserts, the others update
-        store.heartbeat_worker(worker)
+        store.roster.heartbeat_worker(worker)
         rows.check(workers, {**told, "started_at": rows.now, "last_seen_at": rows.now, "left_at": None})
-    store.remove_worker(worker.id)
+    store.roster.remove_worker(worker.id)
     rows.check(workers, {**told, "started_at": rows.now, "last_seen_at": rows.now, "left_at": rows.now})
     rows.all_seen(workers)
 
@@ -258,7 +261,7 @@ def test_webhooks_and_what_they_deliver(engine: Engine, rows: Rows, tmp_path: Pa
 def test_a_promotion_by_hand(engine: Engine, rows: Rows, store: JobStore) -> None:
     submit(store, tenant_id="tenant-a", model_name="name-of-the-model", promote=False)
     claimed = claim(store)
-    assert store.finish(claimed.lease, succeeded(claimed.lease))
+    assert store.attempts.finish(claimed.lease, succeeded(claimed.lease))
     PromotionStore(engine).promote("tenant-a", "name-of-the-model", claimed.job.id, key_id="key12345")
     row = {
         "id": identifier("prm"),
@@ -282,7 +285,7 @@ def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
     source.mkdir(parents=True)
     for file in world.model.iterdir():
         (source / file.name).write_bytes(file.read_bytes())
-    job = JobSpec(model="tiny", recipe="int8-encoder", name="name-of-the-job")
+    job = JobRequest(model="tiny", recipe="int8-encoder", name="name-of-the-job")
     given: dict[str, Any] = {"timezone": "Asia/Tokyo", "overlap": "queue", "catch_up": "all", "only_if_changed": True}
     made = world.schedule("2026-11-23T02:00", job=job, key_id="key12345", source=str(source), **given)
     row = {
@@ -305,7 +308,7 @@ def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
     world.end_jobs_well()
     world.settle("2026-11-23T03:00")
     submitted, skipped = world.runs()
-    pressed = world.store.get(TENANT, str(submitted.job_id))
+    pressed = world.store.reader.get(TENANT, str(submitted.job_id))
     assert pressed is not None
     run = {
         "id": submitted.id,

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, update
 
-from nightpress.core.access.idempotency import Answered, Begun, IdempotencyBook
 from nightpress.core.database import db_now, make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.tables import idempotency_keys
+from nightpress.core.service.access.idempotency import Answered, Begun, IdempotencyBook
+from nightpress.core.service.tables.jobs import idempotency_keys
 
 ANSWER = Answered(201, {"location": "/v1/models/mdl_1"}, b"{}" * 5000)
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, select, update
 
-from nightpress.core.access import __main__ as access
-from nightpress.core.access import keys
-from nightpress.core.access.keys import ALL_SCOPES, KeyRing, create_key, revoke
-from nightpress.core.access.tables import api_keys
 from nightpress.core.database import make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.logs import redact
+from nightpress.core.service.access import __main__ as access
+from nightpress.core.service.access import keys
+from nightpress.core.service.access.keys import ALL_SCOPES, KeyRing, create_key, revoke
+from nightpress.core.service.tables.access import api_keys
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from nightpress.core.artifacts.storage import ObjectStore, open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import describe_folder, digest_of
-from nightpress.core.jobs.records import NewJob
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.schemas import DataSetCreate, DataSetView, FileAnnouncement, ModelCreate, UploadFile
+from nightpress.core.service.jobs.records import NewJob
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.models import ModelRegistry
 from nightpress.core.settings import Settings
+from nightpress.core.wire.models import DataSetCreate, DataSetView, FileAnnouncement, ModelCreate, UploadFile
 from tests.hub_cache import hub_snapshot
 from tests.servers import S3
 
@@ -531,12 +531,12 @@ def test_what_a_job_needs_is_not_deleted(any_engine: Engine, settings: Settings,
         data={data.name: {"id": data.id}},
     )
     store = JobStore(any_engine)
-    job, _ = store.submit(new, max_queued=10)
+    job, _ = store.submission.submit(new, max_queued=10)
     for registry, one in ((models, model), (datasets, data)):
         with pytest.raises(NightpressError) as error:
             registry.delete("t", one.id)
         assert code_of(error) is ErrorCode.CONFLICT
-    store.request_cancel("t", job.id)
+    store.requests.request_cancel("t", job.id)
     models.delete("t", model.id)
     datasets.delete("t", data.id)
     assert models.page("t") == ([], None)

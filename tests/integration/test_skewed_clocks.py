@@ -12,28 +12,30 @@ import pytest
 from sqlalchemy import Engine, select, update
 
 import nightpress.core.ids
-from nightpress.core.access.audit import AuditLog
-from nightpress.core.access.issuing import KeyIssuer
-from nightpress.core.access.keys import ALL_SCOPES, Principal, create_key
-from nightpress.core.access.tables import audit_log
 from nightpress.core.artifacts.local import LocalStore
 from nightpress.core.artifacts.storage import ObjectStore, open_store
 from nightpress.core.database import db_now, make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.records import Claimed
-from nightpress.core.jobs.retention import JobRetention
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.promotions.store import PromotionStore
-from nightpress.core.promotions.tables import promotions
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.registry.registry import Registry
-from nightpress.core.registry.tables import data_sets, models
-from nightpress.core.schedules.store import ScheduleStore
-from nightpress.core.schemas import DataSetCreate, KeyCreate, ModelCreate, WebhookCreate
+from nightpress.core.service.access.audit import AuditLog
+from nightpress.core.service.access.issuing import KeyIssuer
+from nightpress.core.service.access.keys import ALL_SCOPES, Principal, create_key
+from nightpress.core.service.jobs.records import Claimed
+from nightpress.core.service.jobs.retention import JobRetention
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.promotions.store import PromotionStore
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.registry.registry import Registry
+from nightpress.core.service.schedules.store import ScheduleStore
+from nightpress.core.service.tables.access import audit_log
+from nightpress.core.service.tables.promotions import promotions
+from nightpress.core.service.tables.registry import data_sets, models
+from nightpress.core.service.webhooks.signing import open_keeper
+from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
-from nightpress.core.webhooks.signing import open_keeper
-from nightpress.core.webhooks.store import WebhookStore
+from nightpress.core.wire.access import KeyCreate
+from nightpress.core.wire.models import DataSetCreate, ModelCreate
+from nightpress.core.wire.webhooks import WebhookCreate
 from tests.jobs import add_model, age, claim, submit, succeeded
 
 TENANT = "default"
@@ -85,7 +87,7 @@ def settings(tmp_path: Path, sql_url: str) -> Settings:
 
 def finish_next(store: JobStore) -> str:
     claimed = claim(store)
-    assert store.finish(claimed.lease, succeeded(claimed.lease))
+    assert store.attempts.finish(claimed.lease, succeeded(claimed.lease))
     return claimed.job.id
 
 
@@ -140,7 +142,7 @@ def test_of_two_jobs_that_end_at_the_same_moment_the_later_one_holds_the_name(en
 
             def finish(claimed: Claimed, start: threading.Barrier = start) -> None:
                 start.wait()
-                assert store.finish(claimed.lease, succeeded(claimed.lease))
+                assert store.attempts.finish(claimed.lease, succeeded(claimed.lease))
 
             both = [claim(store), claim(store)]
             assert [claimed.job.id for claimed in both] == [older, newer]
@@ -173,8 +175,8 @@ def test_retention_keeps_what_the_pointer_stands_on(engine: Engine, host: Host, 
     for job_id in (earlier, latest):
         age(engine, job_id, 40 * DAY_S, "finished_at")
     JobRetention(engine, LocalStore(tmp_path / "objects")).prune_jobs(30 * DAY_S)
-    assert store.get(TENANT, earlier) is None
-    assert store.get(TENANT, latest) is not None
+    assert store.reader.get(TENANT, earlier) is None
+    assert store.reader.get(TENANT, latest) is not None
     assert pointers.latest(TENANT, "tiny").job_id == latest
 
 

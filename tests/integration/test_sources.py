@@ -14,13 +14,13 @@ from nightpress.core.artifacts.storage import ObjectStore, open_store
 from nightpress.core.database import db_now, make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import describe_folder, digest_of
-from nightpress.core.registry.datasets import DataSetRegistry
-from nightpress.core.registry.intake import Intake
-from nightpress.core.registry.models import ModelRegistry
-from nightpress.core.registry.tables import models
-from nightpress.core.schemas import DataSetCreate, DataSetView, ModelCreate, ModelView
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.intake import Intake
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.tables.registry import models
 from nightpress.core.settings import Settings
 from nightpress.core.sources.address import parse_address
+from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView
 from tests.hub import Hub, serve_hub
 from tests.servers import S3
 from tests.service import eventually

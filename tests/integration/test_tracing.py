@@ -15,11 +15,11 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from sqlalchemy import update
 
 from nightpress import migrations
-from nightpress.core.access.keys import create_key
 from nightpress.core.database import transaction
 from nightpress.core.ids import new_id
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
-from nightpress.core.registry.tables import models
+from nightpress.core.service.access.keys import create_key
+from nightpress.core.service.tables.registry import models
 from tests.patience import slowness
 from tests.servers import Valkey, free_port
 from tests.service import Service, eventually

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nightpress.core.access.keys import ALL_SCOPES, create_key
+from nightpress.core.service.access.keys import ALL_SCOPES, create_key
 from tests.face import RECIPE, Face
 
 _CHECKS = "positive_data_acceptance"

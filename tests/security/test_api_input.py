@@ -17,9 +17,9 @@ from nightpress import migrations
 from nightpress.api.downloads import safe_filename
 from nightpress.api.sse import resume_point
 from nightpress.core.errors import NightpressError
-from nightpress.core.jobs.records import Job
-from nightpress.core.schemas import JobCreate, JobView
+from nightpress.core.service.jobs.records import Job
 from nightpress.core.settings import Settings
+from nightpress.core.wire.jobs import JobCreate, JobView
 from tests.api import RunningApi, serve
 
 MIB = 1024**2

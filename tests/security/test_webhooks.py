@@ -17,15 +17,15 @@ import pytest
 
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.jobs.store import JobStore
-from nightpress.core.schemas import WebhookCreate, WebhookUpdate
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.webhooks import outbound
+from nightpress.core.service.webhooks.courier import PAUSES_S, Courier, pause_after
+from nightpress.core.service.webhooks.outbound import Answer, post
+from nightpress.core.service.webhooks.signing import SecretKeeper, open_keeper, sign, verify
+from nightpress.core.service.webhooks.store import WebhookStore
+from nightpress.core.service.webhooks.targets import check_target
 from nightpress.core.settings import Settings
-from nightpress.core.webhooks import outbound
-from nightpress.core.webhooks.courier import PAUSES_S, Courier, pause_after
-from nightpress.core.webhooks.outbound import Answer, post
-from nightpress.core.webhooks.signing import SecretKeeper, open_keeper, sign, verify
-from nightpress.core.webhooks.store import WebhookStore
-from nightpress.core.webhooks.targets import check_target
+from nightpress.core.wire.webhooks import WebhookCreate, WebhookUpdate
 from tests.certificates import Certificate, make_certificate
 from tests.jobs import add_model, claim, submit, succeeded
 from tests.receiver import Receiver, reply
@@ -59,7 +59,7 @@ class World:
     def end_a_job(self) -> str:
         job_id = submit(self.jobs)
         claimed = claim(self.jobs)
-        assert self.jobs.finish(claimed.lease, succeeded(claimed.lease))
+        assert self.jobs.attempts.finish(claimed.lease, succeeded(claimed.lease))
         return job_id
 
     def try_all(self, now: dt.datetime | None = None) -> int:
@@ -149,7 +149,7 @@ def test_a_name_that_turns_private_after_registration_is_not_reached(
     world = World(tmp_path, sqlite_url, inside=False)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            "nightpress.core.webhooks.store.check_target",
+            "nightpress.core.service.webhooks.store.check_target",
             lambda url, nets: check_target(url, nets, resolve=lambda *_: next(answers)),
         )
         hook, _ = world.hook("https://rebind.example/")
@@ -181,7 +181,8 @@ def over_tls(world: World, receiver: Receiver, trusted: Certificate) -> str:
     """Register a receiver whose name no resolver knows, and have the courier find it here and trust one certificate."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            "nightpress.core.webhooks.store.check_target", lambda url, nets: check_target(url, nets, resolve=here)
+            "nightpress.core.service.webhooks.store.check_target",
+            lambda url, nets: check_target(url, nets, resolve=here),
         )
         hook, _ = world.hook(receiver.url)
     world.courier = trusting(world, trusted)
@@ -364,7 +365,7 @@ def test_a_receiver_that_is_down_for_three_days_is_tried_ten_times_under_one_id(
     assert all(0.79 * wanted <= pause <= 1.21 * wanted for pause, wanted in zip(pauses, PAUSES_S, strict=True))
     assert moments[-1] > 2.4 * 24 * 3600
     assert delivery.state == "failed"
-    job = world.jobs.get(TENANT, job_id)
+    job = world.jobs.reader.get(TENANT, job_id)
     assert job is not None
     assert job.state == "succeeded"
     receiver.answer = lambda handler: reply(handler, 200)

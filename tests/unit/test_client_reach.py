@@ -17,8 +17,9 @@ from nightpress.client import access, calls, events, resources, uploads
 from nightpress.client.calls import Call
 from nightpress.client.cli.main import app
 from nightpress.client.methods import Answering, Iterating, Resource
-from nightpress.core.schemas import DataSetCreate, JobCreate, JobFilter, ModelCreate
 from nightpress.core.settings import Settings
+from nightpress.core.wire.jobs import JobCreate, JobFilter
+from nightpress.core.wire.models import DataSetCreate, ModelCreate
 
 #: operation → the command that asks for it. A new operation must be added here, or to LEFT_OUT with its reason.
 COMMANDS = {

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.schedules.cron import Cron, parse_cron
+from nightpress.core.service.schedules.cron import Cron, parse_cron
 
 NOW = dt.datetime(2026, 11, 23, 12, tzinfo=dt.UTC)
 

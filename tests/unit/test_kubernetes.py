@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from nightpress.api.app import create_app
+from nightpress.core.service.webhooks.targets import PORTS, is_public
 from nightpress.core.settings import Settings
-from nightpress.core.webhooks.targets import PORTS, is_public
 from nightpress.worker import health
 from tests.unit.test_monitoring import exported
 

@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
 from nightpress.api.metrics import ApiMetrics, _Queue
-from nightpress.core.jobs.records import JobStatistics
-from nightpress.core.jobs.roster import Fleet
+from nightpress.core.service.jobs.records import JobStatistics
+from nightpress.core.service.jobs.roster import Fleet
 from nightpress.worker.metrics import REGISTRY
 
 MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nightpress.core.jobs.states import ALL_STATES, LEASED_STATES, TRANSITIONS, Trigger, is_terminal, sources
-from nightpress.core.schemas import TERMINAL_STATES
+from nightpress.core.service.jobs.states import ALL_STATES, LEASED_STATES, TRANSITIONS, Trigger, is_terminal, sources
+from nightpress.core.wire.jobs import TERMINAL_STATES
 
 
 def test_the_table_is_the_one_that_was_designed():

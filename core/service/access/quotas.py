@@ -1,0 +1,212 @@
+"""What a tenant may use, and what it does use. Decided in SQL, and closed where SQL doesn't answer. 0 always means: no bound."""
+
+import datetime as dt
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from sqlalchemy import Engine, func, insert, select, update
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
+
+from nightpress.core.database import db_month, db_now, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.paging import newest_first
+from nightpress.core.service.tables.access import api_keys, gpu_usage, tenants
+from nightpress.core.service.tables.jobs import IS_LEASED, IS_QUEUED, job_artifacts, jobs
+from nightpress.core.service.tables.registry import data_sets, models
+from nightpress.core.settings import Settings
+from nightpress.core.versions import changed_since
+from nightpress.core.wire.access import QuotaChange, TenantView, UsageView
+
+NO_BOUND = 2**31 - 1
+_CACHE_S = 3.0
+_CACHE_SIZE = 10_000
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """A tenant's own bounds, else the settings' ones. Each field is a setting and a column of the same name."""
+
+    max_queued_jobs: int
+    max_running_jobs: int
+    max_storage_bytes: int
+    max_gpu_seconds_month: int
+    rate_limit_per_minute: int
+
+    @classmethod
+    def default(cls, settings: Settings) -> "Quotas":
+        return cls(*(getattr(settings, field.name) for field in fields(cls)))
+
+
+_NAMES = [field.name for field in fields(Quotas)]
+
+
+class QuotaBook:
+    """Safe to share between threads. A tenant's quotas are remembered for three seconds."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
+        self._default = Quotas.default(settings)
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[Quotas, float]] = {}
+
+    def cached(self, tenant_id: str) -> Quotas | None:
+        found = self._known.get(tenant_id)
+        return found[0] if found is not None and time.monotonic() < found[1] else None
+
+    def of(self, tenant_id: str) -> Quotas:
+        known = self.cached(tenant_id)
+        if known is not None:
+            return known
+        query = select(*(tenants.c[name] for name in _NAMES)).where(tenants.c.id == tenant_id)
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(query).one_or_none()
+        found = self._merged(row._asdict() if row else {})
+        with self._lock:
+            if len(self._known) >= _CACHE_SIZE:
+                self._known.clear()
+            self._known[tenant_id] = (found, time.monotonic() + _CACHE_S)
+        return found
+
+    def check_storage(self, tenant_id: str, more: int = 0) -> None:
+        """Raise quota_exceeded where what is stored and `more` bytes would pass the tenant's bound."""
+        bound = self.of(tenant_id).max_storage_bytes
+        if not bound:
+            return
+        with transaction(self._engine, read_only=True) as connection:
+            stored = _stored(connection, tenant_id)
+        if stored + more > bound or (not more and stored >= bound):
+            raise NightpressError(
+                ErrorCode.QUOTA_EXCEEDED,
+                f"{stored / 1e9:.2f} GB of {bound / 1e9:.2f} GB are used.",
+                hint="Delete models, data sets or jobs that are not needed any more, or ask for a larger quota.",
+                limit=bound,
+                used=stored,
+            )
+
+    def check_gpu(self, tenant_id: str) -> None:
+        """Raise quota_exceeded where the month's GPU time is used up."""
+        bound = self.of(tenant_id).max_gpu_seconds_month
+        if not bound:
+            return
+        with transaction(self._engine, read_only=True) as connection:
+            used = _gpu_seconds(connection, tenant_id)
+        if used >= bound:
+            raise NightpressError(
+                ErrorCode.QUOTA_EXCEEDED,
+                f"This month's {bound / 3600:.1f} GPU hours are used up.",
+                hint="Wait for the first of the month, use a recipe for the CPU, or ask for a larger quota.",
+                limit=bound,
+                used=round(used),
+            )
+
+    # Administrators ----------------------------------------------------------------------------------------------
+
+    def page(self, *, cursor: str | None, limit: int) -> tuple[list[TenantView], str | None]:
+        """Every tenant that has a key or quotas of its own, by name, backwards."""
+        named = select(tenants.c.id).union(select(api_keys.c.tenant_id)).subquery()
+        rows, following = newest_first(self._engine, select(named.c.id), named.c.id, cursor=cursor, limit=limit)
+        return [self.view(row.id) for row in rows], following
+
+    def view(self, tenant_id: str) -> TenantView:
+        """Raises not_found for a tenant that has neither a key nor quotas of its own."""
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(select(tenants).where(tenants.c.id == tenant_id)).mappings().one_or_none()
+            has_key = select(1).where(api_keys.c.tenant_id == tenant_id).limit(1)
+            if row is None and connection.execute(has_key).one_or_none() is None:
+                raise NightpressError(
+                    ErrorCode.NOT_FOUND, "There is no such tenant.", hint="GET /v1/admin/tenants lists them."
+                )
+            usage = self._usage(connection, tenant_id)
+        own = {name: row[name] if row else None for name in _NAMES}
+        return TenantView(
+            id=tenant_id,
+            own=QuotaChange(**own),
+            quotas=asdict(self._merged(dict(row) if row else {})),
+            usage=usage,
+            version=row["version"] if row else 0,
+        )
+
+    def change(self, tenant_id: str, wanted: QuotaChange, *, version: int | None = None) -> TenantView:
+        """Set the bounds that are given (null: the setting's own again). Raises precondition_failed."""
+        values = wanted.model_dump(exclude_unset=True)
+        mine = tenants.c.id == tenant_id
+        try:
+            with transaction(self._engine) as connection:
+                row = connection.execute(select(tenants.c.version).where(mine)).one_or_none()
+                there = row.version if row else 0
+                if version is not None and version != there:
+                    raise changed_since()
+                if row is None:
+                    new = {"id": tenant_id, "version": 1, "created_at": db_now()}
+                    connection.execute(insert(tenants).values(**new, **values))
+                else:
+                    still = (mine, tenants.c.version == there)
+                    won = connection.execute(update(tenants).where(*still).values(version=there + 1, **values))
+                    if not won.rowcount:
+                        raise changed_since()
+        except IntegrityError as error:
+            raise changed_since() from error
+        with self._lock:
+            self._known.pop(tenant_id, None)
+        return self.view(tenant_id)
+
+    def usage(self, tenant_id: str) -> UsageView:
+        with transaction(self._engine, read_only=True) as connection:
+            return self._usage(connection, tenant_id)
+
+    def _usage(self, connection: Connection, tenant_id: str) -> UsageView:
+        def count(condition: Any) -> int:
+            query = select(func.count()).select_from(jobs).where(condition, jobs.c.tenant_id == tenant_id)
+            return int(connection.execute(query).scalar_one())
+
+        return UsageView(
+            queued_jobs=count(IS_QUEUED),
+            running_jobs=count(IS_LEASED),
+            storage_bytes=_stored(connection, tenant_id),
+            gpu_seconds_month=_gpu_seconds(connection, tenant_id),
+        )
+
+    def _merged(self, own: Mapping[str, Any]) -> Quotas:
+        """What was set for the tenant, over the settings."""
+        return replace(self._default, **{name: own[name] for name in _NAMES if own.get(name) is not None})
+
+
+def add_gpu_time(connection: Connection, tenant_id: str, started_at: dt.datetime | None) -> None:
+    """Count the time since `started_at` for the tenant, in the transaction that ends the attempt."""
+    if started_at is None:
+        return
+    mine = (gpu_usage.c.tenant_id == tenant_id, gpu_usage.c.month == db_month())
+    month, now = connection.execute(select(db_month(), db_now())).one()
+    seconds = max(0.0, (now - started_at).total_seconds())
+    more = update(gpu_usage).where(*mine).values(seconds=gpu_usage.c.seconds + seconds)
+    if connection.execute(more).rowcount:
+        return
+    first = insert(gpu_usage).values(tenant_id=tenant_id, month=month, seconds=seconds)
+    try:
+        with connection.begin_nested():
+            connection.execute(first)
+    except IntegrityError:  # another attempt of the tenant ended at this very moment
+        connection.execute(more)
+
+
+def _gpu_seconds(connection: Connection, tenant_id: str) -> float:
+    query = select(gpu_usage.c.seconds).where(gpu_usage.c.tenant_id == tenant_id, gpu_usage.c.month == db_month())
+    return float(connection.execute(query).scalar_one_or_none() or 0.0)
+
+
+def _stored(connection: Connection, tenant_id: str) -> int:
+    total = 0
+    for table in (models, data_sets):
+        mine = (table.c.tenant_id == tenant_id, table.c.deleted_at.is_(None), table.c.source != "path")
+        kept = (*mine, table.c.state != "failed")
+        total += int(connection.execute(select(func.coalesce(func.sum(table.c.size), 0)).where(*kept)).scalar_one())
+    made = (
+        select(func.coalesce(func.sum(job_artifacts.c.size), 0))
+        .join_from(job_artifacts, jobs, jobs.c.id == job_artifacts.c.job_id)
+        .where(jobs.c.tenant_id == tenant_id, jobs.c.reused_from.is_(None))  # a reused result's files are another job's
+    )
+    return total + int(connection.execute(made).scalar_one())

@@ -1,0 +1,109 @@
+"""What storage holds of unfinished work: one row a prefix of a recipe, one row a file. The only writer of both tables.
+
+A prefix is written by one attempt at a time, so that its files are always those of one run of the arithmetic. All of it may be lost
+at any moment without harm: a job that finds less goes on from further back.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Engine, delete, exists, func, insert, select, update
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from nightpress.core.database import db_now, transaction
+from nightpress.core.service.jobs.records import Lease
+from nightpress.core.service.jobs.states import ALL_STATES, is_terminal
+from nightpress.core.service.tables.jobs import checkpoint_files, checkpoints, jobs
+
+_LIVE_STATES = tuple(state for state in ALL_STATES if not is_terminal(state))
+_PRUNE_BATCH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    path: str  #: below work/
+    size: int
+    sha256: str
+    step: int
+    job_id: str  #: whose attempt made it
+
+
+def folder_of(digest: str) -> str:
+    """Where in storage the files of a prefix lie."""
+    return f"checkpoints/{digest}"
+
+
+def key_of(digest: str, file: StoredFile) -> str:
+    return f"{folder_of(digest)}/{file.sha256}"
+
+
+class CheckpointIndex:
+    """Safe to share between threads and processes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def take(self, lease: Lease, digest: str) -> bool:
+        """Whether this attempt may write the prefix from now on: no other running attempt does."""
+        kind = sqlite_insert if self._engine.dialect.name == "sqlite" else postgresql_insert
+        mine = {"job_id": lease.job_id, "lease_id": lease.lease_id, "used_at": db_now()}
+        taken = (
+            kind(checkpoints)
+            .values(digest=digest, size=0, **mine)
+            .on_conflict_do_update(index_elements=["digest"], set_=mine, where=~_held(checkpoints.c.lease_id))
+            .returning(checkpoints.c.digest)
+        )
+        with transaction(self._engine) as connection:
+            return connection.execute(taken).scalar_one_or_none() is not None
+
+    def files(self, digest: str) -> dict[str, StoredFile]:
+        """What is stored of a prefix, by path."""
+        columns = checkpoint_files.c
+        query = select(columns.path, columns.size, columns.sha256, columns.step, columns.job_id)
+        with transaction(self._engine, read_only=True) as connection:
+            return {row.path: StoredFile(*row) for row in connection.execute(query.where(columns.digest == digest))}
+
+    def add(self, lease: Lease, digest: str, file: StoredFile, *, limit: int) -> bool:
+        """Note a file whose bytes are in storage; one of the same path is replaced.
+
+        False: the prefix isn't this attempt's to write any more, or has more than `limit` bytes with it. Then nothing is noted.
+        """
+        here = checkpoint_files.c.digest == digest
+        with transaction(self._engine) as connection:
+            replaced = select(checkpoint_files.c.size).where(here, checkpoint_files.c.path == file.path)
+            size = checkpoints.c.size + file.size - (connection.execute(replaced).scalar_one_or_none() or 0)
+            mine = (checkpoints.c.digest == digest, _held(lease.lease_id))
+            grown = update(checkpoints).where(*mine, size <= limit).values(size=size, used_at=db_now())
+            if not connection.execute(grown).rowcount:
+                return False
+            connection.execute(delete(checkpoint_files).where(here, checkpoint_files.c.path == file.path))
+            values = {"digest": digest, "path": file.path, "size": file.size, "sha256": file.sha256}
+            connection.execute(insert(checkpoint_files).values(**values, step=file.step, job_id=file.job_id))
+        return True
+
+    def forget(self, digest: str, paths: Collection[str]) -> None:
+        """Note that files are gone, or of no use."""
+        here = checkpoint_files.c.digest == digest
+        with transaction(self._engine) as connection:
+            connection.execute(delete(checkpoint_files).where(here, checkpoint_files.c.path.in_(paths)))
+            left = select(func.coalesce(func.sum(checkpoint_files.c.size), 0)).where(here).scalar_subquery()
+            connection.execute(update(checkpoints).where(checkpoints.c.digest == digest).values(size=left))
+
+    def due(self, older_than_s: float) -> list[str]:
+        """Prefixes that no unfinished job wrote and that nobody used for so long."""
+        job_lives = exists().where(jobs.c.id == checkpoints.c.job_id, jobs.c.state.in_(_LIVE_STATES))
+        query = select(checkpoints.c.digest).where(checkpoints.c.used_at < db_now(-older_than_s), ~job_lives)
+        with transaction(self._engine, read_only=True) as connection:
+            return list(connection.execute(query.limit(_PRUNE_BATCH)).scalars())
+
+    def prune(self, digest: str, older_than_s: float) -> None:
+        """The files of a prefix are gone from storage. Whoever began to use it meanwhile keeps its row, and finds no files."""
+        unused = checkpoints.c.used_at < db_now(-older_than_s)
+        with transaction(self._engine) as connection:
+            connection.execute(delete(checkpoints).where(checkpoints.c.digest == digest, unused))
+
+
+def _held(lease_id: str | ColumnElement[str]) -> ColumnElement[bool]:
+    """Whether a lease still stands."""
+    return exists().where(jobs.c.id == checkpoints.c.job_id, jobs.c.lease_id == lease_id)

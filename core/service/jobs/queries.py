@@ -1,0 +1,210 @@
+"""Reading jobs: nothing here changes a row."""
+
+import datetime as dt
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
+
+from sqlalchemy import ColumnElement, Engine, case, func, literal_column, or_, select
+from sqlalchemy.dialects.postgresql import JSONB
+
+from nightpress.core.database import db_now, transaction
+from nightpress.core.paging import newest_first
+from nightpress.core.recipes.placement import Queue
+from nightpress.core.service.jobs.records import Artifact, Event, Job, JobStatistics, LogLine, QueueLoad
+from nightpress.core.service.jobs.states import QUEUED
+from nightpress.core.service.tables.jobs import (
+    IS_LEASED,
+    IS_QUEUED,
+    job_artifacts,
+    job_attempts,
+    job_events,
+    job_logs,
+    job_reports,
+    jobs,
+)
+from nightpress.core.wire.jobs import JobState
+
+JOB_COLUMNS = tuple(jobs.c[one.name] for one in fields(Job))
+_COUNT_BOUND = 1000
+QUEUES: tuple[Queue, ...] = get_args(Queue)
+
+
+def job_of(row: Sequence[Any]) -> Job:
+    """A row of JOB_COLUMNS."""
+    return Job(*row)
+
+
+@dataclass(frozen=True)
+class JobsWanted:
+    """Which of a tenant's jobs: all that is given must match."""
+
+    states: Collection[JobState] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None  #: an id or a name
+    queue: Queue | None = None
+    created_after: dt.datetime | None = None  #: this moment included
+    created_before: dt.datetime | None = None
+
+
+class JobReader:
+    """Reads jobs. Nothing here changes a row."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._sqlite = engine.dialect.name == "sqlite"
+
+    def get(self, tenant_id: str, job_id: str) -> Job | None:
+        """None also where the job is another tenant's."""
+        query = select(*JOB_COLUMNS).where(jobs.c.id == job_id, jobs.c.tenant_id == tenant_id)
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(query).one_or_none()
+        return job_of(row) if row else None
+
+    def page(
+        self, tenant_id: str, wanted: "JobsWanted | None" = None, *, cursor: str | None = None, limit: int = 50
+    ) -> tuple[list[Job], str | None]:
+        """A tenant's jobs, newest first, and the cursor of the next page.
+
+        Raises NightpressError(invalid_request) for a cursor that isn't ours.
+        """
+        query = select(*JOB_COLUMNS).where(*self.matching(tenant_id, wanted or JobsWanted()))
+        rows, following = newest_first(self._engine, query, jobs.c.created_at, jobs.c.id, cursor=cursor, limit=limit)
+        return [job_of(row) for row in rows], following
+
+    def matching(self, tenant_id: str, wanted: "JobsWanted") -> list[ColumnElement[bool]]:
+        found = [jobs.c.tenant_id == tenant_id, *(self._has_label(key, value) for key, value in wanted.labels.items())]
+        if wanted.states:
+            found.append(jobs.c.state.in_(wanted.states))
+        if wanted.model is not None:
+            found.append(or_(jobs.c.model_id == wanted.model, jobs.c.model_name == wanted.model))
+        if wanted.queue is not None:
+            found.append(jobs.c.queue == wanted.queue)
+        if wanted.created_after is not None:
+            found.append(jobs.c.created_at >= wanted.created_after)
+        if wanted.created_before is not None:
+            found.append(jobs.c.created_at < wanted.created_before)
+        return found
+
+    def _has_label(self, key: str, value: str) -> ColumnElement[bool]:
+        if not self._sqlite:
+            return jobs.c.labels.cast(JSONB).contains({key: value})
+        each = func.json_each(jobs.c.labels).table_valued("key", "value", name="label")
+        return select(1).select_from(each).where(each.c.key == key, each.c.value == value).exists()
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> list[Event]:
+        """The events after number `after`, in order."""
+        columns = job_events.c
+        query = select(columns.seq, columns.at, columns.kind, columns.data)
+        query = query.where(columns.job_id == job_id, columns.seq > after).order_by(columns.seq).limit(limit)
+        with transaction(self._engine, read_only=True) as connection:
+            return [Event(*row) for row in connection.execute(query)]
+
+    def logs(self, job_id: str, *, after: int = 0, limit: int = 500) -> list[LogLine]:
+        """The lines after number `after`, in order, of all attempts."""
+        columns = job_logs.c
+        query = select(columns.seq, columns.at, columns.attempt, columns.level, columns.text)
+        query = query.where(columns.job_id == job_id, columns.seq > after).order_by(columns.seq).limit(limit)
+        with transaction(self._engine, read_only=True) as connection:
+            return [LogLine(*row) for row in connection.execute(query)]
+
+    def artifacts(self, job_id: str) -> list[Artifact]:
+        """What the job committed; empty until it has succeeded, and when it was pruned."""
+        query = select(*(job_artifacts.c[one.name] for one in fields(Artifact)))
+        query = query.join_from(job_artifacts, jobs, jobs.c.id == job_artifacts.c.job_id)
+        query = query.where(jobs.c.id == job_id, jobs.c.artifacts_state == "kept").order_by(job_artifacts.c.path)
+        with transaction(self._engine, read_only=True) as connection:
+            return [Artifact(*row) for row in connection.execute(query)]
+
+    def report(self, job_id: str) -> dict[str, Any] | None:
+        """report.json of a job that has succeeded."""
+        query = select(job_reports.c.report).where(job_reports.c.job_id == job_id)
+        with transaction(self._engine, read_only=True) as connection:
+            return connection.execute(query).scalar_one_or_none()
+
+    def machine_faults(self, job_id: str) -> int:
+        """How many attempts of a job ended by a fault of their worker's machine, and so were not counted as failures."""
+        ended_so = (job_attempts.c.outcome == literal_column("'released'"), job_attempts.c.error.is_not(None))
+        query = select(func.count()).where(job_attempts.c.job_id == job_id, *ended_so)
+        with transaction(self._engine, read_only=True) as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def queues_with_work(self) -> dict[str, int]:
+        """How many jobs could run now, per queue that has any; counted up to a thousand."""
+        counts = (
+            select(
+                func.count(),
+            ).select_from(
+                select(literal_column("1"))
+                .where(IS_QUEUED, jobs.c.queue == literal_column(f"'{queue}'"), jobs.c.run_after <= db_now())
+                .limit(_COUNT_BOUND)
+                .subquery()
+            )
+            for queue in QUEUES
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(select(*(count.scalar_subquery() for count in counts))).one()
+        return {queue: count for queue, count in zip(QUEUES, row, strict=True) if count}
+
+    def abandoned_attempts(self, *, older_than_s: float = 3600.0, limit: int = 100) -> list[tuple[str, int]]:
+        """Attempts that ended without winning so long ago that no zombie still writes: their files may be swept."""
+        columns = job_attempts.c
+        query = select(columns.job_id, columns.number).where(
+            literal_column("outcome <> 'succeeded' AND NOT swept"), columns.finished_at < db_now(-older_than_s)
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            return [(job_id, number) for job_id, number in connection.execute(query.limit(limit))]
+
+    def queues(self) -> list[QueueLoad]:
+        """What waits and what runs in each queue, from the partial indexes of both."""
+        now = db_now()
+        queued = (
+            select(jobs.c.queue, func.count(), func.min(case((jobs.c.run_after <= now, jobs.c.created_at))), now)
+            .where(IS_QUEUED)
+            .group_by(jobs.c.queue)
+        )
+        leased = select(jobs.c.queue, func.count().label("running")).where(IS_LEASED).group_by(jobs.c.queue)
+        with transaction(self._engine, read_only=True) as connection:
+            waiting = {queue: (count, oldest, at) for queue, count, oldest, at in connection.execute(queued)}
+            running = {row.queue: row.running for row in connection.execute(leased)}
+        loads = []
+        for queue in ("cpu", "gpu"):
+            count, oldest, at = waiting.get(queue, (0, None, None))
+            age = None if oldest is None else max(0.0, (at - oldest).total_seconds())
+            loads.append(QueueLoad(queue, count, running.get(queue, 0), age))
+        return loads
+
+    def statistics(self) -> JobStatistics:
+        """Counts over all jobs, from the partial indexes alone."""
+        now = db_now()
+        queued = (
+            select(
+                jobs.c.queue,
+                func.count(),
+                func.min(case((jobs.c.run_after <= now, jobs.c.created_at))).label("oldest"),
+                now,
+            )
+            .where(IS_QUEUED)
+            .group_by(jobs.c.queue)
+        )
+        leased = select(jobs.c.queue, jobs.c.state, func.count()).where(IS_LEASED).group_by(jobs.c.queue, jobs.c.state)
+        done = (
+            select(jobs.c.queue, jobs.c.state, jobs.c.error_code, func.count())
+            .where(jobs.c.finished_at.is_not(None))
+            .group_by(jobs.c.queue, jobs.c.state, jobs.c.error_code)
+        )
+        counts: dict[tuple[Queue, JobState], int] = {}
+        ages: dict[Queue, float] = {}
+        failures: dict[str, int] = {}
+        with transaction(self._engine, read_only=True) as connection:
+            for queue, count, oldest, moment in connection.execute(queued):
+                counts[queue, QUEUED] = count
+                if oldest is not None:
+                    ages[queue] = max(0.0, (moment - oldest).total_seconds())
+            for queue, state, count in connection.execute(leased):
+                counts[queue, state] = count
+            for queue, state, code, count in connection.execute(done):
+                counts[queue, state] = counts.get((queue, state), 0) + count
+                if code is not None:
+                    failures[code] = failures.get(code, 0) + count
+        return JobStatistics(jobs=counts, oldest_queued_s=ages, failures=failures)

@@ -1,0 +1,52 @@
+"""The rows of a job's result: artifacts, report, figures. Written in the transaction in which the job succeeds, and never again."""
+
+from dataclasses import asdict
+
+from sqlalchemy import insert, select
+from sqlalchemy.engine import Connection
+
+from nightpress.core.ids import new_id
+from nightpress.core.service.jobs.records import Lease, Succeeded
+from nightpress.core.service.tables.jobs import job_artifacts, job_metrics, job_reports
+
+
+def write_result(connection: Connection, lease: Lease, outcome: Succeeded) -> None:
+    """What an attempt made."""
+    manifest = outcome.manifest
+    artifacts = [
+        {
+            "id": new_id("art"),
+            "job_id": lease.job_id,
+            "attempt": lease.attempt,
+            "format": entry.format,
+            "path": entry.path,
+            "size": entry.size,
+            "digest": entry.digest,
+            "consumer": entry.consumer,
+            "files": [file.model_dump() for file in entry.files],
+        }
+        for entry in manifest.artifacts
+    ]
+    if artifacts:
+        connection.execute(insert(job_artifacts), artifacts)
+    report_files = [file.model_dump() for file in manifest.report]
+    connection.execute(insert(job_reports).values(job_id=lease.job_id, report=outcome.report, files=report_files))
+    metrics = [
+        {"job_id": lease.job_id, "position": position, **asdict(row)} for position, row in enumerate(outcome.metrics)
+    ]
+    if metrics:
+        connection.execute(insert(job_metrics), metrics)
+
+
+def copy_result(connection: Connection, origin: str, job_id: str) -> None:
+    """The rows of another job's result. Their files stay where they are: `attempt` and `reused_from` say where."""
+    artifacts = connection.execute(select(job_artifacts).where(job_artifacts.c.job_id == origin)).mappings().all()
+    if artifacts:
+        rows = [{**row, "id": new_id("art"), "job_id": job_id} for row in artifacts]
+        connection.execute(insert(job_artifacts), rows)
+    row = connection.execute(select(job_reports).where(job_reports.c.job_id == origin)).mappings().one()
+    report = {**row["report"], "reused_from": origin}
+    connection.execute(insert(job_reports).values(job_id=job_id, report=report, files=row["files"]))
+    metrics = connection.execute(select(job_metrics).where(job_metrics.c.job_id == origin)).mappings().all()
+    if metrics:
+        connection.execute(insert(job_metrics), [{**one, "job_id": job_id} for one in metrics])

@@ -1,0 +1,130 @@
+"""The workers that there are, what each does now, and which there have been lately."""
+
+import datetime as dt
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import CursorResult, Engine, delete, func, insert, select, update
+
+from nightpress.core.database import db_now, read_now, statement, transaction
+from nightpress.core.recipes.placement import Queue, Seat
+from nightpress.core.service.jobs.records import Job, Worker, WorkerState
+from nightpress.core.service.jobs.states import QUEUED
+from nightpress.core.service.tables.jobs import IS_LEASED, jobs, workers
+
+WORKER_LOST_S = 30.0  #: a worker not seen for so long is shown as lost
+_TOLD = (
+    "host",
+    "queue",
+    "device",
+    "memory",
+    "threads",
+    "version",
+    "draining",
+    "unfit",
+    "gpu_memory",
+    "gpu_memory_used",
+)
+LOST_SHOWN_S = 3600.0  #: and no longer than this
+#: So long the fleet remembers who was there: a week, since a GPU may be there by night or on workdays alone, or start when a job waits for it.
+FLEET_MEMORY_S = 7 * 24 * 3600.0
+UNSERVED_S = 3600.0  #: a queued job says that no worker could have taken it for so long
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The kinds of workers that there have been lately."""
+
+    seats: tuple[Seat, ...]
+    at: dt.datetime  #: the database's time
+
+    def unserved_s(self, queue: Queue, needs_memory: int = 0, needs_gpu_memory: int = 0) -> float | None:
+        """For how long no worker that could hold such a job has been there; None: for longer than the fleet remembers."""
+        seen = [
+            seat.seen_s for seat in self.seats if seat.queue == queue and seat.holds(needs_memory, needs_gpu_memory)
+        ]
+        return min(seen, default=None)
+
+    def notice(self, job: Job) -> str | None:
+        """What a person should know who waits for a queued job: no worker could have taken it for an hour. None: there is nothing to say."""
+        waited = (self.at - max(job.created_at, job.run_after)).total_seconds()
+        silent = self.unserved_s(job.queue, job.needs_memory, job.needs_gpu_memory)
+        if job.state != QUEUED or (waited if silent is None else silent) < UNSERVED_S:
+            return None
+        served = any(seat.queue == job.queue and seat.seen_s < UNSERVED_S for seat in self.seats)
+        whom = f"{job.queue} worker that could hold it" if served else f"{job.queue} worker"
+        since = "lately" if silent is None else f"for {silent / 3600:.0f} h"
+        again = ", or cancel it and submit it again: `device: auto` is then decided anew"
+        mend = f"Start one with NIGHTPRESS_WORKER_QUEUE={job.queue}"
+        return f"No {whom} has been seen {since}. {mend}{again if job.recipe.get('device') == 'auto' else ''}."
+
+
+class WorkerRoster:
+    """The workers' part of the job store. It decides nothing about jobs: leases do."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def heartbeat_worker(self, worker: Worker) -> None:
+        """Say that a worker is alive; the first time, that it exists."""
+        told = {name: getattr(worker, name) for name in _TOLD}
+        with transaction(self._engine) as connection:
+            seen = connection.execute(
+                update(workers).where(workers.c.id == worker.id).values(**told, last_seen_at=db_now(), left_at=None)
+            )
+            if not seen.rowcount:
+                connection.execute(
+                    insert(workers).values(id=worker.id, **told, started_at=db_now(), last_seen_at=db_now())
+                )
+
+    def remove_worker(self, worker_id: str) -> None:
+        """A worker says good-bye. It is shown no more; the fleet remembers what it offered."""
+        with statement(self._engine) as connection:
+            gone = update(workers).where(workers.c.id == worker_id)
+            connection.execute(gone.values(left_at=db_now(), last_seen_at=db_now()))
+
+    def fleet(self) -> Fleet:
+        """What workers have offered lately, each kind once, with the time since one of the kind was last seen."""
+        kind = (workers.c.queue, workers.c.memory, workers.c.threads, workers.c.gpu_memory)
+        query = (
+            select(*kind, func.max(workers.c.last_seen_at))
+            .where(workers.c.last_seen_at >= db_now(-FLEET_MEMORY_S))
+            .group_by(*kind)
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            rows = connection.execute(query).all()
+            now = read_now(connection)
+        seats = [
+            Seat(queue, memory, threads, gpu_memory, max(0.0, (now - seen).total_seconds()))
+            for queue, memory, threads, gpu_memory, seen in rows
+        ]
+        return Fleet(tuple(seats), now)
+
+    def forget_workers(self, older_than_s: float) -> int:
+        """Forget workers that were last seen so long ago. Returns how many."""
+        with statement(self._engine) as connection:
+            gone: CursorResult[Any] = connection.execute(
+                delete(workers).where(workers.c.last_seen_at < db_now(-older_than_s))
+            )
+            return gone.rowcount
+
+    def workers(self) -> list[Worker]:
+        """All known workers with what they do now: busy is who holds a lease, lost who wasn't seen for a while."""
+        held = select(jobs.c.worker_id, func.min(jobs.c.id).label("job_id")).where(IS_LEASED).group_by(jobs.c.worker_id)
+        leases = held.subquery()
+        query = (
+            select(workers, leases.c.job_id, (workers.c.last_seen_at < db_now(-WORKER_LOST_S)).label("lost"))
+            .join_from(workers, leases, leases.c.worker_id == workers.c.id, isouter=True)
+            .where(workers.c.left_at.is_(None), workers.c.last_seen_at >= db_now(-LOST_SHOWN_S))
+            .order_by(workers.c.id)
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            rows = connection.execute(query).mappings().all()
+        found = []
+        for row in rows:
+            values = {key: value for key, value in row.items() if key not in {"lost", "left_at"}}
+            busy: WorkerState = "busy" if row["job_id"] else "idle"
+            told: WorkerState = "draining" if row["draining"] else "unfit" if row["unfit"] and busy == "idle" else busy
+            state: WorkerState = "lost" if row["lost"] else told
+            found.append(Worker(**values, state=state))
+        return found

@@ -1,0 +1,361 @@
+"""From what a person asks for to a job that can run: names become identifiers, the recipe becomes a plan, and what can't work is refused."""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.builtins import get_recipe
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.models import Quality, Recipe, parse_recipe
+from nightpress.core.recipes.plan import Plan, make_plan
+from nightpress.core.service.access.quotas import NO_BOUND, QuotaBook
+from nightpress.core.service.jobs.records import Idempotency, Job, NewJob
+from nightpress.core.service.jobs.roster import Fleet
+from nightpress.core.service.jobs.states import is_terminal
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.settings import Settings
+from nightpress.core.tracing import span, traceparent
+from nightpress.core.version import ENGINE
+from nightpress.core.wire.jobs import JobCreate, JobRequest
+from nightpress.core.wire.models import DataSetView, ModelView
+
+Value = TypeVar("Value")
+
+
+class Models(Protocol):
+    """What the service asks of the registry of models."""
+
+    def get(self, tenant_id: str, id_or_name: str) -> ModelView: ...
+
+    def header(self, model_id: str) -> ModelHeader: ...
+
+
+class DataSets(Protocol):
+    """What the service asks of the registry of data sets."""
+
+    def get(self, tenant_id: str, id_or_name: str) -> DataSetView: ...
+
+
+class _Briefly(Generic[Value]):
+    """Answers remembered for a few seconds, so that a burst of submissions asks SQL once. Errors are not remembered."""
+
+    def __init__(self, seconds: float, size: int = 256) -> None:
+        self._seconds = seconds
+        self._size = size
+        self._lock = threading.Lock()
+        self._kept: dict[Hashable, tuple[Value, float]] = {}
+
+    def get(self, key: Hashable, ask: Callable[[], Value]) -> Value:
+        found = self._kept.get(key)
+        if found is not None and time.monotonic() < found[1]:
+            return found[0]
+        value = ask()
+        with self._lock:
+            if len(self._kept) >= self._size:
+                self._kept.clear()
+            self._kept[key] = (value, time.monotonic() + self._seconds)
+        return value
+
+
+class JobService:
+    """Submits and retries jobs. Safe to share between threads."""
+
+    def __init__(
+        self, store: JobStore, models: Models, data_sets: DataSets, quotas: QuotaBook, settings: Settings
+    ) -> None:
+        self._store = store
+        self._models = models
+        self._data_sets = data_sets
+        self._quotas = quotas
+        self._settings = settings
+        self._planned: _Briefly[_Planned] = _Briefly(3.0)
+        self._fleet: _Briefly[Fleet] = _Briefly(3.0, size=1)
+
+    def submit(
+        self, tenant_id: str, wanted: JobCreate, idempotency_key: str | None = None, *, key_id: str | None = None
+    ) -> tuple[Job, bool]:
+        """Write a job, in the name of an API key. Returns it, and False where the idempotency key had made it before.
+
+        Raises NightpressError: not_found, conflict (the model isn't ready), invalid_recipe, unsupported_architecture,
+        invalid_data, cannot_fit, quota_exceeded, idempotency_mismatch.
+        """
+        idempotency = None
+        if idempotency_key is not None:
+            body = wanted.model_copy(update={"reuse": bool(wanted.reuse)}).model_dump_json()
+            idempotency = Idempotency(idempotency_key, hashlib.sha256(body.encode()).hexdigest())
+        try:
+            new = self._resolve(tenant_id, wanted, key_id)
+        except NightpressError:
+            # What made the job may be gone by now; the job itself is not.
+            job = self._store.submission.replay(tenant_id, idempotency) if idempotency else None
+            if job is None:
+                raise
+            return job, False
+        job, created = self._admit(new, idempotency)
+        if created and wanted.reuse and not wanted.force:
+            job = self._store.requests.reuse(job)
+        return job, created
+
+    def submit_all(self, tenant_id: str, wanted: Sequence[JobCreate], *, key_id: str | None = None) -> list[Job]:
+        """Write jobs, all or none. Raises what `submit` would, with each job's fault by its place in `faults`."""
+        news: list[NewJob] = []
+        refusals: list[tuple[int, NightpressError]] = []
+        for index, one in enumerate(wanted):
+            try:
+                news.append(self._resolve(tenant_id, one, key_id))
+            except NightpressError as error:
+                if error.kind.retryable:
+                    raise
+                refusals.append((index, error))
+        if refusals:
+            (index, first), count = refusals[0], len(refusals)
+            faults = [
+                {"at": f"body.jobs.{at}", "problem": str(error), "type": error.code.value} for at, error in refusals
+            ]
+            raise NightpressError(
+                first.code,
+                f"No job was submitted: {count} of {len(wanted)} can't be. Number {index}: {first.message}",
+                hint=first.hint,
+                faults=faults,
+            )
+        quotas = self._quotas.of(tenant_id)
+        self._quotas.check_storage(tenant_id)
+        if any(new.queue == "gpu" for new in news):
+            self._quotas.check_gpu(tenant_id)
+        made = self._store.submission.submit_all(news, max_queued=quotas.max_queued_jobs or NO_BOUND)
+        return [
+            self._store.requests.reuse(job) if one.reuse and not one.force else job
+            for job, one in zip(made, wanted, strict=True)
+        ]
+
+    def check(self, tenant_id: str, wanted: JobRequest) -> None:
+        """Raise what submitting this job now would raise, the quota apart."""
+        self._check_fit(self._look_up(tenant_id, wanted).plan)
+
+    def plan(self, recipe: Recipe, model_id: str) -> Plan:
+        """What a recipe would do to a model, and where, as the fleet is now."""
+        return make_plan(recipe, self._models.header(model_id), self.fleet().seats)
+
+    def fleet(self) -> Fleet:
+        """The workers that there have been lately, as of the last seconds."""
+        return self._fleet.get("fleet", self._store.roster.fleet)
+
+    def fingerprint(self, tenant_id: str, wanted: JobRequest) -> str:
+        """Of all that would decide the result of this job if it was submitted now. Raises what `check` raises, but cannot_fit."""
+        return self._look_up(tenant_id, wanted).fingerprint
+
+    def retry(self, tenant_id: str, job_id: str, *, key_id: str | None = None) -> Job:
+        """Run a finished job again, as a new job with `retry_of`: the same model, recipe, data and limits, where it runs now.
+
+        Raises NightpressError: not_found, conflict (it hasn't ended), quota_exceeded.
+        """
+        old = self._store.reader.get(tenant_id, job_id)
+        if old is None:
+            raise NightpressError(ErrorCode.NOT_FOUND, "There is no such job.", hint="GET /v1/jobs lists yours.")
+        if not is_terminal(old.state):
+            raise NightpressError(
+                ErrorCode.CONFLICT,
+                f"The job is {old.state}; only one that has ended can be retried.",
+                hint="Wait for it, or cancel it first.",
+                state=old.state,
+            )
+        self._ready_model(tenant_id, old.model_id)
+        for data_set in old.data.values():
+            self._ready_data(tenant_id, data_set["id"])
+        plan = self.plan(Recipe.model_validate(old.recipe), old.model_id)
+        self._check_fit(plan)
+        new = NewJob(
+            tenant_id=tenant_id,
+            name=old.name,
+            priority=old.priority,
+            labels=old.labels,
+            **_planned(plan),
+            model_id=old.model_id,
+            model_name=old.model_name,
+            model_digest=old.model_digest,
+            recipe=old.recipe,
+            data=old.data,
+            queue_limit_s=old.queue_limit_s,
+            run_limit_s=old.run_limit_s,
+            stall_s=old.stall_s,
+            max_failures=old.max_failures,
+            retry_of=old.id,
+            promote=old.promote,
+            created_by=key_id,
+            fingerprint=_fingerprint(old.model_digest, old.recipe, old.data),
+        )
+        return self._admit(new)[0]
+
+    def _admit(self, new: NewJob, idempotency: Idempotency | None = None) -> tuple[Job, bool]:
+        quotas = self._quotas.of(new.tenant_id)
+        self._quotas.check_storage(new.tenant_id)
+        if new.queue == "gpu":
+            self._quotas.check_gpu(new.tenant_id)
+        with span("submit", {"nightpress.tenant": new.tenant_id, "nightpress.queue": new.queue}) as here:
+            traced = replace(new, traceparent=traceparent())
+            job, created = self._store.submission.submit(
+                traced, idempotency=idempotency, max_queued=quotas.max_queued_jobs or NO_BOUND
+            )
+            here.set_attributes({"nightpress.job_id": job.id})
+        return job, created
+
+    def _resolve(self, tenant_id: str, wanted: JobCreate, key_id: str | None) -> NewJob:
+        found = self._look_up(tenant_id, wanted)
+        self._check_fit(found.plan)
+        settings = self._settings
+        return NewJob(
+            tenant_id=tenant_id,
+            name=wanted.name,
+            priority=wanted.priority,
+            labels=wanted.labels,
+            **_planned(found.plan),
+            model_id=found.model_id,
+            model_name=found.model_name,
+            model_digest=found.model_digest,
+            recipe=found.recipe,
+            data=found.data,
+            fingerprint=found.fingerprint,
+            run_after=wanted.run_after,
+            queue_limit_s=wanted.queue_limit_s,
+            run_limit_s=wanted.run_limit_s or settings.run_limit_s,
+            stall_s=settings.stall_s,
+            max_failures=wanted.max_failures or settings.max_failures,
+            promote=wanted.promote,
+            created_by=key_id,
+        )
+
+    def _look_up(self, tenant_id: str, wanted: JobRequest) -> "_Resolved":
+        """What the names mean now. They are asked for each time: a name means other weights as soon as these are registered."""
+        recipe = get_recipe(wanted.recipe) if isinstance(wanted.recipe, str) else parse_recipe(wanted.recipe)
+        model = self._ready_model(tenant_id, wanted.model)
+        planned = self._planned.get((model.id, recipe.model_dump_json()), lambda: self._make_plan(model.id, recipe))
+        plan, recipe = planned.plan, planned.plan.recipe  # with its target decided for this model
+        data = {name: self._ready_data(tenant_id, name) for name in sorted(recipe.data_refs())}
+        _check_labels(recipe, planned.header, data)
+        return _Resolved(
+            model_id=model.id,
+            model_name=model.name,
+            model_digest=str(model.digest),
+            plan=plan,
+            recipe=recipe.model_dump(mode="json"),
+            data={name: {"id": one.id, "name": one.name, "digest": one.digest} for name, one in data.items()},
+        )
+
+    def _make_plan(self, model_id: str, recipe: Recipe) -> "_Planned":
+        header = self._models.header(model_id)
+        return _Planned(header, make_plan(recipe, header, self.fleet().seats))
+
+    def _ready_model(self, tenant_id: str, id_or_name: str) -> ModelView:
+        model = self._models.get(tenant_id, id_or_name)
+        _must_be_ready("model", model)
+        return model
+
+    def _ready_data(self, tenant_id: str, id_or_name: str) -> DataSetView:
+        data_set = self._data_sets.get(tenant_id, id_or_name)
+        _must_be_ready("data set", data_set)
+        return data_set
+
+    def _check_fit(self, plan: Plan) -> None:
+        """Refuse what no worker could ever hold. Where none is known to compare with, one that is large enough may still come."""
+        assert plan.estimate is not None
+        seats = [seat for seat in self.fleet().seats if seat.queue == plan.queue]
+        need, gpu_need = plan.estimate.memory_bytes, plan.estimate.gpu_bytes
+        if not seats or any(seat.holds(need, gpu_need) for seat in seats):
+            return
+        largest = max(seat.memory for seat in seats)
+        if largest >= need:
+            largest_gpu = max(seat.gpu_memory or 0 for seat in seats)
+            raise NightpressError(
+                ErrorCode.CANNOT_FIT,
+                f"The job needs about {gpu_need / 1e9:.1f} GB of a GPU's memory; the largest GPU of a worker that could hold it has {largest_gpu / 1e9:.1f} GB.",
+                hint="Start a worker with a larger GPU, use fewer or shorter calibration samples, or set `device: cpu`.",
+                needs=gpu_need,
+                largest=largest_gpu,
+            )
+        fitting = next((one for one in plan.estimate.leaner if one.memory_bytes <= largest), None)
+        advice = "Start a" if fitting is None else f"Give the recipe {fitting.change}, or start a"
+        raise NightpressError(
+            ErrorCode.CANNOT_FIT,
+            f"The job needs about {need / 1e9:.1f} GB of memory; the largest {plan.queue} worker offers {largest / 1e9:.1f} GB.",
+            hint=f"{advice} worker that offers {-(-need // 2**30)} GiB, or raise NIGHTPRESS_WORKER_MEMORY if one has more than it offers.",
+            needs=need,
+            largest=largest,
+        )
+
+
+def _must_be_ready(noun: str, one: ModelView | DataSetView) -> None:
+    says = {
+        "uploading": ("still being uploaded", "Complete its upload first."),
+        "fetching": ("still being fetched", "Wait until it is ready."),
+        "verifying": ("still being verified", "Wait until it is ready."),
+        "failed": ("not usable", "Its `error` says why. Register it again."),
+    }
+    if one.state != "ready":
+        state, hint = says[one.state]
+        raise NightpressError(ErrorCode.CONFLICT, f"The {noun} {one.name} is {state}.", hint=hint, state=one.state)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What a recipe comes to on a model, with the fleet of the last seconds."""
+
+    header: ModelHeader
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """What a model's, a recipe's and the data sets' names mean."""
+
+    model_id: str
+    model_name: str
+    model_digest: str
+    plan: Plan
+    recipe: dict[str, Any]
+    data: dict[str, dict[str, Any]]
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.model_digest, self.recipe, self.data)
+
+
+def _planned(plan: Plan) -> dict[str, Any]:
+    """What a plan decides of a job, by its columns."""
+    assert plan.estimate is not None
+    return {
+        "queue": plan.queue,
+        "queue_reason": plan.queue_reason,
+        "needs_memory": plan.estimate.memory_bytes,
+        "needs_gpu_memory": plan.estimate.gpu_bytes,
+    }
+
+
+def _fingerprint(model_digest: str, recipe: dict[str, Any], data: dict[str, dict[str, Any]]) -> str:
+    """Of all that decides a job's result, but where it runs: `JobStore.reuse` looks at that. What a recipe is called decides nothing."""
+    says = {key: value for key, value in recipe.items() if key not in {"name", "version", "description", "device"}}
+    digests = {name: one["digest"] for name, one in data.items()}
+    body = {"model": model_digest, "recipe": says, "data": digests, "engine": ENGINE}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _check_labels(recipe: Recipe, header: ModelHeader, data: dict[str, DataSetView]) -> None:
+    for one in recipe.evaluate:
+        if isinstance(one, Quality) and one.metric == "accuracy" and not (one.data in data and data[one.data].labelled):
+            raise NightpressError(
+                ErrorCode.INVALID_DATA,
+                f"evaluate: accuracy needs labels, and {one.data} has none.",
+                hint="Name a data set of rows with `text` and `label`.",
+            )
+    for step in recipe.passes:
+        for ref in step.data_refs() if step.wants_labels(header) else ():
+            if not (ref in data and data[ref].labelled):
+                raise NightpressError(
+                    ErrorCode.INVALID_DATA,
+                    f"`{step.name}` learns from labels, and {ref} has none.",
+                    hint="Name a data set of rows with `text` and `label`.",
+                )

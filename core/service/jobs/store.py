@@ -1,0 +1,27 @@
+"""Jobs from submission to their end, on SQLite or PostgreSQL: each part writes its own transitions."""
+
+from sqlalchemy import Engine
+
+from nightpress.core.service.jobs.attempts import JobAttempts
+from nightpress.core.service.jobs.claiming import JobClaims
+from nightpress.core.service.jobs.claims import Caps
+from nightpress.core.service.jobs.expiry import JobExpiry
+from nightpress.core.service.jobs.queries import JobReader
+from nightpress.core.service.jobs.requests import JobRequests
+from nightpress.core.service.jobs.roster import WorkerRoster
+from nightpress.core.service.jobs.submission import JobSubmission
+
+
+class JobStore:
+    """The parts of the job store on one engine. Safe to share between threads."""
+
+    def __init__(self, engine: Engine, caps: Caps | None = None, *, oldest_share: float = 0.0) -> None:
+        """oldest_share: the part of all claims that takes the oldest job, whatever its priority."""
+        self.engine = engine
+        self.reader = JobReader(engine)
+        self.submission = JobSubmission(engine)
+        self.requests = JobRequests(engine, self.reader)
+        self.claims = JobClaims(engine, caps or Caps(), oldest_share=oldest_share)
+        self.attempts = JobAttempts(engine)
+        self.expiry = JobExpiry(engine)
+        self.roster = WorkerRoster(engine)

@@ -1,0 +1,118 @@
+"""A model name's latest: promoted in the transaction in which a job is accepted, moved by hand to go back, and never lost."""
+
+from typing import Any, Literal
+
+from sqlalchemy import Engine, Select, exists, func, insert, select, tuple_
+from sqlalchemy.engine import Connection
+
+from nightpress.core.database import later_than, lock_until_commit, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.paging import newest_first
+from nightpress.core.service.tables.jobs import job_artifacts, jobs
+from nightpress.core.service.tables.promotions import promotions
+from nightpress.core.wire.promotions import PromotionView
+
+_columns = promotions.c
+
+
+class PromotionStore:
+    """The pointers of all tenants. `model_name` is the name that the pressed model had."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def latest(self, tenant_id: str, model_name: str) -> PromotionView:
+        """Raises not_found where no result was ever promoted."""
+        query = _select().where(_columns.tenant_id == tenant_id, _columns.model_name == model_name)
+        with transaction(self._engine, read_only=True) as connection:
+            newest = query.order_by(_columns.created_at.desc(), _columns.id.desc()).limit(1)
+            row = connection.execute(newest).one_or_none()
+        if row is None:
+            raise NightpressError(
+                ErrorCode.NOT_FOUND,
+                "No accepted result has this model's name yet.",
+                hint="A job's result is promoted when it passes its recipe's gates; `promote: false` keeps it from that.",
+            )
+        return PromotionView(**row._mapping)
+
+    def page(
+        self, tenant_id: str, model_name: str, *, cursor: str | None, limit: int
+    ) -> tuple[list[PromotionView], str | None]:
+        """The pointer's history, newest first: the first one is where it stands."""
+        query = _select().where(_columns.tenant_id == tenant_id, _columns.model_name == model_name)
+        rows, following = newest_first(
+            self._engine, query, _columns.created_at, _columns.id, cursor=cursor, limit=limit
+        )
+        return [PromotionView(**row._mapping) for row in rows], following
+
+    def promote(self, tenant_id: str, model_name: str, job_id: str, *, key_id: str | None) -> PromotionView:
+        """Let the name mean another job's result, e.g. an earlier one. Raises not_found, conflict (it wasn't accepted)."""
+        mine = (jobs.c.id == job_id, jobs.c.tenant_id == tenant_id, jobs.c.model_name == model_name)
+        with transaction(self._engine) as connection:
+            query = select(jobs.c.state, jobs.c.verdict, jobs.c.artifacts_state).where(*mine)
+            row = connection.execute(query.with_for_update()).one_or_none()  # so that it isn't pruned meanwhile
+            if row is None:
+                raise NightpressError(
+                    ErrorCode.NOT_FOUND,
+                    "There is no such job of this model.",
+                    hint="GET /v1/jobs?model=… lists them.",
+                )
+            if row.verdict != "accepted":
+                raise NightpressError(
+                    ErrorCode.CONFLICT,
+                    f"The job is {row.verdict or row.state}; only an accepted result can be promoted.",
+                    hint="Its report says which gate it missed." if row.verdict else "Wait for its end.",
+                )
+            has_some = select(exists().where(job_artifacts.c.job_id == job_id))
+            if row.artifacts_state != "kept" or not connection.execute(has_some).scalar_one():
+                raise NightpressError(
+                    ErrorCode.CONFLICT, "The job's artifacts were pruned.", hint="Run it again: `nightpress retry`."
+                )
+            lock_until_commit(connection, _pointer(tenant_id, model_name))
+            written = _write(connection, tenant_id, model_name, job_id, "manual", key_id)
+            return PromotionView(**connection.execute(_select().where(_columns.id == written)).one()._mapping)
+
+
+def promote_accepted(connection: Connection, tenant_id: str, model_name: str, job_id: str) -> None:
+    """In the transaction of an accepted finish. A job submitted before the one that stands there comes too late to replace it."""
+    # Of two jobs that end at the same moment, the later one to come here must see what the other wrote.
+    lock_until_commit(connection, _pointer(tenant_id, model_name))
+    mine, other = jobs.alias("mine"), jobs.alias("other")
+    newer = exists().where(
+        _columns.tenant_id == tenant_id,
+        _columns.model_name == model_name,
+        _columns.cause == "accepted",
+        other.c.id == _columns.job_id,
+        mine.c.id == job_id,
+        tuple_(other.c.created_at, other.c.id) > tuple_(mine.c.created_at, mine.c.id),
+    )
+    if not connection.execute(select(newer)).scalar_one():
+        _write(connection, tenant_id, model_name, job_id, "accepted", None)
+
+
+def _write(
+    connection: Connection,
+    tenant_id: str,
+    model_name: str,
+    job_id: str,
+    cause: Literal["accepted", "manual"],
+    key_id: str | None,
+) -> str:
+    """A line that is newer than all the pointer has. Returns its id."""
+    there = (_columns.tenant_id == tenant_id, _columns.model_name == model_name)
+    created_at = later_than(connection, select(func.max(_columns.created_at)).where(*there))
+    row = {"tenant_id": tenant_id, "model_name": model_name, "job_id": job_id, "cause": cause, "created_by": key_id}
+    written = new_id("prm")
+    connection.execute(insert(promotions).values(id=written, created_at=created_at, **row))
+    return written
+
+
+def _pointer(tenant_id: str, model_name: str) -> str:
+    return f"promotions/{tenant_id}/{model_name}"
+
+
+def _select() -> Select[Any]:
+    return select(promotions, jobs.c.model_id, jobs.c.recipe["name"].as_string().label("recipe")).join_from(
+        promotions, jobs, jobs.c.id == _columns.job_id
+    )

@@ -1,0 +1,162 @@
+"""The registry of models."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Row, select
+from sqlalchemy.engine import Connection
+
+from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.storage import ObjectStore, OnBytes
+from nightpress.core.database import transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import FileEntry
+from nightpress.core.recipes.filenames import check_names
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.service.registry.fetching import FetchingRegistry
+from nightpress.core.service.registry.registry import Taken, check_size, describe_files, live_jobs
+from nightpress.core.service.registry.uploads import Owner
+from nightpress.core.service.tables.jobs import jobs
+from nightpress.core.service.tables.registry import models
+from nightpress.core.sources.address import resolve_path
+from nightpress.core.sources.selection import choose_model_files
+from nightpress.core.sources.source import Listing, RemoteFile, Source
+from nightpress.core.wire.models import FileView, ModelCreate, ModelView
+
+
+class ModelRegistry(FetchingRegistry[ModelView]):
+    """Models that people brought. Ready ones never change, and were inspected before they became ready."""
+
+    kind = "models"
+    noun = "model"
+    id_prefix = "mdl"
+    upload_column = "model_id"
+    table = models
+
+    def create(self, tenant_id: str, request: ModelCreate) -> ModelView:
+        """Announce files that will be uploaded, name a source to fetch, or register a server folder: inspected and hashed now if it is small."""
+        if [bool(request.files), request.path is not None, request.source is not None].count(True) != 1:
+            raise NightpressError(
+                ErrorCode.INVALID_REQUEST,
+                "A model is announced with exactly one of `files`, `path` and `source`.",
+                hint="`files` are uploaded, `path` names a folder on the server, `source` a place to fetch them from.",
+            )
+        if request.source is not None:
+            return self.fetch(tenant_id, request.name, request.source)
+        if request.path is not None:
+            return self._create_from_path(tenant_id, request.name, request.path)
+        sizes = {file.path: file.size for file in request.files}
+        if len(sizes) != len(request.files):
+            raise NightpressError(ErrorCode.INVALID_REQUEST, "A file is announced twice.", hint="Name each path once.")
+        check_names(sizes)
+        check_size(self.noun, sum(sizes.values()), self._limit)
+        return self._begin(tenant_id, request.name, request.files)
+
+    def header(self, model_id: str) -> ModelHeader:
+        """What a plan needs to know. Whose model it is the caller has asked `get`. Raises not_found, conflict."""
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(
+                select(models.c.name, models.c.state, models.c.header).where(
+                    models.c.id == model_id, models.c.deleted_at.is_(None)
+                )
+            ).one_or_none()
+        if row is None:
+            raise self._missing(model_id)
+        if row.state != "ready":
+            raise NightpressError(
+                ErrorCode.CONFLICT, f"The model {row.name} is {row.state}.", hint="Complete its upload first."
+            )
+        return ModelHeader.model_validate(row.header)
+
+    def _create_from_path(self, tenant_id: str, name: str, raw: str) -> ModelView:
+        path = resolve_path(raw, self._settings)
+        if not path.is_dir():
+            raise _no_folder(raw)
+        with disk_errors(raw):
+            sizes = self._files_at(path).names()
+        check_names(sizes)
+        return self._register(tenant_id, name, path, sum(sizes.values()))
+
+    def _files_at(self, path: Path) -> FolderFiles:
+        """A server folder whose links, where it has some, lead to nothing but what the operator allowed."""
+        files = FolderFiles(path)
+        for name in files.names():
+            resolve_path(str(files.path(name)), self._settings)
+        return files
+
+    def _examine_path(self, path: Path, on_bytes: OnBytes, *, at_once: bool = False) -> Taken:  # noqa: ARG002
+        if not path.is_dir():
+            raise _no_folder(str(path))
+        with disk_errors(str(path)):
+            files = self._files_at(path)
+            sizes = files.names()
+            check_size(self.noun, sum(sizes.values()), self._limit)
+            header = inspect_model(files)
+        return describe_files(path, {name: files.path(name) for name in sizes}, on_bytes), _facts(header)
+
+    def _choose(self, source: Source, listing: Listing) -> Sequence[RemoteFile]:
+        return choose_model_files(source, listing)
+
+    @property
+    def _limit(self) -> int:
+        return self._settings.max_model_bytes
+
+    def _examine_stored(self, owner: Owner, files: Sequence[FileEntry], *, at_once: bool = False) -> dict[str, Any]:  # noqa: ARG002
+        return _facts(inspect_model(_StoredFiles(self._store, owner.prefix, {one.path: one.size for one in files})))
+
+    def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
+        query = select(jobs.c.id).where(jobs.c.tenant_id == tenant_id, jobs.c.model_id == row_id, live_jobs()).limit(1)
+        return connection.execute(query).one_or_none() is not None
+
+    def _view(self, row: Row[Any]) -> ModelView:
+        return ModelView(
+            id=row.id,
+            name=row.name,
+            state=row.state,
+            digest=row.digest,
+            size=row.size,
+            source=row.source,
+            source_url=row.source_url,
+            revision=row.revision,
+            progress=row.progress if row.state in {"fetching", "verifying"} else None,
+            architecture=row.architecture,
+            model_type=row.model_type,
+            task=row.task,
+            parameters=row.parameters,
+            files=[FileView.model_validate(one) for one in row.files],
+            error=row.error,
+            created_at=row.created_at,
+        )
+
+
+def _no_folder(raw: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.NOT_FOUND, f"There is no folder {raw} on the server.", hint="Name the model's folder."
+    )
+
+
+def _facts(header: ModelHeader) -> dict[str, Any]:
+    return {
+        "architecture": header.architecture,
+        "model_type": header.model_type,
+        "task": header.task,
+        "parameters": header.parameters,
+        "header": header.model_dump(mode="json"),
+    }
+
+
+class _StoredFiles:
+    """An uploaded model in the object store, as `inspect_model` reads it."""
+
+    def __init__(self, store: ObjectStore, prefix: str, sizes: Mapping[str, int]) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._sizes = sizes
+
+    def names(self) -> Mapping[str, int]:
+        return self._sizes
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        return b"".join(self._store.read(f"{self._prefix}/{path}", offset, offset + size))

@@ -1,0 +1,357 @@
+"""What models and data sets have in common: brought by upload or by server path, looked up by tenant, deleted with their bytes."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import ValidationError
+from sqlalchemy import Engine, Row, Select, Table, func, insert, or_, select, update
+from sqlalchemy.engine import Connection
+
+from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.storage import ObjectStore, OnBytes
+from nightpress.core.database import db_now, later_than, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import FileEntry, describe_as, digest_of
+from nightpress.core.ids import new_id
+from nightpress.core.paging import newest_first
+from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.registry.uploads import Owner, Uploads
+from nightpress.core.service.tables.jobs import jobs
+from nightpress.core.service.tables.registry import UNSWEPT
+from nightpress.core.settings import Settings
+from nightpress.core.sources.address import Kind
+from nightpress.core.wire.jobs import TERMINAL_STATES
+from nightpress.core.wire.models import DataSetView, FileAnnouncement, ModelView, UploadFile
+
+log = logging.getLogger(__name__)
+
+View = TypeVar("View", ModelView, DataSetView)
+Taken = tuple[Sequence[FileEntry], Mapping[str, Any]]  #: files, and the columns that say what is in them
+
+
+class TakesLonger(Exception):  # noqa: N818
+    """It can't be verified while a request waits: the control process does it."""
+
+
+class Registry(ABC, Generic[View]):
+    """One tenant never sees another's: every method that takes a reference looks only among the tenant's own.
+
+    A reference is an id, or a name: then the newest ready one is meant, else the newest.
+    """
+
+    kind: ClassVar[Kind]  #: "models" or "datasets": the first part of keys and routes
+    noun: ClassVar[str]
+    id_prefix: ClassVar[str]
+    upload_column: ClassVar[str]
+    table: ClassVar[Table]
+
+    def __init__(self, engine: Engine, store: ObjectStore, settings: Settings) -> None:
+        self._engine = engine
+        self._store = store
+        self._settings = settings
+        self._uploads = Uploads(engine, store)
+        self._quotas = QuotaBook(engine, settings)
+
+    def get(self, tenant_id: str, reference: str) -> View:
+        """Raises NightpressError(not_found)."""
+        return self._view(self._find(tenant_id, reference))
+
+    def page(self, tenant_id: str, *, cursor: str | None = None, limit: int = 50) -> tuple[list[View], str | None]:
+        """The newest first, and the cursor of the next page, if there is one."""
+        table = self.table
+        query = self._select().where(table.c.tenant_id == tenant_id)
+        rows, following = newest_first(self._engine, query, table.c.created_at, table.c.id, cursor=cursor, limit=limit)
+        return [self._view(row) for row in rows], following
+
+    def uploads(self, tenant_id: str, reference: str) -> list[UploadFile]:
+        """The parts still missing, with fresh URLs; none once it is ready or failed."""
+        row = self._find(tenant_id, reference)
+        return self._uploads.pending(self._owner(row.id)) if row.state == "uploading" else []
+
+    def receive_part(
+        self, tenant_id: str, reference: str, path: str, number: int, pieces: Iterable[bytes], size: int
+    ) -> None:
+        """Take one part of one file; only where the store gives out no URLs."""
+        row = self._find(tenant_id, reference)
+        self._must_be_uploading(row)
+        self._uploads.receive(self._owner(row.id), path, number, pieces, size)
+
+    def complete(self, tenant_id: str, reference: str) -> View:
+        """Verify what was uploaded and make it ready. Safe to repeat.
+
+        Raises conflict while parts are missing. Any other fault of the files makes it `failed` and deletes them.
+        What takes too long for a request becomes `verifying`: the control process goes on.
+        """
+        row = self._find(tenant_id, reference)
+        if row.state in {"ready", "verifying"}:
+            return self._view(row)
+        self._must_be_uploading(row)
+        owner = self._owner(row.id)
+        self._uploads.must_be_whole(owner)
+        try:
+            if row.size > self._settings.verify_inline_bytes:
+                raise TakesLonger
+            files, facts = self._verify_upload(row, _ignore, at_once=True)
+        except NightpressError as error:
+            if not error.kind.retryable and error.code is not ErrorCode.NOT_FOUND:
+                self._fail(row, error)
+            raise
+        except Exception as error:
+            _note_unforeseen(error, self.noun, row.id)
+            won = self._advance(row, state="verifying")
+            return self.get(tenant_id, row.id) if won else self._as_decided(tenant_id, owner)
+        if not self._advance(row, **made_ready(files, facts)):
+            return self._as_decided(tenant_id, owner)
+        self._uploads.forget(owner)
+        return self.get(tenant_id, row.id)
+
+    def delete(self, tenant_id: str, reference: str) -> None:
+        """Delete it with its bytes, or give up its upload. A server path's files stay. Raises conflict while a job needs it."""
+        row = self._find(tenant_id, reference)
+        with transaction(self._engine) as connection:
+            if self._is_needed(connection, tenant_id, row.id):
+                raise NightpressError(
+                    ErrorCode.CONFLICT,
+                    f"A job that is queued or running needs the {self.noun} {row.name}.",
+                    hint="Cancel the job or wait for its end.",
+                )
+            connection.execute(update(self.table).where(self.table.c.id == row.id).values(deleted_at=db_now()))
+        self._uploads.abandon(self._owner(row.id))
+
+    def sweep_abandoned(self, older_than_s: float) -> int:
+        """Fail the uploads that nobody finished for so long, and delete what came of them. Returns how many."""
+        table = self.table
+        with transaction(self._engine, read_only=True) as connection:
+            rows = connection.execute(
+                self._select().where(table.c.state == "uploading", table.c.created_at < db_now(-older_than_s))
+            ).all()
+        error = NightpressError(
+            ErrorCode.CONFLICT, "The upload was not completed in time, and was given up.", hint="Upload it again."
+        )
+        for row in rows:
+            self._fail(row, error)
+        return len(rows)
+
+    def sweep_deleted(self, older_than_s: float, *, limit: int = 100) -> int:
+        """Delete once more the files of what was deleted or failed so long ago. Returns of how many.
+
+        Their rows say so before their files go: a process that was killed in between left some, and a slow one may have stored more.
+        """
+        columns = self.table.c
+        over_at = func.coalesce(columns.deleted_at, columns.created_at)
+        query = select(columns.id).where(UNSWEPT, over_at < db_now(-older_than_s)).order_by(columns.id).limit(limit)
+        with transaction(self._engine, read_only=True) as connection:
+            ids = connection.scalars(query).all()
+        for row_id in ids:
+            self._uploads.abandon(self._owner(row_id))
+            with transaction(self._engine) as connection:
+                connection.execute(update(self.table).where(columns.id == row_id).values(swept=True))
+        return len(ids)
+
+    def _verify_upload(self, row: Row[Any], on_bytes: OnBytes, *, at_once: bool = False) -> Taken:
+        owner = self._owner(row.id)
+        files = tuple(FileEntry.model_validate(one) for one in row.files)
+        self._uploads.finish(owner, on_bytes)
+        return files, self._examine_stored(owner, files, at_once=at_once)
+
+    # What the two kinds do their own way -------------------------------------------------------------------------
+
+    @abstractmethod
+    def _view(self, row: Row[Any]) -> View: ...
+
+    @abstractmethod
+    def _examine_stored(self, owner: Owner, files: Sequence[FileEntry], *, at_once: bool = False) -> dict[str, Any]:
+        """Validate the stored files and return the columns they fill. `at_once`: raises TakesLonger for what a request can't wait for."""
+
+    @abstractmethod
+    def _examine_path(self, path: Path, on_bytes: OnBytes, *, at_once: bool = False) -> "Taken":
+        """Validate and hash what lies at a server path. Raises not_found; `at_once`: TakesLonger."""
+
+    @property
+    @abstractmethod
+    def _limit(self) -> int:
+        """The most bytes of one."""
+
+    @abstractmethod
+    def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
+        """Whether a job that is not over yet needs it."""
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _begin(self, tenant_id: str, name: str, files: Sequence[FileAnnouncement]) -> View:
+        """Write a row that awaits its files."""
+        self._quotas.check_storage(tenant_id, sum(file.size for file in files))
+        owner = self._owner(new_id(self.id_prefix))
+        entries = [_entry(file) for file in files]
+        rows = self._uploads.open(owner, files)
+        try:
+            with transaction(self._engine) as connection:
+                columns = {"state": "uploading", "source": "upload", **described(entries)}
+                self._insert(connection, owner.id, tenant_id, name, **columns)
+                self._uploads.insert(connection, rows)
+        except BaseException:
+            self._uploads.abort(owner, ((row["path"], row["store_upload_id"]) for row in rows))
+            self._store.delete_prefix(owner.prefix)
+            raise
+        return self.get(tenant_id, owner.id).model_copy(update={"uploads": self._uploads.pending(owner)})
+
+    def _register(self, tenant_id: str, name: str, server_path: Path, size: int) -> View:
+        """Write a row for files that stay where the operator put them: ready at once, unless reading them takes long."""
+        row_id = new_id(self.id_prefix)
+        given: dict[str, Any] = {"source": "path", "server_path": str(server_path)}
+        try:
+            if size > self._settings.verify_inline_bytes:
+                raise TakesLonger
+            given |= made_ready(*self._examine_path(server_path, _ignore, at_once=True))
+        except NightpressError:
+            raise
+        except Exception as error:
+            _note_unforeseen(error, self.noun, row_id)
+            given |= {"state": "verifying", "files": [], "size": size}
+        with transaction(self._engine) as connection:
+            self._insert(connection, row_id, tenant_id, name, **given)
+        return self.get(tenant_id, row_id)
+
+    def _insert(self, connection: Connection, row_id: str, tenant_id: str, name: str, **columns: Any) -> None:
+        columns_of = self.table.c
+        namesakes = (columns_of.tenant_id == tenant_id, columns_of.name == name)
+        created_at = later_than(connection, select(func.max(columns_of.created_at)).where(*namesakes))
+        named = {"id": row_id, "tenant_id": tenant_id, "name": name, "created_at": created_at}
+        connection.execute(insert(self.table).values({**named, **columns}))
+
+    def _find(self, tenant_id: str, reference: str) -> Row[Any]:
+        table = self.table
+        query = (
+            self._select()
+            .where(table.c.tenant_id == tenant_id, or_(table.c.id == reference, table.c.name == reference))
+            .order_by(
+                (table.c.id == reference).desc(),
+                (table.c.state == "ready").desc(),
+                table.c.created_at.desc(),
+                table.c.id.desc(),
+            )
+            .limit(1)
+        )
+        if not reference.isprintable():
+            raise self._missing(reference)
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            raise self._missing(reference)
+        return row
+
+    def _missing(self, reference: str) -> NightpressError:
+        return NightpressError(
+            ErrorCode.NOT_FOUND,
+            f"There is no {self.noun} {reference[:128]!r}.",
+            hint=f"GET /v1/{self.kind} lists those there are.",
+        )
+
+    def _select(self) -> Select[Any]:
+        """Every column but a model's header, which may be long."""
+        columns = [column for column in self.table.columns if column.name != "header"]
+        return select(*columns).where(self.table.c.deleted_at.is_(None))
+
+    def _owner(self, row_id: str) -> Owner:
+        return Owner(self.upload_column, row_id, self.kind)
+
+    def _must_be_uploading(self, row: Row[Any]) -> None:
+        if row.state != "uploading":
+            raise NightpressError(
+                ErrorCode.CONFLICT,
+                f"The {self.noun} {row.name} is {row.state}, and takes no more files.",
+                hint="What a model or data set consists of never changes: bring a new one."
+                if row.state == "ready"
+                else "Its `error` says why. Bring it again.",
+            )
+
+    def _advance(self, row: Row[Any], **columns: Any) -> bool:
+        """From the state in which the row was read, and under the claim it then had. False if somebody else decided first."""
+        table = self.table
+        same = (table.c.state == row.state, table.c.claim_id.is_not_distinct_from(row.claim_id))
+        if columns["state"] in {"ready", "failed"}:
+            columns |= {"claim_id": None, "claim_until": None}
+        with transaction(self._engine) as connection:
+            won = connection.execute(
+                update(table).where(table.c.id == row.id, *same, table.c.deleted_at.is_(None)).values(**columns)
+            )
+            return won.rowcount == 1
+
+    def _as_decided(self, tenant_id: str, owner: Owner) -> View:
+        """What another request made of it while this one verified the files."""
+        try:
+            row = self._find(tenant_id, owner.id)
+        except NightpressError:
+            self._uploads.abandon(owner)  # deleted: this request may have joined parts after that
+            raise
+        if row.state not in {"ready", "verifying"}:
+            self._must_be_uploading(row)
+        return self._view(row)
+
+    def _fail(self, row: Row[Any], error: NightpressError) -> None:
+        if self._advance(row, state="failed", error=error.as_dict()):
+            self._uploads.abandon(self._owner(row.id))
+
+
+def made_ready(files: Sequence[FileEntry], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of one that is ready."""
+    return {"state": "ready", "progress": 1.0, "digest": digest_of(list(files)), **described(files), **facts}
+
+
+def described(files: Sequence[FileEntry]) -> dict[str, Any]:
+    return {"files": dumped(files), "size": sum(file.size for file in files)}
+
+
+def dumped(files: Iterable[FileEntry]) -> list[dict[str, Any]]:
+    return [file.model_dump() for file in files]
+
+
+def _note_unforeseen(error: Exception, noun: str, row_id: str) -> None:
+    """What nobody foresaw goes the way of what takes longer: the control process tries again, and comes to an end."""
+    if not isinstance(error, TakesLonger):
+        log.error("The %s %s: an unexpected error", noun, row_id, exc_info=error)
+
+
+def _ignore(_count: int) -> None:
+    """Nobody watches: the request is about to be answered."""
+
+
+def live_jobs() -> Any:
+    """The condition that a job is not over yet."""
+    return jobs.c.state.not_in(sorted(TERMINAL_STATES))
+
+
+def describe_files(root: Path, files: Mapping[str, Path], on_bytes: OnBytes) -> tuple[FileEntry, ...]:
+    """Hash files, named as they are below `root`, two at a time: hashing holds no lock, and more would only fight for the disk."""
+
+    def describe(name: str) -> FileEntry:
+        found = describe_as(name, files[name])
+        on_bytes(found.size)
+        return found
+
+    with disk_errors(str(root)), ThreadPoolExecutor(2) as pool:
+        return tuple(pool.map(describe, files))
+
+
+def check_size(noun: str, total: int, limit: int) -> None:
+    if total > limit:
+        raise NightpressError(
+            ErrorCode.PAYLOAD_TOO_LARGE,
+            f"The {noun} has {total} bytes; {limit} are allowed here.",
+            hint="Bring a smaller one, or ask the operator to raise the limit.",
+        )
+
+
+def _entry(file: FileAnnouncement) -> FileEntry:
+    try:
+        return FileEntry(path=file.path, size=file.size, sha256=file.sha256)
+    except ValidationError as error:
+        raise NightpressError(
+            ErrorCode.INVALID_REQUEST,
+            f"{file.path[:200]!r} is not a plain relative path.",
+            hint="Name files relative to the model's folder, with `/` between folders.",
+        ) from error

@@ -1,0 +1,139 @@
+"""What the control process does for schedules: record the fires that are due, then lead each to a job or to a reason why not.
+
+Any number of replicas may do both at once. A fire is recorded under a unique constraint; a run's job is submitted under an
+idempotency key of the run, so that two replicas, or one that died between the two steps, make one job.
+"""
+
+import datetime as dt
+import logging
+from collections.abc import Callable
+
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.service.jobs.service import JobService
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.schedules.bringing import Bringer
+from nightpress.core.service.schedules.store import Due, LastRun, PendingRun, ScheduleStore
+from nightpress.core.wire.jobs import JobCreate
+
+ON_TIME_S = 300.0  #: a fire seen this much later was not missed: a control process may restart meanwhile
+_REACH_S = 31 * 24 * 3600.0  #: catching up looks back no further
+_MAX_RECORDED = 100  #: of the fires missed in one go, the newest
+_MAX_WAITING = 10  #: runs that wait for the one before them; later ones are skipped
+#: Errors that another hour may mend: the run stays pending so long.
+_PATIENT = {ErrorCode.QUOTA_EXCEEDED, ErrorCode.CANNOT_FIT, ErrorCode.SOURCE_UNAVAILABLE}
+_PATIENCE_S = 3600.0
+
+log = logging.getLogger(__name__)
+
+
+class Firing:
+    """`fire` and `advance` are safe to run twice, and in several processes."""
+
+    def __init__(
+        self,
+        schedules: ScheduleStore,
+        jobs: JobService,
+        store: JobStore,
+        bringer: Bringer,
+        ring: Callable[[str], None],
+    ) -> None:
+        self._schedules = schedules
+        self._jobs = jobs
+        self._store = store
+        self._bringer = bringer
+        self._ring = ring
+
+    def fire(self, now: dt.datetime | None = None) -> None:
+        """Record every fire up to `now`, the database's time unless a test gives another."""
+        moment = now or self._schedules.now()
+        for due in self._schedules.due(moment):
+            fires = plan_fires(due, moment)
+            if self._schedules.record_fires(due, fires, due.cron.next(moment)):
+                log.info("Schedule %s fired for %s.", due.id, ", ".join(f"{one:%Y-%m-%d %H:%M}Z" for one in fires))
+
+    def advance(self) -> None:
+        """Decide each pending run. One that fails doesn't hold up the others."""
+        for run in self._schedules.pending():
+            try:
+                self._decide(run)
+            except NightpressError as error:
+                if error.kind.retryable and error.code not in _PATIENT:
+                    raise
+                late = (self._schedules.now() - run.created_at).total_seconds() > _PATIENCE_S
+                if error.code not in _PATIENT or late:
+                    log.warning("Run %s of schedule %s: %s", run.id, run.schedule_id, error)
+                    self._schedules.settle(run.id, "failed", error=error.as_dict())
+
+    def _decide(self, run: PendingRun) -> None:
+        going = self._schedules.going(run)
+        if going and run.overlap == "queue":
+            if len(going) > _MAX_WAITING:
+                self._schedules.settle(run.id, "skipped", reason="overlap")
+            return
+        if going and run.overlap == "skip":
+            self._schedules.settle(run.id, "skipped", reason="overlap")
+            return
+        last = self._schedules.last(run.schedule_id) if run.only_if_changed and run.cause == "cron" else None
+        if run.source is not None and run.model_id is None:
+            revision = self._bringer.look(run)
+            if revision is None:
+                return
+            if last is not None and revision == last.revision and self._is_same_work(run, last):
+                self._schedules.settle(run.id, "skipped", reason="unchanged", revision=revision)
+            else:
+                self._bringer.begin(run, revision)
+            return
+        model = run.job.model
+        if run.source is not None:
+            brought = self._bringer.ready(run)
+            if brought is None:
+                return
+            model = brought.id
+        fingerprint = self._fingerprint(run, model)  # before anything is replaced: it also says what can't be submitted
+        if last is not None and fingerprint == last.fingerprint:
+            self._schedules.settle(run.id, "skipped", reason="unchanged")
+            return
+        for earlier, job_id in going:
+            self._schedules.settle(earlier, "skipped", reason="replaced")
+            if job_id is not None:
+                self._store.requests.request_cancel(run.tenant_id, job_id)
+        # The space keeps the key out of reach of clients, whose keys have none.
+        # What nothing changed for isn't pressed again, unless a person asked for this run or said so in the schedule.
+        reuse = run.cause == "cron" if run.job.reuse is None else run.job.reuse
+        wanted = JobCreate(**{**run.job.model_dump(), "model": model, "reuse": reuse})
+        job, _ = self._jobs.submit(run.tenant_id, wanted, f"schedule {run.id}", key_id=run.created_by)
+        made = {"job_id": job.id, "digest": job.model_digest, "fingerprint": job.fingerprint}
+        if self._schedules.settle(run.id, "submitted", **made):
+            log.info("Schedule %s submitted job %s.", run.schedule_id, job.id, extra={"job_id": job.id})
+            if job.state == "queued":
+                self._ring(job.queue)
+        elif self._schedules.run(run.id).job_id != job.id:
+            self._store.requests.request_cancel(
+                run.tenant_id, job.id
+            )  # replaced by a later run while this one submitted
+
+    def _is_same_work(self, run: PendingRun, last: LastRun) -> bool:
+        """Whether a job for the model of the last run would do nothing new."""
+        try:
+            return last.model_id is not None and self._fingerprint(run, last.model_id) == last.fingerprint
+        except NightpressError as error:
+            if error.code is not ErrorCode.NOT_FOUND:
+                raise
+            return False  # the model was deleted: it is fetched again
+
+    def _fingerprint(self, run: PendingRun, model: str) -> str:
+        return self._jobs.fingerprint(run.tenant_id, run.job.model_copy(update={"model": model}))
+
+
+def plan_fires(due: Due, now: dt.datetime) -> dict[dt.datetime, str | None]:
+    """The fires from `due.next_at` to `now`, and for each the reason to skip it, or None to run it."""
+    start = max(due.next_at, now - dt.timedelta(seconds=_REACH_S))
+    fires = [due.next_at] if start == due.next_at else []
+    fires += due.cron.until(start, now)
+    fires = fires[-_MAX_RECORDED:]
+    if due.catch_up == "all":
+        return dict.fromkeys(fires)
+    if due.catch_up == "latest":
+        return {one: None if one == fires[-1] else "missed" for one in fires}
+    on_time = now - dt.timedelta(seconds=ON_TIME_S)
+    return {one: None if one >= on_time else "missed" for one in fires}

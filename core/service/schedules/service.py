@@ -1,0 +1,89 @@
+"""What a person does with schedules: make, look, edit, suspend, resume, trigger, delete."""
+
+import datetime as dt
+from typing import Any
+
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.service.jobs.service import JobService
+from nightpress.core.service.schedules.cron import Cron, parse_cron
+from nightpress.core.service.schedules.store import ScheduleStore
+from nightpress.core.settings import Settings
+from nightpress.core.sources.address import check_source
+from nightpress.core.versions import changed_since
+from nightpress.core.wire.jobs import JobRequest
+from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
+
+
+class ScheduleService:
+    """Checks what is asked for, then leaves writing to the store. Safe to share between threads."""
+
+    def __init__(self, store: ScheduleStore, jobs: JobService, settings: Settings) -> None:
+        self.store = store
+        self._jobs = jobs
+        self._settings = settings
+
+    def create(self, tenant_id: str, wanted: ScheduleCreate, *, key_id: str | None = None) -> ScheduleView:
+        """Raises invalid_schedule, conflict, quota_exceeded, and what submitting its job now would raise but for a missing model."""
+        now = self.store.now()
+        cron = self._cron(wanted.cron, wanted.timezone, now)
+        self._check_job(tenant_id, wanted.job)
+        self._check_source(wanted.source)
+        next_at = None if wanted.suspended else _first(cron, now)
+        job = wanted.job.model_dump(mode="json", exclude_none=True)
+        values = wanted.model_dump(mode="json") | {"cron": cron.expression, "next_at": next_at, "job": job}
+        return self.store.create(tenant_id, values, key_id=key_id)
+
+    def edit(
+        self, tenant_id: str, reference: str, wanted: ScheduleUpdate, *, version: int | None = None
+    ) -> ScheduleView:
+        """Change what is given. With `version`, only while it is still that one: else precondition_failed."""
+        schedule = self.store.get(tenant_id, reference)
+        if version is not None and version != schedule.version:
+            raise changed_since()
+        values: dict[str, Any] = wanted.model_dump(mode="json", exclude_none=True)
+        if "source" in wanted.model_fields_set:  # null takes it away
+            values["source"] = wanted.source
+        if wanted.job is not None:
+            self._check_job(tenant_id, wanted.job)
+        self._check_source(wanted.source)
+        suspended = schedule.suspended if wanted.suspended is None else wanted.suspended
+        now = self.store.now()
+        cron = self._cron(wanted.cron or schedule.cron, wanted.timezone or schedule.timezone, now)
+        moved = (cron.expression, cron.timezone) != (schedule.cron, schedule.timezone)
+        if suspended:
+            values["next_at"] = None
+        elif moved or schedule.suspended:
+            # What was missed while it was suspended, or at another time, was not wanted.
+            values["next_at"] = _first(cron, now)
+        return self.store.edit(tenant_id, schedule, values | {"cron": cron.expression})
+
+    def delete(self, tenant_id: str, reference: str, *, version: int | None = None) -> None:
+        self.store.delete(tenant_id, reference, version=version)
+
+    def trigger(self, tenant_id: str, reference: str) -> ScheduleRunView:
+        """Fire now, also while suspended. Its rule of overlap holds; `only_if_changed` doesn't."""
+        return self.store.trigger(tenant_id, self.store.get(tenant_id, reference).id)
+
+    def _cron(self, expression: str, timezone: str, now: dt.datetime) -> Cron:
+        return parse_cron(expression, timezone, min_interval_s=self._settings.schedule_min_interval_s, now=now)
+
+    def _check_source(self, source: str | None) -> None:
+        if source is not None:
+            check_source(source, self._settings)
+
+    def _check_job(self, tenant_id: str, job: JobRequest) -> None:
+        try:
+            self._jobs.check(tenant_id, job)
+        except NightpressError as error:
+            # A model that isn't there tonight may be brought by then; a recipe that is wrong stays wrong.
+            if error.code not in {ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.CANNOT_FIT}:
+                raise
+
+
+def _first(cron: Cron, now: dt.datetime) -> dt.datetime:
+    fire = cron.next(now)
+    if fire is None:
+        raise NightpressError(
+            ErrorCode.INVALID_SCHEDULE, f"{cron.expression!r} never fires.", hint="Is there such a date?"
+        )
+    return fire

@@ -1,0 +1,338 @@
+"""Schedules and their runs in SQL: the only writer of both. What a run leads to, core/service/schedules/firing.py decides."""
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Engine, Row, Select, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
+
+from nightpress.core.database import db_now, read_now, transaction
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.ids import new_id
+from nightpress.core.paging import newest_first
+from nightpress.core.service.schedules.cron import Cron
+from nightpress.core.service.tables.jobs import jobs
+from nightpress.core.service.tables.schedules import schedule_runs, schedules
+from nightpress.core.versions import changed_since
+from nightpress.core.wire.jobs import TERMINAL_STATES, JobRequest
+from nightpress.core.wire.schedules import ScheduleRunView, ScheduleView
+
+_MAX_SCHEDULES = 1000  #: a tenant
+_UPCOMING = 5
+_runs = schedule_runs.c
+
+
+@dataclass(frozen=True)
+class Due:
+    """A schedule whose next fire has come."""
+
+    id: str
+    name: str
+    cron: Cron
+    catch_up: str
+    next_at: dt.datetime
+
+
+@dataclass(frozen=True)
+class PendingRun:
+    """A fire that is recorded and has led to nothing yet, with its schedule's rules."""
+
+    id: str
+    schedule_id: str
+    schedule_name: str
+    tenant_id: str
+    scheduled_for: dt.datetime
+    created_at: dt.datetime
+    cause: str
+    overlap: str
+    only_if_changed: bool
+    job: JobRequest
+    created_by: str | None
+    source: str | None
+    model_id: str | None  #: what is fetched for it
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """What the schedule's last job was made from."""
+
+    model_id: str | None  #: where the schedule has a source
+    revision: str | None
+    fingerprint: str | None
+
+
+class ScheduleStore:
+    """Schedules of all tenants. Every method that takes a tenant looks only among its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # People ------------------------------------------------------------------------------------------------------
+
+    def create(self, tenant_id: str, values: Mapping[str, Any], *, key_id: str | None) -> ScheduleView:
+        """`values`: columns of the row. Raises conflict for a name that is taken, quota_exceeded."""
+        schedule_id = new_id("sch")
+        mine = select(func.count()).select_from(schedules).where(schedules.c.tenant_id == tenant_id)
+        try:
+            with transaction(self._engine) as connection:
+                if connection.execute(mine).scalar_one() >= _MAX_SCHEDULES:
+                    raise NightpressError(
+                        ErrorCode.QUOTA_EXCEEDED,
+                        f"There are already {_MAX_SCHEDULES} schedules.",
+                        hint="Delete one that is not needed any more.",
+                    )
+                connection.execute(
+                    insert(schedules).values(
+                        id=schedule_id,
+                        tenant_id=tenant_id,
+                        version=1,
+                        created_by=key_id,
+                        created_at=db_now(),
+                        updated_at=db_now(),
+                        **values,
+                    )
+                )
+        except IntegrityError as error:
+            raise _taken(str(values["name"])) from error
+        return self.get(tenant_id, schedule_id)
+
+    def get(self, tenant_id: str, reference: str) -> ScheduleView:
+        """By id or name. Raises not_found."""
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(select(schedules).where(*_named(tenant_id, reference))).one_or_none()
+            now = read_now(connection)
+        if row is None:
+            raise _missing()
+        return _view(row, now)
+
+    def page(self, tenant_id: str, *, cursor: str | None, limit: int) -> tuple[list[ScheduleView], str | None]:
+        mine = select(schedules).where(schedules.c.tenant_id == tenant_id)
+        rows, following = newest_first(
+            self._engine, mine, schedules.c.created_at, schedules.c.id, cursor=cursor, limit=limit
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            now = read_now(connection)
+        return [_view(row, now) for row in rows], following
+
+    def edit(self, tenant_id: str, schedule: ScheduleView, values: Mapping[str, Any]) -> ScheduleView:
+        """Change the schedule as it was read. Raises precondition_failed where somebody changed it since."""
+        unchanged = (*_named(tenant_id, schedule.id), schedules.c.version == schedule.version)
+        new = {**values, "version": schedule.version + 1, "updated_at": db_now()}
+        try:
+            with transaction(self._engine) as connection:
+                won = connection.execute(update(schedules).where(*unchanged).values(**new)).rowcount
+        except IntegrityError as error:
+            raise _taken(str(values["name"])) from error
+        if not won:
+            self.get(tenant_id, schedule.id)
+            raise changed_since()
+        return self.get(tenant_id, schedule.id)
+
+    def delete(self, tenant_id: str, reference: str, *, version: int | None = None) -> None:
+        """The jobs it made stay. Raises precondition_failed where `version` is no longer its own."""
+        found = self.get(tenant_id, reference)
+        unchanged = [schedules.c.tenant_id == tenant_id, schedules.c.id == found.id]
+        if version is not None:
+            unchanged.append(schedules.c.version == version)
+        with transaction(self._engine) as connection:
+            won = connection.execute(schedules.delete().where(*unchanged)).rowcount
+        if not won:
+            self.get(tenant_id, found.id)
+            raise changed_since()
+
+    def trigger(self, tenant_id: str, schedule_id: str) -> ScheduleRunView:
+        """Record a fire that a person asked for, now."""
+        run_id = new_id("run")
+        with transaction(self._engine) as connection:
+            if connection.execute(select(1).where(*_named(tenant_id, schedule_id))).one_or_none() is None:
+                raise _missing()
+            connection.execute(
+                insert(schedule_runs).values(
+                    id=run_id,
+                    schedule_id=schedule_id,
+                    scheduled_for=db_now(),
+                    created_at=db_now(),
+                    cause="manual",
+                    state="pending",
+                )
+            )
+        return self.run(run_id)
+
+    def run(self, run_id: str) -> ScheduleRunView:
+        with transaction(self._engine, read_only=True) as connection:
+            return _run_view(connection.execute(_select_runs().where(_runs.id == run_id)).one())
+
+    def runs(
+        self, tenant_id: str, reference: str, *, cursor: str | None, limit: int
+    ) -> tuple[list[ScheduleRunView], str | None]:
+        """What each fire came to, newest first."""
+        schedule = self.get(tenant_id, reference)
+        query = _select_runs().where(_runs.schedule_id == schedule.id)
+        rows, following = newest_first(self._engine, query, _runs.created_at, _runs.id, cursor=cursor, limit=limit)
+        return [_run_view(row) for row in rows], following
+
+    def now(self) -> dt.datetime:
+        with transaction(self._engine, read_only=True) as connection:
+            return read_now(connection)
+
+    # The control process -----------------------------------------------------------------------------------------
+
+    def due(self, now: dt.datetime, *, limit: int = 100) -> list[Due]:
+        columns = schedules.c
+        query = (
+            select(columns.id, columns.name, columns.cron, columns.timezone, columns.catch_up, columns.next_at)
+            .where(columns.next_at.is_not(None), columns.next_at <= now)
+            .order_by(columns.next_at)
+            .limit(limit)
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            rows = connection.execute(query).all()
+        return [Due(row.id, row.name, Cron(row.cron, row.timezone), row.catch_up, row.next_at) for row in rows]
+
+    def record_fires(self, due: Due, fires: Mapping[dt.datetime, str | None], next_at: dt.datetime | None) -> bool:
+        """Write a run for each fire (a reason: it is skipped) and move on. False: another replica has done so already."""
+        still = (schedules.c.id == due.id, schedules.c.next_at == due.next_at)
+        with transaction(self._engine) as connection:
+            if not connection.execute(update(schedules).where(*still).values(next_at=next_at)).rowcount:
+                return False
+            for moment, reason in fires.items():
+                row = {
+                    "id": new_id("run"),
+                    "schedule_id": due.id,
+                    "scheduled_for": moment,
+                    "created_at": db_now(),
+                    "cause": "cron",
+                    "state": "skipped" if reason else "pending",
+                    "reason": reason,
+                }
+                connection.execute(self._insert_once(connection, row))
+        return True
+
+    def _insert_once(self, connection: Connection, row: Mapping[str, Any]) -> Any:
+        if connection.dialect.name == "postgresql":
+            return postgresql.insert(schedule_runs).values(**row).on_conflict_do_nothing()
+        return sqlite.insert(schedule_runs).values(**row).on_conflict_do_nothing()
+
+    def pending(self, *, limit: int = 100) -> list[PendingRun]:
+        """Oldest first."""
+        columns = schedules.c
+        query = (
+            select(
+                _runs.id,
+                _runs.schedule_id,
+                columns.name.label("schedule_name"),
+                columns.tenant_id,
+                _runs.scheduled_for,
+                _runs.created_at,
+                _runs.cause,
+                columns.overlap,
+                columns.only_if_changed,
+                columns.job,
+                columns.created_by,
+                columns.source,
+                _runs.model_id,
+                _runs.revision,
+            )
+            .join_from(schedule_runs, schedules, columns.id == _runs.schedule_id)
+            .where(_runs.state == "pending")
+            .order_by(_runs.scheduled_for, _runs.id)
+            .limit(limit)
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            rows = connection.execute(query).mappings().all()
+        return [PendingRun(**{**row, "job": JobRequest.model_validate(row["job"])}) for row in rows]
+
+    def going(self, run: PendingRun) -> list[tuple[str, str | None]]:
+        """Earlier runs of the same schedule that are not over: their ids and their jobs."""
+        earlier = or_(
+            _runs.scheduled_for < run.scheduled_for, (_runs.scheduled_for == run.scheduled_for) & (_runs.id < run.id)
+        )
+        is_going = or_(
+            _runs.state == "pending",
+            (_runs.state == "submitted") & jobs.c.state.not_in(sorted(TERMINAL_STATES)),
+        )
+        query = (
+            select(_runs.id, _runs.job_id)
+            .join_from(schedule_runs, jobs, jobs.c.id == _runs.job_id, isouter=True)
+            .where(_runs.schedule_id == run.schedule_id, earlier, is_going)
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            return [(row.id, row.job_id) for row in connection.execute(query)]
+
+    def last(self, schedule_id: str) -> LastRun | None:
+        """The last run of the schedule that submitted a job, leaving out jobs that failed or were cancelled."""
+        query = (
+            select(_runs.model_id, _runs.revision, _runs.fingerprint)
+            .join_from(schedule_runs, jobs, jobs.c.id == _runs.job_id, isouter=True)
+            .where(
+                _runs.schedule_id == schedule_id,
+                _runs.state == "submitted",
+                or_(jobs.c.state.is_(None), jobs.c.state.not_in(("failed", "cancelled"))),
+            )
+            .order_by(_runs.scheduled_for.desc())
+            .limit(1)
+        )
+        with transaction(self._engine, read_only=True) as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else LastRun(*row)
+
+    def bring(self, run_id: str, model_id: str, revision: str) -> bool:
+        """Note which model a pending run waits for. False: another replica has noted one, or has decided."""
+        with transaction(self._engine) as connection:
+            still = (_runs.id == run_id, _runs.state == "pending", _runs.model_id.is_(None))
+            noted = update(schedule_runs).where(*still).values(model_id=model_id, revision=revision)
+            return connection.execute(noted).rowcount == 1
+
+    def settle(self, run_id: str, state: str, **columns: Any) -> bool:
+        """pending → submitted | skipped | failed. False: another replica has decided."""
+        with transaction(self._engine) as connection:
+            still = (_runs.id == run_id, _runs.state == "pending")
+            won = connection.execute(update(schedule_runs).where(*still).values(state=state, **columns))
+            return won.rowcount == 1
+
+    def forget_runs(self, older_than_s: float) -> int:
+        """Delete runs that were over so long ago."""
+        with transaction(self._engine) as connection:
+            old = (_runs.state != "pending", _runs.created_at < db_now(-older_than_s))
+            return connection.execute(schedule_runs.delete().where(*old)).rowcount
+
+
+def _named(tenant_id: str, reference: str) -> tuple[ColumnElement[bool], ...]:
+    return (schedules.c.tenant_id == tenant_id, or_(schedules.c.id == reference, schedules.c.name == reference))
+
+
+def _select_runs() -> Select[Any]:
+    return select(schedule_runs, jobs.c.state.label("job_state"), jobs.c.verdict.label("job_verdict")).join_from(
+        schedule_runs, jobs, jobs.c.id == _runs.job_id, isouter=True
+    )
+
+
+def _view(row: Row[Any], now: dt.datetime) -> ScheduleView:
+    values = dict(row._mapping)
+    upcoming: list[dt.datetime] = []
+    if row.next_at is not None:
+        upcoming = [row.next_at] if row.next_at > now else []
+        for fire in Cron(row.cron, row.timezone).after(max(row.next_at, now)):
+            if len(upcoming) >= _UPCOMING:
+                break
+            upcoming.append(fire)
+    return ScheduleView(**{**values, "job": JobRequest.model_validate(row.job)}, upcoming=upcoming)
+
+
+def _run_view(row: Row[Any]) -> ScheduleRunView:
+    return ScheduleRunView(**row._mapping)
+
+
+def _taken(name: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.CONFLICT, f"There is already a schedule {name!r}.", hint="Edit that one, or choose another name."
+    )
+
+
+def _missing() -> NightpressError:
+    return NightpressError(ErrorCode.NOT_FOUND, "There is no such schedule.", hint="GET /v1/schedules lists yours.")

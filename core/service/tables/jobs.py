@@ -1,0 +1,292 @@
+"""The tables of jobs. The constraints repeat what the store promises, so that no other hand can break it either."""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ColumnElement,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    literal_column,
+    text,
+)
+
+from nightpress.core.database import JsonType, UtcDateTime, metadata
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    # No foreign key: a tenant is the name its API keys carry, and every job comes in through one of them.
+    Column("tenant_id", String(64), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("state", String(12), nullable=False),
+    Column("verdict", String(12)),
+    Column("phase", String(16)),
+    Column("progress", Float, nullable=False, server_default=text("0")),
+    Column("pass_index", Integer),
+    Column("eta_s", Float),
+    Column("message", Text, nullable=False, server_default=text("''")),
+    Column("priority", SmallInteger, nullable=False),
+    Column("labels", JsonType, nullable=False),
+    Column("queue", String(8), nullable=False),
+    #: why this queue, for people
+    Column("queue_reason", Text, nullable=False, server_default=text("''")),
+    Column("needs_memory", BigInteger, nullable=False),
+    Column("needs_gpu_memory", BigInteger, nullable=False, server_default=text("0")),
+    Column("model_id", ForeignKey("models.id"), nullable=False, index=True),
+    Column("model_name", String(64), nullable=False),
+    Column("model_digest", String(80), nullable=False),
+    Column("recipe", JsonType, nullable=False),
+    Column("data", JsonType, nullable=False),
+    #: what decides the result: model, recipe, data, engine; of jobs older than the column, nothing is known
+    Column("fingerprint", String(64)),
+    #: whose code made the result; a worker's may be older or newer than the code that took the job in
+    Column("engine", String(40)),
+    #: the job whose result this one was given instead of running: its files are that one's
+    Column("reused_from", String(40)),
+    #: kept, going or gone: pruned ones are `going` while their files are removed: nobody is shown them any more
+    Column("artifacts_state", String(8), nullable=False, server_default=text("'kept'")),
+    Column("attempt", Integer, nullable=False, server_default=text("0")),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("max_failures", Integer, nullable=False),
+    Column("error", JsonType),
+    Column("error_code", String(40)),
+    Column("retry_of", ForeignKey("jobs.id", ondelete="SET NULL")),
+    #: whether an accepted result becomes its model name's latest
+    Column("promote", Boolean, nullable=False, server_default=text("true")),
+    #: the key that asked for it
+    Column("created_by", String(8)),
+    #: the span that submitted it; its attempts' spans are of the same trace, on whichever machine and however much later
+    Column("traceparent", String(55)),
+    Column("worker_id", String(80)),
+    Column("lease_id", String(40)),
+    Column("lease_expires_at", UtcDateTime),
+    Column("queue_limit_s", Float),
+    Column("run_limit_s", Float, nullable=False),
+    Column("stall_s", Float, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("run_after", UtcDateTime, nullable=False),
+    #: the queue deadline while the job has never run; cleared by the first claim
+    Column("start_before", UtcDateTime),
+    Column("started_at", UtcDateTime),
+    Column("progressed_at", UtcDateTime),
+    Column("finished_at", UtcDateTime),
+    #: the last numbers given out in job_events and (dropped lines included) job_logs
+    Column("event_seq", Integer, nullable=False),
+    Column("log_seq", Integer, nullable=False, server_default=text("0")),
+    CheckConstraint("state IN ('queued','running','cancelling','succeeded','failed','cancelled')", name="state"),
+    CheckConstraint("(state IN ('running','cancelling')) = (lease_id IS NOT NULL)", name="lease"),
+    CheckConstraint("(lease_id IS NULL) = (lease_expires_at IS NULL)", name="lease_expiry"),
+    CheckConstraint("(state IN ('succeeded','failed','cancelled')) = (finished_at IS NOT NULL)", name="finished"),
+    CheckConstraint("(state = 'succeeded') = (verdict IS NOT NULL)", name="verdict"),
+    CheckConstraint("verdict IN ('accepted','rejected')", name="verdict_value"),
+    CheckConstraint("(state = 'failed') = (error IS NOT NULL)", name="error"),
+    CheckConstraint("(error IS NULL) = (error_code IS NULL)", name="error_code"),
+    CheckConstraint("queue IN ('cpu','gpu')", name="queue"),
+    CheckConstraint("progress >= 0 AND progress <= 1", name="progress"),
+    CheckConstraint("failures >= 0 AND failures <= max_failures AND max_failures >= 1", name="failures"),
+    CheckConstraint("attempt >= 0 AND needs_memory >= 0 AND event_seq >= 1", name="counters"),
+    postgresql_with={"fillfactor": 90},  # room on each page for the next version of a row
+)
+
+#: Conditions of the partial indexes, as a statement needs them: written into its text, not bound, so that the index is used.
+IS_QUEUED: ColumnElement[bool] = jobs.c.state == literal_column("'queued'")
+IS_LEASED: ColumnElement[bool] = jobs.c.lease_id.is_not(None)
+
+_QUEUED = text("state = 'queued'")
+#: Claim: a queue's tenants one by one, each tenant's best job first. Also counts what a tenant has queued.
+Index(
+    "ix_jobs_claim",
+    jobs.c.queue,
+    jobs.c.tenant_id,
+    jobs.c.priority.desc(),
+    jobs.c.created_at,
+    jobs.c.id,
+    # What decides whether a job fits, so that one that doesn't costs no look at its row.
+    postgresql_include=["run_after", "needs_memory", "needs_gpu_memory"],
+    postgresql_where=_QUEUED,
+    sqlite_where=_QUEUED,
+)
+_LEASED = text("lease_id IS NOT NULL")
+#: Fairness counts a tenant's running jobs; expiry and the workers' page walk all of them, which are few. It knows nothing that a
+#: renewal changes, nor does any other index: PostgreSQL then writes the new version of the row beside the old one, and no index.
+Index("ix_jobs_leased", jobs.c.tenant_id, postgresql_where=_LEASED, sqlite_where=_LEASED)
+_START_BEFORE = text("start_before IS NOT NULL")
+Index("ix_jobs_start_before", jobs.c.start_before, postgresql_where=_START_BEFORE, sqlite_where=_START_BEFORE)
+_FINISHED = text("finished_at IS NOT NULL")
+#: Statistics over what is done, without touching the rows.
+Index(
+    "ix_jobs_finished",
+    jobs.c.finished_at,
+    jobs.c.state,
+    jobs.c.queue,
+    jobs.c.error_code,
+    postgresql_where=_FINISHED,
+    sqlite_where=_FINISHED,
+)
+_REUSABLE = text("state = 'succeeded' AND reused_from IS NULL")
+Index(
+    "ix_jobs_reusable",
+    jobs.c.tenant_id,
+    jobs.c.fingerprint,
+    jobs.c.finished_at,
+    postgresql_where=_REUSABLE,
+    sqlite_where=_REUSABLE,
+)
+_REUSED = text("reused_from IS NOT NULL")
+Index("ix_jobs_reused", jobs.c.reused_from, postgresql_where=_REUSED, sqlite_where=_REUSED)
+Index("ix_jobs_listing", jobs.c.tenant_id, jobs.c.created_at, jobs.c.id)
+Index("ix_jobs_listing_by_state", jobs.c.tenant_id, jobs.c.state, jobs.c.created_at, jobs.c.id)
+
+
+def _job_id() -> Column[str]:
+    return Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+
+
+job_events = Table(
+    "job_events",
+    metadata,
+    _job_id(),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("kind", String(40), nullable=False),
+    Column("data", JsonType, nullable=False),
+    CheckConstraint("seq >= 1", name="seq"),
+)
+
+job_logs = Table(
+    "job_logs",
+    metadata,
+    _job_id(),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("level", String(8), nullable=False),
+    Column("text", Text, nullable=False),
+)
+
+job_attempts = Table(
+    "job_attempts",
+    metadata,
+    _job_id(),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("lease_id", String(40), nullable=False, unique=True),
+    Column("worker_id", String(80), nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("finished_at", UtcDateTime),
+    Column("outcome", String(12)),
+    Column("error", JsonType),
+    Column("swept", Boolean, nullable=False, server_default=text("false")),
+    CheckConstraint("outcome IN ('succeeded','failed','cancelled','released','lost')", name="outcome"),
+    CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", name="closed"),
+)
+_SWEEPABLE = text("outcome <> 'succeeded' AND NOT swept")
+Index("ix_job_attempts_sweepable", job_attempts.c.finished_at, postgresql_where=_SWEEPABLE, sqlite_where=_SWEEPABLE)
+
+#: A prefix of a recipe on a model, some of whose work is in storage. `lease_id`: of the attempt that writes it, or wrote it last.
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    # No foreign key: what a deleted job left is pruned as any other.
+    Column("job_id", String(40), nullable=False),
+    Column("lease_id", String(40), nullable=False),
+    Column("size", BigInteger, nullable=False),  #: bytes of all its files
+    Column("used_at", UtcDateTime, nullable=False, index=True),
+    CheckConstraint("size >= 0", name="size"),
+)
+
+checkpoint_files = Table(
+    "checkpoint_files",
+    metadata,
+    Column("digest", ForeignKey("checkpoints.digest", ondelete="CASCADE"), primary_key=True),
+    Column("path", String(512), primary_key=True),  #: below work/
+    Column("size", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("job_id", String(40), nullable=False),  #: whose attempt made it
+)
+
+job_artifacts = Table(
+    "job_artifacts",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("format", String(40), nullable=False),
+    Column("path", String(512), nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("digest", String(80), nullable=False),
+    Column("consumer", String(200), nullable=False),
+    Column("files", JsonType, nullable=False),
+    UniqueConstraint("job_id", "path"),
+)
+
+job_reports = Table(
+    "job_reports",
+    metadata,
+    _job_id(),
+    Column("report", JsonType, nullable=False),
+    Column("files", JsonType, nullable=False),
+)
+
+job_metrics = Table(
+    "job_metrics",
+    metadata,
+    _job_id(),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("subject", String(200), nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("value", Float, nullable=False),
+    Column("unit", String(40), nullable=False),
+    Column("low", Float),
+    Column("high", Float),
+)
+
+#: What a POST with an Idempotency-Key came to: a job, written with it in one transaction, or the answer that was given.
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("tenant_id", String(64), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE")),
+    Column("attempt_id", String(40)),  #: whose request is being answered
+    Column("locked_until", UtcDateTime),
+    Column("status", Integer),
+    Column("headers", JsonType),
+    Column("body", LargeBinary),  #: compressed; none where it showed a secret
+    Column("created_at", UtcDateTime, nullable=False),
+    CheckConstraint("(job_id IS NULL) = (attempt_id IS NOT NULL)", name="one_kind"),
+    Index("ix_idempotency_keys_created_at", "created_at"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", String(80), primary_key=True),
+    Column("host", String(255), nullable=False),
+    Column("queue", String(8), nullable=False),
+    Column("device", String(200), nullable=False),
+    Column("memory", BigInteger, nullable=False),
+    Column("gpu_memory", BigInteger),
+    Column("gpu_memory_used", BigInteger),
+    Column("threads", Integer, nullable=False),
+    Column("version", String(40), nullable=False),
+    Column("draining", Boolean, nullable=False),
+    Column("unfit", String(1000)),  #: what is wrong with its machine, for which it claims nothing
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("last_seen_at", UtcDateTime, nullable=False),
+    Column("left_at", UtcDateTime),  #: when it said good-bye; jobs are planned by who was there lately, too
+    CheckConstraint("queue IN ('cpu','gpu')", name="queue"),
+)

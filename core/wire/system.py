@@ -1,0 +1,55 @@
+"""Workers, queues and the service itself on the wire."""
+
+import datetime as dt
+from typing import Literal
+
+from pydantic import (
+    Field,
+)
+
+from nightpress.core.wire.access import UsageView
+from nightpress.core.wire.base import View
+
+
+class WorkerView(View):
+    id: str
+    host: str
+    queue: Literal["cpu", "gpu"]
+    device: str
+    memory: int
+    gpu_memory: int | None = None
+    gpu_memory_used: int | None = None  #: as of the last beat, by whoever uses it
+    threads: int
+    version: str
+    state: Literal["idle", "busy", "draining", "unfit", "lost"]
+    unfit: str | None = Field(None, description="What is wrong with its machine, for which it claims nothing.")
+    job_id: str | None
+    started_at: dt.datetime
+    last_seen_at: dt.datetime
+
+
+class QueueView(View):
+    """What waits and what runs, over all tenants: how long a job of one's own may have to wait."""
+
+    name: Literal["cpu", "gpu"]
+    queued: int
+    running: int
+    oldest_queued_s: float | None  #: age of the oldest job that could run now
+
+
+class MeView(View):
+    """Whose key it is, and what it may do."""
+
+    tenant_id: str
+    key_id: str
+    scopes: list[str]
+    quotas: dict[str, int] = {}  #: 0: no bound
+    usage: UsageView | None = None
+
+
+class ReadyView(View):
+    """`ok`, or `degraded` where jobs are accepted but a part they need later doesn't answer."""
+
+    status: Literal["ok", "degraded", "unavailable"]
+    checks: dict[str, str]
+    version: str
