@@ -6,12 +6,12 @@ from typing import Self, TypeVar
 from nightpress.client.calls import Call
 from nightpress.client.discovery import options_from
 from nightpress.client.drivers import EventLoop
-from nightpress.client.resources import Service
+from nightpress.client.resources import BaseClient
 
 Answer = TypeVar("Answer")
 
 
-class AsyncClient(Service[EventLoop]):
+class AsyncClient(BaseClient[EventLoop]):
     """`Client` for an event loop: its methods are awaited, its lists are read with `async for`. Transfers run in threads.
 
     Use it with `async with`, or close it with `aclose()`. The arguments are those of `Client`.

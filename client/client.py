@@ -6,12 +6,12 @@ from typing import Self, TypeVar
 from nightpress.client.calls import Call
 from nightpress.client.discovery import options_from
 from nightpress.client.drivers import Blocking
-from nightpress.client.resources import Service
+from nightpress.client.resources import BaseClient
 
 Answer = TypeVar("Answer")
 
 
-class Client(Service[Blocking]):
+class Client(BaseClient[Blocking]):
     """A connection to a Nightpress API. Use it with `with`, or close it. Threads may share it.
 
     `profile` names a server that `nightpress servers add` has stored. Without address and profile the server is found as the

@@ -342,8 +342,8 @@ class Tenants(Resource[Driver]):
     audit = pages(access.page_audit)
 
 
-class Service(Resource[Driver]):
-    """What a client offers: the resources above, and what the service says of itself."""
+class BaseClient(Resource[Driver]):
+    """What both clients offer: the resources above, and calls about the service itself."""
 
     workers = ask(calls.list_workers)
     queues = ask(calls.list_queues)

@@ -1,4 +1,4 @@
-"""Everything that the API can do, both Python clients can do, and the command line too, but for what is said here to be left out."""
+"""Every operation of the API has a method of both Python clients and a command, or stands here with the reason why not."""
 
 import inspect
 import re
@@ -94,9 +94,9 @@ LEFT_OUT = {
     "healthz": "for load balancers; a client asks /readyz",
     "metrics": "for Prometheus",
 }
-#: For programs alone: a shell has loops, and shows what became of each.
+#: Only for programs: a shell has loops, which show the outcome of each job.
 FOR_PROGRAMS = {"create_jobs"}
-#: Operations whose addresses a client is given by the service and never makes: client/transfers.py sends them.
+#: Operations whose addresses come from the service in an answer: client/transfers.py sends these requests.
 BY_ADDRESS = {"send_model_part", "send_data_set_part", "artifact_file"}
 
 _ARGUMENTS: dict[str, Any] = {
@@ -126,10 +126,10 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str,
 def makers(module: ModuleType) -> dict[str, FunctionType]:
     """The functions of a module that make a call."""
     return {
-        name: one
-        for name, one in inspect.getmembers(module, inspect.isfunction)
-        if one.__module__ == module.__name__
-        and str(one.__annotations__.get("return", "")).startswith("nightpress.client.calls.Call[")
+        name: function
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__
+        and str(function.__annotations__.get("return", "")).startswith("nightpress.client.calls.Call[")
         and name != "post"
     }
 
@@ -139,7 +139,11 @@ MAKERS = makers(calls) | makers(access)
 
 def made_by(maker: FunctionType) -> Iterator[Call[Any]]:
     """A call for each of the addresses that a maker knows."""
-    needed = [one.name for one in inspect.signature(maker).parameters.values() if one.default is one.empty]
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(maker).parameters.values()
+        if parameter.default is parameter.empty
+    ]
     arguments = {name: _ARGUMENTS.get(name, "x") for name in needed if name not in {"fields", "changes", "quotas"}}
     if "request" in arguments:
         arguments["request"] = (ModelCreate if "model" in maker.__name__ else DataSetCreate)(name="x")
@@ -151,8 +155,8 @@ def made_by(maker: FunctionType) -> Iterator[Call[Any]]:
 
 
 def operation_of(call: Call[Any], operations: dict[str, tuple[str, str]]) -> set[str]:
-    """An address that is written out comes before one with a parameter."""
-    exact = {name for name, one in operations.items() if one == (call.method, call.path)}
+    """The operations that a call may reach. A path that is written out goes before a pattern that matches it too."""
+    exact = {name for name, operation in operations.items() if operation == (call.method, call.path)}
     return exact or {
         name
         for name, (method, path) in operations.items()
@@ -202,8 +206,8 @@ def test_every_operation_has_a_command(operations: dict[str, tuple[str, str]]):
 def _words(command: Any, words: tuple[str, ...]) -> Iterator[str]:
     yield " ".join(words)
     if isinstance(command, TyperGroup):
-        for name, one in command.commands.items():
-            yield from _words(one, (*words, name))
+        for name, subcommand in command.commands.items():
+            yield from _words(subcommand, (*words, name))
 
 
 def _code_of(module: ModuleType) -> Iterator[CodeType]:
@@ -212,4 +216,4 @@ def _code_of(module: ModuleType) -> Iterator[CodeType]:
     while waiting:
         code = waiting.pop()
         yield code
-        waiting += [one for one in code.co_consts if isinstance(one, CodeType)]
+        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
