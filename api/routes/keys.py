@@ -1,4 +1,4 @@
-"""API keys: a tenant's own, and for administrators anybody's."""
+"""API keys: of the caller's tenant, and for administrators of any tenant."""
 
 from typing import Annotated
 
@@ -31,7 +31,7 @@ _EXAMPLES = {
 async def list_keys(
     caller: KeysReader,
     services: ServicesDep,
-    tenant_id: Annotated[TenantId | None, Query(description="Of another tenant: for administrators.")] = None,
+    tenant_id: Annotated[TenantId | None, Query(description="Another tenant, for administrators.")] = None,
     cursor: Cursor = None,
     limit: Limit = 50,
 ) -> Response:
@@ -45,17 +45,22 @@ async def list_keys(
     "",
     status_code=201,
     response_model=NewKeyView,
-    summary="Make a key; it is shown this once",
+    summary="Make a key; only this answer shows it",
     responses=documented(ErrorCode.INVALID_REQUEST),
 )
 async def create_key(
     caller: KeysWriter, services: ServicesDep, body: Annotated[KeyCreate, Body(openapi_examples=_EXAMPLES)]
 ) -> Response:
     made = await services.call(services.resources.issuer.create, caller, body)
-    return answer(made, status=201, headers={"Location": f"/v1/keys/{made.record.id}", **_UNKEPT})
+    return answer(made, status=201, headers={"Location": f"/v1/keys/{made.record.id}", **_NO_STORE})
 
 
-@router.get("/{key_id}", response_model=KeyView, summary="One key", responses=documented(ErrorCode.NOT_FOUND))
+@router.get(
+    "/{key_id}",
+    response_model=KeyView,
+    summary="Get a key, without its secret",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
 async def get_key(key_id: str, caller: KeysReader, services: ServicesDep) -> Response:
     return answer(await services.call(services.resources.issuer.get, caller, key_id))
 
@@ -64,13 +69,13 @@ async def get_key(key_id: str, caller: KeysReader, services: ServicesDep) -> Res
     "/{key_id}/rotate",
     status_code=201,
     response_model=NewKeyView,
-    summary="Make a key's successor; the old one works on for a while",
+    summary="Replace a key; the old key keeps working for a while",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.INVALID_REQUEST),
 )
 async def rotate_key(key_id: str, caller: KeysWriter, services: ServicesDep, body: KeyRotate | None = None) -> Response:
     overlap_s = (body or KeyRotate()).overlap_s
     made = await services.call(services.resources.issuer.rotate, caller, key_id, overlap_s=overlap_s)
-    return answer(made, status=201, headers={"Location": f"/v1/keys/{made.record.id}", **_UNKEPT})
+    return answer(made, status=201, headers={"Location": f"/v1/keys/{made.record.id}", **_NO_STORE})
 
 
 @router.delete(
@@ -85,4 +90,4 @@ async def revoke_key(key_id: str, caller: KeysWriter, services: ServicesDep) -> 
     return Response(status_code=204)
 
 
-_UNKEPT = {"Cache-Control": "no-store"}
+_NO_STORE = {"Cache-Control": "no-store"}

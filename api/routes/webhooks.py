@@ -1,4 +1,4 @@
-"""Webhooks: be told when a job has ended, instead of asking."""
+"""Webhooks: messages to an address when a job has ended."""
 
 from typing import Annotated
 
@@ -39,7 +39,7 @@ _NO_STORE = {"Cache-Control": "no-store"}
     "",
     status_code=201,
     response_model=NewWebhookView,
-    summary="Make a webhook; its secret is shown this once",
+    summary="Make a webhook; only this answer shows its secret",
     responses=documented(ErrorCode.INVALID_REQUEST, ErrorCode.URL_NOT_ALLOWED, ErrorCode.QUOTA_EXCEEDED),
 )
 async def create_webhook(
@@ -60,10 +60,10 @@ async def list_webhooks(
 
 
 @router.get(
-    "/{webhook_id}", response_model=WebhookView, summary="One webhook", responses=documented(ErrorCode.NOT_FOUND)
+    "/{webhook_id}", response_model=WebhookView, summary="Get a webhook", responses=documented(ErrorCode.NOT_FOUND)
 )
 async def get_webhook(webhook_id: str, caller: WebhooksReader, services: ServicesDep) -> Response:
-    return _one(await services.call(services.resources.webhooks.get, caller.tenant_id, webhook_id))
+    return _with_etag(await services.call(services.resources.webhooks.get, caller.tenant_id, webhook_id))
 
 
 @router.patch(
@@ -78,7 +78,7 @@ async def edit_webhook(
     webhook_id: str, caller: WebhooksWriter, services: ServicesDep, body: WebhookUpdate, if_match: IfMatch = None
 ) -> Response:
     version = version_of(if_match)
-    return _one(
+    return _with_etag(
         await services.transfer(services.resources.webhooks.edit, caller.tenant_id, webhook_id, body, version=version)
     )
 
@@ -87,7 +87,7 @@ async def edit_webhook(
     "/{webhook_id}",
     status_code=204,
     response_class=Response,
-    summary="Delete a webhook with its deliveries",
+    summary="Delete a webhook and its deliveries",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED),
 )
 async def delete_webhook(
@@ -101,7 +101,7 @@ async def delete_webhook(
 @router.post(
     "/{webhook_id}/rotate",
     response_model=NewWebhookView,
-    summary="A new secret; for a while messages carry the old one's signature too",
+    summary="Make a new secret; for a while messages carry signatures by both secrets",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST),
 )
 async def rotate_secret(
@@ -116,7 +116,7 @@ async def rotate_secret(
     "/{webhook_id}/test",
     status_code=202,
     response_model=DeliveryView,
-    summary="Send a message that says nothing",
+    summary="Send a test message",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def test_webhook(webhook_id: str, caller: WebhooksWriter, services: ServicesDep) -> Response:
@@ -126,7 +126,7 @@ async def test_webhook(webhook_id: str, caller: WebhooksWriter, services: Servic
 @router.get(
     "/{webhook_id}/deliveries",
     response_model=Page[DeliveryView],
-    summary="What was sent, newest first",
+    summary="List the deliveries of a webhook, newest first",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def list_deliveries(
@@ -141,7 +141,7 @@ async def list_deliveries(
 @router.get(
     "/{webhook_id}/deliveries/{delivery_id}",
     response_model=DeliveryView,
-    summary="One delivery, with every try",
+    summary="Get a delivery with every try",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_delivery(webhook_id: str, delivery_id: str, caller: WebhooksReader, services: ServicesDep) -> Response:
@@ -152,7 +152,7 @@ async def get_delivery(webhook_id: str, delivery_id: str, caller: WebhooksReader
     "/{webhook_id}/deliveries/{delivery_id}/redeliver",
     status_code=202,
     response_model=DeliveryView,
-    summary="Send it again, under the same webhook-id",
+    summary="Send a message again, with the same webhook-id",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def redeliver(webhook_id: str, delivery_id: str, caller: WebhooksWriter, services: ServicesDep) -> Response:
@@ -160,5 +160,5 @@ async def redeliver(webhook_id: str, delivery_id: str, caller: WebhooksWriter, s
     return answer(sent, status=202)
 
 
-def _one(webhook: WebhookView) -> Response:
+def _with_etag(webhook: WebhookView) -> Response:
     return answer(webhook, headers={"ETag": etag_of(webhook.version)})

@@ -347,7 +347,7 @@ def test_a_key_is_made_with_scopes_and_an_expiry_shown_once_rotated_and_revoked(
         assert 29 < (ends - dt.datetime.now(dt.UTC)) / dt.timedelta(days=1) <= 30
 
         page.click(f"button[aria-label='Rotate {me.key_id}']")
-        page.get_by_label("The old one works on for").select_option("not at all")
+        page.get_by_label("The old key keeps working for").select_option("not at all")
         assert violations(page) == []
         page.click("dialog button:has-text('Make the new key')")
         renewed = page.wait_for_selector("dialog pre").inner_text()
@@ -368,7 +368,7 @@ def test_who_rotates_the_key_in_use_stays_signed_in_with_its_successor(browser: 
         page = seen.page
         page.click("nav a:has-text('Keys')")
         page.click("tr:has-text('in use') button:has-text('Rotate')")
-        page.get_by_label("The old one works on for").select_option("not at all")
+        page.get_by_label("The old key keeps working for").select_option("not at all")
         page.click("dialog button:has-text('Make the new key')")
         renewed = page.wait_for_selector("dialog pre").inner_text()
         page.click("dialog button:has-text('I have it')")
@@ -422,7 +422,7 @@ def test_a_webhook_is_made_tried_looked_into_rotated_switched_off_and_deleted(br
         page.click("button:has-text('Send a test')")
         page.wait_for_selector("tr:has-text('webhook.test') .badge:has-text('pending')")
         deliver()
-        page.click("button[aria-label^='Look at']")
+        page.click("button[aria-label^='Show']")
         page.wait_for_selector("td:has-text('status 503')")
         assert "webhook.test" in page.inner_text("[aria-labelledby=opened] pre")
         assert violations(page) == []

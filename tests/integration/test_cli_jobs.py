@@ -391,7 +391,7 @@ def test_help_documents_the_exit_statuses(face: Face):
     done = run(face, "--help")
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
-    for status in ("0 all went well", "3 the result missed a gate", "130 Ctrl-C"):
+    for status in ("0 success", "3 the result missed a gate", "130 Ctrl-C"):
         assert status in text
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import nightpress as package
-from nightpress.client import ApiError, AsyncClient, Client, TransferError, UnreachableError, calls
+from nightpress import ApiError, AsyncClient, Client, ClientError, TransferError, UnreachableError
+from nightpress.client import calls
 from nightpress.client.folders import read_model_folder
 from nightpress.client.transfers import Transfers, target_of
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -311,7 +311,7 @@ def test_an_artifact_that_is_not_there_is_named_with_those_that_are(
     face: Face, nightpress: Client, job: JobView, tmp_path: Path
 ):
     face.succeed(face.claim())
-    with pytest.raises(package.ClientError, match=r"no onnx.*compressed-tensors"):
+    with pytest.raises(ClientError, match=r"no onnx.*compressed-tensors"):
         nightpress.jobs.download(job.id, tmp_path, formats=["onnx"])
 
 

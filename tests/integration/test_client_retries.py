@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nightpress import migrations
-from nightpress.client import ApiError, AsyncClient, Client, UnreachableError, access, calls
+from nightpress import ApiError, AsyncClient, Client, UnreachableError, migrations
+from nightpress.client import access, calls
 from nightpress.client.calls import Call
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
