@@ -11,14 +11,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from sqlalchemy import Engine
 
-from nightpress import migrations
+from nightpress.core.database import make_engine
+from nightpress.core.jobs.store import JobStore
+from tests.databases import migrated_postgres, migrated_sqlite
+from tests.jobs import add_model
 from tests.models import bert_tiny_dir, minilm_dir, smollm_dir
 from tests.servers import S3, Postgres, Valkey
 
 #: the libraries by whose arithmetic, and so by the processor, a test's figures differ
 _ARITHMETIC = re.compile(
-    r"^\s*(?:from|import) (?:torch|onnx|openvino|transformers|core\.compress|tests\.(?:press|training))\b", re.M
+    r"^\s*(?:from|import) (?:torch|onnx|openvino|transformers|nightpress\.core\.compress|tests\.(?:press|training))\b",
+    re.M,
 )
 
 
@@ -57,20 +62,29 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 def sql_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh migrated database, once on each kind."""
     if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path / 'nightpress.db'}"
-    else:
-        server: Postgres = request.getfixturevalue("postgres_server")
-        url = server.create_database()
-    migrations.upgrade(url)
-    return url
+        return migrated_sqlite(tmp_path / "nightpress.db")
+    return migrated_postgres(request.getfixturevalue("postgres_server"))
 
 
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     """A fresh migrated SQLite database, where the database's kind doesn't matter."""
-    url = f"sqlite:///{tmp_path / 'nightpress.db'}"
-    migrations.upgrade(url)
-    return url
+    return migrated_sqlite(tmp_path / "nightpress.db")
+
+
+@pytest.fixture
+def engine(sql_url: str) -> Iterator[Engine]:
+    """A pool of eight connections to a fresh migrated database, once on each kind."""
+    engine = make_engine(sql_url, pool_size=8)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def store(engine: Engine) -> JobStore:
+    """A store of jobs, in whose database there is the model that tests/jobs.py submits jobs for."""
+    add_model(engine)
+    return JobStore(engine)
 
 
 @pytest.fixture(scope="session")

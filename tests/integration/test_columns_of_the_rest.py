@@ -15,7 +15,7 @@ from nightpress.core.access.keys import KeyRing, create_key, revoke
 from nightpress.core.access.quotas import QuotaBook
 from nightpress.core.access.tables import api_keys, audit_log, gpu_usage, tenants
 from nightpress.core.artifacts.storage import open_store
-from nightpress.core.database import db_month, make_engine, metadata, transaction
+from nightpress.core.database import db_month, metadata, transaction
 from nightpress.core.jobs.checkpoints import CheckpointIndex, StoredFile
 from nightpress.core.jobs.records import Worker, WorkerOffer
 from nightpress.core.jobs.store import JobStore
@@ -35,7 +35,7 @@ from nightpress.core.webhooks.tables import webhook_attempts, webhook_deliveries
 from tests.columns import Chosen, Rows, identifier
 from tests.integration import test_columns_of_jobs
 from tests.integration.test_schedules import TENANT, World, utc
-from tests.jobs import add_model, age, claim, submit, succeeded
+from tests.jobs import age, claim, submit, succeeded
 
 COVERED = {
     api_keys,
@@ -60,21 +60,8 @@ MAPPING = Chosen("<mapping>", lambda value: isinstance(value, dict) and bool(val
 
 
 @pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    add_model(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
 def rows(engine: Engine) -> Rows:
     return Rows(engine)
-
-
-@pytest.fixture
-def store(engine: Engine) -> JobStore:
-    return JobStore(engine)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from nightpress.core.access.keys import ALL_SCOPES, Principal, create_key
 from nightpress.core.access.tables import audit_log
 from nightpress.core.artifacts.local import LocalStore
 from nightpress.core.artifacts.storage import ObjectStore, open_store
-from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.jobs.records import Claimed
 from nightpress.core.jobs.retention import JobRetention
@@ -61,13 +61,6 @@ class Host:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     return Host(monkeypatch)
-
-
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture
