@@ -20,6 +20,8 @@ from tests.jobs import add_model
 from tests.models import bert_tiny_dir, minilm_dir, smollm_dir
 from tests.servers import S3, Postgres, Valkey
 
+pytest_plugins = ["tests.leftovers"]
+
 #: the libraries by whose arithmetic, and so by the processor, a test's figures differ
 _ARITHMETIC = re.compile(
     r"^\s*(?:from|import) (?:torch|onnx|openvino|transformers|nightpress\.core\.compress|tests\.(?:press|training))\b",
