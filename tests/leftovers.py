@@ -4,6 +4,7 @@ The whole run, with every process that it starts, gets a temporary folder of its
 fails the run. pytest's own folders stay where they were, since pytest keeps the last three on purpose.
 """
 
+import getpass
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+#: torch makes this one empty folder for its compiler's cache, once for each user, whether or not anything is compiled.
+_CACHE = f"torchinductor_{getpass.getuser()}"
 _FOLDER = pytest.StashKey[Path]()
 _LEFT = pytest.StashKey[list[str]]()
 
@@ -30,7 +33,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     folder = session.config.stash.get(_FOLDER, None)
     if folder is None:
         return
-    left = sorted(str(path.relative_to(folder)) for path in folder.iterdir())
+    left = sorted(str(path.relative_to(folder)) for path in folder.iterdir() if path.name != _CACHE)
     session.config.stash[_LEFT] = left
     shutil.rmtree(folder, ignore_errors=True)
     if left and session.exitstatus == pytest.ExitCode.OK:
