@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,11 +31,17 @@ _ARITHMETIC = re.compile(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of modules that import a library of arithmetic, so that they can be run for another processor."""
-    touches = {path: bool(_ARITHMETIC.search(path.read_text())) for path in {item.path for item in items}}
+    """Mark the tests that do arithmetic, and put the files first that take longest.
+
+    A file with slow tests, or with many, that began last would keep one worker busy while the others have nothing left to do.
+    """
+    tests = Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    touches = {path: bool(_ARITHMETIC.search(path.read_text())) for path in tests}
     for item in items:
         if touches[item.path]:
             item.add_marker(pytest.mark.arithmetic)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
 
 
 def pytest_xdist_auto_num_workers() -> int:
