@@ -155,11 +155,11 @@ class Postgres(_Server):
         _wait(lambda: psycopg.connect(self.url, connect_timeout=2).close(), process, self.log)
         return self
 
-    def create_database(self) -> str:
-        """A new empty database; its SQLAlchemy URL."""
+    def create_database(self, template: str = "template1") -> str:
+        """A new database, empty or a copy of another that nobody is connected to; its SQLAlchemy URL."""
         name = new_id("t")
         with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"'.encode())
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"'.encode())
         return f"postgresql://nightpress@127.0.0.1:{self.port}/{name}"
 
     def stop(self) -> None:
