@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import ONNX Runtime before anything of ours
 
 import pytest
 from sqlalchemy import Engine
@@ -18,7 +19,7 @@ from nightpress.core.database import make_engine
 from nightpress.core.service.jobs.store import JobStore
 from tests.databases import migrated_postgres, migrated_sqlite
 from tests.jobs import add_model
-from tests.models import bert_tiny_dir, minilm_dir, smollm_dir
+from tests.models import bert_tiny_dir, minilm_dir, remove_shared_models, smollm_dir
 from tests.servers import S3, Postgres, Valkey
 
 pytest_plugins = ["tests.leftovers"]
@@ -42,6 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if touches[item.path]:
             item.add_marker(pytest.mark.arithmetic)
     items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
+
+
+def pytest_sessionfinish() -> None:
+    remove_shared_models()
 
 
 def pytest_xdist_auto_num_workers() -> int:

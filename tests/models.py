@@ -28,10 +28,20 @@ def _package_folder(package: str, below: str) -> Path:
 
 
 @cache
-def _shared_folder() -> Path:
+def _shared() -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory(prefix="nightpress-model-")
     atexit.register(folder.cleanup)
-    return Path(folder.name)
+    return folder
+
+
+def _shared_folder() -> Path:
+    return Path(_shared().name)
+
+
+def remove_shared_models() -> None:
+    """Remove the folder of shared models before the process ends. No model may be asked for afterwards."""
+    if _shared.cache_info().currsize:
+        _shared().cleanup()
 
 
 def _clean_copy(source: Path, name: str, into: Path | None) -> Path:

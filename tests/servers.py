@@ -246,7 +246,7 @@ class S3(_Server):
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "HOME": str(self.folder),
         }
-        process = self._spawn([str(program), "mini", *options], env)
+        process = self._spawn([str(program), f"-logdir={self.folder}", "mini", *options], env)
         _wait(lambda: self.client().list_buckets(), process, self.log, seconds=60)
         _wait(self._writable, process, self.log, seconds=60)
         return self

@@ -26,7 +26,10 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("where", ["the press's process", "a consumer", "a worker's child"])
-def test_a_session_leaves_nothing_outside_its_folder(graph: Path, tmp_path: Path, where: str):
+def test_a_session_leaves_nothing_outside_its_folder(
+    graph: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")  # what the tests' own process sets
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     for folder in (home, scratch, scratch / "tmp"):
         folder.mkdir()

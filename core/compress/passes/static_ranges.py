@@ -1,7 +1,6 @@
 """What a graph's products are given on calibration text: how far to smooth it, and which range to round it in."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -236,9 +235,6 @@ def without_padding(values: NDArray[np.float32], real: NDArray[np.bool_]) -> NDA
 
 
 def session(graph: bytes | Path, threads: int) -> Any:
-    os.environ["ORT_DISABLE_TELEMETRY"] = (
-        "1"  # read on import: it would write identifiers to disk and report over the network
-    )
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
