@@ -26,11 +26,11 @@ from nightpress.core.compress.evaluate.quality import Trial
 from nightpress.core.compress.evaluate.remarks import remarks
 from nightpress.core.compress.evaluate.roofline import device_of
 from nightpress.core.compress.executors import graph
-from nightpress.core.compress.executors.activations import return_freed_memory
 from nightpress.core.compress.export import compressed_tensors, gguf, onnx, openvino, safetensors, transformersjs
 from nightpress.core.compress.export.early_exit import trace_exits
 from nightpress.core.compress.export.verify import verify
 from nightpress.core.compress.lineage import read_lineage
+from nightpress.core.compress.memory import return_freed_memory
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.compress.passes.static_int8 import static_int8
 from nightpress.core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nightpress.core.compress.checkpoint import read_shards
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.activations import Calls
+from nightpress.core.compress.executors.calls import Calls
 from nightpress.core.compress.executors.skeleton import Batch, Skeleton, Source
 from nightpress.core.compress.executors.watch import split_mask, without_padding
 from nightpress.core.compress.networks import load_model

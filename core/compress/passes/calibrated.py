@@ -417,7 +417,7 @@ def record(
             "bytes_after": sum(info.size for name, info in infos.items() if name not in pressed.effects)
             + sum(pressed.bytes_after.values()),
             "uncalibrated": list(pressed.unseen),
-            "starved_experts": pressed.starved,
+            "starved_experts": pressed.undersampled,
         },
         warnings=tuple(
             f"`{options.name}`: {text} ({count} {'block' if count == 1 else 'blocks'})."

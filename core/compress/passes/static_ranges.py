@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nightpress.core.compress.checkpoint import disk_errors
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.activations import return_freed_memory
+from nightpress.core.compress.memory import return_freed_memory
 from nightpress.core.compress.numbers import check_finite
 from nightpress.core.compress.passes.quantize_graph import Weights
 from nightpress.core.compress.passes.static_graph import QdqGraph
