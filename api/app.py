@@ -37,7 +37,7 @@ from nightpress.api.routes import (
     workers,
 )
 from nightpress.api.tail import Tail
-from nightpress.core.artifacts.storage import open_store
+from nightpress.core.artifacts.open import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode
 from nightpress.core.service.access.audit import AuditLog

@@ -23,7 +23,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from pydantic import SecretStr
 
-from nightpress.core.artifacts.storage import open_store
+from nightpress.core.artifacts.open import open_store
 from nightpress.core.settings import Settings
 from tests.servers import S3
 

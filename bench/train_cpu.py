@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.train import accuracy, compare_steps, test_rows, unship
+from bench.train_steps import compare_steps
+from bench.trained import accuracy, test_rows, unship
 from nightpress.core.compress import environment
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.evaluate.data import Sequences, pad

@@ -9,7 +9,7 @@ from celery import Celery, signals
 from celery.apps.worker import Worker as CeleryWorker
 from celery.worker import state as celery_state
 
-from nightpress.core.artifacts.storage import open_store
+from nightpress.core.artifacts.open import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.ids import new_id
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
-from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.artifacts.open import open_store
+from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
 from nightpress.core.logs import configure_logging

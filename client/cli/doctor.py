@@ -100,7 +100,7 @@ _MEND = {
 def _look_ourselves(settings: Settings) -> Iterator[Check]:
     """With no API to ask, try the three from here, with this shell's settings."""
     # Imported late: no other subcommand needs them, and each start would pay for them.
-    from nightpress.core.artifacts.storage import open_store
+    from nightpress.core.artifacts.open import open_store
     from nightpress.core.database import make_engine, read_now, transaction
 
     own = " (tried from here, with this shell's settings)"

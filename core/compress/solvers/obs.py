@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block
+from nightpress.core.compress.kernels.column_rules import BlockGrid, BlockMask
+from nightpress.core.compress.kernels.obs_block import obs_block
 from nightpress.core.compress.solvers.gram import damped_cholesky
 from nightpress.core.compress.solvers.grid import Grid
 from nightpress.core.compress.solvers.ranges import find_ranges, half_quadratic, nearest_codes
