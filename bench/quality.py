@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nightpress.core.compress.checkpoint import read_shards
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+from nightpress.core.compress.data.tokenized import open_tokenizer, read_rows, text_windows
 from nightpress.core.compress.export import compressed_tensors, safetensors
+from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.passes import MODEL_PASSES
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model

@@ -19,9 +19,9 @@ from typing import Any
 from bench.machine import machine_of
 from nightpress.core.compress import pipeline
 from nightpress.core.compress.evaluate import quality, speed
-from nightpress.core.compress.evaluate.consumer import run_consumer
-from nightpress.core.compress.executors import graph
 from nightpress.core.compress.export import onnx, openvino
+from nightpress.core.compress.export.consumer import run_consumer
+from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.passes import PassContext
 from nightpress.core.handoff.report import read_report
 from nightpress.core.handoff.spec import JobSpec
@@ -102,7 +102,7 @@ def speedups(folder: Path, source: Path, threads: int, rounds: int) -> dict[str,
     recipe = parse_recipe(recipe_of({}))
     trial = quality.prepare(recipe, header, source, {}, threads=threads)
     context = PassContext(header=header, work_dir=folder / "whole", threads=threads)
-    traced = graph.trace(source, header, trial.task.sets[0].sequences, context)
+    traced = tracing.trace(source, header, trial.task.sets[0].sequences, context)
     found = {}
     for name, exporter in {"onnx": onnx, "openvino": openvino}.items():
         exporter.save(source, folder / f"{name}-whole", traced, [])

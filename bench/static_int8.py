@@ -23,11 +23,11 @@ import numpy as np
 
 from bench.machine import machine_of
 from nightpress.core.compress import pipeline
+from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.evaluate import quality, speed
-from nightpress.core.compress.evaluate.calibration import calibration_samples
-from nightpress.core.compress.evaluate.consumer import run_consumer
-from nightpress.core.compress.executors import graph
 from nightpress.core.compress.export import onnx, openvino, safetensors
+from nightpress.core.compress.export.consumer import run_consumer
+from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.passes import PassContext
 from nightpress.core.handoff.report import Report
 from nightpress.core.handoff.spec import JobSpec
@@ -82,7 +82,7 @@ def measure(model: Path, folder: Path, threads: int, rounds: int) -> dict[str, A
     trial = quality.prepare(recipe, header, source, {}, threads=threads)
     # The job's own trace is found again in its work folder.
     context = PassContext(header=header, work_dir=job / "work", threads=threads, calibration=recipe.calibration)
-    traced = graph.trace(source, header, trial.task.sets[0].sequences, context)
+    traced = tracing.trace(source, header, trial.task.sets[0].sequences, context)
     onnx.save(source, folder / "onnx-fp32", traced, [])
     if has_openvino:
         openvino.save(source, folder / "openvino-fp32", traced, [])

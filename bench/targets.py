@@ -25,9 +25,9 @@ from typing import Any
 
 from nightpress.core.compress import pipeline
 from nightpress.core.compress.evaluate import quality, speed
-from nightpress.core.compress.evaluate.consumer import run_consumer
-from nightpress.core.compress.executors import graph
 from nightpress.core.compress.export import gguf, onnx, openvino, safetensors
+from nightpress.core.compress.export.consumer import run_consumer
+from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.passes import PassContext
 from nightpress.core.handoff.spec import JobSpec
 from nightpress.core.recipes.builtins import get_recipe
@@ -181,7 +181,7 @@ def _encoder(folder: Path, source: Path, threads: int, rounds: int) -> Found:
     trial = quality.prepare(recipe, header, source, {}, threads=threads)
     # The job's own trace is found again in its work folder.
     context = PassContext(header=header, work_dir=job / "work", threads=threads)
-    traced = graph.trace(job / "source", header, trial.task.sets[0].sequences, context)
+    traced = tracing.trace(job / "source", header, trial.task.sets[0].sequences, context)
     onnx.save(source, folder / "onnx-fp32", traced, [])
     openvino.save(source, folder / "openvino-fp32", traced, [])
     forms: dict[str, Form] = {

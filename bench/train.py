@@ -23,7 +23,7 @@ from bench.train_cpu import measure, show
 from bench.train_steps import TRAIN, compare_steps, read_lines
 from bench.trained import accuracy, ship, test_rows
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.examples import Examples
+from nightpress.core.compress.data.examples import Examples
 from nightpress.core.compress.passes import MODEL_PASSES
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from nightpress.core.compress.checkpoint import read_shards
-from nightpress.core.compress.executors.examples import Examples, collate, read_examples
-from nightpress.core.compress.executors.skeleton import Source
-from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.data.examples import Examples, collate, read_examples
+from nightpress.core.compress.model.checkpoint import read_shards
+from nightpress.core.compress.model.networks import load_model
+from nightpress.core.compress.model.source import Source
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 
 

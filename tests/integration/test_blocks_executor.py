@@ -13,14 +13,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nightpress.core.compress.architectures import FOLDS
-from nightpress.core.compress.checkpoint import read_shards
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.calibration import model_inputs
+from nightpress.core.compress.data.calibration import model_inputs
 from nightpress.core.compress.executors.blocks import Inputs, Settled, press_blocks
 from nightpress.core.compress.executors.blocks.forward import Forward
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.rewrite import Effect
+from nightpress.core.compress.model.checkpoint import read_shards
+from nightpress.core.compress.model.families import FOLDS
 from nightpress.core.compress.passes.activations import RoundedInputs
 from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from nightpress.core.compress.passes.folding import Folding

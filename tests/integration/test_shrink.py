@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.calibration import calibration_samples
+from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.blocks import writer
 from nightpress.core.compress.executors.blocks.resume import RunFiles
-from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.passes import MODEL_PASSES
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.executors.skeleton import Call
+from nightpress.core.compress.model.skeleton import Call
 
 
 class Calls:

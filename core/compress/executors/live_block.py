@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from nightpress.core.compress.executors.skeleton import Block, Call
+from nightpress.core.compress.model.skeleton import Block, Call
 
 PROBE_TOKENS = 128  #: of the first calibration text, on which a block is tried
 

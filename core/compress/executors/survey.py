@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nightpress.core.compress.checkpoint import read_shards
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.calls import Calls
-from nightpress.core.compress.executors.skeleton import Batch, Skeleton, Source
 from nightpress.core.compress.executors.watch import split_mask, without_padding
-from nightpress.core.compress.networks import load_model
-from nightpress.core.compress.numbers import check_finite
+from nightpress.core.compress.model.checkpoint import read_shards
+from nightpress.core.compress.model.networks import load_model
+from nightpress.core.compress.model.skeleton import Batch, Skeleton
+from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.numerical_failures import check_finite
 from nightpress.core.compress.solvers.units import Moments
 from nightpress.core.recipes.anatomy import Anatomy
 from nightpress.core.recipes.costs import BATCH_TOKENS

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nightpress.core.compress.executors.skeleton import Batch, is_conv1d
+from nightpress.core.compress.model.skeleton import Batch, is_conv1d
 
 
 class Statistic(Protocol):

@@ -8,11 +8,11 @@ from torch import Tensor
 from nightpress.core.compress.executors.blocks.method import CacheStandIn
 from nightpress.core.compress.executors.blocks.plan import Plan
 from nightpress.core.compress.executors.calls import Calls
-from nightpress.core.compress.executors.experts import Experts
 from nightpress.core.compress.executors.hidden_states import HiddenStates
 from nightpress.core.compress.executors.live_block import PROBE_TOKENS
-from nightpress.core.compress.executors.skeleton import Batch, Call
 from nightpress.core.compress.executors.watch import Watched
+from nightpress.core.compress.model.experts import Experts
+from nightpress.core.compress.model.skeleton import Batch, Call
 
 
 class Forward:

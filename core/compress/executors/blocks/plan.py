@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import SAFETENSORS_DTYPES, read_shards
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.environment import multiplies_bfloat16
-from nightpress.core.compress.executors.skeleton import Batch, Skeleton, Source
 from nightpress.core.compress.executors.watch import split_mask
+from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, read_shards
+from nightpress.core.compress.model.skeleton import Batch, Skeleton
+from nightpress.core.compress.model.source import Source
 from nightpress.core.recipes.costs import BATCH_TOKENS
 
 RECORD_FORMAT = (

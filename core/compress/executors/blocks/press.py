@@ -20,8 +20,8 @@ from nightpress.core.compress.executors.blocks.settle import Outcome, Settler
 from nightpress.core.compress.executors.blocks.two_pass import press_in_two_passes
 from nightpress.core.compress.executors.blocks.writer import BlockWriter, block_output
 from nightpress.core.compress.executors.rewrite import Rewrite
-from nightpress.core.compress.executors.skeleton import Batch
 from nightpress.core.compress.memory import map_large_tensors, return_freed_memory
+from nightpress.core.compress.model.skeleton import Batch
 from nightpress.core.errors import ErrorCode, NightpressError
 
 

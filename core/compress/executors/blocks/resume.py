@@ -12,12 +12,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import read_shard, read_shards, write_file, write_index
 from nightpress.core.compress.executors.blocks.method import Pressed
 from nightpress.core.compress.executors.blocks.plan import Plan
 from nightpress.core.compress.executors.blocks.settle import Outcome
 from nightpress.core.compress.executors.rewrite import Effect
-from nightpress.core.compress.executors.skeleton import Source
+from nightpress.core.compress.model.checkpoint import read_shard, read_shards, write_file, write_index
+from nightpress.core.compress.model.source import Source
 
 
 @dataclass(frozen=True)

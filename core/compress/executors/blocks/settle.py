@@ -9,9 +9,9 @@ from nightpress.core.compress.executors.blocks.forward import Forward
 from nightpress.core.compress.executors.blocks.method import Method, Settled
 from nightpress.core.compress.executors.blocks.plan import Plan
 from nightpress.core.compress.executors.live_block import LiveBlock
-from nightpress.core.compress.executors.skeleton import is_conv1d
 from nightpress.core.compress.executors.watch import Inputs
-from nightpress.core.compress.numbers import check_finite, naming
+from nightpress.core.compress.model.skeleton import is_conv1d
+from nightpress.core.compress.numerical_failures import check_finite, naming
 
 
 @dataclass(frozen=True)

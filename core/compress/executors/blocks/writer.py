@@ -8,13 +8,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import SAFETENSORS_DTYPES, ShardWriter, tensor_info
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks.resume import BlockRecord, RunFiles, record_of
 from nightpress.core.compress.executors.blocks.settle import Outcome
 from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes
-from nightpress.core.compress.executors.skeleton import Source
-from nightpress.core.compress.solvers.grid import Workspace
+from nightpress.core.compress.grids.workspace import Workspace
+from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, ShardWriter, tensor_info
+from nightpress.core.compress.model.source import Source
 
 
 @dataclass(frozen=True)
