@@ -55,7 +55,7 @@ def quantize_onnx(
     rounding: Mapping[str, float],
     peaks: Mapping[str, Weights],
 ) -> tuple[LayerEffect, ...]:
-    """Matrix products by ONNX Runtime's own quantizer, embeddings row by row. Writes `target`. rounding, peaks: see executors/graph.py.
+    """Matrix products by ONNX Runtime's own quantizer, embeddings row by row. Writes `target`. rounding, peaks: see `graph.tracing.Traced`.
 
     Layers that one scale for their input would hurt are computed in float with weights stored in int8. Weights that were trained on
     the grid of int8 (`qat`) keep their codes: they are neither smoothed nor brought to a smaller range.
