@@ -1,4 +1,4 @@
-"""The answer to a model whose layers compute NaN or infinities: one check where statistics settle, one error."""
+"""Errors for layers that compute NaN or infinity on the calibration data."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ class CanOverflow(Protocol):
 def check_finite(layers: Sequence[str], seen: CanOverflow | Tensor) -> None:
     """Raises NightpressError(numerical_failure) that names the layers if what was seen of them on the calibration data isn't finite.
 
-    No method can go on: a NaN loses every comparison, so searches and masks would leave weights as they are and say nothing.
+    No method can go on: every comparison with NaN is false, so that searches and masks would silently leave weights unchanged.
     """
     if bool(torch.isfinite(seen).all()) if isinstance(seen, Tensor) else seen.is_finite():
         return
@@ -34,7 +34,7 @@ def check_finite(layers: Sequence[str], seen: CanOverflow | Tensor) -> None:
 
 @contextlib.contextmanager
 def naming(layers: Sequence[str]) -> Iterator[None]:
-    """While inside, a solver's numerical failure is raised again with the names of the layers that it was at work on."""
+    """Add the names of these layers to a numerical failure that a solver raises within."""
     try:
         yield
     except NightpressError as error:

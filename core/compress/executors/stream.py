@@ -85,7 +85,9 @@ def scan(
     span: tuple[float, float] = (0.0, 1.0),
 ) -> None:
     """Show every chunk of these tensors to `visit` (tensor, first row, rows, workspace): in any order, from several threads."""
-    visits = {one.name: _Visit(one, visit) for shard in shards for one in shard.tensors if one.name in names}
+    visits = {
+        stored.name: _Visit(stored, visit) for shard in shards for stored in shard.tensors if stored.name in names
+    }
     jobs = [plan_shard(shard, lambda info: visits.get(info.name), copies=False) for shard in shards]
     Sweep([job for job in jobs if job.chunks], context, None, lambda _job: None, span).run()
 
@@ -131,4 +133,4 @@ def _finished(records: Path, target: Path, shard: Shard) -> dict[str, Effect] | 
     body = json.loads(record.read_bytes())
     if body["source_header"] != hashlib.sha256(shard.header).hexdigest() or body["size"] != output.stat().st_size:
         return None
-    return {name: Effect(**one) for name, one in body["effects"].items()}
+    return {name: Effect(**effect) for name, effect in body["effects"].items()}

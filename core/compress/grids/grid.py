@@ -41,7 +41,7 @@ class Grid:
         """The scale of a symmetric grid for weights from low ≤ 0 to high ≥ 0.
 
         Integers have one code more below zero than above it. So the lowest weight is the lowest code, without an error, and the highest
-        lies half a step above the highest: of equal extremes the lowest would go half a step astray too, in coarser steps.
+        lies half a step above the highest: if both extremes were treated alike, the lowest would be half a step off, too, and the steps would be coarser.
         """
         below = self.top if self.kind == "int" else self.reach
         return torch.maximum(-low / below, high / self.reach)

@@ -1,7 +1,7 @@
 """Scales and zero points for a grid, in float32 on any device: from the extremes, or with the least rounding error.
 
-A group's least error is looked for by shrinking its range: clipping a few large weights makes the steps finer for all the others.
-A weight's squared error counts by what its input does to the output (the diagonal of the Gram matrix).
+The least error is found by shrinking a group's range in steps: clipping a few large weights makes the steps finer for all the others.
+The squared error of a weight is weighted by its input's share in the output (the diagonal of the Gram matrix).
 """
 
 import torch
@@ -12,7 +12,7 @@ from nightpress.core.compress.grids.rounding import nearest_floats
 
 _CHUNK = (
     512 * 1024
-)  #: weights tried together on a CPU: in its caches through all tries, and enough to be worth the calls
+)  #: weights tried together on a CPU: they stay in its caches through all tries, and are enough to outweigh the calls
 SHRINKS = tuple(1.0 - 0.02 * step for step in range(26))  #: of the range, tried in turn: 1.00 … 0.50
 
 
@@ -71,7 +71,7 @@ def _grid_over(low: Tensor, high: Tensor, grid: Grid, stored: torch.dtype) -> tu
 def _squared_error(
     grouped: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, weigh: Tensor, room: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Of each group, [rows, groups]. `room` is for what is computed on the way, each [rows, groups, g]: new memory costs more than the sums."""
+    """Of each group, [rows, groups]. `room`: two buffers [rows, groups, g] for intermediate results, since allocating costs more than the sums."""
     steps, nearest = room
     torch.div(grouped, scale[..., None], out=steps)
     if grid.kind == "float":
@@ -89,7 +89,7 @@ def _squared_error(
 def half_quadratic(
     weight: Tensor, grid: Grid, stored: torch.dtype, *, norm: float = 0.7, rounds: int = 20
 ) -> tuple[Tensor, Tensor]:
-    """`find_ranges` where Σ |w − ŵ|^norm is least, without data: a few large errors are borne for the sake of all the others.
+    """`find_ranges` where Σ |w − ŵ|^norm is least, without data: it accepts a few large errors to make all the others smaller.
 
     Half-quadratic splitting: an auxiliary error takes what a shrinkage in that norm leaves of the true one, then scale and zero point
     follow by least squares, in turn. Badri and Shaji, Half-Quadratic Quantization (2023), https://mobiusml.github.io/hqq_blog/, eq. 5–6;

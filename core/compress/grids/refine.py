@@ -1,4 +1,4 @@
-"""Scales fitted to a weight whose codes are settled."""
+"""Fitting scales to a weight whose codes are chosen."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ def fit_scales(
 ) -> Tensor:
     """Scales [out, groups] with which the codes come nearest to a weight's outputs, one group after the other, least squares for each.
 
-    weight [out, in] float32; gram [in, in], to whose diagonal `damping` is added; steps [out, in], codes less zero points, in the weight's dtype; scale as it is now. A scale
-    moves only where that lowers (w − ŵ)H(w − ŵ)ᵀ, and only to a number that `stored` holds.
+    weight [out, in] float32; gram [in, in], to whose diagonal `damping` is added; steps [out, in], codes less zero points, in the weight's dtype; scale [out, groups] to
+    start from. A scale moves only where that lowers (w − ŵ)H(w − ŵ)ᵀ, and only to a number that `stored` holds.
     """
     rows, groups = scale.shape
     width = weight.shape[1] // groups
@@ -21,7 +21,7 @@ def fit_scales(
         for group in range(groups):
             here = slice(group * width, (group + 1) * width)
             step = steps[:, here]
-            spread = step @ gram[here]  # what one more of the scale does to every input's error
+            spread = step @ gram[here]  # how the error of every input changes with the scale
             spread[:, here] += damping * step
             curve = (spread[:, here] * step).sum(1)
             slope = (pulled[:, here] * step).sum(1)

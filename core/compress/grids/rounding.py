@@ -11,13 +11,13 @@ from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.errors import ErrorCode, NightpressError
 
 #: Added to a float32 of less than 2^22, it leaves no bits for a fraction: the sum is rounded to the nearest integer (of two, the even
-#: one), and the low byte of its pattern is that integer. One addition and a narrowing copy do what round and convert would.
+#: one), and the low byte of its pattern is that integer. An addition and a narrowing copy replace rounding and conversion.
 _ROUNDS = 1.5 * 2.0**23
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight on a grid. Tensors may be views of a workspace: they hold until it is used again."""
+    """A weight on a grid. Tensors may be views of a workspace, which its next use overwrites."""
 
     codes: Tensor  #: int8 [out, in]
     scale: Tensor  #: [out, groups], in the weight's dtype
@@ -67,7 +67,7 @@ def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None
 
 
 def _measure(weight: Tensor, rounded: Rounded, every: int, workspace: Workspace) -> Rounded:
-    """Compare every n-th row with what its codes stand for."""
+    """Compare every n-th row with the weights that its codes stand for."""
     codes, scale = rounded.codes[::every], rounded.scale[::every].float()
     rows, groups = scale.shape
     source = workspace.take("measured", tuple(codes.shape), torch.float32).copy_(weight[::every]).view(-1)

@@ -1,4 +1,4 @@
-"""A weight on its grid as the tensors that compressed-tensors writes for it, and the weight again that a loader makes of them."""
+"""A weight on its grid, as the tensors of compressed-tensors, and back as a loader reads them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def round_weight(
     """Round a weight [out, in] float32 to nearest.
 
     ranges: `extremes`, `least-error` (each input counts by importance [in], or like any other) or `half-quadratic`. largest is the
-    largest magnitude of the tensor that `weight` may be some rows of; the strategy `tensor` and nvfp4 need it.
+    largest magnitude of the whole tensor, of which `weight` may be some rows; the strategy `tensor` and nvfp4 need it.
     """
     grid = grid_of(scheme)
     if scheme.strategy == "block":

@@ -71,15 +71,15 @@ def read_shard(path: Path) -> Shard:
     try:
         raw: dict[str, Any] = json.loads(header)
         metadata: dict[str, str] = raw.pop("__metadata__", {})
-        tensors = [_stored(name, one, 8 + length) for name, one in raw.items()]
+        tensors = [_stored(name, entry, 8 + length) for name, entry in raw.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _malformed(path, "its header can't be read") from error
-    tensors.sort(key=lambda one: (one.offset, one.info.size))
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.info.size))
     end = 8 + length
-    for one in tensors:
-        if one.offset != end:
-            raise _malformed(path, f"{one.name} overlaps its neighbour or leaves a hole")
-        end += one.info.size
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise _malformed(path, f"{tensor.name} overlaps its neighbour or leaves a hole")
+        end += tensor.info.size
     if end != size:
         raise _malformed(path, f"its header describes {end:,} bytes and it has {size:,}")
     return Shard(path=path, tensors=tuple(tensors), metadata=metadata, header=header)
@@ -111,7 +111,7 @@ class ShardWriter:
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
         # Widest first, so that every tensor starts at a multiple of its element's size; readers map them in place.
-        ordered = sorted(tensors, key=lambda one: -TORCH_DTYPES[one.dtype].itemsize)
+        ordered = sorted(tensors, key=lambda tensor: -TORCH_DTYPES[tensor.dtype].itemsize)
         header, self.offsets, self.size = _layout(ordered, metadata)
         self.tensors = tuple(ordered)
         with disk_errors():
@@ -235,10 +235,14 @@ def _layout(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tuple
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     starts: dict[str, int] = {}
     end = 0
-    for one in tensors:
-        starts[one.name] = end
-        entries[one.name] = {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": [end, end + one.size]}
-        end += one.size
+    for tensor in tensors:
+        starts[tensor.name] = end
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.size],
+        }
+        end += tensor.size
     body = json.dumps(entries, separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
     header = len(body).to_bytes(8, "little") + body

@@ -1,4 +1,4 @@
-"""What lies in a model's folder beside its weights."""
+"""Copying a model's folder, whole or without its weights."""
 
 import os
 import shutil

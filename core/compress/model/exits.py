@@ -71,7 +71,7 @@ class ExitModel(nn.Module):
     def answer(self, ids: Tensor, mask: Tensor, plan: ExitPlan) -> tuple[Tensor, Tensor]:
         """(logits [B, C], blocks run [B]): each input's at the first head that is sure enough."""
         heads = self(ids, mask)
-        sure = [one >= plan.threshold for one in heads.scores]
+        sure = [score >= plan.threshold for score in heads.scores]
         left = torch.stack([*sure, torch.ones_like(sure[0])]).int().argmax(0)  # the first head that is sure
         depths = torch.tensor(plan.depths, device=left.device)
         return torch.stack(heads.logits)[left, torch.arange(len(left))], depths[left]
@@ -105,7 +105,7 @@ def save_heads(folder: Path, model: ExitModel, plan: ExitPlan) -> None:
     """Put the heads and the plan beside the model's files."""
     with disk_errors():
         (folder / _WEIGHTS_FILE).parent.mkdir(exist_ok=True)
-        weights = {name: one.detach().cpu().contiguous() for name, one in model.heads.state_dict().items()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
         save_file(weights, folder / _WEIGHTS_FILE)
     write_file(folder / EXITS_FILE, plan.model_dump_json(indent=1).encode() + b"\n")
 

@@ -1,7 +1,7 @@
 """Mixtures of experts with linear layers of their own.
 
-transformers holds the experts of a mixture as one tensor; their files hold a matrix each. Taken apart as the files have them, an expert's
-layers are watched and settled like any others, each with the tokens that the router gave it.
+transformers holds the experts of a mixture as one tensor; their files hold a matrix each. Here the experts are taken apart as in the files, so that
+each expert's layers are calibrated like any others, with the tokens that the router gave it.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ _USUAL_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Experts(nn.ModuleList):
-    """Stands for the fused experts of a mixture."""
+    """Takes the place of the fused experts of a mixture."""
 
     def __init__(self, fused: Any, parts: tuple[str, str, str]) -> None:
         self._parts = parts

@@ -1,4 +1,4 @@
-"""Modules of transformers whose layers have other shapes than their config says: those that their files have."""
+"""Modules of transformers whose layers have the shapes of their files, where config.json says otherwise."""
 
 import contextlib
 import copy
@@ -32,12 +32,12 @@ def fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         elif leaf == "weight" and hasattr(holder, "nf"):  # transformers' Conv1D
             holder.nf = shape[1]
     if changed:
-        for one in module.modules():
-            _recount_heads(one)
+        for inner in module.modules():
+            _recount_heads(inner)
 
 
 def _recount_heads(module: Any) -> None:
-    """Attention modules that remember how many heads they have are told."""
+    """Correct the number of heads in attention modules that keep it."""
     value = getattr(module, "value", None) or getattr(module, "v_proj", None)
     if isinstance(value, nn.Linear):
         if hasattr(module, "attention_head_size") and hasattr(module, "all_head_size"):
@@ -56,17 +56,19 @@ def _recount_heads(module: Any) -> None:
 
 
 def take_own_shapes(model: nn.Module, files: Files) -> None:
-    """Give a whole model the tensors of those layers that its config describes otherwise than its files have them."""
+    """Load the tensors whose shapes in the files differ from those that the config describes."""
     parameters = dict(model.named_parameters())
     base = f"{getattr(model, 'base_model_prefix', '')}."
     odd: dict[str, Tensor] = {}
     for stored in files.names():
-        name = next((one for one in (stored, base + stored, stored.removeprefix(base)) if one in parameters), None)
+        name = next(
+            (known for known in (stored, base + stored, stored.removeprefix(base)) if known in parameters), None
+        )
         if name is not None:
             tensor = files.read(stored)
             if parameters[name].shape != tensor.shape:
                 odd[name] = tensor.to(parameters[name].dtype)
-    fit(model, {name: tuple(one.shape) for name, one in odd.items()})
+    fit(model, {name: tuple(tensor.shape) for name, tensor in odd.items()})
     model.load_state_dict(odd, strict=False, assign=True)
 
 

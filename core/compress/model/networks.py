@@ -73,7 +73,7 @@ def save_model(model: Any, source: Path, target: Path, header: ModelHeader) -> N
     counts: dict[str, int] = {}
     for tensor in header.tensors:
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.size
-    dtype = TORCH_DTYPES[max(counts, key=lambda one: counts[one])] if counts else torch.float32
+    dtype = TORCH_DTYPES[max(counts, key=lambda dtype_name: counts[dtype_name])] if counts else torch.float32
     with disk_errors():
         target.mkdir(parents=True, exist_ok=True)
         copy_companions(source, target)
@@ -129,5 +129,5 @@ def embeddings_of(model: Any) -> list[nn.Parameter]:
     found: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            found |= {id(one): one for one in module.parameters()}
+            found |= {id(parameter): parameter for parameter in module.parameters()}
     return list(found.values())

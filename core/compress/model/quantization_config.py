@@ -51,7 +51,9 @@ def quantization_config(
         alike = len(meant[_pattern(name)]) == 1
         targets.setdefault(scheme, set()).add(_pattern(name, exact=not alike))
     every = [target for some in targets.values() for target in some]
-    ignore = sorted({_pattern(name, exact=True) for name in kept if any(re.match(one[3:], name) for one in every)})
+    ignore = sorted(
+        {_pattern(name, exact=True) for name in kept if any(re.match(target[3:], name) for target in every)}
+    )
     formats = list(dict.fromkeys(scheme.format for scheme in targets))
     assert not as_floats or len(targets) == 1
     return {

@@ -1,8 +1,8 @@
-"""A transformers model whose weights are brought in part by part: first what stands before its blocks, then one block after another.
+"""A transformers model without weights, into which they are loaded part by part: first all before its blocks, then block after block.
 
-Every family that is rows of like blocks behind an embedding works without being named: a row is an outermost list of modules that holds
-linear layers, and what each block is given beside the hidden states is recorded from a run in which they only pass on. An encoder-decoder
-has two rows, and what comes out of the first is there when the second is recorded. A block may run more than once, as ALBERT's do.
+A model is an embedding and rows of like blocks: no family needs code of its own. A row is an outermost list of modules that holds linear
+layers. What each block is given beside the hidden states is recorded from a run in which the blocks pass the hidden states on unchanged.
+An encoder-decoder has two rows; the output of the first is known when the second is recorded. A block may run more than once (ALBERT).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ class Block:
     row: int
     path: str  #: of the module in the model
     module: nn.Module
-    names: Mapping[str, str]  #: by a parameter of the module, what the files call it; in the files' order
+    names: Mapping[str, str]  #: parameter of the module → its name in the files, in the files' order
 
     @property
     def name(self) -> str:
@@ -70,9 +70,9 @@ class Skeleton:
             int, int | None
         ] = {}  #: by row, how much its blocks give beside the hidden states; None: no tuple at all
         self.blocks = [
-            self._describe(row, f"{path}.{index}", one)
+            self._describe(row, f"{path}.{index}", block)
             for row, (path, blocks) in enumerate(self.rows)
-            for index, one in enumerate(blocks)
+            for index, block in enumerate(blocks)
         ]
 
     def _describe(self, row: int, path: str, module: nn.Module) -> Block:
@@ -83,38 +83,40 @@ class Skeleton:
                 raise _unsupported(f"The files have no tensor {path}.{name}, which the model's class wants")
             names[name] = stored
         order = {name: at for at, name in enumerate(self.source.names())}
-        return Block(row, path, module, dict(sorted(names.items(), key=lambda one: order[one[1]])))
+        return Block(row, path, module, dict(sorted(names.items(), key=lambda pair: order[pair[1]])))
 
     def block_names(self, index: int) -> list[str]:
         """All tensors of a block in the files, in the files' order."""
         return list(self.blocks[index].names.values())
 
     def short_names(self, index: int) -> dict[str, str]:
-        """By what the files call a block's tensors, what the block does: the same for all like blocks."""
+        """Name in the files → name within the block, which is the same for all like blocks."""
         return {stored: name for name, stored in self.blocks[index].names.items()}
 
     def linears(self, index: int) -> dict[str, nn.Module]:
         """The linear layers of a block, by the names of their weights in the files."""
         block = self.blocks[index]
-        return {block.names[f"{name}.weight"]: one for name, one in block.module.named_modules() if is_linear(one)}
+        return {
+            block.names[f"{name}.weight"]: layer for name, layer in block.module.named_modules() if is_linear(layer)
+        }
 
     def experts(self, index: int) -> list[tuple[str, Experts]]:
-        """The mixtures in a block, with what the names of their experts begin with in the files."""
+        """The mixtures in a block, each with the prefix that the names of its experts have in the files."""
         block = self.blocks[index]
         found = []
-        for path, one in block.module.named_modules():
-            if isinstance(one, Experts):
+        for path, module in block.module.named_modules():
+            if isinstance(module, Experts):
                 stored = next(name for key, name in block.names.items() if key.startswith(f"{path}.0."))
-                found.append((stored[: stored.index(".experts.0.") + len(".experts.")], one))
+                found.append((stored[: stored.index(".experts.0.") + len(".experts.")], module))
         return found
 
     def fill_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Give a block its weights: tensors by their names in the files, on any device. Others of the block are passed over."""
+        """Give a block its weights: tensors by their names in the files, on any device. Tensors that are not the block's are ignored."""
         block = self.blocks[index]
         filled = {
             name: tensors[stored].to(self.device, self.dtype, non_blocking=True) for name, stored in block.names.items()
         }
-        fit(block.module, {name: tuple(one.shape) for name, one in filled.items()})
+        fit(block.module, {name: tuple(tensor.shape) for name, tensor in filled.items()})
         block.module.load_state_dict(filled, strict=False, assign=True)
         return block.module
 
@@ -127,7 +129,7 @@ class Skeleton:
     def capture(
         self, row: int, batches: Iterable[Batch], came_out: Sequence[Sequence[Tensor]]
     ) -> Iterator[tuple[Tensor, list[tuple[int, Call]]]]:
-        """For each batch what enters a row [B, L, H], and in the order of their runs which of all blocks runs and what it is given beside.
+        """For each batch: what enters a row [B, L, H], and the calls of its blocks in order, each as (number of the block, what it is given beside).
 
         came_out: for each earlier row and each batch, what came out of it [B, L, H].
         """
@@ -165,13 +167,13 @@ class Skeleton:
 
     def _run(self, batch: Batch, tape: "_Tape") -> tuple[Tensor, list[tuple[int, Call]]]:
         try:
-            self.model(**{name: one.to(self.device) for name, one in batch.items()})
+            self.model(**{name: tensor.to(self.device) for name, tensor in batch.items()})
         except _Stop:
             return tape.take()
         raise _unsupported("The model's blocks don't run one after the other")
 
     def _fill_rest(self) -> None:
-        """What stands outside the blocks, as far as the files have it: a pooler that no one trained is never run here."""
+        """Load the weights outside the blocks. Weights that the files don't have stay empty: a pooler that nobody trained is never run here."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
         filled: dict[str, nn.Parameter] = {}
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
@@ -185,10 +187,10 @@ class Skeleton:
 
 
 class _NothingAllocated(TorchFunctionMode):
-    """Weights that would only be thrown away are never made: layers make theirs with `torch.empty`, buffers come with values.
+    """Makes weights on the meta device: layers make theirs with `torch.empty`, buffers come with values.
 
-    One layer's weight at a time would do, but the C library can't give them back one by one: address space as large as the model is
-    taken, which a limit on it refuses.
+    Making and dropping a weight per layer would be enough, but malloc does not return freed chunks to the system. The process would take as
+    much address space as the whole model, which a limit may refuse.
     """
 
     def __torch_function__(
@@ -214,7 +216,7 @@ class _Stop(Exception):  # noqa: N818 (nothing went wrong)
 
 
 class _Tape:
-    """What the recorders of one row have heard of the batch that runs."""
+    """The calls that the recorders of a row have noted for the batch that runs."""
 
     def __init__(self, runs: int) -> None:
         self._runs = runs
@@ -226,13 +228,13 @@ class _Tape:
         self._beside: tuple[Any, ...] | None = None  #: None: the blocks return no tuple
 
     def hear(self, index: int, block: nn.Module, hidden: Tensor, call: Call) -> Any:
-        """Note a call and answer as the block would, but for the hidden states, which pass on."""
+        """Note a call. Returns what the block would return, with the hidden states unchanged."""
         if self._entered is None:
             self._entered = hidden
             if self._asks:
                 out = block(hidden, *call.args, **call.kwargs)
                 self._beside = tuple(out[1:]) if isinstance(out, tuple) else None
-                self._asks = any(one is not None for one in self._beside or ())
+                self._asks = any(value is not None for value in self._beside or ())
         self._calls.append((index, call))
         if len(self._calls) == self._runs:
             raise _Stop
@@ -250,7 +252,7 @@ class _Tape:
 
 
 class _StandIn(nn.Module):
-    """In a block's place; asked for anything else, it answers as the block: some models ask for its kind of attention."""
+    """A module in a block's place. It has the block's attributes: some models read its kind of attention."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -276,7 +278,7 @@ class _Recorder(_StandIn):
 
 
 class _Replay(_StandIn):
-    """Of an earlier row: gives what came out of its last block, whatever goes in."""
+    """A block of an earlier row: returns the output of the row's last block, whatever it is given."""
 
     def __init__(self, block: nn.Module, answer: Any) -> None:
         super().__init__(block)
@@ -287,11 +289,11 @@ class _Replay(_StandIn):
 
 
 def _names_in_files(model: nn.Module, source: Source) -> dict[str, str]:
-    """By a parameter of the model, what the files call it, by transformers' own rules for old and foreign names."""
+    """Parameter of the model → its name in the files, by transformers' own rules for old and foreign names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    renamings = [renaming for renaming in get_model_conversion_mapping(model) if isinstance(renaming, WeightRenaming)]
     known = dict(model.named_parameters(remove_duplicate=False))
     names: dict[str, str] = {}
     for stored in source.names():
@@ -304,13 +306,13 @@ def _names_in_files(model: nn.Module, source: Source) -> dict[str, str]:
 def find_rows(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The rows of blocks with their paths, in the order in which they run."""
     found = [
-        (name, one)
-        for name, one in model.named_modules()
-        if isinstance(one, nn.ModuleList) and any(is_linear(inner) for inner in one.modules())
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(is_linear(inner) for inner in module.modules())
     ]
     outermost = [
-        (name, one)
-        for name, one in found
+        (name, module)
+        for name, module in found
         if not any(name.startswith(other + ".") for other, _ in found if other != name)
     ]
     if len(outermost) != 1 and [name.split(".")[0] for name, _ in outermost] != ["encoder", "decoder"]:

@@ -17,7 +17,7 @@ class Source:
 
     def __init__(self, shards: tuple[Shard, ...]) -> None:
         self.shards = shards
-        self._places = {one.name: (shard, one) for shard in self.shards for one in shard.tensors}
+        self._places = {stored.name: (shard, stored) for shard in self.shards for stored in shard.tensors}
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -36,14 +36,14 @@ class Source:
         return data.view(TORCH_DTYPES[stored.info.dtype]).view(stored.info.shape)
 
     def will_need(self, names: Iterable[str]) -> None:
-        """Let the kernel read tensors into its cache meanwhile."""
+        """Ask the kernel to read these tensors into its cache."""
         for name in names:
             shard, stored = self._places[name]
             with shard.path.open("rb", buffering=0) as file:
                 os.posix_fadvise(file.fileno(), stored.offset, stored.info.size, os.POSIX_FADV_WILLNEED)
 
     def pieces(self, name: str) -> Iterator[tuple[int, memoryview]]:
-        """The tensor's bytes a piece at a time, each with its place; a piece holds until the next one."""
+        """The tensor's bytes a piece at a time, each with its offset. A piece is overwritten by the next."""
         shard, stored = self._places[name]
         room = memoryview(bytearray(min(_PIECE, stored.info.size)))
         for at in range(0, stored.info.size, _PIECE):
