@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo up test test-avx2 lint types contracts check docs bench clean fuzz mutate soak
+.PHONY: help demo up test test-avx2 lint types contracts check docs bench figures clean fuzz mutate soak
 
 help:  ## say what each target does
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,8 +40,12 @@ docs: $(VENV)/.dev-installed  ## build the user's guide into site/
 	$(PIP) -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.dev-installed  ## print every figure that the README claims (about half an hour)
-	$(BIN)/python -m bench
+bench: $(VENV)/.dev-installed  ## measure what the docs show, some hours in all; one bench: make bench BENCH=static_int8
+	$(if $(BENCH),,@$(BIN)/python -m bench --list)
+	$(BIN)/python -m bench $(BENCH)
+
+figures: $(VENV)/.dev-installed  ## write the figures of bench/results into the README and the docs
+	$(BIN)/python -m docs.figures
 
 mutate: $(VENV)/.dev-installed  ## take each guard of the store away and see a test turn red (about five minutes)
 	$(BIN)/python -m tests.mutation

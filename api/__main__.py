@@ -1,4 +1,4 @@
-"""`python -m nightpress.api`: serve on the address that the settings name, 127.0.0.1 unless told otherwise."""
+"""`python -m nightpress.api`: serve on the address of the settings, 127.0.0.1 by default."""
 
 import socket
 
@@ -12,7 +12,7 @@ from nightpress.core.tracing import configure_tracing
 
 
 class Server(uvicorn.Server):
-    """Ends event streams first: uvicorn would wait for their readers, who would wait for the jobs."""
+    """Ends event streams before it shuts down: uvicorn would wait for their readers, and these wait for their jobs."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app = self.config.app

@@ -1,4 +1,4 @@
-"""Every request that changed something goes into the audit log before its answer goes out."""
+"""The audit log: every request that changed something is written down before its answer is sent."""
 
 import logging
 from typing import Any
@@ -9,22 +9,22 @@ from nightpress.api.deps import Services
 from nightpress.core.errors import NightpressError
 from nightpress.core.service.access.keys import Principal
 
-#: Jobs carry the key that asked for them, and parts are bytes of what was already announced.
-_TOLD_ELSEWHERE = {("POST", "/v1/jobs"), ("PUT", "/parts/{number}"), ("POST", "/v1/recipes/validate")}
+#: Not written: a job's row names its key, and a part belongs to an upload whose announcement was written.
+_NOT_NOTED = {("POST", "/v1/jobs"), ("PUT", "/parts/{number}"), ("POST", "/v1/recipes/validate")}
 
 log = logging.getLogger(__name__)
 
 
 async def note_action(scope: Scope, status: int) -> None:
-    """Write the line. A database that has just gone away can't undo what was done: then the process's log has the line."""
+    """Write the action of a request to the audit log. Where the database is away, the line goes to the process's log instead."""
     state: dict[str, Any] = scope.get("state", {})
     caller: Principal | None = state.get("caller")
     method, route = scope["method"], getattr(scope.get("route"), "path", "")
     if caller is None or method in {"GET", "HEAD", "OPTIONS"} or not route or status >= 400:
         return
-    if state.get("replayed"):  # it was done, and noted, before
+    if state.get("replayed"):  # the first request with this Idempotency-Key was noted
         return
-    if any(method == verb and route.endswith(end) for verb, end in _TOLD_ELSEWHERE):
+    if any(method == verb and route.endswith(end) for verb, end in _NOT_NOTED):
         return
     services: Services = scope["app"].state.services
     line = {
@@ -36,6 +36,6 @@ async def note_action(scope: Scope, status: int) -> None:
         "request_id": state.get("request_id", ""),
     }
     try:
-        await services.call(services.audit.note, **line)
+        await services.call(services.resources.audit.note, **line)
     except NightpressError:
         log.exception("The audit log could not be written: %s", line)

@@ -1,4 +1,4 @@
-"""Who may send files through the API now. An upload lasts as long as its client takes, so nobody's slow ones may keep others out."""
+"""Limits on uploads through the API at a time. A slow client makes its upload last, so each key and tenant has a limit of its own."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,7 +15,7 @@ _PATIENCE_S = 30.0
 
 
 class Admission:
-    """Lets uploads in, first come first served, as far as the bounds of their key, their tenant and the process go."""
+    """Admits uploads in the order of their arrival, within the limits of their key, their tenant and the process."""
 
     def __init__(self, patience_s: float = _PATIENCE_S) -> None:
         self._patience_s = patience_s
@@ -24,7 +24,7 @@ class Admission:
 
     @asynccontextmanager
     async def of(self, caller: Principal) -> AsyncIterator[None]:
-        """Wait for a place, and hold it. Raises NightpressError(rate_limited) after some patience."""
+        """Wait for a place and hold it. Raises NightpressError(rate_limited) where none is free after `patience_s`."""
         key = self._share("key", caller.family, UPLOADS_A_KEY)
         tenant = self._share("tenant", caller.tenant_id, UPLOADS_A_TENANT)
         async with AsyncExitStack() as held:
@@ -35,14 +35,14 @@ class Admission:
             except TimeoutError:
                 raise NightpressError(
                     ErrorCode.RATE_LIMITED,
-                    f"There may be {UPLOADS_A_KEY} uploads of one key and {UPLOADS_A_TENANT} of one tenant at a time, and none ended in {self._patience_s:g} s.",
+                    f"At most {UPLOADS_A_KEY} uploads per key and {UPLOADS_A_TENANT} per tenant run at a time, and none ended in {self._patience_s:g} s.",
                     hint="Send fewer parts at a time.",
                     retry_after_s=5,
                 ) from None
             yield
 
     def _share(self, kind: str, name: str, places: int) -> asyncio.Semaphore:
-        """A key's or a tenant's own places. It is kept while an upload holds or awaits one."""
+        """The places of a key or a tenant. The entry lives while an upload holds or awaits a place."""
         share = self._shares.get((kind, name))
         if share is None:
             share = self._shares[kind, name] = asyncio.Semaphore(places)

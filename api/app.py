@@ -1,4 +1,4 @@
-"""The HTTP face: `create_app` puts the routes, the services and the error handling together."""
+"""The HTTP API: `create_app` joins the routes, the services and the error handling."""
 
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +14,8 @@ from starlette.routing import Route
 from nightpress.api import once, pages, problems
 from nightpress.api.admission import UPLOADS, Admission
 from nightpress.api.deps import API_KEY_SCHEME, Services
-from nightpress.api.edge import Edge
 from nightpress.api.metrics import ApiMetrics
+from nightpress.api.middleware import RequestMiddleware
 from nightpress.api.problems import documented
 from nightpress.api.ratelimit import RateLimiter
 from nightpress.api.readiness import DatabaseProbe
@@ -37,24 +37,10 @@ from nightpress.api.routes import (
     workers,
 )
 from nightpress.api.tail import Tail
-from nightpress.core.artifacts.open import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode
-from nightpress.core.service.access.audit import AuditLog
-from nightpress.core.service.access.idempotency import IdempotencyBook
-from nightpress.core.service.access.issuing import KeyIssuer
-from nightpress.core.service.access.keys import KeyRing
-from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.compose import Resources
 from nightpress.core.service.jobs.positions import read_positions
-from nightpress.core.service.jobs.service import JobService
-from nightpress.core.service.jobs.store import JobStore
-from nightpress.core.service.promotions.store import PromotionStore
-from nightpress.core.service.registry.datasets import DataSetRegistry
-from nightpress.core.service.registry.models import ModelRegistry
-from nightpress.core.service.schedules.service import ScheduleService
-from nightpress.core.service.schedules.store import ScheduleStore
-from nightpress.core.service.webhooks.signing import open_keeper
-from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
 from nightpress.core.wire.base import Problem
 
@@ -80,13 +66,13 @@ _TRANSFERS = 16
 _DESCRIPTION = """
 Nightpress compresses Transformer models overnight and proves what it did.
 
-Bring a model (`/v1/models`), choose a recipe (`/v1/recipes`), submit a job (`/v1/jobs`), follow it (`…/events`), fetch what it made (`…/artifacts`)
+Add a model (`/v1/models`), choose a recipe (`/v1/recipes`), submit a job (`/v1/jobs`), follow it (`…/events`), fetch its artifacts (`…/artifacts`)
 and read the comparison (`…/report`). Every error is a problem document (RFC 9457) with a `code` from a closed set.
 """
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application of one process. Its services are opened here and closed with its lifespan."""
+    """The application of this process. Its services are opened here and closed with its lifespan."""
     services = open_services(settings)
     app = FastAPI(
         title="Nightpress",
@@ -94,14 +80,14 @@ def create_app(settings: Settings) -> FastAPI:
         description=_DESCRIPTION,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=partial(_lifespan, services),
-        docs_url=None,  # api/pages draws it, with nothing from elsewhere
+        docs_url=None,  # api/pages serves a page of our own that loads nothing from other sites
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
     )
     app.state.services = services
-    routers = [*(one.router for one in _ROUTES), pages.router]
+    routers = [*(module.router for module in _ROUTES), pages.router]
     problems.install(app, [route for router in routers for route in router.routes if isinstance(route, Route)])
-    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=services.metrics)
+    app.add_middleware(RequestMiddleware, max_body_bytes=settings.max_body_bytes, metrics=services.metrics)
     for router in routers:
         app.include_router(router)
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
@@ -116,35 +102,15 @@ def open_services(settings: Settings) -> Services:
 
     engine = make_engine(settings.sql_url, pool_size=_SQL_CONNECTIONS)
     threads = ThreadPoolExecutor(_SQL_CONNECTIONS, thread_name_prefix="sql")
-    store = JobStore(engine)
-    objects = open_store(settings)
-    models = ModelRegistry(engine, objects, settings)
-    data_sets = DataSetRegistry(engine, objects, settings)
-    quotas = QuotaBook(engine, settings)
-    jobs_service = JobService(store, models, data_sets, quotas, settings)
     return Services(
-        settings=settings,
-        engine=engine,
+        resources=Resources(settings, engine),
         threads=threads,
         uploads=ThreadPoolExecutor(UPLOADS, thread_name_prefix="upload"),
         admission=Admission(),
         transfers=ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer"),
         probes=ThreadPoolExecutor(3, thread_name_prefix="probe"),
         database_probe=DatabaseProbe(settings.sql_url),
-        store=store,
-        jobs=jobs_service,
-        schedules=ScheduleService(ScheduleStore(engine), jobs_service, settings),
-        models=models,
-        datasets=data_sets,
-        objects=objects,
-        keys=KeyRing(engine),
-        issuer=KeyIssuer(engine),
-        quotas=quotas,
         limiter=RateLimiter(settings.celery_url),
-        idempotency=IdempotencyBook(engine),
-        audit=AuditLog(engine),
-        promotions=PromotionStore(engine),
-        webhooks=WebhookStore(engine, open_keeper(settings), settings),
         ringer=Ringer(settings),
         tail=Tail(partial(read_positions, engine), threads),
         metrics=ApiMetrics(),
@@ -159,12 +125,12 @@ async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
     services.ringer.close()
     for pool in (services.threads, services.uploads, services.transfers, services.probes):
         pool.shutdown(wait=False, cancel_futures=True)
-    services.engine.dispose()
+    services.resources.engine.dispose()
     services.database_probe.close()
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The document, with the one shape of all errors in place of the framework's own."""
+    """The OpenAPI document, with our schema of errors in place of the framework's."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title,
@@ -190,7 +156,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 
 def _complete_responses(operation: dict[str, Any]) -> None:
-    """Add what every route can answer, so that no route has to say it."""
+    """Add the errors that every route can answer with."""
     answers = operation["responses"]
     codes = [ErrorCode.DATABASE_UNAVAILABLE, ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN]
     everywhere = documented(*(codes if operation.get("security") else []))

@@ -1,4 +1,4 @@
-"""Whether the broker answers: the one question the API asks it directly. Rings go through core/service/jobs/ring.py."""
+"""Whether the broker answers. The API asks nothing else of it directly: rings are sent by core/service/jobs/ring.py."""
 
 from urllib.parse import quote, urlsplit
 
@@ -27,7 +27,7 @@ def ping_broker(url: str) -> None:
 
 
 def client_url(url: str) -> str:
-    """A Celery URL as redis-py writes it: the two have a unix socket's by different names."""
+    """A Celery URL in redis-py's spelling: the two write the URL of a unix socket differently."""
     parts = urlsplit(url)
     if parts.scheme != "redis+socket":
         return url

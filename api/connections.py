@@ -1,8 +1,8 @@
-"""Bounds on what a connection may take before anybody knows whose it is. uvicorn bounds no request's head and waits for it without end.
+"""Limits on connections, before a key is known. uvicorn limits neither the size of a request's head nor the time that it takes.
 
-A client that is waited for has a deadline in each phase: for the whole head of a request, for each piece of its body, and to take the
-answer. Connections are bounded in all and by address. When there is no room, the one that has been without a request for longest is
-closed for the newcomer, so that idle and half-open connections never keep anybody out.
+A client has a deadline in each phase of a request: to send the whole head, to send each piece of the body, and to read the answer.
+The number of connections is limited, in all and by address. When the limit is reached, a new connection replaces the connection that
+has waited longest for a request, so that idle and half-open connections keep nobody out.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ from nightpress.core.settings import Settings
 
 _HEAD_BYTES = 32 * 1024  #: of a request line and its headers
 _HEADERS = 100
-_BODY_BYTES_S = 1024  #: what a body must bring at least, while the API reads it
-_FILES_KEPT = 256  #: of the process's file handles, for everything but connections
+_BODY_BYTES_S = 1024  #: bytes a second that a body must bring at least, while the API reads it
+_OTHER_HANDLES = 256  #: file handles of the process that are not for connections
 _STATUS_LINES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}  # fmt: skip
 
 
@@ -31,13 +31,15 @@ _STATUS_LINES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Heade
 class Bounds:
     connections: int
     connections_per_address: int
-    patience_s: float  #: how long a client may leave the API waiting
+    patience_s: float  #: seconds that the API waits for a client
 
 
 def bounds_of(settings: Settings) -> Bounds:
-    """The settings' bounds, as far as this process's file handles go: a connection is one, and the database and storage need some."""
+    """The bounds of the settings, lowered to the file handles of this process: each connection is a handle."""
     handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    room = settings.api_connections if handles == resource.RLIM_INFINITY else max(handles - _FILES_KEPT, handles // 2)
+    room = (
+        settings.api_connections if handles == resource.RLIM_INFINITY else max(handles - _OTHER_HANDLES, handles // 2)
+    )
     return Bounds(
         connections=min(settings.api_connections, room),
         connections_per_address=settings.api_connections_per_address,
@@ -46,13 +48,13 @@ def bounds_of(settings: Settings) -> Bounds:
 
 
 def configure(app: Any, settings: Settings, **more: Any) -> uvicorn.Config:
-    """uvicorn's configuration with these bounds, the same for every way the API is started."""
+    """uvicorn's configuration with these bounds. Every way to start the API uses it."""
     protocol: Any = partial(Connection, Connections(bounds_of(settings)))
     return uvicorn.Config(
         app,
         http=protocol,
-        log_config=None,  # ours is set, and it redacts
-        access_log=False,  # /metrics counts; a line a request would cost more than the request
+        log_config=None,  # core.logs has configured logging; it removes secrets
+        access_log=False,  # /metrics counts requests; a log line costs more than a request
         server_header=False,
         timeout_keep_alive=30,
         **more,
@@ -60,7 +62,7 @@ def configure(app: Any, settings: Settings, **more: Any) -> uvicorn.Config:
 
 
 class Connections:
-    """The open connections of one process, by address, and which of them may be closed for a newcomer."""
+    """The open connections of this process, by address, and which of them may be replaced by a new connection."""
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
@@ -68,7 +70,10 @@ class Connections:
         self._idle, self._reading = _Queue(), _Queue()
 
     def enter(self, connection: "Connection") -> bool:
-        """Whether there is room for it, made if need be: by one that waits for a request, else by one whose body is still to come."""
+        """Count a new connection. Returns whether there is room for it.
+
+        Where the limit is reached, the oldest connection without a request is closed, else the oldest without a whole body.
+        """
         full_address = self._open[connection.address] >= self.bounds.connections_per_address
         full = self._open.total() >= self.bounds.connections
         self._open[connection.address] += 1
@@ -89,22 +94,22 @@ class Connections:
             del self._open[connection.address]
 
     def waits(self, connection: "Connection") -> None:
-        """It has no request: the head of one has not come."""
+        """The connection has no request yet: it may be replaced."""
         self._idle.add(connection)
 
     def reads(self, connection: "Connection") -> None:
-        """The body of its request has not come."""
+        """The body of its request is incomplete: it may be replaced where no connection is without a request."""
         self._idle.discard(connection)
         self._reading.add(connection)
 
     def answers(self, connection: "Connection") -> None:
-        """Its request is whole: it is not closed for another."""
+        """Its request is complete: it is not replaced."""
         self._idle.discard(connection)
         self._reading.discard(connection)
 
 
 class _Queue:
-    """Connections in the order in which they came, in all and by address."""
+    """Connections in the order of their arrival, in all and by address."""
 
     def __init__(self) -> None:
         self._all: dict[Connection, None] = {}
@@ -117,18 +122,18 @@ class _Queue:
     def discard(self, connection: "Connection") -> None:
         if connection in self._all:
             del self._all[connection]
-            mine = self._from[connection.address]
-            del mine[connection]
-            if not mine:
+            same_address = self._from[connection.address]
+            del same_address[connection]
+            if not same_address:
                 del self._from[connection.address]
 
     def first(self, address: str | None) -> "Connection | None":
-        """The one that came first; of an address, if one is given."""
+        """The connection that came first: of this address, or of all where `address` is None."""
         return next(iter(self._all if address is None else self._from.get(address, {})), None)
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's protocol with a deadline for whatever the client must do next, and bounds on a request's head."""
+    """uvicorn's protocol with a deadline for each thing that the client must do, and limits on a request's head."""
 
     def __init__(self, connections: Connections, **given: Any) -> None:
         super().__init__(**given)
@@ -136,11 +141,11 @@ class Connection(HttpToolsProtocol):
         self.address = ""
         self._deadline: asyncio.TimerHandle | None = None  #: for the head or the body of a request
         self._write_deadline: asyncio.TimerHandle | None = None
-        self._phase: Literal["head", "body", "answer"] = "head"  #: of the newest request, what is awaited
-        self._in_head = False  #: whether a head has begun and is not whole
-        self._head_bytes = 0  #: at least what came of it
-        self._body_bytes = 0  #: since the deadline was set
-        self._was_paused = False  #: whether the API itself stopped reading in the deadline's time before
+        self._phase: Literal["head", "body", "answer"] = "head"  #: what is awaited of the newest request
+        self._in_head = False  #: whether a head has begun and is incomplete
+        self._head_bytes = 0  #: that have arrived of it, at least
+        self._body_bytes = 0  #: that have arrived since the deadline was set
+        self._was_paused = False  #: whether the API itself had stopped reading when the last deadline passed
         self._refused = False
 
     # Coming and going --------------------------------------------------------------------------------------------------
@@ -149,7 +154,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self.address = self.client[0] if self.client else ""
         if not self._connections.enter(self):
-            self._refuse(503, "The API has as many connections as it can serve.", "Come back in a few seconds.")
+            self._refuse(503, "The API has as many connections as it can serve.", "Try again in a few seconds.")
             return
         self._connections.waits(self)
         self._set_deadline()
@@ -173,7 +178,7 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if self._in_head and (self._head_bytes > _HEAD_BYTES or len(self.headers) > _HEADERS):
             self._refuse_head()
-        elif self._phase == "head" and self._deadline is None:  # kept alive, and the next request has begun
+        elif self._phase == "head" and self._deadline is None:  # the next request on a kept connection has begun
             self._set_deadline()
 
     def on_message_begin(self) -> None:
@@ -209,7 +214,7 @@ class Connection(HttpToolsProtocol):
         self._await_request()
 
     def _await_request(self) -> None:
-        """Both the request and its answer are over: wait for the next, or go on with one that came meanwhile."""
+        """Wait for the next request, where both the last request and its answer are complete and none is queued."""
         if self._phase == "answer" and self.cycle.response_complete and not self.pipeline:
             self._phase = "head"
             self._connections.waits(self)
@@ -235,12 +240,12 @@ class Connection(HttpToolsProtocol):
             what = "body" if self._phase == "body" else "head"
             self._refuse(
                 408,
-                f"The request's {what} did not come within {self._bounds.patience_s:g} s.",
-                "Send the request again, in one go.",
+                f"The request's {what} did not arrive within {self._bounds.patience_s:g} s.",
+                "Send the request again, without a pause.",
             )
 
     def _body_comes(self) -> bool:
-        """Whether the body brought enough since the deadline was set, or it was the API that did not read."""
+        """Whether enough of the body has arrived since the deadline was set, or the API itself has not read."""
         paused, self._was_paused = self._was_paused, self.flow.read_paused
         enough = self._body_bytes >= _BODY_BYTES_S * self._bounds.patience_s
         self._body_bytes = 0
@@ -258,16 +263,16 @@ class Connection(HttpToolsProtocol):
 
     # Refusals ----------------------------------------------------------------------------------------------------------
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - the server's words; ours stand in a problem
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - our text is a problem
         if not self._refused:
-            self._refuse(400, "This is no HTTP request.", "")
+            self._refuse(400, "This is not an HTTP request.", "")
 
     def _refuse_head(self) -> None:
-        said = f"The request's head has more than {_HEADERS} headers or {_HEAD_BYTES} bytes."
-        self._refuse(431, said, "Shorten its address and headers.")
+        message = f"The request's head has more than {_HEADERS} headers or {_HEAD_BYTES} bytes."
+        self._refuse(431, message, "Shorten its address and headers.")
 
     def _refuse(self, status: int, message: str, hint: str) -> None:
-        """Answer outside of any route, and close."""
+        """Answer with a problem, outside of any route, and close the connection."""
         self._refused = True
         self._clear_deadline()
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:

@@ -1,4 +1,4 @@
-"""What routes are given: the services of this process, and who is calling."""
+"""The dependencies of routes: the services of this process, and the caller."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,28 +9,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import Depends, Query, Request
-from sqlalchemy import Engine
 
 from nightpress.api.admission import Admission
 from nightpress.api.metrics import ApiMetrics
 from nightpress.api.ratelimit import RateLimiter, too_many
 from nightpress.api.readiness import DatabaseProbe
 from nightpress.api.tail import Tail
-from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.service.access.audit import AuditLog
-from nightpress.core.service.access.idempotency import IdempotencyBook
-from nightpress.core.service.access.issuing import KeyIssuer
-from nightpress.core.service.access.keys import KeyRing, Principal
-from nightpress.core.service.access.quotas import QuotaBook
-from nightpress.core.service.jobs.service import JobService
-from nightpress.core.service.jobs.store import JobStore
-from nightpress.core.service.promotions.store import PromotionStore
-from nightpress.core.service.registry.datasets import DataSetRegistry
-from nightpress.core.service.registry.models import ModelRegistry
-from nightpress.core.service.schedules.service import ScheduleService
-from nightpress.core.service.webhooks.store import WebhookStore
-from nightpress.core.settings import Settings
+from nightpress.core.service.access.keys import Principal
+from nightpress.core.service.compose import Resources
 
 if TYPE_CHECKING:
     from nightpress.core.service.jobs.ring import Ringer
@@ -41,52 +28,38 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Services:
-    """Everything a route may call, made once a process."""
+    """Everything that a route may call, made once per process."""
 
-    settings: Settings
-    engine: Engine
+    resources: Resources
     threads: ThreadPoolExecutor  #: for calls that wait for SQL; as many as there are SQL connections
-    uploads: ThreadPoolExecutor  #: for uploads through the API, which last as long as their client takes
-    admission: Admission  #: to these threads
-    transfers: ThreadPoolExecutor  #: for what else moves many bytes
-    probes: ThreadPoolExecutor  #: for /readyz, so that a part that hangs holds up nothing else
+    uploads: ThreadPoolExecutor  #: for uploads through the API, which a slow client makes last
+    admission: Admission  #: to the threads of `uploads`
+    transfers: ThreadPoolExecutor  #: for other calls that move many bytes
+    probes: ThreadPoolExecutor  #: for /readyz, so that a hanging part blocks nothing else
     database_probe: DatabaseProbe
-    store: JobStore
-    jobs: JobService
-    schedules: ScheduleService
-    models: ModelRegistry
-    datasets: DataSetRegistry
-    objects: ObjectStore
-    keys: KeyRing
-    issuer: KeyIssuer
-    quotas: QuotaBook
     limiter: RateLimiter
-    idempotency: IdempotencyBook
-    audit: AuditLog
-    promotions: PromotionStore
-    webhooks: WebhookStore
     ringer: "Ringer"
     tail: Tail
     metrics: ApiMetrics
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run something that waits for SQL off the event loop: one hop to a thread a request, not one a dependency."""
-        context = copy_context()  # what is logged there names the request too
+        """Run a function that waits for SQL in a thread, off the event loop."""
+        context = copy_context()  # so that log lines from the thread name the request
         return await asyncio.get_running_loop().run_in_executor(
             self.threads, partial(context.run, function, *args, **kwargs)
         )
 
     async def transfer(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The same for what moves many bytes."""
+        """Run a function that moves many bytes in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.transfers, partial(function, *args, **kwargs))
 
     async def upload(self, caller: Principal, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The same for what waits for the caller's bytes."""
+        """Run a function that waits for the caller's bytes in a thread. Raises NightpressError(rate_limited) where all are taken."""
         async with self.admission.of(caller):
             return await asyncio.get_running_loop().run_in_executor(self.uploads, partial(function, *args, **kwargs))
 
 
-#: Stands in the OpenAPI document. Keys are read by hand below: a dependency of a dependency costs each request as much as its SQL.
+#: For the OpenAPI document. `authenticated` reads the header itself: FastAPI's security dependency costs a request as much as its SQL.
 API_KEY_SCHEME = {
     "ApiKey": {
         "type": "http",
@@ -102,7 +75,10 @@ async def services(request: Request) -> Services:
 
 
 async def authenticated(request: Request) -> Principal:
-    """A dependency: whose key the request carries. A key seen in the last seconds costs no SQL."""
+    """A dependency: the caller whose key the request carries. A key that was seen in the last seconds costs no SQL.
+
+    Raises NightpressError(unauthenticated) for a missing or wrong key, and NightpressError(rate_limited).
+    """
     scheme, _, plain = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not plain:
         raise NightpressError(
@@ -111,21 +87,21 @@ async def authenticated(request: Request) -> Principal:
             hint="Send `Authorization: Bearer np_…`. `nightpress up` writes a key to its data folder.",
         )
     services: Services = request.app.state.services
-    caller = services.keys.cached(plain.strip())
+    caller = services.resources.keys.cached(plain.strip())
     if caller is None:
-        caller = await services.call(services.keys.authenticate, plain.strip())
+        caller = await services.call(services.resources.keys.authenticate, plain.strip())
     state = request.scope.setdefault("state", {})
-    if "caller" not in state:  # counted once a request, however many ask who is calling
+    if "caller" not in state:  # count a request once, although several dependencies ask for its caller
         state["caller"] = caller
         await _count(services, caller, state)
     return caller
 
 
 async def _count(services: Services, caller: Principal, state: dict[str, Any]) -> None:
-    """Take one from the key's share of requests. Raises NightpressError(rate_limited)."""
-    quotas = services.quotas.cached(caller.tenant_id)
+    """Count a request against the rate limit of its key. Raises NightpressError(rate_limited)."""
+    quotas = services.resources.quotas.cached(caller.tenant_id)
     if quotas is None:
-        quotas = await services.call(services.quotas.of, caller.tenant_id)
+        quotas = await services.call(services.resources.quotas.of, caller.tenant_id)
     if quotas.rate_limit_per_minute:
         taken = await services.limiter.take(caller.family, quotas.rate_limit_per_minute)
         state["headers"] = taken.headers
@@ -134,7 +110,7 @@ async def _count(services: Services, caller: Principal, state: dict[str, Any]) -
 
 
 def needs(scope: str) -> Callable[[Request], Awaitable[Principal]]:
-    """A dependency: the caller, whose key must allow `scope`."""
+    """A dependency: the caller. Raises NightpressError(forbidden) where its key lacks `scope`."""
 
     async def allowed(request: Request) -> Principal:
         caller = await authenticated(request)
@@ -161,5 +137,5 @@ WebhooksReader = Annotated[Principal, Depends(needs("webhooks:read"))]
 WebhooksWriter = Annotated[Principal, Depends(needs("webhooks:write"))]
 WorkersReader = Annotated[Principal, Depends(needs("workers:read"))]
 
-Cursor = Annotated[str | None, Query(max_length=512, description="`next_cursor` of the page before.")]
+Cursor = Annotated[str | None, Query(max_length=512, description="`next_cursor` of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=200)]

@@ -1,4 +1,4 @@
-"""Bytes out: a redirect to a presigned URL where the store can make one, else a stream that a client may take up in the middle."""
+"""Downloads: a redirect to a presigned URL where the store can make one, else a stream that supports ranges."""
 
 import re
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from nightpress.api.deps import Services
 from nightpress.api.problems import problem
 from nightpress.core.errors import ErrorCode, NightpressError
 
-#: Asked for by a browser, whose scripts may not follow a redirect to another origin: it gets the address to go to instead.
+#: A browser's scripts may not follow a redirect to another origin. With this type they ask for the address instead.
 LOCATION_TYPE = "application/vnd.nightpress.location+json"
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 async def send_object(request: Request, services: Services, key: str, *, path: str, size: int, sha256: str) -> Response:
-    """Answer with one stored file. `path` names it to the person; its SHA-256 is its ETag, so a resumed download can't mix two versions."""
+    """Answer with a stored file. `path` gives the download its name. The SHA-256 is the ETag, so that a resumed download can't mix versions."""
     filename = safe_filename(path)
-    url = await services.call(services.objects.presign_get, key, filename=filename)
+    url = await services.call(services.resources.objects.presign_get, key, filename=filename)
     if url is not None and LOCATION_TYPE in request.headers.get("accept", ""):
         return JSONResponse({"url": url}, media_type=LOCATION_TYPE, headers={"Cache-Control": "no-store"})
     if url is not None:
@@ -56,10 +56,10 @@ def safe_filename(path: str) -> str:
 
 
 def _opened(services: Services, key: str, start: int, end: int) -> Iterator[bytes]:
-    """Read the first chunk at once: a store that doesn't answer must be a problem response, not a cut connection."""
+    """Read the first chunk now: a store that does not answer must lead to a problem response, not to a cut connection."""
     if start == end:
         return iter(())
-    chunks = iter(services.objects.read(key, start, end))
+    chunks = iter(services.resources.objects.read(key, start, end))
     return chain([next(chunks)], chunks)
 
 
@@ -72,7 +72,7 @@ def _wanted_range(request: Request, etag: str, size: int) -> tuple[int, int, boo
     if match is None or match.groups() == ("", "") or request.headers.get("if-range", etag) != etag:
         return 0, size, False
     first, last = match.groups()
-    if not first:  # the last so many bytes
+    if not first:  # `-N`: the last N bytes
         return (max(0, size - int(last)), size, True) if int(last) and size else None
     start = int(first)
     if last and int(last) < start:
@@ -84,7 +84,7 @@ def _unsatisfiable(request: Request, size: int) -> Response:
     return problem(
         NightpressError(
             ErrorCode.INVALID_REQUEST,
-            f"The file has {size} bytes; the range begins behind its end.",
+            f"The file has {size} bytes; the range begins after its end.",
             hint="If the file is already complete, verify its SHA-256 instead.",
         ),
         request,

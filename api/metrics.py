@@ -1,4 +1,4 @@
-"""/metrics: what Prometheus reads. Figures of this process are counted; those of the queue are read from SQL at each scrape."""
+"""/metrics, for Prometheus. The requests of this process are counted here; the queue's figures are read from SQL."""
 
 import math
 import threading
@@ -23,7 +23,7 @@ _WORKER_STATES = ("idle", "busy", "draining", "unfit", "lost")
 
 
 class ApiMetrics:
-    """Latency and outcome of each route of one process."""
+    """Latency and status of each route of this process, and the last figures of the queue."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -38,13 +38,13 @@ class ApiMetrics:
             "nightpress_http_requests", "Answers by status.", ("method", "route", "status"), registry=self.registry
         )
         self.streams = Gauge("nightpress_event_streams", "Open event and log streams.", registry=self.registry)
-        self._asking = threading.Lock()
+        self._lock = threading.Lock()
         self._figures: QueueFigures | None = None
         self._figures_until = 0.0
         self._series: dict[tuple[str, str, int], tuple[Histogram, Counter]] = {}
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
-        """Count one request under its route's template, never under its address: identifiers would make a series each."""
+        """Count a request under the template of its route, not under its address: each id would make a series."""
         route = getattr(scope.get("route"), "path", "(none)")
         method = scope["method"] if scope["method"] in _METHODS else "(other)"
         series = self._series.get((method, route, status))
@@ -53,12 +53,12 @@ class ApiMetrics:
             self._series[method, route, status] = series
         latency, answers = series
         answers.inc()
-        if "nightpress.stream" not in scope:  # a stream lasts as long as its reader stays: that is no latency
+        if "nightpress.stream" not in scope:  # a stream lasts as long as its reader stays, which is no latency
             latency.observe(seconds)
 
     def queue(self, ask: Callable[[], QueueFigures]) -> QueueFigures:
-        """What the queue looks like: asked at most every few seconds, since counting a million jobs takes the database most of one."""
-        with self._asking:
+        """The figures of the queue, at most 5 s old. They are kept because counting a million jobs takes most of a second."""
+        with self._lock:
             if self._figures is None or time.monotonic() > self._figures_until:
                 self._figures = ask()
                 self._figures_until = time.monotonic() + _FIGURES_KEPT_S
@@ -72,7 +72,7 @@ class ApiMetrics:
 
 
 class _Queue(Collector):
-    """The queue as one scrape found it. Every state is named, also at zero, so that alerts need no `absent()`."""
+    """The figures of the queue at a scrape. Every state has a series, also at zero, so that alerts need no `absent()`."""
 
     def __init__(self, statistics: JobStatistics, workers: list[Worker], fleet: Fleet) -> None:
         self._statistics = statistics
@@ -102,7 +102,7 @@ class _Queue(Collector):
             failures.add_metric((code,), count)
         workers = GaugeMetricFamily("nightpress_workers", "Workers by queue and state.", labels=("queue", "state"))
         for queue in QUEUES:
-            for doing in _WORKER_STATES:
-                found = sum(one.queue == queue and one.state == doing for one in self._workers)
-                workers.add_metric((queue, doing), found)
+            for worker_state in _WORKER_STATES:
+                count = sum(worker.queue == queue and worker.state == worker_state for worker in self._workers)
+                workers.add_metric((queue, worker_state), count)
         return (jobs, depth, age, unserved, failures, workers)

@@ -1,4 +1,4 @@
-"""Idempotency-Key on every POST: the same request under the same key is handled once, and answered the same each time."""
+"""Idempotency-Key on every POST: a request that is repeated with its key is done once and gets the same answer again."""
 
 import hashlib
 import re
@@ -18,8 +18,8 @@ REPLAYED = "Idempotency-Replayed"
 PATTERN = r"^[\x21-\x7e]+$"
 MAX_LENGTH = 255
 _KEPT_HEADERS = ("location", "etag", "content-type", "cache-control")
-#: Its key is written in the transaction that writes the job, which no answer noted afterwards can match.
-_BY_ITSELF = "/v1/jobs"
+#: This route stores its key in the transaction that stores the job. No answer that is stored afterwards is as safe.
+_STORES_ITS_KEY = "/v1/jobs"
 
 PARAMETER = {
     "name": HEADER,
@@ -37,7 +37,7 @@ class OnceRoute(APIRoute):
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
-        if "POST" not in (self.methods or ()) or self.path == _BY_ITSELF:
+        if "POST" not in (self.methods or ()) or self.path == _STORES_ITS_KEY:
             return handle
 
         async def once(request: Request) -> Response:
@@ -48,7 +48,7 @@ class OnceRoute(APIRoute):
 
 
 def key_of(request: Request) -> str | None:
-    """Raises invalid_request for a key that is none."""
+    """The Idempotency-Key of a request; None without one. Raises NightpressError(invalid_request) for an invalid key."""
     key = request.headers.get(HEADER)
     if key is not None and (len(key) > MAX_LENGTH or not re.fullmatch(PATTERN, key)):
         raise NightpressError(
@@ -62,23 +62,27 @@ def key_of(request: Request) -> str | None:
 async def _once(request: Request, key: str, handle: Handler) -> Response:
     caller = await authenticated(request)
     services: Services = request.app.state.services
-    # The API key is part of the request: one that may do less must not be told what another was answered.
-    said = f"{caller.key_id} {request.method} {request.url.path}?{request.url.query}\n".encode() + await request.body()
-    begun = await services.call(services.idempotency.begin, caller.tenant_id, key, hashlib.sha256(said).hexdigest())
+    # The API key is part of the request: a key with fewer rights must not get the answer that another key got.
+    content = (
+        f"{caller.key_id} {request.method} {request.url.path}?{request.url.query}\n".encode() + await request.body()
+    )
+    begun = await services.call(
+        services.resources.idempotency.begin, caller.tenant_id, key, hashlib.sha256(content).hexdigest()
+    )
     if isinstance(begun, Answered):
         request.scope["state"]["replayed"] = True
         return _again(begun)
     try:
         response = await handle(request)
     except Exception:
-        await services.call(services.idempotency.forget, begun)
+        await services.call(services.resources.idempotency.forget, begun)
         raise
     if response.status_code >= 400:
-        await services.call(services.idempotency.forget, begun)
+        await services.call(services.resources.idempotency.forget, begun)
         return response
     headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
     body = None if "no-store" in headers.get("cache-control", "") else bytes(response.body)
-    await services.call(services.idempotency.answer, begun, Answered(response.status_code, headers, body))
+    await services.call(services.resources.idempotency.answer, begun, Answered(response.status_code, headers, body))
     return response
 
 
@@ -86,8 +90,8 @@ def _again(answered: Answered) -> Response:
     if answered.body is None:
         raise NightpressError(
             ErrorCode.CONFLICT,
-            "This request was done; what it showed is a secret, which is shown once and not kept.",
-            hint="If the answer was lost, rotate or delete what it made, and ask again under a new key.",
+            "This request was done. Its answer holds a secret, which is shown once and not stored.",
+            hint="If the answer was lost, rotate or delete what the request made, and send the request with a new key.",
             location=answered.headers.get("location", ""),
         )
     return Response(answered.body, status_code=answered.status, headers={**answered.headers, REPLAYED: "true"})

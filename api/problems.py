@@ -1,4 +1,4 @@
-"""Every error the API answers with: RFC 9457 `application/problem+json`, with a code from the closed set in core/errors.py."""
+"""The errors of the API: RFC 9457 `application/problem+json`, with a code from the closed set in core/errors.py."""
 
 import json
 import logging
@@ -17,10 +17,10 @@ from nightpress.core.wire.base import Problem
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-RETRY_AFTER_S = 5  #: what a client that got 429 or 503 is asked to wait
+RETRY_AFTER_S = 5  #: Retry-After of 429 and 503, where the error says nothing else
 _MAX_FAULTS = 50
 
-#: Statuses that the framework decides itself. 405 and 415 have no code of their own: the request was not valid.
+#: Statuses that the framework chooses. 405 and 415 have no code of their own: their requests are invalid.
 _FRAMEWORK_CODES = {
     401: ErrorCode.UNAUTHENTICATED,
     403: ErrorCode.FORBIDDEN,
@@ -29,8 +29,8 @@ _FRAMEWORK_CODES = {
     429: ErrorCode.RATE_LIMITED,
 }
 _FRAMEWORK_DETAILS = {
-    404: ("There is nothing at this address.", "See /docs for the addresses there are."),
-    405: ("This address doesn't take this method.", "The Allow header names those it takes."),
+    404: ("There is nothing at this address.", "/docs lists the addresses."),
+    405: ("This address doesn't allow this method.", "The Allow header names the methods that it allows."),
 }
 
 
@@ -42,7 +42,7 @@ def problem(
     headers: dict[str, str] | None = None,
     faults: list[dict[str, Any]] | None = None,
 ) -> Response:
-    """Answer with an error. `status` overrides the code's own, for 405 and the like."""
+    """The response for an error. `status` replaces the status of its code, e.g. with 405. `faults`: the invalid fields."""
     return Response(
         json.dumps(problem_body(error, request.scope, status=status, faults=faults)),
         status_code=status or error.kind.status,
@@ -54,7 +54,7 @@ def problem(
 def problem_body(
     error: NightpressError, scope: Any, *, status: int | None = None, faults: list[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """The members of one problem. Facts that came with the error stand beside the standard members, as RFC 9457 §3.2 has it."""
+    """The members of a problem. Details of the error are extension members (RFC 9457 §3.2)."""
     body = Problem(
         type=f"urn:nightpress:error:{error.code.value}",
         title=error.kind.title,
@@ -71,6 +71,7 @@ def problem_body(
 
 
 def problem_headers(error: NightpressError, status: int | None = None) -> dict[str, str]:
+    """The headers of a problem: Retry-After for 429 and 503, WWW-Authenticate for 401."""
     number = status or error.kind.status
     if number in {429, 503} or "retry_after_s" in error.details:
         return {"Retry-After": str(error.details.get("retry_after_s", RETRY_AFTER_S))}
@@ -88,10 +89,10 @@ async def _on_nightpress_error(request: Request, error: Exception) -> Response:
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    # The input itself is not echoed: it may be large, and it may hold what should not be in a log.
+    # The input is not repeated: it may be large, and it may hold secrets.
     faults = [
-        {"at": ".".join(str(part) for part in one["loc"]), "problem": one["msg"], "type": one["type"]}
-        for one in error.errors()[:_MAX_FAULTS]
+        {"at": ".".join(str(part) for part in fault["loc"]), "problem": fault["msg"], "type": fault["type"]}
+        for fault in error.errors()[:_MAX_FAULTS]
     ]
     first = faults[0]
     return problem(
@@ -109,7 +110,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     status, headers = error.status_code, dict(error.headers or {})
     if status == 400:
-        status = 422  # a body that is no JSON: as every other request that isn't valid
+        status = 422  # a body that is not JSON: the status of every other invalid request
     if status == 405:
         headers["Allow"] = ", ".join(_methods_of(request))
     code = _FRAMEWORK_CODES.get(status)
@@ -120,29 +121,30 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> list[str]:
-    """What an address takes. The framework names the methods of the first of its routes alone."""
+    """The methods that an address allows. The framework names only those of the first matching route."""
     routes: Iterable[Route] = request.app.state.routes
-    here = [one for one in routes if one.matches(request.scope)[0] is not Match.NONE]
-    here = [one for one in here if one.path == request.url.path] or here  # one that is written out hides a pattern
-    return sorted({method for one in here for method in one.methods or ()})
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    # A route with exactly this path hides those whose pattern matches it too.
+    matching = [route for route in matching if route.path == request.url.path] or matching
+    return sorted({method for route in matching for method in route.methods or ()})
 
 
 async def on_unexpected(request: Request, error: Exception) -> Response:
-    """A bug of ours. The client gets a number to quote, the log gets the traceback."""
+    """The response for an unexpected error. The client gets the request id to quote, the log gets the traceback."""
     request_id = request.scope.get("state", {}).get("request_id", "")
     log.error("request %s: unexpected error", request_id, exc_info=error, extra={"request_id": request_id})
     return problem(
         NightpressError(
             ErrorCode.INTERNAL,
             "The server failed to answer this request.",
-            hint=f"Quote the request id {request_id} when asking for help.",
+            hint=f"Quote the request id {request_id} when you ask for help.",
         ),
         request,
     )
 
 
 def install(app: FastAPI, routes: Sequence[Route]) -> None:
-    """Handle our own errors, the framework's and the unexpected ones alike. `routes`: every one there is."""
+    """Turn our errors and the framework's into problems. `routes`: all routes of the application."""
     app.state.routes = routes
     app.add_exception_handler(NightpressError, _on_nightpress_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
@@ -150,7 +152,7 @@ def install(app: FastAPI, routes: Sequence[Route]) -> None:
 
 
 def documented(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI `responses` for the given codes: one entry a status, an example a code."""
+    """OpenAPI `responses` for error codes: an entry for each status, with an example for each code."""
     found: dict[int | str, dict[str, Any]] = {}
     for code in codes:
         kind = ERROR_KINDS[code]

@@ -1,4 +1,4 @@
-"""A token bucket a key, kept in Redis so that all API processes count together. Where Redis is away, everybody passes: SQL's quotas still hold."""
+"""A token bucket for each key, kept in Redis so that all API processes count together. While Redis is away nothing is limited here; quotas in SQL still hold."""
 
 import logging
 import math
@@ -11,11 +11,11 @@ from nightpress.core.errors import ErrorCode, NightpressError
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-#: One that is away refuses at once; one that hangs is waited for so long, which a busy process's own delays must not come to.
+#: How long a hanging Redis is waited for. Longer than the delays of a busy API process, which must not look like a Redis that is away.
 _PATIENCE_S = 1.0
-_CONNECTIONS = 8  #: kept open: a flood that had to open one for each of its requests would be what makes them late
-_REST_S = 5.0  #: after Redis did not answer, it isn't asked for so long
-#: A bucket of ARGV[1] tokens that fills in a minute, by the server's own clock: returns whether one was there, and how many are left.
+_CONNECTIONS = 8  #: kept open, because opening a connection for each request of a flood would delay all of them
+_REST_S = 5.0  #: how long Redis is not asked after it did not answer
+#: Takes a token from a bucket of ARGV[1] tokens that fills in a minute, by the server's clock. Returns whether it got one, and how many are left.
 _TAKE = """
 local now = redis.call('TIME')
 now = tonumber(now[1]) + tonumber(now[2]) / 1e6
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 
 
 class Taken(NamedTuple):
-    """What a request was answered by the bucket. `headers` go with the response either way."""
+    """Whether the bucket had a token for a request, and the response's RateLimit headers."""
 
     allowed: bool
     headers: list[tuple[bytes, bytes]]
 
 
 class RateLimiter:
-    """One a process; its connections belong to the event loop that first uses it."""
+    """The rate limits of this process. Its connections belong to the event loop that first uses it."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -49,7 +49,7 @@ class RateLimiter:
         self._rests_until = 0.0
 
     async def take(self, key_id: str, per_minute: int) -> Taken:
-        """Take one token of the key's bucket. Never raises."""
+        """Take a token from the key's bucket. Never raises: while Redis is away every request is allowed."""
         from redis.exceptions import RedisError
 
         if time.monotonic() < self._rests_until:
@@ -76,7 +76,7 @@ class RateLimiter:
             await self._redis.aclose()
 
     def _connect(self) -> None:
-        from redis.asyncio import BlockingConnectionPool, Redis  # 0.1 s of import that only a limit needs
+        from redis.asyncio import BlockingConnectionPool, Redis  # 0.1 s of import, which only a rate limit needs
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
@@ -92,9 +92,10 @@ class RateLimiter:
 
 
 def too_many(per_minute: int) -> NightpressError:
+    """The error of a request that is over the rate limit of its key."""
     return NightpressError(
         ErrorCode.RATE_LIMITED,
         f"This key makes more than {per_minute} requests a minute.",
-        hint="Wait as long as Retry-After says; follow a job by its event stream instead of asking again and again.",
+        hint="Wait for the seconds of Retry-After. Follow a job by its event stream instead of polling it.",
         retry_after_s=math.ceil(60 / per_minute),
     )

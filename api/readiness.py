@@ -1,4 +1,4 @@
-"""Whether the database can do its work: it answers, has its tables, and takes what is written."""
+"""Whether the database is ready: it answers, its tables are migrated, and it accepts writes."""
 
 import threading
 import time
@@ -14,9 +14,9 @@ _WRITE_EVERY_S = 1.0
 
 
 class DatabaseProbe:
-    """Asks by reading, and by a write that changes nothing: a full disk, a standby and a lock are not seen by reading.
+    """Probes by a read and by a write that changes nothing: reads do not show a full disk, a standby or a lock.
 
-    Its waits are short, so it has a connection of its own. However often strangers ask, it writes once a second.
+    It has a connection of its own with short waits. It writes at most once a second, however often it is asked.
     """
 
     def __init__(self, sql_url: str) -> None:
@@ -25,7 +25,7 @@ class DatabaseProbe:
         self._written_at = float("-inf")
 
     def ask(self) -> None:
-        """Raises NightpressError(database_unavailable); its detail `said` has a few words for the public."""
+        """Probe once. Raises NightpressError(database_unavailable), whose detail `said` is a short text for people without a key."""
         with self._lock:
             self._read()
             if time.monotonic() - self._written_at >= _WRITE_EVERY_S:
@@ -36,7 +36,7 @@ class DatabaseProbe:
         self._engine.dispose()
 
     def _read(self) -> None:
-        """Newer tables than this code was written for serve it too."""
+        """Read the revision. A newer one than this code knows is fine: migrations keep older code working."""
         with transaction(self._engine, read_only=True) as connection:
             migrated = inspect(connection).has_table("alembic_version")
             query = text("SELECT max(version_num) FROM alembic_version")

@@ -1,4 +1,4 @@
-"""Server-sent events: a job's history or log, from a cursor to its end, without a gap and without a double."""
+"""Server-sent events: a job's events or log lines from a number on until the job ends. None is skipped or repeated."""
 
 import asyncio
 import time
@@ -16,8 +16,8 @@ from nightpress.core.service.jobs.records import Event, Job, LogLine
 from nightpress.core.wire.jobs import TERMINAL_STATES
 
 MEDIA_TYPE = "text/event-stream"
-HEARTBEAT_S = 15.0  #: a comment line so often, so that proxies keep the connection and we notice a reader that went
-LONGEST_S = 600.0  #: then the stream ends and the reader comes back with Last-Event-ID
+HEARTBEAT_S = 15.0  #: between comment lines, which keep proxies from closing and show that a reader is gone
+LONGEST_S = 600.0  #: after which the stream ends; the reader reconnects with Last-Event-ID
 _PAGE = 200
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -26,18 +26,22 @@ Line = TypeVar("Line", Event, LogLine)
 
 
 def wants_stream(request: Request) -> bool:
+    """Whether the caller asks for a stream."""
     return MEDIA_TYPE in request.headers.get("accept", "")
 
 
 def resume_point(request: Request, after: int) -> int:
-    """Where a stream begins: after Last-Event-ID where the reader was cut off, else after `after`."""
+    """The number after which a stream begins: Last-Event-ID where the reader reconnects, else `after`.
+
+    Raises NightpressError(invalid_request) for a Last-Event-ID that is not a number.
+    """
     raw = request.headers.get("last-event-id", "").strip()
     if not raw:
         return after
     number = whole_number(raw)
     if number is None:
         raise NightpressError(
-            ErrorCode.INVALID_REQUEST, "Last-Event-ID is not a number.", hint="Send the last `id` that was received."
+            ErrorCode.INVALID_REQUEST, "Last-Event-ID is not a number.", hint="Send the last `id` that you received."
         )
     return number
 
@@ -52,9 +56,9 @@ async def stream(
     newest: Callable[[Position], int],
     frame: Callable[[Line], str],
 ) -> Response:
-    """Answer with every line after `after`, those to come included. Ends when the job has ended and all was sent.
+    """Answer with every line after `after`, also with lines that come later. The stream ends when the job has ended and all is sent.
 
-    Where nothing is left to send and nothing can come, 204 tells an EventSource not to come back.
+    Where the job has ended and nothing is left to send, the answer is 204, which tells an EventSource not to reconnect.
     """
     request.scope["nightpress.stream"] = True
     if job.state in TERMINAL_STATES and not await services.call(read, job.id, after=after, limit=1):
@@ -92,6 +96,6 @@ async def _frames(
                 yield ": still here\n\n"
             watch.changed.clear()
             if watch.position is not None:
-                # Whoever ended the job wrote its last line in the same transaction, so the read that follows sees it.
+                # The last line is written in the transaction that ends the job, so the next read sees it.
                 ended = watch.position.state in TERMINAL_STATES
                 unread = newest(watch.position) > after

@@ -1,4 +1,4 @@
-"""Following jobs: one query an interval for all the jobs that anybody watches, whatever the number of watchers."""
+"""Following jobs: a single query at each interval for all jobs that are watched, however many streams watch them."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ _PAUSE_AFTER_ERROR_S = 2.0
 
 
 class Watch:
-    """One stream's view of its job: how far the history goes, and a flag that wakes the stream when that changes."""
+    """A stream's view of its job: the position of the newest line, and an event that wakes the stream when it moves."""
 
     __slots__ = ("changed", "position")
 
@@ -24,9 +24,9 @@ class Watch:
 
 
 class Tail:
-    """Holds no events, only positions: each stream reads its own lines from SQL after its own cursor.
+    """Polls the positions of the watched jobs and wakes their streams, which read their lines from SQL themselves.
 
-    So a slow reader costs nothing but its socket's buffer, and nothing can be lost or doubled between the poller and a stream.
+    It holds no lines. So a slow reader costs only its socket's buffer, and no line can be lost or repeated on the way.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Tail:
 
     @property
     def closed(self) -> bool:
-        """The process is going down: streams end, and their readers come back with Last-Event-ID."""
+        """Whether the process is shutting down. Streams then end, and their readers reconnect with Last-Event-ID."""
         return self._closed
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class Tail:
 
     @contextmanager
     def watch(self, job_id: str) -> Iterator[Watch]:
-        """Be woken when the job's history grows. The poller runs only while somebody watches."""
+        """Watch a job within the `with` block. The poller runs only while a job is watched."""
         watch = Watch(None)
         self._watches.setdefault(job_id, set()).add(watch)
         if self._poller is None or self._poller.done():
@@ -76,7 +76,7 @@ class Tail:
         while self._watches and not self._closed:
             try:
                 found = await loop.run_in_executor(self._threads, self._positions, list(self._watches))
-            except Exception as error:  # every stream of the process hangs on this loop: it asks again, whatever it was
+            except Exception as error:  # every stream of the process depends on this loop: try again after any error
                 log.warning("event streams wait for the database: %s", error)
                 await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
                 continue

@@ -1,4 +1,4 @@
-"""ETag and If-Match: the version of a thing as HTTP says it."""
+"""Optimistic locking over HTTP: a version as ETag, and If-Match on the edit that is based on it."""
 
 import re
 from typing import Annotated
@@ -8,23 +8,28 @@ from fastapi import Header
 from nightpress.core.errors import ErrorCode, NightpressError
 
 IfMatch = Annotated[
-    str | None, Header(max_length=64, description="The ETag that was read: 412 where somebody changed it since.")
+    str | None,
+    Header(
+        max_length=64,
+        description="The ETag of the version that the edit is based on: 412 where there is a newer version.",
+    ),
 ]
 
 
 def etag_of(version: int) -> str:
+    """The ETag of a version."""
     return f'"v{version}"'
 
 
 def version_of(if_match: str | None) -> int | None:
-    """The version that an ETag of ours names. None: any will do."""
+    """The version that If-Match names; None for any version. Raises NightpressError(precondition_failed) for another ETag."""
     if if_match is None or if_match.strip() == "*":
         return None
     found = re.fullmatch(r'"v(\d{1,9})"', if_match.strip())
     if found is None:
         raise NightpressError(
             ErrorCode.PRECONDITION_FAILED,
-            "If-Match is not an ETag of this thing.",
-            hint="Send the ETag as it was read.",
+            "If-Match is not an ETag of this resource.",
+            hint="Send the ETag as you received it.",
         )
     return int(found[1])

@@ -1,4 +1,4 @@
-"""`Prefer: wait=N` (RFC 7240): the answer is held back until the job has ended, or N seconds are over."""
+"""`Prefer: wait=N` (RFC 7240): the answer waits until the job has ended, N seconds at most."""
 
 import asyncio
 import re
@@ -23,13 +23,13 @@ PARAMETER = {
 
 
 def preferred_wait(request: Request) -> int:
-    """Seconds that the caller would wait; 0 where it says nothing of that. Preferences that aren't known are passed over."""
+    """Seconds that the caller prefers to wait; 0 without a preference. Other preferences are ignored."""
     found = _WAIT.search(request.headers.get("prefer", ""))
     return min(int(found[1]), LONGEST_S) if found else 0
 
 
 async def until_ended(services: Services, job: Job, wait_s: int) -> Job:
-    """The job when it has ended, or as it is when the time is over. Holds no thread meanwhile."""
+    """The job when it has ended, or as it is after `wait_s`. It holds no thread while it waits."""
     deadline = time.monotonic() + wait_s
     with services.tail.watch(job.id) as watch:
         while not is_terminal(job.state) and not services.tail.closed:
@@ -41,6 +41,6 @@ async def until_ended(services: Services, job: Job, wait_s: int) -> Job:
             except TimeoutError:
                 break
             watch.changed.clear()
-            now = await services.call(services.store.get, job.tenant_id, job.id)
-            job = now or job  # pruned meanwhile: as it was last seen
+            now = await services.call(services.resources.store.reader.get, job.tenant_id, job.id)
+            job = now or job  # a job that was pruned meanwhile is returned as it was last seen
     return job

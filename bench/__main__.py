@@ -1,46 +1,97 @@
-"""Run every bench and print one table: what was claimed, what was measured, beside what. `python -m bench [NAME …]`."""
+"""Run benches, each in a process of its own. Each prints its figures and keeps them in bench/results (see bench/record.py).
+
+python -m bench --list           what there is, and how long each usually takes
+python -m bench [NAME …]         those that are named; without a name, all that a machine without a GPU can run
+"""
 
 import argparse
-import json
 import subprocess
 import sys
-from pathlib import Path
+import time
+from dataclasses import dataclass
+from typing import Literal
 
-OUT = Path(__file__).parent / "out"
-#: in this order: the quiet ones that time milliseconds first
-BENCHES = (
-    "startup",
-    "submit",
-    "queue",
-    "streams",
-    "web",
-    "recovery",
-    "storage",
-    "stream",
-    "encoder",
-    "static_int8",
-    "targets",
-    "shrink",
-    "overhead",
-)
+
+@dataclass(frozen=True)
+class Bench:
+    """What a bench measures, and what it takes."""
+
+    measures: str
+    minutes: float  #: usually, on two quiet cores
+    needs: Literal["", "a GPU", "arguments"] = ""
+
+
+#: In this order: first those that time milliseconds, while the machine is cool and quiet.
+BENCHES = {
+    "startup": Bench("How long a job, a worker and the API take to start, and the memory of an idle service.", 2),
+    "submit": Bench("Submissions a second over HTTP, beside a bare endpoint with one INSERT.", 2),
+    "many_jobs": Bench("Claims, pages and ticks with a million jobs in PostgreSQL, beside ten thousand.", 3),
+    "event_streams": Bench("Five hundred readers of event streams on one API process.", 0.5),
+    "web": Bench("Milliseconds until the web page shows a list, with ten thousand jobs.", 2),
+    "recovery": Bench("Seconds until the job of a killed worker runs elsewhere.", 2),
+    "storage": Bench("Upload and download of 1 GB, beside boto3.", 3),
+    "stream": Bench("Speed and memory of `weight-only` on a 4 GB model, beside `cp`.", 5),
+    "encoder": Bench("all-MiniLM-L6-v2 in dynamic int8, beside fp32.", 4),
+    "static_int8": Bench("all-MiniLM-L6-v2 in static int8, beside ONNX Runtime's own quantizer.", 4),
+    "targets": Bench("The target `cpu-encoder`, beside what is made by hand.", 8),
+    "targets_llm": Bench("The target `cpu-llm`, beside llama.cpp's own quantizer.", 10),
+    "shrink": Bench("all-MiniLM-L6-v2 without a quarter of its channels and heads.", 3),
+    "overhead": Bench("The share of a job that verification takes.", 6),
+    "generation_cache": Bench("Decoding with each kind of key/value cache.", 24),
+    "estimates": Bench("What a plan estimates of memory, size and time, beside what is measured.", 25),
+    "larger_than_memory": Bench("A model four times as large as the memory that it may use; needs root.", 4),
+    "blocks_cpu": Bench("CPU time, memory and perplexity of calibrated passes, beside llm-compressor.", 60),
+    "quality": Bench(
+        "Size and perplexity of every method on a small language model; hours without a GPU.", 15, "a GPU"
+    ),
+    "blocks_gpu": Bench("Seconds and GPU memory of calibrated passes, a layer of known shapes.", 10, "a GPU"),
+    "semi_structured": Bench("torch's 2:4 matrix product, beside the dense one.", 1, "a GPU"),
+    "static_search": Bench("The `static-int8` pass alone, on encoders that you have.", 3, "arguments"),
+    "train": Bench("Distilled, pruned and early-exit classifiers: accuracy and latency.", 9, "arguments"),
+}
+
+
+def listing() -> str:
+    width = max(map(len, BENCHES))
+    lines = [
+        f"{name:{width}}  {bench.minutes:4g} min  {bench.measures}" + (f" Needs {bench.needs}." if bench.needs else "")
+        for name, bench in BENCHES.items()
+    ]
+    return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*BENCHES, []], help="all, if none is named")
-    chosen = parser.parse_args().names or BENCHES
-    OUT.mkdir(exist_ok=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="all that a machine without a GPU can run, if none is named"
+    )
+    parser.add_argument("--list", action="store_true", help="say what there is, and how long each usually takes")
+    options = parser.parse_args()
+    if options.list:
+        print(listing())
+        return 0
+    for name in options.names:
+        if name not in BENCHES:
+            parser.error(f"There is no bench {name!r}. `python -m bench --list` says what there is.")
+        if BENCHES[name].needs == "arguments":
+            parser.error(f"The bench {name} needs arguments: see `python -m bench.{name} --help`.")
+    return run(options.names or [name for name, bench in BENCHES.items() if not bench.needs])
+
+
+def run(names: list[str]) -> int:
+    """One after another; the number of those that failed or missed a bar."""
+    print(f"{len(names)} benches, usually {sum(BENCHES[name].minutes for name in names):g} minutes in all")
     failed = []
-    for name in chosen:
-        print(f"== {name}", flush=True)
-        run = subprocess.run([sys.executable, "-m", f"bench.{name}", "--json"], stdout=subprocess.PIPE, text=True)
-        if run.returncode:
+    for name in names:
+        print(f"\n== {name}: {BENCHES[name].measures} Usually {BENCHES[name].minutes:g} minutes.", flush=True)
+        started = time.monotonic()
+        if subprocess.run([sys.executable, "-m", f"bench.{name}"]).returncode:
             failed.append(name)
-            continue
-        (OUT / f"{name}.json").write_text(run.stdout)
-        print(json.dumps(json.loads(run.stdout), indent=1), flush=True)
+        print(f"== {name} took {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
     if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"\nfailed, or missed a bar: {', '.join(failed)}", file=sys.stderr)
     return len(failed)
 
 

@@ -1,17 +1,17 @@
 """The blocks executor on a CPU: CPU seconds, peak memory and perplexity on a real small language model, beside llm-compressor.
 
-    python -m bench.blocks_cpu [--method NAME …] [--seeds 2] [--side ours|peer] [--keep FOLDER] [--peer PYTHON | --no-peer] [--json]
+    python -m bench.blocks_cpu [--method NAME …] [--seeds 2] [--side ours|peer] [--keep FOLDER] [--peer PYTHON | --no-peer]
 
-Both get the same fp32 model, the same calibration tokens and as many threads. What is counted is a whole process, from its start to the
-saved folder: imports, loading, calibrating, solving, saving. Its peak is that of its resident memory, files it maps included. Perplexity is
-then measured on the saved folder, as transformers loads it, by one and the same process. The peer runs in an environment of its own:
-PYTHON is its interpreter; without it one is made from bench/peer-requirements.txt, which takes some minutes and 2 GB of disk. A further
-seed calibrates both on other windows of the same prose: the spread of a method's perplexity over seeds is what a difference has to exceed.
-With --keep, figures are left in FOLDER and a run whose figures are there is not repeated: so the whole can be taken in pieces.
+Both sides get the same fp32 model, the same calibration tokens and the same number of threads. A whole process is counted, from its start to
+the saved folder: imports, loading, calibrating, solving, saving. Its peak is that of its resident memory, mapped files included. Another
+process then measures the perplexity of the saved folder, as transformers loads it. The other side, the peer, runs in an environment of its
+own. PYTHON is its interpreter; without it one is made from bench/peer-requirements.txt, which takes some minutes and 2 GB of disk. Each seed
+calibrates both sides on other windows of the same prose: a difference counts where it exceeds the spread over seeds. With --keep, figures
+are left in FOLDER, and a run whose figures are there is not repeated: so the bench can be run in pieces.
 
-The model's weights were 4-bit before they were de-quantized: 4-bit figures on it flatter grids like its own. The peer's AWQ does not run
-without a GPU. Bars: half of the peer's CPU seconds and half of its peak for GPTQ, SparseGPT and Wanda; a perplexity no worse than the
-peer's by more than it varies from seed to seed, for every method.
+The model's weights were 4-bit before they were de-quantized, which flatters 4-bit grids like its own. The peer's AWQ does not run without a
+GPU. Bars: half of the peer's CPU seconds and half of its peak for GPTQ, SparseGPT and Wanda; for every method a perplexity that is above the
+peer's by no more than it varies from seed to seed.
 """
 
 import argparse
@@ -26,6 +26,8 @@ import time
 import venv
 from pathlib import Path
 from typing import Any
+
+from bench.record import Figure, finish, make_parser
 
 METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"pass": "gptq", "group_size": 64},
@@ -80,13 +82,13 @@ def press(source: Path, name: str, calibration: Path, out: Path) -> None:
     from nightpress.core.recipes.inspect import FolderFiles, inspect_model
     from nightpress.core.recipes.models import parse_recipe
 
-    given = METHODS[name]
-    export = "safetensors" if given["pass"] in {"sparsegpt", "wanda"} else "compressed-tensors"
-    recipe = parse_recipe({"name": "bench", "passes": [given], "exports": [export]})
+    options = METHODS[name]
+    export = "safetensors" if options["pass"] in {"sparsegpt", "wanda"} else "compressed-tensors"
+    recipe = parse_recipe({"name": "bench", "passes": [options], "exports": [export]})
     ids = torch.from_numpy(np.load(calibration))
     calibrated.calibration_samples = lambda *_: {"input_ids": ids}  # the very tokens that the peer gets
     context = PassContext(header=inspect_model(FolderFiles(source)), work_dir=out.with_suffix(".work"))
-    MODEL_PASSES[given["pass"]](source, out, recipe.passes[0], context)
+    MODEL_PASSES[options["pass"]](source, out, recipe.passes[0], context)
 
 
 def perplexity(model_dir: Path, file: Path) -> float:
@@ -122,7 +124,7 @@ def measured(command: list[str], folder: Path, out: Path) -> dict[str, Any]:
         "cpu_s": used.ru_utime + used.ru_stime,
         "seconds": time.perf_counter() - start,
         "peak_gb": used.ru_maxrss * 1024 / 1e9,
-        "written_mb": sum(one.stat().st_size for one in out.glob("*.safetensors")) / 1e6,
+        "written_mb": sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6,
     }
     weighed = subprocess.run(
         [sys.executable, "-m", "bench.blocks_cpu", "--evaluate", str(out), str(folder / "evaluation.npy")],
@@ -143,46 +145,38 @@ def make_peer(folder: Path) -> str:
     return python
 
 
-def compare(name: str, ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds, the spread of the perplexities, what we take of what the peer takes, and the bars that are missed."""
-    out: dict[str, Any] = {}
-    for side, runs in {"ours": ours, "llm-compressor": peers}.items():
-        if any("failed" in one for one in runs):
-            out[side] = next(one for one in runs if "failed" in one)
-        elif runs:
-            figures = [one["perplexity"] for one in runs]
-            out[side] = {key: sum(one[key] for one in runs) / len(runs) for key in runs[0]}
-            out[side]["perplexity_spread"] = max(figures) - min(figures)
-    if len(out) == 2 and all("failed" not in one for one in out.values()):
-        us, them = out["ours"], out["llm-compressor"]
-        out["ratio"] = {key: us[key] / them[key] for key in ("cpu_s", "peak_gb", "perplexity")}
-        spread = max(us["perplexity_spread"], them["perplexity_spread"])
-        held = {"perplexity": us["perplexity"] <= them["perplexity"] + spread}
-        if name.startswith(HALVED):
-            held |= {key: out["ratio"][key] <= 0.5 for key in ("cpu_s", "peak_gb")}
-        out["missed"] = [key for key, one in held.items() if not one]
-    return out
-
-
-def line(name: str, one: dict[str, Any]) -> str:
-    parts = []
-    for side in ("ours", "llm-compressor"):
-        figures = one.get(side, {"failed": "not run"})
-        parts.append(
-            f"{side}: {figures['failed']}"
-            if "failed" in figures
-            else f"{side} {figures['cpu_s']:.0f} CPU-s, {figures['peak_gb']:.2f} GB, {figures['written_mb']:.0f} MB, "
-            f"perplexity {figures['perplexity']:.2f} ± {figures['perplexity_spread'] / 2:.2f}"
-        )
-    if "ratio" in one:
-        ratio = one["ratio"]
-        parts.append(f"ratios {ratio['cpu_s']:.2f}, {ratio['peak_gb']:.2f}, {ratio['perplexity']:.3f}")
-        parts.append(f"MISS {', '.join(one['missed'])}" if one["missed"] else "PASS")
-    return f"{name}: {'; '.join(parts)}"
+def figures_of(name: str, runs: dict[str, list[dict[str, Any]]]) -> list[Figure]:
+    """Means over the seeds, the spread of the perplexities, and what we take of what the peer takes. Raises SystemExit where a run failed."""
+    figures, means, spreads = [], {}, {}
+    for side, seeds in runs.items():
+        for run in seeds:
+            if "failed" in run:
+                raise SystemExit(f"{name}, {side}: {run['failed']}")
+        if not seeds:
+            continue
+        perplexities = [run["perplexity"] for run in seeds]
+        spreads[side] = max(perplexities) - min(perplexities)
+        mean = means[side] = {key: sum(run[key] for run in seeds) / len(seeds) for key in seeds[0]}
+        ends = (round(min(perplexities), 2), round(max(perplexities), 2)) if len(seeds) > 1 else None
+        figures += [
+            Figure(f"{name}/{side}_cpu", round(mean["cpu_s"]), "CPU seconds"),
+            Figure(f"{name}/{side}_peak", round(mean["peak_gb"], 2), "GB"),
+            Figure(f"{name}/{side}_written", round(mean["written_mb"]), "MB"),
+            Figure(f"{name}/{side}_perplexity", round(mean["perplexity"], 2), "", ends),
+        ]
+    if len(means) == 2:
+        half = "<= 0.5" if name.startswith(HALVED) else ""
+        for key, mean_key in (("cpu", "cpu_s"), ("peak", "peak_gb")):
+            ratio = means["ours"][mean_key] / means["peer"][mean_key]
+            figures.append(Figure(f"{name}/{key}_ratio", round(ratio, 2), "of the peer's", bar=half))
+        worse = means["ours"]["perplexity"] - means["peer"]["perplexity"]
+        bar = f"<= {round(max(spreads.values()), 4)}"
+        figures.append(Figure(f"{name}/perplexity_above", round(worse, 2), "above the peer's", bar=bar))
+    return figures
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("blocks_cpu", __doc__)
     parser.add_argument("--method", nargs="*", choices=sorted(METHODS), default=list(USUAL))
     parser.add_argument("--seeds", type=int, choices=range(1, MOST_SEEDS + 1), default=2)
     parser.add_argument(
@@ -193,41 +187,40 @@ def main() -> int:
     parser.add_argument("--no-peer", action="store_true", help="only our figures")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("--child", nargs=4, metavar=("MODEL", "NAME", "CALIBRATION", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--evaluate", nargs=2, metavar=("MODEL", "EVALUATION"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        source, name, calibration, target = given.child
+    options = parser.parse_args()
+    if options.child:
+        source, name, calibration, target = options.child
         press(Path(source), name, Path(calibration), Path(target))
         return 0
-    if given.prepare:
-        prepare(given.prepare, given.samples, given.length)
+    if options.prepare:
+        prepare(options.prepare, options.samples, options.length)
         return 0
-    if given.evaluate:
-        print(perplexity(Path(given.evaluate[0]), Path(given.evaluate[1])))
+    if options.evaluate:
+        print(perplexity(Path(options.evaluate[0]), Path(options.evaluate[1])))
         return 0
-    out: dict[str, Any] = {"samples": given.samples, "length": given.length, "seeds": given.seeds}
+    figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = given.keep or Path(scratch)
+        folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         ours = [sys.executable, "-m", "bench.blocks_cpu"]
         if not (
             folder / "evaluation.npy"
         ).exists():  # in a process of its own: a child's peak is never below its parent's
-            sizes = ["--samples", str(given.samples), "--length", str(given.length)]
+            sizes = ["--samples", str(options.samples), "--length", str(options.length)]
             subprocess.run([*ours, "--prepare", str(folder), *sizes], check=True)
         commands = {"ours": [*ours, "--child"]}
-        if not given.no_peer:
-            python = given.peer or ("" if given.side == "ours" else make_peer(Path(scratch) / "peer"))
-            commands["peer"] = [python, "-P", str(HERE / "peer_llmcompressor.py")]  # this folder has a queue.py
-        for name in given.method:
+        if not options.no_peer:
+            python = options.peer or ("" if options.side == "ours" else make_peer(Path(scratch) / "peer"))
+            commands["peer"] = [python, str(HERE / "peer_llmcompressor.py")]
+        for name in options.method:
             runs: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-            for seed in range(given.seeds):
+            for seed in range(options.seeds):
                 for side, command in commands.items():
                     kept = folder / f"{name}-{seed}-{side}.json"
-                    if not kept.exists() and given.side in {None, side} and (side, name) != ("peer", "awq"):
+                    if not kept.exists() and options.side in {None, side} and (side, name) != ("peer", "awq"):
                         model, texts = str(folder / "model"), str(folder / f"calibration-{seed}.npy")
                         found = measured(
                             [*command, model, name, texts], folder, Path(scratch) / f"{name}-{seed}-{side}"
@@ -235,12 +228,9 @@ def main() -> int:
                         kept.write_text(json.dumps(found))
                     if kept.exists():
                         runs[side].append(json.loads(kept.read_text()))
-            out[name] = compare(name, runs["ours"], runs["peer"])
-            if not given.json:
-                print(line(name, out[name]), flush=True)
-    if given.json:
-        print(json.dumps(out))
-    return 0
+            figures += figures_of(name, runs)
+            print(name, file=sys.stderr, flush=True)
+    return finish("blocks_cpu", figures, parser, options, choices=("method", "side", "keep", "peer", "no_peer"))
 
 
 if __name__ == "__main__":

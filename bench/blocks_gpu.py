@@ -1,15 +1,14 @@
-"""The blocks executor on a GPU: marginal seconds a layer and peak memory, beside the plan's estimate, on a model of Llama-3's shape, cut to a few layers.
+"""The blocks executor on a GPU: marginal seconds a layer and peak memory, beside the plan's estimate, on a Llama cut to a few layers.
 
-    python -m bench.blocks_gpu [--shape 8b|7b|3b|1b|0.5b] [--layers 4 10] [--samples 128] [--length 2048] [--only NAME …] [--json]
+    python -m bench.blocks_gpu [--shape 8b|7b|3b|1b|0.5b] [--layers 2 6] [--samples 128] [--length 2048] [--only NAME …]
 
-Each method runs in a process of its own: what ran before would show in its peak. Everything counts: reading the weights, both forward passes, Gram matrices, solving, packing, writing and fsync (to the folder that
-NIGHTPRESS_BENCH_DISK names, if it is set). The floor beside it is
-what no calibrated method goes without: two forward passes of a layer and the Gram matrices of its four distinct inputs.
-Random weights and token ids: the work doesn't depend on their values.
+Each method runs in a process of its own: what ran before would show in its peak. Everything counts: reading the weights, both forward passes,
+Gram matrices, solving, packing, writing and fsync (to the folder that NIGHTPRESS_BENCH_DISK names, if it is set). The floor beside it is what
+no calibrated method goes without: two forward passes of a layer and the Gram matrices of its four distinct inputs. Weights and token ids are
+random: the work doesn't depend on their values.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -26,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import Method, press_blocks
 from nightpress.core.compress.model.checkpoint import read_shards, write_index
@@ -141,7 +141,7 @@ def write_model(folder: Path, shape: Shape, layers: int) -> None:
     for layer in range(layers):
         tensors = {f"model.layers.{layer}.{name}.weight": random(*size) for name, size in shape.matrices.items()}
         tensors |= {f"model.layers.{layer}.{name}_layernorm.weight": ones for name in ("input", "post_attention")}
-        save_file({name: one.clone() for name, one in tensors.items()}, folder / f"model-{layer:03}.safetensors")
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / f"model-{layer:03}.safetensors")
     write_index(folder)
 
 
@@ -168,7 +168,7 @@ def floor(shape: Shape, samples: int, length: int) -> dict[str, float]:
     batches = samples / 8
     forward_s = _median(forward) * batches
     gram_s = (3 * _median(lambda: narrow_gram.add(hidden)) + _median(lambda: wide_gram.add(wide))) * batches
-    return {"two_forwards_s": 2 * forward_s, "gram_s": gram_s, "floor_s": 2 * forward_s + gram_s}
+    return {"two forward passes": 2 * forward_s, "Gram matrices": gram_s, "both": 2 * forward_s + gram_s}
 
 
 def _median(run: Any) -> float:
@@ -185,7 +185,7 @@ def _median(run: Any) -> float:
 def press(options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor) -> dict[str, float]:
     """Seconds and GiB of one whole run."""
     shutil.rmtree(scratch, ignore_errors=True)
-    infos = [one.info for shard in read_shards(model) for one in shard.tensors]
+    infos = [tensor.info for shard in read_shards(model) for tensor in shard.tensors]
     chosen = frozenset(info.name for info in infos if is_linear_weight(info, options.ignore))
     header = inspect_model(FolderFiles(model))
     method = method_of(options, header)
@@ -200,71 +200,58 @@ def press(options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor) -> 
     return {"seconds": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
-def in_turn(names: Sequence[str], given: argparse.Namespace) -> int:
-    """Each method by a command of its own, with the options that were given."""
-    out: dict[str, Any] = {}
-    arguments = ["--shape", given.shape, "--layers", *map(str, given.layers)]
-    arguments += ["--samples", str(given.samples), "--length", str(given.length)]
-    for name in names:
-        command = [sys.executable, "-m", "bench.blocks_gpu", *arguments, "--json", "--only", name]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        if not given.json:
-            print("" if out else json.dumps(found["floor"]), name, json.dumps(found[name]), flush=True)
-        out |= found
-    if given.json:
-        print(json.dumps(out))
-    return 0
+def in_turn(names: Sequence[str], options: argparse.Namespace) -> int:
+    """Each method by a command of its own, with the options that were given; the worst exit status."""
+    arguments = ["--shape", options.shape, "--layers", *map(str, options.layers)]
+    arguments += ["--samples", str(options.samples), "--length", str(options.length)]
+    command = [sys.executable, "-m", "bench.blocks_gpu", *arguments, "--only"]
+    return max(subprocess.run([*command, name]).returncode for name in names)
+
+
+def measure(name: str, options: argparse.Namespace, folder: Path) -> list[Figure]:
+    """One method, on a model of few layers and on one of many: the difference is the marginal layer."""
+    few, many = options.layers
+    shape, calibration = SHAPES[options.shape], Calibration(samples=options.samples, length=options.length)
+    for layers in (few, many):
+        write_model(folder / f"model-{layers}", shape, layers)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, VOCABULARY, (options.samples, options.length), generator=generator)
+    least = floor(shape, options.samples, options.length)
+    press(OPTIONS[name], folder / f"model-{few}", folder / "run", ids[:8])  # compiles the kernels
+    runs = {layers: press(OPTIONS[name], folder / f"model-{layers}", folder / "run", ids) for layers in (few, many)}
+    estimated = OPTIONS[name].cost(inspect_model(FolderFiles(folder / f"model-{many}")), calibration).gpu_bytes / 2**30
+    peak = max(run["peak_gib"] for run in runs.values())
+    row = f"{options.shape}/{name}"
+    seconds = (runs[many]["seconds"] - runs[few]["seconds"]) / (many - few)
+    return [
+        *(
+            Figure(f"{options.shape} floor/{what}/seconds", round(taken, 3), "s a layer")
+            for what, taken in least.items()
+        ),
+        Figure(f"{row}/seconds", round(seconds, 3), "s a layer"),
+        Figure(f"{row}/peak", round(peak, 2), "GiB of the GPU"),
+        Figure(f"{row}/estimated", round(estimated, 2), "GiB of the GPU"),
+        Figure(f"{row}/estimated_over_peak", round(estimated / peak, 2)),
+    ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs=2, default=(4, 10))
+    parser = make_parser("blocks_gpu", __doc__)
+    parser.add_argument("--layers", type=int, nargs=2, default=[2, 6])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--only", nargs="*", choices=sorted(OPTIONS))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    given = parser.parse_args()
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: no CUDA device", file=sys.stderr)
         return 0
-    names = given.only or list(OPTIONS)
+    names = options.only or list(OPTIONS)
     if len(names) > 1:
-        return in_turn(names, given)
-    few, many = given.layers
-    shape, calibration = SHAPES[given.shape], Calibration(samples=given.samples, length=given.length)
-    out: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "tokens": given.samples * given.length,
-    }
+        return in_turn(names, options)
     with tempfile.TemporaryDirectory(dir=os.environ.get("NIGHTPRESS_BENCH_DISK")) as scratch:
-        folder = Path(scratch)
-        for layers in (few, many):
-            write_model(folder / f"model-{layers}", shape, layers)
-        ids = torch.randint(0, VOCABULARY, (given.samples, given.length), generator=torch.Generator().manual_seed(1))
-        out["floor"] = floor(shape, given.samples, given.length)
-        if not given.json:
-            print(json.dumps(out), flush=True)
-        for name in names:
-            press(OPTIONS[name], folder / f"model-{few}", folder / "run", ids[:8])  # compiles the kernels
-            runs = {
-                layers: press(OPTIONS[name], folder / f"model-{layers}", folder / "run", ids) for layers in (few, many)
-            }
-            estimated = OPTIONS[name].cost(inspect_model(FolderFiles(folder / f"model-{many}")), calibration).gpu_bytes
-            peak = max(run["peak_gib"] for run in runs.values())
-            out[name] = {
-                "s_per_layer": (runs[many]["seconds"] - runs[few]["seconds"]) / (many - few),
-                "seconds": {layers: run["seconds"] for layers, run in runs.items()},
-                "peak_gib": peak,
-                "estimated_gib": estimated / 2**30,
-                "estimated_over_peak": estimated / 2**30 / peak,
-            }
-            if not given.json:
-                print(name, json.dumps(out[name]), flush=True)
-    if given.json:
-        print(json.dumps(out))
-    return 0
+        figures = measure(names[0], options, Path(scratch))
+    return finish("blocks_gpu", figures, parser, options, choices=("only", "shape"))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """What the plan estimates of memory, time and size, beside what is then measured, for several models and recipes.
 
-    python -m bench.estimates [--only PAIR …] [--threads 2] [--device cuda] [--json]
+    python -m bench.estimates [--only PAIR …] [--threads 2] [--device cuda]
 
-Each pair is one whole job in a worker's child: baseline, passes, exports, verification and a short evaluation. Memory is what the supervisor
-weighs against its limit: anonymous memory of the child and all it started, at its peak. Size is that of the artifact's weights or graph.
-Time is CPU seconds over threads, so that what else runs on the machine doesn't count; wall seconds stand beside it. Bars: memory within 20%,
-size within 2%, time within a factor of 2. A ratio is the estimate over what was measured.
+Each pair is a whole job in a worker's child: baseline, passes, exports, verification and a short evaluation. Memory is what the supervisor
+compares with its limit: the peak of anonymous memory of the child and all it started. Size is that of the artifact's weights or graph. Time is
+CPU seconds over threads, so that other work on the machine doesn't count. Wall seconds stand beside it. Bars: memory within 20%, size within
+2%, time within a factor of 2. A ratio is estimate over measurement.
 
-With `--device cuda` the jobs are others: language models of known shapes, cut to a few layers, with 128 × 2048 tokens. Time is wall seconds there, and
+With `--device cuda` the jobs are language models of known shapes, cut to a few layers, with 128 × 2048 tokens. Time is then wall seconds, and
 the peak of the GPU's memory stands beside its estimate.
 """
 
-import argparse
-import json
 import os
 import random
 import select
@@ -25,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from bench.record import Figure, finish, make_parser
 from nightpress.client.cli.press import write_job
 from nightpress.core.handoff.frames import Progress, Result, parse_frame
 from nightpress.core.handoff.report import REPORT_FILE, Report
@@ -38,7 +37,8 @@ from nightpress.worker.process import ChildProcess
 
 MIB = 1024**2
 _EVERY_S = 0.05  #: how often memory is looked at
-_FACTOR = {"memory": 1.2, "gpu": 1.2, "size": 1.02, "seconds": 2.0}
+#: what is estimated → its unit, what to divide it by, and the factor within which the estimate must lie
+_KINDS = {"memory": ("MiB", MIB, 1.2), "gpu": ("MiB", MIB, 1.2), "size": ("MB", 1e6, 1.02), "seconds": ("s", 1, 2.0)}
 _WEIGHTS = {".safetensors", ".onnx", ".data", ".xml", ".bin"}
 
 #: Model, pass, export, and calibration: samples and length.
@@ -85,8 +85,8 @@ GPU_PAIRS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
 }
 
 
-def press(name: str, source: Path, root: Path, threads: int, device: str) -> dict[str, Any]:
-    """One pair as a whole job: what was estimated, and what was measured."""
+def press(name: str, source: Path, root: Path, threads: int, device: str) -> list[Figure]:
+    """One pair as a whole job: what was estimated, what was measured, and the ratio of the two."""
     on_gpu = device == "cuda"
     _, pass_, export, (samples, length) = (GPU_PAIRS if on_gpu else PAIRS)[name]
     recipe = parse_recipe(
@@ -111,7 +111,7 @@ def press(name: str, source: Path, root: Path, threads: int, device: str) -> dic
         measured["size"] = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in _WEIGHTS)
         if on_gpu:
             report = Report.model_validate_json((child.job_dir / OUT_DIR / REPORT_FILE).read_bytes())
-            measured["gpu"] = max(one.peak_gpu_bytes or 0 for one in report.passes)
+            measured["gpu"] = max(record.peak_gpu_bytes or 0 for record in report.passes)
     finally:
         child.kill()
         child.remove()
@@ -119,28 +119,34 @@ def press(name: str, source: Path, root: Path, threads: int, device: str) -> dic
     estimated = {"memory": estimate.memory_bytes, "seconds": estimate.seconds, "size": estimate.output_bytes[export]}
     if on_gpu:
         estimated["gpu"] = estimate.gpu_bytes - GPU_RUNTIME_BYTES  # torch counts its tensors, not CUDA's context
-    ratios = {key: one / measured[key] for key, one in estimated.items()}
-    holds = {key: 1 / _FACTOR[key] <= ratio <= _FACTOR[key] for key, ratio in ratios.items()}
-    return {"estimated": estimated, "measured": measured, "ratios": ratios, "holds": holds}
+    row = f"{'gpu' if on_gpu else 'graphs' if export in {'onnx', 'openvino'} else 'weights'}/{name}"
+    figures = [Figure(f"{row}/wall", round(measured["wall_seconds"], 1), "s")]
+    for kind, said in estimated.items():
+        unit, divisor, factor = _KINDS[kind]
+        off = max(said / measured[kind], measured[kind] / said)
+        figures += [
+            Figure(f"{row}/{kind}_estimated", round(said / divisor, 2), unit),
+            Figure(f"{row}/{kind}", round(measured[kind] / divisor, 2), unit),
+            Figure(f"{row}/{kind}_ratio", round(said / measured[kind], 2), "estimated / measured"),
+            Figure(f"{row}/{kind}_off", round(off, 3), "× off", bar=f"<= {factor:g}"),
+        ]
+    return figures
 
 
 def _watch(child: ChildProcess) -> dict[str, Any]:
-    """Let a job run to its end: peaks of memory, in all and by phase, CPU seconds and wall seconds.
+    """Let a job run to its end: the peak of its memory, CPU seconds and wall seconds.
 
     The CPU seconds are those from the start of the job on, with those of the consumers it started; a worker keeps the child warm.
     """
     process = psutil.Process(child.pid)
     started, before = time.monotonic(), 0.0
-    peaks: dict[str, int] = {}
-    began: dict[str, float] = {}
-    phase, rest, cpu, chatter = "importing", b"", 0.0, b""
+    peak, rest, cpu, chatter, importing = 0, b"", 0.0, b"", True
     child.begin(3600)
     while True:
         readable, _, _ = select.select([child.frames, child.chatter], [], [], _EVERY_S)
         if child.chatter in readable:
             chatter = (chatter + os.read(child.chatter, 65536))[-4000:]
-        began.setdefault(phase, time.monotonic() - started)
-        peaks[phase] = max(peaks.get(phase, 0), child.anonymous_memory())
+        peak = max(peak, child.anonymous_memory())
         with_ended = process.cpu_times()
         cpu = max(cpu, with_ended.user + with_ended.system + with_ended.children_user + with_ended.children_system)
         if child.frames not in readable:
@@ -148,18 +154,14 @@ def _watch(child: ChildProcess) -> dict[str, Any]:
         data = os.read(child.frames, 65536)
         *lines, rest = (rest + data).split(b"\n")
         for frame in map(parse_frame, lines):
-            if isinstance(frame, Progress):
-                if phase == "importing":
-                    started, before = time.monotonic(), cpu
-                phase = frame.phase
+            if isinstance(frame, Progress) and importing:
+                started, before, importing = time.monotonic(), cpu, False
             if isinstance(frame, Result):
                 if frame.error is not None:
                     raise SystemExit(f"The job failed: {frame.error}")
                 wall = time.monotonic() - started
                 return {
-                    "memory": max(peaks.values()),
-                    "by_phase": peaks,
-                    "phase_began": began,
+                    "memory": peak,
                     "cpu_seconds": cpu - before,
                     "wall_seconds": wall,
                 }
@@ -232,16 +234,15 @@ def random_llama(folder: Path, wanted: str) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("estimates", __doc__)
     parser.add_argument("--only", nargs="*", choices=sorted(PAIRS | GPU_PAIRS))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="default: 2, beside a GPU 16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    given = parser.parse_args()
+    options = parser.parse_args()
     from tests.models import bert_tiny_dir, minilm_dir, smollm_dir
 
-    out: dict[str, Any] = {}
-    missed = 0
+    threads = options.threads or (2 if options.device == "cpu" else 16)
+    figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as models:
         folders = {
             "bert-tiny": bert_tiny_dir,
@@ -251,30 +252,14 @@ def main() -> int:
             "bert-512": lambda: random_bert(Path(models) / "bert-512", width=512, blocks=6),
             "bert-768": lambda: random_bert(Path(models) / "bert-768", width=768, blocks=12),
         }
-        pairs = GPU_PAIRS if given.device == "cuda" else PAIRS
-        for name in given.only or pairs:
+        pairs = GPU_PAIRS if options.device == "cuda" else PAIRS
+        for name in options.only or pairs:
             model = pairs[name][0]
             known = folders.get(model)
             source = known() if known else random_llama(Path(models) / model.replace(" ", "-"), model)
-            out[name] = press(name, source, Path(root), given.threads, given.device)
-            missed += not all(out[name]["holds"].values())
-            if not given.json:
-                print(_line(name, out[name]), flush=True)
-    if given.json:
-        print(json.dumps(out))
-    return missed
-
-
-def _line(name: str, one: dict[str, Any]) -> str:
-    said, was = one["estimated"], one["measured"]
-    phases = ", ".join(f"{phase} {size / MIB:.0f}" for phase, size in was["by_phase"].items())
-    missed = ", ".join(key for key, held in one["holds"].items() if not held) or "none"
-    return (
-        f"{name}: memory {said['memory'] / MIB:.0f} / {was['memory'] / MIB:.0f} MiB ({phases}); "
-        f"size {said['size'] / 1e6:.2f} / {was['size'] / 1e6:.2f} MB; "
-        + (f"GPU {said['gpu'] / MIB:.0f} / {was['gpu'] / MIB:.0f} MiB; " if "gpu" in was else "")
-        + f"seconds {said['seconds']:.1f} / {was['seconds']:.1f}, wall {was['wall_seconds']:.1f}; missed: {missed}"
-    )
+            figures += press(name, source, Path(root), threads, options.device)
+            print(name, file=sys.stderr, flush=True)
+    return finish("estimates", figures, parser, options, choices=("only", "device"))
 
 
 if __name__ == "__main__":

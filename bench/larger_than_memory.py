@@ -1,10 +1,10 @@
-"""A checkpoint several times larger than the memory it may use goes through GPTQ and weight-only: peak memory and seconds.
+"""GPTQ and weight-only on a checkpoint several times larger than the memory that they may use: peak memory and seconds.
 
-    python -m bench.larger_than_memory [--memory-mib 640] [--times 4] [--json]
+    python -m bench.larger_than_memory [--memory-mib 640] [--times 4]
 
-A narrow Llama of random weights in fp32, with as many blocks as make it so large. Each pass runs in a child that may hold `--memory-mib` in all,
-what the imports of torch and transformers took included. The limit is a memory cgroup's: past it the kernel ends the process. The peak of
-its resident memory, files it maps included, is held against the limit besides. Needs the right to make cgroups, as root has.
+The model is a narrow Llama with random weights in fp32, with as many blocks as the size needs. Each pass runs in a child that may hold
+`--memory-mib` in all, the imports of torch and transformers included. A memory cgroup sets the limit: past it the kernel ends the process. The
+peak of the child's resident memory, mapped files included, is compared with the limit too. Only root may make cgroups.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from bench.record import Figure, finish, make_parser
 
 MIB = 1024**2
 HIDDEN, INNER, VOCABULARY = 512, 1408, 16384
@@ -118,23 +120,13 @@ def limited(memory: int) -> Iterator[Path]:
     raise SystemExit("No memory cgroup can be made here, so nothing would be shown. Run it as root.")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory-mib", type=int, default=640)
-    parser.add_argument("--times", type=float, default=4)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    parser.add_argument("--child", nargs=3, metavar=("MODEL", "WORK", "PASS"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    memory = given.memory_mib * MIB
-    if given.child:
-        model, work, name = given.child
-        print(json.dumps(press(Path(model), Path(work), name)))
-        return 0
-    out: dict[str, Any] = {"memory_mib": given.memory_mib}
-    failed = 0
+def measure(memory: int, times: float) -> list[Figure]:
+    """Each pass in a process of its own that may hold `memory` bytes. Raises SystemExit where one fails, which the kernel may have ended."""
+    figures = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        out["checkpoint_mib"] = write_model(folder / "model", int(given.times * memory)) / MIB
+        size = write_model(folder / "model", int(times * memory))
+        figures += [Figure("checkpoint", round(size / MIB), "MiB"), Figure("limit", round(memory / MIB), "MiB")]
         for name in PASSES:
             with limited(memory) as members:
                 # It joins before it is Python, so that imports count too.
@@ -143,18 +135,30 @@ def main() -> int:
                 command += ["--child", str(folder / "model"), str(folder / name), name]
                 run = subprocess.run([*join, *command], capture_output=True, text=True)
             if run.returncode:
-                failed += 1
-                out[name] = {"failed": (run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1][:300]}
-            else:
-                out[name] = json.loads(run.stdout.strip().splitlines()[-1])
-                out[name]["within"] = out[name]["peak_mib"] <= given.memory_mib
-                failed += not out[name]["within"]
-            shutil.rmtree(folder / name, ignore_errors=True)
-            if not given.json:
-                print(name, json.dumps(out[name]), flush=True)
-    if given.json:
-        print(json.dumps(out))
-    return failed
+                said = run.stderr.strip().splitlines() or [f"status {run.returncode}"]
+                raise SystemExit(f"{name} failed: {said[-1][:300]}")
+            found = json.loads(run.stdout.strip().splitlines()[-1])
+            figures += [
+                Figure(f"passes/{name}/seconds", round(found["seconds"], 1), "s"),
+                Figure(f"passes/{name}/peak", round(found["peak_mib"]), "MiB", bar=f"<= {memory / MIB:g}"),
+                Figure(f"passes/{name}/written", round(found["written_mib"]), "MiB"),
+            ]
+            shutil.rmtree(folder / name)
+    return figures
+
+
+def main() -> int:
+    parser = make_parser("larger_than_memory", __doc__)
+    parser.add_argument("--memory-mib", type=int, default=640)
+    parser.add_argument("--times", type=float, default=4)
+    parser.add_argument("--child", nargs=3, metavar=("MODEL", "WORK", "PASS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        model, work, name = options.child
+        print(json.dumps(press(Path(model), Path(work), name)))
+        return 0
+    figures = measure(options.memory_mib * MIB, options.times)
+    return finish("larger_than_memory", figures, parser, options)
 
 
 if __name__ == "__main__":

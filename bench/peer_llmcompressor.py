@@ -1,6 +1,6 @@
 """One method of llm-compressor for bench.blocks_cpu, run by the interpreter of its own environment: no code of ours is imported.
 
-PYTHON -P bench/peer_llmcompressor.py MODEL METHOD CALIBRATION.npy OUT
+PYTHON bench/peer_llmcompressor.py MODEL METHOD CALIBRATION.npy OUT
 """
 
 import sys

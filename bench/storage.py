@@ -1,14 +1,12 @@
 """Upload and download of one large file: our S3 store beside boto3's own transfer manager, tuned, on the same server.
 
-    python -m bench.storage [--size-mb 1024] [--pairs 5] [--json]
+    python -m bench.storage [--size-mb 1024] [--pairs 5]
 
 Each pair moves the same bytes both ways as fresh objects, in alternating order. Ours verifies SHA-256 of the whole file on the way, and of each
 part at the server; boto3 verifies its CRC32. The bar: at least 0.8 of boto3's speed. The best of several of boto3's settings is the reference.
 """
 
-import argparse
 import hashlib
-import json
 import os
 import statistics
 import sys
@@ -23,12 +21,12 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from pydantic import SecretStr
 
+from bench.record import Figure, finish, make_parser
 from nightpress.core.artifacts.open import open_store
 from nightpress.core.settings import Settings
 from tests.servers import S3
 
 MIB = 1024**2
-BAR = 0.8
 
 
 def make_file(path: Path, size: int) -> str:
@@ -60,11 +58,11 @@ def tuned(client: Any, bucket: str, source: Path, target: Path) -> TransferConfi
         took = seconds(lambda key=key, config=config: client.upload_file(str(source), bucket, key, Config=config))
         took += seconds(lambda key=key, config=config: client.download_file(bucket, key, str(target), Config=config))
         client.delete_object(Bucket=bucket, Key=key)
-        best = min(best, (took, config), key=lambda one: one[0])
+        best = min(best, (took, config), key=lambda choice: choice[0])
     return best[1]
 
 
-def measure(size_mb: int, pairs: int) -> dict[str, Any]:
+def measure(size_mb: int, pairs: int) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder, S3(Path(folder) / "server") as server:
         bucket = server.create_bucket()
         store = open_store(
@@ -108,45 +106,28 @@ def measure(size_mb: int, pairs: int) -> dict[str, Any]:
                         target.unlink()
             store.delete_prefix(f"f{pair}")
             client.delete_object(Bucket=bucket, Key=f"f{pair}")
-    result: dict[str, Any] = {
-        "size_mb": size_mb,
-        "pairs": pairs,
-        "boto3_tuned": {"part_mb": config.multipart_chunksize // MIB, "threads": config.max_request_concurrency},
-        "bar": BAR,
-    }
-    for way in ("up", "down"):
+    figures = [
+        Figure("boto3/part", config.multipart_chunksize // MIB, "MiB"),
+        Figure("boto3/threads", config.max_request_concurrency, "threads"),
+    ]
+    for way, name in (("up", "upload"), ("down", "download")):
         ours, theirs = took[f"ours {way}"], took[f"boto3 {way}"]
         ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-        result[way] = {
-            "ours_mb_s": round(size_mb / statistics.median(ours)),
-            "boto3_mb_s": round(size_mb / statistics.median(theirs)),
-            "ratio": round(statistics.median(ratios), 3),
-            "ratios": [round(ratio, 2) for ratio in ratios],
-        }
-    return result
+        spread = round(min(ratios), 2), round(max(ratios), 2)
+        figures += [
+            Figure(f"{name}/ours", round(size_mb / statistics.median(ours)), "MB/s"),
+            Figure(f"{name}/boto3", round(size_mb / statistics.median(theirs)), "MB/s"),
+            Figure(f"{name}/ratio", round(statistics.median(ratios), 3), "×", spread, ">= 0.8"),
+        ]
+    return figures
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("storage", __doc__)
     parser.add_argument("--size-mb", type=int, default=1024)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    result = measure(options.size_mb, options.pairs)
-    if options.json:
-        print(json.dumps(result, indent=1))
-    else:
-        setting = result["boto3_tuned"]
-        print(
-            f"{options.size_mb} MB, {options.pairs} pairs, boto3 {boto3.__version__} tuned to {setting['part_mb']} MB × {setting['threads']}"
-        )
-        for way, what in (("up", "upload"), ("down", "download")):
-            one = result[way]
-            print(
-                f"{what:9} ours {one['ours_mb_s']:5} MB/s   boto3 {one['boto3_mb_s']:5} MB/s   "
-                f"ratio {one['ratio']:.2f} (bar {BAR}; each pair: {', '.join(map(str, one['ratios']))})"
-            )
-    return 0 if min(result["up"]["ratio"], result["down"]["ratio"]) >= BAR else 1
+    return finish("storage", measure(options.size_mb, options.pairs), parser, options)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """How fast `weight-only` presses a large model, beside `cp` of the same files, and how much memory it takes.
 
-    python bench/stream.py [--size-gb 4] [--repeats 3] [--folder DIR] [--json]
+    python -m bench.stream [--size-gb 4] [--repeats 3] [--folder DIR]
 
-Makes a Llama-like bf16 model of the size asked for in a temporary folder (twice its size of disk is needed beside it), then alternates
-`cp` and `weight-only` at 8 and 4 bits: *cold* drops the page cache before and counts fsync on both sides; *warm* reads from the page
-cache, and `cp` doesn't fsync there, while the pass always does. Speeds are source bytes a second; ratios are medians of neighbours.
-Exits 1 if a bar is missed: 0.8 of cp cold, 0.35 warm, 400 MB of anonymous memory.
+Makes a Llama-like bf16 model in a temporary folder, which takes three times the model's size of disk in all. Then `cp` and `weight-only` at 8
+and 4 bits take turns. *Cold*: the page cache is emptied before, and both sides end with fsync. *Warm*: the files are in the page cache; the
+pass ends with fsync, and `cp` doesn't. Speeds are source bytes a second; ratios are medians of neighbouring runs. Bars: 0.8 of the speed of
+`cp` cold, 0.35 warm, 400 MB of anonymous memory.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -20,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.record import Figure, finish, make_parser
+
 HIDDEN, FEED_FORWARD, VOCABULARY, SHARD_BYTES = 2048, 5632, 32000, 10**9
 BARS = {"cold": 0.8, "warm": 0.35}
-MEMORY_BAR = 400 * 10**6
 
 
 def make_model(folder: Path, size: int) -> None:
@@ -62,12 +62,12 @@ def make_model(folder: Path, size: int) -> None:
     total = number = 0
     for last, block in [(block is blocks[-1], block) for block in blocks]:
         shard |= block
-        if last or sum(one.nbytes for one in shard.values()) >= SHARD_BYTES:
+        if last or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             number += 1
             name = f"model-{number:05}.safetensors"
             save_file(shard, folder / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(shard, name)
-            total += sum(one.nbytes for one in shard.values())
+            total += sum(tensor.nbytes for tensor in shard.values())
             shard = {}
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -134,7 +134,7 @@ def child(source: Path, target: Path, bits: int, threads: int) -> None:
         model_type="llama",
         architecture="LlamaForCausalLM",
         config={},
-        tensors=tuple(one.info for shard in read_shards(source) for one in shard.tensors),
+        tensors=tuple(tensor.info for shard in read_shards(source) for tensor in shard.tensors),
         has_tokenizer=True,
     )
     peak, stop = anonymous_bytes(), threading.Event()
@@ -170,11 +170,11 @@ def anonymous_bytes() -> int:
     raise RuntimeError("this kernel doesn't say RssAnon")
 
 
-def measure(folder: Path, size_gb: float, repeats: int, threads: int) -> dict[str, Any]:
+def measure(folder: Path, size_gb: float, repeats: int, threads: int) -> list[Figure]:
     source, target = folder / "model", folder / "out"
     make_model(source, round(size_gb * 1e9))
     size = sum(path.stat().st_size for path in source.iterdir())
-    result: dict[str, Any] = {"size_bytes": size, "threads": threads, "cases": []}
+    figures = [Figure("model", round(size / 1e9, 2), "GB")]
     for state in ("cold", "warm"):
         runs: dict[int, list[dict[str, float]]] = {8: [], 4: []}
         prepare = empty_page_cache if state == "cold" else fill_page_cache
@@ -189,49 +189,34 @@ def measure(folder: Path, size_gb: float, repeats: int, threads: int) -> dict[st
                 seen.append({**press(source, target, bits, threads), "cp_s": reference})
                 shutil.rmtree(target)
         for bits, seen in runs.items():
-            ratio = statistics.median(run["cp_s"] / run["seconds"] for run in seen)
-            memory = max(run["memory"] for run in seen)
-            result["cases"].append(
-                {
-                    "pages": state,
-                    "bits": bits,
-                    "gb_per_s": round(size / 1e9 / statistics.median(run["seconds"] for run in seen), 3),
-                    "cp_gb_per_s": round(size / 1e9 / statistics.median(run["cp_s"] for run in seen), 3),
-                    "ratio": round(ratio, 3),
-                    "bar": BARS[state],
-                    "cpu_s": round(statistics.median(run["cpu_s"] for run in seen), 2),
-                    "peak_anonymous_mb": round(memory / 1e6),
-                    "after_imports_mb": round(max(run["imported"] for run in seen) / 1e6),
-                    "relative_error": seen[0]["relative_error"],
-                    "met": ratio >= BARS[state] and memory < MEMORY_BAR,
-                }
-            )
-    return result
+
+            def median(key: str, seen: list[dict[str, float]] = seen) -> float:
+                return statistics.median(run[key] for run in seen)
+
+            row, ratio = f"cases/{state}, int{bits}", statistics.median(run["cp_s"] / run["seconds"] for run in seen)
+            peak = max(run["memory"] for run in seen)
+            figures += [
+                Figure(f"{row}/speed", round(size / 1e9 / median("seconds"), 3), "GB of source/s"),
+                Figure(f"{row}/cp", round(size / 1e9 / median("cp_s"), 3), "GB/s"),
+                Figure(f"{row}/ratio", round(ratio, 3), "×", bar=f">= {BARS[state]}"),
+                Figure(f"{row}/cpu", round(median("cpu_s"), 2), "CPU seconds"),
+                Figure(f"{row}/memory", round(peak / 1e6), "MB, anonymous", bar="< 400"),
+                Figure(f"{row}/imports", round(max(run["imported"] for run in seen) / 1e6), "MB of these"),
+                Figure(f"{row}/error", seen[0]["relative_error"]),
+            ]
+    return figures
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("stream", __doc__)
     parser.add_argument("--size-gb", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", type=Path, help="where to put the model; a file system on a disk")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="nightpress-bench-") as folder:
-        result = measure(Path(folder), options.size_gb, options.repeats, options.threads)
-    if options.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print(f"{result['size_bytes'] / 1e9:.2f} GB of bf16 safetensors, {result['threads']} threads")
-        print(
-            f"{'pages':6}{'bits':>5}{'GB/s':>8}{'cp GB/s':>9}{'ratio':>7}{'bar':>6}{'CPU s':>7}{'peak anon MB':>14}{'(imports)':>11}"
-        )
-        for case in result["cases"]:
-            print(
-                f"{case['pages']:6}{case['bits']:5}{case['gb_per_s']:8.2f}{case['cp_gb_per_s']:9.2f}{case['ratio']:7.2f}{case['bar']:6.2f}"
-                f"{case['cpu_s']:7.2f}{case['peak_anonymous_mb']:14}{case['after_imports_mb']:11}  {'met' if case['met'] else 'MISSED'}"
-            )
-    return 0 if all(case["met"] for case in result["cases"]) else 1
+        figures = measure(Path(folder), options.size_gb, options.repeats, options.threads)
+    return finish("stream", figures, parser, options, choices=("folder",))
 
 
 if __name__ == "__main__":

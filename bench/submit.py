@@ -1,6 +1,6 @@
 """Submitting over HTTP with PostgreSQL, beside a bare FastAPI endpoint that does one INSERT and commit.
 
-    python -m bench.submit [--seconds 5] [--rounds 4] [--no-fsync] [--json]
+    python -m bench.submit [--seconds 5] [--rounds 4] [--no-fsync]
 
 Both run on the same uvicorn settings, engine settings and PostgreSQL server; rounds alternate between them, so that a noisy machine
 treats both alike. The load comes from a process of its own: a closed loop over 16 connections, then an open loop at 50 requests/s.
@@ -24,6 +24,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from bench.record import Figure, finish, make_parser
 
 CONNECTIONS = 16
 OPEN_RATE = 50
@@ -117,7 +119,7 @@ async def _closed_loop(connections: list[Caller], seconds: float) -> float:
     """Requests/s with every connection sending as fast as it is answered."""
     ends_at = time.perf_counter() + seconds
 
-    async def one(connection: Caller) -> int:
+    async def send_until_the_end(connection: Caller) -> int:
         count = 0
         while time.perf_counter() < ends_at:
             await connection.send()
@@ -125,7 +127,7 @@ async def _closed_loop(connections: list[Caller], seconds: float) -> float:
         return count
 
     began = time.perf_counter()
-    counts = await asyncio.gather(*(one(connection) for connection in connections))
+    counts = await asyncio.gather(*(send_until_the_end(connection) for connection in connections))
     return sum(counts) / (time.perf_counter() - began)
 
 
@@ -135,7 +137,7 @@ async def _open_loop(connections: list[Caller], seconds: float) -> list[float]:
     for connection in connections:
         idle.put_nowait(connection)
 
-    async def one(due: float) -> float:
+    async def send_at(due: float) -> float:
         connection = await idle.get()
         waited = (time.perf_counter() - due) * 1000  # a late start is the server's doing, and counts
         took = await connection.send()
@@ -146,7 +148,7 @@ async def _open_loop(connections: list[Caller], seconds: float) -> list[float]:
     for number in range(int(seconds * OPEN_RATE)):
         due = began + number / OPEN_RATE
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        tasks.append(asyncio.create_task(one(due)))
+        tasks.append(asyncio.create_task(send_at(due)))
     return list(await asyncio.gather(*tasks))
 
 
@@ -192,7 +194,7 @@ def start(command: list[str], port: int, env: dict[str, str], log: Path) -> subp
             return process
 
 
-def measure(folder: Path, *, seconds: float, rounds: int, durable: bool) -> dict[str, Any]:
+def measure(folder: Path, *, seconds: float, rounds: int, durable: bool) -> list[Figure]:
     from nightpress import migrations
     from nightpress.core.database import make_engine
     from nightpress.core.service.access.keys import create_key
@@ -239,7 +241,7 @@ def measure(folder: Path, *, seconds: float, rounds: int, durable: bool) -> dict
                 server.wait(20)
 
 
-def _compare(targets: dict[str, Target], seconds: float, rounds: int) -> dict[str, Any]:
+def _compare(targets: dict[str, Target], seconds: float, rounds: int) -> list[Figure]:
     for target in targets.values():
         load(target, "closed", 1.0)  # warm-up
     rates: dict[str, list[float]] = {name: [] for name in targets}
@@ -251,16 +253,22 @@ def _compare(targets: dict[str, Target], seconds: float, rounds: int) -> dict[st
             rates[name].append(load(targets[name], "closed", seconds))
             costs[name].append(1000 * (_cpu_s(targets[name]) - before) / (rates[name][-1] * seconds))
     latencies = {name: sorted(load(target, "open", max(seconds, 10.0))) for name, target in targets.items()}
-    return {
-        "requests_per_s": {name: round(statistics.median(values), 1) for name, values in rates.items()},
-        "rounds": {name: [round(value, 1) for value in values] for name, values in rates.items()},
-        "ratio": round(statistics.median(o / b for o, b in zip(rates["ours"], rates["bare"], strict=True)), 3),
-        "cpu_ms_a_request": {name: round(statistics.median(values), 3) for name, values in costs.items()},
-        "at_50_per_s_ms": {
-            name: {"p50": round(values[len(values) // 2], 2), "p99": round(values[int(len(values) * 0.99)], 2)}
-            for name, values in latencies.items()
-        },
-    }
+    figures = []
+    for name, values in latencies.items():
+        spread = round(min(rates[name]), 1), round(max(rates[name]), 1)
+        figures += [
+            Figure(f"{name}/rate", round(statistics.median(rates[name]), 1), "requests/s", spread),
+            Figure(f"{name}/cpu", round(statistics.median(costs[name]), 3), "ms of the server's CPU time a request"),
+            Figure(f"{name}/p50", round(values[len(values) // 2], 2), f"ms at {OPEN_RATE}/s"),
+            Figure(
+                f"{name}/p99",
+                round(values[int(len(values) * 0.99)], 2),
+                f"ms at {OPEN_RATE}/s",
+                bar="< 50" if name == "ours" else "",
+            ),
+        ]
+    ratio = statistics.median(ours / bare for ours, bare in zip(rates["ours"], rates["bare"], strict=True))
+    return [*figures, Figure("ratio", round(ratio, 3), "of the bare endpoint's rate", bar=">= 0.7")]
 
 
 def _cpu_s(target: Target) -> float:
@@ -269,29 +277,20 @@ def _cpu_s(target: Target) -> float:
     return float(times.user + times.system)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = make_parser("submit", __doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each round")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--no-fsync", action="store_true", help="a database that doesn't wait for its disk: CPU alone")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve-bare", nargs=2, metavar=("URL", "PORT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve_bare:
         serve_bare(options.serve_bare[0], int(options.serve_bare[1]))
-        return
+        return 0
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), seconds=options.seconds, rounds=options.rounds, durable=not options.no_fsync)
-    if options.json:
-        print(json.dumps({"bench": "submit", "fsync": not options.no_fsync, **result}))
-        return
-    for name, title in (("ours", "submit"), ("bare", "bare INSERT")):
-        rate, cpu, beat = (result[key][name] for key in ("requests_per_s", "cpu_ms_a_request", "at_50_per_s_ms"))
-        print(
-            f"{title:12} {rate:8.1f} requests/s  {cpu:6.2f} CPU ms each  at 50/s: p50 {beat['p50']} ms, p99 {beat['p99']} ms"
-        )
-    print(f"{'ratio':12} {result['ratio']:8.3f}  (bar: at least 0.7, and p99 under 50 ms)")
+        figures = measure(Path(folder), seconds=options.seconds, rounds=options.rounds, durable=not options.no_fsync)
+    return finish("submit", figures, parser, options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -84,12 +84,13 @@ def main() -> int:
         found = measure(given.model, given.data, given.measure, given.threads, given.rounds, given.texts, names)
         if not given.json:
             show(found)
-            return 0
     else:
         parser.error("say --press OUT or --measure OUT")
-    json.dump(found, sys.stdout, indent=1 if given.json else None)
-    print()
-    return 0
+    from bench.record import finish
+    from bench.train_figures import figures_of
+
+    inputs = ("model", "data", "press", "measure", "device", "only", "json")
+    return finish("train", figures_of(found, given.device), parser, given, choices=inputs)
 
 
 # Training ------------------------------------------------------------------------------------------------------------

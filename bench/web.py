@@ -1,30 +1,25 @@
 """The web page in headless Chromium: milliseconds from the first byte asked for to a list of jobs that can be clicked, with many jobs there.
 
-    python -m bench.web [--jobs 10000] [--rounds 9] [--json]
+    python -m bench.web [--jobs 10000] [--rounds 9]
 
-Each round is a browser context of its own, so nothing is cached. SQLite, one API process, both on this machine. Prints its row of
-docs/performance.md, and fails where the bar is missed.
+Each round is a browser context of its own, so nothing is cached. SQLite, one API process, both on this machine.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
+from bench.record import Figure, finish, make_parser
 from tests.browser import chromium
 from tests.face import Face
 from tests.jobs import add_model, submit
 
-BAR_MS = 1000
-
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.web", description=__doc__)
+    parser = make_parser("web", __doc__)
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         face = Face(Path(folder))
@@ -36,22 +31,11 @@ def main() -> int:
             rounds = measure(face, options.rounds)
         finally:
             face.close()
-    figures = {
-        "jobs": options.jobs,
-        "interactive_ms": round(statistics.median(rounds)),
-        "slowest_ms": round(max(rounds)),
-        "bar_ms": BAR_MS,
-        "passed": max(rounds) < BAR_MS,
-    }
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        print("| what | measured | beside it | bar | command |\n|---|---|---|---|---|")
-        print(
-            f"| the web page, {options.jobs:,} jobs: a list to click, nothing cached | {figures['interactive_ms']} ms | slowest of {options.rounds}: {figures['slowest_ms']} ms "
-            f"| < 1 s: **{'PASS' if figures['passed'] else 'MISS'}** | `bench.web` |"
-        )
-    return 0 if figures["passed"] else 1
+    figures = [
+        Figure("first click/median", round(statistics.median(rounds)), "ms"),
+        Figure("first click/slowest", round(max(rounds)), "ms", bar="< 1000"),
+    ]
+    return finish("web", figures, parser, options)
 
 
 def measure(face: Face, rounds: int) -> list[float]:

@@ -1,4 +1,7 @@
-"""What a person holds: a typed client for Python, synchronous and asynchronous, and the `nightpress` command in client.cli."""
+"""The Python client, synchronous and asynchronous, and the `nightpress` command in `client.cli`.
+
+Import it as `from nightpress import AsyncClient, Client`.
+"""
 
 from nightpress.client.asynchronous import AsyncClient
 from nightpress.client.client import Client

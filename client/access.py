@@ -1,4 +1,4 @@
-"""The calls about who may do what, and who is told: webhooks, keys, tenants with their quotas, and the audit log."""
+"""Calls about access and notification: webhooks, keys, tenants with their quotas, and the audit log. Nothing is sent here."""
 
 import datetime as dt
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _ME = reader(MeView)
 
 
 def create_webhook(url: str, events: Sequence[WebhookEvent]) -> Call[NewWebhookView]:
-    """Its secret stands in this answer and nowhere else."""
+    """Have the service call `url` on these events. Only this answer holds the secret that signs the messages."""
     return post("/v1/webhooks", _NEW_WEBHOOK, WebhookCreate(url=url, events=list(events)))
 
 
@@ -41,39 +41,43 @@ def page_webhooks(*, cursor: str | None = None, limit: int = 50) -> Call[Page[We
 
 
 def edit_webhook(webhook: str, *, version: int | None = None, **changes: Any) -> Call[WebhookView]:
-    """`changes`: those of core.wire.webhooks.WebhookUpdate. With `version`, only while it is still that one: else ApiError(precondition_failed)."""
+    """Change the given fields of core.wire.webhooks.WebhookUpdate: url, events, enabled.
+
+    With `version`, raises ApiError(precondition_failed) where the webhook has been changed since that version.
+    """
     body = WebhookUpdate(**changes).model_dump(mode="json", exclude_unset=True)
     headers = if_match(version)
     return Call("PATCH", path_of("webhooks", webhook), _WEBHOOK, repeatable=not headers, json=body, headers=headers)
 
 
 def delete_webhook(webhook: str, *, version: int | None = None) -> Call[None]:
-    """With its deliveries. With `version`, only while it is still that one: else ApiError(precondition_failed)."""
+    """Delete a webhook and its deliveries. With `version`, raises ApiError(precondition_failed) where it has been changed since."""
     return Call("DELETE", path_of("webhooks", webhook), nothing, headers=if_match(version))
 
 
 def rotate_secret(webhook: str, *, overlap_s: float = 24 * 3600.0) -> Call[NewWebhookView]:
-    """A new secret. For `overlap_s` messages carry the old one's signature too."""
+    """Make a new secret. For `overlap_s` seconds messages carry signatures by both secrets."""
     return post(path_of("webhooks", webhook, "rotate"), _NEW_WEBHOOK, SecretRotate(overlap_s=overlap_s))
 
 
 def send_test(webhook: str) -> Call[DeliveryView]:
-    """Send a message that says nothing, to see whether it comes through."""
+    """Send a test message. Returns its delivery, which says later what came of it."""
     return post(path_of("webhooks", webhook, "test"), _DELIVERY)
 
 
 def page_deliveries(webhook: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[DeliveryView]]:
+    """A page of the messages to a webhook, newest first."""
     params = given(cursor=cursor, limit=limit)
     return Call("GET", path_of("webhooks", webhook, "deliveries"), _DELIVERIES, params=params)
 
 
 def get_delivery(webhook: str, delivery: str) -> Call[DeliveryView]:
-    """With every try that was made."""
+    """A message to a webhook, with every try to send it."""
     return Call("GET", path_of("webhooks", webhook, "deliveries", delivery), _DELIVERY)
 
 
 def redeliver(webhook: str, delivery: str) -> Call[DeliveryView]:
-    """Send it again now, under the same webhook-id, by which a receiver tells it for a repetition."""
+    """Send a message again now. It keeps its webhook-id, so that its receiver can recognise a repetition."""
     return post(path_of("webhooks", webhook, "deliveries", delivery, "redeliver"), _DELIVERY)
 
 
@@ -88,7 +92,7 @@ def create_key(
     expires_in_s: float | None = None,
     tenant_id: str | None = None,
 ) -> Call[NewKeyView]:
-    """The key stands in this answer and nowhere else. `tenant_id` is for administrators."""
+    """Make a key. Only this answer holds it. `tenant_id`, for administrators: the tenant that it belongs to."""
     body = KeyCreate(
         name=name, scopes=list(scopes), expires_at=expires_at, expires_in_s=expires_in_s, tenant_id=tenant_id
     )
@@ -104,16 +108,17 @@ def page_keys(*, tenant_id: str | None = None, cursor: str | None = None, limit:
 
 
 def rotate_key(key_id: str, *, overlap_s: float = 3600.0) -> Call[NewKeyView]:
-    """Its successor, with the same rights. The old one works on for `overlap_s`."""
+    """Make a new key with the same rights. The old key keeps working for `overlap_s` seconds."""
     return post(path_of("keys", key_id, "rotate"), _NEW_KEY, KeyRotate(overlap_s=overlap_s))
 
 
 def revoke_key(key_id: str) -> Call[None]:
+    """End a key for good. It stops working within five seconds."""
     return Call("DELETE", path_of("keys", key_id), nothing)
 
 
 def me() -> Call[MeView]:
-    """Whom the key belongs to, what it allows, and what its tenant uses of its quotas."""
+    """The tenant and scopes of the key in use, and how much of its quotas the tenant uses."""
     return Call("GET", "/v1/me", _ME)
 
 
@@ -129,7 +134,10 @@ def get_tenant(tenant_id: str) -> Call[TenantView]:
 
 
 def set_quotas(tenant_id: str, *, version: int | None = None, **quotas: int | None) -> Call[TenantView]:
-    """`quotas`: those of core.wire.access.QuotaChange; None gives the installation's own back, 0 means no bound."""
+    """Change the given quotas of core.wire.access.QuotaChange. None: the installation's default. 0: unlimited.
+
+    With `version`, raises ApiError(precondition_failed) where the quotas have been changed since that version.
+    """
     body = QuotaChange(**quotas).model_dump(mode="json", exclude_unset=True)
     headers = if_match(version)
     path = path_of("admin", "tenants", tenant_id)
@@ -137,5 +145,5 @@ def set_quotas(tenant_id: str, *, version: int | None = None, **quotas: int | No
 
 
 def page_audit(*, tenant_id: str | None = None, cursor: str | None = None, limit: int = 50) -> Call[Page[AuditView]]:
-    """Who did what, newest first."""
+    """A page of what keys have changed, newest first."""
     return Call("GET", "/v1/admin/audit", _AUDIT, params=given(tenant_id=tenant_id, cursor=cursor, limit=limit))

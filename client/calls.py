@@ -1,6 +1,6 @@
-"""Every request of the API as a value: method, path, body, and how to read the answer. Nothing is sent here.
+"""The requests of the API as values: method, path, body, and how to read the answer. Nothing is sent here.
 
-`Client` and `AsyncClient` differ only in how they send a `Call`.
+`client.access` holds those about webhooks, keys and tenants. Both clients send them, and raise ApiError or UnreachableError.
 """
 
 import uuid
@@ -33,14 +33,14 @@ from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, Sche
 from nightpress.core.wire.system import QueueView, ReadyView, WorkerView
 
 Answer = TypeVar("Answer")
-_HASHING_S = 3600.0  #: to read a model of some terabytes from a server's disk
+_HASHING_S = 3600.0  #: time for the server to read a model of some terabytes from its disk
 
 
 @dataclass(frozen=True)
 class Call(Generic[Answer]):
-    """One request. `repeatable`: sending it twice does no more than sending it once, so a broken connection may be retried.
+    """A request. `repeatable`: sending it twice has the effect of sending it once, so it is sent again after a lost answer.
 
-    All are but an edit of a named version: every POST carries a key under which the server does it once.
+    Every POST is repeatable, because the server does it once for its Idempotency-Key. An edit of a named version is not.
     """
 
     method: str
@@ -51,22 +51,23 @@ class Call(Generic[Answer]):
     json: Any = None
     headers: Mapping[str, str] = field(default_factory=dict)
     accept: frozenset[int] = frozenset()  #: statuses ≥ 400 that are answers and not errors
-    timeout_s: float | None = None  #: where the server has long work to do before it can answer
+    timeout_s: float | None = None  #: set where the server works long before it answers; else Options.timeout_s
 
 
 def reader(kind: Any) -> Callable[[httpx.Response], Any]:
+    """A parser of responses of this type. It raises ValidationError for other content."""
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
     return lambda response: adapter.validate_json(response.content)
 
 
 def _items(kind: Any) -> Callable[[httpx.Response], Any]:
-    """Read a page for its items: for lists that never need a second one."""
+    """A parser of the items of a page, for lists that fit on a single page."""
     adapter: TypeAdapter[Any] = TypeAdapter(Page[kind])
     return lambda response: adapter.validate_json(response.content).items
 
 
 def nothing(_response: httpx.Response) -> None:
-    return None
+    """The parser of an answer without content."""
 
 
 def _text(response: httpx.Response) -> str:
@@ -90,15 +91,20 @@ _JSON = reader(dict[str, Any])
 
 
 def path_of(*parts: str) -> str:
+    """The path below /v1, each part quoted."""
     return "/v1/" + "/".join(quote(part, safe="") for part in parts)
 
 
 def given(**params: object) -> list[tuple[str, str]]:
+    """Query parameters, without those that are None."""
     return [(name, str(value)) for name, value in params.items() if value is not None]
 
 
 def if_match(version: int | None) -> dict[str, str]:
-    """A header that lets an edit of this version alone succeed. Repeated after a lost answer it would be refused."""
+    """Optimistic locking: an edit names the version that it is based on. None: the edit is made whatever the version is.
+
+    An edit with this header must not be repeated after a lost answer: it has perhaps made a new version.
+    """
     return {"If-Match": f'"v{version}"'} if version is not None else {}
 
 
@@ -110,7 +116,7 @@ def post(
     key: str | None = None,
     timeout_s: float | None = None,
 ) -> Call[Answer]:
-    """A POST with an Idempotency-Key. It is made here, once a call and not once a try, so that a retry finds what the try before it did."""
+    """A POST with an Idempotency-Key. All tries of a call carry the same key, so that the server does it once."""
     headers = {"Idempotency-Key": key or uuid.uuid4().hex}
     json = None if body is None else body.model_dump(mode="json", exclude_unset=True)
     return Call("POST", path, parse, json=json, headers=headers, timeout_s=timeout_s)
@@ -120,6 +126,7 @@ def post(
 
 
 def create_model(request: ModelCreate) -> Call[ModelView]:
+    """Announce an upload, register a folder of the server, or have the server fetch a model: as the request says."""
     return post("/v1/models", _MODEL, request, timeout_s=_HASHING_S)
 
 
@@ -128,17 +135,17 @@ def get_model(model: str) -> Call[ModelView]:
 
 
 def latest_of(model: str) -> Call[LatestView]:
-    """The newest accepted result of a model's name. Raises ApiError(not_found) where none was accepted yet."""
+    """The result that a model's name means now. Raises ApiError(not_found) where no result was accepted yet."""
     return Call("GET", path_of("models", model, "latest"), _LATEST)
 
 
 def page_promotions(model: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[PromotionView]]:
-    """Where a model's name stood, newest first: the first is where it stands."""
+    """A page of the results that a model's name has meant, newest first. The first is the present one."""
     return Call("GET", path_of("models", model, "promotions"), _PROMOTIONS, params=given(cursor=cursor, limit=limit))
 
 
 def promote(model: str, job_id: str) -> Call[PromotionView]:
-    """Let a model's name mean another job's accepted result, e.g. to go back. Holds until the next job of this name is accepted."""
+    """Let a model's name mean the accepted result of this job, e.g. to go back. The next accepted result replaces it."""
     return post(path_of("models", model, "promotions"), _PROMOTION, PromotionCreate(job_id=job_id))
 
 
@@ -147,10 +154,12 @@ def page_models(*, cursor: str | None = None, limit: int = 50) -> Call[Page[Mode
 
 
 def delete_model(model: str) -> Call[None]:
+    """Delete a model. Jobs done with it keep their results."""
     return Call("DELETE", path_of("models", model), nothing)
 
 
 def create_data_set(request: DataSetCreate) -> Call[DataSetView]:
+    """Announce an upload, register a file of the server, or have the server fetch a data set: as the request says."""
     return post("/v1/datasets", _DATA_SET, request, timeout_s=_HASHING_S)
 
 
@@ -167,15 +176,17 @@ def delete_data_set(data_set: str) -> Call[None]:
 
 
 def uploads(kind: str, subject: str) -> Call[list[UploadFile]]:
-    """The parts not yet received, with fresh URLs. `kind`: "models" or "datasets"."""
+    """The parts that the server lacks, with fresh URLs. `kind`: "models" or "datasets"."""
     return Call("GET", path_of(kind, subject, "uploads"), _UPLOADS)
 
 
 def complete(kind: str, subject: str) -> Call[None]:
+    """Close an upload whose parts are all sent. The server verifies it before it answers, or afterwards where it is large."""
     return post(path_of(kind, subject, "complete"), nothing, timeout_s=_HASHING_S)
 
 
 def upload_state(kind: str, subject: str) -> Call[str]:
+    """The state of the model or data set that is uploaded."""
     return Call("GET", path_of(kind, subject), lambda response: str(response.json()["state"]))
 
 
@@ -197,7 +208,7 @@ def validate_recipe(recipe: dict[str, Any] | str, model: str | None = None) -> C
 
 
 def recipe_schema() -> Call[dict[str, Any]]:
-    """The JSON schema of a recipe, for editors."""
+    """The JSON schema of a recipe. Editors check a recipe against it."""
     return Call("GET", "/v1/recipes/schema", _JSON)
 
 
@@ -207,22 +218,22 @@ def recipe_schema() -> Call[dict[str, Any]]:
 def submit_job(
     model: str, recipe: str | dict[str, Any], *, idempotency_key: str | None = None, **fields: Any
 ) -> Call[JobView]:
-    """Queue a job. `fields`: those of core.wire.jobs.JobCreate (name, priority, labels, run_after, …).
+    """Queue a job. `fields`: further fields of core.wire.jobs.JobCreate (name, priority, labels, run_after, …).
 
-    The request carries a fresh Idempotency-Key, so that a retry over a bad line makes no second job; give your own to extend
-    that over several runs of a program.
+    Each call has its own Idempotency-Key, so that a retry after a lost answer makes no second job. Give a key of your own
+    where a second run of your program must not make a second job either.
     """
     request = JobCreate(model=model, recipe=recipe, **fields)
     return post("/v1/jobs", _JOB, request, key=idempotency_key)
 
 
 def submit_jobs(jobs: Sequence[JobCreate], *, idempotency_key: str | None = None) -> Call[list[JobView]]:
-    """Queue up to 100 jobs, all or none."""
+    """Queue up to 100 jobs: all, or none where one of them is refused."""
     return post("/v1/jobs:batch", _JOB_LIST, JobBatch(jobs=list(jobs)), key=idempotency_key)
 
 
 def cancel_jobs(wanted: JobFilter) -> Call[CancelledView]:
-    """Cancel every job that matches, a bounded number at a time: `more` says whether to ask again."""
+    """Cancel the jobs that match, up to a number per request. `more` in the answer says whether to ask again."""
     return post("/v1/jobs:cancel", _CANCELLED, wanted)
 
 
@@ -238,38 +249,44 @@ def page_jobs(
     cursor: str | None = None,
     limit: int = 50,
 ) -> Call[Page[JobView]]:
+    """A page of jobs, newest first: in one of these states, with all of these labels, on this model."""
     params = [("state", state) for state in states]
     params += [("label", f"{key}={value}") for key, value in (labels or {}).items()]
     return Call("GET", "/v1/jobs", _JOBS, params=params + given(model=model, cursor=cursor, limit=limit))
 
 
 def cancel_job(job_id: str) -> Call[JobView]:
+    """Cancel a job. A queued job ends at once, a running job within seconds; a finished job stays as it is."""
     return post(path_of("jobs", job_id, "cancel"), _JOB)
 
 
 def retry_job(job_id: str) -> Call[JobView]:
-    """A new job like a finished one."""
+    """Queue a finished job again, as a new job with a new id."""
     return post(path_of("jobs", job_id, "retry"), _JOB)
 
 
 def list_events(job_id: str, *, after: int = 0, limit: int = 500) -> Call[list[EventView]]:
+    """A job's events from number `after` + 1 on, oldest first."""
     return Call("GET", path_of("jobs", job_id, "events"), _EVENTS, params=given(after=after, limit=limit))
 
 
 def list_logs(job_id: str, *, after: int = 0, limit: int = 500) -> Call[list[LogView]]:
+    """A job's log lines from number `after` + 1 on, oldest first."""
     return Call("GET", path_of("jobs", job_id, "logs"), _LOGS, params=given(after=after, limit=limit))
 
 
 def list_artifacts(job_id: str) -> Call[list[ArtifactView]]:
+    """A job's artifacts with their files; none before the job has succeeded."""
     return Call("GET", path_of("jobs", job_id, "artifacts"), _ARTIFACTS)
 
 
 def get_report(job_id: str) -> Call[ReportView]:
+    """A job's report: the figures before and after, with intervals. Raises ApiError(not_found) before the job has succeeded."""
     return Call("GET", path_of("jobs", job_id, "report"), _REPORT)
 
 
 def get_drawn_report(job_id: str, form: Literal["html", "md"]) -> Call[str]:
-    """The report as one self-contained page or as a Markdown model card."""
+    """The report as a self-contained HTML page or as a Markdown model card."""
     return Call("GET", path_of("jobs", job_id, f"report.{form}"), _text)
 
 
@@ -279,7 +296,10 @@ def get_drawn_report(job_id: str, form: Literal["html", "md"]) -> Call[str]:
 def create_schedule(
     name: str, cron: str, model: str, recipe: str | dict[str, Any], *, timezone: str = "UTC", **fields: Any
 ) -> Call[ScheduleView]:
-    """`fields`: those of core.wire.schedules.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobRequest."""
+    """Submit a job at each time that `cron` names.
+
+    `fields`: further fields of core.wire.schedules.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobRequest.
+    """
     own = {key: value for key, value in fields.items() if key in ScheduleCreate.model_fields}
     rest = {key: value for key, value in fields.items() if key not in own}
     job = JobRequest(model=model, recipe=recipe, **rest)
@@ -295,32 +315,37 @@ def page_schedules(*, cursor: str | None = None, limit: int = 50) -> Call[Page[S
 
 
 def edit_schedule(schedule: str, *, version: int | None = None, **changes: Any) -> Call[ScheduleView]:
-    """Change what is given; `source=None` takes the source away. With `version`, only while it is still that one: else ApiError(precondition_failed)."""
+    """Change the given fields of core.wire.schedules.ScheduleUpdate. `source=None` removes the source.
+
+    With `version`, raises ApiError(precondition_failed) where the schedule has been changed since that version.
+    """
     body = ScheduleUpdate(**changes).model_dump(mode="json", exclude_unset=True)
     headers = if_match(version)
     return Call("PATCH", path_of("schedules", schedule), _SCHEDULE, repeatable=not headers, json=body, headers=headers)
 
 
 def delete_schedule(schedule: str, *, version: int | None = None) -> Call[None]:
-    """With `version`, only while it is still that one: else ApiError(precondition_failed)."""
+    """Delete a schedule; its jobs stay. With `version`, raises ApiError(precondition_failed) where it has been changed since."""
     return Call("DELETE", path_of("schedules", schedule), nothing, headers=if_match(version))
 
 
 def suspend_schedule(schedule: str) -> Call[ScheduleView]:
+    """Submit no more jobs until the schedule is resumed."""
     return post(path_of("schedules", schedule, "suspend"), _SCHEDULE)
 
 
 def resume_schedule(schedule: str) -> Call[ScheduleView]:
+    """Submit jobs again, from the next due time on."""
     return post(path_of("schedules", schedule, "resume"), _SCHEDULE)
 
 
 def trigger_schedule(schedule: str) -> Call[ScheduleRunView]:
-    """Fire now. The run's job appears within a few seconds."""
+    """Fire now. Returns the run; its job appears within a few seconds."""
     return post(path_of("schedules", schedule, "trigger"), _RUN)
 
 
 def page_schedule_runs(schedule: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[ScheduleRunView]]:
-    """What each fire came to, newest first."""
+    """A page of a schedule's runs and their outcomes, newest first."""
     return Call("GET", path_of("schedules", schedule, "runs"), _RUNS, params=given(cursor=cursor, limit=limit))
 
 
@@ -328,14 +353,15 @@ def page_schedule_runs(schedule: str, *, cursor: str | None = None, limit: int =
 
 
 def list_workers() -> Call[list[WorkerView]]:
+    """The workers, with the job of each or the reason why it takes none."""
     return Call("GET", "/v1/workers", _WORKERS)
 
 
 def list_queues() -> Call[list[QueueView]]:
-    """What waits and what runs, over all tenants."""
+    """How many jobs wait and run in each queue, over all tenants."""
     return Call("GET", "/v1/queues", _QUEUES)
 
 
 def ready() -> Call[ReadyView]:
-    """What the API says of the parts it needs; needs no key."""
+    """Whether the API can reach its database, broker and storage. Needs no key."""
     return Call("GET", "/readyz", _READY, accept=frozenset({503}))

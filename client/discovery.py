@@ -1,4 +1,4 @@
-"""Finding the server and the key: what was said, then the environment, then a named server, then the embedded stack's folder."""
+"""Which server and which key: the caller's arguments, then the environment, the stored servers, and the embedded stack's folder."""
 
 import os
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 @dataclass(frozen=True)
 class Found:
-    """A value and where it came from, for `nightpress doctor`."""
+    """A value and where it was found, which `nightpress doctor` prints."""
 
     value: str | None
     source: str
@@ -24,7 +24,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Place:
-    """A server and the key for it. They are found together, so that no server is ever sent another's key."""
+    """A server and its key. They are looked up together, so that no server is sent another server's key."""
 
     url: str
     source: str
@@ -34,9 +34,9 @@ class Place:
 def find_server(
     settings: Settings, api_url: str | None = None, api_key: str | None = None, profile: str | None = None
 ) -> Place:
-    """Raises ClientError for a profile that is not known."""
+    """Find the server and its key. Raises ClientError for an unknown profile, or for both an address and a profile."""
     if api_url and profile:
-        raise ClientError("An address and a profile are two servers.", hint="Give --api or --profile, not both.")
+        raise ClientError("Both an address and a profile were given.", hint="Give --api or --profile, not both.")
     servers, environment = read_servers(), os.environ
     if not api_url and (named := profile or environment.get("NIGHTPRESS_PROFILE")):
         return _named(servers, named, api_key)
@@ -62,14 +62,14 @@ def _find_key(settings: Settings, url: str, given: str | None) -> Found:
     if key := os.environ.get("NIGHTPRESS_API_KEY"):
         return Found(key.strip(), "NIGHTPRESS_API_KEY")
     if httpx.URL(url).host not in {*_LOOPBACK, settings.api_host}:
-        return Found(None, f"no NIGHTPRESS_API_KEY, and {settings.key_file} is for this machine alone")
+        return Found(None, f"no NIGHTPRESS_API_KEY, and {settings.key_file} is only for this machine's own service")
     try:
         key = settings.key_file.read_text().strip()
     except FileNotFoundError:
         return Found(None, f"no NIGHTPRESS_API_KEY and no {settings.key_file}")
     except (OSError, UnicodeDecodeError) as error:
         raise ClientError(
-            f"The key file {settings.key_file} cannot be read: {getattr(error, 'strerror', 'it is no text')}.",
+            f"The key file {settings.key_file} cannot be read: {getattr(error, 'strerror', 'it is not text')}.",
             hint="Set NIGHTPRESS_API_KEY, or run as the person who started the stack.",
         ) from error
     if not key:
@@ -78,6 +78,7 @@ def _find_key(settings: Settings, url: str, given: str | None) -> Found:
 
 
 def clean_url(url: str) -> str:
+    """The address without a slash at its end, and with `http://` where it names no scheme."""
     url = url.strip().rstrip("/")
     return url if "://" in url else f"http://{url}"
 
@@ -85,6 +86,6 @@ def clean_url(url: str) -> str:
 def options_from(
     api_url: str | None, api_key: str | None, profile: str | None, *, timeout_s: float, retries: int
 ) -> Options:
-    """Fill what the caller left open from the environment, the named servers and the embedded stack's folder."""
+    """The options of a client. What the caller does not give is found as in `find_server`, and raises as it does."""
     place = find_server(load_settings(), api_url, api_key, profile)
     return Options(place.url, place.key.value, timeout_s=timeout_s, retries=retries)

@@ -1,4 +1,4 @@
-"""What a caller of the client can catch. Each says what happened (`message`) and what to do about it (`hint`)."""
+"""The errors that the client raises. Each says what happened (`message`) and what to do about it (`hint`)."""
 
 from typing import Any
 
@@ -22,15 +22,15 @@ class ClientError(Exception):
 
 
 class UnreachableError(ClientError):
-    """No answer came: nothing listens, the connection broke, or it took too long. The retries are used up."""
+    """No answer came after all retries: nothing listens, the connection broke, or the answer took too long."""
 
 
 class TransferError(ClientError):
-    """A file could not be brought over whole: its bytes differ from what was announced, or its name is not safe to write."""
+    """A file was not transferred: its bytes differ from what was announced, or its name is not safe to write."""
 
 
 class ApiError(ClientError):
-    """The server answered with a problem (RFC 9457). `code` is from core.errors.ErrorCode; a newer server may know more."""
+    """The server answered with a problem (RFC 9457). `code` is from core.errors.ErrorCode, or newer than this client."""
 
     def __init__(self, problem: Problem, *, retry_after: float | None = None) -> None:
         super().__init__(problem.detail or problem.title, hint=problem.hint)
@@ -38,12 +38,15 @@ class ApiError(ClientError):
         self.code = problem.code
         self.status = problem.status
         self.request_id = problem.request_id  #: quote it when asking for help
-        self.errors: list[dict[str, Any]] = problem.errors  #: the faulty fields, where the request was refused
+        self.errors: list[dict[str, Any]] = problem.errors  #: the invalid fields of a refused request
         self.retry_after = retry_after
 
     @classmethod
     def from_response(cls, response: httpx.Response) -> "ApiError":
-        """Read the problem of an answer ≥ 400 whose body has been read; one without a problem (a proxy's, say) is described by its status."""
+        """The error for a response with a status ≥ 400 whose body has been read.
+
+        A response without a problem, e.g. from a proxy, is described by its status.
+        """
         try:
             problem = Problem.model_validate_json(response.content)
         except ValidationError:
@@ -53,7 +56,7 @@ class ApiError(ClientError):
                 status=response.status_code,
                 detail=f"{response.request.url.copy_with(query=None)} answered {response.status_code} {response.reason_phrase}.",
                 code="not_found" if response.status_code == 404 else "internal",
-                hint="The answer is not from a Nightpress API: is the address right, and is a proxy in between?",
+                hint="This answer is not from a Nightpress API. Check the address, and whether a proxy is in between.",
                 request_id=response.headers.get("x-request-id", ""),
             )
         return cls(problem, retry_after=retry_after_of(response))

@@ -1,4 +1,4 @@
-"""Following a job's events or log over SSE: the parser, and what is remembered between one connection and the next."""
+"""Following a job's events or log over SSE: the parser, and the position that is kept from connection to connection."""
 
 import time
 from collections.abc import Callable
@@ -15,6 +15,8 @@ from nightpress.core.wire.jobs import EventView, LogView
 
 
 class Numbered(Protocol):
+    """An item with a number; numbers grow by 1 without gaps."""
+
     @property
     def seq(self) -> int: ...
 
@@ -24,7 +26,7 @@ Item = TypeVar("Item", bound=Numbered)
 
 @dataclass(frozen=True)
 class Stream(Generic[Item]):
-    """One of a job's two growing lists."""
+    """A list that grows while a job runs: its events or its log lines."""
 
     path: str
     kind: TypeAdapter[Item]
@@ -36,9 +38,9 @@ LOGS: Stream[LogView] = Stream("logs", TypeAdapter(LogView), list_logs)
 
 
 class Tail(Generic[Item]):
-    """Where a reader stands in a stream: the last number seen, and since when nobody has answered.
+    """The position in a stream: the number of the last item, and since when the server has been silent.
 
-    Feed it the lines of each connection. Numbers already seen are dropped, so a server that starts over repeats nothing.
+    Feed it the lines of each connection. Items that were seen before are dropped.
     """
 
     def __init__(self, options: Options, stream: Stream[Item], job_id: str, after: int, patience_s: float) -> None:
@@ -52,7 +54,7 @@ class Tail(Generic[Item]):
         self._data: list[str] = []
 
     def request(self) -> dict[str, Any]:
-        """Arguments for `stream()` of either httpx client. A server pings every few seconds, so 60 s of silence is a dead line."""
+        """Arguments for `stream()` of either httpx client. The server pings every few seconds: 60 s of silence is a dead connection."""
         headers = {**self._options.headers(), "Accept": "text/event-stream", "Last-Event-ID": str(self.after)}
         return {
             "method": "GET",
@@ -62,11 +64,11 @@ class Tail(Generic[Item]):
         }
 
     def rest(self) -> Call[list[Item]]:
-        """What came after the last item, as a plain list: asked when the job is over and the stream has ended."""
+        """A call for the items after the last, as a plain list. Send it when the job is over and the stream has ended."""
         return self._stream.page(self._job_id, after=self.after)
 
     def feed(self, line: str) -> Item | None:
-        """One line of the stream without its end; returns an item when the line completes a new one."""
+        """Take a line of the stream, without its line end. Returns a new item where the line completes it, else None."""
         self._silent_since, self._failures = None, 0
         if line:
             name, _, value = line.partition(":")
@@ -83,13 +85,18 @@ class Tail(Generic[Item]):
         return self.seen(item)
 
     def seen(self, item: Item) -> Item | None:
+        """Move the position to an item and return it. Returns None for an item that was seen before."""
         if item.seq <= self.after:
             return None
         self.after = item.seq
         return item
 
     def pause_after(self, error: httpx.TransportError | ApiError) -> float:
-        """How long to wait before connecting again. Raises once nobody has answered for `patience_s`, or when asking again is no use."""
+        """Seconds to wait before connecting again.
+
+        Raises ApiError where a new connection would be refused too. Raises ApiError or UnreachableError where the server
+        has been silent for more than `patience_s`.
+        """
         if isinstance(error, ApiError) and error.status not in {502, 503, 504}:
             raise error
         now = time.monotonic()

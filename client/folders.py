@@ -1,4 +1,4 @@
-"""Which files of a local model folder are sent, and whether they make a model: told before a byte is read in full."""
+"""Which files of a local model folder are sent, and whether they are a model. Only headers and small files are read for that."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from nightpress.core.recipes.pooling import module_folders
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The files to send, by their name at the server, and those that stay behind."""
+    """A checked model folder: `files` to send, by their name at the server, and the names that are `left_out`."""
 
     name: str
     files: dict[str, Path]
@@ -22,8 +22,8 @@ class ModelFolder:
     header: ModelHeader
 
 
-class _Chosen:
-    """The chosen files alone, as core.recipes.inspect wants to see a folder."""
+class _ChosenFiles:
+    """Only the chosen files of a folder, in the form that core.recipes.inspect reads."""
 
     def __init__(self, folder: FolderFiles, names: Sequence[str]) -> None:
         self._folder = folder
@@ -37,9 +37,9 @@ class _Chosen:
 
 
 def read_model_folder(folder: Path, name: str | None = None) -> ModelFolder:
-    """Choose a model's files, as `save_pretrained` lays them out, and check them as the server will.
+    """Choose the files of a model as `save_pretrained` writes it, and check them as the server will.
 
-    They lie at the top of the folder, and in those that `modules.json` names. Links are followed as the server follows them.
+    They lie at the top of the folder and in the folders that `modules.json` names. Links are followed as on the server.
     Raises NightpressError with the server's own codes: unsupported_format, malformed_model, unsupported_architecture, path_not_allowed.
     """
     if not folder.is_dir():
@@ -51,14 +51,14 @@ def read_model_folder(folder: Path, name: str | None = None) -> ModelFolder:
     files = FolderFiles(folder)
     top = _files_in(files, "")
     present = [*top, *(path for module in _modules(files, top) for path in _files_in(files, module))]
-    chosen = choose_files(present, lambda path: _whole(files, path))
+    chosen = choose_files(present, lambda path: _read_whole(files, path))
     if not any(path.endswith(".safetensors") for path in chosen):
         check_names(chosen)  # says what is there instead, and how to convert it
     return ModelFolder(
         name=name or plain_name(files.root.name),
         files={path: files.path(path) for path in chosen},
         left_out=tuple(path for path in present if path not in chosen),
-        header=inspect_model(_Chosen(files, chosen)),
+        header=inspect_model(_ChosenFiles(files, chosen)),
     )
 
 
@@ -71,14 +71,14 @@ def _files_in(files: FolderFiles, below: str) -> list[str]:
 
 
 def _modules(files: FolderFiles, top: Sequence[str]) -> Sequence[str]:
-    return module_folders(lambda path: _whole(files, path) if path in top else None)
+    return module_folders(lambda path: _read_whole(files, path) if path in top else None)
 
 
-def _whole(files: FolderFiles, path: str) -> bytes:
+def _read_whole(files: FolderFiles, path: str) -> bytes:
     return files.read(path, 0, files.path(path).stat().st_size)
 
 
 def plain_name(text: str) -> str:
-    """A name the service takes, from any text: lower case, dashes for all else."""
+    """A valid name from any text: lower case, with dashes in place of other characters."""
     name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")
     return name[:64] or "model"

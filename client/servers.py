@@ -1,4 +1,4 @@
-"""Several servers under names, with their keys: a small TOML file that only its owner can read."""
+"""The file of named servers with their keys: TOML, readable by its owner only."""
 
 import json
 import os
@@ -21,13 +21,13 @@ class Server:
 
 @dataclass
 class Servers:
-    """What the file says. `default`: the one that is meant where none is named."""
+    """The content of the file. `default`: the server to use where none is named."""
 
     known: dict[str, Server] = field(default_factory=dict)
     default: str | None = None
 
     def get(self, name: str) -> Server:
-        """Raises ClientError for a name that isn't there."""
+        """The server of this name. Raises ClientError where there is none."""
         if name not in self.known:
             there = ", ".join(sorted(self.known)) or "none"
             raise ClientError(
@@ -38,34 +38,36 @@ class Servers:
 
 
 def servers_file() -> Path:
-    """In the user's configuration folder, as the XDG base directory specification has it."""
+    """The file's path, by the XDG base directory specification: ~/.config/nightpress/config.toml by default."""
     base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     return Path(base) / "nightpress" / "config.toml"
 
 
 def read_servers() -> Servers:
-    """Raises ClientError for a file that isn't what `save_servers` writes."""
+    """The servers of the file; none where there is no file. Raises ClientError for a file that can't be read."""
     path = servers_file()
     try:
         raw = tomllib.loads(path.read_text())
-        known = {name: Server(str(one["api_url"]), one.get("api_key")) for name, one in raw.get("servers", {}).items()}
+        known = {
+            name: Server(str(entry["api_url"]), entry.get("api_key")) for name, entry in raw.get("servers", {}).items()
+        }
     except FileNotFoundError:
         return Servers()
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ClientError(
-            f"{path} can't be read: {error}.", hint="Mend it, or move it away and add the servers again."
+            f"{path} can't be read: {error}.", hint="Correct it, or move it away and add the servers again."
         ) from error
     return Servers(known, raw.get("default"))
 
 
 def save_servers(servers: Servers) -> Path:
-    """Write the file whole or not at all, readable by its owner alone: it holds keys."""
+    """Write the file atomically, readable by its owner only because it holds keys. Returns its path."""
     lines = [f"default = {json.dumps(servers.default)}\n"] if servers.default else []
-    for name, one in sorted(servers.known.items()):
+    for name, server in sorted(servers.known.items()):
         # A JSON string of printable ASCII is a TOML basic string.
-        lines.append(f"\n[servers.{name}]\napi_url = {json.dumps(one.api_url)}\n")
-        if one.api_key:
-            lines.append(f"api_key = {json.dumps(one.api_key)}\n")
+        lines.append(f"\n[servers.{name}]\napi_url = {json.dumps(server.api_url)}\n")
+        if server.api_key:
+            lines.append(f"api_key = {json.dumps(server.api_key)}\n")
     path = servers_file()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mkstemp makes it 0600
@@ -76,7 +78,9 @@ def save_servers(servers: Servers) -> Path:
 
 
 def check_name(name: str) -> str:
-    """Raises ClientError for what can't be a name in the file."""
+    """Return the name. Raises ClientError where it can't be a server's name."""
     if not _NAME.fullmatch(name):
-        raise ClientError(f"{name!r} is no name for a server.", hint="Letters, digits, - and _; at most 63.")
+        raise ClientError(
+            f"{name!r} is not a valid name for a server.", hint="Use letters, digits, - and _; at most 63 characters."
+        )
     return name

@@ -1,6 +1,6 @@
-"""Files between a disk and the service: parts up in parallel, ranges down with resume, every byte accounted for by SHA-256.
+"""Files between a disk and the service: uploads in parallel parts, downloads that resume, each file checked by its SHA-256.
 
-Plain threads serve both clients: hashing and disk access block, so an event loop would send them to threads all the same.
+Both clients use threads here: hashing and disk access block, so that an event loop would need threads as well.
 """
 
 import hashlib
@@ -16,28 +16,30 @@ from urllib.parse import quote
 import httpx
 
 from nightpress.client.errors import ApiError, ClientError, TransferError
-from nightpress.client.transport import Attempts, Options, not_reachable
+from nightpress.client.transport import Options, Retry, not_reachable
 from nightpress.core.handoff.manifest import FileEntry, digest_of
 from nightpress.core.wire.jobs import ArtifactView
 from nightpress.core.wire.models import FileAnnouncement, FileView, UploadFile, UploadPart, upload_part_size
 
 _CHUNK = 1024 * 1024
 _ROUNDS_WITHOUT_PROGRESS = 3
-#: More than half a terabyte's parts would not fit into one request: such files are verified whole, at the end.
+#: More digests (half a terabyte of parts) do not fit into a request. Such files are verified as a whole, at the end.
 _MOST_PART_DIGESTS = 8_000
 
 
 class Meter(Protocol):
-    """Watches a transfer, e.g. to draw a bar. Called from several threads."""
+    """Is told how far a transfer is, e.g. to draw a bar. Called from several threads."""
 
     def expect(self, size: int) -> None:
-        """So many bytes more will come."""
+        """`size` more bytes will be transferred."""
 
     def advance(self, size: int) -> None:
-        """So many bytes are through; negative when a part has to start over."""
+        """`size` more bytes have been transferred; negative when a part starts over."""
 
 
 class _Unwatched:
+    """A meter that shows nothing."""
+
     def expect(self, size: int) -> None: ...
 
     def advance(self, size: int) -> None: ...
@@ -47,12 +49,12 @@ UNWATCHED: Meter = _Unwatched()
 
 
 class _StoppedError(Exception):
-    """The caller gave up; threads leave at their next chunk."""
+    """Raised in a thread at its next chunk when `Transfers.stop` is set."""
 
 
 @dataclass(frozen=True)
 class Transfers:
-    """The connection and manners of a batch of transfers."""
+    """A batch of transfers over one connection pool. `parallel`: the number of threads. `stop`: set it to end the batch."""
 
     http: httpx.Client
     options: Options
@@ -65,9 +67,9 @@ class Transfers:
     def upload(
         self, files: Sequence[UploadFile], sources: Mapping[str, Path], missing: Callable[[], Sequence[UploadFile]]
     ) -> None:
-        """Send every part. `missing` asks what the server still lacks, with fresh URLs: they live 15 minutes only.
+        """Send every part of the files. `missing` asks which parts the server lacks, with fresh URLs: they expire after 15 minutes.
 
-        Raises what went wrong last, after three rounds in which nothing more arrived.
+        Raises the last ApiError, UnreachableError or TransferError after three rounds in which no further part arrived.
         """
         left, idle_rounds = list(files), 0
         self.meter.expect(_bytes_in(left))
@@ -82,7 +84,7 @@ class Transfers:
                 )
 
     def _upload_round(self, files: Sequence[UploadFile], sources: Mapping[str, Path]) -> ClientError | None:
-        """Send all parts once. Returns the last error that fresh URLs may mend; raises one that they can't."""
+        """Send all parts once. Returns the last error that fresh URLs may cure, and raises other errors."""
         errors: list[ClientError] = []
 
         def send(file: UploadFile, part: UploadPart) -> None:
@@ -100,11 +102,11 @@ class Transfers:
 
     def _source_of(self, sources: Mapping[str, Path], path: str) -> Path:
         if path not in sources:
-            raise _is_none(self.options, "a file to send", path)
+            raise _malformed(self.options, "a file name", path)
         return sources[path]
 
     def _upload_part(self, source: Path, part: UploadPart) -> None:
-        attempts = Attempts(self.options, repeatable=True)
+        retry = Retry(self.options, repeatable=True)
         headers = {**(self.options.headers() if self._is_ours(part.url) else {}), **part.headers}
         headers["Content-Length"] = str(part.size)
         while True:
@@ -115,11 +117,11 @@ class Transfers:
                 if outcome.is_success:
                     return
             except UnicodeError as error:  # of a header's name or value
-                raise _is_none(self.options, "a header", next(iter(part.headers), "")) from error
+                raise _malformed(self.options, "a header", next(iter(part.headers), "")) from error
             except httpx.TransportError as error:
                 outcome = error
             self.meter.advance(-sent[0])
-            pause = attempts.pause_after(outcome)
+            pause = retry.pause_after(outcome)
             if pause is None:
                 raise self._error(outcome)
             self._sleep(pause)
@@ -141,7 +143,10 @@ class Transfers:
     # Down --------------------------------------------------------------------------------------------------------
 
     def download(self, wanted: Iterable[tuple[str, FileView]], folder: Path) -> None:
-        """Fetch each (URL, file) to `folder`/file.path. What is already there and right is kept, what is half there is continued."""
+        """Fetch each (URL, file) to `folder`/file.path. Complete files are kept, partial files are continued.
+
+        Raises TransferError where a file's bytes differ from its SHA-256, ApiError or UnreachableError.
+        """
         jobs = [(url, file, target_of(folder, file.path)) for url, file in wanted]
         self.meter.expect(sum(file.size for _, file, _ in jobs))
         self._in_threads([(self._download_file, job) for job in jobs])
@@ -157,19 +162,19 @@ class Transfers:
             if self._fetch(url, file, part) == file.sha256:
                 part.replace(target)
                 return
-            # A stale .part from another file of this name gets one more chance, from nothing.
+            # The .part was perhaps left by another file of this name: try once more from the start.
             part.unlink()
             self.meter.advance(-file.size)
             if final or not resumed:
                 break
         raise TransferError(
             f"{file.path} arrived with other bytes than the job recorded (SHA-256 differs).",
-            hint="Nothing was kept. Pull again; if it stays so, the stored object is damaged.",
+            hint="Nothing was kept. Pull again. If the error stays, the stored object is damaged.",
         )
 
     def _fetch(self, url: str, file: FileView, part: Path) -> str:
         """Bring the .part file to full length and return its SHA-256."""
-        attempts = Attempts(self.options, repeatable=True)
+        retry = Retry(self.options, repeatable=True)
         digest = self._hash(part) if part.exists() else hashlib.sha256()
         have = part.stat().st_size if part.exists() else 0
         if have > file.size:
@@ -186,7 +191,7 @@ class Transfers:
                 headers |= {"Range": f"bytes={have}-"} if have else {}
                 with self.http.stream("GET", url, headers=headers) as outcome:
                     if outcome.is_success:
-                        if outcome.status_code == 200 and have:  # the server knows no ranges: from the start
+                        if outcome.status_code == 200 and have:  # the server ignores ranges: start over
                             self.meter.advance(-have)
                             digest, have = hashlib.sha256(), 0
                         with part.open("ab" if have else "wb") as stream:
@@ -207,9 +212,9 @@ class Transfers:
                         outcome.read()
             except httpx.TransportError as error:
                 outcome = error
-            if have > start:  # a long file over a bad line is fine as long as it grows
-                attempts = Attempts(self.options, repeatable=True)
-            pause = attempts.pause_after(outcome)
+            if have > start:  # tries are counted anew as long as the file grows
+                retry = Retry(self.options, repeatable=True)
+            pause = retry.pause_after(outcome)
             if pause is None:
                 raise self._error(outcome)
             self._sleep(pause)
@@ -226,16 +231,16 @@ class Transfers:
     # Common ------------------------------------------------------------------------------------------------------
 
     def hash_files(self, files: Mapping[str, Path]) -> list[FileAnnouncement]:
-        """Size and SHA-256 of each local file and of each part it will be sent in, hashed in parallel."""
+        """Size and SHA-256 of each local file, and the SHA-256 of each of its parts. Files are hashed in parallel."""
         found: dict[str, FileAnnouncement] = {}
 
-        def look(name: str, source: Path) -> None:
+        def announce(name: str, source: Path) -> None:
             found[name] = self._announce(name, source)
 
-        self._in_threads([(look, item) for item in files.items()])
+        self._in_threads([(announce, item) for item in files.items()])
         announced = [found[name] for name in sorted(found)]
-        if sum(len(one.part_sha256) for one in announced) > _MOST_PART_DIGESTS:
-            return [one.model_copy(update={"part_sha256": []}) for one in announced]
+        if sum(len(file.part_sha256) for file in announced) > _MOST_PART_DIGESTS:
+            return [file.model_copy(update={"part_sha256": []}) for file in announced]
         return announced
 
     def _announce(self, name: str, source: Path) -> FileAnnouncement:
@@ -253,13 +258,13 @@ class Transfers:
         return FileAnnouncement(path=name, size=size, sha256=whole.hexdigest(), part_sha256=parts)
 
     def _in_threads(self, tasks: Sequence[tuple[Callable[..., None], tuple[object, ...]]]) -> None:
-        """Run all; at the first error, or when the caller is interrupted, stop the others and raise it."""
+        """Run all tasks. At the first error or interrupt, stop the other tasks and raise it."""
         with ThreadPoolExecutor(self.parallel, thread_name_prefix="transfer") as pool:
             futures = [pool.submit(task, *arguments) for task, arguments in tasks]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                errors = [error for one in done if (error := one.exception())]
-                # Those who only followed the order to stop have nothing to say about why.
+                errors = [error for future in done if (error := future.exception())]
+                # The reason comes first: threads that were only stopped do not know it.
                 error = min(errors, key=lambda one: isinstance(one, _StoppedError), default=None)
             except BaseException as interrupt:
                 error = interrupt
@@ -269,12 +274,12 @@ class Transfers:
                 raise error
 
     def _is_ours(self, url: str) -> bool:
-        """Whether a URL is the API's own: only those get the key."""
+        """Whether a URL leads to the API itself. Only such a URL gets the key."""
         own = httpx.URL(self.options.api_url)
         try:
             target = own.join(url)
         except httpx.InvalidURL as error:
-            raise _is_none(self.options, "an address", url) from error
+            raise _malformed(self.options, "an address", url) from error
         return (target.scheme, target.host, target.port) == (own.scheme, own.host, own.port)
 
     def _error(self, outcome: httpx.Response | httpx.TransportError) -> ClientError:
@@ -291,15 +296,15 @@ class Transfers:
             raise _StoppedError
 
 
-def _is_none(options: Options, what: str, text: str) -> TransferError:
+def _malformed(options: Options, what: str, text: str) -> TransferError:
     return TransferError(
-        f"The server named {what} that is none: {text:.80}.",
+        f"The server sent {what} that is not valid: {text:.80}.",
         hint=f"Is {options.api_url} a Nightpress API?",
     )
 
 
 def target_of(folder: Path, path: str) -> Path:
-    """Where a file of an artifact goes. Raises TransferError for a name that could leave the folder: the server is not trusted with that."""
+    """The path of an artifact's file below `folder`. Raises TransferError for a name that could leave the folder: the server is not trusted."""
     try:
         FileEntry(path=path, size=0, sha256="0" * 64)
     except ValueError as error:
@@ -310,7 +315,7 @@ def target_of(folder: Path, path: str) -> Path:
 
 
 def url_of(download_url: str, path: str) -> str:
-    """A file of an artifact: its path appended, each segment quoted."""
+    """The URL of an artifact's file: the path is appended, each segment quoted."""
     return download_url.rstrip("/") + "/" + quote(path)
 
 
@@ -319,21 +324,24 @@ def _bytes_in(files: Iterable[UploadFile]) -> int:
 
 
 def choose_artifacts(artifacts: Sequence[ArtifactView], formats: Sequence[str], job_id: str) -> list[ArtifactView]:
-    """Those of the wanted formats, or all. Raises ClientError for one that isn't there, TransferError for a file list that isn't the artifact's."""
-    there = {one.format for one in artifacts}
+    """The artifacts of the given formats; all where no format is given.
+
+    Raises ClientError for a format that the job lacks, and TransferError for a list of files that differs from the artifact's digest.
+    """
+    present = {artifact.format for artifact in artifacts}
     if not artifacts:
-        raise ClientError(f"Job {job_id} has no artifacts.", hint="Only a job that succeeded has some.")
-    if missing := [one for one in formats if one not in there]:
-        raise ClientError(f"Job {job_id} has no {', '.join(missing)}.", hint=f"It has: {', '.join(sorted(there))}.")
-    chosen = [one for one in artifacts if not formats or one.format in formats]
-    for one in chosen:
-        for file in one.files:
+        raise ClientError(f"Job {job_id} has no artifacts.", hint="Only a job that has succeeded has artifacts.")
+    if missing := [form for form in formats if form not in present]:
+        raise ClientError(f"Job {job_id} has no {', '.join(missing)}.", hint=f"It has: {', '.join(sorted(present))}.")
+    chosen = [artifact for artifact in artifacts if not formats or artifact.format in formats]
+    for artifact in chosen:
+        for file in artifact.files:
             target_of(Path(), file.path)
         if (
-            digest_of([FileEntry(path=file.path, size=file.size, sha256=file.sha256) for file in one.files])
-            != one.digest
+            digest_of([FileEntry(path=file.path, size=file.size, sha256=file.sha256) for file in artifact.files])
+            != artifact.digest
         ):
             raise TransferError(
-                f"The file list of {one.format} does not add up to its digest.", hint="Nothing was fetched."
+                f"The file list of {artifact.format} does not add up to its digest.", hint="Nothing was fetched."
             )
     return chosen

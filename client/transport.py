@@ -1,4 +1,4 @@
-"""What both clients share around a request: headers, whether and when to try again, and reading the answer."""
+"""The rules of a request: its headers, whether and when it is sent again, and how its answer is read."""
 
 import random
 import time
@@ -13,13 +13,13 @@ from nightpress.core.version import VERSION
 
 Answer = TypeVar("Answer")
 
-_GATEWAYS = frozenset({502, 504})  #: what a proxy says that lost the server, whatever that did
+_GATEWAYS = frozenset({502, 504})  #: a proxy lost the server, which may have done what was asked
 _TRY_AGAIN = _GATEWAYS | {503}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where the server is, and how patient to be. Durations in seconds."""
+    """Address, key and patience of a client. Durations are in seconds."""
 
     api_url: str
     api_key: str | None = None
@@ -32,17 +32,16 @@ class Options:
         """Arguments for httpx.Client and httpx.AsyncClient alike."""
         return {
             "base_url": self.api_url,
-            "timeout": httpx.Timeout(
-                120.0, connect=5.0
-            ),  # of transfers, where a store may think for long; calls say their own
+            # For transfers, where a store may take long to answer. Calls have timeouts of their own.
+            "timeout": httpx.Timeout(120.0, connect=5.0),
             "headers": {"User-Agent": f"nightpress/{VERSION}"},
             "follow_redirects": True,
-            # A proxy for the world outside would not find this machine's own loopback.
+            # A proxy on another machine can't reach this machine's loopback.
             "trust_env": httpx.URL(self.api_url).host not in {"127.0.0.1", "localhost", "::1"},
         }
 
     def headers(self) -> dict[str, str]:
-        """The key travels with each request to the API, never as a default that presigned URLs elsewhere would get too."""
+        """The key, for requests to the API. It is no default header of the httpx client: presigned URLs elsewhere must not get it."""
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
     def request(self, call: Call[Any]) -> dict[str, Any]:
@@ -57,8 +56,8 @@ class Options:
         }
 
 
-class Attempts:
-    """Counts the tries of one request and says how long to pause before the next; None: there is no next."""
+class Retry:
+    """Counts the tries of a request and says how long to pause before the next."""
 
     def __init__(
         self,
@@ -73,13 +72,14 @@ class Attempts:
         self._accept = accept
         self._until = time.monotonic() + (patience_s or options.timeout_s)
         self._made = 0
-        self.answer_lost = False  #: whether a try may have been done although nobody heard of it
+        self.answer_lost = False  #: whether the server may have done a try whose answer did not arrive
 
     def pause_after(self, outcome: httpx.Response | httpx.TransportError) -> float | None:
+        """Seconds until the next try; None where the outcome is final."""
         asked = retry_after_of(outcome) if isinstance(outcome, httpx.Response) else None
         if self._is_being_answered(outcome) and time.monotonic() < self._until:
-            return asked  # no try is used up: an earlier one is at work
-        if not self._worth_another(outcome) or self._made >= self._options.retries:
+            return asked  # not counted: the server still works on an earlier try
+        if not self._may_repeat(outcome) or self._made >= self._options.retries:
             return None
         self.answer_lost |= _may_be_done(outcome)
         pause = self._options.backoff_s * 2.0**self._made * random.uniform(0.75, 1.25)
@@ -87,34 +87,38 @@ class Attempts:
         return min(max(pause, asked or 0.0), self._options.longest_pause_s)
 
     def _is_being_answered(self, outcome: httpx.Response | httpx.TransportError) -> bool:
-        """The server still does what an earlier try under the same Idempotency-Key asked for, whose answer was lost."""
+        """Whether the server still works on an earlier try, with the same Idempotency-Key, whose answer was lost."""
         if not self.answer_lost or isinstance(outcome, httpx.TransportError):
             return False
         return outcome.status_code == 409 and retry_after_of(outcome) is not None
 
-    def _worth_another(self, outcome: httpx.Response | httpx.TransportError) -> bool:
+    def _may_repeat(self, outcome: httpx.Response | httpx.TransportError) -> bool:
         if isinstance(outcome, httpx.ConnectError | httpx.ConnectTimeout):
-            return True  # nothing was sent yet, so nothing can happen twice
+            return True  # nothing was sent, so nothing can happen twice
         if isinstance(outcome, httpx.TransportError):
             return self._repeatable and not isinstance(outcome, httpx.UnsupportedProtocol)
         return self._repeatable and outcome.status_code in _TRY_AGAIN - self._accept
 
 
 def _may_be_done(outcome: httpx.Response | httpx.TransportError) -> bool:
-    """Whether the server may have done what it was asked, and only its answer is missing."""
+    """Whether the server may have done what was asked, although its answer did not arrive."""
     if isinstance(outcome, httpx.TransportError):
         return not isinstance(outcome, httpx.ConnectError | httpx.ConnectTimeout)
     return outcome.status_code in _GATEWAYS
 
 
-def attempts_at(call: Call[Any], options: Options) -> Attempts:
-    return Attempts(options, repeatable=call.repeatable, accept=call.accept, patience_s=call.timeout_s)
+def retry_of(call: Call[Any], options: Options) -> Retry:
+    """The retry state of a call that has not been sent yet."""
+    return Retry(options, repeatable=call.repeatable, accept=call.accept, patience_s=call.timeout_s)
 
 
 def read_answer(
     call: Call[Answer], options: Options, outcome: httpx.Response | httpx.TransportError, *, answer_lost: bool = False
 ) -> Answer:
-    """Parse what came of a call, or raise ApiError or UnreachableError. `answer_lost`: an earlier try may have been done."""
+    """Parse the answer of a call. `answer_lost`: the server may have done an earlier try.
+
+    Raises UnreachableError for a transport error, ApiError for a problem, and ClientError for an answer that it can't read.
+    """
     if isinstance(outcome, httpx.TransportError):
         raise not_reachable(options.api_url, outcome) from outcome
     deleted = answer_lost and call.method == "DELETE" and outcome.status_code == 404
@@ -124,13 +128,13 @@ def read_answer(
         return call.parse(outcome)
     except ValueError as error:  # pydantic's and json's errors both are
         raise ClientError(
-            f"{call.method} {call.path} answered something this client cannot read.",
+            f"{call.method} {call.path} answered something that this client cannot read.",
             hint=f"Is {options.api_url} a Nightpress API, and of a version near {VERSION}?",
         ) from error
 
 
 def not_reachable(url: str, error: httpx.TransportError) -> UnreachableError:
-    """Say in a person's words why no answer came."""
+    """The error that says why no answer came."""
     if isinstance(error, httpx.UnsupportedProtocol):
         return UnreachableError(f"{url!r} is not a web address.", hint="It should look like http://127.0.0.1:8790.")
     if isinstance(error, httpx.ConnectError):
@@ -141,5 +145,5 @@ def not_reachable(url: str, error: httpx.TransportError) -> UnreachableError:
         why = "the connection broke off"
     return UnreachableError(
         f"Cannot reach the Nightpress API at {url}: {why}.",
-        hint="Start one with `nightpress up`, or name another with --api or NIGHTPRESS_API_URL. `nightpress doctor` looks closer.",
+        hint="Start a service with `nightpress up`, or name another with --api or NIGHTPRESS_API_URL. `nightpress doctor` looks for the cause.",
     )

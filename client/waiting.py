@@ -1,4 +1,4 @@
-"""How a client waits for a job: what both clients share around their `sleep`."""
+"""How often a client asks for a job that it waits for, and when it gives up."""
 
 import time
 
@@ -7,7 +7,7 @@ from nightpress.core.wire.jobs import JobView
 
 
 class Pace:
-    """When to ask again for a job that is awaited: often at first, seldom later, patiently while the server is away."""
+    """Seconds until the next request for a job: short at first, up to `poll_s` later, 1 s while the server is away."""
 
     def __init__(self, timeout_s: float | None, poll_s: float, patience_s: float) -> None:
         self._start = time.monotonic()
@@ -17,6 +17,7 @@ class Pace:
         self._away_since: float | None = None
 
     def after(self, job: JobView) -> float:
+        """The pause after an answer. Raises TimeoutError when `timeout_s` is over."""
         self._away_since = None
         now = time.monotonic()
         if self._timeout_s is not None and now - self._start >= self._timeout_s:
@@ -24,6 +25,7 @@ class Pace:
         return min(self._poll_s, max(0.1, (now - self._start) / 10))
 
     def after_error(self, error: UnreachableError | ApiError) -> float:
+        """The pause after an error. Raises it where it is final, or when the server has been away for `patience_s`."""
         if isinstance(error, ApiError) and error.status < 500:
             raise error
         now = time.monotonic()

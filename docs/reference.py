@@ -63,17 +63,18 @@ def errors_page() -> str:
         + _GENERATED
         + "One closed set of codes serves HTTP problems (RFC 9457), failed jobs and the command line. "
         "Each error says what happened and, in `hint`, what to do. A job that fails with a code that is tried again goes back to its "
-        "queue until its failures are used up.\n\n" + _table(("code", "HTTP status", "meaning", "tried again"), rows)
+        "queue, until it has failed as often as it may.\n\n"
+        + _table(("code", "HTTP status", "meaning", "tried again"), rows)
     )
 
 
 def _type_of(schema: dict[str, Any]) -> str:
     if "enum" in schema:
-        return ", ".join(f"`{one}`" for one in schema["enum"])
+        return ", ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:
         return f"`{schema['const']}`"
     if "anyOf" in schema:
-        return " or ".join(_type_of(one) for one in schema["anyOf"])
+        return " or ".join(_type_of(choice) for choice in schema["anyOf"])
     bounds = [
         f"{sign} {schema[key]}"
         for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
@@ -85,16 +86,16 @@ def _type_of(schema: dict[str, Any]) -> str:
 def _fields(model: Any) -> str:
     schema = model.model_json_schema()
     rows: list[tuple[object, ...]] = []
-    for name, one in schema["properties"].items():
+    for name, field in schema["properties"].items():
         if name in {"pass"}:
             continue
-        default = one.get("default", "")
+        default = field.get("default", "")
         rows.append(
             (
                 f"`{name}`",
-                _type_of(one),
+                _type_of(field),
                 f"`{default}`" if default not in ("", None) else "",
-                one.get("description", ""),
+                field.get("description", ""),
             )
         )
     return _table(("field", "takes", "default", "meaning"), rows)
@@ -105,8 +106,15 @@ def _doc(model: Any) -> str:
 
 
 def _aim(name: str, aim: Aim) -> tuple[object, ...]:
-    passes = ", ".join("`" + ", ".join(f"{key}: {value}" for key, value in one.items()) + "`" for one in aim.passes)
-    return f"`{name}`", passes, ", ".join(f"`{Export.model_validate(one).name}`" for one in aim.exports), aim.because
+    passes = ", ".join(
+        "`" + ", ".join(f"{key}: {value}" for key, value in options.items()) + "`" for options in aim.passes
+    )
+    return (
+        f"`{name}`",
+        passes,
+        ", ".join(f"`{Export.model_validate(export).name}`" for export in aim.exports),
+        aim.because,
+    )
 
 
 def recipes_page() -> str:
@@ -118,16 +126,16 @@ def recipes_page() -> str:
         "`POST /v1/recipes/validate` (or `nightpress recipes validate FILE`) answers with the normalised recipe, the plan, an estimate and warnings.\n",
         "## Fields\n\n" + _fields(Recipe),
         "## Targets\n\n"
-        "A recipe with a `target` may leave out `passes`, `exports` or both. What is filled in stands in the recipe from then on: it is what is stored, "
-        "fingerprinted and shown. Exports that the target's runtimes don't load are refused. `auto` takes `cpu-llm` for language models that llama.cpp runs, up to "
-        "8 billion parameters, `gpu-vllm` for others, `cpu-encoder` for text encoders.\n\n"
-        + _table(("target", "passes", "exports", "why"), [_aim(name, one) for name, one in AIMS.items()]),
+        "A recipe with a `target` may leave out `passes`, `exports` or both. The target fills them in, and the recipe is stored, fingerprinted and shown with them. "
+        "Exports that the target's runtimes don't load are refused. `auto` means `cpu-llm` for language models that llama.cpp runs, up to "
+        "8 billion parameters, `gpu-vllm` for other language models, and `cpu-encoder` for text encoders.\n\n"
+        + _table(("target", "passes", "exports", "why"), [_aim(name, aim) for name, aim in AIMS.items()]),
         "## Passes\n",
     ]
-    for one in PASS_TYPES:
-        carriers = ", ".join(f"`{name}`" for name in sorted(one.exports))
+    for options in PASS_TYPES:
+        carriers = ", ".join(f"`{name}`" for name in sorted(options.exports))
         parts.append(
-            f"### {one.model_fields['pass_'].default}\n\n{_doc(one)}\n\nNeeds: {one.needs}. Result carried by: {carriers}.\n\n{_fields(one)}"
+            f"### {options.model_fields['pass_'].default}\n\n{_doc(options)}\n\nNeeds: {options.needs}. Result carried by: {carriers}.\n\n{_fields(options)}"
         )
     parts.append("## Calibration\n\n" + _doc(Calibration) + "\n\n" + _fields(Calibration))
     parts.append("## Evaluation\n\n### quality\n\n" + _doc(Quality) + "\n\n" + _fields(Quality))
@@ -136,7 +144,7 @@ def recipes_page() -> str:
     parts.append(
         '## Gates\n\nA gate bounds a figure: `perplexity: "<= +3%"` (a signed percentage is a change against the source), `size: "<= 35%"` '
         '(an unsigned one is a share of the source), `throughput: ">= 1.5x"` (a factor), `cosine: ">= 0.99"` (the value itself). '
-        "It is decided on the unfavourable end of the figure's 95% interval. A missed gate makes the verdict `rejected`; the artifacts are kept.\n\n"
+        "The unfavourable end of the figure's 95% interval decides. When a gate is missed, the verdict is `rejected`, and the artifacts are kept.\n\n"
         f"Figures: {', '.join(f'`{name}`' for name in GATE_METRICS)}.\n"
     )
     parts.append("## Built-in recipes\n")
@@ -151,14 +159,14 @@ def commands_page() -> str:
     parts = [
         "# Commands\n\n"
         + _GENERATED
-        + "Every command with its arguments and options. [Command line](cli.md) says what they have in common, exit statuses among it. Each takes `--api URL`, `--profile NAME`, "
-        "`--json` and `--help`; `nightpress --install-completion` completes them in your shell.\n"
+        + "Every command with its arguments and options. [Command line](cli.md) says what all commands have in common, such as exit statuses. Each takes `--api URL`, `--profile NAME`, "
+        "`--json` and `--help`. `nightpress --install-completion` makes your shell complete them.\n"
     ]
     for words, command in _commands(get_command(app), ("nightpress",)):
         rows: list[tuple[object, ...]] = [
-            (_spelling(one), getattr(one, "help", "") or "")
-            for one in command.params
-            if one.name not in {"_api", "_profile", "_json", "install_completion", "show_completion"}
+            (_spelling(parameter), getattr(parameter, "help", "") or "")
+            for parameter in command.params
+            if parameter.name not in {"_api", "_profile", "_json", "install_completion", "show_completion"}
         ]
         parts.append(f"## {' '.join(words)}\n\n{inspect.cleandoc(command.help or '')}\n")
         if rows:
@@ -173,8 +181,8 @@ def _commands(command: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str,
         return
     if command.invoke_without_command:
         yield words, command
-    for name, one in command.commands.items():
-        yield from _commands(one, (*words, name))
+    for name, subcommand in command.commands.items():
+        yield from _commands(subcommand, (*words, name))
 
 
 def _spelling(parameter: Any) -> str:

@@ -27,7 +27,7 @@ class RunningApi:
     services: Services
 
     def key(self, *, tenant_id: str = "default", scopes: Collection[str] = tuple(ALL_SCOPES - {"admin"})) -> str:
-        return create_key(self.services.engine, tenant_id=tenant_id, name="test", scopes=scopes)[1]
+        return create_key(self.services.resources.engine, tenant_id=tenant_id, name="test", scopes=scopes)[1]
 
     def client(self, **kwargs: Any) -> httpx.Client:
         """A client with a key of its own; a context manager."""
@@ -38,7 +38,7 @@ class RunningApi:
     def claim(self) -> Claimed:
         """Take the next job, as a worker would."""
         offer = WorkerOffer(worker_id="test-worker", queue="cpu", device="cpu", memory=1 << 40, threads=1)
-        claimed = self.services.store.claim(offer, ttl_s=60)
+        claimed = self.services.resources.store.claims.claim(offer, ttl_s=60)
         assert claimed is not None
         return claimed
 
@@ -47,10 +47,10 @@ class RunningApi:
         prefix = f"jobs/{claimed.job.id}/attempts/{claimed.lease.attempt}"
         entries = []
         for path, data in files.items():
-            self.services.objects.put_bytes(f"{prefix}/{format}/{path}", data)
+            self.services.resources.objects.put_bytes(f"{prefix}/{format}/{path}", data)
             entries.append(FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
         for name in ("report.json", "report.html", "report.md"):
-            self.services.objects.put_bytes(f"{prefix}/{name}", f"this is {name}".encode())
+            self.services.resources.objects.put_bytes(f"{prefix}/{name}", f"this is {name}".encode())
         manifest = Manifest(
             job_id=claimed.job.id,
             attempt=claimed.lease.attempt,

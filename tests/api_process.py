@@ -18,10 +18,10 @@ from nightpress.core.database import transaction
 from nightpress.core.ids import new_id
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.service.access.keys import create_key
-from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.jobs.submission import JobSubmission
 from nightpress.core.service.tables.registry import models
 from tests.servers import free_port
-from tests.service import ROOT, TENANT, Service, eventually
+from tests.service import ROOT, TENANT, Service, eventually, module_of
 
 SCOPES = ("jobs:read", "jobs:write", "models:read", "models:write")
 
@@ -42,7 +42,7 @@ class ApiProcess:
 
     def start(self, dies: str = "", tree: Path = ROOT) -> None:
         """`dies`: before or after the commit of the first submission. `tree`: whose code it is."""
-        script = ("-P", "tests/api_process.py", dies) if dies else ("-m", "nightpress.api")
+        script = ("-P", "tests/api_process.py", dies) if dies else ("-m", module_of(tree, "api"))
         more = {"NIGHTPRESS_API_PORT": str(self._port), "PYTHONPATH": str(tree)}
         self.process = self._service.start(*script, cwd=tree, **more)
         with self.client() as client:
@@ -62,12 +62,12 @@ class ApiProcess:
 
 
 if __name__ == "__main__":
-    submit = JobStore.submit
+    submit = JobSubmission.submit
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         if sys.argv[1] == "after":
             submit(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    JobStore.submit = dying  # type: ignore[method-assign]
+    JobSubmission.submit = dying  # type: ignore[method-assign]
     main()

@@ -98,7 +98,7 @@ class Face:
     # A worker's part -------------------------------------------------------------------------------------------------
 
     def claim(self) -> Claimed:
-        claimed = self.store.claim(OFFER, ttl_s=60)
+        claimed = self.store.claims.claim(OFFER, ttl_s=60)
         assert claimed is not None
         return claimed
 
@@ -130,11 +130,11 @@ class Face:
             artifacts=(entry,),
             report=tuple(file for file in describe_folder(out) if "/" not in file.path),
         )
-        assert self.store.finish(claimed.lease, Succeeded(verdict, manifest, report.model_dump(mode="json")))
+        assert self.store.attempts.finish(claimed.lease, Succeeded(verdict, manifest, report.model_dump(mode="json")))
         return out
 
     def fail(self, claimed: Claimed, error: NightpressError) -> None:
-        assert self.store.fail(claimed.lease, error, backoff_s=0.1) == "failed"
+        assert self.store.attempts.fail(claimed.lease, error, backoff_s=0.1) == "failed"
 
 
 def make_report(job_id: str, verdict: Any) -> Report:

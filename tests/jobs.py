@@ -55,11 +55,11 @@ def offer(worker_id: str = "worker-1", **changes: Any) -> WorkerOffer:
 
 def submit(store: JobStore, *, max_queued: int = 10_000, **changes: Any) -> str:
     """A queued job's id."""
-    return store.submit(new_job(**changes), max_queued=max_queued)[0].id
+    return store.submission.submit(new_job(**changes), max_queued=max_queued)[0].id
 
 
 def claim(store: JobStore, worker_id: str = "worker-1", *, ttl_s: float = 60.0) -> Claimed:
-    claimed = store.claim(offer(worker_id), ttl_s=ttl_s)
+    claimed = store.claims.claim(offer(worker_id), ttl_s=ttl_s)
     assert claimed is not None
     return claimed
 

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-STORE, CLAIMS, SUBMISSION = (
-    "core/service/jobs/store.py",
-    "core/service/jobs/claims.py",
-    "core/service/jobs/submission.py",
+TRANSITIONS, ATTEMPTS, REQUESTS, EXPIRY, CLAIMS, SUBMISSION = (
+    f"core/service/jobs/{name}.py" for name in ("transitions", "attempts", "requests", "expiry", "claims", "submission")
 )
 CHECKPOINTS, SERVICE = "core/service/jobs/checkpoints.py", "core/service/jobs/service.py"
 STATES, SCHEDULES, REGISTRY = (
@@ -34,7 +32,9 @@ PROMOTIONS = "core/service/promotions/store.py"
 _HANGS = "tests/faults/test_f06_storage.py::test_f6_"
 #: the tests that hold what stands in a file; where these stay green, a mutant has survived
 TESTS = {
-    STORE: (_TRANSITIONS, _CLAIMS, "tests/integration/test_store_reads.py"),
+    **dict.fromkeys(
+        (TRANSITIONS, ATTEMPTS, REQUESTS, EXPIRY), (_TRANSITIONS, _CLAIMS, "tests/integration/test_store_reads.py")
+    ),
     CLAIMS: (_CLAIMS, _TRANSITIONS),
     SUBMISSION: ("tests/integration/test_store_submissions.py",),
     CHECKPOINTS: ("tests/integration/test_checkpoint_index.py",),
@@ -71,32 +71,32 @@ MUTANTS = (
     Mutant("claim: a lease of its own", CLAIMS, '"lease_id": bindparam("new_lease", type_=String)', '"lease_id": literal_column("\'lease_one\'")'),
     Mutant("the table: nothing leads out of an end", STATES, "Trigger.REUSE: {QUEUED: frozenset({SUCCEEDED})}", "Trigger.REUSE: {QUEUED: frozenset({SUCCEEDED}), FAILED: frozenset({SUCCEEDED})}"),
     Mutant("the table: only a cancelling job is confirmed cancelled", STATES, "Trigger.CONFIRM_CANCELLED: {CANCELLING: frozenset({CANCELLED})}", "Trigger.CONFIRM_CANCELLED: {RUNNING: frozenset({CANCELLED}), CANCELLING: frozenset({CANCELLED})}"),
-    Mutant("every worker's statement: the lease", STORE, "_columns.lease_id == lease.lease_id, ", ""),
-    Mutant("every transition: the states it starts from", STORE, "            .where(*guards, in_source)\n", "            .where(*guards)\n"),
-    Mutant("every transition: an event without a gap", STORE, ".values(event_seq=_columns.event_seq + 1, **values)", ".values(event_seq=_columns.event_seq + 2, **values)"),
-    Mutant("renew: progress never falls", STORE, '"progress": case((_columns.progress < progress.fraction, progress.fraction), else_=_columns.progress)', '"progress": progress.fraction'),
-    Mutant("renew: a sign of life is no progress", STORE, '"progressed_at": case((moved, db_now()), else_=_columns.progressed_at)', '"progressed_at": db_now()'),
-    Mutant("finish: the manifest is this attempt's", STORE, "if (manifest.job_id, manifest.attempt) != (lease.job_id, lease.attempt):", "if False:"),
-    Mutant("fail: no more failures than allowed", STORE, "_columns.failures + 1 >= _columns.max_failures", "_columns.failures + 1 > _columns.max_failures"),
-    Mutant("fail: an error that will not pass is final", STORE, 'else literal_column("1 = 1")', 'else literal_column("1 = 0")'),
-    Mutant("fail: a pause before the next attempt", STORE, "run_after=case((state == QUEUED, _backed_off(backoff_s)), else_=_columns.run_after)", "run_after=_columns.run_after"),
-    Mutant("fail: a cancelling job never goes back to the queue", STORE, "state = case((_columns.state == CANCELLING, when_cancelling), (used_up, FAILED), else_=QUEUED)", "state = case((used_up, FAILED), else_=QUEUED)"),
-    Mutant("release: a cancelling job ends", STORE, "state=case((_columns.state == CANCELLING, CANCELLED), else_=QUEUED)", "state=QUEUED"),
-    Mutant("cancel: a person's own job alone", STORE, "                _columns.id == job_id,\n                _columns.tenant_id == tenant_id,\n", "                _columns.id == job_id,\n"),
-    Mutant("expire: only a lease that ran out", STORE, "_columns.lease_expires_at < db_now(), lost", "_columns.lease_expires_at < db_now(10**6), lost"),
-    Mutant("expire: still due when it is taken", STORE, "                [_columns.id == job_id, IS_LEASED, is_due],\n", "                [_columns.id == job_id, IS_LEASED],\n"),
-    Mutant("expire: only a run past its limit", STORE, "_columns.started_at < db_now(-BELT_S - _columns.run_limit_s)", "_columns.started_at < db_now()"),
-    Mutant("expire: only a run that stalls", STORE, "_columns.progressed_at < db_now(-BELT_S - _columns.stall_s)", "_columns.progressed_at < db_now()"),
-    Mutant("queue deadline: still due when it is passed", STORE, "                    _columns.id == job_id,\n                    is_due,\n", "                    _columns.id == job_id,\n"),
-    Mutant("logs: a job's share and no more", STORE, "                if seq <= MAX_LOG_LINES\n", ""),
-    Mutant("end: the attempt is closed", STORE, '            _close_attempt(connection, job, "succeeded")\n', ""),
-    Mutant("end: a name's newest result is an accepted one", STORE, '            if outcome.verdict == "accepted" and job.promote:\n', "            if job.promote:\n", (_ACCESS,)),
-    Mutant("release: no failure is counted", STORE, "                run_after=db_now(),\n                **_RESTING", "                run_after=db_now(),\n                failures=_columns.failures + 1,\n                **_RESTING"),
-    Mutant("fail: a failure is counted", STORE, "else_=_columns.failures + 1),", "else_=_columns.failures),"),
-    Mutant("end: nobody holds it any more", STORE, '    "lease_id": null(),\n', ""),
-    Mutant("reuse: an identical job's result alone", STORE, "made.c.fingerprint == job.fingerprint)", "made.c.fingerprint.is_not(None))", (_API,)),
-    Mutant("reuse: within the tenant alone", STORE, ".where(made.c.tenant_id == job.tenant_id, ", ".where(", (_API,)),
-    Mutant("reuse: what the same engine made", STORE, "            .where(made.c.engine == ENGINE)", "            .where(True)"),
+    Mutant("every worker's statement: the lease", TRANSITIONS, "_columns.lease_id == lease.lease_id, ", ""),
+    Mutant("every transition: the states it starts from", TRANSITIONS, "        .where(*guards, in_source)\n", "            .where(*guards)\n"),
+    Mutant("every transition: an event without a gap", TRANSITIONS, ".values(event_seq=_columns.event_seq + 1, **values)", ".values(event_seq=_columns.event_seq + 2, **values)"),
+    Mutant("renew: progress never falls", ATTEMPTS, '"progress": case((_columns.progress < progress.fraction, progress.fraction), else_=_columns.progress)', '"progress": progress.fraction'),
+    Mutant("renew: a sign of life is no progress", ATTEMPTS, '"progressed_at": case((moved, db_now()), else_=_columns.progressed_at)', '"progressed_at": db_now()'),
+    Mutant("finish: the manifest is this attempt's", ATTEMPTS, "if (manifest.job_id, manifest.attempt) != (lease.job_id, lease.attempt):", "if False:"),
+    Mutant("fail: no more failures than allowed", TRANSITIONS, "_columns.failures + 1 >= _columns.max_failures", "_columns.failures + 1 > _columns.max_failures"),
+    Mutant("fail: an error that will not pass is final", TRANSITIONS, 'else literal_column("1 = 1")', 'else literal_column("1 = 0")'),
+    Mutant("fail: a pause before the next attempt", TRANSITIONS, "run_after=case((state == QUEUED, _backed_off(backoff_s)), else_=_columns.run_after)", "run_after=_columns.run_after"),
+    Mutant("fail: a cancelling job never goes back to the queue", TRANSITIONS, "state = case((_columns.state == CANCELLING, when_cancelling), (used_up, FAILED), else_=QUEUED)", "state = case((used_up, FAILED), else_=QUEUED)"),
+    Mutant("release: a cancelling job ends", ATTEMPTS, "state=case((_columns.state == CANCELLING, CANCELLED), else_=QUEUED)", "state=QUEUED"),
+    Mutant("cancel: a person's own job alone", REQUESTS, "                _columns.id == job_id,\n                _columns.tenant_id == tenant_id,\n", "                _columns.id == job_id,\n"),
+    Mutant("expire: only a lease that ran out", EXPIRY, "_columns.lease_expires_at < db_now(), lost", "_columns.lease_expires_at < db_now(10**6), lost"),
+    Mutant("expire: still due when it is taken", EXPIRY, "                [_columns.id == job_id, IS_LEASED, is_due],\n", "                [_columns.id == job_id, IS_LEASED],\n"),
+    Mutant("expire: only a run past its limit", EXPIRY, "_columns.started_at < db_now(-SUPERVISOR_GRACE_S - _columns.run_limit_s)", "_columns.started_at < db_now()"),
+    Mutant("expire: only a run that stalls", EXPIRY, "_columns.progressed_at < db_now(-SUPERVISOR_GRACE_S - _columns.stall_s)", "_columns.progressed_at < db_now()"),
+    Mutant("queue deadline: still due when it is passed", EXPIRY, "                    _columns.id == job_id,\n                    is_due,\n", "                    _columns.id == job_id,\n"),
+    Mutant("logs: a job's share and no more", ATTEMPTS, "                if seq <= MAX_LOG_LINES\n", ""),
+    Mutant("end: the attempt is closed", ATTEMPTS, '            close_attempt(connection, job, "succeeded")\n', ""),
+    Mutant("end: a name's newest result is an accepted one", ATTEMPTS, '            if outcome.verdict == "accepted" and job.promote:\n', "            if job.promote:\n", (_ACCESS,)),
+    Mutant("release: no failure is counted", ATTEMPTS, "                run_after=db_now(),\n                **RESTING", "                run_after=db_now(),\n                failures=_columns.failures + 1,\n                **_RESTING"),
+    Mutant("fail: a failure is counted", TRANSITIONS, "else_=_columns.failures + 1),", "else_=_columns.failures),"),
+    Mutant("end: nobody holds it any more", TRANSITIONS, '    "lease_id": null(),\n', ""),
+    Mutant("reuse: an identical job's result alone", REQUESTS, "made.c.fingerprint == job.fingerprint)", "made.c.fingerprint.is_not(None))", (_API,)),
+    Mutant("reuse: within the tenant alone", REQUESTS, ".where(made.c.tenant_id == job.tenant_id, ", ".where(", (_API,)),
+    Mutant("reuse: what the same engine made", REQUESTS, "            .where(made.c.engine == ENGINE)", "            .where(True)"),
     Mutant("reuse: never by force", SERVICE, "wanted.reuse and not wanted.force", "wanted.reuse"),
     Mutant("submit: the quota", SUBMISSION, 'if queued >= values["max_queued"]:', "if False:"),
     Mutant("submit: the job's own fingerprint", SUBMISSION, '"idempotency_fingerprint": idempotency.fingerprint}', '"idempotency_fingerprint": idempotency.fingerprint, "fingerprint": idempotency.fingerprint}', ("tests/integration/test_columns_of_jobs.py",)),
@@ -107,8 +107,8 @@ MUTANTS = (
     Mutant("model: not deleted while a job needs it", REGISTRY, "if self._is_needed(connection, tenant_id, row.id):", "if False:"),
     Mutant("model: decided once, from the state in which it was read", REGISTRY, "table.c.id == row.id, *same, table", "table.c.id == row.id, table"),
     Mutant("deletion: done again when nobody stores any more", REGISTRY, "UNSWEPT, over_at < db_now(-older_than_s)", "UNSWEPT", ("tests/faults/test_deletions.py",)),
-    Mutant("store: one that hangs holds up no cancellation", "worker/moving.py", "while not wait([done], timeout=_LOOK_S).done:", "while False:", (f"{_HANGS}f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_deploy",)),
-    Mutant("store: one that hangs holds up no deploy", "worker/app.py", "if supervisor.mover.hangs():", "if False:", (f"{_HANGS}f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_deploy",)),
+    Mutant("store: one that hangs holds up no cancellation", "worker/storage_threads.py", "while not wait([done], timeout=_LOOK_S).done:", "while False:", (f"{_HANGS}f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_deploy",)),
+    Mutant("store: one that hangs holds up no deploy", "worker/app.py", "if supervisor.storage_threads.hangs():", "if False:", (f"{_HANGS}f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_deploy",)),
     Mutant("store: one that hangs holds up no lease", "worker/control.py", 'self._slow.start(slow.__name__.strip("_"), slow)', "slow()", (f"{_HANGS}a_store_that_hangs_holds_up_no_lease",)),
     Mutant("checkpoint: one writer a prefix", CHECKPOINTS, ", where=~_held(checkpoints.c.lease_id))", ")"),
     Mutant("checkpoint: the prefix is the writer's, whose lease stands", CHECKPOINTS, "(checkpoints.c.digest == digest, _held(lease.lease_id))", "(checkpoints.c.digest == digest,)"),

@@ -36,6 +36,13 @@ from nightpress.worker.supervisor import Supervisor
 from tests.patience import slowness
 
 ROOT = Path(__file__).parents[1]
+
+
+def module_of(tree: Path, name: str) -> str:
+    """What a module of ours is called in a tree: before the second edition, packages lay at the top."""
+    return f"nightpress.{name}" if (tree / "nightpress").is_dir() else name
+
+
 TENANT = "default"
 MIB = 1024**2
 RECIPE = {
@@ -113,7 +120,7 @@ class Service:
 
     def submit(self, recipe: dict[str, Any] | None = None, **more: Any) -> str:
         new = {"run_limit_s": 60.0, "stall_s": 30.0, "max_failures": 2, "needs_memory": 1} | more
-        job, _ = self.store.submit(
+        job, _ = self.store.submission.submit(
             NewJob(
                 tenant_id=more.pop("tenant_id", TENANT),
                 model_id=self.model_id,
@@ -141,18 +148,18 @@ class Service:
     # Looking ---------------------------------------------------------------------------------------------------------
 
     def job(self, job_id: str, tenant_id: str = TENANT) -> Job:
-        job = self.store.get(tenant_id, job_id)
+        job = self.store.reader.get(tenant_id, job_id)
         assert job is not None
         return job
 
     def events(self, job_id: str) -> list[Event]:
-        return self.store.events(job_id)
+        return self.store.reader.events(job_id)
 
     def kinds(self, job_id: str) -> list[str]:
         return [event.kind for event in self.events(job_id)]
 
     def log(self, job_id: str) -> str:
-        return "\n".join(line.text for line in self.store.logs(job_id))
+        return "\n".join(line.text for line in self.store.reader.logs(job_id))
 
     def running(self) -> list[str]:
         """Jobs of any tenant that a worker holds."""
@@ -183,7 +190,7 @@ class Service:
         assert [event.seq for event in events] == list(range(1, len(events) + 1))
         assert [event.kind for event in events if event.kind in {"succeeded", "failed", "cancelled"}] == [job.state]
         assert job.failures <= job.max_failures
-        artifacts = self.store.artifacts(job_id)
+        artifacts = self.store.reader.artifacts(job_id)
         assert bool(artifacts) == (job.state == "succeeded")
         for artifact in artifacts:
             for file in artifact.files:
@@ -248,10 +255,10 @@ class Service:
     def start_worker(
         self, behaviour: str | None = "press", *, through: Sequence[str] = (), **more: str
     ) -> "subprocess.Popen[bytes]":
-        before = len(self.store.workers())
+        before = len(self.store.roster.workers())
         script = (str(ROOT / "tests" / "worker_process.py"), behaviour) if behaviour else ("-m", "nightpress.worker")
         process = self.start(*script, through=through, **more)
-        eventually(lambda: len(self.store.workers()) > before or process.poll() is not None, within=60)
+        eventually(lambda: len(self.store.roster.workers()) > before or process.poll() is not None, within=60)
         assert process.poll() is None, self.output()
         return process
 

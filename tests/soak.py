@@ -178,7 +178,7 @@ class Soak:
     def _cancel(self) -> None:
         if self._jobs:
             job_id = self._dice.choice(list(self._jobs))
-            self._service.store.request_cancel(self._jobs[job_id], job_id)
+            self._service.store.requests.request_cancel(self._jobs[job_id], job_id)
 
     def _flush_broker(self) -> None:
         self._broker.flush()
@@ -271,7 +271,7 @@ class Soak:
         self._start_worker()  # the first thing a worker does is to clear what killed ones left
         ends: Counter[str] = Counter()
         for job_id, tenant in self._jobs.items():
-            job = self._service.store.get(tenant, job_id)
+            job = self._service.store.reader.get(tenant, job_id)
             if job is None:
                 self.violations.append(f"I1: {job_id} was accepted and is gone")
                 continue

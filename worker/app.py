@@ -9,14 +9,11 @@ from celery import Celery, signals
 from celery.apps.worker import Worker as CeleryWorker
 from celery.worker import state as celery_state
 
-from nightpress.core.artifacts.open import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.ids import new_id
-from nightpress.core.service.jobs.checkpoints import CheckpointIndex
-from nightpress.core.service.jobs.claims import Caps
+from nightpress.core.service.compose import Resources
 from nightpress.core.service.jobs.records import WorkerOffer
 from nightpress.core.service.jobs.ring import make_celery
-from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.settings import Settings
 from nightpress.core.tracing import configure_tracing
 from nightpress.worker.cache import BlobCache
@@ -31,7 +28,6 @@ from nightpress.worker.supervisor import Supervisor
 from nightpress.worker.tasks import add_tasks
 
 _RESTART_S = 1.0
-_OLDEST_SHARE = 1 / 8  #: of the claims: what low priorities get of a queue that never empties
 
 log = logging.getLogger(__name__)
 
@@ -43,23 +39,21 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     configure_tracing(settings.otlp_endpoint, "worker")
     offer = make_offer(settings, new_id("wkr"))
     engine = make_engine(settings.sql_url)
-    caps = Caps(settings.max_running_jobs, settings.max_gpu_seconds_month)
-    store = JobStore(engine, caps, oldest_share=_OLDEST_SHARE)
-    objects = open_store(settings)
+    resources = Resources(settings, engine)
     folder = WorkerFolder(settings.data_dir / "work", offer.worker_id)
     cache = BlobCache(settings.data_dir / "cache", settings.cache_bytes)
     supervisor = Supervisor(
         settings,
-        store,
-        objects,
-        Stager(engine, objects, cache),
-        CheckpointIndex(engine),
+        resources.store,
+        resources.objects,
+        Stager(engine, resources.objects, cache),
+        resources.checkpoints,
         folder.path,
         memory=offer.memory,
         threads=offer.threads,
         child_command=child_command,
     )
-    slot = Slot(store, supervisor, offer, ttl_s=settings.lease_ttl_s)
+    slot = Slot(resources.store, supervisor, offer, ttl_s=settings.lease_ttl_s)
     app = make_celery(settings)
     add_tasks(app, slot)
     # Called within the signal's handler: it sets a flag and does nothing else. Weak references would be gone by then.
@@ -77,7 +71,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
         slot.close(timeout=settings.drain_s)
         folder.close()
         engine.dispose()
-        if supervisor.mover.hangs():
+        if supervisor.storage_threads.hangs():
             log.warning("The object store does not answer; its last requests are given up.")
             logging.shutdown()
             os._exit(os.EX_OK)  # else Python would wait for them

@@ -9,14 +9,14 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from nightpress.core.artifacts.storage import OnBytes, wrong_checksum
-from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.disk import full_disk
 
 _CHUNK = 1024**2
 
@@ -40,7 +40,7 @@ class BlobCache:
 
         Raises checksum_mismatch, disk_full and what `fetch` raises.
         """
-        with disk_errors():
+        with full_worker_disk():
             if size > self._limit:
                 fetch(target)
                 return
@@ -60,7 +60,7 @@ class BlobCache:
     def _make_room(self, size: int) -> None:
         """Remove the blobs not used for longest. A blob that a job still links frees nothing, so it stays."""
         with FileLock(self._locks / "eviction.lock"):
-            blobs = sorted(((path.stat(), path) for path in self._blobs.iterdir()), key=lambda one: one[0].st_mtime)
+            blobs = sorted(((path.stat(), path) for path in self._blobs.iterdir()), key=lambda entry: entry[0].st_mtime)
             excess = sum(info.st_size for info, _ in blobs) + size - self._limit
             for info, path in blobs:
                 if excess <= 0:
@@ -82,7 +82,7 @@ class BlobCache:
 
 def stage_in_place(source: Path, sha256: str, size: int, target: Path, *, link: bool, on_bytes: OnBytes) -> None:
     """Put a file that lies on this machine at `target`, and check that it is still the one that was registered."""
-    with disk_errors():
+    with full_worker_disk():
         if link:
             link_or_copy(source, target)
         else:
@@ -115,16 +115,9 @@ def _same(path: Path, sha256: str, size: int, on_bytes: OnBytes) -> bool:
     return digest.hexdigest() == sha256
 
 
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn a full disk into an error that says so."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise NightpressError(
-                ErrorCode.DISK_FULL,
-                f"The worker's disk is full: {error.filename or error.strerror}.",
-                hint="Free space in the worker's NIGHTPRESS_DATA_DIR or lower NIGHTPRESS_CACHE_BYTES.",
-            ) from error
-        raise
+def full_worker_disk() -> AbstractContextManager[None]:
+    """Raise NightpressError(disk_full) where the worker's disk takes no more."""
+    return full_disk(
+        "The worker's disk is full",
+        "Free space in the worker's NIGHTPRESS_DATA_DIR or lower NIGHTPRESS_CACHE_BYTES.",
+    )

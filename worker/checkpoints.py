@@ -60,7 +60,7 @@ class CheckpointDepot:
             recipe,
             tenant_id=job.tenant_id,
             model_digest=job.model_digest,
-            data={name: str(one["digest"]) for name, one in job.data.items()},
+            data={name: str(entry["digest"]) for name, entry in job.data.items()},
             device="cuda" if job.queue == "gpu" else "cpu",
             engine=ENGINE,
         )
@@ -97,18 +97,18 @@ class CheckpointDepot:
         files = self._index.files(self._digests[at])
         if record not in files:
             return False
-        chosen = {path: one for path, one in files.items() if path.startswith(below)}
+        chosen = {path: file for path, file in files.items() if path.startswith(below)}
         return self._bring(at, chosen, on_bytes) and self._bring(at, {record: files[record]}, on_bytes)
 
     def _bring(self, at: int, files: dict[str, StoredFile], on_bytes: OnBytes) -> bool:
         """Fetch files; False where one of them was not what it should be. The others are used."""
-        useless = [path for path, one in files.items() if not self._fetch(at, one, on_bytes)]
+        useless = [path for path, file in files.items() if not self._fetch(at, file, on_bytes)]
         if useless:
             self._index.forget(self._digests[at], useless)
-        good = [one for path, one in files.items() if path not in useless]
+        good = [file for path, file in files.items() if path not in useless]
         if good:
-            step = max(one.step for one in good)
-            makers = sorted({one.job_id for one in good})
+            step = max(file.step for file in good)
+            makers = sorted({file.job_id for file in good})
             self._note("resumed", {"pass_index": at, "step": step, "files": len(good), "from": makers})
             self._tell("info", f"{self._name(at)} goes on from {len(good)} files made by {', '.join(makers)}.")
         return not useless
@@ -199,7 +199,7 @@ class CheckpointDepot:
         file = StoredFile(path, status.st_size, sha256, step, self._lease.job_id)
         digest = self._digests[at]
         before = self._index.files(digest)
-        if not any(one.sha256 == sha256 for one in before.values()):
+        if not any(file.sha256 == sha256 for file in before.values()):
             self._objects.put_file(key_of(digest, file), held, sha256=sha256)
         if not self._index.add(self._lease, digest, file, limit=self._limit):
             self._mine.discard(at)
@@ -218,11 +218,13 @@ class CheckpointDepot:
             name = self._recipe.passes[at].pass_
             below = f"{pass_folder(at, name)}/"
             if path == pass_record(at, name):
-                gone = [one for one in before if one != path and not one.startswith(below)]
+                gone = [
+                    path_before for path_before in before if path_before != path and not path_before.startswith(below)
+                ]
         if gone:
             self._index.forget(digest, gone)
-        kept = {one.sha256 for one in self._index.files(digest).values()}
-        for sha256 in {before[one].sha256 for one in [*gone, path] if one in before} - kept:
+        kept = {file.sha256 for file in self._index.files(digest).values()}
+        for sha256 in {before[gone_path].sha256 for gone_path in [*gone, path] if gone_path in before} - kept:
             self._objects.delete_prefix(f"{folder_of(digest)}/{sha256}")
 
     def _name(self, at: int) -> str:

@@ -5,36 +5,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from sqlalchemy import Engine
-
-from nightpress.core.artifacts.open import open_store
-from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
 from nightpress.core.logs import configure_logging
-from nightpress.core.service.access.audit import AuditLog
-from nightpress.core.service.access.idempotency import IdempotencyBook
-from nightpress.core.service.access.quotas import QuotaBook
-from nightpress.core.service.jobs.checkpoints import CheckpointIndex, folder_of
-from nightpress.core.service.jobs.retention import JobRetention
+from nightpress.core.service.compose import Resources
+from nightpress.core.service.jobs.checkpoints import folder_of
 from nightpress.core.service.jobs.ring import Ringer
 from nightpress.core.service.jobs.roster import FLEET_MEMORY_S
-from nightpress.core.service.jobs.service import JobService
-from nightpress.core.service.jobs.store import JobStore
-from nightpress.core.service.registry.datasets import DataSetRegistry
 from nightpress.core.service.registry.intake import Intake
-from nightpress.core.service.registry.models import ModelRegistry
 from nightpress.core.service.schedules.bringing import Bringer
 from nightpress.core.service.schedules.firing import Firing
-from nightpress.core.service.schedules.store import ScheduleStore
 from nightpress.core.service.webhooks.courier import Courier
-from nightpress.core.service.webhooks.signing import open_keeper
-from nightpress.core.service.webhooks.store import WebhookStore
-from nightpress.core.settings import Settings, load_settings
+from nightpress.core.settings import load_settings
 from nightpress.core.tracing import configure_tracing
 from nightpress.worker.health import mark_alive
 from nightpress.worker.metrics import LEASES_EXPIRED, TICKS, serve_metrics
@@ -76,49 +62,27 @@ class SlowSteps:
 
 
 @dataclass
-class _Bell:
-    """When a queue is rung next. The pause doubles until the queue has been empty once."""
+class _Pause:
+    """When a queue is rung again. The pause doubles with each ring, until the queue has been empty once."""
 
-    pause_s: float
+    seconds: float
     next_at: float = 0.0
 
 
 class Control:
     """One replica. `tick` does all that is due."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: JobStore,
-        checkpoints: CheckpointIndex,
-        registries: Sequence[ModelRegistry | DataSetRegistry],
-        objects: ObjectStore,
-        ring: Callable[[str], None],
-        firing: Firing,
-        schedules: ScheduleStore,
-        webhooks: WebhookStore,
-        courier: Courier,
-        intake: Intake,
-        idempotency: IdempotencyBook,
-        retention: JobRetention,
-        audit: AuditLog,
-    ) -> None:
-        self._settings = settings
-        self._store = store
-        self._checkpoints = checkpoints
-        self._registries = registries
-        self._objects = objects
+    def __init__(self, resources: Resources, ring: Callable[[str], None]) -> None:
+        self._settings = resources.settings
+        self._resources = resources
+        self._registries = (resources.models, resources.datasets)
         self._ring = ring
-        self._firing = firing
-        self._schedules = schedules
-        self._webhooks = webhooks
-        self._courier = courier
-        self._intake = intake
-        self._idempotency = idempotency
-        self._retention = retention
-        self._audit = audit
+        bringer = Bringer(resources.schedule_store, resources.models, resources.settings)
+        self._firing = Firing(resources.schedule_store, resources.jobs, resources.store, bringer, ring)
+        self._courier = Courier(resources.webhooks, resources.settings)
+        self._intake = Intake(resources.engine, self._registries)
         self._slow = SlowSteps()
-        self._bells: dict[str, _Bell] = {}
+        self._pauses: dict[str, _Pause] = {}
         self._sweep_at = 0.0
 
     def tick(self) -> None:
@@ -148,12 +112,12 @@ class Control:
         self._slow.close()
 
     def _expire_leases(self) -> None:
-        for job_id in self._store.expire_leases(backoff_s=self._settings.retry_backoff_s):
+        for job_id in self._resources.store.expiry.expire_leases(backoff_s=self._settings.retry_backoff_s):
             LEASES_EXPIRED.inc()
             log.warning("Job %s was taken from its worker.", job_id, extra={"job_id": job_id})
 
     def _expire_queue_deadlines(self) -> None:
-        for job_id in self._store.expire_queue_deadlines():
+        for job_id in self._resources.store.expiry.expire_queue_deadlines():
             log.warning("Job %s waited too long.", job_id, extra={"job_id": job_id})
 
     def _fire_schedules(self) -> None:
@@ -171,79 +135,60 @@ class Control:
 
     def _prune(self) -> None:
         settings = self._settings
-        self._schedules.forget_runs(settings.keep_history_days * _DAY_S)
-        self._webhooks.forget_deliveries(settings.keep_history_days * _DAY_S)
+        self._resources.schedule_store.forget_runs(settings.keep_history_days * _DAY_S)
+        self._resources.webhooks.forget_deliveries(settings.keep_history_days * _DAY_S)
         if settings.keep_audit_days:
-            self._audit.prune(settings.keep_audit_days * _DAY_S)
+            self._resources.audit.prune(settings.keep_audit_days * _DAY_S)
         if settings.keep_artifacts_days and (
-            count := self._retention.prune_artifacts(settings.keep_artifacts_days * _DAY_S)
+            count := self._resources.retention.prune_artifacts(settings.keep_artifacts_days * _DAY_S)
         ):
             log.info("The artifacts of %d old jobs were removed.", count)
-        if settings.keep_jobs_days and (count := self._retention.prune_jobs(settings.keep_jobs_days * _DAY_S)):
+        if settings.keep_jobs_days and (
+            count := self._resources.retention.prune_jobs(settings.keep_jobs_days * _DAY_S)
+        ):
             log.info("%d old jobs were removed.", count)
         for registry in self._registries if settings.keep_fetched_days else ():
             if count := registry.forget_superseded(settings.keep_fetched_days * _DAY_S):
                 log.info("%d fetched %s were removed: there are newer ones.", count, registry.kind)
 
     def _forget_requests(self) -> None:
-        self._idempotency.prune()
+        self._resources.idempotency.prune()
 
     def _ring_queues(self) -> None:
         """Ring where there is work and a worker is idle. A busy worker looks for work by itself when it is done."""
-        work = self._store.queues_with_work()
-        self._bells = {queue: self._bells.get(queue) or _Bell(self._settings.tick_s) for queue in work}
-        idle: set[str] = {worker.queue for worker in self._store.workers() if worker.state == "idle"} if work else set()
-        for queue, bell in self._bells.items():
-            if queue in idle and time.monotonic() >= bell.next_at:
+        work = self._resources.store.reader.queues_with_work()
+        self._pauses = {queue: self._pauses.get(queue) or _Pause(self._settings.tick_s) for queue in work}
+        idle: set[str] = (
+            {worker.queue for worker in self._resources.store.roster.workers() if worker.state == "idle"}
+            if work
+            else set()
+        )
+        for queue, pause in self._pauses.items():
+            if queue in idle and time.monotonic() >= pause.next_at:
                 self._ring(queue)
-                bell.next_at = time.monotonic() + bell.pause_s
-                bell.pause_s = min(2 * bell.pause_s, _LONGEST_PAUSE_S)
+                pause.next_at = time.monotonic() + pause.seconds
+                pause.seconds = min(2 * pause.seconds, _LONGEST_PAUSE_S)
 
     def _forget_workers(self) -> None:
-        self._store.forget_workers(FLEET_MEMORY_S)
+        self._resources.store.roster.forget_workers(FLEET_MEMORY_S)
 
     def _sweep_attempts(self) -> None:
-        for job_id, attempt in self._store.abandoned_attempts(older_than_s=_ABANDONED_S):
-            self._objects.delete_prefix(f"jobs/{job_id}/attempts/{attempt}")
-            self._store.mark_swept(job_id, attempt)
+        for job_id, attempt in self._resources.store.reader.abandoned_attempts(older_than_s=_ABANDONED_S):
+            self._resources.objects.delete_prefix(f"jobs/{job_id}/attempts/{attempt}")
+            self._resources.store.expiry.mark_swept(job_id, attempt)
 
     def _sweep_checkpoints(self) -> None:
         keep_s = self._settings.checkpoint_keep_s
-        for digest in self._checkpoints.due(keep_s):
-            self._objects.delete_prefix(folder_of(digest))
-            self._checkpoints.prune(digest, keep_s)
+        for digest in self._resources.checkpoints.due(keep_s):
+            self._resources.objects.delete_prefix(folder_of(digest))
+            self._resources.checkpoints.prune(digest, keep_s)
 
     def _sweep_uploads(self) -> None:
         for registry in self._registries:
             if given_up := registry.sweep_abandoned(_UPLOAD_LIFE_S):
                 log.info("%d uploads of %s were given up.", given_up, registry.kind)
             registry.sweep_deleted(_ABANDONED_S)
-        self._objects.sweep_uploads(_UPLOAD_LIFE_S)
-
-
-def open_control(settings: Settings, engine: Engine, ring: Callable[[str], None]) -> Control:
-    """One replica and all that it works with."""
-    store, objects = JobStore(engine), open_store(settings)
-    models, data_sets = ModelRegistry(engine, objects, settings), DataSetRegistry(engine, objects, settings)
-    schedules = ScheduleStore(engine)
-    jobs = JobService(store, models, data_sets, QuotaBook(engine, settings), settings)
-    webhooks = WebhookStore(engine, open_keeper(settings), settings)
-    return Control(
-        settings,
-        store,
-        CheckpointIndex(engine),
-        (models, data_sets),
-        objects,
-        ring,
-        Firing(schedules, jobs, store, Bringer(schedules, models, settings), ring),
-        schedules,
-        webhooks,
-        Courier(webhooks, settings),
-        Intake(engine, (models, data_sets)),
-        IdempotencyBook(engine),
-        JobRetention(engine, objects),
-        AuditLog(engine),
-    )
+        self._resources.objects.sweep_uploads(_UPLOAD_LIFE_S)
 
 
 def main() -> int:
@@ -255,7 +200,7 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     engine = make_engine(settings.sql_url)
     ringer = Ringer(settings)
-    control = open_control(settings, engine, ringer.ring)
+    control = Control(Resources(settings, engine), ringer.ring)
     serve_metrics(settings.metrics_port)
     log.info("The control process ticks every %g s.", settings.tick_s)
     while not stop.is_set():

@@ -103,7 +103,7 @@ class LeaseKeeper:
 
     def _renew(self) -> None:
         asked = time.monotonic()
-        renewal = self._store.renew(self._lease, ttl_s=self._ttl_s, progress=self._progress)
+        renewal = self._store.attempts.renew(self._lease, ttl_s=self._ttl_s, progress=self._progress)
         if not renewal.held:
             self._gone = True
             return
@@ -112,17 +112,17 @@ class LeaseKeeper:
         self._on_renewed()
 
     def _flush(self) -> None:
-        """Lines first: a checkpoint in the history means that what was logged before it is stored too, if this worker is killed now."""
+        """Write the log lines first, then the events. So a checkpoint in the history means that the lines before it are stored too."""
         with self._changed:
             lines, notes = list(self._lines), list(self._notes)
             self._lines.clear()
             self._notes.clear()
         try:
             while lines and not self._gone:
-                self._store.append_logs(self._lease, lines[:_LOG_BATCH])
+                self._store.attempts.append_logs(self._lease, lines[:_LOG_BATCH])
                 del lines[:_LOG_BATCH]
             while notes and not self._gone:
-                self._store.record_event(self._lease, *notes[0])
+                self._store.attempts.record_event(self._lease, *notes[0])
                 del notes[0]
         except Exception:
             with self._changed:  # in their order; a full deque drops at its left end, the oldest first

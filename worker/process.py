@@ -84,7 +84,7 @@ class ChildProcess:
         Shared memory counts once as files in the child's own /dev/shm, and again as what processes map of it.
         """
         total = self._shared_memory()
-        for pid in [self.pid, *(one.pid for one in self._descendants())]:
+        for pid in [self.pid, *(descendant.pid for descendant in self._descendants())]:
             with contextlib.suppress(OSError):
                 for line in Path(f"/proc/{pid}/status").read_text().splitlines():
                     if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
@@ -116,11 +116,11 @@ class ChildProcess:
             self.wait(_TERM_GRACE_S)
         self._descendants()
         self._signal(signal.SIGKILL)  # also what it left behind in its group
-        for one in self._seen:
+        for descendant in self._seen:
             with contextlib.suppress(
                 psutil.NoSuchProcess
             ):  # a number given out again is another process, and is left alone
-                one.kill()
+                descendant.kill()
         self._process.wait()
 
     def _signal(self, number: int) -> None:

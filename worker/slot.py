@@ -47,7 +47,7 @@ class Slot:
         if self._busy.acquire(timeout=timeout):
             self._supervisor.close()
         try:
-            self._store.remove_worker(self._offer.worker_id)
+            self._store.roster.remove_worker(self._offer.worker_id)
         except NightpressError as error:
             log.warning("The worker could not say good-bye: %s", error)
 
@@ -58,7 +58,7 @@ class Slot:
         try:
             while not self._supervisor.draining.is_set() and not self._supervisor.fitness.reason:
                 asked, asked_ns = time.monotonic(), time.time_ns()
-                claimed = self._store.claim(self._offer, ttl_s=self._ttl_s)
+                claimed = self._store.claims.claim(self._offer, ttl_s=self._ttl_s)
                 if claimed is None:
                     return
                 CLAIMS.labels(self._offer.queue).inc()
@@ -72,7 +72,9 @@ class Slot:
         fitness = self._supervisor.fitness
         fitness.look_again()
         unfit = fitness.reason or None
-        self._store.heartbeat_worker(introduce(self._offer, draining=self._supervisor.draining.is_set(), unfit=unfit))
+        self._store.roster.heartbeat_worker(
+            introduce(self._offer, draining=self._supervisor.draining.is_set(), unfit=unfit)
+        )
         mark_alive(self._supervisor.settings.data_dir, "worker")
 
     def _every(self, seconds: float, step: Callable[[], None]) -> None:

@@ -1,34 +1,24 @@
 """Files in and files out: the source model and its data from the registry into a job's folder, results from there to storage."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sqlalchemy import Engine, Table, select
+from sqlalchemy import Engine
 
 from nightpress.core.artifacts.storage import ObjectStore, OnBytes
-from nightpress.core.database import transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import MANIFEST_FILE, FileEntry, Manifest, digest_of
 from nightpress.core.handoff.report import REPORT_FILE, Report, Subject
 from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR
 from nightpress.core.recipes.inspect import FolderFiles
 from nightpress.core.service.jobs.records import Job, Lease, MetricRow, Succeeded
-from nightpress.core.service.tables.registry import data_sets, models
+from nightpress.core.service.registry.contents import Contents, data_set_contents, model_contents
 from nightpress.worker import landlock
-from nightpress.worker.cache import BlobCache, disk_errors, stage_in_place
+from nightpress.worker.cache import BlobCache, full_worker_disk, stage_in_place
+from nightpress.worker.fitness import MachineFaultError
 
 _MAX_MANIFEST_BYTES = 16 * 1024**2
 _MAX_REPORT_BYTES = 64 * 1024**2
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a model or data set lies: a folder (or file) of this machine, or a prefix in storage."""
-
-    files: tuple[FileEntry, ...]
-    prefix: str
-    server_path: Path | None
 
 
 class Stager:
@@ -44,39 +34,31 @@ class Stager:
 
         `on_total` gets the bytes there will be, `on_bytes` each increment; either may raise to stop.
         """
-        model = self._source(models, "models", job.model_id)
+        model = model_contents(self._engine, job.model_id)
         if digest_of(model.files) != job.model_digest:
             raise NightpressError(
                 ErrorCode.CHECKSUM_MISMATCH,
                 f"The model {job.model_name} is not the one the job was submitted for.",
                 hint="Register the model again and submit the job for it.",
             )
-        data = {name: self._source(data_sets, "datasets", str(one["id"])) for name, one in job.data.items()}
-        on_total(sum(file.size for one in (model, *data.values()) for file in one.files))
+        data = {name: data_set_contents(self._engine, str(row["id"])) for name, row in job.data.items()}
+        on_total(sum(file.size for source in (model, *data.values()) for file in source.files))
         for file in model.files:
             self._bring(model, file, job_dir / SOURCE_DIR / file.path, on_bytes)
         names = {}
-        for index, (name, one) in enumerate(data.items()):
-            (file,) = one.files
+        for index, (name, source) in enumerate(data.items()):
+            (file,) = source.files
             names[name] = f"{index}-{PurePosixPath(file.path).name}"
-            self._bring(one, file, job_dir / DATA_DIR / names[name], on_bytes)
+            self._bring(source, file, job_dir / DATA_DIR / names[name], on_bytes)
         return names
 
-    def _source(self, table: Table, kind: str, row_id: str) -> _Source:
-        with transaction(self._engine, read_only=True) as connection:
-            row = connection.execute(
-                select(table.c.files, table.c.server_path).where(table.c.id == row_id)
-            ).one_or_none()
-        if row is None:
-            raise NightpressError(ErrorCode.NOT_FOUND, f"{row_id} is not registered any more.", hint="Submit again.")
-        files = tuple(FileEntry.model_validate(one) for one in row.files)
-        return _Source(files, f"{kind}/{row_id}", Path(row.server_path) if row.server_path else None)
-
-    def _bring(self, source: _Source, file: FileEntry, target: Path, on_bytes: OnBytes) -> None:
+    def _bring(self, source: Contents, file: FileEntry, target: Path, on_bytes: OnBytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.server_path is not None:
             # Where links lead now: they may have been exchanged since, and a hard link to a link is one that the child can't follow.
             lies_in = source.server_path
+            if not lies_in.exists():
+                raise _path_missing(lies_in)
             path = FolderFiles(lies_in).path(file.path) if lies_in.is_dir() else lies_in.resolve()
             # Without Landlock a child could write through the link into the operator's own file.
             link = landlock.version() > 0
@@ -88,6 +70,16 @@ class Stager:
             self._objects.get_file(key, path, sha256=file.sha256, on_bytes=on_bytes)
 
         self._cache.take(file.sha256, file.size, target, fetch, on_bytes=on_bytes)
+
+
+def _path_missing(path: Path) -> MachineFaultError:
+    """Another worker may have the folder: a mount may be missing on this machine alone."""
+    return MachineFaultError(
+        ErrorCode.NOT_FOUND,
+        f"{path}, where the files were registered, does not exist on this worker's machine.",
+        hint="Mount the folder at the same path on every worker of this queue, or upload the files.",
+        reason=f"this machine has no {path}",
+    )
 
 
 def read_manifest(job_dir: Path, lease: Lease) -> Manifest:
@@ -113,7 +105,7 @@ def files_of(manifest: Manifest) -> list[FileEntry]:
 def ship(job_dir: Path, manifest: Manifest, objects: ObjectStore, *, on_bytes: OnBytes) -> None:
     """Upload every file of the manifest, and the manifest last. Nobody sees any of it before the job's commit."""
     prefix = f"jobs/{manifest.job_id}/attempts/{manifest.attempt}"
-    with disk_errors():
+    with full_worker_disk():
         for file in files_of(manifest):
             path = _plain_file(job_dir, file.path)
             if path.stat().st_size != file.size:
@@ -136,7 +128,10 @@ def _metrics(subject: Subject) -> list[MetricRow]:
     rows = [MetricRow(subject.name, "size", subject.size_bytes, "bytes")]
     if subject.peak_memory_bytes is not None:
         rows.append(MetricRow(subject.name, "peak_memory", subject.peak_memory_bytes, "bytes"))
-    rows += [MetricRow(subject.name, one.name, one.value, one.unit, one.low, one.high) for one in subject.measurements]
+    rows += [
+        MetricRow(subject.name, measured.name, measured.value, measured.unit, measured.low, measured.high)
+        for measured in subject.measurements
+    ]
     for timing in subject.timings:
         shape = f"{timing.batch}x{timing.length}"
         rows.append(MetricRow(subject.name, f"latency_{shape}", timing.p50_ms, "ms"))

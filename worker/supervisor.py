@@ -29,15 +29,15 @@ from nightpress.core.settings import Settings
 from nightpress.core.tracing import span
 from nightpress.core.version import VERSION
 from nightpress.worker import sandbox
-from nightpress.worker.cache import disk_errors
+from nightpress.worker.cache import full_worker_disk
 from nightpress.worker.checkpoints import CheckpointDepot
 from nightpress.worker.fitness import Fitness, MachineFaultError
 from nightpress.worker.lease import LeaseKeeper
 from nightpress.worker.metrics import ATTEMPTS, BYTES_MOVED, GPU_SECONDS, LEASES_LOST, SECONDS_MOVING
-from nightpress.worker.moving import Mover
 from nightpress.worker.process import CHILD_COMMAND, ChildProcess
 from nightpress.worker.relay import Relay
 from nightpress.worker.staging import Stager, files_of, outcome_of, read_manifest, ship
+from nightpress.worker.storage_threads import StorageThreads
 
 #: of the whole job's progress, what fetching the source and uploading the result are worth
 FETCHED: Final = 0.03
@@ -86,7 +86,7 @@ class Supervisor:
         self._child_command = child_command
         self._spare: ChildProcess | None = None
         self.draining = threading.Event()
-        self.mover = Mover()
+        self.storage_threads = StorageThreads()
         self.fitness = Fitness(settings, objects)
 
     # The spare -------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ class _Attempt:
             tell=self._keeper.log_line,
             note=self._keeper.note,
         )
-        with disk_errors():
+        with full_worker_disk():
             self._move(lambda: depot.begin(on_bytes=lambda _count: self._check()))
         spec = JobSpec(
             job_id=self._job.id,
@@ -265,7 +265,7 @@ class _Attempt:
         self._check()
 
         def commit() -> str:
-            won = self._store.finish(self._lease, outcome)
+            won = self._store.attempts.finish(self._lease, outcome)
             return f"succeeded, {outcome.verdict}" if won else "finished too late: the lease was lost"
 
         return commit
@@ -273,10 +273,10 @@ class _Attempt:
     # How an attempt ends ---------------------------------------------------------------------------------------------
 
     def _cancelled(self) -> str:
-        return "cancelled" if self._store.confirm_cancelled(self._lease) else "cancelled too late"
+        return "cancelled" if self._store.attempts.confirm_cancelled(self._lease) else "cancelled too late"
 
     def _drained(self) -> str:
-        return "given back" if self._store.release(self._lease) else "given back too late"
+        return "given back" if self._store.attempts.release(self._lease) else "given back too late"
 
     def _failed(self, error: NightpressError) -> Callable[[], str]:
         log.warning("Job %s: %s: %s", self._job.id, error.code, error, extra=self._extra)
@@ -291,13 +291,13 @@ class _Attempt:
                     reason = error.reason
                 else:
                     reason = self._supervisor.fitness.fault_behind(error) if error.kind.retryable else ""
-            if reason and self._store.machine_faults(self._job.id) + 1 < self._job.max_failures:
+            if reason and self._store.reader.machine_faults(self._job.id) + 1 < self._job.max_failures:
                 details = error.details | {"machine": reason}
                 fault = NightpressError(error.code, error.message, hint=error.hint, **details)
                 return f"{reason}; " + (
-                    "given back" if self._store.release(self._lease, fault) else "given back too late"
+                    "given back" if self._store.attempts.release(self._lease, fault) else "given back too late"
                 )
-            failed = self._store.fail(self._lease, error, backoff_s=self._settings.retry_backoff_s)
+            failed = self._store.attempts.fail(self._lease, error, backoff_s=self._settings.retry_backoff_s)
             return f"{error.code}, {failed or 'late'}"
 
         return end
@@ -337,7 +337,7 @@ class _Attempt:
             self._child.beat()
 
     def _move(self, step: Callable[[], Answer]) -> Answer:
-        return self._supervisor.mover.move(step, self._check)
+        return self._supervisor.storage_threads.run(step, self._check)
 
     def _meter(self, phase: Phase, low: float, high: float) -> "_Meter":
         return _Meter(self._keeper, self._check, phase, low, high)

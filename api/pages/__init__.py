@@ -1,4 +1,4 @@
-"""The web page: files that the browser runs as they stand. They speak to `/v1` like any other client and need nothing from elsewhere."""
+"""The web page: static files without a build step. They use `/v1` like any other client, and load nothing from other sites."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -7,13 +7,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 _STATIC = Path(__file__).parent / "static"
-#: Only our own scripts and styles run, nothing is loaded from elsewhere, and nobody can put the page into a frame.
+#: Only our own scripts and styles run, nothing is loaded from other sites, and no site can put the page into a frame.
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 _HEADERS = {
     "Content-Security-Policy": _POLICY,
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # asked for again with its ETag, so that a new release is seen at once
+    "Cache-Control": "no-cache",  # browsers ask again with the ETag, so that a new release shows at once
 }
 _MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
@@ -27,7 +27,7 @@ class _File:
         self.media_type = _MEDIA_TYPES[path.suffix]
 
 
-#: Read once: an unknown name can reach no file.
+#: Read at start: a name that is not in this table reaches no file.
 _FILES = {path.relative_to(_STATIC).as_posix(): _File(path) for path in _STATIC.rglob("*") if path.is_file()}
 
 
@@ -38,7 +38,7 @@ async def index(request: Request) -> Response:
 
 @router.get("/docs")
 async def reference(request: Request) -> Response:
-    """The API's document, drawn by a page of our own: the usual viewers load theirs from the network."""
+    """The API's reference, shown by a page of our own: the usual viewers load scripts from other sites."""
     return _answer(request, _FILES["reference.html"])
 
 

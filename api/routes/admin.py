@@ -18,47 +18,49 @@ router = APIRouter(prefix="/v1/admin", tags=["administration"])
 Tenant = Annotated[TenantId, Path()]
 
 
-@router.get("/tenants", response_model=Page[TenantView], summary="Tenants, with their quotas and use")
+@router.get("/tenants", response_model=Page[TenantView], summary="List tenants with their quotas and use")
 async def list_tenants(_caller: Admin, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50) -> Response:
-    items, following = await services.call(services.quotas.page, cursor=cursor, limit=limit)
+    items, following = await services.call(services.resources.quotas.page, cursor=cursor, limit=limit)
     return answer(Page[TenantView](items=items, next_cursor=following))
 
 
 @router.get(
     "/tenants/{tenant_id}",
     response_model=TenantView,
-    summary="One tenant",
+    summary="Get a tenant",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST),
 )
 async def get_tenant(tenant_id: Tenant, _caller: Admin, services: ServicesDep) -> Response:
-    return _one(await services.call(services.quotas.view, tenant_id))
+    return _with_etag(await services.call(services.resources.quotas.view, tenant_id))
 
 
 @router.patch(
     "/tenants/{tenant_id}",
     response_model=TenantView,
     summary="Set a tenant's quotas",
-    description="What is given changes; null gives the installation's setting back. Other processes follow within five seconds.",
+    description="Quotas that are not given stay as they are; null restores the installation's default. Other processes follow within five seconds.",
     responses=documented(ErrorCode.INVALID_REQUEST, ErrorCode.PRECONDITION_FAILED),
 )
 async def change_tenant(
     tenant_id: Tenant, _caller: Admin, services: ServicesDep, body: QuotaChange, if_match: IfMatch = None
 ) -> Response:
     version = version_of(if_match)
-    return _one(await services.call(services.quotas.change, tenant_id, body, version=version))
+    return _with_etag(await services.call(services.resources.quotas.change, tenant_id, body, version=version))
 
 
-@router.get("/audit", response_model=Page[AuditView], summary="Who did what, newest first")
+@router.get("/audit", response_model=Page[AuditView], summary="List what keys have changed, newest first")
 async def list_audit(
     _caller: Admin,
     services: ServicesDep,
-    tenant_id: Annotated[TenantId | None, Query(description="Of one tenant alone.")] = None,
+    tenant_id: Annotated[TenantId | None, Query(description="Only this tenant's entries.")] = None,
     cursor: Cursor = None,
     limit: Limit = 50,
 ) -> Response:
-    items, following = await services.call(services.audit.page, tenant_id=tenant_id, cursor=cursor, limit=limit)
+    items, following = await services.call(
+        services.resources.audit.page, tenant_id=tenant_id, cursor=cursor, limit=limit
+    )
     return answer(Page[AuditView](items=items, next_cursor=following))
 
 
-def _one(tenant: TenantView) -> Response:
+def _with_etag(tenant: TenantView) -> Response:
     return answer(tenant, headers={"ETag": etag_of(tenant.version)})

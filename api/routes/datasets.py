@@ -1,4 +1,4 @@
-"""Data sets: text or labelled rows to calibrate with and to measure on."""
+"""Data sets: text or labelled rows for calibration and evaluation."""
 
 from typing import Annotated
 
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1/datasets", tags=["data sets"], route_class=OnceRo
 _SHA256 = "0f34e5a9d2a1c4b79e2c3f4f8f2f6a6e5d4c3b2a190817263544536271809fae"
 _EXAMPLES = {
     "upload": {
-        "summary": "A file that follows, in parts",
+        "summary": "A file that is sent afterwards, in parts",
         "value": {"name": "reviews", "file": {"path": "reviews.jsonl.gz", "size": 482113, "sha256": _SHA256}},
     },
     "from a bucket": {
@@ -39,8 +39,8 @@ _EXAMPLES = {
     response_model=DataSetView,
     summary="Announce a data set",
     description=(
-        "With `file`: send the parts that `uploads` lists, then POST `complete`. With `path`: it is read now, or `verifying` if it is "
-        "large. With `source`: it is `fetching`. Both go on by themselves to `ready` or, with an `error`, to `failed`: GET it."
+        "With `file`: send the parts that `uploads` lists, then POST `complete`. With `path`: the server reads the file now; where it is "
+        "large the state is `verifying`. With `source`: the state is `fetching`. Poll with GET until the state is `ready` or, with an `error`, `failed`."
     ),
     responses=documented(
         ErrorCode.INVALID_REQUEST,
@@ -56,7 +56,7 @@ async def create_data_set(
     services: ServicesDep,
     body: Annotated[DataSetCreate, Body(openapi_examples=_EXAMPLES)],
 ) -> Response:
-    data_set = await services.transfer(services.datasets.create, caller.tenant_id, body)
+    data_set = await services.transfer(services.resources.datasets.create, caller.tenant_id, body)
     return answer(data_set, status=201, headers={"Location": f"/v1/datasets/{data_set.id}"})
 
 
@@ -64,18 +64,20 @@ async def create_data_set(
 async def list_data_sets(
     caller: ModelsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
-    items, next_cursor = await services.call(services.datasets.page, caller.tenant_id, cursor=cursor, limit=limit)
+    items, next_cursor = await services.call(
+        services.resources.datasets.page, caller.tenant_id, cursor=cursor, limit=limit
+    )
     return answer(Page[DataSetView](items=items, next_cursor=next_cursor))
 
 
 @router.get(
     "/{reference}",
     response_model=DataSetView,
-    summary="One data set, by id or name",
+    summary="Get a data set by id or name",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_data_set(reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
-    return answer(await services.call(services.datasets.get, caller.tenant_id, reference))
+    return answer(await services.call(services.resources.datasets.get, caller.tenant_id, reference))
 
 
-add_upload_routes(router, lambda services: services.datasets, DataSetView, "data set")
+add_upload_routes(router, lambda services: services.resources.datasets, DataSetView, "data set")

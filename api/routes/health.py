@@ -1,4 +1,4 @@
-"""Is it alive, can it work, how much is there to do: for load balancers, people and Prometheus. None of it names a tenant."""
+"""Liveness, readiness and metrics, for load balancers, people and Prometheus. No answer names a tenant."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ _PATIENCE_S = 3.0
 _METRICS_READER = needs("metrics:read")
 
 
-@router.get("/healthz", summary="The process answers", response_model=dict[str, str])
+@router.get("/healthz", summary="Whether the process answers", response_model=dict[str, str])
 async def healthz() -> Response:
     return JSONResponse({"status": "ok"})
 
@@ -31,15 +31,15 @@ async def healthz() -> Response:
 @router.get(
     "/readyz",
     response_model=ReadyView,
-    summary="What the service depends on answers",
-    description="`degraded`: jobs are accepted, but the broker or the storage is away and they wait. 503: the database is away, or can be read but not written; `checks` says which.",
+    summary="Whether database, broker and storage answer",
+    description="`degraded`: jobs are accepted, but they wait, because the broker or the storage is away. 503: the database is away, or can't be written; `checks` says which.",
     responses={503: {"model": ReadyView}},
 )
 async def readyz(services: ServicesDep) -> Response:
     database, broker, storage = await asyncio.gather(
         _check(services, services.database_probe.ask),
-        _check(services, lambda: ping_broker(services.settings.celery_url)),
-        _check(services, services.objects.check),
+        _check(services, lambda: ping_broker(services.resources.settings.celery_url)),
+        _check(services, services.resources.objects.check),
     )
     checks = {"database": database, "broker": broker, "storage": storage}
     status = "unavailable" if database != "ok" else "ok" if set(checks.values()) == {"ok"} else "degraded"
@@ -61,16 +61,21 @@ async def readyz(services: ServicesDep) -> Response:
     },
 )
 async def metrics(request: Request, services: ServicesDep) -> Response:
-    if services.settings.metrics_access == "key":
+    if services.resources.settings.metrics_access == "key":
         await _METRICS_READER(request)
     figures = await services.call(
-        services.metrics.queue, lambda: (services.store.statistics(), services.store.workers(), services.store.fleet())
+        services.metrics.queue,
+        lambda: (
+            services.resources.store.reader.statistics(),
+            services.resources.store.roster.workers(),
+            services.resources.store.roster.fleet(),
+        ),
     )
     return Response(services.metrics.render(*figures), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def _check(services: Services, ask: Callable[[], object]) -> str:
-    """`ok`, or in a few words that it isn't. Why, the log says: the answer goes to people without a key."""
+    """`ok`, or a few words. The answer goes to people without a key, so the reason goes to the log."""
     try:
         await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(services.probes, ask), _PATIENCE_S)
     except TimeoutError:

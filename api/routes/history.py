@@ -1,4 +1,4 @@
-"""What happened to a job: its events and its log, as JSON or as a stream that can be taken up again."""
+"""A job's events and its log, as JSON or as a stream that a reader can resume."""
 
 from typing import Annotated, Any
 
@@ -22,18 +22,18 @@ Lines = Annotated[int, Query(ge=1, le=1000)]
 
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "With `Accept: text/event-stream`: one SSE message a line, its `seq` as the id, until the job has ended. "
+        "description": "With `Accept: text/event-stream`: an SSE message for each line, with its `seq` as the id, until the job has ended. "
         "`Last-Event-ID` resumes.",
         "content": {sse.MEDIA_TYPE: {"schema": {"type": "string"}}},
     },
-    204: {"description": "A stream was asked for, but the job has ended and everything was received."},
+    204: {"description": "To a request for a stream: the job has ended and the reader has received everything."},
 }
 
 
 @router.get(
     "/events",
     response_model=Page[EventView],
-    summary="A job's history",
+    summary="List or follow a job's events",
     responses={**_STREAM, **documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST)},
 )
 async def job_events(
@@ -46,18 +46,18 @@ async def job_events(
             services,
             job,
             after=sse.resume_point(request, after),
-            read=services.store.events,
+            read=services.resources.store.reader.events,
             newest=lambda position: position.event_seq,
             frame=lambda event: f"id: {event.seq}\nevent: {event.kind}\ndata: {_event(event).model_dump_json()}\n\n",
         )
-    events = await services.call(services.store.events, job_id, after=after, limit=limit)
-    return answer(Page[EventView](items=[_event(one) for one in events], next_cursor=_next(events, limit)))
+    events = await services.call(services.resources.store.reader.events, job_id, after=after, limit=limit)
+    return answer(Page[EventView](items=[_event(event) for event in events], next_cursor=_next(events, limit)))
 
 
 @router.get(
     "/logs",
     response_model=Page[LogView],
-    summary="What a job wrote",
+    summary="List or follow a job's log",
     responses={**_STREAM, **documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST)},
 )
 async def job_logs(
@@ -70,12 +70,12 @@ async def job_logs(
             services,
             job,
             after=sse.resume_point(request, after),
-            read=services.store.logs,
+            read=services.resources.store.reader.logs,
             newest=lambda position: position.log_seq,
             frame=lambda line: f"id: {line.seq}\nevent: log\ndata: {_log(line).model_dump_json()}\n\n",
         )
-    lines = await services.call(services.store.logs, job_id, after=after, limit=limit)
-    return answer(Page[LogView](items=[_log(one) for one in lines], next_cursor=_next(lines, limit)))
+    lines = await services.call(services.resources.store.reader.logs, job_id, after=after, limit=limit)
+    return answer(Page[LogView](items=[_log(line) for line in lines], next_cursor=_next(lines, limit)))
 
 
 def _event(event: Event) -> EventView:
@@ -87,5 +87,5 @@ def _log(line: LogLine) -> LogView:
 
 
 def _next(lines: list[Any], limit: int) -> str | None:
-    """What to send as `after` for the next page."""
+    """The value of `after` for the next page; None where this page is the last."""
     return str(lines[-1].seq) if len(lines) == limit else None

@@ -1,4 +1,4 @@
-"""Jobs: create, list, look, cancel, retry."""
+"""Jobs: submit, list, get, cancel, retry."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.access.keys import Principal
 from nightpress.core.service.jobs.queries import JobsWanted
 from nightpress.core.service.jobs.records import Job
-from nightpress.core.service.jobs.store import MAX_CANCELLED
+from nightpress.core.service.jobs.requests import MAX_CANCELLED
 from nightpress.core.wire.base import Moment, Page
 from nightpress.core.wire.jobs import CancelledView, JobBatch, JobBatchView, JobCreate, JobFilter, JobState, JobView
 
@@ -28,7 +28,7 @@ _EXAMPLES = {
         "value": {"model": "all-minilm-l6-v2", "recipe": "int8-encoder", "labels": {"team": "search"}},
     },
     "own recipe": {
-        "summary": "A recipe of one's own",
+        "summary": "A recipe of your own",
         "value": {
             "model": "all-minilm-l6-v2",
             "recipe": {
@@ -50,7 +50,10 @@ _EXAMPLES = {
     summary="Submit a job",
     openapi_extra=_WAITS,
     responses={
-        200: {"model": JobView, "description": "The idempotency key was used before with this body: the job it made."},
+        200: {
+            "model": JobView,
+            "description": "The job of an earlier request with this body and the same Idempotency-Key.",
+        },
         **documented(
             ErrorCode.INVALID_REQUEST,
             ErrorCode.INVALID_RECIPE,
@@ -71,7 +74,7 @@ async def create_job(
     body: Annotated[JobCreate, Body(openapi_examples=_EXAMPLES)],
 ) -> Response:
     job, created = await services.call(
-        services.jobs.submit, caller.tenant_id, body, key_of(request), key_id=caller.key_id
+        services.resources.jobs.submit, caller.tenant_id, body, key_of(request), key_id=caller.key_id
     )
     if created and job.state == "queued":
         services.ringer.ring(job.queue)
@@ -83,7 +86,7 @@ async def create_job(
     status_code=201,
     response_model=JobBatchView,
     summary="Submit up to 100 jobs, all or none",
-    description="Where one can't be submitted none is, and `errors` names each fault by its place.",
+    description="Where a job is invalid none is submitted, and `errors` names each fault with the index of its job.",
     responses=documented(
         ErrorCode.INVALID_REQUEST,
         ErrorCode.INVALID_RECIPE,
@@ -96,7 +99,7 @@ async def create_job(
     ),
 )
 async def create_jobs(caller: JobsWriter, services: ServicesDep, body: JobBatch) -> Response:
-    made = await services.call(services.jobs.submit_all, caller.tenant_id, body.jobs, key_id=caller.key_id)
+    made = await services.call(services.resources.jobs.submit_all, caller.tenant_id, body.jobs, key_id=caller.key_id)
     for queue in {job.queue for job in made if job.state == "queued"}:
         services.ringer.ring(queue)
     return answer(JobBatchView(items=await _views(services, made)), status=201)
@@ -106,7 +109,7 @@ async def create_jobs(caller: JobsWriter, services: ServicesDep, body: JobBatch)
     ":cancel",
     response_model=CancelledView,
     summary="Cancel every job that matches",
-    description=f"The newest first, {MAX_CANCELLED} at most: `more` says whether to ask again.",
+    description=f"Newest first, {MAX_CANCELLED} at most. `more` says whether to send the request again.",
     responses=documented(ErrorCode.INVALID_REQUEST),
 )
 async def cancel_jobs(caller: JobsWriter, services: ServicesDep, body: JobFilter) -> Response:
@@ -118,7 +121,7 @@ async def cancel_jobs(caller: JobsWriter, services: ServicesDep, body: JobFilter
         created_after=body.created_after,
         created_before=body.created_before,
     )
-    count, more = await services.call(services.store.cancel_all, caller.tenant_id, wanted)
+    count, more = await services.call(services.resources.store.requests.cancel_all, caller.tenant_id, wanted)
     return answer(CancelledView(cancelled=count, more=more))
 
 
@@ -137,13 +140,13 @@ async def list_jobs(
     ] = [],  # noqa: B006
     model: Annotated[str | None, Query(max_length=128, description="A model's id or name.")] = None,
     queue: Annotated[Literal["cpu", "gpu"] | None, Query()] = None,
-    created_after: Annotated[Moment | None, Query(description="This moment included.")] = None,
+    created_after: Annotated[Moment | None, Query(description="At this moment or later.")] = None,
     created_before: Annotated[Moment | None, Query()] = None,
     cursor: Cursor = None,
     limit: Limit = 50,
 ) -> Response:
     jobs, next_cursor = await services.call(
-        services.store.page,
+        services.resources.store.reader.page,
         caller.tenant_id,
         JobsWanted(tuple(state), _labels(label), model, queue, created_after, created_before),
         cursor=cursor,
@@ -155,7 +158,7 @@ async def list_jobs(
 @router.get(
     "/{job_id}",
     response_model=JobView,
-    summary="One job",
+    summary="Get a job",
     responses=documented(ErrorCode.NOT_FOUND),
     openapi_extra=_WAITS,
 )
@@ -167,14 +170,14 @@ async def get_job(request: Request, job_id: str, caller: JobsReader, services: S
     "/{job_id}/cancel",
     response_model=JobView,
     summary="Cancel a job",
-    description="A queued job is cancelled at once; a running one turns `cancelling` until its worker has stopped. A job that has ended stays as it is.",
+    description="A queued job is cancelled at once. A running job is `cancelling` until its worker has stopped. A job that has ended stays as it is.",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def cancel_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> Response:
-    job = await services.call(services.store.request_cancel, caller.tenant_id, job_id)
+    job = await services.call(services.resources.store.requests.request_cancel, caller.tenant_id, job_id)
     if job is None:
         raise missing_job()
-    return await _one(services, job)
+    return await _answer_with(services, job)
 
 
 @router.post(
@@ -185,14 +188,14 @@ async def cancel_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> 
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.QUOTA_EXCEEDED),
 )
 async def retry_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> Response:
-    job = await services.call(services.jobs.retry, caller.tenant_id, job_id, key_id=caller.key_id)
+    job = await services.call(services.resources.jobs.retry, caller.tenant_id, job_id, key_id=caller.key_id)
     services.ringer.ring(job.queue)
-    return await _one(services, job, status=201)
+    return await _answer_with(services, job, status=201)
 
 
 async def own_job(services: Services, caller: Principal, job_id: str) -> Job:
-    """The caller's job. Another tenant's is as missing as one that never was."""
-    job = await services.call(services.store.get, caller.tenant_id, job_id)
+    """The caller's job. Raises NightpressError(not_found) for another tenant's job too: an answer must not show that it exists."""
+    job = await services.call(services.resources.store.reader.get, caller.tenant_id, job_id)
     if job is None:
         raise missing_job()
     return job
@@ -207,30 +210,30 @@ def missing_job() -> NightpressError:
 async def _views(services: Services, jobs: Sequence[Job]) -> list[JobView]:
     views = [JobView.model_validate(job, from_attributes=True) for job in jobs]
     if any(job.state == "queued" for job in jobs):
-        fleet = await services.call(services.jobs.fleet)
-        return [one.model_copy(update={"notice": fleet.notice(job)}) for one, job in zip(views, jobs, strict=True)]
+        fleet = await services.call(services.resources.jobs.fleet)
+        return [view.model_copy(update={"notice": fleet.notice(job)}) for view, job in zip(views, jobs, strict=True)]
     return views
 
 
-async def _one(services: Services, job: Job, *, status: int = 200) -> Response:
+async def _answer_with(services: Services, job: Job, *, status: int = 200) -> Response:
     (view,) = await _views(services, [job])
     return answer(view, status=status, headers={"Location": f"/v1/jobs/{job.id}"} if status == 201 else None)
 
 
 async def _in_time(request: Request, services: Services, job: Job, *, status: int = 200) -> Response:
-    """The job; where the caller prefers to wait, when it has ended."""
+    """Answer with the job; where the caller prefers to wait, when it has ended."""
     wait_s = preferred_wait(request)
     if not wait_s:
-        return await _one(services, job, status=status)
-    response = await _one(services, await until_ended(services, job, wait_s), status=status)
+        return await _answer_with(services, job, status=status)
+    response = await _answer_with(services, await until_ended(services, job, wait_s), status=status)
     response.headers["Preference-Applied"] = f"wait={wait_s}"
     return response
 
 
 def _labels(raw: list[str]) -> dict[str, str]:
-    for one in raw:
-        if "=" not in one:
+    for label in raw:
+        if "=" not in label:
             raise NightpressError(
-                ErrorCode.INVALID_REQUEST, f"label: {one[:100]!r} is not `key=value`.", hint="E.g. ?label=team=search"
+                ErrorCode.INVALID_REQUEST, f"label: {label[:100]!r} is not `key=value`.", hint="E.g. ?label=team=search"
             )
-    return dict(one.split("=", 1) for one in raw)
+    return dict(label.split("=", 1) for label in raw)

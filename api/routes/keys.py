@@ -1,4 +1,4 @@
-"""API keys: a tenant's own, and for administrators anybody's."""
+"""API keys: of the caller's tenant, and for administrators of any tenant."""
 
 from typing import Annotated
 
@@ -31,12 +31,12 @@ _EXAMPLES = {
 async def list_keys(
     caller: KeysReader,
     services: ServicesDep,
-    tenant_id: Annotated[TenantId | None, Query(description="Of another tenant: for administrators.")] = None,
+    tenant_id: Annotated[TenantId | None, Query(description="Another tenant, for administrators.")] = None,
     cursor: Cursor = None,
     limit: Limit = 50,
 ) -> Response:
     items, following = await services.call(
-        services.issuer.page, caller, tenant_id=tenant_id, cursor=cursor, limit=limit
+        services.resources.issuer.page, caller, tenant_id=tenant_id, cursor=cursor, limit=limit
     )
     return answer(Page[KeyView](items=items, next_cursor=following))
 
@@ -45,32 +45,37 @@ async def list_keys(
     "",
     status_code=201,
     response_model=NewKeyView,
-    summary="Make a key; it is shown this once",
+    summary="Make a key; only this answer shows it",
     responses=documented(ErrorCode.INVALID_REQUEST),
 )
 async def create_key(
     caller: KeysWriter, services: ServicesDep, body: Annotated[KeyCreate, Body(openapi_examples=_EXAMPLES)]
 ) -> Response:
-    made = await services.call(services.issuer.create, caller, body)
-    return answer(made, status=201, headers={"Location": f"/v1/keys/{made.record.id}", **_UNKEPT})
+    made = await services.call(services.resources.issuer.create, caller, body)
+    return answer(made, status=201, headers={"Location": f"/v1/keys/{made.record.id}", **_NO_STORE})
 
 
-@router.get("/{key_id}", response_model=KeyView, summary="One key", responses=documented(ErrorCode.NOT_FOUND))
+@router.get(
+    "/{key_id}",
+    response_model=KeyView,
+    summary="Get a key, without its secret",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
 async def get_key(key_id: str, caller: KeysReader, services: ServicesDep) -> Response:
-    return answer(await services.call(services.issuer.get, caller, key_id))
+    return answer(await services.call(services.resources.issuer.get, caller, key_id))
 
 
 @router.post(
     "/{key_id}/rotate",
     status_code=201,
     response_model=NewKeyView,
-    summary="Make a key's successor; the old one works on for a while",
+    summary="Replace a key; the old key keeps working for a while",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.INVALID_REQUEST),
 )
 async def rotate_key(key_id: str, caller: KeysWriter, services: ServicesDep, body: KeyRotate | None = None) -> Response:
     overlap_s = (body or KeyRotate()).overlap_s
-    made = await services.call(services.issuer.rotate, caller, key_id, overlap_s=overlap_s)
-    return answer(made, status=201, headers={"Location": f"/v1/keys/{made.record.id}", **_UNKEPT})
+    made = await services.call(services.resources.issuer.rotate, caller, key_id, overlap_s=overlap_s)
+    return answer(made, status=201, headers={"Location": f"/v1/keys/{made.record.id}", **_NO_STORE})
 
 
 @router.delete(
@@ -81,8 +86,8 @@ async def rotate_key(key_id: str, caller: KeysWriter, services: ServicesDep, bod
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def revoke_key(key_id: str, caller: KeysWriter, services: ServicesDep) -> Response:
-    await services.call(services.issuer.revoke, caller, key_id)
+    await services.call(services.resources.issuer.revoke, caller, key_id)
     return Response(status_code=204)
 
 
-_UNKEPT = {"Cache-Control": "no-store"}
+_NO_STORE = {"Cache-Control": "no-store"}

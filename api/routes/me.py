@@ -1,4 +1,4 @@
-"""Who am I?"""
+"""The caller: tenant, key, scopes, quotas and use."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -14,10 +14,10 @@ from nightpress.core.wire.system import MeView
 router = APIRouter(prefix="/v1/me", tags=["access"])
 
 
-@router.get("", response_model=MeView, summary="The key's tenant, scopes, quotas and use")
+@router.get("", response_model=MeView, summary="Get the tenant, scopes, quotas and use of the key")
 async def me(caller: Annotated[Principal, Depends(authenticated)], services: ServicesDep) -> Response:
-    quotas = await services.call(services.quotas.of, caller.tenant_id)
-    usage = await services.call(services.quotas.usage, caller.tenant_id)
+    quotas = await services.call(services.resources.quotas.of, caller.tenant_id)
+    usage = await services.call(services.resources.quotas.usage, caller.tenant_id)
     view = MeView(
         tenant_id=caller.tenant_id,
         key_id=caller.key_id,

@@ -1,4 +1,4 @@
-"""Models: bring one by upload or from an allowed server folder, list, look, delete."""
+"""Models: add by upload, from a source or from an allowed folder of the server; list, get, delete."""
 
 from typing import Annotated
 
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"], route_class=OnceRoute)
 _SHA256 = "0f34e5a9d2a1c4b79e2c3f4f8f2f6a6e5d4c3b2a190817263544536271809fae"
 _EXAMPLES = {
     "upload": {
-        "summary": "Files that follow, in parts",
+        "summary": "Files that are sent afterwards, in parts",
         "value": {
             "name": "all-minilm-l6-v2",
             "files": [
@@ -50,8 +50,8 @@ _EXAMPLES = {
     response_model=ModelView,
     summary="Announce a model",
     description=(
-        "With `files`: send the parts that `uploads` lists, then POST `complete`. With `path`: it is read now, or `verifying` if it is "
-        "large. With `source`: it is `fetching`. Both go on by themselves to `ready` or, with an `error`, to `failed`: GET it."
+        "With `files`: send the parts that `uploads` lists, then POST `complete`. With `path`: the server reads the folder now; where it is "
+        "large the state is `verifying`. With `source`: the state is `fetching`. Poll with GET until the state is `ready` or, with an `error`, `failed`."
     ),
     responses=documented(
         ErrorCode.INVALID_REQUEST,
@@ -67,7 +67,7 @@ async def create_model(
     services: ServicesDep,
     body: Annotated[ModelCreate, Body(openapi_examples=_EXAMPLES)],
 ) -> Response:
-    model = await services.transfer(services.models.create, caller.tenant_id, body)
+    model = await services.transfer(services.resources.models.create, caller.tenant_id, body)
     return answer(model, status=201, headers={"Location": f"/v1/models/{model.id}"})
 
 
@@ -75,18 +75,20 @@ async def create_model(
 async def list_models(
     caller: ModelsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
-    items, next_cursor = await services.call(services.models.page, caller.tenant_id, cursor=cursor, limit=limit)
+    items, next_cursor = await services.call(
+        services.resources.models.page, caller.tenant_id, cursor=cursor, limit=limit
+    )
     return answer(Page[ModelView](items=items, next_cursor=next_cursor))
 
 
 @router.get(
     "/{reference}",
     response_model=ModelView,
-    summary="One model, by id or name",
+    summary="Get a model by id or name",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_model(reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
-    return answer(await services.call(services.models.get, caller.tenant_id, reference))
+    return answer(await services.call(services.resources.models.get, caller.tenant_id, reference))
 
 
-add_upload_routes(router, lambda services: services.models, ModelView, "model")
+add_upload_routes(router, lambda services: services.resources.models, ModelView, "model")

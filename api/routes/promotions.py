@@ -1,4 +1,4 @@
-"""A model name's latest accepted result: what a deployment follows every morning, and how to go back."""
+"""The latest accepted result of a model's name, which deployments follow, and how to go back to an earlier result."""
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -18,14 +18,16 @@ router = APIRouter(prefix="/v1/models/{reference}", tags=["models"], route_class
 @router.get(
     "/latest",
     response_model=LatestView,
-    summary="The newest accepted result of a model's name",
-    description="Moves in the transaction in which a job is accepted. The ETag changes with it: `If-None-Match` answers 304.",
-    responses={304: {"description": "It still is the one that was asked about."}, **documented(ErrorCode.NOT_FOUND)},
+    summary="Get the latest accepted result of a model's name",
+    description="It changes in the transaction that accepts a job, and its ETag with it. `If-None-Match` is answered with 304 while it is the same.",
+    responses={304: {"description": "The latest result is still the same."}, **documented(ErrorCode.NOT_FOUND)},
 )
 async def latest(request: Request, reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
     promotion = await services.call(_latest, services, caller.tenant_id, reference)
-    artifacts = await services.call(services.store.artifacts, promotion.job_id)
-    view = LatestView(promotion=promotion, artifacts=[artifact_view(promotion.job_id, one) for one in artifacts])
+    artifacts = await services.call(services.resources.store.reader.artifacts, promotion.job_id)
+    view = LatestView(
+        promotion=promotion, artifacts=[artifact_view(promotion.job_id, artifact) for artifact in artifacts]
+    )
     etag = f'"{promotion.id}"'
     if etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers={"ETag": etag})
@@ -35,7 +37,7 @@ async def latest(request: Request, reference: str, caller: ModelsReader, service
 @router.get(
     "/promotions",
     response_model=Page[PromotionView],
-    summary="Where a model name's latest stood, newest first",
+    summary="List the results that a model's name has meant, newest first",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def history(
@@ -43,7 +45,7 @@ async def history(
 ) -> Response:
     promotion = await services.call(_latest, services, caller.tenant_id, reference)
     items, following = await services.call(
-        services.promotions.page, caller.tenant_id, promotion.model_name, cursor=cursor, limit=limit
+        services.resources.promotions.page, caller.tenant_id, promotion.model_name, cursor=cursor, limit=limit
     )
     return answer(Page[PromotionView](items=items, next_cursor=following))
 
@@ -53,23 +55,25 @@ async def history(
     status_code=201,
     response_model=PromotionView,
     summary="Let a model's name mean another job's result, e.g. to go back",
-    description="Holds until the next job of this name is accepted.",
+    description="The next accepted result replaces it.",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.INVALID_REQUEST),
 )
 async def promote(reference: str, caller: ModelsWriter, services: ServicesDep, body: PromotionCreate) -> Response:
     name = await services.call(_name_of, services, caller.tenant_id, reference)
-    made = await services.call(services.promotions.promote, caller.tenant_id, name, body.job_id, key_id=caller.key_id)
+    made = await services.call(
+        services.resources.promotions.promote, caller.tenant_id, name, body.job_id, key_id=caller.key_id
+    )
     return answer(made, status=201)
 
 
 def _latest(services: Services, tenant_id: str, reference: str) -> PromotionView:
-    return services.promotions.latest(tenant_id, _name_of(services, tenant_id, reference))
+    return services.resources.promotions.latest(tenant_id, _name_of(services, tenant_id, reference))
 
 
 def _name_of(services: Services, tenant_id: str, reference: str) -> str:
-    """A model's id means its name. A name stays one when its models are gone: what was made of them is still there."""
+    """The name that an id or a name refers to. A name may have no model any more: the results of its models are still there."""
     try:
-        return services.models.get(tenant_id, reference).name
+        return services.resources.models.get(tenant_id, reference).name
     except NightpressError as error:
         if error.code is not ErrorCode.NOT_FOUND:
             raise

@@ -1,4 +1,4 @@
-"""What waits, and how long already."""
+"""The queues: how many jobs wait and run, and since when."""
 
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -11,7 +11,9 @@ from nightpress.core.wire.system import QueueView
 router = APIRouter(prefix="/v1/queues", tags=["workers"])
 
 
-@router.get("", response_model=Page[QueueView], summary="The queues: what waits and what runs, over all tenants")
+@router.get(
+    "", response_model=Page[QueueView], summary="Count the jobs that wait and run in each queue, over all tenants"
+)
 async def list_queues(_caller: WorkersReader, services: ServicesDep) -> Response:
-    found = await services.call(services.store.queues)
-    return answer(Page[QueueView](items=[QueueView.model_validate(one, from_attributes=True) for one in found]))
+    found = await services.call(services.resources.store.reader.queues)
+    return answer(Page[QueueView](items=[QueueView.model_validate(queue, from_attributes=True) for queue in found]))

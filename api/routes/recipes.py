@@ -1,4 +1,4 @@
-"""Recipes: those that come with Nightpress, the schema of one's own, and what a recipe would do to a model."""
+"""Recipes: the built-in ones, the schema, and the check and plan of a recipe."""
 
 from typing import Annotated, Any
 
@@ -10,7 +10,8 @@ from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.core.errors import ErrorCode
-from nightpress.core.recipes.builtins import builtin_recipes, builtin_text, get_recipe
+from nightpress.core.recipes.builtins import builtin_recipes, builtin_text
+from nightpress.core.recipes.builtins import get_recipe as get_builtin
 from nightpress.core.recipes.models import Recipe, load_recipe, parse_recipe
 from nightpress.core.recipes.plan import Plan, make_plan
 from nightpress.core.wire.base import Page
@@ -20,7 +21,7 @@ router = APIRouter(prefix="/v1/recipes", tags=["recipes"], route_class=OnceRoute
 
 _EXAMPLES = {
     "mapping": {
-        "summary": "A mapping, for a model",
+        "summary": "A mapping, planned for a model",
         "value": {
             "model": "all-minilm-l6-v2",
             "recipe": {
@@ -31,33 +32,33 @@ _EXAMPLES = {
         },
     },
     "YAML": {
-        "summary": "YAML text, for any model",
+        "summary": "YAML text, without a model",
         "value": {"recipe": "name: half\npasses: [{pass: magnitude, sparsity: 0.5}]\nexports: [safetensors]\n"},
     },
 }
 
 
-@router.get("", response_model=Page[RecipeView], summary="The built-in recipes")
+@router.get("", response_model=Page[RecipeView], summary="List the built-in recipes")
 async def list_recipes(_caller: JobsReader) -> Response:
-    return answer(Page[RecipeView](items=[_view(one) for one in builtin_recipes().values()]))
+    return answer(Page[RecipeView](items=[_view(recipe) for recipe in builtin_recipes().values()]))
 
 
-@router.get("/schema", summary="The JSON schema of a recipe", response_model=dict[str, Any])
+@router.get("/schema", summary="Get the JSON schema of a recipe", response_model=dict[str, Any])
 async def recipe_schema(_caller: JobsReader) -> Response:
     return JSONResponse(Recipe.model_json_schema(by_alias=True))
 
 
 @router.get(
-    "/{name}", response_model=RecipeView, summary="One built-in recipe", responses=documented(ErrorCode.NOT_FOUND)
+    "/{name}", response_model=RecipeView, summary="Get a built-in recipe", responses=documented(ErrorCode.NOT_FOUND)
 )
-async def one_recipe(name: str, _caller: JobsReader) -> Response:
-    return answer(_view(get_recipe(name)))
+async def get_recipe(name: str, _caller: JobsReader) -> Response:
+    return answer(_view(get_builtin(name)))
 
 
 @router.post(
     "/validate",
     response_model=ValidateView,
-    summary="Check a recipe, and say what it would do, take and risk",
+    summary="Check a recipe and plan it: steps, queue, warnings and, with a model, an estimate",
     responses=documented(
         ErrorCode.INVALID_REQUEST,
         ErrorCode.INVALID_RECIPE,
@@ -78,7 +79,7 @@ def _plan(services: Services, tenant_id: str, body: ValidateRequest) -> Plan:
     recipe = load_recipe(body.recipe) if isinstance(body.recipe, str) else parse_recipe(body.recipe)
     if body.model is None:
         return make_plan(recipe)
-    return services.jobs.plan(recipe, services.models.get(tenant_id, body.model).id)
+    return services.resources.jobs.plan(recipe, services.resources.models.get(tenant_id, body.model).id)
 
 
 def _view(recipe: Recipe) -> RecipeView:
@@ -86,8 +87,8 @@ def _view(recipe: Recipe) -> RecipeView:
         name=recipe.name,
         version=recipe.version,
         description=recipe.description,
-        passes=[one.pass_ for one in recipe.passes],
-        exports=[one.name for one in recipe.exports],
+        passes=[step.pass_ for step in recipe.passes],
+        exports=[export.name for export in recipe.exports],
         recipe=recipe.model_dump(mode="json"),
         text=builtin_text(recipe.name),
     )

@@ -1,4 +1,4 @@
-"""What a job made: its artifacts and its report. Both appear with the commit that ended the job, never before."""
+"""A job's artifacts and its report. Both appear in the transaction that ends the job, never before."""
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -21,23 +21,23 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
 @router.get(
     "/artifacts",
     response_model=Page[ArtifactView],
-    summary="A job's artifacts",
+    summary="List a job's artifacts",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def job_artifacts(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
     await own_job(services, caller, job_id)
-    found = await services.call(services.store.artifacts, job_id)
-    return answer(Page[ArtifactView](items=[artifact_view(job_id, one) for one in found]))
+    found = await services.call(services.resources.store.reader.artifacts, job_id)
+    return answer(Page[ArtifactView](items=[artifact_view(job_id, artifact) for artifact in found]))
 
 
 @router.get(
     "/artifacts/{format}/files/{path:path}",
     response_class=Response,
-    summary="Download one file of an artifact",
-    description="Answers with a redirect to a URL that is good for 15 minutes, or with the bytes. Ranges resume a download; the ETag is the file's SHA-256.",
+    summary="Download a file of an artifact",
+    description="The answer is a redirect to a URL that is valid for 15 minutes, or the bytes. Ranges resume a download; the ETag is the file's SHA-256.",
     responses={
         200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
-        206: {"description": "The range that was asked for."},
+        206: {"description": "The requested range."},
         307: {"description": "The bytes are at `Location`."},
         416: {"description": "The range lies outside the file."},
         **documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE),
@@ -46,13 +46,13 @@ async def job_artifacts(job_id: str, caller: JobsReader, services: ServicesDep) 
 async def artifact_file(
     request: Request,
     job_id: str,
-    format: str,  # noqa: A002 - it is the word in the address
+    format: str,  # noqa: A002 - the word in the address
     path: str,
     caller: JobsReader,
     services: ServicesDep,
 ) -> Response:
     job = await own_job(services, caller, job_id)
-    for artifact in await services.call(services.store.artifacts, job_id):
+    for artifact in await services.call(services.resources.store.reader.artifacts, job_id):
         for file in artifact.files if artifact.format == format else ():
             if file["path"] == path:
                 key = f"{attempt_prefix(job, artifact.attempt)}/{artifact.path}/{path}"
@@ -60,19 +60,19 @@ async def artifact_file(
     raise NightpressError(
         ErrorCode.NOT_FOUND,
         "The job has no such file.",
-        hint="GET …/artifacts lists the files of a job that has succeeded.",
+        hint="GET …/artifacts lists the files of a succeeded job.",
     )
 
 
 @router.get(
     "/report",
     response_model=ReportView,
-    summary="The comparison of the source and what was made of it",
+    summary="Get a job's report: the figures before and after",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def job_report(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
     await own_job(services, caller, job_id)
-    report = await services.call(services.store.report, job_id)
+    report = await services.call(services.resources.store.reader.report, job_id)
     if report is None:
         raise _no_report()
     base = f"/v1/jobs/{job_id}/report"
@@ -82,11 +82,11 @@ async def job_report(job_id: str, caller: JobsReader, services: ServicesDep) -> 
 @router.get(
     "/report.html",
     response_class=Response,
-    summary="The report as one self-contained page",
+    summary="Get the report as a self-contained page",
     responses={200: {"content": {"text/html": {}}}, **documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE)},
 )
 async def job_report_html(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
-    # Drawn from names that people chose: the page may show itself and do nothing.
+    # The page holds names that people chose, so it may not run anything.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
     drawn, job = await _drawn(services, caller, job_id, "report.html")
     if job.reused_from:
@@ -101,7 +101,7 @@ async def job_report_html(job_id: str, caller: JobsReader, services: ServicesDep
 @router.get(
     "/report.md",
     response_class=Response,
-    summary="The report as a Markdown model card",
+    summary="Get the report as a Markdown model card",
     responses={
         200: {"content": {"text/markdown": {}}},
         **documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE),
@@ -113,26 +113,30 @@ async def job_report_markdown(job_id: str, caller: JobsReader, services: Service
 
 
 def attempt_prefix(job: Job, attempt: int) -> str:
-    """Where the files of an attempt lie in the object storage: another job's attempt, where this one was given its result."""
+    """The prefix of an attempt's files in the object storage. A job that reuses a result has the files of the other job."""
     return f"jobs/{job.reused_from or job.id}/attempts/{attempt}"
 
 
 def _reused(job: Job) -> str:
-    return f"This job, {job.id}, did not run: the result is that of {job.reused_from}, which was the same."
+    return f"This job, {job.id}, did not run: it has the result of {job.reused_from}, an identical job."
 
 
 async def _drawn(services: Services, caller: Principal, job_id: str, name: str) -> tuple[bytes, Job]:
     job = await own_job(services, caller, job_id)
     if job.state != "succeeded":
         raise _no_report()
-    attempt = (await services.call(services.store.artifacts, job_id))[0].attempt if job.reused_from else job.attempt
+    attempt = (
+        (await services.call(services.resources.store.reader.artifacts, job_id))[0].attempt
+        if job.reused_from
+        else job.attempt
+    )
     key = f"{attempt_prefix(job, attempt)}/{name}"
-    return await services.call(lambda: b"".join(services.objects.read(key))), job
+    return await services.call(lambda: b"".join(services.resources.objects.read(key))), job
 
 
 def _no_report() -> NightpressError:
     return NightpressError(
-        ErrorCode.NOT_FOUND, "The job has no report.", hint="A job has one when it has succeeded; see its state."
+        ErrorCode.NOT_FOUND, "The job has no report.", hint="A job has a report when it has succeeded. See its state."
     )
 
 

@@ -1,4 +1,4 @@
-"""Schedules: jobs that come again, in a time zone, whether or not anybody is awake."""
+"""Schedules: jobs that are submitted at the times of a cron expression, in a time zone."""
 
 from typing import Annotated
 
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1/schedules", tags=["schedules"], route_class=OnceR
 _JOB = {"model": "all-minilm-l6-v2", "recipe": "int8-encoder"}
 _EXAMPLES = {
     "every night": {
-        "summary": "Every night at two in Berlin, unless the model is the same as last time",
+        "summary": "Every night at two in Berlin, unless nothing has changed",
         "value": {
             "name": "nightly-search",
             "cron": "0 2 * * *",
@@ -29,7 +29,7 @@ _EXAMPLES = {
         },
     },
     "every six hours": {
-        "summary": "Every six hours, one after the other, and none forgotten",
+        "summary": "Every six hours, one after the other, without a gap",
         "value": {"name": "fresh", "cron": "0 */6 * * *", "overlap": "queue", "catch_up": "all", "job": _JOB},
     },
 }
@@ -52,40 +52,44 @@ _REFUSALS = (
 async def create_schedule(
     caller: JobsWriter, services: ServicesDep, body: Annotated[ScheduleCreate, Body(openapi_examples=_EXAMPLES)]
 ) -> Response:
-    schedule = await services.call(services.schedules.create, caller.tenant_id, body, key_id=caller.key_id)
-    return _one(schedule, status=201)
+    schedule = await services.call(services.resources.schedules.create, caller.tenant_id, body, key_id=caller.key_id)
+    return _with_etag(schedule, status=201)
 
 
 @router.get("", response_model=Page[ScheduleView], summary="List schedules, newest first")
 async def list_schedules(
     caller: JobsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
-    items, following = await services.call(services.schedules.store.page, caller.tenant_id, cursor=cursor, limit=limit)
+    items, following = await services.call(
+        services.resources.schedules.store.page, caller.tenant_id, cursor=cursor, limit=limit
+    )
     return answer(Page[ScheduleView](items=items, next_cursor=following))
 
 
 @router.get(
     "/{reference}",
     response_model=ScheduleView,
-    summary="One schedule, by id or name",
+    summary="Get a schedule by id or name",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_schedule(reference: str, caller: JobsReader, services: ServicesDep) -> Response:
-    return _one(await services.call(services.schedules.store.get, caller.tenant_id, reference))
+    return _with_etag(await services.call(services.resources.schedules.store.get, caller.tenant_id, reference))
 
 
 @router.patch(
     "/{reference}",
     response_model=ScheduleView,
     summary="Change a schedule",
-    description="Only what is given changes; `source: null` takes the source away. Its next fire is counted anew from now where the time, the zone or `suspended` changes.",
+    description="Fields that are not given stay as they are; `source: null` removes the source. Where the times, the zone or `suspended` change, the next fire is computed anew from now.",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED, *_REFUSALS),
 )
 async def edit_schedule(
     reference: str, caller: JobsWriter, services: ServicesDep, body: ScheduleUpdate, if_match: IfMatch = None
 ) -> Response:
     version = version_of(if_match)
-    return _one(await services.call(services.schedules.edit, caller.tenant_id, reference, body, version=version))
+    return _with_etag(
+        await services.call(services.resources.schedules.edit, caller.tenant_id, reference, body, version=version)
+    )
 
 
 @router.delete(
@@ -99,30 +103,30 @@ async def delete_schedule(
     reference: str, caller: JobsWriter, services: ServicesDep, if_match: IfMatch = None
 ) -> Response:
     version = version_of(if_match)
-    await services.call(services.schedules.delete, caller.tenant_id, reference, version=version)
+    await services.call(services.resources.schedules.delete, caller.tenant_id, reference, version=version)
     return Response(status_code=204)
 
 
 @router.post(
     "/{reference}/suspend",
     response_model=ScheduleView,
-    summary="Fire no more until it is resumed",
+    summary="Suspend a schedule: no fires until it is resumed",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def suspend_schedule(reference: str, caller: JobsWriter, services: ServicesDep) -> Response:
     change = ScheduleUpdate(suspended=True)
-    return _one(await services.call(services.schedules.edit, caller.tenant_id, reference, change))
+    return _with_etag(await services.call(services.resources.schedules.edit, caller.tenant_id, reference, change))
 
 
 @router.post(
     "/{reference}/resume",
     response_model=ScheduleView,
-    summary="Fire again, from the next time on",
+    summary="Resume a schedule from the next due time on",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def resume_schedule(reference: str, caller: JobsWriter, services: ServicesDep) -> Response:
     change = ScheduleUpdate(suspended=False)
-    return _one(await services.call(services.schedules.edit, caller.tenant_id, reference, change))
+    return _with_etag(await services.call(services.resources.schedules.edit, caller.tenant_id, reference, change))
 
 
 @router.post(
@@ -130,29 +134,29 @@ async def resume_schedule(reference: str, caller: JobsWriter, services: Services
     status_code=201,
     response_model=ScheduleRunView,
     summary="Fire now, also while suspended",
-    description="The job appears in the run within a few seconds. `overlap` holds, `only_if_changed` does not.",
+    description="The job appears in the run within a few seconds. `overlap` applies, `only_if_changed` does not.",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def trigger_schedule(reference: str, caller: JobsWriter, services: ServicesDep) -> Response:
-    return answer(await services.call(services.schedules.trigger, caller.tenant_id, reference), status=201)
+    return answer(await services.call(services.resources.schedules.trigger, caller.tenant_id, reference), status=201)
 
 
 @router.get(
     "/{reference}/runs",
     response_model=Page[ScheduleRunView],
-    summary="What each fire came to, newest first",
+    summary="List a schedule's fires and their outcomes, newest first",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def list_runs(
     reference: str, caller: JobsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
     items, following = await services.call(
-        services.schedules.store.runs, caller.tenant_id, reference, cursor=cursor, limit=limit
+        services.resources.schedules.store.runs, caller.tenant_id, reference, cursor=cursor, limit=limit
     )
     return answer(Page[ScheduleRunView](items=items, next_cursor=following))
 
 
-def _one(schedule: ScheduleView, *, status: int = 200) -> Response:
+def _with_etag(schedule: ScheduleView, *, status: int = 200) -> Response:
     headers = {"ETag": etag_of(schedule.version)}
     if status == 201:
         headers["Location"] = f"/v1/schedules/{schedule.id}"

@@ -1,4 +1,4 @@
-"""Taking the files of a model or a data set: the same requests for both."""
+"""Uploads: the routes that receive the files of a model or a data set, the same for both."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ _PIECE = 1024**2  #: bytes handed to the store's thread at a time
 
 
 class Registry(Protocol):
-    """What the registries of models and of data sets have in common. `reference` is an id or a name."""
+    """What the routes need of the registries of models and data sets. `reference`: an id or a name."""
 
     def uploads(self, tenant_id: str, reference: str) -> list[UploadFile]: ...
 
@@ -36,14 +36,14 @@ class Registry(Protocol):
 def add_upload_routes(
     router: APIRouter, registry: Callable[[Services], Registry], view: type[BaseModel], what: str
 ) -> None:
-    """Add `uploads`, `parts`, `complete` and DELETE below `/{reference}` of a router."""
+    """Add `uploads`, `parts`, `complete` and DELETE below `/{reference}` to a router. `what`: "model" or "data set"."""
     noun = what.replace(" ", "_")
 
     @router.get(
         "/{reference}/uploads",
         name=f"list_{noun}_uploads",
         response_model=Page[UploadFile],
-        summary="The parts still to be sent, with fresh addresses",
+        summary="List the parts that are missing, with fresh addresses",
         responses=documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE),
     )
     async def uploads(reference: str, caller: ModelsWriter, services: ServicesDep) -> Response:
@@ -55,8 +55,8 @@ def add_upload_routes(
         name=f"send_{noun}_part",
         status_code=204,
         response_class=Response,
-        summary="Send one part through the API",
-        description="Where `uploads` names addresses here rather than at the object storage. The body is the part's bytes as they are.",
+        summary="Send a part through the API",
+        description="For parts whose address in `uploads` is here and not at the object storage. The body is the part's bytes.",
         responses=documented(
             ErrorCode.NOT_FOUND,
             ErrorCode.CONFLICT,
@@ -90,10 +90,10 @@ def add_upload_routes(
         "/{reference}/complete",
         name=f"complete_{noun}",
         response_model=view,
-        summary=f"All parts are sent: verify the files and make the {what} ready",
-        description="202: it is large, and `verifying`. GET it (`Location`) until it is `ready` or, with an `error`, `failed`.",
+        summary=f"Finish an upload: verify the files and make the {what} ready",
+        description="202: the upload is large and its state is `verifying`. Poll `Location` with GET until the state is `ready` or, with an `error`, `failed`.",
         responses={
-            202: {"model": view, "description": "It is verified beside the request."},
+            202: {"model": view, "description": "The files are verified after this answer."},
             **documented(
                 ErrorCode.NOT_FOUND,
                 ErrorCode.CONFLICT,
@@ -114,7 +114,7 @@ def add_upload_routes(
         name=f"delete_{noun}",
         status_code=204,
         response_class=Response,
-        summary=f"Delete a {what}, or give up its upload",
+        summary=f"Delete a {what}, or abandon its upload",
         responses=documented(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.STORAGE_UNAVAILABLE),
     )
     async def delete(reference: str, caller: ModelsWriter, services: ServicesDep) -> Response:
@@ -126,13 +126,13 @@ def _announced_size(request: Request) -> int:
     size = whole_number(request.headers.get("content-length", ""))
     if size is None:
         raise NightpressError(
-            ErrorCode.INVALID_REQUEST, "The part's length is not known.", hint="Send it with a Content-Length header."
+            ErrorCode.INVALID_REQUEST, "The part's length is unknown.", hint="Send it with a Content-Length header."
         )
     return size
 
 
 def _pieces(request: Request, loop: asyncio.AbstractEventLoop) -> Iterator[bytes]:
-    """The body, for a thread: it asks the event loop for each piece, so that no more than one is ever held."""
+    """The body, for a thread: each piece is asked from the event loop, so that only one is held in memory."""
     chunks = request.stream()
 
     async def gather() -> bytes:
@@ -143,6 +143,6 @@ def _pieces(request: Request, loop: asyncio.AbstractEventLoop) -> Iterator[bytes
                 break
         return bytes(piece)
 
-    # A client that falls silent is disconnected (api/connections.py), which ends this too.
+    # A silent client is disconnected by api/connections.py, which ends this loop.
     while piece := asyncio.run_coroutine_threadsafe(gather(), loop).result():
         yield piece

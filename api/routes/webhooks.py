@@ -1,4 +1,4 @@
-"""Webhooks: be told when a job has ended, instead of asking."""
+"""Webhooks: messages to an address when a job has ended."""
 
 from typing import Annotated
 
@@ -39,13 +39,13 @@ _NO_STORE = {"Cache-Control": "no-store"}
     "",
     status_code=201,
     response_model=NewWebhookView,
-    summary="Make a webhook; its secret is shown this once",
+    summary="Make a webhook; only this answer shows its secret",
     responses=documented(ErrorCode.INVALID_REQUEST, ErrorCode.URL_NOT_ALLOWED, ErrorCode.QUOTA_EXCEEDED),
 )
 async def create_webhook(
     caller: WebhooksWriter, services: ServicesDep, body: Annotated[WebhookCreate, Body(openapi_examples=_EXAMPLES)]
 ) -> Response:
-    made = await services.transfer(services.webhooks.create, caller.tenant_id, body, key_id=caller.key_id)
+    made = await services.transfer(services.resources.webhooks.create, caller.tenant_id, body, key_id=caller.key_id)
     return answer(made, status=201, headers={"Location": f"/v1/webhooks/{made.webhook.id}", **_NO_STORE})
 
 
@@ -53,15 +53,17 @@ async def create_webhook(
 async def list_webhooks(
     caller: WebhooksReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
-    items, following = await services.call(services.webhooks.page, caller.tenant_id, cursor=cursor, limit=limit)
+    items, following = await services.call(
+        services.resources.webhooks.page, caller.tenant_id, cursor=cursor, limit=limit
+    )
     return answer(Page[WebhookView](items=items, next_cursor=following))
 
 
 @router.get(
-    "/{webhook_id}", response_model=WebhookView, summary="One webhook", responses=documented(ErrorCode.NOT_FOUND)
+    "/{webhook_id}", response_model=WebhookView, summary="Get a webhook", responses=documented(ErrorCode.NOT_FOUND)
 )
 async def get_webhook(webhook_id: str, caller: WebhooksReader, services: ServicesDep) -> Response:
-    return _one(await services.call(services.webhooks.get, caller.tenant_id, webhook_id))
+    return _with_etag(await services.call(services.resources.webhooks.get, caller.tenant_id, webhook_id))
 
 
 @router.patch(
@@ -76,35 +78,37 @@ async def edit_webhook(
     webhook_id: str, caller: WebhooksWriter, services: ServicesDep, body: WebhookUpdate, if_match: IfMatch = None
 ) -> Response:
     version = version_of(if_match)
-    return _one(await services.transfer(services.webhooks.edit, caller.tenant_id, webhook_id, body, version=version))
+    return _with_etag(
+        await services.transfer(services.resources.webhooks.edit, caller.tenant_id, webhook_id, body, version=version)
+    )
 
 
 @router.delete(
     "/{webhook_id}",
     status_code=204,
     response_class=Response,
-    summary="Delete a webhook with its deliveries",
+    summary="Delete a webhook and its deliveries",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED),
 )
 async def delete_webhook(
     webhook_id: str, caller: WebhooksWriter, services: ServicesDep, if_match: IfMatch = None
 ) -> Response:
     version = version_of(if_match)
-    await services.call(services.webhooks.delete, caller.tenant_id, webhook_id, version=version)
+    await services.call(services.resources.webhooks.delete, caller.tenant_id, webhook_id, version=version)
     return Response(status_code=204)
 
 
 @router.post(
     "/{webhook_id}/rotate",
     response_model=NewWebhookView,
-    summary="A new secret; for a while messages carry the old one's signature too",
+    summary="Make a new secret; for a while messages carry signatures by both secrets",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST),
 )
 async def rotate_secret(
     webhook_id: str, caller: WebhooksWriter, services: ServicesDep, body: SecretRotate | None = None
 ) -> Response:
     overlap_s = (body or SecretRotate()).overlap_s
-    made = await services.call(services.webhooks.rotate, caller.tenant_id, webhook_id, overlap_s=overlap_s)
+    made = await services.call(services.resources.webhooks.rotate, caller.tenant_id, webhook_id, overlap_s=overlap_s)
     return answer(made, headers=_NO_STORE)
 
 
@@ -112,24 +116,24 @@ async def rotate_secret(
     "/{webhook_id}/test",
     status_code=202,
     response_model=DeliveryView,
-    summary="Send a message that says nothing",
+    summary="Send a test message",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def test_webhook(webhook_id: str, caller: WebhooksWriter, services: ServicesDep) -> Response:
-    return answer(await services.call(services.webhooks.test, caller.tenant_id, webhook_id), status=202)
+    return answer(await services.call(services.resources.webhooks.test, caller.tenant_id, webhook_id), status=202)
 
 
 @router.get(
     "/{webhook_id}/deliveries",
     response_model=Page[DeliveryView],
-    summary="What was sent, newest first",
+    summary="List the deliveries of a webhook, newest first",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def list_deliveries(
     webhook_id: str, caller: WebhooksReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
 ) -> Response:
     items, following = await services.call(
-        services.webhooks.deliveries, caller.tenant_id, webhook_id, cursor=cursor, limit=limit
+        services.resources.webhooks.deliveries, caller.tenant_id, webhook_id, cursor=cursor, limit=limit
     )
     return answer(Page[DeliveryView](items=items, next_cursor=following))
 
@@ -137,24 +141,24 @@ async def list_deliveries(
 @router.get(
     "/{webhook_id}/deliveries/{delivery_id}",
     response_model=DeliveryView,
-    summary="One delivery, with every try",
+    summary="Get a delivery with every try",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_delivery(webhook_id: str, delivery_id: str, caller: WebhooksReader, services: ServicesDep) -> Response:
-    return answer(await services.call(services.webhooks.delivery, caller.tenant_id, webhook_id, delivery_id))
+    return answer(await services.call(services.resources.webhooks.delivery, caller.tenant_id, webhook_id, delivery_id))
 
 
 @router.post(
     "/{webhook_id}/deliveries/{delivery_id}/redeliver",
     status_code=202,
     response_model=DeliveryView,
-    summary="Send it again, under the same webhook-id",
+    summary="Send a message again, with the same webhook-id",
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def redeliver(webhook_id: str, delivery_id: str, caller: WebhooksWriter, services: ServicesDep) -> Response:
-    sent = await services.call(services.webhooks.redeliver, caller.tenant_id, webhook_id, delivery_id)
+    sent = await services.call(services.resources.webhooks.redeliver, caller.tenant_id, webhook_id, delivery_id)
     return answer(sent, status=202)
 
 
-def _one(webhook: WebhookView) -> Response:
+def _with_etag(webhook: WebhookView) -> Response:
     return answer(webhook, headers={"ETag": etag_of(webhook.version)})

@@ -1,4 +1,4 @@
-"""The table of a report: the source model beside each artifact, with the change and its interval."""
+"""A report as a table: a column for the source model and for each artifact, with changes and intervals."""
 
 from collections.abc import Sequence
 
@@ -16,13 +16,13 @@ from nightpress.core.handoff.report import (
 
 
 def print_report(raw: dict[str, object]) -> None:
-    """Draw report.json: sizes, quality with intervals, latency, throughput, memory, gates, verdict and remarks."""
-    report = read_report(raw)  # a newer server may report more, an old job less
+    """Print a report: sizes, quality with intervals, latency, throughput, memory, gates, verdict and notes."""
+    report = read_report(raw)  # accepts more fields of a newer server and fewer of an old job
     subjects = (report.source, *report.artifacts)
     recipe, model = report.recipe.get("name", "?"), report.model.get("name", "?")
     output.say(f"{model} pressed with {recipe}", "bold")
     rows = comparison_rows(report)
-    headers = ["", *("source" if one is report.source else one.format for one in subjects)]
+    headers = ["", *("source" if subject is report.source else subject.format for subject in subjects)]
     output.print_table(headers, rows, right=range(1, len(headers)))
     for gate in report.gates:
         mark, style = ("met   ", "green") if gate.passed else ("MISSED", "red")
@@ -30,36 +30,39 @@ def print_report(raw: dict[str, object]) -> None:
             f"gate {mark} {gate.artifact}: {gate.gate} (observed {_figure(gate.observed)}) {gate.explanation}", style
         )
     for subject in report.artifacts:
-        for remark in subject.notes:
-            output.say(f"note {subject.format}: {remark}", "yellow")
-    for remark in report.notes:
-        output.say(f"note {remark}", "yellow")
+        for note in subject.notes:
+            output.say(f"note {subject.format}: {note}", "yellow")
+    for note in report.notes:
+        output.say(f"note {note}", "yellow")
     output.say(f"verdict: {report.verdict}", "green" if report.verdict == "accepted" else "red")
 
 
 def comparison_rows(report: Report) -> list[list[str]]:
-    """A row a figure, a column a subject; the source's own column comes first."""
+    """The rows of the table: a figure each, with a cell for the source model and then for each artifact."""
     source, artifacts = report.source, report.artifacts
-    rows = [["size", output.size_text(source.size_bytes), *(_size(one, source) for one in artifacts)]]
+    rows = [["size", output.size_text(source.size_bytes), *(_size(artifact, source) for artifact in artifacts)]]
     for key in _measured((source, *artifacts)):
-        cells = [_quality(_find(one, key)) for one in (source, *artifacts)]
+        cells = [_quality(_find(subject, key)) for subject in (source, *artifacts)]
         name, data, of = key
         rows.append([f"{name}{f' of {of}' if of else ''} ({data})", *cells])
     for batch, length in _shapes((source, *artifacts)):
         before = _timing(source, batch, length)
         label = f"{batch} × {length} tokens"
-        after = [_timing(one, batch, length) for one in artifacts]
-        rows.append([f"latency, {label}", _latency(before, None), *(_latency(one, before) for one in after)])
-        rows.append([f"throughput, {label}", *(_throughput(one) for one in (before, *after))])
+        after = [_timing(artifact, batch, length) for artifact in artifacts]
+        rows.append([f"latency, {label}", _latency(before, None), *(_latency(timing, before) for timing in after)])
+        rows.append([f"throughput, {label}", *(_throughput(timing) for timing in (before, *after))])
     for at, base in enumerate(source.generation):
         label = f"{base.batch} × prompt of {base.prompt}, {base.tokens} written{'' if base.cached else ', no cache'}"
-        found = [one.generation[at] if one.generation else None for one in (source, *artifacts)]
+        found = [subject.generation[at] if subject.generation else None for subject in (source, *artifacts)]
         rows.append(
-            [f"prefill, {label}", *(f"{one.prefill_tokens_per_s:,.0f} tokens/s" if one else "–" for one in found)]
+            [
+                f"prefill, {label}",
+                *(f"{timing.prefill_tokens_per_s:,.0f} tokens/s" if timing else "–" for timing in found),
+            ]
         )
-        rows.append([f"decode, {label}", *(_decode(one, base) if one else "–" for one in found)])
-    rows.append(["peak memory", *(_memory(one) for one in (source, *artifacts))])
-    rows.append(["verified by", "", *(_verified(one) for one in artifacts)])
+        rows.append([f"decode, {label}", *(_decode(timing, base) if timing else "–" for timing in found)])
+    rows.append(["peak memory", *(_memory(subject) for subject in (source, *artifacts))])
+    rows.append(["verified by", "", *(_verified(artifact) for artifact in artifacts)])
     return [row for row in rows if any(cell not in ("", "–") for cell in row[1:])]
 
 
@@ -71,16 +74,16 @@ def _size(subject: Subject, source: Subject) -> str:
 _Key = tuple[str, str, str]
 
 
-def _key(one: Measurement) -> _Key:
-    return one.name, one.data, one.of
+def _key(measurement: Measurement) -> _Key:
+    return measurement.name, measurement.data, measurement.of
 
 
 def _measured(subjects: Sequence[Subject]) -> list[_Key]:
-    return list(dict.fromkeys(_key(one) for subject in subjects for one in subject.measurements))
+    return list(dict.fromkeys(_key(measurement) for subject in subjects for measurement in subject.measurements))
 
 
 def _find(subject: Subject, key: _Key) -> Measurement | None:
-    return next((one for one in subject.measurements if _key(one) == key), None)
+    return next((measurement for measurement in subject.measurements if _key(measurement) == key), None)
 
 
 def _quality(found: Measurement | None) -> str:
@@ -93,11 +96,11 @@ def _quality(found: Measurement | None) -> str:
 
 
 def _shapes(subjects: Sequence[Subject]) -> list[tuple[int, int]]:
-    return list(dict.fromkeys((one.batch, one.length) for subject in subjects for one in subject.timings))
+    return list(dict.fromkeys((timing.batch, timing.length) for subject in subjects for timing in subject.timings))
 
 
 def _timing(subject: Subject, batch: int, length: int) -> Timing | None:
-    return next((one for one in subject.timings if (one.batch, one.length) == (batch, length)), None)
+    return next((timing for timing in subject.timings if (timing.batch, timing.length) == (batch, length)), None)
 
 
 def _latency(found: Timing | None, before: Timing | None) -> str:

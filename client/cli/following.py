@@ -1,4 +1,4 @@
-"""Waiting for a job with a person watching: live progress on a terminal, a line a phase elsewhere, and its end as an exit status."""
+"""Waiting for a job: a progress bar on a terminal, a line for each phase elsewhere, and an exit status at the end."""
 
 import time
 from collections.abc import Iterator
@@ -14,19 +14,19 @@ from nightpress.core.wire.jobs import JobView
 
 
 class _Notices:
-    """Says a job's notice, once each time that it is another."""
+    """Prints a job's notice each time that it changes."""
 
     def __init__(self) -> None:
-        self._said: str | None = None
+        self._printed: str | None = None
 
     def __call__(self, job: JobView) -> None:
-        if job.notice is not None and job.notice != self._said:
+        if job.notice is not None and job.notice != self._printed:
             output.note(output.clean(job.notice), "yellow")
-        self._said = job.notice
+        self._printed = job.notice
 
 
-class _Follower:
-    """Draws each new view of a job."""
+class _ProgressPrinter:
+    """Prints the progress of a job: on a bar, or without one a line for each phase. `since`: the time that counts as 0 s."""
 
     def __init__(self, progress: Progress | None, since: float) -> None:
         self._notices = _Notices()
@@ -64,18 +64,18 @@ def describe(job: JobView) -> str:
 
 @contextmanager
 def detach_on_interrupt(job_id: str) -> Iterator[None]:
-    """Ctrl-C leaves the job alone, says so, and ends the command."""
+    """At Ctrl-C, end the command and let the job go on."""
     try:
         yield
     except KeyboardInterrupt:
         output.note(
-            f"\nDetached. Job {job_id} goes on: `nightpress watch {job_id}` picks it up again, `nightpress cancel {job_id}` stops it."
+            f"\nDetached. Job {job_id} goes on: `nightpress watch {job_id}` shows it again, `nightpress cancel {job_id}` stops it."
         )
         raise typer.Exit(Exit.DETACHED) from None
 
 
 def follow(client: Client, job_id: str, *, quiet: bool = False, timeout_s: float | None = None) -> JobView:
-    """Wait for a job's end, showing the way unless `quiet`; Ctrl-C detaches."""
+    """Wait for a job's end and return it. Prints progress unless `quiet`. Ctrl-C detaches. Raises TimeoutError after `timeout_s`."""
     with detach_on_interrupt(job_id):
         return show(client, job_id, quiet=quiet, timeout_s=timeout_s)
 
@@ -83,33 +83,32 @@ def follow(client: Client, job_id: str, *, quiet: bool = False, timeout_s: float
 def show(
     client: Client, job_id: str, *, quiet: bool, timeout_s: float | None = None, since: float | None = None
 ) -> JobView:
-    """Wait for a job's end, showing the way unless `quiet`. `since`: the moment that counts as 0 s."""
+    """As `follow`, without the detaching. `since`: the time that the printed seconds count from."""
     if quiet:
         return client.jobs.wait(job_id, timeout_s=timeout_s, on_update=_Notices())
     since = since or time.monotonic()
     if not output.stderr().is_terminal:
-        return client.jobs.wait(job_id, timeout_s=timeout_s, poll_s=0.5, on_update=_Follower(None, since))
+        return client.jobs.wait(job_id, timeout_s=timeout_s, poll_s=0.5, on_update=_ProgressPrinter(None, since))
     with output.job_progress() as progress:
-        return client.jobs.wait(job_id, timeout_s=timeout_s, poll_s=0.4, on_update=_Follower(progress, since))
+        return client.jobs.wait(job_id, timeout_s=timeout_s, poll_s=0.4, on_update=_ProgressPrinter(progress, since))
 
 
 def exit_of(job: JobView) -> Exit:
+    """The exit status for a finished job."""
     if job.state != "succeeded":
         return Exit.JOB_FAILED
     return Exit.REJECTED if job.verdict == "rejected" else Exit.OK
 
 
 def print_end(job: JobView) -> None:
-    """How a finished job ended and what can be done next."""
+    """Print how a finished job ended and what to do next."""
     took = ""
     if job.started_at and job.finished_at:
         took = f" after {output.duration_text((job.finished_at - job.started_at).total_seconds())}"
     if job.state == "succeeded" and job.verdict == "accepted":
         output.say(f"{job.id} succeeded{took}; every gate was met.", "green")
     elif job.state == "succeeded":
-        output.say(
-            f"{job.id} ran through{took}, but its result was rejected: it misses a gate of the recipe.", "yellow"
-        )
+        output.say(f"{job.id} succeeded{took}, but its result was rejected: it misses a gate of the recipe.", "yellow")
     elif job.state == "cancelled":
         output.say(f"{job.id} was cancelled{took}.", "yellow")
     else:
@@ -119,6 +118,6 @@ def print_end(job: JobView) -> None:
             f"{job.error.get('code', 'internal')}: {job.error.get('message', '')}", str(job.error.get("hint", ""))
         )
     if job.state == "succeeded":
-        output.note(f"See it: nightpress report {job.id}    fetch it: nightpress pull {job.id}", "dim")
+        output.note(f"Report: nightpress report {job.id}    artifacts: nightpress pull {job.id}", "dim")
     elif job.state == "failed":
-        output.note(f"Its log: nightpress logs {job.id}    again: nightpress retry {job.id}", "dim")
+        output.note(f"Log: nightpress logs {job.id}    retry: nightpress retry {job.id}", "dim")

@@ -1,6 +1,5 @@
-"""Subcommands about jobs: submit, watch, wait, ls, inspect, logs, cancel, retry."""
+"""Commands about jobs: submit, watch, wait, ls, inspect, logs, cancel, retry."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,15 +7,11 @@ import typer
 from nightpress.client.cli import output
 from nightpress.client.cli.exits import Exit
 from nightpress.client.cli.following import describe, detach_on_interrupt, exit_of, follow, print_end
+from nightpress.client.cli.models import send_model
+from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
-from nightpress.client.errors import ApiError
-from nightpress.client.folders import read_model_folder
-from nightpress.core.errors import ErrorCode
-from nightpress.core.recipes.models import load_recipe
-from nightpress.core.recipes.yamlfile import read_yaml
 from nightpress.core.wire.jobs import JobFilter, JobView, LogView
-from nightpress.core.wire.models import ModelView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
@@ -32,25 +27,27 @@ def submit(
         str, typer.Argument(metavar="MODEL", help="A model's id or name, or a local folder, which is sent first.")
     ],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")],
-    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show progress and end when the job does.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show progress until the job ends.")] = False,
     name: Annotated[str, typer.Option(help="A title for the job.")] = "",
     model_name: Annotated[
         str | None, typer.Option(help="The model's name at the server; otherwise its folder's.")
     ] = None,
     priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first.")] = 0,
     label: Annotated[
-        list[str] | None, typer.Option("--label", "-l", metavar="K=V", help="May be given several times.")
+        list[str] | None, typer.Option("--label", "-l", metavar="K=V", help="A label; may be repeated.")
     ] = None,
-    run_limit: Annotated[float | None, typer.Option(help="Fail an attempt that runs longer, in seconds.")] = None,
+    run_limit: Annotated[float | None, typer.Option(help="Seconds an attempt may run before it fails.")] = None,
     queue_limit: Annotated[
-        float | None, typer.Option(help="Fail the job if it has not started within, in seconds.")
+        float | None, typer.Option(help="Seconds the job may wait for its start before it fails.")
     ] = None,
-    idempotency_key: Annotated[str | None, typer.Option(help="Submitting twice with one key makes one job.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Submitting again with the same key makes no second job.")
+    ] = None,
     reuse: Annotated[
-        bool, typer.Option("--reuse", help="Take the result of an identical job that has succeeded, if there is one.")
+        bool, typer.Option("--reuse", help="Take the result of an identical job, where one has succeeded.")
     ] = False,
 ) -> None:
-    """Queue a job: one recipe on one model."""
+    """Queue a job: a recipe on a model."""
     labels = parse_labels(label or [])
     chosen = read_recipe(recipe)
     fields: dict[str, Any] = {"name": name, "priority": priority, "labels": labels, "reuse": reuse}
@@ -63,14 +60,14 @@ def submit(
         if not wait:
             output.print_json(job) if session.json else output.say(job.id)
             return
-        _to_the_end(client, job.id, json=session.json)
+        _follow_to_end(client, job.id, json=session.json)
 
 
 def watch(session: Session, job: JobArgument) -> None:
-    """Show a job's progress until it ends. With --json: its events, one a line. Ctrl-C detaches; the job goes on."""
+    """Show a job's progress until it ends. --json prints its events, one on each line. Ctrl-C detaches; the job goes on."""
     with session.client() as client:
         if not session.json:
-            _to_the_end(client, job, json=False)
+            _follow_to_end(client, job, json=False)
         with detach_on_interrupt(job):
             for event in client.jobs.events(job):
                 output.print_json(event)
@@ -80,25 +77,23 @@ def watch(session: Session, job: JobArgument) -> None:
 def wait(
     session: Session,
     job: JobArgument,
-    timeout: Annotated[
-        float | None, typer.Option(min=0, help="Give up waiting after so many seconds; the job goes on.")
-    ] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds to wait at most; the job goes on.")] = None,
 ) -> None:
-    """Wait quietly for a job's end and say it, by exit status too. Ctrl-C detaches; the job goes on."""
+    """Wait for a job's end without showing progress. The exit status says how it ended. Ctrl-C detaches; the job goes on."""
     with session.client() as client:
         try:
             ended = follow(client, job, quiet=True, timeout_s=timeout)
         except TimeoutError as error:
-            output.fail(str(error), f"`nightpress watch {job}` shows where it is.")
+            output.fail(str(error), f"`nightpress watch {job}` shows its progress.")
             raise typer.Exit(Exit.DETACHED) from None
-        _say_end(ended, json=session.json)
+        _end_with(ended, json=session.json)
 
 
-def _to_the_end(client: Client, job_id: str, *, json: bool) -> None:
-    _say_end(follow(client, job_id, quiet=json), json=json)
+def _follow_to_end(client: Client, job_id: str, *, json: bool) -> None:
+    _end_with(follow(client, job_id, quiet=json), json=json)
 
 
-def _say_end(job: JobView, *, json: bool) -> None:
+def _end_with(job: JobView, *, json: bool) -> None:
     output.print_json(job) if json else print_end(job)
     raise typer.Exit(exit_of(job))
 
@@ -142,7 +137,7 @@ def ls(
 
 
 def inspect(session: Session, job: JobArgument) -> None:
-    """Everything known of one job."""
+    """Print everything known about a job: its fields, artifacts and events."""
     with session.client() as client:
         view = client.jobs.get(job)
         history = list(client.jobs.past_events(job))
@@ -172,8 +167,11 @@ def inspect(session: Session, job: JobArgument) -> None:
     if view.error:
         fields.append(("error", f"{view.error.get('code')}: {view.error.get('message')} {view.error.get('hint', '')}"))
     fields += [
-        (f"artifact {one.format}", f"{output.size_text(one.size)} in {len(one.files)} files, loaded by {one.consumer}")
-        for one in artifacts
+        (
+            f"artifact {artifact.format}",
+            f"{output.size_text(artifact.size)} in {len(artifact.files)} files, loaded by {artifact.consumer}",
+        )
+        for artifact in artifacts
     ]
     output.print_fields(fields)
     for event in history:
@@ -184,9 +182,11 @@ def inspect(session: Session, job: JobArgument) -> None:
 def logs(
     session: Session,
     job: JobArgument,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends. Ctrl-C detaches.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print new lines until the job ends. Ctrl-C detaches.")
+    ] = False,
 ) -> None:
-    """What a job wrote."""
+    """Print a job's log."""
     with session.client() as client, detach_on_interrupt(job):
         for line in client.jobs.logs(job, follow=follow):
             output.print_json(line) if session.json else _print_line(line)
@@ -205,9 +205,9 @@ def cancel(
         typer.Option("--label", "-l", metavar="K=V", help="Every job with this label; may be repeated."),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Every job on this model.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every job that is not over.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every unfinished job.")] = False,
 ) -> None:
-    """Stop a job, or every job that matches. A queued one ends at once, a running one within seconds."""
+    """Cancel a job, or every job that matches. A queued job ends at once, a running job within seconds."""
     if [job is not None, bool(label or model), every].count(True) != 1:
         raise typer.BadParameter("Name one job, or say which with --label, --model or --all.", param_hint="JOB")
     if job is None:
@@ -224,7 +224,7 @@ def cancel(
 
 
 def _cancel_all(session: Session, wanted: JobFilter) -> None:
-    """As many requests as it takes: one cancels a bounded number."""
+    """Repeat the request until no job is left: each cancels a limited number."""
     count, more = 0, True
     with session.client() as client:
         while more:
@@ -239,59 +239,19 @@ def _cancel_all(session: Session, wanted: JobFilter) -> None:
 def retry(
     session: Session,
     job: JobArgument,
-    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show progress and end when the new job does.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show progress until the new job ends.")] = False,
 ) -> None:
     """Queue a finished job again, as a new job."""
     with session.client() as client:
         view = client.jobs.retry(job)
         if wait:
-            _to_the_end(client, view.id, json=session.json)
+            _follow_to_end(client, view.id, json=session.json)
         output.print_json(view) if session.json else output.say(view.id)
 
 
 def parse_labels(raw: list[str]) -> dict[str, str]:
-    for one in raw:
-        if not one.partition("=")[1]:
-            raise typer.BadParameter(f"{one!r} is not of the form key=value.", param_hint="--label")
-    return dict(one.split("=", 1) for one in raw)
-
-
-def read_recipe(recipe: str) -> str | dict[str, Any]:
-    """A built-in's name as it is, a file's content as a mapping. A file's faults are found here, before anything is sent."""
-    path = Path(recipe)
-    if not path.is_file():
-        if path.suffix in {".yaml", ".yml", ".json"} or "/" in recipe:
-            raise typer.BadParameter(f"There is no file {recipe}.", param_hint="--recipe")
-        return recipe
-    text = path.read_text()
-    load_recipe(text)
-    raw: dict[str, Any] = read_yaml(text)
-    return raw
-
-
-def send_model(client: Client, model: str, name: str | None, *, quiet: bool) -> str:
-    """The id or name to submit: a local folder is registered in place where the server allows that, and sent otherwise."""
-    folder = Path(model)
-    if not folder.is_dir():
-        if "/" in model or model.startswith("."):
-            raise typer.BadParameter(f"There is no folder {model}.", param_hint="MODEL")
-        return model
-    chosen = read_model_folder(folder, name)
-    if (there := _registered_in_place(client, folder.resolve(), chosen.name)) is not None:
-        return there.id
-    if chosen.left_out and not quiet:
-        output.note(f"Not sent: {', '.join(chosen.left_out)}.", "dim")
-    with output.transfer_meter(f"sending {output.clean(chosen.name)}", quiet=quiet) as meter:
-        return client.models.upload(chosen, meter=meter).id
-
-
-def _registered_in_place(client: Client, folder: Path, name: str) -> ModelView | None:
-    """The model at this path of the server, if the server is this machine and its operator allowed the folder."""
-    if client.http.base_url.host not in {"127.0.0.1", "localhost", "::1"}:
-        return None
-    try:
-        return client.models.register(str(folder), name)
-    except ApiError as error:
-        if error.code in {ErrorCode.PATH_NOT_ALLOWED, ErrorCode.NOT_FOUND, ErrorCode.UNSUPPORTED_FORMAT}:
-            return None
-        raise
+    """Labels from `key=value` texts. Raises BadParameter for another form."""
+    for label in raw:
+        if not label.partition("=")[1]:
+            raise typer.BadParameter(f"{label!r} is not of the form key=value.", param_hint="--label")
+    return dict(label.split("=", 1) for label in raw)

@@ -1,4 +1,4 @@
-"""`nightpress`: the command a person holds."""
+"""`nightpress`: the command line. Each module beside this one adds its commands; errors become sentences here."""
 
 import os
 import sys
@@ -8,21 +8,28 @@ import typer
 from pydantic import ValidationError
 
 from nightpress.client.cli import (
-    access,
-    catalog,
+    audit,
+    datasets,
     demo,
     doctor,
     jobs,
+    keys,
+    models,
     output,
     press,
     profile,
     proof,
+    queues,
+    recipes,
     results,
     schedules,
     servers,
     stack,
+    tenants,
     web,
     webhooks,
+    whoami,
+    workers,
 )
 from nightpress.client.cli.exits import EPILOG, Exit
 from nightpress.client.errors import ApiError, ClientError, TransferError, UnreachableError
@@ -42,9 +49,16 @@ for part in (
     results,
     proof,
     schedules,
-    catalog,
+    recipes,
+    models,
+    datasets,
+    workers,
+    queues,
     webhooks,
-    access,
+    whoami,
+    keys,
+    tenants,
+    audit,
     stack,
     servers,
     web,
@@ -69,15 +83,15 @@ def root(
     ] = False,
 ) -> None:
     """Press Transformer models smaller and faster overnight, and prove what that did."""
-    del version  # its callback has done it
+    del version  # its callback has printed it
 
 
 def main() -> None:
-    """Run the command; every error becomes a sentence, a hint and an exit status."""
+    """Run the command. Every error becomes a sentence, a hint and an exit status."""
     try:
         app(prog_name="nightpress")
     except BrokenPipeError:
-        # Whoever read our output has gone, e.g. `head`; Python must not complain about it once more at exit.
+        # The reader of the output is gone, e.g. `head`. Without a new stdout, Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.OK)
     except Exception as error:
@@ -87,10 +101,10 @@ def main() -> None:
 
 
 def explain(error: Exception) -> Exit:
-    """Say an error kindly on standard error and return what to exit with."""
+    """Print an error to standard error and return the exit status."""
     match error:
         case ApiError():
-            output.fail(f"{error.message}{_places(error.errors)}", error.hint, reference=error.request_id)
+            output.fail(f"{error.message}{_list_faults(error.errors)}", error.hint, reference=error.request_id)
             return Exit.NOT_FOUND if error.code == ErrorCode.NOT_FOUND else Exit.REFUSED
         case UnreachableError():
             output.fail(error.message, error.hint)
@@ -99,14 +113,15 @@ def explain(error: Exception) -> Exit:
             output.fail(error.message, error.hint)
             return Exit.LOCAL
         case NightpressError():
-            output.fail(f"{error.message}{_places(error.details.get('faults', []))}", error.hint)
+            output.fail(f"{error.message}{_list_faults(error.details.get('faults', []))}", error.hint)
             if error.code == ErrorCode.NOT_FOUND:
                 return Exit.NOT_FOUND
             return Exit.REFUSED if error.kind.status < 500 else Exit.JOB_FAILED
         case ValidationError():
-            faults = [{"at": ".".join(map(str, one["loc"])), "problem": one["msg"]} for one in error.errors()]
+            faults = [{"at": ".".join(map(str, fault["loc"])), "problem": fault["msg"]} for fault in error.errors()]
             output.fail(
-                f"Some values are not valid.{_places(faults)}", "Settings come from NIGHTPRESS_* variables and .env."
+                f"Some values are not valid.{_list_faults(faults)}",
+                "Settings come from NIGHTPRESS_* variables and .env.",
             )
             return Exit.USAGE
         case TimeoutError() if not error.errno:
@@ -115,21 +130,23 @@ def explain(error: Exception) -> Exit:
         case OSError():
             where = f" {error.filename}" if error.filename else ""
             output.fail(
-                f"{error.strerror or error}{where}.", "Is the path right, is there room, and may you write there?"
+                f"{error.strerror or error}{where}.",
+                "Check that the path is right, that the disk has room, and that you may write there.",
             )
             return Exit.LOCAL
         case _:
             output.fail(
-                f"Something unexpected happened in this command: {type(error).__name__}: {error}",
-                "That is a fault of ours. Please report it, with what NIGHTPRESS_DEBUG=1 before the command prints.",
+                f"An unexpected error happened in this command: {type(error).__name__}: {error}",
+                "This is a bug. Please report it with the output of the same command after NIGHTPRESS_DEBUG=1.",
             )
             return Exit.JOB_FAILED
 
 
-def _places(faults: list[dict[str, str]]) -> str:
-    """The faulty fields, one a line."""
+def _list_faults(faults: list[dict[str, str]]) -> str:
+    """The invalid fields and what is wrong with each, a line for each."""
     return "".join(
-        f"\n  {one.get('at') or one.get('loc', '')}: {one.get('problem') or one.get('msg', '')}" for one in faults
+        f"\n  {fault.get('at') or fault.get('loc', '')}: {fault.get('problem') or fault.get('msg', '')}"
+        for fault in faults
     )
 
 

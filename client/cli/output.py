@@ -1,4 +1,4 @@
-"""What the command prints: results to standard output, remarks and progress to standard error, nothing from a server unfiltered."""
+"""Printing: results to standard output, notes and progress to standard error. Text from a server is cleaned first."""
 
 import datetime as dt
 import json
@@ -33,7 +33,7 @@ def stderr() -> Console:
 
 
 def clean(value: object, *, lines: bool = False) -> str:
-    """Text that may come from a stranger, safe to print: no control characters, no escape sequences, no direction overrides."""
+    """Text without control characters, escape sequences and direction overrides: safe for a terminal, whoever wrote it."""
     text = str(value)
     if lines:
         return "\n".join(clean(line) for line in text.replace("\r\n", "\n").split("\n"))
@@ -41,17 +41,17 @@ def clean(value: object, *, lines: bool = False) -> str:
 
 
 def say(text: str, style: str = "") -> None:
-    """A line of the result."""
+    """Print a line of the result to standard output."""
     stdout().print(Text(clean(text, lines=True), style=style))
 
 
 def note(text: str, style: str = "") -> None:
-    """A remark beside the result."""
+    """Print a note to standard error."""
     stderr().print(Text(clean(text, lines=True), style=style))
 
 
 def fail(message: str, hint: str = "", *, reference: str = "") -> None:
-    """An error as a person wants it: what happened, what to do, and what to quote when asking for help."""
+    """Print an error: what happened, what to do, and the request id to quote in a report."""
     console = stderr()
     console.print(Text.assemble(("error: ", "bold red"), clean(message, lines=True)))
     if hint:
@@ -61,7 +61,7 @@ def fail(message: str, hint: str = "", *, reference: str = "") -> None:
 
 
 def print_json(value: Any) -> None:
-    """One document on one line. Non-ASCII is escaped, so that nothing in it can steer a terminal."""
+    """Print a JSON document on one line. Non-ASCII characters are escaped, so that none can control a terminal."""
     sys.stdout.write(json.dumps(_plain(value)) + "\n")
     sys.stdout.flush()
 
@@ -70,14 +70,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     return value
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> None:
-    """A table with rules on a terminal; aligned columns, never cut, anywhere else. `right`: the columns of figures."""
+    """Print a table: with lines on a terminal, elsewhere as aligned columns that are never cut. `right`: columns aligned right."""
     headers = [clean(header) for header in headers]
     cells = [[clean(cell) for cell in row] for row in rows]
     console = stdout()
@@ -100,7 +100,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, rig
 
 
 def print_fields(fields: Sequence[tuple[str, object]]) -> None:
-    """Name and value, one a line; what is empty is left out."""
+    """Print a name and a value on each line. Empty values are left out."""
     shown = [(name, value) for name, value in fields if value not in (None, "", {}, [])]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
@@ -108,6 +108,8 @@ def print_fields(fields: Sequence[tuple[str, object]]) -> None:
 
 
 class _BarMeter:
+    """A meter of transfers that moves a progress bar."""
+
     def __init__(self, progress: Progress, label: str) -> None:
         self._progress = progress
         self._task = progress.add_task(label, total=None)
@@ -123,7 +125,7 @@ class _BarMeter:
 
 @contextmanager
 def transfer_meter(label: str, *, quiet: bool = False) -> Iterator[Meter]:
-    """A bar for bytes, on a terminal only."""
+    """A meter that shows a bar on a terminal, and nothing elsewhere or where `quiet`."""
     console = stderr()
     if quiet or not console.is_terminal:
         yield UNWATCHED
@@ -134,7 +136,7 @@ def transfer_meter(label: str, *, quiet: bool = False) -> Iterator[Meter]:
 
 
 def job_progress() -> Progress:
-    """A bar for the life of one job."""
+    """A progress bar for a job."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -148,7 +150,7 @@ def job_progress() -> Progress:
 
 
 def size_text(size: float) -> str:
-    """Bytes as the field counts them: powers of 1000."""
+    """A number of bytes in B, kB, MB, GB or TB: powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -157,6 +159,7 @@ def size_text(size: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
+    """A duration in seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -165,6 +168,7 @@ def duration_text(seconds: float) -> str:
 
 
 def ago_text(moment: dt.datetime | None) -> str:
+    """How long ago a moment was, by this machine's clock; empty for None."""
     if moment is None:
         return ""
     seconds = max(0.0, (dt.datetime.now(dt.UTC) - moment).total_seconds())

@@ -1,4 +1,4 @@
-"""`nightpress press`: the compression core in this process, with no service at all."""
+"""`nightpress press`: run a recipe in this process, without a service."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ import typer
 from nightpress.client.cli import output
 from nightpress.client.cli.comparison import print_report
 from nightpress.client.cli.exits import Exit
-from nightpress.client.cli.jobs import read_recipe
+from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.errors import ClientError
 from nightpress.client.folders import read_model_folder
@@ -44,24 +44,25 @@ def press(
     model: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A local model folder.", exists=True, file_okay=False)
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the result goes; must not exist or be empty.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the result: a new or an empty one.")],
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", "-t", help=f"In place of a recipe: {', '.join(get_args(Target))}.")
+        str | None,
+        typer.Option("--target", "-t", help=f"What to press for, in place of a recipe: {', '.join(get_args(Target))}."),
     ] = None,
     data: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FILE", help="A data set that the recipe names; may be repeated.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as this process may use.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all that this process may use.")] = 0,
     device: Annotated[
-        str, typer.Option(help="cpu, cuda, or auto: as the recipe says, else by what it gains on this machine's GPU.")
+        str, typer.Option(help="cpu, cuda, or auto: as the recipe says, else what is faster on this machine.")
     ] = "auto",
 ) -> None:
-    """Press a local model here and now, without a service. Ctrl-C stops it and leaves nothing half-made."""
+    """Press a local model on this machine, without a service. Ctrl-C stops it and leaves no partial result."""
     if device not in {"cpu", "cuda", "auto"}:
-        raise typer.BadParameter(f"{device!r} is none of cpu, cuda and auto.", param_hint="--device")
+        raise typer.BadParameter(f"{device!r} is not cpu, cuda or auto.", param_hint="--device")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} exists and is not empty.", param_hint="--out")
     header = read_model_folder(model).header
@@ -69,14 +70,14 @@ def press(
     sets = read_data(wanted, data or [])
     threads = threads or len(os.sched_getaffinity(0))
     require_core()
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read once, when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torch reads it when it is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
     if device == "auto":
         device = _device(wanted, header, threads, quiet=session.json)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the finished result moves in one step.
+    # In the parent of the target, so that the finished result is moved by an atomic rename.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as folder:
         job_dir = Path(folder)
         write_job(job_dir, model, wanted, sets, device=device, threads=threads)
@@ -99,17 +100,19 @@ def press(
 
 def _wanted(recipe: str | None, target: str | None) -> Recipe:
     if (recipe is None) == (target is None):
-        raise typer.BadParameter("Say what is to come out with one of --recipe and --target.", param_hint="--recipe")
+        raise typer.BadParameter("Give either --recipe or --target.", param_hint="--recipe")
     if target is not None:
         if target not in get_args(Target):
-            raise typer.BadParameter(f"{target!r} is none of {', '.join(get_args(Target))}.", param_hint="--target")
+            raise typer.BadParameter(
+                f"{target!r} is not a target. Targets: {', '.join(get_args(Target))}.", param_hint="--target"
+            )
         return get_recipe(target)
     chosen = read_recipe(str(recipe))
     return get_recipe(chosen) if isinstance(chosen, str) else parse_recipe(chosen)
 
 
 def _device(recipe: Recipe, header: ModelHeader, threads: int, *, quiet: bool) -> Literal["cpu", "cuda"]:
-    """Where this machine presses best, and say why. Raises ClientError where the recipe wants a GPU that isn't there."""
+    """The device on which this machine presses best; prints why. Raises ClientError where the recipe needs a GPU and there is none."""
     from nightpress.core.compress.environment import gpu_memory
 
     memory, on_gpu = int(psutil.virtual_memory().total), gpu_memory()
@@ -127,26 +130,26 @@ def _device(recipe: Recipe, header: ModelHeader, threads: int, *, quiet: bool) -
 
 
 def require_core() -> None:
-    """Raises ClientError where the compression core's libraries are missing."""
+    """Check that the libraries of the compression core are installed. Raises ClientError where they are missing."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ClientError(
             f"Pressing on this machine needs {', '.join(missing)}.",
-            hint="Install the extra: `pip install 'nightpress[compress]' -r requirements-cpu.txt`; or send the job to a service with `nightpress submit`.",
+            hint="Install the extra: `pip install 'nightpress[compress]' -r requirements-cpu.txt`. Or send the job to a service: `nightpress submit`.",
         )
 
 
 def read_data(recipe: Recipe, given: list[str]) -> dict[str, Path]:
-    """The local file for each data set that the recipe names."""
+    """The local file of each data set that the recipe names. Raises BadParameter for a file that is missing or not given."""
     sets: dict[str, Path] = {}
-    for one in given:
-        name, _, file = one.partition("=")
+    for assignment in given:
+        name, _, file = assignment.partition("=")
         if not file or not Path(file).is_file():
-            raise typer.BadParameter(f"{one!r} is not NAME=FILE with a file that exists.", param_hint="--data")
+            raise typer.BadParameter(f"{assignment!r} is not NAME=FILE with a file that exists.", param_hint="--data")
         sets[name] = Path(file)
     if missing := sorted(recipe.data_refs() - sets.keys()):
         raise typer.BadParameter(
-            f"The recipe uses {', '.join(missing)}; say which file that is with --data {missing[0]}=FILE.",
+            f"The recipe uses {', '.join(missing)}. Name the file with --data {missing[0]}=FILE.",
             param_hint="--data",
         )
     return {name: path for name, path in sets.items() if name in recipe.data_refs()}
@@ -155,7 +158,7 @@ def read_data(recipe: Recipe, given: list[str]) -> dict[str, Path]:
 def write_job(
     job_dir: Path, model: Path, recipe: Recipe, sets: dict[str, Path], *, device: str, threads: int
 ) -> JobSpec:
-    """Lay out a job's folder as a worker's supervisor does."""
+    """Write a job's folder as a worker's supervisor does, and return its spec. The model and data are linked, not copied."""
     chosen = read_model_folder(model)
     for name in (SOURCE_DIR, DATA_DIR, WORK_DIR, OUT_DIR):
         (job_dir / name).mkdir(exist_ok=True)
@@ -186,7 +189,7 @@ def write_job(
 
 
 def _place(source: Path, target: Path) -> None:
-    """A hard link where the file system allows one: a large model is not copied for being read."""
+    """Make a hard link where the file system allows it, else a copy: a large model is only read."""
     try:
         target.hardlink_to(source.resolve())
     except OSError:
@@ -194,7 +197,7 @@ def _place(source: Path, target: Path) -> None:
 
 
 def run_here(job_dir: Path, *, quiet: bool) -> Manifest:
-    """Press with live progress."""
+    """Run the pipeline on a job's folder, print its progress unless `quiet`, and return the manifest."""
     bar = output.job_progress() if output.stderr().is_terminal and not quiet else None
     with bar or nullcontext():
         if bar is None:
@@ -212,7 +215,7 @@ def run_here(job_dir: Path, *, quiet: bool) -> Manifest:
 
 
 def _pipeline(job_dir: Path, emit: Callable[[AnyFrame], None]) -> Manifest:
-    # Imported late: this loads torch, which no other subcommand needs.
+    # Imported late, because this loads torch.
     from nightpress.core.compress.pipeline import run
 
     return run(job_dir, emit)
@@ -223,12 +226,13 @@ def _ignore(_frame: AnyFrame) -> None:
 
 
 def _lines() -> Callable[[AnyFrame], None]:
-    """A line at each new phase or pass."""
-    last: list[object] = [None]
+    """Print a line at each new phase or pass."""
+    last: object = None
 
     def write(frame: AnyFrame) -> None:
-        if isinstance(frame, Progress) and (frame.phase, frame.pass_index) != last[0]:
-            last[0] = (frame.phase, frame.pass_index)
+        nonlocal last
+        if isinstance(frame, Progress) and (frame.phase, frame.pass_index) != last:
+            last = (frame.phase, frame.pass_index)
             output.note(f"{frame.fraction:4.0%}  {frame.phase}  {frame.message}")
         elif isinstance(frame, Log) and frame.level in {"warning", "error"}:
             output.note(f"{frame.level}: {frame.text}")

@@ -1,4 +1,4 @@
-"""`nightpress profile`: what a local model costs to run, counted from its header."""
+"""`nightpress profile`: the cost of running a local model, counted from its header."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,13 +25,13 @@ def profile(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Texts at once; may be repeated.")] = None,
     length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens a text; may be repeated.")] = None,
     device: Annotated[
-        str, typer.Option(help="Whose roofline: this (measured in a second), h100, a100, rtx-4090, none.")
+        str, typer.Option(help="The device of the roofline: this (measured in a second), h100, a100, rtx-4090, none.")
     ] = "this",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of the measurement.")] = 1,
 ) -> None:
-    """Count a model's parameters, operations, bytes and key/value cache, by kind, and what they allow a device at best."""
-    asked = {"batch": tuple(batch) if batch else None, "length": tuple(length) if length else None}
-    options = Profiling.model_validate({"device": device, **{key: value for key, value in asked.items() if value}})
+    """Count a model's parameters, operations, bytes and key/value cache by kind of layer, and bound its speed on a device."""
+    shapes = {"batch": tuple(batch) if batch else None, "length": tuple(length) if length else None}
+    options = Profiling.model_validate({"device": device, **{key: value for key, value in shapes.items() if value}})
     header = read_model_folder(model).header
     options.check(header)
     found = profile_of(header, model.name, options.shapes, _device(options, threads))
@@ -56,24 +56,26 @@ def _show(found: Profile) -> None:
     kinds = [
         (
             kind,
-            f"{one.parameters:,}",
-            f"{one.bytes / 1e6:,.1f}",
-            f"{one.flops / 1e9:,.2f}",
-            f"{one.flops / max(first.flops, 1):.1%}",
+            f"{work.parameters:,}",
+            f"{work.bytes / 1e6:,.1f}",
+            f"{work.flops / 1e9:,.2f}",
+            f"{work.flops / max(first.flops, 1):.1%}",
         )
-        for kind, one in by_kind(found).items()
+        for kind, work in by_kind(found).items()
     ]
     heads = ("kind", "parameters", "MB", f"GFLOP at {first.batch} × {first.length}", "share")
     output.print_table(heads, kinds, right=(1, 2, 3, 4))
     columns: dict[str, list[str]] = {
-        "batch × tokens": [f"{one.batch} × {one.length}" for one in found.shapes],
-        "GFLOP": [f"{one.flops / 1e9:,.2f}" for one in found.shapes],
-        "quadratic": [f"{one.attention_share:.1%}" for one in found.shapes],
-        "FLOP/byte": [f"{one.intensity:,.0f}" for one in found.shapes],
-        "at best": [_ms(one.bound_ms) for one in found.shapes],
-        "limit": [one.limit or "" for one in found.shapes],
-        "cache": [f"{one.cache_bytes / 1e6:,.1f} MB" if one.cache_bytes is not None else "" for one in found.shapes],
-        "next token": [_ms(one.decode_bound_ms) for one in found.shapes],
+        "batch × tokens": [f"{shape.batch} × {shape.length}" for shape in found.shapes],
+        "GFLOP": [f"{shape.flops / 1e9:,.2f}" for shape in found.shapes],
+        "quadratic": [f"{shape.attention_share:.1%}" for shape in found.shapes],
+        "FLOP/byte": [f"{shape.intensity:,.0f}" for shape in found.shapes],
+        "at best": [_ms(shape.bound_ms) for shape in found.shapes],
+        "limit": [shape.limit or "" for shape in found.shapes],
+        "cache": [
+            f"{shape.cache_bytes / 1e6:,.1f} MB" if shape.cache_bytes is not None else "" for shape in found.shapes
+        ],
+        "next token": [_ms(shape.decode_bound_ms) for shape in found.shapes],
     }
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     output.print_table(list(shown), list(zip(*shown.values(), strict=True)), right=range(len(shown)))

@@ -1,4 +1,4 @@
-"""Subcommands about what reports prove: compare several, and run one's recipe again."""
+"""`nightpress compare` and `nightpress reproduce`: put reports side by side, and check a report by running its recipe again."""
 
 import dataclasses
 import os
@@ -32,16 +32,17 @@ def add_to(app: typer.Typer) -> None:
 def compare_jobs(
     session: Session,
     jobs: Annotated[
-        list[str], typer.Argument(metavar="JOB...", help="Jobs' ids, or local report.json files or folders with one.")
+        list[str],
+        typer.Argument(metavar="JOB...", help="Job ids, report.json files, or folders that hold a report.json."),
     ],
     metric: Annotated[str | None, typer.Option(help="The quality figure to compare by, e.g. accuracy.")] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the comparison as a page.")] = None,
 ) -> None:
-    """Compare the artifacts of several jobs by size, quality and latency, and say which are beaten in everything."""
+    """Compare the artifacts of several jobs by size, quality and latency. Artifacts that another beats in everything are marked."""
     reports = _read_reports(session, jobs)
     found = compare(reports, metric)
     if html is not None:
-        # Imported late: the templates' library is needed for pages alone.
+        # Imported late: the template library is only needed for pages.
         from nightpress.core.compress.report import render_comparison
 
         html.write_text(render_comparison(reports, metric))
@@ -62,10 +63,13 @@ def _read_reports(session: Session, names: Sequence[str]) -> list[Report]:
 
 
 def read_file(path: Path) -> Report:
-    """A report.json, or the one in a folder. Raises ClientError or NightpressError(invalid_request)."""
+    """Read a report.json, or the report.json in a folder.
+
+    Raises ClientError where there is no file, and NightpressError(invalid_request) where it is not a report.
+    """
     file = path / REPORT_FILE if path.is_dir() else path
     if not file.is_file():
-        raise ClientError(f"There is no report at {file}.", hint="Name a report.json, or a folder that holds one.")
+        raise ClientError(f"There is no report at {file}.", hint="Name a report.json, or a folder that holds it.")
     return read_report(file.read_bytes())
 
 
@@ -74,14 +78,14 @@ def _print_comparison(found: Comparison) -> None:
     if found.shape:
         headers.append(f"latency {found.shape[0]} × {found.shape[1]}")
     rows = []
-    for one in found.points:
-        row = [one.label, output.size_text(one.size_bytes)]
+    for point in found.points:
+        row = [point.label, output.size_text(point.size_bytes)]
         if found.metric:
-            ends = f" [{one.quality_low:.4g}, {one.quality_high:.4g}]" if one.quality_low is not None else ""
-            row.append("–" if one.quality is None else f"{one.quality:.4g}{ends}")
+            ends = f" [{point.quality_low:.4g}, {point.quality_high:.4g}]" if point.quality_low is not None else ""
+            row.append("–" if point.quality is None else f"{point.quality:.4g}{ends}")
         if found.shape:
-            row.append("–" if one.latency_ms is None else f"{one.latency_ms:.1f} ms")
-        rows.append([*row, f"beaten by {one.dominated_by}" if one.dominated_by else one.verdict])
+            row.append("–" if point.latency_ms is None else f"{point.latency_ms:.1f} ms")
+        rows.append([*row, f"beaten by {point.dominated_by}" if point.dominated_by else point.verdict])
     output.print_table([*headers, ""], rows, right=range(1, len(headers)))
     for note in found.notes:
         output.note(f"note {note}", "yellow")
@@ -89,7 +93,7 @@ def _print_comparison(found: Comparison) -> None:
 
 def reproduce(
     session: Session,
-    report: Annotated[Path, typer.Argument(metavar="REPORT", help="A report.json, or a folder that holds one.")],
+    report: Annotated[Path, typer.Argument(metavar="REPORT", help="A report.json, or a folder that holds it.")],
     model: Annotated[
         Path, typer.Option("--model", "-m", metavar="FOLDER", help="The source model.", exists=True, file_okay=False)
     ],
@@ -98,7 +102,7 @@ def reproduce(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the new result in this folder.")] = None,
 ) -> None:
-    """Run a report's recipe again, here, and say whether its bytes and figures come out as it says."""
+    """Run a report's recipe again on this machine, and compare bytes and figures with the report."""
     before = read_file(report)
     recipe = parse_recipe(before.recipe)
     sets = read_data(recipe, data or [])
@@ -115,14 +119,14 @@ def reproduce(
         if spec.model_digest != before.model.get("digest"):
             raise ClientError(
                 f"{model} is not the model of the report: its digest is {spec.model_digest}, the report's {before.model.get('digest')}.",
-                hint="Bring the same files: no other revision, and no file more or less.",
+                hint="Use exactly the same files: the same revision, with no file more or less.",
             )
-        expected = {one.ref: one.sha256 for one in before.data}
+        expected = {data_set.ref: data_set.sha256 for data_set in before.data}
         for name, file in spec.data.items():
             sha256 = describe_file(job_dir / DATA_DIR, job_dir / DATA_DIR / file).sha256
             if expected.get(name) not in {None, sha256}:
                 raise ClientError(
-                    f"The file given for {name} is not the one of the report.", hint="Bring the same file."
+                    f"The file given for {name} is not the report's: its SHA-256 differs.", hint="Use the same file."
                 )
         run_here(job_dir, quiet=session.json)
         after = read_file(job_dir / OUT_DIR)
@@ -137,23 +141,27 @@ def reproduce(
 
 
 def _as_dict(found: Reproduction) -> dict[str, Any]:
+    """The fields, with the properties that `asdict` leaves out."""
     tree = dataclasses.asdict(found)
-    tree["bytes"] = [dataclasses.asdict(one) | {"same": one.same} for one in found.bytes]
-    tree["figures"] = [dataclasses.asdict(one) | {"same": one.same, "within": one.within} for one in found.figures]
+    tree["bytes"] = [dataclasses.asdict(artifact) | {"same": artifact.same} for artifact in found.bytes]
+    tree["figures"] = [
+        dataclasses.asdict(figure) | {"same": figure.same, "within": figure.within} for figure in found.figures
+    ]
     return tree
 
 
 def _print_reproduction(found: Reproduction) -> None:
-    for one in found.bytes:
+    for artifact in found.bytes:
         output.say(
-            f"{one.artifact}: {'the same bytes' if one.same else 'other bytes'}", "green" if one.same else "yellow"
+            f"{artifact.artifact}: {'the same bytes' if artifact.same else 'other bytes'}",
+            "green" if artifact.same else "yellow",
         )
     rows = []
     for figure in found.figures:
         ends = f"[{figure.low:.6g}, {figure.high:.6g}]" if figure.low is not None and figure.high is not None else ""
-        said = "the same" if figure.same else "within" if figure.within else "OUTSIDE"
+        outcome = "the same" if figure.same else "within" if figure.within else "OUTSIDE"
         after = "not measured" if figure.after is None else f"{figure.after:.6g}"
-        rows.append([f"{figure.subject}: {figure.name} ({figure.data})", f"{figure.before:.6g}", ends, after, said])
+        rows.append([f"{figure.subject}: {figure.name} ({figure.data})", f"{figure.before:.6g}", ends, after, outcome])
     output.print_table(["", "report", "95% interval", "now", ""], rows, right=(1, 2, 3))
     for what, (then, now) in {**found.versions, **found.environment}.items():
         output.say(f"differs: {what} was {then or 'absent'}, is {now or 'absent'}", "yellow")
@@ -161,7 +169,7 @@ def _print_reproduction(found: Reproduction) -> None:
         output.say(f"differs: the verdict was {found.verdicts[0]}, is {found.verdicts[1]}", "red")
     conclusion = {
         "identical": "Reproduced: the same bytes, and every figure in its interval.",
-        "equivalent": "Reproduced but for the bytes: every figure lies in its interval.",
+        "equivalent": "Reproduced except for the bytes: every figure lies in its interval.",
         "different": "Not reproduced: a figure lies outside its interval, or the verdict differs.",
     }
     output.say(conclusion[found.outcome], "red" if found.outcome == "different" else "green")

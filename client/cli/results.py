@@ -1,4 +1,4 @@
-"""Subcommands about what a job made: pull and report."""
+"""`nightpress pull` and `nightpress report`: what a job has made."""
 
 import tempfile
 import webbrowser
@@ -35,21 +35,28 @@ def pull(
         list[str] | None, typer.Option("--format", "-f", metavar="FORMAT", help="Only this artifact; may be repeated.")
     ] = None,
 ) -> None:
-    """Fetch the artifacts and report of a job, or of a model's newest accepted one. Continues what was broken off; checks every SHA-256."""
+    """Fetch the artifacts and the report of a job, or of a model's newest accepted job. Every SHA-256 is checked; an interrupted fetch continues."""
     folder = out or Path(job)
     with session.client() as client:
         view = _job_or_latest(client, job)
         folders = fetch(client, view, folder, formats or [], quiet=session.json)
     if session.json:
         output.print_json(
-            {"job": view.id, "verdict": view.verdict, "folder": str(folder), "artifacts": [str(one) for one in folders]}
+            {
+                "job": view.id,
+                "verdict": view.verdict,
+                "folder": str(folder),
+                "artifacts": [str(path) for path in folders],
+            }
         )
         return
-    for one in folders:
-        size = sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
-        output.say(f"{one}  {output.size_text(size)}")
+    for artifact in folders:
+        size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
+        output.say(f"{artifact}  {output.size_text(size)}")
     if view.verdict == "rejected":
-        output.note("Mind: this job's result was rejected by a gate of its recipe; see report.md there.", "yellow")
+        output.note(
+            "This result was rejected: it missed a gate of its recipe. report.md in that folder says which.", "yellow"
+        )
 
 
 def _job_or_latest(client: Client, reference: str) -> JobView:
@@ -59,7 +66,7 @@ def _job_or_latest(client: Client, reference: str) -> JobView:
 
 
 def fetch(client: Client, job: JobView, folder: Path, formats: list[str], *, quiet: bool) -> list[Path]:
-    """Artifacts to `folder`/<format>/, and the report beside them."""
+    """Fetch artifacts to `folder`/<format>/ and the report beside them. Returns the artifacts' folders."""
     with output.transfer_meter("fetching", quiet=quiet) as meter:
         folders = client.jobs.download(job.id, folder, formats=formats, meter=meter)
     for form in ("html", "md"):
@@ -76,7 +83,7 @@ def fetch(client: Client, job: JobView, folder: Path, formats: list[str], *, qui
 def report(
     session: Session,
     job: JobArgument,
-    open_page: Annotated[bool, typer.Option("--open", help="Show the whole report in a browser.")] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the whole report in a browser.")] = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the whole report as one HTML page.")
     ] = None,
@@ -84,7 +91,7 @@ def report(
         Path | None, typer.Option("--markdown", metavar="FILE", help="Write it as a Markdown model card.")
     ] = None,
 ) -> None:
-    """Compare before and after: size, quality with its interval, latency, throughput, memory."""
+    """Print a job's figures before and after: size, quality with its interval, latency, throughput, memory."""
     with session.client() as client:
         view = client.jobs.report(job)
         if open_page and html is None:
@@ -101,4 +108,4 @@ def report(
         if written is not None:
             output.note(f"Written: {written}")
     if open_page and html is not None and not webbrowser.open(html.resolve().as_uri()):
-        output.note("No browser could be opened here; open the file yourself.", "yellow")
+        output.note("No browser could be opened. Open the file yourself.", "yellow")

@@ -1,28 +1,29 @@
-"""`nightpress schedule …`: jobs that come again."""
+"""`nightpress schedule …`: jobs that are submitted again and again."""
 
 from typing import Annotated, Any
 
 import typer
 
 from nightpress.client.cli import output
-from nightpress.client.cli.jobs import parse_labels, read_recipe
+from nightpress.client.cli.jobs import parse_labels
+from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.core.wire.schedules import ScheduleRunView, ScheduleView
 
-schedule = typer.Typer(invoke_without_command=True, help="Schedules: list, add, show, edit, suspend, resume, trigger.")
+schedules = typer.Typer(invoke_without_command=True, help="Schedules: list, add, show, edit, suspend, resume, trigger.")
 
 Named = Annotated[str, typer.Argument(metavar="SCHEDULE", help="Its name or id.")]
 Cron = Annotated[str, typer.Option("--cron", "-c", help="Five fields, e.g. '0 2 * * *' for two at night.")]
 Zone = Annotated[str, typer.Option("--timezone", "-z", help="An IANA time zone, e.g. Europe/Berlin.")]
-OVERLAP = "Where the run before still goes: skip, queue or replace."
-CATCH_UP = "Fires missed while the service was down: none, latest or all."
+OVERLAP = "What to do while the last run still goes on: skip, queue or replace."
+CATCH_UP = "Which fires to make up for after the service was down: none, latest or all."
 
 
 def add_to(app: typer.Typer) -> None:
-    app.add_typer(schedule, name="schedule", rich_help_panel="Jobs")
+    app.add_typer(schedules, name="schedule", rich_help_panel="Jobs")
 
 
-@schedule.callback()
+@schedules.callback()
 @takes_session
 def list_schedules(session: Session, context: typer.Context) -> None:
     if context.invoked_subcommand:
@@ -34,33 +35,39 @@ def list_schedules(session: Session, context: typer.Context) -> None:
         return
     rows = [
         (
-            one.name,
-            one.cron,
-            one.timezone,
-            "suspended" if one.suspended else f"{one.upcoming[0]:%Y-%m-%d %H:%M}Z" if one.upcoming else "never",
-            one.job.model,
-            _recipe_name(one),
-            one.overlap,
+            schedule.name,
+            schedule.cron,
+            schedule.timezone,
+            "suspended"
+            if schedule.suspended
+            else f"{schedule.upcoming[0]:%Y-%m-%d %H:%M}Z"
+            if schedule.upcoming
+            else "never",
+            schedule.job.model,
+            _recipe_name(schedule),
+            schedule.overlap,
         )
-        for one in found
+        for schedule in found
     ]
     output.print_table(("schedule", "cron", "time zone", "next", "model", "recipe", "overlap"), rows)
 
 
-@schedule.command("add")
+@schedules.command("add")
 @takes_session
 def add(
     session: Session,
     name: Annotated[str, typer.Argument(metavar="NAME")],
     cron: Cron,
-    model: Annotated[str, typer.Option("--model", "-m", help="A model's name: the newest ready one, each time.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A model's name: each fire takes its newest ready model.")
+    ],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")],
     timezone: Zone = "UTC",
     source: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Where each fire looks for the model first: s3://…, hf://…, or a folder of the server.",
+            help="Where each fire first looks for a newer model: s3://…, hf://…, or a folder of the server.",
         ),
     ] = None,
     overlap: Annotated[str, typer.Option(help=OVERLAP)] = "skip",
@@ -69,16 +76,18 @@ def add(
         bool,
         typer.Option(
             "--only-if-changed",
-            help="Skip where nothing changed since the last run: not the model, the recipe, the data, nor the engine.",
+            help="Skip a fire where model, recipe, data and engine are the same as at the last run.",
         ),
     ] = False,
     priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first.")] = 0,
-    label: Annotated[list[str] | None, typer.Option("--label", "-l", metavar="K=V", help="Of each job.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", "-l", metavar="K=V", help="A label for each job; may be repeated.")
+    ] = None,
     no_promote: Annotated[
         bool, typer.Option("--no-promote", help="Don't let accepted results become the model's latest.")
     ] = False,
 ) -> None:
-    """Submit a job again and again, e.g. every night."""
+    """Make a schedule that submits a job again and again, e.g. every night."""
     fields: dict[str, Any] = {"overlap": overlap, "catch_up": catch_up, "only_if_changed": only_if_changed}
     fields |= {"source": source} if source else {}
     fields |= {"priority": priority, "labels": parse_labels(label or []), "promote": not no_promote}
@@ -87,10 +96,10 @@ def add(
     _print(session, made)
 
 
-@schedule.command("show")
+@schedules.command("show")
 @takes_session
 def show(session: Session, name: Named, limit: Annotated[int, typer.Option("--limit", "-n", min=1)] = 10) -> None:
-    """One schedule, its next fires, and what the last ones came to."""
+    """Print a schedule, its next fires, and the outcomes of its last fires."""
     with session.client() as client:
         found = client.schedules.get(name)
         runs = [run for run, _ in zip(client.schedules.runs(name), range(limit), strict=False)]
@@ -99,10 +108,10 @@ def show(session: Session, name: Named, limit: Annotated[int, typer.Option("--li
         return
     _print(session, found)
     if runs:
-        output.print_table(("fire", "cause", "came to", "job"), [_row(run) for run in runs])
+        output.print_table(("fire", "cause", "outcome", "job"), [_row(run) for run in runs])
 
 
-@schedule.command("edit")
+@schedules.command("edit")
 @takes_session
 def edit(
     session: Session,
@@ -116,10 +125,12 @@ def edit(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Another model.")] = None,
     source: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Another place where each fire looks for the model first; '' for none."),
+        typer.Option(
+            metavar="SOURCE", help="Another place where each fire first looks for a newer model; '' for none."
+        ),
     ] = None,
 ) -> None:
-    """Change what is given; the rest stays."""
+    """Change the given options of a schedule. Options that are not given stay as they are."""
     given = {
         "cron": cron,
         "timezone": timezone,
@@ -138,69 +149,69 @@ def edit(
         _print(session, client.schedules.edit(name, version=found.version, **changes))
 
 
-@schedule.command("suspend")
+@schedules.command("suspend")
 @takes_session
 def suspend(session: Session, name: Named) -> None:
-    """Fire no more until it is resumed."""
+    """Submit no more jobs until the schedule is resumed."""
     with session.client() as client:
         _print(session, client.schedules.suspend(name))
 
 
-@schedule.command("resume")
+@schedules.command("resume")
 @takes_session
 def resume(session: Session, name: Named) -> None:
-    """Fire again, from the next time on."""
+    """Submit jobs again, from the next due time on."""
     with session.client() as client:
         _print(session, client.schedules.resume(name))
 
 
-@schedule.command("trigger")
+@schedules.command("trigger")
 @takes_session
 def trigger(session: Session, name: Named) -> None:
-    """Fire now."""
+    """Submit the job now."""
     with session.client() as client:
         run = client.schedules.trigger(name)
     if session.json:
         output.print_json(run)
     else:
-        output.say(f"{run.id}: the job follows within seconds; `nightpress schedule show {name}` tells.")
+        output.say(f"{run.id}: its job appears within seconds. `nightpress schedule show {name}` lists it.")
 
 
-@schedule.command("rm")
+@schedules.command("rm")
 @takes_session
 def remove(session: Session, name: Named) -> None:
-    """Delete a schedule. The jobs it made stay."""
+    """Delete a schedule. Its jobs stay."""
     with session.client() as client:
         client.schedules.delete(name)
     output.print_json({"removed": name}) if session.json else output.say(f"{name} is gone.")
 
 
-def _print(session: Session, one: ScheduleView) -> None:
+def _print(session: Session, schedule: ScheduleView) -> None:
     if session.json:
-        output.print_json(one)
+        output.print_json(schedule)
         return
     output.print_fields(
         [
-            ("schedule", one.name),
-            ("cron", f"{one.cron} {one.timezone}"),
-            ("state", "suspended" if one.suspended else "active"),
-            ("job", f"{_recipe_name(one)} on {one.job.model}"),
-            ("source", one.source),
-            ("overlap", one.overlap),
-            ("catch up", one.catch_up),
-            ("only if changed", "yes" if one.only_if_changed else ""),
-            ("next", ", ".join(f"{moment:%Y-%m-%d %H:%M}Z" for moment in one.upcoming[:3])),
+            ("schedule", schedule.name),
+            ("cron", f"{schedule.cron} {schedule.timezone}"),
+            ("state", "suspended" if schedule.suspended else "active"),
+            ("job", f"{_recipe_name(schedule)} on {schedule.job.model}"),
+            ("source", schedule.source),
+            ("overlap", schedule.overlap),
+            ("catch up", schedule.catch_up),
+            ("only if changed", "yes" if schedule.only_if_changed else ""),
+            ("next", ", ".join(f"{moment:%Y-%m-%d %H:%M}Z" for moment in schedule.upcoming[:3])),
         ]
     )
 
 
-def _recipe_name(one: ScheduleView) -> str:
-    return one.job.recipe if isinstance(one.job.recipe, str) else str(one.job.recipe.get("name", ""))
+def _recipe_name(schedule: ScheduleView) -> str:
+    return schedule.job.recipe if isinstance(schedule.job.recipe, str) else str(schedule.job.recipe.get("name", ""))
 
 
 def _row(run: ScheduleRunView) -> tuple[str, ...]:
-    came_to: str = run.job_state or run.state
+    outcome: str = run.job_state or run.state
     if run.reason or run.error:
-        came_to += f": {run.reason or (run.error or {}).get('message')}"
+        outcome += f": {run.reason or (run.error or {}).get('message')}"
     verdict = f" ({run.job_verdict})" if run.job_verdict else ""
-    return f"{run.scheduled_for:%Y-%m-%d %H:%M}Z", run.cause, came_to + verdict, run.job_id or ""
+    return f"{run.scheduled_for:%Y-%m-%d %H:%M}Z", run.cause, outcome + verdict, run.job_id or ""

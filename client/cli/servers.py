@@ -1,4 +1,4 @@
-"""`nightpress servers …`: several servers under names, for `--profile`."""
+"""`nightpress servers …`: named servers with their keys, for `--profile`."""
 
 import sys
 from typing import Annotated
@@ -13,7 +13,7 @@ from nightpress.client.errors import ClientError
 from nightpress.client.servers import Server, check_name, read_servers, save_servers
 
 servers = typer.Typer(
-    invoke_without_command=True, help="Servers under names, for --profile: list, add, use one by default, remove."
+    invoke_without_command=True, help="Named servers, for --profile: list, add, choose the default, remove."
 )
 
 Named = Annotated[str, typer.Argument(metavar="NAME")]
@@ -30,14 +30,14 @@ def list_servers(session: Session, context: typer.Context) -> None:
         return
     found = read_servers()
     rows = [
-        {"name": name, "api_url": one.api_url, "key": bool(one.api_key), "default": name == found.default}
-        for name, one in sorted(found.known.items())
+        {"name": name, "api_url": server.api_url, "key": bool(server.api_key), "default": name == found.default}
+        for name, server in sorted(found.known.items())
     ]
     if session.json:
         output.print_json(rows)
         return
     marks = [
-        (one["name"], one["api_url"], "yes" if one["key"] else "", "default" if one["default"] else "") for one in rows
+        (row["name"], row["api_url"], "yes" if row["key"] else "", "default" if row["default"] else "") for row in rows
     ]
     output.print_table(("server", "address", "key", ""), marks)
 
@@ -48,10 +48,10 @@ def add(
     session: Session,
     name: Named,
     url: Annotated[str, typer.Argument(metavar="URL")],
-    use: Annotated[bool, typer.Option("--use", help="Take it by default from now on.")] = False,
-    unchecked: Annotated[bool, typer.Option("--unchecked", help="Don't try the key.")] = False,
+    use: Annotated[bool, typer.Option("--use", help="Make it the default server.")] = False,
+    unchecked: Annotated[bool, typer.Option("--unchecked", help="Store it without trying the key.")] = False,
 ) -> None:
-    """Remember a server and its key. The key is asked for, or read from standard input: it must not stand in a command."""
+    """Store a server and its key. The key is asked for or read from standard input, so that it stands in no shell history."""
     check_name(name)
     known = read_servers()
     url = clean_url(url)
@@ -60,7 +60,7 @@ def add(
     ).strip() or None
     if not unchecked:
         if key is None:
-            raise ClientError("No key came on standard input.", hint="Type it when asked, or pipe it in.")
+            raise ClientError("No key came on standard input.", hint="Type it when it is asked for, or pipe it in.")
         with Client(url, key) as client:
             me = client.me()
         if not session.json:
@@ -78,7 +78,7 @@ def add(
 @servers.command("use")
 @takes_session
 def use_server(session: Session, name: Named) -> None:
-    """Take this server where none is named."""
+    """Make this server the default: it is used where no server is named."""
     known = read_servers()
     server = known.get(name)
     known.default = name
@@ -89,7 +89,7 @@ def use_server(session: Session, name: Named) -> None:
 @servers.command("rm")
 @takes_session
 def remove(session: Session, name: Named) -> None:
-    """Forget a server and its key. The key itself stays good: `nightpress keys rm` revokes one."""
+    """Remove a server and its key from this machine. The key itself stays valid; `nightpress keys rm` revokes a key."""
     known = read_servers()
     known.get(name)
     del known.known[name]

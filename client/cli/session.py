@@ -1,4 +1,4 @@
-"""What every subcommand shares: `--api`, `--profile` and `--json`, said once, and the client made from them."""
+"""The options that every command shares, `--api`, `--profile` and `--json`, and the client that is made from them."""
 
 import functools
 import inspect
@@ -13,13 +13,14 @@ from nightpress.client.client import Client
 
 @dataclass(frozen=True)
 class Session:
-    """The options that every subcommand takes."""
+    """The values of the shared options."""
 
     api: str | None = None
     json: bool = False
     profile: str | None = None
 
     def client(self) -> Client:
+        """A client of the chosen server. Raises ClientError for an unknown profile."""
         return Client(self.api, profile=self.profile)
 
 
@@ -33,18 +34,22 @@ _API = Annotated[
 ]
 _PROFILE = Annotated[
     str | None,
-    typer.Option("--profile", metavar="NAME", help="A server of `nightpress servers`; otherwise NIGHTPRESS_PROFILE."),
+    typer.Option(
+        "--profile", metavar="NAME", help="A server that `nightpress servers` lists; otherwise NIGHTPRESS_PROFILE."
+    ),
 ]
 _JSON = Annotated[
     bool,
-    typer.Option("--json", help="Print JSON (one document, or one a line) and nothing else to standard output."),
+    typer.Option(
+        "--json", help="Print JSON and nothing else to standard output: a document, or a document on each line."
+    ),
 ]
 
 
 def takes_session(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a subcommand of a function whose parameter `session: Session` stands for the common options."""
+    """Make a command of a function: its parameter `session: Session` is replaced by the shared options."""
     signature = inspect.signature(function)
-    own = [one for one in signature.parameters.values() if one.name != "session"]
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "session"]
     common = [
         inspect.Parameter("_api", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_API),
         inspect.Parameter("_profile", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_PROFILE),
@@ -55,7 +60,7 @@ def takes_session(function: Callable[..., None]) -> Callable[..., None]:
     def subcommand(*, _api: str | None, _profile: str | None, _json: bool, **given: Any) -> None:
         function(session=Session(_api, _json, _profile), **given)
 
-    parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own), *common]
+    parameters = [*(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own), *common]
     subcommand.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    subcommand.__annotations__ = {one.name: one.annotation for one in parameters}
+    subcommand.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return subcommand

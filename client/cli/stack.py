@@ -1,4 +1,4 @@
-"""Subcommands that start and stop the embedded stack on this machine: up and down."""
+"""`nightpress up` and `nightpress down`: start and stop the embedded stack on this machine."""
 
 import os
 import signal
@@ -30,11 +30,11 @@ def add_to(app: typer.Typer) -> None:
 def up(
     session: Session,
     detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Return when it is ready, and leave it running.")
+        bool, typer.Option("--detach", "-d", help="Return when the stack is ready, and let it run.")
     ] = False,
-    patience: Annotated[float, typer.Option(help="Seconds it may take to be ready, with --detach.")] = 60.0,
+    patience: Annotated[float, typer.Option(help="Seconds to wait with --detach until the stack is ready.")] = 60.0,
 ) -> None:
-    """Run the whole service on this machine: API, a worker, the control process, a broker, SQLite and a folder. Ctrl-C ends it."""
+    """Run the whole service on this machine: API, worker, control process, broker, SQLite and a folder for files. Ctrl-C stops it."""
     settings = load_settings()
     if not detach:
         raise typer.Exit(_run_in_foreground())
@@ -46,7 +46,7 @@ def up(
         output.print_json({"api_url": url, "key_file": str(settings.key_file), "data_dir": str(settings.data_dir)})
     else:
         output.say(
-            f"Nightpress answers at {url}; its key is in {settings.key_file}. `nightpress web` opens its page, `nightpress down` ends it."
+            f"Nightpress answers at {url}; its key is in {settings.key_file}. `nightpress web` opens its page, `nightpress down` stops it."
         )
 
 
@@ -55,12 +55,12 @@ def _run_in_foreground() -> int:
     while True:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the stack got the same Ctrl-C and is ending its parts
+        except KeyboardInterrupt:  # the stack got the same Ctrl-C and stops its parts
             continue
 
 
 def down(session: Session) -> None:
-    """End the embedded stack of this machine. Its jobs and results stay and go on at the next `nightpress up`."""
+    """Stop the embedded stack of this machine. Its jobs and results stay; jobs go on at the next `nightpress up`."""
     settings = load_settings()
     stack = running_stack(settings)
     if stack is not None:
@@ -72,32 +72,35 @@ def down(session: Session) -> None:
 
 
 def running_stack(settings: Settings) -> psutil.Process | None:
-    """The stack's own process, found by the number it left and by what it runs, for numbers are used again."""
-    for number in StackState.load(settings.data_dir).pids.values():
+    """The process of the embedded stack; None where it does not run.
+
+    It is found by the stored process ids and checked by its command line, because the system uses ids again.
+    """
+    for pid in StackState.load(settings.data_dir).pids.values():
         try:
-            process = psutil.Process(number)
-            for one in (process, *process.parents()):
-                if _MODULE in one.cmdline() and one.status() != psutil.STATUS_ZOMBIE:
-                    return one
+            process = psutil.Process(pid)
+            for ancestor in (process, *process.parents()):
+                if _MODULE in ancestor.cmdline() and ancestor.status() != psutil.STATUS_ZOMBIE:
+                    return ancestor
         except psutil.Error:
             continue
     return None
 
 
 def stop_stack(stack: psutil.Process, patience_s: float = 30.0) -> None:
-    """Ask it to end and wait. Raises ClientError if it doesn't."""
+    """Ask the stack to end and wait. Raises ClientError where it has not ended after `patience_s`."""
     stack.send_signal(signal.SIGTERM)
     try:
         stack.wait(patience_s)
     except psutil.TimeoutExpired as error:
         raise ClientError(
             f"The stack (process {stack.pid}) has not ended after {patience_s:g} s.",
-            hint=f"A job may be shutting down; look again, or end it with `kill -9 {stack.pid}`: nothing is lost by that.",
+            hint=f"A job may still be stopping. Wait and look again, or end it with `kill -9 {stack.pid}`: no job is lost.",
         ) from error
 
 
 def start_stack(settings: Settings, environment: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
-    """Start it in a session of its own, writing to data_dir/devstack.log."""
+    """Start the stack in a session of its own. It writes its log to data_dir/devstack.log."""
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = log_of(settings)
     with log.open("ab") as stream:
@@ -118,15 +121,17 @@ def log_of(settings: Settings) -> Path:
 def await_ready(process: "subprocess.Popen[bytes]", settings: Settings, patience_s: float) -> Client:
     """Return a client of the stack once its API, broker and storage answer and a worker has reported.
 
-    Raises ClientError with the end of its log if it ends or takes too long.
+    Raises ClientError with the end of the stack's log where it ends or is not ready after `patience_s`.
     """
     deadline = time.monotonic() + patience_s
     client: Client | None = None
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ClientError(f"The stack ended as it started (status {process.returncode}).", hint=_log_end(settings))
+            raise ClientError(
+                f"The stack ended while it started (status {process.returncode}).", hint=_log_end(settings)
+            )
         state = StackState.load(settings.data_dir)
-        # One that a killed stack left may name another port, and be there before the key is.
+        # The state of a killed stack may name another port, and be older than the key file.
         if client is None and state.pids.get("stack") == process.pid:
             client = Client(state.api_url, settings.key_file.read_text().strip(), retries=0)
         if client is not None and _answers(client):
@@ -147,5 +152,5 @@ def _log_end(settings: Settings, lines: int = 12) -> str:
     try:
         text = log_of(settings).read_text(errors="replace")
     except OSError:
-        return "It left no log."
+        return "There is no log."
     return "Its log ends:\n" + "\n".join(text.splitlines()[-lines:])

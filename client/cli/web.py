@@ -1,4 +1,4 @@
-"""The subcommand that opens the web page, signed in."""
+"""`nightpress web`: open the web page, signed in."""
 
 import webbrowser
 from typing import Annotated
@@ -18,7 +18,7 @@ def web(
     session: Session,
     show: Annotated[bool, typer.Option("--print", help="Print the address instead of opening a browser.")] = False,
 ) -> None:
-    """Open the web page with your key. It stands behind the address's #, which browsers send to no server."""
+    """Open the web page, signed in with your key. The key follows the # of the address, which browsers don't send to a server."""
     options = session.client().options
     if options.api_key is None:
         raise ClientError(
@@ -28,4 +28,4 @@ def web(
     if session.json:
         output.print_json({"url": address})
     elif show or not webbrowser.open(address):
-        print(address)  # noqa: T201 - the key is what was asked for, and no markup
+        print(address)  # noqa: T201 - the key was asked for, and it holds no markup

@@ -1,4 +1,4 @@
-"""`nightpress webhooks …`: who is told when a job has ended."""
+"""`nightpress webhooks …`: addresses that are told when a job has ended."""
 
 from itertools import islice
 from typing import Annotated, Any
@@ -36,14 +36,14 @@ def list_webhooks(session: Session, context: typer.Context) -> None:
     if session.json:
         output.print_json(found)
         return
-    rows = [(one.id, one.url, ", ".join(one.events), _state(one)) for one in found]
+    rows = [(webhook.id, webhook.url, ", ".join(webhook.events), _state(webhook)) for webhook in found]
     output.print_table(("webhook", "address", "events", "state"), rows)
 
 
 @webhooks.command("add")
 @takes_session
 def add(session: Session, url: Annotated[str, typer.Argument(metavar="URL")], event: Event = None) -> None:
-    """Tell an address when jobs end, and print the secret that signs the messages: it is shown this once."""
+    """Tell an address when jobs end. Prints the secret that signs the messages; it is shown this once."""
     wanted: Any = event or _EVERY_EVENT
     with session.client() as client:
         _print_new(session, client.webhooks.create(url, wanted))
@@ -52,7 +52,7 @@ def add(session: Session, url: Annotated[str, typer.Argument(metavar="URL")], ev
 @webhooks.command("show")
 @takes_session
 def show(session: Session, webhook: Hook) -> None:
-    """One webhook."""
+    """Print a webhook's address, events and state."""
     with session.client() as client:
         _print(session, client.webhooks.get(webhook))
 
@@ -64,9 +64,9 @@ def edit(
     webhook: Hook,
     url: Annotated[str | None, typer.Option(metavar="URL")] = None,
     event: Event = None,
-    enabled: Annotated[bool | None, typer.Option("--on/--off", help="Send again, or send nothing.")] = None,
+    enabled: Annotated[bool | None, typer.Option("--on/--off", help="Send messages, or send none.")] = None,
 ) -> None:
-    """Change what is given; the rest stays."""
+    """Change the given options of a webhook. Options that are not given stay as they are."""
     given = {"url": url, "events": event, "enabled": enabled}
     with session.client() as client:
         found = client.webhooks.get(webhook)
@@ -80,10 +80,10 @@ def rotate(
     session: Session,
     webhook: Hook,
     overlap: Annotated[
-        float, typer.Option(min=0, help="Seconds for which messages carry the old secret's signature too.")
+        float, typer.Option(min=0, help="Seconds for which messages carry signatures by both secrets.")
     ] = 24 * 3600.0,
 ) -> None:
-    """Make a new secret and print it, this once."""
+    """Make a new secret and print it. It is shown this once."""
     with session.client() as client:
         _print_new(session, client.webhooks.rotate(webhook, overlap_s=overlap))
 
@@ -91,7 +91,7 @@ def rotate(
 @webhooks.command("test")
 @takes_session
 def test(session: Session, webhook: Hook) -> None:
-    """Send a message that says nothing, to see whether it comes through."""
+    """Send a test message, to see whether it arrives."""
     with session.client() as client:
         _print_sent(session, client.webhooks.test(webhook))
 
@@ -101,10 +101,12 @@ def test(session: Session, webhook: Hook) -> None:
 def deliveries(
     session: Session,
     webhook: Hook,
-    delivery: Annotated[str | None, typer.Argument(metavar="[DELIVERY]", help="One alone, with every try.")] = None,
+    delivery: Annotated[
+        str | None, typer.Argument(metavar="[DELIVERY]", help="Print only this delivery, with every try.")
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many, newest first.")] = 20,
 ) -> None:
-    """What was sent, and what came of it."""
+    """List the messages to a webhook and whether each arrived."""
     with session.client() as client:
         if delivery is not None:
             _print_tries(session, client.webhooks.delivery(webhook, delivery))
@@ -113,14 +115,17 @@ def deliveries(
     if session.json:
         output.print_json(found)
         return
-    rows = [(one.id, one.event, one.state, one.attempts, output.ago_text(one.created_at)) for one in found]
+    rows = [
+        (delivery.id, delivery.event, delivery.state, delivery.attempts, output.ago_text(delivery.created_at))
+        for delivery in found
+    ]
     output.print_table(("delivery", "event", "state", "tries", "made"), rows, right=(3,))
 
 
 @webhooks.command("redeliver")
 @takes_session
 def redeliver(session: Session, webhook: Hook, delivery: Annotated[str, typer.Argument(metavar="DELIVERY")]) -> None:
-    """Send a message again, whatever came of it before."""
+    """Send a message again, whether it arrived before or not."""
     with session.client() as client:
         _print_sent(session, client.webhooks.redeliver(webhook, delivery))
 
@@ -128,22 +133,27 @@ def redeliver(session: Session, webhook: Hook, delivery: Annotated[str, typer.Ar
 @webhooks.command("rm")
 @takes_session
 def remove(session: Session, webhook: Hook) -> None:
-    """Delete a webhook with its deliveries."""
+    """Delete a webhook and its deliveries."""
     with session.client() as client:
         client.webhooks.delete(webhook)
     output.print_json({"removed": webhook}) if session.json else output.say(f"{webhook} is gone.")
 
 
-def _state(one: WebhookView) -> str:
-    return "on" if one.enabled else f"off: {one.disabled_reason}" if one.disabled_reason else "off"
+def _state(webhook: WebhookView) -> str:
+    return "on" if webhook.enabled else f"off: {webhook.disabled_reason}" if webhook.disabled_reason else "off"
 
 
-def _print(session: Session, one: WebhookView) -> None:
+def _print(session: Session, webhook: WebhookView) -> None:
     if session.json:
-        output.print_json(one)
+        output.print_json(webhook)
         return
-    fields = [("webhook", one.id), ("address", one.url), ("events", ", ".join(one.events)), ("state", _state(one))]
-    output.print_fields([*fields, ("made", one.created_at)])
+    fields = [
+        ("webhook", webhook.id),
+        ("address", webhook.url),
+        ("events", ", ".join(webhook.events)),
+        ("state", _state(webhook)),
+    ]
+    output.print_fields([*fields, ("made", webhook.created_at)])
 
 
 def _print_new(session: Session, made: NewWebhookView) -> None:
@@ -152,21 +162,28 @@ def _print_new(session: Session, made: NewWebhookView) -> None:
         return
     _print(session, made.webhook)
     output.say(f"secret   {made.secret}")
-    output.note("Keep the secret: it is shown this once. Messages are signed as standardwebhooks.com has it.")
+    output.note("Keep the secret: it is shown this once. Messages are signed as standardwebhooks.com specifies.")
 
 
 def _print_sent(session: Session, sent: DeliveryView) -> None:
     if session.json:
         output.print_json(sent)
         return
-    output.say(f"{sent.id}: `nightpress webhooks deliveries {sent.webhook_id} {sent.id}` tells what came of it.")
+    output.say(f"{sent.id}: `nightpress webhooks deliveries {sent.webhook_id} {sent.id}` shows whether it arrived.")
 
 
-def _print_tries(session: Session, one: DeliveryView) -> None:
+def _print_tries(session: Session, delivery: DeliveryView) -> None:
     if session.json:
-        output.print_json(one)
+        output.print_json(delivery)
         return
-    output.print_fields([("delivery", one.id), ("event", one.event), ("state", one.state), ("next try", one.next_at)])
+    output.print_fields(
+        [
+            ("delivery", delivery.id),
+            ("event", delivery.event),
+            ("state", delivery.state),
+            ("next try", delivery.next_at),
+        ]
+    )
     rows = [
         (
             tried.number,
@@ -175,7 +192,7 @@ def _print_tries(session: Session, one: DeliveryView) -> None:
             f"{tried.duration_ms} ms",
             tried.error or "",
         )
-        for tried in one.log
+        for tried in delivery.log
     ]
     if rows:
         output.print_table(("try", "at", "status", "took", "error"), rows, right=(0, 2, 3))

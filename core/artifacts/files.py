@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nightpress.core.artifacts.storage import wrong_checksum
+from nightpress.core.disk import full_disk
 from nightpress.core.errors import ErrorCode, NightpressError
 
 OWN = ".np-"  #: what our own files and folders beside objects begin with; keys can't
@@ -56,17 +57,15 @@ def _create_beside(path: Path) -> tuple[Path, BinaryIO]:
 
 
 @contextlib.contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn an OSError into disk_full or storage_unavailable."""
+def storage_errors(what: str) -> Iterator[None]:
+    """Raise NightpressError: disk_full, or storage_unavailable for any other OSError."""
     try:
-        yield
+        with full_disk(
+            f"{what} could not be written",
+            "Nothing half-made was kept. Free some space, or move the folder to a larger disk.",
+        ):
+            yield
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise NightpressError(
-                ErrorCode.DISK_FULL,
-                f"The disk is full: {what} could not be written.",
-                hint="Nothing half-made was kept. Free some space, or move the folder to a larger disk.",
-            ) from error
         raise NightpressError(
             ErrorCode.STORAGE_UNAVAILABLE,
             f"{what} could not be read or written: {error.strerror or error}.",

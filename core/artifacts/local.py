@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from nightpress.core.artifacts.files import OWN, disk_errors, write_atomically
+from nightpress.core.artifacts.files import OWN, storage_errors, write_atomically
 from nightpress.core.artifacts.storage import (
     PRESIGN_S,
     ObjectInfo,
@@ -42,11 +42,11 @@ class LocalStore:
         self.root = root.absolute()
 
     def put_file(self, key: str, path: Path, *, sha256: str | None = None, on_bytes: OnBytes | None = None) -> None:
-        with disk_errors(key), path.open("rb") as source:
+        with storage_errors(key), path.open("rb") as source:
             self._write(key, _pieces(source, on_bytes), sha256)
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        with disk_errors(key):
+        with storage_errors(key):
             self._write(key, [data], None)
 
     def put_pieces(self, key: str, pieces: Iterable[bytes], *, size: int, sha256: str | None = None) -> str:
@@ -59,17 +59,17 @@ class LocalStore:
             if sha256 is not None and digest.hexdigest() != sha256:
                 raise wrong_checksum(key, sha256, digest.hexdigest())
 
-        with disk_errors(key):
+        with storage_errors(key):
             self._write(key, hashed(), None)
         return digest.hexdigest()
 
     def get_file(self, key: str, path: Path, *, sha256: str | None = None, on_bytes: OnBytes | None = None) -> None:
-        with disk_errors(key), self._open(key) as source:
+        with storage_errors(key), self._open(key) as source:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, _pieces(source, on_bytes), key=key, sha256=sha256, durable=False)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        with disk_errors(key), self._open(key) as source:
+        with storage_errors(key), self._open(key) as source:
             source.seek(start)
             yield from _pieces(source, None, limit=None if end is None else end - start)
 
@@ -93,7 +93,7 @@ class LocalStore:
 
     def delete_prefix(self, prefix: str) -> int:
         path = self._path(prefix.rstrip("/"))
-        with disk_errors(prefix):
+        with storage_errors(prefix):
             if path.is_file():
                 path.unlink()
                 count = 1
@@ -117,7 +117,7 @@ class LocalStore:
     def begin_upload(self, key: str, *, sha256: str, signed_parts: bool) -> str:
         valid_key(key)
         upload_id = new_id("up")
-        with disk_errors(key):
+        with storage_errors(key):
             self._parts(upload_id).mkdir(parents=True)
         return upload_id
 
@@ -139,7 +139,7 @@ class LocalStore:
         folder = self._parts(upload_id)
         if not folder.is_dir():
             raise _no_upload(key)
-        with disk_errors(key):
+        with storage_errors(key):
             write_atomically(folder / f"{number}", exactly(key, pieces, size), key=key, sha256=sha256, durable=False)
 
     def received_parts(self, key: str, upload_id: str) -> dict[int, int]:
@@ -154,7 +154,7 @@ class LocalStore:
         self, key: str, upload_id: str, *, size: int, sha256: str, part_sha256: Sequence[str] = ()
     ) -> None:
         folder = self._parts(upload_id)
-        with disk_errors(key), _locked(folder) as still_there:
+        with storage_errors(key), _locked(folder) as still_there:
             if not still_there:
                 done = self.stat(key)
                 if done is None or done.size != size:
@@ -185,7 +185,7 @@ class LocalStore:
         return count
 
     def check(self) -> None:
-        with disk_errors("the storage folder"):
+        with storage_errors("the storage folder"):
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f"{OWN}check-{secrets.token_hex(4)}"
             probe.write_bytes(b"x")
@@ -195,7 +195,7 @@ class LocalStore:
 
     def _clock(self) -> float:
         """The file system's time, which its files' times are compared with: the folder may be another host's."""
-        with disk_errors("the storage folder"):
+        with storage_errors("the storage folder"):
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f"{OWN}clock-{secrets.token_hex(4)}"
             probe.touch()

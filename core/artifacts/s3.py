@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from nightpress.core.artifacts.files import disk_errors, write_atomically
+from nightpress.core.artifacts.files import storage_errors, write_atomically
 from nightpress.core.artifacts.s3connection import GONE, THREADS, connect, error_code, s3_errors, unavailable
 from nightpress.core.artifacts.storage import (
     PRESIGN_S,
@@ -61,7 +61,7 @@ class S3Store:
         )
 
     def put_file(self, key: str, path: Path, *, sha256: str | None = None, on_bytes: OnBytes | None = None) -> None:
-        with disk_errors(path.name):
+        with storage_errors(path.name):
             size = path.stat().st_size
             data = path.read_bytes() if size <= _PART else None
         if data is not None:
@@ -69,7 +69,7 @@ class S3Store:
             if on_bytes is not None:
                 on_bytes(len(data))
         else:
-            with disk_errors(path.name), path.open("rb", buffering=0) as source:
+            with storage_errors(path.name), path.open("rb", buffering=0) as source:
                 part_size = _part_size(size)
                 parts = iter(lambda: source.read(part_size), b"")
                 self._put_parts(key, parts, size, sha256, hashlib.sha256() if sha256 else None, on_bytes)
@@ -88,7 +88,7 @@ class S3Store:
         return whole.hexdigest()
 
     def get_file(self, key: str, path: Path, *, sha256: str | None = None, on_bytes: OnBytes | None = None) -> None:
-        with disk_errors(path.name):
+        with storage_errors(path.name):
             write_atomically(path, _counted(self.read(key), on_bytes), key=key, sha256=sha256, durable=False)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -138,7 +138,7 @@ class S3Store:
         keys = [info.key for info in self.list(key)] + [key] * (self.stat(key) is not None)
         with s3_errors(prefix):
             for begin in range(0, len(keys), 1000):
-                batch: Any = [{"Key": self._prefix + one} for one in keys[begin : begin + 1000]]
+                batch: Any = [{"Key": self._prefix + key} for key in keys[begin : begin + 1000]]
                 answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True})
                 for fault in answer.get("Errors", []):
                     raise unavailable(prefix, f"{fault.get('Code')}: {fault.get('Message')}")

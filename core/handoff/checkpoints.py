@@ -62,8 +62,8 @@ def prefix_digests(
     """
     digests = []
     for count in (*range(1, len(recipe.passes) + 1), None):
-        passes = [one.model_dump(mode="json") for one in recipe.passes[:count]]
-        reads = any(one.wants != "nothing" for one in recipe.passes[:count])
+        passes = [options.model_dump(mode="json") for options in recipe.passes[:count]]
+        reads = any(options.wants != "nothing" for options in recipe.passes[:count])
         calibration = recipe.calibration.model_dump(mode="json") if reads else None
         said = set(_strings([passes, calibration]))
         body = {
@@ -86,8 +86,8 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for one in value.values():
-            yield from _strings(one)
+        for inner in value.values():
+            yield from _strings(inner)
     elif isinstance(value, list):
-        for one in value:
-            yield from _strings(one)
+        for inner in value:
+            yield from _strings(inner)

@@ -51,10 +51,10 @@ def compare(reports: Sequence[Report], metric: str | None = None) -> Comparison:
 
     metric: the quality figure to compare by; without it, the first that every artifact has.
     """
-    artifacts = [(report, one) for report in reports for one in report.artifacts]
-    key, better = _shared_metric([one for _, one in artifacts], metric)
+    artifacts = [(report, artifact) for report in reports for artifact in report.artifacts]
+    key, better = _shared_metric([artifact for _, artifact in artifacts], metric)
     shape = _shared_shape([subject for report in reports for subject in (report.source, *report.artifacts)])
-    points = [_point(report, one, key, shape) for report, one in artifacts]
+    points = [_point(report, artifact, key, shape) for report, artifact in artifacts]
     sources: dict[str, Point] = {}
     for report in reports:
         sources.setdefault(str(report.model.get("digest")), _point(report, report.source, key, shape))
@@ -69,26 +69,35 @@ def compare(reports: Sequence[Report], metric: str | None = None) -> Comparison:
 
 
 def _shared_metric(subjects: Sequence[Subject], wanted: str | None) -> tuple[tuple[str, str] | None, str]:
-    for one in subjects[0].measurements if subjects else ():
-        named = wanted is None or one.name == wanted
-        if named and not one.of and all(_find(other, one.name, one.data) for other in subjects):
-            return (one.name, one.data), one.better
+    for measured in subjects[0].measurements if subjects else ():
+        named = wanted is None or measured.name == wanted
+        if named and not measured.of and all(_find(other, measured.name, measured.data) for other in subjects):
+            return (measured.name, measured.data), measured.better
     return None, "higher"
 
 
 def _shared_shape(subjects: Sequence[Subject]) -> tuple[int, int] | None:
-    shapes = [{(one.batch, one.length) for one in subject.timings} for subject in subjects]
+    shapes = [{(timing.batch, timing.length) for timing in subject.timings} for subject in subjects]
     return min(set.intersection(*shapes), default=None) if shapes else None
 
 
 def _find(subject: Subject, name: str, data: str) -> Measurement | None:
-    return next((one for one in subject.measurements if (one.name, one.data, one.of) == (name, data, "")), None)
+    return next(
+        (
+            measured
+            for measured in subject.measurements
+            if (measured.name, measured.data, measured.of) == (name, data, "")
+        ),
+        None,
+    )
 
 
 def _point(report: Report, subject: Subject, key: tuple[str, str] | None, shape: tuple[int, int] | None) -> Point:
     measured = _find(subject, *key) if key else None
     itself = _OF_ITSELF.get(key[0]) if key and subject is report.source else None
-    timing = next((one for one in subject.timings if (one.batch, one.length) == shape), None)
+    timing = next(
+        (shape_timing for shape_timing in subject.timings if (shape_timing.batch, shape_timing.length) == shape), None
+    )
     return Point(
         job_id=report.job_id,
         model=str(report.model.get("name", "?")),
@@ -104,14 +113,14 @@ def _point(report: Report, subject: Subject, key: tuple[str, str] | None, shape:
 
 
 def _verdict(report: Report, subject: Subject) -> str:
-    missed = any(one.artifact == subject.name and not one.passed for one in report.gates)
+    missed = any(gate.artifact == subject.name and not gate.passed for gate in report.gates)
     return report.verdict if missed or report.verdict == "accepted" else f"{report.verdict}; its own gates are passed"
 
 
 def _mark(points: list[Point], better: str) -> list[Point]:
-    def goods(one: Point) -> list[float | None]:
-        quality = one.quality if one.quality is None or better == "lower" else -one.quality
-        return [float(one.size_bytes), one.latency_ms, quality]
+    def goods(point: Point) -> list[float | None]:
+        quality = point.quality if point.quality is None or better == "lower" else -point.quality
+        return [float(point.size_bytes), point.latency_ms, quality]
 
     def dominates(a: Point, b: Point) -> bool:
         pairs = list(zip(goods(a), goods(b), strict=True))
@@ -122,11 +131,11 @@ def _mark(points: list[Point], better: str) -> list[Point]:
         return all(x <= y for x, y in known) and any(x < y for x, y in known)
 
     found = []
-    for one in points:
+    for point in points:
         # Where no quality is known, small and fast alone beat nothing.
-        rivals = [other for other in points if other is not one and other.quality is not None]
-        by = next((other for other in rivals if dominates(other, one)), None)
-        found.append(replace(one, dominated_by=by.label if by else ""))
+        rivals = [other for other in points if other is not point and other.quality is not None]
+        by = next((other for other in rivals if dominates(other, point)), None)
+        found.append(replace(point, dominated_by=by.label if by else ""))
     return found
 
 
@@ -140,10 +149,11 @@ def _notes(
         notes.append("The artifacts share no quality figure on the same data, so quality is left out.")
     if shape is None:
         notes.append("The models were not timed at a common shape, so latency is left out.")
-    if len({str(one.model.get("digest")) for one in reports}) > 1:
+    if len({str(report.model.get("digest")) for report in reports}) > 1:
         notes.append("The jobs pressed different models: fidelity is each against its own source.")
     machines = {
-        (one.environment.get("cpu"), one.environment.get("threads"), one.environment.get("device")) for one in reports
+        (report.environment.get("cpu"), report.environment.get("threads"), report.environment.get("device"))
+        for report in reports
     }
     if len(machines) > 1:
         notes.append("The jobs ran on different machines or numbers of threads: their latencies don't compare.")

@@ -59,21 +59,24 @@ class Reproduction:
 
 def judge(before: Report, after: Report) -> Reproduction:
     """Compare a report with that of a second run."""
-    again = {one.name: one for one in after.artifacts}
+    again = {artifact.name: artifact for artifact in after.artifacts}
     digests = tuple(
-        Bytes(one.name, one.digest, again[one.name].digest if one.name in again else None) for one in before.artifacts
+        Bytes(artifact.name, artifact.digest, again[artifact.name].digest if artifact.name in again else None)
+        for artifact in before.artifacts
     )
     subjects = {"source": after.source, **again}
     figures = []
     for subject in (before.source, *before.artifacts):
         theirs = subjects[subject.name].measurements if subject.name in subjects else ()
-        for one in subject.measurements:
-            match = next((other for other in theirs if _key(other) == _key(one)), None)
-            name = f"{one.name} {one.of}".strip()
+        for measured in subject.measurements:
+            match = next((other for other in theirs if _key(other) == _key(measured)), None)
+            name = f"{measured.name} {measured.of}".strip()
             value = match.value if match else None
-            figures.append(Figure(subject.name, name, one.data, one.value, value, one.low, one.high))
-    alike = all(one.within for one in figures) and before.verdict == after.verdict
-    same = all(one.same for one in digests)
+            figures.append(
+                Figure(subject.name, name, measured.data, measured.value, value, measured.low, measured.high)
+            )
+    alike = all(figure.within for figure in figures) and before.verdict == after.verdict
+    same = all(digest.same for digest in digests)
     then, now = _versions(before), _versions(after)
     return Reproduction(
         outcome="different" if not alike else "identical" if same else "equivalent",
@@ -91,8 +94,8 @@ def judge(before: Report, after: Report) -> Reproduction:
     )
 
 
-def _key(one: Measurement) -> tuple[str, str, str]:
-    return one.name, one.data, one.of
+def _key(measured: Measurement) -> tuple[str, str, str]:
+    return measured.name, measured.data, measured.of
 
 
 def _versions(report: Report) -> dict[str, str]:

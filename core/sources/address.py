@@ -104,10 +104,10 @@ def _hub(raw: str, kind: Kind) -> HubAddress:
     else:
         (name, _, path), revision = rest.partition("/"), "main"
     revision = revision.replace("%2F", "/")  # as the Hub writes a branch whose name has a slash
-    named = all(_HUB_NAME.fullmatch(one) and ".." not in one and "--" not in one for one in (organisation, name))
+    named = all(_HUB_NAME.fullmatch(part) and ".." not in part and "--" not in part for part in (organisation, name))
     if not named or not _REVISION.fullmatch(revision) or ".." in revision or revision.endswith("/"):
         raise _invalid(raw, "it is not organisation/name@revision")
-    if (kind == "models" and path) or (kind == "datasets" and any(one in {"", ".", ".."} for one in path.split("/"))):
+    if (kind == "models" and path) or (kind == "datasets" and any(part in {"", ".", ".."} for part in path.split("/"))):
         raise _invalid(raw, "a model is a whole repository, a data set one file of one")
     return HubAddress(kind, f"{organisation}/{name}", revision, path)
 
@@ -128,7 +128,7 @@ def _allowed_bucket(address: BucketAddress, settings: Settings) -> BucketAddress
 
 def _allowed_hub(address: HubAddress, settings: Settings) -> HubAddress:
     organisation = address.repository.partition("/")[0].casefold()
-    if organisation not in {one.casefold() for one in settings.hub_organisations}:
+    if organisation not in {allowed.casefold() for allowed in settings.hub_organisations}:
         raise NightpressError(
             ErrorCode.PATH_NOT_ALLOWED,
             f"{address.repository} is not of an organisation that the operator allowed.",
@@ -139,7 +139,7 @@ def _allowed_hub(address: HubAddress, settings: Settings) -> HubAddress:
 
 def _parts(url: str) -> tuple[str, ...]:
     parts = urlsplit(url)
-    return (parts.netloc, *(one for one in parts.path.split("/") if one))
+    return (parts.netloc, *(part for part in parts.path.split("/") if part))
 
 
 def _holds(outer: tuple[str, ...], inner: tuple[str, ...]) -> bool:

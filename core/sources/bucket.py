@@ -41,7 +41,7 @@ class BucketSource:
             raise NightpressError(
                 ErrorCode.NOT_FOUND, f"There is nothing at {self._address.url}.", hint="Is the folder spelled so?"
             )
-        return Listing(revision_of(f"{one.path}\0{one.size}\0{one.version}" for one in files), tuple(files))
+        return Listing(revision_of(f"{file.path}\0{file.size}\0{file.version}" for file in files), tuple(files))
 
     def read(self, file: RemoteFile, start: int) -> Iterator[bytes]:
         with self._errors():

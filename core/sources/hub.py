@@ -28,7 +28,7 @@ class HubSource:
     def __init__(self, address: HubAddress, settings: Settings) -> None:
         self._address = address
         self._endpoint = httpx.URL(settings.hub_endpoint.rstrip("/"))
-        self._domains = tuple(one.lower().strip(".") for one in settings.hub_download_domains)
+        self._domains = tuple(domain.lower().strip(".") for domain in settings.hub_download_domains)
         self._token = settings.hub_token.get_secret_value() if settings.hub_token else None
         self._folder, _, self._name = address.path.rpartition("/")
         self._client = httpx.Client(
@@ -50,11 +50,11 @@ class HubSource:
         try:
             said = httpx.Response(200, content=raw).json()
             commit = str(said["sha"])
-            files = [_file(one, commit) for one in said["siblings"]]
+            files = [_file(entry, commit) for entry in said["siblings"]]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise unavailable(address.url, "the Hub's answer can't be understood") from error
         if address.path:
-            files = [replace(one, path=self._name) for one in files if one.path == address.path]
+            files = [replace(file, path=self._name) for file in files if file.path == address.path]
         if not files:
             raise NightpressError(
                 ErrorCode.NOT_FOUND, f"There is no file {address.url}.", hint="Is it spelled so, with its folder?"
@@ -95,7 +95,7 @@ class HubSource:
 
     def _is_allowed(self, url: httpx.URL) -> bool:
         host = url.host.lower()
-        known = any(host == one or host.endswith(f".{one}") for one in self._domains)
+        known = any(host == domain or host.endswith(f".{domain}") for domain in self._domains)
         return known and url.scheme == "https" and url.port is None and not url.userinfo
 
     def _check(self, response: httpx.Response) -> None:

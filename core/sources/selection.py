@@ -9,7 +9,7 @@ _MAX_INDEX = 16 * 1024**2
 
 def choose_model_files(source: Source, listing: Listing) -> tuple[RemoteFile, ...]:
     """Raises NightpressError: unsupported_format where there are no safetensors, malformed_model for names that no file has."""
-    listed = {one.path: one for one in listing.files if not _is_hidden(one.path)}
+    listed = {file.path: file for file in listing.files if not _is_hidden(file.path)}
 
     def read(path: str) -> bytes:
         file = listed[path]

@@ -40,15 +40,15 @@ def _flaw(raw: object) -> str | None:
     for _ in range(_MAX_DEPTH):
         left -= len(level)
         below: list[object] = []
-        for one in level:
-            if isinstance(one, str):
-                if not is_text(one):
+        for value in level:
+            if isinstance(value, str):
+                if not is_text(value):
                     return "a NUL character or half a surrogate pair is not allowed"
-            elif isinstance(one, dict):
-                below += one
-                below += one.values()
-            elif isinstance(one, list | tuple):
-                below += one
+            elif isinstance(value, dict):
+                below += value
+                below += value.values()
+            elif isinstance(value, list | tuple):
+                below += value
             if len(below) > left:
                 return f"has more than {_MAX_VALUES} values"
         if not below:

@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from sqlalchemy import update
 
+import nightpress.core.service.jobs.attempts
+import nightpress.core.service.jobs.requests
 import nightpress.core.service.jobs.service
-import nightpress.core.service.jobs.store
 from nightpress.client import Client
 from nightpress.core.database import db_now, transaction
+from nightpress.core.service.compose import Resources
 from nightpress.core.service.tables.schedules import schedules
 from nightpress.core.wire.schedules import ScheduleRunView
-from nightpress.worker.control import open_control
+from nightpress.worker.control import Control
 from tests.api import serve
 from tests.service import Service, eventually
 
@@ -45,7 +47,7 @@ class Nights:
         self.client = client
         self._source = source
         self._folder = folder
-        self._control = open_control(service.settings, service.engine, lambda _: None)
+        self._control = Control(Resources(service.settings, service.engine), lambda _: None)
         self._slot, _ = service.slot(None, memory=4 * 1024**3)
 
     def train(self, seed: int) -> Weights:
@@ -178,7 +180,11 @@ def test_whatever_else_decides_the_result_is_a_change_too(nights: Nights, monkey
             job = nights.client.schedules.get("nightly").job.model_copy(update={"recipe": recipe(0.625, "lines")})
             nights.client.schedules.edit("nightly", job=job)
         elif change == "engine":
-            for module in (nightpress.core.service.jobs.service, nightpress.core.service.jobs.store):
+            for module in (
+                nightpress.core.service.jobs.service,
+                nightpress.core.service.jobs.attempts,
+                nightpress.core.service.jobs.requests,
+            ):
                 monkeypatch.setattr(module, "ENGINE", "a later one/1")
         run = nights.night()
         if change != "nothing":

@@ -137,8 +137,8 @@ def test_a_worker_shows_how_much_of_its_gpus_memory_is_in_use(browser: Browser, 
     gpu = Worker(
         "wkr_gpu", "gpu-host", "gpu", "NVIDIA H100", 80 * GB, 16, "0.1.0", gpu_memory=85 * GB, gpu_memory_used=31 * GB
     )
-    face.store.heartbeat_worker(gpu)
-    face.store.heartbeat_worker(Worker("wkr_cpu", "cpu-host", "cpu", "cpu", 20 * GB, 2, "0.1.0"))
+    face.store.roster.heartbeat_worker(gpu)
+    face.store.roster.heartbeat_worker(Worker("wkr_cpu", "cpu-host", "cpu", "cpu", 20 * GB, 2, "0.1.0"))
     with signed_in(browser, face, "/workers") as seen:
         page = seen.page
         memory = page.wait_for_selector("tr:has-text('gpu-host') progress")
@@ -146,7 +146,7 @@ def test_a_worker_shows_how_much_of_its_gpus_memory_is_in_use(browser: Browser, 
         assert page.inner_text("tr:has-text('cpu-host') td[data-of=Memory]") == "20.0 GB"
         assert violations(page) == []
     for worker in ("wkr_gpu", "wkr_cpu"):
-        face.store.remove_worker(worker)
+        face.store.roster.remove_worker(worker)
 
 
 @pytest.mark.parametrize(("viewport", "dark"), [(DESKTOP, False), (NARROW, True)])
@@ -186,10 +186,10 @@ def test_a_job_is_followed_live_from_queued_to_its_artifacts(browser: Browser, f
         page = seen.page
         page.wait_for_selector(".badge:has-text('queued')")
         claimed = face.claim()
-        face.store.renew(
+        face.store.attempts.renew(
             claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.4, message="layer 3 of 7")
         )
-        face.store.append_logs(claimed.lease, [("info", "reading <weights>")])
+        face.store.attempts.append_logs(claimed.lease, [("info", "reading <weights>")])
         page.wait_for_selector(".now:has-text('layer 3 of 7')")
         assert page.get_attribute(".now progress", "aria-label") == "pressing, 40%"
         page.wait_for_selector(".log:has-text('reading <weights>')")
@@ -347,7 +347,7 @@ def test_a_key_is_made_with_scopes_and_an_expiry_shown_once_rotated_and_revoked(
         assert 29 < (ends - dt.datetime.now(dt.UTC)) / dt.timedelta(days=1) <= 30
 
         page.click(f"button[aria-label='Rotate {me.key_id}']")
-        page.get_by_label("The old one works on for").select_option("not at all")
+        page.get_by_label("The old key keeps working for").select_option("not at all")
         assert violations(page) == []
         page.click("dialog button:has-text('Make the new key')")
         renewed = page.wait_for_selector("dialog pre").inner_text()
@@ -368,7 +368,7 @@ def test_who_rotates_the_key_in_use_stays_signed_in_with_its_successor(browser: 
         page = seen.page
         page.click("nav a:has-text('Keys')")
         page.click("tr:has-text('in use') button:has-text('Rotate')")
-        page.get_by_label("The old one works on for").select_option("not at all")
+        page.get_by_label("The old key keeps working for").select_option("not at all")
         page.click("dialog button:has-text('Make the new key')")
         renewed = page.wait_for_selector("dialog pre").inner_text()
         page.click("dialog button:has-text('I have it')")
@@ -422,7 +422,7 @@ def test_a_webhook_is_made_tried_looked_into_rotated_switched_off_and_deleted(br
         page.click("button:has-text('Send a test')")
         page.wait_for_selector("tr:has-text('webhook.test') .badge:has-text('pending')")
         deliver()
-        page.click("button[aria-label^='Look at']")
+        page.click("button[aria-label^='Show']")
         page.wait_for_selector("td:has-text('status 503')")
         assert "webhook.test" in page.inner_text("[aria-labelledby=opened] pre")
         assert violations(page) == []

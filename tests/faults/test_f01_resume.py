@@ -14,9 +14,10 @@ from nightpress.core.handoff.manifest import describe_folder
 from nightpress.core.ids import new_id
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.service.compose import Resources
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex
 from nightpress.core.service.tables.jobs import checkpoint_files, checkpoints
-from nightpress.worker.control import open_control
+from nightpress.worker.control import Control
 from tests.patience import slowness
 from tests.service import Service, eventually
 
@@ -45,7 +46,7 @@ def break_off(service: Service, behaviour: str, job_id: str, *, step: int, pass_
 
 def finish(service: Service, behaviour: str | None, *, within: float = 60.0) -> None:
     slot, supervisor = service.slot(behaviour, memory=4 * 1024**3)
-    eventually(lambda: service.store.expire_leases(backoff_s=0.0) or not service.running(), within=10)
+    eventually(lambda: service.store.expiry.expire_leases(backoff_s=0.0) or not service.running(), within=10)
     eventually(lambda: slot.serve() or not service.unfinished(), within=within)
     supervisor.close()
 
@@ -91,7 +92,7 @@ def test_f20_a_worker_that_drains_stores_what_it_has_and_its_peer_goes_on_from_t
 def test_another_job_with_the_same_beginning_goes_on_too_but_not_another_tenants(service: Service) -> None:
     first = service.submit(STEPS)
     break_off(service, "stepping:3", first, step=3)
-    service.store.request_cancel("default", first)
+    service.store.requests.request_cancel("default", first)
     second, stranger = service.submit(STEPS | {"name": "other"}), service.submit(STEPS, tenant_id="neighbour")
     finish(service, "stepping")
     assert len(steps_done(service, second)) == 2
@@ -117,14 +118,14 @@ def test_only_the_newest_file_of_a_name_is_kept_and_all_go_when_nobody_needs_the
     index = CheckpointIndex(service.engine)
 
     def sweep() -> None:
-        control = open_control(settings, service.engine, lambda _queue: None)
+        control = Control(Resources(settings, service.engine), lambda _queue: None)
         control.tick()
         control.close()
 
     eventually(lambda: sweep() or not service.running(), within=10)
     sweep()
     assert sizes_stored(service) == [7] * 5 + [5000], "a job that isn't over may need them"
-    service.store.request_cancel("default", job_id)
+    service.store.requests.request_cancel("default", job_id)
     assert not index.due(3600.0)
     sweep()
     assert not sizes_stored(service)
@@ -183,7 +184,7 @@ def test_a_real_model_killed_between_two_blocks_ends_with_the_same_bytes(
         context = PassContext(header, tmp_path / "work", index=index, calibration=recipe.calibration)
         MODEL_PASSES[options.pass_](model, target, options, context)
         model = target
-    (artifact,) = service.store.artifacts(job_id)
+    (artifact,) = service.store.reader.artifacts(job_id)
     assert {one["path"]: one["sha256"] for one in artifact.files} == {
         one.path: one.sha256 for one in describe_folder(model)
     }
@@ -234,7 +235,8 @@ def test_a_killed_graph_goes_on_from_what_was_there_and_ends_with_the_same_bytes
     straight = service.submit(recipe, tenant_id="neighbour", run_limit_s=400.0)
     finish(service, None, within=240)
     bytes_of = [
-        {one["path"]: one["sha256"] for one in service.store.artifacts(job)[0].files} for job in (job_id, straight)
+        {one["path"]: one["sha256"] for one in service.store.reader.artifacts(job)[0].files}
+        for job in (job_id, straight)
     ]
     assert bytes_of[0] == bytes_of[1]
     service.check_invariants(job_id)

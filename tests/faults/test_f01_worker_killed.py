@@ -32,7 +32,9 @@ def test_f2_a_killed_child_is_told_with_its_signal_and_tried_again_and_its_worke
     for attempt in (1, 2):
 
         def said_by(attempt: int = attempt) -> list[int]:
-            lines = [one for one in service.store.logs(job_id) if one.attempt == attempt and "consumer" in one.text]
+            lines = [
+                one for one in service.store.reader.logs(job_id) if one.attempt == attempt and "consumer" in one.text
+            ]
             return pids_said(lines[0].text) if lines else []
 
         said = eventually(said_by)

@@ -109,7 +109,7 @@ def test_f4_the_last_words_are_written_once_the_server_is_back(tmp_path: Path) -
         server.kill()
         threading.Timer(0.5, server.start).start()
         keeper.close()
-        assert [line.text for line in store.logs(job_id)] == ["the last words"]
+        assert [line.text for line in store.reader.logs(job_id)] == ["the last words"]
         engine.dispose()
 
 

@@ -45,23 +45,23 @@ def test_f5_a_claim_whose_answer_was_lost_is_another_workers_after_the_lease(
     service: Service, proxy: CuttingProxy
 ) -> None:
     job_id = service.submit()
-    lost(proxy, lambda: service.store.claim(offer(), ttl_s=0.3), on=b"UPDATE jobs")
+    lost(proxy, lambda: service.store.claims.claim(offer(), ttl_s=0.3), on=b"UPDATE jobs")
     assert service.job(job_id).state == "running", "it was done"
-    assert service.store.claim(offer(), ttl_s=60) is None
-    eventually(lambda: service.store.expire_leases(backoff_s=0.0))
-    claimed = eventually(lambda: service.store.claim(offer(), ttl_s=60))
+    assert service.store.claims.claim(offer(), ttl_s=60) is None
+    eventually(lambda: service.store.expiry.expire_leases(backoff_s=0.0))
+    claimed = eventually(lambda: service.store.claims.claim(offer(), ttl_s=60))
     assert (claimed.job.id, claimed.job.attempt, claimed.job.failures) == (job_id, 2, 1)
 
 
 def test_f5_a_result_whose_commit_was_not_heard_of_is_there_once(service: Service, proxy: CuttingProxy) -> None:
     job_id = service.submit()
-    claimed = service.store.claim(offer(), ttl_s=60)
+    claimed = service.store.claims.claim(offer(), ttl_s=60)
     assert claimed is not None
-    lost(proxy, lambda: service.store.finish(claimed.lease, succeeded(claimed.lease)), on=b"COMMIT\0")
+    lost(proxy, lambda: service.store.attempts.finish(claimed.lease, succeeded(claimed.lease)), on=b"COMMIT\0")
     assert service.job(job_id).state == "succeeded", "it was done"
-    assert service.store.finish(claimed.lease, succeeded(claimed.lease)) is False
+    assert service.store.attempts.finish(claimed.lease, succeeded(claimed.lease)) is False
     assert service.kinds(job_id).count("succeeded") == 1
-    assert len(service.store.artifacts(job_id)) == 1
+    assert len(service.store.reader.artifacts(job_id)) == 1
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_f14_an_api_that_dies_around_the_commit_leaves_one_job_to_who_asks_again
         client.post("/v1/jobs", json=api.job)
     assert api.process is not None
     assert api.process.wait(10 * slowness()) == -signal.SIGKILL
-    assert len(service.store.page(TENANT)[0]) == written
+    assert len(service.store.reader.page(TENANT)[0]) == written
     api.start()
     with api.client() as client:
         again = client.post("/v1/jobs", json=api.job)
@@ -109,7 +109,7 @@ def test_f13_a_job_whose_api_died_before_it_could_ring_runs_within_a_tick(servic
     api.start(dies="after")
     with api.client() as client, pytest.raises(httpx.TransportError):
         client.post("/v1/jobs", json=api.job)
-    [job] = service.store.page(TENANT)[0]
+    [job] = service.store.reader.page(TENANT)[0]
     service.await_state(job.id, "running", "succeeded", within=service.settings.tick_s + 3.0)
     service.await_state(job.id, "succeeded")
     service.check_invariants(job.id)

@@ -130,7 +130,7 @@ def test_f6_f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_dep
         return job_id
 
     cancelled = hang()
-    service.store.request_cancel("default", cancelled)
+    service.store.requests.request_cancel("default", cancelled)
     service.await_state(cancelled, "cancelled", within=5)
     given_back = hang()
     worker.terminate()
@@ -152,7 +152,7 @@ def test_f6_a_store_that_hangs_holds_up_no_lease(service: Service, proxy: Faulty
     proxy.fault = lambda _method, _path: "hang"
     control = service.start_control()
     eventually(lambda: proxy.seen, within=30)
-    assert service.store.claim(offer(), ttl_s=1.0) is not None
+    assert service.store.claims.claim(offer(), ttl_s=1.0) is not None
     service.await_state(job_id, "failed", within=5)
     assert control.poll() is None
     control.kill()

@@ -217,7 +217,7 @@ def test_f31_a_worker_with_a_full_disk_fails_no_jobs_and_works_again_when_there_
         NIGHTPRESS_DATA_DIR=str(disk),
         NIGHTPRESS_STORAGE_URL=service.settings.objects_url,
     )
-    [bad_id] = [one.id for one in service.store.workers()]
+    [bad_id] = [one.id for one in service.store.roster.workers()]
     filler = fill(Path(f"/proc/{bad.pid}/root{disk}"))
     service.start_worker("press")
     job_ids = [service.submit(max_failures=2) for _ in range(12)]
@@ -228,7 +228,7 @@ def test_f31_a_worker_with_a_full_disk_fails_no_jobs_and_works_again_when_there_
         service.check_invariants(job_id)
 
     def state() -> tuple[str, str | None]:
-        [seen] = [one for one in service.store.workers() if one.id == bad_id]
+        [seen] = [one for one in service.store.roster.workers() if one.id == bad_id]
         return seen.state, seen.unfit
 
     said = eventually(lambda: state()[1], within=20)
@@ -251,7 +251,7 @@ def test_f31_a_machine_without_the_storages_credentials_gives_jobs_back_until_it
     try:
         service.start_worker("press", NIGHTPRESS_S3_SECRET_ACCESS_KEY="wrong")
         job_id = service.submit_and_ring(max_failures=2)
-        [worker] = eventually(lambda: [one for one in service.store.workers() if one.unfit], within=20)
+        [worker] = eventually(lambda: [one for one in service.store.roster.workers() if one.unfit], within=20)
         assert worker.state == "unfit"
         assert service.job(job_id).state == "queued"
         service.start_worker("press")
@@ -268,11 +268,11 @@ def test_f31_a_job_is_not_offered_again_where_the_machine_failed_it_and_fails_wh
     offers = [WorkerOffer(f"worker-{at}", "cpu", "cpu", 1024 * MIB, 1) for at in range(3)]
     fault = NightpressError(ErrorCode.DISK_FULL, "The disk is full.")
     for at, offer in enumerate(offers):
-        claimed = service.store.claim(offer, ttl_s=60)
+        claimed = service.store.claims.claim(offer, ttl_s=60)
         assert claimed is not None
-        assert service.store.machine_faults(job_id) == at
-        assert service.store.release(claimed.lease, fault)
-        assert service.store.claim(offer, ttl_s=60) is None, "another worker may have it"
+        assert service.store.reader.machine_faults(job_id) == at
+        assert service.store.attempts.release(claimed.lease, fault)
+        assert service.store.claims.claim(offer, ttl_s=60) is None, "another worker may have it"
     job = service.job(job_id)
     assert (job.state, job.failures, job.attempt) == ("queued", 0, 3)
     assert [event.data["error"]["code"] for event in service.events(job_id) if event.kind == "released"] == [
@@ -295,3 +295,32 @@ def test_f31_a_recipe_of_a_newer_release_waits_for_a_worker_that_can_read_it(ser
     supervisor.close()
     assert service.job(other).state == "succeeded", "the worker serves what it can read"
     assert service.job(job_id).state == "failed", "no worker of two could read it"
+
+
+def test_f31_a_folder_that_this_machine_lacks_leaves_the_job_to_another(service: Service, tmp_path: Path) -> None:
+    """A model registered where it lies, on a mount that one worker's machine has not."""
+    folder, away = tmp_path / "mounted", tmp_path / "unmounted"
+    shutil.copytree(service.settings.data_dir / "upload", folder)
+    service.model_id, service.model_digest = service.register(new_id("mdl"), folder, in_place=True)
+    job_id = service.submit(max_failures=2)
+
+    def serve() -> None:
+        slot, supervisor = service.slot("press")
+        slot.serve()
+        supervisor.close()
+
+    folder.rename(away)
+    serve()
+    assert (service.job(job_id).state, service.job(job_id).failures) == ("queued", 0)
+    [released] = [event for event in service.events(job_id) if event.kind == "released"]
+    assert str(folder) in released.data["error"]["details"]["machine"]
+    away.rename(folder)
+    serve()
+    assert service.job(job_id).state == "succeeded"
+
+    (folder / "config.json").unlink()
+    other = service.submit(max_failures=1)
+    serve()
+    error = service.job(other).error
+    assert error is not None
+    assert (error["code"], "config.json" in error["message"]) == ("not_found", True)

@@ -27,7 +27,7 @@ def work(name):
     found = []
     while True:
         try:
-            claimed = store.claim(offer(name), ttl_s=600)
+            claimed = store.claims.claim(offer(name), ttl_s=600)
         except NightpressError:
             continue  # SQLite lets one write at a time, and says so
         if claimed is None:
@@ -65,5 +65,6 @@ def test_f10_no_job_is_claimed_twice(engine: Engine, sql_url: str):
     assert Counter(claimed) == Counter(jobs)
     assert workers > 1, "they did race"
     assert all(
-        len([event for event in store.events(job_id) if event.kind == "started"]) == 1 for job_id in list(jobs)[:20]
+        len([event for event in store.reader.events(job_id) if event.kind == "started"]) == 1
+        for job_id in list(jobs)[:20]
     )

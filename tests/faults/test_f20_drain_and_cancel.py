@@ -44,7 +44,7 @@ def test_f20_a_worker_told_to_end_gives_its_job_back_and_a_peer_takes_it(service
     assert (job.attempt, job.failures) == (2, 0), "a deploy is no failure"
     kinds = service.kinds(job_id)
     assert (kinds.count("started"), kinds.count("released"), kinds.count("succeeded")) == (2, 1, 1)
-    assert len(service.store.workers()) == 1, "it said good-bye"
+    assert len(service.store.roster.workers()) == 1, "it said good-bye"
     service.check_invariants(job_id)
 
 
@@ -60,7 +60,7 @@ def test_f20_an_idle_worker_ends_at_once(service: Service) -> None:
 def test_f21_cancelling_a_queued_job_twice_ends_it_once(service: Service) -> None:
     job_id = service.submit()
     for _ in range(2):
-        service.store.request_cancel("default", job_id)
+        service.store.requests.request_cancel("default", job_id)
     service.check_invariants(job_id)
     assert service.job(job_id).state == "cancelled"
 
@@ -70,7 +70,7 @@ def test_f21_cancelling_a_job_whose_worker_is_dead_ends_it_with_its_lease(servic
     job_id = service.submit_and_ring()
     service.await_log(job_id, "consumer")
     worker.kill()
-    service.store.request_cancel("default", job_id)
+    service.store.requests.request_cancel("default", job_id)
     service.start_control()
     eventually(lambda: "ticks every" in service.output(), within=60)
     service.await_state(job_id, "cancelled", within=service.settings.lease_ttl_s + 3)
@@ -90,7 +90,7 @@ def test_f21_a_cancellation_at_any_moment_leaves_one_clean_end(service: Service,
         thread.start()
         time.sleep(moments.uniform(0, 0.6))
         for _ in range(2):
-            service.store.request_cancel("default", job_id)
+            service.store.requests.request_cancel("default", job_id)
         thread.join(10 * slowness())
         assert not thread.is_alive()
         ends.add(service.await_state(job_id, "succeeded", "cancelled", within=1).state)

@@ -35,7 +35,7 @@ def test_f25_an_api_that_is_killed_costs_its_readers_no_event(service: Service) 
     port = free_port()
     key = create_key(service.engine, tenant_id="default", name="t", scopes=["jobs:read"])[1]
     job_id = service.submit()
-    claimed = service.store.claim(offer(), ttl_s=600)
+    claimed = service.store.claims.claim(offer(), ttl_s=600)
     assert claimed is not None
     api = service.start("-m", "nightpress.api", NIGHTPRESS_API_PORT=str(port))
     base = f"http://127.0.0.1:{port}"
@@ -43,13 +43,13 @@ def test_f25_an_api_that_is_killed_costs_its_readers_no_event(service: Service) 
 
     def work(claimed: Claimed) -> None:
         for step in range(EVENTS):
-            service.store.record_event(claimed.lease, "checkpoint", {"step": step})
+            service.store.attempts.record_event(claimed.lease, "checkpoint", {"step": step})
             time.sleep(0.05)
             if step == EVENTS // 2:
                 api.kill()
                 api.wait()
                 service.start("-m", "nightpress.api", NIGHTPRESS_API_PORT=str(port))
-        service.store.finish(claimed.lease, succeeded(claimed.lease))
+        service.store.attempts.finish(claimed.lease, succeeded(claimed.lease))
 
     async def everybody() -> list[list[int]]:
         headers = {"Authorization": f"Bearer {key}"}

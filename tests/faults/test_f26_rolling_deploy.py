@@ -11,7 +11,7 @@ import pytest
 from nightpress import migrations
 from tests.api_process import ApiProcess
 from tests.servers import Valkey
-from tests.service import RECIPE, ROOT, Service, eventually
+from tests.service import RECIPE, ROOT, Service, eventually, module_of
 
 
 def code_before_the_newest_migration() -> bytes | None:
@@ -26,7 +26,7 @@ def code_before_the_newest_migration() -> bytes | None:
     )
     if brought.returncode or not brought.stdout.strip():
         return None
-    archive = [*git, "archive", f"{brought.stdout.strip()}^", "api", "core", "worker", "migrations", "tests"]
+    archive = [*git, "archive", f"{brought.stdout.strip()}^"]
     made = subprocess.run(archive, capture_output=True, check=False)
     return made.stdout if made.returncode == 0 else None
 
@@ -50,7 +50,7 @@ def test_f26_an_old_worker_and_an_old_control_process_serve_a_new_database(servi
     assert old_revision(old_tree) < migrations.newest()
     old = {"PYTHONPATH": str(old_tree)}
     service.start(str(old_tree / "tests" / "worker_process.py"), "first_slow", cwd=old_tree, **old)
-    service.start("-m", "nightpress.worker.control", cwd=old_tree, **old)
+    service.start("-m", module_of(old_tree, "worker.control"), cwd=old_tree, **old)
     job_id = service.submit()
     old_worker = service.await_state(job_id, "running", within=30).worker_id
     # The lease of an old worker's job runs out under the old control process, and a new worker ends it.
@@ -107,8 +107,8 @@ def take_a_job_through(api: ApiProcess, tree: Path, service: Service) -> None:
 def submitted_by(tree: Path, service: Service) -> str:
     """A job's id: the code of `tree` submits it."""
     script = (
-        "import sys; from tests.service import Service; from nightpress.core.database import make_engine; "
-        "from nightpress.core.service.jobs.store import JobStore; s = object.__new__(Service); s.store = JobStore(make_engine(sys.argv[1])); "
+        "import sys; from tests.service import JobStore, Service, make_engine; "
+        "s = object.__new__(Service); s.store = JobStore(make_engine(sys.argv[1])); "
         "s.model_id, s.model_digest = sys.argv[2:]; print(s.submit())"
     )
     done = subprocess.run(

@@ -57,11 +57,15 @@ def test_f35_a_database_that_restarts_before_a_commit_has_written_none_of_it(pos
 
     def call() -> object:
         if step == "claim":
-            return store.claim(offer(), ttl_s=600.0)
+            return store.claims.claim(offer(), ttl_s=600.0)
         assert lease is not None
-        return store.renew(lease, ttl_s=600.0) if step == "renew" else store.finish(lease, succeeded(lease))
+        return (
+            store.attempts.renew(lease, ttl_s=600.0)
+            if step == "renew"
+            else store.attempts.finish(lease, succeeded(lease))
+        )
 
-    before = store.get("default", job_id)
+    before = store.reader.get("default", job_id)
     restarted = []
 
     def restart(*_: object) -> None:
@@ -71,21 +75,21 @@ def test_f35_a_database_that_restarts_before_a_commit_has_written_none_of_it(pos
             postgres.start()
 
     # Where a statement commits by itself, it is asked of a server that is just gone.
-    event.listen(store._engine, "before_cursor_execute", restart)
-    event.listen(store._engine, "commit", restart)
+    event.listen(store.engine, "before_cursor_execute", restart)
+    event.listen(store.engine, "commit", restart)
     with pytest.raises(NightpressError) as raised:
         call()
     assert raised.value.code is ErrorCode.DATABASE_UNAVAILABLE
     assert restarted
-    assert store.get("default", job_id) == before
+    assert store.reader.get("default", job_id) == before
     assert call()
-    job = store.get("default", job_id)
+    job = store.reader.get("default", job_id)
     assert job is not None
     assert (job.state, job.attempt) == ("succeeded" if step == "finish" else "running", 1)
-    events = store.events(job_id)
+    events = store.reader.events(job_id)
     assert [one.seq for one in events] == list(range(1, len(events) + 1))
-    assert len(store.artifacts(job_id)) == (step == "finish")
-    store._engine.dispose()
+    assert len(store.reader.artifacts(job_id)) == (step == "finish")
+    store.engine.dispose()
 
 
 def test_f35_a_database_that_restarts_between_claim_and_result_costs_no_attempt(postgres: Postgres) -> None:
@@ -96,15 +100,15 @@ def test_f35_a_database_that_restarts_between_claim_and_result_costs_no_attempt(
 
     def finished() -> bool:
         try:
-            return store.finish(lease, succeeded(lease))
+            return store.attempts.finish(lease, succeeded(lease))
         except NightpressError:
             return False  # this process's own connection is dead, too
 
     eventually(finished)
-    job = store.get("default", job_id)
+    job = store.reader.get("default", job_id)
     assert job is not None
     assert (job.state, job.attempt, job.failures) == ("succeeded", 1, 0)
-    store._engine.dispose()
+    store.engine.dispose()
 
 
 def store_on(server: Postgres) -> tuple[JobStore, str]:
@@ -165,7 +169,7 @@ def test_f38_a_cancellation_in_every_phase_is_one_clean_end(service: Service, ph
     eventually(lambda: service.job(job_id).phase == phase)
     told = time.monotonic()
     for _ in range(2):
-        service.store.request_cancel("default", job_id)
+        service.store.requests.request_cancel("default", job_id)
     thread.join(15 * slowness())
     assert not thread.is_alive()
     assert time.monotonic() - told < 5 * slowness()

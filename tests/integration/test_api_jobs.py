@@ -69,7 +69,9 @@ def test_the_same_key_and_body_make_one_job(client: httpx.Client):
 def test_who_prefers_to_wait_is_answered_when_the_job_has_ended(api: RunningApi, client: httpx.Client):
     def soon() -> None:
         claimed = api.claim()
-        api.services.store.fail(claimed.lease, NightpressError(ErrorCode.NUMERICAL_FAILURE, "over"), backoff_s=0)
+        api.services.resources.store.attempts.fail(
+            claimed.lease, NightpressError(ErrorCode.NUMERICAL_FAILURE, "over"), backoff_s=0
+        )
 
     later = threading.Timer(0.3, soon)
     later.start()
@@ -172,7 +174,7 @@ def test_a_queued_job_is_cancelled_at_once_and_a_running_one_when_its_worker_has
     assert client.post(f"/v1/jobs/{queued}/cancel").json()["state"] == "cancelled"
     assert client.post(f"/v1/jobs/{running}/cancel").json()["state"] == "cancelling"
     assert client.post(f"/v1/jobs/{running}/cancel").json()["state"] == "cancelling"
-    assert api.services.store.confirm_cancelled(claimed.lease)
+    assert api.services.resources.store.attempts.confirm_cancelled(claimed.lease)
     assert client.get(f"/v1/jobs/{running}").json()["state"] == "cancelled"
 
 
@@ -199,7 +201,7 @@ def test_a_failed_job_carries_its_error(api: RunningApi, client: httpx.Client):
     job_id = submit(client)
     claimed = api.claim()
     error = NightpressError(ErrorCode.VERIFICATION_FAILED, "The artifact disagrees.", hint="Use more bits.")
-    assert api.services.store.fail(claimed.lease, error, backoff_s=1) == "failed"
+    assert api.services.resources.store.attempts.fail(claimed.lease, error, backoff_s=1) == "failed"
     job = client.get(f"/v1/jobs/{job_id}").json()
     assert (job["state"], job["error"]["code"], job["error"]["hint"]) == (
         "failed",
@@ -223,7 +225,7 @@ def test_results_appear_with_the_commit_and_not_before(api: RunningApi, client: 
     ):
         assert client.get(path).status_code == 404
 
-    assert api.services.store.finish(claimed.lease, outcome)
+    assert api.services.resources.store.attempts.finish(claimed.lease, outcome)
     (artifact,) = client.get(f"/v1/jobs/{job_id}/artifacts").json()["items"]
     assert (artifact["format"], artifact["size"], artifact["consumer"]) == ("onnx", 12, "onnxruntime 1.32.0")
     for file in artifact["files"]:
@@ -242,7 +244,7 @@ def test_an_identical_job_is_given_the_result_at_once_and_says_whose_it_is(api: 
     first = submit(client, reuse=True)
     assert client.get(f"/v1/jobs/{first}").json()["state"] == "queued", "there is nothing to reuse yet"
     claimed = api.claim()
-    api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"0123456789"}))
+    api.services.resources.store.attempts.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"0123456789"}))
 
     again = client.get(f"/v1/jobs/{submit(client, reuse=True, name='again')}").json()
     assert (again["state"], again["verdict"], again["attempt"]) == ("succeeded", "accepted", 0)
@@ -263,7 +265,7 @@ def test_nothing_is_reused_unasked_by_force_by_strangers_or_for_something_else(
 ):
     submit(client)
     claimed = api.claim()
-    api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"0123456789"}))
+    api.services.resources.store.attempts.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"0123456789"}))
     other = {"name": "n", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
     runs = [submit(client), submit(client, reuse=True, force=True), submit(client, reuse=True, recipe=other)]
     runs.append(client.post(f"/v1/jobs/{claimed.job.id}/retry").json()["id"])
@@ -278,7 +280,7 @@ def test_downloads_resume_where_they_stopped(api: RunningApi, client: httpx.Clie
     job_id = submit(client)
     claimed = api.claim()
     content = bytes(range(256)) * 1000
-    api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": content}))
+    api.services.resources.store.attempts.finish(claimed.lease, api.ship(claimed, {"model.onnx": content}))
     url = f"/v1/jobs/{job_id}/artifacts/onnx/files/model.onnx"
     whole = client.get(url)
     etag = whole.headers["etag"]
@@ -307,7 +309,7 @@ def test_downloads_resume_where_they_stopped(api: RunningApi, client: httpx.Clie
 
 def test_workers_are_listed_with_what_they_do(api: RunningApi, client: httpx.Client):
     worker = Worker(id="test-worker", host="h", queue="cpu", device="cpu", memory=1 << 40, threads=1, version="1")
-    api.services.store.heartbeat_worker(worker)
+    api.services.resources.store.roster.heartbeat_worker(worker)
     job_id = submit(client)
     api.claim()
     (seen,) = client.get("/v1/workers").json()["items"]
@@ -348,7 +350,7 @@ def test_a_job_and_a_plan_say_why_they_go_where_they_go(client: httpx.Client):
 
 def test_a_job_without_a_worker_for_an_hour_says_so_wherever_it_is_shown(api: RunningApi, client: httpx.Client):
     job_id = submit(client)
-    age(api.services.engine, job_id, 3700, "created_at", "run_after")
+    age(api.services.resources.engine, job_id, 3700, "created_at", "run_after")
     shown = [client.get(f"/v1/jobs/{job_id}").json(), *client.get("/v1/jobs").json()["items"]]
     shown.append(client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=1"}).json())
     for job in shown:

@@ -120,7 +120,7 @@ def test_the_client_and_the_command_do_the_same(api: RunningApi, monkeypatch: py
         "int4-weights",
         {"a": "b"},
     )
-    folder = api.services.settings.model_roots[0] / "tiny"
+    folder = api.services.resources.settings.model_roots[0] / "tiny"
     moved = json.loads(call("edit", "nightly", "--source", str(folder), "--json"))
     assert (moved["source"], moved["overlap"]) == (str(folder), "replace")
     assert json.loads(call("edit", "nightly", "--catch-up", "none", "--json"))["source"] == str(folder)

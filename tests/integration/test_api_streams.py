@@ -67,8 +67,8 @@ def test_a_stream_has_every_event_once_in_order_and_ends_with_the_job(
 ):
     def work() -> None:
         for step in range(450):  # more than two pages
-            api.services.store.record_event(running.lease, "checkpoint", {"step": step})
-        api.services.store.finish(running.lease, api.ship(running, {"model.onnx": b"x"}))
+            api.services.resources.store.attempts.record_event(running.lease, "checkpoint", {"step": step})
+        api.services.resources.store.attempts.finish(running.lease, api.ship(running, {"model.onnx": b"x"}))
 
     worker = threading.Thread(target=work)
     with client.stream("GET", f"/v1/jobs/{running.job.id}/events", headers=STREAM) as response:
@@ -86,10 +86,10 @@ def test_a_stream_has_every_event_once_in_order_and_ends_with_the_job(
 def test_a_cut_stream_goes_on_after_the_last_id(api: RunningApi, client: httpx.Client, running: Claimed):
     path = f"/v1/jobs/{running.job.id}/events"
     for step in range(5):
-        api.services.store.record_event(running.lease, "checkpoint", {"step": step})
+        api.services.resources.store.attempts.record_event(running.lease, "checkpoint", {"step": step})
     with client.stream("GET", path, headers=STREAM) as response:
         first = [message.id for message, _ in zip(messages(response), range(4), strict=False)]
-    api.services.store.finish(running.lease, api.ship(running, {"model.onnx": b"x"}))
+    api.services.resources.store.attempts.finish(running.lease, api.ship(running, {"model.onnx": b"x"}))
     with client.stream("GET", path, headers={**STREAM, "Last-Event-ID": str(first[-1])}) as response:
         rest = [message.id for message in messages(response)]
     assert first + rest == list(range(1, 9))
@@ -99,19 +99,19 @@ def test_a_cut_stream_goes_on_after_the_last_id(api: RunningApi, client: httpx.C
 
 
 def test_a_stream_of_logs_follows_the_worker(api: RunningApi, client: httpx.Client, running: Claimed):
-    store = api.services.store
+    store = api.services.resources.store
     with client.stream("GET", f"/v1/jobs/{running.job.id}/logs", headers=STREAM) as response:
         lines = messages(response)
-        store.append_logs(running.lease, [("info", "one"), ("warning", "two\nlines")])
+        store.attempts.append_logs(running.lease, [("info", "one"), ("warning", "two\nlines")])
         assert [next(lines).data["text"], next(lines).data["text"]] == ["one", "two\nlines"]
-        store.append_logs(running.lease, [("info", "three")])
-        store.finish(running.lease, api.ship(running, {"model.onnx": b"x"}))
+        store.attempts.append_logs(running.lease, [("info", "three")])
+        store.attempts.finish(running.lease, api.ship(running, {"model.onnx": b"x"}))
         assert [line.data["text"] for line in lines] == ["three"]
 
 
 def test_history_is_also_there_as_pages(api: RunningApi, client: httpx.Client, running: Claimed):
-    store = api.services.store
-    store.append_logs(running.lease, [("info", str(number)) for number in range(5)])
+    store = api.services.resources.store
+    store.attempts.append_logs(running.lease, [("info", str(number)) for number in range(5)])
     page = client.get(f"/v1/jobs/{running.job.id}/logs", params={"limit": 3}).json()
     assert [line["text"] for line in page["items"]] == ["0", "1", "2"]
     rest = client.get(f"/v1/jobs/{running.job.id}/logs", params={"after": page["next_cursor"], "limit": 3}).json()
@@ -168,7 +168,7 @@ def test_two_hundred_streams_ask_the_database_no_more_often_than_one(
     def counted(job_ids: list[str]) -> object:
         nonlocal asked
         asked += 1
-        return read_positions(api.services.engine, job_ids)
+        return read_positions(api.services.resources.engine, job_ids)
 
     monkeypatch.setattr(api.services.tail, "_positions", counted)
     url, headers = f"/v1/jobs/{running.job.id}/events", {**STREAM, "Last-Event-ID": "2"}
@@ -179,14 +179,14 @@ def test_two_hundred_streams_ask_the_database_no_more_often_than_one(
         before, began = asked, time.monotonic()
         time.sleep(2)
         assert asked - before <= (time.monotonic() - began) / 0.25 + 2
-        api.services.store.finish(running.lease, api.ship(running, {"model.onnx": b"x"}))
+        api.services.resources.store.attempts.finish(running.lease, api.ship(running, {"model.onnx": b"x"}))
         assert [[message.event for message in messages(one)] for one in streams] == [["succeeded"]] * 200
         for one in streams:
             one.close()
 
 
 def test_positions_are_of_the_jobs_asked_for_alone(api: RunningApi, client: httpx.Client, running: Claimed):
-    engine = make_engine(api.services.settings.sql_url)
+    engine = make_engine(api.services.resources.settings.sql_url)
     found = read_positions(engine, [running.job.id, "job_missing"])
     engine.dispose()
     assert found == {running.job.id: ("running", 2, 0)}

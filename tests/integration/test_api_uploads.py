@@ -123,7 +123,7 @@ def test_an_artifact_comes_from_wherever_it_lies(api: RunningApi, client: httpx.
     client.post(f"/v1/models/{model['id']}/complete").raise_for_status()
     job_id = client.post("/v1/jobs", json={"model": "tiny", "recipe": "int8-encoder"}).json()["id"]
     claimed = api.claim()
-    api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"0123456789"}))
+    api.services.resources.store.attempts.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"0123456789"}))
     got = client.get(f"/v1/jobs/{job_id}/artifacts/onnx/files/model.onnx")
     if got.status_code == 307:
         got = httpx.get(got.headers["location"], trust_env=False)  # without our key: the address is the permission

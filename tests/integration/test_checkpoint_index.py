@@ -49,7 +49,7 @@ def test_one_attempt_at_a_time_writes_a_prefix_and_others_read_it(store: JobStor
     assert index.add(first, DIGEST, file(first), limit=100)
     assert not index.add(second, DIGEST, file(second, "b"), limit=100)
     assert set(index.files(DIGEST)) == {"a"}
-    store.release(first)
+    store.attempts.release(first)
     assert index.take(second, DIGEST), "who has it gave up"
     assert index.add(second, DIGEST, file(second, "b"), limit=100)
 
@@ -58,7 +58,7 @@ def test_a_zombie_adds_nothing(store: JobStore, engine: Engine, index: Checkpoin
     zombie = leased(store)
     assert index.take(zombie, DIGEST)
     age(engine, zombie.job_id, 100, "lease_expires_at")
-    assert store.expire_leases(backoff_s=0.0)
+    assert store.expiry.expire_leases(backoff_s=0.0)
     assert not index.add(zombie, DIGEST, file(zombie), limit=100)
     age(engine, zombie.job_id, 1, "run_after")
     after = claim(store).lease
@@ -88,16 +88,16 @@ def test_only_what_nobody_needs_or_used_lately_is_due(store: JobStore, engine: E
 
     let_time_pass()
     assert index.due(60.0) == [], "its job runs"
-    store.request_cancel("default", lease.job_id)
-    store.confirm_cancelled(lease)
+    store.requests.request_cancel("default", lease.job_id)
+    store.attempts.confirm_cancelled(lease)
     assert index.due(600.0) == []
     assert index.due(60.0) == [DIGEST]
     other = leased(store)
     index.take(other, DIGEST)
     index.prune(DIGEST, 60.0)
     assert set(index.files(DIGEST)) == {"a"}, "somebody took it up meanwhile"
-    store.release(other)
-    store.request_cancel("default", other.job_id)
+    store.attempts.release(other)
+    store.requests.request_cancel("default", other.job_id)
     let_time_pass()
     index.prune(DIGEST, 60.0)
     assert index.files(DIGEST) == {}

@@ -156,7 +156,7 @@ def test_this_machines_key_goes_to_no_other_machine(face: Face, monkeypatch: pyt
     servers_file().write_text('[servers.a]\napi_url = "https://presses.example.com"\napi_key = "np_a"\n')
     assert find_server(face.settings, profile="a").key.value == "np_a"
     assert find_server(face.settings, "http://127.0.0.1:1").key.value == face.key
-    with pytest.raises(ClientError, match="two servers"):
+    with pytest.raises(ClientError, match="Both an address and a profile"):
         find_server(face.settings, "http://127.0.0.1:1", profile="a")
 
 

@@ -82,7 +82,7 @@ def test_a_folder_is_submitted_and_json_stands_alone(face: Face, bert_tiny: Path
 )
 def test_a_jobs_end_is_an_exit_status(face: Face, job: JobView, ending: str, status: int):
     if ending == "cancelled":
-        face.store.request_cancel("default", job.id)
+        face.store.requests.request_cancel("default", job.id)
     else:
         claimed = face.claim()
         if ending == "failed":
@@ -110,7 +110,7 @@ def test_submit_with_wait_goes_to_the_end(face: Face, model_id: str):
         stderr=subprocess.PIPE,
         text=True,
     )
-    face.succeed(eventually(lambda: face.store.claim(OFFER, ttl_s=60)))
+    face.succeed(eventually(lambda: face.store.claims.claim(OFFER, ttl_s=60)))
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     assert "succeeded" in out
@@ -165,7 +165,9 @@ def test_watch_shows_progress_on_a_terminal(face: Face, job: JobView):
         [*COMMAND, "watch", job.id], env=face.environment() | {"TERM": "xterm"}, stdout=theirs, stderr=theirs
     )
     os.close(theirs)
-    face.store.renew(claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.42, message="layer 3"))
+    face.store.attempts.renew(
+        claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.42, message="layer 3")
+    )
     seen = _read_until(ours, b"42%")
     assert b"pressing" in seen
     face.succeed(claimed)
@@ -194,7 +196,7 @@ def test_watch_as_json_is_the_jobs_events(face: Face, job: JobView):
 def test_nothing_from_a_server_steers_the_terminal(face: Face, job: JobView):
     claimed = face.claim()
     evil = "start \x1b]0;owned\x07 \x1b[2J \u202eend\r\x9b31m"
-    face.store.append_logs(claimed.lease, [("info", evil)])
+    face.store.attempts.append_logs(claimed.lease, [("info", evil)])
     face.succeed(claimed)
     for arguments in (("logs", job.id), ("report", job.id), ("logs", job.id, "--json"), ("inspect", job.id)):
         done = run(face, *arguments)
@@ -206,7 +208,7 @@ def test_nothing_from_a_server_steers_the_terminal(face: Face, job: JobView):
 def test_inspect_shows_a_history_however_long_it_is(face: Face, job: JobView):
     claimed = face.claim()
     for step in range(1010):
-        face.store.record_event(claimed.lease, "checkpoint", {"step": step})
+        face.store.attempts.record_event(claimed.lease, "checkpoint", {"step": step})
     seen = json.loads(run(face, "inspect", job.id, "--json").stdout)["events"]
     assert [event["seq"] for event in seen] == list(range(1, 1013))
     assert "step=1009" in run(face, "inspect", job.id).stdout
@@ -389,7 +391,7 @@ def test_help_documents_the_exit_statuses(face: Face):
     done = run(face, "--help")
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
-    for status in ("0 all went well", "3 the result missed a gate", "130 Ctrl-C"):
+    for status in ("0 success", "3 the result missed a gate", "130 Ctrl-C"):
         assert status in text
 
 
@@ -409,4 +411,4 @@ def test_a_job_that_no_worker_will_take_is_listed_and_waited_for_with_a_notice(f
     )
     inspected = run(face, "inspect", job.id)
     assert job.queue_reason in inspected.stdout
-    face.store.request_cancel("default", job.id)
+    face.store.requests.request_cancel("default", job.id)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import nightpress as package
-from nightpress.client import ApiError, AsyncClient, Client, TransferError, UnreachableError, calls
+from nightpress import ApiError, AsyncClient, Client, ClientError, TransferError, UnreachableError
+from nightpress.client import calls
 from nightpress.client.folders import read_model_folder
 from nightpress.client.transfers import Transfers, target_of
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -211,7 +211,7 @@ def test_events_are_followed_over_cuts_without_gap_or_double(
     reader = threading.Thread(target=follow)
     reader.start()
     for step in range(6):
-        face.store.record_event(claimed.lease, "checkpoint", {"step": step})
+        face.store.attempts.record_event(claimed.lease, "checkpoint", {"step": step})
         if step in {2, 4}:
             proxy.drop_all()
     face.succeed(claimed)
@@ -225,7 +225,7 @@ def test_events_are_followed_over_cuts_without_gap_or_double(
 
 def test_logs_are_read_and_followed(face: Face, nightpress: Client, job: JobView):
     claimed = face.claim()
-    face.store.append_logs(claimed.lease, [("info", f"line {number}") for number in range(3)])
+    face.store.attempts.append_logs(claimed.lease, [("info", f"line {number}") for number in range(3)])
     assert [line.text for line in nightpress.jobs.logs(job.id)] == ["line 0", "line 1", "line 2"]
     face.succeed(claimed)
     assert [line.text for line in nightpress.jobs.logs(job.id, follow=True)][:3] == ["line 0", "line 1", "line 2"]
@@ -241,7 +241,7 @@ def test_waiting_outlasts_a_restart_of_the_api(face: Face, job: JobView):
         )
         waiting.start()
         face.stop()
-        face.store.renew(claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.5))
+        face.store.attempts.renew(claimed.lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.5))
         face.succeed(claimed)
         face.start()
         waiting.join(30 * slowness())
@@ -311,7 +311,7 @@ def test_an_artifact_that_is_not_there_is_named_with_those_that_are(
     face: Face, nightpress: Client, job: JobView, tmp_path: Path
 ):
     face.succeed(face.claim())
-    with pytest.raises(package.ClientError, match=r"no onnx.*compressed-tensors"):
+    with pytest.raises(ClientError, match=r"no onnx.*compressed-tensors"):
         nightpress.jobs.download(job.id, tmp_path, formats=["onnx"])
 
 
@@ -344,7 +344,7 @@ def test_the_asynchronous_client_does_the_same(face: Face, bert_tiny: Path, tmp_
             job = await one.jobs.submit(model.id, RECIPE, labels={"suite": "async"})
             assert [found.id async for found in one.jobs.iterate(labels={"suite": "async"})] == [job.id]
             claimed = face.claim()
-            face.store.append_logs(claimed.lease, [("info", "hello")])
+            face.store.attempts.append_logs(claimed.lease, [("info", "hello")])
 
             async def kinds() -> list[str]:
                 return [event.kind async for event in one.jobs.events(job.id)]

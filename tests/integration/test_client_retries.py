@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nightpress import migrations
-from nightpress.client import ApiError, AsyncClient, Client, UnreachableError, access, calls
+from nightpress import ApiError, AsyncClient, Client, UnreachableError, migrations
+from nightpress.client import access, calls
 from nightpress.client.calls import Call
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
@@ -99,7 +99,7 @@ def test_a_deletion_whose_answer_is_lost_is_done_and_one_of_nothing_is_an_error(
 def test_a_request_that_is_still_being_answered_is_waited_for(
     api: RunningApi, proxy: CuttingProxy, sent: Send, monkeypatch: pytest.MonkeyPatch
 ):
-    create, begun = api.services.schedules.create, threading.Event()
+    create, begun = api.services.resources.schedules.create, threading.Event()
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
         begun.set()
@@ -110,7 +110,7 @@ def test_a_request_that_is_still_being_answered_is_waited_for(
         assert begun.wait(10)
         proxy.drop_all()
 
-    monkeypatch.setattr(api.services.schedules, "create", slowly)
+    monkeypatch.setattr(api.services.resources.schedules, "create", slowly)
     cutting = threading.Thread(target=cut)
     cutting.start()
     made = sent(nightly())

@@ -136,15 +136,15 @@ def queued(new: NewJob, rows: Rows) -> dict[str, Any]:
 
 
 def submit_plain(store: JobStore, new: NewJob) -> Job:
-    return store.submit(new, max_queued=10)[0]
+    return store.submission.submit(new, max_queued=10)[0]
 
 
 def submit_keyed(store: JobStore, new: NewJob) -> Job:
-    return store.submit(new, idempotency=Idempotency("key-of-the-client", "6" * 64), max_queued=10)[0]
+    return store.submission.submit(new, idempotency=Idempotency("key-of-the-client", "6" * 64), max_queued=10)[0]
 
 
 def submit_in_a_batch(store: JobStore, new: NewJob) -> Job:
-    return store.submit_all([new, new_job(tenant_id=new.tenant_id)], max_queued=10)[0]
+    return store.submission.submit_all([new, new_job(tenant_id=new.tenant_id)], max_queued=10)[0]
 
 
 @pytest.mark.parametrize("write", [submit_plain, submit_keyed, submit_in_a_batch])
@@ -153,7 +153,7 @@ def test_a_new_job(store: JobStore, rows: Rows, write: Callable[[JobStore, NewJo
     job = write(store, new)
     row = rows.check(jobs, queued(new, rows), jobs.c.id == job.id, alike=JOB_ALIKE)
     assert job == Job(**{column.name: row[column.name] for column in JOB_COLUMNS}), "the answer is the row"
-    assert store.get(new.tenant_id, job.id) == job
+    assert store.reader.get(new.tenant_id, job.id) == job
     rows.check(
         job_events,
         {"job_id": job.id, "seq": 1, "at": rows.now, "kind": "queued", "data": {}},
@@ -166,7 +166,7 @@ def test_an_uncounted_job_is_written_as_a_counted_one(store: JobStore, rows: Row
     new = replace(given(store), retry_of=None)
     for index in range(3):
         key = Idempotency(f"key-{index}", "6" * 64) if keyed else None
-        job, _ = store.submit(new, idempotency=key, max_queued=10_000)
+        job, _ = store.submission.submit(new, idempotency=key, max_queued=10_000)
         rows.check(jobs, queued(new, rows), jobs.c.id == job.id, alike=JOB_ALIKE)
 
 
@@ -175,14 +175,14 @@ def test_an_uncounted_job_is_written_as_a_counted_one(store: JobStore, rows: Row
 
 def started(store: JobStore, rows: Rows, new: NewJob) -> tuple[Claimed, dict[str, Any]]:
     """A job that runs and has told all that it can tell, and its row."""
-    job = store.submit(replace(new, run_after=None), max_queued=10)[0]
-    claimed = store.claim(WorkerOffer("worker-7", new.queue, "device-8", 1 << 40, 9), ttl_s=600)
+    job = store.submission.submit(replace(new, run_after=None), max_queued=10)[0]
+    claimed = store.claims.claim(WorkerOffer("worker-7", new.queue, "device-8", 1 << 40, 9), ttl_s=600)
     assert claimed is not None
     assert claimed.job.id == job.id
     told = Progress(phase="pressing", fraction=0.25, pass_index=21, message="layer 3 of 12", eta_s=22.5)
-    assert store.renew(claimed.lease, ttl_s=600, progress=told).held
-    assert store.append_logs(claimed.lease, [("info", "first line"), ("warning", "second line")])
-    assert store.record_event(claimed.lease, "checkpoint", {"step": 23})
+    assert store.attempts.renew(claimed.lease, ttl_s=600, progress=told).held
+    assert store.attempts.append_logs(claimed.lease, [("info", "first line"), ("warning", "second line")])
+    assert store.attempts.record_event(claimed.lease, "checkpoint", {"step": 23})
     row = {
         **queued(new, rows),
         "state": "running",
@@ -210,7 +210,7 @@ RESTING = {"phase": None, "pass_index": None, "eta_s": None, "lease_id": None, "
 
 def test_from_the_queue_to_a_result_that_another_job_is_given(store: JobStore, rows: Rows) -> None:
     new = replace(given(store), promote=True)
-    rows.check(jobs, queued(new, rows), jobs.c.id == store.submit(new, max_queued=10)[0].id, alike=JOB_ALIKE)
+    rows.check(jobs, queued(new, rows), jobs.c.id == store.submission.submit(new, max_queued=10)[0].id, alike=JOB_ALIKE)
     claimed, row = started(store, rows, new)
     job_id = claimed.job.id
     mine = jobs.c.id == job_id
@@ -236,7 +236,7 @@ def test_from_the_queue_to_a_result_that_another_job_is_given(store: JobStore, r
     report_files = (FileEntry(path="report.json", size=32, sha256="b" * 64),)
     manifest = Manifest(job_id=job_id, attempt=1, verdict="accepted", artifacts=(artifact,), report=report_files)
     metric = MetricRow("onnx", "latency", 33.5, unit="ms", low=34.5, high=35.5)
-    assert store.finish(claimed.lease, Succeeded("accepted", manifest, {"figure": 36}, [metric]))
+    assert store.attempts.finish(claimed.lease, Succeeded("accepted", manifest, {"figure": 36}, [metric]))
     ended = {
         **row,
         **RESTING,
@@ -251,8 +251,8 @@ def test_from_the_queue_to_a_result_that_another_job_is_given(store: JobStore, r
     closed = {**attempt, "finished_at": rows.now, "outcome": "succeeded"}
     rows.check(job_attempts, closed, job_attempts.c.job_id == job_id)
 
-    again = store.submit(new, max_queued=10)[0]
-    assert store.reuse(again).reused_from == job_id
+    again = store.submission.submit(new, max_queued=10)[0]
+    assert store.requests.reuse(again).reused_from == job_id
     reused = {
         **queued(new, rows),
         "state": "succeeded",
@@ -300,7 +300,7 @@ def test_a_job_that_fails(store: JobStore, rows: Rows) -> None:
     new = replace(given(store), max_failures=1)
     claimed, row = started(store, rows, new)
     error = NightpressError(ErrorCode.NUMERICAL_FAILURE, "It came to nothing.")
-    assert store.fail(claimed.lease, error, backoff_s=5.0) == "failed"
+    assert store.attempts.fail(claimed.lease, error, backoff_s=5.0) == "failed"
     ended = {
         **row,
         **RESTING,

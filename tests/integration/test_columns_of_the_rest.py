@@ -138,10 +138,10 @@ def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobS
     rows.check(audit_log, {**line, "id": identifier("aud"), "at": rows.now})
 
     job_id = submit(store, tenant_id="tenant-b", queue="gpu")
-    claimed = store.claim(WorkerOffer("worker-1", "gpu", "cuda:0", 1 << 40, 1), ttl_s=600)
+    claimed = store.claims.claim(WorkerOffer("worker-1", "gpu", "cuda:0", 1 << 40, 1), ttl_s=600)
     assert claimed is not None
     age(engine, job_id, 100, "started_at")
-    assert store.release(claimed.lease)
+    assert store.attempts.release(claimed.lease)
     with transaction(engine, read_only=True) as connection:
         month = connection.execute(select(db_month())).scalar_one()
     seconds = Chosen("<about 100>", lambda value: 100 <= value < 160)
@@ -191,9 +191,9 @@ def test_workers(engine: Engine, rows: Rows, store: JobStore) -> None:
     )
     told = {column.name: getattr(worker, column.name) for column in workers.c if not column.name.endswith("_at")}
     for _ in range(2):  # the first beat inserts, the others update
-        store.heartbeat_worker(worker)
+        store.roster.heartbeat_worker(worker)
         rows.check(workers, {**told, "started_at": rows.now, "last_seen_at": rows.now, "left_at": None})
-    store.remove_worker(worker.id)
+    store.roster.remove_worker(worker.id)
     rows.check(workers, {**told, "started_at": rows.now, "last_seen_at": rows.now, "left_at": rows.now})
     rows.all_seen(workers)
 
@@ -261,7 +261,7 @@ def test_webhooks_and_what_they_deliver(engine: Engine, rows: Rows, tmp_path: Pa
 def test_a_promotion_by_hand(engine: Engine, rows: Rows, store: JobStore) -> None:
     submit(store, tenant_id="tenant-a", model_name="name-of-the-model", promote=False)
     claimed = claim(store)
-    assert store.finish(claimed.lease, succeeded(claimed.lease))
+    assert store.attempts.finish(claimed.lease, succeeded(claimed.lease))
     PromotionStore(engine).promote("tenant-a", "name-of-the-model", claimed.job.id, key_id="key12345")
     row = {
         "id": identifier("prm"),
@@ -308,7 +308,7 @@ def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
     world.end_jobs_well()
     world.settle("2026-11-23T03:00")
     submitted, skipped = world.runs()
-    pressed = world.store.get(TENANT, str(submitted.job_id))
+    pressed = world.store.reader.get(TENANT, str(submitted.job_id))
     assert pressed is not None
     run = {
         "id": submitted.id,

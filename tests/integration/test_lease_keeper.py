@@ -55,7 +55,7 @@ def test_the_newest_lines_of_a_log_are_kept_in_their_order(engine: Engine, monke
     with engine.connect() as connection, connection.begin():
         connection.execute(text("ALTER TABLE away RENAME TO job_logs"))
     keeper.close()
-    assert [line.text for line in store.logs(lease.job_id)] == lines[-KEPT:]
+    assert [line.text for line in store.reader.logs(lease.job_id)] == lines[-KEPT:]
 
 
 def test_lines_are_stored_before_the_checkpoint_that_followed_them(engine: Engine) -> None:
@@ -69,6 +69,6 @@ def test_lines_are_stored_before_the_checkpoint_that_followed_them(engine: Engin
         keeper.log_line("info", "step 1")
         keeper.note("checkpoint", {"step": 1})
         eventually(lambda: somebody_waits(engine))
-        assert [line.text for line in store.logs(lease.job_id)] == ["step 1"]
+        assert [line.text for line in store.reader.logs(lease.job_id)] == ["step 1"]
     keeper.close()
-    assert [event.data for event in store.events(lease.job_id) if event.kind == "checkpoint"] == [{"step": 1}]
+    assert [event.data for event in store.reader.events(lease.job_id) if event.kind == "checkpoint"] == [{"step": 1}]

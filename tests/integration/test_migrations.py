@@ -103,20 +103,20 @@ def test_a_fingerprint_that_cannot_be_trusted_is_forgotten_and_what_came_of_it_i
     add_model(engine)
     store = JobStore(engine)
     mine = {"fingerprint": "f" * 64, "priority": 1}
-    night = store.submit(new_job(**mine), max_queued=10)[0]
+    night = store.submission.submit(new_job(**mine), max_queued=10)[0]
     lease = claim(store).lease
-    assert store.finish(lease, succeeded(lease))
-    same = store.reuse(store.submit(new_job(**mine), max_queued=10)[0])
+    assert store.attempts.finish(lease, succeeded(lease))
+    same = store.requests.reuse(store.submission.submit(new_job(**mine), max_queued=10)[0])
     other_weights = {**mine, "model_digest": "sha256:" + "1" * 64}
-    wrong = store.reuse(store.submit(new_job(**other_weights), max_queued=10)[0])
+    wrong = store.requests.reuse(store.submission.submit(new_job(**other_weights), max_queued=10)[0])
     assert same.reused_from == wrong.reused_from == night.id
     assert PromotionStore(engine).latest("default", "tiny").job_id == wrong.id
     migrations.downgrade(sql_url, "0012")
     migrations.upgrade(sql_url)
     assert PromotionStore(engine).latest("default", "tiny").job_id == same.id
-    assert [bool(store.artifacts(job.id)) for job in (night, same, wrong)] == [True, True, False]
-    again = store.submit(new_job(**mine), max_queued=10)[0]
-    assert store.reuse(again) == again, "it runs: nothing is known of what is older"
+    assert [bool(store.reader.artifacts(job.id)) for job in (night, same, wrong)] == [True, True, False]
+    again = store.submission.submit(new_job(**mine), max_queued=10)[0]
+    assert store.requests.reuse(again) == again, "it runs: nothing is known of what is older"
     lease = claim(store).lease
-    assert store.finish(lease, succeeded(lease))
-    assert store.reuse(store.submit(new_job(**mine), max_queued=10)[0]).reused_from == again.id
+    assert store.attempts.finish(lease, succeeded(lease))
+    assert store.requests.reuse(store.submission.submit(new_job(**mine), max_queued=10)[0]).reused_from == again.id

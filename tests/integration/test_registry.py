@@ -532,12 +532,12 @@ def test_what_a_job_needs_is_not_deleted(any_engine: Engine, settings: Settings,
         data={data.name: {"id": data.id}},
     )
     store = JobStore(any_engine)
-    job, _ = store.submit(new, max_queued=10)
+    job, _ = store.submission.submit(new, max_queued=10)
     for registry, one in ((models, model), (datasets, data)):
         with pytest.raises(NightpressError) as error:
             registry.delete("t", one.id)
         assert code_of(error) is ErrorCode.CONFLICT
-    store.request_cancel("t", job.id)
+    store.requests.request_cancel("t", job.id)
     models.delete("t", model.id)
     datasets.delete("t", data.id)
     assert models.page("t") == ([], None)

@@ -41,7 +41,7 @@ class World:
         claimed = claim(self.store)
         for path in ("safetensors/model.safetensors", "report.html", "manifest.json"):
             self.objects.put_bytes(f"jobs/{job_id}/attempts/{claimed.lease.attempt}/{path}", b"xyz")
-        assert self.store.finish(claimed.lease, succeeded(claimed.lease))
+        assert self.store.attempts.finish(claimed.lease, succeeded(claimed.lease))
         age(self.engine, job_id, days * DAY, "finished_at")
         return job_id
 
@@ -49,7 +49,7 @@ class World:
         return {info.key.split("/", 4)[4] for info in self.objects.list(f"jobs/{job_id}")}
 
     def has_artifacts(self, job_id: str) -> bool:
-        return bool(self.store.artifacts(job_id)) and "safetensors/model.safetensors" in self.files(job_id)
+        return bool(self.store.reader.artifacts(job_id)) and "safetensors/model.safetensors" in self.files(job_id)
 
     def schedule(self, job_id: str) -> None:
         with transaction(self.engine) as connection:
@@ -77,7 +77,7 @@ def test_old_artifacts_go_with_their_files_and_reports_stay(world: World):
     assert world.retention.prune_artifacts(30 * DAY) == 1
     assert not world.has_artifacts(old)
     assert world.files(old) == {"report.html", "manifest.json"}
-    assert world.store.report(old) is not None
+    assert world.store.reader.report(old) is not None
     assert world.has_artifacts(young)
     assert world.has_artifacts(older_name), "the latest of a model's name stays"
     assert world.retention.prune_artifacts(30 * DAY) == 0
@@ -99,37 +99,37 @@ def test_what_a_schedule_made_last_stays(world: World):
     scheduled = world.done(days=40, promote=False)
     world.schedule(scheduled)
     world.retention.prune_jobs(30 * DAY)
-    assert world.store.get("default", old) is None
+    assert world.store.reader.get("default", old) is None
     assert world.has_artifacts(scheduled)
 
 
 def test_a_result_stays_as_long_as_a_job_that_was_given_it(world: World):
     origin = world.done(days=40, promote=False, fingerprint="f" * 64)
-    job, _ = world.store.submit(new_job(promote=False, fingerprint="f" * 64), max_queued=10)
-    given = world.store.reuse(job)
+    job, _ = world.store.submission.submit(new_job(promote=False, fingerprint="f" * 64), max_queued=10)
+    given = world.store.requests.reuse(job)
     assert given.reused_from == origin
     assert world.retention.prune_artifacts(30 * DAY) == 0
     age(world.engine, given.id, 35 * DAY, "finished_at")
     world.retention.prune_artifacts(30 * DAY)
     world.retention.prune_artifacts(30 * DAY)
-    assert not world.store.artifacts(given.id)
+    assert not world.store.reader.artifacts(given.id)
     assert not world.has_artifacts(origin)
-    again, _ = world.store.submit(new_job(promote=False, fingerprint="f" * 64), max_queued=10)
-    assert world.store.reuse(again).state == "queued", "what is gone is given to nobody"
+    again, _ = world.store.submission.submit(new_job(promote=False, fingerprint="f" * 64), max_queued=10)
+    assert world.store.requests.reuse(again).state == "queued", "what is gone is given to nobody"
 
 
 def test_a_job_goes_whole_and_one_that_is_not_over_never(world: World):
     old, running = world.done(days=400, promote=False), submit(world.store)
     key = Idempotency("nightly", "body")
-    keyed, _ = world.store.submit(new_job(), idempotency=key, max_queued=10)
-    world.store.request_cancel("default", keyed.id)
+    keyed, _ = world.store.submission.submit(new_job(), idempotency=key, max_queued=10)
+    world.store.requests.request_cancel("default", keyed.id)
     age(world.engine, keyed.id, 400 * DAY, "finished_at")
     claim(world.store)
     assert world.retention.prune_jobs(365 * DAY) == 2
-    assert world.store.get("default", old) is None
+    assert world.store.reader.get("default", old) is None
     assert world.files(old) == set()
-    assert world.store.get("default", running) is not None
-    assert world.store.replay("default", key) is None
+    assert world.store.reader.get("default", running) is not None
+    assert world.store.submission.replay("default", key) is None
     with transaction(world.engine, read_only=True) as connection:
         for table in (job_events, job_attempts):
             assert set(connection.scalars(select(table.c.job_id))) == {running}
@@ -147,7 +147,7 @@ def test_a_process_killed_half_way_leaves_nothing_that_is_not_found_again(
     monkeypatch.setattr(world.objects, "delete_prefix", killed)
     with pytest.raises(KeyboardInterrupt):
         world.retention.prune_artifacts(30 * DAY)
-    assert world.store.artifacts(old) == [], "nobody is shown what is going"
+    assert world.store.reader.artifacts(old) == [], "nobody is shown what is going"
     assert "safetensors/model.safetensors" in world.files(old)
     monkeypatch.setattr(world.objects, "delete_prefix", delete_prefix)
     assert world.retention.prune_artifacts(30 * DAY) == 1

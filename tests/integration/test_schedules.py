@@ -108,16 +108,16 @@ class World:
         return [(f"{run.scheduled_for:%H:%M}", run.reason or run.state) for run in self.runs()]
 
     def end_jobs(self) -> None:
-        while (claimed := self.store.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)) is not None:
+        while (claimed := self.store.claims.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)) is not None:
             fault = NightpressError(ErrorCode.NUMERICAL_FAILURE, "over")
-            self.store.fail(claimed.lease, fault, backoff_s=0)
+            self.store.attempts.fail(claimed.lease, fault, backoff_s=0)
 
     def end_jobs_well(self) -> None:
-        while (claimed := self.store.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)) is not None:
+        while (claimed := self.store.claims.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)) is not None:
             manifest = Manifest(
                 job_id=claimed.job.id, attempt=claimed.lease.attempt, verdict="accepted", artifacts=(), report=()
             )
-            assert self.store.finish(claimed.lease, Succeeded("accepted", manifest, {}))
+            assert self.store.attempts.finish(claimed.lease, Succeeded("accepted", manifest, {}))
 
 
 def utc(text: str) -> dt.datetime:
@@ -136,7 +136,7 @@ def test_a_fire_becomes_one_job_however_often_it_is_looked_at(world: World):
     for _ in range(3):
         world.tick("2026-11-23T02:00")
     assert world.outcomes() == [("02:00", "submitted")]
-    jobs, _ = world.store.page(TENANT)
+    jobs, _ = world.store.reader.page(TENANT)
     assert [job.id for job in jobs] == [world.runs()[0].job_id]
     assert world.rung == ["cpu"]
     world.tick("2026-11-23T02:59")
@@ -176,7 +176,7 @@ def test_none_catches_up_nothing_and_latest_one_when_all_are_late(world: World):
     world.schedule("2026-11-23T02:00", catch_up="none")
     world.tick("2026-11-23T04:30")
     assert [outcome for _, outcome in world.outcomes()] == ["missed"] * 3
-    assert world.store.page(TENANT)[0] == []
+    assert world.store.reader.page(TENANT)[0] == []
 
 
 def test_years_of_downtime_are_bounded(world: World):
@@ -216,13 +216,13 @@ def test_replace_cancels_the_one_before(world: World):
 def test_only_if_changed_runs_for_new_bytes_alone(world: World, tmp_path: Path):
     world.schedule("2026-11-23T02:00", only_if_changed=True)
     world.tick("2026-11-23T02:00")
-    [claimed] = [world.store.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)]
+    [claimed] = [world.store.claims.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)]
     assert claimed is not None  # it runs: not failed, so its digest counts
     world.schedules.edit(TENANT, world.schedules.get(TENANT, "nightly"), {"overlap": "queue"})
-    world.store.fail(claimed.lease, NightpressError(ErrorCode.NUMERICAL_FAILURE, "over"), backoff_s=0)
+    world.store.attempts.fail(claimed.lease, NightpressError(ErrorCode.NUMERICAL_FAILURE, "over"), backoff_s=0)
     world.tick("2026-11-23T03:00")
     assert world.outcomes()[-1] == ("03:00", "submitted")  # the last one failed: try again
-    claimed = world.store.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)
+    claimed = world.store.claims.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)
     assert claimed is not None
     with transaction(world.engine) as connection:
         done = {"state": "succeeded", "verdict": "accepted", "lease_id": None, "lease_expires_at": None}
@@ -253,7 +253,7 @@ def test_a_night_with_new_weights_is_not_given_the_last_nights_result(
         world.bring()
         world.tick(f"2026-11-23T0{2 + hour}:00")
         world.end_jobs_well()
-        job = world.store.get(TENANT, str(world.runs()[-1].job_id))
+        job = world.store.reader.get(TENANT, str(world.runs()[-1].job_id))
         outcomes.append(None if job is None else (job.model_digest, job.reused_from))
         if job is not None:
             assert job.model_digest == world.models.get(TENANT, "tiny").digest
@@ -331,7 +331,7 @@ def test_a_schedule_fetches_what_is_new_at_its_source_and_presses_nothing_twice(
         world.end_jobs_well()
         assert [outcome for _, outcome in world.outcomes()] == ["submitted", "unchanged", "submitted"]
         assert [run.revision for run in world.runs()] == [first, first, second]
-        jobs, _ = world.store.page(TENANT)
+        jobs, _ = world.store.reader.page(TENANT)
         brought = [world.models.get(TENANT, job.model_id) for job in reversed(jobs)]
         assert [model.revision for model in brought] == [first, second]
         assert {model.name for model in brought} == {"tiny"}

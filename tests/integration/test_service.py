@@ -76,7 +76,7 @@ def test_a_request_becomes_a_job_that_says_everything_a_worker_needs(world: Worl
     assert (job.queue, job.priority, job.run_limit_s, job.stall_s) == ("cpu", 3, 60.0, world.settings.stall_s)
     assert job.max_failures == world.settings.max_failures
     assert job.needs_memory > 100_000_000
-    stored = world.store.get(TENANT, job.id)
+    stored = world.store.reader.get(TENANT, job.id)
     assert stored == job
     recipe = Recipe.model_validate(job.recipe)
     assert recipe.passes[0].pass_ == "magnitude"
@@ -109,7 +109,7 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(world: World):
         ErrorCode.INVALID_RECIPE,
     }
     assert refusal(world.service, wanted(), tenant="stranger").code is ErrorCode.NOT_FOUND
-    assert world.store.page(TENANT)[0] == []
+    assert world.store.reader.page(TENANT)[0] == []
 
 
 def test_a_model_that_is_still_being_uploaded_is_refused(world: World):
@@ -135,7 +135,7 @@ def test_data_sets_are_pinned_when_the_job_is_submitted(world: World):
 
 def test_what_no_worker_of_the_queue_can_hold_is_refused(world: World):
     def announce(worker_id: str, memory: int, queue: Any = "cpu") -> None:
-        world.store.heartbeat_worker(Worker(worker_id, "host", queue, "cpu", memory, 2, "0.1.0"))
+        world.store.roster.heartbeat_worker(Worker(worker_id, "host", queue, "cpu", memory, 2, "0.1.0"))
 
     announce("small", 1000)
     announce("gpu", 100 * GB, "gpu")
@@ -150,7 +150,7 @@ def test_what_no_worker_of_the_queue_can_hold_is_refused(world: World):
 def test_a_repeated_request_gives_the_same_job_even_when_its_model_is_gone(world: World):
     first, _ = world.service.submit(TENANT, wanted(), "nightly")
     assert world.service.submit(TENANT, wanted(), "nightly") == (first, False)
-    world.store.request_cancel(TENANT, first.id)
+    world.store.requests.request_cancel(TENANT, first.id)
     world.models.delete(TENANT, first.model_id)
     again, created = world.fresh().submit(TENANT, wanted(), "nightly")
     assert (again.id, created) == (first.id, False)
@@ -166,12 +166,12 @@ def test_a_finished_job_can_be_retried_as_a_new_one(world: World):
         world.service.retry(TENANT, old.id)
     assert raised.value.code is ErrorCode.CONFLICT
     lease = claim(world.store).lease
-    world.store.finish(lease, succeeded(lease))
+    world.store.attempts.finish(lease, succeeded(lease))
     new = world.service.retry(TENANT, old.id)
     assert new.retry_of == old.id
     kept = {"id": new.id, "created_at": new.created_at, "run_after": new.run_after, "retry_of": old.id}
     assert new == replace(old, **kept)
-    finished = world.store.get(TENANT, old.id)
+    finished = world.store.reader.get(TENANT, old.id)
     assert finished is not None
     assert finished.state == "succeeded"
     for tenant, job_id in ((TENANT, "job_none"), ("stranger", old.id)):
@@ -190,7 +190,9 @@ def test_the_quota_of_the_settings_holds(world: World):
 def announce(
     world: World, worker_id: str, queue: Any, *, memory: int = 100 * GB, gpu_memory: int | None = None
 ) -> None:
-    world.store.heartbeat_worker(Worker(worker_id, "host", queue, "a device", memory, 2, "0.1", gpu_memory=gpu_memory))
+    world.store.roster.heartbeat_worker(
+        Worker(worker_id, "host", queue, "a device", memory, 2, "0.1", gpu_memory=gpu_memory)
+    )
 
 
 def unseen(world: World, worker_id: str, seconds: float) -> None:
@@ -206,15 +208,15 @@ def test_a_job_is_queued_where_the_fleet_can_run_it_and_says_why(world: World):
     assert job.queue == "gpu"
     assert "no processor's worker has been seen lately" in job.queue_reason
     assert job.needs_gpu_memory > 0
-    assert world.store.get(TENANT, job.id) == job
+    assert world.store.reader.get(TENANT, job.id) == job
     announce(world, "other", "cpu")
     assert world.fresh().submit(TENANT, wanted())[0].queue == "cpu"
 
 
 def test_a_worker_that_said_good_bye_is_remembered_for_a_week(world: World):
     announce(world, "night", "gpu", gpu_memory=80 * GB)
-    world.store.remove_worker("night")
-    assert world.store.workers() == []
+    world.store.roster.remove_worker("night")
+    assert world.store.roster.workers() == []
     assert world.fresh().submit(TENANT, wanted())[0].queue == "gpu"
     unseen(world, "night", 8 * 24 * 3600)
     assert world.fresh().submit(TENANT, wanted())[0].queue == "cpu"
@@ -223,13 +225,13 @@ def test_a_worker_that_said_good_bye_is_remembered_for_a_week(world: World):
 def test_a_retry_is_queued_by_the_fleet_of_its_own_time(world: World):
     announce(world, "first", "gpu", gpu_memory=80 * GB)
     old, _ = world.service.submit(TENANT, wanted())
-    world.store.request_cancel(TENANT, old.id)
+    world.store.requests.request_cancel(TENANT, old.id)
     unseen(world, "first", 8 * 24 * 3600)
     announce(world, "second", "cpu")
     new = world.fresh().retry(TENANT, old.id)
     assert (old.queue, new.queue) == ("gpu", "cpu")
     assert new.needs_gpu_memory == 0
-    assert world.store.get(TENANT, new.id) == new
+    assert world.store.reader.get(TENANT, new.id) == new
 
 
 def test_a_gpu_too_small_for_a_job_is_refused_where_the_recipe_insists_on_one(world: World):
@@ -243,9 +245,9 @@ def test_a_gpu_too_small_for_a_job_is_refused_where_the_recipe_insists_on_one(wo
 def test_a_result_is_reused_wherever_it_was_made_unless_the_recipe_names_a_device(world: World):
     announce(world, "gpu", "gpu", gpu_memory=80 * GB)
     first, _ = world.service.submit(TENANT, wanted())
-    claimed = world.store.claim(offer(queue="gpu", gpu_memory=80 * GB), ttl_s=60)
+    claimed = world.store.claims.claim(offer(queue="gpu", gpu_memory=80 * GB), ttl_s=60)
     assert claimed is not None
-    world.store.finish(claimed.lease, succeeded(claimed.lease))
+    world.store.attempts.finish(claimed.lease, succeeded(claimed.lease))
     announce(world, "cpu", "cpu")
     again, _ = world.fresh().submit(TENANT, wanted(reuse=True))
     assert (first.queue, again.queue, again.reused_from) == ("gpu", "cpu", first.id)
@@ -257,24 +259,24 @@ def test_a_result_is_reused_wherever_it_was_made_unless_the_recipe_names_a_devic
 
 def test_a_queued_job_says_that_no_worker_has_been_there_for_an_hour(world: World):
     job, _ = world.service.submit(TENANT, wanted())
-    assert world.store.fleet().notice(job) is None, "it has only just come"
+    assert world.store.roster.fleet().notice(job) is None, "it has only just come"
     announce(world, "gone", "cpu")
     unseen(world, "gone", 3700)
-    notice = world.store.fleet().notice(job)
+    notice = world.store.roster.fleet().notice(job)
     assert notice is not None
     assert "No cpu worker has been seen for 1 h" in notice
     assert "NIGHTPRESS_WORKER_QUEUE=cpu" in notice
     announce(world, "small", "cpu", memory=1000)
-    notice = world.store.fleet().notice(job)
+    notice = world.store.roster.fleet().notice(job)
     assert notice is not None
     assert "No cpu worker that could hold it" in notice
     announce(world, "gone", "cpu")
-    assert world.store.fleet().notice(job) is None
+    assert world.store.roster.fleet().notice(job) is None
 
 
 def test_a_job_older_than_an_hour_says_that_no_worker_ever_came(world: World):
     job, _ = world.service.submit(TENANT, wanted())
     age(world.engine, job.id, 3700, "created_at", "run_after")
-    waiting = world.store.get(TENANT, job.id)
+    waiting = world.store.reader.get(TENANT, job.id)
     assert waiting is not None
-    assert "No cpu worker has been seen lately" in str(world.store.fleet().notice(waiting))
+    assert "No cpu worker has been seen lately" in str(world.store.roster.fleet().notice(waiting))

@@ -88,7 +88,7 @@ def settings(tmp_path: Path, sql_url: str) -> Settings:
 
 def finish_next(store: JobStore) -> str:
     claimed = claim(store)
-    assert store.finish(claimed.lease, succeeded(claimed.lease))
+    assert store.attempts.finish(claimed.lease, succeeded(claimed.lease))
     return claimed.job.id
 
 
@@ -143,7 +143,7 @@ def test_of_two_jobs_that_end_at_the_same_moment_the_later_one_holds_the_name(en
 
             def finish(claimed: Claimed, start: threading.Barrier = start) -> None:
                 start.wait()
-                assert store.finish(claimed.lease, succeeded(claimed.lease))
+                assert store.attempts.finish(claimed.lease, succeeded(claimed.lease))
 
             both = [claim(store), claim(store)]
             assert [claimed.job.id for claimed in both] == [older, newer]
@@ -176,8 +176,8 @@ def test_retention_keeps_what_the_pointer_stands_on(engine: Engine, host: Host, 
     for job_id in (earlier, latest):
         age(engine, job_id, 40 * DAY_S, "finished_at")
     JobRetention(engine, LocalStore(tmp_path / "objects")).prune_jobs(30 * DAY_S)
-    assert store.get(TENANT, earlier) is None
-    assert store.get(TENANT, latest) is not None
+    assert store.reader.get(TENANT, earlier) is None
+    assert store.reader.get(TENANT, latest) is not None
     assert pointers.latest(TENANT, "tiny").job_id == latest
 
 

@@ -37,7 +37,7 @@ def test_higher_priority_goes_first_and_then_age(store: JobStore):
     first, second = submit(store), submit(store)
     urgent, idle = submit(store, priority=5), submit(store, priority=-5)
     assert order(store, 4) == [urgent, first, second, idle]
-    assert store.claim(offer(), ttl_s=60) is None
+    assert store.claims.claim(offer(), ttl_s=60) is None
 
 
 def test_the_tenant_with_the_fewest_running_goes_first(store: JobStore):
@@ -61,7 +61,7 @@ def test_a_claim_for_the_oldest_passes_over_priorities_and_fairness_but_not_over
     third = submit(store, tenant_id="few", priority=-5)
     fourth = submit(store, tenant_id="many", priority=-5)
     assert order(store, 4) == [first, second, third, fourth]
-    assert store.claim(offer(), ttl_s=60) is None
+    assert store.claims.claim(offer(), ttl_s=60) is None
 
 
 def test_a_claim_for_the_oldest_keeps_to_quotas(engine: Engine):
@@ -69,7 +69,7 @@ def test_a_claim_for_the_oldest_keeps_to_quotas(engine: Engine):
     full = [submit(store, tenant_id="full") for _ in range(2)]
     other = submit(store, tenant_id="other")
     assert order(store, 2) == [full[0], other]
-    assert store.claim(offer(), ttl_s=60) is None
+    assert store.claims.claim(offer(), ttl_s=60) is None
 
 
 def test_a_low_priority_is_served_however_much_of_a_higher_one_keeps_coming(engine: Engine):
@@ -78,7 +78,7 @@ def test_a_low_priority_is_served_however_much_of_a_higher_one_keeps_coming(engi
     for _ in range(200):  # the chance that none of so many takes the oldest is 2.5e-12
         submit(store, priority=100)
         lease = claim(store).lease
-        store.finish(lease, succeeded(lease))
+        store.attempts.finish(lease, succeeded(lease))
         if lease.job_id == waiting:
             return
     pytest.fail("it starved")
@@ -88,7 +88,7 @@ def test_what_is_running_counts_until_it_ends(store: JobStore):
     a = [submit(store, tenant_id="a") for _ in range(3)]
     running = claim(store).lease
     b = [submit(store, tenant_id="b") for _ in range(1)]
-    store.finish(running, succeeded(running))
+    store.attempts.finish(running, succeeded(running))
     assert order(store, 3) == [a[1], b[0], a[2]], "the finished job of a weighs nothing any more"
 
 
@@ -96,25 +96,25 @@ def test_a_job_that_does_not_fit_holds_up_no_other(store: JobStore):
     large = submit(store, needs_memory=100 * GB, priority=9)
     small = submit(store, needs_memory=GB)
     assert claim(store).job.id == small
-    assert store.claim(offer(), ttl_s=60) is None
-    large_offer = store.claim(offer(memory=100 * GB), ttl_s=60)
+    assert store.claims.claim(offer(), ttl_s=60) is None
+    large_offer = store.claims.claim(offer(memory=100 * GB), ttl_s=60)
     assert large_offer is not None
     assert large_offer.job.id == large
 
 
 def test_a_worker_takes_from_its_own_queue_alone(store: JobStore):
     submit(store, queue="gpu")
-    assert store.claim(offer(), ttl_s=60) is None
-    assert store.claim(offer(queue="gpu"), ttl_s=60) is not None
+    assert store.claims.claim(offer(), ttl_s=60) is None
+    assert store.claims.claim(offer(queue="gpu"), ttl_s=60) is not None
 
 
 def test_a_job_for_later_waits(store: JobStore):
     later = dt.datetime.now(dt.UTC) + dt.timedelta(hours=1)
     submit(store, run_after=later, priority=100)
-    assert store.claim(offer(), ttl_s=60) is None
-    assert store.queues_with_work() == {}
+    assert store.claims.claim(offer(), ttl_s=60) is None
+    assert store.reader.queues_with_work() == {}
     now = submit(store)
-    assert store.queues_with_work() == {"cpu": 1}
+    assert store.reader.queues_with_work() == {"cpu": 1}
     assert claim(store).job.id == now
 
 
@@ -125,7 +125,7 @@ def test_eight_workers_share_two_hundred_jobs_and_none_gets_one_twice(store: Job
     def work(number: int) -> list[tuple[str, int]]:
         mine = []
         start.wait()
-        while (claimed := store.claim(offer(f"worker-{number}"), ttl_s=600)) is not None:
+        while (claimed := store.claims.claim(offer(f"worker-{number}"), ttl_s=600)) is not None:
             mine.append((claimed.job.id, claimed.lease.attempt))
         return mine
 
@@ -143,7 +143,7 @@ def test_a_worker_that_comes_while_others_claim_is_not_sent_away(store: JobStore
 
     def once(number: int) -> bool:
         start.wait()
-        return store.claim(offer(f"worker-{number}"), ttl_s=600) is not None
+        return store.claims.claim(offer(f"worker-{number}"), ttl_s=600) is not None
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(once, range(8)))
@@ -157,34 +157,34 @@ def test_two_racing_ends_of_one_attempt_have_one_winner(store: JobStore):
 
         def finish(_start: threading.Barrier = start, _lease: Lease = lease) -> bool:
             _start.wait()
-            return store.finish(_lease, succeeded(_lease))
+            return store.attempts.finish(_lease, succeeded(_lease))
 
         def release(_start: threading.Barrier = start, _lease: Lease = lease) -> bool:
             _start.wait()
-            return store.release(_lease)
+            return store.attempts.release(_lease)
 
         def cancel(_start: threading.Barrier = start, _job_id: str = job_id) -> bool:
             _start.wait()
-            store.request_cancel("default", _job_id)
+            store.requests.request_cancel("default", _job_id)
             return False
 
         with ThreadPoolExecutor(3) as pool:
             won = [future.result() for future in [pool.submit(one) for one in (finish, release, cancel)]]
         assert sum(won) == 1
-        kinds = [event.kind for event in store.events(job_id)]
+        kinds = [event.kind for event in store.reader.events(job_id)]
         assert sum(kind in {"succeeded", "cancelled", "failed"} for kind in kinds) <= 1
-        assert [event.seq for event in store.events(job_id)] == list(range(1, len(kinds) + 1))
-        store.request_cancel("default", job_id)
+        assert [event.seq for event in store.reader.events(job_id)] == list(range(1, len(kinds) + 1))
+        store.requests.request_cancel("default", job_id)
 
 
 def test_a_gpu_takes_no_job_that_needs_more_memory_than_it_has(store: JobStore):
     large = submit(store, queue="gpu", needs_gpu_memory=40 * GB)
     small = submit(store, queue="gpu", needs_gpu_memory=10 * GB)
-    taken = store.claim(offer(queue="gpu", gpu_memory=24 * GB), ttl_s=60)
+    taken = store.claims.claim(offer(queue="gpu", gpu_memory=24 * GB), ttl_s=60)
     assert taken is not None
     assert taken.job.id == small
-    assert store.claim(offer(queue="gpu", gpu_memory=24 * GB), ttl_s=60) is None
-    unsaid = store.claim(offer(queue="gpu", gpu_memory=None), ttl_s=60)
+    assert store.claims.claim(offer(queue="gpu", gpu_memory=24 * GB), ttl_s=60) is None
+    unsaid = store.claims.claim(offer(queue="gpu", gpu_memory=None), ttl_s=60)
     assert unsaid is not None
     assert unsaid.job.id == large
 
@@ -192,8 +192,8 @@ def test_a_gpu_takes_no_job_that_needs_more_memory_than_it_has(store: JobStore):
 def test_a_claim_asks_once_whether_claims_must_go_one_after_another(store: JobStore, monkeypatch: pytest.MonkeyPatch):
     """Two answers may differ, and a lock that is taken outside a transaction locks nothing."""
     submit(store)
-    asked = store._is_capped
+    asked = store.claims._is_capped
     answers: list[bool] = []
-    monkeypatch.setattr(store, "_is_capped", lambda: answers.append(asked()) or answers[-1])
+    monkeypatch.setattr(store.claims, "_is_capped", lambda: answers.append(asked()) or answers[-1])
     claim(store)
     assert len(answers) <= 1

@@ -9,9 +9,10 @@ from sqlalchemy import Engine, update
 
 from nightpress.core.database import db_now, make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.service.jobs.attempts import MAX_LOG_BYTES, MAX_LOG_LINES
 from nightpress.core.service.jobs.queries import JobsWanted
 from nightpress.core.service.jobs.records import Job, Worker, WorkerOffer
-from nightpress.core.service.jobs.store import MAX_LOG_BYTES, MAX_LOG_LINES, JobStore
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.jobs import workers
 from tests.jobs import GB, add_model, age, claim, new_job, submit, succeeded
 
@@ -32,7 +33,7 @@ def store(engine: Engine) -> JobStore:
 def pages(store: JobStore, *, limit: int) -> Iterator[list[Job]]:
     cursor = None
     while True:
-        page, cursor = store.page("default", cursor=cursor, limit=limit)
+        page, cursor = store.reader.page("default", cursor=cursor, limit=limit)
         yield page
         if cursor is None:
             return
@@ -62,10 +63,10 @@ def test_filters_by_state_label_and_model(store: JobStore, engine: Engine):
     plain = submit(store)
     labelled = submit(store, labels={"team": "search", "env": "prod"}, model_id="model_other", model_name="other")
     half = submit(store, labels={"team": "search"})
-    store.request_cancel("default", half)
+    store.requests.request_cancel("default", half)
 
     def found(**filters: Any) -> list[str]:
-        return [job.id for job in store.page("default", JobsWanted(**filters))[0]]
+        return [job.id for job in store.reader.page("default", JobsWanted(**filters))[0]]
 
     assert found(labels={"team": "search"}) == [half, labelled]
     assert found(labels={"team": "search", "env": "prod"}) == [labelled]
@@ -77,7 +78,7 @@ def test_filters_by_state_label_and_model(store: JobStore, engine: Engine):
     assert found(model="model_other", states=["running"]) == []
     assert found(queue="cpu") == [half, labelled, plain]
     assert found(queue="gpu") == []
-    moment = next(job.created_at for job in store.page("default")[0] if job.id == labelled)
+    moment = next(job.created_at for job in store.reader.page("default")[0] if job.id == labelled)
     assert found(created_after=moment) == [half, labelled]
     assert found(created_before=moment) == [plain]
 
@@ -85,34 +86,34 @@ def test_filters_by_state_label_and_model(store: JobStore, engine: Engine):
 def test_what_matches_is_cancelled_and_no_more_at_once_than_is_asked(store: JobStore):
     mine = [submit(store, labels={"suite": "nightly"}) for _ in range(3)]
     other = submit(store)
-    claimed = store.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)
+    claimed = store.claims.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)
     assert claimed is not None
     assert claimed.job.id == mine[0]
     wanted = JobsWanted(labels={"suite": "nightly"})
-    assert store.cancel_all("stranger", wanted) == (0, False)
-    assert store.cancel_all("default", wanted, limit=2) == (2, True)
-    states = {job.id: job.state for job in store.page("default")[0]}
+    assert store.requests.cancel_all("stranger", wanted) == (0, False)
+    assert store.requests.cancel_all("default", wanted, limit=2) == (2, True)
+    states = {job.id: job.state for job in store.reader.page("default")[0]}
     assert [states[one] for one in (*mine, other)] == ["running", "cancelled", "cancelled", "queued"]
-    assert store.cancel_all("default", wanted) == (1, False)
-    assert store.cancel_all("default", wanted) == (0, False)
-    assert store.get("default", mine[0]).state == "cancelling"
+    assert store.requests.cancel_all("default", wanted) == (1, False)
+    assert store.requests.cancel_all("default", wanted) == (0, False)
+    assert store.reader.get("default", mine[0]).state == "cancelling"
 
 
 def test_a_batch_is_queued_whole_or_not_at_all(store: JobStore):
-    made = store.submit_all([new_job(name="a"), new_job(name="b")], max_queued=3)
+    made = store.submission.submit_all([new_job(name="a"), new_job(name="b")], max_queued=3)
     assert [job.name for job in made] == ["a", "b"]
-    assert made == [store.get("default", job.id) for job in made]
-    assert [event.kind for event in store.events(made[1].id)] == ["queued"]
+    assert made == [store.reader.get("default", job.id) for job in made]
+    assert [event.kind for event in store.reader.events(made[1].id)] == ["queued"]
     with pytest.raises(NightpressError) as refused:
-        store.submit_all([new_job(), new_job()], max_queued=3)
+        store.submission.submit_all([new_job(), new_job()], max_queued=3)
     assert refused.value.code is ErrorCode.QUOTA_EXCEEDED
-    assert len(store.page("default")[0]) == 2
+    assert len(store.reader.page("default")[0]) == 2
 
 
 def test_a_made_up_cursor_is_refused(store: JobStore):
     for cursor in ("", "x", "bm90IGpzb24", "WzEsMl0", "W10", "é", "WyIyMDI2LTAxLTAxIiwgImEiXQ", "====", "MQ"):
         with pytest.raises(NightpressError) as raised:
-            store.page("default", cursor=cursor)
+            store.reader.page("default", cursor=cursor)
         assert raised.value.code is ErrorCode.INVALID_REQUEST
 
 
@@ -120,23 +121,23 @@ def test_events_go_on_after_a_number(store: JobStore):
     job_id = submit(store)
     lease = claim(store).lease
     for step in range(5):
-        assert store.record_event(lease, "checkpoint", {"step": step})
-    assert [event.seq for event in store.events(job_id, after=3, limit=2)] == [4, 5]
-    assert store.events(job_id, after=7) == []
+        assert store.attempts.record_event(lease, "checkpoint", {"step": step})
+    assert [event.seq for event in store.reader.events(job_id, after=3, limit=2)] == [4, 5]
+    assert store.reader.events(job_id, after=7) == []
 
 
 def test_log_lines_are_numbered_over_attempts_and_cut(store: JobStore):
     job_id = submit(store)
     lease = claim(store).lease
-    store.append_logs(lease, [("info", "one"), ("error", "ä" * MAX_LOG_BYTES + "\0")])
-    store.release(lease)
-    store.append_logs(claim(store).lease, [("info", "nul \0 and half \ud83d")])
-    store.append_logs(lease, [])
-    lines = store.logs(job_id)
+    store.attempts.append_logs(lease, [("info", "one"), ("error", "ä" * MAX_LOG_BYTES + "\0")])
+    store.attempts.release(lease)
+    store.attempts.append_logs(claim(store).lease, [("info", "nul \0 and half \ud83d")])
+    store.attempts.append_logs(lease, [])
+    lines = store.reader.logs(job_id)
     assert [(line.seq, line.attempt, line.level) for line in lines] == [(1, 1, "info"), (2, 1, "error"), (3, 2, "info")]
     assert lines[1].text == "ä" * (MAX_LOG_BYTES // 2)
     assert lines[2].text == "nul \ufffd and half ?"
-    assert [line.seq for line in store.logs(job_id, after=1, limit=1)] == [2]
+    assert [line.seq for line in store.reader.logs(job_id, after=1, limit=1)] == [2]
 
 
 def test_a_job_that_talks_without_end_fills_no_database(store: JobStore):
@@ -144,15 +145,15 @@ def test_a_job_that_talks_without_end_fills_no_database(store: JobStore):
     lease = claim(store).lease
     batch = [("info", "again")] * (MAX_LOG_LINES // 4 + 7)
     for _ in range(5):
-        assert store.append_logs(lease, batch), "a full log is no reason to stop a job"
-    last = store.logs(job_id, after=MAX_LOG_LINES - 2)
+        assert store.attempts.append_logs(lease, batch), "a full log is no reason to stop a job"
+    last = store.reader.logs(job_id, after=MAX_LOG_LINES - 2)
     assert [line.seq for line in last] == [MAX_LOG_LINES - 1, MAX_LOG_LINES]
     assert "full" in last[-1].text
 
 
 def test_workers_are_idle_busy_draining_or_lost(store: JobStore, engine: Engine):
     def announce(worker_id: str, *, draining: bool = False) -> None:
-        store.heartbeat_worker(Worker(worker_id, "host", "cpu", "cpu", 8 * GB, 2, "0.1.0", draining=draining))
+        store.roster.heartbeat_worker(Worker(worker_id, "host", "cpu", "cpu", 8 * GB, 2, "0.1.0", draining=draining))
 
     for worker_id in ("a", "b", "c", "d"):
         announce(worker_id)
@@ -161,44 +162,44 @@ def test_workers_are_idle_busy_draining_or_lost(store: JobStore, engine: Engine)
     announce("c", draining=True)
     with transaction(engine) as connection:
         connection.execute(update(workers).where(workers.c.id == "d").values(last_seen_at=db_now(-100)))
-    assert [(one.id, one.state, one.job_id) for one in store.workers()] == [
+    assert [(one.id, one.state, one.job_id) for one in store.roster.workers()] == [
         ("a", "idle", None),
         ("b", "busy", job_id),
         ("c", "draining", None),
         ("d", "lost", None),
     ]
-    started = store.workers()[0].started_at
+    started = store.roster.workers()[0].started_at
     announce("a")
-    assert store.workers()[0].started_at == started
-    assert store.forget_workers(older_than_s=50) == 1
-    store.remove_worker("a")
-    assert [one.id for one in store.workers()] == ["b", "c"]
-    assert [seat.queue for seat in store.fleet().seats] == ["cpu"], "one kind, those that left among them"
+    assert store.roster.workers()[0].started_at == started
+    assert store.roster.forget_workers(older_than_s=50) == 1
+    store.roster.remove_worker("a")
+    assert [one.id for one in store.roster.workers()] == ["b", "c"]
+    assert [seat.queue for seat in store.roster.fleet().seats] == ["cpu"], "one kind, those that left among them"
 
 
 def test_attempts_that_did_not_win_are_swept_once_and_late(store: JobStore, engine: Engine):
     job_id = submit(store)
-    store.release(claim(store).lease)
+    store.attempts.release(claim(store).lease)
     lease = claim(store).lease
-    store.finish(lease, succeeded(lease))
-    assert store.abandoned_attempts(older_than_s=60) == []
-    assert store.abandoned_attempts(older_than_s=-60) == [(job_id, 1)]
-    store.mark_swept(job_id, 1)
-    assert store.abandoned_attempts(older_than_s=-60) == []
+    store.attempts.finish(lease, succeeded(lease))
+    assert store.reader.abandoned_attempts(older_than_s=60) == []
+    assert store.reader.abandoned_attempts(older_than_s=-60) == [(job_id, 1)]
+    store.expiry.mark_swept(job_id, 1)
+    assert store.reader.abandoned_attempts(older_than_s=-60) == []
 
 
 def test_statistics_count_by_queue_state_and_error(store: JobStore, engine: Engine):
     failed = submit(store, max_failures=1)
     claim(store)
     age(engine, failed, 100, "lease_expires_at")
-    store.expire_leases(backoff_s=1)
+    store.expiry.expire_leases(backoff_s=1)
     submit(store, queue="gpu")
     running = submit(store)
     claim(store)
     waiting = submit(store)
     age(engine, waiting, 50, "created_at", "run_after")
     submit(store, run_after=dt.datetime.now(dt.UTC) + dt.timedelta(days=1))
-    figures = store.statistics()
+    figures = store.reader.statistics()
     assert running
     assert figures.jobs == {
         ("cpu", "failed"): 1,
@@ -209,4 +210,4 @@ def test_statistics_count_by_queue_state_and_error(store: JobStore, engine: Engi
     assert figures.failures == {"worker_lost": 1}
     assert 49 < figures.oldest_queued_s["cpu"] < 60
     assert figures.oldest_queued_s["gpu"] < 10
-    assert store.queues_with_work() == {"cpu": 1, "gpu": 1}
+    assert store.reader.queues_with_work() == {"cpu": 1, "gpu": 1}

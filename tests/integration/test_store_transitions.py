@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Engine, event, select, text
 
-import nightpress.core.service.jobs.store
+import nightpress.core.service.jobs.attempts
 from nightpress.core.database import make_engine, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
+from nightpress.core.service.jobs.expiry import SUPERVISOR_GRACE_S
 from nightpress.core.service.jobs.records import Job, Lease
 from nightpress.core.service.jobs.states import ALL_STATES, TRANSITIONS, Trigger, is_terminal
-from nightpress.core.service.jobs.store import BELT_S, JobStore
+from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.jobs import job_attempts, job_events, jobs
 from nightpress.core.wire.jobs import JobState
 from tests.jobs import add_model, age, claim, offer, submit, succeeded
@@ -44,31 +45,31 @@ def job_in(store: JobStore, state: JobState) -> tuple[str, Lease]:
         return job_id, Lease(job_id, "lease_none", 1, "worker-1")
     lease = claim(store).lease
     if state in {"cancelling", "cancelled"}:
-        store.request_cancel(TENANT, job_id)
+        store.requests.request_cancel(TENANT, job_id)
     if state == "cancelled":
-        store.confirm_cancelled(lease)
+        store.attempts.confirm_cancelled(lease)
     if state == "succeeded":
-        store.finish(lease, succeeded(lease))
+        store.attempts.finish(lease, succeeded(lease))
     if state == "failed":
-        store.fail(lease, FINAL, backoff_s=1)
+        store.attempts.fail(lease, FINAL, backoff_s=1)
     return job_id, lease
 
 
 def _queue_deadline(store: JobStore, engine: Engine, job_id: str, _lease: Lease) -> object:
-    job = store.get(TENANT, job_id)
+    job = store.reader.get(TENANT, job_id)
     assert job is not None
     if job.state == "queued":
         age(engine, job_id, 2000, "start_before")
-    return store.expire_queue_deadlines()
+    return store.expiry.expire_queue_deadlines()
 
 
 def _when_due(column: str, seconds: float) -> Callable[[JobStore, Engine, str, Lease], object]:
     def pull(store: JobStore, engine: Engine, job_id: str, _lease: Lease) -> object:
-        job = store.get(TENANT, job_id)
+        job = store.reader.get(TENANT, job_id)
         assert job is not None
         if getattr(job, column) is not None:
             age(engine, job_id, seconds, column)
-        return store.expire_leases(backoff_s=1)
+        return store.expiry.expire_leases(backoff_s=1)
 
     return pull
 
@@ -77,25 +78,25 @@ def _reuse(store: JobStore, _engine: Engine, job_id: str, _lease: Lease) -> obje
     twin = submit(store, priority=9, fingerprint="same")
     claimed = claim(store)
     assert claimed.job.id == twin
-    store.finish(claimed.lease, succeeded(claimed.lease))
-    return store.reuse(load(store, job_id))
+    store.attempts.finish(claimed.lease, succeeded(claimed.lease))
+    return store.requests.reuse(load(store, job_id))
 
 
 #: (trigger, how to pull it)
 PULLS: list[tuple[Trigger, str, Callable[[JobStore, Engine, str, Lease], object]]] = [
-    (Trigger.CLAIM, "", lambda store, _engine, _job, _lease: store.claim(offer("worker-2"), ttl_s=60)),
-    (Trigger.RENEW, "", lambda store, _engine, _job, lease: store.renew(lease, ttl_s=60).held),
-    (Trigger.RENEW, "event", lambda store, _engine, _job, lease: store.record_event(lease, "phase", {})),
-    (Trigger.RENEW, "logs", lambda store, _engine, _job, lease: store.append_logs(lease, [("info", "line")])),
-    (Trigger.FINISH, "", lambda store, _engine, _job, lease: store.finish(lease, succeeded(lease))),
-    (Trigger.FAIL, "retryable", lambda store, _engine, _job, lease: store.fail(lease, RETRYABLE, backoff_s=1)),
-    (Trigger.FAIL, "final", lambda store, _engine, _job, lease: store.fail(lease, FINAL, backoff_s=1)),
-    (Trigger.RELEASE, "", lambda store, _engine, _job, lease: store.release(lease)),
-    (Trigger.CANCEL, "", lambda store, _engine, job, _lease: store.request_cancel(TENANT, job)),
-    (Trigger.CONFIRM_CANCELLED, "", lambda store, _engine, _job, lease: store.confirm_cancelled(lease)),
+    (Trigger.CLAIM, "", lambda store, _engine, _job, _lease: store.claims.claim(offer("worker-2"), ttl_s=60)),
+    (Trigger.RENEW, "", lambda store, _engine, _job, lease: store.attempts.renew(lease, ttl_s=60).held),
+    (Trigger.RENEW, "event", lambda store, _engine, _job, lease: store.attempts.record_event(lease, "phase", {})),
+    (Trigger.RENEW, "logs", lambda store, _engine, _job, lease: store.attempts.append_logs(lease, [("info", "line")])),
+    (Trigger.FINISH, "", lambda store, _engine, _job, lease: store.attempts.finish(lease, succeeded(lease))),
+    (Trigger.FAIL, "retryable", lambda store, _engine, _job, lease: store.attempts.fail(lease, RETRYABLE, backoff_s=1)),
+    (Trigger.FAIL, "final", lambda store, _engine, _job, lease: store.attempts.fail(lease, FINAL, backoff_s=1)),
+    (Trigger.RELEASE, "", lambda store, _engine, _job, lease: store.attempts.release(lease)),
+    (Trigger.CANCEL, "", lambda store, _engine, job, _lease: store.requests.request_cancel(TENANT, job)),
+    (Trigger.CONFIRM_CANCELLED, "", lambda store, _engine, _job, lease: store.attempts.confirm_cancelled(lease)),
     (Trigger.LEASE_EXPIRED, "", _when_due("lease_expires_at", 61)),
-    (Trigger.STALLED, "", _when_due("progressed_at", 1801 + BELT_S)),
-    (Trigger.RUN_DEADLINE, "", _when_due("started_at", 3601 + BELT_S)),
+    (Trigger.STALLED, "", _when_due("progressed_at", 1801 + SUPERVISOR_GRACE_S)),
+    (Trigger.RUN_DEADLINE, "", _when_due("started_at", 3601 + SUPERVISOR_GRACE_S)),
     (Trigger.QUEUE_DEADLINE, "", _queue_deadline),
     (Trigger.REUSE, "", _reuse),
 ]
@@ -114,7 +115,7 @@ def everything(engine: Engine, job_id: str) -> tuple[object, ...]:
 
 
 def load(store: JobStore, job_id: str) -> Job:
-    job = store.get(TENANT, job_id)
+    job = store.reader.get(TENANT, job_id)
     assert job is not None
     return job
 
@@ -144,7 +145,7 @@ def test_all_pairs_of_states_and_triggers(
             assert after.state in allowed, f"{trigger} led from {state} to {after.state}"
             assert answer
         assert (after.lease_id is not None) == (after.state in {"running", "cancelling"})
-        numbers = [event.seq for event in store.events(job_id)]
+        numbers = [event.seq for event in store.reader.events(job_id)]
         assert numbers == list(range(1, len(numbers) + 1))
         _clear(store, job_id)
 
@@ -154,10 +155,10 @@ def _clear(store: JobStore, job_id: str) -> None:
     job = load(store, job_id)
     if is_terminal(job.state):
         return
-    cancelled = store.request_cancel(TENANT, job_id)
+    cancelled = store.requests.request_cancel(TENANT, job_id)
     assert cancelled is not None
     if cancelled.state == "cancelling":
-        assert store.confirm_cancelled(Lease(job_id, str(cancelled.lease_id), cancelled.attempt, "worker-1"))
+        assert store.attempts.confirm_cancelled(Lease(job_id, str(cancelled.lease_id), cancelled.attempt, "worker-1"))
 
 
 WORKERS_PULLS = [
@@ -184,26 +185,26 @@ def test_another_lease_on_the_same_job_changes_nothing(
 def test_a_retryable_failure_goes_back_to_the_queue_until_the_failures_are_used_up(store: JobStore, engine: Engine):
     job_id = submit(store, max_failures=2)
     lease = claim(store).lease
-    assert store.fail(lease, RETRYABLE, backoff_s=0.001) == "requeued"
+    assert store.attempts.fail(lease, RETRYABLE, backoff_s=0.001) == "requeued"
     job = load(store, job_id)
     assert (job.state, job.failures, job.error) == ("queued", 1, None)
     age(engine, job_id, 1, "run_after")
     lease = claim(store).lease
     assert lease.attempt == 2
-    assert store.fail(lease, RETRYABLE, backoff_s=0.001) == "failed"
+    assert store.attempts.fail(lease, RETRYABLE, backoff_s=0.001) == "failed"
     job = load(store, job_id)
     assert (job.state, job.failures) == ("failed", 2)
     assert job.error == RETRYABLE.as_dict()
     with transaction(engine, read_only=True) as connection:
         kept = connection.execute(select(job_attempts.c.outcome, job_attempts.c.error)).all()
     assert [tuple(one) for one in kept] == [("failed", RETRYABLE.as_dict())] * 2
-    kinds = [event.kind for event in store.events(job_id)]
+    kinds = [event.kind for event in store.reader.events(job_id)]
     assert kinds == ["queued", "started", "requeued", "started", "failed"]
 
 
 def test_an_error_that_will_not_pass_fails_the_job_at_once(store: JobStore):
     job_id = submit(store)
-    assert store.fail(claim(store).lease, FINAL, backoff_s=1) == "failed"
+    assert store.attempts.fail(claim(store).lease, FINAL, backoff_s=1) == "failed"
     assert load(store, job_id).failures == 1
 
 
@@ -212,8 +213,8 @@ def test_in_a_cancelling_job_only_an_error_that_will_not_pass_still_counts(store
     for error in (RETRYABLE, FINAL, NightpressError(ErrorCode.CANCELLED, "stopped")):
         job_id = submit(store)
         lease = claim(store).lease
-        store.request_cancel(TENANT, job_id)
-        outcomes.append(store.fail(lease, error, backoff_s=1))
+        store.requests.request_cancel(TENANT, job_id)
+        outcomes.append(store.attempts.fail(lease, error, backoff_s=1))
     assert outcomes == ["cancelled", "failed", "cancelled"]
 
 
@@ -221,21 +222,21 @@ def test_in_a_cancelling_job_only_an_error_that_will_not_pass_still_counts(store
 def test_the_pause_doubles_with_jitter_and_has_a_bound(store: JobStore, engine: Engine, failures: int):
     job_id = submit(store, max_failures=20 + failures)
     for _ in range(failures):
-        store.fail(claim(store).lease, RETRYABLE, backoff_s=0.0)
+        store.attempts.fail(claim(store).lease, RETRYABLE, backoff_s=0.0)
         age(engine, job_id, 1, "run_after")
     claimed = claim(store)
-    store.fail(claimed.lease, RETRYABLE, backoff_s=5.0)
+    store.attempts.fail(claimed.lease, RETRYABLE, backoff_s=5.0)
     job = load(store, job_id)
     assert claimed.job.started_at is not None
     pause = (job.run_after - claimed.job.started_at).total_seconds()
     whole = min(600.0, 5.0 * 2**failures)
     assert whole / 2 <= pause <= whole + 5
-    assert store.claim(offer("worker-2"), ttl_s=60) is None
+    assert store.claims.claim(offer("worker-2"), ttl_s=60) is None
 
 
 def test_draining_counts_no_failure_and_lets_another_worker_start_at_once(store: JobStore):
     job_id = submit(store)
-    assert store.release(claim(store).lease)
+    assert store.attempts.release(claim(store).lease)
     job = load(store, job_id)
     assert (job.state, job.failures, job.attempt) == ("queued", 0, 1)
     claimed = claim(store, "worker-2")
@@ -246,35 +247,35 @@ def test_a_zombie_can_do_nothing_after_its_job_went_to_another_worker(store: Job
     job_id = submit(store)
     zombie = claim(store, "worker-1").lease
     age(engine, job_id, 100, "lease_expires_at")
-    assert store.expire_leases(backoff_s=0.0) == [job_id]
+    assert store.expiry.expire_leases(backoff_s=0.0) == [job_id]
     age(engine, job_id, 1, "run_after")
     heir = claim(store, "worker-2").lease
     before = everything(engine, job_id)
     progress = Progress(phase="uploading", fraction=0.99)
-    assert not store.renew(zombie, ttl_s=60, progress=progress).held
-    assert not store.append_logs(zombie, [("info", "still here")])
-    assert not store.record_event(zombie, "checkpoint", {})
-    assert not store.finish(zombie, succeeded(zombie))
-    assert store.fail(zombie, RETRYABLE, backoff_s=1) is None
-    assert not store.release(zombie)
-    store.request_cancel(TENANT, job_id)
-    assert not store.confirm_cancelled(zombie)
+    assert not store.attempts.renew(zombie, ttl_s=60, progress=progress).held
+    assert not store.attempts.append_logs(zombie, [("info", "still here")])
+    assert not store.attempts.record_event(zombie, "checkpoint", {})
+    assert not store.attempts.finish(zombie, succeeded(zombie))
+    assert store.attempts.fail(zombie, RETRYABLE, backoff_s=1) is None
+    assert not store.attempts.release(zombie)
+    store.requests.request_cancel(TENANT, job_id)
+    assert not store.attempts.confirm_cancelled(zombie)
     assert everything(engine, job_id)[1] == before[1] + 1, "only the cancellation left an event"
-    assert store.logs(job_id) == []
-    assert store.artifacts(job_id) == []
-    assert store.finish(heir, succeeded(heir)), "who finishes before the kill has finished"
+    assert store.reader.logs(job_id) == []
+    assert store.reader.artifacts(job_id) == []
+    assert store.attempts.finish(heir, succeeded(heir)), "who finishes before the kill has finished"
 
 
 def test_a_lost_worker_counts_as_a_failure_and_is_named(store: JobStore, engine: Engine):
     job_id = submit(store, max_failures=1)
     claim(store)
     age(engine, job_id, 100, "lease_expires_at")
-    assert store.expire_leases(backoff_s=1.0) == [job_id]
+    assert store.expiry.expire_leases(backoff_s=1.0) == [job_id]
     job = load(store, job_id)
     assert job.state == "failed"
     assert job.error is not None
     assert job.error["code"] == "worker_lost"
-    assert store.expire_leases(backoff_s=1.0) == [], "the second replica finds nothing to do"
+    assert store.expiry.expire_leases(backoff_s=1.0) == [], "the second replica finds nothing to do"
 
 
 def once_they_were_found(engine: Engine, happens: Callable[[], object]) -> None:
@@ -289,16 +290,16 @@ def test_a_lease_that_is_renewed_at_the_last_moment_is_left_alone(store: JobStor
     job_id = submit(store)
     lease = claim(store).lease
     age(engine, job_id, 100, "lease_expires_at")
-    once_they_were_found(engine, lambda: store.renew(lease, ttl_s=60))
-    assert store.expire_leases(backoff_s=1.0) == []
+    once_they_were_found(engine, lambda: store.attempts.renew(lease, ttl_s=60))
+    assert store.expiry.expire_leases(backoff_s=1.0) == []
     assert load(store, job_id).state == "running"
 
 
 def test_a_job_that_is_started_at_the_last_moment_has_met_its_queue_deadline(store: JobStore, engine: Engine):
     job_id = submit(store, queue_limit_s=5.0)
     age(engine, job_id, 6, "start_before")
-    once_they_were_found(engine, lambda: store.release(claim(store).lease))
-    assert store.expire_queue_deadlines() == []
+    once_they_were_found(engine, lambda: store.attempts.release(claim(store).lease))
+    assert store.expiry.expire_queue_deadlines() == []
     assert load(store, job_id).state == "queued"
 
 
@@ -306,9 +307,9 @@ def test_a_run_past_its_limit_that_its_worker_let_go_on_fails(store: JobStore, e
     job_id = submit(store, run_limit_s=10.0)
     claim(store)
     age(engine, job_id, 11, "started_at")
-    assert store.expire_leases(backoff_s=1.0) == [], "the worker has the first right to stop it"
-    age(engine, job_id, BELT_S, "started_at")
-    assert store.expire_leases(backoff_s=1.0) == [job_id]
+    assert store.expiry.expire_leases(backoff_s=1.0) == [], "the worker has the first right to stop it"
+    age(engine, job_id, SUPERVISOR_GRACE_S, "started_at")
+    assert store.expiry.expire_leases(backoff_s=1.0) == [job_id]
     assert (load(store, job_id).error or {})["code"] == "deadline_exceeded"
 
 
@@ -316,19 +317,19 @@ def test_a_wedged_run_is_taken_away_though_its_worker_renews(store: JobStore, en
     job_id = submit(store, stall_s=10.0)
     lease = claim(store).lease
     same = Progress(phase="pressing", fraction=0.5)
-    store.renew(lease, ttl_s=60, progress=same)
-    age(engine, job_id, 11 + BELT_S, "progressed_at")
-    store.renew(lease, ttl_s=60, progress=same)
-    assert store.expire_leases(backoff_s=1.0) == [job_id]
-    assert store.events(job_id)[-1].data["error"]["code"] == "stalled"
+    store.attempts.renew(lease, ttl_s=60, progress=same)
+    age(engine, job_id, 11 + SUPERVISOR_GRACE_S, "progressed_at")
+    store.attempts.renew(lease, ttl_s=60, progress=same)
+    assert store.expiry.expire_leases(backoff_s=1.0) == [job_id]
+    assert store.reader.events(job_id)[-1].data["error"]["code"] == "stalled"
 
 
 def test_progress_keeps_a_run_alive(store: JobStore, engine: Engine):
     job_id = submit(store, stall_s=10.0)
     lease = claim(store).lease
-    age(engine, job_id, 11 + BELT_S, "progressed_at")
-    store.renew(lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.5))
-    assert store.expire_leases(backoff_s=1.0) == []
+    age(engine, job_id, 11 + SUPERVISOR_GRACE_S, "progressed_at")
+    store.attempts.renew(lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.5))
+    assert store.expiry.expire_leases(backoff_s=1.0) == []
 
 
 def test_a_renewal_touches_no_index(store: JobStore, engine: Engine):
@@ -338,7 +339,7 @@ def test_a_renewal_touches_no_index(store: JobStore, engine: Engine):
     submit(store)
     lease = claim(store).lease
     for step in range(20):
-        assert store.renew(lease, ttl_s=60, progress=Progress(phase="pressing", fraction=step / 20)).held
+        assert store.attempts.renew(lease, ttl_s=60, progress=Progress(phase="pressing", fraction=step / 20)).held
     engine.dispose()  # a connection that ends says what it did
     ask = text("SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'jobs'")
 
@@ -353,24 +354,24 @@ def test_a_renewal_touches_no_index(store: JobStore, engine: Engine):
 def test_progress_never_falls_within_an_attempt_and_starts_anew_with_the_next(store: JobStore):
     job_id = submit(store)
     lease = claim(store).lease
-    store.renew(
+    store.attempts.renew(
         lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.5, pass_index=1, message="m", eta_s=9.0)
     )
-    store.renew(lease, ttl_s=60, progress=Progress(phase="exporting", fraction=0.4))
+    store.attempts.renew(lease, ttl_s=60, progress=Progress(phase="exporting", fraction=0.4))
     job = load(store, job_id)
     assert (job.phase, job.progress, job.pass_index, job.eta_s) == ("exporting", 0.5, None, None)
-    store.release(lease)
+    store.attempts.release(lease)
     claim(store)
     assert load(store, job_id).progress == 0.0
 
 
 def test_a_queue_deadline_holds_only_until_the_first_start(store: JobStore, engine: Engine):
     started = submit(store, queue_limit_s=0.05)
-    store.release(claim(store).lease)
+    store.attempts.release(claim(store).lease)
     time.sleep(0.1)
     waiting = submit(store, queue_limit_s=5.0)
     age(engine, waiting, 6, "start_before")
-    assert store.expire_queue_deadlines() == [waiting]
+    assert store.expiry.expire_queue_deadlines() == [waiting]
     assert load(store, started).state == "queued"
     assert (load(store, waiting).error or {})["code"] == "queue_deadline_exceeded"
 
@@ -378,14 +379,14 @@ def test_a_queue_deadline_holds_only_until_the_first_start(store: JobStore, engi
 def test_finishing_writes_artifacts_report_and_figures_with_the_state(store: JobStore, engine: Engine):
     job_id = submit(store)
     lease = claim(store).lease
-    assert store.report(job_id) is None
-    assert store.finish(lease, succeeded(lease))
+    assert store.reader.report(job_id) is None
+    assert store.attempts.finish(lease, succeeded(lease))
     job = load(store, job_id)
     assert (job.state, job.verdict, job.progress, job.phase) == ("succeeded", "accepted", 1.0, None)
-    (artifact,) = store.artifacts(job_id)
+    (artifact,) = store.reader.artifacts(job_id)
     assert (artifact.format, artifact.attempt, artifact.size) == ("safetensors", 1, 3)
-    assert store.report(job_id) == {"schema_version": 1, "verdict": "accepted"}
-    assert store.events(job_id)[-1].data == {"attempt": 1, "verdict": "accepted"}
+    assert store.reader.report(job_id) == {"schema_version": 1, "verdict": "accepted"}
+    assert store.reader.events(job_id)[-1].data == {"attempt": 1, "verdict": "accepted"}
     assert everything(engine, job_id)[-1] == ((1, "succeeded"),)
 
 
@@ -396,52 +397,52 @@ def test_a_finish_that_cannot_be_written_whole_changes_nothing(store: JobStore, 
     twice = outcome.manifest.model_copy(update={"artifacts": outcome.manifest.artifacts * 2})
     before = everything(engine, job_id)
     with pytest.raises(Exception, match=r"(?i)unique"):
-        store.finish(lease, replace(outcome, manifest=twice))
+        store.attempts.finish(lease, replace(outcome, manifest=twice))
     assert everything(engine, job_id) == before
-    assert store.finish(lease, outcome)
+    assert store.attempts.finish(lease, outcome)
 
 
 def test_another_attempts_manifest_is_refused(store: JobStore):
     submit(store)
     lease = claim(store).lease
     with pytest.raises(ValueError, match="attempt 2"):
-        store.finish(lease, succeeded(replace(lease, attempt=2)))
+        store.attempts.finish(lease, succeeded(replace(lease, attempt=2)))
 
 
 def test_a_cancelled_request_is_seen_at_the_next_renewal(store: JobStore):
     job_id = submit(store)
     lease = claim(store).lease
-    assert store.renew(lease, ttl_s=60) == (True, False)
-    store.request_cancel(TENANT, job_id)
-    assert store.renew(lease, ttl_s=60) == (True, True)
-    assert store.release(lease)
+    assert store.attempts.renew(lease, ttl_s=60) == (True, False)
+    store.requests.request_cancel(TENANT, job_id)
+    assert store.attempts.renew(lease, ttl_s=60) == (True, True)
+    assert store.attempts.release(lease)
     assert load(store, job_id).state == "cancelled", "a job that someone wants gone is not given to the next worker"
 
 
 def test_another_tenants_job_can_neither_be_seen_nor_cancelled(store: JobStore):
     job_id = submit(store)
-    assert store.get("stranger", job_id) is None
-    assert store.request_cancel("stranger", job_id) is None
+    assert store.reader.get("stranger", job_id) is None
+    assert store.requests.request_cancel("stranger", job_id) is None
     assert load(store, job_id).state == "queued"
 
 
 def test_only_a_result_of_the_same_engine_is_reused(store: JobStore, monkeypatch: pytest.MonkeyPatch):
     """In a rolling upgrade an older worker may have made it."""
     with monkeypatch.context() as older:
-        older.setattr(nightpress.core.service.jobs.store, "ENGINE", "older/1")
+        older.setattr(nightpress.core.service.jobs.attempts, "ENGINE", "older/1")
         old = submit(store, fingerprint="same")
         lease = claim(store).lease
-        assert store.finish(lease, succeeded(lease))
+        assert store.attempts.finish(lease, succeeded(lease))
     new = submit(store, fingerprint="same")
-    assert store.reuse(load(store, new)).state == "queued"
+    assert store.requests.reuse(load(store, new)).state == "queued"
     lease = claim(store).lease
-    assert store.finish(lease, succeeded(lease))
+    assert store.attempts.finish(lease, succeeded(lease))
     again = submit(store, fingerprint="same")
-    assert store.reuse(load(store, again)).reused_from == new != old
+    assert store.requests.reuse(load(store, again)).reused_from == new != old
 
 
 def test_a_job_of_which_nothing_is_known_is_given_no_result(store: JobStore):
     submit(store)
     lease = claim(store).lease
-    assert store.finish(lease, succeeded(lease))
-    assert store.reuse(load(store, submit(store))).state == "queued"
+    assert store.attempts.finish(lease, succeeded(lease))
+    assert store.requests.reuse(load(store, submit(store))).state == "queued"

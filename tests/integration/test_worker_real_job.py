@@ -33,9 +33,9 @@ def test_a_real_model_goes_through_the_confined_child(tmp_path: Path, sqlite_url
     slot.serve()
     job = service.job(job_id)
     assert job.state == "succeeded", f"{job.error}\n{service.log(job_id)}"
-    (artifact,) = service.store.artifacts(job_id)
+    (artifact,) = service.store.reader.artifacts(job_id)
     assert artifact.format == "safetensors"
-    report = service.store.report(job_id)
+    report = service.store.reader.report(job_id)
     assert report is not None
     assert report["artifacts"][0]["verification"]["passed"]
     service.check_invariants(job_id)

@@ -44,9 +44,9 @@ def test_a_job_runs_from_claim_to_committed_artifacts(tmp_path: Path, sql_url: s
     serve(service, "press")
     job = service.job(job_id)
     assert (job.state, job.verdict, job.attempt, job.failures) == ("succeeded", "accepted", 1, 0), service.log(job_id)
-    (artifact,) = service.store.artifacts(job_id)
+    (artifact,) = service.store.reader.artifacts(job_id)
     assert [file["path"] for file in artifact.files] == ["config.json", "model.safetensors"]
-    report = service.store.report(job_id)
+    report = service.store.reader.report(job_id)
     assert report is not None
     assert report["environment"]["threads"] == 1
     assert service.objects.stat(f"jobs/{job_id}/attempts/1/manifest.json") is not None
@@ -107,7 +107,7 @@ def test_the_spare_child_takes_the_next_job_and_is_replaced(service: Service) ->
     assert spare is not None
     job_id = service.submit()
     slot.serve()
-    report = service.store.report(job_id)
+    report = service.store.reader.report(job_id)
     assert report is not None
     assert report["environment"]["folder"] == spare.job_dir.name
     assert supervisor._spare is not None
@@ -188,7 +188,7 @@ def test_a_cancelled_run_ends_with_everything_it_started(service: Service) -> No
     thread.start()
     said = pids_said(service.await_log(job_id, "consumer"))
     asked = time.monotonic()
-    service.store.request_cancel("default", job_id)
+    service.store.requests.request_cancel("default", job_id)
     service.await_state(job_id, "cancelled", within=5)
     assert time.monotonic() - asked < 5 * slowness()
     thread.join(10 * slowness())

@@ -107,13 +107,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        with transaction(self.store._engine) as connection:
+        with transaction(self.store.engine) as connection:
             for table in reversed(metadata.sorted_tables):
                 connection.execute(delete(table))
-        add_model(self.store._engine)
+        add_model(self.store.engine)
         # Each example is a world of its own: what an earlier one counted is forgotten with it.
-        self.store = JobStore(self.store._engine)
-        self.for_the_oldest = JobStore(self.store._engine, oldest_share=1.0)
+        self.store = JobStore(self.store.engine)
+        self.for_the_oldest = JobStore(self.store.engine, oldest_share=1.0)
         self.model = Model()
 
     def _holds(self, lease: Lease) -> bool:
@@ -145,7 +145,7 @@ class StoreMachine(RuleBasedStateMachine):
             queue_limit_s=3600.0,
         )
         try:
-            job, created = self.store.submit(
+            job, created = self.store.submission.submit(
                 new, idempotency=Idempotency(key, body) if key else None, max_queued=MAX_QUEUED
             )
         except NightpressError as error:
@@ -163,7 +163,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(target=leases, worker=st.sampled_from(["w1", "w2"]), oldest=st.booleans())
     def claim(self, worker: str, oldest: bool) -> Lease:
-        claimed = (self.for_the_oldest if oldest else self.store).claim(offer(worker), ttl_s=60)
+        claimed = (self.for_the_oldest if oldest else self.store).claims.claim(offer(worker), ttl_s=60)
         best = self.model.best(oldest=oldest)
         assert (claimed.job.id if claimed else None) == best
         if claimed is None:
@@ -180,21 +180,21 @@ class StoreMachine(RuleBasedStateMachine):
         if lease.job_id:
             held = self._holds(lease)
             cancelling = held and self.model.jobs[lease.job_id].state == "cancelling"
-            assert self.store.renew(lease, ttl_s=60) == (held, cancelling)
+            assert self.store.attempts.renew(lease, ttl_s=60) == (held, cancelling)
 
     @rule(lease=leases)
     def note(self, lease: Lease) -> None:
         if lease.job_id:
             held = self._holds(lease)
-            assert self.store.record_event(lease, "checkpoint", {}) is held
-            assert self.store.append_logs(lease, [("info", "line")]) is held
+            assert self.store.attempts.record_event(lease, "checkpoint", {}) is held
+            assert self.store.attempts.append_logs(lease, [("info", "line")]) is held
             self.model.jobs[lease.job_id].events += held
 
     @rule(lease=leases)
     def finish(self, lease: Lease) -> None:
         if lease.job_id:
             held = self._holds(lease)
-            assert self.store.finish(lease, succeeded(lease)) is held
+            assert self.store.attempts.finish(lease, succeeded(lease)) is held
             if held:
                 self.model.end(lease.job_id, "succeeded")
 
@@ -202,7 +202,7 @@ class StoreMachine(RuleBasedStateMachine):
     def fail(self, lease: Lease, final: bool) -> None:
         if lease.job_id:
             held = self._holds(lease)
-            answer = self.store.fail(lease, FINAL if final else RETRYABLE, backoff_s=0.0)
+            answer = self.store.attempts.fail(lease, FINAL if final else RETRYABLE, backoff_s=0.0)
             expected = self.model.fail(lease.job_id, final=final) if held else None
             assert answer == ("requeued" if expected == "queued" else expected)
             self._pass_backoff(lease.job_id)
@@ -211,7 +211,7 @@ class StoreMachine(RuleBasedStateMachine):
     def drain(self, lease: Lease) -> None:
         if lease.job_id:
             held = self._holds(lease)
-            assert self.store.release(lease) is held
+            assert self.store.attempts.release(lease) is held
             if held:
                 state = self.model.jobs[lease.job_id].state
                 self.model.end(lease.job_id, "cancelled" if state == "cancelling" else "queued")
@@ -220,7 +220,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(job_id=job_ids, tenant=st.sampled_from(TENANTS))
     def cancel(self, job_id: str, tenant: str) -> None:
         expected = self.model.jobs.get(job_id)
-        answer = self.store.request_cancel(tenant, job_id)
+        answer = self.store.requests.request_cancel(tenant, job_id)
         if expected is None or expected.tenant != tenant:
             assert answer is None
         elif expected.state == "queued":
@@ -233,7 +233,7 @@ class StoreMachine(RuleBasedStateMachine):
     def confirm(self, lease: Lease) -> None:
         if lease.job_id:
             right = self._holds(lease) and self.model.jobs[lease.job_id].state == "cancelling"
-            assert self.store.confirm_cancelled(lease) is right
+            assert self.store.attempts.confirm_cancelled(lease) is right
             if right:
                 self.model.end(lease.job_id, "cancelled")
 
@@ -241,18 +241,18 @@ class StoreMachine(RuleBasedStateMachine):
     def lose_worker(self, lease: Lease) -> None:
         """Its lease runs out, and the control process looks twice."""
         if lease.job_id and self._holds(lease):
-            age(self.store._engine, lease.job_id, 100, "lease_expires_at")
-            assert self.store.expire_leases(backoff_s=0.0) == [lease.job_id]
+            age(self.store.engine, lease.job_id, 100, "lease_expires_at")
+            assert self.store.expiry.expire_leases(backoff_s=0.0) == [lease.job_id]
             self.model.fail(lease.job_id, final=False)
             self._pass_backoff(lease.job_id)
-        assert self.store.expire_leases(backoff_s=0.0) == []
+        assert self.store.expiry.expire_leases(backoff_s=0.0) == []
 
     @rule(lease=leases, clock=st.sampled_from(["progressed_at", "started_at"]))
     def overrun(self, lease: Lease, clock: str) -> None:
         """Its run stalls, or passes its limit, and its worker lets it."""
         if lease.job_id and self._holds(lease):
-            age(self.store._engine, lease.job_id, 10**6, clock)
-            assert self.store.expire_leases(backoff_s=0.0) == [lease.job_id]
+            age(self.store.engine, lease.job_id, 10**6, clock)
+            assert self.store.expiry.expire_leases(backoff_s=0.0) == [lease.job_id]
             cancelling = self.model.jobs[lease.job_id].state == "cancelling"
             self.model.fail(lease.job_id, final=clock == "started_at" and not cancelling)
             self._pass_backoff(lease.job_id)
@@ -264,8 +264,8 @@ class StoreMachine(RuleBasedStateMachine):
             job = self.model.jobs[job_id]
             due = job.state == "queued" and job.attempt == 0
             if due:
-                age(self.store._engine, job_id, 7200, "start_before")
-            assert self.store.expire_queue_deadlines() == [job_id] * due
+                age(self.store.engine, job_id, 7200, "start_before")
+            assert self.store.expiry.expire_queue_deadlines() == [job_id] * due
             if due:
                 self.model.end(job_id, "failed")
 
@@ -273,10 +273,10 @@ class StoreMachine(RuleBasedStateMachine):
     def reuse(self, job_id: str) -> None:
         if job_id:
             mine = self.model.jobs[job_id]
-            job = self.store.get(mine.tenant, job_id)
+            job = self.store.reader.get(mine.tenant, job_id)
             assert job is not None
             given = mine.state == "queued" and self.model.gives(job_id)
-            assert (self.store.reuse(job).reused_from is not None) is (given or mine.reused)
+            assert (self.store.requests.reuse(job).reused_from is not None) is (given or mine.reused)
             if given:
                 mine.reused = True
                 self.model.end(job_id, "succeeded")
@@ -284,15 +284,15 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(job.state == "queued" for job in self.model.jobs.values()))
     @rule()
     def look_at_the_queue(self) -> None:
-        assert self.store.queues_with_work() == {"cpu": sum(map(self.model.queued, TENANTS))}
+        assert self.store.reader.queues_with_work() == {"cpu": sum(map(self.model.queued, TENANTS))}
 
     def _pass_backoff(self, job_id: str) -> None:
-        age(self.store._engine, job_id, 1, "run_after")
+        age(self.store.engine, job_id, 1, "run_after")
 
     @invariant()
     def the_store_is_as_the_model_says(self) -> None:
         for tenant in TENANTS:
-            page, _ = self.store.page(tenant, limit=200)
+            page, _ = self.store.reader.page(tenant, limit=200)
             expected = {job_id: job for job_id, job in self.model.jobs.items() if job.tenant == tenant}
             assert [job.id for job in page] == list(expected)[::-1]
             for job in page:
@@ -307,11 +307,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for job_id, job in self.model.jobs.items():
-            events = self.store.events(job_id)
+            events = self.store.reader.events(job_id)
             assert [event.seq for event in events] == list(range(1, job.events + 1))
             ends = [event for event in events if event.kind in {"succeeded", "failed", "cancelled"}]
             assert len(ends) == is_terminal(job.state)
-            assert bool(self.store.artifacts(job_id)) == (job.state == "succeeded")
+            assert bool(self.store.reader.artifacts(job_id)) == (job.state == "succeeded")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -106,12 +106,14 @@ def stranger(api: RunningApi) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="module")
 def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
     model = owner.post("/v1/models", json={"name": "tiny", "path": str(bert_tiny)}).json()["id"]
-    data_file = api.services.settings.data_dir.parent / "data.txt"
+    data_file = api.services.resources.settings.data_dir.parent / "data.txt"
     data = owner.post("/v1/datasets", json={"name": "prose", "path": str(data_file)}).json()["id"]
     job = owner.post("/v1/jobs", json={"model": "tiny", "recipe": "int8-encoder"}).json()["id"]
     claimed = api.claim()
-    assert api.services.store.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"secret weights"}))
-    key = create_key(api.services.engine, tenant_id="first", name="k", scopes=["jobs:read"])[0].id
+    assert api.services.resources.store.attempts.finish(
+        claimed.lease, api.ship(claimed, {"model.onnx": b"secret weights"})
+    )
+    key = create_key(api.services.resources.engine, tenant_id="first", name="k", scopes=["jobs:read"])[0].id
     hook = owner.post("/v1/webhooks", json={"url": "http://127.0.0.1:1/", "events": ["job.failed"]}).json()["webhook"][
         "id"
     ]
@@ -192,7 +194,7 @@ def test_without_a_key_every_route_is_closed(api: RunningApi):
 
 
 def test_an_expired_revoked_or_invented_key_opens_no_route(api: RunningApi):
-    engine = api.services.engine
+    engine = api.services.resources.engine
     over = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1)
     _, expired = create_key(engine, tenant_id="first", name="k", scopes=ALL_SCOPES, expires_at=over)
     record, revoked = create_key(engine, tenant_id="first", name="k", scopes=ALL_SCOPES)
@@ -241,7 +243,7 @@ def test_a_reading_key_creates_nothing(api: RunningApi, path: str):
 
 
 def test_a_key_is_good_only_whole_in_its_header_and_until_it_is_revoked(api: RunningApi):
-    record, key = create_key(api.services.engine, tenant_id="first", name="k", scopes=["jobs:read"])
+    record, key = create_key(api.services.resources.engine, tenant_id="first", name="k", scopes=["jobs:read"])
     with httpx.Client(base_url=api.url, trust_env=False) as client:
 
         def status(value: str) -> int:
@@ -260,8 +262,8 @@ def test_a_key_is_good_only_whole_in_its_header_and_until_it_is_revoked(api: Run
         ):
             assert status(wrong) == 401, wrong
         assert client.get("/v1/jobs", params={"key": key, "authorization": f"Bearer {key}"}).status_code == 401
-        assert revoke(api.services.engine, record.id)
-        api.services.keys._known.clear()  # what five seconds would do
+        assert revoke(api.services.resources.engine, record.id)
+        api.services.resources.keys._known.clear()  # what five seconds would do
         assert status(f"Bearer {key}") == 401
 
 
@@ -309,7 +311,7 @@ DONE: dict[str, Any] = {
 def test_every_post_under_a_key_is_done_once_and_answered_alike(
     api: RunningApi, owner: httpx.Client, owned: Owned, bert_tiny: Path
 ):
-    data_file = api.services.settings.data_dir.parent / "data.txt"
+    data_file = api.services.resources.settings.data_dir.parent / "data.txt"
     bodies = DONE | {
         "/v1/models": {"name": "once", "path": str(bert_tiny)},
         "/v1/datasets": {"name": "once", "path": str(data_file)},
@@ -387,7 +389,7 @@ def test_at_the_same_moment_one_is_done_and_the_others_wait_or_are_told(
 
 def test_a_dump_of_the_database_holds_no_key(api: RunningApi):
     key = api.key()
-    database = Path(api.services.settings.sql_url.removeprefix("sqlite:///"))
+    database = Path(api.services.resources.settings.sql_url.removeprefix("sqlite:///"))
     stored = b"".join(one.read_bytes() for one in database.parent.glob(database.name + "*"))
     assert hashlib.sha256(key.encode()).hexdigest().encode() in stored
     assert key.split("_", 2)[2].encode() not in stored
@@ -408,7 +410,9 @@ def test_only_an_administrator_reaches_what_is_of_all_tenants(api: RunningApi):
 
 
 def test_a_key_gives_away_no_more_than_it_has(api: RunningApi):
-    strong, _ = create_key(api.services.engine, tenant_id="givers", name="strong", scopes=["admin", "jobs:write"])
+    strong, _ = create_key(
+        api.services.resources.engine, tenant_id="givers", name="strong", scopes=["admin", "jobs:write"]
+    )
     with api.client(tenant_id="givers", scopes=["keys:read", "keys:write", "jobs:read"]) as giver:
         for scopes in (["admin"], ["jobs:read", "models:write"]):
             refused = giver.post("/v1/keys", json={"name": "x", "scopes": scopes})

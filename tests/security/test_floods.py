@@ -43,7 +43,7 @@ def bring(api: RunningApi, model: Path) -> None:
 
 
 def queued(services: Services) -> int:
-    return services.quotas.usage("default").queued_jobs
+    return services.resources.quotas.usage("default").queued_jobs
 
 
 def test_a_flood_is_refused_but_for_what_the_key_may_and_each_refusal_says_when_to_come_back(

@@ -141,14 +141,16 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
         data = client.data_sets.upload(folder / "texts.jsonl", "texts").id
         done = client.jobs.submit(model, RECIPE, labels={"team": "one"}, name="nightly").id
         claimed = face.claim()
-        face.store.append_logs(claimed.lease, [("info", "a line"), ("error", "another")])
-        face.store.record_event(claimed.lease, "checkpoint", {"step": 1, "strange": "word"})
+        face.store.attempts.append_logs(claimed.lease, [("info", "a line"), ("error", "another")])
+        face.store.attempts.record_event(claimed.lease, "checkpoint", {"step": 1, "strange": "word"})
         face.succeed(claimed)
         failed = client.jobs.submit(model, RECIPE).id
         face.fail(face.claim(), NightpressError(ErrorCode.INVALID_RECIPE, "It failed.", hint="Do this."))
         running = client.jobs.submit(model, RECIPE).id
         lease = face.claim().lease
-        face.store.renew(lease, ttl_s=600, progress=Progress(phase="pressing", fraction=0.3, message="block 3"))
+        face.store.attempts.renew(
+            lease, ttl_s=600, progress=Progress(phase="pressing", fraction=0.3, message="block 3")
+        )
         client.schedules.create("nightly", "0 3 * * *", "mine", RECIPE)
         client.schedules.trigger("nightly")
         hook = client.webhooks.create("http://127.0.0.1:9/hook", ["job.failed"]).webhook.id
@@ -215,7 +217,7 @@ def test_nothing_that_a_server_says_steers_the_terminal(
         strange = {hex(ord(one)) for one in out + err if not one.isprintable() and one != "\n"}
         assert not strange, (command, strange, out, err)
         showed += "owned" in out + err
-        if "Something unexpected" in err or status == 2:
+        if "An unexpected error" in err or status == 2:
             broke.append((command, status, err.encode("ascii", "replace")[:500]))
     assert not broke, "\n".join(map(repr, broke))
     assert showed > len(commands) * 2 // 3, "what is hostile was shown, without what makes it so"

@@ -59,7 +59,7 @@ class World:
     def end_a_job(self) -> str:
         job_id = submit(self.jobs)
         claimed = claim(self.jobs)
-        assert self.jobs.finish(claimed.lease, succeeded(claimed.lease))
+        assert self.jobs.attempts.finish(claimed.lease, succeeded(claimed.lease))
         return job_id
 
     def try_all(self, now: dt.datetime | None = None) -> int:
@@ -365,7 +365,7 @@ def test_a_receiver_that_is_down_for_three_days_is_tried_ten_times_under_one_id(
     assert all(0.79 * wanted <= pause <= 1.21 * wanted for pause, wanted in zip(pauses, PAUSES_S, strict=True))
     assert moments[-1] > 2.4 * 24 * 3600
     assert delivery.state == "failed"
-    job = world.jobs.get(TENANT, job_id)
+    job = world.jobs.reader.get(TENANT, job_id)
     assert job is not None
     assert job.state == "succeeded"
     receiver.answer = lambda handler: reply(handler, 200)

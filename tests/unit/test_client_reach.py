@@ -1,4 +1,4 @@
-"""Everything that the API can do, both Python clients can do, and the command line too, but for what is said here to be left out."""
+"""Every operation of the API has a method of both Python clients and a command, or stands here with the reason why not."""
 
 import inspect
 import re
@@ -11,11 +11,12 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from nightpress import AsyncClient, Client
 from nightpress.api.app import create_app
-from nightpress.client import access, asynchronous, calls, client
-from nightpress.client.asking import AsyncResource, Resource, _Method
+from nightpress.client import access, calls, events, resources, uploads
 from nightpress.client.calls import Call
 from nightpress.client.cli.main import app
+from nightpress.client.methods import Answering, Iterating, Resource
 from nightpress.core.settings import Settings
 from nightpress.core.wire.jobs import JobCreate, JobFilter
 from nightpress.core.wire.models import DataSetCreate, ModelCreate
@@ -63,7 +64,7 @@ COMMANDS = {
     "delete_data_set": "datasets rm",
     "list_recipes": "recipes",
     "recipe_schema": "recipes schema",
-    "one_recipe": "recipes show",
+    "get_recipe": "recipes show",
     "validate_recipe": "recipes validate",
     "list_workers": "workers",
     "list_queues": "queues",
@@ -93,9 +94,9 @@ LEFT_OUT = {
     "healthz": "for load balancers; a client asks /readyz",
     "metrics": "for Prometheus",
 }
-#: For programs alone: a shell has loops, and shows what became of each.
+#: Only for programs: a shell has loops, which show the outcome of each job.
 FOR_PROGRAMS = {"create_jobs"}
-#: Operations whose addresses a client is given by the service and never makes: client/transfers.py sends them.
+#: Operations whose addresses come from the service in an answer: client/transfers.py sends these requests.
 BY_ADDRESS = {"send_model_part", "send_data_set_part", "artifact_file"}
 
 _ARGUMENTS: dict[str, Any] = {
@@ -125,10 +126,10 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str,
 def makers(module: ModuleType) -> dict[str, FunctionType]:
     """The functions of a module that make a call."""
     return {
-        name: one
-        for name, one in inspect.getmembers(module, inspect.isfunction)
-        if one.__module__ == module.__name__
-        and str(one.__annotations__.get("return", "")).startswith("nightpress.client.calls.Call[")
+        name: function
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__
+        and str(function.__annotations__.get("return", "")).startswith("nightpress.client.calls.Call[")
         and name != "post"
     }
 
@@ -138,7 +139,11 @@ MAKERS = makers(calls) | makers(access)
 
 def made_by(maker: FunctionType) -> Iterator[Call[Any]]:
     """A call for each of the addresses that a maker knows."""
-    needed = [one.name for one in inspect.signature(maker).parameters.values() if one.default is one.empty]
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(maker).parameters.values()
+        if parameter.default is parameter.empty
+    ]
     arguments = {name: _ARGUMENTS.get(name, "x") for name in needed if name not in {"fields", "changes", "quotas"}}
     if "request" in arguments:
         arguments["request"] = (ModelCreate if "model" in maker.__name__ else DataSetCreate)(name="x")
@@ -150,8 +155,8 @@ def made_by(maker: FunctionType) -> Iterator[Call[Any]]:
 
 
 def operation_of(call: Call[Any], operations: dict[str, tuple[str, str]]) -> set[str]:
-    """An address that is written out comes before one with a parameter."""
-    exact = {name for name, one in operations.items() if one == (call.method, call.path)}
+    """The operations that a call may reach. A path that is written out goes before a pattern that matches it too."""
+    exact = {name for name, operation in operations.items() if operation == (call.method, call.path)}
     return exact or {
         name
         for name, (method, path) in operations.items()
@@ -167,31 +172,29 @@ def test_every_operation_has_a_call(operations: dict[str, tuple[str, str]]):
             assert len(operation_of(call, operations)) == 1, call.path
 
 
-def test_the_client_makes_every_call():
-    used = {
-        _maker(one) for one in _resources(client, Resource) for one in vars(one).values() if isinstance(one, _Method)
-    }
-    used |= {name for one in _code_of(client) for name in one.co_names}
-    used |= {name for one in _code_of(inspect.getmodule(client.EVENTS)) for name in one.co_names}
+def test_the_clients_make_every_call():
+    kinds = [kind for _, kind in inspect.getmembers(resources, inspect.isclass) if issubclass(kind, Resource)]
+    methods = [method for kind in kinds for method in vars(kind).values()]
+    used = {method.described.__name__ for method in methods if isinstance(method, Answering | Iterating)}
+    used |= {name for module in (resources, uploads, events) for code in _code_of(module) for name in code.co_names}
     assert not MAKERS.keys() - used
 
 
 def test_both_clients_offer_the_same():
-    def offered(kind: type) -> dict[str, list[str]]:
-        public = {name: one for name, one in vars(kind).items() if not name.startswith("_")}
-        functions = {name: one.make if isinstance(one, _Method) else one for name, one in public.items()}
-        return {
-            name: [one for one in inspect.signature(function).parameters if one not in {"stop", "self"}]
-            for name, function in functions.items()
-            if callable(function)
+    def offered(resource: object) -> dict[str, list[str]]:
+        members = {name: getattr(resource, name) for name in dir(resource) if not name.startswith("_")}
+        methods = {
+            name: list(inspect.signature(member).parameters) for name, member in members.items() if callable(member)
         }
+        for name, member in members.items():
+            if isinstance(member, Resource):
+                methods |= {f"{name}.{method}": parameters for method, parameters in offered(member).items()}
+        return methods
 
-    pairs = {f"Async{one.__name__}": one for one in _resources(client, Resource)}
-    assert pairs.keys() == {one.__name__ for one in _resources(asynchronous, AsyncResource)}
-    for name, one in pairs.items():
-        assert offered(one) == offered(getattr(asynchronous, name)), name
-    both = ({"close"}, {"aclose", "in_thread"})
-    assert offered(client.Client).keys() - both[0] == offered(asynchronous.AsyncClient).keys() - both[1]
+    both, awaited = offered(Client("http://127.0.0.1:1")), offered(AsyncClient("http://127.0.0.1:1"))
+    assert both.pop("close") == awaited.pop("aclose") == []
+    assert both == awaited
+    assert both["jobs.wait"] == ["job_id", "timeout_s", "poll_s", "patience_s", "on_update"]
 
 
 def test_every_operation_has_a_command(operations: dict[str, tuple[str, str]]):
@@ -203,23 +206,14 @@ def test_every_operation_has_a_command(operations: dict[str, tuple[str, str]]):
 def _words(command: Any, words: tuple[str, ...]) -> Iterator[str]:
     yield " ".join(words)
     if isinstance(command, TyperGroup):
-        for name, one in command.commands.items():
-            yield from _words(one, (*words, name))
+        for name, subcommand in command.commands.items():
+            yield from _words(subcommand, (*words, name))
 
 
-def _resources(module: ModuleType, base: type) -> list[type]:
-    return [one for _, one in inspect.getmembers(module, inspect.isclass) if issubclass(one, base) and one is not base]
-
-
-def _maker(method: _Method[..., Any]) -> str:
-    return method.make.__name__
-
-
-def _code_of(module: ModuleType | None) -> Iterator[CodeType]:
-    assert module is not None
+def _code_of(module: ModuleType) -> Iterator[CodeType]:
     assert module.__file__ is not None
     waiting = [compile(Path(module.__file__).read_text(), module.__file__, "exec")]
     while waiting:
         code = waiting.pop()
         yield code
-        waiting += [one for one in code.co_consts if isinstance(one, CodeType)]
+        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]

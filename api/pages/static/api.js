@@ -1,4 +1,4 @@
-// One way to the server: every call carries the key, every refusal becomes a Refused with the problem it was given.
+// Requests to the API: each carries the key, and an error becomes a Refused with the problem of the answer.
 
 const KEY = "nightpress.key";
 
@@ -20,7 +20,7 @@ export function keep(value, onThisDevice) {
   (onThisDevice ? localStorage : sessionStorage).setItem(KEY, value);
 }
 
-/** Go on with another key, kept where the one before it is. */
+/** Replace the key, in the storage that holds the old key. */
 export function replace(value) {
   keep(value, localStorage.getItem(KEY) !== null);
 }
@@ -46,7 +46,7 @@ async function send(method, path, { body, headers = {}, signal, query } = {}) {
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refused({ title: "No answer", status: 0, detail: "The server doesn't answer.", hint: "Is it running? The page tries again by itself." });
+    throw new Refused({ title: "No answer", status: 0, detail: "The server doesn't answer.", hint: "Check that it runs. The page tries again by itself." });
   }
   if (response.ok) return response;
   const problem = await response.json().catch(() => ({ detail: `The server answered ${response.status}.`, status: response.status }));
@@ -56,7 +56,7 @@ async function send(method, path, { body, headers = {}, signal, query } = {}) {
 
 function pairs(name, value) {
   if (value === null || value === undefined || value === "") return [];
-  return Array.isArray(value) ? value.map((one) => [name, one]) : [[name, value]];
+  return Array.isArray(value) ? value.map((item) => [name, item]) : [[name, value]];
 }
 
 async function answer(response) {
@@ -70,7 +70,7 @@ export async function get(path, query, signal) {
   return answer(await send("GET", path, { query, signal }));
 }
 
-/** Each POST has an idempotency key of its own, so that sending it again after a lost answer does nothing twice. */
+/** Each POST has an Idempotency-Key of its own: sent again after a lost answer, it does nothing twice. */
 export async function post(path, body = undefined, headers = {}) {
   return answer(await send("POST", path, { body, headers: { "Idempotency-Key": crypto.randomUUID?.() ?? String(Math.random()), ...headers } }));
 }
@@ -83,7 +83,7 @@ export async function text(path) {
   return (await send("GET", path)).text();
 }
 
-/** Save a file of the server's. Where the storage can sign an address, the browser fetches it itself. */
+/** Save a file from the server. Where the storage can sign an address, the browser fetches the file from there. */
 export async function download(path, name) {
   const response = await send("GET", path, { headers: { Accept: "application/vnd.nightpress.location+json, */*;q=0.5" } });
   let address;
@@ -99,7 +99,7 @@ export async function download(path, name) {
   link.click();
 }
 
-/** Server-sent events with a key, which EventSource can't carry. Calls `each(id, kind, data)`; comes back after a cut, until `signal` or the end. */
+/** Read server-sent events with a key, which EventSource can't send. Calls `each(id, kind, data)`. Reconnects until the stream ends or `signal` aborts. */
 export async function stream(path, after, each, signal) {
   let last = after;
   let pause = 500;

@@ -1,4 +1,4 @@
-// The frame: who is signed in, which view the address names, and nothing else.
+// The frame of the page: signing in and out, the navigation, and the view that the address names.
 
 import { forget, get, keep, key } from "./api.js";
 import { announce, fill, h } from "./dom.js";
@@ -57,7 +57,7 @@ async function route() {
   return undefined;
 }
 
-/** A new view is a new page to those who listen: say it, and put the focus at its top. */
+/** For screen readers, a new view is a new page: announce its title and focus its heading. */
 function arrive(title) {
   announce(title);
   if (document.activeElement === document.body || document.activeElement?.closest("nav")) main.querySelector("h1")?.focus({ preventScroll: true });
@@ -106,7 +106,7 @@ function signIn(fault = null) {
   const form = h("form", { class: "card narrow" },
     heading("Sign in"),
     place,
-    field("API key", input, "`nightpress up` writes one to its data folder; an operator makes more."),
+    field("API key", input, "`nightpress up` writes a key to its data folder. An operator can make more."),
     h("p", { class: "check" }, stay, h("label", { for: "stay" }, "Stay signed in on this device")),
     h("button", { class: "primary" }, "Sign in"));
   form.addEventListener("submit", async (event) => {
@@ -126,7 +126,7 @@ function signIn(fault = null) {
   input.focus();
 }
 
-/** `nightpress up` prints an address with the key behind the #, which browsers send to no server. */
+/** `nightpress web` opens an address with the key after the #, which browsers don't send to a server. */
 function takeKeyFromAddress() {
   const given = location.hash.match(/^#key=(np_[A-Za-z0-9_-]+)$/);
   if (given === null) return;
@@ -144,6 +144,6 @@ window.addEventListener("hashchange", () => {
 window.addEventListener("signed-out", () => {
   leave.abort();
   forget();
-  signIn(new Error("The key is no longer accepted. Sign in with another."));
+  signIn(new Error("The key is no longer accepted. Sign in with another key."));
 });
 route();

@@ -1,29 +1,29 @@
-// Small drawings in SVG. Each says in words what it shows, and every figure in it also stands in a table nearby.
+// Charts in SVG. Each has a text for screen readers, and every figure in it is also in a table nearby.
 
 import { h } from "./dom.js";
 import { figure } from "./format.js";
 
-/** Drawn for the screen it is on: letters keep their size when it is narrow. */
+/** The width of a chart, smaller on a narrow screen so that letters keep their size. */
 function span() {
   return matchMedia("(max-width: 46rem)").matches ? 360 : 640;
 }
 
 /** Horizontal bars: [{label, value, text, tone}]. */
 export function bars(title, items) {
-  const largest = Math.max(...items.map((one) => one.value), 1e-12);
+  const largest = Math.max(...items.map((bar) => bar.value), 1e-12);
   const step = 34;
   const width = span();
   const longest = width - 110;
   return h("figure", {},
-    h("svg", { viewBox: `0 0 ${width} ${items.length * step + 4}`, role: "img", "aria-label": `${title}: ${items.map((one) => `${one.label} ${one.text}`).join(", ")}`, class: "chart" },
-      items.map((one, at) => h("g", { transform: `translate(0 ${at * step})` },
-        h("text", { x: 0, y: 12 }, one.label),
-        h("rect", { x: 0, y: 17, width: Math.max((one.value / largest) * longest, 1), height: 11, rx: 2, class: one.tone || "solid" }),
-        h("text", { x: Math.max((one.value / largest) * longest, 1) + 7, y: 27, class: "value" }, one.text)))),
+    h("svg", { viewBox: `0 0 ${width} ${items.length * step + 4}`, role: "img", "aria-label": `${title}: ${items.map((bar) => `${bar.label} ${bar.text}`).join(", ")}`, class: "chart" },
+      items.map((bar, at) => h("g", { transform: `translate(0 ${at * step})` },
+        h("text", { x: 0, y: 12 }, bar.label),
+        h("rect", { x: 0, y: 17, width: Math.max((bar.value / largest) * longest, 1), height: 11, rx: 2, class: bar.tone || "solid" }),
+        h("text", { x: Math.max((bar.value / largest) * longest, 1) + 7, y: 27, class: "value" }, bar.text)))),
     h("figcaption", {}, title));
 }
 
-/** Points {x, y, label, dominated}; where `href` is given, each can be followed. */
+/** A scatter plot of points {x, y, label, source, dominated}. */
 export function scatter(title, xTitle, yTitle, points) {
   const width = span();
   const height = 380;
@@ -34,36 +34,36 @@ export function scatter(title, xTitle, yTitle, points) {
     const spare = (high - low || Math.abs(high) || 1) * 0.12;
     return { at: (value) => from + ((value - low + spare) / (high - low + 2 * spare)) * (to - from), ticks: ticks(low - spare, high + spare) };
   };
-  const x = scale(points.map((one) => one.x), box.left, width - box.right);
-  const y = scale(points.map((one) => one.y), height - box.bottom, box.top);
+  const x = scale(points.map((point) => point.x), box.left, width - box.right);
+  const y = scale(points.map((point) => point.y), height - box.bottom, box.top);
   return h("figure", {},
-    h("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}. ${points.map((one) => `${one.label}: ${xTitle} ${figure(one.x)}, ${yTitle} ${figure(one.y)}${one.dominated ? ", dominated" : ""}`).join("; ")}`, class: "chart" },
+    h("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}. ${points.map((point) => `${point.label}: ${xTitle} ${figure(point.x)}, ${yTitle} ${figure(point.y)}${point.dominated ? ", dominated" : ""}`).join("; ")}`, class: "chart" },
       x.ticks.map((tick) => [h("line", { x1: x.at(tick), x2: x.at(tick), y1: box.top, y2: height - box.bottom, class: "grid" }), h("text", { x: x.at(tick), y: height - box.bottom + 16, class: "value", "text-anchor": "middle" }, figure(tick))]),
       y.ticks.map((tick) => [h("line", { x1: box.left, x2: width - box.right, y1: y.at(tick), y2: y.at(tick), class: "grid" }), h("text", { x: box.left - 8, y: y.at(tick) + 4, class: "value", "text-anchor": "end" }, figure(tick))]),
       h("text", { x: (box.left + width - box.right) / 2, y: height - 8, class: "head", "text-anchor": "middle" }, xTitle),
       h("text", { x: 12, y: (height - box.bottom + box.top) / 2, class: "head", "text-anchor": "middle", transform: `rotate(-90 12 ${(height - box.bottom + box.top) / 2})` }, yTitle),
-      points.map((one) => h("g", { class: one.dominated ? "dominated" : "" },
-        h("circle", { cx: x.at(one.x), cy: y.at(one.y), r: one.source ? 5 : 6, class: one.source ? "pale" : "solid" }, h("title", {}, `${one.label}: ${figure(one.x)}, ${figure(one.y)}`)),
-        h("text", { x: x.at(one.x) + (x.at(one.x) > width * 0.7 ? -10 : 10), y: y.at(one.y) - 8, "text-anchor": x.at(one.x) > width * 0.7 ? "end" : "start" }, one.label)))),
+      points.map((point) => h("g", { class: point.dominated ? "dominated" : "" },
+        h("circle", { cx: x.at(point.x), cy: y.at(point.y), r: point.source ? 5 : 6, class: point.source ? "pale" : "solid" }, h("title", {}, `${point.label}: ${figure(point.x)}, ${figure(point.y)}`)),
+        h("text", { x: x.at(point.x) + (x.at(point.x) > width * 0.7 ? -10 : 10), y: y.at(point.y) - 8, "text-anchor": x.at(point.x) > width * 0.7 ? "end" : "start" }, point.label)))),
     h("figcaption", {}, title));
 }
 
-/** Curves [{name, x: [], y: []}] over one axis. */
+/** Curves [{name, x: [], y: []}] with common axes; null where no point is finite. */
 export function lines(title, xTitle, curves) {
   const width = span();
   const height = 240;
-  const all = curves.flatMap((one) => one.x.map((value, at) => [value, one.y[at]])).filter(([a, b]) => Number.isFinite(a) && Number.isFinite(b));
+  const all = curves.flatMap((curve) => curve.x.map((value, at) => [value, curve.y[at]])).filter(([a, b]) => Number.isFinite(a) && Number.isFinite(b));
   if (all.length === 0) return null;
   const [xs, ys] = [all.map(([a]) => a), all.map(([, b]) => b)];
   const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
   const x = (value) => 60 + ((value - left) / (right - left || 1)) * (width - 80);
   const y = (value) => height - 36 - ((value - low) / (high - low || 1)) * (height - 56);
   return h("figure", {},
-    h("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: ${curves.map((one) => `${one.name} from ${figure(one.y[0])} to ${figure(one.y.at(-1))}`).join(", ")}`, class: "chart" },
+    h("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: ${curves.map((curve) => `${curve.name} from ${figure(curve.y[0])} to ${figure(curve.y.at(-1))}`).join(", ")}`, class: "chart" },
       ticks(low, high).map((tick) => [h("line", { x1: 60, x2: width - 20, y1: y(tick), y2: y(tick), class: "grid" }), h("text", { x: 52, y: y(tick) + 4, class: "value", "text-anchor": "end" }, figure(tick))]),
-      curves.map((one, at) => [
-        h("polyline", { points: one.x.map((value, index) => `${x(value)},${y(one.y[index])}`).join(" "), class: `curve curve-${at % 4}` }),
-        h("text", { x: 66 + at * (width / 4.3), y: 14, class: `head curve-text-${at % 4}` }, one.name)]),
+      curves.map((curve, at) => [
+        h("polyline", { points: curve.x.map((value, index) => `${x(value)},${y(curve.y[index])}`).join(" "), class: `curve curve-${at % 4}` }),
+        h("text", { x: 66 + at * (width / 4.3), y: 14, class: `head curve-text-${at % 4}` }, curve.name)]),
       h("text", { x: width / 2, y: height - 6, class: "head", "text-anchor": "middle" }, xTitle)),
     h("figcaption", {}, title));
 }
@@ -71,7 +71,7 @@ export function lines(title, xTitle, curves) {
 function ticks(low, high) {
   const rough = (high - low) / 4 || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough);
+  const step = [1, 2, 5, 10].map((multiple) => multiple * power).find((multiple) => multiple >= rough);
   const found = [];
   for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-9; tick += step) found.push(Number(tick.toPrecision(12)));
   return found;

@@ -1,16 +1,16 @@
-// Before and after, from report.json alone: the same figures wherever they are shown.
+// Figures of reports, so that all views show the same figures.
 
 import { change, figure } from "./format.js";
 
-/** Fidelity compares with the source, which agrees with itself. */
+/** The source's own value of figures that compare with the source. */
 const OF_THE_SOURCE = { cosine: 1, centred_cosine: 1, top1_agreement: 1, label_agreement: 1, kl_divergence: 0, rank_correlation: 1, correlation: 1, mean_error: 0, largest_error: 0, generation_match: 1 };
 const LOWER_IS_BETTER = ["kl_divergence", "mean_error", "largest_error"];
 const PREFERRED = ["perplexity", "accuracy", "f1", "ndcg", "spearman", "centred_cosine", "cosine", "top1_agreement", "label_agreement", "rank_correlation", "kl_divergence"];
 
-/** The measure that says most of a model's quality, as its report has it. */
+/** The measurement of a subject that says most about its quality; null without any. */
 export function quality(subject, names = PREFERRED) {
   for (const name of names) {
-    const found = subject.measurements.find((one) => one.name === name);
+    const found = subject.measurements.find((measurement) => measurement.name === name);
     if (found) return found;
   }
   return subject.measurements[0] ?? null;
@@ -31,13 +31,13 @@ export function changed(measurement) {
   return `${change(measurement.change)}${range}`;
 }
 
-/** Points of several reports: {label, size, latency, quality, better, source}. Those that another beats in everything are `dominated`. */
+/** Points of several reports: {label, size, latency, quality, better, source, dominated}. A dominated point is beaten in everything by another. */
 export function points(reports) {
   const all = reports.flatMap(({ job, report }) => {
     const measure = commonMeasure(reports);
-    const subjects = [...report.artifacts.map((one) => ({ subject: one, source: false })), { subject: report.source, source: true }];
+    const subjects = [...report.artifacts.map((artifact) => ({ subject: artifact, source: false })), { subject: report.source, source: true }];
     return subjects.map(({ subject, source }) => {
-      const found = subject.measurements.find((one) => one.name === measure);
+      const found = subject.measurements.find((measurement) => measurement.name === measure);
       return {
         job, source, format: subject.format, report,
         label: source ? `${report.model.name} (source)` : `${report.recipe.name} · ${subject.format}`,
@@ -45,21 +45,21 @@ export function points(reports) {
       };
     });
   });
-  const distinct = all.filter((one, at) => !one.source || all.findIndex((other) => other.source && other.report.model.digest === one.report.model.digest) === at);
-  return distinct.map((one) => ({ ...one, dominated: distinct.some((other) => other !== one && beats(other, one)) }));
+  const distinct = all.filter((point, at) => !point.source || all.findIndex((other) => other.source && other.report.model.digest === point.report.model.digest) === at);
+  return distinct.map((point) => ({ ...point, dominated: distinct.some((other) => other !== point && beats(other, point)) }));
 }
 
-/** A measure that all artifacts have, the most telling first. */
+/** The name of the preferred measure that all artifacts have. */
 export function commonMeasure(reports) {
-  const sets = reports.flatMap(({ report }) => report.artifacts.map((one) => new Set(one.measurements.map((measure) => measure.name))));
+  const sets = reports.flatMap(({ report }) => report.artifacts.map((artifact) => new Set(artifact.measurements.map((measure) => measure.name))));
   const shared = [...(sets[0] ?? [])].filter((name) => sets.every((set) => set.has(name)));
   return PREFERRED.find((name) => shared.includes(name)) ?? shared[0] ?? null;
 }
 
-/** What lacks a figure that the other has beats nothing, and neither does what is only small and fast. */
-function beats(one, other) {
-  if (one.quality === null || (one.latency === null && other.latency !== null)) return false;
-  const axes = [[one.size, other.size, "lower"], [one.latency, other.latency, "lower"], [one.quality, other.quality, other.better]]
+/** Whether a point is at least as good as another in every figure, and better in at least one. A point without a quality beats nothing. */
+function beats(point, other) {
+  if (point.quality === null || (point.latency === null && other.latency !== null)) return false;
+  const axes = [[point.size, other.size, "lower"], [point.latency, other.latency, "lower"], [point.quality, other.quality, other.better]]
     .filter(([a, b]) => a !== null && b !== null)
     .map(([a, b, better]) => (better === "lower" ? b - a : a - b));
   return axes.length > 0 && axes.every((gain) => gain >= 0) && axes.some((gain) => gain > 0);

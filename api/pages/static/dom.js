@@ -1,4 +1,4 @@
-// Elements from data. Text goes in as text, never as markup: what people name their jobs can't become a script.
+// Elements from data. Text is added as text, never as markup, so that the name of a job can't become a script.
 
 const SVG = "http://www.w3.org/2000/svg";
 const SVG_TAGS = new Set(["svg", "g", "rect", "line", "path", "circle", "text", "title", "polyline"]);
@@ -31,7 +31,7 @@ export function fill(element, ...children) {
   return element;
 }
 
-/** Keep a list of elements in step with items. Only what changed is drawn anew, so that focus and selection stay where they are. */
+/** Update a list of elements to match items. Only elements whose item has changed are replaced, so that focus and selection stay. */
 export function keyed(parent, items, key, draw) {
   const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   let before = parent.firstElementChild;

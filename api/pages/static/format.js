@@ -1,4 +1,4 @@
-// How figures read.
+// Numbers, times and sizes as text.
 
 const UNITS = ["B", "kB", "MB", "GB", "TB", "PB"];
 

@@ -1,6 +1,6 @@
-// Asking again while somebody looks.
+// Polling while the page is visible.
 
-/** Call `load` now and then every `seconds`, not while the page is hidden. Errors go to `failed`, and the asking goes on. */
+/** Call `load` now and then every `seconds`, except while the page is hidden. Errors go to `failed`; polling goes on. */
 export function poll(signal, seconds, load, failed) {
   let timer;
   const turn = async () => {

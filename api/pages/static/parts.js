@@ -1,4 +1,4 @@
-// Pieces that several views share.
+// Parts that several views share.
 
 import { Refused } from "./api.js";
 import { announce, h } from "./dom.js";
@@ -26,7 +26,7 @@ export function trouble(error) {
   return h("div", { class: "notice bad", role: "alert" },
     h("p", {}, h("strong", {}, problem.detail || problem.title)),
     problem.hint ? h("p", {}, problem.hint) : null,
-    problem.errors?.length ? h("ul", {}, problem.errors.map((one) => h("li", {}, h("code", {}, one.at ?? one.loc?.join(".") ?? ""), " ", one.problem ?? one.msg ?? ""))) : null,
+    problem.errors?.length ? h("ul", {}, problem.errors.map((fault) => h("li", {}, h("code", {}, fault.at ?? fault.loc?.join(".") ?? ""), " ", fault.problem ?? fault.msg ?? ""))) : null,
     problem.request_id ? h("p", { class: "quiet" }, "Request ", h("code", {}, problem.request_id)) : null);
 }
 
@@ -38,13 +38,13 @@ export function heading(title, ...tools) {
   return h("div", { class: "heading" }, h("h1", { tabindex: "-1" }, title), h("div", { class: "tools" }, tools));
 }
 
-/** A table whose cells carry their column's name, so that on a narrow screen each row reads as a card. */
+/** A table. Its cells carry their column's name, so that a narrow screen can show each row as a card. */
 export function table(caption, columns, rows, body = h("tbody")) {
   body.append(...rows);
   return h("div", { class: "wide" },
     h("table", {},
       h("caption", { class: "unseen" }, caption),
-      h("thead", {}, h("tr", {}, columns.map((one) => h("th", { scope: "col" }, one || h("span", { class: "unseen" }, "Actions"))))),
+      h("thead", {}, h("tr", {}, columns.map((column) => h("th", { scope: "col" }, column || h("span", { class: "unseen" }, "Actions"))))),
       body));
 }
 
@@ -58,7 +58,7 @@ export function facts(pairs) {
 
 let numbered = 0;
 
-/** A labelled field. `help` and later faults are tied to it for those who listen. */
+/** A labelled field. `help` describes it to screen readers too. */
 export function field(label, control, help = "") {
   numbered += 1;
   control.id ||= `field-${numbered}`;
@@ -67,7 +67,7 @@ export function field(label, control, help = "") {
   return h("div", { class: "field" }, h("label", { for: control.id }, label), control, note);
 }
 
-/** A button that does one thing at a time, and says so where it went wrong. */
+/** A button that is disabled while its action runs, and shows the error where it fails. */
 export function button(text, act, { tone = "", label, focus } = {}) {
   const element = h("button", { type: "button", class: tone, "aria-label": label, "data-focus": focus }, text);
   element.addEventListener("click", async () => {
@@ -83,7 +83,7 @@ export function button(text, act, { tone = "", label, focus } = {}) {
   return element;
 }
 
-/** A problem that belongs to no place on the page. */
+/** Show an error in a dialog. */
 export function say(error) {
   const dialog = h("dialog", { "aria-labelledby": "said" },
     h("h2", { id: "said" }, "That did not work"), trouble(error),
@@ -95,13 +95,13 @@ export function confirmed(question, yes, { tone = "bad" } = {}) {
   return new Promise((resolve) => {
     const dialog = h("dialog", { "aria-labelledby": "asked" },
       h("h2", { id: "asked" }, question),
-      h("form", { method: "dialog", class: "row" }, h("button", { value: "no" }, "No, go back"), h("button", { value: "yes", class: tone }, yes)));
+      h("form", { method: "dialog", class: "row" }, h("button", { value: "no" }, "Go back"), h("button", { value: "yes", class: tone }, yes)));
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"));
     show(dialog);
   });
 }
 
-/** A secret, the one time that it can be seen. */
+/** Show a secret, which can't be shown again. */
 export function shownOnce(title, why, secret, then) {
   const dialog = h("dialog", { "aria-labelledby": "made" },
     h("h2", { id: "made" }, title), h("p", {}, why), copyable(secret),
@@ -116,7 +116,7 @@ export function show(dialog) {
   dialog.showModal();
 }
 
-/** Text to take along. Browsers lend the clipboard only over https and on localhost: elsewhere the text is selected by hand. */
+/** Text with a button that copies it. Browsers allow this only over https and on localhost; elsewhere the text is selected by hand. */
 export function copyable(text) {
   const pre = h("pre", { tabindex: "0" }, text);
   if (!navigator.clipboard) return h("div", {}, pre);

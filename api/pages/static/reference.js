@@ -1,4 +1,4 @@
-// The API's own document, drawn: every operation with its parameters, body, examples and answers. Nothing is loaded from elsewhere.
+// The API's reference from its OpenAPI document: every operation with its parameters, body, examples and answers.
 
 import { fill, h } from "./dom.js";
 
@@ -18,49 +18,49 @@ function start(api) {
     main,
     h("h1", {}, `${api.info.title} ${api.info.version}`),
     prose(api.info.description),
-    h("p", {}, h("a", { href: "/openapi.json" }, "openapi.json"), " is the document this page shows."),
-    tags.map((tag) => h("section", { id: idOf(tag) }, h("h2", {}, tag), byTag.get(tag).map((one) => drawn(api, one)))),
-    h("section", { id: "schemas" }, h("h2", {}, "Schemas"), Object.entries(api.components.schemas).map(([name, one]) => schema(name, one))),
+    h("p", {}, h("a", { href: "/openapi.json" }, "openapi.json"), " is the document that this page shows."),
+    tags.map((tag) => h("section", { id: idOf(tag) }, h("h2", {}, tag), byTag.get(tag).map((operation) => drawn(api, operation)))),
+    h("section", { id: "schemas" }, h("h2", {}, "Schemas"), Object.entries(api.components.schemas).map(([name, definition]) => schema(name, definition))),
   );
   if (location.hash) document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
 }
 
-function drawn(api, one) {
-  const body = one.requestBody?.content;
+function drawn(api, operation) {
+  const body = operation.requestBody?.content;
   return h(
     "details",
-    { class: "card", id: one.operationId },
-    h("summary", {}, h("strong", {}, one.method), " ", h("code", {}, one.path), " ", one.summary),
-    prose(one.description),
-    one.security ? h("p", { class: "quiet" }, "Needs an API key: ", h("code", {}, "Authorization: Bearer np_…")) : null,
-    rows("Parameters", ["name", "in", "type", "meaning"], (one.parameters ?? []).map((given) => [
+    { class: "card", id: operation.operationId },
+    h("summary", {}, h("strong", {}, operation.method), " ", h("code", {}, operation.path), " ", operation.summary),
+    prose(operation.description),
+    operation.security ? h("p", { class: "quiet" }, "Needs an API key: ", h("code", {}, "Authorization: Bearer np_…")) : null,
+    rows("Parameters", ["name", "in", "type", "meaning"], (operation.parameters ?? []).map((given) => [
       h("code", {}, given.name + (given.required ? " *" : "")), given.in, typeOf(given.schema), given.description ?? given.schema?.description ?? "",
     ])),
     body ? Object.entries(body).map(([media, said]) => [
       h("h3", {}, "Body: ", media, " ", typeOf(said.schema)),
       Object.values(said.examples ?? {}).map((example) => [h("p", {}, example.summary), json(example.value)]),
     ]) : null,
-    rows("Answers", ["status", "meaning", "shape"], Object.entries(one.responses).map(([status, said]) => [
+    rows("Answers", ["status", "meaning", "shape"], Object.entries(operation.responses).map(([status, said]) => [
       h("code", {}, status), said.description, typeOf(Object.values(said.content ?? {})[0]?.schema),
     ])),
   );
 }
 
-function schema(name, one) {
-  const required = new Set(one.required ?? []);
+function schema(name, definition) {
+  const required = new Set(definition.required ?? []);
   return h(
     "details",
     { class: "card", id: `schema-${name}` },
     h("summary", {}, h("code", {}, name)),
-    prose(one.description),
-    rows("Fields", ["name", "type", "meaning"], Object.entries(one.properties ?? {}).map(([field, said]) => [
+    prose(definition.description),
+    rows("Fields", ["name", "type", "meaning"], Object.entries(definition.properties ?? {}).map(([field, said]) => [
       h("code", {}, field + (required.has(field) ? " *" : "")), typeOf(said), said.description ?? "",
     ])),
-    one.enum ? h("p", {}, one.enum.join(", ")) : null,
+    definition.enum ? h("p", {}, definition.enum.join(", ")) : null,
   );
 }
 
-/** A type in words; what has a schema of its own is a link to it. */
+/** A type in words, with a link where it has a schema of its own. */
 function typeOf(said) {
   if (!said) return "";
   if (said.$ref) {
@@ -70,7 +70,7 @@ function typeOf(said) {
   if (said.const !== undefined) return h("code", {}, JSON.stringify(said.const));
   if (said.enum) return said.enum.map((value) => JSON.stringify(value)).join(" | ");
   const several = said.anyOf ?? said.oneOf;
-  if (several) return several.map((one, index) => [index ? " | " : "", typeOf(one)]);
+  if (several) return several.map((choice, index) => [index ? " | " : "", typeOf(choice)]);
   if (said.type === "array") return ["list of ", typeOf(said.items)];
   return [said.type ?? "anything", said.format ? ` (${said.format})` : "", said.default === undefined ? "" : `, else ${JSON.stringify(said.default)}`];
 }
@@ -84,11 +84,11 @@ function rows(title, heads, lines) {
   ];
 }
 
-const prose = (text) => (text ?? "").trim().split(/\n\s*\n/).filter(Boolean).map((one) => h("p", {}, one));
+const prose = (text) => (text ?? "").trim().split(/\n\s*\n/).filter(Boolean).map((paragraph) => h("p", {}, paragraph));
 const json = (value) => h("pre", {}, JSON.stringify(value, null, 2));
 const idOf = (tag) => `part-${tag.replaceAll(" ", "-")}`;
 
 fetch("/openapi.json")
   .then((answer) => answer.json())
   .then(start)
-  .catch(() => fill(main, h("p", { class: "notice bad" }, "The API's document could not be read. Is the service up?")));
+  .catch(() => fill(main, h("p", { class: "notice bad" }, "openapi.json could not be read. Check that the service runs.")));

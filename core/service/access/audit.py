@@ -31,7 +31,7 @@ class AuditLog:
             connection.execute(insert(audit_log).values(at=db_now(), **line))
 
     def prune(self, older_than_s: float) -> int:
-        """Delete lines that are older, and than 30 days too: the database refuses to lose younger ones."""
+        """Delete lines older than this, and at least 30 days old: a trigger in the database refuses to delete younger ones."""
         old = audit_log.c.at < db_now(-max(older_than_s, LEAST_KEPT_S))
         few = select(audit_log.c.id).where(old).limit(_BATCH)
         with statement(self._engine) as connection:

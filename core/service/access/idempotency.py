@@ -17,7 +17,7 @@ from nightpress.core.ids import new_id
 from nightpress.core.service.tables.jobs import idempotency_keys
 
 KEPT_S = 24 * 3600.0
-_LOCKED_S = 120.0  #: a request whose process died is not being answered any more after so long
+_LOCKED_S = 120.0  #: seconds after which a request counts as dead: its process died
 _columns = idempotency_keys.c
 
 
@@ -32,7 +32,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Answered:
-    """What the request came to. `body` is None where it showed a secret, which is never kept."""
+    """The stored answer. `body` is None where it held a secret, which is never stored."""
 
     status: int
     headers: Mapping[str, str]

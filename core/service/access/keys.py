@@ -37,7 +37,7 @@ ALL_SCOPES = frozenset(
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 #: np_ + id + "_" + 32 random bytes as base64url + their CRC, so that a scanner or a typo is told without a database
 _SHAPE = re.compile(r"np_([a-z0-9]{8})_([A-Za-z0-9_-]{43})([0-9a-f]{6})")
-_CACHE_S = 5.0  #: for so long a key works on after it was revoked
+_CACHE_S = 5.0  #: seconds that a revoked key may still work in this process
 _CACHE_SIZE = 10_000
 _TOUCH_S = 60.0
 _TOUCH_WAIT_S = 0.2  #: for a lock: the request that the key came with may have to wait for the same one

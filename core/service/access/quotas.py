@@ -1,4 +1,4 @@
-"""What a tenant may use, and what it does use. Decided in SQL, and closed where SQL doesn't answer. 0 always means: no bound."""
+"""Quotas: what a tenant may use and what it uses. SQL decides; if SQL doesn't answer, the request is refused. 0 means: no bound."""
 
 import datetime as dt
 import threading

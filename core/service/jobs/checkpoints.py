@@ -58,7 +58,7 @@ class CheckpointIndex:
             return connection.execute(taken).scalar_one_or_none() is not None
 
     def files(self, digest: str) -> dict[str, StoredFile]:
-        """What is stored of a prefix, by path."""
+        """The stored files of a prefix, by path."""
         columns = checkpoint_files.c
         query = select(columns.path, columns.size, columns.sha256, columns.step, columns.job_id)
         with transaction(self._engine, read_only=True) as connection:
@@ -91,14 +91,14 @@ class CheckpointIndex:
             connection.execute(update(checkpoints).where(checkpoints.c.digest == digest).values(size=left))
 
     def due(self, older_than_s: float) -> list[str]:
-        """Prefixes that no unfinished job wrote and that nobody used for so long."""
+        """Prefixes that no unfinished job wrote and that no job has used within this time."""
         job_lives = exists().where(jobs.c.id == checkpoints.c.job_id, jobs.c.state.in_(_LIVE_STATES))
         query = select(checkpoints.c.digest).where(checkpoints.c.used_at < db_now(-older_than_s), ~job_lives)
         with transaction(self._engine, read_only=True) as connection:
             return list(connection.execute(query.limit(_PRUNE_BATCH)).scalars())
 
     def prune(self, digest: str, older_than_s: float) -> None:
-        """The files of a prefix are gone from storage. Whoever began to use it meanwhile keeps its row, and finds no files."""
+        """Forget a prefix whose files were deleted. An attempt that began to use it meanwhile keeps its row, and finds no files."""
         unused = checkpoints.c.used_at < db_now(-older_than_s)
         with transaction(self._engine) as connection:
             connection.execute(delete(checkpoints).where(checkpoints.c.digest == digest, unused))

@@ -160,7 +160,7 @@ def some_have_caps() -> Select[Any]:
 
 
 def _best_job(*, oldest: bool) -> ScalarSelect[Any]:
-    """That tenant's oldest job of that priority which no other worker is claiming at this very moment."""
+    """The tenant's oldest job of that priority whose row no other worker has locked."""
     return (
         select(_columns.id)
         .where(*_FITS, tuple_(_columns.tenant_id, _columns.priority) == whose_turn(oldest=oldest).scalar_subquery())

@@ -1,4 +1,4 @@
-"""How far each of some jobs has come: what a process asks once for all the streams it feeds."""
+"""The positions of several jobs, in one statement for all event streams of a process."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -25,7 +25,7 @@ from nightpress.core.service.tables.jobs import (
 )
 from nightpress.core.wire.jobs import JobState
 
-JOB_COLUMNS = tuple(jobs.c[one.name] for one in fields(Job))
+JOB_COLUMNS = tuple(jobs.c[field.name] for field in fields(Job))
 _COUNT_BOUND = 1000
 QUEUES: tuple[Queue, ...] = get_args(Queue)
 
@@ -48,14 +48,14 @@ class JobsWanted:
 
 
 class JobReader:
-    """The reading half of the job store."""
+    """Reads jobs. Nothing here changes a row."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._sqlite = engine.dialect.name == "sqlite"
 
     def get(self, tenant_id: str, job_id: str) -> Job | None:
-        """None also where the job is another tenant's."""
+        """None if there is no such job, or it belongs to another tenant."""
         query = select(*JOB_COLUMNS).where(jobs.c.id == job_id, jobs.c.tenant_id == tenant_id)
         with transaction(self._engine, read_only=True) as connection:
             row = connection.execute(query).one_or_none()
@@ -68,11 +68,11 @@ class JobReader:
 
         Raises NightpressError(invalid_request) for a cursor that isn't ours.
         """
-        query = select(*JOB_COLUMNS).where(*self._matching(tenant_id, wanted or JobsWanted()))
+        query = select(*JOB_COLUMNS).where(*self.matching(tenant_id, wanted or JobsWanted()))
         rows, following = newest_first(self._engine, query, jobs.c.created_at, jobs.c.id, cursor=cursor, limit=limit)
         return [job_of(row) for row in rows], following
 
-    def _matching(self, tenant_id: str, wanted: "JobsWanted") -> list[ColumnElement[bool]]:
+    def matching(self, tenant_id: str, wanted: "JobsWanted") -> list[ColumnElement[bool]]:
         found = [jobs.c.tenant_id == tenant_id, *(self._has_label(key, value) for key, value in wanted.labels.items())]
         if wanted.states:
             found.append(jobs.c.state.in_(wanted.states))
@@ -110,7 +110,7 @@ class JobReader:
 
     def artifacts(self, job_id: str) -> list[Artifact]:
         """What the job committed; empty until it has succeeded, and when it was pruned."""
-        query = select(*(job_artifacts.c[one.name] for one in fields(Artifact)))
+        query = select(*(job_artifacts.c[field.name] for field in fields(Artifact)))
         query = query.join_from(job_artifacts, jobs, jobs.c.id == job_artifacts.c.job_id)
         query = query.where(jobs.c.id == job_id, jobs.c.artifacts_state == "kept").order_by(job_artifacts.c.path)
         with transaction(self._engine, read_only=True) as connection:
@@ -122,8 +122,15 @@ class JobReader:
         with transaction(self._engine, read_only=True) as connection:
             return connection.execute(query).scalar_one_or_none()
 
+    def machine_faults(self, job_id: str) -> int:
+        """How many attempts of a job ended by a fault of their worker's machine, and so were not counted as failures."""
+        ended_so = (job_attempts.c.outcome == literal_column("'released'"), job_attempts.c.error.is_not(None))
+        query = select(func.count()).where(job_attempts.c.job_id == job_id, *ended_so)
+        with transaction(self._engine, read_only=True) as connection:
+            return int(connection.execute(query).scalar_one())
+
     def queues_with_work(self) -> dict[str, int]:
-        """How many jobs could run now, per queue that has any; counted up to a thousand."""
+        """The number of jobs that could run now, by queue. Counting stops at 1000; queues without any are left out."""
         counts = (
             select(
                 func.count(),
@@ -140,7 +147,7 @@ class JobReader:
         return {queue: count for queue, count in zip(QUEUES, row, strict=True) if count}
 
     def abandoned_attempts(self, *, older_than_s: float = 3600.0, limit: int = 100) -> list[tuple[str, int]]:
-        """Attempts that ended without winning so long ago that no zombie still writes: their files may be swept."""
+        """Attempts that ended without a result longer than `older_than_s` ago. No process writes their files any more: they may be deleted."""
         columns = job_attempts.c
         query = select(columns.job_id, columns.number).where(
             literal_column("outcome <> 'succeeded' AND NOT swept"), columns.finished_at < db_now(-older_than_s)
@@ -149,7 +156,7 @@ class JobReader:
             return [(job_id, number) for job_id, number in connection.execute(query.limit(limit))]
 
     def queues(self) -> list[QueueLoad]:
-        """What waits and what runs in each queue, from the partial indexes of both."""
+        """The number of queued and running jobs of each queue, read from their partial indexes."""
         now = db_now()
         queued = (
             select(jobs.c.queue, func.count(), func.min(case((jobs.c.run_after <= now, jobs.c.created_at))), now)

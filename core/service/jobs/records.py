@@ -1,4 +1,4 @@
-"""What goes into the job store and what comes out: frozen records, no behaviour."""
+"""The records that the job store takes and returns."""
 
 import datetime as dt
 from dataclasses import dataclass, field

@@ -49,4 +49,4 @@ def copy_result(connection: Connection, origin: str, job_id: str) -> None:
     connection.execute(insert(job_reports).values(job_id=job_id, report=report, files=row["files"]))
     metrics = connection.execute(select(job_metrics).where(job_metrics.c.job_id == origin)).mappings().all()
     if metrics:
-        connection.execute(insert(job_metrics), [{**one, "job_id": job_id} for one in metrics])
+        connection.execute(insert(job_metrics), [{**metric, "job_id": job_id} for metric in metrics])

@@ -1,4 +1,4 @@
-"""Old jobs and their artifacts go, in small batches: first out of sight, then their files, then their rows.
+"""Removes old jobs and their artifacts in small batches: first hidden, then their files are deleted, then their rows.
 
 In that order nothing dangles and nothing leaks: what a reader is shown has its files, and what a killed process left half done is
 found again by its rows. Kept whatever their age: what a model name's pointer stands on, what a schedule's last job made, and what
@@ -27,7 +27,7 @@ class JobRetention:
         self._objects = objects
 
     def prune_artifacts(self, older_than_s: float) -> int:
-        """Take the artifacts from jobs that ended so long ago. Their reports stay. Returns how many lost theirs."""
+        """Delete the artifacts of jobs that ended at least this long ago. Their reports stay. Returns the number of jobs."""
         mine = exists().where(job_artifacts.c.job_id == _columns.id)
         old = (_columns.finished_at < db_now(-older_than_s), _columns.artifacts_state == "kept", mine)
         for job_id in self._find(*old):
@@ -38,7 +38,7 @@ class JobRetention:
         return len(going)
 
     def prune_jobs(self, older_than_s: float) -> int:
-        """Delete jobs that ended so long ago, with all that is known of them. Returns how many."""
+        """Delete jobs that ended at least this long ago, with everything that belongs to them. Returns how many."""
         self.prune_artifacts(older_than_s)
         bare = ~exists().where(job_artifacts.c.job_id == _columns.id)
         found = self._find(_columns.finished_at < db_now(-older_than_s), bare)
@@ -79,7 +79,7 @@ class JobRetention:
 
 
 def _still_unneeded(connection: Connection, job_id: str) -> bool:
-    """Asked again under a lock on the row, which whoever points at it or reuses it must take too."""
+    """Check again under a lock on the row. Promotions and reuse take the same lock."""
     locked = connection.execute(select(_columns.id).where(_columns.id == job_id).with_for_update()).one_or_none()
     wanted = select(_columns.id).where(_columns.id == job_id, _columns.state.in_(sorted(TERMINAL_STATES)), ~_is_kept())
     return locked is not None and connection.execute(wanted).one_or_none() is not None

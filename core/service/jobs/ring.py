@@ -16,7 +16,7 @@ from nightpress.core.tracing import span, traceparent
 
 RING_TASK: Final = "nightpress.ring"
 QUEUES: Final = ("cpu", "gpu", "control")
-_RING_LIFE_S: Final = 60  #: a ring nobody heard for so long is stale: the control process has rung again
+_RING_LIFE_S: Final = 60  #: seconds after which an unread ring expires: the control process has rung again
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 15.0
 _REST_S: Final = 0.02  #: between rings: hundreds of submissions a second need fifty rings, not hundreds
@@ -55,7 +55,7 @@ def make_celery(settings: Settings) -> Celery:
 
 
 class Ringer:
-    """Rings queues in the background. Rings of a queue that wait to be sent are one ring."""
+    """Rings queues in the background. Several pending rings of one queue are sent as one."""
 
     def __init__(self, settings: Settings) -> None:
         self._app = make_celery(settings)
@@ -73,7 +73,7 @@ class Ringer:
                 self._changed.notify()
 
     def close(self) -> None:
-        """Send what waits if the broker answers, then stop."""
+        """Send the pending rings if the broker answers, then stop."""
         with self._changed:
             self._closed = True
             self._changed.notify()

@@ -1,4 +1,4 @@
-"""The workers that there are, what each does now, and which there have been lately."""
+"""Workers: those that live, what each does now, and which were seen lately."""
 
 import datetime as dt
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from nightpress.core.service.jobs.records import Job, Worker, WorkerState
 from nightpress.core.service.jobs.states import QUEUED
 from nightpress.core.service.tables.jobs import IS_LEASED, jobs, workers
 
-WORKER_LOST_S = 30.0  #: a worker not seen for so long is shown as lost
+WORKER_LOST_S = 30.0  #: seconds without a heartbeat after which a worker is shown as lost
 _TOLD = (
     "host",
     "queue",
@@ -26,20 +26,20 @@ _TOLD = (
     "gpu_memory_used",
 )
 LOST_SHOWN_S = 3600.0  #: and no longer than this
-#: So long the fleet remembers who was there: a week, since a GPU may be there by night or on workdays alone, or start when a job waits for it.
+#: How long the fleet remembers a worker. A week: a GPU may be there at night or on workdays only, or start when a job waits for it.
 FLEET_MEMORY_S = 7 * 24 * 3600.0
-UNSERVED_S = 3600.0  #: a queued job says that no worker could have taken it for so long
+UNSERVED_S = 3600.0  #: seconds without a worker that could take a job, after which the job says so
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """The kinds of workers that there have been lately."""
+    """The kinds of workers that were seen lately."""
 
     seats: tuple[Seat, ...]
     at: dt.datetime  #: the database's time
 
     def unserved_s(self, queue: Queue, needs_memory: int = 0, needs_gpu_memory: int = 0) -> float | None:
-        """For how long no worker that could hold such a job has been there; None: for longer than the fleet remembers."""
+        """Seconds since a worker was seen that could hold such a job. None: longer ago than the fleet remembers."""
         seen = [
             seat.seen_s for seat in self.seats if seat.queue == queue and seat.holds(needs_memory, needs_gpu_memory)
         ]

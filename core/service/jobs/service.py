@@ -41,7 +41,7 @@ class DataSets(Protocol):
     def get(self, tenant_id: str, id_or_name: str) -> DataSetView: ...
 
 
-class _Briefly(Generic[Value]):
+class _RecentAnswers(Generic[Value]):
     """Answers remembered for a few seconds, so that a burst of submissions asks SQL once. Errors are not remembered."""
 
     def __init__(self, seconds: float, size: int = 256) -> None:
@@ -73,8 +73,8 @@ class JobService:
         self._data_sets = data_sets
         self._quotas = quotas
         self._settings = settings
-        self._planned: _Briefly[_Planned] = _Briefly(3.0)
-        self._fleet: _Briefly[Fleet] = _Briefly(3.0, size=1)
+        self._planned: _RecentAnswers[_Planned] = _RecentAnswers(3.0)
+        self._fleet: _RecentAnswers[Fleet] = _RecentAnswers(3.0, size=1)
 
     def submit(
         self, tenant_id: str, wanted: JobCreate, idempotency_key: str | None = None, *, key_id: str | None = None
@@ -91,23 +91,23 @@ class JobService:
         try:
             new = self._resolve(tenant_id, wanted, key_id)
         except NightpressError:
-            # What made the job may be gone by now; the job itself is not.
-            job = self._store.replay(tenant_id, idempotency) if idempotency else None
+            # The model or recipe may be deleted by now; the job that they made is still there.
+            job = self._store.submission.replay(tenant_id, idempotency) if idempotency else None
             if job is None:
                 raise
             return job, False
         job, created = self._admit(new, idempotency)
         if created and wanted.reuse and not wanted.force:
-            job = self._store.reuse(job)
+            job = self._store.requests.reuse(job)
         return job, created
 
     def submit_all(self, tenant_id: str, wanted: Sequence[JobCreate], *, key_id: str | None = None) -> list[Job]:
         """Write jobs, all or none. Raises what `submit` would, with each job's fault by its place in `faults`."""
         news: list[NewJob] = []
         refusals: list[tuple[int, NightpressError]] = []
-        for index, one in enumerate(wanted):
+        for index, request in enumerate(wanted):
             try:
-                news.append(self._resolve(tenant_id, one, key_id))
+                news.append(self._resolve(tenant_id, request, key_id))
             except NightpressError as error:
                 if error.kind.retryable:
                     raise
@@ -127,10 +127,10 @@ class JobService:
         self._quotas.check_storage(tenant_id)
         if any(new.queue == "gpu" for new in news):
             self._quotas.check_gpu(tenant_id)
-        made = self._store.submit_all(news, max_queued=quotas.max_queued_jobs or NO_BOUND)
+        made = self._store.submission.submit_all(news, max_queued=quotas.max_queued_jobs or NO_BOUND)
         return [
-            self._store.reuse(job) if one.reuse and not one.force else job
-            for job, one in zip(made, wanted, strict=True)
+            self._store.requests.reuse(job) if request.reuse and not request.force else job
+            for job, request in zip(made, wanted, strict=True)
         ]
 
     def check(self, tenant_id: str, wanted: JobRequest) -> None:
@@ -142,11 +142,11 @@ class JobService:
         return make_plan(recipe, self._models.header(model_id), self.fleet().seats)
 
     def fleet(self) -> Fleet:
-        """The workers that there have been lately, as of the last seconds."""
-        return self._fleet.get("fleet", self._store.fleet)
+        """The workers seen lately. The answer may be some seconds old."""
+        return self._fleet.get("fleet", self._store.roster.fleet)
 
     def fingerprint(self, tenant_id: str, wanted: JobRequest) -> str:
-        """Of all that would decide the result of this job if it was submitted now. Raises what `check` raises, but cannot_fit."""
+        """The fingerprint that this job would have if it was submitted now. Raises what `check` raises, except cannot_fit."""
         return self._look_up(tenant_id, wanted).fingerprint
 
     def retry(self, tenant_id: str, job_id: str, *, key_id: str | None = None) -> Job:
@@ -154,7 +154,7 @@ class JobService:
 
         Raises NightpressError: not_found, conflict (it hasn't ended), quota_exceeded.
         """
-        old = self._store.get(tenant_id, job_id)
+        old = self._store.reader.get(tenant_id, job_id)
         if old is None:
             raise NightpressError(ErrorCode.NOT_FOUND, "There is no such job.", hint="GET /v1/jobs lists yours.")
         if not is_terminal(old.state):
@@ -198,7 +198,7 @@ class JobService:
             self._quotas.check_gpu(new.tenant_id)
         with span("submit", {"nightpress.tenant": new.tenant_id, "nightpress.queue": new.queue}) as here:
             traced = replace(new, traceparent=traceparent())
-            job, created = self._store.submit(
+            job, created = self._store.submission.submit(
                 traced, idempotency=idempotency, max_queued=quotas.max_queued_jobs or NO_BOUND
             )
             here.set_attributes({"nightpress.job_id": job.id})
@@ -230,7 +230,7 @@ class JobService:
         )
 
     def _look_up(self, tenant_id: str, wanted: JobRequest) -> "_Resolved":
-        """What the names mean now. They are asked for each time: a name means other weights as soon as these are registered."""
+        """Resolve the names of model and data sets. Nothing is remembered: a name means other weights as soon as these are registered."""
         recipe = get_recipe(wanted.recipe) if isinstance(wanted.recipe, str) else parse_recipe(wanted.recipe)
         model = self._ready_model(tenant_id, wanted.model)
         planned = self._planned.get((model.id, recipe.model_dump_json()), lambda: self._make_plan(model.id, recipe))
@@ -243,7 +243,10 @@ class JobService:
             model_digest=str(model.digest),
             plan=plan,
             recipe=recipe.model_dump(mode="json"),
-            data={name: {"id": one.id, "name": one.name, "digest": one.digest} for name, one in data.items()},
+            data={
+                name: {"id": data_set.id, "name": data_set.name, "digest": data_set.digest}
+                for name, data_set in data.items()
+            },
         )
 
     def _make_plan(self, model_id: str, recipe: Recipe) -> "_Planned":
@@ -261,7 +264,7 @@ class JobService:
         return data_set
 
     def _check_fit(self, plan: Plan) -> None:
-        """Refuse what no worker could ever hold. Where none is known to compare with, one that is large enough may still come."""
+        """Refuse a job that no known worker could ever hold. With no worker known, a large enough one may still start."""
         assert plan.estimate is not None
         seats = [seat for seat in self.fleet().seats if seat.queue == plan.queue]
         need, gpu_need = plan.estimate.memory_bytes, plan.estimate.gpu_bytes
@@ -277,7 +280,7 @@ class JobService:
                 needs=gpu_need,
                 largest=largest_gpu,
             )
-        fitting = next((one for one in plan.estimate.leaner if one.memory_bytes <= largest), None)
+        fitting = next((variant for variant in plan.estimate.leaner if variant.memory_bytes <= largest), None)
         advice = "Start a" if fitting is None else f"Give the recipe {fitting.change}, or start a"
         raise NightpressError(
             ErrorCode.CANNOT_FIT,
@@ -288,21 +291,21 @@ class JobService:
         )
 
 
-def _must_be_ready(noun: str, one: ModelView | DataSetView) -> None:
+def _must_be_ready(noun: str, model: ModelView | DataSetView) -> None:
     says = {
         "uploading": ("still being uploaded", "Complete its upload first."),
         "fetching": ("still being fetched", "Wait until it is ready."),
         "verifying": ("still being verified", "Wait until it is ready."),
         "failed": ("not usable", "Its `error` says why. Register it again."),
     }
-    if one.state != "ready":
-        state, hint = says[one.state]
-        raise NightpressError(ErrorCode.CONFLICT, f"The {noun} {one.name} is {state}.", hint=hint, state=one.state)
+    if model.state != "ready":
+        state, hint = says[model.state]
+        raise NightpressError(ErrorCode.CONFLICT, f"The {noun} {model.name} is {state}.", hint=hint, state=model.state)
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """What a recipe comes to on a model, with the fleet of the last seconds."""
+    """The plan of a recipe for a model and the workers seen lately."""
 
     header: ModelHeader
     plan: Plan
@@ -336,19 +339,23 @@ def _planned(plan: Plan) -> dict[str, Any]:
 
 
 def _fingerprint(model_digest: str, recipe: dict[str, Any], data: dict[str, dict[str, Any]]) -> str:
-    """Of all that decides a job's result, but where it runs: `JobStore.reuse` looks at that. What a recipe is called decides nothing."""
+    """A digest of everything that decides a job's result. The device is not in it (`JobRequests.reuse` compares that), nor is the recipe's name."""
     says = {key: value for key, value in recipe.items() if key not in {"name", "version", "description", "device"}}
-    digests = {name: one["digest"] for name, one in data.items()}
+    digests = {name: entry["digest"] for name, entry in data.items()}
     body = {"model": model_digest, "recipe": says, "data": digests, "engine": ENGINE}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _check_labels(recipe: Recipe, header: ModelHeader, data: dict[str, DataSetView]) -> None:
-    for one in recipe.evaluate:
-        if isinstance(one, Quality) and one.metric == "accuracy" and not (one.data in data and data[one.data].labelled):
+    for measure in recipe.evaluate:
+        if (
+            isinstance(measure, Quality)
+            and measure.metric == "accuracy"
+            and not (measure.data in data and data[measure.data].labelled)
+        ):
             raise NightpressError(
                 ErrorCode.INVALID_DATA,
-                f"evaluate: accuracy needs labels, and {one.data} has none.",
+                f"evaluate: accuracy needs labels, and {measure.data} has none.",
                 hint="Name a data set of rows with `text` and `label`.",
             )
     for step in recipe.passes:

@@ -40,7 +40,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.ids import new_id
 from nightpress.core.service.access.idempotency import mismatch
 from nightpress.core.service.access.quotas import NO_BOUND
-from nightpress.core.service.jobs.queries import JOB_COLUMNS, QUEUES, JobReader, job_of
+from nightpress.core.service.jobs.queries import JOB_COLUMNS, QUEUES, job_of
 from nightpress.core.service.jobs.records import Idempotency, Job, NewJob
 from nightpress.core.service.jobs.states import QUEUED
 from nightpress.core.service.tables.jobs import IS_QUEUED, idempotency_keys, job_events, jobs
@@ -70,7 +70,7 @@ _GIVEN = (
     "run_limit_s",
     "stall_s",
 )
-#: So many submissions of one process go in uncounted, within so many seconds, after a count that found more than `_NEAR` places free.
+#: After a count that found more than `_NEAR` free places, a process may write this many submissions within this many seconds without counting.
 _ALLOWANCE = 64
 _ALLOWANCE_S = 2.0
 #: With fewer places free, a tenant's submissions are counted one after the other.
@@ -84,7 +84,7 @@ class _Allowance:
 
 
 class _QuotaGauge:
-    """Spares most submissions the count of what is queued, far from a tenant's quota.
+    """Saves most submissions from counting the queued jobs, as long as the tenant is far from its quota.
 
     A process has at most `_ALLOWANCE` uncounted submissions to give and as many in flight, whatever other processes do. So sixteen
     processes together stay below `_NEAR`, and a tenant can't pass its quota, unless `_NEAR` jobs come within `_ALLOWANCE_S`.
@@ -109,11 +109,12 @@ class _QuotaGauge:
             self._allowances[tenant_id] = _Allowance(_ALLOWANCE, until=time.monotonic() + _ALLOWANCE_S)
 
 
-class JobSubmitter(JobReader):
-    """The submitting part of the job store."""
+class JobSubmission:
+    """Writes queued jobs."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
+        self._engine = engine
+        self._sqlite = engine.dialect.name == "sqlite"
         self._gauge = _QuotaGauge()
 
     def submit(self, new: NewJob, *, idempotency: Idempotency | None = None, max_queued: int) -> tuple[Job, bool]:

@@ -9,7 +9,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 
 @dataclass
 class Claim:
-    """Held by one process. `note` counts the bytes that went through, and ends the work once the right is lost."""
+    """One process holds it. `note` counts the transferred bytes, and raises when the claim is lost."""
 
     row_id: str
     claim_id: str

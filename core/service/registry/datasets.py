@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.engine import Connection
 
-from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.files import storage_errors
 from nightpress.core.artifacts.storage import OnBytes
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import FileEntry
@@ -85,14 +85,14 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
         if not path.is_file():
             raise _no_file(raw)
         kind_of(path.name)
-        with disk_errors(raw):
+        with storage_errors(raw):
             size = path.stat().st_size
         return self._register(tenant_id, name, path, size)
 
     def _examine_path(self, path: Path, on_bytes: OnBytes, *, at_once: bool = False) -> Taken:
         if not path.is_file():
             raise _no_file(str(path))
-        with disk_errors(str(path)):
+        with storage_errors(str(path)):
             check_size(self.noun, path.stat().st_size, self._limit)
             facts = _examine(path.name, _pieces(path), at_once=at_once)
         return describe_files(path.parent, {path.name: path}, on_bytes), facts
@@ -113,7 +113,7 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
 
     def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
         used = connection.scalars(select(jobs.c.data).where(jobs.c.tenant_id == tenant_id, live_jobs()))
-        return any(str(one.get("id")) == row_id for data in used for one in data.values())
+        return any(str(entry.get("id")) == row_id for data in used for entry in data.values())
 
     def _view(self, row: Row[Any]) -> DataSetView:
         return DataSetView(

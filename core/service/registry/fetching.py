@@ -19,7 +19,7 @@ from nightpress.core.sources.source import Listing, RemoteFile, Source, read_ste
 
 
 class FetchingRegistry(Registry[View]):
-    """A row is taken in by one process at a time, under a claim; whoever takes over goes on after the last file that is whole."""
+    """One process at a time takes a row in, under a claim. Another one that takes over continues after the last complete file."""
 
     def fetch(self, tenant_id: str, name: str, source_url: str, revision: str | None = None) -> View:
         """Note a model or data set that the control process will fetch. Raises invalid_request, path_not_allowed."""
@@ -70,7 +70,7 @@ class FetchingRegistry(Registry[View]):
         self._forget_if_deleted(row)
 
     def give_up(self, claim: Claim, error: NightpressError, *, older_than_s: float) -> bool:
-        """Fail what has been tried for so long. False: it is younger."""
+        """Fail a row that has been tried for longer than the patience allows. False: it has time left."""
         columns = self.table.c
         old = (columns.id == claim.row_id, columns.created_at < db_now(-older_than_s))
         with transaction(self._engine, read_only=True) as connection:
@@ -81,7 +81,7 @@ class FetchingRegistry(Registry[View]):
         return True
 
     def forget_superseded(self, older_than_s: float, *, limit: int = 100) -> int:
-        """Delete what was fetched so long ago and has a newer one of its name, but for what a job needs. Returns how many."""
+        """Delete fetched rows of at least this age that a newer row of the same name replaces, unless a job needs them. Returns how many."""
         table, newer = self.table, self.table.alias("newer")
         is_newer = (
             newer.c.tenant_id == table.c.tenant_id,
@@ -123,7 +123,7 @@ class FetchingRegistry(Registry[View]):
             if row.size == 0:
                 self._quotas.check_storage(row.tenant_id, claim.total)
             if listing.revision == row.revision:
-                have = {one["path"]: FileEntry.model_validate(one) for one in row.files}
+                have = {entry["path"]: FileEntry.model_validate(entry) for entry in row.files}
             else:
                 have = {}
                 self._store.delete_prefix(owner.prefix)
@@ -142,7 +142,7 @@ class FetchingRegistry(Registry[View]):
         return files, self._examine_stored(owner, files)
 
     def _note(self, row: Row[Any], claim: Claim, **columns: Any) -> None:
-        """Write how far it is. Raises cancelled where the claim is lost."""
+        """Write the progress. Raises cancelled if the claim is lost."""
         mine = (self.table.c.id == row.id, self.table.c.claim_id == claim.claim_id, self.table.c.deleted_at.is_(None))
         with transaction(self._engine) as connection:
             if not connection.execute(update(self.table).where(*mine).values(**columns)).rowcount:

@@ -66,7 +66,7 @@ class Intake:
             self._threads.submit(self._run, *found)
 
     def close(self) -> None:
-        """Stop what runs and give it back: another process goes on at once."""
+        """Stop running work and release its claims: another process continues at once."""
         with self._lock:
             running = list(self._running.values())
         for _, claim in running:

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.engine import Connection
 
-from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.files import storage_errors
 from nightpress.core.artifacts.storage import ObjectStore, OnBytes
 from nightpress.core.database import transaction
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -55,7 +55,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         return self._begin(tenant_id, request.name, request.files)
 
     def header(self, model_id: str) -> ModelHeader:
-        """What a plan needs to know. Whose model it is the caller has asked `get`. Raises not_found, conflict."""
+        """The header that a plan needs. The caller has checked the tenant with `get`. Raises not_found, conflict."""
         with transaction(self._engine, read_only=True) as connection:
             row = connection.execute(
                 select(models.c.name, models.c.state, models.c.header).where(
@@ -74,7 +74,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         path = resolve_path(raw, self._settings)
         if not path.is_dir():
             raise _no_folder(raw)
-        with disk_errors(raw):
+        with storage_errors(raw):
             sizes = self._files_at(path).names()
         check_names(sizes)
         return self._register(tenant_id, name, path, sum(sizes.values()))
@@ -89,7 +89,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
     def _examine_path(self, path: Path, on_bytes: OnBytes, *, at_once: bool = False) -> Taken:  # noqa: ARG002
         if not path.is_dir():
             raise _no_folder(str(path))
-        with disk_errors(str(path)):
+        with storage_errors(str(path)):
             files = self._files_at(path)
             sizes = files.names()
             check_size(self.noun, sum(sizes.values()), self._limit)
@@ -104,7 +104,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         return self._settings.max_model_bytes
 
     def _examine_stored(self, owner: Owner, files: Sequence[FileEntry], *, at_once: bool = False) -> dict[str, Any]:  # noqa: ARG002
-        return _facts(inspect_model(_StoredFiles(self._store, owner.prefix, {one.path: one.size for one in files})))
+        return _facts(inspect_model(_StoredFiles(self._store, owner.prefix, {file.path: file.size for file in files})))
 
     def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
         query = select(jobs.c.id).where(jobs.c.tenant_id == tenant_id, jobs.c.model_id == row_id, live_jobs()).limit(1)
@@ -125,7 +125,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
             model_type=row.model_type,
             task=row.task,
             parameters=row.parameters,
-            files=[FileView.model_validate(one) for one in row.files],
+            files=[FileView.model_validate(entry) for entry in row.files],
             error=row.error,
             created_at=row.created_at,
         )

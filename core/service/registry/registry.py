@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sqlalchemy import Engine, Row, Select, Table, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
-from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.files import storage_errors
 from nightpress.core.artifacts.storage import ObjectStore, OnBytes
 from nightpress.core.database import db_now, later_than, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -123,7 +123,7 @@ class Registry(ABC, Generic[View]):
         self._uploads.abandon(self._owner(row.id))
 
     def sweep_abandoned(self, older_than_s: float) -> int:
-        """Fail the uploads that nobody finished for so long, and delete what came of them. Returns how many."""
+        """Fail uploads that nobody completed within this time, and delete their files. Returns how many."""
         table = self.table
         with transaction(self._engine, read_only=True) as connection:
             rows = connection.execute(
@@ -137,7 +137,7 @@ class Registry(ABC, Generic[View]):
         return len(rows)
 
     def sweep_deleted(self, older_than_s: float, *, limit: int = 100) -> int:
-        """Delete once more the files of what was deleted or failed so long ago. Returns of how many.
+        """Delete again the files of rows that were deleted or failed at least this long ago. Returns the number of rows.
 
         Their rows say so before their files go: a process that was killed in between left some, and a slow one may have stored more.
         """
@@ -154,7 +154,7 @@ class Registry(ABC, Generic[View]):
 
     def _verify_upload(self, row: Row[Any], on_bytes: OnBytes, *, at_once: bool = False) -> Taken:
         owner = self._owner(row.id)
-        files = tuple(FileEntry.model_validate(one) for one in row.files)
+        files = tuple(FileEntry.model_validate(entry) for entry in row.files)
         self._uploads.finish(owner, on_bytes)
         return files, self._examine_stored(owner, files, at_once=at_once)
 
@@ -174,7 +174,7 @@ class Registry(ABC, Generic[View]):
     @property
     @abstractmethod
     def _limit(self) -> int:
-        """The most bytes of one."""
+        """The largest size allowed, in bytes."""
 
     @abstractmethod
     def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
@@ -270,7 +270,7 @@ class Registry(ABC, Generic[View]):
             )
 
     def _advance(self, row: Row[Any], **columns: Any) -> bool:
-        """From the state in which the row was read, and under the claim it then had. False if somebody else decided first."""
+        """Guarded by the state and the claim that the row had when it was read. False if another process was faster."""
         table = self.table
         same = (table.c.state == row.state, table.c.claim_id.is_not_distinct_from(row.claim_id))
         if columns["state"] in {"ready", "failed"}:
@@ -282,7 +282,7 @@ class Registry(ABC, Generic[View]):
             return won.rowcount == 1
 
     def _as_decided(self, tenant_id: str, owner: Owner) -> View:
-        """What another request made of it while this one verified the files."""
+        """The row as another request left it while this one verified the files."""
         try:
             row = self._find(tenant_id, owner.id)
         except NightpressError:
@@ -298,7 +298,7 @@ class Registry(ABC, Generic[View]):
 
 
 def made_ready(files: Sequence[FileEntry], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of one that is ready."""
+    """The columns of a row that is ready."""
     return {"state": "ready", "progress": 1.0, "digest": digest_of(list(files)), **described(files), **facts}
 
 
@@ -311,7 +311,7 @@ def dumped(files: Iterable[FileEntry]) -> list[dict[str, Any]]:
 
 
 def _note_unforeseen(error: Exception, noun: str, row_id: str) -> None:
-    """What nobody foresaw goes the way of what takes longer: the control process tries again, and comes to an end."""
+    """Treat an unforeseen error like work that takes longer: the control process tries again, and gives up after its patience."""
     if not isinstance(error, TakesLonger):
         log.error("The %s %s: an unexpected error", noun, row_id, exc_info=error)
 
@@ -333,7 +333,7 @@ def describe_files(root: Path, files: Mapping[str, Path], on_bytes: OnBytes) -> 
         on_bytes(found.size)
         return found
 
-    with disk_errors(str(root)), ThreadPoolExecutor(2) as pool:
+    with storage_errors(str(root)), ThreadPoolExecutor(2) as pool:
         return tuple(pool.map(describe, files))
 
 

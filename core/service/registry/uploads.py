@@ -1,4 +1,4 @@
-"""Files on their way in: opened at the store, sent in parts by the client, verified whole, and only then believed."""
+"""Uploads: opened at the object store, sent in parts by the client, and usable once the whole file is verified."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,7 +3,7 @@
 import logging
 import time
 
-from nightpress.core.artifacts.files import disk_errors
+from nightpress.core.artifacts.files import storage_errors
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.inspect import FolderFiles
 from nightpress.core.service.registry.models import ModelRegistry
@@ -69,7 +69,7 @@ class Bringer:
                 raise NightpressError(
                     ErrorCode.NOT_FOUND, f"There is no folder {raw} on the server.", hint="Name the model's folder."
                 )
-            with disk_errors(raw):
+            with storage_errors(raw):
                 files = FolderFiles(path)
                 lines = [
                     f"{name}\0{size}\0{files.path(name).stat().st_mtime_ns}" for name, size in files.names().items()

@@ -49,7 +49,7 @@ class Firing:
         for due in self._schedules.due(moment):
             fires = plan_fires(due, moment)
             if self._schedules.record_fires(due, fires, due.cron.next(moment)):
-                log.info("Schedule %s fired for %s.", due.id, ", ".join(f"{one:%Y-%m-%d %H:%M}Z" for one in fires))
+                log.info("Schedule %s fired for %s.", due.id, ", ".join(f"{fire:%Y-%m-%d %H:%M}Z" for fire in fires))
 
     def advance(self) -> None:
         """Decide each pending run. One that fails doesn't hold up the others."""
@@ -96,7 +96,7 @@ class Firing:
         for earlier, job_id in going:
             self._schedules.settle(earlier, "skipped", reason="replaced")
             if job_id is not None:
-                self._store.request_cancel(run.tenant_id, job_id)
+                self._store.requests.request_cancel(run.tenant_id, job_id)
         # The space keeps the key out of reach of clients, whose keys have none.
         # What nothing changed for isn't pressed again, unless a person asked for this run or said so in the schedule.
         reuse = run.cause == "cron" if run.job.reuse is None else run.job.reuse
@@ -108,7 +108,9 @@ class Firing:
             if job.state == "queued":
                 self._ring(job.queue)
         elif self._schedules.run(run.id).job_id != job.id:
-            self._store.request_cancel(run.tenant_id, job.id)  # replaced by a later run while this one submitted
+            self._store.requests.request_cancel(
+                run.tenant_id, job.id
+            )  # replaced by a later run while this one submitted
 
     def _is_same_work(self, run: PendingRun, last: LastRun) -> bool:
         """Whether a job for the model of the last run would do nothing new."""
@@ -132,6 +134,6 @@ def plan_fires(due: Due, now: dt.datetime) -> dict[dt.datetime, str | None]:
     if due.catch_up == "all":
         return dict.fromkeys(fires)
     if due.catch_up == "latest":
-        return {one: None if one == fires[-1] else "missed" for one in fires}
+        return {fire: None if fire == fires[-1] else "missed" for fire in fires}
     on_time = now - dt.timedelta(seconds=ON_TIME_S)
-    return {one: None if one >= on_time else "missed" for one in fires}
+    return {fire: None if fire >= on_time else "missed" for fire in fires}

@@ -72,8 +72,12 @@ def verify(secret: str, headers: Mapping[str, str], body: bytes, *, now: float |
     if sent_at is None or abs(moment - sent_at) > TOLERANCE_S:
         return False
     expected = _signature(secret, message_id, sent_at, body)
-    given = [one.removeprefix("v1,") for one in headers.get("webhook-signature", "").split() if one.startswith("v1,")]
-    return any(hmac.compare_digest(expected.encode(), one.encode()) for one in given)
+    given = [
+        signature.removeprefix("v1,")
+        for signature in headers.get("webhook-signature", "").split()
+        if signature.startswith("v1,")
+    ]
+    return any(hmac.compare_digest(expected.encode(), signature.encode()) for signature in given)
 
 
 def _signature(secret: str, message_id: str, timestamp: int, body: bytes) -> str:

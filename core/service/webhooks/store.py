@@ -141,7 +141,10 @@ class WebhookStore:
             row = connection.execute(one).one_or_none()
             if row is None:
                 raise _missing("delivery")
-            log = [AttemptView(**one._mapping) for one in connection.execute(tries.order_by(webhook_attempts.c.number))]
+            log = [
+                AttemptView(**attempt._mapping)
+                for attempt in connection.execute(tries.order_by(webhook_attempts.c.number))
+            ]
         return DeliveryView(**row._mapping, log=log)
 
     def redeliver(self, tenant_id: str, webhook_id: str, delivery_id: str) -> DeliveryView:
@@ -187,7 +190,7 @@ class WebhookStore:
             hook_id, generation = str(webhook[webhooks.c.id]), int(webhook[webhooks.c.generation])
             until = webhook[webhooks.c.previous_until]
             generations = [generation] + [generation - 1] * (until is not None and until > now)
-            secrets = tuple(self._keeper.secret(hook_id, one) for one in generations)
+            secrets = tuple(self._keeper.secret(hook_id, generation) for generation in generations)
             taken.append(Due(delivery_id, hook_id, webhook[webhooks.c.url], row[3], attempts + 1, secrets))
         return taken
 

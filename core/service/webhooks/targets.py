@@ -47,11 +47,11 @@ def check_target(url: str, allowed: Sequence[Network] = (), *, resolve: Resolve 
     if parts.username is not None or parts.password is not None:
         raise _refused("it holds a user name or password")
     try:
-        addresses = [ipaddress.ip_address(one.partition("%")[0]) for one in resolve(host, port)]
+        addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in resolve(host, port)]
     except (OSError, ValueError) as error:
         raise _refused(f"the name {host[:100]} has no address") from error
-    known = [_within(one, allowed) for one in addresses]
-    if not addresses or not all(mine or is_public(one) for mine, one in zip(known, addresses, strict=True)):
+    known = [_within(address, allowed) for address in addresses]
+    if not addresses or not all(mine or is_public(address) for mine, address in zip(known, addresses, strict=True)):
         raise _refused("it leads to a private or reserved address")
     if not all(known) and (parts.scheme != "https" or port not in PORTS):
         raise _refused("it must be https, on port 443 or 8443")

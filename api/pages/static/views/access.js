@@ -1,4 +1,4 @@
-// The key that is in use, and the tenant's others; for administrators another tenant's too.
+// The key in use and the tenant's other keys; for administrators also the keys of another tenant.
 
 import { change, get, post, replace } from "../api.js";
 import { fill, h } from "../dom.js";
@@ -7,7 +7,7 @@ import { badge, button, confirmed, empty, facts, field, heading, row, show, show
 import { QUOTAS, used } from "./tenants.js";
 
 const COLUMNS = ["Key", "State", "Scopes", "Made", "Expires", "Last used", ""];
-/** What a key that submits jobs and fetches results needs; more is given on purpose. */
+/** The scopes of a key that submits jobs and fetches results. Others must be chosen. */
 const USUAL = new Set(["jobs:read", "jobs:write", "models:read", "models:write"]);
 const OVERLAPS = [[0, "not at all"], [3600, "an hour"], [86_400, "a day"], [7 * 86_400, "a week"]];
 
@@ -18,18 +18,18 @@ export async function access(main, { signal, query, go }) {
   const again = () => go(address(tenant));
   fill(main, heading(tenant === me.tenant_id ? "Keys" : `Keys of ${tenant}`, me.scopes.includes("admin") ? h("a", { class: "button", href: "#/tenants" }, "Tenants and quotas") : null),
     h("section", { class: "card" }, h("h2", {}, "The key in use"),
-      facts([["Tenant", h("code", {}, me.tenant_id)], ["Key", h("code", {}, me.key_id)], ["It may", me.scopes.map((one) => h("span", { class: "label" }, one))],
+      facts([["Tenant", h("code", {}, me.tenant_id)], ["Key", h("code", {}, me.key_id)], ["It may", me.scopes.map((scope) => h("span", { class: "label" }, scope))],
         ...(me.usage ? QUOTAS.map((quota) => [quota[1].split(",")[0], used(quota, me.quotas, me.usage)]) : [])])),
     place);
   try {
     const page = await get("/v1/keys", { tenant_id: tenant, cursor: query.get("cursor"), limit: 50 }, signal);
     fill(place,
-      page.items.length === 0 ? empty("No keys.") : table("Keys", COLUMNS, page.items.map((one) => draw(one, me, again))),
+      page.items.length === 0 ? empty("No keys.") : table("Keys", COLUMNS, page.items.map((key) => draw(key, me, again))),
       page.next_cursor ? h("nav", { class: "pages", "aria-label": "Pages" }, h("a", { href: address(tenant, page.next_cursor) }, "More")) : null,
       make(me, tenant, again));
   } catch (error) {
     if (error.status !== 403 || tenant !== me.tenant_id) throw error;
-    fill(place, h("p", { class: "quiet" }, "A key with the scope keys:read sees the others, one with keys:write makes them."));
+    fill(place, h("p", { class: "quiet" }, "To see other keys you need the scope keys:read, to make keys keys:write."));
   }
 }
 
@@ -53,20 +53,20 @@ function draw(key, me, again) {
         shown(made, again);
       }, { tone: "small", label: `Rotate ${key.id}` }),
       button("Revoke", async () => {
-        if (!(await confirmed(`Revoke the key ${key.id}? ${own ? "You are signed in with it, and are shut out" : "Whoever uses it is shut out"} at once.`, "Revoke it"))) return;
+        if (!(await confirmed(`Revoke the key ${key.id}? ${own ? "You are signed in with it and lose access" : "Whoever uses it loses access"} at once.`, "Revoke it"))) return;
         await change("DELETE", `/v1/keys/${key.id}`);
         again();
       }, { tone: "small bad", label: `Revoke ${key.id}` })),
   ]);
 }
 
-/** For how many seconds the old key is to work beside its successor; null: no successor after all. */
+/** Ask for how many seconds the old key keeps working. Null: the rotation was cancelled. */
 function overlapOf(key) {
   const choice = h("select", {}, OVERLAPS.map(([seconds, text]) => h("option", { value: seconds, selected: seconds === 3600 }, text)));
   return new Promise((resolve) => {
     const dialog = h("dialog", { "aria-labelledby": "rotated" },
-      h("h2", { id: "rotated" }, `Rotate ${key.id}?`), h("p", {}, "Its successor has the same name, scopes and expiry."),
-      h("form", { method: "dialog" }, field("The old one works on for", choice),
+      h("h2", { id: "rotated" }, `Rotate ${key.id}?`), h("p", {}, "The new key has the same name, scopes and expiry."),
+      h("form", { method: "dialog" }, field("The old key keeps working for", choice),
         h("div", { class: "row" }, h("button", { value: "yes", class: "primary" }, "Make the new key"), h("button", { value: "no" }, "Cancel"))));
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes" ? Number(choice.value) : null));
     show(dialog);
@@ -76,16 +76,16 @@ function overlapOf(key) {
 function make(me, tenant, again) {
   const name = h("input", { maxlength: 100, placeholder: "ci", required: true });
   const days = h("input", { type: "number", min: 1, max: 3650, placeholder: "never" });
-  const scopes = me.scopes.map((one) => h("input", { type: "checkbox", value: one, id: `scope-${one}`, checked: USUAL.has(one) }));
+  const scopes = me.scopes.map((scope) => h("input", { type: "checkbox", value: scope, id: `scope-${scope}`, checked: USUAL.has(scope) }));
   const place = h("div");
   const form = h("form", { class: "card narrow" }, h("h2", {}, tenant === me.tenant_id ? "Make a key" : `Make a key for ${tenant}`), place, field("Name", name), field("Days until it expires", days),
-    h("fieldset", {}, h("legend", {}, "It may"), scopes.map((one) => h("p", { class: "check" }, one, h("label", { for: one.id }, one.value)))), h("button", {}, "Make it"));
+    h("fieldset", {}, h("legend", {}, "It may"), scopes.map((box) => h("p", { class: "check" }, box, h("label", { for: box.id }, box.value)))), h("button", {}, "Make it"));
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     try {
       const expires = days.value ? new Date(Date.now() + Number(days.value) * 86_400_000).toISOString() : null;
       shown((await post("/v1/keys", {
-        name: name.value.trim(), scopes: scopes.filter((one) => one.checked).map((one) => one.value),
+        name: name.value.trim(), scopes: scopes.filter((box) => box.checked).map((box) => box.value),
         ...(expires ? { expires_at: expires } : {}), ...(tenant === me.tenant_id ? {} : { tenant_id: tenant }),
       })).key, again);
     } catch (error) {
@@ -96,5 +96,5 @@ function make(me, tenant, again) {
 }
 
 function shown(key, then) {
-  shownOnce("The new key", "Copy it now: it is kept only as a hash and can't be shown again.", key, then);
+  shownOnce("The new key", "Copy it now: only its hash is stored, so it can't be shown again.", key, then);
 }

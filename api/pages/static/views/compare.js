@@ -1,4 +1,4 @@
-// Several jobs side by side: who is smaller, better and faster, and who is beaten in all three.
+// Several jobs side by side: which artifacts are smaller, better and faster, and which are beaten in everything.
 
 import { get } from "../api.js";
 import { scatter } from "../charts.js";
@@ -11,12 +11,12 @@ export async function compare(main, { signal, query, go }) {
   const ids = query.getAll("job");
   const picker = await choose(ids, signal, go);
   if (ids.length === 0) {
-    fill(main, heading("Compare"), empty("Nothing to compare yet.", h("p", {}, "Choose finished jobs below, or tick them in the list of jobs.")), picker);
+    fill(main, heading("Compare"), empty("Nothing to compare yet.", h("p", {}, "Choose finished jobs below, or in the list of jobs.")), picker);
     return;
   }
   const found = await Promise.allSettled(ids.map(async (id) => ({ job: id, report: (await get(`/v1/jobs/${encodeURIComponent(id)}/report`, {}, signal)).report })));
-  const reports = found.filter((one) => one.status === "fulfilled").map((one) => one.value);
-  const missing = found.flatMap((one, at) => (one.status === "rejected" ? [trouble(new Error(`${ids[at]}: ${one.reason.message}`))] : []));
+  const reports = found.filter((result) => result.status === "fulfilled").map((result) => result.value);
+  const missing = found.flatMap((result, at) => (result.status === "rejected" ? [trouble(new Error(`${ids[at]}: ${result.reason.message}`))] : []));
   if (reports.length === 0) {
     fill(main, heading("Compare"), missing, picker);
     return;
@@ -27,27 +27,27 @@ export async function compare(main, { signal, query, go }) {
   const sorted = [...all].sort((a, b) => a.dominated - b.dominated || a.size - b.size);
   fill(main,
     heading("Compare"), missing,
-    reports.length > 1 && new Set(reports.map((one) => one.report.model.digest)).size > 1 ? h("p", { class: "notice" }, "These jobs pressed different models: their quality figures may not mean the same.") : null,
-    h("p", { class: "quiet" }, "Grey: another is at least as good in size, quality and latency, and better in one."),
+    reports.length > 1 && new Set(reports.map((entry) => entry.report.model.digest)).size > 1 ? h("p", { class: "notice" }, "These jobs pressed different models. Their quality figures are perhaps not comparable.") : null,
+    h("p", { class: "quiet" }, "Grey: another artifact is at least as good in size, quality and latency, and better in at least one of them."),
     h("div", { class: "pair" },
-      measure ? scatter(`Size against ${words(measure)}`, "size, MB", words(measure), drawn(all, (one) => one.size / 1e6, (one) => one.quality)) : null,
-      all.every((one) => one.latency !== null) ? scatter("Size against latency", "size, MB", "latency, ms", drawn(all, (one) => one.size / 1e6, (one) => one.latency)) : null),
-    table("Artifacts and their sources", columns, sorted.map((one) => row(columns, [
-      h("span", {}, one.label, one.source ? null : h("small", { class: "quiet" }, " ", h("a", { href: `#/jobs/${one.job}` }, one.job))),
-      bytes(one.size), ...(measure ? [figure(one.quality)] : []), one.latency === null ? "–" : `${figure(one.latency)} ms`, one.dominated ? "beaten" : "best in its way",
-    ], { class: one.dominated ? "dominated" : "" }))),
+      measure ? scatter(`Size against ${words(measure)}`, "size, MB", words(measure), drawn(all, (point) => point.size / 1e6, (point) => point.quality)) : null,
+      all.every((point) => point.latency !== null) ? scatter("Size against latency", "size, MB", "latency, ms", drawn(all, (point) => point.size / 1e6, (point) => point.latency)) : null),
+    table("Artifacts and their sources", columns, sorted.map((point) => row(columns, [
+      h("span", {}, point.label, point.source ? null : h("small", { class: "quiet" }, " ", h("a", { href: `#/jobs/${point.job}` }, point.job))),
+      bytes(point.size), ...(measure ? [figure(point.quality)] : []), point.latency === null ? "–" : `${figure(point.latency)} ms`, point.dominated ? "beaten" : "not beaten",
+    ], { class: point.dominated ? "dominated" : "" }))),
     picker);
 }
 
 function drawn(all, x, y) {
-  return all.map((one) => ({ label: one.label, source: one.source, dominated: one.dominated, x: x(one), y: y(one) })).filter((one) => one.y !== null);
+  return all.map((point) => ({ label: point.label, source: point.source, dominated: point.dominated, x: x(point), y: y(point) })).filter((point) => point.y !== null);
 }
 
 async function choose(ids, signal, go) {
   const page = await get("/v1/jobs", { state: "succeeded", limit: 50 }, signal);
-  const others = page.items.filter((one) => !ids.includes(one.id));
+  const others = page.items.filter((job) => !ids.includes(job.id));
   if (others.length === 0) return null;
-  const select = h("select", { "aria-label": "Add a job" }, h("option", { value: "" }, "Add a job…"), others.map((one) => h("option", { value: one.id }, `${one.name || one.recipe.name} · ${one.model_name}`)));
+  const select = h("select", { "aria-label": "Add a job" }, h("option", { value: "" }, "Add a job…"), others.map((job) => h("option", { value: job.id }, `${job.name || job.recipe.name} · ${job.model_name}`)));
   select.addEventListener("change", () => go(`#/compare?${new URLSearchParams([...ids, select.value].map((id) => ["job", id]))}`));
   return h("p", {}, select);
 }

@@ -1,4 +1,4 @@
-// One job: what it does, what happened, what it wrote, what came out.
+// A job: its progress, events, log and result.
 
 import { download, get, post, stream } from "../api.js";
 import { bars, lines } from "../charts.js";
@@ -97,7 +97,7 @@ function told(data) {
 
 function recipe(now) {
   return [
-    h("ol", { class: "passes" }, now.recipe.passes.map((one) => h("li", {}, h("strong", {}, one.pass), " ", h("span", { class: "quiet" }, Object.entries(one).filter(([name, value]) => name !== "pass" && name !== "ignore" && value !== null).map(([name, value]) => `${words(name)} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(" · "))))),
+    h("ol", { class: "passes" }, now.recipe.passes.map((step) => h("li", {}, h("strong", {}, step.pass), " ", h("span", { class: "quiet" }, Object.entries(step).filter(([name, value]) => name !== "pass" && name !== "ignore" && value !== null).map(([name, value]) => `${words(name)} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(" · "))))),
     h("details", {}, h("summary", {}, "The whole recipe"), copyable(JSON.stringify(now.recipe, null, 2))),
   ];
 }
@@ -108,17 +108,17 @@ async function results(path, now, place, signal) {
   fill(place,
     h("section", { "aria-labelledby": "result" }, h("h2", { id: "result" }, "Before and after"), gates(report), comparison(report, subjects),
       h("div", { class: "pair" },
-        bars("Size", subjects.map((one) => ({ label: one.name, value: one.size_bytes, text: bytes(one.size_bytes), tone: one === report.source ? "pale" : "solid" }))),
-        subjects.every((one) => latency(one)) ? bars(`Latency, batch ${latency(report.source).batch} × ${latency(report.source).length} tokens`, subjects.map((one) => ({ label: one.name, value: latency(one).p50_ms, text: `${figure(latency(one).p50_ms)} ms`, tone: one === report.source ? "pale" : "solid" }))) : null),
+        bars("Size", subjects.map((subject) => ({ label: subject.name, value: subject.size_bytes, text: bytes(subject.size_bytes), tone: subject === report.source ? "pale" : "solid" }))),
+        subjects.every((subject) => latency(subject)) ? bars(`Latency, batch ${latency(report.source).batch} × ${latency(report.source).length} tokens`, subjects.map((subject) => ({ label: subject.name, value: latency(subject).p50_ms, text: `${figure(latency(subject).p50_ms)} ms`, tone: subject === report.source ? "pale" : "solid" }))) : null),
       curves(report)),
-    h("section", { "aria-labelledby": "artifacts" }, h("h2", { id: "artifacts" }, "Artifacts"), copyable(`nightpress pull ${now.id} --out pressed`), artifacts.items.map((one) => artifact(path, one, report))),
+    h("section", { "aria-labelledby": "artifacts" }, h("h2", { id: "artifacts" }, "Artifacts"), copyable(`nightpress pull ${now.id} --out pressed`), artifacts.items.map((item) => artifact(path, item, report))),
     h("p", { class: "row" },
       button("Save the report (HTML)", () => download(`${path}/report.html`, `${now.id}.html`)),
       button("Save the model card", () => download(`${path}/report.md`, `${now.id}.md`)),
       h("a", { class: "button", href: `#/compare?job=${now.id}` }, "Compare with other jobs")));
 }
 
-// How many times as fast as the source; a report of an earlier version has medians alone.
+// How many times as fast as the source. Reports of earlier versions have only medians.
 function times(found, base) {
   if (!found.speedup) return `${(base.p50_ms / found.p50_ms).toFixed(2)}×`;
   const { value, low, high, told_apart } = found.speedup;
@@ -126,48 +126,48 @@ function times(found, base) {
 }
 
 function gates(report) {
-  if (report.gates.length === 0) return h("p", { class: "quiet" }, "The recipe sets no gates: whatever verifies is accepted.");
-  return h("ul", { class: "gates" }, report.gates.map((one) => h("li", { class: one.passed ? "good" : "bad" },
-    h("strong", {}, one.passed ? "met" : "missed"), " ", h("code", {}, one.gate), " ", h("span", { class: "quiet" }, `${one.artifact}: ${one.explanation}`))));
+  if (report.gates.length === 0) return h("p", { class: "quiet" }, "The recipe has no gates: every verified result is accepted.");
+  return h("ul", { class: "gates" }, report.gates.map((gate) => h("li", { class: gate.passed ? "good" : "bad" },
+    h("strong", {}, gate.passed ? "met" : "missed"), " ", h("code", {}, gate.gate), " ", h("span", { class: "quiet" }, `${gate.artifact}: ${gate.explanation}`))));
 }
 
 function comparison(report, subjects) {
-  const measures = [...new Set(subjects.flatMap((one) => one.measurements.map((measure) => measure.name)))];
-  const shapes = [...new Set(subjects.flatMap((one) => one.timings.map((timing) => `${timing.batch} × ${timing.length}`)))];
-  const columns = ["Measure", ...subjects.map((one) => one.name)];
+  const measures = [...new Set(subjects.flatMap((subject) => subject.measurements.map((measure) => measure.name)))];
+  const shapes = [...new Set(subjects.flatMap((subject) => subject.timings.map((timing) => `${timing.batch} × ${timing.length}`)))];
+  const columns = ["Measure", ...subjects.map((subject) => subject.name)];
   const source = report.source;
   const rows = [
-    row(columns, ["size", ...subjects.map((one) => h("span", {}, bytes(one.size_bytes), one === source ? null : h("small", {}, percent(one.size_bytes / source.size_bytes))))]),
-    ...measures.map((name) => row(columns, [words(name), ...subjects.map((one) => {
-      const found = one.measurements.find((measure) => measure.name === name);
+    row(columns, ["size", ...subjects.map((subject) => h("span", {}, bytes(subject.size_bytes), subject === source ? null : h("small", {}, percent(subject.size_bytes / source.size_bytes))))]),
+    ...measures.map((name) => row(columns, [words(name), ...subjects.map((subject) => {
+      const found = subject.measurements.find((measure) => measure.name === name);
       return found ? h("span", {}, interval(found), h("small", {}, changed(found))) : "–";
     })])),
-    ...shapes.map((shape) => row(columns, [`latency ${shape}`, ...subjects.map((one) => {
-      const found = one.timings.find((timing) => `${timing.batch} × ${timing.length}` === shape);
+    ...shapes.map((shape) => row(columns, [`latency ${shape}`, ...subjects.map((subject) => {
+      const found = subject.timings.find((timing) => `${timing.batch} × ${timing.length}` === shape);
       const base = source.timings.find((timing) => `${timing.batch} × ${timing.length}` === shape);
-      return found ? h("span", {}, `${figure(found.p50_ms)} ms`, h("small", {}, one === source || !base ? `p95 ${figure(found.p95_ms)} ms` : `${times(found, base)} · p95 ${figure(found.p95_ms)} ms`)) : "–";
+      return found ? h("span", {}, `${figure(found.p50_ms)} ms`, h("small", {}, subject === source || !base ? `p95 ${figure(found.p95_ms)} ms` : `${times(found, base)} · p95 ${figure(found.p95_ms)} ms`)) : "–";
     })])),
-    row(columns, ["peak memory", ...subjects.map((one) => bytes(one.peak_memory_bytes))]),
-    row(columns, ["parameters", ...subjects.map((one) => count(one.parameters))]),
+    row(columns, ["peak memory", ...subjects.map((subject) => bytes(subject.peak_memory_bytes))]),
+    row(columns, ["parameters", ...subjects.map((subject) => count(subject.parameters))]),
   ];
-  const notes = subjects.flatMap((one) => one.notes.map((note) => h("li", {}, `${one.name}: ${note}`)));
-  return [table("The source and what was made of it", columns, rows), notes.length ? h("ul", { class: "quiet" }, notes) : null];
+  const notes = subjects.flatMap((subject) => subject.notes.map((note) => h("li", {}, `${subject.name}: ${note}`)));
+  return [table("The source and its artifacts", columns, rows), notes.length ? h("ul", { class: "quiet" }, notes) : null];
 }
 
 function curves(report) {
-  return report.passes.flatMap((one) => {
-    const groups = Map.groupBy ? Map.groupBy(one.series ?? [], (series) => series.x_label) : new Map([["step", one.series ?? []]]);
-    return [...groups].map(([label, series]) => (series.length ? lines(`${one.name}: ${series.map((curve) => curve.name).join(", ")}`, label, series) : null));
+  return report.passes.flatMap((step) => {
+    const groups = Map.groupBy ? Map.groupBy(step.series ?? [], (series) => series.x_label) : new Map([["step", step.series ?? []]]);
+    return [...groups].map(([label, series]) => (series.length ? lines(`${step.name}: ${series.map((curve) => curve.name).join(", ")}`, label, series) : null));
   });
 }
 
-function artifact(path, one, report) {
-  const subject = report.artifacts.find((found) => found.format === one.format || found.name === one.format);
+function artifact(path, item, report) {
+  const subject = report.artifacts.find((found) => found.format === item.format || found.name === item.format);
   const check = subject?.verification;
   return h("article", { class: "card" },
-    h("h3", {}, one.format, " ", h("small", { class: "quiet" }, bytes(one.size))),
+    h("h3", {}, item.format, " ", h("small", { class: "quiet" }, bytes(item.size))),
     check ? h("p", {}, badge(check.passed ? "verified" : "failed"), ` Loaded by ${check.consumer} in a fresh process: ${check.measure} ${figure(check.value)} (bound ${figure(check.bound)}).`) : null,
     check?.load_snippet ? copyable(check.load_snippet) : null,
-    h("details", {}, h("summary", {}, `${one.files.length} files`),
-      h("ul", { class: "files" }, one.files.map((file) => h("li", {}, button(file.path, () => download(one.download_url + file.path.split("/").map(encodeURIComponent).join("/"), file.path.split("/").at(-1)), { tone: "link", label: `Download ${file.path}` }), " ", h("small", { class: "quiet" }, bytes(file.size), " ", h("code", { title: file.sha256 }, file.sha256.slice(0, 12))))))));
+    h("details", {}, h("summary", {}, `${item.files.length} files`),
+      h("ul", { class: "files" }, item.files.map((file) => h("li", {}, button(file.path, () => download(item.download_url + file.path.split("/").map(encodeURIComponent).join("/"), file.path.split("/").at(-1)), { tone: "link", label: `Download ${file.path}` }), " ", h("small", { class: "quiet" }, bytes(file.size), " ", h("code", { title: file.sha256 }, file.sha256.slice(0, 12))))))));
 }

@@ -1,4 +1,4 @@
-// Jobs, newest first, with what they do right now.
+// The list of jobs, newest first, with their progress.
 
 import { get, post } from "../api.js";
 import { fill, h, keyed } from "../dom.js";
@@ -39,21 +39,21 @@ export async function jobs(main, { signal, query, go }) {
     if (page.items.length === 0) {
       listed = null;
       fill(place, filtered ? empty("No job matches.", h("p", {}, h("a", { href: "#/jobs" }, "Show all jobs")))
-        : empty("No jobs yet.", h("p", {}, "Bring a model and choose a recipe: ", h("a", { href: "#/jobs/new" }, "submit the first job"), ", or run ", h("code", {}, "nightpress demo"), ".")));
+        : empty("No jobs yet.", h("p", {}, "Add a model and choose a recipe: ", h("a", { href: "#/jobs/new" }, "submit the first job"), ", or run ", h("code", {}, "nightpress demo"), ".")));
     } else {
       if (listed === null) {
         listed = table("Jobs, newest first", COLUMNS, [], body);
         fill(place, listed);
       }
-      // Ages go on while nothing else changes.
-      keyed(body, page.items.map((one) => ({ ...one, aged: age(one.created_at), ran: ran(one) })), (one) => one.id, (one) => draw(one, picked, pick, refresh));
+      // Ages are part of the items, so that they are redrawn when nothing else has changed.
+      keyed(body, page.items.map((job) => ({ ...job, aged: age(job.created_at), ran: ran(job) })), (job) => job.id, (job) => draw(job, picked, pick, refresh));
     }
     turnPages(pages, page, wanted);
   }, (error) => fill(notice, trouble(error)));
 
   async function refresh() {
     const page = await get("/v1/jobs", { ...wanted, limit: 50 }, signal);
-    keyed(body, page.items.map((one) => ({ ...one, aged: age(one.created_at), ran: ran(one) })), (one) => one.id, (one) => draw(one, picked, pick, refresh));
+    keyed(body, page.items.map((job) => ({ ...job, aged: age(job.created_at), ran: ran(job) })), (job) => job.id, (job) => draw(job, picked, pick, refresh));
   }
 }
 
@@ -93,7 +93,7 @@ function labels(job) {
 function filters(wanted, go) {
   const apply = (changes) => {
     const query = new URLSearchParams();
-    for (const [name, value] of Object.entries({ ...wanted, cursor: null, ...changes })) for (const one of [value].flat()) if (one) query.append(name, one);
+    for (const [name, value] of Object.entries({ ...wanted, cursor: null, ...changes })) for (const item of [value].flat()) if (item) query.append(name, item);
     go(`#/jobs${query.size ? `?${query}` : ""}`);
   };
   const model = h("input", { type: "search", value: wanted.model, placeholder: "model", "aria-label": "Only jobs on this model", onchange: (event) => apply({ model: event.target.value.trim() }) });
@@ -101,7 +101,7 @@ function filters(wanted, go) {
   return h("div", { class: "filters", role: "group", "aria-label": "Filter" },
     STATES.map((state) => {
       const on = wanted.state.includes(state);
-      return h("button", { type: "button", class: "chip", "aria-pressed": String(on), onclick: () => apply({ state: on ? wanted.state.filter((one) => one !== state) : [...wanted.state, state] }) }, state);
+      return h("button", { type: "button", class: "chip", "aria-pressed": String(on), onclick: () => apply({ state: on ? wanted.state.filter((other) => other !== state) : [...wanted.state, state] }) }, state);
     }),
     model, label);
 }
@@ -109,7 +109,7 @@ function filters(wanted, go) {
 function turnPages(pages, page, wanted) {
   const search = (cursor) => {
     const query = new URLSearchParams();
-    for (const [name, value] of Object.entries({ ...wanted, cursor })) for (const one of [value].flat()) if (one) query.append(name, one);
+    for (const [name, value] of Object.entries({ ...wanted, cursor })) for (const item of [value].flat()) if (item) query.append(name, item);
     return `#/jobs?${query}`;
   };
   fill(pages,

@@ -1,4 +1,4 @@
-// Models that people brought.
+// The list of models, a model with the results that its name has meant, and the form that adds a model.
 
 import { change, get, post } from "../api.js";
 import { fill, h } from "../dom.js";
@@ -7,7 +7,7 @@ import { poll } from "../live.js";
 import { badge, button, confirmed, copyable, empty, facts, field, heading, row, table, trouble } from "../parts.js";
 
 const PROMOTIONS = ["Job", "Recipe", "Since", "Cause", ""];
-const COLUMNS = ["Model", "State", "Kind", "Parameters", "Size", "Brought", ""];
+const COLUMNS = ["Model", "State", "Kind", "Parameters", "Size", "Added", ""];
 
 export async function models(main, { signal, query, go }) {
   const notice = h("div");
@@ -17,8 +17,8 @@ export async function models(main, { signal, query, go }) {
   await poll(signal, 4, async () => {
     const page = await get("/v1/models", { cursor: query.get("cursor"), limit: 50 }, signal);
     fill(notice);
-    if (page.items.length === 0) fill(place, empty("No models yet.", h("p", {}, "Send one from where it lies:"), copyable("nightpress submit ./my-model --recipe int8-encoder --wait")));
-    else fill(place, table("Models, newest first", COLUMNS, page.items.map((one) => draw(one, go))));
+    if (page.items.length === 0) fill(place, empty("No models yet.", h("p", {}, "Send a local folder:"), copyable("nightpress submit ./my-model --recipe int8-encoder --wait")));
+    else fill(place, table("Models, newest first", COLUMNS, page.items.map((model) => draw(model, go))));
     fill(pages, page.next_cursor ? h("a", { href: `#/models?cursor=${encodeURIComponent(page.next_cursor)}` }, "Older") : null);
   }, (error) => fill(notice, trouble(error)));
 }
@@ -39,19 +39,19 @@ function draw(model, go) {
   ]);
 }
 
-/** One model, and where its name points: what a deployment that follows it gets. */
+/** A model, and the results that its name has meant: deployments follow the first. */
 export async function model(main, { signal }, id) {
-  const one = await get(`/v1/models/${encodeURIComponent(id)}`, {}, signal);
-  const path = `/v1/models/${encodeURIComponent(one.name)}`;
+  const view = await get(`/v1/models/${encodeURIComponent(id)}`, {}, signal);
+  const path = `/v1/models/${encodeURIComponent(view.name)}`;
   const pointer = h("div");
-  document.title = `${one.name} · Nightpress`;
+  document.title = `${view.name} · Nightpress`;
   fill(main,
-    h("p", { class: "crumbs" }, h("a", { href: "#/models" }, "Models"), " / ", h("code", {}, one.id)),
-    heading(one.name, one.state === "ready" ? h("a", { class: "button primary", href: `#/jobs/new?model=${encodeURIComponent(one.id)}` }, "Press it") : null),
+    h("p", { class: "crumbs" }, h("a", { href: "#/models" }, "Models"), " / ", h("code", {}, view.id)),
+    heading(view.name, view.state === "ready" ? h("a", { class: "button primary", href: `#/jobs/new?model=${encodeURIComponent(view.id)}` }, "Press it") : null),
     facts([
-      ["State", badge(one.state)], ["Kind", one.architecture], ["Task", one.task], ["Parameters", count(one.parameters)], ["Size", bytes(one.size)],
-      ["Digest", one.digest ? h("code", {}, one.digest) : null], ["Brought", age(one.created_at)],
-      ["Jobs", h("a", { href: `#/jobs?model=${encodeURIComponent(one.id)}` }, "on this model")],
+      ["State", badge(view.state)], ["Kind", view.architecture], ["Task", view.task], ["Parameters", count(view.parameters)], ["Size", bytes(view.size)],
+      ["Digest", view.digest ? h("code", {}, view.digest) : null], ["Added", age(view.created_at)],
+      ["Jobs", h("a", { href: `#/jobs?model=${encodeURIComponent(view.id)}` }, "on this model")],
     ]),
     h("section", { "aria-labelledby": "latest" }, h("h2", { id: "latest" }, "Latest accepted"), pointer));
   await draw();
@@ -59,30 +59,30 @@ export async function model(main, { signal }, id) {
   async function draw() {
     const history = await get(`${path}/promotions`, { limit: 50 }, signal);
     if (history.items.length === 0) {
-      fill(pointer, empty("Nothing yet.", h("p", {}, "The first accepted job on this name becomes its latest.")));
+      fill(pointer, empty("Nothing yet.", h("p", {}, "The first accepted result becomes the latest.")));
       return;
     }
-    fill(pointer, copyable(`nightpress pull ${one.name} --out pressed`),
-      table("Where the name pointed, newest first", PROMOTIONS, history.items.map((promotion, at) => row(PROMOTIONS, [
+    fill(pointer, copyable(`nightpress pull ${view.name} --out pressed`),
+      table("Results that the name has meant, newest first", PROMOTIONS, history.items.map((promotion, at) => row(PROMOTIONS, [
         h("a", { href: `#/jobs/${promotion.job_id}` }, promotion.job_id), promotion.recipe,
         h("time", { datetime: promotion.created_at }, age(promotion.created_at)), promotion.cause,
         at === 0 ? badge("accepted") : button("Point here again", async () => {
           await post(`${path}/promotions`, { job_id: promotion.job_id });
           await draw();
-        }, { tone: "small", label: `Point ${one.name} at ${promotion.job_id} again` })]))));
+        }, { tone: "small", label: `Point ${view.name} at ${promotion.job_id} again` })]))));
   }
 }
 
-/** From a folder on the server, which the operator allowed. Folders of one's own go through the command line, which hashes and resumes. */
+/** The form that adds a model from an allowed folder of the server or from a source. The command line sends local folders, hashes and resumes. */
 function bring(go) {
   const name = h("input", { required: true, pattern: "[a-z0-9][a-z0-9._-]{0,63}", placeholder: "all-minilm-l6-v2" });
   const path = h("input", { required: true, placeholder: "/srv/models/all-minilm-l6-v2" });
   const place = h("div");
   const form = h("form", { class: "card narrow" },
-    h("h2", {}, "Bring a model from the server"), place,
+    h("h2", {}, "Add a model from the server or a source"), place,
     field("Name", name, "Lower-case letters, digits, dots and dashes."),
-    field("Folder, s3:// or hf:// address", path, "Folders, prefixes and organisations that the operator allowed. A folder of your own: nightpress submit ./folder."),
-    h("button", {}, "Bring it"));
+    field("Folder, s3:// or hf:// address", path, "Folders, prefixes and organisations that the operator has allowed. For a local folder: nightpress models add ./folder."),
+    h("button", {}, "Add it"));
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     try {

@@ -1,4 +1,4 @@
-// A job from a recipe: checked and estimated while it is written.
+// The form of a new job: its recipe is checked and estimated while it is written.
 
 import { get, post } from "../api.js";
 import { fill, h } from "../dom.js";
@@ -9,11 +9,11 @@ const PAUSE_MS = 350;
 
 export async function fresh(main, { signal, query, go }) {
   const [recipes, models] = await Promise.all([get("/v1/recipes", {}, signal), get("/v1/models", { limit: 200 }, signal)]);
-  const ready = models.items.filter((one) => one.state === "ready");
+  const ready = models.items.filter((item) => item.state === "ready");
   const model = h("select", { required: true },
     h("option", { value: "" }, ready.length ? "Choose a model…" : "No model is ready yet"),
-    ready.map((one) => h("option", { value: one.id, selected: one.id === query.get("model") || one.name === query.get("model") }, `${one.name} · ${one.architecture ?? ""} · ${bytes(one.size)}`)));
-  const recipe = h("select", {}, recipes.items.map((one) => h("option", { value: one.name }, `${one.name} — ${one.description}`)), h("option", { value: "" }, "My own recipe"));
+    ready.map((item) => h("option", { value: item.id, selected: item.id === query.get("model") || item.name === query.get("model") }, `${item.name} · ${item.architecture ?? ""} · ${bytes(item.size)}`)));
+  const recipe = h("select", {}, recipes.items.map((item) => h("option", { value: item.name }, `${item.name} — ${item.description}`)), h("option", { value: "" }, "My own recipe"));
   const source = h("textarea", { rows: 16, spellcheck: "false", class: "code", autocapitalize: "off" });
   const name = h("input", { maxlength: 200, placeholder: "optional" });
   const priority = h("input", { type: "number", min: -100, max: 100, value: 0 });
@@ -24,16 +24,16 @@ export async function fresh(main, { signal, query, go }) {
   const submit = h("button", { class: "primary", disabled: true }, "Submit");
   const form = h("form", { class: "columns" },
     h("div", {},
-      field("Model", model, h("a", { href: "#/models" }, "Bring another")),
-      field("Recipe", recipe, "Choose one; change it below as you like."),
+      field("Model", model, h("a", { href: "#/models" }, "Add a model")),
+      field("Recipe", recipe, "Choose a recipe. You can change it below."),
       field("Recipe in full", source, "YAML or JSON. It is checked as you type."),
       h("details", {}, h("summary", {}, "Name, priority, labels, time"),
-        field("Name", name), field("Priority", priority, "From −100 to 100; higher first."), field("Labels", labels, "Pairs name=value, with spaces between."), field("Not before", after, "In your own time zone."))),
+        field("Name", name), field("Priority", priority, "From −100 to 100; higher goes first."), field("Labels", labels, "name=value, separated by spaces."), field("Not before", after, "In your own time zone."))),
     h("div", {}, h("h2", {}, "What it will do"), plan, fault, h("p", {}, submit)));
   fill(main, heading("New job"), form);
 
   const take = () => {
-    const chosen = recipes.items.find((one) => one.name === recipe.value);
+    const chosen = recipes.items.find((item) => item.name === recipe.value);
     source.value = chosen ? chosen.text : "name: mine\npasses:\n  - {pass: weight-only, bits: 8}\nexports: [compressed-tensors]\n";
   };
   let timer;
@@ -72,7 +72,7 @@ export async function fresh(main, { signal, query, go }) {
         recipe: parsed,
         name: name.value.trim(),
         priority: Number(priority.value),
-        labels: Object.fromEntries(labels.value.split(/\s+/).filter(Boolean).map((one) => [one.split("=")[0], one.split("=").slice(1).join("=")])),
+        labels: Object.fromEntries(labels.value.split(/\s+/).filter(Boolean).map((pair) => [pair.split("=")[0], pair.split("=").slice(1).join("=")])),
         ...(after.value ? { run_after: new Date(after.value).toISOString() } : {}),
       });
       go(`#/jobs/${job.id}`);
@@ -88,7 +88,7 @@ export async function fresh(main, { signal, query, go }) {
 
 function drawPlan(plan, withModel) {
   return [
-    h("ol", {}, plan.steps.map((one) => h("li", {}, h("strong", {}, one.name), " ", h("span", { class: "quiet" }, one.detail)))),
+    h("ol", {}, plan.steps.map((step) => h("li", {}, h("strong", {}, step.name), " ", h("span", { class: "quiet" }, step.detail)))),
     plan.estimate
       ? h("dl", {},
           h("dt", {}, "Queue"), h("dd", {}, `${plan.queue}: ${plan.queue_reason}`),
@@ -96,6 +96,6 @@ function drawPlan(plan, withModel) {
           h("dt", {}, "Time"), h("dd", {}, `about ${duration(plan.estimate.seconds)}`),
           Object.entries(plan.estimate.output_bytes).map(([name, size]) => [h("dt", {}, name), h("dd", {}, bytes(size))]))
       : h("p", { class: "quiet" }, withModel ? "" : "Choose a model for an estimate of size, memory and time."),
-    plan.warnings.map((one) => h("p", { class: "notice" }, one)),
+    plan.warnings.map((warning) => h("p", { class: "notice" }, warning)),
   ];
 }

@@ -1,4 +1,4 @@
-// Nightly jobs: when they fire next, and what each fire came to.
+// The list of schedules, a schedule with its fires and their outcomes, and the form of a schedule.
 
 import { change, get, post } from "../api.js";
 import { announce, fill, h } from "../dom.js";
@@ -7,7 +7,7 @@ import { poll } from "../live.js";
 import { badge, button, confirmed, copyable, empty, facts, field, heading, row, table, trouble } from "../parts.js";
 
 const COLUMNS = ["Schedule", "State", "When", "Next", "Presses", ""];
-const RUNS = ["Fire", "Came to", "Job", "Cause"];
+const RUNS = ["Fire", "Outcome", "Job", "Cause"];
 
 export async function schedules(main, { signal, query, go }) {
   const notice = h("div");
@@ -18,25 +18,25 @@ export async function schedules(main, { signal, query, go }) {
   await poll(signal, 5, async () => {
     const page = await get("/v1/schedules", { cursor: query.get("cursor"), limit: 50 }, signal);
     fill(notice);
-    if (page.items.length === 0) fill(place, empty("No schedules yet.", h("p", {}, "One command makes a nightly job:"), copyable('nightpress schedule add nightly --cron "0 2 * * *" --timezone Europe/Berlin --model my-model --recipe int8-encoder')));
-    else fill(place, table("Schedules", COLUMNS, page.items.map((one) => draw(one, go))));
+    if (page.items.length === 0) fill(place, empty("No schedules yet.", h("p", {}, "This command makes a nightly job:"), copyable('nightpress schedule add nightly --cron "0 2 * * *" --timezone Europe/Berlin --model my-model --recipe int8-encoder')));
+    else fill(place, table("Schedules", COLUMNS, page.items.map((schedule) => draw(schedule, go))));
     fill(pages, page.next_cursor ? h("a", { href: `#/schedules?cursor=${encodeURIComponent(page.next_cursor)}` }, "More") : null);
   }, (error) => fill(notice, trouble(error)));
 }
 
-function draw(one, go) {
+function draw(schedule, go) {
   return row(COLUMNS, [
-    h("a", { href: `#/schedules/${one.id}` }, one.name),
-    badge(one.suspended ? "suspended" : "active"),
-    h("span", {}, h("code", {}, one.cron), h("small", {}, one.timezone)),
-    next(one),
-    pressed(one.job),
-    actions(one, () => go("#/schedules")),
+    h("a", { href: `#/schedules/${schedule.id}` }, schedule.name),
+    badge(schedule.suspended ? "suspended" : "active"),
+    h("span", {}, h("code", {}, schedule.cron), h("small", {}, schedule.timezone)),
+    next(schedule),
+    pressed(schedule.job),
+    actions(schedule, () => go("#/schedules")),
   ]);
 }
 
-function next(one) {
-  const [first] = one.upcoming;
+function next(schedule) {
+  const [first] = schedule.upcoming;
   return first ? h("time", { datetime: first, title: moment(first) }, age(first)) : "–";
 }
 
@@ -44,17 +44,17 @@ function pressed(job) {
   return `${job.model} · ${typeof job.recipe === "string" ? job.recipe : job.recipe.name}`;
 }
 
-function actions(one, done) {
-  const path = `/v1/schedules/${one.id}`;
+function actions(schedule, done) {
+  const path = `/v1/schedules/${schedule.id}`;
   return h("div", { class: "row" },
     button("Run now", async () => {
       await post(`${path}/trigger`);
-      announce(`${one.name} fires now`);
+      announce(`${schedule.name} fires now`);
       done();
-    }, { tone: "small", label: `Run ${one.name} now` }),
-    one.suspended
-      ? button("Resume", async () => { await post(`${path}/resume`); done(); }, { tone: "small", label: `Resume ${one.name}` })
-      : button("Suspend", async () => { await post(`${path}/suspend`); done(); }, { tone: "small", label: `Suspend ${one.name}` }));
+    }, { tone: "small", label: `Run ${schedule.name} now` }),
+    schedule.suspended
+      ? button("Resume", async () => { await post(`${path}/resume`); done(); }, { tone: "small", label: `Resume ${schedule.name}` })
+      : button("Suspend", async () => { await post(`${path}/suspend`); done(); }, { tone: "small", label: `Suspend ${schedule.name}` }));
 }
 
 export async function schedule(main, { signal, go }, id) {
@@ -66,28 +66,28 @@ export async function schedule(main, { signal, go }, id) {
   fill(main, head, notice, editing, h("section", { "aria-labelledby": "runs" }, h("h2", { id: "runs" }, "Fires"), runs));
   let drawn = "";
   await poll(signal, 4, async () => {
-    const [one, page] = await Promise.all([get(path, {}, signal), get(`${path}/runs`, { limit: 50 }, signal)]);
+    const [schedule, page] = await Promise.all([get(path, {}, signal), get(`${path}/runs`, { limit: 50 }, signal)]);
     fill(notice);
-    if (JSON.stringify(one) !== drawn) {
-      drawn = JSON.stringify(one);
-      document.title = `${one.name} · Nightpress`;
-      fill(head, h("p", { class: "crumbs" }, h("a", { href: "#/schedules" }, "Schedules"), " / ", h("code", {}, one.id)),
-        heading(one.name, actions(one, () => {}),
-          button("Edit", async () => fill(editing, await form(signal, go, one)), { tone: "small" }),
+    if (JSON.stringify(schedule) !== drawn) {
+      drawn = JSON.stringify(schedule);
+      document.title = `${schedule.name} · Nightpress`;
+      fill(head, h("p", { class: "crumbs" }, h("a", { href: "#/schedules" }, "Schedules"), " / ", h("code", {}, schedule.id)),
+        heading(schedule.name, actions(schedule, () => {}),
+          button("Edit", async () => fill(editing, await form(signal, go, schedule)), { tone: "small" }),
           button("Delete", async () => {
-            if (!(await confirmed(`Delete the schedule “${one.name}”?`, "Delete it"))) return;
-            await change("DELETE", path, undefined, one.etag);
+            if (!(await confirmed(`Delete the schedule “${schedule.name}”?`, "Delete it"))) return;
+            await change("DELETE", path, undefined, schedule.etag);
             go("#/schedules");
           }, { tone: "small bad" })),
         facts([
-          ["State", badge(one.suspended ? "suspended" : "active")],
-          ["When", h("span", {}, h("code", {}, one.cron), " ", one.timezone)],
-          ["Next", one.upcoming.length ? one.upcoming.slice(0, 3).map((at) => h("div", {}, h("time", { datetime: at }, `${moment(at)} (${age(at)})`))) : null],
-          ["Presses", pressed(one.job)],
-          ["Fetched from", one.source ? h("code", {}, one.source) : null],
-          ["If the last still runs", words(one.overlap)],
-          ["Missed fires", one.catch_up === "none" ? "left out" : one.catch_up === "latest" ? "the latest is made up" : "all are made up"],
-          ["Only if something changed", one.only_if_changed ? "yes" : "no"],
+          ["State", badge(schedule.suspended ? "suspended" : "active")],
+          ["When", h("span", {}, h("code", {}, schedule.cron), " ", schedule.timezone)],
+          ["Next", schedule.upcoming.length ? schedule.upcoming.slice(0, 3).map((at) => h("div", {}, h("time", { datetime: at }, `${moment(at)} (${age(at)})`))) : null],
+          ["Presses", pressed(schedule.job)],
+          ["Fetched from", schedule.source ? h("code", {}, schedule.source) : null],
+          ["If the last job still runs", words(schedule.overlap)],
+          ["Missed fires", schedule.catch_up === "none" ? "left out" : schedule.catch_up === "latest" ? "the latest is made up for" : "all are made up for"],
+          ["Only if something changed", schedule.only_if_changed ? "yes" : "no"],
         ]));
     }
     fill(runs, page.items.length === 0 ? empty("It has not fired yet.") : table("Fires, newest first", RUNS, page.items.map((run) => row(RUNS, [
@@ -97,7 +97,7 @@ export async function schedule(main, { signal, go }, id) {
   }, (error) => fill(notice, trouble(error)));
 }
 
-/** A new schedule, or another version of one: then `If-Match` sees to it that nobody's edit is lost. */
+/** The form of a new schedule, or of an existing one: `If-Match` then refuses an edit of an older version. */
 async function form(signal, go, existing = null) {
   const [recipes, models] = await Promise.all([get("/v1/recipes", {}, signal), get("/v1/models", { limit: 200 }, signal)]);
   const job = existing?.job ?? {};
@@ -105,21 +105,21 @@ async function form(signal, go, existing = null) {
   const name = h("input", { required: true, pattern: "[a-z0-9][a-z0-9._\\-]{0,63}", value: existing?.name ?? "nightly" });
   const cron = h("input", { required: true, value: existing?.cron ?? "0 2 * * *" });
   const zone = h("input", { required: true, value: existing?.timezone ?? Intl.DateTimeFormat().resolvedOptions().timeZone });
-  const names = [...new Set([...(job.model ? [job.model] : []), ...models.items.map((one) => one.name)])];
+  const names = [...new Set([...(job.model ? [job.model] : []), ...models.items.map((item) => item.name)])];
   const model = h("input", { required: true, maxlength: 128, list: "known-models", value: job.model ?? names[0] ?? "" });
   const source = h("input", { maxlength: 1024, placeholder: "s3://models/released/minilm", value: existing?.source ?? "" });
-  const recipe = h("select", {}, own ? h("option", { value: "", selected: true }, `${job.recipe.name} (as it is)`) : null, recipes.items.map((one) => h("option", { value: one.name, selected: one.name === job.recipe }, one.name)));
+  const recipe = h("select", {}, own ? h("option", { value: "", selected: true }, `${job.recipe.name} (as it is)`) : null, recipes.items.map((item) => h("option", { value: item.name, selected: item.name === job.recipe }, item.name)));
   const choice = (options, chosen) => h("select", {}, options.map(([value, text]) => h("option", { value, selected: value === chosen }, text)));
-  const overlap = choice([["skip", "leave this one out"], ["queue", "wait for it"], ["replace", "cancel it"]], existing?.overlap ?? "skip");
-  const catchUp = choice([["none", "leave them out"], ["latest", "make up the latest"], ["all", "make up all"]], existing?.catch_up ?? "latest");
+  const overlap = choice([["skip", "skip this fire"], ["queue", "wait for it"], ["replace", "cancel it"]], existing?.overlap ?? "skip");
+  const catchUp = choice([["none", "leave them out"], ["latest", "make up for the latest"], ["all", "make up for all"]], existing?.catch_up ?? "latest");
   const onlyIfChanged = h("input", { type: "checkbox", id: "only-if-changed", checked: existing?.only_if_changed ?? true });
   const place = h("div");
   const element = h("form", { class: "card" }, h("h2", {}, existing ? `Edit ${existing.name}` : "New schedule"), place,
     h("div", { class: "pair" },
       h("div", {}, field("Name", name), field("When (cron)", cron, "Minute, hour, day, month, weekday."), field("Time zone", zone, "As in Europe/Berlin."),
-        field("If the last still runs", overlap), field("Missed fires", catchUp)),
-      h("div", {}, field("Model", model, "The newest of this name, each time."), h("datalist", { id: "known-models" }, names.map((one) => h("option", { value: one }))),
-        field("Fetched from", source, "s3://, hf:// or a folder of the server, looked at each time: what is new there is fetched under the model's name. Empty: the models that are here."),
+        field("If the last job still runs", overlap), field("Missed fires", catchUp)),
+      h("div", {}, field("Model", model, "Each fire takes the newest model of this name."), h("datalist", { id: "known-models" }, names.map((known) => h("option", { value: known }))),
+        field("Fetched from", source, "s3://, hf:// or a folder of the server. Each fire looks there first and fetches what is new under the model's name. Empty: only the models of the service."),
         h("p", { class: "check" }, onlyIfChanged, h("label", { for: "only-if-changed" }, "Only if something changed")), field("Recipe", recipe))),
     h("div", { class: "row" }, h("button", { class: "primary" }, existing ? "Save" : "Create"), h("button", { type: "button", onclick: () => element.remove() }, "Cancel")));
   element.addEventListener("submit", async (event) => {

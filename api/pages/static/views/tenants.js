@@ -1,4 +1,4 @@
-// For administrators: who uses how much, and what each may.
+// For administrators: tenants with their use and their quotas.
 
 import { change, get } from "../api.js";
 import { announce, fill, h } from "../dom.js";
@@ -7,7 +7,7 @@ import { poll } from "../live.js";
 import { button, empty, field, heading, row, table, trouble } from "../parts.js";
 
 const COLUMNS = ["Tenant", "Queued", "Running", "Storage", "GPU time this month", "Requests a minute", ""];
-/** quota → what it bounds, what is used of it, how it reads */
+/** Quotas: field, label, field of the use, and how its values are shown. */
 export const QUOTAS = [
   ["max_queued_jobs", "Queued jobs", "queued_jobs", String],
   ["max_running_jobs", "Running jobs", "running_jobs", String],
@@ -16,7 +16,7 @@ export const QUOTAS = [
   ["rate_limit_per_minute", "Requests a key and minute", null, String],
 ];
 
-/** "3 of 10", "3" where there is no bound. */
+/** The use of a quota: "3 of 10", or "3" without a bound. */
 export function used([name, , use, text], quotas, usage) {
   const bound = quotas[name] ? text(quotas[name]) : null;
   if (use === null) return bound ?? "no bound";
@@ -36,14 +36,14 @@ export async function tenants(main, { signal, query, go }) {
     fill(notice);
     fill(pages, page.next_cursor ? h("a", { href: `#/tenants?cursor=${encodeURIComponent(page.next_cursor)}` }, "More") : null);
     if (page.items.length === 0) fill(place, empty("No tenants yet."));
-    else fill(place, table("Tenants, with what they use", COLUMNS, page.items.map((one) => row(COLUMNS, [
-      h("a", { href: `#/access?${new URLSearchParams({ tenant: one.id })}`, "aria-label": `Keys of ${one.id}` }, h("code", {}, one.id)), QUOTAS.map((quota) => used(quota, one.quotas, one.usage)),
-      button("Quotas", async () => fill(editing, form(await get(`/v1/admin/tenants/${encodeURIComponent(one.id)}`, {}, signal), load)), { tone: "small", label: `Quotas of ${one.id}` }),
+    else fill(place, table("Tenants, with what they use", COLUMNS, page.items.map((tenant) => row(COLUMNS, [
+      h("a", { href: `#/access?${new URLSearchParams({ tenant: tenant.id })}`, "aria-label": `Keys of ${tenant.id}` }, h("code", {}, tenant.id)), QUOTAS.map((quota) => used(quota, tenant.quotas, tenant.usage)),
+      button("Quotas", async () => fill(editing, form(await get(`/v1/admin/tenants/${encodeURIComponent(tenant.id)}`, {}, signal), load)), { tone: "small", label: `Quotas of ${tenant.id}` }),
     ].flat()))));
   }
 }
 
-/** A tenant is the name that its keys carry: its first key makes it. */
+/** The form of a new tenant. A tenant exists when it has a key, so this leads to its keys. */
 function fresh(go) {
   const name = h("input", { required: true, maxlength: 64, pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", placeholder: "search-team" });
   return h("form", {
@@ -52,15 +52,15 @@ function fresh(go) {
       event.preventDefault();
       go(`#/access?${new URLSearchParams({ tenant: name.value.trim() })}`);
     },
-  }, h("h2", {}, "New tenant"), field("Name", name, "Its first key makes it."), h("button", {}, "To its keys"));
+  }, h("h2", {}, "New tenant"), field("Name", name, "The tenant is created with its first key."), h("button", {}, "To its keys"));
 }
 
-/** What stands in a field is the tenant's own; an empty one leaves it to the installation, 0 means no bound. */
+/** The form of a tenant's quotas. Empty: the installation's default. 0: unlimited. */
 function form(tenant, saved) {
   const inputs = QUOTAS.map(([name]) => h("input", { type: "number", min: 0, step: 1, value: tenant.own[name] ?? "", placeholder: `${tenant.quotas[name]}` }));
   const place = h("div");
   const element = h("form", { class: "card narrow" }, h("h2", {}, `Quotas of ${tenant.id}`), place,
-    QUOTAS.map(([, label], at) => field(label, inputs[at])), h("p", { class: "quiet" }, "Empty: the installation's own. 0: no bound."),
+    QUOTAS.map(([, label], at) => field(label, inputs[at])), h("p", { class: "quiet" }, "Empty: the installation's default. 0: unlimited."),
     h("div", { class: "row" }, h("button", { class: "primary" }, "Save"), h("button", { type: "button", onclick: () => element.remove() }, "Cancel")));
   element.addEventListener("submit", async (event) => {
     event.preventDefault();

@@ -1,4 +1,4 @@
-// Who is told when a job ends, and what came of each message.
+// The list of webhooks, a webhook with its messages and their tries, and the form of a webhook.
 
 import { change, get, post } from "../api.js";
 import { announce, fill, h, keyed } from "../dom.js";
@@ -6,7 +6,7 @@ import { age, duration, moment } from "../format.js";
 import { poll } from "../live.js";
 import { badge, button, confirmed, copyable, empty, facts, field, heading, row, shownOnce, table, trouble } from "../parts.js";
 
-const COLUMNS = ["Webhook", "State", "Told of", "Made"];
+const COLUMNS = ["Webhook", "State", "Events", "Made"];
 const DELIVERIES = ["Message", "State", "Tries", "Written", "Next try", ""];
 const TRIES = ["Try", "When", "Answer", "Took"];
 const EVENTS = [["job.succeeded", "a job succeeded"], ["job.failed", "a job failed"], ["job.cancelled", "a job was cancelled"]];
@@ -21,19 +21,19 @@ export async function webhooks(main, { signal, query, go }) {
   await poll(signal, 5, async () => {
     const page = await get("/v1/webhooks", { cursor: query.get("cursor"), limit: 50 }, signal);
     fill(notice);
-    if (page.items.length === 0) fill(place, empty("No webhooks yet.", h("p", {}, "A webhook is told when a job ends, so that nobody has to ask. Messages are signed as Standard Webhooks has it.")));
-    else fill(place, table("Webhooks, newest first", COLUMNS, page.items.map((one) => row(COLUMNS, [
-      h("a", { href: `#/webhooks/${one.id}` }, one.url), state(one), told(one), h("time", { datetime: one.created_at }, age(one.created_at))]))));
+    if (page.items.length === 0) fill(place, empty("No webhooks yet.", h("p", {}, "A webhook gets a message when a job ends. Messages are signed as Standard Webhooks specifies.")));
+    else fill(place, table("Webhooks, newest first", COLUMNS, page.items.map((hook) => row(COLUMNS, [
+      h("a", { href: `#/webhooks/${hook.id}` }, hook.url), state(hook), told(hook), h("time", { datetime: hook.created_at }, age(hook.created_at))]))));
     fill(pages, page.next_cursor ? h("a", { href: `#/webhooks?cursor=${encodeURIComponent(page.next_cursor)}` }, "Older") : null);
   }, (error) => fill(notice, trouble(error)));
 }
 
-function state(one) {
-  return h("span", {}, badge(one.enabled ? "active" : "disabled"), one.disabled_reason ? h("small", {}, ` ${one.disabled_reason}`) : null);
+function state(hook) {
+  return h("span", {}, badge(hook.enabled ? "active" : "disabled"), hook.disabled_reason ? h("small", {}, ` ${hook.disabled_reason}`) : null);
 }
 
-function told(one) {
-  return EVENTS.filter(([name]) => one.events.includes(name)).map(([, text]) => text).join(", ");
+function told(hook) {
+  return EVENTS.filter(([name]) => hook.events.includes(name)).map(([, text]) => text).join(", ");
 }
 
 export async function webhook(main, { signal, query, go }, id) {
@@ -50,44 +50,44 @@ export async function webhook(main, { signal, query, go }, id) {
   await poll(signal, 3, refresh, (error) => fill(notice, trouble(error)));
 
   async function refresh() {
-    const [one, page] = await Promise.all([get(path, {}, signal), get(`${path}/deliveries`, { cursor: query.get("cursor"), limit: 50 }, signal)]);
+    const [hook, page] = await Promise.all([get(path, {}, signal), get(`${path}/deliveries`, { cursor: query.get("cursor"), limit: 50 }, signal)]);
     fill(notice);
-    if (JSON.stringify(one) !== drawn) {
-      drawn = JSON.stringify(one);
-      document.title = `${one.url} · Nightpress`;
-      fill(head, title(one));
+    if (JSON.stringify(hook) !== drawn) {
+      drawn = JSON.stringify(hook);
+      document.title = `${hook.url} · Nightpress`;
+      fill(head, title(hook));
     }
-    if (page.items.length === 0) fill(messages, empty("Nothing was sent yet.", h("p", {}, "Send a test to see whether it comes through.")));
+    if (page.items.length === 0) fill(messages, empty("Nothing was sent yet.", h("p", {}, "Send a test to see whether it arrives.")));
     else if (body.parentNode === null || !messages.contains(body)) fill(messages, table("Messages, newest first", DELIVERIES, [], body));
     keyed(body, page.items, (message) => message.id, draw);
     fill(pages, page.next_cursor ? h("a", { href: `#/webhooks/${id}?cursor=${encodeURIComponent(page.next_cursor)}` }, "Older") : null);
   }
 
-  function title(one) {
+  function title(hook) {
     return [
-      h("p", { class: "crumbs" }, h("a", { href: "#/webhooks" }, "Webhooks"), " / ", h("code", {}, one.id)),
-      heading(one.url,
+      h("p", { class: "crumbs" }, h("a", { href: "#/webhooks" }, "Webhooks"), " / ", h("code", {}, hook.id)),
+      heading(hook.url,
         button("Send a test", async () => {
           await post(`${path}/test`);
           announce("A test is on its way");
           await refresh();
         }, { tone: "small" }),
-        button(one.enabled ? "Switch off" : "Switch on", async () => {
-          await change("PATCH", path, { enabled: !one.enabled }, one.etag);
-          announce(one.enabled ? "It is switched off" : "It is switched on");
+        button(hook.enabled ? "Switch off" : "Switch on", async () => {
+          await change("PATCH", path, { enabled: !hook.enabled }, hook.etag);
+          announce(hook.enabled ? "It is switched off" : "It is switched on");
           await refresh();
         }, { tone: "small" }),
-        button("Edit", async () => fill(editing, form(go, one, refresh)), { tone: "small" }),
+        button("Edit", async () => fill(editing, form(go, hook, refresh)), { tone: "small" }),
         button("Rotate the secret", async () => {
-          if (!(await confirmed("Make a new secret? For a day messages are signed with the old one too.", "Make it", { tone: "primary" }))) return;
+          if (!(await confirmed("Make a new secret? For a day, messages are signed with the old secret too.", "Make it", { tone: "primary" }))) return;
           shownOnce("The new secret", KEEP_IT, (await post(`${path}/rotate`, {})).secret, () => refresh().catch((error) => fill(notice, trouble(error))));
         }, { tone: "small" }),
         button("Delete", async () => {
-          if (!(await confirmed(`Delete the webhook to ${one.url}? What waits for it is not sent.`, "Delete it"))) return;
-          await change("DELETE", path, undefined, one.etag);
+          if (!(await confirmed(`Delete the webhook to ${hook.url}? Messages that wait are not sent.`, "Delete it"))) return;
+          await change("DELETE", path, undefined, hook.etag);
           go("#/webhooks");
         }, { tone: "small bad" })),
-      facts([["State", state(one)], ["Told of", told(one)], ["Made", moment(one.created_at)], ["By the key", one.created_by ? h("code", {}, one.created_by) : null]]),
+      facts([["State", state(hook)], ["Events", told(hook)], ["Made", moment(hook.created_at)], ["By the key", hook.created_by ? h("code", {}, hook.created_by) : null]]),
     ];
   }
 
@@ -97,7 +97,7 @@ export async function webhook(main, { signal, query, go }, id) {
       h("time", { datetime: message.created_at }, moment(message.created_at)),
       message.next_at ? h("time", { datetime: message.next_at }, moment(message.next_at)) : "–",
       h("div", { class: "row" },
-        button("Look", async () => look(message.id), { tone: "small", label: `Look at ${message.id}`, focus: "look" }),
+        button("Show", async () => look(message.id), { tone: "small", label: `Show ${message.id}`, focus: "look" }),
         button("Send again", async () => {
           await post(`${path}/deliveries/${message.id}/redeliver`);
           announce("It is sent again");
@@ -106,27 +106,27 @@ export async function webhook(main, { signal, query, go }, id) {
   }
 
   async function look(message) {
-    const one = await get(`${path}/deliveries/${message}`, {}, signal);
-    fill(opened, h("section", { class: "card", "aria-labelledby": "opened" }, h("h2", { id: "opened" }, `${one.event}, ${one.id}`),
-      one.log.length === 0 ? h("p", { class: "quiet" }, "It was not tried yet.") : table("Tries", TRIES, one.log.map((tried) => row(TRIES, [
+    const delivery = await get(`${path}/deliveries/${message}`, {}, signal);
+    fill(opened, h("section", { class: "card", "aria-labelledby": "opened" }, h("h2", { id: "opened" }, `${delivery.event}, ${delivery.id}`),
+      delivery.log.length === 0 ? h("p", { class: "quiet" }, "It was not tried yet.") : table("Tries", TRIES, delivery.log.map((tried) => row(TRIES, [
         tried.number, moment(tried.at), tried.error ?? `status ${tried.status}`, duration(tried.duration_ms / 1000)]))),
-      h("h3", {}, "What is sent"), copyable(JSON.stringify(one.payload, null, 2))));
+      h("h3", {}, "What is sent"), copyable(JSON.stringify(delivery.payload, null, 2))));
     opened.focus();
   }
 }
 
-/** A new webhook, or another version of one: then `If-Match` sees to it that nobody's edit is lost. */
+/** The form of a new webhook, or of an existing one: `If-Match` then refuses an edit of an older version. */
 function form(go, existing = null, saved = null) {
-  const url = h("input", { type: "url", required: true, maxlength: 2048, placeholder: "the https address that is to be told", value: existing?.url ?? "" });
+  const url = h("input", { type: "url", required: true, maxlength: 2048, placeholder: "https address for the messages", value: existing?.url ?? "" });
   const events = EVENTS.map(([name]) => h("input", { type: "checkbox", value: name, id: `event-${name}`, checked: existing ? existing.events.includes(name) : true }));
   const place = h("div");
   const element = h("form", { class: "card narrow" }, h("h2", {}, existing ? "Edit the webhook" : "New webhook"), place,
-    field("Address", url, "https on the open internet, or in a network that the operator allowed."),
-    h("fieldset", {}, h("legend", {}, "Told when"), events.map((one, at) => h("p", { class: "check" }, one, h("label", { for: one.id }, EVENTS[at][1])))),
+    field("Address", url, "https on the internet, or in a network that the operator has allowed."),
+    h("fieldset", {}, h("legend", {}, "Send a message when"), events.map((box, at) => h("p", { class: "check" }, box, h("label", { for: box.id }, EVENTS[at][1])))),
     h("div", { class: "row" }, h("button", { class: "primary" }, existing ? "Save" : "Make it"), h("button", { type: "button", onclick: () => element.remove() }, "Cancel")));
   element.addEventListener("submit", async (event) => {
     event.preventDefault();
-    const wanted = { url: url.value.trim(), events: events.filter((one) => one.checked).map((one) => one.value) };
+    const wanted = { url: url.value.trim(), events: events.filter((box) => box.checked).map((box) => box.value) };
     try {
       if (existing) {
         await change("PATCH", `/v1/webhooks/${existing.id}`, wanted, existing.etag);

@@ -1,4 +1,4 @@
-// Who does the work, and what waits.
+// The workers, the queues and the parts that the service needs.
 
 import { get } from "../api.js";
 import { fill, h } from "../dom.js";
@@ -22,17 +22,17 @@ export async function workers(main, { signal }) {
         h("small", {}, `${queue.running} running`, queue.oldest_queued_s ? ` · the oldest waits ${duration(queue.oldest_queued_s)}` : ""))),
       Object.entries(ready.checks ?? {}).map(([name, says]) => h("div", { class: "card" }, h("b", {}, name), h("span", { class: says === "ok" ? "good" : "bad" }, says))));
     if (page.items.length === 0) {
-      fill(place, empty("No worker has reported.", h("p", {}, "Jobs wait until one does: ", h("code", {}, "python -m worker"), " starts one on this machine; `nightpress up` brings its own.")));
+      fill(place, empty("No worker has reported.", h("p", {}, "Jobs wait until a worker runs: ", h("code", {}, "python -m nightpress.worker"), " starts a worker on this machine; `nightpress up` starts its own.")));
       return;
     }
-    fill(place, table("Workers", COLUMNS, page.items.map((one) => row(COLUMNS, [
-      h("span", {}, one.host, h("small", { class: "quiet" }, ` ${one.id}`)), badge(one.state), one.queue, one.device,
-      memory(one),
-      one.job_id ? h("a", { href: `#/jobs/${one.job_id}` }, one.job_id) : "–", h("time", { datetime: one.last_seen_at }, age(one.last_seen_at))]))));
+    fill(place, table("Workers", COLUMNS, page.items.map((worker) => row(COLUMNS, [
+      h("span", {}, worker.host, h("small", { class: "quiet" }, ` ${worker.id}`)), badge(worker.state), worker.queue, worker.device,
+      memory(worker),
+      worker.job_id ? h("a", { href: `#/jobs/${worker.job_id}` }, worker.job_id) : "–", h("time", { datetime: worker.last_seen_at }, age(worker.last_seen_at))]))));
   }, (error) => fill(notice, trouble(error)));
 }
 
-/** A GPU's memory is what jobs run out of; a CPU worker says what it offers. */
+/** The memory in use of a GPU worker's GPU, or the memory that a CPU worker offers. */
 function memory(worker) {
   if (!worker.gpu_memory) return bytes(worker.memory);
   return h("div", { class: "progress" },

@@ -1,4 +1,4 @@
-"""What happens to every request before and after its route: a request id, a bound on its body, a time, and a last resort."""
+"""The middleware around every request: its id, the limit of its body, its time, its trace, and unexpected errors."""
 
 import re
 import time
@@ -19,14 +19,14 @@ from nightpress.core.numbers import whole_number
 from nightpress.core.tracing import NOT_TRACED, SpanNotes, span
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-#: Routes that take files rather than JSON bound their body themselves, by the size that was announced.
+#: Routes that take files limit their body themselves, by the announced size.
 _STREAMING = re.compile(r"/v1/(models|datasets)/[^/]+/parts/[^/]+")
-_ENDLESS = 1 << 62  #: what a length is taken for that can't be read
+_TOO_LONG = 1 << 62  #: in place of a Content-Length that is not a number
 _UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
-class Edge:
-    """A plain ASGI middleware: no task, no queue and no copy of the body, since it stands on every request's path."""
+class RequestMiddleware:
+    """A plain ASGI middleware, without a task, a queue or a copy of the body: every request passes it."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, metrics: ApiMetrics) -> None:
         self.app = app
@@ -67,7 +67,7 @@ class Edge:
         except ClientDisconnect:
             pass  # nobody is left to answer
         except Exception as error:
-            if status:  # the answer has begun: nothing can be said any more, the server cuts the connection
+            if status:  # the answer has begun: all that is left is to cut the connection, which the server does
                 raise
             response = await on_unexpected(Request(scope), error)
             await response(scope, receive, send_marked)
@@ -78,16 +78,16 @@ class Edge:
         if length > self.max_body_bytes and not _STREAMING.fullmatch(scope["path"]):
             return NightpressError(
                 ErrorCode.PAYLOAD_TOO_LARGE,
-                f"The body has {length} bytes; at most {self.max_body_bytes} are taken.",
+                f"The body has {length} bytes; at most {self.max_body_bytes} are allowed.",
                 hint="Upload models and data sets as files: announce them first, then send their parts.",
             )
-        # No name of ours holds a NUL, and PostgreSQL takes none in text.
+        # PostgreSQL refuses a NUL in text, and none of our names holds one.
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
             return NightpressError(ErrorCode.INVALID_REQUEST, "The address holds a NUL character.", hint="Remove it.")
         return None
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """Count a body that came without a length, or with a wrong one."""
+        """Count the bytes of a body: its Content-Length may be missing or wrong."""
         if scope["method"] in {"GET", "HEAD"} or _STREAMING.fullmatch(scope["path"]):
             return receive
         received = 0
@@ -104,7 +104,7 @@ class Edge:
 
 
 def _traced(scope: Scope, request_id: str) -> AbstractContextManager[SpanNotes]:
-    """The request's span, below the caller's own if it says one. Probes and scrapes would be most of all there is to see."""
+    """The span of a request, below the caller's span where `traceparent` names it. Probes and scrapes are not traced."""
     if scope["path"] in _UNTRACED:
         return nullcontext(NOT_TRACED)
     caller = next(
@@ -115,12 +115,12 @@ def _traced(scope: Scope, request_id: str) -> AbstractContextManager[SpanNotes]:
 
 
 def _read_headers(scope: Scope) -> tuple[str, int]:
-    """The caller's request id, if it is a decent one, and the announced length of the body."""
+    """The request id, which is the caller's where that is valid, and the announced length of the body."""
     request_id, length = "", 0
     for name, value in scope["headers"]:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             request_id = value.decode()
         elif name == b"content-length":
             announced = whole_number(value.decode("latin-1"))
-            length = _ENDLESS if announced is None else announced
+            length = _TOO_LONG if announced is None else announced
     return request_id or new_id("req"), length

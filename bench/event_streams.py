@@ -1,29 +1,25 @@
-"""Five hundred people follow twenty jobs through one API process: its memory, and whether anybody misses or sees twice an event.
+"""Five hundred readers follow the events of twenty jobs through one API process: its memory, and events that are missed or come twice.
 
-    python -m bench.streams [--clients 500] [--json]
+    python -m bench.event_streams [--clients 500]
 
-PostgreSQL, one real API process. A third of the clients are cut off in the middle and come back with Last-Event-ID.
+The database is PostgreSQL, and the API process a real one. A third of the clients are cut off in the middle and come back with Last-Event-ID.
 """
 
-import argparse
 import asyncio
-import json
 import random
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 
-from nightpress import migrations
+from bench.record import Figure, finish, make_parser
+from bench.stack import postgres_and_valkey
 from nightpress.core.service.access.keys import create_key
 from nightpress.core.service.jobs.records import Claimed
 from tests.jobs import offer, succeeded
-from tests.servers import Postgres, Valkey, free_port
+from tests.servers import free_port
 from tests.service import Service, eventually
 
 JOBS, EVENTS = 20, 60
@@ -55,10 +51,10 @@ def work(service: Service, claimed: list[Claimed]) -> None:
     """What the workers would write meanwhile."""
     time.sleep(2)
     for step in range(EVENTS):
-        for one in claimed:
-            service.store.record_event(one.lease, "checkpoint", {"step": step})
-    for one in claimed:
-        service.store.finish(one.lease, succeeded(one.lease))
+        for job in claimed:
+            service.store.attempts.record_event(job.lease, "checkpoint", {"step": step})
+    for job in claimed:
+        service.store.attempts.finish(job.lease, succeeded(job.lease))
 
 
 async def everybody(url: str, key: str, jobs: list[str], clients: int) -> list[list[int]]:
@@ -70,19 +66,13 @@ async def everybody(url: str, key: str, jobs: list[str], clients: int) -> list[l
         return await asyncio.gather(*(follow(client, jobs[n % len(jobs)], cut) for n, cut in enumerate(cuts)))
 
 
-def measure(clients: int) -> dict[str, Any]:
-    with (
-        tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder,
-        Postgres(Path(folder) / "postgres") as postgres,
-        Valkey(Path(folder) / "valkey") as broker,
-    ):
-        url = postgres.create_database()
-        migrations.upgrade(url)
+def measure(clients: int) -> list[Figure]:
+    with postgres_and_valkey() as (folder, url, broker_url):
         port = free_port()
-        service = Service(Path(folder), url, broker_url=broker.url, api_port=port)
+        service = Service(folder, url, broker_url=broker_url, api_port=port)
         try:
             jobs = [service.submit() for _ in range(JOBS)]
-            claimed = [one for one in (service.store.claim(offer(), ttl_s=3600.0) for _ in jobs) if one is not None]
+            claimed = [job for _ in jobs if (job := service.store.claims.claim(offer(), ttl_s=3600.0)) is not None]
             key = create_key(service.engine, tenant_id="default", name="bench", scopes=["jobs:read"])[1]
             process = psutil.Process(service.start("-m", "nightpress.api").pid)
             base = f"http://127.0.0.1:{port}"
@@ -103,14 +93,14 @@ def measure(clients: int) -> dict[str, Any]:
             for thread in threads:
                 thread.join()
             whole = list(range(1, EVENTS + 4))  # queued, started, …, succeeded
-            return {
-                "clients": clients,
-                "events_each": len(whole),
-                "with_a_gap_or_a_double": sum(one != whole for one in seen),
-                "rss_idle_mb": round(idle / 1e6, 1),
-                "rss_peak_mb": round(peak[0] / 1e6, 1),
-                "wall_s": round(seconds, 1),
-            }
+            return [
+                Figure("streams/clients", clients, "clients"),
+                Figure("streams/events", len(whole), "events each"),
+                Figure("streams/wrong", sum(events != whole for events in seen), "with a gap or a double", bar="<= 0"),
+                Figure("memory/idle", round(idle / 1e6, 1), "MB"),
+                Figure("memory/peak", round(peak[0] / 1e6, 1), "MB"),
+                Figure("streams/seconds", round(seconds, 1), "s"),
+            ]
         finally:
             service.close()
 
@@ -123,13 +113,10 @@ def _healthy(url: str) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.streams", description=__doc__)
+    parser = make_parser("event_streams", __doc__)
     parser.add_argument("--clients", type=int, default=500)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = measure(options.clients)
-    print(json.dumps(found) if options.json else "\n".join(f"{name}: {value}" for name, value in found.items()))
-    return 0
+    return finish("event_streams", measure(options.clients), parser, options)
 
 
 if __name__ == "__main__":

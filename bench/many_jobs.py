@@ -1,15 +1,12 @@
-"""The queue as it grows: claims, pages and ticks with a million jobs in PostgreSQL beside ten thousand; many workers at once.
+"""The store with a million jobs in PostgreSQL beside ten thousand: claims, pages and ticks; and many workers that claim at once.
 
-    python -m bench.queue [--jobs 10000 1000000] [--json]
+    python -m bench.many_jobs [--jobs 10000 1000000]
 
-Nine jobs of ten are done, the rest wait, spread over twenty tenants and five priorities. PostgreSQL keeps fsync on. Latencies are of single
-calls from one client; the rate is of four processes with fifty simulated workers each, who claim until nothing is left. What doesn't depend on
-what else the machine does stands beside them: a call's statements and the processor time that it takes the server. A million rows take about
-a minute to write.
+Nine jobs of ten are done. The others wait, spread over twenty tenants and five priorities. PostgreSQL keeps fsync on. Latencies are of single
+calls from one client. The rate of claims is of four processes with fifty simulated workers each, who claim until no job is left. Two figures
+of each call don't depend on other work on the machine: its statements, and the server's CPU time. Writing a million rows takes about a minute.
 """
 
-import argparse
-import json
 import multiprocessing
 import statistics
 import sys
@@ -21,11 +18,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 from sqlalchemy import Engine, event, text
 
+from bench.record import Figure, finish, make_parser
 from nightpress import migrations
 from nightpress.core.database import make_engine, transaction
 from nightpress.core.errors import NightpressError
@@ -86,13 +83,13 @@ class Side:
         store = JobStore(self.engine)
         cursors: list[str | None] = [None]
         for _ in range(20):
-            cursors.append(store.page("tenant-3", cursor=cursors[-1], limit=50)[1])
+            cursors.append(store.reader.page("tenant-3", cursor=cursors[-1], limit=50)[1])
         self.calls: dict[str, Callable[[int], object]] = {
-            "claim": lambda n: store.claim(offer(f"w{n}"), ttl_s=3600.0),
-            "page": lambda n: store.page("tenant-3", cursor=cursors[n % len(cursors)], limit=50),
-            "page_by_state": lambda _n: store.page("tenant-3", JobsWanted(states=("queued",)), limit=50),
+            "claim": lambda n: store.claims.claim(offer(f"w{n}"), ttl_s=3600.0),
+            "page": lambda n: store.reader.page("tenant-3", cursor=cursors[n % len(cursors)], limit=50),
+            "page_by_state": lambda _n: store.reader.page("tenant-3", JobsWanted(states=("queued",)), limit=50),
             "tick": lambda _n: _tick(store),
-            "statistics": lambda _n: store.statistics(),
+            "statistics": lambda _n: store.reader.statistics(),
         }
 
     def _count(self, *_: object) -> None:
@@ -134,11 +131,11 @@ def _cpu_s(server: Postgres) -> float:
     assert server.process is not None
     main = psutil.Process(server.process.pid)
     times = []
-    for one in (main, *main.children(recursive=True)):
+    for process in (main, *main.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):  # over since it was listed: counted with those that are
-            times.append(one.cpu_times())
+            times.append(process.cpu_times())
     over = main.cpu_times()
-    return sum(one.user + one.system for one in times) + over.children_user + over.children_system
+    return sum(used.user + used.system for used in times) + over.children_user + over.children_system
 
 
 def _timed(call: Callable[[int], object], n: int) -> float:
@@ -149,13 +146,13 @@ def _timed(call: Callable[[int], object], n: int) -> float:
 
 def _tick(store: JobStore) -> None:
     """What the control process asks of the store every two seconds."""
-    store.expire_leases(backoff_s=5.0)
-    store.expire_queue_deadlines()
-    store.queues_with_work()
-    store.workers()
+    store.expiry.expire_leases(backoff_s=5.0)
+    store.expiry.expire_queue_deadlines()
+    store.reader.queues_with_work()
+    store.roster.workers()
 
 
-def race(server: Postgres) -> dict[str, Any]:
+def race(server: Postgres) -> dict[str, float]:
     """Two hundred workers claim until nothing is left. Jobs end half a second after their claim: no more run than there are workers."""
     url = server.create_database()
     migrations.upgrade(url)
@@ -207,7 +204,7 @@ def _claim_all(url: str, number: int) -> tuple[list[str], float, float]:
         found = []
         while True:
             try:
-                claimed = store.claim(offer(name), ttl_s=3600.0)
+                claimed = store.claims.claim(offer(name), ttl_s=3600.0)
             except NightpressError:
                 continue  # no connection was free in time
             if claimed is None:
@@ -220,26 +217,36 @@ def _claim_all(url: str, number: int) -> tuple[list[str], float, float]:
     return [job for share in shares for job in share], began, time.time()
 
 
+#: call → milliseconds that its 99th percentile may take with the most jobs
+BARS_MS = {"claim": 15, "page": 30, "page_by_state": 30, "tick": 200}
+UNITS = {"s": "s", "ms": "ms", "cpu_ms": "ms of the server's CPU time", "statements": "statements"}
+
+
+def figures_of(counts: list[int], sides: list[dict[str, float]], raced: dict[str, float]) -> list[Figure]:
+    figures = []
+    for count, side in zip(counts, sides, strict=True):
+        for name, value in side.items():
+            call = next((call for call in sorted(BARS_MS, key=len, reverse=True) if name.startswith(call)), "")
+            barred = count == max(counts) and name == f"{call}_p99_ms"
+            unit = next((unit for end, unit in reversed(UNITS.items()) if name.endswith(f"_{end}")), "")
+            figures.append(Figure(f"{count} jobs/{name}", value, unit, bar=f"< {BARS_MS[call]}" if barred else ""))
+    for call in BARS_MS:
+        growth = sides[-1][f"{call}_p99_ms"] / sides[0][f"{call}_p99_ms"]
+        figures.append(Figure(f"growth/{call}", round(growth, 2), "×", bar="<= 2"))
+    bars = {"claimed_twice": "<= 0", "missed": "<= 0", "claims_per_s": ">= 300"}
+    return figures + [Figure(f"race/{name}", value, bar=bars.get(name, "")) for name, value in raced.items()]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.queue", description=__doc__)
+    parser = make_parser("many_jobs", __doc__)
     parser.add_argument("--jobs", type=int, nargs="+", default=[10_000, 1_000_000])
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder,
         Postgres(Path(folder), durable=True) as server,
     ):
-        found: dict[str, Any] = {
-            f"{count:,} jobs": figures
-            for count, figures in zip(options.jobs, measure(server, options.jobs), strict=True)
-        }
-        found["race"] = race(server)
-    if options.json:
-        print(json.dumps(found))
-    else:
-        for name, figures in found.items():
-            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
-    return 0
+        figures = figures_of(options.jobs, measure(server, options.jobs), race(server))
+    return finish("many_jobs", figures, parser, options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,193 @@
+"""What benches measured, kept in bench/results/NAME.json. Every figure of the docs comes from there.
+
+A file holds runs. The figures of a run were measured together: on one machine, of one commit, on one day. A later run replaces the figures that
+it measured again. The others stay, each with its own machine and date. `python -m docs.figures` writes the docs' tables from these files.
+"""
+
+import argparse
+import dataclasses
+import json
+import operator
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parent
+RESULTS = BENCH / "results"  #: what the docs show
+OUT = BENCH / "out"  #: runs with options of their own: not tracked, and not shown
+LIBRARIES = (
+    *("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "compressed-tensors", "llama-cpp-python"),
+    *("fastapi", "sqlalchemy", "psycopg", "celery", "boto3", "numpy"),
+)
+_COMPARISONS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured value."""
+
+    name: str  #: parts joined by "/": perhaps a group, perhaps a row, and the column
+    value: float
+    unit: str = ""
+    spread: tuple[float, float] | None = None  #: the lowest and the highest, or an interval: the bench says which
+    bar: str = ""  #: what was promised: a comparison and a number, as ">= 0.8"
+
+    def __post_init__(self) -> None:
+        if self.bar and self.bar.split(" ")[0] not in _COMPARISONS:
+            raise ValueError(f"The bar {self.bar!r} of {self.name} must begin with one of {', '.join(_COMPARISONS)}.")
+
+    @property
+    def meets_bar(self) -> bool | None:
+        """None where nothing was promised."""
+        if not self.bar:
+            return None
+        sign, bound = self.bar.split(" ")
+        return bool(_COMPARISONS[sign](self.value, float(bound)))
+
+    @property
+    def verdict(self) -> str:
+        return {None: "", True: "PASS", False: "MISS"}[self.meets_bar]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run took place. None, or an empty list, is what is not known."""
+
+    processor: str
+    features: tuple[str, ...]  #: instruction sets on which int8 and bfloat16 depend
+    cores: int | None
+    memory_gib: int | None
+    gpu: str | None
+
+    @classmethod
+    def here(cls) -> "Machine":
+        from nightpress.core.compress import environment
+
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        features = tuple(environment.cpu_features())
+        return cls(environment.processor(), features, os.cpu_count(), round(memory / 2**30), _gpu())
+
+
+@dataclass(frozen=True)
+class Run:
+    """Figures that were taken together."""
+
+    date: str
+    commit: str  #: "+" behind it: with changes that were not committed; empty outside of a checkout
+    machine: Machine
+    versions: dict[str, str]
+    figures: tuple[Figure, ...]
+    transcribed: bool = False  #: copied from a page of that commit, not written by the bench
+    note: str = ""  #: what a reader must know of the conditions
+
+
+def _gpu() -> str | None:
+    if "torch" not in sys.modules:  # a bench that uses a GPU has imported it
+        return None
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=BENCH.parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results")  # where the bench before has left its own
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read(name: str, folder: Path = RESULTS) -> tuple[Run, ...]:
+    """All runs of a result, oldest first. Raises FileNotFoundError."""
+    return tuple(_run(document) for document in json.loads((folder / f"{name}.json").read_text())["runs"])
+
+
+def _run(document: dict[str, Any]) -> Run:
+    machine = Machine(**{**document["machine"], "features": tuple(document["machine"]["features"])})
+    figures = tuple(
+        Figure(**{**figure, "spread": tuple(figure["spread"])}) if "spread" in figure else Figure(**figure)
+        for figure in document["figures"]
+    )
+    return Run(**{**document, "machine": machine, "figures": figures})
+
+
+def write(name: str, runs: Iterable[Run], folder: Path = RESULTS) -> Path:
+    """One figure a line, so that a change of one is a change of one line."""
+    folder.mkdir(exist_ok=True)
+    parts = []
+    for run in runs:
+        document = dataclasses.asdict(run)
+        figures = [_compact(figure) for figure in document.pop("figures")]
+        document = {key: value for key, value in document.items() if key not in {"transcribed", "note"} or value}
+        head = json.dumps(document, ensure_ascii=False, indent=1).removesuffix("\n}").replace("\n", "\n  ")
+        parts.append(f"  {head},\n   " + '"figures": [\n    ' + ",\n    ".join(figures) + "\n   ]\n  }")
+    path = folder / f"{name}.json"
+    path.write_text(f'{{\n "bench": {json.dumps(name)},\n "runs": [\n' + ",\n".join(parts) + "\n ]\n}\n")
+    return path
+
+
+def _compact(figure: dict[str, Any]) -> str:
+    return json.dumps({key: value for key, value in figure.items() if value not in (None, "")}, ensure_ascii=False)
+
+
+def add(name: str, run: Run, folder: Path = RESULTS) -> Path:
+    """Keep a run: its figures take the place of earlier ones of the same names."""
+    taken = {figure.name for figure in run.figures}
+    if len(taken) < len(run.figures):
+        raise ValueError(f"The bench {name} gave two figures the same name.")
+    runs = []
+    for earlier in read(name, folder) if (folder / f"{name}.json").exists() else ():
+        left = tuple(figure for figure in earlier.figures if figure.name not in taken)
+        if left:
+            runs.append(dataclasses.replace(earlier, figures=left))
+    return write(name, [*runs, run], folder)
+
+
+def finish(
+    name: str,
+    figures: Sequence[Figure],
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    *,
+    choices: Sequence[str] = (),
+) -> int:
+    """Print the figures, keep them, and say by the exit status whether one missed its bar.
+
+    A run with the parser's defaults is kept in bench/results, any other in bench/out: it measured something else. `choices` names options
+    that choose which figures are taken and don't change them.
+    """
+    width = max((len(figure.name) for figure in figures), default=0)
+    for figure in figures:
+        spread = f" ({figure.spread[0]:g} to {figure.spread[1]:g})" if figure.spread else ""
+        bar = f"  {figure.verdict} ({figure.bar})" if figure.bar else ""
+        print(f"{figure.name:{width}}  {figure.value:g} {figure.unit}{spread}{bar}")
+    usual = all(parser.get_default(key) == value for key, value in vars(options).items() if key not in choices)
+    run = Run(datetime.now(UTC).date().isoformat(), _commit(), Machine.here(), _versions(), tuple(figures))
+    print(f"kept in {add(name, run, RESULTS if usual else OUT).relative_to(BENCH.parent)}", file=sys.stderr)
+    return int(any(figure.meets_bar is False for figure in figures))
+
+
+def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A bench's command line, whose help is the module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m bench.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )

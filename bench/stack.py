@@ -1,0 +1,22 @@
+"""Servers for the benches of the service."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nightpress import migrations
+from tests.servers import Postgres, Valkey
+
+
+@contextmanager
+def postgres_and_valkey(*, durable: bool = False) -> Iterator[tuple[Path, str, str]]:
+    """A temporary folder, the address of a migrated database, and that of a broker. durable: PostgreSQL waits for its disk."""
+    with (
+        tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder,
+        Postgres(Path(folder) / "postgres", durable=durable) as postgres,
+        Valkey(Path(folder) / "valkey") as broker,
+    ):
+        url = postgres.create_database()
+        migrations.upgrade(url)
+        yield Path(folder), url, broker.url

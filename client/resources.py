@@ -1,0 +1,362 @@
+"""What both clients can do, by resource: `Client` has them with the blocking driver, `AsyncClient` with the event loop's."""
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+
+from nightpress.client import access, calls
+from nightpress.client.calls import Call
+from nightpress.client.drivers import Blocking
+from nightpress.client.errors import ApiError, ClientError, UnreachableError
+from nightpress.client.events import EVENTS, LOGS, Numbered, Stream, Tail
+from nightpress.client.flows import Flow, Found, Listen, Listing, Pause
+from nightpress.client.folders import ModelFolder, plain_name, read_model_folder
+from nightpress.client.methods import Driver, Resource, ask, flow, listing, pages, transfer
+from nightpress.client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
+from nightpress.client.uploads import finish_upload
+from nightpress.client.waiting import Pace
+from nightpress.core.wire.jobs import TERMINAL_STATES, EventView, JobView, LogView
+from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView
+
+NumberedItem = TypeVar("NumberedItem", bound=Numbered)
+Uploaded = TypeVar("Uploaded", ModelView, DataSetView)
+
+
+class Models(Resource[Driver]):
+    """Models: immutable folders with a digest. `model`: an id, or a name, which means the newest ready model of that name."""
+
+    list = ask(calls.page_models)
+    iterate = pages(calls.page_models)
+    get = ask(calls.get_model)
+    delete = ask(calls.delete_model)
+    latest = ask(calls.latest_of)
+    promote = ask(calls.promote)
+    promotions = pages(calls.page_promotions)
+
+    @flow
+    def fetch(self, source: str, name: str) -> Flow[ModelView]:
+        """Have the server fetch a model from `s3://…` or `hf://…`. Returns at once; `wait` returns when it is there.
+
+        Raises ApiError where the operator of the server does not allow the source.
+        """
+        return (yield from self._ask(calls.create_model(ModelCreate(name=name, source=source))))
+
+    @flow
+    def wait(
+        self, model: str, *, poll_s: float = 1.0, on_update: Callable[[ModelView], None] | None = None
+    ) -> Flow[ModelView]:
+        """Return the model once the server has fetched and verified it: it is then `ready` or `failed`.
+
+        `on_update` is called with each answer, every `poll_s` seconds.
+        """
+        return (yield from _until_settled(self, lambda: calls.get_model(model), poll_s, on_update))
+
+    @flow
+    def register(self, path: str, name: str | None = None) -> Flow[ModelView]:
+        """Use a folder on the server in place. Raises ApiError(path_not_allowed) where its operator hasn't allowed it."""
+        name = name or plain_name(Path(path).name)
+        return (yield from self._ask(calls.create_model(ModelCreate(name=name, path=path))))
+
+    @transfer
+    def upload(
+        self: "Models[Blocking]",
+        folder: Path | ModelFolder,
+        name: str | None = None,
+        *,
+        meter: Meter = UNWATCHED,
+        stop: threading.Event | None = None,
+    ) -> ModelView:
+        """Send a local folder. Afterwards its name means these bytes.
+
+        Nothing is sent where the name means them already. A broken upload is continued. Setting `stop` ends the transfer.
+        Raises NightpressError for a folder that is no model, and ApiError, UnreachableError or TransferError.
+        """
+        chosen = folder if isinstance(folder, ModelFolder) else read_model_folder(folder, name)
+        transfers = Transfers(self._driver.http, self._driver.options, meter, stop=stop or threading.Event())
+        announced = transfers.hash_files(chosen.files)
+        wanted = {(file.path, file.size, file.sha256) for file in announced}
+        model = self._find(chosen.name, wanted)
+        if model is None:
+            model = self._driver.send(calls.create_model(ModelCreate(name=chosen.name, files=announced)))
+        if model.state == "uploading":
+            finish_upload(self._driver, transfers, "models", model, chosen.files)
+            model = self.get(model.id)
+        return model
+
+    def _find(self: "Models[Blocking]", name: str, wanted: Collection[tuple[str, int, str]]) -> ModelView | None:
+        """The model of this name with these files (path, size, SHA-256), unless the name means a newer model by now."""
+        for model in self.iterate():
+            if model.name == name and model.state != "failed":
+                if {(file.path, file.size, file.sha256) for file in model.files} == wanted:
+                    return model
+                if model.state == "ready":
+                    return None
+        return None
+
+
+class DataSets(Resource[Driver]):
+    """Data sets: one immutable file of prose or of labelled rows. `data_set`: an id or a name."""
+
+    list = ask(calls.page_data_sets)
+    iterate = pages(calls.page_data_sets)
+    get = ask(calls.get_data_set)
+    delete = ask(calls.delete_data_set)
+
+    @flow
+    def fetch(self, source: str, name: str) -> Flow[DataSetView]:
+        """Have the server fetch a data set from `s3://…` or `hf://…`. Returns at once; `wait` returns when it is there.
+
+        Raises ApiError where the operator of the server does not allow the source.
+        """
+        return (yield from self._ask(calls.create_data_set(DataSetCreate(name=name, source=source))))
+
+    @flow
+    def wait(
+        self, data_set: str, *, poll_s: float = 1.0, on_update: Callable[[DataSetView], None] | None = None
+    ) -> Flow[DataSetView]:
+        """Return the data set once the server has fetched and verified it: it is then `ready` or `failed`.
+
+        `on_update` is called with each answer, every `poll_s` seconds.
+        """
+        return (yield from _until_settled(self, lambda: calls.get_data_set(data_set), poll_s, on_update))
+
+    @flow
+    def register(self, path: str, name: str | None = None) -> Flow[DataSetView]:
+        """Use a file on the server in place. Raises ApiError(path_not_allowed) where its operator hasn't allowed it."""
+        name = name or plain_name(Path(path).name.split(".")[0])
+        return (yield from self._ask(calls.create_data_set(DataSetCreate(name=name, path=path))))
+
+    @transfer
+    def upload(
+        self: "DataSets[Blocking]",
+        file: Path,
+        name: str | None = None,
+        *,
+        meter: Meter = UNWATCHED,
+        stop: threading.Event | None = None,
+    ) -> DataSetView:
+        """Send a local file: `.txt` or `.jsonl`, plain or `.gz`. Setting `stop` ends the transfer.
+
+        Raises ClientError where it is not a file, and ApiError, UnreachableError or TransferError.
+        """
+        if not file.is_file():
+            raise ClientError(f"{file} is not a file.", hint="A data set is one .txt or .jsonl file, plain or .gz.")
+        transfers = Transfers(self._driver.http, self._driver.options, meter, stop=stop or threading.Event())
+        [announced] = transfers.hash_files({file.name: file})
+        request = DataSetCreate(name=name or plain_name(file.name.split(".")[0]), file=announced)
+        data_set = self._driver.send(calls.create_data_set(request))
+        if data_set.state == "uploading":
+            finish_upload(self._driver, transfers, "datasets", data_set, {file.name: file})
+            data_set = self.get(data_set.id)
+        return data_set
+
+
+def _until_settled(
+    resource: Resource[Driver],
+    get: Callable[[], Call[Uploaded]],
+    poll_s: float,
+    on_update: Callable[[Uploaded], None] | None,
+) -> Flow[Uploaded]:
+    """Ask until a model or data set is neither fetched nor verified any more."""
+    while True:
+        view = yield from resource._ask(get())
+        if on_update:
+            on_update(view)
+        if view.state not in {"fetching", "verifying"}:
+            return view
+        yield Pause(poll_s)
+
+
+class Recipes(Resource[Driver]):
+    """Recipes: what to do with a model."""
+
+    list = ask(calls.list_recipes)
+    get = ask(calls.get_recipe)
+    validate = ask(calls.validate_recipe)
+    schema = ask(calls.recipe_schema)
+
+
+class Jobs(Resource[Driver]):
+    """Jobs: one recipe on one model."""
+
+    submit = ask(calls.submit_job)
+    submit_all = ask(calls.submit_jobs)
+    list = ask(calls.page_jobs)
+    iterate = pages(calls.page_jobs)
+    get = ask(calls.get_job)
+    cancel = ask(calls.cancel_job)
+    cancel_all = ask(calls.cancel_jobs)
+    retry = ask(calls.retry_job)
+    artifacts = ask(calls.list_artifacts)
+    report = ask(calls.get_report)
+    drawn_report = ask(calls.get_drawn_report)
+
+    @flow
+    def wait(
+        self,
+        job_id: str,
+        *,
+        timeout_s: float | None = None,
+        poll_s: float = 1.0,
+        patience_s: float = 120.0,
+        on_update: Callable[[JobView], None] | None = None,
+    ) -> Flow[JobView]:
+        """Return the job once it has succeeded, failed or been cancelled. `on_update` is called with each answer until then.
+
+        Raises TimeoutError after `timeout_s`, while the job goes on. Raises UnreachableError or ApiError where the server
+        has been away for more than `patience_s`.
+        """
+        pace = Pace(timeout_s, poll_s, patience_s)
+        while True:
+            try:
+                job = yield from self._ask(calls.get_job(job_id))
+            except (UnreachableError, ApiError) as error:
+                pause = pace.after_error(error)
+            else:
+                if on_update:
+                    on_update(job)
+                if job.state in TERMINAL_STATES:
+                    return job
+                pause = pace.after(job)
+            yield Pause(pause)
+
+    @listing
+    def past_events(self, job_id: str, *, after: int = 0) -> Listing[EventView]:
+        """A job's events up to now, from number `after` + 1 on."""
+        yield from self._past(EVENTS, job_id, after)
+
+    @listing
+    def events(self, job_id: str, *, after: int = 0, patience_s: float = 120.0) -> Listing[EventView]:
+        """A job's events as they come, until the job is over. A broken connection neither skips nor repeats an event.
+
+        Raises UnreachableError or ApiError where the server has been away for more than `patience_s`.
+        """
+        yield from self._follow(EVENTS, job_id, after, patience_s)
+
+    @listing
+    def logs(self, job_id: str, *, after: int = 0, follow: bool = False, patience_s: float = 120.0) -> Listing[LogView]:
+        """A job's log up to now; with `follow`, also the lines that come until the job is over, as `events` does."""
+        if follow:
+            yield from self._follow(LOGS, job_id, after, patience_s)
+        else:
+            yield from self._past(LOGS, job_id, after)
+
+    def _past(self, stream: Stream[NumberedItem], job_id: str, after: int) -> Listing[NumberedItem]:
+        while items := (yield from self._ask(stream.page(job_id, after=after))):
+            for item in items:
+                yield Found(item)
+            after = items[-1].seq
+
+    def _follow(
+        self, stream: Stream[NumberedItem], job_id: str, after: int, patience_s: float
+    ) -> Listing[NumberedItem]:
+        tail = Tail(self._driver.options, stream, job_id, after, patience_s)
+        while True:
+            error: httpx.TransportError | ApiError | None = yield Listen(tail.request(), tail.feed)
+            if error is not None:
+                yield Pause(tail.pause_after(error))
+            elif (yield from self._ask(calls.get_job(job_id))).state in TERMINAL_STATES:
+                while rest := (yield from self._ask(tail.rest())):
+                    for item in rest:
+                        if tail.seen(item) is not None:
+                            yield Found(item)
+                return
+
+    @transfer
+    def download(
+        self: "Jobs[Blocking]",
+        job_id: str,
+        folder: Path,
+        *,
+        formats: Sequence[str] = (),
+        meter: Meter = UNWATCHED,
+        stop: threading.Event | None = None,
+    ) -> Sequence[Path]:
+        """Fetch a job's artifacts to `folder`/<format>/ and return those folders. Continues what an earlier call left half done.
+
+        A file gets its name when its SHA-256 is right. Setting `stop` ends the transfer. Raises TransferError where a
+        file's bytes differ from the job's record, ClientError for a format that the job lacks, ApiError or UnreachableError.
+        """
+        artifacts = choose_artifacts(self.artifacts(job_id), formats, job_id)
+        wanted = [
+            (
+                url_of(artifact.download_url, file.path),
+                file.model_copy(update={"path": f"{artifact.format}/{file.path}"}),
+            )
+            for artifact in artifacts
+            for file in artifact.files
+        ]
+        transfers = Transfers(self._driver.http, self._driver.options, meter, stop=stop or threading.Event())
+        transfers.download(wanted, folder)
+        return [target_of(folder, artifact.format) for artifact in artifacts]
+
+
+class Schedules(Resource[Driver]):
+    """Schedules: jobs that are submitted again and again. `schedule`: an id or a name."""
+
+    create = ask(calls.create_schedule)
+    iterate = pages(calls.page_schedules)
+    get = ask(calls.get_schedule)
+    edit = ask(calls.edit_schedule)
+    delete = ask(calls.delete_schedule)
+    suspend = ask(calls.suspend_schedule)
+    resume = ask(calls.resume_schedule)
+    trigger = ask(calls.trigger_schedule)
+    runs = pages(calls.page_schedule_runs)
+
+
+class Webhooks(Resource[Driver]):
+    """Webhooks: addresses that are told when a job has ended."""
+
+    create = ask(access.create_webhook)
+    iterate = pages(access.page_webhooks)
+    get = ask(access.get_webhook)
+    edit = ask(access.edit_webhook)
+    delete = ask(access.delete_webhook)
+    rotate = ask(access.rotate_secret)
+    test = ask(access.send_test)
+    deliveries = pages(access.page_deliveries)
+    delivery = ask(access.get_delivery)
+    redeliver = ask(access.redeliver)
+
+
+class Keys(Resource[Driver]):
+    """API keys: of the caller's tenant, and for administrators of any tenant."""
+
+    create = ask(access.create_key)
+    iterate = pages(access.page_keys)
+    get = ask(access.get_key)
+    rotate = ask(access.rotate_key)
+    revoke = ask(access.revoke_key)
+
+
+class Tenants(Resource[Driver]):
+    """Tenants, their quotas and use, and what their keys did: for administrators."""
+
+    iterate = pages(access.page_tenants)
+    get = ask(access.get_tenant)
+    set_quotas = ask(access.set_quotas)
+    audit = pages(access.page_audit)
+
+
+class BaseClient(Resource[Driver]):
+    """What both clients offer: the resources above, and calls about the service itself."""
+
+    workers = ask(calls.list_workers)
+    queues = ask(calls.list_queues)
+    ready = ask(calls.ready)
+    me = ask(access.me)
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver)
+        self.models = Models(driver)
+        self.data_sets = DataSets(driver)
+        self.recipes = Recipes(driver)
+        self.jobs = Jobs(driver)
+        self.schedules = Schedules(driver)
+        self.webhooks = Webhooks(driver)
+        self.keys = Keys(driver)
+        self.tenants = Tenants(driver)

@@ -1,0 +1,101 @@
+"""All that lives in SQL and in object storage, built in one place for API, control process and worker."""
+
+from functools import cached_property
+
+from sqlalchemy import Engine
+
+from nightpress.core.artifacts.open import open_store
+from nightpress.core.artifacts.storage import ObjectStore
+from nightpress.core.service.access.audit import AuditLog
+from nightpress.core.service.access.idempotency import IdempotencyBook
+from nightpress.core.service.access.issuing import KeyIssuer
+from nightpress.core.service.access.keys import KeyRing
+from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.jobs.checkpoints import CheckpointIndex
+from nightpress.core.service.jobs.claims import Caps
+from nightpress.core.service.jobs.retention import JobRetention
+from nightpress.core.service.jobs.service import JobService
+from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.promotions.store import PromotionStore
+from nightpress.core.service.registry.datasets import DataSetRegistry
+from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.schedules.service import ScheduleService
+from nightpress.core.service.schedules.store import ScheduleStore
+from nightpress.core.service.webhooks.signing import open_keeper
+from nightpress.core.service.webhooks.store import WebhookStore
+from nightpress.core.settings import Settings
+
+_OLDEST_SHARE = 1 / 8  #: of the claims: what low priorities get of a queue that never empties
+
+
+class Resources:
+    """What a process works with. Each part is made when it is first asked for, and then kept."""
+
+    def __init__(self, settings: Settings, engine: Engine) -> None:
+        self.settings = settings
+        self.engine = engine
+
+    @cached_property
+    def objects(self) -> ObjectStore:
+        return open_store(self.settings)
+
+    @cached_property
+    def store(self) -> JobStore:
+        caps = Caps(self.settings.max_running_jobs, self.settings.max_gpu_seconds_month)
+        return JobStore(self.engine, caps, oldest_share=_OLDEST_SHARE)
+
+    @cached_property
+    def jobs(self) -> JobService:
+        return JobService(self.store, self.models, self.datasets, self.quotas, self.settings)
+
+    @cached_property
+    def checkpoints(self) -> CheckpointIndex:
+        return CheckpointIndex(self.engine)
+
+    @cached_property
+    def retention(self) -> JobRetention:
+        return JobRetention(self.engine, self.objects)
+
+    @cached_property
+    def models(self) -> ModelRegistry:
+        return ModelRegistry(self.engine, self.objects, self.settings)
+
+    @cached_property
+    def datasets(self) -> DataSetRegistry:
+        return DataSetRegistry(self.engine, self.objects, self.settings)
+
+    @cached_property
+    def schedule_store(self) -> ScheduleStore:
+        return ScheduleStore(self.engine)
+
+    @cached_property
+    def schedules(self) -> ScheduleService:
+        return ScheduleService(self.schedule_store, self.jobs, self.settings)
+
+    @cached_property
+    def promotions(self) -> PromotionStore:
+        return PromotionStore(self.engine)
+
+    @cached_property
+    def webhooks(self) -> WebhookStore:
+        return WebhookStore(self.engine, open_keeper(self.settings), self.settings)
+
+    @cached_property
+    def quotas(self) -> QuotaBook:
+        return QuotaBook(self.engine, self.settings)
+
+    @cached_property
+    def keys(self) -> KeyRing:
+        return KeyRing(self.engine)
+
+    @cached_property
+    def issuer(self) -> KeyIssuer:
+        return KeyIssuer(self.engine)
+
+    @cached_property
+    def idempotency(self) -> IdempotencyBook:
+        return IdempotencyBook(self.engine)
+
+    @cached_property
+    def audit(self) -> AuditLog:
+        return AuditLog(self.engine)

@@ -1,0 +1,114 @@
+"""What a person asks of jobs that are there: their end, or the result of an identical one."""
+
+from dataclasses import replace
+
+from sqlalchemy import (
+    Engine,
+    case,
+    literal,
+    literal_column,
+    null,
+    select,
+)
+
+from nightpress.core.database import db_now, transaction
+from nightpress.core.service.jobs.queries import JobReader, JobsWanted
+from nightpress.core.service.jobs.records import Job
+from nightpress.core.service.jobs.results import copy_result
+from nightpress.core.service.jobs.states import (
+    CANCELLED,
+    CANCELLING,
+    QUEUED,
+    RUNNING,
+    SUCCEEDED,
+    Trigger,
+)
+from nightpress.core.service.jobs.transitions import move
+from nightpress.core.service.promotions.store import promote_accepted
+from nightpress.core.service.tables.jobs import (
+    jobs,
+)
+from nightpress.core.version import ENGINE
+
+MAX_CANCELLED = 500  #: by one request
+
+_columns = jobs.c
+
+
+class JobRequests:
+    """What a person asks of jobs that are there."""
+
+    def __init__(self, engine: Engine, reader: JobReader) -> None:
+        self._engine = engine
+        self._reader = reader
+
+    def request_cancel(self, tenant_id: str, job_id: str) -> Job | None:
+        """queued → cancelled, running → cancelling; any other state is left as it is. None: the tenant has no such job."""
+        with transaction(self._engine) as connection:
+            job = move(
+                connection,
+                Trigger.CANCEL,
+                _columns.id == job_id,
+                _columns.tenant_id == tenant_id,
+                note=lambda job: ("cancelled" if job.state == CANCELLED else "cancel_requested", {}),
+                state=case((_columns.state == QUEUED, CANCELLED), else_=CANCELLING),
+                finished_at=case((_columns.state == QUEUED, db_now()), else_=null()),
+                start_before=null(),
+            )
+        return job or self._reader.get(tenant_id, job_id)
+
+    def cancel_all(self, tenant_id: str, wanted: JobsWanted, *, limit: int = MAX_CANCELLED) -> tuple[int, bool]:
+        """Ask for the end of every job that matches and isn't over, the newest first. Returns how many, and whether more are left.
+
+        The newest first, so that no job starts in the place of one that was cancelled just before it.
+        """
+        states = wanted.states or (QUEUED, RUNNING)
+        matching = self._reader.matching(tenant_id, replace(wanted, states=states))
+        query = select(_columns.id).where(*matching).order_by(_columns.created_at.desc(), _columns.id.desc())
+        with transaction(self._engine, read_only=True) as connection:
+            found = connection.execute(query.limit(limit + 1)).scalars().all()
+        asked = [self.request_cancel(tenant_id, job_id) for job_id in found[:limit]]
+        return sum(job is not None and job.state in {CANCELLED, CANCELLING} for job in asked), len(found) > limit
+
+    def reuse(self, job: Job) -> Job:
+        """queued → succeeded with the result of an identical job of the same tenant, if there is one. Returns the job as it is then.
+
+        The result is the other's: its artifacts' files, its report and its figures. Where the recipe names a device, the result was made on
+        that one; with `device: auto` either will do. Where a worker was faster, the job simply runs.
+        """
+        if job.fingerprint is None:
+            return job  # nobody knows what decided its result
+        made = jobs.alias("made")
+        found = (
+            select(made.c.id, made.c.verdict)
+            .where(made.c.tenant_id == job.tenant_id, made.c.fingerprint == job.fingerprint)
+            .where(made.c.state == literal_column("'succeeded'"), made.c.reused_from.is_(None))
+            .where(literal(job.recipe.get("device", "auto") == "auto") | (made.c.queue == job.queue))
+            .where(made.c.engine == ENGINE)  # in a rolling upgrade an older worker may have made it
+            .order_by(made.c.finished_at.desc())
+            .limit(1)
+            .with_for_update()  # so that it isn't pruned meanwhile
+        )
+        with transaction(self._engine) as connection:
+            origin = connection.execute(found).one_or_none()
+            if origin is None:
+                return job
+            done = move(
+                connection,
+                Trigger.REUSE,
+                _columns.id == job.id,
+                note=lambda _: (SUCCEEDED, {"attempt": 0, "verdict": origin.verdict, "reused_from": origin.id}),
+                state=SUCCEEDED,
+                verdict=origin.verdict,
+                reused_from=origin.id,
+                engine=ENGINE,
+                progress=1.0,
+                finished_at=db_now(),
+                start_before=null(),
+            )
+            if done is None:
+                return job
+            copy_result(connection, origin.id, job.id)
+            if origin.verdict == "accepted" and job.promote:
+                promote_accepted(connection, job.tenant_id, job.model_name, job.id)
+        return done

@@ -1,0 +1,146 @@
+"""The statements behind every transition of a job: one guarded UPDATE, with its event, in one transaction."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Engine,
+    bindparam,
+    case,
+    insert,
+    literal_column,
+    null,
+    update,
+)
+from sqlalchemy.engine import Connection
+
+from nightpress.core.database import JsonType, db_now, transaction
+from nightpress.core.errors import NightpressError
+from nightpress.core.service.access.quotas import add_gpu_time
+from nightpress.core.service.jobs.queries import JOB_COLUMNS, job_of
+from nightpress.core.service.jobs.records import Job, Lease
+from nightpress.core.service.jobs.states import (
+    CANCELLED,
+    CANCELLING,
+    FAILED,
+    QUEUED,
+    AttemptOutcome,
+    Trigger,
+    sources,
+)
+from nightpress.core.service.tables.jobs import (
+    IS_QUEUED,
+    job_attempts,
+    job_events,
+    jobs,
+)
+from nightpress.core.service.webhooks.outbox import note_for_webhooks
+
+MAX_BACKOFF_S = 600.0
+
+_columns = jobs.c
+
+#: what a job no longer has when nobody works on it
+RESTING: dict[str, Any] = {
+    "lease_id": null(),
+    "lease_expires_at": null(),
+    "phase": null(),
+    "pass_index": null(),
+    "eta_s": null(),
+}
+
+
+def move(
+    connection: Connection,
+    trigger: Trigger,
+    *guards: ColumnElement[bool],
+    note: Callable[[Job], tuple[str, dict[str, Any]]],
+    **values: Any,
+) -> Job | None:
+    """Update one job that meets the guards in a state where the trigger counts, and add the event that `note` words.
+
+    None: no such job, and nothing is written. The event's number is counted in the same UPDATE: it has no gaps.
+    """
+    in_source = IS_QUEUED if sources(trigger) == (QUEUED,) else _columns.state.in_(sources(trigger))
+    guarded = (
+        update(jobs)
+        .where(*guards, in_source)
+        .values(event_seq=_columns.event_seq + 1, **values)
+        .returning(*JOB_COLUMNS, _columns.event_seq)
+    )
+    row = connection.execute(guarded).one_or_none()
+    if row is None:
+        return None
+    job, seq = job_of(row[:-1]), row[-1]
+    kind, data = note(job)
+    event = {"job_id": job.id, "seq": seq, "kind": kind, "data": data}
+    connection.execute(insert(job_events).values(at=db_now(), **event))
+    note_for_webhooks(connection, job.tenant_id, kind, job.told())
+    return job
+
+
+def end_badly(
+    engine: Engine,
+    trigger: Trigger,
+    guards: Sequence[ColumnElement[bool]],
+    error: NightpressError,
+    *,
+    backoff_s: float,
+    outcome: AttemptOutcome,
+    when_cancelling: str,
+) -> Job | None:
+    """running → queued | failed, cancelling → cancelled | failed, by the error and by what the row has behind it."""
+    fault = error.as_dict()
+    used_up = _columns.failures + 1 >= _columns.max_failures if error.kind.retryable else literal_column("1 = 1")
+
+    def note(job: Job) -> tuple[str, dict[str, Any]]:
+        data: dict[str, Any] = {"attempt": job.attempt, "error": fault}
+        if job.state != QUEUED:
+            return job.state, data
+        return "requeued", data | {"failures": job.failures, "run_after": job.run_after.isoformat()}
+
+    state = case((_columns.state == CANCELLING, when_cancelling), (used_up, FAILED), else_=QUEUED)
+    with transaction(engine) as connection:
+        job = move(
+            connection,
+            trigger,
+            *guards,
+            note=note,
+            state=state,
+            failures=case((state == CANCELLED, _columns.failures), else_=_columns.failures + 1),
+            error=case((state == FAILED, bindparam("fault", fault, type_=JsonType)), else_=null()),
+            error_code=case((state == FAILED, error.code.value), else_=null()),
+            run_after=case((state == QUEUED, _backed_off(backoff_s)), else_=_columns.run_after),
+            finished_at=case((state == QUEUED, null()), else_=db_now()),
+            **RESTING,
+        )
+        if job is None:
+            return None
+        close_attempt(connection, job, outcome, fault)
+    return job
+
+
+def holds(lease: Lease, trigger: Trigger) -> list[ColumnElement[bool]]:
+    return [_columns.id == lease.job_id, _columns.lease_id == lease.lease_id, _columns.state.in_(sources(trigger))]
+
+
+def _backed_off(backoff_s: float) -> db_now:
+    """Now plus backoff · 2^failures with jitter down to half of it, at most ten minutes."""
+    jitter = random.uniform(0.5, 1.0)
+    doubled = backoff_s * jitter * literal_column("1").op("<<")(_columns.failures)
+    bound = MAX_BACKOFF_S * jitter
+    return db_now(case((doubled < bound, doubled), else_=bound))
+
+
+def close_attempt(
+    connection: Connection, job: Job, outcome: AttemptOutcome, error: dict[str, Any] | None = None
+) -> None:
+    connection.execute(
+        update(job_attempts)
+        .where(job_attempts.c.job_id == job.id, job_attempts.c.number == job.attempt)
+        .values(finished_at=db_now(), outcome=outcome, error=error)
+    )
+    if job.queue == "gpu":
+        add_gpu_time(connection, job.tenant_id, job.started_at)
