@@ -30,7 +30,7 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import Method, press_blocks
 from nightpress.core.compress.model.checkpoint import read_shards, write_index
 from nightpress.core.compress.passes.activations import RoundedInputs
-from nightpress.core.compress.passes.block_methods import ActivationAware, Quantized, Sparse, WeightAndActivation
+from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.header import ModelHeader

@@ -22,7 +22,7 @@ from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.families import FOLDS
 from nightpress.core.compress.passes.activations import RoundedInputs
-from nightpress.core.compress.passes.block_methods import ActivationAware, Quantized, Sparse, WeightAndActivation
+from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from nightpress.core.compress.passes.folding import Folding
 from nightpress.core.compress.solvers.wanda import Power
 from nightpress.core.recipes.calibration import Calibration

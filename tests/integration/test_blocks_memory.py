@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import press_blocks
 from nightpress.core.compress.memory import return_freed_memory
-from nightpress.core.compress.passes.block_methods import Sparse, WeightAndActivation
+from nightpress.core.compress.passes.calibrated import Sparse, WeightAndActivation
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes import costs
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model

@@ -7,7 +7,7 @@ from types import FrameType
 import torch
 
 from nightpress.core.compress.executors.blocks import Inputs
-from nightpress.core.compress.passes.block_methods import Quantized
+from nightpress.core.compress.passes.calibrated import Quantized
 from nightpress.core.recipes.passes import Gptq
 
 _CORE = Path(__file__).parents[2] / "core" / "compress"

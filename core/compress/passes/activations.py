@@ -17,8 +17,7 @@ from nightpress.core.compress.grids.stored import from_tensors, grid_of, round_w
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.model.quantization_config import CACHE_FILE
 from nightpress.core.compress.numerical_failures import check_finite
-from nightpress.core.compress.passes.block_methods import scheme_of, settle_coded, settle_uncoded
-from nightpress.core.compress.passes.calibrated import press, quantize, record
+from nightpress.core.compress.passes.calibrated import made_up, press, quantize, record, scheme_of, settle_coded
 from nightpress.core.compress.passes.folding import Folding, Part, Place
 from nightpress.core.compress.passes.quantize import stream_rounded
 from nightpress.core.compress.solvers.gptq import round_obs
@@ -72,9 +71,7 @@ class RoundedInputs:
         places = [] if self._smooth is None else self._folding.places(block, seen)
         floats = {name: block[name].to(device).float() for name in seen}
         factors = {} if self._smooth is None else self._even_out(self._smooth, places, block, floats)
-        settled = {
-            name: settle_uncoded(name, one, block[name].dtype) for name, one in floats.items() if name not in seen
-        }
+        settled = {name: made_up(name, one, block[name].dtype) for name, one in floats.items() if name not in seen}
         for one in inputs:
             given = factors.get(one.names[0], torch.ones((), device=device))
             settled |= self._round(one, given, {name: floats.pop(name) for name in one.names}, block)

@@ -1,37 +1,55 @@
-"""Passes that calibrate on the inputs of a model's layers, block by block: GPTQ, AWQ, SparseGPT and Wanda."""
+"""Passes that look at what a model's layers are given: GPTQ, AWQ, SparseGPT and Wanda, one block at a time."""
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.blocks import (
     CacheStandIn,
+    Inputs,
     Method,
     Pressed,
+    Settled,
+    Statistic,
     press_blocks,
 )
+from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.rewrite import Effect
+from nightpress.core.compress.grids.stored import Coded, dequantized, from_tensors, grid_of, round_weight, to_tensors
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.quantization_config import write_config
-from nightpress.core.compress.passes.block_methods import (
-    ActivationAware,
-    Quantized,
-    Schemes,
-    Sparse,
-    WeightAndActivation,
-)
+from nightpress.core.compress.passes.folding import Folding, Part
 from nightpress.core.compress.passes.quantize import OnGrid
 from nightpress.core.compress.passes.sensitivity import part_of, schemes_within_budget
 from nightpress.core.compress.passes.zeros import with_storage
+from nightpress.core.compress.solvers.awq import Taker, search_scales
+from nightpress.core.compress.solvers.gptq import round_obs
+from nightpress.core.compress.solvers.gram import Gram
+from nightpress.core.compress.solvers.obs import Prune, factorize, solve
+from nightpress.core.compress.solvers.wanda import Power, wanda_mask
+from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import LayerEffect, PassRecord
+from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import is_linear_weight, module_of
 from nightpress.core.recipes.passes import Awq, Gptq, PassOptions, Quantizing, SparseGpt, Wanda
 from nightpress.core.recipes.passes.base import OnLinears
 from nightpress.core.recipes.passes.quantize import Budgeted, Rounding
+from nightpress.core.recipes.schemes import Scheme
+
+#: How the weight of a module is stored.
+Schemes = Callable[[str], Scheme]
+
+
+def scheme_of(schemes: Schemes, weight: str) -> Scheme:
+    return schemes(weight.removesuffix(".weight"))
 
 
 def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> PassRecord:
@@ -62,13 +80,205 @@ def wanda(source: Path, target: Path, options: Wanda, context: PassContext) -> P
 
 
 def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Schemes, dict[str, Any], PassContext]:
-    """How each module is stored, what the record says of it, and a context with the progress that is left."""
+    """How each module is stored, what the record says of it, and the context of what is left to do."""
     summary: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size, "symmetric": options.symmetric}
     if options.budget is None:
         return options.scheme, summary, context
     schemes, found = schemes_within_budget(source, calibration_samples(source, context), options, context)
     rest = replace(context, progress=part_of(context, 0.5, 1.0))
     return schemes, summary | {"bits": None, "budget": options.budget} | found, rest
+
+
+class _GroupByGroup:
+    """A method that settles the weights behind each tensor by themselves."""
+
+    by_group = True
+
+    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+        settled: dict[str, Settled] = {}
+        for one in inputs:
+            settled |= self._settle({name: block[name].to(device) for name in one.names}, one.statistic)
+        return settled
+
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+        raise NotImplementedError
+
+
+class Quantized(_GroupByGroup):
+    """Codes, scales and zero points found by the Optimal-Brain-Surgeon solver; in rows where rounding to nearest does better, by that."""
+
+    def __init__(self, options: Gptq, schemes: Schemes) -> None:
+        self._options, self._schemes = options, schemes
+        self._prune = None if options.sparsity is None else _prune(options.sparsity, options.pattern)
+
+    def watch(self, columns: int, device: torch.device) -> Gram:
+        return Gram(columns, device)
+
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+        assert isinstance(statistic, Gram)
+        gram = statistic.matrix()
+        factor = factorize(gram, damping=self._options.damping, by_power=self._options.order == "activation")
+        # Rows don't depend on each other, but unstructured pruning would share its quota among the weights.
+        alone = self._prune is not None and self._prune.pattern is None
+        together: dict[tuple[Scheme, str], list[str]] = {}
+        for name in weights:
+            together.setdefault((scheme_of(self._schemes, name), name if alone else ""), []).append(name)
+        settled: dict[str, Settled] = {}
+        for (scheme, _), names in together.items():
+            stacked = torch.cat([weights[name].float() for name in names])
+            coded = round_obs(
+                stacked,
+                gram,
+                factor,
+                scheme,
+                weights[names[0]].dtype,
+                ranges=self._options.ranges,
+                refine=self._options.refine,
+                prune=self._prune,
+            )
+            start = 0
+            for name in names:
+                rows = slice(start, start + len(weights[name]))
+                zero_point = None if coded.zero_point is None else coded.zero_point[rows]
+                settled[name] = settle_coded(
+                    name, scheme, Coded(coded.codes[rows], coded.scale[rows], zero_point), stacked[rows]
+                )
+                start = rows.stop
+        return settled
+
+    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
+        return from_tensors(name, scheme_of(self._schemes, name), written)
+
+
+def settle_coded(
+    name: str, scheme: Scheme, coded: Coded, before: Tensor, *, input_scale: Tensor | None = None
+) -> Settled:
+    """A weight on its grid, with its tensors; scales have the dtype the weight was stored in."""
+    weight = dequantized(coded, scheme)
+    tensors = to_tensors(name, scheme, coded, input_scale=input_scale)
+    return Settled(weight=weight, tensors=tensors, effect=effect_of(before, weight))
+
+
+class Sparse(_GroupByGroup):
+    """Weights under a mask, the others having made up for what went."""
+
+    def __init__(self, options: SparseGpt) -> None:
+        self._damping, self._prune = options.damping, _prune(options.sparsity, options.pattern)
+
+    def watch(self, columns: int, device: torch.device) -> Gram:
+        return Gram(columns, device)
+
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+        assert isinstance(statistic, Gram)
+        factor = factorize(statistic.matrix(), damping=self._damping)
+        settled = {}
+        # Rows don't depend on each other, but unstructured pruning would share its quota among the weights.
+        for names in [[name] for name in weights] if self._prune.pattern is None else [list(weights)]:
+            before = torch.cat([weights[name].float() for name in names])
+            after = solve(before, factor, prune=self._prune).weight
+            counts = [len(weights[name]) for name in names]
+            for name, was, now in zip(names, torch.split(before, counts), torch.split(after, counts), strict=True):
+                value = now.to(weights[name].dtype, copy=True)
+                settled[name] = Settled(weight=value, tensors={name: value}, effect=effect_of(was, value.float()))
+        return settled
+
+    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
+        return written[name]
+
+
+class WeightAndActivation(_GroupByGroup):
+    """Weights under Wanda's mask."""
+
+    def __init__(self, options: Wanda) -> None:
+        self._prune = _prune(options.sparsity, options.pattern)
+
+    def watch(self, columns: int, device: torch.device) -> Power:
+        return Power(columns, device)
+
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+        assert isinstance(statistic, Power)
+        settled = {}
+        for name, weight in weights.items():
+            gone = wanda_mask(weight, statistic.sum, self._prune.sparsity, self._prune.pattern)
+            after = weight.masked_fill(gone, 0)
+            effect = effect_of(weight.float(), after.float())
+            settled[name] = Settled(weight=after, tensors={name: after}, effect=effect)
+        return settled
+
+    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
+        return written[name]
+
+
+class ActivationAware:
+    """Weights rounded to nearest after their columns were scaled, what stands before them making up for it."""
+
+    by_group = False  # what stands before them has run already when their inputs are known
+
+    def __init__(self, options: Awq, schemes: Schemes, header: ModelHeader) -> None:
+        self._options, self._schemes, self._folding = options, schemes, Folding(header)
+
+    def watch(self, columns: int, device: torch.device) -> Gram:
+        return Gram(columns, device)
+
+    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+        seen = {name: one for one in inputs for name in one.names}
+        places = self._folding.places(block, seen)
+        if block.warnings and not places:
+            raise NightpressError(
+                ErrorCode.UNSUPPORTED_ARCHITECTURE,
+                f"`awq` can scale nothing in this model: {'; '.join(block.warnings)}.",
+                hint="Use `gptq`, which exchanges no factors.",
+            )
+        floats = {name: block[name].to(device).float() for name in seen}
+        factors: dict[str, Tensor] = {}
+        for place in places:
+            takers = [self._taker(part, floats) for part in place.parts]
+            found = search_scales(takers, block[place.targets[0]].dtype, share=place.share)
+            del takers
+            place.apply(found, block, floats)
+            factors |= dict.fromkeys(place.targets, found)
+        settled = {}
+        for name in list(floats):
+            weight = floats.pop(name)
+            if name not in seen:
+                settled[name] = made_up(name, weight, block[name].dtype)
+                continue
+            statistic, scheme = seen[name].statistic, scheme_of(self._schemes, name)
+            assert isinstance(statistic, Gram)
+            importance = statistic.matrix().diagonal() / factors.get(name, torch.ones((), device=device)).square()
+            coded = round_weight(weight, scheme, block[name].dtype, ranges=self._options.ranges, importance=importance)
+            settled[name] = settle_coded(name, scheme, coded, weight)
+        return settled
+
+    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
+        return from_tensors(name, scheme_of(self._schemes, name), written)
+
+    def _taker(self, part: Part, floats: Mapping[str, Tensor]) -> Taker:
+        assert isinstance(part.statistic, Gram)
+        stacked = torch.cat([floats[name] for name in part.names])
+        grid = grid_of(scheme_of(self._schemes, part.names[0]))
+        return Taker(stacked, part.statistic.matrix(), grid, part.share)
+
+
+def made_up(name: str, weight: Tensor, stored: torch.dtype) -> Settled:
+    """A norm, a bias or a router that makes up for scaled inputs, as it is written."""
+    value = weight.to(stored)
+    return Settled(weight=value, tensors={name: value}, effect=None)
+
+
+def _prune(sparsity: float, pattern: str) -> Prune:
+    if pattern == "unstructured":
+        return Prune(sparsity)
+    kept, of = (int(part) for part in pattern.split(":"))
+    return Prune(1 - kept / of, (kept, of))
+
+
+def effect_of(before: Tensor, after: Tensor) -> Effect:
+    return Effect(
+        squared_error=float((before - after).square().sum(dtype=torch.float64)),
+        squared_norm=float(before.square().sum(dtype=torch.float64)),
+        zeros=int((after == 0).sum()),
+    )
 
 
 def quantize(
@@ -80,7 +290,7 @@ def quantize(
     context: PassContext,
     summary: dict[str, Any],
 ) -> PassRecord:
-    """Press with a method that stores weights in these schemes, and write the schemes to config.json."""
+    """Press with a method that leaves weights in these schemes, and say in config.json what became of them."""
     start = time.monotonic()
     pressed = press(source, target, method, options, context)
     modules = {name.removesuffix(".weight"): schemes(name.removesuffix(".weight")) for name in pressed.effects}
@@ -97,13 +307,13 @@ def press(
     *,
     cache: CacheStandIn | None = None,
 ) -> Pressed:
-    """Run the blocks executor over the linear layers that the options take, and round the tables that they take."""
-    infos = [stored.info for shard in read_shards(source) for stored in shard.tensors]
+    """Run the blocks executor over the linear layers that the options take, and round what they round beside them."""
+    infos = [one.info for shard in read_shards(source) for one in shard.tensors]
     chosen = [info for info in infos if isinstance(options, OnLinears) and is_linear_weight(info, options.ignore)]
     outside: dict[str, OnGrid] = {}
     if isinstance(options, Rounding):
         tables = [info for info in infos if options.takes_table(info)]
-        outside = {table.name: OnGrid(table, options.scheme(module_of(table)), options.ranges) for table in tables}
+        outside = {one.name: OnGrid(one, options.scheme(module_of(one)), options.ranges) for one in tables}
     pressed = press_blocks(
         source,
         target,
@@ -126,7 +336,6 @@ def record(
     start: float,
     summary: dict[str, Any],
 ) -> PassRecord:
-    """What the report says of a pass that began at `start` (`time.monotonic`)."""
     infos = {info.name: info for info in context.header.tensors}
     total = sum(pressed.effects.values(), Effect())
     weights = sum(infos[name].shape[0] * infos[name].shape[1] for name in pressed.effects)
