@@ -4,10 +4,13 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo up test test-avx2 lint types contracts check docs bench figures clean fuzz mutate soak
+# A file's tests share its fixtures, so they stay on one worker. tests/conftest.py puts the files that take longest first.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help demo up test test-quick test-avx2 lint types contracts check docs bench figures clean fuzz mutate soak
 
 help:  ## say what each target does
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.run-installed  ## press a real model through a real service and show the comparison
 	$(BIN)/nightpress demo
@@ -16,13 +19,16 @@ up: $(VENV)/.run-installed  ## start the embedded service and stay
 	$(BIN)/nightpress up
 
 test: $(VENV)/.dev-installed  ## run all tests; they start their own PostgreSQL, Valkey and S3 servers
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) --durations=10
 
-# Without those that run OpenVINO: it chooses bfloat16 by the processor that there is, and then has no kernel for it.
-AVX2_TESTS := tests/unit tests/property $(addprefix tests/integration/test_,mixtures.py aware.py evaluation.py figures_fall.py)
+test-quick: $(VENV)/.dev-installed  ## the tests that are not slow, in a few minutes
+	$(PYTEST) -m "not slow"
+
+# Tables of families and formats are left out: they are the same arithmetic many times.
+AVX2_TESTS := tests/unit tests/property $(addprefix tests/integration/test_,mixtures.py aware.py evaluation.py exports.py figures_fall.py padding.py static_int8.py)
 
 test-avx2: $(VENV)/.dev-installed  ## the tests that touch arithmetic, with the processor's features held down to AVX2
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -m arithmetic --numprocesses auto --maxprocesses 4 --dist loadfile $(AVX2_TESTS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m arithmetic $(AVX2_TESTS)
 
 lint: $(VENV)/.dev-installed  ## ruff: format and rules
 	$(BIN)/ruff format --check .

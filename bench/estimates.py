@@ -21,8 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from bench.processes import cpu_seconds
 from bench.record import Figure, finish, make_parser
 from nightpress.client.cli.press import write_job
 from nightpress.core.handoff.frames import Progress, Result, parse_frame
@@ -138,7 +137,6 @@ def _watch(child: ChildProcess) -> dict[str, Any]:
 
     The CPU seconds are those from the start of the job on, with those of the consumers it started; a worker keeps the child warm.
     """
-    process = psutil.Process(child.pid)
     started, before = time.monotonic(), 0.0
     peak, rest, cpu, chatter, importing = 0, b"", 0.0, b"", True
     child.begin(3600)
@@ -147,8 +145,7 @@ def _watch(child: ChildProcess) -> dict[str, Any]:
         if child.chatter in readable:
             chatter = (chatter + os.read(child.chatter, 65536))[-4000:]
         peak = max(peak, child.anonymous_memory())
-        with_ended = process.cpu_times()
-        cpu = max(cpu, with_ended.user + with_ended.system + with_ended.children_user + with_ended.children_system)
+        cpu = max(cpu, cpu_seconds(child.pid))
         if child.frames not in readable:
             continue
         data = os.read(child.frames, 65536)

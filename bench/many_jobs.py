@@ -16,12 +16,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 from sqlalchemy import Engine, event, text
 
+from bench.processes import cpu_seconds
 from bench.record import Figure, finish, make_parser
 from nightpress import migrations
 from nightpress.core.database import make_engine, transaction
@@ -127,15 +126,9 @@ def measure(server: Postgres, counts: list[int]) -> list[dict[str, float]]:
 
 
 def _cpu_s(server: Postgres) -> float:
-    """What PostgreSQL's processes have used, those that are over included. The kernel counts in hundredths."""
+    """What PostgreSQL's processes have used."""
     assert server.process is not None
-    main = psutil.Process(server.process.pid)
-    times = []
-    for process in (main, *main.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):  # over since it was listed: counted with those that are
-            times.append(process.cpu_times())
-    over = main.cpu_times()
-    return sum(used.user + used.system for used in times) + over.children_user + over.children_system
+    return cpu_seconds(server.process.pid)
 
 
 def _timed(call: Callable[[int], object], n: int) -> float:

@@ -5,7 +5,7 @@ import re
 from docs.figures import BLOCK
 
 _FENCED = re.compile(r"^ *```.*?^ *```", re.M | re.S)
-_CODE = re.compile(r"`[^`]*`")
+_CODE = re.compile(r"`[^`\n]*`")
 _VALUE = re.compile(r"\d ?(?:µs|ms|s|MB|MiB|GB|GiB|[kMG]?B/s|\w+/s|points)\b|\d ?[%×](?! \d)")  # 4 × 4 is a shape
 _TITLE = re.compile(r"\b(?:ms|seconds|MB|MiB|GB|GiB|\w+/s|perplexity|cosine|accuracy|faster)\b")
 _RATE = re.compile(r"\d ?(?:µs|ms|[kMG]?B/s|(?:tokens|requests|claims|steps)/s)\b|\d×|\d times as fast")
@@ -14,7 +14,7 @@ _RATE = re.compile(r"\d ?(?:µs|ms|[kMG]?B/s|(?:tokens|requests|claims|steps)/s)
 def unmarked(page: str) -> list[str]:
     """Lines of tables that hold measured figures and stand outside of markers. A table of other figures has `<!-- not measured: why -->` above it."""
     found, table = [], []
-    rest = _FENCED.sub("", BLOCK.sub("", page))
+    rest = _CODE.sub("``", _FENCED.sub("", BLOCK.sub("", page)))
     above = ""
     for line in [*rest.splitlines(), ""]:
         if line.startswith("|"):

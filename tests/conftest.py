@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,25 +10,43 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import ONNX Runtime before anything of ours
 
 import pytest
+from sqlalchemy import Engine
 
-from nightpress import migrations
-from tests.models import bert_tiny_dir, minilm_dir, smollm_dir
+from nightpress.core.database import make_engine
+from nightpress.core.service.jobs.store import JobStore
+from tests.databases import migrated_postgres, migrated_sqlite
+from tests.jobs import add_model
+from tests.models import bert_tiny_dir, minilm_dir, remove_shared_models, smollm_dir
 from tests.servers import S3, Postgres, Valkey
+
+pytest_plugins = ["tests.leftovers"]
 
 #: the libraries by whose arithmetic, and so by the processor, a test's figures differ
 _ARITHMETIC = re.compile(
-    r"^\s*(?:from|import) (?:torch|onnx|openvino|transformers|core\.compress|tests\.(?:press|training))\b", re.M
+    r"^\s*(?:from|import) (?:torch|onnx|openvino|transformers|nightpress\.core\.compress|tests\.(?:press|training))\b",
+    re.M,
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of modules that import a library of arithmetic, so that they can be run for another processor."""
-    touches = {path: bool(_ARITHMETIC.search(path.read_text())) for path in {item.path for item in items}}
+    """Mark the tests that do arithmetic, and put the files first that take longest.
+
+    A file with slow tests, or with many, that began last would keep one worker busy while the others have nothing left to do.
+    """
+    tests = Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    touches = {path: bool(_ARITHMETIC.search(path.read_text())) for path in tests}
     for item in items:
         if touches[item.path]:
             item.add_marker(pytest.mark.arithmetic)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
+
+
+def pytest_sessionfinish() -> None:
+    remove_shared_models()
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -57,20 +76,29 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 def sql_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh migrated database, once on each kind."""
     if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path / 'nightpress.db'}"
-    else:
-        server: Postgres = request.getfixturevalue("postgres_server")
-        url = server.create_database()
-    migrations.upgrade(url)
-    return url
+        return migrated_sqlite(tmp_path / "nightpress.db")
+    return migrated_postgres(request.getfixturevalue("postgres_server"))
 
 
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     """A fresh migrated SQLite database, where the database's kind doesn't matter."""
-    url = f"sqlite:///{tmp_path / 'nightpress.db'}"
-    migrations.upgrade(url)
-    return url
+    return migrated_sqlite(tmp_path / "nightpress.db")
+
+
+@pytest.fixture
+def engine(sql_url: str) -> Iterator[Engine]:
+    """A pool of eight connections to a fresh migrated database, once on each kind."""
+    engine = make_engine(sql_url, pool_size=8)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def store(engine: Engine) -> JobStore:
+    """A store of jobs, in whose database there is the model that tests/jobs.py submits jobs for."""
+    add_model(engine)
+    return JobStore(engine)
 
 
 @pytest.fixture(scope="session")

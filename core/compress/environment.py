@@ -105,16 +105,24 @@ def processor() -> str:
 
 
 def cpu_features() -> list[str]:
-    """The instruction sets on which the speed of int8 and bfloat16 depends: of the processor, and as far as ONEDNN_MAX_CPU_ISA lets them be used.
+    """The instruction sets on which the speed of int8 and bfloat16 depends, without those that ONEDNN_MAX_CPU_ISA forbids.
 
     torch and OpenVINO obey that variable as well. ONNX Runtime has no such switch.
     """
     telling = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm", *_BFLOAT16)
-    have = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
     held_down = _HELD_DOWN.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), frozenset())
-    return [one for one in telling if one in have - held_down]
+    return [feature for feature in telling if feature in _processor_flags() - held_down]
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 by instructions of its own, at least twice as fast as float32."""
+    """Whether bfloat16 is multiplied by instructions of its own, at least twice as fast as float32."""
     return not set(_BFLOAT16).isdisjoint(cpu_features())
+
+
+def bfloat16_held_down() -> bool:
+    """Whether the processor has instructions for bfloat16 and ONEDNN_MAX_CPU_ISA forbids them."""
+    return not _processor_flags().isdisjoint(_BFLOAT16) and not multiplies_bfloat16()
+
+
+def _processor_flags() -> set[str]:
+    return set((_cpuinfo("flags") or _cpuinfo("Features")).split())

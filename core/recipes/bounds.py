@@ -28,17 +28,20 @@ _KINDS: dict[str, tuple[type, str]] = {
 }
 
 
-def size_flaw(key: str, value: Any, *, at_the_top: bool = False) -> str | None:
-    """Why a config can't say this; None: it can."""
-    bound = _BOUNDS.get(key) or (_AT_THE_TOP.get(key) if at_the_top else None)
-    if value is None:
+def kind_flaw(key: str, value: Any) -> str | None:
+    """Why the key of an object can't hold this, which is of another kind; None: it can. Not for the elements of a list under that key."""
+    if value is None or key not in _KINDS or isinstance(value, _KINDS[key][0]):
         return None
-    if key in _KINDS and not isinstance(value, _KINDS[key][0]):
-        return f"`{key}` is {str(value)[:40]}, not {_KINDS[key][1]}"
-    if bound is None:
+    return f"`{key}` is {str(value)[:40]}, not {_KINDS[key][1]}"
+
+
+def size_flaw(key: str, value: Any, *, at_the_top: bool = False) -> str | None:
+    """Why this is no size for the key; None: it is, or the key holds no size. `value` may be a list of sizes or an element of one."""
+    bound = _BOUNDS.get(key) or (_AT_THE_TOP.get(key) if at_the_top else None)
+    if value is None or bound is None:
         return None
     least = 0 if key in _MAY_BE_ZERO else 1
-    for one in value if isinstance(value, list) else [value]:
-        if isinstance(one, bool) or not isinstance(one, int) or not least <= one <= bound:
-            return f"`{key}` is {str(one)[:40]}, not a number from {least} to {bound}"
+    for size in value if isinstance(value, list) else [value]:
+        if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= bound:
+            return f"`{key}` is {str(size)[:40]}, not a number from {least} to {bound}"
     return None

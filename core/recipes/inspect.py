@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.recipes.bounds import size_flaw
+from nightpress.core.recipes.bounds import kind_flaw, size_flaw
 from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, check_names, missing_shards, raise_all
 from nightpress.core.recipes.header import ModelHeader, TensorInfo, class_of
 from nightpress.core.recipes.jsonfile import JsonBudget, malformed, parse_json, walk
@@ -171,6 +171,10 @@ def _read_config(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget
 
 
 def _check_value(key: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for inner, content in value.items():
+            if (flaw := kind_flaw(inner, content)) is not None:
+                raise malformed("config.json", flaw)
     if (flaw := size_flaw(key, value)) is not None:
         raise malformed("config.json", flaw)
     if key == "_name_or_path" and isinstance(value, str) and ".." in re.split(r"[/\\]", value):

@@ -4,14 +4,9 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 
-import pytest
-from sqlalchemy import Engine
-
-from nightpress.core.database import make_engine
 from nightpress.core.service.jobs.store import JobStore
-from tests.jobs import add_model, submit
+from tests.jobs import submit
 from tests.service import ROOT
 
 _CLAIMER = """
@@ -39,16 +34,7 @@ with ThreadPoolExecutor(2) as pool:
 """
 
 
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    add_model(engine)
-    yield engine
-    engine.dispose()
-
-
-def test_f10_no_job_is_claimed_twice(engine: Engine, sql_url: str):
-    store = JobStore(engine)
+def test_f10_no_job_is_claimed_twice(store: JobStore, sql_url: str):
     jobs = {submit(store) for _ in range(600)}
     processes = [
         subprocess.Popen([sys.executable, "-c", _CLAIMER, sql_url, f"w{n}"], cwd=ROOT, stdout=subprocess.PIPE)

@@ -1,31 +1,16 @@
 """Who may write a prefix, how much of it, and when it goes."""
 
-from collections.abc import Iterator
-
 import pytest
 from sqlalchemy import Engine, update
 
-from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.database import db_now, transaction
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex, StoredFile
 from nightpress.core.service.jobs.records import Lease
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.jobs import checkpoints
-from tests.jobs import add_model, age, claim, submit
+from tests.jobs import age, claim, submit
 
 DIGEST = "d" * 64
-
-
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    add_model(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def store(engine: Engine) -> JobStore:
-    return JobStore(engine)
 
 
 @pytest.fixture

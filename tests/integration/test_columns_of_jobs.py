@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
@@ -35,7 +34,7 @@ from nightpress.core.version import ENGINE
 from nightpress.core.wire.jobs import JobCreate, JobRequest
 from tests.columns import Rows, identifier
 from tests.integration.test_schedules import TENANT, World, utc
-from tests.jobs import MODEL_ID, add_model, new_job, submit
+from tests.jobs import MODEL_ID, new_job, submit
 
 COVERED = {
     jobs,
@@ -51,21 +50,8 @@ COVERED = {
 
 
 @pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    add_model(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
 def rows(engine: Engine) -> Rows:
     return Rows(engine)
-
-
-@pytest.fixture
-def store(engine: Engine) -> JobStore:
-    return JobStore(engine)
 
 
 LATER = dt.datetime(2031, 5, 6, 7, 8, 9, tzinfo=dt.UTC)

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Engine, select
 
 from nightpress.core.artifacts.open import open_store
-from nightpress.core.database import db_month, make_engine, metadata, transaction
+from nightpress.core.database import db_month, metadata, transaction
 from nightpress.core.service.access.audit import AuditLog
 from nightpress.core.service.access.idempotency import Answered, Begun, IdempotencyBook
 from nightpress.core.service.access.keys import KeyRing, create_key, revoke
@@ -38,7 +38,7 @@ from nightpress.core.wire.webhooks import WebhookCreate
 from tests.columns import Chosen, Rows, identifier
 from tests.integration import test_columns_of_jobs
 from tests.integration.test_schedules import TENANT, World, utc
-from tests.jobs import add_model, age, claim, submit, succeeded
+from tests.jobs import age, claim, submit, succeeded
 
 COVERED = {
     api_keys,
@@ -63,21 +63,8 @@ MAPPING = Chosen("<mapping>", lambda value: isinstance(value, dict) and bool(val
 
 
 @pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    add_model(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
 def rows(engine: Engine) -> Rows:
     return Rows(engine)
-
-
-@pytest.fixture
-def store(engine: Engine) -> JobStore:
-    return JobStore(engine)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The engine: its clock, its manners towards a server that went away, and what it takes for a URL."""
 
 import datetime as dt
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,6 @@ from nightpress.core import database
 from nightpress.core.database import db_now, make_engine, read_now, statement, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from tests.servers import Postgres
-
-
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    yield engine
-    engine.dispose()
 
 
 def test_the_databases_clock_is_aware_and_shifts(engine: Engine):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nightpress.core.compress.environment import bfloat16_held_down
 from nightpress.core.compress.evaluate import quality
 from nightpress.core.compress.export import onnx, openvino, safetensors
 from nightpress.core.compress.export.consumer import run_consumer
@@ -57,6 +58,23 @@ def test_a_float_graph_answers_as_the_model_does(bench: Bench, tmp_path: Path, e
         bench.recipe, Export(format=out.name), observed, source=observed, traced=bench.traced, task=bench.trial.task
     )
     assert judged.value >= judged.bound == (HALVED if export is openvino else EXACT)
+
+
+def test_openvino_computes_in_float32_where_the_processor_is_told_to_do_without_bfloat16(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It would choose bfloat16 by the processor that there is, and then have no kernel that the variable allows."""
+    out = tmp_path / "out" / "openvino"
+    out.parent.mkdir()
+    openvino.save(bench.model, out, bench.traced, [])
+    answers = []
+    for isa in ("DEFAULT", "AVX2"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+        observed = run_consumer(openvino.CONSUMER, out, bench.trial.task, name=isa, scratch=tmp_path / "scratch")
+        assert ("f32" in observed.snippet) == bfloat16_held_down()
+        answers.append(observed.outputs)
+    for key, value in answers[0].items():
+        np.testing.assert_allclose(answers[1][key], value, atol=0.1 * np.abs(value).max())
 
 
 def test_the_trace_is_kept_for_the_next_attempt(bench: Bench):

@@ -237,6 +237,7 @@ def test_the_folders_write_with_their_caches_in_the_hands_of_transformers(source
             assert long == written(model, text(50), past_key_values=cache_for(model, given["cache_config"]))
 
 
+@pytest.mark.slow
 def test_a_job_measures_it_beside_no_cache_and_the_report_shows_both(source: Path, tmp_path: Path):
     pass_ = {"pass": "generation-cache", **SLIDING}
     recipe = {

@@ -1,23 +1,14 @@
 """Keys of requests against both kinds of database: who may handle what, and what becomes of a process that died meanwhile."""
 
-from collections.abc import Iterator
-
 import pytest
 from sqlalchemy import Engine, update
 
-from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.access.idempotency import Answered, Begun, IdempotencyBook
 from nightpress.core.service.tables.jobs import idempotency_keys
 
 ANSWER = Answered(201, {"location": "/v1/models/mdl_1"}, b"{}" * 5000)
-
-
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    yield engine
-    engine.dispose()
 
 
 def code(book: IdempotencyBook, *given: str) -> ErrorCode:

@@ -1,25 +1,17 @@
 """API keys: their shape, what they open, and that a stolen table opens nothing."""
 
 import datetime as dt
-from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import Engine, select, update
 
-from nightpress.core.database import make_engine, transaction
+from nightpress.core.database import transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.logs import redact
 from nightpress.core.service.access import __main__ as access
 from nightpress.core.service.access import keys
 from nightpress.core.service.access.keys import ALL_SCOPES, KeyRing, create_key, revoke
 from nightpress.core.service.tables.access import api_keys
-
-
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    yield engine
-    engine.dispose()
 
 
 def refused(ring: KeyRing, plain: str) -> NightpressError:

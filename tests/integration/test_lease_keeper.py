@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy import Engine, text
 
 import nightpress.worker.lease
-from nightpress import migrations
 from nightpress.core.database import make_engine
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.worker.lease import LeaseKeeper
+from tests.databases import migrated_postgres
 from tests.jobs import add_model, claim, submit
 from tests.servers import Postgres
 from tests.service import eventually
@@ -21,9 +21,7 @@ TTL_S = 40.0
 
 @pytest.fixture
 def engine(postgres_server: Postgres) -> Iterator[Engine]:
-    url = postgres_server.create_database()
-    migrations.upgrade(url)
-    engine = make_engine(url)
+    engine = make_engine(migrated_postgres(postgres_server))
     add_model(engine)
     yield engine
     engine.dispose()

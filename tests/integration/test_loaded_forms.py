@@ -115,6 +115,7 @@ def _check(class_name: str, source: Path, work: Path, form: str) -> None:
     assert float((found - expected).norm() / expected.norm()) < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_form_loads_with_the_right_answer_or_is_refused_when_planned(family: str, form: str, tmp_path: Path):
@@ -122,11 +123,15 @@ def test_a_form_loads_with_the_right_answer_or_is_refused_when_planned(family: s
     _check(class_name, save_family(family, tmp_path / "source"), tmp_path / "pressed", form)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", _HEADS)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in VISION])
 def test_other_heads_of_a_family_load_as_well(family: str, head: str, tmp_path: Path):
     class_name = re.sub(r"(ForMaskedLM|ForCausalLM|LMHeadModel|ForConditionalGeneration)$", head, FAMILIES[family][0])
-    if not hasattr(transformers, class_name) or class_name == "Gemma3ForSequenceClassification":  # of another config
+    class_name = re.sub(
+        r"^Gemma3(?!Text)", "Gemma3Text", class_name
+    )  # without Text, it is a model of billions that sees
+    if not hasattr(transformers, class_name):
         pytest.skip("transformers has no such class")
     source = save_family(family, tmp_path / "source", class_name=class_name)
     for form in ("int8", "int4, zero points", "int8 activations"):

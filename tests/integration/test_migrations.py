@@ -1,6 +1,5 @@
 """The database's shape: up, down, up again, equal to the code, and a guard of its own."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ from nightpress.core.service.promotions.store import PromotionStore
 from nightpress.migrations.__main__ import main
 from tests.jobs import add_model, claim, new_job, submit, succeeded
 from tests.servers import Postgres
-
-
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    yield engine
-    engine.dispose()
 
 
 def test_up_down_and_up_again(sql_url: str, engine: Engine):

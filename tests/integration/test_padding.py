@@ -1,6 +1,7 @@
 """Padding is not calibrated on: the same texts, padded to a longer length, give every pass the same statistics and the same result."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -87,16 +88,30 @@ def _run(source: Path, work: Path, pass_: Mapping[str, Any], texts: Path) -> tup
 
 
 def _check_alike(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """The same but for the order of sums: it may turn a tie, and with it what GPTQ makes of the rest of a row."""
+    """The same but for the order of sums: it may turn a tie, and with it what GPTQ makes of the rest of a row.
+
+    A turned code changes the inputs of the blocks after it, where more codes then turn, in one matrix more than in another. So
+    only the first block is held to few turned codes a matrix; the others are held to few in all.
+    """
     assert ours.keys() == theirs.keys()
-    for name, one in ours.items():
-        assert one.shape == theirs[name].shape, name
-        if one.is_floating_point() and one.dtype.itemsize > 1:
-            difference = (one.double() - theirs[name].double()).norm() / one.double().norm().clamp(min=1e-12)
+    turned: list[Tensor] = []
+    for name, tensor in ours.items():
+        assert tensor.shape == theirs[name].shape, name
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            difference = (tensor.double() - theirs[name].double()).norm() / tensor.double().norm().clamp(min=1e-12)
             assert difference < 2e-3, name
         else:
-            differ = (one.view(torch.uint8) != theirs[name].view(torch.uint8)).double().mean()
-            assert differ < 0.05, name
+            differ = (tensor.view(torch.uint8) != theirs[name].view(torch.uint8)).flatten()
+            turned.append(differ)
+            assert differ.double().mean() < 0.05 or _block_of(name) > 0, name
+    if turned:
+        assert torch.cat(turned).double().mean() < 0.05
+
+
+def _block_of(name: str) -> int:
+    """The number of the block that a tensor belongs to; 0 for one outside all blocks."""
+    found = re.search(r"\blayers?\.(\d+)\.", name)
+    return int(found[1]) if found else 0
 
 
 def _numbers(value: Any) -> list[float]:

@@ -231,6 +231,7 @@ def test_a_llama_whose_hidden_size_the_heads_would_not_divide_is_told_what_would
     assert plan.estimate.output_bytes["safetensors"] < header.size
 
 
+@pytest.mark.slow
 def test_a_whole_job_shrinks_quantizes_and_is_proven_by_every_consumer(bert_tiny: Path, tmp_path: Path):
     recipe = {
         "passes": [

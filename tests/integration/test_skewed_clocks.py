@@ -15,7 +15,7 @@ import nightpress.core.ids
 from nightpress.core.artifacts.local import LocalStore
 from nightpress.core.artifacts.open import open_store
 from nightpress.core.artifacts.storage import ObjectStore
-from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.access.audit import AuditLog
 from nightpress.core.service.access.issuing import KeyIssuer
@@ -64,13 +64,6 @@ class Host:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     return Host(monkeypatch)
-
-
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from nightpress.core.compress.graph.dynamic_int8 import codes_of
 from nightpress.core.compress.grids import activation_ranges
 from nightpress.core.compress.grids.activation_ranges import BINS, Histogram
 from nightpress.core.compress.passes import PassContext
-from nightpress.core.compress.passes.static_int8 import _left_in_float, _weight_bits, static_int8
+from nightpress.core.compress.passes.static_int8 import _left_in_float, static_int8
 from nightpress.core.compress.solvers.static_weights import settle
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
@@ -190,6 +190,7 @@ def test_the_same_bytes_come_out_again_and_are_found_again(bench: Bench, tmp_pat
     assert written.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_broken_off_and_begun_again_it_ends_with_the_same_bytes(bench: Bench, tmp_path: Path):
     _, free = bench.quantize(tmp_path / "free", min_cosine=None)
     _, most = bench.quantize(tmp_path / "most", min_cosine=0.9999999)
@@ -289,18 +290,6 @@ def test_weights_make_up_for_each_others_rounding(bits: int):
     assert (x @ settled.T - exact).norm() < 0.7 * (x @ nearest.T - exact).norm()
 
 
-@pytest.mark.parametrize(("isa", "bits"), [("AVX2", 7), ("AVX512_CORE", 7), ("AVX512_CORE_VNNI", 8)])
-def test_weights_have_7_bits_where_the_processor_is_told_to_do_without_vnni(
-    monkeypatch: pytest.MonkeyPatch, isa: str, bits: int
-):
-    monkeypatch.setattr(
-        "nightpress.core.compress.environment._cpuinfo",
-        lambda _field: "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 amx_int8",
-    )
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
-    assert _weight_bits(StaticInt8()) == bits
-
-
 def test_what_is_rounded_without_vnni_does_not_overflow_without_it(bench: Bench, tmp_path: Path):
     """OpenVINO obeys ONEDNN_MAX_CPU_ISA, and its sums of 16 bits then overflow where weights are too large for them."""
     bench.quantize(tmp_path, weight_bits=7, min_cosine=None)
@@ -333,6 +322,7 @@ def test_ignored_layers_stay_in_float_and_nothing_left_is_refused(bench: Bench, 
     assert caught.value.code == ErrorCode.INVALID_RECIPE
 
 
+@pytest.mark.slow
 def test_both_runtimes_load_it_and_answer_as_the_model_does_at_the_size_that_was_planned(bench: Bench, tmp_path: Path):
     _, report, _ = press(lay_out(tmp_path / "job", bert_tiny_dir(), RECIPE))
     estimate = make_plan(parse_recipe({"name": "t", **RECIPE}), bench.context.header).estimate

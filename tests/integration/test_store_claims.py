@@ -3,30 +3,17 @@
 import datetime as dt
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import Engine
 
-from nightpress.core.database import make_engine
 from nightpress.core.service.jobs.claims import Caps
 from nightpress.core.service.jobs.records import Lease
 from nightpress.core.service.jobs.store import JobStore
-from tests.jobs import GB, add_model, claim, offer, submit, succeeded
+from tests.jobs import GB, claim, offer, submit, succeeded
 
-
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url, pool_size=8)
-    add_model(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def store(engine: Engine) -> JobStore:
-    return JobStore(engine)
+pytestmark = pytest.mark.usefixtures("store")  # tests that make a store of their own need its model too
 
 
 def order(store: JobStore, count: int) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, update
 
-from nightpress.core.database import db_now, make_engine, transaction
+from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.jobs.attempts import MAX_LOG_BYTES, MAX_LOG_LINES
 from nightpress.core.service.jobs.queries import JobsWanted
@@ -15,19 +15,6 @@ from nightpress.core.service.jobs.records import Job, Worker, WorkerOffer
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.jobs import workers
 from tests.jobs import GB, add_model, age, claim, new_job, submit, succeeded
-
-
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    add_model(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def store(engine: Engine) -> JobStore:
-    return JobStore(engine)
 
 
 def pages(store: JobStore, *, limit: int) -> Iterator[list[Job]]:

@@ -2,32 +2,20 @@
 
 import datetime as dt
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 from sqlalchemy import Engine, func, select
 
-from nightpress.core.database import make_engine, transaction
+from nightpress.core.database import transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.jobs.records import Idempotency
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.jobs import job_events, jobs
-from tests.jobs import add_model, claim, new_job, submit
+from tests.jobs import claim, new_job, submit
 
-
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url, pool_size=8)
-    add_model(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def store(engine: Engine) -> JobStore:
-    return JobStore(engine)
+pytestmark = pytest.mark.usefixtures("store")  # tests that make a store of their own need its model too
 
 
 def count(engine: Engine) -> tuple[int, int]:

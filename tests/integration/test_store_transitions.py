@@ -1,14 +1,14 @@
 """Every trigger in every state, on both databases: what the table allows happens, and nothing else changes anything."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from sqlalchemy import Engine, event, select, text
 
 import nightpress.core.service.jobs.attempts
-from nightpress.core.database import make_engine, transaction
+from nightpress.core.database import transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from nightpress.core.service.jobs.expiry import SUPERVISOR_GRACE_S
@@ -17,25 +17,12 @@ from nightpress.core.service.jobs.states import ALL_STATES, TRANSITIONS, Trigger
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.jobs import job_attempts, job_events, jobs
 from nightpress.core.wire.jobs import JobState
-from tests.jobs import add_model, age, claim, offer, submit, succeeded
+from tests.jobs import age, claim, offer, submit, succeeded
 from tests.service import eventually
 
 TENANT = "default"
 RETRYABLE = NightpressError(ErrorCode.OUT_OF_MEMORY, "too large", hint="a larger worker")
 FINAL = NightpressError(ErrorCode.NUMERICAL_FAILURE, "not finite")
-
-
-@pytest.fixture
-def engine(sql_url: str) -> Iterator[Engine]:
-    engine = make_engine(sql_url)
-    add_model(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def store(engine: Engine) -> JobStore:
-    return JobStore(engine)
 
 
 def job_in(store: JobStore, state: JobState) -> tuple[str, Lease]:

@@ -161,6 +161,7 @@ def test_missing_labels_are_found_in_the_data_and_named(model: Path, tmp_path: P
     run_pass(model, tmp_path, {"pass": "distill", "train": {**_TRAIN, "steps": 1}}, data_files={"mine": file})
 
 
+@pytest.mark.slow
 def test_a_whole_job_distils_and_its_report_has_the_curves(model: Path, data: Path, tmp_path: Path):
     recipe = {
         "passes": [{"pass": "distill", "student": {"layers": 2}, "logits": {"alpha": 0.5}, "train": _TRAIN}],
@@ -290,6 +291,7 @@ def test_frozen_blocks_stay_as_they_are(model: Path, data: Path, tmp_path: Path)
     assert ExitPlan.model_validate_json((out / "exits.json").read_bytes()).depths == (2, 4)
 
 
+@pytest.mark.slow
 def test_a_whole_job_leaves_a_graph_that_a_runtime_loads_without_our_code(model: Path, data: Path, tmp_path: Path):
     recipe = {
         "passes": [{"pass": "early-exit", "exits": [0, 2], "train": _TRAIN}],

@@ -68,6 +68,7 @@ def test_a_table_of_measured_figures_is_told_by_its_units(row: str):
     assert unmarked(table) == [row]
     assert unmarked(f"<!-- not measured: a bound -->\n{table}") == []
     assert unmarked(f"```\n{table}```\n") == []
+    assert unmarked("| what | is |\n|---|---|\n| a gate | `size: <= 35%` |\n") == []
 
 
 def test_a_table_of_measured_figures_is_told_by_its_head():

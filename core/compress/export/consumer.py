@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.environment import bfloat16_held_down
 from nightpress.core.compress.export.consumer_faults import check_finite, failed
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.recipes.costs import LOGIT_BYTES
@@ -176,6 +177,7 @@ class Consumer:
                 json.dumps(
                     {
                         "folder": folder.name,
+                        "float32": bfloat16_held_down(),
                         **task.request(),
                         **{key: None if file is None else str(file.resolve()) for key, file in files.items()},
                     }
@@ -384,5 +386,6 @@ def consumer_environment(threads: int, scratch: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "ORT_DISABLE_TELEMETRY": "1",
         "TMPDIR": str(scratch.resolve()),
     }

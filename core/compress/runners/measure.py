@@ -6,7 +6,7 @@ where the model keeps a cache, `forward.continued` does the same in two steps th
 `forward.peak_memory` is its peak in bytes. The snippet is the code that loaded the folder: it is
 text that the runner executes, so that what a report shows is what was run. The working directory is the one that holds the folder.
 
-The request is a JSON file: folder, task, pooling, threads, longest (tokens of a text), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets.
+The request is a JSON file: folder, task, pooling, threads, longest (tokens of a text), float32 (whether a runtime must not choose bfloat16), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets.
 When the sets are done and the answer is written, the process says `@ready` and times what it is asked to, one JSON line a run on its standard
 input, until that is closed: so several models can be timed by turns.
 Each set has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows` a batch; its arrays in `inputs` are called

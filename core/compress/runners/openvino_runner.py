@@ -11,7 +11,7 @@ import numpy as np
 SNIPPET = """\
 import openvino
 
-settings = {{"INFERENCE_NUM_THREADS": {threads}, "PERFORMANCE_HINT": "LATENCY"}}
+settings = {{"INFERENCE_NUM_THREADS": {threads}, "PERFORMANCE_HINT": "LATENCY"{more}}}
 model = openvino.Core().compile_model({file!r}, "CPU", settings)
 """
 
@@ -50,7 +50,9 @@ class Forward:
 
 
 def load(request: dict[str, Any]) -> tuple[Forward, dict[str, str], str]:
-    snippet = SNIPPET.format(threads=request["threads"], file=f"{request['folder']}/model.xml")
+    # OpenVINO chooses bfloat16 by the processor, whatever ONEDNN_MAX_CPU_ISA forbids, and then has no kernel for a softmax.
+    more = ', "INFERENCE_PRECISION_HINT": "f32"' if request["float32"] else ""
+    snippet = SNIPPET.format(threads=request["threads"], more=more, file=f"{request['folder']}/model.xml")
     model = measure.execute(snippet)["model"]
     import openvino
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from nightpress.core.recipes.bounds import size_flaw
+from nightpress.core.recipes.bounds import kind_flaw, size_flaw
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost
 from nightpress.core.recipes.depth import depth, evenly, width
@@ -282,7 +282,7 @@ class Distill(Teaching):
 
     def check(self, header: ModelHeader) -> None:
         for key, value in self.student.config.items():
-            if (flaw := size_flaw(key, value, at_the_top=True)) is not None:
+            if (flaw := kind_flaw(key, value) or size_flaw(key, value, at_the_top=True)) is not None:
                 raise invalid(f"`distill`: the student's {flaw}.", "Correct student.config.")
         student = self.student_header(header)
         if header.model_type in SHARED_BLOCKS and self.student.cut:
