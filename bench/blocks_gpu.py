@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from bench.record import Figure, finish, make_parser
-from nightpress.core.compress.checkpoint import read_shards, write_index
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import Method, press_blocks
+from nightpress.core.compress.model.checkpoint import read_shards, write_index
 from nightpress.core.compress.passes.activations import RoundedInputs
 from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from nightpress.core.compress.solvers.gram import Gram

@@ -38,7 +38,7 @@ def write_model(folder: Path, size: int) -> int:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from nightpress.core.compress.checkpoint import write_index
+    from nightpress.core.compress.model.checkpoint import write_index
 
     matrices = {
         **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},

@@ -9,9 +9,9 @@ from pathlib import Path
 from bench.record import Figure
 from nightpress.core.compress import pipeline
 from nightpress.core.compress.evaluate import quality, speed
-from nightpress.core.compress.evaluate.consumer import run_consumer
-from nightpress.core.compress.executors import graph
 from nightpress.core.compress.export import onnx, openvino
+from nightpress.core.compress.export.consumer import run_consumer
+from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.passes import PassContext
 from nightpress.core.handoff.report import REPORT_FILE, Report, read_report
 from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, JobSpec
@@ -71,12 +71,12 @@ def press(job: Path, model: Path, recipe: Recipe, threads: int) -> Report:
 
 def save_float_graphs(
     source: Path, recipe: Recipe, threads: int, work_dir: Path, onnx_dir: Path, openvino_dir: Path | None
-) -> tuple[quality.Trial, graph.Traced, PassContext]:
+) -> tuple[quality.Trial, tracing.Traced, PassContext]:
     """Export a model in fp32, as a careful person would. Where `work_dir` is that of a job on the model, its trace is used again."""
     header = inspect_model(FolderFiles(source))
     trial = quality.prepare(recipe, header, source, {}, threads=threads)
     context = PassContext(header=header, work_dir=work_dir, threads=threads, calibration=recipe.calibration)
-    traced = graph.trace(source, header, trial.task.sets[0].sequences, context)
+    traced = tracing.trace(source, header, trial.task.sets[0].sequences, context)
     onnx.save(source, onnx_dir, traced, [])
     if openvino_dir is not None:
         openvino.save(source, openvino_dir, traced, [])

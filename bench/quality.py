@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from bench.record import Figure, finish, make_parser
-from nightpress.core.compress.checkpoint import read_shards
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
+from nightpress.core.compress.data.tokenized import open_tokenizer, read_rows, text_windows
 from nightpress.core.compress.export import compressed_tensors, safetensors
+from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.passes import MODEL_PASSES
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.evaluate import quality
-from nightpress.core.compress.executors import graph
+from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.passes import PassContext
 from nightpress.core.compress.passes.static_int8 import static_int8
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
@@ -65,7 +65,7 @@ def measure(folder: Path, bits: int, least: float, threads: int) -> list[Figure]
             progress=lambda _done, text: watch.said(text),
         )
         trial = quality.prepare(recipe, header, folder, {}, threads=threads)
-        traced = graph.trace(folder, header, trial.task.sets[0].sequences, context)
+        traced = tracing.trace(folder, header, trial.task.sets[0].sequences, context)
         watch.start()
         started, spent = time.monotonic(), time.process_time()
         _, record = static_int8(folder, traced, StaticInt8.model_validate(options), context)

@@ -22,7 +22,7 @@ from botocore.config import Config
 from pydantic import SecretStr
 
 from bench.record import Figure, finish, make_parser
-from nightpress.core.artifacts.storage import open_store
+from nightpress.core.artifacts.open import open_store
 from nightpress.core.settings import Settings
 from tests.servers import S3
 

@@ -125,7 +125,7 @@ def press(source: Path, target: Path, bits: int, threads: int) -> dict[str, floa
 def child(source: Path, target: Path, bits: int, threads: int) -> None:
     import threading
 
-    from nightpress.core.compress.checkpoint import read_shards
+    from nightpress.core.compress.model.checkpoint import read_shards
     from nightpress.core.compress.passes import MODEL_PASSES, PassContext
     from nightpress.core.recipes.header import ModelHeader
     from nightpress.core.recipes.passes import WeightOnly

@@ -20,8 +20,8 @@ from pathlib import Path
 from bench.pressing import folder_mb, press
 from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.evaluate import quality
-from nightpress.core.compress.evaluate.consumer import run_consumer
 from nightpress.core.compress.export import gguf, safetensors
+from nightpress.core.compress.export.consumer import run_consumer
 from nightpress.core.recipes.builtins import get_recipe
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe

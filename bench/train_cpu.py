@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.train import accuracy, compare_steps, test_rows, unship
+from bench.train_steps import compare_steps
+from bench.trained import accuracy, test_rows, unship
 from nightpress.core.compress import environment
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.data import Sequences, pad
-from nightpress.core.compress.executors import graph
-from nightpress.core.compress.executors.examples import Examples
-from nightpress.core.compress.exits import load_exits
+from nightpress.core.compress.data.examples import Examples
+from nightpress.core.compress.data.tokenized import Sequences, pad
 from nightpress.core.compress.export.early_exit import trace_exits
-from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.graph import tracing
+from nightpress.core.compress.model.exits import load_exits
+from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.solvers.exits import choose, outcomes
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 
@@ -201,7 +202,7 @@ def _graph(folder: Path, header_of: Path, scratch: Path, threads: int) -> Run:
     header = inspect_model(FolderFiles(header_of))
     scratch.mkdir(parents=True, exist_ok=True)
     ids = pad([list(range(1000, 1012)), list(range(1000, 1007))], 0)
-    traced = graph.trace(folder, header, ids, PassContext(header=header, work_dir=scratch, threads=threads))
+    traced = tracing.trace(folder, header, ids, PassContext(header=header, work_dir=scratch, threads=threads))
     session = _session(traced.path, threads)
     return lambda text: session.run(None, _feeds(text))
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from nightpress.client import Client
-from nightpress.core.artifacts.storage import open_store
+from nightpress.core.artifacts.open import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.manifest import ArtifactEntry, Manifest, describe_folder

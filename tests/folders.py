@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from nightpress.core.compress.checkpoint import INDEX_FILE, read_shards
+from nightpress.core.compress.model.checkpoint import INDEX_FILE, read_shards
 from nightpress.core.recipes.header import ModelHeader
 
 

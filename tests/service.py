@@ -15,7 +15,8 @@ import psutil
 from pydantic import SecretStr
 from sqlalchemy import insert, select
 
-from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.artifacts.open import open_store
+from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.database import db_now, make_engine, transaction
 from nightpress.core.handoff.manifest import describe_folder, digest_of
 from nightpress.core.ids import new_id

@@ -60,7 +60,7 @@ def child_environment(job_dir: Path, threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that CUDA_VISIBLE_DEVICES counts as worker/gpus.py does
         "OMP_NUM_THREADS": count,
-        "GOMP_SPINCOUNT": "3000",  # a worker's processors are rarely its own: see core/compress/evaluate/consumer.py
+        "GOMP_SPINCOUNT": "3000",  # a worker's processors are rarely its own: see core/compress/export/consumer.py
         "MKL_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,
     }

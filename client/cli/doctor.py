@@ -100,7 +100,7 @@ _REPAIR = {
 def _check_parts(settings: Settings) -> Iterator[Check]:
     """Without an API to ask, try database, broker and storage from here, with this shell's settings."""
     # Imported late: no other subcommand needs these, and they would slow the start of each.
-    from nightpress.core.artifacts.storage import open_store
+    from nightpress.core.artifacts.open import open_store
     from nightpress.core.database import make_engine, read_now, transaction
 
     own = " (tried from here, with this shell's settings)"

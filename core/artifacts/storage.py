@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Protocol
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.settings import Settings
 
 MAX_KEY_BYTES = 1024
 PRESIGN_S = 900
@@ -161,14 +160,3 @@ def exactly(key: str, pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
             hint="Nothing of it was kept. Send it again, whole.",
             key=key,
         )
-
-
-def open_store(settings: Settings) -> ObjectStore:
-    """The store that the settings name: `s3://bucket/prefix` or a folder."""
-    if settings.objects_url.startswith("s3://"):
-        from nightpress.core.artifacts.s3 import S3Store  # boto3 takes 0.2 s to import: only those who use it pay
-
-        return S3Store.from_settings(settings)
-    from nightpress.core.artifacts.local import LocalStore
-
-    return LocalStore(Path(settings.objects_url.removeprefix("file://")))

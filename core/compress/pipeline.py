@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Literal
 
 from nightpress.core.compress import environment, report
-from nightpress.core.compress.checkpoint import disk_errors, write_file
+from nightpress.core.compress.data.tokenized import BUILTIN_LICENSE, builtin_digest
 from nightpress.core.compress.evaluate import gates, quality, speed
 from nightpress.core.compress.evaluate.beside import SourceBeside
-from nightpress.core.compress.evaluate.consumer import Consumer, Observed, run_consumer
-from nightpress.core.compress.evaluate.data import BUILTIN_LICENSE, builtin_digest
 from nightpress.core.compress.evaluate.finite import check_weights
 from nightpress.core.compress.evaluate.quality import Trial
 from nightpress.core.compress.evaluate.remarks import remarks
 from nightpress.core.compress.evaluate.roofline import device_of
-from nightpress.core.compress.executors import graph
-from nightpress.core.compress.executors.activations import return_freed_memory
 from nightpress.core.compress.export import compressed_tensors, gguf, onnx, openvino, safetensors, transformersjs
+from nightpress.core.compress.export.consumer import Consumer, Observed, run_consumer
 from nightpress.core.compress.export.early_exit import trace_exits
 from nightpress.core.compress.export.verify import verify
+from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.lineage import read_lineage
+from nightpress.core.compress.memory import return_freed_memory
+from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.compress.passes.static_int8 import static_int8
 from nightpress.core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
@@ -157,7 +157,7 @@ class _Press:
             engine=environment.version_of("nightpress"),
         )
         self.records: list[PassRecord] = []
-        self.traced: graph.Traced | None = None
+        self.traced: tracing.Traced | None = None
 
     def run(self) -> Manifest:
         header, trial = self._validate()
@@ -278,7 +278,7 @@ class _Press:
                 if self.traced is None:
                     context = self._context(header, self.clock.span(start, end), index=len(self.recipe.passes))
                     exits = any(isinstance(one, EarlyExit) for one in self.recipe.passes[-1:])
-                    trace = trace_exits if exits else graph.trace
+                    trace = trace_exits if exits else tracing.trace
                     self.traced = trace(model_dir, header, trial.task.sets[0].sequences, context)
                     _let_go_of_graphs()
                     for index, options in enumerate(self.recipe.passes):

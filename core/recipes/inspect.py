@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.bounds import kind_flaw, size_flaw
 from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, check_names, missing_shards, raise_all
 from nightpress.core.recipes.header import ModelHeader, TensorInfo, class_of
 from nightpress.core.recipes.jsonfile import JsonBudget, malformed, parse_json, walk
+from nightpress.core.recipes.model_files import ModelFiles
 from nightpress.core.recipes.pooling import read_pooling
 from nightpress.core.recipes.remote_code import code_flaw
 from nightpress.core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
@@ -39,16 +40,6 @@ _NOT_PARSED = frozenset(
 
 _MOST_ERRORS = 100  #: that are looked for in a model's JSON
 _DUNDER = re.compile(r"__\w+__")
-
-
-class ModelFiles(Protocol):
-    """A model's folder, wherever it lies."""
-
-    def names(self) -> Mapping[str, int]:
-        """Sizes of the files by relative POSIX path."""
-
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        """At most `size` bytes from `offset`; fewer only at the file's end."""
 
 
 class FolderFiles:

@@ -5,13 +5,11 @@ import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nightpress.core.recipes.header import TensorInfo
 from nightpress.core.recipes.jsonfile import malformed, parse_json, unique_keys
-
-if TYPE_CHECKING:
-    from nightpress.core.recipes.inspect import ModelFiles
+from nightpress.core.recipes.model_files import ModelFiles
 
 MAX_TENSORS = 100_000
 
@@ -38,7 +36,7 @@ _NAME = re.compile(rb'\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
 _NEXT = re.compile(rb"\s*([,}])")
 
 
-def read_safetensors_header(files: "ModelFiles", path: str, size: int) -> list[TensorInfo]:
+def read_safetensors_header(files: ModelFiles, path: str, size: int) -> list[TensorInfo]:
     """The tensors of one file, in the order of their bytes. Raises NightpressError(malformed_model) for any flaw at all:
 
     the header's entries must describe exactly the bytes of the file, once each, without gap or overlap.
@@ -69,7 +67,7 @@ def read_safetensors_header(files: "ModelFiles", path: str, size: int) -> list[T
     return [tensor for tensor, _ in found]
 
 
-def _refuse_too_many(files: "ModelFiles", path: str, length: int) -> None:
+def _refuse_too_many(files: ModelFiles, path: str, length: int) -> None:
     """Count before parsing: a million tensors cost no more than finding their marks."""
     found = 0
     for begin in range(0, length, _WINDOW) if length > MAX_TENSORS * len(_MARK) else ():
@@ -123,7 +121,7 @@ def _check_layout(path: str, spans: list[tuple[int, int]], data: int) -> None:
 class _Header:
     """Walks through the entries `"name": {…}` of a header of `length` bytes, holding one window of it."""
 
-    def __init__(self, files: "ModelFiles", path: str, length: int) -> None:
+    def __init__(self, files: ModelFiles, path: str, length: int) -> None:
         self._files = files
         self._path = path
         self._rest = length  #: bytes not yet read

@@ -4,7 +4,8 @@ from functools import cached_property
 
 from sqlalchemy import Engine
 
-from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.artifacts.open import open_store
+from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.service.access.audit import AuditLog
 from nightpress.core.service.access.idempotency import IdempotencyBook
 from nightpress.core.service.access.issuing import KeyIssuer

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.settings import Settings
-from nightpress.core.sources.address import Address, BucketAddress
 
 _TRIES = 4  #: in a row without a byte more
 _PAUSE_S = 1.0
@@ -44,18 +42,6 @@ class Source(Protocol):
         """The bytes from `start` on. Raises source_unavailable too where the file is no longer the one that was listed."""
 
     def close(self) -> None: ...
-
-
-def open_source(address: Address, settings: Settings) -> Source:
-    if isinstance(address, BucketAddress):
-        from nightpress.core.sources.bucket import (
-            BucketSource,
-        )  # boto3 takes 0.2 s to import: only those who use it pay
-
-        return BucketSource(address, settings)
-    from nightpress.core.sources.hub import HubSource
-
-    return HubSource(address, settings)
 
 
 def read_steadily(

@@ -15,7 +15,7 @@ from tests.service import ROOT, TENANT, Service, eventually
 
 _KILLED_DELETION = """
 import os, signal, sys
-from nightpress.core.artifacts.storage import open_store
+from nightpress.core.artifacts.open import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.service.registry.models import ModelRegistry
 from nightpress.core.settings import load_settings

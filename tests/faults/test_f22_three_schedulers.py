@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select, update
 
-from nightpress.core.artifacts.storage import open_store
+from nightpress.core.artifacts.open import open_store
 from nightpress.core.database import transaction
 from nightpress.core.service.access.quotas import QuotaBook
 from nightpress.core.service.jobs.service import JobService

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.data import pad
-from nightpress.core.compress.evaluate.fidelity import whole_cosine
-from nightpress.core.compress.executors import graph
+from nightpress.core.compress.data.tokenized import pad
 from nightpress.core.compress.export import onnx as onnx_export
+from nightpress.core.compress.graph import tracing
+from nightpress.core.compress.model.cosines import whole_cosine
 from nightpress.core.compress.passes.aware import on_graph_grid, take_out, train_rounded
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
@@ -71,7 +71,7 @@ def test_dynamic_int8_finds_the_trained_grid_again(model: Path, data: Path, tmp_
     torch.testing.assert_close(on_graph_grid(weight), weight, rtol=1e-6, atol=0)
     header = inspect_model(FolderFiles(out))
     check = pad(_ids().tolist(), 0)
-    traced = graph.trace(out, header, check, PassContext(header=header, work_dir=tmp_path / "work"))
+    traced = tracing.trace(out, header, check, PassContext(header=header, work_dir=tmp_path / "work"))
     records = onnx_export.save(out, tmp_path / "onnx", traced, [(0, DynamicInt8())])
     errors = {one.name: one.relative_error for one in records[0].layers}
     assert errors[name.removesuffix(".weight")] < 1e-6

@@ -13,14 +13,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nightpress.core.compress.architectures import FOLDS
-from nightpress.core.compress.checkpoint import read_shards
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.calibration import model_inputs
-from nightpress.core.compress.executors import blocks
+from nightpress.core.compress.data.calibration import model_inputs
 from nightpress.core.compress.executors.blocks import Inputs, Settled, press_blocks
+from nightpress.core.compress.executors.blocks.forward import Forward
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.rewrite import Effect
+from nightpress.core.compress.model.checkpoint import read_shards
+from nightpress.core.compress.model.families import FOLDS
 from nightpress.core.compress.passes.activations import RoundedInputs
 from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from nightpress.core.compress.passes.folding import Folding
@@ -212,7 +212,7 @@ def test_each_layer_is_seen_with_the_inputs_it_has_in_the_whole_model(family: st
     assert len(looks.seen) >= 6
     assert {name for name in chosen if any(part.isdigit() for part in name.split("."))} == set(looks.seen)
     for name, power in looks.seen.items():
-        expected = whole.of(before[name], everyone=name in pressed.starved)
+        expected = whole.of(before[name], everyone=name in pressed.undersampled)
         torch.testing.assert_close(
             power.sum, expected, rtol=3e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -225,7 +225,7 @@ def test_each_layer_is_seen_with_the_inputs_it_has_in_the_whole_model(family: st
 def test_a_processor_with_instructions_for_bfloat16_sees_nearly_the_same_unless_float32_is_asked_for(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("nightpress.core.compress.executors.blocks.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("nightpress.core.compress.executors.blocks.plan.multiplies_bfloat16", lambda: True)
     _save(family, tmp_path / "source")
     seen = {}
     for dtype in ("auto", "float32"):
@@ -426,7 +426,7 @@ def test_a_run_that_was_out_of_memory_is_gone_before_the_next_begins(by_group: b
 
     def progress(_fraction: float, message: str) -> None:
         if "once more" in message:
-            living.extend(one for one in gc.get_objects() if type(one) is blocks._Run)
+            living.extend(one for one in gc.get_objects() if type(one) is Forward)
 
     context = _context(tmp_path, tmp_path / "work", progress=progress)
     chosen = _linears(tmp_path / "source")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors import activations, blocks
 from nightpress.core.compress.executors.blocks import press_blocks
+from nightpress.core.compress.memory import return_freed_memory
 from nightpress.core.compress.passes.calibrated import Sparse, WeightAndActivation
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes import costs
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.passes import SparseGpt, Wanda
@@ -85,7 +86,7 @@ def test_a_method_that_settles_layer_by_layer_runs_each_text_through_a_block_onc
         return len(calls)
 
     once = linear_runs("once")
-    monkeypatch.setitem(blocks.IN_TURN_BYTES, "cpu", 0)
+    monkeypatch.setitem(costs.IN_TURN_BYTES, "cpu", 0)
     twice = linear_runs("twice")
     assert once < 0.75 * twice
 
@@ -137,7 +138,7 @@ def test_a_gpu_with_too_little_memory_for_a_batch_is_tried_with_smaller_ones(
     source = tmp_path / "source"
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=97, **shape)).save_pretrained(source)
-    monkeypatch.setitem(blocks.IN_TURN_BYTES, "cuda", 0)  # waiting texts don't become fewer in smaller batches
+    monkeypatch.setitem(costs.IN_TURN_BYTES, "cuda", 0)  # waiting texts don't become fewer in smaller batches
     messages: list[str] = []
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(200 * 2**20 / torch.cuda.get_device_properties(0).total_memory)
@@ -228,6 +229,6 @@ def test_freed_memory_goes_back_to_the_kernel():
     keep = held[::100]
     before = psutil.Process().memory_info().rss
     del held
-    activations.return_freed_memory()
+    return_freed_memory()
     assert psutil.Process().memory_info().rss < before - 100e6
     assert len(keep) == 8

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from nightpress.core.compress.data.tokenized import open_tokenizer
 from nightpress.core.compress.evaluate import quality
-from nightpress.core.compress.evaluate.consumer import Observed, run_consumer
-from nightpress.core.compress.evaluate.data import open_tokenizer
 from nightpress.core.compress.export import safetensors
+from nightpress.core.compress.export.consumer import Observed, run_consumer
 from nightpress.core.compress.export.verify import verify
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.exports import Export

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select
 
-from nightpress.core.artifacts.storage import open_store
+from nightpress.core.artifacts.open import open_store
 from nightpress.core.database import db_month, metadata, transaction
 from nightpress.core.service.access.audit import AuditLog
 from nightpress.core.service.access.idempotency import Answered, Begun, IdempotencyBook

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.calibration import calibration_samples
-from nightpress.core.compress.evaluate.data import Row, read_rows
+from nightpress.core.compress.data.calibration import calibration_samples
+from nightpress.core.compress.data.tokenized import Row, read_rows
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
@@ -118,7 +118,7 @@ def test_a_parquet_bomb_is_read_up_to_the_bound(rows: int, tmp_path: Path):
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 1_000_000
     program = (
-        "import resource, sys; from pathlib import Path; from nightpress.core.compress.evaluate.rows import read_rows\n"
+        "import resource, sys; from pathlib import Path; from nightpress.core.compress.data.rows import read_rows\n"
         "import pyarrow.parquet\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "rows = read_rows('d', Path(sys.argv[1]))\n"

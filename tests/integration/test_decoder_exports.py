@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from nightpress.core.compress.evaluate import quality
-from nightpress.core.compress.evaluate.consumer import run_consumer
-from nightpress.core.compress.evaluate.fidelity import whole_cosine
 from nightpress.core.compress.export import gguf
+from nightpress.core.compress.export.consumer import run_consumer
 from nightpress.core.compress.export.onnx_codes import block_size
 from nightpress.core.compress.export.verify import EXACT, HALVED
+from nightpress.core.compress.model.cosines import whole_cosine
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader

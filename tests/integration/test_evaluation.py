@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nightpress.core.compress.evaluate import quality
-from nightpress.core.compress.evaluate.consumer import Observed, run_consumer
 from nightpress.core.compress.export import safetensors
+from nightpress.core.compress.export.consumer import Observed, run_consumer
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model

@@ -11,12 +11,12 @@ import pytest
 
 from nightpress.core.compress.environment import bfloat16_held_down
 from nightpress.core.compress.evaluate import quality
-from nightpress.core.compress.evaluate.consumer import run_consumer
-from nightpress.core.compress.executors import graph
 from nightpress.core.compress.export import onnx, openvino, safetensors
+from nightpress.core.compress.export.consumer import run_consumer
 from nightpress.core.compress.export.verify import EXACT, HALVED, verify
+from nightpress.core.compress.graph import tracing
+from nightpress.core.compress.graph.dynamic_int8 import codes_of, fold_transposes, quantize_onnx, sensitive_layers
 from nightpress.core.compress.passes import PassContext
-from nightpress.core.compress.passes.quantize_graph import codes_of, fold_transposes, quantize_onnx, sensitive_layers
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
@@ -40,7 +40,7 @@ class Bench:
         self.context = PassContext(header=self.header, work_dir=folder / "work")
         self.checkpoints: list[str] = []
         context = replace(self.context, checkpoint=lambda path, _step: self.checkpoints.append(path))
-        self.traced = graph.trace(self.model, self.header, self.trial.task.sets[0].sequences, context)
+        self.traced = tracing.trace(self.model, self.header, self.trial.task.sets[0].sequences, context)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_openvino_computes_in_float32_where_the_processor_is_told_to_do_without_
 
 def test_the_trace_is_kept_for_the_next_attempt(bench: Bench):
     before = bench.traced.path.stat().st_mtime_ns
-    again = graph.trace(bench.model, bench.header, bench.trial.task.sets[0].sequences, bench.context)
+    again = tracing.trace(bench.model, bench.header, bench.trial.task.sets[0].sequences, bench.context)
     assert again.path.stat().st_mtime_ns == before
     assert again.path.relative_to(bench.context.work_dir).as_posix() in bench.checkpoints
     assert len(bench.checkpoints) == len(set(bench.checkpoints)), "nothing was made again"

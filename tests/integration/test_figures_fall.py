@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from nightpress.core.compress.evaluate import quality
-from nightpress.core.compress.evaluate.consumer import Observed
-from nightpress.core.compress.export.runners import measure, transformers_runner
+from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.verify import verify
+from nightpress.core.compress.runners import measure, transformers_runner
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.exports import Export

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from nightpress.core.compress.executors.blocks import press_blocks
-from nightpress.core.compress.executors.stream import copy_companions
+from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from nightpress.core.compress import report as reports
 from nightpress.core.compress.export import safetensors
-from nightpress.core.compress.generation_cache import (
+from nightpress.core.compress.model.generation_cache import (
     PrefixStore,
     QuantizedLayer,
     SlidingLayer,

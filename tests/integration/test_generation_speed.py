@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from nightpress.core.compress import report as reports
-from nightpress.core.compress.evaluate.consumer import Observed, run_consumer
 from nightpress.core.compress.evaluate.quality import prepare
 from nightpress.core.compress.evaluate.speed import generation_timings
 from nightpress.core.compress.export import safetensors
+from nightpress.core.compress.export.consumer import Observed, run_consumer
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe

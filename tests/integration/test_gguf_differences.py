@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from nightpress.core.compress.evaluate.fidelity import whole_cosine
 from nightpress.core.compress.export import gguf
+from nightpress.core.compress.model.cosines import whole_cosine
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader

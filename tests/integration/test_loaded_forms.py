@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from nightpress.core.compress.evaluate import quality
-from nightpress.core.compress.evaluate.consumer import run_consumer
 from nightpress.core.compress.export import compressed_tensors
+from nightpress.core.compress.export.consumer import run_consumer
+from nightpress.core.compress.grids.stored import from_tensors
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
-from nightpress.core.compress.stored import from_tensors
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from nightpress.core.compress.grids.stored import from_tensors
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
-from nightpress.core.compress.stored import from_tensors
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nightpress.core.compress.evaluate import data
+from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.compress.passes.static_int8 import static_int8
 from nightpress.core.handoff.report import PassRecord
@@ -64,16 +64,16 @@ def texts(tmp_path: Path) -> Path:
 
 def _pad_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on every text gets more padding."""
-    pad = data.pad
+    pad = tokenized.pad
 
-    def longer(sequences: list[list[int]], pad_id: int) -> data.Sequences:
+    def longer(sequences: list[list[int]], pad_id: int) -> tokenized.Sequences:
         ids, mask = (
             np.pad(one, ((0, 0), (0, _PADDED)), constant_values=fill)
             for one, fill in zip((pad(sequences, pad_id).ids, pad(sequences, pad_id).mask), (pad_id, 0), strict=True)
         )
-        return data.Sequences(ids, mask)
+        return tokenized.Sequences(ids, mask)
 
-    monkeypatch.setattr(data, "pad", longer)
+    monkeypatch.setattr(tokenized, "pad", longer)
 
 
 def _run(source: Path, work: Path, pass_: Mapping[str, Any], texts: Path) -> tuple[dict[str, Tensor], PassRecord]:

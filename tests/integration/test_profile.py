@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from nightpress.client.cli.main import app
 from nightpress.core.compress.evaluate.roofline import probe
-from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.model.networks import load_model
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from nightpress.core.compress.evaluate.calibration import calibration_samples
+from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.export import compressed_tensors
+from nightpress.core.compress.grids.stored import from_tensors
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
-from nightpress.core.compress.stored import from_tensors
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model

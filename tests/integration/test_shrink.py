@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.calibration import calibration_samples
-from nightpress.core.compress.executors import blocks
-from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.data.calibration import calibration_samples
+from nightpress.core.compress.executors.blocks import writer
+from nightpress.core.compress.executors.blocks.resume import RunFiles
+from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.passes import MODEL_PASSES
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
@@ -177,16 +178,16 @@ def test_a_killed_attempt_ends_with_the_same_bytes(
 ):
     source = _model("LlamaForCausalLM", tmp_path / "source")
     whole, _ = _shrink(source, tmp_path / "whole", pass_)
-    write, written = blocks._Run._write, []
+    write, written = writer.write_block, []
 
-    def dying(self: Any, index: int, *args: Any) -> None:
-        if index == 2:
+    def dying(files: RunFiles, output: writer.BlockOutput) -> None:
+        if output.index == 2:
             raise KeyboardInterrupt
-        written.append(index)
-        write(self, index, *args)
+        written.append(output.index)
+        write(files, output)
 
     with monkeypatch.context() as patch:
-        patch.setattr(blocks._Run, "_write", dying)
+        patch.setattr(writer, "write_block", dying)
         with pytest.raises(KeyboardInterrupt):
             _shrink(source, tmp_path / "killed", pass_)
     assert written == [0, 1]

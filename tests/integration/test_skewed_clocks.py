@@ -13,7 +13,8 @@ from sqlalchemy import Engine, select, update
 
 import nightpress.core.ids
 from nightpress.core.artifacts.local import LocalStore
-from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.artifacts.open import open_store
+from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.access.audit import AuditLog

@@ -16,17 +16,17 @@ import openvino
 import pytest
 import torch
 
+from nightpress.core.compress.data.tokenized import builtin_digest
 from nightpress.core.compress.evaluate import quality
-from nightpress.core.compress.evaluate.data import builtin_digest
-from nightpress.core.compress.executors import graph
 from nightpress.core.compress.export.openvino_graph import divide_in_norms
+from nightpress.core.compress.graph import tracing
+from nightpress.core.compress.graph.attention_scores import Operand, Scores, score_products
+from nightpress.core.compress.graph.dynamic_int8 import codes_of
+from nightpress.core.compress.grids import activation_ranges
+from nightpress.core.compress.grids.activation_ranges import BINS, Histogram
 from nightpress.core.compress.passes import PassContext
-from nightpress.core.compress.passes.attention_scores import Operand, Scores, score_products
-from nightpress.core.compress.passes.quantize_graph import codes_of
 from nightpress.core.compress.passes.static_int8 import _left_in_float, static_int8
-from nightpress.core.compress.passes.static_weights import settle
-from nightpress.core.compress.solvers import activation_ranges
-from nightpress.core.compress.solvers.activation_ranges import BINS, Histogram
+from nightpress.core.compress.solvers.static_weights import settle
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.calibration import Calibration
@@ -55,7 +55,7 @@ class Bench:
         self.context = PassContext(
             header=header, work_dir=folder / "work", calibration=Calibration(samples=16, length=48)
         )
-        self.traced = graph.trace(self.model, header, trial.task.sets[0].sequences, self.context)
+        self.traced = tracing.trace(self.model, header, trial.task.sets[0].sequences, self.context)
 
     def quantize(
         self, work: Path, progress: Callable[[float, str], None] = lambda _done, _text: None, **options: object

@@ -11,8 +11,9 @@ import pytest
 from pydantic import SecretStr
 
 from nightpress.core.artifacts.local import LocalStore
+from nightpress.core.artifacts.open import open_store
 from nightpress.core.artifacts.s3 import S3Store
-from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.settings import Settings
 from tests.servers import S3

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.data import pad
-from nightpress.core.compress.exits import ExitPlan, load_exits
+from nightpress.core.compress.data.tokenized import pad
 from nightpress.core.compress.export.early_exit import trace_exits
+from nightpress.core.compress.model.exits import ExitPlan, load_exits
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nightpress.core.compress.executors.examples import Examples, batch_order
+from nightpress.core.compress.data.examples import Examples, batch_order
 from nightpress.core.compress.executors.train import learning_rate
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.passes.training import Training

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging
 
-from nightpress.core.compress.checkpoint import INDEX_FILE, ShardWriter, read_shards
 from nightpress.core.compress.export import compressed_tensors
+from nightpress.core.compress.model.checkpoint import INDEX_FILE, ShardWriter, read_shards
+from nightpress.core.compress.model.quantization_config import quantization_config
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext, quantize
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
@@ -268,7 +269,7 @@ def test_targets_and_ignore_mean_exactly_what_was_quantized(quantized: list[str]
 
     names = [f"a.layers.{n}.{m}.proj" for n in range(3) for m in "xy"] + ["head", "b.head"]
     kept = [one for one in names if one not in quantized]
-    config = compressed_tensors.quantization_config(dict.fromkeys(quantized, Scheme(8)), kept=kept)
+    config = quantization_config(dict.fromkeys(quantized, Scheme(8)), kept=kept)
     targets, ignore = config["config_groups"]["group_0"]["targets"], config["ignore"]
     meant = [
         name

@@ -6,7 +6,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nightpress.core.compress.solvers.grid import Grid, dequantize, pack, round_to_grid
+from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.grids.packing import pack
+from nightpress.core.compress.grids.rounding import dequantize, round_to_grid
 from nightpress.core.compress.solvers.threshold import (
     count_lower,
     count_upper,

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nightpress.core.compress.passes.calibrated import round_obs
-from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.grids.ranges import find_ranges, half_quadratic
+from nightpress.core.compress.grids.refine import fit_scales
+from nightpress.core.compress.grids.rounding import nearest_codes, nearest_floats
+from nightpress.core.compress.grids.stored import dequantized, from_tensors, round_weight, to_tensors
+from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.knapsack import choose
-from nightpress.core.compress.solvers.obs import Quantize, factorize, solve
-from nightpress.core.compress.solvers.ranges import find_ranges, half_quadratic, nearest_codes, nearest_floats
-from nightpress.core.compress.solvers.refine import fit_scales, output_loss
-from nightpress.core.compress.stored import dequantized, from_tensors, round_weight, to_tensors
+from nightpress.core.compress.solvers.obs import Quantize, factorize, output_loss, solve
 from nightpress.core.recipes.schemes import Scheme
 
 

@@ -18,7 +18,8 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from nightpress.core.artifacts.storage import ObjectStore, open_store
+from nightpress.core.artifacts.open import open_store
+from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.remote_code import code_flaw

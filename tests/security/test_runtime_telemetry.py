@@ -8,11 +8,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from nightpress.core.compress.evaluate.consumer import consumer_environment
+from nightpress.core.compress.export.consumer import consumer_environment
 from nightpress.worker.sandbox import child_environment
 from tests.service import ROOT
 
-_OURS = "import sys; from pathlib import Path; from nightpress.core.compress.passes.static_ranges import session; session(Path(sys.argv[1]), 1)"
+_OURS = "import sys; from pathlib import Path; from nightpress.core.compress.graph.static_ranges import session; session(Path(sys.argv[1]), 1)"
 _CONSUMERS = "import sys, onnxruntime; onnxruntime.InferenceSession(sys.argv[1])"
 
 

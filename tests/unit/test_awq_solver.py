@@ -2,8 +2,8 @@
 
 import torch
 
+from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.solvers.awq import Taker, round_scaled, search_scales
-from nightpress.core.compress.solvers.grid import Grid
 
 
 def _loss(weight: torch.Tensor, factors: torch.Tensor, gram: torch.Tensor, grid: Grid) -> float:

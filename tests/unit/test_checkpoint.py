@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nightpress.core.compress.checkpoint import (
+from nightpress.core.compress.executors.rewrite import tensor_bytes
+from nightpress.core.compress.model.checkpoint import (
     INDEX_FILE,
     ShardWriter,
     read_shard,
@@ -18,7 +19,6 @@ from nightpress.core.compress.checkpoint import (
     tensor_info,
     write_index,
 )
-from nightpress.core.compress.executors.rewrite import tensor_bytes
 from nightpress.core.errors import ErrorCode, NightpressError
 
 TENSORS = {

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from nightpress.core.compress.model.exits import exit_scores
 from nightpress.core.compress.solvers.distillation import (
     cosine_distance,
     hidden_error,
@@ -12,7 +13,7 @@ from nightpress.core.compress.solvers.distillation import (
     soft_cross_entropy,
     soft_cross_entropy_top,
 )
-from nightpress.core.compress.solvers.exits import choose, exit_scores, outcome, outcomes
+from nightpress.core.compress.solvers.exits import choose, outcome, outcomes
 
 _RANDOM = torch.Generator().manual_seed(0)
 

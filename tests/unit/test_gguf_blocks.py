@@ -5,7 +5,7 @@ import pytest
 from gguf import GGML_QUANT_SIZES, quants
 
 from nightpress.core.compress.export.gguf.blocks import codes_type, encode, encode_codes, fitting_type, type_named
-from nightpress.core.compress.export.weights import Codes
+from nightpress.core.compress.grids.pressed_weights import Codes
 
 #: Relative error of normal weights; each type loses less than the one before it.
 ERRORS = {"q4_0": 0.09, "q4_k": 0.075, "q5_0": 0.045, "q5_k": 0.038, "q6_k": 0.019, "q8_0": 0.006}

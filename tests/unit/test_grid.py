@@ -6,8 +6,11 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-from nightpress.core.compress.solvers.grid import Grid, Workspace, dequantize, pack, pack_zero_points, round_to_grid
-from nightpress.core.compress.solvers.ranges import find_ranges, nearest_codes
+from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.grids.packing import pack, pack_zero_points
+from nightpress.core.compress.grids.ranges import find_ranges
+from nightpress.core.compress.grids.rounding import dequantize, nearest_codes, round_to_grid
+from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.errors import ErrorCode, NightpressError
 
 GRIDS = [Grid(8), Grid(8, 32), Grid(4), Grid(4, 32), Grid(8, symmetric=False), Grid(4, 32, symmetric=False)]

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from nightpress.core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block, reference
-from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.grids.ranges import find_ranges, search
+from nightpress.core.compress.kernels.column_rules import BlockGrid, BlockMask
+from nightpress.core.compress.kernels.obs_block import obs_block, reference
 from nightpress.core.compress.solvers.obs import Prune, Quantize, factorize, solve
-from nightpress.core.compress.solvers.ranges import find_ranges, search
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nightpress.core.compress.numbers import check_finite, naming
+from nightpress.core.compress.numerical_failures import check_finite, naming
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.obs import factorize
 from nightpress.core.compress.solvers.smooth import Strengths

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.solvers.grid import Grid, dequantize
+from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.grids.rounding import dequantize
 from nightpress.core.compress.solvers.obs import Prune, Quantize, factorize, solve
 from nightpress.core.errors import ErrorCode, NightpressError
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-from nightpress.core.compress.solvers.grid import pack
-from nightpress.core.compress.solvers.packing import pack_bits, unpack_bits
+from nightpress.core.compress.grids.packing import pack, pack_bits, unpack_bits
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

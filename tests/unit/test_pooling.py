@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nightpress.core.compress.export.runners.measure import pool
+from nightpress.core.compress.runners.measure import pool
 from nightpress.core.compress.solvers import distillation
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.exports import Export

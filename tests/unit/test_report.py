@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from nightpress.core.compress import charts
 from nightpress.core.compress import report as reports
+from nightpress.core.compress.report import charts
 from nightpress.core.handoff.compare import compare
 from nightpress.core.handoff.report import (
     GateResult,

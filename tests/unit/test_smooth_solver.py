@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.solvers.smooth import (
     Rounded,
     Strengths,

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from nightpress.core.compress.executors.watch import ENTERED, Groups, InTurn, find_groups
+from nightpress.core.compress.executors.blocks.groups import ENTERED, Groups, find_groups
+from nightpress.core.compress.executors.blocks.in_turn import InTurn
 
 
 class _Block(nn.Module):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nightpress.core.compress.evaluate.consumer import Consumer, Observed, Task
+from nightpress.core.compress.export.consumer import Consumer, Observed, Task
 
 _SPARE = 0.9  #: of the memory that the job may use; the rest is for what no peak shows
 

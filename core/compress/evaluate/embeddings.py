@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.evaluate import data, fidelity
-from nightpress.core.compress.evaluate.consumer import TokenSet
+from nightpress.core.compress.data import tokenized
+from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.scores import CUT, pearson, ranking_scores, spearman
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, ratio
 from nightpress.core.compress.evaluate.view import Asked, View
+from nightpress.core.compress.export.consumer import TokenSet
+from nightpress.core.compress.model.cosines import row_cosines
 from nightpress.core.handoff.report import Measurement
 
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+")
@@ -30,7 +32,7 @@ class Similarity:
 
         def cosines(side: Any) -> Array:
             vectors = side("values")
-            return fidelity.row_cosines(vectors[self.pairs[:, 0]], vectors[self.pairs[:, 1]])
+            return row_cosines(vectors[self.pairs[:, 0]], vectors[self.pairs[:, 1]])
 
         def by_ranks(side: Any) -> Statistic:
             return spearman(cosines(side), self.scores)
@@ -154,5 +156,5 @@ class _Texts:
 
     def examples(self, asked: Asked) -> TokenSet:
         length = asked.wanted.length
-        encoded = [data.cut(asked.tokenizer.encode(text, special=True), length) for text in self._places]
-        return TokenSet(asked.name, "pooled", data.pad(encoded, asked.tokenizer.pad_id))
+        encoded = [tokenized.cut(asked.tokenizer.encode(text, special=True), length) for text in self._places]
+        return TokenSet(asked.name, "pooled", tokenized.pad(encoded, asked.tokenizer.pad_id))

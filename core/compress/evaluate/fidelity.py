@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nightpress.core.compress.evaluate import data
-from nightpress.core.compress.evaluate.consumer import TokenSet
+from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.evaluate.scores import pearson, spearman
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
 from nightpress.core.compress.evaluate.view import Asked, Better, View, spread, sums
-from nightpress.core.compress.export.runners.measure import centred_products
+from nightpress.core.compress.export.consumer import TokenSet
+from nightpress.core.compress.model.cosines import cosine_of_products, row_cosines
+from nightpress.core.compress.runners.measure import centred_products
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.header import Head, ModelHeader
 
@@ -57,9 +57,11 @@ def prepare(asked: Asked) -> Fidelity:
     header, wanted = asked.header, asked.wanted
     rows = asked.source.rows()
     if any(row.label is not None for row in rows) and not header.is_decoder:
-        sequences = data.text_rows(rows, asked.tokenizer, samples=wanted.samples, length=wanted.length, seed=asked.seed)
+        sequences = tokenized.text_rows(
+            rows, asked.tokenizer, samples=wanted.samples, length=wanted.length, seed=asked.seed
+        )
     else:
-        sequences = data.text_windows(
+        sequences = tokenized.text_windows(
             rows, asked.tokenizer, samples=wanted.samples, length=wanted.length, ref=asked.ref
         )
     match header.task:
@@ -68,17 +70,17 @@ def prepare(asked: Asked) -> Fidelity:
         case "classification":
             return of_classifier(TokenSet(asked.name, "logits", sequences, alone=header.one_text_a_batch), header)
         case "masked-lm":
-            sequences = data.masked_targets(sequences, asked.tokenizer, seed=asked.seed)
+            sequences = tokenized.masked_targets(sequences, asked.tokenizer, seed=asked.seed)
         case "causal-lm":
-            sequences = data.next_token_targets(sequences)
+            sequences = tokenized.next_token_targets(sequences)
         case "seq2seq":  # told to write what it read, and compared at every token
-            sequences = data.every_token(sequences)
+            sequences = tokenized.every_token(sequences)
         case _:
-            return Fidelity(token_set(asked.name, data.every_token(sequences), header.classes))
+            return Fidelity(token_set(asked.name, tokenized.every_token(sequences), header.classes))
     return Fidelity(token_set(asked.name, sequences, asked.vocabulary))
 
 
-def token_set(name: str, sequences: data.Sequences, width: int) -> TokenSet:
+def token_set(name: str, sequences: tokenized.Sequences, width: int) -> TokenSet:
     """Examples with scored tokens; width: of one position's distribution."""
     assert sequences.targets is not None
     scored = np.flatnonzero(sequences.targets.ravel() >= 0)
@@ -191,13 +193,7 @@ def of_vectors(view: View) -> list[Measurement]:
 def _centred(view: View, products: Array, n: int | None = None) -> Measurement:
     """products [N, 3]: of each text, ours · theirs and both squares. n: of what was compared in all texts, where that is more."""
     count = len(products)
-    return view.resampled("centred_cosine", of_sums(products, _cosine), count, n=n or count, better="higher")
-
-
-def _cosine(sums: Array) -> Array:
-    product, ours, theirs = sums.T
-    result: Array = product / np.sqrt(np.maximum(ours * theirs, 1e-300))
-    return result
+    return view.resampled("centred_cosine", of_sums(products, cosine_of_products), count, n=n or count, better="higher")
 
 
 def _mean(statistics: Sequence[Statistic]) -> Statistic:
@@ -218,22 +214,3 @@ def log_softmax(logits: Array) -> Array:
     shifted = logits - logits.max(axis=1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
-
-
-def row_cosines(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> Array:
-    """Cosine of each row with the other model's. [N, H] each → [N]"""
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    result: Array = (a * b).sum(axis=1) / np.maximum(norms, 1e-30)
-    return result
-
-
-def centred_cosine(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> float:
-    """Cosine of two sets of outputs, each taken as one vector, less the mean of theirs. [N, …] each"""
-    rows = (one.reshape(len(one), -1).astype(np.float64) for one in (ours, theirs))
-    return float(_cosine(centred_products(*rows).sum(axis=0, keepdims=True))[0])
-
-
-def whole_cosine(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> float:
-    """Cosine of two sets of outputs, each taken as one vector."""
-    return float(row_cosines(ours.reshape(1, -1), theirs.reshape(1, -1))[0])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nightpress.core.compress.checkpoint import Shard, read_shards
+from nightpress.core.compress.model.checkpoint import Shard, read_shards
 from nightpress.core.errors import ErrorCode, NightpressError
 
 #: safetensors name → unsigned type of the same width, and the exponent's bits: all set in ±∞ and NaN, and only in them

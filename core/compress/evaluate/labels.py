@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from nightpress.core.compress.evaluate import data, fidelity
-from nightpress.core.compress.evaluate.consumer import TokenSet
-from nightpress.core.compress.evaluate.data import Sequences, pad
+from nightpress.core.compress.data import tokenized
+from nightpress.core.compress.data.tokenized import Sequences, pad
+from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.scores import class_f1, counts_by_class, macro_f1, spans
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares
 from nightpress.core.compress.evaluate.view import Asked, View
+from nightpress.core.compress.export.consumer import TokenSet
 from nightpress.core.handoff.report import Measurement
 
 _CLASSES_SHOWN = 20
@@ -51,7 +52,7 @@ class Classification:
 def classification(asked: Asked) -> Classification:
     """Rows with `text` and `label`."""
     wanted = asked.wanted
-    sequences = data.labelled_rows(
+    sequences = tokenized.labelled_rows(
         asked.source.rows(),
         asked.tokenizer,
         asked.header,
@@ -115,7 +116,7 @@ def entities(asked: Asked) -> Entities:
             raise asked.invalid(
                 f"row {at + 1} has {len(words)} words and {len(tags)} tags", "Give each word one tag; `O` for none."
             )
-        classes = [data.class_index(tag, asked.header, asked.ref) for tag in tags]
+        classes = [tokenized.class_index(tag, asked.header, asked.ref) for tag in tags]
         ids, targets, kept = _pieces(asked, words, classes)
         sequences.append((ids, targets))
         truth.append(frozenset(spans([names[one] for one in classes[:kept]])))
@@ -131,7 +132,7 @@ def entities(asked: Asked) -> Entities:
 
 def _pieces(asked: Asked, words: list[str], classes: list[int]) -> tuple[list[int], list[int], int]:
     """Token ids, the class at each word's first token (else −1), and how many words fit in the length."""
-    before, after = data.special_tokens(asked.tokenizer)
+    before, after = tokenized.special_tokens(asked.tokenizer)
     ids, targets = list(before), [-1] * len(before)
     room = asked.wanted.length - len(after)
     for at, (word, cls) in enumerate(zip(words, classes, strict=True)):

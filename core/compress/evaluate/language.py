@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.evaluate import data, fidelity
-from nightpress.core.compress.evaluate.consumer import TokenSet
-from nightpress.core.compress.evaluate.data import Sequences
+from nightpress.core.compress.data import tokenized
+from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
 from nightpress.core.compress.evaluate.view import Asked, View, sums
+from nightpress.core.compress.export.consumer import TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
 
@@ -47,7 +48,7 @@ class Perplexity:
 
 def perplexity(asked: Asked) -> Perplexity:
     """Windows that go on by `stride` tokens, of which the last `stride` are scored; what stands before them is context."""
-    before, _ = data.special_tokens(asked.tokenizer)
+    before, _ = tokenized.special_tokens(asked.tokenizer)
     body = asked.wanted.length - len(before)
     stride = min(asked.wanted.stride or body, body)
     if body < 2:
@@ -146,7 +147,7 @@ class Choices:
 def choices(asked: Asked) -> Choices:
     """Rows with `prompt`, `choices` and `answer`, the right one's index. Scored as lm-evaluation-harness scores `acc_norm`."""
     records, source = asked.source.records(), asked.source
-    before, _ = data.special_tokens(asked.tokenizer)
+    before, _ = tokenized.special_tokens(asked.tokenizer)
     encoded: list[list[int]] = []
     starts, group, sizes, answers = [], [], [], []
     for question, at in enumerate(asked.drawn(len(records))):
@@ -174,7 +175,7 @@ def choices(asked: Asked) -> Choices:
             starts.append(max(len(before) + min(shared, len(whole) - 1), 1))
             group.append(question)
             sizes.append(len(option.encode()))
-    padded = data.pad(encoded, asked.tokenizer.pad_id)
+    padded = tokenized.pad(encoded, asked.tokenizer.pad_id)
     targets = np.full_like(padded.ids, -1)
     for at, (ids, start) in enumerate(zip(encoded, starts, strict=True)):
         targets[at, start - 1 : len(ids) - 1] = ids[start:]
@@ -211,9 +212,9 @@ class Generation:
 def generation(asked: Asked) -> Generation:
     """Rows with `prompt` (or `text`), cut at `length`; of prose, windows of it."""
     wanted = asked.wanted
-    before, _ = data.special_tokens(asked.tokenizer)
+    before, _ = tokenized.special_tokens(asked.tokenizer)
     if asked.ref.startswith("builtin:"):
-        windows = data.text_windows(
+        windows = tokenized.text_windows(
             asked.source.rows(), asked.tokenizer, samples=wanted.samples, length=wanted.length, ref=asked.ref
         )
         encoded = windows.ids.tolist()
@@ -222,5 +223,5 @@ def generation(asked: Asked) -> Generation:
         prompts = [(at, asked.source.field(records[at], at, "text", *_PROMPTS)) for at in asked.drawn(len(records))]
         encoded = [[*before, *asked.tokenizer.encode(prompt, special=False)][: wanted.length] for _, prompt in prompts]
     return Generation(
-        TokenSet(asked.name, "generated", data.pad(encoded, asked.tokenizer.pad_id), new_tokens=wanted.new_tokens)
+        TokenSet(asked.name, "generated", tokenized.pad(encoded, asked.tokenizer.pad_id), new_tokens=wanted.new_tokens)
     )

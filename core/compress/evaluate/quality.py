@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.evaluate import data, embeddings, fidelity, labels, language
-from nightpress.core.compress.evaluate.consumer import Observed, Shape, Task, TokenSet, Writing
-from nightpress.core.compress.evaluate.images import read_images
+from nightpress.core.compress.data import tokenized
+from nightpress.core.compress.data.images import read_images
+from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language
 from nightpress.core.compress.evaluate.view import Asked, Scorer, View
+from nightpress.core.compress.export.consumer import Observed, Shape, Task, TokenSet, Writing
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.header import ModelHeader
@@ -59,18 +60,18 @@ def prepare(
     """Read the data, tokenize it with the model's tokenizer and decide what is measured. Raises invalid_data, malformed_model, invalid_recipe."""
     if header.sees_images:
         return _prepare_images(recipe, header, model_dir, data_files, threads=threads)
-    tokenizer = data.open_tokenizer(model_dir)
+    tokenizer = tokenized.open_tokenizer(model_dir)
     qualities = [one for one in recipe.evaluate if isinstance(one, Quality)]
     shapes = _shapes(recipe)
     longest_text = [one.length + one.new_tokens * (one.metric == "generation") for one in qualities]
     writings = _writings(recipe)
     _check_lengths(header, longest_text + [one.length for one in shapes])
     # The check texts also choose the layers that stay in float: they must not come from what the result is measured on.
-    prose = data.read_rows("builtin:prose", None, purpose="calibration")
+    prose = tokenized.read_rows("builtin:prose", None, purpose="calibration")
     sets: list[TokenSet] = [_check_set(prose, tokenizer, header)]
     evaluations = []
     for at, one in enumerate(qualities):
-        source = data.Source(one.data, data_files.get(one.data), model_dir)
+        source = tokenized.Source(one.data, data_files.get(one.data), model_dir)
         asked = Asked(f"quality{at}", one, source, tokenizer, header, recipe.seed)
         scorer = _SCORERS[_metric(one, header, source)](asked)
         if len(scorer.examples.sequences.ids) < 2:
@@ -78,9 +79,11 @@ def prepare(
         sets.append(scorer.examples)
         evaluations.append(Evaluation(one.data, scorer))
     longest = max([*(shape.length for shape in shapes), *(one.prompt for one in writings)], default=16)
-    timing = data.text_windows(prose, tokenizer, samples=8, length=min(longest, 512), ref="builtin:prose").ids.ravel()
+    timing = tokenized.text_windows(
+        prose, tokenizer, samples=8, length=min(longest, 512), ref="builtin:prose"
+    ).ids.ravel()
     for one_set in sets:
-        data.check_vocabulary(one_set.sequences, header)
+        tokenized.check_vocabulary(one_set.sequences, header)
     return Trial(
         task=Task(
             name=header.task,
@@ -138,7 +141,7 @@ def _prepare_images(
         labelled = kind == "logits" and header.head == "classes" and all(label is not None for label in images.labels)
         scorer: Scorer
         if one.metric == "accuracy" or (one.metric == "auto" and labelled):
-            classes = [data.class_index(label, header, one.data) for label in images.labels]
+            classes = [tokenized.class_index(label, header, one.data) for label in images.labels]
             names = fidelity.output_names(header)
             scorer = labels.Classification(TokenSet(f"quality{at}", kind, _seen(images.pixels, classes)), names)
         else:
@@ -157,9 +160,9 @@ def _prepare_images(
     return Trial(task, tuple(evaluations), seed=_SEED + recipe.seed, by_turns=timed_by_turns(recipe, header))
 
 
-def _seen(pixels: NDArray[np.float32], classes: list[int] | None) -> data.Sequences:
+def _seen(pixels: NDArray[np.float32], classes: list[int] | None) -> tokenized.Sequences:
     mask = np.ones((len(pixels), 1), np.int64)
-    return data.Sequences(pixels, mask, labels=None if classes is None else np.asarray(classes, np.int64))
+    return tokenized.Sequences(pixels, mask, labels=None if classes is None else np.asarray(classes, np.int64))
 
 
 def _check_lengths(header: ModelHeader, lengths: list[int]) -> None:
@@ -174,7 +177,7 @@ def _check_lengths(header: ModelHeader, lengths: list[int]) -> None:
         )
 
 
-def _metric(one: Quality, header: ModelHeader, source: data.Source) -> Metric:
+def _metric(one: Quality, header: ModelHeader, source: tokenized.Source) -> Metric:
     if one.metric != "auto":
         return one.metric
     match header.task:
@@ -189,12 +192,12 @@ def _metric(one: Quality, header: ModelHeader, source: data.Source) -> Metric:
     return "fidelity"
 
 
-def _check_set(prose: list[data.Row], tokenizer: data.Tokenizer, header: ModelHeader) -> TokenSet:
+def _check_set(prose: list[tokenized.Row], tokenizer: tokenized.Tokenizer, header: ModelHeader) -> TokenSet:
     """A few texts of differing lengths in one padded batch: an artifact that ignores its mask is found out."""
     texts = [row for row in prose if len(row.text) > 200][:_CHECK_ROWS]
     encoded = [tokenizer.encode(row.text, special=True)[: 12 + 5 * at] for at, row in enumerate(texts)]
     kind = {"embedding": "pooled", "classification": "logits"}.get(header.task, "last")
-    return TokenSet("check", kind, data.pad(encoded, tokenizer.pad_id), alone=header.one_text_a_batch)
+    return TokenSet("check", kind, tokenized.pad(encoded, tokenizer.pad_id), alone=header.one_text_a_batch)
 
 
 def measurements(trial: Trial, source: Observed, artifact: Observed | None) -> tuple[Measurement, ...]:

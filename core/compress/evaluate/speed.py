@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nightpress.core.compress.evaluate.consumer import Observed, Task, Timed
 from nightpress.core.compress.evaluate.statistics import Array, spread_of_draws
+from nightpress.core.compress.export.consumer import Observed, Task, Timed
 from nightpress.core.handoff.report import GenerationTiming, Speedup, Timing
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.evaluate import data
-from nightpress.core.compress.evaluate.consumer import Observed, TokenSet
+from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.evaluate.statistics import Array, Interval, Paired, Statistic, interval, paired
+from nightpress.core.compress.export.consumer import Observed, TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.header import ModelHeader
@@ -24,8 +24,8 @@ class Asked:
 
     name: str  #: of the set of examples
     wanted: Quality
-    source: data.Source
-    tokenizer: data.Tokenizer
+    source: tokenized.Source
+    tokenizer: tokenized.Tokenizer
     header: ModelHeader
     seed: int
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import TORCH_DTYPES, Shard, ShardWriter, StoredTensor
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes, tensor_bytes
-from nightpress.core.compress.solvers.grid import Workspace
+from nightpress.core.compress.grids.workspace import Workspace
+from nightpress.core.compress.model.checkpoint import TORCH_DTYPES, Shard, ShardWriter, StoredTensor
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import TensorInfo
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.solvers.grid import Workspace
+from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.recipes.header import TensorInfo
 
 #: (output tensor's name, byte offset in it, its bytes)

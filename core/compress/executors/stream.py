@@ -2,26 +2,23 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import (
-    INDEX_FILE,
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.overlap import ShardJob, Sweep, plan_shard
+from nightpress.core.compress.executors.rewrite import Effect, Put, Rewrite, becomes
+from nightpress.core.compress.grids.workspace import Workspace
+from nightpress.core.compress.model.checkpoint import (
     Shard,
     StoredTensor,
-    disk_errors,
     read_shards,
     write_file,
     write_index,
 )
-from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.overlap import ShardJob, Sweep, plan_shard
-from nightpress.core.compress.executors.rewrite import Effect, Put, Rewrite, becomes
-from nightpress.core.compress.solvers.grid import Workspace
 from nightpress.core.recipes.header import TensorInfo
 
 
@@ -88,19 +85,11 @@ def scan(
     span: tuple[float, float] = (0.0, 1.0),
 ) -> None:
     """Show every chunk of these tensors to `visit` (tensor, first row, rows, workspace): in any order, from several threads."""
-    visits = {one.name: _Visit(one, visit) for shard in shards for one in shard.tensors if one.name in names}
+    visits = {
+        stored.name: _Visit(stored, visit) for shard in shards for stored in shard.tensors if stored.name in names
+    }
     jobs = [plan_shard(shard, lambda info: visits.get(info.name), copies=False) for shard in shards]
     Sweep([job for job in jobs if job.chunks], context, None, lambda _job: None, span).run()
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights: config, tokenizer, module descriptions."""
-    with disk_errors():
-        for path in sorted(source.rglob("*")):
-            if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX_FILE:
-                copy = target / path.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
 
 
 @dataclass(frozen=True)
@@ -144,4 +133,4 @@ def _finished(records: Path, target: Path, shard: Shard) -> dict[str, Effect] | 
     body = json.loads(record.read_bytes())
     if body["source_header"] != hashlib.sha256(shard.header).hexdigest() or body["size"] != output.stat().st_size:
         return None
-    return {name: Effect(**one) for name, one in body["effects"].items()}
+    return {name: Effect(**effect) for name, effect in body["effects"].items()}

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nightpress.core.compress.checkpoint import read_shards
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.activations import Calls
-from nightpress.core.compress.executors.skeleton import Batch, Skeleton, Source
+from nightpress.core.compress.executors.calls import Calls
 from nightpress.core.compress.executors.watch import split_mask, without_padding
-from nightpress.core.compress.networks import load_model
-from nightpress.core.compress.numbers import check_finite
+from nightpress.core.compress.model.checkpoint import read_shards
+from nightpress.core.compress.model.networks import load_model
+from nightpress.core.compress.model.skeleton import Batch, Skeleton
+from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.numerical_failures import check_finite
 from nightpress.core.compress.solvers.units import Moments
 from nightpress.core.recipes.anatomy import Anatomy
 from nightpress.core.recipes.costs import BATCH_TOKENS
@@ -51,7 +52,7 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
     tokens = total * length if real is None else int(real.sum())
     with torch.no_grad():
         hidden, calls = [], Calls(device)
-        batches = ({name: one[at : at + rows] for name, one in samples.items()} for at in starts)
+        batches = ({name: tensor[at : at + rows] for name, tensor in samples.items()} for at in starts)
         for entered, heard in skeleton.capture(0, batches, []):
             hidden.append(entered.clone())
             calls.add(heard, keep_on=device)
@@ -102,7 +103,7 @@ def unit_gradients(source: Path, samples: Batch, context: PassContext, anatomy: 
     """
     found: list[Tensor] = []
     model = _whole(source, context)
-    modules = [one.get_submodule(watched) for one in _blocks(model, anatomy)]
+    modules = [block.get_submodule(watched) for block in _blocks(model, anatomy)]
 
     def collect(index: int, entered: Tensor, left: Tensor) -> None:
         weight = modules[index].weight
@@ -116,9 +117,9 @@ def unit_gradients(source: Path, samples: Batch, context: PassContext, anatomy: 
             found[index] += score
 
     _backwards(model, samples, context, modules, collect)
-    for at, one in enumerate(found):
-        check_finite([anatomy.name(at, watched, "weight").removesuffix(".weight")], one)
-    return [one / len(samples["input_ids"]) for one in found]
+    for at, sums in enumerate(found):
+        check_finite([anatomy.name(at, watched, "weight").removesuffix(".weight")], sums)
+    return [sums / len(samples["input_ids"]) for sums in found]
 
 
 def block_gradients(source: Path, samples: Batch, context: PassContext, anatomy: Anatomy) -> list[float]:
@@ -131,8 +132,8 @@ def block_gradients(source: Path, samples: Batch, context: PassContext, anatomy:
 
     model = _whole(source, context)
     _backwards(model, samples, context, _blocks(model, anatomy), collect)
-    for at, one in enumerate(found):
-        check_finite([f"{anatomy.prefix}{at}"], torch.tensor(one))
+    for at, influence in enumerate(found):
+        check_finite([f"{anatomy.prefix}{at}"], torch.tensor(influence))
     return found
 
 
@@ -144,9 +145,9 @@ def _whole(source: Path, context: PassContext) -> nn.Module:
 
 def _blocks(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
     rows = [
-        one
-        for name, one in model.named_modules()
-        if isinstance(one, nn.ModuleList) and f".{name}".endswith(f".{anatomy.family.blocks}")
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and f".{name}".endswith(f".{anatomy.family.blocks}")
     ]
     return list(rows[0])
 
@@ -175,8 +176,8 @@ def _backwards(
     with ExitStack() as stack:
         # Nothing is trained: what gradients flow back to are the embedded tokens.
         stack.callback(embeddings.register_forward_hook(lambda _module, _args, out: out.requires_grad_(True)).remove)
-        for one in modules:
-            stack.callback(one.register_forward_hook(hook, with_kwargs=True).remove)
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for at in range(len(ids)):
             sample = ids[at : at + 1] if real is None else ids[at : at + 1, real[at]]
             context.progress(at / len(ids), f"gradients of text {at + 1} of {len(ids)}")

@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nightpress.core.compress.checkpoint import disk_errors, sync_folder
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.examples import Batch, Examples, batch_order, collate
+from nightpress.core.compress.data.examples import Batch, Examples, batch_order, collate
+from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Series
 from nightpress.core.recipes.passes.training import Training

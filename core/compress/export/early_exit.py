@@ -17,10 +17,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from nightpress.core.compress.checkpoint import disk_errors
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.data import Sequences
-from nightpress.core.compress.executors.graph import (
+from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.graph.tracing import (
     Traced,
     content_digest,
     encoder_signature,
@@ -29,7 +28,8 @@ from nightpress.core.compress.executors.graph import (
     takes_types,
     without_notes,
 )
-from nightpress.core.compress.exits import ExitModel, ExitPlan, load_exits
+from nightpress.core.compress.model.checkpoint import disk_errors
+from nightpress.core.compress.model.exits import ExitModel, ExitPlan, load_exits
 from nightpress.core.recipes.header import ModelHeader
 
 

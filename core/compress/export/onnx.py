@@ -5,16 +5,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nightpress.core.compress.checkpoint import disk_errors
-from nightpress.core.compress.executors.graph import Traced
-from nightpress.core.compress.executors.stream import copy_companions
 from nightpress.core.compress.export.onnx_codes import write_codes
-from nightpress.core.compress.export.weights import PressedWeights
-from nightpress.core.compress.passes.quantize_graph import quantize_onnx
+from nightpress.core.compress.graph.dynamic_int8 import quantize_onnx
+from nightpress.core.compress.graph.tracing import Traced
+from nightpress.core.compress.grids.pressed_weights import PressedWeights
+from nightpress.core.compress.model.checkpoint import disk_errors
+from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.passes import DynamicInt8
 
-CONSUMER = Path(__file__).with_name("runners") / "onnxruntime_runner.py"
+CONSUMER = Path(__file__).parents[1] / "runners" / "onnxruntime_runner.py"
 GRAPH_FILE = "model.onnx"
 _FEWEST = 1024  #: weights; smaller constants stay in float32
 _LARGEST = 1_900_000_000  #: bytes that protobuf takes in one file

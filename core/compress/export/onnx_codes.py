@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.export.weights import Codes, PressedWeights
+from nightpress.core.compress.grids.pressed_weights import Codes, PressedWeights
 
 _DOMAIN = "com.microsoft"
 _LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 16

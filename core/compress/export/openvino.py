@@ -3,16 +3,16 @@
 import time
 from pathlib import Path
 
-from nightpress.core.compress.checkpoint import disk_errors
-from nightpress.core.compress.executors.graph import Traced
-from nightpress.core.compress.executors.stream import copy_companions
 from nightpress.core.compress.export.openvino_graph import divide_in_norms, halve, keep_cache, settle_names, write_codes
-from nightpress.core.compress.export.weights import PressedWeights
-from nightpress.core.compress.passes.quantize_graph import quantize_openvino
+from nightpress.core.compress.graph.dynamic_int8 import quantize_openvino
+from nightpress.core.compress.graph.tracing import Traced
+from nightpress.core.compress.grids.pressed_weights import PressedWeights
+from nightpress.core.compress.model.checkpoint import disk_errors
+from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.passes import DynamicInt8
 
-CONSUMER = Path(__file__).with_name("runners") / "openvino_runner.py"
+CONSUMER = Path(__file__).parents[1] / "runners" / "openvino_runner.py"
 GRAPH_FILE = "model.xml"
 #: Inputs that share a scale when the runtime rounds activations.
 ACTIVATION_GROUP = 64

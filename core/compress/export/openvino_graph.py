@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.export.weights import Codes, PressedWeights
+from nightpress.core.compress.grids.pressed_weights import Codes, PressedWeights
 
 _FEWEST = 1024  #: weights; smaller constants stay in float32
 _PAST, _PRESENT = "past_key_values.", "present."

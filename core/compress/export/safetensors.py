@@ -1,16 +1,16 @@
 """A float model as a folder of safetensors, as transformers and most others read it."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from nightpress.core.compress.checkpoint import disk_errors
+from nightpress.core.compress.model.checkpoint import disk_errors
+from nightpress.core.compress.model.companions import copy_folder
 
 #: The script that loads the saved folder in a fresh process; see runners/.
-CONSUMER = Path(__file__).with_name("runners") / "transformers_runner.py"
-_OWN_CODE = Path(__file__).parents[1] / "generation_cache.py"
+CONSUMER = Path(__file__).parents[1] / "runners" / "transformers_runner.py"
+_OWN_CODE = Path(__file__).parents[1] / "model" / "generation_cache.py"
 
 
 def save(model_dir: Path, out_dir: Path, **_context: Any) -> None:
@@ -22,16 +22,3 @@ def save(model_dir: Path, out_dir: Path, **_context: Any) -> None:
         with disk_errors():
             code.parent.mkdir()
             shutil.copyfile(_OWN_CODE, code)
-
-
-def copy_folder(model_dir: Path, out_dir: Path) -> None:
-    """The same files at `out_dir`, linked where the file system can, so that no byte is written twice."""
-    with disk_errors():
-        shutil.copytree(model_dir, out_dir, copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from nightpress.core.compress.checkpoint import write_file
-from nightpress.core.compress.executors.graph import Traced
 from nightpress.core.compress.export import onnx
+from nightpress.core.compress.graph.tracing import Traced
+from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.passes import DynamicInt8
 
-CONSUMER = Path(__file__).with_name("runners") / "transformersjs_runner.py"
+CONSUMER = Path(__file__).parents[1] / "runners" / "transformersjs_runner.py"
 #: The name of a number type there → what a file's name ends in.
 _SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4"}
 _INTEGERS = frozenset({"MatMulInteger", "DynamicQuantizeMatMul", "DequantizeLinear"})

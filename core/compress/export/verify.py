@@ -3,10 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.evaluate.consumer import Observed, Task, consumer_name
-from nightpress.core.compress.evaluate.fidelity import centred_cosine, whole_cosine
-from nightpress.core.compress.executors.graph import Traced
-from nightpress.core.compress.export.runners.measure import pool
+from nightpress.core.compress.export.consumer import Observed, Task, consumer_name
+from nightpress.core.compress.graph.tracing import Traced
+from nightpress.core.compress.model.cosines import centred_cosine, whole_cosine
+from nightpress.core.compress.runners.measure import pool
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Verification
 from nightpress.core.recipes.exports import GRAPH_FORMATS, Export

@@ -5,31 +5,13 @@ takes a tile of rows, keeps it in registers through all columns, and touches mem
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.kernels.column_rules import BlockGrid, BlockMask
+
 _RUN = 16  #: columns
-
-
-@dataclass(frozen=True)
-class BlockGrid:
-    """The grid of a block's columns: a weight becomes scale · (code − zero_point), with lowest ≤ code ≤ highest."""
-
-    scale: Tensor  #: [rows, groups], in the weight's dtype
-    zero_point: Tensor  #: [rows, groups], in the weight's dtype
-    group: Tensor  #: int32 [columns], which scale a column uses
-    lowest: int
-    highest: int
-
-
-@dataclass(frozen=True)
-class BlockMask:
-    """Which of a block's weights go: those told, or of every `pattern[1]` neighbours all but the `pattern[0]` that matter most."""
-
-    told: Tensor | None = None  #: bool [rows, columns]
-    pattern: tuple[int, int] | None = None  #: decided as the columns come, by (weight · cost)²
 
 
 def obs_block(
@@ -46,7 +28,7 @@ def obs_block(
     cost [columns] is what a unit lost in a column does to the output; Σ (lost · cost)² is added to loss [rows].
     """
     if weight.is_cuda and weight.dtype == torch.float32:
-        from nightpress.core.compress.kernels.obs_block_triton import launch
+        from nightpress.core.compress.kernels.obs_block_triton import launch  # triton is there with CUDA alone
 
         launch(weight, spread, cost, loss, grid, mask)
     else:

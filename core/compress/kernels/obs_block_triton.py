@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
-from nightpress.core.compress.kernels.obs_block import BlockGrid, BlockMask
+from nightpress.core.compress.kernels.column_rules import BlockGrid, BlockMask
 
 _ROWS = 16  #: rows a program holds
 _WARPS = 4

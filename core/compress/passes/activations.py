@@ -9,24 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import write_file
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import Inputs, Settled, Statistic
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.watch import without_padding
-from nightpress.core.compress.export.compressed_tensors import CACHE_FILE
-from nightpress.core.compress.numbers import check_finite
-from nightpress.core.compress.passes.calibrated import (
-    made_up,
-    press,
-    quantize,
-    record,
-    round_obs,
-    scheme_of,
-    settle_coded,
-)
+from nightpress.core.compress.grids.stored import from_tensors, grid_of, round_weight
+from nightpress.core.compress.model.checkpoint import write_file
+from nightpress.core.compress.model.quantization_config import CACHE_FILE
+from nightpress.core.compress.numerical_failures import check_finite
+from nightpress.core.compress.passes.calibrated import made_up, press, quantize, record, scheme_of, settle_coded
 from nightpress.core.compress.passes.folding import Folding, Part, Place
 from nightpress.core.compress.passes.quantize import stream_rounded
+from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.obs import factorize
 from nightpress.core.compress.solvers.smooth import (
     Rounded,
@@ -36,7 +30,6 @@ from nightpress.core.compress.solvers.smooth import (
     search_factors,
     smoothing_factors,
 )
-from nightpress.core.compress.stored import from_tensors, grid_of, round_weight
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.header import ModelHeader

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nightpress.core.compress.checkpoint import TORCH_DTYPES
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.train import Trained
-from nightpress.core.compress.networks import embeddings_of, load_model, save_model
+from nightpress.core.compress.grids.stored import dequantized, round_weight
+from nightpress.core.compress.model.checkpoint import TORCH_DTYPES
+from nightpress.core.compress.model.networks import embeddings_of, load_model, save_model
 from nightpress.core.compress.passes.distill import record_of, teach
 from nightpress.core.compress.passes.quantize import stream_rounded
-from nightpress.core.compress.stored import dequantized, round_weight
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model

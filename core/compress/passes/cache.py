@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import write_file
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
-from nightpress.core.compress.export.safetensors import copy_folder
-from nightpress.core.compress.generation_cache import PrefixStore, cache_bytes, cache_for
-from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.data.tokenized import open_tokenizer, read_rows, text_windows
+from nightpress.core.compress.model.checkpoint import write_file
+from nightpress.core.compress.model.companions import copy_folder
+from nightpress.core.compress.model.generation_cache import PrefixStore, cache_bytes, cache_for
+from nightpress.core.compress.model.networks import load_model
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord, Series
 from nightpress.core.recipes.passes.caching import GenerationCache

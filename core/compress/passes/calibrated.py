@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import read_shards
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.calibration import calibration_samples
+from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.blocks import (
     CacheStandIn,
     Inputs,
@@ -23,20 +22,19 @@ from nightpress.core.compress.executors.blocks import (
 )
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.rewrite import Effect
-from nightpress.core.compress.executors.stream import copy_companions
-from nightpress.core.compress.export.compressed_tensors import write_config
+from nightpress.core.compress.grids.stored import Coded, dequantized, from_tensors, grid_of, round_weight, to_tensors
+from nightpress.core.compress.model.checkpoint import read_shards
+from nightpress.core.compress.model.companions import copy_companions
+from nightpress.core.compress.model.quantization_config import write_config
 from nightpress.core.compress.passes.folding import Folding, Part
 from nightpress.core.compress.passes.quantize import OnGrid
 from nightpress.core.compress.passes.sensitivity import part_of, schemes_within_budget
 from nightpress.core.compress.passes.zeros import with_storage
 from nightpress.core.compress.solvers.awq import Taker, search_scales
+from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.gram import Gram
-from nightpress.core.compress.solvers.grid import dequantize
-from nightpress.core.compress.solvers.obs import Factor, Prune, Quantize, Solved, factorize, solve
-from nightpress.core.compress.solvers.products import fast_products
-from nightpress.core.compress.solvers.refine import fit_scales, output_loss
+from nightpress.core.compress.solvers.obs import Prune, factorize, solve
 from nightpress.core.compress.solvers.wanda import Power, wanda_mask
-from nightpress.core.compress.stored import Coded, dequantized, from_tensors, grid_of, round_weight, to_tensors
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import LayerEffect, PassRecord
 from nightpress.core.recipes.header import ModelHeader
@@ -45,9 +43,6 @@ from nightpress.core.recipes.passes import Awq, Gptq, PassOptions, Quantizing, S
 from nightpress.core.recipes.passes.base import OnLinears
 from nightpress.core.recipes.passes.quantize import Budgeted, Rounding
 from nightpress.core.recipes.schemes import Scheme
-
-#: A row whose loss is within a hundredth of rounding's counts as no better: far beyond what fast products err by.
-_CLEARLY = 0.99
 
 #: How the weight of a module is stored.
 Schemes = Callable[[str], Scheme]
@@ -153,55 +148,6 @@ class Quantized(_GroupByGroup):
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
-
-
-def round_obs(
-    weight: Tensor,
-    gram: Tensor,
-    factor: Factor,
-    scheme: Scheme,
-    stored: torch.dtype,
-    *,
-    ranges: str = "extremes",
-    refine: bool = False,
-    prune: Prune | None = None,
-) -> Coded:
-    """Round a weight [out, in] float32 by the Optimal-Brain-Surgeon solver. Without pruning, no row costs the outputs more than rounded to nearest."""
-    importance = factor.power if ranges == "least-error" else None
-    nearest = None if prune else round_weight(weight, scheme, stored, ranges=ranges, importance=importance)
-    known = None if nearest is None else _ranges_of(nearest)
-    solved = solve(weight, factor, Quantize(grid_of(scheme), stored, ranges, known), prune)
-    assert solved.codes is not None
-    assert solved.scale is not None
-    if nearest is None:
-        return Coded(solved.codes, solved.scale, solved.zero_point)
-    scale, loss = solved.scale, solved.loss
-    with fast_products():
-        if refine:
-            fitted = _fitted(weight, gram, factor, solved, scale, stored)
-            fitted_loss = output_loss(weight, dequantize(solved.codes, fitted, solved.zero_point), factor)
-            scale = torch.where((fitted_loss < loss)[:, None], fitted, scale)
-            loss = torch.minimum(fitted_loss, loss)
-        nearest_loss = output_loss(weight, dequantized(nearest, scheme), factor)
-    worse = (loss > _CLEARLY * nearest_loss)[:, None]
-    zero_point = solved.zero_point
-    if zero_point is not None and nearest.zero_point is not None:
-        zero_point = torch.where(worse, nearest.zero_point, zero_point)
-    return Coded(torch.where(worse, nearest.codes, solved.codes), torch.where(worse, nearest.scale, scale), zero_point)
-
-
-def _ranges_of(coded: Coded) -> tuple[Tensor, Tensor]:
-    """Scales and zero points [out, groups] in float32."""
-    scale = coded.scale.float()
-    return scale, torch.zeros_like(scale) if coded.zero_point is None else coded.zero_point.float()
-
-
-def _fitted(weight: Tensor, gram: Tensor, factor: Factor, solved: Solved, scale: Tensor, stored: torch.dtype) -> Tensor:
-    assert solved.codes is not None
-    steps = solved.codes.to(weight.dtype)
-    if solved.zero_point is not None:
-        steps = (steps.view(*scale.shape, -1) - solved.zero_point[..., None]).view_as(weight)
-    return fit_scales(weight, gram, factor, steps, scale.to(weight.dtype), stored).to(stored)
 
 
 def settle_coded(
@@ -417,7 +363,7 @@ def record(
             "bytes_after": sum(info.size for name, info in infos.items() if name not in pressed.effects)
             + sum(pressed.bytes_after.values()),
             "uncalibrated": list(pressed.unseen),
-            "starved_experts": pressed.starved,
+            "starved_experts": pressed.undersampled,
         },
         warnings=tuple(
             f"`{options.name}`: {text} ({count} {'block' if count == 1 else 'blocks'})."

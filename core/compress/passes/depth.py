@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.examples import Batch, Examples, collate, read_examples
+from nightpress.core.compress.data.examples import Batch, Examples, collate, read_examples
 from nightpress.core.compress.executors.train import Trained, asked, precision, train
-from nightpress.core.compress.exits import ExitModel, ExitPlan, save_heads
-from nightpress.core.compress.networks import cast_weights, embeddings_of, load_model, save_model
+from nightpress.core.compress.model.exits import ExitModel, ExitPlan, save_heads
+from nightpress.core.compress.model.networks import cast_weights, embeddings_of, load_model, save_model
 from nightpress.core.compress.passes.self_speculation import speculate
 from nightpress.core.compress.solvers.distillation import soft_cross_entropy
 from nightpress.core.compress.solvers.exits import Outcome, choose, outcome, outcomes

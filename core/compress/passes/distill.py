@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.data import open_tokenizer, special_tokens
-from nightpress.core.compress.executors.examples import Batch, read_examples
+from nightpress.core.compress.data.examples import Batch, read_examples
+from nightpress.core.compress.data.tokenized import open_tokenizer, special_tokens
 from nightpress.core.compress.executors.train import Trained, asked, precision, train
-from nightpress.core.compress.networks import (
+from nightpress.core.compress.model.networks import (
     cast_weights,
     embeddings_of,
     find_blocks,

@@ -12,9 +12,9 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.architectures import FOLDS, Fold
 from nightpress.core.compress.executors.blocks import Inputs, Statistic
 from nightpress.core.compress.executors.live_block import LiveBlock
+from nightpress.core.compress.model.families import FOLDS, Fold
 from nightpress.core.recipes.header import ModelHeader
 
 #: Of the change that scaling the targets alone makes. A true fold leaves less than a millionth, a false one a fifth and more.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nightpress.core.compress.networks import find_blocks
+from nightpress.core.compress.model.networks import find_blocks
 from nightpress.core.recipes.passes.distill import Lora
 
 

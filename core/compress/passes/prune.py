@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import Shard, StoredTensor, read_shards
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.rewrite import Effect, Put
-from nightpress.core.compress.executors.stream import copy_companions, scan, sweep
+from nightpress.core.compress.executors.stream import scan, sweep
+from nightpress.core.compress.grids.workspace import Workspace
+from nightpress.core.compress.model.checkpoint import Shard, StoredTensor, read_shards
+from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.passes.zeros import with_storage
-from nightpress.core.compress.solvers.grid import Workspace
 from nightpress.core.compress.solvers.threshold import (
     LOWER_BINS,
     UPPER_BINS,

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import StoredTensor, read_shards, tensor_info
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.rewrite import Effect, Put, Rewrite
-from nightpress.core.compress.executors.stream import copy_companions, scan, sweep
-from nightpress.core.compress.export.compressed_tensors import write_config
-from nightpress.core.compress.solvers.grid import Grid, Workspace, magnitude_bits, pack, pack_zero_points, round_to_grid
-from nightpress.core.compress.stored import dequantized, grid_of, round_weight, to_tensors
+from nightpress.core.compress.executors.stream import scan, sweep
+from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.grids.packing import pack, pack_zero_points
+from nightpress.core.compress.grids.rounding import magnitude_bits, round_to_grid
+from nightpress.core.compress.grids.stored import dequantized, grid_of, round_weight, to_tensors
+from nightpress.core.compress.grids.workspace import Workspace
+from nightpress.core.compress.model.checkpoint import StoredTensor, read_shards, tensor_info
+from nightpress.core.compress.model.companions import copy_companions
+from nightpress.core.compress.model.quantization_config import write_config
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import LayerEffect, PassRecord
 from nightpress.core.recipes.header import TensorInfo

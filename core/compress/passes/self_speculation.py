@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import write_file
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.data import open_tokenizer, read_rows, text_windows
-from nightpress.core.compress.export.safetensors import copy_folder
-from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.data.tokenized import open_tokenizer, read_rows, text_windows
+from nightpress.core.compress.model.checkpoint import write_file
+from nightpress.core.compress.model.companions import copy_folder
+from nightpress.core.compress.model.networks import load_model
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.depth import depth
 from nightpress.core.recipes.passes.adapt import EarlyExit

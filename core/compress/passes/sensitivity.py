@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import read_shards, write_file
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import Inputs, Settled, press_blocks
 from nightpress.core.compress.executors.rewrite import Effect
-from nightpress.core.compress.executors.skeleton import Batch, Source
+from nightpress.core.compress.grids.stored import dequantized, round_weight
+from nightpress.core.compress.model.checkpoint import read_shards, write_file
+from nightpress.core.compress.model.skeleton import Batch
+from nightpress.core.compress.model.source import Source
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.knapsack import choose
-from nightpress.core.compress.stored import dequantized, round_weight
 from nightpress.core.recipes.linears import is_linear_weight, module_of
 from nightpress.core.recipes.passes.quantize import Budgeted
 from nightpress.core.recipes.schemes import Scheme

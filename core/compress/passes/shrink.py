@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import ShardWriter, read_shards, write_file, write_index
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.calibration import calibration_samples
+from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.blocks import Inputs, Settled, press_blocks
 from nightpress.core.compress.executors.rewrite import Effect, tensor_bytes
-from nightpress.core.compress.executors.skeleton import Batch, Source
-from nightpress.core.compress.executors.stream import copy_companions
 from nightpress.core.compress.executors.survey import block_gradients, survey, unit_gradients
+from nightpress.core.compress.model.checkpoint import ShardWriter, read_shards, write_file, write_index
+from nightpress.core.compress.model.companions import copy_companions
+from nightpress.core.compress.model.skeleton import Batch
+from nightpress.core.compress.model.source import Source
 from nightpress.core.compress.solvers.units import (
     Known,
     Moments,

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.checkpoint import disk_errors, write_file
 from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.environment import cpu_features
-from nightpress.core.compress.evaluate.calibration import calibration_samples
-from nightpress.core.compress.evaluate.fidelity import row_cosines
-from nightpress.core.compress.executors.graph import Traced
-from nightpress.core.compress.export.runners.measure import pool
-from nightpress.core.compress.passes.static_ranges import Texts, calibrated, session
+from nightpress.core.compress.graph.static_ranges import Texts, calibrated, session
+from nightpress.core.compress.graph.tracing import Traced
+from nightpress.core.compress.model.checkpoint import disk_errors, write_file
+from nightpress.core.compress.model.cosines import row_cosines
+from nightpress.core.compress.runners.measure import pool
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.costs import TRIAL_TOKENS
 from nightpress.core.recipes.linears import invalid

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from nightpress.core.compress.checkpoint import ShardWriter, tensor_info
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.examples import Batch, Examples, collate
+from nightpress.core.compress.data.examples import Batch, Examples, collate
 from nightpress.core.compress.executors.rewrite import tensor_bytes
+from nightpress.core.compress.model.checkpoint import ShardWriter, tensor_info
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.passes.distill import Teaching
 

@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Collection
 from pathlib import Path
 
-from nightpress.core.compress.checkpoint import Shard, read_shards
+from nightpress.core.compress.model.checkpoint import Shard, read_shards
 from nightpress.core.handoff.report import PassRecord
 
 #: Bytes of each layer that are deflated: whole models would cost minutes, and a layer is alike all over.

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.solvers.grid import Grid
+from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.grids.ranges import find_ranges
+from nightpress.core.compress.grids.rounding import nearest_codes
 from nightpress.core.compress.solvers.products import fast_products
-from nightpress.core.compress.solvers.ranges import find_ranges, nearest_codes
 
 _EXPONENTS = tuple(step / 20 for step in range(21))
 _ROWS = 4096  #: of a weight, evenly spread, that the search looks at: more don't change which candidate wins

@@ -60,7 +60,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def pool(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
     """Token vectors [B, S, H], padded on the right by mask [B, S] → one a text [B, H], or [B, H · modes] for modes joined by `+`.
 
-    The same as the runners' (core/compress/export/runners/measure.py), for vectors that gradients go through.
+    The same as the runners' (core/compress/runners/measure.py), for vectors that gradients go through.
     """
     return torch.cat([_pool(hidden, mask[:, :, None], mode) for mode in how.split("+")], dim=1)
 

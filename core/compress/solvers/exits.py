@@ -1,43 +1,12 @@
-"""When an input has been looked at enough: scores of heads, and what a threshold on them costs and saves."""
+"""What a threshold on the scores of early exits costs and saves."""
 
-import itertools
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
-from nightpress.core.recipes.passes.adapt import Policy
 
 Floats = NDArray[np.float64]
 _CANDIDATES = 200  #: thresholds that are tried
-
-
-def exit_scores(logits: Sequence[Tensor], mask: Tensor, policy: Policy) -> list[Tensor]:
-    """How sure each head is: logits [B, C] of each and mask [B, S] → [B] of each, none of which depends on a later head. An input leaves at the first head whose score reaches the threshold.
-
-    Confidence and entropy lie in 0…1; patience counts the heads before that said the same without a break; length is heads passed per token.
-    """
-    if policy == "length":
-        return [(at + 1) / mask.sum(1).float() for at in range(len(logits))]
-    if policy == "patience":
-        said = [one.argmax(-1) for one in logits]
-        runs = [torch.zeros_like(said[0], dtype=torch.float32)]
-        for before, now in itertools.pairwise(said):
-            runs.append((runs[-1] + 1) * (now == before))
-        return runs
-    return [_certainty(one, policy) for one in logits]
-
-
-def _certainty(logits: Tensor, policy: Policy) -> Tensor:
-    logp = torch.log_softmax(logits.float(), dim=-1)
-    if policy == "confidence":
-        return logp.amax(-1).exp()
-    entropy = -(logp.exp() * logp).sum(-1)
-    return 1 - entropy / math.log(logits.shape[-1])
 
 
 @dataclass(frozen=True)

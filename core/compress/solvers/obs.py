@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.kernels.obs_block import BlockGrid, BlockMask, obs_block
+from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.grids.ranges import find_ranges, half_quadratic
+from nightpress.core.compress.grids.rounding import nearest_codes
+from nightpress.core.compress.kernels.column_rules import BlockGrid, BlockMask
+from nightpress.core.compress.kernels.obs_block import obs_block
 from nightpress.core.compress.solvers.gram import damped_cholesky
-from nightpress.core.compress.solvers.grid import Grid
-from nightpress.core.compress.solvers.ranges import find_ranges, half_quadratic, nearest_codes
 from nightpress.core.compress.solvers.threshold import count_lower, count_upper, locate
 from nightpress.core.errors import ErrorCode, NightpressError
 
@@ -216,3 +218,11 @@ def _failure(message: str) -> NightpressError:
         message,
         hint="Check that the source model is whole; more calibration text or a larger `damping` helps a layer that saw too little.",
     )
+
+
+def output_loss(weight: Tensor, rounded: Tensor, factor: Factor) -> Tensor:
+    """(w − q)H(w − q)ᵀ [out] for each row, H damped as in the factor: what the rounding costs the outputs, summed over the tokens."""
+    lost = weight - rounded
+    if factor.order is not None:
+        lost = lost[:, factor.order]
+    return (lost @ factor.upper).square_().sum(1)

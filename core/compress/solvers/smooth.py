@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.grids.ranges import find_ranges
+from nightpress.core.compress.grids.rounding import nearest_codes, nearest_floats
 from nightpress.core.compress.solvers.gram import Gram
-from nightpress.core.compress.solvers.grid import Grid
 from nightpress.core.compress.solvers.products import fast_products
-from nightpress.core.compress.solvers.ranges import find_ranges, nearest_codes, nearest_floats
 from nightpress.core.compress.solvers.samples import EvenSample
 
 _EXPONENTS = tuple(step / 20 for step in range(21))

@@ -14,7 +14,8 @@ from nightpress.core.ids import new_id
 from nightpress.core.service.registry.claims import Claim
 from nightpress.core.service.registry.registry import Registry, Taken, View, check_size, described, dumped, made_ready
 from nightpress.core.sources.address import BucketAddress, HubAddress, parse_address, resolve_path
-from nightpress.core.sources.source import Listing, RemoteFile, Source, open_source, read_steadily
+from nightpress.core.sources.open import open_source
+from nightpress.core.sources.source import Listing, RemoteFile, Source, read_steadily
 
 
 class FetchingRegistry(Registry[View]):

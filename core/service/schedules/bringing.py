@@ -10,7 +10,8 @@ from nightpress.core.service.registry.models import ModelRegistry
 from nightpress.core.service.schedules.store import PendingRun, ScheduleStore
 from nightpress.core.settings import Settings
 from nightpress.core.sources.address import parse_address, resolve_path
-from nightpress.core.sources.source import open_source, revision_of
+from nightpress.core.sources.open import open_source
+from nightpress.core.sources.source import revision_of
 from nightpress.core.wire.models import ModelCreate, ModelView
 
 _REST_S = 30.0  #: a source that did not answer is asked again so much later

@@ -10,7 +10,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from nightpress.core.compress.export.gguf.kquants import encode_q4_k, encode_q5_k, encode_q6_k
-from nightpress.core.compress.export.weights import Codes
+from nightpress.core.compress.grids.pressed_weights import Codes
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]

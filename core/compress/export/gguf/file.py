@@ -9,15 +9,15 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
-from nightpress.core.compress.checkpoint import disk_errors, sync_folder
 from nightpress.core.compress.export.gguf.blocks import codes_type, encode, encode_codes, fitting_type, type_named
 from nightpress.core.compress.export.gguf.families import Family
 from nightpress.core.compress.export.gguf.vocabulary import add_vocabulary
-from nightpress.core.compress.export.weights import PressedWeights
+from nightpress.core.compress.grids.pressed_weights import PressedWeights
+from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import ModelHeader
 
-CONSUMER = Path(__file__).parents[1] / "runners" / "llamacpp_runner.py"
+CONSUMER = Path(__file__).parents[2] / "runners" / "llamacpp_runner.py"
 FILE_NAME = "model.gguf"
 
 Type = gguf.GGMLQuantizationType

@@ -6,12 +6,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from nightpress.core.compress.evaluate.consumer import consumer_environment
-from nightpress.core.compress.evaluate.data import open_tokenizer
+from nightpress.core.compress.data.tokenized import open_tokenizer
+from nightpress.core.compress.export.consumer import consumer_environment
 from nightpress.core.compress.export.gguf.file import FILE_NAME
 from nightpress.core.errors import ErrorCode, NightpressError
 
-_RUNNER = Path(__file__).parents[1] / "runners" / "llamacpp_tokens.py"
+_RUNNER = Path(__file__).parents[2] / "runners" / "llamacpp_tokens.py"
 _SECONDS = 300
 #: Each has what tokenizers treat in ways of their own: case, accents, other scripts, emoji, white space, numbers, punctuation, code.
 TEXTS = (

@@ -1,0 +1,212 @@
+"""The structure of the code in figures: arrows that run up, circles of files, and places that repeat each other.
+
+    python -m bench.structure [FOLDER] [--json]
+
+FOLDER is a checkout, e.g. of an earlier commit; without it, this one.
+
+* An *arrow* goes from a package to a package beside it that it imports. Floors are an order of packages in which every arrow runs down.
+  The figure is the smallest number of arrows that run up in any order: 0 means that floors exist.
+* A *circle* is a set of files of which each imports, directly or through others, every other one. Imports within functions count.
+* Two places *repeat* each other if six lines of the one are six lines of the other. Blank lines and comments are left out before, and
+  indentation, `async` and `await` don't count. So two runs of eight lines that are alike count three times. Tests are not looked at.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+FOLDERS = ("api", "client", "core", "migrations", "worker")
+REPEATED_LINES = 6
+_ASYNC = re.compile(r"\b(async|await) |Async|async_")
+_GRAPH = """
+import json, sys, grimp
+graph = grimp.build_graph(*sys.argv[1:], cache_dir=None)
+json.dump({name: sorted(graph.find_modules_directly_imported_by(name)) for name in sorted(graph.modules)}, sys.stdout)
+"""
+
+Graph = Mapping[str, Set[str]]  #: of each node, what it points to
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Two runs of lines that are alike."""
+
+    first: str  #: `path:line`
+    second: str
+    lines: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What was measured."""
+
+    arrows_up: dict[str, int]  #: by package, among the packages within it; only where there are some
+    circles: list[list[str]]
+    repeats: list[Repeat]
+
+    @property
+    def repeated(self) -> int:
+        """How many pairs of places have six lines in common."""
+        return sum(repeat.lines - REPEATED_LINES + 1 for repeat in self.repeats)
+
+
+def structure(root: Path) -> Structure:
+    """Measure a checkout."""
+    files = import_graph(root)
+    packages = {name.rpartition(".")[0] for name in files} - {""}
+    up = {package: arrows_up(package_arrows(files, package)) for package in sorted(packages)}
+    if not _is_one_package(root):
+        up["the top level"] = arrows_up(package_arrows(files, ""))
+    return Structure(
+        {package: count for package, count in up.items() if count}, circles(files), repeats(_sources(root))
+    )
+
+
+# Imports -------------------------------------------------------------------------------------------------------------
+
+
+def import_graph(root: Path) -> dict[str, Set[str]]:
+    """Of each file of the service and the benches, as a module, the modules that it names in its imports.
+
+    Importing a module also runs the `__init__` of its packages. That alone is no arrow: a package that exports what its modules have
+    would form a circle with each of them.
+    """
+    names = ("nightpress",) if _is_one_package(root) else FOLDERS
+    # In a process of its own: this one has imported `bench` from here, and would find no other.
+    found = subprocess.run(
+        [sys.executable, "-c", _GRAPH, *names, "bench"], cwd=root, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return {name: frozenset(imported) for name, imported in json.loads(found.stdout).items()}
+
+
+def _is_one_package(root: Path) -> bool:
+    return (root / "nightpress" / "__init__.py").is_file()
+
+
+def _sources(root: Path) -> dict[str, str]:
+    files = (file for folder in (*FOLDERS, "bench") for file in sorted((root / folder).rglob("*.py")))
+    return {file.relative_to(root).as_posix(): file.read_text() for file in files}
+
+
+def package_arrows(files: Graph, package: str) -> dict[str, Set[str]]:
+    """The arrows between the packages within a package, each with all that is below it."""
+    prefix = f"{package}." if package else ""
+    packages = {name.rpartition(".")[0] for name in files}
+
+    def child(name: str) -> str | None:
+        """The package within this one that a module belongs to, if it does."""
+        if not name.startswith(prefix):
+            return None
+        first = name.removeprefix(prefix).partition(".")[0]
+        return first if prefix + first in packages else None
+
+    arrows: defaultdict[str, set[str]] = defaultdict(set)
+    for name, imported in files.items():
+        if (own := child(name)) is not None:
+            arrows[own] |= {other for target in imported if (other := child(target)) not in (None, own)}
+    return dict(arrows)
+
+
+def circles(graph: Graph) -> list[list[str]]:
+    """The strongly connected components of more than one node."""
+    reached = {node: _reached(graph, node) for node in graph}
+    found = {frozenset(other for other in graph if other in reached[node] and node in reached[other]) for node in graph}
+    return sorted(sorted(circle) for circle in found if len(circle) > 1)
+
+
+def _reached(graph: Graph, start: str) -> Set[str]:
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        following = graph.get(waiting.pop(), frozenset()) - seen
+        seen |= following
+        waiting += following
+    return seen
+
+
+def arrows_up(graph: Graph) -> int:
+    """The smallest number of arrows that run up, over all orders of the nodes."""
+    return sum(_fewest_up(graph, circle) for circle in circles(graph))
+
+
+def _fewest_up(graph: Graph, circle: list[str]) -> int:
+    """Exact, over subsets: the nodes of a subset stand lowest, and the next node is put on top of them."""
+    place = {name: at for at, name in enumerate(circle)}
+    points_to = [sum(1 << place[other] for other in graph[name] if other in place) for name in circle]
+    every = (1 << len(circle)) - 1
+    fewest = {0: 0}
+    for size in range(1, len(circle) + 1):
+        layer: dict[int, int] = {}
+        for lower in (sum(1 << at for at in some) for some in combinations(range(len(circle)), size - 1)):
+            for at in range(len(circle)):
+                if not lower >> at & 1:
+                    up = (points_to[at] & ~lower & every & ~(1 << at)).bit_count()
+                    stood = lower | 1 << at
+                    layer[stood] = min(layer.get(stood, len(circle) ** 2), fewest[lower] + up)
+        fewest |= layer
+    return fewest[every]
+
+
+# Repeats -------------------------------------------------------------------------------------------------------------
+
+
+def repeats(sources: Mapping[str, str], window: int = REPEATED_LINES) -> list[Repeat]:
+    """Pairs of places that have `window` lines in common or more. sources: text by path."""
+    kept = {path: list(_lines(text)) for path, text in sources.items()}
+    places: defaultdict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
+    for path, found in kept.items():
+        for at in range(len(found) - window + 1):
+            places[tuple(line for _, line in found[at : at + window])].append((path, at))
+    pairs = {pair for same in places.values() for pair in combinations(same, 2)}
+    pairs = {(one, other) for one, other in pairs if one[0] != other[0] or abs(one[1] - other[1]) >= window}
+    found_repeats = []
+    for (path, at), (other, there) in sorted(pairs):
+        if ((path, at - 1), (other, there - 1)) in pairs:
+            continue
+        length = window
+        while ((path, at + length - window + 1), (other, there + length - window + 1)) in pairs:
+            length += 1
+        found_repeats.append(Repeat(f"{path}:{kept[path][at][0]}", f"{other}:{kept[other][there][0]}", length))
+    return found_repeats
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are compared, with their numbers from 1."""
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = " ".join(_ASYNC.sub("", raw).split())
+        if line and not line.startswith("#"):
+            yield number, line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.structure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parents[1])
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    found = structure(given.folder)
+    if given.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    print(f"arrows that run up: {sum(found.arrows_up.values())}")
+    for package, count in found.arrows_up.items():
+        print(f"  {count} within {package}")
+    print(f"circles of files: {len(found.circles)}")
+    for circle in found.circles:
+        print(f"  {', '.join(circle)}")
+    print(f"pairs of places with {REPEATED_LINES} lines in common: {found.repeated}, in {len(found.repeats)} runs")
+    for repeat in sorted(found.repeats, key=lambda repeat: -repeat.lines):
+        print(f"  {repeat.lines:3} lines  {repeat.first}  {repeat.second}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The models that bench.train makes: shipped as the tensors that changed, put together again, and asked the test rows."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from nightpress.core.compress.data.examples import Examples, collate, read_examples
+from nightpress.core.compress.model.checkpoint import read_shards
+from nightpress.core.compress.model.networks import load_model
+from nightpress.core.compress.model.source import Source
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+
+
+def test_rows(model: Path, file: Path) -> Examples:
+    header = inspect_model(FolderFiles(model))
+    return read_examples(model, header, "test", file, length=128, labelled=True)
+
+
+def accuracy(folder: Path, source: Path, test: Examples, device: str = "cpu") -> float:
+    """Share of the test rows that the model answers as their labels say; with early exits, at full depth."""
+    config = json.loads((folder / "config.json").read_bytes())
+    model = load_model(folder, inspect_model(FolderFiles(source)).model_copy(update={"config": config})).to(device)
+    right = 0
+    with torch.inference_mode():
+        for start in range(0, len(test), 50):
+            batch = collate(test, np.arange(start, min(start + 50, len(test))), torch.device(device))
+            logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+            right += int((logits.argmax(-1) == batch.labels).sum())
+    return right / len(test)
+
+
+def ship(model: Path, folder: Path, out: Path) -> None:
+    """Leave in `out` the tensors that aren't the source's, in files of less than 16 MiB, and the small files that differ."""
+    out.mkdir(parents=True, exist_ok=True)
+    before = Source(read_shards(model))
+    after = Source(read_shards(folder))
+    parts: list[dict[str, torch.Tensor]] = [{}]
+    for name in after.names():
+        tensor = after.read(name)
+        if name in before and torch.equal(before.read(name).float(), tensor.float()):
+            continue
+        half = tensor.half() if tensor.is_floating_point() else tensor
+        if sum(one.nbytes for one in parts[-1].values()) + half.nbytes > 15_000_000:
+            parts.append({})
+        parts[-1][name] = half
+    for at, part in enumerate(parts):
+        save_file(part, out / f"changed-{at}.safetensors")
+    (out / "names.json").write_text(json.dumps(after.names()))
+    if (folder / "exits").is_dir():
+        shutil.copytree(folder / "exits", out / "exits", dirs_exist_ok=True)
+    for file in folder.iterdir():
+        same = model / file.name
+        if file.suffix in {".safetensors"} or file.name.endswith("index.json") or not file.is_file():
+            continue
+        if not same.is_file() or same.read_bytes() != file.read_bytes():
+            shutil.copyfile(file, out / file.name)
+
+
+def unship(model: Path, shipped: Path, folder: Path) -> None:
+    """The whole model again, from the source and what was shipped."""
+    folder.mkdir(parents=True)
+    before = Source(read_shards(model))
+    changed = {name: one for file in sorted(shipped.glob("changed-*")) for name, one in load_file(file).items()}
+    names = json.loads((shipped / "names.json").read_text())
+    whole = {name: changed[name] if name in changed else before.read(name) for name in names}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    for origin in (model, shipped):
+        for file in origin.iterdir():
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name)
+            elif file.suffix != ".safetensors" and file.name not in {"names.json", "model.safetensors.index.json"}:
+                shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,44 @@
+"""What a calibrated pass runs the model on: texts for language models, images for those that see."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.data.images import read_images
+from nightpress.core.compress.data.tokenized import open_tokenizer, read_rows, text_rows, text_windows
+from nightpress.core.recipes.header import ModelHeader
+
+
+def calibration_samples(source: Path, context: PassContext) -> dict[str, Tensor]:
+    """What the model is called with, each [samples, …], from the recipe's calibration data. Raises NightpressError(invalid_data)."""
+    wanted, header = context.calibration, context.header
+    file = context.data_files.get(wanted.data)
+    if header.sees_images:
+        images = read_images(wanted.data, file, source, header, samples=wanted.samples, seed=wanted.seed)
+        return {"pixel_values": torch.from_numpy(images.pixels)}
+    rows = read_rows(wanted.data, file, purpose="calibration", model_dir=source)
+    if wanted.seed:  # from elsewhere on, so that neighbours stay neighbours
+        start = int(np.random.default_rng(wanted.seed).integers(len(rows)))
+        rows = rows[start:] + rows[:start]
+    tokenizer = open_tokenizer(source)
+    length = min(wanted.length, header.positions or wanted.length)
+    if wanted.packing:
+        ids = text_windows(rows, tokenizer, samples=wanted.samples, length=length, ref=wanted.data).ids
+        return model_inputs(torch.from_numpy(ids), header)
+    padded = text_rows(rows, tokenizer, samples=wanted.samples, length=length, seed=wanted.seed)
+    return model_inputs(torch.from_numpy(padded.ids), header, torch.from_numpy(padded.mask))
+
+
+def model_inputs(ids: Tensor, header: ModelHeader, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Texts [samples, length] as the model is called with them. An encoder-decoder reads a text and is told to write the same."""
+    inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+    if header.task != "seq2seq":
+        return inputs
+    start = int(header.config.get("decoder_start_token_id") or 0)
+    shifted = torch.cat([torch.full((len(ids), 1), start), ids[:, :-1]], dim=1)
+    if mask is not None:
+        inputs["decoder_attention_mask"] = mask
+    return inputs | {"decoder_input_ids": shifted}

@@ -1,0 +1,148 @@
+"""What a model learns from: texts as token ids, with labels where there are some, and batches of them in an order that is a function of its seed."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nightpress.core.compress.data.tokenized import (
+    check_vocabulary,
+    class_index,
+    open_tokenizer,
+    read_rows,
+    text_windows,
+)
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.header import ModelHeader
+
+_POOL = 32  #: batches among which texts are sorted by length, so that little is computed on padding
+_FEWEST = 4  #: examples that can be learned from
+_ALL = 10**7  #: windows; no data set that is read whole has as many
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts of differing lengths."""
+
+    ids: tuple[NDArray[np.int64], ...]
+    labels: NDArray[np.int64] | None  #: [N]
+    pad_id: int
+    numbers: NDArray[np.int64]  #: [N], each example's place in the whole set
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, chosen: NDArray[np.int64]) -> "Examples":
+        labels = None if self.labels is None else self.labels[chosen]
+        return Examples(tuple(self.ids[at] for at in chosen), labels, self.pad_id, self.numbers[chosen])
+
+    def split(self, share: float, *, seed: int) -> "tuple[Examples, Examples | None]":
+        """(to learn from, held apart), drawn by the seed. None where nothing is to be held apart."""
+        held = round(share * len(self))
+        if not share or held == 0:
+            return self, None
+        order = np.random.default_rng((seed, 0x5EED)).permutation(len(self))
+        return self.take(np.sort(order[held:])), self.take(np.sort(order[:held]))
+
+    def batches(self, batch: int) -> int:
+        """Batches an epoch has. What fills no whole batch waits for another epoch's order."""
+        return max(1, len(self) // batch)
+
+    def digest(self) -> bytes:
+        found = hashlib.sha256()
+        for one in self.ids:
+            found.update(len(one).to_bytes(4, "little") + one.tobytes())
+        if self.labels is not None:
+            found.update(self.labels.tobytes())
+        return found.digest()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded on the right."""
+
+    ids: Tensor  #: int64 [B, S]
+    mask: Tensor  #: int64 [B, S]
+    labels: Tensor | None  #: int64 [B]
+    numbers: Tensor  #: int64 [B] on the CPU, each example's place in the whole set
+
+
+def read_examples(
+    folder: Path, header: ModelHeader, ref: str, file: Path | None, *, length: int, labelled: bool
+) -> Examples:
+    """All examples of a data set, by the tokenizer of the model in `folder`, at most `length` tokens each.
+
+    Rows of a data set are examples of their own; running text, and whatever a language model reads, is cut into windows.
+    Raises NightpressError(invalid_data) where `labelled` and rows have no label or one that the model doesn't know.
+    """
+    rows = read_rows(ref, file, purpose="calibration")
+    tokenizer = open_tokenizer(folder)
+    by_row = any(row.label is not None for row in rows) or (header.task == "classification" and file is not None)
+    if labelled and not all(row.label is not None for row in rows):
+        raise _unusable(
+            ref,
+            "not all of its rows have a `label`",
+            "Give every row one, or learn from the model's answers alone (`alpha: 1`).",
+        )
+    if by_row and header.task in {"classification", "embedding"}:
+        ids = [_cut(tokenizer.encode(row.text, special=True), length) for row in rows]
+    else:
+        windows = text_windows(rows, tokenizer, samples=_ALL, length=length, ref=ref)
+        check_vocabulary(windows, header)
+        ids = [one.tolist() for one in windows.ids]
+    known = by_row and header.task == "classification" and all(row.label is not None for row in rows)
+    labels = [class_index(row.label, header, ref) for row in rows] if known else None
+    if len(ids) < _FEWEST:
+        raise _unusable(ref, f"its {len(ids)} examples are too few to learn from", "Bring more text.")
+    return Examples(
+        ids=tuple(np.asarray(one, np.int64) for one in ids),
+        labels=None if labels is None else np.asarray(labels, np.int64),
+        pad_id=tokenizer.pad_id,
+        numbers=np.arange(len(ids)),
+    )
+
+
+def batch_order(examples: Examples, batch: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """The batches of an epoch: every example at most once, texts of like length together, in an order drawn by seed and epoch."""
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(examples))
+    lengths = np.asarray([len(one) for one in examples.ids])
+    pool = batch * _POOL
+    pooled = [order[start : start + pool] for start in range(0, len(order), pool)]
+    by_length = np.concatenate([one[np.argsort(lengths[one], kind="stable")] for one in pooled])
+    count = examples.batches(batch)
+    batches = [by_length[at * batch : (at + 1) * batch] for at in range(count)]
+    return [batches[at] for at in random.permutation(count)]
+
+
+def collate(examples: Examples, chosen: NDArray[np.int64], device: torch.device) -> Batch:
+    """Put these examples on the device, padded to their longest."""
+    width = max(len(examples.ids[at]) for at in chosen)
+    both = np.zeros((2, len(chosen), width), np.int64)  # ids and mask, for one transfer
+    both[0] = examples.pad_id
+    for row, at in enumerate(chosen):
+        both[0, row, : len(examples.ids[at])] = examples.ids[at]
+        both[1, row, : len(examples.ids[at])] = 1
+
+    def put(array: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    labels = None if examples.labels is None else put(examples.labels[chosen])
+    ids, mask = put(both)
+    return Batch(ids, mask, labels, torch.from_numpy(examples.numbers[chosen]))
+
+
+def _cut(ids: list[int], length: int) -> list[int]:
+    """At most `length` tokens; the last one, which may be a separator, stays the last."""
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+
+
+def _unusable(ref: str, what: str, hint: str) -> NightpressError:
+    return NightpressError(
+        ErrorCode.INVALID_DATA, f"The data set {ref} can't be learned from: {what}.", hint=hint, data=ref
+    )

@@ -1,0 +1,92 @@
+"""Which layers of a block share their inputs, and which inputs nobody reads again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from nightpress.core.compress.executors.watch import Hook, hooked
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Layers of a block that share their inputs, in the order of their calls."""
+
+    layers: tuple[tuple[str, ...], ...]
+    #: By group: the groups whose inputs nobody reads from its first call on. ENTERED stands for what entered the block.
+    spent: tuple[tuple[int, ...], ...]
+
+
+ENTERED = -1
+
+
+def find_groups(block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[], Tensor]) -> Groups | None:
+    """Learn from runs of a batch. None if a layer is not called, or called twice: then they can't be settled in turn.
+
+    Finds inputs that nobody reads again: overwrites each and checks that the block's output is unchanged. A frame holds its arguments
+    for as long as it runs, whether or not it reads them again: a run that waits would keep them in memory. What the block is given
+    beside the hidden states is never overwritten, since other blocks read it, too.
+    """
+    seen: list[tuple[Tensor, list[str]]] = []
+    lent: set[int] = set()
+
+    def take(name: str, inputs: Tensor) -> None:
+        group = next((names for tensor, names in seen if tensor is inputs), None)
+        if group is None:
+            seen.append((inputs, [name]))
+        else:
+            group.append(name)
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        lent.update(_place(leaf) for leaf in tree_leaves((args[1:], dict(kwargs))) if isinstance(leaf, Tensor))
+
+    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+    with hooked({name: Hook(take, name) for name in linears}, linears):
+        exact = run()
+    handle.remove()
+    layers = tuple(tuple(names) for _, names in seen)
+    if sorted(name for names in layers for name in names) != sorted(linears):
+        return None
+    own = [ENTERED, *(group for group, (inputs, _) in enumerate(seen) if _place(inputs) not in lent)]
+    seen.clear()
+    spent: list[tuple[int, ...]] = []
+    for group in range(len(layers)):
+        earlier = [before for before in own if before < group and not any(before in others for others in spent)]
+        spent.append(
+            tuple(before for before in earlier if _is_unchanged(block, linears, layers, before, group, run, exact))
+        )
+    return Groups(layers, tuple(spent))
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_unchanged(
+    block: nn.Module,
+    linears: Mapping[str, nn.Module],
+    layers: Sequence[Sequence[str]],
+    overwritten: int,
+    at: int,
+    run: Callable[[], Tensor],
+    exact: Tensor,
+) -> bool:
+    """Whether the block's output is the same if the inputs of group `overwritten` are overwritten when those of group `at` come."""
+    given: dict[int, Tensor] = {}
+
+    def enter(_name: str, inputs: Tensor) -> None:
+        given[ENTERED] = inputs
+
+    def take(name: str, inputs: Tensor) -> None:
+        for group, names in enumerate(layers):
+            if name == names[0]:
+                given[group] = inputs
+                if group == at:
+                    given[overwritten].fill_(torch.nan)
+
+    hooks = {name: Hook(take, name) for name in linears} | {"": Hook(enter, "")}
+    with hooked(hooks, {**linears, "": block}):
+        return torch.equal(run(), exact)

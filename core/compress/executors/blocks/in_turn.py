@@ -1,0 +1,154 @@
+"""A block in a single pass: the samples stop before each group of layers until the group is settled.
+
+Within a block every layer then sees inputs that the layers before it, settled already, have made: what Frantar et al. call true sequential
+(GPTQ, arXiv 2210.17323, section 4).
+"""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from nightpress.core.compress.executors.blocks.groups import ENTERED, Groups, find_groups
+from nightpress.core.compress.executors.blocks.settle import Outcome, Settler
+from nightpress.core.compress.executors.watch import (
+    Hook,
+    Inputs,
+    Statistic,
+    hooked,
+    in_features,
+    without_padding,
+)
+from nightpress.core.compress.memory import return_freed_memory
+from nightpress.core.recipes.costs import IN_TURN_BYTES, in_turn_bytes
+
+
+class GroupFinder:
+    """Finds the groups of layers of each block. Like blocks have like groups: they are found once."""
+
+    def __init__(self, settler: Settler) -> None:
+        self._settler = settler
+        self._found: dict[tuple[str, ...], Groups | None] = {}
+
+    def groups_of(self, index: int, linears: Mapping[str, nn.Module]) -> Groups | None:
+        """The layers in groups of the same inputs, in the order of their calls; None if they can't be settled in turn."""
+        plan, forward = self._settler.plan, self._settler.forward
+        if not self._settler.method.by_group or not linears or plan.skeleton.experts(index) or forward.runs(index) > 1:
+            return None
+        samples, length, width = forward.hidden.shape
+        widest = max(in_features(layer) for layer in linears.values())
+        held = in_turn_bytes(samples * length, width, widest, plan.skeleton.dtype.itemsize)
+        if held > IN_TURN_BYTES[plan.device.type]:
+            return None
+        short = plan.skeleton.short_names(index)
+        like = tuple(short[name] for name in linears)
+        if like not in self._found:
+            layers = {short[name]: layer for name, layer in linears.items()}
+            batch = forward.hidden.look_at(0)
+            self._found[like] = find_groups(
+                plan.skeleton.blocks[index].module, layers, lambda: forward.through(index, 0, batch.clone())
+            )
+        return self._found[like]
+
+
+def press_in_turn(
+    settler: Settler, index: int, tensors: dict[str, Tensor], linears: Mapping[str, nn.Module], groups: Groups
+) -> Outcome:
+    """Settle a block whose weights are filled in, group by group. `tensors` gets the settled weights in place of the old ones.
+
+    The samples run behind the last group only if another block comes after this one.
+    """
+    plan, forward = settler.plan, settler.forward
+    outcome = Outcome({})
+    statistic: Statistic | None = None
+    block = plan.skeleton.blocks[index]
+
+    def watch(inputs: Tensor, number: int) -> None:
+        nonlocal statistic
+        if statistic is None:
+            statistic = settler.method.watch(inputs.shape[-1], plan.device)
+        statistic.add(without_padding(inputs, forward.real(number)))
+
+    def settle(layers: Sequence[str]) -> None:
+        nonlocal statistic, outcome
+        assert statistic is not None
+        names = tuple(block.names[layer] for layer in layers)
+        found = settler.settle(index, {name: tensors[name] for name in names}, [Inputs(names, statistic)], linears)
+        statistic = None
+        for name, settled in found.settled.items():
+            weight = settled.weight.to(plan.device, plan.skeleton.dtype)
+            linears[name].weight = nn.Parameter(weight, requires_grad=False)
+            tensors[name] = settled.weight  # frees the old weight: nothing reads it again
+        outcome |= found
+        return_freed_memory()
+
+    layers = {layer: linears[name] for layer, name in block.names.items() if name in linears}
+    runs = [partial(forward.advance_batch, index, number) for number in range(len(forward.hidden))]
+    InTurn(groups, block.module, layers).run(runs, watch, settle, to_the_end=index + 1 < plan.blocks)
+    return outcome
+
+
+class InTurn:
+    """Runs of a block that stop at each group of layers until all have shown their inputs and the group is settled.
+
+    Each run is a greenlet: while it waits, its frames keep what it has computed, less the tensors that `Groups.spent` lets go.
+    """
+
+    def __init__(self, groups: Groups, block: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+        self._groups, self._modules = groups, {**linears, "": block}
+        self._group_of = {name: at for at, names in enumerate(groups.layers) for name in names}
+
+    def run(
+        self,
+        runs: Sequence[Callable[[], None]],
+        watch: Callable[[Tensor, int], None],
+        settle: Callable[[Sequence[str]], None],
+        *,
+        to_the_end: bool,
+    ) -> None:
+        """Run all. `watch` is given each run's inputs of a group, and the run's number; `settle` is called for each group in turn.
+
+        to_the_end: go on behind the last group, too; what comes out is asked for.
+        """
+        from greenlet import getcurrent, greenlet
+
+        hub = getcurrent()
+        shown: dict[tuple[int, int], weakref.ref[Tensor]] = {}
+
+        def enter(_name: str, inputs: Tensor) -> None:
+            shown[numbers[getcurrent()], ENTERED] = weakref.ref(inputs)
+
+        def stop(name: str, inputs: Tensor) -> None:
+            run, group = numbers[getcurrent()], self._group_of[name]
+            if (run, group) not in shown:
+                shown[run, group] = weakref.ref(inputs)
+                for spent in self._groups.spent[group]:
+                    _let_go(shown[run, spent]())
+                watch(inputs, run)
+                hub.switch(group)
+            elif shown[run, group]() is not inputs:
+                raise RuntimeError(f"{name} is not given what the other layers of its group are given")
+
+        waiting = [greenlet(run) for run in runs]
+        numbers: dict[Any, int] = {run: at for at, run in enumerate(waiting)}
+        hooks = {name: Hook(stop, name) for name in self._group_of} | {"": Hook(enter, "")}
+        try:
+            with hooked(hooks, self._modules):
+                for group, names in enumerate(self._groups.layers):
+                    for run in waiting:
+                        if run.switch() != group:
+                            raise RuntimeError("A block's layers are not called in the same order for every batch")
+                    settle(names)
+                while waiting and to_the_end:
+                    waiting.pop(0).switch()  # what it held is free when it ends
+        finally:
+            for run in waiting:
+                run.throw()  # the garbage collector does not look into waiting greenlets: their frames would never be freed
+
+
+def _let_go(spent: Tensor | None) -> None:
+    """Free a tensor's memory, whoever holds it. If it were read again after all, its shape would not fit."""
+    if spent is not None:
+        spent.set_(spent.new_empty(0))  # type: ignore[call-overload]

@@ -1,0 +1,89 @@
+"""What a run of the blocks executor works on."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.environment import multiplies_bfloat16
+from nightpress.core.compress.executors.watch import split_mask
+from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, read_shards
+from nightpress.core.compress.model.skeleton import Batch, Skeleton
+from nightpress.core.compress.model.source import Source
+from nightpress.core.recipes.costs import BATCH_TOKENS
+
+RECORD_FORMAT = (
+    2  #: of the records that a run leaves: a later release that writes others starts an interrupted run over
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    skeleton: Skeleton
+    samples: Batch  #: what the model is called with, each [samples, …]; without a mask that hides nothing
+    real: Tensor | None  #: bool [samples, length]: False where a token is padding; None: nowhere
+    batch: int  #: samples that run at once
+    chosen: frozenset[str]  #: the weights to settle
+    digest: str  #: the same for two attempts only if every block of theirs becomes the same
+
+    @property
+    def source(self) -> Source:
+        return self.skeleton.source
+
+    @property
+    def device(self) -> torch.device:
+        return self.skeleton.device
+
+    @property
+    def total(self) -> int:
+        """How many samples there are."""
+        return len(next(iter(self.samples.values())))
+
+    @property
+    def blocks(self) -> int:
+        return len(self.skeleton.blocks)
+
+    def chosen_of(self, index: int) -> dict[str, torch.nn.Module]:
+        """The layers of a block that are to be settled, by the names of their weights."""
+        return {name: layer for name, layer in self.skeleton.linears(index).items() if name in self.chosen}
+
+
+def make_plan(
+    folder: Path, target: Path, samples: Batch, context: PassContext, chosen: frozenset[str], recipe: str, *, share: int
+) -> Plan:
+    """share: run batches of this fraction (1 / share) of the usual size. Raises NightpressError for a model that has no rows of blocks."""
+    source = Source(read_shards(folder))
+    skeleton = Skeleton(folder, source, context.device, _compute_dtype(source, chosen, context))
+    unmasked, real = split_mask(samples)
+    total = len(next(iter(unmasked.values())))
+    length = _tokens_a_sample(samples, skeleton.config)
+    batch = max(1, min(total, BATCH_TOKENS[skeleton.device.type] // share // length))
+    digest = hashlib.sha256(f"{RECORD_FORMAT}\n{recipe}\n{batch}\n{skeleton.dtype}\n{target.name}".encode())
+    for name, tensor in sorted(samples.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for shard in source.shards:
+        digest.update(shard.header)
+    return Plan(skeleton, unmasked, real, batch, chosen, digest.hexdigest()[:16])
+
+
+def _compute_dtype(source: Source, chosen: frozenset[str], context: PassContext) -> torch.dtype:
+    """As `Calibration.dtype` says."""
+    if context.calibration.dtype == "float32":
+        return torch.float32
+    if torch.device(context.device).type == "cpu":
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    stored = {source.stored(name).info.dtype for name in chosen or source.names()}
+    return next(
+        (dtype for dtype in (torch.float32, torch.bfloat16) if SAFETENSORS_DTYPES[dtype] in stored), torch.float16
+    )
+
+
+def _tokens_a_sample(samples: Batch, config: Any) -> int:
+    if "input_ids" in samples:
+        return int(samples["input_ids"].shape[1])
+    height, width = samples["pixel_values"].shape[-2:]
+    return int(height // config.patch_size * (width // config.patch_size)) + 1

@@ -1,0 +1,163 @@
+"""The loop over the blocks of a model."""
+
+import gc
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.blocks.forward import Forward
+from nightpress.core.compress.executors.blocks.in_turn import GroupFinder, press_in_turn
+from nightpress.core.compress.executors.blocks.method import CacheStandIn, Method, Pressed
+from nightpress.core.compress.executors.blocks.plan import Plan, make_plan
+from nightpress.core.compress.executors.blocks.resume import RunFiles, conclude, run_files
+from nightpress.core.compress.executors.blocks.settle import Outcome, Settler
+from nightpress.core.compress.executors.blocks.two_pass import press_in_two_passes
+from nightpress.core.compress.executors.blocks.writer import BlockWriter, block_output
+from nightpress.core.compress.executors.rewrite import Rewrite
+from nightpress.core.compress.memory import map_large_tensors, return_freed_memory
+from nightpress.core.compress.model.skeleton import Batch
+from nightpress.core.errors import ErrorCode, NightpressError
+
+
+def press_blocks(
+    source: Path,
+    target: Path,
+    method: Method,
+    samples: Batch,
+    context: PassContext,
+    *,
+    chosen: frozenset[str],
+    recipe: str,
+    outside: Mapping[str, Rewrite] | None = None,
+    cache: CacheStandIn | None = None,
+) -> Pressed:
+    """Settle the chosen weights of all blocks and copy the rest of the model's tensors; `target` gets its shards and their index.
+
+    samples are what the model is called with, each [samples, …]: whole calibration texts, or padded ones with their mask, or pixels.
+    `recipe` says what is done: blocks of an earlier attempt are taken over only if they were made by the same recipe. `outside` says what
+    becomes of tensors that are in no block. `cache` is given to the blocks in place of a key/value cache while they are watched. If a
+    GPU's memory does not suffice, smaller batches are tried once. Raises NightpressError.
+    """
+    map_large_tensors()
+    run = partial(_run, source, target, method, samples, context, chosen, recipe, outside or {}, cache)
+    with torch.no_grad():
+        try:
+            return run(share=1)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        # The failed run's frames went with the error. Its reference cycles are left to collect.
+        gc.collect()
+        torch.cuda.empty_cache()
+        context.progress(0.0, "memory ran out: once more with smaller batches")
+        try:
+            return run(share=4)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise _out_of_memory(error) from error
+
+
+def _run(
+    source: Path,
+    target: Path,
+    method: Method,
+    samples: Batch,
+    context: PassContext,
+    chosen: frozenset[str],
+    recipe: str,
+    outside: Mapping[str, Rewrite],
+    cache: CacheStandIn | None,
+    *,
+    share: int,
+) -> Pressed:
+    plan = make_plan(source, target, samples, context, chosen, recipe, share=share)
+    files = run_files(target, context.work_dir, plan)
+    forward = Forward(plan, cache, context.work_dir)
+    settler = Settler(plan, method, forward)
+    finder = GroupFinder(settler)
+    skeleton, count = plan.skeleton, plan.blocks
+    inside = {name for index in range(count) for name in skeleton.block_names(index)}
+    rest = tuple(name for name in plan.source.names() if name not in inside)
+    with ThreadPoolExecutor(1) as reader, BlockWriter(files, context) as writer:
+        copied = writer.copy_rest(plan.source, rest, outside)
+        context.progress(0.0, "calibrating")
+        inputs = BlockReader(plan, files, finished=files.finished())
+        coming = reader.submit(inputs.read_ahead, 0)
+        for index, block in enumerate(skeleton.blocks):
+            if index == 0 or block.row != skeleton.blocks[index - 1].row:
+                forward.enter_row(block.row)
+            tensors = coming.result() or inputs.read(index)
+            if index + 1 < count:
+                coming = reader.submit(inputs.read_ahead, index + 1)
+            context.progress(index / count, f"block {index + 1} of {count}")
+            if index < inputs.finished:
+                tensors |= {name: method.restore(name, tensors) for name in plan.chosen_of(index)}
+                skeleton.fill_block(index, tensors)
+                forward.advance(index)
+            else:
+                outcome = _press_block(settler, finder, index, tensors)
+                writer.write(block_output(index, tensors, outcome))
+                del outcome
+            del tensors
+            skeleton.empty_block(index)
+            return_freed_memory()
+        writer.wait()
+        effects = copied.result()
+    pressed = conclude(files, plan.source, effects)
+    context.progress(1.0, "done")
+    return pressed
+
+
+def _press_block(settler: Settler, finder: GroupFinder, index: int, tensors: dict[str, Tensor]) -> Outcome:
+    settler.plan.skeleton.fill_block(index, tensors)
+    linears = settler.plan.chosen_of(index)
+    groups = finder.groups_of(index, linears)
+    if groups is None:
+        return press_in_two_passes(settler, index, tensors, linears)
+    return press_in_turn(settler, index, tensors, linears, groups)
+
+
+@dataclass(frozen=True)
+class BlockReader:
+    """Reads the tensors of a block: as they were, or, of a finished block, as they were written. Called by any thread."""
+
+    plan: Plan
+    files: RunFiles
+    finished: int  #: blocks that an earlier attempt left whole
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        if index < self.finished:
+            return self.files.read_block(index)
+        tensors = {name: self.plan.source.read(name) for name in self.plan.skeleton.block_names(index)}
+        if self.plan.device.type == "cuda":
+            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
+
+    def read_ahead(self, index: int) -> dict[str, Tensor]:
+        """A block's tensors for a GPU. A CPU takes far longer to compute than to read: there only the kernel reads ahead, and {} is returned."""
+        if self.plan.device.type == "cuda":
+            return self.read(index)
+        if index >= self.finished:
+            self.plan.source.will_need(self.plan.skeleton.block_names(index))
+        return {}
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for a GPU's memory, and only a text for the host's."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _out_of_memory(error: RuntimeError) -> NightpressError:
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    return NightpressError(
+        ErrorCode.GPU_OUT_OF_MEMORY if on_gpu else ErrorCode.OUT_OF_MEMORY,
+        f"The {'GPU' if on_gpu else 'worker'}'s memory does not hold one block of the model with its calibration, even in small batches.",
+        hint=f"Use fewer or shorter calibration samples, or a {'GPU' if on_gpu else 'worker'} with more memory.",
+    )

@@ -1,0 +1,129 @@
+"""The files of a run: a shard for each block, a record beside it, and what of them an earlier attempt left whole.
+
+A killed attempt resumes behind the last block that was written. The finished blocks are run from their files, and since a block always
+runs as its files say it, what follows is the same to the last byte.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from nightpress.core.compress.executors.blocks.method import Pressed
+from nightpress.core.compress.executors.blocks.plan import Plan
+from nightpress.core.compress.executors.blocks.settle import Outcome
+from nightpress.core.compress.executors.rewrite import Effect
+from nightpress.core.compress.model.checkpoint import read_shard, read_shards, write_file, write_index
+from nightpress.core.compress.model.source import Source
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What was done to a block."""
+
+    effects: tuple[tuple[str, Effect], ...]  #: by weight
+    unseen: tuple[str, ...]
+    undersampled: tuple[tuple[str, int], ...]
+    warnings: tuple[str, ...]
+
+
+def record_of(outcome: Outcome) -> BlockRecord:
+    """Of the weights that the method settled."""
+    settled = outcome.settled
+    return BlockRecord(
+        effects=tuple((name, tensor.effect) for name, tensor in settled.items() if tensor.effect is not None),
+        unseen=tuple(name for name in outcome.unseen if name in settled),
+        undersampled=tuple((name, count) for name, count in outcome.undersampled if name in settled),
+        warnings=outcome.warnings,
+    )
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run's shards and records lie."""
+
+    target: Path
+    records: Path  #: a folder for the records of just this plan
+    blocks: int
+
+    def rest(self) -> Path:
+        """The shard of the tensors that are in no block."""
+        return self._shard(0)
+
+    def block(self, index: int) -> Path:
+        return self._shard(index + 1)
+
+    def record(self, index: int) -> Path:
+        return self.records / f"block-{index:05}.json"
+
+    def _shard(self, number: int) -> Path:
+        return self.target / f"model-{number + 1:05}-of-{self.blocks + 1:05}.safetensors"
+
+    def finished(self) -> int:
+        """How many blocks, from the first one on, an earlier attempt left whole."""
+        for index in range(self.blocks):
+            record, shard = self.record(index), self.block(index)
+            if not record.exists() or not shard.exists():
+                return index
+            if json.loads(record.read_bytes())["size"] != shard.stat().st_size:
+                return index
+        return self.blocks
+
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a finished block, as they were written."""
+        written = Source((read_shard(self.block(index)),))
+        return {name: written.read(name) for name in written.names()}
+
+    def write_record(self, index: int, record: BlockRecord) -> None:
+        """Vouch for a block whose shard is on disk."""
+        body = {
+            "size": self.block(index).stat().st_size,
+            "effects": {name: asdict(effect) for name, effect in record.effects},
+            "unseen": record.unseen,
+            "undersampled": dict(record.undersampled),
+            "warnings": record.warnings,
+        }
+        write_file(self.record(index), json.dumps(body).encode())
+
+    def read_record(self, index: int) -> BlockRecord:
+        body = json.loads(self.record(index).read_bytes())
+        return BlockRecord(
+            effects=tuple((name, Effect(**effect)) for name, effect in body["effects"].items()),
+            unseen=tuple(body["unseen"]),
+            undersampled=tuple(body["undersampled"].items()),
+            warnings=tuple(body["warnings"]),
+        )
+
+
+def run_files(target: Path, work_dir: Path, plan: Plan) -> RunFiles:
+    """Make the folders of a run."""
+    target.mkdir(parents=True, exist_ok=True)
+    records = work_dir / "blocks" / plan.digest
+    records.mkdir(parents=True, exist_ok=True)
+    return RunFiles(target, records, plan.blocks)
+
+
+def conclude(files: RunFiles, source: Source, outside: Mapping[str, Effect]) -> Pressed:
+    """Write the index of all shards, and add up the records. outside: what was done to tensors that are in no block."""
+    write_index(files.target)
+    sizes = {stored.name: stored.info.size for shard in read_shards(files.target) for stored in shard.tensors}
+    records = [files.read_record(index) for index in range(files.blocks)]
+    effects = {**outside, **dict(pair for record in records for pair in record.effects)}
+    return Pressed(
+        effects=effects,
+        bytes_after={
+            name: sum(size for other, size in sizes.items() if other == name or other.startswith(name + "_"))
+            for name in effects
+        },
+        unseen=tuple(name for record in records for name in record.unseen),
+        undersampled=dict(pair for record in records for pair in record.undersampled),
+        kept=tuple(
+            name
+            for name in source.names()
+            if name not in effects and name.endswith(".weight") and len(source.stored(name).info.shape) == 2
+        ),
+        warnings=dict(Counter(text for record in records for text in record.warnings)),
+    )

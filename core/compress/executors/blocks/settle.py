@@ -1,0 +1,74 @@
+"""Asking a method for the new weights of a block."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from nightpress.core.compress.executors.blocks.forward import Forward
+from nightpress.core.compress.executors.blocks.method import Method, Settled
+from nightpress.core.compress.executors.blocks.plan import Plan
+from nightpress.core.compress.executors.live_block import LiveBlock
+from nightpress.core.compress.executors.watch import Inputs
+from nightpress.core.compress.model.skeleton import is_conv1d
+from nightpress.core.compress.numerical_failures import check_finite, naming
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a block, or of some of its layers."""
+
+    settled: Mapping[str, Settled]
+    unseen: tuple[str, ...] = ()  #: weights that no calibration token reached
+    undersampled: tuple[tuple[str, int], ...] = ()  #: as `Pressed` has it
+    warnings: tuple[str, ...] = ()
+
+    def __or__(self, later: "Outcome") -> "Outcome":
+        return Outcome(
+            {**self.settled, **later.settled},
+            self.unseen + later.unseen,
+            self.undersampled + later.undersampled,
+            self.warnings + later.warnings,
+        )
+
+
+@dataclass(frozen=True)
+class Settler:
+    """A method at work on the blocks of a run."""
+
+    plan: Plan
+    method: Method
+    forward: Forward
+
+    def settle(
+        self, index: int, tensors: Mapping[str, Tensor], inputs: Sequence[Inputs], linears: Mapping[str, nn.Module]
+    ) -> Outcome:
+        """The method's answer for these tensors of a block. Methods know weights as [out, in]: Conv1D's are transposed before and after."""
+        layers = [[name.removesuffix(".weight") for name in seen.names] for seen in inputs]
+        for names, seen in zip(layers, inputs, strict=True):
+            check_finite(names, seen.statistic)
+        transposed = {name for name, layer in linears.items() if is_conv1d(layer)}
+        given = {name: tensor.t().contiguous() if name in transposed else tensor for name, tensor in tensors.items()}
+        live = self._live_block(index, given, transposed)
+        with naming([name for names in layers for name in names]):
+            settled = self.method.settle(live, inputs, self.plan.device)
+        return Outcome(
+            settled={
+                name: _transposed(name, tensor) if name in transposed else tensor for name, tensor in settled.items()
+            },
+            unseen=tuple(name for seen in inputs if seen.statistic.tokens == 0 for name in seen.names),
+            warnings=tuple(live.warnings),
+        )
+
+    def _live_block(self, index: int, given: Mapping[str, Tensor], transposed: set[str]) -> LiveBlock:
+        """The block for a method. A method that settles all layers at once may run the block on the probe."""
+        block = self.plan.skeleton.blocks[index]
+        probe = None if self.method.by_group else self.forward.probe(index)
+        return LiveBlock(given, block) if probe is None else LiveBlock(given, block, *probe, transposed)
+
+
+def _transposed(name: str, tensor: Settled) -> Settled:
+    """A settled weight in the layout [in, out]."""
+    assert tensor.tensors.keys() == {name}, "codes can't be transposed"
+    weight = tensor.weight.t().contiguous()
+    return Settled(weight=weight, tensors={name: weight}, effect=tensor.effect)

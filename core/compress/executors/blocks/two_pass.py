@@ -1,0 +1,77 @@
+"""A block in two passes: the samples run while its layers' inputs are summed up, all layers are settled, and the samples run again."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from nightpress.core.compress.executors.blocks.forward import Forward
+from nightpress.core.compress.executors.blocks.plan import Plan
+from nightpress.core.compress.executors.blocks.settle import Outcome, Settler
+from nightpress.core.compress.executors.watch import EnoughSeen, Inputs, Watched
+
+
+def press_in_two_passes(
+    settler: Settler, index: int, tensors: Mapping[str, Tensor], linears: Mapping[str, nn.Module]
+) -> Outcome:
+    """Settle a block whose weights are filled in. tensors: all of the block's; linears: the layers to settle.
+
+    The samples run through the settled block only if another block comes after it.
+    """
+    plan, forward = settler.plan, settler.forward
+    seen = _watch(settler, index, linears)
+    few = _undersampled(plan, index, seen)
+    seen = [inputs for inputs in seen if few.keys().isdisjoint(inputs.names)]
+    seen += _watch_on_all_tokens(settler, index, linears, few)
+    outcome = replace(settler.settle(index, tensors, seen, linears), undersampled=tuple(few.items()))
+    del seen  # frees the sums before the samples run again
+    weights = {name: settled.weight for name, settled in outcome.settled.items()}
+    plan.skeleton.fill_block(index, {**tensors, **weights})
+    if index + 1 < plan.blocks:
+        forward.advance(index)
+    return outcome
+
+
+def _watch(settler: Settler, index: int, linears: Mapping[str, nn.Module]) -> list[Inputs]:
+    """Sum up the inputs of these layers."""
+    watched = Watched(settler.method.watch, settler.plan.device, linears)
+    with watched.over(settler.plan.skeleton.blocks[index].module):
+        _run_until_seen(settler.forward, index, watched)
+    return watched.inputs()
+
+
+def _run_until_seen(forward: Forward, index: int, watched: Watched) -> None:
+    """Run all samples through a block until its last watched layer was called; the hidden states stay as they are."""
+    for number in range(len(forward.hidden)):
+        with contextlib.suppress(EnoughSeen):
+            forward.through(index, number, forward.hidden.look_at(number), watched)
+
+
+def _undersampled(plan: Plan, index: int, seen: Sequence[Inputs]) -> dict[str, int]:
+    """Weights of experts that saw fewer tokens than they have inputs, too few to tell one input from another → that number."""
+    prefixes = tuple(prefix for prefix, _ in plan.skeleton.experts(index))
+    return {
+        name: inputs.statistic.tokens
+        for inputs in seen
+        for name in inputs.names
+        if prefixes and name.startswith(prefixes) and inputs.statistic.tokens < plan.source.stored(name).info.shape[1]
+    }
+
+
+def _watch_on_all_tokens(
+    settler: Settler, index: int, linears: Mapping[str, nn.Module], few: Mapping[str, int]
+) -> list[Inputs]:
+    """The inputs that the experts of these weights would have if every token went through them."""
+    layers = {name: layer for name, layer in linears.items() if name in few}
+    if not layers:
+        return []
+    for prefix, mixture in settler.plan.skeleton.experts(index):
+        named = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
+        mixture.shown_all = frozenset(int(name.split(".")[0]) for name in named)
+    try:
+        seen = _watch(settler, index, layers)
+    finally:
+        for mixture in settler.forward.experts_of(index):
+            mixture.shown_all = frozenset()
+    return [replace(inputs, routed={name: few[name] for name in inputs.names}) for inputs in seen]

@@ -1,0 +1,105 @@
+"""The thread that writes the shards. It is given values: nothing that another thread changes."""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.blocks.resume import BlockRecord, RunFiles, record_of
+from nightpress.core.compress.executors.blocks.settle import Outcome
+from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes
+from nightpress.core.compress.grids.workspace import Workspace
+from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, ShardWriter, tensor_info
+from nightpress.core.compress.model.source import Source
+
+
+@dataclass(frozen=True)
+class BlockOutput:
+    """A block as it goes into its files."""
+
+    index: int
+    tensors: tuple[tuple[str, Tensor], ...]  #: by name, on any device
+    record: BlockRecord
+
+
+def block_output(index: int, tensors: Mapping[str, Tensor], outcome: Outcome) -> BlockOutput:
+    """tensors: the block's as they were read. The floats that codes stand for are not kept alive."""
+    written: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        written |= outcome.settled[name].tensors if name in outcome.settled else {name: tensor}
+    return BlockOutput(index, tuple(written.items()), record_of(outcome))
+
+
+class BlockWriter:
+    """Writes a block while the next one is computed. `write` first waits for the block before: at most one is held in memory."""
+
+    def __init__(self, files: RunFiles, context: PassContext) -> None:
+        self._files, self._context = files, context
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: tuple[int, Future[None]] | None = None
+
+    def copy_rest(
+        self, source: Source, names: tuple[str, ...], rewrites: Mapping[str, Rewrite]
+    ) -> Future[dict[str, Effect]]:
+        """Write the shard of the tensors that are in no block. Every attempt does so: it takes a moment."""
+        return self._thread.submit(_write_rest, self._files, source, names, rewrites)
+
+    def wait(self) -> None:
+        """Wait until the last block is on disk, and checkpoint it. Raises what its writing raised."""
+        if self._pending is not None:
+            index, future = self._pending
+            self._pending = None
+            future.result()
+            self._context.whole(index + 1, self._files.block(index), self._files.record(index))
+
+    def write(self, output: BlockOutput) -> None:
+        self.wait()
+        self._pending = output.index, self._thread.submit(write_block, self._files, output)
+
+    def __enter__(self) -> "BlockWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+
+
+def write_block(files: RunFiles, output: BlockOutput) -> None:
+    """Put a block's shard on disk, then the record that vouches for it."""
+    infos = [
+        tensor_info(name, SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in output.tensors
+    ]
+    with ShardWriter(files.block(output.index), infos, {"format": "pt"}) as shard:
+        for name, tensor in output.tensors:
+            shard.write(name, 0, _bytes(tensor.cpu()))
+        shard.commit()
+    files.write_record(output.index, output.record)
+
+
+def _write_rest(
+    files: RunFiles, source: Source, names: tuple[str, ...], rewrites: Mapping[str, Rewrite]
+) -> dict[str, Effect]:
+    infos = [info for name in names for info in becomes(source.stored(name).info, rewrites.get(name))]
+    effects: dict[str, Effect] = {}
+    with ShardWriter(files.rest(), infos, {"format": "pt"}) as shard:
+
+        def put(part: str, at: int, tensor: Tensor) -> None:
+            shard.write(part, at, _bytes(tensor))
+
+        for name in names:
+            if name in rewrites:
+                effects[name] = rewrites[name](source.read(name), 0, put, Workspace())
+                continue
+            for at, piece in source.pieces(name):
+                shard.write(name, at, piece)
+        shard.commit()
+    return effects
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,78 @@
+"""Where the hidden states of calibration samples lie between two blocks."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+_GPU_SHARE = 0.3  #: of the free memory
+_HOST_SHARE = 0.25
+
+
+class HiddenStates:
+    """The hidden states [samples, length, width] of all samples between two blocks, batch by batch.
+
+    They lie on the device, in host memory, or in a file that the kernel pages, whichever has ample room.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], batch: int, dtype: torch.dtype, device: torch.device, folder: Path
+    ) -> None:
+        self.shape, self._device = shape, device
+        samples = shape[0]
+        sizes = [min(batch, samples - at) for at in range(0, samples, batch)]
+        needed = torch.Size(shape).numel() * dtype.itemsize
+        on_gpu = device.type == "cuda" and needed < _GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+        in_file = not on_gpu and needed >= _HOST_SHARE * psutil.virtual_memory().available
+        #: True: a batch is handed out and put back itself. False: each batch has its place in memory or in the file, and is copied from and to it.
+        self._handed_out = not in_file and (on_gpu or device.type == "cpu")
+        self._batches: list[Tensor] = []
+        if in_file:
+            self._batches = list(torch.split(_mapped(shape, dtype, folder), batch))
+        elif not self._handed_out:
+            self._batches = [torch.empty((size, *shape[1:]), dtype=dtype, pin_memory=True) for size in sizes]
+        else:
+            self._batches = [torch.empty(0, dtype=dtype, device=device) for _ in sizes]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie: a GPU, or the host."""
+        return self._batches[0].device
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Each batch [B, length, width], where it lies."""
+        return iter(self._batches)
+
+    def look_at(self, number: int) -> Tensor:
+        """A batch on the device, to be left as it is."""
+        return self._batches[number].to(self._device, non_blocking=True)
+
+    def take(self, number: int) -> Tensor:
+        """A batch on the device, for the caller to use up; the next hidden states are `put` in its place."""
+        taken = self._batches[number]
+        if self._handed_out:
+            self._batches[number] = taken.new_empty(0)
+            return taken
+        return taken.to(self._device, non_blocking=True).view_as(taken)
+
+    def put(self, number: int, batch: Tensor) -> None:
+        if self._handed_out:
+            self._batches[number] = batch
+        else:
+            self._batches[number].copy_(batch)
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "hidden-states.bin"
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    room = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype)
+    path.unlink()  # the mapping keeps the file for as long as it is needed
+    return room.view(shape)

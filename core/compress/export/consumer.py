@@ -1,0 +1,391 @@
+"""Running a model in the hands of its real consumer: a fresh process that loads the folder with the consumer's own library.
+
+One process an artifact serves the verification, the evaluation and the timing. It sees no code of ours but its script and the measuring
+module beside that, and nothing of this process's state. An artifact is timed by turns with its source, where both fit into memory: what
+else the machine does then slows both alike.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.environment import bfloat16_held_down
+from nightpress.core.compress.export.consumer_faults import check_finite, failed
+from nightpress.core.compress.model.checkpoint import disk_errors
+from nightpress.core.recipes.costs import LOGIT_BYTES
+
+_STDERR_READ = 32768
+_SHAPE_SECONDS = 8.0  #: a shape is timed no longer for each model, but at least _FEWEST times
+_FEWEST = 5
+_WRITING_SECONDS = 20.0  #: and decoding no longer than this, but at least _FEWEST_WRITINGS times
+_FEWEST_WRITINGS = 3
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Examples that a runner is to run, and what it is to keep of the outputs: `pooled`, `logits`, `last`, `tokens` or `generated`."""
+
+    name: str
+    kind: str
+    sequences: Sequences
+    compared: NDArray[np.bool_] | None = None  #: [N, S], where whole distributions are compared
+    new_tokens: int = 0  #: `generated`: how many the source writes at most
+    alone: bool = False  #: one text a batch: the model can't read padded ones
+
+    def rows(self, classes: int) -> int:
+        """Rows a batch. classes: the width of one position's output."""
+        if self.alone:
+            return 1
+        length = int(self.sequences.ids.shape[1]) + self.new_tokens
+        per_row = 4 * length * classes if self.kind in {"tokens", "last", "generated"} else 4 * length * 8192
+        return max(1, min(16, LOGIT_BYTES // max(per_row, 1)))
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    length: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Greedy decoding to be timed."""
+
+    batch: int
+    prompt: int
+    tokens: int
+    repeats: int
+    cached: bool = True  #: as the folder's settings say; else each token takes a pass over the whole text
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is run with every model of a job, so that all of them see the same."""
+
+    name: str  #: header.task, or `image-classification`
+    sets: tuple[TokenSet, ...]
+    shapes: tuple[Shape, ...]
+    timing_ids: NDArray[Any]  #: a run of tokens, or one image [C, H, W]
+    pooling: str
+    classes: int  #: words of the vocabulary or classes
+    threads: int
+    writings: tuple[Writing, ...] = ()
+
+    @property
+    def only_timed(self) -> "Task":
+        """The same without its examples."""
+        return replace(self, sets=())
+
+    def request(self) -> dict[str, Any]:
+        """What a runner is told of it."""
+        sets = [
+            {"name": one.name, "kind": one.kind, "rows": one.rows(self.classes), "new_tokens": one.new_tokens}
+            for one in self.sets
+        ]
+        told = {"task": self.name, "pooling": self.pooling, "threads": self.threads, "longest": self.longest}
+        return told | {"sets": sets}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a runner is given."""
+        arrays: dict[str, NDArray[Any]] = {"timing.ids": self.timing_ids}
+        for one in self.sets:
+            arrays[f"{one.name}.ids"] = one.sequences.ids
+            arrays[f"{one.name}.mask"] = one.sequences.mask
+            if one.kind == "tokens":
+                assert one.sequences.targets is not None
+                assert one.compared is not None
+                arrays[f"{one.name}.targets"] = one.sequences.targets
+                arrays[f"{one.name}.compared"] = one.compared
+        return arrays
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        widths = [int(one.sequences.ids.shape[1]) for one in self.sets]
+        written = [one.prompt + one.tokens for one in self.writings]
+        return max([*widths, *(shape.length for shape in self.shapes), *written])
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a fresh process saw."""
+
+    outputs: Mapping[str, NDArray[Any]] = field(repr=False)
+    timings: tuple[dict[str, Any], ...]
+    writings: tuple[dict[str, Any], ...]  #: none where the consumer can't decode
+    peak_memory: int | None  #: None where the system can't say
+    versions: dict[str, str]
+    snippet: str  #: the lines that loaded the folder, as executed
+    seconds: float
+    outputs_file: Path
+    beside: "Timed | None" = None  #: the source's runs, where both took turns
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Runs of one model: each shape, and each kind of writing, with its milliseconds."""
+
+    timings: tuple[dict[str, Any], ...]
+    writings: tuple[dict[str, Any], ...]
+
+
+class Consumer:
+    """A fresh process that loads a folder, runs the task's examples and is then timed, a run at a time.
+
+    A context manager: the process ends with the block.
+    """
+
+    def __init__(
+        self,
+        runner: Path,
+        folder: Path,
+        task: Task,
+        *,
+        name: str,
+        scratch: Path,
+        reference: Path | None = None,
+        stem: str | None = None,
+        progress: Callable[[float, str], None] = lambda _fraction, _text: None,
+    ) -> None:
+        """name: of the artifact, or `source`. stem: of its files in `scratch`; the name, where it isn't given."""
+        self.name, self._progress, self._started = name, progress, time.monotonic()
+        self.peak_memory: int | None = None  #: of the process until now; None where the system can't say
+        self.decodes = False  #: whether it can be timed as it writes; known once it has run
+        scratch.mkdir(parents=True, exist_ok=True)
+        stem = stem or name
+        self._outputs, self._answer = scratch / f"{stem}.npz", scratch / f"{stem}.json"
+        request = scratch / f"{stem}.request.json"
+        with disk_errors():
+            inputs = scratch / "inputs.npz"
+            if not inputs.exists():
+                np.savez(inputs, **task.arrays())  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
+            files = {"inputs": inputs, "outputs": self._outputs, "answer": self._answer, "reference": reference}
+            request.write_text(
+                json.dumps(
+                    {
+                        "folder": folder.name,
+                        "float32": bfloat16_held_down(),
+                        **task.request(),
+                        **{key: None if file is None else str(file.resolve()) for key, file in files.items()},
+                    }
+                )
+            )
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - the process writes into it as long as it lives
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-B", str(runner), str(request.resolve())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=consumer_environment(task.threads, scratch),
+            cwd=folder.parent,
+        )
+
+    def __enter__(self) -> "Consumer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def run(self) -> Observed:
+        """Wait until the examples were run.
+
+        Raises NightpressError(verification_failed) with the end of its standard error when that fails, numerical_failure when an
+        output is not finite.
+        """
+        self._wait_for(b"@ready ")
+        with np.load(self._outputs) as archive:
+            kept = {key: archive[key] for key in archive.files}
+        check_finite(kept, self.name)
+        raw = json.loads(self._answer.read_bytes())
+        self.decodes = bool(raw["decodes"])
+        return Observed(
+            outputs=kept,
+            timings=(),
+            writings=(),
+            peak_memory=self.peak_memory,
+            versions=raw["versions"],
+            snippet=raw["snippet"],
+            seconds=self.seconds,
+            outputs_file=self._outputs,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Since the process was started."""
+        return time.monotonic() - self._started
+
+    def time(self, wanted: Shape | Writing) -> dict[str, Any]:
+        """A run, with its milliseconds. Raises as `run` does."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and what it said is read below
+            self._process.stdin.write(json.dumps(vars(wanted)).encode() + b"\n")
+            self._process.stdin.flush()
+        return self._wait_for(b"@timed ")
+
+    def _wait_for(self, sign: bytes) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(sign):
+                found: dict[str, Any] = json.loads(line[len(sign) :])
+                self.peak_memory = max(found.pop("process_peak_bytes") or 0, self.peak_memory or 0) or None
+                return found
+            if line.startswith(b"@progress "):
+                with contextlib.suppress(ValueError):
+                    fraction, _, text = line[10:].decode(errors="replace").strip().partition(" ")
+                    self._progress(float(fraction), text)
+        status = self._process.wait()
+        self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, self._errors.tell() - _STDERR_READ))
+        raise failed(self.name, status, self._errors.read().decode(errors="replace"))
+
+
+def run_consumer(
+    runner: Path,
+    folder: Path,
+    task: Task,
+    *,
+    name: str,
+    scratch: Path,
+    reference: Path | None = None,
+    beside: Callable[[int | None], Consumer | None] = lambda _peak: None,
+    progress: Callable[[float, str], None] = lambda _fraction, _text: None,
+) -> Observed:
+    """Load `folder` in a fresh process and run the task there.
+
+    beside: from the peak of this process's memory to the source's consumer, loaded, to take turns with; None: it is timed alone.
+    Raises as Consumer.run does.
+    """
+    timed = len(task.shapes) + len(task.writings)
+    share = len(task.sets) / max(1, len(task.sets) + timed)  # of the progress that the sets make
+    with Consumer(
+        runner,
+        folder,
+        task,
+        name=name,
+        scratch=scratch,
+        reference=reference,
+        progress=lambda fraction, text: progress(share * fraction, text),
+    ) as consumer:
+        seen = consumer.run()
+        other = beside(consumer.peak_memory) if timed else None
+        models = [consumer] if other is None else [consumer, other]
+        ours, *theirs = _take_turns(task, models, lambda fraction, text: progress(share + (1 - share) * fraction, text))
+        return replace(
+            seen,
+            timings=ours.timings,
+            writings=ours.writings,
+            beside=theirs[0] if theirs else None,
+            peak_memory=consumer.peak_memory,
+            seconds=consumer.seconds,
+        )
+
+
+def _take_turns(task: Task, models: Sequence[Consumer], progress: Callable[[float, str], None]) -> tuple[Timed, ...]:
+    """Every shape and every kind of writing, a run of each model after the other."""
+    decode = all(one.decodes for one in models[:1])
+    wanted: list[Shape | Writing] = [*task.shapes, *(task.writings if decode else ())]
+    runs: list[list[list[dict[str, Any]]]] = []
+    for at, one in enumerate(wanted):
+        progress(at / len(wanted), _said(one))
+        runs.append(_rounds(one, models))
+    shapes = len(task.shapes)
+    return tuple(
+        Timed(
+            timings=tuple(_timed(one, found[at]) for one, found in zip(wanted[:shapes], runs, strict=False)),
+            writings=_written(wanted[shapes:], [found[at] for found in runs[shapes:]]),
+        )
+        for at in range(len(models))
+    )
+
+
+def _said(one: Shape | Writing) -> str:
+    if isinstance(one, Shape):
+        return f"timing {one.batch} × {one.length}"
+    return f"decoding {one.batch} × {one.prompt}{'' if one.cached else ' without a cache'}"
+
+
+def _rounds(one: Shape | Writing, models: Sequence[Consumer]) -> list[list[dict[str, Any]]]:
+    """Runs of each model, [models][rounds], behind one that warms up. In every second round the order is turned."""
+    fewest, seconds = (_FEWEST, _SHAPE_SECONDS) if isinstance(one, Shape) else (_FEWEST_WRITINGS, _WRITING_SECONDS)
+    warm = [model.time(one) for model in models]
+    found: list[list[dict[str, Any]]] = [[] for _ in models]
+    deadline = time.monotonic() + seconds * len(models)
+    while len(found[0]) < one.repeats and (len(found[0]) < fewest or time.monotonic() < deadline):
+        order = list(zip(models, found, strict=True))
+        for model, runs in order if len(found[0]) % 2 == 0 else reversed(order):
+            runs.append(model.time(one))
+    if isinstance(one, Writing):  # what is written first needs memory, too
+        for first, runs in zip(warm, found, strict=True):
+            runs[0]["peak_memory_bytes"] = _larger(first["peak_memory_bytes"], runs[0]["peak_memory_bytes"])
+    return found
+
+
+def _larger(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else max(a, b)
+
+
+def _timed(shape: Shape | Writing, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    assert isinstance(shape, Shape)
+    return {"batch": shape.batch, "length": shape.length, "milliseconds": [one["milliseconds"] for one in runs]}
+
+
+def _written(wanted: Sequence[Shape | Writing], runs: Sequence[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...]:
+    """Waits before each token [runs][tokens], the peak of memory, and without a cache how much was written alike."""
+    texts: dict[tuple[int, int], NDArray[Any]] = {}
+    found = []
+    for one, of_one in zip(wanted, runs, strict=True):
+        assert isinstance(one, Writing)
+        text = np.asarray(of_one[0]["text"])
+        cached = texts.setdefault((one.batch, one.prompt), text)
+        peaks = [run["peak_memory_bytes"] for run in of_one]
+        written = {
+            **vars(one),
+            "milliseconds": [run["milliseconds"] for run in of_one],
+            "peak_memory_bytes": None if None in peaks else max(peaks),
+        }
+        if not one.cached:
+            written["alike"] = float((cached[:, : one.tokens] == text).mean())
+        found.append(written)
+    return tuple(found)
+
+
+def consumer_name(versions: Mapping[str, str]) -> str:
+    """E.g. `onnxruntime 1.32.0`: the library that a runner names last."""
+    library, version = list(versions.items())[-1]
+    return f"{library} {version}"
+
+
+def consumer_environment(threads: int, scratch: Path) -> dict[str, str]:
+    """What a consumer's process sees of this one's environment: no Python settings, no network."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return kept | {
+        "OMP_NUM_THREADS": str(threads),
+        # Threads that spin long at a barrier wait for one that isn't scheduled: beside anything else that runs, torch became ten
+        # times slower. Threads that don't spin at all cost a quiet machine a third. This many rounds cost neither.
+        "GOMP_SPINCOUNT": "3000",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_MODULES_CACHE": str((scratch / "modules").resolve()),  # where transformers copies a folder's own code
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "ORT_DISABLE_TELEMETRY": "1",
+        "TMPDIR": str(scratch.resolve()),
+    }

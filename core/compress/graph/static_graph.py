@@ -1,0 +1,234 @@
+"""A graph whose products read quantized inputs and weights: `DequantizeLinear(QuantizeLinear(x))` and `DequantizeLinear(int8 weight)` (QDQ).
+
+Attention's scores are a product of two inputs, queries and keys, and each is rounded where it is made: before it is split into heads and turned,
+which bytes make cheaper too.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nightpress.core.compress.graph.attention_scores import Scores, score_products
+from nightpress.core.compress.graph.dynamic_int8 import (
+    array_of,
+    codes_of,
+    effect_of,
+    fold_transposes,
+    is_smoothing,
+    lies_on_grid,
+    quantize_embeddings,
+    readers_by_input,
+    smooth_inputs,
+    something,
+    store_in_int8,
+)
+from nightpress.core.compress.grids import activation_ranges
+from nightpress.core.compress.grids.activation_ranges import Range
+from nightpress.core.compress.solvers.static_weights import Settled
+from nightpress.core.handoff.report import LayerEffect
+from nightpress.core.recipes.linears import matches
+from nightpress.core.recipes.passes import StaticInt8
+
+_TOP = 127  #: of a query's codes
+
+Settle = Callable[
+    [str, Tensor], Settled
+]  #: (input's name, weights [out, in] of all that read it) → how they are settled
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A product's weight in the two forms that a graph may hold."""
+
+    codes: NDArray[np.int8]  #: [in, out], up to the largest code that the processor can sum
+    scales: NDArray[np.float32]  #: [out]
+    stored: NDArray[np.int8]  #: [in, out], not smoothed, all of int8's range: for a product that is left in float
+    stored_scales: NDArray[np.float32]  #: [1, out]
+    effect: LayerEffect  #: of `codes`
+    stored_effect: LayerEffect
+
+
+@dataclass(frozen=True)
+class QdqGraph:
+    """A graph with its embeddings in int8, and the products that may follow. Weights stand beside it and not in it."""
+
+    model: Any  #: onnx.ModelProto
+    inputs: Mapping[str, str]  #: product → the tensor it is given
+    plain_inputs: Mapping[str, str]  #: product → that tensor before it was smoothed
+    weights: Mapping[str, Weight]  #: by their names in the graph
+    scores: Mapping[str, Scores]  #: attention's product → queries and keys
+    costs: Mapping[
+        str, float
+    ]  #: product → share of its outputs' power that rounding changed, of products whose weights were settled
+    top: int  #: the largest code of a key
+    tables: tuple[LayerEffect, ...]  #: of the embeddings
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.inputs, *self.scores)
+
+    @property
+    def operands(self) -> tuple[tuple[str, str], ...]:
+        """(product, tensor that it is given and that needs a range)."""
+        scores = ((name, x.tensor) for name, one in self.scores.items() for x in (one.query, one.key))
+        return (*self.inputs.items(), *scores)
+
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        """The tensors that need ranges, product by product."""
+        return tuple(tensor for _, tensor in self.operands)
+
+    @classmethod
+    def of(cls, graph: Path, options: StaticInt8, top: int, settle: Settle | None = None) -> "QdqGraph":
+        """settle: None leaves inputs as they come and rounds each weight to its nearest code."""
+        import onnx
+
+        model = onnx.load(graph)
+        fold_transposes(onnx, model)
+        constants = {one.name: one for one in model.graph.initializer}
+        products = [
+            node
+            for node in model.graph.node
+            if node.op_type == "MatMul"
+            and node.input[0] not in constants
+            and len(getattr(constants.get(node.input[1]), "dims", ())) == 2
+            and not matches(node.name, options.ignore)
+            and not matches(node.input[1], options.ignore)
+        ]
+        something(products, options.pass_)
+        # As they are: a strong channel that smoothing multiplies into a weight would take most of its row's range.
+        plain_inputs = {node.name: node.input[0] for node in products}
+        names = dict.fromkeys(node.input[1] for node in products)
+        stored = {name: codes_of(array_of(onnx, constants[name]), 0) for name in names}
+        lost = {
+            name: effect_of(name, array_of(onnx, constants[name]), codes * scales)
+            for name, (codes, scales) in stored.items()
+        }
+        settled, costs = _settled(onnx, model, products, settle) if settle else ({}, {})
+        weights = {}
+        for name in names:
+            floats = array_of(onnx, constants[name])
+            codes, scales = settled.get(name) or codes_of(floats, 0, top)
+            effect = effect_of(name, floats, codes * scales)
+            weights[name] = Weight(codes, scales.reshape(-1), *stored[name], effect, lost[name])
+            constants[name].ClearField("raw_data")
+        scores = {name: one for name, one in score_products(model.graph).items() if not matches(name, options.ignore)}
+        tables = quantize_embeddings(onnx, model, constants, options.ignore)
+        inputs = {node.name: node.input[0] for node in products}
+        return cls(model, inputs, plain_inputs, weights, scores, costs, top, tuple(tables))
+
+    def effects(self, left: Collection[str]) -> tuple[LayerEffect, ...]:
+        """What rounding did to each weight; those of products left in float have all of int8's range."""
+        found = []
+        for node in self.model.graph.node:
+            if node.name in self.inputs:
+                weight = self.weights[node.input[1]]
+                effect = weight.stored_effect if node.name in left else weight.effect
+                found.append(effect.model_copy(update={"name": node.name}))
+        return (*found, *self.tables)
+
+    def written(self, ranges: Mapping[str, Range], left: Collection[str]) -> bytes:
+        """The graph with all products in int8 but those that are left in float, whose weights alone are."""
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        new = _Written(onnx)
+        operands = {}
+        for name, scores in self.scores.items():
+            if name not in left:
+                operands[scores.query.reader, scores.query.tensor] = "query", _TOP
+                operands[scores.key.reader, scores.key.tensor] = "key", self.top
+        for node in model.graph.node:
+            for at, name in enumerate(node.input):
+                if (node.name, name) in operands:
+                    kind, top = operands[node.name, name]
+                    scale = activation_ranges.symmetric_scale(ranges[name], top)
+                    node.input[at] = new.rounded(name, kind, scale, np.int8(0))
+            if node.name in self.inputs and node.name not in left:
+                x, weight = node.input
+                node.input[0] = new.rounded(x, "uint8", *activation_ranges.scale_and_zero(ranges[x]))
+                node.input[1] = new.weight(weight, self.weights[weight])
+            elif node.name in self.inputs:
+                node.input[0] = self.plain_inputs[node.name]
+            new.nodes.append(node)
+        used = {name for node in new.nodes for name in node.input}
+        new.nodes = [node for node in new.nodes if not is_smoothing(node) or node.output[0] in used]
+        used = {name for node in new.nodes for name in node.input}
+        new.constants += [one for one in model.graph.initializer if one.name in used]
+        for field, found in ((model.graph.node, new.nodes), (model.graph.initializer, new.constants)):
+            del field[:]
+            field.extend(found)
+        floats = dict.fromkeys(
+            node.input[1] for node in model.graph.node if node.name in left and node.name in self.inputs
+        )
+        store_in_int8(
+            onnx, model, {name: (self.weights[name].stored, self.weights[name].stored_scales) for name in floats}
+        )
+        return bytes(model.SerializeToString(deterministic=True))
+
+
+def _settled(
+    onnx: Any, model: Any, products: list[Any], settle: Settle
+) -> tuple[dict[str, tuple[NDArray[np.int8], NDArray[np.float32]]], dict[str, float]]:
+    """Smooth the products' inputs in place. (Weight → codes [in, out] and scales [1, out], product → its cost.)
+
+    Weights that were trained on the grid of int8 keep their codes, and their inputs are left as they come.
+    """
+    constants = {one.name: one for one in model.graph.initializer}
+    free = [node for node in products if not lies_on_grid(array_of(onnx, constants[node.input[1]]), 0)]
+    readers = readers_by_input(model, free)
+    found: dict[str, Settled] = {}
+
+    def factors_of(name: str, weight: Tensor) -> Tensor:
+        found[name] = settle(name, weight)
+        return found[name].factors
+
+    smooth_inputs(onnx, model, free, factors_of)
+    codes, costs = {}, {}
+    for name, nodes in readers.items():
+        first, one = 0, found[name]
+        for node in nodes:
+            rows = slice(first, first + constants[node.input[1]].dims[1])
+            codes[node.input[1]] = np.ascontiguousarray(one.codes[rows].T), one.scales[None, rows]
+            costs[node.name] = float(one.error[rows].sum() / max(one.power[rows].sum(), 1e-30))
+            first = rows.stop
+    return codes, costs
+
+
+class _Written:
+    """Nodes in their order and their constants. What several nodes read is made once, before the first of them."""
+
+    def __init__(self, onnx: Any) -> None:
+        self._make, self._constant = onnx.helper.make_node, onnx.numpy_helper.from_array
+        self._made: set[str] = set()
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def rounded(self, name: str, kind: str, scale: np.float32, zero: np.generic) -> str:
+        """The name of a tensor's values once they were rounded to codes."""
+        codes = f"{name}_{kind}"
+        seen = f"{codes}_seen"
+        if seen not in self._made:
+            self._made.add(seen)
+            grid = [f"{codes}_scale", f"{codes}_zero"]
+            self.constants += [self._constant(np.asarray(one), at) for one, at in zip((scale, zero), grid, strict=True)]
+            self.nodes.append(self._make("QuantizeLinear", [name, *grid], [codes], f"{codes}_quantize"))
+            self.nodes.append(self._make("DequantizeLinear", [codes, *grid], [seen], f"{codes}_dequantize"))
+        return seen
+
+    def weight(self, name: str, weight: Weight) -> str:
+        """The name of a weight's values."""
+        floats = f"{name}_float"
+        if floats not in self._made:
+            self._made.add(floats)
+            parts = [f"{name}_int8", f"{name}_scales", f"{name}_zeros"]
+            values = (weight.codes, weight.scales, np.zeros(len(weight.scales), np.int8))
+            self.constants += [self._constant(one, at) for one, at in zip(values, parts, strict=True)]
+            self.nodes.append(self._make("DequantizeLinear", parts, [floats], f"{name}_dequantize", axis=1))
+        return floats

@@ -1,0 +1,330 @@
+"""The graph executor: a model traced once into an ONNX graph, from which each graph format is made.
+
+The trace is the resume point: it costs most of the time, and another attempt of the same job finds it in the job's work folder.
+"""
+
+import ast
+import contextlib
+import hashlib
+import inspect
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.grids.pressed_weights import PressedWeights
+from nightpress.core.compress.model.checkpoint import disk_errors, write_file
+from nightpress.core.compress.model.networks import load_model
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.manifest import describe_folder
+from nightpress.core.recipes.header import ModelHeader
+
+#: Dimensions that vary, under the names that generation libraries look for: transformers.js makes an empty cache from them.
+_BATCH, _LENGTH = "batch_size", "sequence_length"
+_BOTH = {0: _BATCH, 1: _LENGTH}
+_SEEN = {0: _BATCH, 1: "total_sequence_length"}
+_PAST = {0: _BATCH, 2: "past_sequence_length"}
+OPSET = 20  #: the first with Gelu as one node; ONNX Runtime reads it from 1.17 on, OpenVINO from 2024.0
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model as an fp32 ONNX graph, and what the traced model itself says of a few texts."""
+
+    path: Path
+    check: NDArray[np.float32]  #: the model's first output for the check texts: [B, S, …] or [B, C]
+    rounding: Mapping[
+        str, float
+    ]  #: linear layer → relative error of its input on those texts, rounded to int8 with one scale
+    peaks: Mapping[str, NDArray[np.float32]] = field(
+        default_factory=dict
+    )  #: linear layer → largest magnitude of each of its inputs on those texts, [in]
+    cached: bool = False  #: the graph takes and gives the keys and values of what it has seen: a decoder's
+
+
+def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassContext) -> Traced:
+    """Trace once. Another attempt, whose folders have other names, finds the trace by the bytes of the model and of the check texts."""
+    context.progress(0.0, "looking for an earlier trace of this model")
+    key = hashlib.sha256(f"{content_digest(model_dir)}\n{header.model_dump_json()}\n{OPSET}\n".encode())
+    key.update(check.ids.tobytes())
+    folder = context.work_dir / "graph" / key.hexdigest()[:16]
+    graph, outputs = folder / "model.onnx", folder / "check.npy"
+    errors, peaks = folder / "rounding.json", folder / "peaks.npz"
+    if not all(file.is_file() for file in (graph, errors, peaks, outputs)):
+        folder.mkdir(parents=True, exist_ok=True)
+        context.progress(0.05, "loading the model to trace it")
+        model = _load(model_dir, header, context.threads)
+        with torch.inference_mode(), _watch_inputs(model) as (rounding, largest):
+            expected = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask)).float().numpy()
+        context.progress(0.2, "tracing the model into a graph")
+        with disk_errors():
+            # The weights lie inside the file up to protobuf's 2 GiB; beyond, in one file beside it.
+            partial = folder / "partial"
+            partial.mkdir(exist_ok=True)
+            program = export_graph(model, header, model.signature(example_ids(header)))
+            _name_after_modules(program.model.graph)
+            without_notes(program.model.graph)
+            program.save(partial / "model.onnx", external_data=4 * header.parameters > 1_900_000_000)
+            for file in partial.iterdir():
+                file.replace(folder / file.name)
+            partial.rmdir()
+            write_file(errors, json.dumps(rounding).encode())
+            np.savez(folder / "partial.npz", **largest)  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
+            (folder / "partial.npz").replace(peaks)
+            with (folder / "check.partial").open("wb") as stream:
+                np.save(stream, expected)
+                os.fsync(stream.fileno())
+            (folder / "check.partial").replace(outputs)
+        beside = (file for file in folder.glob(f"{graph.name}.*") if file.is_file())  # weights beyond 2 GiB
+        context.whole(1, *beside, graph, errors, peaks, outputs)
+    with np.load(peaks) as archive:
+        largest = {name: archive[name] for name in archive.files}
+    return Traced(graph, np.load(outputs), json.loads(errors.read_bytes()), largest, cached=header.is_decoder)
+
+
+def content_digest(model_dir: Path) -> str:
+    """One digest of all that a folder holds."""
+    found = hashlib.sha256()
+    for file in describe_folder(model_dir):
+        found.update(f"{file.path} {file.sha256}\n".encode())
+    return found.hexdigest()
+
+
+@contextlib.contextmanager
+def _watch_inputs(model: torch.nn.Module) -> Iterator[tuple[dict[str, float], dict[str, NDArray[np.float32]]]]:
+    """While inside, note each linear layer's inputs: what they lose when a runtime rounds them, to uint8 with one scale, and their largest magnitudes."""
+    errors: dict[str, float] = {}
+    largest: dict[str, NDArray[np.float32]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].float()
+            largest[name] = x.abs().flatten(0, -2).amax(0).numpy()
+            low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+            scale = ((high - low) / 255).clamp(min=1e-30)
+            zero = torch.round(-low / scale)
+            rounded = (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
+            errors[name] = float((x - rounded).norm() / x.norm().clamp(min=1e-30))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name.removeprefix("model.")))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    try:
+        yield errors, largest
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A graph's inputs and outputs: names, an example, and which of its dimensions vary."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    example: tuple[Any, ...]
+    varying: tuple[Any, ...]
+
+
+class _FirstOutput(torch.nn.Module):
+    """A model with positional inputs and one output: its logits, or its last hidden state."""
+
+    def __init__(self, model: torch.nn.Module, output: str, *, types: bool) -> None:
+        super().__init__()
+        self.model, self.output, self.types = model, output, types
+
+    def answer(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What the model itself says of whole texts."""
+        out: torch.Tensor = self(ids, mask)
+        return out
+
+    def signature(self, ids: torch.Tensor) -> Signature:
+        return encoder_signature(ids, types=self.types, outputs=[self.output])
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        extra = {"token_type_ids": token_type_ids} if token_type_ids is not None else {}
+        result = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
+        out: torch.Tensor = getattr(result, self.output)
+        return out
+
+
+class _WithCache(torch.nn.Module):
+    """A decoder whose keys and values come in as tensors and go out longer: one graph reads a prompt and writes on.
+
+    The names are those that generation libraries look for: `past_key_values.0.key` [B, heads, past, width] in, `present.0.key` out.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        with torch.inference_mode():
+            cache = model(input_ids=torch.full((1, 2), 5), use_cache=True).past_key_values
+        self.shapes = [(one.shape[1], one.shape[3]) for layer in cache.layers for one in (layer.keys, layer.values)]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **({"position_ids": position_ids} if self._takes_positions else {}),
+        )
+        present = [one for layer in out.past_key_values.layers for one in (layer.keys, layer.values)]
+        return (out.logits, *present)
+
+    @property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+    def answer(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What the model itself says of whole texts."""
+        out: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return out
+
+    def signature(self, ids: torch.Tensor) -> Signature:
+        batch, length, past = *ids.shape, 3
+        cache = [torch.zeros(batch, heads, past, width) for heads, width in self.shapes]
+        layers = [f"{at}.{part}" for at in range(len(cache) // 2) for part in ("key", "value")]
+        positions = torch.arange(past, past + length).expand(batch, length).contiguous()
+        return Signature(
+            ("input_ids", "attention_mask", "position_ids", *(f"past_key_values.{one}" for one in layers)),
+            ("logits", *(f"present.{one}" for one in layers)),
+            (ids, torch.ones(batch, past + length, dtype=torch.int64), positions, cache),
+            (dict(_BOTH), dict(_SEEN), dict(_BOTH), [dict(_PAST) for _ in cache]),
+        )
+
+
+def _load(model_dir: Path, header: ModelHeader, threads: int) -> _FirstOutput | _WithCache:
+    torch.set_num_threads(threads)
+    # Plain attention: the fused kernel's guard against rows without any token would only clutter the graph.
+    with _quiet():
+        weights = PressedWeights(model_dir)
+        if weights.packed:
+            model = _load_as_floats(model_dir, header, weights)
+        else:
+            model = load_model(model_dir, header, attention="eager")
+    if header.is_decoder:
+        return _WithCache(model.eval()).eval()
+    output = "last_hidden_state" if header.task == "embedding" else "logits"
+    return _FirstOutput(model, output, types=takes_types(model, header)).eval()
+
+
+def _load_as_floats(model_dir: Path, header: ModelHeader, weights: PressedWeights) -> Any:
+    """A packed model dequantized: the graph's own products take the place of the loader's packed layers."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    del config.quantization_config
+    floats = {name: torch.from_numpy(weights.floats(name)) for name in weights}
+    loader = getattr(transformers, header.architecture)
+    return loader.from_pretrained(
+        None, config=config, state_dict=floats, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def takes_types(model: Any, header: ModelHeader) -> bool:
+    """Whether a model reads token types, of which there is more than one."""
+    asks = "token_type_ids" in inspect.signature(model.forward).parameters
+    return asks and int(header.config.get("type_vocab_size") or 0) > 1
+
+
+def example_ids(header: ModelHeader) -> torch.Tensor:
+    """Two texts of 16 tokens, to trace with."""
+    return torch.arange(5, 5 + 32).reshape(2, 16) % max(int(header.config.get("vocab_size") or 64), 6)
+
+
+def encoder_signature(ids: torch.Tensor, *, types: bool, outputs: list[str]) -> Signature:
+    """Of a module that takes ids, mask and, if `types`, token types, for any batch and length."""
+    example = (ids, torch.ones_like(ids)) + ((torch.zeros_like(ids),) if types else ())
+    names = ("input_ids", "attention_mask", "token_type_ids")[: len(example)]
+    return Signature(names, tuple(outputs), example, tuple(dict(_BOTH) for _ in names))
+
+
+def export_graph(model: torch.nn.Module, header: ModelHeader, signature: Signature) -> Any:
+    """An exported program of a module. Raises NightpressError(unsupported_architecture) if it can't be traced."""
+    try:
+        with _quiet():
+            return torch.onnx.export(
+                model,
+                signature.example,
+                dynamo=True,
+                input_names=list(signature.inputs),
+                output_names=list(signature.outputs),
+                dynamic_shapes=signature.varying,
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise NightpressError(
+            ErrorCode.UNSUPPORTED_ARCHITECTURE,
+            f"A {header.architecture} can't be traced into a graph: {str(error).strip().splitlines()[-1][:300]}",
+            hint="Leave onnx and openvino out of `exports`.",
+        ) from error
+
+
+def _name_after_modules(graph: Any) -> None:
+    """Call the node of a linear layer or an embedding as its module is called, so that a recipe's `ignore` and the report speak of the model."""
+    taken: set[str] = set()
+    for node in graph:
+        if node.op_type not in {"MatMul", "Gemm", "Gather"}:
+            continue
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        modules = [part for part in scopes[:-1] if part]
+        if not modules:
+            continue
+        module, operation = modules[-1].removeprefix("model."), scopes[-1]
+        name = module if operation.startswith(("linear", "embedding", "addmm")) else f"{module}.{operation}"
+        if name not in taken:
+            taken.add(name)
+            node.name = name
+
+
+def without_notes(graph: Any) -> None:
+    """Leave out what the exporter notes of each node's origin, its stack trace included: no runtime reads it."""
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of its own deprecations and of packages nobody needs here; neither is about the model."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,107 @@
+"""The weights of a pressed model as an exporter wants them: a float array, or the codes that a pass chose."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.grids.packing import unpack_bits
+from nightpress.core.compress.model.checkpoint import read_shards
+from nightpress.core.compress.model.source import Source
+
+_PACKED = "_packed"
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A linear weight on an integer grid: ŵ = scale · (code − zero point)."""
+
+    bits: int
+    codes: NDArray[np.int8]  #: [out, in], −2^(bits−1) … 2^(bits−1)−1
+    scale: NDArray[np.float32]  #: [out, groups]
+    zero_point: NDArray[np.int8] | None  #: [out, groups]; None: symmetric
+
+    @property
+    def group_size(self) -> int:
+        return int(self.codes.shape[1] // self.scale.shape[1])
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """ŵ [out, in]"""
+        grouped = self.codes.reshape(*self.scale.shape, -1).astype(np.float32)
+        if self.zero_point is not None:
+            grouped -= self.zero_point[:, :, None]
+        return (grouped * self.scale[:, :, None]).reshape(self.codes.shape)
+
+    def take_rows(self, order: NDArray[np.intp]) -> "Codes":
+        """The same weight with its rows in another order."""
+        zeros = None if self.zero_point is None else self.zero_point[order]
+        return Codes(self.bits, self.codes[order], self.scale[order], zeros)
+
+    def in_blocks(self, size: int) -> "Codes":
+        """The same numbers with a scale for each `size` inputs, which must divide the group size."""
+        times = self.group_size // size
+        zeros = None if self.zero_point is None else np.repeat(self.zero_point, times, axis=1)
+        return Codes(self.bits, self.codes, np.repeat(self.scale, times, axis=1), zeros)
+
+
+class PressedWeights:
+    """The tensors of a model folder by the names they have in a float model, whether or not a pass has packed them."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self._source = Source(read_shards(model_dir))
+        self._packed = {name.removesuffix(_PACKED) for name in self._source.names() if name.endswith(_PACKED)}
+        parts = {f"{name}_{part}" for name in self._packed for part in ("packed", "scale", "shape", "zero_point")}
+        self.names = sorted(self._packed | (set(self._source.names()) - parts))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    @property
+    def packed(self) -> frozenset[str]:
+        """The weights that a pass has rounded."""
+        return frozenset(self._packed)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._packed:
+            rows, columns = self._source.read(f"{name}_shape").tolist()
+            return int(rows), int(columns)
+        return self._source.stored(name).info.shape
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors are stored as the same numbers. A packed weight is like no other."""
+        if {name, other} & self._packed or not {name, other} <= set(self.names):
+            return False
+        return torch.equal(self._source.read(name), self._source.read(other))
+
+    def grid(self, name: str) -> Grid:
+        """The grid of a packed weight, its group size never None."""
+        groups = self._source.stored(f"{name}_scale").info.shape[1]
+        return Grid(self._bits(name), self.shape(name)[1] // groups, f"{name}_zero_point" not in self._source)
+
+    def _bits(self, name: str) -> int:
+        return _bits(self._source.stored(f"{name}_packed").info.shape[1], self.shape(name)[1])
+
+    def codes(self, name: str) -> Codes:
+        rows, columns = self.shape(name)
+        bits, zeros = self._bits(name), None
+        if f"{name}_zero_point" in self._source:
+            packed = self._source.read(f"{name}_zero_point")  # down the rows
+            zeros = unpack_bits(packed.t().contiguous(), bits, rows).t().contiguous().numpy()
+        codes = unpack_bits(self._source.read(f"{name}_packed"), bits, columns)
+        return Codes(bits, codes.numpy(), self._source.read(f"{name}_scale").float().numpy(), zeros)
+
+    def floats(self, name: str) -> NDArray[np.float32]:
+        """The tensor in float32, dequantized where it was packed."""
+        if name in self._packed:
+            return self.codes(name).dequantize()
+        array: NDArray[np.float32] = self._source.read(name).to(torch.float32).numpy()
+        return array
+
+
+def _bits(words: int, columns: int) -> int:
+    """Of a packed weight, from the 32-bit words a row takes."""
+    return next(bits for bits in range(1, 9) if -(-columns * bits // 32) == words)

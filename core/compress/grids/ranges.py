@@ -1,0 +1,138 @@
+"""Scales and zero points for a grid, in float32 on any device: from the extremes, or with the least rounding error.
+
+The least error is found by shrinking a group's range in steps: clipping a few large weights makes the steps finer for all the others.
+The squared error of a weight is weighted by its input's share in the output (the diagonal of the Gram matrix).
+"""
+
+import torch
+from torch import Tensor
+
+from nightpress.core.compress.grids.grid import SMALLEST_SCALE, Grid, round_up
+from nightpress.core.compress.grids.rounding import nearest_floats
+
+_CHUNK = (
+    512 * 1024
+)  #: weights tried together on a CPU: they stay in its caches through all tries, and are enough to outweigh the calls
+SHRINKS = tuple(1.0 - 0.02 * step for step in range(26))  #: of the range, tried in turn: 1.00 … 0.50
+
+
+def find_ranges(
+    weight: Tensor,
+    grid: Grid,
+    stored: torch.dtype,
+    *,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, each [rows, groups] in the dtype of weight [rows, columns]; the scales are numbers that `stored` can hold.
+
+    With importance [columns], the range of least squared error so weighted; without, the extremes. Zero is always on the grid.
+    """
+    if importance is not None and weight.is_cuda and weight.dtype == torch.float32 and grid.kind == "int":
+        from nightpress.core.compress.grids.ranges_triton import launch
+
+        return launch(weight, grid, stored, importance, SHRINKS)
+    return search(weight, grid, stored, importance)
+
+
+def search(weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`find_ranges` in torch, on any device. On CUDA in float32 a kernel does it in one reading of the weight."""
+    chunk = max(1, _CHUNK // weight.shape[1])
+    if len(weight) > chunk and not weight.is_cuda:
+        found = [search(rows, grid, stored, importance) for rows in torch.split(weight, chunk)]
+        return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
+    rows, columns = weight.shape
+    groups = grid.groups(columns)
+    grouped = weight.reshape(rows, groups, -1)  # [rows, groups, g]
+    low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
+    scale, zero_point = _grid_over(low, high, grid, stored)
+    if importance is None:
+        return scale, zero_point
+    weigh = importance.to(weight.dtype).reshape(1, groups, -1)
+    room = torch.empty_like(grouped), torch.empty_like(grouped)
+    least = _squared_error(grouped, scale, zero_point, grid, weigh, room)
+    for shrink in SHRINKS[1:]:
+        other_scale, other_zero = _grid_over(low * shrink, high * shrink, grid, stored)
+        error = _squared_error(grouped, other_scale, other_zero, grid, weigh, room)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, other_scale, scale)
+        zero_point = torch.where(better, other_zero, zero_point)
+    return scale, zero_point
+
+
+def _grid_over(low: Tensor, high: Tensor, grid: Grid, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    if grid.symmetric:
+        scale = round_up(grid.step(low, high), stored).to(low.dtype)
+        return scale, torch.zeros_like(scale)
+    scale = round_up((high - low) / (2 * grid.top - 1), stored).to(low.dtype)
+    return scale, torch.round(-grid.top - low / scale).clamp_(-grid.top, grid.top - 1)
+
+
+def _squared_error(
+    grouped: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, weigh: Tensor, room: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Of each group, [rows, groups]. `room`: two buffers [rows, groups, g] for intermediate results, since allocating costs more than the sums."""
+    steps, nearest = room
+    torch.div(grouped, scale[..., None], out=steps)
+    if grid.kind == "float":
+        error = steps.sub_(nearest_floats(steps, grid.bits))
+    else:
+        torch.round(steps, out=nearest)
+        if grid.symmetric:
+            nearest.clamp_(-grid.top, grid.top - 1)
+        else:
+            nearest.clamp_((-grid.top - zero_point)[..., None], (grid.top - 1 - zero_point)[..., None])
+        error = steps.sub_(nearest)
+    return error.square_().mul_(weigh).sum(2) * scale.square()
+
+
+def half_quadratic(
+    weight: Tensor, grid: Grid, stored: torch.dtype, *, norm: float = 0.7, rounds: int = 20
+) -> tuple[Tensor, Tensor]:
+    """`find_ranges` where Σ |w − ŵ|^norm is least, without data: it accepts a few large errors to make all the others smaller.
+
+    Half-quadratic splitting: an auxiliary error takes what a shrinkage in that norm leaves of the true one, then scale and zero point
+    follow by least squares, in turn. Badri and Shaji, Half-Quadratic Quantization (2023), https://mobiusml.github.io/hqq_blog/, eq. 5–6;
+    there the zero point is a float, here an integer, and the scale is fitted too.
+    """
+    chunk = max(1, _CHUNK // weight.shape[1])
+    if len(weight) > chunk and not weight.is_cuda:
+        found = [half_quadratic(rows, grid, stored, norm=norm, rounds=rounds) for rows in torch.split(weight, chunk)]
+        return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
+    grouped = weight.reshape(len(weight), grid.groups(weight.shape[1]), -1)  # [rows, groups, g]
+    low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
+    scale, zero_point = _grid_over(low, high, grid, stored)
+    best, least = (scale, zero_point), torch.full_like(scale, torch.inf)
+    beta = 10.0
+    for _ in range(rounds):
+        codes = (grouped / scale[..., None]).round_().add_(zero_point[..., None]).clamp_(-grid.top, grid.top - 1)
+        error = grouped / scale[..., None] - (codes - zero_point[..., None])  # in steps
+        loss = error.abs().pow_(norm).sum(2) * scale**norm
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best = torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1])
+        size = error.abs()
+        borne = (size - size.clamp(min=1e-6).pow(norm - 1) / beta).clamp_(min=0).copysign_(error)
+        meant = grouped - borne * scale[..., None]
+        scale, zero_point = _fit(codes, meant, scale, zero_point, grid, stored)
+        beta *= 1.01
+    return best
+
+
+def _fit(
+    codes: Tensor, meant: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, stored: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The scale and zero point with which codes come nearest to what is meant by them, each [rows, groups, g]."""
+    if grid.symmetric:
+        square = codes.square().sum(2)
+        fitted = (codes * meant).sum(2) / square.clamp(min=1)
+    else:
+        centred = codes - codes.mean(2, keepdim=True)
+        fitted = (centred * meant).sum(2) / centred.square().sum(2).clamp(min=1e-6)
+    fitted = torch.where(fitted > SMALLEST_SCALE, fitted, scale)
+    if not grid.symmetric:
+        zero_point = torch.round((codes - meant / fitted[..., None]).mean(2)).clamp_(-grid.top, grid.top - 1)
+        steps = codes - zero_point[..., None]
+        again = (steps * meant).sum(2) / steps.square().sum(2).clamp(min=1)
+        fitted = torch.where(again > SMALLEST_SCALE, again, fitted)
+    return fitted.to(stored).to(scale.dtype), zero_point

@@ -1,0 +1,154 @@
+"""A weight on its grid, as the tensors of compressed-tensors, and back as a loader reads them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nightpress.core.compress.grids.grid import E2M1, LARGEST_FLOAT, Grid
+from nightpress.core.compress.grids.packing import pack_bits, unpack_bits
+from nightpress.core.compress.grids.ranges import find_ranges, half_quadratic
+from nightpress.core.compress.grids.rounding import dequantize, nearest_codes
+from nightpress.core.recipes.schemes import BLOCK, Scheme
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A weight [out, in] on a grid."""
+
+    codes: Tensor  #: [out, in]: integers, or the floats of the grid
+    scale: Tensor  #: as it is stored: [out, groups], [1] or [⌈out/128⌉, ⌈in/128⌉]
+    zero_point: Tensor | None = None  #: int8 [out, groups]
+    global_scale: Tensor | None = None  #: float32 [1]; what nvfp4's scales are divided by
+
+
+def grid_of(scheme: Scheme) -> Grid:
+    """The scheme's grid, for solvers that go through a weight row by row."""
+    return Grid(scheme.bits, scheme.group_size, scheme.symmetric, scheme.kind)
+
+
+def round_weight(
+    weight: Tensor,
+    scheme: Scheme,
+    stored: torch.dtype,
+    *,
+    ranges: str = "extremes",
+    importance: Tensor | None = None,
+    largest: float | None = None,
+) -> Coded:
+    """Round a weight [out, in] float32 to nearest.
+
+    ranges: `extremes`, `least-error` (each input counts by importance [in], or like any other) or `half-quadratic`. largest is the
+    largest magnitude of the whole tensor, of which `weight` may be some rows; the strategy `tensor` and nvfp4 need it.
+    """
+    grid = grid_of(scheme)
+    if scheme.strategy == "block":
+        return _round_blocks(weight, grid, stored)
+    if scheme.strategy == "tensor":
+        assert largest is not None
+        row = torch.full((1, 1), largest, device=weight.device)
+        scale, _ = find_ranges(row, grid, stored)
+        wide = scale.expand(len(weight), 1)
+        return Coded(nearest_codes(weight, wide, torch.zeros_like(wide), grid), scale.view(1).to(stored))
+    if scheme.format == "nvfp4-pack-quantized":
+        assert largest is not None
+        # The largest weight's group gets the largest scale that fp8 has; less what three float32 operations may add, for above it is only NaN.
+        most = LARGEST_FLOAT[8] * LARGEST_FLOAT[4] * (1 - 2.0**-22)
+        total = torch.tensor([most / max(largest, 2.0**-80)], device=weight.device)
+        coded = _round_rows(weight * total, grid, torch.float8_e4m3fn, ranges, importance)
+        return Coded(coded.codes, coded.scale, global_scale=total)
+    held = torch.float8_e8m0fnu if scheme.format == "mxfp4-pack-quantized" else stored
+    return _round_rows(weight, grid, held, ranges, importance)
+
+
+def _round_rows(weight: Tensor, grid: Grid, stored: torch.dtype, ranges: str, importance: Tensor | None) -> Coded:
+    if ranges == "half-quadratic":
+        scale, zero_point = half_quadratic(weight, grid, stored)
+    else:
+        if ranges == "least-error" and importance is None:
+            importance = weight.new_ones(weight.shape[1])
+        scale, zero_point = find_ranges(
+            weight, grid, stored, importance=importance if ranges == "least-error" else None
+        )
+    codes = nearest_codes(weight, scale, zero_point, grid)
+    if grid.kind == "int":
+        codes = codes.to(torch.int8)
+    return Coded(codes, scale.to(stored), None if grid.symmetric else zero_point.to(torch.int8))
+
+
+def _round_blocks(weight: Tensor, grid: Grid, stored: torch.dtype) -> Coded:
+    rows, columns = weight.shape
+    padded = F.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, -1, BLOCK).transpose(1, 2)  # [R, C, 128, 128]
+    flat = blocks.reshape(-1, BLOCK * BLOCK)
+    scale, zero_point = find_ranges(flat, grid, stored)
+    codes = nearest_codes(flat, scale, zero_point, grid).view(blocks.shape).transpose(1, 2).reshape(padded.shape)
+    return Coded(codes[:rows, :columns].contiguous(), scale.view(blocks.shape[:2]).to(stored))
+
+
+def dequantized(coded: Coded, scheme: Scheme) -> Tensor:
+    """The weight [out, in] in float32 that a loader makes of it."""
+    if scheme.strategy == "block":
+        rows, columns = coded.codes.shape
+        wide = coded.scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+        return coded.codes.float() * wide
+    if scheme.strategy == "tensor":
+        return coded.codes.float() * coded.scale.float()
+    scale = coded.scale.float()
+    if coded.global_scale is not None:
+        scale = scale / coded.global_scale
+    return dequantize(coded.codes, scale, coded.zero_point)
+
+
+def to_tensors(name: str, scheme: Scheme, coded: Coded, *, input_scale: Tensor | None = None) -> dict[str, Tensor]:
+    """What is written for the weight `name`."""
+    tensors: dict[str, Tensor] = {}
+    if scheme.format == "pack-quantized":
+        tensors[f"{name}_packed"] = pack_bits(coded.codes, scheme.bits)
+        tensors[f"{name}_shape"] = torch.tensor(coded.codes.shape)
+        if coded.zero_point is not None:  # packed down the rows
+            tensors[f"{name}_zero_point"] = pack_bits(coded.zero_point.t(), scheme.bits).t().contiguous()
+    elif scheme.bits == 4:
+        tensors[f"{name}_packed"] = _pack_e2m1(coded.codes)
+    else:
+        tensors[name] = coded.codes.to(torch.int8 if scheme.kind == "int" else torch.float8_e4m3fn)
+    scale = coded.scale
+    tensors[f"{name}_scale"] = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+    if coded.global_scale is not None:
+        tensors[f"{name}_global_scale"] = coded.global_scale
+    if input_scale is not None:
+        tensors[name.removesuffix("weight") + "input_scale"] = input_scale
+    return tensors
+
+
+def from_tensors(name: str, scheme: Scheme, written: Mapping[str, Tensor]) -> Tensor:
+    """The weight [out, in], float32, that `to_tensors` wrote."""
+    scale = written[f"{name}_scale"]
+    if scheme.format == "pack-quantized":
+        rows, columns = written[f"{name}_shape"].tolist()
+        zero_point = None
+        if not scheme.symmetric:
+            zero_point = unpack_bits(written[f"{name}_zero_point"].t().contiguous(), scheme.bits, rows).t()
+        codes = unpack_bits(written[f"{name}_packed"], scheme.bits, columns)
+        return dequantized(Coded(codes, scale, zero_point), scheme)
+    if scheme.bits == 8:
+        return dequantized(Coded(written[name].float(), scale), scheme)
+    codes = _unpack_e2m1(written[f"{name}_packed"])
+    if scheme.format == "mxfp4-pack-quantized":
+        return dequantized(Coded(codes, scale.view(torch.float8_e8m0fnu)), scheme)
+    return dequantized(Coded(codes, scale, global_scale=written[f"{name}_global_scale"]), scheme)
+
+
+def _pack_e2m1(values: Tensor) -> Tensor:
+    """Numbers of e2m1 [rows, columns] → uint8 [rows, columns / 2]: sign and place in four bits, the first number in the lower ones."""
+    numbers = torch.tensor(E2M1, dtype=values.dtype, device=values.device)
+    places = torch.bucketize(values.abs(), numbers).to(torch.uint8) | (values.signbit().to(torch.uint8) << 3)
+    return places[:, ::2] | (places[:, 1::2] << 4)
+
+
+def _unpack_e2m1(packed: Tensor) -> Tensor:
+    places = torch.stack((packed & 0xF, packed >> 4), dim=-1).view(len(packed), -1).int()
+    numbers = torch.tensor(E2M1, device=packed.device)
+    return torch.where(places > 7, -numbers[places & 7], numbers[places & 7])

@@ -1,0 +1,30 @@
+"""Copying a model's folder, whole or without its weights."""
+
+import os
+import shutil
+from pathlib import Path
+
+from nightpress.core.compress.model.checkpoint import INDEX_FILE, disk_errors
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what belongs to a model beside its weights: config, tokenizer, module descriptions."""
+    with disk_errors():
+        for path in sorted(source.rglob("*")):
+            if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX_FILE:
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+
+
+def copy_folder(model_dir: Path, out_dir: Path) -> None:
+    """The same files at `out_dir`, linked where the file system can, so that no byte is written twice."""
+    with disk_errors():
+        shutil.copytree(model_dir, out_dir, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,86 @@
+"""Modules of transformers whose layers have the shapes of their files, where config.json says otherwise."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Files(Protocol):
+    """The tensors of a model's files, read when asked for."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give parameters, by their names below `module`, the shapes that they have in the files. Where they differ, their values are lost."""
+    changed = False
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        holder: Any = module.get_submodule(path)
+        old = holder._parameters[leaf]
+        if old is None or tuple(old.shape) == shape:
+            continue
+        changed = True
+        holder._parameters[leaf] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+        if leaf == "weight" and isinstance(holder, nn.Linear):
+            holder.out_features, holder.in_features = shape
+        elif leaf == "weight" and hasattr(holder, "nf"):  # transformers' Conv1D
+            holder.nf = shape[1]
+    if changed:
+        for inner in module.modules():
+            _recount_heads(inner)
+
+
+def _recount_heads(module: Any) -> None:
+    """Correct the number of heads in attention modules that keep it."""
+    value = getattr(module, "value", None) or getattr(module, "v_proj", None)
+    if isinstance(value, nn.Linear):
+        if hasattr(module, "attention_head_size") and hasattr(module, "all_head_size"):
+            module.all_head_size = value.out_features
+            module.num_attention_heads = value.out_features // int(module.attention_head_size)
+        elif hasattr(module, "num_heads") and hasattr(module, "head_dim"):
+            module.num_heads = value.out_features // int(module.head_dim)
+    if hasattr(module, "qkv_proj") and hasattr(module, "num_key_value_groups"):  # Phi-3 asks its config
+        module.config = copy.copy(module.config)
+        module.config.num_attention_heads = module.o_proj.in_features // module.head_dim
+        module.num_key_value_heads = module.config.num_attention_heads // module.num_key_value_groups
+    fused = getattr(module, "c_attn", None)
+    if fused is not None and hasattr(module, "split_size"):
+        width = fused.weight.shape[1] // 3
+        module.split_size, module.num_heads = width, width // int(module.head_dim)
+
+
+def take_own_shapes(model: nn.Module, files: Files) -> None:
+    """Load the tensors whose shapes in the files differ from those that the config describes."""
+    parameters = dict(model.named_parameters())
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    odd: dict[str, Tensor] = {}
+    for stored in files.names():
+        name = next(
+            (known for known in (stored, base + stored, stored.removeprefix(base)) if known in parameters), None
+        )
+        if name is not None:
+            tensor = files.read(stored)
+            if parameters[name].shape != tensor.shape:
+                odd[name] = tensor.to(parameters[name].dtype)
+    fit(model, {name: tuple(tensor.shape) for name, tensor in odd.items()})
+    model.load_state_dict(odd, strict=False, assign=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers draws progress bars, and warns of layers whose shapes we then give it ourselves."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

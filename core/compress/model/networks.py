@@ -1,0 +1,133 @@
+"""Whole transformers models: a folder into memory, a smaller student out of a larger teacher, and back into a folder."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nightpress.core.compress.model.checkpoint import (
+    SAFETENSORS_DTYPES,
+    TORCH_DTYPES,
+    disk_errors,
+    read_shards,
+    sync_folder,
+)
+from nightpress.core.compress.model.companions import copy_companions
+from nightpress.core.compress.model.modules import quiet, take_own_shapes
+from nightpress.core.compress.model.skeleton import find_rows
+from nightpress.core.compress.model.source import Source
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.anatomy import OWN_SHAPES
+from nightpress.core.recipes.header import ModelHeader
+
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+    "embedding": "AutoModel",
+}
+#: Lists in a config with an entry for each block.
+_BY_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types")
+
+
+def load_model(folder: Path, header: ModelHeader, *, attention: str | None = None) -> Any:
+    """The model of a folder under the head of its task: in float32, in evaluation mode, on the CPU. attention: transformers' name of its kernel."""
+    import transformers
+
+    try:
+        with quiet():
+            model = getattr(transformers, AUTO_CLASSES[header.task]).from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=OWN_SHAPES in header.config,
+            )
+        if OWN_SHAPES in header.config:
+            take_own_shapes(model, Source(read_shards(folder)))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise NightpressError(
+            ErrorCode.MALFORMED_MODEL,
+            f"The model can't be loaded: {str(error)[:300]}",
+            hint="Check that its config.json and weights belong together.",
+        ) from error
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model.eval()
+
+
+def cast_weights(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its parameters in another dtype. Buffers stay: the angles of rotary positions, in bfloat16, would be others."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def save_model(model: Any, source: Path, target: Path, header: ModelHeader) -> None:
+    """Write the folder: weights in the dtype that most of the source's have, config, and what stands beside them in `source`."""
+    counts: dict[str, int] = {}
+    for tensor in header.tensors:
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.size
+    dtype = TORCH_DTYPES[max(counts, key=lambda dtype_name: counts[dtype_name])] if counts else torch.float32
+    with disk_errors():
+        target.mkdir(parents=True, exist_ok=True)
+        copy_companions(source, target)
+        stored = copy.deepcopy(model).to("cpu", dtype if dtype in SAFETENSORS_DTYPES else torch.float32)
+        if hasattr(stored.config, "use_cache"):
+            stored.config.use_cache = True
+        stored.save_pretrained(target, max_shard_size="5GB")
+        sync_folder(target)
+
+
+def grow_student(teacher: Any, changes: Mapping[str, Any], layer_map: Sequence[int], *, seed: int) -> Any:
+    """A model with the teacher's config but for `changes`, with a block for each entry of `layer_map`.
+
+    Tensors whose shapes agree are the teacher's, those of block i the ones of its block layer_map[i]; the rest is drawn anew.
+    """
+    config = type(teacher.config).from_dict(teacher.config.to_dict() | dict(changes))
+    for key in _BY_BLOCK:
+        listed = getattr(teacher.config, key, None)
+        if isinstance(listed, list):
+            setattr(config, key, [listed[at] for at in layer_map])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = type(teacher)(config)
+    student.to(next(teacher.parameters()).dtype)
+    path, _ = find_blocks(teacher)
+    theirs: Mapping[str, torch.Tensor] = teacher.state_dict()
+    taken = {}
+    for name, tensor in student.state_dict().items():
+        origin = name
+        if name.startswith(path + "."):
+            number, _, rest = name.removeprefix(path + ".").partition(".")
+            origin = f"{path}.{layer_map[int(number)]}.{rest}"
+        if origin in theirs and theirs[origin].shape == tensor.shape:
+            taken[name] = theirs[origin].clone()
+    student.load_state_dict(taken, strict=False)
+    return student.eval()
+
+
+def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    """A model's one row of like blocks, and its path. Raises NightpressError(unsupported_architecture) for another number of rows."""
+    rows = find_rows(model)
+    if len(rows) != 1:
+        raise NightpressError(
+            ErrorCode.UNSUPPORTED_ARCHITECTURE,
+            f"The model has {len(rows)} rows of blocks, so its blocks can't be told by a number.",
+            hint="Take an encoder or a decoder alone.",
+        )
+    return rows[0]
+
+
+def embeddings_of(model: Any) -> list[nn.Parameter]:
+    """The parameters of the layers that turn token ids into vectors, positions and types among them; tied heads share them."""
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            found |= {id(parameter): parameter for parameter in module.parameters()}
+    return list(found.values())

@@ -1,0 +1,66 @@
+"""The tensors of a model's files by name."""
+
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from nightpress.core.compress.model.checkpoint import TORCH_DTYPES, Shard, StoredTensor
+from nightpress.core.errors import ErrorCode, NightpressError
+
+_PIECE = 16 * 1024**2  #: bytes copied at a time
+
+
+class Source:
+    """The tensors of shards by name, read when asked for."""
+
+    def __init__(self, shards: tuple[Shard, ...]) -> None:
+        self.shards = shards
+        self._places = {stored.name: (shard, stored) for shard in self.shards for stored in shard.tensors}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def stored(self, name: str) -> StoredTensor:
+        return self._places[name][1]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own."""
+        shard, stored = self._places[name]
+        data = torch.empty(stored.info.size, dtype=torch.uint8)
+        _read(shard, stored.offset, memoryview(data.numpy()))  # type: ignore[arg-type]
+        return data.view(TORCH_DTYPES[stored.info.dtype]).view(stored.info.shape)
+
+    def will_need(self, names: Iterable[str]) -> None:
+        """Ask the kernel to read these tensors into its cache."""
+        for name in names:
+            shard, stored = self._places[name]
+            with shard.path.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), stored.offset, stored.info.size, os.POSIX_FADV_WILLNEED)
+
+    def pieces(self, name: str) -> Iterator[tuple[int, memoryview]]:
+        """The tensor's bytes a piece at a time, each with its offset. A piece is overwritten by the next."""
+        shard, stored = self._places[name]
+        room = memoryview(bytearray(min(_PIECE, stored.info.size)))
+        for at in range(0, stored.info.size, _PIECE):
+            piece = room[: stored.info.size - at]
+            _read(shard, stored.offset + at, piece)
+            yield at, piece
+
+
+def _read(shard: Shard, offset: int, into: memoryview) -> None:
+    with shard.path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while len(into):
+            count = file.readinto(into)
+            if not count:
+                raise NightpressError(
+                    ErrorCode.MALFORMED_MODEL,
+                    f"{shard.path.name} became shorter while it was read.",
+                    hint="Leave the model's files alone while a job runs.",
+                )
+            into = into[count:]

@@ -1,0 +1,243 @@
+"""The report's parts on what a model costs to run and to keep: its profile, how it writes text, and what zeros save."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from nightpress.core.compress.report import charts
+from nightpress.core.handoff.report import GenerationTiming, PassRecord, Report, Series, Speedup, Subject
+from nightpress.core.recipes.profile import Profile, by_kind
+
+
+def speed_line(what: str, said: str, speedups: Sequence[Speedup]) -> str:
+    """How many times as fast, over all shapes, with the whole interval; where source and artifact are not told apart, that instead. "": nothing was timed."""
+    if not speedups:
+        return ""
+    ends = f"[{min(one.low for one in speedups):.1f}×, {max(one.high for one in speedups):.1f}×]"
+    apart = [one for one in speedups if one.told_apart]
+    if not apart:
+        return f"{what} not told apart from the source's {ends}"
+    low, high = f"{min(one.value for one in speedups):.1f}", f"{max(one.value for one in speedups):.1f}"
+    line = said.format(f"{low}×" + (f" to {high}×" if low != high else "")) + f" {ends}"
+    blurred = len(speedups) - len(apart)
+    return line + (f", not told apart from the source's at {blurred} of {len(speedups)} shapes" if blurred else "")
+
+
+class Table(NamedTuple):
+    """Rows of a first cell and others."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+class ProfileShown(NamedTuple):
+    kinds: Table
+    shapes: Table
+    chart: str  #: bars: operations by kind
+    plot: str  #: lines: attention's quadratic share against the length
+    notes: tuple[str, ...]
+
+
+def profiles(report: Report) -> list[ProfileShown]:
+    """One for each `profile` of the recipe: the source beside the pressed model."""
+    found = report.profiles
+    return [_profile(before, after) for before, after in zip(found[::2], found[1::2], strict=False)]
+
+
+def _profile(before: Profile, after: Profile) -> ProfileShown:
+    first = before.shapes[0]
+    theirs, ours = by_kind(before), by_kind(after)
+    kinds = []
+    for kind in theirs | ours:
+        pair = [one.get(kind) for one in (theirs, ours)]
+        cells = [
+            _change(*[getattr(one, name) / 10**power if one else 0.0 for one in pair])
+            for name, power in (("parameters", 6), ("bytes", 6), ("flops", 9))
+        ]
+        kinds.append((str(kind), *cells))
+    columns: dict[str, list[str]] = {
+        "batch × tokens": [f"{one.batch} × {one.length}" for one in before.shapes],
+        "GFLOP": _both(before, after, "flops", 1e9),
+        "attention’s quadratic share": [
+            f"{a.attention_share:.1%} → {b.attention_share:.1%}"
+            for a, b in zip(before.shapes, after.shapes, strict=True)
+        ],
+        "FLOP/byte": _both(before, after, "intensity", 1),
+        "at best, ms": _both(before, after, "bound_ms", 1),
+        "held back by": [one.limit or "" for one in after.shapes],
+        "key/value cache, MB": _both(before, after, "cache_bytes", 1e6),
+        "next token at best, ms": _both(before, after, "decode_bound_ms", 1),
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    top = max((one.flops for one in (*theirs.values(), *ours.values())), default=1) or 1
+    bars = [
+        charts.Bar(
+            kind,
+            f"{theirs[kind].flops / 1e9:,.2f} → {ours[kind].flops / 1e9:,.2f} GFLOP",
+            ours[kind].flops / top,
+            behind=theirs[kind].flops / top,
+        )
+        for kind in theirs
+        if kind in ours and theirs[kind].flops
+    ]
+    notes = []
+    if after.quadratic_from is not None:
+        notes.append(
+            f"From {after.quadratic_from:,} tokens on, attention’s quadratic part is half of the pressed blocks’ work (source: {before.quadratic_from or 0:,})."
+        )
+    if after.device is not None:
+        notes.append(
+            f"At best on {after.device.name}: {after.device.flops_per_s / 1e9:,.0f} GFLOP/s and {after.device.bytes_per_s / 1e9:,.1f} GB/s."
+        )
+    return ProfileShown(
+        kinds=Table(("kind", "M parameters", "MB", f"GFLOP at {first.batch} × {first.length}"), tuple(kinds)),
+        shapes=Table(tuple(shown), tuple(zip(*shown.values(), strict=True))),
+        chart=charts.bars(bars, f"Operations at {first.batch} × {first.length} tokens: source (pale) and pressed"),
+        plot=_shares(before, after),
+        notes=tuple(notes),
+    )
+
+
+def _shares(before: Profile, after: Profile) -> str:
+    lines = []
+    for one in (before, after):
+        points = {shape.length: shape.attention_share for shape in one.shapes if shape.batch == one.shapes[0].batch}
+        x, y = zip(*sorted(points.items()), strict=True)
+        lines.append(Series(name=one.subject, x=x, y=y, x_label="tokens"))
+    return charts.curves(lines, "Attention’s quadratic share of all operations") if len(lines[0].x) > 1 else ""
+
+
+def _both(before: Profile, after: Profile, name: str, unit: float) -> list[str]:
+    pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(before.shapes, after.shapes, strict=True)]
+    return ["" if a is None or b is None else _change(a / unit, b / unit) for a, b in pairs]
+
+
+def _change(before: float, after: float) -> str:
+    share = f" ({after / before:.0%})" if before else ""
+    return f"{before:,.2f} → {after:,.2f}{share}"
+
+
+# Writing text ----------------------------------------------------------------------------------------------------------
+
+
+def generation_bars(subjects: list[Subject]) -> list[str]:
+    """Decoded tokens/s, a table of bars for each batch and prompt."""
+    shapes = dict.fromkeys((one.batch, one.prompt) for subject in subjects for one in subject.generation)
+    tables = []
+    for shape in shapes:
+        found = [(s, one) for s in subjects for one in s.generation if (one.batch, one.prompt) == shape]
+        top = max(one.decode_tokens_per_s for _, one in found) or 1
+        bars = [
+            charts.Bar(
+                _who(subject, one),
+                f"{one.decode_tokens_per_s:,.1f} tokens/s",
+                one.decode_tokens_per_s / top,
+                "pale" if subject.name == "source" else "solid",
+            )
+            for subject, one in found
+        ]
+        tables.append(charts.bars(bars, f"batch {shape[0]} × prompt of {shape[1]}"))
+    return tables
+
+
+def generation_plots(subjects: list[Subject]) -> list[tuple[str, str]]:
+    """Tokens/s and memory against the prompt's length, for recipes that name several."""
+    found = []
+    for title, value in (("Decoded tokens/s", _rate), ("Peak memory of the process, MB", _memory)):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for subject in subjects:
+            least = min((one.batch for one in subject.generation), default=1)
+            for one in subject.generation:
+                height = value(one)
+                if one.batch == least and height is not None:
+                    lines.setdefault(_who(subject, one), []).append((one.prompt, height))
+        series = [
+            Series(
+                name=name, x=tuple(x for x, _ in points), y=tuple(y for _, y in points), x_label="tokens of the prompt"
+            )
+            for name, points in lines.items()
+            if len(points) > 1
+        ]
+        if series:
+            found.append((title, charts.curves(series, f"{title} against the prompt’s length")))
+    return found
+
+
+def _who(subject: Subject, one: GenerationTiming) -> str:
+    return subject.name if one.cached else f"{subject.name}, no cache"
+
+
+def _rate(one: GenerationTiming) -> float:
+    return one.decode_tokens_per_s
+
+
+def _memory(one: GenerationTiming) -> float | None:
+    return None if one.peak_memory_bytes is None else one.peak_memory_bytes / 1e6
+
+
+# Caches and zeros ------------------------------------------------------------------------------------------------------
+
+
+def cache_tables(record: PassRecord) -> tuple[Table, tuple[str, ...]] | None:
+    """What `generation-cache` found: bytes kept at several lengths, and what it answers."""
+    weighed: list[dict[str, Any]] = record.summary.get("cache_bytes") or []
+    if record.name != "generation-cache" or not weighed:
+        return None
+    rows = tuple(
+        (
+            f"{one['tokens']:,}",
+            f"{one['dynamic_bytes'] / 1e6:,.2f} MB",
+            f"{one['bytes'] / 1e6:,.2f} MB ({one['bytes'] / max(1, one['dynamic_bytes']):.0%})",
+        )
+        for one in weighed
+    )
+    notes = []
+    for key, against in (("against_no_cache", "without a cache"), ("beyond", "with a dynamic cache")):
+        if one := record.summary.get(key):
+            notes.append(
+                f"Behind prompts of {one['prompt']} tokens {one['tokens_alike']:.0%} of {one['tokens'] * one['texts']} tokens were those written {against}; "
+                f"logits differ by {one['logit_difference']:.1e} of the largest at most."
+            )
+    if one := record.summary.get("prefix"):
+        notes.append(
+            f"Of a prompt of {one['prompt']} tokens {one['reused']} were known: it was read at {one['prefill_tokens_per_s_reused']:,.0f} tokens/s "
+            f"instead of {one['prefill_tokens_per_s']:,.0f}, and the next token was {'the same' if one['same_token'] else 'another one'}."
+        )
+    return Table(("tokens", "dynamic", str(record.summary["mode"])), rows), tuple(notes)
+
+
+def storage_tables(report: Report) -> list[tuple[PassRecord, Table, tuple[str, ...]]]:
+    """Of each pass that set weights to zero: their bytes in several forms, and what it did to the time."""
+    found = []
+    for record in report.passes:
+        storage = record.summary.get("storage")
+        if not storage:
+            continue
+        names = {
+            "dense": "dense, as every format here stores them",
+            "bitmap": "a bit a weight, and those that are left",
+            "csr": "compressed sparse rows",
+            "deflate": "dense, deflated (what zip or a compressed upload makes of them)",
+            "deflate_before": "the source’s, deflated",
+        }
+        rows = tuple(
+            (label, f"{storage[key] / 1e6:,.2f} MB", f"{storage[key] / max(1, storage['dense']):.0%}")
+            for key, label in names.items()
+        )
+        found.append((record, Table(("pruned weights", "bytes", "of dense"), rows), tuple(_sparse_speed(report))))
+    return found
+
+
+def _sparse_speed(report: Report) -> list[str]:
+    said = [
+        f"{artifact.name} at batch {ours.batch} × {ours.length} tokens: {ours.p50_ms:.1f} ms; the source in transformers: {theirs.p50_ms:.1f} ms. "
+        "Both run dense kernels: the difference is the runtime’s or noise, not the zeros’."
+        for artifact in report.artifacts
+        for ours in artifact.timings
+        for theirs in report.source.timings
+        if (ours.batch, ours.length) == (theirs.batch, theirs.length)
+    ]
+    none = (
+        "None of these formats keeps zeros apart, and none of their consumers skips them on a CPU. Patterns of 2:4 are multiplied as such by "
+        "NVIDIA GPUs through torch’s semi-structured tensors alone, which a person makes after loading."
+    )
+    return [*said, none]

@@ -1,0 +1,79 @@
+"""How the report writes figures: names, digits, intervals."""
+
+from nightpress.core.handoff.report import Measurement
+
+_NAMES = {
+    "perplexity": "Perplexity",
+    "bits_per_byte": "Bits per byte",
+    "masked_accuracy": "Hidden words guessed",
+    "accuracy": "Accuracy",
+    "f1": "F1, macro",
+    "class_f1": "F1",
+    "entity_f1": "Entity F1",
+    "choice_accuracy": "Multiple choice",
+    "spearman": "Spearman",
+    "pearson": "Pearson",
+    "ndcg": "nDCG",
+    "recall": "Recall",
+    "generation_match": "Texts written alike",
+    "prefix_match": "Tokens written alike",
+    "cosine": "Cosine with the source",
+    "centred_cosine": "Cosine with the source, centred",
+    "top1_agreement": "Top-1 agreement with the source",
+    "label_agreement": "Labels given alike",
+    "rank_correlation": "Rank correlation with the source",
+    "correlation": "Correlation with the source",
+    "mean_error": "Mean error against the source",
+    "largest_error": "Largest error against the source",
+    "kl_divergence": "KL divergence from the source",
+}
+_SHARES = frozenset(
+    {
+        "accuracy",
+        "choice_accuracy",
+        "masked_accuracy",
+        "top1_agreement",
+        "label_agreement",
+        "generation_match",
+        "prefix_match",
+        "recall",
+    }
+)
+_FINE = frozenset(
+    {"cosine", "centred_cosine", "kl_divergence", "rank_correlation", "correlation", "mean_error"}
+)  #: five digits
+
+
+def metric_name(one: Measurement) -> str:
+    """What a reader calls a figure, e.g. `nDCG@10` or `F1 of negative`."""
+    rank = one.unit if one.unit.startswith("@") else ""
+    return _NAMES.get(one.name, one.name.replace("_", " ")) + rank + (f" of {one.of}" if one.of else "")
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def figure(one: Measurement) -> str:
+    """Value and interval, with as many digits as tell them apart from each other and from 1."""
+    known = one.low is not None and one.high is not None
+    ends = f" [{shown(one.low, one.name)}, {shown(one.high, one.name)}]" if known else ""
+    return shown(one.value, one.name) + ends
+
+
+def shown(value: float | None, metric: str) -> str:
+    """A figure of this metric."""
+    if value is None:
+        return "–"
+    if metric in _SHARES:
+        return f"{value:.1%}"
+    return f"{value:.{5 if metric in _FINE else 3}f}"
+
+
+def change(one: Measurement) -> str:
+    """The change against the source, with its interval where it has one."""
+    if one.change is None:
+        return ""
+    if one.change_low is None or one.change_high is None:
+        return f"{one.change:+.2%}"
+    return f"{one.change:+.2%} [{one.change_low:+.2%}, {one.change_high:+.2%}]"

@@ -1,0 +1,59 @@
+"""The YAML at the head of a model card, which hubs read."""
+
+from typing import Any
+
+import yaml
+
+from nightpress.core.compress.report.figures import metric_name
+from nightpress.core.handoff.report import Report
+
+#: what the Hub calls a figure, where it has its own name for it
+_HUB_METRICS = {"spearman": "spearmanr", "pearson": "pearsonr", "entity_f1": "seqeval", "choice_accuracy": "acc_norm"}
+#: what makes the Hub's `quantized` of a model, as a GGUF without any pass does; it has no nearer word for the others than `finetune`
+_QUANTIZING = frozenset(
+    {"dynamic-int8", "static-int8", "weight-only", "gptq", "awq", "smoothquant", "fp8", "kv-cache", "qat"}
+)
+_PIPELINE_TAGS = {
+    "causal-lm": "text-generation",
+    "classification": "text-classification",
+    "token-classification": "token-classification",
+    "masked-lm": "fill-mask",
+    "embedding": "feature-extraction",
+}
+
+
+def front_matter(report: Report) -> str:
+    model = report.model
+    front: dict[str, Any] = {
+        "license": model.get("license"),
+        "license_name": model.get("license_name"),
+        "license_link": model.get("license_link"),
+        "language": model.get("language"),
+        "base_model": model["name"],
+        "base_model_relation": _relation(report),
+        "datasets": model.get("datasets"),
+        "pipeline_tag": _PIPELINE_TAGS.get(str(model.get("task"))),
+        "tags": ["nightpress", *(one.format for one in report.artifacts)],
+        "model-index": [{"name": f"{model['name']}-{report.recipe['name']}", "results": _index_results(report)}],
+    }
+    known = {key: value for key, value in front.items() if value}
+    return yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _relation(report: Report) -> str:
+    changed = {one["pass"] for one in report.recipe.get("passes", ())} - {"profile", "generation-cache"}
+    return "quantized" if not changed or changed & _QUANTIZING else "finetune"
+
+
+def _index_results(report: Report) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": {"type": _PIPELINE_TAGS.get(str(report.model.get("task")), "other"), "name": subject.name},
+            "dataset": {"name": one.data, "type": one.data},
+            "metrics": [
+                {"type": _HUB_METRICS.get(one.name, one.name), "name": metric_name(one), "value": round(one.value, 6)}
+            ],
+        }
+        for subject in report.artifacts
+        for one in subject.measurements
+    ]

@@ -1,0 +1,178 @@
+"""report.json, and what is drawn from it alone: a Markdown model card, one self-contained HTML page, and the page that compares several.
+
+Nothing here needs torch: the command line and the web page draw with it too.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from nightpress.core.compress.report import charts, costs
+from nightpress.core.compress.report.figures import megabytes, shown
+from nightpress.core.compress.report.model_card import front_matter
+from nightpress.core.compress.report.table import headline, rows_of
+from nightpress.core.handoff.compare import compare
+from nightpress.core.handoff.report import (
+    REPORT_FILE,
+    LayerEffect,
+    PassRecord,
+    Report,
+    Series,
+)
+
+MARKDOWN_FILE = "report.md"
+HTML_FILE = "report.html"
+LAYERS_SHOWN = 40
+
+
+def draw(report: Report) -> dict[str, bytes]:
+    """All three files by name."""
+    return {
+        REPORT_FILE: report.model_dump_json(indent=1).encode() + b"\n",
+        MARKDOWN_FILE: render_markdown(report).encode(),
+        HTML_FILE: render_html(report).encode(),
+    }
+
+
+def render_html(report: Report) -> str:
+    """One page that needs nothing else: no script, no font, no image, no network."""
+    return _templates().get_template("report.html").render(**_context(report))
+
+
+def render_comparison(reports: Sequence[Report], metric: str | None = None) -> str:
+    """One page about several jobs: their artifacts on common scales, and which of them another one dominates."""
+    found = compare(reports, metric)
+    return (
+        _templates()
+        .get_template("compare.html")
+        .render(
+            comparison=found,
+            reports=reports,
+            chart=Markup(charts.pareto(found)),  # noqa: S704 - escaped there
+        )
+    )
+
+
+def render_markdown(report: Report) -> str:
+    """A model card: YAML that hubs read, then the comparison."""
+    return _templates().get_template("report.md").render(metadata=front_matter(report), **_context(report))
+
+
+def _context(report: Report) -> dict[str, Any]:
+    subjects = [report.source, *report.artifacts]
+    verifying, total = report.phases.get("verifying", 0.0), sum(report.phases.values())
+    return {
+        "report": report,
+        "comparison": compare([report]) if len(report.artifacts) > 1 else None,
+        "rows": rows_of(report),
+        "headline": headline(report),
+        "latency_charts": [Markup(one) for one in charts.timings(subjects)],  # noqa: S704 - escaped there
+        "throughput_charts": [Markup(one) for one in charts.timings(subjects, throughput=True)],  # noqa: S704
+        "pareto_chart": Markup(_pareto(report)),  # noqa: S704
+        "phase_chart": Markup(charts.phases(report.phases)),  # noqa: S704
+        "verifying_share": verifying / total if total else 0.0,
+        "curve_charts": [
+            (record, [Markup(one) for one in _curves(record)])  # noqa: S704 - escaped there
+            for record in report.passes
+            if record.series
+        ],
+        "profiles": costs.profiles(report),
+        "generation_bars": [Markup(one) for one in costs.generation_bars(subjects)],  # noqa: S704
+        "generation_plots": [(title, Markup(one)) for title, one in costs.generation_plots(subjects)],  # noqa: S704
+        "caches": [found for record in report.passes if (found := costs.cache_tables(record))],
+        "zeros": costs.storage_tables(report),
+        "gates_said": _gates_said(report),
+        "layer_charts": _layer_charts(report.passes),
+        "layers_shown": LAYERS_SHOWN,
+        "recipe_json": json.dumps(report.recipe, indent=2),
+    }
+
+
+def _curves(record: PassRecord) -> list[str]:
+    """A plot for each scale: losses and accuracies have no axis in common, nor have steps and what else they may stand over."""
+    scales: dict[tuple[str, bool], list[Series]] = {}
+    for one in record.series:
+        scales.setdefault((one.x_label, one.name.endswith("accuracy")), []).append(one)
+    return [charts.curves(some, f"{record.name} by {x}") for (x, _), some in scales.items()]
+
+
+def _pareto(report: Report) -> str:
+    return charts.pareto(compare([report])) if len(report.artifacts) > 1 else ""
+
+
+def _gates_said(report: Report) -> str:
+    """In a line, why the verdict is what it is."""
+    if not report.gates:
+        return ""
+    if not (missed := [one for one in report.gates if not one.passed]):
+        return "The gate is passed." if len(report.gates) == 1 else f"All {len(report.gates)} gates are passed."
+    artifacts: dict[str, list[str]] = {}
+    for one in missed:
+        artifacts.setdefault(one.gate.split()[0].replace("_", " "), []).append(one.artifact)
+    said = "; ".join(f"{metric} by {' and '.join(names)}" for metric, names in artifacts.items())
+    return f"{len(missed)} of {len(report.gates)} gates missed: {said}."
+
+
+def _layer_charts(passes: Sequence[PassRecord]) -> list[tuple[PassRecord, list[str], Markup, Markup, int]]:
+    """What each pass did to each layer, drawn once where several formats carry the same."""
+    drawn: list[tuple[PassRecord, list[str], Markup, Markup, int]] = []
+    for record in passes:
+        formats = [str(record.summary["format"])] if "format" in record.summary else []
+        same = next((one for one in drawn if (one[0].index, one[0].layers) == (record.index, record.layers)), None)
+        if same is not None:
+            same[1].extend(one for one in formats if one not in same[1])
+        elif record.layers:
+            layers = largest_errors(record.layers)
+            sizes, errors = charts.layer_sizes(layers), charts.layer_errors(layers)
+            drawn.append((record, formats, Markup(sizes), Markup(errors), len(record.layers)))  # noqa: S704 - escaped there
+    return drawn
+
+
+def largest_errors(layers: tuple[LayerEffect, ...], shown: int = LAYERS_SHOWN) -> tuple[LayerEffect, ...]:
+    """All layers in the model's order, or of many those with the largest errors."""
+    if len(layers) <= shown:
+        return layers
+    bound = sorted((one.relative_error for one in layers), reverse=True)[shown - 1]
+    return tuple(one for one in layers if one.relative_error >= bound)[:shown]
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nightpress.core.compress.report"),
+        autoescape=jinja2.select_autoescape(["html"]),  # Markdown is escaped by the filters `plain` and `cell`
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "megabytes": megabytes,
+        "shown": shown,
+        "cell": _table_cell,
+        "plain": _plain_text,
+        "code": _code_block,
+    }
+    return environment
+
+
+def _plain_text(text: object) -> str:
+    """Someone's words in Markdown: no markup, no HTML and no line break of theirs survives."""
+    one_line = " ".join(str(text).split())
+    for special in "\\`*_[]<>#|":
+        one_line = one_line.replace(
+            special, f"\\{special}" if special not in "<>" else {"<": "&lt;", ">": "&gt;"}[special]
+        )
+    return one_line
+
+
+def _table_cell(text: object) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code_block(text: str) -> str:
+    """Text for a fenced block, which it can't end."""
+    return text.replace("```", "` ` `")

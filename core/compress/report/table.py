@@ -1,0 +1,176 @@
+"""The comparison of source and artifacts: a line for each artifact, and the table of all figures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from nightpress.core.compress.report.costs import speed_line
+from nightpress.core.compress.report.figures import change, figure, megabytes, metric_name
+from nightpress.core.handoff.report import (
+    GenerationTiming,
+    Measurement,
+    Report,
+    Speedup,
+    Subject,
+    Timing,
+    decode_speedup,
+    speedup,
+)
+
+Row = tuple[str, str, list[tuple[str, str]]]  #: what, the source's figure, [(an artifact's figure, its change)]
+_NONE = ("–", "")
+_UNKNOWN = "unknown"
+
+
+def headline(report: Report) -> list[tuple[str, str, str]]:
+    """For each artifact: its name, how small and how fast it became in a line, and its quality in another."""
+    lines = []
+    for one in report.artifacts:
+        parts = [f"{one.size_bytes / report.source.size_bytes:.0%} of the size"]
+        lines_of_speed = (
+            speed_line("speed", "{} the speed", _speedups(one, report.source)),
+            speed_line("decoding", "decodes {} as fast", _decode_speedups(one, report.source)),
+        )
+        parts += [line for line in lines_of_speed if line]
+        first = one.measurements[0] if one.measurements else None
+        lines.append((one.name, ", ".join(parts), f"{metric_name(first)} {figure(first)}" if first else ""))
+    return lines
+
+
+def _speedups(artifact: Subject, source: Subject) -> list[Speedup]:
+    base = {(one.batch, one.length): one for one in source.timings}
+    return [speedup(one, base[shape]) for one in artifact.timings if (shape := (one.batch, one.length)) in base]
+
+
+def _decode_speedups(artifact: Subject, source: Subject) -> list[Speedup]:
+    base = {(one.batch, one.prompt, one.tokens): one for one in source.generation if one.cached}
+    return [
+        decode_speedup(one, base[shape])
+        for one in artifact.generation
+        if one.cached and (shape := (one.batch, one.prompt, one.tokens)) in base
+    ]
+
+
+def rows_of(report: Report) -> list[Row]:
+    source, artifacts = report.source, report.artifacts
+    rows: list[Row] = [
+        (
+            "Size on disk",
+            megabytes(source.size_bytes),
+            [_of(one.size_bytes, source.size_bytes, megabytes) for one in artifacts],
+        )
+    ]
+    every = {_key(one): one for subject in (source, *artifacts) for one in subject.measurements}
+    for key, any_of_them in every.items():
+        label = f"{metric_name(any_of_them)} · {any_of_them.data}"
+        theirs = _find(source, key)
+        cells = []
+        for subject in artifacts:
+            ours = _find(subject, key)
+            cells.append((figure(ours), change(ours)) if ours else ("–", ""))
+        rows.append((label, figure(theirs) if theirs else "–", cells))
+    for at, timing in enumerate(source.timings):
+        label = f"Latency, batch {timing.batch} × {timing.length} tokens"
+        cells = [_of_time(one.timings[at], timing) for one in artifacts]
+        rows.append((label, f"{timing.p50_ms:.1f} ms (p95 {timing.p95_ms:.1f})", cells))
+        unit = timing.throughput_unit
+        throughput = [
+            (
+                f"{one.timings[at].throughput:,.0f} {unit}",
+                _times(one.timings[at].speedup, one.timings[at].throughput / timing.throughput),
+            )
+            for one in artifacts
+        ]
+        rows.append(
+            (
+                f"Throughput, batch {timing.batch} × {timing.length} tokens",
+                f"{timing.throughput:,.0f} {unit}",
+                throughput,
+            )
+        )
+    rows += _generation_rows(source, artifacts)
+    rows += _memory_row(
+        "Peak memory of the process", source.peak_memory_bytes, [one.peak_memory_bytes for one in artifacts]
+    )
+    return rows
+
+
+def _memory_row(label: str, theirs: int | None, ours: Sequence[int | None]) -> list[Row]:
+    """None: unknown. A report of an earlier version has 0 for that. The row is left out where nothing is known."""
+    cells = [_of(one, theirs or 0, megabytes) if one else (_UNKNOWN, "") for one in ours]
+    return [(label, megabytes(theirs) if theirs else _UNKNOWN, cells)] if theirs or any(ours) else []
+
+
+def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[Row]:
+    rows: list[Row] = []
+    for at, base in enumerate(source.generation):
+        shape = (
+            f"batch {base.batch} × prompt of {base.prompt}, {base.tokens} written{'' if base.cached else ', no cache'}"
+        )
+        # A consumer that can't decode leaves its cells empty.
+        ours = [one.generation[at] if one.generation else None for one in artifacts]
+        rows.append(
+            (
+                f"Prefill, {shape}",
+                _prefill(base),
+                [
+                    (_prefill(one), _times(one.prefill_speedup, one.prefill_tokens_per_s / base.prefill_tokens_per_s))
+                    if one
+                    else _NONE
+                    for one in ours
+                ],
+            )
+        )
+        rows.append(
+            (
+                f"Decode, {shape}",
+                _decode(base),
+                [
+                    (_decode(one), _times(one.decode_speedup, one.decode_tokens_per_s / base.decode_tokens_per_s))
+                    if one
+                    else _NONE
+                    for one in ours
+                ],
+            )
+        )
+        peaks = [one.peak_memory_bytes if one else None for one in ours]
+        rows += _memory_row(f"Peak memory, {shape}", base.peak_memory_bytes, peaks)
+    return rows
+
+
+def _prefill(one: GenerationTiming) -> str:
+    return f"{one.prefill_tokens_per_s:,.0f} tokens/s (first token after {one.prefill_p50_ms:.1f} ms, p95 {one.prefill_p95_ms:.1f})"
+
+
+def _decode(one: GenerationTiming) -> str:
+    return (
+        f"{one.decode_tokens_per_s:,.1f} tokens/s [{one.decode_slowest:,.1f} to {one.decode_fastest:,.1f}] "
+        f"({one.token_p50_ms:.1f} ms a token, p95 {one.token_p95_ms:.1f})"
+    )
+
+
+def _key(one: Measurement) -> tuple[str, str, str]:
+    return one.name, one.data, one.of
+
+
+def _find(subject: Subject, key: tuple[str, str, str]) -> Measurement | None:
+    return next((one for one in subject.measurements if _key(one) == key), None)
+
+
+def _of(value: int, base: int, show: Any) -> tuple[str, str]:
+    return show(value), f"{value / base:.0%}" if base else ""
+
+
+def _of_time(ours: Timing, theirs: Timing) -> tuple[str, str]:
+    shown, compared = f"{ours.p50_ms:.1f} ms (p95 {ours.p95_ms:.1f})", speedup(ours, theirs)
+    if not compared.told_apart:
+        return shown, "not told apart"
+    faster = compared.value
+    return shown, f"{faster:.2f}× faster" if faster >= 1 else f"{1 / faster:.2f}× slower"
+
+
+def _times(speedup: Speedup | None, ratio: float) -> str:
+    """ratio: of the medians, for a report of an earlier version."""
+    if speedup is None:
+        return f"{ratio:.2f}×"
+    apart = "" if speedup.told_apart else ", not told apart"
+    return f"{speedup.value:.2f}× [{speedup.low:.2f}, {speedup.high:.2f}]{apart}"

@@ -1,0 +1,66 @@
+"""A weight on its grid by the Optimal-Brain-Surgeon solver, in rows where rounding to nearest does better by that.
+
+Frantar et al., GPTQ (arXiv 2210.17323).
+"""
+
+import torch
+from torch import Tensor
+
+from nightpress.core.compress.grids.refine import fit_scales
+from nightpress.core.compress.grids.rounding import dequantize
+from nightpress.core.compress.grids.stored import Coded, dequantized, grid_of, round_weight
+from nightpress.core.compress.solvers.obs import Factor, Prune, Quantize, Solved, output_loss, solve
+from nightpress.core.compress.solvers.products import fast_products
+from nightpress.core.recipes.schemes import Scheme
+
+#: A row whose loss is within a hundredth of rounding's counts as no better: far beyond the error of fast products.
+_CLEARLY = 0.99
+
+
+def round_obs(
+    weight: Tensor,
+    gram: Tensor,
+    factor: Factor,
+    scheme: Scheme,
+    stored: torch.dtype,
+    *,
+    ranges: str = "extremes",
+    refine: bool = False,
+    prune: Prune | None = None,
+) -> Coded:
+    """Round a weight [out, in] float32 by the Optimal-Brain-Surgeon solver. Without pruning, no row costs the outputs more than rounded to nearest."""
+    importance = factor.power if ranges == "least-error" else None
+    nearest = None if prune else round_weight(weight, scheme, stored, ranges=ranges, importance=importance)
+    known = None if nearest is None else _ranges_of(nearest)
+    solved = solve(weight, factor, Quantize(grid_of(scheme), stored, ranges, known), prune)
+    assert solved.codes is not None
+    assert solved.scale is not None
+    if nearest is None:
+        return Coded(solved.codes, solved.scale, solved.zero_point)
+    scale, loss = solved.scale, solved.loss
+    with fast_products():
+        if refine:
+            fitted = _fitted(weight, gram, factor, solved, scale, stored)
+            fitted_loss = output_loss(weight, dequantize(solved.codes, fitted, solved.zero_point), factor)
+            scale = torch.where((fitted_loss < loss)[:, None], fitted, scale)
+            loss = torch.minimum(fitted_loss, loss)
+        nearest_loss = output_loss(weight, dequantized(nearest, scheme), factor)
+    worse = (loss > _CLEARLY * nearest_loss)[:, None]
+    zero_point = solved.zero_point
+    if zero_point is not None and nearest.zero_point is not None:
+        zero_point = torch.where(worse, nearest.zero_point, zero_point)
+    return Coded(torch.where(worse, nearest.codes, solved.codes), torch.where(worse, nearest.scale, scale), zero_point)
+
+
+def _ranges_of(coded: Coded) -> tuple[Tensor, Tensor]:
+    """Scales and zero points [out, groups] in float32."""
+    scale = coded.scale.float()
+    return scale, torch.zeros_like(scale) if coded.zero_point is None else coded.zero_point.float()
+
+
+def _fitted(weight: Tensor, gram: Tensor, factor: Factor, solved: Solved, scale: Tensor, stored: torch.dtype) -> Tensor:
+    assert solved.codes is not None
+    steps = solved.codes.to(weight.dtype)
+    if solved.zero_point is not None:
+        steps = (steps.view(*scale.shape, -1) - solved.zero_point[..., None]).view_as(weight)
+    return fit_scales(weight, gram, steps, scale.to(weight.dtype), stored, damping=factor.damping).to(stored)

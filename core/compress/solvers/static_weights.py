@@ -1,0 +1,93 @@
+"""How static int8 settles the weights that read one input: the smoothing factors and the codes that cost their outputs least."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nightpress.core.compress.grids import activation_ranges
+from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.solvers.obs import Quantize, factorize, solve
+from nightpress.core.compress.solvers.smooth import smoothing_factors
+
+_ROWS = 512  #: of a weight, evenly spread, that the search for factors looks at
+_COARSE, _FINE = 0.1, 0.05  #: steps of the exponent α
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The weights [out, in] of all products that read one input, as int8."""
+
+    factors: Tensor  #: [in], by which the input is divided and the weights' columns are multiplied
+    codes: NDArray[np.int8]  #: [out, in]
+    scales: NDArray[np.float32]  #: [out]
+    error: NDArray[np.float32]  #: [out], squared error of the outputs on the sample, input and weight rounded
+    power: NDArray[np.float32]  #: [out], squared outputs on the sample
+
+
+def settle(
+    weight: Tensor, gram: Tensor, sample: Tensor, low: Tensor, high: Tensor, *, tokens: int, bits: int
+) -> Settled:
+    """Search the factors, then round the weight with each column making up for those before it (GPTQ, arXiv 2210.17323).
+
+    weight [out, in] float32; gram [in, in] = Σ xxᵀ over `tokens` tokens; sample [T, in]; low, high [in]: each channel's extremes.
+    Codes have `bits` bits. The input's own rounding, step²/12 a channel, is part of the Gram matrix that the codes are chosen for.
+    """
+    factors = _search(weight, sample, low, high, bits)
+    step = float(activation_ranges.scale_and_zero(_range(low, high, factors))[0])
+    inputs = gram / factors[:, None] / factors[None, :]
+    inputs.diagonal().add_(tokens * step**2 / 12)
+    # Strong channels first: the many weak ones can still make up for them, while the reverse is not true.
+    solved = solve(weight * factors, factorize(inputs, by_power=True), Quantize(Grid(bits), torch.float32))
+    assert solved.codes is not None
+    assert solved.scale is not None
+    exact = sample @ weight.T
+    error = _rounded(sample / factors, _range(low, high, factors)) @ (solved.codes * solved.scale).T - exact
+    return Settled(
+        factors,
+        solved.codes.numpy(),
+        solved.scale[:, 0].numpy(),
+        error.square().sum(0).numpy(),
+        exact.square().sum(0).numpy(),
+    )
+
+
+def _search(weight: Tensor, sample: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """The factors [in], of some α's and none, with the least error of the outputs, both sides rounded on the grids that the graph will have."""
+    rows = weight[:: -(-len(weight) // _ROWS)]
+    largest, heaviest = torch.maximum(-low, high), weight
+    exact = sample @ rows.T
+
+    def factors_of(alpha: float) -> Tensor:
+        return smoothing_factors(largest, heaviest, alpha)
+
+    def loss(factors: Tensor) -> float:
+        inputs = _rounded(sample / factors, _range(low, high, factors))
+        return float((inputs @ _nearest(rows * factors, bits).T - exact).square().sum())
+
+    none = torch.ones_like(largest)
+    tried = {alpha: loss(factors_of(alpha)) for alpha in (step * _COARSE for step in range(11))}
+    middle = min(tried, key=lambda alpha: tried[alpha])
+    for alpha in (middle - _FINE, middle + _FINE):
+        if 0 <= alpha <= 1:
+            tried[alpha] = loss(factors_of(alpha))
+    best = min(tried, key=lambda alpha: tried[alpha])
+    return factors_of(best) if tried[best] < loss(none) else none
+
+
+def _range(low: Tensor, high: Tensor, factors: Tensor) -> activation_ranges.Range:
+    return float((low / factors).min()), float((high / factors).max())
+
+
+def _rounded(values: Tensor, found: activation_ranges.Range) -> Tensor:
+    """Values on the uint8 grid over a range, as floats again."""
+    scale, zero = (float(part) for part in activation_ranges.scale_and_zero(found))
+    return ((values / scale).round_() + zero).clamp_(0, activation_ranges.LEVELS - 1).sub_(zero).mul_(scale)
+
+
+def _nearest(weight: Tensor, bits: int) -> Tensor:
+    """A weight [out, in] rounded to `bits` bits with a scale a row, as floats again."""
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / (2 ** (bits - 1) - 0.5)
+    return torch.round(weight / scale).mul_(scale)

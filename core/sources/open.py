@@ -1,0 +1,15 @@
+"""Opens the source that an address names."""
+
+from nightpress.core.settings import Settings
+from nightpress.core.sources.address import Address, BucketAddress
+from nightpress.core.sources.hub import HubSource
+from nightpress.core.sources.source import Source
+
+
+def open_source(address: Address, settings: Settings) -> Source:
+    if isinstance(address, BucketAddress):
+        # boto3 takes 0.2 s to import: only those who use it pay
+        from nightpress.core.sources.bucket import BucketSource
+
+        return BucketSource(address, settings)
+    return HubSource(address, settings)
