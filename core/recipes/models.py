@@ -10,7 +10,8 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.calibration import BUILTIN_DATA, Calibration, DataRef
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.passes import Pass
+from nightpress.core.recipes.passes import Pass, catalog
+from nightpress.core.recipes.passes.named import CHECKED_ELSEWHERE
 from nightpress.core.recipes.targets import Target, fill_in, misfit, target_for
 from nightpress.core.recipes.yamlfile import read_yaml
 
@@ -246,17 +247,23 @@ def parse_gate(metric: str, bound: str) -> Gate:
     return Gate.model_validate({"metric": metric, "operator": operator, "value": value, "relative": kind})
 
 
-def parse_recipe(raw: Any) -> Recipe:
-    """Validate a mapping. Raises NightpressError(invalid_recipe) that lists every fault with its place."""
+def parse_recipe(raw: Any, *, for_a_service: bool = False) -> Recipe:
+    """Validate a mapping. Raises NightpressError(invalid_recipe) that lists every fault with its place.
+
+    for_a_service: passes that this process doesn't know are left for the service to judge, which may have other packages.
+    """
     try:
-        return Recipe.model_validate(raw)
+        return Recipe.model_validate(raw, context=CHECKED_ELSEWHERE if for_a_service else None)
     except ValidationError as error:
-        faults = [_fault(one) for one in error.errors(include_url=False)]
-        first = faults[0]
+        found = error.errors(include_url=False)
+        faults = [_fault(one) for one in found]
+        first, unknown = faults[0], unknown_pass(found[0])
         raise NightpressError(
             ErrorCode.INVALID_RECIPE,
             f"The recipe has {len(faults)} fault{'s' * (len(faults) > 1)}; the first at {first['at'] or 'its top'}: {first['problem']}.",
-            hint="`nightpress recipes` lists the built-in recipes and passes; docs/recipes.md explains every field.",
+            hint=unknown[1]
+            if unknown is not None
+            else "`nightpress recipes` lists the built-in recipes, `nightpress recipes passes` the passes; docs/recipes.md explains every field.",
             faults=faults,
         ) from error
 
@@ -272,8 +279,15 @@ def aim(recipe: Recipe, header: ModelHeader) -> Recipe:
 def _fault(error: ErrorDetails) -> dict[str, str]:
     problem = error["msg"]
     if error["type"] == "union_tag_invalid":
-        problem = f"there is no pass {error['ctx']['tag']!r}; there are {error['ctx']['expected_tags']}"
+        unknown = unknown_pass(error)
+        known = f"there is no pass {error['ctx']['tag']!r}; there are {error['ctx']['expected_tags']}"
+        problem = known if unknown is None else unknown[0]
     return {"at": ".".join(str(part) for part in error["loc"]), "problem": problem}
+
+
+def unknown_pass(error: ErrorDetails) -> tuple[str, str] | None:
+    """Why a pass of an installed package isn't known, and what to do; None for every other fault."""
+    return catalog.why_unknown(error["ctx"]["tag"]) if error["type"] == "union_tag_invalid" else None
 
 
 def load_recipe(text: str) -> Recipe:
