@@ -28,6 +28,7 @@ from nightpress.core.handoff.report import (
     decode_speedup,
     speedup,
 )
+from nightpress.core.recipes.passes import catalog
 
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
@@ -79,10 +80,6 @@ _FINE = frozenset(
 )  #: five digits
 #: what the Hub calls a figure, where it has its own name for it
 _HUB_METRICS = {"spearman": "spearmanr", "pearson": "pearsonr", "entity_f1": "seqeval", "choice_accuracy": "acc_norm"}
-#: what makes the Hub's `quantized` of a model, as a GGUF without any pass does; it has no nearer word for the others than `finetune`
-_QUANTIZING = frozenset(
-    {"dynamic-int8", "static-int8", "weight-only", "gptq", "awq", "smoothquant", "fp8", "kv-cache", "qat"}
-)
 _PIPELINE_TAGS = {
     "causal-lm": "text-generation",
     "classification": "text-classification",
@@ -141,8 +138,10 @@ def render_markdown(report: Report) -> str:
 
 
 def _relation(report: Report) -> str:
-    changed = {one["pass"] for one in report.recipe.get("passes", ())} - {"profile", "generation-cache"}
-    return "quantized" if not changed or changed & _QUANTIZING else "finetune"
+    """What the Hub calls the result beside its source. Without a pass that changes weights, a format such as GGUF rounds them."""
+    known = [catalog.pass_type(one["pass"]) for one in report.recipe.get("passes", ())]
+    relations = {"finetune" if one is None else one.relation for one in known} - {None}
+    return "quantized" if not relations or "quantized" in relations else "finetune"
 
 
 def _index_results(report: Report) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ __all__ = ["CACHE_FILE", "CONSUMER", "save", "write_config"]
 CACHE_FILE = "kv_cache_scheme.json"
 
 
-def save(model_dir: Path, out_dir: Path, **_context: Any) -> None:
+def save(model_dir: Path, out_dir: Path) -> None:
     """Put the finished model folder at `out_dir`."""
     safetensors.save(model_dir, out_dir)
     if (out_dir / CACHE_FILE).exists():  # no pass after `kv-cache` has quantized weights

@@ -15,6 +15,7 @@ from nightpress.core.compress.executors.train import Trained
 from nightpress.core.compress.networks import embeddings_of, load_model, save_model
 from nightpress.core.compress.passes.distill import record_of, teach
 from nightpress.core.compress.passes.quantize import stream_rounded
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.stored import dequantized, round_weight
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.header import ModelHeader
@@ -24,6 +25,7 @@ from nightpress.core.recipes.passes.aware import Qat
 from nightpress.core.recipes.schemes import Scheme
 
 
+@folder_pass(Qat)
 def qat(source: Path, target: Path, options: Qat, context: PassContext) -> PassRecord:
     """Train the rounded model against its float self. `target` becomes a compressed-tensors model, or a float one on the grid."""
     start = time.monotonic()

@@ -14,6 +14,7 @@ from nightpress.core.compress.evaluate.data import open_tokenizer, read_rows, te
 from nightpress.core.compress.export.safetensors import copy_folder
 from nightpress.core.compress.generation_cache import PrefixStore, cache_bytes, cache_for
 from nightpress.core.compress.networks import load_model
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord, Series
 from nightpress.core.recipes.passes.caching import GenerationCache
@@ -24,6 +25,7 @@ _PREFIX, _OWN = 256, 16  #: tokens of a text that was seen before, and of what i
 _NEAR = 1e-3  #: of the largest logit: sums in another order differ by less
 
 
+@folder_pass(GenerationCache)
 def generation_cache(source: Path, target: Path, options: GenerationCache, context: PassContext) -> PassRecord:
     """Compare greedy decoding with the cache to decoding without one, weigh the cache, and write the settings.
 

@@ -14,6 +14,7 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.rewrite import Effect, Put, Rewrite
 from nightpress.core.compress.executors.stream import copy_companions, scan, sweep
 from nightpress.core.compress.export.compressed_tensors import write_config
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.solvers.grid import Grid, Workspace, magnitude_bits, pack, pack_zero_points, round_to_grid
 from nightpress.core.compress.stored import dequantized, grid_of, round_weight, to_tensors
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -29,6 +30,7 @@ _EXACT_WEIGHTS = 1024**2
 _SAMPLE_EVERY = 8
 
 
+@folder_pass(WeightOnly)
 def weight_only(source: Path, target: Path, options: WeightOnly, context: PassContext) -> PassRecord:
     """Round every linear weight to the nearest step of its grid. `target` becomes a compressed-tensors model."""
     summary = {

@@ -18,6 +18,7 @@ from nightpress.core.compress.executors.rewrite import Effect, tensor_bytes
 from nightpress.core.compress.executors.skeleton import Batch, Source
 from nightpress.core.compress.executors.stream import copy_companions
 from nightpress.core.compress.executors.survey import block_gradients, survey, unit_gradients
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.solvers.units import (
     Known,
     Moments,
@@ -31,10 +32,11 @@ from nightpress.core.compress.solvers.units import (
 from nightpress.core.handoff.report import LayerEffect, PassRecord
 from nightpress.core.recipes.anatomy import Anatomy
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
-from nightpress.core.recipes.passes import Layers
+from nightpress.core.recipes.passes import Channels, Heads, Layers
 from nightpress.core.recipes.passes.shrink import Narrowing, renumbered
 
 
+@folder_pass(Channels, Heads)
 def narrow(source: Path, target: Path, options: Narrowing, context: PassContext) -> PassRecord:
     """Take channels or heads out of every block, one block at a time. `target` becomes a smaller model."""
     start = time.monotonic()
@@ -61,6 +63,7 @@ def narrow(source: Path, target: Path, options: Narrowing, context: PassContext)
     return _record(options, context, target, pressed.effects, start, {"units": options.counts(anatomy), "kept": kept})
 
 
+@folder_pass(Layers)
 def layers(source: Path, target: Path, options: Layers, context: PassContext) -> PassRecord:
     """Take whole blocks out. `target` becomes a shallower model."""
     start = time.monotonic()
