@@ -53,7 +53,8 @@ def prepare(folder: Path, samples: int, length: int) -> None:
     """The model, and the token ids to calibrate and to evaluate on, for both sides."""
     import numpy as np
 
-    from nightpress.core.compress.data.tokenized import open_tokenizer, read_rows, text_windows
+    from nightpress.core.compress.data.rows import read_rows
+    from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
     from tests.models import smollm_dir
 
     model = folder / "model"

@@ -20,7 +20,8 @@ import torch
 
 from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.tokenized import open_tokenizer, read_rows, text_windows
+from nightpress.core.compress.data.rows import read_rows
+from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
 from nightpress.core.compress.export import compressed_tensors, safetensors
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.passes import MODEL_PASSES

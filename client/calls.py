@@ -12,6 +12,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, TypeAdapter
 
+from nightpress.core.recipes.passes.named import CHECKED_ELSEWHERE
 from nightpress.core.recipes.plan import Plan
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.jobs import (
@@ -28,7 +29,7 @@ from nightpress.core.wire.jobs import (
 )
 from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView, UploadFile
 from nightpress.core.wire.promotions import LatestView, PromotionCreate, PromotionView
-from nightpress.core.wire.recipes import RecipeView, ValidateRequest, ValidateView
+from nightpress.core.wire.recipes import PassView, RecipeView, ValidateRequest, ValidateView
 from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 from nightpress.core.wire.system import QueueView, ReadyView, WorkerView
 
@@ -57,7 +58,7 @@ class Call(Generic[Answer]):
 def reader(kind: Any) -> Callable[[httpx.Response], Any]:
     """A parser of responses of this type. It raises ValidationError for other content."""
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
-    return lambda response: adapter.validate_json(response.content)
+    return lambda response: adapter.validate_json(response.content, context=CHECKED_ELSEWHERE)
 
 
 def _items(kind: Any) -> Callable[[httpx.Response], Any]:
@@ -80,6 +81,7 @@ _DATA_SET, _DATA_SETS = reader(DataSetView), reader(Page[DataSetView])
 _JOB, _JOBS, _JOB_LIST = reader(JobView), reader(Page[JobView]), _items(JobView)
 _CANCELLED = reader(CancelledView)
 _UPLOADS = _items(UploadFile)
+_PASSES = _items(PassView)
 _RECIPE, _RECIPES = reader(RecipeView), _items(RecipeView)
 _ARTIFACTS, _WORKERS, _QUEUES = _items(ArtifactView), _items(WorkerView), _items(QueueView)
 _EVENTS, _LOGS = _items(EventView), _items(LogView)
@@ -205,6 +207,11 @@ def validate_recipe(recipe: dict[str, Any] | str, model: str | None = None) -> C
     """The plan, estimate and warnings for a recipe given as a mapping or YAML text. Raises ApiError(invalid_recipe)."""
     body = ValidateRequest(recipe=recipe, model=model).model_dump(mode="json")
     return Call("POST", "/v1/recipes/validate", lambda response: _VALIDATED(response).plan, json=body)
+
+
+def list_passes() -> Call[list[PassView]]:
+    """The passes that a recipe may name: the built-in ones, and those of packages that the service allows."""
+    return Call("GET", "/v1/recipes/passes", _PASSES)
 
 
 def recipe_schema() -> Call[dict[str, Any]]:

@@ -177,6 +177,7 @@ class Recipes(Resource[Driver]):
     get = ask(calls.get_recipe)
     validate = ask(calls.validate_recipe)
     schema = ask(calls.recipe_schema)
+    passes = ask(calls.list_passes)
 
 
 class Jobs(Resource[Driver]):

@@ -65,6 +65,10 @@ class Settings(BaseSettings):
         default_factory=lambda: ["huggingface.co", "hf.co"],
         description="Domains to which the Hub may send a download on, besides its own.",
     )
+    passes: list[str] = Field(
+        default_factory=list,
+        description="Installed packages, or single passes of them, that recipes may use: see docs/how-to/write-a-pass.md. Their code runs in the API, the control process and workers. Empty: none.",
+    )
     verify_inline_bytes: int = Field(
         128 * 1024**2,
         description="Models and data of up to this size are verified within the request; larger ones, and data of many rows, by the control process.",

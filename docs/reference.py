@@ -17,9 +17,9 @@ from nightpress.core.recipes.builtins import builtin_recipes, builtin_text
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.models import GATE_METRICS, GenerationSpeed, Latency, Quality, Recipe
-from nightpress.core.recipes.passes import PASS_TYPES
+from nightpress.core.recipes.passes import catalog
 from nightpress.core.recipes.targets import AIMS, Aim
-from nightpress.core.settings import Settings
+from nightpress.core.settings import Settings, load_settings
 
 _GENERATED = "<!-- Written by docs/reference.py from the code; change the code, not this page. -->\n\n"
 
@@ -132,10 +132,13 @@ def recipes_page() -> str:
         + _table(("target", "passes", "exports", "why"), [_aim(name, aim) for name, aim in AIMS.items()]),
         "## Passes\n",
     ]
-    for options in PASS_TYPES:
-        carriers = ", ".join(f"`{name}`" for name in sorted(options.exports))
+    for options in catalog.pass_types():
+        name = str(options.model_fields["pass_"].default)
+        carriers = ", ".join(f"`{carrier}`" for carrier in sorted(options.exports))
+        provider = catalog.provider_of(name)
+        package = "" if provider is None else f"From the package {provider}. "
         parts.append(
-            f"### {options.model_fields['pass_'].default}\n\n{_doc(options)}\n\nNeeds: {options.needs}. Result carried by: {carriers}.\n\n{_fields(options)}"
+            f"### {name}\n\n{_doc(options)}\n\n{package}Needs: {options.needs}. Result carried by: {carriers}.\n\n{_fields(options)}"
         )
     parts.append("## Calibration\n\n" + _doc(Calibration) + "\n\n" + _fields(Calibration))
     parts.append("## Evaluation\n\n### quality\n\n" + _doc(Quality) + "\n\n" + _fields(Quality))
@@ -204,5 +207,7 @@ PAGES = {
 }
 
 if __name__ == "__main__":
+    for fault in catalog.allow(load_settings().passes):
+        raise SystemExit(fault)
     for name, page in PAGES.items():
         (Path(__file__).parent / name).write_text(page())

@@ -96,7 +96,7 @@ MUTANTS = (
     Mutant("end: nobody holds it any more", TRANSITIONS, '    "lease_id": null(),\n', ""),
     Mutant("reuse: an identical job's result alone", REQUESTS, "made.c.fingerprint == job.fingerprint)", "made.c.fingerprint.is_not(None))", (_API,)),
     Mutant("reuse: within the tenant alone", REQUESTS, ".where(made.c.tenant_id == job.tenant_id, ", ".where(", (_API,)),
-    Mutant("reuse: what the same engine made", REQUESTS, "            .where(made.c.engine == ENGINE)", "            .where(True)"),
+    Mutant("reuse: what the same engine made", REQUESTS, "            .where(made.c.engine == engine)", "            .where(True)"),
     Mutant("reuse: never by force", SERVICE, "wanted.reuse and not wanted.force", "wanted.reuse"),
     Mutant("submit: the quota", SUBMISSION, 'if queued >= values["max_queued"]:', "if False:"),
     Mutant("submit: the job's own fingerprint", SUBMISSION, '"idempotency_fingerprint": idempotency.fingerprint}', '"idempotency_fingerprint": idempotency.fingerprint, "fingerprint": idempotency.fingerprint}', ("tests/integration/test_columns_of_jobs.py",)),

@@ -92,7 +92,7 @@ class CheckpointDepot:
 
     def _bring_finished(self, at: int, on_bytes: OnBytes) -> bool:
         """The model a pass made, if the pass was done and every file of it is whole."""
-        name = self._recipe.passes[at].pass_
+        name = self._recipe.passes[at].name
         record, below = pass_record(at, name), f"{pass_folder(at, name)}/"
         files = self._index.files(self._digests[at])
         if record not in files:
@@ -215,7 +215,7 @@ class CheckpointDepot:
         """Remove what this file replaces: its earlier self, and behind a whole pass all that was there to go on with it."""
         digest, gone = self._digests[at], list[str]()
         if at < len(self._recipe.passes):
-            name = self._recipe.passes[at].pass_
+            name = self._recipe.passes[at].name
             below = f"{pass_folder(at, name)}/"
             if path == pass_record(at, name):
                 gone = [

@@ -11,23 +11,21 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
-
-from pydantic import ValidationError
 
 from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Phase, Progress
 from nightpress.core.handoff.spec import JobSpec
 from nightpress.core.logs import log_context
-from nightpress.core.recipes.models import Recipe
+from nightpress.core.recipes.passes import catalog
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex
 from nightpress.core.service.jobs.records import Claimed, Job
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.settings import Settings
 from nightpress.core.tracing import span
-from nightpress.core.version import VERSION
 from nightpress.worker import sandbox
 from nightpress.worker.cache import full_worker_disk
 from nightpress.worker.checkpoints import CheckpointDepot
@@ -35,6 +33,7 @@ from nightpress.worker.fitness import Fitness, MachineFaultError
 from nightpress.worker.lease import LeaseKeeper
 from nightpress.worker.metrics import ATTEMPTS, BYTES_MOVED, GPU_SECONDS, LEASES_LOST, SECONDS_MOVING
 from nightpress.worker.process import CHILD_COMMAND, ChildProcess
+from nightpress.worker.recipes import read_recipe
 from nightpress.worker.relay import Relay
 from nightpress.worker.staging import Stager, files_of, outcome_of, read_manifest, ship
 from nightpress.worker.storage_threads import StorageThreads
@@ -215,7 +214,7 @@ class _Attempt:
         self._child = child = self._supervisor.take_child()
         with span("stage"):
             data = self._move(lambda: self._stage(child.job_dir))
-        recipe = _read_recipe(self._job)
+        recipe = read_recipe(self._job)
         depot = self._depot = CheckpointDepot(
             self._supervisor.checkpoints,
             self._supervisor.objects,
@@ -236,6 +235,7 @@ class _Attempt:
             model_name=self._job.model_name,
             model_digest=self._job.model_digest,
             recipe=recipe,
+            packages=catalog.providers_of(one.name for one in recipe.passes),
             data=data,
             device="cuda" if self._job.queue == "gpu" else "cpu",
             threads=self._supervisor.threads,
@@ -249,15 +249,16 @@ class _Attempt:
             relay.run(self._check)
         child.kill()  # what it started must not outlive it, nor change what is read now
         self._supervisor.warm_up()
-        return self._ship(child.job_dir)
+        return self._ship(spec, child.job_dir)
 
     def _stage(self, job_dir: Path) -> dict[str, str]:
         report = self._meter("fetching", 0.0, FETCHED)
         return self._supervisor.stager.stage(self._job, job_dir, on_total=report.expect, on_bytes=report.moved)
 
-    def _ship(self, job_dir: Path) -> Callable[[], str]:
+    def _ship(self, spec: JobSpec, job_dir: Path) -> Callable[[], str]:
         manifest = read_manifest(job_dir, self._lease)
-        outcome = outcome_of(job_dir, manifest)
+        packages = tuple(str(one) for one in spec.packages.values())
+        outcome = replace(outcome_of(job_dir, manifest), packages=packages)
         report = self._meter("uploading", PRESSED, 1.0)
         report.expect(sum(file.size for file in files_of(manifest)))
         with span("upload"):
@@ -341,20 +342,6 @@ class _Attempt:
 
     def _meter(self, phase: Phase, low: float, high: float) -> "_Meter":
         return _Meter(self._keeper, self._check, phase, low, high)
-
-
-def _read_recipe(job: Job) -> Recipe:
-    """A job's recipe. One that a newer release wrote is another worker's to read: raises MachineFaultError."""
-    try:
-        return Recipe.model_validate(job.recipe)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise MachineFaultError(
-            ErrorCode.INTERNAL,
-            f"The recipe says something that this worker's release does not know: {'.'.join(map(str, first['loc']))}: {first['msg']}.",
-            hint="Upgrade the workers to the API's release.",
-            reason=f"the worker's release, {VERSION}, is older than the API's",
-        ) from error
 
 
 class _Meter:

@@ -13,9 +13,10 @@ from nightpress.core.errors import ErrorCode
 from nightpress.core.recipes.builtins import builtin_recipes, builtin_text
 from nightpress.core.recipes.builtins import get_recipe as get_builtin
 from nightpress.core.recipes.models import Recipe, load_recipe, parse_recipe
+from nightpress.core.recipes.passes import catalog
 from nightpress.core.recipes.plan import Plan, make_plan
 from nightpress.core.wire.base import Page
-from nightpress.core.wire.recipes import RecipeView, ValidateRequest, ValidateView
+from nightpress.core.wire.recipes import PassView, RecipeView, ValidateRequest, ValidateView
 
 router = APIRouter(prefix="/v1/recipes", tags=["recipes"], route_class=OnceRoute)
 
@@ -46,6 +47,13 @@ async def list_recipes(_caller: JobsReader) -> Response:
 @router.get("/schema", summary="Get the JSON schema of a recipe", response_model=dict[str, Any])
 async def recipe_schema(_caller: JobsReader) -> Response:
     return JSONResponse(Recipe.model_json_schema(by_alias=True))
+
+
+@router.get("/passes", response_model=Page[PassView], summary="The passes that a recipe may name")
+async def list_passes(_caller: JobsReader) -> Response:
+    found = [PassView.of(options) for options in catalog.pass_types()]
+    found += [PassView.of_problem(name, problem) for name, problem in catalog.faults().items()]
+    return answer(Page[PassView](items=found))
 
 
 @router.get(
@@ -87,7 +95,7 @@ def _view(recipe: Recipe) -> RecipeView:
         name=recipe.name,
         version=recipe.version,
         description=recipe.description,
-        passes=[step.pass_ for step in recipe.passes],
+        passes=[step.name for step in recipe.passes],
         exports=[export.name for export in recipe.exports],
         recipe=recipe.model_dump(mode="json"),
         text=builtin_text(recipe.name),

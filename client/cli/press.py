@@ -27,9 +27,11 @@ from nightpress.core.ids import new_id
 from nightpress.core.recipes.builtins import get_recipe
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.models import Recipe, aim, parse_recipe
+from nightpress.core.recipes.passes import catalog
 from nightpress.core.recipes.placement import Seat
 from nightpress.core.recipes.plan import make_plan
 from nightpress.core.recipes.targets import Target
+from nightpress.core.settings import load_settings
 
 AnyFrame = Progress | Metric | Log | Checkpoint | Span | Result
 _NEEDED = ("torch", "transformers", "safetensors")
@@ -66,6 +68,7 @@ def press(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} exists and is not empty.", param_hint="--out")
     header = read_model_folder(model).header
+    allow_passes()
     wanted = aim(_wanted(recipe, target), header)
     sets = read_data(wanted, data or [])
     threads = threads or len(os.sched_getaffinity(0))
@@ -96,6 +99,12 @@ def press(
         print_report(report.model_dump(mode="json"))
         output.say(f"The result is in {out}.")
     raise typer.Exit(Exit.REJECTED if manifest.verdict == "rejected" else Exit.OK)
+
+
+def allow_passes() -> None:
+    """Let recipes name the passes of the packages that NIGHTPRESS_PASSES allows."""
+    for fault in catalog.allow(load_settings().passes):
+        output.note(fault, "yellow")
 
 
 def _wanted(recipe: str | None, target: str | None) -> Recipe:
@@ -179,6 +188,7 @@ def write_job(
             "model_name": chosen.name,
             "model_digest": digest_of(files),
             "recipe": recipe,
+            "packages": catalog.providers_of(one.name for one in recipe.passes),
             "data": data,
             "device": device,
             "threads": threads,

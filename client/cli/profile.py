@@ -45,7 +45,7 @@ def _device(options: Profiling, threads: int) -> Device | None:
     if options.device == "none":
         return None
     require_core()
-    from nightpress.core.compress.evaluate.roofline import device_of
+    from nightpress.core.compress.roofline import device_of
 
     return device_of(options.device, threads=threads)
 

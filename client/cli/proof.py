@@ -11,7 +11,7 @@ import typer
 
 from nightpress.client.cli import output
 from nightpress.client.cli.exits import Exit
-from nightpress.client.cli.press import read_data, require_core, run_here, write_job
+from nightpress.client.cli.press import allow_passes, read_data, require_core, run_here, write_job
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.errors import ClientError
 from nightpress.core.handoff.compare import Comparison, compare
@@ -104,6 +104,7 @@ def reproduce(
 ) -> None:
     """Run a report's recipe again on this machine, and compare bytes and figures with the report."""
     before = read_file(report)
+    allow_passes()
     recipe = parse_recipe(before.recipe)
     sets = read_data(recipe, data or [])
     if out is not None and out.exists():

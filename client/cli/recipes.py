@@ -8,7 +8,7 @@ import yaml
 
 from nightpress.client.cli import output
 from nightpress.client.cli.session import Session, takes_session
-from nightpress.core.recipes.models import load_recipe
+from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.plan import Plan
 from nightpress.core.recipes.yamlfile import read_yaml
 
@@ -24,6 +24,7 @@ def add_to(app: typer.Typer) -> None:
 def read_recipe(recipe: str) -> str | dict[str, Any]:
     """The name of a built-in recipe as it is, or the content of a recipe file as a mapping.
 
+    A pass that is unknown here is left for others to judge: a service may have packages that this machine hasn't.
     Raises NightpressError(invalid_recipe) for a file that is not valid, and BadParameter where there is no such file.
     """
     path = Path(recipe)
@@ -32,8 +33,8 @@ def read_recipe(recipe: str) -> str | dict[str, Any]:
             raise typer.BadParameter(f"There is no file {recipe}.", param_hint="--recipe")
         return recipe
     text = path.read_text()
-    load_recipe(text)
     mapping: dict[str, Any] = read_yaml(text)
+    parse_recipe(mapping, for_a_service=True)
     return mapping
 
 
@@ -69,6 +70,27 @@ def recipe_schema(session: Session) -> None:
     """Print the JSON schema of a recipe. Editors check a recipe against it."""
     with session.client() as client:
         output.print_json(client.recipes.schema())
+
+
+@recipes.command("passes")
+@takes_session
+def list_passes(session: Session) -> None:
+    """List the passes that a recipe may name: the built-in ones, and those of packages that the service allows."""
+    with session.client() as client:
+        found = client.recipes.passes()
+    if session.json:
+        output.print_json(found)
+        return
+    rows = [
+        (
+            known.name,
+            f"{known.package} {known.version}" if known.package else "",
+            known.stage,
+            known.problem or known.description,
+        )
+        for known in found
+    ]
+    output.print_table(("pass", "package", "stage", ""), rows)
 
 
 @recipes.command("validate")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.models import Recipe
+from nightpress.core.recipes.passes.catalog import providers_of
 
 
 def pass_folder(index: int, name: str) -> str:
@@ -66,7 +67,7 @@ def prefix_digests(
         reads = any(options.wants != "nothing" for options in recipe.passes[:count])
         calibration = recipe.calibration.model_dump(mode="json") if reads else None
         said = set(_strings([passes, calibration]))
-        body = {
+        body: dict[str, Any] = {
             "tenant": tenant_id,
             "model": model_digest,
             "passes": passes,
@@ -76,6 +77,8 @@ def prefix_digests(
             "device": device,
             "engine": engine,
         }
+        if packages := providers_of(one.name for one in recipe.passes[:count]):
+            body["packages"] = sorted(str(one) for one in packages.values())
         if count is None:
             body["makes"] = "graph"
         digests.append(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())

@@ -162,6 +162,8 @@ class Series(_Model):
 class PassRecord(_Model):
     index: int
     name: str
+    package: str | None = None  #: that the pass comes from; None: it is one of Nightpress' own
+    package_version: str | None = None
     seconds: float
     summary: dict[str, Any]
     layers: tuple[LayerEffect, ...] = ()

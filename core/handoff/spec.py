@@ -6,6 +6,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nightpress.core.recipes.models import Recipe
+from nightpress.core.recipes.passes import catalog
+from nightpress.core.recipes.passes.catalog import Provider
 
 SPEC_FILE = "spec.json"
 SOURCE_DIR = "source"
@@ -24,6 +26,9 @@ class JobSpec(BaseModel):
     model_name: str
     model_digest: str = Field(description="`sha256:…` over the model's file list; see core/service/registry")
     recipe: Recipe
+    packages: dict[str, Provider] = Field(
+        default_factory=dict, description="pass → the package that it comes from, for those that are not built in"
+    )
     data: dict[str, str] = Field(default_factory=dict, description="data set id → file below data/")
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(1, ge=1, description="CPU threads of the child")
@@ -35,4 +40,16 @@ class JobSpec(BaseModel):
 
     @classmethod
     def load(cls, job_dir: Path) -> "JobSpec":
-        return cls.model_validate_json((job_dir / SPEC_FILE).read_bytes())
+        """Read a job's spec. The process knows the passes of the packages that it names from then on, and those of no others.
+
+        Raises NightpressError(internal) where a package isn't there in the version that the spec names, or can't be used.
+        """
+        raw = (job_dir / SPEC_FILE).read_bytes()
+        catalog.allow_exactly(_Packages.model_validate_json(raw).packages)
+        return cls.model_validate_json(raw)
+
+
+class _Packages(BaseModel):
+    """What of a spec must be known before its recipe can be read."""
+
+    packages: dict[str, Provider] = Field(default_factory=dict)

@@ -15,7 +15,6 @@ from nightpress.core.recipes.costs import (
 from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe
-from nightpress.core.recipes.passes import DynamicInt8
 
 _IMPORT_S = 3.5  #: start of one consumer process with torch and transformers
 _GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alone
@@ -71,7 +70,7 @@ def _bytes(recipe: Recipe, header: ModelHeader, export: Export | None, outputs: 
     held = _consumer_bytes(recipe, header, export, outputs)
     if export is None or export.format not in GRAPH_FORMATS:
         return held
-    rounded = any(isinstance(one, DynamicInt8) for one in recipe.passes)
+    rounded = any(one.stage == "runtime" for one in recipe.passes)
     floats = _mapped(header) and not any(one.quantizes for one in recipe.passes)
     made = made_graph_bytes(header, export.format, rounded=rounded, mapped=floats)
     return max(made + _logit_bytes(recipe, header), held)

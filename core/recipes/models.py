@@ -10,13 +10,15 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.calibration import BUILTIN_DATA, Calibration, DataRef
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.passes import Pass
+from nightpress.core.recipes.passes import Pass, catalog
+from nightpress.core.recipes.passes.named import CHECKED_ELSEWHERE
 from nightpress.core.recipes.targets import Target, fill_in, misfit, target_for
 from nightpress.core.recipes.yamlfile import read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 MAX_PASSES = 20
 
+_UNKNOWN_NAME = "union_tag_invalid"  #: pydantic's name for it
 _GATE = re.compile(r"^\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|x)?\s*$")
 
 
@@ -246,19 +248,32 @@ def parse_gate(metric: str, bound: str) -> Gate:
     return Gate.model_validate({"metric": metric, "operator": operator, "value": value, "relative": kind})
 
 
-def parse_recipe(raw: Any) -> Recipe:
-    """Validate a mapping. Raises NightpressError(invalid_recipe) that lists every fault with its place."""
+def parse_recipe(raw: Any, *, for_a_service: bool = False) -> Recipe:
+    """Validate a mapping. Raises NightpressError(invalid_recipe) that lists every fault with its place.
+
+    for_a_service: where nothing is wrong but passes that this process doesn't know, these are left for the service to judge, which may
+    have other packages.
+    """
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        faults = [_fault(one) for one in error.errors(include_url=False)]
-        first = faults[0]
-        raise NightpressError(
-            ErrorCode.INVALID_RECIPE,
-            f"The recipe has {len(faults)} fault{'s' * (len(faults) > 1)}; the first at {first['at'] or 'its top'}: {first['problem']}.",
-            hint="`nightpress recipes` lists the built-in recipes and passes; docs/recipes.md explains every field.",
-            faults=faults,
-        ) from error
+        invalid = error
+    if for_a_service and all(fault["type"] == _UNKNOWN_NAME for fault in invalid.errors(include_url=False)):
+        try:
+            return Recipe.model_validate(raw, context=CHECKED_ELSEWHERE)
+        except ValidationError as error:
+            invalid = error
+    found = invalid.errors(include_url=False)
+    faults = [_fault(one) for one in found]
+    first, unknown = faults[0], unknown_pass(found[0])
+    raise NightpressError(
+        ErrorCode.INVALID_RECIPE,
+        f"The recipe has {len(faults)} fault{'s' * (len(faults) > 1)}; the first at {first['at'] or 'its top'}: {first['problem']}.",
+        hint=unknown[1]
+        if unknown is not None
+        else "`nightpress recipes` lists the built-in recipes, `nightpress recipes passes` the passes; docs/recipes.md explains every field.",
+        faults=faults,
+    ) from invalid
 
 
 def aim(recipe: Recipe, header: ModelHeader) -> Recipe:
@@ -271,9 +286,16 @@ def aim(recipe: Recipe, header: ModelHeader) -> Recipe:
 
 def _fault(error: ErrorDetails) -> dict[str, str]:
     problem = error["msg"]
-    if error["type"] == "union_tag_invalid":
-        problem = f"there is no pass {error['ctx']['tag']!r}; there are {error['ctx']['expected_tags']}"
+    if error["type"] == _UNKNOWN_NAME:
+        unknown = unknown_pass(error)
+        known = f"there is no pass {error['ctx']['tag']!r}; there are {error['ctx']['expected_tags']}"
+        problem = known if unknown is None else unknown[0]
     return {"at": ".".join(str(part) for part in error["loc"]), "problem": problem}
+
+
+def unknown_pass(error: ErrorDetails) -> tuple[str, str] | None:
+    """Why a pass of an installed package isn't known, and what to do; None for every other fault."""
+    return catalog.why_unknown(error["ctx"]["tag"]) if error["type"] == _UNKNOWN_NAME else None
 
 
 def load_recipe(text: str) -> Recipe:

@@ -15,16 +15,15 @@ from nightpress.core.recipes.costs import (
     Cost,
 )
 from nightpress.core.recipes.exports import Export
-from nightpress.core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, MIXTURES, VISION, ModelHeader
+from nightpress.core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
-from nightpress.core.recipes.passes import EarlyExit, GenerationCache, PassOptions, Recover
+from nightpress.core.recipes.passes import PassOptions
 from nightpress.core.recipes.placement import Need, Placement, Queue, Seat, place, threads_of
 from nightpress.core.recipes.targets import check_target
 
 #: what the head is called that multiplies by the table, for `ignore`
 _HEADS = {"causal-lm": "lm_head.weight", "masked-lm": "cls.predictions.decoder.weight"}
-_CUT_BACK = frozenset({"none", "dynamic"})  #: caches from which tokens can be taken back
 
 
 class Step(BaseModel):
@@ -89,7 +88,7 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence
     else:
         queue, reason = _queue_without_model(recipe)
     warnings = dict.fromkeys(_warnings(recipe, header))
-    steps = [Step(kind="pass", name=one.pass_, detail=one.describe()) for one in recipe.passes]
+    steps = [Step(kind="pass", name=one.name, detail=one.describe()) for one in recipe.passes]
     steps += [
         Step(kind="export", name=one.name, detail="saved, then loaded by its consumer in a fresh process")
         for one in recipe.exports
@@ -126,22 +125,18 @@ def _check_order(recipe: Recipe) -> None:
     for index, one in enumerate(recipe.passes[:-1]):
         if one.last:
             raise invalid(
-                f"passes.{index + 1}: nothing can follow `{one.pass_}`, because its result is no longer a float model.",
-                f"Move `{one.pass_}` to the end, or give the two their own recipes.",
+                f"passes.{index + 1}: nothing can follow `{one.name}`, because its result is no longer a float model.",
+                f"Move `{one.name}` to the end, or give the two their own recipes.",
             )
-    cut = [one.pass_ for one in recipe.passes if isinstance(one, GenerationCache) and one.mode not in _CUT_BACK]
-    if cut and any(isinstance(one, EarlyExit) for one in recipe.passes):
-        raise invalid(
-            "`early-exit` drafts tokens and takes wrong ones back, which needs a cache that can be cut back.",
-            "Use `generation-cache` with `mode: dynamic`, or give the two their own recipes.",
-        )
+    for one in recipe.passes:
+        one.check_beside(recipe.passes, None)
 
 
 def _check_exports(recipe: Recipe) -> None:
     for one in recipe.passes:
         _check_carriers(recipe, one, None)
         if recipe.device == "gpu" and "cuda" not in one.runs_on:
-            raise invalid(f"`{one.pass_}` runs on a CPU only.", "Leave `device` at `auto`.")
+            raise invalid(f"`{one.name}` runs on a CPU only.", "Leave `device` at `auto`.")
     if any(one.format == "compressed-tensors" for one in recipe.exports) and not any(
         one.quantizes for one in recipe.passes
     ):
@@ -174,12 +169,12 @@ def _chain(recipe: Recipe, header: ModelHeader) -> tuple[list[ModelHeader], Mode
 def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
     if recipe.target == "auto" and header is None:
         yield "`target: auto` looks at the model: name one to see the passes and exports."
-    if recipe.passes and isinstance(recipe.passes[0], Recover):
-        yield "`recover` comes first, so that the model's teacher is the model itself: put it behind what takes something away."
+    for index, one in enumerate(recipe.passes):
+        yield from one.warnings_behind(recipe.passes[:index])
     given = _chain(recipe, header)[0] if header is not None else [None] * len(recipe.passes)
     for one, seen in zip(recipe.passes, given, strict=True):
         yield from one.warnings(seen)
-    calibrated = [one.pass_ for one in recipe.passes if one.wants == "calibration"]
+    calibrated = [one.name for one in recipe.passes if one.wants == "calibration"]
     if header is not None and header.sees_images:
         used = [one.data for one in recipe.evaluate if isinstance(one, Quality)]
         if any(ref.startswith("builtin:") for ref in (*used, *([recipe.calibration.data] if calibrated else []))):
@@ -213,7 +208,8 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
         one.check(seen)
         _check_carriers(recipe, one, seen)
         seen = one.leaves(seen)
-    _check_cached_mixture(recipe, header)
+    for one in recipe.passes:
+        one.check_beside(recipe.passes, header)
     for export in recipe.exports:
         export.check(header)
     for wanted in recipe.evaluate:
@@ -226,16 +222,6 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
                 "evaluate: the model takes no batch of several texts: it finds a text's end by its padding token, and its config.json names none.",
                 "Use `batch: 1`, or give config.json the `pad_token_id` that the model was trained with.",
             )
-
-
-def _check_cached_mixture(recipe: Recipe, header: ModelHeader) -> None:
-    """With a description of quantized weights that names none, transformers looks in vain for the experts' scheme."""
-    names = {one.pass_ for one in recipe.passes}
-    if "kv-cache" in names and header.model_type in MIXTURES and not any(one.last for one in recipe.passes):
-        raise invalid(
-            "`kv-cache` alone can't take a mixture of experts: transformers takes its experts for codes, and they stay in float.",
-            "Let a pass that quantizes the weights follow, e.g. `gptq`.",
-        )
 
 
 def _check_generation(one: GenerationSpeed, header: ModelHeader) -> None:
@@ -306,7 +292,7 @@ def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
     given, left = _chain(recipe, header)
     passes = [one.settled(seen) for one, seen in zip(recipe.passes, given, strict=True)]
     tensors = left.tensors
-    if left.tied_table is not None and any(one.scope == "graph" for one in passes):
+    if left.tied_table is not None and any(one.stage in {"graph", "runtime"} for one in passes):
         # Rows of the one are looked up, columns of the other multiplied by, and each has codes of its own.
         tensors += (left.tied_table.model_copy(update={"name": _HEADS[left.task]}),)
     total = 0

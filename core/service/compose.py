@@ -1,11 +1,13 @@
 """All that lives in SQL and in object storage, built in one place for API, control process and worker."""
 
+import logging
 from functools import cached_property
 
 from sqlalchemy import Engine
 
 from nightpress.core.artifacts.open import open_store
 from nightpress.core.artifacts.storage import ObjectStore
+from nightpress.core.recipes.passes import catalog
 from nightpress.core.service.access.audit import AuditLog
 from nightpress.core.service.access.idempotency import IdempotencyBook
 from nightpress.core.service.access.issuing import KeyIssuer
@@ -25,15 +27,21 @@ from nightpress.core.service.webhooks.signing import open_keeper
 from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
 
+log = logging.getLogger(__name__)
 _OLDEST_SHARE = 1 / 8  #: of the claims: what low priorities get of a queue that never empties
 
 
 class Resources:
-    """What a process works with. Each part is made when it is first asked for, and then kept."""
+    """What a process works with. Each part is made when it is first asked for, and then kept.
+
+    Making it lets recipes name the passes of the packages that the settings allow, in this process.
+    """
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         self.settings = settings
         self.engine = engine
+        for fault in catalog.allow(settings.passes):
+            log.warning("%s", fault)
 
     @cached_property
     def objects(self) -> ObjectStore:

@@ -11,7 +11,7 @@ import pytest
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.calibration import calibration_samples
-from nightpress.core.compress.data.tokenized import Row, read_rows
+from nightpress.core.compress.data.rows import Row, read_rows
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model

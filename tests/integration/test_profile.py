@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from nightpress.client.cli.main import app
-from nightpress.core.compress.evaluate.roofline import probe
 from nightpress.core.compress.model.networks import load_model
+from nightpress.core.compress.roofline import probe
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe

@@ -62,6 +62,7 @@ COMMANDS = {
     "send_data_set_part": "datasets add",
     "complete_data_set": "datasets add",
     "delete_data_set": "datasets rm",
+    "list_passes": "recipes passes",
     "list_recipes": "recipes",
     "recipe_schema": "recipes schema",
     "get_recipe": "recipes show",

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightpress.core.compress.data.tokenized import Row, read_rows
+from nightpress.core.compress.data.rows import Row, read_rows
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.datafile import MAX_LINE, READ_LINES, DataFacts, Window, examine_data, read_data
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.images import read_images
-from nightpress.core.compress.data.tokenized import open_tokenizer, read_rows, text_rows, text_windows
+from nightpress.core.compress.data.rows import read_rows
+from nightpress.core.compress.data.tokenized import open_tokenizer, text_rows, text_windows
 from nightpress.core.recipes.header import ModelHeader
 
 

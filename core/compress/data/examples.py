@@ -9,13 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nightpress.core.compress.data.tokenized import (
-    check_vocabulary,
-    class_index,
-    open_tokenizer,
-    read_rows,
-    text_windows,
-)
+from nightpress.core.compress.data.rows import read_rows
+from nightpress.core.compress.data.tokenized import check_vocabulary, class_index, open_tokenizer, text_windows
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import ModelHeader
 

@@ -16,7 +16,6 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.models import GenerationSpeed, Latency, Metric, Quality, Recipe
-from nightpress.core.recipes.passes import GenerationCache
 from nightpress.core.recipes.plan import timed_by_turns
 
 _CHECK_ROWS = 8  #: texts of differing lengths in the verification
@@ -120,7 +119,7 @@ def _writings(recipe: Recipe) -> tuple[Writing, ...]:
         for batch in one.batch
         for prompt in one.prompt
     ]
-    if not any(isinstance(one, GenerationCache) for one in recipe.passes):
+    if not any(one.chooses_cache for one in recipe.passes):
         return tuple(wanted)
     without = [replace(one, tokens=min(one.tokens, _UNCACHED_TOKENS), repeats=3, cached=False) for one in wanted]
     return (*wanted, *without)

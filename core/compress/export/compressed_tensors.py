@@ -1,7 +1,6 @@
 """A quantized model in the formats of compressed-tensors, as transformers and vLLM read them."""
 
 from pathlib import Path
-from typing import Any
 
 from nightpress.core.compress.export import safetensors
 from nightpress.core.compress.export.safetensors import CONSUMER
@@ -10,7 +9,7 @@ from nightpress.core.compress.model.quantization_config import CACHE_FILE, write
 __all__ = ["CONSUMER", "save"]
 
 
-def save(model_dir: Path, out_dir: Path, **_context: Any) -> None:
+def save(model_dir: Path, out_dir: Path) -> None:
     """Put the finished model folder at `out_dir`."""
     safetensors.save(model_dir, out_dir)
     if (out_dir / CACHE_FILE).exists():  # no pass after `kv-cache` has quantized weights

@@ -1,18 +1,18 @@
 """An ONNX graph with its tokenizer and config, as ONNX Runtime reads it."""
 
 import shutil
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nightpress.core.compress.export.onnx_codes import write_codes
-from nightpress.core.compress.graph.dynamic_int8 import quantize_onnx
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.compress.model.companions import copy_companions
+from nightpress.core.compress.passes.registry import runtime_pass_of
 from nightpress.core.handoff.report import PassRecord
-from nightpress.core.recipes.passes import DynamicInt8
+from nightpress.core.recipes.passes import PassOptions
 
 CONSUMER = Path(__file__).parents[1] / "runners" / "onnxruntime_runner.py"
 GRAPH_FILE = "model.onnx"
@@ -24,11 +24,11 @@ def save(
     model_dir: Path,
     out_dir: Path,
     traced: Traced,
-    graph_passes: list[tuple[int, DynamicInt8]],
+    runtime_passes: Sequence[tuple[int, PassOptions]],
     *,
     weights: str = "fp32",
 ) -> tuple[PassRecord, ...]:
-    """Write the folder. graph_passes: those passes of the recipe, with their places, that work on the graph.
+    """Write the folder. runtime_passes: those of the stage `runtime`, with their places in the recipe.
 
     weights: `fp32`, or `fp16` to store in half the bytes what no pass has rounded; the arithmetic stays in float32.
     """
@@ -37,36 +37,26 @@ def save(
         out_dir.mkdir(parents=True)
         copy_companions(model_dir, out_dir)
     target = out_dir / GRAPH_FILE
-    records = []
-    for index, options in graph_passes:
-        start = time.monotonic()
-        layers = quantize_onnx(traced.path, target, options, rounding=traced.rounding, peaks=traced.peaks)
-        records.append(
-            PassRecord(
-                index=index,
-                name=options.pass_,
-                seconds=time.monotonic() - start,
-                summary={"format": "onnx", "matrices": len(layers), "per_channel": options.per_channel},
-                layers=layers,
-            )
-        )
-    if graph_passes and weights == "fp32":
-        return tuple(records)
+    records = tuple(
+        runtime_pass_of(options, "onnx")(traced, target, options, index=index) for index, options in runtime_passes
+    )
+    if records and weights == "fp32":
+        return records
     with disk_errors():
-        if not graph_passes and not pressed.packed and weights == "fp32":
+        if not records and not pressed.packed and weights == "fp32":
             for file in traced.path.parent.glob(f"{GRAPH_FILE}*"):
                 shutil.copyfile(file, out_dir / file.name)
             return ()
         import onnx
 
-        model = onnx.load(target if graph_passes else traced.path)
+        model = onnx.load(target if records else traced.path)
         if pressed.packed:
             write_codes(model, pressed)
         if weights == "fp16":
             _halve(onnx, model)
         large = sum(len(one.raw_data) for one in model.graph.initializer) > _LARGEST
         onnx.save(model, target, save_as_external_data=large, location=f"{GRAPH_FILE}.data")
-    return tuple(records)
+    return records
 
 
 def _halve(onnx: Any, model: Any) -> None:

@@ -1,32 +1,30 @@
 """An OpenVINO graph (model.xml, model.bin) with its tokenizer and config."""
 
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from nightpress.core.compress.export.openvino_graph import divide_in_norms, halve, keep_cache, settle_names, write_codes
-from nightpress.core.compress.graph.dynamic_int8 import quantize_openvino
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.compress.model.companions import copy_companions
+from nightpress.core.compress.passes.registry import runtime_pass_of
 from nightpress.core.handoff.report import PassRecord
-from nightpress.core.recipes.passes import DynamicInt8
+from nightpress.core.recipes.passes import PassOptions
 
 CONSUMER = Path(__file__).parents[1] / "runners" / "openvino_runner.py"
 GRAPH_FILE = "model.xml"
-#: Inputs that share a scale when the runtime rounds activations.
-ACTIVATION_GROUP = 64
 
 
 def save(
     model_dir: Path,
     out_dir: Path,
     traced: Traced,
-    graph_passes: list[tuple[int, DynamicInt8]],
+    runtime_passes: Sequence[tuple[int, PassOptions]],
     *,
     weights: str = "fp32",
 ) -> tuple[PassRecord, ...]:
-    """Write the folder. graph_passes: those passes of the recipe, with their places, that work on the graph.
+    """Write the folder. runtime_passes: those of the stage `runtime`, with their places in the recipe.
 
     weights: `fp32`, or `fp16` to store in half the bytes what no pass has rounded.
     """
@@ -42,28 +40,12 @@ def save(
     divide_in_norms(model)
     if traced.cached:
         keep_cache(model)
-    records = []
-    for index, options in graph_passes:
-        start = time.monotonic()
-        layers = quantize_openvino(model, options)
-        model.set_rt_info(str(ACTIVATION_GROUP), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
-        records.append(
-            PassRecord(
-                index=index,
-                name=options.pass_,
-                seconds=time.monotonic() - start,
-                summary={
-                    "format": "openvino",
-                    "matrices": len(layers),
-                    "per_channel": options.per_channel,
-                    "activation_group": ACTIVATION_GROUP,
-                },
-                layers=layers,
-            )
-        )
+    records = tuple(
+        runtime_pass_of(options, "openvino")(model, options, index=index) for index, options in runtime_passes
+    )
     with disk_errors():
         out_dir.mkdir(parents=True)
         copy_companions(model_dir, out_dir)
         settle_names(model)
         openvino.save_model(model, str(out_dir / GRAPH_FILE), compress_to_fp16=False)
-    return tuple(records)
+    return records

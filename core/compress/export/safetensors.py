@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.compress.model.companions import copy_folder
@@ -13,7 +12,7 @@ CONSUMER = Path(__file__).parents[1] / "runners" / "transformers_runner.py"
 _OWN_CODE = Path(__file__).parents[1] / "model" / "generation_cache.py"
 
 
-def save(model_dir: Path, out_dir: Path, **_context: Any) -> None:
+def save(model_dir: Path, out_dir: Path) -> None:
     """Put the finished model folder at `out_dir`; with the code of the cache that its settings ask for, where transformers has none like it."""
     copy_folder(model_dir, out_dir)
     settings = out_dir / "generation_config.json"

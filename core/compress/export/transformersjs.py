@@ -1,6 +1,7 @@
 """An ONNX graph laid out as transformers.js looks for it, in a page or in Node: onnx/model_quantized.onnx beside config and tokenizer."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from nightpress.core.compress.export import onnx
@@ -8,7 +9,7 @@ from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
-from nightpress.core.recipes.passes import DynamicInt8
+from nightpress.core.recipes.passes import PassOptions
 
 CONSUMER = Path(__file__).parents[1] / "runners" / "transformersjs_runner.py"
 #: The name of a number type there → what a file's name ends in.
@@ -20,12 +21,12 @@ def save(
     model_dir: Path,
     out_dir: Path,
     traced: Traced,
-    graph_passes: list[tuple[int, DynamicInt8]],
+    runtime_passes: Sequence[tuple[int, PassOptions]],
     *,
     weights: str = "fp32",
 ) -> tuple[PassRecord, ...]:
     """Write the folder; as `onnx.save`, which makes the graph. Raises NightpressError(invalid_recipe) for a graph that a page can't load."""
-    records = onnx.save(model_dir, out_dir, traced, graph_passes, weights=weights)
+    records = onnx.save(model_dir, out_dir, traced, runtime_passes, weights=weights)
     graph = out_dir / onnx.GRAPH_FILE
     if graph.with_name(f"{onnx.GRAPH_FILE}.data").exists():
         raise NightpressError(

@@ -11,7 +11,6 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Verification
 from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
 from nightpress.core.recipes.models import Recipe
-from nightpress.core.recipes.passes import Gptq, Pass, Profiling, Qat, Quantizing
 
 #: An fp32 graph computes what the model computes, and a copy the same; only the order of sums differs.
 EXACT = 0.9999
@@ -86,7 +85,7 @@ def _variation(answers: NDArray[np.float32]) -> float:
 
 def _graph_bound(recipe: Recipe, export: Export) -> float:
     # The codes that a pass chose are in the model it is compared with; the runtime rounds activations beside them.
-    if any(one.scope == "graph" or one.quantizes for one in recipe.passes):
+    if any(one.stage in {"graph", "runtime"} or one.quantizes for one in recipe.passes):
         return ROUNDED[8]
     # OpenVINO computes in bfloat16 where the processor can, whatever the weights are stored in.
     return HALVED if export.weights == "fp16" or export.format == "openvino" else EXACT
@@ -94,8 +93,8 @@ def _graph_bound(recipe: Recipe, export: Export) -> float:
 
 def _rounding_bound(recipe: Recipe, export: Export) -> float | None:
     """How near the source an artifact must stay that was only rounded. None: the passes may change the answers at will."""
-    passes = [one for one in recipe.passes if not isinstance(one, Profiling)]
-    bounds = [_pass_bound(one) for one in passes]
+    passes = [one for one in recipe.passes if one.stage != "measure"]
+    bounds = [None if one.rounding_bits is None else ROUNDED.get(one.rounding_bits) for one in passes]
     if not passes:
         bounds.append(EXACT)
     if export.format == "gguf" and export.weights is not None:
@@ -103,12 +102,6 @@ def _rounding_bound(recipe: Recipe, export: Export) -> float | None:
     known = [one for one in bounds if one is not None]
     # Two passes that only round one after the other are not foreseen.
     return min(known) if known and len(known) == len(bounds) and len(passes) < 2 else None
-
-
-def _pass_bound(one: Pass) -> float | None:
-    if not isinstance(one, Quantizing) or isinstance(one, Qat) or (isinstance(one, Gptq) and one.sparsity is not None):
-        return None
-    return ROUNDED.get(one.coarsest_bits)
 
 
 def _reduce(out: NDArray[np.float32], task: Task) -> NDArray[np.float32]:

@@ -93,7 +93,7 @@ def quantize_onnx(
     in_float = dict.fromkeys(node.input[1] for node in products if node.name in sensitive - set(ignored))
     store_in_int8(onnx, model, {name: codes_of(array_of(onnx, constants[name]), 0) for name in in_float})
     effects += quantize_embeddings(onnx, model, constants, options.ignore)
-    something(effects, options.pass_)
+    refuse_if_empty(effects, options.name)
     made: Any = model
     with disk_errors(), _without_advice():
         # Weights that lie on int8's full grid are written after the others, whose range is smaller: a range is one of a call.
@@ -263,7 +263,7 @@ def quantize_openvino(model: Any, options: DynamicInt8) -> tuple[LayerEffect, ..
         floats = ops.multiply(ops.convert(packed, Type.f32), ops.constant(scales, dtype=Type.f32))
         port.replace_source_output(floats.output(0))
         effects.append(effect_of(name, weight, codes * scales))
-    something(effects, options.pass_)
+    refuse_if_empty(effects, options.name)
     return tuple(effects)
 
 
@@ -308,7 +308,7 @@ def _without_advice() -> Iterator[None]:
         logging.getLogger().removeFilter(drop)
 
 
-def something(effects: Iterable[object], name: str) -> None:
+def refuse_if_empty(effects: Iterable[object], name: str) -> None:
     if not list(effects):
         raise NightpressError(
             ErrorCode.INVALID_RECIPE,

@@ -23,8 +23,8 @@ from nightpress.core.compress.graph.dynamic_int8 import (
     lies_on_grid,
     quantize_embeddings,
     readers_by_input,
+    refuse_if_empty,
     smooth_inputs,
-    something,
     store_in_int8,
 )
 from nightpress.core.compress.grids import activation_ranges
@@ -100,7 +100,7 @@ class QdqGraph:
             and not matches(node.name, options.ignore)
             and not matches(node.input[1], options.ignore)
         ]
-        something(products, options.pass_)
+        refuse_if_empty(products, options.name)
         # As they are: a strong channel that smoothing multiplies into a weight would take most of its row's range.
         plain_inputs = {node.name: node.input[0] for node in products}
         names = dict.fromkeys(node.input[1] for node in products)

@@ -17,9 +17,10 @@ from nightpress.core.compress.grids.stored import from_tensors, grid_of, round_w
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.model.quantization_config import CACHE_FILE
 from nightpress.core.compress.numerical_failures import check_finite
-from nightpress.core.compress.passes.calibrated import made_up, press, quantize, record, scheme_of, settle_coded
+from nightpress.core.compress.passes.blockwise import made_up, press, quantize, record, scheme_of, settle_coded
 from nightpress.core.compress.passes.folding import Folding, Part, Place
 from nightpress.core.compress.passes.quantize import stream_rounded
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.obs import factorize
 from nightpress.core.compress.solvers.smooth import (
@@ -37,6 +38,7 @@ from nightpress.core.recipes.passes import Fp8, KvCache, SmoothQuant
 from nightpress.core.recipes.passes.activations import CACHED_FROM
 
 
+@folder_pass(SmoothQuant)
 def smoothquant(source: Path, target: Path, options: SmoothQuant, context: PassContext) -> PassRecord:
     """Round weights and inputs to int8, strengths evened out. `target` becomes a compressed-tensors `int-quantized` model."""
     method = RoundedInputs(options, context.header)
@@ -44,6 +46,7 @@ def smoothquant(source: Path, target: Path, options: SmoothQuant, context: PassC
     return quantize(source, target, method, options.scheme, options, context, summary)
 
 
+@folder_pass(Fp8)
 def fp8(source: Path, target: Path, options: Fp8, context: PassContext) -> PassRecord:
     """Round weights to fp8, and say how inputs are. `target` becomes a compressed-tensors `float-quantized` model."""
     summary = {"weights": options.weights, "activations": options.activations}
@@ -141,6 +144,7 @@ def _strengths(statistic: Statistic) -> Strengths:
     return statistic
 
 
+@folder_pass(KvCache)
 def kv_cache(source: Path, target: Path, options: KvCache, context: PassContext) -> PassRecord:
     """Find the scales of cached keys and values. `target` is the same model with them beside each attention's weights."""
     start = time.monotonic()

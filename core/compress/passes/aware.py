@@ -16,6 +16,7 @@ from nightpress.core.compress.model.checkpoint import TORCH_DTYPES
 from nightpress.core.compress.model.networks import embeddings_of, load_model, save_model
 from nightpress.core.compress.passes.distill import record_of, teach
 from nightpress.core.compress.passes.quantize import stream_rounded
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
@@ -24,6 +25,7 @@ from nightpress.core.recipes.passes.aware import Qat
 from nightpress.core.recipes.schemes import Scheme
 
 
+@folder_pass(Qat)
 def qat(source: Path, target: Path, options: Qat, context: PassContext) -> PassRecord:
     """Train the rounded model against its float self. `target` becomes a compressed-tensors model, or a float one on the grid."""
     start = time.monotonic()

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.tokenized import open_tokenizer, read_rows, text_windows
+from nightpress.core.compress.data.rows import read_rows
+from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.model.companions import copy_folder
 from nightpress.core.compress.model.generation_cache import PrefixStore, cache_bytes, cache_for
 from nightpress.core.compress.model.networks import load_model
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord, Series
 from nightpress.core.recipes.passes.caching import GenerationCache
@@ -24,6 +26,7 @@ _PREFIX, _OWN = 256, 16  #: tokens of a text that was seen before, and of what i
 _NEAR = 1e-3  #: of the largest logit: sums in another order differ by less
 
 
+@folder_pass(GenerationCache)
 def generation_cache(source: Path, target: Path, options: GenerationCache, context: PassContext) -> PassRecord:
     """Compare greedy decoding with the cache to decoding without one, weigh the cache, and write the settings.
 

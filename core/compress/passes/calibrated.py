@@ -1,7 +1,7 @@
 """Passes that look at what a model's layers are given: GPTQ, AWQ, SparseGPT and Wanda, one block at a time."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,26 @@ from torch import Tensor
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.blocks import (
-    CacheStandIn,
     Inputs,
-    Method,
-    Pressed,
     Settled,
     Statistic,
-    press_blocks,
 )
 from nightpress.core.compress.executors.live_block import LiveBlock
-from nightpress.core.compress.executors.rewrite import Effect
-from nightpress.core.compress.grids.stored import Coded, dequantized, from_tensors, grid_of, round_weight, to_tensors
+from nightpress.core.compress.grids.stored import Coded, from_tensors, grid_of, round_weight
 from nightpress.core.compress.model.checkpoint import read_shards
-from nightpress.core.compress.model.companions import copy_companions
-from nightpress.core.compress.model.quantization_config import write_config
+from nightpress.core.compress.passes.blockwise import (
+    Schemes,
+    effect_of,
+    made_up,
+    press,
+    quantize,
+    record,
+    scheme_of,
+    settle_coded,
+)
 from nightpress.core.compress.passes.folding import Folding, Part
 from nightpress.core.compress.passes.quantize import OnGrid
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.sensitivity import part_of, schemes_within_budget
 from nightpress.core.compress.passes.zeros import with_storage
 from nightpress.core.compress.solvers.awq import Taker, search_scales
@@ -36,35 +40,32 @@ from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.obs import Prune, factorize, solve
 from nightpress.core.compress.solvers.wanda import Power, wanda_mask
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.handoff.report import LayerEffect, PassRecord
+from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.linears import is_linear_weight, module_of
-from nightpress.core.recipes.passes import Awq, Gptq, PassOptions, Quantizing, SparseGpt, Wanda
-from nightpress.core.recipes.passes.base import OnLinears
+from nightpress.core.recipes.linears import module_of
+from nightpress.core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
 from nightpress.core.recipes.passes.quantize import Budgeted, Rounding
 from nightpress.core.recipes.schemes import Scheme
 
-#: How the weight of a module is stored.
-Schemes = Callable[[str], Scheme]
 
-
-def scheme_of(schemes: Schemes, weight: str) -> Scheme:
-    return schemes(weight.removesuffix(".weight"))
-
-
+@folder_pass(Gptq)
 def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> PassRecord:
     """Quantize with GPTQ, pruning on the way if asked to. `target` becomes a compressed-tensors `pack-quantized` model."""
     schemes, summary, context = _schemes(source, options, context)
-    return quantize(source, target, Quantized(options, schemes), schemes, options, context, summary)
+    method, tables = Quantized(options, schemes), _tables(source, options)
+    return quantize(source, target, method, schemes, options, context, summary, outside=tables)
 
 
+@folder_pass(Awq)
 def awq(source: Path, target: Path, options: Awq, context: PassContext) -> PassRecord:
     """Quantize with AWQ. `target` becomes a compressed-tensors `pack-quantized` model, its norms scaled."""
     schemes, summary, context = _schemes(source, options, context)
     method = ActivationAware(options, schemes, context.header)
-    return quantize(source, target, method, schemes, options, context, summary)
+    tables = _tables(source, options)
+    return quantize(source, target, method, schemes, options, context, summary, outside=tables)
 
 
+@folder_pass(SparseGpt)
 def sparsegpt(source: Path, target: Path, options: SparseGpt, context: PassContext) -> PassRecord:
     """Prune with SparseGPT; a dense model of the same size comes out."""
     start = time.monotonic()
@@ -72,6 +73,7 @@ def sparsegpt(source: Path, target: Path, options: SparseGpt, context: PassConte
     return with_storage(done, source, target)
 
 
+@folder_pass(Wanda)
 def wanda(source: Path, target: Path, options: Wanda, context: PassContext) -> PassRecord:
     """Prune with Wanda; a dense model of the same size comes out."""
     start = time.monotonic()
@@ -87,6 +89,13 @@ def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Sch
     schemes, found = schemes_within_budget(source, calibration_samples(source, context), options, context)
     rest = replace(context, progress=part_of(context, 0.5, 1.0))
     return schemes, summary | {"bits": None, "budget": options.budget} | found, rest
+
+
+def _tables(source: Path, options: Rounding) -> dict[str, OnGrid]:
+    """The token embeddings that the options round beside the blocks, each with its grid."""
+    infos = [one.info for shard in read_shards(source) for one in shard.tensors]
+    tables = [info for info in infos if options.takes_table(info)]
+    return {one.name: OnGrid(one, options.scheme(module_of(one)), options.ranges) for one in tables}
 
 
 class _GroupByGroup:
@@ -148,15 +157,6 @@ class Quantized(_GroupByGroup):
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
-
-
-def settle_coded(
-    name: str, scheme: Scheme, coded: Coded, before: Tensor, *, input_scale: Tensor | None = None
-) -> Settled:
-    """A weight on its grid, with its tensors; scales have the dtype the weight was stored in."""
-    weight = dequantized(coded, scheme)
-    tensors = to_tensors(name, scheme, coded, input_scale=input_scale)
-    return Settled(weight=weight, tensors=tensors, effect=effect_of(before, weight))
 
 
 class Sparse(_GroupByGroup):
@@ -260,114 +260,8 @@ class ActivationAware:
         return Taker(stacked, part.statistic.matrix(), grid, part.share)
 
 
-def made_up(name: str, weight: Tensor, stored: torch.dtype) -> Settled:
-    """A norm, a bias or a router that makes up for scaled inputs, as it is written."""
-    value = weight.to(stored)
-    return Settled(weight=value, tensors={name: value}, effect=None)
-
-
 def _prune(sparsity: float, pattern: str) -> Prune:
     if pattern == "unstructured":
         return Prune(sparsity)
     kept, of = (int(part) for part in pattern.split(":"))
     return Prune(1 - kept / of, (kept, of))
-
-
-def effect_of(before: Tensor, after: Tensor) -> Effect:
-    return Effect(
-        squared_error=float((before - after).square().sum(dtype=torch.float64)),
-        squared_norm=float(before.square().sum(dtype=torch.float64)),
-        zeros=int((after == 0).sum()),
-    )
-
-
-def quantize(
-    source: Path,
-    target: Path,
-    method: Method,
-    schemes: Schemes,
-    options: Quantizing,
-    context: PassContext,
-    summary: dict[str, Any],
-) -> PassRecord:
-    """Press with a method that leaves weights in these schemes, and say in config.json what became of them."""
-    start = time.monotonic()
-    pressed = press(source, target, method, options, context)
-    modules = {name.removesuffix(".weight"): schemes(name.removesuffix(".weight")) for name in pressed.effects}
-    write_config(target, modules, kept=[name.removesuffix(".weight") for name in pressed.kept])
-    return record(options, context, pressed, start, summary)
-
-
-def press(
-    source: Path,
-    target: Path,
-    method: Method,
-    options: PassOptions,
-    context: PassContext,
-    *,
-    cache: CacheStandIn | None = None,
-) -> Pressed:
-    """Run the blocks executor over the linear layers that the options take, and round what they round beside them."""
-    infos = [one.info for shard in read_shards(source) for one in shard.tensors]
-    chosen = [info for info in infos if isinstance(options, OnLinears) and is_linear_weight(info, options.ignore)]
-    outside: dict[str, OnGrid] = {}
-    if isinstance(options, Rounding):
-        tables = [info for info in infos if options.takes_table(info)]
-        outside = {one.name: OnGrid(one, options.scheme(module_of(one)), options.ranges) for one in tables}
-    pressed = press_blocks(
-        source,
-        target,
-        method,
-        calibration_samples(source, context),
-        context,
-        chosen=frozenset(info.name for info in chosen),
-        recipe=options.model_dump_json(),
-        outside=outside,
-        cache=cache,
-    )
-    copy_companions(source, target)
-    return pressed
-
-
-def record(
-    options: PassOptions,
-    context: PassContext,
-    pressed: Pressed,
-    start: float,
-    summary: dict[str, Any],
-) -> PassRecord:
-    infos = {info.name: info for info in context.header.tensors}
-    total = sum(pressed.effects.values(), Effect())
-    weights = sum(infos[name].shape[0] * infos[name].shape[1] for name in pressed.effects)
-    layers = tuple(
-        LayerEffect(
-            name=name.removesuffix(".weight"),
-            bytes_before=infos[name].size,
-            bytes_after=pressed.bytes_after[name],
-            relative_error=effect.relative_error,
-            sparsity=effect.zeros / (infos[name].shape[0] * infos[name].shape[1]),
-        )
-        for name, effect in pressed.effects.items()
-    )
-    return PassRecord(
-        index=context.index,
-        name=options.name,
-        seconds=time.monotonic() - start,
-        summary=summary
-        | {
-            "layers": len(layers),
-            "zeros": total.zeros,
-            "sparsity": total.zeros / max(1, weights),
-            "relative_error": total.relative_error,
-            "bytes_before": sum(info.size for info in infos.values()),
-            "bytes_after": sum(info.size for name, info in infos.items() if name not in pressed.effects)
-            + sum(pressed.bytes_after.values()),
-            "uncalibrated": list(pressed.unseen),
-            "starved_experts": pressed.undersampled,
-        },
-        warnings=tuple(
-            f"`{options.name}`: {text} ({count} {'block' if count == 1 else 'blocks'})."
-            for text, count in pressed.warnings.items()
-        ),
-        layers=layers,
-    )

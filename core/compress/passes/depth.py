@@ -13,6 +13,7 @@ from nightpress.core.compress.data.examples import Batch, Examples, collate, rea
 from nightpress.core.compress.executors.train import Trained, asked, precision, train
 from nightpress.core.compress.model.exits import ExitModel, ExitPlan, save_heads
 from nightpress.core.compress.model.networks import cast_weights, embeddings_of, load_model, save_model
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.self_speculation import speculate
 from nightpress.core.compress.solvers.distillation import soft_cross_entropy
 from nightpress.core.compress.solvers.exits import Outcome, choose, outcome, outcomes
@@ -23,6 +24,7 @@ from nightpress.core.recipes.passes.adapt import EarlyExit
 _SHOWN = 12  #: thresholds in the report
 
 
+@folder_pass(EarlyExit)
 def early_exit(source: Path, target: Path, options: EarlyExit, context: PassContext) -> PassRecord:
     """Train heads (and blocks), choose the threshold, and leave a folder with the model, the heads and the plan."""
     if context.header.is_decoder:

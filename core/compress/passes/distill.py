@@ -22,6 +22,7 @@ from nightpress.core.compress.model.networks import (
     save_model,
 )
 from nightpress.core.compress.passes.low_rank import add_low_rank, merge_low_rank
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.teacher_cache import CachedLogits, cache_logits
 from nightpress.core.compress.solvers.distillation import (
     cosine_distance,
@@ -42,6 +43,7 @@ _PROJECTIONS = ({"query", "q_proj", "q_lin", "q", "query_proj"}, {"key", "k_proj
 _MASKED = 0.15  #: share of the words that a masked language model has to guess
 
 
+@folder_pass(Distill)
 def distill(source: Path, target: Path, options: Distill, context: PassContext) -> PassRecord:
     """Teach a student the source's answers. `target` becomes the student's folder."""
     start = time.monotonic()
@@ -54,6 +56,7 @@ def distill(source: Path, target: Path, options: Distill, context: PassContext) 
     return record_of(options, context, student, teacher, trained, start, {"layer_map": list(layer_map), **extra})
 
 
+@folder_pass(Recover)
 def recover(source: Path, target: Path, options: Recover, context: PassContext) -> PassRecord:
     """Let the pruned model in `source` learn from the job's source model. Weights that are exactly zero stay so."""
     start = time.monotonic()

@@ -15,6 +15,7 @@ from nightpress.core.compress.executors.stream import scan, sweep
 from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.compress.model.checkpoint import Shard, StoredTensor, read_shards
 from nightpress.core.compress.model.companions import copy_companions
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.zeros import with_storage
 from nightpress.core.compress.solvers.threshold import (
     LOWER_BINS,
@@ -36,6 +37,7 @@ Ties = dict[tuple[str, int], int]
 Span = tuple[float, float]
 
 
+@folder_pass(Magnitude)
 def magnitude(source: Path, target: Path, options: Magnitude, context: PassContext) -> PassRecord:
     """Set the weights of smallest magnitude to zero, an exact number of them. A dense model of the same size comes out."""
     start = time.monotonic()
@@ -63,7 +65,7 @@ def magnitude(source: Path, target: Path, options: Magnitude, context: PassConte
     total = sum(swept.effects.values(), Effect())
     record = PassRecord(
         index=context.index,
-        name=options.pass_,
+        name=options.name,
         seconds=time.monotonic() - start,
         summary={
             "pattern": options.pattern,

@@ -20,6 +20,7 @@ from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.compress.model.checkpoint import StoredTensor, read_shards, tensor_info
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.quantization_config import write_config
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import LayerEffect, PassRecord
 from nightpress.core.recipes.header import TensorInfo
@@ -33,6 +34,7 @@ _EXACT_WEIGHTS = 1024**2
 _SAMPLE_EVERY = 8
 
 
+@folder_pass(WeightOnly)
 def weight_only(source: Path, target: Path, options: WeightOnly, context: PassContext) -> PassRecord:
     """Round every linear weight to the nearest step of its grid. `target` becomes a compressed-tensors model."""
     summary = {

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.tokenized import open_tokenizer, read_rows, text_windows
+from nightpress.core.compress.data.rows import read_rows
+from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.model.companions import copy_folder
 from nightpress.core.compress.model.networks import load_model

@@ -19,6 +19,7 @@ from nightpress.core.compress.model.checkpoint import ShardWriter, read_shards, 
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.skeleton import Batch
 from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.solvers.units import (
     Known,
     Moments,
@@ -32,10 +33,11 @@ from nightpress.core.compress.solvers.units import (
 from nightpress.core.handoff.report import LayerEffect, PassRecord
 from nightpress.core.recipes.anatomy import Anatomy
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
-from nightpress.core.recipes.passes import Layers
+from nightpress.core.recipes.passes import Channels, Heads, Layers
 from nightpress.core.recipes.passes.shrink import Narrowing, renumbered
 
 
+@folder_pass(Channels, Heads)
 def narrow(source: Path, target: Path, options: Narrowing, context: PassContext) -> PassRecord:
     """Take channels or heads out of every block, one block at a time. `target` becomes a smaller model."""
     start = time.monotonic()
@@ -62,6 +64,7 @@ def narrow(source: Path, target: Path, options: Narrowing, context: PassContext)
     return _record(options, context, target, pressed.effects, start, {"units": options.counts(anatomy), "kept": kept})
 
 
+@folder_pass(Layers)
 def layers(source: Path, target: Path, options: Layers, context: PassContext) -> PassRecord:
     """Take whole blocks out. `target` becomes a shallower model."""
     start = time.monotonic()

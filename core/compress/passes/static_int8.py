@@ -22,6 +22,7 @@ from nightpress.core.compress.graph.static_ranges import Texts, calibrated, sess
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.model.cosines import row_cosines
+from nightpress.core.compress.passes.registry import graph_pass
 from nightpress.core.compress.runners.measure import pool
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.costs import TRIAL_TOKENS
@@ -36,6 +37,7 @@ _RANKED_SHARE = 4  #: layers of a kind are judged on this part of them
 _MOST_IN_FLOAT = 1 / 2
 
 
+@graph_pass(StaticInt8)
 def static_int8(
     model_dir: Path, traced: Traced, options: StaticInt8, context: PassContext
 ) -> tuple[Traced, PassRecord]:
@@ -64,7 +66,7 @@ def static_int8(
             partial.replace(graph)
         record = PassRecord(
             index=context.index,
-            name=options.pass_,
+            name=options.name,
             seconds=time.monotonic() - start,
             summary={
                 "ranges": options.ranges,

@@ -178,9 +178,9 @@ def _memory(one: GenerationTiming) -> float | None:
 
 
 def cache_tables(record: PassRecord) -> tuple[Table, tuple[str, ...]] | None:
-    """What `generation-cache` found: bytes kept at several lengths, and what it answers."""
+    """What a pass found that chooses a cache: bytes kept at several lengths, and what it answers. None for other passes."""
     weighed: list[dict[str, Any]] = record.summary.get("cache_bytes") or []
-    if record.name != "generation-cache" or not weighed:
+    if not weighed:
         return None
     rows = tuple(
         (

@@ -6,13 +6,10 @@ import yaml
 
 from nightpress.core.compress.report.figures import metric_name
 from nightpress.core.handoff.report import Report
+from nightpress.core.recipes.passes import catalog
 
 #: what the Hub calls a figure, where it has its own name for it
 _HUB_METRICS = {"spearman": "spearmanr", "pearson": "pearsonr", "entity_f1": "seqeval", "choice_accuracy": "acc_norm"}
-#: what makes the Hub's `quantized` of a model, as a GGUF without any pass does; it has no nearer word for the others than `finetune`
-_QUANTIZING = frozenset(
-    {"dynamic-int8", "static-int8", "weight-only", "gptq", "awq", "smoothquant", "fp8", "kv-cache", "qat"}
-)
 _PIPELINE_TAGS = {
     "causal-lm": "text-generation",
     "classification": "text-classification",
@@ -41,8 +38,10 @@ def front_matter(report: Report) -> str:
 
 
 def _relation(report: Report) -> str:
-    changed = {one["pass"] for one in report.recipe.get("passes", ())} - {"profile", "generation-cache"}
-    return "quantized" if not changed or changed & _QUANTIZING else "finetune"
+    """What the Hub calls the result beside its source. Without a pass that changes weights, a format such as GGUF rounds them."""
+    known = [catalog.pass_type(options["pass"]) for options in report.recipe.get("passes", ())]
+    relations = {"finetune" if options is None else options.relation for options in known} - {None}
+    return "quantized" if not relations or "quantized" in relations else "finetune"
 
 
 def _index_results(report: Report) -> list[dict[str, Any]]:

@@ -1,8 +1,4 @@
-"""The passes a recipe may name. Each model says what it takes, what it needs and what it can be followed by."""
-
-from typing import Annotated
-
-from pydantic import Field
+"""The options of each pass: what it takes, what it needs and what it can be followed by. `catalog` finds every class in this folder."""
 
 from nightpress.core.recipes.passes.activations import DynamicInt8, Fp8, KvCache, SmoothQuant, StaticInt8
 from nightpress.core.recipes.passes.adapt import EarlyExit
@@ -11,13 +7,13 @@ from nightpress.core.recipes.passes.base import ExportFormat, PassOptions
 from nightpress.core.recipes.passes.caching import GenerationCache
 from nightpress.core.recipes.passes.distill import Distill, Recover
 from nightpress.core.recipes.passes.measure import Profiling
+from nightpress.core.recipes.passes.named import Pass
 from nightpress.core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
 from nightpress.core.recipes.passes.quantize import Awq, Gptq, WeightOnly
 from nightpress.core.recipes.passes.quantizing import Quantizing
 from nightpress.core.recipes.passes.shrink import Channels, Heads, Layers
 
 __all__ = [
-    "PASS_TYPES",
     "Awq",
     "Channels",
     "Distill",
@@ -43,49 +39,3 @@ __all__ = [
     "Wanda",
     "WeightOnly",
 ]
-
-Pass = Annotated[
-    WeightOnly
-    | Magnitude
-    | Channels
-    | Heads
-    | Layers
-    | Profiling
-    | Gptq
-    | Awq
-    | SmoothQuant
-    | Fp8
-    | KvCache
-    | SparseGpt
-    | Wanda
-    | Distill
-    | Recover
-    | EarlyExit
-    | GenerationCache
-    | Qat
-    | DynamicInt8
-    | StaticInt8,
-    Field(discriminator="pass_"),
-]
-PASS_TYPES: tuple[type[PassOptions], ...] = (
-    WeightOnly,
-    Magnitude,
-    Channels,
-    Heads,
-    Layers,
-    Profiling,
-    Gptq,
-    Awq,
-    SmoothQuant,
-    Fp8,
-    KvCache,
-    SparseGpt,
-    Wanda,
-    Distill,
-    Recover,
-    EarlyExit,
-    GenerationCache,
-    Qat,
-    DynamicInt8,
-    StaticInt8,
-)

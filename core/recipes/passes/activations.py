@@ -1,15 +1,25 @@
 """Passes that round activations too, or what is cached of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost, blocks_cost, graph_cost, stream_cost
-from nightpress.core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.header import MIXTURES, ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import Divisor, invalid, is_expert, matches, module_of
-from nightpress.core.recipes.passes.base import FOLDABLE, Calibrated, ExportFormat, Need, PassOptions, Patterns, Scope
+from nightpress.core.recipes.passes.base import (
+    FOLDABLE,
+    Calibrated,
+    ExportFormat,
+    Need,
+    PassOptions,
+    Patterns,
+    Relation,
+    Scope,
+    Stage,
+)
 from nightpress.core.recipes.passes.quantizing import Quantizing
 from nightpress.core.recipes.schemes import BLOCK, Activations, Scheme
 
@@ -119,6 +129,7 @@ class KvCache(PassOptions):
     scope: ClassVar[Scope] = "blocks"
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors"})
     quantizes: ClassVar[bool] = True
+    relation: ClassVar[Relation] = "quantized"
 
     pass_: Literal["kv-cache"] = Field("kv-cache", alias="pass")
     format: Literal["fp8", "int8"] = "fp8"
@@ -144,6 +155,14 @@ class KvCache(PassOptions):
                 "Leave it out.",
             )
 
+    def check_beside(self, passes: Sequence[PassOptions], header: ModelHeader | None) -> None:
+        # With a description of quantized weights that names none, transformers looks in vain for the experts' scheme.
+        if header is not None and header.model_type in MIXTURES and not any(one.last for one in passes):
+            raise invalid(
+                "`kv-cache` alone can't take a mixture of experts: transformers takes its experts for codes, and they stay in float.",
+                "Let a pass that quantizes the weights follow, e.g. `gptq`.",
+            )
+
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         return blocks_cost(header, calibration)
 
@@ -154,10 +173,11 @@ class DynamicInt8(PassOptions):
     The fastest form of an encoder on a CPU. Needs no data.
     """
 
-    scope: ClassVar[Scope] = "graph"
+    stage: ClassVar[Stage] = "runtime"
     runs_on: ClassVar[frozenset[str]] = frozenset({"cpu"})
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"onnx", "openvino"})
     last: ClassVar[bool] = True
+    relation: ClassVar[Relation] = "quantized"
 
     pass_: Literal["dynamic-int8"] = Field("dynamic-int8", alias="pass")
     per_channel: bool = True
@@ -183,11 +203,12 @@ class StaticInt8(PassOptions):
     vector stay in float.
     """
 
+    stage: ClassVar[Stage] = "graph"
     needs: ClassVar[Need] = "calibration"
-    scope: ClassVar[Scope] = "graph"
     runs_on: ClassVar[frozenset[str]] = frozenset({"cpu"})
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"onnx", "openvino"})
     last: ClassVar[bool] = True
+    relation: ClassVar[Relation] = "quantized"
 
     pass_: Literal["static-int8"] = Field("static-int8", alias="pass")
     ranges: Literal["min-max", "percentile", "entropy", "mse"] = Field(

@@ -1,6 +1,6 @@
 """Passes that let easy inputs take a shorter way."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -29,6 +29,7 @@ class EarlyExit(PassOptions):
     scope: ClassVar[Scope] = "train"
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"onnx", "safetensors"})
     last: ClassVar[bool] = True
+    early_exits: ClassVar[bool] = True
 
     pass_: Literal["early-exit"] = Field("early-exit", alias="pass")
     train: Training = Training(validation=0.1)
@@ -109,6 +110,13 @@ class EarlyExit(PassOptions):
             raise invalid(
                 "`early-exit` chooses its threshold on held-apart rows.",
                 "Give train.validation a share, name rows to `choose_on`, or give the threshold itself.",
+            )
+
+    def check_beside(self, passes: Sequence[PassOptions], header: ModelHeader | None) -> None:
+        if not all(one.cache_cuts_back for one in passes):
+            raise invalid(
+                "`early-exit` drafts tokens and takes wrong ones back, which needs a cache that can be cut back.",
+                "Use `generation-cache` with `mode: dynamic`, or give the two their own recipes.",
             )
 
     def warnings(self, header: ModelHeader | None) -> Iterable[str]:

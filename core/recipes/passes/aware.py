@@ -83,6 +83,10 @@ class Qat(Teaching, Quantizing):
     def coarsest_bits(self) -> int:
         return self.bits
 
+    @property
+    def rounding_bits(self) -> int | None:
+        return None
+
     def divisor(self) -> Divisor | None:
         return Divisor(self.group_size, "group_size") if self.group_size is not None else None
 

@@ -1,6 +1,6 @@
 """What every pass is: options that say what they take, what they need, what they cost and what they leave behind. No torch here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +12,11 @@ from nightpress.core.recipes.linears import Divisor, check_layout, invalid, is_l
 
 ExportFormat = Literal["safetensors", "compressed-tensors", "onnx", "openvino", "gguf", "transformers.js"]
 Need = Literal["nothing", "calibration", "labels", "training"]
-Scope = Literal["stream", "blocks", "train", "graph"]
+Scope = Literal["stream", "blocks", "train"]
+#: What a pass works on: the model's folder; the graph traced of it; the graph that one runtime's exporter writes; or nothing: it looks.
+Stage = Literal["folder", "graph", "runtime", "measure"]
+#: What the Hub calls a model beside the one it was made of (`base_model_relation`); None: its weights are the same.
+Relation = Literal["quantized", "finetune"] | None
 Patterns = Annotated[tuple[str, ...], Field(max_length=100)]
 #: Families whose norms and linear layers can exchange factors; architectures.FOLDS says where.
 FOLDABLE = frozenset(
@@ -45,12 +49,20 @@ class PassOptions(BaseModel):
         extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True, defer_build=True
     )
 
+    stage: ClassVar[Stage] = "folder"
+    #: Of a pass from another package: the module whose import registers the function (core/compress/passes/registry.py).
+    implementation: ClassVar[str] = ""
     needs: ClassVar[Need] = "nothing"
-    scope: ClassVar[Scope]
+    scope: ClassVar[Scope] = "stream"  #: the executor that runs it
     runs_on: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
     exports: ClassVar[frozenset[ExportFormat]]  #: the formats that can carry its result
     last: ClassVar[bool] = False  #: no other pass can follow it
     quantizes: ClassVar[bool] = False  #: its result is codes and scales, which `compressed-tensors` carries
+    relation: ClassVar[Relation] = "finetune"
+    early_exits: ClassVar[bool] = False  #: the model it leaves has heads behind its blocks, which its graph needs too
+    chooses_cache: ClassVar[bool] = (
+        False  #: it says how keys and values are kept: decoding is timed without a cache too
+    )
 
     @property
     def wants(self) -> Need:
@@ -62,6 +74,16 @@ class PassOptions(BaseModel):
         """What a recipe calls the pass."""
         return str(type(self).model_fields["pass_"].default)
 
+    @property
+    def rounding_bits(self) -> int | None:
+        """Bits of the coarsest weight, where rounding is all it does; None where it may change the answers at will."""
+        return None
+
+    @property
+    def cache_cuts_back(self) -> bool:
+        """Whether the last tokens can be taken out again of the key/value cache that the model is left with."""
+        return True
+
     def describe(self) -> str:
         """A few words for the plan."""
         raise NotImplementedError
@@ -69,8 +91,18 @@ class PassOptions(BaseModel):
     def check(self, header: ModelHeader) -> None:
         """Raise NightpressError(invalid_recipe), with the reason, where the pass can't take this model."""
 
+    def check_beside(self, passes: Sequence["PassOptions"], header: ModelHeader | None) -> None:
+        """Raise NightpressError(invalid_recipe) where the pass can't stand in one recipe with the others.
+
+        passes: all of the recipe in order, this one included. `header` is None where no model was named.
+        """
+
     def warnings(self, header: ModelHeader | None) -> Iterable[str]:
         """What a person should know before it runs. `header` is None where no model was named."""
+        return ()
+
+    def warnings_behind(self, earlier: Sequence["PassOptions"]) -> Iterable[str]:
+        """What a person should know of its place in the recipe. earlier: the passes before it."""
         return ()
 
     def data_refs(self) -> frozenset[str]:
@@ -97,6 +129,10 @@ class PassOptions(BaseModel):
         """The same pass, with what its options leave to the model decided."""
         return self
 
+    def takes_linear(self, tensor: TensorInfo) -> bool:
+        """Whether it changes this tensor as the weight of a linear layer in a block."""
+        return False
+
     def stored_bytes(self, tensor: TensorInfo) -> int:
         """Bytes of a tensor of the model it leaves; `tensor.size` where the pass leaves it alone."""
         return tensor.size
@@ -109,7 +145,6 @@ class PassOptions(BaseModel):
 class OnLinears(PassOptions):
     """A pass over the weights of linear layers, one tensor or one block at a time."""
 
-    scope: ClassVar[Scope] = "stream"
     turns: ClassVar[bool] = False  #: it knows weights laid out [in, out], and goes along their inputs all the same
 
     ignore: Patterns = Field(KEPT_MODULES, description="Modules left as they are: names, or `re:` patterns.")
@@ -118,8 +153,12 @@ class OnLinears(PassOptions):
         """What every layer's inputs must be divisible by."""
         return None
 
-    def takes(self, tensor: TensorInfo) -> bool:
+    def takes_linear(self, tensor: TensorInfo) -> bool:
         return is_linear_weight(tensor, self.ignore)
+
+    def takes(self, tensor: TensorInfo) -> bool:
+        """Whether it changes this tensor, wherever it stands."""
+        return self.takes_linear(tensor)
 
     def check(self, header: ModelHeader) -> None:
         weights = [tensor for tensor in header.tensors if self.takes(tensor)]

@@ -10,7 +10,7 @@ from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
-from nightpress.core.recipes.passes.base import ExportFormat, PassOptions, Scope
+from nightpress.core.recipes.passes.base import ExportFormat, PassOptions, Relation, Scope
 
 CacheMode = Literal["none", "dynamic", "static", "sliding", "quantized"]
 
@@ -45,6 +45,8 @@ class GenerationCache(PassOptions):
     scope: ClassVar[Scope] = "train"
     runs_on: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"safetensors", "compressed-tensors"})
+    relation: ClassVar[Relation] = None
+    chooses_cache: ClassVar[bool] = True
 
     pass_: Literal["generation-cache"] = Field("generation-cache", alias="pass")
     mode: CacheMode = "dynamic"
@@ -89,6 +91,10 @@ class GenerationCache(PassOptions):
             case _:
                 reuse = "" if self.prefix_bytes is None else f", {self.prefix_bytes / 1e6:,.0f} MB of earlier texts"
                 return f"grows with the text{reuse}"
+
+    @property
+    def cache_cuts_back(self) -> bool:
+        return self.mode in {"none", "dynamic"}
 
     @property
     def exact_to(self) -> float:

@@ -1,6 +1,6 @@
 """Passes that let a smaller model learn from a larger one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -365,6 +365,10 @@ class Recover(Teaching):
 
     def student_header(self, header: ModelHeader) -> ModelHeader:
         return header
+
+    def warnings_behind(self, earlier: Sequence[PassOptions]) -> Iterable[str]:
+        if not earlier:
+            yield "`recover` comes first, so that the model's teacher is the model itself: put it behind what takes something away."
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         return self.train.cost(header, trained=0.05 if self.lora else 1.0)

@@ -8,7 +8,7 @@ from nightpress.core.recipes.anatomy import anatomy_of
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.passes.base import ExportFormat, PassOptions, Scope
+from nightpress.core.recipes.passes.base import ExportFormat, PassOptions, Relation, Stage
 
 
 class Profiling(PassOptions):
@@ -17,7 +17,8 @@ class Profiling(PassOptions):
     With attention's quadratic share and a roofline bound at every pair of batch and length, for this machine or for a named one.
     """
 
-    scope: ClassVar[Scope] = "stream"
+    stage: ClassVar[Stage] = "measure"
+    relation: ClassVar[Relation] = None
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"safetensors", "compressed-tensors", "onnx", "openvino"})
 
     pass_: Literal["profile"] = Field("profile", alias="pass")

@@ -307,6 +307,10 @@ class Gptq(Budgeted):
             raise ValueError("a pattern N:M needs `order: natural`")
         return self
 
+    @property
+    def rounding_bits(self) -> int | None:
+        return super().rounding_bits if self.sparsity is None else None
+
     def describe(self) -> str:
         return super().describe() + (f", {self.sparsity:.0%} zeros" if self.sparsity is not None else "")
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid, module_of
-from nightpress.core.recipes.passes.base import ExportFormat, OnLinears
+from nightpress.core.recipes.passes.base import ExportFormat, OnLinears, Relation
 from nightpress.core.recipes.readable import why_unreadable
 from nightpress.core.recipes.schemes import Scheme
 
@@ -16,6 +16,7 @@ class Quantizing(OnLinears):
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors"})
     last: ClassVar[bool] = True
     quantizes: ClassVar[bool] = True
+    relation: ClassVar[Relation] = "quantized"
 
     def scheme(self, module: str) -> Scheme:
         """How the weight of this module is stored."""
@@ -25,6 +26,10 @@ class Quantizing(OnLinears):
     def coarsest_bits(self) -> int:
         """Of any weight it rounds."""
         raise NotImplementedError
+
+    @property
+    def rounding_bits(self) -> int | None:
+        return self.coarsest_bits
 
     def schemes(self, module: str) -> Collection[Scheme]:
         """Those that the pass may choose from for this module."""

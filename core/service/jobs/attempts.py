@@ -31,7 +31,7 @@ from nightpress.core.service.tables.jobs import (
     job_logs,
     jobs,
 )
-from nightpress.core.version import ENGINE
+from nightpress.core.version import ENGINE, engine_with
 
 MAX_LOG_LINES = 10_000  #: a job
 MAX_LOG_BYTES = 4096  #: a line
@@ -124,7 +124,7 @@ class JobAttempts:
                 note=lambda _: ("succeeded", {"attempt": lease.attempt, "verdict": outcome.verdict}),
                 state=SUCCEEDED,
                 verdict=outcome.verdict,
-                engine=ENGINE,
+                engine=engine_with(ENGINE, outcome.packages),
                 progress=1.0,
                 finished_at=db_now(),
                 **RESTING,

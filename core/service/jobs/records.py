@@ -164,6 +164,7 @@ class Succeeded:
     manifest: Manifest
     report: dict[str, Any]
     metrics: list[MetricRow] = field(default_factory=list)
+    packages: tuple[str, ...] = ()  #: name and version of each whose passes made it
 
 
 @dataclass(frozen=True, slots=True)

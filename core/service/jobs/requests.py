@@ -12,6 +12,7 @@ from sqlalchemy import (
 )
 
 from nightpress.core.database import db_now, transaction
+from nightpress.core.recipes.passes.catalog import packages_of
 from nightpress.core.service.jobs.queries import JobReader, JobsWanted
 from nightpress.core.service.jobs.records import Job
 from nightpress.core.service.jobs.results import copy_result
@@ -28,7 +29,7 @@ from nightpress.core.service.promotions.store import promote_accepted
 from nightpress.core.service.tables.jobs import (
     jobs,
 )
-from nightpress.core.version import ENGINE
+from nightpress.core.version import ENGINE, engine_with
 
 MAX_CANCELLED = 500  #: by one request
 
@@ -78,13 +79,14 @@ class JobRequests:
         """
         if job.fingerprint is None:
             return job  # nobody knows what decided its result
+        engine = engine_with(ENGINE, packages_of(job.recipe))
         made = jobs.alias("made")
         found = (
             select(made.c.id, made.c.verdict)
             .where(made.c.tenant_id == job.tenant_id, made.c.fingerprint == job.fingerprint)
             .where(made.c.state == literal_column("'succeeded'"), made.c.reused_from.is_(None))
             .where(literal(job.recipe.get("device", "auto") == "auto") | (made.c.queue == job.queue))
-            .where(made.c.engine == ENGINE)  # in a rolling upgrade an older worker may have made it
+            .where(made.c.engine == engine)  # in a rolling upgrade an older worker may have made it
             .order_by(made.c.finished_at.desc())
             .limit(1)
             .with_for_update()  # so that it isn't pruned meanwhile
@@ -101,7 +103,7 @@ class JobRequests:
                 state=SUCCEEDED,
                 verdict=origin.verdict,
                 reused_from=origin.id,
-                engine=ENGINE,
+                engine=engine,
                 progress=1.0,
                 finished_at=db_now(),
                 start_before=null(),

@@ -12,6 +12,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.builtins import get_recipe
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.models import Quality, Recipe, parse_recipe
+from nightpress.core.recipes.passes.catalog import packages_of
 from nightpress.core.recipes.plan import Plan, make_plan
 from nightpress.core.service.access.quotas import NO_BOUND, QuotaBook
 from nightpress.core.service.jobs.records import Idempotency, Job, NewJob
@@ -20,7 +21,7 @@ from nightpress.core.service.jobs.states import is_terminal
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.settings import Settings
 from nightpress.core.tracing import span, traceparent
-from nightpress.core.version import ENGINE
+from nightpress.core.version import ENGINE, engine_with
 from nightpress.core.wire.jobs import JobCreate, JobRequest
 from nightpress.core.wire.models import DataSetView, ModelView
 
@@ -167,7 +168,7 @@ class JobService:
         self._ready_model(tenant_id, old.model_id)
         for data_set in old.data.values():
             self._ready_data(tenant_id, data_set["id"])
-        plan = self.plan(Recipe.model_validate(old.recipe), old.model_id)
+        plan = self.plan(parse_recipe(old.recipe), old.model_id)
         self._check_fit(plan)
         new = NewJob(
             tenant_id=tenant_id,
@@ -342,7 +343,8 @@ def _fingerprint(model_digest: str, recipe: dict[str, Any], data: dict[str, dict
     """A digest of everything that decides a job's result. The device is not in it (`JobRequests.reuse` compares that), nor is the recipe's name."""
     says = {key: value for key, value in recipe.items() if key not in {"name", "version", "description", "device"}}
     digests = {name: entry["digest"] for name, entry in data.items()}
-    body = {"model": model_digest, "recipe": says, "data": digests, "engine": ENGINE}
+    engine = engine_with(ENGINE, packages_of(recipe))
+    body = {"model": model_digest, "recipe": says, "data": digests, "engine": engine}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,0 +1,145 @@
+"""Linear layers pressed block by block, and the record of it: what passes that look at a layer's inputs have in common."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.data.calibration import calibration_samples
+from nightpress.core.compress.executors.blocks import CacheStandIn, Method, Pressed, Settled, press_blocks
+from nightpress.core.compress.executors.rewrite import Effect
+from nightpress.core.compress.grids.stored import Coded, dequantized, to_tensors
+from nightpress.core.compress.model.checkpoint import read_shards
+from nightpress.core.compress.model.companions import copy_companions
+from nightpress.core.compress.model.quantization_config import write_config
+from nightpress.core.compress.passes.quantize import OnGrid
+from nightpress.core.handoff.report import LayerEffect, PassRecord
+from nightpress.core.recipes.passes import PassOptions, Quantizing
+from nightpress.core.recipes.schemes import Scheme
+
+#: How the weight of a module is stored.
+Schemes = Callable[[str], Scheme]
+
+
+def scheme_of(schemes: Schemes, weight: str) -> Scheme:
+    return schemes(weight.removesuffix(".weight"))
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    method: Method,
+    schemes: Schemes,
+    options: Quantizing,
+    context: PassContext,
+    summary: dict[str, Any],
+    *,
+    outside: Mapping[str, OnGrid] | None = None,
+) -> PassRecord:
+    """Press with a method that leaves weights in these schemes, and say in config.json what became of them.
+
+    outside: weights beside the blocks that are rounded to nearest, by name.
+    """
+    start = time.monotonic()
+    pressed = press(source, target, method, options, context, outside=outside)
+    modules = {name.removesuffix(".weight"): schemes(name.removesuffix(".weight")) for name in pressed.effects}
+    write_config(target, modules, kept=[name.removesuffix(".weight") for name in pressed.kept])
+    return record(options, context, pressed, start, summary)
+
+
+def press(
+    source: Path,
+    target: Path,
+    method: Method,
+    options: PassOptions,
+    context: PassContext,
+    *,
+    outside: Mapping[str, OnGrid] | None = None,
+    cache: CacheStandIn | None = None,
+) -> Pressed:
+    """Run the blocks executor over the linear layers that the options take, and round those weights beside the blocks."""
+    infos = [one.info for shard in read_shards(source) for one in shard.tensors]
+    pressed = press_blocks(
+        source,
+        target,
+        method,
+        calibration_samples(source, context),
+        context,
+        chosen=frozenset(info.name for info in infos if options.takes_linear(info)),
+        recipe=options.model_dump_json(),
+        outside=outside or {},
+        cache=cache,
+    )
+    copy_companions(source, target)
+    return pressed
+
+
+def record(
+    options: PassOptions,
+    context: PassContext,
+    pressed: Pressed,
+    start: float,
+    summary: dict[str, Any],
+) -> PassRecord:
+    infos = {info.name: info for info in context.header.tensors}
+    total = sum(pressed.effects.values(), Effect())
+    weights = sum(infos[name].shape[0] * infos[name].shape[1] for name in pressed.effects)
+    layers = tuple(
+        LayerEffect(
+            name=name.removesuffix(".weight"),
+            bytes_before=infos[name].size,
+            bytes_after=pressed.bytes_after[name],
+            relative_error=effect.relative_error,
+            sparsity=effect.zeros / (infos[name].shape[0] * infos[name].shape[1]),
+        )
+        for name, effect in pressed.effects.items()
+    )
+    return PassRecord(
+        index=context.index,
+        name=options.name,
+        seconds=time.monotonic() - start,
+        summary=summary
+        | {
+            "layers": len(layers),
+            "zeros": total.zeros,
+            "sparsity": total.zeros / max(1, weights),
+            "relative_error": total.relative_error,
+            "bytes_before": sum(info.size for info in infos.values()),
+            "bytes_after": sum(info.size for name, info in infos.items() if name not in pressed.effects)
+            + sum(pressed.bytes_after.values()),
+            "uncalibrated": list(pressed.unseen),
+            "starved_experts": pressed.undersampled,
+        },
+        warnings=tuple(
+            f"`{options.name}`: {text} ({count} {'block' if count == 1 else 'blocks'})."
+            for text, count in pressed.warnings.items()
+        ),
+        layers=layers,
+    )
+
+
+def settle_coded(
+    name: str, scheme: Scheme, coded: Coded, before: Tensor, *, input_scale: Tensor | None = None
+) -> Settled:
+    """A weight on its grid, with its tensors; scales have the dtype the weight was stored in."""
+    weight = dequantized(coded, scheme)
+    tensors = to_tensors(name, scheme, coded, input_scale=input_scale)
+    return Settled(weight=weight, tensors=tensors, effect=effect_of(before, weight))
+
+
+def made_up(name: str, weight: Tensor, stored: torch.dtype) -> Settled:
+    """A norm, a bias or a router that makes up for scaled inputs, as it is written."""
+    value = weight.to(stored)
+    return Settled(weight=value, tensors={name: value}, effect=None)
+
+
+def effect_of(before: Tensor, after: Tensor) -> Effect:
+    return Effect(
+        squared_error=float((before - after).square().sum(dtype=torch.float64)),
+        squared_norm=float(before.square().sum(dtype=torch.float64)),
+        zeros=int((after == 0).sum()),
+    )

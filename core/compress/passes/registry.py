@@ -1,0 +1,140 @@
+"""Which function does what a pass's options say. A function registers itself, by the type of its options, where it is defined.
+
+@folder_pass(Clip)
+def clip(source: Path, target: Path, options: Clip, context: PassContext) -> PassRecord: ...
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.graph.tracing import Traced
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.passes import PassOptions, catalog
+from nightpress.core.recipes.passes.base import Stage
+from nightpress.core.recipes.profile import Profile
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+#: (source folder, target folder that doesn't exist yet, options, context) → what was done. `target` is a whole model folder afterwards.
+ModelPass = Callable[[Path, Path, Any, PassContext], PassRecord]
+#: (model folder, graph traced of it, options, context) → the graph that takes its place, and what was done.
+GraphPass = Callable[[Path, Traced, Any, PassContext], tuple[Traced, PassRecord]]
+
+
+@dataclass(frozen=True)
+class SourceAndPressed:
+    """The two models that a pass of the stage `measure` looks at."""
+
+    source: Path
+    source_header: ModelHeader
+    pressed: Path  #: the folder that the passes left; a quantized model's weights are codes there
+    pressed_header: ModelHeader  #: of the float model, with the sizes that its tensors are stored in
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a pass of the stage `measure` found."""
+
+    profiles: tuple[Profile, ...] = ()
+    record: PassRecord | None = None
+
+
+MeasurePass = Callable[[SourceAndPressed, Any, PassContext], Findings]
+
+#: By the name that a recipe calls them.
+MODEL_PASSES: dict[str, ModelPass] = {}
+GRAPH_PASSES: dict[str, GraphPass] = {}
+MEASURE_PASSES: dict[str, MeasurePass] = {}
+#: By that name and by the runtime whose graph they change. The exporter of each runtime says what it hands them.
+RUNTIME_PASSES: dict[tuple[str, str], Callable[..., PassRecord]] = {}
+
+
+def folder_pass(*options: type[PassOptions]) -> Callable[[Function], Function]:
+    """Register a `ModelPass` for these options."""
+    return _registered(MODEL_PASSES, "folder", {_name(one): one for one in options})
+
+
+def graph_pass(*options: type[PassOptions]) -> Callable[[Function], Function]:
+    """Register a `GraphPass` for these options."""
+    return _registered(GRAPH_PASSES, "graph", {_name(one): one for one in options})
+
+
+def measure_pass(*options: type[PassOptions]) -> Callable[[Function], Function]:
+    """Register a `MeasurePass` for these options."""
+    return _registered(MEASURE_PASSES, "measure", {_name(one): one for one in options})
+
+
+def runtime_pass(runtime: str, *options: type[PassOptions]) -> Callable[[Function], Function]:
+    """Register what these options do to the graph of one runtime, `onnx` or `openvino`."""
+    return _registered(RUNTIME_PASSES, "runtime", {(_name(one), runtime): one for one in options})
+
+
+def model_pass(options: PassOptions) -> ModelPass:
+    """The function of a pass of the stage `folder`. Raises NightpressError(internal) where its package has none that can be used."""
+    return _found(MODEL_PASSES, options.name, options)
+
+
+def graph_pass_of(options: PassOptions) -> GraphPass:
+    """The same of the stage `graph`."""
+    return _found(GRAPH_PASSES, options.name, options)
+
+
+def measure_pass_of(options: PassOptions) -> MeasurePass:
+    """The same of the stage `measure`."""
+    return _found(MEASURE_PASSES, options.name, options)
+
+
+def runtime_pass_of(options: PassOptions, runtime: str) -> Callable[..., PassRecord]:
+    """The same of the stage `runtime`."""
+    return _found(RUNTIME_PASSES, (options.name, runtime), options)
+
+
+Key = TypeVar("Key")
+Registered = TypeVar("Registered")
+
+
+def _registered(
+    table: dict[Key, Any], stage: Stage, options: Mapping[Key, type[PassOptions]]
+) -> Callable[[Function], Function]:
+    def register(function: Function) -> Function:
+        for key, one in options.items():
+            if one.stage != stage:
+                raise TypeError(
+                    f"{one.__name__} is of the stage {one.stage}, and {function.__name__} is for the stage {stage}"
+                )
+            if key in table:
+                raise TypeError(f"{table[key].__module__}.{table[key].__name__} does what {one.__name__} says already")
+            table[key] = function
+        return function
+
+    return register
+
+
+def _found(table: Mapping[Key, Registered], key: Key, options: PassOptions) -> Registered:
+    provider = catalog.provider_of(options.name)
+    if key not in table and provider is not None:
+        try:
+            importlib.import_module(options.implementation)
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
+            raise NightpressError(
+                ErrorCode.INTERNAL,
+                f"The pass `{options.name}` of the package {provider} can't be used: {options.implementation}: {type(error).__name__}: {error}.",
+                hint="Mend or update the package on this worker.",
+            ) from error
+    if key not in table:
+        raise NightpressError(
+            ErrorCode.INTERNAL,
+            f"The pass `{options.name}`{f' of the package {provider}' if provider else ''} has no function: {options.implementation or 'no module'} registers none for its stage, {options.stage}.",
+            hint="Register it with the decorator of its stage; see docs/how-to/write-a-pass.md.",
+        )
+    return table[key]
+
+
+def _name(options: type[PassOptions]) -> str:
+    return str(options.model_fields["pass_"].default)

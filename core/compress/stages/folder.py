@@ -1,0 +1,73 @@
+"""The passes that work on a model's folder, one after the other, each into a folder of its own below work/."""
+
+from collections.abc import Sequence
+
+from nightpress.core.compress import environment
+from nightpress.core.compress.model.checkpoint import write_file
+from nightpress.core.compress.passes.registry import model_pass
+from nightpress.core.compress.stages.clock import parts
+from nightpress.core.compress.stages.job import Job, State, naming_the_package
+from nightpress.core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.passes import PassOptions
+
+
+def run(job: Job, state: State) -> None:
+    """Leave the last pass's folder and header, and a record of each. Goes on behind the last pass that an earlier attempt finished."""
+    job.clock.enter("pressing")
+    digests = _digests(job)
+    steps = [(index, options) for index, options in enumerate(job.recipe.passes) if options.stage == "folder"]
+    done = _take_over(job, state, steps, digests)
+    spans = parts(0.3, 0.5, len(steps))
+    for (index, options), (start, end) in list(zip(steps, spans, strict=True))[done:]:
+        report = job.clock.span(start, end, pass_index=index)
+        report(0.0, f"pass {index + 1}: {options.name}")
+        target = job.work / pass_folder(index, options.name)
+        with environment.gpu_peak(job.spec.device) as peak, naming_the_package(options):
+            context = job.context(state.header, report, index=index)
+            record = model_pass(options)(state.folder, target, options, context)
+            record = record.model_copy(update={"peak_gpu_bytes": peak()})
+        state.records.append(job.publish_pass(record, index))
+        state.folder = target
+        if not options.last:  # a quantized model is no source for anything, and isn't looked at as one
+            state.header = inspect_model(FolderFiles(target))
+        _finish(job, state, index, options, digests[index])
+
+
+def _digests(job: Job) -> list[str]:
+    """For each pass, of all that decides what it makes, as far as this process knows."""
+    return prefix_digests(
+        job.recipe,
+        tenant_id="",
+        model_digest=job.spec.model_digest,
+        data={},
+        device=job.spec.device,
+        engine=environment.version_of("nightpress"),
+    )
+
+
+def _take_over(job: Job, state: State, steps: Sequence[tuple[int, PassOptions]], digests: Sequence[str]) -> int:
+    """Take what an earlier attempt left of the last pass that it finished. Returns how many passes that spares."""
+    for done, (index, options) in reversed(list(enumerate(steps, start=1))):
+        earlier = FinishedPass.load(job.work, index, options.name, made_of=digests[index])
+        if earlier is not None:
+            state.folder, state.header = job.work / pass_folder(index, options.name), earlier.header
+            state.records = list(earlier.records)
+            job.log(f"pass {index + 1} ({options.name}) was done before: going on behind it")
+            return done
+    return 0
+
+
+def _finish(job: Job, state: State, index: int, options: PassOptions, digest: str) -> None:
+    """Say that a pass is done, for other attempts and for other jobs that begin the same way."""
+    record = job.work / pass_record(index, options.name)
+    files = sorted(path for path in state.folder.rglob("*") if path.is_file())
+    done = FinishedPass(
+        made_of=digest,
+        files={path.relative_to(state.folder).as_posix(): path.stat().st_size for path in files},
+        header=state.header,
+        records=tuple(state.records),
+    )
+    write_file(record, done.model_dump_json().encode())
+    for step, path in enumerate((*files, record)):
+        job.checkpoint(index, path.relative_to(job.work).as_posix(), step)

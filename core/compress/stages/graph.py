@@ -1,0 +1,74 @@
+"""The exports. Graph formats share one graph, traced of the pressed model; passes of the stage `graph` change it before it is saved."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+from nightpress.core.compress.export import compressed_tensors, gguf, onnx, openvino, safetensors, transformersjs
+from nightpress.core.compress.export.early_exit import trace_exits
+from nightpress.core.compress.graph import tracing
+from nightpress.core.compress.graph.tracing import Traced
+from nightpress.core.compress.memory import return_freed_memory
+from nightpress.core.compress.passes.registry import graph_pass_of
+from nightpress.core.compress.stages.clock import Report, parts
+from nightpress.core.compress.stages.job import Exported, Job, State, naming_the_package
+from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
+
+_EXPORTERS = {
+    "onnx": onnx,
+    "openvino": openvino,
+    "transformers.js": transformersjs,
+    "gguf": gguf,
+    "safetensors": safetensors,
+    "compressed-tensors": compressed_tensors,
+}
+
+
+def run(job: Job, state: State) -> None:
+    """Leave each artifact in its folder below out/."""
+    job.clock.enter("exporting")
+    for export, (start, end) in zip(job.recipe.exports, parts(0.5, 0.7, len(job.recipe.exports)), strict=True):
+        job.clock.at(start, f"exporting {export.name}")
+        folder = job.out / export.name
+        runner = _save(job, state, export, folder, job.clock.span(start, end))
+        state.exported.append(Exported(export, folder, runner))
+
+
+def _save(job: Job, state: State, export: Export, folder: Path, report: Report) -> Path:
+    """Write one artifact. Returns the script that loads it."""
+    exporter: Any = _EXPORTERS[export.format]
+    if export.format in GRAPH_FORMATS:
+        if state.traced is None:
+            state.traced = _trace(job, state, report)
+        passes = [(at, one) for at, one in enumerate(job.recipe.passes) if one.stage == "runtime"]
+        for record in exporter.save(state.folder, folder, state.traced, passes, weights=export.weights):
+            state.records.append(job.publish_pass(record, record.index))
+        _free_graphs()
+    elif export.format == "gguf":
+        assert export.weights is not None
+        gguf.save(state.folder, folder, state.header, weights=export.weights, pooling=state.trial.task.pooling)
+    else:
+        exporter.save(state.folder, folder)
+    return Path(exporter.CONSUMER)
+
+
+def _trace(job: Job, state: State, report: Report) -> Traced:
+    """The pressed model's graph, as the passes of the stage `graph` leave it."""
+    passes = job.recipe.passes
+    trace = trace_exits if passes and passes[-1].early_exits else tracing.trace
+    check = state.trial.task.sets[0].sequences
+    traced = trace(state.folder, state.header, check, job.context(state.header, report, index=len(passes)))
+    _free_graphs()
+    for index, options in enumerate(passes):
+        if options.stage == "graph":
+            with naming_the_package(options):
+                context = job.context(state.header, report, index=index)
+                traced, record = graph_pass_of(options)(state.folder, traced, options, context)
+            state.records.append(job.publish_pass(record, index))
+    return traced
+
+
+def _free_graphs() -> None:
+    """Exported graphs contain reference cycles and several times the model's weights: collect them now, before the next is made."""
+    gc.collect()
+    return_freed_memory()

@@ -1,0 +1,144 @@
+"""One job: its folder, its clock, what it tells, and what the stages leave in it for each other."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.evaluate.quality import Trial
+from nightpress.core.compress.export.consumer import Observed
+from nightpress.core.compress.graph.tracing import Traced
+from nightpress.core.compress.stages.clock import Clock, Emit, Report
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Checkpoint, Log, Metric, Span
+from nightpress.core.handoff.report import PassRecord, Subject
+from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.passes import PassOptions, catalog
+from nightpress.core.recipes.profile import Profile
+
+
+class Job:
+    """What doesn't change while a job runs, and its voice."""
+
+    def __init__(self, job_dir: Path, emit: Emit) -> None:
+        self.emit = emit
+        self.spec = JobSpec.load(job_dir)
+        self.recipe = self.spec.recipe
+        self.source, self.work, self.out = job_dir / SOURCE_DIR, job_dir / WORK_DIR, job_dir / OUT_DIR
+        self.scratch = self.work / "measured"  #: where consumers leave what they saw
+        self.data = job_dir / DATA_DIR
+        self.data_files = {ref: self.data / name for ref, name in self.spec.data.items()}
+        self.clock = Clock(emit)
+
+    def context(self, header: ModelHeader, progress: Report, *, index: int) -> PassContext:
+        """What the pass at this place of the recipe is given. header: of the model that it reads."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        return PassContext(
+            header=header,
+            work_dir=self.work,
+            origin=self.source,
+            device=self.spec.device,
+            threads=self.spec.threads,
+            seed=self.recipe.seed,
+            index=index,
+            calibration=self.recipe.calibration,
+            data_files=self.data_files,
+            progress=progress,
+            metric=lambda name, value, step: self.emit(Metric(name=name, value=value, step=step)),
+            checkpoint=partial(self.checkpoint, index),
+        )
+
+    def checkpoint(self, index: int, path: str, step: int) -> None:
+        """Say that a file below work/ is whole, from which another attempt may go on."""
+        self.emit(Checkpoint(path=path, step=step, pass_index=index))
+
+    def log(self, text: str) -> None:
+        self.emit(Log(text=text))
+
+    def warn(self, text: str) -> None:
+        self.emit(Log(level="warning", text=text))
+
+    def publish(self, subject: Subject) -> None:
+        """Tell a model's figures as metrics."""
+        self.emit(Metric(name=f"{subject.name}.size_bytes", value=subject.size_bytes))
+        for found in subject.measurements:
+            self.emit(Metric(name=f"{subject.name}.{found.name}", value=found.value))
+        for timing in subject.timings:
+            self.emit(Metric(name=f"{subject.name}.p50_ms.{timing.batch}x{timing.length}", value=timing.p50_ms))
+        for writing in subject.generation:
+            name = f"{subject.name}.decode_tokens_per_s.{writing.batch}x{writing.prompt}"
+            self.emit(Metric(name=name, value=writing.decode_tokens_per_s))
+
+    def publish_pass(self, record: PassRecord, index: int) -> PassRecord:
+        """Tell what the pass at this place of the recipe did. Returns its record, with the package that it comes from."""
+        name = self.recipe.passes[index].name
+        provider = self.spec.packages.get(name)
+        if provider is not None:
+            package = {"package": provider.package, "package_version": provider.version}
+            record = record.model_copy(update={"index": index, "name": name, **package})
+        for text in record.warnings:
+            self.warn(text)
+        for step, layer in enumerate(record.layers):
+            self.emit(Metric(name=f"{record.name}.relative_error", value=layer.relative_error, step=step))
+        ended_ns = time.time_ns()
+        began_ns = ended_ns - int(record.seconds * 1e9)
+        self.emit(Span(name=f"pass {record.name}", started_ns=began_ns, ended_ns=ended_ns))
+        self.log(f"{record.name}: {len(record.layers)} layers in {record.seconds:.1f} s")
+        return record
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An artifact that is written but not yet verified."""
+
+    export: Export
+    folder: Path
+    runner: Path  #: the script that loads it in a process of its own
+
+
+@dataclasses.dataclass
+class State:
+    """What a job has come to. Each stage reads what those before it left, and leaves its own."""
+
+    source_header: ModelHeader
+    trial: Trial  #: what all models are measured on
+    source: Subject  #: the source's figures
+    observed: Observed  #: what the source answered
+    folder: Path  #: the model that the passes have left so far
+    header: ModelHeader  #: of that model; behind a last pass, of the one before
+    records: list[PassRecord] = dataclasses.field(default_factory=list)
+    traced: Traced | None = None  #: the graph of the pressed model, if an export needs one
+    exported: list[Exported] = dataclasses.field(default_factory=list)
+    artifacts: list[Subject] = dataclasses.field(default_factory=list)
+    profiles: list[Profile] = dataclasses.field(default_factory=list)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)  #: of the libraries in the consumers' processes
+
+
+@contextlib.contextmanager
+def naming_the_package(options: PassOptions) -> Iterator[None]:
+    """Let an error of a pass from another package say whose it is."""
+    try:
+        yield
+    except (NightpressError, MemoryError, torch.OutOfMemoryError, OSError):
+        raise
+    except Exception as error:
+        provider = catalog.provider_of(options.name)
+        if provider is None:
+            raise
+        raise NightpressError(
+            ErrorCode.INTERNAL,
+            f"The pass `{options.name}` of the package {provider} failed: {type(error).__name__}: {str(error)[:500]}",
+            hint="The traceback is in the job's log; report it to the package's authors.",
+        ) from error
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

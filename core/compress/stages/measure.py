@@ -1,0 +1,132 @@
+"""The figures: of the source before anything is pressed, then of each artifact, loaded by its consumer in a fresh process."""
+
+from collections.abc import Callable
+
+from nightpress.core.compress.evaluate import quality, speed
+from nightpress.core.compress.evaluate.beside import SourceBeside
+from nightpress.core.compress.evaluate.quality import Trial
+from nightpress.core.compress.evaluate.remarks import remarks
+from nightpress.core.compress.export import gguf, safetensors
+from nightpress.core.compress.export.consumer import Consumer, Observed, run_consumer
+from nightpress.core.compress.export.verify import verify
+from nightpress.core.compress.passes.registry import SourceAndPressed, measure_pass_of
+from nightpress.core.compress.stages.clock import Report, parts
+from nightpress.core.compress.stages.job import Exported, Job, State, folder_bytes, naming_the_package
+from nightpress.core.handoff.report import Subject
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.plan import stored
+
+
+def measure_source(job: Job, header: ModelHeader, trial: Trial) -> tuple[Subject, Observed]:
+    """The source's figures, and what it answered: everything else is held against these."""
+    job.clock.enter("baseline")
+    observed = run_consumer(
+        safetensors.CONSUMER,
+        job.source,
+        trial.task,
+        name="source",
+        scratch=job.scratch,
+        progress=job.clock.span(0.03, 0.3),
+    )
+    subject = Subject(
+        name="source",
+        format="safetensors",
+        size_bytes=folder_bytes(job.source),
+        parameters=header.parameters,
+        measurements=quality.measurements(trial, observed, None),
+        timings=speed.timings(observed, trial.task),
+        generation=speed.generation_timings(observed, trial.task.threads),
+        peak_memory_bytes=observed.peak_memory,
+    )
+    job.publish(subject)
+    return subject, observed
+
+
+def run(job: Job, state: State) -> None:
+    """Leave the figures of each artifact, verified, and what the passes of the stage `measure` found."""
+    with SourceBeside(
+        safetensors.CONSUMER,
+        job.source,
+        state.trial.task,
+        state.observed,
+        scratch=job.scratch,
+        limit=job.spec.memory_limit,
+    ) as source:
+        beside = source.open if state.trial.by_turns else lambda _peak: None
+        spans = parts(0.7, 0.98, len(state.exported))
+        for artifact, (start, end) in zip(state.exported, spans, strict=True):
+            subject = _measure(job, state, artifact, start, end, beside)
+            job.publish(subject)
+            state.artifacts.append(subject)
+    _look(job, state)
+
+
+def _measure(
+    job: Job,
+    state: State,
+    artifact: Exported,
+    start: float,
+    end: float,
+    beside: Callable[[int | None], Consumer | None],
+) -> Subject:
+    """Load one artifact, verify what it answers, and take its figures."""
+    job.clock.enter("verifying")
+    name, task = artifact.export.name, state.trial.task
+    job.clock.at(start, f"loading {name} in a fresh process")
+    observed = run_consumer(
+        artifact.runner,
+        artifact.folder,
+        task,
+        name=name,
+        scratch=job.scratch,
+        reference=state.observed.outputs_file,
+        beside=beside,
+        progress=_evaluating(job, start, end, name),
+    )
+    state.versions |= observed.versions
+    of_tokens: tuple[str, ...] = ()
+    if artifact.export.format == "gguf":
+        of_tokens = gguf.check_tokens(job.source, artifact.folder, name=name, scratch=job.scratch)
+    verification = verify(job.recipe, artifact.export, observed, source=state.observed, traced=state.traced, task=task)
+    subject = Subject(
+        name=name,
+        format=name,
+        size_bytes=folder_bytes(artifact.folder),
+        parameters=state.header.parameters,
+        measurements=quality.measurements(state.trial, state.observed, observed),
+        timings=speed.timings(observed, task, state.observed),
+        generation=speed.generation_timings(observed, task.threads, state.observed),
+        peak_memory_bytes=observed.peak_memory,
+        verification=verification,
+    )
+    return subject.model_copy(update={"notes": (*of_tokens, *remarks(subject, state.source))})
+
+
+def _evaluating(job: Job, start: float, end: float, name: str) -> Report:
+    """The runner does the verification's texts first; what follows is evaluation."""
+    span = job.clock.span(start, end)
+
+    def progress(fraction: float, what: str) -> None:
+        if what != "check":
+            job.clock.enter("evaluating")
+        span(fraction, f"{name}: {what}")
+
+    return progress
+
+
+def _look(job: Job, state: State) -> None:
+    """Run the passes that look at the source and the pressed model, and change nothing."""
+    models = SourceAndPressed(
+        source=job.source,
+        source_header=state.source_header,
+        pressed=state.folder,
+        pressed_header=stored(job.recipe, state.header),
+    )
+    for index, options in enumerate(job.recipe.passes):
+        if options.stage == "measure":
+            with naming_the_package(options):
+                context = job.context(state.source_header, job.clock.span(0.98, 0.98, pass_index=index), index=index)
+                found = measure_pass_of(options)(models, options, context)
+            state.profiles += found.profiles
+            if found.record is not None:
+                state.records.append(job.publish_pass(found.record, index))

@@ -1,0 +1,221 @@
+"""The passes that this process knows: the built-in ones, and those of installed packages that an operator allows. No torch here.
+
+A package offers passes through the entry point group `nightpress.passes`: the pass's name, and the class of its options. A package that
+isn't allowed is never imported. What is wrong with an allowed one is told in a sentence; everything else works on.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, reduce
+from importlib.metadata import EntryPoint, entry_points
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.passes.base import PassOptions
+
+GROUP = "nightpress.passes"
+
+
+class Provider(BaseModel):
+    """The package that a pass comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    package: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}"
+
+
+class _Offer(NamedTuple):
+    """A pass of an installed package, which may not have been imported."""
+
+    name: str
+    provider: Provider
+    entry_point: EntryPoint
+
+
+class _Allowed(NamedTuple):
+    """What the packages that are allowed came to."""
+
+    types: Mapping[str, type[PassOptions]]
+    providers: Mapping[str, Provider]
+    faults: Mapping[str, str]  #: by pass, or by what was allowed and isn't there: what is wrong, in a sentence
+
+
+_allowed = _Allowed({}, {}, {})
+
+
+def allow(names: Iterable[str]) -> Iterable[str]:
+    """Import the passes of installed packages that are named, by package or by pass, in place of those that were allowed before.
+
+    Called once, when a process starts. Returns what is wrong with them, a sentence each; a pass of which something is wrong is left out.
+    """
+    wanted = {_normalized(name): name for name in names}
+    offers = list(_offers()) if wanted else []
+    chosen = [one for one in offers if wanted.keys() & {_normalized(one.name), _normalized(one.provider.package)}]
+    there = {_normalized(word) for one in chosen for word in (one.name, one.provider.package)}
+    missing = {
+        name: f"NIGHTPRESS_PASSES allows {name}, and no package that is installed here is called so or has a pass of that name."
+        for key, name in wanted.items()
+        if key not in there
+    }
+    _load(chosen, missing)
+    return tuple(_allowed.faults.values())
+
+
+def allow_exactly(providers: Mapping[str, Provider]) -> None:
+    """Import these passes, from these versions of these packages, and no others.
+
+    Raises NightpressError(internal) where one of them can't be had: what a job says it is made by is what makes it.
+    """
+    offers = {(one.name, one.provider.package): one for one in (_offers() if providers else ())}
+    chosen = []
+    for name, wanted in providers.items():
+        offer = offers.get((name, wanted.package))
+        if offer is None or offer.provider != wanted:
+            found = "it isn't installed" if offer is None else f"version {offer.provider.version} is installed"
+            raise NightpressError(
+                ErrorCode.INTERNAL,
+                f"The job's pass `{name}` is to come from {wanted}, and where the job runs {found}.",
+                hint="Restart the worker after each change of its packages.",
+            )
+        chosen.append(offer)
+    _load(chosen, {})
+    for fault in _allowed.faults.values():
+        raise NightpressError(ErrorCode.INTERNAL, fault, hint="Mend or update the package on this worker.")
+
+
+def pass_types() -> tuple[type[PassOptions], ...]:
+    """The options of every pass, by name; those of packages behind the built-in ones."""
+    return (*_built_in().values(), *(_allowed.types[name] for name in sorted(_allowed.types)))
+
+
+def pass_type(name: str) -> type[PassOptions] | None:
+    """The options of a pass; None where this process doesn't know it."""
+    return _built_in().get(name) or _allowed.types.get(name)
+
+
+def provider_of(name: str) -> Provider | None:
+    """The package that a pass comes from; None for a built-in one, and for one that this process doesn't know."""
+    return _allowed.providers.get(name)
+
+
+def providers_of(names: Iterable[str]) -> dict[str, Provider]:
+    """The packages of those among the passes that are not built in."""
+    return {name: found for name in sorted(set(names)) if (found := provider_of(name)) is not None}
+
+
+def packages_of(recipe: Mapping[str, Any]) -> tuple[Provider, ...]:
+    """The packages whose passes a recipe, as a mapping, names."""
+    return tuple(providers_of(one["pass"] for one in recipe.get("passes", ())).values())
+
+
+def faults() -> Mapping[str, str]:
+    """By what was allowed: what is wrong with it, in a sentence."""
+    return _allowed.faults
+
+
+def why_unknown(name: str) -> tuple[str, str] | None:
+    """Why this process doesn't know a pass of an installed package, and what to do; None where no package has it."""
+    if name in _allowed.faults:
+        return _allowed.faults[
+            name
+        ], "Whoever runs the service sees to the package, or takes it out of NIGHTPRESS_PASSES."
+    for offer in _offers():
+        if offer.name == name:
+            package = offer.provider.package
+            return (
+                f"there is no pass {name!r} here: the package {offer.provider} has one and is installed, but it is not allowed",
+                f"Whoever runs the service allows it with NIGHTPRESS_PASSES='[\"{package}\"]', for API, control process and workers alike.",
+            )
+    return None
+
+
+def adapter() -> TypeAdapter[PassOptions]:
+    """Reads any pass by the name it says, as pydantic does a union with a discriminator."""
+    return _adapter(pass_types())
+
+
+def _load(offers: Iterable[_Offer], missing: Mapping[str, str]) -> None:
+    global _allowed
+    types: dict[str, type[PassOptions]] = {}
+    providers: dict[str, Provider] = {}
+    wrong = dict(missing)
+    for offer in offers:
+        if offer.name in providers:
+            both = " and ".join(sorted([str(providers.pop(offer.name)), str(offer.provider)]))
+            types.pop(offer.name)
+            wrong[offer.name] = (
+                f"The packages {both} both have a pass `{offer.name}`, so neither is used: allow one package."
+            )
+        elif offer.name not in wrong:
+            try:
+                types[offer.name] = _options_of(offer)
+                providers[offer.name] = offer.provider
+            except (Exception, SystemExit) as error:  # whatever a stranger's package raises while it is imported
+                wrong[offer.name] = (
+                    f"The pass `{offer.name}` of the package {offer.provider} can't be used: {type(error).__name__}: {error}."
+                )
+    _allowed = _Allowed(types, providers, wrong)
+
+
+def _options_of(offer: _Offer) -> type[PassOptions]:
+    """Import them. Raises TypeError, with what is missing, where they are not what a pass needs; and whatever the package raises."""
+    if offer.name in _built_in():
+        raise TypeError("a built-in pass has that name; give it another")
+    options = offer.entry_point.load()
+    if not (isinstance(options, type) and issubclass(options, PassOptions)):
+        raise TypeError(f"{offer.entry_point.value} is no subclass of PassOptions")
+    if "pass_" not in options.model_fields or options.model_fields["pass_"].default != offer.name:
+        raise TypeError(
+            f'its field `pass_` must be Literal["{offer.name}"] with that default, as its entry point is called'
+        )
+    needed: dict[str, Callable[[], bool]] = {
+        "exports": lambda: bool(getattr(options, "exports", None)),
+        "implementation": lambda: bool(options.implementation),
+        "describe": lambda: options.describe is not PassOptions.describe,
+        "cost": lambda: options.cost is not PassOptions.cost,
+    }
+    if lacking := [name for name, is_there in needed.items() if not is_there()]:
+        raise TypeError(f"{options.__name__} doesn't say {', '.join(lacking)}")
+    options.model_rebuild(force=True)  # raises where a field's type can't be told
+    _adapter((*_built_in().values(), options))  # raises where pydantic can't tell it from others by `pass_`
+    return options
+
+
+def _offers() -> Iterator[_Offer]:
+    """What the installed packages' metadata name. Nothing is imported."""
+    for found in entry_points(group=GROUP):
+        if found.dist is not None:
+            yield _Offer(found.name, Provider(package=found.dist.name, version=found.dist.version), found)
+
+
+def _normalized(name: str) -> str:
+    """As package indexes compare names."""
+    return name.strip().lower().replace("_", "-").replace(".", "-")
+
+
+@cache
+def _built_in() -> dict[str, type[PassOptions]]:
+    """Every class of options in this folder that has a pass's name."""
+    found: dict[str, type[PassOptions]] = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type) and issubclass(value, PassOptions) and value.__module__ == module.name:
+                field = value.model_fields.get("pass_")
+                if field is not None and isinstance(field.default, str):
+                    found[field.default] = value
+    return dict(sorted(found.items()))
+
+
+@cache
+def _adapter(types: tuple[type[PassOptions], ...]) -> TypeAdapter[PassOptions]:
+    union: Any = reduce(or_, types)
+    return TypeAdapter(Annotated[union, Field(discriminator="pass_")])
