@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from nightpress.core.compress.data.examples import Examples, collate, read_examples
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.networks import load_model
-from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 
 
@@ -36,8 +36,8 @@ def accuracy(folder: Path, source: Path, test: Examples, device: str = "cpu") ->
 def ship(model: Path, folder: Path, out: Path) -> None:
     """Leave in `out` the tensors that aren't the source's, in files of less than 16 MiB, and the small files that differ."""
     out.mkdir(parents=True, exist_ok=True)
-    before = Source(read_shards(model))
-    after = Source(read_shards(folder))
+    before = SourceTensors(read_shards(model))
+    after = SourceTensors(read_shards(folder))
     parts: list[dict[str, torch.Tensor]] = [{}]
     for name in after.names():
         tensor = after.read(name)
@@ -63,7 +63,7 @@ def ship(model: Path, folder: Path, out: Path) -> None:
 def unship(model: Path, shipped: Path, folder: Path) -> None:
     """The whole model again, from the source and what was shipped."""
     folder.mkdir(parents=True)
-    before = Source(read_shards(model))
+    before = SourceTensors(read_shards(model))
     changed = {name: one for file in sorted(shipped.glob("changed-*")) for name, one in load_file(file).items()}
     names = json.loads((shipped / "names.json").read_text())
     whole = {name: changed[name] if name in changed else before.read(name) for name in names}

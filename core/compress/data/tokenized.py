@@ -55,7 +55,7 @@ def builtin_digest(purpose: str) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A data set as a recipe calls it, and its file, if people brought one."""
 
     ref: str

@@ -70,7 +70,7 @@ def prepare(
     sets: list[TokenSet] = [_check_set(prose, tokenizer, header)]
     evaluations = []
     for at, one in enumerate(qualities):
-        source = tokenized.Source(one.data, data_files.get(one.data), model_dir)
+        source = tokenized.DataSource(one.data, data_files.get(one.data), model_dir)
         asked = Asked(f"quality{at}", one, source, tokenizer, header, recipe.seed)
         scorer = _SCORERS[_metric(one, header, source)](asked)
         if len(scorer.examples.sequences.ids) < 2:
@@ -176,7 +176,7 @@ def _check_lengths(header: ModelHeader, lengths: list[int]) -> None:
         )
 
 
-def _metric(one: Quality, header: ModelHeader, source: tokenized.Source) -> Metric:
+def _metric(one: Quality, header: ModelHeader, source: tokenized.DataSource) -> Metric:
     if one.metric != "auto":
         return one.metric
     match header.task:

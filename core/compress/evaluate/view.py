@@ -24,7 +24,7 @@ class Asked:
 
     name: str  #: of the set of examples
     wanted: Quality
-    source: tokenized.Source
+    source: tokenized.DataSource
     tokenizer: tokenized.Tokenizer
     header: ModelHeader
     seed: int

@@ -19,7 +19,7 @@ from nightpress.core.compress.executors.watch import split_mask, without_padding
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
-from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.compress.numerical_failures import check_finite
 from nightpress.core.compress.solvers.units import Moments
 from nightpress.core.recipes.anatomy import Anatomy
@@ -41,7 +41,7 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
 
     Raises NightpressError(numerical_failure) for a block that gives, or is given, no finite numbers.
     """
-    files = Source(read_shards(source))
+    files = SourceTensors(read_shards(source))
     device = torch.device(context.device)
     skeleton = Skeleton(source, files, context.device, torch.float32)
     samples, real = split_mask(samples)

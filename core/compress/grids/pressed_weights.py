@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.grids.packing import unpack_bits
 from nightpress.core.compress.model.checkpoint import read_shards
-from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.model.source import SourceTensors
 
 _PACKED = "_packed"
 
@@ -52,7 +52,7 @@ class PressedWeights:
     """The tensors of a model folder by the names they have in a float model, whether or not a pass has packed them."""
 
     def __init__(self, model_dir: Path) -> None:
-        self._source = Source(read_shards(model_dir))
+        self._source = SourceTensors(read_shards(model_dir))
         self._packed = {name.removesuffix(_PACKED) for name in self._source.names() if name.endswith(_PACKED)}
         parts = {f"{name}_{part}" for name in self._packed for part in ("packed", "scale", "shape", "zero_point")}
         self.names = sorted(self._packed | (set(self._source.names()) - parts))

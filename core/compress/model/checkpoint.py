@@ -4,11 +4,10 @@ The format: 8 bytes of header length (little-endian), a JSON header, then the te
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nightpress.core.disk import full_disk
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import TensorInfo
 
@@ -207,19 +207,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn a full disk, a used-up quota and a file limit into NightpressError(disk_full)."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise
-        raise NightpressError(
-            ErrorCode.DISK_FULL,
-            f"The disk can't hold the pressed model: {error.strerror}.",
-            hint="Free space in the worker's data folder, or raise its limit on the size of a file.",
-        ) from error
+def disk_errors() -> contextlib.AbstractContextManager[None]:
+    """Raise NightpressError(disk_full) where the disk takes no more."""
+    return full_disk(
+        "The disk can't hold the pressed model",
+        "Free space in the worker's data folder, or raise its limit on the size of a file.",
+    )
 
 
 def _stored(name: str, raw: Mapping[str, Any], data_start: int) -> StoredTensor:

@@ -18,7 +18,7 @@ from nightpress.core.compress.model.checkpoint import (
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.modules import quiet, take_own_shapes
 from nightpress.core.compress.model.skeleton import find_rows
-from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.anatomy import OWN_SHAPES
 from nightpress.core.recipes.header import ModelHeader
@@ -49,7 +49,7 @@ def load_model(folder: Path, header: ModelHeader, *, attention: str | None = Non
                 ignore_mismatched_sizes=OWN_SHAPES in header.config,
             )
         if OWN_SHAPES in header.config:
-            take_own_shapes(model, Source(read_shards(folder)))
+            take_own_shapes(model, SourceTensors(read_shards(folder)))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise NightpressError(
             ErrorCode.MALFORMED_MODEL,

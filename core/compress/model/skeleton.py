@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from nightpress.core.compress.model.experts import Experts, take_apart
 from nightpress.core.compress.model.modules import fit
-from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import SHARED_BLOCKS
 
@@ -50,7 +50,7 @@ class Block:
 class Skeleton:
     """The model's modules without weights, and where in the files each weight lies."""
 
-    def __init__(self, folder: Path, source: Source, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, source: SourceTensors, device: str, dtype: torch.dtype) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModel
 
@@ -288,7 +288,7 @@ class _Replay(_StandIn):
         return self._answer
 
 
-def _names_in_files(model: nn.Module, source: Source) -> dict[str, str]:
+def _names_in_files(model: nn.Module, source: SourceTensors) -> dict[str, str]:
     """Parameter of the model → its name in the files, by transformers' own rules for old and foreign names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

@@ -12,7 +12,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 _PIECE = 16 * 1024**2  #: bytes copied at a time
 
 
-class Source:
+class SourceTensors:
     """The tensors of shards by name, read when asked for."""
 
     def __init__(self, shards: tuple[Shard, ...]) -> None:

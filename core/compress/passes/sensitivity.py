@@ -16,7 +16,7 @@ from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.grids.stored import dequantized, round_weight
 from nightpress.core.compress.model.checkpoint import read_shards, write_file
 from nightpress.core.compress.model.skeleton import Batch
-from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.knapsack import choose
 from nightpress.core.recipes.linears import is_linear_weight, module_of
@@ -58,7 +58,7 @@ def _measure(source: Path, samples: Batch, options: Budgeted, context: PassConte
     method = Sensitivity(options, source)
     recipe = "sensitivity " + options.model_dump_json()
     press_blocks(source, scratch, method, samples, context, chosen=chosen, recipe=recipe)
-    written = Source(read_shards(scratch))
+    written = SourceTensors(read_shards(scratch))
     errors = {name: written.read(name + _ERRORS).tolist() for name in infos if name + _ERRORS in written}
     units: dict[float, list[str]] = {}
     for name, (unit, *_) in errors.items():
@@ -91,7 +91,7 @@ class Sensitivity:
     by_group = True
 
     def __init__(self, options: Budgeted, source: Path) -> None:
-        self._options, self._source = options, Source(read_shards(source))
+        self._options, self._source = options, SourceTensors(read_shards(source))
         self._places = {name: place for place, name in enumerate(self._source.names())}
 
     def watch(self, columns: int, device: torch.device) -> Gram:

@@ -18,7 +18,7 @@ from nightpress.core.compress.executors.survey import block_gradients, survey, u
 from nightpress.core.compress.model.checkpoint import ShardWriter, read_shards, write_file, write_index
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.skeleton import Batch
-from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.solvers.units import (
     Known,
@@ -56,7 +56,7 @@ def narrow(source: Path, target: Path, options: Narrowing, context: PassContext)
         recipe=options.model_dump_json() + _digest(scores),
     )
     copy_companions(source, target)
-    after = Source(read_shards(target))
+    after = SourceTensors(read_shards(target))
     axis = 0 if anatomy.transposed else 1
     unit = anatomy.unit(options.inner(anatomy))
     kept = tuple(after.stored(anatomy.name(at, output)).info.shape[axis] // unit for at in range(anatomy.layers))
@@ -236,7 +236,7 @@ def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[in
     """The tensors outside the blocks and of the blocks that stay, shard by shard, the blocks numbered anew."""
     target.mkdir(parents=True, exist_ok=True)
     number = {before: after for after, before in enumerate(kept)}
-    files = Source(read_shards(source))
+    files = SourceTensors(read_shards(source))
     for shard in files.shards:
         names = {}
         for one in shard.tensors:

@@ -13,7 +13,7 @@ from nightpress.core.compress.environment import multiplies_bfloat16
 from nightpress.core.compress.executors.watch import split_mask
 from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, read_shards
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
-from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.recipes.costs import BATCH_TOKENS
 
 RECORD_FORMAT = (
@@ -31,7 +31,7 @@ class Plan:
     digest: str  #: the same for two attempts only if every block of theirs becomes the same
 
     @property
-    def source(self) -> Source:
+    def source(self) -> SourceTensors:
         return self.skeleton.source
 
     @property
@@ -56,7 +56,7 @@ def make_plan(
     folder: Path, target: Path, samples: Batch, context: PassContext, chosen: frozenset[str], recipe: str, *, share: int
 ) -> Plan:
     """share: run batches of this fraction (1 / share) of the usual size. Raises NightpressError for a model that has no rows of blocks."""
-    source = Source(read_shards(folder))
+    source = SourceTensors(read_shards(folder))
     skeleton = Skeleton(folder, source, context.device, _compute_dtype(source, chosen, context))
     unmasked, real = split_mask(samples)
     total = len(next(iter(unmasked.values())))
@@ -70,7 +70,7 @@ def make_plan(
     return Plan(skeleton, unmasked, real, batch, chosen, digest.hexdigest()[:16])
 
 
-def _compute_dtype(source: Source, chosen: frozenset[str], context: PassContext) -> torch.dtype:
+def _compute_dtype(source: SourceTensors, chosen: frozenset[str], context: PassContext) -> torch.dtype:
     """As `Calibration.dtype` says."""
     if context.calibration.dtype == "float32":
         return torch.float32

@@ -17,7 +17,7 @@ from nightpress.core.compress.executors.blocks.plan import Plan
 from nightpress.core.compress.executors.blocks.settle import Outcome
 from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.model.checkpoint import read_shard, read_shards, write_file, write_index
-from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.model.source import SourceTensors
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class RunFiles:
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """The tensors of a finished block, as they were written."""
-        written = Source((read_shard(self.block(index)),))
+        written = SourceTensors((read_shard(self.block(index)),))
         return {name: written.read(name) for name in written.names()}
 
     def write_record(self, index: int, record: BlockRecord) -> None:
@@ -106,7 +106,7 @@ def run_files(target: Path, work_dir: Path, plan: Plan) -> RunFiles:
     return RunFiles(target, records, plan.blocks)
 
 
-def conclude(files: RunFiles, source: Source, outside: Mapping[str, Effect]) -> Pressed:
+def conclude(files: RunFiles, source: SourceTensors, outside: Mapping[str, Effect]) -> Pressed:
     """Write the index of all shards, and add up the records. outside: what was done to tensors that are in no block."""
     write_index(files.target)
     sizes = {stored.name: stored.info.size for shard in read_shards(files.target) for stored in shard.tensors}

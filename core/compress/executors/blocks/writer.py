@@ -14,7 +14,7 @@ from nightpress.core.compress.executors.blocks.settle import Outcome
 from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes
 from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, ShardWriter, tensor_info
-from nightpress.core.compress.model.source import Source
+from nightpress.core.compress.model.source import SourceTensors
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class BlockWriter:
         self._pending: tuple[int, Future[None]] | None = None
 
     def copy_rest(
-        self, source: Source, names: tuple[str, ...], rewrites: Mapping[str, Rewrite]
+        self, source: SourceTensors, names: tuple[str, ...], rewrites: Mapping[str, Rewrite]
     ) -> Future[dict[str, Effect]]:
         """Write the shard of the tensors that are in no block. Every attempt does so: it takes a moment."""
         return self._thread.submit(_write_rest, self._files, source, names, rewrites)
@@ -82,7 +82,7 @@ def write_block(files: RunFiles, output: BlockOutput) -> None:
 
 
 def _write_rest(
-    files: RunFiles, source: Source, names: tuple[str, ...], rewrites: Mapping[str, Rewrite]
+    files: RunFiles, source: SourceTensors, names: tuple[str, ...], rewrites: Mapping[str, Rewrite]
 ) -> dict[str, Effect]:
     infos = [info for name in names for info in becomes(source.stored(name).info, rewrites.get(name))]
     effects: dict[str, Effect] = {}
