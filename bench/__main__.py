@@ -46,6 +46,7 @@ BENCHES = {
     ),
     "blocks_gpu": Bench("Seconds and GPU memory of calibrated passes, a layer of known shapes.", 10, "a GPU"),
     "semi_structured": Bench("torch's 2:4 matrix product, beside the dense one.", 1, "a GPU"),
+    "structure": Bench("The code itself: arrows against the floors, circles of files, repeated lines.", 0.5),
     "static_search": Bench("The `static-int8` pass alone, on encoders that you have.", 3, "arguments"),
     "train": Bench("Distilled, pruned and early-exit classifiers: accuracy and latency.", 9, "arguments"),
 }

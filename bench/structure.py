@@ -1,6 +1,6 @@
 """The structure of the code in figures: arrows that run up, circles of files, and places that repeat each other.
 
-    python -m bench.structure [FOLDER] [--json]
+    python -m bench.structure [FOLDER]
 
 FOLDER is a checkout, e.g. of an earlier commit; without it, this one.
 
@@ -11,16 +11,17 @@ FOLDER is a checkout, e.g. of an earlier commit; without it, this one.
   indentation, `async` and `await` don't count. So two runs of eight lines that are alike count three times. Tests are not looked at.
 """
 
-import argparse
 import json
 import re
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+
+from bench.record import Figure, finish, make_parser
 
 FOLDERS = ("api", "client", "core", "migrations", "worker")
 REPEATED_LINES = 6
@@ -185,27 +186,26 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
+def figures_of(found: Structure) -> list[Figure]:
+    return [
+        Figure("arrows that run up", sum(found.arrows_up.values()), bar="<= 0"),
+        Figure("circles of files", len(found.circles), bar="<= 0"),
+        Figure("repeats", found.repeated, "pairs of places", bar="< 100"),
+    ]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.structure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("structure", __doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parents[1])
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     found = structure(given.folder)
-    if given.json:
-        print(json.dumps(asdict(found)))
-        return 0
-    print(f"arrows that run up: {sum(found.arrows_up.values())}")
     for package, count in found.arrows_up.items():
-        print(f"  {count} within {package}")
-    print(f"circles of files: {len(found.circles)}")
+        print(f"{count} arrows run up within {package}")
     for circle in found.circles:
-        print(f"  {', '.join(circle)}")
-    print(f"pairs of places with {REPEATED_LINES} lines in common: {found.repeated}, in {len(found.repeats)} runs")
+        print(f"a circle: {', '.join(circle)}")
     for repeat in sorted(found.repeats, key=lambda repeat: -repeat.lines):
-        print(f"  {repeat.lines:3} lines  {repeat.first}  {repeat.second}")
-    return 0
+        print(f"{repeat.lines:3} lines  {repeat.first}  {repeat.second}")
+    return finish("structure", figures_of(found), parser, given)
 
 
 if __name__ == "__main__":

@@ -26,24 +26,28 @@ class Settings(BaseSettings):
     storage_url: str = Field("", description="s3://bucket/prefix or a folder. Empty: data_dir/objects.")
     s3_endpoint_url: str | None = Field(None, description="For S3-compatible stores other than AWS.")
     s3_public_endpoint_url: str | None = Field(
-        None, description="What presigned URLs name, where clients reach the store under another address."
+        None, description="The store's address in presigned URLs, if clients reach it by another one."
     )
     s3_region: str = "us-east-1"
-    s3_access_key_id: SecretStr | None = Field(None, description="Empty: boto3's own chain of credentials.")
+    s3_access_key_id: SecretStr | None = Field(
+        None, description="Empty: boto3 looks for credentials in its usual places."
+    )
     s3_secret_access_key: SecretStr | None = None
 
     api_host: str = "127.0.0.1"
     api_port: int = 8790
     api_connections: int = Field(
-        2000, ge=1, description="Connections one API process keeps open, as far as its file handles go."
+        2000,
+        ge=1,
+        description="Most connections that one API process keeps open. Its limit of open files may allow fewer.",
     )
     api_connections_per_address: int = Field(
         500,
         ge=1,
-        description="Of these, from one address. Behind a reverse proxy, which is one address, raise it to API_CONNECTIONS.",
+        description="Most of these connections from one address. Behind a reverse proxy all come from one address: set it to API_CONNECTIONS.",
     )
     api_client_patience_s: float = Field(
-        30.0, gt=0, description="How long a client may take for a request's head, and for every 30 KB of its body."
+        30.0, gt=0, description="Time that a client has to send a request's head, and then every 30 KB of its body."
     )
     model_roots: list[Path] = Field(
         default_factory=list, description="Server folders from which models and data may be registered by path."
@@ -63,7 +67,7 @@ class Settings(BaseSettings):
     hub_token: SecretStr | None = Field(None, description="For private and gated repositories of those organisations.")
     hub_download_domains: list[str] = Field(
         default_factory=lambda: ["huggingface.co", "hf.co"],
-        description="Domains to which the Hub may send a download on, besides its own.",
+        description="Domains that the Hub may redirect a download to, besides its own.",
     )
     passes: list[str] = Field(
         default_factory=list,
@@ -71,7 +75,7 @@ class Settings(BaseSettings):
     )
     verify_inline_bytes: int = Field(
         128 * 1024**2,
-        description="Models and data of up to this size are verified within the request; larger ones, and data of many rows, by the control process.",
+        description="Models and data up to this size are verified within the request. The control process verifies larger ones, and data of many rows.",
     )
     max_model_bytes: int = 2 * 1024**4
     max_dataset_bytes: int = 4 * 1024**3
@@ -80,7 +84,9 @@ class Settings(BaseSettings):
         10_000, description="Queued jobs one tenant may have, unless its quota says otherwise."
     )
     max_running_jobs: int = Field(0, description="Jobs of one tenant that may run at a time; 0: no bound.")
-    max_storage_bytes: int = Field(0, description="What one tenant's models, data and artifacts may take; 0: no bound.")
+    max_storage_bytes: int = Field(
+        0, description="Bytes that one tenant's models, data and artifacts may take; 0: no bound."
+    )
     max_gpu_seconds_month: int = Field(
         0, description="GPU time one tenant may use in a calendar month (UTC); 0: no bound."
     )
@@ -89,11 +95,11 @@ class Settings(BaseSettings):
 
     secret_key: SecretStr | None = Field(
         None,
-        description="What webhooks' secrets are derived from; the same for the API and the control process. Empty: a file in data_dir.",
+        description="The key that webhooks' secrets are derived from. API and control process need the same one. Empty: a file in data_dir.",
     )
     webhook_networks: list[IPv4Network | IPv6Network] = Field(
         default_factory=list,
-        description="Private networks that webhooks may reach, there also by http and on any port, e.g. 10.0.0.0/8.",
+        description="Private networks that webhooks may reach, e.g. 10.0.0.0/8. There, http and any port are allowed too.",
     )
 
     lease_ttl_s: float = 60.0
@@ -101,7 +107,8 @@ class Settings(BaseSettings):
     run_limit_s: float = 24 * 3600.0
     max_failures: int = Field(3, description="Failed attempts before a job is failed for good.")
     retry_backoff_s: float = Field(
-        5.0, description="First pause before a failed attempt is repeated; doubles, with jitter, up to ten minutes."
+        5.0,
+        description="Pause before the first retry of a failed attempt. It doubles each time, with jitter, up to ten minutes.",
     )
     tick_s: float = 2.0
     drain_s: float = 30.0
@@ -115,46 +122,49 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(50 * 1024**3, description="Bound of the worker's content-addressed cache.")
     checkpoint_bytes: int = Field(
         200 * 1024**3,
-        description="Unfinished work that storage may keep of one job, so that another worker goes on from there; 0 keeps none.",
+        description="Bytes of unfinished work that storage keeps of one job, so that another worker can continue it; 0 keeps none.",
     )
     checkpoint_after_s: float = Field(
-        30.0, description="An attempt that lasts no longer than this leaves no unfinished work in storage."
+        30.0, description="Unfinished work is stored only for attempts that last longer than this."
     )
     checkpoint_keep_s: float = Field(
         72 * 3600.0,
-        description="How long it is kept unused once its job has ended, for other jobs that begin the same way.",
+        description="How long unused unfinished work is kept after its job has ended. Other jobs that begin with the same passes use it.",
     )
-    sandbox_network: bool = Field(True, description="Cut children off from the network where the kernel allows.")
+    sandbox_network: bool = Field(True, description="Take the network away from children, where the kernel allows it.")
 
     keep_artifacts_days: int = Field(
         0,
         ge=0,
-        description="Artifacts of jobs that ended so many days ago go, their reports stay; 0: none go. What is promoted, or a schedule's last, stays.",
+        description="Days after a job's end until its artifacts are deleted; 0: never. Reports stay, and so do artifacts that are promoted or a schedule's last.",
     )
     keep_jobs_days: int = Field(
-        0, ge=0, description="Jobs that ended so many days ago go, with all that is known of them; 0: none go."
+        0, ge=0, description="Days after a job's end until it is deleted, with its history, report and log; 0: never."
     )
     keep_fetched_days: int = Field(
         30,
         ge=0,
-        description="Models and data sets that were fetched go so many days later, once there is a newer one of their name; 0: none go.",
+        description="Days until a fetched model or data set is deleted, once a newer one has its name; 0: never.",
     )
     keep_history_days: int = Field(
-        90, ge=1, description="Schedules' runs and webhooks' deliveries are shown so many days."
+        90, ge=1, description="Days that runs of schedules and deliveries of webhooks are kept."
     )
     keep_audit_days: int = Field(
-        0, ge=0, description="Lines of the audit log go after so many days, never before 30; 0: none go."
+        0, ge=0, description="Days until a line of the audit log is deleted, at least 30; 0: never."
     )
 
     metrics_port: int = Field(
-        0, ge=0, le=65535, description="Where a worker or control process answers Prometheus; 0: nowhere."
+        0,
+        ge=0,
+        le=65535,
+        description="The port on which a worker or control process serves metrics to Prometheus; 0: none.",
     )
     otlp_endpoint: str = Field(
         "",
-        description="Where traces go, by OTLP over HTTP, e.g. http://collector:4318. Empty: where OpenTelemetry's own OTEL_EXPORTER_OTLP_ENDPOINT says, if it is set.",
+        description="The collector that traces are sent to by OTLP over HTTP, e.g. http://collector:4318. Empty: OpenTelemetry's own OTEL_EXPORTER_OTLP_ENDPOINT, if it is set.",
     )
     metrics_access: Literal["open", "key"] = Field(
-        "open", description="Who may read the API's /metrics: everybody, or who has a key with the scope metrics:read."
+        "open", description="Who may read the API's /metrics: everybody, or only keys with the scope metrics:read."
     )
     log_format: Literal["text", "json"] = "text"
     log_level: str = "INFO"

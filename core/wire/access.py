@@ -52,7 +52,7 @@ class KeyCreate(Request):
         None,
         gt=0,
         le=100 * 365 * 24 * 3600.0,
-        description="Instead of `expires_at`: so long from now, by the service's clock.",
+        description="Instead of `expires_at`: seconds from now, by the service's clock.",
     )
     tenant_id: TenantId | None = None
 
@@ -64,7 +64,7 @@ class KeyCreate(Request):
 
 
 class KeyRotate(Request):
-    """For how long the old key works beside the new one."""
+    """How long the old key works beside the new one."""
 
     overlap_s: float = Field(3600.0, ge=0, le=30 * 24 * 3600.0)
 
@@ -86,14 +86,14 @@ class KeyView(View):
 
 
 class NewKeyView(View):
-    """`key` is shown this once."""
+    """`key` is shown only here."""
 
     record: KeyView
     key: str
 
 
 class AuditView(View):
-    """Who did what: a request that may have changed something."""
+    """A line of the audit log: who made a request that may have changed something."""
 
     id: str
     at: dt.datetime

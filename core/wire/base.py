@@ -1,4 +1,4 @@
-"""What every shape of the wire stands on: requests that refuse what they don't know, views, pages, problems."""
+"""The bases of all shapes on the wire: requests, which refuse unknown fields, views, pages and problems."""
 
 import datetime as dt
 import re
@@ -34,7 +34,7 @@ _MAX_DEPTH = 48
 
 
 def _flaw(raw: object) -> str | None:
-    """Why no database would keep it, or nobody would send it. Costs little, whatever is in it."""
+    """Why a body is refused before it is validated: text that no database stores, or too many values. Cheap for any input."""
     left = _MAX_VALUES
     level = [raw]
     for _ in range(_MAX_DEPTH):
@@ -58,7 +58,7 @@ def _flaw(raw: object) -> str | None:
 
 
 class Request(BaseModel):
-    """What a caller sends: unknown fields are an error, never ignored, and `true` is no number."""
+    """What a caller sends. Unknown fields are an error, and `true` is no number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 

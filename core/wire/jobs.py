@@ -29,10 +29,10 @@ class JobRequest(Request):
     max_failures: int | None = Field(None, ge=1, le=20)
     reuse: bool | None = Field(
         None,
-        description="answer at once with the result of an identical job that has succeeded, where there is one; "
+        description="answer at once with the result of an identical job, if one has succeeded; "
         "left out: a schedule's own fires do, other submissions don't",
     )
-    force: bool = Field(False, description="run whatever is known already: overrides `reuse`")
+    force: bool = Field(False, description="run even if the result is known: overrides `reuse`")
 
 
 class JobCreate(JobRequest):
@@ -75,19 +75,19 @@ class JobView(View):
 
 
 class JobBatch(Request):
-    """Jobs that are submitted all or none."""
+    """Jobs that are submitted together: all or none."""
 
     jobs: list[JobCreate] = Field(min_length=1, max_length=100)
 
 
 class JobBatchView(View):
-    """In the order in which they were asked for."""
+    """The jobs in the order of the request."""
 
     items: list[JobView]
 
 
 class JobFilter(Request):
-    """Which jobs; all that is given must match. Without anything it would mean every job: say `all` for that."""
+    """Selects jobs: every given field must match. To select all jobs, set `all`."""
 
     state: list[Literal["queued", "running"]] = Field(default_factory=list, max_length=2)
     labels: Labels = {}
@@ -95,7 +95,7 @@ class JobFilter(Request):
     queue: Literal["cpu", "gpu"] | None = None
     created_after: Moment | None = None
     created_before: Moment | None = None
-    all: bool = Field(False, description="Mean every job that is not over.")
+    all: bool = Field(False, description="Select every job that has not ended.")
 
     @model_validator(mode="after")
     def _says_which(self) -> "JobFilter":
@@ -106,7 +106,7 @@ class JobFilter(Request):
 
 
 class CancelledView(View):
-    """`cancelled`: how many are cancelled or will be in a moment. `more`: there were more than are cancelled in one request."""
+    """`cancelled`: the number of jobs that are cancelled or about to be. `more`: one request does not cancel all that match."""
 
     cancelled: int
     more: bool
@@ -140,7 +140,7 @@ class ArtifactView(View):
 
 
 class ReportView(View):
-    """report.json beside where its drawn forms are."""
+    """report.json, and the addresses of its Markdown and HTML forms."""
 
     report: dict[str, Any]
     html_url: str

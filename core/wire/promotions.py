@@ -16,7 +16,7 @@ class PromotionCreate(Request):
 
 
 class PromotionView(View):
-    """Where a model name's pointer stood from `created_at` on."""
+    """The job that a model's name stood for from `created_at` on."""
 
     id: str
     model_name: str

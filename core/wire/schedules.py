@@ -75,7 +75,7 @@ class ScheduleView(View):
 
 
 class ScheduleRunView(View):
-    """One fire and what it came to. `skipped` has a `reason`, `failed` an `error`, `submitted` a job."""
+    """One fire and its outcome. `skipped` has a `reason`, `failed` an `error`, `submitted` a job."""
 
     id: str
     schedule_id: str

@@ -22,14 +22,16 @@ class WorkerView(View):
     threads: int
     version: str
     state: Literal["idle", "busy", "draining", "unfit", "lost"]
-    unfit: str | None = Field(None, description="What is wrong with its machine, for which it claims nothing.")
+    unfit: str | None = Field(
+        None, description="What is wrong with its machine. Until that is mended it claims no jobs."
+    )
     job_id: str | None
     started_at: dt.datetime
     last_seen_at: dt.datetime
 
 
 class QueueView(View):
-    """What waits and what runs, over all tenants: how long a job of one's own may have to wait."""
+    """The queued and running jobs of a queue, over all tenants."""
 
     name: Literal["cpu", "gpu"]
     queued: int
@@ -38,7 +40,7 @@ class QueueView(View):
 
 
 class MeView(View):
-    """Whose key it is, and what it may do."""
+    """The caller's key, its tenant and its rights."""
 
     tenant_id: str
     key_id: str
@@ -48,7 +50,7 @@ class MeView(View):
 
 
 class ReadyView(View):
-    """`ok`, or `degraded` where jobs are accepted but a part they need later doesn't answer."""
+    """`ok`, or `degraded`: jobs are accepted, but a part that they need later doesn't answer."""
 
     status: Literal["ok", "degraded", "unavailable"]
     checks: dict[str, str]

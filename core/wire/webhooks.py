@@ -16,7 +16,7 @@ WebhookUrl = Annotated[
 
 
 class WebhookCreate(Request):
-    """Where to send what. Messages are signed as standardwebhooks.com has it."""
+    """An address and the events it hears of. Messages are signed as standardwebhooks.com specifies."""
 
     url: WebhookUrl
     events: list[WebhookEvent] = Field(min_length=1, max_length=3)
@@ -29,7 +29,7 @@ class WebhookUpdate(Request):
 
 
 class SecretRotate(Request):
-    """For how long messages carry the old secret's signature beside the new one's."""
+    """How long messages carry the old secret's signature beside the new one's."""
 
     overlap_s: float = Field(24 * 3600.0, ge=0, le=30 * 24 * 3600.0)
 
@@ -46,7 +46,7 @@ class WebhookView(View):
 
 
 class NewWebhookView(View):
-    """`secret` is shown this once."""
+    """`secret` is shown only here."""
 
     webhook: WebhookView
     secret: str

@@ -1,7 +1,6 @@
 """An ONNX graph with its tokenizer and config, as ONNX Runtime reads it."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,7 @@ from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.compress.model.companions import copy_companions
-from nightpress.core.compress.passes.registry import runtime_pass_of
-from nightpress.core.handoff.report import PassRecord
-from nightpress.core.recipes.passes import PassOptions
+from nightpress.core.compress.passes.registry import Records, RuntimePasses, runtime_pass_of
 
 CONSUMER = Path(__file__).parents[1] / "runners" / "onnxruntime_runner.py"
 GRAPH_FILE = "model.onnx"
@@ -20,15 +17,8 @@ _FEWEST = 1024  #: weights; smaller constants stay in float32
 _LARGEST = 1_900_000_000  #: bytes that protobuf takes in one file
 
 
-def save(
-    model_dir: Path,
-    out_dir: Path,
-    traced: Traced,
-    runtime_passes: Sequence[tuple[int, PassOptions]],
-    *,
-    weights: str = "fp32",
-) -> tuple[PassRecord, ...]:
-    """Write the folder. runtime_passes: those of the stage `runtime`, with their places in the recipe.
+def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, weights: str = "fp32") -> Records:
+    """Write the folder. passes: those of the stage `runtime`, with their places in the recipe.
 
     weights: `fp32`, or `fp16` to store in half the bytes what no pass has rounded; the arithmetic stays in float32.
     """
@@ -37,9 +27,7 @@ def save(
         out_dir.mkdir(parents=True)
         copy_companions(model_dir, out_dir)
     target = out_dir / GRAPH_FILE
-    records = tuple(
-        runtime_pass_of(options, "onnx")(traced, target, options, index=index) for index, options in runtime_passes
-    )
+    records = tuple(runtime_pass_of(options, "onnx")(traced, target, options, index=index) for index, options in passes)
     if records and weights == "fp32":
         return records
     with disk_errors():

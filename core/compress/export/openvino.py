@@ -1,6 +1,5 @@
 """An OpenVINO graph (model.xml, model.bin) with its tokenizer and config."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from nightpress.core.compress.export.openvino_graph import divide_in_norms, halve, keep_cache, settle_names, write_codes
@@ -8,23 +7,14 @@ from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.compress.model.companions import copy_companions
-from nightpress.core.compress.passes.registry import runtime_pass_of
-from nightpress.core.handoff.report import PassRecord
-from nightpress.core.recipes.passes import PassOptions
+from nightpress.core.compress.passes.registry import Records, RuntimePasses, runtime_pass_of
 
 CONSUMER = Path(__file__).parents[1] / "runners" / "openvino_runner.py"
 GRAPH_FILE = "model.xml"
 
 
-def save(
-    model_dir: Path,
-    out_dir: Path,
-    traced: Traced,
-    runtime_passes: Sequence[tuple[int, PassOptions]],
-    *,
-    weights: str = "fp32",
-) -> tuple[PassRecord, ...]:
-    """Write the folder. runtime_passes: those of the stage `runtime`, with their places in the recipe.
+def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, weights: str = "fp32") -> Records:
+    """Write the folder. passes: those of the stage `runtime`, with their places in the recipe.
 
     weights: `fp32`, or `fp16` to store in half the bytes what no pass has rounded.
     """
@@ -40,9 +30,7 @@ def save(
     divide_in_norms(model)
     if traced.cached:
         keep_cache(model)
-    records = tuple(
-        runtime_pass_of(options, "openvino")(model, options, index=index) for index, options in runtime_passes
-    )
+    records = tuple(runtime_pass_of(options, "openvino")(model, options, index=index) for index, options in passes)
     with disk_errors():
         out_dir.mkdir(parents=True)
         copy_companions(model_dir, out_dir)

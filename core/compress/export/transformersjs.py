@@ -1,15 +1,13 @@
 """An ONNX graph laid out as transformers.js looks for it, in a page or in Node: onnx/model_quantized.onnx beside config and tokenizer."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from nightpress.core.compress.export import onnx
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.model.checkpoint import write_file
+from nightpress.core.compress.passes.registry import Records, RuntimePasses
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.handoff.report import PassRecord
-from nightpress.core.recipes.passes import PassOptions
 
 CONSUMER = Path(__file__).parents[1] / "runners" / "transformersjs_runner.py"
 #: The name of a number type there → what a file's name ends in.
@@ -17,16 +15,9 @@ _SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4"}
 _INTEGERS = frozenset({"MatMulInteger", "DynamicQuantizeMatMul", "DequantizeLinear"})
 
 
-def save(
-    model_dir: Path,
-    out_dir: Path,
-    traced: Traced,
-    runtime_passes: Sequence[tuple[int, PassOptions]],
-    *,
-    weights: str = "fp32",
-) -> tuple[PassRecord, ...]:
+def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, weights: str = "fp32") -> Records:
     """Write the folder; as `onnx.save`, which makes the graph. Raises NightpressError(invalid_recipe) for a graph that a page can't load."""
-    records = onnx.save(model_dir, out_dir, traced, runtime_passes, weights=weights)
+    records = onnx.save(model_dir, out_dir, traced, passes, weights)
     graph = out_dir / onnx.GRAPH_FILE
     if graph.with_name(f"{onnx.GRAPH_FILE}.data").exists():
         raise NightpressError(

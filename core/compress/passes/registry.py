@@ -5,7 +5,7 @@ def clip(source: Path, target: Path, options: Clip, context: PassContext) -> Pas
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 ModelPass = Callable[[Path, Path, Any, PassContext], PassRecord]
 #: (model folder, graph traced of it, options, context) → the graph that takes its place, and what was done.
 GraphPass = Callable[[Path, Traced, Any, PassContext], tuple[Traced, PassRecord]]
+
+RuntimePasses = Sequence[tuple[int, PassOptions]]  #: those of the stage `runtime`, each with its place in the recipe
+Records = tuple[PassRecord, ...]
 
 
 @dataclass(frozen=True)

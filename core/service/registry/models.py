@@ -16,7 +16,7 @@ from nightpress.core.recipes.filenames import check_names
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.service.registry.fetching import FetchingRegistry
-from nightpress.core.service.registry.registry import Taken, check_size, describe_files, live_jobs
+from nightpress.core.service.registry.registry import Taken, check_size, describe_files, live_jobs, seen
 from nightpress.core.service.registry.uploads import Owner
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.registry import models
@@ -112,22 +112,12 @@ class ModelRegistry(FetchingRegistry[ModelView]):
 
     def _view(self, row: Row[Any]) -> ModelView:
         return ModelView(
-            id=row.id,
-            name=row.name,
-            state=row.state,
-            digest=row.digest,
-            size=row.size,
-            source=row.source,
-            source_url=row.source_url,
-            revision=row.revision,
-            progress=row.progress if row.state in {"fetching", "verifying"} else None,
+            **seen(row),
             architecture=row.architecture,
             model_type=row.model_type,
             task=row.task,
             parameters=row.parameters,
             files=[FileView.model_validate(entry) for entry in row.files],
-            error=row.error,
-            created_at=row.created_at,
         )
 
 

@@ -355,3 +355,20 @@ def _entry(file: FileAnnouncement) -> FileEntry:
             f"{file.path[:200]!r} is not a plain relative path.",
             hint="Name files relative to the model's folder, with `/` between folders.",
         ) from error
+
+
+def seen(row: Row[Any]) -> dict[str, Any]:
+    """The fields of a view that models and data sets have in common."""
+    return {
+        "id": row.id,
+        "name": row.name,
+        "state": row.state,
+        "digest": row.digest,
+        "size": row.size,
+        "source": row.source,
+        "source_url": row.source_url,
+        "revision": row.revision,
+        "progress": row.progress if row.state in {"fetching", "verifying"} else None,
+        "error": row.error,
+        "created_at": row.created_at,
+    }

@@ -19,6 +19,19 @@ from nightpress.core.database import JsonType, UtcDateTime, metadata
 _ID = String(40)
 
 #: A model: an immutable folder of files with a digest, once it is `ready`.
+
+
+def _checks() -> tuple[CheckConstraint, ...]:
+    """What holds for models and data sets alike."""
+    return (
+        CheckConstraint("state IN ('uploading', 'fetching', 'verifying', 'ready', 'failed')", name="state"),
+        CheckConstraint("source IN ('upload', 'path', 's3', 'hub')", name="source"),
+        CheckConstraint("(source IN ('s3', 'hub')) = (source_url IS NOT NULL)", name="source_url"),
+        CheckConstraint("(source = 'path') = (server_path IS NOT NULL)", name="server_path"),
+        CheckConstraint("size >= 0", name="size"),
+    )
+
+
 models = Table(
     "models",
     metadata,
@@ -48,12 +61,8 @@ models = Table(
     Column(
         "swept", Boolean(), nullable=False, server_default=text("false")
     ),  #: once it is over: its files are surely gone
-    CheckConstraint("state IN ('uploading', 'fetching', 'verifying', 'ready', 'failed')", name="state"),
-    CheckConstraint("source IN ('upload', 'path', 's3', 'hub')", name="source"),
-    CheckConstraint("(source IN ('s3', 'hub')) = (source_url IS NOT NULL)", name="source_url"),
-    CheckConstraint("(source = 'path') = (server_path IS NOT NULL)", name="server_path"),
+    *_checks(),
     CheckConstraint("state <> 'ready' OR (digest IS NOT NULL AND parameters IS NOT NULL)", name="ready_is_whole"),
-    CheckConstraint("size >= 0", name="size"),
     Index("ix_models_tenant_id_name_created_at_id", "tenant_id", "name", "created_at", "id"),
     Index("ix_models_state_created_at", "state", "created_at"),
 )
@@ -85,12 +94,8 @@ data_sets = Table(
     Column(
         "swept", Boolean(), nullable=False, server_default=text("false")
     ),  #: once it is over: its files are surely gone
-    CheckConstraint("state IN ('uploading', 'fetching', 'verifying', 'ready', 'failed')", name="state"),
-    CheckConstraint("source IN ('upload', 'path', 's3', 'hub')", name="source"),
-    CheckConstraint("(source IN ('s3', 'hub')) = (source_url IS NOT NULL)", name="source_url"),
-    CheckConstraint("(source = 'path') = (server_path IS NOT NULL)", name="server_path"),
+    *_checks(),
     CheckConstraint("state <> 'ready' OR (digest IS NOT NULL AND rows > 0)", name="ready_is_whole"),
-    CheckConstraint("size >= 0", name="size"),
     Index("ix_data_sets_tenant_id_name_created_at_id", "tenant_id", "name", "created_at", "id"),
     Index("ix_data_sets_state_created_at", "state", "created_at"),
 )
