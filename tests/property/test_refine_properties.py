@@ -83,7 +83,9 @@ def test_fitted_scales_never_cost_more(seed: int, rows: int, groups: int, tokens
     if solved.zero_point is not None:
         steps = steps - solved.zero_point[..., None]
     before = solved.scale.double()
-    after = fit_scales(weight, gram, factor, steps.reshape(weight.shape), before, torch.bfloat16, sweeps=2)
+    after = fit_scales(
+        weight, gram, steps.reshape(weight.shape), before, torch.bfloat16, damping=factor.damping, sweeps=2
+    )
     assert torch.equal(after, after.bfloat16().double())
     losses = [output_loss(weight, (steps * one[..., None]).reshape(weight.shape), factor) for one in (before, after)]
     assert bool((losses[1] <= losses[0] * (1 + 1e-9)).all())
@@ -93,7 +95,7 @@ def test_one_fitted_scale_is_the_least_squares_one():
     weight, gram = (one.double() for one in _draw(3, 5, 32, 400))
     factor = factorize(gram)
     steps = torch.randint(-4, 4, (5, 32)).double()
-    found = fit_scales(weight, gram, factor, steps, torch.full((5, 1), 0.01).double(), torch.float64)
+    found = fit_scales(weight, gram, steps, torch.full((5, 1), 0.01).double(), torch.float64, damping=factor.damping)
     damped = gram + factor.damping * torch.eye(32).double()
     exact = ((weight @ damped) * steps).sum(1) / ((steps @ damped) * steps).sum(1)
     positive = exact > 0
