@@ -17,6 +17,7 @@ from nightpress.api.connections import bounds_of
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.patience import slowness
+from tests.service import eventually
 
 PATIENCE_S = 1.5
 CONNECTIONS = 60
@@ -93,7 +94,7 @@ def test_an_endless_head_is_cut_off_and_costs_no_memory(begins: bytes, goes_on: 
     with connect(api) as connection:
         assert is_cut_off(connection, begins, *[goes_on] * 64)
     assert psutil.Process().memory_info().rss - before < 32 * MIB
-    assert is_served(api)
+    eventually(lambda: is_served(api))
 
 
 def test_a_head_that_is_too_large_is_a_problem_that_says_so(api: RunningApi):

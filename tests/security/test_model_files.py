@@ -24,6 +24,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.remote_code import code_flaw
 from nightpress.core.settings import Settings
+from tests.patience import slowness
 from tests.servers import S3
 
 MIB = 1024**2
@@ -250,7 +251,7 @@ def test_json_beside_a_model_costs_little(folder: Path, bomb: str) -> None:
         (folder / f"x{number}.json").write_bytes(data)
     start = time.thread_time()
     refused(folder, ErrorCode.MALFORMED_MODEL)
-    assert time.thread_time() - start < 1.0
+    assert time.thread_time() - start < slowness()
     done = subprocess.run(
         [sys.executable, "-c", _MEASURED, str(folder)],
         capture_output=True,

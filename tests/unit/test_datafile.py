@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nightpress.core.compress.data.rows import Row, read_rows
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.datafile import MAX_LINE, READ_LINES, DataFacts, Window, examine_data, read_data
+from tests.patience import slowness
 
 _TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -209,7 +210,7 @@ def test_what_is_refused_costs_less_than_a_second_and_64_mb(bomb: str):
     began = time.thread_time()
     with pytest.raises(NightpressError):
         examine_data(name, [data])
-    assert time.thread_time() - began < 1.0
+    assert time.thread_time() - began < slowness()
     assert peak < 64 * 1024**2
     assert caught.value.kind.status in {413, 422}
 
