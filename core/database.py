@@ -149,7 +149,7 @@ def make_engine(url: str, *, pool_size: int = 5, lock_wait_s: float = _LOCK_WAIT
             json_serializer=_dump_json,
         )
         event.listen(engine, "connect", _sqlite_connect)
-        event.listen(engine, "begin", partial(_sqlite_begin, lock_wait_s))
+        event.listen(engine, "begin", _sqlite_begin)
         return engine
     if parsed.get_backend_name() == "postgresql":
         engine = create_engine(
@@ -226,11 +226,10 @@ def _sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA foreign_keys=ON")
 
 
-def _sqlite_begin(lock_wait_s: float, connection: Connection) -> None:
-    options = connection.get_execution_options()
-    connection.exec_driver_sql(f"PRAGMA busy_timeout = {round(options.get('lock_wait_s', lock_wait_s) * 1000)}")
+def _sqlite_begin(connection: Connection) -> None:
     # A writer that starts as a reader fails with "database is locked" when it turns writer: say so at once instead.
-    connection.exec_driver_sql("BEGIN" if options.get("read_only", False) else "BEGIN IMMEDIATE")
+    read_only = connection.get_execution_options().get("read_only", False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
 @contextmanager
@@ -239,10 +238,7 @@ def transaction(engine: Engine, *, read_only: bool = False, lock_wait_s: float |
 
     Raises NightpressError(database_unavailable) where the database can't be reached or stays locked.
     """
-    options: dict[str, Any] = {"read_only": read_only}
-    if lock_wait_s is not None:
-        options["lock_wait_s"] = lock_wait_s
-    with _connected(engine, options, autocommit=read_only) as connection:
+    with _connected(engine, read_only=read_only, autocommit=read_only, lock_wait_s=lock_wait_s) as connection:
         if lock_wait_s is not None and engine.dialect.name == "postgresql":
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(lock_wait_s * 1000)}")
         yield connection
@@ -251,21 +247,43 @@ def transaction(engine: Engine, *, read_only: bool = False, lock_wait_s: float |
 @contextmanager
 def statement(engine: Engine) -> Iterator[Connection]:
     """For one statement that is a transaction by itself: on PostgreSQL it saves the round trips of BEGIN and COMMIT."""
-    with _connected(engine, {}, autocommit=True) as connection:
+    with _connected(engine, read_only=False, autocommit=True) as connection:
         yield connection
 
 
 @contextmanager
-def _connected(engine: Engine, options: dict[str, Any], *, autocommit: bool) -> Iterator[Connection]:
+def _connected(
+    engine: Engine, *, read_only: bool, autocommit: bool, lock_wait_s: float | None = None
+) -> Iterator[Connection]:
+    options: dict[str, Any] = {"read_only": read_only}
     if autocommit and engine.dialect.name == "postgresql":
-        options = options | {"isolation_level": "AUTOCOMMIT"}
+        options["isolation_level"] = "AUTOCOMMIT"
     try:
-        with engine.connect().execution_options(**options) as connection, connection.begin():
+        with (
+            engine.connect().execution_options(**options) as connection,
+            _sqlite_waits(connection, lock_wait_s),
+            connection.begin(),
+        ):
             yield connection
     except (DBAPIError, PoolTimeout, InvalidatePoolError) as error:
         if isinstance(error, _OUR_FAULTS):
             raise
         raise unavailable(error) from error
+
+
+@contextmanager
+def _sqlite_waits(connection: Connection, seconds: float | None) -> Iterator[None]:
+    """On SQLite, wait at most so long for a lock meanwhile. None: as the engine does. It must be set before a transaction begins."""
+    if seconds is None or connection.dialect.name != "sqlite":
+        yield
+        return
+    raw: Any = connection.connection.dbapi_connection
+    (usual,) = raw.execute("PRAGMA busy_timeout").fetchone()
+    raw.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
+    try:
+        yield
+    finally:
+        raw.execute(f"PRAGMA busy_timeout = {usual}")
 
 
 #: A statement of ours was wrong. Every other error is the server's, the file's or the network's.
