@@ -101,9 +101,11 @@ def open_services(settings: Settings) -> Services:
     )
 
     engine = make_engine(settings.sql_url, pool_size=_SQL_CONNECTIONS)
+    resources = Resources(settings, engine)
+    resources.open()
     threads = ThreadPoolExecutor(_SQL_CONNECTIONS, thread_name_prefix="sql")
     return Services(
-        resources=Resources(settings, engine),
+        resources=resources,
         threads=threads,
         uploads=ThreadPoolExecutor(UPLOADS, thread_name_prefix="upload"),
         admission=Admission(),

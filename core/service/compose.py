@@ -43,6 +43,12 @@ class Resources:
         for fault in catalog.allow(settings.passes):
             log.warning("%s", fault)
 
+    def open(self) -> None:
+        """Make every part now, so that a wrong setting ends a process when it starts, and not at some request."""
+        for name, part in vars(Resources).items():
+            if isinstance(part, cached_property):
+                getattr(self, name)
+
     @cached_property
     def objects(self) -> ObjectStore:
         return open_store(self.settings)

@@ -12,7 +12,8 @@ import pytest
 from openapi_spec_validator import validate
 
 from nightpress import migrations
-from nightpress.core.errors import ErrorCode
+from nightpress.api.app import create_app
+from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.servers import Postgres, Valkey
@@ -229,3 +230,11 @@ def test_importing_it_loads_nothing_heavy_and_adds_less_than_its_libraries_take(
     runs = [(cpu_s_of_import("nightpress.api.app"), cpu_s_of_import(_LIBRARIES)) for _ in range(5)]
     assert not runs[0][0][1] & _HEAVY
     assert min(ours for (ours, _), _ in runs) < 2.5 * min(theirs for _, (theirs, _) in runs)
+
+
+def test_a_part_that_can_not_be_made_ends_the_api_when_it_starts(tmp_path: Path):
+    """And not at the first request that needs it."""
+    settings = Settings(_env_file=None, data_dir=tmp_path)
+    (tmp_path / "secret").write_bytes(b"cut off")
+    with pytest.raises(NightpressError, match="7 bytes"):
+        create_app(settings)
