@@ -1,5 +1,7 @@
 """The tables of models, data sets and their uploads. Rows are kept after deletion, because jobs tell their history by them."""
 
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -18,7 +20,36 @@ from nightpress.core.database import JsonType, UtcDateTime, metadata
 
 _ID = String(40)
 
-#: A model: an immutable folder of files with a digest, once it is `ready`.
+
+def _columns_in_front() -> tuple[Column[Any], ...]:
+    """What models and data sets have in common: whose they are, where they come from, and how far they are taken in."""
+    return (
+        Column("id", _ID, primary_key=True),
+        Column("tenant_id", String(64), nullable=False),
+        Column("name", String(64), nullable=False),
+        Column("state", String(16), nullable=False),
+        Column("source", String(16), nullable=False),
+        Column("server_path", String(4096)),
+        Column("source_url", String(1024)),
+        Column("revision", String(100)),  #: of the source, once it is known
+        Column("progress", Float, nullable=False, server_default=text("0")),  #: of fetching or verifying
+        #: whose it is while it is taken in, and until when; the next one may have it then
+        Column("claim_id", String(40)),
+        Column("claim_until", UtcDateTime()),
+        Column("digest", String(80)),
+        Column("size", BigInteger, nullable=False),  #: bytes of all files
+    )
+
+
+def _columns_behind() -> tuple[Column[Any], ...]:
+    return (
+        Column("error", JsonType),
+        Column("created_at", UtcDateTime(), nullable=False),
+        Column("deleted_at", UtcDateTime()),
+        Column(
+            "swept", Boolean(), nullable=False, server_default=text("false")
+        ),  #: once it is over: its files are surely gone
+    )
 
 
 def _checks() -> tuple[CheckConstraint, ...]:
@@ -32,35 +63,18 @@ def _checks() -> tuple[CheckConstraint, ...]:
     )
 
 
+#: A model: an immutable folder of files with a digest, once it is `ready`.
 models = Table(
     "models",
     metadata,
-    Column("id", _ID, primary_key=True),
-    Column("tenant_id", String(64), nullable=False),
-    Column("name", String(64), nullable=False),
-    Column("state", String(16), nullable=False),
-    Column("source", String(16), nullable=False),
-    Column("server_path", String(4096)),
-    Column("source_url", String(1024)),
-    Column("revision", String(100)),  #: of the source, once it is known
-    Column("progress", Float, nullable=False, server_default=text("0")),  #: of fetching or verifying
-    #: whose it is while it is taken in, and until when; the next one may have it then
-    Column("claim_id", String(40)),
-    Column("claim_until", UtcDateTime()),
-    Column("digest", String(80)),
-    Column("size", BigInteger, nullable=False),  #: bytes of all files
+    *_columns_in_front(),
     Column("architecture", String(128)),
     Column("model_type", String(64)),
     Column("task", String(32)),
     Column("parameters", BigInteger),
     Column("files", JsonType, nullable=False),  #: path, size, sha256 of each
     Column("header", JsonType),  #: core.recipes.header.ModelHeader
-    Column("error", JsonType),
-    Column("created_at", UtcDateTime(), nullable=False),
-    Column("deleted_at", UtcDateTime()),
-    Column(
-        "swept", Boolean(), nullable=False, server_default=text("false")
-    ),  #: once it is over: its files are surely gone
+    *_columns_behind(),
     *_checks(),
     CheckConstraint("state <> 'ready' OR (digest IS NOT NULL AND parameters IS NOT NULL)", name="ready_is_whole"),
     Index("ix_models_tenant_id_name_created_at_id", "tenant_id", "name", "created_at", "id"),
@@ -71,29 +85,11 @@ models = Table(
 data_sets = Table(
     "data_sets",
     metadata,
-    Column("id", _ID, primary_key=True),
-    Column("tenant_id", String(64), nullable=False),
-    Column("name", String(64), nullable=False),
-    Column("state", String(16), nullable=False),
-    Column("source", String(16), nullable=False),
-    Column("server_path", String(4096)),
-    Column("source_url", String(1024)),
-    Column("revision", String(100)),  #: of the source, once it is known
-    Column("progress", Float, nullable=False, server_default=text("0")),  #: of fetching or verifying
-    #: whose it is while it is taken in, and until when; the next one may have it then
-    Column("claim_id", String(40)),
-    Column("claim_until", UtcDateTime()),
-    Column("digest", String(80)),
-    Column("size", BigInteger, nullable=False),
+    *_columns_in_front(),
     Column("rows", BigInteger),
     Column("labels", Integer),  #: how many classes its labels name; 0: unlabelled
     Column("files", JsonType, nullable=False),  #: path, size, sha256 of its one file
-    Column("error", JsonType),
-    Column("created_at", UtcDateTime(), nullable=False),
-    Column("deleted_at", UtcDateTime()),
-    Column(
-        "swept", Boolean(), nullable=False, server_default=text("false")
-    ),  #: once it is over: its files are surely gone
+    *_columns_behind(),
     *_checks(),
     CheckConstraint("state <> 'ready' OR (digest IS NOT NULL AND rows > 0)", name="ready_is_whole"),
     Index("ix_data_sets_tenant_id_name_created_at_id", "tenant_id", "name", "created_at", "id"),
