@@ -14,6 +14,7 @@ import pytest
 
 #: torch makes this one empty folder for its compiler's cache, once for each user, whether or not anything is compiled.
 _CACHE = f"torchinductor_{getpass.getuser()}"
+_SHOWN = 5  #: names of what lies in a folder that was left
 _FOLDER = pytest.StashKey[Path]()
 _LEFT = pytest.StashKey[list[str]]()
 
@@ -33,11 +34,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     folder = session.config.stash.get(_FOLDER, None)
     if folder is None:
         return
-    left = sorted(str(path.relative_to(folder)) for path in folder.iterdir() if path.name != _CACHE)
+    left = [_describe(path) for path in sorted(folder.iterdir()) if path.name != _CACHE]
     session.config.stash[_LEFT] = left
     shutil.rmtree(folder, ignore_errors=True)
     if left and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _describe(path: Path) -> str:
+    """Its name; of a folder also what lies in it, which tells who made it."""
+    if not path.is_dir():
+        return path.name
+    inside = sorted(str(each.relative_to(path)) for each in path.rglob("*"))
+    return f"{path.name} ({', '.join(inside[:_SHOWN]) or 'empty'})"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

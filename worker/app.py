@@ -34,13 +34,14 @@ log = logging.getLogger(__name__)
 
 def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMAND) -> None:
     """Serve settings.worker_queue until SIGTERM or SIGINT."""
-    standing = probe_walls(network=not settings.sandbox_network)
+    worker_id = new_id("wkr")
+    folder = WorkerFolder(settings.data_dir / "work", worker_id)
+    standing = probe_walls(folder.path / "probe", network=not settings.sandbox_network)
     log.log(logging.WARNING if standing.down else logging.INFO, "From jobs here, this is %s", standing)
     configure_tracing(settings.otlp_endpoint, "worker")
-    offer = make_offer(settings, new_id("wkr"))
+    offer = make_offer(settings, worker_id)
     engine = make_engine(settings.sql_url)
     resources = Resources(settings, engine)
-    folder = WorkerFolder(settings.data_dir / "work", offer.worker_id)
     cache = BlobCache(settings.data_dir / "cache", settings.cache_bytes)
     supervisor = Supervisor(
         settings,

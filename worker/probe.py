@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,28 +19,31 @@ from nightpress.worker.walls import CALLS, FILES, Walls
 _PATIENCE_S = 60.0
 
 
-def probe_walls(*, network: bool) -> Walls:
+def probe_walls(job_dir: Path, *, network: bool) -> Walls:
     """Which walls would stand around a job here. In a process of its own: they can't be taken down again.
 
+    job_dir: where the probe runs; it is made for it and removed after it.
     network: jobs keep the network, as NIGHTPRESS_SANDBOX_NETWORK=false has it.
     """
     command = [sys.executable, "-P", "-m", "nightpress.worker.probe", *(["--keep-network"] if network else [])]
-    with tempfile.TemporaryDirectory() as folder:
-        job_dir = Path(folder).resolve() / "run"
-        sandbox.prepare_folder(job_dir)
-        env = sandbox.child_environment(job_dir, 1)
-        try:
-            said = subprocess.run(
-                [*command, str(job_dir)], env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE_S
-            )
-            return Walls(json.loads(said.stdout))
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            return Walls({FILES: f"the probe failed: {error}", CALLS: f"the probe failed: {error}"})
+    sandbox.prepare_folder(job_dir)
+    env = sandbox.child_environment(job_dir, 1)
+    try:
+        said = subprocess.run(
+            [*command, str(job_dir)], env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE_S
+        )
+        return Walls(json.loads(said.stdout))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return Walls({FILES: f"the probe failed: {error}", CALLS: f"the probe failed: {error}"})
+    finally:
+        shutil.rmtree(job_dir, ignore_errors=True)
 
 
 def main() -> None:
     if "--tell" in sys.argv:
-        print(json.dumps(probe_walls(network="--keep-network" in sys.argv).down))  # noqa: T201
+        with tempfile.TemporaryDirectory(prefix="nightpress-walls-") as folder:
+            walls = probe_walls(Path(folder).resolve() / "run", network="--keep-network" in sys.argv)
+        print(json.dumps(walls.down))  # noqa: T201
         return
 
     def work(walls: Walls) -> NoReturn:

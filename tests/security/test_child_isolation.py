@@ -42,8 +42,8 @@ SECRETS = {
 
 
 @pytest.fixture(scope="module")
-def standing() -> Walls:
-    return probe_walls(network=False)
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Walls:
+    return probe_walls(tmp_path_factory.mktemp("probed") / "run", network=False)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ def test_it():
     {body}
 """
 _LEAVES = """
-    tempfile.mkdtemp(prefix="forgotten-")
+    Path(tempfile.mkdtemp(prefix="forgotten-"), "thing").touch()
     subprocess.run([sys.executable, "-c", "import tempfile; tempfile.mkstemp(prefix='a-childs-')"], check=True)
 """
 
@@ -52,7 +52,7 @@ def test_a_run_that_leaves_something_fails_and_names_it(tmp_path: Path, options:
     done = _run(tmp_path, _LEAVES, *options)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
     assert "1 passed" in done.stdout
-    assert re.search(r"left this behind: a-childs-\w+, forgotten-\w+\.", done.stdout), done.stdout
+    assert re.search(r"left this behind: a-childs-\w+, forgotten-\w+ \(thing\)\.", done.stdout), done.stdout
     assert not list(tmp_path.glob("np-*")), "the run's own folder is removed all the same"
 
 
