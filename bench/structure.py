@@ -166,7 +166,7 @@ def repeats(sources: Mapping[str, str], window: int = REPEATED_LINES) -> list[Re
         for at in range(len(found) - window + 1):
             places[tuple(line for _, line in found[at : at + window])].append((path, at))
     pairs = {pair for same in places.values() for pair in combinations(same, 2)}
-    pairs = {(one, other) for one, other in pairs if one[0] != other[0] or abs(one[1] - other[1]) >= window}
+    pairs = {(pair, other) for pair, other in pairs if pair[0] != other[0] or abs(pair[1] - other[1]) >= window}
     found_repeats = []
     for (path, at), (other, there) in sorted(pairs):
         if ((path, at - 1), (other, there - 1)) in pairs:

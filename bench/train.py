@@ -110,7 +110,7 @@ def press(model: Path, data: Path, out: Path, device: str, names: list[str]) -> 
         for name in names:
             if name == "steps":
                 found["steps"] = compare_steps(model, files["train"], device, Path(scratch))
-            elif all(one["pass"] in MODEL_PASSES for one in RECIPES[name]):
+            elif all(options["pass"] in MODEL_PASSES for options in RECIPES[name]):
                 found[name] = _press_one(name, model, files, out, device, Path(scratch) / name, test)
             else:
                 found[name] = "skipped: a pass of it is not there"
@@ -145,7 +145,7 @@ def _press_one(
     return {
         "seconds": round(seconds, 1),
         "test_accuracy": accuracy(folder, model, test, device),
-        "passes": [{"name": one.name, "summary": one.summary} for one in records],
+        "passes": [{"name": record.name, "summary": record.summary} for record in records],
         "curves": [{"name": curve.name, "x": curve.x, "y": curve.y} for curve in records[-1].series],
     }
 
@@ -159,7 +159,7 @@ def _data(data: Path, scratch: Path) -> dict[str, Path]:
         text = gzip.decompress(prose.read_bytes()).decode().replace("\r", "")
         rows += [" ".join(part.split()) for part in text.split("\n\n") if 60 < len(part) < 400][:20_000]
     files["both"] = scratch / "both.jsonl"
-    files["both"].write_text("".join(json.dumps({"text": one}) + "\n" for one in rows))
+    files["both"].write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     return files
 
 

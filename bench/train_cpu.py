@@ -69,10 +69,10 @@ def show(found: dict[str, Any]) -> None:
         "| | accuracy | of the source | ONNX Runtime, mean ms | faster | torch, mean ms | faster |\n|---|---|---|---|---|---|---|"
     )
     for name in ("distill", "distill-rows-only", "prune"):
-        if one := found.get(name):
-            graph, eager = one["onnxruntime"], one["torch"]
+        if row := found.get(name):
+            graph, eager = row["onnxruntime"], row["torch"]
             print(
-                f"| {name} | {one['accuracy']:.1%} | {one['of_the_source']:.1%} "
+                f"| {name} | {row['accuracy']:.1%} | {row['of_the_source']:.1%} "
                 f"| {graph['source_mean_ms']:.1f} → {graph['mean_ms']:.1f} | {graph['speedup']:.2f}× "
                 f"| {eager['source_mean_ms']:.1f} → {eager['mean_ms']:.1f} | {eager['speedup']:.2f}× |"
             )
@@ -80,11 +80,11 @@ def show(found: dict[str, Any]) -> None:
         print(
             "\n| early-exit at threshold | blocks run | accuracy | points lost | mean ms | p95 ms | faster |\n|---|---|---|---|---|---|---|"
         )
-        for one in exits["thresholds"]:
-            chosen = " (chosen)" if one["threshold"] == exits["at_chosen"]["threshold"] else ""
+        for threshold in exits["thresholds"]:
+            chosen = " (chosen)" if threshold["threshold"] == exits["at_chosen"]["threshold"] else ""
             print(
-                f"| {one['threshold']:.4f}{chosen} | {one['depth']:.2f} | {one['accuracy']:.1%} | {100 * one['lost']:.1f} "
-                f"| {one['source_mean_ms']:.1f} → {one['mean_ms']:.1f} | {one['source_p95_ms']:.1f} → {one['p95_ms']:.1f} | {one['speedup']:.2f}× |"
+                f"| {threshold['threshold']:.4f}{chosen} | {threshold['depth']:.2f} | {threshold['accuracy']:.1%} | {100 * threshold['lost']:.1f} "
+                f"| {threshold['source_mean_ms']:.1f} → {threshold['mean_ms']:.1f} | {threshold['source_p95_ms']:.1f} → {threshold['p95_ms']:.1f} | {threshold['speedup']:.2f}× |"
             )
         cross = exits["cross_chosen"]
         print(
@@ -125,8 +125,8 @@ def _exits(
         for ids in test.ids:
             heads = module(torch.from_numpy(ids)[None], torch.ones(1, len(ids), dtype=torch.int64))
             label = test.labels[len(right)] if test.labels is not None else 0
-            scores.append([float(one) for one in heads.scores])
-            right.append([bool(one.argmax() == label) for one in heads.logits])
+            scores.append([float(score) for score in heads.scores])
+            right.append([bool(logit.argmax() == label) for logit in heads.logits])
     every, hits, depths = np.asarray(scores).T, np.asarray(right).T, np.asarray(plan.depths)
     halves = np.arange(len(test)) % 2
     counted = {"depth": 0.0, "accuracy": 0.0}
@@ -155,7 +155,7 @@ def _exits(
     return {
         "source_accuracy": baseline,
         "cross_chosen": counted | {"thresholds": picked, "lost": baseline - counted["accuracy"]},
-        "at_chosen": next(one for one in rows if one["threshold"] == float(np.mean(picked))),
+        "at_chosen": next(row for row in rows if row["threshold"] == float(np.mean(picked))),
         "thresholds": rows,
     }
 
@@ -169,7 +169,7 @@ def _at(scores: Any, right: Any, depths: Any, threshold: float) -> tuple[float, 
 
 def _ratio(source: Run, ours: Run, timed: Texts, rounds: int) -> dict[str, float]:
     """Milliseconds a text, both sides by turns on the same text; the ratio is of means, the median over rounds."""
-    texts = [one[None] for one in timed]
+    texts = [row[None] for row in timed]
     for run in (source, ours):
         for text in texts[:10]:
             run(text)
@@ -195,7 +195,7 @@ def _ratio(source: Run, ours: Run, timed: Texts, rounds: int) -> dict[str, float
 
 
 def _check(test: Examples) -> Sequences:
-    return pad([one.tolist() for one in test.ids[:4]], test.pad_id)
+    return pad([row.tolist() for row in test.ids[:4]], test.pad_id)
 
 
 def _graph(folder: Path, header_of: Path, scratch: Path, threads: int) -> Run:

@@ -56,12 +56,12 @@ def plain_loop(model: Path, rows: Path, device: str, steps: int) -> float:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = [json.loads(line) for line in read_lines(rows)]
-    tokens = tokenizer([one["text"] for one in texts], truncation=True, max_length=96)["input_ids"]
-    examples = [(torch.tensor(ids), int(one["label"])) for ids, one in zip(tokens, texts, strict=True)]
+    tokens = tokenizer([text["text"] for text in texts], truncation=True, max_length=96)["input_ids"]
+    examples = [(torch.tensor(ids), int(token["label"])) for ids, token in zip(tokens, texts, strict=True)]
 
     def together(batch: list[tuple[torch.Tensor, int]]) -> Any:
-        ids = pad_sequence([one for one, _ in batch], batch_first=True, padding_value=tokenizer.pad_token_id)
-        mask = pad_sequence([torch.ones_like(one) for one, _ in batch], batch_first=True)
+        ids = pad_sequence([row for row, _ in batch], batch_first=True, padding_value=tokenizer.pad_token_id)
+        mask = pad_sequence([torch.ones_like(row) for row, _ in batch], batch_first=True)
         return ids, mask, torch.tensor([label for _, label in batch])
 
     loader = DataLoader(examples, batch_size=32, shuffle=True, drop_last=True, collate_fn=together)  # type: ignore[arg-type]
@@ -71,13 +71,13 @@ def plain_loop(model: Path, rows: Path, device: str, steps: int) -> float:
     for module in student.modules():  # as ours does: the tables alone, not the norm behind them
         if isinstance(module, torch.nn.Embedding):
             module.requires_grad_(False)
-    learned = [one for one in student.parameters() if one.requires_grad]
+    learned = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-4)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     done, began = 0, time.perf_counter()
     while done < steps:
         for batch in loader:
-            ids, mask, labels = (one.to(device) for one in batch)
+            ids, mask, labels = (row.to(device) for row in batch)
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 with torch.no_grad():
                     answer = teacher(input_ids=ids, attention_mask=mask).logits

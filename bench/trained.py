@@ -44,7 +44,7 @@ def ship(model: Path, folder: Path, out: Path) -> None:
         if name in before and torch.equal(before.read(name).float(), tensor.float()):
             continue
         half = tensor.half() if tensor.is_floating_point() else tensor
-        if sum(one.nbytes for one in parts[-1].values()) + half.nbytes > 15_000_000:
+        if sum(part.nbytes for part in parts[-1].values()) + half.nbytes > 15_000_000:
             parts.append({})
         parts[-1][name] = half
     for at, part in enumerate(parts):
@@ -64,7 +64,7 @@ def unship(model: Path, shipped: Path, folder: Path) -> None:
     """The whole model again, from the source and what was shipped."""
     folder.mkdir(parents=True)
     before = SourceTensors(read_shards(model))
-    changed = {name: one for file in sorted(shipped.glob("changed-*")) for name, one in load_file(file).items()}
+    changed = {name: tensor for file in sorted(shipped.glob("changed-*")) for name, tensor in load_file(file).items()}
     names = json.loads((shipped / "names.json").read_text())
     whole = {name: changed[name] if name in changed else before.read(name) for name in names}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})

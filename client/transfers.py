@@ -265,7 +265,7 @@ class Transfers:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 errors = [error for future in done if (error := future.exception())]
                 # The reason comes first: threads that were only stopped do not know it.
-                error = min(errors, key=lambda one: isinstance(one, _StoppedError), default=None)
+                error = min(errors, key=lambda error: isinstance(error, _StoppedError), default=None)
             except BaseException as interrupt:
                 error = interrupt
             if error is not None:

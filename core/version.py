@@ -12,5 +12,5 @@ ENGINE = f"{VERSION}/2"
 
 def engine_with(engine: str, packages: Iterable[object]) -> str:
     """The engine, together with the packages whose passes a job uses, each as its name and version. Without any, the engine as it is."""
-    named = "\n".join(sorted({str(one) for one in packages}))
+    named = "\n".join(sorted({str(package) for package in packages}))
     return f"{engine}+{hashlib.sha256(named.encode()).hexdigest()[:12]}" if named else engine

@@ -88,7 +88,11 @@ def violations(page: Any) -> list[str]:
     found = session.send(
         "Runtime.evaluate", {"expression": "axe.run(document)", "awaitPromise": True, "returnByValue": True}
     )
-    return [f"{one['id']}: {node['target']}" for one in found["result"]["value"]["violations"] for node in one["nodes"]]
+    return [
+        f"{violation['id']}: {node['target']}"
+        for violation in found["result"]["value"]["violations"]
+        for node in violation["nodes"]
+    ]
 
 
 def overflows(page: Any) -> list[str]:

@@ -455,8 +455,8 @@ def long_file(job_dir: Path, emit: Emit) -> Manifest:
 
 
 BEHAVIOURS = {
-    one.__name__: one
-    for one in (
+    behaviour.__name__: behaviour
+    for behaviour in (
         press, slow, first_slow, endless, stepping, chaotic, pipeline_until, pipeline_until_said, telling, staying, wedged, segfault, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
         fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy, hides_memory, long_file
     )

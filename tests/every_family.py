@@ -80,7 +80,7 @@ def save_family(family: str, folder: Path, *, class_name: str | None = None, **c
                 parameter.mul_(4)
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    letters = {one: at for at, one in enumerate(["[PAD]", "[BOS]", "</s>", "[UNK]", *string.ascii_letters])}
+    letters = {token: at for at, token in enumerate(["[PAD]", "[BOS]", "</s>", "[UNK]", *string.ascii_letters])}
     tokenizer = Tokenizer(models.WordLevel(letters, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.save(str(folder / "tokenizer.json"))

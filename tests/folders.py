@@ -18,13 +18,13 @@ def header_of(folder: Path) -> ModelHeader:
         model_type=config["model_type"],
         architecture=config["architectures"][0],
         config=config,
-        tensors=tuple(one.info for shard in read_shards(folder) for one in shard.tensors),
+        tensors=tuple(tensor.info for shard in read_shards(folder) for tensor in shard.tensors),
         has_tokenizer=True,
     )
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: one for path in sorted(folder.glob("*.safetensors")) for name, one in load_file(path).items()}
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def tiny_llama(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: int = 1, **settings: Any) -> Path:
@@ -47,9 +47,9 @@ def tiny_llama(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: int
     )
     model = LlamaForCausalLM(config).to(dtype)
     with torch.no_grad():  # as freshly initialised it answers with nearly nothing
-        for one in model.parameters():
-            if one.ndim == 2:
-                one.mul_(8)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
     model.save_pretrained(folder)
     if shards > 1:
         cut(folder, shards)
@@ -66,7 +66,7 @@ def cut(folder: Path, shards: int) -> None:
     for number in range(shards):
         part = names[number::shards]
         name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        save_file({one: tensors[one] for one in part}, folder / name, metadata={"format": "pt"})
+        save_file({name: tensors[name] for name in part}, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, name)
-    total = sum(one.nbytes for one in tensors.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))

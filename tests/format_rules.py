@@ -28,7 +28,7 @@ def check_folder(folder: Path, source: Path) -> dict[str, Any]:
     schemes: dict[str, Any] = {}
     for name, weight in float_tensors.items():
         module = name.removesuffix(".weight")
-        if module == name or weight.dim() != 2 or any(match_name(module, one) for one in config.ignore):
+        if module == name or weight.dim() != 2 or any(match_name(module, pattern) for pattern in config.ignore):
             continue
         groups = [
             group
@@ -57,7 +57,7 @@ def check_folder(folder: Path, source: Path) -> dict[str, Any]:
             if leaf in fused:
                 by_layer.setdefault(above, []).append(group.model_dump(exclude={"targets"}))
         for layer, several in by_layer.items():
-            assert all(one == several[0] for one in several), f"{layer} is fused of different schemes"
+            assert all(scheme == several[0] for scheme in several), f"{layer} is fused of different schemes"
     return dict(raw)
 
 

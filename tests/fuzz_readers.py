@@ -75,7 +75,9 @@ class Readers:
         whole = io.BytesIO()
         pq.write_table(table, whole)
         self._parquet = whole.getvalue()
-        self._recipes = [one.model_dump(mode="json", exclude_unset=True) for one in builtin_recipes().values()]
+        self._recipes = [
+            builtin_recipe.model_dump(mode="json", exclude_unset=True) for builtin_recipe in builtin_recipes().values()
+        ]
         self._settings = Settings(_env_file=None, source_prefixes=["s3://b/p"], hub_organisations=["acme"])
 
     def attempt(self, name: str, dice: Random) -> None:
@@ -220,8 +222,8 @@ _KEYS = [
     "type_vocab_size", "hidden_act", "pad_token_id", "decoder_start_token_id", "problem_type", "nightpress_shapes",
 ]  # fmt: skip
 _PLANS: list[dict[str, Any]] = [
-    {"name": "p", "passes": [one], "exports": exports}
-    for one, exports in (
+    {"name": "p", "passes": [options], "exports": exports}
+    for options, exports in (
         ({"pass": "heads", "sparsity": 0.5}, ["safetensors"]),
         ({"pass": "channels", "sparsity": 0.5}, ["onnx"]),
         ({"pass": "layers", "remove": 1}, ["safetensors"]),

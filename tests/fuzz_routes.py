@@ -34,12 +34,12 @@ class Routes:
         self._face = face
         headers = {"Authorization": f"Bearer {face.key}"}
         self._client = httpx.Client(base_url=face.url, headers=headers, timeout=60, trust_env=False)
-        with face.client() as one:
-            made = one.models.upload(model)
-            job = one.jobs.submit(made.id, RECIPE).id
+        with face.client() as client:
+            made = client.models.upload(model)
+            job = client.jobs.submit(made.id, RECIPE).id
             face.succeed(face.claim())
-            hook = one.webhooks.create("http://127.0.0.1:9/", ["job.failed"]).webhook.id
-            schedule = one.schedules.create("nightly", "0 2 * * *", made.name, "int8-weights").id
+            hook = client.webhooks.create("http://127.0.0.1:9/", ["job.failed"]).webhook.id
+            schedule = client.schedules.create("nightly", "0 2 * * *", made.name, "int8-weights").id
         self._things = [
             made.id,
             made.name,
@@ -68,7 +68,11 @@ class Routes:
         method, path, said = dice.choice(self._operations)
         url = re.sub(r"\{\w+\}", lambda _: self._part(dice), path)
         parameters = said.get("parameters", [])
-        asked = {one["name"]: self._part(dice) for one in parameters if one["in"] == "query" and dice.random() < 0.5}
+        asked = {
+            parameter["name"]: self._part(dice)
+            for parameter in parameters
+            if parameter["in"] == "query" and dice.random() < 0.5
+        }
         if asked:
             url += "?" + "&".join(f"{name}={value}" for name, value in asked.items())
         headers = {}
@@ -118,7 +122,7 @@ class Routes:
 
     def _body(self, dice: Random, said: dict[str, Any]) -> bytes:
         content = said["requestBody"]["content"].get("application/json", {})
-        examples = [one["value"] for one in content.get("examples", {}).values()]
+        examples = [example["value"] for example in content.get("examples", {}).values()]
         good: Any = dice.choice(examples) if examples else {"name": "x"}
         if isinstance(good, dict) and "model" in good:
             good = good | {"model": self._things[0]}

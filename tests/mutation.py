@@ -122,20 +122,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument("words", nargs="*", help="only guards that contain one of these words")
     words = parser.parse_args().words
-    chosen = [one for one in MUTANTS if not words or any(word in one.guard for word in words)]
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.guard for word in words)]
     survivors = []
     with tempfile.TemporaryDirectory(prefix="nightpress-mutants-") as scratch:
         copy = Path(scratch) / "project"
         for name in ("api", "client", "core", "docs", "migrations", "tests", "worker"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for one in chosen:
+        for mutant in chosen:
             began = time.monotonic()
-            killer = _first_red_test(copy, one)
+            killer = _first_red_test(copy, mutant)
             verdict = "killed" if killer else "SURVIVED"
-            print(f"{verdict:9} {one.guard:52} {time.monotonic() - began:5.1f} s  {killer}", flush=True)  # noqa: T201
+            print(f"{verdict:9} {mutant.guard:52} {time.monotonic() - began:5.1f} s  {killer}", flush=True)  # noqa: T201
             if not killer:
-                survivors.append(one.guard)
+                survivors.append(mutant.guard)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} guards are held by a test.")  # noqa: T201
     return 1 if survivors else 0
 

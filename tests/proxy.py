@@ -48,9 +48,9 @@ class CuttingProxy:
     def drop_all(self) -> None:
         with self._lock:
             connections, self._open = self._open, set()
-        for one in connections:
+        for connection in connections:
             with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -96,10 +96,10 @@ class CuttingProxy:
                 self.answered += len(data) if answers else 0
                 if allowed == 0:
                     break
-        for one in (source, target):
+        for end in (source, target):
             with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
         with self._lock:
             self._open -= {source, target}
 

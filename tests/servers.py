@@ -74,9 +74,9 @@ class _Server:
         if self.process is not None:
             started = psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
-            for one in started:
+            for process in started:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
+                    process.kill()
             psutil.wait_procs(started, timeout=10)
             self.process.wait()
             self.process = None

@@ -182,7 +182,8 @@ class Service:
 
     def await_log(self, job_id: str, text: str, within: float = 20.0) -> str:
         return eventually(
-            lambda: next((one for one in self.log(job_id).splitlines() if text in one), ""), within=within
+            lambda: next((splitline for splitline in self.log(job_id).splitlines() if text in splitline), ""),
+            within=within,
         )
 
     def check_invariants(self, job_id: str, tenant_id: str = TENANT) -> None:

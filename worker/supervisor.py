@@ -235,7 +235,7 @@ class _Attempt:
             model_name=self._job.model_name,
             model_digest=self._job.model_digest,
             recipe=recipe,
-            packages=catalog.providers_of(one.name for one in recipe.passes),
+            packages=catalog.providers_of(options.name for options in recipe.passes),
             data=data,
             device="cuda" if self._job.queue == "gpu" else "cpu",
             threads=self._supervisor.threads,
@@ -257,7 +257,7 @@ class _Attempt:
 
     def _ship(self, spec: JobSpec, job_dir: Path) -> Callable[[], str]:
         manifest = read_manifest(job_dir, self._lease)
-        packages = tuple(str(one) for one in spec.packages.values())
+        packages = tuple(str(package) for package in spec.packages.values())
         outcome = replace(outcome_of(job_dir, manifest), packages=packages)
         report = self._meter("uploading", PRESSED, 1.0)
         report.expect(sum(file.size for file in files_of(manifest)))

@@ -188,7 +188,7 @@ def write_job(
             "model_name": chosen.name,
             "model_digest": digest_of(files),
             "recipe": recipe,
-            "packages": catalog.providers_of(one.name for one in recipe.passes),
+            "packages": catalog.providers_of(options.name for options in recipe.passes),
             "data": data,
             "device": device,
             "threads": threads,

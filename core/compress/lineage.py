@@ -60,7 +60,7 @@ def _plain(value: object) -> str | list[str] | None:
     if isinstance(value, str) and value.strip():
         return value.strip()[:500]
     if isinstance(value, list):
-        return [one.strip()[:500] for one in value[:50] if isinstance(one, str) and one.strip()] or None
+        return [text.strip()[:500] for text in value[:50] if isinstance(text, str) and text.strip()] or None
     return None
 
 

@@ -89,11 +89,11 @@ def _conclude(job: Job, state: State) -> Manifest:
     """Decide the gates and write the report, then the manifest."""
     entries = _entries(state)
     digests = {entry.format: entry.digest for entry in entries}
-    artifacts = tuple(one.model_copy(update={"digest": digests[one.name]}) for one in state.artifacts)
+    artifacts = tuple(artifact.model_copy(update={"digest": digests[artifact.name]}) for artifact in state.artifacts)
     found = gates.decide(job.recipe, state.source, artifacts)
     job.clock.at(0.98, "writing the report")
     job.clock.enter("evaluating")
-    packages = {one.package: one.version for one in job.spec.packages.values()}
+    packages = {package.package: package.version for package in job.spec.packages.values()}
     versions = state.observed.versions | state.versions | packages
     whole = Report(
         job_id=job.spec.job_id,
@@ -105,7 +105,7 @@ def _conclude(job: Job, state: State) -> Manifest:
         artifacts=artifacts,
         passes=tuple(state.records),
         gates=found,
-        verdict="accepted" if all(one.passed for one in found) else "rejected",
+        verdict="accepted" if all(result.passed for result in found) else "rejected",
         phases={phase: round(seconds, 3) for phase, seconds in job.clock.seconds.items()},
         notes=_notes(job, state),
         profiles=tuple(state.profiles),
@@ -114,15 +114,15 @@ def _conclude(job: Job, state: State) -> Manifest:
 
 
 def _entries(state: State) -> tuple[ArtifactEntry, ...]:
-    consumers = {one.name: one.verification.consumer for one in state.artifacts if one.verification}
+    consumers = {artifact.name: artifact.verification.consumer for artifact in state.artifacts if artifact.verification}
     return tuple(
         ArtifactEntry(
-            format=one.export.name,
-            path=one.export.name,
-            files=describe_folder(one.folder),
-            consumer=consumers[one.export.name],
+            format=artifact.export.name,
+            path=artifact.export.name,
+            files=describe_folder(artifact.folder),
+            consumer=consumers[artifact.export.name],
         )
-        for one in state.exported
+        for artifact in state.exported
     )
 
 
@@ -157,9 +157,9 @@ def _describe_model(job: Job, state: State) -> dict[str, object]:
 
 
 def _data_used(job: Job) -> tuple[DataUsed, ...]:
-    measured = {one.data for one in job.recipe.evaluate if isinstance(one, Quality)}
-    seen = {ref for one in job.recipe.passes for ref in one.data_refs()}
-    if any(one.wants == "calibration" for one in job.recipe.passes):
+    measured = {evaluation.data for evaluation in job.recipe.evaluate if isinstance(evaluation, Quality)}
+    seen = {ref for options in job.recipe.passes for ref in options.data_refs()}
+    if any(options.wants == "calibration" for options in job.recipe.passes):
         seen.add(job.recipe.calibration.data)
     purposes: dict[Literal["evaluation", "calibration"], set[str]] = {"evaluation": measured, "calibration": seen}
     return (
@@ -174,8 +174,8 @@ def _data_used(job: Job) -> tuple[DataUsed, ...]:
 
 def _notes(job: Job, state: State) -> tuple[str, ...]:
     header = state.source_header
-    notes = [*make_plan(job.recipe, header).warnings, *(text for one in state.records for text in one.warnings)]
-    if source_dtypes := {one.dtype for one in header.tensors} - {"F32", "I64"}:
+    notes = [*make_plan(job.recipe, header).warnings, *(text for record in state.records for text in record.warnings)]
+    if source_dtypes := {tensor.dtype for tensor in header.tensors} - {"F32", "I64"}:
         kinds = ", ".join(sorted(source_dtypes))
         notes.append(f"The source is stored as {kinds} and was measured in fp32, as were the artifacts' float parts.")
     return tuple(notes)

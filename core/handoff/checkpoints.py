@@ -77,8 +77,8 @@ def prefix_digests(
             "device": device,
             "engine": engine,
         }
-        if packages := providers_of(one.name for one in recipe.passes[:count]):
-            body["packages"] = sorted(str(one) for one in packages.values())
+        if packages := providers_of(options.name for options in recipe.passes[:count]):
+            body["packages"] = sorted(str(package) for package in packages.values())
         if count is None:
             body["makes"] = "graph"
         digests.append(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())

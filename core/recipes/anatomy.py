@@ -42,7 +42,7 @@ class Family:
 
 
 def _inner(output: str, *inputs: str | tuple[str, tuple[Part, ...]], part: Part = "channel") -> Inner:
-    return Inner(tuple((one, (part,)) if isinstance(one, str) else one for one in inputs), output)
+    return Inner(tuple((name, (part,)) if isinstance(name, str) else name for name in inputs), output)
 
 
 def _projections(query: str, key: str, value: str, output: str) -> Inner:
@@ -201,12 +201,12 @@ def anatomy_of(header: ModelHeader, asker: str) -> Anatomy:
             f"`{asker}` can't take a {header.model_type}: where its heads and channels lie is not known here.",
             f"It takes {', '.join(sorted(FAMILIES))}.",
         )
-    shapes = {one.name: one.shape for one in header.tensors}
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     found = re.compile(rf"((?:.*\.)?{re.escape(family.blocks)}\.)0\.{re.escape(family.feed_forward.output)}\.weight")
     prefix = next((match[1] for name in shapes if (match := found.fullmatch(name))), None)
     config = header.config
     layers, hidden, heads = (config.get(key) for key in (family.layers, family.hidden, family.heads))
-    if prefix is None or not all(isinstance(one, int) and one > 0 for one in (layers, hidden, heads)):
+    if prefix is None or not all(isinstance(size, int) and size > 0 for size in (layers, hidden, heads)):
         raise invalid(
             f"`{asker}` can't take this model: its files have no {family.blocks}.0.{family.feed_forward.output}, or its config doesn't count its layers and heads.",
             "Save it once with a current transformers.",

@@ -48,7 +48,7 @@ def gpu_peak(
     prefix, groups, itemsize = _largest_block(header)
     if not groups:
         return _WORKSPACE
-    parameters = sum(math.prod(one.shape) for one in header.tensors if one.name.startswith(prefix))
+    parameters = sum(math.prod(tensor.shape) for tensor in header.tensors if tensor.name.startswith(prefix))
     linear = sum(group.weights for group in groups)
     batch = min(batch, tokens)
     inner = max(groups, key=lambda group: group.columns)
@@ -135,7 +135,7 @@ def _largest_block(header: ModelHeader) -> tuple[str, list[_Group], int]:
 
 def _largest_outside(header: ModelHeader) -> int:
     inside = re.compile(r".*?\.\d+\.")
-    return max((math.prod(one.shape) for one in header.tensors if not inside.match(one.name)), default=0)
+    return max((math.prod(tensor.shape) for tensor in header.tensors if not inside.match(tensor.name)), default=0)
 
 
 def input_of(name: str) -> str:

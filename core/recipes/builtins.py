@@ -12,7 +12,7 @@ def builtin_recipes() -> dict[str, Recipe]:
     """All of them by name, sorted."""
     folder = files("nightpress.core.recipes") / "builtin"
     recipes = [load_recipe(entry.read_text()) for entry in folder.iterdir() if entry.name.endswith(".yaml")]
-    return {recipe.name: recipe for recipe in sorted(recipes, key=lambda one: one.name)}
+    return {recipe.name: recipe for recipe in sorted(recipes, key=lambda recipe: recipe.name)}
 
 
 @cache

@@ -56,7 +56,10 @@ def made_graph_bytes(header: ModelHeader, runtime: str, *, rounded: bool, mapped
     its largest matrix takes. ONNX Runtime's quantizer copies a model again and again: on models of 17 to 508 MiB, it held nearly six times
     their weights.
     """
-    whole, matrices = 4 * header.parameters, [4 * math.prod(one.shape) for one in header.tensors if len(one.shape) == 2]
+    whole, matrices = (
+        4 * header.parameters,
+        [4 * math.prod(tensor.shape) for tensor in header.tensors if len(tensor.shape) == 2],
+    )
     trace = TRACED_BYTES + TRACED_BLOCK_BYTES * _shape(header).blocks + (2 if mapped else 3) * whole
     if not rounded:
         return trace

@@ -104,7 +104,7 @@ def row_of(ref: str, place: str, values: Mapping[str, Any]) -> DataRow | None:
     label = _label(ref, place, values.get("label"))
     if values.get("messages") is not None:
         messages = _messages(ref, place, values["messages"])
-        says = any(one["content"].strip() for one in messages)
+        says = any(message["content"].strip() for message in messages)
         return DataRow(place, values, messages=messages, label=label) if says else None
     if isinstance(text, str):
         return DataRow(place, values, text, label=label) if text.strip() else None
@@ -141,8 +141,8 @@ def _label(ref: str, place: str, label: object) -> int | str | None:
 
 
 def _messages(ref: str, place: str, raw: object) -> tuple[Mapping[str, str], ...]:
-    turns = [_turn(one) for one in raw] if isinstance(raw, list) else []
-    found = tuple(one for one in turns if one is not None)
+    turns = [_turn(row) for row in raw] if isinstance(raw, list) else []
+    found = tuple(turn for turn in turns if turn is not None)
     if not found or len(found) < len(turns):
         raise invalid(ref, f"{place}: `messages` is no list of objects with a `role` and a `content`", _CONVERSATION)
     return found
@@ -195,14 +195,14 @@ def _all_text(value: object) -> bool:
     """Whether a tokenizer takes every text in it."""
     level = [value]
     while level:
-        one = level.pop()
-        if isinstance(one, str) and not is_text(one):
+        value = level.pop()
+        if isinstance(value, str) and not is_text(value):
             return False
-        if isinstance(one, dict):
-            level += one
-            level += one.values()
-        elif isinstance(one, list):
-            level += one
+        if isinstance(value, dict):
+            level += value
+            level += value.values()
+        elif isinstance(value, list):
+            level += value
     return True
 
 

@@ -101,7 +101,7 @@ class Export(BaseModel):
         """Raise NightpressError(invalid_recipe), naming the exports that can, where the format can't carry this model."""
         why = _refusal(self, header)
         if why is not None:
-            others = [one for one in (*TYPES, "safetensors") if _refusal(Export(format=one), header) is None]
+            others = [name for name in (*TYPES, "safetensors") if _refusal(Export(format=name), header) is None]
             raise invalid(f"exports: {self.name} can't take this model: {why}.", f"Use {', '.join(others)}.")
 
 

@@ -247,6 +247,6 @@ def _refused(path: str, what: str, hint: str) -> NightpressError:
 
 def _named_in(index: bytes) -> set[str]:
     try:
-        return {str(one) for one in json.loads(index)["weight_map"].values()}
+        return {str(name) for name in json.loads(index)["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return set()

@@ -81,7 +81,11 @@ def class_of(named: str, model_type: str, tensors: "Collection[TensorInfo]") -> 
     of chance.
     """
     body, has_head, _ = named.partition("For")
-    bare = model_type in ENCODERS and len(tensors) > 0 and all(one.name.partition(".")[0] in _BODY for one in tensors)
+    bare = (
+        model_type in ENCODERS
+        and len(tensors) > 0
+        and all(tensor.name.partition(".")[0] in _BODY for tensor in tensors)
+    )
     return f"{body}Model" if has_head and bare else named
 
 
@@ -152,7 +156,7 @@ class ModelHeader(BaseModel):
     def tied_table(self) -> TensorInfo | None:
         """A language model's one matrix with a row a token: it is both looked up in and multiplied by. None: the head has its own, or there is none."""
         rows = self.config.get("vocab_size")
-        tables = [one for one in self.tensors if len(one.shape) == 2 and one.shape[0] == rows]
+        tables = [tensor for tensor in self.tensors if len(tensor.shape) == 2 and tensor.shape[0] == rows]
         return tables[0] if self.task in {"causal-lm", "masked-lm"} and len(tables) == 1 else None
 
     @property

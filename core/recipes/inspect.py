@@ -149,7 +149,8 @@ def _read_config(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget
             raise malformed("config.json", flaw)
     architectures = config.get("architectures")
     if architectures is not None and not (
-        isinstance(architectures, list) and all(isinstance(one, str) and one.isidentifier() for one in architectures)
+        isinstance(architectures, list)
+        and all(isinstance(architecture, str) and architecture.isidentifier() for architecture in architectures)
     ):
         raise malformed("config.json", "`architectures` is not a list of class names")
     model_type = config.get("model_type")
@@ -267,7 +268,7 @@ def _read_index(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget)
     if (
         not isinstance(weight_map, dict)
         or not weight_map
-        or not all(isinstance(one, str) for one in weight_map.values())
+        or not all(isinstance(name, str) for name in weight_map.values())
     ):
         raise malformed(INDEX_FILE, "it has no `weight_map` from tensors to files")
     return weight_map

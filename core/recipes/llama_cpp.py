@@ -57,7 +57,7 @@ def _differences(kind: str, header: ModelHeader) -> Iterator[str]:
     config = header.config
     for key, values in _EXPECTED[kind].items():
         if config.get(key) not in values:
-            expected = " or ".join(repr(one) for one in values if one is not None)
+            expected = " or ".join(repr(value) for value in values if value is not None)
             yield f"llama.cpp computes a {kind} with `{key}` {expected}, and config.json says {config[key]!r}"
     if kind in ENCODERS:
         if header.pooling not in POOLING:

@@ -29,16 +29,16 @@ def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
 
     outputs: bytes of each artifact; pass_bytes: what the passes hold at most.
     """
-    tokens = sum(_tokens(one) for one in recipe.evaluate)
-    starts = [_IMPORT_S, *(_GRAPH_S if one.format in GRAPH_FORMATS else _IMPORT_S for one in recipe.exports)]
-    traced = any(one.format in GRAPH_FORMATS for one in recipe.exports)  # a trace serves all of them
+    tokens = sum(_tokens(evaluation) for evaluation in recipe.evaluate)
+    starts = [_IMPORT_S, *(_GRAPH_S if export.format in GRAPH_FORMATS else _IMPORT_S for export in recipe.exports)]
+    traced = any(export.format in GRAPH_FORMATS for export in recipe.exports)  # a trace serves all of them
     seconds = sum(starts) + traced * cached_trace_seconds(header)
     work = len(starts) * tokens * header.parameters
     memory = max(_bytes(recipe, header, export, outputs) for export in (None, *recipe.exports))
     beside_gpu = max(_bytes_beside_gpu(recipe, header, export, outputs) for export in (None, *recipe.exports))
     if not timed_by_turns(recipe, header, outputs, pass_bytes):
         return Cost(memory, seconds, host_bytes=beside_gpu, host_work=work)
-    timed = sum(_tokens(one) for one in recipe.evaluate if not isinstance(one, Quality))
+    timed = sum(_tokens(evaluation) for evaluation in recipe.evaluate if not isinstance(evaluation, Quality))
     work += len(recipe.exports) * timed * header.parameters  # the source again, beside each artifact
     _, together = _alone_and_together(recipe, header, outputs)
     source = CONSUMER_BYTES + 4 * header.parameters
@@ -47,7 +47,7 @@ def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
 
 def timed_by_turns(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int], pass_bytes: int) -> bool:
     """Whether the source's process is there while an artifact is timed: where that takes little memory, or no more than the job takes anyway."""
-    if not any(isinstance(one, Latency | GenerationSpeed) for one in recipe.evaluate):
+    if not any(isinstance(evaluation, Latency | GenerationSpeed) for evaluation in recipe.evaluate):
         return False
     alone, together = _alone_and_together(recipe, header, outputs)
     return together <= max(_BESIDE_BYTES, alone, pass_bytes)
@@ -70,8 +70,8 @@ def _bytes(recipe: Recipe, header: ModelHeader, export: Export | None, outputs: 
     held = _consumer_bytes(recipe, header, export, outputs)
     if export is None or export.format not in GRAPH_FORMATS:
         return held
-    rounded = any(one.stage == "runtime" for one in recipe.passes)
-    floats = _mapped(header) and not any(one.quantizes for one in recipe.passes)
+    rounded = any(options.stage == "runtime" for options in recipe.passes)
+    floats = _mapped(header) and not any(options.quantizes for options in recipe.passes)
     made = made_graph_bytes(header, export.format, rounded=rounded, mapped=floats)
     return max(made + _logit_bytes(recipe, header), held)
 
@@ -81,7 +81,7 @@ def _consumer_bytes(recipe: Recipe, header: ModelHeader, export: Export | None, 
     whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
     if export is not None and export.format in GRAPH_FORMATS:
         return TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits
-    if export is not None and any(one.quantizes for one in recipe.passes):  # the codes, and what they become
+    if export is not None and any(options.quantizes for options in recipe.passes):  # the codes, and what they become
         return CONSUMER_BYTES + outputs[export.name] + whole + logits
     mapped = _mapped(header) and (export is None or export.weights is None)
     return CONSUMER_BYTES + whole * (not mapped) + logits
@@ -93,14 +93,14 @@ def _bytes_beside_gpu(recipe: Recipe, header: ModelHeader, export: Export | None
         return _bytes(recipe, header, export, outputs)
     whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
     codes = 0
-    if export is not None and any(one.quantizes for one in recipe.passes):
+    if export is not None and any(options.quantizes for options in recipe.passes):
         floats = sum(tensor.size for tensor in header.tensors if not _becomes_codes(recipe, tensor))
         codes = max(0, outputs[export.name] - floats)
     return CONSUMER_BYTES + GPU_CONSUMER_BYTES + codes + whole + logits
 
 
 def _becomes_codes(recipe: Recipe, tensor: TensorInfo) -> bool:
-    return any(one.stored_bytes(tensor) < tensor.size for one in recipe.passes if one.quantizes)
+    return any(options.stored_bytes(tensor) < tensor.size for options in recipe.passes if options.quantizes)
 
 
 def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
@@ -108,19 +108,27 @@ def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
     if header.task not in {"causal-lm", "masked-lm"}:
         return 0
     row = 4 * int(header.config.get("vocab_size") or 0)
-    lengths = [(min(one.samples, _MOST_ROWS), one.length) for one in recipe.evaluate if isinstance(one, Quality)]
+    lengths = [
+        (min(evaluation.samples, _MOST_ROWS), evaluation.length)
+        for evaluation in recipe.evaluate
+        if isinstance(evaluation, Quality)
+    ]
     return int(_LOGIT_COPIES * max((min(LOGIT_BYTES, rows * length * row) for rows, length in lengths), default=0))
 
 
-def _tokens(one: Evaluation) -> float:
+def _tokens(evaluation: Evaluation) -> float:
     """Tokens of one evaluation, each as long as one of many in a forward pass."""
-    match one:
+    match evaluation:
         case Quality():
-            return one.samples * (one.length + one.new_tokens * (one.metric == "generation"))
+            return evaluation.samples * (
+                evaluation.length + evaluation.new_tokens * (evaluation.metric == "generation")
+            )
         case Latency():
-            return sum(b * n for b in one.batch for n in one.length) * 2 * (one.repeats + 1)  # each run behind another
+            return (
+                sum(b * n for b in evaluation.batch for n in evaluation.length) * 2 * (evaluation.repeats + 1)
+            )  # each run behind another
         case GenerationSpeed():
-            read = sum(b * n for b in one.batch for n in one.prompt)
+            read = sum(b * n for b in evaluation.batch for n in evaluation.prompt)
             # A step reads every weight for few tokens: it waits for memory, whatever the batch.
-            steps = len(one.batch) * len(one.prompt) * one.tokens * _DECODE_STEP
-            return (read + steps) * (one.repeats + 1)
+            steps = len(evaluation.batch) * len(evaluation.prompt) * evaluation.tokens * _DECODE_STEP
+            return (read + steps) * (evaluation.repeats + 1)

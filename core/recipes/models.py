@@ -166,7 +166,7 @@ class Recipe(_Model):
     @field_validator("exports")
     @classmethod
     def _no_export_twice(cls, exports: tuple[Export, ...]) -> tuple[Export, ...]:
-        if len({one.name for one in exports}) != len(exports):
+        if len({export.name for export in exports}) != len(exports):
             raise ValueError("an export is named twice")
         return exports
 
@@ -193,7 +193,7 @@ class Recipe(_Model):
 
     def data_refs(self) -> frozenset[str]:
         """The data sets the recipe uses that are not built in."""
-        refs = {one.data for one in self.evaluate if isinstance(one, Quality)}
+        refs = {evaluation.data for evaluation in self.evaluate if isinstance(evaluation, Quality)}
         if any(step.wants == "calibration" for step in self.passes):
             refs.add(self.calibration.data)
         refs |= {ref for step in self.passes for ref in step.data_refs()}
@@ -264,7 +264,7 @@ def parse_recipe(raw: Any, *, for_a_service: bool = False) -> Recipe:
         except ValidationError as error:
             invalid = error
     found = invalid.errors(include_url=False)
-    faults = [_fault(one) for one in found]
+    faults = [_fault(error) for error in found]
     first, unknown = faults[0], unknown_pass(found[0])
     raise NightpressError(
         ErrorCode.INVALID_RECIPE,

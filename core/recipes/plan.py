@@ -88,18 +88,18 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence
     else:
         queue, reason = _queue_without_model(recipe)
     warnings = dict.fromkeys(_warnings(recipe, header))
-    steps = [Step(kind="pass", name=one.name, detail=one.describe()) for one in recipe.passes]
+    steps = [Step(kind="pass", name=options.name, detail=options.describe()) for options in recipe.passes]
     steps += [
-        Step(kind="export", name=one.name, detail="saved, then loaded by its consumer in a fresh process")
-        for one in recipe.exports
+        Step(kind="export", name=export.name, detail="saved, then loaded by its consumer in a fresh process")
+        for export in recipe.exports
     ]
     steps += [
         Step(
             kind="evaluate",
-            name=one.metric,
-            detail=_evaluation_detail(one),
+            name=evaluation.metric,
+            detail=_evaluation_detail(evaluation),
         )
-        for one in recipe.evaluate
+        for evaluation in recipe.evaluate
     ]
     return Plan(
         recipe=recipe,
@@ -111,34 +111,36 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence
     )
 
 
-def _evaluation_detail(one: Evaluation) -> str:
-    match one:
+def _evaluation_detail(evaluation: Evaluation) -> str:
+    match evaluation:
         case Quality():
-            return f"on {one.data}"
+            return f"on {evaluation.data}"
         case Latency():
-            return f"batch {list(one.batch)} × {list(one.length)} tokens"
+            return f"batch {list(evaluation.batch)} × {list(evaluation.length)} tokens"
         case GenerationSpeed():
-            return f"batch {list(one.batch)} × prompt {list(one.prompt)}, {one.tokens} tokens written"
+            return (
+                f"batch {list(evaluation.batch)} × prompt {list(evaluation.prompt)}, {evaluation.tokens} tokens written"
+            )
 
 
 def _check_order(recipe: Recipe) -> None:
-    for index, one in enumerate(recipe.passes[:-1]):
-        if one.last:
+    for index, options in enumerate(recipe.passes[:-1]):
+        if options.last:
             raise invalid(
-                f"passes.{index + 1}: nothing can follow `{one.name}`, because its result is no longer a float model.",
-                f"Move `{one.name}` to the end, or give the two their own recipes.",
+                f"passes.{index + 1}: nothing can follow `{options.name}`, because its result is no longer a float model.",
+                f"Move `{options.name}` to the end, or give the two their own recipes.",
             )
-    for one in recipe.passes:
-        one.check_beside(recipe.passes, None)
+    for options in recipe.passes:
+        options.check_beside(recipe.passes, None)
 
 
 def _check_exports(recipe: Recipe) -> None:
-    for one in recipe.passes:
-        _check_carriers(recipe, one, None)
-        if recipe.device == "gpu" and "cuda" not in one.runs_on:
-            raise invalid(f"`{one.name}` runs on a CPU only.", "Leave `device` at `auto`.")
-    if any(one.format == "compressed-tensors" for one in recipe.exports) and not any(
-        one.quantizes for one in recipe.passes
+    for options in recipe.passes:
+        _check_carriers(recipe, options, None)
+        if recipe.device == "gpu" and "cuda" not in options.runs_on:
+            raise invalid(f"`{options.name}` runs on a CPU only.", "Leave `device` at `auto`.")
+    if any(export.format == "compressed-tensors" for export in recipe.exports) and not any(
+        options.quantizes for options in recipe.passes
     ):
         raise invalid(
             "exports: compressed-tensors needs a quantizing pass.",
@@ -146,13 +148,13 @@ def _check_exports(recipe: Recipe) -> None:
         )
 
 
-def _check_carriers(recipe: Recipe, one: PassOptions, header: ModelHeader | None) -> None:
-    carriers = one.carriers(header)
+def _check_carriers(recipe: Recipe, options: PassOptions, header: ModelHeader | None) -> None:
+    carriers = options.carriers(header)
     wrong = [export.name for export in recipe.exports if export.carrier not in carriers]
     if wrong:
-        why = one.why_not(header)
+        why = options.why_not(header)
         raise invalid(
-            f"exports: {', '.join(wrong)} can't carry the result of `{one.name}`{': ' + why if why else ''}.",
+            f"exports: {', '.join(wrong)} can't carry the result of `{options.name}`{': ' + why if why else ''}.",
             f"Use {' or '.join(sorted(carriers))} with it.",
         )
 
@@ -160,28 +162,28 @@ def _check_carriers(recipe: Recipe, one: PassOptions, header: ModelHeader | None
 def _chain(recipe: Recipe, header: ModelHeader) -> tuple[list[ModelHeader], ModelHeader]:
     """What each pass is given, and what the last one leaves."""
     given = []
-    for one in recipe.passes:
+    for options in recipe.passes:
         given.append(header)
-        header = one.leaves(header)
+        header = options.leaves(header)
     return given, header
 
 
 def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
     if recipe.target == "auto" and header is None:
         yield "`target: auto` looks at the model: name one to see the passes and exports."
-    for index, one in enumerate(recipe.passes):
-        yield from one.warnings_behind(recipe.passes[:index])
+    for index, options in enumerate(recipe.passes):
+        yield from options.warnings_behind(recipe.passes[:index])
     given = _chain(recipe, header)[0] if header is not None else [None] * len(recipe.passes)
-    for one, seen in zip(recipe.passes, given, strict=True):
-        yield from one.warnings(seen)
-    calibrated = [one.name for one in recipe.passes if one.wants == "calibration"]
+    for options, seen in zip(recipe.passes, given, strict=True):
+        yield from options.warnings(seen)
+    calibrated = [options.name for options in recipe.passes if options.wants == "calibration"]
     if header is not None and header.sees_images:
-        used = [one.data for one in recipe.evaluate if isinstance(one, Quality)]
+        used = [evaluation.data for evaluation in recipe.evaluate if isinstance(evaluation, Quality)]
         if any(ref.startswith("builtin:") for ref in (*used, *([recipe.calibration.data] if calibrated else []))):
             yield "The model sees images, and the recipe names none: synthetic ones stand in. Figures on them say how near the result is to its source, not how well it sees."
-    if calibrated and recipe.calibration.data in {one.data for one in recipe.evaluate if isinstance(one, Quality)} - {
-        "builtin:prose"
-    }:
+    if calibrated and recipe.calibration.data in {
+        evaluation.data for evaluation in recipe.evaluate if isinstance(evaluation, Quality)
+    } - {"builtin:prose"}:
         yield "The result is measured on the data it was calibrated on: the figures will flatter it."
 
 
@@ -204,12 +206,12 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
             hint="Add tokenizer.json (and tokenizer_config.json) to its folder.",
         )
     seen = header
-    for one in recipe.passes:
-        one.check(seen)
-        _check_carriers(recipe, one, seen)
-        seen = one.leaves(seen)
-    for one in recipe.passes:
-        one.check_beside(recipe.passes, header)
+    for options in recipe.passes:
+        options.check(seen)
+        _check_carriers(recipe, options, seen)
+        seen = options.leaves(seen)
+    for options in recipe.passes:
+        options.check_beside(recipe.passes, header)
     for export in recipe.exports:
         export.check(header)
     for wanted in recipe.evaluate:
@@ -224,16 +226,16 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
             )
 
 
-def _check_generation(one: GenerationSpeed, header: ModelHeader) -> None:
+def _check_generation(speed: GenerationSpeed, header: ModelHeader) -> None:
     if header.task not in {"causal-lm", "seq2seq"}:
         raise invalid(
-            f"evaluate: {one.metric} is for models that write text, and this one is for {header.task}.",
+            f"evaluate: {speed.metric} is for models that write text, and this one is for {header.task}.",
             "Use `latency`.",
         )
-    longest = max(one.prompt) + one.tokens
+    longest = max(speed.prompt) + speed.tokens
     if header.positions is not None and longest > header.positions:
         raise invalid(
-            f"evaluate: {one.metric} would come to {longest} tokens, more than the model's {header.positions} positions.",
+            f"evaluate: {speed.metric} would come to {longest} tokens, more than the model's {header.positions} positions.",
             "Use a shorter `prompt` or fewer `tokens`.",
         )
 
@@ -251,33 +253,33 @@ _METRICS: dict[str, tuple[frozenset[str], bool]] = {
 }
 
 
-def _check_metric(one: Quality, header: ModelHeader) -> None:
-    if one.metric not in _METRICS:
+def _check_metric(quality: Quality, header: ModelHeader) -> None:
+    if quality.metric not in _METRICS:
         return
-    tasks, prose = _METRICS[one.metric]
+    tasks, prose = _METRICS[quality.metric]
     if header.task not in tasks:
         others = [name for name, (takes, _) in _METRICS.items() if header.task in takes]
         raise invalid(
-            f"evaluate: {one.metric} is for {' and '.join(sorted(tasks))} models, and this one is for {header.task}.",
+            f"evaluate: {quality.metric} is for {' and '.join(sorted(tasks))} models, and this one is for {header.task}.",
             f"Use {', '.join(f'`{name}`' for name in ['auto', *others, 'fidelity'])}.",
         )
-    if one.metric == "accuracy" and header.head != "classes":
+    if quality.metric == "accuracy" and header.head != "classes":
         raise invalid(
             f"evaluate: accuracy is for models that choose one class, and this one's outputs are {header.head} (`problem_type` and `num_labels` in its config.json).",
             "Use `fidelity`, which compares them with the source's.",
         )
-    if not prose and one.data.startswith("builtin:"):
+    if not prose and quality.data.startswith("builtin:"):
         raise invalid(
-            f"evaluate: {one.metric} needs a data set with the columns that docs/evaluation.md names; {one.data} is prose.",
+            f"evaluate: {quality.metric} needs a data set with the columns that docs/evaluation.md names; {quality.data} is prose.",
             "Name a data set in `data`, or use `fidelity`, which needs no labels.",
         )
 
 
 def stored(recipe: Recipe, header: ModelHeader) -> ModelHeader:
     """The header of the float model that the passes leave, with the sizes that its tensors are stored in."""
-    passes = [one.settled(header) for one in recipe.passes]
+    passes = [options.settled(header) for options in recipe.passes]
     tensors = [
-        tensor.model_copy(update={"size": min([tensor.size, *(one.stored_bytes(tensor) for one in passes)])})
+        tensor.model_copy(update={"size": min([tensor.size, *(options.stored_bytes(tensor) for options in passes)])})
         for tensor in header.tensors
     ]
     return header.model_copy(update={"tensors": tuple(tensors)})
@@ -290,16 +292,16 @@ def _outputs(recipe: Recipe, header: ModelHeader) -> dict[str, int]:
 
 def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
     given, left = _chain(recipe, header)
-    passes = [one.settled(seen) for one, seen in zip(recipe.passes, given, strict=True)]
+    passes = [options.settled(seen) for options, seen in zip(recipe.passes, given, strict=True)]
     tensors = left.tensors
-    if left.tied_table is not None and any(one.stage in {"graph", "runtime"} for one in passes):
+    if left.tied_table is not None and any(options.stage in {"graph", "runtime"} for options in passes):
         # Rows of the one are looked up, columns of the other multiplied by, and each has codes of its own.
         tensors += (left.tied_table.model_copy(update={"name": _HEADS[left.task]}),)
     total = 0
     for tensor in tensors:
         size = tensor.size
-        for one in passes:
-            size = min(size, one.stored_bytes(tensor))
+        for options in passes:
+            size = min(size, options.stored_bytes(tensor))
         total += export.stored_bytes(tensor) if size == tensor.size else size
         total += export.text_bytes(tensor)
     return total
@@ -315,7 +317,7 @@ def _placed(recipe: Recipe, costs: Sequence[Cost], fleet: Sequence[Seat]) -> Pla
     """The queue, and why it is this one."""
     if recipe.device != "auto":
         return _queue_without_model(recipe)
-    here_alone = [one.name for one in recipe.passes if "cuda" not in one.runs_on]
+    here_alone = [options.name for options in recipe.passes if "cuda" not in options.runs_on]
     if here_alone:
         return Placement("cpu", f"`{here_alone[0]}` runs on a processor alone.")
     # With the same threads for both: what more of them gain is no reason to take a GPU.
@@ -324,8 +326,8 @@ def _placed(recipe: Recipe, costs: Sequence[Cost], fleet: Sequence[Seat]) -> Pla
 
 
 def _need(recipe: Recipe, costs: Sequence[Cost], queue: Queue, threads: int) -> Need:
-    seconds = sum(one.lasts(queue, threads) for one in costs)
-    gpu = GPU_RUNTIME_BYTES + max(one.gpu_bytes for one in costs) if queue == "gpu" else 0
+    seconds = sum(cost.lasts(queue, threads) for cost in costs)
+    gpu = GPU_RUNTIME_BYTES + max(cost.gpu_bytes for cost in costs) if queue == "gpu" else 0
     return Need(_memory(recipe, costs, queue), gpu, seconds + GPU_START_S * (queue == "gpu"))
 
 
@@ -342,20 +344,20 @@ def _estimate(
         threads=threads,
         output_bytes=outputs,
         gpu_bytes=need.gpu_bytes,
-        leaner=tuple(one for one in _leaner(recipe, header, queue) if one.memory_bytes < need.memory_bytes),
+        leaner=tuple(choice for choice in _leaner(recipe, header, queue) if choice.memory_bytes < need.memory_bytes),
     )
 
 
 def _costs(recipe: Recipe, header: ModelHeader) -> list[Cost]:
     given, _ = _chain(recipe, header)
-    found = [one.cost(seen, recipe.calibration) for one, seen in zip(recipe.passes, given, strict=True)]
+    found = [options.cost(seen, recipe.calibration) for options, seen in zip(recipe.passes, given, strict=True)]
     return [*found, measuring.measuring_cost(recipe, header, _outputs(recipe, header), _most(found))]
 
 
 def timed_by_turns(recipe: Recipe, header: ModelHeader) -> bool:
     """Whether the source and an artifact are loaded at the same time and timed by turns, as the estimate of memory has it."""
     given, _ = _chain(recipe, header)
-    passes = [one.cost(seen, recipe.calibration) for one, seen in zip(recipe.passes, given, strict=True)]
+    passes = [options.cost(seen, recipe.calibration) for options, seen in zip(recipe.passes, given, strict=True)]
     return measuring.timed_by_turns(recipe, header, _outputs(recipe, header), _most(passes))
 
 
@@ -364,7 +366,7 @@ def _most(costs: Sequence[Cost]) -> int:
 
 
 def _memory(recipe: Recipe, costs: Sequence[Cost], queue: Queue) -> int:
-    *passes, measuring = (one.held(queue) for one in costs)
+    *passes, measuring = (cost.held(queue) for cost in costs)
     if queue == "gpu" and _kept(
         recipe
     ):  # torch gives pinned memory back to nobody: it is there while artifacts are measured, too
@@ -374,7 +376,7 @@ def _memory(recipe: Recipe, costs: Sequence[Cost], queue: Queue) -> int:
 
 def _kept(recipe: Recipe) -> int:
     """What the passes leave in the child once it has run a model: it is there while the artifacts are measured, too."""
-    return MODELLING_BYTES if {one.scope for one in recipe.passes} & {"blocks", "train"} else 0
+    return MODELLING_BYTES if {options.scope for options in recipe.passes} & {"blocks", "train"} else 0
 
 
 def _leaner(recipe: Recipe, header: ModelHeader, queue: Queue) -> Iterable[Leaner]:

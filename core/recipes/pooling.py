@@ -33,7 +33,11 @@ def module_folders(read: Callable[[str], bytes | None]) -> list[str]:
     if raw is None:
         return [PurePosixPath(_UNLISTED).parts[0]]
     modules = parse_json(MODULES_FILE, raw)
-    paths = [str(one.get("path", "")) for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
+    paths = (
+        [str(module.get("path", "")) for module in modules if isinstance(module, dict)]
+        if isinstance(modules, list)
+        else []
+    )
     plain = [
         path for path in paths if path and not path.startswith(("/", ".")) and ".." not in PurePosixPath(path).parts
     ]
@@ -48,11 +52,11 @@ def read_pooling(read: Read) -> str:
     modules = read(MODULES_FILE)
     if modules is None:
         return _modes(_UNLISTED, read(_UNLISTED) or {})
-    if not isinstance(modules, list) or not all(isinstance(one, dict) for one in modules):
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise malformed(MODULES_FILE, "it is no list of modules")
     found: list[str] = []
-    for one in modules:
-        kind, path = str(one.get("type", "")).rpartition(".")[2], str(one.get("path", ""))
+    for module in modules:
+        kind, path = str(module.get("type", "")).rpartition(".")[2], str(module.get("path", ""))
         if kind == "Pooling":
             file = f"{path}/config.json" if path else "config.json"
             config = read(file)

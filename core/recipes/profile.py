@@ -98,14 +98,14 @@ def by_kind(profile: Profile) -> dict[Kind, Part]:
     """The parts summed up over blocks."""
     found = {}
     for kind in KINDS:
-        same = [one for one in profile.parts if one.kind == kind]
+        same = [part for part in profile.parts if part.kind == kind]
         if same:
             found[kind] = Part(
                 block=None,
                 kind=kind,
-                parameters=sum(one.parameters for one in same),
-                bytes=sum(one.bytes for one in same),
-                flops=sum(one.flops for one in same),
+                parameters=sum(part.parameters for part in same),
+                bytes=sum(part.bytes for part in same),
+                flops=sum(part.flops for part in same),
             )
     return found
 
@@ -115,11 +115,11 @@ def _parts(header: ModelHeader, anatomy: Anatomy, batch: int, length: int) -> It
     sums: dict[tuple[int | None, Kind], list[int]] = {}
 
     def add(block: int | None, kind: Kind, tensor: TensorInfo | None, flops: int) -> None:
-        one = sums.setdefault((block, kind), [0, 0, 0])
+        total = sums.setdefault((block, kind), [0, 0, 0])
         if tensor is not None:
-            one[0] += math.prod(tensor.shape)
-            one[1] += tensor.size
-        one[2] += flops
+            total[0] += math.prod(tensor.shape)
+            total[1] += tensor.size
+        total[2] += flops
 
     for tensor in header.tensors:
         place = anatomy.place(tensor.name)
@@ -139,9 +139,9 @@ def _parts(header: ModelHeader, anatomy: Anatomy, batch: int, length: int) -> It
     order = {kind: at for at, kind in enumerate(KINDS)}
     for (block, kind), (parameters, size, flops) in sorted(
         sums.items(),
-        key=lambda one: (
-            -1 if one[0][0] is None and one[0][1] != "head" else anatomy.layers if one[0][0] is None else one[0][0],
-            order[one[0][1]],
+        key=lambda part: (
+            -1 if part[0][0] is None and part[0][1] != "head" else anatomy.layers if part[0][0] is None else part[0][0],
+            order[part[0][1]],
         ),
     ):
         yield Part(block=block, kind=kind, parameters=parameters, bytes=size, flops=flops)
@@ -179,12 +179,12 @@ def _output_width(header: ModelHeader, anatomy: Anatomy) -> int:
 
 def _shape(header: ModelHeader, anatomy: Anatomy, batch: int, length: int, device: Device | None) -> Shape:
     parts = list(_parts(header, anatomy, batch, length))
-    flops = sum(one.flops for one in parts)
-    quadratic = sum(one.flops for one in parts if one.kind == "attention scores")
+    flops = sum(part.flops for part in parts)
+    quadratic = sum(part.flops for part in parts if part.kind == "attention scores")
     # A table of embeddings is read where its tokens stand; the rest is read whole.
-    weights = sum(one.bytes for one in parts if one.kind != "embeddings")
+    weights = sum(part.bytes for part in parts if part.kind != "embeddings")
     if _tied(header):
-        weights += sum(one.bytes for one in parts if one.kind == "embeddings")
+        weights += sum(part.bytes for part in parts if part.kind == "embeddings")
     cache = 2 * _FLOAT * anatomy.head_dim * sum(anatomy.groups) * batch * length if header.is_decoder else None
     moved = weights + (cache or 0)
     decode_flops = decode_moved = None
@@ -220,6 +220,6 @@ def _bound(flops: int, moved: int, device: Device | None) -> float | None:
 
 def _quadratic_from(parts: tuple[Part, ...], length: int) -> int | None:
     """Σ 4 L² h d = Σ 2 L p over a model's blocks at L = Σ p / Σ 2 h d."""
-    linear = sum(one.flops for one in parts if one.kind in {"attention projections", "feed-forward"})
-    quadratic = sum(one.flops for one in parts if one.kind == "attention scores")
+    linear = sum(part.flops for part in parts if part.kind in {"attention projections", "feed-forward"})
+    quadratic = sum(part.flops for part in parts if part.kind == "attention scores")
     return round(length * linear / quadratic) if quadratic else None

@@ -20,12 +20,12 @@ def become_floats(model_type: str, schemes: Mapping[str, Scheme]) -> bool:
     It makes no room for packed embeddings, and it unpacks fp4 to bfloat16 whatever the model's dtype. Making floats is the way round all
     of these, and round the families above. It takes one scheme. vLLM doesn't read the key.
     """
-    packed = any(one.format == "pack-quantized" for one in schemes.values())
+    packed = any(scheme.format == "pack-quantized" for scheme in schemes.values())
     return (
         model_type in _OTHER_NAMES
         or (packed and model_type in _READ_BEFORE_LOADING)
-        or any(one.kind == "float" and one.bits == 4 for one in schemes.values())
-        or any(not one.symmetric for one in schemes.values())
+        or any(scheme.kind == "float" and scheme.bits == 4 for scheme in schemes.values())
+        or any(not scheme.symmetric for scheme in schemes.values())
         or any(is_table(name) for name in schemes)
     )
 
@@ -38,7 +38,7 @@ def why_unreadable(header: ModelHeader, schemes: Mapping[TensorInfo, Collection[
     every = {scheme for some in schemes.values() for scheme in some}
     if header.model_type in MIXTURES and (refused := _experts(header, schemes, every)) is not None:
         return refused
-    of_modules = {module_of(one): scheme for one, some in schemes.items() for scheme in some}
+    of_modules = {module_of(tensor): scheme for tensor, some in schemes.items() for scheme in some}
     if len(every) > 1 and become_floats(header.model_type, of_modules):
         return f"transformers reads one grid alone of a {header.model_type}", "Leave out `overrides` and `budget`."
     for tensor, some in schemes.items():
@@ -56,7 +56,7 @@ def _experts(
 ) -> tuple[str, str] | None:
     """transformers puts a mixture's experts together while it loads them, by one scheme for all."""
     taken = {scheme for tensor, some in schemes.items() if is_expert(tensor.name) for scheme in some}
-    if any(not one.symmetric for one in taken):
+    if any(not name.symmetric for name in taken):
         return (
             "transformers passes over the zero points of a mixture's experts",
             "Set `symmetric` to true for this model.",
@@ -66,23 +66,23 @@ def _experts(
             "transformers reads one grid alone for all experts of a mixture",
             "Let all experts have the same bits and groups: `overrides` may name other layers, and leave out `budget`.",
         )
-    if any(one.format == "nvfp4-pack-quantized" for one in taken):
+    if any(name.format == "nvfp4-pack-quantized" for name in taken):
         return (
             "transformers passes over what nvfp4's scales are divided by in a mixture's experts",
             "Use `mxfp4` or integers for this model.",
         )
-    if any(one.strategy == "block" for one in taken):
+    if any(name.strategy == "block" for name in taken):
         return (
             "transformers multiplies a mixture's experts by a scale a row, and can't by one for 128 × 128",
             "Leave `weights` at `channel` for this model.",
         )
     names = {tensor.name for tensor in schemes}
     left = [
-        one.name
-        for one in header.tensors
-        if is_expert(one.name) and one.name.endswith(".weight") and one.name not in names
+        tensor.name
+        for tensor in header.tensors
+        if is_expert(tensor.name) and tensor.name.endswith(".weight") and tensor.name not in names
     ]
-    if left and (taken or any(one.format != "float-quantized" for one in every)):
+    if left and (taken or any(scheme.format != "float-quantized" for scheme in every)):
         return (
             f"transformers takes all of a mixture's experts for codes, and {left[0]} stays in float",
             "Let the pass take all experts: change `ignore`.",

@@ -62,7 +62,7 @@ def read_safetensors_header(files: ModelFiles, path: str, size: int) -> list[Ten
     names = {tensor.name for tensor, _ in found}
     if len(names) != len(found):
         raise malformed(path, "a tensor stands twice in its header")
-    found.sort(key=lambda one: one[1])
+    found.sort(key=lambda pair: pair[1])
     _check_layout(path, [span for _, span in found], size - 8 - length)
     return [tensor for tensor, _ in found]
 
@@ -92,7 +92,11 @@ def _tensor(path: str, name: str, raw: Any) -> tuple[TensorInfo, tuple[int, int]
         isinstance(shape, list) and len(shape) <= _MAX_DIMS and all(type(dim) is int and dim >= 0 for dim in shape)
     ):
         raise flaw("its shape is not a short list of sizes")
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(one) is int and one >= 0 for one in offsets)):
+    if not (
+        isinstance(offsets, list)
+        and len(offsets) == 2
+        and all(type(offset) is int and offset >= 0 for offset in offsets)
+    ):
         raise flaw("its data_offsets are not two positions")
     total = width
     for dim in shape:

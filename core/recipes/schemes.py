@@ -93,7 +93,7 @@ class Scheme:
         return tuple(outputs)
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
-        return sum(one.size for one in self.outputs(tensor))
+        return sum(output.size for output in self.outputs(tensor))
 
     def weight_arguments(self) -> dict[str, Any]:
         """`weights` of a config group."""

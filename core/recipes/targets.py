@@ -75,7 +75,7 @@ def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
     if aim is None:
         return filled
     if "passes" not in raw:
-        filled["passes"] = [dict(one) for one in aim.passes]
+        filled["passes"] = [dict(options) for options in aim.passes]
         if aim.calibration is not None:
             filled.setdefault("calibration", dict(aim.calibration))
     filled.setdefault("exports", list(aim.exports))
@@ -85,7 +85,7 @@ def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
 def misfit(target: str, exports: tuple[Export, ...]) -> str | None:
     """Why a target can't have these exports; None where it can."""
     aim = AIMS.get(target)
-    wrong = [] if aim is None else [one.name for one in exports if one.format not in aim.reads]
+    wrong = [] if aim is None else [export.name for export in exports if export.format not in aim.reads]
     if aim is None or not wrong:
         return None
     return (

@@ -67,7 +67,7 @@ def healthy(service: str, environment: dict[str, str]) -> bool:
     """The service's own health check, as compose would run it."""
     test = SERVICES[service]["healthcheck"]["test"]
     assert test[:2] == ["CMD", "python"]
-    arguments = [one.replace("8790", environment["NIGHTPRESS_API_PORT"]) for one in test[2:]]
+    arguments = [argument.replace("8790", environment["NIGHTPRESS_API_PORT"]) for argument in test[2:]]
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True).returncode == 0
 
 

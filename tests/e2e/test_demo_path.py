@@ -77,7 +77,7 @@ def test_from_up_to_a_verified_artifact_on_disk(environment: dict[str, str], ber
 
         run(environment, tmp_path, "pull", job["id"], "--out", "pulled")
         artifacts = json.loads(run(environment, tmp_path, "inspect", job["id"], "--json"))["artifacts"]
-        assert [one.model_dump() for one in describe_folder(tmp_path / "pulled" / "onnx")] == artifacts[0]["files"]
+        assert [file.model_dump() for file in describe_folder(tmp_path / "pulled" / "onnx")] == artifacts[0]["files"]
         assert (tmp_path / "pulled" / "report.html").stat().st_size > 1000
 
         # The same bytes are not sent again, and a missed gate is no failure of the run.
@@ -137,7 +137,7 @@ def test_an_interrupted_demo_takes_its_stack_along(environment: dict[str, str], 
     )
     started = psutil.Process(process.pid)
     stack = eventually(
-        lambda: [one for one in started.children(recursive=True) if "nightpress.worker.devstack" in one.cmdline()]
+        lambda: [child for child in started.children(recursive=True) if "nightpress.worker.devstack" in child.cmdline()]
     )
     parts = eventually(lambda: stack[0].children() or not stack[0].is_running())
     time.sleep(0.5)
@@ -145,4 +145,4 @@ def test_an_interrupted_demo_takes_its_stack_along(environment: dict[str, str], 
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert isinstance(parts, list)
-    eventually(lambda: not any(one.is_running() for one in (*stack, *parts)))
+    eventually(lambda: not any(process.is_running() for process in (*stack, *parts)))

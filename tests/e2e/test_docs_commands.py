@@ -45,7 +45,7 @@ class Block:
 
 
 def blocks_of(page: str) -> list[Block]:
-    return [Block(one["kind"], one["body"], one["why"]) for one in _BLOCK.finditer(page)]
+    return [Block(match["kind"], match["body"], match["why"]) for match in _BLOCK.finditer(page)]
 
 
 def commands_of(block: Block) -> list[Command]:
@@ -78,8 +78,8 @@ def shows(expected: str, output: str) -> bool:
 
 
 def runnable(page: Path) -> list[Command]:
-    blocks = [one for one in blocks_of(page.read_text()) if one.why is None]
-    return [command for one in blocks if one.kind in {"console", "python"} for command in commands_of(one)]
+    blocks = [block for block in blocks_of(page.read_text()) if block.why is None]
+    return [command for block in blocks if block.kind in {"console", "python"} for command in commands_of(block)]
 
 
 def name_of(page: Path) -> str:
@@ -90,7 +90,9 @@ def name_of(page: Path) -> str:
 def test_every_block_says_what_it_is(page: Path):
     text = page.read_text()
     blocks = blocks_of(text)
-    assert text.count("<!-- not run:") == sum(one.why is not None for one in blocks), "a marker stands before its block"
+    assert text.count("<!-- not run:") == sum(block.why is not None for block in blocks), (
+        "a marker stands before its block"
+    )
     assert len(re.findall(r"^```", text, re.M)) == 2 * len(blocks)
     for block in blocks:
         if block.why is not None:
@@ -149,7 +151,7 @@ def test_what_a_page_tells_to_type_works(page: Path, service: dict[str, str], ch
         text=True,
         timeout=280,
     )
-    answers = [one.rpartition("\037") for one in done.stdout.split("\036")[1:]]
+    answers = [answer.rpartition("\037") for answer in done.stdout.split("\036")[1:]]
     for command, (output, _, status) in zip(commands, answers, strict=False):
         assert status == "0", f"$ {command.text}\n{output}"
         for expected in command.output:
@@ -160,12 +162,12 @@ def test_what_a_page_tells_to_type_works(page: Path, service: dict[str, str], ch
 def test_a_newcomer_has_a_nightly_job_after_five_commands():
     """The page runs as it stands, above; that it stays this short is held here."""
     section = (ROOT / "docs" / "how-to" / "nightly.md").read_text().split("\n## ")[1]
-    commands = [one.text for block in blocks_of(section) for one in commands_of(block)]
+    commands = [command.text for block in blocks_of(section) for command in commands_of(block)]
     assert len(commands) == 5
     assert commands[0] == "make demo"
     assert commands[-1].startswith("nightpress schedule add")
     readme = (ROOT / "README.md").read_text().split("\n## In five commands\n")[1].split("\n## ")[0]
-    shown = [one.text for one in commands_of(blocks_of(readme)[0])]
+    shown = [command.text for command in commands_of(blocks_of(readme)[0])]
     assert "the first is `make demo`" in readme
     assert len(shown) == 4
     assert shown[-1].startswith("nightpress schedule add")

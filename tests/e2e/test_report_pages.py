@@ -60,8 +60,8 @@ def test_it_prints_with_everything_on_the_paper(browser: Browser, pages: Path, t
         seen.page.emulate_media(media="print")
         assert seen.page.evaluate(shown)
         letters = [
-            seen.page.evaluate(f"parseFloat(getComputedStyle(document.querySelector('{one}')).fontSize)")
-            for one in ("body", "td")
+            seen.page.evaluate(f"parseFloat(getComputedStyle(document.querySelector('{selector}')).fontSize)")
+            for selector in ("body", "td")
         ]
         assert letters[1] <= letters[0]
         # A cell that is narrower than its word breaks it.

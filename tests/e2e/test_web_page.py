@@ -28,8 +28,8 @@ VIEWS = ("/jobs", "/jobs/new", "/models", "/schedules", "/workers", "/webhooks",
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium() as one:
-        yield one
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,15 @@ def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
 
 @pytest.fixture(scope="module")
 def model_id(face: Face, bert_tiny: Path) -> str:
-    with face.client() as one:
-        return one.models.upload(bert_tiny).id
+    with face.client() as client:
+        return client.models.upload(bert_tiny).id
 
 
 @pytest.fixture(scope="module")
 def finished(face: Face, model_id: str) -> list[str]:
     """Two jobs that have succeeded, one of them rejected, and one that has failed."""
-    with face.client() as one:
-        ids = [one.jobs.submit(model_id, RECIPE, name=name).id for name in (HOSTILE, "second", "third")]
+    with face.client() as client:
+        ids = [client.jobs.submit(model_id, RECIPE, name=name).id for name in (HOSTILE, "second", "third")]
         face.succeed(face.claim())
         face.succeed(face.claim(), verdict="rejected")
         face.fail(face.claim(), NightpressError(ErrorCode.INVALID_DATA, "The text is <b>empty</b>.", hint="Add lines."))
@@ -110,9 +110,9 @@ def test_a_key_in_the_address_is_taken_and_leaves_it(browser: Browser, face: Fac
 def test_every_view_is_usable_by_all_and_asks_no_other_origin(
     browser: Browser, face: Face, finished: list[str], look: dict[str, Any]
 ):
-    with face.client() as one, signed_in(browser, face, **look) as seen:
+    with face.client() as client, signed_in(browser, face, **look) as seen:
         page = seen.page
-        wide = one.webhooks.create(f"http://127.0.0.1:9/{'longaddress/' * 12}", events=["job.failed"]).webhook
+        wide = client.webhooks.create(f"http://127.0.0.1:9/{'longaddress/' * 12}", events=["job.failed"]).webhook
         for view in (
             *VIEWS,
             f"/webhooks/{wide.id}",
@@ -128,7 +128,7 @@ def test_every_view_is_usable_by_all_and_asks_no_other_origin(
             assert violations(page) == [], view
             assert overflows(page) == [], view
             assert page.title().endswith("Nightpress"), view
-        one.webhooks.delete(wide.id)
+        client.webhooks.delete(wide.id)
         assert {url.split("/")[2] for url in seen.requests if url.startswith("http")} == {face.url.split("/")[2]}
         assert seen.complaints == []
 
@@ -157,7 +157,7 @@ def test_the_apis_reference_shows_every_operation_and_asks_no_other_origin(
         page = seen.page
         page.wait_for_selector("#create_job")
         document = page.evaluate("fetch('/openapi.json').then((answer) => answer.json())")
-        names = [one["operationId"] for methods in document["paths"].values() for one in methods.values()]
+        names = [method["operationId"] for methods in document["paths"].values() for method in methods.values()]
         assert [name for name in names if page.locator(f"details#{name}").count() != 1] == []
         page.locator("#create_job > summary").click()
         assert "all-minilm-l6-v2" in page.locator("#create_job").inner_text()
@@ -180,8 +180,8 @@ def test_what_people_write_is_shown_and_never_run(browser: Browser, face: Face, 
 
 
 def test_a_job_is_followed_live_from_queued_to_its_artifacts(browser: Browser, face: Face, model_id: str):
-    with face.client() as one:
-        job = one.jobs.submit(model_id, RECIPE, name="followed", priority=50)
+    with face.client() as client:
+        job = client.jobs.submit(model_id, RECIPE, name="followed", priority=50)
     with signed_in(browser, face, f"/jobs/{job.id}") as seen:
         page = seen.page
         page.wait_for_selector(".badge:has-text('queued')")
@@ -214,8 +214,8 @@ def test_a_failed_job_says_why_and_what_to_do(browser: Browser, face: Face, fini
 
 
 def test_a_job_is_cancelled_with_the_keyboard_alone(browser: Browser, face: Face, model_id: str):
-    with face.client() as one:
-        job = one.jobs.submit(model_id, RECIPE, name="unwanted")
+    with face.client() as client:
+        job = client.jobs.submit(model_id, RECIPE, name="unwanted")
         with signed_in(browser, face) as seen:
             page = seen.page
             page.wait_for_selector("button[aria-label='Cancel unwanted']").focus()
@@ -223,14 +223,14 @@ def test_a_job_is_cancelled_with_the_keyboard_alone(browser: Browser, face: Face
             page.wait_for_selector("dialog[open]")
             page.keyboard.press("Escape")
             page.wait_for_selector("dialog", state="detached")
-            assert one.jobs.get(job.id).state == "queued"
+            assert client.jobs.get(job.id).state == "queued"
             page.focus("button[aria-label='Cancel unwanted']")
             page.keyboard.press("Enter")
             page.wait_for_selector("dialog[open]")
             page.focus("dialog button[value=yes]")
             page.keyboard.press("Enter")
             page.wait_for_selector("tr:has-text('unwanted') .badge:has-text('cancelled')")
-        assert one.jobs.get(job.id).state == "cancelled"
+        assert client.jobs.get(job.id).state == "cancelled"
 
 
 def test_a_recipe_is_checked_while_it_is_written_and_then_submitted(browser: Browser, face: Face, model_id: str):
@@ -249,9 +249,9 @@ def test_a_recipe_is_checked_while_it_is_written_and_then_submitted(browser: Bro
         page.wait_for_selector(".badge:has-text('queued')")
         job_id = re.search(r"#/jobs/(job_\w+)", page.url)
     assert job_id is not None
-    with face.client() as one:
-        assert one.jobs.get(job_id[1]).labels == {"team": "search"}
-        one.jobs.cancel(job_id[1])
+    with face.client() as client:
+        assert client.jobs.get(job_id[1]).labels == {"team": "search"}
+        client.jobs.cancel(job_id[1])
 
 
 def test_filters_are_in_the_address_and_an_empty_list_says_so(browser: Browser, face: Face, finished: list[str]):
@@ -313,8 +313,8 @@ def test_a_schedule_that_fetches_its_model_from_a_bucket_is_made_and_moved(brows
 
 
 def test_a_models_page_says_what_its_name_points_at_and_can_point_back(browser: Browser, face: Face, model_id: str):
-    with face.client() as one:
-        ids = [one.jobs.submit(model_id, RECIPE, name=f"promoted {at}").id for at in range(2)]
+    with face.client() as client:
+        ids = [client.jobs.submit(model_id, RECIPE, name=f"promoted {at}").id for at in range(2)]
     for _ in ids:
         face.succeed(face.claim())
     with signed_in(browser, face, f"/models/{model_id}") as seen:
@@ -337,12 +337,12 @@ def test_a_key_is_made_with_scopes_and_an_expiry_shown_once_rotated_and_revoked(
         page.click("dialog button:has-text('I have it')")
         page.wait_for_selector("tr:has-text('robot')")
         assert made not in page.content()
-        with Client(face.url, made) as one:
-            me = one.me()
+        with Client(face.url, made) as client:
+            me = client.me()
             assert me.key_id in page.inner_text("tr:has-text('robot')")
             assert {"jobs:write", "keys:read"} <= set(me.scopes)
             assert {"keys:write", "admin"}.isdisjoint(me.scopes)
-            ends = one.keys.get(me.key_id).expires_at
+            ends = client.keys.get(me.key_id).expires_at
         assert ends is not None
         assert 29 < (ends - dt.datetime.now(dt.UTC)) / dt.timedelta(days=1) <= 30
 
@@ -354,16 +354,16 @@ def test_a_key_is_made_with_scopes_and_an_expiry_shown_once_rotated_and_revoked(
         page.click("dialog button:has-text('I have it')")
         page.wait_for_selector(f"tr:has-text('{me.key_id} robot'):not(:has-text('after')) .badge:has-text('expired')")
         page.wait_for_selector(f"tr:has-text('after {me.key_id}') .badge:has-text('active')")
-        with Client(face.url, renewed) as one:
-            assert one.me().scopes == me.scopes
+        with Client(face.url, renewed) as client:
+            assert client.me().scopes == me.scopes
         page.click(f"tr:has-text('after {me.key_id}') button:has-text('Revoke')")
         page.click("dialog button[value=yes]")
         page.wait_for_selector(f"tr:has-text('after {me.key_id}') .badge:has-text('revoked')")
 
 
 def test_who_rotates_the_key_in_use_stays_signed_in_with_its_successor(browser: Browser, face: Face):
-    with face.client() as one:
-        own = one.keys.create("visitor", ["jobs:read", "keys:read", "keys:write"]).key
+    with face.client() as client:
+        own = client.keys.create("visitor", ["jobs:read", "keys:read", "keys:write"]).key
     with browser.open(f"{face.url}/#key={own}") as seen:
         page = seen.page
         page.click("nav a:has-text('Keys')")
@@ -453,7 +453,7 @@ def test_a_webhook_is_made_tried_looked_into_rotated_switched_off_and_deleted(br
 
 
 def test_an_administrator_sees_what_tenants_use_and_sets_their_quotas(browser: Browser, face: Face, model_id: str):
-    with face.client() as one, signed_in(browser, face, "/access") as seen:
+    with face.client() as client, signed_in(browser, face, "/access") as seen:
         page = seen.page
         page.click("text=Tenants and quotas")
         page.click("button[aria-label='Quotas of default']")
@@ -461,12 +461,12 @@ def test_an_administrator_sees_what_tenants_use_and_sets_their_quotas(browser: B
         assert violations(page) == []
         page.click("form button:has-text('Save')")
         page.wait_for_selector("tr:has-text('default') td:has-text('0 of 3')")
-        assert one.tenants.get("default").own.max_running_jobs == 3
+        assert client.tenants.get("default").own.max_running_jobs == 3
         page.click("button[aria-label='Quotas of default']")
         page.get_by_label("Running jobs").fill("")
         page.click("form button:has-text('Save')")
         page.wait_for_selector("tr:has-text('default') td[data-of='Running']:text-is('0')")
-        assert one.tenants.get("default").own.max_running_jobs is None
+        assert client.tenants.get("default").own.max_running_jobs is None
 
         page.get_by_label("Name").fill("search-team")
         page.click("button:has-text('To its keys')")

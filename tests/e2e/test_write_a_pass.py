@@ -108,7 +108,7 @@ def test_a_press_on_this_machine_uses_it_where_it_is_allowed(
     assert "a pass of the package nightpress-clip 0.1.0" in (tmp_path / "out" / "report.html").read_text()
     name = "bert.encoder.layer.0.output.dense.weight"
     before = load_file(bert_tiny / "model.safetensors")
-    name = next(one for one in before if one.endswith("encoder.layer.0.output.dense.weight"))
+    name = next(name for name in before if name.endswith("encoder.layer.0.output.dense.weight"))
     after = load_file(tmp_path / "out" / "safetensors" / "model.safetensors")[name]
     bound = 2 * before[name].double().square().mean(dim=1, keepdim=True).sqrt()
     assert (after.double() - before[name].double().clamp(-bound, bound)).abs().max() < 1e-6
@@ -148,7 +148,7 @@ def test_a_service_that_allows_it_lists_plans_and_runs_it(
     job = json.loads(nightpress(python, *submit, cwd=tmp_path, **service))
     assert (job["state"], job["attempt"], job["reused_from"]) == ("succeeded", 1, None)
     report = Report.model_validate_json(nightpress(python, "report", job["id"], "--json", cwd=tmp_path, **service))
-    assert [(one.name, one.package, one.package_version) for one in report.passes] == [
+    assert [(options.name, options.package, options.package_version) for options in report.passes] == [
         ("clip", "nightpress-clip", "0.1.0")
     ]
     again = json.loads(nightpress(python, *submit, cwd=tmp_path, **service))

@@ -28,12 +28,12 @@ HOUR = 3600.0
 
 
 def files_of(service: Service, model_id: str) -> list[str]:
-    return [one.key for one in service.objects.list(f"models/{model_id}")]
+    return [item.key for item in service.objects.list(f"models/{model_id}")]
 
 
 def set_back(service: Service, table: Table, row_id: str, **seconds: float) -> None:
     with transaction(service.engine) as connection:
-        when = {name: db_now(-one) for name, one in seconds.items()}
+        when = {name: db_now(-second) for name, second in seconds.items()}
         connection.execute(update(table).where(table.c.id == row_id).values(when))
 
 

@@ -36,8 +36,8 @@ def break_off(service: Service, behaviour: str, job_id: str, *, step: int, pass_
     worker = service.start_worker(behaviour, NIGHTPRESS_DATA_DIR=str(service.settings.data_dir.parent / "elsewhere"))
 
     def stored_it() -> bool:
-        noted = [one.data for one in service.events(job_id) if one.kind == "checkpoint"]
-        return any(one["pass_index"] == pass_index and one["step"] >= step for one in noted)
+        noted = [event.data for event in service.events(job_id) if event.kind == "checkpoint"]
+        return any(checkpoint["pass_index"] == pass_index and checkpoint["step"] >= step for checkpoint in noted)
 
     eventually(stored_it, within=120)
     worker.kill()
@@ -173,8 +173,8 @@ def test_a_real_model_killed_between_two_blocks_ends_with_the_same_bytes(
     finish(service, None)
     assert service.job(job_id).state == "succeeded", service.log(job_id)
     resumed = [event.data for event in service.events(job_id) if event.kind == "resumed"]
-    assert {one["pass_index"] for one in resumed} == {0, 1}
-    assert [one["step"] for one in resumed if one["pass_index"] == 1] == [3]
+    assert {checkpoint["pass_index"] for checkpoint in resumed} == {0, 1}
+    assert [checkpoint["step"] for checkpoint in resumed if checkpoint["pass_index"] == 1] == [3]
     assert "pass 1 (sparsegpt) was done before" in service.log(job_id)
     service.check_invariants(job_id)
 
@@ -185,8 +185,8 @@ def test_a_real_model_killed_between_two_blocks_ends_with_the_same_bytes(
         MODEL_PASSES[options.pass_](model, target, options, context)
         model = target
     (artifact,) = service.store.reader.artifacts(job_id)
-    assert {one["path"]: one["sha256"] for one in artifact.files} == {
-        one.path: one.sha256 for one in describe_folder(model)
+    assert {file["path"]: file["sha256"] for file in artifact.files} == {
+        file.path: file.sha256 for file in describe_folder(model)
     }
 
 
@@ -219,7 +219,7 @@ def test_a_killed_graph_goes_on_from_what_was_there_and_ends_with_the_same_bytes
     worker = service.start_worker(f"pipeline_until_said:{said}", NIGHTPRESS_DATA_DIR=elsewhere)
 
     def stored_it() -> bool:
-        noted = [str(one.data["path"]) for one in service.events(job_id) if one.kind == "checkpoint"]
+        noted = [str(event.data["path"]) for event in service.events(job_id) if event.kind == "checkpoint"]
         return all(any(path.endswith(name) for path in noted) for name in stored_at_least)
 
     eventually(stored_it, within=240)
@@ -228,14 +228,14 @@ def test_a_killed_graph_goes_on_from_what_was_there_and_ends_with_the_same_bytes
     finish(service, "telling", within=240)
     messages = [line for line in service.log(job_id).splitlines() if line.startswith("told: ")]
     assert service.job(job_id).state == "succeeded", service.log(job_id)
-    assert not [one for one in messages if not_done_again in one]
-    assert [one for one in messages if "judging the graph" in one], "it was not rounded to its end before"
+    assert not [message for message in messages if not_done_again in message]
+    assert [message for message in messages if "judging the graph" in message], "it was not rounded to its end before"
 
     # Another tenant's job shares no checkpoints, so this runs from its beginning.
     straight = service.submit(recipe, tenant_id="neighbour", run_limit_s=400.0)
     finish(service, None, within=240)
     bytes_of = [
-        {one["path"]: one["sha256"] for one in service.store.reader.artifacts(job)[0].files}
+        {file["path"]: file["sha256"] for file in service.store.reader.artifacts(job)[0].files}
         for job in (job_id, straight)
     ]
     assert bytes_of[0] == bytes_of[1]

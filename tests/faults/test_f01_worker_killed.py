@@ -33,7 +33,7 @@ def test_f2_a_killed_child_is_told_with_its_signal_and_tried_again_and_its_worke
 
         def said_by(attempt: int = attempt) -> list[int]:
             lines = [
-                one for one in service.store.reader.logs(job_id) if one.attempt == attempt and "consumer" in one.text
+                log for log in service.store.reader.logs(job_id) if log.attempt == attempt and "consumer" in log.text
             ]
             return pids_said(lines[0].text) if lines else []
 
@@ -77,7 +77,7 @@ def test_f15_a_poison_job_fails_after_its_attempts_and_blocks_nobody(service: Se
     assert (job.attempt, job.failures) == (2, 2)
     assert job.error is not None
     assert job.error["details"]["signal"] == signal.SIGSEGV
-    kinds = eventually(lambda: [one for one in service.kinds(other) if one == "failed"])
+    kinds = eventually(lambda: [kind for kind in service.kinds(other) if kind == "failed"])
     assert kinds == ["failed"]
     first = next(event.at for event in service.events(other) if event.kind == "started")
     last = next(event.at for event in service.events(poison) if event.kind == "failed")

@@ -78,7 +78,7 @@ def test_f5_a_submission_whose_answer_was_lost_is_one_job(api: ApiProcess, proxy
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) > 0
         again = eventually(lambda: _taken(client.post("/v1/jobs", json=api.job)))
-        assert [one["id"] for one in client.get("/v1/jobs").json()["items"]] == [again.json()["id"]]
+        assert [item["id"] for item in client.get("/v1/jobs").json()["items"]] == [again.json()["id"]]
 
 
 def _taken(response: httpx.Response) -> httpx.Response | None:
@@ -99,7 +99,7 @@ def test_f14_an_api_that_dies_around_the_commit_leaves_one_job_to_who_asks_again
     with api.client() as client:
         again = client.post("/v1/jobs", json=api.job)
         assert again.status_code == (200 if written else 201)
-        assert [one["id"] for one in client.get("/v1/jobs").json()["items"]] == [again.json()["id"]]
+        assert [item["id"] for item in client.get("/v1/jobs").json()["items"]] == [again.json()["id"]]
 
 
 def test_f13_a_job_whose_api_died_before_it_could_ring_runs_within_a_tick(service: Service, api: ApiProcess) -> None:

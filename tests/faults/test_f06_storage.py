@@ -84,7 +84,7 @@ def test_f6_a_store_that_takes_nothing_fails_the_job_after_its_attempts(
     job = run_to_its_end(service)
     assert job.error is not None
     assert (job.state, job.attempt, job.error["code"]) == ("failed", 2, "storage_unavailable")
-    puts = [one for one in proxy.seen if one[0] == "PUT" and "/jobs/" in one[1]]
+    puts = [item for item in proxy.seen if item[0] == "PUT" and "/jobs/" in item[1]]
     assert len(puts) <= 2 * 2 * 4, "tries are bounded"
 
 
@@ -126,7 +126,7 @@ def test_f6_f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_dep
     def hang() -> str:
         job_id = service.submit()
         eventually(lambda: service.job(job_id).phase == phase)
-        eventually(lambda: any(one[0] == method and part in one[1] for one in proxy.seen))
+        eventually(lambda: any(item[0] == method and part in item[1] for item in proxy.seen))
         return job_id
 
     cancelled = hang()

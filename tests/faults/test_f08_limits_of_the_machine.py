@@ -217,7 +217,7 @@ def test_f31_a_worker_with_a_full_disk_fails_no_jobs_and_works_again_when_there_
         NIGHTPRESS_DATA_DIR=str(disk),
         NIGHTPRESS_STORAGE_URL=service.settings.objects_url,
     )
-    [bad_id] = [one.id for one in service.store.roster.workers()]
+    [bad_id] = [worker.id for worker in service.store.roster.workers()]
     filler = fill(Path(f"/proc/{bad.pid}/root{disk}"))
     service.start_worker("press")
     job_ids = [service.submit(max_failures=2) for _ in range(12)]
@@ -228,7 +228,7 @@ def test_f31_a_worker_with_a_full_disk_fails_no_jobs_and_works_again_when_there_
         service.check_invariants(job_id)
 
     def state() -> tuple[str, str | None]:
-        [seen] = [one for one in service.store.roster.workers() if one.id == bad_id]
+        [seen] = [worker for worker in service.store.roster.workers() if worker.id == bad_id]
         return seen.state, seen.unfit
 
     said = eventually(lambda: state()[1], within=20)
@@ -251,7 +251,7 @@ def test_f31_a_machine_without_the_storages_credentials_gives_jobs_back_until_it
     try:
         service.start_worker("press", NIGHTPRESS_S3_SECRET_ACCESS_KEY="wrong")
         job_id = service.submit_and_ring(max_failures=2)
-        [worker] = eventually(lambda: [one for one in service.store.roster.workers() if one.unfit], within=20)
+        [worker] = eventually(lambda: [worker for worker in service.store.roster.workers() if worker.unfit], within=20)
         assert worker.state == "unfit"
         assert service.job(job_id).state == "queued"
         service.start_worker("press")

@@ -65,7 +65,7 @@ def test_f25_an_api_that_is_killed_costs_its_readers_no_event(service: Service) 
     worker.join()
     whole = [event.seq for event in service.events(job_id)]
     assert len(whole) == EVENTS + 3
-    assert all(one == whole for one in seen)
+    assert all(item == whole for item in seen)
 
 
 def _answers(base: str) -> bool:

@@ -87,7 +87,7 @@ def test_f35_a_database_that_restarts_before_a_commit_has_written_none_of_it(pos
     assert job is not None
     assert (job.state, job.attempt) == ("succeeded" if step == "finish" else "running", 1)
     events = store.reader.events(job_id)
-    assert [one.seq for one in events] == list(range(1, len(events) + 1))
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert len(store.reader.artifacts(job_id)) == (step == "finish")
     store.engine.dispose()
 

@@ -54,7 +54,7 @@ def test_f41_a_bomb_brought_as_a_model_costs_nothing(
 ) -> None:
     """By plain HTTP, for our own client refuses it before it sends anything."""
     bomb(tmp_path)
-    [path] = [one for one in tmp_path.iterdir() if one.is_file()]
+    [path] = [path for path in tmp_path.iterdir() if path.is_file()]
     if disguised:
         path = path.rename(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((bert_tiny / "config.json").read_bytes())
@@ -62,7 +62,7 @@ def test_f41_a_bomb_brought_as_a_model_costs_nothing(
     def bring() -> str:
         headers = {"Authorization": f"Bearer {face.key}"}
         with httpx.Client(base_url=face.url, headers=headers, trust_env=False, timeout=60) as client:
-            files = [one.model_dump() for one in describe_folder(tmp_path)]
+            files = [file.model_dump() for file in describe_folder(tmp_path)]
             made = client.post("/v1/models", json={"name": f"bomb-{bomb.__name__}", "files": files})
             if made.status_code == 422:
                 return f"refused: {made.text}"

@@ -16,12 +16,12 @@ def test_every_fault_is_caused_by_tests_that_exist():
     assert all(rows.values()), "a row names no test"
     for file, test in _TEST.findall(page):
         tree = ast.parse((ROOT / "tests" / file).read_text())
-        assert test in {one.name for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)}, f"{file}::{test}"
+        assert test in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
 
 
 def test_every_test_of_a_fault_is_named():
     named = {test for _, test in _TEST.findall((ROOT / "docs" / "faults.md").read_text())}
     for path in sorted((ROOT / "tests" / "faults").glob("test_f*.py")):
-        for one in ast.walk(ast.parse(path.read_text())):
-            if isinstance(one, ast.FunctionDef) and re.match(r"test_f\d", one.name):
-                assert one.name in named, f"{path.name}::{one.name} is in no row of docs/faults.md"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and re.match(r"test_f\d", node.name):
+                assert node.name in named, f"{path.name}::{node.name} is in no row of docs/faults.md"

@@ -62,11 +62,11 @@ def test_a_tenants_own_quotas_hold_and_are_shown(api: RunningApi, client: httpx.
     assert stale.json()["code"] == "precondition_failed"
     assert client.get("/v1/me").json()["quotas"]["max_queued_jobs"] == 2
     answers = [client.post("/v1/jobs", json=JOB) for _ in range(3)]
-    assert [one.status_code for one in answers] == [201, 201, 429]
+    assert [answer.status_code for answer in answers] == [201, 201, 429]
     assert answers[2].json()["code"] == "quota_exceeded"
     assert answers[2].headers["retry-after"]
     assert client.get("/v1/me").json()["usage"]["queued_jobs"] == 2
-    assert {one["id"] for one in admin.get("/v1/admin/tenants").json()["items"]} == {"default", "operator"}
+    assert {item["id"] for item in admin.get("/v1/admin/tenants").json()["items"]} == {"default", "operator"}
     for wrong in ({"max_queued_jobs": -1}, {"id": "x"}, {"max_queued_jobs": "many"}):
         assert admin.patch("/v1/admin/tenants/default", json=wrong).status_code == 422
 
@@ -170,8 +170,8 @@ def test_running_jobs_are_capped_in_the_claim_also_when_many_claim_at_once(sql_u
 
         def take(worker: int) -> None:
             offer = WorkerOffer(f"w{worker}", "cpu", "cpu", 1 << 40, 1)
-            while (one := store.claims.claim(offer, ttl_s=60)) is not None:
-                claimed.append(one.job.tenant_id)
+            while (claim := store.claims.claim(offer, ttl_s=60)) is not None:
+                claimed.append(claim.job.tenant_id)
 
         threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
         for thread in threads:
@@ -220,11 +220,11 @@ def test_too_many_requests_a_minute_are_refused_and_a_dead_broker_lets_all_pass(
         settings = Settings(data_dir=tmp_path, database_url=sqlite_url, broker_url=url, rate_limit_per_minute=5)
         with serve(settings) as api, api.client() as client:
             answers = [client.get("/v1/jobs") for _ in range(7)]
-            codes = [one.status_code for one in answers]
+            codes = [answer.status_code for answer in answers]
             assert codes == ([200] * 5 + [429] * 2 if limited else [200] * 7)
             if limited:
                 assert answers[0].headers["ratelimit-limit"] == "5"
-                assert [one.headers["ratelimit-remaining"] for one in answers[:5]] == ["4", "3", "2", "1", "0"]
+                assert [answer.headers["ratelimit-remaining"] for answer in answers[:5]] == ["4", "3", "2", "1", "0"]
                 assert answers[5].json()["code"] == "rate_limited"
                 assert 1 <= int(answers[5].headers["retry-after"]) <= 12
             with api.client() as another:
@@ -271,7 +271,7 @@ def test_an_accepted_result_is_the_names_latest_at_once(api: RunningApi, client:
     back = client.post("/v1/models/tiny/promotions", json={"job_id": first})
     assert (back.status_code, back.json()["cause"]) == (201, "manual")
     history = client.get("/v1/models/tiny/promotions").json()["items"]
-    assert [one["job_id"] for one in history] == [first, second, first]
+    assert [row["job_id"] for row in history] == [first, second, first]
     queued = client.post("/v1/jobs", json=JOB).json()["id"]
     assert client.post("/v1/models/tiny/promotions", json={"job_id": queued}).json()["code"] == "conflict"
     assert client.post("/v1/models/tiny/promotions", json={"job_id": "job_no"}).status_code == 404

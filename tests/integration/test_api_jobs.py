@@ -320,7 +320,7 @@ def test_workers_are_listed_with_what_they_do(api: RunningApi, client: httpx.Cli
 
 
 def test_recipes_are_listed_described_and_checked_against_a_model(client: httpx.Client):
-    names = [one["name"] for one in client.get("/v1/recipes").json()["items"]]
+    names = [item["name"] for item in client.get("/v1/recipes").json()["items"]]
     assert "int8-encoder" in names
     assert client.get("/v1/recipes/int8-encoder").json()["exports"]
     assert client.get("/v1/recipes/schema").json()["properties"]["passes"]

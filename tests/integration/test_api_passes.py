@@ -62,9 +62,9 @@ def test_a_recipe_with_a_pass_that_is_not_allowed_is_refused_with_what_to_do(
         assert (answer.status_code, problem["code"]) == (422, "invalid_recipe")
         assert "the package nightpress-copy 1.0 has one and is installed, but it is not allowed" in problem["detail"]
         assert "NIGHTPRESS_PASSES='[\"nightpress-copy\"]'" in problem["hint"]
-    assert {one["package"] for one in listed} == {None}
-    assert [one["name"] for one in listed] == sorted(one["name"] for one in listed)
-    assert {one["stage"] for one in listed} == {"folder", "graph", "runtime", "measure"}
+    assert {item["package"] for item in listed} == {None}
+    assert [item["name"] for item in listed] == sorted(item["name"] for item in listed)
+    assert {item["stage"] for item in listed} == {"folder", "graph", "runtime", "measure"}
 
 
 def test_an_allowed_pass_is_listed_planned_and_submitted(
@@ -89,7 +89,7 @@ def test_an_allowed_pass_is_listed_planned_and_submitted(
         assert client.post("/v1/jobs", json=JOB).status_code == 201
         catalog.allow(())  # as in a client's process, which has no such package
         with Client(api.url, api_key=api.key()) as ours:
-            known = [one.package for one in ours.recipes.passes()]
+            known = [options.package for options in ours.recipes.passes()]
         assert known == [None] * len(known)
 
 
@@ -102,7 +102,7 @@ def test_a_broken_package_is_listed_with_its_problem_and_costs_nothing_else(
         *others, last = client.get("/v1/recipes/passes").json()["items"]
         assert last["name"] == "copy"
         assert "No module named 'nothing_of_the_kind'" in last["problem"]
-        assert {one["problem"] for one in others} == {None}
+        assert {other["problem"] for other in others} == {None}
         refused = client.post("/v1/jobs", json=JOB).json()
         assert (refused["code"], "No module named 'nothing_of_the_kind'" in refused["detail"]) == (
             "invalid_recipe",
@@ -119,7 +119,7 @@ def test_a_result_of_another_version_of_the_package_answers_no_job(
     with allowing(["copy"], sqlite_url, tmp_path, bert_tiny) as (api, client):
         first = client.post("/v1/jobs", json=JOB).json()["id"]
         claimed = api.claim()
-        made_by = tuple(str(one) for one in catalog.packages_of(claimed.job.recipe))
+        made_by = tuple(str(package) for package in catalog.packages_of(claimed.job.recipe))
         assert made_by == ("nightpress-copy 1.0",)
         shipped = api.ship(claimed, {"model.safetensors": b"0123456789"})
         assert api.services.resources.store.attempts.finish(claimed.lease, replace(shipped, packages=made_by))

@@ -59,7 +59,7 @@ def test_made_edited_with_its_etag_suspended_resumed_triggered_and_deleted(clien
     assert client.post("/v1/schedules/nightly/resume").json()["upcoming"]
     run = client.post("/v1/schedules/nightly/trigger")
     assert (run.status_code, run.json()["cause"], run.json()["state"]) == (201, "manual", "pending")
-    assert [one["id"] for one in client.get("/v1/schedules/nightly/runs").json()["items"]] == [run.json()["id"]]
+    assert [item["id"] for item in client.get("/v1/schedules/nightly/runs").json()["items"]] == [run.json()["id"]]
     assert client.delete("/v1/schedules/nightly").status_code == 204
     assert client.get("/v1/schedules/nightly").status_code == 404
 
@@ -90,7 +90,7 @@ def test_lists_are_pages(client: httpx.Client):
     while True:
         params = {"limit": 2} | ({"cursor": cursor} if cursor else {})
         page = client.get("/v1/schedules", params=params).json()
-        seen += [one["name"] for one in page["items"]]
+        seen += [item["name"] for item in page["items"]]
         cursor = page["next_cursor"]
         if cursor is None:
             break
@@ -134,4 +134,4 @@ def test_the_client_and_the_command_do_the_same(api: RunningApi, monkeypatch: py
         made = client.schedules.create("other", "0 3 * * 1", "tiny", "int8-encoder", overlap="queue", priority=5)
         assert (made.overlap, made.job.priority) == ("queue", 5)
     call("rm", "nightly")
-    assert [one["name"] for one in json.loads(call("--json"))] == ["other"]
+    assert [load["name"] for load in json.loads(call("--json"))] == ["other"]

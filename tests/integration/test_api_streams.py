@@ -76,10 +76,10 @@ def test_a_stream_has_every_event_once_in_order_and_ends_with_the_job(
         worker.start()
         seen = list(messages(response))
     worker.join()
-    assert [one.id for one in seen] == list(range(1, len(seen) + 1))
-    assert [one.data["seq"] for one in seen] == [one.id for one in seen]
-    assert [one.event for one in seen[:2]] == ["queued", "started"]
-    assert [one.data["data"] for one in seen if one.event == "checkpoint"] == [{"step": n} for n in range(450)]
+    assert [item.id for item in seen] == list(range(1, len(seen) + 1))
+    assert [item.data["seq"] for item in seen] == [item.id for item in seen]
+    assert [item.event for item in seen[:2]] == ["queued", "started"]
+    assert [item.data["data"] for item in seen if item.event == "checkpoint"] == [{"step": n} for n in range(450)]
     assert seen[-1].event == "succeeded"
 
 
@@ -118,7 +118,7 @@ def test_history_is_also_there_as_pages(api: RunningApi, client: httpx.Client, r
     assert [line["text"] for line in rest["items"]] == ["3", "4"]
     assert rest["next_cursor"] is None
     events = client.get(f"/v1/jobs/{running.job.id}/events").json()["items"]
-    assert [(one["seq"], one["kind"]) for one in events] == [(1, "queued"), (2, "started")]
+    assert [(event["seq"], event["kind"]) for event in events] == [(1, "queued"), (2, "started")]
 
 
 def test_a_silent_stream_has_a_heartbeat_and_an_end(
@@ -180,9 +180,9 @@ def test_two_hundred_streams_ask_the_database_no_more_often_than_one(
         time.sleep(2)
         assert asked - before <= (time.monotonic() - began) / 0.25 + 2
         api.services.resources.store.attempts.finish(running.lease, api.ship(running, {"model.onnx": b"x"}))
-        assert [[message.event for message in messages(one)] for one in streams] == [["succeeded"]] * 200
-        for one in streams:
-            one.close()
+        assert [[message.event for message in messages(stream)] for stream in streams] == [["succeeded"]] * 200
+        for stream in streams:
+            stream.close()
 
 
 def test_positions_are_of_the_jobs_asked_for_alone(api: RunningApi, client: httpx.Client, running: Claimed):

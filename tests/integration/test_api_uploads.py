@@ -55,7 +55,7 @@ def send(client: httpx.Client, uploads: list[dict[str, Any]], contents: dict[str
 
 
 def test_an_uploaded_model_becomes_ready_and_can_be_pressed(client: httpx.Client, bert_tiny: Path):
-    contents = {one.name: one.read_bytes() for one in bert_tiny.iterdir()}
+    contents = {path.name: path.read_bytes() for path in bert_tiny.iterdir()}
     body = {"name": "tiny", "files": [announcement(name, data) for name, data in contents.items()]}
     made = client.post("/v1/models", json=body)
     assert made.status_code == 201, made.text
@@ -103,7 +103,7 @@ def test_a_data_set_is_uploaded_listed_and_deleted(client: httpx.Client):
     send(client, made["uploads"], {"rows.jsonl": data})
     ready = client.post(f"/v1/datasets/{made['id']}/complete").json()
     assert (ready["state"], ready["rows"], ready["labelled"]) == ("ready", 20, True)
-    assert {one["name"] for one in client.get("/v1/datasets").json()["items"]} >= {"rows", "builtin:prose"}
+    assert {item["name"] for item in client.get("/v1/datasets").json()["items"]} >= {"rows", "builtin:prose"}
     assert client.delete(f"/v1/datasets/{made['id']}").status_code == 204
     assert client.get("/v1/datasets/rows").status_code == 404
 
@@ -116,7 +116,7 @@ def test_an_empty_data_set_is_refused(client: httpx.Client):
 
 
 def test_an_artifact_comes_from_wherever_it_lies(api: RunningApi, client: httpx.Client, bert_tiny: Path):
-    contents = {one.name: one.read_bytes() for one in bert_tiny.iterdir()}
+    contents = {path.name: path.read_bytes() for path in bert_tiny.iterdir()}
     body = {"name": "tiny", "files": [announcement(name, data) for name, data in contents.items()]}
     model = client.post("/v1/models", json=body).json()
     send(client, model["uploads"], contents)

@@ -43,7 +43,7 @@ def test_these_are_all_that_can_be_edited(api: RunningApi):
     assert {path for path, methods in paths.items() if "patch" in methods} == EDITED.keys()
     for path in EDITED:
         for method in paths[path].keys() & {"patch", "delete"}:
-            taken = {one["name"] for one in paths[path][method]["parameters"]}
+            taken = {parameter["name"] for parameter in paths[path][method]["parameters"]}
             assert "if-match" in taken, f"{method} {path}"
             assert "412" in paths[path][method]["responses"], f"{method} {path}"
 

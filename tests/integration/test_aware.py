@@ -73,7 +73,7 @@ def test_dynamic_int8_finds_the_trained_grid_again(model: Path, data: Path, tmp_
     check = pad(_ids().tolist(), 0)
     traced = tracing.trace(out, header, check, PassContext(header=header, work_dir=tmp_path / "work"))
     records = onnx_export.save(out, tmp_path / "onnx", traced, [(0, DynamicInt8())])
-    errors = {one.name: one.relative_error for one in records[0].layers}
+    errors = {layer.name: layer.relative_error for layer in records[0].layers}
     assert errors[name.removesuffix(".weight")] < 1e-6
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     feeds = {"input_ids": check.ids, "attention_mask": check.mask, "token_type_ids": np.zeros_like(check.ids)}

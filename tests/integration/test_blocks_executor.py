@@ -135,7 +135,7 @@ def _context(source: Path, work: Path, dtype: Literal["auto", "float32"] = "floa
 
 
 def _linears(source: Path) -> frozenset[str]:
-    infos = [one.info for shard in read_shards(source) for one in shard.tensors]
+    infos = [tensor.info for shard in read_shards(source) for tensor in shard.tensors]
     return frozenset(info.name for info in infos if is_linear_weight(info, Wanda().ignore))
 
 
@@ -150,11 +150,13 @@ class _Looks:
         return Power(columns, device)
 
     def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
-        for one in inputs:
-            assert isinstance(one.statistic, Power)
-            self.seen |= dict.fromkeys(one.names, one.statistic)
-        weights = {name: block[name].to(device) for one in inputs for name in one.names}
-        return {name: Settled(weight=one, tensors={name: one}, effect=Effect()) for name, one in weights.items()}
+        for group in inputs:
+            assert isinstance(group.statistic, Power)
+            self.seen |= dict.fromkeys(group.names, group.statistic)
+        weights = {name: block[name].to(device) for group in inputs for name in group.names}
+        return {
+            name: Settled(weight=weight, tensors={name: weight}, effect=Effect()) for name, weight in weights.items()
+        }
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return written[name]
@@ -168,7 +170,7 @@ class _WholeModel:
         self.everyone: list[tuple[Tensor, Tensor]] = []  #: of an expert's matrix, if all tokens went through it
         for module in model.modules():
             if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D):
-                module.register_forward_pre_hook(lambda one, args: self._add(self.sums, one.weight, args[0]))
+                module.register_forward_pre_hook(lambda layer, args: self._add(self.sums, layer.weight, args[0]))
             elif type(module).__name__.endswith("Experts"):
                 module.register_forward_pre_hook(self._add_experts)
 
@@ -232,14 +234,14 @@ def test_a_processor_with_instructions_for_bfloat16_sees_nearly_the_same_unless_
         looks, context = _Looks(by_group=True), _context(tmp_path, tmp_path / "work", dtype)
         chosen, samples = _linears(tmp_path / "source"), _samples(family, _ids())
         press_blocks(tmp_path / "source", tmp_path / dtype, looks, samples, context, chosen=chosen, recipe="look")
-        seen[dtype] = torch.cat([one.sum for one in looks.seen.values()])
+        seen[dtype] = torch.cat([item.sum for item in looks.seen.values()])
     assert not torch.equal(seen["auto"], seen["float32"])
     distance = (seen["auto"] - seen["float32"]).norm() / seen["float32"].norm()
     assert distance < 0.02
 
 
 def _load(folder: Path) -> dict[str, Tensor]:
-    return {name: one for path in folder.glob("*.safetensors") for name, one in load_file(path).items()}
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def _header(model_type: str, family: str) -> ModelHeader:
@@ -274,7 +276,7 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
     for name in load_file(source / "model.safetensors"):
         state[name] = written[name] if name in written else method.restore(name, written)
     before = load_file(source / "model.safetensors")
-    assert any("norm" in name and not torch.equal(before[name], one) for name, one in state.items())
+    assert any("norm" in name and not torch.equal(before[name], tensor) for name, tensor in state.items())
     assert set(FOLDS) == Awq.model_types
     again.mkdir()
     shutil.copy(source / "config.json", again)
@@ -298,7 +300,7 @@ class _Scaled:
         return Power(columns, device)
 
     def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
-        seen = {name: one for one in inputs for name in one.names}
+        seen = {name: group for group in inputs for name in group.names}
         floats = {name: block[name].to(device).float() for name in seen}
         for place in self._folding.places(block, seen):
             columns = block[place.targets[0]].shape[1]
@@ -309,7 +311,7 @@ class _Scaled:
                 factors = grouped[:, :1].expand_as(grouped).reshape(-1)
             place.apply(factors, block, floats)
             self.scaled |= {*place.targets, *place.routers}
-        return {name: Settled(weight=one, tensors={name: one}, effect=None) for name, one in floats.items()}
+        return {name: Settled(weight=weight, tensors={name: weight}, effect=None) for name, weight in floats.items()}
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return written[name]
@@ -328,8 +330,8 @@ def test_a_mixture_whose_layers_exchanged_factors_answers_as_before(family: str,
     assert kept == experts  # all of them, and their routers
     shutil.copy(source / "config.json", out)
     scaled = type(model).from_pretrained(out)
-    for one in (model, scaled):
-        one.double().set_experts_implementation("eager")  # the only one that multiplies float64
+    for which in (model, scaled):
+        which.double().set_experts_implementation("eager")  # the only one that multiplies float64
     with torch.no_grad():
         expected = model(input_ids=_ids(), output_router_logits=True)
         found = scaled(input_ids=_ids(), output_router_logits=True)
@@ -404,14 +406,14 @@ class _RunsOut(_Looks):
 
     def watch(self, columns: int, device: torch.device) -> Power:
         if self.ran_out:
-            self.left.append(sum(one() is not None for one in self.watched))
+            self.left.append(sum(reference() is not None for reference in self.watched))
         statistic = super().watch(columns, device)
         if not self.ran_out:
             self.watched.append(weakref.ref(statistic))
         return statistic
 
     def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
-        if not self.ran_out and any(".1." in name for one in inputs for name in one.names):
+        if not self.ran_out and any(".1." in name for group in inputs for name in group.names):
             self.ran_out = True
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         settled = super().settle(block, inputs, device)
@@ -426,7 +428,7 @@ def test_a_run_that_was_out_of_memory_is_gone_before_the_next_begins(by_group: b
 
     def progress(_fraction: float, message: str) -> None:
         if "once more" in message:
-            living.extend(one for one in gc.get_objects() if type(one) is Forward)
+            living.extend(get_object for get_object in gc.get_objects() if type(get_object) is Forward)
 
     context = _context(tmp_path, tmp_path / "work", progress=progress)
     chosen = _linears(tmp_path / "source")

@@ -180,7 +180,11 @@ def test_no_text_waits_inside_a_block_for_good(broken: bool, tmp_path: Path, mon
             recipe="r",
         )
     gc.collect()
-    assert not [one for one in gc.get_objects() if type(one) is greenlet and one.gr_frame is not None]
+    assert not [
+        get_object
+        for get_object in gc.get_objects()
+        if type(get_object) is greenlet and get_object.gr_frame is not None
+    ]
 
 
 @pytest.mark.gpu
@@ -218,7 +222,7 @@ def test_the_plan_names_smaller_settings_and_what_they_take(bert_tiny: Path):
     )
     estimate = make_plan(recipe, inspect_model(FolderFiles(bert_tiny))).estimate
     assert estimate is not None
-    sizes = [estimate.memory_bytes, *(one.memory_bytes for one in estimate.leaner)]
+    sizes = [estimate.memory_bytes, *(choice.memory_bytes for choice in estimate.leaner)]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) > 2
     assert "samples: 10000" in estimate.leaner[0].change

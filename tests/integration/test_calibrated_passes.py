@@ -46,8 +46,8 @@ def _answers(folder: Path) -> Tensor:
 
 
 def _linears(folder: Path) -> dict[str, Tensor]:
-    tensors = {name: one for path in folder.glob("*.safetensors") for name, one in load_file(path).items()}
-    return {name: one for name, one in tensors.items() if ".layer." in name and one.dim() == 2}
+    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {name: tensor for name, tensor in tensors.items() if ".layer." in name and tensor.dim() == 2}
 
 
 # transformers asks for a dtype of the scales that torch announces to go
@@ -97,7 +97,7 @@ def test_pruning_meets_its_share_or_its_pattern_and_leaves_a_model_that_loads(
     for weight in _linears(pattern).values():
         assert int((weight.view(-1, 4) != 0).sum(1).max()) <= 2
     source = _answers(bert_tiny)
-    errors = [float((_answers(one) - source).norm() / source.norm()) for one in (half, pattern)]
+    errors = [float((_answers(folder) - source).norm() / source.norm()) for folder in (half, pattern)]
     assert errors[0] < errors[1] < 1
 
 
@@ -153,7 +153,7 @@ def test_a_whole_job_prunes_then_rounds_with_text_that_a_person_brought(bert_tin
         data={"lamps": text},
     )
     _, report, frames = press(job)
-    assert [one.name for one in report.passes] == ["sparsegpt", "gptq"]
+    assert [options.name for options in report.passes] == ["sparsegpt", "gptq"]
     assert report.artifacts[0].verification is not None
     assert report.artifacts[0].verification.passed
     vouched = [frame.path for frame in frames if isinstance(frame, Checkpoint) and frame.path.startswith("blocks/")]

@@ -65,9 +65,9 @@ def _one_shard(tensors: Tensors) -> Files:
 
 def _shard_a_block(tensors: Tensors) -> Files:
     files: Files = {}
-    for name, one in tensors.items():
+    for name, tensor in tensors.items():
         block = next((part for part in name.split(".") if part.isdigit()), "rest")
-        files.setdefault(f"model-{block}.safetensors", {})[name] = one
+        files.setdefault(f"model-{block}.safetensors", {})[name] = tensor
     return files
 
 
@@ -113,7 +113,7 @@ def one_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=2,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    letters = {one: at for at, one in enumerate(["[UNK]", "[PAD]", "</s>", *string.ascii_letters])}
+    letters = {token: at for at, token in enumerate(["[UNK]", "[PAD]", "</s>", *string.ascii_letters])}
     tokenizer = Tokenizer(models.WordLevel(letters, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -150,7 +150,7 @@ def _run(name: str, source: Path, work: Path) -> Path:
 
 
 def _tensors(folder: Path) -> Tensors:
-    return {name: one for path in folder.glob("*.safetensors") for name, one in load_file(path).items()}
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -194,11 +194,17 @@ def test_a_pass_leaves_the_same_whole_checkpoint_of_every_layout(
     model, info = _load(out)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
-    assert {one for one in info["unexpected_keys"] if not one.endswith(_UNKNOWN_TO_TRANSFORMERS)} == set()
+    assert {
+        unexpected_key
+        for unexpected_key in info["unexpected_keys"]
+        if not unexpected_key.endswith(_UNKNOWN_TO_TRANSFORMERS)
+    } == set()
     tensors, answers = _expected(name, one_file, tmp_path)
     found = _tensors(out)
-    assert {one for one in found if not one.endswith("inv_freq")} == set(tensors)
-    assert all(torch.equal(found[one], tensors[one]) for one in tensors), "the layout changed what was computed"
+    assert {item for item in found if not item.endswith("inv_freq")} == set(tensors)
+    assert all(torch.equal(found[tensor], tensors[tensor]) for tensor in tensors), (
+        "the layout changed what was computed"
+    )
     assert torch.equal(_answers(model), answers)
     for extra in (*_EXTRA, "tokenizer.json"):
         assert (out / extra).read_bytes() == (source / extra).read_bytes()

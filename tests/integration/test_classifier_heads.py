@@ -87,7 +87,9 @@ def _by_hand(folder: Path) -> np.ndarray:
 
     tokenizer, model = open_tokenizer(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.inference_mode():
-        return np.stack([model(torch.tensor([tokenizer.encode(one, special=True)])).logits[0].numpy() for one in TEXTS])
+        return np.stack(
+            [model(torch.tensor([tokenizer.encode(text, special=True)])).logits[0].numpy() for text in TEXTS]
+        )
 
 
 @pytest.mark.parametrize("pad", [0, 7, None])

@@ -49,7 +49,7 @@ def test_a_webhooks_whole_life(face: Face):
     assert "whsec_" in rotated.stdout
     assert made["secret"] not in rotated.stdout
     delivery = told(face, "webhooks", "test", hook)["id"]
-    assert [one["id"] for one in told(face, "webhooks", "deliveries", hook)] == [delivery]
+    assert [row["id"] for row in told(face, "webhooks", "deliveries", hook)] == [delivery]
     assert "webhook.test" in shown(face, "webhooks", "deliveries", hook, delivery)
     assert delivery in shown(face, "webhooks", "redeliver", hook, delivery)
     assert shown(face, "webhooks", "rm", hook) == f"{hook} is gone.\n"
@@ -60,13 +60,13 @@ def test_a_webhooks_whole_life(face: Face):
 def test_a_keys_whole_life(face: Face):
     made = told(face, "keys", "add", "nightly", "-s", "jobs:read", "-s", "jobs:write", "--days", "30")
     key = made["record"]["id"]
-    with Client(face.url, made["key"]) as one:
-        assert set(one.me().scopes) == {"jobs:read", "jobs:write"}
+    with Client(face.url, made["key"]) as client:
+        assert set(client.me().scopes) == {"jobs:read", "jobs:write"}
     assert "good until" in shown(face, "keys", "show", key)
     turned = run(face, "keys", "rotate", key, "--overlap", "0")
     successor = turned.stdout.splitlines()[-1]
-    with Client(face.url, successor) as one:
-        assert one.me().key_id != key
+    with Client(face.url, successor) as client:
+        assert client.me().key_id != key
     listed = shown(face, "keys")
     assert made["key"] not in listed
     assert successor not in listed
@@ -79,7 +79,7 @@ def test_a_keys_whole_life(face: Face):
 
 def test_tenants_quotas_and_the_audit_log(face: Face):
     told(face, "keys", "add", "theirs", "-s", "jobs:read", "--tenant", "acme")
-    assert [one["name"] for one in told(face, "keys", "--tenant", "acme")] == ["theirs"]
+    assert [row["name"] for row in told(face, "keys", "--tenant", "acme")] == ["theirs"]
     assert "acme" in shown(face, "tenants")
     set_to = told(face, "tenants", "quota", "acme", "max_running_jobs=2", "max_storage_bytes=5000000000")
     assert set_to["quotas"]["max_running_jobs"] == 2
@@ -92,18 +92,18 @@ def test_tenants_quotas_and_the_audit_log(face: Face):
     who = shown(face, "whoami")
     assert "default" in who
     assert "max_queued_jobs" in who
-    assert {one["name"] for one in told(face, "queues")} == {"cpu", "gpu"}
+    assert {row["name"] for row in told(face, "queues")} == {"cpu", "gpu"}
     assert "passes" in told(face, "recipes", "schema")["properties"]
 
 
 def test_a_models_name_goes_back(face: Face, bert_tiny: Path, tmp_path: Path):
-    with face.client() as one:
-        model = one.models.upload(bert_tiny, "walked").id
+    with face.client() as client:
+        model = client.models.upload(bert_tiny, "walked").id
         jobs = []
         for _ in range(2):
-            jobs.append(one.jobs.submit(model, RECIPE).id)
+            jobs.append(client.jobs.submit(model, RECIPE).id)
             face.succeed(face.claim())
-    assert [one["job_id"] for one in told(face, "models", "history", "walked")] == jobs[::-1]
+    assert [row["job_id"] for row in told(face, "models", "history", "walked")] == jobs[::-1]
     assert jobs[0] in shown(face, "models", "promote", "walked", jobs[0])
     assert "manual" in shown(face, "models", "history", "walked")
     assert told(face, "pull", "walked", cwd=tmp_path)["job"] == jobs[0]
@@ -161,13 +161,13 @@ def test_this_machines_key_goes_to_no_other_machine(face: Face, monkeypatch: pyt
 
 
 def test_an_edit_of_what_somebody_else_changed_is_refused(face: Face):
-    with face.client() as one:
-        hook = one.webhooks.create("http://127.0.0.1:9/", ["job.failed"]).webhook
-        one.webhooks.edit(hook.id, version=hook.version, enabled=False)
+    with face.client() as client:
+        hook = client.webhooks.create("http://127.0.0.1:9/", ["job.failed"]).webhook
+        client.webhooks.edit(hook.id, version=hook.version, enabled=False)
         with pytest.raises(ApiError) as refused:
-            one.webhooks.edit(hook.id, version=hook.version, enabled=True)
+            client.webhooks.edit(hook.id, version=hook.version, enabled=True)
         assert refused.value.code == "precondition_failed"
-        one.webhooks.delete(hook.id)
+        client.webhooks.delete(hook.id)
 
 
 @pytest.mark.parametrize(("typed", "offered"), [("sched", "schedule"), ("webhooks red", "redeliver")])

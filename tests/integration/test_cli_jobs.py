@@ -41,16 +41,16 @@ def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
 
 @pytest.fixture(scope="module")
 def model_id(face: Face, bert_tiny: Path) -> str:
-    with face.client() as one:
-        return one.models.upload(bert_tiny).id
+    with face.client() as client:
+        return client.models.upload(bert_tiny).id
 
 
 @pytest.fixture
 def job(face: Face, model_id: str) -> Iterator[JobView]:
-    with face.client() as one:
-        job = one.jobs.submit(model_id, RECIPE)
+    with face.client() as client:
+        job = client.jobs.submit(model_id, RECIPE)
         yield job
-        one.jobs.cancel(job.id)
+        client.jobs.cancel(job.id)
 
 
 def test_a_folder_is_submitted_and_json_stands_alone(face: Face, bert_tiny: Path, tmp_path: Path):
@@ -72,9 +72,9 @@ def test_a_folder_is_submitted_and_json_stands_alone(face: Face, bert_tiny: Path
     assert (cancelled.returncode, cancelled.stdout) == (0, f"{job['id']} is cancelled.\n")
     again = run(face, "retry", job["id"])
     assert again.returncode == 0
-    with face.client() as one:
-        assert one.jobs.get(again.stdout.strip()).retry_of == job["id"]
-        one.jobs.cancel(again.stdout.strip())
+    with face.client() as client:
+        assert client.jobs.get(again.stdout.strip()).retry_of == job["id"]
+        client.jobs.cancel(again.stdout.strip())
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_ctrl_c_detaches_and_never_cancels(face: Face, job: JobView, arguments: 
     assert process.returncode == 130
     assert f"nightpress cancel {job.id}" in err
     assert "Traceback" not in err
-    with face.client() as one:
-        assert one.jobs.get(job.id).state == "queued"
+    with face.client() as client:
+        assert client.jobs.get(job.id).state == "queued"
 
 
 def _await_request(face: Face, job_id: str, process: "subprocess.Popen[str]") -> None:
@@ -144,7 +144,7 @@ def _await_request(face: Face, job_id: str, process: "subprocess.Popen[str]") ->
         assert process.poll() is None
         table = Path(f"/proc/{process.pid}/net/tcp").read_text()
         inodes = {line.split()[9] for line in table.splitlines() if connected in line}
-        links = [_link(one) for one in Path(f"/proc/{process.pid}/fd").iterdir()]
+        links = [_link(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
         return any(f"socket:[{inode}]" in links for inode in inodes)
 
     eventually(talking)
@@ -189,7 +189,7 @@ def test_watch_as_json_is_the_jobs_events(face: Face, job: JobView):
     face.succeed(face.claim())
     done = run(face, "watch", job.id, "--json")
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [one["seq"] for one in events] == list(range(1, len(events) + 1))
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     assert (done.returncode, events[-1]["kind"]) == (0, "succeeded")
 
 
@@ -238,8 +238,8 @@ def test_a_result_is_pulled_and_compared(face: Face, job: JobView, tmp_path: Pat
 
 
 def test_a_models_name_pulls_its_newest_accepted_result(face: Face, bert_tiny: Path, tmp_path: Path):
-    with face.client() as one:  # a name of its own: other tests' jobs are accepted too
-        job = one.jobs.submit(one.models.upload(bert_tiny, "followed").id, RECIPE)
+    with face.client() as client:  # a name of its own: other tests' jobs are accepted too
+        job = client.jobs.submit(client.models.upload(bert_tiny, "followed").id, RECIPE)
     none_yet = run(face, "pull", job.model_name, cwd=tmp_path)
     assert none_yet.returncode == 5, none_yet.stderr
     made = face.succeed(face.claim(), verdict="accepted")
@@ -338,10 +338,10 @@ def test_doctor_names_what_is_wrong_and_how_to_mend_it(face: Face, tmp_path: Pat
 
 def test_doctor_tells_a_wrong_key_and_looks_itself_where_no_api_answers(face: Face, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NIGHTPRESS_API_KEY", "np_nonsense")
-    checks = {one.name: one for one in islice(examine(Session(face.url), face.settings), 6)}
+    checks = {check.name: check for check in islice(examine(Session(face.url), face.settings), 6)}
     assert checks["key"].status == "failed"
     assert "NIGHTPRESS_API_KEY" in checks["key"].found
-    checks = {one.name: one for one in islice(examine(Session("http://127.0.0.1:1"), face.settings), 5)}
+    checks = {check.name: check for check in islice(examine(Session("http://127.0.0.1:1"), face.settings), 5)}
     assert [checks[name].status for name in ("API", "database", "broker", "storage")] == [
         "failed",
         "ok",
@@ -351,10 +351,10 @@ def test_doctor_tells_a_wrong_key_and_looks_itself_where_no_api_answers(face: Fa
 
 
 def test_doctor_sees_jobs_that_no_worker_will_take(face: Face, model_id: str):
-    with face.client() as one:
-        job = one.jobs.submit(model_id, RECIPE)
+    with face.client() as client:
+        job = client.jobs.submit(model_id, RECIPE)
         checks = {check.name: check for check in islice(examine(Session(face.url), face.settings), 8)}
-        one.jobs.cancel(job.id)
+        client.jobs.cancel(job.id)
     assert checks["workers"].status == "failed"
     assert "waiting in the queue cpu, which no worker serves" in checks["workers"].found
     assert "NIGHTPRESS_WORKER_QUEUE=cpu python -m nightpress.worker" in checks["workers"].mend

@@ -34,20 +34,20 @@ def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
 
 @pytest.fixture
 def nightpress(face: Face) -> Iterator[Client]:
-    with face.client() as one:
-        yield one
+    with face.client() as client:
+        yield client
 
 
 @pytest.fixture
 def proxy(face: Face) -> Iterator[CuttingProxy]:
-    with CuttingProxy(face.settings.api_port) as one:
-        yield one
+    with CuttingProxy(face.settings.api_port) as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="module")
 def model_id(face: Face, bert_tiny: Path) -> str:
-    with face.client() as one:
-        return one.models.upload(bert_tiny).id
+    with face.client() as client:
+        return client.models.upload(bert_tiny).id
 
 
 @pytest.fixture
@@ -61,14 +61,14 @@ def job(nightpress: Client, model_id: str) -> Iterator[JobView]:
 def test_a_folder_is_sent_whole_and_only_once(nightpress: Client, bert_tiny: Path, model_id: str):
     model = nightpress.models.get(model_id)
     assert (model.state, model.name, model.model_type) == ("ready", "bert-tiny", "bert")
-    assert {(one.path, one.sha256) for one in model.files} == {
-        (one.path, one.sha256) for one in describe_folder(bert_tiny)
+    assert {(file.path, file.sha256) for file in model.files} == {
+        (file.path, file.sha256) for file in describe_folder(bert_tiny)
     }
     assert nightpress.models.upload(bert_tiny).id == model_id
 
 
 def test_a_broken_upload_is_continued_by_the_next(nightpress: Client, bert_tiny: Path):
-    files = [one.model_dump() for one in describe_folder(bert_tiny)]
+    files = [file.model_dump() for file in describe_folder(bert_tiny)]
     begun = nightpress.send(calls.create_model(ModelCreate.model_validate({"name": "begun", "files": files})))
     assert begun.state == "uploading"
     finished = nightpress.models.upload(bert_tiny, "begun")
@@ -76,11 +76,11 @@ def test_a_broken_upload_is_continued_by_the_next(nightpress: Client, bert_tiny:
 
 
 def test_an_upload_survives_cut_connections(face: Face, proxy: CuttingProxy, bert_tiny: Path):
-    with face.client(proxy.url) as one:
+    with face.client(proxy.url) as client:
         folder = read_model_folder(bert_tiny, "through-cuts")
-        one.models.list()
+        client.models.list()
         proxy.cut_answers(0, 10, 0)
-        assert one.models.upload(folder).state == "ready"
+        assert client.models.upload(folder).state == "ready"
 
 
 def test_what_is_no_model_is_refused_before_a_byte_is_sent(nightpress: Client, tmp_path: Path):
@@ -96,7 +96,7 @@ def test_a_data_set_is_sent_and_found(nightpress: Client, tmp_path: Path):
     (tmp_path / "reviews.jsonl").write_text('{"text": "good", "label": 1}\n{"text": "bad", "label": 0}\n')
     data_set = nightpress.data_sets.upload(tmp_path / "reviews.jsonl")
     assert (data_set.state, data_set.name, data_set.rows, data_set.labelled) == ("ready", "reviews", 2, True)
-    assert data_set.id in {one.id for one in nightpress.data_sets.iterate()}
+    assert data_set.id in {item.id for item in nightpress.data_sets.iterate()}
     nightpress.data_sets.delete(data_set.id)
 
 
@@ -124,10 +124,10 @@ def test_jobs_are_listed_page_by_page_without_gaps(nightpress: Client, model_id:
     made = [nightpress.jobs.submit(model_id, RECIPE, labels=labels).id for _ in range(5)]
     first = nightpress.jobs.list(labels=labels, limit=2)
     second = nightpress.jobs.list(labels=labels, limit=2, cursor=first.next_cursor)
-    assert [one.id for one in (*first.items, *second.items)] == made[:0:-1]
-    assert [one.id for one in nightpress.jobs.iterate(labels=labels)] == made[::-1]
-    for one in made:
-        assert nightpress.jobs.cancel(one).state == "cancelled"
+    assert [job.id for job in (*first.items, *second.items)] == made[:0:-1]
+    assert [item.id for item in nightpress.jobs.iterate(labels=labels)] == made[::-1]
+    for item in made:
+        assert nightpress.jobs.cancel(item).state == "cancelled"
     assert not list(nightpress.jobs.iterate(labels=labels, states=["queued"]))
 
 
@@ -145,11 +145,11 @@ def test_a_name_means_what_was_sent_last_though_it_was_sent_before(nightpress: C
 
 
 def test_a_lost_answer_to_submit_makes_no_second_job(face: Face, proxy: CuttingProxy, model_id: str):
-    with face.client(proxy.url) as one:
+    with face.client(proxy.url) as client:
         proxy.cut_answers(0, 5)
-        job = one.jobs.submit(model_id, RECIPE, labels={"suite": "lost"})
-        assert [found.id for found in one.jobs.iterate(labels={"suite": "lost"})] == [job.id]
-        one.jobs.cancel(job.id)
+        job = client.jobs.submit(model_id, RECIPE, labels={"suite": "lost"})
+        assert [found.id for found in client.jobs.iterate(labels={"suite": "lost"})] == [job.id]
+        client.jobs.cancel(job.id)
 
 
 def test_a_lost_answer_to_retry_makes_no_second_retry(
@@ -157,10 +157,10 @@ def test_a_lost_answer_to_retry_makes_no_second_retry(
 ):
     job = nightpress.jobs.submit(model_id, RECIPE, labels={"suite": "again"})
     nightpress.jobs.cancel(job.id)
-    with face.client(proxy.url) as one:
+    with face.client(proxy.url) as client:
         proxy.cut_answers(0)
-        retry = one.jobs.retry(job.id)
-    assert [one.id for one in nightpress.jobs.iterate() if one.retry_of == job.id] == [retry.id]
+        retry = client.jobs.retry(job.id)
+    assert [item.id for item in nightpress.jobs.iterate() if item.retry_of == job.id] == [retry.id]
     nightpress.jobs.cancel(retry.id)
 
 
@@ -180,21 +180,21 @@ def test_a_problem_becomes_an_error_that_says_what_to_do(nightpress: Client, mod
 
 def test_nobody_there_is_said_so(tmp_path: Path):
     with (
-        Client("http://127.0.0.1:1", "np_x", retries=0) as one,
+        Client("http://127.0.0.1:1", "np_x", retries=0) as client,
         pytest.raises(UnreachableError, match="nothing answers"),
     ):
-        one.jobs.list()
+        client.jobs.list()
 
 
 def test_recipes_plans_and_the_service_can_be_read(nightpress: Client, model_id: str):
-    assert "int8-encoder" in {one.name for one in nightpress.recipes.list()}
+    assert "int8-encoder" in {item.name for item in nightpress.recipes.list()}
     assert nightpress.recipes.get("int8-encoder").exports == ["onnx", "openvino"]
     plan = nightpress.recipes.validate(RECIPE, model_id)
     assert plan.estimate is not None
     assert plan.estimate.output_bytes["compressed-tensors"] > 0
     assert nightpress.ready().checks["database"] == "ok"
     assert nightpress.me().tenant_id == "default"
-    assert {one.name for one in nightpress.queues()} == {"cpu", "gpu"}
+    assert {queue.name for queue in nightpress.queues()} == {"cpu", "gpu"}
     assert nightpress.workers() == []
 
 
@@ -205,8 +205,8 @@ def test_events_are_followed_over_cuts_without_gap_or_double(
     seen: list[tuple[int, str]] = []
 
     def follow() -> None:
-        with face.client(proxy.url) as one:
-            seen.extend((event.seq, event.kind) for event in one.jobs.events(job.id))
+        with face.client(proxy.url) as client:
+            seen.extend((event.seq, event.kind) for event in client.jobs.events(job.id))
 
     reader = threading.Thread(target=follow)
     reader.start()
@@ -233,11 +233,11 @@ def test_logs_are_read_and_followed(face: Face, nightpress: Client, job: JobView
 
 def test_waiting_outlasts_a_restart_of_the_api(face: Face, job: JobView):
     claimed = face.claim()
-    with face.client(retries=0) as one:
+    with face.client(retries=0) as client:
         views: list[JobView] = []
         ended: list[JobView] = []
         waiting = threading.Thread(
-            target=lambda: ended.append(one.jobs.wait(job.id, poll_s=0.1, on_update=views.append))
+            target=lambda: ended.append(client.jobs.wait(job.id, poll_s=0.1, on_update=views.append))
         )
         waiting.start()
         face.stop()
@@ -245,7 +245,7 @@ def test_waiting_outlasts_a_restart_of_the_api(face: Face, job: JobView):
         face.succeed(claimed)
         face.start()
         waiting.join(30 * slowness())
-        assert [one.state for one in ended] == ["succeeded"]
+        assert [job.state for job in ended] == ["succeeded"]
         assert views[-1] == ended[0]
 
 
@@ -257,27 +257,27 @@ def test_waiting_ends_in_time_and_leaves_the_job_alone(nightpress: Client, job: 
 
 def test_artifacts_arrive_whole_over_a_bad_line(face: Face, proxy: CuttingProxy, job: JobView, tmp_path: Path):
     made = face.succeed(face.claim(), size=3_000_000)
-    with face.client(proxy.url) as one:
-        one.jobs.artifacts(job.id)
+    with face.client(proxy.url) as client:
+        client.jobs.artifacts(job.id)
         proxy.cut_answers(1_000_000, 500_000)
-        [folder] = one.jobs.download(job.id, tmp_path)
+        [folder] = client.jobs.download(job.id, tmp_path)
     assert describe_folder(folder) == describe_folder(made / "compressed-tensors")
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_broken_download_goes_on_where_it_stopped(face: Face, proxy: CuttingProxy, job: JobView, tmp_path: Path):
     made = face.succeed(face.claim(), size=3_000_000)
-    with face.client(proxy.url, retries=0) as one:
+    with face.client(proxy.url, retries=0) as client:
         whole = made / "compressed-tensors" / "sub dir" / "model.safetensors"
         half = tmp_path / "compressed-tensors" / "sub dir" / "model.safetensors.part"
         half.parent.mkdir(parents=True)
         half.write_bytes(whole.read_bytes()[:2_000_000])
         before = proxy.answered
-        one.jobs.download(job.id, tmp_path)
+        client.jobs.download(job.id, tmp_path)
         assert proxy.answered - before < 1_100_000
         assert (half.parent / "model.safetensors").read_bytes() == whole.read_bytes()
         before = proxy.answered
-        one.jobs.download(job.id, tmp_path)
+        client.jobs.download(job.id, tmp_path)
         assert proxy.answered - before < 10_000, "what is there and right is fetched again"
 
 
@@ -325,10 +325,10 @@ def test_files_go_straight_to_and_from_an_s3_store(s3_server: S3, tmp_path: Path
     )
     own.start()
     try:
-        with own.client() as one, own.client() as other:
-            model = one.models.upload(bert_tiny)
+        with own.client() as client, own.client() as other:
+            model = client.models.upload(bert_tiny)
             assert model.state == "ready"
-            job = one.jobs.submit(model.id, RECIPE)
+            job = client.jobs.submit(model.id, RECIPE)
             made = own.succeed(own.claim())
             # A store refuses a request with two kinds of credentials: the key must not have gone along.
             [folder] = other.jobs.download(job.id, tmp_path / "pulled")
@@ -339,26 +339,26 @@ def test_files_go_straight_to_and_from_an_s3_store(s3_server: S3, tmp_path: Path
 
 def test_the_asynchronous_client_does_the_same(face: Face, bert_tiny: Path, tmp_path: Path):
     async def whole_way() -> None:
-        async with AsyncClient(face.url, face.key) as one:
-            model = await one.models.upload(bert_tiny)
-            job = await one.jobs.submit(model.id, RECIPE, labels={"suite": "async"})
-            assert [found.id async for found in one.jobs.iterate(labels={"suite": "async"})] == [job.id]
+        async with AsyncClient(face.url, face.key) as client:
+            model = await client.models.upload(bert_tiny)
+            job = await client.jobs.submit(model.id, RECIPE, labels={"suite": "async"})
+            assert [found.id async for found in client.jobs.iterate(labels={"suite": "async"})] == [job.id]
             claimed = face.claim()
             face.store.attempts.append_logs(claimed.lease, [("info", "hello")])
 
             async def kinds() -> list[str]:
-                return [event.kind async for event in one.jobs.events(job.id)]
+                return [event.kind async for event in client.jobs.events(job.id)]
 
             following = asyncio.create_task(kinds())
             await asyncio.sleep(0.2)
             await asyncio.to_thread(face.succeed, claimed)
             assert (await asyncio.wait_for(following, 20))[-1] == "succeeded"
-            assert (await one.jobs.wait(job.id)).verdict == "accepted"
-            assert "hello" in [line.text async for line in one.jobs.logs(job.id)]
-            assert (await one.jobs.report(job.id)).report["verdict"] == "accepted"
-            [folder] = await one.jobs.download(job.id, tmp_path)
+            assert (await client.jobs.wait(job.id)).verdict == "accepted"
+            assert "hello" in [line.text async for line in client.jobs.logs(job.id)]
+            assert (await client.jobs.report(job.id)).report["verdict"] == "accepted"
+            [folder] = await client.jobs.download(job.id, tmp_path)
             assert (folder / "config.json").read_text() == "{}"
             with pytest.raises(ApiError):
-                await one.models.get("nobody")
+                await client.models.get("nobody")
 
     asyncio.run(whole_way())

@@ -31,8 +31,8 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
 
 @pytest.fixture
 def proxy(api: RunningApi) -> Iterator[CuttingProxy]:
-    with CuttingProxy(int(api.url.rpartition(":")[2])) as one:
-        yield one
+    with CuttingProxy(int(api.url.rpartition(":")[2])) as proxy:
+        yield proxy
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -41,14 +41,14 @@ def sent(api: RunningApi, proxy: CuttingProxy, request: pytest.FixtureRequest) -
     key = api.key(tenant_id=request.node.name.replace("[", "-").rstrip("]")[-60:])
 
     async def apart(call: Call[Any]) -> Any:
-        async with AsyncClient(proxy.url, key) as one:
-            return await one.send(call)
+        async with AsyncClient(proxy.url, key) as client:
+            return await client.send(call)
 
     def send(call: Call[Any]) -> Any:
         if request.param == "async":
             return asyncio.run(apart(call))
-        with Client(proxy.url, key) as one:
-            return one.send(call)
+        with Client(proxy.url, key) as client:
+            return client.send(call)
 
     return send
 
@@ -60,10 +60,10 @@ def nightly() -> Call[Any]:
 def test_a_post_whose_answer_is_lost_is_sent_again_and_done_once(proxy: CuttingProxy, sent: Send):
     proxy.cut_answers(0, 5)
     made = sent(nightly())
-    assert [one.id for one in sent(calls.page_schedules()).items] == [made.id]
+    assert [item.id for item in sent(calls.page_schedules()).items] == [made.id]
     proxy.cut_answers(0)
     run = sent(calls.trigger_schedule(made.id))
-    assert [one.id for one in sent(calls.page_schedule_runs(made.id)).items] == [run.id]
+    assert [item.id for item in sent(calls.page_schedule_runs(made.id)).items] == [run.id]
 
 
 def test_a_secret_whose_answer_is_lost_is_not_shown_again_and_its_owner_told_what_to_do(
@@ -74,8 +74,8 @@ def test_a_secret_whose_answer_is_lost_is_not_shown_again_and_its_owner_told_wha
         sent(access.create_webhook("http://127.0.0.1:9/", ["job.failed"]))
     assert told.value.code == "conflict"
     assert "rotate" in told.value.hint
-    [one] = sent(access.page_webhooks()).items
-    assert sent(access.rotate_secret(one.id)).secret.startswith("whsec_")
+    [hook] = sent(access.page_webhooks()).items
+    assert sent(access.rotate_secret(hook.id)).secret.startswith("whsec_")
 
 
 def test_an_edit_of_a_named_version_is_not_sent_again(proxy: CuttingProxy, sent: Send):
@@ -115,4 +115,4 @@ def test_a_request_that_is_still_being_answered_is_waited_for(
     cutting.start()
     made = sent(nightly())
     cutting.join()
-    assert [one.id for one in sent(calls.page_schedules()).items] == [made.id]
+    assert [item.id for item in sent(calls.page_schedules()).items] == [made.id]

@@ -86,11 +86,11 @@ def graphs(llama: Path, tmp_path_factory: pytest.TempPathFactory):
 def test_a_calibrated_decoder_answers_alike_in_every_runtime(graphs: Any):
     """Each is compared, through its cache, with the pressed model in torch."""
     _, (manifest, report, _) = graphs
-    assert [one.format for one in manifest.artifacts] == ["onnx", "onnx-fp16", "openvino"]
-    for one in report.artifacts:
-        assert one.verification is not None
+    assert [artifact.format for artifact in manifest.artifacts] == ["onnx", "onnx-fp16", "openvino"]
+    for artifact in report.artifacts:
+        assert artifact.verification is not None
         # ONNX Runtime rounds activations to int8 before a product with packed weights; OpenVINO computes in bf16 where the processor can.
-        assert one.verification.value > (0.998 if one.name == "openvino" else 0.995), one.name
+        assert artifact.verification.value > (0.998 if artifact.name == "openvino" else 0.995), artifact.name
 
 
 @pytest.mark.slow
@@ -101,11 +101,12 @@ def test_the_codes_lie_in_the_graphs_as_codes(graphs: Any):
     model = onnx.load(job / "out" / "onnx" / "model.onnx")
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("MatMulNBits") == 14
-    names = [one.name for one in model.graph.input]
+    names = [value.name for value in model.graph.input]
     assert names[:4] == ["input_ids", "attention_mask", "position_ids", "past_key_values.0.key"]
-    assert [one.name for one in model.graph.output][:2] == ["logits", "present.0.key"]
+    assert [value.name for value in model.graph.output][:2] == ["logits", "present.0.key"]
     sizes = [
-        sum(one.size for one in artifact.files if one.path.startswith("model.")) for artifact in graphs[1][0].artifacts
+        sum(file.size for file in artifact.files if file.path.startswith("model."))
+        for artifact in graphs[1][0].artifacts
     ]
     assert sizes[1] < sizes[0]
 
@@ -114,7 +115,7 @@ def test_a_float_decoder_passes_in_every_graph_runtime_whatever_arithmetic_it_ch
     """Where the processor can, OpenVINO computes in bfloat16."""
     recipe = {"passes": [], "exports": ["onnx", "openvino"], "evaluate": []}
     _, report, _ = press(lay_out(tmp_path / "job", llama, recipe))
-    bounds = {one.name: one.verification.bound for one in report.artifacts if one.verification}
+    bounds = {artifact.name: artifact.verification.bound for artifact in report.artifacts if artifact.verification}
     assert bounds == {"onnx": EXACT, "openvino": HALVED}
 
 
@@ -200,10 +201,10 @@ def test_a_file_carries_the_codes_the_tokenizer_and_the_template(llama_cpp: Any,
     manifest, report, _ = press(lay_out(tmp_path / "job", llama, recipe))
     assert manifest.artifacts[0].format == "gguf-q8_0"
     assert manifest.artifacts[0].consumer.startswith("llama-cpp-python")
-    assert {one.name for one in report.artifacts[0].measurements} >= {"perplexity", "kl_divergence"}
+    assert {measurement.name for measurement in report.artifacts[0].measurements} >= {"perplexity", "kl_divergence"}
     assert report.artifacts[0].generation[0].decode_tokens_per_s > 0
     path = tmp_path / "job" / "out" / "gguf-q8_0" / "model.gguf"
-    kinds = {one.name: one.tensor_type.name for one in GGUFReader(path).tensors}
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
     assert kinds["blk.0.attn_q.weight"] == "Q4_0"
     assert kinds["token_embd.weight"] == "Q8_0"
     assert kinds["output_norm.weight"] == "F32"
@@ -238,7 +239,12 @@ def test_a_bert_embeds_in_llama_cpp(pooling: str, llama_cpp: Any, tmp_path: Path
         "evaluate": [{"metric": "fidelity", "samples": 4, "length": 32}],
     }
     _, report, _ = press(lay_out(tmp_path / "job", tmp_path / "model", recipe))
-    cosines = [one.value for artifact in report.artifacts for one in artifact.measurements if one.name == "cosine"]
+    cosines = [
+        measurement.value
+        for artifact in report.artifacts
+        for measurement in artifact.measurements
+        if measurement.name == "cosine"
+    ]
     assert cosines[0] > 0.9999
     assert cosines[1] > 0.999
     model = llama_cpp.Llama(str(tmp_path / "job" / "out" / "gguf" / "model.gguf"), vocab_only=True, verbose=False)

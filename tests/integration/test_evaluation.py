@@ -63,7 +63,7 @@ def observe(folder: Path, trial: Any, scratch: Path, name: str, reference: Obser
 
 
 def named(found: tuple[Measurement, ...]) -> dict[str, Measurement]:
-    return {one.name: one for one in found}
+    return {item.name: item for item in found}
 
 
 class Language:
@@ -212,7 +212,7 @@ def test_similarity_is_the_correlation_with_peoples_scores(embedder: tuple[Path,
     cosines = [float(torch.cosine_similarity(vector(r["text_a"]), vector(r["text_b"]), dim=0)) for r in EMBEDDED]
     scores = [row["score"] for row in EMBEDDED]
     assert figures["pearson"].value == pytest.approx(np.corrcoef(cosines, scores)[0, 1], abs=1e-5)
-    ranks = [np.argsort(np.argsort(one)) for one in (cosines, scores)]
+    ranks = [np.argsort(np.argsort(values)) for values in (cosines, scores)]
     assert figures["spearman"].value == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-9)
 
 

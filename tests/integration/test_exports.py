@@ -153,7 +153,7 @@ def test_an_artifact_whose_answers_are_no_numbers_is_named(bench: Bench, tmp_pat
     import onnx as library
 
     model = library.load(bench.traced.path)
-    bias = next(one for one in model.graph.initializer if list(one.dims) == [128])
+    bias = next(initializer for initializer in model.graph.initializer if list(initializer.dims) == [128])
     bias.CopyFrom(library.numpy_helper.from_array(np.full(128, np.nan, np.float32), bias.name))
     (tmp_path / "onnx").mkdir()
     library.save(model, tmp_path / "onnx" / "model.onnx")
@@ -184,7 +184,7 @@ def test_a_weight_that_lies_on_the_grid_decides_for_itself_alone(bench: Bench, t
 
     model = library.load(bench.traced.path)
     fold_transposes(library, model)
-    constants = {one.name: one for one in model.graph.initializer}
+    constants = {initializer.name: initializer for initializer in model.graph.initializer}
     product = next(
         node for node in model.graph.node if node.op_type == "MatMul" and constants.get(node.input[1]) is not None
     )
@@ -196,9 +196,9 @@ def test_a_weight_that_lies_on_the_grid_decides_for_itself_alone(bench: Bench, t
     def rounded(source: Path) -> dict[str, np.ndarray]:
         quantize_onnx(source, tmp_path / "out.onnx", DynamicInt8(), rounding={}, peaks={})
         return {
-            one.name.removesuffix("_quantized"): library.numpy_helper.to_array(one)
-            for one in library.load(tmp_path / "out.onnx").graph.initializer
-            if one.name.endswith("_quantized")
+            initializer.name.removesuffix("_quantized"): library.numpy_helper.to_array(initializer)
+            for initializer in library.load(tmp_path / "out.onnx").graph.initializer
+            if initializer.name.endswith("_quantized")
         }
 
     plain, mixed = rounded(bench.traced.path), rounded(tmp_path / "on-the-grid.onnx")
@@ -245,12 +245,17 @@ def test_a_classifier_is_scored_on_its_labels(classifier: Path, tmp_path: Path):
     recipe = ACCURACY | {"gates": {"accuracy": ">= 1%", "perplexity": "<= +3%"}}
     _, report, _ = press(lay_out(tmp_path / "job", classifier, recipe, {"mine": ROWS}))
     (artifact,) = report.artifacts
-    found = {one.name: one for one in artifact.measurements}
+    found = {measurement.name: measurement for measurement in artifact.measurements}
     assert found["accuracy"].n == 40
     assert found["accuracy"].change is not None
     assert 0 <= found["top1_agreement"].low <= found["top1_agreement"].value
-    assert [one.name for one in report.source.measurements] == ["accuracy", "f1", "class_f1", "class_f1"]
-    gates = {one.gate.split()[0]: one for one in report.gates}
+    assert [measurement.name for measurement in report.source.measurements] == [
+        "accuracy",
+        "f1",
+        "class_f1",
+        "class_f1",
+    ]
+    gates = {gate.gate.split()[0]: gate for gate in report.gates}
     assert gates["accuracy"].passed
     assert not gates["perplexity"].passed
     assert "not measured" in gates["perplexity"].explanation

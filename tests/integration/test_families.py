@@ -147,7 +147,7 @@ def test_a_whole_job(name: str, bert_tiny: Path, tmp_path: Path):
     (artifact,) = report.artifacts
     assert artifact.verification is not None
     assert artifact.verification.passed
-    found = {one.name: one.value for one in artifact.measurements}
+    found = {measurement.name: measurement.value for measurement in artifact.measurements}
     assert found["top1_agreement"] > 0.5
     if name.startswith("ViT"):
         assert any("synthetic" in note for note in report.notes)

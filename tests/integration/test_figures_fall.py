@@ -103,7 +103,7 @@ def _answers(folder: Path, texts: list[str]) -> np.ndarray:
     model = getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
     with torch.inference_mode():
         logits = [model(torch.tensor([tokenizer.encode(text).ids])).logits[0] for text in texts]
-    return np.array([one.argmax(-1).tolist() for one in logits], dtype=object)
+    return np.array([logit.argmax(-1).tolist() for logit in logits], dtype=object)
 
 
 def _labelled(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -229,10 +229,10 @@ def _broken(source: Path, target: Path, level: float) -> Path:
     return target
 
 
-def _worse(one: Measurement, other: Measurement) -> bool:
+def _worse(measurement: Measurement, other: Measurement) -> bool:
     """Whether `one` is worse than `other`, beyond both intervals."""
-    assert None not in (one.low, one.high, other.low, other.high)
-    return one.high < other.low if one.better == "higher" else one.low > other.high
+    assert None not in (measurement.low, measurement.high, other.low, other.high)
+    return measurement.high < other.low if measurement.better == "higher" else measurement.low > other.high
 
 
 def _verified(recipe: Recipe, trial: quality.Trial, base: Observed, seen: Observed) -> bool:
@@ -262,8 +262,10 @@ def test_figures_verification_and_gate_see_a_model_break_step_by_step(
     found, verified = [], []
     for at, level in enumerate(LEVELS):
         seen = _observe(_broken(source, tmp_path / f"broken{at}", level), trial, base)
-        measured = [one for one in quality.measurements(trial, base, seen) if one.name != "class_f1"]
-        found.append({(one.name, one.of, one.data): one for one in measured})
+        measured = [
+            measurement for measurement in quality.measurements(trial, base, seen) if measurement.name != "class_f1"
+        ]
+        found.append({(measurement.name, measurement.of, measurement.data): measurement for measurement in measured})
         verified.append(_verified(recipe, trial, base, seen))
         shutil.rmtree(tmp_path / f"broken{at}")
     mildest, middle, strongest = found

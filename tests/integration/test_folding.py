@@ -89,7 +89,7 @@ def _save(family: str, says: dict[str, Any], folder: Path) -> Path:
         ):  # sharp attention would judge rounding alone
             parameter.data[::5] *= 6
     model.save_pretrained(folder)
-    letters = {one: at for at, one in enumerate(["[UNK]", "[PAD]", "</s>", *string.ascii_letters])}
+    letters = {token: at for at, token in enumerate(["[UNK]", "[PAD]", "</s>", *string.ascii_letters])}
     tokenizer = Tokenizer(models.WordLevel(letters, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -119,7 +119,7 @@ def _cosine(ours: Tensor, theirs: Tensor) -> float:
 
 
 def test_every_family_that_folds_is_walked():
-    assert {getattr(transformers, one).config_class.model_type for one in VARIANTS} == FOLDABLE
+    assert {getattr(transformers, name).config_class.model_type for name in VARIANTS} == FOLDABLE
 
 
 @pytest.mark.parametrize(("family", "variant"), _CASES)
@@ -144,14 +144,14 @@ def test_a_model_whose_layers_exchanged_factors_answers_as_before_in_every_shape
 # transformers asks for a dtype of the scales that torch announces to go
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["awq", "smoothquant"])
-@pytest.mark.parametrize(("family", "variant"), [one for one in _CASES if one[0] not in _MIXTURES])
+@pytest.mark.parametrize(("family", "variant"), [case for case in _CASES if case[0] not in _MIXTURES])
 def test_a_pressed_model_answers_as_its_source_in_every_shape(family: str, variant: str, name: str, tmp_path: Path):
     source = _save(family, VARIANTS[family][variant], tmp_path / "source")
     pass_ = {"pass": "awq", "bits": 8, "group_size": 16} if name == "awq" else {"pass": "smoothquant"}
     out, record = _press(source, tmp_path, pass_)
     assert _cosine(_answers(out), _answers(source)) > 0.998
     before, after = (
-        {key: one for path in folder.glob("*.safetensors") for key, one in load_file(path).items()}
+        {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
         for folder in (source, out)
     )
     changed = [
@@ -159,7 +159,7 @@ def test_a_pressed_model_answers_as_its_source_in_every_shape(family: str, varia
     ]
     left_out = _LEFT_OUT.get((family, variant), [])
     assert [text.split()[1] for text in record.warnings] == left_out
-    assert not any(one in key for key in changed for one in left_out)
+    assert not any(name in key for key in changed for name in left_out)
 
 
 def test_a_model_in_which_nothing_folds_is_refused_by_awq_and_smoothed_nowhere(tmp_path: Path):

@@ -121,7 +121,7 @@ def test_what_is_rounded_takes_its_bits_and_is_never_rounded_again(bits: int, sh
     assert torch.equal(keys[:, :, :32], early)
     assert torch.equal(keys[:, :, -16:], states[:, :, -16:])
     whole = 2 * states.nbytes
-    held = sum(one.nbytes for one in (layer.keys, layer.values, *layer.packed))
+    held = sum(tensor.nbytes for tensor in (layer.keys, layer.values, *layer.packed))
     assert held < share * whole + 2 * 48 * 2 * 64 * 4
 
 
@@ -248,12 +248,12 @@ def test_a_job_measures_it_beside_no_cache_and_the_report_shows_both(source: Pat
     }
     _, report, _ = press(lay_out(tmp_path / "job", source, recipe))
     (artifact,) = report.artifacts
-    shapes = [(one.prompt, one.tokens, one.cached) for one in artifact.generation]
+    shapes = [(timing.prompt, timing.tokens, timing.cached) for timing in artifact.generation]
     assert shapes == [(12, 6, True), (40, 6, True), (12, 4, False), (40, 4, False)]
     # Within its window it writes what no cache writes.
     assert artifact.generation[2].alike == 1
-    assert [one.alike for one in report.source.generation[2:]] == [1, 1]
-    assert report.gates[0].observed == min(one.decode_tokens_per_s for one in artifact.generation[:2])
+    assert [timing.alike for timing in report.source.generation[2:]] == [1, 1]
+    assert report.gates[0].observed == min(timing.decode_tokens_per_s for timing in artifact.generation[:2])
     assert artifact.verification is not None
     assert "trust_remote_code=True" in artifact.verification.load_snippet
     page = reports.render_html(report)

@@ -31,24 +31,24 @@ def test_every_run_writes_the_tokens_asked_for_whatever_ends_or_drafts_them(bert
     recipe = parse_recipe({**RECIPE, "evaluate": [{**SPEED, "batch": 1}]})
     trial = prepare(recipe, inspect_model(FolderFiles(folder)), folder, {}, threads=1)
     seen = run_consumer(safetensors.CONSUMER, folder, trial.task, name="source", scratch=tmp_path / "scratch")
-    (one,) = seen.writings
-    waits = np.asarray(one["milliseconds"])
+    (writing,) = seen.writings
+    waits = np.asarray(writing["milliseconds"])
     assert waits.shape == (3, 7)
     assert (waits > 0).all()
     assert waits.sum() / 1000 < seen.seconds
-    assert 0 < one["peak_memory_bytes"] <= seen.peak_memory
+    assert 0 < writing["peak_memory_bytes"] <= seen.peak_memory
 
 
 def test_rates_count_the_whole_batch_and_medians_are_of_runs():
     runs = [[100.0, 10, 10, 20], [60.0, 5, 5, 10], [80.0, 20, 20, 40]]
     written = {"batch": 2, "prompt": 12, "tokens": 4, "cached": True, "milliseconds": runs, "peak_memory_bytes": 5}
     seen = Observed({}, (), (written,), 9, {}, "", 1.0, Path("unused"))
-    (one,) = generation_timings(seen, 1)
-    assert (one.prefill_p50_ms, one.prefill_tokens_per_s) == pytest.approx((80, 2 * 12 / 0.08))
+    (timing,) = generation_timings(seen, 1)
+    assert (timing.prefill_p50_ms, timing.prefill_tokens_per_s) == pytest.approx((80, 2 * 12 / 0.08))
     # Three tokens a row after the first, in 40, 20 and 80 ms.
-    assert (one.decode_slowest, one.decode_tokens_per_s, one.decode_fastest) == pytest.approx((75, 150, 300))
-    assert one.token_p50_ms == 10
-    assert 20 < one.token_p95_ms < 40
+    assert (timing.decode_slowest, timing.decode_tokens_per_s, timing.decode_fastest) == pytest.approx((75, 150, 300))
+    assert timing.token_p50_ms == 10
+    assert 20 < timing.token_p95_ms < 40
 
 
 def test_a_job_reports_it_and_gates_on_the_worst_shape(bert_tiny: Path, tmp_path: Path):
@@ -64,12 +64,15 @@ def test_a_job_reports_it_and_gates_on_the_worst_shape(bert_tiny: Path, tmp_path
     )
     _, report, _ = press(job)
     (artifact,) = report.artifacts
-    assert [(one.batch, one.prompt, one.tokens) for one in artifact.generation] == [(1, 12, 7), (2, 12, 7)]
+    assert [(timing.batch, timing.prompt, timing.tokens) for timing in artifact.generation] == [(1, 12, 7), (2, 12, 7)]
     met, missed = report.gates
-    speedups = [one.decode_speedup for one in artifact.generation]
-    assert all(one is not None and one.by_turns and one.low <= one.value <= one.high for one in speedups)
+    speedups = [timing.decode_speedup for timing in artifact.generation]
+    assert all(
+        speedup is not None and speedup.by_turns and speedup.low <= speedup.value <= speedup.high
+        for speedup in speedups
+    )
     assert met.passed
-    assert met.observed == pytest.approx(min(one.low for one in speedups if one is not None))
+    assert met.observed == pytest.approx(min(speedup.low for speedup in speedups if speedup is not None))
     assert not missed.passed
     for page in (reports.render_markdown(report), reports.render_html(report)):
         assert "Decode, batch 2 × prompt of 12, 7 written" in page

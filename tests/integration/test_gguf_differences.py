@@ -118,8 +118,18 @@ def wordpiece(folder: Path, **normalizer: Any) -> int:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     letters = [*map(chr, range(33, 127)), *"éïöüçÅåàäñ你好，世界。我喜欢模型压缩東京タワへようこそ…"]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{one}" for one in letters), "quick", "Quick", "café"]
-    vocabulary = {one: at for at, one in enumerate(dict.fromkeys(words))}
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *letters,
+        *(f"##{letter}" for letter in letters),
+        "quick",
+        "Quick",
+        "café",
+    ]
+    vocabulary = {fromkey: at for at, fromkey in enumerate(dict.fromkeys(words))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -206,7 +216,9 @@ def test_a_copy_of_the_table_is_not_written_twice_and_another_head_is(tmp_path: 
     gguf.save(folder, tmp_path / "a", header, weights="f32", pooling="mean")
     _with_own_head(folder)
     gguf.save(folder, tmp_path / "b", header, weights="f32", pooling="mean")
-    heads = ["output.weight" in [one.name for one in GGUFReader(tmp_path / at / gguf.FILE_NAME).tensors] for at in "ab"]
+    heads = [
+        "output.weight" in [tensor.name for tensor in GGUFReader(tmp_path / at / gguf.FILE_NAME).tensors] for at in "ab"
+    ]
     assert heads == [False, True]
 
 

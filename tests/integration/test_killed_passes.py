@@ -86,4 +86,4 @@ def _comes_by_the_clock(report: tuple[str, object]) -> bool:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {str(one.relative_to(folder)): one.read_bytes() for one in sorted(folder.rglob("*")) if one.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -191,7 +191,7 @@ def test_a_mixtures_experts_may_stay_in_float_beside_fp8(tmp_path: Path):
     passes = [{"pass": "fp8", "ignore": ["re:.*experts.*"]}]
     make_plan(_recipe(passes), inspect_model(FolderFiles(source)))
     out = _press(source, tmp_path / "pressed", passes)
-    before, after = (family_answers("MixtralForCausalLM", one) for one in (source, out))
+    before, after = (family_answers("MixtralForCausalLM", folder) for folder in (source, out))
     assert 0 < float((after - before).norm() / before.norm()) < 0.2
 
 

@@ -25,7 +25,7 @@ def prune(source: Path, target: Path, threads: int = 2, **options: object) -> Pa
 
 
 def linears(folder: Path) -> list[str]:
-    return [one.name for one in header_of(folder).tensors if is_linear_weight(one, Magnitude().ignore)]
+    return [tensor.name for tensor in header_of(folder).tensors if is_linear_weight(tensor, Magnitude().ignore)]
 
 
 def smallest_to_zero(flat: torch.Tensor, count: int) -> torch.Tensor:
@@ -74,7 +74,9 @@ def test_ties_go_in_the_order_of_their_places(tmp_path: Path):
         tmp_path / "source", dtype=torch.float32, num_hidden_layers=1, hidden_size=1024, intermediate_size=1100
     )
     path = source / "model.safetensors"
-    tensors = {name: one.sign() + (one == 0) if one.ndim == 2 else one for name, one in load_file(path).items()}
+    tensors = {
+        name: tensor.sign() + (tensor == 0) if tensor.ndim == 2 else tensor for name, tensor in load_file(path).items()
+    }
     save_file(tensors, path, metadata={"format": "pt"})
     for across in ("layer", "global"):
         prune(source, tmp_path / across, sparsity=0.3, across=across, threads=3)
@@ -83,7 +85,7 @@ def test_ties_go_in_the_order_of_their_places(tmp_path: Path):
     count = int(0.3 * gone.numel() + 0.5)
     assert gone[:count].all()
     assert not gone[count:].any()
-    every = torch.cat([load_tensors(tmp_path / "global")[one].view(-1) for one in linears(source)]) == 0
+    every = torch.cat([load_tensors(tmp_path / "global")[linear].view(-1) for linear in linears(source)]) == 0
     count = int(0.3 * every.numel() + 0.5)
     assert every[:count].all()
     assert not every[count:].any()

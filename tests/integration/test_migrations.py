@@ -33,8 +33,12 @@ def test_the_tables_in_code_and_in_the_database_are_the_same(sql_url: str):
 
 def test_the_constraints_have_the_names_that_the_code_gives_them(engine: Engine):
     for table in metadata.tables.values():
-        there = {one["name"] for one in inspect(engine).get_check_constraints(table.name)}
-        assert there == {one.name for one in table.constraints if str(one.name).startswith("ck_")}, table.name
+        there = {
+            get_check_constraint["name"] for get_check_constraint in inspect(engine).get_check_constraints(table.name)
+        }
+        assert there == {
+            constraint.name for constraint in table.constraints if str(constraint.name).startswith("ck_")
+        }, table.name
 
 
 def test_there_is_one_line_of_revisions():

@@ -51,11 +51,11 @@ def mixture(request: pytest.FixtureRequest, bert_tiny: Path, tmp_path_factory: p
     model_class = getattr(transformers, request.param)
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**_SHAPE, **MIXTURES[request.param]))
-    for name, one in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if name.endswith("layernorm.weight"):
-            one.data[::16] *= 40
+            parameter.data[::16] *= 40
         elif name.endswith("experts.gate_up_proj"):
-            one.data[:, 64::16] *= 40  # rows of up
+            parameter.data[:, 64::16] *= 40  # rows of up
     model.save_pretrained(folder)
     shutil.copy(bert_tiny / "tokenizer.json", folder)
     return folder
@@ -71,7 +71,7 @@ def _press(source: Path, work: Path, pass_: dict[str, Any]) -> tuple[Path, Any]:
         calibration=Calibration(samples=16, length=64),
     )
     record = MODEL_PASSES[pass_["pass"]](source, work / "out", recipe.passes[0], context)
-    written = sum(one.nbytes for one in load_tensors(work / "out").values())
+    written = sum(load_tensor.nbytes for load_tensor in load_tensors(work / "out").values())
     assert plan.estimate is not None
     assert written == pytest.approx(plan.estimate.output_bytes["compressed-tensors"], rel=0.02)
     return work / "out", record

@@ -30,7 +30,7 @@ def _overflowing(folder: Path) -> Path:
     tensors = load_file(folder / "model.safetensors")
     for part, by in (("gate", 1e13), ("up", 1e13), ("down", 1e16)):
         tensors[f"model.layers.1.mlp.{part}_proj.weight"] *= by
-    assert all(bool(torch.isfinite(one).all()) for one in tensors.values())
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -56,7 +56,7 @@ def test_a_graph_stops_and_names_the_product(tmp_path: Path):
     graph = tmp_path / "overflows" / "model.onnx"
     graph.parent.mkdir()
     model = onnx.load(bench.traced.path)
-    tensors = {one.name: one for one in model.graph.initializer}
+    tensors = {initializer.name: initializer for initializer in model.graph.initializer}
     product = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in tensors][3]
     weight = onnx.numpy_helper.to_array(tensors[product.input[1]])
     tensors[product.input[1]].CopyFrom(onnx.numpy_helper.from_array(np.full_like(weight, 3e38), product.input[1]))

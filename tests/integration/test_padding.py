@@ -49,7 +49,9 @@ PASSES: dict[str, dict[str, Any]] = {
     "heads, global": {"pass": "heads", "share": 0.5, "across": "global"},
     "heads, taylor": {"pass": "heads", "share": 0.5, "importance": "taylor"},
 }
-_ENCODERS = [name for name, one in PASSES.items() if one["pass"] not in {"awq", "smoothquant", "kv-cache", "fp8"}]
+_ENCODERS = [
+    name for name, options in PASSES.items() if options["pass"] not in {"awq", "smoothquant", "kv-cache", "fp8"}
+]
 
 
 @pytest.fixture
@@ -68,8 +70,8 @@ def _pad_longer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def longer(sequences: list[list[int]], pad_id: int) -> tokenized.Sequences:
         ids, mask = (
-            np.pad(one, ((0, 0), (0, _PADDED)), constant_values=fill)
-            for one, fill in zip((pad(sequences, pad_id).ids, pad(sequences, pad_id).mask), (pad_id, 0), strict=True)
+            np.pad(array, ((0, 0), (0, _PADDED)), constant_values=fill)
+            for array, fill in zip((pad(sequences, pad_id).ids, pad(sequences, pad_id).mask), (pad_id, 0), strict=True)
         )
         return tokenized.Sequences(ids, mask)
 
@@ -83,7 +85,7 @@ def _run(source: Path, work: Path, pass_: Mapping[str, Any], texts: Path) -> tup
     (work / "work").mkdir(parents=True)
     context = PassContext(header, work / "work", calibration=_CALIBRATION, data_files={"mine": texts})
     record = MODEL_PASSES[pass_["pass"]](source, work / "out", options, context)
-    found = {name: one for path in (work / "out").glob("*.safetensors") for name, one in load_file(path).items()}
+    found = {name: tensor for path in (work / "out").glob("*.safetensors") for name, tensor in load_file(path).items()}
     return found, record
 
 
@@ -117,9 +119,11 @@ def _block_of(name: str) -> int:
 def _numbers(value: Any) -> list[float]:
     """The numbers of a record's summary, but for counts of codes that are 0."""
     if isinstance(value, Mapping):
-        return [one for key, inner in value.items() if key not in {"zeros", "sparsity"} for one in _numbers(inner)]
+        return [
+            number for key, inner in value.items() if key not in {"zeros", "sparsity"} for number in _numbers(inner)
+        ]
     if isinstance(value, list | tuple):
-        return [one for inner in value for one in _numbers(inner)]
+        return [number for inner in value for number in _numbers(inner)]
     return [float(value)] if isinstance(value, int | float) else []
 
 
@@ -176,11 +180,11 @@ def test_the_smoothing_and_the_ranges_of_a_graph_take_no_notice_of_padding(
             found.append({key: archive[key] for key in archive.files})
     plain, padded = found
     assert plain.keys() == padded.keys()
-    for key, one in plain.items():
+    for key, tensor in plain.items():
         if key.startswith("codes."):
             # A sum in another order may turn a tie, which then changes the rest of its row and the row's error.
-            assert (padded[key] != one).mean() < 0.05, key
+            assert (padded[key] != tensor).mean() < 0.05, key
         elif key.startswith("error."):
-            assert padded[key].sum() == pytest.approx(one.sum(), rel=1e-2), key
+            assert padded[key].sum() == pytest.approx(tensor.sum(), rel=1e-2), key
         else:
-            np.testing.assert_allclose(padded[key], one, rtol=2e-3, atol=1e-6, err_msg=key)
+            np.testing.assert_allclose(padded[key], tensor, rtol=2e-3, atol=1e-6, err_msg=key)

@@ -30,9 +30,11 @@ def test_every_pass_has_a_function_for_its_stage() -> None:
         "runtime": {name for name, _ in registry.RUNTIME_PASSES},
     }
     for stage, names in tables.items():
-        assert names == {one.model_fields["pass_"].default for one in catalog.pass_types() if one.stage == stage}
+        assert names == {
+            pass_type.model_fields["pass_"].default for pass_type in catalog.pass_types() if pass_type.stage == stage
+        }
     assert registry.model_pass(Gptq()) is gptq
-    assert {one.stage for one in (StaticInt8, DynamicInt8, Profiling)} == {"graph", "runtime", "measure"}
+    assert {options.stage for options in (StaticInt8, DynamicInt8, Profiling)} == {"graph", "runtime", "measure"}
 
 
 def test_a_function_is_registered_once_and_for_the_stage_of_its_options() -> None:

@@ -43,8 +43,8 @@ def done(tmp_path_factory: pytest.TempPathFactory):
 def test_the_manifest_lists_exactly_the_files_that_are_there(done: Done):
     for artifact in done.manifest.artifacts:
         assert artifact.files == describe_folder(done.folder / "out" / artifact.path)
-    assert {one.format for one in done.manifest.artifacts} == {"onnx", "openvino"}
-    named = {one.path for one in done.manifest.report} | {"manifest.json", "onnx", "openvino"}
+    assert {artifact.format for artifact in done.manifest.artifacts} == {"onnx", "openvino"}
+    named = {file.path for file in done.manifest.report} | {"manifest.json", "onnx", "openvino"}
     assert {path.name for path in (done.folder / "out").iterdir()} == named
     assert Manifest.model_validate_json((done.folder / "out" / "manifest.json").read_bytes()) == done.manifest
 
@@ -57,16 +57,16 @@ def test_an_artifact_carries_its_tokenizer_and_config(done: Done):
 
 
 def test_every_artifact_was_verified_by_its_real_consumer(done: Done):
-    consumers = {one.name: one.verification.consumer.split()[0] for one in done.report.artifacts}
+    consumers = {artifact.name: artifact.verification.consumer.split()[0] for artifact in done.report.artifacts}
     assert consumers == {"onnx": "onnxruntime", "openvino": "openvino"}
-    for one in done.report.artifacts:
-        assert one.verification.passed
-        assert one.verification.bound <= one.verification.value <= 1.000001
+    for artifact in done.report.artifacts:
+        assert artifact.verification.passed
+        assert artifact.verification.bound <= artifact.verification.value <= 1.000001
 
 
 def test_the_artifacts_are_half_the_size_or_less_although_embeddings_are_tied(done: Done):
-    for one in done.report.artifacts:
-        assert one.size_bytes < 0.6 * done.report.source.size_bytes
+    for artifact in done.report.artifacts:
+        assert artifact.size_bytes < 0.6 * done.report.source.size_bytes
     assert done.report.verdict == "accepted"
     assert len(done.report.gates) == 4
 
@@ -81,9 +81,9 @@ def test_the_plan_says_how_large_a_graph_will_be(done: Done, export: str):
 
 
 def test_fidelity_has_its_interval_and_the_source_none(done: Done):
-    assert [one.name for one in done.report.source.measurements] == ["masked_accuracy"]
-    for one in done.report.artifacts:
-        found = {measured.name: measured for measured in one.measurements}
+    assert [measurement.name for measurement in done.report.source.measurements] == ["masked_accuracy"]
+    for artifact in done.report.artifacts:
+        found = {measured.name: measured for measured in artifact.measurements}
         assert set(found) == {"masked_accuracy", "top1_agreement", "kl_divergence", "centred_cosine"}
         for measured in found.values():
             assert measured.low <= measured.value <= measured.high
@@ -92,19 +92,19 @@ def test_fidelity_has_its_interval_and_the_source_none(done: Done):
 
 def test_each_shape_is_timed_for_the_source_and_for_each_artifact(done: Done):
     for subject in (done.report.source, *done.report.artifacts):
-        assert [(one.batch, one.length, one.repeats) for one in subject.timings] == [(1, 32, 5), (4, 32, 5)]
-        assert all(0 < one.p50_ms <= one.p95_ms for one in subject.timings)
+        assert [(timing.batch, timing.length, timing.repeats) for timing in subject.timings] == [(1, 32, 5), (4, 32, 5)]
+        assert all(0 < timing.p50_ms <= timing.p95_ms for timing in subject.timings)
         assert subject.peak_memory_bytes > 50e6
 
 
 def test_progress_never_falls_and_ends_at_one(done: Done):
-    progress = [one for one in done.frames if isinstance(one, Progress)]
-    fractions = [one.fraction for one in progress]
+    progress = [frame for frame in done.frames if isinstance(frame, Progress)]
+    fractions = [report.fraction for report in progress]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
-    phases = list(dict.fromkeys(one.phase for one in progress))
+    phases = list(dict.fromkeys(report.phase for report in progress))
     assert phases == ["validating", "baseline", "exporting", "verifying", "evaluating"]
-    assert any(isinstance(one, Metric) and one.name == "dynamic-int8.relative_error" for one in done.frames)
+    assert any(isinstance(frame, Metric) and frame.name == "dynamic-int8.relative_error" for frame in done.frames)
 
 
 def test_layers_are_called_as_in_the_model(done: Done):
@@ -116,9 +116,9 @@ def test_layers_are_called_as_in_the_model(done: Done):
 
 
 def test_the_load_snippets_run_as_shown(done: Done):
-    for one in done.report.artifacts:
+    for artifact in done.report.artifacts:
         ran = subprocess.run(
-            [sys.executable, "-I", "-c", one.verification.load_snippet],
+            [sys.executable, "-I", "-c", artifact.verification.load_snippet],
             cwd=done.folder / "out",
             capture_output=True,
             text=True,

@@ -19,7 +19,7 @@ def test_a_pruned_and_rounded_model_is_loaded_and_measured(tmp_path: Path):
     (artifact,) = report.artifacts
     assert artifact.verification is not None
     assert artifact.verification.passed
-    assert [one.name for one in report.passes] == ["magnitude", "weight-only"]
+    assert [options.name for options in report.passes] == ["magnitude", "weight-only"]
     assert manifest.verdict == "accepted"
     config = json.loads((job / "out" / "compressed-tensors" / "config.json").read_text())
     assert config["quantization_config"]["format"] == "pack-quantized"

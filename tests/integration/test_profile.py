@@ -29,13 +29,13 @@ def test_operations_are_those_that_torch_counts(class_name: str, tmp_path: Path)
     ids = torch.randint(5, 50, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=ids)
-    counted: dict[str, Any] = {str(one): flops for one, flops in counter.get_flop_counts()["Global"].items()}
+    counted: dict[str, Any] = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
     found = profile_of(header, "m", [(3, 20)])
     # Rotations of positions are a product of [1] columns in torch's eyes.
     assert found.shapes[0].flops == pytest.approx(sum(counted.values()), rel=0.01)
-    assert sum(one.parameters for one in found.parts) == header.parameters
-    assert sum(one.bytes for one in found.parts) == header.size
-    blocks = {one.block for one in found.parts} - {None}
+    assert sum(part.parameters for part in found.parts) == header.parameters
+    assert sum(part.bytes for part in found.parts) == header.size
+    blocks = {part.block for part in found.parts} - {None}
     assert blocks == set(range(3))
 
 
@@ -43,13 +43,13 @@ def test_attention_grows_with_the_square_of_the_length_and_the_rest_does_not(tmp
     header = inspect_model(FolderFiles(_model("LlamaForCausalLM", tmp_path / "m")))
     shapes = [(1, 64), (1, 128), (2, 64)]
     found = profile_of(header, "m", shapes)
-    quadratic = [one.attention_share * one.flops for one in found.shapes]
-    rest = [one.flops - part for one, part in zip(found.shapes, quadratic, strict=True)]
+    quadratic = [shape.attention_share * shape.flops for shape in found.shapes]
+    rest = [shape.flops - part for shape, part in zip(found.shapes, quadratic, strict=True)]
     assert quadratic[1] == pytest.approx(4 * quadratic[0])
     assert quadratic[2] == pytest.approx(2 * quadratic[0])
     assert rest[1] == pytest.approx(2 * rest[0])
     # two key and value heads of 8, three blocks, fp32, keys and values
-    assert [one.cache_bytes for one in found.shapes] == [2 * 4 * 2 * 8 * 3 * tokens for tokens in (64, 128, 128)]
+    assert [shape.cache_bytes for shape in found.shapes] == [2 * 4 * 2 * 8 * 3 * tokens for tokens in (64, 128, 128)]
     at_half = profile_of(header, "m", [(1, found.quadratic_from or 0)])
     kinds = by_kind(at_half)
     linear = kinds["attention projections"].flops + kinds["feed-forward"].flops
@@ -62,7 +62,7 @@ def test_a_roofline_is_the_slower_of_operations_and_bytes(tmp_path: Path):
         Device(name="q", flops_per_s=1e6, bytes_per_s=1e12),
         Device(name="w", flops_per_s=1e15, bytes_per_s=1e6),
     )
-    (busy,), (starved,) = (profile_of(header, "m", [(4, 64)], one).shapes for one in (quick, wide))
+    (busy,), (starved,) = (profile_of(header, "m", [(4, 64)], machine).shapes for machine in (quick, wide))
     assert (busy.limit, starved.limit) == ("compute", "memory")
     assert busy.bound_ms == pytest.approx(busy.flops / 1e3)
     assert starved.bound_ms == pytest.approx(starved.moved_bytes / 1e3)
@@ -86,7 +86,7 @@ def test_a_job_reports_both_models(bert_tiny: Path, tmp_path: Path):
     before, after = report.profiles
     assert (before.subject, after.subject) == ("source", "pressed")
     assert by_kind(after)["feed-forward"].flops == pytest.approx(by_kind(before)["feed-forward"].flops / 2, rel=0.01)
-    assert [one.length for one in after.shapes] == [16, 64]
+    assert [shape.length for shape in after.shapes] == [16, 64]
     assert before.device is not None
     assert "H100" in before.device.name
 

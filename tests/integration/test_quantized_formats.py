@@ -160,19 +160,19 @@ def test_a_budget_is_met_and_spent_where_the_error_is(llama: Path, tmp_path: Pat
     cheap, (low,) = press(llama, tmp_path / "a", [{"pass": "gptq", "group_size": 32, "budget": 5.5}])
     _, (high,) = press(llama, tmp_path / "b", [{"pass": "gptq", "group_size": 32, "budget": 7.5}])
     for record, budget in ((low, 5.5), (high, 7.5)):
-        weights = sum(one.bytes_before for one in record.layers) / 4
-        assert 8 * sum(one.bytes_after for one in record.layers) / weights <= budget
+        weights = sum(layer.bytes_before for layer in record.layers) / 4
+        assert 8 * sum(layer.bytes_after for layer in record.layers) / weights <= budget
         for errors in record.summary["error_by_layer"].values():
             assert errors["8"] < errors["4"]
         bits = record.summary["bits_by_layer"]
         for layer in range(2):
             attention = {bits[f"model.layers.{layer}.self_attn.{name}_proj"] for name in "qkv"}
             assert len(attention) == 1
-    counts = [sum(bits == 8 for bits in one.summary["bits_by_layer"].values()) for one in (low, high)]
+    counts = [sum(bits == 8 for bits in record.summary["bits_by_layer"].values()) for record in (low, high)]
     assert counts[0] < counts[1]
     # The same as a size of the whole, and the same bytes again.
     header = inspect_model(FolderFiles(llama))
-    rounded = sum(one.bytes_before for one in low.layers)
+    rounded = sum(layer.bytes_before for layer in low.layers)
     size = f"{100 * (header.size - rounded + rounded * 5.5 / 32) / header.size:.9f}%"
     again, _ = press(llama, tmp_path / "c", [{"pass": "gptq", "group_size": 32, "budget": size}])
     for path in cheap.glob("*.safetensors"):
@@ -182,7 +182,7 @@ def test_a_budget_is_met_and_spent_where_the_error_is(llama: Path, tmp_path: Pat
 def test_a_caches_scales_hold_the_keys_and_values_that_transformers_caches(llama: Path, tmp_path: Path):
     exact = _CALIBRATION.model_copy(update={"dtype": "float32"})
     out, _ = press(llama, tmp_path, [{"pass": "kv-cache", "format": "int8"}], calibration=exact)
-    scales = {name: float(one) for name, one in load_tensors(out).items() if name.endswith("_scale")}
+    scales = {name: float(load_tensor) for name, load_tensor in load_tensors(out).items() if name.endswith("_scale")}
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     context = PassContext(
         header=inspect_model(FolderFiles(llama)),

@@ -533,9 +533,9 @@ def test_what_a_job_needs_is_not_deleted(any_engine: Engine, settings: Settings,
     )
     store = JobStore(any_engine)
     job, _ = store.submission.submit(new, max_queued=10)
-    for registry, one in ((models, model), (datasets, data)):
+    for registry, record in ((models, model), (datasets, data)):
         with pytest.raises(NightpressError) as error:
-            registry.delete("t", one.id)
+            registry.delete("t", record.id)
         assert code_of(error) is ErrorCode.CONFLICT
     store.requests.request_cancel("t", job.id)
     models.delete("t", model.id)

@@ -22,7 +22,7 @@ evaluate: [{metric: fidelity, data: mine, samples: 6, length: 24}]
 
 
 def nightpress(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(one) for one in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,10 @@ def test_the_same_files_give_the_same_bytes_and_figures(pressed: Path):
     assert done.exit_code == Exit.OK, done.output
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert found["outcome"] == "identical"
-    assert all(one["same"] for one in found["bytes"])
-    assert {one["name"] for one in found["figures"]} == {"top1_agreement", "kl_divergence", "centred_cosine"}
+    assert all(item["same"] for item in found["bytes"])
+    assert {figure["name"] for figure in found["figures"]} == {"top1_agreement", "kl_divergence", "centred_cosine"}
     assert found["versions"] == {}
-    assert all(one["same"] for one in found["figures"])
+    assert all(figure["same"] for figure in found["figures"])
 
 
 def test_another_model_or_other_data_are_refused_before_anything_runs(pressed: Path, tmp_path: Path):
@@ -87,6 +87,6 @@ def test_reports_on_disk_are_compared_without_a_service(pressed: Path, tmp_path:
 def test_the_report_names_licence_data_and_digests(pressed: Path):
     report = json.loads((pressed / "out" / "report.json").read_text())
     assert report["model"]["license"] == "apache-2.0"
-    assert [one["ref"] for one in report["data"]] == ["mine"]
+    assert [item["ref"] for item in report["data"]] == ["mine"]
     assert report["artifacts"][0]["digest"].startswith("sha256:")
     assert sum(report["phases"].values()) > 0

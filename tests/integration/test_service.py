@@ -92,7 +92,7 @@ def test_a_recipe_can_be_named(world: World):
 def test_what_is_stored_is_what_a_target_came_to(world: World):
     job, _ = world.service.submit(TENANT, wanted(recipe="auto"))
     assert job.recipe["target"] == "cpu-encoder"
-    assert [one["pass"] for one in job.recipe["passes"]] == ["static-int8"]
+    assert [options["pass"] for options in job.recipe["passes"]] == ["static-int8"]
     assert job.recipe["exports"] == ["openvino", "onnx"]
 
 

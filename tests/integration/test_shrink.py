@@ -40,7 +40,7 @@ def _model(class_name: str, folder: Path) -> Path:
     """A small model of the family with a tokenizer that knows letters."""
     if not folder.exists():
         _save(class_name, folder)
-        letters = {one: at for at, one in enumerate(["[UNK]", "[PAD]", "</s>", *string.ascii_letters])}
+        letters = {token: at for at, token in enumerate(["[UNK]", "[PAD]", "</s>", *string.ascii_letters])}
         tokenizer = Tokenizer(models.WordLevel(letters, "[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -55,8 +55,8 @@ def _shrink(source: Path, work: Path, pass_: dict[str, Any], **context: Any) -> 
     record = MODEL_PASSES[pass_["pass"]](source, work / "out", options, given)
     after = inspect_model(FolderFiles(work / "out"))
     if pass_.get("across") != "global":  # the plan foretold every shape, and every word of the config
-        assert {one.name: one.shape for one in after.tensors} == {
-            one.name: one.shape for one in options.leaves(header).tensors
+        assert {tensor.name: tensor.shape for tensor in after.tensors} == {
+            tensor.name: tensor.shape for tensor in options.leaves(header).tensors
         } or pass_["pass"] == "layers"
         assert after.parameters == options.leaves(header).parameters
         assert after.config == options.leaves(header).config or pass_["pass"] == "layers"
@@ -64,7 +64,7 @@ def _shrink(source: Path, work: Path, pass_: dict[str, Any], **context: Any) -> 
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: one for path in folder.glob("*.safetensors") for name, one in load_file(path).items()}
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def _answers(folder: Path, ids: Tensor | None = None) -> Tensor:
@@ -87,7 +87,7 @@ def _with_zeros(source: Path, pruned: Path, which: str, folder: Path) -> Path:
     for block in range(parts.layers):
         name = parts.name(block, inner.output)
         side = 0 if parts.transposed else 1
-        left = {bytes(one.contiguous().numpy()) for one in small[name].unbind(side)}
+        left = {bytes(unit.contiguous().numpy()) for unit in small[name].unbind(side)}
         for column in tensors[name].unbind(side):
             if bytes(column.contiguous().numpy()) not in left:
                 column.zero_()
@@ -150,9 +150,9 @@ def test_a_global_share_leaves_layers_of_differing_widths_that_sum_up(which: str
 def test_blocks_go_by_influence_by_gradient_or_by_name(tmp_path: Path):
     source = _model("Gemma2ForCausalLM", tmp_path / "source")
     tensors = _tensors(source)
-    for name, one in tensors.items():  # the middle block does next to nothing
+    for name, tensor in tensors.items():  # the middle block does next to nothing
         if name.startswith("model.layers.1.post_"):
-            one.fill_(-0.999)
+            tensor.fill_(-0.999)
     from safetensors.torch import save_file
 
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
@@ -246,11 +246,11 @@ def test_a_whole_job_shrinks_quantizes_and_is_proven_by_every_consumer(bert_tiny
     }
     _, report, _ = press(lay_out(tmp_path / "job", bert_tiny, recipe))
     assert report.artifacts[0].parameters < report.source.parameters
-    for one in report.artifacts:
-        assert one.verification is not None
-        assert one.verification.passed
-        assert one.size_bytes < 0.6 * report.source.size_bytes  # most of it is embeddings
-    names = [one.name for one in report.passes]
+    for artifact in report.artifacts:
+        assert artifact.verification is not None
+        assert artifact.verification.passed
+        assert artifact.size_bytes < 0.6 * report.source.size_bytes  # most of it is embeddings
+    names = [options.name for options in report.passes]
     assert names[:3] == ["channels", "heads", "layers"]
 
 

@@ -107,7 +107,7 @@ def test_a_worker_ahead_of_its_time_does_not_hold_the_pointer(engine: Engine, ho
     submit(store)
     third = finish_next(store)
     assert pointers.latest(TENANT, "tiny").job_id == third
-    listed = [one.job_id for one in pointers.page(TENANT, "tiny", cursor=None, limit=10)[0]]
+    listed = [item.job_id for item in pointers.page(TENANT, "tiny", cursor=None, limit=10)[0]]
     assert listed == [third, first, second, first]
 
 
@@ -202,7 +202,7 @@ def test_a_name_means_what_was_brought_last(
     apart()
     second = bring(registry, folder, "today's")
     assert registry.get(TENANT, "tiny").id == second
-    listed = [one.id for one in registry.page(TENANT, cursor=None, limit=10)[0] if one.id in {first, second}]
+    listed = [item.id for item in registry.page(TENANT, cursor=None, limit=10)[0] if item.id in {first, second}]
     assert listed == [second, first]
     table = models if kind is ModelRegistry else data_sets
     with transaction(engine) as connection:
@@ -227,7 +227,7 @@ def test_what_was_fetched_before_is_what_goes(engine: Engine, settings: Settings
     with transaction(engine) as connection:
         connection.execute(update(models).values(ready))
     assert registry.forget_superseded(-HOUR_S) == 1
-    assert [one.id for one in registry.page(TENANT)[0]] == [second] != [first]
+    assert [item.id for item in registry.page(TENANT)[0]] == [second] != [first]
 
 
 # Lists ---------------------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_a_list_is_newest_first_whichever_host_wrote_a_line(
     cursor = None
     while True:
         items, cursor = page(cursor=cursor, limit=2)
-        seen += [one.id for one in items]
+        seen += [item.id for item in items]
         if cursor is None:
             break
     assert [line for line in seen if line in added] == added[::-1]

@@ -70,8 +70,8 @@ class World:
         return eventually(over)
 
     def close(self) -> None:
-        for one in self.intakes:
-            one.close()
+        for intake in self.intakes:
+            intake.close()
         self.engine.dispose()
 
 
@@ -141,8 +141,8 @@ def test_a_model_in_a_bucket_is_fetched_whole_and_its_trainers_pickles_are_left(
     world.close()
 
 
-def _ready(one: DataSetView) -> DataSetView | None:
-    return one if one.state == "ready" else None
+def _ready(view: DataSetView) -> DataSetView | None:
+    return view if view.state == "ready" else None
 
 
 def test_what_a_bucket_lacks_or_refuses_is_said(tmp_path: Path, sqlite_url: str, s3_server: S3, bucket: str):
@@ -351,7 +351,7 @@ def test_what_is_too_large_for_a_request_is_verified_beside_it(tmp_path: Path, s
     assert (made.state, made.digest) == ("verifying", None)
     model = world.settled(made.id)
     assert (model.state, model.digest) == ("ready", digest_of(describe_folder(bert_tiny)))
-    files = [{"path": one.path, "size": one.size, "sha256": one.sha256} for one in describe_folder(bert_tiny)]
+    files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in describe_folder(bert_tiny)]
     for damaged in (False, True):
         made = world.models.create(TENANT, ModelCreate.model_validate({"name": "up", "files": files}))
         for file in made.uploads:
@@ -359,7 +359,7 @@ def test_what_is_too_large_for_a_request_is_verified_beside_it(tmp_path: Path, s
             world.models.receive_part(TENANT, made.id, file.path, 1, [data], len(data))
         if damaged:  # after it came: on the disk
             parts = (world.settings.data_dir / "objects" / ".np-uploads").rglob("1")
-            part = max(parts, key=lambda one: one.stat().st_size)
+            part = max(parts, key=lambda path: path.stat().st_size)
             part.write_bytes(bytes(part.stat().st_size))
         asked = world.models.complete(TENANT, made.id)
         assert asked.state == "verifying"
@@ -434,12 +434,12 @@ def test_data_that_takes_long_to_read_is_read_beside_the_request(tmp_path: Path,
         world.data_sets.create(TENANT, DataSetCreate(name=name, path=str(tmp_path / name)))
         for name in ("a.jsonl", "bad.jsonl")
     ]
-    assert [one.state for one in made] == ["verifying", "verifying"]
+    assert [item.state for item in made] == ["verifying", "verifying"]
     intake = world.intake()
 
     def over() -> bool:
         intake.advance()
-        return all(world.data_sets.get(TENANT, one.id).state in {"ready", "failed"} for one in made)
+        return all(world.data_sets.get(TENANT, item.id).state in {"ready", "failed"} for item in made)
 
     eventually(over)
     assert world.data_sets.get(TENANT, made[0].id).rows == 60_000

@@ -72,7 +72,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory):
 
 def _weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     """The int8 weights of products, by name."""
-    found = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    found = {initializer.name: onnx.numpy_helper.to_array(initializer) for initializer in model.graph.initializer}
     return {
         node.input[0]: found[node.input[0]]
         for node in model.graph.node
@@ -108,7 +108,9 @@ def test_queries_and_keys_are_rounded_before_they_are_split_into_heads(bench: Be
     for bits, top in ((7, 64), (8, 127)):
         model, _ = bench.quantize(tmp_path / str(bits), weight_bits=bits)
         made_by = {out: node for node in model.graph.node for out in node.output}
-        constants = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+        constants = {
+            initializer.name: onnx.numpy_helper.to_array(initializer) for initializer in model.graph.initializer
+        }
         rounding = [node for node in model.graph.node if node.name.endswith(("_query_quantize", "_key_quantize"))]
         assert len(rounding) == 4  # two layers
         for node in rounding:
@@ -159,14 +161,14 @@ def test_openvino_divides_in_its_norms_and_answers_as_before(bench: Bench, tmp_p
             assert divide_in_norms(model) == 6  # two a layer, two of the head
         divisions.append(
             sum(
-                one.get_type_name() == "Multiply" and one.get_friendly_name().endswith("_smoothing")
-                for one in model.get_ops()
+                get_op.get_type_name() == "Multiply" and get_op.get_friendly_name().endswith("_smoothing")
+                for get_op in model.get_ops()
             )
         )
         compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         names = {name for port in compiled.inputs for name in port.names}
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        answers.append(compiled({name: one for name, one in feeds.items() if name in names})[0])
+        answers.append(compiled({name: feed for name, feed in feeds.items() if name in names})[0])
     assert divisions[0] - divisions[1] == 6
     # A code may fall on the other side of a rounding.
     assert np.abs(answers[0] - answers[1]).max() < 0.02 * np.abs(answers[0]).max()
@@ -228,7 +230,9 @@ def test_layers_that_cost_most_stay_in_float_until_the_budget_holds(bench: Bench
     inputs = {node.name: node.input for node in model.graph.node if node.op_type == "MatMul"}
     assert all(not inputs[name][0].endswith("_seen") for name in left)
     # Their weights are in int8 all the same, and the report says what that did to them.
-    floats = {one.name for one in model.graph.initializer if one.data_type == onnx.TensorProto.FLOAT}
+    floats = {
+        initializer.name for initializer in model.graph.initializer if initializer.data_type == onnx.TensorProto.FLOAT
+    }
     assert not floats & {inputs[name][1] for name in left}
     assert set(left) <= {layer.name for layer in record.layers}
 
@@ -327,15 +331,15 @@ def test_both_runtimes_load_it_and_answer_as_the_model_does_at_the_size_that_was
     _, report, _ = press(lay_out(tmp_path / "job", bert_tiny_dir(), RECIPE))
     estimate = make_plan(parse_recipe({"name": "t", **RECIPE}), bench.context.header).estimate
     assert estimate is not None
-    assert {one.name for one in report.artifacts} == {"onnx", "openvino"}
-    for one in report.artifacts:
-        assert one.verification is not None
-        assert one.verification.value > 0.98
-        written = graph_bytes(tmp_path / "job" / "out" / one.name)
-        assert written == pytest.approx(estimate.output_bytes[one.name], rel=0.02)
+    assert {artifact.name for artifact in report.artifacts} == {"onnx", "openvino"}
+    for artifact in report.artifacts:
+        assert artifact.verification is not None
+        assert artifact.verification.value > 0.98
+        written = graph_bytes(tmp_path / "job" / "out" / artifact.name)
+        assert written == pytest.approx(estimate.output_bytes[artifact.name], rel=0.02)
     (record,) = report.passes
     assert record.index == 0
-    text = {one.purpose: one for one in report.data}
+    text = {item.purpose: item for item in report.data}
     assert (text["calibration"].ref, text["calibration"].license) == ("builtin:prose", "public domain")
     assert text["calibration"].sha256 == builtin_digest("calibration") != builtin_digest("evaluation")
 
@@ -376,7 +380,11 @@ def test_outliers_are_clipped_where_that_costs_least():
     values = np.random.default_rng(0).standard_t(3, 200_000)
     seen = _seen(values)
     whole = activation_ranges.min_max(seen)
-    for find in (activation_ranges.mse, activation_ranges.entropy, lambda one: activation_ranges.percentile(one, 99.9)):
+    for find in (
+        activation_ranges.mse,
+        activation_ranges.entropy,
+        lambda histogram: activation_ranges.percentile(histogram, 99.9),
+    ):
         low, high = find(seen)
         assert whole[0] <= low < 0 < high <= whole[1]
     assert _error(values, activation_ranges.mse(seen)) < 0.9 * _error(values, whole)

@@ -30,8 +30,8 @@ def test_higher_priority_goes_first_and_then_age(store: JobStore):
 def test_the_tenant_with_the_fewest_running_goes_first(store: JobStore):
     many = [submit(store, tenant_id="many") for _ in range(4)]
     few = [submit(store, tenant_id="few") for _ in range(2)]
-    one = [submit(store, tenant_id="one")]
-    assert order(store, 7) == [many[0], few[0], one[0], many[1], few[1], many[2], many[3]]
+    first = [submit(store, tenant_id="one")]
+    assert order(store, 7) == [many[0], few[0], first[0], many[1], few[1], many[2], many[3]]
 
 
 def test_priority_outranks_fairness(store: JobStore):
@@ -117,7 +117,7 @@ def test_eight_workers_share_two_hundred_jobs_and_none_gets_one_twice(store: Job
         return mine
 
     with ThreadPoolExecutor(8) as pool:
-        taken = [one for mine in pool.map(work, range(8)) for one in mine]
+        taken = [job for mine in pool.map(work, range(8)) for job in mine]
     assert Counter(attempt for _, attempt in taken) == {1: 200}
     assert len({job_id for job_id, _ in taken}) == 200
     assert {job_id for job_id, _ in taken} == submitted
@@ -156,7 +156,7 @@ def test_two_racing_ends_of_one_attempt_have_one_winner(store: JobStore):
             return False
 
         with ThreadPoolExecutor(3) as pool:
-            won = [future.result() for future in [pool.submit(one) for one in (finish, release, cancel)]]
+            won = [future.result() for future in [pool.submit(step) for step in (finish, release, cancel)]]
         assert sum(won) == 1
         kinds = [event.kind for event in store.reader.events(job_id)]
         assert sum(kind in {"succeeded", "cancelled", "failed"} for kind in kinds) <= 1

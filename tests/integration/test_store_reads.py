@@ -80,7 +80,7 @@ def test_what_matches_is_cancelled_and_no_more_at_once_than_is_asked(store: JobS
     assert store.requests.cancel_all("stranger", wanted) == (0, False)
     assert store.requests.cancel_all("default", wanted, limit=2) == (2, True)
     states = {job.id: job.state for job in store.reader.page("default")[0]}
-    assert [states[one] for one in (*mine, other)] == ["running", "cancelled", "cancelled", "queued"]
+    assert [states[job_id] for job_id in (*mine, other)] == ["running", "cancelled", "cancelled", "queued"]
     assert store.requests.cancel_all("default", wanted) == (1, False)
     assert store.requests.cancel_all("default", wanted) == (0, False)
     assert store.reader.get("default", mine[0]).state == "cancelling"
@@ -149,7 +149,7 @@ def test_workers_are_idle_busy_draining_or_lost(store: JobStore, engine: Engine)
     announce("c", draining=True)
     with transaction(engine) as connection:
         connection.execute(update(workers).where(workers.c.id == "d").values(last_seen_at=db_now(-100)))
-    assert [(one.id, one.state, one.job_id) for one in store.roster.workers()] == [
+    assert [(worker.id, worker.state, worker.job_id) for worker in store.roster.workers()] == [
         ("a", "idle", None),
         ("b", "busy", job_id),
         ("c", "draining", None),
@@ -160,7 +160,7 @@ def test_workers_are_idle_busy_draining_or_lost(store: JobStore, engine: Engine)
     assert store.roster.workers()[0].started_at == started
     assert store.roster.forget_workers(older_than_s=50) == 1
     store.roster.remove_worker("a")
-    assert [one.id for one in store.roster.workers()] == ["b", "c"]
+    assert [worker.id for worker in store.roster.workers()] == ["b", "c"]
     assert [seat.queue for seat in store.roster.fleet().seats] == ["cpu"], "one kind, those that left among them"
 
 

@@ -64,7 +64,7 @@ def test_the_quota_is_the_number_of_queued_jobs(store: JobStore, engine: Engine,
 
 
 def test_a_burst_of_submissions_stays_within_the_quota(store: JobStore, engine: Engine):
-    def one(_: int) -> bool:
+    def submit_one(_: int) -> bool:
         try:
             store.submission.submit(new_job(), max_queued=50)
         except NightpressError as error:
@@ -74,11 +74,11 @@ def test_a_burst_of_submissions_stays_within_the_quota(store: JobStore, engine: 
         return True
 
     for index in range(40):
-        assert one(index)
+        assert submit_one(index)
     with ThreadPoolExecutor(4) as pool:
-        accepted = sum(pool.map(one, range(40)))
+        accepted = sum(pool.map(submit_one, range(40)))
     assert accepted == 10
-    assert not one(0)
+    assert not submit_one(0)
 
 
 @pytest.mark.parametrize("max_queued", [3, 2100])
@@ -155,13 +155,13 @@ def test_a_key_is_one_tenants_own(store: JobStore):
 def test_many_at_once_with_one_key_make_one_job(store: JobStore, engine: Engine):
     start = threading.Barrier(8)
 
-    def one(_: int) -> tuple[str, bool]:
+    def submit_one(_: int) -> tuple[str, bool]:
         start.wait()
         job, created = store.submission.submit(new_job(), idempotency=Idempotency("nightly", "body"), max_queued=100)
         return job.id, created
 
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(one, range(8)))
+        answers = list(pool.map(submit_one, range(8)))
     assert len({job_id for job_id, _ in answers}) == 1
     assert sum(created for _, created in answers) == 1
     assert count(engine) == (1, 1)

@@ -98,7 +98,7 @@ def everything(engine: Engine, job_id: str) -> tuple[object, ...]:
     timeless = {
         name: value for name, value in job._mapping.items() if not name.endswith("_at") and name != "start_before"
     }
-    return timeless, len(events), tuple((one.number, one.outcome) for one in attempts)
+    return timeless, len(events), tuple((attempt.number, attempt.outcome) for attempt in attempts)
 
 
 def load(store: JobStore, job_id: str) -> Job:
@@ -149,9 +149,9 @@ def _clear(store: JobStore, job_id: str) -> None:
 
 
 WORKERS_PULLS = [
-    one
-    for one in PULLS
-    if one[0] in {Trigger.RENEW, Trigger.FINISH, Trigger.FAIL, Trigger.RELEASE, Trigger.CONFIRM_CANCELLED}
+    pull
+    for pull in PULLS
+    if pull[0] in {Trigger.RENEW, Trigger.FINISH, Trigger.FAIL, Trigger.RELEASE, Trigger.CONFIRM_CANCELLED}
 ]
 
 
@@ -184,7 +184,7 @@ def test_a_retryable_failure_goes_back_to_the_queue_until_the_failures_are_used_
     assert job.error == RETRYABLE.as_dict()
     with transaction(engine, read_only=True) as connection:
         kept = connection.execute(select(job_attempts.c.outcome, job_attempts.c.error)).all()
-    assert [tuple(one) for one in kept] == [("failed", RETRYABLE.as_dict())] * 2
+    assert [tuple(count) for count in kept] == [("failed", RETRYABLE.as_dict())] * 2
     kinds = [event.kind for event in store.reader.events(job_id)]
     assert kinds == ["queued", "started", "requeued", "started", "failed"]
 

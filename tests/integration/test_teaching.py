@@ -52,7 +52,7 @@ def test_a_student_learns_from_labels_and_every_kind_of_answer(model: Path, data
     out, record = run_pass(model, tmp_path, options, data_files={"mine": data})
     student = AutoModelForSequenceClassification.from_pretrained(out)
     assert (student.config.num_hidden_layers, student.config.hidden_size) == (2, 16)
-    curves = {one.name: one.y for one in record.series}
+    curves = {curve.name: curve.y for curve in record.series}
     for part in ("loss", "hidden"):
         assert curves[f"train {part}"][-1] < curves[f"train {part}"][0], part
     assert set(record.summary["losses"]) == {"logits", "hidden", "relations"}
@@ -91,7 +91,7 @@ def test_an_embedder_teaches_directions(bert_tiny: Path, data: Path, tmp_path: P
     out, record = run_pass(source, tmp_path, options, data_files={"mine": data})
     assert record.summary["losses"] == ["cosine"]
     assert AutoModel.from_pretrained(out).config.num_hidden_layers == 2
-    curve = next(one for one in record.series if one.name == "validation cosine")
+    curve = next(curve for curve in record.series if curve.name == "validation cosine")
     assert curve.y[-1] < curve.y[0]
 
 
@@ -169,8 +169,8 @@ def test_a_whole_job_distils_and_its_report_has_the_curves(model: Path, data: Pa
         "evaluate": [{"metric": "accuracy", "data": "mine", "samples": 40, "length": 16}],
     }
     _, report, frames = press(lay_out(tmp_path / "job", model, recipe, {"mine": data.read_text()}))
-    assert {one.name for one in report.passes[0].series} >= {"train loss", "validation loss", "validation accuracy"}
-    assert any(getattr(one, "name", "") == "train.loss" for one in frames)
+    assert {curve.name for curve in report.passes[0].series} >= {"train loss", "validation loss", "validation accuracy"}
+    assert any(getattr(frame, "name", "") == "train.loss" for frame in frames)
     assert report.artifacts[0].size_bytes < report.source.size_bytes
 
 
@@ -192,14 +192,14 @@ def test_recovering_learns_from_the_source_and_leaves_zeros_zero(lora: Any, mode
     assert after.keys() == tensors.keys()
     assert torch.equal(after[name] == 0, gone)
     assert not torch.equal(after[name], tensors[name].masked_fill(gone, 0))
-    curve = next(one for one in record.series if one.name == "validation hidden")
+    curve = next(curve for curve in record.series if curve.name == "validation hidden")
     assert curve.y[-1] < curve.y[0]
 
 
 def test_recovering_from_nothing_is_warned_of(model: Path):
     def warned(*passes: dict[str, Any]) -> bool:
         recipe = parse_recipe({"name": "x", "passes": list(passes), "exports": ["onnx"]})
-        return any("recover" in one for one in make_plan(recipe, inspect_model(FolderFiles(model))).warnings)
+        return any("recover" in warning for warning in make_plan(recipe, inspect_model(FolderFiles(model))).warnings)
 
     recover = {"pass": "recover", "train": {"data": "mine", "length": 16}}
     assert warned(recover)
@@ -218,8 +218,8 @@ def test_each_training_of_a_recipe_is_its_own_though_two_read_alike(model: Path,
     }
     job = lay_out(tmp_path / "job", model, recipe, {"mine": data.read_text()})
     _, report, _ = press(job)
-    trained = [one.summary for one in report.passes if one.name in {"recover", "distill"}]
-    assert [one["resumed_from"] for one in trained] == [0, 0, 0, 0]
+    trained = [options.summary for options in report.passes if options.name in {"recover", "distill"}]
+    assert [record["resumed_from"] for record in trained] == [0, 0, 0, 0]
     assert len(list((job / "work" / "answers").iterdir())) == 4
 
 

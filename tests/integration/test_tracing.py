@@ -46,9 +46,9 @@ class Collector:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
                 for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                    about = {one.key: one.value.string_value for one in resource.resource.attributes}
-                    found = [one for scope in resource.scope_spans for one in scope.spans]
-                    collector.spans += [(about["service.name"], one) for one in found]
+                    about = {attribute.key: attribute.value.string_value for attribute in resource.resource.attributes}
+                    found = [span for scope in resource.scope_spans for span in scope.spans]
+                    collector.spans += [(about["service.name"], item) for item in found]
                 self.send_response(200)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
@@ -111,14 +111,14 @@ def test_a_jobs_trace_spans_all_processes_that_work_on_it(
 
     trace = bytes.fromhex(CALLER.split("-")[1])
     found = {(sender, span.name): span for sender, span in collector.spans if span.trace_id == trace}
-    names = {sender: {name for one, name in found if one == sender} for sender, _ in found}
+    names = {sender: {name for item, name in found if item == sender} for sender, _ in found}
     assert names["nightpress-api"] == {"POST /v1/jobs", "submit", "ring"}
     assert names["nightpress-worker"] == {"hear", "claim", "attempt", "stage", "press", "upload", "commit"}
     phases = {"validating", "baseline", "pressing", "exporting", "verifying", "evaluating"}
     assert names["nightpress-child"] == phases | {"pass weight-only"}
 
     def parents(sender: str, name: str) -> list[str]:
-        by_id = {span.span_id: (one, span.name) for (one, _), span in found.items()}
+        by_id = {span.span_id: (item, span.name) for (item, _), span in found.items()}
         above, at = [], found[sender, name].parent_span_id
         while at in by_id:
             above.append(by_id[at][1])
@@ -132,7 +132,7 @@ def test_a_jobs_trace_spans_all_processes_that_work_on_it(
     assert parents("nightpress-worker", "commit") == ["attempt", "submit", "POST /v1/jobs"]
     press, step = found["nightpress-worker", "press"], found["nightpress-child", "pass weight-only"]
     assert press.start_time_unix_nano < step.start_time_unix_nano < step.end_time_unix_nano < press.end_time_unix_nano
-    ended = {one.key: one.value for one in found["nightpress-worker", "attempt"].attributes}
+    ended = {attribute.key: attribute.value for attribute in found["nightpress-worker", "attempt"].attributes}
     assert ended["nightpress.outcome"].string_value == "succeeded"
     assert ended["nightpress.job_id"].string_value == job_id
 

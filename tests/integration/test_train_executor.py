@@ -70,7 +70,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(model: Path, dat
     assert record.summary["resumed_from"] >= 12
     for name in ("model.safetensors", "config.json"):
         assert (resumed / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
-    curves = {one.name: one for one in record.series}
+    curves = {curve.name: curve for curve in record.series}
     assert curves["train loss"].x[-1] == _STEPS
     assert len(curves["train loss"].x) == _STEPS
 
@@ -110,7 +110,7 @@ def test_the_best_step_is_kept_and_training_stops_when_nothing_gets_better(model
     }
     _, record = run_pass(model, tmp_path, _DISTILL | {"train": train}, data_files={"mine": data})
     assert record.summary["steps"] < 200
-    curve = next(one for one in record.series if one.name == "validation loss")
+    curve = next(curve for curve in record.series if curve.name == "validation loss")
     assert curve.x[int(np.argmin(curve.y))] == record.summary["best_step"] == record.summary["steps"] - 4
     assert record.summary["validation"]["loss"] == min(curve.y)
 
@@ -131,7 +131,7 @@ def test_a_loss_that_overflows_ends_the_job_with_advice(model: Path, data: Path,
 
 def _examples(count: int) -> Examples:
     lengths = np.random.default_rng(0).integers(2, 40, count)
-    return Examples(tuple(np.arange(one) for one in lengths), None, 0, np.arange(count))
+    return Examples(tuple(np.arange(length) for length in lengths), None, 0, np.arange(count))
 
 
 def test_an_epoch_sees_every_example_at_most_once_and_no_two_epochs_are_alike():
@@ -148,7 +148,7 @@ def test_an_epoch_sees_every_example_at_most_once_and_no_two_epochs_are_alike():
 
 def test_texts_of_like_length_share_a_batch():
     examples = _examples(512)
-    spread = [np.ptp([len(examples.ids[at]) for at in one]) for one in batch_order(examples, 8, seed=0, epoch=0)]
+    spread = [np.ptp([len(examples.ids[at]) for at in rows]) for rows in batch_order(examples, 8, seed=0, epoch=0)]
     assert np.mean(spread) < 3
 
 

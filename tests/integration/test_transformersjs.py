@@ -25,7 +25,7 @@ def test_a_page_finds_an_int8_encoder_where_it_looks_for_it(tmp_path: Path):
     }
     manifest, report, _ = press(lay_out(tmp_path / "job", bert_tiny_dir(tmp_path / "model"), recipe))
     (artifact,) = manifest.artifacts
-    paths = {one.path for one in artifact.files}
+    paths = {file.path for file in artifact.files}
     assert {"onnx/model_quantized.onnx", "config.json", "tokenizer.json"} <= paths
     assert artifact.consumer.startswith("transformers.js ")
     (subject,) = report.artifacts
@@ -45,6 +45,6 @@ def test_a_decoder_goes_on_from_its_cache_there(tmp_path: Path):
         "evaluate": [],
     }
     manifest, report, _ = press(lay_out(tmp_path / "job", save_llama(tmp_path / "llama"), recipe))
-    assert "onnx/model_q4.onnx" in {one.path for one in manifest.artifacts[0].files}
+    assert "onnx/model_q4.onnx" in {file.path for file in manifest.artifacts[0].files}
     assert report.artifacts[0].verification is not None
     assert report.artifacts[0].verification.value > 0.99

@@ -63,8 +63,8 @@ def test_a_decoder_answers_as_its_source_with_rounded_weights_would(
     press(llama, tmp_path / "out", **case)
     expected = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     with torch.no_grad():
-        for name, one in dequantized(tmp_path / "out").items():
-            expected.get_parameter(name).copy_(one)
+        for name, tensor in dequantized(tmp_path / "out").items():
+            expected.get_parameter(name).copy_(tensor)
         reference = expected(torch.arange(5, 37)[None]).logits
     answer = logits(tmp_path / "out", AutoModelForCausalLM)
     assert float((answer - reference).norm() / reference.norm()) < 0.01  # the loader dequantizes in bf16
@@ -86,7 +86,7 @@ def test_bert_loads_under_another_head(bert_tiny: Path, tmp_path: Path):
     press(bert_tiny, tmp_path / "out", bits=8)
     ids = torch.arange(5, 37)[None]
     with torch.no_grad():
-        source, answer = (AutoModel.from_pretrained(one).eval()(ids)[0] for one in (bert_tiny, tmp_path / "out"))
+        source, answer = (AutoModel.from_pretrained(folder).eval()(ids)[0] for folder in (bert_tiny, tmp_path / "out"))
     assert float((answer - source).norm() / source.norm()) < 0.03
 
 
@@ -98,18 +98,18 @@ def test_every_weight_is_within_half_a_step_and_the_rest_untouched(
     source = tiny_llama(tmp_path / "source", dtype=dtype, shards=3)
     record = press(source, tmp_path / "out", **case)
     before, after, back = load_tensors(source), load_tensors(tmp_path / "out"), dequantized(tmp_path / "out")
-    linears = {one.name for one in header_of(source).tensors if is_linear_weight(one, WeightOnly().ignore)}
-    assert set(back) == linears == {f"{one.name}.weight" for one in record.layers}
+    linears = {tensor.name for tensor in header_of(source).tensors if is_linear_weight(tensor, WeightOnly().ignore)}
+    assert set(back) == linears == {f"{layer.name}.weight" for layer in record.layers}
     assert len(linears) == 14
-    for name, one in back.items():
+    for name, tensor in back.items():
         scale = after[f"{name}_scale"].double()
-        steps = scale.repeat_interleave(one.shape[1] // scale.shape[1], dim=1)
-        assert float(((one.double() - before[name].double()).abs() / steps).max()) <= 0.5 + 5e-5
+        steps = scale.repeat_interleave(tensor.shape[1] // scale.shape[1], dim=1)
+        assert float(((tensor.double() - before[name].double()).abs() / steps).max()) <= 0.5 + 5e-5
     for name in set(before) - linears:
         assert torch.equal(before[name], after[name])
-    errors = {f"{one.name}.weight": one.relative_error for one in record.layers}
-    for name, one in back.items():
-        exact = float((one.double() - before[name].double()).norm() / before[name].double().norm())
+    errors = {f"{layer.name}.weight": layer.relative_error for layer in record.layers}
+    for name, tensor in back.items():
+        exact = float((tensor.double() - before[name].double()).norm() / before[name].double().norm())
         assert errors[name] == pytest.approx(exact, rel=1e-3)
 
 
@@ -122,7 +122,7 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
     (scheme,) = config.config_groups.values()
     tensors = load_tensors(folder)
     result = {}
-    for name in [one.removesuffix("_packed") for one in tensors if one.endswith("_packed")]:
+    for name in [tensor.removesuffix("_packed") for tensor in tensors if tensor.endswith("_packed")]:
         parts = ("packed", "scale", "shape", "zero_point")
         state = {f"weight_{part}": tensors[f"{name}_{part}"] for part in parts if f"{name}_{part}" in tensors}
         state["weight_scale"] = state["weight_scale"].float()
@@ -138,7 +138,7 @@ def test_the_plan_knows_the_size(bert_tiny: Path, tmp_path: Path, case: dict[str
     shards = read_shards(tmp_path / "out")
     assert plan.estimate is not None
     assert plan.estimate.output_bytes["compressed-tensors"] == sum(
-        one.info.size for shard in shards for one in shard.tensors
+        tensor.info.size for shard in shards for tensor in shard.tensors
     )
     on_disk = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert on_disk == pytest.approx(plan.estimate.output_bytes["compressed-tensors"], rel=0.02)
@@ -149,9 +149,9 @@ def test_errors_of_large_layers_are_measured_on_a_sample_of_rows(tmp_path: Path,
     exact = press(source, tmp_path / "exact", bits=4, group_size=32).layers
     monkeypatch.setattr(quantize, "_EXACT_WEIGHTS", 0)
     sampled = press(source, tmp_path / "sampled", bits=4, group_size=32).layers
-    for one, other in zip(exact, sampled, strict=True):
-        assert one.relative_error != other.relative_error
-        assert one.relative_error == pytest.approx(other.relative_error, rel=0.03)
+    for row, other in zip(exact, sampled, strict=True):
+        assert row.relative_error != other.relative_error
+        assert row.relative_error == pytest.approx(other.relative_error, rel=0.03)
     assert load_tensors(tmp_path / "exact").keys() == load_tensors(tmp_path / "sampled").keys()
 
 
@@ -171,8 +171,8 @@ def test_the_index_names_every_tensor(tmp_path: Path):
     press(source, tmp_path / "out", bits=8)
     index = json.loads((tmp_path / "out" / INDEX_FILE).read_bytes())
     shards = read_shards(tmp_path / "out")
-    assert index["weight_map"] == {one.name: shard.path.name for shard in shards for one in shard.tensors}
-    assert index["metadata"]["total_size"] == sum(one.info.size for shard in shards for one in shard.tensors)
+    assert index["weight_map"] == {tensor.name: shard.path.name for shard in shards for tensor in shard.tensors}
+    assert index["metadata"]["total_size"] == sum(tensor.info.size for shard in shards for tensor in shard.tensors)
 
 
 def test_a_second_attempt_goes_on_after_the_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -226,7 +226,7 @@ def test_progress_rises_to_one_and_each_shard_is_a_checkpoint(tmp_path: Path):
 def test_a_damaged_weight_is_named_and_nothing_is_left(tmp_path: Path):
     source = tiny_llama(tmp_path / "source")
     (shard,) = read_shards(source)
-    at = next(one for one in shard.tensors if one.name == "model.layers.1.mlp.up_proj.weight")
+    at = next(tensor for tensor in shard.tensors if tensor.name == "model.layers.1.mlp.up_proj.weight")
     with shard.path.open("r+b") as file:
         file.seek(at.offset + 100)
         file.write(b"\xff\x7f" * 2)
@@ -240,7 +240,7 @@ def test_a_tied_head_without_weights_of_its_own_still_loads(tmp_path: Path):
     source = tiny_llama(tmp_path / "source", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_tensors(source)
     press(source, tmp_path / "out", bits=8, ignore=[])
-    before, after = (logits(one, AutoModelForCausalLM) for one in (source, tmp_path / "out"))
+    before, after = (logits(folder, AutoModelForCausalLM) for folder in (source, tmp_path / "out"))
     assert float((after - before).norm() / before.norm()) < 0.03
 
 
@@ -251,7 +251,7 @@ def test_an_ignored_layer_stays_float_and_loads(tmp_path: Path):
     assert len(record.layers) == 11
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())["quantization_config"]
     assert len(config["ignore"]) == 3
-    before, after = (logits(one, AutoModelForCausalLM) for one in (source, tmp_path / "out"))
+    before, after = (logits(folder, AutoModelForCausalLM) for folder in (source, tmp_path / "out"))
     assert float((after - before).norm() / before.norm()) < 0.03
     assert "model.layers.0.mlp.up_proj.weight" in load_tensors(tmp_path / "out")
 
@@ -268,13 +268,14 @@ def test_targets_and_ignore_mean_exactly_what_was_quantized(quantized: list[str]
     from compressed_tensors.utils.match import match_name
 
     names = [f"a.layers.{n}.{m}.proj" for n in range(3) for m in "xy"] + ["head", "b.head"]
-    kept = [one for one in names if one not in quantized]
+    kept = [name for name in names if name not in quantized]
     config = quantization_config(dict.fromkeys(quantized, Scheme(8)), kept=kept)
     targets, ignore = config["config_groups"]["group_0"]["targets"], config["ignore"]
     meant = [
         name
         for name in names
-        if any(match_name(name, one) for one in targets) and not any(match_name(name, one) for one in ignore)
+        if any(match_name(name, pattern) for pattern in targets)
+        and not any(match_name(name, pattern) for pattern in ignore)
     ]
     assert sorted(meant) == sorted(quantized)
 
@@ -297,10 +298,10 @@ def test_the_export_is_the_pressed_folder(tmp_path: Path):
         ({"pass": "magnitude", "pattern": "2:4"}, "gpt2", "Conv1D"),
     ],
 )
-def test_what_no_loader_reads_is_refused_at_the_plan(llama: Path, one: dict[str, object], model: str, says: str):
+def test_what_no_loader_reads_is_refused_at_the_plan(llama: Path, options: dict[str, object], model: str, says: str):
     header = header_of(llama).model_copy(update={"model_type": model})
-    export = "compressed-tensors" if one["pass"] == "weight-only" else "safetensors"
+    export = "compressed-tensors" if options["pass"] == "weight-only" else "safetensors"
     with pytest.raises(NightpressError) as caught:
-        make_plan(parse_recipe({"name": "r", "passes": [one], "exports": [export]}), header)
+        make_plan(parse_recipe({"name": "r", "passes": [options], "exports": [export]}), header)
     assert caught.value.code is ErrorCode.INVALID_RECIPE
     assert says in str(caught.value)

@@ -209,7 +209,7 @@ def test_progress_and_phases_reach_the_row_while_it_runs(service: Service) -> No
 
     eventually(done, within=20)
     thread.join(10 * slowness())
-    assert len([one for one in seen if one[0] == "pressing"]) >= 3
+    assert len([item for item in seen if item[0] == "pressing"]) >= 3
 
 
 def test_a_model_that_lies_on_this_machine_is_used_in_place(service: Service, tmp_path: Path) -> None:

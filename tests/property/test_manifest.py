@@ -71,5 +71,5 @@ def test_a_folders_digest_is_of_what_is_in_it(contents: dict[str, bytes]):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
         files = describe_folder(Path(folder))
-    assert {one.path: one.size for one in files} == {path: len(data) for path, data in contents.items()}
+    assert {file.path: file.size for file in files} == {path: len(data) for path, data in contents.items()}
     assert digest_of(files) == digest_of(files[::-1])

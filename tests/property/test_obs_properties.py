@@ -96,7 +96,7 @@ def test_a_searched_range_is_never_worse_than_the_extremes(seed: int, bits: int,
     grid = Grid(bits, 32, symmetric)
 
     def error(ranges: tuple[Tensor, Tensor]) -> float:
-        scale, zero_point = (one[..., None] for one in ranges)
+        scale, zero_point = (bounds[..., None] for bounds in ranges)
         grouped = weight.view(6, 2, 32)
         codes = (grouped / scale).round().add(zero_point).clamp(-grid.top, grid.top - 1)
         return float(((grouped - (codes - zero_point) * scale).square() * importance.view(1, 2, 32)).sum())

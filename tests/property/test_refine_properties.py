@@ -65,7 +65,7 @@ def test_no_row_costs_the_outputs_more_than_rounded_to_nearest(
     coded = round_obs(weight, gram, factor, scheme, torch.bfloat16, ranges=ranges, refine=refine)
     importance = factor.power if ranges == "least-error" else None
     nearest = round_weight(weight, scheme, torch.bfloat16, ranges=ranges, importance=importance)
-    ours, theirs = (_loss(weight, dequantized(one, scheme), gram, factor.damping) for one in (coded, nearest))
+    ours, theirs = (_loss(weight, dequantized(codes, scheme), gram, factor.damping) for codes in (coded, nearest))
     assert bool((ours <= theirs * (1 + 1e-3) + 1e-6).all())  # the Gram matrix was factored in float32
     top = 2 ** (bits - 1)
     assert -top <= int(coded.codes.min()) <= int(coded.codes.max()) < top
@@ -74,7 +74,7 @@ def test_no_row_costs_the_outputs_more_than_rounded_to_nearest(
 @settings(max_examples=40, deadline=None)
 @given(**shapes, symmetric=st.booleans())
 def test_fitted_scales_never_cost_more(seed: int, rows: int, groups: int, tokens: int, symmetric: bool):
-    weight, gram = (one.double() for one in _draw(seed, rows, 32 * groups, tokens))
+    weight, gram = (tensor.double() for tensor in _draw(seed, rows, 32 * groups, tokens))
     factor = factorize(gram)
     solved = solve(weight, factor, Quantize(Grid(3, 32, symmetric), torch.bfloat16))
     assert solved.codes is not None
@@ -87,12 +87,14 @@ def test_fitted_scales_never_cost_more(seed: int, rows: int, groups: int, tokens
         weight, gram, steps.reshape(weight.shape), before, torch.bfloat16, damping=factor.damping, sweeps=2
     )
     assert torch.equal(after, after.bfloat16().double())
-    losses = [output_loss(weight, (steps * one[..., None]).reshape(weight.shape), factor) for one in (before, after)]
+    losses = [
+        output_loss(weight, (steps * scales[..., None]).reshape(weight.shape), factor) for scales in (before, after)
+    ]
     assert bool((losses[1] <= losses[0] * (1 + 1e-9)).all())
 
 
 def test_one_fitted_scale_is_the_least_squares_one():
-    weight, gram = (one.double() for one in _draw(3, 5, 32, 400))
+    weight, gram = (tensor.double() for tensor in _draw(3, 5, 32, 400))
     factor = factorize(gram)
     steps = torch.randint(-4, 4, (5, 32)).double()
     found = fit_scales(weight, gram, steps, torch.full((5, 1), 0.01).double(), torch.float64, damping=factor.damping)
@@ -170,7 +172,7 @@ def test_the_choice_is_the_best_that_fits(data: st.DataObject):
     items = data.draw(st.integers(1, 6))
     sizes = data.draw(st.lists(st.lists(st.integers(1, 40), min_size=3, max_size=3), min_size=items, max_size=items))
     errors = data.draw(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=items, max_size=items))
-    least = sum(min(one) for one in sizes)
+    least = sum(min(size) for size in sizes)
     budget = data.draw(st.integers(least, least + 60))
     picked = choose(sizes, errors, budget)
     assert sum(size[at] for size, at in zip(sizes, picked, strict=True)) <= budget

@@ -58,7 +58,7 @@ def files(draw: st.DrawFn) -> bytes:
 
 def ours(data: bytes) -> dict[str, tuple[int, ...]] | None:
     try:
-        return {one.name: one.shape for one in read_safetensors_header(OneFile(data), "f", len(data))}
+        return {tensor.name: tensor.shape for tensor in read_safetensors_header(OneFile(data), "f", len(data))}
     except NightpressError as error:
         if error.code is not ErrorCode.MALFORMED_MODEL:
             raise
@@ -66,7 +66,7 @@ def ours(data: bytes) -> dict[str, tuple[int, ...]] | None:
 
 
 def theirs(data: bytes) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(one["shape"]) for name, one in deserialize(data)}
+    return {name: tuple(tensor["shape"]) for name, tensor in deserialize(data)}
 
 
 @given(files())

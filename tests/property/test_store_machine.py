@@ -88,7 +88,7 @@ class Model:
         mine = self.jobs[job_id]
         wanted = (mine.tenant, mine.fingerprint, "succeeded", False)
         return mine.fingerprint is not None and any(
-            (one.tenant, one.fingerprint, one.state, one.reused) == wanted for one in self.jobs.values()
+            (job.tenant, job.fingerprint, job.state, job.reused) == wanted for job in self.jobs.values()
         )
 
 
@@ -290,12 +290,12 @@ class StoreMachine(RuleBasedStateMachine):
             expected = {job_id: job for job_id, job in self.model.jobs.items() if job.tenant == tenant}
             assert [job.id for job in page] == list(expected)[::-1]
             for job in page:
-                one = expected[job.id]
+                record = expected[job.id]
                 assert (job.state, job.failures, job.attempt, job.lease_id) == (
-                    one.state,
-                    one.failures,
-                    one.attempt,
-                    one.lease,
+                    record.state,
+                    record.failures,
+                    record.attempt,
+                    record.lease,
                 )
                 assert job.failures <= job.max_failures
 

@@ -31,13 +31,13 @@ def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
 @pytest.fixture(scope="module")
 def things(face: Face, bert_tiny: Path) -> dict[str, dict[str, str]]:
     """Pattern of addresses → parameters with which they name something that is there."""
-    with face.client() as one:
-        model = one.models.upload(bert_tiny)
-        job = one.jobs.submit(model.id, RECIPE).id
+    with face.client() as client:
+        model = client.models.upload(bert_tiny)
+        job = client.jobs.submit(model.id, RECIPE).id
         face.succeed(face.claim())
-        schedule = one.schedules.create("nightly", "0 2 * * *", "bert-tiny", "int8-weights").id
-        hook = one.webhooks.create("http://127.0.0.1:9/", ["job.failed"]).webhook.id
-        delivery = one.webhooks.test(hook).id
+        schedule = client.schedules.create("nightly", "0 2 * * *", "bert-tiny", "int8-weights").id
+        hook = client.webhooks.create("http://127.0.0.1:9/", ["job.failed"]).webhook.id
+        delivery = client.webhooks.test(hook).id
     return {
         "^/v1/jobs/": {"job_id": job, "format": "compressed-tensors", "path": "config.json"},
         "^/v1/models/": {"reference": model.id},
@@ -71,8 +71,8 @@ def fuzz(face: Face, key: str, *options: str, config: str = "") -> None:
 @pytest.mark.slow
 def test_strange_input_gets_a_documented_problem(face: Face):
     fuzz(face, face.key, "--exclude-path-regex", _KEYS)
-    with face.client() as one:
-        assert "admin" in one.me().scopes, "the key no longer works: most of it was tried without one"
+    with face.client() as client:
+        assert "admin" in client.me().scopes, "the key no longer works: most of it was tried without one"
 
 
 @pytest.mark.slow
@@ -87,8 +87,8 @@ def test_so_it_does_where_things_are_there(face: Face, things: dict[str, dict[st
         for pattern, names in things.items()
     ]
     fuzz(face, face.key, "--exclude-path-regex", _KEYS, "--exclude-method", "DELETE", config="\n".join(operations))
-    with face.client() as one:
-        assert any(found.retry_of for found in one.jobs.iterate()), "the requests named nothing that is there"
+    with face.client() as client:
+        assert any(found.retry_of for found in client.jobs.iterate()), "the requests named nothing that is there"
 
 
 def _toml(names: dict[str, str]) -> str:

@@ -54,7 +54,8 @@ def _nothing_is_written(client: httpx.Client) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "field", sorted(({one.name for one in fields(Job)} | JobView.model_fields.keys()) - JobCreate.model_fields.keys())
+    "field",
+    sorted(({field.name for field in fields(Job)} | JobView.model_fields.keys()) - JobCreate.model_fields.keys()),
 )
 def test_no_field_that_is_ours_can_be_assigned(client: httpx.Client, field: str):
     response = client.post("/v1/jobs", json={**BODY, field: "x"})
@@ -196,11 +197,11 @@ def test_yaml_that_grows_holds_up_nobody(client: httpx.Client, api: RunningApi):
     waits: list[float] = []
     with ThreadPoolExecutor(8) as threads, api.client() as other:
         sent = [threads.submit(client.post, "/v1/recipes/validate", json=bomb) for _ in range(64)]
-        while not all(one.done() for one in sent):
+        while not all(answer.done() for answer in sent):
             began = time.monotonic()
             assert other.get("/v1/me").status_code == 200
             waits.append(time.monotonic() - began)
-    assert {one.result().status_code for one in sent} == {422}
+    assert {answer.result().status_code for answer in sent} == {422}
     assert "aliases" in sent[0].result().json()["detail"]
     assert max(waits, default=0) < 5.0
 

@@ -177,7 +177,7 @@ def test_another_tenants_names_mean_nothing(stranger: httpx.Client, owned: Owned
 
 
 def test_lists_hold_ones_own_alone(stranger: httpx.Client, owned: Owned):
-    for path in (one for one in BODIES if "{" not in one):
+    for path in (path for path in BODIES if "{" not in path):
         listed = stranger.get(path).text
         assert not any(identifier in listed for identifier in owned), path
 
@@ -201,7 +201,7 @@ def test_an_expired_revoked_or_invented_key_opens_no_route(api: RunningApi):
     assert revoke(engine, record.id)
     invented = f"{expired[:12]}{secrets.token_urlsafe(32)}{expired[-6:]}"
     with httpx.Client(base_url=api.url, trust_env=False) as client:
-        for operation in (one for one in operations(api) if one.path not in _OPEN):
+        for operation in (operation for operation in operations(api) if operation.path not in _OPEN):
             for key in (expired, revoked, invented):
                 answer = operation.send(client, "job_x", headers={"Authorization": f"Bearer {key}"})
                 assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated"), operation
@@ -323,7 +323,7 @@ def test_every_post_under_a_key_is_done_once_and_answered_alike(
     for operation in operations(api):
         if operation.method != "POST":
             continue
-        named = [one["name"] for one in document["paths"][operation.path]["post"]["parameters"]]
+        named = [parameter["name"] for parameter in document["paths"][operation.path]["post"]["parameters"]]
         assert named.count("Idempotency-Key") == 1, operation
         path = operation.at(getattr(owned, operation.kind, ""))
         body = bodies.get(operation.path, BODIES.get(operation.path))
@@ -349,7 +349,7 @@ def test_every_post_under_a_key_is_done_once_and_answered_alike(
         assert (other.status_code, other.json()["code"]) == (422, "idempotency_mismatch"), operation
     assert done >= 15
     for path, name in (("/v1/models", "once"), ("/v1/datasets", "once"), ("/v1/jobs", "one of a batch")):
-        assert [one["name"] for one in owner.get(path).json()["items"]].count(name) == 1
+        assert [item["name"] for item in owner.get(path).json()["items"]].count(name) == 1
     taken = {"Idempotency-Key": "once-/v1/webhooks"}
     assert owner.post("/v1/jobs", json=DONE["/v1/jobs"], headers=taken).json()["code"] == "idempotency_mismatch"
     taken = {"Idempotency-Key": "once-/v1/jobs"}
@@ -384,13 +384,13 @@ def test_at_the_same_moment_one_is_done_and_the_others_wait_or_are_told(
         answers = set(pool.map(send, range(8)))
     assert {status for status, _ in answers} <= {201, 409}
     assert len({told for status, told in answers if status == 201}) == 1
-    assert [one["name"] for one in owner.get("/v1/models").json()["items"]].count("at-once") == 1
+    assert [item["name"] for item in owner.get("/v1/models").json()["items"]].count("at-once") == 1
 
 
 def test_a_dump_of_the_database_holds_no_key(api: RunningApi):
     key = api.key()
     database = Path(api.services.resources.settings.sql_url.removeprefix("sqlite:///"))
-    stored = b"".join(one.read_bytes() for one in database.parent.glob(database.name + "*"))
+    stored = b"".join(path.read_bytes() for path in database.parent.glob(database.name + "*"))
     assert hashlib.sha256(key.encode()).hexdigest().encode() in stored
     assert key.split("_", 2)[2].encode() not in stored
 
@@ -399,7 +399,7 @@ def test_only_an_administrator_reaches_what_is_of_all_tenants(api: RunningApi):
     others = api.client(tenant_id="scoped", scopes=sorted(ALL_SCOPES - {"admin"}))
     admins = api.client(tenant_id="operator", scopes=["admin"])
     with others as other, admins as admin:
-        tried = [one for one in operations(api) if one.path.startswith("/v1/admin")]
+        tried = [operation for operation in operations(api) if operation.path.startswith("/v1/admin")]
         assert len(tried) >= 4
         for operation in tried:
             refused = operation.send(other, "first")

@@ -17,4 +17,6 @@ def test_every_attack_is_tried_by_tests_that_exist():
         assert named, f"S{number} names no test"
         for file, test in named:
             tree = ast.parse((ROOT / "tests" / file).read_text())
-            assert test in {one.name for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)}, f"{file}::{test}"
+            assert test in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (
+                f"{file}::{test}"
+            )

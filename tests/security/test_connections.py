@@ -169,11 +169,11 @@ def test_one_address_takes_no_more_than_its_share(tmp_path: Path, sqlite_url: st
     )
     with serve(settings) as api, contextlib.ExitStack() as open_ones:
         connections = [open_ones.enter_context(connect(api)) for _ in range(8)]
-        assert all(is_closed(one) for one in connections[:3]), "the newest stay"
-        for one in connections[3:]:
-            one.settimeout(0.2)
+        assert all(is_closed(connection) for connection in connections[:3]), "the newest stay"
+        for connection in connections[3:]:
+            connection.settimeout(0.2)
             with pytest.raises(TimeoutError):
-                one.recv(1)
+                connection.recv(1)
 
 
 def test_a_stream_that_is_followed_is_no_idle_connection(api: RunningApi, bert_tiny: Path):

@@ -58,17 +58,17 @@ def test_a_flood_is_refused_but_for_what_the_key_may_and_each_refusal_says_when_
         began = time.monotonic()
         answers = flood(api)
         refilled = int((time.monotonic() - began) * limit / 60) + 1
-        taken = [one for one in answers if one.status_code == 201]
-        refused = [one for one in answers if one.status_code == 429]
+        taken = [answer for answer in answers if answer.status_code == 201]
+        refused = [answer for answer in answers if answer.status_code == 429]
         assert len(taken) + len(refused) == FLOOD
         assert limit <= len(taken) <= limit + refilled
         assert queued(api.services) == len(taken)
-        assert {one.json()["code"] for one in refused} == {"rate_limited"}
-        assert all(int(one.headers["retry-after"]) >= 1 for one in refused)
-        for one in answers:
-            assert one.headers["ratelimit-limit"] == str(limit)
-            assert int(one.headers["ratelimit-remaining"]) < limit
-            assert 0 <= int(one.headers["ratelimit-reset"]) <= 60
+        assert {answer.json()["code"] for answer in refused} == {"rate_limited"}
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+        for answer in answers:
+            assert answer.headers["ratelimit-limit"] == str(limit)
+            assert int(answer.headers["ratelimit-remaining"]) < limit
+            assert 0 <= int(answer.headers["ratelimit-reset"]) <= 60
 
 
 def test_without_the_limiters_server_all_pass_up_to_the_quota(tmp_path: Path, sqlite_url: str, bert_tiny: Path):
@@ -78,9 +78,9 @@ def test_without_the_limiters_server_all_pass_up_to_the_quota(tmp_path: Path, sq
     with serve(settings) as api:
         bring(api, bert_tiny)
         answers = flood(api)
-        assert [one.status_code for one in answers].count(201) == 20 == queued(api.services)
-        assert {one.json()["code"] for one in answers if one.status_code != 201} == {"quota_exceeded"}
-        assert all(one.headers["retry-after"] for one in answers if one.status_code == 429)
+        assert [answer.status_code for answer in answers].count(201) == 20 == queued(api.services)
+        assert {answer.json()["code"] for answer in answers if answer.status_code != 201} == {"quota_exceeded"}
+        assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
 
 
 def test_without_the_quotas_database_nobody_passes(tmp_path: Path, bert_tiny: Path):

@@ -81,9 +81,9 @@ class Poisoner:
 
     def poison(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {name if name in self._names else name + HOSTILE: self.poison(one) for name, one in value.items()}
+            return {name if name in self._names else name + HOSTILE: self.poison(item) for name, item in value.items()}
         if isinstance(value, list):
-            return [self.poison(one) for one in value]
+            return [self.poison(item) for item in value]
         if not isinstance(value, str) or value in self._fixed or _TIME.match(value):
             return value
         return value if _ID.fullmatch(value) and not self.identifiers else value + HOSTILE
@@ -92,23 +92,23 @@ class Poisoner:
 def _constants(schema: Any) -> Iterator[str]:
     """The values that an answer is checked against."""
     if isinstance(schema, dict):
-        yield from (one for one in [*schema.get("enum", ()), schema.get("const")] if isinstance(one, str))
-        for one in schema.values():
-            yield from _constants(one)
+        yield from (text for text in [*schema.get("enum", ()), schema.get("const")] if isinstance(text, str))
+        for value in schema.values():
+            yield from _constants(value)
     elif isinstance(schema, list):
-        for one in schema:
-            yield from _constants(one)
+        for value in schema:
+            yield from _constants(value)
 
 
 def _property_names(schema: Any) -> Iterator[str]:
     if isinstance(schema, dict):
         if isinstance(schema.get("properties"), dict):
             yield from schema["properties"]
-        for one in schema.values():
-            yield from _property_names(one)
+        for value in schema.values():
+            yield from _property_names(value)
     elif isinstance(schema, list):
-        for one in schema:
-            yield from _property_names(one)
+        for value in schema:
+            yield from _property_names(value)
 
 
 @pytest.fixture(scope="module")
@@ -178,14 +178,14 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
 def subcommands() -> Iterator[tuple[str, ...]]:
     for name, command in typer.main.get_command(app).commands.items():
         below = getattr(command, "commands", None)
-        yield from ((name, one) for one in below) if below else ((name,),)
+        yield from ((name, command) for command in below) if below else ((name,),)
 
 
 def test_every_subcommand_that_asks_a_server_is_tried(commands: list[list[str]]) -> None:
     tried = {tuple(command[:length]) for command in commands for length in (1, 2)}
     groups = {command[0] for command in commands if len(command) == 1}
-    left = {one for one in subcommands() if one not in tried and one[0] not in _OWN}
-    assert not {one for one in left if not (len(one) == 2 and one[1] in {"ls", "list"} and one[0] in groups)}
+    left = {subcommand for subcommand in subcommands() if subcommand not in tried and subcommand[0] not in _OWN}
+    assert not {path for path in left if not (len(path) == 2 and path[1] in {"ls", "list"} and path[0] in groups)}
 
 
 @pytest.mark.parametrize("identifiers", [False, True], ids=["fields", "identifiers too"])
@@ -214,7 +214,7 @@ def test_nothing_that_a_server_says_steers_the_terminal(
         except SystemExit as ended:
             status = ended.code
         out, err = capsys.readouterr()
-        strange = {hex(ord(one)) for one in out + err if not one.isprintable() and one != "\n"}
+        strange = {hex(ord(letter)) for letter in out + err if not letter.isprintable() and letter != "\n"}
         assert not strange, (command, strange, out, err)
         showed += "owned" in out + err
         if "An unexpected error" in err or status == 2:

@@ -131,7 +131,7 @@ def test_an_address_inside_is_refused_where_a_webhook_is_made_and_where_it_is_ed
         with pytest.raises(NightpressError) as caught:
             attempt()
         assert caught.value.code is ErrorCode.URL_NOT_ALLOWED
-    assert [one.url for one in world.store.page(TENANT, cursor=None, limit=5)[0]] == [receiver.url]
+    assert [item.url for item in world.store.page(TENANT, cursor=None, limit=5)[0]] == [receiver.url]
 
 
 def test_every_address_of_a_name_must_be_public():
@@ -328,7 +328,7 @@ def test_two_secrets_sign_while_one_replaces_the_other(world: World, receiver: R
 def test_no_secret_stands_in_the_database(world: World, receiver: Receiver, tmp_path: Path):
     _, secret = world.hook(receiver.url)
     database = Path(world.settings.sql_url.removeprefix("sqlite:///"))
-    stored = b"".join(one.read_bytes() for one in database.parent.glob(database.name + "*"))
+    stored = b"".join(path.read_bytes() for path in database.parent.glob(database.name + "*"))
     assert b"whsec_" not in stored
     assert secret.removeprefix("whsec_").encode() not in stored
     assert (tmp_path / "secret").stat().st_mode & 0o077 == 0
@@ -408,7 +408,7 @@ def test_a_receiver_that_asks_for_nonsense_is_settled_all_the_same(world: World,
     world.end_a_job()
     assert world.try_all() == 1
     [delivery] = world.store.deliveries(TENANT, hook, cursor=None, limit=9)[0]
-    assert [one.status for one in world.store.delivery(TENANT, hook, delivery.id).log] == [503]
+    assert [answer.status for answer in world.store.delivery(TENANT, hook, delivery.id).log] == [503]
 
 
 def test_two_couriers_send_each_message_once(world: World, receiver: Receiver):
@@ -416,13 +416,13 @@ def test_two_couriers_send_each_message_once(world: World, receiver: Receiver):
     for _ in range(10):
         world.end_a_job()
     couriers = [Courier(world.store, world.settings) for _ in range(2)]
-    threads = [threading.Thread(target=one.deliver) for one in couriers]
+    threads = [threading.Thread(target=courier.deliver) for courier in couriers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for one in couriers:
-        one.close()
+    for courier in couriers:
+        courier.close()
     while world.try_all():
         pass
     ids = [headers["webhook-id"] for headers, _ in receiver.got]

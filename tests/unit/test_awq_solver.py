@@ -55,8 +55,10 @@ def _experts(shares: tuple[float, float]) -> tuple[list[Taker], torch.Tensor]:
 def test_experts_have_the_factors_that_cost_all_of_them_the_least():
     takers, factors = _experts((1.0, 1.0))
     plain = torch.ones(128)
-    for one in takers:
-        assert _loss(one.weight, factors, one.gram, one.grid) < 0.75 * _loss(one.weight, plain, one.gram, one.grid)
+    for taker in takers:
+        assert _loss(taker.weight, factors, taker.gram, taker.grid) < 0.75 * _loss(
+            taker.weight, plain, taker.gram, taker.grid
+        )
 
 
 def test_an_expert_counts_by_the_tokens_that_come_to_it():

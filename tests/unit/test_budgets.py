@@ -15,8 +15,8 @@ _ROWS, _WIDTH = 1000, 256
 
 def _tensor(name: str, *shape: int) -> TensorInfo:
     count = 1
-    for one in shape:
-        count *= one
+    for size in shape:
+        count *= size
     return TensorInfo(name=name, dtype="F32", shape=shape, size=4 * count)
 
 
@@ -28,7 +28,7 @@ HEADER = ModelHeader(
     tensors=(
         _tensor("model.embed_tokens.weight", _ROWS, _WIDTH),
         _tensor("model.norm.weight", _WIDTH),
-        *(_tensor(f"model.layers.0.self_attn.{one}_proj.weight", _WIDTH, _WIDTH) for one in "qkvo"),
+        *(_tensor(f"model.layers.0.self_attn.{letter}_proj.weight", _WIDTH, _WIDTH) for letter in "qkvo"),
     ),
     has_tokenizer=True,
 )

@@ -58,7 +58,7 @@ def test_an_allowed_pass_is_read_by_the_package_s_name_or_its_own(
     install(tmp_path, monkeypatch)
     assert catalog.allow([allowed]) == ()
     recipe = parse_recipe({**RECIPE, "passes": [{"pass": "magnitude"}, {"pass": "copy", "times": 2}]})
-    assert [one.name for one in recipe.passes] == ["magnitude", "copy"]
+    assert [options.name for options in recipe.passes] == ["magnitude", "copy"]
     assert recipe.model_dump(mode="json")["passes"][1] == {"pass": "copy", "times": 2}
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
     assert catalog.providers_of(["magnitude", "copy"]) == {"copy": Provider(package="nightpress-copy", version="1.0")}

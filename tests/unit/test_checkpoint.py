@@ -39,10 +39,10 @@ NAMES = {
 
 
 def written(path: Path) -> Path:
-    infos = [tensor_info(name, NAMES[one.dtype], tuple(one.shape)) for name, one in TENSORS.items()]
+    infos = [tensor_info(name, NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in TENSORS.items()]
     with ShardWriter(path, infos, {"format": "pt"}) as writer:
-        for name, one in reversed(TENSORS.items()):  # in any order
-            data = tensor_bytes(one)
+        for name, tensor in reversed(TENSORS.items()):  # in any order
+            data = tensor_bytes(tensor)
             writer.write(name, len(data) // 2, data[len(data) // 2 :])  # and in pieces
             writer.write(name, 0, data[: len(data) // 2])
         writer.commit()
@@ -51,15 +51,15 @@ def written(path: Path) -> Path:
 
 def test_the_library_reads_what_was_written_in_pieces(tmp_path: Path):
     path = written(tmp_path / "model.safetensors")
-    for name, one in load_file(path).items():
-        assert torch.equal(one, TENSORS[name])
+    for name, tensor in load_file(path).items():
+        assert torch.equal(tensor, TENSORS[name])
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
 def test_every_tensor_starts_at_a_multiple_of_its_elements(tmp_path: Path):
-    for one in read_shard(written(tmp_path / "model.safetensors")).tensors:
-        assert one.offset % TENSORS[one.name].element_size() == 0
+    for tensor in read_shard(written(tmp_path / "model.safetensors")).tensors:
+        assert tensor.offset % TENSORS[tensor.name].element_size() == 0
 
 
 def test_it_reads_what_the_library_wrote(tmp_path: Path):
@@ -67,8 +67,8 @@ def test_it_reads_what_the_library_wrote(tmp_path: Path):
     (shard,) = read_shards(tmp_path)
     assert shard.metadata == {"format": "pt"}
     raw = shard.path.read_bytes()
-    for one in shard.tensors:
-        assert raw[one.offset : one.offset + one.info.size] == bytes(tensor_bytes(TENSORS[one.name]))
+    for tensor in shard.tensors:
+        assert raw[tensor.offset : tensor.offset + tensor.info.size] == bytes(tensor_bytes(TENSORS[tensor.name]))
 
 
 def test_a_file_does_not_appear_until_it_is_whole(tmp_path: Path):
@@ -78,7 +78,7 @@ def test_a_file_does_not_appear_until_it_is_whole(tmp_path: Path):
         writer.flush()
         assert not path.exists()
         writer.commit()
-    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    assert [path.name for path in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path):

@@ -56,7 +56,7 @@ def parsed(expression: str, timezone: str = "UTC", **more: Any) -> Cron:
 )
 def test_fires_around_clock_changes(cron: str, zone: str, after: str, fires: list[str]):
     found = list(islice(parsed(cron, zone).after(utc(after)), len(fires)))
-    assert found == [utc(one) for one in fires]
+    assert found == [utc(fire) for fire in fires]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ ZONES = st.sampled_from(
 def test_every_fire_is_later_and_no_day_fires_twice(minute: int, hour: int, zone: str, moment: dt.datetime):
     fires = list(islice(parsed(f"{minute} {hour} * * *", zone).after(moment), 20))
     assert all(later > sooner for sooner, later in zip([moment, *fires], fires, strict=False))
-    days = [one.astimezone(ZoneInfo(zone)).date() for one in fires]
+    days = [fire.astimezone(ZoneInfo(zone)).date() for fire in fires]
     assert len(set(days)) == len(days)
     assert all((later - sooner).days == 1 for sooner, later in pairwise(days))
 

@@ -34,8 +34,8 @@ def test_the_compose_file_has_every_part_and_a_health_check_for_each() -> None:
 def test_whoever_reads_a_model_in_place_has_its_folder_and_may_not_write_it() -> None:
     roots = json.loads(COMPOSE["x-nightpress"]["environment"]["NIGHTPRESS_MODEL_ROOTS"])
     for name in ("api", "control", "worker-cpu", "worker-gpu"):
-        mounts = [one for one in COMPOSE["services"][name]["volumes"] if one.startswith("${MODELS_DIR")]
-        assert [f"{one.rpartition('}:')[2]}" for one in mounts] == [f"{root}:ro" for root in roots], name
+        mounts = [volume for volume in COMPOSE["services"][name]["volumes"] if volume.startswith("${MODELS_DIR")]
+        assert [f"{mount.rpartition('}:')[2]}" for mount in mounts] == [f"{root}:ro" for root in roots], name
 
 
 def test_no_port_is_open_to_the_world() -> None:

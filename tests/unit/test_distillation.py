@@ -122,6 +122,6 @@ def test_the_chosen_threshold_is_the_cheapest_within_the_budget():
     assert found[-1].depth == 4
     picked = choose(found, 0.05)
     assert picked.accuracy >= found[-1].accuracy - 0.05
-    assert picked.depth == min(one.depth for one in found if one.accuracy >= found[-1].accuracy - 0.05)
+    assert picked.depth == min(item.depth for item in found if item.accuracy >= found[-1].accuracy - 0.05)
     assert choose(found, 1.0).depth == 1
     assert choose(found, 0.0).accuracy >= found[-1].accuracy

@@ -55,11 +55,11 @@ def _pages(nav: Any) -> Iterator[str]:
     if isinstance(nav, str):
         yield nav
         return
-    for one in nav.values() if isinstance(nav, dict) else nav:
-        yield from _pages(one)
+    for page in nav.values() if isinstance(nav, dict) else nav:
+        yield from _pages(page)
 
 
 def _anchors(page: Path) -> set[str]:
     """Of a page's headings, as mkdocs makes them."""
     headings = re.findall(r"^#+ (.+)$", _FENCED.sub("", page.read_text()), re.MULTILINE)
-    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", one).strip().lower()) for one in headings}
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}

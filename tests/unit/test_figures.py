@@ -166,7 +166,7 @@ def test_later_figures_take_the_place_of_earlier_ones(tmp_path: Path):
     later = Run("2026-11-26", "def", PLACE, {}, (Figure("b", 3),))
     record.add("bench", later, tmp_path)
     kept = record.read("bench", tmp_path)
-    assert [(run.date, [(one.name, one.value) for one in run.figures]) for run in kept] == [
+    assert [(run.date, [(figure.name, figure.value) for figure in run.figures]) for run in kept] == [
         ("2026-11-23", [("a", 1)]),
         ("2026-11-26", [("b", 3)]),
     ]

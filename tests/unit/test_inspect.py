@@ -66,7 +66,7 @@ def refused(files: MemoryFiles) -> NightpressError:
 def test_a_model_is_described_from_its_headers() -> None:
     header = inspect_model(model())
     assert (header.model_type, header.architecture, header.task) == ("bert", "BertModel", "embedding")
-    assert [(one.name, one.dtype, one.shape, one.size) for one in header.tensors] == [
+    assert [(tensor.name, tensor.dtype, tensor.shape, tensor.size) for tensor in header.tensors] == [
         ("a.weight", "F32", (2, 3), 24),
         ("b.weight", "BF16", (5,), 10),
     ]
@@ -108,7 +108,7 @@ def test_the_reader_agrees_with_the_library_that_wrote_the_file(minilm: Path) ->
 
     with safe_open(minilm / "model.safetensors", framework="numpy") as reference:
         expected = {name: tuple(reference.get_slice(name).get_shape()) for name in reference.keys()}  # noqa: SIM118
-    assert {one.name: one.shape for one in inspect_model(FolderFiles(minilm)).tensors} == expected
+    assert {tensor.name: tensor.shape for tensor in inspect_model(FolderFiles(minilm)).tensors} == expected
 
 
 def sharded(index: object, **shards: bytes) -> MemoryFiles:
@@ -119,9 +119,9 @@ def sharded(index: object, **shards: bytes) -> MemoryFiles:
 
 
 def test_shards_and_their_index_agree() -> None:
-    one, two = safetensors({"a": ("F32", [2])}), safetensors({"b": ("F32", [3]), "c": ("F32", [])})
+    first, second = safetensors({"a": ("F32", [2])}), safetensors({"b": ("F32", [3]), "c": ("F32", [])})
     index = {"weight_map": {"a": "m1.safetensors", "b": "m2.safetensors", "c": "m2.safetensors"}}
-    assert {tensor.name for tensor in inspect_model(sharded(index, m1=one, m2=two)).tensors} == {"a", "b", "c"}
+    assert {tensor.name for tensor in inspect_model(sharded(index, m1=first, m2=second)).tensors} == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_shards_and_their_index_agree() -> None:
     ],
 )
 def test_an_index_that_does_not_fit_its_shards_is_malformed(weight_map: object, why: str) -> None:
-    one, two = safetensors({"a": ("F32", [2])}), safetensors({"b": ("F32", [3]), "c": ("F32", [])})
-    error = refused(sharded({"weight_map": weight_map}, m1=one, m2=two))
+    first, second = safetensors({"a": ("F32", [2])}), safetensors({"b": ("F32", [3]), "c": ("F32", [])})
+    error = refused(sharded({"weight_map": weight_map}, m1=first, m2=second))
     assert error.code is ErrorCode.MALFORMED_MODEL
     assert pytest.raises(NightpressError, match=why)
     with pytest.raises(NightpressError, match=why):
-        inspect_model(sharded({"weight_map": weight_map}, m1=one, m2=two))
+        inspect_model(sharded({"weight_map": weight_map}, m1=first, m2=second))
 
 
 @pytest.mark.parametrize(

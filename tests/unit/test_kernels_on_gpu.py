@@ -50,9 +50,9 @@ def test_ranges_are_those_of_the_reference(columns: int, group_size: int | None,
     weight, importance = torch.randn(50, columns, device="cuda"), torch.rand(columns, device="cuda")
     grid = Grid(4, group_size, symmetric)
     ours, expected = find_ranges(weight, grid, stored, importance=importance), search(weight, grid, stored, importance)
-    for one, other in zip(ours, expected, strict=True):
+    for figure, other in zip(ours, expected, strict=True):
         assert (
-            float(torch.isclose(one, other, rtol=1e-5, atol=0).double().mean()) > 0.98
+            float(torch.isclose(figure, other, rtol=1e-5, atol=0).double().mean()) > 0.98
         )  # some ranges are equally good
 
 

@@ -35,12 +35,16 @@ SECRET = {
 def documents(folder: str) -> list[dict[str, Any]]:
     kustomization = yaml.safe_load((FOLDER / folder / "kustomization.yaml").read_text())
     files = [name for name in kustomization["resources"] if name.endswith(".yaml")]
-    return [one for name in files for one in yaml.safe_load_all((FOLDER / folder / name).read_text())]
+    return [document for name in files for document in yaml.safe_load_all((FOLDER / folder / name).read_text())]
 
 
 BASE = documents("base")
 SCALERS = documents("keda")
-PODS = {one["metadata"]["name"]: one["spec"]["template"] for one in BASE if one["kind"] in {"Deployment", "Job"}}
+PODS = {
+    document["metadata"]["name"]: document["spec"]["template"]
+    for document in BASE
+    if document["kind"] in {"Deployment", "Job"}
+}
 
 
 def container_of(name: str) -> dict[str, Any]:
@@ -49,16 +53,16 @@ def container_of(name: str) -> dict[str, Any]:
 
 
 def environment_of(name: str) -> dict[str, str]:
-    return {one["name"]: one["value"] for one in container_of(name).get("env", [])}
+    return {variable["name"]: variable["value"] for variable in container_of(name).get("env", [])}
 
 
-@pytest.mark.parametrize("document", BASE, ids=lambda one: f"{one['kind']}-{one['metadata']['name']}")
+@pytest.mark.parametrize("document", BASE, ids=lambda document: f"{document['kind']}-{document['metadata']['name']}")
 def test_a_manifest_follows_its_schema(document: dict[str, Any]):
     kubernetes_validate.validate(document, "1.30", strict=True)
 
 
 def test_a_misspelt_field_would_be_found():
-    broken = next(one for one in BASE if one["kind"] == "Service") | {"spec": {"selectr": {"a": "b"}}}
+    broken = next(document for document in BASE if document["kind"] == "Service") | {"spec": {"selectr": {"a": "b"}}}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(broken, "1.30", strict=True)
 
@@ -73,7 +77,7 @@ def built(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("folder", ["base", "keda"])
 def test_kustomize_builds_it(folder: str):
-    kinds = [one["kind"] for one in built(FOLDER / folder)]
+    kinds = [document["kind"] for document in built(FOLDER / folder)]
     assert kinds.count("Deployment") == 4
     assert kinds.count("ScaledObject") == (2 if folder == "keda" else 0)
 
@@ -83,13 +87,15 @@ def with_models() -> list[dict[str, Any]]:
     documents = copy.deepcopy(BASE)
     for patch in yaml.safe_load((FOLDER / "models" / "kustomization.yaml").read_text())["patches"]:
         target = patch["target"]
-        for one in documents:
-            if one["kind"] != target["kind"] or one["metadata"]["name"] != target.get("name", one["metadata"]["name"]):
+        for document in documents:
+            if document["kind"] != target["kind"] or document["metadata"]["name"] != target.get(
+                "name", document["metadata"]["name"]
+            ):
                 continue
             for step in yaml.safe_load(patch["patch"]):
                 assert step["op"] == "add"
                 *way, last = step["path"].removeprefix("/").split("/")
-                place = one
+                place = document
                 for part in way:
                     place = place[int(part) if isinstance(place, list) else part]
                 place.append(step["value"]) if isinstance(place, list) else place.update({last: step["value"]})
@@ -100,16 +106,16 @@ def test_whoever_reads_a_model_in_place_has_its_volume_and_may_not_write_it():
     claim = yaml.safe_load((FOLDER / "models" / "claim.yaml").read_text())
     kubernetes_validate.validate(claim, "1.30", strict=True)
     documents = with_models()
-    config = next(one["data"] for one in documents if one["kind"] == "ConfigMap")
+    config = next(document["data"] for document in documents if document["kind"] == "ConfigMap")
     (root,) = Settings(_env_file=None, model_roots=json.loads(config["NIGHTPRESS_MODEL_ROOTS"])).model_roots
-    deployments = [one for one in documents if one["kind"] == "Deployment"]
-    assert {one["metadata"]["name"] for one in deployments} == PODS.keys() - {"migrate"}
-    for one in deployments:
-        kubernetes_validate.validate(one, "1.30", strict=True)
-        pod = one["spec"]["template"]["spec"]
-        (mount,) = [one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "models"]
+    deployments = [document for document in documents if document["kind"] == "Deployment"]
+    assert {deployment["metadata"]["name"] for deployment in deployments} == PODS.keys() - {"migrate"}
+    for deployment in deployments:
+        kubernetes_validate.validate(deployment, "1.30", strict=True)
+        pod = deployment["spec"]["template"]["spec"]
+        (mount,) = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "models"]
         assert (mount["mountPath"], mount["readOnly"]) == (str(root), True)
-        (volume,) = [one for one in pod["volumes"] if one["name"] == "models"]
+        (volume,) = [volume for volume in pod["volumes"] if volume["name"] == "models"]
         assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
 
 
@@ -119,22 +125,27 @@ def test_kustomize_builds_it_with_models(tmp_path: Path):
     mine = {"resources": ["../keda"], "components": ["../models"]}
     (tmp_path / "kubernetes" / "mine" / "kustomization.yaml").write_text(yaml.safe_dump(mine))
     made = built(tmp_path / "kubernetes" / "mine")
-    mounted = [one for one in made if one["kind"] == "Deployment" and "/srv/models" in json.dumps(one)]
+    mounted = [item for item in made if item["kind"] == "Deployment" and "/srv/models" in json.dumps(item)]
     assert len(mounted) == 4
-    assert [one["metadata"]["namespace"] for one in made if one["kind"] == "PersistentVolumeClaim"] == ["nightpress"]
+    assert [item["metadata"]["namespace"] for item in made if item["kind"] == "PersistentVolumeClaim"] == ["nightpress"]
 
 
 def test_the_way_out_leads_to_public_addresses_alone():
-    (policy,) = [one for one in BASE if one["kind"] == "NetworkPolicy" and one["metadata"]["name"] == "outside"]
+    (policy,) = [
+        document
+        for document in BASE
+        if document["kind"] == "NetworkPolicy" and document["metadata"]["name"] == "outside"
+    ]
     assert policy["spec"]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "control"}}
     (rule,) = policy["spec"]["egress"]
-    assert {one["port"] for one in rule["ports"]} == PORTS
+    assert {port["port"] for port in rule["ports"]} == PORTS
 
     def leads_to(address: str) -> bool:
-        one = ipaddress.ip_address(address)
+        parsed = ipaddress.ip_address(address)
         blocks = [(ipaddress.ip_network(to["ipBlock"]["cidr"]), to["ipBlock"].get("except", [])) for to in rule["to"]]
         return any(
-            one in network and not any(one in ipaddress.ip_network(hole) for hole in holes) for network, holes in blocks
+            parsed in network and not any(parsed in ipaddress.ip_network(hole) for hole in holes)
+            for network, holes in blocks
         )
 
     inside = ["10.0.0.1", "100.64.0.1", "127.0.0.1", "169.254.169.254", "172.31.0.1", "192.168.1.1", "224.0.0.1"]
@@ -160,14 +171,14 @@ def test_a_container_runs_a_module_that_exists_from_an_image_that_we_build(name:
     assert (program, flag) == ("python", "-m")
     assert importlib.util.find_spec(module)
     images = yaml.safe_load((FOLDER / "base" / "kustomization.yaml").read_text())["images"]
-    (image,) = [one for one in images if one["name"] == container["image"]]
+    (image,) = [image for image in images if image["name"] == container["image"]]
     assert f"-t nightpress:{image['newTag']} " in "".join(
         (ROOT / "deploy" / file).read_text() for file in ("Dockerfile", "Dockerfile.cuda")
     )
 
 
 def test_every_variable_is_a_setting():
-    config = next(one for one in BASE if one["kind"] == "ConfigMap")["data"]
+    config = next(document for document in BASE if document["kind"] == "ConfigMap")["data"]
     named = set(config) | SECRET | {variable for name in PODS for variable in environment_of(name)}
     assert named <= {f"NIGHTPRESS_{name.upper()}" for name in Settings.model_fields}
     for name in PODS:
@@ -179,7 +190,7 @@ def test_every_variable_is_a_setting():
 
 
 def test_no_secret_stands_in_the_manifests_and_the_guide_makes_all_of_them():
-    assert not any(one["kind"] == "Secret" for one in BASE)
+    assert not any(document["kind"] == "Secret" for document in BASE)
     guide = (ROOT / "docs" / "how-to" / "kubernetes.md").read_text()
     made = guide[guide.index("create secret generic nightpress") :].split("```")[0]
     assert set(re.findall(r"--from-literal=(\w+)=", made)) == SECRET
@@ -226,7 +237,7 @@ def test_a_worker_is_given_the_time_to_drain_and_the_room_for_its_cache(name: st
     spec, environment = PODS[name]["spec"], environment_of(name)
     assert spec["terminationGracePeriodSeconds"] > float(environment["NIGHTPRESS_DRAIN_S"])
     assert environment["NIGHTPRESS_WORKER_QUEUE"] == name.removeprefix("worker-")
-    volume = next(one for one in spec["volumes"] if one["name"] == "data")["emptyDir"]["sizeLimit"]
+    volume = next(volume for volume in spec["volumes"] if volume["name"] == "data")["emptyDir"]["sizeLimit"]
     assert int(environment["NIGHTPRESS_CACHE_BYTES"]) <= int(volume.removesuffix("Gi")) * 1024**3 / 2
 
 
@@ -235,18 +246,18 @@ def test_every_selector_finds_pods():
 
     def finds(selector: dict[str, Any]) -> bool:
         wanted = selector.get("matchLabels", {})
-        return any(wanted.items() <= one.items() for one in labels) and all(
-            {one.get(rule["key"]) for one in labels} >= set(rule["values"])
+        return any(wanted.items() <= label.items() for label in labels) and all(
+            {label.get(rule["key"]) for label in labels} >= set(rule["values"])
             for rule in selector.get("matchExpressions", [])
         )
 
-    for one in BASE:
-        if one["kind"] == "NetworkPolicy":
-            assert finds(one["spec"]["podSelector"]), one["metadata"]["name"]
-        elif one["kind"] in {"Deployment", "PodDisruptionBudget"}:
-            assert finds(one["spec"]["selector"]), one["metadata"]["name"]
-        elif one["kind"] == "Service":
-            assert finds({"matchLabels": one["spec"]["selector"]})
+    for document in BASE:
+        if document["kind"] == "NetworkPolicy":
+            assert finds(document["spec"]["podSelector"]), document["metadata"]["name"]
+        elif document["kind"] in {"Deployment", "PodDisruptionBudget"}:
+            assert finds(document["spec"]["selector"]), document["metadata"]["name"]
+        elif document["kind"] == "Service":
+            assert finds({"matchLabels": document["spec"]["selector"]})
 
 
 def test_a_scaler_watches_a_queue_that_is_counted():

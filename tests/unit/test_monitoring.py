@@ -30,7 +30,9 @@ def exported() -> dict[str, set[str]]:
         for metric in registry.collect():
             suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(metric.type, ("",))
             collector = registry._names_to_collectors.get(metric.name)
-            labels = set(getattr(collector, "_labelnames", ())) | {key for one in metric.samples for key in one.labels}
+            labels = set(getattr(collector, "_labelnames", ())) | {
+                key for sample in metric.samples for key in sample.labels
+            }
             names |= {metric.name + suffix: labels | ({"le"} if suffix == "_bucket" else set()) for suffix in suffixes}
     return names
 

@@ -96,7 +96,7 @@ _NOT_OF_QUALITY = {"size", "memory", "latency", "throughput", "prefill_tokens_pe
 def test_every_builtin_recipe_gates_on_a_quality_that_it_measures(name: str):
     recipe = builtin_recipes()[name]
     gates = set(recipe.gates) & (set(GATE_METRICS) - _NOT_OF_QUALITY)
-    measured = {one.metric for one in recipe.evaluate if isinstance(one, Quality)}
+    measured = {evaluation.metric for evaluation in recipe.evaluate if isinstance(evaluation, Quality)}
     assert gates
     # These alone are there whatever the model is for; perplexity is asked of recipes for language models.
     assert gates <= {"centred_cosine"} | ({"perplexity"} if measured <= {"perplexity", "auto"} else set())

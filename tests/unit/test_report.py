@@ -155,7 +155,7 @@ def test_losses_and_accuracies_are_drawn_apart_and_so_is_what_stands_over_no_ste
 def test_a_gpu_is_named_with_what_each_pass_took_of_it():
     report = full_report()
     gpu = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 85_000_000_000, "torch": "2.11.0", "cuda": "13.0"}
-    passes = tuple(one.model_copy(update={"peak_gpu_bytes": 6_540_000_000}) for one in report.passes)
+    passes = tuple(options.model_copy(update={"peak_gpu_bytes": 6_540_000_000}) for options in report.passes)
     on_gpu = report.model_copy(update={"environment": report.environment | {"gpu": gpu}, "passes": passes})
     for drawn in (reports.render_html(on_gpu), reports.render_markdown(on_gpu)):
         assert "NVIDIA H100 80GB HBM3" in drawn
@@ -220,7 +220,7 @@ def test_many_layers_are_cut_to_those_with_the_largest_errors(layers: int):
     shown = reports.largest_errors(report.passes[0].layers)
     assert len(shown) == min(layers, 40)
     if layers > 40:
-        assert min(one.relative_error for one in shown) > report.passes[0].layers[layers - 41].relative_error
+        assert min(layer.relative_error for layer in shown) > report.passes[0].layers[layers - 41].relative_error
     assert "Nightpress report" in reports.render_html(report)
 
 

@@ -27,7 +27,7 @@ def changed(report: Report, **artifact: object) -> Report:
 def test_what_is_larger_slower_and_worse_is_dominated():
     report = full_report()
     bad = changed(report, size_bytes=91_000_000, timings=report.source.timings)
-    found = {one.artifact: one for one in compare([bad]).points}
+    found = {point.artifact: point for point in compare([bad]).points}
     assert found["openvino"].dominated_by == "minilm-l6-sentiment · source"
     assert found["onnx"].dominated_by == ""
     assert compare([report]).metric == "accuracy"
@@ -36,12 +36,12 @@ def test_what_is_larger_slower_and_worse_is_dominated():
 
 def test_a_smaller_one_that_is_worse_is_not_dominated():
     points = compare([full_report()]).points
-    assert not [one.label for one in points if one.dominated_by]
+    assert not [point.label for point in points if point.dominated_by]
 
 
 def test_jobs_on_one_source_show_it_once():
     found = compare([full_report(), full_report(recipe="other", job="job_02")])
-    assert [one.artifact for one in found.points].count("source") == 1
+    assert [point.artifact for point in found.points].count("source") == 1
     assert len(found.points) == 5
 
 
@@ -49,13 +49,13 @@ def test_nothing_is_beaten_where_no_quality_is_known():
     reports = [full_report(), full_report(job="job_02")]
     found = compare(reports, "perplexity")
     assert found.metric is None
-    assert not [one for one in found.points if one.dominated_by]
+    assert not [point for point in found.points if point.dominated_by]
 
 
 def test_an_artifact_that_missed_no_gate_of_a_rejected_job_says_so():
     report = full_report(verdict="rejected")
-    missed = {one.artifact for one in report.gates if not one.passed}
-    verdicts = {one.artifact: one.verdict for one in compare([report]).points}
+    missed = {gate.artifact for gate in report.gates if not gate.passed}
+    verdicts = {point.artifact: point.verdict for point in compare([report]).points}
     assert missed
     for artifact in report.artifacts:
         said = "rejected" if artifact.name in missed else "rejected; its own gates are passed"
@@ -78,7 +78,7 @@ def test_the_same_again_is_identical():
 def test_other_bytes_with_the_same_figures_are_equivalent():
     found = judge(full_report(), changed(full_report(), digest="sha256:" + "0" * 64))
     assert found.outcome == "equivalent"
-    assert [one.same for one in found.bytes] == [True, False]
+    assert [item.same for item in found.bytes] == [True, False]
 
 
 @pytest.mark.parametrize(("value", "outcome"), [(0.844, "identical"), (0.8, "different")])
@@ -115,8 +115,8 @@ def test_a_report_of_version_1_is_brought_up_to_date():
     del old["data"]
     for subject in (old["source"], *old["artifacts"]):
         del subject["digest"]
-        for one in subject["measurements"]:
-            del one["of"]
+        for measurement in subject["measurements"]:
+            del measurement["of"]
     found = read_report(json.dumps(old))
     assert found.schema_version == 2
     assert found.data == ()
@@ -147,8 +147,8 @@ def test_the_card_is_one_that_the_hub_reads(tmp_path: Path):
     card = ModelCard.load(file)
     assert card.data.license == "apache-2.0"
     assert card.data.base_model == "minilm-l6-sentiment"
-    assert {one.metric_type for one in card.data.eval_results} >= {"accuracy", "f1"}
-    assert all(one.dataset_name for one in card.data.eval_results)
+    assert {eval_result.metric_type for eval_result in card.data.eval_results} >= {"accuracy", "f1"}
+    assert all(eval_result.dataset_name for eval_result in card.data.eval_results)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_the_card_is_one_that_the_hub_reads(tmp_path: Path):
 )
 def test_the_card_says_what_the_result_is_to_its_base_in_the_hubs_words(passes: list[str], relation: str):
     report = full_report()
-    recipe = report.recipe | {"passes": [{"pass": one} for one in passes]}
+    recipe = report.recipe | {"passes": [{"pass": options} for options in passes]}
     card = reports.render_markdown(report.model_copy(update={"recipe": recipe}))
     assert f"base_model_relation: {relation}\n" in card
 
@@ -206,13 +206,13 @@ def test_an_unknown_peak_of_memory_is_no_zero(unknown: str):
     if unknown == "source":
         report = report.model_copy(update={"source": report.source.model_copy(update=blank)})
     else:
-        artifacts = tuple(one.model_copy(update=blank) for one in report.artifacts)
+        artifacts = tuple(artifact.model_copy(update=blank) for artifact in report.artifacts)
         report = report.model_copy(update={"artifacts": artifacts})
     for page in (reports.render_markdown(report), reports.render_html(report)):
         assert "Peak memory of the process" in page
         assert "unknown" in page
         assert " 0.0 MB" not in page
         assert ">0.0 MB" not in page
-    row = next(one for one in comparison_rows(report) if one[0] == "peak memory")
+    row = next(comparison_row for comparison_row in comparison_rows(report) if comparison_row[0] == "peak memory")
     assert ("–" in row[1]) is (unknown == "source")
     assert ("–" in row[2]) is (unknown == "artifact")

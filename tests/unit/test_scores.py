@@ -81,7 +81,7 @@ def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 def _rank_correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     def ranks(v: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.array([(v < one).sum() + ((v == one).sum() + 1) / 2 for one in v])
+        return np.array([(v < x).sum() + ((v == x).sum() + 1) / 2 for x in v])
 
     return _correlation(ranks(x), ranks(y))
 

@@ -63,8 +63,8 @@ def test_strengths_are_those_of_all_batches():
     assert strengths.tokens == 400
     assert strengths.gram is not None
     torch.testing.assert_close(strengths.gram.matrix(), inputs.T @ inputs, rtol=1e-4, atol=1e-2)
-    rows = {tuple(one.tolist()) for one in inputs}
-    assert all(tuple(one.tolist()) in rows for one in strengths.sample())
+    rows = {tuple(group.tolist()) for group in inputs}
+    assert all(tuple(row.tolist()) in rows for row in strengths.sample())
 
 
 def test_int8_and_fp8_inputs_are_rounded_as_in_float64():

@@ -53,7 +53,7 @@ def _with_speedups(*speedups: Speedup) -> Report:
     report = full_report()
     artifact = report.artifacts[0]
     timings = tuple(
-        one.model_copy(update={"speedup": found}) for one, found in zip(artifact.timings, speedups, strict=True)
+        timing.model_copy(update={"speedup": found}) for timing, found in zip(artifact.timings, speedups, strict=True)
     )
     return report.model_copy(update={"artifacts": (artifact.model_copy(update={"timings": timings}),)})
 

@@ -25,7 +25,7 @@ def header(model_type: str, architecture: str, *, width: int = 64, blocks: int =
 
 
 def exports_of(target: str) -> tuple[Export, ...]:
-    return tuple(Export.model_validate(one) for one in AIMS[target].exports)
+    return tuple(Export.model_validate(export) for export in AIMS[target].exports)
 
 
 LLAMA, BERT = header("llama", "LlamaForCausalLM"), header("bert", "BertModel")
@@ -41,12 +41,12 @@ def test_a_target_alone_is_a_whole_recipe_and_reads_back_as_itself(name: str):
 
 def test_what_a_person_names_stays_and_the_rest_is_filled_in():
     recipe = parse_recipe({"name": "r", "target": "cpu-llm", "passes": [{"pass": "awq"}]})
-    assert [one.pass_ for one in recipe.passes] == ["awq"]
+    assert [options.pass_ for options in recipe.passes] == ["awq"]
     assert recipe.exports == exports_of("cpu-llm")
     assert recipe.calibration.samples == 128  # its own: the target's goes with the target's passes
     assert parse_recipe({"name": "r", "target": "cpu-llm", "passes": []}).passes == ()
     named = parse_recipe({"name": "r", "target": "cpu-encoder", "exports": ["openvino"]})
-    assert [one.name for one in named.exports] == ["openvino"]
+    assert [export.name for export in named.exports] == ["openvino"]
     assert named.passes
 
 

@@ -60,7 +60,7 @@ def test_what_stays_is_fitted_as_least_squares_would(biased: bool):
     best = design @ torch.linalg.lstsq(design, wanted).solution
     ours = x[:, stays] @ new.T + (new_bias if new_bias is not None else 0)
     cut = x[:, stays] @ weight[:, stays].T + (bias if bias is not None else 0)
-    error = [float((one - wanted).norm()) for one in (best, ours, cut)]
+    error = [float((weight - wanted).norm()) for weight in (best, ours, cut)]
     assert error[1] == pytest.approx(error[0], rel=1e-2)
     assert error[1] < 0.5 * error[2]
 
@@ -97,9 +97,9 @@ def test_a_global_share_takes_the_cheapest_steps_and_leaves_one_in_every_layer(s
     generator = torch.Generator().manual_seed(3)
     scores = [torch.rand(24, generator=generator) * scale for scale in (0.001, 1, 2)]
     kept = shares(scores, 0.4, step)
-    assert sum(24 - one for one in kept) == pytest.approx(0.4 * 72, abs=step)
+    assert sum(24 - count for count in kept) == pytest.approx(0.4 * 72, abs=step)
     assert kept[0] == (step if 24 % step == 0 else min(kept))
     assert kept[0] <= kept[1]
     assert kept[2] >= kept[1] - step
-    assert all(one >= step for one in kept)
+    assert all(count >= step for count in kept)
     assert min(shares(scores, 0.99, step)) >= step

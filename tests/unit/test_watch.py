@@ -69,7 +69,7 @@ def test_what_a_block_is_lent_is_never_spent():
 def test_texts_that_wait_end_as_if_they_had_not_and_hold_no_spent_inputs():
     block, beside = _Block(), torch.randn(2, 3, 8)
     batches = [torch.randn(2, 3, 8) for _ in range(3)]
-    expected = [block(one, beside) for one in batches]
+    expected = [block(batch, beside) for batch in batches]
     groups = _learn(block)
     assert groups is not None
     came_out: dict[int, Tensor] = {}
@@ -79,12 +79,12 @@ def test_texts_that_wait_end_as_if_they_had_not_and_hold_no_spent_inputs():
         came_out[number] = block(batches[number], beside)
 
     def settle(_layers: Sequence[str]) -> None:
-        held.append([one.numel() for one in batches])
+        held.append([batch.numel() for batch in batches])
 
     runs = [partial(through, number) for number in range(3)]
     shown: list[int] = []
     turns = InTurn(groups, block, dict(block.named_children()))
     turns.run(runs, lambda _inputs, number: shown.append(number), settle, to_the_end=True)
     assert shown == [0, 1, 2] * 4
-    assert all(torch.equal(came_out[number], one) for number, one in enumerate(expected))
+    assert all(torch.equal(came_out[number], tensor) for number, tensor in enumerate(expected))
     assert held == [[48] * 3, [48] * 3, [0] * 3, [0] * 3]

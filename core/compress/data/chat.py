@@ -52,7 +52,7 @@ def _template_of(model_dir: Path, ref: str) -> tuple[str, dict[str, str]]:
     template: Any = file.read_text() if file.is_file() else config.get("chat_template")
     template = template or _json(model_dir / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # some models have several, by name
-        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        named = {variant.get("name"): variant.get("template") for variant in template if isinstance(variant, dict)}
         template = named.get("default")
     if not isinstance(template, str):
         raise NightpressError(

@@ -29,7 +29,7 @@ def main() -> None:
     environment.globals["strftime_now"] = datetime.fromisoformat(request["now"]).strftime
     try:
         template = environment.from_string(request["template"])
-        texts = [_render(template, one, request["tokens"]) for one in request["conversations"]]
+        texts = [_render(template, conversation, request["tokens"]) for conversation in request["conversations"]]
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     json.dump(texts, sys.stdout)

@@ -49,8 +49,8 @@ class Examples:
 
     def digest(self) -> bytes:
         found = hashlib.sha256()
-        for one in self.ids:
-            found.update(len(one).to_bytes(4, "little") + one.tobytes())
+        for row in self.ids:
+            found.update(len(row).to_bytes(4, "little") + row.tobytes())
         if self.labels is not None:
             found.update(self.labels.tobytes())
         return found.digest()
@@ -88,13 +88,13 @@ def read_examples(
     else:
         windows = text_windows(rows, tokenizer, samples=_ALL, length=length, ref=ref)
         check_vocabulary(windows, header)
-        ids = [one.tolist() for one in windows.ids]
+        ids = [row.tolist() for row in windows.ids]
     known = by_row and header.task == "classification" and all(row.label is not None for row in rows)
     labels = [class_index(row.label, header, ref) for row in rows] if known else None
     if len(ids) < _FEWEST:
         raise _unusable(ref, f"its {len(ids)} examples are too few to learn from", "Bring more text.")
     return Examples(
-        ids=tuple(np.asarray(one, np.int64) for one in ids),
+        ids=tuple(np.asarray(row, np.int64) for row in ids),
         labels=None if labels is None else np.asarray(labels, np.int64),
         pad_id=tokenizer.pad_id,
         numbers=np.arange(len(ids)),
@@ -105,10 +105,10 @@ def batch_order(examples: Examples, batch: int, *, seed: int, epoch: int) -> lis
     """The batches of an epoch: every example at most once, texts of like length together, in an order drawn by seed and epoch."""
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(len(examples))
-    lengths = np.asarray([len(one) for one in examples.ids])
+    lengths = np.asarray([len(row) for row in examples.ids])
     pool = batch * _POOL
     pooled = [order[start : start + pool] for start in range(0, len(order), pool)]
-    by_length = np.concatenate([one[np.argsort(lengths[one], kind="stable")] for one in pooled])
+    by_length = np.concatenate([indices[np.argsort(lengths[indices], kind="stable")] for indices in pooled])
     count = examples.batches(batch)
     batches = [by_length[at * batch : (at + 1) * batch] for at in range(count)]
     return [batches[at] for at in random.permutation(count)]

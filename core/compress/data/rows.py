@@ -26,7 +26,7 @@ def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation", model
     Raises NightpressError(invalid_data) with the row at fault.
     """
     if ref.startswith("builtin:"):
-        return [Row(one.text or "") for one in read_data(ref, _PROSE[purpose], [builtin_bytes(purpose)])]
+        return [Row(row.text or "") for row in read_data(ref, _PROSE[purpose], [builtin_bytes(purpose)])]
     rows = _render(ref, list(_rows_of_file(ref, find_file(ref, file))), model_dir)
     if not rows:
         raise invalid(ref, "it holds no text", "Bring a file with prose, or with one JSON object a line.")
@@ -38,7 +38,7 @@ def read_records(ref: str, file: Path | None) -> list[dict[str, Any]]:
     file = find_file(ref, file)
     if kind_of(file.name) != "jsonl":
         raise invalid(ref, "it is not JSONL, and this metric reads more than a `text`", "Write one JSON object a line.")
-    return [dict(one.values) for one in read_data(ref, file.name, _pieces(file))]
+    return [dict(row.values) for row in read_data(ref, file.name, _pieces(file))]
 
 
 def has_columns(ref: str, file: Path | None, names: Iterable[str]) -> bool:
@@ -117,7 +117,7 @@ def _parquet(ref: str, file: Path) -> Iterator[DataRow]:
 
 def _render(ref: str, raw: list[DataRow], model_dir: Path | None) -> list[Row]:
     """Rows with their texts; conversations go through the model's template together."""
-    conversations = {at: one.messages for at, one in enumerate(raw) if one.messages}
+    conversations = {at: row.messages for at, row in enumerate(raw) if row.messages}
     if conversations and model_dir is None:
         raise invalid(ref, "it holds conversations, which are not read here", "Bring rows with a `text`.")
     rendered: dict[int, str] = {}
@@ -126,14 +126,14 @@ def _render(ref: str, raw: list[DataRow], model_dir: Path | None) -> list[Row]:
         texts = render_conversations(list(conversations.values()), model_dir, ref=ref)
         rendered = dict(zip(conversations, texts, strict=True))
     rows = []
-    for at, one in enumerate(raw):
-        text = rendered.get(at, one.text)
+    for at, row in enumerate(raw):
+        text = rendered.get(at, row.text)
         if text is None:
             raise invalid(
                 ref,
-                f"{one.place or 'it'} has no `text`",
+                f"{row.place or 'it'} has no `text`",
                 'Give each row a `text`, or `messages` as [{"role": …, "content": …}].',
             )
         if text.strip():
-            rows.append(Row(text, one.label))
+            rows.append(Row(text, row.label))
     return rows

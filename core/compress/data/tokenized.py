@@ -106,9 +106,9 @@ def _is_a(kind: str, found: object) -> bool:
         case "number":
             return isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
         case "words":
-            return isinstance(found, list) and bool(found) and all(isinstance(one, str) for one in found)
+            return isinstance(found, list) and bool(found) and all(isinstance(text, str) for text in found)
         case "texts":
-            return isinstance(found, list) and bool(found) and all(_is_a("text", one) for one in found)
+            return isinstance(found, list) and bool(found) and all(_is_a("text", text) for text in found)
     return isinstance(found, list) and bool(found)
 
 
@@ -159,7 +159,7 @@ def labelled_rows(
     # Neighbours of like length share a batch, so little is computed on padding.
     encoded = sorted(
         ((cut(tokenizer.encode(rows[at].text, special=True), length), labels[at]) for at in order),
-        key=lambda one: len(one[0]),
+        key=lambda pair: len(pair[0]),
     )
     sequences = pad([ids for ids, _ in encoded], tokenizer.pad_id)
     return Sequences(sequences.ids, sequences.mask, labels=np.asarray([label for _, label in encoded], np.int64))
@@ -190,12 +190,12 @@ def class_index(label: int | str | None, header: ModelHeader, ref: str) -> int:
 
 
 def pad(sequences: list[list[int]], pad_id: int) -> Sequences:
-    width = max(len(one) for one in sequences)
+    width = max(len(sequence) for sequence in sequences)
     ids = np.full((len(sequences), width), pad_id, np.int64)
     mask = np.zeros_like(ids)
-    for at, one in enumerate(sequences):
-        ids[at, : len(one)] = one
-        mask[at, : len(one)] = 1
+    for at, sequence in enumerate(sequences):
+        ids[at, : len(sequence)] = sequence
+        mask[at, : len(sequence)] = 1
     return Sequences(ids, mask)
 
 

@@ -105,9 +105,9 @@ def retrieval(asked: Asked) -> Retrieval:
     queries, wanted = [], []
     for query, positives, negatives in triples:
         queries.append(texts.place(query))
-        own = [places.setdefault(texts.place(one), len(places)) for one in positives]
-        for one in negatives:
-            places.setdefault(texts.place(one), len(places))
+        own = [places.setdefault(texts.place(positive), len(places)) for positive in positives]
+        for negative in negatives:
+            places.setdefault(texts.place(negative), len(places))
         wanted.append(own)
     relevant = np.zeros((len(queries), len(places)), bool)
     for at, own in enumerate(wanted):

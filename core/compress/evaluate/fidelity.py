@@ -112,7 +112,7 @@ def of_tokens(view: View, examples: TokenSet) -> list[Measurement]:
         ),
         _centred(
             view,
-            np.stack([sums(compared, one, count) for one in view.ours("products").T], axis=1)[kept],
+            np.stack([sums(compared, product, count) for product in view.ours("products").T], axis=1)[kept],
             n=len(compared),
         ),
     ]
@@ -168,8 +168,8 @@ def of_numbers(view: View, names: Mapping[int, str]) -> list[Measurement]:
     kinds: list[tuple[str, Better, str, list[Statistic]]] = [
         ("rank_correlation", "higher", "", [spearman(a, b) for a, b in zip(ours.T, theirs.T, strict=True)]),
         ("correlation", "higher", "", [pearson(a, b) for a, b in zip(ours.T, theirs.T, strict=True)]),
-        ("mean_error", "lower", "σ", [ratio(one) for one in errors.T]),
-        ("largest_error", "lower", "σ", [_largest(one) for one in errors.T]),
+        ("mean_error", "lower", "σ", [ratio(output) for output in errors.T]),
+        ("largest_error", "lower", "σ", [_largest(output) for output in errors.T]),
     ]
     worst: list[int] = np.sort(np.argsort(-errors.mean(axis=0))[:OUTPUTS_SHOWN]).tolist() if outputs > 1 else []
     found = []
@@ -197,7 +197,7 @@ def _centred(view: View, products: Array, n: int | None = None) -> Measurement:
 
 
 def _mean(statistics: Sequence[Statistic]) -> Statistic:
-    return lambda times: np.mean([one(times) for one in statistics], axis=0)
+    return lambda times: np.mean([statistic(times) for statistic in statistics], axis=0)
 
 
 def _largest(values: Array) -> Statistic:

@@ -9,7 +9,9 @@ from nightpress.core.recipes.models import Gate, Recipe
 def decide(recipe: Recipe, source: Subject, artifacts: tuple[Subject, ...]) -> tuple[GateResult, ...]:
     """Every gate for every artifact. A gate on something that was not measured is missed, and says so."""
     subjects = (source, *artifacts)
-    return tuple(_worst(gate, _results(gate, subjects, one)) for one in artifacts for gate in recipe.parsed_gates())
+    return tuple(
+        _worst(gate, _results(gate, subjects, artifact)) for artifact in artifacts for gate in recipe.parsed_gates()
+    )
 
 
 def _results(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list[GateResult]:
@@ -31,8 +33,8 @@ def _results(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list
 def _worst(gate: Gate, results: Sequence[GateResult]) -> GateResult:
     """What was not measured is worse than any figure."""
     worst = max if _is_upper(gate) else min
-    unknown = (one for one in results if one.observed is None)
-    return next(unknown, None) or worst(results, key=lambda one: one.observed or 0.0)
+    unknown = (result for result in results if result.observed is None)
+    return next(unknown, None) or worst(results, key=lambda result: result.observed or 0.0)
 
 
 def _memory(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
@@ -46,9 +48,9 @@ def _memory(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
 def _timing(gate: Gate, source: Subject, artifact: Subject) -> list[GateResult]:
     if not source.timings:
         return [_unknown(gate, artifact, "the recipe's `evaluate` has no `latency`")]
-    timed = {(one.batch, one.length): one for one in artifact.timings}
+    timed = {(timing.batch, timing.length): timing for timing in artifact.timings}
     results = []
-    for shape in ((one.batch, one.length) for one in source.timings):
+    for shape in ((timing.batch, timing.length) for timing in source.timings):
         ours, what = timed.get(shape), f"at batch {shape[0]} × {shape[1]} tokens"
         if ours is None:
             results.append(_unknown(gate, artifact, f"it was not taken {what}"))
@@ -62,12 +64,12 @@ def _figure(gate: Gate, timed: Timing | GenerationTiming) -> float:
 
 
 def _generation(gate: Gate, source: Subject, artifact: Subject) -> list[GateResult]:
-    wanted = [(one.batch, one.prompt, one.tokens) for one in source.generation if one.cached]
+    wanted = [(timing.batch, timing.prompt, timing.tokens) for timing in source.generation if timing.cached]
     if not wanted:
         return [_unknown(gate, artifact, "the recipe's `evaluate` has no `generation-speed`")]
     if not artifact.generation:
         return [_unknown(gate, artifact, "what runs this format here does not decode yet")]
-    timed = {(one.batch, one.prompt, one.tokens): one for one in artifact.generation if one.cached}
+    timed = {(timing.batch, timing.prompt, timing.tokens): timing for timing in artifact.generation if timing.cached}
     results = []
     for shape in wanted:
         ours, what = timed.get(shape), f"at batch {shape[0]} × prompt of {shape[1]}, {shape[2]} tokens written"
@@ -86,7 +88,7 @@ def _speed(gate: Gate, artifact: Subject, value: float, speedup: Speedup | None,
     if speedup is None:
         return _unknown(gate, artifact, f"it was not compared with the source's {what}")
     inverse = gate.metric == "latency"
-    point, *ends = (1 / one if inverse else one for one in (speedup.value, speedup.low, speedup.high))
+    point, *ends = (1 / value if inverse else value for value in (speedup.value, speedup.low, speedup.high))
     upper = _is_upper(gate)
     end = max(ends) if upper else min(ends)
     said = _end_of(
@@ -97,49 +99,58 @@ def _speed(gate: Gate, artifact: Subject, value: float, speedup: Speedup | None,
 
 
 def _quality(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list[GateResult]:
-    found = {_key(one): one for one in artifact.measurements if one.name == gate.metric}
+    found = {_key(measurement): measurement for measurement in artifact.measurements if measurement.name == gate.metric}
     if not found:
-        known = ", ".join(dict.fromkeys(one.name for one in artifact.measurements)) or "nothing of quality"
+        known = (
+            ", ".join(dict.fromkeys(measurement.name for measurement in artifact.measurements)) or "nothing of quality"
+        )
         return [_unknown(gate, artifact, f"it was not measured for this model and recipe; measured was {known}")]
-    elsewhere = {_key(one): one for subject in subjects for one in subject.measurements if one.name == gate.metric}
-    results = [_one_quality(gate, artifact, one) for one in found.values()]
-    return results + list(_lacking(gate, artifact, (one for key, one in elsewhere.items() if key not in found)))
+    elsewhere = {
+        _key(measurement): measurement
+        for subject in subjects
+        for measurement in subject.measurements
+        if measurement.name == gate.metric
+    }
+    results = [_one_quality(gate, artifact, measurement) for measurement in found.values()]
+    return results + list(
+        _lacking(gate, artifact, (measurement for key, measurement in elsewhere.items() if key not in found))
+    )
 
 
 def _lacking(gate: Gate, artifact: Subject, missing: Iterable[Measurement]) -> Iterable[GateResult]:
-    for one in missing:
-        yield _unknown(gate, artifact, f"it was not measured on {_place(one)}, where it was for others")
+    for measurement in missing:
+        yield _unknown(gate, artifact, f"it was not measured on {_place(measurement)}, where it was for others")
 
 
-def _key(one: Measurement) -> tuple[str, str, str]:
-    return one.name, one.data, one.of
+def _key(measurement: Measurement) -> tuple[str, str, str]:
+    return measurement.name, measurement.data, measurement.of
 
 
-def _place(one: Measurement) -> str:
-    return f"{one.data}, {one.of}" if one.of else one.data
+def _place(measurement: Measurement) -> str:
+    return f"{measurement.data}, {measurement.of}" if measurement.of else measurement.data
 
 
-def _one_quality(gate: Gate, artifact: Subject, one: Measurement) -> GateResult:
+def _one_quality(gate: Gate, artifact: Subject, measurement: Measurement) -> GateResult:
     upper = _is_upper(gate)
     if gate.relative == "absolute":
-        end = one.high if upper else one.low
-        value = one.value if end is None else end
-        return _compare(gate, artifact, value, None, _ends(one, upper, _shown(gate, one.value), end))
-    if one.change is None:
-        why = f"on {_place(one)} it has nothing in the source to compare with; give an absolute bound"
+        end = measurement.high if upper else measurement.low
+        value = measurement.value if end is None else end
+        return _compare(gate, artifact, value, None, _ends(measurement, upper, _shown(gate, measurement.value), end))
+    if measurement.change is None:
+        why = f"on {_place(measurement)} it has nothing in the source to compare with; give an absolute bound"
         return _unknown(gate, artifact, why)
-    end = one.change_high if upper else one.change_low
-    change = one.change if end is None else end
-    point = _shown(gate, _relative(gate, 1 + one.change))
-    return _compare(gate, artifact, one.value, 1 + change, _ends(one, upper, point, end))
+    end = measurement.change_high if upper else measurement.change_low
+    change = measurement.change if end is None else end
+    point = _shown(gate, _relative(gate, 1 + measurement.change))
+    return _compare(gate, artifact, measurement.value, 1 + change, _ends(measurement, upper, point, end))
 
 
 def _is_upper(gate: Gate) -> bool:
     return gate.operator in {"<=", "<"}
 
 
-def _ends(one: Measurement, upper: bool, point: str, end: float | None) -> str:
-    where = f"on {_place(one)}"
+def _ends(measurement: Measurement, upper: bool, point: str, end: float | None) -> str:
+    where = f"on {_place(measurement)}"
     return where if end is None else f"{_end_of(upper, 'the 95% interval', point)}, {where}"
 
 

@@ -28,7 +28,7 @@ class Classification:
         labels = self.examples.sequences.labels
         assert labels is not None
         ours, theirs = view.ours("values").argmax(axis=1), view.theirs("values").argmax(axis=1)
-        hits = [(one == labels).astype(np.float64) for one in (ours, theirs)]
+        hits = [(predicted == labels).astype(np.float64) for predicted in (ours, theirs)]
         n = len(labels)
         found = [view.compared("accuracy", paired_shares(*hits, seed=view.seed), n=n, better="higher")]
         classes = sorted({*labels.tolist(), *ours.tolist(), *theirs.tolist()})
@@ -82,7 +82,7 @@ class Entities:
 
         def counted(side: Any) -> Array:
             """[N, 3]: found, wrongly claimed and missed in each sentence"""
-            tags = [self.names[int(one)] for one in side("top1")]
+            tags = [self.names[int(label)] for label in side("top1")]
             ends = np.searchsorted(row, np.arange(n + 1))
             said = [spans(tags[ends[at] : ends[at + 1]]) for at in range(n)]
             pairs = zip(said, self.truth, strict=True)
@@ -119,11 +119,11 @@ def entities(asked: Asked) -> Entities:
         classes = [tokenized.class_index(tag, asked.header, asked.ref) for tag in tags]
         ids, targets, kept = _pieces(asked, words, classes)
         sequences.append((ids, targets))
-        truth.append(frozenset(spans([names[one] for one in classes[:kept]])))
+        truth.append(frozenset(spans([names[label] for label in classes[:kept]])))
     padded = pad([ids for ids, _ in sequences], asked.tokenizer.pad_id)
     scored = np.full_like(padded.ids, -1)
-    for at, (_, one) in enumerate(sequences):
-        scored[at, : len(one)] = one
+    for at, (_, sequence) in enumerate(sequences):
+        scored[at, : len(sequence)] = sequence
     if not (scored >= 0).any():
         raise asked.invalid("none of its rows has a word", "Bring rows with words and tags.")
     whole = Sequences(padded.ids, padded.mask, targets=scored)

@@ -60,24 +60,24 @@ def prepare(
     if header.sees_images:
         return _prepare_images(recipe, header, model_dir, data_files, threads=threads)
     tokenizer = tokenized.open_tokenizer(model_dir)
-    qualities = [one for one in recipe.evaluate if isinstance(one, Quality)]
+    qualities = [evaluation for evaluation in recipe.evaluate if isinstance(evaluation, Quality)]
     shapes = _shapes(recipe)
-    longest_text = [one.length + one.new_tokens * (one.metric == "generation") for one in qualities]
+    longest_text = [quality.length + quality.new_tokens * (quality.metric == "generation") for quality in qualities]
     writings = _writings(recipe)
-    _check_lengths(header, longest_text + [one.length for one in shapes])
+    _check_lengths(header, longest_text + [shape.length for shape in shapes])
     # The check texts also choose the layers that stay in float: they must not come from what the result is measured on.
     prose = tokenized.read_rows("builtin:prose", None, purpose="calibration")
     sets: list[TokenSet] = [_check_set(prose, tokenizer, header)]
     evaluations = []
-    for at, one in enumerate(qualities):
-        source = tokenized.DataSource(one.data, data_files.get(one.data), model_dir)
-        asked = Asked(f"quality{at}", one, source, tokenizer, header, recipe.seed)
-        scorer = _SCORERS[_metric(one, header, source)](asked)
+    for at, quality in enumerate(qualities):
+        source = tokenized.DataSource(quality.data, data_files.get(quality.data), model_dir)
+        asked = Asked(f"quality{at}", quality, source, tokenizer, header, recipe.seed)
+        scorer = _SCORERS[_metric(quality, header, source)](asked)
         if len(scorer.examples.sequences.ids) < 2:
             raise asked.invalid("it has a single usable example: no interval can be given", "Bring at least two rows.")
         sets.append(scorer.examples)
-        evaluations.append(Evaluation(one.data, scorer))
-    longest = max([*(shape.length for shape in shapes), *(one.prompt for one in writings)], default=16)
+        evaluations.append(Evaluation(quality.data, scorer))
+    longest = max([*(shape.length for shape in shapes), *(writing.prompt for writing in writings)], default=16)
     timing = tokenized.text_windows(
         prose, tokenizer, samples=8, length=min(longest, 512), ref="builtin:prose"
     ).ids.ravel()
@@ -102,26 +102,26 @@ def prepare(
 
 def _shapes(recipe: Recipe) -> tuple[Shape, ...]:
     return tuple(
-        Shape(batch, length, one.repeats)
-        for one in recipe.evaluate
-        if isinstance(one, Latency)
-        for batch in one.batch
-        for length in one.length
+        Shape(batch, length, evaluation.repeats)
+        for evaluation in recipe.evaluate
+        if isinstance(evaluation, Latency)
+        for batch in evaluation.batch
+        for length in evaluation.length
     )
 
 
 def _writings(recipe: Recipe) -> tuple[Writing, ...]:
     """As often as asked for; beside a cache that a pass chose, also a few tokens without any."""
     wanted = [
-        Writing(batch, prompt, one.tokens, one.repeats)
-        for one in recipe.evaluate
-        if isinstance(one, GenerationSpeed)
-        for batch in one.batch
-        for prompt in one.prompt
+        Writing(batch, prompt, evaluation.tokens, evaluation.repeats)
+        for evaluation in recipe.evaluate
+        if isinstance(evaluation, GenerationSpeed)
+        for batch in evaluation.batch
+        for prompt in evaluation.prompt
     ]
-    if not any(one.chooses_cache for one in recipe.passes):
+    if not any(options.chooses_cache for options in recipe.passes):
         return tuple(wanted)
-    without = [replace(one, tokens=min(one.tokens, _UNCACHED_TOKENS), repeats=3, cached=False) for one in wanted]
+    without = [replace(speed, tokens=min(speed.tokens, _UNCACHED_TOKENS), repeats=3, cached=False) for speed in wanted]
     return (*wanted, *without)
 
 
@@ -133,20 +133,25 @@ def _prepare_images(
     check = read_images("builtin:images", None, model_dir, header, samples=_CHECK_ROWS, seed=_SEED)
     sets = [TokenSet("check", kind, _seen(check.pixels, None))]
     evaluations = []
-    for at, one in enumerate(one for one in recipe.evaluate if isinstance(one, Quality)):
+    for at, evaluation in enumerate(evaluation for evaluation in recipe.evaluate if isinstance(evaluation, Quality)):
         images = read_images(
-            one.data, data_files.get(one.data), model_dir, header, samples=one.samples, seed=_SEED + 1 + recipe.seed
+            evaluation.data,
+            data_files.get(evaluation.data),
+            model_dir,
+            header,
+            samples=evaluation.samples,
+            seed=_SEED + 1 + recipe.seed,
         )
         labelled = kind == "logits" and header.head == "classes" and all(label is not None for label in images.labels)
         scorer: Scorer
-        if one.metric == "accuracy" or (one.metric == "auto" and labelled):
-            classes = [tokenized.class_index(label, header, one.data) for label in images.labels]
+        if evaluation.metric == "accuracy" or (evaluation.metric == "auto" and labelled):
+            classes = [tokenized.class_index(label, header, evaluation.data) for label in images.labels]
             names = fidelity.output_names(header)
             scorer = labels.Classification(TokenSet(f"quality{at}", kind, _seen(images.pixels, classes)), names)
         else:
             scorer = fidelity.of_classifier(TokenSet(f"quality{at}", kind, _seen(images.pixels, None)), header)
         sets.append(scorer.examples)
-        evaluations.append(Evaluation(one.data, scorer))
+        evaluations.append(Evaluation(evaluation.data, scorer))
     task = Task(
         name="image-classification" if header.task == "classification" else header.task,
         sets=tuple(sets),
@@ -176,9 +181,9 @@ def _check_lengths(header: ModelHeader, lengths: list[int]) -> None:
         )
 
 
-def _metric(one: Quality, header: ModelHeader, source: tokenized.DataSource) -> Metric:
-    if one.metric != "auto":
-        return one.metric
+def _metric(quality: Quality, header: ModelHeader, source: tokenized.DataSource) -> Metric:
+    if quality.metric != "auto":
+        return quality.metric
     match header.task:
         case "causal-lm":
             return "perplexity"
@@ -203,6 +208,8 @@ def measurements(trial: Trial, source: Observed, artifact: Observed | None) -> t
     """What the outputs say of the source (`artifact` None) or of an artifact beside it."""
     return tuple(
         figure
-        for one in trial.evaluations
-        for figure in one.scorer.figures(View(one.scorer.examples.name, one.ref, source, artifact, trial.seed))
+        for evaluation in trial.evaluations
+        for figure in evaluation.scorer.figures(
+            View(evaluation.scorer.examples.name, evaluation.ref, source, artifact, trial.seed)
+        )
     )

@@ -19,7 +19,7 @@ def _of_size(artifact: Subject, source: Subject) -> Iterator[str]:
 
 
 def _of_latency(artifact: Subject) -> Iterator[str]:
-    compared = [(one, one.speedup) for one in artifact.timings if one.speedup is not None]
+    compared = [(timing, timing.speedup) for timing in artifact.timings if timing.speedup is not None]
     if any(not speedup.by_turns for _, speedup in compared):
         yield "Latencies were taken after the source's, not by turns with it: what else ran on the machine then is in their ratio."
     for ours, speedup in compared:

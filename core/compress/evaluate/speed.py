@@ -12,14 +12,14 @@ from nightpress.core.handoff.report import GenerationTiming, Speedup, Timing
 def timings(observed: Observed, task: Task, source: Observed | None = None) -> tuple[Timing, ...]:
     """Medians and 95th percentiles of the timed runs. source: what an artifact is compared with."""
     found = []
-    for at, one in enumerate(observed.timings):
-        runs = np.asarray(one["milliseconds"])
+    for at, timing in enumerate(observed.timings):
+        runs = np.asarray(timing["milliseconds"])
         p50, p95 = np.percentile(runs, [50, 95])
-        per_run = one["batch"] * (one["length"] if task.name == "causal-lm" else 1)
+        per_run = timing["batch"] * (timing["length"] if task.name == "causal-lm" else 1)
         found.append(
             Timing(
-                batch=one["batch"],
-                length=one["length"],
+                batch=timing["batch"],
+                length=timing["length"],
                 threads=task.threads,
                 repeats=len(runs),
                 p50_ms=float(p50),
@@ -37,31 +37,31 @@ def generation_timings(
 ) -> tuple[GenerationTiming, ...]:
     """What the timed runs of decoding come to: medians, 95th percentiles, and the slowest and the fastest run."""
     found = []
-    for at, one in enumerate(observed.writings):
-        waits = np.asarray(one["milliseconds"])  # [repeats, tokens]
+    for at, writing in enumerate(observed.writings):
+        waits = np.asarray(writing["milliseconds"])  # [repeats, tokens]
         prefill, decode = waits[:, 0], waits[:, 1:]
-        rates = 1000 * one["batch"] * decode.shape[1] / decode.sum(axis=1)
+        rates = 1000 * writing["batch"] * decode.shape[1] / decode.sum(axis=1)
         prefill_p50, prefill_p95 = np.percentile(prefill, [50, 95])
         token_p50, token_p95 = np.percentile(decode, [50, 95])
         theirs = _theirs(observed, source, "writings", at)
         found.append(
             GenerationTiming(
-                batch=one["batch"],
-                prompt=one["prompt"],
-                tokens=one["tokens"],
-                cached=one["cached"],
-                alike=one.get("alike"),
+                batch=writing["batch"],
+                prompt=writing["prompt"],
+                tokens=writing["tokens"],
+                cached=writing["cached"],
+                alike=writing.get("alike"),
                 threads=threads,
                 repeats=len(waits),
                 prefill_p50_ms=float(prefill_p50),
                 prefill_p95_ms=float(prefill_p95),
-                prefill_tokens_per_s=1000 * one["batch"] * one["prompt"] / float(prefill_p50),
+                prefill_tokens_per_s=1000 * writing["batch"] * writing["prompt"] / float(prefill_p50),
                 token_p50_ms=float(token_p50),
                 token_p95_ms=float(token_p95),
                 decode_tokens_per_s=float(np.median(rates)),
                 decode_slowest=float(rates.min()),
                 decode_fastest=float(rates.max()),
-                peak_memory_bytes=one["peak_memory_bytes"],
+                peak_memory_bytes=writing["peak_memory_bytes"],
                 prefill_speedup=_speedup_of(prefill, None if theirs is None else theirs[:, 0], observed.beside),
                 decode_speedup=_speedup_of(
                     decode.mean(axis=1), None if theirs is None else theirs[:, 1:].mean(axis=1), observed.beside
@@ -92,7 +92,7 @@ def speedup(ours: Sequence[float] | Array, theirs: Sequence[float] | Array, *, b
     if by_turns:
         low, high = spread_of_draws(lambda at: np.median(base[at], axis=1) / np.median(mine[at], axis=1), len(mine))
     else:
-        (ours_5, ours_95), (theirs_5, theirs_95) = (np.percentile(one, [5, 95]) for one in (mine, base))
+        (ours_5, ours_95), (theirs_5, theirs_95) = (np.percentile(times, [5, 95]) for times in (mine, base))
         low, high = float(theirs_5 / ours_95), float(theirs_95 / ours_5)
     low, high = min(low, value), max(high, value)
     return Speedup(

@@ -126,5 +126,5 @@ def _shown(value: float, draws: Array) -> Interval:
     return _including(Interval(float(value), float(low), float(high)), float(value))
 
 
-def _including(one: Interval, value: float) -> Interval:
-    return Interval(value, min(one.low, value), max(one.high, value))
+def _including(interval: Interval, value: float) -> Interval:
+    return Interval(value, min(interval.low, value), max(interval.high, value))

@@ -176,7 +176,7 @@ class _Run:
         self.every = options.validate_every or max(1, self.total // _VALIDATIONS)
         self.point = max(1, self.total // _CURVE_POINTS)
         module = objective.module
-        self.learned = {name: one for name, one in module.named_parameters() if one.requires_grad}
+        self.learned = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.buffers = dict(module.named_buffers())
         self.optimizer = torch.optim.AdamW(self._groups(), lr=options.learning_rate, fused=True)
         self.state = _State()
@@ -188,8 +188,8 @@ class _Run:
             f"{context.index}\n{recipe}\n{options.model_dump_json()}\n{context.seed}\n{self.device.type}\n{self.dtype}\n".encode()
         )
         digest.update(examples.digest())
-        for name, one in self.learned.items():
-            digest.update(f"{name} {tuple(one.shape)}\n".encode())
+        for name, parameter in self.learned.items():
+            digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         self.file = context.work_dir / "train" / digest.hexdigest()[:16] / "checkpoint.safetensors"
 
     def run(self) -> Trained:
@@ -247,7 +247,7 @@ class _Run:
             torch.use_deterministic_algorithms(True)  # attention only sums in order where nothing else is allowed
             losses["loss"].backward(self._share)  # type: ignore[no-untyped-call]
             torch.use_deterministic_algorithms(True, warn_only=True)
-            seen = torch.stack([one.detach() for one in losses.values()]).double() / self.options.accumulate
+            seen = torch.stack([loss.detach() for loss in losses.values()]).double() / self.options.accumulate
             self.sums = self.sums + seen if len(self.sums) else seen
             self.state.names = list(losses)
         torch.nn.utils.clip_grad_norm_(self.learned.values(), self.options.clip)
@@ -256,13 +256,13 @@ class _Run:
 
     def _groups(self) -> list[dict[str, Any]]:
         """Weights decay; biases, norms and other vectors don't."""
-        matrices = [one for one in self.learned.values() if one.dim() > 1]
-        vectors = [one for one in self.learned.values() if one.dim() <= 1]
+        matrices = [parameter for parameter in self.learned.values() if parameter.dim() > 1]
+        vectors = [parameter for parameter in self.learned.values() if parameter.dim() <= 1]
         groups = [
             {"params": matrices, "weight_decay": self.options.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        return [one for one in groups if one["params"]]
+        return [group for group in groups if group["params"]]
 
     def _batch(self, number: int) -> Batch:
         epoch, at = divmod(number, self.per_epoch)
@@ -289,7 +289,7 @@ class _Run:
         self.objective.module.eval()
         totals: dict[str, float] = {}
         seen = 0
-        order = np.argsort([len(one) for one in held.ids], kind="stable")
+        order = np.argsort([len(row) for row in held.ids], kind="stable")
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             for start in range(0, len(order), self.options.batch):
                 _seed((self.context.seed << 32) + start, self.device)
@@ -304,7 +304,7 @@ class _Run:
         if found["loss"] < self.state.best:
             self.state.best, self.state.best_step, self.state.waited = found["loss"], self.state.step, 0
             self.state.validation = found
-            self.best = {name: one.detach().clone() for name, one in self._kept().items()}
+            self.best = {name: tensor.detach().clone() for name, tensor in self._kept().items()}
 
     def _stops(self) -> bool:
         return self.options.patience is not None and self.state.waited >= self.options.patience
@@ -338,15 +338,15 @@ class _Run:
         return {**self.learned, **self.buffers}
 
     def _save(self) -> None:
-        tensors = {f"module.{name}": one.detach() for name, one in self._kept().items()}
-        tensors |= {f"best.{name}": one for name, one in self.best.items()}
+        tensors = {f"module.{name}": tensor.detach() for name, tensor in self._kept().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors["sums"] = self.sums
         for name, parameter in self.learned.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
-        whole = {name: one.cpu().contiguous() for name, one in tensors.items()}
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         with disk_errors():
             save_file(_unshared(whole), partial, metadata={"state": json.dumps(asdict(self.state))})
             with partial.open("rb") as file:
@@ -365,10 +365,12 @@ class _Run:
         self.state = _State(**raw)
         kept = self._kept()
         with torch.no_grad():
-            for name, one in kept.items():
-                one.copy_(found[f"module.{name}"])
+            for name, tensor in kept.items():
+                tensor.copy_(found[f"module.{name}"])
         self.best = {
-            name.removeprefix("best."): one.to(self.device) for name, one in found.items() if name.startswith("best.")
+            name.removeprefix("best."): tensor.to(self.device)
+            for name, tensor in found.items()
+            if name.startswith("best.")
         }
         self.sums = found["sums"].to(self.device)
         for name, parameter in self.learned.items():
@@ -384,8 +386,8 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """safetensors refuses tensors that share memory, as the one buffer under two names does."""
     seen: set[int] = set()
     out = {}
-    for name, one in tensors.items():
-        pointer = one.untyped_storage().data_ptr()
-        out[name] = one.clone() if one.numel() and pointer in seen else one
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if tensor.numel() and pointer in seen else tensor
         seen.add(pointer)
     return out

@@ -92,8 +92,13 @@ class Task:
     def request(self) -> dict[str, Any]:
         """What a runner is told of it."""
         sets = [
-            {"name": one.name, "kind": one.kind, "rows": one.rows(self.classes), "new_tokens": one.new_tokens}
-            for one in self.sets
+            {
+                "name": data_set.name,
+                "kind": data_set.kind,
+                "rows": data_set.rows(self.classes),
+                "new_tokens": data_set.new_tokens,
+            }
+            for data_set in self.sets
         ]
         told = {"task": self.name, "pooling": self.pooling, "threads": self.threads, "longest": self.longest}
         return told | {"sets": sets}
@@ -101,21 +106,21 @@ class Task:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What a runner is given."""
         arrays: dict[str, NDArray[Any]] = {"timing.ids": self.timing_ids}
-        for one in self.sets:
-            arrays[f"{one.name}.ids"] = one.sequences.ids
-            arrays[f"{one.name}.mask"] = one.sequences.mask
-            if one.kind == "tokens":
-                assert one.sequences.targets is not None
-                assert one.compared is not None
-                arrays[f"{one.name}.targets"] = one.sequences.targets
-                arrays[f"{one.name}.compared"] = one.compared
+        for data_set in self.sets:
+            arrays[f"{data_set.name}.ids"] = data_set.sequences.ids
+            arrays[f"{data_set.name}.mask"] = data_set.sequences.mask
+            if data_set.kind == "tokens":
+                assert data_set.sequences.targets is not None
+                assert data_set.compared is not None
+                arrays[f"{data_set.name}.targets"] = data_set.sequences.targets
+                arrays[f"{data_set.name}.compared"] = data_set.compared
         return arrays
 
     @property
     def longest(self) -> int:
         """Tokens of the longest text."""
-        widths = [int(one.sequences.ids.shape[1]) for one in self.sets]
-        written = [one.prompt + one.tokens for one in self.writings]
+        widths = [int(data_set.sequences.ids.shape[1]) for data_set in self.sets]
+        written = [writing.prompt + writing.tokens for writing in self.writings]
         return max([*widths, *(shape.length for shape in self.shapes), *written])
 
 
@@ -300,39 +305,39 @@ def run_consumer(
 
 def _take_turns(task: Task, models: Sequence[Consumer], progress: Callable[[float, str], None]) -> tuple[Timed, ...]:
     """Every shape and every kind of writing, a run of each model after the other."""
-    decode = all(one.decodes for one in models[:1])
+    decode = all(model.decodes for model in models[:1])
     wanted: list[Shape | Writing] = [*task.shapes, *(task.writings if decode else ())]
     runs: list[list[list[dict[str, Any]]]] = []
-    for at, one in enumerate(wanted):
-        progress(at / len(wanted), _said(one))
-        runs.append(_rounds(one, models))
+    for at, request in enumerate(wanted):
+        progress(at / len(wanted), _said(request))
+        runs.append(_rounds(request, models))
     shapes = len(task.shapes)
     return tuple(
         Timed(
-            timings=tuple(_timed(one, found[at]) for one, found in zip(wanted[:shapes], runs, strict=False)),
+            timings=tuple(_timed(request, found[at]) for request, found in zip(wanted[:shapes], runs, strict=False)),
             writings=_written(wanted[shapes:], [found[at] for found in runs[shapes:]]),
         )
         for at in range(len(models))
     )
 
 
-def _said(one: Shape | Writing) -> str:
-    if isinstance(one, Shape):
-        return f"timing {one.batch} × {one.length}"
-    return f"decoding {one.batch} × {one.prompt}{'' if one.cached else ' without a cache'}"
+def _said(request: Shape | Writing) -> str:
+    if isinstance(request, Shape):
+        return f"timing {request.batch} × {request.length}"
+    return f"decoding {request.batch} × {request.prompt}{'' if request.cached else ' without a cache'}"
 
 
-def _rounds(one: Shape | Writing, models: Sequence[Consumer]) -> list[list[dict[str, Any]]]:
+def _rounds(request: Shape | Writing, models: Sequence[Consumer]) -> list[list[dict[str, Any]]]:
     """Runs of each model, [models][rounds], behind one that warms up. In every second round the order is turned."""
-    fewest, seconds = (_FEWEST, _SHAPE_SECONDS) if isinstance(one, Shape) else (_FEWEST_WRITINGS, _WRITING_SECONDS)
-    warm = [model.time(one) for model in models]
+    fewest, seconds = (_FEWEST, _SHAPE_SECONDS) if isinstance(request, Shape) else (_FEWEST_WRITINGS, _WRITING_SECONDS)
+    warm = [model.time(request) for model in models]
     found: list[list[dict[str, Any]]] = [[] for _ in models]
     deadline = time.monotonic() + seconds * len(models)
-    while len(found[0]) < one.repeats and (len(found[0]) < fewest or time.monotonic() < deadline):
+    while len(found[0]) < request.repeats and (len(found[0]) < fewest or time.monotonic() < deadline):
         order = list(zip(models, found, strict=True))
         for model, runs in order if len(found[0]) % 2 == 0 else reversed(order):
-            runs.append(model.time(one))
-    if isinstance(one, Writing):  # what is written first needs memory, too
+            runs.append(model.time(request))
+    if isinstance(request, Writing):  # what is written first needs memory, too
         for first, runs in zip(warm, found, strict=True):
             runs[0]["peak_memory_bytes"] = _larger(first["peak_memory_bytes"], runs[0]["peak_memory_bytes"])
     return found
@@ -344,25 +349,25 @@ def _larger(a: int | None, b: int | None) -> int | None:
 
 def _timed(shape: Shape | Writing, runs: list[dict[str, Any]]) -> dict[str, Any]:
     assert isinstance(shape, Shape)
-    return {"batch": shape.batch, "length": shape.length, "milliseconds": [one["milliseconds"] for one in runs]}
+    return {"batch": shape.batch, "length": shape.length, "milliseconds": [run["milliseconds"] for run in runs]}
 
 
 def _written(wanted: Sequence[Shape | Writing], runs: Sequence[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...]:
     """Waits before each token [runs][tokens], the peak of memory, and without a cache how much was written alike."""
     texts: dict[tuple[int, int], NDArray[Any]] = {}
     found = []
-    for one, of_one in zip(wanted, runs, strict=True):
-        assert isinstance(one, Writing)
+    for request, of_one in zip(wanted, runs, strict=True):
+        assert isinstance(request, Writing)
         text = np.asarray(of_one[0]["text"])
-        cached = texts.setdefault((one.batch, one.prompt), text)
+        cached = texts.setdefault((request.batch, request.prompt), text)
         peaks = [run["peak_memory_bytes"] for run in of_one]
         written = {
-            **vars(one),
+            **vars(request),
             "milliseconds": [run["milliseconds"] for run in of_one],
             "peak_memory_bytes": None if None in peaks else max(peaks),
         }
-        if not one.cached:
-            written["alike"] = float((cached[:, : one.tokens] == text).mean())
+        if not request.cached:
+            written["alike"] = float((cached[:, : request.tokens] == text).mean())
         found.append(written)
     return tuple(found)
 

@@ -91,13 +91,13 @@ def with_exits(flat: onnx.ModelProto, plan: ExitPlan) -> onnx.ModelProto:
             open_ += [name for name in node.input if name]
             for attribute in node.attribute:  # what a branch of the model's own refers to
                 for inner in [attribute.g, *attribute.graphs]:
-                    open_ += [name for one in inner.node for name in one.input if name]
+                    open_ += [name for node in inner.node for name in node.input if name]
         placed.update(chosen)
         return [node for node in graph.node if id(node) in chosen]
 
     heads = len(plan.blocks)
     readers = Counter(name for node in graph.node for name in node.input)
-    constants = {one.name: one for one in graph.initializer}
+    constants = {initializer.name: initializer for initializer in graph.initializer}
 
     def only_of(nodes: list[onnx.NodeProto]) -> list[onnx.TensorProto]:
         """The constants that no other node reads. They stand beside their nodes: runtimes fuse and pack no node whose weights stand elsewhere."""
@@ -141,7 +141,7 @@ def with_exits(flat: onnx.ModelProto, plan: ExitPlan) -> onnx.ModelProto:
         return nodes, f"answer.{at}", f"answer.{at}.depth"
 
     nodes, logits, depth = build(0)
-    inside = {one.name for one in _constants_inside(nodes)}
+    inside = {constant.name for constant in _constants_inside(nodes)}
     nodes += [
         helper.make_node("Identity", [logits], ["logits"], name="logits"),
         helper.make_node("Identity", [depth], ["depth"], name="depth"),
@@ -156,7 +156,11 @@ def with_exits(flat: onnx.ModelProto, plan: ExitPlan) -> onnx.ModelProto:
             helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", None]),
             helper.make_tensor_value_info("depth", TensorProto.INT64, ["batch"]),
         ],
-        initializer=[*(one for one in graph.initializer if one.name not in inside), threshold, axis],
+        initializer=[
+            *(initializer for initializer in graph.initializer if initializer.name not in inside),
+            threshold,
+            axis,
+        ],
     )
     model = helper.make_model(whole, opset_imports=list(flat.opset_import), functions=list(flat.functions))
     model.ir_version = flat.ir_version

@@ -42,7 +42,7 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
             write_codes(model, pressed)
         if weights == "fp16":
             _halve(onnx, model)
-        large = sum(len(one.raw_data) for one in model.graph.initializer) > _LARGEST
+        large = sum(len(initializer.raw_data) for initializer in model.graph.initializer) > _LARGEST
         onnx.save(model, target, save_as_external_data=large, location=f"{GRAPH_FILE}.data")
     return records
 
@@ -52,15 +52,17 @@ def _halve(onnx: Any, model: Any) -> None:
     import numpy as np
 
     casts = []
-    for one in model.graph.initializer:
-        if one.data_type != onnx.TensorProto.FLOAT:
+    for initializer in model.graph.initializer:
+        if initializer.data_type != onnx.TensorProto.FLOAT:
             continue
-        values = onnx.numpy_helper.to_array(one)
+        values = onnx.numpy_helper.to_array(initializer)
         if values.size < _FEWEST or np.abs(values).max() > np.finfo(np.float16).max:
             continue
-        name = one.name
-        one.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}_fp16"))
-        casts.append(onnx.helper.make_node("Cast", [one.name], [name], f"{name}_cast", to=onnx.TensorProto.FLOAT))
+        name = initializer.name
+        initializer.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}_fp16"))
+        casts.append(
+            onnx.helper.make_node("Cast", [initializer.name], [name], f"{name}_cast", to=onnx.TensorProto.FLOAT)
+        )
     nodes = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend(casts + nodes)

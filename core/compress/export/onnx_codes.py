@@ -17,7 +17,7 @@ def write_codes(model: Any, pressed: PressedWeights) -> int:
     """Replace, in place, every product with a packed weight; how many. One whose groups no block divides stays a float product."""
     import onnx
 
-    constants = {one.name for one in model.graph.initializer}
+    constants = {initializer.name for initializer in model.graph.initializer}
     packed = {name.removesuffix(".weight"): name for name in pressed.packed}
     nodes, replaced = [], 0
     for node in model.graph.node:
@@ -28,7 +28,7 @@ def write_codes(model: Any, pressed: PressedWeights) -> int:
             continue
         arrays = pack_blocks(pressed.codes(name).in_blocks(size))
         model.graph.initializer.extend(
-            onnx.numpy_helper.from_array(one, f"{name}_{key}") for key, one in arrays.items()
+            onnx.numpy_helper.from_array(array, f"{name}_{key}") for key, array in arrays.items()
         )
         rows, columns = pressed.shape(name)
         product = node.output[0] if node.op_type == "MatMul" else f"{node.output[0]}_product"
@@ -100,8 +100,8 @@ def _rebuild(onnx: Any, model: Any, nodes: list[Any]) -> None:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}
-    kept = [one for one in model.graph.initializer if one.name in used]
+    kept = [initializer for initializer in model.graph.initializer if initializer.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    if all(one.domain != _DOMAIN for one in model.opset_import):
+    if all(opset.domain != _DOMAIN for opset in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))

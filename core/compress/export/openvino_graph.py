@@ -82,17 +82,17 @@ def divide_in_norms(model: Any) -> int:
     folded = 0
     for division in model.get_ordered_ops():
         readers = division.output(0).get_target_inputs() if division.get_type_name() == "Multiply" else ()
-        if not readers or any(one.get_node().get_type_name() != "FakeQuantize" for one in readers):
+        if not readers or any(reader.get_node().get_type_name() != "FakeQuantize" for reader in readers):
             continue
         shifted, factors = _by_constant(division, "Multiply")
         scaled, beta = _by_constant(shifted, "Add")
         normed, gamma = _by_constant(scaled, "Multiply")
         if normed is None or normed.get_type_name() != "MVN":
             continue
-        scale, shift = (ops.constant((one.data * factors.data).astype(np.float32)) for one in (gamma, beta))
+        scale, shift = (ops.constant((constant.data * factors.data).astype(np.float32)) for constant in (gamma, beta))
         apart = ops.add(ops.multiply(normed, scale), shift, name=division.get_friendly_name())
-        for one in readers:
-            one.replace_source_output(apart.output(0))
+        for reader in readers:
+            reader.replace_source_output(apart.output(0))
         folded += 1
     return folded
 
@@ -101,9 +101,9 @@ def _by_constant(node: Any, kind: str) -> tuple[Any, Any]:
     """(what a node of this kind is given, the constant it is given with); nothing for any other node."""
     if node is None or node.get_type_name() != kind:
         return None, None
-    given = [one.get_node() for one in node.input_values()]
-    constants = [one for one in given if one.get_type_name() == "Constant"]
-    computed = [one for one in given if one.get_type_name() != "Constant"]
+    given = [value.get_node() for value in node.input_values()]
+    constants = [node for node in given if node.get_type_name() == "Constant"]
+    computed = [node for node in given if node.get_type_name() != "Constant"]
     return (computed[0], constants[0]) if len(constants) == len(computed) == 1 else (None, None)
 
 
@@ -156,7 +156,7 @@ def keep_cache(model: Any) -> None:
         if node.get_type_name() != "ReadValue":
             continue
         # [batch, heads, 0, width]
-        known = [one.get_length() if one.is_static else 0 for one in node.get_output_partial_shape(0)]
+        known = [size.get_length() if size.is_static else 0 for size in node.get_output_partial_shape(0)]
         shape = ops.concat([batch, ops.constant(np.array(known[1:], np.int64))], axis=0)
         empty = ops.broadcast(ops.constant(0.0, dtype=node.get_output_element_type(0)), shape)
         node.set_arguments([empty.output(0)])

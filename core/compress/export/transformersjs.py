@@ -32,7 +32,9 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
     config.pop("quantization_config", None)  # the graph holds the numbers; the loader would refuse what it doesn't know
     config["transformers.js_config"] = {"dtype": kind}  # so that a page needs to name no type
     write_file(out_dir / "config.json", json.dumps(config, indent=2).encode() + b"\n")
-    return tuple(one.model_copy(update={"summary": one.summary | {"format": "transformers.js"}}) for one in records)
+    return tuple(
+        record.model_copy(update={"summary": record.summary | {"format": "transformers.js"}}) for record in records
+    )
 
 
 def _number_type(graph: Path, weights: str) -> str:
@@ -41,5 +43,5 @@ def _number_type(graph: Path, weights: str) -> str:
 
     operations = {node.op_type: node for node in library.load(graph).graph.node}
     if product := operations.get("MatMulNBits"):
-        return "q4" if any(one.name == "bits" and one.i == 4 for one in product.attribute) else "q8"
+        return "q4" if any(attribute.name == "bits" and attribute.i == 4 for attribute in product.attribute) else "q8"
     return "q8" if operations.keys() & _INTEGERS else weights

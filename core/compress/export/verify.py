@@ -85,7 +85,7 @@ def _variation(answers: NDArray[np.float32]) -> float:
 
 def _graph_bound(recipe: Recipe, export: Export) -> float:
     # The codes that a pass chose are in the model it is compared with; the runtime rounds activations beside them.
-    if any(one.stage in {"graph", "runtime"} or one.quantizes for one in recipe.passes):
+    if any(options.stage in {"graph", "runtime"} or options.quantizes for options in recipe.passes):
         return ROUNDED[8]
     # OpenVINO computes in bfloat16 where the processor can, whatever the weights are stored in.
     return HALVED if export.weights == "fp16" or export.format == "openvino" else EXACT
@@ -93,13 +93,13 @@ def _graph_bound(recipe: Recipe, export: Export) -> float:
 
 def _rounding_bound(recipe: Recipe, export: Export) -> float | None:
     """How near the source an artifact must stay that was only rounded. None: the passes may change the answers at will."""
-    passes = [one for one in recipe.passes if one.stage != "measure"]
-    bounds = [None if one.rounding_bits is None else ROUNDED.get(one.rounding_bits) for one in passes]
+    passes = [options for options in recipe.passes if options.stage != "measure"]
+    bounds = [None if options.rounding_bits is None else ROUNDED.get(options.rounding_bits) for options in passes]
     if not passes:
         bounds.append(EXACT)
     if export.format == "gguf" and export.weights is not None:
         bounds.append(_WRITTEN.get(export.weights, ROUNDED[4]))
-    known = [one for one in bounds if one is not None]
+    known = [bound for bound in bounds if bound is not None]
     # Two passes that only round one after the other are not foreseen.
     return min(known) if known and len(known) == len(bounds) and len(passes) < 2 else None
 

@@ -40,7 +40,7 @@ def sensitive_layers(rounding: Mapping[str, float], sizes: Mapping[str, int]) ->
     median = float(np.median(list(known.values())))
     room = _SENSITIVE_SHARE * sum(sizes.values())
     chosen = set()
-    for name in sorted(known, key=lambda one: (-known[one], one)):
+    for name in sorted(known, key=lambda name: (-known[name], name)):
         if known[name] > _SENSITIVE * median and sizes[name] <= room:
             chosen.add(name)
             room -= sizes[name]
@@ -65,7 +65,7 @@ def quantize_onnx(
 
     model = onnx.load(graph)
     fold_transposes(onnx, model)
-    constants = {one.name: one for one in model.graph.initializer}
+    constants = {initializer.name: initializer for initializer in model.graph.initializer}
     effects: list[LayerEffect] = []
     ignored: list[str] = []
     products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
@@ -128,7 +128,7 @@ def smooth_inputs(
     operation of the graph: behind a norm whose output goes elsewhere as well, or behind an activation, no weight can take it in.
     """
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    constants = {one.name: one for one in model.graph.initializer}
+    constants = {initializer.name: initializer for initializer in model.graph.initializer}
     readers = readers_by_input(model, products)
     divisions = {}
     for name, nodes in readers.items():
@@ -165,7 +165,7 @@ def readers_by_input(model: Any, products: Iterable[Any]) -> dict[str, list[Any]
 def store_in_int8(onnx: Any, model: Any, weights: Mapping[str, tuple[NDArray[np.int8], Weights]]) -> None:
     """These weights become codes [in, out] and scales [1, out], which the runtime multiplies out once, as it loads the graph."""
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    constants = {one.name: one for one in model.graph.initializer}
+    constants = {initializer.name: initializer for initializer in model.graph.initializer}
     floats = []
     for name, (codes, scales) in weights.items():
         constants[name].CopyFrom(numpy_helper.from_array(codes, f"{name}_int8"))
@@ -181,7 +181,7 @@ def store_in_int8(onnx: Any, model: Any, weights: Mapping[str, tuple[NDArray[np.
 
 def fold_transposes(onnx: Any, model: Any) -> None:
     """A weight tied to an embedding table reaches its product through a Transpose, behind which the quantizer finds no constant."""
-    constants = {one.name: one for one in model.graph.initializer}
+    constants = {initializer.name: initializer for initializer in model.graph.initializer}
     kept = []
     for node in model.graph.node:
         table = constants.get(node.input[0]) if node.op_type == "Transpose" else None
@@ -223,7 +223,7 @@ def quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], ignore
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}
-    kept = [one for one in model.graph.initializer if one.name in used]
+    kept = [initializer for initializer in model.graph.initializer if initializer.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     return effects

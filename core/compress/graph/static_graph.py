@@ -75,7 +75,7 @@ class QdqGraph:
     @property
     def operands(self) -> tuple[tuple[str, str], ...]:
         """(product, tensor that it is given and that needs a range)."""
-        scores = ((name, x.tensor) for name, one in self.scores.items() for x in (one.query, one.key))
+        scores = ((name, x.tensor) for name, score in self.scores.items() for x in (score.query, score.key))
         return (*self.inputs.items(), *scores)
 
     @property
@@ -90,7 +90,7 @@ class QdqGraph:
 
         model = onnx.load(graph)
         fold_transposes(onnx, model)
-        constants = {one.name: one for one in model.graph.initializer}
+        constants = {initializer.name: initializer for initializer in model.graph.initializer}
         products = [
             node
             for node in model.graph.node
@@ -117,7 +117,11 @@ class QdqGraph:
             effect = effect_of(name, floats, codes * scales)
             weights[name] = Weight(codes, scales.reshape(-1), *stored[name], effect, lost[name])
             constants[name].ClearField("raw_data")
-        scores = {name: one for name, one in score_products(model.graph).items() if not matches(name, options.ignore)}
+        scores = {
+            name: score_product
+            for name, score_product in score_products(model.graph).items()
+            if not matches(name, options.ignore)
+        }
         tables = quantize_embeddings(onnx, model, constants, options.ignore)
         inputs = {node.name: node.input[0] for node in products}
         return cls(model, inputs, plain_inputs, weights, scores, costs, top, tuple(tables))
@@ -160,7 +164,7 @@ class QdqGraph:
         used = {name for node in new.nodes for name in node.input}
         new.nodes = [node for node in new.nodes if not is_smoothing(node) or node.output[0] in used]
         used = {name for node in new.nodes for name in node.input}
-        new.constants += [one for one in model.graph.initializer if one.name in used]
+        new.constants += [initializer for initializer in model.graph.initializer if initializer.name in used]
         for field, found in ((model.graph.node, new.nodes), (model.graph.initializer, new.constants)):
             del field[:]
             field.extend(found)
@@ -180,7 +184,7 @@ def _settled(
 
     Weights that were trained on the grid of int8 keep their codes, and their inputs are left as they come.
     """
-    constants = {one.name: one for one in model.graph.initializer}
+    constants = {initializer.name: initializer for initializer in model.graph.initializer}
     free = [node for node in products if not lies_on_grid(array_of(onnx, constants[node.input[1]]), 0)]
     readers = readers_by_input(model, free)
     found: dict[str, Settled] = {}
@@ -192,11 +196,11 @@ def _settled(
     smooth_inputs(onnx, model, free, factors_of)
     codes, costs = {}, {}
     for name, nodes in readers.items():
-        first, one = 0, found[name]
+        first, settled = 0, found[name]
         for node in nodes:
             rows = slice(first, first + constants[node.input[1]].dims[1])
-            codes[node.input[1]] = np.ascontiguousarray(one.codes[rows].T), one.scales[None, rows]
-            costs[node.name] = float(one.error[rows].sum() / max(one.power[rows].sum(), 1e-30))
+            codes[node.input[1]] = np.ascontiguousarray(settled.codes[rows].T), settled.scales[None, rows]
+            costs[node.name] = float(settled.error[rows].sum() / max(settled.power[rows].sum(), 1e-30))
             first = rows.stop
     return codes, costs
 
@@ -217,7 +221,9 @@ class _Written:
         if seen not in self._made:
             self._made.add(seen)
             grid = [f"{codes}_scale", f"{codes}_zero"]
-            self.constants += [self._constant(np.asarray(one), at) for one, at in zip((scale, zero), grid, strict=True)]
+            self.constants += [
+                self._constant(np.asarray(value), at) for value, at in zip((scale, zero), grid, strict=True)
+            ]
             self.nodes.append(self._make("QuantizeLinear", [name, *grid], [codes], f"{codes}_quantize"))
             self.nodes.append(self._make("DequantizeLinear", [codes, *grid], [seen], f"{codes}_dequantize"))
         return seen
@@ -229,6 +235,6 @@ class _Written:
             self._made.add(floats)
             parts = [f"{name}_int8", f"{name}_scales", f"{name}_zeros"]
             values = (weight.codes, weight.scales, np.zeros(len(weight.scales), np.int8))
-            self.constants += [self._constant(one, at) for one, at in zip(values, parts, strict=True)]
+            self.constants += [self._constant(value, at) for value, at in zip(values, parts, strict=True)]
             self.nodes.append(self._make("DequantizeLinear", parts, [floats], f"{name}_dequantize", axis=1))
         return floats

@@ -93,13 +93,13 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: 
     held = {name: _Held(sums=name in given) for name in names}
     with _watching(graph, names, kept.parent, context.threads) as watching:
         for values in _inputs_seen(watching, names, texts, context, 0.2, 0.4):
-            for name, one in values.items():
-                held[name].add(one)
+            for name, value in values.items():
+                held[name].add(value)
     for product, name in operands:
         check_finite([product], held[name].extremes())
     return_freed_memory()  # the session's
     arrays: dict[str, NDArray[Any]] = {}
-    for operand in (x for one in scores.values() for x in (one.query, one.key)):
+    for operand in (x for score in scores.values() for x in (score.query, score.key)):
         arrays[f"loss.{operand.tensor}"] = np.asarray(held[operand.tensor].symmetric_loss(TOP[bits]))
     factors: dict[str, Weights] = {}
 
@@ -128,14 +128,14 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: 
                 for name, origin in origins.items():
                     counts[name] += activation_ranges.count(values[origin] / by[name], *extremes[name])
         choose: dict[str, Callable[[Histogram], Range]] = {
-            "percentile": lambda one: activation_ranges.percentile(one, options.percentile),
+            "percentile": lambda histogram: activation_ranges.percentile(histogram, options.percentile),
             "entropy": activation_ranges.entropy,
             "mse": activation_ranges.mse,
         }
         ranges = {name: choose[options.ranges](Histogram(*extremes[name], counts[name])) for name in extremes}
     context.progress(0.58, "writing down ranges and weights")
     with disk_errors():
-        arrays |= {f"range.{name}": np.array(one) for name, one in ranges.items()}
+        arrays |= {f"range.{name}": np.array(bounds) for name, bounds in ranges.items()}
         partial = kept.with_name("partial.npz")
         np.savez(partial, **arrays)  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
         partial.replace(kept)
@@ -173,7 +173,7 @@ class _Held:
         """Weights [out, in] of all that read it. Lets go of the Gram matrix, so that it can be asked once."""
         gram, self._gram = self._gram, None
         assert gram is not None
-        low, high = (torch.from_numpy(one) for one in (self.low, self.high))
+        low, high = (torch.from_numpy(bound) for bound in (self.low, self.high))
         return settle(weight, gram.matrix(), self.sample(), low, high, tokens=gram.tokens, bits=bits)
 
     def symmetric_loss(self, top: int) -> float:
@@ -206,7 +206,7 @@ def _inputs_seen(
     loaded: Any, names: Sequence[str], texts: Texts, context: PassContext, start: float, end: float
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
     """What each tensor holds where the texts have tokens, a batch at a time."""
-    inputs = {one.name for one in loaded.get_inputs()}
+    inputs = {value.name for value in loaded.get_inputs()}
     done = 0
     for feeds in texts.feeds(inputs, GRAPH_TOKENS):
         real = feeds["attention_mask"] > 0
@@ -215,7 +215,7 @@ def _inputs_seen(
         context.progress(
             start + (end - start) * done / len(texts.ids), f"calibrating, {done} of {len(texts.ids)} texts"
         )
-        yield {name: without_padding(one, real) for name, one in values.items()}
+        yield {name: without_padding(value, real) for name, value in values.items()}
 
 
 def without_padding(values: NDArray[np.float32], real: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -175,7 +175,9 @@ class _WithCache(torch.nn.Module):
         self.model = model
         with torch.inference_mode():
             cache = model(input_ids=torch.full((1, 2), 5), use_cache=True).past_key_values
-        self.shapes = [(one.shape[1], one.shape[3]) for layer in cache.layers for one in (layer.keys, layer.values)]
+        self.shapes = [
+            (states.shape[1], states.shape[3]) for layer in cache.layers for states in (layer.keys, layer.values)
+        ]
 
     def forward(
         self,
@@ -195,7 +197,7 @@ class _WithCache(torch.nn.Module):
             return_dict=True,
             **({"position_ids": position_ids} if self._takes_positions else {}),
         )
-        present = [one for layer in out.past_key_values.layers for one in (layer.keys, layer.values)]
+        present = [states for layer in out.past_key_values.layers for states in (layer.keys, layer.values)]
         return (out.logits, *present)
 
     @property
@@ -213,8 +215,8 @@ class _WithCache(torch.nn.Module):
         layers = [f"{at}.{part}" for at in range(len(cache) // 2) for part in ("key", "value")]
         positions = torch.arange(past, past + length).expand(batch, length).contiguous()
         return Signature(
-            ("input_ids", "attention_mask", "position_ids", *(f"past_key_values.{one}" for one in layers)),
-            ("logits", *(f"present.{one}" for one in layers)),
+            ("input_ids", "attention_mask", "position_ids", *(f"past_key_values.{layer}" for layer in layers)),
+            ("logits", *(f"present.{layer}" for layer in layers)),
             (ids, torch.ones(batch, past + length, dtype=torch.int64), positions, cache),
             (dict(_BOTH), dict(_SEEN), dict(_BOTH), [dict(_PAST) for _ in cache]),
         )

@@ -106,7 +106,7 @@ def entropy(seen: Histogram) -> Range:
 def _best(seen: Histogram, loss: Callable[[float, float], float]) -> Range:
     if seen.low == seen.high:  # a layer that was given zeros only
         return min_max(seen)
-    return min(_candidates(seen), key=lambda one: loss(*one))
+    return min(_candidates(seen), key=lambda candidate: loss(*candidate))
 
 
 def _candidates(seen: Histogram) -> Iterator[Range]:

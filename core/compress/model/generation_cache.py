@@ -54,7 +54,9 @@ def cache_for(model: Any, settings: dict[str, Any]) -> Cache:
     layers: list[DynamicLayer]
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     if settings["mode"] == "sliding":
-        turns = next(one.inv_freq for one in model.modules() if isinstance(getattr(one, "inv_freq", None), Tensor))
+        turns = next(
+            module.inv_freq for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)
+        )
         layers = [SlidingLayer(settings["sinks"], settings["window"], turns) for _ in range(count)]
     else:
         layers = [QuantizedLayer(settings["bits"], settings["residual"]) for _ in range(count)]
@@ -63,14 +65,14 @@ def cache_for(model: Any, settings: dict[str, Any]) -> Cache:
 
 def cache_bytes(cache: Cache) -> int:
     """Memory of what a cache holds."""
-    held = [one for layer in cache.layers for value in vars(layer).values() for one in _tensors(value)]
-    return sum(one.nbytes for one in held)
+    held = [tensor for layer in cache.layers for value in vars(layer).values() for tensor in _tensors(value)]
+    return sum(tensor.nbytes for tensor in held)
 
 
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value] if value.dim() > 1 else []
-    return [one for one in value if isinstance(one, Tensor)] if isinstance(value, list) else []
+    return [tensor for tensor in value if isinstance(tensor, Tensor)] if isinstance(value, list) else []
 
 
 class SlidingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
@@ -203,18 +205,18 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         self.seen, self.packed = 0, []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each(lambda one: one.index_select(0, beam_idx.to(one.device)))
+        self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda one: one.repeat_interleave(repeats, dim=0))
+        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda one: one[indices, ...])
+        self._each(lambda tensor: tensor[indices, ...])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values = change(self.keys), change(self.values)
-            self.packed = [change(one) for one in self.packed]
+            self.packed = [change(tensor) for tensor in self.packed]
 
 
 def pack(states: Tensor, bits: int, *, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,7 +289,7 @@ class PrefixStore:
         if entry.bytes > self.limit:
             return False
         while self.used + entry.bytes > self.limit:
-            self._drop(min(self._entries, key=lambda one: (one.uses, one.last)))
+            self._drop(min(self._entries, key=lambda entry: (entry.uses, entry.last)))
         self._entries.append(entry)
         self.used += entry.bytes
         self._touch(entry)
@@ -298,7 +300,7 @@ class PrefixStore:
         entry.uses, entry.last = entry.uses + 1, self._clock
 
     def _drop(self, entry: "_Entry") -> None:
-        self._entries = [one for one in self._entries if one is not entry]
+        self._entries = [kept for kept in self._entries if kept is not entry]
         self.used -= entry.bytes
 
 
@@ -307,7 +309,7 @@ class _Entry:
 
     def __init__(self, tokens: Tensor, states: list[tuple[Tensor, Tensor]], uses: int) -> None:
         self.tokens, self.states, self.uses, self.last = tokens, states, uses, 0
-        self.bytes = tokens.nbytes + sum(one.nbytes for pair in states for one in pair)
+        self.bytes = tokens.nbytes + sum(tensor.nbytes for pair in states for tensor in pair)
 
 
 def _common(first: Tensor, second: Tensor) -> int:

@@ -70,14 +70,16 @@ class RoundedInputs:
         return Strengths(columns, device, gram=self._smooth is not None and self._smooth.weights == "gptq")
 
     def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
-        seen = {name: one for one in inputs for name in one.names}
+        seen = {name: group for group in inputs for name in group.names}
         places = [] if self._smooth is None else self._folding.places(block, seen)
         floats = {name: block[name].to(device).float() for name in seen}
         factors = {} if self._smooth is None else self._even_out(self._smooth, places, block, floats)
-        settled = {name: made_up(name, one, block[name].dtype) for name, one in floats.items() if name not in seen}
-        for one in inputs:
-            given = factors.get(one.names[0], torch.ones((), device=device))
-            settled |= self._round(one, given, {name: floats.pop(name) for name in one.names}, block)
+        settled = {
+            name: made_up(name, weight, block[name].dtype) for name, weight in floats.items() if name not in seen
+        }
+        for group in inputs:
+            given = factors.get(group.names[0], torch.ones((), device=device))
+            settled |= self._round(group, given, {name: floats.pop(name) for name in group.names}, block)
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -107,9 +109,9 @@ class RoundedInputs:
         return factors
 
     def _round(
-        self, one: Inputs, factors: Tensor, weights: Mapping[str, Tensor], block: Mapping[str, Tensor]
+        self, inputs: Inputs, factors: Tensor, weights: Mapping[str, Tensor], block: Mapping[str, Tensor]
     ) -> dict[str, Settled]:
-        strengths, settled = _strengths(one.statistic), {}
+        strengths, settled = _strengths(inputs.statistic), {}
         factor = gram = None
         if strengths.gram is not None and self._smooth is not None:
             gram = strengths.gram.matrix() / factors / factors.view(-1, 1)
@@ -174,11 +176,11 @@ class CacheScales:
         largest = self.cache.take()
         weight = next(name for name in block if name.endswith(CACHED_FROM))
         attention, stored = weight.rsplit(".", 2)[0], block[weight].dtype
-        for one in largest.values():
-            check_finite([attention], one)
+        for peaks in largest.values():
+            check_finite([attention], peaks)
         scales = {
-            f"{attention}.{part}_scale": input_scale(one.float().view(1), self._grid).to(stored)
-            for part, one in largest.items()
+            f"{attention}.{part}_scale": input_scale(peaks.float().view(1), self._grid).to(stored)
+            for part, peaks in largest.items()
         }
         return {weight: Settled(weight=block[weight], tensors={weight: block[weight], **scales}, effect=None)}
 
@@ -196,8 +198,8 @@ class _SeenByCache:
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """keys and values [B, heads, L, width]"""
-        for part, one in (("k", keys), ("v", values)):
-            largest = without_padding(one.transpose(1, 2).flatten(2), self.real).abs().amax()
+        for part, states in (("k", keys), ("v", values)):
+            largest = without_padding(states.transpose(1, 2).flatten(2), self.real).abs().amax()
             self._largest[part] = torch.maximum(self._largest[part], largest) if part in self._largest else largest
         return keys, values
 

@@ -96,12 +96,14 @@ def round_tokens(x: Tensor) -> Tensor:
 
 def put_in(model: Any, options: Qat, header: ModelHeader) -> list[str]:
     """Let the linear layers that the options take compute rounded. Their names."""
-    stored = {module_of(one): TORCH_DTYPES[one.dtype] for one in header.tensors if options.takes(one)}
+    stored = {module_of(tensor): TORCH_DTYPES[tensor.dtype] for tensor in header.tensors if options.takes(tensor)}
     names = []
-    for name, one in list(model.named_modules()):
+    for name, module in list(model.named_modules()):
         in_file = next((file for file in (name, *_shorter(name)) if file in stored), None)
-        if isinstance(one, nn.Linear) and in_file is not None:
-            rounded = RoundedLinear(one, options.scheme(in_file), stored[in_file], graph=options.leaves_as == "float")
+        if isinstance(module, nn.Linear) and in_file is not None:
+            rounded = RoundedLinear(
+                module, options.scheme(in_file), stored[in_file], graph=options.leaves_as == "float"
+            )
             _put(model, name, rounded)
             names.append(name)
     return names
@@ -110,12 +112,12 @@ def put_in(model: Any, options: Qat, header: ModelHeader) -> list[str]:
 def take_out(model: Any, *, settle: bool) -> list[str]:
     """Put the plain layers back, with their rounded weights if `settle`. Their names."""
     names = []
-    for name, one in list(model.named_modules()):
-        if isinstance(one, RoundedLinear):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, RoundedLinear):
             if settle:
                 with torch.no_grad():
-                    one.linear.weight.copy_(one.rounded())
-            _put(model, name, one.linear)
+                    module.linear.weight.copy_(module.rounded())
+            _put(model, name, module.linear)
             names.append(name)
     return names
 

@@ -62,7 +62,7 @@ def press(
     cache: CacheStandIn | None = None,
 ) -> Pressed:
     """Run the blocks executor over the linear layers that the options take, and round those weights beside the blocks."""
-    infos = [one.info for shard in read_shards(source) for one in shard.tensors]
+    infos = [tensor.info for shard in read_shards(source) for tensor in shard.tensors]
     pressed = press_blocks(
         source,
         target,

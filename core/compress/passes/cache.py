@@ -74,8 +74,8 @@ def generation_cache(source: Path, target: Path, options: GenerationCache, conte
         series=tuple(
             Series(
                 name=name,
-                x=tuple(one["tokens"] for one in weighed),
-                y=tuple(one[key] / 1e6 for one in weighed),
+                x=tuple(timing["tokens"] for timing in weighed),
+                y=tuple(timing[key] / 1e6 for timing in weighed),
                 x_label="tokens",
             )
             for name, key in ((f"MB kept, {options.mode}", "bytes"), ("MB kept, dynamic", "dynamic_bytes"))
@@ -104,7 +104,7 @@ def _compare(model: Any, texts: Tensor, options: GenerationCache, reference: dic
     """Greedy decoding behind each text, with the cache and as `reference` says: tokens alike, and logits as long as they are."""
     alike, difference = 0, 0.0
     for ids in texts:
-        ours, theirs = (_write(model, ids[None], one) for one in (_kwargs(model, options), reference))
+        ours, theirs = (_write(model, ids[None], kwargs) for kwargs in (_kwargs(model, options), reference))
         differ = (ours[0] != theirs[0]).nonzero()
         same = int(differ[0]) if len(differ) else _NEW
         alike += same
@@ -145,9 +145,9 @@ def _weigh(model: Any, ids: Tensor, options: GenerationCache) -> dict[str, int]:
     if options.mode == "static":
         cache = StaticCache(config=model.config, max_cache_len=max(options.length or 0, ids.shape[1]))
     sizes = []
-    for one in (cache, None):
+    for used in (cache, None):
         with torch.inference_mode():
-            out = model(input_ids=ids, past_key_values=one, use_cache=True, logits_to_keep=1)
+            out = model(input_ids=ids, past_key_values=used, use_cache=True, logits_to_keep=1)
         sizes.append(cache_bytes(out.past_key_values))
     return {"tokens": ids.shape[1], "bytes": sizes[0], "dynamic_bytes": sizes[1]}
 

@@ -93,9 +93,9 @@ def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Sch
 
 def _tables(source: Path, options: Rounding) -> dict[str, OnGrid]:
     """The token embeddings that the options round beside the blocks, each with its grid."""
-    infos = [one.info for shard in read_shards(source) for one in shard.tensors]
+    infos = [tensor.info for shard in read_shards(source) for tensor in shard.tensors]
     tables = [info for info in infos if options.takes_table(info)]
-    return {one.name: OnGrid(one, options.scheme(module_of(one)), options.ranges) for one in tables}
+    return {table.name: OnGrid(table, options.scheme(module_of(table)), options.ranges) for table in tables}
 
 
 class _GroupByGroup:
@@ -105,8 +105,8 @@ class _GroupByGroup:
 
     def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
         settled: dict[str, Settled] = {}
-        for one in inputs:
-            settled |= self._settle({name: block[name].to(device) for name in one.names}, one.statistic)
+        for group in inputs:
+            settled |= self._settle({name: block[name].to(device) for name in group.names}, group.statistic)
         return settled
 
     def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
@@ -221,7 +221,7 @@ class ActivationAware:
         return Gram(columns, device)
 
     def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
-        seen = {name: one for one in inputs for name in one.names}
+        seen = {name: group for group in inputs for name in group.names}
         places = self._folding.places(block, seen)
         if block.warnings and not places:
             raise NightpressError(

@@ -154,7 +154,7 @@ def _record(
     shown = [found[at] for at in np.unique(np.linspace(0, len(found) - 1, _SHOWN).round().astype(int))] if found else []
     series = trained.series
     if found:
-        curve = sorted({(one.depth, one.accuracy) for one in found})
+        curve = sorted({(outcome.depth, outcome.accuracy) for outcome in found})
         x, y = zip(*curve, strict=True)
         series = (*series, Series(name="held-apart accuracy", x=x, y=y, x_label="blocks run, on average"))
     return PassRecord(
@@ -168,7 +168,7 @@ def _record(
             "blocks": plan.total,
             "held_apart": None if chosen is None else _row(chosen),
             "full_depth_accuracy": found[-1].accuracy if found else None,
-            "thresholds": [_row(one) for one in shown],
+            "thresholds": [_row(outcome) for outcome in shown],
             "examples": examples,
             "steps": trained.steps,
             "best_step": trained.best_step,
@@ -179,5 +179,10 @@ def _record(
     )
 
 
-def _row(one: Outcome) -> dict[str, Any]:
-    return {"threshold": one.threshold, "depth": one.depth, "accuracy": one.accuracy, "share": list(one.share)}
+def _row(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "threshold": outcome.threshold,
+        "depth": outcome.depth,
+        "accuracy": outcome.accuracy,
+        "share": list(outcome.share),
+    }

@@ -237,7 +237,7 @@ class _Lesson(nn.Module):
             found["relations"] = torch.stack(kinds).mean()
             parts.append(options.relations.weight * found["relations"])
         if options.cosine is not None:
-            mine, its = (pool(one.last_hidden_state, batch.mask, self._pooling) for one in (ours, theirs))
+            mine, its = (pool(output.last_hidden_state, batch.mask, self._pooling) for output in (ours, theirs))
             found["cosine"] = cosine_distance(mine, its.clone())  # what was answered can't itself be gone back to
             parts.append(options.cosine.weight * found["cosine"])
         return {"loss": torch.stack(parts).sum(), **found}
@@ -254,7 +254,7 @@ class _Lesson(nn.Module):
 def _watch(layers: tuple[nn.Module, ...]) -> Iterator[list[Tensor]]:
     """While inside, collect what these layers put out, in their order."""
     vectors: list[Tensor] = []
-    handles = [one.register_forward_hook(lambda _module, _inputs, out: vectors.append(out)) for one in layers]
+    handles = [layer.register_forward_hook(lambda _module, _inputs, out: vectors.append(out)) for layer in layers]
     try:
         yield vectors
     finally:
@@ -264,16 +264,18 @@ def _watch(layers: tuple[nn.Module, ...]) -> Iterator[list[Tensor]]:
 
 def _projections(block: nn.Module) -> tuple[nn.Module, ...]:
     """A block's query, key and value layers."""
-    layers = {name.rsplit(".", 1)[-1]: one for name, one in block.named_modules() if isinstance(one, nn.Linear)}
-    return tuple(next(one for name, one in layers.items() if name in names) for names in _PROJECTIONS)
+    layers = {
+        name.rsplit(".", 1)[-1]: module for name, module in block.named_modules() if isinstance(module, nn.Linear)
+    }
+    return tuple(next(layer for name, layer in layers.items() if name in names) for names in _PROJECTIONS)
 
 
 class _Masks:
     """Where a model's matrices are zero, and that they stay so."""
 
     def __init__(self, model: Any) -> None:
-        matrices = [one.weight for one in model.modules() if isinstance(one, nn.Linear)]
-        self._zeros = [(one, one.detach() == 0) for one in matrices if bool((one == 0).any())]
+        matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        self._zeros = [(matrix, matrix.detach() == 0) for matrix in matrices if bool((matrix == 0).any())]
 
     def keep(self) -> None:
         """No gradient reaches a zero; decay leaves it where it is."""
@@ -292,11 +294,11 @@ class _Masks:
 def _taken_embeddings(student: Any, teacher: Any) -> list[nn.Parameter]:
     """The student's embeddings that are the teacher's."""
     theirs: Mapping[str, nn.Parameter] = dict(teacher.named_parameters())
-    ours = {id(one) for one in embeddings_of(student)}
+    ours = {id(module) for module in embeddings_of(student)}
     return [
-        one
-        for name, one in student.named_parameters()
-        if id(one) in ours and name in theirs and theirs[name].shape == one.shape
+        parameter
+        for name, parameter in student.named_parameters()
+        if id(parameter) in ours and name in theirs and theirs[name].shape == parameter.shape
     ]
 
 
@@ -309,7 +311,7 @@ def record_of(
     start: float,
     extra: dict[str, Any],
 ) -> PassRecord:
-    counts = [sum(one.numel() for one in model.parameters()) for model in (teacher, student)]
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, student)]
     return PassRecord(
         index=context.index,
         name=options.name,

@@ -158,18 +158,20 @@ def _trials(places: Sequence[Place], block: Mapping[str, Tensor]) -> Iterator[di
 def _named(fold: Fold, block: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
     """A fold's source, and the weights of its targets and routers, in a block: nothing where it has no such layers."""
     first = re.escape(fold.targets[0]).replace(r"\*", r"(?P<expert>\d+)")
-    found = [one for name in block if (one := re.fullmatch(rf"(?P<prefix>.*\.){first}\.weight", name))]
+    found = [match for name in block if (match := re.fullmatch(rf"(?P<prefix>.*\.){first}\.weight", name))]
     if not found:
         return
-    prefix, experts = found[0]["prefix"], [one.groupdict().get("expert") or "" for one in found]
+    prefix, experts = found[0]["prefix"], [match.groupdict().get("expert") or "" for match in found]
 
     def weights(modules: tuple[str, ...], of: list[str]) -> tuple[str, ...]:
         numbered = {module: of if "*" in module else of[:1] for module in modules}
         return tuple(
-            f"{prefix}{module.replace('*', one)}.weight" for module, numbers in numbered.items() for one in numbers
+            f"{prefix}{module.replace('*', number)}.weight"
+            for module, numbers in numbered.items()
+            for number in numbers
         )
 
-    for some in [[one] for one in experts] if "*" in fold.source else [experts]:
+    for some in [[expert] for expert in experts] if "*" in fold.source else [experts]:
         yield prefix + fold.source.replace("*", some[0]), weights(fold.targets, some), weights(fold.routers, some)
 
 

@@ -32,9 +32,9 @@ def add_low_rank(model: Any, options: Lora, *, seed: int) -> dict[str, LowRank]:
     added = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, one in list(model.named_modules()):
-            if isinstance(one, nn.Linear) and name.startswith(path + "."):
-                added[name] = LowRank(one, min(options.rank, *one.weight.shape), options.alpha / options.rank)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name.startswith(path + "."):
+                added[name] = LowRank(module, min(options.rank, *module.weight.shape), options.alpha / options.rank)
                 _put(model, name, added[name])
     for name, parameter in model.named_parameters():  # a classifier's head is small and must follow
         if not name.startswith(path + ".") and "embed" not in name:
@@ -45,9 +45,9 @@ def add_low_rank(model: Any, options: Lora, *, seed: int) -> dict[str, LowRank]:
 def merge_low_rank(model: Any, added: dict[str, LowRank]) -> None:
     """Add the changes to the weights and put the layers back."""
     with torch.no_grad():
-        for name, one in added.items():
-            one.linear.weight += one.scale * (one.b @ one.a)
-            _put(model, name, one.linear)
+        for name, low_rank in added.items():
+            low_rank.linear.weight += low_rank.scale * (low_rank.b @ low_rank.a)
+            _put(model, name, low_rank.linear)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

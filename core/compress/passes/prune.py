@@ -42,7 +42,7 @@ def magnitude(source: Path, target: Path, options: Magnitude, context: PassConte
     """Set the weights of smallest magnitude to zero, an exact number of them. A dense model of the same size comes out."""
     start = time.monotonic()
     shards = read_shards(source)
-    tensors = {one.name: one.info for shard in shards for one in shard.tensors}
+    tensors = {tensor.name: tensor.info for shard in shards for tensor in shard.tensors}
     linears = {name for name, info in tensors.items() if is_linear_weight(info, options.ignore)}
     chosen: dict[str, tuple[Threshold, Ties]] = {}
     if options.pattern == "unstructured":
@@ -192,7 +192,7 @@ def _ties_before(
         found[stored.name, first_row] = int((magnitude_keys(rows) == threshold.key).sum())
 
     scan(shards, names, visit, context, span=span)
-    order = {one.name: place for place, one in enumerate(one for shard in shards for one in shard.tensors)}
+    order = {tensor.name: place for place, tensor in enumerate(tensor for shard in shards for tensor in shard.tensors)}
     before: Ties = {}
     seen = 0
     for chunk in sorted(found, key=lambda chunk: (order[chunk[0]], chunk[1])):

@@ -64,7 +64,7 @@ def stream_rounded(
     other side than `round_weight` does, and loses no more.
     """
     start = time.monotonic()
-    infos = {one.name: one.info for shard in read_shards(source) for one in shard.tensors}
+    infos = {tensor.name: tensor.info for shard in read_shards(source) for tensor in shard.tensors}
     schemes = {module_of(info): options.scheme(module_of(info)) for info in infos.values() if options.takes(info)}
     scanned = any(_needs_largest(scheme) for scheme in schemes.values())
     largest = _largest(source, {f"{name}.weight" for name in schemes}, context) if scanned else {}

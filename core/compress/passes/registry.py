@@ -60,22 +60,22 @@ RUNTIME_PASSES: dict[tuple[str, str], Callable[..., PassRecord]] = {}
 
 def folder_pass(*options: type[PassOptions]) -> Callable[[Function], Function]:
     """Register a `ModelPass` for these options."""
-    return _registered(MODEL_PASSES, "folder", {_name(one): one for one in options})
+    return _registered(MODEL_PASSES, "folder", {_name(option): option for option in options})
 
 
 def graph_pass(*options: type[PassOptions]) -> Callable[[Function], Function]:
     """Register a `GraphPass` for these options."""
-    return _registered(GRAPH_PASSES, "graph", {_name(one): one for one in options})
+    return _registered(GRAPH_PASSES, "graph", {_name(option): option for option in options})
 
 
 def measure_pass(*options: type[PassOptions]) -> Callable[[Function], Function]:
     """Register a `MeasurePass` for these options."""
-    return _registered(MEASURE_PASSES, "measure", {_name(one): one for one in options})
+    return _registered(MEASURE_PASSES, "measure", {_name(option): option for option in options})
 
 
 def runtime_pass(runtime: str, *options: type[PassOptions]) -> Callable[[Function], Function]:
     """Register what these options do to the graph of one runtime, `onnx` or `openvino`."""
-    return _registered(RUNTIME_PASSES, "runtime", {(_name(one), runtime): one for one in options})
+    return _registered(RUNTIME_PASSES, "runtime", {(_name(option), runtime): option for option in options})
 
 
 def model_pass(options: PassOptions) -> ModelPass:
@@ -106,13 +106,15 @@ def _registered(
     table: dict[Key, Any], stage: Stage, options: Mapping[Key, type[PassOptions]]
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
-        for key, one in options.items():
-            if one.stage != stage:
+        for key, option in options.items():
+            if option.stage != stage:
                 raise TypeError(
-                    f"{one.__name__} is of the stage {one.stage}, and {function.__name__} is for the stage {stage}"
+                    f"{option.__name__} is of the stage {option.stage}, and {function.__name__} is for the stage {stage}"
                 )
             if key in table:
-                raise TypeError(f"{table[key].__module__}.{table[key].__name__} does what {one.__name__} says already")
+                raise TypeError(
+                    f"{table[key].__module__}.{table[key].__name__} does what {option.__name__} says already"
+                )
             table[key] = function
         return function
 

@@ -33,7 +33,7 @@ def speculate(source: Path, target: Path, options: EarlyExit, context: PassConte
     model.config.use_cache = True
     rows = read_rows(options.train.data, context.data_files.get(options.train.data), purpose="calibration")
     windows = text_windows(rows, open_tokenizer(source), samples=_PROMPTS, length=_PROMPT, ref=options.train.data)
-    prompts = [one[None].to(context.device) for one in torch.from_numpy(windows.ids)]
+    prompts = [row[None].to(context.device) for row in torch.from_numpy(windows.ids)]
     total = depth(context.header)
     tried = options.exits or tuple(sorted({max(1, total // 8), max(1, total // 4), max(1, total // 2)}))
     _decode(model, prompts[:1], None)  # warm
@@ -45,8 +45,8 @@ def speculate(source: Path, target: Path, options: EarlyExit, context: PassConte
         rate, found = _decode(model, prompts, blocks)
         equal = sum(torch.equal(a, b) for a, b in zip(found, answers, strict=True))
         rows_found.append({"blocks": blocks, "tokens_per_second": rate, "speedup": rate / plain, "equal": equal})
-    right = [one for one in rows_found if one["equal"] == len(prompts)]
-    best = max(right, key=lambda one: one["tokens_per_second"], default=None)
+    right = [row for row in rows_found if row["equal"] == len(prompts)]
+    best = max(right, key=lambda row: row["tokens_per_second"], default=None)
     chosen = best["blocks"] if best is not None and (best["speedup"] > 1 or options.exits) else None
     copy_folder(source, target)
     if chosen is not None:

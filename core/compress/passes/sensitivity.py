@@ -52,7 +52,7 @@ def part_of(context: PassContext, start: float, end: float) -> Callable[[float, 
 
 
 def _measure(source: Path, samples: Batch, options: Budgeted, context: PassContext) -> dict[str, Any]:
-    infos = {one.name: one.info for shard in read_shards(source) for one in shard.tensors}
+    infos = {tensor.name: tensor.info for shard in read_shards(source) for tensor in shard.tensors}
     chosen = frozenset(info.name for info in infos.values() if is_linear_weight(info, options.ignore))
     scratch = context.work_dir / f"sensitivity-{context.index}"
     method = Sensitivity(options, source)
@@ -99,11 +99,11 @@ class Sensitivity:
 
     def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
         settled = {}
-        for one in inputs:
-            assert isinstance(one.statistic, Gram)
-            gram = one.statistic.matrix()
-            unit = min(self._places[name] for name in one.names)
-            for name in one.names:
+        for group in inputs:
+            assert isinstance(group.statistic, Gram)
+            gram = group.statistic.matrix()
+            unit = min(self._places[name] for name in group.names)
+            for name in group.names:
                 errors = output_errors(block[name].to(device), gram, self._options)
                 tensor = torch.tensor([unit, *errors], dtype=torch.float64)
                 settled[name] = Settled(weight=block[name], tensors={name + _ERRORS: tensor}, effect=Effect())

@@ -145,7 +145,7 @@ class Narrow:
 
     def _cut(self, name: str, weight: Tensor, rows: Tensor) -> Settled:
         value = (weight[:, rows] if self._anatomy.transposed else weight[rows]).contiguous()
-        total, left = (float(one.double().square().sum()) for one in (weight, value))
+        total, left = (float(tensor.double().square().sum()) for tensor in (weight, value))
         return Settled(value, {name: value}, Effect(max(total - left, 0.0), total))
 
     def _output(
@@ -204,7 +204,7 @@ def _scores_ahead(
     inner = options.inner(anatomy)
     if options.by_gradient:
         found = unit_gradients(source, samples, context, anatomy, inner.output)
-        return [one.view(-1, anatomy.unit(inner)).sum(1) for one in found]
+        return [score.view(-1, anatomy.unit(inner)).sum(1) for score in found]
     if options.across == "layer":
         return None
     scores = []
@@ -227,8 +227,8 @@ def _bias_of(weight: str) -> str:
 def _digest(scores: Sequence[Tensor] | None) -> str:
     """Blocks of an earlier attempt are taken over only if it chose by the same scores."""
     digest = hashlib.sha256()
-    for one in scores or ():
-        digest.update(tensor_bytes(one.contiguous()))
+    for score in scores or ():
+        digest.update(tensor_bytes(score.contiguous()))
     return digest.hexdigest()
 
 
@@ -239,10 +239,10 @@ def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[in
     files = SourceTensors(read_shards(source))
     for shard in files.shards:
         names = {}
-        for one in shard.tensors:
-            place = anatomy.place(one.name)
+        for tensor in shard.tensors:
+            place = anatomy.place(tensor.name)
             if place is None or place[0] in number:
-                names[one.name] = one.name if place is None else renumbered(one.name, anatomy, number)
+                names[tensor.name] = tensor.name if place is None else renumbered(tensor.name, anatomy, number)
         if not names:
             continue
         infos = [files.stored(old).info.model_copy(update={"name": new}) for old, new in names.items()]
@@ -268,7 +268,7 @@ def _record(
     summary: dict[str, Any],
 ) -> PassRecord:
     before, after = context.header, inspect_model(FolderFiles(target))
-    sizes = {one.name: one.size for one in after.tensors}
+    sizes = {tensor.name: tensor.size for tensor in after.tensors}
     return PassRecord(
         index=context.index,
         name=options.name,
@@ -282,12 +282,12 @@ def _record(
         },
         layers=tuple(
             LayerEffect(
-                name=one.name.removesuffix(".weight"),
-                bytes_before=one.size,
-                bytes_after=sizes[one.name],
-                relative_error=effects[one.name].relative_error,
+                name=tensor.name.removesuffix(".weight"),
+                bytes_before=tensor.size,
+                bytes_after=sizes[tensor.name],
+                relative_error=effects[tensor.name].relative_error,
             )
-            for one in before.tensors
-            if one.name in effects
+            for tensor in before.tensors
+            if tensor.name in effects
         ),
     )

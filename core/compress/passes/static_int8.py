@@ -131,7 +131,7 @@ class _Judge:
     def _answers(self, graph: bytes | Path, texts: Texts) -> Iterator[NDArray[np.float32]]:
         """A text at a time: the logits of a masked language model are wide."""
         loaded = session(graph, self._context.threads)
-        inputs = {one.name for one in loaded.get_inputs()}
+        inputs = {value.name for value in loaded.get_inputs()}
         for at, feeds in enumerate(texts.feeds(inputs, tokens=1)):
             self._context.progress(0.6, f"answering texts held apart, {at + 1} of {len(texts.ids)}")
             out = loaded.run(None, feeds)[0]

@@ -73,7 +73,7 @@ def cache_logits(
     starts = torch.tensor([0, *counts]).cumsum(0)
     rows = int(starts[-1])
     infos = [tensor_info("values", "F32", (rows, top)), tensor_info("indices", "I32", (rows, top))]
-    size = sum(one.size for one in infos)
+    size = sum(info.size for info in infos)
     if size > options.logits.cache_bytes:
         raise NightpressError(
             ErrorCode.INVALID_RECIPE,

@@ -18,15 +18,15 @@ def with_storage(record: PassRecord, source: Path, target: Path) -> PassRecord:
     bytes, and where each row begins in 4; `deflate`: the dense bytes compressed (zlib, level 1), extrapolated from the first 64 KiB of each layer;
     `deflate_before`: the same of the source, which also compresses a little.
     """
-    zeros = {f"{one.name}.weight": one.sparsity or 0.0 for one in record.layers}
+    zeros = {f"{layer.name}.weight": layer.sparsity or 0.0 for layer in record.layers}
     found = {"dense": 0, "bitmap": 0, "csr": 0}
     for shard in read_shards(target):
-        for one in shard.tensors:
-            if one.name in zeros:
-                rows, columns = one.info.shape
-                item = one.info.size // (rows * columns)
-                kept = rows * columns - round(zeros[one.name] * rows * columns)
-                found["dense"] += one.info.size
+        for tensor in shard.tensors:
+            if tensor.name in zeros:
+                rows, columns = tensor.info.shape
+                item = tensor.info.size // (rows * columns)
+                kept = rows * columns - round(zeros[tensor.name] * rows * columns)
+                found["dense"] += tensor.info.size
                 found["bitmap"] += -(-rows * columns // 8) + kept * item
                 found["csr"] += kept * (item + (2 if columns <= 1 << 16 else 4)) + 4 * (rows + 1)
     for name, folder in (("deflate_before", source), ("deflate", target)):
@@ -38,10 +38,10 @@ def _deflated_share(shards: tuple[Shard, ...], names: Collection[str]) -> float:
     raw = deflated = 0
     for shard in shards:
         with shard.path.open("rb") as file:
-            for one in shard.tensors:
-                if one.name in names:
-                    file.seek(one.offset)
-                    sample = file.read(min(_DEFLATE_SAMPLE, one.info.size))
+            for tensor in shard.tensors:
+                if tensor.name in names:
+                    file.seek(tensor.offset)
+                    sample = file.read(min(_DEFLATE_SAMPLE, tensor.info.size))
                     raw += len(sample)
                     deflated += len(zlib.compress(sample, level=1))
     return deflated / max(1, raw)

@@ -30,30 +30,30 @@ class Bar:
 def bars(rows: Sequence[Bar], caption: str) -> str:
     """A table of bars."""
     lines = []
-    widest = max((len(_short(one.label)) for one in rows), default=0)
-    for one in rows:
-        behind = f'<i class="pale" style="width:{_percent(one.behind)}"></i>' if one.behind else ""
-        reach = f'<i class="reach" style="width:{_percent(one.reach)}"></i>' if one.reach else ""
+    widest = max((len(_short(row.label)) for row in rows), default=0)
+    for row in rows:
+        behind = f'<i class="pale" style="width:{_percent(row.behind)}"></i>' if row.behind else ""
+        reach = f'<i class="reach" style="width:{_percent(row.reach)}"></i>' if row.reach else ""
         lines.append(
-            f'<tr><th scope="row" title="{escape(one.label)}">{escape(_short(one.label))}</th>'
-            f'<td class="track" aria-hidden="true">{behind}{reach}<i class="{one.kind}" style="width:{_percent(one.share)}"></i></td>'
-            f"<td>{escape(one.value)}</td></tr>"
+            f'<tr><th scope="row" title="{escape(row.label)}">{escape(_short(row.label))}</th>'
+            f'<td class="track" aria-hidden="true">{behind}{reach}<i class="{row.kind}" style="width:{_percent(row.share)}"></i></td>'
+            f"<td>{escape(row.value)}</td></tr>"
         )
     return f'<table class="bars" style="--label:{widest}ch"><caption>{escape(caption)}</caption><tbody>{"".join(lines)}</tbody></table>'
 
 
 def layer_sizes(layers: Sequence[LayerEffect]) -> str:
     """Bytes before (pale) and after of each layer."""
-    top = max((max(one.bytes_before, one.bytes_after) for one in layers), default=1) or 1
+    top = max((max(layer.bytes_before, layer.bytes_after) for layer in layers), default=1) or 1
     return bars(
         [
             Bar(
-                one.name,
-                f"{_bytes(one.bytes_before)} → {_bytes(one.bytes_after)}",
-                one.bytes_after / top,
-                behind=one.bytes_before / top,
+                layer.name,
+                f"{_bytes(layer.bytes_before)} → {_bytes(layer.bytes_after)}",
+                layer.bytes_after / top,
+                behind=layer.bytes_before / top,
             )
-            for one in layers
+            for layer in layers
         ],
         "Bytes of each layer: before (pale) and after",
     )
@@ -61,16 +61,16 @@ def layer_sizes(layers: Sequence[LayerEffect]) -> str:
 
 def layer_errors(layers: Sequence[LayerEffect]) -> str:
     """Relative error of each layer."""
-    top = max((one.relative_error for one in layers), default=1) or 1
+    top = max((layer.relative_error for layer in layers), default=1) or 1
     return bars(
-        [Bar(one.name, f"{one.relative_error:.3%}", one.relative_error / top, "warm") for one in layers],
+        [Bar(layer.name, f"{layer.relative_error:.3%}", layer.relative_error / top, "warm") for layer in layers],
         "Relative error of each layer’s weights, ‖w − ŵ‖ / ‖w‖",
     )
 
 
 def timings(subjects: Sequence[Subject], *, throughput: bool = False) -> list[str]:
     """A table of bars for each shape: latency with a line to the 95th percentile, or throughput."""
-    shapes = dict.fromkeys((one.batch, one.length) for subject in subjects for one in subject.timings)
+    shapes = dict.fromkeys((timing.batch, timing.length) for subject in subjects for timing in subject.timings)
     tables = []
     for batch, length in shapes:
         found = [(s, t) for s in subjects for t in s.timings if (t.batch, t.length) == (batch, length)]
@@ -112,12 +112,15 @@ def phases(seconds: dict[str, float]) -> str:
 def curves(series: Sequence[Series], title: str) -> str:
     """Lines over steps, each on the common scale. What is the same line has one colour and all its names."""
     named: dict[tuple[tuple[float, ...], tuple[float, ...]], list[str]] = {}
-    for one in series:
-        named.setdefault((one.x, one.y), []).append(one.name)
+    for curve in series:
+        named.setdefault((curve.x, curve.y), []).append(curve.name)
     label = series[0].x_label if series else ""
     series = [Series(name=" and ".join(names), x=x, y=y, x_label=label) for (x, y), names in named.items()]
     points = [
-        (x, y) for one in series for x, y in zip(one.x, one.y, strict=True) if math.isfinite(x) and math.isfinite(y)
+        (x, y)
+        for curve in series
+        for x, y in zip(curve.x, curve.y, strict=True)
+        if math.isfinite(x) and math.isfinite(y)
     ]
     if not points:
         return ""
@@ -125,39 +128,39 @@ def curves(series: Sequence[Series], title: str) -> str:
     def draw(width: int, height: int) -> str:
         frame = _Frame.around(points, width, height)
         parts = [frame.axes(label, "")]
-        for at, one in enumerate(series):
+        for at, curve in enumerate(series):
             line = " ".join(
-                f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(one.x, one.y, strict=True) if math.isfinite(y)
+                f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)
             )
             parts.append(f'<polyline class="line c{at % _PALETTE}" points="{line}"/>')
         return "".join(parts)
 
     names = "".join(
-        f'<li><i class="c{at % _PALETTE}"></i>{escape(one.name)}: {one.y[0]:.4g} → {one.y[-1]:.4g}</li>'
-        for at, one in enumerate(series)
-        if one.y
+        f'<li><i class="c{at % _PALETTE}"></i>{escape(curve.name)}: {curve.y[0]:.4g} → {curve.y[-1]:.4g}</li>'
+        for at, curve in enumerate(series)
+        if curve.y
     )
     return _plot(draw, title) + f'<ul class="key">{names}</ul>'
 
 
 def pareto(comparison: Comparison) -> str:
     """Each point's size against its quality, or its latency where there is none; larger dots are faster. Dominated ones are grey."""
-    by_quality = comparison.metric is not None and all(one.quality is not None for one in comparison.points)
+    by_quality = comparison.metric is not None and all(point.quality is not None for point in comparison.points)
     timed = comparison.shape is not None
 
-    def height_of(one: Point) -> float | None:
-        return one.quality if by_quality else one.latency_ms
+    def height_of(point: Point) -> float | None:
+        return point.quality if by_quality else point.latency_ms
 
-    shown = [(one, value) for one in comparison.points if (value := height_of(one)) is not None]
+    shown = [(point, value) for point in comparison.points if (value := height_of(point)) is not None]
     if len(shown) < 2 or not (by_quality or timed):
         return ""
     axis = (comparison.metric or "").replace("_", " ") if by_quality else "median latency, ms"
-    fastest = min((one.latency_ms for one, _ in shown if one.latency_ms), default=1.0)
+    fastest = min((subject.latency_ms for subject, _ in shown if subject.latency_ms), default=1.0)
 
     def draw(width: int, height: int) -> str:
-        ends = [end for one, value in shown for end in (value, *_interval(one, by_quality))]
+        ends = [end for subject, value in shown for end in (value, *_interval(subject, by_quality))]
         frame = _Frame.around(
-            [(0.0, ends[0])] + [(one.size_bytes / 1e6, y) for one, _ in shown for y in ends], width, height
+            [(0.0, ends[0])] + [(subject.size_bytes / 1e6, y) for subject, _ in shown for y in ends], width, height
         )
         parts = [frame.axes("size, MB", axis)]
         front = _front(shown, by_quality and comparison.better == "higher")
@@ -166,16 +169,16 @@ def pareto(comparison: Comparison) -> str:
         )
         spots: list[_Spot] = []
         # What is beaten is drawn first: it hides nothing that isn't.
-        for at, (one, value) in sorted(enumerate(shown, 1), key=lambda numbered: not numbered[1][0].dominated_by):
-            x, y = frame.x(one.size_bytes / 1e6), frame.y(value)
-            kind = "grey" if one.dominated_by else "pale" if one.artifact == "source" else "solid"
-            radius = 5 + 5 * fastest / one.latency_ms if timed and one.latency_ms else 7
-            if low_high := _interval(one, by_quality):
+        for at, (subject, value) in sorted(enumerate(shown, 1), key=lambda numbered: not numbered[1][0].dominated_by):
+            x, y = frame.x(subject.size_bytes / 1e6), frame.y(value)
+            kind = "grey" if subject.dominated_by else "pale" if subject.artifact == "source" else "solid"
+            radius = 5 + 5 * fastest / subject.latency_ms if timed and subject.latency_ms else 7
+            if low_high := _interval(subject, by_quality):
                 parts.append(
                     f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.y(low_high[0]):.1f}" y2="{frame.y(low_high[1]):.1f}"/>'
                 )
             parts.append(
-                f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"><title>{escape(one.label)}</title></circle>'
+                f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"><title>{escape(subject.label)}</title></circle>'
             )
             spots.append(_Spot(x + radius + 3, y + 4, [at]))
         parts += [
@@ -199,8 +202,11 @@ class _Spot:
 def _together(spots: Sequence[_Spot]) -> list[_Spot]:
     """One label for all points whose own would be written over each other."""
     found: list[_Spot] = []
-    for spot in sorted(spots, key=lambda one: (one.y, one.x)):
-        near = next((one for one in found if abs(one.y - spot.y) < _LINE and abs(one.x - spot.x) < 2 * _LINE), None)
+    for spot in sorted(spots, key=lambda spot: (spot.y, spot.x)):
+        near = next(
+            (earlier for earlier in found if abs(earlier.y - spot.y) < _LINE and abs(earlier.x - spot.x) < 2 * _LINE),
+            None,
+        )
         if near is None:
             found.append(_Spot(spot.x, spot.y, list(spot.numbers)))
         else:
@@ -213,17 +219,18 @@ def _front(shown: Sequence[tuple[Point, float]], higher: bool) -> list[tuple[flo
     """The points (MB, height) that nothing beats in the two things drawn: from the smallest on, each better than all before."""
     front: list[tuple[float, float]] = []
     for size, value in sorted(
-        ((one.size_bytes / 1e6, value) for one, value in shown), key=lambda at: (at[0], -at[1] if higher else at[1])
+        ((subject.size_bytes / 1e6, value) for subject, value in shown),
+        key=lambda at: (at[0], -at[1] if higher else at[1]),
     ):
         if not front or (value > front[-1][1] if higher else value < front[-1][1]):
             front.append((size, value))
     return front
 
 
-def _interval(one: Point, by_quality: bool) -> tuple[float, float] | tuple[()]:
-    if not by_quality or one.quality_low is None or one.quality_high is None:
+def _interval(point: Point, by_quality: bool) -> tuple[float, float] | tuple[()]:
+    if not by_quality or point.quality_low is None or point.quality_high is None:
         return ()
-    return one.quality_low, one.quality_high
+    return point.quality_low, point.quality_high
 
 
 @dataclass(frozen=True)

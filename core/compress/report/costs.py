@@ -12,11 +12,11 @@ def speed_line(what: str, said: str, speedups: Sequence[Speedup]) -> str:
     """How many times as fast, over all shapes, with the whole interval; where source and artifact are not told apart, that instead. "": nothing was timed."""
     if not speedups:
         return ""
-    ends = f"[{min(one.low for one in speedups):.1f}×, {max(one.high for one in speedups):.1f}×]"
-    apart = [one for one in speedups if one.told_apart]
+    ends = f"[{min(speedup.low for speedup in speedups):.1f}×, {max(speedup.high for speedup in speedups):.1f}×]"
+    apart = [speedup for speedup in speedups if speedup.told_apart]
     if not apart:
         return f"{what} not told apart from the source's {ends}"
-    low, high = f"{min(one.value for one in speedups):.1f}", f"{max(one.value for one in speedups):.1f}"
+    low, high = f"{min(speedup.value for speedup in speedups):.1f}", f"{max(speedup.value for speedup in speedups):.1f}"
     line = said.format(f"{low}×" + (f" to {high}×" if low != high else "")) + f" {ends}"
     blurred = len(speedups) - len(apart)
     return line + (f", not told apart from the source's at {blurred} of {len(speedups)} shapes" if blurred else "")
@@ -48,14 +48,14 @@ def _profile(before: Profile, after: Profile) -> ProfileShown:
     theirs, ours = by_kind(before), by_kind(after)
     kinds = []
     for kind in theirs | ours:
-        pair = [one.get(kind) for one in (theirs, ours)]
+        pair = [side.get(kind) for side in (theirs, ours)]
         cells = [
-            _change(*[getattr(one, name) / 10**power if one else 0.0 for one in pair])
+            _change(*[getattr(side, name) / 10**power if side else 0.0 for side in pair])
             for name, power in (("parameters", 6), ("bytes", 6), ("flops", 9))
         ]
         kinds.append((str(kind), *cells))
     columns: dict[str, list[str]] = {
-        "batch × tokens": [f"{one.batch} × {one.length}" for one in before.shapes],
+        "batch × tokens": [f"{shape.batch} × {shape.length}" for shape in before.shapes],
         "GFLOP": _both(before, after, "flops", 1e9),
         "attention’s quadratic share": [
             f"{a.attention_share:.1%} → {b.attention_share:.1%}"
@@ -63,12 +63,12 @@ def _profile(before: Profile, after: Profile) -> ProfileShown:
         ],
         "FLOP/byte": _both(before, after, "intensity", 1),
         "at best, ms": _both(before, after, "bound_ms", 1),
-        "held back by": [one.limit or "" for one in after.shapes],
+        "held back by": [shape.limit or "" for shape in after.shapes],
         "key/value cache, MB": _both(before, after, "cache_bytes", 1e6),
         "next token at best, ms": _both(before, after, "decode_bound_ms", 1),
     }
     shown = {name: cells for name, cells in columns.items() if any(cells)}
-    top = max((one.flops for one in (*theirs.values(), *ours.values())), default=1) or 1
+    top = max((cost.flops for cost in (*theirs.values(), *ours.values())), default=1) or 1
     bars = [
         charts.Bar(
             kind,
@@ -99,10 +99,12 @@ def _profile(before: Profile, after: Profile) -> ProfileShown:
 
 def _shares(before: Profile, after: Profile) -> str:
     lines = []
-    for one in (before, after):
-        points = {shape.length: shape.attention_share for shape in one.shapes if shape.batch == one.shapes[0].batch}
+    for subject in (before, after):
+        points = {
+            shape.length: shape.attention_share for shape in subject.shapes if shape.batch == subject.shapes[0].batch
+        }
         x, y = zip(*sorted(points.items()), strict=True)
-        lines.append(Series(name=one.subject, x=x, y=y, x_label="tokens"))
+        lines.append(Series(name=subject.subject, x=x, y=y, x_label="tokens"))
     return charts.curves(lines, "Attention’s quadratic share of all operations") if len(lines[0].x) > 1 else ""
 
 
@@ -121,19 +123,19 @@ def _change(before: float, after: float) -> str:
 
 def generation_bars(subjects: list[Subject]) -> list[str]:
     """Decoded tokens/s, a table of bars for each batch and prompt."""
-    shapes = dict.fromkeys((one.batch, one.prompt) for subject in subjects for one in subject.generation)
+    shapes = dict.fromkeys((timing.batch, timing.prompt) for subject in subjects for timing in subject.generation)
     tables = []
     for shape in shapes:
-        found = [(s, one) for s in subjects for one in s.generation if (one.batch, one.prompt) == shape]
-        top = max(one.decode_tokens_per_s for _, one in found) or 1
+        found = [(s, timing) for s in subjects for timing in s.generation if (timing.batch, timing.prompt) == shape]
+        top = max(timing.decode_tokens_per_s for _, timing in found) or 1
         bars = [
             charts.Bar(
-                _who(subject, one),
-                f"{one.decode_tokens_per_s:,.1f} tokens/s",
-                one.decode_tokens_per_s / top,
+                _who(subject, timing),
+                f"{timing.decode_tokens_per_s:,.1f} tokens/s",
+                timing.decode_tokens_per_s / top,
                 "pale" if subject.name == "source" else "solid",
             )
-            for subject, one in found
+            for subject, timing in found
         ]
         tables.append(charts.bars(bars, f"batch {shape[0]} × prompt of {shape[1]}"))
     return tables
@@ -145,11 +147,11 @@ def generation_plots(subjects: list[Subject]) -> list[tuple[str, str]]:
     for title, value in (("Decoded tokens/s", _rate), ("Peak memory of the process, MB", _memory)):
         lines: dict[str, list[tuple[int, float]]] = {}
         for subject in subjects:
-            least = min((one.batch for one in subject.generation), default=1)
-            for one in subject.generation:
-                height = value(one)
-                if one.batch == least and height is not None:
-                    lines.setdefault(_who(subject, one), []).append((one.prompt, height))
+            least = min((timing.batch for timing in subject.generation), default=1)
+            for timing in subject.generation:
+                height = value(timing)
+                if timing.batch == least and height is not None:
+                    lines.setdefault(_who(subject, timing), []).append((timing.prompt, height))
         series = [
             Series(
                 name=name, x=tuple(x for x, _ in points), y=tuple(y for _, y in points), x_label="tokens of the prompt"
@@ -162,16 +164,16 @@ def generation_plots(subjects: list[Subject]) -> list[tuple[str, str]]:
     return found
 
 
-def _who(subject: Subject, one: GenerationTiming) -> str:
-    return subject.name if one.cached else f"{subject.name}, no cache"
+def _who(subject: Subject, timing: GenerationTiming) -> str:
+    return subject.name if timing.cached else f"{subject.name}, no cache"
 
 
-def _rate(one: GenerationTiming) -> float:
-    return one.decode_tokens_per_s
+def _rate(timing: GenerationTiming) -> float:
+    return timing.decode_tokens_per_s
 
 
-def _memory(one: GenerationTiming) -> float | None:
-    return None if one.peak_memory_bytes is None else one.peak_memory_bytes / 1e6
+def _memory(timing: GenerationTiming) -> float | None:
+    return None if timing.peak_memory_bytes is None else timing.peak_memory_bytes / 1e6
 
 
 # Caches and zeros ------------------------------------------------------------------------------------------------------
@@ -184,23 +186,23 @@ def cache_tables(record: PassRecord) -> tuple[Table, tuple[str, ...]] | None:
         return None
     rows = tuple(
         (
-            f"{one['tokens']:,}",
-            f"{one['dynamic_bytes'] / 1e6:,.2f} MB",
-            f"{one['bytes'] / 1e6:,.2f} MB ({one['bytes'] / max(1, one['dynamic_bytes']):.0%})",
+            f"{timing['tokens']:,}",
+            f"{timing['dynamic_bytes'] / 1e6:,.2f} MB",
+            f"{timing['bytes'] / 1e6:,.2f} MB ({timing['bytes'] / max(1, timing['dynamic_bytes']):.0%})",
         )
-        for one in weighed
+        for timing in weighed
     )
     notes = []
     for key, against in (("against_no_cache", "without a cache"), ("beyond", "with a dynamic cache")):
-        if one := record.summary.get(key):
+        if value := record.summary.get(key):
             notes.append(
-                f"Behind prompts of {one['prompt']} tokens {one['tokens_alike']:.0%} of {one['tokens'] * one['texts']} tokens were those written {against}; "
-                f"logits differ by {one['logit_difference']:.1e} of the largest at most."
+                f"Behind prompts of {value['prompt']} tokens {value['tokens_alike']:.0%} of {value['tokens'] * value['texts']} tokens were those written {against}; "
+                f"logits differ by {value['logit_difference']:.1e} of the largest at most."
             )
-    if one := record.summary.get("prefix"):
+    if value := record.summary.get("prefix"):
         notes.append(
-            f"Of a prompt of {one['prompt']} tokens {one['reused']} were known: it was read at {one['prefill_tokens_per_s_reused']:,.0f} tokens/s "
-            f"instead of {one['prefill_tokens_per_s']:,.0f}, and the next token was {'the same' if one['same_token'] else 'another one'}."
+            f"Of a prompt of {value['prompt']} tokens {value['reused']} were known: it was read at {value['prefill_tokens_per_s_reused']:,.0f} tokens/s "
+            f"instead of {value['prefill_tokens_per_s']:,.0f}, and the next token was {'the same' if value['same_token'] else 'another one'}."
         )
     return Table(("tokens", "dynamic", str(record.summary["mode"])), rows), tuple(notes)
 

@@ -44,21 +44,27 @@ _FINE = frozenset(
 )  #: five digits
 
 
-def metric_name(one: Measurement) -> str:
+def metric_name(measurement: Measurement) -> str:
     """What a reader calls a figure, e.g. `nDCG@10` or `F1 of negative`."""
-    rank = one.unit if one.unit.startswith("@") else ""
-    return _NAMES.get(one.name, one.name.replace("_", " ")) + rank + (f" of {one.of}" if one.of else "")
+    rank = measurement.unit if measurement.unit.startswith("@") else ""
+    return (
+        _NAMES.get(measurement.name, measurement.name.replace("_", " "))
+        + rank
+        + (f" of {measurement.of}" if measurement.of else "")
+    )
 
 
 def megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def figure(one: Measurement) -> str:
+def figure(measurement: Measurement) -> str:
     """Value and interval, with as many digits as tell them apart from each other and from 1."""
-    known = one.low is not None and one.high is not None
-    ends = f" [{shown(one.low, one.name)}, {shown(one.high, one.name)}]" if known else ""
-    return shown(one.value, one.name) + ends
+    known = measurement.low is not None and measurement.high is not None
+    ends = (
+        f" [{shown(measurement.low, measurement.name)}, {shown(measurement.high, measurement.name)}]" if known else ""
+    )
+    return shown(measurement.value, measurement.name) + ends
 
 
 def shown(value: float | None, metric: str) -> str:
@@ -70,10 +76,10 @@ def shown(value: float | None, metric: str) -> str:
     return f"{value:.{5 if metric in _FINE else 3}f}"
 
 
-def change(one: Measurement) -> str:
+def change(measurement: Measurement) -> str:
     """The change against the source, with its interval where it has one."""
-    if one.change is None:
+    if measurement.change is None:
         return ""
-    if one.change_low is None or one.change_high is None:
-        return f"{one.change:+.2%}"
-    return f"{one.change:+.2%} [{one.change_low:+.2%}, {one.change_high:+.2%}]"
+    if measurement.change_low is None or measurement.change_high is None:
+        return f"{measurement.change:+.2%}"
+    return f"{measurement.change:+.2%} [{measurement.change_low:+.2%}, {measurement.change_high:+.2%}]"

@@ -30,7 +30,7 @@ def front_matter(report: Report) -> str:
         "base_model_relation": _relation(report),
         "datasets": model.get("datasets"),
         "pipeline_tag": _PIPELINE_TAGS.get(str(model.get("task"))),
-        "tags": ["nightpress", *(one.format for one in report.artifacts)],
+        "tags": ["nightpress", *(artifact.format for artifact in report.artifacts)],
         "model-index": [{"name": f"{model['name']}-{report.recipe['name']}", "results": _index_results(report)}],
     }
     known = {key: value for key, value in front.items() if value}
@@ -48,11 +48,15 @@ def _index_results(report: Report) -> list[dict[str, Any]]:
     return [
         {
             "task": {"type": _PIPELINE_TAGS.get(str(report.model.get("task")), "other"), "name": subject.name},
-            "dataset": {"name": one.data, "type": one.data},
+            "dataset": {"name": measurement.data, "type": measurement.data},
             "metrics": [
-                {"type": _HUB_METRICS.get(one.name, one.name), "name": metric_name(one), "value": round(one.value, 6)}
+                {
+                    "type": _HUB_METRICS.get(measurement.name, measurement.name),
+                    "name": metric_name(measurement),
+                    "value": round(measurement.value, 6),
+                }
             ],
         }
         for subject in report.artifacts
-        for one in subject.measurements
+        for measurement in subject.measurements
     ]

@@ -70,19 +70,22 @@ def _context(report: Report) -> dict[str, Any]:
         "comparison": compare([report]) if len(report.artifacts) > 1 else None,
         "rows": rows_of(report),
         "headline": headline(report),
-        "latency_charts": [Markup(one) for one in charts.timings(subjects)],  # noqa: S704 - escaped there
-        "throughput_charts": [Markup(one) for one in charts.timings(subjects, throughput=True)],  # noqa: S704
+        "latency_charts": [Markup(timing) for timing in charts.timings(subjects)],  # noqa: S704 - escaped there
+        "throughput_charts": [Markup(timing) for timing in charts.timings(subjects, throughput=True)],  # noqa: S704
         "pareto_chart": Markup(_pareto(report)),  # noqa: S704
         "phase_chart": Markup(charts.phases(report.phases)),  # noqa: S704
         "verifying_share": verifying / total if total else 0.0,
         "curve_charts": [
-            (record, [Markup(one) for one in _curves(record)])  # noqa: S704 - escaped there
+            (record, [Markup(curve) for curve in _curves(record)])  # noqa: S704 - escaped there
             for record in report.passes
             if record.series
         ],
         "profiles": costs.profiles(report),
-        "generation_bars": [Markup(one) for one in costs.generation_bars(subjects)],  # noqa: S704
-        "generation_plots": [(title, Markup(one)) for title, one in costs.generation_plots(subjects)],  # noqa: S704
+        "generation_bars": [Markup(bar) for bar in costs.generation_bars(subjects)],  # noqa: S704
+        "generation_plots": [
+            (title, Markup(plot))  # noqa: S704 - escaped there
+            for title, plot in costs.generation_plots(subjects)
+        ],
         "caches": [found for record in report.passes if (found := costs.cache_tables(record))],
         "zeros": costs.storage_tables(report),
         "gates_said": _gates_said(report),
@@ -95,8 +98,8 @@ def _context(report: Report) -> dict[str, Any]:
 def _curves(record: PassRecord) -> list[str]:
     """A plot for each scale: losses and accuracies have no axis in common, nor have steps and what else they may stand over."""
     scales: dict[tuple[str, bool], list[Series]] = {}
-    for one in record.series:
-        scales.setdefault((one.x_label, one.name.endswith("accuracy")), []).append(one)
+    for curve in record.series:
+        scales.setdefault((curve.x_label, curve.name.endswith("accuracy")), []).append(curve)
     return [charts.curves(some, f"{record.name} by {x}") for (x, _), some in scales.items()]
 
 
@@ -108,11 +111,11 @@ def _gates_said(report: Report) -> str:
     """In a line, why the verdict is what it is."""
     if not report.gates:
         return ""
-    if not (missed := [one for one in report.gates if not one.passed]):
+    if not (missed := [gate for gate in report.gates if not gate.passed]):
         return "The gate is passed." if len(report.gates) == 1 else f"All {len(report.gates)} gates are passed."
     artifacts: dict[str, list[str]] = {}
-    for one in missed:
-        artifacts.setdefault(one.gate.split()[0].replace("_", " "), []).append(one.artifact)
+    for result in missed:
+        artifacts.setdefault(result.gate.split()[0].replace("_", " "), []).append(result.artifact)
     said = "; ".join(f"{metric} by {' and '.join(names)}" for metric, names in artifacts.items())
     return f"{len(missed)} of {len(report.gates)} gates missed: {said}."
 
@@ -122,9 +125,12 @@ def _layer_charts(passes: Sequence[PassRecord]) -> list[tuple[PassRecord, list[s
     drawn: list[tuple[PassRecord, list[str], Markup, Markup, int]] = []
     for record in passes:
         formats = [str(record.summary["format"])] if "format" in record.summary else []
-        same = next((one for one in drawn if (one[0].index, one[0].layers) == (record.index, record.layers)), None)
+        same = next(
+            (earlier for earlier in drawn if (earlier[0].index, earlier[0].layers) == (record.index, record.layers)),
+            None,
+        )
         if same is not None:
-            same[1].extend(one for one in formats if one not in same[1])
+            same[1].extend(name for name in formats if name not in same[1])
         elif record.layers:
             layers = largest_errors(record.layers)
             sizes, errors = charts.layer_sizes(layers), charts.layer_errors(layers)
@@ -136,8 +142,8 @@ def largest_errors(layers: tuple[LayerEffect, ...], shown: int = LAYERS_SHOWN) -
     """All layers in the model's order, or of many those with the largest errors."""
     if len(layers) <= shown:
         return layers
-    bound = sorted((one.relative_error for one in layers), reverse=True)[shown - 1]
-    return tuple(one for one in layers if one.relative_error >= bound)[:shown]
+    bound = sorted((layer.relative_error for layer in layers), reverse=True)[shown - 1]
+    return tuple(layer for layer in layers if layer.relative_error >= bound)[:shown]
 
 
 @cache

@@ -24,29 +24,31 @@ _UNKNOWN = "unknown"
 def headline(report: Report) -> list[tuple[str, str, str]]:
     """For each artifact: its name, how small and how fast it became in a line, and its quality in another."""
     lines = []
-    for one in report.artifacts:
-        parts = [f"{one.size_bytes / report.source.size_bytes:.0%} of the size"]
+    for artifact in report.artifacts:
+        parts = [f"{artifact.size_bytes / report.source.size_bytes:.0%} of the size"]
         lines_of_speed = (
-            speed_line("speed", "{} the speed", _speedups(one, report.source)),
-            speed_line("decoding", "decodes {} as fast", _decode_speedups(one, report.source)),
+            speed_line("speed", "{} the speed", _speedups(artifact, report.source)),
+            speed_line("decoding", "decodes {} as fast", _decode_speedups(artifact, report.source)),
         )
         parts += [line for line in lines_of_speed if line]
-        first = one.measurements[0] if one.measurements else None
-        lines.append((one.name, ", ".join(parts), f"{metric_name(first)} {figure(first)}" if first else ""))
+        first = artifact.measurements[0] if artifact.measurements else None
+        lines.append((artifact.name, ", ".join(parts), f"{metric_name(first)} {figure(first)}" if first else ""))
     return lines
 
 
 def _speedups(artifact: Subject, source: Subject) -> list[Speedup]:
-    base = {(one.batch, one.length): one for one in source.timings}
-    return [speedup(one, base[shape]) for one in artifact.timings if (shape := (one.batch, one.length)) in base]
+    base = {(timing.batch, timing.length): timing for timing in source.timings}
+    return [
+        speedup(timing, base[shape]) for timing in artifact.timings if (shape := (timing.batch, timing.length)) in base
+    ]
 
 
 def _decode_speedups(artifact: Subject, source: Subject) -> list[Speedup]:
-    base = {(one.batch, one.prompt, one.tokens): one for one in source.generation if one.cached}
+    base = {(timing.batch, timing.prompt, timing.tokens): timing for timing in source.generation if timing.cached}
     return [
-        decode_speedup(one, base[shape])
-        for one in artifact.generation
-        if one.cached and (shape := (one.batch, one.prompt, one.tokens)) in base
+        decode_speedup(timing, base[shape])
+        for timing in artifact.generation
+        if timing.cached and (shape := (timing.batch, timing.prompt, timing.tokens)) in base
     ]
 
 
@@ -56,10 +58,10 @@ def rows_of(report: Report) -> list[Row]:
         (
             "Size on disk",
             megabytes(source.size_bytes),
-            [_of(one.size_bytes, source.size_bytes, megabytes) for one in artifacts],
+            [_of(artifact.size_bytes, source.size_bytes, megabytes) for artifact in artifacts],
         )
     ]
-    every = {_key(one): one for subject in (source, *artifacts) for one in subject.measurements}
+    every = {_key(measurement): measurement for subject in (source, *artifacts) for measurement in subject.measurements}
     for key, any_of_them in every.items():
         label = f"{metric_name(any_of_them)} · {any_of_them.data}"
         theirs = _find(source, key)
@@ -70,15 +72,15 @@ def rows_of(report: Report) -> list[Row]:
         rows.append((label, figure(theirs) if theirs else "–", cells))
     for at, timing in enumerate(source.timings):
         label = f"Latency, batch {timing.batch} × {timing.length} tokens"
-        cells = [_of_time(one.timings[at], timing) for one in artifacts]
+        cells = [_of_time(artifact.timings[at], timing) for artifact in artifacts]
         rows.append((label, f"{timing.p50_ms:.1f} ms (p95 {timing.p95_ms:.1f})", cells))
         unit = timing.throughput_unit
         throughput = [
             (
-                f"{one.timings[at].throughput:,.0f} {unit}",
-                _times(one.timings[at].speedup, one.timings[at].throughput / timing.throughput),
+                f"{artifact.timings[at].throughput:,.0f} {unit}",
+                _times(artifact.timings[at].speedup, artifact.timings[at].throughput / timing.throughput),
             )
-            for one in artifacts
+            for artifact in artifacts
         ]
         rows.append(
             (
@@ -89,14 +91,14 @@ def rows_of(report: Report) -> list[Row]:
         )
     rows += _generation_rows(source, artifacts)
     rows += _memory_row(
-        "Peak memory of the process", source.peak_memory_bytes, [one.peak_memory_bytes for one in artifacts]
+        "Peak memory of the process", source.peak_memory_bytes, [artifact.peak_memory_bytes for artifact in artifacts]
     )
     return rows
 
 
 def _memory_row(label: str, theirs: int | None, ours: Sequence[int | None]) -> list[Row]:
     """None: unknown. A report of an earlier version has 0 for that. The row is left out where nothing is known."""
-    cells = [_of(one, theirs or 0, megabytes) if one else (_UNKNOWN, "") for one in ours]
+    cells = [_of(figure, theirs or 0, megabytes) if figure else (_UNKNOWN, "") for figure in ours]
     return [(label, megabytes(theirs) if theirs else _UNKNOWN, cells)] if theirs or any(ours) else []
 
 
@@ -107,16 +109,19 @@ def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[Ro
             f"batch {base.batch} × prompt of {base.prompt}, {base.tokens} written{'' if base.cached else ', no cache'}"
         )
         # A consumer that can't decode leaves its cells empty.
-        ours = [one.generation[at] if one.generation else None for one in artifacts]
+        ours = [artifact.generation[at] if artifact.generation else None for artifact in artifacts]
         rows.append(
             (
                 f"Prefill, {shape}",
                 _prefill(base),
                 [
-                    (_prefill(one), _times(one.prefill_speedup, one.prefill_tokens_per_s / base.prefill_tokens_per_s))
-                    if one
+                    (
+                        _prefill(figure),
+                        _times(figure.prefill_speedup, figure.prefill_tokens_per_s / base.prefill_tokens_per_s),
+                    )
+                    if figure
                     else _NONE
-                    for one in ours
+                    for figure in ours
                 ],
             )
         )
@@ -125,35 +130,38 @@ def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[Ro
                 f"Decode, {shape}",
                 _decode(base),
                 [
-                    (_decode(one), _times(one.decode_speedup, one.decode_tokens_per_s / base.decode_tokens_per_s))
-                    if one
+                    (
+                        _decode(figure),
+                        _times(figure.decode_speedup, figure.decode_tokens_per_s / base.decode_tokens_per_s),
+                    )
+                    if figure
                     else _NONE
-                    for one in ours
+                    for figure in ours
                 ],
             )
         )
-        peaks = [one.peak_memory_bytes if one else None for one in ours]
+        peaks = [figure.peak_memory_bytes if figure else None for figure in ours]
         rows += _memory_row(f"Peak memory, {shape}", base.peak_memory_bytes, peaks)
     return rows
 
 
-def _prefill(one: GenerationTiming) -> str:
-    return f"{one.prefill_tokens_per_s:,.0f} tokens/s (first token after {one.prefill_p50_ms:.1f} ms, p95 {one.prefill_p95_ms:.1f})"
+def _prefill(timing: GenerationTiming) -> str:
+    return f"{timing.prefill_tokens_per_s:,.0f} tokens/s (first token after {timing.prefill_p50_ms:.1f} ms, p95 {timing.prefill_p95_ms:.1f})"
 
 
-def _decode(one: GenerationTiming) -> str:
+def _decode(timing: GenerationTiming) -> str:
     return (
-        f"{one.decode_tokens_per_s:,.1f} tokens/s [{one.decode_slowest:,.1f} to {one.decode_fastest:,.1f}] "
-        f"({one.token_p50_ms:.1f} ms a token, p95 {one.token_p95_ms:.1f})"
+        f"{timing.decode_tokens_per_s:,.1f} tokens/s [{timing.decode_slowest:,.1f} to {timing.decode_fastest:,.1f}] "
+        f"({timing.token_p50_ms:.1f} ms a token, p95 {timing.token_p95_ms:.1f})"
     )
 
 
-def _key(one: Measurement) -> tuple[str, str, str]:
-    return one.name, one.data, one.of
+def _key(measurement: Measurement) -> tuple[str, str, str]:
+    return measurement.name, measurement.data, measurement.of
 
 
 def _find(subject: Subject, key: tuple[str, str, str]) -> Measurement | None:
-    return next((one for one in subject.measurements if _key(one) == key), None)
+    return next((measurement for measurement in subject.measurements if _key(measurement) == key), None)
 
 
 def _of(value: int, base: int, show: Any) -> tuple[str, str]:

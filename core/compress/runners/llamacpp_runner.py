@@ -91,7 +91,7 @@ class Embeddings:
         self.batch = llama_cpp.llama_batch_init(longest, 0, 1)
 
     def __call__(self, ids: Any, mask: Any) -> Any:
-        return np.stack([self._embed(row[: one.sum()]) for row, one in zip(ids, mask, strict=True)])
+        return np.stack([self._embed(row[: mask_row.sum()]) for row, mask_row in zip(ids, mask, strict=True)])
 
     def _embed(self, tokens: Any) -> Any:
         batch, library = self.batch, self.library

@@ -72,12 +72,12 @@ def run_sets(
 ) -> dict[str, Array]:
     """The model's outputs for every set. inputs, reference: arrays by name; reference None: this is the source."""
     outputs: dict[str, Array] = {}
-    for at, one in enumerate(request["sets"]):
-        _say(at / len(request["sets"]), one["name"])
-        if one["kind"] == "generated":
-            outputs |= _continue(forward, generate, one, inputs, reference)
+    for at, wanted in enumerate(request["sets"]):
+        _say(at / len(request["sets"]), wanted["name"])
+        if wanted["kind"] == "generated":
+            outputs |= _continue(forward, generate, wanted, inputs, reference)
         else:
-            outputs |= _run_set(forward, one, inputs, reference, request)
+            outputs |= _run_set(forward, wanted, inputs, reference, request)
     return outputs
 
 
@@ -98,12 +98,14 @@ def _say(fraction: float, text: str) -> None:
     print(f"@progress {fraction:.4f} {text}", flush=True)
 
 
-def _run_set(forward: Forward, one: dict[str, Any], inputs: Any, reference: Any, request: Request) -> dict[str, Array]:
-    name, kind = one["name"], one["kind"]
+def _run_set(
+    forward: Forward, wanted: dict[str, Any], inputs: Any, reference: Any, request: Request
+) -> dict[str, Array]:
+    name, kind = wanted["name"], wanted["kind"]
     ids, mask = inputs[f"{name}.ids"], inputs[f"{name}.mask"]
     parts: list[dict[str, Array]] = []
-    for start in range(0, len(ids), one["rows"]):
-        rows = slice(start, start + one["rows"])
+    for start in range(0, len(ids), wanted["rows"]):
+        rows = slice(start, start + wanted["rows"])
         # Padding beyond the batch's longest row would only cost time.
         width = int(mask[rows].sum(axis=1).max())
         given = ids[rows, :width] if ids.ndim == 2 else ids[rows]
@@ -133,17 +135,17 @@ def _run_set(forward: Forward, one: dict[str, Any], inputs: Any, reference: Any,
 
 
 def _continue(
-    forward: Forward, generate: Generate | None, one: dict[str, Any], inputs: Any, reference: Any
+    forward: Forward, generate: Generate | None, wanted: dict[str, Any], inputs: Any, reference: Any
 ) -> dict[str, Array]:
     """The source writes on, [N, new] with −1 after its end; an artifact says what it would have written at each of these places."""
-    name = one["name"]
+    name = wanted["name"]
     ids, lengths = inputs[f"{name}.ids"], inputs[f"{name}.mask"].sum(axis=1)
     if reference is None:
         if generate is None:
             raise TypeError("the source's runner can't generate")
-        tokens = np.full((len(ids), one["new_tokens"]), -1, np.int64)
+        tokens = np.full((len(ids), wanted["new_tokens"]), -1, np.int64)
         for at, length in enumerate(lengths):
-            written = generate(ids[at, :length], one["new_tokens"])
+            written = generate(ids[at, :length], wanted["new_tokens"])
             tokens[at, : len(written)] = written
         return {f"{name}.tokens": tokens}
     written = reference[f"{name}.tokens"]
@@ -154,11 +156,11 @@ def _continue(
     for at, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         whole[at, : length + count] = np.concatenate([ids[at, :length], written[at, :count]])
         mask[at, : length + count] = 1
-    for start in range(0, len(ids), one["rows"]):
-        rows = slice(start, start + one["rows"])
+    for start in range(0, len(ids), wanted["rows"]):
+        rows = slice(start, start + wanted["rows"])
         width = int(mask[rows].sum(axis=1).max())
         choice = forward(whole[rows, :width], mask[rows, :width]).argmax(axis=-1)  # [B, S]
-        for at in range(start, min(start + one["rows"], len(ids))):
+        for at in range(start, min(start + wanted["rows"], len(ids))):
             first, count = lengths[at] - 1, counts[at]
             chosen[at, :count] = choice[at - start, first : first + count]
     return {f"{name}.tokens": chosen}
@@ -242,11 +244,11 @@ def _time(forward: Forward, shape: dict[str, int], inputs: Any) -> dict[str, Any
     return {"milliseconds": 1000 * (time.perf_counter() - start)}
 
 
-def _write(waits: Waits, one: dict[str, Any], inputs: Any, memory: "_Memory") -> dict[str, Any]:
+def _write(waits: Waits, wanted: dict[str, Any], inputs: Any, memory: "_Memory") -> dict[str, Any]:
     """Milliseconds before each token of a run, the peak of memory meanwhile, and the tokens [B, tokens]."""
-    ids = np.resize(inputs["timing.ids"], (one["batch"], one["prompt"]))
+    ids = np.resize(inputs["timing.ids"], (wanted["batch"], wanted["prompt"]))
     memory.start()
-    taken, text = waits(ids, one["tokens"], one["cached"])
+    taken, text = waits(ids, wanted["tokens"], wanted["cached"])
     return {"milliseconds": list(taken), "peak_memory_bytes": memory.stop(), "text": np.asarray(text).tolist()}
 
 

@@ -24,7 +24,7 @@ class Forward:
 
     def __init__(self, session: Any) -> None:
         self.session = session
-        self.inputs = {one.name: one for one in session.get_inputs()}
+        self.inputs = {value.name: value for value in session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith(_PAST)]
         if self.past:
             self.continued = self._continued

@@ -36,10 +36,10 @@ def search_scales(takers: Sequence[Taker], stored: torch.dtype, *, share: tuple[
     What each taker loses is summed over the tokens that come to it, so that an expert counts as often as it is asked.
     share (heads, width): columns are heads · repeats · width, and the repeats of a head get one factor, as grouped-query attention needs.
     """
-    rows = sum(len(one.weight) for one in takers)
-    looked_at = [one._replace(weight=one.weight[:: -(-rows // _ROWS)]) for one in takers if one.share]
-    power = torch.stack([one.gram.diagonal() * one.share for one in takers]).sum(0)
-    magnitude = torch.stack([one.weight.abs().mean(0) * (len(one.weight) / rows) for one in takers]).sum(0)
+    rows = sum(len(taker.weight) for taker in takers)
+    looked_at = [taker._replace(weight=taker.weight[:: -(-rows // _ROWS)]) for taker in takers if taker.share]
+    power = torch.stack([taker.gram.diagonal() * taker.share for taker in takers]).sum(0)
+    magnitude = torch.stack([taker.weight.abs().mean(0) * (len(taker.weight) / rows) for taker in takers]).sum(0)
     inputs, weights = _shared(power.sqrt(), share), _shared(magnitude, share)
     inputs, weights = inputs / inputs.mean().clamp(min=1e-12), weights / weights.mean().clamp(min=1e-12)
     best, least = torch.ones_like(inputs), float("inf")
@@ -47,7 +47,7 @@ def search_scales(takers: Sequence[Taker], stored: torch.dtype, *, share: tuple[
         for against in (0.0, 1.0) if exponent else (0.0,):
             factors = inputs.clamp(min=1e-4) ** exponent / weights.clamp(min=1e-4) ** (against * (1 - exponent))
             factors = factors / (factors.max() * factors.min()).sqrt()
-            loss = sum(one.share * _loss(one, factors, stored) for one in looked_at)
+            loss = sum(taker.share * _loss(taker, factors, stored) for taker in looked_at)
             if loss < least:
                 best, least = factors, loss
     return best

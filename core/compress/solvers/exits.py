@@ -36,10 +36,10 @@ def outcomes(scores: Floats, right: NDArray[np.bool_], depths: NDArray[np.int64]
     """What thresholds over the whole range of the scores come to, the lowest first, and last one that no score reaches."""
     candidates = np.unique(np.quantile(scores, np.linspace(0, 1, _CANDIDATES), method="nearest"))
     candidates = np.append(candidates, np.nextafter(np.float32(candidates[-1]), np.float32(np.inf)) + 1e-3)
-    return [outcome(scores, right, depths, float(one)) for one in candidates]
+    return [outcome(scores, right, depths, float(candidate)) for candidate in candidates]
 
 
 def choose(found: list[Outcome], max_loss: float) -> Outcome:
     """The one of least depth that loses no more than `max_loss` of the accuracy at full depth, which is the last one's."""
-    allowed = [one for one in found if one.accuracy >= found[-1].accuracy - max_loss - 1e-12]
-    return min(allowed, key=lambda one: (one.depth, -one.accuracy))
+    allowed = [outcome for outcome in found if outcome.accuracy >= found[-1].accuracy - max_loss - 1e-12]
+    return min(allowed, key=lambda outcome: (outcome.depth, -outcome.accuracy))

@@ -73,19 +73,19 @@ class Taker(NamedTuple):
 
 def search_factors(takers: Sequence[Taker], grid: Grid, *, share: tuple[int, int] = (1, 1)) -> Tensor:
     """The factors, of all alphas' and none, with which rounded inputs and rounded weights make the least output error over all takers."""
-    rows = sum(len(one.weight) for one in takers)
-    looked_at = [one._replace(weight=one.weight[:: -(-rows // _ROWS)]) for one in takers if one.tokens]
-    largest = torch.stack([one.largest for one in takers]).amax(0)
-    heaviest = torch.stack([one.weight.abs().amax(0) for one in takers])
+    rows = sum(len(taker.weight) for taker in takers)
+    looked_at = [taker._replace(weight=taker.weight[:: -(-rows // _ROWS)]) for taker in takers if taker.tokens]
+    largest = torch.stack([taker.largest for taker in takers]).amax(0)
+    heaviest = torch.stack([taker.weight.abs().amax(0) for taker in takers])
     tried = [torch.ones_like(largest)]
     tried += [smoothing_factors(largest, heaviest, alpha, share=share) for alpha in _EXPONENTS]
     best, least = tried[0], float("inf")
     with fast_products():
-        exact = [one.sample @ one.weight.T for one in looked_at]
+        exact = [taker.sample @ taker.weight.T for taker in looked_at]
         for factors in tried:
             loss = sum(
-                one.tokens / max(1, len(one.sample)) * _loss(one, factors, grid, outputs)
-                for one, outputs in zip(looked_at, exact, strict=True)
+                taker.tokens / max(1, len(taker.sample)) * _loss(taker, factors, grid, outputs)
+                for taker, outputs in zip(looked_at, exact, strict=True)
             )
             if loss < least:
                 best, least = factors, loss

@@ -76,9 +76,9 @@ def smallest(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 def shares(scores: Sequence[Tensor], share: float, step: int) -> list[int]:
     """How many units each layer keeps if of all layers' units together a share goes: the cheapest, in steps; every layer keeps one step at least."""
-    kept = [len(one) for one in scores]
+    kept = [len(score) for score in scores]
     gone, wanted = 0, share * sum(kept)
-    ascending = [one.double().sort().values.tolist() for one in scores]
+    ascending = [score.double().sort().values.tolist() for score in scores]
     queue: list[tuple[float, int]] = []
 
     def offer(layer: int) -> None:

@@ -44,9 +44,9 @@ def _outranked(score: Tensor, kept: int) -> Tensor:
     """True for all but the `kept` largest along the last axis; of equals, the first goes. Short groups are counted faster than sorted."""
     members = score.unbind(-1)
     outranked = torch.zeros_like(score, dtype=torch.uint8)
-    for first, one in enumerate(members):
+    for first, member in enumerate(members):
         for second, other in enumerate(members[first + 1 :], first + 1):
-            earlier_wins = one > other
+            earlier_wins = member > other
             outranked[..., second] += earlier_wins
             outranked[..., first] += ~earlier_wins
     return outranked >= kept

@@ -40,7 +40,7 @@ def _save(job: Job, state: State, export: Export, folder: Path, report: Report) 
     if export.format in GRAPH_FORMATS:
         if state.traced is None:
             state.traced = _trace(job, state, report)
-        passes = [(at, one) for at, one in enumerate(job.recipe.passes) if one.stage == "runtime"]
+        passes = [(at, options) for at, options in enumerate(job.recipe.passes) if options.stage == "runtime"]
         for record in exporter.save(state.folder, folder, state.traced, passes, weights=export.weights):
             state.records.append(job.publish_pass(record, record.index))
         _free_graphs()

@@ -157,7 +157,7 @@ class KvCache(PassOptions):
 
     def check_beside(self, passes: Sequence[PassOptions], header: ModelHeader | None) -> None:
         # With a description of quantized weights that names none, transformers looks in vain for the experts' scheme.
-        if header is not None and header.model_type in MIXTURES and not any(one.last for one in passes):
+        if header is not None and header.model_type in MIXTURES and not any(options.last for options in passes):
             raise invalid(
                 "`kv-cache` alone can't take a mixture of experts: transformers takes its experts for codes, and they stay in float.",
                 "Let a pass that quantizes the weights follow, e.g. `gptq`.",

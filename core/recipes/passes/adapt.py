@@ -113,7 +113,7 @@ class EarlyExit(PassOptions):
             )
 
     def check_beside(self, passes: Sequence[PassOptions], header: ModelHeader | None) -> None:
-        if not all(one.cache_cuts_back for one in passes):
+        if not all(options.cache_cuts_back for options in passes):
             raise invalid(
                 "`early-exit` drafts tokens and takes wrong ones back, which needs a cache that can be cut back.",
                 "Use `generation-cache` with `mode: dynamic`, or give the two their own recipes.",

@@ -59,8 +59,10 @@ def allow(names: Iterable[str]) -> Iterable[str]:
     """
     wanted = {_normalized(name): name for name in names}
     offers = list(_offers()) if wanted else []
-    chosen = [one for one in offers if wanted.keys() & {_normalized(one.name), _normalized(one.provider.package)}]
-    there = {_normalized(word) for one in chosen for word in (one.name, one.provider.package)}
+    chosen = [
+        offer for offer in offers if wanted.keys() & {_normalized(offer.name), _normalized(offer.provider.package)}
+    ]
+    there = {_normalized(word) for offer in chosen for word in (offer.name, offer.provider.package)}
     missing = {
         name: f"NIGHTPRESS_PASSES allows {name}, and no package that is installed here is called so or has a pass of that name."
         for key, name in wanted.items()
@@ -75,7 +77,7 @@ def allow_exactly(providers: Mapping[str, Provider]) -> None:
 
     Raises NightpressError(internal) where one of them can't be had: what a job says it is made by is what makes it.
     """
-    offers = {(one.name, one.provider.package): one for one in (_offers() if providers else ())}
+    offers = {(offer.name, offer.provider.package): offer for offer in (_offers() if providers else ())}
     chosen = []
     for name, wanted in providers.items():
         offer = offers.get((name, wanted.package))
@@ -114,7 +116,7 @@ def providers_of(names: Iterable[str]) -> dict[str, Provider]:
 
 def packages_of(recipe: Mapping[str, Any]) -> tuple[Provider, ...]:
     """The packages whose passes a recipe, as a mapping, names."""
-    return tuple(providers_of(one["pass"] for one in recipe.get("passes", ())).values())
+    return tuple(providers_of(options["pass"] for options in recipe.get("passes", ())).values())
 
 
 def faults() -> Mapping[str, str]:

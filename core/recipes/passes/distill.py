@@ -246,10 +246,10 @@ class Teaching(PassOptions):
                 f"`{self.name}`: relations.layer is {self.relations.layer}; the teacher has {depth(header)} blocks.",
                 f"Use −1, or 0 to {depth(header) - 1}.",
             )
-        for who, one in (("teacher", header), ("student", student)):
-            if width(one) % self.relations.heads:
+        for who, side in (("teacher", header), ("student", student)):
+            if width(side) % self.relations.heads:
                 raise invalid(
-                    f"`{self.name}`: relations.heads {self.relations.heads} does not divide the {who}'s width of {width(one)}.",
+                    f"`{self.name}`: relations.heads {self.relations.heads} does not divide the {who}'s width of {width(side)}.",
                     "Use a divisor of both.",
                 )
 
@@ -332,10 +332,10 @@ class Distill(Teaching):
         student = self.student_header(header)
         share = width(student) / max(1, width(header))
         inner = [
-            next((float(one.config[key]) for key in _KEYS["inner"] if one.config.get(key)), 4.0 * width(one))
-            for one in (student, header)
+            next((float(side.config[key]) for key in _KEYS["inner"] if side.config.get(key)), 4.0 * width(side))
+            for side in (student, header)
         ]
-        blocks = sum(_count(one.shape) for one in header.tensors if _in_block(one.name))
+        blocks = sum(_count(tensor.shape) for tensor in header.tensors if _in_block(tensor.name))
         outside = header.parameters - blocks
         in_block = (
             depth(student)

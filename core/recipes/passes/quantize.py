@@ -99,7 +99,7 @@ class Rounding(Quantizing):
 
     @property
     def coarsest_bits(self) -> int:
-        return min([self.bits, *(one.bits for one in self.overrides.values())])
+        return min([self.bits, *(override.bits for override in self.overrides.values())])
 
     def takes(self, tensor: TensorInfo) -> bool:
         return super().takes(tensor) or self.takes_table(tensor)
@@ -233,17 +233,17 @@ class Budgeted(Rounding, Calibrated):
         """
         assert self.budget is not None
         everything = list(tensors)
-        weights = [one for one in everything if one.name in rounded]
-        least = sum(self.candidate(min(self.candidates)).stored_bytes(one) for one in weights)
-        whole = sum(one.size for one in everything)
-        kept = whole - sum(one.size for one in weights)
+        weights = [weight for weight in everything if weight.name in rounded]
+        least = sum(self.candidate(min(self.candidates)).stored_bytes(weight) for weight in weights)
+        whole = sum(weight.size for weight in everything)
+        kept = whole - sum(weight.size for weight in weights)
         fewest = f"int{min(self.candidates)}"
         if isinstance(self.budget, str):
             room = int(_bytes_of(self.budget, whole)) - kept
             smallest = f"{math.ceil((kept + least) / 1e4) / 100:.2f}MB, or {math.ceil(1000 * (kept + least) / whole) / 10:.1f}%"
             short = f"a budget of {self.budget} is less than the least it could be, {smallest}: {kept / 1e6:.2f} MB stay as they are, and {fewest} everywhere else takes {least / 1e6:.2f} MB with its scales"
         else:
-            count = sum(one.shape[0] * one.shape[1] for one in weights)
+            count = sum(weight.shape[0] * weight.shape[1] for weight in weights)
             room = int(self.budget * count / 8)
             short = f"a budget of {self.budget:g} bits a weight is less than {fewest} takes everywhere, {8 * least / count:.2f} with its scales"
         if room < least:
@@ -254,11 +254,11 @@ class Budgeted(Rounding, Calibrated):
         if not isinstance(self.budget, str):
             return self
         taken = self._taken(header)
-        count = sum(one.shape[0] * one.shape[1] for one in header.tensors if one.name in taken)
+        count = sum(tensor.shape[0] * tensor.shape[1] for tensor in header.tensors if tensor.name in taken)
         return self.model_copy(update={"budget": 8 * self.room(header.tensors, taken) / count})
 
     def _taken(self, header: ModelHeader) -> frozenset[str]:
-        return frozenset(one.name for one in header.tensors if self.takes(one))
+        return frozenset(tensor.name for tensor in header.tensors if self.takes(tensor))
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
         if not isinstance(self.budget, float) or not self.takes(tensor):

@@ -43,7 +43,7 @@ class Shrinking(PassOptions):
         if not self.by_gradient:
             return found
         # A backward pass costs twice a forward pass; of one text at a time, some twenty activations a block are kept.
-        hidden = max((min(one.shape) for one in header.tensors if len(one.shape) == 2), default=0)
+        hidden = max((min(tensor.shape) for tensor in header.tensors if len(tensor.shape) == 2), default=0)
         kept = 20 * 4 * calibration.length * hidden * self.anatomy(header).layers
         whole = 4 * header.parameters + kept
         return found._replace(
@@ -219,14 +219,14 @@ class Heads(Narrowing):
                 self.anatomy(header).group,
                 self.anatomy(header).groups[0],
             )
-            fitting = [one * group for one in range(1, most) if hidden % (one * group) == 0]
+            fitting = [multiple * group for multiple in range(1, most) if hidden % (multiple * group) == 0]
             return f"a {header.model_type}'s count of heads must divide its hidden size of {hidden}: {', '.join(map(str, fitting)) or 'none fewer'} of {most * group} would"
         return f"the config of a {header.model_type if header else 'model like it'} ties the heads' width to the hidden size"
 
     def config(self, header: ModelHeader, kept: tuple[int, ...]) -> dict[str, Any]:
         anatomy = self.anatomy(header)
         if not self._sayable(header, kept):
-            return own_shapes(header.config, "heads", tuple(anatomy.group * one for one in kept))
+            return own_shapes(header.config, "heads", tuple(anatomy.group * count for count in kept))
         changed = {**header.config, anatomy.family.heads: anatomy.group * kept[0], "head_dim": anatomy.head_dim}
         return changed | ({"num_key_value_heads": kept[0]} if "num_key_value_heads" in changed else {})
 

@@ -117,6 +117,6 @@ class JobExpiry:
 
     def mark_swept(self, job_id: str, attempt: int) -> None:
         """The files of an abandoned attempt are gone."""
-        one = (job_attempts.c.job_id == job_id, job_attempts.c.number == attempt)
+        this_attempt = (job_attempts.c.job_id == job_id, job_attempts.c.number == attempt)
         with statement(self._engine) as connection:
-            connection.execute(update(job_attempts).where(*one).values(swept=True))
+            connection.execute(update(job_attempts).where(*this_attempt).values(swept=True))

@@ -135,10 +135,10 @@ class WebhookStore:
     def delivery(self, tenant_id: str, webhook_id: str, delivery_id: str) -> DeliveryView:
         """With every try that was made."""
         self._row(tenant_id, webhook_id)
-        one = select(webhook_deliveries).where(_deliveries.id == delivery_id, _deliveries.webhook_id == webhook_id)
+        delivery = select(webhook_deliveries).where(_deliveries.id == delivery_id, _deliveries.webhook_id == webhook_id)
         tries = select(webhook_attempts).where(webhook_attempts.c.delivery_id == delivery_id)
         with transaction(self._engine, read_only=True) as connection:
-            row = connection.execute(one).one_or_none()
+            row = connection.execute(delivery).one_or_none()
             if row is None:
                 raise _missing("delivery")
             log = [

@@ -33,14 +33,14 @@ def add_vocabulary(writer: gguf.GGUFWriter, model_dir: Path, header: ModelHeader
         words = [_phantom(word, kind) for word, kind in zip(words, kinds, strict=True)]
     elif model["type"] == "BPE" and model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
-        ranks = {_joined(one): rank for rank, one in reversed(list(enumerate(model["merges"])))}
+        ranks = {_joined(merge): rank for rank, merge in reversed(list(enumerate(model["merges"])))}
         # Joined first: what was learnt first. Words that nothing joins come last.
         writer.add_token_scores([-float(ranks.get(word, len(ranks))) for word in words])
         writer.add_add_space_prefix(_adds_space(raw))
     elif model["type"] == "BPE":
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_splitting(raw))
-        writer.add_token_merges([" ".join(one) if isinstance(one, list) else one for one in model["merges"]])
+        writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]])
     else:
         raise _unknown(f"a {model['type']} model")
     writer.add_token_list(words)
@@ -57,9 +57,9 @@ def _words(raw: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
         words[at], kinds[at] = word, int(_TYPE.NORMAL)
         if model.get("byte_fallback") and len(word) == 6 and word.startswith("<0x"):
             kinds[at] = int(_TYPE.BYTE)
-    for one in raw.get("added_tokens") or ():
-        words[one["id"]] = one["content"]
-        kinds[one["id"]] = int(_TYPE.CONTROL if one["special"] else _TYPE.USER_DEFINED)
+    for row in raw.get("added_tokens") or ():
+        words[row["id"]] = row["content"]
+        kinds[row["id"]] = int(_TYPE.CONTROL if row["special"] else _TYPE.USER_DEFINED)
     unknown = model.get("unk_token")
     if unknown in model["vocab"]:
         kinds[model["vocab"][unknown]] = int(_TYPE.UNKNOWN)
@@ -99,23 +99,23 @@ def _adds_space(raw: dict[str, Any]) -> bool:
 def _splitting(raw: dict[str, Any]) -> str:
     before = raw.get("pre_tokenizer") or {}
     steps = before.get("pretokenizers") or [before]
-    patterns = [str((one.get("pattern") or {}).get("Regex", "")) for one in steps if one.get("type") == "Split"]
+    patterns = [str((step.get("pattern") or {}).get("Regex", "")) for step in steps if step.get("type") == "Split"]
     for pattern in patterns:
         found = next((name for mark, name in _SPLITS if mark in pattern), None)
         if found is None:
             raise _unknown(f"text split by {pattern[:80]!r}")
         return found
-    kinds = [one.get("type") for one in steps]
+    kinds = [step.get("type") for step in steps]
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
         return "smollm"
     if kinds == ["ByteLevel"]:
         return "gpt-2"
-    raise _unknown(f"text split by {' and '.join(str(one) for one in kinds)}")
+    raise _unknown(f"text split by {' and '.join(str(kind) for kind in kinds)}")
 
 
 def _add_special(writer: gguf.GGUFWriter, model_dir: Path, raw: dict[str, Any], header: ModelHeader) -> None:
     settings = _read(model_dir / "tokenizer_config.json")
-    identifiers = {one["content"]: one["id"] for one in raw.get("added_tokens") or ()} | dict(raw["model"]["vocab"])
+    identifiers = {row["content"]: row["id"] for row in raw.get("added_tokens") or ()} | dict(raw["model"]["vocab"])
     for key, add in (
         ("bos_token", writer.add_bos_token_id),
         ("eos_token", writer.add_eos_token_id),
