@@ -67,7 +67,7 @@ class Connections:
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self._open: Counter[str] = Counter()
-        self._idle, self._reading = _Queue(), _Queue()
+        self._idle, self._reading = _Arrivals(), _Arrivals()
 
     def enter(self, connection: "Connection") -> bool:
         """Count a new connection. Returns whether there is room for it.
@@ -108,7 +108,7 @@ class Connections:
         self._reading.discard(connection)
 
 
-class _Queue:
+class _Arrivals:
     """Connections in the order of their arrival, in all and by address."""
 
     def __init__(self) -> None:

@@ -67,11 +67,11 @@ class ApiMetrics:
     def render(self, statistics: JobStatistics, workers: list[Worker], fleet: Fleet) -> bytes:
         """The text that Prometheus scrapes."""
         queue = CollectorRegistry()
-        queue.register(_Queue(statistics, workers, fleet))
+        queue.register(_QueueFigures(statistics, workers, fleet))
         return generate_latest(self.registry) + generate_latest(queue)
 
 
-class _Queue(Collector):
+class _QueueFigures(Collector):
     """The figures of the queue at a scrape. Every state has a series, also at zero, so that alerts need no `absent()`."""
 
     def __init__(self, statistics: JobStatistics, workers: list[Worker], fleet: Fleet) -> None:

@@ -161,9 +161,9 @@ def _exits(
 
 
 def _at(scores: Any, right: Any, depths: Any, threshold: float) -> tuple[float, float]:
-    from nightpress.core.compress.solvers.exits import outcome
+    from nightpress.core.compress.solvers.exits import exit_outcome
 
-    found = outcome(scores, right, depths, threshold)
+    found = exit_outcome(scores, right, depths, threshold)
     return found.depth, found.accuracy
 
 

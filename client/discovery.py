@@ -15,7 +15,7 @@ _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @dataclass(frozen=True)
-class Found:
+class Setting:
     """A value and where it was found, which `nightpress doctor` prints."""
 
     value: str | None
@@ -23,17 +23,17 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Place:
+class Endpoint:
     """A server and its key. They are looked up together, so that no server is sent another server's key."""
 
     url: str
     source: str
-    key: Found
+    key: Setting
 
 
 def find_server(
     settings: Settings, api_url: str | None = None, api_key: str | None = None, profile: str | None = None
-) -> Place:
+) -> Endpoint:
     """Find the server and its key. Raises ClientError for an unknown profile, or for both an address and a profile."""
     if api_url and profile:
         raise ClientError("Both an address and a profile were given.", hint="Give --api or --profile, not both.")
@@ -48,33 +48,33 @@ def find_server(
         url, source = clean_url(left), str(settings.data_dir / STATE_FILE)
     else:
         url, source = f"http://{settings.api_host}:{settings.api_port}", "the default"
-    return Place(url, source, _find_key(settings, url, api_key))
+    return Endpoint(url, source, _find_key(settings, url, api_key))
 
 
-def _named(servers: Servers, name: str, api_key: str | None) -> Place:
+def _named(servers: Servers, name: str, api_key: str | None) -> Endpoint:
     server, source = servers.get(name), f"{servers_file()}, {name}"
-    return Place(server.api_url, source, Found(api_key or server.api_key, "given" if api_key else source))
+    return Endpoint(server.api_url, source, Setting(api_key or server.api_key, "given" if api_key else source))
 
 
-def _find_key(settings: Settings, url: str, given: str | None) -> Found:
+def _find_key(settings: Settings, url: str, given: str | None) -> Setting:
     if given:
-        return Found(given.strip(), "given")
+        return Setting(given.strip(), "given")
     if key := os.environ.get("NIGHTPRESS_API_KEY"):
-        return Found(key.strip(), "NIGHTPRESS_API_KEY")
+        return Setting(key.strip(), "NIGHTPRESS_API_KEY")
     if httpx.URL(url).host not in {*_LOOPBACK, settings.api_host}:
-        return Found(None, f"no NIGHTPRESS_API_KEY, and {settings.key_file} is only for this machine's own service")
+        return Setting(None, f"no NIGHTPRESS_API_KEY, and {settings.key_file} is only for this machine's own service")
     try:
         key = settings.key_file.read_text().strip()
     except FileNotFoundError:
-        return Found(None, f"no NIGHTPRESS_API_KEY and no {settings.key_file}")
+        return Setting(None, f"no NIGHTPRESS_API_KEY and no {settings.key_file}")
     except (OSError, UnicodeDecodeError) as error:
         raise ClientError(
             f"The key file {settings.key_file} cannot be read: {getattr(error, 'strerror', 'it is not text')}.",
             hint="Set NIGHTPRESS_API_KEY, or run as the person who started the stack.",
         ) from error
     if not key:
-        return Found(None, f"{settings.key_file} is empty; the next `nightpress up` writes a key into it")
-    return Found(key, str(settings.key_file))
+        return Setting(None, f"{settings.key_file} is empty; the next `nightpress up` writes a key into it")
+    return Setting(key, str(settings.key_file))
 
 
 def clean_url(url: str) -> str:

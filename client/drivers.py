@@ -10,7 +10,7 @@ import httpx
 
 from nightpress.client.calls import Call
 from nightpress.client.errors import ApiError
-from nightpress.client.flows import Ended, Flow, Found, Listen, Listing, Request, Step, advance, send
+from nightpress.client.flows import Flow, Listen, Listing, Request, Return, Step, Yield, advance, send
 from nightpress.client.transport import Options
 
 Answer = TypeVar("Answer")
@@ -33,16 +33,16 @@ class Blocking:
     def run(self, flow: Flow[Answer]) -> Answer:
         """Run a flow to its end and return its answer. Raises what the flow raises."""
         step = advance(flow)
-        while not isinstance(step, Ended):
+        while not isinstance(step, Return):
             step = advance(flow, self._take(step))
         return step.answer
 
     def iterate(self, listing: Listing[Item]) -> Iterator[Item]:
         """Yield what a listing hands out. Raises what the listing raises."""
         step = advance(listing)
-        while not isinstance(step, Ended):
+        while not isinstance(step, Return):
             outcome: Outcome = None
-            if isinstance(step, Found):
+            if isinstance(step, Yield):
                 yield step.item
             elif isinstance(step, Listen):
                 try:
@@ -91,16 +91,16 @@ class EventLoop:
     async def run(self, flow: Flow[Answer]) -> Answer:
         """Run a flow to its end and return its answer. Raises what the flow raises."""
         step = advance(flow)
-        while not isinstance(step, Ended):
+        while not isinstance(step, Return):
             step = advance(flow, await self._take(step))
         return step.answer
 
     async def iterate(self, listing: Listing[Item]) -> AsyncIterator[Item]:
         """Yield what a listing hands out. Raises what the listing raises."""
         step = advance(listing)
-        while not isinstance(step, Ended):
+        while not isinstance(step, Return):
             outcome: Outcome = None
-            if isinstance(step, Found):
+            if isinstance(step, Yield):
                 yield step.item
             elif isinstance(step, Listen):
                 try:

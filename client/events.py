@@ -37,7 +37,7 @@ EVENTS: Stream[EventView] = Stream("events", TypeAdapter(EventView), list_events
 LOGS: Stream[LogView] = Stream("logs", TypeAdapter(LogView), list_logs)
 
 
-class Tail(Generic[Item]):
+class StreamPosition(Generic[Item]):
     """The position in a stream: the number of the last item, and since when the server has been silent.
 
     Feed it the lines of each connection. Items that were seen before are dropped.

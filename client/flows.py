@@ -47,14 +47,14 @@ class Listen(Generic[Item]):
 
 
 @dataclass(frozen=True)
-class Found(Generic[Item]):
+class Yield(Generic[Item]):
     """Hand out an item. Sent back: None."""
 
     item: Item
 
 
 @dataclass(frozen=True)
-class Ended(Generic[Answer]):
+class Return(Generic[Answer]):
     """The flow is over, and this is its answer."""
 
     answer: Answer
@@ -62,15 +62,15 @@ class Ended(Generic[Answer]):
 
 Step = Request | Pause
 Flow = Generator[Step, Any, Answer]  #: returns an answer
-Listing = Generator[Step | Listen[Item] | Found[Item], Any, None]  #: hands out items
+Listing = Generator[Step | Listen[Item] | Yield[Item], Any, None]  #: hands out items
 
 
-def advance(flow: Generator[AnyStep, Any, Answer], outcome: object = None) -> AnyStep | Ended[Answer]:
+def advance(flow: Generator[AnyStep, Any, Answer], outcome: object = None) -> AnyStep | Return[Answer]:
     """Send a flow what came of its last step. Returns its next step, or its end. Raises what the flow raises."""
     try:
         return flow.send(outcome)
     except StopIteration as end:
-        return Ended(end.value)
+        return Return(end.value)
 
 
 def send(call: Call[Answer], options: Options) -> Flow[Answer]:
@@ -92,7 +92,7 @@ def every_page(
     while True:
         page = yield from send(make(*args, **chosen), options)
         for item in page.items:
-            yield Found(item)
+            yield Yield(item)
         if not page.next_cursor:
             return
         chosen["cursor"] = page.next_cursor

@@ -11,8 +11,8 @@ from nightpress.client import access, calls
 from nightpress.client.calls import Call
 from nightpress.client.drivers import Blocking
 from nightpress.client.errors import ApiError, ClientError, UnreachableError
-from nightpress.client.events import EVENTS, LOGS, Numbered, Stream, Tail
-from nightpress.client.flows import Flow, Found, Listen, Listing, Pause
+from nightpress.client.events import EVENTS, LOGS, Numbered, Stream, StreamPosition
+from nightpress.client.flows import Flow, Listen, Listing, Pause, Yield
 from nightpress.client.folders import ModelFolder, plain_name, read_model_folder
 from nightpress.client.methods import Driver, Resource, ask, flow, listing, pages, transfer
 from nightpress.client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
@@ -248,13 +248,13 @@ class Jobs(Resource[Driver]):
     def _past(self, stream: Stream[NumberedItem], job_id: str, after: int) -> Listing[NumberedItem]:
         while items := (yield from self._ask(stream.page(job_id, after=after))):
             for item in items:
-                yield Found(item)
+                yield Yield(item)
             after = items[-1].seq
 
     def _follow(
         self, stream: Stream[NumberedItem], job_id: str, after: int, patience_s: float
     ) -> Listing[NumberedItem]:
-        tail = Tail(self._driver.options, stream, job_id, after, patience_s)
+        tail = StreamPosition(self._driver.options, stream, job_id, after, patience_s)
         while True:
             error: httpx.TransportError | ApiError | None = yield Listen(tail.request(), tail.feed)
             if error is not None:
@@ -263,7 +263,7 @@ class Jobs(Resource[Driver]):
                 while rest := (yield from self._ask(tail.rest())):
                     for item in rest:
                         if tail.seen(item) is not None:
-                            yield Found(item)
+                            yield Yield(item)
                 return
 
     @transfer

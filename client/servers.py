@@ -14,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
 
 @dataclass(frozen=True)
-class Server:
+class KnownServer:
     api_url: str
     api_key: str | None = None
 
@@ -23,10 +23,10 @@ class Server:
 class Servers:
     """The content of the file. `default`: the server to use where none is named."""
 
-    known: dict[str, Server] = field(default_factory=dict)
+    known: dict[str, KnownServer] = field(default_factory=dict)
     default: str | None = None
 
-    def get(self, name: str) -> Server:
+    def get(self, name: str) -> KnownServer:
         """The server of this name. Raises ClientError where there is none."""
         if name not in self.known:
             there = ", ".join(sorted(self.known)) or "none"
@@ -49,7 +49,8 @@ def read_servers() -> Servers:
     try:
         raw = tomllib.loads(path.read_text())
         known = {
-            name: Server(str(entry["api_url"]), entry.get("api_key")) for name, entry in raw.get("servers", {}).items()
+            name: KnownServer(str(entry["api_url"]), entry.get("api_key"))
+            for name, entry in raw.get("servers", {}).items()
         }
     except FileNotFoundError:
         return Servers()

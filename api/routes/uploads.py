@@ -19,7 +19,7 @@ from nightpress.core.wire.models import DataSetView, ModelView, UploadFile
 _PIECE = 1024**2  #: bytes handed to the store's thread at a time
 
 
-class Registry(Protocol):
+class UploadRegistry(Protocol):
     """What the routes need of the registries of models and data sets. `reference`: an id or a name."""
 
     def uploads(self, tenant_id: str, reference: str) -> list[UploadFile]: ...
@@ -34,7 +34,7 @@ class Registry(Protocol):
 
 
 def add_upload_routes(
-    router: APIRouter, registry: Callable[[Services], Registry], view: type[BaseModel], what: str
+    router: APIRouter, registry: Callable[[Services], UploadRegistry], view: type[BaseModel], what: str
 ) -> None:
     """Add `uploads`, `parts`, `complete` and DELETE below `/{reference}` to a router. `what`: "model" or "data set"."""
     noun = what.replace(" ", "_")

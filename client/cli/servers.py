@@ -10,7 +10,7 @@ from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
 from nightpress.client.discovery import clean_url
 from nightpress.client.errors import ClientError
-from nightpress.client.servers import Server, check_name, read_servers, save_servers
+from nightpress.client.servers import KnownServer, check_name, read_servers, save_servers
 
 servers = typer.Typer(
     invoke_without_command=True, help="Named servers, for --profile: list, add, choose the default, remove."
@@ -65,7 +65,7 @@ def add(
             me = client.me()
         if not session.json:
             output.note(f"The key is {me.key_id} of tenant {me.tenant_id}.")
-    known.known[name] = Server(url, key)
+    known.known[name] = KnownServer(url, key)
     if use:
         known.default = name
     path = save_servers(known)

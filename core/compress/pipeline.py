@@ -17,7 +17,7 @@ from nightpress.core.compress.lineage import read_lineage
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.stages import folder, graph, measure
 from nightpress.core.compress.stages.clock import Emit
-from nightpress.core.compress.stages.job import Job, State
+from nightpress.core.compress.stages.job import PressJob, State
 from nightpress.core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
 from nightpress.core.handoff.report import DataUsed, Report
 from nightpress.core.handoff.spec import OUT_DIR
@@ -39,7 +39,7 @@ def run(job_dir: Path, emit: Emit) -> Manifest:
     try:
         with disk_errors():
             _empty(out)
-            job = Job(job_dir, emit)
+            job = PressJob(job_dir, emit)
             try:
                 return _press(job)
             finally:
@@ -50,7 +50,7 @@ def run(job_dir: Path, emit: Emit) -> Manifest:
         raise
 
 
-def _press(job: Job) -> Manifest:
+def _press(job: PressJob) -> Manifest:
     shutil.rmtree(job.scratch, ignore_errors=True)
     state = _begin(job)
     for stage in STAGES:
@@ -71,7 +71,7 @@ def _empty(folder: Path) -> None:
             entry.unlink()
 
 
-def _begin(job: Job) -> State:
+def _begin(job: PressJob) -> State:
     """Validate the model, read the data, and measure the source."""
     job.clock.at(0.0, "checking the model's files")
     header = inspect_model(FolderFiles(job.source))
@@ -85,7 +85,7 @@ def _begin(job: Job) -> State:
     return State(header, trial, source, observed, folder=job.source, header=header)
 
 
-def _conclude(job: Job, state: State) -> Manifest:
+def _conclude(job: PressJob, state: State) -> Manifest:
     """Decide the gates and write the report, then the manifest."""
     entries = _entries(state)
     digests = {entry.format: entry.digest for entry in entries}
@@ -126,7 +126,7 @@ def _entries(state: State) -> tuple[ArtifactEntry, ...]:
     )
 
 
-def _write(job: Job, whole: Report, entries: tuple[ArtifactEntry, ...]) -> Manifest:
+def _write(job: PressJob, whole: Report, entries: tuple[ArtifactEntry, ...]) -> Manifest:
     """Write the report as JSON, Markdown and HTML, and the manifest last."""
     drawn = report.draw(whole)
     for name, content in drawn.items():
@@ -142,7 +142,7 @@ def _write(job: Job, whole: Report, entries: tuple[ArtifactEntry, ...]) -> Manif
     return manifest
 
 
-def _describe_model(job: Job, state: State) -> dict[str, object]:
+def _describe_model(job: PressJob, state: State) -> dict[str, object]:
     header = state.source_header
     return {
         "name": job.spec.model_name,
@@ -156,7 +156,7 @@ def _describe_model(job: Job, state: State) -> dict[str, object]:
     }
 
 
-def _data_used(job: Job) -> tuple[DataUsed, ...]:
+def _data_used(job: PressJob) -> tuple[DataUsed, ...]:
     measured = {evaluation.data for evaluation in job.recipe.evaluate if isinstance(evaluation, Quality)}
     seen = {ref for options in job.recipe.passes for ref in options.data_refs()}
     if any(options.wants == "calibration" for options in job.recipe.passes):
@@ -172,7 +172,7 @@ def _data_used(job: Job) -> tuple[DataUsed, ...]:
     )
 
 
-def _notes(job: Job, state: State) -> tuple[str, ...]:
+def _notes(job: PressJob, state: State) -> tuple[str, ...]:
     header = state.source_header
     notes = [*make_plan(job.recipe, header).warnings, *(text for record in state.records for text in record.warnings)]
     if source_dtypes := {tensor.dtype for tensor in header.tensors} - {"F32", "I64"}:

@@ -14,7 +14,7 @@ from nightpress.core.service.access.issuing import KeyIssuer
 from nightpress.core.service.access.keys import KeyRing
 from nightpress.core.service.access.quotas import QuotaBook
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex
-from nightpress.core.service.jobs.claims import Caps
+from nightpress.core.service.jobs.claim_statements import Caps
 from nightpress.core.service.jobs.retention import JobRetention
 from nightpress.core.service.jobs.service import JobService
 from nightpress.core.service.jobs.store import JobStore

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from nightpress.core.database import make_engine, read_now, transaction
 from nightpress.core.service.access.quotas import QuotaBook, add_gpu_time
-from nightpress.core.service.jobs.claims import Caps
+from nightpress.core.service.jobs.claim_statements import Caps
 from nightpress.core.service.jobs.queries import JobsWanted
 from nightpress.core.service.jobs.records import Lease, WorkerOffer
 from nightpress.core.service.jobs.store import JobStore

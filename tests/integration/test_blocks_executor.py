@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.calibration import model_inputs
-from nightpress.core.compress.executors.blocks import Inputs, Settled, press_blocks
-from nightpress.core.compress.executors.blocks.forward import Forward
+from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
+from nightpress.core.compress.executors.blocks.forward import ForwardPass
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.model.checkpoint import read_shards
@@ -149,13 +149,16 @@ class _Looks:
     def watch(self, columns: int, device: torch.device) -> Power:
         return Power(columns, device)
 
-    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
+    ) -> dict[str, FinalTensor]:
         for group in inputs:
             assert isinstance(group.statistic, Power)
             self.seen |= dict.fromkeys(group.names, group.statistic)
         weights = {name: block[name].to(device) for group in inputs for name in group.names}
         return {
-            name: Settled(weight=weight, tensors={name: weight}, effect=Effect()) for name, weight in weights.items()
+            name: FinalTensor(weight=weight, tensors={name: weight}, effect=Effect())
+            for name, weight in weights.items()
         }
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -299,7 +302,7 @@ class _Scaled:
     def watch(self, columns: int, device: torch.device) -> Power:
         return Power(columns, device)
 
-    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, FinalTensor]:
         seen = {name: group for group in inputs for name in group.names}
         floats = {name: block[name].to(device).float() for name in seen}
         for place in self._folding.places(block, seen):
@@ -311,7 +314,9 @@ class _Scaled:
                 factors = grouped[:, :1].expand_as(grouped).reshape(-1)
             place.apply(factors, block, floats)
             self.scaled |= {*place.targets, *place.routers}
-        return {name: Settled(weight=weight, tensors={name: weight}, effect=None) for name, weight in floats.items()}
+        return {
+            name: FinalTensor(weight=weight, tensors={name: weight}, effect=None) for name, weight in floats.items()
+        }
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return written[name]
@@ -412,7 +417,9 @@ class _RunsOut(_Looks):
             self.watched.append(weakref.ref(statistic))
         return statistic
 
-    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
+    ) -> dict[str, FinalTensor]:
         if not self.ran_out and any(".1." in name for group in inputs for name in group.names):
             self.ran_out = True
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -428,7 +435,7 @@ def test_a_run_that_was_out_of_memory_is_gone_before_the_next_begins(by_group: b
 
     def progress(_fraction: float, message: str) -> None:
         if "once more" in message:
-            living.extend(get_object for get_object in gc.get_objects() if type(get_object) is Forward)
+            living.extend(get_object for get_object in gc.get_objects() if type(get_object) is ForwardPass)
 
     context = _context(tmp_path, tmp_path / "work", progress=progress)
     chosen = _linears(tmp_path / "source")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Engine
 
-from nightpress.core.service.jobs.claims import Caps
+from nightpress.core.service.jobs.claim_statements import Caps
 from nightpress.core.service.jobs.records import Lease
 from nightpress.core.service.jobs.store import JobStore
 from tests.jobs import GB, claim, offer, submit, succeeded

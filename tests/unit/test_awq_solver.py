@@ -3,7 +3,7 @@
 import torch
 
 from nightpress.core.compress.grids.grid import Grid
-from nightpress.core.compress.solvers.awq import Taker, round_scaled, search_scales
+from nightpress.core.compress.solvers.awq import AwqLayer, round_scaled, search_scales
 
 
 def _loss(weight: torch.Tensor, factors: torch.Tensor, gram: torch.Tensor, grid: Grid) -> float:
@@ -16,7 +16,7 @@ def test_strong_inputs_get_finer_steps_and_the_loss_falls():
     weight, inputs = torch.randn(64, 128), torch.randn(500, 128)
     inputs[:, :4] *= 30
     gram, grid = inputs.T @ inputs, Grid(4, 32, symmetric=False)
-    factors = search_scales([Taker(weight, gram, grid)], torch.float32)
+    factors = search_scales([AwqLayer(weight, gram, grid)], torch.float32)
     assert float(factors[:4].min()) > float(factors[4:].max())
     assert _loss(weight, factors, gram, grid) < 0.5 * _loss(weight, torch.ones(128), gram, grid)
 
@@ -25,7 +25,7 @@ def test_where_nothing_is_gained_everything_stays():
     weight = torch.randint(-7, 8, (16, 64)).float()
     weight[:, ::16] = 7.5  # every group's steps are 1 wide, and its other weights lie on them
     weight[:, 1::16] = -7.5
-    factors = search_scales([Taker(weight, torch.eye(64), Grid(8, 16))], torch.float32)
+    factors = search_scales([AwqLayer(weight, torch.eye(64), Grid(8, 16))], torch.float32)
     assert bool((factors > 0).all())
     assert _loss(weight, factors, torch.eye(64), Grid(8, 16)) <= _loss(
         weight, torch.ones(64), torch.eye(64), Grid(8, 16)
@@ -35,29 +35,29 @@ def test_where_nothing_is_gained_everything_stays():
 def test_repeats_of_a_value_head_share_their_factors():
     torch.manual_seed(1)
     inputs = torch.randn(300, 2 * 3 * 8) * torch.rand(48) * 5  # 2 heads of values, each read by 3 of queries, 8 wide
-    taker = Taker(torch.randn(32, 48), inputs.T @ inputs, Grid(4, 16))
-    factors = search_scales([taker], torch.float32, share=(2, 8))
+    layer = AwqLayer(torch.randn(32, 48), inputs.T @ inputs, Grid(4, 16))
+    factors = search_scales([layer], torch.float32, share=(2, 8))
     grouped = factors.view(2, 3, 8)
     torch.testing.assert_close(grouped, grouped[:, :1].expand_as(grouped))
 
 
-def _experts(shares: tuple[float, float]) -> tuple[list[Taker], torch.Tensor]:
+def _experts(shares: tuple[float, float]) -> tuple[list[AwqLayer], torch.Tensor]:
     """Two experts whose tokens are strong in different inputs, and their joint factors."""
     torch.manual_seed(2)
-    takers = []
+    layers = []
     for share, strong in zip(shares, (slice(0, 4), slice(64, 68)), strict=True):
         inputs = torch.randn(400, 128)
         inputs[:, strong] *= 30
-        takers.append(Taker(torch.randn(48, 128), inputs.T @ inputs, Grid(4, 32), share))
-    return takers, search_scales(takers, torch.float32)
+        layers.append(AwqLayer(torch.randn(48, 128), inputs.T @ inputs, Grid(4, 32), share))
+    return layers, search_scales(layers, torch.float32)
 
 
 def test_experts_have_the_factors_that_cost_all_of_them_the_least():
-    takers, factors = _experts((1.0, 1.0))
+    layers, factors = _experts((1.0, 1.0))
     plain = torch.ones(128)
-    for taker in takers:
-        assert _loss(taker.weight, factors, taker.gram, taker.grid) < 0.75 * _loss(
-            taker.weight, plain, taker.gram, taker.grid
+    for layer in layers:
+        assert _loss(layer.weight, factors, layer.gram, layer.grid) < 0.75 * _loss(
+            layer.weight, plain, layer.gram, layer.grid
         )
 
 

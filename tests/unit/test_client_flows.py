@@ -10,7 +10,7 @@ import pytest
 
 from nightpress.client import ApiError, UnreachableError, access, calls
 from nightpress.client.drivers import Blocking, EventLoop
-from nightpress.client.flows import Ended, Flow, Found, Listing, Pause, Request, advance, every_page, send
+from nightpress.client.flows import Flow, Listing, Pause, Request, Return, Yield, advance, every_page, send
 from nightpress.client.transport import Options
 
 NOBODY = Options("http://127.0.0.1:1", "np_key", retries=2, backoff_s=0.01)
@@ -30,7 +30,7 @@ def test_a_busy_answer_is_waited_for_as_long_as_it_asks_and_sent_again():
     assert isinstance(pause, Pause)
     assert pause.seconds == 2.0
     assert advance(flow) == first
-    assert advance(flow, response(200, {"type": "object"})) == Ended({"type": "object"})
+    assert advance(flow, response(200, {"type": "object"})) == Return({"type": "object"})
 
 
 def test_a_broken_connection_is_an_error_when_the_tries_are_used_up():
@@ -57,11 +57,11 @@ def test_a_list_asks_for_its_next_page_when_the_last_is_used_up():
     assert isinstance(first, Request)
     assert dict(first.arguments["params"]) == {"tenant_id": "t", "limit": "200"}
     handed_out = [advance(listing, response(200, {"items": [key(1), key(2)], "next_cursor": "c"})), advance(listing)]
-    assert [step.item.id for step in handed_out if isinstance(step, Found)] == ["key_1", "key_2"]
+    assert [step.item.id for step in handed_out if isinstance(step, Yield)] == ["key_1", "key_2"]
     second = advance(listing)
     assert isinstance(second, Request)
     assert dict(second.arguments["params"]) == {"tenant_id": "t", "limit": "200", "cursor": "c"}
-    assert advance(listing, response(200, {"items": [], "next_cursor": None})) == Ended(None)
+    assert advance(listing, response(200, {"items": [], "next_cursor": None})) == Return(None)
 
 
 @pytest.fixture(params=["blocking", "event loop"])
@@ -109,7 +109,7 @@ def test_a_driver_raises_what_the_flow_raises(run: Run):
 def test_drivers_hand_out_items_in_order():
     def numbers() -> Listing[int]:
         for number in range(3):
-            yield Found(number)
+            yield Yield(number)
             yield Pause(0.0)
 
     async def awaited() -> list[int]:

@@ -13,7 +13,7 @@ from nightpress.core.compress.solvers.distillation import (
     soft_cross_entropy,
     soft_cross_entropy_top,
 )
-from nightpress.core.compress.solvers.exits import choose, outcome, outcomes
+from nightpress.core.compress.solvers.exits import choose, exit_outcome, outcomes
 
 _RANDOM = torch.Generator().manual_seed(0)
 
@@ -106,11 +106,11 @@ def test_a_threshold_costs_what_it_costs():
     scores = np.asarray([[0.9, 0.2, 0.6], [0.1, 0.8, 0.7]])
     right = np.asarray([[True, False, False], [True, True, True], [True, True, True]])
     depths = np.asarray([2, 4, 6])
-    found = outcome(scores, right, depths, 0.65)
+    found = exit_outcome(scores, right, depths, 0.65)
     assert found.depth == pytest.approx((2 + 4 + 4) / 3)
     assert found.accuracy == 1.0
     assert found.share == pytest.approx((1 / 3, 2 / 3, 0))
-    early = outcome(scores, right, depths, 0.0)
+    early = exit_outcome(scores, right, depths, 0.0)
     assert (early.depth, early.accuracy) == (2.0, pytest.approx(1 / 3))
 
 

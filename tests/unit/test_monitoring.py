@@ -10,7 +10,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
-from nightpress.api.metrics import ApiMetrics, _Queue
+from nightpress.api.metrics import ApiMetrics, _QueueFigures
 from nightpress.core.service.jobs.records import JobStatistics
 from nightpress.core.service.jobs.roster import Fleet
 from nightpress.worker.metrics import REGISTRY
@@ -21,7 +21,7 @@ MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
 def exported() -> dict[str, set[str]]:
     """The names that Prometheus sees, and the labels of each."""
     queue = CollectorRegistry()
-    found: Collector = _Queue(
+    found: Collector = _QueueFigures(
         JobStatistics(jobs={}, oldest_queued_s={}, failures={"internal": 1}), [], Fleet((), dt.datetime.now(dt.UTC))
     )
     queue.register(found)

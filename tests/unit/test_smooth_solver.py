@@ -7,8 +7,8 @@ from torch import Tensor
 from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.solvers.smooth import (
     Rounded,
+    SmoothLayer,
     Strengths,
-    Taker,
     input_scale,
     round_inputs,
     rounded_outputs,
@@ -89,7 +89,7 @@ def test_the_search_finds_what_costs_the_outputs_least(rounded: Rounded):
     def loss(factors: Tensor) -> float:
         return float((rounded_outputs(inputs, largest, weight, factors, INT8, rounded) - exact).square().sum())
 
-    found = loss(search_factors([Taker(weight, inputs, largest, rounded)], INT8))
+    found = loss(search_factors([SmoothLayer(weight, inputs, largest, rounded)], INT8))
     for step in range(21):
         assert found <= loss(smoothing_factors(largest, weight, step / 20)) * (1 + 1e-6)
     assert found < (0.7 if rounded is None else 0.5) * loss(torch.ones(24))  # the outliers were worth it

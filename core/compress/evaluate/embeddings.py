@@ -11,7 +11,7 @@ from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.scores import CUT, pearson, ranking_scores, spearman
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, ratio
-from nightpress.core.compress.evaluate.view import Asked, View
+from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest
 from nightpress.core.compress.export.consumer import TokenSet
 from nightpress.core.compress.model.cosines import row_cosines
 from nightpress.core.handoff.report import Measurement
@@ -27,7 +27,7 @@ class Similarity:
     pairs: NDArray[np.int64]
     scores: Array
 
-    def figures(self, view: View) -> list[Measurement]:
+    def figures(self, view: OutputPair) -> list[Measurement]:
         n = len(self.scores)
 
         def cosines(side: Any) -> Array:
@@ -47,22 +47,22 @@ class Similarity:
         return found + (fidelity.of_vectors(view) if view.compares else [])
 
 
-def similarity(asked: Asked) -> Similarity:
+def similarity(request: ScorerRequest) -> Similarity:
     """Rows with two texts and a `score`."""
-    records = asked.source.records()
+    records = request.source.records()
     texts = _Texts()
     pairs, scores = [], []
-    for at in asked.drawn(len(records)):
-        row, source = records[at], asked.source
+    for at in request.drawn(len(records)):
+        row, source = records[at], request.source
         first = source.field(row, at, "text", "text_a", "sentence1", "text1")
         second = source.field(row, at, "text", "text_b", "sentence2", "text2")
         pairs.append((texts.place(first), texts.place(second)))
         scores.append(float(source.field(row, at, "number", "score", "similarity_score", "label")))
     if min(scores) == max(scores):
-        raise asked.invalid(
+        raise request.invalid(
             "all its pairs have the same score: nothing correlates with that", "Bring pairs whose scores differ."
         )
-    return Similarity(texts.examples(asked), np.asarray(pairs, np.int64), np.asarray(scores, np.float64))
+    return Similarity(texts.examples(request), np.asarray(pairs, np.int64), np.asarray(scores, np.float64))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Retrieval:
     passages: NDArray[np.int64]
     relevant: NDArray[np.bool_]
 
-    def figures(self, view: View) -> list[Measurement]:
+    def figures(self, view: OutputPair) -> list[Measurement]:
         n = len(self.queries)
 
         def scored(side: Any) -> tuple[Array, Array]:
@@ -97,9 +97,9 @@ class Retrieval:
         return found + (fidelity.of_vectors(view) if view.compares else [])
 
 
-def retrieval(asked: Asked) -> Retrieval:
+def retrieval(request: ScorerRequest) -> Retrieval:
     """Rows with `query`, `positive` and perhaps `negative`; of prose, a paragraph's first sentence has to find the rest of it."""
-    triples = _inverse_cloze(asked) if asked.ref.startswith("builtin:") else _triples(asked)
+    triples = _inverse_cloze(request) if request.ref.startswith("builtin:") else _triples(request)
     texts = _Texts()
     places: dict[int, int] = {}
     queries, wanted = [], []
@@ -113,14 +113,14 @@ def retrieval(asked: Asked) -> Retrieval:
     for at, own in enumerate(wanted):
         relevant[at, own] = True
     if len(places) < 2:
-        raise asked.invalid("all its queries share one passage", "Bring more passages, or `negative` ones.")
-    return Retrieval(texts.examples(asked), np.asarray(queries, np.int64), np.fromiter(places, np.int64), relevant)
+        raise request.invalid("all its queries share one passage", "Bring more passages, or `negative` ones.")
+    return Retrieval(texts.examples(request), np.asarray(queries, np.int64), np.fromiter(places, np.int64), relevant)
 
 
-def _triples(asked: Asked) -> list[tuple[str, list[str], list[str]]]:
-    records, source = asked.source.records(), asked.source
+def _triples(request: ScorerRequest) -> list[tuple[str, list[str], list[str]]]:
+    records, source = request.source.records(), request.source
     found = []
-    for at in asked.drawn(len(records)):
+    for at in request.drawn(len(records)):
         row = records[at]
         query = source.field(row, at, "text", "query", "anchor", "question")
         positive = source.field(row, at, "texts", "positive", "passage", "answer")
@@ -133,16 +133,16 @@ def _triples(asked: Asked) -> list[tuple[str, list[str], list[str]]]:
     return found
 
 
-def _inverse_cloze(asked: Asked) -> list[tuple[str, list[str], list[str]]]:
+def _inverse_cloze(request: ScorerRequest) -> list[tuple[str, list[str], list[str]]]:
     """Lee, Chang and Toutanova 2019 (arXiv 1906.00300), section 4: pairs without any label."""
     found: list[tuple[str, list[str], list[str]]] = []
-    for row in asked.source.rows():
+    for row in request.source.rows():
         first, *rest = _SENTENCE.split(row.text, maxsplit=1)
         if rest and len(first) > 40 and len(rest[0]) > 80:
             found.append((first, rest, []))
     if len(found) < 2:
-        raise asked.invalid("too few of its paragraphs have two sentences", "Bring rows with `query` and `positive`.")
-    return [found[at] for at in asked.drawn(len(found))]
+        raise request.invalid("too few of its paragraphs have two sentences", "Bring rows with `query` and `positive`.")
+    return [found[at] for at in request.drawn(len(found))]
 
 
 class _Texts:
@@ -154,7 +154,7 @@ class _Texts:
     def place(self, text: str) -> int:
         return self._places.setdefault(text, len(self._places))
 
-    def examples(self, asked: Asked) -> TokenSet:
-        length = asked.wanted.length
-        encoded = [tokenized.cut(asked.tokenizer.encode(text, special=True), length) for text in self._places]
-        return TokenSet(asked.name, "pooled", tokenized.pad(encoded, asked.tokenizer.pad_id))
+    def examples(self, request: ScorerRequest) -> TokenSet:
+        length = request.wanted.length
+        encoded = [tokenized.cut(request.tokenizer.encode(text, special=True), length) for text in self._places]
+        return TokenSet(request.name, "pooled", tokenized.pad(encoded, request.tokenizer.pad_id))

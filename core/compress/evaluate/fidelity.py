@@ -13,7 +13,7 @@ import numpy as np
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.evaluate.scores import pearson, spearman
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
-from nightpress.core.compress.evaluate.view import Asked, Better, View, spread, sums
+from nightpress.core.compress.evaluate.view import Better, OutputPair, ScorerRequest, spread, sums
 from nightpress.core.compress.export.consumer import TokenSet
 from nightpress.core.compress.model.cosines import cosine_of_products, row_cosines
 from nightpress.core.compress.runners.measure import centred_products
@@ -32,7 +32,7 @@ class Fidelity:
     head: Head = "classes"
     names: Mapping[int, str] = field(default_factory=dict)
 
-    def figures(self, view: View) -> list[Measurement]:
+    def figures(self, view: OutputPair) -> list[Measurement]:
         if not view.compares:
             return []
         match self.examples.kind:
@@ -52,32 +52,32 @@ def output_names(header: ModelHeader) -> dict[int, str]:
     return {int(index): str(name) for index, name in (header.config.get("id2label") or {}).items()}
 
 
-def prepare(asked: Asked) -> Fidelity:
+def prepare(request: ScorerRequest) -> Fidelity:
     """Windows of running text; of labelled rows the rows as they are."""
-    header, wanted = asked.header, asked.wanted
-    rows = asked.source.rows()
+    header, wanted = request.header, request.wanted
+    rows = request.source.rows()
     if any(row.label is not None for row in rows) and not header.is_decoder:
         sequences = tokenized.text_rows(
-            rows, asked.tokenizer, samples=wanted.samples, length=wanted.length, seed=asked.seed
+            rows, request.tokenizer, samples=wanted.samples, length=wanted.length, seed=request.seed
         )
     else:
         sequences = tokenized.text_windows(
-            rows, asked.tokenizer, samples=wanted.samples, length=wanted.length, ref=asked.ref
+            rows, request.tokenizer, samples=wanted.samples, length=wanted.length, ref=request.ref
         )
     match header.task:
         case "embedding":
-            return Fidelity(TokenSet(asked.name, "pooled", sequences))
+            return Fidelity(TokenSet(request.name, "pooled", sequences))
         case "classification":
-            return of_classifier(TokenSet(asked.name, "logits", sequences, alone=header.one_text_a_batch), header)
+            return of_classifier(TokenSet(request.name, "logits", sequences, alone=header.one_text_a_batch), header)
         case "masked-lm":
-            sequences = tokenized.masked_targets(sequences, asked.tokenizer, seed=asked.seed)
+            sequences = tokenized.masked_targets(sequences, request.tokenizer, seed=request.seed)
         case "causal-lm":
             sequences = tokenized.next_token_targets(sequences)
         case "seq2seq":  # told to write what it read, and compared at every token
             sequences = tokenized.every_token(sequences)
         case _:
-            return Fidelity(token_set(asked.name, tokenized.every_token(sequences), header.classes))
-    return Fidelity(token_set(asked.name, sequences, asked.vocabulary))
+            return Fidelity(token_set(request.name, tokenized.every_token(sequences), header.classes))
+    return Fidelity(token_set(request.name, sequences, request.vocabulary))
 
 
 def token_set(name: str, sequences: tokenized.Sequences, width: int) -> TokenSet:
@@ -87,7 +87,7 @@ def token_set(name: str, sequences: tokenized.Sequences, width: int) -> TokenSet
     return TokenSet(name, "tokens", sequences, compared=spread(scored, width, sequences.targets.shape, COMPARED_BYTES))
 
 
-def of_tokens(view: View, examples: TokenSet) -> list[Measurement]:
+def of_tokens(view: OutputPair, examples: TokenSet) -> list[Measurement]:
     """Agreement at every scored token, divergence at those whose distributions were kept."""
     targets = examples.sequences.targets
     assert targets is not None
@@ -118,7 +118,7 @@ def of_tokens(view: View, examples: TokenSet) -> list[Measurement]:
     ]
 
 
-def of_head(view: View, head: Head, names: Mapping[int, str]) -> list[Measurement]:
+def of_head(view: OutputPair, head: Head, names: Mapping[int, str]) -> list[Measurement]:
     """Of one row of outputs a text."""
     match head:
         case "numbers":
@@ -128,7 +128,7 @@ def of_head(view: View, head: Head, names: Mapping[int, str]) -> list[Measuremen
     return of_classes(view)
 
 
-def of_classes(view: View) -> list[Measurement]:
+def of_classes(view: OutputPair) -> list[Measurement]:
     ours, theirs = (side("values").astype(np.float64) for side in (view.ours, view.theirs))
     agree = (ours.argmax(axis=1) == theirs.argmax(axis=1)).astype(np.float64)
     p, q = log_softmax(theirs), log_softmax(ours)
@@ -141,7 +141,7 @@ def of_classes(view: View) -> list[Measurement]:
     ]
 
 
-def of_labels(view: View) -> list[Measurement]:
+def of_labels(view: OutputPair) -> list[Measurement]:
     """Labels that hold each by itself: a sigmoid for each, and true above one half."""
     ours, theirs = (side("values").astype(np.float64) for side in (view.ours, view.theirs))
     agree = ((ours > 0) == (theirs > 0)).mean(axis=1)
@@ -157,7 +157,7 @@ def of_labels(view: View) -> list[Measurement]:
     ]
 
 
-def of_numbers(view: View, names: Mapping[int, str]) -> list[Measurement]:
+def of_numbers(view: OutputPair, names: Mapping[int, str]) -> list[Measurement]:
     """Scores: do they rank and move as the source's do, and how far off are they? Of several outputs their mean, and each by itself.
 
     Errors are in standard deviations of the source's output on the same examples, so that a bound means the same for every model.
@@ -181,7 +181,7 @@ def of_numbers(view: View, names: Mapping[int, str]) -> list[Measurement]:
     return [*found, _centred(view, centred_products(ours, theirs))]
 
 
-def of_vectors(view: View) -> list[Measurement]:
+def of_vectors(view: OutputPair) -> list[Measurement]:
     ours, theirs = view.ours("values"), view.theirs("values")
     cosines = row_cosines(ours, theirs)
     return [
@@ -190,7 +190,7 @@ def of_vectors(view: View) -> list[Measurement]:
     ]
 
 
-def _centred(view: View, products: Array, n: int | None = None) -> Measurement:
+def _centred(view: OutputPair, products: Array, n: int | None = None) -> Measurement:
     """products [N, 3]: of each text, ours · theirs and both squares. n: of what was compared in all texts, where that is more."""
     count = len(products)
     return view.resampled("centred_cosine", of_sums(products, cosine_of_products), count, n=n or count, better="higher")

@@ -10,7 +10,7 @@ from nightpress.core.compress.data.tokenized import Sequences, pad
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.scores import class_f1, counts_by_class, macro_f1, spans
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares
-from nightpress.core.compress.evaluate.view import Asked, View
+from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest
 from nightpress.core.compress.export.consumer import TokenSet
 from nightpress.core.handoff.report import Measurement
 
@@ -24,7 +24,7 @@ class Classification:
     examples: TokenSet
     names: dict[int, str]
 
-    def figures(self, view: View) -> list[Measurement]:
+    def figures(self, view: OutputPair) -> list[Measurement]:
         labels = self.examples.sequences.labels
         assert labels is not None
         ours, theirs = view.ours("values").argmax(axis=1), view.theirs("values").argmax(axis=1)
@@ -49,21 +49,21 @@ class Classification:
         return found + (fidelity.of_classes(view) if view.compares else [])
 
 
-def classification(asked: Asked) -> Classification:
+def classification(request: ScorerRequest) -> Classification:
     """Rows with `text` and `label`."""
-    wanted = asked.wanted
+    wanted = request.wanted
     sequences = tokenized.labelled_rows(
-        asked.source.rows(),
-        asked.tokenizer,
-        asked.header,
+        request.source.rows(),
+        request.tokenizer,
+        request.header,
         samples=wanted.samples,
         length=wanted.length,
-        seed=asked.seed,
-        ref=asked.ref,
+        seed=request.seed,
+        ref=request.ref,
     )
     return Classification(
-        TokenSet(asked.name, "logits", sequences, alone=asked.header.one_text_a_batch),
-        fidelity.output_names(asked.header),
+        TokenSet(request.name, "logits", sequences, alone=request.header.one_text_a_batch),
+        fidelity.output_names(request.header),
     )
 
 
@@ -75,7 +75,7 @@ class Entities:
     names: dict[int, str]
     truth: tuple[frozenset[Any], ...]  #: entities of each sentence, as (type, first word, end)
 
-    def figures(self, view: View) -> list[Measurement]:
+    def figures(self, view: OutputPair) -> list[Measurement]:
         targets = self.examples.sequences.targets
         assert targets is not None
         row, n = np.nonzero(targets >= 0)[0], len(targets)
@@ -101,42 +101,42 @@ class Entities:
         return found + (fidelity.of_tokens(view, self.examples) if view.compares else [])
 
 
-def entities(asked: Asked) -> Entities:
+def entities(request: ScorerRequest) -> Entities:
     """Rows with `tokens`, a list of words, and `tags`, one each. A word is judged by its first piece."""
-    names = fidelity.output_names(asked.header)
+    names = fidelity.output_names(request.header)
     if not names:
-        raise asked.invalid("the model's config.json names no tags", "Give the model an `id2label`.")
-    records = asked.source.records()
+        raise request.invalid("the model's config.json names no tags", "Give the model an `id2label`.")
+    records = request.source.records()
     sequences: list[tuple[list[int], list[int]]] = []
     truth = []
-    for at in asked.drawn(len(records)):
-        words = asked.source.field(records[at], at, "words", "tokens", "words")
-        tags = asked.source.field(records[at], at, "list", "tags", "ner_tags", "labels")
+    for at in request.drawn(len(records)):
+        words = request.source.field(records[at], at, "words", "tokens", "words")
+        tags = request.source.field(records[at], at, "list", "tags", "ner_tags", "labels")
         if len(words) != len(tags):
-            raise asked.invalid(
+            raise request.invalid(
                 f"row {at + 1} has {len(words)} words and {len(tags)} tags", "Give each word one tag; `O` for none."
             )
-        classes = [tokenized.class_index(tag, asked.header, asked.ref) for tag in tags]
-        ids, targets, kept = _pieces(asked, words, classes)
+        classes = [tokenized.class_index(tag, request.header, request.ref) for tag in tags]
+        ids, targets, kept = _pieces(request, words, classes)
         sequences.append((ids, targets))
         truth.append(frozenset(spans([names[label] for label in classes[:kept]])))
-    padded = pad([ids for ids, _ in sequences], asked.tokenizer.pad_id)
+    padded = pad([ids for ids, _ in sequences], request.tokenizer.pad_id)
     scored = np.full_like(padded.ids, -1)
     for at, (_, sequence) in enumerate(sequences):
         scored[at, : len(sequence)] = sequence
     if not (scored >= 0).any():
-        raise asked.invalid("none of its rows has a word", "Bring rows with words and tags.")
+        raise request.invalid("none of its rows has a word", "Bring rows with words and tags.")
     whole = Sequences(padded.ids, padded.mask, targets=scored)
-    return Entities(fidelity.token_set(asked.name, whole, asked.header.classes), names, tuple(truth))
+    return Entities(fidelity.token_set(request.name, whole, request.header.classes), names, tuple(truth))
 
 
-def _pieces(asked: Asked, words: list[str], classes: list[int]) -> tuple[list[int], list[int], int]:
+def _pieces(request: ScorerRequest, words: list[str], classes: list[int]) -> tuple[list[int], list[int], int]:
     """Token ids, the class at each word's first token (else −1), and how many words fit in the length."""
-    before, after = tokenized.special_tokens(asked.tokenizer)
+    before, after = tokenized.special_tokens(request.tokenizer)
     ids, targets = list(before), [-1] * len(before)
-    room = asked.wanted.length - len(after)
+    room = request.wanted.length - len(after)
     for at, (word, cls) in enumerate(zip(words, classes, strict=True)):
-        pieces = asked.tokenizer.encode(f" {word}" if at else word, special=False) or [asked.tokenizer.pad_id]
+        pieces = request.tokenizer.encode(f" {word}" if at else word, special=False) or [request.tokenizer.pad_id]
         if len(ids) + len(pieces) > room:
             return [*ids, *after], targets + [-1] * len(after), at
         ids += pieces

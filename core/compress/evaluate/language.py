@@ -10,7 +10,7 @@ from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.data.tokenized import Sequences
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
-from nightpress.core.compress.evaluate.view import Asked, View, sums
+from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest, sums
 from nightpress.core.compress.export.consumer import TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
@@ -25,7 +25,7 @@ class Perplexity:
     examples: TokenSet
     sizes: Array | None
 
-    def figures(self, view: View) -> list[Measurement]:
+    def figures(self, view: OutputPair) -> list[Measurement]:
         targets = self.examples.sequences.targets
         assert targets is not None
         row, count = np.nonzero(targets >= 0)[0], len(targets)
@@ -46,25 +46,25 @@ class Perplexity:
         return found + (fidelity.of_tokens(view, self.examples) if view.compares else [])
 
 
-def perplexity(asked: Asked) -> Perplexity:
+def perplexity(request: ScorerRequest) -> Perplexity:
     """Windows that go on by `stride` tokens, of which the last `stride` are scored; what stands before them is context."""
-    before, _ = tokenized.special_tokens(asked.tokenizer)
-    body = asked.wanted.length - len(before)
-    stride = min(asked.wanted.stride or body, body)
+    before, _ = tokenized.special_tokens(request.tokenizer)
+    body = request.wanted.length - len(before)
+    stride = min(request.wanted.stride or body, body)
     if body < 2:
         raise NightpressError(
             ErrorCode.INVALID_RECIPE,
-            f"evaluate: a length of {asked.wanted.length} leaves no room for text.",
+            f"evaluate: a length of {request.wanted.length} leaves no room for text.",
             hint="Use at least 16 tokens.",
         )
-    stream, sizes = _stream(asked, asked.wanted.samples * stride + body)
+    stream, sizes = _stream(request, request.wanted.samples * stride + body)
     count = 1 + (len(stream) - body) // stride
     if count < 2:
-        raise asked.invalid(
-            f"its {len(stream)} tokens fill fewer than two windows of {asked.wanted.length}",
+        raise request.invalid(
+            f"its {len(stream)} tokens fill fewer than two windows of {request.wanted.length}",
             "Bring more text, or ask for a shorter `length`.",
         )
-    chosen = np.unique(np.linspace(0, count - 1, min(asked.wanted.samples, count)).round().astype(np.int64))
+    chosen = np.unique(np.linspace(0, count - 1, min(request.wanted.samples, count)).round().astype(np.int64))
     at = chosen[:, None] * stride + np.arange(body)  # [N, body], places in the stream
     scored = (np.arange(body) >= body - stride) | (chosen[:, None] == 0)
     if not before:
@@ -76,15 +76,15 @@ def perplexity(asked: Asked) -> Perplexity:
     targets[rows, columns + shift] = stream[at][rows, columns]
     windows = Sequences(ids, np.ones_like(ids), targets=targets)
     known = None if sizes is None else np.where(scored, sizes[at], 0).sum(axis=1).astype(np.float64)
-    return Perplexity(fidelity.token_set(asked.name, windows, asked.vocabulary), known)
+    return Perplexity(fidelity.token_set(request.name, windows, request.vocabulary), known)
 
 
-def _stream(asked: Asked, needed: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+def _stream(request: ScorerRequest, needed: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
     """The data set's text as one stream of at least so many tokens, if it has them, and the bytes that each stands for."""
     ids: list[int] = []
     sizes: list[int] | None = []
-    for row in asked.source.rows():
-        tokens, lengths = asked.tokenizer.encode_counted(row.text + "\n")
+    for row in request.source.rows():
+        tokens, lengths = request.tokenizer.encode_counted(row.text + "\n")
         ids += tokens
         sizes = None if sizes is None or lengths is None else sizes + lengths
         if len(ids) >= needed:
@@ -98,7 +98,7 @@ class MaskedLm:
 
     examples: TokenSet
 
-    def figures(self, view: View) -> list[Measurement]:
+    def figures(self, view: OutputPair) -> list[Measurement]:
         targets = self.examples.sequences.targets
         assert targets is not None
         row, count = np.nonzero(targets >= 0)[0], len(targets)
@@ -111,11 +111,11 @@ class MaskedLm:
         return found + (fidelity.of_tokens(view, self.examples) if view.compares else [])
 
 
-def masked_lm(asked: Asked) -> MaskedLm:
+def masked_lm(request: ScorerRequest) -> MaskedLm:
     """15% of the words of running text hidden, as in BERT's training but always behind the mask token (arXiv 1810.04805, 3.1)."""
-    examples = fidelity.prepare(asked).examples
-    if asked.tokenizer.mask_id is None:
-        raise asked.invalid("the model's tokenizer has no mask token", "Measure `fidelity`.")
+    examples = fidelity.prepare(request).examples
+    if request.tokenizer.mask_id is None:
+        raise request.invalid("the model's tokenizer has no mask token", "Measure `fidelity`.")
     return MaskedLm(examples)
 
 
@@ -128,7 +128,7 @@ class Choices:
     sizes: Array  #: [N], bytes of each answer
     answers: NDArray[np.int64]  #: [Q], the right sequence
 
-    def figures(self, view: View) -> list[Measurement]:
+    def figures(self, view: OutputPair) -> list[Measurement]:
         targets = self.examples.sequences.targets
         assert targets is not None
         row, count, n = np.nonzero(targets >= 0)[0], len(targets), len(self.answers)
@@ -144,43 +144,43 @@ class Choices:
         return [view.compared("choice_accuracy", both, n=n, better="higher")]
 
 
-def choices(asked: Asked) -> Choices:
+def choices(request: ScorerRequest) -> Choices:
     """Rows with `prompt`, `choices` and `answer`, the right one's index. Scored as lm-evaluation-harness scores `acc_norm`."""
-    records, source = asked.source.records(), asked.source
-    before, _ = tokenized.special_tokens(asked.tokenizer)
+    records, source = request.source.records(), request.source
+    before, _ = tokenized.special_tokens(request.tokenizer)
     encoded: list[list[int]] = []
     starts, group, sizes, answers = [], [], [], []
-    for question, at in enumerate(asked.drawn(len(records))):
+    for question, at in enumerate(request.drawn(len(records))):
         row = records[at]
         prompt = source.field(row, at, "text", "prompt", "question")
         options = source.field(row, at, "texts", "choices")
         answer = source.field(row, at, "number", "answer", "label")
         if len(options) < 2 or answer not in range(len(options)):
-            raise asked.invalid(
+            raise request.invalid(
                 f"row {at + 1} has {len(options)} choices and the answer {answer!r}", "Count the answer from 0."
             )
         answers.append(len(encoded) + int(answer))
         for option in options:
-            stem = asked.tokenizer.encode(prompt, special=False)
-            whole = asked.tokenizer.encode(f"{prompt} {option}", special=False)
+            stem = request.tokenizer.encode(prompt, special=False)
+            whole = request.tokenizer.encode(f"{prompt} {option}", special=False)
             # What both share is the prompt: at its end, tokens may melt into the answer's first.
             shared = next((i for i, (a, b) in enumerate(zip(stem, whole, strict=False)) if a != b), len(stem))
             ids = [*before, *whole]
-            if len(ids) > asked.wanted.length:
-                raise asked.invalid(
-                    f"row {at + 1} has {len(ids)} tokens, more than the {asked.wanted.length} of `length`",
+            if len(ids) > request.wanted.length:
+                raise request.invalid(
+                    f"row {at + 1} has {len(ids)} tokens, more than the {request.wanted.length} of `length`",
                     "Raise `length`, or shorten the row.",
                 )
             encoded.append(ids)
             starts.append(max(len(before) + min(shared, len(whole) - 1), 1))
             group.append(question)
             sizes.append(len(option.encode()))
-    padded = tokenized.pad(encoded, asked.tokenizer.pad_id)
+    padded = tokenized.pad(encoded, request.tokenizer.pad_id)
     targets = np.full_like(padded.ids, -1)
     for at, (ids, start) in enumerate(zip(encoded, starts, strict=True)):
         targets[at, start - 1 : len(ids) - 1] = ids[start:]
     sequences = Sequences(padded.ids, padded.mask, targets=targets)
-    examples = TokenSet(asked.name, "tokens", sequences, compared=np.zeros(targets.shape, bool))
+    examples = TokenSet(request.name, "tokens", sequences, compared=np.zeros(targets.shape, bool))
     return Choices(examples, np.asarray(group), np.asarray(sizes, np.float64), np.asarray(answers))
 
 
@@ -194,7 +194,7 @@ class Generation:
 
     examples: TokenSet
 
-    def figures(self, view: View) -> list[Measurement]:
+    def figures(self, view: OutputPair) -> list[Measurement]:
         if not view.compares:
             return []
         written, chosen = view.theirs("tokens"), view.ours("tokens")  # [N, new], −1 after the end
@@ -209,19 +209,23 @@ class Generation:
         ]
 
 
-def generation(asked: Asked) -> Generation:
+def generation(request: ScorerRequest) -> Generation:
     """Rows with `prompt` (or `text`), cut at `length`; of prose, windows of it."""
-    wanted = asked.wanted
-    before, _ = tokenized.special_tokens(asked.tokenizer)
-    if asked.ref.startswith("builtin:"):
+    wanted = request.wanted
+    before, _ = tokenized.special_tokens(request.tokenizer)
+    if request.ref.startswith("builtin:"):
         windows = tokenized.text_windows(
-            asked.source.rows(), asked.tokenizer, samples=wanted.samples, length=wanted.length, ref=asked.ref
+            request.source.rows(), request.tokenizer, samples=wanted.samples, length=wanted.length, ref=request.ref
         )
         encoded = windows.ids.tolist()
     else:
-        records = asked.source.records()
-        prompts = [(at, asked.source.field(records[at], at, "text", *_PROMPTS)) for at in asked.drawn(len(records))]
-        encoded = [[*before, *asked.tokenizer.encode(prompt, special=False)][: wanted.length] for _, prompt in prompts]
+        records = request.source.records()
+        prompts = [(at, request.source.field(records[at], at, "text", *_PROMPTS)) for at in request.drawn(len(records))]
+        encoded = [
+            [*before, *request.tokenizer.encode(prompt, special=False)][: wanted.length] for _, prompt in prompts
+        ]
     return Generation(
-        TokenSet(asked.name, "generated", tokenized.pad(encoded, asked.tokenizer.pad_id), new_tokens=wanted.new_tokens)
+        TokenSet(
+            request.name, "generated", tokenized.pad(encoded, request.tokenizer.pad_id), new_tokens=wanted.new_tokens
+        )
     )

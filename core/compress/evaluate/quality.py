@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.data.images import read_images
 from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language
-from nightpress.core.compress.evaluate.view import Asked, Scorer, View
-from nightpress.core.compress.export.consumer import Observed, Shape, Task, TokenSet, Writing
+from nightpress.core.compress.evaluate.view import OutputPair, Scorer, ScorerRequest
+from nightpress.core.compress.export.consumer import Observed, Task, TimedGeneration, TimedShape, TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.header import ModelHeader
@@ -22,7 +22,7 @@ _CHECK_ROWS = 8  #: texts of differing lengths in the verification
 _UNCACHED_TOKENS = 4  #: each reads the whole text again
 _SEED = 20  #: of the bootstrap; the recipe's seed is added
 
-_SCORERS: dict[Metric, Callable[[Asked], Scorer]] = {
+_SCORERS: dict[Metric, Callable[[ScorerRequest], Scorer]] = {
     "perplexity": language.perplexity,
     "masked-lm": language.masked_lm,
     "multiple-choice": language.choices,
@@ -71,10 +71,12 @@ def prepare(
     evaluations = []
     for at, quality in enumerate(qualities):
         source = tokenized.DataSource(quality.data, data_files.get(quality.data), model_dir)
-        asked = Asked(f"quality{at}", quality, source, tokenizer, header, recipe.seed)
-        scorer = _SCORERS[_metric(quality, header, source)](asked)
+        request = ScorerRequest(f"quality{at}", quality, source, tokenizer, header, recipe.seed)
+        scorer = _SCORERS[_metric(quality, header, source)](request)
         if len(scorer.examples.sequences.ids) < 2:
-            raise asked.invalid("it has a single usable example: no interval can be given", "Bring at least two rows.")
+            raise request.invalid(
+                "it has a single usable example: no interval can be given", "Bring at least two rows."
+            )
         sets.append(scorer.examples)
         evaluations.append(Evaluation(quality.data, scorer))
     longest = max([*(shape.length for shape in shapes), *(writing.prompt for writing in writings)], default=16)
@@ -100,9 +102,9 @@ def prepare(
     )
 
 
-def _shapes(recipe: Recipe) -> tuple[Shape, ...]:
+def _shapes(recipe: Recipe) -> tuple[TimedShape, ...]:
     return tuple(
-        Shape(batch, length, evaluation.repeats)
+        TimedShape(batch, length, evaluation.repeats)
         for evaluation in recipe.evaluate
         if isinstance(evaluation, Latency)
         for batch in evaluation.batch
@@ -110,10 +112,10 @@ def _shapes(recipe: Recipe) -> tuple[Shape, ...]:
     )
 
 
-def _writings(recipe: Recipe) -> tuple[Writing, ...]:
+def _writings(recipe: Recipe) -> tuple[TimedGeneration, ...]:
     """As often as asked for; beside a cache that a pass chose, also a few tokens without any."""
     wanted = [
-        Writing(batch, prompt, evaluation.tokens, evaluation.repeats)
+        TimedGeneration(batch, prompt, evaluation.tokens, evaluation.repeats)
         for evaluation in recipe.evaluate
         if isinstance(evaluation, GenerationSpeed)
         for batch in evaluation.batch
@@ -210,6 +212,6 @@ def measurements(trial: Trial, source: Observed, artifact: Observed | None) -> t
         figure
         for evaluation in trial.evaluations
         for figure in evaluation.scorer.figures(
-            View(evaluation.scorer.examples.name, evaluation.ref, source, artifact, trial.seed)
+            OutputPair(evaluation.scorer.examples.name, evaluation.ref, source, artifact, trial.seed)
         )
     )

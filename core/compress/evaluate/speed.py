@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nightpress.core.compress.evaluate.statistics import Array, spread_of_draws
-from nightpress.core.compress.export.consumer import Observed, Task, Timed
+from nightpress.core.compress.export.consumer import ModelRuns, Observed, Task
 from nightpress.core.handoff.report import GenerationTiming, Speedup, Timing
 
 
@@ -77,7 +77,7 @@ def _theirs(observed: Observed, source: Observed | None, kind: str, at: int) -> 
     return None if held is None else np.asarray(getattr(held, kind)[at]["milliseconds"])
 
 
-def _speedup_of(ours: Array, theirs: Array | None, beside: Timed | None) -> Speedup | None:
+def _speedup_of(ours: Array, theirs: Array | None, beside: ModelRuns | None) -> Speedup | None:
     return None if theirs is None else speedup(ours, theirs, by_turns=beside is not None)
 
 

@@ -19,7 +19,7 @@ Better = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class ScorerRequest:
     """One entry of a recipe's `evaluate` with all that its examples are made from."""
 
     name: str  #: of the set of examples
@@ -49,7 +49,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class View:
+class OutputPair:
     """The two sides of a comparison. Of the source alone, both sides are the source."""
 
     set_name: str
@@ -119,7 +119,7 @@ class Scorer(Protocol):
     @property
     def examples(self) -> TokenSet: ...
 
-    def figures(self, view: View) -> list[Measurement]: ...
+    def figures(self, view: OutputPair) -> list[Measurement]: ...
 
 
 def spread(positions: NDArray[np.int64], width: int, shape: tuple[int, ...], limit_bytes: int) -> NDArray[np.bool_]:

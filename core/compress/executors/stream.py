@@ -23,7 +23,7 @@ from nightpress.core.recipes.header import TensorInfo
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """What a sweep did, by source tensor, in the order of the files."""
 
     effects: dict[str, Effect]
@@ -38,7 +38,7 @@ def sweep(
     *,
     recipe: str,
     span: tuple[float, float] = (0.0, 1.0),
-) -> Swept:
+) -> SweepResult:
     """Rewrite the tensors for which `choose` names how, copy the rest, and leave a whole set of shards with its index in `target`.
 
     `recipe` says in a word or a JSON what is done: a shard that an earlier attempt finished with the same recipe is not done again.
@@ -73,7 +73,7 @@ def sweep(
     outputs = {stored.name: becomes(stored.info, choose(stored.info)) for shard in shards for stored in shard.tensors}
     write_index(target)
     merged = {name: effect for shard in shards for name, effect in effects[shard.path.name].items()}
-    return Swept(effects=merged, outputs=outputs)
+    return SweepResult(effects=merged, outputs=outputs)
 
 
 def scan(
@@ -86,14 +86,14 @@ def scan(
 ) -> None:
     """Show every chunk of these tensors to `visit` (tensor, first row, rows, workspace): in any order, from several threads."""
     visits = {
-        stored.name: _Visit(stored, visit) for shard in shards for stored in shard.tensors if stored.name in names
+        stored.name: _ReadOnly(stored, visit) for shard in shards for stored in shard.tensors if stored.name in names
     }
     jobs = [plan_shard(shard, lambda info: visits.get(info.name), copies=False) for shard in shards]
     Sweep([job for job in jobs if job.chunks], context, None, lambda _job: None, span).run()
 
 
 @dataclass(frozen=True)
-class _Visit:
+class _ReadOnly:
     """A rewrite that writes nothing."""
 
     stored: StoredTensor

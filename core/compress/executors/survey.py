@@ -27,7 +27,7 @@ from nightpress.core.recipes.costs import BATCH_TOKENS
 
 
 @dataclass(frozen=True)
-class Seen:
+class SourceBlock:
     """One block of the source model."""
 
     index: int
@@ -36,7 +36,7 @@ class Seen:
     influence: float  #: one minus the mean cosine of what enters with what leaves, over tokens
 
 
-def survey(source: Path, samples: Batch, context: PassContext, watched: str | None) -> Iterator[Seen]:
+def survey(source: Path, samples: Batch, context: PassContext, watched: str | None) -> Iterator[SourceBlock]:
     """Run texts, with their mask if they are padded, through the model's blocks one after the other. watched: a module within a block, or None.
 
     Raises NightpressError(numerical_failure) for a block that gives, or is given, no finite numbers.
@@ -60,7 +60,7 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
             context.progress(index / len(skeleton.blocks), f"looking at block {index + 1} of {len(skeleton.blocks)}")
             tensors = {name: files.read(name) for name in skeleton.block_names(index)}
             block = skeleton.fill_block(index, tensors)
-            look = _Look(device)
+            look = _InputSums(device)
             cosines = torch.zeros((), dtype=torch.float64)
             with ExitStack() as stack:
                 if watched is not None:
@@ -78,10 +78,10 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
             check_finite([name], cosines)
             if look.moments is not None:
                 check_finite([f"{name}.{watched}"], look.moments)
-            yield Seen(index, tensors, look.moments, 1 - float(cosines) / tokens)
+            yield SourceBlock(index, tensors, look.moments, 1 - float(cosines) / tokens)
 
 
-class _Look:
+class _InputSums:
     """Sums up what a module is given."""
 
     def __init__(self, device: torch.device) -> None:

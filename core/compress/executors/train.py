@@ -50,7 +50,7 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What a training came to. The objective's module holds the weights of the best validation, or of the last step without one."""
 
     steps: int  #: done; fewer than planned where it stopped early
@@ -85,7 +85,7 @@ def train(
     *,
     recipe: str,
     span: tuple[float, float] = (0.0, 1.0),
-) -> Trained:
+) -> TrainingResult:
     """Train until the plan is done or validation stops getting better. `recipe` says what is done: only checkpoints of the same are taken up.
 
     Raises NightpressError: numerical_failure where the loss leaves the finite numbers, gpu_out_of_memory, disk_full, invalid_data.
@@ -192,7 +192,7 @@ class _Run:
             digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         self.file = context.work_dir / "train" / digest.hexdigest()[:16] / "checkpoint.safetensors"
 
-    def run(self) -> Trained:
+    def run(self) -> TrainingResult:
         started = time.monotonic()
         first = self._resume()
         stepping = 0.0
@@ -219,7 +219,7 @@ class _Run:
         self._save()  # the steps are done: another attempt need not do them again
         self._take_best()
         done = self.state.step - first
-        return Trained(
+        return TrainingResult(
             steps=self.state.step,
             planned=self.total,
             best_step=self.state.best_step or self.state.step,

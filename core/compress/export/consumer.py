@@ -54,14 +54,14 @@ class TokenSet:
 
 
 @dataclass(frozen=True)
-class Shape:
+class TimedShape:
     batch: int
     length: int
     repeats: int
 
 
 @dataclass(frozen=True)
-class Writing:
+class TimedGeneration:
     """Greedy decoding to be timed."""
 
     batch: int
@@ -77,12 +77,12 @@ class Task:
 
     name: str  #: header.task, or `image-classification`
     sets: tuple[TokenSet, ...]
-    shapes: tuple[Shape, ...]
+    shapes: tuple[TimedShape, ...]
     timing_ids: NDArray[Any]  #: a run of tokens, or one image [C, H, W]
     pooling: str
     classes: int  #: words of the vocabulary or classes
     threads: int
-    writings: tuple[Writing, ...] = ()
+    writings: tuple[TimedGeneration, ...] = ()
 
     @property
     def only_timed(self) -> "Task":
@@ -136,11 +136,11 @@ class Observed:
     snippet: str  #: the lines that loaded the folder, as executed
     seconds: float
     outputs_file: Path
-    beside: "Timed | None" = None  #: the source's runs, where both took turns
+    beside: "ModelRuns | None" = None  #: the source's runs, where both took turns
 
 
 @dataclass(frozen=True)
-class Timed:
+class ModelRuns:
     """Runs of one model: each shape, and each kind of writing, with its milliseconds."""
 
     timings: tuple[dict[str, Any], ...]
@@ -237,7 +237,7 @@ class Consumer:
         """Since the process was started."""
         return time.monotonic() - self._started
 
-    def time(self, wanted: Shape | Writing) -> dict[str, Any]:
+    def time(self, wanted: TimedShape | TimedGeneration) -> dict[str, Any]:
         """A run, with its milliseconds. Raises as `run` does."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended, and what it said is read below
@@ -303,17 +303,19 @@ def run_consumer(
         )
 
 
-def _take_turns(task: Task, models: Sequence[Consumer], progress: Callable[[float, str], None]) -> tuple[Timed, ...]:
+def _take_turns(
+    task: Task, models: Sequence[Consumer], progress: Callable[[float, str], None]
+) -> tuple[ModelRuns, ...]:
     """Every shape and every kind of writing, a run of each model after the other."""
     decode = all(model.decodes for model in models[:1])
-    wanted: list[Shape | Writing] = [*task.shapes, *(task.writings if decode else ())]
+    wanted: list[TimedShape | TimedGeneration] = [*task.shapes, *(task.writings if decode else ())]
     runs: list[list[list[dict[str, Any]]]] = []
     for at, request in enumerate(wanted):
         progress(at / len(wanted), _said(request))
         runs.append(_rounds(request, models))
     shapes = len(task.shapes)
     return tuple(
-        Timed(
+        ModelRuns(
             timings=tuple(_timed(request, found[at]) for request, found in zip(wanted[:shapes], runs, strict=False)),
             writings=_written(wanted[shapes:], [found[at] for found in runs[shapes:]]),
         )
@@ -321,15 +323,17 @@ def _take_turns(task: Task, models: Sequence[Consumer], progress: Callable[[floa
     )
 
 
-def _said(request: Shape | Writing) -> str:
-    if isinstance(request, Shape):
+def _said(request: TimedShape | TimedGeneration) -> str:
+    if isinstance(request, TimedShape):
         return f"timing {request.batch} × {request.length}"
     return f"decoding {request.batch} × {request.prompt}{'' if request.cached else ' without a cache'}"
 
 
-def _rounds(request: Shape | Writing, models: Sequence[Consumer]) -> list[list[dict[str, Any]]]:
+def _rounds(request: TimedShape | TimedGeneration, models: Sequence[Consumer]) -> list[list[dict[str, Any]]]:
     """Runs of each model, [models][rounds], behind one that warms up. In every second round the order is turned."""
-    fewest, seconds = (_FEWEST, _SHAPE_SECONDS) if isinstance(request, Shape) else (_FEWEST_WRITINGS, _WRITING_SECONDS)
+    fewest, seconds = (
+        (_FEWEST, _SHAPE_SECONDS) if isinstance(request, TimedShape) else (_FEWEST_WRITINGS, _WRITING_SECONDS)
+    )
     warm = [model.time(request) for model in models]
     found: list[list[dict[str, Any]]] = [[] for _ in models]
     deadline = time.monotonic() + seconds * len(models)
@@ -337,7 +341,7 @@ def _rounds(request: Shape | Writing, models: Sequence[Consumer]) -> list[list[d
         order = list(zip(models, found, strict=True))
         for model, runs in order if len(found[0]) % 2 == 0 else reversed(order):
             runs.append(model.time(request))
-    if isinstance(request, Writing):  # what is written first needs memory, too
+    if isinstance(request, TimedGeneration):  # what is written first needs memory, too
         for first, runs in zip(warm, found, strict=True):
             runs[0]["peak_memory_bytes"] = _larger(first["peak_memory_bytes"], runs[0]["peak_memory_bytes"])
     return found
@@ -347,17 +351,19 @@ def _larger(a: int | None, b: int | None) -> int | None:
     return None if a is None or b is None else max(a, b)
 
 
-def _timed(shape: Shape | Writing, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    assert isinstance(shape, Shape)
+def _timed(shape: TimedShape | TimedGeneration, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    assert isinstance(shape, TimedShape)
     return {"batch": shape.batch, "length": shape.length, "milliseconds": [run["milliseconds"] for run in runs]}
 
 
-def _written(wanted: Sequence[Shape | Writing], runs: Sequence[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...]:
+def _written(
+    wanted: Sequence[TimedShape | TimedGeneration], runs: Sequence[list[dict[str, Any]]]
+) -> tuple[dict[str, Any], ...]:
     """Waits before each token [runs][tokens], the peak of memory, and without a cache how much was written alike."""
     texts: dict[tuple[int, int], NDArray[Any]] = {}
     found = []
     for request, of_one in zip(wanted, runs, strict=True):
-        assert isinstance(request, Writing)
+        assert isinstance(request, TimedGeneration)
         text = np.asarray(of_one[0]["text"])
         cached = texts.setdefault((request.batch, request.prompt), text)
         peaks = [run["peak_memory_bytes"] for run in of_one]

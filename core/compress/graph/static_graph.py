@@ -29,7 +29,7 @@ from nightpress.core.compress.graph.dynamic_int8 import (
 )
 from nightpress.core.compress.grids import activation_ranges
 from nightpress.core.compress.grids.activation_ranges import Range
-from nightpress.core.compress.solvers.static_weights import Settled
+from nightpress.core.compress.solvers.static_weights import StaticWeight
 from nightpress.core.handoff.report import LayerEffect
 from nightpress.core.recipes.linears import matches
 from nightpress.core.recipes.passes import StaticInt8
@@ -37,7 +37,7 @@ from nightpress.core.recipes.passes import StaticInt8
 _TOP = 127  #: of a query's codes
 
 Settle = Callable[
-    [str, Tensor], Settled
+    [str, Tensor], StaticWeight
 ]  #: (input's name, weights [out, in] of all that read it) → how they are settled
 
 
@@ -187,7 +187,7 @@ def _settled(
     constants = {initializer.name: initializer for initializer in model.graph.initializer}
     free = [node for node in products if not lies_on_grid(array_of(onnx, constants[node.input[1]]), 0)]
     readers = readers_by_input(model, free)
-    found: dict[str, Settled] = {}
+    found: dict[str, StaticWeight] = {}
 
     def factors_of(name: str, weight: Tensor) -> Tensor:
         found[name] = settle(name, weight)

@@ -22,7 +22,7 @@ from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.compress.numerical_failures import check_finite
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.samples import EvenSample
-from nightpress.core.compress.solvers.static_weights import Settled, settle
+from nightpress.core.compress.solvers.static_weights import StaticWeight, settle
 from nightpress.core.recipes.costs import GRAPH_TOKENS
 from nightpress.core.recipes.passes import StaticInt8
 
@@ -68,9 +68,9 @@ def calibrated(
     with np.load(kept) as archive:
         found = {name: archive[name] for name in archive.files}
 
-    def settle(name: str, _weight: Tensor) -> Settled:
-        kept = {part.name: found[f"{part.name}.{name}"] for part in fields(Settled)}
-        return Settled(**kept | {"factors": torch.from_numpy(kept["factors"])})
+    def settle(name: str, _weight: Tensor) -> StaticWeight:
+        kept = {part.name: found[f"{part.name}.{name}"] for part in fields(StaticWeight)}
+        return StaticWeight(**kept | {"factors": torch.from_numpy(kept["factors"])})
 
     plan = QdqGraph.of(graph, options, TOP[bits], settle)
     ranges = {name: tuple(found[f"range.{name}"].tolist()) for name in plan.rounded}
@@ -90,7 +90,7 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: 
     names = sorted(set(plain.rounded))
     given, rounded, scores, operands = set(plain.inputs.values()), plain.rounded, plain.scores, list(plain.operands)
     del plain  # its weights would stand beside the session's
-    held = {name: _Held(sums=name in given) for name in names}
+    held = {name: _InputRange(sums=name in given) for name in names}
     with _watching(graph, names, kept.parent, context.threads) as watching:
         for values in _inputs_seen(watching, names, texts, context, 0.2, 0.4):
             for name, value in values.items():
@@ -103,7 +103,7 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: 
         arrays[f"loss.{operand.tensor}"] = np.asarray(held[operand.tensor].symmetric_loss(TOP[bits]))
     factors: dict[str, Weights] = {}
 
-    def settle_next(name: str, weight: Tensor) -> Settled:
+    def settle_next(name: str, weight: Tensor) -> StaticWeight:
         context.progress(
             0.4 + 0.15 * len(factors) / len(given), f"rounding weights, {len(factors) + 1} of {len(given)}"
         )
@@ -141,7 +141,7 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: 
         partial.replace(kept)
 
 
-class _Held:
+class _InputRange:
     """What a product's input held over the texts: each channel's extremes, zero among them, and some tokens as they were."""
 
     def __init__(self, *, sums: bool) -> None:
@@ -169,7 +169,7 @@ class _Held:
         """[tokens, in]"""
         return self._sample.tokens()
 
-    def settle(self, weight: Tensor, bits: int) -> Settled:
+    def settle(self, weight: Tensor, bits: int) -> StaticWeight:
         """Weights [out, in] of all that read it. Lets go of the Gram matrix, so that it can be asked once."""
         gram, self._gram = self._gram, None
         assert gram is not None

@@ -37,7 +37,7 @@ class ExitPlan(BaseModel):
         return (*(block + 1 for block in self.blocks), self.total)
 
 
-class Heads(NamedTuple):
+class HeadOutputs(NamedTuple):
     """What all heads say of a batch, the model's own last."""
 
     logits: list[Tensor]  #: [B, C] each
@@ -59,14 +59,14 @@ class ExitModel(nn.Module):
             for _ in self.blocks
         )
 
-    def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> Heads:
+    def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> HeadOutputs:
         extra = {} if types is None else {"token_type_ids": types}
         out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, return_dict=True, **extra)
         real = mask.to(out.logits.dtype)[..., None]
         count = real.sum(1).clamp(min=1)
         means = [(out.hidden_states[block + 1] * real).sum(1) / count for block in self.blocks]
         said = [head(mean) for head, mean in zip(self.heads, means, strict=True)]
-        return Heads([*said, out.logits], exit_scores(said, mask, self.policy))
+        return HeadOutputs([*said, out.logits], exit_scores(said, mask, self.policy))
 
     def answer(self, ids: Tensor, mask: Tensor, plan: ExitPlan) -> tuple[Tensor, Tensor]:
         """(logits [B, C], blocks run [B]): each input's at the first head that is sure enough."""

@@ -168,7 +168,7 @@ class Skeleton:
     def _run(self, batch: Batch, tape: "_Tape") -> tuple[Tensor, list[tuple[int, Call]]]:
         try:
             self.model(**{name: tensor.to(self.device) for name, tensor in batch.items()})
-        except _Stop:
+        except _ForwardEnded:
             return tape.take()
         raise _unsupported("The model's blocks don't run one after the other")
 
@@ -211,7 +211,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-class _Stop(Exception):  # noqa: N818 (nothing went wrong)
+class _ForwardEnded(Exception):  # noqa: N818 (nothing went wrong)
     pass
 
 
@@ -237,7 +237,7 @@ class _Tape:
                 self._asks = any(value is not None for value in self._beside or ())
         self._calls.append((index, call))
         if len(self._calls) == self._runs:
-            raise _Stop
+            raise _ForwardEnded
         return hidden if self._beside is None else (hidden, *self._beside)
 
     @property

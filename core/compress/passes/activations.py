@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.blocks import Inputs, Settled, Statistic
+from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, Statistic
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.watch import without_padding
 from nightpress.core.compress.grids.stored import from_tensors, grid_of, round_weight
@@ -18,15 +18,15 @@ from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.model.quantization_config import CACHE_FILE
 from nightpress.core.compress.numerical_failures import check_finite
 from nightpress.core.compress.passes.blockwise import made_up, press, quantize, record, scheme_of, settle_coded
-from nightpress.core.compress.passes.folding import Folding, Part, Place
+from nightpress.core.compress.passes.folding import BlockFold, Folding, FoldTarget
 from nightpress.core.compress.passes.quantize import stream_rounded
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.obs import factorize
 from nightpress.core.compress.solvers.smooth import (
     Rounded,
+    SmoothLayer,
     Strengths,
-    Taker,
     input_scale,
     search_factors,
     smoothing_factors,
@@ -69,7 +69,7 @@ class RoundedInputs:
     def watch(self, columns: int, device: torch.device) -> Strengths:
         return Strengths(columns, device, gram=self._smooth is not None and self._smooth.weights == "gptq")
 
-    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, FinalTensor]:
         seen = {name: group for group in inputs for name in group.names}
         places = [] if self._smooth is None else self._folding.places(block, seen)
         floats = {name: block[name].to(device).float() for name in seen}
@@ -88,16 +88,16 @@ class RoundedInputs:
     def _even_out(
         self,
         options: SmoothQuant,
-        places: Sequence[Place],
+        places: Sequence[BlockFold],
         block: Mapping[str, Tensor],
         floats: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         factors: dict[str, Tensor] = {}
         for place in places:
             if options.alpha == "search":
-                takers = [self._taker(part, floats) for part in place.parts]
-                found = search_factors(takers, self._grid, share=place.share)
-                del takers
+                layers = [self._layer(part, floats) for part in place.parts]
+                found = search_factors(layers, self._grid, share=place.share)
+                del layers
             elif not any(self._inputs_of(name) for name in place.targets):
                 continue  # nothing is gained where inputs stay in float
             else:
@@ -110,7 +110,7 @@ class RoundedInputs:
 
     def _round(
         self, inputs: Inputs, factors: Tensor, weights: Mapping[str, Tensor], block: Mapping[str, Tensor]
-    ) -> dict[str, Settled]:
+    ) -> dict[str, FinalTensor]:
         strengths, settled = _strengths(inputs.statistic), {}
         factor = gram = None
         if strengths.gram is not None and self._smooth is not None:
@@ -134,11 +134,11 @@ class RoundedInputs:
         activations = scheme_of(self._schemes, name).activations
         return None if activations is None else "static" if activations.static else "token"
 
-    def _taker(self, part: Part, floats: Mapping[str, Tensor]) -> Taker:
+    def _layer(self, part: FoldTarget, floats: Mapping[str, Tensor]) -> SmoothLayer:
         strengths = _strengths(part.statistic)
         stacked = torch.cat([floats[name] for name in part.names])
         inputs = self._inputs_of(part.names[0])
-        return Taker(stacked, strengths.sample(), strengths.largest, inputs, part.share * strengths.tokens)
+        return SmoothLayer(stacked, strengths.sample(), strengths.largest, inputs, part.share * strengths.tokens)
 
 
 def _strengths(statistic: Statistic) -> Strengths:
@@ -171,7 +171,9 @@ class CacheScales:
         del columns, device
         raise AssertionError("no weight is chosen")
 
-    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
+    ) -> dict[str, FinalTensor]:
         del inputs, device
         largest = self.cache.take()
         weight = next(name for name in block if name.endswith(CACHED_FROM))
@@ -182,7 +184,7 @@ class CacheScales:
             f"{attention}.{part}_scale": input_scale(peaks.float().view(1), self._grid).to(stored)
             for part, peaks in largest.items()
         }
-        return {weight: Settled(weight=block[weight], tensors={weight: block[weight], **scales}, effect=None)}
+        return {weight: FinalTensor(weight=block[weight], tensors={weight: block[weight], **scales}, effect=None)}
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         del name, written

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.train import Trained
+from nightpress.core.compress.executors.train import TrainingResult
 from nightpress.core.compress.grids.stored import dequantized, round_weight
 from nightpress.core.compress.model.checkpoint import TORCH_DTYPES
 from nightpress.core.compress.model.networks import embeddings_of, load_model, save_model
@@ -49,7 +49,7 @@ def qat(source: Path, target: Path, options: Qat, context: PassContext) -> PassR
     )
 
 
-def train_rounded(source: Path, options: Qat, context: PassContext) -> tuple[Any, Trained, dict[str, Any]]:
+def train_rounded(source: Path, options: Qat, context: PassContext) -> tuple[Any, TrainingResult, dict[str, Any]]:
     """The model that computes rounded, trained; `take_out` makes a plain one of it."""
     teacher = load_model(source, context.header)
     student = load_model(source, context.header)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.calibration import calibration_samples
-from nightpress.core.compress.executors.blocks import CacheStandIn, Method, Pressed, Settled, press_blocks
+from nightpress.core.compress.executors.blocks import CacheStandIn, FinalTensor, Method, RunResult, press_blocks
 from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.grids.stored import Coded, dequantized, to_tensors
 from nightpress.core.compress.model.checkpoint import read_shards
@@ -60,7 +60,7 @@ def press(
     *,
     outside: Mapping[str, OnGrid] | None = None,
     cache: CacheStandIn | None = None,
-) -> Pressed:
+) -> RunResult:
     """Run the blocks executor over the linear layers that the options take, and round those weights beside the blocks."""
     infos = [tensor.info for shard in read_shards(source) for tensor in shard.tensors]
     pressed = press_blocks(
@@ -81,7 +81,7 @@ def press(
 def record(
     options: PassOptions,
     context: PassContext,
-    pressed: Pressed,
+    pressed: RunResult,
     start: float,
     summary: dict[str, Any],
 ) -> PassRecord:
@@ -124,17 +124,17 @@ def record(
 
 def settle_coded(
     name: str, scheme: Scheme, coded: Coded, before: Tensor, *, input_scale: Tensor | None = None
-) -> Settled:
+) -> FinalTensor:
     """A weight on its grid, with its tensors; scales have the dtype the weight was stored in."""
     weight = dequantized(coded, scheme)
     tensors = to_tensors(name, scheme, coded, input_scale=input_scale)
-    return Settled(weight=weight, tensors=tensors, effect=effect_of(before, weight))
+    return FinalTensor(weight=weight, tensors=tensors, effect=effect_of(before, weight))
 
 
-def made_up(name: str, weight: Tensor, stored: torch.dtype) -> Settled:
+def made_up(name: str, weight: Tensor, stored: torch.dtype) -> FinalTensor:
     """A norm, a bias or a router that makes up for scaled inputs, as it is written."""
     value = weight.to(stored)
-    return Settled(weight=value, tensors={name: value}, effect=None)
+    return FinalTensor(weight=value, tensors={name: value}, effect=None)
 
 
 def effect_of(before: Tensor, after: Tensor) -> Effect:

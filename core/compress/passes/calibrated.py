@@ -12,8 +12,8 @@ from torch import Tensor
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.blocks import (
+    FinalTensor,
     Inputs,
-    Settled,
     Statistic,
 )
 from nightpress.core.compress.executors.live_block import LiveBlock
@@ -29,12 +29,12 @@ from nightpress.core.compress.passes.blockwise import (
     scheme_of,
     settle_coded,
 )
-from nightpress.core.compress.passes.folding import Folding, Part
+from nightpress.core.compress.passes.folding import Folding, FoldTarget
 from nightpress.core.compress.passes.quantize import OnGrid
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.sensitivity import part_of, schemes_within_budget
 from nightpress.core.compress.passes.zeros import with_storage
-from nightpress.core.compress.solvers.awq import Taker, search_scales
+from nightpress.core.compress.solvers.awq import AwqLayer, search_scales
 from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.obs import Prune, factorize, solve
@@ -103,13 +103,15 @@ class _GroupByGroup:
 
     by_group = True
 
-    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
-        settled: dict[str, Settled] = {}
+    def settle(
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
+    ) -> dict[str, FinalTensor]:
+        settled: dict[str, FinalTensor] = {}
         for group in inputs:
             settled |= self._settle({name: block[name].to(device) for name in group.names}, group.statistic)
         return settled
 
-    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, FinalTensor]:
         raise NotImplementedError
 
 
@@ -123,7 +125,7 @@ class Quantized(_GroupByGroup):
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
 
-    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, FinalTensor]:
         assert isinstance(statistic, Gram)
         gram = statistic.matrix()
         factor = factorize(gram, damping=self._options.damping, by_power=self._options.order == "activation")
@@ -132,7 +134,7 @@ class Quantized(_GroupByGroup):
         together: dict[tuple[Scheme, str], list[str]] = {}
         for name in weights:
             together.setdefault((scheme_of(self._schemes, name), name if alone else ""), []).append(name)
-        settled: dict[str, Settled] = {}
+        settled: dict[str, FinalTensor] = {}
         for (scheme, _), names in together.items():
             stacked = torch.cat([weights[name].float() for name in names])
             coded = round_obs(
@@ -168,7 +170,7 @@ class Sparse(_GroupByGroup):
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
 
-    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, FinalTensor]:
         assert isinstance(statistic, Gram)
         factor = factorize(statistic.matrix(), damping=self._damping)
         settled = {}
@@ -179,7 +181,7 @@ class Sparse(_GroupByGroup):
             counts = [len(weights[name]) for name in names]
             for name, was, now in zip(names, torch.split(before, counts), torch.split(after, counts), strict=True):
                 value = now.to(weights[name].dtype, copy=True)
-                settled[name] = Settled(weight=value, tensors={name: value}, effect=effect_of(was, value.float()))
+                settled[name] = FinalTensor(weight=value, tensors={name: value}, effect=effect_of(was, value.float()))
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -195,14 +197,14 @@ class WeightAndActivation(_GroupByGroup):
     def watch(self, columns: int, device: torch.device) -> Power:
         return Power(columns, device)
 
-    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Settled]:
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, FinalTensor]:
         assert isinstance(statistic, Power)
         settled = {}
         for name, weight in weights.items():
             gone = wanda_mask(weight, statistic.sum, self._prune.sparsity, self._prune.pattern)
             after = weight.masked_fill(gone, 0)
             effect = effect_of(weight.float(), after.float())
-            settled[name] = Settled(weight=after, tensors={name: after}, effect=effect)
+            settled[name] = FinalTensor(weight=after, tensors={name: after}, effect=effect)
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -220,7 +222,7 @@ class ActivationAware:
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
 
-    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, FinalTensor]:
         seen = {name: group for group in inputs for name in group.names}
         places = self._folding.places(block, seen)
         if block.warnings and not places:
@@ -232,9 +234,9 @@ class ActivationAware:
         floats = {name: block[name].to(device).float() for name in seen}
         factors: dict[str, Tensor] = {}
         for place in places:
-            takers = [self._taker(part, floats) for part in place.parts]
-            found = search_scales(takers, block[place.targets[0]].dtype, share=place.share)
-            del takers
+            layers = [self._layer(part, floats) for part in place.parts]
+            found = search_scales(layers, block[place.targets[0]].dtype, share=place.share)
+            del layers
             place.apply(found, block, floats)
             factors |= dict.fromkeys(place.targets, found)
         settled = {}
@@ -253,11 +255,11 @@ class ActivationAware:
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
 
-    def _taker(self, part: Part, floats: Mapping[str, Tensor]) -> Taker:
+    def _layer(self, part: FoldTarget, floats: Mapping[str, Tensor]) -> AwqLayer:
         assert isinstance(part.statistic, Gram)
         stacked = torch.cat([floats[name] for name in part.names])
         grid = grid_of(scheme_of(self._schemes, part.names[0]))
-        return Taker(stacked, part.statistic.matrix(), grid, part.share)
+        return AwqLayer(stacked, part.statistic.matrix(), grid, part.share)
 
 
 def _prune(sparsity: float, pattern: str) -> Prune:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.examples import Batch, Examples, collate, read_examples
-from nightpress.core.compress.executors.train import Trained, asked, precision, train
+from nightpress.core.compress.executors.train import TrainingResult, asked, precision, train
 from nightpress.core.compress.model.exits import ExitModel, ExitPlan, save_heads
 from nightpress.core.compress.model.networks import cast_weights, embeddings_of, load_model, save_model
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.self_speculation import speculate
 from nightpress.core.compress.solvers.distillation import soft_cross_entropy
-from nightpress.core.compress.solvers.exits import Outcome, choose, outcome, outcomes
+from nightpress.core.compress.solvers.exits import ExitOutcome, choose, exit_outcome, outcomes
 from nightpress.core.handoff.report import PassRecord, Series
 from nightpress.core.recipes.depth import depth
 from nightpress.core.recipes.passes.adapt import EarlyExit
@@ -44,7 +44,7 @@ def early_exit(source: Path, target: Path, options: EarlyExit, context: PassCont
     teacher = cast_weights(load_model(source, header), precision(options.train, context.device)).to(context.device)
     if options.train.gradient_checkpointing:
         model.model.activation_checkpointing_enable()
-    lesson = _Lesson(model, teacher, options)
+    lesson = _HeadTraining(model, teacher, options)
     lesson.to(context.device)
     recipe = f"early-exit {options.model_dump_json()} {header.model_dump_json()}"
     trained = train(lesson, examples, options.train, context, recipe=recipe, span=(0.0, 0.95))
@@ -54,7 +54,7 @@ def early_exit(source: Path, target: Path, options: EarlyExit, context: PassCont
     if options.choose_on is not None:
         held = _read(source, options.choose_on, options, context)
     plan = ExitPlan(blocks=blocks, total=depth(header), policy=options.policy, threshold=options.threshold or 0.0)
-    found: list[Outcome] = []
+    found: list[ExitOutcome] = []
     chosen = None
     if held is not None:
         scores, right = _looked_at(model.to(context.device), held, options, context)
@@ -63,7 +63,7 @@ def early_exit(source: Path, target: Path, options: EarlyExit, context: PassCont
         chosen = (
             choose(found, options.max_loss)
             if options.threshold is None
-            else outcome(scores, right, depths, options.threshold)
+            else exit_outcome(scores, right, depths, options.threshold)
         )
         plan = plan.model_copy(update={"threshold": chosen.threshold})
     model.to("cpu")
@@ -83,7 +83,7 @@ def _read(source: Path, ref: str, options: EarlyExit, context: PassContext) -> E
     )
 
 
-class _Lesson(nn.Module):
+class _HeadTraining(nn.Module):
     """The objective: every head learns the labels and the source's answers, the model's own among them if it learns at all."""
 
     teacher: Any
@@ -98,7 +98,7 @@ class _Lesson(nn.Module):
     def module(self) -> nn.Module:
         return self
 
-    def train(self, mode: bool = True) -> "_Lesson":
+    def train(self, mode: bool = True) -> "_HeadTraining":
         """A model that doesn't learn stays in evaluation mode: the heads see what they will see."""
         super().train(mode)
         if not self._options.thaw:
@@ -145,9 +145,9 @@ def _record(
     options: EarlyExit,
     context: PassContext,
     plan: ExitPlan,
-    chosen: Outcome | None,
-    found: list[Outcome],
-    trained: Trained,
+    chosen: ExitOutcome | None,
+    found: list[ExitOutcome],
+    trained: TrainingResult,
     examples: int,
     start: float,
 ) -> PassRecord:
@@ -179,7 +179,7 @@ def _record(
     )
 
 
-def _row(outcome: Outcome) -> dict[str, Any]:
+def _row(outcome: ExitOutcome) -> dict[str, Any]:
     return {
         "threshold": outcome.threshold,
         "depth": outcome.depth,

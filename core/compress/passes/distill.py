@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.examples import Batch, read_examples
 from nightpress.core.compress.data.tokenized import open_tokenizer, special_tokens
-from nightpress.core.compress.executors.train import Trained, asked, precision, train
+from nightpress.core.compress.executors.train import TrainingResult, asked, precision, train
 from nightpress.core.compress.model.networks import (
     cast_weights,
     embeddings_of,
@@ -88,7 +88,7 @@ def teach(
     options: Teaching,
     context: PassContext,
     masks: "_Masks | None" = None,
-) -> tuple[Trained, dict[str, Any]]:
+) -> tuple[TrainingResult, dict[str, Any]]:
     """Let the student learn from the teacher as the options say; the student ends on the CPU. What else there is to say of it comes along."""
     header = context.header
     torch.set_num_threads(context.threads)
@@ -113,7 +113,7 @@ def teach(
     if options.logits is not None and options.logits.cache:
         inputs = _Inputs(source, header, fixed=True)
         cached = cache_logits(teacher, inputs.of, examples, options, context, span=(0.0, 0.2))
-    lesson = _Lesson(student, teacher, options, source, header, cached, masks)
+    lesson = _StudentTraining(student, teacher, options, source, header, cached, masks)
     lesson.to(context.device)
     recipe = f"{options.name} {options.model_dump_json()} {header.model_dump_json()}"
     trained = train(lesson, examples, options.train, context, recipe=recipe, span=(0.2 if cached else 0.0, 1.0))
@@ -158,7 +158,7 @@ class _Inputs:
         return torch.stack(rows).to(batch.ids.device)
 
 
-class _Lesson(nn.Module):
+class _StudentTraining(nn.Module):
     """The objective: the student with its projections learns, the teacher is asked."""
 
     teacher: Any
@@ -307,7 +307,7 @@ def record_of(
     context: PassContext,
     student: Any,
     teacher: Any,
-    trained: Trained,
+    trained: TrainingResult,
     start: float,
     extra: dict[str, Any],
 ) -> PassRecord:

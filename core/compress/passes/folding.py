@@ -22,7 +22,7 @@ _SAME = 1e-3
 
 
 @dataclass(frozen=True)
-class Part:
+class FoldTarget:
     """Some of the layers that take what a source puts out, given the same of it."""
 
     names: tuple[str, ...]  #: of their weights
@@ -31,12 +31,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Place:
+class BlockFold:
     """A fold in one block, by the names of its tensors."""
 
     source: str  #: weight of what puts the inputs out
     bias: str  #: its bias; it may have none
-    parts: tuple[Part, ...]  #: all layers that take them, and are rounded: one part, but for experts
+    parts: tuple[FoldTarget, ...]  #: all layers that take them, and are rounded: one part, but for experts
     routers: tuple[str, ...]  #: weights of those that take them, and are not
     kind: str
     share: tuple[int, int]  #: (heads, width): inputs are heads · repeats · width, and a head's repeats share a factor
@@ -88,11 +88,11 @@ class Folding:
             int(config.get("head_dim") or config.get("hidden_size", 0) // heads),
         )
 
-    def places(self, block: LiveBlock, seen: Mapping[str, Inputs]) -> list[Place]:
+    def places(self, block: LiveBlock, seen: Mapping[str, Inputs]) -> list[BlockFold]:
         """Those of a block where factors can be exchanged. The block is told what was left out because it would answer otherwise."""
         candidates = [(fold, found) for fold in self._folds if (found := list(self._candidates(fold, block, seen)))]
         proofs = _proofs([places for _, places in candidates], block)
-        proved: list[Place] = []
+        proved: list[BlockFold] = []
         for (fold, places), holds in zip(candidates, proofs, strict=True):
             if holds:
                 proved += places
@@ -102,7 +102,7 @@ class Folding:
                 )
         return proved
 
-    def _candidates(self, fold: Fold, block: Mapping[str, Tensor], seen: Mapping[str, Inputs]) -> Iterator[Place]:
+    def _candidates(self, fold: Fold, block: Mapping[str, Tensor], seen: Mapping[str, Inputs]) -> Iterator[BlockFold]:
         """Those where every layer that takes the source's output, as far as the family's name says, is among the watched ones."""
         # A cache's scale was found for the values as they are, and so was a bound on them.
         if fold.kind == "values" and (self._clips or any(name.endswith(".v_scale") for name in block)):
@@ -111,10 +111,10 @@ class Folding:
         for source, targets, routers in _named(fold, block):
             parts = _parts(targets, seen)
             if parts and all(name in block for name in routers):
-                yield Place(f"{source}.weight", f"{source}.bias", parts, routers, fold.kind, share)
+                yield BlockFold(f"{source}.weight", f"{source}.bias", parts, routers, fold.kind, share)
 
 
-def _proofs(folds: Sequence[Sequence[Place]], block: LiveBlock) -> list[bool]:
+def _proofs(folds: Sequence[Sequence[BlockFold]], block: LiveBlock) -> list[bool]:
     """Of each fold, whether the block answers as before if factors are exchanged in all its places.
 
     In all places at once, for an expert that is given no token shows nothing alone. What is left of the change is measured against what
@@ -133,7 +133,7 @@ def _proofs(folds: Sequence[Sequence[Place]], block: LiveBlock) -> list[bool]:
     return proofs
 
 
-def _trials(places: Sequence[Place], block: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def _trials(places: Sequence[BlockFold], block: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """The tensors that change if the targets of all places are scaled, and if factors are exchanged.
 
     Factors are ½, 1 and 2, by which floats are multiplied without an error: a true fold changes next to no bit.
@@ -175,7 +175,7 @@ def _named(fold: Fold, block: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple
         yield prefix + fold.source.replace("*", some[0]), weights(fold.targets, some), weights(fold.routers, some)
 
 
-def _parts(targets: tuple[str, ...], seen: Mapping[str, Inputs]) -> tuple[Part, ...]:
+def _parts(targets: tuple[str, ...], seen: Mapping[str, Inputs]) -> tuple[FoldTarget, ...]:
     """The targets by what they are given. None if one is not watched, or if anything else is given the same."""
     if not all(name in seen for name in targets):
         return ()
@@ -187,7 +187,8 @@ def _parts(targets: tuple[str, ...], seen: Mapping[str, Inputs]) -> tuple[Part, 
     # Alone, a part loses the least with the same factors, however often it is asked.
     alone = len(given) == 1
     return tuple(
-        Part(tuple(names), seen[names[0]].statistic, 1.0 if alone else share) for (_, share), names in given.items()
+        FoldTarget(tuple(names), seen[names[0]].statistic, 1.0 if alone else share)
+        for (_, share), names in given.items()
     )
 
 

@@ -1,14 +1,14 @@
 """What the source and the pressed model cost to run, counted from their headers."""
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.passes.registry import Findings, SourceAndPressed, measure_pass
+from nightpress.core.compress.passes.registry import Findings, ModelPair, measure_pass
 from nightpress.core.compress.roofline import device_of
 from nightpress.core.recipes.passes import Profiling
 from nightpress.core.recipes.profile import profile_of
 
 
 @measure_pass(Profiling)
-def profile(models: SourceAndPressed, options: Profiling, context: PassContext) -> Findings:
+def profile(models: ModelPair, options: Profiling, context: PassContext) -> Findings:
     """A profile of each of the two. Raises NightpressError(invalid_recipe) for a family whose parts aren't known."""
     device = device_of(options.device, device=context.device, threads=context.threads)
     headers = {"source": models.source_header, "pressed": models.pressed_header}

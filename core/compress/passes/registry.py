@@ -31,7 +31,7 @@ Records = tuple[PassRecord, ...]
 
 
 @dataclass(frozen=True)
-class SourceAndPressed:
+class ModelPair:
     """The two models that a pass of the stage `measure` looks at."""
 
     source: Path
@@ -48,7 +48,7 @@ class Findings:
     record: PassRecord | None = None
 
 
-MeasurePass = Callable[[SourceAndPressed, Any, PassContext], Findings]
+MeasurePass = Callable[[ModelPair, Any, PassContext], Findings]
 
 #: By the name that a recipe calls them.
 MODEL_PASSES: dict[str, ModelPass] = {}

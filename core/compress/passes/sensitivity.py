@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.blocks import Inputs, Settled, press_blocks
+from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
 from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.grids.stored import dequantized, round_weight
 from nightpress.core.compress.model.checkpoint import read_shards, write_file
@@ -97,7 +97,9 @@ class Sensitivity:
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
 
-    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
+    ) -> dict[str, FinalTensor]:
         settled = {}
         for group in inputs:
             assert isinstance(group.statistic, Gram)
@@ -106,7 +108,7 @@ class Sensitivity:
             for name in group.names:
                 errors = output_errors(block[name].to(device), gram, self._options)
                 tensor = torch.tensor([unit, *errors], dtype=torch.float64)
-                settled[name] = Settled(weight=block[name], tensors={name + _ERRORS: tensor}, effect=Effect())
+                settled[name] = FinalTensor(weight=block[name], tensors={name + _ERRORS: tensor}, effect=Effect())
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:

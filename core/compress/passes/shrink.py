@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.calibration import calibration_samples
-from nightpress.core.compress.executors.blocks import Inputs, Settled, press_blocks
+from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
 from nightpress.core.compress.executors.rewrite import Effect, tensor_bytes
 from nightpress.core.compress.executors.survey import block_gradients, survey, unit_gradients
 from nightpress.core.compress.model.checkpoint import ShardWriter, read_shards, write_file, write_index
@@ -106,7 +106,9 @@ class Narrow:
     def watch(self, columns: int, device: torch.device) -> Moments:
         return Moments(columns, device)
 
-    def settle(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
+    ) -> dict[str, FinalTensor]:
         (seen,) = inputs
         (name,) = seen.names
         place = self._anatomy.place(name)
@@ -128,7 +130,7 @@ class Narrow:
             bias = self._anatomy.name(index, module, "bias")
             if bias in block:
                 value = block[bias][rows].contiguous()
-                settled[bias] = Settled(value, {bias: value}, None)
+                settled[bias] = FinalTensor(value, {bias: value}, None)
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -143,14 +145,14 @@ class Narrow:
             start += count * width
         return torch.cat(found)
 
-    def _cut(self, name: str, weight: Tensor, rows: Tensor) -> Settled:
+    def _cut(self, name: str, weight: Tensor, rows: Tensor) -> FinalTensor:
         value = (weight[:, rows] if self._anatomy.transposed else weight[rows]).contiguous()
         total, left = (float(tensor.double().square().sum()) for tensor in (weight, value))
-        return Settled(value, {name: value}, Effect(max(total - left, 0.0), total))
+        return FinalTensor(value, {name: value}, Effect(max(total - left, 0.0), total))
 
     def _output(
         self, name: str, block: Mapping[str, Tensor], known: Known, stays: Tensor, goes: Tensor, device: torch.device
-    ) -> dict[str, Settled]:
+    ) -> dict[str, FinalTensor]:
         stored = block[name]
         width = self._anatomy.unit(self._inner)
         stay, go = columns_of(stays, width), columns_of(goes, width)
@@ -161,10 +163,10 @@ class Narrow:
             new, new_bias = compensated(weight, bias, known, stay, go, self._options.damping)
         error = float((weight[:, stay] - new).square().sum()) + float(weight[:, go].square().sum())
         value = new.to(stored.dtype).contiguous()
-        settled = {name: Settled(value, {name: value}, Effect(error, float(weight.square().sum())))}
+        settled = {name: FinalTensor(value, {name: value}, Effect(error, float(weight.square().sum())))}
         if new_bias is not None and self._options.compensate:
             fitted = new_bias.to(stored.dtype)
-            settled[_bias_of(name)] = Settled(fitted, {_bias_of(name): fitted}, None)
+            settled[_bias_of(name)] = FinalTensor(fitted, {_bias_of(name): fitted}, None)
         return settled
 
 

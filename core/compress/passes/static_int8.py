@@ -54,7 +54,7 @@ def static_int8(
         folder.mkdir(parents=True, exist_ok=True)
         seen, held = _texts(model_dir, context)
         plan, ranges, costs = calibrated(traced.path, seen, options, bits, folder, context)
-        judge = _Judge(traced.path, held, context)
+        judge = _GraphFidelity(traced.path, held, context)
 
         def score(left: Collection[str], texts: int | None = None) -> float:
             return judge.cosine(plan.written(ranges, left), texts)
@@ -106,7 +106,7 @@ def _texts(model_dir: Path, context: PassContext) -> tuple[Texts, Texts]:
     return texts[: len(ids) - held], texts[len(ids) - held :].cut(_TRIAL_LENGTH)
 
 
-class _Judge:
+class _GraphFidelity:
     """How near a quantized graph's answers to the held texts are to the float graph's."""
 
     def __init__(self, graph: Path, texts: Texts, context: PassContext) -> None:

@@ -126,7 +126,7 @@ def curves(series: Sequence[Series], title: str) -> str:
         return ""
 
     def draw(width: int, height: int) -> str:
-        frame = _Frame.around(points, width, height)
+        frame = _Axes.around(points, width, height)
         parts = [frame.axes(label, "")]
         for at, curve in enumerate(series):
             line = " ".join(
@@ -159,7 +159,7 @@ def pareto(comparison: Comparison) -> str:
 
     def draw(width: int, height: int) -> str:
         ends = [end for subject, value in shown for end in (value, *_interval(subject, by_quality))]
-        frame = _Frame.around(
+        frame = _Axes.around(
             [(0.0, ends[0])] + [(subject.size_bytes / 1e6, y) for subject, _ in shown for y in ends], width, height
         )
         parts = [frame.axes("size, MB", axis)]
@@ -234,7 +234,7 @@ def _interval(point: Point, by_quality: bool) -> tuple[float, float] | tuple[()]
 
 
 @dataclass(frozen=True)
-class _Frame:
+class _Axes:
     """From numbers to places in a plot."""
 
     x0: float
@@ -247,7 +247,7 @@ class _Frame:
     _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 26, 40
 
     @classmethod
-    def around(cls, points: Sequence[tuple[float, float]], width: int, height: int) -> "_Frame":
+    def around(cls, points: Sequence[tuple[float, float]], width: int, height: int) -> "_Axes":
         xs, ys = [x for x, _ in points], [y for _, y in points]
         room = (max(ys) - min(ys)) * 0.08 or abs(max(ys)) * 0.05 or 1.0
         return cls(min(xs), max(xs) * 1.05 or 1.0, min(ys) - room, max(ys) + room, width, height)

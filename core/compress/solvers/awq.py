@@ -21,7 +21,7 @@ _EXPONENTS = tuple(step / 20 for step in range(21))
 _ROWS = 4096  #: of a weight, evenly spread, that the search looks at: more don't change which candidate wins
 
 
-class Taker(NamedTuple):
+class AwqLayer(NamedTuple):
     """Layers that take the inputs to be scaled: all tokens of them, or those that a router gives them."""
 
     weight: Tensor  #: [out, in] float32, of all the layers
@@ -30,16 +30,16 @@ class Taker(NamedTuple):
     share: float = 1.0  #: how many of those tokens come to them, of 1
 
 
-def search_scales(takers: Sequence[Taker], stored: torch.dtype, *, share: tuple[int, int] = (1, 1)) -> Tensor:
-    """Factors [in] > 0 for the columns of all takers' weights, whose inputs are divided by them; all 1 where nothing is gained.
+def search_scales(layers: Sequence[AwqLayer], stored: torch.dtype, *, share: tuple[int, int] = (1, 1)) -> Tensor:
+    """Factors [in] > 0 for the columns of all layers' weights, whose inputs are divided by them; all 1 where nothing is gained.
 
-    What each taker loses is summed over the tokens that come to it, so that an expert counts as often as it is asked.
+    The loss of each layer is summed over the tokens that come to it, so that an expert counts as often as it is asked.
     share (heads, width): columns are heads · repeats · width, and the repeats of a head get one factor, as grouped-query attention needs.
     """
-    rows = sum(len(taker.weight) for taker in takers)
-    looked_at = [taker._replace(weight=taker.weight[:: -(-rows // _ROWS)]) for taker in takers if taker.share]
-    power = torch.stack([taker.gram.diagonal() * taker.share for taker in takers]).sum(0)
-    magnitude = torch.stack([taker.weight.abs().mean(0) * (len(taker.weight) / rows) for taker in takers]).sum(0)
+    rows = sum(len(layer.weight) for layer in layers)
+    looked_at = [layer._replace(weight=layer.weight[:: -(-rows // _ROWS)]) for layer in layers if layer.share]
+    power = torch.stack([layer.gram.diagonal() * layer.share for layer in layers]).sum(0)
+    magnitude = torch.stack([layer.weight.abs().mean(0) * (len(layer.weight) / rows) for layer in layers]).sum(0)
     inputs, weights = _shared(power.sqrt(), share), _shared(magnitude, share)
     inputs, weights = inputs / inputs.mean().clamp(min=1e-12), weights / weights.mean().clamp(min=1e-12)
     best, least = torch.ones_like(inputs), float("inf")
@@ -47,16 +47,16 @@ def search_scales(takers: Sequence[Taker], stored: torch.dtype, *, share: tuple[
         for against in (0.0, 1.0) if exponent else (0.0,):
             factors = inputs.clamp(min=1e-4) ** exponent / weights.clamp(min=1e-4) ** (against * (1 - exponent))
             factors = factors / (factors.max() * factors.min()).sqrt()
-            loss = sum(taker.share * _loss(taker, factors, stored) for taker in looked_at)
+            loss = sum(layer.share * _loss(layer, factors, stored) for layer in looked_at)
             if loss < least:
                 best, least = factors, loss
     return best
 
 
-def _loss(taker: Taker, factors: Tensor, stored: torch.dtype) -> float:
-    lost = taker.weight - round_scaled(taker.weight, factors, taker.grid, stored)
+def _loss(layer: AwqLayer, factors: Tensor, stored: torch.dtype) -> float:
+    lost = layer.weight - round_scaled(layer.weight, factors, layer.grid, stored)
     with fast_products():
-        return float(((lost @ taker.gram) * lost).sum())
+        return float(((lost @ layer.gram) * lost).sum())
 
 
 def round_scaled(weight: Tensor, factors: Tensor, grid: Grid, stored: torch.dtype) -> Tensor:

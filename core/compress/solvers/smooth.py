@@ -61,7 +61,7 @@ def smoothing_factors(largest: Tensor, weight: Tensor, alpha: float, *, share: t
 Rounded = Literal["token", "static"] | None
 
 
-class Taker(NamedTuple):
+class SmoothLayer(NamedTuple):
     """Layers that take the inputs to be scaled: all tokens of them, or those that a router gives them."""
 
     weight: Tensor  #: [out, in] float32, of all the layers
@@ -71,29 +71,29 @@ class Taker(NamedTuple):
     tokens: float = 1.0  #: how many come to them
 
 
-def search_factors(takers: Sequence[Taker], grid: Grid, *, share: tuple[int, int] = (1, 1)) -> Tensor:
-    """The factors, of all alphas' and none, with which rounded inputs and rounded weights make the least output error over all takers."""
-    rows = sum(len(taker.weight) for taker in takers)
-    looked_at = [taker._replace(weight=taker.weight[:: -(-rows // _ROWS)]) for taker in takers if taker.tokens]
-    largest = torch.stack([taker.largest for taker in takers]).amax(0)
-    heaviest = torch.stack([taker.weight.abs().amax(0) for taker in takers])
+def search_factors(layers: Sequence[SmoothLayer], grid: Grid, *, share: tuple[int, int] = (1, 1)) -> Tensor:
+    """The factors, of all alphas' and none, with which rounded inputs and rounded weights make the least output error over all layers."""
+    rows = sum(len(layer.weight) for layer in layers)
+    looked_at = [layer._replace(weight=layer.weight[:: -(-rows // _ROWS)]) for layer in layers if layer.tokens]
+    largest = torch.stack([layer.largest for layer in layers]).amax(0)
+    heaviest = torch.stack([layer.weight.abs().amax(0) for layer in layers])
     tried = [torch.ones_like(largest)]
     tried += [smoothing_factors(largest, heaviest, alpha, share=share) for alpha in _EXPONENTS]
     best, least = tried[0], float("inf")
     with fast_products():
-        exact = [taker.sample @ taker.weight.T for taker in looked_at]
+        exact = [layer.sample @ layer.weight.T for layer in looked_at]
         for factors in tried:
             loss = sum(
-                taker.tokens / max(1, len(taker.sample)) * _loss(taker, factors, grid, outputs)
-                for taker, outputs in zip(looked_at, exact, strict=True)
+                layer.tokens / max(1, len(layer.sample)) * _loss(layer, factors, grid, outputs)
+                for layer, outputs in zip(looked_at, exact, strict=True)
             )
             if loss < least:
                 best, least = factors, loss
     return best
 
 
-def _loss(taker: Taker, factors: Tensor, grid: Grid, exact: Tensor) -> float:
-    outputs = rounded_outputs(taker.sample, taker.largest, taker.weight, factors, grid, taker.inputs)
+def _loss(layer: SmoothLayer, factors: Tensor, grid: Grid, exact: Tensor) -> float:
+    outputs = rounded_outputs(layer.sample, layer.largest, layer.weight, factors, grid, layer.inputs)
     return float((outputs - exact).square().sum())
 
 

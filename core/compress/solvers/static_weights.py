@@ -17,7 +17,7 @@ _COARSE, _FINE = 0.1, 0.05  #: steps of the exponent α
 
 
 @dataclass(frozen=True)
-class Settled:
+class StaticWeight:
     """The weights [out, in] of all products that read one input, as int8."""
 
     factors: Tensor  #: [in], by which the input is divided and the weights' columns are multiplied
@@ -29,7 +29,7 @@ class Settled:
 
 def settle(
     weight: Tensor, gram: Tensor, sample: Tensor, low: Tensor, high: Tensor, *, tokens: int, bits: int
-) -> Settled:
+) -> StaticWeight:
     """Search the factors, then round the weight with each column making up for those before it (GPTQ, arXiv 2210.17323).
 
     weight [out, in] float32; gram [in, in] = Σ xxᵀ over `tokens` tokens; sample [T, in]; low, high [in]: each channel's extremes.
@@ -45,7 +45,7 @@ def settle(
     assert solved.scale is not None
     exact = sample @ weight.T
     error = _rounded(sample / factors, _range(low, high, factors)) @ (solved.codes * solved.scale).T - exact
-    return Settled(
+    return StaticWeight(
         factors,
         solved.codes.numpy(),
         solved.scale[:, 0].numpy(),

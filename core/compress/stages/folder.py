@@ -6,13 +6,13 @@ from nightpress.core.compress import environment
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.passes.registry import model_pass
 from nightpress.core.compress.stages.clock import parts
-from nightpress.core.compress.stages.job import Job, State, naming_the_package
+from nightpress.core.compress.stages.job import PressJob, State, naming_the_package
 from nightpress.core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.passes import PassOptions
 
 
-def run(job: Job, state: State) -> None:
+def run(job: PressJob, state: State) -> None:
     """Leave the last pass's folder and header, and a record of each. Goes on behind the last pass that an earlier attempt finished."""
     job.clock.enter("pressing")
     digests = _digests(job)
@@ -34,7 +34,7 @@ def run(job: Job, state: State) -> None:
         _finish(job, state, index, options, digests[index])
 
 
-def _digests(job: Job) -> list[str]:
+def _digests(job: PressJob) -> list[str]:
     """For each pass, of all that decides what it makes, as far as this process knows."""
     return prefix_digests(
         job.recipe,
@@ -46,7 +46,7 @@ def _digests(job: Job) -> list[str]:
     )
 
 
-def _take_over(job: Job, state: State, steps: Sequence[tuple[int, PassOptions]], digests: Sequence[str]) -> int:
+def _take_over(job: PressJob, state: State, steps: Sequence[tuple[int, PassOptions]], digests: Sequence[str]) -> int:
     """Take what an earlier attempt left of the last pass that it finished. Returns how many passes that spares."""
     for done, (index, options) in reversed(list(enumerate(steps, start=1))):
         earlier = FinishedPass.load(job.work, index, options.name, made_of=digests[index])
@@ -58,7 +58,7 @@ def _take_over(job: Job, state: State, steps: Sequence[tuple[int, PassOptions]],
     return 0
 
 
-def _finish(job: Job, state: State, index: int, options: PassOptions, digest: str) -> None:
+def _finish(job: PressJob, state: State, index: int, options: PassOptions, digest: str) -> None:
     """Say that a pass is done, for other attempts and for other jobs that begin the same way."""
     record = job.work / pass_record(index, options.name)
     files = sorted(path for path in state.folder.rglob("*") if path.is_file())

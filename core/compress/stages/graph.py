@@ -11,7 +11,7 @@ from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.memory import return_freed_memory
 from nightpress.core.compress.passes.registry import graph_pass_of
 from nightpress.core.compress.stages.clock import Report, parts
-from nightpress.core.compress.stages.job import Exported, Job, State, naming_the_package
+from nightpress.core.compress.stages.job import Exported, PressJob, State, naming_the_package
 from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
 
 _EXPORTERS = {
@@ -24,7 +24,7 @@ _EXPORTERS = {
 }
 
 
-def run(job: Job, state: State) -> None:
+def run(job: PressJob, state: State) -> None:
     """Leave each artifact in its folder below out/."""
     job.clock.enter("exporting")
     for export, (start, end) in zip(job.recipe.exports, parts(0.5, 0.7, len(job.recipe.exports)), strict=True):
@@ -34,7 +34,7 @@ def run(job: Job, state: State) -> None:
         state.exported.append(Exported(export, folder, runner))
 
 
-def _save(job: Job, state: State, export: Export, folder: Path, report: Report) -> Path:
+def _save(job: PressJob, state: State, export: Export, folder: Path, report: Report) -> Path:
     """Write one artifact. Returns the script that loads it."""
     exporter: Any = _EXPORTERS[export.format]
     if export.format in GRAPH_FORMATS:
@@ -52,7 +52,7 @@ def _save(job: Job, state: State, export: Export, folder: Path, report: Report) 
     return Path(exporter.CONSUMER)
 
 
-def _trace(job: Job, state: State, report: Report) -> Traced:
+def _trace(job: PressJob, state: State, report: Report) -> Traced:
     """The pressed model's graph, as the passes of the stage `graph` leave it."""
     passes = job.recipe.passes
     trace = trace_exits if passes and passes[-1].early_exits else tracing.trace

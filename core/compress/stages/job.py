@@ -24,7 +24,7 @@ from nightpress.core.recipes.passes import PassOptions, catalog
 from nightpress.core.recipes.profile import Profile
 
 
-class Job:
+class PressJob:
     """What doesn't change while a job runs, and its voice."""
 
     def __init__(self, job_dir: Path, emit: Emit) -> None:

@@ -9,15 +9,15 @@ from nightpress.core.compress.evaluate.remarks import remarks
 from nightpress.core.compress.export import gguf, safetensors
 from nightpress.core.compress.export.consumer import Consumer, Observed, run_consumer
 from nightpress.core.compress.export.verify import verify
-from nightpress.core.compress.passes.registry import SourceAndPressed, measure_pass_of
+from nightpress.core.compress.passes.registry import ModelPair, measure_pass_of
 from nightpress.core.compress.stages.clock import Report, parts
-from nightpress.core.compress.stages.job import Exported, Job, State, folder_bytes, naming_the_package
+from nightpress.core.compress.stages.job import Exported, PressJob, State, folder_bytes, naming_the_package
 from nightpress.core.handoff.report import Subject
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.plan import stored
 
 
-def measure_source(job: Job, header: ModelHeader, trial: Trial) -> tuple[Subject, Observed]:
+def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Subject, Observed]:
     """The source's figures, and what it answered: everything else is held against these."""
     job.clock.enter("baseline")
     observed = run_consumer(
@@ -42,7 +42,7 @@ def measure_source(job: Job, header: ModelHeader, trial: Trial) -> tuple[Subject
     return subject, observed
 
 
-def run(job: Job, state: State) -> None:
+def run(job: PressJob, state: State) -> None:
     """Leave the figures of each artifact, verified, and what the passes of the stage `measure` found."""
     with SourceBeside(
         safetensors.CONSUMER,
@@ -62,7 +62,7 @@ def run(job: Job, state: State) -> None:
 
 
 def _measure(
-    job: Job,
+    job: PressJob,
     state: State,
     artifact: Exported,
     start: float,
@@ -102,7 +102,7 @@ def _measure(
     return subject.model_copy(update={"notes": (*of_tokens, *remarks(subject, state.source))})
 
 
-def _evaluating(job: Job, start: float, end: float, name: str) -> Report:
+def _evaluating(job: PressJob, start: float, end: float, name: str) -> Report:
     """The runner does the verification's texts first; what follows is evaluation."""
     span = job.clock.span(start, end)
 
@@ -114,9 +114,9 @@ def _evaluating(job: Job, start: float, end: float, name: str) -> Report:
     return progress
 
 
-def _look(job: Job, state: State) -> None:
+def _look(job: PressJob, state: State) -> None:
     """Run the passes that look at the source and the pressed model, and change nothing."""
-    models = SourceAndPressed(
+    models = ModelPair(
         source=job.source,
         source_header=state.source_header,
         pressed=state.folder,

@@ -28,7 +28,7 @@ from nightpress.core.wire.models import DataSetView, ModelView
 Value = TypeVar("Value")
 
 
-class Models(Protocol):
+class ModelLookup(Protocol):
     """What the service asks of the registry of models."""
 
     def get(self, tenant_id: str, id_or_name: str) -> ModelView: ...
@@ -36,7 +36,7 @@ class Models(Protocol):
     def header(self, model_id: str) -> ModelHeader: ...
 
 
-class DataSets(Protocol):
+class DataSetLookup(Protocol):
     """What the service asks of the registry of data sets."""
 
     def get(self, tenant_id: str, id_or_name: str) -> DataSetView: ...
@@ -67,7 +67,7 @@ class JobService:
     """Submits and retries jobs. Safe to share between threads."""
 
     def __init__(
-        self, store: JobStore, models: Models, data_sets: DataSets, quotas: QuotaBook, settings: Settings
+        self, store: JobStore, models: ModelLookup, data_sets: DataSetLookup, quotas: QuotaBook, settings: Settings
     ) -> None:
         self._store = store
         self._models = models

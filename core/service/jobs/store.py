@@ -3,8 +3,8 @@
 from sqlalchemy import Engine
 
 from nightpress.core.service.jobs.attempts import JobAttempts
-from nightpress.core.service.jobs.claiming import JobClaims
-from nightpress.core.service.jobs.claims import Caps
+from nightpress.core.service.jobs.claim_statements import Caps
+from nightpress.core.service.jobs.claims import JobClaims
 from nightpress.core.service.jobs.expiry import JobExpiry
 from nightpress.core.service.jobs.queries import JobReader
 from nightpress.core.service.jobs.requests import JobRequests

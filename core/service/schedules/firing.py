@@ -12,7 +12,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.jobs.service import JobService
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.schedules.bringing import Bringer
-from nightpress.core.service.schedules.store import Due, LastRun, PendingRun, ScheduleStore
+from nightpress.core.service.schedules.store import DueSchedule, LastRun, PendingRun, ScheduleStore
 from nightpress.core.wire.jobs import JobCreate
 
 ON_TIME_S = 300.0  #: a fire seen this much later was not missed: a control process may restart meanwhile
@@ -125,7 +125,7 @@ class Firing:
         return self._jobs.fingerprint(run.tenant_id, run.job.model_copy(update={"model": model}))
 
 
-def plan_fires(due: Due, now: dt.datetime) -> dict[dt.datetime, str | None]:
+def plan_fires(due: DueSchedule, now: dt.datetime) -> dict[dt.datetime, str | None]:
     """The fires from `due.next_at` to `now`, and for each the reason to skip it, or None to run it."""
     start = max(due.next_at, now - dt.timedelta(seconds=_REACH_S))
     fires = [due.next_at] if start == due.next_at else []

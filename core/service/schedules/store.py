@@ -27,7 +27,7 @@ _runs = schedule_runs.c
 
 
 @dataclass(frozen=True)
-class Due:
+class DueSchedule:
     """A schedule whose next fire has come."""
 
     id: str
@@ -182,7 +182,7 @@ class ScheduleStore:
 
     # The control process -----------------------------------------------------------------------------------------
 
-    def due(self, now: dt.datetime, *, limit: int = 100) -> list[Due]:
+    def due(self, now: dt.datetime, *, limit: int = 100) -> list[DueSchedule]:
         columns = schedules.c
         query = (
             select(columns.id, columns.name, columns.cron, columns.timezone, columns.catch_up, columns.next_at)
@@ -192,9 +192,11 @@ class ScheduleStore:
         )
         with transaction(self._engine, read_only=True) as connection:
             rows = connection.execute(query).all()
-        return [Due(row.id, row.name, Cron(row.cron, row.timezone), row.catch_up, row.next_at) for row in rows]
+        return [DueSchedule(row.id, row.name, Cron(row.cron, row.timezone), row.catch_up, row.next_at) for row in rows]
 
-    def record_fires(self, due: Due, fires: Mapping[dt.datetime, str | None], next_at: dt.datetime | None) -> bool:
+    def record_fires(
+        self, due: DueSchedule, fires: Mapping[dt.datetime, str | None], next_at: dt.datetime | None
+    ) -> bool:
         """Write a run for each fire (a reason: it is skipped) and move on. False: another replica has done so already."""
         still = (schedules.c.id == due.id, schedules.c.next_at == due.next_at)
         with transaction(self._engine) as connection:

@@ -15,7 +15,7 @@ from nightpress.core.errors import NightpressError
 from nightpress.core.numbers import whole_number
 from nightpress.core.service.webhooks.outbound import Answer, post
 from nightpress.core.service.webhooks.signing import sign
-from nightpress.core.service.webhooks.store import Due, WebhookStore
+from nightpress.core.service.webhooks.store import DueDelivery, WebhookStore
 from nightpress.core.service.webhooks.targets import Resolve, check_target, resolve_name
 from nightpress.core.settings import Settings
 from nightpress.core.version import VERSION
@@ -64,7 +64,7 @@ class Courier:
         """Wait for the tries that are under way: ten seconds at most."""
         self._threads.shutdown(wait=True)
 
-    def _run(self, due: Due, now: dt.datetime | None) -> None:
+    def _run(self, due: DueDelivery, now: dt.datetime | None) -> None:
         try:
             self.attempt(due, now)
         except NightpressError as error:
@@ -75,7 +75,7 @@ class Courier:
             with self._lock:
                 self._busy -= 1
 
-    def attempt(self, due: Due, now: dt.datetime | None = None) -> None:
+    def attempt(self, due: DueDelivery, now: dt.datetime | None = None) -> None:
         """One try, and what follows from it."""
         began = time.monotonic()
         clock = self._store.now()  # a receiver refuses what was signed five minutes off: this host's clock may be wrong

@@ -33,7 +33,7 @@ _deliveries = webhook_deliveries.c
 
 
 @dataclass(frozen=True)
-class Due:
+class DueDelivery:
     """A delivery that this process has taken: nobody else tries it meanwhile."""
 
     id: str
@@ -161,7 +161,7 @@ class WebhookStore:
         with transaction(self._engine, read_only=True) as connection:
             return read_now(connection)
 
-    def take_due(self, now: dt.datetime, *, limit: int = 20) -> list[Due]:
+    def take_due(self, now: dt.datetime, *, limit: int = 20) -> list[DueDelivery]:
         """Deliveries whose time has come, each taken by one process alone: the taking moves its next try on."""
         query = (
             select(_deliveries.id, _deliveries.attempts, _deliveries.next_at, _deliveries.payload, webhooks)
@@ -191,11 +191,17 @@ class WebhookStore:
             until = webhook[webhooks.c.previous_until]
             generations = [generation] + [generation - 1] * (until is not None and until > now)
             secrets = tuple(self._keeper.secret(hook_id, generation) for generation in generations)
-            taken.append(Due(delivery_id, hook_id, webhook[webhooks.c.url], row[3], attempts + 1, secrets))
+            taken.append(DueDelivery(delivery_id, hook_id, webhook[webhooks.c.url], row[3], attempts + 1, secrets))
         return taken
 
     def settle(
-        self, due: Due, *, state: str, next_at: dt.datetime | None, attempt: Mapping[str, Any], gone: bool = False
+        self,
+        due: DueDelivery,
+        *,
+        state: str,
+        next_at: dt.datetime | None,
+        attempt: Mapping[str, Any],
+        gone: bool = False,
     ) -> None:
         """Note a try and what follows from it. `gone`: the receiver wants no more, ever."""
         with transaction(self._engine) as connection:

@@ -17,8 +17,8 @@ weights, and it is written as a shard of its own. Reading the next block and wri
 | `press` | the loop over the blocks |
 """
 
-from nightpress.core.compress.executors.blocks.method import CacheStandIn, Method, Pressed, Settled
+from nightpress.core.compress.executors.blocks.method import CacheStandIn, FinalTensor, Method, RunResult
 from nightpress.core.compress.executors.blocks.press import press_blocks
 from nightpress.core.compress.executors.watch import Inputs, Statistic
 
-__all__ = ["CacheStandIn", "Inputs", "Method", "Pressed", "Settled", "Statistic", "press_blocks"]
+__all__ = ["CacheStandIn", "FinalTensor", "Inputs", "Method", "RunResult", "Statistic", "press_blocks"]

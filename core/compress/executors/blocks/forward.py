@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nightpress.core.compress.executors.blocks.method import CacheStandIn
-from nightpress.core.compress.executors.blocks.plan import Plan
+from nightpress.core.compress.executors.blocks.plan import BlockPlan
 from nightpress.core.compress.executors.calls import Calls
 from nightpress.core.compress.executors.hidden_states import HiddenStates
 from nightpress.core.compress.executors.live_block import PROBE_TOKENS
@@ -15,10 +15,10 @@ from nightpress.core.compress.model.experts import Experts
 from nightpress.core.compress.model.skeleton import Batch, Call
 
 
-class Forward:
+class ForwardPass:
     """All samples between two blocks. Only the calling thread touches it."""
 
-    def __init__(self, plan: Plan, cache: CacheStandIn | None, folder: Path) -> None:
+    def __init__(self, plan: BlockPlan, cache: CacheStandIn | None, folder: Path) -> None:
         """cache: given to watched blocks in place of a key/value cache; folder: for a file of hidden states that fill the memory."""
         self._plan, self._cache, self._folder = plan, cache, folder
         self._rows: list[

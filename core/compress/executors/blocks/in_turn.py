@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nightpress.core.compress.executors.blocks.groups import ENTERED, Groups, find_groups
-from nightpress.core.compress.executors.blocks.settle import Outcome, Settler
+from nightpress.core.compress.executors.blocks.settle import BlockOutcome, Settler
 from nightpress.core.compress.executors.watch import (
     Hook,
     Inputs,
@@ -55,13 +55,13 @@ class GroupFinder:
 
 def press_in_turn(
     settler: Settler, index: int, tensors: dict[str, Tensor], linears: Mapping[str, nn.Module], groups: Groups
-) -> Outcome:
+) -> BlockOutcome:
     """Settle a block whose weights are filled in, group by group. `tensors` gets the settled weights in place of the old ones.
 
     The samples run behind the last group only if another block comes after this one.
     """
     plan, forward = settler.plan, settler.forward
-    outcome = Outcome({})
+    outcome = BlockOutcome({})
     statistic: Statistic | None = None
     block = plan.skeleton.blocks[index]
 

@@ -13,7 +13,7 @@ from nightpress.core.compress.executors.watch import Inputs, Statistic
 
 
 @dataclass(frozen=True)
-class Settled:
+class FinalTensor:
     """A tensor of a block as it will be from now on."""
 
     weight: Tensor  #: exactly what a loader makes of `tensors`
@@ -30,7 +30,7 @@ class Method(Protocol):
 
     def watch(self, columns: int, device: torch.device) -> Statistic: ...
 
-    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, Settled]:
+    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, FinalTensor]:
         """The new tensors of a block: of all that were watched, and of others if need be. The block gives them by name in their stored dtype."""
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -44,7 +44,7 @@ class CacheStandIn(Protocol):
 
 
 @dataclass(frozen=True)
-class Pressed:
+class RunResult:
     """What a run did."""
 
     effects: dict[str, Effect]  #: by weight

@@ -22,7 +22,7 @@ RECORD_FORMAT = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class BlockPlan:
     skeleton: Skeleton
     samples: Batch  #: what the model is called with, each [samples, …]; without a mask that hides nothing
     real: Tensor | None  #: bool [samples, length]: False where a token is padding; None: nowhere
@@ -54,7 +54,7 @@ class Plan:
 
 def make_plan(
     folder: Path, target: Path, samples: Batch, context: PassContext, chosen: frozenset[str], recipe: str, *, share: int
-) -> Plan:
+) -> BlockPlan:
     """share: run batches of this fraction (1 / share) of the usual size. Raises NightpressError for a model that has no rows of blocks."""
     source = SourceTensors(read_shards(folder))
     skeleton = Skeleton(folder, source, context.device, _compute_dtype(source, chosen, context))
@@ -67,7 +67,7 @@ def make_plan(
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     for shard in source.shards:
         digest.update(shard.header)
-    return Plan(skeleton, unmasked, real, batch, chosen, digest.hexdigest()[:16])
+    return BlockPlan(skeleton, unmasked, real, batch, chosen, digest.hexdigest()[:16])
 
 
 def _compute_dtype(source: SourceTensors, chosen: frozenset[str], context: PassContext) -> torch.dtype:

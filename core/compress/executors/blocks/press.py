@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.blocks.forward import Forward
+from nightpress.core.compress.executors.blocks.forward import ForwardPass
 from nightpress.core.compress.executors.blocks.in_turn import GroupFinder, press_in_turn
-from nightpress.core.compress.executors.blocks.method import CacheStandIn, Method, Pressed
-from nightpress.core.compress.executors.blocks.plan import Plan, make_plan
+from nightpress.core.compress.executors.blocks.method import CacheStandIn, Method, RunResult
+from nightpress.core.compress.executors.blocks.plan import BlockPlan, make_plan
 from nightpress.core.compress.executors.blocks.resume import RunFiles, conclude, run_files
-from nightpress.core.compress.executors.blocks.settle import Outcome, Settler
+from nightpress.core.compress.executors.blocks.settle import BlockOutcome, Settler
 from nightpress.core.compress.executors.blocks.two_pass import press_in_two_passes
 from nightpress.core.compress.executors.blocks.writer import BlockWriter, block_output
 from nightpress.core.compress.executors.rewrite import Rewrite
@@ -36,7 +36,7 @@ def press_blocks(
     recipe: str,
     outside: Mapping[str, Rewrite] | None = None,
     cache: CacheStandIn | None = None,
-) -> Pressed:
+) -> RunResult:
     """Settle the chosen weights of all blocks and copy the rest of the model's tensors; `target` gets its shards and their index.
 
     samples are what the model is called with, each [samples, …]: whole calibration texts, or padded ones with their mask, or pixels.
@@ -76,10 +76,10 @@ def _run(
     cache: CacheStandIn | None,
     *,
     share: int,
-) -> Pressed:
+) -> RunResult:
     plan = make_plan(source, target, samples, context, chosen, recipe, share=share)
     files = run_files(target, context.work_dir, plan)
-    forward = Forward(plan, cache, context.work_dir)
+    forward = ForwardPass(plan, cache, context.work_dir)
     settler = Settler(plan, method, forward)
     finder = GroupFinder(settler)
     skeleton, count = plan.skeleton, plan.blocks
@@ -115,7 +115,7 @@ def _run(
     return pressed
 
 
-def _press_block(settler: Settler, finder: GroupFinder, index: int, tensors: dict[str, Tensor]) -> Outcome:
+def _press_block(settler: Settler, finder: GroupFinder, index: int, tensors: dict[str, Tensor]) -> BlockOutcome:
     settler.plan.skeleton.fill_block(index, tensors)
     linears = settler.plan.chosen_of(index)
     groups = finder.groups_of(index, linears)
@@ -128,7 +128,7 @@ def _press_block(settler: Settler, finder: GroupFinder, index: int, tensors: dic
 class BlockReader:
     """Reads the tensors of a block: as they were, or, of a finished block, as they were written. Called by any thread."""
 
-    plan: Plan
+    plan: BlockPlan
     files: RunFiles
     finished: int  #: blocks that an earlier attempt left whole
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nightpress.core.compress.executors.blocks.method import Pressed
-from nightpress.core.compress.executors.blocks.plan import Plan
-from nightpress.core.compress.executors.blocks.settle import Outcome
+from nightpress.core.compress.executors.blocks.method import RunResult
+from nightpress.core.compress.executors.blocks.plan import BlockPlan
+from nightpress.core.compress.executors.blocks.settle import BlockOutcome
 from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.model.checkpoint import read_shard, read_shards, write_file, write_index
 from nightpress.core.compress.model.source import SourceTensors
@@ -30,7 +30,7 @@ class BlockRecord:
     warnings: tuple[str, ...]
 
 
-def record_of(outcome: Outcome) -> BlockRecord:
+def record_of(outcome: BlockOutcome) -> BlockRecord:
     """Of the weights that the method settled."""
     settled = outcome.settled
     return BlockRecord(
@@ -98,7 +98,7 @@ class RunFiles:
         )
 
 
-def run_files(target: Path, work_dir: Path, plan: Plan) -> RunFiles:
+def run_files(target: Path, work_dir: Path, plan: BlockPlan) -> RunFiles:
     """Make the folders of a run."""
     target.mkdir(parents=True, exist_ok=True)
     records = work_dir / "blocks" / plan.digest
@@ -106,13 +106,13 @@ def run_files(target: Path, work_dir: Path, plan: Plan) -> RunFiles:
     return RunFiles(target, records, plan.blocks)
 
 
-def conclude(files: RunFiles, source: SourceTensors, outside: Mapping[str, Effect]) -> Pressed:
+def conclude(files: RunFiles, source: SourceTensors, outside: Mapping[str, Effect]) -> RunResult:
     """Write the index of all shards, and add up the records. outside: what was done to tensors that are in no block."""
     write_index(files.target)
     sizes = {stored.name: stored.info.size for shard in read_shards(files.target) for stored in shard.tensors}
     records = [files.read_record(index) for index in range(files.blocks)]
     effects = {**outside, **dict(pair for record in records for pair in record.effects)}
-    return Pressed(
+    return RunResult(
         effects=effects,
         bytes_after={
             name: sum(size for other, size in sizes.items() if other == name or other.startswith(name + "_"))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from nightpress.core.compress.executors.blocks.forward import Forward
-from nightpress.core.compress.executors.blocks.method import Method, Settled
-from nightpress.core.compress.executors.blocks.plan import Plan
+from nightpress.core.compress.executors.blocks.forward import ForwardPass
+from nightpress.core.compress.executors.blocks.method import FinalTensor, Method
+from nightpress.core.compress.executors.blocks.plan import BlockPlan
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.watch import Inputs
 from nightpress.core.compress.model.skeleton import is_conv1d
@@ -15,16 +15,16 @@ from nightpress.core.compress.numerical_failures import check_finite, naming
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BlockOutcome:
     """What became of a block, or of some of its layers."""
 
-    settled: Mapping[str, Settled]
+    settled: Mapping[str, FinalTensor]
     unseen: tuple[str, ...] = ()  #: weights that no calibration token reached
     undersampled: tuple[tuple[str, int], ...] = ()  #: as `Pressed` has it
     warnings: tuple[str, ...] = ()
 
-    def __or__(self, later: "Outcome") -> "Outcome":
-        return Outcome(
+    def __or__(self, later: "BlockOutcome") -> "BlockOutcome":
+        return BlockOutcome(
             {**self.settled, **later.settled},
             self.unseen + later.unseen,
             self.undersampled + later.undersampled,
@@ -36,13 +36,13 @@ class Outcome:
 class Settler:
     """A method at work on the blocks of a run."""
 
-    plan: Plan
+    plan: BlockPlan
     method: Method
-    forward: Forward
+    forward: ForwardPass
 
     def settle(
         self, index: int, tensors: Mapping[str, Tensor], inputs: Sequence[Inputs], linears: Mapping[str, nn.Module]
-    ) -> Outcome:
+    ) -> BlockOutcome:
         """The method's answer for these tensors of a block. Methods know weights as [out, in]: Conv1D's are transposed before and after."""
         layers = [[name.removesuffix(".weight") for name in seen.names] for seen in inputs]
         for names, seen in zip(layers, inputs, strict=True):
@@ -52,7 +52,7 @@ class Settler:
         live = self._live_block(index, given, transposed)
         with naming([name for names in layers for name in names]):
             settled = self.method.settle(live, inputs, self.plan.device)
-        return Outcome(
+        return BlockOutcome(
             settled={
                 name: _transposed(name, tensor) if name in transposed else tensor for name, tensor in settled.items()
             },
@@ -67,8 +67,8 @@ class Settler:
         return LiveBlock(given, block) if probe is None else LiveBlock(given, block, *probe, transposed)
 
 
-def _transposed(name: str, tensor: Settled) -> Settled:
+def _transposed(name: str, tensor: FinalTensor) -> FinalTensor:
     """A settled weight in the layout [in, out]."""
     assert tensor.tensors.keys() == {name}, "codes can't be transposed"
     weight = tensor.weight.t().contiguous()
-    return Settled(weight=weight, tensors={name: weight}, effect=tensor.effect)
+    return FinalTensor(weight=weight, tensors={name: weight}, effect=tensor.effect)

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from nightpress.core.compress.executors.blocks.forward import Forward
-from nightpress.core.compress.executors.blocks.plan import Plan
-from nightpress.core.compress.executors.blocks.settle import Outcome, Settler
+from nightpress.core.compress.executors.blocks.forward import ForwardPass
+from nightpress.core.compress.executors.blocks.plan import BlockPlan
+from nightpress.core.compress.executors.blocks.settle import BlockOutcome, Settler
 from nightpress.core.compress.executors.watch import EnoughSeen, Inputs, Watched
 
 
 def press_in_two_passes(
     settler: Settler, index: int, tensors: Mapping[str, Tensor], linears: Mapping[str, nn.Module]
-) -> Outcome:
+) -> BlockOutcome:
     """Settle a block whose weights are filled in. tensors: all of the block's; linears: the layers to settle.
 
     The samples run through the settled block only if another block comes after it.
@@ -41,14 +41,14 @@ def _watch(settler: Settler, index: int, linears: Mapping[str, nn.Module]) -> li
     return watched.inputs()
 
 
-def _run_until_seen(forward: Forward, index: int, watched: Watched) -> None:
+def _run_until_seen(forward: ForwardPass, index: int, watched: Watched) -> None:
     """Run all samples through a block until its last watched layer was called; the hidden states stay as they are."""
     for number in range(len(forward.hidden)):
         with contextlib.suppress(EnoughSeen):
             forward.through(index, number, forward.hidden.look_at(number), watched)
 
 
-def _undersampled(plan: Plan, index: int, seen: Sequence[Inputs]) -> dict[str, int]:
+def _undersampled(plan: BlockPlan, index: int, seen: Sequence[Inputs]) -> dict[str, int]:
     """Weights of experts that saw fewer tokens than they have inputs, too few to tell one input from another → that number."""
     prefixes = tuple(prefix for prefix, _ in plan.skeleton.experts(index))
     return {

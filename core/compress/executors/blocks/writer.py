@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks.resume import BlockRecord, RunFiles, record_of
-from nightpress.core.compress.executors.blocks.settle import Outcome
+from nightpress.core.compress.executors.blocks.settle import BlockOutcome
 from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes
 from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, ShardWriter, tensor_info
@@ -26,7 +26,7 @@ class BlockOutput:
     record: BlockRecord
 
 
-def block_output(index: int, tensors: Mapping[str, Tensor], outcome: Outcome) -> BlockOutput:
+def block_output(index: int, tensors: Mapping[str, Tensor], outcome: BlockOutcome) -> BlockOutput:
     """tensors: the block's as they were read. The floats that codes stand for are not kept alive."""
     written: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -28,7 +28,7 @@ _UNUSED = ("pooler.", "cls.", "embeddings.position_ids")
 
 
 @dataclass(frozen=True)
-class Family:
+class GgufFamily:
     """A model's names, shapes and metadata in GGUF."""
 
     header: ModelHeader

@@ -10,7 +10,7 @@ from gguf import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
 from nightpress.core.compress.export.gguf.blocks import codes_type, encode, encode_codes, fitting_type, type_named
-from nightpress.core.compress.export.gguf.families import Family
+from nightpress.core.compress.export.gguf.families import GgufFamily
 from nightpress.core.compress.export.gguf.vocabulary import add_vocabulary
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder
@@ -33,7 +33,7 @@ def save(model_dir: Path, out_dir: Path, header: ModelHeader, *, weights: str, p
     weights: the type of matrices, e.g. `q8_0`; those that a pass has rounded keep the codes it chose, in the layout that holds them.
     pooling: of an embedder; one of POOLING in core/recipes/llama_cpp.py. Raises NightpressError(unsupported_architecture).
     """
-    family, source = Family(header), PressedWeights(model_dir)
+    family, source = GgufFamily(header), PressedWeights(model_dir)
     names = _names(family, source)
     with disk_errors():
         out_dir.mkdir(parents=True)
@@ -64,7 +64,7 @@ def save(model_dir: Path, out_dir: Path, header: ModelHeader, *, weights: str, p
         sync_folder(out_dir)
 
 
-def _names(family: Family, source: PressedWeights) -> dict[str, str]:
+def _names(family: GgufFamily, source: PressedWeights) -> dict[str, str]:
     """Name in the file → name in the model."""
     names: dict[str, str] = {}
     tied = family.tied and _HEAD in source.names and source.same(_HEAD, _TABLE)
@@ -91,7 +91,7 @@ def _names(family: Family, source: PressedWeights) -> dict[str, str]:
 
 
 def _describe(
-    writer: gguf.GGUFWriter, family: Family, model_dir: Path, header: ModelHeader, weights: str, pooling: str
+    writer: gguf.GGUFWriter, family: GgufFamily, model_dir: Path, header: ModelHeader, weights: str, pooling: str
 ) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     family.describe(writer, pooling=pooling)
@@ -122,7 +122,7 @@ def _kept(source: PressedWeights, tensor: str) -> Type | None:
     return codes_type(grid.bits, grid.group_size, symmetric=grid.symmetric)
 
 
-def _encoded(family: Family, source: PressedWeights, tensor: str, kind: Type) -> NDArray[np.generic]:
+def _encoded(family: GgufFamily, source: PressedWeights, tensor: str, kind: Type) -> NDArray[np.generic]:
     """A tensor as it lies in the file."""
     order = family.row_order(tensor)
     if _kept(source, tensor) is not None:

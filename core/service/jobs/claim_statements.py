@@ -1,0 +1,216 @@
+"""Which job a worker gets: by priority, then the tenant with the fewest running, then age. Statements only, made once.
+
+A claim that is for the oldest job passes over priorities and over fairness, never over quotas: however much of a higher priority keeps
+coming, every job is the oldest some day.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    Column,
+    ColumnElement,
+    ScalarSelect,
+    Select,
+    String,
+    Update,
+    bindparam,
+    exists,
+    func,
+    insert,
+    literal_column,
+    null,
+    or_,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.types import BigInteger, Float
+
+from nightpress.core.database import JsonType, db_month, db_now
+from nightpress.core.service.jobs.queries import JOB_COLUMNS
+from nightpress.core.service.jobs.records import WorkerOffer
+from nightpress.core.service.jobs.states import RUNNING
+from nightpress.core.service.tables.access import gpu_usage
+from nightpress.core.service.tables.access import tenants as tenants_table
+from nightpress.core.service.tables.jobs import IS_LEASED, IS_QUEUED, job_attempts, job_events, jobs
+
+_columns = jobs.c
+_UNKNOWN = 2**63 - 1  #: of a GPU that does not say how much memory it has: any job may try
+_IN_QUEUE = (IS_QUEUED, _columns.queue == bindparam("offered_queue", type_=String))
+_AVOIDED_S = 600.0  #: a job is not offered again to a worker whose machine failed it
+_failed_it = job_attempts.alias("failed_it")
+_WAS_FAILED_HERE = exists().where(
+    _failed_it.c.job_id == _columns.id,
+    _failed_it.c.worker_id == bindparam("claimed_by", type_=String),
+    _failed_it.c.outcome == literal_column("'released'"),
+    _failed_it.c.error.is_not(None),
+    _failed_it.c.finished_at > db_now(-_AVOIDED_S),
+)
+_FITS = (
+    *_IN_QUEUE,
+    _columns.needs_memory <= bindparam("offered_memory", type_=BigInteger),
+    _columns.needs_gpu_memory <= bindparam("offered_gpu_memory", type_=BigInteger),
+    _columns.run_after <= db_now(),
+    ~_WAS_FAILED_HERE,
+)
+
+
+@dataclass(frozen=True)
+class Caps:
+    """What a tenant without quotas of its own may have running. 0: no bound."""
+
+    running: int = 0
+    gpu_seconds_month: int = 0
+
+
+def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float, caps: Caps) -> dict[str, Any]:
+    """What the statements below are executed with."""
+    return {
+        "default_running": caps.running,
+        "default_gpu_seconds": caps.gpu_seconds_month,
+        "offered_queue": offer.queue,
+        "offered_memory": offer.memory,
+        "offered_gpu_memory": _UNKNOWN if offer.gpu_memory is None else offer.gpu_memory,
+        "claimed_by": offer.worker_id,
+        "new_lease": lease_id,
+        "ttl_s": ttl_s,
+    }
+
+
+def _waiting_tenants() -> CTE:
+    """Tenants with jobs in the queue, by steps from one to the next along the claim index, which a DISTINCT would read to its end."""
+    tenants = select(func.min(_columns.tenant_id).label("id")).where(*_IN_QUEUE).cte("waiting", recursive=True)
+    following = select(func.min(_columns.tenant_id)).where(*_IN_QUEUE, _columns.tenant_id > tenants.c.id)
+    return tenants.union_all(select(following.correlate(tenants).scalar_subquery()).where(tenants.c.id.is_not(None)))
+
+
+def _waiting_levels() -> CTE:
+    """Tenants with each priority that their jobs in the queue have, found by the same steps."""
+    tenants = _waiting_tenants()
+    highest = select(func.max(_columns.priority)).where(*_IN_QUEUE, _columns.tenant_id == tenants.c.id)
+    of_each = select(tenants.c.id, highest.correlate(tenants).scalar_subquery().label("priority"))
+    levels = of_each.where(tenants.c.id.is_not(None)).cte("levels", recursive=True)
+    lower = select(func.max(_columns.priority)).where(
+        *_IN_QUEUE, _columns.tenant_id == levels.c.id, _columns.priority < levels.c.priority
+    )
+    step = select(levels.c.id, lower.correlate(levels).scalar_subquery()).where(levels.c.priority.is_not(None))
+    return levels.union_all(step)
+
+
+@cache
+def whose_turn(*, oldest: bool) -> Select[Any]:
+    """The tenant whose turn it is, and the priority: a few index probes a tenant, however many jobs they have."""
+    tenants = _waiting_levels() if oldest else _waiting_tenants()
+    of_them = [_columns.tenant_id == tenants.c.id]
+    if oldest:
+        of_them.append(_columns.priority == tenants.c.priority)
+    best_of = (
+        select(_columns.id)
+        .where(*_FITS, *of_them)
+        .order_by(_columns.priority.desc(), _columns.created_at, _columns.id)
+        .limit(literal_column("1"))
+        .correlate(tenants)
+        .scalar_subquery()
+    )
+    running = (
+        select(func.count())
+        .select_from(jobs)
+        .where(IS_LEASED, _columns.tenant_id == tenants.c.id)
+        .correlate(tenants)
+        .scalar_subquery()
+    )
+    candidate = jobs.alias("candidate")
+    most_running = _cap(tenants_table.c.max_running_jobs, "default_running", tenants)
+    most_gpu = _cap(tenants_table.c.max_gpu_seconds_month, "default_gpu_seconds", tenants)
+    used = (
+        select(gpu_usage.c.seconds)
+        .where(gpu_usage.c.tenant_id == tenants.c.id, gpu_usage.c.month == db_month())
+        .correlate(tenants)
+        .scalar_subquery()
+    )
+    by_age = (candidate.c.created_at, candidate.c.id)
+    return (
+        select(candidate.c.tenant_id, candidate.c.priority)
+        .join_from(tenants, candidate, candidate.c.id == best_of)
+        .where(
+            or_(most_running == literal_column("0"), running < most_running),
+            or_(
+                candidate.c.queue != literal_column("'gpu'"),
+                most_gpu == literal_column("0"),
+                func.coalesce(used, literal_column("0")) < most_gpu,
+            ),
+        )
+        .order_by(*by_age if oldest else (candidate.c.priority.desc(), running, *by_age))
+        .limit(literal_column("1"))
+    )
+
+
+def _cap(column: Column[Any], default: str, tenants: CTE) -> ColumnElement[Any]:
+    """A tenant's own bound, else the default."""
+    own = select(column).where(tenants_table.c.id == tenants.c.id).correlate(tenants).scalar_subquery()
+    return func.coalesce(own, bindparam(default, type_=BigInteger))
+
+
+def some_have_caps() -> Select[Any]:
+    """Whether any tenant's running jobs are bounded by a quota of its own."""
+    return select(exists().where(tenants_table.c.max_running_jobs > 0))
+
+
+def _best_job(*, oldest: bool) -> ScalarSelect[Any]:
+    """The tenant's oldest job of that priority whose row no other worker has locked."""
+    return (
+        select(_columns.id)
+        .where(*_FITS, tuple_(_columns.tenant_id, _columns.priority) == whose_turn(oldest=oldest).scalar_subquery())
+        .order_by(_columns.created_at, _columns.id)
+        .limit(literal_column("1"))
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
+
+
+@cache
+def claim_job(*, oldest: bool) -> Update:
+    """queued → running, in one UPDATE. Returns the job and its event's number."""
+    values: dict[str, Any] = {
+        "state": literal_column(f"'{RUNNING}'"),
+        "attempt": _columns.attempt + literal_column("1"),
+        "event_seq": _columns.event_seq + literal_column("1"),
+        "worker_id": bindparam("claimed_by", type_=String),
+        "lease_id": bindparam("new_lease", type_=String),
+        "lease_expires_at": db_now(bindparam("ttl_s", type_=Float)),
+        "started_at": db_now(),
+        "progressed_at": db_now(),
+        "start_before": null(),
+        "phase": literal_column("'fetching'"),
+        "progress": literal_column("0"),
+        "pass_index": null(),
+        "eta_s": null(),
+        "message": literal_column("''"),
+    }
+    guarded = update(jobs).where(IS_QUEUED, _columns.id == _best_job(oldest=oldest)).values(values)
+    return guarded.returning(*JOB_COLUMNS, _columns.event_seq)
+
+
+@cache
+def claim_and_note(*, oldest: bool) -> Select[Any]:
+    """PostgreSQL: the same UPDATE with the attempt and the event in one statement and one round trip."""
+    claimed = claim_job(oldest=oldest).cte("claimed")
+    attempt = select(claimed.c.id, claimed.c.attempt, claimed.c.lease_id, claimed.c.worker_id, claimed.c.started_at)
+    opened = insert(job_attempts).from_select(["job_id", "number", "lease_id", "worker_id", "started_at"], attempt)
+    data: ColumnElement[Any] = func.jsonb_build_object(
+        literal_column("'attempt'"),
+        claimed.c.attempt,
+        literal_column("'worker_id'"),
+        claimed.c.worker_id,
+        type_=JsonType,
+    )
+    event = select(claimed.c.id, claimed.c.event_seq, claimed.c.started_at, literal_column("'started'"), data)
+    noted = insert(job_events).from_select(["job_id", "seq", "at", "kind", "data"], event)
+    return (
+        select(*(claimed.c[column.name] for column in JOB_COLUMNS), claimed.c.event_seq)
+        .add_cte(opened.cte("opened"))
+        .add_cte(noted.cte("noted"))
+    )
