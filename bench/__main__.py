@@ -27,6 +27,7 @@ BENCHES = {
     "submit": Bench("Submissions a second over HTTP, beside a bare endpoint with one INSERT.", 2),
     "many_jobs": Bench("Claims, pages and ticks with a million jobs in PostgreSQL, beside ten thousand.", 3),
     "event_streams": Bench("Five hundred readers of event streams on one API process.", 0.5),
+    "attacks": Bench("`GET /v1/me` while the API is attacked in ten ways.", 5),
     "web": Bench("Milliseconds until the web page shows a list, with ten thousand jobs.", 2),
     "recovery": Bench("Seconds until the job of a killed worker runs elsewhere.", 2),
     "storage": Bench("Upload and download of 1 GB, beside boto3.", 3),
