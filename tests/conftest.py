@@ -50,8 +50,8 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are processors: many tests wait for a lease, a server or a child that starts."""
-    return (os.cpu_count() or 1) + 1
+    """Two more than there are processors: many tests wait for a lease, a server or a child that starts."""
+    return (os.cpu_count() or 1) + 2
 
 
 @pytest.fixture(scope="session")

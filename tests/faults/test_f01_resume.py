@@ -18,6 +18,7 @@ from nightpress.core.service.compose import Resources
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex
 from nightpress.core.service.tables.jobs import checkpoint_files, checkpoints
 from nightpress.worker.control import Control
+from tests.databases import migrated_sqlite
 from tests.patience import slowness
 from tests.service import Service, eventually
 
@@ -184,10 +185,7 @@ def test_a_real_model_killed_between_two_blocks_ends_with_the_same_bytes(
         context = PassContext(header, tmp_path / "work", index=index, calibration=recipe.calibration)
         MODEL_PASSES[options.pass_](model, target, options, context)
         model = target
-    (artifact,) = service.store.reader.artifacts(job_id)
-    assert {file["path"]: file["sha256"] for file in artifact.files} == {
-        file.path: file.sha256 for file in describe_folder(model)
-    }
+    assert files_of(service, job_id) == {file.path: file.sha256 for file in describe_folder(model)}
 
 
 GRAPH = {
@@ -197,6 +195,26 @@ GRAPH = {
     "calibration": {"samples": 8, "length": 32},
     "evaluate": [{"metric": "fidelity", "samples": 4, "length": 16}],
 }
+
+
+@pytest.fixture(scope="module")
+def graph_undisturbed(tmp_path_factory: pytest.TempPathFactory, bert_tiny: Path) -> dict[str, str]:
+    """SHA-256 by path of the files of the graph's job when nothing breaks it off."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    service = Service(folder, migrated_sqlite(folder / "nightpress.db"), storage_url=str(folder / "objects"))
+    try:
+        service.model_id, service.model_digest = service.register(new_id("mdl"), bert_tiny)
+        job_id = service.submit(parse_recipe(GRAPH).model_dump(mode="json"), run_limit_s=400.0)
+        finish(service, None, within=240)
+        return files_of(service, job_id)
+    finally:
+        service.close()
+
+
+def files_of(service: Service, job_id: str) -> dict[str, str]:
+    """SHA-256 by path of the files of a job's only artifact."""
+    (artifact,) = service.store.reader.artifacts(job_id)
+    return {file["path"]: file["sha256"] for file in artifact.files}
 
 
 @pytest.mark.slow
@@ -210,7 +228,12 @@ GRAPH = {
     ids=["while it is traced", "behind the trace", "while it is rounded"],
 )
 def test_a_killed_graph_goes_on_from_what_was_there_and_ends_with_the_same_bytes(
-    service: Service, bert_tiny: Path, said: str, stored_at_least: set[str], not_done_again: str
+    service: Service,
+    bert_tiny: Path,
+    graph_undisturbed: dict[str, str],
+    said: str,
+    stored_at_least: set[str],
+    not_done_again: str,
 ) -> None:
     recipe = parse_recipe(GRAPH).model_dump(mode="json")
     service.model_id, service.model_digest = service.register(new_id("mdl"), bert_tiny)
@@ -230,13 +253,5 @@ def test_a_killed_graph_goes_on_from_what_was_there_and_ends_with_the_same_bytes
     assert service.job(job_id).state == "succeeded", service.log(job_id)
     assert not [message for message in messages if not_done_again in message]
     assert [message for message in messages if "judging the graph" in message], "it was not rounded to its end before"
-
-    # Another tenant's job shares no checkpoints, so this runs from its beginning.
-    straight = service.submit(recipe, tenant_id="neighbour", run_limit_s=400.0)
-    finish(service, None, within=240)
-    bytes_of = [
-        {file["path"]: file["sha256"] for file in service.store.reader.artifacts(job)[0].files}
-        for job in (job_id, straight)
-    ]
-    assert bytes_of[0] == bytes_of[1]
+    assert files_of(service, job_id) == graph_undisturbed
     service.check_invariants(job_id)
