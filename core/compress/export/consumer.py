@@ -391,7 +391,7 @@ def consumer_name(versions: Mapping[str, str]) -> str:
 
 
 def consumer_environment(threads: int, scratch: Path) -> dict[str, str]:
-    """The environment variables of a consumer's process: this process's without Python settings, and with network access switched off."""
+    """The environment variables of a consumer's process: this process's without Python settings, and no network or telemetry."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     return kept | {
         "OMP_NUM_THREADS": str(threads),
