@@ -10,7 +10,7 @@ __all__ = ["CONSUMER", "save"]
 
 
 def save(model_dir: Path, out_dir: Path) -> None:
-    """Put the finished model folder at `out_dir`."""
+    """Copy the finished model folder to `out_dir`."""
     safetensors.save(model_dir, out_dir)
-    if (out_dir / CACHE_FILE).exists():  # no pass after `kv-cache` has quantized weights
+    if (out_dir / CACHE_FILE).exists():  # it is still there if no pass after `kv-cache` has quantized weights
         write_config(out_dir, {}, kept=())

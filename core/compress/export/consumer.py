@@ -1,8 +1,8 @@
-"""Running a model in the hands of its real consumer: a fresh process that loads the folder with the consumer's own library.
+"""Run a model in its real consumer: a fresh process that loads the folder with the consumer's own library.
 
-One process an artifact serves the verification, the evaluation and the timing. It sees no code of ours but its script and the measuring
-module beside that, and nothing of this process's state. An artifact is timed by turns with its source, where both fit into memory: what
-else the machine does then slows both alike.
+Each artifact has one process for the verification, the evaluation and the timing. Of our code, it runs only its script and the measuring
+module in the same folder. It shares no state with this process. If both fit into memory, an artifact and its source are timed by turns, so
+that other work of the machine slows both alike.
 """
 
 import contextlib
@@ -26,26 +26,26 @@ from nightpress.core.compress.export.consumer_faults import check_finite, failed
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.recipes.costs import LOGIT_BYTES
 
-_STDERR_READ = 32768
-_SHAPE_SECONDS = 8.0  #: a shape is timed no longer for each model, but at least _FEWEST times
-_FEWEST = 5
-_WRITING_SECONDS = 20.0  #: and decoding no longer than this, but at least _FEWEST_WRITINGS times
-_FEWEST_WRITINGS = 3
+_STDERR_READ = 32768  #: bytes at the end of a process's standard error
+_SHAPE_SECONDS = 8.0  #: longest time for one shape and one model
+_FEWEST = 5  #: runs of a shape, even if they take longer than _SHAPE_SECONDS
+_WRITING_SECONDS = 20.0  #: longest time for one kind of decoding and one model
+_FEWEST_WRITINGS = 3  #: runs of decoding, even if they take longer than _WRITING_SECONDS
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Examples that a runner is to run, and what it is to keep of the outputs: `pooled`, `logits`, `last`, `tokens` or `generated`."""
+    """Examples for a runner, and the outputs that it keeps."""
 
     name: str
-    kind: str
+    kind: str  #: the outputs that are kept: `pooled`, `logits`, `last`, `tokens` or `generated`
     sequences: Sequences
-    compared: NDArray[np.bool_] | None = None  #: [N, S], where whole distributions are compared
-    new_tokens: int = 0  #: `generated`: how many the source writes at most
-    alone: bool = False  #: one text a batch: the model can't read padded ones
+    compared: NDArray[np.bool_] | None = None  #: [N, S], the positions where whole distributions are compared
+    new_tokens: int = 0  #: for `generated`: the most tokens that the source generates
+    alone: bool = False  #: each batch has one text, because the model can't read padded texts
 
     def rows(self, classes: int) -> int:
-        """Rows a batch. classes: the width of one position's output."""
+        """The number of rows in a batch. classes: the width of one position's output."""
         if self.alone:
             return 1
         length = int(self.sequences.ids.shape[1]) + self.new_tokens
@@ -68,29 +68,29 @@ class TimedGeneration:
     prompt: int
     tokens: int
     repeats: int
-    cached: bool = True  #: as the folder's settings say; else each token takes a pass over the whole text
+    cached: bool = True  #: with a cache, as the folder's settings say; else each token takes a pass over the whole text
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is run with every model of a job, so that all of them see the same."""
+    """The examples and timings that run with every model of a job, so that all models get the same inputs."""
 
     name: str  #: header.task, or `image-classification`
     sets: tuple[TokenSet, ...]
     shapes: tuple[TimedShape, ...]
-    timing_ids: NDArray[Any]  #: a run of tokens, or one image [C, H, W]
+    timing_ids: NDArray[Any]  #: consecutive token ids, or one image [C, H, W]
     pooling: str
-    classes: int  #: words of the vocabulary or classes
+    classes: int  #: size of the vocabulary, or number of classes
     threads: int
     writings: tuple[TimedGeneration, ...] = ()
 
     @property
     def only_timed(self) -> "Task":
-        """The same without its examples."""
+        """The same task without its examples."""
         return replace(self, sets=())
 
     def request(self) -> dict[str, Any]:
-        """What a runner is told of it."""
+        """The part of a runner's request that describes the task; see core/compress/runners/measure.py."""
         sets = [
             {
                 "name": data_set.name,
@@ -104,7 +104,7 @@ class Task:
         return told | {"sets": sets}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What a runner is given."""
+        """The runner's input arrays, by name."""
         arrays: dict[str, NDArray[Any]] = {"timing.ids": self.timing_ids}
         for data_set in self.sets:
             arrays[f"{data_set.name}.ids"] = data_set.sequences.ids
@@ -118,7 +118,7 @@ class Task:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text."""
+        """The number of tokens of the longest text."""
         widths = [int(data_set.sequences.ids.shape[1]) for data_set in self.sets]
         written = [writing.prompt + writing.tokens for writing in self.writings]
         return max([*widths, *(shape.length for shape in self.shapes), *written])
@@ -126,31 +126,31 @@ class Task:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a fresh process saw."""
+    """The outputs and timings of a fresh process."""
 
     outputs: Mapping[str, NDArray[Any]] = field(repr=False)
     timings: tuple[dict[str, Any], ...]
-    writings: tuple[dict[str, Any], ...]  #: none where the consumer can't decode
-    peak_memory: int | None  #: None where the system can't say
+    writings: tuple[dict[str, Any], ...]  #: empty if the consumer can't decode
+    peak_memory: int | None  #: bytes; None if the system does not report it
     versions: dict[str, str]
     snippet: str  #: the lines that loaded the folder, as executed
     seconds: float
     outputs_file: Path
-    beside: "ModelRuns | None" = None  #: the source's runs, where both took turns
+    beside: "ModelRuns | None" = None  #: the source's runs, if both took turns
 
 
 @dataclass(frozen=True)
 class ModelRuns:
-    """Runs of one model: each shape, and each kind of writing, with its milliseconds."""
+    """The timed runs of one model in milliseconds, for each shape and each kind of decoding."""
 
     timings: tuple[dict[str, Any], ...]
     writings: tuple[dict[str, Any], ...]
 
 
 class Consumer:
-    """A fresh process that loads a folder, runs the task's examples and is then timed, a run at a time.
+    """A fresh process that loads a folder, runs the task's examples, and then times one run for each request.
 
-    A context manager: the process ends with the block.
+    A context manager: the process is killed at the end of the block.
     """
 
     def __init__(
@@ -165,10 +165,13 @@ class Consumer:
         stem: str | None = None,
         progress: Callable[[float, str], None] = lambda _fraction, _text: None,
     ) -> None:
-        """name: of the artifact, or `source`. stem: of its files in `scratch`; the name, where it isn't given."""
+        """Start the process. name: the artifact's name, or `source`. stem: the stem of its files in `scratch`; None: the name.
+
+        reference: the outputs of the source, for the artifact to be compared with.
+        """
         self.name, self._progress, self._started = name, progress, time.monotonic()
-        self.peak_memory: int | None = None  #: of the process until now; None where the system can't say
-        self.decodes = False  #: whether it can be timed as it writes; known once it has run
+        self.peak_memory: int | None = None  #: bytes, of the process until now; None if the system does not report it
+        self.decodes = False  #: whether its decoding can be timed; set by `run`
         scratch.mkdir(parents=True, exist_ok=True)
         stem = stem or name
         self._outputs, self._answer = scratch / f"{stem}.npz", scratch / f"{stem}.json"
@@ -210,10 +213,10 @@ class Consumer:
                     stream.close()
 
     def run(self) -> Observed:
-        """Wait until the examples were run.
+        """Wait until all examples have run, and return their outputs.
 
-        Raises NightpressError(verification_failed) with the end of its standard error when that fails, numerical_failure when an
-        output is not finite.
+        Raises NightpressError: if the process ends early, the error of `consumer_faults.failed`, usually verification_failed, with the end
+        of the standard error; numerical_failure if an output is not finite.
         """
         self._wait_for(b"@ready ")
         with np.load(self._outputs) as archive:
@@ -234,13 +237,13 @@ class Consumer:
 
     @property
     def seconds(self) -> float:
-        """Since the process was started."""
+        """Seconds since the process was started."""
         return time.monotonic() - self._started
 
     def time(self, wanted: TimedShape | TimedGeneration) -> dict[str, Any]:
-        """A run, with its milliseconds. Raises as `run` does."""
+        """Run once and return the milliseconds. Raises the errors of `run`."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and what it said is read below
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, and its error is read below
             self._process.stdin.write(json.dumps(vars(wanted)).encode() + b"\n")
             self._process.stdin.flush()
         return self._wait_for(b"@timed ")
@@ -275,11 +278,11 @@ def run_consumer(
 ) -> Observed:
     """Load `folder` in a fresh process and run the task there.
 
-    beside: from the peak of this process's memory to the source's consumer, loaded, to take turns with; None: it is timed alone.
-    Raises as Consumer.run does.
+    beside: gets the peak memory of this process and returns the source's loaded consumer, to take turns with. If it returns None, the
+    artifact is timed alone. Raises the errors of `Consumer.run`.
     """
     timed = len(task.shapes) + len(task.writings)
-    share = len(task.sets) / max(1, len(task.sets) + timed)  # of the progress that the sets make
+    share = len(task.sets) / max(1, len(task.sets) + timed)  # the part of the progress that is for the sets
     with Consumer(
         runner,
         folder,
@@ -306,7 +309,7 @@ def run_consumer(
 def _take_turns(
     task: Task, models: Sequence[Consumer], progress: Callable[[float, str], None]
 ) -> tuple[ModelRuns, ...]:
-    """Every shape and every kind of writing, a run of each model after the other."""
+    """Time every shape and every kind of decoding, with runs of the models by turns."""
     decode = all(model.decodes for model in models[:1])
     wanted: list[TimedShape | TimedGeneration] = [*task.shapes, *(task.writings if decode else ())]
     runs: list[list[list[dict[str, Any]]]] = []
@@ -330,7 +333,7 @@ def _said(request: TimedShape | TimedGeneration) -> str:
 
 
 def _rounds(request: TimedShape | TimedGeneration, models: Sequence[Consumer]) -> list[list[dict[str, Any]]]:
-    """Runs of each model, [models][rounds], behind one that warms up. In every second round the order is turned."""
+    """The runs of each model, [models][rounds], after one warm-up run each. Every second round has the reverse order of models."""
     fewest, seconds = (
         (_FEWEST, _SHAPE_SECONDS) if isinstance(request, TimedShape) else (_FEWEST_WRITINGS, _WRITING_SECONDS)
     )
@@ -341,7 +344,7 @@ def _rounds(request: TimedShape | TimedGeneration, models: Sequence[Consumer]) -
         order = list(zip(models, found, strict=True))
         for model, runs in order if len(found[0]) % 2 == 0 else reversed(order):
             runs.append(model.time(request))
-    if isinstance(request, TimedGeneration):  # what is written first needs memory, too
+    if isinstance(request, TimedGeneration):  # the memory of the warm-up run counts, too
         for first, runs in zip(warm, found, strict=True):
             runs[0]["peak_memory_bytes"] = _larger(first["peak_memory_bytes"], runs[0]["peak_memory_bytes"])
     return found
@@ -359,7 +362,10 @@ def _timed(shape: TimedShape | TimedGeneration, runs: list[dict[str, Any]]) -> d
 def _written(
     wanted: Sequence[TimedShape | TimedGeneration], runs: Sequence[list[dict[str, Any]]]
 ) -> tuple[dict[str, Any], ...]:
-    """Waits before each token [runs][tokens], the peak of memory, and without a cache how much was written alike."""
+    """The milliseconds before each token [runs][tokens] and the peak memory.
+
+    Without a cache, also `alike`: the share of tokens that are the same as with a cache.
+    """
     texts: dict[tuple[int, int], NDArray[Any]] = {}
     found = []
     for request, of_one in zip(wanted, runs, strict=True):
@@ -379,18 +385,18 @@ def _written(
 
 
 def consumer_name(versions: Mapping[str, str]) -> str:
-    """E.g. `onnxruntime 1.32.0`: the library that a runner names last."""
+    """E.g. `onnxruntime 1.32.0`: the last library in a runner's versions."""
     library, version = list(versions.items())[-1]
     return f"{library} {version}"
 
 
 def consumer_environment(threads: int, scratch: Path) -> dict[str, str]:
-    """What a consumer's process sees of this one's environment: no Python settings, no network."""
+    """The environment variables of a consumer's process: this process's without Python settings, and no network or telemetry."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     return kept | {
         "OMP_NUM_THREADS": str(threads),
-        # Threads that spin long at a barrier wait for one that isn't scheduled: beside anything else that runs, torch became ten
-        # times slower. Threads that don't spin at all cost a quiet machine a third. This many rounds cost neither.
+        # OpenMP threads spin at a barrier. If they spin long, they take the processor from a thread that they wait for: on a busy machine,
+        # torch became ten times slower. If they don't spin at all, a quiet machine is a third slower. This number avoids both.
         "GOMP_SPINCOUNT": "3000",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_MODULES_CACHE": str((scratch / "modules").resolve()),  # where transformers copies a folder's own code

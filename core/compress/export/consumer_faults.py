@@ -1,4 +1,4 @@
-"""What went wrong where a consumer's process ended early, or gave numbers that are none."""
+"""Find the cause when a consumer's process ended early or returned numbers that are not finite, and raise the matching error."""
 
 import re
 import signal
@@ -14,7 +14,7 @@ _SHOWN = 2000
 
 
 def failed(name: str, status: int, stderr: str) -> NightpressError:
-    whole = re.sub(r"([ -])\1{9,}", r"\1", stderr).strip()  # tables that are filled up to the width of their widest row
+    whole = re.sub(r"([ -])\1{9,}", r"\1", stderr).strip()  # shortens the padding in tables
     cause, whole = _cause(whole), whole[-_SHOWN:]
     if any(sign in whole for sign in ("No space left on device", "File too large", "Disk quota exceeded")):
         return NightpressError(
@@ -76,18 +76,19 @@ def failed(name: str, status: int, stderr: str) -> NightpressError:
     )
 
 
-#: Where transformers' report on a load names why a tensor was not read; its last line only points at the report.
+#: The place in transformers' loading report that says why a tensor was not read. The last line of the output only refers to the report.
 _UNREAD = re.compile(r"^(?P<why>.+)\nError: \w+ on tensors destined for (?P<tensor>\S+?)\.? ", re.MULTILINE)
 
 
 def _cause(stderr: str) -> str:
-    """What a process said of its end: the error itself, not the line that points at it."""
+    """The error that ended a process. transformers' last line only refers to the error, so the error itself is searched."""
     if found := _UNREAD.search(stderr):
         return f"{found['tensor']} could not be read: {found['why']}"
     return stderr.splitlines()[-1] if stderr else "it said nothing"
 
 
-#: What consumers say of a file that is newer than they are: its version, and, but for OpenVINO, the last one they read.
+#: Messages of consumers about files of a version that is too new for them. Groups: the file's version and the newest version that the
+#: consumer reads. OpenVINO does not name the second.
 _TOO_NEW = (
     ("GGUF version", re.compile(r"GGUF file is version (\d+) but this software only supports up to version (\d+)")),
     ("opset", re.compile(r"from unsupported opset: opset(\d+)()")),
@@ -97,7 +98,7 @@ _TOO_NEW = (
 
 
 def _version_mismatch(stderr: str) -> tuple[str, str] | None:
-    """E.g. `("IR version 99", "reads up to IR version 13")`, where that is why a file didn't load."""
+    """E.g. `("IR version 99", "reads up to IR version 13")`, if this is why a file could not be loaded; else None."""
     for what, pattern in _TOO_NEW:
         if found := pattern.search(stderr):
             return f"{what} {found[1]}", f"reads up to {what} {found[2]}" if found[2] else "does not know it"

@@ -1,8 +1,8 @@
-"""A classifier with early exits as one ONNX graph: `If` nodes leave out the blocks that nobody waits for.
+"""A classifier with early exits as one ONNX graph: `If` nodes skip the blocks that are not needed.
 
-The model is traced once with all its heads. What the first head needs becomes the graph; what the second one needs beyond that goes into
-the branch that is run when the first was not sure of every input, and so on. Any runtime that knows ONNX's `If` runs it; no code of ours
-is needed to load it. docs/decisions/0031.
+The model is traced once with all its heads. The nodes that the first head needs become the graph. The further nodes that the second head
+needs become a branch, which runs if the first head was not sure of every input. The later heads follow in the same way. Any runtime with
+ONNX's `If` can run this graph, without our code. See docs/decisions/0031.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from nightpress.core.recipes.header import ModelHeader
 
 
 def trace_exits(model_dir: Path, header: ModelHeader, check: Sequences, context: PassContext) -> Traced:
-    """The graph, and what the module says of the check texts. Costs seconds, so another attempt does it again."""
+    """Return the graph, and the module's own logits for the check texts. This takes seconds, so another attempt does it again."""
     context.progress(0.05, "loading the model to trace it")
     torch.set_num_threads(context.threads)
     model, plan = load_exits(model_dir, header, attention="eager")
@@ -59,7 +59,7 @@ def _names(plan: ExitPlan) -> list[str]:
 
 
 class _Flat(nn.Module):
-    """All heads' logits and scores as outputs of their own."""
+    """A module with the logits and the scores of all heads as separate outputs."""
 
     def __init__(self, model: ExitModel) -> None:
         super().__init__()
@@ -73,15 +73,15 @@ class _Flat(nn.Module):
 def with_exits(flat: onnx.ModelProto, plan: ExitPlan) -> onnx.ModelProto:
     """Sort a graph with the outputs logits.0 … logits.E, score.0 … score.E−1 into nested `If`s.
 
-    Its outputs become `logits` [B, C] and `depth` int64 [B], the blocks run for each input; its input `threshold` may be left out.
-    A batch goes on until every input of it was sure; what a sure one answered stays.
+    The new outputs are `logits` [B, C] and `depth` int64 [B], the number of blocks used for each input. The new input `threshold` is
+    optional. A batch goes on until the heads were sure of all its inputs. An input keeps the answer of the first head that was sure of it.
     """
     graph = flat.graph
     made = {name: node for node in graph.node for name in node.output if name}
     placed: set[int] = set()
 
     def needed(names: list[str]) -> list[onnx.NodeProto]:
-        """The nodes behind these values that stand nowhere yet, in the graph's order."""
+        """The nodes that compute these values and have no place yet, in the graph's order."""
         open_, chosen = list(names), set()
         while open_:
             node = made.get(open_.pop())
@@ -89,7 +89,7 @@ def with_exits(flat: onnx.ModelProto, plan: ExitPlan) -> onnx.ModelProto:
                 continue
             chosen.add(id(node))
             open_ += [name for name in node.input if name]
-            for attribute in node.attribute:  # what a branch of the model's own refers to
+            for attribute in node.attribute:  # values that the branches of the model's own `If` nodes read
                 for inner in [attribute.g, *attribute.graphs]:
                     open_ += [name for node in inner.node for name in node.input if name]
         placed.update(chosen)
@@ -100,12 +100,15 @@ def with_exits(flat: onnx.ModelProto, plan: ExitPlan) -> onnx.ModelProto:
     constants = {initializer.name: initializer for initializer in graph.initializer}
 
     def only_of(nodes: list[onnx.NodeProto]) -> list[onnx.TensorProto]:
-        """The constants that no other node reads. They stand beside their nodes: runtimes fuse and pack no node whose weights stand elsewhere."""
+        """The constants that only these nodes read.
+
+        They go into the same branch as the nodes: runtimes don't fuse or pack a node whose weights are outside its branch.
+        """
         read = Counter(name for node in nodes for name in node.input)
         return [constants[name] for name in read if name in constants and read[name] == readers[name]]
 
     def build(at: int) -> tuple[list[onnx.NodeProto], str, str]:
-        """(nodes, the value with the logits, the one with the depths) from head `at` on."""
+        """Return the nodes from head `at` on, the name of the logits, and the name of the depths."""
         logits, depth = f"logits.{at}", f"depth.{at}"
         if at == heads:
             return [*needed([logits]), *_depth(logits, depth, plan.depths[at])], logits, depth
@@ -185,7 +188,7 @@ def _branch(
 
 
 def _depth(logits: str, out: str, blocks: int) -> list[onnx.NodeProto]:
-    """The number of blocks, once for each row of the logits."""
+    """Nodes that give the number of blocks once for each row of the logits."""
     value = helper.make_tensor("value", TensorProto.INT64, [1], [blocks])
     return [
         helper.make_node("Shape", [logits], [f"{out}.rows"], start=0, end=1, name=f"{out}.rows"),

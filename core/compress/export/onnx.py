@@ -14,13 +14,13 @@ from nightpress.core.compress.passes.registry import Records, RuntimePasses, run
 CONSUMER = Path(__file__).parents[1] / "runners" / "onnxruntime_runner.py"
 GRAPH_FILE = "model.onnx"
 _FEWEST = 1024  #: weights; smaller constants stay in float32
-_LARGEST = 1_900_000_000  #: bytes that protobuf takes in one file
+_LARGEST = 1_900_000_000  #: bytes of weights that are stored inside the graph's file; protobuf's limit is 2 GiB
 
 
 def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, weights: str = "fp32") -> Records:
-    """Write the folder. passes: those of the stage `runtime`, with their places in the recipe.
+    """Write the folder. passes: the passes of the stage `runtime`, with their indices in the recipe.
 
-    weights: `fp32`, or `fp16` to store in half the bytes what no pass has rounded; the arithmetic stays in float32.
+    weights: `fp32`, or `fp16` to store the weights that no pass has rounded in half the bytes. The arithmetic stays in float32.
     """
     pressed = PressedWeights(model_dir)
     with disk_errors():
@@ -48,7 +48,7 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
 
 
 def _halve(onnx: Any, model: Any) -> None:
-    """Store large float constants as float16, each before a Cast that the runtime folds away as it loads them."""
+    """Store large float constants as float16, each with a Cast that the runtime removes when it loads the graph."""
     import numpy as np
 
     casts = []

@@ -1,4 +1,4 @@
-"""The codes that a pass chose, in the graph's own products: ONNX Runtime's MatMulNBits multiplies by packed weights as they lie."""
+"""Write the codes that a pass chose into a graph's products: ONNX Runtime's MatMulNBits multiplies by packed weights directly."""
 
 from typing import Any
 
@@ -8,13 +8,16 @@ from numpy.typing import NDArray
 from nightpress.core.compress.grids.pressed_weights import Codes, PressedWeights
 
 _DOMAIN = "com.microsoft"
-_LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 16
-#: Activations are rounded to int8 in blocks as they come, which is what makes the product fast on a CPU.
+_LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 16  #: inputs that share a scale in MatMulNBits
+#: The operator rounds the activations of each call to int8 in blocks. This makes the product fast on a CPU.
 _ACCURACY_LEVEL = 4
 
 
 def write_codes(model: Any, pressed: PressedWeights) -> int:
-    """Replace, in place, every product with a packed weight; how many. One whose groups no block divides stays a float product."""
+    """Replace every product with a packed weight, in place, and return their number.
+
+    If no block size divides a weight's group size, its product stays in float.
+    """
     import onnx
 
     constants = {initializer.name for initializer in model.graph.initializer}
@@ -54,7 +57,7 @@ def write_codes(model: Any, pressed: PressedWeights) -> int:
 
 
 def block_size(group_size: int) -> int:
-    """The most inputs, a power of two, that a scale can stand for without two groups meeting in it. 0: there is none."""
+    """The largest block, a power of two from 16 to 128, that divides the group size, so that no block has two groups. 0: there is none."""
     size = _LARGEST_BLOCK
     while size >= _SMALLEST_BLOCK:
         if group_size % size == 0:
@@ -64,9 +67,10 @@ def block_size(group_size: int) -> int:
 
 
 def pack_blocks(weight: Codes) -> dict[str, NDArray[np.generic]]:
-    """codes [out, in] → the operator's `codes` uint8 [out, blocks, bytes a block], `scales` [out, blocks] and, if asymmetric, `zeros`.
+    """Codes [out, in] → the operator's `codes` uint8 [out, blocks, bytes per block], `scales` [out, blocks] and, if asymmetric, `zeros`.
 
-    Two codes of 4 bits share a byte, the first in its low half; others are written as 4 or 8. Without zeros, 8 (or 128) is zero.
+    Two codes of 4 bits share a byte, the first in the low half. Codes of other widths are stored in 4 or 8 bits. Without `zeros`, the zero
+    point is 8 (or 128 for 8 bits).
     """
     rows, count = weight.scale.shape
     wide = weight.bits > 4
@@ -86,11 +90,11 @@ def pack_blocks(weight: Codes) -> dict[str, NDArray[np.generic]]:
 
 
 def _named(node: Any, packed: dict[str, str], constants: set[str]) -> str | None:
-    """The packed weight that a product multiplies by."""
+    """The packed weight that a product multiplies by, or None."""
     if node.op_type not in {"MatMul", "Gemm"} or node.input[1] not in constants:
         return None
     return packed.get(node.name) or next(
-        # A headless loader and a checkpoint with a head differ in what stands before the first layer.
+        # A checkpoint with a head and a model loaded without its head have different prefixes in their names.
         (full for short, full in packed.items() if short.endswith(f".{node.name}") or node.name.endswith(f".{short}")),
         None,
     )

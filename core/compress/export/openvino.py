@@ -14,13 +14,13 @@ GRAPH_FILE = "model.xml"
 
 
 def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, weights: str = "fp32") -> Records:
-    """Write the folder. passes: those of the stage `runtime`, with their places in the recipe.
+    """Write the folder. passes: the passes of the stage `runtime`, with their indices in the recipe.
 
-    weights: `fp32`, or `fp16` to store in half the bytes what no pass has rounded.
+    weights: `fp32`, or `fp16` to store the weights that no pass has rounded in half the bytes.
     """
     import openvino
 
-    # Read straight from the ONNX graph: the converter's front end would report its use over the network.
+    # Read the ONNX graph directly: OpenVINO's converter would report its use over the network.
     model = openvino.Core().read_model(traced.path)
     pressed = PressedWeights(model_dir)
     if pressed.packed:

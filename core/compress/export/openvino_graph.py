@@ -1,4 +1,4 @@
-"""Changes to an OpenVINO graph: codes that a pass chose as compressed constants, norms that divide for a product, and a cache that the model keeps."""
+"""Changes to an OpenVINO graph: compressed constants with a pass's codes, divisions merged into norms, float16 constants, a kept cache."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ _PAST, _PRESENT = "past_key_values.", "present."
 
 
 def write_codes(model: Any, pressed: PressedWeights) -> int:
-    """Put packed weights, as integers with their scales, in the place of the floats they stand for; how many.
+    """Replace float constants by packed weights, which are integers with scales, and return their number.
 
-    The CPU plugin takes (code − zero point) · scale before a product as a compressed weight and multiplies by it packed.
+    The CPU plugin reads (code − zero point) · scale before a product as a compressed weight, and multiplies by it without unpacking.
     """
     packed = {name.removesuffix(".weight"): name for name in pressed.packed}
     replaced = 0
@@ -32,14 +32,14 @@ def write_codes(model: Any, pressed: PressedWeights) -> int:
 
 
 def _headless(name: str, packed: dict[str, str]) -> str | None:
-    """A headless loader and a checkpoint with a head differ in what stands before the first layer."""
+    """Find a packed weight whose name has another prefix: a checkpoint with a head and a model loaded without its head differ there."""
     return next(
         (full for short, full in packed.items() if short.endswith(f".{name}") or name.endswith(f".{short}")), None
     )
 
 
 def _compressed(weight: Codes, *, turned: bool) -> Any:
-    """Codes [out, in] as a float32 node [out, in] (`turned`: the product transposes it itself) or [in, out]."""
+    """Make a float32 node from codes [out, in]: [out, in] if `turned`, when the product itself transposes the weight; else [in, out]."""
     from openvino import Type
     from openvino import opset13 as ops
 
@@ -60,7 +60,7 @@ def _compressed(weight: Codes, *, turned: bool) -> Any:
 
 
 def _constant(values: NDArray[np.uint8], *, wide: bool) -> Any:
-    """Unsigned integers of 8 or 4 bits; of two that share a byte the first lies in its low half."""
+    """Make a constant of unsigned integers: 8 bits if `wide`, else 4 bits. The first of two 4-bit integers is in a byte's low half."""
     from openvino import Tensor, Type
     from openvino import opset13 as ops
 
@@ -72,10 +72,11 @@ def _constant(values: NDArray[np.uint8], *, wide: bool) -> Any:
 
 
 def divide_in_norms(model: Any) -> int:
-    """Let a norm's own scale and shift take in the division before a rounded product (`smooth_inputs`); how many.
+    """Merge the division before a rounded product (`smooth_inputs`) into the scale and shift of a norm; return the number of divisions.
 
-    norm = x̂ · γ + β also feeds the sum around its block, so that the two cannot be one. With (x̂ · γf + βf) beside it, computed from the same x̂,
-    each has one reader and the plugin merges it with that reader: the sum, and the rounding. Otherwise the division would be a pass of its own.
+    The norm x̂ · γ + β also feeds the residual sum, so its own γ and β must not change. Therefore a second value x̂ · γf + βf is computed
+    from the same x̂. Each of the two values then has one reader, the sum or the rounding, and the plugin fuses the value with its reader.
+    Otherwise the division would be a separate pass over the data.
     """
     from openvino import opset13 as ops
 
@@ -98,7 +99,7 @@ def divide_in_norms(model: Any) -> int:
 
 
 def _by_constant(node: Any, kind: str) -> tuple[Any, Any]:
-    """(what a node of this kind is given, the constant it is given with); nothing for any other node."""
+    """Return (computed input, constant input) of a node of this kind; (None, None) for any other node."""
     if node is None or node.get_type_name() != kind:
         return None, None
     given = [value.get_node() for value in node.input_values()]
@@ -108,9 +109,9 @@ def _by_constant(node: Any, kind: str) -> tuple[Any, Any]:
 
 
 def halve(model: Any) -> None:
-    """Store large float constants as float16; the arithmetic is for the plugin to choose.
+    """Store large float constants as float16. The plugin chooses the precision of the arithmetic.
 
-    `save_model` can do it too, but leaves a model that holds integers as it is.
+    `save_model` can do this, too, but it does not change a model that has integer constants.
     """
     from openvino import Type
     from openvino import opset13 as ops
@@ -127,9 +128,9 @@ def halve(model: Any) -> None:
 
 
 def keep_cache(model: Any) -> None:
-    """Let the model keep its keys and values between calls, and reorder them by `beam_idx`, as OpenVINO's generation libraries expect.
+    """Make the model keep its key/value cache between calls and reorder it by `beam_idx`, as OpenVINO's generation libraries expect.
 
-    After `reset_state` the cache is empty, for as many texts as the next call's `input_ids` has.
+    After `reset_state` the cache is empty. Its batch size is then that of the next call's `input_ids`.
     """
     from openvino import Dimension, PartialShape, Type
     from openvino import opset13 as ops
@@ -164,7 +165,10 @@ def keep_cache(model: Any) -> None:
 
 
 def settle_names(model: Any) -> None:
-    """Name by its place what nobody named. OpenVINO numbers such nodes as the process makes them, and the file's bytes would follow."""
+    """Name each unnamed node by its place in the graph.
+
+    OpenVINO gives such nodes numbers that depend on what the process made before. The bytes of the file would depend on this, too.
+    """
     for place, node in enumerate(model.get_ordered_ops()):
         if node.get_friendly_name() == node.get_name():
             node.set_friendly_name(f"{node.get_type_name()}@{place}")

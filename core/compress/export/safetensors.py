@@ -13,7 +13,10 @@ _OWN_CODE = Path(__file__).parents[1] / "model" / "generation_cache.py"
 
 
 def save(model_dir: Path, out_dir: Path) -> None:
-    """Put the finished model folder at `out_dir`; with the code of the cache that its settings ask for, where transformers has none like it."""
+    """Copy the finished model folder to `out_dir`.
+
+    If the settings ask for a cache that transformers does not have, the code of this cache is added.
+    """
     copy_folder(model_dir, out_dir)
     settings = out_dir / "generation_config.json"
     if settings.is_file() and "mode" in (json.loads(settings.read_bytes()).get("cache_config") or {}):

@@ -1,4 +1,4 @@
-"""An ONNX graph laid out as transformers.js looks for it, in a page or in Node: onnx/model_quantized.onnx beside config and tokenizer."""
+"""An ONNX graph in the folders that transformers.js expects, in a web page or in Node: onnx/model_quantized.onnx, config and tokenizer."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,16 @@ from nightpress.core.compress.passes.registry import Records, RuntimePasses
 from nightpress.core.errors import ErrorCode, NightpressError
 
 CONSUMER = Path(__file__).parents[1] / "runners" / "transformersjs_runner.py"
-#: The name of a number type there → what a file's name ends in.
+#: transformers.js's name of a number type → suffix of the file's name.
 _SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4"}
 _INTEGERS = frozenset({"MatMulInteger", "DynamicQuantizeMatMul", "DequantizeLinear"})
 
 
 def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, weights: str = "fp32") -> Records:
-    """Write the folder; as `onnx.save`, which makes the graph. Raises NightpressError(invalid_recipe) for a graph that a page can't load."""
+    """Write the folder. `onnx.save` makes the graph and has the same arguments.
+
+    Raises NightpressError(invalid_recipe) if the graph is too large for a web page.
+    """
     records = onnx.save(model_dir, out_dir, traced, passes, weights)
     graph = out_dir / onnx.GRAPH_FILE
     if graph.with_name(f"{onnx.GRAPH_FILE}.data").exists():
@@ -29,8 +32,10 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
     (out_dir / "onnx").mkdir()
     graph.rename(out_dir / "onnx" / f"model{_SUFFIXES[kind]}.onnx")
     config = json.loads((out_dir / "config.json").read_bytes())
-    config.pop("quantization_config", None)  # the graph holds the numbers; the loader would refuse what it doesn't know
-    config["transformers.js_config"] = {"dtype": kind}  # so that a page needs to name no type
+    config.pop(
+        "quantization_config", None
+    )  # the graph has the codes; the loader would refuse a config that it doesn't know
+    config["transformers.js_config"] = {"dtype": kind}  # the default, so that a page need not name a number type
     write_file(out_dir / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     return tuple(
         record.model_copy(update={"summary": record.summary | {"format": "transformers.js"}}) for record in records
@@ -38,7 +43,7 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
 
 
 def _number_type(graph: Path, weights: str) -> str:
-    """What transformers.js calls the numbers of a graph."""
+    """transformers.js's name for a graph's number type."""
     import onnx as library
 
     operations = {node.op_type: node for node in library.load(graph).graph.node}

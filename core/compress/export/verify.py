@@ -1,4 +1,4 @@
-"""The judgement on what a fresh process saw of an artifact: does it answer as the pressed model does, within its format's bound?"""
+"""The verification of an artifact: are its outputs in a fresh process those of the pressed model, within the bound of its format?"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,17 +12,19 @@ from nightpress.core.handoff.report import Verification
 from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
 from nightpress.core.recipes.models import Recipe
 
-#: An fp32 graph computes what the model computes, and a copy the same; only the order of sums differs.
+#: Least cosine of an fp32 graph or of a copy: both compute what the model computes. Only the order of sums differs.
 EXACT = 0.9999
-#: Rounding may change answers, which the evaluation measures; what falls below these is broken, not rounded.
+#: Bits → least cosine after rounding. Rounding may change answers, and the evaluation measures this. Below the bound an artifact is broken.
 ROUNDED = {8: 0.9, 7: 0.9, 6: 0.9, 5: 0.7, 4: 0.5}
-#: Weights in float16, and in GGUF activations as well.
+#: Least cosine with weights in float16. GGUF has activations in float16, too.
 HALVED = 0.999
-#: What the answers to several texts have in common makes every cosine large: less that, an artifact that gives one answer to all of them
-#: comes to 0. Rounding of models that hardly tell texts apart comes lower than a format's own bound, but not near 0.
+#: Least cosine after subtracting the mean of the answers. Answers to different texts have a common part that makes every cosine large.
+#: Without it, an artifact that gives the same answer to all texts has a cosine of 0. Rounded models that hardly distinguish texts can be
+#: below their format's own bound, but not near 0.
 _TELLS_APART = 0.25
-_CONSTANT = 1e-3  #: variation, beside the size of the answers, below which a model is taken to give one answer itself
-#: GGUF's types, where nothing else was rounded: a random model, which makes most of every error, has 0.9985 in q8_0 and 0.965 in q5_1.
+_CONSTANT = 1e-3  #: variation relative to the size of the answers; below it, the model itself is taken to give the same answer always
+#: GGUF's type → least cosine if nothing else was rounded. A model with random weights, where errors are largest, has 0.9985 in q8_0 and
+#: 0.965 in q5_1.
 _WRITTEN = {"f32": HALVED, "f16": HALVED, "q8_0": 0.995, "q6_k": 0.97, "q5_k": 0.9, "q5_1": 0.9, "q5_0": 0.9}
 
 
@@ -35,7 +37,11 @@ def verify(
     traced: Traced | None,
     task: Task,
 ) -> Verification:
-    """Raises NightpressError(verification_failed) when the artifact answers otherwise than it may."""
+    """Compare an artifact's outputs with those of the pressed model or of the source.
+
+    observed, source: the outputs of the artifact's and of the source's process. traced: needed for graph formats. Raises
+    NightpressError(verification_failed) if the outputs differ by more than the bound.
+    """
     ours, theirs = observed.outputs["check.values"], None
     if export.format in GRAPH_FORMATS:
         assert traced is not None
@@ -47,7 +53,7 @@ def verify(
         value = whole_cosine(ours, theirs)
         measure, bound = "cosine of outputs with the source's", least
     else:
-        # Pruning and 2 or 3 bits may change the answers at will: that is for the evaluation and the gates.
+        # Pruning and 2 or 3 bits may change the answers without limit. The evaluation and the gates decide about that.
         value, measure, bound = float(np.isfinite(ours).mean()), "share of outputs that are finite", 1.0
     if value >= bound and theirs is not None:
         varied = _variation(theirs)
@@ -78,21 +84,21 @@ def verify(
 
 
 def _variation(answers: NDArray[np.float32]) -> float:
-    """Of answers to several texts [N, …]: how far they are from their mean, beside their size."""
+    """The distance of several texts' answers [N, …] from their mean, relative to the size of the answers."""
     whole = answers.astype(np.float64)
     return float(np.linalg.norm(whole - whole.mean(axis=0)) / max(float(np.linalg.norm(whole)), 1e-30))
 
 
 def _graph_bound(recipe: Recipe, export: Export) -> float:
-    # The codes that a pass chose are in the model it is compared with; the runtime rounds activations beside them.
+    # The model that the graph is compared with has the same codes. But the runtime also rounds activations.
     if any(options.stage in {"graph", "runtime"} or options.quantizes for options in recipe.passes):
         return ROUNDED[8]
-    # OpenVINO computes in bfloat16 where the processor can, whatever the weights are stored in.
+    # OpenVINO computes in bfloat16 if the processor can, for any dtype of the stored weights.
     return HALVED if export.weights == "fp16" or export.format == "openvino" else EXACT
 
 
 def _rounding_bound(recipe: Recipe, export: Export) -> float | None:
-    """How near the source an artifact must stay that was only rounded. None: the passes may change the answers at will."""
+    """The least cosine with the source for an artifact that was only rounded. None: the passes may change the answers without limit."""
     passes = [options for options in recipe.passes if options.stage != "measure"]
     bounds = [None if options.rounding_bits is None else ROUNDED.get(options.rounding_bits) for options in passes]
     if not passes:
@@ -100,12 +106,12 @@ def _rounding_bound(recipe: Recipe, export: Export) -> float | None:
     if export.format == "gguf" and export.weights is not None:
         bounds.append(_WRITTEN.get(export.weights, ROUNDED[4]))
     known = [bound for bound in bounds if bound is not None]
-    # Two passes that only round one after the other are not foreseen.
+    # There is no bound for two rounding passes, one after the other.
     return min(known) if known and len(known) == len(bounds) and len(passes) < 2 else None
 
 
 def _reduce(out: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-    """The model's whole output for the check texts → what a runner keeps of it."""
+    """Reduce the model's whole output for the check texts to the part that a runner keeps."""
     check = task.sets[0]
     mask = check.sequences.mask
     if check.kind == "logits":

@@ -1,19 +1,19 @@
-"""Where a graph multiplies queries by keys, and where each of the two is made."""
+"""Find the products of queries and keys in a graph, and the tensors where queries and keys are computed."""
 
 from dataclasses import dataclass
 from typing import Any
 
-_LAYOUT = {"Transpose", "Reshape", "Squeeze", "Unsqueeze"}  #: which move values and change none
-_TO_SOFTMAX = {"Mul", "Div", "Add", "Where"}  #: what may happen to scores before their softmax
-_FARTHEST = 4  #: such operations
+_LAYOUT = {"Transpose", "Reshape", "Squeeze", "Unsqueeze"}  #: operations that move values and do not change them
+_TO_SOFTMAX = {"Mul", "Div", "Add", "Where"}  #: operations that may stand between scores and their softmax
+_FARTHEST = 4  #: largest number of such operations
 
 
 @dataclass(frozen=True)
 class Operand:
-    """One of the two, as it is before it is split into heads and turned."""
+    """The queries or the keys of a product, before they are split into heads and transposed."""
 
     tensor: str
-    reader: str  #: the node that takes it on its way to the product
+    reader: str  #: the node that reads this tensor on its way to the product
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Scores:
 
 
 def score_products(graph: Any) -> dict[str, Scores]:
-    """The products of an ONNX graph that a softmax takes, by name."""
+    """The products of an ONNX graph whose results go to a softmax: node's name → its queries and keys."""
     made_by = {out: node for node in graph.node for out in node.output}
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
@@ -31,7 +31,7 @@ def score_products(graph: Any) -> dict[str, Scores]:
             readers.setdefault(name, []).append(node)
 
     def origin(name: str, reader: Any) -> Operand:
-        """Back over operations that only move values, as long as nothing else reads what lies between."""
+        """Go back over operations that only move values, as long as no other node reads the tensors in between."""
         while name in made_by and made_by[name].op_type in _LAYOUT and len(readers[name]) == 1:
             reader = made_by[name]
             name = reader.input[0]

@@ -1,4 +1,4 @@
-"""Dynamic int8 on graphs: weights rounded per output channel, activations rounded by the runtime as they come."""
+"""Dynamic int8 on graphs: weights are rounded per output channel, and the runtime rounds the activations of each call."""
 
 import contextlib
 import logging
@@ -23,17 +23,21 @@ Weights = NDArray[np.float32]
 _FEWEST = 1024  #: weights; smaller constants are biases, masks and shapes
 
 
-#: Weights reach ±64: without VNNI a processor adds two products of uint8 and int8 in 16 bits, which smoothed inputs would often overflow.
+#: Largest code of a weight. Without VNNI a processor adds two products of uint8 and int8 in 16 bits. With codes up to 127, smoothed inputs
+#: would often overflow these 16 bits.
 _TOP = 64
-#: How much of their inputs' strength weights take over (SmoothQuant's α).
+#: SmoothQuant's α: how much of the inputs' magnitude is moved into the weights.
 _SMOOTHING = 0.6
-#: A layer whose input loses this many times more than the median layer's keeps float arithmetic in ONNX Runtime, which has one scale
-#: for a whole input; such layers may hold this share of the weights.
+#: ONNX Runtime has one scale for a whole input. A layer is sensitive if the rounding error of its input is more than this many times the
+#: median layer's. Sensitive layers keep float arithmetic. They may hold at most this share of the weights.
 _SENSITIVE, _SENSITIVE_SHARE = 1.5, 1 / 5
 
 
 def sensitive_layers(rounding: Mapping[str, float], sizes: Mapping[str, int]) -> frozenset[str]:
-    """Layers that one scale for a whole input would hurt most, the worst first, as many as the share of weights allows."""
+    """Return the layers that lose most by one scale for a whole input, as many as the allowed share of the weights permits, worst first.
+
+    rounding: layer → relative error of its rounded input. sizes: layer → number of weights.
+    """
     known = {name: error for name, error in rounding.items() if name in sizes}
     if not known:
         return frozenset()
@@ -55,10 +59,11 @@ def quantize_onnx(
     rounding: Mapping[str, float],
     peaks: Mapping[str, Weights],
 ) -> tuple[LayerEffect, ...]:
-    """Matrix products by ONNX Runtime's own quantizer, embeddings row by row. Writes `target`. rounding, peaks: see `graph.tracing.Traced`.
+    """Quantize matrix products with ONNX Runtime's own quantizer, and embeddings row by row. Writes `target`.
 
-    Layers that one scale for their input would hurt are computed in float with weights stored in int8. Weights that were trained on
-    the grid of int8 (`qat`) keep their codes: they are neither smoothed nor brought to a smaller range.
+    rounding, peaks: see `graph.tracing.Traced`. Sensitive layers are computed in float and only their weights are stored in int8. Weights
+    that were trained on the grid of int8 (`qat`) keep their codes: they are neither smoothed nor rounded to a smaller range. Raises
+    NightpressError(invalid_recipe) if nothing is left to quantize.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -96,7 +101,7 @@ def quantize_onnx(
     refuse_if_empty(effects, options.name)
     made: Any = model
     with disk_errors(), _without_advice():
-        # Weights that lie on int8's full grid are written after the others, whose range is smaller: a range is one of a call.
+        # The quantizer has one range for all weights of a call. So weights on int8's full grid need a second call, after the other weights.
         for excluded, reduce_range in ((ignored + sorted(trained), True), (ignored, False))[: 1 + bool(trained)]:
             quantize_dynamic(
                 made,
@@ -113,7 +118,7 @@ def quantize_onnx(
 
 
 def lies_on_grid(weight: Weights, axis: int | None) -> bool:
-    """Whether rounding to int8's full range leaves a weight as it is, which training with rounding on aims at and chance doesn't."""
+    """Whether rounding to int8's full range does not change a weight. Quantization-aware training leads to this; chance does not."""
     codes, scales = codes_of(weight, axis)
     return bool(weight.any()) and bool(np.allclose(codes * scales, weight, rtol=1e-5, atol=0))
 
@@ -121,11 +126,11 @@ def lies_on_grid(weight: Weights, axis: int | None) -> bool:
 def smooth_inputs(
     onnx: Any, model: Any, products: Iterable[Any], factors_of: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> None:
-    """Divide what products read by a factor for each channel, and multiply their weights' rows by it, in place.
+    """Divide the products' inputs by a factor for each channel, and multiply the rows of their weights [in, out] by it, in place.
 
-    factors_of(input's name, weight [out, in] of all that read it) → [in]. One scale for a whole input then covers channels that are
-    nearer to each other (SmoothQuant, arXiv 2211.10438). The division is an
-    operation of the graph: behind a norm whose output goes elsewhere as well, or behind an activation, no weight can take it in.
+    factors_of(name of an input, weights [out, in] of all products that read it) → [in]. The channels of an input then have more similar
+    ranges, so that one scale suits all of them (SmoothQuant, arXiv 2211.10438). The division is an operation of the graph. It cannot be
+    merged into a weight behind an activation, or behind a norm whose output has other readers.
     """
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     constants = {initializer.name: initializer for initializer in model.graph.initializer}
@@ -153,7 +158,7 @@ def is_smoothing(node: Any) -> bool:
 
 
 def readers_by_input(model: Any, products: Iterable[Any]) -> dict[str, list[Any]]:
-    """Input → the products that read it. A weight that several products share can't follow the inputs of each: those are left out."""
+    """Input → the products that read it. Products that share a weight are left out: it can't follow the factors of several inputs."""
     uses = Counter(name for node in model.graph.node for name in node.input)
     readers: dict[str, list[Any]] = {}
     for node in products:
@@ -163,7 +168,7 @@ def readers_by_input(model: Any, products: Iterable[Any]) -> dict[str, list[Any]
 
 
 def store_in_int8(onnx: Any, model: Any, weights: Mapping[str, tuple[NDArray[np.int8], Weights]]) -> None:
-    """These weights become codes [in, out] and scales [1, out], which the runtime multiplies out once, as it loads the graph."""
+    """Replace weights by codes [in, out] and scales [1, out]. The runtime dequantizes them once, when it loads the graph."""
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     constants = {initializer.name: initializer for initializer in model.graph.initializer}
     floats = []
@@ -180,7 +185,10 @@ def store_in_int8(onnx: Any, model: Any, weights: Mapping[str, tuple[NDArray[np.
 
 
 def fold_transposes(onnx: Any, model: Any) -> None:
-    """A weight tied to an embedding table reaches its product through a Transpose, behind which the quantizer finds no constant."""
+    """Replace each Transpose of a constant by the transposed constant.
+
+    A weight that is tied to an embedding table reaches its product through a Transpose, where the quantizer finds no constant.
+    """
     constants = {initializer.name: initializer for initializer in model.graph.initializer}
     kept = []
     for node in model.graph.node:
@@ -195,7 +203,10 @@ def fold_transposes(onnx: Any, model: Any) -> None:
 
 
 def quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], ignore: Patterns) -> list[LayerEffect]:
-    """Gather(table) → Gather(int8 table) · Gather(scales): the runtime's quantizer gives a whole table one scale, which costs fidelity."""
+    """Replace Gather(table) by Gather(int8 table) · Gather(scales), with one scale for each row. Returns the rounding errors.
+
+    The runtime's quantizer would use one scale for a whole table, which costs fidelity.
+    """
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     effects, nodes, done = [], [], set()
     for node in model.graph.node:
@@ -230,10 +241,10 @@ def quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], ignore
 
 
 def quantize_openvino(model: Any, options: DynamicInt8) -> tuple[LayerEffect, ...]:
-    """Constants of matrix products and embeddings become Multiply(Convert(int8), scale), in place.
+    """Replace the constants of matrix products and embeddings by Multiply(Convert(int8), scale), in place. Returns the rounding errors.
 
-    OpenVINO's CPU plugin takes this form as compressed weights: it multiplies in int8 where the processor can, rounding activations
-    in groups, and else unpacks the weights to float.
+    OpenVINO's CPU plugin reads this form as compressed weights. If the processor supports it, the plugin rounds activations in groups and
+    multiplies in int8. Otherwise it unpacks the weights to float. Raises NightpressError(invalid_recipe) if nothing is left to quantize.
     """
     from openvino import Type
     from openvino import opset13 as ops
@@ -255,7 +266,7 @@ def quantize_openvino(model: Any, options: DynamicInt8) -> tuple[LayerEffect, ..
             continue
         if matches(name, options.ignore) or matches(constant.get_friendly_name(), options.ignore):
             continue
-        # One scale an output channel: a row of an embedding table or of a transposed weight, else a column.
+        # One scale for each output channel: a row of an embedding table or of a transposed weight, else a column.
         by_row = kind == "Gather" or bool(node.get_attributes().get("transpose_b"))
         axis = None if not options.per_channel else (1 if by_row else 0)
         codes, scales = codes_of(weight, axis)
@@ -268,12 +279,15 @@ def quantize_openvino(model: Any, options: DynamicInt8) -> tuple[LayerEffect, ..
 
 
 def quantize_rows(weight: Weights) -> tuple[NDArray[np.int8], Weights]:
-    """weight [R, C] → codes int8 [R, C] in −127…127 and scales [R, 1]."""
+    """Weight [R, C] → codes int8 [R, C] in −127 … 127 and scales [R, 1]."""
     return codes_of(weight, 1)
 
 
 def codes_of(weight: Weights, axis: int | None, top: int = 127) -> tuple[NDArray[np.int8], Weights]:
-    """Round to a symmetric grid of −top … top with one scale along `axis`, or one in all."""
+    """Round to the symmetric grid −top … top, with one scale along `axis`, or one scale in total (None). Returns codes and scales.
+
+    Raises NightpressError(numerical_failure) on NaN or infinity.
+    """
     largest = np.abs(weight).max(axis=axis, keepdims=True)
     if not np.isfinite(largest).all():
         raise NightpressError(
@@ -289,14 +303,14 @@ def array_of(onnx: Any, tensor: Any) -> Weights:
 
 
 def effect_of(name: str, before: Weights, after: Weights) -> LayerEffect:
-    norm = float(np.linalg.norm(before.astype(np.float64)))  # squares of large weights leave float32
+    norm = float(np.linalg.norm(before.astype(np.float64)))  # squares of large weights overflow float32
     error = float(np.linalg.norm(before.astype(np.float64) - after)) / norm if norm else 0.0
     return LayerEffect(name=name, bytes_before=before.nbytes, bytes_after=before.size, relative_error=error)
 
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """The quantizer advises everyone, on the root logger, to optimise the graph first; the exporter already did."""
+    """Drop the quantizer's advice to optimise the graph first, which it writes to the root logger: the exporter has done this."""
 
     def drop(record: logging.LogRecord) -> bool:
         return "pre-processing" not in record.getMessage()

@@ -1,7 +1,7 @@
-"""A graph whose products read quantized inputs and weights: `DequantizeLinear(QuantizeLinear(x))` and `DequantizeLinear(int8 weight)` (QDQ).
+"""A graph whose products read quantized inputs and weights: `DequantizeLinear(QuantizeLinear(x))`, `DequantizeLinear(int8 weight)` (QDQ).
 
-Attention's scores are a product of two inputs, queries and keys, and each is rounded where it is made: before it is split into heads and turned,
-which bytes make cheaper too.
+Attention's scores are a product of two inputs, queries and keys. Each is rounded where it is computed, before it is split into heads and
+transposed. So these operations move bytes instead of floats, which is cheaper.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -34,39 +34,37 @@ from nightpress.core.handoff.report import LayerEffect
 from nightpress.core.recipes.linears import matches
 from nightpress.core.recipes.passes import StaticInt8
 
-_TOP = 127  #: of a query's codes
+_TOP = 127  #: largest code of a query
 
-Settle = Callable[
-    [str, Tensor], StaticWeight
-]  #: (input's name, weights [out, in] of all that read it) → how they are settled
+#: (name of an input, weights [out, in] of all products that read it, stacked) → smoothing factors and codes
+Settle = Callable[[str, Tensor], StaticWeight]
 
 
 @dataclass(frozen=True)
 class Weight:
     """A product's weight in the two forms that a graph may hold."""
 
-    codes: NDArray[np.int8]  #: [in, out], up to the largest code that the processor can sum
+    codes: NDArray[np.int8]  #: [in, out], no larger than the processor can sum without overflow
     scales: NDArray[np.float32]  #: [out]
-    stored: NDArray[np.int8]  #: [in, out], not smoothed, all of int8's range: for a product that is left in float
+    stored: NDArray[np.int8]  #: [in, out], not smoothed, full range of int8: for a product that stays in float
     stored_scales: NDArray[np.float32]  #: [1, out]
-    effect: LayerEffect  #: of `codes`
-    stored_effect: LayerEffect
+    effect: LayerEffect  #: the rounding error of `codes`
+    stored_effect: LayerEffect  #: the rounding error of `stored`
 
 
 @dataclass(frozen=True)
 class QdqGraph:
-    """A graph with its embeddings in int8, and the products that may follow. Weights stand beside it and not in it."""
+    """A graph with int8 embeddings and the products that can be quantized. The weights are kept outside the graph."""
 
     model: Any  #: onnx.ModelProto
-    inputs: Mapping[str, str]  #: product → the tensor it is given
-    plain_inputs: Mapping[str, str]  #: product → that tensor before it was smoothed
-    weights: Mapping[str, Weight]  #: by their names in the graph
+    inputs: Mapping[str, str]  #: product → the tensor that it reads
+    plain_inputs: Mapping[str, str]  #: product → that tensor before smoothing
+    weights: Mapping[str, Weight]  #: name in the graph → weight
     scores: Mapping[str, Scores]  #: attention's product → queries and keys
-    costs: Mapping[
-        str, float
-    ]  #: product → share of its outputs' power that rounding changed, of products whose weights were settled
+    #: product → share of its outputs' power that rounding changed; only products whose weights were chosen by `settle`
+    costs: Mapping[str, float]
     top: int  #: the largest code of a key
-    tables: tuple[LayerEffect, ...]  #: of the embeddings
+    tables: tuple[LayerEffect, ...]  #: the rounding errors of the embeddings
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,7 +72,7 @@ class QdqGraph:
 
     @property
     def operands(self) -> tuple[tuple[str, str], ...]:
-        """(product, tensor that it is given and that needs a range)."""
+        """Pairs of a product and a tensor that it reads and that needs a range."""
         scores = ((name, x.tensor) for name, score in self.scores.items() for x in (score.query, score.key))
         return (*self.inputs.items(), *scores)
 
@@ -85,7 +83,11 @@ class QdqGraph:
 
     @classmethod
     def of(cls, graph: Path, options: StaticInt8, top: int, settle: Settle | None = None) -> "QdqGraph":
-        """settle: None leaves inputs as they come and rounds each weight to its nearest code."""
+        """Read a graph and round its weights. top: the largest code of a weight and of a key.
+
+        settle chooses smoothing factors and codes. If it is None, inputs are not smoothed and each weight is rounded to nearest. Raises
+        NightpressError(invalid_recipe) if `options.ignore` leaves no product.
+        """
         import onnx
 
         model = onnx.load(graph)
@@ -101,7 +103,7 @@ class QdqGraph:
             and not matches(node.input[1], options.ignore)
         ]
         refuse_if_empty(products, options.name)
-        # As they are: a strong channel that smoothing multiplies into a weight would take most of its row's range.
+        # A product that stays in float has an unsmoothed weight: after smoothing, strong channels would take most of each scale's range.
         plain_inputs = {node.name: node.input[0] for node in products}
         names = dict.fromkeys(node.input[1] for node in products)
         stored = {name: codes_of(array_of(onnx, constants[name]), 0) for name in names}
@@ -127,7 +129,7 @@ class QdqGraph:
         return cls(model, inputs, plain_inputs, weights, scores, costs, top, tuple(tables))
 
     def effects(self, left: Collection[str]) -> tuple[LayerEffect, ...]:
-        """What rounding did to each weight; those of products left in float have all of int8's range."""
+        """The rounding error of each weight. left: products that stay in float; their weights use the full range of int8."""
         found = []
         for node in self.model.graph.node:
             if node.name in self.inputs:
@@ -137,7 +139,7 @@ class QdqGraph:
         return (*found, *self.tables)
 
     def written(self, ranges: Mapping[str, Range], left: Collection[str]) -> bytes:
-        """The graph with all products in int8 but those that are left in float, whose weights alone are."""
+        """Serialize the graph with all products in int8, except those in `left`: these stay in float, and only their weights are int8."""
         import onnx
 
         model = onnx.ModelProto()
@@ -180,9 +182,9 @@ class QdqGraph:
 def _settled(
     onnx: Any, model: Any, products: list[Any], settle: Settle
 ) -> tuple[dict[str, tuple[NDArray[np.int8], NDArray[np.float32]]], dict[str, float]]:
-    """Smooth the products' inputs in place. (Weight → codes [in, out] and scales [1, out], product → its cost.)
+    """Smooth the products' inputs in place. Returns (weight → codes [in, out] and scales [1, out], product → its cost).
 
-    Weights that were trained on the grid of int8 keep their codes, and their inputs are left as they come.
+    Weights that were trained on the grid of int8 are left out, and their inputs are not smoothed.
     """
     constants = {initializer.name: initializer for initializer in model.graph.initializer}
     free = [node for node in products if not lies_on_grid(array_of(onnx, constants[node.input[1]]), 0)]
@@ -206,7 +208,7 @@ def _settled(
 
 
 class _Written:
-    """Nodes in their order and their constants. What several nodes read is made once, before the first of them."""
+    """The new graph's nodes in order, and its constants. A value that several nodes read is made once, before the first of these nodes."""
 
     def __init__(self, onnx: Any) -> None:
         self._make, self._constant = onnx.helper.make_node, onnx.numpy_helper.from_array
@@ -215,7 +217,7 @@ class _Written:
         self.constants: list[Any] = []
 
     def rounded(self, name: str, kind: str, scale: np.float32, zero: np.generic) -> str:
-        """The name of a tensor's values once they were rounded to codes."""
+        """Return the name of a tensor's values after quantizing and dequantizing."""
         codes = f"{name}_{kind}"
         seen = f"{codes}_seen"
         if seen not in self._made:
@@ -229,7 +231,7 @@ class _Written:
         return seen
 
     def weight(self, name: str, weight: Weight) -> str:
-        """The name of a weight's values."""
+        """Return the name of a weight's dequantized values."""
         floats = f"{name}_float"
         if floats not in self._made:
             self._made.add(floats)

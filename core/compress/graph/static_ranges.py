@@ -1,4 +1,4 @@
-"""What a graph's products are given on calibration text: how far to smooth it, and which range to round it in."""
+"""Calibrate a static int8 graph: find the smoothing factors and the ranges of its products' inputs on calibration text."""
 
 import contextlib
 import shutil
@@ -26,7 +26,7 @@ from nightpress.core.compress.solvers.static_weights import StaticWeight, settle
 from nightpress.core.recipes.costs import GRAPH_TOKENS
 from nightpress.core.recipes.passes import StaticInt8
 
-#: Largest code of a weight: 255 · 64 · 2 still fits the 16-bit sums of x86 without VNNI, 255 · 127 · 2 doesn't.
+#: Bits of a weight → its largest code. 255 · 64 · 2 fits the 16-bit sums of x86 processors without VNNI, 255 · 127 · 2 does not.
 TOP = {7: 64, 8: 127}
 
 Ids = NDArray[np.int64]
@@ -39,7 +39,7 @@ class Texts:
     mask: Ids  #: [N, S]
 
     def feeds(self, inputs: Collection[str], tokens: int) -> Iterator[Feeds]:
-        """What a graph is called with, about so many tokens at a time and at least one text."""
+        """Yield the inputs of each run of a graph: about `tokens` tokens at a time, at least one text. inputs: the graph's input names."""
         rows = max(1, tokens // self.ids.shape[1])
         for at in range(0, len(self.ids), rows):
             ids, mask = self.ids[at : at + rows], self.mask[at : at + rows]
@@ -56,9 +56,10 @@ class Texts:
 def calibrated(
     graph: Path, texts: Texts, options: StaticInt8, bits: int, folder: Path, context: PassContext
 ) -> tuple[QdqGraph, dict[str, Range], dict[str, float]]:
-    """The smoothed graph with its weights settled, the range of each rounded tensor, and what rounding costs each product.
+    """Return the smoothed graph with its codes, the range of each rounded tensor, and the cost of rounding each product.
 
-    The texts run through the graph once for extremes and Gram matrices and, unless extremes are the ranges, once for histograms.
+    bits: 7 or 8, of a weight. The texts run through the graph once for extremes and Gram matrices. Unless the ranges are the extremes, the
+    texts run a second time for histograms. The result is kept in `folder`, where another attempt finds it.
     """
     kept = folder / "calibration.npz"
     if not kept.is_file():
@@ -74,7 +75,7 @@ def calibrated(
 
     plan = QdqGraph.of(graph, options, TOP[bits], settle)
     ranges = {name: tuple(found[f"range.{name}"].tolist()) for name in plan.rounded}
-    # Products without a sample of their own, trained ones among them, are ranked by what rounding did to their weights.
+    # Products whose output error was not measured, e.g. those with trained weights, are ranked by the rounding error of their weights.
     costs = {effect.name: effect.relative_error**2 for effect in plan.effects(()) if effect.name in plan.inputs}
     costs |= dict(plan.costs)
     costs |= {
@@ -89,7 +90,7 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: 
     context.progress(0.2, "loading the graph to calibrate it")
     names = sorted(set(plain.rounded))
     given, rounded, scores, operands = set(plain.inputs.values()), plain.rounded, plain.scores, list(plain.operands)
-    del plain  # its weights would stand beside the session's
+    del plain  # otherwise its weights and the session's would be in memory together
     held = {name: _InputRange(sums=name in given) for name in names}
     with _watching(graph, names, kept.parent, context.threads) as watching:
         for values in _inputs_seen(watching, names, texts, context, 0.2, 0.4):
@@ -97,7 +98,7 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: 
                 held[name].add(value)
     for product, name in operands:
         check_finite([product], held[name].extremes())
-    return_freed_memory()  # the session's
+    return_freed_memory()  # the session has used it
     arrays: dict[str, NDArray[Any]] = {}
     for operand in (x for score in scores.values() for x in (score.query, score.key)):
         arrays[f"loss.{operand.tensor}"] = np.asarray(held[operand.tensor].symmetric_loss(TOP[bits]))
@@ -142,10 +143,10 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: 
 
 
 class _InputRange:
-    """What a product's input held over the texts: each channel's extremes, zero among them, and some tokens as they were."""
+    """Statistics of a tensor over all texts: each channel's extremes (including zero), a sample of tokens and, with `sums`, Σ xxᵀ."""
 
     def __init__(self, *, sums: bool) -> None:
-        """sums: keep Σ xxᵀ, which settling weights needs."""
+        """sums: keep Σ xxᵀ, which `settle` needs."""
         self.low: Weights = np.zeros(1, np.float32)
         self.high: Weights = np.zeros(1, np.float32)
         self._sample = EvenSample()
@@ -153,7 +154,7 @@ class _InputRange:
         self._gram: Gram | None = None
 
     def add(self, values: Weights) -> None:
-        """Take in [..., in]."""
+        """Add values [..., in]."""
         x = values.reshape(-1, values.shape[-1])
         self.low, self.high = np.minimum(self.low, x.min(axis=0)), np.maximum(self.high, x.max(axis=0))
         self._sample.add(torch.from_numpy(x))
@@ -162,22 +163,25 @@ class _InputRange:
             self._gram.add(torch.from_numpy(np.ascontiguousarray(x)))
 
     def extremes(self) -> Tensor:
-        """[2, in]"""
+        """The lowest and the highest value of each channel, [2, in]."""
         return torch.from_numpy(np.stack([self.low, self.high]))
 
     def sample(self) -> Tensor:
-        """[tokens, in]"""
+        """A sample of the values, [tokens, in]."""
         return self._sample.tokens()
 
     def settle(self, weight: Tensor, bits: int) -> StaticWeight:
-        """Weights [out, in] of all that read it. Lets go of the Gram matrix, so that it can be asked once."""
+        """Choose factors and codes for the weights [out, in] of all products that read this tensor.
+
+        This frees the Gram matrix, so it can be called only once.
+        """
         gram, self._gram = self._gram, None
         assert gram is not None
         low, high = (torch.from_numpy(bound) for bound in (self.low, self.high))
         return settle(weight, gram.matrix(), self.sample(), low, high, tokens=gram.tokens, bits=bits)
 
     def symmetric_loss(self, top: int) -> float:
-        """The share of its power that rounding to a grid of −top … top takes."""
+        """The squared error of rounding the sample to the grid −top … top, as a share of the sample's power."""
         x = self.sample()
         scale = float(activation_ranges.symmetric_scale((float(self.low.min()), float(self.high.max())), top))
         return float(((x / scale).round() * scale - x).square().sum() / x.square().sum().clamp(min=1e-30))
@@ -185,10 +189,10 @@ class _InputRange:
 
 @contextlib.contextmanager
 def _watching(graph: Path, names: Sequence[str], folder: Path, threads: int) -> Iterator[Any]:
-    """A session of the graph that gives these tensors as well as its outputs."""
+    """Open a session of the graph that also returns the tensors `names`. Writes a copy of the graph to `folder` while it is open."""
     import onnx
 
-    # Messages of protobuf are merged by writing one behind the other: the graph's weights needn't be parsed and copied for more outputs.
+    # Two protobuf messages are merged by concatenating their bytes. So outputs are added without parsing and copying the graph's weights.
     more = onnx.ModelProto()
     more.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     watched = folder / "watched.onnx"
@@ -205,7 +209,7 @@ def _watching(graph: Path, names: Sequence[str], folder: Path, threads: int) -> 
 def _inputs_seen(
     loaded: Any, names: Sequence[str], texts: Texts, context: PassContext, start: float, end: float
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
-    """What each tensor holds where the texts have tokens, a batch at a time."""
+    """Yield the values of each tensor without padding, batch by batch. The progress goes from `start` to `end`."""
     inputs = {value.name for value in loaded.get_inputs()}
     done = 0
     for feeds in texts.feeds(inputs, GRAPH_TOKENS):
@@ -219,10 +223,10 @@ def _inputs_seen(
 
 
 def without_padding(values: NDArray[np.float32], real: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """What a graph's tensor [..., channels] holds where texts have tokens, real [B, S]: [tokens, ..., channels].
+    """Return the values of a graph's tensor at real tokens: [tokens, ..., channels]. real [B, S] is False at the padding.
 
-    A tensor is taken to stand for tokens where it is [B, S, ...], [B · S, channels] or, split into heads, [B, heads, S, width] or
-    [B, heads, width, S]. All of any other is returned, such as [B, channels] of pooled texts.
+    A tensor holds values of tokens if its shape is [B, S, ...], [B · S, channels] or, split into heads, [B, heads, S, width] or
+    [B, heads, width, S]. Any other tensor is returned whole, e.g. [B, channels] of pooled texts.
     """
     batch, length = real.shape
     if values.ndim >= 3 and values.shape[:2] == real.shape:

@@ -1,6 +1,6 @@
-"""The graph executor: a model traced once into an ONNX graph, from which each graph format is made.
+"""The graph executor: trace a model once into an ONNX graph, from which every graph format is made.
 
-The trace is the resume point: it costs most of the time, and another attempt of the same job finds it in the job's work folder.
+The trace is the resume point. It takes most of the time, and another attempt of the same job finds it in the job's work folder.
 """
 
 import ast
@@ -29,31 +29,32 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import describe_folder
 from nightpress.core.recipes.header import ModelHeader
 
-#: Dimensions that vary, under the names that generation libraries look for: transformers.js makes an empty cache from them.
+#: The names of dimensions that vary. Generation libraries look for these names: transformers.js makes an empty cache from them.
 _BATCH, _LENGTH = "batch_size", "sequence_length"
 _BOTH = {0: _BATCH, 1: _LENGTH}
 _SEEN = {0: _BATCH, 1: "total_sequence_length"}
 _PAST = {0: _BATCH, 2: "past_sequence_length"}
-OPSET = 20  #: the first with Gelu as one node; ONNX Runtime reads it from 1.17 on, OpenVINO from 2024.0
+OPSET = 20  #: the first with Gelu as one node; ONNX Runtime reads it since 1.17, OpenVINO since 2024.0
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A model as an fp32 ONNX graph, and what the traced model itself says of a few texts."""
+    """A model as an fp32 ONNX graph, with the outputs of the traced model itself for a few check texts."""
 
     path: Path
     check: NDArray[np.float32]  #: the model's first output for the check texts: [B, S, …] or [B, C]
-    rounding: Mapping[
-        str, float
-    ]  #: linear layer → relative error of its input on those texts, rounded to int8 with one scale
-    peaks: Mapping[str, NDArray[np.float32]] = field(
-        default_factory=dict
-    )  #: linear layer → largest magnitude of each of its inputs on those texts, [in]
-    cached: bool = False  #: the graph takes and gives the keys and values of what it has seen: a decoder's
+    #: linear layer → relative error of its input on the check texts, rounded to 8 bits with one scale
+    rounding: Mapping[str, float]
+    #: linear layer → largest magnitude of each input channel on the check texts, [in]
+    peaks: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    cached: bool = False  #: the graph reads and returns a key/value cache: it is a decoder's
 
 
 def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassContext) -> Traced:
-    """Trace once. Another attempt, whose folders have other names, finds the trace by the bytes of the model and of the check texts."""
+    """Trace a model, or find the trace of an earlier attempt.
+
+    Attempts have folders with different names. So the trace is found by a hash of the model's files, its header and the check texts.
+    """
     context.progress(0.0, "looking for an earlier trace of this model")
     key = hashlib.sha256(f"{content_digest(model_dir)}\n{header.model_dump_json()}\n{OPSET}\n".encode())
     key.update(check.ids.tobytes())
@@ -68,7 +69,7 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
             expected = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask)).float().numpy()
         context.progress(0.2, "tracing the model into a graph")
         with disk_errors():
-            # The weights lie inside the file up to protobuf's 2 GiB; beyond, in one file beside it.
+            # Protobuf's limit is 2 GiB. Weights up to this limit are stored inside the file, larger ones in a second file.
             partial = folder / "partial"
             partial.mkdir(exist_ok=True)
             program = export_graph(model, header, model.signature(example_ids(header)))
@@ -93,7 +94,7 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
 
 
 def content_digest(model_dir: Path) -> str:
-    """One digest of all that a folder holds."""
+    """One digest of all files of a folder."""
     found = hashlib.sha256()
     for file in describe_folder(model_dir):
         found.update(f"{file.path} {file.sha256}\n".encode())
@@ -102,7 +103,11 @@ def content_digest(model_dir: Path) -> str:
 
 @contextlib.contextmanager
 def _watch_inputs(model: torch.nn.Module) -> Iterator[tuple[dict[str, float], dict[str, NDArray[np.float32]]]]:
-    """While inside, note each linear layer's inputs: what they lose when a runtime rounds them, to uint8 with one scale, and their largest magnitudes."""
+    """Record two figures of each linear layer's inputs inside the block.
+
+    The first is the relative error of the inputs when a runtime rounds them to uint8 with one scale. The second is each channel's largest
+    magnitude, [in].
+    """
     errors: dict[str, float] = {}
     largest: dict[str, NDArray[np.float32]] = {}
 
@@ -132,7 +137,7 @@ def _watch_inputs(model: torch.nn.Module) -> Iterator[tuple[dict[str, float], di
 
 @dataclass(frozen=True)
 class Signature:
-    """A graph's inputs and outputs: names, an example, and which of its dimensions vary."""
+    """A graph's inputs and outputs: their names, example inputs, and the dimensions that vary."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -148,7 +153,7 @@ class _FirstOutput(torch.nn.Module):
         self.model, self.output, self.types = model, output, types
 
     def answer(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """What the model itself says of whole texts."""
+        """The model's own output for whole texts. ids, mask [B, S]."""
         out: torch.Tensor = self(ids, mask)
         return out
 
@@ -165,9 +170,10 @@ class _FirstOutput(torch.nn.Module):
 
 
 class _WithCache(torch.nn.Module):
-    """A decoder whose keys and values come in as tensors and go out longer: one graph reads a prompt and writes on.
+    """A decoder that reads its key/value cache as tensors and returns the extended cache: one graph reads a prompt and generates.
 
-    The names are those that generation libraries look for: `past_key_values.0.key` [B, heads, past, width] in, `present.0.key` out.
+    The tensors have the names that generation libraries look for: `past_key_values.0.key` [B, heads, past, width] is read and
+    `present.0.key` is returned.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -205,7 +211,7 @@ class _WithCache(torch.nn.Module):
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
     def answer(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """What the model itself says of whole texts."""
+        """The model's own logits for whole texts, computed without a cache. ids, mask [B, S]."""
         out: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return out
 
@@ -224,7 +230,7 @@ class _WithCache(torch.nn.Module):
 
 def _load(model_dir: Path, header: ModelHeader, threads: int) -> _FirstOutput | _WithCache:
     torch.set_num_threads(threads)
-    # Plain attention: the fused kernel's guard against rows without any token would only clutter the graph.
+    # Eager attention: the fused kernel would add needless nodes to the graph, its guard against rows without any token.
     with _quiet():
         weights = PressedWeights(model_dir)
         if weights.packed:
@@ -238,7 +244,7 @@ def _load(model_dir: Path, header: ModelHeader, threads: int) -> _FirstOutput | 
 
 
 def _load_as_floats(model_dir: Path, header: ModelHeader, weights: PressedWeights) -> Any:
-    """A packed model dequantized: the graph's own products take the place of the loader's packed layers."""
+    """Load a packed model with dequantized weights, so that the graph has plain products in place of the loader's packed layers."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
@@ -251,25 +257,25 @@ def _load_as_floats(model_dir: Path, header: ModelHeader, weights: PressedWeight
 
 
 def takes_types(model: Any, header: ModelHeader) -> bool:
-    """Whether a model reads token types, of which there is more than one."""
+    """Whether a model reads token types and has more than one type."""
     asks = "token_type_ids" in inspect.signature(model.forward).parameters
     return asks and int(header.config.get("type_vocab_size") or 0) > 1
 
 
 def example_ids(header: ModelHeader) -> torch.Tensor:
-    """Two texts of 16 tokens, to trace with."""
+    """Token ids of two example texts for tracing: int64 [2, 16]."""
     return torch.arange(5, 5 + 32).reshape(2, 16) % max(int(header.config.get("vocab_size") or 64), 6)
 
 
 def encoder_signature(ids: torch.Tensor, *, types: bool, outputs: list[str]) -> Signature:
-    """Of a module that takes ids, mask and, if `types`, token types, for any batch and length."""
+    """The signature of a module that reads ids, mask and, with `types`, token types. Batch and length vary."""
     example = (ids, torch.ones_like(ids)) + ((torch.zeros_like(ids),) if types else ())
     names = ("input_ids", "attention_mask", "token_type_ids")[: len(example)]
     return Signature(names, tuple(outputs), example, tuple(dict(_BOTH) for _ in names))
 
 
 def export_graph(model: torch.nn.Module, header: ModelHeader, signature: Signature) -> Any:
-    """An exported program of a module. Raises NightpressError(unsupported_architecture) if it can't be traced."""
+    """Export a module as an ONNX program. Raises NightpressError(unsupported_architecture) if it can't be traced."""
     try:
         with _quiet():
             return torch.onnx.export(
@@ -291,7 +297,7 @@ def export_graph(model: torch.nn.Module, header: ModelHeader, signature: Signatu
 
 
 def _name_after_modules(graph: Any) -> None:
-    """Call the node of a linear layer or an embedding as its module is called, so that a recipe's `ignore` and the report speak of the model."""
+    """Name the node of a linear layer or an embedding after its module: a recipe's `ignore` and the report use the modules' names."""
     taken: set[str] = set()
     for node in graph:
         if node.op_type not in {"MatMul", "Gemm", "Gather"}:
@@ -308,7 +314,7 @@ def _name_after_modules(graph: Any) -> None:
 
 
 def without_notes(graph: Any) -> None:
-    """Leave out what the exporter notes of each node's origin, its stack trace included: no runtime reads it."""
+    """Remove the exporter's notes on the origin of each node, including its stack trace. No runtime reads them."""
     for node in graph:
         node.metadata_props.clear()
         node.doc_string = None
@@ -318,7 +324,7 @@ def without_notes(graph: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of its own deprecations and of packages nobody needs here; neither is about the model."""
+    """Silence the exporter's warnings about its own deprecations and about packages that are not needed. Neither concerns the model."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

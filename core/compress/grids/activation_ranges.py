@@ -1,4 +1,4 @@
-"""Activation ranges from histograms: which part of what a layer was given should 256 levels cover?"""
+"""Activation ranges from histograms: the part of a layer's input values that 256 levels should cover."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVELS = 256
-BINS = 2048  #: 8 a level where nothing is clipped, as in TensorRT's calibration
-_SHARES = np.geomspace(0.02, 1, 40)  #: of an extreme that is kept
+BINS = 2048  #: 8 bins for each level if nothing is clipped, as in TensorRT's calibration
+_SHARES = np.geomspace(0.02, 1, 40)  #: bounds that are tried, as shares of an extreme
 
 Counts = NDArray[np.float64]
 Range = tuple[float, float]
@@ -16,7 +16,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Histogram:
-    """Values between `low` ≤ 0 and `high` ≥ 0, counted in equal bins."""
+    """Counts of values in equal bins between `low` ≤ 0 and `high` ≥ 0."""
 
     low: float
     high: float
@@ -35,24 +35,24 @@ def count(values: NDArray[np.float32], low: float, high: float) -> Counts:
 
 
 def scale_and_zero(found: Range) -> tuple[np.float32, np.uint8]:
-    """The uint8 grid over a range that holds 0: x ≈ (code − zero) · scale."""
+    """The scale and the zero point of the uint8 grid over a range that contains 0: x ≈ (code − zero) · scale."""
     low, high = found
     scale = np.float32((high - low) / (LEVELS - 1) or 1.0)
     return scale, np.uint8(np.clip(np.rint(-low / scale), 0, LEVELS - 1))
 
 
 def symmetric_scale(found: Range, top: int) -> np.float32:
-    """The step of a grid of −top … top that covers a range."""
+    """The scale of a grid with codes −top … top that covers a range."""
     return np.float32(max(-found[0], found[1]) / top or 1.0)
 
 
 def min_max(seen: Histogram) -> Range:
-    """Everything that was seen."""
+    """The whole range of the values."""
     return seen.low, seen.high
 
 
 def percentile(seen: Histogram, share: float) -> Range:
-    """All but the outermost (100 − share)% of the values, half of it on each side."""
+    """The range without the outermost (100 − share)% of the values, half of these on each side. share is in percent."""
     mass = np.cumsum(seen.counts) / seen.counts.sum()
     tail = (1 - share / 100) / 2
     edges = np.linspace(seen.low, seen.high, len(seen.counts) + 1)
@@ -62,7 +62,7 @@ def percentile(seen: Histogram, share: float) -> Range:
 
 
 def mse(seen: Histogram) -> Range:
-    """The range whose squared error is least: uniform rounding, step²/12, inside; the distance to the nearer end outside."""
+    """The range with the least squared error: step²/12 for each value inside (uniform rounding), the squared distance to it outside."""
     centres, total = seen.centres, seen.counts
 
     def loss(low: float, high: float) -> float:
@@ -75,10 +75,10 @@ def mse(seen: Histogram) -> Range:
 
 
 def entropy(seen: Histogram) -> Range:
-    """The range whose quantized distribution is nearest the seen one by Kullback-Leibler divergence.
+    """The range whose quantized distribution is nearest to the original one by Kullback-Leibler divergence.
 
-    What is clipped counts into the outermost bins; a level's mass is spread over those of its bins that hold anything. Migacz, 8-bit
-    Inference with TensorRT (2017). Ranges of fewer than 256 bins are left out: rounding would not be seen in them.
+    Clipped values are counted in the outermost bins. The mass of a level is spread over its bins that are not empty. Migacz, 8-bit
+    Inference with TensorRT (2017). Ranges of fewer than 256 bins are not tried: rounding would not change their histogram.
     """
     centres, counts = seen.centres, seen.counts
     width = (seen.high - seen.low) / len(counts)
@@ -104,13 +104,13 @@ def entropy(seen: Histogram) -> Range:
 
 
 def _best(seen: Histogram, loss: Callable[[float, float], float]) -> Range:
-    if seen.low == seen.high:  # a layer that was given zeros only
+    if seen.low == seen.high:  # all inputs of the layer were zero
         return min_max(seen)
     return min(_candidates(seen), key=lambda candidate: loss(*candidate))
 
 
 def _candidates(seen: Histogram) -> Iterator[Range]:
-    """The whole range first, so that it wins where others are only as good."""
+    """Ranges to try. The whole range is the first, so that it wins against ranges with the same loss."""
     shares = _SHARES[::-1]
     for low in shares if seen.low < 0 else shares[:1]:
         for high in shares if seen.high > 0 else shares[:1]:

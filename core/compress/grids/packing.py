@@ -7,7 +7,10 @@ from nightpress.core.compress.grids.workspace import Workspace
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes of 1 to 8 bits on any device. Codes int8 [rows, columns] from −2^(bits−1) up → int32 [rows, ⌈columns·bits/32⌉]. What fills the last word up is zero."""
+    """Pack codes of 1 to 8 bits on any device.
+
+    Codes int8 [rows, columns] from −2^(bits−1) up → int32 [rows, ⌈columns·bits/32⌉]. The unused bits of the last word are zero.
+    """
     rows, columns = codes.shape
     padded = torch.zeros(rows, -(-columns // 32) * 32, dtype=torch.int32, device=codes.device)
     padded[:, :columns] = codes
@@ -23,7 +26,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(words: Tensor, bits: int, columns: int) -> Tensor:
-    """The codes again: int8 [rows, columns]."""
+    """The inverse of `pack_bits`: returns the codes, int8 [rows, columns]."""
     rows = len(words)
     padded = torch.zeros(rows, -(-columns // 32) * bits, dtype=torch.int32, device=words.device)
     padded[:, : words.shape[1]] = words
@@ -40,10 +43,10 @@ def unpack_bits(words: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int, workspace: Workspace | None = None) -> Tensor:
-    """Codes int8 [out, in] → int32 [out, ⌈in·bits/32⌉], the lowest bits first; what fills the last word up is zero.
+    """Pack codes of 4 or 8 bits on a little-endian CPU. Codes int8 [out, in] → int32 [out, ⌈in·bits/32⌉].
 
-    The same words as `pack_bits`, several times faster, for 4 and 8 bits on a little-endian CPU: there they are the codes, made unsigned, in
-    their order.
+    Returns the same words as `pack_bits`, several times faster: on such a CPU the words are the unsigned codes in their order. The result
+    is a view of `workspace`. Raises ValueError for other numbers of bits.
     """
     if bits not in (4, 8):
         raise ValueError(f"codes of {bits} bits are not packed here")
@@ -65,5 +68,5 @@ def pack(codes: Tensor, bits: int, workspace: Workspace | None = None) -> Tensor
 
 
 def pack_zero_points(zero_point: Tensor, bits: int) -> Tensor:
-    """Zero points int8 [out, groups] → int32 [⌈out·bits/32⌉, groups]: packed down the rows, as `pack-quantized` wants them."""
+    """Zero points int8 [out, groups] → int32 [⌈out·bits/32⌉, groups]: packed along the output dimension, as `pack-quantized` requires."""
     return pack(zero_point.t().contiguous(), bits).t().contiguous()

@@ -1,4 +1,4 @@
-"""The weights of a pressed model as an exporter wants them: a float array, or the codes that a pass chose."""
+"""The weights of a pressed model in the form that exporters need: float arrays, or the codes that a pass chose."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,14 +42,14 @@ class Codes:
         return Codes(self.bits, self.codes[order], self.scale[order], zeros)
 
     def in_blocks(self, size: int) -> "Codes":
-        """The same numbers with a scale for each `size` inputs, which must divide the group size."""
+        """The same numbers with one scale for each `size` inputs. `size` must divide the group size."""
         times = self.group_size // size
         zeros = None if self.zero_point is None else np.repeat(self.zero_point, times, axis=1)
         return Codes(self.bits, self.codes, np.repeat(self.scale, times, axis=1), zeros)
 
 
 class PressedWeights:
-    """The tensors of a model folder by the names they have in a float model, whether or not a pass has packed them."""
+    """The tensors of a model folder under their names in the float model, whether or not a pass has packed them."""
 
     def __init__(self, model_dir: Path) -> None:
         self._source = SourceTensors(read_shards(model_dir))
@@ -62,7 +62,7 @@ class PressedWeights:
 
     @property
     def packed(self) -> frozenset[str]:
-        """The weights that a pass has rounded."""
+        """The names of the weights that a pass has packed."""
         return frozenset(self._packed)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -72,13 +72,13 @@ class PressedWeights:
         return self._source.stored(name).info.shape
 
     def same(self, name: str, other: str) -> bool:
-        """Whether two tensors are stored as the same numbers. A packed weight is like no other."""
+        """Whether two tensors hold the same numbers. False if one of them is packed or missing."""
         if {name, other} & self._packed or not {name, other} <= set(self.names):
             return False
         return torch.equal(self._source.read(name), self._source.read(other))
 
     def grid(self, name: str) -> Grid:
-        """The grid of a packed weight, its group size never None."""
+        """The grid of a packed weight. Its group size is never None."""
         groups = self._source.stored(f"{name}_scale").info.shape[1]
         return Grid(self._bits(name), self.shape(name)[1] // groups, f"{name}_zero_point" not in self._source)
 
@@ -89,13 +89,13 @@ class PressedWeights:
         rows, columns = self.shape(name)
         bits, zeros = self._bits(name), None
         if f"{name}_zero_point" in self._source:
-            packed = self._source.read(f"{name}_zero_point")  # down the rows
+            packed = self._source.read(f"{name}_zero_point")  # packed along the output dimension
             zeros = unpack_bits(packed.t().contiguous(), bits, rows).t().contiguous().numpy()
         codes = unpack_bits(self._source.read(f"{name}_packed"), bits, columns)
         return Codes(bits, codes.numpy(), self._source.read(f"{name}_scale").float().numpy(), zeros)
 
     def floats(self, name: str) -> NDArray[np.float32]:
-        """The tensor in float32, dequantized where it was packed."""
+        """The tensor in float32, dequantized if it is packed."""
         if name in self._packed:
             return self.codes(name).dequantize()
         array: NDArray[np.float32] = self._source.read(name).to(torch.float32).numpy()
@@ -103,5 +103,5 @@ class PressedWeights:
 
 
 def _bits(words: int, columns: int) -> int:
-    """Of a packed weight, from the 32-bit words a row takes."""
+    """The number of bits of a packed weight's codes, from the number of 32-bit words in a row."""
     return next(bits for bits in range(1, 9) if -(-columns * bits // 32) == words)

@@ -1,7 +1,7 @@
 """Scales and zero points for a grid, in float32 on any device: from the extremes, or with the least rounding error.
 
-The least error is found by shrinking a group's range in steps: clipping a few large weights makes the steps finer for all the others.
-The squared error of a weight is weighted by its input's share in the output (the diagonal of the Gram matrix).
+The least error is found by shrinking a group's range in steps: clipping a few large weights makes the steps finer for all other weights.
+The squared error of a weight is weighted by the power of its input (the diagonal of the Gram matrix).
 """
 
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor
 from nightpress.core.compress.grids.grid import SMALLEST_SCALE, Grid, round_up
 from nightpress.core.compress.grids.rounding import nearest_floats
 
-_CHUNK = (
-    512 * 1024
-)  #: weights tried together on a CPU: they stay in its caches through all tries, and are enough to outweigh the calls
-SHRINKS = tuple(1.0 - 0.02 * step for step in range(26))  #: of the range, tried in turn: 1.00 … 0.50
+#: Weights searched together on a CPU: few enough to stay in its caches through all tries, enough to outweigh the cost of the calls.
+_CHUNK = 512 * 1024
+SHRINKS = tuple(1.0 - 0.02 * step for step in range(26))  #: factors of the range, tried in turn: 1.00 … 0.50
 
 
 def find_ranges(
@@ -23,9 +22,10 @@ def find_ranges(
     *,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, each [rows, groups] in the dtype of weight [rows, columns]; the scales are numbers that `stored` can hold.
+    """Return scales and zero points, each [rows, groups] in the dtype of weight [rows, columns]. The dtype `stored` can hold the scales.
 
-    With importance [columns], the range of least squared error so weighted; without, the extremes. Zero is always on the grid.
+    With importance [columns], the range has the least squared error, weighted by importance. Without it, the range is that of the extremes.
+    Zero is always on the grid.
     """
     if importance is not None and weight.is_cuda and weight.dtype == torch.float32 and grid.kind == "int":
         from nightpress.core.compress.grids.ranges_triton import launch
@@ -35,7 +35,7 @@ def find_ranges(
 
 
 def search(weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`find_ranges` in torch, on any device. On CUDA in float32 a kernel does it in one reading of the weight."""
+    """`find_ranges` in torch, on any device. On CUDA in float32, a Triton kernel does this and reads the weight only once."""
     chunk = max(1, _CHUNK // weight.shape[1])
     if len(weight) > chunk and not weight.is_cuda:
         found = [search(rows, grid, stored, importance) for rows in torch.split(weight, chunk)]
@@ -71,7 +71,10 @@ def _grid_over(low: Tensor, high: Tensor, grid: Grid, stored: torch.dtype) -> tu
 def _squared_error(
     grouped: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, weigh: Tensor, room: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Of each group, [rows, groups]. `room`: two buffers [rows, groups, g] for intermediate results, since allocating costs more than the sums."""
+    """The weighted squared error of each group, [rows, groups].
+
+    room: two buffers [rows, groups, g] for intermediate results. Allocating new ones would cost more than the arithmetic.
+    """
     steps, nearest = room
     torch.div(grouped, scale[..., None], out=steps)
     if grid.kind == "float":
@@ -89,11 +92,11 @@ def _squared_error(
 def half_quadratic(
     weight: Tensor, grid: Grid, stored: torch.dtype, *, norm: float = 0.7, rounds: int = 20
 ) -> tuple[Tensor, Tensor]:
-    """`find_ranges` where Σ |w − ŵ|^norm is least, without data: it accepts a few large errors to make all the others smaller.
+    """`find_ranges` with the least Σ |w − ŵ|^norm, without data. A few large errors are accepted so that all other errors are smaller.
 
-    Half-quadratic splitting: an auxiliary error takes what a shrinkage in that norm leaves of the true one, then scale and zero point
-    follow by least squares, in turn. Badri and Shaji, Half-Quadratic Quantization (2023), https://mobiusml.github.io/hqq_blog/, eq. 5–6;
-    there the zero point is a float, here an integer, and the scale is fitted too.
+    Half-quadratic splitting alternates two steps. The first sets an auxiliary error: the true error after shrinkage in that norm. The
+    second fits scale and zero point by least squares. Badri and Shaji, Half-Quadratic Quantization (2023),
+    https://mobiusml.github.io/hqq_blog/, eq. 5–6. There the zero point is a float. Here it is an integer, and the scale is fitted too.
     """
     chunk = max(1, _CHUNK // weight.shape[1])
     if len(weight) > chunk and not weight.is_cuda:
@@ -122,7 +125,7 @@ def half_quadratic(
 def _fit(
     codes: Tensor, meant: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, stored: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The scale and zero point with which codes come nearest to what is meant by them, each [rows, groups, g]."""
+    """Fit scales and zero points [rows, groups] by least squares, so that codes dequantize nearest to `meant`; both [rows, groups, g]."""
     if grid.symmetric:
         square = codes.square().sum(2)
         fitted = (codes * meant).sum(2) / square.clamp(min=1)

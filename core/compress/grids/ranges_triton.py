@@ -1,6 +1,6 @@
 """The Triton kernel of the range search. Imported on a CUDA machine only.
 
-Bytes: the weight is read once, and two numbers a group are written. Arithmetic: some ten operations a weight and tried range.
+Bytes: the weight is read once, and two numbers are written for each group. Arithmetic: about ten operations for each weight and range.
 """
 
 import torch
@@ -22,7 +22,7 @@ _WORDS = {
 def launch(
     weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor, shrinks: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Start the kernel for `find_ranges`' arguments: a float32 weight [rows, columns] on a CUDA device, its columns beside each other."""
+    """Start the kernel for `find_ranges`' arguments: a float32 weight [rows, columns] on a CUDA device, with contiguous columns."""
     rows, columns = weight.shape
     groups = grid.groups(columns)
     width = triton.next_power_of_2(columns // groups)
@@ -57,7 +57,7 @@ def launch(
 def _round_up(scale, HELD: tl.constexpr, WORD: tl.constexpr):
     scale = tl.maximum(scale, 7.888609052210118e-31)  # 2^-100: its reciprocal is still finite
     held = scale.to(HELD)
-    above = (held.to(WORD, bitcast=True) + 1).to(HELD, bitcast=True)  # the next pattern is the next number
+    above = (held.to(WORD, bitcast=True) + 1).to(HELD, bitcast=True)  # the next bit pattern is the next larger number
     return tl.where(held.to(tl.float32) < scale, above.to(tl.float32), held.to(tl.float32))
 
 

@@ -1,4 +1,4 @@
-"""Fitting scales to a weight whose codes are chosen."""
+"""Refit the scales of a weight whose codes are fixed."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,11 @@ from torch import Tensor
 def fit_scales(
     weight: Tensor, gram: Tensor, steps: Tensor, scale: Tensor, stored: torch.dtype, *, damping: float, sweeps: int = 1
 ) -> Tensor:
-    """Scales [out, groups] with which the codes come nearest to a weight's outputs, one group after the other, least squares for each.
+    """Return scales [out, groups] that bring the codes' outputs nearest to a weight's outputs, by least squares group after group.
 
-    weight [out, in] float32; gram [in, in], to whose diagonal `damping` is added; steps [out, in], codes less zero points, in the weight's dtype; scale [out, groups] to
-    start from. A scale moves only where that lowers (w − ŵ)H(w − ŵ)ᵀ, and only to a number that `stored` holds.
+    weight [out, in] float32. gram [in, in]; H is gram with `damping` added to its diagonal. steps [out, in]: codes minus zero points, in
+    the weight's dtype. scale [out, groups]: the scales to start from. A scale changes only if that lowers (w − ŵ)H(w − ŵ)ᵀ, and only to a
+    number that the dtype `stored` can hold.
     """
     rows, groups = scale.shape
     width = weight.shape[1] // groups

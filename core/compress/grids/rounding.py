@@ -1,4 +1,4 @@
-"""Rounding a weight to the nearest codes of a grid, and back."""
+"""Round a weight to the nearest codes of a grid, and dequantize codes."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,14 +10,14 @@ from nightpress.core.compress.grids.grid import E2M1, LARGEST_FLOAT, Grid, bits_
 from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.errors import ErrorCode, NightpressError
 
-#: Added to a float32 of less than 2^22, it leaves no bits for a fraction: the sum is rounded to the nearest integer (of two, the even
-#: one), and the low byte of its pattern is that integer. An addition and a narrowing copy replace rounding and conversion.
+#: Adding this to a float32 with magnitude below 2^22 leaves no bits for a fraction: the sum is rounded to the nearest integer (ties to
+#: even), and the low byte of its bit pattern is that integer. An addition and a narrowing copy replace rounding and conversion.
 _ROUNDS = 1.5 * 2.0**23
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight on a grid. Tensors may be views of a workspace, which its next use overwrites."""
+    """A weight on a grid. The tensors may be views of a workspace: its next use overwrites them."""
 
     codes: Tensor  #: int8 [out, in]
     scale: Tensor  #: [out, groups], in the weight's dtype
@@ -27,16 +27,17 @@ class Rounded:
 
 
 def magnitude_bits(weight: Tensor, workspace: Workspace) -> Tensor:
-    """The bit patterns of |weight| as integers of its width. They sort as the magnitudes do, and compare several times faster than floats."""
+    """The bit patterns of |weight|, as integers of the same width. They sort as the magnitudes do, and compare several times faster."""
     integers = weight.view(bits_of(weight.dtype))
     out = workspace.take("magnitude", tuple(weight.shape), integers.dtype)
     return torch.bitwise_and(integers, torch.iinfo(integers.dtype).max, out=out)
 
 
 def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None, *, measure_every: int = 1) -> Rounded:
-    """Round a float weight [out, in] to the nearest codes, and measure the error of every n-th row, from the first.
+    """Round a float weight [out, in] to the nearest codes.
 
-    Raises NightpressError(numerical_failure) on NaN or infinity.
+    The error is measured on every `measure_every`-th row, starting with the first. Raises NightpressError(numerical_failure) on NaN or
+    infinity.
     """
     workspace = workspace or Workspace()
     rows, columns = weight.shape
@@ -67,7 +68,7 @@ def round_to_grid(weight: Tensor, grid: Grid, workspace: Workspace | None = None
 
 
 def _measure(weight: Tensor, rounded: Rounded, every: int, workspace: Workspace) -> Rounded:
-    """Compare every n-th row with the weights that its codes stand for."""
+    """Compare every n-th row with its dequantized codes, and return `rounded` with both sums."""
     codes, scale = rounded.codes[::every], rounded.scale[::every].float()
     rows, groups = scale.shape
     source = workspace.take("measured", tuple(codes.shape), torch.float32).copy_(weight[::every]).view(-1)
@@ -81,7 +82,7 @@ def _measure(weight: Tensor, rounded: Rounded, every: int, workspace: Workspace)
 
 
 def nearest_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """The codes nearest to a weight [rows, columns], in its dtype; scale and zero point [rows, groups]."""
+    """The codes nearest to a weight [rows, columns], in the weight's dtype. scale and zero_point [rows, groups]."""
     steps = weight.reshape(*scale.shape, -1) / scale[..., None]
     if grid.kind == "float":
         return nearest_floats(steps, grid.bits).reshape(weight.shape)
@@ -89,7 +90,7 @@ def nearest_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid)
 
 
 def nearest_floats(values: Tensor, bits: int) -> Tensor:
-    """The numbers of e4m3 (8 bits) or e2m1 (4 bits) nearest to these, in their dtype; what is too large becomes the largest."""
+    """Round values to the nearest numbers of e4m3 (8 bits) or e2m1 (4 bits), in their dtype. Larger values become the largest number."""
     if bits == 8:
         return values.clamp(-LARGEST_FLOAT[8], LARGEST_FLOAT[8]).to(torch.float8_e4m3fn).to(values.dtype)
     numbers = torch.tensor(E2M1, dtype=values.dtype, device=values.device)
@@ -98,7 +99,7 @@ def nearest_floats(values: Tensor, bits: int) -> Tensor:
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """ŵ [out, in] in float32 (float64 for float64 scales)."""
+    """Return ŵ [out, in] in float32, or in float64 for float64 scales."""
     wide = scale.double() if scale.dtype == torch.float64 else scale.float()
     grouped = codes.reshape(*scale.shape, -1).to(wide.dtype)  # [out, groups, g]
     if zero_point is not None:
@@ -107,9 +108,10 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -
 
 
 def _symmetric_scale(grouped: Tensor, grid: Grid, workspace: Workspace) -> Tensor:
-    bits = grouped.view(bits_of(grouped.dtype))  # as integers floats compare faster, those below zero in reverse
+    # Integers compare faster than floats. The bit patterns of floats sort as the floats do, but those of negative floats in reverse order.
+    bits = grouped.view(bits_of(grouped.dtype))
     flipped = workspace.take("flipped", tuple(bits.shape), bits.dtype)
-    torch.bitwise_xor(bits, torch.iinfo(bits.dtype).max, out=flipped)  # … which puts them in order
+    torch.bitwise_xor(bits, torch.iinfo(bits.dtype).max, out=flipped)  # puts the negative floats in order
     highest = bits.amax(dim=1).clamp_(min=0).view(grouped.dtype)
     lowest = flipped.amin(dim=1).clamp_(max=-1).bitwise_xor_(torch.iinfo(bits.dtype).max).view(grouped.dtype)
     return round_up(grid.step(widen(lowest), widen(highest)), grouped.dtype)

@@ -1,4 +1,4 @@
-"""A weight on its grid, as the tensors of compressed-tensors, and back as a loader reads them."""
+"""Convert a weight on its grid to the tensors of compressed-tensors, and back as a loader does."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from nightpress.core.recipes.schemes import BLOCK, Scheme
 class Coded:
     """A weight [out, in] on a grid."""
 
-    codes: Tensor  #: [out, in]: integers, or the floats of the grid
-    scale: Tensor  #: as it is stored: [out, groups], [1] or [⌈out/128⌉, ⌈in/128⌉]
+    codes: Tensor  #: [out, in]: int8, or the floats of the grid
+    scale: Tensor  #: in the stored dtype: [out, groups], [1] (strategy `tensor`) or [⌈out/128⌉, ⌈in/128⌉] (strategy `block`)
     zero_point: Tensor | None = None  #: int8 [out, groups]
-    global_scale: Tensor | None = None  #: float32 [1]; what nvfp4's scales are divided by
+    global_scale: Tensor | None = None  #: float32 [1]; nvfp4's scales are divided by it
 
 
 def grid_of(scheme: Scheme) -> Grid:
-    """The scheme's grid, for solvers that go through a weight row by row."""
+    """The scheme's grid, for solvers whose groups lie within a row."""
     return Grid(scheme.bits, scheme.group_size, scheme.symmetric, scheme.kind)
 
 
@@ -40,8 +40,9 @@ def round_weight(
 ) -> Coded:
     """Round a weight [out, in] float32 to nearest.
 
-    ranges: `extremes`, `least-error` (each input counts by importance [in], or like any other) or `half-quadratic`. largest is the
-    largest magnitude of the whole tensor, of which `weight` may be some rows; the strategy `tensor` and nvfp4 need it.
+    stored: the dtype of the scales, unless the format fixes it. ranges: `extremes`, `least-error` (weighted by importance [in]; None: all
+    inputs alike) or `half-quadratic`. largest: the largest magnitude of the whole tensor, since `weight` may be some of its rows; the
+    strategy `tensor` and nvfp4 need it.
     """
     grid = grid_of(scheme)
     if scheme.strategy == "block":
@@ -54,7 +55,8 @@ def round_weight(
         return Coded(nearest_codes(weight, wide, torch.zeros_like(wide), grid), scale.view(1).to(stored))
     if scheme.format == "nvfp4-pack-quantized":
         assert largest is not None
-        # The largest weight's group gets the largest scale that fp8 has; less what three float32 operations may add, for above it is only NaN.
+        # The group of the largest weight gets fp8's largest scale. A larger scale would become NaN, so the scale is a little less than
+        # that: by as much as the rounding of three float32 operations can add.
         most = LARGEST_FLOAT[8] * LARGEST_FLOAT[4] * (1 - 2.0**-22)
         total = torch.tensor([most / max(largest, 2.0**-80)], device=weight.device)
         coded = _round_rows(weight * total, grid, torch.float8_e4m3fn, ranges, importance)
@@ -89,7 +91,7 @@ def _round_blocks(weight: Tensor, grid: Grid, stored: torch.dtype) -> Coded:
 
 
 def dequantized(coded: Coded, scheme: Scheme) -> Tensor:
-    """The weight [out, in] in float32 that a loader makes of it."""
+    """The weight [out, in] in float32, as a loader dequantizes it."""
     if scheme.strategy == "block":
         rows, columns = coded.codes.shape
         wide = coded.scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
@@ -103,12 +105,12 @@ def dequantized(coded: Coded, scheme: Scheme) -> Tensor:
 
 
 def to_tensors(name: str, scheme: Scheme, coded: Coded, *, input_scale: Tensor | None = None) -> dict[str, Tensor]:
-    """What is written for the weight `name`."""
+    """The tensors to write for the weight `name`. input_scale: the static scale of the layer's inputs."""
     tensors: dict[str, Tensor] = {}
     if scheme.format == "pack-quantized":
         tensors[f"{name}_packed"] = pack_bits(coded.codes, scheme.bits)
         tensors[f"{name}_shape"] = torch.tensor(coded.codes.shape)
-        if coded.zero_point is not None:  # packed down the rows
+        if coded.zero_point is not None:  # packed along the output dimension
             tensors[f"{name}_zero_point"] = pack_bits(coded.zero_point.t(), scheme.bits).t().contiguous()
     elif scheme.bits == 4:
         tensors[f"{name}_packed"] = _pack_e2m1(coded.codes)
@@ -124,7 +126,7 @@ def to_tensors(name: str, scheme: Scheme, coded: Coded, *, input_scale: Tensor |
 
 
 def from_tensors(name: str, scheme: Scheme, written: Mapping[str, Tensor]) -> Tensor:
-    """The weight [out, in], float32, that `to_tensors` wrote."""
+    """Read and dequantize the weight `name` from the tensors of `to_tensors`: float32 [out, in]."""
     scale = written[f"{name}_scale"]
     if scheme.format == "pack-quantized":
         rows, columns = written[f"{name}_shape"].tolist()
@@ -142,7 +144,10 @@ def from_tensors(name: str, scheme: Scheme, written: Mapping[str, Tensor]) -> Te
 
 
 def _pack_e2m1(values: Tensor) -> Tensor:
-    """Numbers of e2m1 [rows, columns] → uint8 [rows, columns / 2]: sign and place in four bits, the first number in the lower ones."""
+    """Numbers of e2m1 [rows, columns] → uint8 [rows, columns / 2].
+
+    A number takes four bits: its sign and its index in E2M1. The first of two numbers is in the low bits.
+    """
     numbers = torch.tensor(E2M1, dtype=values.dtype, device=values.device)
     places = torch.bucketize(values.abs(), numbers).to(torch.uint8) | (values.signbit().to(torch.uint8) << 3)
     return places[:, ::2] | (places[:, 1::2] << 4)

@@ -1,4 +1,4 @@
-"""Buffers that are used again."""
+"""Reusable buffers."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass
 class Workspace:
-    """Buffers that one thread uses again for every chunk: new allocations would cost more than the arithmetic."""
+    """Buffers that one thread reuses for every chunk: allocating new ones would cost more than the arithmetic."""
 
     _flat: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
     _views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor; whatever was taken under this name before is overwritten."""
+        """Return an uninitialised tensor. It overwrites any tensor that was taken before with the same name and dtype."""
         view = self._views.get((name, dtype, shape))
         if view is None:
             count = math.prod(shape)

@@ -1,4 +1,4 @@
-"""What the columns of a block of a weight may become: values of a grid, and zeros of a mask."""
+"""The rules for the columns of a block of a weight: a grid of values, and a mask of zeros."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,15 @@ class BlockGrid:
 
     scale: Tensor  #: [rows, groups], in the weight's dtype
     zero_point: Tensor  #: [rows, groups], in the weight's dtype
-    group: Tensor  #: int32 [columns], which scale a column uses
+    group: Tensor  #: int32 [columns], the index of each column's scale
     lowest: int
     highest: int
 
 
 @dataclass(frozen=True)
 class BlockMask:
-    """Which of a block's weights go: those told, or of every `pattern[1]` neighbours all but the `pattern[0]` that matter most."""
+    """The weights of a block that become zero: given by `told`, or by an N:M pattern."""
 
-    told: Tensor | None = None  #: bool [rows, columns]
-    pattern: tuple[int, int] | None = None  #: decided as the columns come, by (weight · cost)²
+    told: Tensor | None = None  #: bool [rows, columns], True for the weights that become zero
+    #: (kept, of): of every `of` neighbours in a row, the `kept` with the largest (weight · cost)² stay; chosen when the columns are reached
+    pattern: tuple[int, int] | None = None

@@ -1,7 +1,7 @@
-"""One block of columns of the Optimal-Brain-Surgeon loop, in torch; on CUDA in float32 the Triton kernel beside this file does the same.
+"""One block of columns of the Optimal Brain Surgeon loop, in torch. On CUDA in float32, the kernel of `obs_block_triton` does the same.
 
-Inside a block the columns depend on each other one by one, but the rows of a weight don't depend on each other at all. So the kernel
-takes a tile of rows, keeps it in registers through all columns, and touches memory twice: once to read and once to write.
+Each column of a block depends on the columns before it, but rows do not depend on each other. So the kernel keeps a tile of rows in
+registers through all columns. It accesses memory twice: once to read the tile and once to write it.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nightpress.core.compress.kernels.column_rules import BlockGrid, BlockMask
 
-_RUN = 16  #: columns
+_RUN = 16  #: columns whose errors are passed on in one product
 
 
 def obs_block(
@@ -24,11 +24,11 @@ def obs_block(
 ) -> None:
     """Put the columns of `weight` [rows, columns] on the grid and under the mask, in place, from left to right.
 
-    spread [columns, columns] is unit upper triangular: what column j loses, columns k > j make up for with spread[j, k].
-    cost [columns] is what a unit lost in a column does to the output; Σ (lost · cost)² is added to loss [rows].
+    spread [columns, columns] is unit upper triangular: the error of column j times spread[j, k] is subtracted from each column k > j.
+    cost [columns]: how much an error of 1 in a column changes the output. Σ (error · cost)² is added to loss [rows].
     """
     if weight.is_cuda and weight.dtype == torch.float32:
-        from nightpress.core.compress.kernels.obs_block_triton import launch  # triton is there with CUDA alone
+        from nightpress.core.compress.kernels.obs_block_triton import launch  # triton is installed only with CUDA
 
         launch(weight, spread, cost, loss, grid, mask)
     else:
@@ -44,14 +44,14 @@ def reference(
     mask: BlockMask | None,
 ) -> None:
     """`obs_block` on any device and in any float dtype."""
-    work = weight.t().contiguous()  # [columns, rows]: a column's weights are neighbours
+    work = weight.t().contiguous()  # [columns, rows]: a column's weights are contiguous
     gone = _told(work, mask)
     pattern = None if mask is None else mask.pattern
     groups = [] if grid is None else grid.group.tolist()
     scales = None if grid is None else grid.scale.t().contiguous()
     zero_points = None if grid is None else grid.zero_point.t().contiguous()
     lost = torch.empty_like(work)
-    # Columns settle in short runs, and what a run lost is passed on in one product: a rank at a time would be all memory traffic.
+    # Columns are settled in short runs, and the errors of a run are passed on in one product: memory traffic would dominate rank-1 updates.
     run = math.lcm(_RUN, pattern[1]) if pattern is not None else _RUN
     for j, column in enumerate(work):
         run_end = min(j // run * run + run, len(work))

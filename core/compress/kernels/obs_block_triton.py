@@ -1,7 +1,7 @@
 """The Triton kernel of `obs_block`. Imported on a CUDA machine only.
 
-Bytes: a tile is read and written once, so a block of 128 columns moves rows · 1 KiB. Time is the chain of 128 dependent columns, each a
-reduction over a warp (about 250 cycles): 20 µs a block, whatever the number of rows up to what the chip holds at once.
+Bytes: a tile is read and written once, so a block of 128 columns moves rows · 1 KiB. Time: the 128 columns run one after the other, and
+each is a reduction over a warp (about 250 cycles). This makes 20 µs for a block, for any number of rows that the GPU can hold at once.
 """
 
 import torch
@@ -24,11 +24,11 @@ def launch(
     grid: BlockGrid | None,
     mask: BlockMask | None,
 ) -> None:
-    """Start the kernel for `obs_block`'s arguments: float32 on one CUDA device, the columns of each tensor beside each other."""
+    """Start the kernel for `obs_block`'s arguments: float32 on one CUDA device, with contiguous columns in each tensor."""
     rows, columns = weight.shape
     told = mask.told if mask is not None else None
     kept, of = (mask.pattern if mask is not None else None) or (0, 0)
-    nothing = weight  # stands for an argument that the compiled variant never reads
+    nothing = weight  # a placeholder for arguments that the compiled variant never reads
     with torch.cuda.device(weight.device):
         _kernel[(triton.cdiv(rows, _ROWS),)](
             weight,
@@ -91,9 +91,11 @@ def _kernel(
     tile = tl.load(place, mask=real, other=0.0)  # [ROWS, WIDTH]
     costs = tl.load(cost + column, mask=column < columns, other=0.0)
     bill = tl.zeros([ROWS], dtype=tl.float32)
-    gone_bits = tl.zeros([ROWS], dtype=tl.int32)  # of the current N:M group, its first column in the lowest bit
+    gone_bits = tl.zeros(
+        [ROWS], dtype=tl.int32
+    )  # pruned columns of the current N:M group; its first column is the lowest bit
     for j in range(columns):
-        if OF > 0:  # noqa: SIM102 (decided when it is compiled: there is no remainder by 0)
+        if OF > 0:  # noqa: SIM102 (evaluated at compile time, so that no remainder by 0 is compiled)
             if j % OF == 0:
                 inside = ((column >= j) & (column < j + OF))[None, :]
                 dear = tile * costs[None, :]
@@ -104,7 +106,7 @@ def _kernel(
                     gone_bits = gone_bits | (1 << (smallest - j))
                     score = tl.where(column[None, :] == smallest[:, None], float("inf"), score)
         here = (column == j)[None, :]
-        before = tl.sum(tl.where(here, tile, 0.0), axis=1)  # [ROWS]: column j as the columns before it left it
+        before = tl.sum(tl.where(here, tile, 0.0), axis=1)  # [ROWS]: column j, which compensates for earlier columns
         after = before
         if HAS_GRID:
             at = wide_row * scale_stride + tl.load(group + j)

@@ -1,7 +1,7 @@
-"""AWQ: scale a layer's inputs down and its columns up, where the inputs are strong, so that rounding spares what matters.
+"""AWQ: divide a layer's strong inputs by factors and multiply the weight's columns by them, so that these columns are rounded more finely.
 
-The published search runs the layer forward for every candidate. The error it measures, Σ ‖(W − Ŵ)x‖², is tr((W − Ŵ) H (W − Ŵ)ᵀ) with the
-Gram matrix H, so one matrix product a candidate does it, whatever the number of tokens.
+The published search runs the layer forward for every candidate. The error that it measures, Σ ‖(W − Ŵ)x‖², equals
+tr((W − Ŵ) H (W − Ŵ)ᵀ) with the Gram matrix H. So each candidate takes one matrix product, whatever the number of tokens.
 
 Lin et al., AWQ: Activation-aware Weight Quantization (arXiv 2306.00978), section 3.2.
 """
@@ -18,23 +18,24 @@ from nightpress.core.compress.grids.rounding import nearest_codes
 from nightpress.core.compress.solvers.products import fast_products
 
 _EXPONENTS = tuple(step / 20 for step in range(21))
-_ROWS = 4096  #: of a weight, evenly spread, that the search looks at: more don't change which candidate wins
+_ROWS = 4096  #: rows of a weight, evenly spaced, that the search uses; more rows don't change which candidate wins
 
 
 class AwqLayer(NamedTuple):
-    """Layers that take the inputs to be scaled: all tokens of them, or those that a router gives them."""
+    """Layers that read the inputs to be scaled: all tokens, or the tokens that a router sends to these layers."""
 
-    weight: Tensor  #: [out, in] float32, of all the layers
-    gram: Tensor  #: [in, in] float32, Σ xxᵀ of the tokens that they were shown
+    weight: Tensor  #: [out, in] float32, the weights of all these layers, stacked along the rows
+    gram: Tensor  #: [in, in] float32, Σ xxᵀ of the tokens that the layers were calibrated with
     grid: Grid
-    share: float = 1.0  #: how many of those tokens come to them, of 1
+    share: float = 1.0  #: share of those tokens that the router sends to the layers, 0 … 1
 
 
 def search_scales(layers: Sequence[AwqLayer], stored: torch.dtype, *, share: tuple[int, int] = (1, 1)) -> Tensor:
-    """Factors [in] > 0 for the columns of all layers' weights, whose inputs are divided by them; all 1 where nothing is gained.
+    """Return the factors [in] > 0 with the least output error. They are all 1 if no candidate is better than that.
 
-    The loss of each layer is summed over the tokens that come to it, so that an expert counts as often as it is asked.
-    share (heads, width): columns are heads · repeats · width, and the repeats of a head get one factor, as grouped-query attention needs.
+    All layers' columns are multiplied by the factors, and the inputs are divided by them. stored: the dtype of the scales. The loss of each
+    layer is summed over the tokens that are routed to it, so that an expert counts as often as it is used.
+    share (heads, width): columns are heads · repeats · width. All repeats of a head get the same factors, as grouped-query attention needs.
     """
     rows = sum(len(layer.weight) for layer in layers)
     looked_at = [layer._replace(weight=layer.weight[:: -(-rows // _ROWS)]) for layer in layers if layer.share]
@@ -60,7 +61,7 @@ def _loss(layer: AwqLayer, factors: Tensor, stored: torch.dtype) -> float:
 
 
 def round_scaled(weight: Tensor, factors: Tensor, grid: Grid, stored: torch.dtype) -> Tensor:
-    """What is left of a weight whose columns are multiplied, rounded to nearest and divided again."""
+    """Multiply the columns of a weight [out, in] by factors [in], round to nearest, dequantize and divide by the factors again."""
     scaled = weight * factors
     scale, zero_point = find_ranges(scaled, grid, stored)
     codes = nearest_codes(scaled, scale, zero_point, grid)

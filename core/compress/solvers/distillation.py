@@ -1,4 +1,4 @@
-"""The losses of knowledge distillation, as functions of tensors."""
+"""Losses of knowledge distillation, as functions of tensors."""
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · KL(softmax(teacher/T) ‖ softmax(student/T)), a mean over rows. Both [N, C], any float dtype; computed in float32.
+    """T² · KL(softmax(teacher/T) ‖ softmax(student/T)), the mean over rows. Both [N, C], any float dtype; computed in float32.
 
-    T² keeps the gradient's size the same for every T. Hinton et al., arXiv 1503.02531, section 2.1.
+    The factor T² keeps the size of the gradient the same for every T. Hinton et al., arXiv 1503.02531, section 2.1.
     """
     ours = F.log_softmax(student.float() / temperature, dim=-1)
     theirs = F.log_softmax(teacher.float() / temperature, dim=-1)
@@ -16,9 +16,9 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def soft_cross_entropy_top(student: Tensor, values: Tensor, indices: Tensor, temperature: float) -> Tensor:
-    """The same, knowing only the teacher's k largest logits: student [N, C], values and indices [N, k].
+    """`soft_cross_entropy` over the teacher's k largest logits: student [N, C]; values and indices [N, k] of the teacher's logits.
 
-    Both distributions are taken over those k classes and renormalised: what else the student believes is left to it.
+    Both distributions are renormalised over these k classes. The student's logits of the other classes have no effect.
     """
     return soft_cross_entropy(student.gather(-1, indices), values, temperature)
 
@@ -26,7 +26,7 @@ def soft_cross_entropy_top(student: Tensor, values: Tensor, indices: Tensor, tem
 def hidden_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error of hidden states [B, S, H] over the positions of mask [B, S], relative to the teacher's mean square.
 
-    Relative, so that deep blocks with their larger states don't drown the others.
+    The error is relative because deep blocks have larger hidden states, which would otherwise dominate the loss.
     """
     where = mask.bool()
     ours, theirs = student[where].float(), teacher[where].float()  # [M, H]
@@ -34,10 +34,10 @@ def hidden_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor, heads: int) -> Tensor:
-    """KL of the scaled dot-product relations among a layer's queries (or keys, or values): [B, S, H'] each, whatever their H'.
+    """KL(teacher ‖ student) of the relations among a layer's queries (or keys, or values), the mean over real positions and heads.
 
-    Vectors are split into `heads` parts; relations are softmax(A Aᵀ / √d) over the real positions of mask [B, S].
-    MiniLMv2, arXiv 2012.15828, eq. 5–7.
+    student and teacher [B, S, H'], each with its own H'. Vectors are split into `heads` parts of width d. The relations of a part A [S, d]
+    are softmax(A Aᵀ / √d) over the real positions of mask [B, S]. MiniLMv2, arXiv 2012.15828, eq. 5–7.
     """
     where = mask.bool()
     ours, theirs = _relations(student, where, heads), _relations(teacher, where, heads)  # [B, heads, S, S], log
@@ -53,20 +53,21 @@ def _relations(vectors: Tensor, where: Tensor, heads: int) -> Tensor:
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 − cosine, a mean over rows. [B, H] each."""
+    """1 − cosine similarity of student and teacher [B, H], the mean over rows."""
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
-    """Token vectors [B, S, H], padded on the right by mask [B, S] → one a text [B, H], or [B, H · modes] for modes joined by `+`.
+    """Pool token vectors [B, S, H] to one vector for each text: [B, H], or [B, H · modes] for modes joined by `+`.
 
-    The same as the runners' (core/compress/runners/measure.py), for vectors that gradients go through.
+    mask [B, S] is 0 at the padding, which is on the right. The arithmetic is that of core/compress/runners/measure.py, on torch tensors so
+    that gradients can flow through it.
     """
     return torch.cat([_pool(hidden, mask[:, :, None], mode) for mode in how.split("+")], dim=1)
 
 
 def _pool(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """mask [B, S, 1]; modes as sentence-transformers calls them."""
+    """Pool with one mode, which has its name in sentence-transformers. mask [B, S, 1]."""
     if mode == "cls":
         return hidden[:, 0]
     if mode == "lasttoken":

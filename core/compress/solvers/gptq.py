@@ -1,4 +1,4 @@
-"""A weight on its grid by the Optimal-Brain-Surgeon solver, in rows where rounding to nearest does better by that.
+"""Round a weight to its grid with the Optimal Brain Surgeon solver, and to nearest in the rows where that costs the outputs less.
 
 Frantar et al., GPTQ (arXiv 2210.17323).
 """
@@ -13,7 +13,8 @@ from nightpress.core.compress.solvers.obs import Factor, Prune, Quantize, Solved
 from nightpress.core.compress.solvers.products import fast_products
 from nightpress.core.recipes.schemes import Scheme
 
-#: A row whose loss is within a hundredth of rounding's counts as no better: far beyond the error of fast products.
+#: A row keeps the solver's codes only if their loss is below this share of the loss of rounding to nearest. The margin is far larger than
+#: the error of `fast_products`.
 _CLEARLY = 0.99
 
 
@@ -28,7 +29,12 @@ def round_obs(
     refine: bool = False,
     prune: Prune | None = None,
 ) -> Coded:
-    """Round a weight [out, in] float32 by the Optimal-Brain-Surgeon solver. Without pruning, no row costs the outputs more than rounded to nearest."""
+    """Round a weight [out, in] float32 with the Optimal Brain Surgeon solver.
+
+    gram [in, in] is the Gram matrix that `factor` was made from. stored: the dtype of the scales. ranges: as in `Quantize`. refine: refit
+    the scales to the chosen codes. Without `prune`, no row costs the outputs more than rounding to nearest. With `prune`, rows are not
+    compared with rounding to nearest, and `refine` has no effect. Raises NightpressError(numerical_failure) as `solve` does.
+    """
     importance = factor.power if ranges == "least-error" else None
     nearest = None if prune else round_weight(weight, scheme, stored, ranges=ranges, importance=importance)
     known = None if nearest is None else _ranges_of(nearest)

@@ -1,8 +1,8 @@
-"""Gram matrices Σ xxᵀ of a linear layer's inputs, summed up batch by batch in float32.
+"""Gram matrices Σ xxᵀ of a linear layer's inputs, summed batch by batch in float32.
 
-For inputs [tokens, n], tokens · n² multiply-adds; half of the matrix is the mirror of the other half, so only the strips that reach the
-diagonal are multiplied: (s + 1) / 2s of the work with s strips. On CUDA 16-bit inputs are multiplied as they are, on the matrix units,
-and summed in float32: their products are exact there.
+For inputs [tokens, n] the whole product takes tokens · n² multiply-adds. The matrix is symmetric, so it is computed in strips of rows that
+end at the diagonal: with s strips this is (s + 1) / 2s of the work. On CUDA, 16-bit inputs are multiplied in their own dtype on the matrix
+units (tensor cores) and summed in float32. The products of two 16-bit numbers are exact in float32.
 """
 
 import torch
@@ -10,21 +10,20 @@ from torch import Tensor
 
 from nightpress.core.errors import ErrorCode, NightpressError
 
-_STRIPS = {"cuda": 2048, "cpu": 256}  #: columns; narrower ones would no longer fill the device
+_STRIPS = {"cuda": 2048, "cpu": 256}  #: device → rows of a strip; smaller strips would not keep the device busy
 
 
 class Gram:
     """A running Σ xxᵀ."""
 
     def __init__(self, columns: int, device: torch.device | str) -> None:
-        self._sum = torch.zeros(
-            columns, columns, device=device
-        )  #: float32; only the strips up to the diagonal's are filled
+        #: float32 [columns, columns]; `add` fills each strip of rows only up to its end on the diagonal
+        self._sum = torch.zeros(columns, columns, device=device)
         self._strip = _STRIPS[self._sum.device.type]
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
-        """Take in [..., columns], of any float dtype."""
+        """Add inputs [..., columns], of any float dtype."""
         x = inputs.reshape(-1, inputs.shape[-1])
         columns = x.shape[1]
         self.tokens += len(x)
@@ -40,11 +39,11 @@ class Gram:
                 into.addmm_(x[:, start:end].T, x[:, :end])
 
     def is_finite(self) -> bool:
-        """Whether all inputs were, and their sums are."""
+        """Whether all inputs and their sums are finite."""
         return bool(torch.isfinite(self._sum.diagonal()).all())
 
     def matrix(self) -> Tensor:
-        """Σ xxᵀ [columns, columns], the sum's own memory: add nothing afterwards."""
+        """Return Σ xxᵀ [columns, columns] in the memory of the running sum. Do not call `add` after this."""
         columns = len(self._sum)
         for start in range(0, columns, self._strip):
             end = min(start + self._strip, columns)
@@ -53,9 +52,10 @@ class Gram:
 
 
 def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The lower Cholesky factor [n, n] of matrix + damping · 1, and the damping that it took. `matrix` is overwritten.
+    """Return the lower Cholesky factor [n, n] of matrix + damping · I, and the damping that was used. Overwrites `matrix`.
 
-    Where rounding left the matrix indefinite, up to a thousandfold damping is tried. Raises NightpressError(numerical_failure).
+    If rounding errors made the matrix indefinite, larger damping is tried, up to a thousandfold. Raises NightpressError(numerical_failure)
+    if that is not enough.
     """
     matrix.diagonal().add_(damping)
     for _ in range(4):

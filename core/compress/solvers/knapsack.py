@@ -1,17 +1,18 @@
-"""One choice for each item, so that the errors' sum is least and the sizes' sum within a budget."""
+"""Choose one option for each item so that the sum of errors is least and the sum of sizes is within a budget."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-_STEPS = (64, 20_000)  #: what the budget is divided into: so many an item, at most so many in all
+_STEPS = (64, 20_000)  #: steps that the budget is divided into: for each item, and at most in total
 
 
 def choose(sizes: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], budget: int) -> tuple[int, ...]:
-    """Which option each item takes; sizes and errors by item and option. The same every time.
+    """Return the index of each item's option. sizes and errors are indexed [item][option]. The result is deterministic.
 
-    Dynamic programming over what the budget leaves beyond the smallest options, in equal steps; sizes are rounded up to them, and what
-    that left unused goes to the upgrades that help most. Raises ValueError where the smallest options exceed the budget.
+    Dynamic programming over the part of the budget that exceeds the smallest options, in equal steps. Sizes are rounded up to whole steps.
+    The budget that this rounding leaves unused is spent on the options that reduce the error most. Raises ValueError if the smallest
+    options exceed the budget.
     """
     smallest = [min(some) for some in sizes]
     room = budget - sum(smallest)

@@ -1,12 +1,14 @@
-"""One Optimal-Brain-Surgeon solver for quantization (GPTQ), pruning (SparseGPT) and both at once.
+"""One Optimal Brain Surgeon solver for quantization (GPTQ), pruning (SparseGPT) and both at once.
 
-A row w of a weight becomes q so that ‖(w − q)X‖² = (w − q)H(w − q)ᵀ is small, H = Σ xxᵀ over calibration tokens. With H = RRᵀ, R upper
-triangular, that is ‖(w − q)R‖², and column j of (w − q)R depends on the columns up to j alone. So the columns are settled from left to
-right, each after it has made up for what those before it lost. This is the published algorithm with one triangular factor of H itself in
-place of the factor of its inverse, since [inverse of H from column j on]_jj = 1/R_jj²: a third of the arithmetic, and nothing is inverted.
+A row w of a weight becomes q so that ‖(w − q)X‖² = (w − q)H(w − q)ᵀ is small, where H = Σ xxᵀ over the calibration tokens. Let H = RRᵀ with
+R upper triangular. Then this error is ‖(w − q)R‖², and column j of (w − q)R depends only on the columns up to j. So the columns are settled
+(set to their final values) from left to right. Each column first compensates for the errors of the columns before it.
 
-For a weight [m, n]: n³/3 multiply-adds for the factor, once for all weights with the same inputs, and m·n²/2 for passing losses on;
-these travel in blocks of 128 and 1024 columns, so that nearly all of it is matrix products.
+The published algorithm uses a triangular factor of H's inverse. This code uses a triangular factor of H, which gives the same result since
+[inverse of H from column j on]_jj = 1/R_jj². That takes a third of the arithmetic, and H is never inverted.
+
+For a weight [m, n], the factor takes n³/3 multiply-adds, once for all weights with the same inputs. Passing errors on to later columns
+takes m·n²/2. Errors are passed on in blocks of 128 and 1024 columns, so that nearly all of this work is matrix products.
 
 Frantar et al., GPTQ (arXiv 2210.17323), eq. 2–3; SparseGPT (arXiv 2301.00774), algorithm 1.
 """
@@ -26,28 +28,28 @@ from nightpress.core.compress.solvers.gram import damped_cholesky
 from nightpress.core.compress.solvers.threshold import count_lower, count_upper, locate
 from nightpress.core.errors import ErrorCode, NightpressError
 
-_BLOCK = 128  #: columns that a kernel settles in one go
-_OUTER = 1024  #: columns whose losses are passed on to the rest together
+_BLOCK = 128  #: columns that one call of the kernel settles
+_OUTER = 1024  #: columns whose errors are passed on to all later columns in one product
 
 
 @dataclass(frozen=True)
 class Quantize:
     """Settle weights on an integer grid.
 
-    A group no wider than a block takes its range when its turn comes, from weights that already made up for others. A wider one, and
-    every one when columns are settled out of order, takes it from the weight as it was.
+    If a group is no wider than a block, its range is found when its columns are reached, from weights that already compensate for earlier
+    errors. If groups are wider, or if columns are settled out of order, all ranges are found in advance from the original weight.
     """
 
     grid: Grid
-    stored: torch.dtype  #: of the scales
+    stored: torch.dtype  #: dtype of the scales
     ranges: str = "extremes"  #: or `least-error`, weighted by the inputs' power, or `half-quadratic`
-    #: Scales and zero points [out, groups] of the weight as it was, where they are known already.
+    #: Scales and zero points [out, groups] of the original weight, if they are known. Used where ranges are found in advance.
     known: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Prune:
-    """Settle a share of the weights at zero: in every block of columns those that cost least, or by a pattern N:M in each row."""
+    """Settle a share of the weights at zero: in every block of columns the weights that cost least, or by an N:M pattern in each row."""
 
     sparsity: float
     pattern: tuple[int, int] | None = None  #: (kept, of)
@@ -55,48 +57,50 @@ class Prune:
 
 @dataclass(frozen=True)
 class Factor:
-    """What the solver needs of a Gram matrix; the same for every weight that sees the same inputs."""
+    """The factor of a Gram matrix. All weights with the same inputs share it."""
 
-    upper: Tensor  #: [in, in], R of H + damping = RRᵀ, in the order in which columns are settled
-    power: Tensor  #: [in], the diagonal of H, in the columns' own order
-    damping: float  #: what was added to H's diagonal
-    order: Tensor | None  #: [in], which column is settled first, second, …; None: as they stand
+    upper: Tensor  #: [in, in], R of H + damping · I = RRᵀ, in the order in which columns are settled
+    power: Tensor  #: [in], the diagonal of H without damping, in the original order of the columns
+    damping: float  #: the number that was added to H's diagonal
+    order: Tensor | None  #: [in], the columns in the order in which they are settled; None: from left to right
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A settled weight. Codes, scales and zero points only where there was a grid."""
+    """A settled weight. Codes, scales and zero points are None if there was no grid."""
 
     weight: Tensor  #: [out, in], on the grid and under the mask
-    loss: Tensor  #: [out], (w − q)H(w − q)ᵀ, H damped
+    loss: Tensor  #: [out], (w − q)H(w − q)ᵀ of each row, where H includes the damping
     codes: Tensor | None = None  #: int8 [out, in]
     scale: Tensor | None = None  #: [out, groups], in the stored dtype
     zero_point: Tensor | None = None  #: int8 [out, groups]; None if the grid is symmetric
 
 
 def factorize(gram: Tensor, *, damping: float = 0.01, by_power: bool = False) -> Factor:
-    """Factor a Gram matrix [in, in], float32 or float64, with `damping` times its mean diagonal added. `gram` stays as it is.
+    """Factor a Gram matrix [in, in], float32 or float64, with `damping` times its mean diagonal added. `gram` is not changed.
 
-    by_power: settle the columns with the strongest inputs first, while most others can still make up for them ("activation order").
-    Raises NightpressError(numerical_failure) if it holds NaN or infinity, or stays indefinite with a thousandfold damping.
+    by_power: settle the columns with the strongest inputs first, while most other columns can still compensate for their errors
+    ("activation order"). Raises NightpressError(numerical_failure) if `gram` holds NaN or infinity, or stays indefinite with a thousandfold
+    damping.
     """
     power = gram.diagonal().clone()
     mean = float(power.mean())
     if not math.isfinite(mean):
         raise _failure("The inputs of a layer hold NaN or infinity during calibration.")
     order = torch.argsort(power, descending=True, stable=True) if by_power else None
-    # R is the lower factor of H turned by 180°, turned back.
+    # Rotate H by 180°: the lower factor of the rotated matrix, rotated back, is R.
     turned = gram.flip(0, 1) if order is None else gram[order.flip(0)][:, order.flip(0)]
-    # Where no token ever came, any positive number leaves every column to itself.
+    # If there were no tokens, H is zero. Any positive damping then makes the columns independent of each other.
     lower, added = damped_cholesky(turned, damping * mean or 1.0)
     return Factor(upper=lower.flip(0, 1), power=power, damping=added, order=order)
 
 
 def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prune: Prune | None = None) -> Solved:
-    """Settle weight [out, in], of the factor's dtype and device, column by column. `weight` stays as it is.
+    """Settle a weight [out, in] column by column. It must have the factor's dtype and device. `weight` is not changed.
 
-    Weights that see the same inputs may be stacked: rows don't depend on each other, only unstructured pruning shares its quota among
-    them. Raises ValueError for a pattern N:M out of its columns' order.
+    Weights with the same inputs may be stacked along the rows, since rows do not depend on each other. The exception is unstructured
+    pruning, whose quota holds for all rows of a block together. Raises ValueError for an N:M pattern if the factor reorders the columns,
+    and NightpressError(numerical_failure) if the error becomes NaN or infinite.
     """
     if factor.order is not None and prune is not None and prune.pattern is not None:
         raise ValueError("a pattern N:M needs its columns in their own order")
@@ -105,12 +109,14 @@ def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prun
     ranges = None if quantize is None else _Ranges(weight, factor, quantize)
     block = _BLOCK if ranges is None else ranges.block
     if prune is not None and prune.pattern is not None:
-        block = math.lcm(block, prune.pattern[1])  # a pattern's neighbours are decided together
+        block = math.lcm(block, prune.pattern[1])  # the neighbours of a pattern must be in the same block
     outer_width = max(_OUTER // block, 1) * block
     cost = factor.upper.diagonal().contiguous()
     inverses = _inverse_blocks(factor.upper, block)
     loss = settled.new_zeros(rows)
-    owed = torch.zeros_like(settled)  # (w − q)R over the settled columns: what the others have to make up for
+    owed = torch.zeros_like(
+        settled
+    )  # (w − q)R over the settled columns: the error that later columns must compensate for
     for outer in range(0, columns, outer_width):
         outer_end = min(outer + outer_width, columns)
         lost = settled.new_empty(rows, outer_end - outer)
@@ -135,7 +141,7 @@ def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prun
 
 
 class _Ranges:
-    """The scales and zero points of one weight, as they become known."""
+    """The scales and zero points of one weight, found in advance or block by block; see `Quantize`."""
 
     def __init__(self, weight: Tensor, factor: Factor, quantize: Quantize) -> None:
         self._quantize, self._power = quantize, factor.power
@@ -176,7 +182,7 @@ class _Ranges:
 
 
 def _inverse_blocks(upper: Tensor, block: int) -> list[Tensor]:
-    """The inverses of the blocks on the diagonal, all whole ones found together."""
+    """The inverses of R's diagonal blocks [block, block]. All full blocks are inverted in one call."""
     columns = len(upper)
     whole = columns // block * block
     grid = upper[:whole, :whole].reshape(whole // block, block, whole // block, block)
@@ -205,7 +211,7 @@ def _smallest(values: Tensor, count: int) -> Tensor | float:
     """The `count`-th smallest of non-negative numbers."""
     if not values.is_cuda or values.dtype != torch.float32:
         return values.kthvalue(count).values
-    # On CUDA one block of threads would look for it. Bit patterns of such numbers sort as they do, so two histograms find it.
+    # On CUDA, `kthvalue` would run on a single block of threads. Non-negative floats sort as their bit patterns do: two histograms do it.
     keys = values.view(torch.int32)
     upper, rank = locate(count_upper(keys), count - 1)
     lower, _ = locate(count_lower(keys, upper), rank)
@@ -221,7 +227,7 @@ def _failure(message: str) -> NightpressError:
 
 
 def output_loss(weight: Tensor, rounded: Tensor, factor: Factor) -> Tensor:
-    """(w − q)H(w − q)ᵀ [out] for each row, H damped as in the factor: what the rounding costs the outputs, summed over the tokens."""
+    """(w − q)H(w − q)ᵀ [out]: the squared error of each output, summed over the tokens. H includes the factor's damping."""
     lost = weight - rounded
     if factor.order is not None:
         lost = lost[:, factor.order]

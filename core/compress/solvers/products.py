@@ -1,4 +1,4 @@
-"""How exact a matrix product has to be."""
+"""The precision of matrix products."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 
 @contextlib.contextmanager
 def fast_products() -> Iterator[None]:
-    """Losses are only compared: on CUDA three digits are enough, and eight times faster."""
+    """Allow TF32 for CUDA products inside the block: three digits are enough to compare losses, and eight times faster."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

@@ -1,15 +1,15 @@
-"""Some of many tokens, chosen without a look at the batches that they come in."""
+"""A sample of a stream of tokens, which does not depend on how the stream is divided into batches."""
 
 import torch
 from torch import Tensor
 
-_MOST = 1024  #: tokens that are held at most; half as many once more have come
+_MOST = 1024  #: tokens that are kept at most; half of them stay when a further token comes
 
 
 class EvenSample:
-    """Every n-th token of all that came, n being the smallest power of two with which `_MOST` are enough.
+    """Every n-th token of a stream, where n is the smallest power of two that keeps at most `_MOST` tokens.
 
-    What is kept depends on the tokens and their order alone: padding, which changes how many texts make a batch, changes nothing.
+    The sample depends only on the tokens and their order. Padding changes how many texts are in a batch, but not the sample.
     """
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class EvenSample:
         self._kept: list[Tensor] = []
 
     def add(self, tokens: Tensor) -> None:
-        """Take in [tokens, columns]."""
+        """Add tokens [tokens, columns]."""
         self._kept.append(tokens[-self._came % self._every :: self._every].clone())
         self._came += len(tokens)
         while -(-self._came // self._every) > _MOST:
@@ -25,5 +25,5 @@ class EvenSample:
             self._kept = [torch.cat(self._kept)[::2].clone()]
 
     def tokens(self) -> Tensor:
-        """[kept, columns], in the order in which they came; [0, 0] if none did."""
+        """The kept tokens [kept, columns] in their order of arrival; [0, 0] if there were none."""
         return torch.cat(self._kept) if self._kept else torch.empty(0, 0)

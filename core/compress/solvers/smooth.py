@@ -1,4 +1,4 @@
-"""SmoothQuant: strength moves from a layer's inputs into its weights, until 8 bits hold both.
+"""SmoothQuant: move magnitude from a layer's inputs into its weights, so that 8 bits are enough for both.
 
 Xiao et al., SmoothQuant (arXiv 2211.10438), eq. 4: inputs are divided, and columns multiplied, by s_j = max|X_j|^α / max|W_j|^(1−α).
 """
@@ -17,11 +17,11 @@ from nightpress.core.compress.solvers.products import fast_products
 from nightpress.core.compress.solvers.samples import EvenSample
 
 _EXPONENTS = tuple(step / 20 for step in range(21))
-_ROWS = 4096  #: of a weight, evenly spread, that the search looks at
+_ROWS = 4096  #: rows of a weight, evenly spaced, that the search uses
 
 
 class Strengths:
-    """The running largest magnitude of each input, some tokens as they are, and the Gram matrix if it is asked for."""
+    """The running largest magnitude of each input, a sample of the tokens and, with `gram`, the Gram matrix."""
 
     def __init__(self, columns: int, device: torch.device | str, *, gram: bool) -> None:
         self.largest = torch.zeros(columns, device=device)
@@ -30,7 +30,7 @@ class Strengths:
         self._sample = EvenSample()
 
     def add(self, inputs: Tensor) -> None:
-        """Take in [..., columns], of any float dtype."""
+        """Add inputs [..., columns], of any float dtype."""
         x = inputs.reshape(-1, inputs.shape[-1])
         torch.maximum(self.largest, x.abs().amax(0).float(), out=self.largest)
         self._sample.add(x)
@@ -39,40 +39,41 @@ class Strengths:
             self.gram.add(x)
 
     def is_finite(self) -> bool:
-        """Whether all inputs were, and their sums are."""
+        """Whether all inputs and their sums are finite."""
         return bool(torch.isfinite(self.largest).all()) and (self.gram is None or self.gram.is_finite())
 
     def sample(self) -> Tensor:
-        """[tokens, columns] float32, evenly spread over what came."""
+        """A sample [tokens, columns] float32, evenly spaced over all tokens."""
         return self._sample.tokens().float() if self.tokens else self.largest.new_zeros(0, len(self.largest))
 
 
 def smoothing_factors(largest: Tensor, weight: Tensor, alpha: float, *, share: tuple[int, int] = (1, 1)) -> Tensor:
-    """Factors [in] > 0, by which inputs are divided, from their largest magnitudes [in] and the weight [out, in]; 1 for an input that never came.
+    """Return the factors [in] > 0 of eq. 4, by which inputs are divided. The factor is 1 for an input that was always zero.
 
-    share (heads, width): columns are heads · repeats · width, and the repeats of a head get one factor, as grouped-query attention needs.
+    largest [in]: the inputs' largest magnitudes; weight [out, in].
+    share (heads, width): columns are heads · repeats · width. All repeats of a head get the same factors, as grouped-query attention needs.
     """
     inputs, weights = _shared(largest, share), _shared(weight.abs().amax(0), share)
     factors = inputs.clamp(min=1e-5) ** alpha / weights.clamp(min=1e-5) ** (1 - alpha)
     return torch.where(inputs > 0, factors.clamp(1e-5, 1e5), torch.ones_like(factors))
 
 
-#: A scale a token, one for all of them, or none: inputs stay in float.
+#: How inputs are rounded: with one scale for each token, with one scale for all tokens, or not at all (None: they stay in float).
 Rounded = Literal["token", "static"] | None
 
 
 class SmoothLayer(NamedTuple):
-    """Layers that take the inputs to be scaled: all tokens of them, or those that a router gives them."""
+    """Layers that read the inputs to be scaled: all tokens, or the tokens that a router sends to these layers."""
 
-    weight: Tensor  #: [out, in] float32, of all the layers
-    sample: Tensor  #: [tokens, in] float32, some of what they were shown
-    largest: Tensor  #: [in], magnitudes of all that they were shown
+    weight: Tensor  #: [out, in] float32, the weights of all these layers, stacked along the rows
+    sample: Tensor  #: [tokens, in] float32, a sample of the tokens that the layers were calibrated with
+    largest: Tensor  #: [in], largest magnitudes over all those tokens
     inputs: Rounded
-    tokens: float = 1.0  #: how many come to them
+    tokens: float = 1.0  #: number of tokens that are routed to the layers
 
 
 def search_factors(layers: Sequence[SmoothLayer], grid: Grid, *, share: tuple[int, int] = (1, 1)) -> Tensor:
-    """The factors, of all alphas' and none, with which rounded inputs and rounded weights make the least output error over all layers."""
+    """Return the factors [in] with the least output error over all layers, inputs and weights rounded: those of some α, or all 1."""
     rows = sum(len(layer.weight) for layer in layers)
     looked_at = [layer._replace(weight=layer.weight[:: -(-rows // _ROWS)]) for layer in layers if layer.tokens]
     largest = torch.stack([layer.largest for layer in layers]).amax(0)
@@ -100,7 +101,10 @@ def _loss(layer: SmoothLayer, factors: Tensor, grid: Grid, exact: Tensor) -> flo
 def rounded_outputs(
     inputs: Tensor, largest: Tensor, weight: Tensor, factors: Tensor, grid: Grid, rounded: Rounded
 ) -> Tensor:
-    """What a layer of 8-bit weights puts out [tokens, out], its inputs divided by factors, and rounded, and its columns multiplied."""
+    """The outputs [tokens, out] of a layer with 8-bit weights, whose columns are multiplied by the factors before they are rounded.
+
+    inputs [tokens, in] are divided by the factors [in] and then rounded as `rounded` says. largest [in] gives the scale for `static`.
+    """
     scaled = inputs / factors
     if rounded is not None:
         scale = input_scale(largest / factors, grid) if rounded == "static" else input_scale(scaled, grid)
@@ -109,12 +113,12 @@ def rounded_outputs(
 
 
 def input_scale(inputs: Tensor, grid: Grid) -> Tensor:
-    """The scale [..., 1] with which the largest magnitude [..., in] is just held."""
+    """The smallest scale [..., 1] whose grid reaches the largest magnitude of inputs [..., in]."""
     return inputs.abs().amax(-1, keepdim=True).clamp(min=1e-10) / grid.reach
 
 
 def round_inputs(inputs: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Inputs [..., in] rounded to 8 bits, as floats again."""
+    """Round inputs [..., in] to 8 bits. Returns floats."""
     steps = inputs / scale
     if grid.kind == "float":
         return nearest_floats(steps, grid.bits) * scale

@@ -1,4 +1,4 @@
-"""Wanda: weights go by magnitude times the norm of their input, compared within a row; the others stay as they are.
+"""Wanda: prune the weights of each row with the least magnitude times norm of their input. The other weights do not change.
 
 Sun et al., A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695), eq. 1.
 """
@@ -15,18 +15,21 @@ class Power:
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
-        """Take in [..., columns], of any float dtype."""
+        """Add inputs [..., columns], of any float dtype."""
         x = inputs.reshape(-1, inputs.shape[-1])
         self.sum += x.float().square().sum(0)
         self.tokens += len(x)
 
     def is_finite(self) -> bool:
-        """Whether all inputs were, and their sums are."""
+        """Whether all inputs and their sums are finite."""
         return bool(torch.isfinite(self.sum).all())
 
 
 def wanda_mask(weight: Tensor, power: Tensor, sparsity: float, pattern: tuple[int, int] | None = None) -> Tensor:
-    """True where a weight [out, in] goes; power [in] is Σ x². With a pattern (kept, of), so many of every `of` neighbours stay."""
+    """True where a weight [out, in] is pruned. power [in] is Σ x² of the inputs.
+
+    sparsity is the pruned share of each row. With a pattern (kept, of), `kept` of every `of` neighbours stay and `sparsity` is not used.
+    """
     rows, columns = weight.shape
     score = weight.float().abs() * power.sqrt()
     if pattern is not None:
@@ -37,11 +40,11 @@ def wanda_mask(weight: Tensor, power: Tensor, sparsity: float, pattern: tuple[in
     bound = score.kthvalue(count, dim=1, keepdim=True).values  # selecting is several times faster than sorting
     gone, equal = score < bound, score == bound
     missing = count - gone.sum(1, keepdim=True)
-    return gone | (equal & (equal.cumsum(1) <= missing))  # of equals, the first goes
+    return gone | (equal & (equal.cumsum(1) <= missing))  # of equal scores, the first are pruned
 
 
 def _outranked(score: Tensor, kept: int) -> Tensor:
-    """True for all but the `kept` largest along the last axis; of equals, the first goes. Short groups are counted faster than sorted."""
+    """True for all but the `kept` largest along the last axis; of equals, the first is True. Counting beats sorting for short groups."""
     members = score.unbind(-1)
     outranked = torch.zeros_like(score, dtype=torch.uint8)
     for first, member in enumerate(members):

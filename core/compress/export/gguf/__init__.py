@@ -1,4 +1,4 @@
-"""GGUF, the file that llama.cpp runs: one module each for the layouts of its blocks, the families, the vocabulary and the file."""
+"""GGUF, the file format of llama.cpp. It has a module each for the layouts of blocks, the families, the vocabulary and the file."""
 
 from nightpress.core.compress.export.gguf.file import CONSUMER, FILE_NAME, save
 from nightpress.core.compress.export.gguf.tokens import check_tokens

@@ -1,6 +1,6 @@
-"""Weights as the blocks of bytes that GGUF stores: the codes a pass chose written down as they are, floats rounded to the nearest.
+"""Encode weights as GGUF's blocks of bytes: codes that a pass chose are stored unchanged, floats are rounded to nearest.
 
-A row is cut into blocks of 32 or 256 weights that follow each other; the layouts are those of ggml's `ggml-common.h`.
+A row is divided into blocks of 32 or 256 consecutive weights. The layouts are those of ggml's `ggml-common.h`.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _ENCODERS: dict[GGMLQuantizationType, Encoder] = {
     Type.Q5_K: encode_q5_k,
     Type.Q6_K: encode_q6_k,
 }
-#: What a type gives way to in a row that its blocks don't divide: as llama.cpp does, the next one that loses nothing by it.
+#: Type → the type that replaces it in rows that its blocks don't divide. As in llama.cpp, it is the next type that is no less precise.
 _NARROWER = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 
 
@@ -33,14 +33,17 @@ def type_named(name: str) -> GGMLQuantizationType:
 
 
 def fitting_type(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
-    """`wanted`, or what takes its place in rows of that many columns."""
+    """Return `wanted`, or the type that replaces it in rows of so many columns."""
     while columns % GGML_QUANT_SIZES[wanted][0]:
         wanted = _NARROWER.get(wanted, Type.F16)
     return wanted
 
 
 def encode(weight: Floats, kind: GGMLQuantizationType) -> Bytes:
-    """weight [out, in] → its bytes [out, bytes a row], each block's range where rounding costs least, or as ggml's reference has it."""
+    """Encode a weight [out, in] as bytes [out, bytes per row].
+
+    K-quants search the range of each block with the least rounding error. Other types are encoded as in ggml's reference.
+    """
     if kind in _ENCODERS:
         rows, columns = weight.shape
         return _ENCODERS[kind](weight.reshape(-1, 256)).reshape(rows, columns // 256 * GGML_QUANT_SIZES[kind][1])
@@ -49,9 +52,9 @@ def encode(weight: Floats, kind: GGMLQuantizationType) -> Bytes:
 
 
 def codes_type(bits: int, group_size: int, *, symmetric: bool) -> GGMLQuantizationType | None:
-    """The layout that holds a pass's codes as they are: up to 4 bits Q4_0, or Q4_1 with zero points; 8 symmetric bits Q8_0.
+    """Return the layout that holds a pass's codes unchanged: Q4_0 up to 4 bits, Q4_1 with zero points; Q8_0 for symmetric 8 bits.
 
-    None where there is none: groups that 32 doesn't divide, asymmetric 8 bits.
+    None if there is no such layout: group sizes that 32 does not divide, 5 to 7 bits, asymmetric 8 bits.
     """
     if group_size % _BLOCK:
         return None
@@ -61,9 +64,9 @@ def codes_type(bits: int, group_size: int, *, symmetric: bool) -> GGMLQuantizati
 
 
 def encode_codes(weight: Codes) -> Bytes:
-    """Codes that `codes_type` has a layout for → [out, bytes a row]: the same numbers, their scales as float16.
+    """Encode codes in the layout that `codes_type` returns → [out, bytes per row]. The codes are unchanged; the scales become float16.
 
-    A group of 64 or more spends a scale on each 32 of its weights here.
+    A layout has one scale for each 32 weights, so the scale of a larger group is repeated.
     """
     blocks = weight.in_blocks(_BLOCK)
     rows, count = blocks.scale.shape
@@ -73,7 +76,7 @@ def encode_codes(weight: Codes) -> Bytes:
         return np.concatenate([scale, codes.view(np.uint8)], axis=2).reshape(rows, -1)
     if blocks.zero_point is None:
         return np.concatenate([scale, _nibbles(codes, 8)], axis=2).reshape(rows, -1)
-    # Q4_1 stands for scale · code + minimum, with codes from 0 up.
+    # A weight in Q4_1 is scale · code + minimum, with codes from 0 up.
     top = 2 ** (weight.bits - 1)
     least = _half(-blocks.scale * (blocks.zero_point.astype(np.float32) + top))
     return np.concatenate([scale, least, _nibbles(codes, top)], axis=2).reshape(rows, -1)

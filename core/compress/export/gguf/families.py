@@ -1,6 +1,7 @@
-"""What llama.cpp calls a family's parts, and what a file must say of its shape.
+"""llama.cpp's names for a family's tensors, and the metadata about the model's shape that a GGUF file needs.
 
-Names and keys are llama.cpp's; `gguf` maps the tensors' names. A family is here when llama.cpp computes what transformers computes.
+Names and keys are llama.cpp's. The package `gguf` maps the tensors' names. A family is listed here only if llama.cpp computes what
+transformers computes.
 """
 
 import math
@@ -16,14 +17,14 @@ from nightpress.core.recipes.header import ModelHeader
 
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,  # the same graph
+    "mistral": gguf.MODEL_ARCH.LLAMA,  # llama.cpp has the same graph for both
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "gemma": gguf.MODEL_ARCH.GEMMA,
     "bert": gguf.MODEL_ARCH.BERT,
 }
 _POOLING = {"mean": gguf.PoolingType.MEAN, "cls": gguf.PoolingType.CLS, "lasttoken": gguf.PoolingType.LAST}
-#: Parts of a BERT that an embedding doesn't pass through.
+#: Prefixes of a BERT's tensors that an embedding does not need.
 _UNUSED = ("pooler.", "cls.", "embeddings.position_ids")
 
 
@@ -54,7 +55,7 @@ class GgufFamily:
         return int(self._config.get("head_dim") or self._config["hidden_size"] // self._heads)
 
     def name(self, tensor: str) -> str | None:
-        """A tensor's name in the file; None where llama.cpp doesn't use it. Raises KeyError for one that it doesn't know."""
+        """Return a tensor's name in the file, or None if llama.cpp does not use it. Raises KeyError for an unknown tensor."""
         plain = tensor.removeprefix("bert.")
         if self.header.model_type == "bert" and plain.startswith(_UNUSED):
             return None
@@ -69,16 +70,20 @@ class GgufFamily:
 
     @property
     def tied(self) -> bool:
-        """Whether config.json says that the head is the table of embeddings."""
+        """Whether config.json says that the output head is the embedding table."""
         return bool(self._config.get("tie_word_embeddings", self.header.model_type == "gemma"))
 
     @property
     def has_own_head(self) -> bool:
-        """Whether llama.cpp's graph takes a head beside the embeddings."""
+        """Whether llama.cpp's graph can have an output head besides the embedding table."""
         return self.header.model_type != "gemma"
 
     def row_order(self, tensor: str) -> NDArray[np.intp] | None:
-        """The order of a tensor's rows in the file: a Llama's queries and keys turn in pairs of neighbours there, in pairs of halves here."""
+        """Return the order of a tensor's rows in the file; None: unchanged.
+
+        Rotary embeddings rotate pairs of a Llama's query and key rows. In the file, a pair is two neighbouring rows of a head. In
+        transformers, it is a row of the head's first half and the same row of its second half.
+        """
         if self.architecture != "llama" or ".self_attn." not in tensor:
             return None
         heads = {"q_proj": self._heads, "k_proj": self._key_value_heads}.get(tensor.split(".")[-2])
@@ -88,18 +93,18 @@ class GgufFamily:
         return rows.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
     def change(self, tensor: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A Gemma's norms multiply by 1 + weight; the file holds the sum."""
+        """Add 1 to the weights of a Gemma's norms: these norms multiply by 1 + weight, and the file stores this sum."""
         return values + 1 if self.header.model_type == "gemma" and tensor.endswith("norm.weight") else values
 
     def extra_tensors(self) -> dict[str, NDArray[np.float32]]:
-        """What llama.cpp reads from tensors and transformers computes from the config: Llama 3's stretched rotary frequencies."""
+        """Tensors that llama.cpp reads from the file but transformers computes from the config: Llama 3's rotary frequency factors."""
         rope = self._rope
         if rope.get("rope_type", rope.get("type")) != "llama3":
             return {}
         return {"rope_freqs.weight": _llama3_factors(rope, self._theta, self._head_width)}
 
     def describe(self, writer: gguf.GGUFWriter, *, pooling: str) -> None:
-        """Write the shape of the model into the file's head."""
+        """Write the model's shape into the file's metadata."""
         config = self._config
         writer.add_block_count(int(config["num_hidden_layers"]))
         writer.add_context_length(int(config.get("max_position_embeddings") or 2048))
@@ -133,10 +138,10 @@ class GgufFamily:
 
 
 def _llama3_factors(rope: Mapping[str, Any], theta: float, width: int) -> NDArray[np.float32]:
-    """What each rotary frequency is divided by: long waves by `factor`, short ones by 1, those between by a mean of both."""
+    """The divisor of each rotary frequency [width / 2]: `factor` for long waves, 1 for short waves, interpolated in between."""
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     original = float(rope["original_max_position_embeddings"])
     frequencies = theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
-    turns = original * frequencies / (2 * math.pi)  # over the original context
+    turns = original * frequencies / (2 * math.pi)  # rotations over the original context length
     share = np.clip((turns - low) / (high - low), 0, 1)
     return (1 / (share + (1 - share) / factor)).astype(np.float32)

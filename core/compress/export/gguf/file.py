@@ -1,4 +1,4 @@
-"""The file itself: head, vocabulary, and one tensor after the other, so that no more than one is held."""
+"""Write the GGUF file: metadata, vocabulary, then the tensors one by one, so that only one tensor is in memory."""
 
 import math
 import os
@@ -21,17 +21,18 @@ CONSUMER = Path(__file__).parents[2] / "runners" / "llamacpp_runner.py"
 FILE_NAME = "model.gguf"
 
 Type = gguf.GGMLQuantizationType
-_FEWEST_DIMS = 2  #: vectors stay in float32: they are small, and llama.cpp wants them so
+_FEWEST_DIMS = 2  #: tensors with fewer dimensions stay in float32: vectors are small, and llama.cpp expects this
 _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
-#: Matrices that rows are looked up in, not multiplied with.
+#: Matrices whose rows are looked up. They are not multiplied with anything.
 _LOOKED_UP = frozenset({"position_embd.weight", "token_types.weight"})
 
 
 def save(model_dir: Path, out_dir: Path, header: ModelHeader, *, weights: str, pooling: str) -> None:
     """Write the folder with its one file.
 
-    weights: the type of matrices, e.g. `q8_0`; those that a pass has rounded keep the codes it chose, in the layout that holds them.
-    pooling: of an embedder; one of POOLING in core/recipes/llama_cpp.py. Raises NightpressError(unsupported_architecture).
+    weights: the type of matrices, e.g. `q8_0`. A matrix that a pass has rounded keeps the pass's codes if a layout can hold them.
+    pooling: of an embedder; one of POOLING in core/recipes/llama_cpp.py. Raises NightpressError: unsupported_architecture if llama.cpp has
+    no such tensor or tokenizer, numerical_failure if a number is too large for float16.
     """
     family, source = GgufFamily(header), PressedWeights(model_dir)
     names = _names(family, source)
@@ -65,7 +66,7 @@ def save(model_dir: Path, out_dir: Path, header: ModelHeader, *, weights: str, p
 
 
 def _names(family: GgufFamily, source: PressedWeights) -> dict[str, str]:
-    """Name in the file → name in the model."""
+    """Name in the file → name in the model. Raises NightpressError(unsupported_architecture) for a tensor that llama.cpp can't use."""
     names: dict[str, str] = {}
     tied = family.tied and _HEAD in source.names and source.same(_HEAD, _TABLE)
     if _HEAD in source.names and not tied and not family.has_own_head:
@@ -75,7 +76,7 @@ def _names(family: GgufFamily, source: PressedWeights) -> dict[str, str]:
             hint="Leave gguf out of `exports`; or remove the head from the files, if the two should be tied.",
         )
     for tensor in source:
-        if tensor == _HEAD and tied:  # llama.cpp takes the table for both
+        if tensor == _HEAD and tied:  # llama.cpp uses the embedding table as the head, too
             continue
         try:
             name = family.name(tensor)
@@ -104,7 +105,7 @@ def _describe(
 
 
 def _kind(source: PressedWeights, tensor: str, name: str, weights: str) -> Type:
-    """The type a tensor is stored in."""
+    """The type in which a tensor is stored."""
     shape = source.shape(tensor)
     if (kept := _kept(source, tensor)) is not None:
         return kept
@@ -114,7 +115,7 @@ def _kind(source: PressedWeights, tensor: str, name: str, weights: str) -> Type:
 
 
 def _kept(source: PressedWeights, tensor: str) -> Type | None:
-    """The layout of the codes that a pass chose, where there are any and they have one."""
+    """The layout of the codes that a pass chose. None if the tensor has no codes or no layout holds them."""
     if tensor not in source.packed:
         return None
     grid = source.grid(tensor)
@@ -123,7 +124,7 @@ def _kept(source: PressedWeights, tensor: str) -> Type | None:
 
 
 def _encoded(family: GgufFamily, source: PressedWeights, tensor: str, kind: Type) -> NDArray[np.generic]:
-    """A tensor as it lies in the file."""
+    """A tensor's data as the file stores it."""
     order = family.row_order(tensor)
     if _kept(source, tensor) is not None:
         codes = source.codes(tensor)

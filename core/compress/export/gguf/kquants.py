@@ -1,7 +1,7 @@
-"""The k-quants: blocks of 256 weights with scales, and minima, that are rounded themselves.
+"""The k-quants: blocks of 256 weights whose scales and minima are quantized themselves.
 
-A block's sub-blocks each find the range in which their rounding costs least, every error weighted by how large its weight is: large
-weights meet large activations in what they add to an output. The layouts are those of ggml's `ggml-common.h`.
+Each sub-block of a block searches the range with the least rounding error. An error counts more for a large weight, because large weights
+contribute more to an output. The layouts are those of ggml's `ggml-common.h`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-_CHUNK = 4096  #: blocks at a time: their candidates stay in the cache
+_CHUNK = 4096  #: blocks that are encoded together; their candidates stay in the processor's cache
 
 
 def encode_q4_k(blocks: Floats) -> Bytes:
@@ -21,7 +21,7 @@ def encode_q4_k(blocks: Floats) -> Bytes:
 
 
 def encode_q5_k(blocks: Floats) -> Bytes:
-    """blocks [N, 256] → [N, 176]: as Q4_K, with a fifth bit of every code before the other four."""
+    """blocks [N, 256] → [N, 176]: as Q4_K, with the fifth bits of all codes stored before the lower four."""
     return _in_chunks(blocks, lambda part: _encode_with_minima(part, bits=5))
 
 
@@ -56,7 +56,10 @@ def _encode_with_minima(blocks: Floats, *, bits: int) -> Bytes:
 
 
 def _best_range(parts: Floats, top: int) -> tuple[Floats, Floats]:
-    """The scale and minimum, of many tried and refitted by least squares, with the least weighted error. parts [N, 8, 32] → [N, 8] twice."""
+    """Return the scale and the minimum with the least weighted error. parts [N, 8, 32] → [N, 8] twice.
+
+    Each of several candidates is refitted by least squares.
+    """
     power = np.sqrt((parts**2).mean(axis=2, keepdims=True))
     weight = power + np.abs(parts)
     total = weight.sum(axis=2)
@@ -73,7 +76,7 @@ def _best_range(parts: Floats, top: int) -> tuple[Floats, Floats]:
         spread_q = total * sum_qq - sum_q * sum_q
         scale = _divide(total * sum_xq - sum_x * sum_q, spread_q)
         least = -_divide(sum_qq * sum_x - sum_q * sum_xq, spread_q)
-        # A minimum above zero has no code: the line then goes through zero.
+        # The format can't store a minimum above zero. The minimum is then zero, and only the scale is fitted.
         through_zero = least < 0
         scale = np.where(through_zero, _divide(sum_xq, sum_qq), scale)
         least = np.where(through_zero, 0, least)
@@ -108,7 +111,7 @@ def _encode_symmetric(blocks: Floats) -> Bytes:
 
 
 def _best_scale(parts: Floats) -> Floats:
-    """The scale with the least weighted error, for codes −32 … 31. parts [N, 16, 16] → [N, 16]"""
+    """Return the scale with the least weighted error, for codes −32 … 31. parts [N, 16, 16] → [N, 16]"""
     weight = parts * parts
     extreme = np.take_along_axis(parts, np.abs(parts).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
     best_scale = -extreme / 32
@@ -124,14 +127,19 @@ def _best_scale(parts: Floats) -> Floats:
 
 
 def _six_bits(values: Floats) -> tuple[NDArray[np.float16], Bytes]:
-    """Numbers from zero up [N, 8] → their unit float16 [N] and multiples of it 0 … 63 [N, 8]"""
+    """Quantize non-negative numbers [N, 8] to 6 bits → their unit, float16 [N], and multiples of the unit, 0 … 63 [N, 8]."""
     unit = (values.max(axis=1) / 63).astype(np.float16)
     multiples = np.rint(_divide(values, unit.astype(np.float32)[:, None]))
     return unit, np.clip(multiples, 0, 63).astype(np.uint8)
 
 
 def _pack_six_bits(scales: Bytes, minima: Bytes) -> Bytes:
-    """[N, 8] twice → [N, 12]: the first four of each in 6 bits, the others' low nibbles together, their high bits above the first four."""
+    """Pack scales and minima, [N, 8] each, into bytes [N, 12].
+
+    Bytes 0–3 hold the first four scales in their low 6 bits, and bytes 4–7 the first four minima. The high 2 bits of these bytes are the
+    high bits of the last four scales and minima. Bytes 8–11 hold the low 4 bits of the last four scales (low nibble) and minima (high
+    nibble).
+    """
     first = scales[:, :4] | ((scales[:, 4:] >> 4) << 6)
     second = minima[:, :4] | ((minima[:, 4:] >> 4) << 6)
     third = (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)
@@ -139,6 +147,6 @@ def _pack_six_bits(scales: Bytes, minima: Bytes) -> Bytes:
 
 
 def _divide(values: Floats, by: Floats) -> Floats:
-    """Zero where `by` is zero."""
+    """values / by, and zero where `by` is zero."""
     quotient: Floats = np.divide(values, by, out=np.zeros(np.broadcast(values, by).shape, np.float32), where=by != 0)
     return quotient

@@ -1,4 +1,4 @@
-"""Whether llama.cpp cuts text into the tokens that the model's own tokenizer makes of it: a file whose weights are right answers wrongly if not."""
+"""Check that llama.cpp tokenizes text as the model's own tokenizer does. Otherwise a file with correct weights gives wrong answers."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 
 _RUNNER = Path(__file__).parents[2] / "runners" / "llamacpp_tokens.py"
 _SECONDS = 300
-#: Each has what tokenizers treat in ways of their own: case, accents, other scripts, emoji, white space, numbers, punctuation, code.
+#: Texts that tokenizers treat differently: case, accents, other scripts, emoji, white space, numbers, punctuation, code.
 TEXTS = (
     "The Quick BROWN Fox jumps over the lazy dog.",
     "NASA, McDonald's and iPhone: UPPER lower Mixed",
@@ -33,14 +33,15 @@ TEXTS = (
     "antidisestablishmentarianism " * 40,
 )
 
-#: What llama.cpp is known to cut otherwise for some models that are used for other text: said in the report, and no reason to refuse a file.
-NOTED = {"Korean": "안녕하세요 세계"}  # behind `strip_accents` it leaves Hangul syllables whole
+#: Language → a text that llama.cpp is known to tokenize differently for some models, which are used for other languages. A difference is
+#: noted in the report and is no reason to refuse a file.
+NOTED = {"Korean": "안녕하세요 세계"}  # with `strip_accents`, llama.cpp does not split Hangul syllables
 
 
 def check_tokens(model_dir: Path, out_dir: Path, *, name: str, scratch: Path) -> tuple[str, ...]:
-    """What a reader should know of languages that llama.cpp reads otherwise.
+    """Compare both tokenizers. Returns notes for the report on the languages of NOTED that llama.cpp tokenizes differently.
 
-    Raises NightpressError(verification_failed), with the first text, where it reads otherwise what every model reads.
+    Raises NightpressError(verification_failed), with the first different text, if a text of TEXTS is tokenized differently.
     """
     encode = partial(open_tokenizer(model_dir).encode, special=True)
     theirs = dict(zip((*TEXTS, *NOTED.values()), _ask(out_dir, name, scratch), strict=True))

@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp wants it: the words, what joins them, the special ones, and the chat template."""
+"""Convert a tokenizer to llama.cpp's form: words, merges or scores, special tokens, and the chat template."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import ModelHeader
 
 _TYPE = gguf.TokenType
-#: How a byte-level tokenizer splits text before it joins anything, by what only its pattern has: llama.cpp has each as code of its own.
+#: (a part that only this pattern has, llama.cpp's name). A byte-level tokenizer splits text by a pattern before it merges tokens. llama.cpp
+#: has a separate piece of code for each pattern.
 _SPLITS = (
     (r"\p{Lu}\p{Lt}", "gpt-4o"),
     (r"\p{N}{1,3}", "llama-bpe"),
@@ -19,7 +20,7 @@ _SPLITS = (
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, model_dir: Path, header: ModelHeader) -> None:
-    """Write the tokenizer into the file's head. Raises NightpressError(unsupported_architecture) for one that llama.cpp doesn't have."""
+    """Write the tokenizer into the file's metadata. Raises NightpressError(unsupported_architecture) if llama.cpp has no such tokenizer."""
     file = model_dir / "tokenizer.json"
     if not file.is_file():
         raise _unknown("it has no tokenizer.json")
@@ -34,7 +35,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, model_dir: Path, header: ModelHeader
     elif model["type"] == "BPE" and model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         ranks = {_joined(merge): rank for rank, merge in reversed(list(enumerate(model["merges"])))}
-        # Joined first: what was learnt first. Words that nothing joins come last.
+        # llama.cpp merges the highest score first: the merge that was learnt first. Words that no merge makes get the lowest score.
         writer.add_token_scores([-float(ranks.get(word, len(ranks))) for word in words])
         writer.add_add_space_prefix(_adds_space(raw))
     elif model["type"] == "BPE":
@@ -49,7 +50,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, model_dir: Path, header: ModelHeader
 
 
 def _words(raw: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every identifier's word and kind. What has no word is filled up, since the embeddings have a row for it."""
+    """The word and the kind of each token id. Ids without a word get a placeholder, since the embedding table has a row for them."""
     model = raw["model"]
     words = [f"[PAD{at}]" for at in range(size)]
     kinds = [int(_TYPE.UNUSED)] * size
@@ -67,7 +68,7 @@ def _words(raw: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
 
 
 def _normalizing(raw: dict[str, Any]) -> dict[str, bool]:
-    """What becomes of case and accents. llama.cpp does the rest as BERT does, and in no other way."""
+    """The normalizer's settings for case and accents. All other steps must be BERT's, since llama.cpp has no others."""
     steps = raw.get("normalizer") or {}
     splits = (raw.get("pre_tokenizer") or {}).get("type")
     if steps.get("type") != "BertNormalizer" or splits != "BertPreTokenizer":
@@ -81,7 +82,7 @@ def _normalizing(raw: dict[str, Any]) -> dict[str, bool]:
 
 
 def _phantom(word: str, kind: int) -> str:
-    """WordPiece marks what goes on; llama.cpp marks, as others do, what begins."""
+    """Convert a word's mark: WordPiece marks the continuation of a word (`##`), llama.cpp marks its beginning (`▁`)."""
     if kind != _TYPE.NORMAL:
         return word
     return word[2:] if word.startswith("##") else "▁" + word
