@@ -42,7 +42,7 @@ def read_records(ref: str, file: Path | None) -> list[dict[str, Any]]:
 
 
 def has_columns(ref: str, file: Path | None, names: Iterable[str]) -> bool:
-    """Whether the first row of a JSONL file has one of these columns. Of other formats only `text`, `messages` and `label` are read: False."""
+    """Whether the first row of a JSONL file has one of these columns. False for Parquet and CSV: their other columns are not read."""
     if file is None or not file.is_file() or kind_of(file.name) != "jsonl":
         return False
     first = next(read_data(ref, file.name, _pieces(file)), None)
