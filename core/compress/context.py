@@ -35,13 +35,13 @@ class PassContext:
     progress: Callable[[float, str], None] = field(default=_no_progress)  #: (fraction of this pass, what it does now)
     #: (name, value, step): adds a point to a curve.
     metric: Callable[[str, float, int], None] = field(default=_no_metric)
-    #: (path below work_dir, step): reports a complete file, which a later attempt will find there. A second call replaces the file.
+    #: (path below work_dir, step): reports a complete file, which a later attempt will find there. The same path replaces the file.
     checkpoint: Callable[[str, int], None] = field(default=_no_checkpoint)
 
     def whole(self, step: int, *files: Path) -> None:
         """Checkpoint files that belong together. Name the record that marks the others as complete last.
 
-        Files outside work_dir are skipped: their caller keeps them.
+        Files outside work_dir are skipped: they belong to the caller.
         """
         for file in files:
             if file.is_relative_to(self.work_dir):

@@ -11,7 +11,7 @@ class SourceBeside:
     """A context manager that starts the source's consumer when the first artifact is timed, and keeps it for the later artifacts."""
 
     def __init__(self, runner: Path, folder: Path, task: Task, seen: Observed, *, scratch: Path, limit: int) -> None:
-        """seen: the source's results from its own measurement. limit: bytes that the job may use; 0: only the machine's memory limits it."""
+        """seen: the source's results from its own measurement. limit: bytes that the job may use; 0: no limit but the machine's memory."""
         self._runner, self._folder, self._task, self._seen = runner, folder, task, seen
         self._scratch, self._limit = scratch, limit
         self._consumer: Consumer | None = None

@@ -101,7 +101,7 @@ class Retrieval:
 
 
 def retrieval(request: ScorerRequest) -> Retrieval:
-    """Read rows with `query`, `positive` and perhaps `negative`. In prose, a paragraph's first sentence has to find the rest of the paragraph.
+    """Read rows with `query`, `positive` and perhaps `negative`. In prose, a paragraph's first sentence has to find its other sentences.
 
     Raises NightpressError(invalid_data) if there are fewer than two passages.
     """
