@@ -102,9 +102,8 @@ class Sweep:
         self._lock = threading.Lock()  # guards everything below
         self._overseer = threading.Condition(self._lock)
         self._reader = threading.Condition(self._lock)
-        self._reader_waits_for = (
-            self._total + 1
-        )  # the reader sleeps until so many bytes are taken; above the total: it is not asleep
+        # The number of taken bytes at which a worker wakes the reader. Above the total while the reader is awake.
+        self._reader_waits_for = self._total + 1
         self._chunks = self._in_order()
         self._taken = 0  # bytes
         self._done = 0

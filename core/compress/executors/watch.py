@@ -51,9 +51,8 @@ class Watched:
         self._leaders: dict[str, str] = {}
         self._statistics: dict[str, Statistic] = {}
         self._called: set[str] = set()  #: layers that this run has called
-        self._seen: list[
-            tuple[Tensor, str]
-        ] = []  #: keeps this run's tensors alive, so that no two have the same address
+        #: Keeps this run's tensors alive, so that no two have the same address.
+        self._seen: list[tuple[Tensor, str]] = []
         self.stops = True  #: end a run when every layer has been called
         self.real: Tensor | None = None  #: bool [B, L] of the current batch: False for padding; None: no padding
 

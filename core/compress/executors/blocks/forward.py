@@ -24,9 +24,8 @@ class ForwardPass:
         #: For each row of blocks that was entered: the outputs of its last block, or the present hidden states within the row.
         self._rows: list[HiddenStates] = []
         self._calls = Calls(plan.device)
-        self._probe: tuple[int, list[tuple[int, Call]]] | None = (
-            None  #: tokens of the probe, and the blocks' calls for it
-        )
+        #: Tokens of the probe, and the blocks' calls for it.
+        self._probe: tuple[int, list[tuple[int, Call]]] | None = None
 
     @property
     def hidden(self) -> HiddenStates:
