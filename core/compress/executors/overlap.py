@@ -22,9 +22,8 @@ from nightpress.core.compress.model.checkpoint import TORCH_DTYPES, Shard, Shard
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import TensorInfo
 
-_CHUNK_WEIGHTS = (
-    512 * 1024
-)  #: weights in a chunk: enough to hide the interpreter's cost, few enough for the processor's caches
+#: Weights in a chunk: enough to hide the interpreter's cost, few enough for the processor's caches.
+_CHUNK_WEIGHTS = 512 * 1024
 _COPY_BYTES = 2 * 1024**2
 _AHEAD_BYTES = 64 * 1024**2  #: distance of the reader before the workers
 _ADVISE_BYTES = 1024**2  #: for one posix_fadvise: the kernel silently shortens longer ranges
@@ -52,9 +51,7 @@ class ShardJob:
     chunks: list[Chunk]
     writer: ShardWriter | None = None
     source: int = -1
-    effects: list[Effect | None] = field(
-        default_factory=list
-    )  #: by chunk, so that they are always added up in the same order
+    effects: list[Effect | None] = field(default_factory=list)  #: by chunk, so that the order of their sum is fixed
     remaining: int = 0
     written: int = 0  #: bytes since the last flush
 
