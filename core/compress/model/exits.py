@@ -18,9 +18,8 @@ from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.passes.adapt import Policy
 
 EXITS_FILE = "exits.json"
-_WEIGHTS_FILE = (
-    "exits/heads.safetensors"  #: in a folder of its own: beside the model's files it would count as one of their shards
-)
+#: In a folder of its own: beside the model's files it would count as one of their shards.
+_WEIGHTS_FILE = "exits/heads.safetensors"
 
 
 class ExitPlan(BaseModel):

@@ -32,9 +32,8 @@ class Experts(nn.ModuleList):
         )
         self.act_fn: Any = fused.act_fn
         self.real: Tensor | None = None  #: bool [tokens]: False for padding, which no expert gets; None: no padding
-        self.shown_all: frozenset[int] = (
-            frozenset()
-        )  #: indices of experts that run on every token, not only on those that the router sends to them
+        #: Indices of experts that run on every token, not only on those that the router sends to them.
+        self.shown_all: frozenset[int] = frozenset()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, width], top_k_index and top_k_weights [tokens, chosen] → [tokens, width]"""

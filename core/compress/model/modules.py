@@ -48,9 +48,8 @@ def _recount_heads(module: Any) -> None:
             module.num_attention_heads = value.out_features // int(module.attention_head_size)
         elif hasattr(module, "num_heads") and hasattr(module, "head_dim"):
             module.num_heads = value.out_features // int(module.head_dim)
-    if hasattr(module, "qkv_proj") and hasattr(
-        module, "num_key_value_groups"
-    ):  # Phi-3 reads the number from its config
+    # Phi-3 reads the number from its config.
+    if hasattr(module, "qkv_proj") and hasattr(module, "num_key_value_groups"):
         module.config = copy.copy(module.config)
         module.config.num_attention_heads = module.o_proj.in_features // module.head_dim
         module.num_key_value_heads = module.config.num_attention_heads // module.num_key_value_groups

@@ -175,7 +175,7 @@ class Skeleton:
         raise _unsupported("The model's blocks don't run one after the other")
 
     def _fill_rest(self) -> None:
-        """Load the weights outside the blocks. Weights that the files lack stay empty, e.g. an untrained pooler's, which never runs here."""
+        """Load the weights outside the blocks. Weights that the files lack stay empty, e.g. of an untrained pooler: it never runs here."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
         filled: dict[str, nn.Parameter] = {}
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):

@@ -9,7 +9,7 @@ from nightpress.core.recipes.profile import Profile, by_kind
 
 
 def speed_line(what: str, said: str, speedups: Sequence[Speedup]) -> str:
-    """One line on the speedups at all shapes: their range, and the widest interval. "" if nothing was timed.
+    """One line on the speedups at all shapes: their range, and one interval that spans all of theirs. "" if nothing was timed.
 
     what: begins the line if no speedup is significant. said: a format for the range, e.g. `{} the speed`.
     """

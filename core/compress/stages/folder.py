@@ -32,9 +32,8 @@ def run(job: PressJob, state: State) -> None:
             record = record.model_copy(update={"peak_gpu_bytes": peak()})
         state.records.append(job.publish_pass(record, index))
         state.folder = target
-        if (
-            not options.last
-        ):  # no pass reads the model of a last pass, e.g. a quantized one, so its header is not needed
+        # No pass reads the model of a last pass, e.g. a quantized one. So its header is not needed.
+        if not options.last:
             state.header = inspect_model(FolderFiles(target))
         _finish(job, state, index, options, digests[index])
 
