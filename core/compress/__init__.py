@@ -1,4 +1,5 @@
 import os
 
-# ONNX Runtime reads this when it is imported, by us or by onnxscript. Without it, it writes identifiers to disk and reports over the network.
+# ONNX Runtime reads this variable when it is imported, here or by onnxscript. Otherwise ONNX Runtime writes identifiers to disk and sends
+# telemetry over the network.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"

@@ -1,4 +1,4 @@
-"""What a pass is given beside its folders and options."""
+"""The context of a pass: its inputs other than the folders and the options."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,26 +22,27 @@ def _no_checkpoint(_path: str, _step: int) -> None:
 
 @dataclass(frozen=True)
 class PassContext:
-    header: ModelHeader  #: of the model the pass reads
-    work_dir: Path  #: kept between attempts of one job: finished shards are found there again
-    origin: Path | None = None  #: the model that the job came with; None: the one the pass reads
+    header: ModelHeader  #: of the model that the pass reads
+    work_dir: Path  #: kept between the attempts of a job, so that an attempt finds finished shards there
+    origin: Path | None = None  #: the job's source model; None: the model that the pass reads
     device: str = "cpu"
     threads: int = 1
     seed: int = 0
-    index: int = 0  #: the pass's place in the recipe
-    calibration: Calibration = field(default=Calibration())  #: what text the pass may look at
-    data_files: Mapping[str, Path] = field(
-        default_factory=dict
-    )  #: the data sets people brought, by what the recipe calls them
-    progress: Callable[[float, str], None] = field(default=_no_progress)  #: fraction of this pass, what is being done
-    metric: Callable[[str, float, int], None] = field(
-        default=_no_metric
-    )  #: name, value and step of a curve as it grows
-    #: (path below work_dir, step): the file is whole, and another attempt finds it there again. The same path again replaces it.
+    index: int = 0  #: of the pass in the recipe, from 0
+    calibration: Calibration = field(default=Calibration())  #: the text that the pass may read
+    #: Files of registered data sets, by their names in the recipe.
+    data_files: Mapping[str, Path] = field(default_factory=dict)
+    progress: Callable[[float, str], None] = field(default=_no_progress)  #: (fraction of this pass, what it does now)
+    #: (name, value, step): adds a point to a curve.
+    metric: Callable[[str, float, int], None] = field(default=_no_metric)
+    #: (path below work_dir, step): reports a complete file, which a later attempt will find there. The same path replaces the file.
     checkpoint: Callable[[str, int], None] = field(default=_no_checkpoint)
 
     def whole(self, step: int, *files: Path) -> None:
-        """Checkpoint files that belong together, the one that vouches for the others last. One outside work_dir is the caller's own."""
+        """Checkpoint files that belong together. Name the record that marks the others as complete last.
+
+        Files outside work_dir are skipped: they belong to the caller.
+        """
         for file in files:
             if file.is_relative_to(self.work_dir):
                 self.checkpoint(file.relative_to(self.work_dir).as_posix(), step)

@@ -1,4 +1,4 @@
-"""Where a job ran: what a reader needs to judge its figures, or to take them again."""
+"""Describes the machine that a job ran on: what a reader needs to judge the job's figures, or to measure them again."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 _AMX = frozenset({"amx_int8", "amx_bf16"})
 _AVX512_BF16 = _AMX | {"avx512_bf16"}
 _VNNI_512 = _AVX512_BF16 | {"avx512_vnni"}
-#: ONEDNN_MAX_CPU_ISA → the features that it holds down.
+#: Value of ONEDNN_MAX_CPU_ISA → the processor features that oneDNN may then not use.
 _HELD_DOWN = {
     "SSE41": _VNNI_512 | {"avx512f", "avx_vnni", "avx2"},
     "AVX": _VNNI_512 | {"avx512f", "avx_vnni", "avx2"},
@@ -29,7 +29,7 @@ _HELD_DOWN = {
 
 
 def describe(spec: JobSpec, versions: dict[str, str]) -> dict[str, Any]:
-    """Versions, processor, threads and memory. versions: those that the consumers' processes named."""
+    """Versions, processor, threads and memory. versions: those of the libraries, reported by the consumers' processes."""
     return {
         "nightpress": version_of("nightpress"),
         "versions": dict(sorted(versions.items())),
@@ -62,7 +62,7 @@ def gpu(device: str) -> dict[str, Any] | None:
 
 
 def gpu_memory() -> int | None:
-    """Bytes of the GPU that a job in this process would run on; None where torch finds none."""
+    """Bytes of memory of the GPU that a job in this process would use. None if torch finds no GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -72,7 +72,7 @@ def gpu_memory() -> int | None:
 
 @contextlib.contextmanager
 def gpu_peak(device: str) -> Iterator[Callable[[], int | None]]:
-    """Watch the GPU's memory. What it gives says, once over, the most that tensors took at once; None on a CPU."""
+    """Measure the peak of the GPU's memory. Yields a function that returns the peak of all tensors in bytes, or None on a CPU."""
     if device != "cuda":
         yield lambda: None
         return
@@ -115,7 +115,7 @@ def cpu_features() -> list[str]:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether bfloat16 is multiplied by instructions of its own, at least twice as fast as float32."""
+    """Whether the processor has usable instructions for bfloat16, which multiply at least twice as fast as in float32."""
     return not set(_BFLOAT16).isdisjoint(cpu_features())
 
 

@@ -1,4 +1,4 @@
-"""What a model's own card says of where it comes from, to be carried over to what is made of it."""
+"""Reads a model's licence and origin from its model card. They are copied into the card of the pressed model."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ _CARD = "README.md"
 _LICENSES = ("LICENSE", "LICENCE", "LICENSE.txt", "LICENSE.md")
 _READ = 256 * 1024
 
-#: how a licence's text begins → the Hub's name for it
+#: (words at the beginning of a licence's text, the Hub's name for the licence)
 _OPENINGS = (
     ("apache license version 2.0", "apache-2.0"),
     ("mit license", "mit"),
@@ -23,9 +23,9 @@ _CARRIED = ("license", "license_name", "license_link", "base_model", "datasets",
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
-    """license, license_name, license_link, base_model, datasets and language, as far as the card or the licence's file says them.
+    """Read license, license_name, license_link, base_model, datasets and language, as far as the card or the licence file states them.
 
-    The files are a stranger's: what can't be read, or isn't text or a list of texts, counts as not said.
+    The files are untrusted. A value that can't be read, or that is neither text nor a list of texts, is left out.
     """
     said = {key: value for key in _CARRIED if (value := _plain(_front(folder / _CARD).get(key))) is not None}
     if "license" not in said and (found := _license_of(folder)):
@@ -42,7 +42,7 @@ def _read(path: Path) -> str:
 
 
 def _front(card: Path) -> dict[str, Any]:
-    """The YAML between the card's first two lines of dashes."""
+    """The YAML front matter of a model card: the part between its first two lines of dashes."""
     text = _read(card).replace("\r\n", "\n")
     if not text.startswith("---\n"):
         return {}

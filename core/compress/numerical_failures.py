@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nightpress.core.errors import ErrorCode, NightpressError
 
-_NAMED = 3  #: layers in a message
+_NAMED = 3  #: layers that a message names at most
 
 
 class CanOverflow(Protocol):
@@ -17,9 +17,9 @@ class CanOverflow(Protocol):
 
 
 def check_finite(layers: Sequence[str], seen: CanOverflow | Tensor) -> None:
-    """Raises NightpressError(numerical_failure) that names the layers if what was seen of them on the calibration data isn't finite.
+    """Raises NightpressError(numerical_failure) that names the layers if `seen`, their tensor or statistic from calibration, is not finite.
 
-    No method can go on: every comparison with NaN is false, so that searches and masks would silently leave weights unchanged.
+    No method could continue: every comparison with NaN is false, so searches and masks would leave weights unchanged without an error.
     """
     if bool(torch.isfinite(seen).all()) if isinstance(seen, Tensor) else seen.is_finite():
         return
@@ -34,7 +34,7 @@ def check_finite(layers: Sequence[str], seen: CanOverflow | Tensor) -> None:
 
 @contextlib.contextmanager
 def naming(layers: Sequence[str]) -> Iterator[None]:
-    """Add the names of these layers to a numerical failure that a solver raises within."""
+    """Add the names of these layers to a numerical failure that a solver raises in this context."""
     try:
         yield
     except NightpressError as error:

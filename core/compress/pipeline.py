@@ -1,7 +1,6 @@
 """One job from end to end, in a folder: validate, measure the source, press, export, verify, evaluate, report.
 
-`run` needs nothing but its folder: no service, no database, no network. It is what a worker's child calls and what
-`nightpress press` calls.
+`run` needs only its folder: no service, no database, no network. A worker's child and `nightpress press` both call it.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import Quality
 from nightpress.core.recipes.plan import make_plan
 
-#: In this order. Passes run in the stage that their options name; those of the stage `runtime`, as the graphs are exported.
+#: The stages in their order. A pass runs in the stage that its options name. Passes of the stage `runtime` run when a graph is exported.
 STAGES = (folder.run, graph.run, measure.run)
 
 
@@ -62,7 +61,7 @@ def _press(job: PressJob) -> Manifest:
 
 
 def _empty(folder: Path) -> None:
-    """Leave the folder and nothing in it. It stays the same folder: a confined child may write in it, not beside it."""
+    """Delete everything in the folder, but not the folder itself: a confined child may write only inside it."""
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
@@ -86,7 +85,7 @@ def _begin(job: PressJob) -> State:
 
 
 def _conclude(job: PressJob, state: State) -> Manifest:
-    """Decide the gates and write the report, then the manifest."""
+    """Decide the gates, write the report, and then the manifest."""
     entries = _entries(state)
     digests = {entry.format: entry.digest for entry in entries}
     artifacts = tuple(artifact.model_copy(update={"digest": digests[artifact.name]}) for artifact in state.artifacts)

@@ -1,4 +1,7 @@
-"""What a device can do at best: floating-point operations and bytes a second. Of this machine measured, of others as their makers say."""
+"""A device's peak rates for the roofline model: floating-point operations and bytes per second.
+
+This machine's rates are measured. Those of other devices come from their makers' data sheets.
+"""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,7 +10,7 @@ import torch
 
 from nightpress.core.recipes.profile import Device
 
-#: Dense fp16/bf16 operations a second and bytes a second of memory, from the makers' data sheets.
+#: Dense fp16/bf16 operations per second and memory bandwidth in bytes per second, from the makers' data sheets.
 KNOWN: Mapping[str, Device] = {
     "h100": Device(name="NVIDIA H100 SXM, bf16 (data sheet)", flops_per_s=989e12, bytes_per_s=3.35e12),
     "a100": Device(name="NVIDIA A100 SXM 80 GB, bf16 (data sheet)", flops_per_s=312e12, bytes_per_s=2.04e12),
@@ -15,18 +18,21 @@ KNOWN: Mapping[str, Device] = {
 }
 _SECONDS = 0.4  #: for each of the two probes
 _GEMM = {"cpu": 1024, "cuda": 8192}
-_FLOATS = {"cpu": 32 * 1024**2, "cuda": 256 * 1024**2}  #: far more than a cache holds
+_FLOATS = {"cpu": 32 * 1024**2, "cuda": 256 * 1024**2}  #: numbers to copy: far more than a cache holds
 
 
 def device_of(name: str, *, device: str = "cpu", threads: int = 1) -> Device | None:
-    """The device that a recipe names; `this` is measured."""
+    """The device that a recipe names. `this` is measured; `none` gives None."""
     if name == "none":
         return None
     return KNOWN[name] if name != "this" else probe(device, threads)
 
 
 def probe(device: str, threads: int) -> Device:
-    """A square matrix product, in fp32 on a CPU and bf16 on a GPU, and a scaled copy (STREAM's), each the best of some runs."""
+    """Measure this machine with a square matrix product (fp32 on a CPU, bf16 on a GPU) and with the scaled copy of the STREAM benchmark.
+
+    Each is the fastest of several runs.
+    """
     on_gpu = device == "cuda"
     if not on_gpu:
         torch.set_num_threads(threads)
@@ -43,7 +49,7 @@ def probe(device: str, threads: int) -> Device:
 
 
 def _best(run: Callable[[], object], on_gpu: bool) -> float:
-    """Seconds of the fastest run: what else the machine does can only slow it."""
+    """Seconds of the fastest run: other load on the machine can only make a run slower."""
     best = float("inf")
     deadline = time.perf_counter() + _SECONDS
     run()

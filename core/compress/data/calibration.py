@@ -1,4 +1,4 @@
-"""What a calibrated pass runs the model on: texts for language models, images for those that see."""
+"""Calibration samples for a pass: texts for language models, images for vision models."""
 
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from nightpress.core.recipes.header import ModelHeader
 
 
 def calibration_samples(source: Path, context: PassContext) -> dict[str, Tensor]:
-    """What the model is called with, each [samples, …], from the recipe's calibration data. Raises NightpressError(invalid_data)."""
+    """The model's inputs by argument name, each [samples, …], from the recipe's calibration data. Raises NightpressError(invalid_data)."""
     wanted, header = context.calibration, context.header
     file = context.data_files.get(wanted.data)
     if header.sees_images:
         images = read_images(wanted.data, file, source, header, samples=wanted.samples, seed=wanted.seed)
         return {"pixel_values": torch.from_numpy(images.pixels)}
     rows = read_rows(wanted.data, file, purpose="calibration", model_dir=source)
-    if wanted.seed:  # from elsewhere on, so that neighbours stay neighbours
+    if wanted.seed:  # start at another row, but keep the order: neighbouring texts stay neighbours
         start = int(np.random.default_rng(wanted.seed).integers(len(rows)))
         rows = rows[start:] + rows[:start]
     tokenizer = open_tokenizer(source)
@@ -34,7 +34,10 @@ def calibration_samples(source: Path, context: PassContext) -> dict[str, Tensor]
 
 
 def model_inputs(ids: Tensor, header: ModelHeader, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Texts [samples, length] as the model is called with them. An encoder-decoder reads a text and is told to write the same."""
+    """The model's inputs for token ids [samples, length] int64 and their mask of the same shape.
+
+    The decoder of an encoder-decoder gets the same text, shifted right by one token.
+    """
     inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
     if header.task != "seq2seq":
         return inputs

@@ -1,5 +1,8 @@
-"""Conversations as a model's chat template renders them. A template is a program that came with a model: it runs in a process of its own,
-in Jinja's immutable sandbox, with bounds on time, memory and what it may say."""
+"""Renders conversations with a model's chat template.
+
+A template is an untrusted program that came with the model. It runs in a process of its own, in Jinja's immutable sandbox, with limits on
+time, memory and the length of its output.
+"""
 
 import json
 import subprocess
@@ -14,14 +17,17 @@ from nightpress.core.errors import ErrorCode, NightpressError
 
 _RENDERER = Path(__file__).with_name("chat_renderer.py")
 _SECONDS = 60
-#: What `strftime_now` of a template tells the time of, always: what a template writes decides the bytes of the result.
+#: The time that a template's `strftime_now` formats. It is constant, because a rendered date would change the bytes of the result.
 RENDERED_AT = datetime(2025, 1, 1, tzinfo=UTC)
 
 
 def render_conversations(
     conversations: Sequence[Sequence[Mapping[str, str]]], model_dir: Path, *, ref: str
 ) -> list[str]:
-    """Each conversation, a list of {"role", "content"}, as one text with the template's own markers. Raises NightpressError(invalid_data)."""
+    """Render each conversation, a list of {"role", "content"}, to one text with the template's markers.
+
+    Raises NightpressError(invalid_data) if the model has no template, or if rendering fails or takes too long.
+    """
     template, tokens = _template_of(model_dir, ref)
     asked = {"template": template, "tokens": tokens, "conversations": conversations, "now": RENDERED_AT.isoformat()}
     request = json.dumps(asked).encode()
@@ -46,12 +52,12 @@ def render_conversations(
 
 
 def _template_of(model_dir: Path, ref: str) -> tuple[str, dict[str, str]]:
-    """The template and the special tokens it may name."""
+    """The template, and the special tokens that it may use: name → token."""
     config = _json(model_dir / "tokenizer_config.json")
     file = model_dir / "chat_template.jinja"
     template: Any = file.read_text() if file.is_file() else config.get("chat_template")
     template = template or _json(model_dir / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # some models have several, by name
+    if isinstance(template, list):  # some models have several templates, each with a name
         named = {variant.get("name"): variant.get("template") for variant in template if isinstance(variant, dict)}
         template = named.get("default")
     if not isinstance(template, str):

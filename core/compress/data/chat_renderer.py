@@ -1,6 +1,6 @@
-"""Renders conversations with a chat template: a request as JSON on standard input, a list of texts on standard output.
+"""Renders conversations with a chat template: reads a JSON request from standard input, writes a JSON list of texts to standard output.
 
-Run as a script, so that a template that loops or grows ends this process alone.
+It runs as a script: a template that loops for ever or fills the memory ends only this process.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a model learns from: texts as token ids, with labels where there are some, and batches of them in an order that is a function of its seed."""
+"""Training examples: texts as token ids, with labels if there are any, and batches of them in an order that depends on the seed alone."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from nightpress.core.compress.data.tokenized import check_vocabulary, class_inde
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import ModelHeader
 
-_POOL = 32  #: batches among which texts are sorted by length, so that little is computed on padding
-_FEWEST = 4  #: examples that can be learned from
-_ALL = 10**7  #: windows; no data set that is read whole has as many
+_POOL = 32  #: batches in a pool. Texts of a pool are sorted by length, so that little is computed on padding.
+_FEWEST = 4  #: examples that a training needs at least
+_ALL = 10**7  #: windows: more than any data set has that is read whole
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts of differing lengths."""
+    """Texts of different lengths as token ids."""
 
     ids: tuple[NDArray[np.int64], ...]
     labels: NDArray[np.int64] | None  #: [N]
     pad_id: int
-    numbers: NDArray[np.int64]  #: [N], each example's place in the whole set
+    numbers: NDArray[np.int64]  #: [N], index of each example in the whole data set
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,7 +36,10 @@ class Examples:
         return Examples(tuple(self.ids[at] for at in chosen), labels, self.pad_id, self.numbers[chosen])
 
     def split(self, share: float, *, seed: int) -> "tuple[Examples, Examples | None]":
-        """(to learn from, held apart), drawn by the seed. None where nothing is to be held apart."""
+        """Split into (training examples, validation examples) at random by the seed. The second is None if `share` gives no example.
+
+        share: fraction of the examples that go into the validation set.
+        """
         held = round(share * len(self))
         if not share or held == 0:
             return self, None
@@ -44,7 +47,7 @@ class Examples:
         return self.take(np.sort(order[held:])), self.take(np.sort(order[:held]))
 
     def batches(self, batch: int) -> int:
-        """Batches an epoch has. What fills no whole batch waits for another epoch's order."""
+        """The number of batches in an epoch, at least 1. An epoch leaves out the examples that do not fill a whole batch."""
         return max(1, len(self) // batch)
 
     def digest(self) -> bytes:
@@ -63,16 +66,16 @@ class Batch:
     ids: Tensor  #: int64 [B, S]
     mask: Tensor  #: int64 [B, S]
     labels: Tensor | None  #: int64 [B]
-    numbers: Tensor  #: int64 [B] on the CPU, each example's place in the whole set
+    numbers: Tensor  #: int64 [B] on the CPU, index of each example in the whole data set
 
 
 def read_examples(
     folder: Path, header: ModelHeader, ref: str, file: Path | None, *, length: int, labelled: bool
 ) -> Examples:
-    """All examples of a data set, by the tokenizer of the model in `folder`, at most `length` tokens each.
+    """Read all examples of a data set with the tokenizer of the model in `folder`, each of at most `length` tokens.
 
-    Rows of a data set are examples of their own; running text, and whatever a language model reads, is cut into windows.
-    Raises NightpressError(invalid_data) where `labelled` and rows have no label or one that the model doesn't know.
+    For classifiers and embedders, each row of a data set is an example. Running text, and all text for other models, is cut into windows.
+    Raises NightpressError(invalid_data) if `labelled` and a row has no label, or if a label is not one of the model's classes.
     """
     rows = read_rows(ref, file, purpose="calibration")
     tokenizer = open_tokenizer(folder)
@@ -102,7 +105,10 @@ def read_examples(
 
 
 def batch_order(examples: Examples, batch: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """The batches of an epoch: every example at most once, texts of like length together, in an order drawn by seed and epoch."""
+    """The batches of an epoch as arrays of indices. Seed and epoch decide the order; texts of similar length share a batch.
+
+    Each example occurs at most once.
+    """
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(len(examples))
     lengths = np.asarray([len(row) for row in examples.ids])
@@ -115,7 +121,7 @@ def batch_order(examples: Examples, batch: int, *, seed: int, epoch: int) -> lis
 
 
 def collate(examples: Examples, chosen: NDArray[np.int64], device: torch.device) -> Batch:
-    """Put these examples on the device, padded to their longest."""
+    """Make a batch of these examples on the device, padded to the longest of them."""
     width = max(len(examples.ids[at]) for at in chosen)
     both = np.zeros((2, len(chosen), width), np.int64)  # ids and mask, for one transfer
     both[0] = examples.pad_id
@@ -133,7 +139,7 @@ def collate(examples: Examples, chosen: NDArray[np.int64], device: torch.device)
 
 
 def _cut(ids: list[int], length: int) -> list[int]:
-    """At most `length` tokens; the last one, which may be a separator, stays the last."""
+    """Cut to `length` tokens, but keep the last token: it may be a separator."""
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 

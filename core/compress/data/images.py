@@ -1,4 +1,4 @@
-"""Images for models that see: from a Parquet file as the hubs have them, or synthetic ones where none are given."""
+"""Images for vision models: from a Parquet file in the layout of the model hubs, or synthetic ones for a built-in data set."""
 
 import io
 import json
@@ -18,17 +18,17 @@ _MAX_PIXELS = 64 * 1024**2
 
 @dataclass(frozen=True)
 class Images:
-    pixels: NDArray[np.float32]  #: [N, channels, height, width], as the model wants them
+    pixels: NDArray[np.float32]  #: [N, channels, height, width], scaled and normalised for the model
     labels: tuple[int | str | None, ...]
 
 
 def read_images(
     ref: str, file: Path | None, model_dir: Path, header: ModelHeader, *, samples: int, seed: int
 ) -> Images:
-    """Images drawn without replacement, scaled and normalised as preprocessor_config.json says. Raises NightpressError(invalid_data).
+    """Draw images without replacement, scaled and normalised by preprocessor_config.json. Raises NightpressError(invalid_data).
 
-    A built-in data set has no images: smooth random fields stand in, the same for a seed. What is measured on them says how near a
-    pressed model is to its source, not how well it sees.
+    A built-in data set has no images. Smooth random fields are used in their place, the same ones for the same seed. A measurement on them
+    shows how close a pressed model is to its source. It does not show how well the model recognises images.
     """
     size, channels = int(header.config.get("image_size") or 224), int(header.config.get("num_channels") or 3)
     settings = _settings(model_dir)
@@ -44,7 +44,7 @@ def read_images(
 
 
 def _synthetic(count: int, size: int, channels: int, seed: int) -> NDArray[np.float32]:
-    """[N, C, size, size] from 0 to 1: noise whose power falls with its frequency, as that of photographs does."""
+    """[N, C, size, size] from 0 to 1: noise whose amplitude is proportional to 1 / frequency, as in photographs."""
     noise = np.random.default_rng(seed).standard_normal((count, channels, size, size))
     across = np.fft.rfftfreq(size) * size
     down = np.fft.fftfreq(size) * size
@@ -57,7 +57,7 @@ def _synthetic(count: int, size: int, channels: int, seed: int) -> NDArray[np.fl
 
 
 def _decode(ref: str, number: int, raw: Any, size: int, channels: int) -> NDArray[np.float32]:
-    """[C, size, size] from 0 to 1."""
+    """Decode and resize one image to [C, size, size], values from 0 to 1. `number`: its row, for error texts."""
     from PIL import Image, UnidentifiedImageError
 
     data = raw.get("bytes") if isinstance(raw, dict) else raw

@@ -1,4 +1,4 @@
-"""The rows of a data set: built-in prose, text, JSONL, CSV or Parquet; conversations as the model's chat template renders them."""
+"""Reads the rows of a data set: built-in prose, text, JSONL, CSV or Parquet. The model's chat template renders conversations to text."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class Row:
 
 
 def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation", model_dir: Path | None = None) -> list[Row]:
-    """The rows of a data set: paragraphs of prose, or rows with a `text`, or with `messages` if the model in model_dir has a chat template.
+    """Read a data set's rows: paragraphs of prose, or rows with a `text` or with `messages`.
 
-    Raises NightpressError(invalid_data) with the row at fault.
+    `messages` need the chat template of the model in model_dir. Raises NightpressError(invalid_data) that names the wrong row.
     """
     if ref.startswith("builtin:"):
         return [Row(row.text or "") for row in read_data(ref, _PROSE[purpose], [builtin_bytes(purpose)])]
@@ -34,7 +34,7 @@ def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation", model
 
 
 def read_records(ref: str, file: Path | None) -> list[dict[str, Any]]:
-    """The rows of a JSONL file with all their columns. Raises NightpressError(invalid_data)."""
+    """Read the rows of a JSONL file with all their columns. Raises NightpressError(invalid_data)."""
     file = find_file(ref, file)
     if kind_of(file.name) != "jsonl":
         raise invalid(ref, "it is not JSONL, and this metric reads more than a `text`", "Write one JSON object a line.")
@@ -42,7 +42,7 @@ def read_records(ref: str, file: Path | None) -> list[dict[str, Any]]:
 
 
 def has_columns(ref: str, file: Path | None, names: Iterable[str]) -> bool:
-    """Whether its first row has one of these columns. Of Parquet and CSV only `text`, `messages` and `label` are read."""
+    """Whether the first row of a JSONL file has one of these columns. False for Parquet and CSV: their other columns are not read."""
     if file is None or not file.is_file() or kind_of(file.name) != "jsonl":
         return False
     first = next(read_data(ref, file.name, _pieces(file)), None)
@@ -50,7 +50,7 @@ def has_columns(ref: str, file: Path | None, names: Iterable[str]) -> bool:
 
 
 def builtin_bytes(purpose: str) -> bytes:
-    """The built-in prose for a purpose as it is shipped, packed."""
+    """The built-in prose for `evaluation` or `calibration` as it is shipped: compressed with gzip."""
     return (files("nightpress.core.compress.data") / _PROSE[purpose]).read_bytes()
 
 
@@ -59,14 +59,14 @@ def is_parquet(file: Path) -> bool:
 
 
 def find_file(ref: str, file: Path | None) -> Path:
-    """Raises NightpressError(invalid_data) if the job was not given the data set's file."""
+    """Return the data set's file. Raises NightpressError(invalid_data) if the job did not get it."""
     if file is None or not file.is_file():
         raise invalid(ref, "its file was not handed to the job", "Register the data set again.")
     return file
 
 
 def parquet_rows(ref: str, file: Path, wanted: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Those of the wanted columns that a Parquet file has, row by row. Raises NightpressError(invalid_data)."""
+    """Read a Parquet file row by row, with those of the wanted columns that the file has. Raises NightpressError(invalid_data)."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile, read_schema
@@ -78,17 +78,13 @@ def parquet_rows(ref: str, file: Path, wanted: Iterable[str]) -> Iterator[dict[s
         ) from error
     try:
         columns = [name for name in wanted if name in read_schema(file).names]
-        # A text that stands in a million rows is held once, and copied only where its row is asked for.
+        # Dictionary encoding holds a text once, even if a million rows repeat it. It is copied only when its row is read.
         with ParquetFile(file, read_dictionary=[name for name in columns if name == "text"]) as table:
             for batch in table.iter_batches(_BATCH_ROWS, columns=columns) if columns else ():
                 for at in range(batch.num_rows):
                     yield {name: column[at].as_py() for name, column in zip(columns, batch.columns, strict=True)}
-    except (
-        ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # the last two: not UTF-8, times beyond Python's
+    # ValueError: the text is not UTF-8. OverflowError: a time is outside Python's range.
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise invalid(ref, f"its Parquet can't be read ({str(error)[:200]})", "Write it again.") from error
 
 
@@ -116,7 +112,7 @@ def _parquet(ref: str, file: Path) -> Iterator[DataRow]:
 
 
 def _render(ref: str, raw: list[DataRow], model_dir: Path | None) -> list[Row]:
-    """Rows with their texts; conversations go through the model's template together."""
+    """Rows with their texts. All conversations are rendered in one call of the model's template."""
     conversations = {at: row.messages for at, row in enumerate(raw) if row.messages}
     if conversations and model_dir is None:
         raise invalid(ref, "it holds conversations, which are not read here", "Bring rows with a `text`.")

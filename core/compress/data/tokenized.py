@@ -1,4 +1,4 @@
-"""Rows of text as token ids: windows of running text, or rows by themselves, with or without labels."""
+"""Turns rows of text into token ids: windows of running text, or each row by itself, with or without labels."""
 
 import contextlib
 import hashlib
@@ -27,7 +27,7 @@ BUILTIN_LICENSE = "public domain"  #: see core/compress/data/LICENSE.md
 class Tokenizer(Protocol):
     def encode(self, text: str, *, special: bool) -> list[int]: ...
     def encode_counted(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Tokens without special ones, and how many UTF-8 bytes of the text each stands for; None where that can't be told."""
+        """The tokens without special tokens, and the number of UTF-8 bytes that each token stands for. None if the bytes are unknown."""
 
     @property
     def mask_id(self) -> int | None: ...
@@ -37,12 +37,12 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Sequences:
-    """A batch of examples, padded on the right. ids and mask are [N, S]; of images, ids are pixels [N, C, H, W] and the mask is [N, 1]."""
+    """Examples padded on the right. ids and mask are [N, S]. For images, ids are pixels [N, C, H, W] and the mask is [N, 1]."""
 
     ids: NDArray[Any]
     mask: Ids
     labels: Ids | None = None  #: [N], classification
-    targets: Ids | None = None  #: [N, S], the token each position is scored on; -1: not scored
+    targets: Ids | None = None  #: [N, S], the token that each position should predict; -1: the position is not scored
 
     @property
     def tokens(self) -> int:
@@ -50,23 +50,23 @@ class Sequences:
 
 
 def builtin_digest(purpose: str) -> str:
-    """SHA-256 of a built-in text as it is shipped: that of `evaluation`, or that of `calibration`, which passes see."""
+    """SHA-256 of a built-in text as it is shipped. purpose: `evaluation`, or `calibration` for the text that passes read."""
     return hashlib.sha256(builtin_bytes(purpose)).hexdigest()
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set as a recipe calls it, and its file, if people brought one."""
+    """A data set by its name in the recipe, with its file. A built-in data set has no file."""
 
     ref: str
     file: Path | None
-    model_dir: Path | None = None  #: whose chat template renders conversations
+    model_dir: Path | None = None  #: the model whose chat template renders conversations
 
     def rows(self) -> list[Row]:
         return read_rows(self.ref, self.file, model_dir=self.model_dir)
 
     def records(self) -> list[dict[str, Any]]:
-        """The rows with all their columns. Raises NightpressError(invalid_data) where there are fewer than two, or no columns."""
+        """The rows with all their columns. Raises NightpressError(invalid_data) for fewer than two rows, or for prose without columns."""
         if self.ref.startswith("builtin:"):
             raise invalid(self.ref, "it is prose, without the columns that this metric reads", "Bring a data set.")
         found = read_records(self.ref, self.file)
@@ -75,11 +75,15 @@ class DataSource:
         return found
 
     def has(self, *names: str) -> bool:
-        """Whether it is rows that have one of these columns."""
+        """Whether the data set has rows with one of these columns."""
         return not self.ref.startswith("builtin:") and has_columns(self.ref, self.file, names)
 
     def field(self, record: dict[str, Any], at: int, kind: str, *names: str) -> Any:
-        """The first of the columns `names` that the row has, as a `text`, `number`, `words` (texts), `texts` (one or more) or `list`."""
+        """The value of the first column in `names` that the row has.
+
+        at: the row's index, for error texts. kind: `text`, `number`, `words` (list of texts), `texts` (text or list of texts) or `list`.
+        Raises NightpressError(invalid_data) if the value is missing or of another kind.
+        """
         found = next((record[name] for name in names if record.get(name) is not None), None)
         if kind == "texts" and isinstance(found, str):
             found = [found]
@@ -113,7 +117,11 @@ def _is_a(kind: str, found: object) -> bool:
 
 
 def text_windows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length: int, ref: str) -> Sequences:
-    """Equal windows of running text, evenly spread over it: [samples, length], whole, with the special tokens the tokenizer adds."""
+    """Cut running text into windows of equal length and take some, evenly spread: [samples, length] with the tokenizer's special tokens.
+
+    Fewer windows are returned if the text is short. Raises NightpressError(invalid_data) for fewer than two windows, and
+    NightpressError(invalid_recipe) if `length` holds no text.
+    """
     prefix, suffix = special_tokens(tokenizer)
     body = length - len(prefix) - len(suffix)
     if body < 2:
@@ -141,7 +149,7 @@ def text_windows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length:
 
 
 def _spread(rows: list[Row], tokens: int) -> list[Row]:
-    """Enough consecutive rows for so many tokens, from the start: a tokenizer gives at least one token for each 8 characters of prose."""
+    """The first rows that hold so many tokens. Assumes that a tokenizer gives at least one token for 8 characters of prose."""
     wanted, held = tokens * 8, 0
     for at, row in enumerate(rows):
         held += len(row.text)
@@ -153,10 +161,10 @@ def _spread(rows: list[Row], tokens: int) -> list[Row]:
 def labelled_rows(
     rows: list[Row], tokenizer: Tokenizer, header: ModelHeader, *, samples: int, length: int, seed: int, ref: str
 ) -> Sequences:
-    """Rows drawn without replacement, each with its class, cut at `length` and padded: for classifiers."""
+    """For classifiers: rows drawn without replacement, each with its class, cut at `length` tokens and padded."""
     labels = [class_index(row.label, header, ref) for row in rows]
     order = np.random.default_rng(seed).permutation(len(rows))[:samples]
-    # Neighbours of like length share a batch, so little is computed on padding.
+    # Sorted by length, so that rows of a batch are of similar length and little is computed on padding.
     encoded = sorted(
         ((cut(tokenizer.encode(rows[at].text, special=True), length), labels[at]) for at in order),
         key=lambda pair: len(pair[0]),
@@ -166,13 +174,13 @@ def labelled_rows(
 
 
 def text_rows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length: int, seed: int) -> Sequences:
-    """Rows as they are, cut at `length` and padded."""
+    """Rows drawn without replacement, cut at `length` tokens and padded."""
     order = np.sort(np.random.default_rng(seed).permutation(len(rows))[:samples])
     return pad([cut(tokenizer.encode(rows[at].text, special=True), length) for at in order], tokenizer.pad_id)
 
 
 def class_index(label: int | str | None, header: ModelHeader, ref: str) -> int:
-    """A row's class as the model counts them. Raises NightpressError(invalid_data) for one it doesn't have."""
+    """The model's index of a row's class. Raises NightpressError(invalid_data) for a class that the model does not have."""
     classes = header.classes
     if isinstance(label, str):
         names = {str(name): int(index) for name, index in (header.config.get("label2id") or {}).items()}
@@ -200,12 +208,12 @@ def pad(sequences: list[list[int]], pad_id: int) -> Sequences:
 
 
 def cut(ids: list[int], length: int) -> list[int]:
-    """At most `length` tokens; the last one, which may be a separator, stays the last."""
+    """Cut to `length` tokens, but keep the last token: it may be a separator."""
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text."""
+    """The special tokens that the tokenizer puts before and after a text."""
     whole, plain = tokenizer.encode("the", special=True), tokenizer.encode("the", special=False)
     for at in range(len(whole) - len(plain) + 1):
         if whole[at : at + len(plain)] == plain:
@@ -214,14 +222,14 @@ def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def next_token_targets(sequences: Sequences) -> Sequences:
-    """For causal language models: each position is scored on the token after it."""
+    """For causal language models: the target of each position is the next token."""
     targets = np.full_like(sequences.ids, -1)
     targets[:, :-1] = np.where(sequences.mask[:, 1:] > 0, sequences.ids[:, 1:], -1)
     return Sequences(sequences.ids, sequences.mask, targets=targets)
 
 
 def masked_targets(sequences: Sequences, tokenizer: Tokenizer, *, share: float = 0.15, seed: int) -> Sequences:
-    """For masked language models: some tokens are hidden and each is scored on what stood there."""
+    """For masked language models: hide a share of the tokens behind the mask token. Each hidden token is the target of its position."""
     before, after = special_tokens(tokenizer)
     hidden = np.random.default_rng(seed).random(sequences.ids.shape) < share
     hidden &= (sequences.mask > 0) & ~np.isin(sequences.ids, [*before, *after])
@@ -234,12 +242,12 @@ def masked_targets(sequences: Sequences, tokenizer: Tokenizer, *, share: float =
 
 
 def every_token(sequences: Sequences) -> Sequences:
-    """For token classifiers: every real position is compared."""
+    """For token classifiers: mark every position that is not padding as scored (target 0)."""
     return Sequences(sequences.ids, sequences.mask, targets=np.where(sequences.mask > 0, 0, -1))
 
 
 def check_vocabulary(sequences: Sequences, header: ModelHeader) -> None:
-    """Raises NightpressError(malformed_model) where the tokenizer gives tokens that the model has no embedding for."""
+    """Raises NightpressError(malformed_model) if the tokenizer gives a token for which the model has no embedding."""
     size = header.config.get("vocab_size")
     highest = int(sequences.ids.max())
     if isinstance(size, int) and highest >= size:
@@ -252,10 +260,10 @@ def check_vocabulary(sequences: Sequences, header: ModelHeader) -> None:
 
 
 class FastTokenizer:
-    """tokenizer.json through the tokenizers library: no model code is imported for it."""
+    """Reads tokenizer.json with the tokenizers library, which imports no code of the model."""
 
     def __init__(self, file: Path, pad_id: int | None = None) -> None:
-        """pad_id: the model's own; None: its config names none."""
+        """pad_id: padding token from the model's config; None: the config names none, and the tokenizer's is used."""
         self._pad_id = pad_id
         from tokenizers import Tokenizer as Library
 
@@ -271,7 +279,7 @@ class FastTokenizer:
         encoded = self._encoded(text, False)
         counts, at = [], 0
         for _, end in encoded.offsets:
-            # Pieces of one character end where it ends: its bytes are the first piece's, and the sum stays right.
+            # Several tokens may stand for one character, and all of them end where it ends. The first gets its bytes, so the sum is right.
             counts.append(len(text[at:end].encode()) if end > at else 0)
             at = max(at, end)
         if counts:
@@ -279,7 +287,7 @@ class FastTokenizer:
         return list(encoded.ids), counts
 
     def _encoded(self, text: str, special: bool) -> Any:
-        with _tokenizer_faults():  # some flaws show with a text only, e.g. that there is no token for unknown words
+        with _tokenizer_faults():  # some faults appear only with a text, e.g. a missing token for unknown words
             return self._library.encode(text, add_special_tokens=special)
 
     @property
@@ -296,7 +304,7 @@ class FastTokenizer:
 
 @contextlib.contextmanager
 def _tokenizer_faults() -> Iterator[None]:
-    """The library raises bare Exception for whatever is wrong with a file, and panics, as Rust has it, for the rest."""
+    """Turn the library's errors into NightpressError(malformed_model): a bare Exception for a faulty file, else Rust's PanicException."""
     try:
         yield
     except BaseException as error:
@@ -311,10 +319,10 @@ def _tokenizer_faults() -> Iterator[None]:
 
 
 class SlowTokenizer:
-    """Whatever transformers can read, for models without a tokenizer.json."""
+    """Reads any tokenizer that transformers supports, for models without a tokenizer.json."""
 
     def __init__(self, folder: Path, pad_id: int | None = None) -> None:
-        """pad_id: the model's own; None: its config names none."""
+        """pad_id: padding token from the model's config; None: the config names none, and the tokenizer's is used."""
         self._pad_id = pad_id
         from transformers import AutoTokenizer
 
@@ -343,9 +351,9 @@ class SlowTokenizer:
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """The model's own tokenizer, which pads as the model's config says: by the padding token some models find where a text ends.
+    """Open the model's tokenizer. Raises NightpressError(malformed_model).
 
-    Raises NightpressError(malformed_model).
+    The padding token is that of the model's config, if it names one: some models find the end of a text by it.
     """
     config = folder / "config.json"
     pad_id = padding_token(json.loads(config.read_bytes())) if config.is_file() else None

@@ -1,17 +1,17 @@
-"""The source's process beside an artifact's, so that both can be timed by turns."""
+"""Runs the source's process beside an artifact's, so that both can be timed by turns."""
 
 from pathlib import Path
 
 from nightpress.core.compress.export.consumer import Consumer, Observed, Task
 
-_SPARE = 0.9  #: of the memory that the job may use; the rest is for what no peak shows
+_SPARE = 0.9  #: share of the job's memory limit that may be planned; the rest is for memory that no peak shows
 
 
 class SourceBeside:
-    """Starts the source's consumer when an artifact is first timed, and keeps it for the artifacts after that. A context manager."""
+    """A context manager that starts the source's consumer when the first artifact is timed, and keeps it for the later artifacts."""
 
     def __init__(self, runner: Path, folder: Path, task: Task, seen: Observed, *, scratch: Path, limit: int) -> None:
-        """seen: of the source, when it was measured. limit: bytes that the job may use; 0: what the machine has."""
+        """seen: the source's results from its own measurement. limit: bytes that the job may use; 0: no limit but the machine's memory."""
         self._runner, self._folder, self._task, self._seen = runner, folder, task, seen
         self._scratch, self._limit = scratch, limit
         self._consumer: Consumer | None = None
@@ -24,7 +24,10 @@ class SourceBeside:
             self._consumer.__exit__(*_)
 
     def open(self, artifact_peak: int | None) -> Consumer | None:
-        """The source's consumer, loaded; None where it doesn't fit beside a process with that peak of memory, or nobody knows."""
+        """The source's consumer with the model loaded. None if memory does not hold it beside the artifact's process, or a peak is unknown.
+
+        artifact_peak: peak memory of the artifact's process in bytes; None: unknown.
+        """
         if self._consumer is not None:
             return self._consumer
         if not self._fits(artifact_peak):

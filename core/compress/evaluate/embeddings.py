@@ -1,4 +1,4 @@
-"""Figures of embedders: do near texts get near vectors (similarity), and does a query find its passages (retrieval)?"""
+"""Metrics of embedding models: do similar texts get similar vectors (similarity), and does a query find its passages (retrieval)?"""
 
 import re
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _SENTENCE = re.compile(r"(?<=[.!?;])\s+")
 
 @dataclass(frozen=True)
 class Similarity:
-    """Pairs of texts that people scored. pairs [N, 2]: places among the examples."""
+    """Pairs of texts with human scores. pairs [N, 2]: indices of the examples; scores [N]."""
 
     examples: TokenSet
     pairs: NDArray[np.int64]
@@ -48,7 +48,7 @@ class Similarity:
 
 
 def similarity(request: ScorerRequest) -> Similarity:
-    """Rows with two texts and a `score`."""
+    """Read rows with two texts and a `score`. Raises NightpressError(invalid_data) if all scores are equal."""
     records = request.source.records()
     texts = _Texts()
     pairs, scores = [], []
@@ -67,7 +67,10 @@ def similarity(request: ScorerRequest) -> Similarity:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Queries, each to find its passages among all passages. queries [Q], passages [P]: places among the examples; relevant [Q, P]."""
+    """Queries, each of which should find its passages among all passages.
+
+    queries [Q], passages [P]: indices of the examples. relevant [Q, P]: whether the passage belongs to the query.
+    """
 
     examples: TokenSet
     queries: NDArray[np.int64]
@@ -80,7 +83,7 @@ class Retrieval:
         def scored(side: Any) -> tuple[Array, Array]:
             vectors = side("values").astype(np.float64)
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
-            # Rounded, so that the order of sums in one runtime or another decides no rank.
+            # Rounded: runtimes add up in different orders, and such small differences must not decide a rank.
             near = np.round(vectors[self.queries] @ vectors[self.passages].T, 9)
             return ranking_scores(near, self.relevant)
 
@@ -98,7 +101,10 @@ class Retrieval:
 
 
 def retrieval(request: ScorerRequest) -> Retrieval:
-    """Rows with `query`, `positive` and perhaps `negative`; of prose, a paragraph's first sentence has to find the rest of it."""
+    """Read rows with `query`, `positive` and perhaps `negative`. In prose, a paragraph's first sentence has to find its other sentences.
+
+    Raises NightpressError(invalid_data) if there are fewer than two passages.
+    """
     triples = _inverse_cloze(request) if request.ref.startswith("builtin:") else _triples(request)
     texts = _Texts()
     places: dict[int, int] = {}
@@ -134,7 +140,10 @@ def _triples(request: ScorerRequest) -> list[tuple[str, list[str], list[str]]]:
 
 
 def _inverse_cloze(request: ScorerRequest) -> list[tuple[str, list[str], list[str]]]:
-    """Lee, Chang and Toutanova 2019 (arXiv 1906.00300), section 4: pairs without any label."""
+    """Pairs without labels: a paragraph's first sentence is the query, the rest is its passage.
+
+    Lee, Chang and Toutanova 2019 (arXiv 1906.00300), section 4.
+    """
     found: list[tuple[str, list[str], list[str]]] = []
     for row in request.source.rows():
         first, *rest = _SENTENCE.split(row.text, maxsplit=1)
@@ -146,7 +155,7 @@ def _inverse_cloze(request: ScorerRequest) -> list[tuple[str, list[str], list[st
 
 
 class _Texts:
-    """Texts, each embedded once however often it is named."""
+    """A set of distinct texts, so that each text is embedded only once."""
 
     def __init__(self) -> None:
         self._places: dict[str, int] = {}

@@ -1,8 +1,8 @@
-"""How near an artifact's answers are to the source's. No labels.
+"""Metrics of how close an artifact's outputs are to the source's. They need no labels.
 
-Every kind of output has `centred_cosine`: the cosine of all answers with the source's, less what the source's answers have in common. A
-model that gives one answer to everything comes to 0 there, however near that answer is to the mean. Beside it stands what each kind of
-output is read for: the first choice and its distribution, labels, numbers, or the direction of a vector.
+Every kind of output has `centred_cosine`: the mean of the source's outputs is subtracted from both sides, then the cosine is taken over
+all outputs. A model that gives the same output for every text scores 0, even if that output is close to the mean. Each kind of output has
+further metrics: agreement of the first choice and KL divergence, labels, numbers, or the direction of a vector.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from nightpress.core.compress.runners.measure import centred_products
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.header import Head, ModelHeader
 
-COMPARED_BYTES = 32 * 1024**2  #: saved distributions of the source; the divergence is taken over so many positions
-OUTPUTS_SHOWN = 20  #: of a model with many numbers or labels, the worst
+COMPARED_BYTES = 32 * 1024**2  #: limit of the source's saved distributions; KL divergence is taken at those positions
+OUTPUTS_SHOWN = 20  #: a model with more outputs gets figures for those with the largest errors only
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Texts of which no answer is known. head, names: what a classifier's outputs mean."""
+    """Texts without labels. head, names: what a classifier's outputs mean; names: index of an output → its name."""
 
     examples: TokenSet
     head: Head = "classes"
@@ -44,7 +44,7 @@ class Fidelity:
 
 
 def of_classifier(examples: TokenSet, header: ModelHeader) -> Fidelity:
-    """For a model whose outputs are one row a text."""
+    """For a model that outputs one row of numbers for each text."""
     return Fidelity(examples, header.head, output_names(header))
 
 
@@ -53,7 +53,7 @@ def output_names(header: ModelHeader) -> dict[int, str]:
 
 
 def prepare(request: ScorerRequest) -> Fidelity:
-    """Windows of running text; of labelled rows the rows as they are."""
+    """Make the examples: rows cut at `length` if any row has a label and the model is no decoder, else windows of running text."""
     header, wanted = request.header, request.wanted
     rows = request.source.rows()
     if any(row.label is not None for row in rows) and not header.is_decoder:
@@ -73,7 +73,7 @@ def prepare(request: ScorerRequest) -> Fidelity:
             sequences = tokenized.masked_targets(sequences, request.tokenizer, seed=request.seed)
         case "causal-lm":
             sequences = tokenized.next_token_targets(sequences)
-        case "seq2seq":  # told to write what it read, and compared at every token
+        case "seq2seq":  # the decoder gets the encoder's text; outputs are compared at every token
             sequences = tokenized.every_token(sequences)
         case _:
             return Fidelity(token_set(request.name, tokenized.every_token(sequences), header.classes))
@@ -81,14 +81,14 @@ def prepare(request: ScorerRequest) -> Fidelity:
 
 
 def token_set(name: str, sequences: tokenized.Sequences, width: int) -> TokenSet:
-    """Examples with scored tokens; width: of one position's distribution."""
+    """Examples with scored tokens. width: numbers in the distribution of one position."""
     assert sequences.targets is not None
     scored = np.flatnonzero(sequences.targets.ravel() >= 0)
     return TokenSet(name, "tokens", sequences, compared=spread(scored, width, sequences.targets.shape, COMPARED_BYTES))
 
 
 def of_tokens(view: OutputPair, examples: TokenSet) -> list[Measurement]:
-    """Agreement at every scored token, divergence at those whose distributions were kept."""
+    """Agreement at every scored token. Divergence and centred cosine at the positions whose whole distributions were kept."""
     targets = examples.sequences.targets
     assert targets is not None
     assert examples.compared is not None
@@ -119,7 +119,7 @@ def of_tokens(view: OutputPair, examples: TokenSet) -> list[Measurement]:
 
 
 def of_head(view: OutputPair, head: Head, names: Mapping[int, str]) -> list[Measurement]:
-    """Of one row of outputs a text."""
+    """Metrics for a model that outputs one row of numbers for each text."""
     match head:
         case "numbers":
             return of_numbers(view, names)
@@ -142,7 +142,7 @@ def of_classes(view: OutputPair) -> list[Measurement]:
 
 
 def of_labels(view: OutputPair) -> list[Measurement]:
-    """Labels that hold each by itself: a sigmoid for each, and true above one half."""
+    """Metrics for independent labels (multi-label): each output has its own sigmoid, and a label is true above 0.5."""
     ours, theirs = (side("values").astype(np.float64) for side in (view.ours, view.theirs))
     agree = ((ours > 0) == (theirs > 0)).mean(axis=1)
     same = paired_shares(agree, np.ones_like(agree), seed=view.seed).figure
@@ -158,9 +158,9 @@ def of_labels(view: OutputPair) -> list[Measurement]:
 
 
 def of_numbers(view: OutputPair, names: Mapping[int, str]) -> list[Measurement]:
-    """Scores: do they rank and move as the source's do, and how far off are they? Of several outputs their mean, and each by itself.
+    """Metrics for regression outputs: correlation with the source's numbers, and errors. Several outputs: their mean, and each by itself.
 
-    Errors are in standard deviations of the source's output on the same examples, so that a bound means the same for every model.
+    Errors are in standard deviations (σ) of the source's output on the same examples, so that a bound means the same for every model.
     """
     ours, theirs = (side("values").astype(np.float64) for side in (view.ours, view.theirs))
     n, outputs = ours.shape
@@ -191,7 +191,7 @@ def of_vectors(view: OutputPair) -> list[Measurement]:
 
 
 def _centred(view: OutputPair, products: Array, n: int | None = None) -> Measurement:
-    """products [N, 3]: of each text, ours · theirs and both squares. n: of what was compared in all texts, where that is more."""
+    """products [N, 3]: for each text, ours · theirs, |ours|² and |theirs|², centred. n: number of compared outputs; None: one per text."""
     count = len(products)
     return view.resampled("centred_cosine", of_sums(products, cosine_of_products), count, n=n or count, better="higher")
 
@@ -210,7 +210,7 @@ def log_sigmoid(logits: Array) -> Array:
 
 
 def log_softmax(logits: Array) -> Array:
-    """[N, C] → [N, C]"""
+    """Logarithm of the softmax over the last axis: [N, C] → [N, C]."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result

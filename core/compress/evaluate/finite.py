@@ -1,4 +1,4 @@
-"""Whether a model's stored weights are numbers at all."""
+"""Checks that a model's stored weights are finite."""
 
 import mmap
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 from nightpress.core.compress.model.checkpoint import Shard, read_shards
 from nightpress.core.errors import ErrorCode, NightpressError
 
-#: safetensors name → unsigned type of the same width, and the exponent's bits: all set in ±∞ and NaN, and only in them
+#: safetensors dtype → unsigned type of the same width, and the mask of the exponent's bits: only ±∞ and NaN have all of them set
 _EXPONENTS: dict[str, tuple[str, int]] = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
@@ -19,7 +19,7 @@ _CHUNK = 2**20
 
 
 def check_weights(folder: Path) -> None:
-    """Raises NightpressError(numerical_failure) that names the tensors with NaN or infinities: they would make every figure meaningless."""
+    """Raises NightpressError(numerical_failure) that names the tensors with NaN or infinities: they would make every figure useless."""
     bad = [name for shard in read_shards(folder) for name in _not_finite(shard)]
     if bad:
         names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")

@@ -1,4 +1,4 @@
-"""Whether an artifact is good enough: each gate is decided on the unfavourable end of the interval."""
+"""Decides whether an artifact passes the recipe's gates. If a figure has an interval, its unfavourable end is compared with the limit."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,7 +7,7 @@ from nightpress.core.recipes.models import Gate, Recipe
 
 
 def decide(recipe: Recipe, source: Subject, artifacts: tuple[Subject, ...]) -> tuple[GateResult, ...]:
-    """Every gate for every artifact. A gate on something that was not measured is missed, and says so."""
+    """Decide every gate for every artifact. A gate on a figure that was not measured fails, and its explanation says why."""
     subjects = (source, *artifacts)
     return tuple(
         _worst(gate, _results(gate, subjects, artifact)) for artifact in artifacts for gate in recipe.parsed_gates()
@@ -15,7 +15,7 @@ def decide(recipe: Recipe, source: Subject, artifacts: tuple[Subject, ...]) -> t
 
 
 def _results(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list[GateResult]:
-    """The gate for everything that it bounds: each data set, or each shape."""
+    """The gate's results for all figures that it limits: one for each data set or each shape."""
     source = subjects[0]
     match gate.metric:
         case "size":
@@ -31,7 +31,7 @@ def _results(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list
 
 
 def _worst(gate: Gate, results: Sequence[GateResult]) -> GateResult:
-    """What was not measured is worse than any figure."""
+    """The worst result. A figure that was not measured is worse than any other."""
     worst = max if _is_upper(gate) else min
     unknown = (result for result in results if result.observed is None)
     return next(unknown, None) or worst(results, key=lambda result: result.observed or 0.0)
@@ -82,7 +82,7 @@ def _generation(gate: Gate, source: Subject, artifact: Subject) -> list[GateResu
 
 
 def _speed(gate: Gate, artifact: Subject, value: float, speedup: Speedup | None, what: str) -> GateResult:
-    """A median; beside the source's, by the unfavourable end of how many times as fast it is."""
+    """An absolute gate compares the median. A relative gate compares the unfavourable end of the speedup over the source."""
     if gate.relative == "absolute":
         return _compare(gate, artifact, value, None, f"median {what}")
     if speedup is None:
@@ -159,7 +159,7 @@ def _end_of(upper: bool, interval: str, point: str) -> str:
 
 
 def _compare(gate: Gate, artifact: Subject, value: float, ratio: float | None, what: str) -> GateResult:
-    """value: the figure itself; ratio: the figure over the source's."""
+    """Compare with the gate's limit. value: the figure; ratio: the figure divided by the source's, needed by relative gates."""
     if gate.relative == "absolute":
         observed = value
     else:
@@ -185,7 +185,7 @@ def _relative(gate: Gate, ratio: float) -> float:
 
 
 def _shown(gate: Gate, observed: float) -> str:
-    """In the gate's own terms."""
+    """The figure as text, in the unit of the gate."""
     return {
         "absolute": f"{observed:.5g}",
         "change": f"{100 * observed:+.2f}%",

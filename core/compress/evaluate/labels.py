@@ -1,4 +1,4 @@
-"""Figures against labels: accuracy and F1 of classifiers, entity F1 of token classifiers."""
+"""Metrics against labels: accuracy and F1 of classifiers, entity F1 of token classifiers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ _CLASSES_SHOWN = 20
 
 @dataclass(frozen=True)
 class Classification:
-    """Rows with their classes. F1 is the mean over classes (macro)."""
+    """Rows with their classes. F1 is the mean over classes (macro). names: index of a class → its name."""
 
     examples: TokenSet
     names: dict[int, str]
@@ -50,7 +50,7 @@ class Classification:
 
 
 def classification(request: ScorerRequest) -> Classification:
-    """Rows with `text` and `label`."""
+    """Read rows with `text` and `label`."""
     wanted = request.wanted
     sequences = tokenized.labelled_rows(
         request.source.rows(),
@@ -69,7 +69,7 @@ def classification(request: ScorerRequest) -> Classification:
 
 @dataclass(frozen=True)
 class Entities:
-    """Sentences whose words carry tags. An entity counts where type and both ends are right, as in CoNLL-2003."""
+    """Sentences with a tag for each word. An entity is correct if its type and both ends are correct, as in CoNLL-2003."""
 
     examples: TokenSet
     names: dict[int, str]
@@ -81,7 +81,7 @@ class Entities:
         row, n = np.nonzero(targets >= 0)[0], len(targets)
 
         def counted(side: Any) -> Array:
-            """[N, 3]: found, wrongly claimed and missed in each sentence"""
+            """[N, 3]: true positives, false positives and false negatives of each sentence."""
             tags = [self.names[int(label)] for label in side("top1")]
             ends = np.searchsorted(row, np.arange(n + 1))
             said = [spans(tags[ends[at] : ends[at + 1]]) for at in range(n)]
@@ -102,7 +102,10 @@ class Entities:
 
 
 def entities(request: ScorerRequest) -> Entities:
-    """Rows with `tokens`, a list of words, and `tags`, one each. A word is judged by its first piece."""
+    """Read rows with `tokens`, a list of words, and `tags`, one for each word. A word is scored at its first token.
+
+    Raises NightpressError(invalid_data).
+    """
     names = fidelity.output_names(request.header)
     if not names:
         raise request.invalid("the model's config.json names no tags", "Give the model an `id2label`.")
@@ -131,7 +134,7 @@ def entities(request: ScorerRequest) -> Entities:
 
 
 def _pieces(request: ScorerRequest, words: list[str], classes: list[int]) -> tuple[list[int], list[int], int]:
-    """Token ids, the class at each word's first token (else −1), and how many words fit in the length."""
+    """Token ids, the class at each word's first token (elsewhere −1), and the number of words that fit into `length`."""
     before, after = tokenized.special_tokens(request.tokenizer)
     ids, targets = list(before), [-1] * len(before)
     room = request.wanted.length - len(after)

@@ -1,4 +1,4 @@
-"""Figures of language models: perplexity, hidden words, multiple choice, and whether an artifact writes what its source writes."""
+"""Metrics of language models: perplexity, hidden words, multiple choice, and whether an artifact generates the same text as its source."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,10 @@ _PROMPTS = ("prompt", "text")
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Windows of running text, each token scored at most once. sizes [N]: UTF-8 bytes of each window's scored tokens."""
+    """Windows of running text; each token is scored at most once.
+
+    sizes [N]: UTF-8 bytes of each window's scored tokens; None: the tokenizer does not know them.
+    """
 
     examples: TokenSet
     sizes: Array | None
@@ -47,7 +50,10 @@ class Perplexity:
 
 
 def perplexity(request: ScorerRequest) -> Perplexity:
-    """Windows that go on by `stride` tokens, of which the last `stride` are scored; what stands before them is context."""
+    """Make windows that each start `stride` tokens after the one before. The last `stride` tokens are scored; those before are context.
+
+    The first window is scored as a whole. Raises NightpressError(invalid_data) for fewer than two windows.
+    """
     before, _ = tokenized.special_tokens(request.tokenizer)
     body = request.wanted.length - len(before)
     stride = min(request.wanted.stride or body, body)
@@ -65,13 +71,13 @@ def perplexity(request: ScorerRequest) -> Perplexity:
             "Bring more text, or ask for a shorter `length`.",
         )
     chosen = np.unique(np.linspace(0, count - 1, min(request.wanted.samples, count)).round().astype(np.int64))
-    at = chosen[:, None] * stride + np.arange(body)  # [N, body], places in the stream
+    at = chosen[:, None] * stride + np.arange(body)  # [N, body], indices in the stream
     scored = (np.arange(body) >= body - stride) | (chosen[:, None] == 0)
     if not before:
-        scored = scored & (np.arange(body) > 0)  # nothing stands before a window's first token
+        scored = scored & (np.arange(body) > 0)  # no token precedes a window's first token, so nothing predicts it
     ids = np.concatenate([np.tile(np.asarray(before, np.int64), (len(at), 1)), stream[at]], axis=1)
     targets = np.full_like(ids, -1)
-    shift = len(before) - 1  # a token is scored where the one before it stands
+    shift = len(before) - 1  # a token is scored at the position before it, which predicts it
     rows, columns = np.nonzero(scored)
     targets[rows, columns + shift] = stream[at][rows, columns]
     windows = Sequences(ids, np.ones_like(ids), targets=targets)
@@ -80,7 +86,7 @@ def perplexity(request: ScorerRequest) -> Perplexity:
 
 
 def _stream(request: ScorerRequest, needed: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """The data set's text as one stream of at least so many tokens, if it has them, and the bytes that each stands for."""
+    """The data set's text as one stream of tokens, and the UTF-8 bytes of each token (None if unknown). It ends after `needed` tokens."""
     ids: list[int] = []
     sizes: list[int] | None = []
     for row in request.source.rows():
@@ -94,7 +100,7 @@ def _stream(request: ScorerRequest, needed: int) -> tuple[NDArray[np.int64], NDA
 
 @dataclass(frozen=True)
 class MaskedLm:
-    """Texts with some words hidden, each scored on what stood there."""
+    """Texts with some tokens hidden. The model is scored on predicting them."""
 
     examples: TokenSet
 
@@ -112,7 +118,10 @@ class MaskedLm:
 
 
 def masked_lm(request: ScorerRequest) -> MaskedLm:
-    """15% of the words of running text hidden, as in BERT's training but always behind the mask token (arXiv 1810.04805, 3.1)."""
+    """Hide 15% of the tokens of running text, as in BERT's training (arXiv 1810.04805, 3.1), but always behind the mask token.
+
+    Raises NightpressError(invalid_data) if the tokenizer has no mask token.
+    """
     examples = fidelity.prepare(request).examples
     if request.tokenizer.mask_id is None:
         raise request.invalid("the model's tokenizer has no mask token", "Measure `fidelity`.")
@@ -121,12 +130,12 @@ def masked_lm(request: ScorerRequest) -> MaskedLm:
 
 @dataclass(frozen=True)
 class Choices:
-    """Questions with answers to choose from: the one with the largest likelihood a byte is the model's choice."""
+    """Multiple-choice questions. The model's choice is the answer with the largest likelihood per byte."""
 
     examples: TokenSet
-    group: NDArray[np.int64]  #: [N], the question of each sequence
+    group: NDArray[np.int64]  #: [N], index of each sequence's question
     sizes: Array  #: [N], bytes of each answer
-    answers: NDArray[np.int64]  #: [Q], the right sequence
+    answers: NDArray[np.int64]  #: [Q], index of the sequence with the correct answer
 
     def figures(self, view: OutputPair) -> list[Measurement]:
         targets = self.examples.sequences.targets
@@ -135,7 +144,7 @@ class Choices:
 
         def hits(side: Any) -> Array:
             loss = sums(row, side("nll"), count) / self.sizes
-            order = np.lexsort((np.arange(count), np.round(loss, 9), self.group))  # of equals the first
+            order = np.lexsort((np.arange(count), np.round(loss, 9), self.group))  # ties: the first answer wins
             best = order[np.searchsorted(self.group[order], np.arange(n))]
             right: Array = (best == self.answers).astype(np.float64)
             return right
@@ -145,7 +154,10 @@ class Choices:
 
 
 def choices(request: ScorerRequest) -> Choices:
-    """Rows with `prompt`, `choices` and `answer`, the right one's index. Scored as lm-evaluation-harness scores `acc_norm`."""
+    """Read rows with `prompt`, `choices` and `answer`, the index of the correct choice. Scored like `acc_norm` of lm-evaluation-harness.
+
+    Raises NightpressError(invalid_data).
+    """
     records, source = request.source.records(), request.source
     before, _ = tokenized.special_tokens(request.tokenizer)
     encoded: list[list[int]] = []
@@ -163,7 +175,7 @@ def choices(request: ScorerRequest) -> Choices:
         for option in options:
             stem = request.tokenizer.encode(prompt, special=False)
             whole = request.tokenizer.encode(f"{prompt} {option}", special=False)
-            # What both share is the prompt: at its end, tokens may melt into the answer's first.
+            # The prompt is the common start of both. At its end, the tokenizer may merge prompt and answer into one token.
             shared = next((i for i, (a, b) in enumerate(zip(stem, whole, strict=False)) if a != b), len(stem))
             ids = [*before, *whole]
             if len(ids) > request.wanted.length:
@@ -186,10 +198,10 @@ def choices(request: ScorerRequest) -> Choices:
 
 @dataclass(frozen=True)
 class Generation:
-    """Prompts that the source goes on with, greedily. An artifact reads prompt and continuation at once.
+    """Prompts that the source continues greedily. An artifact then reads prompt and continuation in one forward pass.
 
-    Up to the first token where its own choice differs, its greedy continuation is the source's; so one forward pass says how far the
-    two go together, in every consumer, and no rounding of a cache comes between.
+    Up to the first token where its choice differs, the artifact's greedy continuation is the same as the source's. So one forward pass
+    shows how long both agree. It works in every consumer, and a rounded cache has no influence.
     """
 
     examples: TokenSet
@@ -210,7 +222,7 @@ class Generation:
 
 
 def generation(request: ScorerRequest) -> Generation:
-    """Rows with `prompt` (or `text`), cut at `length`; of prose, windows of it."""
+    """Read rows with `prompt` (or `text`), cut at `length` tokens. For built-in prose, windows of it are the prompts."""
     wanted = request.wanted
     before, _ = tokenized.special_tokens(request.tokenizer)
     if request.ref.startswith("builtin:"):

@@ -1,4 +1,4 @@
-"""From a recipe to the examples that every model of a job is run on, and from their outputs to measurements."""
+"""Prepares the examples that a recipe evaluates every model of a job on, and turns the models' outputs into measurements."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,9 +18,9 @@ from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.models import GenerationSpeed, Latency, Metric, Quality, Recipe
 from nightpress.core.recipes.plan import timed_by_turns
 
-_CHECK_ROWS = 8  #: texts of differing lengths in the verification
-_UNCACHED_TOKENS = 4  #: each reads the whole text again
-_SEED = 20  #: of the bootstrap; the recipe's seed is added
+_CHECK_ROWS = 8  #: texts of different lengths in the verification
+_UNCACHED_TOKENS = 4  #: few, because without a cache each token reads the whole text again
+_SEED = 20  #: of the bootstrap; the recipe's seed is added to it
 
 _SCORERS: dict[Metric, Callable[[ScorerRequest], Scorer]] = {
     "perplexity": language.perplexity,
@@ -37,7 +37,7 @@ _SCORERS: dict[Metric, Callable[[ScorerRequest], Scorer]] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One entry of the recipe's `evaluate`, bound to its examples."""
+    """One entry of the recipe's `evaluate`, with its examples."""
 
     ref: str
     scorer: Scorer
@@ -45,18 +45,21 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Trial:
-    """Everything that is run with the source and with each artifact."""
+    """Everything that runs on the source and on each artifact."""
 
     task: Task
     evaluations: tuple[Evaluation, ...]
     seed: int
-    by_turns: bool  #: whether source and artifact may be timed by turns, as the plan's estimate counts on
+    by_turns: bool  #: whether source and artifact may be timed by turns; the plan's estimate assumes the same
 
 
 def prepare(
     recipe: Recipe, header: ModelHeader, model_dir: Path, data_files: dict[str, Path], *, threads: int
 ) -> Trial:
-    """Read the data, tokenize it with the model's tokenizer and decide what is measured. Raises invalid_data, malformed_model, invalid_recipe."""
+    """Read the data, tokenize it with the model's tokenizer and decide what is measured.
+
+    Raises NightpressError: invalid_data, malformed_model or invalid_recipe.
+    """
     if header.sees_images:
         return _prepare_images(recipe, header, model_dir, data_files, threads=threads)
     tokenizer = tokenized.open_tokenizer(model_dir)
@@ -65,7 +68,7 @@ def prepare(
     longest_text = [quality.length + quality.new_tokens * (quality.metric == "generation") for quality in qualities]
     writings = _writings(recipe)
     _check_lengths(header, longest_text + [shape.length for shape in shapes])
-    # The check texts also choose the layers that stay in float: they must not come from what the result is measured on.
+    # The check texts also decide which layers stay in float, so they must not come from the text of the evaluation.
     prose = tokenized.read_rows("builtin:prose", None, purpose="calibration")
     sets: list[TokenSet] = [_check_set(prose, tokenizer, header)]
     evaluations = []
@@ -113,7 +116,7 @@ def _shapes(recipe: Recipe) -> tuple[TimedShape, ...]:
 
 
 def _writings(recipe: Recipe) -> tuple[TimedGeneration, ...]:
-    """As often as asked for; beside a cache that a pass chose, also a few tokens without any."""
+    """The timed generations that the recipe asks for. If a pass chooses a cache, also short ones without a cache, for comparison."""
     wanted = [
         TimedGeneration(batch, prompt, evaluation.tokens, evaluation.repeats)
         for evaluation in recipe.evaluate
@@ -130,7 +133,7 @@ def _writings(recipe: Recipe) -> tuple[TimedGeneration, ...]:
 def _prepare_images(
     recipe: Recipe, header: ModelHeader, model_dir: Path, data_files: dict[str, Path], *, threads: int
 ) -> Trial:
-    """The same for a model that sees: a length of text means nothing to it, and each timed run is on whole images."""
+    """`prepare` for a vision model: lengths of text do not matter, and each timed run reads whole images."""
     kind = "logits" if header.task == "classification" else "pooled"
     check = read_images("builtin:images", None, model_dir, header, samples=_CHECK_ROWS, seed=_SEED)
     sets = [TokenSet("check", kind, _seen(check.pixels, None))]
@@ -199,7 +202,7 @@ def _metric(quality: Quality, header: ModelHeader, source: tokenized.DataSource)
 
 
 def _check_set(prose: list[tokenized.Row], tokenizer: tokenized.Tokenizer, header: ModelHeader) -> TokenSet:
-    """A few texts of differing lengths in one padded batch: an artifact that ignores its mask is found out."""
+    """A few texts of different lengths in one padded batch. They reveal an artifact that ignores its attention mask."""
     texts = [row for row in prose if len(row.text) > 200][:_CHECK_ROWS]
     encoded = [tokenizer.encode(row.text, special=True)[: 12 + 5 * at] for at, row in enumerate(texts)]
     kind = {"embedding": "pooled", "classification": "logits"}.get(header.task, "last")
@@ -207,7 +210,7 @@ def _check_set(prose: list[tokenized.Row], tokenizer: tokenized.Tokenizer, heade
 
 
 def measurements(trial: Trial, source: Observed, artifact: Observed | None) -> tuple[Measurement, ...]:
-    """What the outputs say of the source (`artifact` None) or of an artifact beside it."""
+    """All measurements of an artifact compared with the source, or of the source alone if `artifact` is None."""
     return tuple(
         figure
         for evaluation in trial.evaluations

@@ -1,14 +1,14 @@
-"""What a reader of a report should not have to find out alone. Remarks decide nothing; gates do."""
+"""Remarks for the reader of a report, e.g. that an artifact is slower than its source. They do not affect the verdict; gates do."""
 
 from collections.abc import Iterator
 
 from nightpress.core.handoff.report import Speedup, Subject
 
-_SLOWER = 1.05  #: medians nearer than this are called equal
+_SLOWER = 1.05  #: an artifact counts as slower only from this ratio of the medians on
 
 
 def remarks(artifact: Subject, source: Subject) -> tuple[str, ...]:
-    """Where the artifact is no better than its source, and where that can't be told."""
+    """Remarks on figures where the artifact is no better than its source, or where the difference is not significant."""
     return (*_of_size(artifact, source), *_of_latency(artifact), *_of_writing(artifact, source))
 
 
@@ -46,5 +46,5 @@ def _of_writing(artifact: Subject, source: Subject) -> Iterator[str]:
 
 
 def times(speedup: Speedup) -> str:
-    """E.g. `1.10× [0.85, 1.42]`."""
+    """A speedup with its interval as text, e.g. `1.10× [0.85, 1.42]`."""
     return f"{speedup.value:.2f}× [{speedup.low:.2f}, {speedup.high:.2f}]"

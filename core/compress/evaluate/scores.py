@@ -1,4 +1,7 @@
-"""Scores that are no plain means, as statistics of how often each example was drawn. Numbers alone; no model, no file."""
+"""Scores that are not plain means, as statistics for the bootstrap: functions of how often each example was drawn.
+
+The functions work on arrays of numbers, without any model or file.
+"""
 
 from collections.abc import Callable, Hashable, Sequence
 
@@ -8,20 +11,20 @@ from numpy.typing import NDArray
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums
 
 Classes = NDArray[np.int64]
-CUT = 10  #: ranks that nDCG and recall look at
+CUT = 10  #: nDCG and recall count the first 10 ranks
 
 # Classification ------------------------------------------------------------------------------------------------------
 
 
 def counts_by_class(predicted: Classes, labels: Classes, classes: Sequence[int]) -> Array:
-    """Of each example: hit, wrongly claimed and missed, for each class. predicted, labels [N] → [N, 3 · C]"""
+    """For each example and class: true positive, false positive, false negative (1 or 0). predicted, labels [N] → [N, 3 · C]."""
     said = predicted[:, None] == np.asarray(classes)
     true = labels[:, None] == np.asarray(classes)
     return np.concatenate([said & true, said & ~true, ~said & true], axis=1).astype(np.float64)
 
 
 def macro_f1(sums: Array) -> Array:
-    """F1 averaged over the classes that were drawn: sums [R, 3 · C] → [R]"""
+    """F1 averaged over the classes that were drawn or predicted: sums of `counts_by_class` [R, 3 · C] → [R]."""
     hit, claimed, missed = np.split(sums, 3, axis=1)
     seen = 2 * hit + claimed + missed
     scores = 2 * hit / np.maximum(seen, 1e-12)
@@ -30,16 +33,16 @@ def macro_f1(sums: Array) -> Array:
 
 
 def class_f1(sums: Array, at: int) -> Array:
-    """F1 of one class: sums [R, 3 · C] → [R]. It is zero where the class was neither drawn nor claimed."""
+    """F1 of one class: sums of `counts_by_class` [R, 3 · C] → [R]. It is 0 where the class was neither drawn nor predicted."""
     hit, claimed, missed = (part[:, at] for part in np.split(sums, 3, axis=1))
     result: Array = 2 * hit / np.maximum(2 * hit + claimed + missed, 1e-12)
     return result
 
 
 def spans(tags: Sequence[str]) -> set[Hashable]:
-    """Entities as (type, first word, end): IOB2, IOBES and plain tags, where a run of one tag is an entity.
+    """Entities as (type, first word, end). Reads IOB2, IOBES and plain tags, where a run of equal tags is an entity.
 
-    A tag that goes on with nothing begins an entity, as the CoNLL-2000 script reads it.
+    A continuing tag (`I-`) without an entity before it begins a new entity, as in the CoNLL-2000 script.
     """
     found: set[Hashable] = set()
     kind, start = "", 0
@@ -63,8 +66,8 @@ def spans(tags: Sequence[str]) -> set[Hashable]:
 
 
 def pearson(x: Array, y: Array) -> Statistic:
-    """Pearson's correlation. x, y [N]"""
-    # Centred first: sums of squares of numbers far from zero would lose their differences.
+    """Pearson's correlation of x and y, [N] each."""
+    # Centred first: sums of squares of numbers far from zero would lose their small differences to rounding.
     a, b = x - x.mean(), y - y.mean()
     return of_sums(np.stack([np.ones_like(a), a, b, a * a, b * b, a * b], axis=1), _correlation)
 
@@ -77,7 +80,10 @@ def _correlation(sums: Array) -> Array:
 
 
 def spearman(x: Array, y: Array) -> Statistic:
-    """Spearman's rank correlation: Pearson's of the ranks, ties sharing their mean, ranked anew in every draw. x, y [N]"""
+    """Spearman's rank correlation of x and y, [N] each: Pearson's correlation of the ranks.
+
+    Ties get the mean of their ranks. Every draw of the bootstrap has ranks of its own.
+    """
     ranks_x, ranks_y = _ranks(x), _ranks(y)
 
     def statistic(times: Array) -> Array:
@@ -92,13 +98,13 @@ def spearman(x: Array, y: Array) -> Statistic:
 
 
 def _ranks(values: Array) -> Callable[[Array], Array]:
-    """A function from how often each value was drawn [R, N] to the rank that it has there [R, N]."""
+    """A function that maps how often each value was drawn [R, N] to the rank of each value in that draw [R, N]."""
     _, group = np.unique(values, return_inverse=True)
     first = np.argsort(group, kind="stable")
     starts = np.searchsorted(group[first], np.arange(group.max() + 1))
 
     def ranks(times: Array) -> Array:
-        drawn = np.add.reduceat(times[:, first], starts, axis=1)  # [R, G], of each distinct value
+        drawn = np.add.reduceat(times[:, first], starts, axis=1)  # [R, G], draws of each distinct value
         below = np.cumsum(drawn, axis=1) - drawn
         result: Array = (below + (drawn + 1) / 2)[:, group]
         return result
@@ -110,10 +116,10 @@ def _ranks(values: Array) -> Callable[[Array], Array]:
 
 
 def ranking_scores(similarity: Array, relevant: NDArray[np.bool_], cut: int = CUT) -> tuple[Array, Array]:
-    """nDCG and recall among the first `cut` passages, one number a query each.
+    """nDCG and recall among the first `cut` passages: two arrays [Q].
 
-    similarity, relevant [Q, P], each query with a relevant passage. Equal similarities rank in the passages' order, so that nothing
-    depends on the sort. Järvelin and Kekäläinen 2002, with gains of 0 and 1.
+    similarity, relevant [Q, P]; each query needs a relevant passage. Passages of equal similarity keep their order, so that the result does
+    not depend on the sort. Järvelin and Kekäläinen 2002, with gains of 0 and 1.
     """
     order = np.argsort(-similarity, axis=1, kind="stable")[:, :cut]
     gains = np.take_along_axis(relevant, order, axis=1).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What timed runs come to: medians, percentiles, and how many times as fast as its source an artifact is, with an interval."""
+"""Summarises timed runs: medians, percentiles, and the speedup of an artifact over its source with an interval."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from nightpress.core.handoff.report import GenerationTiming, Speedup, Timing
 
 
 def timings(observed: Observed, task: Task, source: Observed | None = None) -> tuple[Timing, ...]:
-    """Medians and 95th percentiles of the timed runs. source: what an artifact is compared with."""
+    """Medians and 95th percentiles of the timed runs. source: the source's runs, which an artifact is compared with."""
     found = []
     for at, timing in enumerate(observed.timings):
         runs = np.asarray(timing["milliseconds"])
@@ -35,10 +35,10 @@ def timings(observed: Observed, task: Task, source: Observed | None = None) -> t
 def generation_timings(
     observed: Observed, threads: int, source: Observed | None = None
 ) -> tuple[GenerationTiming, ...]:
-    """What the timed runs of decoding come to: medians, 95th percentiles, and the slowest and the fastest run."""
+    """Summarise the timed runs of decoding: medians, 95th percentiles, and the slowest and the fastest run."""
     found = []
     for at, writing in enumerate(observed.writings):
-        waits = np.asarray(writing["milliseconds"])  # [repeats, tokens]
+        waits = np.asarray(writing["milliseconds"])  # [repeats, tokens], the wait before each token
         prefill, decode = waits[:, 0], waits[:, 1:]
         rates = 1000 * writing["batch"] * decode.shape[1] / decode.sum(axis=1)
         prefill_p50, prefill_p95 = np.percentile(prefill, [50, 95])
@@ -72,7 +72,7 @@ def generation_timings(
 
 
 def _theirs(observed: Observed, source: Observed | None, kind: str, at: int) -> Array | None:
-    """The source's runs of the same shape: those that took turns with the artifact's, else those that were taken before."""
+    """The source's runs of the same shape in milliseconds: those that took turns with the artifact's, or else the earlier ones."""
     held = observed.beside or source
     return None if held is None else np.asarray(getattr(held, kind)[at]["milliseconds"])
 
@@ -82,10 +82,11 @@ def _speedup_of(ours: Array, theirs: Array | None, beside: ModelRuns | None) -> 
 
 
 def speedup(ours: Sequence[float] | Array, theirs: Sequence[float] | Array, *, by_turns: bool) -> Speedup:
-    """The source's median over the artifact's. ours, theirs [rounds]: milliseconds; by turns, those of a round belong together.
+    """The source's median time divided by the artifact's, with an interval. ours, theirs [rounds]: milliseconds.
 
-    Runs that took turns saw the same load, so that rounds can be resampled: what is left is how sure both medians are. Of runs that were
-    taken one after the other, resampling would see nothing of what else ran during either: their own spread has to speak.
+    by_turns: both models ran in each round, under the same load. Then the rounds are resampled, and the interval shows the uncertainty of
+    both medians. Otherwise the models ran one after the other. Resampling could not show that the machine's load changed in between, so the
+    interval compares the 5th percentile of each model with the 95th of the other.
     """
     mine, base = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     value = float(np.median(base) / np.median(mine))

@@ -1,8 +1,8 @@
-"""Intervals by the paired percentile bootstrap: seeded, vectorised, on numbers alone.
+"""Confidence intervals by the paired percentile bootstrap, with a seed, vectorised over the resamples.
 
-A statistic is a function of how often each example was drawn: `times` [R, N] → [R]. Thus one set of draws serves every figure of every
-model, and figures that are no means (F1, rank correlations) are resampled like the others. Efron and Tibshirani, An Introduction to
-the Bootstrap (1993), chapter 13; docs/decisions/0050-percentile-bootstrap.md says why percentiles.
+A statistic is a function of how often each example was drawn: `times` [R, N] → [R]. So the same draws serve every figure of every model,
+and figures that are not means (F1, rank correlations) are resampled like the others. Efron and Tibshirani, An Introduction to the
+Bootstrap (1993), chapter 13. docs/decisions/0050-percentile-bootstrap.md says why percentiles are used.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ Statistic = Callable[[Array], Array]
 
 RESAMPLES = 2000
 LEVEL = 0.95
-_BLOCK = 2**22  #: drawn indices held at once
+_BLOCK = 2**22  #: drawn indices that are held in memory at once
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """A figure of the artifact, and its change relative to the source's on the same examples."""
+    """A figure of the artifact, and its relative change from the source's figure on the same examples."""
 
     figure: Interval
-    change: Interval | None  #: None where the source's figure is not above zero
+    change: Interval | None  #: None if the source's figure is not above zero
 
 
 def interval(statistic: Statistic, count: int, *, seed: int) -> Interval:
-    """A statistic of `count` examples with its interval."""
+    """A statistic of `count` examples, with its 95% interval."""
     draws = np.concatenate([statistic(times) for times in _drawn(count, seed)])
     return _shown(_whole(statistic, count), draws)
 
 
 def paired(ours: Statistic, theirs: Statistic, count: int, *, seed: int) -> Paired:
-    """The same statistic of two models on the same examples: each draw takes the same ones for both."""
+    """The same statistic for two models on the same examples. Each draw takes the same examples for both models."""
     pairs = [(ours(times), theirs(times)) for times in _drawn(count, seed)]
     mine, base = (np.concatenate(side) for side in zip(*pairs, strict=True))
     value, reference = _whole(ours, count), _whole(theirs, count)
@@ -56,7 +56,7 @@ def paired(ours: Statistic, theirs: Statistic, count: int, *, seed: int) -> Pair
 
 
 def of_sums(columns: Array, of: Callable[[Array], Array]) -> Statistic:
-    """A statistic that depends on sums over the examples alone. columns [N, C]; of: sums [R, C] → [R]."""
+    """A statistic that needs only sums over the examples. columns [N, C]: the numbers to sum; of: sums [R, C] → [R]."""
     table = np.asarray(columns, np.float64)
 
     def statistic(times: Array) -> Array:
@@ -66,28 +66,28 @@ def of_sums(columns: Array, of: Callable[[Array], Array]) -> Statistic:
 
 
 def ratio(values: NDArray[Any], weights: NDArray[Any] | None = None) -> Statistic:
-    """Σ values / Σ weights, e.g. agreements over tokens; without weights the mean."""
+    """The statistic Σ values / Σ weights, e.g. agreements divided by tokens. Without weights, the mean."""
     numbers = np.asarray(values, np.float64)
     parts = np.ones_like(numbers) if weights is None else np.asarray(weights, np.float64)
     return of_sums(np.stack([numbers, parts], axis=1), lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1e-12))
 
 
 def mean_interval(values: NDArray[Any], *, seed: int, weights: NDArray[Any] | None = None) -> Interval:
-    """The mean of one number an example, or with `weights` the ratio of the sums."""
+    """The mean of values [N] with its interval; with `weights` [N], Σ values / Σ weights."""
     return interval(ratio(values, weights), len(values), seed=seed)
 
 
 def share_interval(hits: Array, *, seed: int) -> Interval:
-    """The share of examples that were hit (1) and missed (0)."""
+    """The share of hits with its interval. hits [N]: 1 for a hit, 0 for a miss."""
     return paired_shares(hits, hits, seed=seed).figure
 
 
 def paired_shares(ours: Array, theirs: Array, *, seed: int) -> Paired:
-    """Two models' shares of hits (1) among the same examples.
+    """Two models' shares of hits (1) among the same examples. ours, theirs [N].
 
-    Resampling sixty-four hits gives nothing but hits: the interval would claim certainty. So the draws, never the figures, see two more
-    examples, of which each model gets another one right; that comes to the rule of three where nothing was missed (compare Agresti and
-    Min 2005, who add as much to the cells of the paired table).
+    If all 64 examples are hits, every resample has only hits, and the interval would have no width. So two examples are added to the draws,
+    but not to the figures: each model hits one of them and misses the other one. Without any miss, the result is about the rule of three.
+    Compare Agresti and Min 2005, who add as much to the cells of the paired table.
     """
     value, reference = float(ours.mean()), float(theirs.mean())
     drawn = paired(ratio(np.append(ours, [1.0, 0.0])), ratio(np.append(theirs, [0.0, 1.0])), len(ours) + 2, seed=seed)
@@ -99,14 +99,14 @@ def paired_shares(ours: Array, theirs: Array, *, seed: int) -> Paired:
 def spread_of_draws(
     statistic: Callable[[NDArray[np.int64]], Array], count: int, *, seed: int = 0
 ) -> tuple[float, float]:
-    """The ends of the 95% interval of a statistic that needs the drawn places themselves, as a median does: [R, N] → [R]."""
+    """The ends of the 95% interval of a statistic that needs the drawn indices, e.g. a median. statistic: indices [R, N] → [R]."""
     drawn = statistic(np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count)))
     low, high = np.percentile(drawn, [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def _drawn(count: int, seed: int) -> Iterator[Array]:
-    """How often each example is drawn, in blocks of resamples [R, N]. The same seed draws the same examples, so figures pair up."""
+    """How often each example is drawn, in blocks of resamples [R, N]. The same seed draws the same examples, so that figures are paired."""
     rng = np.random.default_rng(seed)
     step = max(1, _BLOCK // max(count, 1))
     for start in range(0, RESAMPLES, step):
@@ -122,7 +122,7 @@ def _whole(statistic: Statistic, count: int) -> float:
 def _shown(value: float, draws: Array) -> Interval:
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(draws, [tail, 100 - tail])
-    # Of a figure with all examples alike, resampling leaves rounding noise: the interval always holds the value.
+    # If all examples are equal, resampling gives only rounding noise. The interval must contain the value even then.
     return _including(Interval(float(value), float(low), float(high)), float(value))
 
 

@@ -1,4 +1,4 @@
-"""What one evaluation sees: the outputs of the source and of an artifact for its examples, and how figures are made of them."""
+"""The inputs of one evaluation: the outputs of the source and of an artifact for its examples, and methods that make figures of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ Better = Literal["higher", "lower"]
 
 @dataclass(frozen=True)
 class ScorerRequest:
-    """One entry of a recipe's `evaluate` with all that its examples are made from."""
+    """One entry of a recipe's `evaluate`, with everything that is needed to make its examples."""
 
-    name: str  #: of the set of examples
+    name: str  #: the name of the set of examples
     wanted: Quality
     source: tokenized.DataSource
     tokenizer: tokenized.Tokenizer
@@ -43,14 +43,14 @@ class ScorerRequest:
         )
 
     def drawn(self, count: int) -> NDArray[np.int64]:
-        """Which of `count` rows are looked at, at most `samples`, in their order."""
+        """Indices of the rows to use, drawn from `count` rows: at most `samples`, in ascending order."""
         order = np.random.default_rng(self.seed).permutation(count)[: self.wanted.samples]
         return np.sort(order).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class OutputPair:
-    """The two sides of a comparison. Of the source alone, both sides are the source."""
+    """The outputs of source and artifact for one set of examples. Without an artifact, `ours` and `theirs` are both the source's."""
 
     set_name: str
     ref: str
@@ -79,7 +79,11 @@ class OutputPair:
         unit: str = "",
         of: str = "",
     ) -> Measurement:
-        """A figure that both sides have, with its change. statistic: from a side's outputs by key."""
+        """A figure that source and artifact both have, with its change.
+
+        statistic: makes the statistic from a function that returns one side's outputs by key. count: examples to resample; n: examples
+        behind the figure, for the report.
+        """
         both = paired(statistic(self.ours), statistic(self.theirs), count, seed=self.seed)
         return self.compared(name, both, n=n, better=better, unit=unit, of=of)
 
@@ -94,7 +98,7 @@ class OutputPair:
         )
 
     def alone(self, name: str, found: Interval, *, n: int, better: Better, unit: str = "", of: str = "") -> Measurement:
-        """A figure of the artifact against the source, which the source itself doesn't have."""
+        """A figure without a change: it compares the artifact with the source, and the source alone does not have it."""
         return Measurement(
             name=name,
             value=found.value,
@@ -114,7 +118,7 @@ class OutputPair:
 
 
 class Scorer(Protocol):
-    """One evaluation: what is run, and what is made of the outputs."""
+    """One evaluation: the examples that are run, and the figures that are made of the outputs."""
 
     @property
     def examples(self) -> TokenSet: ...
@@ -123,7 +127,10 @@ class Scorer(Protocol):
 
 
 def spread(positions: NDArray[np.int64], width: int, shape: tuple[int, ...], limit_bytes: int) -> NDArray[np.bool_]:
-    """Some of the scored positions, evenly spread, whose whole distributions are kept: a mask of `shape`."""
+    """A mask of `shape` that marks some of the scored positions, evenly spread. Their whole distributions are kept.
+
+    At most 512 positions, with at most `limit_bytes` of float32 distributions of `width` numbers each.
+    """
     count = max(1, min(len(positions), 512, limit_bytes // (4 * width)))
     chosen = np.zeros(shape, bool)
     chosen.ravel()[positions[np.linspace(0, len(positions) - 1, count).astype(np.int64)]] = True
@@ -131,5 +138,8 @@ def spread(positions: NDArray[np.int64], width: int, shape: tuple[int, ...], lim
 
 
 def sums(group: NDArray[np.int64], values: NDArray[Any], count: int) -> Array:
-    """One number a token → one a text, which is what is resampled: tokens of one text are not independent."""
+    """Sum up one number per token to one per text. Texts are resampled, because the tokens of a text are not independent.
+
+    group [M]: index of each token's text; values [M] → [count] float64.
+    """
     return np.bincount(group, values.astype(np.float64), minlength=count).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What blocks are given beside the hidden states: masks, positions, rotary embeddings."""
+"""The blocks' arguments other than the hidden states: masks, positions, rotary embeddings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,17 @@ from nightpress.core.compress.model.skeleton import Call
 
 
 class Calls:
-    """What each block is given beside the hidden states, batch by batch. What is the same for two batches is kept once."""
+    """The arguments of each block other than the hidden states, for every batch.
+
+    A batch with the same arguments as the first or the previous batch shares theirs in memory.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._batches: list[list[tuple[int, Call]]] = []
 
     def add(self, calls: list[tuple[int, Call]], *, keep_on: torch.device) -> None:
-        """Take in the calls of the next batch. Tensors that no earlier batch had are kept on that device."""
+        """Add the calls of the next batch. Its tensors are kept on `keep_on`, unless it is the first or shares an earlier batch's calls."""
         for earlier in (self._batches[0], self._batches[-1]) if self._batches else ():
             if _same(earlier, calls):
                 self._batches.append(earlier)
@@ -28,11 +31,11 @@ class Calls:
         self._batches.append(calls)
 
     def runs(self, index: int) -> int:
-        """How often a block runs."""
+        """How often a block runs in one forward pass."""
         return sum(at == index for at, _ in self._batches[0])
 
     def of(self, index: int, batch: int) -> list[Call]:
-        """The calls of a block's runs, one after the other, on the device."""
+        """The calls of a block's runs on a batch, in order, with their tensors on the device."""
         moved: dict[int, Tensor] = {}
         return [_moved(call, self._device, moved) for at, call in self._batches[batch] if at == index]
 
@@ -54,7 +57,7 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def _moved(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
-    """The same with every tensor on a device; a tensor that stands in several places is moved once."""
+    """The same value with every tensor on the device. A tensor that occurs several times is moved once."""
     if isinstance(value, Tensor):
         if value.device == device:
             return value

@@ -1,4 +1,4 @@
-"""Where the hidden states of calibration samples lie between two blocks."""
+"""Storage for the hidden states of all calibration samples between two blocks."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ import psutil
 import torch
 from torch import Tensor
 
-_GPU_SHARE = 0.3  #: of the free memory
-_HOST_SHARE = 0.25
+_GPU_SHARE = 0.3  #: share of the GPU's free memory that hidden states may take
+_HOST_SHARE = 0.25  #: the same of the host's available memory
 
 
 class HiddenStates:
-    """The hidden states [samples, length, width] of all samples between two blocks, batch by batch.
+    """The hidden states [samples, length, width] of all samples between two blocks, in batches.
 
-    They lie on the device, in host memory, or in a file that the kernel pages, whichever has ample room.
+    They are kept on the device, in host memory, or in a memory-mapped file: the first of these that has enough room.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class HiddenStates:
         needed = torch.Size(shape).numel() * dtype.itemsize
         on_gpu = device.type == "cuda" and needed < _GPU_SHARE * torch.cuda.mem_get_info(device)[0]
         in_file = not on_gpu and needed >= _HOST_SHARE * psutil.virtual_memory().available
-        #: True: a batch is handed out and put back itself. False: each batch has its place in memory or in the file, and is copied from and to it.
+        #: True: `take` and `put` pass a batch's own tensor. False: each batch has a fixed place in memory or in the file, and is copied.
         self._handed_out = not in_file and (on_gpu or device.type == "cpu")
         self._batches: list[Tensor] = []
         if in_file:
@@ -39,22 +39,22 @@ class HiddenStates:
 
     @property
     def device(self) -> torch.device:
-        """Where they lie: a GPU, or the host."""
+        """The device on which they are stored: a GPU, or the host."""
         return self._batches[0].device
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Each batch [B, length, width], where it lies."""
+        """Each batch [B, length, width], on the device on which it is stored."""
         return iter(self._batches)
 
     def look_at(self, number: int) -> Tensor:
-        """A batch on the device, to be left as it is."""
+        """A batch on the compute device. The caller must not change it."""
         return self._batches[number].to(self._device, non_blocking=True)
 
     def take(self, number: int) -> Tensor:
-        """A batch on the device, for the caller to use up; the next hidden states are `put` in its place."""
+        """A batch on the compute device. The caller may change it, and must `put` the next hidden states in its place."""
         taken = self._batches[number]
         if self._handed_out:
             self._batches[number] = taken.new_empty(0)
@@ -74,5 +74,5 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     room = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype)
-    path.unlink()  # the mapping keeps the file for as long as it is needed
+    path.unlink()  # the file exists as long as it is mapped
     return room.view(shape)

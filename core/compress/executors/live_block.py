@@ -1,4 +1,4 @@
-"""A block as a method gets it: its tensors, and the block itself, which can be run with other tensors."""
+"""A block as a method gets it: its tensors, and a way to run the block with other tensors."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,11 +9,11 @@ from torch.utils._pytree import tree_map
 
 from nightpress.core.compress.model.skeleton import Block, Call
 
-PROBE_TOKENS = 128  #: of the first calibration text, on which a block is tried
+PROBE_TOKENS = 128  #: first tokens of the first calibration text: the probe, on which methods may run a block
 
 
 class LiveBlock(Mapping[str, Tensor]):
-    """The tensors of a block by their names in the files, in their stored dtype, every matrix as [out, in]."""
+    """The tensors of a block by their names in the files, in their stored dtype. Every matrix is [out, in]."""
 
     def __init__(
         self,
@@ -23,11 +23,13 @@ class LiveBlock(Mapping[str, Tensor]):
         calls: Sequence[Call] = (),
         turned: Collection[str] = (),
     ) -> None:
-        """entered [1, L, width]: the probe as it enters the block, None if the block can't be run; calls: what it is given beside, run by run;
-        turned: the names of tensors that the block's layers hold as [in, out]."""
+        """entered [1, L, width]: the probe's hidden states at the block's input; None: the block can't be run.
+
+        calls: the block's other arguments, one entry for each run. turned: names of tensors that the block's layers hold as [in, out].
+        """
         self._tensors, self._block, self._turned = tensors, block, turned
         self._entered, self._calls = entered, calls
-        self.warnings: list[str] = []  #: what a person should know of what was done to the block
+        self.warnings: list[str] = []  #: warnings about the block for the report
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -40,11 +42,14 @@ class LiveBlock(Mapping[str, Tensor]):
 
     @property
     def runs(self) -> bool:
-        """Whether `answers` can be asked for."""
+        """Whether the block can be run, i.e. whether `answers` may be called."""
         return self._entered is not None
 
     def answers(self, trials: Iterable[Mapping[str, Tensor]]) -> Iterator[Tensor]:
-        """For each trial, the block's output for the probe [1, L, width] with the trial's tensors in place of its own: all in float32."""
+        """For each trial, run the block on the probe with the trial's tensors in place of its own. Yields [1, L, width] in float32.
+
+        trials: tensors by their names in the files, matrices as [out, in].
+        """
         assert self._entered is not None
         own = {name: self._for_the_module(name, tensor) for name, tensor in self._tensors.items()}
         entered = self._entered.float()
@@ -58,7 +63,7 @@ class LiveBlock(Mapping[str, Tensor]):
             yield hidden
 
     def _for_the_module(self, name: str, tensor: Tensor) -> Tensor:
-        """In float32 on the block's device, in its layer's layout."""
+        """The tensor in float32, on the block's device, in its layer's layout."""
         assert self._entered is not None
         in_float = tensor.to(self._entered.device, torch.float32)
         return in_float.t() if name in self._turned else in_float

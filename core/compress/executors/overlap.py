@@ -1,8 +1,9 @@
-"""The threads of a sweep: reading, computing, writing and flushing at once.
+"""The threads of a sweep, which read, compute, write and flush at the same time.
 
-*Workers*, one a core, each take the next chunk, read it into a buffer of their own, compute, and write the result where the shard's
-header says it goes; so the bytes don't depend on which worker was faster. One *reader* asks the kernel for what comes next. The
-calling thread flushes what was written, commits finished shards and reports progress.
+There is one *worker* for each of the context's threads. A worker takes the next chunk, reads it into a buffer of its own, computes, and
+writes the result to its place in the shard. The header fixes that place, so the bytes don't depend on the order of the workers. One
+*reader* asks the kernel to read the next chunks ahead. The calling thread flushes written data, commits finished shards and reports
+progress.
 """
 
 import os
@@ -21,17 +22,18 @@ from nightpress.core.compress.model.checkpoint import TORCH_DTYPES, Shard, Shard
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import TensorInfo
 
-_CHUNK_WEIGHTS = 512 * 1024  #: weights a chunk: large enough to hide the interpreter, small enough for the caches
+#: Weights in a chunk: enough to hide the interpreter's cost, few enough for the processor's caches.
+_CHUNK_WEIGHTS = 512 * 1024
 _COPY_BYTES = 2 * 1024**2
-_AHEAD_BYTES = 64 * 1024**2  #: how far the reader runs before the workers
-_ADVISE_BYTES = 1024**2  #: the kernel silently cuts longer advice short
+_AHEAD_BYTES = 64 * 1024**2  #: distance of the reader before the workers
+_ADVISE_BYTES = 1024**2  #: for one posix_fadvise: the kernel silently shortens longer ranges
 _FLUSH_BYTES = 32 * 1024**2
 _REPORT_S = 0.5
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of one tensor, or some bytes of one that is copied."""
+    """Some rows of a tensor that is rewritten, or some bytes of a tensor that is copied."""
 
     stored: StoredTensor
     rewrite: Rewrite | None
@@ -43,19 +45,22 @@ class Chunk:
 
 @dataclass
 class ShardJob:
-    """One shard under way."""
+    """A shard that is being processed."""
 
     shard: Shard
     chunks: list[Chunk]
     writer: ShardWriter | None = None
     source: int = -1
-    effects: list[Effect | None] = field(default_factory=list)  #: by chunk, so that sums are taken in one order
+    effects: list[Effect | None] = field(default_factory=list)  #: by chunk, so that the order of their sum is fixed
     remaining: int = 0
     written: int = 0  #: bytes since the last flush
 
 
 def plan_shard(shard: Shard, choose: Callable[[TensorInfo], Rewrite | None], *, copies: bool = True) -> ShardJob:
-    """Divide a shard into chunks: of rows where a tensor is rewritten, of bytes where it is copied."""
+    """Divide a shard into chunks: rows of tensors that are rewritten, bytes of tensors that are copied.
+
+    choose: returns the rewrite of a tensor; None: copy it. copies False: leave out tensors without a rewrite.
+    """
     chunks: list[Chunk] = []
     for stored in shard.tensors:
         rewrite = choose(stored.info)
@@ -75,7 +80,7 @@ def plan_shard(shard: Shard, choose: Callable[[TensorInfo], Rewrite | None], *, 
 
 
 class Sweep:
-    """The threads of one sweep and what they share. `target` None: nothing is written."""
+    """The threads of one sweep and their shared state. `target` None: nothing is written."""
 
     def __init__(
         self,
@@ -89,16 +94,17 @@ class Sweep:
         self._context = context
         self._target = target
         self._commit = commit
-        self._span = span  #: the part of the pass's progress that this is
+        self._span = span  #: the sweep's part of the pass's progress: (start, end)
         self._total = sum(chunk.size for job in jobs for chunk in job.chunks)
         self._lock = threading.Lock()  # guards everything below
         self._overseer = threading.Condition(self._lock)
         self._reader = threading.Condition(self._lock)
-        self._reader_waits_for = self._total + 1  # bytes taken; more than all while it doesn't wait
+        # The number of taken bytes at which a worker wakes the reader. Above the total while the reader is awake.
+        self._reader_waits_for = self._total + 1
         self._chunks = self._in_order()
         self._taken = 0  # bytes
         self._done = 0
-        self._ready: list[ShardJob] = []  # whose every chunk is written
+        self._ready: list[ShardJob] = []  # shards of which every chunk is written
         self._open: list[ShardJob] = []
         self._error: BaseException | None = None
         self._stop = False
@@ -110,7 +116,7 @@ class Sweep:
             + [(f"stream-worker-{n}", self._work) for n in range(max(1, self._context.threads))]
         ]
         torch_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the workers are the parallelism
+        torch.set_num_threads(1)  # the workers already use all threads
         try:
             for thread in threads:
                 thread.start()
@@ -124,7 +130,7 @@ class Sweep:
             torch.set_num_threads(torch_threads)
 
     def _oversee(self) -> None:
-        """Flush, commit and report until all is done. Raises what a thread raised."""
+        """Flush, commit and report until all shards are done. Raises the first error of any thread."""
         remaining = len(self._jobs)
         while remaining:
             with self._lock:
@@ -211,7 +217,7 @@ class Sweep:
             raise
 
     def _in_order(self) -> Iterator[tuple[ShardJob, int, Chunk]]:
-        """Every chunk, shard after shard. Called under the lock; opens a shard's files when its first chunk is due."""
+        """Every chunk, shard after shard. Opens a shard's files before its first chunk. The caller holds the lock."""
         for job in self._jobs:
             job.source = os.open(job.shard.path, os.O_RDONLY | os.O_CLOEXEC)
             self._open.append(job)
@@ -231,7 +237,7 @@ class Sweep:
             job.writer.abandon()
 
     def _read_ahead(self) -> None:
-        """Keep the kernel reading a fixed distance before the workers, across shards."""
+        """Make the kernel read up to a fixed distance before the workers, across shards."""
         asked = 0
         for job in self._jobs:
             handle = os.open(job.shard.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -247,11 +253,11 @@ class Sweep:
                 os.close(handle)
 
     def _wait_until_taken(self, taken: int) -> bool:
-        """Sleep until the workers have come that far. False if they stopped."""
+        """Sleep until the workers have taken so many bytes. Returns False if they stopped."""
         with self._lock:
             self._reader_waits_for = taken
             self._reader.wait_for(lambda: self._stop or self._taken >= taken)
-            self._reader_waits_for = self._total + 1  # nobody to wake
+            self._reader_waits_for = self._total + 1  # the reader is awake: no worker needs to notify it
             return not self._stop
 
 

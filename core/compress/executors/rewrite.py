@@ -1,4 +1,4 @@
-"""What the stream executor is told to do with a tensor, and what it is told back."""
+"""The interface of the stream executor: a rewrite of a tensor, and the effect that it reports."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from torch import Tensor
 from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.recipes.header import TensorInfo
 
-#: (output tensor's name, byte offset in it, its bytes)
+#: Writes part of an output: (the output tensor's name, offset in it in bytes, the data)
 Put = Callable[[str, int, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a rewrite did to a chunk, or to a tensor: sums, so that they add up."""
+    """What a rewrite did to a chunk or to a tensor. All fields are sums, so effects of chunks can be added."""
 
     squared_error: float = 0.0  #: Σ (w − ŵ)²
     squared_norm: float = 0.0  #: Σ w²
@@ -29,28 +29,28 @@ class Effect:
 
     @property
     def relative_error(self) -> float:
-        """‖w − ŵ‖ / ‖w‖; 0 for a tensor of zeros, which any grid holds."""
+        """‖w − ŵ‖ / ‖w‖. 0 for a tensor of zeros, which any grid represents exactly."""
         return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
 
 
 class Rewrite(Protocol):
-    """What becomes of one tensor. Called by several threads at once, each with its own workspace."""
+    """A rewrite of one tensor. Several threads call it at the same time, each with its own workspace."""
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]: ...
 
     @property
     def row_step(self) -> int:
-        """Chunks start at multiples of it."""
+        """Chunks start at multiples of this number of rows."""
 
     def __call__(self, rows: Tensor, first_row: int, put: Put, workspace: Workspace) -> Effect: ...
 
 
 def becomes(info: TensorInfo, rewrite: Rewrite | None) -> tuple[TensorInfo, ...]:
-    """The tensors that stand for this one afterwards."""
+    """The tensors that replace this one after the rewrite."""
     return (info,) if rewrite is None else rewrite.outputs
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, in place."""
+    """The bytes of a contiguous tensor, without a copy."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer

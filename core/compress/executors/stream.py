@@ -1,4 +1,4 @@
-"""The stream executor: a model folder swept in chunks of rows, whatever its size, into another folder."""
+"""The stream executor: rewrites a model folder of any size into another folder, in chunks of rows."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from nightpress.core.recipes.header import TensorInfo
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep did, by source tensor, in the order of the files."""
+    """The effects and the output tensors of a sweep, by source tensor, in the order of the files."""
 
     effects: dict[str, Effect]
     outputs: dict[str, tuple[TensorInfo, ...]]
@@ -39,10 +39,10 @@ def sweep(
     recipe: str,
     span: tuple[float, float] = (0.0, 1.0),
 ) -> SweepResult:
-    """Rewrite the tensors for which `choose` names how, copy the rest, and leave a whole set of shards with its index in `target`.
+    """Rewrite the tensors for which `choose` returns a rewrite, and copy the rest. Writes all shards and their index to `target`.
 
-    `recipe` says in a word or a JSON what is done: a shard that an earlier attempt finished with the same recipe is not done again.
-    `span` is the part of the pass's progress that this sweep is.
+    `recipe` identifies what is done, e.g. as JSON: a shard that an earlier attempt finished with the same recipe is not done again.
+    `span`: the sweep's part of the pass's progress, (start, end).
     """
     target.mkdir(parents=True, exist_ok=True)
     shards = read_shards(source)
@@ -84,7 +84,7 @@ def scan(
     *,
     span: tuple[float, float] = (0.0, 1.0),
 ) -> None:
-    """Show every chunk of these tensors to `visit` (tensor, first row, rows, workspace): in any order, from several threads."""
+    """Call `visit` (tensor, first row, rows, workspace) for every chunk of these tensors, in any order and from several threads."""
     visits = {
         stored.name: _ReadOnly(stored, visit) for shard in shards for stored in shard.tensors if stored.name in names
     }
@@ -126,7 +126,10 @@ def _record(path: Path, job: ShardJob, effects: dict[str, Effect]) -> None:
 
 
 def _finished(records: Path, target: Path, shard: Shard) -> dict[str, Effect] | None:
-    """The effects of a shard that an earlier attempt finished. Its record was written after it, so it is whole."""
+    """The effects of a shard that an earlier attempt finished, or None.
+
+    The record was written after the shard, so the shard of a matching record is complete.
+    """
     record, output = records / f"{shard.path.name}.json", target / shard.path.name
     if not record.exists() or not output.exists():
         return None

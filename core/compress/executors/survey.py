@@ -1,6 +1,7 @@
-"""Looking at a model without changing it: what its layers are given, what its blocks do, and what its loss thinks of either.
+"""Measures a model without changing it: the inputs of its layers, the influence of its blocks, and the gradients of its loss.
 
-`survey` holds one block at a time, as the blocks executor does. `gradients` holds the whole model, which is run backwards.
+`survey` holds one block in memory at a time, like the blocks executor. `unit_gradients` and `block_gradients` hold the whole model, because
+they run it backwards.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,14 +33,15 @@ class SourceBlock:
 
     index: int
     tensors: Mapping[str, Tensor]  #: by their names in the files, in their stored dtype
-    moments: Moments | None  #: of what the watched module was given
-    influence: float  #: one minus the mean cosine of what enters with what leaves, over tokens
+    moments: Moments | None  #: of the watched module's inputs
+    influence: float  #: 1 − the mean over tokens of the cosine between the block's input and its output
 
 
 def survey(source: Path, samples: Batch, context: PassContext, watched: str | None) -> Iterator[SourceBlock]:
-    """Run texts, with their mask if they are padded, through the model's blocks one after the other. watched: a module within a block, or None.
+    """Run texts through the model's blocks one after the other. Yields a description of each block.
 
-    Raises NightpressError(numerical_failure) for a block that gives, or is given, no finite numbers.
+    samples: `input_ids` [samples, length], and their mask if they are padded. watched: path of a module in a block, or None.
+    Raises NightpressError(numerical_failure) for a block whose input or output is not finite.
     """
     files = SourceTensors(read_shards(source))
     device = torch.device(context.device)
@@ -82,12 +84,12 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
 
 
 class _InputSums:
-    """Sums up what a module is given."""
+    """A forward pre-hook that sums up the moments of a module's inputs."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.moments: Moments | None = None
-        self.real: Tensor | None = None  #: bool [B, L] of the batch that runs; None: it has no padding
+        self.real: Tensor | None = None  #: bool [B, L] of the current batch: False for padding; None: it has no padding
 
     def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self.moments is None:
@@ -96,10 +98,11 @@ class _InputSums:
 
 
 def unit_gradients(source: Path, samples: Batch, context: PassContext, anatomy: Anatomy, watched: str) -> list[Tensor]:
-    """For each block [inputs of the watched module]: what the loss would change by without the weights behind each input.
+    """Estimate, for each input of the watched module, how much the loss changes without its weights. Returns one tensor [inputs] per block.
 
-    Σ_i |w_ij ∂L/∂w_ij|, in the mean over samples (LLM-Pruner, arXiv 2305.11627, eq. 5). The absolute value is taken weight by weight: a norm
-    behind the layer makes the loss deaf to the scale of an outlier, and the signed sum would call it unimportant.
+    The score of input j is Σ_i |w_ij ∂L/∂w_ij|, as a mean over samples (LLM-Pruner, arXiv 2305.11627, eq. 5). The absolute value is taken
+    for each weight. With a norm after the layer, the loss does not depend on the scale of an outlier, and the signed sum would rate the
+    outlier as unimportant. Raises NightpressError(numerical_failure).
     """
     found: list[Tensor] = []
     model = _whole(source, context)
@@ -123,7 +126,10 @@ def unit_gradients(source: Path, samples: Batch, context: PassContext, anatomy: 
 
 
 def block_gradients(source: Path, samples: Batch, context: PassContext, anatomy: Anatomy) -> list[float]:
-    """For each block: what the loss would change by without what it adds to the hidden states: Σ_i |Σ_tokens a_i ∂L/∂a_i|, in the mean over samples."""
+    """Estimate, for each block, how much the loss changes without the block's contribution a to the hidden states (output − input).
+
+    The score is Σ_i |Σ_tokens a_i ∂L/∂a_i|, as a mean over samples. Raises NightpressError(numerical_failure).
+    """
     found, texts = [0.0] * anatomy.layers, len(samples["input_ids"])
 
     def collect(index: int, entered: Tensor, left: Tensor) -> None:
@@ -159,9 +165,9 @@ def _backwards(
     modules: Sequence[nn.Module],
     collect: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Run the texts forwards and backwards, and hand on what entered and what left each module, the latter with its gradient.
+    """Run each text forwards and backwards. Calls `collect` (index of the module, its input, its output with its gradient) for each module.
 
-    A text runs by itself, so its padding is cut off.
+    Each text runs in a batch of its own, with its padding cut off.
     """
     ids, real = samples["input_ids"], split_mask(samples)[1]
     kept: list[tuple[Tensor, Tensor]] = []
@@ -174,7 +180,7 @@ def _backwards(
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     generator = torch.Generator(context.device).manual_seed(context.seed)
     with ExitStack() as stack:
-        # Nothing is trained: what gradients flow back to are the embedded tokens.
+        # No weight requires gradients here. The embedded tokens do, so that gradients flow back through all blocks.
         stack.callback(embeddings.register_forward_hook(lambda _module, _args, out: out.requires_grad_(True)).remove)
         for module in modules:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -188,15 +194,16 @@ def _backwards(
 
 
 def _loss(model: nn.Module, ids: Tensor, context: PassContext, generator: torch.Generator) -> Tensor:
-    """ids [1, L] → a number whose gradient says what matters.
+    """The loss for ids [1, L], a scalar whose gradient measures importance.
 
-    A language model's is that of the next token. Elsewhere no label is known: the model's own distribution is drawn from, or of an
-    embedding a random direction is taken, so that the squared gradient is the Fisher information in the mean.
+    For a causal language model, it is the loss of the next token. For other models no label is known. There a label is drawn from the
+    model's own distribution, or an embedding is projected on a random direction. The expectation of the squared gradient is then the Fisher
+    information.
     """
     task = context.header.task
     if task == "causal-lm":
         logits = model(input_ids=ids, use_cache=False).logits
-        # A text of one token has no next one: its sum is 0, where a mean would be NaN.
+        # A text of one token has no next token. Its sum is 0; `reduction="mean"` would give NaN.
         return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum") / max(1, ids.shape[1] - 1)
     out = model(input_ids=ids)
     if task == "embedding":

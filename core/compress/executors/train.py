@@ -1,8 +1,8 @@
-"""The train executor: one loop for every pass that trains, which goes on after a kill as if nothing had happened.
+"""The train executor: the training loop of every pass that trains. After a kill, it resumes exactly.
 
-What a step does is a function of the step's number, the weights and the optimizer's moments alone: the learning rate, the examples of a
-batch and the seed of dropout are computed from it, not carried along. So a checkpoint is the weights, the moments and a number, in one
-safetensors file that replaces the one before it at once, and a resumed run ends with the same bytes as one that was never killed.
+A step depends only on its number, the weights and the optimizer's moments. The learning rate, the examples of a batch and the seed of
+dropout are computed from the number. So a checkpoint holds the weights, the moments and the number, in one safetensors file that atomically
+replaces the previous one. A resumed run ends with the same bytes as a run that was never killed.
 """
 
 import contextlib
@@ -36,24 +36,24 @@ _SAY_S = 1.0
 
 
 class Objective(Protocol):
-    """What is trained, and what it is to become good at."""
+    """A module to train, and its loss."""
 
     @property
     def module(self) -> nn.Module:
-        """All that is trained or carries state, as one tree: what a checkpoint keeps of it are its parameters that learn, and its buffers."""
+        """Everything that is trained or has state, as one module. A checkpoint holds its trainable parameters and its buffers."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Means over the batch, 0-dimensional; the one called `loss` is minimised."""
+        """Means over the batch by name, 0-dimensional. Training minimises the one named `loss`."""
 
     def validate(self, batch: Batch) -> dict[str, Tensor]:
-        """Means over the batch, in evaluation mode; the smallest `loss` is the best."""
+        """Means over the batch by name, in evaluation mode. The weights with the smallest `loss` are the best."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training came to. The objective's module holds the weights of the best validation, or of the last step without one."""
+    """The result of a training. The objective's module has the weights of the best validation, or of the last step without validation."""
 
-    steps: int  #: done; fewer than planned where it stopped early
+    steps: int  #: steps that were done; fewer than planned if training stopped early
     planned: int
     best_step: int
     seconds: float  #: of this attempt
@@ -65,14 +65,14 @@ class TrainingResult:
 
 @dataclass
 class _State:
-    """All that a later step depends on, beside tensors."""
+    """Everything, other than tensors, that a later step depends on."""
 
     step: int = 0
     best_step: int = 0
     best: float = math.inf
-    waited: int = 0  #: validations since the best
-    counted: int = 0  #: steps whose losses are summed up for the curve's next point
-    names: list[str] = field(default_factory=list)  #: of those losses
+    waited: int = 0  #: validations since the best one
+    counted: int = 0  #: steps whose losses are in the sum for the curve's next point
+    names: list[str] = field(default_factory=list)  #: names of those losses
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
 
@@ -86,9 +86,10 @@ def train(
     recipe: str,
     span: tuple[float, float] = (0.0, 1.0),
 ) -> TrainingResult:
-    """Train until the plan is done or validation stops getting better. `recipe` says what is done: only checkpoints of the same are taken up.
+    """Train until all planned steps are done, or until validation stops improving.
 
-    Raises NightpressError: numerical_failure where the loss leaves the finite numbers, gpu_out_of_memory, disk_full, invalid_data.
+    `recipe` identifies what is done: only a checkpoint with the same recipe is resumed. `span`: the training's part of the pass's progress.
+    Raises NightpressError: numerical_failure if the loss is not finite, gpu_out_of_memory, disk_full or invalid_data.
     """
     with _reproducible(context.device):
         try:
@@ -103,14 +104,14 @@ def train(
 
 @contextlib.contextmanager
 def _reproducible(device: str) -> Iterator[None]:
-    """While inside, a GPU sums in a fixed order, and the random numbers of the caller are left as they were.
+    """In this context, a GPU adds up in a fixed order. The caller's random state is restored afterwards.
 
-    cuDNN's attention is left out: its gradients differ from run to run, and it makes a new plan, which takes longer than a step, for every
-    length of text.
+    cuDNN's attention is disabled: its gradients differ from run to run. It also makes a new plan for every length of text, which takes
+    longer than a step.
     """
     cuda = torch.device(device).type == "cuda"
     if cuda:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this variable when it starts
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -127,7 +128,7 @@ def _reproducible(device: str) -> Iterator[None]:
 
 
 def learning_rate(step: int, total: int, options: Training) -> float:
-    """Of step `step`, counted from 0: it rises linearly through the warm-up, then falls to 0 by the schedule."""
+    """The learning rate of step `step`, counted from 0. It rises linearly during the warm-up, then follows the schedule."""
     rising = round(options.warmup * total)
     if step < rising:
         return options.learning_rate * (step + 1) / rising
@@ -137,7 +138,7 @@ def learning_rate(step: int, total: int, options: Training) -> float:
 
 
 def precision(options: Training, device: str) -> torch.dtype:
-    """What the arithmetic is done in."""
+    """The dtype of the training's arithmetic."""
     if options.precision == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     return torch.bfloat16 if options.precision == "bf16" else torch.float32
@@ -145,13 +146,13 @@ def precision(options: Training, device: str) -> torch.dtype:
 
 @contextlib.contextmanager
 def asked(device: torch.device) -> Iterator[None]:
-    """While inside, a frozen model answers: it computes in the dtype that its weights have, and nothing is kept to go back through."""
+    """A context in which a frozen model runs: without autocast, so in the dtype of its weights, and without recording gradients."""
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         yield
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """As torch.manual_seed, which also notes the stack for every kind of device that isn't there: half a millisecond a step."""
+    """Seed the CPU and this device. torch.manual_seed also records a stack trace for each absent kind of device: 0.5 ms per step."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -181,7 +182,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self._groups(), lr=options.learning_rate, fused=True)
         self.state = _State()
         self.best: dict[str, Tensor] = {}
-        self.sums = torch.zeros(0)  #: [names] float64, of the losses since the curve's last point
+        self.sums = torch.zeros(0)  #: [names] float64, sums of the losses since the curve's last point
         self._share = torch.tensor(1 / options.accumulate, device=self.device)
         self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
         digest = hashlib.sha256(
@@ -216,7 +217,7 @@ class _Run:
             if self.state.step % self.options.checkpoint_every == 0 or now - saved > _CHECKPOINT_S:
                 self._save()
                 saved = time.monotonic()
-        self._save()  # the steps are done: another attempt need not do them again
+        self._save()  # so that another attempt does not repeat the steps
         self._take_best()
         done = self.state.step - first
         return TrainingResult(
@@ -244,7 +245,7 @@ class _Run:
             batch = self._batch(number)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 losses = self.objective.losses(batch)
-            torch.use_deterministic_algorithms(True)  # attention only sums in order where nothing else is allowed
+            torch.use_deterministic_algorithms(True)  # with warn_only, attention would still add up in any order
             losses["loss"].backward(self._share)  # type: ignore[no-untyped-call]
             torch.use_deterministic_algorithms(True, warn_only=True)
             seen = torch.stack([loss.detach() for loss in losses.values()]).double() / self.options.accumulate
@@ -255,7 +256,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Weights decay; biases, norms and other vectors don't."""
+        """Parameter groups: weight decay for matrices, none for biases, norms and other vectors."""
         matrices = [parameter for parameter in self.learned.values() if parameter.dim() > 1]
         vectors = [parameter for parameter in self.learned.values() if parameter.dim() <= 1]
         groups = [
@@ -334,7 +335,7 @@ class _Run:
     # Checkpoints -------------------------------------------------------------------------------------------------------
 
     def _kept(self) -> dict[str, Tensor]:
-        """What of the module a checkpoint keeps: what learns and what is counted along. The rest is as its source gives it."""
+        """The tensors that a checkpoint holds: trainable parameters and buffers. All others stay as they were loaded."""
         return {**self.learned, **self.buffers}
 
     def _save(self) -> None:
@@ -356,7 +357,7 @@ class _Run:
         self.context.checkpoint(self.file.relative_to(self.context.work_dir).as_posix(), self.state.step)
 
     def _resume(self) -> int:
-        """Go on where an earlier attempt left off. Returns the step."""
+        """Load the checkpoint of an earlier attempt, if there is one. Returns the number of steps that are done."""
         if not self.file.is_file():
             return 0
         with safe_open(self.file, framework="pt", device="cpu") as file:
@@ -383,7 +384,7 @@ class _Run:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory, as the one buffer under two names does."""
+    """Copy tensors that share memory with an earlier one, e.g. a buffer with two names: safetensors refuses shared memory."""
     seen: set[int] = set()
     out = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Summing up what linear layers are given while samples run through a block."""
+"""Collects statistics of the inputs of linear layers while samples run through a block."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,37 +12,37 @@ from nightpress.core.compress.model.skeleton import Batch, is_conv1d
 
 
 class Statistic(Protocol):
-    """What a method wants to know of a linear layer's inputs."""
+    """A method's statistic of a linear layer's inputs, e.g. their Gram matrix."""
 
-    tokens: int
+    tokens: int  #: that were added
 
     def add(self, inputs: Tensor) -> None:
-        """Take in [..., columns]."""
+        """Add inputs [..., columns]."""
 
     def is_finite(self) -> bool:
-        """Whether all that was taken in is finite, and what was made of it."""
+        """Whether all inputs, and the statistic itself, are finite."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of a tensor that some linear layers are given."""
+    """The statistic of one input tensor, which one or more linear layers read."""
 
-    names: tuple[str, ...]  #: of their weights
+    names: tuple[str, ...]  #: the weights of these layers
     statistic: Statistic
-    #: Weight of an undersampled expert, which was shown all tokens → how many of them are routed to it.
+    #: Weight of an undersampled expert, which was run on all tokens → number of tokens that the router sends to that expert.
     routed: Mapping[str, int] = field(default_factory=dict)
 
     def share(self, name: str) -> float:
-        """The fraction of the tokens a weight was shown that are routed to it."""
+        """The fraction of the statistic's tokens that the router sends to this weight's expert. 1 for all other weights."""
         return self.routed[name] / max(1, self.statistic.tokens) if name in self.routed else 1.0
 
 
 class EnoughSeen(Exception):  # noqa: N818 (nothing went wrong)
-    """Every watched layer of a block has been given its inputs."""
+    """Raised when every watched layer of a block has got its inputs: the rest of the run is not needed."""
 
 
 class Watched:
-    """The sums of one block's inputs. Layers that are given the very same tensor share a sum."""
+    """The statistics of the inputs of one block's layers. Layers that read the same tensor object share a statistic."""
 
     def __init__(
         self, watch: Callable[[int, torch.device], Statistic], device: torch.device, linears: Mapping[str, nn.Module]
@@ -50,14 +50,15 @@ class Watched:
         self._watch, self._device, self._linears = watch, device, linears
         self._leaders: dict[str, str] = {}
         self._statistics: dict[str, Statistic] = {}
-        self._called: set[str] = set()  #: by this run
-        self._seen: list[tuple[Tensor, str]] = []  #: holds this run's tensors, so that no two share an address
-        self.stops = True  #: a run is ended when every layer was called
-        self.real: Tensor | None = None  #: bool [B, L] of the batch that runs: False where it is padding; None: nowhere
+        self._called: set[str] = set()  #: layers that this run has called
+        #: Keeps this run's tensors alive, so that no two have the same address.
+        self._seen: list[tuple[Tensor, str]] = []
+        self.stops = True  #: end a run when every layer has been called
+        self.real: Tensor | None = None  #: bool [B, L] of the current batch: False for padding; None: no padding
 
     @contextmanager
     def over(self, block: nn.Module) -> Iterator[None]:
-        """While it lasts, the block's runs are watched."""
+        """In this context, all runs of the block are watched."""
         handles = [layer.register_forward_pre_hook(Hook(self._take, name)) for name, layer in self._linears.items()]
         handles.append(block.register_forward_pre_hook(self._next_run))
         try:
@@ -67,7 +68,7 @@ class Watched:
                 handle.remove()
 
     def inputs(self) -> list[Inputs]:
-        """What was seen; a layer that was given nothing stands by itself."""
+        """The collected statistics. A layer that was never called gets an empty statistic of its own."""
         for name, layer in self._linears.items():
             if name not in self._leaders:
                 self._leaders[name] = name
@@ -91,12 +92,12 @@ class Watched:
             self._statistics[name].add(without_padding(inputs, self.real))
         self._called.add(name)
         if self.stops and len(self._called) == len(self._linears):
-            raise EnoughSeen  # what the last layers make of it is not asked for
+            raise EnoughSeen  # the last layers' output is not needed
 
 
 @dataclass(frozen=True)
 class Hook:
-    """Calls `take` with a name and what a module is given."""
+    """A forward pre-hook that calls `take` with a name and the module's first input."""
 
     take: Callable[[str, Tensor], None]
     name: str
@@ -107,7 +108,7 @@ class Hook:
 
 @contextmanager
 def hooked(hooks: Mapping[str, Hook], modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """While it lasts, each hook sees what its module is given."""
+    """In this context, each hook is called with the inputs of its module."""
     handles = [modules[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
         yield
@@ -117,12 +118,12 @@ def hooked(hooks: Mapping[str, Hook], modules: Mapping[str, nn.Module]) -> Itera
 
 
 def in_features(module: Any) -> int:
-    """How many inputs a linear layer takes."""
+    """The number of inputs of a linear layer."""
     return int(module.weight.shape[0] if is_conv1d(module) else module.weight.shape[1])
 
 
 def split_mask(samples: Batch) -> tuple[Batch, Tensor | None]:
-    """The samples without a mask that hides nothing, and the mask as bool [samples, length] where it hides padding."""
+    """Return the samples and their mask as bool [samples, length]. If no sample is padded: the samples without masks, and None."""
     mask = samples.get("attention_mask")
     if mask is None:
         return samples, None
@@ -132,7 +133,10 @@ def split_mask(samples: Batch) -> tuple[Batch, Tensor | None]:
 
 
 def without_padding(inputs: Tensor, real: Tensor | None) -> Tensor:
-    """The rows of inputs [B, L, columns] or [B · L, columns] that stand for real tokens; all of them if the shape tells no tokens."""
+    """The rows of inputs [B, L, columns] or [B · L, columns] that are no padding. All rows if the shape does not match the mask.
+
+    real: bool [B, L], False for padding; None: no padding.
+    """
     if real is None:
         return inputs
     if inputs.shape[:-1] == real.shape:

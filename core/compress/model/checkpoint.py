@@ -1,6 +1,6 @@
-"""Folders of safetensors, read by range and written shard by shard. No tensor is ever held whole.
+"""Reads the headers of safetensors files, and writes shards piece by piece. No tensor has to be in memory as a whole.
 
-The format: 8 bytes of header length (little-endian), a JSON header, then the tensors' bytes without holes.
+The format: 8 bytes with the header's length (little-endian), a JSON header, then the tensors' bytes without gaps.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a shard: what it is, and where its bytes begin in the file."""
+    """A tensor in a shard: its description, and the offset of its bytes in the file."""
 
     info: TensorInfo
     offset: int
@@ -57,11 +57,11 @@ class Shard:
     path: Path
     tensors: tuple[StoredTensor, ...]  #: in the order of their bytes
     metadata: dict[str, str]
-    header: bytes  #: as it stands in the file
+    header: bytes  #: the JSON header as it is in the file
 
 
 def read_shard(path: Path) -> Shard:
-    """Read a file's header. Raises NightpressError(malformed_model) where it and the file don't agree."""
+    """Read a file's header. Raises NightpressError(malformed_model) if it is unreadable or does not match the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -86,7 +86,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def read_shards(folder: Path) -> tuple[Shard, ...]:
-    """The shards of a model's folder, by name. Raises NightpressError(malformed_model) if there is none."""
+    """Read the headers of all shards in a folder, sorted by file name. Raises NightpressError(malformed_model) if there is none."""
     shards = tuple(read_shard(path) for path in sorted(folder.glob("*.safetensors")))
     if not shards:
         raise NightpressError(
@@ -96,21 +96,21 @@ def read_shards(folder: Path) -> tuple[Shard, ...]:
 
 
 def tensor_info(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
-    """Describe a tensor that is yet to be written."""
+    """Describe a tensor that will be written. dtype: its name in safetensors, e.g. `BF16`."""
     return TensorInfo(name=name, dtype=dtype, shape=shape, size=math.prod(shape) * TORCH_DTYPES[dtype].itemsize)
 
 
 class ShardWriter:
-    """A shard under way: its header is written first, then any bytes in any order, by any thread.
+    """Writes a shard: first the header, then the tensors' bytes in any order and from any thread.
 
-    The file appears under its own name, whole and on disk, when `commit` returns, and not at all otherwise.
-    Raises NightpressError(disk_full) at once if the disk can't hold it.
+    When `commit` returns, the complete file is on disk under its name. Without `commit`, it never gets this name.
+    The constructor raises NightpressError(disk_full) if the disk can't hold the file.
     """
 
     def __init__(self, path: Path, tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> None:
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
-        # Widest first, so that every tensor starts at a multiple of its element's size; readers map them in place.
+        # Widest elements first, so that every tensor starts at a multiple of its element's size: readers map tensors in place.
         ordered = sorted(tensors, key=lambda tensor: -TORCH_DTYPES[tensor.dtype].itemsize)
         header, self.offsets, self.size = _layout(ordered, metadata)
         self.tensors = tuple(ordered)
@@ -124,7 +124,7 @@ class ShardWriter:
                 raise
 
     def write(self, name: str, at: int, data: memoryview) -> None:
-        """Put bytes `at` bytes into a tensor."""
+        """Write bytes into a tensor, at the offset `at` in bytes from its start."""
         with disk_errors():
             self.write_at(data, self.offsets[name] + at)
 
@@ -135,12 +135,12 @@ class ShardWriter:
             view, offset = view[written:], offset + written
 
     def flush(self) -> None:
-        """Wait until what has been written so far is on disk. Called early and often, it leaves little for `commit`."""
+        """Wait until all data written so far is on disk. Regular calls make `commit` fast."""
         with disk_errors():
             os.fdatasync(self.file)
 
     def commit(self) -> None:
-        """Put the file on disk under its name."""
+        """Wait until the file is on disk, and give it its name."""
         with disk_errors():
             os.fsync(self.file)
             os.close(self.file)
@@ -149,7 +149,7 @@ class ShardWriter:
             sync_folder(self.path.parent)
 
     def abandon(self) -> None:
-        """Leave nothing behind. Does nothing after `commit`."""
+        """Delete the partial file. Does nothing after `commit`."""
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
@@ -165,10 +165,10 @@ class ShardWriter:
 
 
 def write_index(folder: Path) -> None:
-    """Finish a checkpoint: write which shard holds which tensor, as the shards in the folder say.
+    """Write the index of all shards in a folder: which shard holds which tensor.
 
-    Readers look for `model.safetensors` first and need no index for it. Weights under any other name are found by the index alone, even
-    where they are one file. Raises NightpressError(malformed_model) if a tensor lies in two shards.
+    Readers look for `model.safetensors` first, and it needs no index. Files with other names are found only through the index, even a
+    single one. Raises NightpressError(malformed_model) if two shards hold the same tensor.
     """
     shards = read_shards(folder)
     if [shard.path.name for shard in shards] == [WEIGHTS_FILE]:
@@ -184,7 +184,7 @@ def write_index(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole, on disk, or not at all."""
+    """Write a small file atomically, and wait until it is on disk."""
     partial = path.with_name(path.name + ".partial")
     with disk_errors():
         try:
@@ -199,7 +199,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's names on disk: a rename outlives a power cut only then."""
+    """Wait until a folder's entries are on disk: otherwise a power cut can undo a rename."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -208,7 +208,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def disk_errors() -> contextlib.AbstractContextManager[None]:
-    """Raise NightpressError(disk_full) where the disk takes no more."""
+    """In this context, an error of a full disk becomes NightpressError(disk_full)."""
     return full_disk(
         "The disk can't hold the pressed model",
         "Free space in the worker's data folder, or raise its limit on the size of a file.",
@@ -224,7 +224,7 @@ def _stored(name: str, raw: Mapping[str, Any], data_start: int) -> StoredTensor:
 
 
 def _layout(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """The header with its length, where each tensor starts in the file, and the file's size."""
+    """The header with its length, each tensor's offset in the file, and the file's size."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     starts: dict[str, int] = {}
     end = 0

@@ -1,4 +1,4 @@
-"""Copying a model's folder, whole or without its weights."""
+"""Copies a model's folder, with or without its weights."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from nightpress.core.compress.model.checkpoint import INDEX_FILE, disk_errors
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights: config, tokenizer, module descriptions."""
+    """Copy all files of a model except its weights and their index: config, tokenizer, module descriptions."""
     with disk_errors():
         for path in sorted(source.rglob("*")):
             if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX_FILE:
@@ -18,7 +18,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def copy_folder(model_dir: Path, out_dir: Path) -> None:
-    """The same files at `out_dir`, linked where the file system can, so that no byte is written twice."""
+    """Copy a folder to `out_dir`. Files become hard links if the file system supports them, so that no data is copied."""
     with disk_errors():
         shutil.copytree(model_dir, out_dir, copy_function=_link)
 

@@ -1,4 +1,4 @@
-"""A classifier with heads behind its blocks: as a module that trains, and as the folder that keeps it."""
+"""A classifier with early exits (heads after some blocks): the module, and how it is saved in a folder."""
 
 import itertools
 import json
@@ -18,36 +18,38 @@ from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.passes.adapt import Policy
 
 EXITS_FILE = "exits.json"
-_WEIGHTS_FILE = "exits/heads.safetensors"  #: beside the model's own files it would be taken for one of their shards
+#: In a folder of its own: beside the model's files it would count as one of their shards.
+_WEIGHTS_FILE = "exits/heads.safetensors"
 
 
 class ExitPlan(BaseModel):
-    """Where a model's heads stand, and when an input leaves."""
+    """The blocks that have a head, and the rule by which an input exits."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
-    blocks: tuple[int, ...]  #: those with a head behind them, counted from 0
-    total: int  #: blocks of the model
+    blocks: tuple[int, ...]  #: indices of the blocks with a head after them, from 0
+    total: int  #: number of the model's blocks
     policy: Policy
     threshold: float
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Blocks run up to each head and up to the model's own."""
+        """The number of blocks that run before each head; the model's own head is the last."""
         return (*(block + 1 for block in self.blocks), self.total)
 
 
 class HeadOutputs(NamedTuple):
-    """What all heads say of a batch, the model's own last."""
+    """The outputs of all heads for a batch, the model's own head last."""
 
     logits: list[Tensor]  #: [B, C] each
-    scores: list[Tensor]  #: [B] each, of all but the last
+    scores: list[Tensor]  #: [B] each, for all heads but the last
 
 
 class ExitModel(nn.Module):
-    """A classifier and a head (dense, tanh, linear, on the mean over tokens) behind each of some blocks.
+    """A classifier with a head after each of some blocks. A head is dense, tanh, linear, on the mean over tokens.
 
-    The first token, on which the model's own head may stand, has taken in little of the others after a block or two.
+    The model's own head may read the first token. After a block or two, that token contains little of the other tokens, so the heads read
+    the mean.
     """
 
     def __init__(self, model: Any, blocks: Sequence[int], policy: Policy) -> None:
@@ -69,7 +71,7 @@ class ExitModel(nn.Module):
         return HeadOutputs([*said, out.logits], exit_scores(said, mask, self.policy))
 
     def answer(self, ids: Tensor, mask: Tensor, plan: ExitPlan) -> tuple[Tensor, Tensor]:
-        """(logits [B, C], blocks run [B]): each input's at the first head that is sure enough."""
+        """For each input, the logits of the first head whose score reaches the threshold: (logits [B, C], number of blocks run [B])."""
         heads = self(ids, mask)
         sure = [score >= plan.threshold for score in heads.scores]
         left = torch.stack([*sure, torch.ones_like(sure[0])]).int().argmax(0)  # the first head that is sure
@@ -78,9 +80,10 @@ class ExitModel(nn.Module):
 
 
 def exit_scores(logits: Sequence[Tensor], mask: Tensor, policy: Policy) -> list[Tensor]:
-    """How sure each head is: logits [B, C] of each and mask [B, S] → [B] of each, none of which depends on a later head. An input leaves at the first head whose score reaches the threshold.
+    """The certainty of each head: logits [B, C] of each head and mask [B, S] → [B] for each head. No score depends on a later head.
 
-    Confidence and entropy lie in 0…1; patience counts the heads before that chosen the same without a break; length is heads passed per token.
+    An input exits at the first head whose score reaches the threshold. Policies `confidence` and `entropy` give scores in 0…1. `patience`
+    counts the heads directly before this one that chose the same class. `length` is the number of heads so far per token.
     """
     if policy == "length":
         return [(at + 1) / mask.sum(1).float() for at in range(len(logits))]
@@ -102,7 +105,7 @@ def _certainty(logits: Tensor, policy: Policy) -> Tensor:
 
 
 def save_heads(folder: Path, model: ExitModel, plan: ExitPlan) -> None:
-    """Put the heads and the plan beside the model's files."""
+    """Save the heads and the plan in the model's folder. Raises NightpressError(disk_full)."""
     with disk_errors():
         (folder / _WEIGHTS_FILE).parent.mkdir(exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
@@ -111,7 +114,7 @@ def save_heads(folder: Path, model: ExitModel, plan: ExitPlan) -> None:
 
 
 def load_exits(folder: Path, header: ModelHeader, *, attention: str | None = None) -> tuple[ExitModel, ExitPlan]:
-    """The model with its heads, in evaluation mode."""
+    """Load the model with its heads, in evaluation mode, and its plan."""
     plan = ExitPlan.model_validate(json.loads((folder / EXITS_FILE).read_bytes()))
     model = ExitModel(load_model(folder, header, attention=attention), plan.blocks, plan.policy)
     model.heads.load_state_dict(load_file(folder / _WEIGHTS_FILE))

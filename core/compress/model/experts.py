@@ -1,7 +1,7 @@
-"""Mixtures of experts with linear layers of their own.
+"""Mixtures of experts in which each expert has linear layers of its own.
 
-transformers holds the experts of a mixture as one tensor; their files hold a matrix each. Here the experts are taken apart as in the files, so that
-each expert's layers are calibrated like any others, with the tokens that the router gave it.
+transformers fuses all experts of a mixture into one tensor. The files hold separate matrices for each expert. Here the experts are separate
+as in the files. So each expert's layers are calibrated like any others, with the tokens that the router sends to that expert.
 """
 
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: What the files call an expert's gate, up and down projection, where it is not as below; by config.json's `model_type`.
+#: Names of an expert's gate, up and down projection in the files, by config.json's `model_type`. Other types have the usual names.
 _PARTS = {"mixtral": ("w1", "w3", "w2")}
 _USUAL_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Experts(nn.ModuleList):
-    """Takes the place of the fused experts of a mixture."""
+    """Replaces the fused experts of a mixture."""
 
     def __init__(self, fused: Any, parts: tuple[str, str, str]) -> None:
         self._parts = parts
@@ -31,8 +31,9 @@ class Experts(nn.ModuleList):
             for _ in range(len(fused.gate_up_proj))
         )
         self.act_fn: Any = fused.act_fn
-        self.real: Tensor | None = None  #: bool [tokens]: padding is shown to no expert
-        self.shown_all: frozenset[int] = frozenset()  #: experts that are run on every token, whoever it is routed to
+        self.real: Tensor | None = None  #: bool [tokens]: False for padding, which no expert gets; None: no padding
+        #: Indices of experts that run on every token, not only on those that the router sends to them.
+        self.shown_all: frozenset[int] = frozenset()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, width], top_k_index and top_k_weights [tokens, chosen] → [tokens, width]"""
@@ -65,7 +66,7 @@ class Experts(nn.ModuleList):
 
 
 def take_apart(model: nn.Module, model_type: str) -> None:
-    """Put `Experts` in the place of every fused mixture whose experts are gated and without biases; others stay as they are."""
+    """Replace every fused mixture by `Experts` if its experts are gated and have no biases. Other mixtures are not changed."""
     for holder in list(model.modules()):
         for name, child in list(holder.named_children()):
             parameters = {key for key, _ in child.named_parameters(recurse=False)}

@@ -1,22 +1,22 @@
-"""What a family's parts are called, said once for every pass."""
+"""The names of the modules of each model family, for all passes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A place where inputs can be scaled for free: what `source` puts out is divided, the columns of `targets` are multiplied.
+    """A place where a layer's inputs can be scaled without changing the model's output or cost.
 
-    Names are those of a block's modules in the files; `*` stands for an expert's number. `targets` and `routers` are all that is given the
-    source's output. A source with a `*` stands for a fold in each expert; without one, its factors are shared by all experts.
+    The outputs of `source` are divided by factors, and the columns of `targets` are multiplied by them. Only `targets` and `routers` read
+    the source's output. Names are those of a block's modules in the files; `*` stands for an expert's number. A source with `*` is a fold
+    in each expert, with factors of its own. Without `*`, all experts share the factors.
     """
 
     source: str
     targets: tuple[str, ...]  #: linear layers to round
-    kind: str  #: "norm"; "norm+1": a norm that multiplies by 1 + weight; "linear": its rows; "values": an attention's value projection
-    routers: tuple[
-        str, ...
-    ] = ()  #: matrices that stay in float: their columns are multiplied, too, and they choose as before
+    kind: str  #: of the source: "norm"; "norm+1" (multiplies by 1 + weight); "linear" (rows are divided); "values" (value projection)
+    #: Matrices that stay in float. Their columns are multiplied, too, so that routing does not change.
+    routers: tuple[str, ...] = ()
 
 
 def _llama(*, norm: str = "norm", before_feed_forward: str = "post_attention_layernorm") -> tuple[Fold, ...]:
@@ -31,7 +31,7 @@ def _llama(*, norm: str = "norm", before_feed_forward: str = "post_attention_lay
 def _mixture(
     mixture: str, gate: str, up: str, down: str, *, shared: str | None = None, dense: bool = False
 ) -> tuple[Fold, ...]:
-    """Llama's, with experts in place of the feed-forward: in all blocks, or beside blocks that keep it (`dense`)."""
+    """Llama's folds with experts in place of the feed-forward part. dense: some blocks keep the feed-forward part, so its folds stay."""
     expert, folds = f"{mixture}.experts.*", list(_llama() if dense else _llama()[:2])
     takers, routers = [f"{expert}.{gate}", f"{expert}.{up}"], [f"{mixture}.gate"]
     if shared is not None:
@@ -78,6 +78,6 @@ FOLDS: dict[str, tuple[Fold, ...]] = {
         Fold("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "norm"),
         Fold("self_attn.v_proj", ("self_attn.out_proj",), "values"),
         Fold("final_layer_norm", ("fc1",), "norm"),
-        Fold("fc1", ("fc2",), "linear"),  # a ReLU stands between: it lets a positive factor through
+        Fold("fc1", ("fc2",), "linear"),  # a ReLU between them commutes with a positive factor
     ),
 }

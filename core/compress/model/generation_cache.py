@@ -1,10 +1,10 @@
-"""Key/value caches for `model.generate` that transformers has not: a sliding window with sinks, rounded keys and values, reused beginnings.
+"""Key/value caches for `model.generate` that transformers lacks: a sliding window with sinks, quantized keys and values, reused prefixes.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     model.generate(**inputs)
 
-Nightpress writes this file into a model's folder as custom_generate/generate.py, where transformers looks for it; what it does stands in
-the folder's generation_config.json under `cache_config`. It needs torch and transformers and nothing else.
+Nightpress writes this file into a model's folder as custom_generate/generate.py, where transformers looks for it. The settings are under
+`cache_config` in the folder's generation_config.json. The file needs only torch and transformers.
 """
 
 import math
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-_GROUP = 32  #: tokens that share a key channel's range, channels that share a token's
+_GROUP = 32  #: tokens that share the range of a key channel, and channels of a value that share the range of a token
 
 
 def generate(inputs: Any = None, *, model: Any, **given: Any) -> Any:
-    """`model.generate`, with the cache that the folder's generation_config.json asks for.
+    """Call `model.generate` with the cache that the folder's generation_config.json describes.
 
-    Raises ValueError for prompts of different lengths in one batch where a sliding window would lose their padding.
+    Raises ValueError for padded prompts with a sliding window: the window would lose the padding.
     """
     own = type(model).generate
     ids = inputs if given.get("input_ids") is None else given["input_ids"]
@@ -50,7 +50,7 @@ def _without_cache(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def cache_for(model: Any, settings: dict[str, Any]) -> Cache:
-    """An empty cache for `model`, as the settings say."""
+    """An empty sliding or quantized cache for `model`, by the settings."""
     layers: list[DynamicLayer]
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     if settings["mode"] == "sliding":
@@ -64,7 +64,7 @@ def cache_for(model: Any, settings: dict[str, Any]) -> Cache:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Memory of what a cache holds."""
+    """Bytes of all tensors in a cache."""
     held = [tensor for layer in cache.layers for value in vars(layer).values() for tensor in _tensors(value)]
     return sum(tensor.nbytes for tensor in held)
 
@@ -78,8 +78,8 @@ def _tensors(value: Any) -> list[Tensor]:
 class SlidingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
     """The first `sinks` tokens and the last `window` ones (StreamingLLM, arXiv 2309.17453, section 3.2).
 
-    There, positions are those within the cache. A rotary product depends on the distance of two positions alone, so the text's own positions
-    serve, if the sinks' keys are turned on by as many places as have been dropped behind them.
+    The paper counts positions within the cache. A product of rotary embeddings depends only on the distance of two positions. So this layer
+    keeps the positions of the text, and rotates the sinks' keys forward by the number of dropped tokens.
     """
 
     is_croppable = False
@@ -87,7 +87,7 @@ class SlidingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
     values: Tensor
 
     def __init__(self, sinks: int, window: int, turns: Tensor) -> None:
-        """turns: the rotations' frequencies [rotated / 2]."""
+        """turns: the frequencies of the rotary embeddings [rotated / 2]."""
         super().__init__()
         self.sinks, self.window, self.seen = sinks, window, 0
         self._turns = turns
@@ -97,7 +97,7 @@ class SlidingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
         return min(self.seen, self.sinks + self.window)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in keys and values [B, H, S, D]; give back those that these tokens see, themselves included."""
+        """Add keys and values [B, H, S, D]. Returns all keys and values that these tokens attend to, their own included."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         dropped = self.seen - self._kept
@@ -115,7 +115,7 @@ class SlidingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
         return torch.cat([states[:, :, : self.sinks], states[:, :, -self.window :]], dim=-2)
 
     def _turned(self, keys: Tensor, places: int) -> Tensor:
-        """Keys as they would be `places` further on (RoFormer, arXiv 2104.09864, eq. 34, its pairs half a width apart)."""
+        """Rotate keys to positions `places` later (RoFormer, arXiv 2104.09864, eq. 34; the numbers of a pair are half a width apart)."""
         angle = (places * self._turns.to(keys.device, torch.float64)).repeat(2)
         cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
         turning, rest = keys[..., : len(angle)], keys[..., len(angle) :]
@@ -123,15 +123,15 @@ class SlidingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
         return torch.cat([turning * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that there will be, and the position that the first of them stands for."""
+        """The number of keys after the next update, and the position of the first key."""
         return self._kept + query_length, self.seen - self._kept
 
     def get_seq_length(self) -> int:
-        """Tokens seen, which is the next one's position."""
+        """The number of tokens seen, which is the position of the next token."""
         return self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raises ValueError: what was dropped can't come back."""
+        """Raises ValueError: dropped tokens can't be restored."""
         del tokens_to_remove
         raise ValueError("a sliding cache can't be cut back, which assisted decoding would need")
 
@@ -141,9 +141,9 @@ class SlidingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
 
 
 class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
-    """All but the newest tokens rounded to `bits`: keys by channel over 32 tokens, values by token over 32 channels (KIVI, arXiv 2402.02750).
+    """Quantizes all but the newest tokens to `bits`: keys per channel over 32 tokens, values per token over 32 channels.
 
-    What is rounded once stays as it is; nothing is rounded again. Newest tokens, `residual` of them at least, stay as they are.
+    KIVI, arXiv 2402.02750. Each token is quantized once. At least the newest `residual` tokens stay in full precision.
     """
 
     is_croppable = False
@@ -157,7 +157,7 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         self.packed: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in keys and values [B, H, S, D]; give back all there are."""
+        """Add keys and values [B, H, S, D]. Returns all keys and values, the older ones dequantized."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[-2]
@@ -192,11 +192,11 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         return unpack(*self.packed[3:], bits=self.bits, dim=-1).flatten(3, 4)
 
     def get_seq_length(self) -> int:
-        """Tokens seen."""
+        """The number of tokens seen."""
         return self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raises ValueError: a group of tokens is rounded together."""
+        """Raises ValueError: the tokens of a group are quantized together, so that single ones can't be removed."""
         del tokens_to_remove
         raise ValueError("a quantized cache can't be cut back, which assisted decoding would need")
 
@@ -220,9 +220,10 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def pack(states: Tensor, bits: int, *, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes uint8, step float16, lowest float16): each run along `dim` on a grid of 2^bits from its lowest to its highest value.
+    """Quantize each run along `dim` to a grid of 2^bits values, from its lowest to its highest value.
 
-    8 / bits codes share a byte, neighbours along `dim` as far apart as its length divided by that.
+    Returns (codes uint8, step float16, lowest value float16). `dim` is cut into 8 / bits equal parts, and a byte holds one code of each
+    part.
     """
     low = states.amin(dim, keepdim=True).float()
     step = ((states.amax(dim, keepdim=True).float() - low) / (2**bits - 1)).half()
@@ -236,15 +237,15 @@ def pack(states: Tensor, bits: int, *, dim: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def unpack(codes: Tensor, step: Tensor, low: Tensor, *, bits: int, dim: int) -> Tensor:
-    """The numbers on the grid, float32."""
+    """Dequantize the codes of `pack` to float32."""
     parts = [(codes >> (place * bits)) & (2**bits - 1) for place in range(8 // bits)]
     return torch.cat(parts, dim=dim).float().mul_(step).add_(low)
 
 
 class PrefixStore:
-    """Keys and values of texts that were run before, for those that begin like them; at most `limit` bytes of them.
+    """Keys and values of earlier texts, for later texts with the same beginning: at most `limit` bytes.
 
-    Where there is no room, the least frequently used go first, and of those the longest unused.
+    If there is no room, the least frequently used entry is dropped; among equals, the least recently used.
     """
 
     def __init__(self, limit: int) -> None:
@@ -253,7 +254,7 @@ class PrefixStore:
         self._clock = 0
 
     def take(self, tokens: Tensor) -> tuple[DynamicCache, int]:
-        """tokens [S] → a cache of the longest beginning that is known, all but the last token at most, and its length."""
+        """A cache for the longest known prefix of tokens [S], and the prefix's length. The last token is never part of it."""
         best, length = None, 0
         for entry in self._entries:
             common = _common(entry.tokens, tokens)
@@ -265,17 +266,17 @@ class PrefixStore:
             return cache, 0
         self._touch(best)
         for layer, (keys, values) in enumerate(best.states):
-            # A dynamic layer grows by making a new tensor: this view of the stored one is never written to.
+            # A dynamic layer grows by making a new tensor, so it never writes to this view of the stored tensor.
             cache.update(keys[:, :, :length], values[:, :, :length], layer)
         return cache, length
 
     def put(self, tokens: Tensor, cache: DynamicCache) -> bool:
-        """Keep the cache of these tokens [S]. False: there is no room, or they are known."""
+        """Store the cache of these tokens [S]. Returns False if there is no room, or if the tokens are known."""
         for entry in list(self._entries):
             common = _common(entry.tokens, tokens)
             if common == len(tokens):
                 return False
-            if common == len(entry.tokens):  # this text goes on where that one ended
+            if common == len(entry.tokens):  # this text continues the stored one
                 self._drop(entry)
                 return self._add(tokens, cache, entry.uses)
         return self._add(tokens, cache, 0)
@@ -305,7 +306,7 @@ class PrefixStore:
 
 
 class _Entry:
-    """One text: its tokens [S], keys and values [1, H, S, D] of each layer, and how often and when it was used."""
+    """A stored text: its tokens [S], keys and values [1, H, S, D] of each layer, the number of its uses, and the time of the last."""
 
     def __init__(self, tokens: Tensor, states: list[tuple[Tensor, Tensor]], uses: int) -> None:
         self.tokens, self.states, self.uses, self.last = tokens, states, uses, 0
@@ -313,7 +314,7 @@ class _Entry:
 
 
 def _common(first: Tensor, second: Tensor) -> int:
-    """Tokens that two texts begin with alike."""
+    """The length of the common prefix of two texts, in tokens."""
     shorter = min(len(first), len(second))
     differ = (first[:shorter] != second[:shorter]).nonzero()
     return int(differ[0]) if len(differ) else shorter

@@ -1,4 +1,4 @@
-"""Modules of transformers whose layers have the shapes of their files, where config.json says otherwise."""
+"""Gives the layers of transformers' modules the shapes that they have in the files, where config.json describes others."""
 
 import contextlib
 import copy
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Files(Protocol):
-    """The tensors of a model's files, read when asked for."""
+    """The tensors of a model's files, read on request."""
 
     def names(self) -> list[str]: ...
 
@@ -17,7 +17,10 @@ class Files(Protocol):
 
 
 def fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give parameters, by their names below `module`, the shapes that they have in the files. Where they differ, their values are lost."""
+    """Give parameters their shapes in the files. shapes: by the parameters' names below `module`.
+
+    A parameter whose shape changes loses its values.
+    """
     changed = False
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
@@ -37,7 +40,7 @@ def fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _recount_heads(module: Any) -> None:
-    """Correct the number of heads in attention modules that keep it."""
+    """Correct the number of heads in attention modules that store it."""
     value = getattr(module, "value", None) or getattr(module, "v_proj", None)
     if isinstance(value, nn.Linear):
         if hasattr(module, "attention_head_size") and hasattr(module, "all_head_size"):
@@ -45,7 +48,8 @@ def _recount_heads(module: Any) -> None:
             module.num_attention_heads = value.out_features // int(module.attention_head_size)
         elif hasattr(module, "num_heads") and hasattr(module, "head_dim"):
             module.num_heads = value.out_features // int(module.head_dim)
-    if hasattr(module, "qkv_proj") and hasattr(module, "num_key_value_groups"):  # Phi-3 asks its config
+    # Phi-3 reads the number from its config.
+    if hasattr(module, "qkv_proj") and hasattr(module, "num_key_value_groups"):
         module.config = copy.copy(module.config)
         module.config.num_attention_heads = module.o_proj.in_features // module.head_dim
         module.num_key_value_heads = module.config.num_attention_heads // module.num_key_value_groups
@@ -56,7 +60,7 @@ def _recount_heads(module: Any) -> None:
 
 
 def take_own_shapes(model: nn.Module, files: Files) -> None:
-    """Load the tensors whose shapes in the files differ from those that the config describes."""
+    """Load the tensors whose shapes in the files differ from the config. transformers does not load these."""
     parameters = dict(model.named_parameters())
     base = f"{getattr(model, 'base_model_prefix', '')}."
     odd: dict[str, Tensor] = {}
@@ -74,7 +78,7 @@ def take_own_shapes(model: nn.Module, files: Files) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers draws progress bars, and warns of layers whose shapes we then give it ourselves."""
+    """In this context, transformers shows no progress bars and no warnings, e.g. about shapes that are corrected afterwards."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Whole transformers models: a folder into memory, a smaller student out of a larger teacher, and back into a folder."""
+"""Whole transformers models in memory: loads one from a folder, makes a smaller student from a teacher, and saves one to a folder."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -30,12 +30,15 @@ AUTO_CLASSES = {
     "masked-lm": "AutoModelForMaskedLM",
     "embedding": "AutoModel",
 }
-#: Lists in a config with an entry for each block.
+#: Keys of config.json whose lists have an entry for each block.
 _BY_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
 def load_model(folder: Path, header: ModelHeader, *, attention: str | None = None) -> Any:
-    """The model of a folder under the head of its task: in float32, in evaluation mode, on the CPU. attention: transformers' name of its kernel."""
+    """Load the model of a folder with the head of its task, in float32, in evaluation mode, on the CPU.
+
+    attention: transformers' name of the attention kernel. Raises NightpressError(malformed_model).
+    """
     import transformers
 
     try:
@@ -62,14 +65,17 @@ def load_model(folder: Path, header: ModelHeader, *, attention: str | None = Non
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> Any:
-    """The model with its parameters in another dtype. Buffers stay: the angles of rotary positions, in bfloat16, would be others."""
+    """Cast the model's parameters. Buffers keep their dtype: bfloat16 would change the angles of the rotary embeddings."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def save_model(model: Any, source: Path, target: Path, header: ModelHeader) -> None:
-    """Write the folder: weights in the dtype that most of the source's have, config, and what stands beside them in `source`."""
+    """Save the model to `target`: weights, config, and the other files of the folder `source`.
+
+    The dtype of the weights is that of most of the source's bytes. Raises NightpressError(disk_full).
+    """
     counts: dict[str, int] = {}
     for tensor in header.tensors:
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.size
@@ -85,9 +91,10 @@ def save_model(model: Any, source: Path, target: Path, header: ModelHeader) -> N
 
 
 def grow_student(teacher: Any, changes: Mapping[str, Any], layer_map: Sequence[int], *, seed: int) -> Any:
-    """A model with the teacher's config but for `changes`, with a block for each entry of `layer_map`.
+    """Make a student with the teacher's config, except for `changes`, and with a block for each entry of `layer_map`.
 
-    Tensors whose shapes agree are the teacher's, those of block i the ones of its block layer_map[i]; the rest is drawn anew.
+    Block i gets the tensors of the teacher's block layer_map[i]. Tensors whose shapes differ from the teacher's are initialised at random
+    by `seed`.
     """
     config = type(teacher.config).from_dict(teacher.config.to_dict() | dict(changes))
     for key in _BY_BLOCK:
@@ -113,7 +120,7 @@ def grow_student(teacher: Any, changes: Mapping[str, Any], layer_map: Sequence[i
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
-    """A model's one row of like blocks, and its path. Raises NightpressError(unsupported_architecture) for another number of rows."""
+    """The path of a model's only row of blocks, and the row. Raises NightpressError(unsupported_architecture) if there are several rows."""
     rows = find_rows(model)
     if len(rows) != 1:
         raise NightpressError(
@@ -125,7 +132,7 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def embeddings_of(model: Any) -> list[nn.Parameter]:
-    """The parameters of the layers that turn token ids into vectors, positions and types among them; tied heads share them."""
+    """The parameters of all embedding layers: tokens, positions and types. Tied output heads share them."""
     found: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, nn.Embedding):

@@ -1,4 +1,4 @@
-"""The part of config.json that says how a model's weights are stored, in the terms of compressed-tensors."""
+"""The part of config.json that describes how a model's weights are stored, in the format of compressed-tensors."""
 
 import json
 import re
@@ -10,12 +10,12 @@ from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.recipes.readable import become_floats
 from nightpress.core.recipes.schemes import Scheme
 
-#: The file that `kv-cache` leaves in a model's folder for the next writer of its quantization_config.
+#: The pass `kv-cache` writes this file into a model's folder. `write_config` moves its content into quantization_config.
 CACHE_FILE = "kv_cache_scheme.json"
 
 
 def write_config(model_dir: Path, schemes: Mapping[str, Scheme], *, kept: Iterable[str]) -> None:
-    """Say in config.json how the model's weights are stored: the quantized modules with their schemes, and the modules that are not."""
+    """Describe in config.json how the model's weights are stored. schemes: by quantized module; kept: modules that are not quantized."""
     path, cache = model_dir / "config.json", model_dir / CACHE_FILE
     config = json.loads(path.read_bytes())
     cache_scheme = json.loads(cache.read_bytes()) if cache.exists() else None
@@ -23,7 +23,7 @@ def write_config(model_dir: Path, schemes: Mapping[str, Scheme], *, kept: Iterab
         schemes, kept=kept, cache_scheme=cache_scheme, as_floats=become_floats(config["model_type"], schemes)
     )
     if cache_scheme is not None:
-        # transformers asks for the number that a family without groups of heads doesn't state.
+        # transformers needs this number, but the config of a family without grouped heads lacks it.
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
     write_file(path, json.dumps(config, indent=2).encode() + b"\n")
     cache.unlink(missing_ok=True)
@@ -36,12 +36,12 @@ def quantization_config(
     cache_scheme: dict[str, Any] | None = None,
     as_floats: bool = False,
 ) -> dict[str, Any]:
-    """The description that loaders follow: exactly the quantized modules are targets.
+    """The quantization_config that loaders read. Its targets match exactly the quantized modules.
 
-    Targets are named, not meant by their class: an output head tied to the embeddings is a Linear without a weight of its own in the
-    files, and would be taken for a quantized one. Layer numbers are generalised where all such layers have one scheme, so that a
-    100-layer model has as few targets as a small one, and what stands before the first number may be missing or different, as it is
-    when a loader puts the model under another head. What such a target would wrongly cover is ignored by name.
+    Targets are patterns of names, not the class Linear. An output head tied to the embeddings is a Linear without a weight of its own in
+    the files, and the class would match it. If a module has the same scheme in all layers, its pattern matches any layer number, so a model
+    of 100 layers has as few targets as a small one. The part of the name before the first number may be missing or different, because
+    loaders put the model under other heads. Modules that a pattern would match by mistake are listed by name under `ignore`.
     """
     meant: dict[str, set[Scheme]] = {}
     for name, scheme in schemes.items():
@@ -78,7 +78,10 @@ def quantization_config(
 
 
 def _pattern(module: str, *, exact: bool = False) -> str:
-    """`model.layers.3.mlp.up_proj` → a pattern for the same module of every layer: `re:(.*\\.)?layers\\.\\d+\\.mlp\\.up_proj$`. `exact` keeps the numbers."""
+    """A pattern for the same module in every layer. exact: keep the layer numbers.
+
+    `model.layers.3.mlp.up_proj` → `re:(.*\\.)?layers\\.\\d+\\.mlp\\.up_proj$`.
+    """
     parts = module.split(".")
     first_number = next((at for at, part in enumerate(parts) if part.isdigit()), None)
     if first_number:

@@ -1,7 +1,7 @@
-"""A transformers model without weights, into which they are loaded part by part: first all before its blocks, then block after block.
+"""A transformers model without weights. They are loaded part by part: first those outside the blocks, then one block after the other.
 
-A model is an embedding and rows of like blocks: no family needs code of its own. A row is an outermost list of modules that holds linear
-layers. What each block is given beside the hidden states is recorded from a run in which the blocks pass the hidden states on unchanged.
+A model is seen as embeddings and rows of blocks, so that no family needs code of its own. A row is an outermost ModuleList with linear
+layers in it. The blocks' arguments other than the hidden states are recorded in a run in which blocks return the hidden states unchanged.
 An encoder-decoder has two rows; the output of the first is known when the second is recorded. A block may run more than once (ALBERT).
 """
 
@@ -20,12 +20,12 @@ from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import SHARED_BLOCKS
 
-Batch = Mapping[str, Tensor]  #: what the model is called with, each [samples, …]
+Batch = Mapping[str, Tensor]  #: the model's inputs by argument name, each [samples, …]
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is given beside the hidden states."""
+    """A block's arguments other than the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -42,13 +42,13 @@ class Block:
 
     @property
     def name(self) -> str:
-        """What the files call the block."""
+        """The block's name in the files."""
         short, stored = next(iter(self.names.items()))
         return stored.removesuffix(f".{short}")
 
 
 class Skeleton:
-    """The model's modules without weights, and where in the files each weight lies."""
+    """The model's modules without weights, and the name of each weight in the files."""
 
     def __init__(self, folder: Path, source: SourceTensors, device: str, dtype: torch.dtype) -> None:
         from accelerate import init_empty_weights
@@ -66,9 +66,8 @@ class Skeleton:
                 module._buffers[name] = buffer.to(self.device)
         self._names = _names_in_files(self.model, source)
         self.rows = find_rows(self.model)
-        self._beside: dict[
-            int, int | None
-        ] = {}  #: by row, how much its blocks give beside the hidden states; None: no tuple at all
+        #: By row: the number of values that its blocks return after the hidden states. None: they return no tuple.
+        self._beside: dict[int, int | None] = {}
         self.blocks = [
             self._describe(row, f"{path}.{index}", block)
             for row, (path, blocks) in enumerate(self.rows)
@@ -90,7 +89,7 @@ class Skeleton:
         return list(self.blocks[index].names.values())
 
     def short_names(self, index: int) -> dict[str, str]:
-        """Name in the files → name within the block, which is the same for all like blocks."""
+        """Name in the files → name within the block. The latter is the same in all blocks of a row that have the same layers."""
         return {stored: name for name, stored in self.blocks[index].names.items()}
 
     def linears(self, index: int) -> dict[str, nn.Module]:
@@ -101,7 +100,7 @@ class Skeleton:
         }
 
     def experts(self, index: int) -> list[tuple[str, Experts]]:
-        """The mixtures in a block, each with the prefix that the names of its experts have in the files."""
+        """The mixtures of experts in a block: (prefix of the experts' names in the files, mixture)."""
         block = self.blocks[index]
         found = []
         for path, module in block.module.named_modules():
@@ -111,7 +110,10 @@ class Skeleton:
         return found
 
     def fill_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Give a block its weights: tensors by their names in the files, on any device. Tensors that are not the block's are ignored."""
+        """Load a block's weights and return its module.
+
+        tensors: by their names in the files, on any device. Tensors that are not the block's are ignored.
+        """
         block = self.blocks[index]
         filled = {
             name: tensors[stored].to(self.device, self.dtype, non_blocking=True) for name, stored in block.names.items()
@@ -121,7 +123,7 @@ class Skeleton:
         return block.module
 
     def empty_block(self, index: int) -> None:
-        """Take a block's weights away again."""
+        """Free a block's weights."""
         for module in self.blocks[index].module.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
@@ -129,9 +131,9 @@ class Skeleton:
     def capture(
         self, row: int, batches: Iterable[Batch], came_out: Sequence[Sequence[Tensor]]
     ) -> Iterator[tuple[Tensor, list[tuple[int, Call]]]]:
-        """For each batch: what enters a row [B, L, H], and the calls of its blocks in order, each as (number of the block, what it is given beside).
+        """For each batch: the hidden states at a row's input [B, L, H], and the calls of its blocks in order: (index of the block, call).
 
-        came_out: for each earlier row and each batch, what came out of it [B, L, H].
+        came_out: for each earlier row and each batch, the output of the row [B, L, H].
         """
         self._fill_rest()
         first = next(at for at, block in enumerate(self.blocks) if block.row == row)
@@ -173,7 +175,7 @@ class Skeleton:
         raise _unsupported("The model's blocks don't run one after the other")
 
     def _fill_rest(self) -> None:
-        """Load the weights outside the blocks. Weights that the files don't have stay empty: a pooler that nobody trained is never run here."""
+        """Load the weights outside the blocks. Weights that the files lack stay empty, e.g. of an untrained pooler: it never runs here."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
         filled: dict[str, nn.Parameter] = {}
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
@@ -187,10 +189,10 @@ class Skeleton:
 
 
 class _NothingAllocated(TorchFunctionMode):
-    """Makes weights on the meta device: layers make theirs with `torch.empty`, buffers come with values.
+    """Makes weights on the meta device. Layers make weights with `torch.empty`; buffers are made with values and are not affected.
 
     Making and dropping a weight per layer would be enough, but malloc does not return freed chunks to the system. The process would take as
-    much address space as the whole model, which a limit may refuse.
+    much address space as the whole model, and a limit on the address space may be lower.
     """
 
     def __torch_function__(
@@ -201,7 +203,7 @@ class _NothingAllocated(TorchFunctionMode):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies its inputs by a matrix: [out, in], or in GPT-2's Conv1D [in, out]."""
+    """Whether a module is a linear layer: its weight is [out, in], or [in, out] in GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
@@ -216,19 +218,18 @@ class _ForwardEnded(Exception):  # noqa: N818 (nothing went wrong)
 
 
 class _Tape:
-    """The calls that the recorders of a row have noted for the batch that runs."""
+    """The calls that the recorders of a row have recorded for the current batch."""
 
     def __init__(self, runs: int) -> None:
         self._runs = runs
         self._entered: Tensor | None = None
         self._calls: list[tuple[int, Call]] = []
-        self._asks = (
-            True  #: what the first block gives beside the hidden states isn't known, or differs from batch to batch
-        )
+        #: Whether to run the first block: its values after the hidden states are unknown, or may differ from batch to batch.
+        self._asks = True
         self._beside: tuple[Any, ...] | None = None  #: None: the blocks return no tuple
 
     def hear(self, index: int, block: nn.Module, hidden: Tensor, call: Call) -> Any:
-        """Note a call. Returns what the block would return, with the hidden states unchanged."""
+        """Record a call. Returns the block's output with unchanged hidden states. Raises _ForwardEnded after the row's last call."""
         if self._entered is None:
             self._entered = hidden
             if self._asks:
@@ -252,11 +253,11 @@ class _Tape:
 
 
 class _StandIn(nn.Module):
-    """A module in a block's place. It has the block's attributes: some models read its kind of attention."""
+    """A module that replaces a block. It has the block's attributes, because some models read the block's kind of attention."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.__dict__["block"] = block  # not as a module of this one
+        self.__dict__["block"] = block  # hidden from nn.Module, so that the block is no submodule of this one
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -266,7 +267,7 @@ class _StandIn(nn.Module):
 
 
 class _Recorder(_StandIn):
-    """Tells the tape what it was called with."""
+    """Records its calls on the tape."""
 
     def __init__(self, block: nn.Module, index: int, tape: _Tape) -> None:
         super().__init__(block)
@@ -278,7 +279,7 @@ class _Recorder(_StandIn):
 
 
 class _Replay(_StandIn):
-    """A block of an earlier row: returns the output of the row's last block, whatever it is given."""
+    """Replaces a block of an earlier row: always returns the output of the row's last block."""
 
     def __init__(self, block: nn.Module, answer: Any) -> None:
         super().__init__(block)
@@ -289,7 +290,7 @@ class _Replay(_StandIn):
 
 
 def _names_in_files(model: nn.Module, source: SourceTensors) -> dict[str, str]:
-    """Parameter of the model → its name in the files, by transformers' own rules for old and foreign names."""
+    """Parameter of the model → its name in the files, by transformers' own rules for old and other names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 

@@ -1,4 +1,4 @@
-"""The tensors of a model's files by name."""
+"""Reads the tensors of a model's files by name."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ _PIECE = 16 * 1024**2  #: bytes copied at a time
 
 
 class SourceTensors:
-    """The tensors of shards by name, read when asked for."""
+    """The tensors of all shards by name. They are read from the files on request."""
 
     def __init__(self, shards: tuple[Shard, ...]) -> None:
         self.shards = shards
@@ -29,7 +29,7 @@ class SourceTensors:
         return self._places[name][1]
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own."""
+        """Read a tensor into newly allocated memory. Raises NightpressError(malformed_model) if the file has become shorter."""
         shard, stored = self._places[name]
         data = torch.empty(stored.info.size, dtype=torch.uint8)
         _read(shard, stored.offset, memoryview(data.numpy()))  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ class SourceTensors:
                 os.posix_fadvise(file.fileno(), stored.offset, stored.info.size, os.POSIX_FADV_WILLNEED)
 
     def pieces(self, name: str) -> Iterator[tuple[int, memoryview]]:
-        """The tensor's bytes a piece at a time, each with its offset. A piece is overwritten by the next."""
+        """The tensor's bytes in pieces of at most 16 MiB: (offset in the tensor, bytes). The next piece overwrites the buffer."""
         shard, stored = self._places[name]
         room = memoryview(bytearray(min(_PIECE, stored.info.size)))
         for at in range(0, stored.info.size, _PIECE):

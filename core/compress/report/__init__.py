@@ -1,4 +1,4 @@
-"""report.json, and what is drawn from it alone: a model card, a page, and a page that compares several jobs. Nothing here needs torch."""
+"""Renders report.json to a model card, to an HTML page, and to a page that compares several jobs. Needs no other data and no torch."""
 
 from nightpress.core.compress.report.pages import (
     HTML_FILE,

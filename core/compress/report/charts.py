@@ -1,6 +1,6 @@
-"""The report's charts: bars as tables, which wrap on a phone and are read aloud, curves and scatter plots as inline SVG.
+"""The report's charts: bars as tables, which wrap on a phone and which screen readers can read; curves and scatter plots as inline SVG.
 
-Colours come from the page's style sheet, so that they follow its light, dark and print. Scripts, fonts and images there are none.
+Colours come from the page's style sheet, which has light, dark and print variants. Charts have no scripts, fonts or images.
 """
 
 import math
@@ -11,19 +11,19 @@ from html import escape
 from nightpress.core.handoff.compare import Comparison, Point
 from nightpress.core.handoff.report import LayerEffect, Series, Subject
 
-_LINE = 16  #: pixels between two lines of letters in a plot
+_LINE = 16  #: line height of the labels in a plot, in pixels
 _PALETTE = 6  #: line colours in the style sheet
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: shares of the widest one in 0…1."""
+    """One bar of a chart. Lengths are shares of the widest bar, 0…1."""
 
     label: str
     value: str
     share: float
     kind: str = "solid"  #: `solid`, `pale` or `warm`
-    reach: float = 0.0  #: how far a thin line goes on, e.g. to the 95th percentile
+    reach: float = 0.0  #: the end of a thin line, e.g. the 95th percentile
     behind: float = 0.0  #: a pale bar behind this one, e.g. the size before
 
 
@@ -43,7 +43,7 @@ def bars(rows: Sequence[Bar], caption: str) -> str:
 
 
 def layer_sizes(layers: Sequence[LayerEffect]) -> str:
-    """Bytes before (pale) and after of each layer."""
+    """A chart of each layer's bytes before (pale) and after."""
     top = max((max(layer.bytes_before, layer.bytes_after) for layer in layers), default=1) or 1
     return bars(
         [
@@ -60,7 +60,7 @@ def layer_sizes(layers: Sequence[LayerEffect]) -> str:
 
 
 def layer_errors(layers: Sequence[LayerEffect]) -> str:
-    """Relative error of each layer."""
+    """A chart of each layer's relative error."""
     top = max((layer.relative_error for layer in layers), default=1) or 1
     return bars(
         [Bar(layer.name, f"{layer.relative_error:.3%}", layer.relative_error / top, "warm") for layer in layers],
@@ -97,7 +97,7 @@ def timings(subjects: Sequence[Subject], *, throughput: bool = False) -> list[st
 
 
 def phases(seconds: dict[str, float]) -> str:
-    """Where a job's time went."""
+    """A chart of the seconds of each phase of a job."""
     total = sum(seconds.values()) or 1
     top = max(seconds.values(), default=1) or 1
     return bars(
@@ -110,7 +110,7 @@ def phases(seconds: dict[str, float]) -> str:
 
 
 def curves(series: Sequence[Series], title: str) -> str:
-    """Lines over steps, each on the common scale. What is the same line has one colour and all its names."""
+    """A plot of lines on a common scale. Equal lines are drawn once, with all their names. "" without any finite point."""
     named: dict[tuple[tuple[float, ...], tuple[float, ...]], list[str]] = {}
     for curve in series:
         named.setdefault((curve.x, curve.y), []).append(curve.name)
@@ -144,7 +144,10 @@ def curves(series: Sequence[Series], title: str) -> str:
 
 
 def pareto(comparison: Comparison) -> str:
-    """Each point's size against its quality, or its latency where there is none; larger dots are faster. Dominated ones are grey."""
+    """A plot of size against quality, or against latency if any point has no quality. Larger dots are faster; dominated points are grey.
+
+    "" for fewer than two points.
+    """
     by_quality = comparison.metric is not None and all(point.quality is not None for point in comparison.points)
     timed = comparison.shape is not None
 
@@ -168,7 +171,7 @@ def pareto(comparison: Comparison) -> str:
             f'<polyline class="front" points="{" ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in front)}"/>'
         )
         spots: list[_Spot] = []
-        # What is beaten is drawn first: it hides nothing that isn't.
+        # Dominated points are drawn first, so that they hide no other point.
         for at, (subject, value) in sorted(enumerate(shown, 1), key=lambda numbered: not numbered[1][0].dominated_by):
             x, y = frame.x(subject.size_bytes / 1e6), frame.y(value)
             kind = "grey" if subject.dominated_by else "pale" if subject.artifact == "source" else "solid"
@@ -192,7 +195,7 @@ def pareto(comparison: Comparison) -> str:
 
 @dataclass
 class _Spot:
-    """Where a label begins, and the points that it names."""
+    """A label: where it begins, and the numbers of the points that it names."""
 
     x: float
     y: float
@@ -200,7 +203,7 @@ class _Spot:
 
 
 def _together(spots: Sequence[_Spot]) -> list[_Spot]:
-    """One label for all points whose own would be written over each other."""
+    """Merge the labels that would overlap."""
     found: list[_Spot] = []
     for spot in sorted(spots, key=lambda spot: (spot.y, spot.x)):
         near = next(
@@ -216,7 +219,7 @@ def _together(spots: Sequence[_Spot]) -> list[_Spot]:
 
 
 def _front(shown: Sequence[tuple[Point, float]], higher: bool) -> list[tuple[float, float]]:
-    """The points (MB, height) that nothing beats in the two things drawn: from the smallest on, each better than all before."""
+    """The Pareto front of the plot, as points (MB, height): in order of size, each better than all smaller ones."""
     front: list[tuple[float, float]] = []
     for size, value in sorted(
         ((subject.size_bytes / 1e6, value) for subject, value in shown),
@@ -235,7 +238,7 @@ def _interval(point: Point, by_quality: bool) -> tuple[float, float] | tuple[()]
 
 @dataclass(frozen=True)
 class _Axes:
-    """From numbers to places in a plot."""
+    """Maps numbers to pixels in a plot."""
 
     x0: float
     x1: float
@@ -280,7 +283,7 @@ class _Axes:
 
 
 def _ticks(low: float, high: float, most: int = 6) -> list[tuple[float, str]]:
-    """Round numbers between low and high, at most about `most`, all written with as many digits as tell them apart."""
+    """Round numbers between low and high, at most about `most`, with their texts. The texts have as many decimals as the step needs."""
     span = high - low
     if span <= 0 or not math.isfinite(span):
         return [(low, f"{low:.4g}")]
@@ -293,7 +296,7 @@ def _ticks(low: float, high: float, most: int = 6) -> list[tuple[float, str]]:
 
 
 def _plot(draw: Callable[[int, int], str], title: str) -> str:
-    """The same plot for a wide page and for a phone: letters keep their size, the style sheet shows one of them."""
+    """Draw the plot twice, for a wide page and for a phone, so that letters keep their size. The style sheet shows one of them."""
     drawn = []
     for kind, width, height in (("wide-only", 860, 380), ("narrow-only", 360, 300)):
         drawn.append(
@@ -308,7 +311,7 @@ def _percent(share: float) -> str:
 
 
 def _short(label: str, length: int = 48) -> str:
-    """The end of a layer's name tells it apart."""
+    """Shorten a label at its start: layers' names differ at the end."""
     return label if len(label) <= length else "…" + label[-(length - 1) :]
 
 

@@ -1,4 +1,4 @@
-"""The report's parts on what a model costs to run and to keep: its profile, how it writes text, and what zeros save."""
+"""The report's parts on a model's costs: its profile, the speed of text generation, and the effect of zeros on size and speed."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,10 @@ from nightpress.core.recipes.profile import Profile, by_kind
 
 
 def speed_line(what: str, said: str, speedups: Sequence[Speedup]) -> str:
-    """How many times as fast, over all shapes, with the whole interval; where source and artifact are not told apart, that instead. "": nothing was timed."""
+    """One line on the speedups at all shapes: their range, and one interval that spans all of theirs. "" if nothing was timed.
+
+    what: begins the line if no speedup is significant. said: a format for the range, e.g. `{} the speed`.
+    """
     if not speedups:
         return ""
     ends = f"[{min(speedup.low for speedup in speedups):.1f}×, {max(speedup.high for speedup in speedups):.1f}×]"
@@ -23,7 +26,7 @@ def speed_line(what: str, said: str, speedups: Sequence[Speedup]) -> str:
 
 
 class Table(NamedTuple):
-    """Rows of a first cell and others."""
+    """A table: the cells of its head and of its rows."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -38,7 +41,7 @@ class ProfileShown(NamedTuple):
 
 
 def profiles(report: Report) -> list[ProfileShown]:
-    """One for each `profile` of the recipe: the source beside the pressed model."""
+    """Tables and charts for each `profile` of the recipe, which compare the source with the pressed model."""
     found = report.profiles
     return [_profile(before, after) for before, after in zip(found[::2], found[1::2], strict=False)]
 
@@ -122,7 +125,7 @@ def _change(before: float, after: float) -> str:
 
 
 def generation_bars(subjects: list[Subject]) -> list[str]:
-    """Decoded tokens/s, a table of bars for each batch and prompt."""
+    """Bar charts of decoded tokens/s, one for each batch and prompt length."""
     shapes = dict.fromkeys((timing.batch, timing.prompt) for subject in subjects for timing in subject.generation)
     tables = []
     for shape in shapes:
@@ -142,7 +145,7 @@ def generation_bars(subjects: list[Subject]) -> list[str]:
 
 
 def generation_plots(subjects: list[Subject]) -> list[tuple[str, str]]:
-    """Tokens/s and memory against the prompt's length, for recipes that name several."""
+    """Plots (title, SVG) of tokens/s and memory against the prompt's length. Empty if the recipe names only one length."""
     found = []
     for title, value in (("Decoded tokens/s", _rate), ("Peak memory of the process, MB", _memory)):
         lines: dict[str, list[tuple[int, float]]] = {}
@@ -180,7 +183,7 @@ def _memory(timing: GenerationTiming) -> float | None:
 
 
 def cache_tables(record: PassRecord) -> tuple[Table, tuple[str, ...]] | None:
-    """What a pass found that chooses a cache: bytes kept at several lengths, and what it answers. None for other passes."""
+    """The results of a pass that chooses a cache: bytes at several lengths, and notes on the outputs with it. None for other passes."""
     weighed: list[dict[str, Any]] = record.summary.get("cache_bytes") or []
     if not weighed:
         return None
@@ -208,7 +211,7 @@ def cache_tables(record: PassRecord) -> tuple[Table, tuple[str, ...]] | None:
 
 
 def storage_tables(report: Report) -> list[tuple[PassRecord, Table, tuple[str, ...]]]:
-    """Of each pass that set weights to zero: their bytes in several forms, and what it did to the time."""
+    """For each pass that set weights to zero: their bytes in several formats, and notes on the speed."""
     found = []
     for record in report.passes:
         storage = record.summary.get("storage")

@@ -1,4 +1,4 @@
-"""How the report writes figures: names, digits, intervals."""
+"""Formats the report's figures: names, digits, intervals."""
 
 from nightpress.core.handoff.report import Measurement
 
@@ -39,13 +39,12 @@ _SHARES = frozenset(
         "recall",
     }
 )
-_FINE = frozenset(
-    {"cosine", "centred_cosine", "kl_divergence", "rank_correlation", "correlation", "mean_error"}
-)  #: five digits
+#: metrics that are shown with five digits
+_FINE = frozenset({"cosine", "centred_cosine", "kl_divergence", "rank_correlation", "correlation", "mean_error"})
 
 
 def metric_name(measurement: Measurement) -> str:
-    """What a reader calls a figure, e.g. `nDCG@10` or `F1 of negative`."""
+    """The name of a figure for a reader, e.g. `nDCG@10` or `F1 of negative`."""
     rank = measurement.unit if measurement.unit.startswith("@") else ""
     return (
         _NAMES.get(measurement.name, measurement.name.replace("_", " "))
@@ -59,7 +58,7 @@ def megabytes(size: float) -> str:
 
 
 def figure(measurement: Measurement) -> str:
-    """Value and interval, with as many digits as tell them apart from each other and from 1."""
+    """Value and interval as text, with enough digits to tell them apart from each other and from 1."""
     known = measurement.low is not None and measurement.high is not None
     ends = (
         f" [{shown(measurement.low, measurement.name)}, {shown(measurement.high, measurement.name)}]" if known else ""
@@ -68,7 +67,7 @@ def figure(measurement: Measurement) -> str:
 
 
 def shown(value: float | None, metric: str) -> str:
-    """A figure of this metric."""
+    """A value of this metric as text, with the metric's number of digits."""
     if value is None:
         return "–"
     if metric in _SHARES:
@@ -77,7 +76,7 @@ def shown(value: float | None, metric: str) -> str:
 
 
 def change(measurement: Measurement) -> str:
-    """The change against the source, with its interval where it has one."""
+    """The change from the source as text, with its interval if it has one."""
     if measurement.change is None:
         return ""
     if measurement.change_low is None or measurement.change_high is None:

@@ -1,4 +1,4 @@
-"""The YAML at the head of a model card, which hubs read."""
+"""The YAML front matter of a model card, which model hubs read."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from nightpress.core.compress.report.figures import metric_name
 from nightpress.core.handoff.report import Report
 from nightpress.core.recipes.passes import catalog
 
-#: what the Hub calls a figure, where it has its own name for it
+#: name of a metric → the Hub's name for it, where they differ
 _HUB_METRICS = {"spearman": "spearmanr", "pearson": "pearsonr", "entity_f1": "seqeval", "choice_accuracy": "acc_norm"}
 _PIPELINE_TAGS = {
     "causal-lm": "text-generation",
@@ -38,7 +38,7 @@ def front_matter(report: Report) -> str:
 
 
 def _relation(report: Report) -> str:
-    """What the Hub calls the result beside its source. Without a pass that changes weights, a format such as GGUF rounds them."""
+    """The Hub's `base_model_relation`. Without a pass that changes weights it is `quantized`: a format such as GGUF rounds them."""
     known = [catalog.pass_type(options["pass"]) for options in report.recipe.get("passes", ())]
     relations = {"finetune" if options is None else options.relation for options in known} - {None}
     return "quantized" if not relations or "quantized" in relations else "finetune"

@@ -1,6 +1,6 @@
-"""report.json, and what is drawn from it alone: a Markdown model card, one self-contained HTML page, and the page that compares several.
+"""Renders report.json to a Markdown model card, to a self-contained HTML page, and to a page that compares several reports.
 
-Nothing here needs torch: the command line and the web page draw with it too.
+Needs no torch, because the command line and the web page use it too.
 """
 
 import json
@@ -30,7 +30,7 @@ LAYERS_SHOWN = 40
 
 
 def draw(report: Report) -> dict[str, bytes]:
-    """All three files by name."""
+    """The report's files, JSON, Markdown and HTML: name → content."""
     return {
         REPORT_FILE: report.model_dump_json(indent=1).encode() + b"\n",
         MARKDOWN_FILE: render_markdown(report).encode(),
@@ -39,12 +39,12 @@ def draw(report: Report) -> dict[str, bytes]:
 
 
 def render_html(report: Report) -> str:
-    """One page that needs nothing else: no script, no font, no image, no network."""
+    """One self-contained page: no script, no font, no image, no network."""
     return _templates().get_template("report.html").render(**_context(report))
 
 
 def render_comparison(reports: Sequence[Report], metric: str | None = None) -> str:
-    """One page about several jobs: their artifacts on common scales, and which of them another one dominates."""
+    """One page about several jobs: their artifacts on common scales, with a mark on those that another artifact dominates."""
     found = compare(reports, metric)
     return (
         _templates()
@@ -58,7 +58,7 @@ def render_comparison(reports: Sequence[Report], metric: str | None = None) -> s
 
 
 def render_markdown(report: Report) -> str:
-    """A model card: YAML that hubs read, then the comparison."""
+    """A model card: YAML for model hubs, then the comparison."""
     return _templates().get_template("report.md").render(metadata=front_matter(report), **_context(report))
 
 
@@ -96,7 +96,7 @@ def _context(report: Report) -> dict[str, Any]:
 
 
 def _curves(record: PassRecord) -> list[str]:
-    """A plot for each scale: losses and accuracies have no axis in common, nor have steps and what else they may stand over."""
+    """One plot for each pair of axes: losses and accuracies need different y axes, and curves may have other x axes than steps."""
     scales: dict[tuple[str, bool], list[Series]] = {}
     for curve in record.series:
         scales.setdefault((curve.x_label, curve.name.endswith("accuracy")), []).append(curve)
@@ -108,7 +108,7 @@ def _pareto(report: Report) -> str:
 
 
 def _gates_said(report: Report) -> str:
-    """In a line, why the verdict is what it is."""
+    """One line that explains the verdict."""
     if not report.gates:
         return ""
     if not (missed := [gate for gate in report.gates if not gate.passed]):
@@ -121,7 +121,10 @@ def _gates_said(report: Report) -> str:
 
 
 def _layer_charts(passes: Sequence[PassRecord]) -> list[tuple[PassRecord, list[str], Markup, Markup, int]]:
-    """What each pass did to each layer, drawn once where several formats carry the same."""
+    """For each pass, charts of its effect on each layer: (record, formats, sizes, errors, number of layers).
+
+    If several formats have the same effects, they are drawn once.
+    """
     drawn: list[tuple[PassRecord, list[str], Markup, Markup, int]] = []
     for record in passes:
         formats = [str(record.summary["format"])] if "format" in record.summary else []
@@ -139,7 +142,7 @@ def _layer_charts(passes: Sequence[PassRecord]) -> list[tuple[PassRecord, list[s
 
 
 def largest_errors(layers: tuple[LayerEffect, ...], shown: int = LAYERS_SHOWN) -> tuple[LayerEffect, ...]:
-    """All layers in the model's order, or of many those with the largest errors."""
+    """At most `shown` layers in the model's order: all of them, or those with the largest errors."""
     if len(layers) <= shown:
         return layers
     bound = sorted((layer.relative_error for layer in layers), reverse=True)[shown - 1]
@@ -166,7 +169,7 @@ def _templates() -> jinja2.Environment:
 
 
 def _plain_text(text: object) -> str:
-    """Someone's words in Markdown: no markup, no HTML and no line break of theirs survives."""
+    """Escape untrusted text for Markdown: markup, HTML and line breaks have no effect."""
     one_line = " ".join(str(text).split())
     for special in "\\`*_[]<>#|":
         one_line = one_line.replace(
@@ -180,5 +183,5 @@ def _table_cell(text: object) -> str:
 
 
 def _code_block(text: str) -> str:
-    """Text for a fenced block, which it can't end."""
+    """Escape text for a fenced code block: it can't end the block."""
     return text.replace("```", "` ` `")

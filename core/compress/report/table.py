@@ -1,4 +1,4 @@
-"""The comparison of source and artifacts: a line for each artifact, and the table of all figures."""
+"""The comparison of source and artifacts: headlines for each artifact, and the table of all figures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +16,13 @@ from nightpress.core.handoff.report import (
     speedup,
 )
 
-Row = tuple[str, str, list[tuple[str, str]]]  #: what, the source's figure, [(an artifact's figure, its change)]
+Row = tuple[str, str, list[tuple[str, str]]]  #: (label, the source's figure, [(an artifact's figure, its change)])
 _NONE = ("–", "")
 _UNKNOWN = "unknown"
 
 
 def headline(report: Report) -> list[tuple[str, str, str]]:
-    """For each artifact: its name, how small and how fast it became in a line, and its quality in another."""
+    """For each artifact: (name, a line on size and speed, a line on the first quality figure)."""
     lines = []
     for artifact in report.artifacts:
         parts = [f"{artifact.size_bytes / report.source.size_bytes:.0%} of the size"]
@@ -97,7 +97,7 @@ def rows_of(report: Report) -> list[Row]:
 
 
 def _memory_row(label: str, theirs: int | None, ours: Sequence[int | None]) -> list[Row]:
-    """None: unknown. A report of an earlier version has 0 for that. The row is left out where nothing is known."""
+    """A row of memory peaks in bytes. None is unknown, as is 0 in reports of earlier versions. No row if nothing is known."""
     cells = [_of(figure, theirs or 0, megabytes) if figure else (_UNKNOWN, "") for figure in ours]
     return [(label, megabytes(theirs) if theirs else _UNKNOWN, cells)] if theirs or any(ours) else []
 
@@ -177,7 +177,7 @@ def _of_time(ours: Timing, theirs: Timing) -> tuple[str, str]:
 
 
 def _times(speedup: Speedup | None, ratio: float) -> str:
-    """ratio: of the medians, for a report of an earlier version."""
+    """A speedup as text. ratio: of the medians, shown for a report of an earlier version, which has no speedup."""
     if speedup is None:
         return f"{ratio:.2f}×"
     apart = "" if speedup.told_apart else ", not told apart"

@@ -19,12 +19,12 @@ model = llama_cpp.Llama(
 )
 """
 
-_ERROR = 4  #: level of ggml's log
-_LISTENING: list[Any] = []  #: what llama.cpp may call as long as it runs
+_ERROR = 4  #: the level of errors in ggml's log
+_LISTENING: list[Any] = []  #: keeps callbacks alive that llama.cpp may call while the process runs
 
 
 class Words:
-    """A language model's logits for whole texts, one after the other: llama.cpp answers a batch no faster."""
+    """A language model's logits [B, S, V] for whole texts. They run one after the other: llama.cpp is not faster with a batch."""
 
     def __init__(self, model: Any, longest: int) -> None:
         import llama_cpp
@@ -36,7 +36,7 @@ class Words:
         return self._run(ids, mask, steps=1)
 
     def continued(self, ids: Any, mask: Any) -> Any:
-        """The same in two steps, the second knowing the first by llama.cpp's cache."""
+        """The same logits in two steps. The second step gets the first half of the text only through llama.cpp's cache."""
         return self._run(ids, mask, steps=2)
 
     def _run(self, ids: Any, mask: Any, *, steps: int) -> Any:
@@ -49,7 +49,10 @@ class Words:
         return out
 
     def waits(self, ids: Any, tokens: int, _cached: bool) -> tuple[list[float], Any]:
-        """Greedy, to the last token; the texts of a batch one after the other."""
+        """Decode greedily, exactly `tokens` tokens for each prompt, one prompt after the other.
+
+        Returns the milliseconds before each token, summed over the prompts, and the tokens [B, tokens].
+        """
         written = [self._write(row, tokens) for row in ids]
         return np.sum([took for took, _ in written], axis=0).tolist(), np.array([text for _, text in written])
 
@@ -73,7 +76,7 @@ class Words:
 
 
 def fill(batch: Any, tokens: list[int], seen: int, *, answers: Container[int]) -> None:
-    """Put tokens, behind `seen` others, into a batch of one text; llama.cpp answers at those places that are in `answers`."""
+    """Put tokens into a llama.cpp batch of one text, after `seen` earlier tokens. answers: indices at which outputs are computed."""
     batch.n_tokens = len(tokens)
     for at, token in enumerate(tokens):
         batch.token[at], batch.pos[at] = token, seen + at
@@ -82,7 +85,7 @@ def fill(batch: Any, tokens: list[int], seen: int, *, answers: Container[int]) -
 
 
 class Embeddings:
-    """An embedder's pooled vectors [B, H]."""
+    """An embedding model's pooled vectors [B, H]."""
 
     def __init__(self, model: Any, longest: int) -> None:
         import llama_cpp
@@ -105,7 +108,7 @@ class Embeddings:
 
 
 def _load(snippet: str) -> Any:
-    """Without `verbose` the binding keeps to itself why a file doesn't load."""
+    """Load the model. Raises RuntimeError with llama.cpp's log: without `verbose` the binding does not say why a file can't be loaded."""
     import llama_cpp
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]

@@ -1,4 +1,4 @@
-"""Says which tokens llama.cpp makes of texts: argv has the GGUF file, standard input a list of texts; a list of lists of ids comes out."""
+"""Tokenizes texts with llama.cpp. Argument: the GGUF file. Reads a JSON list of texts from standard input, prints a list of id lists."""
 
 import json
 import sys

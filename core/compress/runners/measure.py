@@ -1,19 +1,23 @@
-"""What every runner does with a loaded model: run the given token ids, write the outputs, time it. Needs numpy and nothing of Nightpress.
+"""The common part of all runners: runs a loaded model on given token ids, writes the outputs, and times it. Needs only numpy.
 
-A runner is a script `<consumer>_runner.py` beside this file with `load(request) → (forward, versions, snippet)`, where `forward(ids, mask)`
-takes two int64 arrays [B, S], or of images pixels as float32 [B, C, H, W] and a mask [B, 1], and returns the model's first output as a float32 array;
-where the model keeps a cache, `forward.continued` does the same in two steps through it, and where another process runs the model,
-`forward.peak_memory` is its peak in bytes. The snippet is the code that loaded the folder: it is
-text that the runner executes, so that what a report shows is what was run. The working directory is the one that holds the folder.
+A runner is a script `<consumer>_runner.py` beside this file. Its function `load(request)` returns up to five values:
 
-The request is a JSON file: folder, task, pooling, threads, longest (tokens of a text), float32 (whether a runtime must not choose bfloat16), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets.
-When the sets are done and the answer is written, the process says `@ready` and times what it is asked to, one JSON line a run on its standard
-input, until that is closed: so several models can be timed by turns.
-Each set has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows` a batch; its arrays in `inputs` are called
-`<name>.ids` and so on. The runner of the source also says how a causal language model goes on with a prompt: `load` then returns a fourth
-thing, `generate(ids, new_tokens)`, from a prompt [S] to its greedy continuation, a list of token ids. A runner that can decode returns a
-fifth, `waits(ids, tokens, cached)`, from prompts [B, S] to the milliseconds before each token that it writes, `tokens` of them, and the
-tokens [B, tokens]; not `cached` is asked of transformers alone.
+1. `forward(ids, mask)`: takes two int64 arrays [B, S]; for images, float32 pixels [B, C, H, W] and a mask [B, 1]. Returns the model's first
+   output as a float32 array. If the model has a cache, `forward.continued` computes the same in two steps through the cache. If another
+   process runs the model, `forward.peak_memory` is that process's peak in bytes.
+2. `versions`: library → version.
+3. `snippet`: the code that loaded the folder. The runner executes this text, so a report shows exactly the code that ran.
+4. `generate(ids, new_tokens)`: continues a prompt [S] greedily and returns a list of token ids. Only the source's runner needs it.
+5. `waits(ids, tokens, cached)`: decodes `tokens` tokens for prompts [B, S]. Returns the milliseconds before each token, and the tokens
+   [B, tokens]. Only transformers is called with `cached` false.
+
+The working directory contains the folder. The request is a JSON file: folder, task, pooling, threads, longest (tokens of a text), float32
+(whether the runtime must not choose bfloat16), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
+has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows`, the size of a batch. Its arrays in `inputs` are named
+`<name>.ids` and so on.
+
+When the sets are done and the answer is written, the process prints `@ready`. Then it reads JSON lines from standard input until that is
+closed. Each line asks for one timed run. So several models can be timed by turns.
 """
 
 import json
@@ -46,7 +50,7 @@ def main(load: Callable[[Request], Any]) -> None:
     reference = np.load(request["reference"]) if request["reference"] else None
     memory = _Memory()
     outputs = run_sets(forward, generate, request, inputs, reference)
-    # Atomically: the parent must not take a half-written file for an answer.
+    # Written atomically: the parent must not read a half-written file.
     partial = Path(request["outputs"] + ".partial.npz")
     np.savez(partial, **outputs)  # type: ignore[arg-type]  # the stub takes ** for its keyword
     partial.replace(request["outputs"])
@@ -70,7 +74,7 @@ def main(load: Callable[[Request], Any]) -> None:
 def run_sets(
     forward: Forward, generate: Generate | None, request: Request, inputs: Any, reference: Any
 ) -> dict[str, Array]:
-    """The model's outputs for every set. inputs, reference: arrays by name; reference None: this is the source."""
+    """The model's outputs for every set, by name. inputs, reference: arrays by name; reference None: this model is the source."""
     outputs: dict[str, Array] = {}
     for at, wanted in enumerate(request["sets"]):
         _say(at / len(request["sets"]), wanted["name"])
@@ -82,13 +86,13 @@ def run_sets(
 
 
 def _answer(what: str, found: dict[str, Any], forward: Forward, memory: "_Memory") -> None:
-    """Tell the parent, and with it the most memory that the process has had; None: unknown."""
+    """Send a message to the parent, with the process's peak memory in bytes so far; None: unknown."""
     peak = max(memory.whole() or 0, getattr(forward, "peak_memory", 0)) or None
     print(f"@{what} {json.dumps({**found, 'process_peak_bytes': peak})}", flush=True)
 
 
 def execute(snippet: str) -> dict[str, Any]:
-    """Run a snippet and return the names it bound."""
+    """Run a snippet and return the variables that it sets."""
     names: dict[str, Any] = {}
     exec(compile(snippet, "<snippet>", "exec"), names)  # noqa: S102 - the text comes from the runner itself
     return names
@@ -109,7 +113,7 @@ def _run_set(
         # Padding beyond the batch's longest row would only cost time.
         width = int(mask[rows].sum(axis=1).max())
         given = ids[rows, :width] if ids.ndim == 2 else ids[rows]
-        # The verification of a model with a cache goes through it.
+        # The verification of a model with a cache also tests the cache.
         run = getattr(forward, "continued", forward) if kind == "last" else forward
         out = run(given, mask[rows, :width])
         if kind == "tokens":
@@ -137,7 +141,7 @@ def _run_set(
 def _continue(
     forward: Forward, generate: Generate | None, wanted: dict[str, Any], inputs: Any, reference: Any
 ) -> dict[str, Array]:
-    """The source writes on, [N, new] with −1 after its end; an artifact says what it would have written at each of these places."""
+    """The source generates tokens [N, new], −1 after its end. An artifact gives its own choice at each position of the source's text."""
     name = wanted["name"]
     ids, lengths = inputs[f"{name}.ids"], inputs[f"{name}.mask"].sum(axis=1)
     if reference is None:
@@ -167,7 +171,10 @@ def _continue(
 
 
 def pool(hidden: Array, mask: Array, pooling: str) -> Array:
-    """Token vectors [B, S, H], padded on the right → one a text [B, H], or [B, H · modes] for modes joined by `+`. Pooled ones come back as they are."""
+    """Pool token vectors [B, S, H], padded on the right, to one vector per text: [B, H], or [B, H · modes] for modes joined by `+`.
+
+    Vectors that are pooled already, [B, H], are returned unchanged.
+    """
     if hidden.ndim == 2:
         return hidden
     found: Array = np.concatenate([_pool(hidden, mask[:, :, None], mode) for mode in pooling.split("+")], axis=1)
@@ -175,7 +182,7 @@ def pool(hidden: Array, mask: Array, pooling: str) -> Array:
 
 
 def _pool(hidden: Array, mask: Array, mode: str) -> Array:
-    """mask [B, S, 1]; modes as sentence-transformers calls them."""
+    """Pool by one mode → [B, H]. mask [B, S, 1]; the modes have their names in sentence-transformers."""
     if mode == "cls":
         return hidden[:, 0]
     if mode == "lasttoken":
@@ -194,20 +201,20 @@ def _pool(hidden: Array, mask: Array, mode: str) -> Array:
 
 
 def centred_products(ours: Array, theirs: Array) -> Array:
-    """Of each row: ours · theirs, |ours|² and |theirs|², both less the mean of all of their rows. [N, H] each → [N, 3]
+    """For each row: ours · theirs, |ours|² and |theirs|², after the mean row of theirs is subtracted from both. [N, H] each → [N, 3].
 
-    What all rows have in common says nothing of how well they are told apart: without it, one answer to everything comes to nothing.
+    The mean row does not tell the rows apart. Without it, a model that gives the same output for every row gets no credit.
     """
     mean = theirs.mean(axis=0, dtype=np.float64)
     found = np.empty((len(ours), 3))
-    for at, (mine, base) in enumerate(zip(ours, theirs, strict=True)):  # a row at a time: distributions are wide
+    for at, (mine, base) in enumerate(zip(ours, theirs, strict=True)):  # row by row, because distributions are wide
         a, b = mine - mean, base - mean
         found[at] = a @ b, a @ a, b @ b
     return found
 
 
 def _log_sum_exp(logits: Array) -> Array:
-    """[..., V] → [...], in place of a second array of logits where rows are many."""
+    """log Σ exp over the last axis: [..., V] → [...]. Works in chunks, so that no second array of all logits is needed."""
     out = np.empty(logits.shape[:-1], np.float64)
     flat, result = logits.reshape(-1, logits.shape[-1]), out.reshape(-1)
     for start in range(0, len(flat), 64):
@@ -218,7 +225,7 @@ def _log_sum_exp(logits: Array) -> Array:
 
 
 def _score_tokens(logits: Array, targets: Array) -> dict[str, Array]:
-    """logits [B, S, V], targets [B, S] with -1 for positions that don't count → one number a counted position."""
+    """logits [B, S, V], targets [B, S] with -1 for positions that are not scored → `nll` and `top1`, [M] each, for the scored positions."""
     row, column = np.nonzero(targets >= 0)
     chosen = logits[row, column]  # [M, V]
     wanted = targets[row, column]
@@ -234,7 +241,10 @@ def _log_probabilities(logits: Array, marked: Array) -> Array:
 
 
 def _time(forward: Forward, shape: dict[str, int], inputs: Any) -> dict[str, Any]:
-    """Milliseconds of a run on real text of the shape, behind one that isn't timed: what another process left in the caches doesn't count."""
+    """Time a run on real text of the shape, in milliseconds.
+
+    A run that is not timed comes first, so that data of other processes in the caches has no influence.
+    """
     sample = inputs["timing.ids"]
     ids = np.resize(sample, (shape["batch"], *(sample.shape if sample.ndim > 1 else (shape["length"],))))
     mask = np.ones((len(ids), shape["length"]), np.int64)
@@ -245,7 +255,7 @@ def _time(forward: Forward, shape: dict[str, int], inputs: Any) -> dict[str, Any
 
 
 def _write(waits: Waits, wanted: dict[str, Any], inputs: Any, memory: "_Memory") -> dict[str, Any]:
-    """Milliseconds before each token of a run, the peak of memory meanwhile, and the tokens [B, tokens]."""
+    """Time a decoding run: milliseconds before each token, the peak memory during the run, and the tokens [B, tokens]."""
     ids = np.resize(inputs["timing.ids"], (wanted["batch"], wanted["prompt"]))
     memory.start()
     taken, text = waits(ids, wanted["tokens"], wanted["cached"])
@@ -253,7 +263,7 @@ def _write(waits: Waits, wanted: dict[str, Any], inputs: Any, memory: "_Memory")
 
 
 class _Memory:
-    """The peak of this process's memory: as a whole, and between `start` and `stop` where the kernel lets its mark be set back. None: unknown."""
+    """The peak of this process's memory: in total, and between `start` and `stop` if the kernel allows to reset its mark. None: unknown."""
 
     def __init__(self) -> None:
         self._before = 0
@@ -274,7 +284,7 @@ class _Memory:
 
 
 def _peak_memory() -> int | None:
-    # ru_maxrss would count the process that started this one; the kernel's high-water mark of this address space doesn't.
+    # VmHWM is the peak of this address space. ru_maxrss would also count the memory of the process that started this one.
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

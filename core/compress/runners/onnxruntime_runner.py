@@ -33,7 +33,7 @@ class Forward:
         return self._run(ids, mask, None)[0]
 
     def _continued(self, ids: Any, mask: Any) -> Any:
-        """The same in two steps, the second knowing the first by its keys and values alone."""
+        """The same output in two steps. The second step gets the first half of the text only through its keys and values."""
         half = ids.shape[1] // 2
         first, *cache = self._run(ids[:, :half], mask[:, :half], None)
         second = self._run(ids[:, half:], mask, cache)[0]

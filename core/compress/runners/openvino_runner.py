@@ -31,7 +31,7 @@ class Forward:
         return self._run(ids, mask)
 
     def _continued(self, ids: Any, mask: Any) -> Any:
-        """The same in two steps, the second knowing the first by the state that the model keeps."""
+        """The same output in two steps. The second step gets the first half of the text only through the model's state."""
         half = ids.shape[1] // 2
         self.call.reset_state()
         first = self._run(ids[:, :half], mask[:, :half])
@@ -50,7 +50,7 @@ class Forward:
 
 
 def load(request: dict[str, Any]) -> tuple[Forward, dict[str, str], str]:
-    # OpenVINO chooses bfloat16 by the processor, whatever ONEDNN_MAX_CPU_ISA forbids, and then has no kernel for a softmax.
+    # OpenVINO chooses bfloat16 if the processor has it, even if ONEDNN_MAX_CPU_ISA forbids it. Then it has no kernel for a softmax.
     more = ', "INFERENCE_PRECISION_HINT": "f32"' if request["float32"] else ""
     snippet = SNIPPET.format(threads=request["threads"], more=more, file=f"{request['folder']}/model.xml")
     model = measure.execute(snippet)["model"]

@@ -30,7 +30,7 @@ _CLASSES = {
 
 def load(request: dict[str, Any]) -> tuple[Any, ...]:
     task = request["task"]
-    # A source has no such file, or it would have been refused; an artifact has the one that Nightpress wrote.
+    # A source with such a file is refused. An artifact may have it: Nightpress wrote it.
     own = ", trust_remote_code=True" if Path(request["folder"], "custom_generate", "generate.py").is_file() else ""
     snippet = SNIPPET.format(
         auto_class=_CLASSES[task], threads=request["threads"], folder=request["folder"], own_code=own
@@ -40,7 +40,7 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
     import transformers
 
     output = "last_hidden_state" if task == "embedding" else "logits"
-    # A cache of keys and values serves the next token; here all tokens are there at once.
+    # A key/value cache only helps to decode further tokens. Here, all tokens are given at once.
     extra = {"use_cache": False} if task in {"causal-lm", "seq2seq"} else {}
 
     def forward(ids: Any, mask: Any) -> Any:
@@ -48,7 +48,7 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
             inputs = {"pixel_values": torch.from_numpy(ids)}
         else:
             inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        if task == "seq2seq":  # told to write the text that it reads
+        if task == "seq2seq":  # the decoder gets the encoder's text
             inputs["labels"] = inputs["input_ids"]
         with torch.inference_mode():
             out = model(**inputs, **extra)
@@ -58,7 +58,7 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
     ends = set(ends) if isinstance(ends, list) else {ends}
 
     def generate(ids: Any, new_tokens: int) -> list[int]:
-        """Greedy, whatever the model's own generation settings say."""
+        """Continue a prompt [S] greedily, even if the model's own generation settings say otherwise."""
         step, cache, written = torch.from_numpy(ids)[None], None, []
         with torch.inference_mode():
             for _ in range(new_tokens):
@@ -71,7 +71,10 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
         return written
 
     def waits(ids: Any, tokens: int, cached: bool) -> tuple[list[float], Any]:
-        """As the folder's generation settings say, but greedily and to the last token; a text read before is no help."""
+        """Decode by the folder's generation settings, but greedily and exactly `tokens` tokens. A stored prefix cache is dropped first.
+
+        cached False: no key/value cache, so each token reads the whole text again.
+        """
         prompt, clock = torch.from_numpy(ids), _Clock(len(ids))
         model.__dict__.pop("_prefix_store", None)
         plain = {} if cached else {"use_cache": False, "cache_implementation": None}
@@ -92,14 +95,14 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
 
 
 class _Clock:
-    """Told of the tokens as they come, it says how long each was waited for. Drafted tokens that come at once share their wait."""
+    """A streamer that measures the wait before each token in milliseconds. Tokens that arrive together (drafts) share the wait equally."""
 
     def __init__(self, batch: int) -> None:
         self.waits: list[float] = []
         self._batch, self._last, self._begun = batch, time.perf_counter(), False
 
     def put(self, tokens: Any) -> None:
-        if not self._begun:  # the prompt itself, which comes first
+        if not self._begun:  # the first call has the prompt
             self._begun = True
             return
         now = time.perf_counter()
@@ -108,7 +111,7 @@ class _Clock:
         self._last = now
 
     def end(self) -> None:
-        """Nothing is left to tell."""
+        """Part of the streamer's interface. Does nothing."""
 
 
 if __name__ == "__main__":

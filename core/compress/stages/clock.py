@@ -1,4 +1,4 @@
-"""Where a job is: its phase, the seconds of each phase, and a fraction that never falls."""
+"""Tracks a job's progress: its phase, the seconds of each phase, and a fraction that never decreases."""
 
 import threading
 import time
@@ -8,11 +8,11 @@ from itertools import pairwise
 from nightpress.core.handoff.frames import Frame, Phase, Progress, Span
 
 Emit = Callable[[Frame], None]
-Report = Callable[[float, str], None]  #: (fraction of a part of the job, what is being done)
+Report = Callable[[float, str], None]  #: (fraction of a part of the job, what the job does now)
 
 
 class Clock:
-    """Tells phases and progress as frames. Its methods may be called from several threads."""
+    """Sends phases and progress as frames. Several threads may call its methods."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
@@ -24,7 +24,7 @@ class Clock:
         self.seconds: dict[str, float] = {}  #: by phase
 
     def enter(self, phase: Phase) -> None:
-        """Begin a phase, which ends the one before. The same phase again goes on."""
+        """Begin a phase and end the previous one. If it is the present phase, that phase continues."""
         now = time.monotonic()
         with self._lock:
             self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._phase_started
@@ -35,11 +35,11 @@ class Clock:
             self._phase, self._phase_started_ns = phase, time.time_ns()
 
     def close(self) -> None:
-        """Say when the phase began and that it is over."""
+        """Send a span for the present phase: it began at its start and ends now."""
         self._emit(Span(name=self._phase, started_ns=self._phase_started_ns, ended_ns=time.time_ns()))
 
     def at(self, fraction: float, message: str, *, pass_index: int | None = None) -> None:
-        """Say how much of the whole job is done, and what is being done."""
+        """Send the progress: the fraction of the whole job that is done, and what the job does now."""
         with self._lock:
             self._fraction = max(self._fraction, min(fraction, 1.0))
             spent = time.monotonic() - self._started
@@ -50,13 +50,13 @@ class Clock:
         self._emit(frame)
 
     def span(self, start: float, end: float, *, pass_index: int | None = None) -> Report:
-        """A progress function for the part of the job between two of its fractions."""
+        """A progress function for a part of the job: maps the part's 0…1 to the job's fractions `start`…`end`."""
         return lambda fraction, message: self.at(
             start + (end - start) * min(max(fraction, 0.0), 1.0), message, pass_index=pass_index
         )
 
 
 def parts(start: float, end: float, count: int) -> list[tuple[float, float]]:
-    """The fractions between which each of `count` equal steps from `start` to `end` lies."""
+    """Divide the fractions from `start` to `end` into `count` equal parts: (start, end) of each."""
     edges = [start + (end - start) * at / max(count, 1) for at in range(count + 1)]
     return list(pairwise(edges))

@@ -1,4 +1,4 @@
-"""The passes that work on a model's folder, one after the other, each into a folder of its own below work/."""
+"""The stage of the passes that rewrite a model's folder, one after the other. Each writes a folder of its own below work/."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,10 @@ from nightpress.core.recipes.passes import PassOptions
 
 
 def run(job: PressJob, state: State) -> None:
-    """Leave the last pass's folder and header, and a record of each. Goes on behind the last pass that an earlier attempt finished."""
+    """Run the passes. Sets the state's folder and header to those of the last pass, and adds a record of each pass.
+
+    Starts after the last pass that an earlier attempt finished.
+    """
     job.clock.enter("pressing")
     digests = _digests(job)
     steps = [(index, options) for index, options in enumerate(job.recipe.passes) if options.stage == "folder"]
@@ -29,13 +32,14 @@ def run(job: PressJob, state: State) -> None:
             record = record.model_copy(update={"peak_gpu_bytes": peak()})
         state.records.append(job.publish_pass(record, index))
         state.folder = target
-        if not options.last:  # a quantized model is no source for anything, and isn't looked at as one
+        # No pass reads the model of a last pass, e.g. a quantized one. So its header is not needed.
+        if not options.last:
             state.header = inspect_model(FolderFiles(target))
         _finish(job, state, index, options, digests[index])
 
 
 def _digests(job: PressJob) -> list[str]:
-    """For each pass, of all that decides what it makes, as far as this process knows."""
+    """For each pass, a digest of everything that decides its result, as far as this process knows it."""
     return prefix_digests(
         job.recipe,
         tenant_id="",
@@ -47,7 +51,7 @@ def _digests(job: PressJob) -> list[str]:
 
 
 def _take_over(job: PressJob, state: State, steps: Sequence[tuple[int, PassOptions]], digests: Sequence[str]) -> int:
-    """Take what an earlier attempt left of the last pass that it finished. Returns how many passes that spares."""
+    """Load the result of the last pass that an earlier attempt finished. Returns the number of passes that need not run again."""
     for done, (index, options) in reversed(list(enumerate(steps, start=1))):
         earlier = FinishedPass.load(job.work, index, options.name, made_of=digests[index])
         if earlier is not None:
@@ -59,7 +63,7 @@ def _take_over(job: PressJob, state: State, steps: Sequence[tuple[int, PassOptio
 
 
 def _finish(job: PressJob, state: State, index: int, options: PassOptions, digest: str) -> None:
-    """Say that a pass is done, for other attempts and for other jobs that begin the same way."""
+    """Record and checkpoint a finished pass, for later attempts and for other jobs that begin with the same passes."""
     record = job.work / pass_record(index, options.name)
     files = sorted(path for path in state.folder.rglob("*") if path.is_file())
     done = FinishedPass(

@@ -1,4 +1,7 @@
-"""The exports. Graph formats share one graph, traced of the pressed model; passes of the stage `graph` change it before it is saved."""
+"""The stage that exports the artifacts.
+
+Graph formats share one graph, traced from the pressed model. Passes of the stage `graph` change the graph before it is saved.
+"""
 
 import gc
 from pathlib import Path
@@ -25,7 +28,7 @@ _EXPORTERS = {
 
 
 def run(job: PressJob, state: State) -> None:
-    """Leave each artifact in its folder below out/."""
+    """Write each artifact to its folder below out/."""
     job.clock.enter("exporting")
     for export, (start, end) in zip(job.recipe.exports, parts(0.5, 0.7, len(job.recipe.exports)), strict=True):
         job.clock.at(start, f"exporting {export.name}")
@@ -35,7 +38,7 @@ def run(job: PressJob, state: State) -> None:
 
 
 def _save(job: PressJob, state: State, export: Export, folder: Path, report: Report) -> Path:
-    """Write one artifact. Returns the script that loads it."""
+    """Write one artifact. Returns the path of the runner script that loads it."""
     exporter: Any = _EXPORTERS[export.format]
     if export.format in GRAPH_FORMATS:
         if state.traced is None:
@@ -53,7 +56,7 @@ def _save(job: PressJob, state: State, export: Export, folder: Path, report: Rep
 
 
 def _trace(job: PressJob, state: State, report: Report) -> Traced:
-    """The pressed model's graph, as the passes of the stage `graph` leave it."""
+    """Trace the pressed model's graph and apply the passes of the stage `graph`."""
     passes = job.recipe.passes
     trace = trace_exits if passes and passes[-1].early_exits else tracing.trace
     check = state.trial.task.sets[0].sequences
@@ -69,6 +72,6 @@ def _trace(job: PressJob, state: State, report: Report) -> Traced:
 
 
 def _free_graphs() -> None:
-    """Exported graphs contain reference cycles and several times the model's weights: collect them now, before the next is made."""
+    """Collect graphs that are no longer needed, before the next is made. They have reference cycles and hold the weights several times."""
     gc.collect()
     return_freed_memory()

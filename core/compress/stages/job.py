@@ -1,4 +1,4 @@
-"""One job: its folder, its clock, what it tells, and what the stages leave in it for each other."""
+"""One job: its folder, its clock, the frames that it sends, and the state that its stages share."""
 
 import contextlib
 import dataclasses
@@ -25,20 +25,20 @@ from nightpress.core.recipes.profile import Profile
 
 
 class PressJob:
-    """What doesn't change while a job runs, and its voice."""
+    """The fixed inputs of a job, and the methods that send its frames."""
 
     def __init__(self, job_dir: Path, emit: Emit) -> None:
         self.emit = emit
         self.spec = JobSpec.load(job_dir)
         self.recipe = self.spec.recipe
         self.source, self.work, self.out = job_dir / SOURCE_DIR, job_dir / WORK_DIR, job_dir / OUT_DIR
-        self.scratch = self.work / "measured"  #: where consumers leave what they saw
+        self.scratch = self.work / "measured"  #: the folder for the consumers' outputs
         self.data = job_dir / DATA_DIR
         self.data_files = {ref: self.data / name for ref, name in self.spec.data.items()}
         self.clock = Clock(emit)
 
     def context(self, header: ModelHeader, progress: Report, *, index: int) -> PassContext:
-        """What the pass at this place of the recipe is given. header: of the model that it reads."""
+        """The context for the pass at this index of the recipe. header: of the model that the pass reads."""
         self.work.mkdir(parents=True, exist_ok=True)
         return PassContext(
             header=header,
@@ -56,7 +56,7 @@ class PressJob:
         )
 
     def checkpoint(self, index: int, path: str, step: int) -> None:
-        """Say that a file below work/ is whole, from which another attempt may go on."""
+        """Report a complete file below work/, from which a later attempt can resume."""
         self.emit(Checkpoint(path=path, step=step, pass_index=index))
 
     def log(self, text: str) -> None:
@@ -66,7 +66,7 @@ class PressJob:
         self.emit(Log(level="warning", text=text))
 
     def publish(self, subject: Subject) -> None:
-        """Tell a model's figures as metrics."""
+        """Send a model's figures as metrics."""
         self.emit(Metric(name=f"{subject.name}.size_bytes", value=subject.size_bytes))
         for found in subject.measurements:
             self.emit(Metric(name=f"{subject.name}.{found.name}", value=found.value))
@@ -77,7 +77,10 @@ class PressJob:
             self.emit(Metric(name=name, value=writing.decode_tokens_per_s))
 
     def publish_pass(self, record: PassRecord, index: int) -> PassRecord:
-        """Tell what the pass at this place of the recipe did. Returns its record, with the package that it comes from."""
+        """Send a pass's warnings, metrics and span. index: of the pass in the recipe.
+
+        Returns the pass's record. If another package provides the pass, the record gets that package's name and version.
+        """
         name = self.recipe.passes[index].name
         provider = self.spec.packages.get(name)
         if provider is not None:
@@ -96,23 +99,23 @@ class PressJob:
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """An artifact that is written but not yet verified."""
+    """An artifact that is written, but not verified yet."""
 
     export: Export
     folder: Path
-    runner: Path  #: the script that loads it in a process of its own
+    runner: Path  #: the script that loads the artifact in a process of its own
 
 
 @dataclasses.dataclass
 class State:
-    """What a job has come to. Each stage reads what those before it left, and leaves its own."""
+    """The results of a job so far. Each stage reads the results of the earlier stages and adds its own."""
 
     source_header: ModelHeader
-    trial: Trial  #: what all models are measured on
+    trial: Trial  #: the examples and timings that all models are measured with
     source: Subject  #: the source's figures
-    observed: Observed  #: what the source answered
-    folder: Path  #: the model that the passes have left so far
-    header: ModelHeader  #: of that model; behind a last pass, of the one before
+    observed: Observed  #: the source's outputs
+    folder: Path  #: the model as the passes so far have written it
+    header: ModelHeader  #: of that model; after a pass that must be last, of the model before that pass
     records: list[PassRecord] = dataclasses.field(default_factory=list)
     traced: Traced | None = None  #: the graph of the pressed model, if an export needs one
     exported: list[Exported] = dataclasses.field(default_factory=list)
@@ -123,7 +126,7 @@ class State:
 
 @contextlib.contextmanager
 def naming_the_package(options: PassOptions) -> Iterator[None]:
-    """Let an error of a pass from another package say whose it is."""
+    """Name the package in an unexpected error of a pass that another package provides. Raises NightpressError(internal)."""
     try:
         yield
     except (NightpressError, MemoryError, torch.OutOfMemoryError, OSError):

@@ -1,4 +1,4 @@
-"""The figures: of the source before anything is pressed, then of each artifact, loaded by its consumer in a fresh process."""
+"""The stage that measures: first the source, before anything is pressed; then each artifact, loaded by its consumer in a fresh process."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ from nightpress.core.recipes.plan import stored
 
 
 def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Subject, Observed]:
-    """The source's figures, and what it answered: everything else is held against these."""
+    """The source's figures and outputs. All artifacts are compared with them."""
     job.clock.enter("baseline")
     observed = run_consumer(
         safetensors.CONSUMER,
@@ -43,7 +43,7 @@ def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Su
 
 
 def run(job: PressJob, state: State) -> None:
-    """Leave the figures of each artifact, verified, and what the passes of the stage `measure` found."""
+    """Verify and measure each artifact, and run the passes of the stage `measure`."""
     with SourceBeside(
         safetensors.CONSUMER,
         job.source,
@@ -69,7 +69,7 @@ def _measure(
     end: float,
     beside: Callable[[int | None], Consumer | None],
 ) -> Subject:
-    """Load one artifact, verify what it answers, and take its figures."""
+    """Load one artifact, verify its outputs, and measure it."""
     job.clock.enter("verifying")
     name, task = artifact.export.name, state.trial.task
     job.clock.at(start, f"loading {name} in a fresh process")
@@ -103,7 +103,7 @@ def _measure(
 
 
 def _evaluating(job: PressJob, start: float, end: float, name: str) -> Report:
-    """The runner does the verification's texts first; what follows is evaluation."""
+    """A progress function that enters the phase `evaluating` after the verification's set, which the runner does first."""
     span = job.clock.span(start, end)
 
     def progress(fraction: float, what: str) -> None:
@@ -115,7 +115,7 @@ def _evaluating(job: PressJob, start: float, end: float, name: str) -> Report:
 
 
 def _look(job: PressJob, state: State) -> None:
-    """Run the passes that look at the source and the pressed model, and change nothing."""
+    """Run the passes of the stage `measure`: they read the source and the pressed model, and change nothing."""
     models = ModelPair(
         source=job.source,
         source_header=state.source_header,

@@ -1,18 +1,24 @@
-"""The blocks executor: a calibrated model, one block in memory at a time, whatever the model's size.
+"""The blocks executor: applies a calibrated method to a model of any size, with one block in memory at a time.
 
-What enters the first block is captured once for all calibration samples. Then for each block: its weights are read, the samples run through
-it while the inputs of every linear layer are summed up, the method settles its weights, the samples run through it again with the new
-weights, and it is written as a shard of its own. Reading the next block and writing the last block overlap with the arithmetic.
+First, the hidden states at the first block's input are captured for all calibration samples. Then, for each block:
 
-| module | what is in it |
+1. Read its weights.
+2. Run the samples through it, and collect statistics of the inputs of its linear layers.
+3. Settle its weights with the method, i.e. compute their final values.
+4. Run the samples through it again with the new weights.
+5. Write it as a shard of its own.
+
+While a block is computed, the next one is read and the previous one is written.
+
+| module | contents |
 |---|---|
-| `method` | what a calibrated method provides, and what it returns |
-| `plan` | what a run works on: batch size, dtype, and the digest that names its records |
-| `forward` | the samples' hidden states, and running them through a block |
-| `settle` | asking the method for the new weights of a block |
+| `method` | the interface of a calibrated method, and the result of a run |
+| `plan` | the inputs of a run: batch size, dtype, and the digest that names its records |
+| `forward` | the samples' hidden states, and how they run through a block |
+| `settle` | the call of the method for the new weights of a block |
 | `two_pass` | watch all layers of a block, settle them, run the samples again |
-| `in_turn`, `groups` | settle each group of layers before the next one runs: a single pass, where memory allows it |
-| `resume` | the files of a run: shards, the records beside them, and what of them an earlier attempt left whole |
+| `in_turn`, `groups` | settle each group of layers before the next group runs: a single pass, if memory allows it |
+| `resume` | the files of a run: shards and records, which show the blocks that an earlier attempt finished |
 | `writer` | the thread that writes |
 | `press` | the loop over the blocks |
 """

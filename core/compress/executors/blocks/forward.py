@@ -1,4 +1,4 @@
-"""The calibration samples' hidden states, and running them through one block after the other."""
+"""Runs the hidden states of the calibration samples through one block after the other."""
 
 from itertools import chain
 from pathlib import Path
@@ -16,23 +16,23 @@ from nightpress.core.compress.model.skeleton import Batch, Call
 
 
 class ForwardPass:
-    """All samples between two blocks. Only the calling thread touches it."""
+    """The hidden states of all samples between two blocks. Only the main thread of a run uses it."""
 
     def __init__(self, plan: BlockPlan, cache: CacheStandIn | None, folder: Path) -> None:
-        """cache: given to watched blocks in place of a key/value cache; folder: for a file of hidden states that fill the memory."""
+        """cache: passed to watched blocks in place of a key/value cache. folder: for a file of hidden states that memory does not hold."""
         self._plan, self._cache, self._folder = plan, cache, folder
-        self._rows: list[
-            HiddenStates
-        ] = []  #: of each row of blocks that was entered: what came out of it, or is on its way
+        #: For each row of blocks that was entered: the outputs of its last block, or the present hidden states within the row.
+        self._rows: list[HiddenStates] = []
         self._calls = Calls(plan.device)
-        self._probe: tuple[int, list[tuple[int, Call]]] | None = None  #: length of a text, and the blocks' calls for it
+        #: Tokens of the probe, and the blocks' calls for it.
+        self._probe: tuple[int, list[tuple[int, Call]]] | None = None
 
     @property
     def hidden(self) -> HiddenStates:
         return self._rows[-1]
 
     def enter_row(self, row: int) -> None:
-        """Capture what enters a row of blocks [samples, length, width], and what each of its blocks is given beside it."""
+        """Capture the hidden states at the input of a row of blocks [samples, length, width], and the other arguments of its blocks."""
         plan = self._plan
         starts = range(0, plan.total, plan.batch)
         batches = ({name: tensor[at : at + plan.batch] for name, tensor in plan.samples.items()} for at in starts)
@@ -55,11 +55,11 @@ class ForwardPass:
         self._rows.append(hidden)
 
     def runs(self, index: int) -> int:
-        """How often a block runs on a batch."""
+        """How often a block runs in one forward pass of a batch."""
         return self._calls.runs(index)
 
     def through(self, index: int, number: int, batch: Tensor, watched: Watched | None = None) -> Tensor:
-        """A batch [B, L, width] after all runs of a block."""
+        """The output [B, L, width] of a batch after all runs of a block. `watched` collects the inputs of its layers in these runs."""
         block, calls = self._plan.skeleton.blocks[index].module, self._calls.of(index, number)
         for mixture in self.experts_of(index):
             real = self.real(number)
@@ -75,7 +75,7 @@ class ForwardPass:
         return batch
 
     def advance_batch(self, index: int, number: int) -> None:
-        """Run a batch through a block; what comes out takes the place of what went in."""
+        """Run a batch through a block. The output replaces the batch's hidden states."""
         self.hidden.put(number, self.through(index, number, self.hidden.take(number)))
 
     def advance(self, index: int) -> None:
@@ -84,7 +84,7 @@ class ForwardPass:
             self.advance_batch(index, number)
 
     def real(self, number: int) -> Tensor | None:
-        """Which of a batch's tokens are no padding, bool [B, L] on the device; None if all."""
+        """Which of a batch's tokens are no padding: bool [B, L] on the device. None if all of them."""
         if self._plan.real is None:
             return None
         start = number * self._plan.batch
@@ -94,7 +94,7 @@ class ForwardPass:
         return [mixture for _, mixture in self._plan.skeleton.experts(index)]
 
     def probe(self, index: int) -> tuple[Tensor, list[Call]] | None:
-        """The beginning of the first sample as it enters a block [1, L, width], and the block's calls for it; None behind the first row."""
+        """The probe's hidden states [1, L, width] at a block's input, and the block's calls for it. None after the first row of blocks."""
         if self._probe is None:
             return None
         length, calls = self._probe
@@ -104,5 +104,5 @@ class ForwardPass:
 
 
 def _probe_of(samples: Batch) -> Batch:
-    """The beginning of the first text, or the first image."""
+    """The probe: the first tokens of the first text, or the first image."""
     return {name: tensor[:1] if tensor.dim() > 2 else tensor[:1, :PROBE_TOKENS] for name, tensor in samples.items()}

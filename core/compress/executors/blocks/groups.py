@@ -1,4 +1,4 @@
-"""Which layers of a block share their inputs, and which inputs nobody reads again."""
+"""Finds which layers of a block share their inputs, and from where on these inputs are not read again."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Groups:
     """Layers of a block that share their inputs, in the order of their calls."""
 
     layers: tuple[tuple[str, ...], ...]
-    #: By group: the groups whose inputs nobody reads from its first call on. ENTERED stands for what entered the block.
+    #: By group: the groups whose inputs are not read again after this group's first call. ENTERED stands for the block's own input.
     spent: tuple[tuple[int, ...], ...]
 
 
@@ -24,11 +24,11 @@ ENTERED = -1
 
 
 def find_groups(block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[], Tensor]) -> Groups | None:
-    """Learn from runs of a batch. None if a layer is not called, or called twice: then they can't be settled in turn.
+    """Find the groups by running a batch. None if a layer is not called, or is called twice: then groups can't be settled in turn.
 
-    Finds inputs that nobody reads again: overwrites each and checks that the block's output is unchanged. A frame holds its arguments
-    for as long as it runs, whether or not it reads them again: a run that waits would keep them in memory. What the block is given
-    beside the hidden states is never overwritten, since other blocks read it, too.
+    Finds inputs that are not read again: overwrites each and checks that the block's output is unchanged. This matters because a Python
+    frame keeps its arguments in memory while it runs, even if it does not read them again. The block's other arguments (masks, positions)
+    are never overwritten, because other blocks read them, too.
     """
     seen: list[tuple[Tensor, list[str]]] = []
     lent: set[int] = set()
@@ -74,7 +74,7 @@ def _is_unchanged(
     run: Callable[[], Tensor],
     exact: Tensor,
 ) -> bool:
-    """Whether the block's output is the same if the inputs of group `overwritten` are overwritten when those of group `at` come."""
+    """Whether the block's output stays the same if the inputs of group `overwritten` become NaN at the first call of group `at`."""
     given: dict[int, Tensor] = {}
 
     def enter(_name: str, inputs: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""A block in a single pass: the samples stop before each group of layers until the group is settled.
+"""Settles a block in a single pass: all samples stop before each group of layers until the group is settled.
 
-Within a block every layer then sees inputs that the layers before it, settled already, have made: what Frantar et al. call true sequential
+So every layer is calibrated with inputs from the settled layers before it in the same block. Frantar et al. call this true sequential
 (GPTQ, arXiv 2210.17323, section 4).
 """
 
@@ -26,14 +26,17 @@ from nightpress.core.recipes.costs import IN_TURN_BYTES, in_turn_bytes
 
 
 class GroupFinder:
-    """Finds the groups of layers of each block. Like blocks have like groups: they are found once."""
+    """Finds the groups of layers of each block. Blocks with the same layers have the same groups, which are found once."""
 
     def __init__(self, settler: Settler) -> None:
         self._settler = settler
         self._found: dict[tuple[str, ...], Groups | None] = {}
 
     def groups_of(self, index: int, linears: Mapping[str, nn.Module]) -> Groups | None:
-        """The layers in groups of the same inputs, in the order of their calls; None if they can't be settled in turn."""
+        """The layers in groups that share their inputs, in the order of their calls. None if the block can't be settled in turn.
+
+        A block can't if the method needs all layers at once, if it has experts or runs more than once, or if memory does not suffice.
+        """
         plan, forward = self._settler.plan, self._settler.forward
         if not self._settler.method.by_group or not linears or plan.skeleton.experts(index) or forward.runs(index) > 1:
             return None
@@ -56,9 +59,9 @@ class GroupFinder:
 def press_in_turn(
     settler: Settler, index: int, tensors: dict[str, Tensor], linears: Mapping[str, nn.Module], groups: Groups
 ) -> BlockOutcome:
-    """Settle a block whose weights are filled in, group by group. `tensors` gets the settled weights in place of the old ones.
+    """Settle a block group by group. Its weights are loaded; the settled weights replace the old ones in `tensors`.
 
-    The samples run behind the last group only if another block comes after this one.
+    The samples run past the last group only if another block follows.
     """
     plan, forward = settler.plan, settler.forward
     outcome = BlockOutcome({})
@@ -91,9 +94,9 @@ def press_in_turn(
 
 
 class InTurn:
-    """Runs of a block that stop at each group of layers until all have shown their inputs and the group is settled.
+    """Runs of a block that stop at each group of layers. When all runs have passed on their inputs, the group is settled.
 
-    Each run is a greenlet: while it waits, its frames keep what it has computed, less the tensors that `Groups.spent` lets go.
+    Each run is a greenlet. While it waits, its frames keep its intermediate tensors, except those that `Groups.spent` allows to free.
     """
 
     def __init__(self, groups: Groups, block: nn.Module, linears: Mapping[str, nn.Module]) -> None:
@@ -108,9 +111,9 @@ class InTurn:
         *,
         to_the_end: bool,
     ) -> None:
-        """Run all. `watch` is given each run's inputs of a group, and the run's number; `settle` is called for each group in turn.
+        """Run all. Calls `watch` with a group's inputs in each run and the run's number, then `settle` for the group.
 
-        to_the_end: go on behind the last group, too; what comes out is asked for.
+        to_the_end: finish the runs after the last group, because their outputs are needed.
         """
         from greenlet import getcurrent, greenlet
 
@@ -142,13 +145,13 @@ class InTurn:
                             raise RuntimeError("A block's layers are not called in the same order for every batch")
                     settle(names)
                 while waiting and to_the_end:
-                    waiting.pop(0).switch()  # what it held is free when it ends
+                    waiting.pop(0).switch()  # a run frees its tensors when it ends
         finally:
             for run in waiting:
-                run.throw()  # the garbage collector does not look into waiting greenlets: their frames would never be freed
+                run.throw()  # the garbage collector does not traverse suspended greenlets: their frames would never be freed
 
 
 def _let_go(spent: Tensor | None) -> None:
-    """Free a tensor's memory, whoever holds it. If it were read again after all, its shape would not fit."""
+    """Free a tensor's memory, even if frames still refer to the tensor. If one of them reads it, the empty shape causes an error."""
     if spent is not None:
         spent.set_(spent.new_empty(0))  # type: ignore[call-overload]

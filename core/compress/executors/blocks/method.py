@@ -1,4 +1,7 @@
-"""What a calibrated method provides to the blocks executor, and what the executor hands back."""
+"""The interface between a calibrated method and the blocks executor.
+
+To *settle* a weight is to compute its final value.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,43 +17,46 @@ from nightpress.core.compress.executors.watch import Inputs, Statistic
 
 @dataclass(frozen=True)
 class FinalTensor:
-    """A tensor of a block as it will be from now on."""
+    """The final value of a tensor of a block."""
 
-    weight: Tensor  #: exactly what a loader makes of `tensors`
-    tensors: dict[str, Tensor]  #: what is written, by name, on any device
-    effect: Effect | None  #: None if it is no linear weight, but compensates for what was done to one
+    weight: Tensor  #: exactly the tensor that a loader makes of `tensors`, e.g. dequantized codes
+    tensors: dict[str, Tensor]  #: the tensors to write, by name, on any device
+    effect: Effect | None  #: None for a tensor that is no linear weight, but compensates for the change of one
 
 
 class Method(Protocol):
-    """A calibrated method: what it sums up of a layer's inputs, and what it makes of weights."""
+    """A calibrated method: a statistic of the layers' inputs, and the computation of new weights from it."""
 
     @property
     def by_group(self) -> bool:
-        """Whether layers that share their inputs are settled without the block's other layers: then `settle` may be called group by group."""
+        """Whether layers that share their inputs can be settled without the block's other layers. Then `settle` may be called per group."""
 
     def watch(self, columns: int, device: torch.device) -> Statistic: ...
 
     def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, FinalTensor]:
-        """The new tensors of a block: of all that were watched, and of others if need be. The block gives them by name in their stored dtype."""
+        """The final tensors of a block by name: all watched weights, and other tensors if the method changes them.
+
+        block: the present tensors by name, in their stored dtype.
+        """
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
-        """A settled linear weight from what was written."""
+        """A settled linear weight, made of its written tensors."""
 
 
 class CacheStandIn(Protocol):
-    """What blocks are given in place of a key/value cache, to see what they would cache."""
+    """An object that blocks get in place of a key/value cache. It sees the keys and values that they would cache."""
 
-    real: Tensor | None  #: bool [B, L] of the batch that runs: False where it is padding; None: nowhere
+    real: Tensor | None  #: bool [B, L] of the current batch: False for padding; None: no padding
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run did."""
+    """The result of a run of the blocks executor."""
 
     effects: dict[str, Effect]  #: by weight
-    bytes_after: dict[str, int]  #: by weight, of all that was written for it
+    bytes_after: dict[str, int]  #: by weight: bytes of all tensors that were written for it
     unseen: tuple[str, ...]  #: weights that no calibration token reached
     #: Weight → number of tokens routed to its expert where these were too few, and all tokens were used.
     undersampled: dict[str, int]
-    kept: tuple[str, ...]  #: matrices that were copied
-    warnings: dict[str, int]  #: what a person should know → of how many blocks it is true
+    kept: tuple[str, ...]  #: matrices that were copied unchanged
+    warnings: dict[str, int]  #: warning for the report → number of blocks that it applies to

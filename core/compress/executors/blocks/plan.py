@@ -1,4 +1,4 @@
-"""What a run of the blocks executor works on."""
+"""The plan of a run of the blocks executor: the model, the samples, and the weights to settle."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,19 +16,18 @@ from nightpress.core.compress.model.skeleton import Batch, Skeleton
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.recipes.costs import BATCH_TOKENS
 
-RECORD_FORMAT = (
-    2  #: of the records that a run leaves: a later release that writes others starts an interrupted run over
-)
+#: Format of the records that a run writes. A release with another format starts an interrupted run from the beginning.
+RECORD_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class BlockPlan:
     skeleton: Skeleton
-    samples: Batch  #: what the model is called with, each [samples, …]; without a mask that hides nothing
-    real: Tensor | None  #: bool [samples, length]: False where a token is padding; None: nowhere
-    batch: int  #: samples that run at once
+    samples: Batch  #: the model's inputs, each [samples, …]; without a mask if there is no padding
+    real: Tensor | None  #: bool [samples, length]: False for padding; None: no padding
+    batch: int  #: samples in a batch
     chosen: frozenset[str]  #: the weights to settle
-    digest: str  #: the same for two attempts only if every block of theirs becomes the same
+    digest: str  #: two attempts have the same digest only if they compute the same blocks
 
     @property
     def source(self) -> SourceTensors:
@@ -40,7 +39,7 @@ class BlockPlan:
 
     @property
     def total(self) -> int:
-        """How many samples there are."""
+        """The number of samples."""
         return len(next(iter(self.samples.values())))
 
     @property
@@ -48,14 +47,17 @@ class BlockPlan:
         return len(self.skeleton.blocks)
 
     def chosen_of(self, index: int) -> dict[str, torch.nn.Module]:
-        """The layers of a block that are to be settled, by the names of their weights."""
+        """The layers of a block that must be settled, by the names of their weights."""
         return {name: layer for name, layer in self.skeleton.linears(index).items() if name in self.chosen}
 
 
 def make_plan(
     folder: Path, target: Path, samples: Batch, context: PassContext, chosen: frozenset[str], recipe: str, *, share: int
 ) -> BlockPlan:
-    """share: run batches of this fraction (1 / share) of the usual size. Raises NightpressError for a model that has no rows of blocks."""
+    """Make the plan. share: divides the usual batch size, e.g. 4 gives batches of a quarter of the size.
+
+    Raises NightpressError for a model whose blocks can't be found.
+    """
     source = SourceTensors(read_shards(folder))
     skeleton = Skeleton(folder, source, context.device, _compute_dtype(source, chosen, context))
     unmasked, real = split_mask(samples)
@@ -71,7 +73,7 @@ def make_plan(
 
 
 def _compute_dtype(source: SourceTensors, chosen: frozenset[str], context: PassContext) -> torch.dtype:
-    """As `Calibration.dtype` says."""
+    """The dtype of the forward passes, as the recipe's `Calibration.dtype` describes it."""
     if context.calibration.dtype == "float32":
         return torch.float32
     if torch.device(context.device).type == "cpu":

@@ -1,4 +1,4 @@
-"""The loop over the blocks of a model."""
+"""The blocks executor: a loop that settles the blocks of a model one after the other."""
 
 import gc
 from collections.abc import Mapping
@@ -37,12 +37,15 @@ def press_blocks(
     outside: Mapping[str, Rewrite] | None = None,
     cache: CacheStandIn | None = None,
 ) -> RunResult:
-    """Settle the chosen weights of all blocks and copy the rest of the model's tensors; `target` gets its shards and their index.
+    """Settle the chosen weights of all blocks and copy the model's other tensors. Writes shards and their index to `target`.
 
-    samples are what the model is called with, each [samples, …]: whole calibration texts, or padded ones with their mask, or pixels.
-    `recipe` says what is done: blocks of an earlier attempt are taken over only if they were made by the same recipe. `outside` says what
-    becomes of tensors that are in no block. `cache` is given to the blocks in place of a key/value cache while they are watched. If a
-    GPU's memory does not suffice, smaller batches are tried once. Raises NightpressError.
+    samples: the model's inputs, each [samples, …]: whole calibration texts, or padded texts with their mask, or pixels.
+    chosen: names of the weights to settle.
+    recipe: identifies what is done. Blocks of an earlier attempt are reused only if they were made with the same recipe.
+    outside: rewrites of tensors that are in no block, by name.
+    cache: passed to the blocks in place of a key/value cache while they are watched.
+
+    If memory does not suffice, the run is tried once more with smaller batches. Raises NightpressError.
     """
     map_large_tensors()
     run = partial(_run, source, target, method, samples, context, chosen, recipe, outside or {}, cache)
@@ -52,7 +55,7 @@ def press_blocks(
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-        # The failed run's frames went with the error. Its reference cycles are left to collect.
+        # The failed run's frames were freed with the error. Its reference cycles must still be collected.
         gc.collect()
         torch.cuda.empty_cache()
         context.progress(0.0, "memory ran out: once more with smaller batches")
@@ -126,11 +129,11 @@ def _press_block(settler: Settler, finder: GroupFinder, index: int, tensors: dic
 
 @dataclass(frozen=True)
 class BlockReader:
-    """Reads the tensors of a block: as they were, or, of a finished block, as they were written. Called by any thread."""
+    """Reads the tensors of a block: from the source, or from the output if the block is finished. Any thread may call it."""
 
     plan: BlockPlan
     files: RunFiles
-    finished: int  #: blocks that an earlier attempt left whole
+    finished: int  #: number of blocks that an earlier attempt finished
 
     def read(self, index: int) -> dict[str, Tensor]:
         if index < self.finished:
@@ -141,7 +144,10 @@ class BlockReader:
         return tensors
 
     def read_ahead(self, index: int) -> dict[str, Tensor]:
-        """A block's tensors for a GPU. A CPU takes far longer to compute than to read: there only the kernel reads ahead, and {} is returned."""
+        """Read a block's tensors in advance for a GPU. For a CPU, only ask the kernel to read ahead, and return {}.
+
+        A CPU computes a block far longer than it reads one, so holding a second block in memory would not help.
+        """
         if self.plan.device.type == "cuda":
             return self.read(index)
         if index >= self.finished:
@@ -150,7 +156,7 @@ class BlockReader:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """torch has a class for a GPU's memory, and only a text for the host's."""
+    """Whether memory ran out. torch has an error class for a GPU's memory, but only an error text for the host's."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 

@@ -1,7 +1,7 @@
-"""The files of a run: a shard for each block, a record beside it, and what of them an earlier attempt left whole.
+"""The files of a run: a shard and a record for each block. They show which blocks an earlier attempt finished.
 
-A killed attempt resumes behind the last block that was written. The finished blocks are run from their files, and since a block always
-runs as its files say it, what follows is the same to the last byte.
+An attempt resumes after the last finished block. The finished blocks run with the weights of their files. An uninterrupted run uses the
+same weights, so the blocks after them become the same to the last byte.
 """
 
 import json
@@ -22,7 +22,7 @@ from nightpress.core.compress.model.source import SourceTensors
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """What was done to a block."""
+    """The report of a settled block."""
 
     effects: tuple[tuple[str, Effect], ...]  #: by weight
     unseen: tuple[str, ...]
@@ -31,7 +31,7 @@ class BlockRecord:
 
 
 def record_of(outcome: BlockOutcome) -> BlockRecord:
-    """Of the weights that the method settled."""
+    """The record of a block's outcome, limited to the weights that the method settled."""
     settled = outcome.settled
     return BlockRecord(
         effects=tuple((name, tensor.effect) for name, tensor in settled.items() if tensor.effect is not None),
@@ -43,10 +43,10 @@ def record_of(outcome: BlockOutcome) -> BlockRecord:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where a run's shards and records lie."""
+    """The paths of a run's shards and records."""
 
     target: Path
-    records: Path  #: a folder for the records of just this plan
+    records: Path  #: a folder for the records of this plan only
     blocks: int
 
     def rest(self) -> Path:
@@ -63,7 +63,7 @@ class RunFiles:
         return self.target / f"model-{number + 1:05}-of-{self.blocks + 1:05}.safetensors"
 
     def finished(self) -> int:
-        """How many blocks, from the first one on, an earlier attempt left whole."""
+        """The number of blocks, from the first on, that an earlier attempt finished."""
         for index in range(self.blocks):
             record, shard = self.record(index), self.block(index)
             if not record.exists() or not shard.exists():
@@ -78,7 +78,7 @@ class RunFiles:
         return {name: written.read(name) for name in written.names()}
 
     def write_record(self, index: int, record: BlockRecord) -> None:
-        """Vouch for a block whose shard is on disk."""
+        """Write the record that marks a block as finished. Its shard must be on disk."""
         body = {
             "size": self.block(index).stat().st_size,
             "effects": {name: asdict(effect) for name, effect in record.effects},
@@ -107,7 +107,7 @@ def run_files(target: Path, work_dir: Path, plan: BlockPlan) -> RunFiles:
 
 
 def conclude(files: RunFiles, source: SourceTensors, outside: Mapping[str, Effect]) -> RunResult:
-    """Write the index of all shards, and add up the records. outside: what was done to tensors that are in no block."""
+    """Write the index of all shards, and merge the records. outside: the effects on tensors that are in no block."""
     write_index(files.target)
     sizes = {stored.name: stored.info.size for shard in read_shards(files.target) for stored in shard.tensors}
     records = [files.read_record(index) for index in range(files.blocks)]

@@ -1,4 +1,4 @@
-"""Asking a method for the new weights of a block."""
+"""Calls a method to settle the weights of a block."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from nightpress.core.compress.numerical_failures import check_finite, naming
 
 @dataclass(frozen=True)
 class BlockOutcome:
-    """What became of a block, or of some of its layers."""
+    """The result of settling a block, or some of its layers."""
 
     settled: Mapping[str, FinalTensor]
     unseen: tuple[str, ...] = ()  #: weights that no calibration token reached
-    undersampled: tuple[tuple[str, int], ...] = ()  #: as `Pressed` has it
+    undersampled: tuple[tuple[str, int], ...] = ()  #: as in `RunResult`
     warnings: tuple[str, ...] = ()
 
     def __or__(self, later: "BlockOutcome") -> "BlockOutcome":
@@ -34,7 +34,7 @@ class BlockOutcome:
 
 @dataclass(frozen=True)
 class Settler:
-    """A method at work on the blocks of a run."""
+    """Applies a method to the blocks of a run."""
 
     plan: BlockPlan
     method: Method
@@ -43,7 +43,10 @@ class Settler:
     def settle(
         self, index: int, tensors: Mapping[str, Tensor], inputs: Sequence[Inputs], linears: Mapping[str, nn.Module]
     ) -> BlockOutcome:
-        """The method's answer for these tensors of a block. Methods know weights as [out, in]: Conv1D's are transposed before and after."""
+        """Settle these tensors of a block with the method. inputs: statistics of the layers to settle; linears: these layers.
+
+        Methods see weights as [out, in]: those of Conv1D are transposed before and after. Raises NightpressError(numerical_failure).
+        """
         layers = [[name.removesuffix(".weight") for name in seen.names] for seen in inputs]
         for names, seen in zip(layers, inputs, strict=True):
             check_finite(names, seen.statistic)
@@ -61,7 +64,7 @@ class Settler:
         )
 
     def _live_block(self, index: int, given: Mapping[str, Tensor], transposed: set[str]) -> LiveBlock:
-        """The block for a method. A method that settles all layers at once may run the block on the probe."""
+        """The block as a method gets it. Only a method that settles all layers at once may run the block on the probe."""
         block = self.plan.skeleton.blocks[index]
         probe = None if self.method.by_group else self.forward.probe(index)
         return LiveBlock(given, block) if probe is None else LiveBlock(given, block, *probe, transposed)

@@ -1,4 +1,7 @@
-"""A block in two passes: the samples run while its layers' inputs are summed up, all layers are settled, and the samples run again."""
+"""Settles a block in two passes. The first pass collects statistics of the layers' inputs. Then all layers are settled.
+
+The second pass runs the samples through the settled block.
+"""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -15,9 +18,9 @@ from nightpress.core.compress.executors.watch import EnoughSeen, Inputs, Watched
 def press_in_two_passes(
     settler: Settler, index: int, tensors: Mapping[str, Tensor], linears: Mapping[str, nn.Module]
 ) -> BlockOutcome:
-    """Settle a block whose weights are filled in. tensors: all of the block's; linears: the layers to settle.
+    """Settle a block whose weights are loaded. tensors: all tensors of the block; linears: the layers to settle.
 
-    The samples run through the settled block only if another block comes after it.
+    The samples run through the settled block only if another block follows.
     """
     plan, forward = settler.plan, settler.forward
     seen = _watch(settler, index, linears)
@@ -25,7 +28,7 @@ def press_in_two_passes(
     seen = [inputs for inputs in seen if few.keys().isdisjoint(inputs.names)]
     seen += _watch_on_all_tokens(settler, index, linears, few)
     outcome = replace(settler.settle(index, tensors, seen, linears), undersampled=tuple(few.items()))
-    del seen  # frees the sums before the samples run again
+    del seen  # frees the statistics before the samples run again
     weights = {name: settled.weight for name, settled in outcome.settled.items()}
     plan.skeleton.fill_block(index, {**tensors, **weights})
     if index + 1 < plan.blocks:
@@ -34,7 +37,7 @@ def press_in_two_passes(
 
 
 def _watch(settler: Settler, index: int, linears: Mapping[str, nn.Module]) -> list[Inputs]:
-    """Sum up the inputs of these layers."""
+    """Collect the statistics of these layers' inputs."""
     watched = Watched(settler.method.watch, settler.plan.device, linears)
     with watched.over(settler.plan.skeleton.blocks[index].module):
         _run_until_seen(settler.forward, index, watched)
@@ -42,14 +45,14 @@ def _watch(settler: Settler, index: int, linears: Mapping[str, nn.Module]) -> li
 
 
 def _run_until_seen(forward: ForwardPass, index: int, watched: Watched) -> None:
-    """Run all samples through a block until its last watched layer was called; the hidden states stay as they are."""
+    """Run all samples through a block until its last watched layer has been called. The hidden states are not changed."""
     for number in range(len(forward.hidden)):
         with contextlib.suppress(EnoughSeen):
             forward.through(index, number, forward.hidden.look_at(number), watched)
 
 
 def _undersampled(plan: BlockPlan, index: int, seen: Sequence[Inputs]) -> dict[str, int]:
-    """Weights of experts that saw fewer tokens than they have inputs, too few to tell one input from another → that number."""
+    """Weight → number of tokens of its expert, for experts with fewer tokens than inputs: too few to tell the inputs apart."""
     prefixes = tuple(prefix for prefix, _ in plan.skeleton.experts(index))
     return {
         name: inputs.statistic.tokens
@@ -62,7 +65,7 @@ def _undersampled(plan: BlockPlan, index: int, seen: Sequence[Inputs]) -> dict[s
 def _watch_on_all_tokens(
     settler: Settler, index: int, linears: Mapping[str, nn.Module], few: Mapping[str, int]
 ) -> list[Inputs]:
-    """The inputs that the experts of these weights would have if every token went through them."""
+    """The statistics that these experts' layers have if every token runs through the experts."""
     layers = {name: layer for name, layer in linears.items() if name in few}
     if not layers:
         return []

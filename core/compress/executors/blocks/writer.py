@@ -1,4 +1,4 @@
-"""The thread that writes the shards. It is given values: nothing that another thread changes."""
+"""The thread that writes the shards. It only gets data that no other thread changes."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +19,7 @@ from nightpress.core.compress.model.source import SourceTensors
 
 @dataclass(frozen=True)
 class BlockOutput:
-    """A block as it goes into its files."""
+    """The contents of a block's files."""
 
     index: int
     tensors: tuple[tuple[str, Tensor], ...]  #: by name, on any device
@@ -27,7 +27,7 @@ class BlockOutput:
 
 
 def block_output(index: int, tensors: Mapping[str, Tensor], outcome: BlockOutcome) -> BlockOutput:
-    """tensors: the block's as they were read. The floats that codes stand for are not kept alive."""
+    """Combine a block's tensors, as they were read, with its settled ones. The result does not keep the dequantized weights in memory."""
     written: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         written |= outcome.settled[name].tensors if name in outcome.settled else {name: tensor}
@@ -35,7 +35,7 @@ def block_output(index: int, tensors: Mapping[str, Tensor], outcome: BlockOutcom
 
 
 class BlockWriter:
-    """Writes a block while the next one is computed. `write` first waits for the block before: at most one is held in memory."""
+    """Writes a block while the next one is computed. `write` first waits for the previous block, so at most one is held in memory."""
 
     def __init__(self, files: RunFiles, context: PassContext) -> None:
         self._files, self._context = files, context
@@ -45,7 +45,7 @@ class BlockWriter:
     def copy_rest(
         self, source: SourceTensors, names: tuple[str, ...], rewrites: Mapping[str, Rewrite]
     ) -> Future[dict[str, Effect]]:
-        """Write the shard of the tensors that are in no block. Every attempt does so: it takes a moment."""
+        """Write the shard of the tensors that are in no block. Every attempt writes it again, which takes little time."""
         return self._thread.submit(_write_rest, self._files, source, names, rewrites)
 
     def wait(self) -> None:
@@ -70,7 +70,7 @@ class BlockWriter:
 
 
 def write_block(files: RunFiles, output: BlockOutput) -> None:
-    """Put a block's shard on disk, then the record that vouches for it."""
+    """Write a block's shard to disk, then the record that marks it as finished."""
     infos = [
         tensor_info(name, SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in output.tensors
     ]
