@@ -23,9 +23,8 @@ class Hub:
     branches: dict[tuple[str, str], str] = field(default_factory=dict)
     private: dict[str, str] = field(default_factory=dict)  #: repository → the token that it requires
     gated: set[str] = field(default_factory=set)
-    breaks: list[int] = field(
-        default_factory=list
-    )  #: for each of the next downloads: the number of bytes after which it breaks off
+    #: for each of the next downloads: the number of bytes after which it breaks off
+    breaks: list[int] = field(default_factory=list)
     elsewhere: str = ""  #: the redirect's target for large files, instead of /cdn/
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     url: str = ""

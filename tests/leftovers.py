@@ -23,9 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # an xdist worker inherits its parent's folder
         return
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    folder = Path(
-        tempfile.mkdtemp(prefix="np-")
-    )  # a short name: it is part of unix sockets' paths, whose length is limited
+    # A short name: it is part of the paths of unix sockets, whose length is limited.
+    folder = Path(tempfile.mkdtemp(prefix="np-"))
     config.stash[_FOLDER] = folder
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None  # read TMPDIR again

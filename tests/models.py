@@ -68,7 +68,10 @@ def minilm_dir(into: Path | None = None) -> Path:
 
 @cache
 def smollm_dir(dtype: str = "float32") -> Path:
-    """SmolLM2-135M-Instruct, a Llama, dequantized from a 4-bit GGUF: 4-bit figures on it are better than on a model that never was 4-bit."""
+    """SmolLM2-135M-Instruct, a Llama, dequantized from a 4-bit GGUF.
+
+    Its weights were on a 4-bit grid before. So 4-bit figures on it are better than on an ordinary float model.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
