@@ -1,4 +1,4 @@
-"""A real API on a real port, in a thread of the test's process, so that a test can also play the worker behind it."""
+"""A real API on a real port, in a thread of the test's process, so that a test can also act as its worker."""
 
 import hashlib
 import threading
@@ -30,7 +30,7 @@ class RunningApi:
         return create_key(self.services.resources.engine, tenant_id=tenant_id, name="test", scopes=scopes)[1]
 
     def client(self, **kwargs: Any) -> httpx.Client:
-        """A client with a key of its own; a context manager."""
+        """A client with a new key. Use it as a context manager."""
         return httpx.Client(
             base_url=self.url, headers={"Authorization": f"Bearer {self.key(**kwargs)}"}, timeout=20, trust_env=False
         )
@@ -43,7 +43,7 @@ class RunningApi:
         return claimed
 
     def ship(self, claimed: Claimed, files: Mapping[str, bytes], *, format: str = "onnx") -> Succeeded:  # noqa: A002
-        """Store what an attempt made. Nothing is visible before `finish`."""
+        """Store an attempt's files. The API shows none of them before `finish`."""
         prefix = f"jobs/{claimed.job.id}/attempts/{claimed.lease.attempt}"
         entries = []
         for path, data in files.items():

@@ -1,6 +1,6 @@
-"""The API as a process of its own, to be killed.
+"""The API as a separate process that tests can kill.
 
-`python tests/api_process.py before|after`: the real API, which is killed at the first submission, before or after its commit.
+`python tests/api_process.py before|after` runs the real API, which kills itself at the first submission, before or after the commit.
 """
 
 import os
@@ -27,7 +27,7 @@ SCOPES = ("jobs:read", "jobs:write", "models:read", "models:write")
 
 
 class ApiProcess:
-    """`python -m nightpress.api` of an installation, and a model that a plan can be made for."""
+    """`python -m nightpress.api` of an installation, and a registered model with a header, so that the API can make a plan."""
 
     def __init__(self, service: Service, model: Path) -> None:
         self._service = service
@@ -41,7 +41,7 @@ class ApiProcess:
             connection.execute(update(models).where(models.c.id == service.model_id).values(header=header))
 
     def start(self, dies: str = "", tree: Path = ROOT) -> None:
-        """`dies`: before or after the commit of the first submission. `tree`: whose code it is."""
+        """Start the API. `dies`: "before" or "after" the commit of the first submission; empty: never. `tree`: the checkout to run."""
         script = ("-P", "tests/api_process.py", dies) if dies else ("-m", module_of(tree, "api"))
         more = {"NIGHTPRESS_API_PORT": str(self._port), "PYTHONPATH": str(tree)}
         self.process = self._service.start(*script, cwd=tree, **more)
@@ -56,7 +56,7 @@ class ApiProcess:
             return False
 
     def client(self) -> httpx.Client:
-        """A client whose POSTs all have one idempotency key."""
+        """A client that sends the same idempotency key with every request."""
         headers = {"Authorization": f"Bearer {self._key}", "Idempotency-Key": "k"}
         return httpx.Client(base_url=f"http://127.0.0.1:{self._port}", headers=headers, timeout=20, trust_env=False)
 

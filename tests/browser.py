@@ -1,6 +1,7 @@
-"""A headless Chromium for the tests that look at pages; they are skipped, with the reason, where none is installed.
+"""A headless Chromium for the tests of pages. Where no Chromium is installed, these tests are skipped with a reason.
 
-`nightpress` needs no browser. `NIGHTPRESS_TEST_CHROMIUM` names one; otherwise Debian's or Chrome's usual commands are looked for.
+`nightpress` itself needs no browser. `NIGHTPRESS_TEST_CHROMIUM` names the program; without it, the usual commands of Debian and
+Chrome are tried.
 """
 
 import os
@@ -21,22 +22,22 @@ DESKTOP = {"width": 1280, "height": 900}
 
 @dataclass(frozen=True)
 class Seen:
-    """A page that was opened, and everything that it asked the network for or complained of."""
+    """An open page, the URLs that it requested, and its console messages and errors."""
 
     page: Any  #: playwright.sync_api.Page
-    requests: list[str]
-    complaints: list[str]
+    requests: list[str]  #: URLs
+    complaints: list[str]  #: the console's errors and warnings, and uncaught exceptions
 
 
 class Browser:
-    """Opens pages, each in a context of its own."""
+    """Opens pages, each in a separate browser context."""
 
     def __init__(self, library: Any) -> None:
         self._library = library
 
     @contextmanager
     def open(self, url: str, *, viewport: dict[str, int] = DESKTOP, dark: bool = False) -> Iterator[Seen]:
-        """A page at an address or a file, with everything it asked for."""
+        """Open the page at a URL and record what it requests and logs."""
         context = self._library.new_context(viewport=viewport, color_scheme="dark" if dark else "light")
         page = context.new_page()
         seen = Seen(page, [], [])
@@ -59,7 +60,7 @@ def find_chromium() -> str | None:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """One browser for many pages. Skips the test where there is none."""
+    """One browser for many pages. Skips the test where no Chromium is installed."""
     executable = find_chromium()
     if executable is None:
         pytest.skip("no Chromium here: `apt-get install chromium`, or set NIGHTPRESS_TEST_CHROMIUM")
@@ -77,13 +78,12 @@ def chromium() -> Iterator[Browser]:
 
 
 def violations(page: Any) -> list[str]:
-    """What axe-core finds wrong, one line a rule and place; the script is read from its package, not from a network."""
+    """The violations that axe-core finds, one line for each rule and element. The script comes from a package, not from the network."""
     import axe_playwright_python
 
     script = Path(axe_playwright_python.__file__).parent / "axe.min.js"
-    session = page.context.new_cdp_session(
-        page
-    )  # the page's own policy forbids scripts; the debugger's evaluation doesn't ask it
+    # The page's content security policy forbids foreign scripts. The debugger's Runtime.evaluate bypasses the policy.
+    session = page.context.new_cdp_session(page)
     session.send("Runtime.evaluate", {"expression": script.read_text()})
     found = session.send(
         "Runtime.evaluate", {"expression": "axe.run(document)", "awaitPromise": True, "returnByValue": True}

@@ -1,4 +1,4 @@
-"""Certificates for the tests that speak TLS, made by the `openssl` command; they are skipped, with the reason, where there is none."""
+"""Certificates for tests over TLS, made by the `openssl` command. Without that command, these tests are skipped with a reason."""
 
 import shutil
 import subprocess
@@ -10,14 +10,14 @@ import pytest
 
 @dataclass(frozen=True)
 class Certificate:
-    """Signed by itself, so that whoever trusts `chain` trusts this server and no other."""
+    """A self-signed certificate: a client that trusts only `chain` trusts only this server."""
 
     chain: Path
     key: Path
 
 
 def make_certificate(folder: Path, name: str) -> Certificate:
-    """For one DNS name, for two days."""
+    """Make a certificate for one DNS name, valid for two days."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl command here: `apt-get install openssl`")
     made = Certificate(folder / f"{name}.pem", folder / f"{name}.key")

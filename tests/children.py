@@ -1,6 +1,6 @@
-"""Children that misbehave on purpose: the real child, with another press than the pipeline.
+"""Children that misbehave on purpose: the real child process, which runs a function of this file instead of the pipeline.
 
-`python tests/children.py BEHAVIOUR …` takes what `python -m nightpress.worker.child …` takes.
+`python tests/children.py BEHAVIOUR …` takes the arguments of `python -m nightpress.worker.child …` after the behaviour's name.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ Emit = Callable[[Frame], None]
 
 
 def press(job_dir: Path, emit: Emit) -> Manifest:
-    """A whole result in no time: the source's files as they came, and where and when this ran."""
+    """Write a whole result at once: unchanged copies of the source's files, and a report with the job's folder and thread count."""
     spec = JobSpec.load(job_dir)
     emit(Progress(phase="pressing", fraction=0.5))
     out = job_dir / "out"
@@ -64,7 +64,7 @@ def press(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def slow(job_dir: Path, emit: Emit) -> Manifest:
-    """Four seconds of steady progress, each step of it said."""
+    """Make steady progress for four seconds and log each step."""
     for step in range(40):
         emit(Log(text=f"step {step}"))
         emit(Progress(phase="pressing", fraction=step / 80, message=f"step {step}"))
@@ -73,14 +73,14 @@ def slow(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def first_slow(job_dir: Path, emit: Emit) -> Manifest:
-    """A first attempt that would take for ever, and a second that doesn't."""
+    """The first attempt never ends. The second ends at once."""
     if JobSpec.load(job_dir).attempt == 1:
         return endless(job_dir, emit)
     return press(job_dir, emit)
 
 
 def endless(job_dir: Path, emit: Emit) -> Manifest:
-    """Steady progress, a grandchild, one that left for a session of its own and lost its parent, and a checkpoint, for ever."""
+    """Store a checkpoint, then make progress for ever. Starts two processes: a grandchild, and an orphaned daemon in its own session."""
     consumer = subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL)
     daemon = subprocess.run(
         ["sh", "-c", "setsid sleep 600 >&2 & echo $!"], stdout=subprocess.PIPE, text=True, check=True
@@ -97,7 +97,7 @@ def endless(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def stepping(job_dir: Path, emit: Emit) -> Manifest:
-    """Five steps, each leaving a file that the next attempt goes on from. `:N` stops for ever behind step N of the first attempt."""
+    """Five steps. Each leaves a file, from which the next attempt resumes. With `:N`, the first attempt hangs after step N."""
     stop_at = int(sys.argv[1].partition(":")[2] or 0) if JobSpec.load(job_dir).attempt == 1 else 0
     work = job_dir / "work"
     for step in range(1, 6):
@@ -117,7 +117,7 @@ def stepping(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def chaotic(job_dir: Path, emit: Emit) -> Manifest:
-    """Some steps of some length, each a checkpoint; now and then a crash or an error. The dice are the attempt's own."""
+    """A random number of steps of random length, each with a checkpoint; sometimes a crash or an error. Job and attempt are the seed."""
     spec = JobSpec.load(job_dir)
     dice = random.Random(f"{spec.job_id} {spec.attempt}")
     work, fate = job_dir / "work", dice.random()
@@ -139,7 +139,7 @@ def chaotic(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def pipeline_until(job_dir: Path, emit: Emit) -> Manifest:
-    """The real pipeline. `:N` stops for ever behind block N of the first attempt's second pass."""
+    """The real pipeline. With `:N`, the first attempt hangs after block N of its second pass."""
     from nightpress.core.compress import pipeline
 
     stop_at = int(sys.argv[1].partition(":")[2]) if JobSpec.load(job_dir).attempt == 1 else 0
@@ -155,7 +155,7 @@ def pipeline_until(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def pipeline_until_said(job_dir: Path, emit: Emit) -> Manifest:
-    """The real pipeline. `:TEXT` stops the first attempt for ever at the first message or checkpoint's path that holds TEXT."""
+    """The real pipeline. With `:TEXT`, the first attempt hangs at the first message or checkpoint path that contains TEXT."""
     from nightpress.core.compress import pipeline
 
     text = sys.argv[1].partition(":")[2]
@@ -174,7 +174,7 @@ def pipeline_until_said(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def telling(job_dir: Path, emit: Emit) -> Manifest:
-    """The real pipeline. Its messages go to the job's log too, a line each."""
+    """The real pipeline, which also writes each progress message to the job's log."""
     from nightpress.core.compress import pipeline
 
     def emit_and_tell(frame: Frame) -> None:
@@ -186,7 +186,7 @@ def telling(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def staying(job_dir: Path, emit: Emit) -> Manifest:
-    """`:PHASE` goes through the phases up to this one, and stays there."""
+    """With `:PHASE`, go through the phases up to PHASE and stay in it."""
     last = sys.argv[1].partition(":")[2]
     for phase in ("validating", "baseline", "pressing", "exporting", "verifying", "evaluating"):
         emit(Progress.model_validate({"phase": phase, "fraction": 0.5}))
@@ -198,7 +198,7 @@ def staying(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def wedged(job_dir: Path, emit: Emit) -> Manifest:
-    """Signs of life without progress."""
+    """Send frames for ever, but make no progress."""
     while True:
         emit(Progress(phase="pressing", fraction=0.5, message="the same"))
         time.sleep(0.05)
@@ -218,24 +218,23 @@ def full_disk(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def hog(job_dir: Path, emit: Emit) -> Manifest:
-    """More memory than the worker offers, in a process of its own."""
+    """Start a process that takes 400 MiB, more than the worker offers."""
     code = "import time; held = bytearray(400 * 1024**2); time.sleep(60)"
     subprocess.run([sys.executable, "-S", "-c", code], stdin=subprocess.DEVNULL, check=True)
     raise AssertionError
 
 
 def killed_at_its_limit(job_dir: Path, emit: Emit) -> Manifest:
-    """Nearly all the memory it may have, then the kernel's end."""
-    held = bytearray(
-        JobSpec.load(job_dir).memory_limit * 95 // 100 - 65 * 1024**2
-    )  # beside the two processes of a child
-    time.sleep(1.2)  # long enough to be weighed
+    """Take nearly all the memory of the limit, then end by SIGKILL, as the kernel's OOM killer ends a process."""
+    # The child's two processes take the other 65 MiB.
+    held = bytearray(JobSpec.load(job_dir).memory_limit * 95 // 100 - 65 * 1024**2)
+    time.sleep(1.2)  # until the supervisor has measured the memory
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError(len(held))
 
 
 def killed_by_somebody(job_dir: Path, emit: Emit) -> Manifest:
-    """An end like the kernel's, for no want of memory."""
+    """End by SIGKILL, as the kernel's OOM killer ends a process, but with little memory taken."""
     time.sleep(4)
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
@@ -247,7 +246,7 @@ def out_of_addresses(job_dir: Path, emit: Emit) -> Manifest:
 
 
 class OutOfMemoryError(RuntimeError):
-    """Called as torch's is."""
+    """Has the name of torch's exception."""
 
 
 def cuda_out_of_memory(job_dir: Path, emit: Emit) -> Manifest:
@@ -270,7 +269,7 @@ def killed_on_the_gpu(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def smuggle(job_dir: Path, emit: Emit) -> Manifest:
-    """A result whose file is a link to somebody else's."""
+    """A result with a symbolic link to a file outside its folder."""
     manifest = press(job_dir, emit)
     path = job_dir / "out" / "onnx" / manifest.artifacts[0].files[0].path
     path.unlink()
@@ -279,7 +278,7 @@ def smuggle(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def tamper(job_dir: Path, emit: Emit) -> Manifest:
-    """A result whose bytes aren't those of its manifest."""
+    """A result whose bytes differ from its manifest's hashes."""
     manifest = press(job_dir, emit)
     path = job_dir / "out" / "onnx" / manifest.artifacts[0].files[0].path
     path.write_bytes(bytes(path.stat().st_size))
@@ -287,7 +286,7 @@ def tamper(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def babble(job_dir: Path, emit: Emit) -> Manifest:
-    """Frames that are none, an endless line, and words on both streams."""
+    """Send invalid frames and a very long line, and write to standard output and standard error."""
     os.write(3, b"not json\n" + b"x" * 300_000 + b"\n" + b'{"frame": "progress", "phase": "conquest"}\n')
     sys.stdout.write("said on standard output\n")
     sys.stderr.write("said on standard error\n")
@@ -296,7 +295,7 @@ def babble(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def spy(job_dir: Path, emit: Emit) -> Manifest:
-    """Look for what is none of its business, and tell."""
+    """Try to reach everything outside the sandbox, and log what succeeded."""
     found: dict[str, str] = {}
 
     def attempt(name: str, step: Callable[[], object]) -> None:
@@ -316,7 +315,7 @@ def spy(job_dir: Path, emit: Emit) -> Manifest:
             return client.recv(100)
 
     def start(how_many: int) -> int:
-        """Threads: the kernel counts them as it does processes, and they cost less."""
+        """Start threads: the kernel counts them as it counts processes, and they cost less."""
         threading.stack_size(64 * 1024)
         enough = threading.Event()
         started = 0
@@ -406,7 +405,7 @@ def _command_line_of(name: str) -> str:
 
 
 def _talk_to_itself() -> bytes:
-    """As CUDA's and NCCL's processes of one job do: by a socket without a path, and by TCP on the loopback device."""
+    """Connect as the CUDA and NCCL processes of a job do: over an abstract socket (without a path), and over TCP on loopback."""
     for family, address in ((socket.AF_UNIX, "\0nightpress-own"), (socket.AF_INET, ("127.0.0.1", 0))):
         with socket.socket(family) as server, socket.socket(family) as client:
             server.bind(address)
@@ -436,7 +435,7 @@ def _link(job_dir: Path) -> None:
 
 
 def hides_memory(job_dir: Path, emit: Emit) -> Manifest:
-    """More than the worker offers, in files of /dev/shm that no process maps and nothing names."""
+    """Take 800 MiB, more than the worker offers, in deleted files of /dev/shm that no process maps."""
     held = []
     for at in range(8):
         path = Path(f"/dev/shm/{at}")
@@ -448,7 +447,7 @@ def hides_memory(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def long_file(job_dir: Path, emit: Emit) -> Manifest:
-    """A file longer than the disk has room for, without a byte in it."""
+    """Make a sparse file of 4 TiB, longer than the disk."""
     with (job_dir / "work" / "long").open("wb") as stream:
         stream.truncate(1 << 42)
     raise AssertionError

@@ -1,4 +1,4 @@
-"""Whole rows, compared column by column: what tests/integration/test_columns_*.py are made of."""
+"""Compares whole rows column by column, for tests/integration/test_columns_*.py."""
 
 import datetime as dt
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ A_MINUTE = dt.timedelta(minutes=1)
 
 
 class Chosen:
-    """Equal to every value that passes a test: for what the code under test chooses itself."""
+    """Equal to every value that `is_right` accepts: for values that the code under test chooses, such as identifiers and times."""
 
     def __init__(self, says: str, is_right: Callable[[Any], bool]) -> None:
         self._says = says
@@ -41,7 +41,7 @@ def about(moment: dt.datetime) -> Any:
 
 
 class Rows:
-    """Compares whole rows, and remembers which columns have been seen with a value."""
+    """Compares whole rows, and remembers which columns had a value in some row."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -56,7 +56,10 @@ class Rows:
     def check(
         self, table: Table, expected: Row, *which: ColumnElement[bool], alike: frozenset[str] = frozenset()
     ) -> Row:
-        """The one row of the table that `which` chooses. `alike`: columns that may hold the value of another one."""
+        """Compare the row that `which` selects with the expected one, and return it.
+
+        Every expected value must be different, so that no column can take another's value unnoticed. `alike`: columns exempt from this.
+        """
         assert set(expected) == set(table.c.keys()), "say here what every column of the table holds"
         plain = [
             value
@@ -72,6 +75,6 @@ class Rows:
         return row
 
     def all_seen(self, *tables: Table) -> None:
-        """Every column has been seen with a value, in one row or another."""
+        """Check that every column of the tables had a value in at least one compared row."""
         for table in tables:
             assert set(table.c.keys()) - self.seen[table.name] == set(), f"no row of {table.name} had a value in these"

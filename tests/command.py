@@ -1,4 +1,4 @@
-"""The `nightpress` command in the test's own process: Python takes longer to start than most subcommands to run."""
+"""The `nightpress` command, run in the test's own process: starting Python takes longer than most subcommands."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ class Done:
 
 
 def run(face: Face, *arguments: str, cwd: Path = ROOT, stdin: str = "", **env: str) -> Done:
-    """What its user would see, with the settings of an installation."""
+    """Run the command with the settings of an installation. Returns its status and output."""
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, face.environment() | env, clear=True),

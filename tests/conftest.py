@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch is imported anywhere: two cores are shared by the tests and the servers and children they start.
+# Set before anything imports torch: the tests share two cores with the servers and children that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,7 +24,7 @@ from tests.servers import S3, Postgres, Valkey
 
 pytest_plugins = ["tests.leftovers"]
 
-#: the libraries by whose arithmetic, and so by the processor, a test's figures differ
+#: imports of libraries whose arithmetic differs between processors, and with it a test's figures
 _ARITHMETIC = re.compile(
     r"^\s*(?:from|import) (?:torch|onnx|openvino|transformers|nightpress\.core\.compress|tests\.(?:press|training))\b",
     re.M,
@@ -32,9 +32,9 @@ _ARITHMETIC = re.compile(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that do arithmetic, and put the files first that take longest.
+    """Mark the tests that do arithmetic, and run the files first that take longest.
 
-    A file with slow tests, or with many, that began last would keep one worker busy while the others have nothing left to do.
+    If a file with slow tests or with many tests started last, one worker would be busy while the others were idle.
     """
     tests = Counter(item.path for item in items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -50,7 +50,7 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than there are processors: many tests wait for a lease, a server or a child that starts."""
+    """Two more than the number of processors: many tests wait for a lease, or for a server or child to start."""
     return (os.cpu_count() or 1) + 2
 
 
@@ -74,7 +74,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def sql_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A fresh migrated database, once on each kind."""
+    """The URL of a fresh migrated database. The test runs once with SQLite and once with PostgreSQL."""
     if request.param == "sqlite":
         return migrated_sqlite(tmp_path / "nightpress.db")
     return migrated_postgres(request.getfixturevalue("postgres_server"))
@@ -82,13 +82,13 @@ def sql_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
-    """A fresh migrated SQLite database, where the database's kind doesn't matter."""
+    """The URL of a fresh migrated SQLite database, for tests in which the kind of database doesn't matter."""
     return migrated_sqlite(tmp_path / "nightpress.db")
 
 
 @pytest.fixture
 def engine(sql_url: str) -> Iterator[Engine]:
-    """A pool of eight connections to a fresh migrated database, once on each kind."""
+    """A pool of eight connections to a fresh migrated database. The test runs once with SQLite and once with PostgreSQL."""
     engine = make_engine(sql_url, pool_size=8)
     yield engine
     engine.dispose()
@@ -96,7 +96,7 @@ def engine(sql_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def store(engine: Engine) -> JobStore:
-    """A store of jobs, in whose database there is the model that tests/jobs.py submits jobs for."""
+    """A job store. Its database has the model for which tests/jobs.py submits jobs."""
     add_model(engine)
     return JobStore(engine)
 

@@ -1,4 +1,4 @@
-"""`python tests/control_process.py`: the real control process. NIGHTPRESS_TEST_CLOCK puts its clock wrong by so many seconds."""
+"""`python tests/control_process.py` runs the real control process. Its clock is NIGHTPRESS_TEST_CLOCK seconds ahead."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Migrated databases. The migrations run once for each kind of database in a test process; every further one is a copy."""
+"""Migrated databases. In a test process the migrations run once for each kind of database; each test gets a copy of the result."""
 
 import sqlite3
 import tempfile
@@ -10,13 +10,13 @@ from tests.servers import Postgres
 
 
 def migrated_sqlite(path: Path) -> str:
-    """A new SQLite database at `path` with every migration applied; its SQLAlchemy URL."""
+    """Make a SQLite database at `path` with all migrations applied. Returns its SQLAlchemy URL."""
     path.write_bytes(_migrated_file())
     return f"sqlite:///{path}"
 
 
 def migrated_postgres(server: Postgres) -> str:
-    """A new database of the server with every migration applied; its SQLAlchemy URL."""
+    """Make a database on the server with all migrations applied. Returns its SQLAlchemy URL."""
     return server.create_database(template=_template_of(server))
 
 
@@ -33,7 +33,7 @@ def _migrated_file() -> bytes:
 
 @cache
 def _template_of(server: Postgres) -> str:
-    """The name of a migrated database that nobody connects to, as PostgreSQL asks of a template."""
+    """The name of a migrated database without connections: PostgreSQL copies a template only while nobody is connected to it."""
     url = server.create_database()
     migrations.upgrade(url)
     return url.rsplit("/", 1)[1]

@@ -1,4 +1,4 @@
-"""A tiny model of every family that a plan admits, under each head that changes how it is stored."""
+"""A tiny model of every family that a plan accepts, with any of the heads that change how it is stored."""
 
 import json
 import string
@@ -69,14 +69,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save_family(family: str, folder: Path, *, class_name: str | None = None, **changes: Any) -> Path:
-    """The family's model with random weights, whose norms and biases do something, and a tokenizer that knows letters."""
+    """Save the family's model with random weights and a tokenizer of single letters.
+
+    Its norms and biases are random too: in a new model they are ones and zeros, so that an error in them would not show.
+    """
     usual, config = FAMILIES[family]
     model_class = getattr(transformers, class_name or usual)
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**config | changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1 and family != "t5":  # whose weights are large from the start
+            if parameter.ndim > 1 and family != "t5":  # T5's initial weights are large already
                 parameter.mul_(4)
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
@@ -89,7 +92,7 @@ def save_family(family: str, folder: Path, *, class_name: str | None = None, **c
 
 
 def family_answers(class_name: str, folder: Path) -> torch.Tensor:
-    """What transformers makes of a folder: the first output for a few random texts, or images."""
+    """The first output of the model that transformers loads from a folder, for three random texts or images."""
     model = getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32).eval()
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 50, (3, 12), generator=random)

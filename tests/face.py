@@ -1,4 +1,4 @@
-"""A real API process on a database of its own, and a worker's part played by hand through the store, for tests of the client."""
+"""A real API process with its own database, for tests of the client. The test acts as the worker, through the store."""
 
 import json
 import os
@@ -34,7 +34,7 @@ RECIPE = {
 
 
 class Face:
-    """One API process; its broker is away on purpose, for nothing here needs a worker to be woken."""
+    """One API process. Its broker's address leads nowhere on purpose: no worker needs to be woken here."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
@@ -80,7 +80,7 @@ class Face:
         self.engine.dispose()
 
     def environment(self) -> dict[str, str]:
-        """For a process of this installation: the API, or a command of its user."""
+        """The environment for a process of this installation: the API, or a user's command."""
         told = self.settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         secrets = ("s3_access_key_id", "s3_secret_access_key")
         told |= {name: value.get_secret_value() for name in secrets if (value := getattr(self.settings, name))}
@@ -103,7 +103,7 @@ class Face:
         return claimed
 
     def succeed(self, claimed: Claimed, *, verdict: Any = "accepted", size: int = 300_000) -> Path:
-        """Ship an artifact of two files and a report, and finish. Returns the folder they were made in."""
+        """Store an artifact of two files and a report, and finish the job. Returns the local folder with the same files."""
         out = self.folder / f"out-{claimed.job.id}"
         weights = out / "compressed-tensors" / "sub dir" / "model.safetensors"
         weights.parent.mkdir(parents=True)

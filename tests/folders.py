@@ -1,4 +1,4 @@
-"""Model folders made on the spot for the passes: small, sharded, of any dtype."""
+"""Small model folders for tests of the passes, with any number of shards and any dtype."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from nightpress.core.recipes.header import ModelHeader
 
 
 def header_of(folder: Path) -> ModelHeader:
-    """As a registry would describe the folder."""
+    """The header that a registry would store for the folder."""
     config = json.loads((folder / "config.json").read_bytes())
     return ModelHeader(
         model_type=config["model_type"],
@@ -28,7 +28,7 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def tiny_llama(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: int = 1, **settings: Any) -> Path:
-    """A Llama of 2 layers × 64 that transformers made and saved, cut into shards."""
+    """Save a Llama of 2 layers × 64 with transformers, divided into shards."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def tiny_llama(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: int
         }
     )
     model = LlamaForCausalLM(config).to(dtype)
-    with torch.no_grad():  # as freshly initialised it answers with nearly nothing
+    with torch.no_grad():  # with its initial weights the model's outputs are nearly zero
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8)
@@ -58,7 +58,7 @@ def tiny_llama(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: int
 
 
 def cut(folder: Path, shards: int) -> None:
-    """Divide model.safetensors into this many files with an index."""
+    """Replace model.safetensors by this number of files and an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)

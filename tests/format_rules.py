@@ -1,4 +1,7 @@
-"""What compressed-tensors' schema and vLLM's loaders ask of a quantized folder, written down from their side: names, dtypes, shapes, one scheme for layers that are fused."""
+"""The rules that compressed-tensors' schema and vLLM's loaders set for a quantized folder, written from their side.
+
+They concern names, dtypes and shapes. Layers that vLLM fuses must have the same scheme.
+"""
 
 import json
 import math
@@ -12,16 +15,16 @@ from compressed_tensors.utils.match import match_name
 
 from tests.folders import load_tensors
 
-#: Layers that vLLM multiplies at once, by the last part of their names.
+#: The last parts of the names of layers that vLLM fuses into one product.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def check_folder(folder: Path, source: Path) -> dict[str, Any]:
-    """Hold a folder against the rules; `source` is the float model it was made from. Returns its quantization_config."""
+    """Check a folder against the rules. `source`: the float model that it was made from. Returns its quantization_config."""
     raw = json.loads((folder / "config.json").read_bytes())["quantization_config"]
     assert raw["quant_method"] == "compressed-tensors"
-    config = QuantizationConfig.model_validate(raw)  # refuses unknown arguments and combinations
+    config = QuantizationConfig.model_validate(raw)  # raises for unknown arguments and combinations
     formats = {group.format for group in config.config_groups.values()}
     assert config.format == (next(iter(formats)) if len(formats) == 1 else "mixed-precision" if formats else "dense")
     tensors, float_tensors = load_tensors(folder), load_tensors(source)

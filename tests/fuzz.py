@@ -1,7 +1,8 @@
-"""`python -m tests.fuzz`: hostile input for every file reader and every route, drawn by seed. The seed is printed first; FUZZ_SEED plays it again.
+"""`python -m tests.fuzz`: random hostile input for every file reader and every route.
 
-A reader may refuse with an error of ours, never crash, and what it refuses costs it less than a second. A route never answers 5xx, and
-leaves nothing that stays `uploading` for ever. The quick part of it runs with the tests, in tests/security/test_fuzz.py.
+The seed is printed first; FUZZ_SEED repeats a run. A reader may raise a NightpressError that blames the input, but must not crash, and
+takes less than a second for each input. A route never answers 5xx, and leaves nothing in the state `uploading` for ever. A short run is
+part of the tests: tests/security/test_fuzz.py.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from tests.models import bert_tiny_dir
 
 
 def fuzz_readers(folder: Path, model: Path, seconds: float, seed: int) -> Counter[str]:
-    """Every reader by turns. Raises AssertionError, with what to play it again by, where one does not hold."""
+    """Call every reader in turn until the time is over. Raises AssertionError, with the seed that repeats it, if a reader fails."""
     readers = Readers(folder, model)
     tried: Counter[str] = Counter()
     until = time.monotonic() + seconds
@@ -39,7 +40,7 @@ def fuzz_readers(folder: Path, model: Path, seconds: float, seed: int) -> Counte
 
 
 def fuzz_routes(face: Face, model: Path, seconds: float, seed: int) -> Counter[int]:
-    """Every route of a running API. Raises AssertionError with the request that went wrong."""
+    """Call random routes of a running API until the time is over. Raises AssertionError with the request that failed."""
     dice = random.Random(seed)
     statuses: Counter[int] = Counter()
     until = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""Everything that reads what strangers send, called with hostile input, as tests/fuzz.py says."""
+"""Every reader of untrusted input, called with hostile input by tests/fuzz.py."""
 
 import contextlib
 import datetime as dt
@@ -47,7 +47,7 @@ from nightpress.core.wire.recipes import ValidateRequest
 from nightpress.core.wire.schedules import ScheduleCreate
 from tests.fuzz_values import any_text, any_value, as_json, mangled, spoiled
 
-SLOW_S = 1.0  #: processor time of one input
+SLOW_S = 1.0  #: most seconds of processor time for one input
 _NOW = dt.datetime(2026, 11, 28, tzinfo=dt.UTC)
 
 _ROWS = {
@@ -60,7 +60,7 @@ _ROWS = {
 
 
 class Readers:
-    """Holds what good files look like, so that input can be spoiled rather than random."""
+    """One method for each reader. Keeps valid files, from which hostile input is made: random bytes alone would not get far."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self._folder = folder
@@ -81,7 +81,7 @@ class Readers:
         self._settings = Settings(_env_file=None, source_prefixes=["s3://b/p"], hub_organisations=["acme"])
 
     def attempt(self, name: str, dice: Random) -> None:
-        """Raises what a reader must not: anything but an error of ours that blames the input."""
+        """Call one reader once. Lets through every exception that the reader must not raise, and raises AssertionError if it is slow."""
         began = time.thread_time()
         with refusing(), contextlib.suppress(ValidationError):
             READERS[name](self, dice)
@@ -101,7 +101,7 @@ class Readers:
         make_plan(recipe, self._header)
 
     def gate(self, dice: Random) -> None:
-        with contextlib.suppress(ValueError):  # pydantic's way of hearing of it
+        with contextlib.suppress(ValueError):  # pydantic expects ValueError from a validator
             parse_gate("size", any_text(dice))
 
     def json(self, dice: Random) -> None:
@@ -127,7 +127,7 @@ class Readers:
         inspect_model(FolderFiles(folder))
 
     def rows(self, dice: Random) -> None:
-        """What is registered is read by a job, and every row of it."""
+        """A job must be able to read every row of a data set that registration accepts."""
         name = dice.choice(list(_ROWS))
         data = mangled(dice, _ROWS[name])
         if dice.random() < 0.3:
@@ -141,7 +141,7 @@ class Readers:
             for row in rows:
                 row.text.encode()
         except NightpressError as error:
-            # Conversations, and the folder has no template; or rows of other columns, which only some metrics read.
+            # A job may refuse conversations if the folder has no chat template, and rows with columns that only some metrics read.
             if "has no `text`" in error.message:
                 rows_of_columns = read_records("d", file)
                 if len(rows_of_columns) != facts.rows:
@@ -199,7 +199,7 @@ class Readers:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Passes over an error of ours that blames the input."""
+    """Suppress a NightpressError that blames the input. Raises AssertionError for one with a status of 500 or more."""
     try:
         yield
     except NightpressError as error:
@@ -245,7 +245,7 @@ _REQUESTS: list[tuple[Any, dict[str, Any]]] = [
     (ValidateRequest, {"recipe": {"name": "x"}, "model": "m"}),
 ]  # fmt: skip
 
-#: By name: every reader of what strangers send.
+#: name → method of `Readers`
 READERS: dict[str, Callable[[Readers, Random], None]] = {
     name: found
     for name, found in vars(Readers).items()

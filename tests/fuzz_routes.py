@@ -1,4 +1,4 @@
-"""Every route of the API's own document, with hostile paths, queries, headers and bodies."""
+"""Every route of the API's OpenAPI document, with hostile paths, queries, headers and bodies."""
 
 import hashlib
 import json
@@ -18,17 +18,17 @@ from tests.face import RECIPE, Face
 from tests.fuzz_readers import _ROWS
 from tests.fuzz_values import any_text, any_value, as_json, mangled, spoiled
 
-SLOW_S = 20.0  #: of a whole answer, on a machine that does other things besides
+SLOW_S = 20.0  #: most seconds for a whole answer, on a machine that does other work too
 _HEADERS = (
     "last-event-id", "if-match", "if-none-match", "idempotency-key", "prefer", "range", "if-range", "accept", "content-type",
     "traceparent", "x-request-id",
 )  # fmt: skip
-_KEYS = re.compile(r"/v1/(keys|admin)")  #: they might take away the rights that the rest is tried with
+_KEYS = re.compile(r"/v1/(keys|admin)")  #: excluded: these routes could revoke the key that the other requests use
 _CODES = {code.value for code in ErrorCode}
 
 
 class Routes:
-    """Things are there to be named: a model, a finished job, a schedule, a webhook."""
+    """Sends random requests to an API that has a model, a finished job, a schedule and a webhook to refer to."""
 
     def __init__(self, face: Face, model: Path) -> None:
         self._face = face
@@ -62,7 +62,10 @@ class Routes:
         ]
 
     def attempt(self, dice: Random) -> int:
-        """One request, or one data set brought from end to end. Returns the status. Raises AssertionError for what must not be."""
+        """Send one request, or upload one data set. Returns the status.
+
+        Raises AssertionError if an answer breaks the rules of tests/fuzz.py.
+        """
         if dice.random() < 0.15:
             return self._bring(dice)
         method, path, said = dice.choice(self._operations)
@@ -88,7 +91,7 @@ class Routes:
         self._client.close()
 
     def check_rows(self) -> None:
-        """What was completed is never `uploading` still, and nobody saw a traceback."""
+        """Check that no completed upload is still `uploading`, and that the API's log has no traceback."""
         with self._face.engine.connect() as connection:
             for table in (models, data_sets):
                 states = connection.execute(select(table.c.name, table.c.state)).all()
@@ -106,11 +109,11 @@ class Routes:
                 kind = answer.headers.get("content-type", "")
                 body = b"" if kind.startswith("text/event-stream") else answer.read()
         except (httpx.RemoteProtocolError, httpx.LocalProtocolError):
-            return 0  # one of both sides takes it for no HTTP at all
+            return 0  # the client or the server rejected it as invalid HTTP
         said = f"{request.method} {url!r} {headers!r} {(content or b'')[:2000]!r}: {status} {body[:1000]!r}"
         assert status < 500 or (status == 503 and "broker" in body.decode()), said
         assert time.monotonic() - began < SLOW_S, said
-        if status >= 400 and body != b"Invalid HTTP request received.":  # said by the server before a request is one
+        if status >= 400 and body != b"Invalid HTTP request received.":  # the server's answer before it has a request
             assert kind == "application/problem+json", said
             assert json.loads(body)["code"] in _CODES, said
         return status
@@ -130,7 +133,7 @@ class Routes:
         return spoilt if dice.random() < 0.9 else as_json(any_value(dice))
 
     def _bring(self, dice: Random) -> int:
-        """A data set in three requests. Whatever it holds, it is decided: ready, failed, or for the control process to go on with."""
+        """Upload a data set in three requests. Whatever its bytes, the last request must leave it `ready` or `failed`."""
         path = dice.choice(list(_ROWS))
         data = mangled(dice, _ROWS[path]) or b"x"
         if dice.random() < 0.3:

@@ -1,4 +1,4 @@
-"""Values that programs stumble over, and ways to spoil good ones."""
+"""Values that often cause errors in programs, and functions that corrupt valid values."""
 
 import json
 from random import Random
@@ -58,7 +58,7 @@ def any_value(dice: Random, depth: int = 0) -> Any:
 
 
 def spoiled(dice: Random, value: Any) -> Any:
-    """A copy with one thing in it replaced, removed or added."""
+    """A copy of a JSON value with one part replaced, removed or added."""
     if isinstance(value, dict) and value and dice.random() < 0.85:
         key = dice.choice(list(value))
         found = dict(value)
@@ -79,15 +79,15 @@ def spoiled(dice: Random, value: Any) -> Any:
 
 
 def as_json(value: Any) -> bytes:
-    """As a client without scruples writes it: NaN, halves of surrogate pairs and all."""
+    """The value as non-strict JSON, with NaN and unpaired surrogates."""
     try:
         return json.dumps(value).encode()
-    except ValueError:  # a number too long for Python to write
+    except ValueError:  # Python refuses to print integers of too many digits
         return b'{"n": ' + b"9" * 5000 + b"}"
 
 
 def mangled(dice: Random, data: bytes) -> bytes:
-    """Bytes changed, cut, doubled, or put in from elsewhere."""
+    """A copy with some bytes changed, removed, repeated or inserted."""
     found = bytearray(data)
     for _ in range(dice.choice((1, 1, 2, 8))):
         at = dice.randrange(len(found) + 1)

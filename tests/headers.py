@@ -1,4 +1,4 @@
-"""Headers of models by their shape: a plan needs no weights."""
+"""Headers of models of any size, without weights: a plan needs only the header."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ def tensor(name: str, *shape: int, dtype: str = "BF16") -> TensorInfo:
 def decoder(
     hidden: int, inner: int, heads: int, key_heads: int, layers: int, *, vocabulary: int, tied: bool = False
 ) -> ModelHeader:
-    """Of Llama's architecture."""
+    """A header of Llama's architecture, in bf16."""
     keys = hidden // heads * key_heads
     matrices = {
         "self_attn.q_proj": (hidden, hidden),
@@ -45,7 +45,7 @@ def decoder(
 
 
 def encoder(hidden: int, heads: int, layers: int) -> ModelHeader:
-    """Of BERT's architecture, in fp32."""
+    """A header of BERT's architecture, in fp32."""
 
     def place(name: str, rows: int, columns: int) -> list[TensorInfo]:
         return [tensor(f"{name}.weight", rows, columns, dtype="F32"), tensor(f"{name}.bias", rows, dtype="F32")]
@@ -74,7 +74,7 @@ def _header(model_type: str, architecture: str, config: dict[str, Any], tensors:
 
 
 def mixture(hidden: int, inner: int, *, experts: int, chosen: int, layers: int, vocabulary: int) -> ModelHeader:
-    """Of OLMoE's architecture."""
+    """A header of OLMoE's architecture, in bf16."""
     tensors = [tensor("model.embed_tokens.weight", vocabulary, hidden)]
     for layer in range(layers):
         at = f"model.layers.{layer}."

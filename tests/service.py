@@ -1,4 +1,4 @@
-"""A service on one folder for tests: its settings, its store, jobs to submit, and workers as threads or as real processes."""
+"""An installation in one folder for tests: its settings, its store, jobs to submit, and workers as threads or real processes."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def module_of(tree: Path, name: str) -> str:
-    """What a module of ours is called in a tree: before the second edition, packages lay at the top."""
+    """The import name of a module of ours in a checkout. Before the second edition, the packages had no `nightpress.` before them."""
     return f"nightpress.{name}" if (tree / "nightpress").is_dir() else name
 
 
@@ -55,12 +55,15 @@ Answer = TypeVar("Answer")
 
 
 def behaving(name: str) -> list[str]:
-    """The command of a child that behaves as tests/children.py says."""
+    """The command of a child that runs the function `name` of tests/children.py."""
     return [sys.executable, "-P", str(ROOT / "tests" / "children.py"), name]
 
 
 def eventually(ask: Callable[[], Answer], *, within: float = 20.0, every: float = 0.05) -> Answer:
-    """The first true answer. Fails the test if none comes within so many seconds, or longer where the machine is busy."""
+    """Call `ask` until its answer is true, and return the answer.
+
+    Raises AssertionError after `within` seconds, multiplied by `slowness()` on a busy machine.
+    """
     began = time.monotonic()
     while True:
         answer = ask()
@@ -72,7 +75,7 @@ def eventually(ask: Callable[[], Answer], *, within: float = 20.0, every: float 
 
 
 class Service:
-    """Everything of one installation but its processes."""
+    """One installation. It starts without processes; a test starts those that it needs."""
 
     def __init__(self, folder: Path, sql_url: str, *, broker_url: str = "redis://127.0.0.1:1/0", **more: Any) -> None:
         more = {"lease_ttl_s": 2.0, "tick_s": 0.3, "retry_backoff_s": 0.05, "worker_threads": 1} | more
@@ -80,7 +83,7 @@ class Service:
             _env_file=None, data_dir=folder / "np", database_url=sql_url, broker_url=broker_url, **more
         )
         self.settings.data_dir.mkdir(mode=0o700, exist_ok=True)
-        self._temporary = folder / "tmp"  # a process that a test kills leaves its temporary files behind
+        self._temporary = folder / "tmp"  # a killed process leaves its temporary files here
         self._temporary.mkdir(exist_ok=True)
         self.engine = make_engine(self.settings.sql_url)
         self.store = JobStore(self.engine)
@@ -89,7 +92,7 @@ class Service:
         self.model_id, self.model_digest = self._register_model()
 
     def _register_model(self) -> tuple[str, str]:
-        """A model that nobody looks into: the children of most tests only copy it."""
+        """Register a model of random bytes: the children of most tests only copy it."""
         model_id = new_id("mdl")
         folder = self.settings.data_dir / "upload"
         folder.mkdir()
@@ -98,7 +101,7 @@ class Service:
         return self.register(model_id, folder)
 
     def register(self, model_id: str, folder: Path, *, in_place: bool = False) -> tuple[str, str]:
-        """Note a folder as a ready model, its files in storage or where they are."""
+        """Register a folder as a ready model, with its files copied to storage or left in place. Returns its id and digest."""
         files = describe_folder(folder)
         if not in_place:
             for file in files:
@@ -137,7 +140,7 @@ class Service:
         return job.id
 
     def ring(self) -> None:
-        """Wake an idle worker at once, as the API does after a submission; by itself it looks every five seconds."""
+        """Wake an idle worker, as the API does after a submission. Without this, the worker looks for jobs every five seconds."""
         app = make_celery(self.settings)
         app.send_task(RING_TASK, args=["cpu"], queue="cpu")
         app.close()
@@ -147,7 +150,7 @@ class Service:
         self.ring()
         return job_id
 
-    # Looking ---------------------------------------------------------------------------------------------------------
+    # Reading ---------------------------------------------------------------------------------------------------------
 
     def job(self, job_id: str, tenant_id: str = TENANT) -> Job:
         job = self.store.reader.get(tenant_id, job_id)
@@ -164,12 +167,12 @@ class Service:
         return "\n".join(line.text for line in self.store.reader.logs(job_id))
 
     def running(self) -> list[str]:
-        """Jobs of any tenant that a worker holds."""
+        """The ids of the jobs of all tenants that a worker holds."""
         with transaction(self.engine, read_only=True) as connection:
             return list(connection.execute(select(jobs.c.id).where(jobs.c.lease_id.is_not(None))).scalars())
 
     def unfinished(self) -> list[str]:
-        """Jobs of any tenant that have not come to their end."""
+        """The ids of the jobs of all tenants that have not ended."""
         with transaction(self.engine, read_only=True) as connection:
             return list(connection.execute(select(jobs.c.id).where(jobs.c.finished_at.is_(None))).scalars())
 
@@ -187,7 +190,11 @@ class Service:
         )
 
     def check_invariants(self, job_id: str, tenant_id: str = TENANT) -> None:
-        """One end, a history without gaps, a committed manifest whose files are all there and right, failures in bounds."""
+        """Check that an ended job is consistent.
+
+        It has exactly one end and a history without gaps. All files of its artifacts are in storage with the right SHA-256, and there
+        are artifacts only if it succeeded. It has no more failures than allowed, and workers have removed its results from their folders.
+        """
         job, events = self.job(job_id, tenant_id), self.events(job_id)
         assert job.state in {"succeeded", "failed", "cancelled"}
         assert [event.seq for event in events] == list(range(1, len(events) + 1))
@@ -199,18 +206,18 @@ class Service:
             for file in artifact.files:
                 key = f"jobs/{job.reused_from or job_id}/attempts/{artifact.attempt}/{artifact.path}/{file['path']}"
                 self.objects.get_file(key, self.settings.data_dir / "check", sha256=file["sha256"])
-        # The folder goes after the commit, a moment later. Nothing of a job is left behind.
+        # A worker removes the result's folder shortly after the commit.
         eventually(lambda: not self._results_left(), within=5)
 
     def _results_left(self) -> list[str]:
-        """Folders of results that workers have not removed yet. They may go while this looks."""
+        """Result folders with files that workers have not removed yet. Workers may remove some during the search."""
         walk = os.walk(self.settings.data_dir / "work")
         return [folder for folder, folders, files in walk if Path(folder).name == "out" and (folders or files)]
 
     # Workers ---------------------------------------------------------------------------------------------------------
 
     def slot(self, behaviour: str | None, *, memory: int = 1024 * MIB, spare: bool = False) -> tuple[Slot, Supervisor]:
-        """A worker's slot in this process; None: the real child."""
+        """A worker's slot in this process. `behaviour`: a function of tests/children.py; None: the real child."""
         worker_id = new_id("wkr")
         settings = self.settings.model_copy(update={"worker_spare": spare})
         offer = WorkerOffer(worker_id, "cpu", "cpu", memory, 1)
@@ -229,7 +236,7 @@ class Service:
         return Slot(self.store, supervisor, offer, ttl_s=settings.lease_ttl_s), supervisor
 
     def environment(self) -> dict[str, str]:
-        """What a process of this installation finds in its environment."""
+        """The environment of a process of this installation."""
         told = self.settings.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir"})
         secrets = {name for name in told if isinstance(getattr(self.settings, name), SecretStr)}
         told |= {name: getattr(self.settings, name).get_secret_value() for name in secrets}
@@ -247,7 +254,10 @@ class Service:
     def start(
         self, *command: str, through: Sequence[str] = (), cwd: Path = ROOT, **more: str
     ) -> "subprocess.Popen[bytes]":
-        """A process of this installation; its output goes to a file in the data folder. `through`: a command that runs it."""
+        """Start Python with arguments as a process of this installation. Its output goes to processes.log in the data folder.
+
+        `through`: a command that runs the process.
+        """
         with (self.settings.data_dir / "processes.log").open("ab") as log:
             process = subprocess.Popen(
                 [*through, sys.executable, *command],
@@ -293,9 +303,9 @@ class Service:
 
 
 def pids_said(line: str) -> list[int]:
-    """The processes named in a line of log such as `pid 12 consumer 13 in pid:[402]`, by the numbers they have out here.
+    """The process ids, in the test's own namespace, of the processes in a log line such as `pid 12 consumer 13 in pid:[402]`.
 
-    A child counts processes in a PID namespace of its own. Those that have ended already are left out.
+    The line has their ids in the child's PID namespace. Processes that have ended are left out.
     """
     inside = [int(word) for word in line.split() if word.isdigit()]
     namespace = line.split()[-1]
@@ -310,7 +320,7 @@ def pids_said(line: str) -> list[int]:
 
 
 def running(pids: list[int]) -> list[int]:
-    """Those that still run. A zombie that nobody has buried yet does not."""
+    """The processes that still run. A zombie, which has ended but was not waited for, does not count."""
     found = []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):

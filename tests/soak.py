@@ -1,10 +1,12 @@
-"""`python -m tests.soak`: seeded chaos on a whole installation, and the invariants at its end.
+"""`python -m tests.soak`: causes random faults in a whole installation, and checks the invariants at the end.
 
-Jobs of three tenants come in at random while workers, children, control processes, the broker, the database and the object store are
-killed, frozen, drained, flushed, locked, put out of time and cancelled at random, half of these faults two at once. The seed is printed first; CHAOS_SEED plays the same faults again. At the end:
+Three tenants submit jobs at random times. Meanwhile workers, children and servers are killed, workers and servers are frozen, workers are
+drained, the broker is flushed, the database is locked, a control process gets a wrong clock, and jobs are cancelled. Half of the faults
+come two at once. The seed is printed first; CHAOS_SEED repeats the same faults. The invariants:
 
-I1 every accepted job reaches an end · I2 exactly one · I3 its manifest is committed once and every SHA-256 is right · I4 failures stay
-within bounds · I5 no two children of one job live longer than a lease and the grace of a kill · I6 histories have no gaps.
+I1 every accepted job reaches an end · I2 exactly one end · I3 its manifest is committed once and every SHA-256 is right · I4 no job has
+more failures than allowed · I5 two children of one job live together for at most a lease and the grace of a kill · I6 histories have no
+gaps.
 """
 
 import argparse
@@ -33,15 +35,15 @@ from tests.service import Service
 
 TENANTS = ("one", "two", "three")
 WORKERS = 3
-GRACE_S = 4.0  #: of a kill
+GRACE_S = 4.0  #: seconds that a kill may take
 RECIPE = {"name": "chaos", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
-_ALONE = 0.5  #: share of faults that come alone; the others come two at once
-BACKLOG = 30  #: jobs that may wait; a machine of any speed is kept busy, and done soon after
-QUIET_S = 60.0  #: once the faults are over, a job comes to its end at least this often
+_ALONE = 0.5  #: probability that a fault comes alone; otherwise two come at once
+BACKLOG = 30  #: most unfinished jobs before a submission: this keeps a fast machine busy, and a slow one ends soon after the faults
+QUIET_S = 60.0  #: after the faults, a job must end at least once in this time
 
 
 class Soak:
-    """One run of chaos. `run` raises AssertionError where an invariant does not hold."""
+    """One run of random faults. `run` raises AssertionError if an invariant does not hold."""
 
     def __init__(self, folder: Path, stack: str, seed: int, say: Callable[[str], None]) -> None:
         self._folder, self._stack, self._say = folder, stack, say
@@ -123,17 +125,19 @@ class Soak:
 
     @property
     def _dice(self) -> random.Random:
-        """Of the fault that this thread causes: which of two goes first changes no throw."""
+        """The random generator of this thread's fault. Each fault has its own, so the order of two faults changes no random number."""
         dice: random.Random = self._dices.of_this_fault
         return dice
 
     def _cause(self, step: Callable[[], None], seed: float) -> None:
         self._dices.of_this_fault = random.Random(seed)
         name = step.__name__.strip("_").replace("_", " ")
-        with self._locks[name.split()[-1]]:  # two faults of the same servers, workers or controls take turns
+        with self._locks[
+            name.split()[-1]
+        ]:  # faults with the same last word in their name, such as "worker", run one after the other
             try:
                 step()
-            except Exception as error:  # the client's side of a fault: it would ask again
+            except Exception as error:  # a fault may also hit this client, which would try again
                 self._say(f"{name}: {error!s:.120}")
             self._faults[name] += 1
 
@@ -157,10 +161,10 @@ class Soak:
     def _drain_worker(self) -> None:
         at = self._some_worker()
         self._workers[at].terminate()
-        self._workers[at] = self._start_worker()  # beside the one that ends, as in a rolling deploy
+        self._workers[at] = self._start_worker()  # while the old worker still drains, as in a rolling deploy
 
     def _freeze_worker(self) -> None:
-        """For longer or for shorter than its lease."""
+        """Freeze a worker for a time between 0.2 s and two leases."""
         worker = self._workers[self._some_worker()]
         seconds = self._dice.uniform(0.2, 2.0 * self._service.settings.lease_ttl_s)
         worker.send_signal(signal.SIGSTOP)
@@ -203,14 +207,14 @@ class Soak:
         server.start()
 
     def _freeze_server(self) -> None:
-        """It is there, and answers nothing."""
+        """Freeze a server for up to three seconds: clients can connect, but get no answer."""
         server = self._servers[self._dice.choice(sorted(self._servers))]
         server.freeze()
         time.sleep(self._dice.uniform(0.2, 3.0))
         server.thaw()
 
     def _lock_database(self) -> None:
-        """Every write of a job waits meanwhile, as for a long ALTER or VACUUM."""
+        """Lock the jobs for up to three seconds: every write of a job waits, as for a long ALTER or VACUUM."""
         url = self._service.settings.sql_url
         seconds = self._dice.uniform(0.2, 3.0)
         if self._stack == "embedded":
@@ -224,7 +228,7 @@ class Soak:
             connection.rollback()
 
     def _skew_control(self) -> None:
-        """The second control process starts again with a clock an hour off."""
+        """Restart the second control process with a clock that is one hour wrong."""
         self._controls[1].kill()
         self._controls[1].wait()
         self._controls[1] = self._service.start_control(self._dice.choice(("3600", "-3600")))
@@ -232,7 +236,7 @@ class Soak:
     # Watching and judging ----------------------------------------------------------------------------------------------
 
     def _children(self) -> Iterator[tuple[int, str]]:
-        """The children that work on a job, and which job. A child is the leader of its processes."""
+        """The process id and job id of every child that works on a job. Only the leader of a child's process group counts."""
         for process in psutil.process_iter(["pid", "cmdline", "status"]):
             command = process.info["cmdline"] or []
             if "--frames" in command and str(self._folder) in command[-1] and process.info["status"] != "zombie":
@@ -252,7 +256,7 @@ class Soak:
                     self.violations.append(f"I5: two children of {job_id} lived together for more than {allowed} s")
 
     def _let_it_settle(self) -> None:
-        """No fault any more: whatever was accepted must come to its end."""
+        """Wait without faults until every accepted job has ended. Notes a violation if no job ends for QUIET_S."""
         for worker in self._service.processes:
             self._wake(worker)
         for worker in self._workers:
@@ -268,7 +272,7 @@ class Soak:
             self.violations.append(f"I1: no job ended for {QUIET_S:g} s, and {len(left)} have not: {left[:5]}")
 
     def _check(self) -> None:
-        self._start_worker()  # the first thing a worker does is to clear what killed ones left
+        self._start_worker()  # a new worker first removes the files of killed workers
         ends: Counter[str] = Counter()
         for job_id, tenant in self._jobs.items():
             job = self._service.store.reader.get(tenant, job_id)

@@ -1,4 +1,4 @@
-"""What the tests of the passes that train share: a small classifier, a small language model, and rows to learn from."""
+"""Shared by the tests of the training passes: a small classifier, language model and embedder, and rows to train on."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ _WORDS = ("lamp", "river", "stone", "window", "garden", "letter", "horse", "wint
 
 
 def classifier(bert_tiny: Path, folder: Path, *, blocks: int = 4, seed: int = 0) -> Path:
-    """A BERT of 4 × 32 with two classes and BERT-tiny's tokenizer, its weights drawn at random."""
+    """A BERT with random weights and BERT-tiny's tokenizer: `blocks` × 32, two classes."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
@@ -35,7 +35,7 @@ def classifier(bert_tiny: Path, folder: Path, *, blocks: int = 4, seed: int = 0)
 
 
 def language_model(bert_tiny: Path, folder: Path) -> Path:
-    """A Llama of 4 × 32 with BERT-tiny's tokenizer, its weights drawn at random."""
+    """A Llama with random weights and BERT-tiny's tokenizer: 4 blocks × 32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def language_model(bert_tiny: Path, folder: Path) -> Path:
 
 
 def embedder(bert_tiny: Path, folder: Path) -> Path:
-    """A BERT of 4 × 32 without a head, its weights drawn at random."""
+    """A BERT with random weights and BERT-tiny's tokenizer, without a head: 4 blocks × 32."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def _with_tokenizer(bert_tiny: Path, folder: Path) -> Path:
 
 
 def rows(file: Path, count: int = 120) -> Path:
-    """Sentences that are called good or bad, with labels that say which."""
+    """Write sentences that contain "good" or "bad", with the matching label."""
     lines = []
     for at in range(count):
         words = " ".join(_WORDS[(at * 7 + place * 3) % len(_WORDS)] for place in range(1 + at % 9))

@@ -1,6 +1,7 @@
-"""`python tests/worker_process.py BEHAVIOUR`: the real worker, whose children behave as tests/children.py says.
+"""`python tests/worker_process.py BEHAVIOUR` runs the real worker, whose children run the function BEHAVIOUR of tests/children.py.
 
-NIGHTPRESS_TEST_CLOCK puts its clock wrong by so many seconds, or `jumping` by another hour each time it looks.
+NIGHTPRESS_TEST_CLOCK is the number of seconds by which the worker's clock is ahead. With `jumping`, the clock is right, an hour ahead
+or an hour behind, in turn at each reading.
 """
 
 import itertools

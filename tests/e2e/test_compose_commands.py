@@ -1,4 +1,4 @@
-"""What docker-compose.yml would run, run as processes: PostgreSQL, a Valkey with a password, an S3 store, and a real model."""
+"""Runs the commands of docker-compose.yml as processes, with PostgreSQL, a Valkey with a password, an S3 store, and a real model."""
 
 import json
 import os
@@ -27,7 +27,7 @@ PASSWORD = "a-broker-password"
 
 
 def environment_of(service: str, addresses: dict[str, str], secrets: dict[str, str], data_dir: Path) -> dict[str, str]:
-    """The service's environment as compose would make it, with hosts and secrets of this test's servers."""
+    """The service's environment as compose makes it, but with the hosts and secrets of this test's servers."""
     environment = {}
     for name, value in SERVICES[service]["environment"].items():
         text = re.sub(r"\$\{(\w+)(?::[-?][^}]*)?\}", lambda match: secrets[match.group(1)], str(value))
@@ -64,7 +64,7 @@ def running(service: str, environment: dict[str, str], folder: Path) -> Iterator
 
 
 def healthy(service: str, environment: dict[str, str]) -> bool:
-    """The service's own health check, as compose would run it."""
+    """Run the service's health check as compose does. Returns whether it passed."""
     test = SERVICES[service]["healthcheck"]["test"]
     assert test[:2] == ["CMD", "python"]
     arguments = [argument.replace("8790", environment["NIGHTPRESS_API_PORT"]) for argument in test[2:]]

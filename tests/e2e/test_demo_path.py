@@ -1,4 +1,4 @@
-"""The whole path, as a newcomer walks it: start the service, submit a real model, wait, read the comparison, fetch the result, stop."""
+"""A newcomer's whole path: start the service, submit a real model, wait, read the comparison, fetch the result, stop."""
 
 import json
 import os
@@ -34,7 +34,7 @@ IMPOSSIBLE = RECIPE.replace("<= 100%", "<= 1%").replace("small-int8", "too-small
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    # A unix socket's path has at most 107 bytes: pytest's own folders are too deep.
+    # A unix socket's path has at most 107 bytes, so the long paths of pytest's folders don't fit.
     folder = tempfile.mkdtemp(prefix="np-")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("NIGHTPRESS_")}
     yield clean | {
@@ -80,7 +80,7 @@ def test_from_up_to_a_verified_artifact_on_disk(environment: dict[str, str], ber
         assert [file.model_dump() for file in describe_folder(tmp_path / "pulled" / "onnx")] == artifacts[0]["files"]
         assert (tmp_path / "pulled" / "report.html").stat().st_size > 1000
 
-        # The same bytes are not sent again, and a missed gate is no failure of the run.
+        # The same model is not uploaded again. A missed gate is a verdict, not a failure of the job.
         rejected = json.loads(
             run(environment, tmp_path, "submit", str(bert_tiny), "-r", "impossible.yaml", "--wait", "--json", status=3)
         )
@@ -95,7 +95,7 @@ def test_from_up_to_a_verified_artifact_on_disk(environment: dict[str, str], ber
 
 
 def test_press_needs_no_service(environment: dict[str, str], bert_tiny: Path, tmp_path: Path):
-    # Most of this model is embeddings, which the recipe leaves alone: its size gate is missed, and the result kept all the same.
+    # Most of this model is embeddings, which the recipe doesn't compress. So the size gate is missed, but the result is kept.
     press = ("press", str(bert_tiny), "-r", "int8-weights", "-o", "result")
     out = json.loads(run(environment, tmp_path, *press, "--json", status=3))
     assert Path(out["out"]) == tmp_path / "result"
@@ -119,7 +119,7 @@ def test_an_interrupted_press_leaves_nothing(environment: dict[str, str], bert_t
         text=True,
     )
     assert process.stderr is not None
-    assert process.stderr.readline()  # the first phase
+    assert process.stderr.readline()  # wait until the first phase is shown
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -1,8 +1,8 @@
-"""Every command in README.md and the guide is run, page by page, as a reader would type it, against one embedded service.
+"""Runs every command of README.md and the guide, page by page, as a reader would type it, with one embedded service.
 
-A ```console block runs: lines that begin with `$ ` are commands (going on through `\\` and here-documents), what follows them is
-output that must appear, `…` standing for anything. A ```python block is a program. Each must end with status 0. A block that can't
-run here is preceded by `<!-- not run: why -->`. Any other way of writing a command is an error, so that none is forgotten.
+In a ```console block, lines that begin with `$ ` are commands, which may continue with `\\` or a here-document. The lines after a command
+must appear in its output, where `…` matches anything. A ```python block is a program. Each command and program must end with status 0.
+A block that can't run here has `<!-- not run: why -->` before it. A command written in another way is an error, so that none is missed.
 """
 
 import os
@@ -25,13 +25,14 @@ _BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>.+?) -->\n+)?^```(?P<kind>\w*)\n
 _HERE_DOCUMENT = re.compile(r"<<-?\s*'?(\w+)'?")
 #: Kinds of block that hold no command.
 _DATA = {"", "yaml", "json", "text", "ini"}
-#: Tracing an encoder takes half a minute a page, and tests/integration/test_pipeline_encoder.py does it: one quick job serves all pages.
+#: (shown, run): tracing an encoder takes half a minute a page, and tests/integration/test_pipeline_encoder.py tests it.
+#: So all pages share one quick job.
 _QUICKER = ("submit ./my-model --recipe int8-encoder", "submit ./my-model --recipe sparse-half --reuse")
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a reader types, and what the page says will come of it."""
+    """A reader's command, and the output that the page shows for it."""
 
     text: str
     output: tuple[str, ...]
@@ -41,7 +42,7 @@ class Command:
 class Block:
     kind: str
     body: str
-    why: str | None  #: why it isn't run; None where it is
+    why: str | None  #: why the block isn't run; None: it is run
 
 
 def blocks_of(page: str) -> list[Block]:
@@ -49,7 +50,7 @@ def blocks_of(page: str) -> list[Block]:
 
 
 def commands_of(block: Block) -> list[Command]:
-    """Raises ValueError for a console block that doesn't begin with a command, or a here-document without end."""
+    """The commands of a block. Raises ValueError for a console block that doesn't begin with a command, or an unfinished here-document."""
     if block.kind == "python":
         return [Command(f"python - <<'END_OF_PROGRAM'\n{block.body}END_OF_PROGRAM", ())]
     commands: list[Command] = []
@@ -72,7 +73,7 @@ def commands_of(block: Block) -> list[Command]:
 
 
 def shows(expected: str, output: str) -> bool:
-    """Whether a line of the output has the fixed parts of the expected line, in their order."""
+    """Whether a line of the output contains the fixed parts of the expected line, in the same order."""
     pattern = ".*".join(r"\s+".join(map(re.escape, part.split())) for part in expected.split("…"))
     return any(re.search(pattern, line) for line in output.splitlines())
 
@@ -106,12 +107,12 @@ def test_every_block_says_what_it_is(page: Path):
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[dict[str, str]]:
-    """A reader's shell: an empty home with a running service in it."""
-    home = tempfile.mkdtemp(prefix="np-")  # a unix socket's path is short: pytest's own folders are too deep
+    """The environment of a reader's shell: an empty home folder, in which a service runs."""
+    home = tempfile.mkdtemp(prefix="np-")  # a unix socket's path must be short; pytest's folders are too long
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NIGHTPRESS_")}
     environment |= {"HOME": home, "NIGHTPRESS_API_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
     environment.pop("XDG_CONFIG_HOME", None)
-    environment["NIGHTPRESS_DRAIN_S"] = "1"  # the last page leaves a job behind
+    environment["NIGHTPRESS_DRAIN_S"] = "1"  # the last page leaves a running job
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     nightpress = [sys.executable, "-m", "nightpress.client.cli.main"]
     up = subprocess.run([*nightpress, "up", "--detach"], env=environment, cwd=home, capture_output=True, text=True)
@@ -123,7 +124,7 @@ def service() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def checkout(tmp_path: Path, bert_tiny: Path) -> Path:
-    """What the pages take for granted in the reader's folder: a model, and the virtual environment that `make` made."""
+    """The reader's folder as the pages assume it: with a model, and with the virtual environment that `make` made."""
     (tmp_path / ".venv").symlink_to(sys.prefix)
     (tmp_path / "deploy").symlink_to(ROOT / "deploy")
     shutil.copytree(bert_tiny, tmp_path / "my-model")
@@ -134,7 +135,7 @@ def checkout(tmp_path: Path, bert_tiny: Path) -> Path:
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=name_of)
 def test_what_a_page_tells_to_type_works(page: Path, service: dict[str, str], checkout: Path):
     commands = runnable(page)
-    # One shell for a whole page: variables and folders last from one block to the next.
+    # One shell runs a whole page, so that variables and the current folder carry over from block to block.
     script = "".join(
         f"printf '\\036'\n{command.text}\nstatus=$?; printf '\\037%d' $status; [ $status = 0 ] || exit 0\n"
         for command in commands
@@ -160,7 +161,7 @@ def test_what_a_page_tells_to_type_works(page: Path, service: dict[str, str], ch
 
 
 def test_a_newcomer_has_a_nightly_job_after_five_commands():
-    """The page runs as it stands, above; that it stays this short is held here."""
+    """The test above runs the page. This test makes sure that it stays so short."""
     section = (ROOT / "docs" / "how-to" / "nightly.md").read_text().split("\n## ")[1]
     commands = [command.text for block in blocks_of(section) for command in commands_of(block)]
     assert len(commands) == 5

@@ -1,6 +1,7 @@
-"""Nights: a schedule by name, a real API, a real control process's steps, a real worker, and weights that change or don't.
+"""A schedule over several nights: a real API, the steps of a real control process, a real worker, and weights that may change each night.
 
-Each artifact's bytes are compared with the weights of its night. Time is pushed on by moving the schedule's next fire in the database.
+Each artifact's bytes are compared with the weights of its night. To let time pass, the tests move the schedule's next fire in the
+database.
 """
 
 import shutil
@@ -40,7 +41,7 @@ def recipe(sparsity: float = 0.5, data: str | None = None) -> dict[str, Any]:
 
 
 class Nights:
-    """An installation that sleeps from one fire to the next."""
+    """An installation with a schedule, whose fires the test triggers one by one."""
 
     def __init__(self, service: Service, client: Client, source: Path, folder: Path) -> None:
         self.service = service
@@ -51,7 +52,7 @@ class Nights:
         self._slot, _ = service.slot(None, memory=4 * 1024**3)
 
     def train(self, seed: int) -> Weights:
-        """Bring new weights under the model's name, as a training job does. Returns them."""
+        """Upload new weights under the model's name, as a training job does. Returns the weights."""
         folder = self._folder / f"tiny-{seed}"
         if not folder.exists():
             shutil.copytree(self._source, folder)
@@ -75,7 +76,7 @@ class Nights:
         self.client.schedules.create("nightly", "0 2 * * *", "tiny", **given)
 
     def night(self) -> ScheduleRunView:
-        """The next fire comes, and what it submits is worked off."""
+        """Let the schedule fire, and run the job that it submits. Returns the schedule's run."""
         before = len(self.runs())
         with transaction(self.service.engine) as connection:
             connection.execute(update(schedules).values(next_at=db_now(-1)))
@@ -88,7 +89,7 @@ class Nights:
             self._slot.serve()
             return self.runs()[0].job_state not in {"queued", "running"}
 
-        # A worker that is faster than the look for an earlier result would press it again.
+        # First the decision whether to reuse an earlier result: a faster worker would press the model again.
         eventually(decided, within=WITHIN_S)
         eventually(over, within=WITHIN_S)
         run = self.runs()[0]
@@ -102,7 +103,7 @@ class Nights:
         return list(self.client.schedules.runs("nightly"))
 
     def latest(self) -> tuple[str, Weights]:
-        """The job that the model's name stands for, and its artifact's weights, fetched as a deployment does."""
+        """The job to which the model's name points, and its artifact's weights, downloaded as a deployment does."""
         job_id = self.client.models.latest("tiny").promotion.job_id
         folder = self._folder / f"fetched-{job_id}"
         if not folder.exists():
@@ -124,7 +125,7 @@ def nights(tmp_path: Path, sqlite_url: str, bert_tiny: Path) -> Iterator[Nights]
 
 
 def is_made_from(artifact: Weights, source: Weights) -> bool:
-    """Whether every weight that was not cut is the source's, to the bit."""
+    """Whether every weight of the artifact is either zero or equal, bit by bit, to the source's."""
     names = [name for name in artifact if name in source and source[name].ndim == 2]
     assert names
     assert all((artifact[name] != 0).any() for name in names)
@@ -159,7 +160,7 @@ def test_the_second_night_presses_the_second_weights(nights: Nights, only_if_cha
     job_id, artifact = nights.latest()
     assert is_made_from(artifact, second_weights)
 
-    nights.train(1)  # the second training was no good: back to the first weights
+    nights.train(1)  # the second training was bad: return to the first weights
     nights.night()
     job_id, artifact = nights.latest()
     assert job_id not in {second.job_id, third.job_id}
@@ -168,7 +169,7 @@ def test_the_second_night_presses_the_second_weights(nights: Nights, only_if_cha
 
 @pytest.mark.timeout(600)
 def test_whatever_else_decides_the_result_is_a_change_too(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same weights, and another data set, another recipe of the same name, another engine: each is pressed anew, once."""
+    """With the same weights, a changed data set, recipe (of the same name) or engine leads to one new pressing."""
     nights.train(1)
     nights.write_data("The first text")
     nights.schedule(only_if_changed=True, recipe=recipe(data="lines"))

@@ -1,4 +1,4 @@
-"""The report and the comparison in a real browser: no network, no complaint, readable on a phone, in the dark and on paper."""
+"""The report and the comparison in a real browser: no network, no errors, readable on a phone, in dark mode and on paper."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_it_prints_with_everything_on_the_paper(browser: Browser, pages: Path, t
             for selector in ("body", "td")
         ]
         assert letters[1] <= letters[0]
-        # A cell that is narrower than its word breaks it.
+        # A cell that is too narrow for its text would break it into several lines, and be higher than 40 px.
         assert seen.page.evaluate(
             "[...document.querySelectorAll('td.good, td.bad')].every(one => one.getClientRects()[0].height < 40)"
         )

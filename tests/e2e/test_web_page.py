@@ -1,4 +1,4 @@
-"""The web page in a real browser, against a real API; a worker's part is played by hand."""
+"""The web page in a real browser, with a real API. The tests act as the worker."""
 
 import datetime as dt
 import re
@@ -48,7 +48,7 @@ def model_id(face: Face, bert_tiny: Path) -> str:
 
 @pytest.fixture(scope="module")
 def finished(face: Face, model_id: str) -> list[str]:
-    """Two jobs that have succeeded, one of them rejected, and one that has failed."""
+    """The ids of three jobs: accepted, rejected, failed."""
     with face.client() as client:
         ids = [client.jobs.submit(model_id, RECIPE, name=name).id for name in (HOSTILE, "second", "third")]
         face.succeed(face.claim())
@@ -61,8 +61,8 @@ def signed_in(browser: Browser, face: Face, view: str = "/jobs", **look: Any) ->
     return browser.open(f"{face.url}/#key={face.key}", **look) if view == "/jobs" else _then(browser, face, view, look)
 
 
-class _then:  # noqa: N801 - reads as a verb where it is used
-    """Sign in, then go to a view."""
+class _then:  # noqa: N801 - used like a function
+    """A context manager that signs in and then goes to a view."""
 
     def __init__(self, browser: Browser, face: Face, view: str, look: dict[str, Any]) -> None:
         self._opened = browser.open(f"{face.url}/#key={face.key}", **look)
@@ -79,7 +79,7 @@ class _then:  # noqa: N801 - reads as a verb where it is used
 
 
 def settled(page: Any) -> None:
-    """Nothing says "Loading" and what the view asked for has arrived."""
+    """Wait until the view has all its answers and shows no "Loading"."""
     page.wait_for_load_state("networkidle")
 
 
@@ -386,7 +386,7 @@ def test_text_to_copy_has_its_button_only_where_the_browser_lends_its_clipboard(
     with signed_in(browser, face) as seen:
         page = seen.page
         page.wait_for_selector("h1:has-text('Jobs')")
-        page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as over plain http
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as over plain HTTP
         page.evaluate("location.hash = '#/schedules'")
         page.wait_for_selector(".empty pre:has-text('nightpress schedule add')")
         assert page.locator(".empty button").count() == 0
@@ -488,7 +488,7 @@ def test_artifacts_that_others_beat_are_greyed(browser: Browser, face: Face, fin
     with signed_in(browser, face, f"/compare?job={finished[0]}&job={finished[1]}") as seen:
         page = seen.page
         page.wait_for_selector("caption:has-text('Artifacts and their sources')", state="attached")
-        # The two reports are equal, so neither beats the other; nothing beats the source in speed.
+        # The two reports are equal, so neither dominates the other. The source is the fastest.
         assert page.locator("tr.dominated").count() == 0
         assert page.locator("svg[role=img]").count() == 2
         points = page.evaluate(

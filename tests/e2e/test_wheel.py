@@ -1,4 +1,4 @@
-"""What a person gets who doesn't clone: the wheel, in an environment that has nothing else, outside the checkout."""
+"""The wheel, as a person installs it who doesn't clone: in an environment without anything else, outside the checkout."""
 
 import json
 import os
@@ -35,7 +35,7 @@ print(Path(nightpress.__file__).parent)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the checkout, in which a build may leave its folders."""
+    """The wheel, built from a copy of the checkout: the build leaves folders behind."""
     folder = tmp_path_factory.mktemp("build")
     leave_out = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "docs", "tests", "bench")
     shutil.copytree(ROOT, folder / "tree", symlinks=True, ignore=leave_out)
@@ -46,7 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
-    """An environment's Python, after what docs/first-job.md tells those who don't clone."""
+    """The Python of an environment made as docs/first-job.md describes it for people who don't clone."""
     folder = tmp_path_factory.mktemp("installed")
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True, timeout=120)
     python = folder / "venv" / "bin" / "python"

@@ -1,4 +1,4 @@
-"""docs/how-to/write-a-pass.md, followed: its package is built, installed into an environment of its own, tested, and used by real jobs."""
+"""Follows docs/how-to/write-a-pass.md: its package is built, installed into a separate environment, tested, and used by real jobs."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def _clean() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that a reader has written."""
+    """The package's folder, with the files that the page shows."""
     folder = tmp_path_factory.mktemp("written") / "nightpress-clip"
     files = {found["path"]: found["text"] for found in _FILE.finditer(PAGE)}
     assert set(files) == {
@@ -59,7 +59,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory, project: Path) -> str:
-    """Of an environment that has the package, and through a line in a .pth file all that this one has."""
+    """The Python of an environment with the package. A .pth file adds all packages of the test's own environment."""
     folder = tmp_path_factory.mktemp("environment") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", str(folder), cwd=folder.parent)
     [own] = folder.glob("lib/python*/site-packages")
@@ -117,7 +117,7 @@ def test_a_press_on_this_machine_uses_it_where_it_is_allowed(
 
 @pytest.fixture
 def service(python: str, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A running service that allows the package."""
+    """The environment of a running service that allows the package."""
     folder = tempfile.mkdtemp(prefix="np-")  # a unix socket's path has at most 107 bytes
     environment = {
         "NIGHTPRESS_DATA_DIR": folder,
@@ -142,7 +142,7 @@ def test_a_service_that_allows_it_lists_plans_and_runs_it(
     ]
     assert re.search(r"clip\s.*nightpress-clip 0\.1\.0", listed)
     assert "at most 2 times" in nightpress(python, "recipes", "validate", recipe, cwd=tmp_path, **service)
-    # The client's own environment has no such package: it shows what the service says.
+    # The client's environment lacks the package, so the client shows the service's description.
     assert "at most 2 times" in nightpress(sys.executable, "recipes", "validate", recipe, cwd=tmp_path, **service)
     submit = ("submit", str(bert_tiny), "--recipe", recipe, "--wait", "--json", "--reuse")
     job = json.loads(nightpress(python, *submit, cwd=tmp_path, **service))

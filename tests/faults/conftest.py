@@ -1,4 +1,4 @@
-"""What fault tests share: an installation whose workers, control process and broker are real processes."""
+"""Shared by the fault tests: an installation whose workers, control process and broker are real processes."""
 
 from collections.abc import Iterator
 from pathlib import Path

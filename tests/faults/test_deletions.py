@@ -1,4 +1,4 @@
-"""A deletion whose process is killed between its row and its files is brought to its end by the control process."""
+"""The control process completes a deletion whose process was killed after it changed the row and before it deleted the files."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""F1: work that was lost with a worker is at most one step, whoever goes on, and what goes on ends with the same bytes."""
+"""F1: a killed worker loses at most one step of work. Any worker can resume the job, and the result has the same bytes."""
 
 import shutil
 from pathlib import Path
@@ -33,7 +33,7 @@ def service(tmp_path: Path, sqlite_url: str) -> Any:
 
 
 def break_off(service: Service, behaviour: str, job_id: str, *, step: int, pass_index: int = 0) -> None:
-    """Let a worker of another folder work until it stored a step, then kill it."""
+    """Start a worker with its own data folder, and kill it when it has stored the checkpoint of this step."""
     worker = service.start_worker(behaviour, NIGHTPRESS_DATA_DIR=str(service.settings.data_dir.parent / "elsewhere"))
 
     def stored_it() -> bool:
@@ -144,7 +144,7 @@ def test_a_prefix_takes_no_more_than_its_share_of_storage(service: Service) -> N
 
 
 def deep_bert(folder: Path, bert_tiny: Path) -> Path:
-    """BERT-tiny's tokenizer with six layers of chance."""
+    """A BERT with six layers of random weights and BERT-tiny's tokenizer."""
     shutil.copytree(bert_tiny, folder)
     torch.manual_seed(0)
     config = transformers.BertConfig.from_pretrained(bert_tiny, num_hidden_layers=6)
@@ -165,7 +165,7 @@ RECIPE = {
 def test_a_real_model_killed_between_two_blocks_ends_with_the_same_bytes(
     service: Service, tmp_path: Path, bert_tiny: Path
 ) -> None:
-    """Killed in its second pass: the first is taken over whole, the second behind its third block."""
+    """The kill comes in the second pass. The next attempt takes over the whole first pass, and the second pass up to its third block."""
     model = deep_bert(tmp_path / "deep", bert_tiny)
     service.model_id, service.model_digest = service.register(new_id("mdl"), model)
     recipe = parse_recipe(RECIPE)

@@ -1,4 +1,4 @@
-"""F1, F2, F11, F15: a worker or a child that is killed, frozen or poisoned."""
+"""F1, F2, F11, F15: a worker or a child that is killed or frozen, and a job that kills every child."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def test_f2_a_killed_child_is_told_with_its_signal_and_tried_again_and_its_worke
 
         said = eventually(said_by)
         os.kill(said[0], signal.SIGKILL)
-        eventually(lambda said=said: not running(said), within=10)  # nor does what it had started outlive it
+        eventually(lambda said=said: not running(said), within=10)  # its descendants end too
     job = service.await_state(job_id, "failed", within=10)
     assert job.error is not None
     assert (job.error["code"], job.error["details"]["signal"]) == ("worker_lost", 9)
@@ -54,7 +54,7 @@ def test_f11_a_worker_that_was_frozen_past_its_lease_changes_nothing_when_it_wak
     job_id = service.submit()
     said = pids_said(service.await_log(job_id, "consumer"))
     zombie.send_signal(signal.SIGSTOP)
-    # Nobody tells the child that the lease is held: it ends itself, so that no two children of a job live at once.
+    # Without word from its worker that the lease is held, the child ends itself: no two children of a job may run at once.
     eventually(lambda: not running(said), within=service.settings.lease_ttl_s + 1.5)
     service.start_worker("first_slow")
     job = service.await_state(job_id, "succeeded", within=10)

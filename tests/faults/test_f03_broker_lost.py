@@ -1,4 +1,4 @@
-"""F3, F9: rings that are lost, doubled or forged. SQL decides, so none of it matters for long."""
+"""F3, F9: rings that are lost, doubled or forged. Jobs are claimed in SQL, so at worst they start a little later."""
 
 import time
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def broker(tmp_path: Path) -> Iterator[Valkey]:
 
 @pytest.fixture
 def own(tmp_path: Path, sqlite_url: str, broker: Valkey) -> Iterator[Service]:
-    """An installation with a broker of its own to break."""
+    """An installation with its own broker, which the test may break."""
     service = Service(tmp_path, sqlite_url, broker_url=broker.url)
     yield service
     service.close()
@@ -113,7 +113,7 @@ def test_f9_a_ring_delivered_many_times_starts_one_attempt(own: Service) -> None
 
 
 def test_the_control_process_rings_sparingly(own: Service, broker: Valkey) -> None:
-    """Twenty jobs, one worker: it looks again by itself after each, so nobody has to ring for them."""
+    """Twenty jobs and one worker: after each job the worker looks for the next one, so it needs no ring."""
     with redis.Redis.from_url(broker.url) as client:
         own.start_worker("press")
         own.start_control()

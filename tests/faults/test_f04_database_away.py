@@ -1,4 +1,4 @@
-"""F4: a database that is locked, or whose server is gone, for less and for longer than a lease."""
+"""F4: a database that is locked, or whose server is down, for less and for longer than a lease."""
 
 import contextlib
 import sqlite3
@@ -23,7 +23,7 @@ from tests.service import Service, eventually, pids_said, running
 
 @contextmanager
 def locked(service: Service) -> Iterator[None]:
-    """The database refuses every write meanwhile."""
+    """Lock the database: it refuses every write inside this context."""
     connection = sqlite3.connect(str(service.engine.url.database), isolation_level=None)
     connection.execute("BEGIN EXCLUSIVE")
     try:
@@ -63,7 +63,7 @@ def test_f4_a_worker_that_cannot_renew_in_time_stops_its_child_and_commits_nothi
 def test_f4_a_server_that_is_gone_for_a_while_costs_503s_and_no_attempt(
     tmp_path: Path, valkey_server: Valkey, bert_tiny: Path
 ) -> None:
-    """What the child says meanwhile waits in its supervisor."""
+    """Meanwhile the supervisor keeps the child's messages."""
     with Postgres(tmp_path / "postgres", durable=True) as server:
         url = server.create_database()
         migrations.upgrade(url)
@@ -84,7 +84,7 @@ def test_f4_a_server_that_is_gone_for_a_while_costs_503s_and_no_attempt(
                 time.sleep(1.5)
                 server.start()
                 assert eventually(lambda: _accepted(client.post("/v1/jobs", json=api.job)))
-            with contextlib.suppress(NightpressError):  # this process's own connection is dead, too
+            with contextlib.suppress(NightpressError):  # this process's connection is broken too
                 service.job(job_id)
             job = service.await_state(job_id, "succeeded")
             assert (job.attempt, job.failures) == (1, 0)

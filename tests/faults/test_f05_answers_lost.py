@@ -1,4 +1,4 @@
-"""F5, F13, F14: an answer that is lost after the commit, an API that dies before or after it. Whoever asks again gets the same job."""
+"""F5, F13, F14: an answer that is lost after the commit; an API that dies before or after it. A repeated request gets the same job."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def proxy(postgres_server: Postgres) -> Iterator[CuttingProxy]:
 
 @pytest.fixture
 def service(tmp_path: Path, postgres_server: Postgres, valkey_server: Valkey, proxy: CuttingProxy) -> Iterator[Service]:
-    """An installation whose every statement goes through the proxy."""
+    """An installation that reaches its database through the proxy."""
     url = postgres_server.create_database()
     migrations.upgrade(url)
     service = Service(

@@ -1,4 +1,7 @@
-"""F6, F7, and F11, F20, F21 at a store: one that refuses, is slow or hangs, forgets who we are, or alters bytes, on the way in and on the way out."""
+"""F6, F7, and F11, F20, F21 with a faulty object store, in downloads and in uploads.
+
+The store refuses requests, is slow, hangs, rejects our credentials or alters bytes.
+"""
 
 import os
 import signal
@@ -41,7 +44,7 @@ def service(tmp_path: Path, sqlite_url: str, s3_server: S3, proxy: FaultyHttp) -
 
 
 def on(method: str, part: str, what: int | float | str, times: int = 10**9) -> Fault:
-    """The first so many requests of this kind meet the fault."""
+    """A fault for the first `times` requests with this method whose path contains `part`."""
     left = [times]
 
     def fault(asked: str, path: str) -> int | float | str | None:
@@ -54,7 +57,7 @@ def on(method: str, part: str, what: int | float | str, times: int = 10**9) -> F
 
 
 def register_large_model(service: Service, tmp_path: Path) -> None:
-    """One whose file goes up and comes down in two parts."""
+    """Register a model whose file is uploaded and downloaded in two parts."""
     folder = tmp_path / "large"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(os.urandom(17 * 1024**2))
@@ -118,7 +121,7 @@ def test_f6_a_store_that_is_slower_than_a_lease_costs_no_attempt(service: Servic
 def test_f6_f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_deploy(
     service: Service, proxy: FaultyHttp, tmp_path: Path, method: str, part: str, phase: str
 ) -> None:
-    """The worker waits for an answer that doesn't come, while it fetches and while it uploads a file of several parts."""
+    """The worker waits for an answer that doesn't come, in a download or in an upload of several parts."""
     register_large_model(service, tmp_path)
     proxy.fault = on(method, part, "hang")
     worker = service.start_worker("press")
@@ -147,7 +150,7 @@ def test_f6_f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_dep
 
 
 def test_f6_a_store_that_hangs_holds_up_no_lease(service: Service, proxy: FaultyHttp) -> None:
-    """The control process sweeps files at its start, and waits for an answer that doesn't come."""
+    """The control process starts by sweeping files, and waits for an answer that doesn't come."""
     job_id = service.submit(max_failures=1)
     proxy.fault = lambda _method, _path: "hang"
     control = service.start_control()
@@ -173,7 +176,7 @@ def test_f11_a_zombie_that_was_frozen_while_it_uploaded_wins_nothing_and_its_fil
     job = service.await_state(job_id, "succeeded", within=15)
     assert (job.attempt, job.failures) == (2, 1)
     events = service.events(job_id)
-    proxy.let_go.set()  # now the store does what the zombie had asked for
+    proxy.let_go.set()  # now the store completes the zombie's upload
     eventually(lambda: service.objects.stat(f"jobs/{job_id}{last}"))
     zombie.send_signal(signal.SIGCONT)
     eventually(lambda: "the lease was lost, nothing is written" in service.output())

@@ -1,4 +1,4 @@
-"""F8, F12, F16, F17, F27, F31: full disks, wrong clocks, too little memory, too few file handles, a broker that takes no more."""
+"""F8, F12, F16, F17, F27, F31: full disks, wrong clocks, too little memory, too few file handles, a full broker."""
 
 import contextlib
 import os
@@ -97,7 +97,7 @@ MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 
 @pytest.fixture
 def small_group() -> Iterator[Path]:
-    """A control group of 40 MiB, beside the one that the tests run in."""
+    """A control group with a limit of 40 MiB, separate from that of the tests."""
     group = MEMORY_GROUPS / new_id("np")
     try:
         group.mkdir()
@@ -197,7 +197,7 @@ def test_f27_a_broker_that_takes_no_more_or_forgets_costs_time_and_no_job(
 
 
 def fill(disk: Path) -> Path:
-    """Leave no byte free. Returns the file that takes the room."""
+    """Fill the disk to its last byte. Returns the file that fills it."""
     filler = disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -298,7 +298,7 @@ def test_f31_a_recipe_of_a_newer_release_waits_for_a_worker_that_can_read_it(ser
 
 
 def test_f31_a_folder_that_this_machine_lacks_leaves_the_job_to_another(service: Service, tmp_path: Path) -> None:
-    """A model registered where it lies, on a mount that one worker's machine has not."""
+    """The model was registered in place, on a mount that one worker's machine lacks."""
     folder, away = tmp_path / "mounted", tmp_path / "unmounted"
     shutil.copytree(service.settings.data_dir / "upload", folder)
     service.model_id, service.model_digest = service.register(new_id("mdl"), folder, in_place=True)

@@ -1,4 +1,4 @@
-"""F18, F19, F20, F21: children that stall, deadlines, deploys and cancellations at every moment."""
+"""F18, F19, F20, F21: children that stall; deadlines; deploys and cancellations at any time."""
 
 import random
 import threading
@@ -39,7 +39,7 @@ def test_f20_a_worker_told_to_end_gives_its_job_back_and_a_peer_takes_it(service
     assert worker.wait(10 * slowness()) == 0
     assert time.monotonic() - told < 10 * slowness()
     assert not running(said)
-    service.ring()  # as the control process would with its next tick
+    service.ring()  # as the control process does at its next tick
     job = service.await_state(job_id, "succeeded", within=15)
     assert (job.attempt, job.failures) == (2, 0), "a deploy is no failure"
     kinds = service.kinds(job_id)
@@ -79,7 +79,7 @@ def test_f21_cancelling_a_job_whose_worker_is_dead_ends_it_with_its_lease(servic
 
 @pytest.mark.parametrize("seed", [1])
 def test_f21_a_cancellation_at_any_moment_leaves_one_clean_end(service: Service, seed: int) -> None:
-    """From before the claim, through fetching, pressing and uploading, to after the end."""
+    """The cancellation comes at a random time, from before the claim to after the end."""
     moments = random.Random(seed)
     slot, supervisor = service.slot("press", spare=True)
     supervisor.warm_up()

@@ -1,4 +1,4 @@
-"""F22: three control processes and one set of schedules: every fire is one run and one job."""
+"""F22: three control processes with the same schedules: every fire makes one run and one job."""
 
 import datetime as dt
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_every_fire_happens_once_with_three_control_processes(
         assert len(slots) >= wanted_runs
         named = [row.job_id for row in slots if row.job_id]
         assert len(named) == len(set(named))
-        # Of each schedule the newest job alone is left, and no job is without its run.
+        # Only the newest job of each schedule is left, and every job has a run.
         assert made == live
         assert len(made) == SCHEDULES
     finally:

@@ -1,4 +1,4 @@
-"""F25: readers of event streams whose API is killed and started again see every event once."""
+"""F25: the API is killed and restarted while clients read event streams: each client sees every event once."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ READERS, EVENTS = 20, 30
 
 
 async def follow(client: httpx.AsyncClient, job_id: str) -> list[int]:
-    """The numbers of the events one reader got; it comes back with Last-Event-ID whenever it is cut off."""
+    """The ids of the events that a reader got. When its stream breaks, it reconnects with Last-Event-ID."""
     seen: list[int] = []
     while True:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(seen[-1])} if seen else {})
@@ -26,7 +26,7 @@ async def follow(client: httpx.AsyncClient, job_id: str) -> list[int]:
                     return seen
                 async for line in response.aiter_lines():
                     if line.startswith("id:"):
-                        seen.append(int(line.removeprefix("id:")))  # noqa: PERF401 - what came before a cut must stay
+                        seen.append(int(line.removeprefix("id:")))  # noqa: PERF401 - keep the ids that came before the stream broke
         except httpx.TransportError:
             await asyncio.sleep(0.1)
 

@@ -1,4 +1,7 @@
-"""F26: for a while two versions serve one database. The code of the revision before runs on today's tables; today's code waits for its own."""
+"""F26: during a deploy, two versions use one database.
+
+The code from before the newest migration runs on the new tables. The new code waits for the new tables.
+"""
 
 import io
 import subprocess
@@ -15,7 +18,7 @@ from tests.service import RECIPE, ROOT, Service, eventually, module_of
 
 
 def code_before_the_newest_migration() -> bytes | None:
-    """The tree of the commit before the one that brought the newest migration, from the project's own history."""
+    """An archive of the commit before the one that added the newest migration, from the project's git history."""
     newest = next((ROOT / "migrations" / "versions").glob(f"{migrations.newest()}_*.py")).relative_to(ROOT)
     git = ["git", "-C", str(ROOT)]
     brought = subprocess.run(
@@ -53,7 +56,7 @@ def test_f26_an_old_worker_and_an_old_control_process_serve_a_new_database(servi
     service.start("-m", module_of(old_tree, "worker.control"), cwd=old_tree, **old)
     job_id = service.submit()
     old_worker = service.await_state(job_id, "running", within=30).worker_id
-    # The lease of an old worker's job runs out under the old control process, and a new worker ends it.
+    # The old worker is killed. The old control process expires the lease, and a new worker completes the job.
     first = service.processes[0]
     first.kill()
     service.start_worker("first_slow")
@@ -68,7 +71,7 @@ def test_f26_a_new_worker_waits_for_its_tables_and_does_what_old_code_submits(
 ) -> None:
     valkey_server.flush()
     url = f"sqlite:///{tmp_path / 'nightpress.db'}"
-    migrations.upgrade(url, "0001")  # whatever the newest migration brings, a worker can't do with these tables
+    migrations.upgrade(url, "0001")  # a worker of any later version can't work with these tables
     service = Service(tmp_path, url, broker_url=valkey_server.url)
     try:
         service.start(str(ROOT / "tests" / "worker_process.py"), "press")
@@ -92,7 +95,7 @@ def test_f26_a_new_worker_does_what_an_old_api_accepts(service: Service, old_tre
 
 
 def take_a_job_through(api: ApiProcess, tree: Path, service: Service) -> None:
-    """By HTTP alone, as a client that is told of no deploy."""
+    """Submit a job and read its result over HTTP only, as a client that knows nothing of the deploy."""
     api.start(tree=tree)
     with api.client() as client:
         answer = client.post("/v1/jobs", json=api.job | {"recipe": RECIPE})
@@ -105,7 +108,7 @@ def take_a_job_through(api: ApiProcess, tree: Path, service: Service) -> None:
 
 
 def submitted_by(tree: Path, service: Service) -> str:
-    """A job's id: the code of `tree` submits it."""
+    """Submit a job with the code of `tree`. Returns its id."""
     script = (
         "import sys; from tests.service import JobStore, Service, make_engine; "
         "s = object.__new__(Service); s.store = JobStore(make_engine(sys.argv[1])); "

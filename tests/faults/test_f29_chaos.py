@@ -1,4 +1,4 @@
-"""F29: a few seconds of what `make soak` does for as many minutes as it is given."""
+"""F29: the random faults of `make soak`, for a few seconds."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""F32: `nightpress up` in a folder that a power cut, a full disk or a person left in disorder: it comes up, or says in a sentence what to do."""
+"""F32: `nightpress up` in a folder that a power cut, a full disk or a person damaged: it starts, or says in a sentence what to do."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.service import ROOT, eventually
 
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("s") / "np"  # a short path: a unix socket lies in it
+    folder = tmp_path_factory.mktemp("s") / "np"  # a short path, because it is part of a unix socket's path
     folder.mkdir(mode=0o700)
     return folder
 
@@ -35,7 +35,7 @@ def environment(folder: Path, port: int) -> dict[str, str]:
 
 @pytest.fixture
 def start(folder: Path) -> Iterator[Callable[[], str]]:
-    """Starts the stack and returns its address once it takes requests with the key in its folder."""
+    """A function that starts the stack. It returns the URL when the stack accepts requests with the key in its folder."""
     started: list[subprocess.Popen[bytes]] = []
     port = free_port()
 
@@ -96,7 +96,7 @@ def test_f32_the_stack_comes_up_whatever_lies_in_its_brokers_folder(
 
 
 def other_databases_key(folder: Path) -> None:
-    """As after the database was moved away: a key of the right shape that nothing knows."""
+    """Write a valid key that is not in the database, as after the database was moved away."""
     import zlib
 
     body = f"np_abcdefgh_{secrets.token_urlsafe(32)}"

@@ -1,4 +1,4 @@
-"""F33: a database that can be read but not written, or that is locked: /readyz tells, and who submits waits or hears when to come again."""
+"""F33: a database that is read-only or locked: /readyz reports it, and a submission waits or gets a Retry-After."""
 
 import contextlib
 import sqlite3
@@ -41,7 +41,7 @@ def api(service: Service, bert_tiny: Path) -> ApiProcess:
 
 @contextmanager
 def locked(service: Service) -> Iterator[None]:
-    """Somebody holds a lock that every write of a job waits for, as a long VACUUM or ALTER does."""
+    """Hold a lock for which every write of a job waits, as a long VACUUM or ALTER does."""
     if service.engine.dialect.name == "sqlite":
         holder = sqlite3.connect(str(service.engine.url.database), isolation_level=None)
         with contextlib.closing(holder):
@@ -89,7 +89,7 @@ def test_f33_a_submission_behind_a_lock_that_lasts_hears_when_to_come_again(serv
         with locked(service):
             began = time.monotonic()
             refused = client.post("/v1/jobs", json=api.job, timeout=60)
-            # One wait, though this is the key's first use, which is noted too.
+            # The request waits for the lock once, although it also writes the key's first use.
             assert time.monotonic() - began < min((LOCK_WAIT_S + 3) * slowness(), 2 * LOCK_WAIT_S)
         assert (refused.status_code, refused.json()["code"]) == (503, "database_unavailable")
         assert int(refused.headers["retry-after"]) > 0
@@ -100,7 +100,7 @@ def test_f33_a_submission_behind_a_lock_that_lasts_hears_when_to_come_again(serv
 def test_f33_a_standby_is_told_from_a_server_that_is_away(
     tmp_path: Path, postgres_server: Postgres, valkey_server: Valkey, bert_tiny: Path
 ) -> None:
-    """As after a failover, when the old address leads to a server that only reads."""
+    """As after a failover, when the old address leads to a read-only server."""
     url = postgres_server.create_database()
     migrations.upgrade(url)
     service = Service(tmp_path, url, broker_url=valkey_server.url)

@@ -1,4 +1,4 @@
-"""F34 to F39: control processes whose clocks differ, servers that restart between two steps, cancellation in every phase, an API killed in mid-upload."""
+"""F34 to F39: clocks that differ, servers that restart between two steps, cancellation in every phase, an API killed in mid-upload."""
 
 import threading
 import time
@@ -51,7 +51,7 @@ def postgres(tmp_path: Path) -> Iterator[Postgres]:
 
 @pytest.mark.parametrize("step", ["claim", "renew", "finish"])
 def test_f35_a_database_that_restarts_before_a_commit_has_written_none_of_it(postgres: Postgres, step: str) -> None:
-    """And the same call, made again, writes all of it, once."""
+    """The same call, repeated, writes everything once."""
     store, job_id = store_on(postgres)
     lease = None if step == "claim" else claim(store, ttl_s=600.0).lease
 
@@ -74,7 +74,7 @@ def test_f35_a_database_that_restarts_before_a_commit_has_written_none_of_it(pos
             postgres.kill()
             postgres.start()
 
-    # Where a statement commits by itself, it is asked of a server that is just gone.
+    # Restart before the first statement, too: a statement that commits by itself then reaches a server that is just gone.
     event.listen(store.engine, "before_cursor_execute", restart)
     event.listen(store.engine, "commit", restart)
     with pytest.raises(NightpressError) as raised:
@@ -102,7 +102,7 @@ def test_f35_a_database_that_restarts_between_claim_and_result_costs_no_attempt(
         try:
             return store.attempts.finish(lease, succeeded(lease))
         except NightpressError:
-            return False  # this process's own connection is dead, too
+            return False  # this process's connection is broken too
 
     eventually(finished)
     job = store.reader.get("default", job_id)
@@ -161,7 +161,7 @@ def test_f36_an_object_store_that_restarts_between_two_parts_loses_no_byte(tmp_p
 
 @pytest.mark.parametrize("phase", ["validating", "baseline", "pressing", "exporting", "verifying", "evaluating"])
 def test_f38_a_cancellation_in_every_phase_is_one_clean_end(service: Service, phase: str) -> None:
-    """Fetching and uploading: test_f06_storage.py."""
+    """The phases of fetching and uploading are in test_f06_storage.py."""
     job_id = service.submit()
     slot, supervisor = service.slot(f"staying:{phase}")
     thread = threading.Thread(target=slot.serve)
@@ -179,7 +179,7 @@ def test_f38_a_cancellation_in_every_phase_is_one_clean_end(service: Service, ph
 
 
 class KillingMeter:
-    """Does something once, when so many bytes of an upload are through."""
+    """An upload's meter that calls `act` once, when `after` bytes have been sent."""
 
     def __init__(self, after: int, act: Callable[[], None]) -> None:
         self._left, self._act, self._lock, self._done = after, act, threading.Lock(), False

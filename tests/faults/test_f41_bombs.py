@@ -1,4 +1,4 @@
-"""F41: bombs brought as models or as data: refused within seconds, or taken as the small thing they are, and the API answers meanwhile."""
+"""F41: bombs uploaded as models or data are refused within seconds, or accepted without unpacking. The API answers meanwhile."""
 
 import struct
 import threading
@@ -30,12 +30,12 @@ def gguf(folder: Path) -> None:
 
 
 def onnx(folder: Path) -> None:
-    """A graph in a graph in a graph, each announced as long as the file."""
+    """Nested graphs, each of which claims to be as long as the file."""
     (folder / "model.onnx").write_bytes(b"\x08\x07" + b"\x3a\xff\xff\xff\xff\x07" * 100_000)
 
 
 def image(folder: Path) -> None:
-    """A picture of ten gigapixels in a few kilobytes."""
+    """An image of ten gigapixels in a few kilobytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -52,7 +52,7 @@ def image(folder: Path) -> None:
 def test_f41_a_bomb_brought_as_a_model_costs_nothing(
     face: Face, bert_tiny: Path, tmp_path: Path, bomb: Callable[[Path], None], disguised: bool
 ) -> None:
-    """By plain HTTP, for our own client refuses it before it sends anything."""
+    """The bomb is sent over plain HTTP: our own client would refuse it before sending anything."""
     bomb(tmp_path)
     [path] = [path for path in tmp_path.iterdir() if path.is_file()]
     if disguised:
@@ -93,7 +93,10 @@ def test_f41_a_parquet_bomb_brought_as_data_costs_nothing(face: Face, tmp_path: 
 
 
 def assert_cheap(face: Face, bring: Callable[[], str], *, taken: bool) -> None:
-    """It ends within seconds, refused, or taken where nobody opens what is strange in it; others wait less than a second."""
+    """Check that the upload ends within 10 s and that other requests wait less than 1 s.
+
+    The bomb must be refused, unless `taken`: then it may also become a data set, because nothing unpacks it.
+    """
     stop, asking, slowest = threading.Event(), threading.Event(), [0.0]
 
     def ask() -> None:

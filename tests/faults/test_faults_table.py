@@ -1,4 +1,4 @@
-"""docs/faults.md names, for each fault and each invariant, the tests that cause or check it: they exist, and none is without one."""
+"""docs/faults.md names at least one test for each fault and each invariant, and these tests exist."""
 
 import ast
 import re

@@ -86,7 +86,7 @@ def test_storage_that_is_full_takes_no_model_and_no_job(api: RunningApi, client:
 
 def test_a_key_rotates_expires_and_ends(api: RunningApi, client: httpx.Client):
     def works(key: str) -> bool:
-        api.services.resources.keys._known.clear()  # what five seconds would do
+        api.services.resources.keys._known.clear()  # five seconds later the cache would have expired
         response = httpx.get(f"{api.url}/v1/me", headers={"Authorization": f"Bearer {key}"}, trust_env=False)
         return response.status_code == 200
 
@@ -125,7 +125,7 @@ def test_what_a_key_makes_stays_within_its_own_time_and_ends_with_it(api: Runnin
     grandchild = made_with(child["key"]).json()
     assert client.get(f"/v1/keys/{child['record']['id']}").json()["made_by"] == successor["record"]["id"]
     assert client.delete(f"/v1/keys/{successor['record']['id']}").status_code == 204
-    api.services.resources.keys._known.clear()  # what five seconds would do
+    api.services.resources.keys._known.clear()  # five seconds later the cache would have expired
     for ended in (child, grandchild):
         assert client.get(f"/v1/keys/{ended['record']['id']}").json()["revoked_at"]
         assert made_with(ended["key"]).status_code == 401
@@ -179,7 +179,7 @@ def test_running_jobs_are_capped_in_the_claim_also_when_many_claim_at_once(sql_u
         for thread in threads:
             thread.join()
         assert sorted(claimed) == ["default"] * 2 + ["other"] * 6
-        # One ends, one more may run.
+        # When a job ends, another may run.
         lease = store.reader.page("default", JobsWanted(states=("running",)))[0][0]
         job = store.reader.get("default", lease.id)
         assert job is not None

@@ -1,4 +1,4 @@
-"""What holds for every route: problems, request ids, health, metrics, the document, and what importing costs."""
+"""What holds for every route: problems, request ids, health, metrics, the OpenAPI document; and the cost of importing the API."""
 
 import json
 import re
@@ -215,7 +215,7 @@ _HEAVY = {"torch", "numpy", "transformers", "boto3", "celery", "httpcore"}
 
 
 def cpu_s_of_import(modules: str) -> tuple[float, set[str]]:
-    """CPU seconds of a fresh interpreter, and what it loaded."""
+    """The CPU seconds of a new interpreter that imports the modules, and the names of all modules that it loaded."""
     code = (
         f"import json, resource, sys\nimport {modules}\nused = resource.getrusage(resource.RUSAGE_SELF)\n"
         "print(json.dumps([used.ru_utime + used.ru_stime, list(sys.modules)]))"
@@ -226,14 +226,14 @@ def cpu_s_of_import(modules: str) -> tuple[float, set[str]]:
 
 
 def test_importing_it_loads_nothing_heavy_and_adds_less_than_its_libraries_take():
-    # By turns, and the best of each: other tests share this machine's cores.
+    # Measured in turn, with the best time of each: other tests share this machine's cores.
     runs = [(cpu_s_of_import("nightpress.api.app"), cpu_s_of_import(_LIBRARIES)) for _ in range(5)]
     assert not runs[0][0][1] & _HEAVY
     assert min(ours for (ours, _), _ in runs) < 2.5 * min(theirs for _, (theirs, _) in runs)
 
 
 def test_a_part_that_can_not_be_made_ends_the_api_when_it_starts(tmp_path: Path):
-    """And not at the first request that needs it."""
+    """The error comes at the start, not at the first request that needs the part."""
     settings = Settings(_env_file=None, data_dir=tmp_path)
     (tmp_path / "secret").write_bytes(b"cut off")
     with pytest.raises(NightpressError, match="7 bytes"):

@@ -22,7 +22,7 @@ def api(sql_url: str, tmp_path: Path, bert_tiny: Path) -> Iterator[RunningApi]:
     settings = Settings(
         data_dir=tmp_path,
         database_url=sql_url,
-        broker_url="redis://127.0.0.1:1/0",  # nobody there: ringing must not matter
+        broker_url="redis://127.0.0.1:1/0",  # no broker: a failed ring must not matter
         model_roots=[bert_tiny.parent],
         max_queued_jobs=8,
     )

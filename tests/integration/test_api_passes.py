@@ -1,4 +1,7 @@
-"""Passes of other packages over HTTP: refused where they aren't allowed, listed and planned where they are, and never answered by another version's result."""
+"""Passes of other packages over HTTP: refused where they aren't allowed, listed and planned where they are.
+
+A job with such a pass never reuses a result that another version of the package made.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -87,7 +90,7 @@ def test_an_allowed_pass_is_listed_planned_and_submitted(
         assert plan["steps"][0]["name"] == "copy"
         assert plan["estimate"]["seconds"] > 0
         assert client.post("/v1/jobs", json=JOB).status_code == 201
-        catalog.allow(())  # as in a client's process, which has no such package
+        catalog.allow(())  # as in a client's process, where the package is not installed
         with Client(api.url, api_key=api.key()) as ours:
             known = [options.package for options in ours.recipes.passes()]
         assert known == [None] * len(known)
@@ -129,7 +132,7 @@ def test_a_result_of_another_version_of_the_package_answers_no_job(
     with allowing(["copy"], sqlite_url, tmp_path, bert_tiny) as (api, client):
         job = client.post("/v1/jobs", json=JOB).json()
         assert (job["state"], job["reused_from"]) == ("queued", None)
-        # A worker on which the older version is still installed made it: the API's version decides.
+        # A worker with an older version of the package made the result. The API compares it with its own version.
         claimed = api.claim()
         shipped = api.ship(claimed, {"model.safetensors": b"0123456789"})
         assert api.services.resources.store.attempts.finish(claimed.lease, replace(shipped, packages=made_by))

@@ -1,4 +1,4 @@
-"""Event and log streams: complete, without doubles, resumable, cheap, and over when the job is."""
+"""Event and log streams: complete, without duplicates, resumable, cheap, and closed when the job has ended."""
 
 import json
 import threading
@@ -93,7 +93,7 @@ def test_a_cut_stream_goes_on_after_the_last_id(api: RunningApi, client: httpx.C
     with client.stream("GET", path, headers={**STREAM, "Last-Event-ID": str(first[-1])}) as response:
         rest = [message.id for message in messages(response)]
     assert first + rest == list(range(1, 9))
-    # All received: 204 tells an EventSource not to come back for more.
+    # The client has all events: 204 tells an EventSource not to reconnect.
     assert client.get(path, headers={**STREAM, "Last-Event-ID": "8"}).status_code == 204
     assert client.get(path, headers={**STREAM, "Last-Event-ID": "eight"}).status_code == 422
 

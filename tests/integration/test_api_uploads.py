@@ -1,4 +1,4 @@
-"""Bringing models and data sets over HTTP: parts through the API on local storage, presigned parts and downloads on S3."""
+"""Uploads of models and data sets over HTTP: parts through the API with local storage, presigned parts and downloads with S3."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def announcement(path: str, data: bytes) -> dict[str, Any]:
 
 
 def send(client: httpx.Client, uploads: list[dict[str, Any]], contents: dict[str, bytes]) -> None:
-    """PUT every part as it is asked for: to the API where the address is relative, else to the store, without our key."""
+    """PUT every part to its URL. A relative URL leads to the API; others lead to the store and get no API key."""
     for file in uploads:
         for part in file["parts"]:
             piece = contents[file["path"]][part["offset"] : part["offset"] + part["size"]]
@@ -126,7 +126,7 @@ def test_an_artifact_comes_from_wherever_it_lies(api: RunningApi, client: httpx.
     api.services.resources.store.attempts.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"0123456789"}))
     got = client.get(f"/v1/jobs/{job_id}/artifacts/onnx/files/model.onnx")
     if got.status_code == 307:
-        got = httpx.get(got.headers["location"], trust_env=False)  # without our key: the address is the permission
+        got = httpx.get(got.headers["location"], trust_env=False)  # without an API key: the presigned URL is enough
         assert "model.onnx" in got.headers["content-disposition"]
     assert got.status_code == 200
     assert got.content == b"0123456789"

@@ -1,4 +1,4 @@
-"""Whatever can be edited has an ETag, and neither an edit nor a deletion goes over a change that its sender hasn't seen."""
+"""Optimistic locking: everything editable has an ETag, and an edit or deletion with an older ETag is refused."""
 
 import ipaddress
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from nightpress.core.service.access.keys import ALL_SCOPES
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 
-#: address of one → what is sent to make it, if it isn't there by itself, and two changes
+#: path → (body that creates the thing; None if it always exists), and two changes
 EDITED: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]] = {
     "/v1/schedules/{reference}": (
         {"name": "nightly", "cron": "0 2 * * *", "job": {"model": "tiny", "recipe": "int8-encoder"}},

@@ -1,4 +1,4 @@
-"""Quantization-aware training: what is written answers as what was trained."""
+"""Quantization-aware training: the written model gives the same outputs as the trained one."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def _ids() -> torch.Tensor:
     return torch.randint(1000, 20000, (4, 12), generator=torch.Generator().manual_seed(0))
 
 
-# transformers asks for a dtype of the scales that torch announces to go
+# torch warns that it will remove a dtype that transformers uses for the scales.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4, "group_size": 16}, {"activations": "int8"}])
 def test_the_written_model_answers_as_the_trained_one(options: dict[str, Any], model: Path, data: Path, tmp_path: Path):
@@ -52,7 +52,7 @@ def test_the_written_model_answers_as_the_trained_one(options: dict[str, Any], m
     context = PassContext(header=header, work_dir=tmp_path / "work", data_files={"mine": data})
     recipe = parse_recipe({"name": "x", "passes": [pass_], "exports": ["compressed-tensors"]})
     trained, again, _ = train_rounded(model, recipe.passes[0], context)
-    assert again.resumed_from == 6  # its checkpoint: the very same training
+    assert again.resumed_from == 6  # it resumes from the last checkpoint, so this is the same training
     written = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32).eval()
     with torch.no_grad():
         expected, found = trained(input_ids=_ids()).logits, written(input_ids=_ids()).logits
@@ -77,9 +77,8 @@ def test_dynamic_int8_finds_the_trained_grid_again(model: Path, data: Path, tmp_
     assert errors[name.removesuffix(".weight")] < 1e-6
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     feeds = {"input_ids": check.ids, "attention_mask": check.mask, "token_type_ids": np.zeros_like(check.ids)}
-    assert (
-        whole_cosine(session.run(None, feeds)[0], traced.check) > 0.9
-    )  # activations are rounded there, a scale a tensor
+    # The graph also rounds activations, with one scale per tensor.
+    assert whole_cosine(session.run(None, feeds)[0], traced.check) > 0.9
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

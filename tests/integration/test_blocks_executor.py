@@ -1,4 +1,4 @@
-"""The blocks executor on small models of every family: what it sees, what it writes, and how it goes on after a kill."""
+"""The blocks executor on small models of every family: the inputs that it observes, its output, and resuming after a kill."""
 
 import gc
 import shutil
@@ -108,7 +108,7 @@ def _save(class_name: str, folder: Path) -> Any:
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**FAMILIES[class_name])).eval()
-    for parameter in model.parameters():  # norms and biases that do something
+    for parameter in model.parameters():  # random norms and biases: the initial ones and zeros would hide errors
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return model
@@ -119,7 +119,7 @@ def _ids(samples: int = 5, length: int = 24) -> Tensor:
 
 
 def _samples(family: str, ids: Tensor) -> dict[str, Tensor]:
-    """What the family's models are called with."""
+    """The inputs of the family's models."""
     if family.startswith("ViT"):
         return {"pixel_values": torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
     header = ModelHeader(model_type="x", architecture=family, config={}, tensors=(), has_tokenizer=False)
@@ -127,7 +127,7 @@ def _samples(family: str, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _context(source: Path, work: Path, dtype: Literal["auto", "float32"] = "float32", **extra: Any) -> PassContext:
-    """By default what is computed can be held against the whole model in float32."""
+    """A context. By default it computes in float32, so that results can be compared with the whole model in float32."""
     header = ModelHeader(model_type="x", architecture="x", config={}, tensors=(), has_tokenizer=False)
     if (source / "tokenizer.json").exists():
         header = inspect_model(FolderFiles(source))
@@ -140,7 +140,7 @@ def _linears(source: Path) -> frozenset[str]:
 
 
 class _Looks:
-    """Watches, and leaves every weight as it is."""
+    """A method that observes the inputs of layers and leaves every weight unchanged."""
 
     def __init__(self, by_group: bool = False) -> None:
         self.by_group = by_group
@@ -166,11 +166,13 @@ class _Looks:
 
 
 class _WholeModel:
-    """Σ x² of what every matrix of a whole model is given, found without a skeleton, a hook of the executor, or a name."""
+    """Σ x² over the inputs of every matrix of a whole model, found independently of the executor, its hooks and the layers' names."""
 
     def __init__(self, model: Any) -> None:
-        self.sums: list[tuple[Tensor, Tensor]] = []  #: the matrix, as its file has it, and its inputs' squares
-        self.everyone: list[tuple[Tensor, Tensor]] = []  #: of an expert's matrix, if all tokens went through it
+        self.sums: list[tuple[Tensor, Tensor]] = []  #: (matrix as stored in the file, Σ x² of its inputs)
+        self.everyone: list[
+            tuple[Tensor, Tensor]
+        ] = []  #: the same for experts' matrices, as if all tokens went through each expert
         for module in model.modules():
             if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D):
                 module.register_forward_pre_hook(lambda layer, args: self._add(self.sums, layer.weight, args[0]))
@@ -255,7 +257,7 @@ def _header(model_type: str, family: str) -> ModelHeader:
 
 @pytest.mark.parametrize("model_type", sorted(Awq.model_types))
 def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_path: Path):
-    """With 8 bits and a scale for 16 weights, what is left of the difference is rounding: no factor went astray."""
+    """With 8 bits and groups of 16 the rounding error is small. A larger difference would mean that a factor was applied wrongly."""
     family = next(
         name
         for name in FAMILIES
@@ -291,7 +293,7 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
 
 
 class _Scaled:
-    """Leaves weights in float, but has every fold of a family exchange factors drawn by lot."""
+    """A method that leaves weights in float, but exchanges random factors between the layers of every fold."""
 
     by_group = False
 
@@ -324,7 +326,7 @@ class _Scaled:
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if "Moe" in name or "moe" in name or "Mixtral" in name])
 def test_a_mixture_whose_layers_exchanged_factors_answers_as_before(family: str, tmp_path: Path):
-    """Before anything is rounded: the router chooses the same experts, and each makes the same of its tokens."""
+    """Nothing is rounded, so the router chooses the same experts, and each expert gives the same outputs."""
     model = _save(family, tmp_path / "source")
     source, out = tmp_path / "source", tmp_path / "out"
     method = _Scaled(_header(model.config.model_type, family))
@@ -332,11 +334,11 @@ def test_a_mixture_whose_layers_exchanged_factors_answers_as_before(family: str,
     press_blocks(source, out, method, samples, context, chosen=_linears(source), recipe="scaled")
     kept = {name for name in method.scaled if "experts" in name or name.endswith("gate.weight")}
     experts = {name for name in _load(source) if "experts" in name or name.endswith("gate.weight")}
-    assert kept == experts  # all of them, and their routers
+    assert kept == experts  # all experts, and their routers
     shutil.copy(source / "config.json", out)
     scaled = type(model).from_pretrained(out)
     for which in (model, scaled):
-        which.double().set_experts_implementation("eager")  # the only one that multiplies float64
+        which.double().set_experts_implementation("eager")  # only this implementation multiplies float64
     with torch.no_grad():
         expected = model(input_ids=_ids(), output_router_logits=True)
         found = scaled(input_ids=_ids(), output_router_logits=True)
@@ -401,13 +403,13 @@ def test_an_attempt_killed_after_a_block_is_finished_byte_by_byte_as_if_nothing_
 
 
 class _RunsOut(_Looks):
-    """Memory runs out in the second block, once. Keeps track of what it watched with, without holding on to it."""
+    """A method that runs out of memory once, in the second block. It keeps weak references to its statistics."""
 
     def __init__(self, by_group: bool) -> None:
         super().__init__(by_group)
         self.ran_out = False
         self.watched: list[weakref.ref[Power]] = []
-        self.left: list[int] = []  #: of the failed run's statistics, how many were alive when the next run watched
+        self.left: list[int] = []  #: how many of the failed run's statistics were alive at each `watch` of the next run
 
     def watch(self, columns: int, device: torch.device) -> Power:
         if self.ran_out:

@@ -81,7 +81,7 @@ def test_a_method_that_settles_layer_by_layer_runs_each_text_through_a_block_onc
         calls.clear()
         method = WeightAndActivation(Wanda())
         context = _context(source, tmp_path / work)
-        samples = {"input_ids": _ids(samples=600, length=24)}  # fifteen batches, of which one is tried out first
+        samples = {"input_ids": _ids(samples=600, length=24)}  # fifteen batches, one of which also runs as a trial
         press_blocks(source, tmp_path / work / "out", method, samples, context, chosen=_linears(source), recipe="r")
         return len(calls)
 
@@ -92,7 +92,7 @@ def test_a_method_that_settles_layer_by_layer_runs_each_text_through_a_block_onc
 
 
 def test_where_a_batch_does_not_fit_smaller_ones_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The allocator refuses for real: the layers of a large batch ask for more memory than any machine has."""
+    """The allocator really fails: with a large batch, the layers allocate more memory than any machine has."""
     source = tmp_path / "source"
     _save("LlamaForCausalLM", source)
     forward, refused = nn.Linear.forward, []
@@ -134,11 +134,12 @@ def test_where_a_batch_does_not_fit_smaller_ones_are_tried_once(tmp_path: Path, 
 def test_a_gpu_with_too_little_memory_for_a_batch_is_tried_with_smaller_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """What a batch of 16,384 tokens makes of the feed-forward takes some 300 MB, a quarter of it 75; 200 MiB are there."""
+    """With a batch of 16,384 tokens the feed-forward takes about 300 MB, with a quarter of it 75 MB. The GPU may use 200 MiB."""
     source = tmp_path / "source"
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=97, **shape)).save_pretrained(source)
-    monkeypatch.setitem(costs.IN_TURN_BYTES, "cuda", 0)  # waiting texts don't become fewer in smaller batches
+    # Batches that wait inside a block would take as much memory in smaller batches: turn that off.
+    monkeypatch.setitem(costs.IN_TURN_BYTES, "cuda", 0)
     messages: list[str] = []
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(200 * 2**20 / torch.cuda.get_device_properties(0).total_memory)
@@ -159,7 +160,7 @@ def test_a_gpu_with_too_little_memory_for_a_batch_is_tried_with_smaller_ones(
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_no_text_waits_inside_a_block_for_good(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Behind the last block nothing is asked for, and behind an error neither."""
+    """No batch still waits inside a block after the last block, or after an error."""
     source = tmp_path / "source"
     _save("LlamaForCausalLM", source)
     method = Sparse(SparseGpt())
@@ -206,7 +207,7 @@ def test_of_a_run_nothing_stays_on_the_gpu(tmp_path: Path):
         )
         gc.collect()
         held.append(torch.cuda.memory_allocated())
-    # The workspace that cuBLAS asks for at its first product is kept for all that follow.
+    # cuBLAS allocates a workspace at its first product and keeps it.
     assert held[0] == held[1] < 64 * 2**20
 
 
@@ -229,7 +230,7 @@ def test_the_plan_names_smaller_settings_and_what_they_take(bert_tiny: Path):
 
 
 def test_freed_memory_goes_back_to_the_kernel():
-    held = [torch.ones(64 * 1024) for _ in range(800)]  # 200 MB, in pieces too small to be mapped by themselves
+    held = [torch.ones(64 * 1024) for _ in range(800)]  # 200 MB in pieces that are too small for mappings of their own
     keep = held[::100]
     before = psutil.Process().memory_info().rss
     del held

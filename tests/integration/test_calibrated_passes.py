@@ -50,7 +50,7 @@ def _linears(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if ".layer." in name and tensor.dim() == 2}
 
 
-# transformers asks for a dtype of the scales that torch announces to go
+# torch warns that it will remove a dtype that transformers uses for the scales.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     "options",
@@ -157,4 +157,4 @@ def test_a_whole_job_prunes_then_rounds_with_text_that_a_person_brought(bert_tin
     assert report.artifacts[0].verification is not None
     assert report.artifacts[0].verification.passed
     vouched = [frame.path for frame in frames if isinstance(frame, Checkpoint) and frame.path.startswith("blocks/")]
-    assert len(vouched) == 2 * 2  # blocks
+    assert len(vouched) == 2 * 2  # two passes, two blocks

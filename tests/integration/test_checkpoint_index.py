@@ -1,4 +1,4 @@
-"""Who may write a prefix, how much of it, and when it goes."""
+"""Who may write a prefix of checkpoints, how much, and when it is deleted."""
 
 import pytest
 from sqlalchemy import Engine, update

@@ -1,4 +1,4 @@
-"""Every pass on every layout of a checkpoint: the result is whole, loads in transformers, and is the same for all layouts."""
+"""Every pass on every checkpoint layout: the result is complete, loads in transformers, and is the same for all layouts."""
 
 import json
 import shutil
@@ -41,7 +41,8 @@ PASSES: dict[str, dict[str, Any]] = {
     "qat": {"bits": 8, "group_size": 16, "train": _TRAIN},
 }
 _STORES_CODES = {"weight-only", "gptq", "awq", "smoothquant", "fp8", "kv-cache", "qat"}
-_UNKNOWN_TO_TRANSFORMERS = ("inv_freq", "k_scale", "v_scale")  #: `_unread_tensors`, and what `kv-cache` leaves for vLLM
+#: from `_unread_tensors`, and the scales that `kv-cache` writes for vLLM
+_UNKNOWN_TO_TRANSFORMERS = ("inv_freq", "k_scale", "v_scale")
 _EXTRA = {
     "README.md": "---\nlicense: mit\n---\nA model.\n",
     "LICENSE": "MIT License\n",
@@ -51,7 +52,7 @@ _EXTRA = {
 }
 
 Tensors = dict[str, Tensor]
-#: What lies in which file.
+#: file name → its tensors
 Files = dict[str, Tensors]
 
 
@@ -79,7 +80,7 @@ def _split_blocks(tensors: Tensors) -> Files:
 
 
 def _unread_tensors(tensors: Tensors) -> Files:
-    """With tensors that no module of the model reads, within a block and outside of all: older versions stored such buffers."""
+    """Adds tensors that no module of the model reads, in a block and outside. Older versions of transformers stored such buffers."""
     unread = {
         "model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(4.0),
         "model.rotary_emb.inv_freq": torch.arange(4.0),
@@ -169,7 +170,7 @@ _EXPECTED: dict[str, tuple[Tensors, Tensor]] = {}
 
 
 def _expected(name: str, one_file: Path, work: Path) -> tuple[Tensors, Tensor]:
-    """What the pass makes of the model in one file."""
+    """The tensors and outputs that the pass gives for the model in one file."""
     if name not in _EXPECTED:
         out = _run(name, one_file, work / "one-file")
         _EXPECTED[name] = _tensors(out), _answers(_load(out)[0])
@@ -180,7 +181,7 @@ def test_every_pass_is_walked():
     assert set(PASSES) == set(MODEL_PASSES)
 
 
-# transformers asks for a dtype of the scales that torch announces to go
+# torch warns that it will remove a dtype that transformers uses for the scales.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", PASSES)

@@ -1,4 +1,4 @@
-"""What a classifier's outputs mean, and where its text ends: heads of one number, of several, of labels; decoders that pad."""
+"""Classifiers' outputs (one number, several numbers, labels), and the end of a text in decoders that pad."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def test_accuracy_of_a_model_that_chooses_no_class_is_refused(config: dict[str, 
 
 
 def _decoder(bert_tiny: Path, folder: Path, pad: int | None) -> Path:
-    """A decoder with a classifier behind it, which reads the last token that isn't its padding."""
+    """A decoder with a classifier, which reads the last token that isn't padding."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def _decoder(bert_tiny: Path, folder: Path, pad: int | None) -> Path:
 
 
 def _by_hand(folder: Path) -> np.ndarray:
-    """Each text by itself, without padding."""
+    """The logits of each text, computed one by one and without padding."""
     from transformers import AutoModelForSequenceClassification
 
     tokenizer, model = open_tokenizer(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -122,7 +122,7 @@ def test_a_batch_of_a_model_without_padding_is_refused_when_planned(bert_tiny: P
 
 @pytest.mark.parametrize("outputs", [1, 2, 5])
 def test_one_answer_to_every_text_is_no_verified_artifact(outputs: int, bert_tiny: Path, tmp_path: Path) -> None:
-    """Answers that differ little beside their size: one of them, given to all, has a large cosine with the source's."""
+    """The outputs differ little in relation to their size, so a constant output has a large cosine with the source's outputs."""
     recipe = parse_recipe(RECIPE)
     header = inspect_model(FolderFiles(bert_tiny))
     trial = quality.prepare(recipe, header, bert_tiny, {}, threads=1)

@@ -1,4 +1,4 @@
-"""The subcommands about who may do what and who is told, and about several servers, against a real API."""
+"""The subcommands for webhooks, keys, quotas, the audit log and several servers, with a real API."""
 
 import json
 import stat
@@ -119,7 +119,7 @@ def test_servers_have_names(face: Face, tmp_path: Path):
     file = tmp_path / "config" / "nightpress" / "config.toml"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert face.key not in added.stdout + added.stderr
-    # From a shell that knows nothing else of the installation:
+    # From a shell without any other settings of the installation:
     elsewhere = {**home, "NIGHTPRESS_DATA_DIR": str(tmp_path / "none"), "NIGHTPRESS_API_PORT": "1"}
     assert run(face, "ls", **elsewhere).returncode == 4
     assert told(face, "whoami", "--profile", "office", **elsewhere)["tenant_id"] == "default"
@@ -172,7 +172,7 @@ def test_an_edit_of_what_somebody_else_changed_is_refused(face: Face):
 
 @pytest.mark.parametrize(("typed", "offered"), [("sched", "schedule"), ("webhooks red", "redeliver")])
 def test_a_shell_completes_words(typed: str, offered: str):
-    """As the script that `--show-completion bash` prints does it."""
+    """Calls the command as the script of `--show-completion bash` does."""
     program = "import sys; sys.argv = ['nightpress']; from nightpress.client.cli.main import main; main()"
     words = f"nightpress {typed}"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The `nightpress` command as its user runs it: real processes, a real API, what lands on which stream, and exit statuses."""
+"""The `nightpress` command as a user runs it: real processes, a real API, the output streams and the exit statuses."""
 
 import json
 import os
@@ -137,7 +137,7 @@ def test_ctrl_c_detaches_and_never_cancels(face: Face, job: JobView, arguments: 
 
 
 def _await_request(face: Face, job_id: str, process: "subprocess.Popen[str]") -> None:
-    """Until the command has asked the API for the job: only then it waits."""
+    """Wait until the command has a connection to the API: from then on it waits for the job."""
     connected = f":{face.settings.api_port:04X} 01"
 
     def talking() -> bool:
@@ -238,7 +238,7 @@ def test_a_result_is_pulled_and_compared(face: Face, job: JobView, tmp_path: Pat
 
 
 def test_a_models_name_pulls_its_newest_accepted_result(face: Face, bert_tiny: Path, tmp_path: Path):
-    with face.client() as client:  # a name of its own: other tests' jobs are accepted too
+    with face.client() as client:  # a new name: other tests have accepted jobs too
         job = client.jobs.submit(client.models.upload(bert_tiny, "followed").id, RECIPE)
     none_yet = run(face, "pull", job.model_name, cwd=tmp_path)
     assert none_yet.returncode == 5, none_yet.stderr

@@ -1,4 +1,4 @@
-"""The Python client against a real API process, on good lines and on bad ones."""
+"""The Python client with a real API process, over good and bad connections."""
 
 import asyncio
 import hashlib
@@ -330,7 +330,7 @@ def test_files_go_straight_to_and_from_an_s3_store(s3_server: S3, tmp_path: Path
             assert model.state == "ready"
             job = client.jobs.submit(model.id, RECIPE)
             made = own.succeed(own.claim())
-            # A store refuses a request with two kinds of credentials: the key must not have gone along.
+            # A store refuses a request with two kinds of credentials, so the client must not send its API key there.
             [folder] = other.jobs.download(job.id, tmp_path / "pulled")
             assert describe_folder(folder) == describe_folder(made / "compressed-tensors")
     finally:

@@ -1,4 +1,4 @@
-"""Answers that get lost on their way to a client: what it asks for again, and that the server does it once."""
+"""Answers that are lost on their way to a client: which requests it repeats, and that the server executes them once."""
 
 import asyncio
 import ipaddress
@@ -37,7 +37,7 @@ def proxy(api: RunningApi) -> Iterator[CuttingProxy]:
 
 @pytest.fixture(params=["sync", "async"])
 def sent(api: RunningApi, proxy: CuttingProxy, request: pytest.FixtureRequest) -> Send:
-    """Send a call through the proxy, with either client, for a tenant of the test's own."""
+    """A function that sends a call through the proxy, with either client, for a tenant that only this test uses."""
     key = api.key(tenant_id=request.node.name.replace("[", "-").rstrip("]")[-60:])
 
     async def apart(call: Call[Any]) -> Any:

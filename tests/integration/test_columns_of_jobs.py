@@ -1,6 +1,6 @@
-"""Every column of every table of jobs: written with a value of its own by the code that inserts it, and read back.
+"""Every column of every table of jobs: the code under test writes a different value to each, and the test reads it back.
 
-Two columns whose values change places, or that share a parameter, show here. So does a new column that nobody added.
+This shows two columns with exchanged values, two that share a parameter, and a new column that a test lacks.
 """
 
 import datetime as dt
@@ -55,7 +55,7 @@ def rows(engine: Engine) -> Rows:
 
 
 LATER = dt.datetime(2031, 5, 6, 7, 8, 9, tzinfo=dt.UTC)
-#: a value of its own for each field of a new job
+#: a different value for each field of a new job
 GIVEN: dict[str, Any] = {
     "tenant_id": "tenant-a",
     "model_id": MODEL_ID,
@@ -81,7 +81,7 @@ GIVEN: dict[str, Any] = {
     "fingerprint": "3" * 64,
     "traceparent": "00-" + "4" * 32 + "-" + "5" * 16 + "-01",
 }
-#: what a job has that nobody has taken yet
+#: the other columns of a job that no worker has claimed yet
 UNTOUCHED: dict[str, Any] = {
     "state": "queued",
     "verdict": None,
@@ -106,7 +106,7 @@ UNTOUCHED: dict[str, Any] = {
     "event_seq": 1,
     "log_seq": 0,
 }
-#: may hold what another column holds: small numbers and times
+#: columns that may have another column's value: small numbers and times
 JOB_ALIKE = frozenset({"event_seq", "attempt", "failures", "log_seq", "progress"})
 
 
@@ -160,7 +160,7 @@ def test_an_uncounted_job_is_written_as_a_counted_one(store: JobStore, rows: Row
 
 
 def started(store: JobStore, rows: Rows, new: NewJob) -> tuple[Claimed, dict[str, Any]]:
-    """A job that runs and has told all that it can tell, and its row."""
+    """A running job that has reported progress, log lines and an event; and its expected row."""
     job = store.submission.submit(replace(new, run_after=None), max_queued=10)[0]
     claimed = store.claims.claim(WorkerOffer("worker-7", new.queue, "device-8", 1 << 40, 9), ttl_s=600)
     assert claimed is not None
@@ -250,7 +250,7 @@ def test_from_the_queue_to_a_result_that_another_job_is_given(store: JobStore, r
         "finished_at": rows.now,
         "event_seq": 2,
     }
-    # The verdict is the other's, and so is the engine that made it.
+    # The verdict and the engine are those of the other job.
     rows.check(jobs, reused, jobs.c.id == again.id, alike=JOB_ALIKE)
     for owner, report in ((job_id, {"figure": 36}), (again.id, {"figure": 36, "reused_from": job_id})):
         stored = {
@@ -315,7 +315,7 @@ def test_a_job_that_fails(store: JobStore, rows: Rows) -> None:
 
 
 def test_every_column_of_a_job_has_been_seen_with_a_value() -> None:
-    """Given, while it runs, and at its end: what the tests above compare."""
+    """The tests above compare a job when it is submitted, while it runs, and at its end: together they cover all columns."""
     told = {name for name, value in UNTOUCHED.items() if value is not None} | set(GIVEN)
     running = {"phase", "pass_index", "eta_s", "worker_id", "lease_id", "lease_expires_at", "started_at"}
     ended = {"progressed_at", "finished_at", "verdict", "engine", "reused_from", "error", "error_code"}
@@ -349,7 +349,7 @@ def world(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[World]:
 
 
 def resolved(world: World, rows: Rows, **more: Any) -> dict[str, Any]:
-    """The row of a job that the service has made of SAID."""
+    """The expected row of a job that the service makes of SAID."""
     spec = JobRequest(model="tiny", recipe=RECIPE, **SAID)
     model = world.models.get(TENANT, "tiny")
     new = world.jobs._resolve(TENANT, JobCreate(**spec.model_dump()), "key12345")

@@ -1,4 +1,4 @@
-"""Every column of every other table: written with a value of its own by the code that inserts it, and read back."""
+"""Every column of every other table: the code under test writes a different value to each, and the test reads it back."""
 
 import hashlib
 import zlib
@@ -177,7 +177,7 @@ def test_workers(engine: Engine, rows: Rows, store: JobStore) -> None:
         gpu_memory_used=18,
     )
     told = {column.name: getattr(worker, column.name) for column in workers.c if not column.name.endswith("_at")}
-    for _ in range(2):  # the first beat inserts, the others update
+    for _ in range(2):  # the first heartbeat inserts the row, the second updates it
         store.roster.heartbeat_worker(worker)
         rows.check(workers, {**told, "started_at": rows.now, "last_seen_at": rows.now, "left_at": None})
     store.roster.remove_worker(worker.id)
@@ -327,7 +327,7 @@ def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
 
 # Models and data sets ------------------------------------------------------------------------------------------------
 
-#: what a model or data set has until it is examined
+#: the columns of a model or data set that has not been examined yet
 UNKNOWN: dict[str, Any] = {
     "server_path": None,
     "source_url": None,

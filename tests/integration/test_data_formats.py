@@ -1,4 +1,4 @@
-"""Data sets as people bring them: CSV, Parquet, conversations, padding; and templates that would rather not end."""
+"""The formats of data sets: CSV, Parquet, conversations, padding; and chat templates that never end."""
 
 import json
 import subprocess
@@ -113,7 +113,7 @@ def test_rows_by_themselves_are_padded_and_masked_and_another_seed_takes_other_t
 
 @pytest.mark.parametrize("rows", [200, 200_000])
 def test_a_parquet_bomb_is_read_up_to_the_bound(rows: int, tmp_path: Path):
-    """One text of ten megabytes in each of many rows: a file of kilobytes, gigabytes when it is read."""
+    """The same text of ten megabytes in each of many rows: the file has kilobytes, its rows have gigabytes."""
     text = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), ["x" * 10_000_000])
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 1_000_000

@@ -1,4 +1,4 @@
-"""The engine: its clock, its manners towards a server that went away, and what it takes for a URL."""
+"""The database engine: its clock, its behaviour after the server has gone away, and the URLs that it accepts."""
 
 import datetime as dt
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Decoders in every format, with their caches, in the hands of their consumers; and what a file says of its tokenizer."""
+"""Decoders in every export format, with their caches, run by their consumers; and the tokenizer in a GGUF file."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ TEXT = (
 
 
 def byte_level_tokenizer(folder: Path) -> int:
-    """A small GPT-2-like tokenizer; how many words it has."""
+    """Save a small tokenizer like GPT-2's. Returns the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -72,7 +72,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def graphs(llama: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The Llama with 4-bit weights that a pass chose, in both graph formats."""
+    """The job and the result of a Llama with 4-bit weights, exported to both graph formats."""
     recipe = {
         "passes": [{"pass": "weight-only", "bits": 4, "group_size": 32, "symmetric": False}],
         "exports": ["onnx", {"format": "onnx", "type": "fp16"}, "openvino"],
@@ -84,12 +84,12 @@ def graphs(llama: Path, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.slow
 def test_a_calibrated_decoder_answers_alike_in_every_runtime(graphs: Any):
-    """Each is compared, through its cache, with the pressed model in torch."""
+    """Each artifact decodes with its cache, and is compared with the pressed model in torch."""
     _, (manifest, report, _) = graphs
     assert [artifact.format for artifact in manifest.artifacts] == ["onnx", "onnx-fp16", "openvino"]
     for artifact in report.artifacts:
         assert artifact.verification is not None
-        # ONNX Runtime rounds activations to int8 before a product with packed weights; OpenVINO computes in bf16 where the processor can.
+        # ONNX Runtime rounds activations to int8 before a product with packed weights. OpenVINO uses bf16 if the processor has it.
         assert artifact.verification.value > (0.998 if artifact.name == "openvino" else 0.995), artifact.name
 
 
@@ -112,7 +112,7 @@ def test_the_codes_lie_in_the_graphs_as_codes(graphs: Any):
 
 
 def test_a_float_decoder_passes_in_every_graph_runtime_whatever_arithmetic_it_chooses(llama: Path, tmp_path: Path):
-    """Where the processor can, OpenVINO computes in bfloat16."""
+    """OpenVINO computes in bfloat16 if the processor has instructions for it."""
     recipe = {"passes": [], "exports": ["onnx", "openvino"], "evaluate": []}
     _, report, _ = press(lay_out(tmp_path / "job", llama, recipe))
     bounds = {artifact.name: artifact.verification.bound for artifact in report.artifacts if artifact.verification}
@@ -168,7 +168,7 @@ def test_llama_cpp_computes_what_transformers_does(kind: str, llama_cpp: Any, ll
         model = getattr(transformers, f"{name}ForCausalLM")(config)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim == 1:  # biases and norms are trivial in a new model
+                if parameter.ndim == 1:  # in a new model, biases are zeros and norms are ones
                     parameter.add_(torch.randn_like(parameter) * 0.1)
         model.save_pretrained(folder)
     header = inspect_model(FolderFiles(folder))
@@ -180,7 +180,7 @@ def test_llama_cpp_computes_what_transformers_does(kind: str, llama_cpp: Any, ll
     file = str(tmp_path / "out" / gguf.FILE_NAME)
     consumer = llama_cpp.Llama(file, n_ctx=64, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
     consumer.eval(ids)
-    # The cache is kept in float16.
+    # llama.cpp keeps the cache in float16.
     assert whole_cosine(consumer.scores[:64], expected) > 0.99999
     consumer.close()
 

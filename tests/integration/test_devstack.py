@@ -1,4 +1,4 @@
-"""F28 and the embedded stack: one command, one folder, everything real, nothing left behind, nothing lost."""
+"""F28 and the embedded stack: one command starts a real stack in one folder, which leaves nothing behind and loses nothing."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.service import ROOT, Service, eventually, running
 
 
 class Stack:
-    """A folder in which the stack runs now and then."""
+    """A folder in which a test starts and stops the stack."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "np"
@@ -59,7 +59,7 @@ class Stack:
 
 @pytest.fixture
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    stack = Stack(tmp_path_factory.mktemp("s"))  # a short path: a unix socket lies in it
+    stack = Stack(tmp_path_factory.mktemp("s"))  # a short path, because it is part of a unix socket's path
     yield stack
     stack.service.close()
 

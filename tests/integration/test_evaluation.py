@@ -1,4 +1,4 @@
-"""What is measured through a consumer's process equals a straight computation with the same model in this one."""
+"""Figures measured in a consumer's process equal a direct computation with the same model in this process."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def named(found: tuple[Measurement, ...]) -> dict[str, Measurement]:
 
 
 class Language:
-    """A tiny Llama, and the same with some noise in its weights."""
+    """A tiny Llama, and a copy with some noise in its weights."""
 
     def __init__(self, tmp: Path) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -114,7 +114,7 @@ def test_a_stride_scores_each_token_once_with_what_stands_before_it(language: La
     with torch.inference_mode():
         logits = language.noisy(ids).logits
     first = int((sequences.targets[0] >= 0).sum())
-    assert first == 23  # the first window has no context but its own tokens
+    assert first == 23  # the first window has no context before it, so all its tokens but the first are scored
     assert ((sequences.targets[1:] >= 0).sum(axis=1) == 8).all()
     scored = torch.from_numpy(sequences.targets)
     loss = torch.nn.functional.cross_entropy(logits[scored >= 0], scored[scored >= 0])
@@ -162,7 +162,7 @@ def test_one_forward_pass_finds_where_greedy_texts_part(language: Language):
     assert language.figures["prefix_match"].n == 24
     assert language.figures["prefix_match"].value == pytest.approx(same / 24)
     assert language.figures["generation_match"].value == pytest.approx(whole / 3)
-    assert 0 < same < 24  # else the test would show nothing
+    assert 0 < same < 24  # otherwise the test would prove nothing
 
 
 def test_a_choice_is_the_likeliest_answer_a_byte(language: Language):
@@ -243,10 +243,10 @@ def test_entities_are_judged_by_each_words_first_piece(tmp_path: Path):
     source = observe(folder, trial, tmp_path / "scratch", "source")
     figures = named(quality.measurements(trial, source, None))
     targets = trial.evaluations[0].scorer.examples.sequences.targets
-    assert (targets >= 0).sum() == 11  # words, not word pieces
+    assert (targets >= 0).sum() == 11  # the number of words, not of word pieces
     assert figures["entity_f1"].n == 4
     assert 0 <= figures["entity_f1"].value < 1
-    # Told the truth, the same scorer finds every entity.
+    # With the true tags as predictions, the scorer finds every entity.
     told = Observed({**source.outputs, "quality0.top1": targets[targets >= 0]}, (), (), 0, {}, "", 0.0, Path())
     assert named(quality.measurements(trial, told, None))["entity_f1"].value == 1
 

@@ -1,4 +1,4 @@
-"""Exports in the hands of their consumers: right ones pass, broken and wrong ones are found out."""
+"""Exports run by their consumers: correct ones pass the verification, broken and wrong ones fail it."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_a_float_graph_answers_as_the_model_does(bench: Bench, tmp_path: Path, e
 def test_openvino_computes_in_float32_where_the_processor_is_told_to_do_without_bfloat16(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """It would choose bfloat16 by the processor that there is, and then have no kernel that the variable allows."""
+    """OpenVINO would choose bfloat16 by the real processor, and then find no kernel that ONEDNN_MAX_CPU_ISA allows."""
     out = tmp_path / "out" / "openvino"
     out.parent.mkdir()
     openvino.save(bench.model, out, bench.traced, [])
@@ -143,7 +143,7 @@ def test_an_artifact_that_answers_wrongly_is_found_out(bench: Bench, tmp_path: P
     assert caught.value.code == ErrorCode.VERIFICATION_FAILED
     assert caught.value.details["bound"] == EXACT
     assert f"is {caught.value.details['value']:.5f}, the bound {EXACT:g}" in caught.value.message
-    # A folder that no pass has changed answers as its source does.
+    # Without a pass, the artifact is compared with the source instead of the pressed model.
     copied = bench.recipe.model_copy(update={"passes": ()})
     with pytest.raises(NightpressError, match="cosine of outputs with the source's"):
         verify(copied, Export(format="safetensors"), wrong, source=observed, traced=None, task=bench.trial.task)
@@ -179,7 +179,7 @@ def test_ignored_layers_stay_in_float(bench: Bench, tmp_path: Path):
 
 
 def test_a_weight_that_lies_on_the_grid_decides_for_itself_alone(bench: Bench, tmp_path: Path):
-    """Weights trained with rounding on keep their codes; the others are rounded just as where there is no such weight."""
+    """Weights on the grid (from quantization-aware training) keep their codes. The others are rounded as without any such weight."""
     import onnx as library
 
     model = library.load(bench.traced.path)
@@ -219,7 +219,7 @@ def test_layers_that_one_scale_would_hurt_stay_in_float():
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory):
-    """A small classifier with random weights, which answers both classes."""
+    """A small classifier with random weights. Its predictions contain both classes."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -273,7 +273,7 @@ def test_a_label_that_the_model_does_not_have_is_refused(classifier: Path, tmp_p
 
 
 def test_perplexity_counts_every_token_once(tmp_path: Path):
-    """The figure equals a straight computation over the same windows; the runner's batches leave no trace."""
+    """The figure equals a direct computation over the same windows, whatever the runner's batches."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

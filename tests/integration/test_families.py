@@ -1,4 +1,4 @@
-"""Families beyond plain encoders and decoders, from a folder to one that transformers loads, and whole jobs on them."""
+"""Families other than plain encoders and decoders: passes whose output transformers loads, and whole jobs."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.plan import make_plan
 from tests.press import lay_out, press
 
-_WORDS = 30522  # of BERT's tokenizer
+_WORDS = 30522  # the size of BERT's vocabulary
 _SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
 _IDS = {"bos_token_id": 101, "eos_token_id": 102, "pad_token_id": 0, "vocab_size": _WORDS}
 _MIXTURE = {**_SHAPE, **_IDS, "num_key_value_heads": 2, "num_experts_per_tok": 2}
@@ -59,7 +59,7 @@ def _press(source: Path, work: Path, pass_: dict[str, Any], export: str) -> tupl
     context = PassContext(header=header, work_dir=work / "work", calibration=Calibration(samples=12, length=48))
     record = MODEL_PASSES[pass_["pass"]](source, work / "out", recipe.passes[0], context)
     index = json.loads((work / "out" / "model.safetensors.index.json").read_bytes())
-    written = index["metadata"]["total_size"]  # without the headers, which outweigh models as small as these
+    written = index["metadata"]["total_size"]  # without the headers, which are larger than such small models
     assert plan.estimate is not None
     assert written == pytest.approx(plan.estimate.output_bytes[export], rel=0.02)
     return work / "out", record
@@ -77,7 +77,7 @@ def _answers(name: str, folder: Path) -> Tensor:
     return logits
 
 
-# transformers asks for a dtype of the scales that torch announces to go
+# torch warns that it will remove a dtype that transformers uses for the scales.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "GPT2LMHeadModel"])
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -1,4 +1,4 @@
-"""Every figure of every task sees a model that is broken step by step, and so do the verification and a gate on quality."""
+"""Every figure of every task gets worse as more noise breaks a model. The verification and a gate on quality notice it too."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from nightpress.core.recipes.models import Recipe, parse_recipe
 from tests.models import minilm_dir, smollm_dir
 from tests.training import classifier
 
-#: Noise on every weight, in its own standard deviations: nothing that a figure may hold against it, some, and nothing left of the model.
+#: Noise on every weight, in the weight's standard deviations: too little to show in a figure, some, and so much that the model is lost.
 LEVELS = (0.001, 0.3, 5.0)
 WORDS = ("lamp", "river", "stone", "window", "garden", "letter", "horse", "winter", "road", "bread", "king", "sea")
 TEXTS = [" ".join(WORDS[(at * 7 + place * place * 5) % 12] for place in range(2 + at % 7)) for at in range(48)]
@@ -35,7 +35,7 @@ FIDELITY = {"metric": "fidelity", "samples": 48, "length": 32}
 
 @dataclass(frozen=True)
 class Case:
-    """A task: its model, what is measured on it, and the figures that this gives. data: rows by name, made with the source's answers."""
+    """A task: its model, its evaluations and the expected names of figures. `data`: makes rows, by data set, from the source's outputs."""
 
     build: Callable[[Path, Path], Path]
     figures: set[str]
@@ -59,7 +59,7 @@ def _bert(head: str, **config: Any) -> Callable[[Path, Path], Path]:
 
 
 def _says_lamp(bert_tiny: Path, folder: Path) -> Path:
-    """A masked language model that knows nothing but the commonest word."""
+    """A masked language model that predicts "lamp", the most frequent word, everywhere."""
     from safetensors.torch import load_file, save_file
     from tokenizers import Tokenizer
 
@@ -94,7 +94,7 @@ def _t5(bert_tiny: Path, folder: Path) -> Path:
 
 
 def _answers(folder: Path, texts: list[str]) -> np.ndarray:
-    """Classes that a BERT classifier gives: of each text, or of each text's tokens."""
+    """The classes that a BERT classifier predicts, for each text or for each token of each text."""
     import transformers
     from tokenizers import Tokenizer
 
@@ -126,7 +126,7 @@ def _tagged(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _pairs(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Pairs with the source's own cosines for scores."""
+    """Pairs of texts, with the source's own cosines as scores."""
     import transformers
     from tokenizers import Tokenizer
 
@@ -204,7 +204,7 @@ def _inside(folder: Path) -> Iterator[None]:
 
 
 def _observe(folder: Path, trial: quality.Trial, reference: Observed | None) -> Observed:
-    """What the runner's own code sees, in this process: forty processes would take minutes to import torch."""
+    """Run the runner's code in this process: importing torch in forty processes would take minutes."""
     request = {**trial.task.request(), "folder": folder.name}
     with _inside(folder.parent):
         forward, versions, snippet, generate, _ = transformers_runner.load(request)
@@ -223,14 +223,14 @@ def _broken(source: Path, target: Path, level: float) -> Path:
     for name, weight in weights.items():
         if weight.is_floating_point() and weight.numel() > 1:
             noise = torch.randn(weight.shape, generator=generator)
-            # A norm's or a bias's weights may all be alike: then the layer's own size is what noise is measured in.
+            # The weights of a norm or bias may all be equal. So their noise is relative to their mean size, not to their deviation.
             weights[name] = weight + level * (weight.std() if weight.dim() > 1 else weight.abs().mean() * 0.1) * noise
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
 
 def _worse(measurement: Measurement, other: Measurement) -> bool:
-    """Whether `one` is worse than `other`, beyond both intervals."""
+    """Whether `measurement` is worse than `other`, without an overlap of their intervals."""
     assert None not in (measurement.low, measurement.high, other.low, other.high)
     return measurement.high < other.low if measurement.better == "higher" else measurement.low > other.high
 

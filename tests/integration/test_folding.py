@@ -1,4 +1,4 @@
-"""Factors are exchanged only where the model at hand answers as before: every family that folds, in the shapes that its config can give it."""
+"""Layers exchange factors only if the model's outputs stay the same: every family that folds, in all variants that a config can have."""
 
 import string
 from pathlib import Path
@@ -22,7 +22,7 @@ from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.passes.base import FOLDABLE
 from tests.integration.test_blocks_executor import FAMILIES, _linears, _Scaled
 
-#: Class → by name, what a config says otherwise than the family's default.
+#: class → name of a variant → its changes to the family's default config
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "OPTForCausalLM": {
         "plain": {},
@@ -65,9 +65,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "OlmoeForCausalLM": {"plain": {}, "no bound": {"clip_qkv": None}},
 }
 _CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
-#: Rounding alone sends tokens to other experts in models as small as these.
+#: In such small models, rounding alone sends tokens to other experts.
 _MIXTURES = {"MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"}
-#: The folds that don't hold in a shape.
+#: (class, variant) → the folds that would change the model's outputs
 _LEFT_OUT = {
     ("OPTForCausalLM", "norms behind"): ["self_attn_layer_norm", "final_layer_norm"],
     ("OPTForCausalLM", "as opt-350m"): ["self_attn_layer_norm", "final_layer_norm"],
@@ -78,15 +78,14 @@ _CALIBRATION = Calibration(samples=24, length=32)
 
 
 def _save(family: str, says: dict[str, Any], folder: Path) -> Path:
-    """A small model with outliers in what its layers are given, so that a factor that goes astray is seen."""
+    """Save a small model with outliers in its layers' inputs, so that a wrong factor changes the outputs."""
     model_class = getattr(transformers, family)
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**{**FAMILIES[family], **says})).eval()
     for name, parameter in model.named_parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-        if (
-            "norm" in name and "self_attn." not in name and name.endswith("weight")
-        ):  # sharp attention would judge rounding alone
+        # Not the norms of queries and keys: with sharp attention, rounding errors would dominate the result.
+        if "norm" in name and "self_attn." not in name and name.endswith("weight"):
             parameter.data[::5] *= 6
     model.save_pretrained(folder)
     letters = {token: at for at, token in enumerate(["[UNK]", "[PAD]", "</s>", *string.ascii_letters])}
@@ -107,7 +106,7 @@ def _press(source: Path, work: Path, pass_: dict[str, Any]) -> tuple[Path, PassR
 def _answers(folder: Path) -> Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
     if hasattr(model.config, "num_experts_per_tok"):
-        model.set_experts_implementation("eager")  # the only one that multiplies float64
+        model.set_experts_implementation("eager")  # only this implementation multiplies float64
     ids = torch.randint(3, 55, (4, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids).logits
@@ -126,7 +125,7 @@ def test_every_family_that_folds_is_walked():
 def test_a_model_whose_layers_exchanged_factors_answers_as_before_in_every_shape(
     family: str, variant: str, tmp_path: Path
 ):
-    """Before anything is rounded, and so to the last digits of a float."""
+    """Nothing is rounded, so the outputs agree to the last digits of a float."""
     source = _save(family, VARIANTS[family][variant], tmp_path / "source")
     header = inspect_model(FolderFiles(source))
     method, context = _Scaled(header), PassContext(header=header, work_dir=tmp_path / "work", calibration=_CALIBRATION)
@@ -141,7 +140,7 @@ def test_a_model_whose_layers_exchanged_factors_answers_as_before_in_every_shape
     assert method.scaled, "factors were exchanged somewhere"
 
 
-# transformers asks for a dtype of the scales that torch announces to go
+# torch warns that it will remove a dtype that transformers uses for the scales.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["awq", "smoothquant"])
 @pytest.mark.parametrize(("family", "variant"), [case for case in _CASES if case[0] not in _MIXTURES])

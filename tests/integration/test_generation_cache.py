@@ -1,4 +1,4 @@
-"""A decoder's cache: what must be equal is, what is dropped or rounded is what was asked for, and the folder loads with transformers alone."""
+"""A decoder's cache drops or rounds exactly what the options ask for, and the folder loads with transformers alone."""
 
 import json
 import subprocess
@@ -69,7 +69,7 @@ def test_a_text_within_the_window_is_written_as_without_a_cache(model: Any, sett
 
 
 def test_a_sliding_cache_sees_what_a_text_of_its_sinks_and_window_alone_would_show(model: Any):
-    # In one layer keys depend on nothing but their token: what is kept is the same text with its middle cut out.
+    # In a single layer, keys depend only on their token: the cache equals that of the text without its middle.
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(3)
@@ -104,7 +104,7 @@ def test_rounding_errs_by_half_a_step_at_most(bits: int, dim: int):
     codes, step, low = pack(states, bits, dim=dim)
     assert codes.nbytes == states.numel() * bits // 8
     found = unpack(codes, step, low, bits=bits, dim=dim)
-    # Half a step, and what float16 does to the step and the lowest value.
+    # Half a step, plus the rounding of the step and of the lowest value to float16.
     assert ((found - states).abs() <= 0.5 * step.float() + 4e-3).all()
 
 
@@ -141,7 +141,7 @@ def test_a_dropped_or_rounded_token_can_not_be_taken_back():
             layer.crop(-1)
 
 
-# Reused beginnings ---------------------------------------------------------------------------------------------------
+# Reused prefixes -----------------------------------------------------------------------------------------------------
 
 
 def read(model: Any, store: PrefixStore, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -160,9 +160,9 @@ def test_a_known_beginning_is_not_read_again_and_changes_nothing(model: Any):
     assert known == 24
     with torch.inference_mode():
         assert torch.allclose(logits, model(input_ids=second, use_cache=False).logits[0, -1], atol=1e-5)
-    # The last token is always read: without it there would be nothing to choose the next one by.
+    # The last token is always computed: its logits are needed to choose the next token.
     assert read(model, store, first)[1] == 29
-    # A text that goes on where a known one ended takes its place.
+    # A text that continues a known text replaces it.
     count = len(store)
     read(model, store, torch.cat([second, text(5, seed=3)], dim=1))
     assert len(store) == count
@@ -188,7 +188,7 @@ def test_the_store_keeps_within_its_bytes_and_lets_the_least_used_go(model: Any)
 
 # The artifact --------------------------------------------------------------------------------------------------------
 
-#: What a person runs, in a process that knows no Nightpress.
+#: A user's program, which runs in a process without Nightpress.
 _ELSEWHERE = """
 import json, sys
 import torch
@@ -218,7 +218,7 @@ def test_the_folders_write_with_their_caches_in_the_hands_of_transformers(source
         safetensors.save(pressed, folders[-1])
         settings.append(json.loads((folders[-1] / "generation_config.json").read_bytes()))
         assert settings[-1]["use_cache"] is True
-        assert settings[-1]["eos_token_id"] == 102  # what stood there stays
+        assert settings[-1]["eos_token_id"] == 102  # the existing settings stay
     run = subprocess.run(
         [sys.executable, "-I", "-c", _ELSEWHERE, *map(str, folders)],
         env={"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
@@ -250,7 +250,7 @@ def test_a_job_measures_it_beside_no_cache_and_the_report_shows_both(source: Pat
     (artifact,) = report.artifacts
     shapes = [(timing.prompt, timing.tokens, timing.cached) for timing in artifact.generation]
     assert shapes == [(12, 6, True), (40, 6, True), (12, 4, False), (40, 4, False)]
-    # Within its window it writes what no cache writes.
+    # While the text fits into the window, the tokens are the same as without a cache.
     assert artifact.generation[2].alike == 1
     assert [timing.alike for timing in report.source.generation[2:]] == [1, 1]
     assert report.gates[0].observed == min(timing.decode_tokens_per_s for timing in artifact.generation[:2])

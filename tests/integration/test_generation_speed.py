@@ -1,4 +1,4 @@
-"""Decoding is timed in the hands of the consumer: as many tokens as asked for, as the folder's own settings say."""
+"""Decoding is timed in the consumer's process, for a fixed number of tokens and with the folder's generation settings."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ RECIPE = {"name": "r", "passes": [{"pass": "magnitude"}], "exports": ["safetenso
 
 def test_every_run_writes_the_tokens_asked_for_whatever_ends_or_drafts_them(bert_tiny: Path, tmp_path: Path):
     folder = language_model(bert_tiny, tmp_path / "model")
-    # Drafted tokens come several at once, and a third of all words would end the text.
+    # With drafts, several tokens come at once. A third of all tokens end the text.
     settings = {"assistant_early_exit": 2, "eos_token_id": list(range(0, 30522, 3))}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     recipe = parse_recipe({**RECIPE, "evaluate": [{**SPEED, "batch": 1}]})
@@ -45,7 +45,7 @@ def test_rates_count_the_whole_batch_and_medians_are_of_runs():
     seen = Observed({}, (), (written,), 9, {}, "", 1.0, Path("unused"))
     (timing,) = generation_timings(seen, 1)
     assert (timing.prefill_p50_ms, timing.prefill_tokens_per_s) == pytest.approx((80, 2 * 12 / 0.08))
-    # Three tokens a row after the first, in 40, 20 and 80 ms.
+    # Three tokens per row after the first, in 40, 20 and 80 ms.
     assert (timing.decode_slowest, timing.decode_tokens_per_s, timing.decode_fastest) == pytest.approx((75, 150, 300))
     assert timing.token_p50_ms == 10
     assert 20 < timing.token_p95_ms < 40

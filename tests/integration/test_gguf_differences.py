@@ -1,4 +1,4 @@
-"""Where GGUF could differ from its model and nobody looks: config keys that llama.cpp ignores, heads beside a tie, and how text is cut."""
+"""Easily missed differences between a GGUF file and its model: ignored config keys, stored heads of tied models, tokenization."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ _LLAMA3 = {
 }
 _DECODERS = [kind for kind in _CLASSES if kind != "bert"]
 
-#: family and config keys that a GGUF file, or llama.cpp's graph, stands for
+#: (family, config): a GGUF file or llama.cpp's graph can represent these
 SAME = [
     *((kind, {"rms_norm_eps": 0.1}) for kind in _DECODERS),
     *((kind, {"rope_parameters": _LINEAR}) for kind in _DECODERS),
@@ -63,7 +63,7 @@ SAME = [
     ("bert", {"hidden_act": "gelu_new"}),
     ("bert", {"layer_norm_eps": 0.1}),
 ]
-#: and those that llama.cpp passes over, and what is said of them
+#: (family, config, error's text): llama.cpp ignores these
 OTHERWISE = [
     *((kind, {"hidden_act": "relu"}, "`hidden_act`") for kind in _CLASSES),
     *((kind, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'") for kind in _DECODERS),
@@ -107,14 +107,14 @@ def _save(kind: str, folder: Path, **changes: Any) -> Path:
     model = model_class(model_class.config_class(**_SHAPE | grouped | {"vocab_size": size} | changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases and norms are trivial in a new model
+            if parameter.ndim == 1:  # in a new model, biases are zeros and norms are ones
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return folder
 
 
 def wordpiece(folder: Path, **normalizer: Any) -> int:
-    """BERT's tokenizer with a vocabulary of letters in both cases, with and without accents; how many words it has."""
+    """Save BERT's tokenizer with letters in both cases, with and without accents. Returns the size of its vocabulary."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     letters = [*map(chr, range(33, 127)), *"éïöüçÅåàäñ你好，世界。我喜欢模型压缩東京タワへようこそ…"]
@@ -189,7 +189,7 @@ def test_keys_that_llama_cpp_passes_over_are_refused_when_planned(kind: str, con
 
 
 def _with_own_head(folder: Path) -> Path:
-    """The files hold a head with other numbers than the embeddings, though config.json ties the two: transformers takes what is there."""
+    """Store a head that differs from the embeddings, although config.json ties the two. transformers then uses the stored head."""
     tensors = load_file(folder / "model.safetensors")
     head = np.random.default_rng(0).normal(0, 0.2, tensors["model.embed_tokens.weight"].shape).astype(np.float32)
     save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
@@ -248,7 +248,7 @@ def test_case_and_accents_are_kept_as_the_tokenizer_keeps_them(
 
 
 def test_a_file_that_cuts_text_otherwise_is_found_out(llama_cpp: Any, tmp_path: Path):
-    """The weights and the answers to token ids are right."""
+    """Only the tokenizer differs: the weights, and the outputs for token ids, are right."""
     folder = _save("bert", tmp_path / "model")
     gguf.save(folder, tmp_path / "out", inspect_model(FolderFiles(folder)), weights="f16", pooling="mean")
     wordpiece(folder, lowercase=False)

@@ -1,4 +1,4 @@
-"""What config keys make of a family, as graphs: each variant is loaded by its runtime and answers as the model does, or is refused when planned."""
+"""Graphs of a family's config variants: a runtime loads each and gives the model's outputs, or the plan refuses it."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def _recipe(*exports: str) -> dict[str, Any]:
 def test_a_variant_loads_and_answers_alike_or_is_refused_when_planned(
     family: str, changes: dict[str, Any], tmp_path: Path
 ):
-    """By both runtimes in one job, which verifies what it exports: the trace and the source's answers serve both."""
+    """One job exports to both runtimes and verifies them, so the trace and the source's outputs are made once."""
     blocks = "n_layer" if family == "gpt_bigcode" else "num_hidden_layers"
     folder = save_family(family, tmp_path / "model", **{blocks: 2 if family in _ALTERNATING else 1} | changes)
     exports = [export for export in ("onnx", "openvino") if _refused(folder, export) is None]

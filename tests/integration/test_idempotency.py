@@ -1,4 +1,4 @@
-"""Keys of requests against both kinds of database: who may handle what, and what becomes of a process that died meanwhile."""
+"""Idempotency keys on both kinds of database: which process may handle a request, and what follows if it dies meanwhile."""
 
 import pytest
 from sqlalchemy import Engine, update

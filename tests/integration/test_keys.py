@@ -1,4 +1,4 @@
-"""API keys: their shape, what they open, and that a stolen table opens nothing."""
+"""API keys: their format, their rights, and that a stolen table of keys is useless."""
 
 import datetime as dt
 

@@ -1,7 +1,7 @@
-"""A pass that is broken off and begun again in the same folder leaves the same files as one that ran through.
+"""A pass that is killed and started again in the same folder leaves the same files as an uninterrupted one.
 
-`distill` stands in test_train_executor.py, killed as a process; `channels` and `heads` in test_shrink.py; `static-int8` in
-test_static_int8.py; `profile` keeps nothing that an attempt could find.
+Other files test this too: test_train_executor.py kills `distill` as a process, test_shrink.py tests `channels` and `heads`, and
+test_static_int8.py `static-int8`. `profile` keeps no files for a next attempt.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _TRAIN = {
 
 
 class Killed(BaseException):
-    """No one catches it, as no one does a kill."""
+    """Stands for a kill: no code catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_it_ends_with_the_same_bytes_wherever_it_was_broken_off(
 
 
 def _comes_by_the_clock(report: tuple[str, object]) -> bool:
-    """Training says its rate every few seconds: another run of the same steps says it at other steps, or never."""
+    """Whether a report depends on the time: training reports its rate every few seconds, so at different steps in each run."""
     return report[0] == "progress" and str(report[1]).startswith("step ")
 
 

@@ -1,4 +1,4 @@
-"""What a worker says while the database is away."""
+"""A worker's log lines and events while the database is unavailable."""
 
 import time
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def somebody_waits(engine: Engine) -> bool:
 
 
 def test_the_newest_lines_of_a_log_are_kept_in_their_order(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines whose writing failed go before those that came meanwhile; where there are too many, the oldest are dropped."""
+    """Lines that could not be written stay before the lines that came meanwhile. If there are too many, the oldest are dropped."""
     monkeypatch.setattr(nightpress.worker.lease, "_LOG_LINES", KEPT)
     store = JobStore(engine)
     submit(store)
@@ -45,11 +45,11 @@ def test_the_newest_lines_of_a_log_are_kept_in_their_order(engine: Engine, monke
         holder.execute(text("LOCK TABLE job_logs IN ACCESS EXCLUSIVE MODE"))
         for line in lines[:40]:
             keeper.log_line("info", line)
-        eventually(lambda: somebody_waits(engine))  # it writes the first forty
+        eventually(lambda: somebody_waits(engine))  # the keeper is writing the first forty lines
         for line in lines[40:]:
             keeper.log_line("info", line)
         holder.execute(text("ALTER TABLE job_logs RENAME TO away"))
-    time.sleep(0.3)  # and fails
+    time.sleep(0.3)  # the write fails
     with engine.connect() as connection, connection.begin():
         connection.execute(text("ALTER TABLE away RENAME TO job_logs"))
     keeper.close()
@@ -57,7 +57,7 @@ def test_the_newest_lines_of_a_log_are_kept_in_their_order(engine: Engine, monke
 
 
 def test_lines_are_stored_before_the_checkpoint_that_followed_them(engine: Engine) -> None:
-    """Who reads of a checkpoint may kill this worker: its log must be there by then."""
+    """A reader of the checkpoint's event may kill this worker, so the log before it must already be stored."""
     store = JobStore(engine)
     submit(store)
     lease = claim(store, ttl_s=TTL_S).lease

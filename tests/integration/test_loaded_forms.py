@@ -1,4 +1,4 @@
-"""Every family in every form that quantized weights are stored in: transformers loads what was made, or the plan refuses it."""
+"""Every family with every stored form of quantized weights: transformers loads the result, or the plan refuses it."""
 
 import re
 from pathlib import Path
@@ -25,8 +25,8 @@ from tests.every_family import FAMILIES, family_answers, save_family
 from tests.folders import load_tensors
 
 _INT4 = {"pass": "weight-only", "bits": 4, "group_size": 32}
-#: passes, and how far from the floats of the same codes the answers may be. Rounded activations move them, and where they move a router they
-#: move much; wrong weights come to more than 1.
+#: form → (passes, largest relative distance from the outputs of a float model with the dequantized weights). Rounded activations change
+#: the outputs, and much if they change a router's choice. With wrong weights the distance is more than 1.
 FORMS: dict[str, tuple[list[dict[str, Any]], float]] = {
     "int8": ([{"pass": "weight-only"}], 1e-4),
     "int4": ([_INT4], 1e-4),
@@ -34,7 +34,7 @@ FORMS: dict[str, tuple[list[dict[str, Any]], float]] = {
     "int4 and int8": ([_INT4 | {"overrides": {"re:.*1\\..*": {"bits": 8}}}], 1e-4),
     "int8, embeddings": ([{"pass": "weight-only", "embeddings": True}], 1e-4),
     "fp8 weights": ([{"pass": "weight-only", "format": "fp8"}], 1e-4),
-    #: fp4 is unpacked to bfloat16 before it is a float
+    #: the loader unpacks fp4 to bfloat16
     "mxfp4": ([{"pass": "weight-only", "format": "mxfp4"}], 0.05),
     "nvfp4": ([{"pass": "weight-only", "format": "nvfp4"}], 0.05),
     "fp8": ([{"pass": "fp8"}], 0.2),
@@ -48,7 +48,7 @@ FORMS: dict[str, tuple[list[dict[str, Any]], float]] = {
 }
 _HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification")
 
-# transformers asks for a dtype of the scales that torch announces to go
+# torch warns that it will remove a dtype that transformers uses for the scales.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
@@ -80,7 +80,7 @@ def _press(source: Path, work: Path, passes: list[dict[str, Any]]) -> Path:
 
 
 def _as_floats(source: Path, out: Path, folder: Path, last: Any) -> Path:
-    """The source with the weights that `out` holds codes of, in float: what a loader should make of it."""
+    """Save the source with the dequantized weights of `out`, in float: the model that a loader should get."""
     written, floats = load_tensors(out), load_tensors(source)
     for name in floats:
         module = name.removesuffix(".weight")
@@ -103,7 +103,7 @@ def _refusal(passes: list[dict[str, Any]], source: Path) -> NightpressError | No
 
 
 def _check(class_name: str, source: Path, work: Path, form: str) -> None:
-    """A form loads with the right answer, or the plan says why not."""
+    """Check that a form loads and gives the right outputs, or that the plan refuses it with a hint."""
     passes, bound = FORMS[form]
     if (refused := _refusal(passes, source)) is not None:
         assert refused.code in {ErrorCode.INVALID_RECIPE, ErrorCode.UNSUPPORTED_ARCHITECTURE}
@@ -128,9 +128,8 @@ def test_a_form_loads_with_the_right_answer_or_is_refused_when_planned(family: s
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in VISION])
 def test_other_heads_of_a_family_load_as_well(family: str, head: str, tmp_path: Path):
     class_name = re.sub(r"(ForMaskedLM|ForCausalLM|LMHeadModel|ForConditionalGeneration)$", head, FAMILIES[family][0])
-    class_name = re.sub(
-        r"^Gemma3(?!Text)", "Gemma3Text", class_name
-    )  # without Text, it is a model of billions that sees
+    # Without "Text", the class is a vision model with billions of parameters.
+    class_name = re.sub(r"^Gemma3(?!Text)", "Gemma3Text", class_name)
     if not hasattr(transformers, class_name):
         pytest.skip("transformers has no such class")
     source = save_family(family, tmp_path / "source", class_name=class_name)
@@ -208,7 +207,7 @@ def test_a_decoders_head_over_classes_stays_in_float(tmp_path: Path):
 
 
 def test_what_does_not_load_is_said_with_its_cause(tmp_path: Path):
-    """As if the plan had let it through."""
+    """The test skips the plan, which would refuse this recipe."""
     source = save_family("bert", tmp_path / "source", class_name="BertForSequenceClassification")
     recipe = _recipe([_INT4 | {"symmetric": False, "ignore": []}])
     header = inspect_model(FolderFiles(source))

@@ -29,7 +29,7 @@ def linears(folder: Path) -> list[str]:
 
 
 def smallest_to_zero(flat: torch.Tensor, count: int) -> torch.Tensor:
-    """The reference: a stable sort of everything at once."""
+    """The reference: one stable sort of all values."""
     pruned = flat.clone()
     pruned[flat.abs().sort(stable=True).indices[:count]] = 0
     return pruned
@@ -51,18 +51,18 @@ def test_each_layer_loses_exactly_its_smallest(tmp_path: Path, dtype: torch.dtyp
         old, new = before[f"{layer.name}.weight"].double(), after[f"{layer.name}.weight"].double()
         assert layer.relative_error == pytest.approx(float((old - new).norm() / old.norm()), rel=1e-6)
         assert layer.sparsity == pytest.approx(float((new == 0).double().mean()))
-        assert layer.bytes_before == layer.bytes_after  # zeros are as long as other numbers
+        assert layer.bytes_before == layer.bytes_after  # zeros take as many bytes as other numbers
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_globally_the_smallest_of_all_layers_go(tmp_path: Path, dtype: torch.dtype):
     source = tiny_llama(tmp_path / "source", dtype=dtype, shards=3)
     tensors = load_tensors(source)
-    tensors["model.layers.0.mlp.up_proj.weight"].mul_(0.1)  # so that shares differ between layers
+    tensors["model.layers.0.mlp.up_proj.weight"].mul_(0.1)  # so that the layers' shares of zeros differ
     for path in source.glob("*.safetensors"):
         save_file({name: tensors[name] for name in load_file(path)}, path, metadata={"format": "pt"})
     prune(source, tmp_path / "out", sparsity=0.4, across="global")
-    names = linears(source)  # in the order of the files, in which ties are broken
+    names = linears(source)  # in the order of the files: ties are broken in this order
     after = load_tensors(tmp_path / "out")
     every = torch.cat([tensors[name].view(-1) for name in names])
     expected = smallest_to_zero(every, int(0.4 * every.numel() + 0.5))
@@ -80,7 +80,7 @@ def test_ties_go_in_the_order_of_their_places(tmp_path: Path):
     save_file(tensors, path, metadata={"format": "pt"})
     for across in ("layer", "global"):
         prune(source, tmp_path / across, sparsity=0.3, across=across, threads=3)
-    name = "model.layers.0.mlp.up_proj.weight"  # of several chunks
+    name = "model.layers.0.mlp.up_proj.weight"  # it has several chunks
     gone = load_tensors(tmp_path / "layer")[name].view(-1) == 0
     count = int(0.3 * gone.numel() + 0.5)
     assert gone[:count].all()

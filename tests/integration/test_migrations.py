@@ -1,4 +1,4 @@
-"""The database's shape: up, down, up again, equal to the code, and a guard of its own."""
+"""The migrations: up, down and up again; the schema equals the code's tables; and the constraints of the database itself."""
 
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def test_a_migration_gives_up_on_a_locked_table_instead_of_queueing_everybody_be
 def test_a_fingerprint_that_cannot_be_trusted_is_forgotten_and_what_came_of_it_is_taken_back(
     sql_url: str, engine: Engine
 ):
-    """Before 0013 a job under a key was given the result of the last one with the same request, whatever its model was by then."""
+    """Before 0013, a job with an idempotency key got the result of the last job with the same request, even if the model had changed."""
     add_model(engine)
     store = JobStore(engine)
     mine = {"fingerprint": "f" * 64, "priority": 1}

@@ -1,4 +1,4 @@
-"""AWQ and SmoothQuant on mixtures of experts: nearer to the source than rounding, read back by transformers as they were written."""
+"""AWQ and SmoothQuant on mixtures of experts: closer to the source than rounding, and read by transformers as written."""
 
 import shutil
 from pathlib import Path
@@ -40,13 +40,13 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "OlmoeForCausalLM": {"num_experts": 4},
 }
 
-# transformers asks for a dtype of the scales that torch announces to go
+# torch warns that it will remove a dtype that transformers uses for the scales.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
 def mixture(request: pytest.FixtureRequest, bert_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights; some channels of what the norms put out, and of what the experts' products come to, are far stronger than the others."""
+    """A mixture with random weights. Some channels of the norms' outputs and of the experts' products have far larger values."""
     folder = tmp_path_factory.mktemp("mixture")
     model_class = getattr(transformers, request.param)
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def mixture(request: pytest.FixtureRequest, bert_tiny: Path, tmp_path_factory: p
         if name.endswith("layernorm.weight"):
             parameter.data[::16] *= 40
         elif name.endswith("experts.gate_up_proj"):
-            parameter.data[:, 64::16] *= 40  # rows of up
+            parameter.data[:, 64::16] *= 40  # rows of up_proj
     model.save_pretrained(folder)
     shutil.copy(bert_tiny / "tokenizer.json", folder)
     return folder
@@ -88,12 +88,12 @@ def _answers(model: Any) -> Tensor:
 
 
 def _distance(answers: Tensor, expected: Tensor) -> float:
-    """The median over tokens of the relative error: a token that rounding sends to another expert is far away and says nothing."""
+    """The median over tokens of the relative error: a token that rounding sends to another expert has a large error that means nothing."""
     return float(((answers - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
 def _expert_weights(model: Any) -> dict[tuple[int, str], Tensor]:
-    """By layer and matrix, what transformers made of the files, of all experts [experts, out, in]."""
+    """(layer, matrix) → the weights of all experts [experts, out, in], as transformers loaded them."""
     return {
         (layer, part): getattr(block.mlp.experts, part).detach()
         for layer, block in enumerate(model.model.layers)
@@ -103,7 +103,7 @@ def _expert_weights(model: Any) -> dict[tuple[int, str], Tensor]:
 
 
 def _check_loaded(source: Path, out: Path, pass_: dict[str, Any], record: Any) -> Any:
-    """The folder keeps the format's rules, and every matrix is loaded as the codes say. Returns what was loaded."""
+    """Check the folder by the format's rules, and every loaded matrix against its dequantized codes. Returns the loaded model."""
     check_folder(out, source)
     options = parse_recipe({"name": "r", "passes": [pass_], "exports": ["compressed-tensors"]}).passes[0]
     assert isinstance(options, Quantizing)
@@ -140,7 +140,7 @@ def test_scaled_experts_answer_nearer_than_rounded_ones_and_load_as_they_were_wr
     before, after = load_tensors(mixture), load_tensors(out)
     routers = [name for name in before if name.endswith((".gate.weight", "shared_expert_gate.weight"))]
     assert routers
-    for name in routers:  # they take the norms' factors, and stay in float
+    for name in routers:  # routers take the factors of the norms before them, and stay in float
         assert after[name].dtype == before[name].dtype
         assert not torch.equal(after[name], before[name])
     model = _check_loaded(mixture, out, pass_, record)

@@ -1,4 +1,4 @@
-"""Activations that are not finite: one error for every method, which names the layer, and no model that silently stayed as it was."""
+"""Activations that are not finite: every method raises the same error, which names the layer, and none skips the layer silently."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ _CALIBRATION = Calibration(samples=4, length=16, dtype="float32")
 
 
 def _overflowing(folder: Path) -> Path:
-    """A model of finite weights whose second block overflows: its hidden states are infinite, and the third block's NaN."""
+    """A model with finite weights whose second block overflows: its outputs are infinite, and the third block's are NaN."""
     _model("LlamaForCausalLM", folder)
     tensors = load_file(folder / "model.safetensors")
     for part, by in (("gate", 1e13), ("up", 1e13), ("down", 1e16)):

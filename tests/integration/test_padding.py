@@ -1,4 +1,4 @@
-"""Padding is not calibrated on: the same texts, padded to a longer length, give every pass the same statistics and the same result."""
+"""Calibration ignores padding: with the same texts, padded to a greater length, every pass has the same statistics and result."""
 
 import json
 import re
@@ -24,11 +24,11 @@ from nightpress.core.recipes.passes import StaticInt8
 from tests.integration.test_shrink import _model
 from tests.integration.test_static_int8 import Bench
 
-_PADDED = 36  #: tokens more, behind each text
+_PADDED = 36  #: additional tokens of padding after each text
 _CALIBRATION = Calibration(data="mine", samples=60, length=24, packing=False, dtype="float32")
 _QUANTIZING = {"gptq", "awq", "smoothquant", "fp8", "kv-cache"}
 
-#: Every pass that looks at calibration text, with each of the statistics that it knows.
+#: Every pass that uses calibration text, with each of its statistics.
 PASSES: dict[str, dict[str, Any]] = {
     "gptq": {"pass": "gptq", "group_size": 16},
     "gptq, 2:4": {"pass": "gptq", "bits": 8, "group_size": None, "pattern": "2:4", "order": "natural"},
@@ -56,7 +56,7 @@ _ENCODERS = [
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """Texts of as many letters each: without more padding they have none."""
+    """Texts of equal length, so that they need no padding by themselves."""
     letters = np.random.default_rng(0).integers(0, 26, (60, 13))
     rows = [{"text": "".join(chr(97 + at) for at in row)} for row in letters]
     path = tmp_path / "mine.jsonl"
@@ -65,7 +65,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 def _pad_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on every text gets more padding."""
+    """Add _PADDED tokens of padding to every text from now on."""
     pad = tokenized.pad
 
     def longer(sequences: list[list[int]], pad_id: int) -> tokenized.Sequences:
@@ -90,10 +90,11 @@ def _run(source: Path, work: Path, pass_: Mapping[str, Any], texts: Path) -> tup
 
 
 def _check_alike(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """The same but for the order of sums: it may turn a tie, and with it what GPTQ makes of the rest of a row.
+    """Check that two results are equal, except for effects of a different order of sums.
 
-    A turned code changes the inputs of the blocks after it, where more codes then turn, in one matrix more than in another. So
-    only the first block is held to few turned codes a matrix; the others are held to few in all.
+    The order may round a tie in another way, and GPTQ then rounds the rest of the row differently. A different code changes the inputs of
+    the later blocks, where more codes then differ, in some matrices more than in others. So only in the first block every single matrix
+    must have few different codes; for the others the limit is for all codes together.
     """
     assert ours.keys() == theirs.keys()
     turned: list[Tensor] = []
@@ -111,13 +112,13 @@ def _check_alike(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> No
 
 
 def _block_of(name: str) -> int:
-    """The number of the block that a tensor belongs to; 0 for one outside all blocks."""
+    """The number of a tensor's block; 0 for a tensor outside all blocks."""
     found = re.search(r"\blayers?\.(\d+)\.", name)
     return int(found[1]) if found else 0
 
 
 def _numbers(value: Any) -> list[float]:
-    """The numbers of a record's summary, but for counts of codes that are 0."""
+    """The numbers in a record's summary, without counts and shares of zeros."""
     if isinstance(value, Mapping):
         return [
             number for key, inner in value.items() if key not in {"zeros", "sparsity"} for number in _numbers(inner)
@@ -128,7 +129,7 @@ def _numbers(value: Any) -> list[float]:
 
 
 def _make_padding_loud(folder: Path) -> None:
-    """Give the padding token the largest keys of all: whoever counts it can't miss it."""
+    """Give the padding token by far the largest keys, so that a statistic that includes padding is clearly different."""
     tensors = load_file(folder / "model.safetensors")
     keys = tensors["model.layers.0.self_attn.k_proj.weight"]
     tensors["model.embed_tokens.weight"][1] = 50 * keys[keys.norm(dim=1).argmax()]
@@ -182,7 +183,7 @@ def test_the_smoothing_and_the_ranges_of_a_graph_take_no_notice_of_padding(
     assert plain.keys() == padded.keys()
     for key, tensor in plain.items():
         if key.startswith("codes."):
-            # A sum in another order may turn a tie, which then changes the rest of its row and the row's error.
+            # A sum in another order may round a tie differently, which changes the rest of the row and the row's error.
             assert (padded[key] != tensor).mean() < 0.05, key
         elif key.startswith("error."):
             assert padded[key].sum() == pytest.approx(tensor.sum(), rel=1e-2), key

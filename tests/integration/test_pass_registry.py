@@ -1,4 +1,4 @@
-"""Which function runs for which options, and what is said where a package's function can't."""
+"""Which function runs for which options, and the error for a package whose function can't run."""
 
 from collections.abc import Iterator
 from pathlib import Path

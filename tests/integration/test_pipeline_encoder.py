@@ -1,4 +1,4 @@
-"""An encoder all the way through dynamic int8: what comes out is whole, proven by its consumers, and said plainly."""
+"""An encoder through the whole pipeline with dynamic int8: a complete result, verified by its consumers, and a clear report."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Bad input ends a job with an error that names the fault and says what to do, and leaves nothing half-made."""
+"""Bad input ends a job with an error that names the fault and says what to do. No partial result is left."""
 
 import json
 import subprocess
@@ -45,7 +45,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, model: Path, bad: f
 def test_outputs_that_are_no_numbers_are_said_to_be_the_models(tmp_path: Path, model: Path):
     tensors = load_file(model / "model.safetensors")
     name = "bert.encoder.layer.1.output.dense.weight"
-    tensors[name] = np.full_like(tensors[name], 3e38)  # finite, but no sum of its products is
+    tensors[name] = np.full_like(tensors[name], 3e38)  # finite, but the sums of its products overflow
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     error = fails(lay_out(tmp_path / "job", model, MAGNITUDE))
     assert error.code == ErrorCode.NUMERICAL_FAILURE
@@ -117,7 +117,7 @@ def test_a_length_beyond_the_model_is_refused(tmp_path: Path, model: Path):
 
 
 def test_a_full_disk_is_called_by_its_name(tmp_path: Path, model: Path):
-    """The kernel's limit on a file's size stands in for a full disk: the pass can't write its 17 MB."""
+    """The kernel's limit on a file's size replaces a full disk: the pass can't write its 17 MB."""
     recipe = MAGNITUDE | {"evaluate": [{"metric": "latency", "length": 8, "repeats": 3}]}
     job = lay_out(tmp_path / "job", model, recipe)
     script = (

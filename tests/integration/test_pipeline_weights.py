@@ -1,4 +1,4 @@
-"""Passes over weights, one after the other, all the way through the pipeline to what transformers loads."""
+"""Several passes over weights in one recipe, through the whole pipeline to a folder that transformers loads."""
 
 import json
 from pathlib import Path

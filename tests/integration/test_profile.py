@@ -1,4 +1,4 @@
-"""What a model costs, counted from its header: the same as torch counts while it runs."""
+"""A model's parameters, bytes and FLOPs, computed from its header, equal those that torch counts while it runs."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_operations_are_those_that_torch_counts(class_name: str, tmp_path: Path)
         model(input_ids=ids)
     counted: dict[str, Any] = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
     found = profile_of(header, "m", [(3, 20)])
-    # Rotations of positions are a product of [1] columns in torch's eyes.
+    # torch also counts the rotary angles, positions × frequencies, as a matrix product with inner size 1.
     assert found.shapes[0].flops == pytest.approx(sum(counted.values()), rel=0.01)
     assert sum(part.parameters for part in found.parts) == header.parameters
     assert sum(part.bytes for part in found.parts) == header.size

@@ -1,4 +1,4 @@
-"""Every form a quantized weight can take: within the formats' rules, as large as the plan said, and what transformers makes of it is what we made."""
+"""Every stored form of a quantized weight: it follows the format's rules, has the planned size, and transformers reads the same values."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ from nightpress.core.recipes.schemes import Scheme
 from tests.folders import load_tensors, tiny_llama
 from tests.format_rules import check_folder
 
-#: passes, and how far the answers may be from the source's: its random weights make much of every error
+#: form → (passes, largest relative distance from the source's outputs). The bounds are large: the source's random weights amplify errors.
 CASES: dict[str, tuple[list[dict[str, Any]], float]] = {
     "int6": ([{"pass": "weight-only", "bits": 6, "group_size": 64}], 0.4),
     "int3 half-quadratic": ([{"pass": "weight-only", "bits": 3, "group_size": 32, "ranges": "half-quadratic"}], 0.9),
@@ -73,7 +73,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], float]] = {
     "cache, then smoothquant": ([{"pass": "kv-cache"}, {"pass": "smoothquant"}], 0.4),
 }
 
-# transformers asks for a dtype of the scales that torch announces to go
+# torch warns that it will remove a dtype that transformers uses for the scales.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
@@ -85,7 +85,7 @@ def quiet() -> None:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory, bert_tiny: Path) -> Path:
-    """Two layers that every grid's groups divide, with a real tokenizer."""
+    """A Llama of two layers with a real tokenizer. The group sizes of all grids divide its widths."""
     folder = tiny_llama(
         tmp_path_factory.mktemp("models") / "llama",
         dtype=torch.float32,
@@ -104,7 +104,7 @@ _CALIBRATION = Calibration(samples=8, length=64)
 def press(
     source: Path, work: Path, passes: list[dict[str, Any]], *, calibration: Calibration = _CALIBRATION
 ) -> tuple[Path, list[Any]]:
-    """Run a recipe's passes, hold the estimate against what is written, and export."""
+    """Run a recipe's passes and export the result. Compares the plan's estimated size with the written size."""
     recipe = parse_recipe({"name": "r", "passes": passes, "exports": ["compressed-tensors"]})
     plan = make_plan(recipe, inspect_model(FolderFiles(source)))
     folder, records = source, []
@@ -150,7 +150,7 @@ def test_a_folder_keeps_the_formats_rules_and_loads_as_what_was_made(case: str, 
         scheme: Scheme = last.scheme(layer.name) if bits is None else last.candidate(bits)  # type: ignore[attr-defined]
         ours = from_tensors(f"{layer.name}.weight", scheme, written)
         theirs = model.get_parameter(f"{layer.name}.weight").float()
-        # A loader may dequantize fp4 in bf16.
+        # The loader may dequantize fp4 in bf16.
         torch.testing.assert_close(theirs, ours, rtol=1e-2 if scheme.kind == "float" else 1e-5, atol=1e-6)
     if "k_scale" in str(written.keys()):
         assert config["kv_cache_scheme"]["num_bits"] == 8
@@ -170,7 +170,7 @@ def test_a_budget_is_met_and_spent_where_the_error_is(llama: Path, tmp_path: Pat
             assert len(attention) == 1
     counts = [sum(bits == 8 for bits in record.summary["bits_by_layer"].values()) for record in (low, high)]
     assert counts[0] < counts[1]
-    # The same as a size of the whole, and the same bytes again.
+    # The same budget, given as a size of the whole model, gives the same bytes.
     header = inspect_model(FolderFiles(llama))
     rounded = sum(layer.bytes_before for layer in low.layers)
     size = f"{100 * (header.size - rounded + rounded * 5.5 / 32) / header.size:.9f}%"

@@ -1,4 +1,4 @@
-"""Models and data sets from announcement to deletion, on both databases and both kinds of storage."""
+"""Models and data sets from creation to deletion, on both kinds of database and both kinds of storage."""
 
 import gzip
 import hashlib
@@ -156,7 +156,7 @@ def test_other_bytes_than_announced_fail_the_model_and_leave_nothing(
     view = models.create("t", announce(bert_tiny))
     contents = contents_of(bert_tiny)
     changed = {**contents, "model.safetensors": contents["model.safetensors"][:-1] + b"\x7f"}
-    # Each part is checked as it comes, so a part of other bytes never even counts as sent.
+    # Each part is checked when it arrives, so a part with other bytes does not count as sent.
     with pytest.raises((NightpressError, httpx.HTTPStatusError)):
         send(models, view.id, view.uploads, changed)
     assert "model.safetensors" in {file.path for file in models.uploads("t", view.id)}

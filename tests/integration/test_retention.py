@@ -1,4 +1,4 @@
-"""What goes by itself, what stays whatever its age, and that files and rows go together: on both kinds of database."""
+"""What retention deletes, what it keeps at any age, and that files and rows are deleted together: on both kinds of database."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ class World:
         add_model(self.engine)
 
     def done(self, *, days: float, **changes: object) -> str:
-        """A job with a model and a report in storage, that ended so long ago."""
+        """A job that ended this number of days ago, with a model and a report in storage. Returns its id."""
         job_id = submit(self.store, **changes)
         claimed = claim(self.store)
         for path in ("safetensors/model.safetensors", "report.html", "manifest.json"):
@@ -73,7 +73,7 @@ def world(tmp_path: Path, sql_url: str) -> Iterator[World]:
 def test_old_artifacts_go_with_their_files_and_reports_stay(world: World):
     old = world.done(days=40)
     older_name = world.done(days=40, model_name="other")
-    young = world.done(days=20)  # the newest of its name: its pointer stands here
+    young = world.done(days=20)  # the newest of its model name, which points to it
     assert world.retention.prune_artifacts(30 * DAY) == 1
     assert not world.has_artifacts(old)
     assert world.files(old) == {"report.html", "manifest.json"}

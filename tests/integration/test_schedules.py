@@ -1,4 +1,4 @@
-"""Schedules against a real database: what each fire comes to, with a clock that the test moves (F23)."""
+"""Schedules with a real database: the outcome of each fire, with a clock that the test moves (F23)."""
 
 import datetime as dt
 import shutil
@@ -99,7 +99,7 @@ class World:
         eventually(over)
 
     def runs(self) -> list[ScheduleRunView]:
-        """Oldest fire first."""
+        """The schedule's runs, the oldest fire first."""
         return sorted(
             self.schedules.runs(TENANT, "nightly", cursor=None, limit=200)[0], key=lambda run: run.scheduled_for
         )
@@ -217,11 +217,11 @@ def test_only_if_changed_runs_for_new_bytes_alone(world: World, tmp_path: Path):
     world.schedule("2026-11-23T02:00", only_if_changed=True)
     world.tick("2026-11-23T02:00")
     [claimed] = [world.store.claims.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)]
-    assert claimed is not None  # it runs: not failed, so its digest counts
+    assert claimed is not None  # it runs and has not failed, so its digest counts
     world.schedules.edit(TENANT, world.schedules.get(TENANT, "nightly"), {"overlap": "queue"})
     world.store.attempts.fail(claimed.lease, NightpressError(ErrorCode.NUMERICAL_FAILURE, "over"), backoff_s=0)
     world.tick("2026-11-23T03:00")
-    assert world.outcomes()[-1] == ("03:00", "submitted")  # the last one failed: try again
+    assert world.outcomes()[-1] == ("03:00", "submitted")  # the last job failed, so the same model is tried again
     claimed = world.store.claims.claim(WorkerOffer("w", "cpu", "cpu", 1 << 40, 1), ttl_s=60)
     assert claimed is not None
     with transaction(world.engine) as connection:
@@ -235,7 +235,7 @@ def test_only_if_changed_runs_for_new_bytes_alone(world: World, tmp_path: Path):
     assert world.outcomes()[-1] == ("04:00", "unchanged")
     world.service.trigger(TENANT, "nightly")
     world.firing.advance()
-    assert world.runs()[-1].state == "submitted"  # a person asked
+    assert world.runs()[-1].state == "submitted"  # a person asked for this run
     world.end_jobs()
 
 
@@ -290,7 +290,7 @@ def test_another_zone_counts_the_next_fire_anew(world: World):
     world.schedule("2026-11-23T02:00", cron="0 2 * * *")
     before = world.schedules.get(TENANT, "nightly").upcoming[0]
     after = world.service.edit(TENANT, "nightly", ScheduleUpdate(timezone="Asia/Tokyo")).upcoming[0]
-    assert after.hour == 17  # two in Tokyo
+    assert after.hour == 17  # two o'clock in Tokyo
     assert after != before
     world.tick("2026-11-23T02:00")
     assert world.runs() == []
@@ -311,7 +311,7 @@ def test_two_schedules_of_one_name_are_a_conflict(world: World):
     assert caught.value.code is ErrorCode.CONFLICT
 
 
-# A source --------------------------------------------------------------------------------------------------------------
+# Schedules with a source -----------------------------------------------------------------------------------------------
 
 
 def test_a_schedule_fetches_what_is_new_at_its_source_and_presses_nothing_twice(
@@ -369,7 +369,7 @@ def test_a_source_is_taken_away_by_null_alone(world: World, tmp_path: Path):
     assert world.service.edit(TENANT, "nightly", ScheduleUpdate(overlap="queue", job=None)).source == str(folder)
     assert world.service.edit(TENANT, "nightly", ScheduleUpdate(source=None)).source is None
     world.settle("2026-11-23T02:00")
-    assert world.runs()[0].model_id is None  # nothing was fetched for it
+    assert world.runs()[0].model_id is None  # no model was fetched for this run
 
 
 def test_a_source_that_does_not_answer_holds_up_no_other_schedule(world: World):

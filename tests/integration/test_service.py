@@ -1,4 +1,4 @@
-"""From a person's request to a job: names, plans, refusals and retries, with a real registry behind it."""
+"""From a person's request to a job: names, plans, refusals and retries, with a real registry."""
 
 import json
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ class World:
         self.service = self.fresh()
 
     def fresh(self, **changes: Any) -> JobService:
-        """Another process's service: it remembers nothing."""
+        """A service as in another process, with empty caches."""
         settings = self.settings.model_copy(update=changes)
         return JobService(self.store, self.models, self.data_sets, QuotaBook(self.engine, settings), settings)
 
@@ -196,7 +196,7 @@ def announce(
 
 
 def unseen(world: World, worker_id: str, seconds: float) -> None:
-    """Let time pass since a worker was last seen."""
+    """Move the time at which a worker was last seen into the past."""
     with transaction(world.engine) as connection:
         moved = update(workers).where(workers.c.id == worker_id).values(last_seen_at=db_now(-seconds))
         connection.execute(moved)

@@ -1,4 +1,4 @@
-"""Channels, heads and blocks that go: smaller matrices, the very function they should have, files that load elsewhere."""
+"""Removing channels, heads and blocks: smaller matrices, exactly the expected outputs, and files that load elsewhere."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ _HEADS_STAY = {"MPNetForMaskedLM", "DebertaV2ForMaskedLM"}
 
 
 def _model(class_name: str, folder: Path) -> Path:
-    """A small model of the family with a tokenizer that knows letters."""
+    """A small model of the family, with a tokenizer of single letters."""
     if not folder.exists():
         _save(class_name, folder)
         letters = {token: at for at, token in enumerate(["[UNK]", "[PAD]", "</s>", *string.ascii_letters])}
@@ -54,7 +54,7 @@ def _shrink(source: Path, work: Path, pass_: dict[str, Any], **context: Any) -> 
     given = PassContext(header=header, work_dir=work / "work", **{"calibration": _CALIBRATION, **context})
     record = MODEL_PASSES[pass_["pass"]](source, work / "out", options, given)
     after = inspect_model(FolderFiles(work / "out"))
-    if pass_.get("across") != "global":  # the plan foretold every shape, and every word of the config
+    if pass_.get("across") != "global":  # the plan predicted every shape and the config
         assert {tensor.name: tensor.shape for tensor in after.tensors} == {
             tensor.name: tensor.shape for tensor in options.leaves(header).tensors
         } or pass_["pass"] == "layers"
@@ -78,7 +78,7 @@ def _answers(folder: Path, ids: Tensor | None = None) -> Tensor:
 
 
 def _with_zeros(source: Path, pruned: Path, which: str, folder: Path) -> Path:
-    """The source with zeros where units went: the columns of each output projection that the pruned model lacks."""
+    """The source with zeros in place of the removed units: in the columns of each output projection that the pruned model lacks."""
     parts = anatomy_of(inspect_model(FolderFiles(source)), "test")
     inner = parts.family.feed_forward if which == "channels" else parts.family.attention
     shutil.copytree(source, folder)
@@ -116,7 +116,7 @@ def test_the_smaller_model_computes_what_the_source_does_without_those_units(
         from transformers import AutoModel
 
         assert OWN_SHAPES not in config
-        AutoModel.from_pretrained(pruned)  # a normal checkpoint, without a word of ours
+        AutoModel.from_pretrained(pruned)  # a normal checkpoint, without settings of ours
 
 
 @pytest.mark.parametrize("importance", ["l1", "l2", "activation", "taylor"])
@@ -142,7 +142,7 @@ def test_a_global_share_leaves_layers_of_differing_widths_that_sum_up(which: str
     assert sum(kept) == pytest.approx(0.6 * sum(units), abs=1)
     assert len(set(kept)) > 1
     assert torch.isfinite(_answers(pruned)).all()
-    # and another pass goes on from there
+    # Another pass can run on the result.
     again, record = _shrink(pruned, tmp_path / "again", {"pass": "channels", "share": 0.5, "multiple": 2})
     assert torch.isfinite(_answers(again)).all()
 
@@ -150,7 +150,7 @@ def test_a_global_share_leaves_layers_of_differing_widths_that_sum_up(which: str
 def test_blocks_go_by_influence_by_gradient_or_by_name(tmp_path: Path):
     source = _model("Gemma2ForCausalLM", tmp_path / "source")
     tensors = _tensors(source)
-    for name, tensor in tensors.items():  # the middle block does next to nothing
+    for name, tensor in tensors.items():  # so that the middle block changes almost nothing
         if name.startswith("model.layers.1.post_"):
             tensor.fill_(-0.999)
     from safetensors.torch import save_file
@@ -249,7 +249,7 @@ def test_a_whole_job_shrinks_quantizes_and_is_proven_by_every_consumer(bert_tiny
     for artifact in report.artifacts:
         assert artifact.verification is not None
         assert artifact.verification.passed
-        assert artifact.size_bytes < 0.6 * report.source.size_bytes  # most of it is embeddings
+        assert artifact.size_bytes < 0.6 * report.source.size_bytes  # most bytes are embeddings
     names = [options.name for options in report.passes]
     assert names[:3] == ["channels", "heads", "layers"]
 

@@ -1,4 +1,4 @@
-"""Hosts whose clocks differ: what is newer, and what is over, the database's time says."""
+"""Hosts with different clocks: the database's time decides what is newer and what has expired."""
 
 import threading
 import time
@@ -45,7 +45,7 @@ DAY_S = 24 * HOUR_S
 
 
 class Host:
-    """What is done on a host whose clock is so far ahead of the others'. Its identifiers have that time."""
+    """Runs code as on a host whose clock is ahead of the others. Identifiers made there contain the wrong time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
@@ -54,7 +54,7 @@ class Host:
     def ahead(self, seconds: float) -> Iterator[None]:
         real_ns, real = time.time_ns, time.time
         with self._monkeypatch.context() as patched:
-            patched.setattr(nightpress.core.ids, "_last", 0)  # another process
+            patched.setattr(nightpress.core.ids, "_last", 0)  # as in another process
             patched.setattr(time, "time_ns", lambda: real_ns() + int(seconds * 1e9))
             patched.setattr(time, "time", lambda: real() + seconds)
             yield
@@ -86,7 +86,7 @@ def finish_next(store: JobStore) -> str:
 
 
 def apart() -> None:
-    """SQLite's clock counts milliseconds."""
+    """Wait until the database's time has changed: SQLite's clock counts milliseconds."""
     time.sleep(0.002)
 
 
@@ -112,7 +112,7 @@ def test_a_worker_ahead_of_its_time_does_not_hold_the_pointer(engine: Engine, ho
 
 
 def test_a_job_submitted_by_a_host_ahead_is_no_newer_for_it(engine: Engine, host: Host) -> None:
-    """An older job that ends later does not take the name from a newer one, whatever their identifiers say."""
+    """If an older job ends later, the model's name still points to the newer job, whatever the times in their identifiers."""
     add_model(engine)
     store, pointers = JobStore(engine), PromotionStore(engine)
     with host.ahead(HOUR_S):
@@ -174,7 +174,7 @@ def test_retention_keeps_what_the_pointer_stands_on(engine: Engine, host: Host, 
     assert pointers.latest(TENANT, "tiny").job_id == latest
 
 
-# What a name means ---------------------------------------------------------------------------------------------------
+# What a name refers to -----------------------------------------------------------------------------------------------
 
 
 def bring_model(registry: Registry[Any], folder: Path, content: str) -> str:
@@ -212,7 +212,7 @@ def test_a_name_means_what_was_brought_last(
 
 
 def test_what_was_fetched_before_is_what_goes(engine: Engine, settings: Settings, host: Host) -> None:
-    """Of two fetched under one name the newer one stays."""
+    """If two models were fetched under one name, the newer one stays."""
     hub = settings.model_copy(update={"hub_organisations": ["acme"]})
     registry = ModelRegistry(engine, open_store(hub), hub)
     with host.ahead(HOUR_S):
@@ -234,13 +234,13 @@ def test_what_was_fetched_before_is_what_goes(engine: Engine, settings: Settings
 
 
 def administrator_of(engine: Engine) -> Principal:
-    """Somebody whose key is there."""
+    """An administrator with a key in the database."""
     key, _ = create_key(engine, tenant_id=TENANT, name="administrator", scopes=ALL_SCOPES)
     return Principal(TENANT, key.id, ALL_SCOPES, key.id)
 
 
 def lists(engine: Engine, settings: Settings) -> dict[str, tuple[Callable[[int], str], Callable[..., Any]]]:
-    """For each list: how to add the n-th line, which returns its id, and how to ask for a page."""
+    """List → (function that adds the n-th item and returns its id, function that reads a page)."""
     schedules, audit = ScheduleStore(engine), AuditLog(engine)
     hooks, issuer = WebhookStore(engine, open_keeper(settings), settings), KeyIssuer(engine)
     administrator = administrator_of(engine)
@@ -317,7 +317,7 @@ def test_a_list_is_newest_first_whichever_host_wrote_a_line(
         assert refused.value.code is ErrorCode.INVALID_REQUEST
 
 
-# What ends -----------------------------------------------------------------------------------------------------------
+# Expiry --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ahead", [-DAY_S, DAY_S])

@@ -1,4 +1,4 @@
-"""Models and data sets that are fetched: from a real S3 server and from a Hub on a loopback port, on both kinds of database."""
+"""Models and data sets fetched from a real S3 server and from an imitation of the Hub, on both kinds of database."""
 
 import hashlib
 import threading
@@ -99,7 +99,7 @@ def refusal(model: ModelView | DataSetView) -> tuple[str, str]:
     return model.error["code"], f"{model.error['message']} {model.error['hint']}"
 
 
-# A bucket --------------------------------------------------------------------------------------------------------------
+# From a bucket ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_what_a_bucket_lacks_or_refuses_is_said(tmp_path: Path, sqlite_url: str,
     small.close()
 
 
-# The Hub ---------------------------------------------------------------------------------------------------------------
+# From the Hub ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_branch_of_the_hub_is_pinned_to_its_commit(hub_world: World, hub: Hub, bert_tiny: Path):
@@ -226,7 +226,7 @@ def test_a_download_is_not_led_elsewhere(hub_world: World, hub: Hub, bert_tiny: 
         assert (code, "leads on" in text) == ("source_refused", True), elsewhere
 
 
-# Who may name what -----------------------------------------------------------------------------------------------------
+# Which sources a tenant may name ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_only_what_the_operator_allowed_is_a_source(source: str, code: ErrorCode
     assert parse_address("hf://Acme/tiny@refs/pr/1".replace("refs/pr/1", "refs%2Fpr%2F1"), "models", settings)
 
 
-# Who takes it in -------------------------------------------------------------------------------------------------------
+# Which process fetches -------------------------------------------------------------------------------------------------
 
 
 def test_one_owner_at_a_time_and_the_next_goes_on_after_the_last_whole_file(
@@ -292,7 +292,7 @@ def test_one_owner_at_a_time_and_the_next_goes_on_after_the_last_whole_file(
     assert second._running == {}, "what one process fetches, another leaves alone"
     before = [path for path in hub.paths() if "/resolve/" in path and not path.endswith(".safetensors")]
     assert before
-    with transaction(hub_world.engine) as connection:  # the first one is cut off from the database for a minute
+    with transaction(hub_world.engine) as connection:  # as if the first process had lost the database for a minute
         connection.execute(update(models).where(models.c.id == made.id).values(claim_until=db_now(-1)))
     monkeypatch.setattr(hub_world.objects, "put_pieces", put)
     eventually(lambda: second.advance() or hub_world.models.get(TENANT, made.id).state == "ready")
@@ -320,7 +320,7 @@ def test_a_source_that_is_down_is_tried_again(hub_world: World, hub: Hub, bert_t
     with transaction(hub_world.engine) as connection:
         connection.execute(update(models).values(claim_until=db_now(-1)))
     assert hub_world.settled(made.id).state == "ready"
-    with transaction(hub_world.engine) as connection:  # and not for ever
+    with transaction(hub_world.engine) as connection:  # attempts end after a day
         connection.execute(update(models).values(state="fetching", digest=None, created_at=db_now(-25 * 3600)))
     hub_world.models._settings = hub_world.settings.model_copy(update={"hub_endpoint": "http://127.0.0.1:1"})
     assert refusal(hub_world.settled(made.id))[0] == "source_unavailable"
@@ -357,7 +357,7 @@ def test_what_is_too_large_for_a_request_is_verified_beside_it(tmp_path: Path, s
         for file in made.uploads:
             data = (bert_tiny / file.path).read_bytes()
             world.models.receive_part(TENANT, made.id, file.path, 1, [data], len(data))
-        if damaged:  # after it came: on the disk
+        if damaged:  # after the upload, on the disk
             parts = (world.settings.data_dir / "objects" / ".np-uploads").rglob("1")
             part = max(parts, key=lambda path: path.stat().st_size)
             part.write_bytes(bytes(part.stat().st_size))

@@ -1,4 +1,7 @@
-"""Static int8: ranges that cover what calibration saw, a graph its runtimes compute in int8, and layers in float until the budget holds."""
+"""Static int8: ranges that cover the calibration's activations, a graph that runtimes compute in int8, and layers left in float.
+
+As many layers stay in float as the accuracy budget needs.
+"""
 
 import math
 import os
@@ -71,7 +74,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory):
 
 
 def _weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """The int8 weights of products, by name."""
+    """Name → the int8 weights of a product."""
     found = {initializer.name: onnx.numpy_helper.to_array(initializer) for initializer in model.graph.initializer}
     return {
         node.input[0]: found[node.input[0]]
@@ -119,7 +122,7 @@ def test_queries_and_keys_are_rounded_before_they_are_split_into_heads(bench: Be
             assert node.name.endswith(f"_{kind}_quantize")
             assert constants[node.input[2]] == np.int8(0)
             scales[node.name, bits] = kind, float(constants[node.input[1]]) * (top if kind == "key" else 127)
-    # Keys stay, as weights do, within what the processor can sum: fewer steps over the same range.
+    # Keys are limited, like weights, to values that the processor can sum without overflow: fewer steps over the same range.
     for (name, _), found in scales.items():
         assert found == (scales[name, 8][0], pytest.approx(scales[name, 8][1]))
 
@@ -158,7 +161,7 @@ def test_openvino_divides_in_its_norms_and_answers_as_before(bench: Bench, tmp_p
     for changed in (False, True):
         model = core.read_model(written)
         if changed:
-            assert divide_in_norms(model) == 6  # two a layer, two of the head
+            assert divide_in_norms(model) == 6  # two per layer, and two of the head
         divisions.append(
             sum(
                 get_op.get_type_name() == "Multiply" and get_op.get_friendly_name().endswith("_smoothing")
@@ -170,7 +173,7 @@ def test_openvino_divides_in_its_norms_and_answers_as_before(bench: Bench, tmp_p
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
         answers.append(compiled({name: feed for name, feed in feeds.items() if name in names})[0])
     assert divisions[0] - divisions[1] == 6
-    # A code may fall on the other side of a rounding.
+    # A code may round differently.
     assert np.abs(answers[0] - answers[1]).max() < 0.02 * np.abs(answers[0]).max()
 
 
@@ -220,7 +223,7 @@ def test_layers_that_cost_most_stay_in_float_until_the_budget_holds(bench: Bench
     _, free = bench.quantize(tmp_path / "free", min_cosine=None)
     _, most = bench.quantize(tmp_path / "most", min_cosine=0.9999999)
     reached = free.summary["cosine_held_apart"]
-    # Tables stay in int8 whatever layers do, so that not every budget can be held.
+    # Embedding tables are always in int8, so not every budget can be reached.
     budget = (reached + most.summary["cosine_held_apart"]) / 2
     model, record = bench.quantize(tmp_path / "held", min_cosine=budget)
     left = record.summary["left_in_float"]
@@ -229,7 +232,7 @@ def test_layers_that_cost_most_stay_in_float_until_the_budget_holds(bench: Bench
     assert record.summary["matrices"] == free.summary["matrices"] - len(left)
     inputs = {node.name: node.input for node in model.graph.node if node.op_type == "MatMul"}
     assert all(not inputs[name][0].endswith("_seen") for name in left)
-    # Their weights are in int8 all the same, and the report says what that did to them.
+    # Their weights are in int8 nevertheless, and the report gives the error of that.
     floats = {
         initializer.name for initializer in model.graph.initializer if initializer.data_type == onnx.TensorProto.FLOAT
     }
@@ -250,7 +253,7 @@ def test_where_no_number_of_layers_holds_the_budget_half_stay_in_float_and_the_r
 
 
 class Additive:
-    """Graphs whose loss is the sum of their layers' losses, as it nearly is of real ones. Counts how often it is asked."""
+    """A score of graphs whose loss is the sum of their layers' losses, as is nearly true of real graphs. Counts its calls."""
 
     def __init__(self, losses: dict[str, float]) -> None:
         self.losses, self.asked = losses, 0
@@ -265,7 +268,7 @@ def test_the_search_finds_the_fewest_layers_by_a_logarithm_of_graphs(bench: Benc
     kinds = {"query": 1e-6, "up": 1e-4, "down": 3e-4}
     losses = {f"layer.{at}.{kind}": loss * (1 + at / blocks) for at in range(blocks) for kind, loss in kinds.items()}
     score = Additive(losses)
-    # Within a kind, a layer's own cost says how much it loses; between kinds it says nothing.
+    # Among layers of one kind, costs are proportional to losses. Between kinds, they can't be compared.
     costs = {name: loss * {"query": 1e3, "up": 1, "down": 1e-2}[name.split(".")[-1]] for name, loss in losses.items()}
     least = 1 - sum(losses.values()) / 2
     left, cosine = _left_in_float(costs, score, least, 8, bench.context)
@@ -277,7 +280,7 @@ def test_the_search_finds_the_fewest_layers_by_a_logarithm_of_graphs(bench: Benc
 
 @pytest.mark.parametrize("bits", [7, 8])
 def test_weights_make_up_for_each_others_rounding(bits: int):
-    """Inputs whose channels go together, with a strong channel among them, as behind the norms of real encoders."""
+    """The inputs have correlated channels, one of them with large values, like the outputs of norms in real encoders."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(2048, 12, generator=generator) @ torch.randn(12, 64, generator=generator)
     x = common + 0.2 * torch.randn(2048, 64, generator=generator)
@@ -295,7 +298,7 @@ def test_weights_make_up_for_each_others_rounding(bits: int):
 
 
 def test_what_is_rounded_without_vnni_does_not_overflow_without_it(bench: Bench, tmp_path: Path):
-    """OpenVINO obeys ONEDNN_MAX_CPU_ISA, and its sums of 16 bits then overflow where weights are too large for them."""
+    """OpenVINO follows ONEDNN_MAX_CPU_ISA. Without VNNI it sums in 16 bits, which overflow if weights are too large."""
     bench.quantize(tmp_path, weight_bits=7, min_cosine=None)
     (written,) = tmp_path.glob("static/*/model.onnx")
     program = (

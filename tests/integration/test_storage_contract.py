@@ -1,4 +1,4 @@
-"""One suite for every object store: what local folders and real S3 servers must both keep."""
+"""The contract of every object store, tested with local folders and with a real S3 server."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from nightpress.core.settings import Settings
 from tests.servers import S3
 
 MIB = 1024**2
-PART = 5 * MIB  # the smallest that S3 takes but for the last
+PART = 5 * MIB  # S3's smallest part; only the last part may be smaller
 
 
 def sha256(data: bytes) -> str:
@@ -47,7 +47,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
 
 @pytest.fixture
 def big(tmp_path: Path) -> Path:
-    """A file of several parts whose last one is odd."""
+    """A file of several parts. The last part has another size."""
     path = tmp_path / "big.bin"
     path.write_bytes(os.urandom(37 * MIB + 11))
     return path
@@ -183,9 +183,8 @@ def test_a_client_uploads_in_parts_and_resumes(store: ObjectStore) -> None:
     upload_parts(store, "models/m/w", upload, data, {2})
     store.complete_upload("models/m/w", upload, size=len(data), sha256=sha256(data), part_sha256=hashes(data))
     assert b"".join(store.read("models/m/w")) == data
-    store.complete_upload(
-        "models/m/w", upload, size=len(data), sha256=sha256(data), part_sha256=hashes(data)
-    )  # the first answer was lost
+    # Again, as if the first answer had been lost.
+    store.complete_upload("models/m/w", upload, size=len(data), sha256=sha256(data), part_sha256=hashes(data))
     assert store.received_parts("models/m/w", upload) == {}
 
 
@@ -216,7 +215,7 @@ def test_sweeping_spares_finished_objects_and_fresh_uploads(store: ObjectStore) 
     done = store.begin_upload("models/m/done", sha256=sha256(b"abc"), signed_parts=True)
     upload_parts(store, "models/m/done", done, b"abc")
     store.complete_upload("models/m/done", done, size=3, sha256=sha256(b"abc"), part_sha256=hashes(b"abc"))
-    # A second upload of the same key was begun and left: its end must not be the object's end.
+    # A second upload of the same key was begun and abandoned. Removing it must not remove the object.
     again = store.begin_upload("models/m/done", sha256=sha256(b"abc"), signed_parts=True)
     upload_parts(store, "models/m/done", again, b"abc")
     half = store.begin_upload("models/m/half", sha256=sha256(b"abc"), signed_parts=True)
@@ -233,7 +232,7 @@ def test_a_store_says_whether_it_works(store: ObjectStore) -> None:
     assert keys(store) == set()
 
 
-# What only one of them has -------------------------------------------------------------------------------------------
+# Features of one kind of store only ----------------------------------------------------------------------------------
 
 
 def test_a_presigned_download_names_the_file(s3_server: S3) -> None:
@@ -327,7 +326,7 @@ def test_a_part_has_exactly_its_bytes(tmp_path: Path, sent: bytes, code: ErrorCo
 
 @pytest.fixture
 def small_files_only() -> Iterator[None]:
-    """The kernel refuses to let any file grow past 1 MiB, as a full disk would."""
+    """Limit every file to 1 MiB, so that writes fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, before[1]))
     yield

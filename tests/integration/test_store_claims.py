@@ -1,4 +1,4 @@
-"""Who gets which job: order, fairness, fit, and many workers at once."""
+"""Which worker claims which job: order, fairness, fit, and many workers at once."""
 
 import datetime as dt
 import threading
@@ -13,7 +13,7 @@ from nightpress.core.service.jobs.records import Lease
 from nightpress.core.service.jobs.store import JobStore
 from tests.jobs import GB, claim, offer, submit, succeeded
 
-pytestmark = pytest.mark.usefixtures("store")  # tests that make a store of their own need its model too
+pytestmark = pytest.mark.usefixtures("store")  # tests that make their own store need its model too
 
 
 def order(store: JobStore, count: int) -> list[str]:
@@ -62,7 +62,7 @@ def test_a_claim_for_the_oldest_keeps_to_quotas(engine: Engine):
 def test_a_low_priority_is_served_however_much_of_a_higher_one_keeps_coming(engine: Engine):
     store = JobStore(engine, oldest_share=1 / 8)
     waiting = submit(store, priority=-100)
-    for _ in range(200):  # the chance that none of so many takes the oldest is 2.5e-12
+    for _ in range(200):  # the probability that none of 200 claims takes the oldest job is 2.5e-12
         submit(store, priority=100)
         lease = claim(store).lease
         store.attempts.finish(lease, succeeded(lease))
@@ -177,7 +177,7 @@ def test_a_gpu_takes_no_job_that_needs_more_memory_than_it_has(store: JobStore):
 
 
 def test_a_claim_asks_once_whether_claims_must_go_one_after_another(store: JobStore, monkeypatch: pytest.MonkeyPatch):
-    """Two answers may differ, and a lock that is taken outside a transaction locks nothing."""
+    """Two calls may return different answers, and a lock that is taken outside a transaction has no effect."""
     submit(store)
     asked = store.claims._is_capped
     answers: list[bool] = []

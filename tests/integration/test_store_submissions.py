@@ -1,4 +1,4 @@
-"""Submitting: quota, idempotency, and what the row then says."""
+"""Submitting jobs: quota, idempotency, and the resulting row."""
 
 import datetime as dt
 import threading
@@ -15,7 +15,7 @@ from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.jobs import job_events, jobs
 from tests.jobs import claim, new_job, submit
 
-pytestmark = pytest.mark.usefixtures("store")  # tests that make a store of their own need its model too
+pytestmark = pytest.mark.usefixtures("store")  # tests that make their own store need its model too
 
 
 def count(engine: Engine) -> tuple[int, int]:
@@ -83,7 +83,7 @@ def test_a_burst_of_submissions_stays_within_the_quota(store: JobStore, engine: 
 
 @pytest.mark.parametrize("max_queued", [3, 2100])
 def test_counts_at_the_same_moment_never_pass_the_quota(engine: Engine, max_queued: int):
-    """Eight processes, each with a gauge of its own, submit as fast as they can for one tenant, one by one and in batches."""
+    """Eight stores, each with its own gauge, submit for one tenant as fast as they can, single jobs and batches."""
     stores = [JobStore(engine) for _ in range(8)]
     stores[0].submission.submit_all([new_job() for _ in range(max_queued - 3)] or [new_job()], max_queued=max_queued)
     start = threading.Barrier(8)
@@ -105,14 +105,14 @@ def test_counts_at_the_same_moment_never_pass_the_quota(engine: Engine, max_queu
 
 
 def test_far_from_the_quota_a_process_is_allowed_few_submissions_uncounted(engine: Engine):
-    """What a process was allowed a moment ago is all by which a sudden crowd can pass the quota."""
+    """Only submissions under an allowance that a process got shortly before can exceed the quota."""
     allowed, other = JobStore(engine), JobStore(engine)
     for _ in range(10):
         allowed.submission.submit(new_job(), max_queued=2100)
     other.submission.submit_all([new_job() for _ in range(2090)], max_queued=2100)
     with pytest.raises(NightpressError):
         other.submission.submit(new_job(), max_queued=2100)
-    for _ in range(64):  # what a process may have been allowed at most
+    for _ in range(64):  # the largest allowance of a process
         with suppress(NightpressError):
             allowed.submission.submit(new_job(), max_queued=2100)
     with pytest.raises(NightpressError):

@@ -1,4 +1,4 @@
-"""Every trigger in every state, on both databases: what the table allows happens, and nothing else changes anything."""
+"""Every trigger in every state, on both kinds of database: transitions in the table happen, and all others change nothing."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ FINAL = NightpressError(ErrorCode.NUMERICAL_FAILURE, "not finite")
 
 
 def job_in(store: JobStore, state: JobState) -> tuple[str, Lease]:
-    """A job that came into a state by the store's own doing, and the lease it has or once had."""
+    """Bring a job into a state with the store's own functions. Returns its id and its current or last lease."""
     job_id = submit(store, queue_limit_s=1000.0, fingerprint="same")
     if state == "queued":
         return job_id, Lease(job_id, "lease_none", 1, "worker-1")
@@ -69,7 +69,7 @@ def _reuse(store: JobStore, _engine: Engine, job_id: str, _lease: Lease) -> obje
     return store.requests.reuse(load(store, job_id))
 
 
-#: (trigger, how to pull it)
+#: (trigger, variant, function that pulls it)
 PULLS: list[tuple[Trigger, str, Callable[[JobStore, Engine, str, Lease], object]]] = [
     (Trigger.CLAIM, "", lambda store, _engine, _job, _lease: store.claims.claim(offer("worker-2"), ttl_s=60)),
     (Trigger.RENEW, "", lambda store, _engine, _job, lease: store.attempts.renew(lease, ttl_s=60).held),
@@ -90,7 +90,7 @@ PULLS: list[tuple[Trigger, str, Callable[[JobStore, Engine, str, Lease], object]
 
 
 def everything(engine: Engine, job_id: str) -> tuple[object, ...]:
-    """The job, its events and its attempts as they lie in the database."""
+    """The job's row without times, the number of its events, and its attempts, from the database."""
     with transaction(engine, read_only=True) as connection:
         job = connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
         events = connection.execute(select(job_events).where(job_events.c.job_id == job_id)).all()
@@ -138,7 +138,7 @@ def test_all_pairs_of_states_and_triggers(
 
 
 def _clear(store: JobStore, job_id: str) -> None:
-    """Bring a job to its end, so that the next claim doesn't find it."""
+    """End a job, so that the next claim doesn't find it."""
     job = load(store, job_id)
     if is_terminal(job.state):
         return
@@ -266,7 +266,7 @@ def test_a_lost_worker_counts_as_a_failure_and_is_named(store: JobStore, engine:
 
 
 def once_they_were_found(engine: Engine, happens: Callable[[], object]) -> None:
-    """Let something happen between the control process's look for what is due and its first transition."""
+    """Call `happens` after the control process has found the due jobs and before its first transition."""
 
     @event.listens_for(engine, "checkin", once=True)
     def after_the_look(_connection: object, _record: object) -> None:
@@ -320,14 +320,14 @@ def test_progress_keeps_a_run_alive(store: JobStore, engine: Engine):
 
 
 def test_a_renewal_touches_no_index(store: JobStore, engine: Engine):
-    """A running job is renewed every two seconds for hours: PostgreSQL must find room beside the row, and leave ten indexes alone."""
+    """A running job is renewed every two seconds for hours. PostgreSQL must update it in the same page, without its ten indexes (HOT)."""
     if engine.dialect.name == "sqlite":
         pytest.skip("SQLite writes in place")
     submit(store)
     lease = claim(store).lease
     for step in range(20):
         assert store.attempts.renew(lease, ttl_s=60, progress=Progress(phase="pressing", fraction=step / 20)).held
-    engine.dispose()  # a connection that ends says what it did
+    engine.dispose()  # a connection reports its statistics when it ends
     ask = text("SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'jobs'")
 
     def counted() -> tuple[int, int] | None:
@@ -414,7 +414,7 @@ def test_another_tenants_job_can_neither_be_seen_nor_cancelled(store: JobStore):
 
 
 def test_only_a_result_of_the_same_engine_is_reused(store: JobStore, monkeypatch: pytest.MonkeyPatch):
-    """In a rolling upgrade an older worker may have made it."""
+    """In a rolling upgrade an older worker may have made the result."""
     with monkeypatch.context() as older:
         older.setattr(nightpress.core.service.jobs.attempts, "ENGINE", "older/1")
         old = submit(store, fingerprint="same")

@@ -1,4 +1,4 @@
-"""Distilling, recovering and leaving early, on small models of each kind; quality figures stand in bench/train.py."""
+"""Distillation, recovery and early exit on small models of each kind. bench/train.py measures the quality."""
 
 import json
 import shutil
@@ -207,7 +207,7 @@ def test_recovering_from_nothing_is_warned_of(model: Path):
 
 
 def test_each_training_of_a_recipe_is_its_own_though_two_read_alike(model: Path, data: Path, tmp_path: Path):
-    """Two passes with the same options, data and shapes: what the first left is neither a checkpoint nor a teacher of the second."""
+    """Of two passes with the same options, data and shapes, the second uses neither the first's checkpoints nor its cached answers."""
     recover = {"pass": "recover", "logits": {"cache": True}, "train": _TRAIN}
     distill = {"pass": "distill", "logits": {"cache": True}, "train": _TRAIN}
     prune = {"pass": "magnitude", "sparsity": 0.5}
@@ -243,7 +243,7 @@ def test_the_graph_with_exits_answers_as_the_module_and_skips_blocks(
     traced = trace_exits(out, header, check, PassContext(header=header, work_dir=tmp_path / "work"))
     graph = onnx.load(traced.path)
     onnx.checker.check_model(graph, full_check=True)
-    # Only the blocks before the first exit stand outside a branch.
+    # Only the blocks before the first exit are outside a branch.
     outside = [node for node in graph.graph.node if node.op_type == "Softmax"]
     assert len(outside) == 1
     assert sum(node.op_type == "If" for node in graph.graph.node) == 1

@@ -1,4 +1,4 @@
-"""One job is one trace, through the API, the ring, the worker and its child, as a real OTLP receiver gets it."""
+"""A job is one trace through the API, the ring, the worker and its child, as received by a real OTLP receiver."""
 
 import gzip
 import http.server
@@ -34,7 +34,7 @@ CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 class Collector:
-    """An OTLP/HTTP receiver. `spans`: by the service that sent them."""
+    """An OTLP/HTTP receiver. `spans`: (service that sent it, span)."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, Span]] = []
@@ -54,7 +54,7 @@ class Collector:
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -105,7 +105,7 @@ def test_a_jobs_trace_spans_all_processes_that_work_on_it(
     assert answer.status_code == 201, answer.text
     job_id = answer.json()["id"]
     service.await_state(job_id, "succeeded", within=180)
-    for process in service.processes:  # who ends sends what it has
+    for process in service.processes:  # a process sends its last spans when it ends
         process.terminate()
         process.wait(30 * slowness())
 
@@ -145,7 +145,7 @@ def _answers(base: str) -> bool:
 
 
 def test_nothing_of_opentelemetry_is_loaded_where_no_endpoint_is_set() -> None:
-    """Of its API, which redis looks for itself, no more than that."""
+    """The SDK and the exporters must not be loaded. The API package may be: redis imports it if it is installed."""
     script = (
         "import sys; from nightpress.core.tracing import configure_tracing, span, traceparent; import nightpress.api.app, nightpress.worker.app\n"
         "configure_tracing('', 'api')\n"

@@ -1,4 +1,4 @@
-"""The training loop: what it promises of order, schedule and best step, and that a killed run ends with the same bytes."""
+"""The training loop: the order of the data, the learning rate's schedule, the best step, and a killed run that ends with the same bytes."""
 
 import os
 import shutil

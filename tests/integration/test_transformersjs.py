@@ -1,4 +1,4 @@
-"""Graphs in the hands of transformers.js, in a fresh process of Node."""
+"""Graphs run by transformers.js, in a new process of Node."""
 
 import shutil
 import sys
@@ -33,7 +33,7 @@ def test_a_page_finds_an_int8_encoder_where_it_looks_for_it(tmp_path: Path):
     assert subject.verification.value > 0.99
     assert 'require("@huggingface/transformers")' in subject.verification.load_snippet
     assert subject.timings[0].p50_ms > 0
-    assert subject.peak_memory_bytes > 40_000_000  # Node's, not that of the process which asks it
+    assert subject.peak_memory_bytes > 40_000_000  # the memory of Node, not of the process that started it
 
 
 def test_a_decoder_goes_on_from_its_cache_there(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Round-to-nearest weights: what comes out loads in transformers, answers like the source, and is as large as the plan said."""
+"""Weights rounded to nearest: the result loads in transformers, gives nearly the source's outputs, and has the planned size."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def press(source: Path, target: Path, threads: int = 2, **options: object) -> Pa
 
 
 def logits(folder: Path, head: type) -> torch.Tensor:
-    """In float32, so that only the weights differ."""
+    """The model's logits, in float32, so that only the weights differ."""
     model = head.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         answer: torch.Tensor = model(torch.arange(5, 37)[None]).logits
@@ -80,7 +80,7 @@ def test_bert_answers_nearly_as_before(bert_tiny: Path, tmp_path: Path, case: di
 
 
 def test_bert_loads_under_another_head(bert_tiny: Path, tmp_path: Path):
-    """AutoModel drops the prefix `bert.` that the names in the files have."""
+    """AutoModel removes the prefix `bert.` of the names in the files."""
     from transformers import AutoModel
 
     press(bert_tiny, tmp_path / "out", bits=8)
@@ -114,7 +114,7 @@ def test_every_weight_is_within_half_a_step_and_the_rest_untouched(
 
 
 def dequantized(folder: Path) -> dict[str, torch.Tensor]:
-    """By the library's own decompressor, in float32, as config.json describes the folder."""
+    """The weights, dequantized to float32 by the library's decompressor as config.json describes them."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -197,12 +197,12 @@ def test_a_second_attempt_goes_on_after_the_finished_shards(tmp_path: Path, monk
 
     monkeypatch.setattr(ShardWriter, "commit", count)
     resumed = press(source, tmp_path / "out", bits=8)
-    assert len(committed) == len(set(committed)) == 3  # none twice
+    assert len(committed) == len(set(committed)) == 3  # no shard was committed twice
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "out").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
-    assert len(resumed.layers) == 14  # of the finished shard too
+    assert len(resumed.layers) == 14  # with the layers of the shard that was finished before
 
-    press(source, tmp_path / "out", bits=8, symmetric=False)  # another recipe takes nothing over
+    press(source, tmp_path / "out", bits=8, symmetric=False)  # another recipe reuses no shard
     assert len(committed) == 6
 
 
@@ -245,7 +245,7 @@ def test_a_tied_head_without_weights_of_its_own_still_loads(tmp_path: Path):
 
 
 def test_an_ignored_layer_stays_float_and_loads(tmp_path: Path):
-    """Layer numbers are generalised in the targets: an exception must be ignored by name."""
+    """The targets are patterns for all layer numbers, so a single layer must be ignored by name."""
     source = tiny_llama(tmp_path / "source")
     record = press(source, tmp_path / "out", bits=8, ignore=["re:model\\.layers\\.0\\.mlp\\..*", "lm_head"])
     assert len(record.layers) == 11

@@ -1,4 +1,4 @@
-"""The worker's cache: right bytes or none, bounded, and shared between workers that may be killed at any moment."""
+"""The worker's cache: it holds only right bytes, is bounded, and is shared by workers that may be killed at any time."""
 
 import hashlib
 import os
@@ -84,7 +84,7 @@ def test_a_fetch_that_fails_leaves_nothing_that_counts(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cut"):
         cache.take(sha256(b"whole"), 5, tmp_path / "a", breaks, on_bytes=lambda _: None)
     assert not (tmp_path / "a").exists()
-    BlobCache(tmp_path / "cache", 1000)  # the next worker clears what is left
+    BlobCache(tmp_path / "cache", 1000)  # the next worker removes partial files
     assert not list((tmp_path / "cache" / "blobs").iterdir())
 
 
@@ -107,7 +107,7 @@ def test_two_that_want_the_same_blob_fetch_it_once(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_is_killed_while_it_fetches_holds_up_no_other(tmp_path: Path) -> None:
-    """A real process, killed in the middle of a blob: its lock is gone with it, and half a blob is none."""
+    """A real process is killed while it fetches a blob: its lock ends with it, and the partial blob does not count."""
     script = (
         "import sys, time; from pathlib import Path; from nightpress.worker.cache import BlobCache\n"
         "def fetch(path):\n path.write_bytes(b'who'); print('fetching', flush=True); time.sleep(600)\n"
@@ -130,7 +130,7 @@ def test_a_worker_that_is_killed_while_it_fetches_holds_up_no_other(tmp_path: Pa
 
 
 def test_ten_jobs_on_one_model_download_it_once(tmp_path: Path, sqlite_url: str) -> None:
-    """Two workers of a host, each with a cache object of its own on the host's folder."""
+    """Two workers on one host, each with its own cache object on the same folder."""
     service = Service(tmp_path, sqlite_url)
     fetched: list[str] = []
     get_file = service.objects.get_file

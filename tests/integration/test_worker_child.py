@@ -1,4 +1,4 @@
-"""The line between a supervisor and its child."""
+"""The pipes between a supervisor and its child."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def frames_of(child: ChildProcess) -> list[object]:
 
 
 def test_a_beat_before_the_job_begins_does_not_confuse_the_child(tmp_path: Path) -> None:
-    """Staging from a slow store outlasts a renewal of the lease: the spare child must not take the beat for its first line."""
+    """Staging from a slow store may take longer than a lease's renewal. The spare child must not mistake the beat for its first line."""
     child = ChildProcess(tmp_path, threads=1, network=True)
     try:
         child.beat()
@@ -33,7 +33,7 @@ def test_a_beat_before_the_job_begins_does_not_confuse_the_child(tmp_path: Path)
 
 
 def test_a_child_that_nobody_hears_ends_with_all_it_started(tmp_path: Path) -> None:
-    """A killed supervisor's pipes close together. Which of them its child comes upon first must not matter."""
+    """When a supervisor is killed, all its pipes close at once. It must not matter which of them the child notices first."""
     child = ChildProcess(tmp_path, threads=1, network=True, command=behaving("endless"))
     try:
         spec = {"job_id": "job_1", "attempt": 1, "model_name": "m", "model_digest": "d", "recipe": RECIPE}

@@ -43,7 +43,7 @@ def test_a_real_model_goes_through_the_confined_child(tmp_path: Path, sqlite_url
 
 
 def _registered_in_place(service: Service, folder: Path) -> None:
-    """As a person registers it, so that what is recorded is what the worker has to find again."""
+    """Register a folder as a person does, so that the worker gets the recorded path."""
     view = ModelRegistry(service.engine, service.objects, service.settings).create(
         TENANT, ModelCreate(name="cached", path=str(folder))
     )
@@ -94,7 +94,8 @@ def test_a_link_that_was_exchanged_since_is_refused_at_the_first_try(
         link.unlink()
         link.symlink_to(Path("..", "..", "blobs", "other"))
     elif exchanged_for == "a file outside":
-        (tmp_path / "outside").write_bytes(weights)  # even the same bytes: what lies there is nobody's to name
+        # Refused even with the same bytes: the file is outside the allowed folders.
+        (tmp_path / "outside").write_bytes(weights)
         link.unlink()
         link.symlink_to(tmp_path / "outside")
     else:

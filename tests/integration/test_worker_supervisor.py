@@ -1,4 +1,4 @@
-"""One claimed job through a real child process: its result committed, or its failure told. What a child can do wrong is bounded."""
+"""A claimed job in a real child process: the supervisor commits its result or reports its failure, whatever the child does wrong."""
 
 import os
 import threading
@@ -28,7 +28,7 @@ def serve(service: Service, behaviour: str, **more: int) -> None:
 
 
 def fail_with(service: Service, behaviour: str, **limits: float) -> dict[str, object]:
-    """Run one job to its failure with one failure allowed; the error in its row."""
+    """Run a job, with one failure allowed, until it fails. Returns the error in its row."""
     job_id = service.submit(max_failures=1, **limits)
     serve(service, behaviour)
     job = service.job(job_id)
@@ -163,7 +163,7 @@ def test_signs_of_life_are_no_progress(service: Service) -> None:
 
 
 def test_a_run_past_its_limit_is_stopped_and_not_repeated(service: Service) -> None:
-    job_id = service.submit(max_failures=5, run_limit_s=4 * slowness())  # the child must have begun by then
+    job_id = service.submit(max_failures=5, run_limit_s=4 * slowness())  # enough time for the child to start
     serve(service, "endless")
     job = service.job(job_id)
     assert (job.state, job.attempt) == ("failed", 1)

@@ -1,4 +1,4 @@
-"""What holds for every weight on every grid, and for every choice of the smallest."""
+"""Properties of rounding that hold for every weight on every grid, and of selecting the smallest weights."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def weights(draw: st.DrawFn, columns_of: int = 1) -> torch.Tensor:
     seed, exponent = draw(st.integers(0, 2**31)), draw(st.integers(-12, 3))
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, groups * columns_of, generator=generator) * 2.0**exponent
-    if draw(st.booleans()):  # many equal magnitudes
+    if draw(st.booleans()):  # so that many magnitudes are equal
         values = (values * 4 / 2.0**exponent).round() * 2.0**exponent / 4
     if draw(st.booleans()):
         values[draw(st.integers(0, rows - 1))] = 0
@@ -39,7 +39,8 @@ def test_every_weight_lies_within_half_a_step(source: torch.Tensor, bits: int, g
     rounded = round_to_grid(source, Grid(bits, group_size, symmetric))
     back = dequantize(rounded.codes, rounded.scale, rounded.zero_point).double()
     steps = rounded.scale.double().repeat_interleave(source.shape[1] // rounded.scale.shape[1], dim=1)
-    assert float(((back - source.double()).abs() / steps).max()) <= 0.5 + 5e-5  # of a step: the reciprocal's rounding
+    # Half a step, plus the rounding of the step's reciprocal.
+    assert float(((back - source.double()).abs() / steps).max()) <= 0.5 + 5e-5
     error = float((back - source.double()).square().sum())
     assert rounded.squared_error == pytest.approx(error, rel=1e-3, abs=1e-9 * float(steps.square().sum()))
     assert rounded.squared_norm == pytest.approx(float(source.double().square().sum()), rel=1e-4)
@@ -85,5 +86,5 @@ def test_a_pattern_keeps_the_largest_of_each_group(pattern: tuple[int, int], dat
     smallest_kept = groups.masked_fill(flags, 2**31 - 1).amin(1)
     largest_gone = groups.masked_fill(~flags, -1).amax(1)
     assert (largest_gone <= smallest_kept).all()
-    order = groups.sort(dim=1, stable=True).indices[:, : group - kept]  # of equals, the first goes
+    order = groups.sort(dim=1, stable=True).indices[:, : group - kept]  # among equal magnitudes, the first is removed
     assert torch.equal(flags, torch.zeros_like(flags).scatter_(1, order, True))

@@ -1,4 +1,4 @@
-"""A manifest is what a child says it made: it comes back as it was written, and names nothing outside its folder."""
+"""A manifest lists the files that a child made. Reading it returns what was written, and it names no path outside its folder."""
 
 import hashlib
 import tempfile
@@ -46,7 +46,7 @@ def test_a_manifest_comes_back_as_it_was_written(manifest: Manifest):
     st.lists(st.sampled_from(["..", ".", "", "a", "b.bin", "\\", "\n", "\x00"]), min_size=1, max_size=5).map("/".join)
 )
 def test_no_path_leads_out_of_the_folder(path: str):
-    """Of an artifact as of a file: both decide what the supervisor reads and what it calls it in storage."""
+    """True of an artifact's path and of a file's: both decide what the supervisor reads, and under which key it stores it."""
     made = []
     for take in (
         lambda: FileEntry(path=path, size=0, sha256="0" * 64),

@@ -1,4 +1,4 @@
-"""What holds for the solver on any weight and any inputs."""
+"""Properties of the OBS solver that hold for any weight and any inputs."""
 
 import torch
 from hypothesis import given, settings
@@ -27,7 +27,7 @@ sizes = {
 }
 
 
-# Settling greedily is no theorem for a single row (its last columns may be clipped), so many rows are summed, and the draws are fixed.
+# The greedy solver need not improve every single row, since its last columns may be clipped. So rows are summed, and the draws are fixed.
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     **{**sizes, "rows": st.integers(8, 24)},

@@ -1,4 +1,7 @@
-"""What holds on any weight and any inputs: no row ends worse than rounded to nearest, refitted scales never cost more, budgets are met best."""
+"""Properties that hold for any weight and any inputs.
+
+No row ends worse than rounding to nearest, refitted scales never cost more, and budgets are spent in the best way.
+"""
 
 import itertools
 
@@ -26,7 +29,7 @@ def _draw(seed: int, rows: int, columns: int, tokens: int) -> tuple[Tensor, Tens
 
 
 def _loss(weight: Tensor, after: Tensor, gram: Tensor, damping: float) -> Tensor:
-    """(w − q)(H + λI)(w − q)ᵀ of each row, in float64."""
+    """(w − q)(H + λI)(w − q)ᵀ of each row [out], in float64."""
     lost = (weight - after).double()
     return ((lost @ gram.double()) * lost).sum(1) + damping * lost.square().sum(1)
 
@@ -66,7 +69,7 @@ def test_no_row_costs_the_outputs_more_than_rounded_to_nearest(
     importance = factor.power if ranges == "least-error" else None
     nearest = round_weight(weight, scheme, torch.bfloat16, ranges=ranges, importance=importance)
     ours, theirs = (_loss(weight, dequantized(codes, scheme), gram, factor.damping) for codes in (coded, nearest))
-    assert bool((ours <= theirs * (1 + 1e-3) + 1e-6).all())  # the Gram matrix was factored in float32
+    assert bool((ours <= theirs * (1 + 1e-3) + 1e-6).all())  # the solver factors the Gram matrix in float32
     top = 2 ** (bits - 1)
     assert -top <= int(coded.codes.min()) <= int(coded.codes.max()) < top
 
@@ -144,7 +147,7 @@ def test_floats_come_back_as_they_were_written_and_near(seed: int, rows: int, sc
 
 
 def test_the_largest_weight_of_nvfp4_never_takes_its_groups_scale_past_the_largest_float():
-    """Rounding in float32 took one weight in some 50 past it, to NaN."""
+    """Rounding in float32 once exceeded it, and gave NaN, for about one weight in 50."""
     scheme = Scheme(4, "float", "group", 16)
     for seed in range(500):
         weight = torch.randn(1, 16, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Whatever our strict reader accepts, the library that loads it later reads the same way."""
+"""If our strict reader accepts a file, the library that loads it later reads the same."""
 
 import json
 import struct
@@ -14,7 +14,7 @@ from nightpress.core.recipes.safetensors import read_safetensors_header
 WIDTHS = {"F32": 4, "BF16": 2, "I8": 1, "I64": 8}
 
 
-#: a header of 0x80 bytes: the file begins as a pickle does, and is none
+#: a header of 0x80 bytes: the file begins with a pickle's first byte, but is no pickle
 _HEADER = b'{"a":{"dtype":"I8","shape":[],"data_offsets":[0,1]}}'.ljust(0x80)
 PICKLE_LIKE = struct.pack("<Q", 0x80) + _HEADER + b"\0"
 

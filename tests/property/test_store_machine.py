@@ -1,4 +1,4 @@
-"""The store against a model of it that fits on a page: any sequence of submissions, claims, crashes and cancellations."""
+"""The job store, compared with a simple model of it under any sequence of submissions, claims, crashes and cancellations."""
 
 from dataclasses import dataclass, field
 
@@ -31,7 +31,7 @@ FINAL = NightpressError(ErrorCode.NUMERICAL_FAILURE, "not finite")
 
 @dataclass
 class ModelJob:
-    """What one job should be."""
+    """The expected state of one job."""
 
     tenant: str
     priority: int
@@ -48,7 +48,7 @@ class ModelJob:
 
 @dataclass
 class Model:
-    """What the whole store should be: DESIGN §5 in plain Python."""
+    """The expected state of the whole store: DESIGN §5 in plain Python."""
 
     jobs: dict[str, ModelJob] = field(default_factory=dict)
     keys: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Model:
         return job.state
 
     def gives(self, job_id: str) -> bool:
-        """Whether an identical job of the tenant has a result of its own."""
+        """Whether an identical job of the tenant has succeeded with its own result, not a reused one."""
         mine = self.jobs[job_id]
         wanted = (mine.tenant, mine.fingerprint, "succeeded", False)
         return mine.fingerprint is not None and any(
@@ -93,7 +93,7 @@ class Model:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Leases live on in a bundle after they were lost: every rule is tried by zombies too."""
+    """Runs random rules on the store and on the model. Lost leases stay in the bundle, so zombies try every rule too."""
 
     store: JobStore  #: set by the test
     leases = Bundle("leases")
@@ -105,7 +105,7 @@ class StoreMachine(RuleBasedStateMachine):
             for table in reversed(metadata.sorted_tables):
                 connection.execute(delete(table))
         add_model(self.store.engine)
-        # Each example is a world of its own: what an earlier one counted is forgotten with it.
+        # A new store for each example, because a store keeps its tenants' quota allowances.
         self.store = JobStore(self.store.engine)
         self.for_the_oldest = JobStore(self.store.engine, oldest_share=1.0)
         self.model = Model()
@@ -143,7 +143,7 @@ class StoreMachine(RuleBasedStateMachine):
                 new, idempotency=Idempotency(key, body) if key else None, max_queued=MAX_QUEUED
             )
         except NightpressError as error:
-            assert error.code is expected  # noqa: PT017 - which error is right depends on the model
+            assert error.code is expected  # noqa: PT017 - the model decides which error is expected
             return ""
         assert expected is None
         assert created is (known is None)
@@ -233,7 +233,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(lease=consumes(leases))
     def lose_worker(self, lease: Lease) -> None:
-        """Its lease runs out, and the control process looks twice."""
+        """The worker's lease runs out, and the control process looks for expired leases twice."""
         if lease.job_id and self._holds(lease):
             age(self.store.engine, lease.job_id, 100, "lease_expires_at")
             assert self.store.expiry.expire_leases(backoff_s=0.0) == [lease.job_id]
@@ -243,7 +243,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(lease=leases, clock=st.sampled_from(["progressed_at", "started_at"]))
     def overrun(self, lease: Lease, clock: str) -> None:
-        """Its run stalls, or passes its limit, and its worker lets it."""
+        """A run stalls or passes its limit, and its worker doesn't stop it."""
         if lease.job_id and self._holds(lease):
             age(self.store.engine, lease.job_id, 10**6, clock)
             assert self.store.expiry.expire_leases(backoff_s=0.0) == [lease.job_id]
@@ -253,7 +253,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(job_id=job_ids)
     def wait_too_long(self, job_id: str) -> None:
-        """Its queue deadline passes, which counts only until it was started once."""
+        """A job's queue deadline passes. The deadline applies only until the first start."""
         if job_id:
             job = self.model.jobs[job_id]
             due = job.state == "queued" and job.attempt == 0
@@ -310,7 +310,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 @pytest.fixture
 def store(engine: Engine) -> JobStore:
-    """On an empty database: the machine adds the models itself."""
+    """A store on an empty database: the state machine adds the model."""
     return JobStore(engine)
 
 

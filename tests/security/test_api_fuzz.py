@@ -1,7 +1,7 @@
-"""The whole API under schemathesis: strange input gets a documented problem, never a crash, and what it answers is what it documents.
+"""The whole API under schemathesis: unusual input gets a documented problem, never a crash, and answers match the OpenAPI document.
 
-Run twice: with identifiers made up, and with those of things that are there. Only whether the *valid* is taken is not asked: a schema
-can't say that a time zone exists, a host resolves, or a cron expression ever comes true.
+It runs twice: with random identifiers, and with identifiers of existing things. One check is left out: that input which is valid by its
+schema is accepted. A schema can't say that a time zone exists, that a host name resolves, or that a cron expression ever fires.
 """
 
 import json
@@ -17,7 +17,7 @@ from tests.face import RECIPE, Face
 
 _CHECKS = "positive_data_acceptance"
 _SEED = 7
-_KEYS = "^/v1/keys/"  #: one key and what is done to it: tried by a key of their own, which they may revoke
+_KEYS = "^/v1/keys/"  #: routes of a single key. They may revoke the key that tries them, so they run apart
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
 
 @pytest.fixture(scope="module")
 def things(face: Face, bert_tiny: Path) -> dict[str, dict[str, str]]:
-    """Pattern of addresses → parameters with which they name something that is there."""
+    """Pattern of paths → path parameters that name existing things."""
     with face.client() as client:
         model = client.models.upload(bert_tiny)
         job = client.jobs.submit(model.id, RECIPE).id

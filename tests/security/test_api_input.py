@@ -1,4 +1,4 @@
-"""S7, S9, S11: fields nobody may set, bodies nobody may send, names that are no names."""
+"""S7, S9, S11: fields that a client may not set, bodies that it may not send, and invalid names."""
 
 import base64
 import hashlib
@@ -73,7 +73,7 @@ def test_a_body_over_the_cap_is_refused_with_and_without_a_length(client: httpx.
 
 def test_a_part_of_a_file_is_not_bound_by_the_cap_of_a_request_but_by_what_was_announced(client: httpx.Client):
     announced = client.put("/v1/models/tiny/parts/1", params={"path": "model.safetensors"}, content=b"x" * 2 * MIB)
-    assert announced.json()["code"] == "conflict"  # it got as far as the registry: the model is ready
+    assert announced.json()["code"] == "conflict"  # the request reached the registry, where the model is ready already
     unannounced = client.put("/v1/models/tiny/parts/1", params={"path": "model.safetensors"}, content=iter([b"x"]))
     assert (unannounced.status_code, unannounced.json()["code"]) == (422, "invalid_request")
 
@@ -137,7 +137,7 @@ def test_a_model_larger_than_the_quota_is_refused(client: httpx.Client):
 
 @pytest.mark.parametrize("path", ["model.zip", "model.tar", "weights/model.tar.gz", "model.7z", "model.safetensors.gz"])
 def test_no_archive_is_taken(client: httpx.Client, path: str):
-    """So nothing is ever unpacked: no slip, no bomb, no million entries."""
+    """Nothing is ever unpacked, so there are no path traversals, no bombs and no archives with a million entries."""
     files = [{"path": path, "size": 1, "sha256": "0" * 64}, {"path": "config.json", "size": 1, "sha256": "0" * 64}]
     response = client.post("/v1/models", json={"name": "packed", "files": files})
     assert (response.status_code, response.json()["code"]) == (422, "unsupported_format")
@@ -191,7 +191,7 @@ def test_a_downloads_name_is_harmless(path: str, name: str):
 
 
 def test_yaml_that_grows_holds_up_nobody(client: httpx.Client, api: RunningApi):
-    """Merge keys that refer to each other grow ninefold a level: 434 bytes once took 5.8 s, and eight at a time 54."""
+    """Nested merge keys grow ninefold with each level. 434 bytes of them once took 5.8 s, and eight such requests at a time 54 s."""
     levels = (f"a{at}: &a{at} {{<<: [{', '.join([f'*a{at - 1}'] * 9)}]}}" for at in range(1, 8))
     bomb = {"recipe": "\n".join(["a0: &a0 {x: 1}", *levels])}
     waits: list[float] = []

@@ -1,4 +1,4 @@
-"""S6, S8, S15: every route of the OpenAPI document, tried by strangers, by keys of other scopes, and without a key."""
+"""S6, S8, S15: every route of the OpenAPI document, called by other tenants, with keys of other scopes, and without a key."""
 
 import datetime as dt
 import hashlib
@@ -18,16 +18,17 @@ from nightpress.core.service.access.keys import ALL_SCOPES, create_key, revoke
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 
-#: path parameter → what it names. A new route with another parameter must be classified here first.
+# The path parameters by what they name. A new parameter must be classified here first.
+#: things of one tenant
 _TENANTS_OWN = {"job_id", "reference", "key_id", "webhook_id"}
-#: for administrators alone: test_only_an_administrator… tries them
+#: only for administrators: see test_only_an_administrator…
 _ADMINS = {"tenant_id"}
 _COMMON = {"name"}
 _WITHIN = {"delivery_id": "msg_x", "number": "1", "format": "onnx", "path": "model.onnx"}
 _OPEN = {"/healthz", "/readyz", "/metrics"}
 
 
-#: what a POST that makes something is tried with; a new one must be added here
+#: path of a POST that creates something → its body; a new one must be added here
 BODIES: dict[str, Any] = {
     "/v1/jobs": {"model": "x", "recipe": "x"},
     "/v1/jobs:batch": {"jobs": [{"model": "x", "recipe": "x"}]},
@@ -66,7 +67,7 @@ class Operation(NamedTuple):
 
 
 class Owned(NamedTuple):
-    """What the first tenant has: an id and a name for each kind."""
+    """The identifier of one thing of each kind that the first tenant has."""
 
     jobs: str
     models: str
@@ -141,7 +142,7 @@ def on_things(api: RunningApi) -> list[Operation]:
 
 
 def told(response: httpx.Response, identifier: str) -> dict[str, Any]:
-    """A body without what differs from one request to the next."""
+    """An answer's body without the parts that differ between two requests."""
     body = json.loads(response.text.replace(identifier, "<id>"))
     body.pop("request_id")
     return body
@@ -159,7 +160,7 @@ def test_another_tenants_thing_is_as_missing_as_one_that_never_was(
             assert (theirs.status_code, nobodys.status_code) == (404, 404), operation
             assert told(theirs, real) == told(nobodys, never), operation
             assert "secret" not in theirs.text
-    # Nothing of it did anything, and for its owner every reading route works.
+    # None of these requests changed anything: every GET route still works for the owner.
     for operation in on_things(api):
         if operation.method == "GET" and not operation.path.endswith(("/uploads", "/{delivery_id}")):
             assert operation.send(owner, getattr(owned, operation.kind)).status_code == 200, operation
@@ -263,7 +264,7 @@ def test_a_key_is_good_only_whole_in_its_header_and_until_it_is_revoked(api: Run
             assert status(wrong) == 401, wrong
         assert client.get("/v1/jobs", params={"key": key, "authorization": f"Bearer {key}"}).status_code == 401
         assert revoke(api.services.resources.engine, record.id)
-        api.services.resources.keys._known.clear()  # what five seconds would do
+        api.services.resources.keys._known.clear()  # five seconds later the cache would have expired
         assert status(f"Bearer {key}") == 401
 
 
@@ -298,7 +299,7 @@ def test_an_idempotency_key_belongs_to_its_tenant(
     )
 
 
-#: what makes each POST succeed where BODIES would not
+#: path → a body with which the POST succeeds, where that of BODIES doesn't
 DONE: dict[str, Any] = {
     "/v1/jobs": {"model": "tiny", "recipe": "int8-encoder"},
     "/v1/jobs:batch": {"jobs": [{"model": "tiny", "recipe": "int8-encoder", "name": "one of a batch"}]},
@@ -330,7 +331,7 @@ def test_every_post_under_a_key_is_done_once_and_answered_alike(
         headers = {"Idempotency-Key": f"once {operation.path}".replace(" ", "-")}
         first, second = (owner.post(path, json=body, headers=headers) for _ in range(2))
         other = owner.post(path, json={**(body or {}), "more": 1}, headers=headers)
-        if first.is_error:  # it did nothing: mended, the request may come again under its key
+        if first.is_error:  # it changed nothing, so a corrected request may use the same idempotency key
             assert second.status_code == first.status_code, operation
             assert other.json()["code"] != "idempotency_mismatch", operation
             continue

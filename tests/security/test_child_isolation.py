@@ -1,4 +1,4 @@
-"""S13, S14: what a child that a hostile model took over can reach, and what somebody who can reach the broker can do."""
+"""S13, S14: what a child under the control of a hostile model can reach, and what an attacker with access to the broker can do."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.service import ROOT, Service, eventually, load_json
 needs_landlock = pytest.mark.skipif(
     landlock.version() < landlock.ABSTRACT_SOCKETS, reason="this kernel's Landlock is older"
 )
-#: what processes of a single job do among themselves, and what exporters do
+#: what the processes of one job, and exporters, must be able to do
 JOB_NEEDS = (
     "a socket of its own",
     "shared memory of its own",
@@ -48,7 +48,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Walls:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What the spying child of tests/children.py told."""
+    """The log of `spy` in tests/children.py: attempt → "yes: …" or "no: …"."""
     from nightpress import migrations
 
     folder = tmp_path_factory.mktemp("spied")
@@ -170,7 +170,7 @@ def test_nothing_is_left_behind_or_changed(found: dict[str, str], standing: Wall
 
 
 def test_what_it_needs_is_within_reach(found: dict[str, str]) -> None:
-    # CUDA begins by naming its threads.
+    # CUDA sets its threads' names when it starts.
     for what in ("its own environment", "writing its folder", "a temporary file", "its own threads' names", *JOB_NEEDS):
         assert found[what].startswith("yes"), (what, found[what])
 
@@ -213,13 +213,13 @@ _WITHOUT_NAMESPACES = (
 
 
 def without_namespaces(*command: str) -> list[str]:
-    """Run it where the kernel grants no namespace, as most containers have it."""
+    """The command, run where the kernel grants no namespaces, as in most containers."""
     return ["unshare", "--user", "--map-root-user", "sh", "-c", _WITHOUT_NAMESPACES, "sh", *command]
 
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
-    """A job's folder; skips where this kernel lets nobody take namespaces away."""
+    """A job's folder. Skips the test where this kernel can't run a command without namespaces."""
     if subprocess.run(without_namespaces("true"), capture_output=True).returncode:
         pytest.skip("no user namespace can be made here")
     sandbox.prepare_folder(tmp_path / "run")
@@ -275,7 +275,7 @@ def test_a_childs_folder_is_its_owners_alone(tmp_path: Path) -> None:
 
 
 def test_a_spare_ends_with_its_supervisor(tmp_path: Path) -> None:
-    """Killed, not told: the end of the stream is all the child learns."""
+    """The supervisor is killed and sends no message: the child only sees the end of the stream."""
     script = (
         "import sys, time; from pathlib import Path; from nightpress.worker.process import ChildProcess; "
         "from tests.service import behaving; "

@@ -1,4 +1,4 @@
-"""Connections that say too much, too little, or nothing: none of them keeps others out. No key is needed for any of this."""
+"""Connections that send too much, too little or nothing don't keep other clients out. None of these attacks needs a key."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ def connect(api: RunningApi) -> socket.socket:
 
 
 def answer_of(connection: socket.socket) -> tuple[int, dict[str, object]]:
-    """Status and problem of what comes before the connection is closed."""
+    """Read until the connection is closed. Returns the answer's status and its problem body."""
     received = b""
     with contextlib.suppress(ConnectionError):
         while piece := connection.recv(65536):
@@ -61,7 +61,7 @@ def is_served(api: RunningApi) -> bool:
 
 
 def is_cut_off(connection: socket.socket, *pieces: bytes) -> bool:
-    """Whether the other side closes the connection before it has taken all of this."""
+    """Send the pieces. Returns whether the other side closed the connection before it had read all of them."""
     try:
         for piece in pieces:
             connection.sendall(piece)
@@ -72,7 +72,7 @@ def is_cut_off(connection: socket.socket, *pieces: bytes) -> bool:
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the other side has closed it, whatever it said before."""
+    """Read until the other side closes the connection, and return True. Raises TimeoutError if it doesn't."""
     with contextlib.suppress(ConnectionError):
         while connection.recv(65536):
             pass
@@ -128,7 +128,7 @@ def test_a_client_that_falls_silent_is_let_go(sent: bytes, said: str, api: Runni
 
 @pytest.mark.parametrize("begins", [b"", b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"])
 def test_a_client_that_drips_is_let_go(begins: bytes, api: RunningApi):
-    """A byte now and then is no progress, in a head or in a body."""
+    """One byte now and then doesn't count as progress, in a request's head or in its body."""
     began = time.monotonic()
     with connect(api) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(begins)
@@ -153,7 +153,7 @@ def test_unfinished_requests_keep_nobody_out(sent: bytes, api: RunningApi):
     with contextlib.ExitStack() as open_ones:
         connections = [open_ones.enter_context(connect(api)) for _ in range(2 * CONNECTIONS)]
         for connection in connections:
-            with contextlib.suppress(ConnectionError):  # those that came first had to go
+            with contextlib.suppress(ConnectionError):  # the API closed the oldest connections
                 connection.sendall(sent)
         for _ in range(5):
             assert is_served(api)
@@ -177,7 +177,7 @@ def test_one_address_takes_no_more_than_its_share(tmp_path: Path, sqlite_url: st
 
 
 def test_a_stream_that_is_followed_is_no_idle_connection(api: RunningApi, bert_tiny: Path):
-    """It outlasts every deadline, and a flood of idle connections takes the place of none that is being answered."""
+    """A stream outlasts every deadline, and a flood of idle connections displaces no connection with an unfinished answer."""
     with api.client() as client:
         client.post("/v1/models", json={"name": "tiny", "path": str(bert_tiny)}).raise_for_status()
         job_id = (

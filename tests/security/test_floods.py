@@ -1,4 +1,4 @@
-"""S9: a thousand requests at once, with the limiter's server there and away, and with the quotas' database away."""
+"""S9: a thousand requests at once, with and without the limiter's server, and without the quotas' database."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ FLOOD = 1000
 
 
 def flood(api: RunningApi, *, at_once: int = 40) -> list[httpx.Response]:
-    """Answers to as many submissions as one key can send."""
+    """Submit FLOOD jobs with one key, over `at_once` connections. Returns the answers."""
     key = api.key()
 
     async def send() -> list[httpx.Response]:
@@ -90,7 +90,7 @@ def test_without_the_quotas_database_nobody_passes(tmp_path: Path, bert_tiny: Pa
         settings = settings_of(tmp_path, bert_tiny, database_url=url, broker_url=NOBODY, rate_limit_per_minute=5)
         with serve(settings) as api, api.client() as client:
             bring(api, bert_tiny)
-            assert client.post("/v1/jobs", json=JOB).status_code == 201  # the key and its quotas are remembered
+            assert client.post("/v1/jobs", json=JOB).status_code == 201  # the API caches the key and its quotas
             postgres.stop()
             refused = client.post("/v1/jobs", json=JOB)
             assert (refused.status_code, refused.json()["code"]) == (503, "database_unavailable")

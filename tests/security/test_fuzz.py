@@ -1,4 +1,4 @@
-"""S17: hostile input for every file reader and every route, for a minute. `make fuzz` does it for as long as one likes."""
+"""S17: hostile input for every file reader and every route, for a minute. `make fuzz` runs for any time."""
 
 from pathlib import Path
 

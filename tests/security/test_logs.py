@@ -1,4 +1,4 @@
-"""S11: what is logged holds no key, no signature and no password, in either form."""
+"""S11: logs contain no key, no signature and no password, in the text format and in the JSON format."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ SECRETS = {
 
 @pytest.fixture(scope="module", params=["text", "json"])
 def lines(request: pytest.FixtureRequest) -> list[str]:
-    """What a process of ours logs of each, as a message and as an error's own words."""
+    """The log of a process that logs each secret twice: in a message and in an exception's text."""
     program = (
         "import json, logging, sys\n"
         "from nightpress.core.logs import configure_logging\n"

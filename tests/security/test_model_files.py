@@ -1,4 +1,4 @@
-"""S1–S3: hostile model files are refused at once, cheaply, and nothing in them ever runs. S10: what a presigned URL allows."""
+"""S1–S3: hostile model files are refused quickly and cheaply, and nothing in them runs. S10: what a presigned URL allows."""
 
 import io
 import json
@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {"model_type": "bert", "architectures": ["BertModel"], 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny valid model to spoil."""
+    """A tiny valid model, which the tests corrupt."""
     root = tmp_path / "model"
     root.mkdir()
     (root / "config.json").write_text(json.dumps(CONFIG))
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write_safetensors(root: Path, header: object, *, data: int, length: int | None = None) -> None:
-    """`data` bytes follow the header, as a hole where there are many."""
+    """Write model.safetensors: a header, then `data` zero bytes as a sparse hole. `length`: the header's length to claim, if wrong."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     with (root / "model.safetensors").open("wb") as target:
         target.write(struct.pack("<Q", len(raw) if length is None else length) + raw)
@@ -71,7 +71,7 @@ class _Bomb:
 
 
 def _zipped(payload: bytes) -> bytes:
-    """As torch.save writes it, with the flag bit set that some scanners take for encryption and skip."""
+    """The payload in a zip file like that of torch.save, with the flag bit for encryption: some scanners skip such files."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("archive/data.pkl", payload)
@@ -182,7 +182,7 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_a_hostile_header_is_refused_fast(folder: Path, attack: str) -> None:
     HOSTILE[attack](folder)
-    start = time.thread_time()  # of this thread alone: a busy machine is no flaw of the reader
+    start = time.thread_time()  # this thread's processor time: a busy machine must not fail the test
     error = refused(folder, ErrorCode.MALFORMED_MODEL)
     assert time.thread_time() - start < 1.0
     assert error.details["file"] == "model.safetensors"
@@ -264,7 +264,7 @@ def test_json_beside_a_model_costs_little(folder: Path, bomb: str) -> None:
 
 
 def test_as_much_json_as_real_models_have_is_read(folder: Path) -> None:
-    """A vocabulary with scores, as sentence-transformers keeps it, and an index of a hundred thousand tensors' size."""
+    """A vocabulary with scores, as sentence-transformers stores it, and a tokenizer config with 20,000 added tokens."""
     (folder / "unigram.json").write_text(json.dumps([["▁word", -1.5]] * 250_000))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"added_tokens_decoder": {str(n): {"content": f"<{n}>", "special": True} for n in range(20_000)}})
@@ -415,7 +415,7 @@ def test_code_named_beside_the_config_is_refused(folder: Path, name: str) -> Non
     "name", ["config.json", "generation_config.json", "tokenizer_config.json", "1_Pooling/config.json"]
 )
 def test_no_field_has_code_fetched(folder: Path, name: str, key: str, value: object) -> None:
-    """At the top of a file, and in the config of a model's part."""
+    """The field is tried at the top of a file and in the config of a part of the model."""
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     whole = json.loads(path.read_text()) if path.exists() else {}
@@ -443,7 +443,7 @@ def test_fields_that_name_what_is_built_in_are_taken(folder: Path, fields: dict[
 
 
 def test_transformers_own_implementations_are_those_that_are_taken() -> None:
-    """A new one that fetches nothing may be added to our list; a name that left transformers must leave it."""
+    """If transformers adds an implementation that fetches nothing, it may be added to our list. If it removes one, so must our list."""
     from transformers.integrations.hub_kernels import is_kernel
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own reports stay off: no identifier is written to disk, in this process or in a consumer's."""
+"""ONNX Runtime's telemetry stays off: no identifier is written to disk, in this process or in a consumer's."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_session_leaves_nothing_outside_its_folder(
     graph: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")  # what the tests' own process sets
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")  # tests/conftest.py sets it
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     for folder in (home, scratch, scratch / "tmp"):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Uploads whose clients fall silent: they hold their own tenant's places for a while, and nobody else's."""
+"""Uploads whose clients stop sending: for a while they use up their own tenant's slots, but no other tenant's."""
 
 import contextlib
 import hashlib
@@ -40,7 +40,7 @@ def announce(client: httpx.Client, name: str) -> dict[str, Any]:
 
 
 def fall_silent(api: RunningApi, key: str, data_set: dict[str, Any]) -> socket.socket:
-    """Begin to send a part, and send no more than its beginning."""
+    """Send the head and the first byte of a part, and no more. Returns the open connection."""
     host, _, port = api.url.removeprefix("http://").partition(":")
     connection = socket.create_connection((host, int(port)), timeout=30)
     head = (

@@ -1,4 +1,4 @@
-"""Nothing that a server says steers the terminal: every subcommand, with every string of every answer made hostile on its way."""
+"""No server can control the terminal: every subcommand runs behind a proxy that adds escape sequences to every string of an answer."""
 
 import http.client
 import http.server
@@ -18,22 +18,25 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from tests.face import RECIPE, Face
 
-#: A title, a cleared screen, an 8-bit sequence, a bell, a hyperlink, a clipboard, a direction override, a return, all C0 and C1.
+#: Sequences for: title, clear screen, an 8-bit CSI, bell, hyperlink, clipboard, text direction, carriage return; and all of C0 and C1.
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\x1b]8;;http://x\x1b\\\x1b]52;c;eA==\x07\u202e\u2066\u200b\r\b" + "".join(
     map(chr, (*range(9), *range(11, 32), *range(127, 160)))
 )
 _ID = re.compile(r"[a-z]+_[0-9a-z]{20,}|np_\w+|[a-z0-9]{8}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT")
 
-#: What prints nothing of a server, or none that this machine's owner did not start.
+#: Subcommands that print nothing from a server, or only from one that the user started on this machine.
 _OWN = {"up", "down", "web", "press", "profile", "demo", "doctor", "reproduce", "servers"}
 
 
 class Poisoner:
-    """A proxy before the API. Each string of an answer gets the hostile text behind it, but those that would not be read at all."""
+    """A proxy in front of the API. It appends the hostile text to each string of an answer.
+
+    It leaves out strings with which the client could not read the answer: property names, enum values, times, and by default identifiers.
+    """
 
     def __init__(self, port: int, document: dict[str, Any]) -> None:
-        self.identifiers = False  #: whether they are made hostile too: then what refers to them fails
+        self.identifiers = False  #: whether identifiers get the text too: requests that refer to them then fail
         self._fixed = set(_constants(document))
         self._names = set(_property_names(document))
         poisoner = self
@@ -58,7 +61,7 @@ class Poisoner:
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass  # noqa: N815 - as the library calls them
 
             def log_message(self, *_: object) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -90,7 +93,7 @@ class Poisoner:
 
 
 def _constants(schema: Any) -> Iterator[str]:
-    """The values that an answer is checked against."""
+    """The fixed values (`enum` and `const`) of a schema, against which the client checks an answer."""
     if isinstance(schema, dict):
         yield from (text for text in [*schema.get("enum", ()), schema.get("const")] if isinstance(text, str))
         for value in schema.values():
@@ -132,7 +135,7 @@ def poisoner(face: Face) -> Iterator[Poisoner]:
 
 @pytest.fixture(scope="module")
 def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """Every subcommand that asks a server, on things that have all their fields filled."""
+    """Every subcommand that sends a request, with things that have a value in every field."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "texts.jsonl").write_text('{"text": "a"}\n' * 8)
     (folder / "recipe.json").write_text(json.dumps(RECIPE))

@@ -1,4 +1,4 @@
-"""S5, S12, F24: where webhooks may lead, how they are signed, and what receivers that misbehave can do."""
+"""S5, S12, F24: the targets that webhooks may have, their signatures, and what misbehaving receivers can do."""
 
 import datetime as dt
 import ipaddress
@@ -178,7 +178,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Certific
 
 
 def over_tls(world: World, receiver: Receiver, trusted: Certificate) -> str:
-    """Register a receiver whose name no resolver knows, and have the courier find it here and trust one certificate."""
+    """Register a receiver with a made-up host name. The courier resolves the name to this machine and trusts only `trusted`."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
             "nightpress.core.service.webhooks.store.check_target",
@@ -302,7 +302,7 @@ def test_a_message_is_signed_and_what_is_tampered_old_or_anothers_is_not_believe
 
 
 def test_the_signature_is_that_of_the_standards_own_example():
-    """From the specification's text: the one vector that every library of it checks."""
+    """The test vector in the text of the Standard Webhooks specification, which every library for it checks."""
     secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
     headers = sign([secret], "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
     assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="

@@ -1,4 +1,4 @@
-"""AWQ's scales."""
+"""The search for AWQ's scales."""
 
 import torch
 
@@ -23,7 +23,7 @@ def test_strong_inputs_get_finer_steps_and_the_loss_falls():
 
 def test_where_nothing_is_gained_everything_stays():
     weight = torch.randint(-7, 8, (16, 64)).float()
-    weight[:, ::16] = 7.5  # every group's steps are 1 wide, and its other weights lie on them
+    weight[:, ::16] = 7.5  # the step of every group is 1, so its other weights are grid points
     weight[:, 1::16] = -7.5
     factors = search_scales([AwqLayer(weight, torch.eye(64), Grid(8, 16))], torch.float32)
     assert bool((factors > 0).all())
@@ -34,7 +34,7 @@ def test_where_nothing_is_gained_everything_stays():
 
 def test_repeats_of_a_value_head_share_their_factors():
     torch.manual_seed(1)
-    inputs = torch.randn(300, 2 * 3 * 8) * torch.rand(48) * 5  # 2 heads of values, each read by 3 of queries, 8 wide
+    inputs = torch.randn(300, 2 * 3 * 8) * torch.rand(48) * 5  # 2 value heads of width 8, each read by 3 query heads
     layer = AwqLayer(torch.randn(32, 48), inputs.T @ inputs, Grid(4, 16))
     factors = search_scales([layer], torch.float32, share=(2, 8))
     grouped = factors.view(2, 3, 8)
@@ -42,7 +42,7 @@ def test_repeats_of_a_value_head_share_their_factors():
 
 
 def _experts(shares: tuple[float, float]) -> tuple[list[AwqLayer], torch.Tensor]:
-    """Two experts whose tokens are strong in different inputs, and their joint factors."""
+    """Two experts whose tokens have large values in different input channels, and the factors found for both together."""
     torch.manual_seed(2)
     layers = []
     for share, strong in zip(shares, (slice(0, 4), slice(64, 68)), strict=True):
@@ -69,4 +69,4 @@ def test_an_expert_counts_by_the_tokens_that_come_to_it():
         second.weight, evenly, second.gram, second.grid
     )
     _, without = _experts((1.0, 0.0))
-    assert float(without[64:68].max()) < float(without[:4].min())  # no token came to the second
+    assert float(without[64:68].max()) < float(without[:4].min())  # the router sent no token to the second expert

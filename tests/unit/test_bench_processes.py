@@ -1,4 +1,4 @@
-"""Benches count the CPU time of a whole tree of processes, whether they live or have ended."""
+"""Benches count the CPU time of a whole tree of processes, both running and ended."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from bench.processes import cpu_seconds
 
 _BURN = "import time\nwhile time.process_time() < 0.5: pass\n"
-#: An outer process as a job's child has it: it does nothing itself, and the work is done two levels below.
+#: An outer process like that of a job's child: it does no work itself; a process two levels below does.
 _OUTER = """
 import subprocess, sys
 inner = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]]); print('burnt', flush=True); sys.stdin.read()"

@@ -1,4 +1,4 @@
-"""What a calibrated pass is estimated to hold, from a model's header alone."""
+"""The estimated memory of a calibrated pass, from a model's header alone."""
 
 import math
 
@@ -37,24 +37,23 @@ def _mixture(experts: int, model_type: str = "olmoe") -> ModelHeader:
 def test_the_gram_matrices_of_all_experts_are_held_at_once():
     few, many = (blocks_cost(_mixture(experts), _TEXT) for experts in (4, 20))
     weights, grams = 3 * _INNER * _WIDTH, _WIDTH**2 + _INNER**2
-    # a block in float32 twice, as it computes and as it comes out, and once as it is stored
+    # a block in float32 twice (to compute with, and as the result) and once in its stored dtype
     assert many.memory_bytes - few.memory_bytes == 16 * (2 * 4 * weights + 2 * weights + 4 * grams)
-    # on a GPU the block as it is stored, the matrices, what is settled, and what the block before became, until it is written
+    # on a GPU: the block in its stored dtype, the Gram matrices, its new weights, and the block before until it is written
     assert many.gpu_bytes - few.gpu_bytes == 16 * (2 * weights + 4 * grams + 2 * weights + 2 * weights)
 
 
 def test_an_expert_is_multiplied_by_the_tokens_that_come_to_it():
     few, many = (blocks_cost(_mixture(experts), _TEXT) for experts in (4, 20))
     solving = 16 * 3 * (_INNER * _WIDTH**2 + _WIDTH * _INNER**2 // 2 + _WIDTH**3 // 3 + _INNER**3 // 3)
-    assert many.work - few.work == pytest.approx(solving, rel=1e-6)  # two experts a token, however many there are
+    # Each token goes to two experts, whatever their number.
+    assert many.work - few.work == pytest.approx(solving, rel=1e-6)
 
 
 def test_a_pass_that_scales_weights_in_float32_holds_a_block_more():
     plain, copied = (blocks_cost(_mixture(4), _TEXT, by_group=False, copies=copies) for copies in (False, True))
-    block, searched = (
-        4 * 4 * 3 * _INNER * _WIDTH,
-        4 * 4 * 2 * _INNER * _WIDTH,
-    )  # all that stands behind one norm, and more for trials
+    # `searched`: the matrices behind one norm, in float32. The trials take more, so the upper bound has twice as much.
+    block, searched = (4 * 4 * 3 * _INNER * _WIDTH, 4 * 4 * 2 * _INNER * _WIDTH)
     assert block + searched <= copied.memory_bytes - plain.memory_bytes < block + 2 * searched
 
 

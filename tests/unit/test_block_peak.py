@@ -1,7 +1,7 @@
-"""What a calibrated pass is estimated to take of a GPU and of the memory beside it, held against what was measured.
+"""The estimated GPU and host memory of a calibrated pass, compared with measurements.
 
-Peaks of torch's tensors on one H200, torch 2.11, two blocks, 2026-11; whole jobs on the same machine with 16 cores. The stages of
-core/recipes/block_peak.py were written down from traces of the 8B, 3B and 1B shapes; the others were only compared.
+Measured on one H200 with torch 2.11 in 2026-11: peaks of torch's tensors over two blocks, and whole jobs on the same machine with 16
+cores. The stages in core/recipes/block_peak.py come from traces of the 8B, 3B and 1B shapes; the other shapes were only compared.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ PASSES: dict[str, OnLinears] = {
     "sparsegpt": SparseGpt(),
     "wanda": Wanda(pattern="2:4"),
 }
-#: MiB by shape, pass, samples and length.
+#: (shape, pass, samples, length) → MiB
 PEAKS = {
     ("8b", "gptq", 128, 2048): 7318,
     ("8b", "gptq", 128, 512): 5780,
@@ -79,7 +79,7 @@ def test_the_gpus_peak_is_estimated_within_a_tenth(case: tuple[str, str, int, in
     assert estimated / MIB == pytest.approx(PEAKS[case], rel=0.1)
 
 
-#: Of whole jobs: pass, export, layers, samples, length; MiB of the host's memory and seconds.
+#: Whole jobs: shape, pass, export, layers, samples, length; measured MiB of host memory, measured seconds.
 JOBS = {
     "3b-gptq": ("3b", {"pass": "gptq"}, "compressed-tensors", 12, 2048, 8517, 48.1),
     "8b-gptq": ("8b", {"pass": "gptq"}, "compressed-tensors", 4, 2048, 10993, 45.9),
@@ -107,7 +107,7 @@ def test_the_memory_beside_a_gpu_and_the_time_are_estimated(name: str):
 
 
 def test_a_whole_8b_job_is_estimated_for_the_cores_of_its_worker():
-    """505 s on one H100 beside 16 cores; for two cores it was estimated, and that for any worker, at 5,504 s."""
+    """Measured: 505 s on one H100 with 16 cores. An estimate for two cores, which once served for every worker, was 5,504 s."""
     estimate = make_plan(
         parse_recipe({"name": "r", "target": "gpu-vllm", "device": "gpu"}), model("8b", 32), [Seat("gpu", 0, 16)]
     ).estimate

@@ -1,4 +1,4 @@
-"""A budget for mixed precision: bits a weight, or a size of the whole model, weighed against its header before anything runs."""
+"""A budget for mixed precision, in bits per weight or as a size of the whole model, checked with the header before anything runs."""
 
 import re
 from typing import Any
@@ -20,7 +20,7 @@ def _tensor(name: str, *shape: int) -> TensorInfo:
     return TensorInfo(name=name, dtype="F32", shape=shape, size=4 * count)
 
 
-#: Of 2,072,576 bytes half are embeddings and norms, which no layer's bits change.
+#: Half of its 2,072,576 bytes are embeddings and norms, whose size does not depend on the layers' bits.
 HEADER = ModelHeader(
     model_type="llama",
     architecture="LlamaForCausalLM",

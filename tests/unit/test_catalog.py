@@ -1,4 +1,4 @@
-"""Passes of other packages: which are imported, what they may not be, and what is said of those that can't be used."""
+"""Passes of other packages: which are imported, which are refused, and the error for those that can't be used."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The kernel's count of processes that it ended for want of memory, of this process's own group."""
+"""The kernel's count of processes that it killed for lack of memory, in this process's control group."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Safetensors read by range and written in pieces, against the library; and what goes wrong with disks and files."""
+"""Safetensors read by range and written in pieces, compared with the library; and errors of disks and files."""
 
 import json
 import resource
@@ -22,7 +22,7 @@ from nightpress.core.compress.model.checkpoint import (
 from nightpress.core.errors import ErrorCode, NightpressError
 
 TENSORS = {
-    "b": torch.arange(3, dtype=torch.bfloat16),  # 6 bytes: whatever came next would be misaligned
+    "b": torch.arange(3, dtype=torch.bfloat16),  # 6 bytes: the next tensor would be misaligned
     "a.weight": torch.randn(4, 5),
     "shape": torch.tensor([4, 5]),
     "flags": torch.tensor([True, False, True]),

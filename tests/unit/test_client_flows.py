@@ -1,4 +1,4 @@
-"""The client's flows, taken step by step without a network, and both drivers that run them."""
+"""The client's flows, run step by step without a network, and both drivers that run them."""
 
 import asyncio
 import threading
@@ -66,7 +66,7 @@ def test_a_list_asks_for_its_next_page_when_the_last_is_used_up():
 
 @pytest.fixture(params=["blocking", "event loop"])
 def run(request: pytest.FixtureRequest) -> Run:
-    """Run a flow with either driver."""
+    """Runs a flow; the test is repeated for each driver."""
 
     async def awaited(flow: Flow[Any]) -> Any:
         driver = EventLoop(NOBODY)

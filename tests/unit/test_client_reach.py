@@ -1,4 +1,4 @@
-"""Every operation of the API has a method of both Python clients and a command, or stands here with the reason why not."""
+"""Every operation of the API has a method in both Python clients and a command, or is listed here with the reason why not."""
 
 import inspect
 import re
@@ -21,7 +21,7 @@ from nightpress.core.settings import Settings
 from nightpress.core.wire.jobs import JobCreate, JobFilter
 from nightpress.core.wire.models import DataSetCreate, ModelCreate
 
-#: operation → the command that asks for it. A new operation must be added here, or to LEFT_OUT with its reason.
+#: operation → the command that sends it. A new operation must be added here, or to LEFT_OUT with a reason.
 COMMANDS = {
     "create_job": "submit",
     "list_jobs": "ls",
@@ -95,9 +95,9 @@ LEFT_OUT = {
     "healthz": "for load balancers; a client asks /readyz",
     "metrics": "for Prometheus",
 }
-#: Only for programs: a shell has loops, which show the outcome of each job.
+#: Operations without a command: a shell loop over single jobs does the same and shows the outcome of each job.
 FOR_PROGRAMS = {"create_jobs"}
-#: Operations whose addresses come from the service in an answer: client/transfers.py sends these requests.
+#: Operations whose URLs come from an answer of the service: client/transfers.py sends these requests.
 BY_ADDRESS = {"send_model_part", "send_data_set_part", "artifact_file"}
 
 _ARGUMENTS: dict[str, Any] = {
@@ -113,7 +113,7 @@ _CHOICES = {"kind": ("models", "datasets"), "form": ("html", "md")}
 
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """Operation → its method and address."""
+    """Operation id → (method, path)."""
     document = create_app(Settings(_env_file=None, data_dir=tmp_path_factory.mktemp("np"))).openapi()
     found = [
         (operation["operationId"], (method.upper(), path))
@@ -125,7 +125,7 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str,
 
 
 def makers(module: ModuleType) -> dict[str, FunctionType]:
-    """The functions of a module that make a call."""
+    """The functions of a module that return a Call."""
     return {
         name: function
         for name, function in inspect.getmembers(module, inspect.isfunction)
@@ -139,7 +139,7 @@ MAKERS = makers(calls) | makers(access)
 
 
 def made_by(maker: FunctionType) -> Iterator[Call[Any]]:
-    """A call for each of the addresses that a maker knows."""
+    """A call for each path that the function can make."""
     needed = [
         parameter.name
         for parameter in inspect.signature(maker).parameters.values()
@@ -156,7 +156,7 @@ def made_by(maker: FunctionType) -> Iterator[Call[Any]]:
 
 
 def operation_of(call: Call[Any], operations: dict[str, tuple[str, str]]) -> set[str]:
-    """The operations that a call may reach. A path that is written out goes before a pattern that matches it too."""
+    """The operations that a call may reach. A literal path takes precedence over a pattern that also matches."""
     exact = {name for name, operation in operations.items() if operation == (call.method, call.path)}
     return exact or {
         name

@@ -1,4 +1,4 @@
-"""When schedules fire: tables of instants around clock changes, and what is no schedule."""
+"""When schedules fire: tables of times around clock changes; and expressions that are not valid."""
 
 import contextlib
 import datetime as dt
@@ -28,24 +28,24 @@ def parsed(expression: str, timezone: str = "UTC", **more: Any) -> Cron:
 @pytest.mark.parametrize(
     ("cron", "zone", "after", "fires"),
     [
-        # Spring: the time is left out, and fires at the end of the gap.
+        # Spring: the local time does not exist, and the schedule fires at the end of the gap.
         ("30 2 * * *", "America/New_York", "2027-03-13T12:00", ["2027-03-14T07:00", "2027-03-15T06:30"]),
         ("30 2 * * *", "Europe/Berlin", "2027-03-27T12:00", ["2027-03-28T01:00", "2027-03-29T00:30"]),
-        # Autumn: the time comes twice, and fires the first time.
+        # Autumn: the local time comes twice, and the schedule fires the first time.
         ("30 1 * * *", "America/New_York", "2026-10-31T12:00", ["2026-11-01T05:30", "2026-11-02T06:30"]),
         ("30 2 * * *", "Europe/Berlin", "2026-10-24T12:00", ["2026-10-25T00:30", "2026-10-26T01:30"]),
-        # Asked within the repeated hour, the first pass is over: the next fire is tomorrow's.
+        # Asked within the repeated hour, after the first 01:30: the next fire is tomorrow.
         ("30 1 * * *", "America/New_York", "2026-11-01T05:45", ["2026-11-02T06:30"]),
         ("30 1 * * *", "America/New_York", "2026-11-01T06:10", ["2026-11-02T06:30"]),
-        # Every hour is every hour that passes, in both passes.
+        # An hourly schedule fires in both copies of the repeated hour.
         ("0 * * * *", "America/New_York", "2026-11-01T04:30", ["2026-11-01T05:00", "2026-11-01T06:00"]),
-        # Half an hour of summer time.
+        # Summer time of half an hour.
         ("15 2 * * *", "Australia/Lord_Howe", "2026-10-02T16:00", ["2026-10-03T15:30", "2026-10-04T15:15"]),
         ("45 1 * * *", "Australia/Lord_Howe", "2026-04-04T12:00", ["2026-04-04T14:45", "2026-04-05T15:15"]),
-        # Offsets of three quarters.
+        # A UTC offset with three quarters of an hour.
         ("0 3 * * *", "Pacific/Chatham", "2026-09-25T15:00", ["2026-09-26T14:00", "2026-09-27T13:15"]),
         ("0 3 * * *", "Pacific/Chatham", "2026-04-03T15:00", ["2026-04-04T13:15", "2026-04-05T14:15"]),
-        # Two hours of summer time.
+        # Summer time of two hours.
         ("30 1 * * *", "Antarctica/Troll", "2026-03-28T12:00", ["2026-03-29T01:00", "2026-03-29T23:30"]),
         ("30 1 * * *", "Antarctica/Troll", "2026-10-24T12:00", ["2026-10-24T23:30", "2026-10-26T01:30"]),
         # Two times in one gap fire once.

@@ -1,4 +1,4 @@
-"""One reader of data sets: what registration takes, a job reads, row by row; and what strangers send costs it little."""
+"""The reader of data sets: a job reads, row by row, what registration accepts, and hostile input costs little."""
 
 import csv
 import gzip
@@ -160,7 +160,7 @@ def test_rows_that_any_program_writes_come_back(texts: list[str]):
         assert [row.text for row in read_data("d", name, [data.encode()])] == wanted
 
 
-# What it costs -----------------------------------------------------------------------------------------------------------
+# The cost of hostile input -----------------------------------------------------------------------------------------------
 
 
 def _empty_members(count: int) -> bytes:

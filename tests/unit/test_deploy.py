@@ -1,4 +1,4 @@
-"""The files that deploy Nightpress are valid where no engine runs: by schema, and by what they name."""
+"""The deployment files are valid: by their schemas, and by the names in them. No container engine is needed."""
 
 import json
 import re

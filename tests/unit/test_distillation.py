@@ -1,4 +1,4 @@
-"""The losses of distillation and the choice of an exit's threshold, against what their papers say."""
+"""The losses of distillation and the choice of an exit's threshold, compared with their papers."""
 
 import numpy as np
 import pytest
@@ -69,9 +69,8 @@ def test_padding_counts_nowhere():
 def test_relations_compare_vectors_of_different_widths():
     mask = torch.ones(2, 5, dtype=torch.int64)
     narrow = _normal(2, 5, 8)
-    turned = (
-        torch.cat([narrow, narrow], -1) / 2**0.25
-    )  # twice the parts of a head: the same products over the root of twice the width
+    # Heads of twice the width: with the factor 2^-¼, their products over the root of the width are the same.
+    turned = torch.cat([narrow, narrow], -1) / 2**0.25
     halves = torch.cat([turned.view(2, 5, 2, 2, 4)[:, :, at].transpose(2, 3).reshape(2, 5, 8) for at in range(2)], -1)
     assert halves.shape == (2, 5, 16)
     assert float(relation_divergence(narrow, narrow, mask, 2)) == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""The reference pages say what the code does, and every page is found."""
+"""The reference pages agree with the code, and every page is linked."""
 
 import re
 import runpy
@@ -60,6 +60,6 @@ def _pages(nav: Any) -> Iterator[str]:
 
 
 def _anchors(page: Path) -> set[str]:
-    """Of a page's headings, as mkdocs makes them."""
+    """The anchors that mkdocs makes of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", _FENCED.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}

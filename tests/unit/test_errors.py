@@ -1,4 +1,4 @@
-"""The set of error codes is closed: each has a title, a status, and a way into a job's row and back."""
+"""The set of error codes is closed: each has a title and a status, and can be written to a job's row and read back."""
 
 import pytest
 

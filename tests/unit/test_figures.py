@@ -17,7 +17,7 @@ from docs.figures import PAGES, ROOT, UnknownFigureError, written
 from docs.stray_figures import unmarked, unsourced_prose
 
 RESULTS = sorted(path.stem for path in (ROOT / "bench" / "results").glob("*.json"))
-#: written by docs/reference.py from the code
+#: all pages except those that docs/reference.py writes from the code
 MEASURED = [page for page in PAGES if "Written by docs/reference.py" not in page.read_text()]
 PLACE = Machine("AMD EPYC", ("avx2",), 2, 24, None)
 
@@ -49,8 +49,8 @@ def test_no_measured_figure_stands_outside_of_markers(page: Path):
     [
         ("no-such-bench", "{/ours/rate}"),
         ("submit", "{/ours/no such figure}"),
-        ("submit", "{storage/upload/ours}"),  # which the marker doesn't name
-        ("submit", "{/bare/rate@bar}"),  # of which nothing was promised
+        ("submit", "{storage/upload/ours}"),  # a bench that the marker doesn't name
+        ("submit", "{/bare/rate@bar}"),  # a figure without a bar
         ("stream", "| {/cases/*} | {/cases/*/no such column} |"),
     ],
 )
@@ -91,7 +91,7 @@ def test_times_and_rates_in_prose_are_told():
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A result of one bench, from two runs."""
+    """The results of one bench, from two runs."""
     monkeypatch.setattr(figures, "read", lambda name: record.read(name, tmp_path))
     first = (Figure("forms/a/ms", 12.5, "ms", (12.0, 13.25), "< 20"), Figure("forms/a/size", 3, "MB"))
     record.add("speed", Run("2026-11-23", "abc", PLACE, {"torch": "2.13"}, first), tmp_path)

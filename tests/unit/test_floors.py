@@ -1,4 +1,4 @@
-"""The floors of the code: no circle of files, no package that imports back up. import-linter's contracts name the floors."""
+"""The layers of the code: no import cycle between files, and none between packages. import-linter's contracts name the layers."""
 
 from pathlib import Path
 

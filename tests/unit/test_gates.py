@@ -1,4 +1,4 @@
-"""A gate is decided on the worst of what it bounds; what was not measured is missed."""
+"""A gate is decided by the worst of the figures that it bounds. A gate on a figure that was not measured is missed."""
 
 from typing import Any
 

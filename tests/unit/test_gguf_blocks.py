@@ -1,4 +1,4 @@
-"""Weights in GGUF's blocks: what gguf's own reader makes of them."""
+"""Weights in GGUF's blocks, read back by gguf's own reader."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from gguf import GGML_QUANT_SIZES, quants
 from nightpress.core.compress.export.gguf.blocks import codes_type, encode, encode_codes, fitting_type, type_named
 from nightpress.core.compress.grids.pressed_weights import Codes
 
-#: Relative error of normal weights; each type loses less than the one before it.
+#: type → relative error of normally distributed weights, smaller with each type
 ERRORS = {"q4_0": 0.09, "q4_k": 0.075, "q5_0": 0.045, "q5_k": 0.038, "q6_k": 0.019, "q8_0": 0.006}
 
 
@@ -36,7 +36,7 @@ def test_ranges_chosen_by_error_beat_extremes_with_more_bits(ours: str, simpler:
 
 @pytest.mark.parametrize("name", ["q4_k", "q5_k", "q6_k"])
 def test_odd_blocks_come_back(name: str):
-    """All zero, all equal, one huge weight, none below zero."""
+    """Rows of zeros, of equal weights, with one huge weight, and without negative weights."""
     kind = type_named(name)
     weight = np.zeros((4, 256), np.float32)
     weight[1] = 0.01
@@ -69,7 +69,7 @@ def test_codes_keep_their_values(bits: int, symmetric: bool, group: int):
         return
     assert kind is not None
     back = quants.dequantize(encode_codes(weight), kind)
-    # The minimum of Q4_1 is a float16 of its own; everything else is exact.
+    # Q4_1 stores its minimum as a float16, which rounds it. Everything else is exact.
     np.testing.assert_allclose(back, weight.dequantize(), atol=0.0 if symmetric else 1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Which GPU a worker offers: CUDA_VISIBLE_DEVICES decides, as it does for CUDA."""
+"""Which GPU a worker offers: it follows CUDA_VISIBLE_DEVICES as CUDA does."""
 
 import os
 import subprocess

@@ -6,7 +6,7 @@ from nightpress.core.compress.solvers.gram import Gram
 
 
 def test_batches_add_up_to_one_symmetric_matrix_whatever_their_shape():
-    inputs = torch.randn(3, 7, 2500)  # more columns than a strip
+    inputs = torch.randn(3, 7, 2500)  # more columns than one strip of the computation
     gram = Gram(2500, "cpu")
     gram.add(inputs[:2].bfloat16())
     gram.add(inputs[2, :5].bfloat16())

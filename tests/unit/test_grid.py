@@ -1,4 +1,4 @@
-"""Integer grids and packing, against the library that reads what we write."""
+"""Integer grids and packing, compared with the library that reads our files."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_packed_zero_points_are_those_of_the_library(bits: int, rows: int):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_the_library_compresses_our_grid_points_to_our_bytes(grid: Grid):
-    """Its compressor, given our scales and a weight that lies on our grid, writes what we write."""
+    """The library's compressor gets our scales and a weight whose values are grid points, and writes the same packed bytes."""
     rounded = round_to_grid(weight(dtype=torch.float32), grid)
     zero_point = rounded.zero_point
     state = {

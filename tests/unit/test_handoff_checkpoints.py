@@ -1,4 +1,4 @@
-"""Which jobs share their beginning, and when a pass counts as done."""
+"""Which jobs share the checkpoints of their first passes, and when a pass counts as done."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What makes a model acceptable, and what it is then known as. Hostile files are in tests/security/test_model_files.py."""
+"""Which models are accepted, and how they are described. Hostile files: tests/security/test_model_files.py."""
 
 import json
 import struct
@@ -84,7 +84,7 @@ def test_a_model_is_described_from_its_headers() -> None:
 def test_an_encoder_without_its_head_is_an_embedder_whatever_its_config_says(
     tensors: tuple[str, ...], architecture: str, task: str
 ) -> None:
-    """Of a masked language model's name and no head, all-mpnet-base-v2: a loader would give it a head of chance."""
+    """all-mpnet-base-v2 names a masked language model but has no head: a loader would give it a head with random weights."""
     config = CONFIG | {"model_type": "mpnet", "architectures": ["MPNetForMaskedLM"]}
     weights = safetensors({name: ("F32", [2, 3]) for name in tensors})
     header = inspect_model(model(config__json=json.dumps(config).encode(), model__safetensors=weights))
@@ -208,7 +208,7 @@ def test_hidden_files_of_a_folder_are_passed_over(bert_tiny: Path, tmp_path: Pat
     assert set(FolderFiles(tmp_path).names()) == {path.name for path in bert_tiny.iterdir()}
 
 
-# Folders that are no model, and models with something beside them ------------------------------------------------------
+# Folders that are no model, and models with other files beside them ----------------------------------------------------
 
 WEIGHTS = safetensors({"a": ("F32", [2])})
 CONFIG_BYTES = json.dumps(CONFIG).encode()

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests follow Kubernetes' schemas, and name only what the code has: modules, settings, ports, paths, metrics."""
+"""The Kubernetes manifests follow Kubernetes' schemas. Their modules, settings, ports, paths and metrics exist in the code."""
 
 import copy
 import importlib.util
@@ -22,7 +22,7 @@ from tests.unit.test_monitoring import exported
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
-#: The Secret isn't in the repository; the how-to makes it.
+#: The keys of the Secret, which isn't in the repository: the how-to creates it.
 SECRET = {
     "NIGHTPRESS_DATABASE_URL",
     "NIGHTPRESS_BROKER_URL",
@@ -83,7 +83,7 @@ def test_kustomize_builds_it(folder: str):
 
 
 def with_models() -> list[dict[str, Any]]:
-    """The base with the component's patches, of which there are only additions."""
+    """The base with the component's patches applied. All of them are additions."""
     documents = copy.deepcopy(BASE)
     for patch in yaml.safe_load((FOLDER / "models" / "kustomization.yaml").read_text())["patches"]:
         target = patch["target"]

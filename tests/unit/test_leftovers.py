@@ -1,4 +1,4 @@
-"""A test run that leaves something in the temporary folder fails; one that tidies up does not."""
+"""A test run that leaves something in the temporary folder fails. A run that cleans up does not."""
 
 import os
 import re

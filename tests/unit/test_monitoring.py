@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for metrics that exist."""
+"""The dashboard and the alerts use only metrics that exist."""
 
 import datetime as dt
 import json
@@ -19,7 +19,7 @@ MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
 
 
 def exported() -> dict[str, set[str]]:
-    """The names that Prometheus sees, and the labels of each."""
+    """Metric name, as Prometheus sees it → its labels."""
     queue = CollectorRegistry()
     found: Collector = _QueueFigures(
         JobStatistics(jobs={}, oldest_queued_s={}, failures={"internal": 1}), [], Fleet((), dt.datetime.now(dt.UTC))

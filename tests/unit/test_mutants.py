@@ -1,4 +1,4 @@
-"""The mutants of `make mutate` still fit the code, so that taking guards away one by one doesn't end half way."""
+"""The mutants of `make mutate` still fit the code, so that a run doesn't stop half way."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A numerical failure names the layers where it came up, once."""
+"""A numerical failure names the layers in which it occurred, once."""
 
 import pytest
 import torch

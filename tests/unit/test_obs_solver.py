@@ -1,4 +1,4 @@
-"""The Optimal-Brain-Surgeon solver against closed forms and against the published algorithms, written plainly in float64."""
+"""The Optimal Brain Surgeon solver, compared with closed forms and with simple float64 versions of the published algorithms."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 
 
 def _problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight and the Gram matrix of correlated inputs of very different power."""
+    """A weight [rows, columns] and the Gram matrix [columns, columns] of correlated inputs with very different power, in float64."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5 + torch.eye(columns)
     inputs = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ mix
@@ -25,7 +25,7 @@ def _damped(gram: Tensor, damping: float = 0.01) -> Tensor:
 
 
 def _plain_gptq(weight: Tensor, gram: Tensor, group_size: int, bits: int, order: Tensor) -> Tensor:
-    """Eq. 2 and 3 of the paper to the letter: quantize a column, move the rest by −(w − q)/[H⁻¹]_jj · H⁻¹_j, eliminate j from H⁻¹."""
+    """Equations 2 and 3 of GPTQ: quantize column j, change the others by −(w − q)/[H⁻¹]_jj · H⁻¹_j, eliminate j from H⁻¹."""
     w, inverse = weight.clone(), torch.linalg.inv(_damped(gram))
     natural = bool((order == torch.arange(len(order))).all())
     top = 2 ** (bits - 1)
@@ -42,12 +42,12 @@ def _plain_gptq(weight: Tensor, gram: Tensor, group_size: int, bits: int, order:
         w -= ((w[:, j] - q) / inverse[j, j])[:, None] * inverse[j]
         w[:, j] = q
         inverse = inverse - inverse[:, [j]] @ inverse[[j]] / inverse[j, j]
-        inverse[j, j] = 1.0  # settled: its row and column are zero from here on
+        inverse[j, j] = 1.0  # column j is done: the rest of its row and column is zero
     return w
 
 
 def _plain_sparsegpt(weight: Tensor, gram: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> Tensor:
-    """Algorithm 1 of the paper with B = Bs = 128, in unstructured form and with an N:M mask."""
+    """Algorithm 1 of SparseGPT with B = Bs = 128, unstructured or with an N:M mask."""
     w = weight.clone()
     chol = torch.linalg.cholesky(torch.linalg.inv(_damped(gram)), upper=True)
     rows, columns = w.shape

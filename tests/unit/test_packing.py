@@ -1,4 +1,4 @@
-"""Codes as a stream of bits."""
+"""Codes packed as a stream of bits."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The way of a weight through the compression core, from GPTQ's options to the packed tensor."""
+"""The call path of a weight through the compression core, from GPTQ's options to the packed tensor."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ _LONGEST = 6
 
 
 def _stacks() -> set[tuple[tuple[str, str], ...]]:
-    """Every stack of (package, function) of core.compress while a weight is settled."""
+    """Every call stack, as (package, function) pairs of core.compress, while GPTQ quantizes a weight."""
     options = Gptq(bits=4, group_size=16, refine=True)
     method = Quantized(options, options.scheme)
     statistic = method.watch(64, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""`device: auto`: where each built-in recipe runs, by the model and by the workers that there are."""
+"""`device: auto`: where each built-in recipe runs, depending on the model and the available workers."""
 
 import pytest
 
@@ -19,10 +19,11 @@ SMALL_LM = decoder(768, 2048, 12, 4, 6, vocabulary=32000, tied=True)
 LARGE_LM = decoder(4096, 14336, 32, 8, 32, vocabulary=128256)
 SMALL_ENCODER, LARGE_ENCODER = encoder(384, 12, 6), encoder(1024, 16, 24)
 
-#: Queues in the order of FLEETS.
-ANYWHERE = ("cpu", "gpu", "cpu", "cpu", "cpu")  #: it gains little by a GPU, and takes whoever is there
-ON_A_GPU = ("cpu", "gpu", "gpu", "cpu", "gpu")  #: it gains much
-NO_GPU = ("cpu", "cpu", "cpu", "cpu", "cpu")  #: a pass has no code for one
+# Queues in the order of FLEETS.
+#: The recipe gains little from a GPU, and uses one only if there is no CPU worker.
+ANYWHERE = ("cpu", "gpu", "cpu", "cpu", "cpu")
+ON_A_GPU = ("cpu", "gpu", "gpu", "cpu", "gpu")  #: the recipe gains much from a GPU
+NO_GPU = ("cpu", "cpu", "cpu", "cpu", "cpu")  #: one of the passes has no code for a GPU
 EXPECTED = {
     "auto": {"small lm": ANYWHERE, "large lm": ON_A_GPU, "small encoder": NO_GPU, "large encoder": NO_GPU},
     "browser": {"small lm": NO_GPU, "large lm": NO_GPU, "small encoder": NO_GPU, "large encoder": NO_GPU},

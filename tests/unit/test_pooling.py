@@ -1,4 +1,4 @@
-"""How token vectors become one: what a folder says of it, read once, and computed alike wherever it is needed."""
+"""Pooling of token vectors: read from the model's folder in one place, and computed in the same way everywhere."""
 
 import json
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_a_module_that_is_not_done_here_is_refused_with_help(
 
 
 def _by_hand(vectors: np.ndarray, mode: str) -> np.ndarray:
-    """Of one text's vectors [S, H], without padding."""
+    """Pool one text's vectors [S, H], without padding, to [H]."""
     places = np.arange(1, len(vectors) + 1)[:, None]
     return {
         "cls": vectors[0],

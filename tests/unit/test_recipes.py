@@ -1,4 +1,4 @@
-"""A recipe is checked whole before anything runs, and says where it is wrong."""
+"""A recipe is checked as a whole before anything runs, and an error names the place of the fault."""
 
 import pytest
 
@@ -98,6 +98,6 @@ def test_every_builtin_recipe_gates_on_a_quality_that_it_measures(name: str):
     gates = set(recipe.gates) & (set(GATE_METRICS) - _NOT_OF_QUALITY)
     measured = {evaluation.metric for evaluation in recipe.evaluate if isinstance(evaluation, Quality)}
     assert gates
-    # These alone are there whatever the model is for; perplexity is asked of recipes for language models.
+    # Centred cosine exists for every kind of model. Perplexity exists only for language models, so only their recipes may gate on it.
     assert gates <= {"centred_cosine"} | ({"perplexity"} if measured <= {"perplexity", "auto"} else set())
     assert measured

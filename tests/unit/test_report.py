@@ -1,4 +1,4 @@
-"""The report's pages: complete, self-contained, and deaf to what a model's name tries to say."""
+"""The report's pages: complete, self-contained, and safe against a model's name that contains markup."""
 
 import re
 from html.parser import HTMLParser
@@ -102,7 +102,7 @@ def make_report(name: str = "a-model", *, verdict: str = "accepted", layers: int
 
 
 class Page(HTMLParser):
-    """Every element and attribute of a page."""
+    """Collects every element and attribute of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -127,8 +127,8 @@ def test_the_page_shows_what_was_counted_kept_and_saved():
     ):
         assert expected in page
         assert expected in card
-    # Lines: attention's share of two models; tokens/s and memory of three subjects with a cache and without.
-    # Two of them are one line, with both names.
+    # Lines: attention's share of two models; tokens/s and memory of three subjects, each with a cache and without.
+    # Two lines coincide and are drawn once, with both names.
     assert page.count("<polyline") >= 2 * (2 + 2 * 6 - 1)
     assert "source, no cache" in page
 
@@ -273,4 +273,4 @@ def test_the_front_is_what_is_best_for_its_size():
     page = reports.render_html(full_report())
     front = page.split('class="front" points="')[1].split('"')[0]
     heights = [float(pair.split(",")[1]) for pair in front.split()]
-    assert heights == sorted(heights, reverse=True)  # the larger, the better; a page counts from its top
+    assert heights == sorted(heights, reverse=True)  # larger is better; on a page, y grows downwards

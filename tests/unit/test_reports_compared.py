@@ -1,4 +1,4 @@
-"""Comparing reports, judging a second run, and reading reports of other versions."""
+"""Comparing reports, judging a repeated run, and reading reports of other versions."""
 
 import json
 from pathlib import Path
@@ -154,7 +154,7 @@ def test_the_card_is_one_that_the_hub_reads(tmp_path: Path):
 @pytest.mark.parametrize(
     ("passes", "relation"),
     [
-        ([], "quantized"),  # what GGUF's types do without any
+        ([], "quantized"),  # GGUF's types quantize without any pass
         (["profile"], "quantized"),
         (["distill"], "finetune"),
         (["magnitude", "recover"], "finetune"),

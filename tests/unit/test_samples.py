@@ -1,4 +1,4 @@
-"""A sample of tokens that doesn't depend on the batches they come in."""
+"""A sample of tokens that doesn't depend on how the tokens are divided into batches."""
 
 import pytest
 import torch

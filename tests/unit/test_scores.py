@@ -1,4 +1,4 @@
-"""Each score equals its textbook value, and resampling it equals computing it on the resampled examples."""
+"""Each score equals its textbook value. Resampling a score equals computing it on the resampled examples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def test_macro_f1_is_the_mean_over_classes():
     labels = np.array([0, 0, 0, 1, 1, 2])
     said = np.array([0, 0, 1, 1, 0, 2])
     counts = counts_by_class(said, labels, [0, 1, 2]).sum(axis=0, keepdims=True)
-    # by hand: class 0 has 2 hits, 1 claimed, 1 missed; class 1 has 1, 1, 1; class 2 is right
+    # (hits, false positives, misses): class 0 has (2, 1, 1), class 1 has (1, 1, 1), class 2 has (1, 0, 0)
     assert class_f1(counts, 0)[0] == pytest.approx(4 / 6)
     assert class_f1(counts, 1)[0] == pytest.approx(2 / 4)
     assert macro_f1(counts)[0] == pytest.approx((4 / 6 + 2 / 4 + 1) / 3)
@@ -95,7 +95,7 @@ def test_ranking_counts_where_the_relevant_passages_stand():
 
 
 def test_sixty_four_right_answers_prove_no_perfection():
-    """The rule of three: of n without a miss, the miss rate may still be 3/n."""
+    """The rule of three: after n examples without a miss, the miss rate may still be 3/n."""
     perfect = paired_shares(np.ones(64), np.ones(64), seed=0)
     assert perfect.figure.value == 1
     assert 1 - 5 / 64 < perfect.figure.low < 1 - 2 / 64

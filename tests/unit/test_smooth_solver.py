@@ -1,4 +1,4 @@
-"""SmoothQuant against the paper written plainly in float64, and its search against trying."""
+"""SmoothQuant, compared with a simple float64 version of the paper; and its search, compared with trying all values."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def _draw(outliers: float = 30.0) -> tuple[Tensor, Tensor]:
 
 
 def _published(inputs: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """Equation 4."""
+    """Equation 4 of the SmoothQuant paper (arXiv 2211.10438)."""
     x, w = inputs.double(), weight.double()
     return torch.stack([x[:, j].abs().max() ** alpha / w[:, j].abs().max() ** (1 - alpha) for j in range(x.shape[1])])
 
@@ -69,13 +69,12 @@ def test_strengths_are_those_of_all_batches():
 
 def test_int8_and_fp8_inputs_are_rounded_as_in_float64():
     inputs, _ = _draw()
-    scale = input_scale(inputs, INT8)  # a scale a token
+    scale = input_scale(inputs, INT8)  # one scale per token
     exact = inputs.double().abs().amax(1, keepdim=True) / 127.5
     expected = (inputs.double() / exact).round().clamp(-128, 127) * exact
     found = round_inputs(inputs, scale, INT8).double()
-    assert (
-        float(((found - expected).abs() > exact * 1e-3).double().mean()) < 0.03
-    )  # a token's largest lies between two codes
+    # The largest value of a token lies between two codes, and may round to either.
+    assert float(((found - expected).abs() > exact * 1e-3).double().mean()) < 0.03
     floats = round_inputs(inputs, input_scale(inputs, FP8), FP8)
     assert float(((floats - inputs).abs() / inputs.abs()).max()) < 2**-3
     assert bool(((floats - inputs).abs() <= inputs.abs() * 2**-4 + input_scale(inputs, FP8) * 2**-10).all())
@@ -92,4 +91,5 @@ def test_the_search_finds_what_costs_the_outputs_least(rounded: Rounded):
     found = loss(search_factors([SmoothLayer(weight, inputs, largest, rounded)], INT8))
     for step in range(21):
         assert found <= loss(smoothing_factors(largest, weight, step / 20)) * (1 + 1e-6)
-    assert found < (0.7 if rounded is None else 0.5) * loss(torch.ones(24))  # the outliers were worth it
+    # The inputs have outliers, so smoothing gains much.
+    assert found < (0.7 if rounded is None else 0.5) * loss(torch.ones(24))

@@ -1,4 +1,4 @@
-"""How many times as fast an artifact is, and whether that is told apart from the noise of the machine."""
+"""How many times as fast an artifact is, and whether the difference is larger than the machine's noise."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.reports import full_report
 
 
 def _load(seed: int, rounds: int = 20) -> np.ndarray:
-    """What other work makes of each round's time: up to thrice."""
+    """The factor by which other work slows each round: from 1 to 3."""
     return 1 + 2 * np.random.default_rng(seed).random(rounds)
 
 

@@ -1,4 +1,4 @@
-"""The table of transitions against DESIGN's promises."""
+"""The table of transitions, compared with the rules in DESIGN."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from nightpress.core.wire.jobs import TERMINAL_STATES
 
 
 def test_the_table_is_the_one_that_was_designed():
-    """Written out a second time, so that no slip in the table goes unseen: the store and its tests both read that one."""
+    """Writes the table out a second time: the store and its tests both read the table, so only this test can notice an error in it."""
     taken_away = {"running": {"queued", "failed"}, "cancelling": {"cancelled"}}
     assert {
         "claim": {"queued": {"running"}},

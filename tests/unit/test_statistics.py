@@ -1,4 +1,4 @@
-"""Intervals must hold what they say, pair what was paired, and be the same each time."""
+"""Intervals cover as often as they claim, use the pairing of the examples, and are reproducible."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_interval():
 
 
 def test_pairing_makes_a_constant_ratio_certain():
-    """Texts differ ten times in difficulty, yet each is exactly 5% harder for the artifact: the change is known without doubt."""
+    """The texts' difficulty differs by a factor of ten, but each text is exactly 5% harder for the artifact: the change is certain."""
     source = np.random.default_rng(1).uniform(1, 10, size=40)
     both = against(1.05 * source, source)
     assert both.change is not None

@@ -1,4 +1,4 @@
-"""A target fills in what a recipe leaves out, refuses what doesn't run there, and is decided before anything is stored."""
+"""A target fills in what a recipe leaves out and refuses what doesn't run on it. `auto` is decided before anything is stored."""
 
 from typing import Any
 
@@ -43,7 +43,8 @@ def test_what_a_person_names_stays_and_the_rest_is_filled_in():
     recipe = parse_recipe({"name": "r", "target": "cpu-llm", "passes": [{"pass": "awq"}]})
     assert [options.pass_ for options in recipe.passes] == ["awq"]
     assert recipe.exports == exports_of("cpu-llm")
-    assert recipe.calibration.samples == 128  # its own: the target's goes with the target's passes
+    # The recipe's own default: the target's calibration belongs to the target's passes.
+    assert recipe.calibration.samples == 128
     assert parse_recipe({"name": "r", "target": "cpu-llm", "passes": []}).passes == ()
     named = parse_recipe({"name": "r", "target": "cpu-encoder", "exports": ["openvino"]})
     assert [export.name for export in named.exports] == ["openvino"]

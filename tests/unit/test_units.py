@@ -1,4 +1,4 @@
-"""The mathematics of taking units out of a width, beside what it must equal."""
+"""The mathematics of removing units from a layer, compared with direct computations."""
 
 import pytest
 import torch

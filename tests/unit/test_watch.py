@@ -1,4 +1,4 @@
-"""What a block's layers share, and what of it waiting texts need not hold."""
+"""Which layers of a block share an input, and which inputs a waiting batch need not keep."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,7 +11,7 @@ from nightpress.core.compress.executors.blocks.in_turn import InTurn
 
 
 class _Block(nn.Module):
-    """Attention with a residual around it, then up and down; `parallel`: up takes in what q read, once more, as in GPT-NeoX."""
+    """Attention with a residual connection, then up and down. `parallel`: up reads the input of q again, as in GPT-NeoX."""
 
     def __init__(self, *, parallel: bool = False) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def test_inputs_that_a_later_layer_reads_again_are_kept():
 
 @torch.no_grad()
 def test_what_a_block_is_lent_is_never_spent():
-    """As an encoder's states are to a decoder's attention: the next block reads them too."""
+    """An example is an encoder's states in a decoder's attention: the next block reads them too."""
 
     class Cross(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How many bits a static int8 weight has on a processor with or without VNNI."""
+"""The number of bits of a static int8 weight on a processor with or without VNNI."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""YAML from strangers: what is read means what the core schema of YAML 1.2 says, and what is refused costs next to nothing."""
+"""Untrusted YAML: values are read by the core schema of YAML 1.2, and refusing hostile input costs almost nothing."""
 
 import contextlib
 import time
