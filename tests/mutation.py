@@ -91,7 +91,7 @@ MUTANTS = (
     Mutant("logs: a job's share and no more", ATTEMPTS, "                if seq <= MAX_LOG_LINES\n", ""),
     Mutant("end: the attempt is closed", ATTEMPTS, '            close_attempt(connection, job, "succeeded")\n', ""),
     Mutant("end: a name's newest result is an accepted one", ATTEMPTS, '            if outcome.verdict == "accepted" and job.promote:\n', "            if job.promote:\n", (_ACCESS,)),
-    Mutant("release: no failure is counted", ATTEMPTS, "                run_after=db_now(),\n                **RESTING", "                run_after=db_now(),\n                failures=_columns.failures + 1,\n                **_RESTING"),
+    Mutant("release: no failure is counted", ATTEMPTS, "                run_after=db_now(),\n                **RESTING", "                run_after=db_now(),\n                failures=_columns.failures + 1,\n                **RESTING"),
     Mutant("fail: a failure is counted", TRANSITIONS, "else_=_columns.failures + 1),", "else_=_columns.failures),"),
     Mutant("end: nobody holds it any more", TRANSITIONS, '    "lease_id": null(),\n', ""),
     Mutant("reuse: an identical job's result alone", REQUESTS, "made.c.fingerprint == job.fingerprint)", "made.c.fingerprint.is_not(None))", (_API,)),

@@ -49,8 +49,18 @@ def postgres(tmp_path: Path) -> Iterator[Postgres]:
         yield server
 
 
-@pytest.mark.parametrize("step", ["claim", "renew", "finish"])
-def test_f35_a_database_that_restarts_before_a_commit_has_written_none_of_it(postgres: Postgres, step: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "moment"),
+    [
+        ("claim", "before_cursor_execute"),  # a single statement, which commits by itself
+        ("renew", "before_cursor_execute"),
+        ("finish", "before_cursor_execute"),
+        ("finish", "commit"),
+    ],
+)
+def test_f35_a_database_that_restarts_before_a_commit_has_written_none_of_it(
+    postgres: Postgres, step: str, moment: str
+) -> None:
     """The same call, repeated, writes everything once."""
     store, job_id = store_on(postgres)
     lease = None if step == "claim" else claim(store, ttl_s=600.0).lease
@@ -74,9 +84,7 @@ def test_f35_a_database_that_restarts_before_a_commit_has_written_none_of_it(pos
             postgres.kill()
             postgres.start()
 
-    # Restart before the first statement, too: a statement that commits by itself then reaches a server that is just gone.
-    event.listen(store.engine, "before_cursor_execute", restart)
-    event.listen(store.engine, "commit", restart)
+    event.listen(store.engine, moment, restart)
     with pytest.raises(NightpressError) as raised:
         call()
     assert raised.value.code is ErrorCode.DATABASE_UNAVAILABLE

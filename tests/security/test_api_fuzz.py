@@ -55,7 +55,7 @@ def fuzz(face: Face, key: str, *options: str, config: str = "") -> None:
     done = subprocess.run(
         [
             *(*command, "--config-file", str(file), "run", f"{face.url}/openapi.json", "--no-color"),
-            *("-H", f"Authorization: Bearer {face.key}", "--phases", "examples,coverage,fuzzing"),
+            *("-H", f"Authorization: Bearer {key}", "--phases", "examples,coverage,fuzzing"),
             *("--max-examples", "3", "--seed", str(_SEED), "--exclude-checks", _CHECKS),
             *("--suppress-health-check", "all", "--warnings", "off", *options),
         ],

@@ -127,7 +127,7 @@ def text_windows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length:
     if body < 2:
         raise NightpressError(
             ErrorCode.INVALID_RECIPE,
-            f"evaluate: a length of {length} leaves no room for text.",
+            f"A length of {length} leaves no room for text beside the model's special tokens.",
             hint="Use at least 16 tokens.",
         )
     stream: list[int] = []

@@ -114,9 +114,8 @@ def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prun
     cost = factor.upper.diagonal().contiguous()
     inverses = _inverse_blocks(factor.upper, block)
     loss = settled.new_zeros(rows)
-    owed = torch.zeros_like(
-        settled
-    )  # (w − q)R over the settled columns: the error that later columns must compensate for
+    # (w − q)R over the settled columns: the error that later columns must compensate for
+    owed = torch.zeros_like(settled)
     for outer in range(0, columns, outer_width):
         outer_end = min(outer + outer_width, columns)
         lost = settled.new_empty(rows, outer_end - outer)
