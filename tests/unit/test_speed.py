@@ -9,7 +9,8 @@ from nightpress.core.compress import report as reports
 from nightpress.core.compress.evaluate.beside import SourceBeside
 from nightpress.core.compress.evaluate.remarks import remarks
 from nightpress.core.compress.evaluate.speed import speedup
-from nightpress.core.compress.export.consumer import Observed, Task
+from nightpress.core.compress.export.consumer import Observed
+from nightpress.core.compress.export.task import Task
 from nightpress.core.compress.report.costs import speed_line
 from nightpress.core.handoff.report import Report, Speedup
 from tests.reports import full_report

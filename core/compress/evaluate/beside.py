@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from nightpress.core.compress.export.consumer import Consumer, Observed, Task
+from nightpress.core.compress.export.consumer import Consumer, Observed
+from nightpress.core.compress.export.task import Task
 
 _SPARE = 0.9  #: share of the job's memory limit that may be planned; the rest is for memory that no peak shows
 

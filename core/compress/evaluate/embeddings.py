@@ -12,7 +12,7 @@ from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.scores import CUT, pearson, ranking_scores, spearman
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, ratio
 from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest
-from nightpress.core.compress.export.consumer import TokenSet
+from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.compress.model.cosines import row_cosines
 from nightpress.core.handoff.report import Measurement
 

@@ -14,7 +14,7 @@ from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.evaluate.scores import pearson, spearman
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
 from nightpress.core.compress.evaluate.view import Better, OutputPair, ScorerRequest, spread, sums
-from nightpress.core.compress.export.consumer import TokenSet
+from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.compress.model.cosines import cosine_of_products, row_cosines
 from nightpress.core.compress.runners.measure import centred_products
 from nightpress.core.handoff.report import Measurement

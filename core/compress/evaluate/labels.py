@@ -11,7 +11,7 @@ from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.scores import class_f1, counts_by_class, macro_f1, spans
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares
 from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest
-from nightpress.core.compress.export.consumer import TokenSet
+from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.handoff.report import Measurement
 
 _CLASSES_SHOWN = 20

@@ -11,7 +11,7 @@ from nightpress.core.compress.data.tokenized import Sequences
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
 from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest, sums
-from nightpress.core.compress.export.consumer import TokenSet
+from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
 

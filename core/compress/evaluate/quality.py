@@ -11,7 +11,8 @@ from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.data.images import read_images
 from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language
 from nightpress.core.compress.evaluate.view import OutputPair, Scorer, ScorerRequest
-from nightpress.core.compress.export.consumer import Observed, Task, TimedGeneration, TimedShape, TokenSet
+from nightpress.core.compress.export.consumer import Observed
+from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape, TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.header import ModelHeader

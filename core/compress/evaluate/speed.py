@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from nightpress.core.compress.evaluate.statistics import Array, spread_of_draws
-from nightpress.core.compress.export.consumer import ModelRuns, Observed, Task
+from nightpress.core.compress.export.consumer import ModelRuns, Observed
+from nightpress.core.compress.export.task import Task
 from nightpress.core.handoff.report import GenerationTiming, Speedup, Timing
 
 

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.evaluate.statistics import Array, Interval, Paired, Statistic, interval, paired
-from nightpress.core.compress.export.consumer import Observed, TokenSet
+from nightpress.core.compress.export.consumer import Observed
+from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.header import ModelHeader

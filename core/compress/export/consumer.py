@@ -20,108 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.data.tokenized import Sequences
 from nightpress.core.compress.environment import bfloat16_held_down
 from nightpress.core.compress.export.consumer_faults import check_finite, failed
+from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape
 from nightpress.core.compress.model.checkpoint import disk_errors
-from nightpress.core.recipes.costs import LOGIT_BYTES
 
 _STDERR_READ = 32768  #: bytes at the end of a process's standard error
 _SHAPE_SECONDS = 8.0  #: longest time for one shape and one model
 _FEWEST = 5  #: runs of a shape, even if they take longer than _SHAPE_SECONDS
 _WRITING_SECONDS = 20.0  #: longest time for one kind of decoding and one model
 _FEWEST_WRITINGS = 3  #: runs of decoding, even if they take longer than _WRITING_SECONDS
-
-
-@dataclass(frozen=True)
-class TokenSet:
-    """Examples for a runner, and the outputs that it keeps."""
-
-    name: str
-    kind: str  #: the outputs that are kept: `pooled`, `logits`, `last`, `tokens` or `generated`
-    sequences: Sequences
-    compared: NDArray[np.bool_] | None = None  #: [N, S], the positions where whole distributions are compared
-    new_tokens: int = 0  #: for `generated`: the most tokens that the source generates
-    alone: bool = False  #: each batch has one text, because the model can't read padded texts
-
-    def rows(self, classes: int) -> int:
-        """The number of rows in a batch. classes: the width of one position's output."""
-        if self.alone:
-            return 1
-        length = int(self.sequences.ids.shape[1]) + self.new_tokens
-        per_row = 4 * length * classes if self.kind in {"tokens", "last", "generated"} else 4 * length * 8192
-        return max(1, min(16, LOGIT_BYTES // max(per_row, 1)))
-
-
-@dataclass(frozen=True)
-class TimedShape:
-    batch: int
-    length: int
-    repeats: int
-
-
-@dataclass(frozen=True)
-class TimedGeneration:
-    """Greedy decoding to be timed."""
-
-    batch: int
-    prompt: int
-    tokens: int
-    repeats: int
-    cached: bool = True  #: with a cache, as the folder's settings say; else each token takes a pass over the whole text
-
-
-@dataclass(frozen=True)
-class Task:
-    """The examples and timings that run with every model of a job, so that all models get the same inputs."""
-
-    name: str  #: header.task, or `image-classification`
-    sets: tuple[TokenSet, ...]
-    shapes: tuple[TimedShape, ...]
-    timing_ids: NDArray[Any]  #: consecutive token ids, or one image [C, H, W]
-    pooling: str
-    classes: int  #: size of the vocabulary, or number of classes
-    threads: int
-    writings: tuple[TimedGeneration, ...] = ()
-
-    @property
-    def only_timed(self) -> "Task":
-        """The same task without its examples."""
-        return replace(self, sets=())
-
-    def request(self) -> dict[str, Any]:
-        """The part of a runner's request that describes the task; see core/compress/runners/measure.py."""
-        sets = [
-            {
-                "name": data_set.name,
-                "kind": data_set.kind,
-                "rows": data_set.rows(self.classes),
-                "new_tokens": data_set.new_tokens,
-            }
-            for data_set in self.sets
-        ]
-        told = {"task": self.name, "pooling": self.pooling, "threads": self.threads, "longest": self.longest}
-        return told | {"sets": sets}
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The runner's input arrays, by name."""
-        arrays: dict[str, NDArray[Any]] = {"timing.ids": self.timing_ids}
-        for data_set in self.sets:
-            arrays[f"{data_set.name}.ids"] = data_set.sequences.ids
-            arrays[f"{data_set.name}.mask"] = data_set.sequences.mask
-            if data_set.kind == "tokens":
-                assert data_set.sequences.targets is not None
-                assert data_set.compared is not None
-                arrays[f"{data_set.name}.targets"] = data_set.sequences.targets
-                arrays[f"{data_set.name}.compared"] = data_set.compared
-        return arrays
-
-    @property
-    def longest(self) -> int:
-        """The number of tokens of the longest text."""
-        widths = [int(data_set.sequences.ids.shape[1]) for data_set in self.sets]
-        written = [writing.prompt + writing.tokens for writing in self.writings]
-        return max([*widths, *(shape.length for shape in self.shapes), *written])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.export.consumer import Observed, Task, consumer_name
+from nightpress.core.compress.export.consumer import Observed, consumer_name
+from nightpress.core.compress.export.task import Task
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.model.cosines import centred_cosine, whole_cosine
 from nightpress.core.compress.runners.measure import pool
