@@ -65,7 +65,7 @@ class RequestMiddleware:
                     here.update_name(f"{scope['method']} {getattr(scope.get('route'), 'path', '(none)')}")
                     here.set_attributes({"http.response.status_code": status})
         except ClientDisconnect:
-            pass  # the client has gone: there is no one to answer
+            pass  # the client has disconnected
         except Exception as error:
             if status:  # the answer has begun, so the server can only close the connection
                 raise

@@ -16,7 +16,7 @@ from nightpress.core.service.jobs.records import Event, Job, LogLine
 from nightpress.core.wire.jobs import TERMINAL_STATES
 
 MEDIA_TYPE = "text/event-stream"
-HEARTBEAT_S = 15.0  #: seconds between comment lines: they keep proxies open, and detect readers that have gone
+HEARTBEAT_S = 15.0  #: seconds between comment lines: they keep proxies open, and detect disconnected readers
 LONGEST_S = 600.0  #: seconds until the stream ends; the reader reconnects with Last-Event-ID
 _PAGE = 200
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

@@ -210,7 +210,7 @@ def random_mixture(folder: Path) -> Path:
 
 
 def words(file: Path, count: int) -> Path:
-    """Write a text of at least `count` words, for tests that need more tokens than the built-in prose has."""
+    """Write a text of at least `count` words, for jobs that need more tokens than the built-in prose has."""
     some = ("night", "press", "the", "of", "river", "light", "a", "stone", "and", "walked")
     chooser = random.Random(0)
     lines = (" ".join(chooser.choices(some, k=20)) + "." for _ in range(count // 20 + 1))

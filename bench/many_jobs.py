@@ -148,7 +148,7 @@ def _tick(store: JobStore) -> None:
 
 
 def race(server: Postgres) -> dict[str, float]:
-    """Two hundred workers claim until no job is left. Jobs end half a second after their claim, so that few run at a time."""
+    """Two hundred workers claim until no job is left. Jobs end half a second after their claim: no more run than there are workers."""
     url = server.create_database()
     migrations.upgrade(url)
     engine = make_engine(url)

@@ -1,4 +1,4 @@
-"""2:4 sparsity on a GPU: torch's semi-structured matrix product beside the dense one, and the size of its weights.
+"""2:4 sparsity on a GPU: torch's semi-structured matrix product beside the dense product, and the size of its weights.
 
     python -m bench.semi_structured
 

@@ -52,7 +52,7 @@ def measure(folder: Path, threads: int, rounds: int) -> list[Figure]:
 
 
 def recipe_of(way: dict[str, Any]) -> Recipe:
-    """The recipe of a way. Only the first way's result is timed, so only this one is exported to both runtimes."""
+    """The recipe of a way. Only the first way's result is timed, so only this result is exported to both runtimes."""
     timed = not way
     fidelity = {"metric": "fidelity", "samples": 64, "length": 128}
     latency = {"metric": "latency", "batch": [1, 8], "length": [128], "repeats": 20}

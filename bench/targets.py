@@ -148,7 +148,7 @@ def compare(
 
 
 def _by_turns(ours: Path, theirs: Path, threads: int) -> float:
-    """The speed of our graph relative to the other one."""
+    """The speed of our graph relative to their graph."""
     files = [str(folder / openvino.GRAPH_FILE) for folder in (ours, theirs)]
     run = subprocess.run(
         [sys.executable, "-c", _TURNS, str(threads), *files], check=True, capture_output=True, text=True

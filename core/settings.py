@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """What differs from one installation to the next. Sizes are bytes and durations seconds."""
+    """The settings of an installation. Sizes are in bytes and durations in seconds."""
 
     model_config = SettingsConfigDict(env_prefix="NIGHTPRESS_", env_file=".env", extra="ignore", frozen=True)
 

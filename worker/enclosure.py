@@ -1,7 +1,7 @@
 """A process inside the sandbox, and the process outside that watches it.
 
-No process inside can see, signal or trace the outer process. The outer process owns the first process of the PID namespace: when that
-one ends, the kernel ends every process inside.
+No process inside can see, signal or trace the outer process. The outer process controls the first process of the PID namespace: when
+this first process ends, the kernel kills every process inside.
 """
 
 import contextlib

@@ -100,8 +100,8 @@ def _full(folders: list[Path]) -> str:
 def _refused(objects: ObjectStore, is_folder: bool) -> str:
     """The storage fault of this machine, or an empty text.
 
-    A store that does not answer is down for all workers, so it is no fault of this machine. It is one if the store refuses this machine's
-    credentials or clock, or if a storage folder can't be used.
+    If a store does not answer, it is down for all workers: this is no fault of this machine. If a store refuses this machine's
+    credentials or clock, or a storage folder can't be used, this is a fault of the machine.
     """
     try:
         objects.check()

@@ -1,4 +1,4 @@
-"""Keeps a lease: renews it, reports through it, and detects its loss. While a child runs, only its thread writes the job in SQL."""
+"""Keeps a lease: renews it, reports through it, and detects its loss. While a child runs, only this thread writes the job's row in SQL."""
 
 import logging
 import random

@@ -1,7 +1,7 @@
 """Finds out which parts of the sandbox ("walls") work on this machine, by building them around an idle process.
 
-`python -m nightpress.worker.probe --tell` prints as JSON which walls do not work, and why. With a job's folder as its argument, it is the
-process that builds the walls.
+`python -m nightpress.worker.probe --tell` prints as JSON which walls do not work, and why. With a job's folder as its argument, the module
+runs as the process that builds the walls.
 """
 
 import json

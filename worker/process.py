@@ -120,7 +120,7 @@ class ChildProcess:
         self._descendants()
         self._signal(signal.SIGKILL)  # also processes that it left in its group
         for descendant in self._seen:
-            # psutil raises NoSuchProcess for a PID that another process has now, so that this one is not killed.
+            # If another process has the PID by now, psutil raises NoSuchProcess and does not kill it.
             with contextlib.suppress(psutil.NoSuchProcess):
                 descendant.kill()
         self._process.wait()

@@ -94,7 +94,7 @@ def hide_memory() -> None:
 
 
 def die_with_parent(signal_number: int) -> None:
-    """Ask the kernel to send this process a signal when the thread that started it ends. Safe between fork and exec."""
+    """Ask the kernel to send this process a signal when the thread that started it ends. Also called between fork and exec."""
     kernel.process_option(kernel.PR_SET_PDEATHSIG, signal_number)
 
 

@@ -10,7 +10,7 @@ _MAX_INDEX = 16 * 1024**2
 def choose_model_files(source: Source, listing: Listing) -> tuple[RemoteFile, ...]:
     """The model's files among those of a listing.
 
-    Raises NightpressError: unsupported_format if there are no safetensors, malformed_model for invalid or missing file names.
+    Raises NightpressError: unsupported_format if there are no safetensors, malformed_model if the index names files that do not exist.
     """
     listed = {file.path: file for file in listing.files if not _is_hidden(file.path)}
 

@@ -49,7 +49,7 @@ def read_steadily(
 ) -> Iterator[bytes]:
     """Yield a file's bytes. When the connection breaks, continue at the position it had reached.
 
-    `stop`: asked before each piece; if it returns True, NightpressError(cancelled) is raised. `pause_s`: seconds before the first retry.
+    `stop`: called before each piece; if it returns True, NightpressError(cancelled) is raised. `pause_s`: seconds before the first retry.
     Raises source_unavailable after `_TRIES` tries without a new byte.
     """
     position, tries = 0, 0

@@ -35,12 +35,12 @@ ALL_SCOPES = frozenset(
 )
 
 _ID_ALPHABET = string.ascii_lowercase + string.digits
-#: np_ + id + "_" + 32 random bytes as base64url + a CRC of all before it. The CRC detects a typo or a scanner without the database.
+#: np_ + id + "_" + 32 random bytes as base64url + a CRC of all before it. The CRC detects a mistyped or guessed key without the database.
 _SHAPE = re.compile(r"np_([a-z0-9]{8})_([A-Za-z0-9_-]{43})([0-9a-f]{6})")
 _CACHE_S = 5.0  #: seconds that a revoked key may still work in this process
 _CACHE_SIZE = 10_000
 _TOUCH_S = 60.0
-_TOUCH_WAIT_S = 0.2  #: longest wait for a lock: the request itself may hold up the writer that has it
+_TOUCH_WAIT_S = 0.2  #: longest wait for a lock; short, as the request may then wait for the same lock
 
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Principal:
     tenant_id: str
     key_id: str
     scopes: frozenset[str]
-    #: id of the first key in the chain of keys that made this one: all keys of a family share the limits of a single key
+    #: id of the first key in the chain of keys that made this key; all keys of a family together have the limits of a single key
     family: str
 
     @property

@@ -25,7 +25,7 @@ class NewJob:
     run_limit_s: float
     stall_s: float
     max_failures: int
-    needs_gpu_memory: int = 0  #: bytes of GPU memory, likewise
+    needs_gpu_memory: int = 0  #: bytes of GPU memory, with the same rule
     queue_reason: str = ""  #: why the plan chose this queue
     name: str = ""
     priority: int = 0

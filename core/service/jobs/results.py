@@ -39,7 +39,7 @@ def write_result(connection: Connection, lease: Lease, outcome: Succeeded) -> No
 
 
 def copy_result(connection: Connection, origin: str, job_id: str) -> None:
-    """Copy the rows of another job's result. The files are not copied: `attempt` and `reused_from` tell where they are."""
+    """Copy the rows of another job's result. The files are not copied: `attempt` and `reused_from` locate them."""
     artifacts = connection.execute(select(job_artifacts).where(job_artifacts.c.job_id == origin)).mappings().all()
     if artifacts:
         rows = [{**row, "id": new_id("art"), "job_id": job_id} for row in artifacts]
