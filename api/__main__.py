@@ -12,7 +12,7 @@ from nightpress.core.tracing import configure_tracing
 
 
 class Server(uvicorn.Server):
-    """Ends event streams before it shuts down: uvicorn would wait for their readers, and these wait for their jobs."""
+    """Ends event streams before it shuts down. Otherwise uvicorn would wait for their readers, which wait for jobs to end."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app = self.config.app

@@ -1,4 +1,4 @@
-"""The audit log: every request that changed something is written down before its answer is sent."""
+"""The audit log: every request that changed something is recorded before its answer is sent."""
 
 import logging
 from typing import Any
@@ -9,20 +9,20 @@ from nightpress.api.deps import Services
 from nightpress.core.errors import NightpressError
 from nightpress.core.service.access.keys import Principal
 
-#: Not written: a job's row names its key, and a part belongs to an upload whose announcement was written.
+#: Not recorded: a job's row names its key, and a part belongs to an upload whose announcement was recorded.
 _NOT_NOTED = {("POST", "/v1/jobs"), ("PUT", "/parts/{number}"), ("POST", "/v1/recipes/validate")}
 
 log = logging.getLogger(__name__)
 
 
 async def note_action(scope: Scope, status: int) -> None:
-    """Write the action of a request to the audit log. Where the database is away, the line goes to the process's log instead."""
+    """Write the action of a request to the audit log. If the database does not answer, write it to the process's log instead."""
     state: dict[str, Any] = scope.get("state", {})
     caller: Principal | None = state.get("caller")
     method, route = scope["method"], getattr(scope.get("route"), "path", "")
     if caller is None or method in {"GET", "HEAD", "OPTIONS"} or not route or status >= 400:
         return
-    if state.get("replayed"):  # the first request with this Idempotency-Key was noted
+    if state.get("replayed"):  # the first request with this Idempotency-Key was recorded
         return
     if any(method == verb and route.endswith(end) for verb, end in _NOT_NOTED):
         return

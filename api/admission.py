@@ -1,4 +1,4 @@
-"""Limits on uploads through the API at a time. A slow client makes its upload last, so each key and tenant has a limit of its own."""
+"""Limits the number of uploads through the API at a time. A slow client's upload takes long, so each key and tenant has its own limit."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.access.keys import Principal
 
-UPLOADS = 64  #: at a time in one process, each on a thread of its own
+UPLOADS = 64  #: uploads at a time in one process, each in its own thread
 UPLOADS_A_TENANT = 16
 UPLOADS_A_KEY = 8
 _PATIENCE_S = 30.0
@@ -24,7 +24,7 @@ class Admission:
 
     @asynccontextmanager
     async def of(self, caller: Principal) -> AsyncIterator[None]:
-        """Wait for a place and hold it. Raises NightpressError(rate_limited) where none is free after `patience_s`."""
+        """Wait for a place and hold it within the block. Raises NightpressError(rate_limited) if none is free after `patience_s`."""
         key = self._share("key", caller.family, UPLOADS_A_KEY)
         tenant = self._share("tenant", caller.tenant_id, UPLOADS_A_TENANT)
         async with AsyncExitStack() as held:
@@ -42,7 +42,7 @@ class Admission:
             yield
 
     def _share(self, kind: str, name: str, places: int) -> asyncio.Semaphore:
-        """The places of a key or a tenant. The entry lives while an upload holds or awaits a place."""
+        """The places of a key or a tenant. The entry exists while an upload holds a place or waits for one."""
         share = self._shares.get((kind, name))
         if share is None:
             share = self._shares[kind, name] = asyncio.Semaphore(places)

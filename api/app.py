@@ -80,9 +80,9 @@ def create_app(settings: Settings) -> FastAPI:
         description=_DESCRIPTION,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=partial(_lifespan, services),
-        docs_url=None,  # api/pages serves a page of our own that loads nothing from other sites
+        docs_url=None,  # api/pages serves its own page, which loads nothing from other sites
         redoc_url=None,
-        generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
+        generate_unique_id_function=lambda route: route.name,  # names the methods of generated clients
     )
     app.state.services = services
     routers = [*(module.router for module in _ROUTES), pages.router]
@@ -95,10 +95,9 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def open_services(settings: Settings) -> Services:
-    """Open the database, the storage and the broker's bell. Nothing is asked of them yet: a part that is away is /readyz's to tell."""
-    from nightpress.core.service.jobs.ring import (
-        Ringer,  # Celery: a fifth of the time that importing this module would take
-    )
+    """Make the services on database, storage and broker. None of these is contacted yet: /readyz reports whether they answer."""
+    # Celery, which the ring imports, would take a fifth of the time to import this module.
+    from nightpress.core.service.jobs.ring import Ringer
 
     engine = make_engine(settings.sql_url, pool_size=_SQL_CONNECTIONS)
     resources = Resources(settings, engine)
@@ -132,7 +131,7 @@ async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with our schema of errors in place of the framework's."""
+    """The OpenAPI document, with our schema of errors instead of the framework's."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title,
@@ -158,7 +157,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 
 def _complete_responses(operation: dict[str, Any]) -> None:
-    """Add the errors that every route can answer with."""
+    """Add the errors that every route may return."""
     answers = operation["responses"]
     codes = [ErrorCode.DATABASE_UNAVAILABLE, ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN]
     everywhere = documented(*(codes if operation.get("security") else []))

@@ -1,4 +1,4 @@
-"""Whether the broker answers. The API asks nothing else of it directly: rings are sent by core/service/jobs/ring.py."""
+"""Checks whether the broker answers, and translates its URL for redis-py. Rings are sent by core/service/jobs/ring.py."""
 
 from urllib.parse import quote, urlsplit
 
@@ -7,7 +7,7 @@ _TIMEOUT_S = 1.0
 
 def ping_broker(url: str) -> None:
     """Raise ConnectionError unless the Redis or Valkey server of a Celery URL answers."""
-    from redis import Redis  # 0.1 s of import that only a readiness probe needs
+    from redis import Redis  # takes 0.1 s to import, and only a readiness probe needs it
     from redis.backoff import NoBackoff
     from redis.exceptions import RedisError
     from redis.retry import Retry
@@ -27,7 +27,7 @@ def ping_broker(url: str) -> None:
 
 
 def client_url(url: str) -> str:
-    """A Celery URL in redis-py's spelling: the two write the URL of a unix socket differently."""
+    """A Celery URL in the form that redis-py reads: the two write the URL of a unix socket differently."""
     parts = urlsplit(url)
     if parts.scheme != "redis+socket":
         return url

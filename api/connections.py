@@ -1,8 +1,8 @@
-"""Limits on connections, before a key is known. uvicorn limits neither the size of a request's head nor the time that it takes.
+"""Limits on connections, before the key is known. uvicorn limits neither the size of a request's head nor the time to send it.
 
 A client has a deadline in each phase of a request: to send the whole head, to send each piece of the body, and to read the answer.
-The number of connections is limited, in all and by address. When the limit is reached, a new connection replaces the connection that
-has waited longest for a request, so that idle and half-open connections keep nobody out.
+The number of connections is limited, in total and per address. When a limit is reached, a new connection replaces the connection that
+has waited longest for a request, so that idle and half-open connections can't block new clients.
 """
 
 import asyncio
@@ -20,9 +20,9 @@ from nightpress.api.problems import MEDIA_TYPE, problem_body
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.settings import Settings
 
-_HEAD_BYTES = 32 * 1024  #: of a request line and its headers
+_HEAD_BYTES = 32 * 1024  #: most bytes of a request line and its headers
 _HEADERS = 100
-_BODY_BYTES_S = 1024  #: bytes a second that a body must bring at least, while the API reads it
+_BODY_BYTES_S = 1024  #: fewest bytes of a body per second, while the API reads it
 _OTHER_HANDLES = 256  #: file handles of the process that are not for connections
 _STATUS_LINES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}  # fmt: skip
 
@@ -35,7 +35,7 @@ class Bounds:
 
 
 def bounds_of(settings: Settings) -> Bounds:
-    """The bounds of the settings, lowered to the file handles of this process: each connection is a handle."""
+    """The bounds of the settings, lowered to the file handles of this process: each connection needs one."""
     handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     room = (
         settings.api_connections if handles == resource.RLIM_INFINITY else max(handles - _OTHER_HANDLES, handles // 2)
@@ -62,7 +62,7 @@ def configure(app: Any, settings: Settings, **more: Any) -> uvicorn.Config:
 
 
 class Connections:
-    """The open connections of this process, by address, and which of them may be replaced by a new connection."""
+    """The open connections of this process, per address, and those that a new connection may replace."""
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
@@ -70,9 +70,9 @@ class Connections:
         self._idle, self._reading = _Arrivals(), _Arrivals()
 
     def enter(self, connection: "Connection") -> bool:
-        """Count a new connection. Returns whether there is room for it.
+        """Count a new connection. Returns False if there is no room for it.
 
-        Where the limit is reached, the oldest connection without a request is closed, else the oldest without a whole body.
+        If a limit is reached, the oldest connection without a request is closed; if there is none, the oldest with an incomplete body.
         """
         full_address = self._open[connection.address] >= self.bounds.connections_per_address
         full = self._open.total() >= self.bounds.connections
@@ -94,22 +94,22 @@ class Connections:
             del self._open[connection.address]
 
     def waits(self, connection: "Connection") -> None:
-        """The connection has no request yet: it may be replaced."""
+        """Record that the connection has no request yet: it may be replaced."""
         self._idle.add(connection)
 
     def reads(self, connection: "Connection") -> None:
-        """The body of its request is incomplete: it may be replaced where no connection is without a request."""
+        """Record that the body of its request is incomplete: it may be replaced if every connection has a request."""
         self._idle.discard(connection)
         self._reading.add(connection)
 
     def answers(self, connection: "Connection") -> None:
-        """Its request is complete: it is not replaced."""
+        """Record that its request is complete: it may not be replaced."""
         self._idle.discard(connection)
         self._reading.discard(connection)
 
 
 class _Arrivals:
-    """Connections in the order of their arrival, in all and by address."""
+    """Connections in the order of their arrival, in total and per address."""
 
     def __init__(self) -> None:
         self._all: dict[Connection, None] = {}
@@ -128,12 +128,12 @@ class _Arrivals:
                 del self._from[connection.address]
 
     def first(self, address: str | None) -> "Connection | None":
-        """The connection that came first: of this address, or of all where `address` is None."""
+        """The oldest connection from this address; `address` None: the oldest of all. None if there is none."""
         return next(iter(self._all if address is None else self._from.get(address, {})), None)
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's protocol with a deadline for each thing that the client must do, and limits on a request's head."""
+    """uvicorn's protocol, with a deadline for each step of the client and limits on a request's head."""
 
     def __init__(self, connections: Connections, **given: Any) -> None:
         super().__init__(**given)
@@ -141,14 +141,14 @@ class Connection(HttpToolsProtocol):
         self.address = ""
         self._deadline: asyncio.TimerHandle | None = None  #: for the head or the body of a request
         self._write_deadline: asyncio.TimerHandle | None = None
-        self._phase: Literal["head", "body", "answer"] = "head"  #: what is awaited of the newest request
+        self._phase: Literal["head", "body", "answer"] = "head"  #: the next part of the newest request
         self._in_head = False  #: whether a head has begun and is incomplete
-        self._head_bytes = 0  #: that have arrived of it, at least
-        self._body_bytes = 0  #: that have arrived since the deadline was set
+        self._head_bytes = 0  #: bytes of the head that have arrived, at least
+        self._body_bytes = 0  #: bytes of the body that have arrived since the deadline was set
         self._was_paused = False  #: whether the API itself had stopped reading when the last deadline passed
         self._refused = False
 
-    # Coming and going --------------------------------------------------------------------------------------------------
+    # Opening and closing -----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -214,7 +214,7 @@ class Connection(HttpToolsProtocol):
         self._await_request()
 
     def _await_request(self) -> None:
-        """Wait for the next request, where both the last request and its answer are complete and none is queued."""
+        """Wait for the next request, if the last request and its answer are complete and no request is queued."""
         if self._phase == "answer" and self.cycle.response_complete and not self.pipeline:
             self._phase = "head"
             self._connections.waits(self)
@@ -245,7 +245,7 @@ class Connection(HttpToolsProtocol):
             )
 
     def _body_comes(self) -> bool:
-        """Whether enough of the body has arrived since the deadline was set, or the API itself has not read."""
+        """Whether enough of the body has arrived since the deadline was set, or the API itself had stopped reading."""
         paused, self._was_paused = self._was_paused, self.flow.read_paused
         enough = self._body_bytes >= _BODY_BYTES_S * self._bounds.patience_s
         self._body_bytes = 0
@@ -272,7 +272,7 @@ class Connection(HttpToolsProtocol):
         self._refuse(431, message, "Shorten its address and headers.")
 
     def _refuse(self, status: int, message: str, hint: str) -> None:
-        """Answer with a problem, outside of any route, and close the connection."""
+        """Send a problem, outside any route, and close the connection."""
         self._refused = True
         self._clear_deadline()
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:

@@ -31,11 +31,11 @@ class Services:
     """Everything that a route may call, made once per process."""
 
     resources: Resources
-    threads: ThreadPoolExecutor  #: for calls that wait for SQL; as many as there are SQL connections
-    uploads: ThreadPoolExecutor  #: for uploads through the API, which a slow client makes last
-    admission: Admission  #: to the threads of `uploads`
+    threads: ThreadPoolExecutor  #: for calls that wait for SQL; as many threads as SQL connections
+    uploads: ThreadPoolExecutor  #: for uploads through the API, which take long for a slow client
+    admission: Admission  #: limits the use of `uploads`
     transfers: ThreadPoolExecutor  #: for other calls that move many bytes
-    probes: ThreadPoolExecutor  #: for /readyz, so that a hanging part blocks nothing else
+    probes: ThreadPoolExecutor  #: for /readyz, so that a service that hangs blocks nothing else
     database_probe: DatabaseProbe
     limiter: RateLimiter
     ringer: "Ringer"
@@ -54,12 +54,12 @@ class Services:
         return await asyncio.get_running_loop().run_in_executor(self.transfers, partial(function, *args, **kwargs))
 
     async def upload(self, caller: Principal, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function that waits for the caller's bytes in a thread. Raises NightpressError(rate_limited) where all are taken."""
+        """Run a function that waits for the caller's bytes in a thread. Raises NightpressError(rate_limited) if no place becomes free."""
         async with self.admission.of(caller):
             return await asyncio.get_running_loop().run_in_executor(self.uploads, partial(function, *args, **kwargs))
 
 
-#: For the OpenAPI document. `authenticated` reads the header itself: FastAPI's security dependency costs a request as much as its SQL.
+#: For the OpenAPI document. `authenticated` reads the header itself: FastAPI's security dependency takes as long as a request's SQL.
 API_KEY_SCHEME = {
     "ApiKey": {
         "type": "http",
@@ -75,7 +75,7 @@ async def services(request: Request) -> Services:
 
 
 async def authenticated(request: Request) -> Principal:
-    """A dependency: the caller whose key the request carries. A key that was seen in the last seconds costs no SQL.
+    """A dependency: the caller whose key the request has. A key that was checked in the last seconds needs no SQL.
 
     Raises NightpressError(unauthenticated) for a missing or wrong key, and NightpressError(rate_limited).
     """
@@ -110,7 +110,7 @@ async def _count(services: Services, caller: Principal, state: dict[str, Any]) -
 
 
 def needs(scope: str) -> Callable[[Request], Awaitable[Principal]]:
-    """A dependency: the caller. Raises NightpressError(forbidden) where its key lacks `scope`."""
+    """Make a dependency that returns the caller. It raises NightpressError(forbidden) if the key lacks `scope`."""
 
     async def allowed(request: Request) -> Principal:
         caller = await authenticated(request)

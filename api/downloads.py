@@ -1,4 +1,4 @@
-"""Downloads: a redirect to a presigned URL where the store can make one, else a stream that supports ranges."""
+"""Downloads: a redirect to a presigned URL if the store can make one, else a stream that supports ranges."""
 
 import re
 from collections.abc import Iterator
@@ -13,13 +13,16 @@ from nightpress.api.deps import Services
 from nightpress.api.problems import problem
 from nightpress.core.errors import ErrorCode, NightpressError
 
-#: A browser's scripts may not follow a redirect to another origin. With this type they ask for the address instead.
+#: A script in a browser may not follow a redirect to another origin. With this media type it requests the address instead.
 LOCATION_TYPE = "application/vnd.nightpress.location+json"
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 async def send_object(request: Request, services: Services, key: str, *, path: str, size: int, sha256: str) -> Response:
-    """Answer with a stored file. `path` gives the download its name. The SHA-256 is the ETag, so that a resumed download can't mix versions."""
+    """The response with a stored file. `path`: its last part names the download. `size`: bytes of the file.
+
+    The SHA-256 is the ETag, so that a resumed download can't mix versions.
+    """
     filename = safe_filename(path)
     url = await services.call(services.resources.objects.presign_get, key, filename=filename)
     if url is not None and LOCATION_TYPE in request.headers.get("accept", ""):
@@ -56,7 +59,7 @@ def safe_filename(path: str) -> str:
 
 
 def _opened(services: Services, key: str, start: int, end: int) -> Iterator[bytes]:
-    """Read the first chunk now: a store that does not answer must lead to a problem response, not to a cut connection."""
+    """The chunks of [start, end). The first is read now: a store that fails must lead to a problem response, not to a cut connection."""
     if start == end:
         return iter(())
     chunks = iter(services.resources.objects.read(key, start, end))
@@ -64,7 +67,7 @@ def _opened(services: Services, key: str, start: int, end: int) -> Iterator[byte
 
 
 def _wanted_range(request: Request, etag: str, size: int) -> tuple[int, int, bool] | None:
-    """The bytes [start, end) to send and whether they are a part, or None where the range lies outside.
+    """The bytes [start, end) to send and whether they are a part of the file, or None if the range is outside the file.
 
     Several ranges, an invalid one, or a range of another version get the whole file (RFC 9110 §14.2).
     """

@@ -44,7 +44,7 @@ class ApiMetrics:
         self._series: dict[tuple[str, str, int], tuple[Histogram, Counter]] = {}
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
-        """Count a request under the template of its route, not under its address: each id would make a series."""
+        """Count a request under the template of its route. Under its address, each id would make a new series."""
         route = getattr(scope.get("route"), "path", "(none)")
         method = scope["method"] if scope["method"] in _METHODS else "(other)"
         series = self._series.get((method, route, status))
@@ -53,11 +53,11 @@ class ApiMetrics:
             self._series[method, route, status] = series
         latency, answers = series
         answers.inc()
-        if "nightpress.stream" not in scope:  # a stream lasts as long as its reader stays, which is no latency
+        if "nightpress.stream" not in scope:  # a stream lasts until its reader leaves: that is no latency
             latency.observe(seconds)
 
     def queue(self, ask: Callable[[], QueueFigures]) -> QueueFigures:
-        """The figures of the queue, at most 5 s old. They are kept because counting a million jobs takes most of a second."""
+        """The figures of the queue, at most 5 s old. They are cached because counting a million jobs takes most of a second."""
         with self._lock:
             if self._figures is None or time.monotonic() > self._figures_until:
                 self._figures = ask()
@@ -72,7 +72,7 @@ class ApiMetrics:
 
 
 class _QueueFigures(Collector):
-    """The figures of the queue at a scrape. Every state has a series, also at zero, so that alerts need no `absent()`."""
+    """The figures of the queue at a scrape. Every state has a series, even at zero, so that alerts need no `absent()`."""
 
     def __init__(self, statistics: JobStatistics, workers: list[Worker], fleet: Fleet) -> None:
         self._statistics = statistics

@@ -1,4 +1,4 @@
-"""The middleware around every request: its id, the limit of its body, its time, its trace, and unexpected errors."""
+"""The middleware of every request: request id, limit of the body, latency, trace, and unexpected errors."""
 
 import re
 import time
@@ -26,7 +26,7 @@ _UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
 class RequestMiddleware:
-    """A plain ASGI middleware, without a task, a queue or a copy of the body: every request passes it."""
+    """A plain ASGI middleware. It makes no task, queue or copy of the body, because every request passes through it."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, metrics: ApiMetrics) -> None:
         self.app = app
@@ -65,9 +65,9 @@ class RequestMiddleware:
                     here.update_name(f"{scope['method']} {getattr(scope.get('route'), 'path', '(none)')}")
                     here.set_attributes({"http.response.status_code": status})
         except ClientDisconnect:
-            pass  # nobody is left to answer
+            pass  # the client has disconnected
         except Exception as error:
-            if status:  # the answer has begun: all that is left is to cut the connection, which the server does
+            if status:  # the answer has begun, so the server can only close the connection
                 raise
             response = await on_unexpected(Request(scope), error)
             await response(scope, receive, send_marked)
@@ -81,7 +81,7 @@ class RequestMiddleware:
                 f"The body has {length} bytes; at most {self.max_body_bytes} are allowed.",
                 hint="Upload models and data sets as files: announce them first, then send their parts.",
             )
-        # PostgreSQL refuses a NUL in text, and none of our names holds one.
+        # PostgreSQL refuses NUL in text, and no valid name contains it.
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
             return NightpressError(ErrorCode.INVALID_REQUEST, "The address holds a NUL character.", hint="Remove it.")
         return None
@@ -104,7 +104,7 @@ class RequestMiddleware:
 
 
 def _traced(scope: Scope, request_id: str) -> AbstractContextManager[SpanNotes]:
-    """The span of a request, below the caller's span where `traceparent` names it. Probes and scrapes are not traced."""
+    """The span of a request, as a child of the caller's span if the header `traceparent` names it. Probes and scrapes are not traced."""
     if scope["path"] in _UNTRACED:
         return nullcontext(NOT_TRACED)
     caller = next(
@@ -115,7 +115,7 @@ def _traced(scope: Scope, request_id: str) -> AbstractContextManager[SpanNotes]:
 
 
 def _read_headers(scope: Scope) -> tuple[str, int]:
-    """The request id, which is the caller's where that is valid, and the announced length of the body."""
+    """The request id (the caller's if it is valid, else a new one), and the announced length of the body."""
     request_id, length = "", 0
     for name, value in scope["headers"]:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value):

@@ -1,4 +1,4 @@
-"""Idempotency-Key on every POST: a request that is repeated with its key is done once and gets the same answer again."""
+"""Idempotency-Key on every POST: a request that is repeated with its key is executed once, and gets the same answer again."""
 
 import hashlib
 import re
@@ -18,7 +18,7 @@ REPLAYED = "Idempotency-Replayed"
 PATTERN = r"^[\x21-\x7e]+$"
 MAX_LENGTH = 255
 _KEPT_HEADERS = ("location", "etag", "content-type", "cache-control")
-#: This route stores its key in the transaction that stores the job. No answer that is stored afterwards is as safe.
+#: This route stores its key in the transaction that stores the job, which is safer than storing the answer afterwards.
 _STORES_ITS_KEY = "/v1/jobs"
 
 PARAMETER = {

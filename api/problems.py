@@ -17,7 +17,7 @@ from nightpress.core.wire.base import Problem
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-RETRY_AFTER_S = 5  #: Retry-After of 429 and 503, where the error says nothing else
+RETRY_AFTER_S = 5  #: Retry-After of 429 and 503, unless the error has its own value
 _MAX_FAULTS = 50
 
 #: Statuses that the framework chooses. 405 and 415 have no code of their own: their requests are invalid.

@@ -1,4 +1,7 @@
-"""A token bucket for each key, kept in Redis so that all API processes count together. While Redis is away nothing is limited here; quotas in SQL still hold."""
+"""A token bucket for each family of keys, stored in Redis so that all API processes count together.
+
+While Redis does not answer, no rate is limited; the quotas in SQL still apply.
+"""
 
 import logging
 import math
@@ -11,11 +14,12 @@ from nightpress.core.errors import ErrorCode, NightpressError
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-#: How long a hanging Redis is waited for. Longer than the delays of a busy API process, which must not look like a Redis that is away.
+#: Seconds to wait for Redis. Longer than the delays of a busy API process, so that these do not look like a Redis that does not answer.
 _PATIENCE_S = 1.0
-_CONNECTIONS = 8  #: kept open, because opening a connection for each request of a flood would delay all of them
-_REST_S = 5.0  #: how long Redis is not asked after it did not answer
-#: Takes a token from a bucket of ARGV[1] tokens that fills in a minute, by the server's clock. Returns whether it got one, and how many are left.
+_CONNECTIONS = 8  #: most connections; they stay open, because opening one per request would delay a flood of requests
+_REST_S = 5.0  #: seconds without requests to Redis after it did not answer
+#: Takes a token from a bucket of ARGV[1] tokens that fills in a minute, by the server's clock. Returns 1 if it got a token, else 0, and
+#: the number of tokens left.
 _TAKE = """
 local now = redis.call('TIME')
 now = tonumber(now[1]) + tonumber(now[2]) / 1e6
@@ -49,7 +53,7 @@ class RateLimiter:
         self._rests_until = 0.0
 
     async def take(self, key_id: str, per_minute: int) -> Taken:
-        """Take a token from the key's bucket. Never raises: while Redis is away every request is allowed."""
+        """Take a token from the bucket of `key_id`. Never raises: while Redis does not answer, every request is allowed."""
         from redis.exceptions import RedisError
 
         if time.monotonic() < self._rests_until:
@@ -76,7 +80,7 @@ class RateLimiter:
             await self._redis.aclose()
 
     def _connect(self) -> None:
-        from redis.asyncio import BlockingConnectionPool, Redis  # 0.1 s of import, which only a rate limit needs
+        from redis.asyncio import BlockingConnectionPool, Redis  # takes 0.1 s to import
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 

@@ -1,4 +1,4 @@
-"""Whether the database is ready: it answers, its tables are migrated, and it accepts writes."""
+"""Checks whether the database is ready: it answers, its tables are migrated, and it accepts writes."""
 
 import threading
 import time
@@ -14,9 +14,9 @@ _WRITE_EVERY_S = 1.0
 
 
 class DatabaseProbe:
-    """Probes by a read and by a write that changes nothing: reads do not show a full disk, a standby or a lock.
+    """Probes the database with a read, and with a write that changes nothing: a read does not detect a full disk, a standby or a lock.
 
-    It has a connection of its own with short waits. It writes at most once a second, however often it is asked.
+    It has its own connection with short waits. It writes at most once a second, however often it is called.
     """
 
     def __init__(self, sql_url: str) -> None:
@@ -25,7 +25,7 @@ class DatabaseProbe:
         self._written_at = float("-inf")
 
     def ask(self) -> None:
-        """Probe once. Raises NightpressError(database_unavailable), whose detail `said` is a short text for people without a key."""
+        """Probe once. Raises NightpressError(database_unavailable); its detail `said` is a short text for callers without a key."""
         with self._lock:
             self._read()
             if time.monotonic() - self._written_at >= _WRITE_EVERY_S:
@@ -36,7 +36,7 @@ class DatabaseProbe:
         self._engine.dispose()
 
     def _read(self) -> None:
-        """Read the revision. A newer one than this code knows is fine: migrations keep older code working."""
+        """Read the revision. A newer revision than this code knows is accepted: migrations keep older code working."""
         with transaction(self._engine, read_only=True) as connection:
             migrated = inspect(connection).has_table("alembic_version")
             query = text("SELECT max(version_num) FROM alembic_version")

@@ -1,4 +1,4 @@
-"""Server-sent events: a job's events or log lines from a number on until the job ends. None is skipped or repeated."""
+"""Server-sent events: a job's events or log lines after a given number, until the job ends. No line is skipped or repeated."""
 
 import asyncio
 import time
@@ -16,8 +16,8 @@ from nightpress.core.service.jobs.records import Event, Job, LogLine
 from nightpress.core.wire.jobs import TERMINAL_STATES
 
 MEDIA_TYPE = "text/event-stream"
-HEARTBEAT_S = 15.0  #: between comment lines, which keep proxies from closing and show that a reader is gone
-LONGEST_S = 600.0  #: after which the stream ends; the reader reconnects with Last-Event-ID
+HEARTBEAT_S = 15.0  #: seconds between comment lines: they keep proxies open, and detect disconnected readers
+LONGEST_S = 600.0  #: seconds until the stream ends; the reader reconnects with Last-Event-ID
 _PAGE = 200
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -31,7 +31,7 @@ def wants_stream(request: Request) -> bool:
 
 
 def resume_point(request: Request, after: int) -> int:
-    """The number after which a stream begins: Last-Event-ID where the reader reconnects, else `after`.
+    """The number after which a stream begins: Last-Event-ID if the reader reconnects, else `after`.
 
     Raises NightpressError(invalid_request) for a Last-Event-ID that is not a number.
     """
@@ -56,9 +56,10 @@ async def stream(
     newest: Callable[[Position], int],
     frame: Callable[[Line], str],
 ) -> Response:
-    """Answer with every line after `after`, also with lines that come later. The stream ends when the job has ended and all is sent.
+    """The response with every line after number `after`, including lines that come later. It ends when the job has ended and all is sent.
 
-    Where the job has ended and nothing is left to send, the answer is 204, which tells an EventSource not to reconnect.
+    read: reads lines from SQL. newest: the number of the newest line at a position. frame: the SSE message of a line.
+    If the job has ended and nothing is left to send, the answer is 204: then an EventSource does not reconnect.
     """
     request.scope["nightpress.stream"] = True
     if job.state in TERMINAL_STATES and not await services.call(read, job.id, after=after, limit=1):

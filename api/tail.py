@@ -1,4 +1,4 @@
-"""Following jobs: a single query at each interval for all jobs that are watched, however many streams watch them."""
+"""Follows jobs: one query per interval for all watched jobs, however many streams watch them."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ _PAUSE_AFTER_ERROR_S = 2.0
 
 
 class Watch:
-    """A stream's view of its job: the position of the newest line, and an event that wakes the stream when it moves."""
+    """A stream's view of its job: the job's last known position, and an event that wakes the stream when the position changes."""
 
     __slots__ = ("changed", "position")
 
@@ -26,7 +26,7 @@ class Watch:
 class Tail:
     """Polls the positions of the watched jobs and wakes their streams, which read their lines from SQL themselves.
 
-    It holds no lines. So a slow reader costs only its socket's buffer, and no line can be lost or repeated on the way.
+    It holds no lines. So a slow reader costs only its socket's buffer, and no line can be lost or repeated.
     """
 
     def __init__(

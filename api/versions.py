@@ -1,4 +1,4 @@
-"""Optimistic locking over HTTP: a version as ETag, and If-Match on the edit that is based on it."""
+"""Optimistic locking over HTTP: the version is the ETag, and an edit names the version that it is based on in If-Match."""
 
 import re
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`Prefer: wait=N` (RFC 7240): the answer waits until the job has ended, N seconds at most."""
+"""`Prefer: wait=N` (RFC 7240): the answer is sent when the job has ended, or after N seconds."""
 
 import asyncio
 import re
@@ -29,7 +29,7 @@ def preferred_wait(request: Request) -> int:
 
 
 async def until_ended(services: Services, job: Job, wait_s: int) -> Job:
-    """The job when it has ended, or as it is after `wait_s`. It holds no thread while it waits."""
+    """Wait until the job has ended, at most `wait_s` seconds. Returns its last known row. No thread is blocked during the wait."""
     deadline = time.monotonic() + wait_s
     with services.tail.watch(job.id) as watch:
         while not is_terminal(job.state) and not services.tail.closed:
@@ -42,5 +42,5 @@ async def until_ended(services: Services, job: Job, wait_s: int) -> Job:
                 break
             watch.changed.clear()
             now = await services.call(services.resources.store.reader.get, job.tenant_id, job.id)
-            job = now or job  # a job that was pruned meanwhile is returned as it was last seen
+            job = now or job  # a job that was deleted meanwhile is returned as it was read last
     return job

@@ -1,7 +1,7 @@
-"""Run benches, each in a process of its own. Each prints its figures and keeps them in bench/results (see bench/record.py).
+"""Run benchmarks, each in its own process. Each prints its figures and stores them in bench/results (see bench/record.py).
 
-python -m bench --list           what there is, and how long each usually takes
-python -m bench [NAME …]         those that are named; without a name, all that a machine without a GPU can run
+python -m bench --list           list the benchmarks, and how long each usually takes
+python -m bench [NAME …]         run the named benchmarks; without a name, all that need no GPU and no arguments
 """
 
 import argparse
@@ -14,14 +14,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Bench:
-    """What a bench measures, and what it takes."""
+    """A benchmark: what it measures, how long it takes and what it needs."""
 
     measures: str
-    minutes: float  #: usually, on two quiet cores
+    minutes: float  #: usual duration on two idle cores
     needs: Literal["", "a GPU", "arguments"] = ""
 
 
-#: In this order: first those that time milliseconds, while the machine is cool and quiet.
+#: In the order of running: first those that measure milliseconds, while the machine is cool and idle.
 BENCHES = {
     "startup": Bench("How long a job, a worker and the API take to start, and the memory of an idle service.", 2),
     "submit": Bench("Submissions a second over HTTP, beside a bare endpoint with one INSERT.", 2),
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def run(names: list[str]) -> int:
-    """One after another; the number of those that failed or missed a bar."""
+    """Run benchmarks one after another. Returns the number of those that failed or missed a bar."""
     print(f"{len(names)} benches, usually {sum(BENCHES[name].minutes for name in names):g} minutes in all")
     failed = []
     for name in names:

@@ -2,16 +2,17 @@
 
     python -m bench.blocks_cpu [--method NAME …] [--seeds 2] [--side ours|peer] [--keep FOLDER] [--peer PYTHON | --no-peer]
 
-Both sides get the same fp32 model, the same calibration tokens and the same number of threads. A whole process is counted, from its start to
-the saved folder: imports, loading, calibrating, solving, saving. Its peak is that of its resident memory, mapped files included. Another
-process then measures the perplexity of the saved folder, as transformers loads it. The other side, the peer, runs in an environment of its
-own. PYTHON is its interpreter; without it one is made from bench/peer-requirements.txt, which takes some minutes and 2 GB of disk. Each seed
-calibrates both sides on other windows of the same prose: a difference counts where it exceeds the spread over seeds. With --keep, figures
-are left in FOLDER, and a run whose figures are there is not repeated: so the bench can be run in pieces.
+Both sides get the same fp32 model, the same calibration tokens and the same number of threads. The figures are those of a whole process,
+from its start to the saved folder: imports, loading, calibration, solving, saving. The peak is that of resident memory, mapped files
+included. Another process then loads the saved folder with transformers and measures its perplexity. The other side, the peer, runs in its
+own environment, whose interpreter is PYTHON. Without --peer, the environment is made from bench/peer-requirements.txt, which takes some
+minutes and 2 GB of disk. Each seed calibrates both sides on other windows of the same prose. A difference counts only if it exceeds the
+spread over the seeds. With --keep, the figures of each run are stored in FOLDER, and a run whose figures are there is not repeated. So
+the benchmark can be run in parts.
 
-The model's weights were 4-bit before they were de-quantized, which flatters 4-bit grids like its own. The peer's AWQ does not run without a
-GPU. Bars: half of the peer's CPU seconds and half of its peak for GPTQ, SparseGPT and Wanda; for every method a perplexity that is above the
-peer's by no more than it varies from seed to seed.
+The model's weights were 4-bit before they were dequantized, which favours 4-bit grids like the original one. The peer's AWQ needs a GPU.
+Bars: at most half of the peer's CPU seconds and half of its peak for GPTQ, SparseGPT and Wanda; for every method, a perplexity above the
+peer's by no more than the spread over the seeds.
 """
 
 import argparse
@@ -43,14 +44,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "awq": {"pass": "awq", "group_size": 64},
 }
 USUAL = ("gptq", "sparsegpt-50%", "sparsegpt-2:4", "wanda-50%", "smoothquant-0.5", "nearest")
-HALVED = ("gptq", "sparsegpt", "wanda")  #: the methods that are to take half of what the peer takes
+HALVED = ("gptq", "sparsegpt", "wanda")  #: the methods whose bar is half of the peer's time and memory
 EVALUATED = (32, 512)  #: windows of the built-in evaluation prose, tokens each
 MOST_SEEDS = 4
 HERE = Path(__file__).parent
 
 
 def prepare(folder: Path, samples: int, length: int) -> None:
-    """The model, and the token ids to calibrate and to evaluate on, for both sides."""
+    """Write the model, and the token ids for calibration and evaluation, for both sides."""
     import numpy as np
 
     from nightpress.core.compress.data.rows import read_rows
@@ -75,7 +76,7 @@ def prepare(folder: Path, samples: int, length: int) -> None:
 
 
 def press(source: Path, name: str, calibration: Path, out: Path) -> None:
-    """One method of ours, in this process."""
+    """Run one of our methods in this process."""
     import numpy as np
     import torch
 
@@ -87,13 +88,13 @@ def press(source: Path, name: str, calibration: Path, out: Path) -> None:
     export = "safetensors" if options["pass"] in {"sparsegpt", "wanda"} else "compressed-tensors"
     recipe = parse_recipe({"name": "bench", "passes": [options], "exports": [export]})
     ids = torch.from_numpy(np.load(calibration))
-    calibrated.calibration_samples = lambda *_: {"input_ids": ids}  # the very tokens that the peer gets
+    calibrated.calibration_samples = lambda *_: {"input_ids": ids}  # the same tokens as the peer's
     context = PassContext(header=inspect_model(FolderFiles(source)), work_dir=out.with_suffix(".work"))
     MODEL_PASSES[options["pass"]](source, out, recipe.passes[0], context)
 
 
 def perplexity(model_dir: Path, file: Path) -> float:
-    """Of a saved folder, over the windows of token ids in an .npy file."""
+    """The perplexity of a saved model over the windows of token ids in an .npy file."""
     import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
@@ -111,7 +112,7 @@ def perplexity(model_dir: Path, file: Path) -> float:
 
 
 def measured(command: list[str], folder: Path, out: Path) -> dict[str, Any]:
-    """Press in a process of its own, and weigh that process and what it left."""
+    """Run a method in a new process. Returns the process's time and memory, and the size and perplexity of its result."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     start = time.perf_counter()
     with (folder / "child.log").open("w") as log:
@@ -137,7 +138,7 @@ def measured(command: list[str], folder: Path, out: Path) -> dict[str, Any]:
 
 
 def make_peer(folder: Path) -> str:
-    """An environment with the peer in it; its interpreter."""
+    """Make an environment with the peer installed. Returns its interpreter."""
     print("making the peer's environment …", file=sys.stderr, flush=True)
     venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
@@ -147,7 +148,10 @@ def make_peer(folder: Path) -> str:
 
 
 def figures_of(name: str, runs: dict[str, list[dict[str, Any]]]) -> list[Figure]:
-    """Means over the seeds, the spread of the perplexities, and what we take of what the peer takes. Raises SystemExit where a run failed."""
+    """Means over the seeds, the spread of the perplexities, and our figures as a fraction of the peer's.
+
+    Raises SystemExit if a run failed.
+    """
     figures, means, spreads = [], {}, {}
     for side, seeds in runs.items():
         for run in seeds:
@@ -207,9 +211,8 @@ def main() -> int:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         ours = [sys.executable, "-m", "bench.blocks_cpu"]
-        if not (
-            folder / "evaluation.npy"
-        ).exists():  # in a process of its own: a child's peak is never below its parent's
+        # In a separate process: a child's peak memory is never below that of its parent.
+        if not (folder / "evaluation.npy").exists():
             sizes = ["--samples", str(options.samples), "--length", str(options.length)]
             subprocess.run([*ours, "--prepare", str(folder), *sizes], check=True)
         commands = {"ours": [*ours, "--child"]}

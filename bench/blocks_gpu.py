@@ -1,11 +1,11 @@
-"""The blocks executor on a GPU: marginal seconds a layer and peak memory, beside the plan's estimate, on a Llama cut to a few layers.
+"""The blocks executor on a GPU: marginal seconds per layer and peak memory, beside the plan's estimate, on a Llama with few layers.
 
     python -m bench.blocks_gpu [--shape 8b|7b|3b|1b|0.5b] [--layers 2 6] [--samples 128] [--length 2048] [--only NAME …]
 
-Each method runs in a process of its own: what ran before would show in its peak. Everything counts: reading the weights, both forward passes,
-Gram matrices, solving, packing, writing and fsync (to the folder that NIGHTPRESS_BENCH_DISK names, if it is set). The floor beside it is what
-no calibrated method goes without: two forward passes of a layer and the Gram matrices of its four distinct inputs. Weights and token ids are
-random: the work doesn't depend on their values.
+Each method runs in its own process, because earlier methods would affect its peak. Everything counts: reading the weights, both forward
+passes, Gram matrices, solving, packing, writing and fsync (to the folder in NIGHTPRESS_BENCH_DISK, if it is set). The floor is the work
+that every calibrated method needs: two forward passes of a layer and the Gram matrices of its four distinct inputs. Weights and token ids
+are random, because the work does not depend on their values.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Shape:
         )
 
 
-#: Of Llama-3-8B, Qwen2.5-7B and -3B, Llama-3.2-1B and Qwen2.5-0.5B.
+#: The shapes of Llama-3-8B, Qwen2.5-7B and -3B, Llama-3.2-1B and Qwen2.5-0.5B.
 SHAPES = {
     "8b": Shape(4096, 14336, 32, 8),
     "7b": Shape(3584, 18944, 28, 4),
@@ -116,7 +116,7 @@ def method_of(options: OnLinears, header: ModelHeader) -> Method:
 
 
 def write_model(folder: Path, shape: Shape, layers: int) -> None:
-    """A checkpoint with a shard a layer."""
+    """Write a checkpoint with one shard per layer, and random weights in bfloat16."""
     folder.mkdir(parents=True)
     config = shape.config(
         num_hidden_layers=layers,
@@ -146,7 +146,7 @@ def write_model(folder: Path, shape: Shape, layers: int) -> None:
 
 
 def floor(shape: Shape, samples: int, length: int) -> dict[str, float]:
-    """Seconds a layer that no calibrated method goes without."""
+    """Seconds per layer that every calibrated method needs."""
     from transformers import LlamaModel
 
     config = shape.config(num_hidden_layers=1, vocab_size=256)
@@ -183,7 +183,7 @@ def _median(run: Any) -> float:
 
 
 def press(options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor) -> dict[str, float]:
-    """Seconds and GiB of one whole run."""
+    """Run a method once. Returns its seconds and its peak of GPU memory in GiB."""
     shutil.rmtree(scratch, ignore_errors=True)
     infos = [tensor.info for shard in read_shards(model) for tensor in shard.tensors]
     chosen = frozenset(info.name for info in infos if is_linear_weight(info, options.ignore))
@@ -201,7 +201,7 @@ def press(options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor) -> 
 
 
 def in_turn(names: Sequence[str], options: argparse.Namespace) -> int:
-    """Each method by a command of its own, with the options that were given; the worst exit status."""
+    """Run each method by its own command, with the given options. Returns the highest exit status."""
     arguments = ["--shape", options.shape, "--layers", *map(str, options.layers)]
     arguments += ["--samples", str(options.samples), "--length", str(options.length)]
     command = [sys.executable, "-m", "bench.blocks_gpu", *arguments, "--only"]
@@ -209,7 +209,7 @@ def in_turn(names: Sequence[str], options: argparse.Namespace) -> int:
 
 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> list[Figure]:
-    """One method, on a model of few layers and on one of many: the difference is the marginal layer."""
+    """Measure one method on a model with few layers and on a model with more. The difference gives the cost per layer."""
     few, many = options.layers
     shape, calibration = SHAPES[options.shape], Calibration(samples=options.samples, length=options.length)
     for layers in (few, many):

@@ -2,8 +2,8 @@
 
     python -m bench.encoder [--threads 2] [--rounds 3]
 
-The pipeline presses the built-in recipe `int8-encoder`. The references are fp32 in eager torch, and the faster of the fp32 graphs in ONNX
-Runtime and OpenVINO, which is what a careful person would have used instead.
+The pipeline runs the built-in recipe `int8-encoder`. The references are fp32 in eager torch, and the fastest of all fp32 forms, including
+the graphs in ONNX Runtime and OpenVINO that a careful user would otherwise use.
 """
 
 import sys

@@ -1,14 +1,14 @@
-"""What the plan estimates of memory, time and size, beside what is then measured, for several models and recipes.
+"""The plan's estimates of memory, time and size beside the measured values, for several models and recipes.
 
     python -m bench.estimates [--only PAIR …] [--threads 2] [--device cuda]
 
-Each pair is a whole job in a worker's child: baseline, passes, exports, verification and a short evaluation. Memory is what the supervisor
-compares with its limit: the peak of anonymous memory of the child and all it started. Size is that of the artifact's weights or graph. Time is
-CPU seconds over threads, so that other work on the machine doesn't count. Wall seconds stand beside it. Bars: memory within 20%, size within
-2%, time within a factor of 2. A ratio is estimate over measurement.
+Each pair is a whole job in a worker's child: baseline, passes, exports, verification and a short evaluation. Memory is the value that the
+supervisor compares with its limit: the peak of anonymous memory of the child and its descendants. Size is that of the artifact's weights or
+graph. Time is CPU seconds divided by threads, so that other work on the machine does not count; wall seconds are given too. Bars: memory
+within 20%, size within 2%, time within a factor of 2. A ratio is estimate divided by measurement.
 
-With `--device cuda` the jobs are language models of known shapes, cut to a few layers, with 128 × 2048 tokens. Time is then wall seconds, and
-the peak of the GPU's memory stands beside its estimate.
+With `--device cuda`, the jobs are language models of known shapes with few layers, with 128 × 512 or 128 × 2048 tokens. Time is then wall
+seconds, and the peak of the GPU's memory is compared with its estimate too.
 """
 
 import os
@@ -35,12 +35,12 @@ from nightpress.core.recipes.plan import make_plan
 from nightpress.worker.process import ChildProcess
 
 MIB = 1024**2
-_EVERY_S = 0.05  #: how often memory is looked at
-#: what is estimated → its unit, what to divide it by, and the factor within which the estimate must lie
+_EVERY_S = 0.05  #: seconds between two readings of memory
+#: estimated quantity → (unit, divisor from the raw value to the unit, largest factor between estimate and measurement)
 _KINDS = {"memory": ("MiB", MIB, 1.2), "gpu": ("MiB", MIB, 1.2), "size": ("MB", 1e6, 1.02), "seconds": ("s", 1, 2.0)}
 _WEIGHTS = {".safetensors", ".onnx", ".data", ".xml", ".bin"}
 
-#: Model, pass, export, and calibration: samples and length.
+#: name → (model, pass, export, (calibration samples, length))
 PAIRS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
     "bert-tiny-weight-only": ("bert-tiny", {"pass": "weight-only", "bits": 8}, "compressed-tensors", (8, 16)),
     "bert-tiny-dynamic-int8": ("bert-tiny", {"pass": "dynamic-int8"}, "onnx", (8, 16)),
@@ -85,7 +85,7 @@ GPU_PAIRS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
 
 
 def press(name: str, source: Path, root: Path, threads: int, device: str) -> list[Figure]:
-    """One pair as a whole job: what was estimated, what was measured, and the ratio of the two."""
+    """Run one pair as a whole job. Returns its estimates, its measurements and their ratios."""
     on_gpu = device == "cuda"
     _, pass_, export, (samples, length) = (GPU_PAIRS if on_gpu else PAIRS)[name]
     recipe = parse_recipe(
@@ -117,7 +117,7 @@ def press(name: str, source: Path, root: Path, threads: int, device: str) -> lis
     measured["seconds"] = measured["wall_seconds"] if on_gpu else measured["cpu_seconds"] / threads
     estimated = {"memory": estimate.memory_bytes, "seconds": estimate.seconds, "size": estimate.output_bytes[export]}
     if on_gpu:
-        estimated["gpu"] = estimate.gpu_bytes - GPU_RUNTIME_BYTES  # torch counts its tensors, not CUDA's context
+        estimated["gpu"] = estimate.gpu_bytes - GPU_RUNTIME_BYTES  # torch counts only its tensors, not the CUDA context
     row = f"{'gpu' if on_gpu else 'graphs' if export in {'onnx', 'openvino'} else 'weights'}/{name}"
     figures = [Figure(f"{row}/wall", round(measured["wall_seconds"], 1), "s")]
     for kind, said in estimated.items():
@@ -133,9 +133,10 @@ def press(name: str, source: Path, root: Path, threads: int, device: str) -> lis
 
 
 def _watch(child: ChildProcess) -> dict[str, Any]:
-    """Let a job run to its end: the peak of its memory, CPU seconds and wall seconds.
+    """Run a job to its end. Returns the peak of its memory in bytes, CPU seconds and wall seconds.
 
-    The CPU seconds are those from the start of the job on, with those of the consumers it started; a worker keeps the child warm.
+    The times begin with the first frame of progress, because a worker's child has imported its libraries before. CPU seconds include the
+    consumers that the job starts.
     """
     started, before = time.monotonic(), 0.0
     peak, rest, cpu, chatter, importing = 0, b"", 0.0, b"", True
@@ -167,7 +168,7 @@ def _watch(child: ChildProcess) -> dict[str, Any]:
 
 
 def random_bert(folder: Path, *, width: int, blocks: int) -> Path:
-    """A BERT with a language model's head and random weights: what a job takes depends on its shape alone."""
+    """A BERT with a masked-language-model head and random weights: the cost of a job depends only on the shape."""
     from transformers import BertConfig, BertForMaskedLM
 
     from tests.models import bert_tiny_dir
@@ -182,7 +183,7 @@ def random_bert(folder: Path, *, width: int, blocks: int) -> Path:
 
 
 def random_mixture(folder: Path) -> Path:
-    """Two blocks of 16 experts, in bfloat16, with random weights: an expert's Gram matrices take twice what its weights do."""
+    """Two blocks of 16 experts, in bfloat16, with random weights. An expert's Gram matrices take twice the memory of its weights."""
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -209,7 +210,7 @@ def random_mixture(folder: Path) -> Path:
 
 
 def words(file: Path, count: int) -> Path:
-    """A text of at least so many tokens: there are not so many in the built-in prose."""
+    """Write a text of at least `count` words, for jobs that need more tokens than the built-in prose has."""
     some = ("night", "press", "the", "of", "river", "light", "a", "stone", "and", "walked")
     chooser = random.Random(0)
     lines = (" ".join(chooser.choices(some, k=20)) + "." for _ in range(count // 20 + 1))
@@ -218,7 +219,10 @@ def words(file: Path, count: int) -> Path:
 
 
 def random_llama(folder: Path, wanted: str) -> Path:
-    """A shape of bench.blocks_gpu and a number of layers, with a tokenizer whose tokens are some of its vocabulary."""
+    """A Llama with random weights. `wanted`: a shape of bench.blocks_gpu and a number of layers, e.g. `8b 4`.
+
+    The tokenizer has fewer tokens than the model's vocabulary.
+    """
     from bench.blocks_gpu import SHAPES, write_model
     from tests.models import bert_tiny_dir
 

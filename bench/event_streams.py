@@ -1,8 +1,8 @@
-"""Five hundred readers follow the events of twenty jobs through one API process: its memory, and events that are missed or come twice.
+"""Five hundred readers follow the events of twenty jobs through one API process: its memory, and events that are lost or repeated.
 
     python -m bench.event_streams [--clients 500]
 
-The database is PostgreSQL, and the API process a real one. A third of the clients are cut off in the middle and come back with Last-Event-ID.
+The database is PostgreSQL, and the API runs in its own process. A third of the clients disconnect once and reconnect with Last-Event-ID.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ JOBS, EVENTS = 20, 60
 
 
 async def follow(client: httpx.AsyncClient, job_id: str, cut_at: int | None) -> list[int]:
-    """The numbers of the events that one reader got, in the order in which they came."""
+    """The numbers of the events that one reader received, in order. `cut_at`: disconnect once after this number of events."""
     seen: list[int] = []
     while True:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(seen[-1])} if seen else {})
@@ -48,7 +48,7 @@ async def follow(client: httpx.AsyncClient, job_id: str, cut_at: int | None) -> 
 
 
 def work(service: Service, claimed: list[Claimed]) -> None:
-    """What the workers would write meanwhile."""
+    """Write the events that workers would write, then finish the jobs."""
     time.sleep(2)
     for step in range(EVENTS):
         for job in claimed:

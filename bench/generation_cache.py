@@ -1,9 +1,10 @@
-"""SmolLM2-135M decoding with each kind of key/value cache, beside none: tokens/s, memory, and what it answers.
+"""SmolLM2-135M decoding with each kind of key/value cache, beside no cache: tokens/s, memory, and agreement of the generated tokens.
 
     python -m bench.generation_cache [--threads 2] [--prompts 64 256 1024] [--tokens 32] [--only sliding …]
 
-Each kind is a job of its own: the pipeline presses the model, and transformers, in a fresh process, decodes with the folder it left and,
-for four tokens in three runs, without any cache. `kept` is what the cache holds; `peak` is the whole process's memory, weights included.
+Each kind is a separate job: the pipeline compresses the model, and transformers decodes with the resulting folder in a new process. It also
+decodes four tokens without a cache, in three runs. `kept` is the size of the cache; `peak` is the memory of the whole process, including
+weights.
 """
 
 import sys

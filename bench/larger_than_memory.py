@@ -2,9 +2,9 @@
 
     python -m bench.larger_than_memory [--memory-mib 640] [--times 4]
 
-The model is a narrow Llama with random weights in fp32, with as many blocks as the size needs. Each pass runs in a child that may hold
-`--memory-mib` in all, the imports of torch and transformers included. A memory cgroup sets the limit: past it the kernel ends the process. The
-peak of the child's resident memory, mapped files included, is compared with the limit too. Only root may make cgroups.
+The model is a narrow Llama with random weights in fp32, with as many blocks as the size needs. Each pass runs in a child that may use
+`--memory-mib` in total, including the imports of torch and transformers. A memory cgroup sets the limit: the kernel kills a process that
+exceeds it. The peak of the child's resident memory, mapped files included, is compared with the limit too. Only root may make cgroups.
 """
 
 import argparse
@@ -29,11 +29,11 @@ PASSES = {
     "gptq": {"pass": "gptq", "bits": 4, "group_size": 128},
     "weight-only": {"pass": "weight-only", "bits": 4, "group_size": 128},
 }
-SAMPLES, LENGTH = 4, 64  #: of calibration: few, for the bar is memory
+SAMPLES, LENGTH = 4, 64  #: of calibration: few, because only memory is measured
 
 
 def write_model(folder: Path, size: int) -> int:
-    """A checkpoint of at least that many bytes, a shard a block; its size."""
+    """Write a checkpoint of at least `size` bytes, with one shard per block. Returns its size in bytes."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -76,7 +76,7 @@ def write_model(folder: Path, size: int) -> int:
 
 
 def press(model: Path, work: Path, name: str) -> dict[str, Any]:
-    """One pass in this process."""
+    """Run one pass in this process. Returns its seconds, peak memory and output size."""
     import torch
 
     from nightpress.core.compress.passes import MODEL_PASSES, PassContext, calibrated
@@ -85,7 +85,8 @@ def press(model: Path, work: Path, name: str) -> dict[str, Any]:
 
     recipe = parse_recipe({"name": "bench", "passes": [PASSES[name]], "exports": ["compressed-tensors"]})
     ids = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
-    calibrated.calibration_samples = lambda *_: {"input_ids": ids}  # random weights make nothing of text
+    # For random weights, text is no better than random tokens.
+    calibrated.calibration_samples = lambda *_: {"input_ids": ids}
     work.mkdir()
     context = PassContext(header=inspect_model(FolderFiles(model)), work_dir=work)
     start = time.perf_counter()
@@ -99,7 +100,7 @@ def press(model: Path, work: Path, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def limited(memory: int) -> Iterator[Path]:
-    """A cgroup whose processes hold no more than `memory` bytes together, page cache included; the file that takes their numbers."""
+    """A cgroup whose processes may use `memory` bytes in total, page cache included. Yields the file to which PIDs are written."""
     for root, limit in (
         (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
         (Path("/sys/fs/cgroup"), "memory.max"),
@@ -121,7 +122,7 @@ def limited(memory: int) -> Iterator[Path]:
 
 
 def measure(memory: int, times: float) -> list[Figure]:
-    """Each pass in a process of its own that may hold `memory` bytes. Raises SystemExit where one fails, which the kernel may have ended."""
+    """Run each pass in its own process, which may use `memory` bytes. Raises SystemExit if one fails, e.g. because the kernel killed it."""
     figures = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -129,7 +130,7 @@ def measure(memory: int, times: float) -> list[Figure]:
         figures += [Figure("checkpoint", round(size / MIB), "MiB"), Figure("limit", round(memory / MIB), "MiB")]
         for name in PASSES:
             with limited(memory) as members:
-                # It joins before it is Python, so that imports count too.
+                # A shell joins the cgroup before it becomes Python, so that imports count too.
                 join = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(members)]
                 command = [sys.executable, "-m", "bench.larger_than_memory"]
                 command += ["--child", str(folder / "model"), str(folder / name), name]

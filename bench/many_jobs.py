@@ -1,10 +1,11 @@
-"""The store with a million jobs in PostgreSQL beside ten thousand: claims, pages and ticks; and many workers that claim at once.
+"""The store with a million jobs in PostgreSQL, beside ten thousand: claims, pages and ticks; and many workers that claim at the same time.
 
     python -m bench.many_jobs [--jobs 10000 1000000]
 
-Nine jobs of ten are done. The others wait, spread over twenty tenants and five priorities. PostgreSQL keeps fsync on. Latencies are of single
-calls from one client. The rate of claims is of four processes with fifty simulated workers each, who claim until no job is left. Two figures
-of each call don't depend on other work on the machine: its statements, and the server's CPU time. Writing a million rows takes about a minute.
+Nine of ten jobs have ended. The others wait, spread over twenty tenants and five priorities. PostgreSQL runs with fsync. Latencies are
+those of single calls from one client. The rate of claims is that of four processes with fifty simulated workers each, which claim until
+no job is left. Two figures of each call do not depend on other work on the machine: its number of statements, and the server's CPU time.
+Writing a million rows takes about a minute.
 """
 
 import multiprocessing
@@ -46,7 +47,7 @@ FROM generate_series(1, :count) AS n
 """
 
 
-#: of the jobs table, those that no constraint needs: written at once when all rows are there, they take a third of the time
+#: The indexes of the table of jobs that belong to no constraint. Creating them after all rows are inserted takes a third of the time.
 _INDEXES = """
 SELECT indexname, indexdef FROM pg_indexes
 WHERE tablename = 'jobs' AND indexname NOT IN (SELECT conname FROM pg_constraint)
@@ -59,7 +60,8 @@ def fill(engine: Engine, count: int) -> None:
         indexes = connection.execute(text(_INDEXES)).all()
         for name, _ in indexes:
             connection.execute(text(f'DROP INDEX "{name}"'))
-        connection.execute(text("SET LOCAL session_replication_role = replica"))  # every row names the one model
+        # Skip the checks of foreign keys: every row names the same model.
+        connection.execute(text("SET LOCAL session_replication_role = replica"))
         connection.execute(text(_FILL), {"count": count})
         for _, definition in indexes:
             connection.execute(text(definition))
@@ -68,7 +70,7 @@ def fill(engine: Engine, count: int) -> None:
 
 
 class Side:
-    """A database with so many jobs, what is asked of it, and what the answers took."""
+    """A database with `count` jobs, the calls that are measured, and the figures found."""
 
     def __init__(self, server: Postgres, count: int) -> None:
         url = server.create_database()
@@ -96,15 +98,15 @@ class Side:
 
 
 def measure(server: Postgres, counts: list[int]) -> list[dict[str, float]]:
-    """Of each call, for each count: milliseconds at the median and the 99th percentile, statements, and milliseconds of the server's time.
+    """For each count and call: median and 99th percentile in ms, number of statements, and ms of the server's CPU time.
 
-    The databases are asked in turns, so that what else the machine does falls on all alike.
+    The databases take turns, so that other work on the machine affects all of them equally.
     """
     sides = [Side(server, count) for count in counts]
     for name in sides[0].calls:
         turn = 4 if name == "statistics" else CALLS // TURNS
         for side in sides:
-            for n in range(WARM):  # a pool's connections are long there, and have prepared what they ask often
+            for n in range(WARM):  # connections of a real pool are open already, and have prepared frequent statements
                 side.calls[name](n)
             side.statements = 0
         times: list[list[float]] = [[] for _ in sides]
@@ -126,7 +128,7 @@ def measure(server: Postgres, counts: list[int]) -> list[dict[str, float]]:
 
 
 def _cpu_s(server: Postgres) -> float:
-    """What PostgreSQL's processes have used."""
+    """CPU seconds of all of PostgreSQL's processes so far."""
     assert server.process is not None
     return cpu_seconds(server.process.pid)
 
@@ -138,7 +140,7 @@ def _timed(call: Callable[[int], object], n: int) -> float:
 
 
 def _tick(store: JobStore) -> None:
-    """What the control process asks of the store every two seconds."""
+    """The calls that the control process makes to the store every two seconds."""
     store.expiry.expire_leases(backoff_s=5.0)
     store.expiry.expire_queue_deadlines()
     store.reader.queues_with_work()
@@ -146,7 +148,7 @@ def _tick(store: JobStore) -> None:
 
 
 def race(server: Postgres) -> dict[str, float]:
-    """Two hundred workers claim until nothing is left. Jobs end half a second after their claim: no more run than there are workers."""
+    """Two hundred workers claim until no job is left. Jobs end half a second after their claim: no more run than there are workers."""
     url = server.create_database()
     migrations.upgrade(url)
     engine = make_engine(url)
@@ -210,7 +212,7 @@ def _claim_all(url: str, number: int) -> tuple[list[str], float, float]:
     return [job for share in shares for job in share], began, time.time()
 
 
-#: call → milliseconds that its 99th percentile may take with the most jobs
+#: call → largest 99th percentile in milliseconds, for the largest number of jobs
 BARS_MS = {"claim": 15, "page": 30, "page_by_state": 30, "tick": 200}
 UNITS = {"s": "s", "ms": "ms", "cpu_ms": "ms of the server's CPU time", "statements": "statements"}
 

@@ -1,10 +1,10 @@
-"""What proving costs: seconds of each phase of real jobs, and the share that verification takes of them.
+"""The cost of verification: seconds of each phase of real jobs, and the share of the job that verification takes.
 
     python -m bench.overhead [--threads 2]
 
-Built-in recipes on the real encoder and the real small language model, through the pipeline in one process. Verification loads each artifact
-in a fresh process and compares its answers on the check texts; it may take 20% of the job. Evaluation is what the same processes do after
-that. The baseline is the source, loaded and measured in a process of its own.
+Built-in recipes on the real encoder and the real small language model, through the pipeline in one process. Verification loads each
+artifact in a new process and compares its outputs on the check texts. It may take 20% of the job. Evaluation is done by the same
+processes after that. The baseline is the source, loaded and measured in its own process.
 """
 
 import sys
@@ -25,7 +25,7 @@ JOBS = (
 
 
 def measure(model: str, recipe: str, threads: int) -> list[Figure]:
-    """Press once, and read the phases from the report."""
+    """Run the job once, and read the phases from its report."""
     source = smollm_dir() if model.startswith("SmolLM2") else minilm_dir()
     with tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder:
         phases = press(Path(folder), source, get_recipe(recipe), threads).phases

@@ -1,4 +1,4 @@
-"""One method of llm-compressor for bench.blocks_cpu, run by the interpreter of its own environment: no code of ours is imported.
+"""Runs one method of llm-compressor for bench.blocks_cpu, in the peer's own environment. It imports none of our code.
 
 PYTHON bench/peer_llmcompressor.py MODEL METHOD CALIBRATION.npy OUT
 """
@@ -12,7 +12,7 @@ import torch
 
 
 def modifier(name: str) -> Any:
-    """The peer's recipe for one of our method names."""
+    """The peer's recipe for one of our methods."""
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
     from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier

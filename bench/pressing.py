@@ -1,4 +1,4 @@
-"""What the benches that press a model share: a whole job in this process, float graphs to compare with, and forms timed by turns."""
+"""Shared by benchmarks that compress a model: a whole job in this process, float graphs for comparison, and timing of forms in turns."""
 
 import shutil
 import statistics
@@ -18,13 +18,13 @@ from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, JobSpec
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import Recipe
 
-#: milliseconds by shape, as `1x128`: batch × tokens
+#: shape (batch × tokens, e.g. `1x128`) → milliseconds
 Times = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Form:
-    """A folder, and the runner that loads it with its consumer's library."""
+    """A form of a model: its folder, and the runner that loads it with the consumer's library."""
 
     runner: Path
     folder: Path
@@ -32,17 +32,20 @@ class Form:
 
 @dataclass(frozen=True)
 class Timed:
-    """Forms that were timed by turns."""
+    """The times of forms that were measured in turns."""
 
     rounds: list[dict[str, Times]]  #: medians of each form in each round
-    cosines: dict[str, float]  #: of each form's outputs with those of the first form
+    cosines: dict[str, float]  #: form → cosine of its outputs with those of the first form
 
     def median(self, form: str, shape: str) -> float:
-        """Milliseconds."""
+        """The median over the rounds, in milliseconds."""
         return statistics.median(times[form][shape] for times in self.rounds)
 
     def speedup(self, form: str, others: tuple[str, ...], shape: str) -> float:
-        """How many times as fast as the fastest of some others. The ratio is taken within a round: all forms of one saw the same machine."""
+        """The speed of a form relative to the fastest of the others: the median of the ratios within a round.
+
+        Ratios are taken within a round because all forms of a round ran under similar conditions.
+        """
         return statistics.median(
             min(times[name][shape] for name in others) / times[form][shape] for times in self.rounds
         )
@@ -53,7 +56,7 @@ class Timed:
 
 
 def press(job: Path, model: Path, recipe: Recipe, threads: int) -> Report:
-    """Run the pipeline in `job`, as a worker's child would; the artifacts are then in job/out."""
+    """Run the pipeline in the folder `job`, as a worker's child does. The artifacts are then in job/out."""
     shutil.copytree(model, job / SOURCE_DIR)
     (job / DATA_DIR).mkdir()
     spec = JobSpec(
@@ -72,7 +75,7 @@ def press(job: Path, model: Path, recipe: Recipe, threads: int) -> Report:
 def save_float_graphs(
     source: Path, recipe: Recipe, threads: int, work_dir: Path, onnx_dir: Path, openvino_dir: Path | None
 ) -> tuple[quality.Trial, tracing.Traced, PassContext]:
-    """Export a model in fp32, as a careful person would. Where `work_dir` is that of a job on the model, its trace is used again."""
+    """Export a model in fp32, as a careful user would. If `work_dir` is that of a job on the same model, its trace is reused."""
     header = inspect_model(FolderFiles(source))
     trial = quality.prepare(recipe, header, source, {}, threads=threads)
     context = PassContext(header=header, work_dir=work_dir, threads=threads, calibration=recipe.calibration)
@@ -84,7 +87,7 @@ def save_float_graphs(
 
 
 def time_by_turns(forms: Mapping[str, Form], trial: quality.Trial, rounds: int, scratch: Path) -> Timed:
-    """Time each form in fresh processes, in alternating order, so that a noisy machine is noisy to all. The first form is the reference."""
+    """Time each form in new processes, in alternating order, so that noise affects all forms equally. The first form is the reference."""
     timed = Timed([], {})
     for turn in range(rounds):
         reference = None
@@ -103,12 +106,12 @@ def time_by_turns(forms: Mapping[str, Form], trial: quality.Trial, rounds: int, 
 
 
 def folder_mb(folder: Path) -> float:
-    """Megabytes of all files of a folder."""
+    """The size of all files of a folder, in MB."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
 def form_figures(group: str, forms: Mapping[str, Form], timed: Timed, floats: tuple[str, ...]) -> list[Figure]:
-    """Size, cosine and times of each form. floats: the forms in fp32; the first is eager torch."""
+    """Size, cosine and times of each form. `floats`: the names of the forms in fp32; the first is eager torch."""
     source = folder_mb(forms[floats[0]].folder)
     figures = []
     for name, form in forms.items():

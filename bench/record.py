@@ -1,7 +1,7 @@
-"""What benches measured, kept in bench/results/NAME.json. Every figure of the docs comes from there.
+"""Records the figures of benchmarks in bench/results/NAME.json. All figures in the docs come from these files.
 
-A file holds runs. The figures of a run were measured together: on one machine, of one commit, on one day. A later run replaces the figures that
-it measured again. The others stay, each with its own machine and date. `python -m docs.figures` writes the docs' tables from these files.
+A file holds runs. The figures of a run were measured together: on one machine, at one commit, on one day. A later run replaces the figures
+that it measures again. The others stay, with their own machine and date. `python -m docs.figures` writes the docs' tables from these files.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 BENCH = Path(__file__).parent
-RESULTS = BENCH / "results"  #: what the docs show
-OUT = BENCH / "out"  #: runs with options of their own: not tracked, and not shown
+RESULTS = BENCH / "results"  #: runs that the docs show
+OUT = BENCH / "out"  #: runs with other options than the defaults: not tracked, and not shown
 LIBRARIES = (
     *("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "compressed-tensors", "llama-cpp-python"),
     *("fastapi", "sqlalchemy", "psycopg", "celery", "boto3", "numpy"),
@@ -32,11 +32,11 @@ _COMPARISONS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": ope
 class Figure:
     """One measured value."""
 
-    name: str  #: parts joined by "/": perhaps a group, perhaps a row, and the column
+    name: str  #: parts joined by "/": optional group, optional row, and column
     value: float
     unit: str = ""
-    spread: tuple[float, float] | None = None  #: the lowest and the highest, or an interval: the bench says which
-    bar: str = ""  #: what was promised: a comparison and a number, as ">= 0.8"
+    spread: tuple[float, float] | None = None  #: lowest and highest value, or an interval: depends on the benchmark
+    bar: str = ""  #: the required value: a comparison and a number, e.g. ">= 0.8"
 
     def __post_init__(self) -> None:
         if self.bar and self.bar.split(" ")[0] not in _COMPARISONS:
@@ -44,7 +44,7 @@ class Figure:
 
     @property
     def meets_bar(self) -> bool | None:
-        """None where nothing was promised."""
+        """Whether the value meets the bar. None if there is no bar."""
         if not self.bar:
             return None
         sign, bound = self.bar.split(" ")
@@ -57,10 +57,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run took place. None, or an empty list, is what is not known."""
+    """The machine of a run. Unknown values are None or empty."""
 
     processor: str
-    features: tuple[str, ...]  #: instruction sets on which int8 and bfloat16 depend
+    features: tuple[str, ...]  #: instruction sets that matter for int8 and bfloat16
     cores: int | None
     memory_gib: int | None
     gpu: str | None
@@ -76,19 +76,19 @@ class Machine:
 
 @dataclass(frozen=True)
 class Run:
-    """Figures that were taken together."""
+    """Figures that were measured together."""
 
     date: str
-    commit: str  #: "+" behind it: with changes that were not committed; empty outside of a checkout
+    commit: str  #: a "+" at the end: with uncommitted changes; empty outside of a checkout
     machine: Machine
     versions: dict[str, str]
     figures: tuple[Figure, ...]
-    transcribed: bool = False  #: copied from a page of that commit, not written by the bench
-    note: str = ""  #: what a reader must know of the conditions
+    transcribed: bool = False  #: copied from a page of that commit, not written by the benchmark
+    note: str = ""  #: conditions that a reader must know
 
 
 def _gpu() -> str | None:
-    if "torch" not in sys.modules:  # a bench that uses a GPU has imported it
+    if "torch" not in sys.modules:  # a benchmark that uses a GPU has imported torch
         return None
     import torch
 
@@ -100,7 +100,7 @@ def _commit() -> str:
         done = subprocess.run(["git", *words], cwd=BENCH.parent, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = git("status", "--porcelain", "--", ".", ":!bench/results")  # where the bench before has left its own
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results")  # earlier benchmarks write their results there
     return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 
 
@@ -115,7 +115,7 @@ def _versions() -> dict[str, str]:
 
 
 def read(name: str, folder: Path = RESULTS) -> tuple[Run, ...]:
-    """All runs of a result, oldest first. Raises FileNotFoundError."""
+    """All runs of a benchmark, oldest first. Raises FileNotFoundError."""
     return tuple(_run(document) for document in json.loads((folder / f"{name}.json").read_text())["runs"])
 
 
@@ -129,7 +129,7 @@ def _run(document: dict[str, Any]) -> Run:
 
 
 def write(name: str, runs: Iterable[Run], folder: Path = RESULTS) -> Path:
-    """One figure a line, so that a change of one is a change of one line."""
+    """Write runs, with one figure per line, so that a changed figure changes one line. Returns the file."""
     folder.mkdir(exist_ok=True)
     parts = []
     for run in runs:
@@ -148,7 +148,7 @@ def _compact(figure: dict[str, Any]) -> str:
 
 
 def add(name: str, run: Run, folder: Path = RESULTS) -> Path:
-    """Keep a run: its figures take the place of earlier ones of the same names."""
+    """Add a run. Its figures replace earlier figures of the same names. Returns the file."""
     taken = {figure.name for figure in run.figures}
     if len(taken) < len(run.figures):
         raise ValueError(f"The bench {name} gave two figures the same name.")
@@ -168,10 +168,10 @@ def finish(
     *,
     choices: Sequence[str] = (),
 ) -> int:
-    """Print the figures, keep them, and say by the exit status whether one missed its bar.
+    """Print and record the figures. Returns the exit status: 1 if a figure missed its bar, else 0.
 
-    A run with the parser's defaults is kept in bench/results, any other in bench/out: it measured something else. `choices` names options
-    that choose which figures are taken and don't change them.
+    A run with the parser's defaults is recorded in bench/results, any other in bench/out, because it measured something else. `choices`:
+    names of options that only select which figures are measured.
     """
     width = max((len(figure.name) for figure in figures), default=0)
     for figure in figures:
@@ -185,7 +185,7 @@ def finish(
 
 
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """A bench's command line, whose help is the module's docstring."""
+    """The command line of a benchmark. `description`: the module's docstring, for its help."""
     return argparse.ArgumentParser(
         prog=f"python -m bench.{name}",
         description=description,

@@ -1,8 +1,8 @@
-"""How long a job runs nowhere after its worker was killed: from kill -9 until it runs on another worker, beside the lease.
+"""Time without a worker after a worker was killed: from kill -9 until the job runs on another worker, beside the duration of the lease.
 
     python -m bench.recovery [--ttl 10] [--rounds 5]
 
-Two workers on PostgreSQL. The control process ticks every two seconds, as it does by default.
+There are two workers, on PostgreSQL. The control process ticks every two seconds, which is the default.
 """
 
 import random

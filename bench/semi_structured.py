@@ -1,8 +1,9 @@
-"""2:4 zeros on a GPU: torch's semi-structured matrix product beside the dense one, and what its weights take.
+"""2:4 sparsity on a GPU: torch's semi-structured matrix product beside the dense product, and the size of its weights.
 
     python -m bench.semi_structured
 
-Weights of Llama-3-8B's shapes in bf16, inputs of 1 to 16,384 tokens; medians. The product is checked against the dense one.
+The weights have Llama-3-8B's shapes, in bf16; inputs have 1 to 16,384 tokens. Times are medians. The product is checked against the dense
+one.
 """
 
 import statistics
@@ -20,7 +21,7 @@ TOKENS = (1, 16, 128, 1024, 4096, 16384)
 
 
 def milliseconds(run: Any) -> float:
-    """Median of 20 runs, after 5."""
+    """The median of 20 runs, after 5 warm-up runs."""
     times = []
     for _ in range(25):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -33,7 +34,7 @@ def milliseconds(run: Any) -> float:
 
 
 def stored_bytes(sparse: Any) -> int:
-    """Of everything that a semi-structured weight keeps."""
+    """The bytes of all tensors that a semi-structured weight holds."""
     parts = [getattr(sparse, name, None) for name in sparse.__slots__]
     return sum({id(part): part.nbytes for part in parts if isinstance(part, torch.Tensor)}.values())
 
@@ -50,7 +51,7 @@ def main() -> int:
 
 
 def measure(name: str, rows: int, columns: int) -> Iterator[Figure]:
-    """One matrix, with inputs of each number of tokens."""
+    """Measure a weight [rows, columns] in bfloat16, with inputs of each number of tokens."""
     weight = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.02
     smallest = weight.abs().view(-1, 4).argsort(dim=1)[:, :2]
     dense = weight.view(-1, 4).scatter(1, smallest, 0).view(rows, columns)

@@ -1,9 +1,9 @@
-"""A quarter of all feed-forward channels and attention heads taken out of a real encoder, beside the whole one: latency, fidelity, size.
+"""A real encoder without a quarter of its feed-forward channels and attention heads, beside the whole model: latency, fidelity, size.
 
     python -m bench.shrink [--threads 2] [--rounds 3]
 
-The pipeline presses all-MiniLM-L6-v2 without any training. The whole and the smaller model are then timed in each runtime; each ratio is of
-one runtime with itself. Beside the calibrated choice stand the same shares chosen by weight norms and by gradients.
+The pipeline prunes all-MiniLM-L6-v2 without training. The whole and the smaller model are then timed in each runtime; a ratio always
+compares within one runtime. The choice by calibration is compared with choices of the same shares by weight norms and by gradients.
 """
 
 import sys
@@ -52,7 +52,7 @@ def measure(folder: Path, threads: int, rounds: int) -> list[Figure]:
 
 
 def recipe_of(way: dict[str, Any]) -> Recipe:
-    """The first way's result is timed, so it alone is exported twice."""
+    """The recipe of a way. Only the first way's result is timed, so only this result is exported to both runtimes."""
     timed = not way
     fidelity = {"metric": "fidelity", "samples": 64, "length": 128}
     latency = {"metric": "latency", "batch": [1, 8], "length": [128], "repeats": 20}
@@ -68,7 +68,7 @@ def recipe_of(way: dict[str, Any]) -> Recipe:
 
 
 def speedups(folder: Path, source: Path, threads: int, rounds: int) -> list[Figure]:
-    """The calibrated result of the first job beside the whole model in the same runtime."""
+    """Time the result of the first job beside the whole model, in each runtime."""
     whole = {name: folder / f"{name}-whole" for name in ("onnx", "openvino")}
     trial, _, _ = save_float_graphs(source, recipe_of({}), threads, folder / "whole", whole["onnx"], whole["openvino"])
     figures = []

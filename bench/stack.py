@@ -1,4 +1,4 @@
-"""Servers for the benches of the service."""
+"""Servers for the benchmarks of the service."""
 
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tests.servers import Postgres, Valkey
 
 @contextmanager
 def postgres_and_valkey(*, durable: bool = False) -> Iterator[tuple[Path, str, str]]:
-    """A temporary folder, the address of a migrated database, and that of a broker. durable: PostgreSQL waits for its disk."""
+    """Yields a temporary folder, the URL of a migrated database, and the URL of a broker. `durable`: PostgreSQL runs with fsync."""
     with (
         tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder,
         Postgres(Path(folder) / "postgres", durable=durable) as postgres,

@@ -1,12 +1,11 @@
-"""How long a job, a worker and the API take to start, and how much memory an idle service holds.
+"""The time that a job, a worker and the API take to start, and the memory of an idle service.
 
     python -m bench.startup [--jobs 10]
 
-- From submission to running: from before the POST until the database says that the child reported its first phase; with a warm spare child,
-  and without one.
-- Worker ready: from the start of the process until it is registered and hears rings, beside a bare Celery worker.
+- From submission to running: from before the POST until the database shows the child's first phase; with a spare child, and without one.
+- Worker ready: from the start of the process until it is registered and receives rings, beside a bare Celery worker.
 - Import: `nightpress.api.app`, beside the libraries that it needs.
-- Memory: proportional set size (pages that processes share are counted once in all), resident set size, and anonymous memory.
+- Memory: proportional set size (a shared page is counted only once in the sum), resident set size, and anonymous memory.
 """
 
 import json
@@ -47,7 +46,7 @@ app.Worker(pool="threads", concurrency=1, queues=["bare"], quiet=True, without_g
 
 
 class Stack:
-    """The embedded stack in a folder of its own, and a client's view of it."""
+    """The embedded stack in its own folder, and a client for it."""
 
     def __init__(self, folder: Path, models: Path, *, spare: bool) -> None:
         self.folder = folder
@@ -85,7 +84,7 @@ class Stack:
             time.sleep(0.1)
 
     def processes(self) -> dict[str, psutil.Process]:
-        """api, worker and control, and the worker's spare child."""
+        """The processes `api`, `worker` and `control`, and the worker's `spare` child if it has one."""
         pids = json.loads((self.folder / "devstack.json").read_text())["pids"]
         found = {name: psutil.Process(pids[name]) for name in ("api", "worker", "control")}
         for child in found["worker"].children():
@@ -93,7 +92,7 @@ class Stack:
         return found
 
     def settle(self) -> None:
-        """Wait until all are idle: whatever is imported has been imported. On a busy machine they never are; then a minute must do."""
+        """Wait until all processes are idle, so that all imports are done; at most 60 s, because on a busy machine they never are."""
         for _ in range(60):
             before = self._cpu()
             time.sleep(1.0)
@@ -104,7 +103,7 @@ class Stack:
         return sum(sum(process.cpu_times()[:2]) for process in self.processes().values())
 
     def submit_and_watch(self) -> float:
-        """Seconds from before the POST until the child has reported. The job is cancelled then."""
+        """Seconds from before the POST until the child has reported a phase. The job is then cancelled."""
         with sqlite3.connect(self.folder / "nightpress.db") as database:
             started = time.perf_counter()
             job_id = self.http.post("/v1/jobs", json={"model": "bert-tiny", "recipe": RECIPE}).json()["id"]
@@ -120,7 +119,7 @@ class Stack:
         return taken
 
     def worker_ready(self) -> float:
-        """Seconds until a second worker hears rings."""
+        """Seconds until a second worker receives rings."""
         started = time.perf_counter()
         command = [sys.executable, "-m", "nightpress.worker"]
         process = subprocess.Popen(command, env=self.env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -158,7 +157,7 @@ def running(models: Path, *, spare: bool) -> Iterator[Stack]:
 
 
 def memory_of(processes: dict[str, psutil.Process]) -> dict[str, dict[str, float]]:
-    """Megabytes by process."""
+    """Process → kind of memory → MB."""
     found = {}
     for name, process in processes.items():
         full = process.memory_full_info()

@@ -1,9 +1,9 @@
-"""all-MiniLM-L6-v2 as static int8, beside fp32 and beside ONNX Runtime's own static quantization as its documentation starts with.
+"""all-MiniLM-L6-v2 in static int8, beside fp32 and beside ONNX Runtime's own static quantization with its defaults.
 
     python -m bench.static_int8 [--model FOLDER] [--threads 2] [--rounds 3]
 
-The pipeline presses the model; ONNX Runtime's `quantize_static` gets the same graph and calibration texts of the same length. Cosines are those
-of mean-pooled outputs with the source's, over texts that neither saw. OpenVINO is left out where it isn't installed.
+The pipeline quantizes the model. ONNX Runtime's `quantize_static` gets the same graph, and calibration texts of the same length. Cosines
+compare mean-pooled outputs with the source's, over texts that neither has seen. OpenVINO is left out if it is not installed.
 """
 
 import logging
@@ -83,7 +83,7 @@ def measure(model: Path, folder: Path, threads: int, rounds: int) -> list[Figure
 
 
 def _quantize_naively(graph_file: Path, target: Path, ids: np.ndarray[Any, Any]) -> None:
-    """Every default of ONNX Runtime's static quantization: all kinds of nodes, extremes, one scale a tensor. ids: [texts, tokens]."""
+    """Quantize with all defaults of ONNX Runtime: all kinds of nodes, ranges by extremes, one scale per tensor. ids: [texts, tokens]."""
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 

@@ -1,9 +1,9 @@
-"""The `static-int8` pass alone, on encoders that you have: its cosine, its cost, and the longest time without a message of progress.
+"""The `static-int8` pass alone, on given encoders: its cosine, its cost, and the longest time without a progress message.
 
     python -m bench.static_search FOLDER … [--bits 7 8] [--min-cosine 0.997] [--threads 2]
 
-Each folder is traced, then rounded once for each number of bits: a processor without VNNI needs 7. Each run has a process of its own. Its peak
-is that of anonymous memory, beside the plan's estimate for the whole job.
+Each folder is traced and quantized once for each number of bits; a processor without VNNI needs 7 bits. Each run has its own process. Its
+peak is that of anonymous memory, beside the plan's estimate for the whole job.
 """
 
 import multiprocessing
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def measure(folder: Path, bits: int, least: float, threads: int) -> list[Figure]:
-    """One model at one number of bits."""
+    """Measure one model with one number of bits. `least`: the lowest accepted cosine."""
     options = {"pass": "static-int8", "weight_bits": bits, "min_cosine": least}
     recipe = parse_recipe(
         {
@@ -85,7 +85,7 @@ def measure(folder: Path, bits: int, least: float, threads: int) -> list[Figure]
 
 
 class _Watch:
-    """The most anonymous memory of this process, and the longest time between two messages."""
+    """Records the peak of anonymous memory of this process, and the longest time between two progress messages."""
 
     def __init__(self) -> None:
         self.peak, self.silence, self._last = 0, 0.0, time.monotonic()

@@ -1,9 +1,10 @@
-"""Upload and download of one large file: our S3 store beside boto3's own transfer manager, tuned, on the same server.
+"""Upload and download of one large file: our S3 store beside boto3's own transfer manager with tuned settings, on the same server.
 
     python -m bench.storage [--size-mb 1024] [--pairs 5]
 
-Each pair moves the same bytes both ways as fresh objects, in alternating order. Ours verifies SHA-256 of the whole file on the way, and of each
-part at the server; boto3 verifies its CRC32. The bar: at least 0.8 of boto3's speed. The best of several of boto3's settings is the reference.
+Each pair uploads and downloads the same bytes as new objects, in alternating order. Our store verifies the SHA-256 of the whole file
+during the transfer, and that of each part at the server; boto3 verifies its CRC32. The reference is the fastest of several of boto3's
+settings. The bar: at least 0.8 of its speed.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ MIB = 1024**2
 
 
 def make_file(path: Path, size: int) -> str:
-    """Bytes that don't compress; their SHA-256."""
+    """Write random bytes, which can't be compressed. Returns their SHA-256."""
     digest = hashlib.sha256()
     with path.open("wb") as target:
         for _ in range(size // MIB):
@@ -47,7 +48,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def tuned(client: Any, bucket: str, source: Path, target: Path) -> TransferConfig:
-    """The fastest of some settings people use for large files."""
+    """The fastest of several common settings for large files."""
     choices = [(8, 10), (16, 4), (16, 8), (32, 4), (64, 4)]
     best = (float("inf"), TransferConfig())
     for part, threads in choices:

@@ -1,11 +1,11 @@
-"""How fast `weight-only` presses a large model, beside `cp` of the same files, and how much memory it takes.
+"""The speed of `weight-only` on a large model, beside `cp` of the same files, and its memory.
 
     python -m bench.stream [--size-gb 4] [--repeats 3] [--folder DIR]
 
-Makes a Llama-like bf16 model in a temporary folder, which takes three times the model's size of disk in all. Then `cp` and `weight-only` at 8
-and 4 bits take turns. *Cold*: the page cache is emptied before, and both sides end with fsync. *Warm*: the files are in the page cache; the
-pass ends with fsync, and `cp` doesn't. Speeds are source bytes a second; ratios are medians of neighbouring runs. Bars: 0.8 of the speed of
-`cp` cold, 0.35 warm, 400 MB of anonymous memory.
+It makes a Llama-like bf16 model in a temporary folder; in total this needs three times the model's size on disk. Then `cp` and
+`weight-only` with 8 and 4 bits run in turns. *Cold*: the page cache is emptied before each run, and both sides end with fsync. *Warm*:
+the files are in the page cache; the pass ends with fsync, and `cp` does not. Speeds are bytes of the source per second; ratios are
+medians of ratios of neighbouring runs. Bars: 0.8 of the speed of `cp` cold, 0.35 warm; less than 400 MB of anonymous memory.
 """
 
 import json
@@ -26,7 +26,7 @@ BARS = {"cold": 0.8, "warm": 0.35}
 
 
 def make_model(folder: Path, size: int) -> None:
-    """A model of about `size` bytes. One layer's random weights serve all: the speed doesn't depend on the values."""
+    """Write a model of about `size` bytes. All layers use the same random values, because the speed does not depend on them."""
     import torch
     from safetensors.torch import save_file
 
@@ -85,7 +85,7 @@ def make_model(folder: Path, size: int) -> None:
 
 
 def empty_page_cache(folder: Path) -> None:
-    """Everything if we may, otherwise the model's own pages."""
+    """Empty the whole page cache if this process may; otherwise only the pages of the model's files."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
@@ -113,7 +113,7 @@ def copy(source: Path, target: Path, *, sync: bool) -> float:
 
 
 def press(source: Path, target: Path, bits: int, threads: int) -> dict[str, float]:
-    """In a process of its own, so that its memory is its own. The time counts the pass, not the imports."""
+    """Run the pass in a new process, so that its memory can be measured. The time includes the pass, but not the imports."""
     command = [sys.executable, "-m", "bench.stream", "--child", str(source), str(target), str(bits), str(threads)]
     done = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(threads)}

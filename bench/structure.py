@@ -1,14 +1,14 @@
-"""The structure of the code in figures: arrows that run up, circles of files, and places that repeat each other.
+"""Figures of the code's structure: arrows that run up, circles of files, and repeated code.
 
     python -m bench.structure [FOLDER]
 
-FOLDER is a checkout, e.g. of an earlier commit; without it, this one.
+FOLDER is a checkout, e.g. of an earlier commit. The default is this checkout.
 
-* An *arrow* goes from a package to a package beside it that it imports. Floors are an order of packages in which every arrow runs down.
-  The figure is the smallest number of arrows that run up in any order: 0 means that floors exist.
-* A *circle* is a set of files of which each imports, directly or through others, every other one. Imports within functions count.
-* Two places *repeat* each other if six lines of the one are six lines of the other. Blank lines and comments are left out before, and
-  indentation, `async` and `await` don't count. So two runs of eight lines that are alike count three times. Tests are not looked at.
+* An *arrow* goes from a package to a sibling package that it imports. Floors are an order of packages in which every arrow runs down.
+  The figure is the smallest number of arrows that run up, over all orders: 0 means that floors exist.
+* A *circle* is a set of files in which each file imports every other file, directly or through others. Imports within functions count.
+* Two places *repeat* each other if six consecutive lines of both are equal. Blank lines and comments are removed before, and
+  indentation, `async` and `await` are ignored. So two equal runs of eight lines count three times. Tests are left out.
 """
 
 import json
@@ -32,12 +32,12 @@ graph = grimp.build_graph(*sys.argv[1:], cache_dir=None)
 json.dump({name: sorted(graph.find_modules_directly_imported_by(name)) for name in sorted(graph.modules)}, sys.stdout)
 """
 
-Graph = Mapping[str, Set[str]]  #: of each node, what it points to
+Graph = Mapping[str, Set[str]]  #: node → the nodes that it points to
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """Two runs of lines that are alike."""
+    """Two equal runs of lines."""
 
     first: str  #: `path:line`
     second: str
@@ -46,15 +46,15 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Structure:
-    """What was measured."""
+    """The measured structure of a checkout."""
 
-    arrows_up: dict[str, int]  #: by package, among the packages within it; only where there are some
+    arrows_up: dict[str, int]  #: package → number of arrows that run up among the packages within it; without zeros
     circles: list[list[str]]
     repeats: list[Repeat]
 
     @property
     def repeated(self) -> int:
-        """How many pairs of places have six lines in common."""
+        """The number of pairs of places with six equal lines."""
         return sum(repeat.lines - REPEATED_LINES + 1 for repeat in self.repeats)
 
 
@@ -74,13 +74,13 @@ def structure(root: Path) -> Structure:
 
 
 def import_graph(root: Path) -> dict[str, Set[str]]:
-    """Of each file of the service and the benches, as a module, the modules that it names in its imports.
+    """Each module of the service and the benchmarks → the modules that its imports name.
 
-    Importing a module also runs the `__init__` of its packages. That alone is no arrow: a package that exports what its modules have
-    would form a circle with each of them.
+    Importing a module also runs the `__init__` of its packages. This does not count as an arrow: otherwise a package that exports names
+    of its modules would form a circle with each of them.
     """
     names = ("nightpress",) if _is_one_package(root) else FOLDERS
-    # In a process of its own: this one has imported `bench` from here, and would find no other.
+    # In a new process: this process has already imported `bench` from this checkout, and would not find the other.
     found = subprocess.run(
         [sys.executable, "-c", _GRAPH, *names, "bench"], cwd=root, check=True, stdout=subprocess.PIPE, text=True
     )
@@ -97,12 +97,12 @@ def _sources(root: Path) -> dict[str, str]:
 
 
 def package_arrows(files: Graph, package: str) -> dict[str, Set[str]]:
-    """The arrows between the packages within a package, each with all that is below it."""
+    """The arrows between the packages directly within a package. Each of these includes its subpackages."""
     prefix = f"{package}." if package else ""
     packages = {name.rpartition(".")[0] for name in files}
 
     def child(name: str) -> str | None:
-        """The package within this one that a module belongs to, if it does."""
+        """The package directly within this one that a module belongs to, or None."""
         if not name.startswith(prefix):
             return None
         first = name.removeprefix(prefix).partition(".")[0]
@@ -116,7 +116,7 @@ def package_arrows(files: Graph, package: str) -> dict[str, Set[str]]:
 
 
 def circles(graph: Graph) -> list[list[str]]:
-    """The strongly connected components of more than one node."""
+    """The strongly connected components with more than one node."""
     reached = {node: _reached(graph, node) for node in graph}
     found = {frozenset(other for other in graph if other in reached[node] and node in reached[other]) for node in graph}
     return sorted(sorted(circle) for circle in found if len(circle) > 1)
@@ -138,7 +138,7 @@ def arrows_up(graph: Graph) -> int:
 
 
 def _fewest_up(graph: Graph, circle: list[str]) -> int:
-    """Exact, over subsets: the nodes of a subset stand lowest, and the next node is put on top of them."""
+    """The exact minimum, by dynamic programming over subsets: a subset's nodes are the lowest, and the next node is placed above them."""
     place = {name: at for at, name in enumerate(circle)}
     points_to = [sum(1 << place[other] for other in graph[name] if other in place) for name in circle]
     every = (1 << len(circle)) - 1
@@ -159,7 +159,7 @@ def _fewest_up(graph: Graph, circle: list[str]) -> int:
 
 
 def repeats(sources: Mapping[str, str], window: int = REPEATED_LINES) -> list[Repeat]:
-    """Pairs of places that have `window` lines in common or more. sources: text by path."""
+    """Pairs of places with at least `window` equal lines. sources: path → text."""
     kept = {path: list(_lines(text)) for path, text in sources.items()}
     places: defaultdict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
     for path, found in kept.items():

@@ -1,9 +1,9 @@
-"""Submitting over HTTP with PostgreSQL, beside a bare FastAPI endpoint that does one INSERT and commit.
+"""Submitting jobs over HTTP with PostgreSQL, beside a bare FastAPI endpoint that does one INSERT and commit.
 
     python -m bench.submit [--seconds 5] [--rounds 4] [--no-fsync]
 
-Both run on the same uvicorn settings, engine settings and PostgreSQL server; rounds alternate between them, so that a noisy machine
-treats both alike. The load comes from a process of its own: a closed loop over 16 connections, then an open loop at 50 requests/s.
+Both use the same uvicorn settings, engine settings and PostgreSQL server. Rounds alternate between them, so that noise affects both
+equally. The load comes from a separate process: a closed loop over 16 connections, then an open loop at 50 requests/s.
 """
 
 import argparse
@@ -36,7 +36,7 @@ POOL = 8
 
 
 def serve_bare(url: str, port: int) -> None:
-    """The least a FastAPI endpoint can do and still have stored something."""
+    """Serve a minimal FastAPI endpoint that stores one row."""
     import uvicorn
     from fastapi import FastAPI
     from pydantic import BaseModel
@@ -75,17 +75,17 @@ def serve_bare(url: str, port: int) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """Whom to send what."""
+    """A server, and the request to send to it."""
 
     port: int
     headers: dict[str, str]
     body: bytes
-    process: int  #: of the server
-    keyed: bool  #: with a fresh Idempotency-Key each, as our client sends it
+    process: int  #: the server's PID
+    keyed: bool  #: whether each request has a new Idempotency-Key, as our client sends it
 
 
 class Caller:
-    """A kept-alive HTTP/1.1 connection that sends one prepared request after the other: httpx would cost more than the servers."""
+    """A keep-alive HTTP/1.1 connection that sends prepared requests one after another. httpx would use more CPU than the servers."""
 
     def __init__(self, target: Target) -> None:
         lines = "".join(f"{name}: {value}\r\n" for name, value in target.headers.items())
@@ -100,7 +100,7 @@ class Caller:
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
 
     async def send(self) -> float:
-        """One request; its milliseconds."""
+        """Send one request and read its answer. Returns the milliseconds."""
         key = f"Idempotency-Key: {secrets.token_hex(16)}\r\n".encode() if self._keyed else b""
         began = time.perf_counter()
         self._writer.write(self._head + key + self._tail)
@@ -116,7 +116,7 @@ class Caller:
 
 
 async def _closed_loop(connections: list[Caller], seconds: float) -> float:
-    """Requests/s with every connection sending as fast as it is answered."""
+    """Requests per second if every connection sends its next request as soon as it gets an answer."""
     ends_at = time.perf_counter() + seconds
 
     async def send_until_the_end(connection: Caller) -> int:
@@ -132,14 +132,14 @@ async def _closed_loop(connections: list[Caller], seconds: float) -> float:
 
 
 async def _open_loop(connections: list[Caller], seconds: float) -> list[float]:
-    """Milliseconds of requests that start on a fixed beat, whether or not the one before has been answered."""
+    """Latencies in milliseconds of requests that start at fixed times, whether or not earlier requests were answered."""
     idle: asyncio.Queue[Caller] = asyncio.Queue()
     for connection in connections:
         idle.put_nowait(connection)
 
     async def send_at(due: float) -> float:
         connection = await idle.get()
-        waited = (time.perf_counter() - due) * 1000  # a late start is the server's doing, and counts
+        waited = (time.perf_counter() - due) * 1000  # the server causes a late start, so it counts
         took = await connection.send()
         idle.put_nowait(connection)
         return waited + took
@@ -272,7 +272,7 @@ def _compare(targets: dict[str, Target], seconds: float, rounds: int) -> list[Fi
 
 
 def _cpu_s(target: Target) -> float:
-    """CPU seconds of the server's process so far, without the database's: steady where the clock is not."""
+    """CPU seconds of the server's process so far, without the database. They vary less than wall time on a noisy machine."""
     times = psutil.Process(target.process).cpu_times()
     return float(times.user + times.system)
 

@@ -1,10 +1,10 @@
-"""What the target `cpu-encoder` gains on encoders, beside what a person gets by hand, with PASS or MISS for each bar.
+"""The gains of the target `cpu-encoder` on encoders, beside quantization by hand, with PASS or MISS for each bar.
 
     python -m bench.targets [encoder] [encoder-base] [--threads 2] [--rounds 5]
 
-`encoder` is all-MiniLM-L6-v2; `encoder-base` is a BERT-base shape with random weights, which says nothing but speed. By hand means ONNX
-Runtime's `quantize_dynamic` and NNCF's `quantize` as their documentation starts. Processes differ from each other by more than the bar of
-2%, so two graphs for OpenVINO are also timed by turns in one process. A form whose package is missing is left out.
+`encoder` is all-MiniLM-L6-v2; `encoder-base` has BERT-base's shape and random weights, so that only its speed is meaningful. By hand
+means ONNX Runtime's `quantize_dynamic` and NNCF's `quantize`, as their documentation introduces them. Times of separate processes differ
+by more than the bar of 2%, so graphs for OpenVINO are also timed in turns in one process. A form whose package is missing is left out.
 """
 
 import importlib.util
@@ -28,8 +28,8 @@ PARTS = ("encoder", "encoder-base")
 FLOATS = ("torch fp32", "ONNX Runtime fp32", "OpenVINO fp32")
 SHAPE = "1x128"
 _RUNNERS = {"onnx": onnx.CONSUMER, "openvino": openvino.CONSUMER}
-#: Two graphs in OpenVINO by turns, each loaded three times, since where its weights come to lie makes a copy faster or slower by a percent.
-#: Prints how many times faster the first is, round by round.
+#: Runs two graphs in OpenVINO in turns. Each is loaded three times, because the memory addresses of its weights change its speed by a
+#: percent. Prints the speed of the first graph relative to the second, for each round.
 _TURNS = """
 import json, sys, time, numpy, openvino
 threads, *files = int(sys.argv[1]), *sys.argv[2:]
@@ -89,7 +89,7 @@ def measure(part: str, folder: Path, threads: int, rounds: int) -> list[Figure]:
         share = folder_mb(forms[ours].folder) / folder_mb(source)
         bars.append(_bar(part, "cosine of its embeddings", timed.cosines[ours], ">= 0.997"))
         bars.append(_bar(part, "share of the source's size", share, "<= 0.27"))
-    # Forms by hand that are less faithful by more than 2% are no match.
+    # Forms by hand whose cosine is more than 2% lower are not comparable.
     for name in forms:
         if name.startswith("by hand") and timed.cosines[name] >= 0.98 * timed.cosines[ours]:
             speed = faster.get((ours, name)) or timed.speedup(ours, (name,), SHAPE)
@@ -104,7 +104,7 @@ def _bar(part: str, what: str, value: float, bar: str) -> Figure:
 
 
 def random_bert_base(folder: Path) -> Path:
-    """A BERT-base shape with random weights and MiniLM's tokenizer."""
+    """A model with BERT-base's shape, random weights and MiniLM's tokenizer."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -117,7 +117,11 @@ def random_bert_base(folder: Path) -> Path:
 def compare(
     folder: Path, source: Path, threads: int, rounds: int
 ) -> tuple[dict[str, Form], Timed, dict[tuple[str, str], float]]:
-    """All forms, timed; and how many times as fast ours is as one made by hand, of graphs for OpenVINO that took turns in one process."""
+    """Make and time all forms.
+
+    Returns the forms, their times, and the relative speed of ours for pairs of OpenVINO graphs (ours, by hand) that ran in turns in one
+    process.
+    """
     recipe, job = get_recipe("cpu-encoder"), folder / "job"
     press(job, source, recipe, threads)
     floats = folder / "onnx-fp32", folder / "openvino-fp32"
@@ -144,7 +148,7 @@ def compare(
 
 
 def _by_turns(ours: Path, theirs: Path, threads: int) -> float:
-    """How many times as fast ours is."""
+    """The speed of our graph relative to their graph."""
     files = [str(folder / openvino.GRAPH_FILE) for folder in (ours, theirs)]
     run = subprocess.run(
         [sys.executable, "-c", _TURNS, str(threads), *files], check=True, capture_output=True, text=True
@@ -156,14 +160,14 @@ def _quantize_dynamic(floats: Path, target: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     shutil.copytree(floats, target)
-    logging.disable(logging.WARNING)  # it advises to optimise the graph first, which its exporter did
+    logging.disable(logging.WARNING)  # it advises to optimise the graph first, which the exporter has done
     quantize_dynamic(floats / onnx.GRAPH_FILE, target / onnx.GRAPH_FILE, weight_type=QuantType.QInt8)
     logging.disable(logging.NOTSET)
     return target
 
 
 def _nncf(floats: Path, target: Path, sequences: Any) -> Path:
-    """Post-training quantization as NNCF's documentation has it for transformers, on texts like those of the evaluation."""
+    """Post-training quantization as NNCF's documentation shows it for transformers, on texts like those of the evaluation."""
     import nncf
     import openvino as library
 

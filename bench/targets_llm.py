@@ -1,10 +1,10 @@
-"""What the target `cpu-llm` gains on a small language model, beside llama.cpp's own quantizer, with PASS or MISS for each bar.
+"""The gains of the target `cpu-llm` on a small language model, beside llama.cpp's own quantizer, with PASS or MISS for each bar.
 
     python -m bench.targets_llm [--threads 2] [--rounds 3]
 
-The model is SmolLM2-135M. Its weights were 4-bit before they were de-quantized, which flatters 4-bit files, ours and llama.cpp's. By hand
-means llama.cpp's own quantizer on an f32 file. Decoding is timed in fresh processes, in alternating order; each ratio is the median of the
-ratios within a round. It needs llama-cpp-python.
+The model is SmolLM2-135M. Its weights were 4-bit before they were dequantized, which favours 4-bit files, both ours and llama.cpp's. By
+hand means llama.cpp's own quantizer on an f32 file. Decoding is timed in new processes, in alternating order; each ratio is the median of
+the ratios within a round. It needs llama-cpp-python.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ from tests.models import smollm_dir
 PERSUASION = Path(__file__).parents[2] / "shared" / "data" / "lm_eval_persuasion.txt.gz"
 SOURCE, OURS_Q4, OURS_Q8 = "transformers fp32", "ours: cpu-llm", "ours: gguf-lm (Q8_0)"
 _PROMPT, _TOKENS = 128, 64
-#: Greedy decoding through each library's own calls, a token at a time; prints the median tokens a second.
+#: Greedy decoding through each library's own calls, one token at a time; prints the median of tokens per second.
 _LLAMA_CPP = """
 import sys, time, llama_cpp, numpy as np
 file, threads, prompt, tokens = sys.argv[1], *map(int, sys.argv[2:])
@@ -105,7 +105,7 @@ def measure(folder: Path, threads: int, rounds: int) -> list[Figure]:
 
 
 def make_files(folder: Path, source: Path, threads: int) -> dict[str, Path]:
-    """Folders of GGUF files, ours and llama.cpp's."""
+    """Make GGUF files with our exporter and with llama.cpp's quantizer. Returns the form's name → its folder."""
     header = inspect_model(FolderFiles(source))
     unmeasured = get_recipe("cpu-llm").model_dump(mode="json") | {"evaluate": [], "gates": {}}
     press(folder / "targeted", source, parse_recipe(unmeasured), threads)
@@ -118,7 +118,7 @@ def make_files(folder: Path, source: Path, threads: int) -> dict[str, Path]:
 
 
 def perplexities(folder: Path, source: Path, files: dict[str, Path], threads: int) -> dict[str, float]:
-    """Of the source in transformers and of each file in llama.cpp, on the same text."""
+    """The perplexity of the source in transformers and of each file in llama.cpp, on the same text."""
     measured = {"metric": "perplexity", "samples": 32, "length": 512, "data": "builtin:prose"}
     brought = {}
     if PERSUASION.exists():
@@ -154,12 +154,12 @@ def bars_of(perplexity: dict[str, float], rounds_s: list[dict[str, float]]) -> l
 
 
 def _ratio(rounds_s: list[dict[str, float]], slow: str, fast: str) -> float:
-    """How many times as fast `fast` is: both taken in the same rounds."""
+    """The speed of `fast` relative to `slow`: the median of the ratios within a round."""
     return statistics.median(waits[slow] / waits[fast] for waits in rounds_s)
 
 
 def _decode(commands: dict[str, list[str]], turn: int, threads: int) -> dict[str, float]:
-    """Seconds a token of each, in fresh processes."""
+    """Seconds per token of each form, in new processes."""
     found = {}
     order = list(commands.items())
     for name, (script, what) in order if turn % 2 == 0 else reversed(order):

@@ -1,11 +1,12 @@
-"""Training passes on a real classifier: what a distilled half, a pruned and recovered model and early exits keep, and how fast they are.
+"""Training passes on a real classifier: accuracy and speed of a distilled half, of a pruned and recovered model, and of early exits.
 
-    python -m bench.train MODEL DATA --press OUT [--device cuda] [--only distill …]   trains, best on a GPU; leaves what changed in OUT
-    python -m bench.train MODEL DATA --measure OUT [--threads 2] [--rounds 3] [--json] measures those on this machine's CPU
+    python -m bench.train MODEL DATA --press OUT [--device cuda] [--only distill …]   trains, best on a GPU; writes changed tensors to OUT
+    python -m bench.train MODEL DATA --measure OUT [--threads 2] [--rounds 3] [--json] measures these models on this machine's CPU
 
-MODEL is a classifier's folder, DATA one with rt_sentiment_train.jsonl.gz, rt_sentiment_test.jsonl.gz and, for texts without labels,
-lm_train_austen_moby.txt.gz. Accuracy is that on all test rows, which nothing was trained on. Latencies are ONNX Runtime's and torch's, batch 1,
-source and result by turns in fresh processes. The bar for steps is a plain loop over the same models, data, precision and optimizer.
+MODEL is the folder of a classifier. DATA is a folder with rt_sentiment_train.jsonl.gz, rt_sentiment_test.jsonl.gz and, for texts without
+labels, lm_train_austen_moby.txt.gz. Accuracy is that on all test rows, which no training has seen. Latencies are those of ONNX Runtime
+and torch with batch 1; source and result run in turns. Steps per second are compared with a plain loop over the same models, data,
+precision and optimizer.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 
 RECIPES: dict[str, list[dict[str, Any]]] = {
-    # Prose first, by the teacher's hidden states and answers alone; then the classifier's own rows.
+    # First texts without labels, with only the teacher's hidden states and logits; then the classifier's own labelled rows.
     "distill": [
         {
             "pass": "distill",
@@ -97,7 +98,7 @@ def main() -> int:
 
 
 def press(model: Path, data: Path, out: Path, device: str, names: list[str]) -> dict[str, Any]:
-    """Run the recipes; what changed of the model's tensors goes to OUT in float16, and what was found to OUT/train.json."""
+    """Run the recipes. Writes the changed tensors to `out` in float16, and the figures to `out`/train.json. Returns the figures."""
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -151,7 +152,7 @@ def _press_one(
 
 
 def _data(data: Path, scratch: Path) -> dict[str, Path]:
-    """The rows, and the rows beside paragraphs of novels, all without labels."""
+    """The data files: `train` and `test` rows with labels, and `both`: the training texts and paragraphs of novels, without labels."""
     files = {"train": data / "rt_sentiment_train.jsonl.gz", "test": data / "rt_sentiment_test.jsonl.gz"}
     rows = [json.loads(line)["text"] for line in read_lines(files["train"])] * 2
     prose = data / "lm_train_austen_moby.txt.gz"

@@ -1,4 +1,4 @@
-"""What bench.train shipped, on this machine's CPU: accuracy on the test rows, and latency beside the source's, text by text."""
+"""Measures the models of bench.train on this machine's CPU: accuracy on the test rows, and latency beside the source's, text by text."""
 
 import sys
 import tempfile
@@ -25,14 +25,14 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 
 #: token ids [1, S] → the model's outputs
 Run = Callable[[np.ndarray[Any, Any]], Any]
-#: token ids [S] each
+#: token ids [S] of each text
 Texts = list[np.ndarray[Any, Any]]
 
 
 def measure(
     model: Path, data: Path, shipped: Path, threads: int, rounds: int, texts: int, names: list[str]
 ) -> dict[str, Any]:
-    """Of what OUT holds, what `names` names."""
+    """Measure the models `names` of the folder `shipped`. `texts`: number of test rows that are timed."""
     torch.set_num_threads(threads)
     test = test_rows(model, data / "rt_sentiment_test.jsonl.gz")
     found: dict[str, Any] = {
@@ -62,7 +62,7 @@ def measure(
 
 
 def show(found: dict[str, Any]) -> None:
-    """The tables of docs/results.md."""
+    """Print the figures as the tables of docs/results.md."""
     base = found["source_accuracy"]
     print(f"{found['cpu']}, {found['threads']} threads. Source: {base:.1%} of the test rows right.\n")
     print(
@@ -117,7 +117,7 @@ def _exits(
     threads: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Thresholds are chosen on one half of the test rows and counted on the other, both ways round."""
+    """Measure early exits. A threshold is chosen on one half of the test rows and evaluated on the other half, in both directions."""
     header = inspect_model(FolderFiles(model))
     module, plan = load_exits(pressed, header)
     scores, right = [], []
@@ -168,7 +168,7 @@ def _at(scores: Any, right: Any, depths: Any, threshold: float) -> tuple[float, 
 
 
 def _ratio(source: Run, ours: Run, timed: Texts, rounds: int) -> dict[str, float]:
-    """Milliseconds a text, both sides by turns on the same text; the ratio is of means, the median over rounds."""
+    """Milliseconds per text; both sides run in turns on the same text. `speedup`: the median over rounds of the ratio of means."""
     texts = [row[None] for row in timed]
     for run in (source, ours):
         for text in texts[:10]:

@@ -1,4 +1,4 @@
-"""The figures of bench.train, from what its two halves found."""
+"""The figures of bench.train, from the results of `--press` or `--measure`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from bench.record import Figure
 
 _ROWS, _POINTS = "of the test rows", "points"
-#: of the exits' scores, beside the chosen one; with the last no text leaves early
+#: names of the thresholds besides the chosen one: percentiles of the exits' scores; with the last, no text exits early
 _THRESHOLDS = ("percentile 10", "percentile 30", "percentile 50", "percentile 70", "percentile 90", "none leaves")
 
 
 def figures_of(found: dict[str, Any], device: str) -> list[Figure]:
-    """Of what `--press` found, or of what `--measure` found."""
+    """The figures in the results of `--press` or of `--measure`."""
     source = found["source_accuracy"]
     figures = [Figure("source/accuracy", round(source, 4), _ROWS)]
     for name, result in found.items():
@@ -29,7 +29,7 @@ def figures_of(found: dict[str, Any], device: str) -> list[Figure]:
 
 
 def _classifier(name: str, result: dict[str, Any], source: float) -> Iterator[Figure]:
-    """A model beside its source, in two runtimes."""
+    """The figures of a model beside its source, in two runtimes."""
     at = f"classifiers/{name}/"
     bar = "<= 2" if name == "prune" else ""
     yield Figure(f"{at}accuracy", round(result["accuracy"], 4), _ROWS)
@@ -43,7 +43,7 @@ def _classifier(name: str, result: dict[str, Any], source: float) -> Iterator[Fi
 
 
 def _exits(result: dict[str, Any]) -> Iterator[Figure]:
-    """Each threshold, and the one that was chosen on one half of the test rows and counted on the other."""
+    """The figures of each threshold, and of the threshold that was chosen on one half of the test rows and evaluated on the other."""
     chosen = result["at_chosen"]
     names = iter(_THRESHOLDS)
     for row in result["thresholds"]:

@@ -1,4 +1,4 @@
-"""The models that bench.train makes: shipped as the tensors that changed, put together again, and asked the test rows."""
+"""The models of bench.train: stored as the changed tensors, restored from these, and evaluated on the test rows."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def test_rows(model: Path, file: Path) -> Examples:
 
 
 def accuracy(folder: Path, source: Path, test: Examples, device: str = "cpu") -> float:
-    """Share of the test rows that the model answers as their labels say; with early exits, at full depth."""
+    """The fraction of test rows that the model classifies correctly; a model with early exits runs at full depth."""
     config = json.loads((folder / "config.json").read_bytes())
     model = load_model(folder, inspect_model(FolderFiles(source)).model_copy(update={"config": config})).to(device)
     right = 0
@@ -34,7 +34,10 @@ def accuracy(folder: Path, source: Path, test: Examples, device: str = "cpu") ->
 
 
 def ship(model: Path, folder: Path, out: Path) -> None:
-    """Leave in `out` the tensors that aren't the source's, in files of less than 16 MiB, and the small files that differ."""
+    """Write to `out` the tensors that differ from the source's, in float16, and the small files that differ.
+
+    Tensors are split into files of at most 15 MB; a larger tensor gets its own file.
+    """
     out.mkdir(parents=True, exist_ok=True)
     before = SourceTensors(read_shards(model))
     after = SourceTensors(read_shards(folder))
@@ -61,7 +64,7 @@ def ship(model: Path, folder: Path, out: Path) -> None:
 
 
 def unship(model: Path, shipped: Path, folder: Path) -> None:
-    """The whole model again, from the source and what was shipped."""
+    """Restore the whole model in `folder`, from the source `model` and the files that `ship` wrote."""
     folder.mkdir(parents=True)
     before = SourceTensors(read_shards(model))
     changed = {name: tensor for file in sorted(shipped.glob("changed-*")) for name, tensor in load_file(file).items()}

@@ -1,8 +1,8 @@
-"""The web page in headless Chromium: milliseconds from the first byte asked for to a list of jobs that can be clicked, with many jobs there.
+"""The web page in headless Chromium: milliseconds from the start of loading to a list of jobs that can be clicked, with many jobs.
 
     python -m bench.web [--jobs 10000] [--rounds 9]
 
-Each round is a browser context of its own, so nothing is cached. SQLite, one API process, both on this machine.
+Each round has its own browser context, so that nothing is cached. The database is SQLite; it and one API process run on this machine.
 """
 
 import statistics

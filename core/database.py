@@ -1,4 +1,4 @@
-"""The SQL engine, the metadata of all tables and the database's clock. Every statement that changes a job stands in core/service/jobs/store.py."""
+"""The SQL engine, the metadata of all tables and the database's clock. The statements that change jobs are in core/service/jobs."""
 
 import datetime as dt
 import hashlib
@@ -46,7 +46,7 @@ from sqlalchemy.types import TypeDecorator
 
 from nightpress.core.errors import ErrorCode, NightpressError
 
-#: None is SQL's NULL, so that constraints may ask `IS NULL`
+#: Python's None is stored as SQL's NULL, not as JSON's null, so that constraints can test `IS NULL`.
 JsonType = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
@@ -55,7 +55,7 @@ _LOCK_WAIT_S = 10.0
 
 
 class UtcDateTime(TypeDecorator[dt.datetime]):
-    """An aware UTC datetime. SQLite keeps it as ISO text, which sorts and compares as PostgreSQL's timestamptz does."""
+    """A time-zone-aware UTC datetime. SQLite stores it as ISO text, which sorts and compares as PostgreSQL's timestamptz does."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -75,7 +75,7 @@ class UtcDateTime(TypeDecorator[dt.datetime]):
 
 
 class db_now(FunctionElement[dt.datetime]):  # noqa: N801 - reads as an SQL function
-    """The database's clock plus `seconds`: the only clock that decides about leases, deadlines and schedules."""
+    """The time of the database's clock plus `seconds`. Only this clock decides about leases, deadlines and schedules."""
 
     type = UtcDateTime()
     inherit_cache = True
@@ -91,14 +91,14 @@ class db_now(FunctionElement[dt.datetime]):  # noqa: N801 - reads as an SQL func
 
 @compiles(db_now, "postgresql")
 def _now_postgresql(element: db_now, compiler: Any, **kw: Any) -> str:
-    # clock_timestamp, not now(): a transaction that waited for a lock must not see the time it began to wait.
+    # clock_timestamp() and not now(): now() is the time when the transaction began, which is too early after a wait for a lock.
     shifts = [compiler.process(seconds, **kw) for seconds in element.clauses]
     return f"(clock_timestamp() + ({shifts[0]}) * interval '1 second')" if shifts else "clock_timestamp()"
 
 
 @compiles(db_now, "sqlite")
 def _now_sqlite(element: db_now, compiler: Any, **kw: Any) -> str:
-    # Microseconds padded by hand: SQLite counts milliseconds, SQLAlchemy writes six digits, and text must compare.
+    # SQLite writes milliseconds and SQLAlchemy writes microseconds. Pad to six digits, because the two are compared as text.
     shifts = [f", (({compiler.process(seconds, **kw)}) || ' seconds')" for seconds in element.clauses]
     return f"(strftime('%Y-%m-%d %H:%M:%f', 'now'{''.join(shifts)}) || '000')"
 
@@ -120,7 +120,7 @@ def _month_sqlite(_element: db_month, _compiler: Any, **_kw: Any) -> str:
     return "strftime('%Y-%m', 'now')"
 
 
-#: all tables share it, so that Alembic sees them all
+#: Every table uses this object, so that Alembic finds all tables.
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(column_0_N_label)s",
@@ -135,8 +135,8 @@ metadata = MetaData(
 def make_engine(url: str, *, pool_size: int = 5, lock_wait_s: float = _LOCK_WAIT_S) -> Engine:
     """Open a pool on SQLite (WAL, immediate transactions, foreign keys on) or PostgreSQL (psycopg 3).
 
-    A statement waits `lock_wait_s` for a lock that somebody else holds, on both, then fails as database_unavailable.
-    Raises NightpressError(invalid_request) for any other database.
+    On both databases, a statement waits up to `lock_wait_s` seconds for a lock of another connection. Then it fails with
+    database_unavailable. Raises NightpressError(invalid_request) for any other kind of database.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
@@ -172,12 +172,12 @@ def make_engine(url: str, *, pool_size: int = 5, lock_wait_s: float = _LOCK_WAIT
 
 
 def clean_text(text: str) -> str:
-    """Text as PostgreSQL takes it: no NUL, no half of a surrogate pair."""
+    """Replace the characters that PostgreSQL refuses: NUL and lone surrogates."""
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def _cleaned(value: Any) -> Any:
-    """JSON as PostgreSQL takes it: clean text, and null for figures that are not finite."""
+    """Replace the values that PostgreSQL's JSON refuses: text is cleaned, and numbers that are not finite become null."""
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, float):
@@ -194,7 +194,7 @@ def _dump_json(value: Any) -> str:
 
 
 def _bound_lock_waits(seconds: float, connection: Any, _record: object) -> None:
-    # Not by the startup packet's options, which connection poolers refuse.
+    # Set by a statement: connection poolers refuse options in the startup packet.
     connection.execute(f"SET lock_timeout = {int(seconds * 1000)}")
     connection.commit()
 
@@ -204,13 +204,13 @@ def _note_checkin(_connection: object, record: ConnectionPoolEntry) -> None:
 
 
 def _ping_idle(connection: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
-    """Ask a connection that lay idle whether it still lives; a busy one would only lose a round trip to the question.
+    """Test a connection that was idle for `_PING_AFTER_S` seconds or longer. Testing a busy connection would only cost a round trip.
 
-    What a server's restart leaves in the pool costs a busy process one failed statement: SQLAlchemy then drops the whole pool.
+    After a restart of the server, one statement of a busy process fails on a dead connection. SQLAlchemy then discards the whole pool.
     """
     if time.monotonic() - record.info.get("idle_since", math.inf) < _PING_AFTER_S:
         return
-    import psycopg  # here, so that only who uses PostgreSQL loads its driver
+    import psycopg  # imported here, so that processes on SQLite do not load the driver
 
     try:
         connection.execute("SELECT 1")
@@ -227,16 +227,17 @@ def _sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
 
 
 def _sqlite_begin(connection: Connection) -> None:
-    # A writer that starts as a reader fails with "database is locked" when it turns writer: say so at once instead.
+    # A transaction that reads first and writes later can fail at once with "database is locked". Take the write lock at the start instead.
     read_only = connection.get_execution_options().get("read_only", False)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
 @contextmanager
 def transaction(engine: Engine, *, read_only: bool = False, lock_wait_s: float | None = None) -> Iterator[Connection]:
-    """One transaction: committed at the end, rolled back on any error. It waits for locks as long as the engine does, or `lock_wait_s`.
+    """One transaction: committed at the end, rolled back on any error.
 
-    Raises NightpressError(database_unavailable) where the database can't be reached or stays locked.
+    Its statements wait up to `lock_wait_s` seconds for locks; None: as long as the engine's setting.
+    Raises NightpressError(database_unavailable) if the database can't be reached or stays locked.
     """
     with _connected(engine, read_only=read_only, autocommit=read_only, lock_wait_s=lock_wait_s) as connection:
         if lock_wait_s is not None and engine.dialect.name == "postgresql":
@@ -246,7 +247,7 @@ def transaction(engine: Engine, *, read_only: bool = False, lock_wait_s: float |
 
 @contextmanager
 def statement(engine: Engine) -> Iterator[Connection]:
-    """For one statement that is a transaction by itself: on PostgreSQL it saves the round trips of BEGIN and COMMIT."""
+    """A connection for a single statement, which is its own transaction. On PostgreSQL this saves the round trips of BEGIN and COMMIT."""
     with _connected(engine, read_only=False, autocommit=True) as connection:
         yield connection
 
@@ -273,7 +274,7 @@ def _connected(
 
 @contextmanager
 def _sqlite_waits(connection: Connection, seconds: float | None) -> Iterator[None]:
-    """On SQLite, wait at most so long for a lock meanwhile. None: as the engine does. It must be set before a transaction begins."""
+    """Set how long SQLite waits for a lock within the block. None keeps the engine's setting. Enter it before a transaction begins."""
     if seconds is None or connection.dialect.name != "sqlite":
         yield
         return
@@ -286,14 +287,14 @@ def _sqlite_waits(connection: Connection, seconds: float | None) -> Iterator[Non
         raw.execute(f"PRAGMA busy_timeout = {usual}")
 
 
-#: A statement of ours was wrong. Every other error is the server's, the file's or the network's.
+#: These errors mean that a statement of ours was wrong. Every other error comes from the server, the file or the network.
 _OUR_FAULTS = (DataError, IntegrityError, NotSupportedError, ProgrammingError)
 
 _NOT_WRITABLE = "can be read, but not written"
 
 
 def unavailable(error: SQLAlchemyError) -> NightpressError:
-    """What a database's failure means: a full disk, a damaged file, no right to write, or no answer."""
+    """Translate a database's failure: a full disk, a damaged file, no permission to write, or no answer."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     name = getattr(cause, "sqlite_errorname", "")
     state = getattr(cause, "sqlstate", None) or ""
@@ -315,19 +316,19 @@ def unavailable(error: SQLAlchemyError) -> NightpressError:
 
 
 def lock_until_commit(connection: Connection, name: str) -> None:
-    """Wait until nobody else holds this name, then hold it. SQLite's writers exclude each other anyway."""
+    """Take the lock of this name and hold it until the transaction ends. On SQLite nothing is needed: writers exclude each other."""
     if connection.dialect.name == "postgresql":
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
         connection.execute(select(func.pg_advisory_xact_lock(key)))
 
 
 def later_than(connection: Connection, newest: Select[Any]) -> dt.datetime:
-    """The database's time; a microsecond after `newest`, if its clock has not moved on since, or was set back."""
+    """The database's time; if that is not later than `newest` (the clock stood still or was set back), a microsecond after `newest`."""
     now: dt.datetime
     now, last = connection.execute(select(db_now(), newest.scalar_subquery())).one()
     return now if last is None or last < now else last + dt.timedelta(microseconds=1)
 
 
 def read_now(connection: Connection) -> dt.datetime:
-    """The database's time, for Python code that must compare with it."""
+    """The database's time, for comparisons in Python code."""
     return connection.execute(select(db_now())).scalar_one()

@@ -1,4 +1,4 @@
-"""A disk that takes no more bytes, told as one error wherever it happens."""
+"""Reports a full disk as the same error everywhere."""
 
 import errno
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  #: no space, a used-up quota,
 
 @contextmanager
 def full_disk(message: str, hint: str) -> Iterator[None]:
-    """Raise NightpressError(disk_full) with `message` and the system's reason where the disk takes no more; other errors pass."""
+    """Raise NightpressError(disk_full) with `message` and the system's reason if the disk is full. Other errors pass unchanged."""
     try:
         yield
     except OSError as error:

@@ -51,7 +51,7 @@ class ErrorCode(StrEnum):
 
 @dataclass(frozen=True)
 class ErrorKind:
-    """What the service does with a code: the HTTP status it answers with and whether a job is tried again."""
+    """How the service treats an error code: its title, its HTTP status, and whether a job that failed with it is retried."""
 
     title: str
     status: int
@@ -112,7 +112,7 @@ class NightpressError(Exception):
         return ERROR_KINDS[self.code]
 
     def as_dict(self) -> dict[str, Any]:
-        """The form kept in a job's row and sent in frames."""
+        """The form that is stored in a job's row and sent in frames."""
         return {"code": self.code.value, "message": self.message, "hint": self.hint, "details": self.details}
 
     @classmethod

@@ -1,6 +1,7 @@
-"""Identifiers: a prefix that says what is meant, and 26 characters that sort by the time they were made.
+"""Identifiers: a prefix that names the kind of thing, and 26 characters that sort by the time of creation.
 
-That time is the process's own, so it decides nothing: what is newer, the database's time says. Neighbours in time stay neighbours in an index.
+The time comes from the process's own clock, so nothing is decided by it: order and age come from the database's clock. Sorting by time
+keeps rows that were created together close together in an index.
 """
 
 import secrets
@@ -15,7 +16,7 @@ _last = 0
 def new_id(prefix: str) -> str:
     """Return e.g. `job_01jd…`: 48 bits of milliseconds and 80 random bits, as in ULID.
 
-    Within one millisecond of one process the bits count up from the random start, so that the order of making is kept.
+    Within one millisecond of one process, each identifier is its predecessor plus 1, so that they sort in order of creation.
     """
     global _last
     number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)

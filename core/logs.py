@@ -1,4 +1,4 @@
-"""Logging for every process of ours: one line an event, secrets removed, text for people or JSON for machines."""
+"""Logging for every Nightpress process: one line per event, secrets removed, as text for people or JSON for machines."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ _context: ContextVar[dict[str, object]] = ContextVar("log_context", default={}) 
 
 @contextmanager
 def log_context(**ids: object) -> Iterator[None]:
-    """Name these in every JSON line that is logged meanwhile in this thread or task: request_id, job_id, attempt."""
+    """Add these fields (e.g. request_id, job_id, attempt) to every JSON line that this thread or task logs within the block."""
     token = _context.set(_context.get() | ids)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Lists as pages, newest first by the database's time. An identifier only keeps apart what has the same time."""
+"""Lists in pages, newest first by the database's time. The identifier only orders rows that have the same time."""
 
 import base64
 import binascii
@@ -19,10 +19,10 @@ Order = Sequence[KeyedColumnElement[Any]]
 def newest_first(
     engine: Engine, query: Select[Any], *order: KeyedColumnElement[Any], cursor: str | None, limit: int
 ) -> tuple[list[Row[Any]], str | None]:
-    """The rows of one page, and the cursor of the next, if there is one.
+    """The rows of one page, and the cursor of the next page or None.
 
-    `order`: columns of the query that together are unique; the first one decides. Nothing is skipped or repeated while rows come in.
-    Raises NightpressError(invalid_request) for a cursor that isn't ours.
+    `order`: columns of the query to sort by, the most significant first; together they must be unique. Rows that are inserted between
+    two calls cause no row to be skipped or repeated. Raises NightpressError(invalid_request) for a cursor that this service did not make.
     """
     if cursor is not None:
         last = zip(order, _read_cursor(cursor, order), strict=True)
@@ -36,7 +36,7 @@ def newest_first(
 
 
 def cursor_after(*values: dt.datetime | str) -> str:
-    """The cursor of what follows a row, from the row's values of the order's columns."""
+    """The cursor of the page that begins after a row. `values`: the row's values in the columns of the order."""
     told = [value.isoformat() if isinstance(value, dt.datetime) else value for value in values]
     return base64.urlsafe_b64encode(json.dumps(told).encode()).decode().rstrip("=")
 

@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """What differs from one installation to the next. Sizes are bytes and durations seconds."""
+    """The settings of an installation. Sizes are in bytes and durations in seconds."""
 
     model_config = SettingsConfigDict(env_prefix="NIGHTPRESS_", env_file=".env", extra="ignore", frozen=True)
 
@@ -185,12 +185,12 @@ class Settings(BaseSettings):
 
     @property
     def broker_password_file(self) -> Path:
-        """Where the embedded stack writes that server's password, for its owner alone."""
+        """The file to which the embedded stack writes the Valkey server's password. Only its owner may read it."""
         return self.data_dir / "valkey.password"
 
     @property
     def broker_password(self) -> str:
-        """The embedded Valkey server's password. Empty where none has started in this folder yet."""
+        """The embedded Valkey server's password. Empty if no server has started in this folder yet."""
         try:
             return self.broker_password_file.read_text().strip()
         except OSError:
@@ -202,7 +202,7 @@ class Settings(BaseSettings):
 
     @property
     def key_file(self) -> Path:
-        """Where the embedded stack writes its API key and the CLI finds it."""
+        """The file to which the embedded stack writes its API key, and from which the CLI reads it."""
         return self.data_dir / "key"
 
 

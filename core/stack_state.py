@@ -1,4 +1,4 @@
-"""What an embedded stack leaves in its data folder about itself: where it answers, and which processes it runs."""
+"""The state file that an embedded stack writes to its data folder: the API's address and the processes that it runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +12,12 @@ _ADDRESS: TypeAdapter[HttpUrl] = TypeAdapter(HttpUrl)
 
 
 class StackState(BaseModel):
-    """Empty where no stack has left anything."""
+    """All fields are empty if no stack has written the file."""
 
     api_url: str = ""
     pids: dict[str, _Pid] = {}
-    started: dict[_Pid, float] = {}  #: process → its time of birth: a number alone may be another process's by now
+    #: PID → start time of the process: the system may have given the PID to another process since
+    started: dict[_Pid, float] = {}
 
     @field_validator("api_url")
     @classmethod
@@ -27,7 +28,7 @@ class StackState(BaseModel):
 
     @classmethod
     def load(cls, folder: Path) -> "StackState":
-        """What `save` wrote there. A file that is anything else says nothing: it is not an error, and the next stack replaces it."""
+        """Read what `save` wrote. A missing or invalid file is no error: the state is then empty, and the next stack replaces the file."""
         try:
             return cls.model_validate_json((folder / STATE_FILE).read_bytes())
         except (OSError, ValidationError):

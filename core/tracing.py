@@ -1,7 +1,7 @@
-"""OpenTelemetry traces, sent where NIGHTPRESS_OTLP_ENDPOINT says. Without it nothing of OpenTelemetry is imported and a span does nothing.
+"""OpenTelemetry traces, sent to NIGHTPRESS_OTLP_ENDPOINT. Without an endpoint, OpenTelemetry is not imported and a span does nothing.
 
-A job is one trace: from the request that submitted it, whose context is kept with the job, to the commit of its last attempt. A
-child reaches no network: it says in frames what it did and when, and its supervisor sends that in its name.
+A job is one trace. It begins with the request that submitted the job, whose trace context is stored with the job, and ends with the
+commit of the last attempt. A child has no network: it reports in frames what it did and when, and its supervisor sends the spans.
 """
 
 import os
@@ -23,7 +23,7 @@ Kind = Literal["internal", "server", "producer", "consumer"]
 
 
 class SpanNotes(Protocol):
-    """What may be said of a span while it lasts."""
+    """The changes that callers may make to an open span."""
 
     def update_name(self, name: str) -> None: ...
 
@@ -36,15 +36,15 @@ class _Off:
     def set_attributes(self, attributes: Mapping[str, Value]) -> None: ...
 
 
-#: a span that nobody is told of
+#: a span that is not sent anywhere
 NOT_TRACED: SpanNotes = _Off()
 _sender: "_Sender | None" = None
 
 
 def configure_tracing(endpoint: str, service: str) -> None:
-    """Send this process's spans to an OTLP/HTTP endpoint, or to OpenTelemetry's own environment variables' one; to none if neither is set.
+    """Send this process's spans to `endpoint` (OTLP over HTTP). Empty: to the endpoint in OpenTelemetry's own variables, if any.
 
-    Called once by each entry point. `service`: the process's part, e.g. `api`. Raises invalid_request where the packages are missing.
+    Called once by each entry point. `service`: the process's role, e.g. `api`. Raises invalid_request if OpenTelemetry is not installed.
     """
     global _sender
     if endpoint or any(os.environ.get(name) for name in _STANDARD):
@@ -60,9 +60,10 @@ def span(
     kind: Kind = "internal",
     started_ns: int | None = None,
 ) -> Iterator[SpanNotes]:
-    """Time what is done within. `parent`: the W3C `traceparent` of a span elsewhere; None: of this thread or task, if there is one.
+    """Record a span around the block. An exception that leaves the block marks the span as failed.
 
-    An exception that leaves it marks it as failed. `started_ns`: where it began before this call, in Unix nanoseconds.
+    `parent`: the W3C `traceparent` of a span in another process; None: the current span of this thread or task, if there is one.
+    `started_ns`: the start in Unix nanoseconds, if the work began before this call.
     """
     if _sender is None:
         yield NOT_TRACED
@@ -84,7 +85,7 @@ def record_span(
     kind: Kind = "internal",
     of_child: bool = False,
 ) -> None:
-    """Note what is over. `ended_ns` None: just now. `of_child`: the child did it, not this process."""
+    """Record a span that has ended. Times are Unix nanoseconds; `ended_ns` None: now. `of_child`: the child did the work."""
     if _sender is not None:
         tracer = _sender.child if of_child else _sender.own
         past = tracer.start_span(
@@ -94,12 +95,12 @@ def record_span(
 
 
 def traceparent() -> str | None:
-    """The current span as a W3C `traceparent`, for a job's row, a message or a request; None where there is none."""
+    """The current span as a W3C `traceparent`, for a job's row, a message or a request; None if tracing is off or no span is open."""
     return None if _sender is None else _sender.traceparent()
 
 
 class _Sender:
-    """All that touches OpenTelemetry."""
+    """The only code that uses OpenTelemetry."""
 
     def __init__(self, endpoint: str, service: str) -> None:
         try:
@@ -115,7 +116,7 @@ class _Sender:
                 f"An endpoint for traces is set, but OpenTelemetry is not installed: {error}.",
                 hint="Install nightpress[telemetry], or unset NIGHTPRESS_OTLP_ENDPOINT and OTEL_EXPORTER_OTLP_ENDPOINT.",
             ) from error
-        # The standard variables say all else: headers, certificates, timeouts, sampling.
+        # OpenTelemetry's standard variables configure the rest: headers, certificates, timeouts, sampling.
         address = f"{endpoint.rstrip('/')}/v1/traces" if endpoint else None
         processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=address))
 

@@ -1,10 +1,10 @@
-"""What people edit carries a version, so that nobody's change is written over, or deleted, by somebody who hasn't seen it."""
+"""Optimistic locking: an edit or deletion names the version that it is based on, and fails if another edit came first."""
 
 from nightpress.core.errors import ErrorCode, NightpressError
 
 
 def changed_since() -> NightpressError:
-    """For a write that named a version which is no longer the thing's own."""
+    """The error for a write that is based on an outdated version."""
     return NightpressError(
         ErrorCode.PRECONDITION_FAILED,
         "It was changed since it was read.",

@@ -1,4 +1,4 @@
-"""How Alembic reaches the database: one connection, one transaction, and on PostgreSQL never a long wait for a lock."""
+"""Alembic's environment: one connection and one transaction, and on PostgreSQL no long wait for a lock."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ import nightpress.core.service.tables.webhooks  # noqa: F401 - importing a modul
 from nightpress.core.database import make_engine, metadata
 from nightpress.core.settings import load_settings
 
-_LOCK_KEY = 7_126_001  #: any number, the same in every process: migrations wait for each other
+_LOCK_KEY = 7_126_001  #: key of the advisory lock that lets migrations wait for each other; the number is arbitrary
 
 
 def _url() -> str:
@@ -28,7 +28,8 @@ def run() -> None:
     try:
         with engine.connect() as connection:
             if connection.dialect.name == "sqlite":
-                # SQLite changes a constraint by making the table anew; dropping the old one would empty those that refer to it.
+                # On SQLite, a constraint is changed by creating the table again. With foreign keys on, dropping the old table would
+                # delete the rows of tables that refer to it.
                 driver: Any = connection.connection.driver_connection
                 driver.execute("PRAGMA foreign_keys=OFF")
             with connection.begin():
@@ -39,7 +40,7 @@ def run() -> None:
 
 def _migrate(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
-        # An ALTER that waits behind a long query makes every later query wait behind itself: better to fail and try again.
+        # An ALTER that waits for a long query blocks every later query. It is better to fail and try again.
         connection.execute(text("SET LOCAL lock_timeout = '5s'"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
     context.configure(

@@ -57,7 +57,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     slot = Slot(resources.store, supervisor, offer, ttl_s=settings.lease_ttl_s)
     app = make_celery(settings)
     add_tasks(app, slot)
-    # Called within the signal's handler: it sets a flag and does nothing else. Weak references would be gone by then.
+    # Celery calls this within a signal handler, so it only sets a flag. Celery's default weak references would be collected before.
     signals.worker_shutting_down.connect(lambda **_: supervisor.draining.set(), weak=False)
     signals.worker_ready.connect(lambda **_: log.info("Worker %s serves %s.", offer.worker_id, offer.queue), weak=False)
     serve_metrics(settings.metrics_port)
@@ -66,7 +66,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     try:
         while not supervisor.draining.is_set():
             _listen(app, offer, settings)
-            # Celery gives up on a message that it can't even read. The slot works on; only rings went unheard meanwhile.
+            # Celery stops at a message that it can't decode. The slot continues; only rings are missed until Celery runs again.
             supervisor.draining.wait(_RESTART_S)
     finally:
         slot.close(timeout=settings.drain_s)
@@ -75,22 +75,22 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
         if supervisor.storage_threads.hangs():
             log.warning("The object store does not answer; its last requests are given up.")
             logging.shutdown()
-            os._exit(os.EX_OK)  # else Python would wait for them
+            os._exit(os.EX_OK)  # otherwise Python would wait for the storage threads
 
 
 def _drain_before_celery_listens(supervisor: Supervisor) -> None:
-    """The worker takes jobs from now on, and Celery sets its own handlers only when it starts, a moment later."""
+    """Handle signals until Celery installs its own handlers: the worker takes jobs from now on, and Celery starts a little later."""
 
     def drain(*_: object) -> None:
         supervisor.draining.set()
-        celery_state.should_stop = os.EX_OK  # a Celery that starts right after this ends at once
+        celery_state.should_stop = os.EX_OK  # a Celery worker that starts after this ends at once
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, drain)
 
 
 def _listen(app: Celery, offer: WorkerOffer, settings: Settings) -> None:
-    """Hear rings until a signal or a fault ends it."""
+    """Receive rings until a signal or a fault ends Celery."""
     celery: CeleryWorker = app.Worker(
         hostname=f"{offer.worker_id}@nightpress",
         queues=[offer.queue],

@@ -1,6 +1,6 @@
-"""The worker's content-addressed cache: files by their SHA-256, bounded, safe to share between workers of one machine.
+"""The worker's content-addressed cache: files by their SHA-256, limited in size, safe to share between workers of one machine.
 
-A blob is locked while it is filled or handed out. The locks are the kernel's (flock), so that a killed worker holds none.
+A blob is locked while it is fetched or linked. The locks are the kernel's (flock), so that a killed worker holds none.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ _CHUNK = 1024**2
 
 
 class BlobCache:
-    """Files are handed out as read-only hard links, or as copies where the file system has none.
+    """A cache that provides files as read-only hard links, or as copies if the file system can't link.
 
-    Every hand-out hashes the bytes again: a disk's or a neighbour's fault is found before a job is built on it.
+    Every use hashes the bytes again, so that a fault of the disk or of another process is found before a job uses the file.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -36,9 +36,10 @@ class BlobCache:
         self._drop_partial_blobs()
 
     def take(self, sha256: str, size: int, target: Path, fetch: Callable[[Path], None], *, on_bytes: OnBytes) -> None:
-        """Put the blob at `target`. `fetch` writes it to a path if it isn't here yet; `on_bytes` gets increments.
+        """Put the blob at `target`.
 
-        Raises checksum_mismatch, disk_full and what `fetch` raises.
+        `fetch`: called with a path to write the blob to, if the cache does not hold it. `on_bytes`: called with the number of bytes hashed
+        since its last call. Raises checksum_mismatch, disk_full and what `fetch` raises.
         """
         with full_worker_disk():
             if size > self._limit:
@@ -58,7 +59,7 @@ class BlobCache:
                 link_or_copy(blob, target)
 
     def _make_room(self, size: int) -> None:
-        """Remove the blobs not used for longest. A blob that a job still links frees nothing, so it stays."""
+        """Remove the least recently used blobs. A blob that a job still links would free nothing, so it stays."""
         with FileLock(self._locks / "eviction.lock"):
             blobs = sorted(((path.stat(), path) for path in self._blobs.iterdir()), key=lambda entry: entry[0].st_mtime)
             excess = sum(info.st_size for info, _ in blobs) + size - self._limit
@@ -81,7 +82,10 @@ class BlobCache:
 
 
 def stage_in_place(source: Path, sha256: str, size: int, target: Path, *, link: bool, on_bytes: OnBytes) -> None:
-    """Put a file that lies on this machine at `target`, and check that it is still the one that was registered."""
+    """Put a file of this machine at `target`. Raises checksum_mismatch if it is no longer the file that was registered.
+
+    `link`: make a hard link if possible; else copy.
+    """
     with full_worker_disk():
         if link:
             link_or_copy(source, target)
@@ -116,7 +120,7 @@ def _same(path: Path, sha256: str, size: int, on_bytes: OnBytes) -> bool:
 
 
 def full_worker_disk() -> AbstractContextManager[None]:
-    """Raise NightpressError(disk_full) where the worker's disk takes no more."""
+    """Raise NightpressError(disk_full) if the worker's disk is full."""
     return full_disk(
         "The worker's disk is full",
         "Free space in the worker's NIGHTPRESS_DATA_DIR or lower NIGHTPRESS_CACHE_BYTES.",

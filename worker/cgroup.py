@@ -1,4 +1,4 @@
-"""What the kernel counts for this process's own control group: a worker's container or service, with the children of its jobs."""
+"""The kernel's counters for this process's own control group: the worker's container or service, including the children of its jobs."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ _MOUNT = Path("/sys/fs/cgroup")
 
 
 def oom_kills(mount: Path = _MOUNT, membership: Path = Path("/proc/self/cgroup")) -> int:
-    """How many processes of the group the kernel has ended for want of memory; 0 where it keeps no such count.
+    """The number of processes of the group that the kernel has killed for lack of memory; 0 if the kernel has no such counter.
 
-    A count of the whole host would hold others' processes: a job that somebody killed would be told that it took too much memory.
+    The counter of the whole host would include other processes: a job that was killed for another reason would then be reported as
+    out of memory.
     """
     try:
         groups = [line.split(":", 2) for line in membership.read_text().splitlines()]

@@ -1,6 +1,7 @@
-"""Unfinished work on its way to storage and back, so that a retry, another worker or another job with the same beginning goes on.
+"""Stores checkpoints and fetches them, so that a retry, another worker, or another job with the same first passes can continue.
 
-Nothing here may fail a job: what can't be stored is not stored, what can't be fetched is pressed again, and the log says so.
+Nothing here may fail a job. A checkpoint that can't be stored is skipped, work whose checkpoint can't be fetched is done again, and the
+job's log reports both.
 """
 
 import hashlib
@@ -24,15 +25,15 @@ from nightpress.core.service.jobs.checkpoints import CheckpointIndex, StoredFile
 from nightpress.core.service.jobs.records import Job, Lease
 from nightpress.core.version import ENGINE
 
-_WAITING = 256  #: files that wait to be stored; more are not stored
+_WAITING = 256  #: most files that wait to be stored; further files are not stored
 
 log = logging.getLogger(__name__)
-#: inode, size and time of change: the file that was stored or fetched, and no other
+#: inode, size and modification time: identify the file that was stored or fetched
 _Identity = tuple[int, int, int]
 
 
 class CheckpointDepot:
-    """One attempt's checkpoints. `begin` brings back what there is; `keep` stores what the child makes, in a thread of its own."""
+    """The checkpoints of one attempt. `begin` fetches what earlier attempts stored; `keep` stores the child's files, in its own thread."""
 
     def __init__(
         self,
@@ -48,9 +49,9 @@ class CheckpointDepot:
         tell: Callable[[str, str], None],
         note: Callable[[str, dict[str, object]], None],
     ) -> None:
-        """limit: bytes a prefix may have in storage. after_s: an attempt that is over sooner stores nothing, unless it breaks off.
+        """limit: most bytes that a prefix may have in storage. after_s: seconds from now before anything is stored, except by `close`.
 
-        tell(level, text): the job's log. note(kind, data): its events.
+        tell(level, text): writes to the job's log. note(kind, data): adds an event to the job's history.
         """
         self._index, self._objects, self._lease = index, objects, lease
         self._recipe, self._work, self._limit = recipe, job_dir / WORK_DIR, limit
@@ -71,10 +72,10 @@ class CheckpointDepot:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    # Back from storage -----------------------------------------------------------------------------------------------
+    # From storage ----------------------------------------------------------------------------------------------------
 
     def begin(self, *, on_bytes: OnBytes) -> None:
-        """Put below work/ what the furthest attempt with the same beginning left. `on_bytes` may raise to stop."""
+        """Fetch to work/ the checkpoints of the most advanced attempt with the same first passes. `on_bytes` may raise to stop."""
         if self._limit <= 0:
             return
         try:
@@ -91,7 +92,7 @@ class CheckpointDepot:
             self._tell("warning", f"Earlier work was not looked for: {error}")
 
     def _bring_finished(self, at: int, on_bytes: OnBytes) -> bool:
-        """The model a pass made, if the pass was done and every file of it is whole."""
+        """Fetch the output of a finished pass. Returns False if the pass was not finished, or a file of it is missing or damaged."""
         name = self._recipe.passes[at].name
         record, below = pass_record(at, name), f"{pass_folder(at, name)}/"
         files = self._index.files(self._digests[at])
@@ -101,7 +102,7 @@ class CheckpointDepot:
         return self._bring(at, chosen, on_bytes) and self._bring(at, {record: files[record]}, on_bytes)
 
     def _bring(self, at: int, files: dict[str, StoredFile], on_bytes: OnBytes) -> bool:
-        """Fetch files; False where one of them was not what it should be. The others are used."""
+        """Fetch files. Returns False if one of them is missing or damaged; the others are used."""
         useless = [path for path, file in files.items() if not self._fetch(at, file, on_bytes)]
         if useless:
             self._index.forget(self._digests[at], useless)
@@ -131,7 +132,7 @@ class CheckpointDepot:
     # To storage ------------------------------------------------------------------------------------------------------
 
     def keep(self, frame: Checkpoint) -> None:
-        """Take a file as it is now and store it when its turn comes. Returns at once."""
+        """Open the file of a checkpoint now and queue it for storing. Returns at once."""
         if frame.pass_index not in self._mine:
             return
         try:
@@ -157,7 +158,7 @@ class CheckpointDepot:
             self._changed.notify()
 
     def close(self, *, flush_s: float) -> None:
-        """Stop. What waits is stored first, if it takes no longer than `flush_s`."""
+        """Stop. Files that wait are stored first, for at most `flush_s` seconds."""
         until = time.monotonic() + flush_s
         with self._changed:
             self._closing = True
@@ -180,7 +181,7 @@ class CheckpointDepot:
             try:
                 self._store(at, path, descriptor, step)
             except (NightpressError, OSError) as error:
-                self._mine.discard(at)  # what comes later would be of no use without this file
+                self._mine.discard(at)  # later checkpoints would be useless without this file
                 self._tell(
                     "warning", f"The checkpoint {path} was not stored, nor will others of {self._name(at)}: {error}"
                 )
@@ -192,7 +193,7 @@ class CheckpointDepot:
     def _store(self, at: int, path: str, descriptor: int, step: int) -> None:
         if at not in self._mine:
             return
-        # By its descriptor: the child may replace the name meanwhile, and what it makes of it decides nothing here.
+        # Read through the descriptor: the child may replace the file of this name at any time, which must have no effect here.
         held, status = Path(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor)
         with held.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -212,7 +213,10 @@ class CheckpointDepot:
         self._drop_superseded(at, path, before)
 
     def _drop_superseded(self, at: int, path: str, before: dict[str, StoredFile]) -> None:
-        """Remove what this file replaces: its earlier self, and behind a whole pass all that was there to go on with it."""
+        """Delete what this file replaces: its earlier version.
+
+        If the file is the record of a finished pass, also delete all files that were needed only to continue the pass.
+        """
         digest, gone = self._digests[at], list[str]()
         if at < len(self._recipe.passes):
             name = self._recipe.passes[at].name
@@ -236,7 +240,7 @@ def _identity(status: os.stat_result) -> _Identity:
 
 
 def _open_plain(root: Path, path: str) -> int:
-    """Open a file below `root` through no link: a child must not be able to name somebody else's file."""
+    """Open a file below `root` without following links, so that a child can't name a file outside its folder."""
     *folders, name = PurePosixPath(path).parts
     at = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

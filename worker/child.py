@@ -1,9 +1,9 @@
-"""The child: two processes for one job. The inner one presses, within walls; the outer one only watches over it.
+"""The child: two processes for one job. The inner process compresses, inside the sandbox; the outer process only watches it.
 
-`python -m nightpress.worker.child --frames FD JOB_DIR` starts warm: the inner process closes itself in, imports the compression core, then
-waits. A line on the outer one's standard input starts it. Every further byte there says that the supervisor still holds the
-job's lease; silence for longer than the line allows, or the end of the stream, ends everything that the child started. A
-supervisor sees the outer process alone: it ends as the inner one did, by the same status or signal.
+`python -m nightpress.worker.child --frames FD JOB_DIR` starts in advance: the inner process builds the sandbox around itself, imports the
+compression core, and waits. A line of JSON on the outer process's standard input starts the job. Every further byte there means that the
+supervisor still holds the job's lease. If no byte comes for longer than the line allows, or the stream ends, the outer process kills
+everything that the child started. The supervisor sees only the outer process, which ends with the same status or signal as the inner one.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def _load_pipeline() -> Press:
 
 
 def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pipeline) -> NoReturn:
-    """Start the inner process: it loads what presses, waits for the word, presses and ends. Watch over it until then."""
+    """Start the inner process, which imports the core, waits for the start, runs the job and ends. Watch it until it ends."""
     parser = argparse.ArgumentParser(prog="python -m nightpress.worker.child")
     parser.add_argument("--frames", type=int, default=FRAMES_FD, help="file descriptor the frames go to")
     parser.add_argument("--keep-network", action="store_true", help="don't cut this child off from the network")
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pip
     def work(walls: Walls) -> NoReturn:
         os.close(begin)
         with Path(os.devnull).open() as nothing:
-            os.dup2(nothing.fileno(), 0)  # the supervisor's word is for the process outside
+            os.dup2(nothing.fileno(), 0)  # standard input belongs to the outer process
         faulthandler.enable()
         if walls.down:
             print(f"From this job, this is {walls}", file=sys.stderr)  # noqa: T201
@@ -69,17 +69,17 @@ def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pip
             sys.stdout.flush()
             sys.stderr.flush()
         except BrokenPipeError:
-            os._exit(os.EX_IOERR)  # nobody listens any more
-        os._exit(0)  # all is said; torch and the consumers' libraries may take a second to unload
+            os._exit(os.EX_IOERR)  # the supervisor has closed the pipe
+        os._exit(0)  # without cleaning up: unloading torch and the runtimes' libraries may take a second
 
     inner = enclose(options.job_dir, work, network=options.keep_network)
     os.close(begun)
-    os.close(FRAMES_FD)  # the end of the frames is the end of the inner process
+    os.close(FRAMES_FD)  # so that the stream of frames ends when the inner process ends
     _watch(inner, begin)
 
 
 def _watch(inner: Enclosure, begin: int) -> NoReturn:
-    """Until the inner process ends, or the supervisor has no more use for it."""
+    """Wait until the inner process ends, or the supervisor stops it or falls silent. Then end this process too."""
     ended = os.pidfd_open(inner.pid)
     line, patience = b"", None
     while True:
@@ -97,7 +97,7 @@ def _watch(inner: Enclosure, begin: int) -> NoReturn:
                 except (ValueError, KeyError):
                     traceback.print_exc()
                     inner.end()
-                    os._exit(os.EX_PROTOCOL)  # better no child than one that waits for ever
+                    os._exit(os.EX_PROTOCOL)  # otherwise the child would wait forever
                 os.write(begin, b".")
 
 
@@ -109,19 +109,19 @@ def _end_all(inner: Enclosure, *, used: bool) -> NoReturn:
 
 
 def _end_like(inner: Enclosure) -> NoReturn:
-    """End with the status, or by the signal, with which the inner process ended; what it left running ends first."""
+    """Kill what the inner process left running, then end with the same status or signal as the inner process."""
     status = inner.wait()
     inner.end()
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number != signal.SIGKILL:
-            signal.signal(number, signal.SIG_DFL)  # Python handles some by itself
+            signal.signal(number, signal.SIG_DFL)  # Python has its own handlers for some signals
         os.kill(os.getpid(), number)
     os._exit(os.waitstatus_to_exitcode(status))
 
 
 def _run(job_dir: Path, press: Press) -> None:
-    """Press, and say in the last frame how it went. Every error becomes one of the closed set."""
+    """Run the job, and report its end in the last frame. Every error is translated to one of the closed set."""
     lock = threading.Lock()
 
     def emit(frame: Frame) -> None:
@@ -135,7 +135,7 @@ def _run(job_dir: Path, press: Press) -> None:
             sandbox.limit_file_size(spec.file_limit)
         press(job_dir, emit)
     except BaseException as error:
-        traceback.print_exc()  # the supervisor puts standard error into the job's log
+        traceback.print_exc()  # the supervisor copies standard error to the job's log
         emit(Result(error=_describe(error).as_dict()))
     else:
         emit(Result())
@@ -155,7 +155,7 @@ def _describe(error: BaseException) -> NightpressError:
             f"The job asked for more memory than there is: {error}.",
             hint="Use a worker with more memory, or a recipe whose passes stream.",
         )
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module doesn't import by name
+    if type(error).__name__ == "OutOfMemoryError":  # torch's class; this module does not import torch
         return NightpressError(
             ErrorCode.GPU_OUT_OF_MEMORY,
             f"The GPU's memory did not suffice: {str(error).splitlines()[0]}",

@@ -1,4 +1,4 @@
-"""The control process: what must happen although nobody asks. Any number of replicas; every step is safe to run twice."""
+"""The control process: the periodic work of the service. Any number of replicas may run; every step is safe to run twice."""
 
 import logging
 import signal
@@ -26,7 +26,7 @@ from nightpress.worker.health import mark_alive
 from nightpress.worker.metrics import LEASES_EXPIRED, TICKS, serve_metrics
 
 _SWEEP_EVERY_S = 60.0
-_ABANDONED_S = 3600.0  #: files of lost attempts, and what a deletion left, are swept so long after
+_ABANDONED_S = 3600.0  #: seconds until files of lost attempts, and files that a deletion left, are swept
 _UPLOAD_LIFE_S = 24 * 3600.0
 _LONGEST_PAUSE_S = 30.0
 _DAY_S = 24 * 3600.0
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def attempt(name: str, step: Callable[[], object]) -> None:
-    """A step that fails is told in the log, and done again at the next tick."""
+    """Run a step. If it fails, log the error; the step runs again at the next tick."""
     try:
         with TICKS.labels(name).time():
             step()
@@ -46,7 +46,7 @@ def attempt(name: str, step: Callable[[], object]) -> None:
 
 
 class SlowSteps:
-    """Steps that may wait for somebody else: each in a thread of its own, and never twice at a time."""
+    """Runs steps that may wait for other systems, each in its own thread. A step that still runs is not started again."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="slow")
@@ -63,14 +63,14 @@ class SlowSteps:
 
 @dataclass
 class _Pause:
-    """When a queue is rung again. The pause doubles with each ring, until the queue has been empty once."""
+    """The time of a queue's next ring (monotonic). The pause doubles with each ring and is reset when the queue is empty."""
 
     seconds: float
     next_at: float = 0.0
 
 
 class Control:
-    """One replica. `tick` does all that is due."""
+    """One replica of the control process. `tick` does everything that is due."""
 
     def __init__(self, resources: Resources, ring: Callable[[str], None]) -> None:
         self._settings = resources.settings
@@ -86,7 +86,7 @@ class Control:
         self._sweep_at = 0.0
 
     def tick(self) -> None:
-        """A step that fails doesn't keep the others from being done, and is done again at the next tick."""
+        """Run all steps that are due. A step that fails does not stop the others, and runs again at the next tick."""
         steps = [
             self._expire_leases,
             self._expire_queue_deadlines,
@@ -99,14 +99,14 @@ class Control:
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
             steps += [self._forget_workers, self._forget_requests]
-            # Beside the ticks: a store that hangs, or many files, must hold up no lease.
+            # In their own threads: a store that hangs, or many files, must not delay the expiry of leases.
             for slow in (self._sweep_attempts, self._sweep_checkpoints, self._sweep_uploads, self._prune):
                 self._slow.start(slow.__name__.strip("_"), slow)
         for step in steps:
             attempt(step.__name__.strip("_"), step)
 
     def close(self) -> None:
-        """Wait for the messages that are on their way, and give back what is being fetched."""
+        """Release the claims of what is being fetched, and wait for webhook deliveries and slow steps that still run."""
         self._intake.close()
         self._courier.close()
         self._slow.close()
@@ -124,7 +124,7 @@ class Control:
         self._firing.fire()
 
     def _advance_runs(self) -> None:
-        """Beside the ticks: a source that does not answer holds up schedules, but no lease."""
+        """In its own thread: a source that does not answer delays schedules, but not the expiry of leases."""
         self._slow.start("advance_runs", self._firing.advance)
 
     def _take_in(self) -> None:
@@ -155,7 +155,7 @@ class Control:
         self._resources.idempotency.prune()
 
     def _ring_queues(self) -> None:
-        """Ring where there is work and a worker is idle. A busy worker looks for work by itself when it is done."""
+        """Ring the queues that have work and an idle worker. A busy worker looks for work by itself when its job ends."""
         work = self._resources.store.reader.queues_with_work()
         self._pauses = {queue: self._pauses.get(queue) or _Pause(self._settings.tick_s) for queue in work}
         idle: set[str] = (

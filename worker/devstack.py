@@ -1,7 +1,7 @@
-"""`python -m nightpress.worker.devstack`: the whole service on one machine, in one folder: a Valkey server, API, one worker, control.
+"""`python -m nightpress.worker.devstack`: the whole service on one machine: a Valkey server, the API, one worker, the control process.
 
-Everything lives in NIGHTPRESS_DATA_DIR and survives a kill: the processes notice their parent's death and end, a second
-start finds their state and goes on.
+All state is in NIGHTPRESS_DATA_DIR and survives a kill: the processes end when their parent dies, and the next start continues from
+the state in the folder.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _MAX_SOCKET_PATH = 100  #: bytes; the kernel takes 107
 
 
 class _Stop(Exception):  # noqa: N818 - not an error
-    """A signal asked for the end."""
+    """Raised by the signal handler to stop the stack."""
 
 
 class DevStack:
@@ -57,10 +57,10 @@ class DevStack:
         return f"http://{self._settings.api_host}:{self._settings.api_port}"
 
     def start(self) -> None:
-        """Raises NightpressError: conflict where it runs already, internal where a part does not start."""
+        """Start all processes. Raises NightpressError: conflict if the stack runs already, internal if a process does not start."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in (STATE_FILE, f"{STATE_FILE}.partial"):
-            _clear_folder(self._folder / name)  # only a file is ours
+            _clear_folder(self._folder / name)  # these must be files: remove a folder of the same name
         self._take_folder()
         self._migrate()
         self._make_key()
@@ -77,7 +77,7 @@ class DevStack:
         self._write_state()
 
     def watch(self) -> NoReturn:
-        """Raise, when a process ends by itself, an error that names it."""
+        """Wait until a process ends by itself, then raise an error that names it."""
         while True:
             for name, process in self._processes.items():
                 if process.poll() is not None:
@@ -85,7 +85,7 @@ class DevStack:
             time.sleep(0.3)
 
     def stop(self) -> None:
-        """End all: the worker first, which gives its job back, the broker last."""
+        """End all processes: the worker first, which releases its job, and the broker last."""
         for name in ("worker", "control", "api", "broker"):
             if name in self._processes:
                 self._processes[name].terminate()
@@ -120,7 +120,7 @@ class DevStack:
         self._wait_for_predecessors()
 
     def _wait_for_predecessors(self) -> None:
-        """Processes of a stack that was killed are on their way out: the worker gives its job back first."""
+        """Wait for the processes of a killed stack: they are ending, and the worker releases its job first. Then kill those left."""
         started = StackState.load(self._folder).started
         deadline = time.monotonic() + self._settings.drain_s
         while (left := _still_running(started)) and time.monotonic() < deadline:
@@ -136,7 +136,7 @@ class DevStack:
             raise unavailable(error) from error
 
     def _make_key(self) -> None:
-        """The first API key, readable by its owner alone. An empty file, or one without its database, gets a new key."""
+        """Write the first API key to a file that only its owner can read, unless the file already holds a key that works."""
         path = self._settings.key_file
         engine = make_engine(self._settings.sql_url)
         try:
@@ -148,7 +148,7 @@ class DevStack:
             engine.dispose()
 
     def _make_broker_password(self) -> str:
-        """Made once, and kept: other workers of this folder may outlive the server."""
+        """Make the broker's password once and keep it: other workers of this folder may outlive the server."""
         if not self._settings.broker_password:
             _write_secret(self._settings.broker_password_file, secrets.token_hex(32) + "\n")
         return self._settings.broker_password
@@ -169,14 +169,14 @@ class DevStack:
                 f"{socket} is too long for a unix socket.",
                 hint="Set NIGHTPRESS_DATA_DIR to a shorter path.",
             )
-        # Rings are all that it holds, and the control process rings again for what waits: it starts empty, so that
-        # nothing that a power cut or a full disk left there can keep it from starting (decision 0093).
+        # The server holds only rings, and the control process rings again for waiting work. So it starts with an empty folder:
+        # damaged files of a power cut or a full disk can't keep it from starting (decision 0093).
         data = self._folder / "valkey"
         for path in (data, socket):
             _clear_folder(path)
             path.unlink(missing_ok=True)
         data.mkdir(mode=0o700)
-        # In a file, because everybody on the machine may read a command line.
+        # In a file, because every user of the machine can read a command line.
         config = data / "valkey.conf"
         _write_secret(config, f"requirepass {self._make_broker_password()}\n")
         options = {"port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "dir": str(data), "save": ""}
@@ -193,13 +193,13 @@ class DevStack:
                 stdout=log,
                 stderr=log,
                 env=self._environment(),
-                start_new_session=True,  # Ctrl-C is ours alone: we end the parts in their order
+                start_new_session=True,  # Ctrl-C must reach only this process, which ends the others in order
                 preexec_fn=_end_with_parent,
             )
-        self._write_state()  # a successor must find it even if we are killed now
+        self._write_state()  # the next start must find the process even if this one is killed now
 
     def _environment(self) -> dict[str, str]:
-        """The same settings for all parts, and of servers only those of this folder."""
+        """The environment of all processes: the same settings, and only the servers of this stack."""
         settings = self._settings
         return {
             **os.environ,
@@ -239,7 +239,7 @@ class DevStack:
         return NightpressError(ErrorCode.INTERNAL, f"The {name} process {how}.", hint=f"See {path}: {' | '.join(last)}")
 
     def _write_state(self) -> None:
-        """Who runs, and since when: a number alone may be another process's by the time it is read."""
+        """Write the PIDs of the processes and their start times: a PID alone may belong to another process when it is read."""
         pids = {"stack": os.getpid()} | {name: process.pid for name, process in self._processes.items()}
         started = {}
         for pid in pids.values():
@@ -249,7 +249,7 @@ class DevStack:
 
 
 def _still_running(started: dict[int, float]) -> list[psutil.Process]:
-    """Those of the noted processes that are the same ones still, and no zombies."""
+    """The recorded processes (PID → start time) that still run. A reused PID and a zombie do not count."""
     found = []
     for pid, created in started.items():
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -270,13 +270,13 @@ def _is_known(engine: Engine, plain: str) -> bool:
 
 
 def _clear_folder(path: Path) -> None:
-    """Remove a folder, not what a link to one names."""
+    """Remove `path` if it is a folder. A symbolic link to a folder is not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
 
 
 def _write_secret(path: Path, text: str) -> None:
-    """Readable by its owner alone, and there as a whole or not at all."""
+    """Write a file that only its owner can read. It appears whole or not at all."""
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
@@ -285,7 +285,7 @@ def _write_secret(path: Path, text: str) -> None:
 
 
 def _of_a_file(folder: Path, error: OSError | UnicodeDecodeError) -> str:
-    """In a sentence, what keeps a stack from starting in a folder, and what to do."""
+    """A sentence that names the file error that kept the stack from starting, and what to do."""
     if isinstance(error, UnicodeDecodeError):
         return f"A file in {folder} is no text. Is it the `key`? Move it away; the next start writes a new one."
     path = error.filename or folder
@@ -322,7 +322,7 @@ def main() -> int:
         status = 1
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # the end is under way; a second Ctrl-C must not leave parts behind
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the stop
         stack.stop()
     return status
 

@@ -1,7 +1,7 @@
-"""A process within walls and the process outside that watches over it.
+"""A process inside the sandbox, and the process outside that watches it.
 
-The outer process stays where nothing inside can see, signal or trace it. It holds the first process of the PID namespace, and
-with it the life of everything inside.
+No process inside can see, signal or trace the outer process. The outer process controls the first process of the PID namespace: when
+this first process ends, the kernel kills every process inside.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from nightpress.worker.walls import Walls
 
 
 class Enclosure:
-    """What `enclose` started, as the process outside sees it."""
+    """The process that `enclose` started, as the outer process sees it."""
 
     def __init__(self, pid: int, init: "_Init | None") -> None:
         self.pid = pid
@@ -27,16 +27,19 @@ class Enclosure:
         self._status: int | None = None
 
     def wait(self) -> int:
-        """Its status, as waitpid(2) tells it, once it has ended."""
+        """Wait for the process to end. Returns its status in the form of waitpid(2)."""
         if self._status is None:
             _, self._status = os.waitpid(self.pid, 0)
         return self._status
 
     def end(self) -> None:
-        """Kill it and everything it started. A PID namespace ends with its first process; else all are looked for."""
+        """Kill the process and everything it started.
+
+        With a PID namespace, killing its first process is enough. Without one, all descendants are searched and killed.
+        """
         if self._status is None:
             os.kill(self.pid, signal.SIGKILL)
-            self.wait()  # a namespace does not end before the last of its dead is buried
+            self.wait()  # a namespace ends only after its last zombie was reaped
         if self._init is not None:
             self._init.end()
         else:
@@ -44,7 +47,7 @@ class Enclosure:
 
 
 def enclose(job_dir: Path, work: Callable[[Walls], NoReturn], *, network: bool) -> Enclosure:
-    """Start a process that builds the walls around itself and then does `work`. This process must have a single thread."""
+    """Start a process that builds the sandbox around itself and then calls `work`. The calling process must have a single thread."""
     os.chdir("/")
     namespaces = walls.leave(network=network)
     init = _Init() if namespaces.has(kernel.CLONE_NEWPID) else None
@@ -58,7 +61,7 @@ def enclose(job_dir: Path, work: Callable[[Walls], NoReturn], *, network: bool) 
         else:
             sandbox.die_with_parent(signal.SIGKILL)
             if os.getppid() != outside:
-                os._exit(0)  # it died before that was asked for
+                os._exit(0)  # the parent died before the kernel was asked for the signal
         work(walls.build(job_dir, namespaces, network=network))
     except BaseException:
         traceback.print_exc()
@@ -67,8 +70,10 @@ def enclose(job_dir: Path, work: Callable[[Walls], NoReturn], *, network: bool) 
 
 
 class _Init:
-    """The first process of a PID namespace: it buries the dead, and takes all with it when it ends, as it does when the
-    process outside ends."""
+    """The first process of a PID namespace. It reaps zombies.
+
+    It ends when the outer process ends, because its pipe then closes. When it ends, the kernel kills every process of the namespace.
+    """
 
     def __init__(self) -> None:
         theirs, self._mine = os.pipe()
@@ -80,17 +85,17 @@ class _Init:
             sandbox.hide_memory()
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             os.dup2(theirs, 0)
-            os.closerange(1, os.sysconf("SC_OPEN_MAX"))  # what it holds open would never come to its end
+            os.closerange(1, os.sysconf("SC_OPEN_MAX"))  # readers of pipes that it holds open would never see the end
             os.read(0, 1)
         finally:
             os._exit(0)
 
     def forget(self) -> None:
-        """Let go of the end that must close with the process outside."""
+        """Close this process's copy of the end of the pipe that must close when the outer process ends."""
         os.close(self._mine)
 
     def end(self) -> None:
-        """Returns when nothing of the namespace is left."""
+        """Kill the namespace. Returns when none of its processes is left."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
@@ -98,7 +103,7 @@ class _Init:
 
 
 def _kill_descendants() -> None:
-    """Orphans come back to this process, so each is found below it."""
+    """Kill all descendants. Orphans become children of this process, so that all are found."""
     me, left = psutil.Process(), True
     while left:
         left = False

@@ -1,7 +1,7 @@
-"""Whether this machine can do a job at all. A fault of its own (disk, storage's credentials, Python, GPU) is not the job's.
+"""Checks whether this machine can run jobs. A fault of the machine (disk, storage credentials, Python, GPU) is not a fault of the job.
 
-After a failure that such a fault may have caused, the machine is probed. If it fails its probe, the attempt is not counted, the job goes
-to another worker, and this one claims nothing until the probe passes.
+After a failure that such a fault may have caused, the machine is probed. If it fails the probe, the attempt is not counted as a failure,
+the job goes to another worker, and this worker claims no jobs until the probe passes.
 """
 
 import logging
@@ -16,7 +16,7 @@ from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.settings import Settings
 
-_ROOM_BYTES = 1024**3  #: that a disk must have free, or a tenth of it where it is small
+_ROOM_BYTES = 1024**3  #: free bytes that a disk must have; for a small disk, a tenth of its size
 _PROBE_S = 60.0
 _LIBRARIES = "import numpy, safetensors, torch, transformers"
 _GPU = "import torch; torch.zeros(1, device='cuda').item()"
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class MachineFaultError(NightpressError):
-    """A fault of this machine that is known without a probe, and that other jobs need not meet: `reason` says what it is."""
+    """A fault of this machine that needs no probe and may not affect other jobs. `reason`: a description of the fault."""
 
     def __init__(self, code: ErrorCode, message: str, *, hint: str, reason: str) -> None:
         super().__init__(code, message, hint=hint)
@@ -35,12 +35,12 @@ class MachineFaultError(NightpressError):
 
 @dataclass(frozen=True)
 class Probe:
-    suspects: Callable[[NightpressError], bool]  #: whether a job's failure may be this fault's
-    check: Callable[[], str]  #: what is wrong with the machine; empty: nothing
+    suspects: Callable[[NightpressError], bool]  #: whether this fault may have caused a job's failure
+    check: Callable[[], str]  #: describes the machine's fault; empty: it has none
 
 
 class Fitness:
-    """What is wrong with this machine, as far as it is known."""
+    """The state of this machine: its known fault, if any."""
 
     def __init__(self, settings: Settings, objects: ObjectStore) -> None:
         folders = [settings.data_dir, *([] if "://" in settings.objects_url else [Path(settings.objects_url)])]
@@ -55,14 +55,14 @@ class Fitness:
             *([Probe(_is_crash, lambda: _fails("the GPU does not answer", _GPU))] if settings.worker_queue == "gpu" else []),
         )  # fmt: skip
         self._failing: Probe | None = None
-        self.reason = ""  #: why the worker claims nothing; empty: it is fit
+        self.reason = ""  #: the fault for which the worker claims no jobs; empty: the machine is fit
 
     def examine(self) -> str:
-        """Probe a machine that nothing is known of yet."""
+        """Probe the machine at the worker's start. Returns its fault, or an empty text."""
         return self._probe(*self._at_start)
 
     def fault_behind(self, error: NightpressError) -> str:
-        """What is wrong with the machine, if that may be why a job failed; empty: the failure is the job's."""
+        """The machine's fault, if it may have caused a job's failure. Empty: the failure is the job's own."""
         return self._probe(*(probe for probe in self._probes if probe.suspects(error)))
 
     def look_again(self) -> None:
@@ -98,7 +98,11 @@ def _full(folders: list[Path]) -> str:
 
 
 def _refused(objects: ObjectStore, is_folder: bool) -> str:
-    """A store that does not answer is away for everybody; one that refuses this machine's credentials or clock is not, nor is a folder."""
+    """The storage fault of this machine, or an empty text.
+
+    If a store does not answer, it is down for all workers: this is no fault of this machine. If a store refuses this machine's
+    credentials or clock, or a storage folder can't be used, this is a fault of the machine.
+    """
     try:
         objects.check()
     except NightpressError as error:
@@ -116,7 +120,7 @@ def _is_crash(error: NightpressError) -> bool:
 
 
 def _fails(what: str, program: str) -> str:
-    """What is wrong if a fresh Python can't run this, as a job's child would."""
+    """Run `program` in a new Python process, as a job's child would. Returns the fault, or an empty text if it succeeds."""
     try:
         ran = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=_PROBE_S)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""The folder of one worker process, locked while it lives, so that the next one can clear what a killed one left."""
+"""The folder of one worker process. It is locked while the process lives, so that the next worker can remove a dead worker's folder."""
 
 import contextlib
 import shutil
@@ -8,7 +8,7 @@ from filelock import FileLock, Timeout
 
 
 class WorkerFolder:
-    """`path` is this worker's own. Folders of workers that are no more are removed."""
+    """Creates and locks this worker's folder, `path`. Removes the folders of workers that have ended."""
 
     def __init__(self, root: Path, worker_id: str) -> None:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which of a host's GPUs this process may use: what NVML lists, less what CUDA_VISIBLE_DEVICES hides."""
+"""The GPUs of the host that this process may use: those that NVML lists, without those that CUDA_VISIBLE_DEVICES hides."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,25 +9,26 @@ import pynvml
 
 
 class GpuError(Exception):
-    """NVML is not there, or does not answer."""
+    """NVML is not installed, or fails."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, or an instance of one that is divided (MIG)."""
+    """A GPU, or an instance of a divided GPU (MIG)."""
 
     uuid: str  #: `GPU-…` or `MIG-…`
     name: str
     memory: int  #: bytes
-    instances: tuple["Gpu", ...] = ()  #: where it is divided
+    instances: tuple["Gpu", ...] = ()  #: its instances, if it is divided
 
 
 def visible_gpus(gpus: Sequence[Gpu], asked: str | None) -> list[Gpu]:
-    """The GPUs that CUDA shows a process with this CUDA_VISIBLE_DEVICES, in its order. The first is the one that a job runs on.
+    """The GPUs that CUDA shows to a process with this value of CUDA_VISIBLE_DEVICES, in its order. A job runs on the first.
 
-    gpus: in the order of their PCI buses, as indices count them. asked: None where it is not set, which hides none; else indices, UUIDs or
-    beginnings of UUIDs. As in CUDA, the first entry that names no GPU, or several, hides all that follow; an entry twice hides all. A
-    divided GPU can't be used whole: its index or UUID means its first instance.
+    gpus: in the order of their PCI buses, which the indices refer to. asked: None if the variable is not set, which hides no GPU; else
+    indices, UUIDs or prefixes of UUIDs, separated by commas. As in CUDA, an entry that matches no GPU or several GPUs hides itself and all
+    entries after it, and a GPU that is named twice hides all. A divided GPU can't be used as a whole: its index or UUID means its first
+    instance.
     """
     if asked is None:
         return [usable for gpu in gpus if (usable := _usable(gpu)) is not None]
@@ -59,14 +60,14 @@ def _named(gpus: Sequence[Gpu], entry: str) -> Gpu | None:
 
 
 def list_gpus() -> list[Gpu]:
-    """This host's GPUs, or those that a container was given. Raises GpuError."""
+    """The GPUs of this host, or of this container. Raises GpuError."""
     with _nvml():
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         return [_gpu(handle, _instances(handle)) for handle in handles]
 
 
 def memory_used(uuid: str) -> int:
-    """Bytes of a GPU's memory that are in use, by whoever uses them. Raises GpuError."""
+    """Bytes of a GPU's memory that all processes use. Raises GpuError."""
     with _nvml():
         return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).used)
 
@@ -97,6 +98,6 @@ def _instances(handle: Any) -> tuple[Gpu, ...]:
     for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle) if divided else 0):
         try:
             found.append(_gpu(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)))
-        except pynvml.NVMLError:  # so many there could be; this one is not
+        except pynvml.NVMLError:  # the count is a maximum: no instance has this index
             continue
     return tuple(found)

@@ -1,6 +1,6 @@
-"""Liveness for container engines: a worker or control process touches a file each time it gets round, and this looks how old it is.
+"""Liveness check for container engines: a worker or control process touches a file in every cycle, and this reads the file's age.
 
-`python -m nightpress.worker.health` ends with status 0 while the worker beside it gets round, `--control` asks for the control process.
+`python -m nightpress.worker.health` ends with status 0 if the worker in the same container is alive; `--control`: the control process.
 """
 
 import argparse
@@ -11,19 +11,19 @@ from typing import Literal
 
 from nightpress.core.settings import load_settings
 
-STALE_S = 60.0  #: twelve beats of a worker
+STALE_S = 60.0  #: twelve heartbeats of a worker
 
 Role = Literal["worker", "control"]
 
 
 def mark_alive(data_dir: Path, role: Role) -> None:
-    """Say that this process got round once more."""
+    """Record that this process has completed a cycle."""
     data_dir.mkdir(parents=True, exist_ok=True)
     _mark(data_dir, role).touch()
 
 
 def age_of(data_dir: Path, role: Role) -> float:
-    """Seconds since the process last got round; infinite if it never did."""
+    """Seconds since the process last completed a cycle; infinite if it never did."""
     mark = _mark(data_dir, role)
     return time.time() - mark.stat().st_mtime if mark.exists() else float("inf")
 

@@ -1,4 +1,4 @@
-"""The kernel's calls that Python has no functions for. Each raises OSError where the kernel refuses."""
+"""System calls that Python has no functions for. Each raises OSError if the kernel refuses."""
 
 import ctypes
 import os
@@ -21,7 +21,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 
-_MOUNT_SETATTR = 442  # the same number on every architecture, as all that came later
+_MOUNT_SETATTR = 442  # recent system calls have the same number on every architecture
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _CAPABILITY_VERSION = 0x20080522
 
@@ -45,7 +45,7 @@ def system_call(number: int, *arguments: object) -> int:
 
 
 def process_option(option: int, value: int) -> None:
-    """prctl(2)"""
+    """Call prctl(2)."""
     _checked(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl {option}")
 
 
@@ -65,7 +65,7 @@ def unmount(target: Path | str) -> None:
 
 
 def restrict_mount(target: Path, flags: int) -> None:
-    """Add MS_RDONLY, MS_NOSUID, MS_NODEV or MS_NOEXEC to a mount and all below it (Linux 5.12)."""
+    """Add MS_RDONLY, MS_NOSUID, MS_NODEV or MS_NOEXEC to a mount and all mounts below it (Linux 5.12)."""
     attributes = _MountAttributes(flags, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     system_call(
@@ -74,7 +74,7 @@ def restrict_mount(target: Path, flags: int) -> None:
 
 
 def change_root(root: Path) -> None:
-    """Make `root`, a mount of this namespace, its root, and let go of the old one: pivot_root(2), "." on "."."""
+    """Make `root`, a mount of this namespace, the new root, and detach the old root: pivot_root(2) with "." and "."."""
     os.chdir(root)
     _checked(_libc.syscall(ctypes.c_long(_pivot_root()), b".", b"."), "pivot_root")
     unmount(".")
@@ -91,12 +91,12 @@ def drop_capabilities() -> None:
         try:
             process_option(PR_CAPBSET_DROP, capability)
         except OSError:
-            break  # the kernel knows no more of them, or this process may not change the bound
+            break  # the kernel knows no further capabilities, or this process may not change the bounding set
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
     _checked(_libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
 
 
 def release() -> tuple[int, int]:
-    """The kernel's version: (6, 14)."""
+    """The kernel's version, e.g. (6, 14)."""
     major, minor = os.uname().release.split(".")[:2]
     return int(major), int("".join(digit for digit in minor if digit.isdigit()) or 0)

@@ -1,4 +1,4 @@
-"""Landlock (Linux 5.13 and later): which files a thread, and all that it starts, may open, and for what."""
+"""Landlock (Linux 5.13 and later): limits the files that a thread and all its descendants may open, and how."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ _READ = _EXECUTE | _READ_FILE | _READ_DIR
 _CHANGE = _READ | _WRITE_FILE | _TRUNCATE
 _FILE_ONLY = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
 _TCP, _ABSTRACT_SOCKETS_AND_SIGNALS = 0b11, 0b11
-#: the ABI since which sockets without a path, and signals, stay among those that are confined together
+#: the first ABI that can limit abstract unix sockets and signals to processes of the same Landlock domain
 ABSTRACT_SOCKETS = 6
 
 
@@ -32,16 +32,16 @@ class _PathBeneath(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Rights:
-    """Paths that are not there are left out. `tcp`: whether TCP is left as it is, or refused."""
+    """The allowed paths; paths that do not exist are ignored. `tcp`: True leaves TCP as it is, False refuses it."""
 
     read: Iterable[Path]
-    change: Iterable[Path] = field(default=())  #: read and write what is there
-    own: Iterable[Path] = field(default=())  #: make and remove, too
+    change: Iterable[Path] = field(default=())  #: read and write existing files
+    own: Iterable[Path] = field(default=())  #: also create and remove files
     tcp: bool = False
 
 
 def version() -> int:
-    """The kernel's Landlock ABI; 0 where there is none."""
+    """The kernel's Landlock ABI; 0 if it has no Landlock."""
     try:
         return kernel.system_call(_CREATE_RULESET, None, 0, 1)
     except OSError:
@@ -49,7 +49,7 @@ def version() -> int:
 
 
 def restrict(rights: Rights) -> None:
-    """Keep this thread, and all that it starts, to these rights. Raises OSError where the kernel refuses."""
+    """Limit this thread and all its descendants to these rights. Raises OSError if the kernel refuses."""
     abi = version()
     handled = (1 << 13) - 1 | (_REFER if abi >= 2 else 0) | (_TRUNCATE if abi >= 3 else 0)
     tcp = _TCP if abi >= 4 and not rights.tcp else 0

@@ -1,4 +1,4 @@
-"""Holding a lease: renew it, report through it, and know when it is gone. The only thread that talks to SQL while a child runs."""
+"""Keeps a lease: renews it, reports through it, and detects its loss. While a child runs, only this thread writes the job's row in SQL."""
 
 import logging
 import random
@@ -13,18 +13,21 @@ from nightpress.core.service.jobs.records import Lease
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.worker.metrics import PhaseClock
 
-_LONGEST_INTERVAL_S = 2.0  #: how late a cancellation may be noticed
-_SHORTEST_INTERVAL_S = 0.5  #: between two reports of progress
-_SHORTEST_PHASE_S = 0.05  #: and of a new phase
+_LONGEST_INTERVAL_S = 2.0  #: longest time between renewals: a cancellation is noticed at the next one
+_SHORTEST_INTERVAL_S = 0.5  #: shortest time between two reports of progress
+_SHORTEST_PHASE_S = 0.05  #: shortest time before the report of a new phase
 _LOG_BATCH = 200
 _NOTES = 100
-_LOG_LINES = 5000  #: kept while the database is away; older ones are dropped
+_LOG_LINES = 5000  #: most lines that are kept while the database does not answer; older lines are dropped
 
 log = logging.getLogger(__name__)
 
 
 class LeaseKeeper:
-    """Renews every quarter of the lease. `claimed_at`: monotonic time before the claim was sent, so never too late."""
+    """Renews a lease at least every quarter of its duration, in its own thread.
+
+    `claimed_at`: the monotonic time before the claim was sent, so that the lease's end is never assumed too late.
+    """
 
     def __init__(
         self, store: JobStore, lease: Lease, *, ttl_s: float, claimed_at: float, on_renewed: Callable[[], None]
@@ -49,7 +52,7 @@ class LeaseKeeper:
 
     @property
     def lost(self) -> bool:
-        """Whether the job may be another worker's by now: SQL said so, or could not be asked in time."""
+        """Whether another worker may have the job by now: the database reported it, or did not answer before the lease's end."""
         return self._gone or time.monotonic() >= self._expires
 
     def progress(self, progress: Progress) -> None:
@@ -64,14 +67,14 @@ class LeaseKeeper:
             self._lines.append((level, text))
 
     def note(self, kind: str, data: dict[str, Any]) -> None:
-        """An event for the job's history. Of checkpoints between two renewals the last is enough."""
+        """Queue an event for the job's history. Of several checkpoints in a row between two renewals, only the last is kept."""
         with self._changed:
             if self._notes and self._notes[-1][0] == kind == "checkpoint":
                 self._notes.pop()
             self._notes.append((kind, data))
 
     def close(self) -> None:
-        """Write what was reported and stop renewing."""
+        """Write all pending reports, then stop renewing."""
         self._phases.enter("")
         with self._changed:
             self._stop = True
@@ -84,7 +87,7 @@ class LeaseKeeper:
         while not self.lost:
             with self._changed:
                 self._changed.wait_for(lambda: self._stop or self._urgent, timeout=interval)
-                if self._urgent:  # gather what follows at once
+                if self._urgent:  # wait a little, to report several changes together
                     self._changed.wait_for(lambda: self._stop, timeout=last + _SHORTEST_PHASE_S - time.monotonic())
                     self._changed.wait_for(
                         lambda: self._stop or self._new_phase, timeout=last + _SHORTEST_INTERVAL_S - time.monotonic()
@@ -94,10 +97,10 @@ class LeaseKeeper:
             try:
                 self._renew()
                 self._flush()
-            except Exception as error:  # whatever ails the database, the lease's end is the only bound
+            except Exception as error:  # whatever the fault of the database, try until the lease's end
                 log.warning("The lease of %s could not be renewed: %s", self._lease.job_id, error)
                 time.sleep(random.uniform(0.1, min(1.0, self._ttl_s / 8)))
-                continue  # also at the end: what was said is not lost because the database is away just then
+                continue  # also after `close`: pending reports must not be lost because the database does not answer now
             if stop:
                 return
 
@@ -125,7 +128,7 @@ class LeaseKeeper:
                 self._store.attempts.record_event(self._lease, *notes[0])
                 del notes[0]
         except Exception:
-            with self._changed:  # in their order; a full deque drops at its left end, the oldest first
+            with self._changed:  # put them back in order; a full deque drops the oldest entries, at its left end
                 self._lines = deque([*lines, *self._lines], maxlen=_LOG_LINES)
                 self._notes = deque([*notes, *self._notes], maxlen=_NOTES)
             raise

@@ -1,4 +1,4 @@
-"""What a worker or control process counts, for Prometheus to read at NIGHTPRESS_METRICS_PORT."""
+"""The metrics of a worker or control process. Prometheus reads them at NIGHTPRESS_METRICS_PORT."""
 
 import time
 
@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 _PHASE_BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600)
 _TICK_BUCKETS = (0.01, 0.05, 0.1, 0.2, 0.5, 1, 5, 30)
 
-#: of this process
+#: the metrics of this process
 REGISTRY = CollectorRegistry()
 CLAIMS = Counter("nightpress_claims", "Jobs that this worker claimed.", ("queue",), registry=REGISTRY)
 ATTEMPTS = Counter("nightpress_attempts", "Attempts by how they ended.", ("queue", "outcome"), registry=REGISTRY)
@@ -27,7 +27,7 @@ TICKS = Histogram(
 
 
 def serve_metrics(port: int) -> None:
-    """Answer Prometheus from a thread of its own; 0: don't. Raises OSError where the port is taken."""
+    """Serve the metrics from a separate thread; port 0: do not serve them. Raises OSError if the port is in use."""
     if port:
         start_http_server(port, registry=REGISTRY)
 
@@ -40,7 +40,7 @@ class PhaseClock:
         self._since = time.monotonic()
 
     def enter(self, phase: str) -> None:
-        """The attempt is in this phase from now on; the empty one ends it."""
+        """Begin a phase and end the current one. An empty name only ends the current phase."""
         now = time.monotonic()
         if phase != self._phase:
             if self._phase:

@@ -1,4 +1,4 @@
-"""What this machine, or this container's share of it, can offer to jobs."""
+"""The resources that this machine or container offers to jobs."""
 
 import logging
 import os
@@ -15,12 +15,13 @@ from nightpress.worker.gpus import Gpu, GpuError, list_gpus, memory_used, visibl
 
 log = logging.getLogger(__name__)
 
-_SHARE = 0.8  #: of the memory; the rest is for the supervisor, the page cache and neighbours
+#: fraction of the memory that is offered; the rest is for the supervisor, the page cache and other programs
+_SHARE = 0.8
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def make_offer(settings: Settings, worker_id: str) -> WorkerOffer:
-    """Raises NightpressError(invalid_request) where a worker for `gpu` finds no GPU."""
+    """The worker's offer. Raises NightpressError(invalid_request) if a worker for the queue `gpu` finds no GPU."""
     gpu = _gpu() if settings.worker_queue == "gpu" else None
     return WorkerOffer(
         worker_id=worker_id,
@@ -34,7 +35,7 @@ def make_offer(settings: Settings, worker_id: str) -> WorkerOffer:
 
 
 def introduce(offer: WorkerOffer, *, draining: bool, unfit: str | None = None) -> Worker:
-    """The row by which others know this worker, as it is now."""
+    """This worker's current row in the roster."""
     return Worker(
         id=offer.worker_id,
         host=socket.gethostname(),
@@ -70,7 +71,7 @@ def _cores() -> int:
 
 
 def _gpu() -> Gpu:
-    """The GPU that this worker's jobs will run on. Raises NightpressError(invalid_request) where there is none."""
+    """The GPU that this worker's jobs run on. Raises NightpressError(invalid_request) if there is none."""
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         there = list_gpus()
@@ -97,7 +98,7 @@ def _no_gpu(why: str, hint: str) -> NightpressError:
 
 
 def _memory_used(uuid: str) -> int | None:
-    """Bytes of the GPU's memory that are in use; None where it doesn't say, which stops no work."""
+    """Bytes of the GPU's memory in use. None if NVML fails: the worker works without this figure."""
     try:
         return memory_used(uuid)
     except GpuError as error:

@@ -1,6 +1,7 @@
-"""Which walls stand here: they are built around a process that does nothing else.
+"""Finds out which parts of the sandbox ("walls") work on this machine, by building them around an idle process.
 
-`python -m nightpress.worker.probe --tell` says in JSON which don't, and why. With a job's folder instead, it is that process.
+`python -m nightpress.worker.probe --tell` prints as JSON which walls do not work, and why. With a job's folder as its argument, the module
+runs as the process that builds the walls.
 """
 
 import json
@@ -20,10 +21,10 @@ _PATIENCE_S = 60.0
 
 
 def probe_walls(job_dir: Path, *, network: bool) -> Walls:
-    """Which walls would stand around a job here. In a process of its own: they can't be taken down again.
+    """The walls that a job would have on this machine. They are built in a separate process, because they can't be removed again.
 
-    job_dir: where the probe runs; it is made for it and removed after it.
-    network: jobs keep the network, as NIGHTPRESS_SANDBOX_NETWORK=false has it.
+    job_dir: the folder in which the probe runs; it is created before and removed afterwards.
+    network: whether jobs keep the network, as with NIGHTPRESS_SANDBOX_NETWORK=false.
     """
     command = [sys.executable, "-P", "-m", "nightpress.worker.probe", *(["--keep-network"] if network else [])]
     sandbox.prepare_folder(job_dir)

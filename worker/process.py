@@ -1,4 +1,4 @@
-"""A child as its supervisor sees it: a process group, a pipe for frames, a pipe for chatter, and a pipe that says "still held"."""
+"""A child as its supervisor sees it: a process group, a pipe for frames, a pipe for its output, and a pipe for heartbeats."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ _TERM_GRACE_S = 1.0
 
 
 class ChildProcess:
-    """One child in a folder of its own. It is started before its job is known, and used for one job."""
+    """One child, in its own folder. It is started before its job is known, and used for one job."""
 
     def __init__(self, root: Path, *, threads: int, network: bool, command: Sequence[str] = CHILD_COMMAND) -> None:
         self.job_dir = root.resolve() / new_id("run")
@@ -56,32 +56,32 @@ class ChildProcess:
         return self._process.poll() is None
 
     def begin(self, patience_s: float) -> None:
-        """Let it start. It ends itself when `patience_s` pass without a beat."""
+        """Let the child start its job. It ends itself if it gets no heartbeat for `patience_s` seconds."""
         self._write(json.dumps({"patience_s": patience_s}).encode() + b"\n")
         self._begun = True
 
     def beat(self) -> None:
-        """Say that the lease is still held. A child that has not begun yet waits for its first line, and for nothing else."""
+        """Send a heartbeat: the lease is still held. Nothing is sent before `begin`, because the child expects its first line then."""
         if self._begun:
             self._write(b".")
 
     def _write(self, data: bytes) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # it has ended: the reader of its frames finds out why
+        with contextlib.suppress(OSError, ValueError):  # the child has ended; the reader of its frames finds the cause
             self._process.stdin.write(data)
             self._process.stdin.flush()
 
     def wait(self, timeout: float) -> int | None:
-        """Its exit status, negative for a signal, or None if it still runs after `timeout`."""
+        """The exit status, negative for a signal, or None if the child still runs after `timeout` seconds."""
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
 
     def anonymous_memory(self) -> int:
-        """Bytes that the child and its descendants hold and that no disk backs: what a memory limit is about.
+        """Bytes of anonymous memory of the child and its descendants: the memory that no file on disk backs, which the limit is for.
 
-        Shared memory counts once as files in the child's own /dev/shm, and again as what processes map of it.
+        Shared memory is counted twice: as files in the child's own /dev/shm, and as pages that processes map.
         """
         total = self._shared_memory()
         for pid in [self.pid, *(descendant.pid for descendant in self._descendants())]:
@@ -92,7 +92,7 @@ class ChildProcess:
         return total
 
     def _shared_memory(self) -> int:
-        """What lies in the child's own /dev/shm, mapped or not, named or not. The outer process sees it, and hides nothing."""
+        """Bytes in the child's own /dev/shm, whether mapped or not, named or not; 0 if it has none of its own."""
         shared = Path(f"/proc/{self.pid}/root{view.SHARED_MEMORY}")
         with contextlib.suppress(OSError):
             if shared.stat().st_dev != view.SHARED_MEMORY.stat().st_dev:
@@ -101,7 +101,7 @@ class ChildProcess:
         return 0
 
     def _descendants(self) -> list[psutil.Process]:
-        """Everything it started that lives, whatever session it moved to: orphans among them are the child's own."""
+        """All running descendants, whatever their session. The child adopts orphans, so that these are found too."""
         with contextlib.suppress(psutil.NoSuchProcess):
             found = psutil.Process(self.pid).children(recursive=True)
             self._seen.update(found)
@@ -109,17 +109,19 @@ class ChildProcess:
         return []
 
     def kill(self) -> None:
-        """End it and all it started: politely, then not. What the child had started when it died by itself was seen before."""
+        """End the child and all its descendants: SIGTERM first, then SIGKILL.
+
+        If the child has died by itself, its descendants are known from earlier calls of `_descendants`.
+        """
         self._descendants()
         if self.alive():
             self._signal(signal.SIGTERM)
             self.wait(_TERM_GRACE_S)
         self._descendants()
-        self._signal(signal.SIGKILL)  # also what it left behind in its group
+        self._signal(signal.SIGKILL)  # also processes that it left in its group
         for descendant in self._seen:
-            with contextlib.suppress(
-                psutil.NoSuchProcess
-            ):  # a number given out again is another process, and is left alone
+            # If another process has the PID by now, psutil raises NoSuchProcess and does not kill it.
+            with contextlib.suppress(psutil.NoSuchProcess):
                 descendant.kill()
         self._process.wait()
 
@@ -128,7 +130,7 @@ class ChildProcess:
             os.killpg(self.pid, number)
 
     def remove(self) -> None:
-        """Forget the pipes and the folder with all that is in it."""
+        """Close the pipes, and delete the folder with its contents."""
         for end in (self.frames, self.chatter):
             with contextlib.suppress(OSError):
                 os.close(end)

@@ -1,4 +1,4 @@
-"""Whether this worker can read a job's recipe, which another process has checked."""
+"""Reads a job's recipe, which another process has checked, and detects recipes that this worker can't run."""
 
 from pydantic import ValidationError
 
@@ -10,7 +10,11 @@ from nightpress.worker.fitness import MachineFaultError
 
 
 def read_recipe(job: Job) -> Recipe:
-    """A job's recipe. Raises MachineFaultError, so that another worker gets the job, for one that a newer release wrote or with a pass that isn't allowed here."""
+    """A job's recipe.
+
+    Raises MachineFaultError for a recipe that a newer release wrote, or that has a pass which is not allowed on this worker. Another worker
+    then gets the job.
+    """
     try:
         return Recipe.model_validate(job.recipe)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Listening to a child: its frames, its chatter, its memory and its end."""
+"""Reads a child's frames and output, and watches its memory and its end."""
 
 import contextlib
 import os
@@ -29,13 +29,13 @@ from nightpress.worker.process import ChildProcess
 
 _TICK_S = 0.2
 _MEMORY_EVERY_S = 0.5
-_EXIT_GRACE_S = 5.0  #: between the last frame and the end of the process
+_EXIT_GRACE_S = 5.0  #: longest time between the last frame and the end of the process
 _NEAR_LIMIT = 0.9
 _MAX_CHATTER_BYTES = 16 * 1024
 
 
 class Relay:
-    """Passes on what a child says until it ends, and says why it ended."""
+    """Passes on a child's frames and output until it ends, and finds out why it ended."""
 
     def __init__(
         self,
@@ -62,13 +62,13 @@ class Relay:
         }
 
     def run(self, check: Callable[[], None]) -> None:
-        """Return when the child has pressed the model; raise what it or `check` raised, or what became of it."""
+        """Return when the child has finished its job. Raises the child's error, what `check` raises, or an error for the child's end."""
         with selectors.DefaultSelector() as selector:
             for stream in self._lines:
                 os.set_blocking(stream, False)
                 selector.register(stream, selectors.EVENT_READ)
             weighed = 0.0
-            # The end of its frames is the end of the child: what it started may hold its standard error open for longer.
+            # The child ends when its frames end. Its output is no sign: processes that it started may keep standard error open.
             while self._result is None and self._child.frames in selector.get_map():
                 for key, _ in selector.select(_TICK_S):
                     with contextlib.suppress(BlockingIOError):
@@ -94,7 +94,7 @@ class Relay:
             raise _error_of(self._result.error)
 
     def _read(self, stream: int) -> bool:
-        """Take what is there. False at the end of the stream."""
+        """Read the available bytes. False at the end of the stream."""
         data = os.read(stream, 64 * 1024)
         self._lines[stream].feed(data)
         return bool(data)
@@ -123,7 +123,7 @@ class Relay:
         if isinstance(frame, Progress):
             where = (frame.phase, frame.fraction, frame.pass_index, frame.message)
             if where == self._where:
-                return  # a sign of life is no progress
+                return  # a repeated frame shows that the child lives, but is no progress
             self._where = where
             self._keeper.progress(frame)
         elif isinstance(frame, Checkpoint):
@@ -172,7 +172,7 @@ class Relay:
 
 
 class _Lines:
-    """Cuts a stream into lines. A line past the limit is cut short; the rest of it is dropped."""
+    """Splits a stream into lines and calls `take` for each. Lines are cut at `limit` bytes; the rest of the line is dropped."""
 
     def __init__(self, limit: int, take: Callable[[bytes], None]) -> None:
         self._limit = limit
@@ -181,7 +181,7 @@ class _Lines:
         self._skipping = False
 
     def feed(self, data: bytes) -> None:
-        """Take bytes; none mean the end."""
+        """Add bytes of the stream. Empty bytes mean its end."""
         if not data:
             if self._rest:
                 self._take(self._rest)
@@ -200,7 +200,7 @@ class _Lines:
 
 
 def _error_of(raw: dict[str, Any]) -> NightpressError:
-    """The child's own error. What it says decides only how its own job ends, but it may say nonsense."""
+    """The error that the child reported. It affects only the child's own job, but it may be malformed."""
     try:
         return NightpressError.from_dict(raw)
     except (KeyError, TypeError, ValueError):

@@ -1,6 +1,6 @@
-"""A seccomp filter: the system calls that a child has no use for, or that no other wall stops.
+"""A seccomp filter: refuses system calls that a child does not need, or that no other wall covers.
 
-It is a deny-list: torch, CUDA and the consumers use too many calls to name them all, and the other walls stand behind it.
+It is a deny-list: torch, CUDA and the runtimes use too many calls to list them all, and the other walls limit the calls that pass.
 """
 
 import ctypes
@@ -11,9 +11,10 @@ import struct
 from nightpress.worker import kernel
 
 _SECCOMP = {"x86_64": 317, "aarch64": 277}
-_SET_MODE_FILTER, _SPEC_ALLOW = 1, 4  # the second: older kernels would slow every thread down against Spectre
+# Without _SPEC_ALLOW, older kernels slow down every thread to protect against Spectre.
+_SET_MODE_FILTER, _SPEC_ALLOW = 1, 4
 _ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_X32 = 0x40000000  # numbers of x86-64's second ABI, which would pass by those below
+_X32 = 0x40000000  # first call number of the x32 ABI, whose calls the numbers below would miss
 
 # linux/bpf_common.h and linux/seccomp.h
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
@@ -24,19 +25,19 @@ _NEW_NAMESPACES = 0x7E020000  # every CLONE_NEW* that clone(2) takes
 _UNIX, _INET, _INET6, _NETLINK = 1, 2, 10, 16
 _DATAGRAM = 2
 
-#: call → its numbers on x86-64 and aarch64, None where it isn't there
+#: call → its numbers on x86-64 and aarch64; None if the architecture has no such call
 _NUMBERS: dict[str, tuple[int | None, int]] = {
     "socket": (41, 198),
     "socketpair": (53, 199),
     "clone": (56, 220),
     "clone3": (435, 435),
-    # Requests in a ring pass by every filter.
+    # A seccomp filter does not see requests in a ring.
     "io_uring_setup": (425, 425),
-    # Memory that no process maps: nothing but a cgroup counts it.
+    # They make memory that no process maps, which only a cgroup counts.
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
-    # The keyrings of a user are shared by its processes.
+    # All processes of a user share its keyrings.
     "keyctl": (250, 219),
     "add_key": (248, 217),
     "request_key": (249, 218),
@@ -61,7 +62,7 @@ _NUMBERS: dict[str, tuple[int | None, int]] = {
 _MISSING = ("io_uring_setup", "memfd_create", "memfd_secret", "shmget", "clone3")
 _BY_ARGUMENT = ("socket", "socketpair", "clone")
 
-#: Landlock guards what is in a file, and not these. Where every file of others is on a read-only mount, they may pass.
+#: Calls that change a file's metadata, which Landlock does not cover. They are allowed if all files of others are on read-only mounts.
 _METADATA: dict[str, tuple[int | None, int]] = {
     "chmod": (90, -1),
     "fchmod": (91, 52),
@@ -90,11 +91,11 @@ _ATTRIBUTES: dict[str, tuple[int | None, int]] = {
 
 
 def install(*, unix_sockets: bool, metadata: bool) -> None:
-    """Filter the calls of this thread and of all that it starts. Raises OSError where the kernel refuses.
+    """Filter the system calls of this thread and all its descendants. Raises OSError if the kernel refuses.
 
-    unix_sockets: whether they may be made; where they may not, pairs of them still may. metadata: whether modes, owners,
-    times and attributes of files may be changed; where not, changes of the first three are passed over in silence, because
-    programs that copy files make them for no purpose of their own.
+    unix_sockets: whether unix sockets may be made. If not, pairs of stream sockets are still allowed.
+    metadata: whether modes, owners, times and extended attributes of files may be changed. If not, changes of the first three do nothing
+    and report success, because programs that copy files make them without need.
     """
     machine = os.uname().machine
     if machine not in _ARCHITECTURE:
@@ -110,7 +111,7 @@ def _program(machine: str, *, unix_sockets: bool, metadata: bool) -> list[bytes]
     column = 0 if machine == "x86_64" else 1
 
     def on(name: str, verdict: list[bytes]) -> list[bytes]:
-        """`verdict`, which always returns, for this call."""
+        """Instructions that run `verdict` if the call is `name`. `verdict` must end in a return on every path."""
         number = ({**_NUMBERS, **_METADATA, **_ATTRIBUTES}[name])[column]
         return [] if number is None or number < 0 else [_op(_EQUAL, number, 0, len(verdict)), *verdict]
 
@@ -131,7 +132,7 @@ def _program(machine: str, *, unix_sockets: bool, metadata: bool) -> list[bytes]
     allowed = [part for family in families for part in (_op(_EQUAL, family, 0, 1), _allow())]
     program += on("socket", [_op(_LOAD, _ARGUMENT_0), *allowed, _fail(errno.EAFNOSUPPORT)])
     if not unix_sockets:
-        # A pair of streams reaches nobody else; half a pair of datagram sockets may still be sent anywhere.
+        # A pair of stream sockets connects only the two. A datagram socket of a pair can still send to any other socket.
         kind = [
             _op(_LOAD, _ARGUMENT_1),
             _op(_AND, 0xF),

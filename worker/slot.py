@@ -1,4 +1,4 @@
-"""The one slot of a worker: whoever rings, at most one job at a time, and after one job the next at once."""
+"""The slot of a worker: it runs one job at a time, and claims the next job as soon as the last has ended."""
 
 import logging
 import threading
@@ -14,14 +14,14 @@ from nightpress.worker.metrics import CLAIMS
 from nightpress.worker.offer import introduce
 from nightpress.worker.supervisor import Supervisor
 
-_BEAT_S = 5.0  #: how often the worker says that it is there
-_LOOK_S = 5.0  #: how often an idle worker looks for work although nobody rang: the broker may be down
+_BEAT_S = 5.0  #: seconds between heartbeats
+_LOOK_S = 5.0  #: seconds between claims of an idle worker without a ring: the broker may be down
 
 log = logging.getLogger(__name__)
 
 
 class Slot:
-    """Claims from SQL and runs. A ring that comes while a job runs is dropped: the slot looks again by itself."""
+    """Claims jobs from SQL and runs them. A ring during a job is dropped, because the slot claims again after the job."""
 
     def __init__(self, store: JobStore, supervisor: Supervisor, offer: WorkerOffer, *, ttl_s: float) -> None:
         self._store = store
@@ -35,14 +35,14 @@ class Slot:
         ]
 
     def open(self) -> None:
-        """Register, warm up, and begin to look for work."""
+        """Probe the machine, start the spare child, and begin to send heartbeats and to look for work."""
         self._supervisor.fitness.examine()
         self._supervisor.warm_up()
         for thread in self._threads:
             thread.start()
 
     def close(self, timeout: float) -> None:
-        """Give back the job that runs, take no other, and say good-bye."""
+        """Release the running job, claim no other, and remove the worker from the roster. `timeout`: seconds to wait for the job."""
         self._supervisor.draining.set()
         if self._busy.acquire(timeout=timeout):
             self._supervisor.close()
@@ -52,7 +52,7 @@ class Slot:
             log.warning("The worker could not say good-bye: %s", error)
 
     def serve(self) -> None:
-        """Run what this worker may claim until there is nothing left. Returns at once if a job runs already, or the machine is unfit."""
+        """Claim and run jobs until there are none left. Returns at once if a job runs already, or the machine is unfit."""
         if not self._busy.acquire(blocking=False):
             return
         try:

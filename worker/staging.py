@@ -1,4 +1,4 @@
-"""Files in and files out: the source model and its data from the registry into a job's folder, results from there to storage."""
+"""Copies the model and data sets from the registry into a job's folder, and the results from the folder to storage."""
 
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,7 @@ _MAX_REPORT_BYTES = 64 * 1024**2
 
 
 class Stager:
-    """Brings in what a job needs. Files that lie on this machine are used where they are; all bytes are hashed."""
+    """Provides the input files of a job. Files on this machine are linked in place if possible. All bytes are hashed."""
 
     def __init__(self, engine: Engine, objects: ObjectStore, cache: BlobCache) -> None:
         self._engine = engine
@@ -30,9 +30,10 @@ class Stager:
         self._cache = cache
 
     def stage(self, job: Job, job_dir: Path, *, on_total: Callable[[int], None], on_bytes: OnBytes) -> dict[str, str]:
-        """Fill source/ and data/. Returns the recipe's name of each data set and its file below data/.
+        """Fill source/ and data/. Returns the data set's name in the recipe → its file's name in data/.
 
-        `on_total` gets the bytes there will be, `on_bytes` each increment; either may raise to stop.
+        `on_total` is called with the total number of bytes, `on_bytes` with each increment. Either may raise to stop.
+        Raises MachineFaultError if a server path does not exist on this machine.
         """
         model = model_contents(self._engine, job.model_id)
         if digest_of(model.files) != job.model_digest:
@@ -55,12 +56,12 @@ class Stager:
     def _bring(self, source: Contents, file: FileEntry, target: Path, on_bytes: OnBytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.server_path is not None:
-            # Where links lead now: they may have been exchanged since, and a hard link to a link is one that the child can't follow.
+            # Resolve links now, because they may have changed since. A hard link to a symbolic link would not work for the child.
             lies_in = source.server_path
             if not lies_in.exists():
                 raise _path_missing(lies_in)
             path = FolderFiles(lies_in).path(file.path) if lies_in.is_dir() else lies_in.resolve()
-            # Without Landlock a child could write through the link into the operator's own file.
+            # Without Landlock, a child could write through the hard link into the operator's file.
             link = landlock.version() > 0
             stage_in_place(path, file.sha256, file.size, target, link=link, on_bytes=on_bytes)
             return
@@ -73,7 +74,7 @@ class Stager:
 
 
 def _path_missing(path: Path) -> MachineFaultError:
-    """Another worker may have the folder: a mount may be missing on this machine alone."""
+    """A fault of the machine, because another worker may have the folder: the mount may be missing only here."""
     return MachineFaultError(
         ErrorCode.NOT_FOUND,
         f"{path}, where the files were registered, does not exist on this worker's machine.",
@@ -83,7 +84,7 @@ def _path_missing(path: Path) -> MachineFaultError:
 
 
 def read_manifest(job_dir: Path, lease: Lease) -> Manifest:
-    """What the child says it made. Raises internal for a manifest that isn't there, or is another job's."""
+    """The manifest that the child wrote. Raises internal if it is missing, invalid, or belongs to another attempt."""
     try:
         manifest = Manifest.model_validate_json(_read(job_dir, MANIFEST_FILE, _MAX_MANIFEST_BYTES))
     except (OSError, ValueError) as error:
@@ -94,7 +95,7 @@ def read_manifest(job_dir: Path, lease: Lease) -> Manifest:
 
 
 def files_of(manifest: Manifest) -> list[FileEntry]:
-    """Every file of a manifest with its path below out/."""
+    """Every file of a manifest, with its path relative to out/."""
     return [
         file.model_copy(update={"path": f"{artifact.path}/{file.path}"})
         for artifact in manifest.artifacts
@@ -103,7 +104,7 @@ def files_of(manifest: Manifest) -> list[FileEntry]:
 
 
 def ship(job_dir: Path, manifest: Manifest, objects: ObjectStore, *, on_bytes: OnBytes) -> None:
-    """Upload every file of the manifest, and the manifest last. Nobody sees any of it before the job's commit."""
+    """Upload every file of the manifest, and the manifest last. The files are not visible to users before the job's commit."""
     prefix = f"jobs/{manifest.job_id}/attempts/{manifest.attempt}"
     with full_worker_disk():
         for file in files_of(manifest):
@@ -115,7 +116,7 @@ def ship(job_dir: Path, manifest: Manifest, objects: ObjectStore, *, on_bytes: O
 
 
 def outcome_of(job_dir: Path, manifest: Manifest) -> Succeeded:
-    """The report and its figures, as they go to SQL."""
+    """The report and its metrics, in the form that is stored in SQL. Raises internal if the report is missing or invalid."""
     try:
         report = Report.model_validate_json(_read(job_dir, REPORT_FILE, _MAX_REPORT_BYTES))
     except (OSError, ValueError) as error:
@@ -160,7 +161,7 @@ def _read(job_dir: Path, name: str, limit: int) -> bytes:
 
 
 def _plain_file(job_dir: Path, name: str) -> Path:
-    """A regular file below out/, reached through no link: what the child wrote decides nothing about what is read here."""
+    """A regular file below out/. Raises internal if its path has a symbolic link, so that the child can't make us read other files."""
     path = job_dir
     for part in (OUT_DIR, *PurePosixPath(name).parts):
         path = path / part

@@ -1,4 +1,4 @@
-"""Work with the object store in threads of its own: a store that hangs holds a thread, and never a cancellation or a drain."""
+"""Runs transfers with the object store in separate threads: a store that hangs blocks a thread, but no cancellation and no drain."""
 
 import contextvars
 import threading
@@ -14,14 +14,14 @@ Answer = TypeVar("Answer")
 class StorageThreads:
     """The transfers of one worker.
 
-    A step that is given up goes on until the store's own time-outs. Nothing that it then stores is ever committed.
+    An abandoned step continues until the store's own time-outs. What it stores afterwards is never committed.
     """
 
     def __init__(self) -> None:
         self._given_up: list[threading.Thread] = []
 
     def run(self, step: Callable[[], Answer], check: Callable[[], None]) -> Answer:
-        """Do `step` in a thread of its own and return its result. `check` is called meanwhile; what it raises ends the wait."""
+        """Run `step` in a new thread and return its result. `check` is called while waiting; if it raises, the step is abandoned."""
         done: Future[Answer] = Future()
 
         def work() -> None:
@@ -41,5 +41,5 @@ class StorageThreads:
         return done.result()
 
     def hangs(self) -> bool:
-        """Whether a step that was given up still waits for the store."""
+        """Whether an abandoned step still waits for the store."""
         return any(thread.is_alive() for thread in self._given_up)

@@ -1,7 +1,7 @@
-"""The supervisor: one claimed job from its files in to its result committed, around one child process.
+"""The supervisor: runs a claimed job in a child process, from staging its files to committing its result.
 
-What may end a job from outside (lease lost, cancellation, drain, limits) is looked at in every wait, that for the object
-store included. Only then, with the child dead, one guarded statement says how the attempt ended.
+Every wait, including waits for the object store, checks what may end a job from outside: a lost lease, cancellation, drain, limits.
+After the child is dead, one guarded statement writes how the attempt ended.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from nightpress.worker.relay import Relay
 from nightpress.worker.staging import Stager, files_of, outcome_of, read_manifest, ship
 from nightpress.worker.storage_threads import StorageThreads
 
-#: of the whole job's progress, what fetching the source and uploading the result are worth
+#: the job's progress, 0 to 1, after fetching the source and before uploading the result
 FETCHED: Final = 0.03
 PRESSED: Final = 0.97
 
@@ -47,19 +47,19 @@ Answer = TypeVar("Answer")
 
 
 class LeaseLostError(Exception):
-    """The job may be another worker's by now: write nothing."""
+    """Another worker may have the job by now, so nothing may be written."""
 
 
 class CancelledError(Exception):
-    """A person asked for it."""
+    """A user has cancelled the job."""
 
 
 class DrainedError(Exception):
-    """This worker is to end: give the job back."""
+    """This worker shuts down, so the job is released."""
 
 
 class Supervisor:
-    """Runs claimed jobs one after the other. `child_command` starts a child; its options and folder are appended."""
+    """Runs claimed jobs, one at a time. `child_command` starts a child; its options and folder are appended."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Supervisor:
     # The spare -------------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Have a child wait with torch imported, so that a small job doesn't pay the import."""
+        """Start a spare child that imports torch and waits, so that a small job does not wait for the import."""
         if self.settings.worker_spare and not self.draining.is_set() and self._spare is None:
             self._spare = self._spawn()
 
@@ -119,7 +119,7 @@ class Supervisor:
     # A job -----------------------------------------------------------------------------------------------------------
 
     def run(self, claimed: Claimed, *, claimed_at: float) -> None:
-        """Work on one job until this worker has no more to do with it. Never raises for what the job does."""
+        """Run one attempt of a job to its end. Errors of the job are never raised."""
         attempt = _Attempt(self, claimed, claimed_at)
         try:
             about: dict[str, str | int] = {
@@ -136,7 +136,7 @@ class Supervisor:
             self.warm_up()
 
     def _clear(self) -> None:
-        """Remove the folders of earlier attempts that could not be removed then: without a file handle free, nobody can."""
+        """Remove folders of earlier attempts that could not be removed then, e.g. for lack of file handles."""
         spare = self._spare.job_dir if self._spare is not None else None
         with contextlib.suppress(OSError):
             for folder in list(self._root.iterdir()):
@@ -164,9 +164,9 @@ class _Attempt:
         self._extra = {"job_id": self._job.id, "attempt": self._lease.attempt}
 
     def run(self) -> str:
-        """How it ended, in the words of the attempts' metric."""
+        """Run the attempt. Returns its outcome, as a label of the metric of attempts."""
         log.info("Job %s, attempt %d: started.", self._job.id, self._lease.attempt, extra=self._extra)
-        flush_s = 0.0  # unfinished work is worth a delay where another attempt is to follow
+        flush_s = 0.0  # seconds for storing checkpoints; above 0 only if another attempt may follow
         outcome = "succeeded"
         try:
             ending = self._press()
@@ -188,7 +188,7 @@ class _Attempt:
                 self._child.kill()
         if self._depot is not None:
             self._depot.close(flush_s=flush_s)
-        self._keeper.close()  # the log is written under the lease, which the ending gives up
+        self._keeper.close()  # the log needs the lease, which `ending` gives up
         try:
             with span("commit"):
                 said = "the lease was lost, nothing is written" if ending is None else self._insist(ending)
@@ -210,7 +210,7 @@ class _Attempt:
             GPU_SECONDS.inc(time.monotonic() - self._started)
 
     def _press(self) -> Callable[[], str]:
-        """Files in, child, files out. Returns the statement that commits the result."""
+        """Stage the files, run the child, and upload its result. Returns the function that commits the result."""
         self._child = child = self._supervisor.take_child()
         with span("stage"):
             data = self._move(lambda: self._stage(child.job_dir))
@@ -247,7 +247,7 @@ class _Attempt:
         child.begin(patience_s=self._settings.lease_ttl_s)
         with span("press", {"process.pid": child.pid}):
             relay.run(self._check)
-        child.kill()  # what it started must not outlive it, nor change what is read now
+        child.kill()  # processes that it started must not outlive it, nor change the files that are read now
         self._supervisor.warm_up()
         return self._ship(spec, child.job_dir)
 
@@ -285,9 +285,10 @@ class _Attempt:
 
         def end() -> str:
             nonlocal reason
-            if reason is None:  # once, however often the database has to be asked
+            if reason is None:  # only once, even if the write below must be repeated
                 if self._child is not None:
-                    shutil.rmtree(self._child.job_dir, ignore_errors=True)  # what the job took of the disk is its own
+                    # Otherwise the job's own files could make the disk look full to the probe.
+                    shutil.rmtree(self._child.job_dir, ignore_errors=True)
                 if isinstance(error, MachineFaultError):
                     reason = error.reason
                 else:
@@ -304,7 +305,7 @@ class _Attempt:
         return end
 
     def _insist(self, write: Callable[[], Answer]) -> Answer:
-        """Write, and try again while the database is away and the lease is held. Raises LeaseLostError."""
+        """Call `write` until the database answers. Raises LeaseLostError if the lease ends before."""
         while True:
             try:
                 return write()
@@ -316,7 +317,7 @@ class _Attempt:
                 raise LeaseLostError
             time.sleep(random.uniform(0.1, 0.5))
 
-    # What may end it from outside ------------------------------------------------------------------------------------
+    # Checks that may end it from outside -----------------------------------------------------------------------------
 
     def _check(self) -> None:
         """Raise if this attempt must stop now."""
@@ -345,7 +346,7 @@ class _Attempt:
 
 
 class _Meter:
-    """Turns bytes moved into progress."""
+    """Reports transferred bytes as progress of a phase, between the fractions `low` and `high`."""
 
     def __init__(self, keeper: LeaseKeeper, check: Callable[[], None], phase: Phase, low: float, high: float) -> None:
         self._keeper = keeper
@@ -375,7 +376,7 @@ class _Meter:
 
     def _tell(self) -> None:
         self._told = time.monotonic()
-        # A file that is fetched and then hashed passes twice.
+        # A file that is fetched and then hashed is counted twice, so the sum may exceed the total.
         share = min(self._done / self._total, 1.0)
         megabytes = f"{min(self._done, self._total) / 1e6:.0f} of {self._total / 1e6:.0f} MB"
         self._keeper.progress(Progress(phase=self._phase, fraction=self._low + self._span * share, message=megabytes))

@@ -1,4 +1,4 @@
-"""The one Celery task. Whoever can reach the broker can make a worker look into SQL, and nothing else."""
+"""The only Celery task. A client that can reach the broker can make a worker query SQL for work, and nothing else."""
 
 import logging
 import time
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 def add_tasks(app: Celery, slot: Slot) -> None:
     @app.task(name=RING_TASK, ignore_result=True, typing=False, bind=True)  # type: ignore[untyped-decorator]
     def ring(task: Task, *_queue: object) -> None:
-        """The queue may have work. Which job, and whether, SQL decides."""
+        """The queue may have work. SQL decides whether there is a job, and which."""
         if rung_by := (task.request.headers or {}).get("traceparent"):
             record_span("hear", time.time_ns(), parent=str(rung_by), kind="consumer")
         try:

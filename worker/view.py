@@ -1,4 +1,4 @@
-"""What a child sees of the file system: a root of its own with the system's libraries, Python, devices and its own folder."""
+"""A child's view of the file system: its own root, with the system's libraries, Python, devices and the job's folder."""
 
 import os
 import sys
@@ -11,11 +11,11 @@ from nightpress.worker import kernel
 from nightpress.worker.kernel import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC, MS_REMOUNT
 
 TMP_DIR = "tmp"
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - semaphores and tensors that processes share live there
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - processes share semaphores and tensors there
 _ETC = ("ld.so.cache", "localtime", "nsswitch.conf", "passwd", "group", "ssl", "OpenCL", "alternatives")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _GPUS = ("nvidia*", "dri", "kfd", "dxg")
-#: of /proc, what belongs to the machine: some of it root may write without any capability
+#: entries of /proc that belong to the machine; root may write some of them without any capability
 _MACHINE = ("sys", "sysrq-trigger", "irq", "bus", "fs", "acpi", "scsi", "asound")
 
 
@@ -25,8 +25,10 @@ def project() -> Path:
 
 
 def readable() -> list[Path]:
-    """The interpreter, its packages, the system's libraries, and of the project only the code a child runs: a data folder
-    may lie beside it."""
+    """The paths that a child may read: the interpreter, its packages, the system's libraries, and the code that a child runs.
+
+    Of the project only the folders with code, because a data folder may be beside them.
+    """
     paths = [Path(path) for path in ("/usr", "/lib", "/lib64", "/bin", "/sbin", sys.base_prefix, sys.prefix)]
     paths += [Path(path) for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
     paths += [Path(path) for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path.startswith("/")]
@@ -36,7 +38,7 @@ def readable() -> list[Path]:
 
 
 def devices() -> list[Path]:
-    """The nodes a job needs: those without a device behind them, and the GPUs'."""
+    """The device nodes that a job needs: virtual devices such as /dev/null, and the GPUs."""
     return [path for path in (Path("/dev") / name for name in _DEVICES) if path.exists()] + gpu_devices()
 
 
@@ -45,12 +47,12 @@ def gpu_devices() -> list[Path]:
 
 
 def enter(job_dir: Path, *, own_proc: bool, highest_pid: int = 0) -> None:
-    """Make a new root, in the mount namespace that this process has to itself, and move there.
+    """Build a new root in this process's own mount namespace, and switch to it.
 
-    Every path keeps its name. Raises OSError where the kernel refuses; the root is then still the old one.
-    own_proc: mount a /proc of this process's own PID namespace; `highest_pid` bounds the numbers in it, where it isn't 0.
+    Every path keeps its name. Raises OSError if the kernel refuses; the root is then still the old one.
+    own_proc: mount a /proc of this process's own PID namespace. highest_pid: limit of the PIDs in it; 0: no limit.
     """
-    root = job_dir / TMP_DIR  # any folder would do: it is only covered until the move
+    root = job_dir / TMP_DIR  # any folder will do: it is covered only until the switch
     kernel.mount("none", Path("/"), "", MS_REC | MS_PRIVATE)
     kernel.mount("none", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=16m")
     try:
@@ -77,14 +79,14 @@ def _fill(root: Path, job_dir: Path, *, own_proc: bool, highest_pid: int) -> Non
 
 
 def _show_job(root: Path, job_dir: Path) -> None:
-    """The job's folder on a single mount, so that files can be linked and moved within it; what the job is given, read-only."""
+    """Show the job's folder, as a single mount so that files can be linked and moved within it. The job's inputs are read-only."""
     seen = _below(root, job_dir)
     _bind(job_dir, seen, recursive=False)
     for name in (SOURCE_DIR, DATA_DIR, SPEC_FILE):
         _bind(seen / name, seen / name)
         kernel.restrict_mount(seen / name, MS_RDONLY)
-    temporary = _below(root, Path("/tmp"))  # noqa: S108 - its own
-    if not temporary.exists():  # else it holds what was shown, such as this folder
+    temporary = _below(root, Path("/tmp"))  # noqa: S108 - the child's own
+    if not temporary.exists():  # otherwise it holds paths that were shown, e.g. the job's folder
         _bind(seen / TMP_DIR, temporary)
 
 
@@ -111,7 +113,7 @@ def _make_proc(root: Path, highest_pid: int) -> None:
 
 
 def _show(root: Path, path: Path) -> None:
-    """`path`, read-only, under the same name. /lib is often a link into /usr, and stays so."""
+    """Show `path` read-only, under the same name. A symbolic link, as /lib often is, stays a link."""
     if path.is_symlink():
         _link(root, path)
         path = path.resolve()
@@ -128,7 +130,7 @@ def _link(root: Path, link: Path) -> None:
 
 
 def _links(path: Path) -> Iterator[Path]:
-    """The links by which a program is found: a virtual environment's interpreter is a link to another's."""
+    """The chain of symbolic links from `path` to its file: the interpreter of a virtual environment is a link."""
     while path.is_symlink():
         yield path
         path = Path(os.path.normpath(path.parent / path.readlink()))
@@ -144,14 +146,14 @@ def _bind(source: Path, target: Path, *, recursive: bool = True) -> None:
 
 
 def _below(root: Path, path: Path) -> Path:
-    """Where an absolute path lies below the new root; its parents are made."""
+    """The place of an absolute path below the new root. Creates its parent folders."""
     target = root / path.relative_to("/")
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
 
 def _outermost(paths: list[Path]) -> list[Path]:
-    """Without those that lie inside another."""
+    """The paths that are not inside another of the paths."""
     return [
         path
         for path in dict.fromkeys(paths)

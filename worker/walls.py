@@ -1,4 +1,7 @@
-"""The walls around a child: built as far as the kernel, or the container around the worker, allows, and told about. worker/probe.py asks for them."""
+"""Builds the walls around a child, as far as the kernel and the worker's container allow, and reports those that are missing.
+
+worker/probe.py uses it to test a machine.
+"""
 
 import contextlib
 import fcntl
@@ -13,7 +16,7 @@ from typing import Final
 from nightpress.core.handoff.spec import OUT_DIR, WORK_DIR
 from nightpress.worker import kernel, landlock, sandbox, seccomp, view
 
-# What the walls keep a child from.
+# The things that the walls keep a child from.
 NETWORK: Final = "network"
 FILES: Final = "files of others"
 METADATA: Final = "modes and times of files"
@@ -25,7 +28,7 @@ CALLS: Final = "rare system calls"
 ALL: Final = (NETWORK, FILES, METADATA, SOCKETS, SHARED_MEMORY, PROCESSES, TASKS, CALLS)
 
 _TASKS_LIMIT = 4096  #: processes and threads of a child; torch on a hundred processors starts some hundreds
-#: kernels since which RLIMIT_NPROC counts by user namespace, and the highest process number is a PID namespace's own
+#: first kernels in which RLIMIT_NPROC counts per user namespace, and in which each PID namespace has its own pid_max
 _NPROC_BY_NAMESPACE, _PID_MAX_BY_NAMESPACE = (5, 14), (6, 14)
 _NAMES: Final = {
     kernel.CLONE_NEWUSER: "user",
@@ -40,7 +43,7 @@ _PIDS_CGROUP = (Path("/sys/fs/cgroup/pids.max"), Path("/sys/fs/cgroup/pids/pids.
 
 @dataclass(frozen=True)
 class Walls:
-    """What is not walled off, and why. Empty where all walls stand."""
+    """The missing walls: what is not walled off → why. Empty if all walls work."""
 
     down: dict[str, str]
 
@@ -52,7 +55,7 @@ class Walls:
 
 @dataclass(frozen=True)
 class Namespaces:
-    """Those that a process has to itself, and why it has no others."""
+    """The namespaces that a process has for itself (flags), and why the others were refused."""
 
     own: int
     refused: dict[int, str]
@@ -62,7 +65,7 @@ class Namespaces:
 
 
 def leave(*, network: bool) -> Namespaces:
-    """Move this single-threaded process to namespaces of its own, as many as the kernel grants. `network`: keep the network."""
+    """Move this single-threaded process to its own namespaces, as many as the kernel allows. `network`: keep the network."""
     uid, gid = os.geteuid(), os.getegid()
     own = 0
     refused: dict[int, str] = {}
@@ -76,7 +79,7 @@ def leave(*, network: bool) -> Namespaces:
             continue
         own |= flag
         if flag == kernel.CLONE_NEWUSER:
-            # Map the owner to itself, so that files keep their owner's name. Refused in some containers: then they have none.
+            # Map the user to itself, so that files keep their owner. Some containers refuse this; files then have no known owner.
             for file, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
                 with contextlib.suppress(OSError):
                     Path(f"/proc/self/{file}").write_text(line)
@@ -84,7 +87,7 @@ def leave(*, network: bool) -> Namespaces:
 
 
 def build(job_dir: Path, namespaces: Namespaces, *, network: bool) -> Walls:
-    """Close this process, and all that it starts, in. It can't be undone."""
+    """Build the walls around this process and all its descendants. This can't be undone."""
     down: dict[str, str] = {}
     own_network = namespaces.has(kernel.CLONE_NEWNET)
     if own_network:
@@ -96,10 +99,10 @@ def build(job_dir: Path, namespaces: Namespaces, *, network: bool) -> Walls:
         down[PROCESSES] = no_proc
     if not _limit_tasks(namespaces, own_proc=not no_proc):
         down[TASKS] = "no limit that is this job's own: set one for the container or the unit"
-    with contextlib.suppress(OSError):  # a process without capabilities has none to drop
+    with contextlib.suppress(OSError):  # fails in a process without capabilities, which has none to drop
         kernel.drop_capabilities()
-    # Where a job has files and network to itself, so it has its sockets and its shared memory. Elsewhere it must do without
-    # both, unless there is a GPU: CUDA and NCCL pass descriptors and tensors that way.
+    # A job with its own view of files and its own network may use unix sockets and shared memory: they are its own too.
+    # Otherwise both are refused, unless there is a GPU: CUDA and NCCL pass descriptors and tensors that way.
     gpu = bool(view.gpu_devices())
     keep = not no_view or gpu
     abi = landlock.version()
@@ -129,12 +132,12 @@ def build(job_dir: Path, namespaces: Namespaces, *, network: bool) -> Walls:
 
 
 def _enter_view(job_dir: Path, namespaces: Namespaces) -> tuple[str, str]:
-    """Why there is no view of this job's own, and why no /proc; empty where there is."""
+    """Enter the job's own view of files. Returns why there is no own view, and why no own /proc; empty if there is."""
     no_proc = namespaces.refused.get(kernel.CLONE_NEWPID, "")
     if not namespaces.has(kernel.CLONE_NEWNS):
         why = namespaces.refused[kernel.CLONE_NEWNS]
         return why, no_proc or why
-    # A container hides parts of /proc, and its kernel then lets nobody mount a whole one.
+    # A container hides parts of /proc, and the kernel then refuses to mount a complete one.
     for own_proc in (False,) if no_proc else (True, False):
         try:
             view.enter(job_dir, own_proc=own_proc, highest_pid=_highest_pid())
@@ -152,7 +155,7 @@ def _rights(job_dir: Path, *, own_files: bool, own_proc: bool, shared_memory: bo
     proc = Path("/proc")
     return landlock.Rights(
         read=[*view.readable(), Path("/sys"), proc, job_dir, *([Path("/dev")] if own_files else [])],
-        # CUDA names its threads in /proc, and gives up where it may not.
+        # CUDA writes the names of its threads to /proc, and fails if it may not.
         change=[*view.devices(), proc if own_proc else proc / "self"],
         own=[
             *(job_dir / folder for folder in (WORK_DIR, OUT_DIR, view.TMP_DIR)),
@@ -163,15 +166,15 @@ def _rights(job_dir: Path, *, own_files: bool, own_proc: bool, shared_memory: bo
 
 
 def _highest_pid() -> int:
-    """What bounds a job's processes and threads by their numbers. 0 where that bound would be the whole machine's."""
+    """The pid_max for a job's PID namespace, which limits its processes and threads. 0 if pid_max would apply to the whole machine."""
     return _TASKS_LIMIT if kernel.release() >= _PID_MAX_BY_NAMESPACE else 0
 
 
 def _limit_tasks(namespaces: Namespaces, *, own_proc: bool) -> bool:
-    """Bound this job's processes and threads. False where only the container or the unit could, and doesn't."""
+    """Limit this job's processes and threads. False if only the container or the unit could set a limit, and does not."""
     if namespaces.has(kernel.CLONE_NEWUSER) and kernel.release() >= _NPROC_BY_NAMESPACE:
         sandbox.lower_limit(resource.RLIMIT_NPROC, _TASKS_LIMIT)
-        if os.geteuid() != 0:  # the kernel counts root's, and lets them pass
+        if os.geteuid() != 0:  # the kernel does not enforce this limit for root
             return True
     if own_proc and _highest_pid():
         return True
@@ -179,7 +182,7 @@ def _limit_tasks(namespaces: Namespaces, *, own_proc: bool) -> bool:
 
 
 def _raise_loopback() -> None:
-    """Let processes of a job talk to each other: a new network namespace has a loopback device that is down."""
+    """Switch on the loopback device, so that processes of a job can connect to each other. In a new network namespace it is off."""
     set_flags, up_and_running = 0x8914, 0x41
     with contextlib.suppress(OSError), socket.socket() as any_socket:
         fcntl.ioctl(any_socket, set_flags, struct.pack("16sH14x", b"lo", up_and_running))

@@ -27,7 +27,7 @@ class _File:
         self.media_type = _MEDIA_TYPES[path.suffix]
 
 
-#: Read at start: a name that is not in this table reaches no file.
+#: All files are read at the start. A name that is not in this table can reach no file.
 _FILES = {path.relative_to(_STATIC).as_posix(): _File(path) for path in _STATIC.rglob("*") if path.is_file()}
 
 

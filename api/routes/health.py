@@ -75,7 +75,7 @@ async def metrics(request: Request, services: ServicesDep) -> Response:
 
 
 async def _check(services: Services, ask: Callable[[], object]) -> str:
-    """`ok`, or a few words. The answer goes to people without a key, so the reason goes to the log."""
+    """Run a check. Returns `ok` or a few words. Callers need no key, so the exact reason goes only to the log."""
     try:
         await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(services.probes, ask), _PATIENCE_S)
     except TimeoutError:

@@ -87,5 +87,5 @@ def _log(line: LogLine) -> LogView:
 
 
 def _next(lines: list[Any], limit: int) -> str | None:
-    """The value of `after` for the next page; None where this page is the last."""
+    """The value of `after` for the next page; None if this page is the last."""
     return str(lines[-1].seq) if len(lines) == limit else None

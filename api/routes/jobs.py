@@ -194,7 +194,7 @@ async def retry_job(job_id: str, caller: JobsWriter, services: ServicesDep) -> R
 
 
 async def own_job(services: Services, caller: Principal, job_id: str) -> Job:
-    """The caller's job. Raises NightpressError(not_found) for another tenant's job too: an answer must not show that it exists."""
+    """The caller's job. Raises NightpressError(not_found) also for another tenant's job: the answer must not show that it exists."""
     job = await services.call(services.resources.store.reader.get, caller.tenant_id, job_id)
     if job is None:
         raise missing_job()
@@ -221,7 +221,7 @@ async def _answer_with(services: Services, job: Job, *, status: int = 200) -> Re
 
 
 async def _in_time(request: Request, services: Services, job: Job, *, status: int = 200) -> Response:
-    """Answer with the job; where the caller prefers to wait, when it has ended."""
+    """The response with the job. If the caller prefers to wait, it is sent when the job has ended or the wait is over."""
     wait_s = preferred_wait(request)
     if not wait_s:
         return await _answer_with(services, job, status=status)

@@ -71,7 +71,7 @@ def _latest(services: Services, tenant_id: str, reference: str) -> PromotionView
 
 
 def _name_of(services: Services, tenant_id: str, reference: str) -> str:
-    """The name that an id or a name refers to. A name may have no model any more: the results of its models are still there."""
+    """The model name that an id or name refers to. A name without a model is kept: its models may be deleted, but their results stay."""
     try:
         return services.resources.models.get(tenant_id, reference).name
     except NightpressError as error:

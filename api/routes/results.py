@@ -86,7 +86,7 @@ async def job_report(job_id: str, caller: JobsReader, services: ServicesDep) -> 
     responses={200: {"content": {"text/html": {}}}, **documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE)},
 )
 async def job_report_html(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
-    # The page holds names that people chose, so it may not run anything.
+    # The page contains names that users chose, so it may not run scripts.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
     drawn, job = await _drawn(services, caller, job_id, "report.html")
     if job.reused_from:
@@ -113,7 +113,7 @@ async def job_report_markdown(job_id: str, caller: JobsReader, services: Service
 
 
 def attempt_prefix(job: Job, attempt: int) -> str:
-    """The prefix of an attempt's files in the object storage. A job that reuses a result has the files of the other job."""
+    """The prefix of an attempt's files in object storage. A job that reuses a result has the files of the other job."""
     return f"jobs/{job.reused_from or job.id}/attempts/{attempt}"
 
 

@@ -16,11 +16,11 @@ from nightpress.core.numbers import whole_number
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.models import DataSetView, ModelView, UploadFile
 
-_PIECE = 1024**2  #: bytes handed to the store's thread at a time
+_PIECE = 1024**2  #: bytes that are passed to the store's thread at a time
 
 
 class UploadRegistry(Protocol):
-    """What the routes need of the registries of models and data sets. `reference`: an id or a name."""
+    """The part of the registries of models and data sets that the routes use. `reference`: an id or a name."""
 
     def uploads(self, tenant_id: str, reference: str) -> list[UploadFile]: ...
 
@@ -132,7 +132,7 @@ def _announced_size(request: Request) -> int:
 
 
 def _pieces(request: Request, loop: asyncio.AbstractEventLoop) -> Iterator[bytes]:
-    """The body, for a thread: each piece is asked from the event loop, so that only one is held in memory."""
+    """The body, for use in a thread: each piece is requested from the event loop, so that only one piece is in memory."""
     chunks = request.stream()
 
     async def gather() -> bytes:

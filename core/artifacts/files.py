@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what an operating system's refusal means."""
+"""Atomic writes of files, and the translation of the operating system's errors."""
 
 import contextlib
 import errno
@@ -13,13 +13,13 @@ from nightpress.core.artifacts.storage import wrong_checksum
 from nightpress.core.disk import full_disk
 from nightpress.core.errors import ErrorCode, NightpressError
 
-OWN = ".np-"  #: what our own files and folders beside objects begin with; keys can't
+OWN = ".np-"  #: prefix of the names of our own files and folders beside objects; no part of a key may begin with it
 
 
 def write_atomically(path: Path, pieces: Iterable[bytes], *, key: str, sha256: str | None, durable: bool) -> None:
-    """Write beside `path` and rename: `path` appears whole, with the SHA-256 asked for, or not at all.
+    """Write a temporary file beside `path` and rename it: `path` appears whole or not at all. Raises checksum_mismatch for other bytes.
 
-    `durable` syncs file and folder, so that a power cut can't take back what was answered.
+    `durable`: sync the file and its folder before returning, so that the file survives a power cut.
     """
     temporary, target = _create_beside(path)
     try:
@@ -50,7 +50,7 @@ def _create_beside(path: Path) -> tuple[Path, BinaryIO]:
     temporary = path.with_name(f"{OWN}{secrets.token_hex(8)}")
     for _ in range(10):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A deletion may remove the empty folder between these two lines.
+        # A concurrent deletion may remove the empty folder between mkdir and open: try again.
         with contextlib.suppress(FileNotFoundError):
             return temporary, temporary.open("xb")
     raise FileNotFoundError(errno.ENOENT, "the folder vanishes again and again", str(path.parent))

@@ -1,4 +1,4 @@
-"""Objects in a local folder: the embedded stack's store. A key is a path below it."""
+"""Objects in a local folder: the embedded stack's store. A key is a path relative to the folder."""
 
 # ruff: noqa: ARG002 - the Protocol serves stores that need more than this one
 
@@ -33,9 +33,9 @@ _UPLOADS = f"{OWN}uploads"
 
 
 class LocalStore:
-    """Files are written beside their final name, synced and renamed: whole or not there at all.
+    """A store whose files are written beside their final name, synced and renamed: a file is complete or absent.
 
-    Bytes are always copied, never linked: whoever wrote the source may still hold it open.
+    Bytes are always copied, never linked: the writer of the source may still have it open and change it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -99,7 +99,7 @@ class LocalStore:
                 count = 1
             else:
                 count = sum(1 for _ in self.list(prefix))
-                # Renamed first, so that nobody sees half a folder.
+                # Rename first, so that no reader sees a folder that is partly deleted.
                 doomed = self.root / f"{OWN}{new_id('gone')}"
                 try:
                     path.rename(doomed)
@@ -164,7 +164,7 @@ class LocalStore:
             try:
                 self._write(key, _joined(parts), sha256)
             except NightpressError as error:
-                if error.code is ErrorCode.CHECKSUM_MISMATCH:  # after a full disk the parts wait for another try
+                if error.code is ErrorCode.CHECKSUM_MISMATCH:  # after a full disk the parts stay, for another try
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             shutil.rmtree(folder, ignore_errors=True)
@@ -194,7 +194,7 @@ class LocalStore:
     # ---------------------------------------------------------------------------------------------------------------
 
     def _clock(self) -> float:
-        """The file system's time, which its files' times are compared with: the folder may be another host's."""
+        """The file system's time as a Unix time. Files' times are compared with it, because the folder may be on another host."""
         with storage_errors("the storage folder"):
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f"{OWN}clock-{secrets.token_hex(4)}"
@@ -219,7 +219,7 @@ class LocalStore:
         write_atomically(self._path(key), pieces, key=key, sha256=sha256, durable=True)
 
     def _prune(self, folder: Path) -> None:
-        """Remove folders that deletion left empty, but for the store's own and those right below it."""
+        """Remove the folders that a deletion left empty, but keep the store's root and the folders directly below it."""
         while folder != self.root and folder.parent != self.root:
             try:
                 folder.rmdir()
@@ -248,7 +248,7 @@ def _joined(parts: Iterable[Path]) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder against other processes. False if it is not there (any more)."""
+    """Hold an exclusive lock on the folder, against other processes. Yields False if the folder does not exist (any more)."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:

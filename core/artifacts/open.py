@@ -9,7 +9,7 @@ from nightpress.core.settings import Settings
 def open_store(settings: Settings) -> ObjectStore:
     """The store that the settings name: `s3://bucket/prefix` or a folder."""
     if settings.objects_url.startswith("s3://"):
-        # boto3 takes 0.2 s to import: only those who use it pay
+        # boto3 takes 0.2 s to import: import it only for S3
         from nightpress.core.artifacts.s3 import S3Store
 
         return S3Store.from_settings(settings)

@@ -1,4 +1,4 @@
-"""Objects in an S3-compatible store. Every byte that goes up or comes down is hashed on its way, never in a second pass."""
+"""Objects in an S3-compatible store. Bytes are hashed while they are sent or received, never in a second pass over the file."""
 
 import base64
 import contextlib
@@ -41,7 +41,10 @@ _NO_UPLOAD = {"NoSuchUpload", "404"}
 
 
 class S3Store:
-    """One bucket, one prefix. `public` signs the URLs that clients use, where they reach the store by another address."""
+    """The objects below one prefix of one bucket.
+
+    `public`: a client that signs the URLs for clients, if these reach the store at another address.
+    """
 
     def __init__(self, client: "S3Client", bucket: str, prefix: str = "", *, public: "S3Client | None" = None) -> None:
         self._client = client
@@ -99,8 +102,8 @@ class S3Store:
         ranges = [(begin, min(begin + _PART, stop)) for begin in range(start, stop, _PART)]
 
         def fetch(span: tuple[int, int]) -> bytes:
-            # The ETag pins the version: pieces of two objects never mix.
-            # The client repeats requests that fail, but not a body that breaks off: that is ours to repeat.
+            # The ETag pins the version, so that pieces of two objects are never mixed.
+            # boto3 repeats requests that fail, but not those whose body breaks off: repeat these here.
             for last in (False, False, True):
                 answer = self._client.get_object(
                     **self._at(key), Range=f"bytes={span[0]}-{span[1] - 1}", IfMatch=head["ETag"]
@@ -215,7 +218,7 @@ class S3Store:
             raise wrong_checksum(key, sha256, found.hexdigest())
 
     def abort_upload(self, key: str, upload_id: str) -> None:
-        # Some stores destroy the finished object when a leftover upload of the same key is aborted: never do that.
+        # Some stores destroy the finished object when a leftover upload of the same key is aborted. So never abort if the object exists.
         if self._head(key) is not None:
             return
         with s3_errors(key):
@@ -291,7 +294,10 @@ class S3Store:
         whole: "hashlib._Hash | None",
         on_bytes: OnBytes | None,
     ) -> None:
-        """Send parts as they come, each whole but the last. `whole` gets every byte, where the object's digest is wanted."""
+        """Upload the pieces as parts, a few at a time. Pieces have the part's full size, but for the last.
+
+        `whole`: a hash that is updated with every byte; None if the digest of the object is not needed.
+        """
         metadata = {"sha256": sha256} if sha256 is not None else {}
         with s3_errors(key):
             upload_id = self._client.create_multipart_upload(
@@ -325,7 +331,7 @@ class S3Store:
                     raise wrong_checksum(key, sha256 or "", found)
                 self._join(key, upload_id, parts)
         except BaseException:
-            with contextlib.suppress(NightpressError):  # the first error is the one to tell; the sweep comes by
+            with contextlib.suppress(NightpressError):  # report the first error; the sweep removes what is left
                 self.abort_upload(key, upload_id)
             raise
 
@@ -337,13 +343,13 @@ class S3Store:
                 **self._at(key), UploadId=upload_id, MultipartUpload={"Parts": named}
             )
         except ClientError as error:
-            # A repeat of a request whose answer was lost: whether it worked, the object tells.
+            # This may repeat a request whose answer was lost. If the object exists, the first request succeeded.
             if error_code(error) not in _NO_UPLOAD or self._head(key) is None:
                 raise
 
 
 def _in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Map in threads, a few items ahead, yielding in order: what is in flight is bounded, whatever the object's size."""
+    """Apply `work` in `THREADS` threads and yield the results in order. Only a few items are in memory, whatever the object's size."""
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(THREADS)
     try:
@@ -365,7 +371,7 @@ def _counted(pieces: Iterable[bytes], on_bytes: OnBytes | None) -> Iterator[byte
 
 
 def _clock(answer: Mapping[str, Any]) -> dt.datetime:
-    """The store's own time, which its uploads' times are compared with."""
+    """The store's own time. The times of uploads are compared with it."""
     return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(dt.UTC)
 
 
@@ -374,7 +380,7 @@ def _part_size(size: int) -> int:
 
 
 def _rejoined(pieces: Iterable[bytes], part_size: int) -> Iterator[bytes]:
-    """The same bytes in parts of one size, the last one but for the rest."""
+    """The same bytes in pieces of `part_size` bytes. Only the last piece may be smaller."""
     part = bytearray()
     for piece in pieces:
         part += piece

@@ -1,4 +1,4 @@
-"""The connection to an S3-compatible store, and what its refusals mean."""
+"""The connection to an S3-compatible store, and the translation of its errors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def connect(settings: Settings, endpoint: str | None) -> "S3Client":
             read_timeout=30,
             retries={"mode": "standard", "total_max_attempts": 4},
             max_pool_connections=4 * THREADS,
-            # We send SHA-256 of every body as a signed header: the CRC on top and a second SHA-256 over the payload say nothing new.
+            # The SHA-256 of every body is sent as a signed header. An additional CRC or a second SHA-256 of the payload would add nothing.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"addressing_style": "path" if endpoint else "auto", "payload_signing_enabled": False},
@@ -56,7 +56,7 @@ def error_code(error: ClientError) -> str:
 
 
 def unavailable(what: str, why: str, *, refused: bool = False) -> NightpressError:
-    """refused: the store answers, and does not take this machine's credentials or clock."""
+    """The error storage_unavailable. `refused`: the store answers, but does not accept this machine's credentials or clock."""
     return NightpressError(
         ErrorCode.STORAGE_UNAVAILABLE,
         f"The object store did not do what was asked of {what}: {why}.",

@@ -1,1 +1,4 @@
-"""All that lives in SQL, a folder a resource. `tables` stands below the others; schedules stand on jobs, jobs on quotas and promotions."""
+"""Everything that is stored in SQL, one folder per resource.
+
+All folders import `tables`. Schedules import jobs; jobs import quotas and promotions.
+"""

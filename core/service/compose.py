@@ -1,4 +1,4 @@
-"""All that lives in SQL and in object storage, built in one place for API, control process and worker."""
+"""Builds the stores and services on SQL and object storage, for API, control process and worker."""
 
 import logging
 from functools import cached_property
@@ -28,13 +28,14 @@ from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
 
 log = logging.getLogger(__name__)
-_OLDEST_SHARE = 1 / 8  #: of the claims: what low priorities get of a queue that never empties
+#: fraction of the claims that takes the oldest job, so that low priorities progress in a queue that never empties
+_OLDEST_SHARE = 1 / 8
 
 
 class Resources:
-    """What a process works with. Each part is made when it is first asked for, and then kept.
+    """The stores and services of a process. Each is made at its first use and then kept.
 
-    Making it lets recipes name the passes of the packages that the settings allow, in this process.
+    The constructor also allows recipes, in this process, to use the passes of the packages that the settings name.
     """
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
@@ -44,7 +45,7 @@ class Resources:
             log.warning("%s", fault)
 
     def open(self) -> None:
-        """Make every part now, so that a wrong setting ends a process when it starts, and not at some request."""
+        """Make every part now, so that a wrong setting ends the process at its start and not at a later request."""
         for name, part in vars(Resources).items():
             if isinstance(part, cached_property):
                 getattr(self, name)

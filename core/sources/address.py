@@ -1,4 +1,4 @@
-"""What a source's address means, and whether the operator allows it. Nothing is asked of the network here."""
+"""Parses the address of a source and checks that the operator allows it. Nothing here uses the network."""
 
 import re
 from dataclasses import dataclass
@@ -47,7 +47,10 @@ Address = BucketAddress | HubAddress
 
 
 def parse_address(raw: str, kind: Kind, settings: Settings) -> Address:
-    """Raises NightpressError: invalid_request for what is no address, path_not_allowed for one that the operator did not allow."""
+    """Parse an s3:// or hf:// address of a source.
+
+    Raises NightpressError: invalid_request if it is malformed, path_not_allowed if the operator did not allow it.
+    """
     if not raw.isprintable():
         raise _invalid(raw, "it holds characters that can't be shown")
     if raw.startswith("s3://"):
@@ -58,7 +61,7 @@ def parse_address(raw: str, kind: Kind, settings: Settings) -> Address:
 
 
 def check_source(raw: str, settings: Settings) -> None:
-    """Of a model: an address, or an absolute server path. Raises as `parse_address` and `resolve_path` do."""
+    """Check a model's source: an address, or an absolute server path. Raises what `parse_address` and `resolve_path` raise."""
     if raw.startswith("/"):
         resolve_path(raw, settings)
     else:
@@ -66,11 +69,11 @@ def check_source(raw: str, settings: Settings) -> None:
 
 
 def resolve_path(raw: str, settings: Settings) -> Path:
-    """A server path, its links resolved. Raises path_not_allowed outside the operator's roots, whether it exists there or not."""
+    """A server path with its symbolic links resolved. Raises path_not_allowed outside the operator's roots, whether or not it exists."""
     try:
         path = Path(raw).resolve()
         allowed = Path(raw).is_absolute() and any(path.is_relative_to(root.resolve()) for root in settings.model_roots)
-    except (OSError, ValueError, RuntimeError):  # a link to itself, a NUL
+    except (OSError, ValueError, RuntimeError):  # e.g. a link to itself, or a NUL in the path
         allowed = False
     if not allowed:
         raise NightpressError(
@@ -103,7 +106,7 @@ def _hub(raw: str, kind: Kind) -> HubAddress:
         revision, _, path = rest.partition("/")
     else:
         (name, _, path), revision = rest.partition("/"), "main"
-    revision = revision.replace("%2F", "/")  # as the Hub writes a branch whose name has a slash
+    revision = revision.replace("%2F", "/")  # the Hub writes a branch with a slash in its name in this way
     named = all(_HUB_NAME.fullmatch(part) and ".." not in part and "--" not in part for part in (organisation, name))
     if not named or not _REVISION.fullmatch(revision) or ".." in revision or revision.endswith("/"):
         raise _invalid(raw, "it is not organisation/name@revision")
@@ -114,7 +117,7 @@ def _hub(raw: str, kind: Kind) -> HubAddress:
 
 def _allowed_bucket(address: BucketAddress, settings: Settings) -> BucketAddress:
     inside = any(_holds(_parts(prefix), _parts(address.url)) for prefix in settings.source_prefixes)
-    # What the service stores itself belongs to tenants: no source may lead there, whatever else it was allowed.
+    # The service's own storage holds the tenants' data. No source may be in it, even if an allowed prefix contains it.
     own = _parts(settings.objects_url) if settings.objects_url.startswith("s3://") else None
     mine = _parts(address.url)
     if not inside or (own is not None and (_holds(own, mine) or _holds(mine, own))):
@@ -143,7 +146,7 @@ def _parts(url: str) -> tuple[str, ...]:
 
 
 def _holds(outer: tuple[str, ...], inner: tuple[str, ...]) -> bool:
-    """Whether a folder is another's or lies in it, by whole names."""
+    """Whether `inner` is the folder `outer` or lies in it. Names are compared whole."""
     return inner[: len(outer)] == outer
 
 

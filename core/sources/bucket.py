@@ -18,7 +18,7 @@ _CHANGED = {"412", "PreconditionFailed"}
 
 
 class BucketSource:
-    """Its revision is a digest of every object's key, size and ETag."""
+    """A source in a bucket. Its revision is a digest of the path, size and ETag of every object."""
 
     def __init__(self, address: BucketAddress, settings: Settings) -> None:
         own = {
@@ -45,7 +45,7 @@ class BucketSource:
 
     def read(self, file: RemoteFile, start: int) -> Iterator[bytes]:
         with self._errors():
-            # The ETag pins the version: pieces of two objects never mix.
+            # The ETag pins the version, so that pieces of two objects are never mixed.
             answer = self._client.get_object(
                 Bucket=self._address.bucket,
                 Key=self._prefix + file.path,

@@ -1,6 +1,6 @@
-"""A repository of the Hugging Face Hub, by the few requests of its HTTP API that reading one commit takes.
+"""Reads one commit of a repository of the Hugging Face Hub, with few requests to its HTTP API.
 
-No request leaves the configured endpoint and the domains to which it may send downloads on; the token goes to the endpoint alone.
+Requests go only to the configured endpoint and to the domains that it may redirect downloads to. The token is sent only to the endpoint.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _MAX_LISTING = 64 * 1024**2
 
 
 class HubSource:
-    """Its revision is the commit that a branch or tag means now: every file is read at that commit."""
+    """A source on the Hub. Its revision is the commit to which the branch or tag points now; every file is read at that commit."""
 
     def __init__(self, address: HubAddress, settings: Settings) -> None:
         self._address = address
@@ -68,11 +68,12 @@ class HubSource:
         with self._get(url, {"Range": f"bytes={start}-"} if start else {}) as response:
             if start and response.status_code != 206:
                 raise unavailable(file.path, "the Hub does not go on in the middle of a file")
-            yield from response.iter_raw()  # as it comes: what is waited for would be lost where the connection breaks
+            # Not in pieces of a fixed size: an incomplete piece would be lost when the connection breaks.
+            yield from response.iter_raw()
 
     @contextlib.contextmanager
     def _get(self, url: str, headers: dict[str, str] | None = None) -> Iterator[httpx.Response]:
-        """A request, its redirects followed one by one, each only where it may lead."""
+        """Send a GET request. Each redirect is checked against the allowed domains before it is followed."""
         target = httpx.URL(url)
         try:
             for _ in range(_HOPS):

@@ -8,7 +8,7 @@ from nightpress.core.sources.source import Source
 
 def open_source(address: Address, settings: Settings) -> Source:
     if isinstance(address, BucketAddress):
-        # boto3 takes 0.2 s to import: only those who use it pay
+        # boto3 takes 0.2 s to import: import it only for buckets
         from nightpress.core.sources.bucket import BucketSource
 
         return BucketSource(address, settings)

@@ -1,4 +1,4 @@
-"""Which of a source's files are the model's. The others, a trainer's pickles and other frameworks' weights, are never fetched."""
+"""Selects the files of a source that belong to the model. A trainer's pickles and other frameworks' weights are never fetched."""
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, check_names, choose_files
@@ -8,7 +8,10 @@ _MAX_INDEX = 16 * 1024**2
 
 
 def choose_model_files(source: Source, listing: Listing) -> tuple[RemoteFile, ...]:
-    """Raises NightpressError: unsupported_format where there are no safetensors, malformed_model for names that no file has."""
+    """The model's files among those of a listing.
+
+    Raises NightpressError: unsupported_format if there are no safetensors, malformed_model if the index names files that do not exist.
+    """
     listed = {file.path: file for file in listing.files if not _is_hidden(file.path)}
 
     def read(path: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The one seam to places that models and data sets are fetched from."""
+"""The interface to the places that models and data sets are fetched from."""
 
 import hashlib
 import logging
@@ -9,7 +9,7 @@ from typing import Protocol
 
 from nightpress.core.errors import ErrorCode, NightpressError
 
-_TRIES = 4  #: in a row without a byte more
+_TRIES = 4  #: most tries in a row that bring no new byte
 _PAUSE_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -21,25 +21,25 @@ class RemoteFile:
 
     path: str  #: relative to the source's folder
     size: int
-    version: str  #: what pins its content: an ETag, or a commit
-    sha256: str | None = None  #: where the source says so
+    version: str  #: pins the content: an ETag, or a commit
+    sha256: str | None = None  #: None if the source does not publish it
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds, all files of it at one moment."""
+    """All files of a source at one moment."""
 
     revision: str  #: two listings with the same revision hold the same bytes
     files: tuple[RemoteFile, ...]
 
 
 class Source(Protocol):
-    """Raises NightpressError: not_found, source_refused, source_unavailable (try again)."""
+    """A place to fetch files from. The methods raise NightpressError: not_found, source_refused, source_unavailable (try again)."""
 
     def listing(self) -> Listing: ...
 
     def read(self, file: RemoteFile, start: int) -> Iterator[bytes]:
-        """The bytes from `start` on. Raises source_unavailable too where the file is no longer the one that was listed."""
+        """The bytes from position `start` to the end. Raises source_unavailable also if the file has changed since the listing."""
 
     def close(self) -> None: ...
 
@@ -47,7 +47,11 @@ class Source(Protocol):
 def read_steadily(
     source: Source, file: RemoteFile, *, stop: Callable[[], bool], pause_s: float = _PAUSE_S
 ) -> Iterator[bytes]:
-    """A file's bytes through breaks of the connection: each time from where it broke off. `stop` ends it with an error."""
+    """Yield a file's bytes. When the connection breaks, continue at the position it had reached.
+
+    `stop`: called before each piece; if it returns True, NightpressError(cancelled) is raised. `pause_s`: seconds before the first retry.
+    Raises source_unavailable after `_TRIES` tries without a new byte.
+    """
     position, tries = 0, 0
     while position < file.size:
         try:

@@ -1,4 +1,4 @@
-"""Workers say how much of their GPU's memory is in use
+"""Workers report how much of their GPU's memory is in use
 
 Revision ID: 0003
 Revises: 0002

@@ -20,7 +20,7 @@ _TIME = UtcDateTime()
 
 
 def _forbid_changes() -> None:
-    """The audit log is only ever added to: the database itself refuses anything else."""
+    """Make the audit log append-only: triggers in the database refuse to change or delete its rows."""
     if op.get_bind().dialect.name == "postgresql":
         op.execute(
             "CREATE FUNCTION nightpress_append_only() RETURNS trigger LANGUAGE plpgsql AS "

@@ -1,4 +1,4 @@
-"""A job may be given the result of an identical one
+"""A job may reuse the result of an identical job
 
 Revision ID: 0005
 Revises: 0004

@@ -1,4 +1,4 @@
-"""Webhooks, their deliveries and every try
+"""Webhooks, their deliveries and every attempt
 
 Revision ID: 0006
 Revises: 0005

@@ -1,4 +1,4 @@
-"""Models and data sets may be fetched from a source, and are taken in outside the request
+"""Models and data sets may be fetched from a source, and verified after the request
 
 Revision ID: 0007
 Revises: 0006
@@ -38,7 +38,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """What was fetched stays, as if it had been uploaded; what is on its way is failed."""
+    """Fetched rows stay, as if they had been uploaded. Rows that are being fetched or verified become failed."""
     op.drop_column("schedule_runs", "revision")
     op.drop_column("schedule_runs", "model_id")
     op.drop_column("schedules", "source")

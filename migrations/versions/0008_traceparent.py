@@ -1,4 +1,4 @@
-"""A job keeps the trace that it is part of
+"""A job stores the trace context of its submission
 
 Revision ID: 0008
 Revises: 0007

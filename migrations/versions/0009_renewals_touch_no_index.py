@@ -1,4 +1,4 @@
-"""A renewal of a lease touches no index
+"""A renewal of a lease updates no index
 
 Revision ID: 0009
 Revises: 0008

@@ -1,4 +1,4 @@
-"""Every POST may be repeated, not only a job's submission
+"""Idempotency keys for every POST, not only for the submission of a job
 
 Revision ID: 0010
 Revises: 0009

@@ -1,4 +1,4 @@
-"""Artifacts may be pruned, and old lines of the audit log
+"""Artifacts may be pruned, and old rows of the audit log may be deleted
 
 Revision ID: 0011
 Revises: 0010

@@ -1,4 +1,4 @@
-"""A deletion, or a failure, is over when its files are gone
+"""Deleted and failed rows record whether their files were swept
 
 Revision ID: 0012
 Revises: 0011

@@ -1,10 +1,10 @@
 """Only a result of the same work is reused, and lists are in the database's order
 
-Until here the fingerprint of a job that was submitted under an idempotency key was a digest of the request's body. Which jobs those
-are can't be told from their rows, so every fingerprint is forgotten. A job that was given the result of other weights or other data
-keeps its row and its report, but no artifacts, and no model's name points at it any more.
+Before this revision, the fingerprint of a job that was submitted with an idempotency key was a digest of the request's body. The rows do
+not show which jobs these are, so every fingerprint is deleted. A job that reused the result of other weights or other data keeps its row
+and its report, but loses its artifacts and its promotions.
 
-Schedules that did not speak of `reuse` reuse what nothing changed for, as the documentation says.
+Schedules that did not set `reuse` now reuse the results of identical jobs, as the documentation says.
 
 Revision ID: 0013
 Revises: 0012
@@ -23,13 +23,13 @@ branch_labels = None
 depends_on = None
 
 _BATCH = 500
-#: index → its table, and the columns before and after; what newest means is the database's time, not an identifier's
+#: index → (table, first columns, old last columns, new last columns): the newest row is the newest by the database's time, not by its id
 _INDEXES = {
     "ix_promotions_latest": ("promotions", ["tenant_id", "model_name"], ["id"], ["created_at", "id"]),
     "ix_schedule_runs_listing": ("schedule_runs", ["schedule_id"], ["id"], ["created_at", "id"]),
     "ix_webhook_deliveries_listing": ("webhook_deliveries", ["webhook_id"], ["id"], ["created_at", "id"]),
 }
-#: the same, where the index's name says its columns
+#: table → (first columns, old last columns, new last columns), for indexes that are named after their columns
 _RENAMED = {
     "webhooks": (["tenant_id"], ["id"], ["created_at", "id"]),
     "audit_log": (["tenant_id"], ["id"], ["at", "id"]),
@@ -92,7 +92,7 @@ def _take_back_wrong_results(connection: sa.Connection) -> None:
 
 
 def _forget_what_no_schedule_said(connection: sa.Connection) -> None:
-    """`reuse: false` was written into every schedule that did not speak of it, and kept its fires from reusing anything."""
+    """Remove `reuse: false` from schedules: it was written into every schedule that did not set it, and prevented reuse."""
     schedules = sa.table("schedules", sa.column("id"), sa.column("job", JsonType))
     for row in connection.execute(sa.select(schedules.c.id, schedules.c.job)).all():
         if row.job.get("reuse") is False:

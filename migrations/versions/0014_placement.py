@@ -1,4 +1,4 @@
-"""A job says why it is in its queue and what GPU memory it needs; the fleet remembers workers that have left
+"""A job stores why it is in its queue and how much GPU memory it needs; the fleet remembers workers that have stopped
 
 Revision ID: 0014
 Revises: 0013

@@ -1,4 +1,4 @@
-"""A key knows which key made it, and whose bounds it counts against
+"""A key stores the key that made it, and the family whose limits it shares
 
 Revision ID: 0015
 Revises: 0014

@@ -1,4 +1,4 @@
-"""A worker says why it is unfit
+"""A worker reports why it is unfit
 
 Revision ID: 0016
 Revises: 0015

@@ -1,4 +1,7 @@
-"""`python -m nightpress.core.service.access create-key --name …` and `… revoke-key ID`: keys from the operator's side, straight into the database."""
+"""The operator's commands for API keys, directly on the database.
+
+`python -m nightpress.core.service.access create-key --name …` and `… revoke-key ID`.
+"""
 
 import argparse
 import datetime as dt

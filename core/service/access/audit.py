@@ -1,4 +1,4 @@
-"""The audit log: who did what. Lines are only ever added; triggers in the database refuse anything but the removal of old ones."""
+"""The audit log: who did what. Triggers in the database allow only two changes: adding lines and deleting old ones."""
 
 from sqlalchemy import Engine, delete, insert, select
 
@@ -17,7 +17,7 @@ class AuditLog:
         self._engine = engine
 
     def note(self, *, tenant_id: str, key_id: str, action: str, subject: str, status: int, request_id: str) -> None:
-        """`action`: method and route; `subject`: the address that was asked, with its identifiers."""
+        """Add a line. `action`: method and route; `subject`: the path of the request, with its identifiers."""
         line = {
             "id": new_id("aud"),
             "tenant_id": tenant_id,
@@ -31,14 +31,17 @@ class AuditLog:
             connection.execute(insert(audit_log).values(at=db_now(), **line))
 
     def prune(self, older_than_s: float) -> int:
-        """Delete lines older than this, and at least 30 days old: a trigger in the database refuses to delete younger ones."""
+        """Delete lines that are older than `older_than_s` seconds and than LEAST_KEPT_S. Returns the number of deleted lines.
+
+        A trigger in the database refuses to delete lines younger than 30 days.
+        """
         old = audit_log.c.at < db_now(-max(older_than_s, LEAST_KEPT_S))
         few = select(audit_log.c.id).where(old).limit(_BATCH)
         with statement(self._engine) as connection:
             return connection.execute(delete(audit_log).where(audit_log.c.id.in_(few))).rowcount
 
     def page(self, *, tenant_id: str | None, cursor: str | None, limit: int) -> tuple[list[AuditView], str | None]:
-        """Newest first; of one tenant or of all."""
+        """One page of lines, newest first, and the cursor of the next. `tenant_id` None: of all tenants."""
         query = select(audit_log)
         if tenant_id is not None:
             query = query.where(audit_log.c.tenant_id == tenant_id)

@@ -1,7 +1,7 @@
-"""What was answered to a POST with an Idempotency-Key, kept for a day: the same request again gets the same answer.
+"""Stores the answers to POSTs with an Idempotency-Key for a day. The same request again gets the same answer.
 
-A job's submission writes its key in the transaction that writes the job (core/service/jobs/submission.py): that one is exact even where
-the process dies. For every other POST the key is taken before the request is handled and the answer noted after it.
+The submission of a job writes its key in the transaction that writes the job (core/service/jobs/submission.py), so that it is exact
+even if the process dies. For every other POST, the key is reserved before the request is handled, and the answer is stored afterwards.
 """
 
 import zlib
@@ -17,13 +17,13 @@ from nightpress.core.ids import new_id
 from nightpress.core.service.tables.jobs import idempotency_keys
 
 KEPT_S = 24 * 3600.0
-_LOCKED_S = 120.0  #: seconds after which a request counts as dead: its process died
+_LOCKED_S = 120.0  #: seconds after which an unanswered request counts as dead: its process was killed
 _columns = idempotency_keys.c
 
 
 @dataclass(frozen=True)
 class Begun:
-    """The right to handle a request: nobody else handles the same one meanwhile."""
+    """The right to handle a request. No other process handles the same request at the same time."""
 
     tenant_id: str
     key: str
@@ -32,7 +32,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Answered:
-    """The stored answer. `body` is None where it held a secret, which is never stored."""
+    """The stored answer. `body` is None if it held a secret: secrets are never stored."""
 
     status: int
     headers: Mapping[str, str]
@@ -40,14 +40,17 @@ class Answered:
 
 
 class IdempotencyBook:
-    """Keys of all tenants; each has its own. Safe to share between threads."""
+    """The idempotency keys. Each tenant has its own set of keys. Safe to share between threads."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
 
     def begin(self, tenant_id: str, key: str, fingerprint: str) -> Begun | Answered:
-        """Raises idempotency_mismatch for another request, conflict while the same one is being handled."""
+        """Reserve the key for this request, or return the stored answer. `fingerprint`: a digest of the request.
+
+        Raises idempotency_mismatch if the key belongs to another request, conflict while the same request is being handled.
+        """
         begun = Begun(tenant_id, key, new_id("try"))
         mine = {"tenant_id": tenant_id, "key": key, "fingerprint": fingerprint, "attempt_id": begun.attempt_id}
         new = self._insert(idempotency_keys).values(created_at=db_now(), locked_until=db_now(_LOCKED_S), **mine)
@@ -78,12 +81,15 @@ class IdempotencyBook:
             connection.execute(update(idempotency_keys).where(*_held(begun)).values(**noted))
 
     def forget(self, begun: Begun) -> None:
-        """The request was refused: it did nothing, and may be sent again, mended, under the same key."""
+        """Release the key of a request that was refused and changed nothing. A corrected request may use the same key."""
         with statement(self._engine) as connection:
             connection.execute(delete(idempotency_keys).where(*_held(begun)))
 
     def prune(self, older_than_s: float = KEPT_S) -> int:
-        """Those of schedules' runs stay with their jobs: a run may be decided much later than it was begun."""
+        """Delete keys older than `older_than_s` seconds. Returns their number.
+
+        The keys of schedules' runs stay as long as their jobs, because a run may submit its job much later than the run was recorded.
+        """
         asked = or_(_columns.job_id.is_(None), _columns.key.not_like("schedule %"))
         with statement(self._engine) as connection:
             return connection.execute(

@@ -1,4 +1,4 @@
-"""Keys that people make of their own accord: listed, issued, rotated and revoked through the API, never with more rights than the caller's."""
+"""Lists, issues, rotates and revokes keys through the API. A key never gets more rights than the caller's key has."""
 
 import datetime as dt
 from collections.abc import Collection
@@ -19,7 +19,7 @@ _SHOWN = [*(column for column in api_keys.c if column.name not in {"digest", "fa
 
 
 class KeyIssuer:
-    """A caller sees its own tenant's keys; an administrator those of any tenant."""
+    """Manages keys for a caller. A caller sees the keys of its own tenant; an administrator sees those of any tenant."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -27,7 +27,7 @@ class KeyIssuer:
     def page(
         self, caller: Principal, *, tenant_id: str | None, cursor: str | None, limit: int
     ) -> tuple[list[KeyView], str | None]:
-        """Newest first."""
+        """One page of keys, newest first, and the cursor of the next."""
         mine = select(*_SHOWN).where(_columns.tenant_id == self._tenant(caller, tenant_id))
         rows, following = newest_first(self._engine, mine, _columns.created_at, _columns.id, cursor=cursor, limit=limit)
         return [_view(row) for row in rows], following
@@ -41,10 +41,10 @@ class KeyIssuer:
         return _view(row)
 
     def create(self, caller: Principal, wanted: KeyCreate) -> NewKeyView:
-        """A key that ends with the caller's at the latest, and whose requests count with the caller's.
+        """Make a key. It expires with the caller's key at the latest, and shares the rate limit of the caller's key.
 
-        Only what an administrator makes for another tenant stands by itself.
-        Raises invalid_request, and forbidden for rights or a time that the caller itself lacks.
+        A key that an administrator makes for another tenant is independent of the caller's, unless it has the scope admin.
+        Raises invalid_request, and forbidden for scopes or an expiry that go beyond the caller's own.
         """
         tenant_id = self._tenant(caller, wanted.tenant_id)
         _must_hold(caller, wanted.scopes)
@@ -70,7 +70,7 @@ class KeyIssuer:
         return NewKeyView(record=self._read(record.id), key=plain)
 
     def rotate(self, caller: Principal, key_id: str, *, overlap_s: float) -> NewKeyView:
-        """A new key with the same name, rights and expiry, in the old one's place; the old one works on for `overlap_s`."""
+        """Replace a key by a new one with the same name, scopes and expiry. The old key works for `overlap_s` more seconds."""
         old = self.get(caller, key_id)
         _must_hold(caller, old.scopes)
         if old.revoked_at is not None or old.expired:
@@ -95,7 +95,7 @@ class KeyIssuer:
         return NewKeyView(record=self._read(record.id), key=plain)
 
     def revoke(self, caller: Principal, key_id: str) -> None:
-        """End a key and all that were made with it now; again: nothing more. Other processes notice within five seconds."""
+        """Revoke a key and all keys that were made with it. Safe to repeat. Other processes notice within five seconds."""
         key = self.get(caller, key_id)
         _must_hold(caller, key.scopes)
         line = select(_columns.id).where(_columns.id == key_id).cte("line", recursive=True)
@@ -132,7 +132,7 @@ class KeyIssuer:
 
 
 def _within(own: dt.datetime | None, wanted: dt.datetime | None) -> dt.datetime | None:
-    """When a key ends that is made by one that itself ends at `own`; None: never. Raises forbidden for a later time."""
+    """The expiry of a key whose maker's key expires at `own`; None: never. Raises forbidden if `wanted` is later than `own`."""
     if own is None or (wanted is not None and wanted <= own):
         return wanted
     if wanted is not None:

@@ -1,4 +1,4 @@
-"""API keys: made once, shown once, kept as a digest, and checked on every request."""
+"""API keys: shown only when they are made, stored as a digest, and checked on every request."""
 
 import datetime as dt
 import hashlib
@@ -35,12 +35,12 @@ ALL_SCOPES = frozenset(
 )
 
 _ID_ALPHABET = string.ascii_lowercase + string.digits
-#: np_ + id + "_" + 32 random bytes as base64url + their CRC, so that a scanner or a typo is told without a database
+#: np_ + id + "_" + 32 random bytes as base64url + a CRC of all before it. The CRC detects a mistyped or guessed key without the database.
 _SHAPE = re.compile(r"np_([a-z0-9]{8})_([A-Za-z0-9_-]{43})([0-9a-f]{6})")
 _CACHE_S = 5.0  #: seconds that a revoked key may still work in this process
 _CACHE_SIZE = 10_000
 _TOUCH_S = 60.0
-_TOUCH_WAIT_S = 0.2  #: for a lock: the request that the key came with may have to wait for the same one
+_TOUCH_WAIT_S = 0.2  #: longest wait for a lock; short, as the request may then wait for the same lock
 
 
 log = logging.getLogger(__name__)
@@ -48,14 +48,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Principal:
-    """Who is calling, and what the key allows."""
+    """The caller of a request, and what its key allows."""
 
     tenant_id: str
     key_id: str
     scopes: frozenset[str]
-    family: (
-        str  #: the first key of the line that it was made in: what one key may use, all of a family may use together
-    )
+    #: id of the first key in the chain of keys that made this key; all keys of a family together have the limits of a single key
+    family: str
 
     @property
     def is_admin(self) -> bool:
@@ -92,7 +91,7 @@ def create_key(
     made_by: str | None = None,
     family: str | None = None,
 ) -> tuple[KeyRecord, str]:
-    """Make a key. The second value is the key itself: it can't be read again. `family`: None begins one.
+    """Make a key. The second value is the key's plain text, which can't be read again. `family` None: the key begins a new family.
 
     Raises NightpressError(invalid_request) for a scope that doesn't exist.
     """
@@ -127,28 +126,29 @@ def create_key(
 
 
 def revoke(engine: Engine, key_id: str) -> bool:
-    """End a key. Other processes notice within five seconds. False: no such key, or revoked before."""
+    """Revoke a key. Other processes notice within five seconds. False: there is no such key, or it was revoked before."""
     ended = update(api_keys).where(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None)).values(revoked_at=db_now())
     with statement(engine) as connection:
         return connection.execute(ended).rowcount == 1
 
 
 class KeyRing:
-    """Checks keys. A good one is remembered for a few seconds, a bad one never. Safe to share between threads."""
+    """Checks keys. Valid keys are cached for a few seconds, invalid keys never. Safe to share between threads."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = threading.Lock()
-        self._touch_at: dict[str, float] = {}  #: by key: when it is tried again, so that a lock is waited for once
-        self._known: dict[str, tuple[Principal, float]] = {}  #: by digest: no plain key stays in memory
+        #: key's id → monotonic time of the next write of its use, so that only one request waits for a lock
+        self._touch_at: dict[str, float] = {}
+        self._known: dict[str, tuple[Principal, float]] = {}  #: keyed by digest, so that no plain key stays in memory
 
     def cached(self, plain: str) -> Principal | None:
-        """The key's principal if it was checked in the last seconds: costs no SQL."""
+        """The key's principal if it was checked within the last seconds, without SQL; else None."""
         found = self._known.get(_digest(plain))
         return found[0] if found is not None and time.monotonic() < found[1] else None
 
     def authenticate(self, plain: str) -> Principal:
-        """Who holds this key. Raises NightpressError(unauthenticated), the same for every reason."""
+        """The principal of this key. Raises NightpressError(unauthenticated), with the same message for every reason."""
         shape = _SHAPE.fullmatch(plain)
         if shape is None or not secrets.compare_digest(_checksum(plain[:-6]), shape[3]):
             raise _refused()
@@ -172,7 +172,7 @@ class KeyRing:
         )
         with transaction(self._engine, read_only=True) as connection:
             row = connection.execute(query).one_or_none()
-        # Compared also where there is no such key, so that the answer takes as long.
+        # Compare even if there is no such key, so that the answer takes the same time.
         if not secrets.compare_digest(row.digest if row else "", digest) or row is None:
             raise _refused()
         if row.untouched and time.monotonic() >= self._touch_at.get(key_id, 0.0):
@@ -180,7 +180,7 @@ class KeyRing:
         return Principal(row.tenant_id, key_id, frozenset(row.scopes), row.family)
 
     def _touch(self, note: Update, key_id: str) -> None:
-        """Note that a key was used. Where the database takes no writes, who reads must not be refused for it."""
+        """Write when a key was used. A failure is only logged: requests that read must work while the database takes no writes."""
         with self._lock:
             if len(self._touch_at) >= _CACHE_SIZE:
                 self._touch_at.clear()

@@ -1,4 +1,7 @@
-"""Quotas: what a tenant may use and what it uses. SQL decides; if SQL doesn't answer, the request is refused. 0 means: no bound."""
+"""Quotas: what a tenant may use, and what it uses. 0 means no limit.
+
+Usage is read from SQL. If the database does not answer, the request is refused.
+"""
 
 import datetime as dt
 import threading
@@ -28,7 +31,7 @@ _CACHE_SIZE = 10_000
 
 @dataclass(frozen=True)
 class Quotas:
-    """A tenant's own bounds, else the settings' ones. Each field is a setting and a column of the same name."""
+    """The limits of a tenant: its own, or those of the settings. Each field is a setting and a column of the same name."""
 
     max_queued_jobs: int
     max_running_jobs: int
@@ -45,7 +48,7 @@ _NAMES = [field.name for field in fields(Quotas)]
 
 
 class QuotaBook:
-    """Safe to share between threads. A tenant's quotas are remembered for three seconds."""
+    """Reads, checks and changes quotas. A tenant's quotas are cached for three seconds. Safe to share between threads."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine = engine
@@ -72,7 +75,7 @@ class QuotaBook:
         return found
 
     def check_storage(self, tenant_id: str, more: int = 0) -> None:
-        """Raise quota_exceeded where what is stored and `more` bytes would pass the tenant's bound."""
+        """Raise quota_exceeded if the stored bytes plus `more` would exceed the tenant's limit, or if the limit is already reached."""
         bound = self.of(tenant_id).max_storage_bytes
         if not bound:
             return
@@ -88,7 +91,7 @@ class QuotaBook:
             )
 
     def check_gpu(self, tenant_id: str) -> None:
-        """Raise quota_exceeded where the month's GPU time is used up."""
+        """Raise quota_exceeded if the GPU time of this month is used up."""
         bound = self.of(tenant_id).max_gpu_seconds_month
         if not bound:
             return
@@ -106,13 +109,13 @@ class QuotaBook:
     # Administrators ----------------------------------------------------------------------------------------------
 
     def page(self, *, cursor: str | None, limit: int) -> tuple[list[TenantView], str | None]:
-        """Every tenant that has a key or quotas of its own, by name, backwards."""
+        """One page of the tenants that have a key or their own quotas, by name in descending order, and the cursor of the next."""
         named = select(tenants.c.id).union(select(api_keys.c.tenant_id)).subquery()
         rows, following = newest_first(self._engine, select(named.c.id), named.c.id, cursor=cursor, limit=limit)
         return [self.view(row.id) for row in rows], following
 
     def view(self, tenant_id: str) -> TenantView:
-        """Raises not_found for a tenant that has neither a key nor quotas of its own."""
+        """A tenant's quotas and usage. Raises not_found for a tenant that has neither a key nor its own quotas."""
         with transaction(self._engine, read_only=True) as connection:
             row = connection.execute(select(tenants).where(tenants.c.id == tenant_id)).mappings().one_or_none()
             has_key = select(1).where(api_keys.c.tenant_id == tenant_id).limit(1)
@@ -131,7 +134,7 @@ class QuotaBook:
         )
 
     def change(self, tenant_id: str, wanted: QuotaChange, *, version: int | None = None) -> TenantView:
-        """Set the bounds that are given (null: the setting's own again). Raises precondition_failed."""
+        """Set the limits that are given; null resets a limit to the setting. Raises precondition_failed if `version` is outdated."""
         values = wanted.model_dump(exclude_unset=True)
         mine = tenants.c.id == tenant_id
         try:
@@ -171,12 +174,12 @@ class QuotaBook:
         )
 
     def _merged(self, own: Mapping[str, Any]) -> Quotas:
-        """What was set for the tenant, over the settings."""
+        """The settings' quotas, overridden by the tenant's own."""
         return replace(self._default, **{name: own[name] for name in _NAMES if own.get(name) is not None})
 
 
 def add_gpu_time(connection: Connection, tenant_id: str, started_at: dt.datetime | None) -> None:
-    """Count the time since `started_at` for the tenant, in the transaction that ends the attempt."""
+    """Add the time since `started_at` to the tenant's GPU time of this month, in the transaction that ends the attempt."""
     if started_at is None:
         return
     mine = (gpu_usage.c.tenant_id == tenant_id, gpu_usage.c.month == db_month())
@@ -189,7 +192,7 @@ def add_gpu_time(connection: Connection, tenant_id: str, started_at: dt.datetime
     try:
         with connection.begin_nested():
             connection.execute(first)
-    except IntegrityError:  # another attempt of the tenant ended at this very moment
+    except IntegrityError:  # another attempt of the tenant has inserted the row at the same time
         connection.execute(more)
 
 
@@ -207,6 +210,6 @@ def _stored(connection: Connection, tenant_id: str) -> int:
     made = (
         select(func.coalesce(func.sum(job_artifacts.c.size), 0))
         .join_from(job_artifacts, jobs, jobs.c.id == job_artifacts.c.job_id)
-        .where(jobs.c.tenant_id == tenant_id, jobs.c.reused_from.is_(None))  # a reused result's files are another job's
+        .where(jobs.c.tenant_id == tenant_id, jobs.c.reused_from.is_(None))  # reused files belong to another job
     )
     return total + int(connection.execute(made).scalar_one())

@@ -1,4 +1,4 @@
-"""What a worker writes under its lease: it renews, reports, and ends its attempt."""
+"""The writes of a worker that holds a lease: it renews the lease, reports progress, and ends its attempt."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -33,20 +33,20 @@ from nightpress.core.service.tables.jobs import (
 )
 from nightpress.core.version import ENGINE, engine_with
 
-MAX_LOG_LINES = 10_000  #: a job
-MAX_LOG_BYTES = 4096  #: a line
+MAX_LOG_LINES = 10_000  #: per job
+MAX_LOG_BYTES = 4096  #: per line
 
 _columns = jobs.c
 
 
 class JobAttempts:
-    """What a worker writes while it holds a lease. Where the lease was lost, nothing is written."""
+    """The writes of a worker that holds a lease. If the lease was lost, nothing is written."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def renew(self, lease: Lease, *, ttl_s: float, progress: Progress | None = None) -> Renewal:
-        """Extend the lease and note the progress, which never falls within an attempt."""
+        """Extend the lease by `ttl_s` seconds from now and store the progress. Within an attempt, the stored fraction never decreases."""
         values: dict[str, Any] = {"lease_expires_at": db_now(ttl_s)}
         if progress is not None:
             message = clean_text(progress.message)
@@ -70,7 +70,7 @@ class JobAttempts:
         return Renewal(held=state is not None, cancel_requested=state == CANCELLING)
 
     def record_event(self, lease: Lease, kind: str, data: dict[str, Any]) -> bool:
-        """Note something worth a line of history, e.g. a phase or a checkpoint: it is progress. False: the lease was lost."""
+        """Add a line to the job's history, e.g. a phase or a checkpoint. This counts as progress. False: the lease was lost."""
         with transaction(self._engine) as connection:
             job = move(
                 connection,
@@ -82,7 +82,7 @@ class JobAttempts:
         return job is not None
 
     def append_logs(self, lease: Lease, lines: Sequence[tuple[str, str]]) -> bool:
-        """Store lines of (level, text), at most MAX_LOG_LINES a job. False: the lease was lost."""
+        """Store lines of (level, text), at most MAX_LOG_LINES per job. False: the lease was lost."""
         guarded = (
             update(jobs)
             .where(*holds(lease, Trigger.RENEW))
@@ -142,8 +142,8 @@ class JobAttempts:
     ) -> Literal["requeued", "failed", "cancelled"] | None:
         """End an attempt that failed. None: the lease was lost, nothing is written.
 
-        running → queued, after a pause, where the error may pass; → failed where it can't or the failures are used up.
-        cancelling → failed where the work itself came to its end, else → cancelled.
+        running → queued, after a pause, if the error is retryable; → failed if it is not, or if the job has no failures left.
+        cancelling → failed if the work failed with an error that is not retryable, else → cancelled.
         """
         ended_by_itself = not error.kind.retryable and error.code is not ErrorCode.CANCELLED
         job = end_badly(
@@ -160,9 +160,9 @@ class JobAttempts:
         return "failed" if job.state == FAILED else "cancelled" if job.state == CANCELLED else "requeued"
 
     def release(self, lease: Lease, fault: NightpressError | None = None) -> bool:
-        """running → queued at once, no failure counted: the worker drains. cancelling → cancelled.
+        """running → queued at once, without counting a failure, e.g. because the worker drains. cancelling → cancelled.
 
-        fault: what is wrong with the worker's machine, where that is why. The job is not offered to this worker again for some minutes.
+        fault: given if the worker's machine has failed. For some minutes, the job is then not offered to this worker again.
         """
         why = {} if fault is None else {"error": fault.as_dict()}
         with transaction(self._engine) as connection:
@@ -203,5 +203,5 @@ class JobAttempts:
 
 
 def _cut(text: str) -> str:
-    """At most 4 KiB of UTF-8, never half a character."""
+    """The text, cut to MAX_LOG_BYTES of UTF-8 at the end of a character."""
     return clean_text(text).encode()[:MAX_LOG_BYTES].decode(errors="ignore")

@@ -1,7 +1,7 @@
-"""What storage holds of unfinished work: one row a prefix of a recipe, one row a file. The only writer of both tables.
+"""The index of the checkpoints in storage: one row per prefix of a recipe, one row per file. The only writer of both tables.
 
-A prefix is written by one attempt at a time, so that its files are always those of one run of the arithmetic. All of it may be lost
-at any moment without harm: a job that finds less goes on from further back.
+A prefix of a recipe is its first passes. One attempt at a time writes a prefix, so that all its files come from the same computation.
+Losing checkpoints does no harm: a job that finds fewer of them continues from an earlier step.
 """
 
 from collections.abc import Collection
@@ -22,15 +22,15 @@ _PRUNE_BATCH = 100
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    path: str  #: below work/
+    path: str  #: relative to work/
     size: int
     sha256: str
     step: int
-    job_id: str  #: whose attempt made it
+    job_id: str  #: the job whose attempt wrote it
 
 
 def folder_of(digest: str) -> str:
-    """Where in storage the files of a prefix lie."""
+    """The folder in storage that holds the files of a prefix."""
     return f"checkpoints/{digest}"
 
 
@@ -39,13 +39,13 @@ def key_of(digest: str, file: StoredFile) -> str:
 
 
 class CheckpointIndex:
-    """Safe to share between threads and processes."""
+    """Reads and writes the index. Safe to share between threads and processes."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def take(self, lease: Lease, digest: str) -> bool:
-        """Whether this attempt may write the prefix from now on: no other running attempt does."""
+        """Reserve the prefix for this attempt. Returns False if another running attempt writes it."""
         kind = sqlite_insert if self._engine.dialect.name == "sqlite" else postgresql_insert
         mine = {"job_id": lease.job_id, "lease_id": lease.lease_id, "used_at": db_now()}
         taken = (
@@ -65,9 +65,9 @@ class CheckpointIndex:
             return {row.path: StoredFile(*row) for row in connection.execute(query.where(columns.digest == digest))}
 
     def add(self, lease: Lease, digest: str, file: StoredFile, *, limit: int) -> bool:
-        """Note a file whose bytes are in storage; one of the same path is replaced.
+        """Add a file whose bytes are in storage. It replaces a file of the same path.
 
-        False: the prefix isn't this attempt's to write any more, or has more than `limit` bytes with it. Then nothing is noted.
+        False: the prefix is no longer reserved for this attempt, or would have more than `limit` bytes. Then nothing is written.
         """
         here = checkpoint_files.c.digest == digest
         with transaction(self._engine) as connection:
@@ -83,7 +83,7 @@ class CheckpointIndex:
         return True
 
     def forget(self, digest: str, paths: Collection[str]) -> None:
-        """Note that files are gone, or of no use."""
+        """Remove files from the index that are deleted or useless."""
         here = checkpoint_files.c.digest == digest
         with transaction(self._engine) as connection:
             connection.execute(delete(checkpoint_files).where(here, checkpoint_files.c.path.in_(paths)))
@@ -91,19 +91,19 @@ class CheckpointIndex:
             connection.execute(update(checkpoints).where(checkpoints.c.digest == digest).values(size=left))
 
     def due(self, older_than_s: float) -> list[str]:
-        """Prefixes that no unfinished job wrote and that no job has used within this time."""
+        """Prefixes whose last writer has ended and that no job has used for `older_than_s` seconds."""
         job_lives = exists().where(jobs.c.id == checkpoints.c.job_id, jobs.c.state.in_(_LIVE_STATES))
         query = select(checkpoints.c.digest).where(checkpoints.c.used_at < db_now(-older_than_s), ~job_lives)
         with transaction(self._engine, read_only=True) as connection:
             return list(connection.execute(query.limit(_PRUNE_BATCH)).scalars())
 
     def prune(self, digest: str, older_than_s: float) -> None:
-        """Forget a prefix whose files were deleted. An attempt that began to use it meanwhile keeps its row, and finds no files."""
+        """Remove a prefix whose files were deleted. If an attempt has begun to use it since, its row stays, but its files are gone."""
         unused = checkpoints.c.used_at < db_now(-older_than_s)
         with transaction(self._engine) as connection:
             connection.execute(delete(checkpoints).where(checkpoints.c.digest == digest, unused))
 
 
 def _held(lease_id: str | ColumnElement[str]) -> ColumnElement[bool]:
-    """Whether a lease still stands."""
+    """Whether the job of the checkpoint still has this lease."""
     return exists().where(jobs.c.id == checkpoints.c.job_id, jobs.c.lease_id == lease_id)

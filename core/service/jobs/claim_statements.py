@@ -1,7 +1,7 @@
-"""Which job a worker gets: by priority, then the tenant with the fewest running, then age. Statements only, made once.
+"""The statements that choose the job for a worker: by priority, then the tenant with the fewest running jobs, then age.
 
-A claim that is for the oldest job passes over priorities and over fairness, never over quotas: however much of a higher priority keeps
-coming, every job is the oldest some day.
+A claim for the oldest job ignores priorities and fairness, but not quotas. So no job waits forever, even if jobs of a higher priority
+keep coming. Each statement is built once.
 """
 
 from dataclasses import dataclass
@@ -38,9 +38,9 @@ from nightpress.core.service.tables.access import tenants as tenants_table
 from nightpress.core.service.tables.jobs import IS_LEASED, IS_QUEUED, job_attempts, job_events, jobs
 
 _columns = jobs.c
-_UNKNOWN = 2**63 - 1  #: of a GPU that does not say how much memory it has: any job may try
+_UNKNOWN = 2**63 - 1  #: offered memory of a GPU that does not report its size: any job may try
 _IN_QUEUE = (IS_QUEUED, _columns.queue == bindparam("offered_queue", type_=String))
-_AVOIDED_S = 600.0  #: a job is not offered again to a worker whose machine failed it
+_AVOIDED_S = 600.0  #: seconds for which a job is not offered again to a worker whose machine failed during it
 _failed_it = job_attempts.alias("failed_it")
 _WAS_FAILED_HERE = exists().where(
     _failed_it.c.job_id == _columns.id,
@@ -60,14 +60,14 @@ _FITS = (
 
 @dataclass(frozen=True)
 class Caps:
-    """What a tenant without quotas of its own may have running. 0: no bound."""
+    """The limits on running jobs of tenants without quotas of their own. 0: no limit."""
 
     running: int = 0
     gpu_seconds_month: int = 0
 
 
 def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float, caps: Caps) -> dict[str, Any]:
-    """What the statements below are executed with."""
+    """The parameters of the statements below."""
     return {
         "default_running": caps.running,
         "default_gpu_seconds": caps.gpu_seconds_month,
@@ -81,14 +81,14 @@ def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float, caps: Caps) ->
 
 
 def _waiting_tenants() -> CTE:
-    """Tenants with jobs in the queue, by steps from one to the next along the claim index, which a DISTINCT would read to its end."""
+    """Tenants with jobs in the queue. Each step finds the next tenant in the claim index; a DISTINCT would read the whole index."""
     tenants = select(func.min(_columns.tenant_id).label("id")).where(*_IN_QUEUE).cte("waiting", recursive=True)
     following = select(func.min(_columns.tenant_id)).where(*_IN_QUEUE, _columns.tenant_id > tenants.c.id)
     return tenants.union_all(select(following.correlate(tenants).scalar_subquery()).where(tenants.c.id.is_not(None)))
 
 
 def _waiting_levels() -> CTE:
-    """Tenants with each priority that their jobs in the queue have, found by the same steps."""
+    """Each pair of a tenant and a priority that has jobs in the queue, found in the same way."""
     tenants = _waiting_tenants()
     highest = select(func.max(_columns.priority)).where(*_IN_QUEUE, _columns.tenant_id == tenants.c.id)
     of_each = select(tenants.c.id, highest.correlate(tenants).scalar_subquery().label("priority"))
@@ -102,7 +102,7 @@ def _waiting_levels() -> CTE:
 
 @cache
 def whose_turn(*, oldest: bool) -> Select[Any]:
-    """The tenant whose turn it is, and the priority: a few index probes a tenant, however many jobs they have."""
+    """The tenant whose turn it is, and the priority. Costs a few index lookups per tenant, independent of the number of jobs."""
     tenants = _waiting_levels() if oldest else _waiting_tenants()
     of_them = [_columns.tenant_id == tenants.c.id]
     if oldest:
@@ -149,13 +149,13 @@ def whose_turn(*, oldest: bool) -> Select[Any]:
 
 
 def _cap(column: Column[Any], default: str, tenants: CTE) -> ColumnElement[Any]:
-    """A tenant's own bound, else the default."""
+    """A tenant's own limit, or the default if it has none."""
     own = select(column).where(tenants_table.c.id == tenants.c.id).correlate(tenants).scalar_subquery()
     return func.coalesce(own, bindparam(default, type_=BigInteger))
 
 
 def some_have_caps() -> Select[Any]:
-    """Whether any tenant's running jobs are bounded by a quota of its own."""
+    """Whether any tenant has its own quota of running jobs."""
     return select(exists().where(tenants_table.c.max_running_jobs > 0))
 
 
@@ -173,7 +173,7 @@ def _best_job(*, oldest: bool) -> ScalarSelect[Any]:
 
 @cache
 def claim_job(*, oldest: bool) -> Update:
-    """queued → running, in one UPDATE. Returns the job and its event's number."""
+    """queued → running, in one UPDATE. Returns the job and the number of the event."""
     values: dict[str, Any] = {
         "state": literal_column(f"'{RUNNING}'"),
         "attempt": _columns.attempt + literal_column("1"),
@@ -196,7 +196,7 @@ def claim_job(*, oldest: bool) -> Update:
 
 @cache
 def claim_and_note(*, oldest: bool) -> Select[Any]:
-    """PostgreSQL: the same UPDATE with the attempt and the event in one statement and one round trip."""
+    """For PostgreSQL: the same UPDATE, with the inserts of the attempt and the event, in one statement and one round trip."""
     claimed = claim_job(oldest=oldest).cte("claimed")
     attempt = select(claimed.c.id, claimed.c.attempt, claimed.c.lease_id, claimed.c.worker_id, claimed.c.started_at)
     opened = insert(job_attempts).from_select(["job_id", "number", "lease_id", "worker_id", "started_at"], attempt)

@@ -30,27 +30,29 @@ from nightpress.core.service.tables.jobs import (
 )
 
 _CLAIM_TRIES = 20
-_CLAIM_LOCK = 7_126_002  #: any number but the migrations'
+_CLAIM_LOCK = 7_126_002  #: key of an advisory lock; must differ from the migrations' key
 _CAPS_CACHE_S = 5.0
 
 _columns = jobs.c
 
 
 class JobClaims:
-    """Hands queued jobs to workers."""
+    """Assigns queued jobs to workers."""
 
     def __init__(self, engine: Engine, caps: Caps, *, oldest_share: float) -> None:
-        """oldest_share: the part of all claims that takes the oldest job, whatever its priority."""
+        """oldest_share: the fraction of claims, 0 to 1, that takes the oldest job, whatever its priority."""
         self._engine = engine
         self._sqlite = engine.dialect.name == "sqlite"
         self._caps = caps
         self._oldest_share = oldest_share
-        self._capped = (False, 0.0)  #: whether tenants have caps of their own, and until when that is believed
+        #: whether any tenant has caps of its own, and the monotonic time until which this answer is used
+        self._capped = (False, 0.0)
 
     def claim(self, offer: WorkerOffer, *, ttl_s: float) -> Claimed | None:
-        """queued → running, for the best job that fits: by priority, then the tenant with the fewest running, then age.
+        """queued → running, for the best job that fits: by priority, then the tenant with the fewest running jobs, then age.
 
-        Now and then, the oldest of all: none starves behind higher priorities. None: there is nothing to do for this worker now.
+        A random fraction (`oldest_share`) of the claims takes the oldest job instead, so that no job waits forever.
+        Returns None if there is no job for this worker now.
         """
         values = claim_values(offer, new_id("lease"), ttl_s, self._caps)
         oldest = random.random() < self._oldest_share
@@ -61,16 +63,16 @@ class JobClaims:
             with transaction(self._engine, read_only=True) as connection:
                 if self._sqlite or connection.execute(whose_turn(oldest=oldest), values).first() is None:
                     return None
-            # There is work, but other workers are claiming all of the best tenant's jobs at this very moment.
+            # There is work, but other workers have locked all jobs of the best tenant at this moment.
             time.sleep(random.uniform(0.0, 0.005))
         return None
 
     def _claim(self, values: dict[str, Any], *, oldest: bool) -> Job | None:
         if not self._sqlite:
-            capped = self._is_capped()  # asked once: the answer may change, and the lock holds in a transaction alone
+            capped = self._is_capped()  # read once: the answer may change, and the lock below needs a transaction
             with transaction(self._engine) if capped else statement(self._engine) as connection:
                 if capped:
-                    # Two claims at a time would each count the same running jobs: where counts are bounds, one goes after the other.
+                    # Two claims at the same time would both count the same running jobs and exceed the cap. Let them wait for each other.
                     connection.execute(select(func.pg_advisory_xact_lock(_CLAIM_LOCK)))
                 row = connection.execute(claim_and_note(oldest=oldest), values).one_or_none()
             return job_of(row[:-1]) if row else None

@@ -1,4 +1,4 @@
-"""What the control process ends: runs whose worker is lost, and jobs that waited too long."""
+"""Ends runs whose worker is lost, and jobs that waited too long. Called by the control process."""
 
 from sqlalchemy import (
     ColumnElement,
@@ -22,7 +22,7 @@ from nightpress.core.service.tables.jobs import (
     jobs,
 )
 
-#: The supervisor stops a run that is too long or stalls. Where it missed one, the control process ends it so many seconds later.
+#: Seconds after a deadline before the control process ends a run that its supervisor should have stopped.
 SUPERVISOR_GRACE_S = 60.0
 _EXPIRE_BATCH = 200
 
@@ -30,13 +30,13 @@ _columns = jobs.c
 
 
 class JobExpiry:
-    """What the control process ends."""
+    """Ends jobs that are past a deadline or whose worker is lost."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def expire_leases(self, *, backoff_s: float) -> list[str]:
-        """Take jobs from workers that are lost, or that let a run stall or pass its limit. Returns the jobs' ids."""
+        """End attempts whose worker is lost, or did not stop a run that stalled or passed its limit. Returns the jobs' ids."""
         lost = NightpressError(
             ErrorCode.WORKER_LOST,
             "The worker stopped renewing its lease.",
@@ -67,7 +67,7 @@ class JobExpiry:
     def _end_all(
         self, trigger: Trigger, is_due: ColumnElement[bool], error: NightpressError, backoff_s: float
     ) -> list[str]:
-        """One guarded UPDATE a job, not one for all: replicas of the control process can then never deadlock."""
+        """End the jobs that are due, each with its own guarded UPDATE, so that replicas of the control process can't deadlock."""
         due = select(_columns.id).where(IS_LEASED, is_due).order_by(_columns.lease_expires_at).limit(_EXPIRE_BATCH)
         with transaction(self._engine, read_only=True) as connection:
             found = connection.execute(due).scalars().all()
@@ -86,7 +86,7 @@ class JobExpiry:
         ]
 
     def expire_queue_deadlines(self) -> list[str]:
-        """queued → failed, for jobs that no worker ever started in time. Returns their ids."""
+        """queued → failed, for jobs that no worker started in time. Returns their ids."""
         is_due = _columns.start_before < db_now()
         due = select(_columns.id).where(_columns.start_before.is_not(None), is_due).limit(_EXPIRE_BATCH)
         with transaction(self._engine, read_only=True) as connection:
@@ -116,7 +116,7 @@ class JobExpiry:
         return failed
 
     def mark_swept(self, job_id: str, attempt: int) -> None:
-        """The files of an abandoned attempt are gone."""
+        """Record that the files of an abandoned attempt are deleted."""
         this_attempt = (job_attempts.c.job_id == job_id, job_attempts.c.number == attempt)
         with statement(self._engine) as connection:
             connection.execute(update(job_attempts).where(*this_attempt).values(swept=True))

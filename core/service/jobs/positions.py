@@ -1,4 +1,4 @@
-"""The positions of several jobs, in one statement for all event streams of a process."""
+"""Reads the positions of several jobs in one statement, for all event streams of a process."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from nightpress.core.wire.jobs import JobState
 
 
 class Position(NamedTuple):
-    """A job's state, and the newest numbers in its history and its log."""
+    """A job's state, and the numbers of its newest event and its newest log line."""
 
     state: JobState
     event_seq: int

@@ -31,13 +31,13 @@ QUEUES: tuple[Queue, ...] = get_args(Queue)
 
 
 def job_of(row: Sequence[Any]) -> Job:
-    """A row of JOB_COLUMNS."""
+    """The job of a row that was selected with JOB_COLUMNS."""
     return Job(*row)
 
 
 @dataclass(frozen=True)
 class JobsWanted:
-    """Which of a tenant's jobs: all that is given must match."""
+    """A filter for a tenant's jobs. A job must match all given fields."""
 
     states: Collection[JobState] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class JobReader:
     ) -> tuple[list[Job], str | None]:
         """A tenant's jobs, newest first, and the cursor of the next page.
 
-        Raises NightpressError(invalid_request) for a cursor that isn't ours.
+        Raises NightpressError(invalid_request) for a cursor that this service did not make.
         """
         query = select(*JOB_COLUMNS).where(*self.matching(tenant_id, wanted or JobsWanted()))
         rows, following = newest_first(self._engine, query, jobs.c.created_at, jobs.c.id, cursor=cursor, limit=limit)
@@ -93,7 +93,7 @@ class JobReader:
         return select(1).select_from(each).where(each.c.key == key, each.c.value == value).exists()
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> list[Event]:
-        """The events after number `after`, in order."""
+        """The events with numbers above `after`, in order."""
         columns = job_events.c
         query = select(columns.seq, columns.at, columns.kind, columns.data)
         query = query.where(columns.job_id == job_id, columns.seq > after).order_by(columns.seq).limit(limit)
@@ -101,7 +101,7 @@ class JobReader:
             return [Event(*row) for row in connection.execute(query)]
 
     def logs(self, job_id: str, *, after: int = 0, limit: int = 500) -> list[LogLine]:
-        """The lines after number `after`, in order, of all attempts."""
+        """The log lines of all attempts with numbers above `after`, in order."""
         columns = job_logs.c
         query = select(columns.seq, columns.at, columns.attempt, columns.level, columns.text)
         query = query.where(columns.job_id == job_id, columns.seq > after).order_by(columns.seq).limit(limit)
@@ -109,7 +109,7 @@ class JobReader:
             return [LogLine(*row) for row in connection.execute(query)]
 
     def artifacts(self, job_id: str) -> list[Artifact]:
-        """What the job committed; empty until it has succeeded, and when it was pruned."""
+        """The artifacts that the job committed. Empty before it has succeeded and after its artifacts were pruned."""
         query = select(*(job_artifacts.c[field.name] for field in fields(Artifact)))
         query = query.join_from(job_artifacts, jobs, jobs.c.id == job_artifacts.c.job_id)
         query = query.where(jobs.c.id == job_id, jobs.c.artifacts_state == "kept").order_by(job_artifacts.c.path)
@@ -123,14 +123,14 @@ class JobReader:
             return connection.execute(query).scalar_one_or_none()
 
     def machine_faults(self, job_id: str) -> int:
-        """How many attempts of a job ended by a fault of their worker's machine, and so were not counted as failures."""
+        """The number of attempts of a job that a fault of the worker's machine ended. They are not counted as failures."""
         ended_so = (job_attempts.c.outcome == literal_column("'released'"), job_attempts.c.error.is_not(None))
         query = select(func.count()).where(job_attempts.c.job_id == job_id, *ended_so)
         with transaction(self._engine, read_only=True) as connection:
             return int(connection.execute(query).scalar_one())
 
     def queues_with_work(self) -> dict[str, int]:
-        """The number of jobs that could run now, by queue. Counting stops at 1000; queues without any are left out."""
+        """Queue → number of jobs that could run now. Counting stops at 1000; queues without such jobs are left out."""
         counts = (
             select(
                 func.count(),
@@ -147,7 +147,10 @@ class JobReader:
         return {queue: count for queue, count in zip(QUEUES, row, strict=True) if count}
 
     def abandoned_attempts(self, *, older_than_s: float = 3600.0, limit: int = 100) -> list[tuple[str, int]]:
-        """Attempts that ended without a result longer than `older_than_s` ago. No process writes their files any more: they may be deleted."""
+        """Attempts (job, number) that ended without a result more than `older_than_s` seconds ago.
+
+        No process writes their files any more, so these may be deleted.
+        """
         columns = job_attempts.c
         query = select(columns.job_id, columns.number).where(
             literal_column("outcome <> 'succeeded' AND NOT swept"), columns.finished_at < db_now(-older_than_s)
@@ -156,7 +159,7 @@ class JobReader:
             return [(job_id, number) for job_id, number in connection.execute(query.limit(limit))]
 
     def queues(self) -> list[QueueLoad]:
-        """The number of queued and running jobs of each queue, read from their partial indexes."""
+        """The number of queued and running jobs of each queue. Reads only partial indexes."""
         now = db_now()
         queued = (
             select(jobs.c.queue, func.count(), func.min(case((jobs.c.run_after <= now, jobs.c.created_at))), now)
@@ -175,7 +178,7 @@ class JobReader:
         return loads
 
     def statistics(self) -> JobStatistics:
-        """Counts over all jobs, from the partial indexes alone."""
+        """Counts over all jobs. Reads only partial indexes."""
         now = db_now()
         queued = (
             select(

@@ -13,36 +13,37 @@ WorkerState = Literal["idle", "busy", "draining", "unfit", "lost"]
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job to submit: everything is resolved and checked; the store only writes it."""
+    """A job to submit. All names are resolved and checked already; the store only writes the row."""
 
     tenant_id: str
     model_id: str
     model_name: str
     model_digest: str
-    recipe: dict[str, Any]  #: normalised
+    recipe: dict[str, Any]  #: the recipe's normalised form
     queue: Queue
-    needs_memory: int  #: bytes, from the plan's estimate; only a worker that offers as much may claim
+    needs_memory: int  #: bytes, from the plan's estimate; only a worker that offers at least as much may claim the job
     run_limit_s: float
     stall_s: float
     max_failures: int
-    needs_gpu_memory: int = 0  #: bytes of a GPU's memory, likewise
-    queue_reason: str = ""  #: why this queue
+    needs_gpu_memory: int = 0  #: bytes of GPU memory, with the same rule
+    queue_reason: str = ""  #: why the plan chose this queue
     name: str = ""
     priority: int = 0
     labels: dict[str, str] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)  #: how the recipe names a data set → {id, name, digest}
+    data: dict[str, Any] = field(default_factory=dict)  #: the name of a data set in the recipe → {id, name, digest}
     run_after: dt.datetime | None = None  #: None: at once
     queue_limit_s: float | None = None
     retry_of: str | None = None
-    promote: bool = True  #: an accepted result becomes the model name's latest
+    promote: bool = True  #: if accepted, the result becomes the latest of the model's name
     created_by: str | None = None  #: the key's id
-    fingerprint: str | None = None  #: of all that decides the result; jobs of one tenant with the same may share it
-    traceparent: str | None = None  #: of the span that submitted it, in W3C's form
+    #: digest of all that decides the result; jobs of one tenant with the same fingerprint may share a result
+    fingerprint: str | None = None
+    traceparent: str | None = None  #: the span that submitted the job, as a W3C `traceparent`
 
 
 @dataclass(frozen=True, slots=True)
 class Idempotency:
-    """A client's key and a digest of what it asked for. The same pair gives the same job."""
+    """A client's idempotency key and a digest of its request. The same pair returns the same job."""
 
     key: str
     fingerprint: str
@@ -73,16 +74,16 @@ class Job:
     model_digest: str
     recipe: dict[str, Any]
     data: dict[str, Any]
-    fingerprint: str | None  #: of all that decides its result
-    attempt: int  #: how often it was claimed; the number of the current or last attempt
+    fingerprint: str | None  #: digest of all that decides the result
+    attempt: int  #: number of times it was claimed: the number of the current or last attempt
     failures: int
     max_failures: int
-    error: dict[str, Any] | None  #: NightpressError.as_dict(), exactly in state failed
+    error: dict[str, Any] | None  #: NightpressError.as_dict(); set if and only if the state is failed
     retry_of: str | None
     promote: bool
     created_by: str | None
     traceparent: str | None
-    reused_from: str | None  #: the job whose result this one was given
+    reused_from: str | None  #: the job whose result this job shares
     worker_id: str | None  #: the current or last worker
     lease_id: str | None
     lease_expires_at: dt.datetime | None
@@ -96,7 +97,7 @@ class Job:
     finished_at: dt.datetime | None
 
     def told(self) -> dict[str, Any]:
-        """What a webhook's receiver reads of it."""
+        """The fields that a webhook's receiver gets."""
         return {
             "id": self.id,
             "name": self.name,
@@ -113,20 +114,20 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class WorkerOffer:
-    """What a worker can hold now."""
+    """The resources that a worker offers now. Memory in bytes."""
 
     worker_id: str
     queue: Queue
     device: str
     memory: int
     threads: int
-    gpu_memory: int | None = None  #: bytes; None: no GPU, or one that does not say
+    gpu_memory: int | None = None  #: bytes; None: no GPU, or a GPU that does not report its memory
     gpu_uuid: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A worker's right to one attempt of a job. Whoever lost it can write nothing more."""
+    """A worker's right to one attempt of a job. A worker that lost the lease can write nothing more."""
 
     job_id: str
     lease_id: str
@@ -146,7 +147,7 @@ class Renewal(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """One measured figure, kept in SQL so that jobs can be compared without opening their reports."""
+    """One measured value. It is kept in SQL so that jobs can be compared without reading their reports."""
 
     subject: str  #: "source", or an artifact's name
     name: str
@@ -158,13 +159,13 @@ class MetricRow:
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """What a worker hands in when all artifacts are shipped and verified."""
+    """The result that a worker commits after all artifacts are uploaded and verified."""
 
     verdict: Literal["accepted", "rejected"]
     manifest: Manifest
     report: dict[str, Any]
     metrics: list[MetricRow] = field(default_factory=list)
-    packages: tuple[str, ...] = ()  #: name and version of each whose passes made it
+    packages: tuple[str, ...] = ()  #: name and version of each package whose passes were used
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,16 +191,16 @@ class Artifact:
     job_id: str
     attempt: int
     format: str
-    path: str  #: folder below the attempt's prefix
+    path: str  #: folder, relative to the attempt's prefix
     size: int
     digest: str
     consumer: str
-    files: list[dict[str, Any]]  #: path (below `path`), size, sha256
+    files: list[dict[str, Any]]  #: path (relative to `path`), size in bytes, sha256
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A worker as it announces itself; state, job and times are filled in on the way out."""
+    """A worker as it announces itself. State, job and times are filled in when the roster is read."""
 
     id: str
     host: str
@@ -209,9 +210,9 @@ class Worker:
     threads: int
     version: str
     draining: bool = False
-    unfit: str | None = None  #: what is wrong with its machine, for which it claims nothing
-    gpu_memory: int | None = None  #: bytes; None where there is no GPU
-    gpu_memory_used: int | None = None  #: by whoever uses it, as of the last beat
+    unfit: str | None = None  #: the fault of its machine; while there is one, the worker claims no jobs
+    gpu_memory: int | None = None  #: bytes; None if there is no GPU
+    gpu_memory_used: int | None = None  #: bytes used by all processes, at the last heartbeat
     state: WorkerState = "idle"
     job_id: str | None = None
     started_at: dt.datetime | None = None
@@ -220,7 +221,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
-    """What waits in a queue and what runs from it, over all tenants."""
+    """The number of queued and running jobs of a queue, over all tenants."""
 
     name: Queue
     queued: int
@@ -230,7 +231,7 @@ class QueueLoad:
 
 @dataclass(frozen=True, slots=True)
 class JobStatistics:
-    """For /metrics."""
+    """Counts of jobs for /metrics."""
 
     jobs: dict[tuple[Queue, JobState], int]
     oldest_queued_s: dict[Queue, float]  #: age of the oldest job that could run now

@@ -1,4 +1,4 @@
-"""What a person asks of jobs that are there: their end, or the result of an identical one."""
+"""Requests about existing jobs: cancel them, or reuse the result of an identical job."""
 
 from dataclasses import replace
 
@@ -31,20 +31,20 @@ from nightpress.core.service.tables.jobs import (
 )
 from nightpress.core.version import ENGINE, engine_with
 
-MAX_CANCELLED = 500  #: by one request
+MAX_CANCELLED = 500  #: jobs per request
 
 _columns = jobs.c
 
 
 class JobRequests:
-    """What a person asks of jobs that are there."""
+    """Cancels jobs and reuses results."""
 
     def __init__(self, engine: Engine, reader: JobReader) -> None:
         self._engine = engine
         self._reader = reader
 
     def request_cancel(self, tenant_id: str, job_id: str) -> Job | None:
-        """queued → cancelled, running → cancelling; any other state is left as it is. None: the tenant has no such job."""
+        """queued → cancelled, running → cancelling; any other state stays. None: the tenant has no such job."""
         with transaction(self._engine) as connection:
             job = move(
                 connection,
@@ -59,9 +59,9 @@ class JobRequests:
         return job or self._reader.get(tenant_id, job_id)
 
     def cancel_all(self, tenant_id: str, wanted: JobsWanted, *, limit: int = MAX_CANCELLED) -> tuple[int, bool]:
-        """Ask for the end of every job that matches and isn't over, the newest first. Returns how many, and whether more are left.
+        """Cancel up to `limit` jobs that match and have not ended. Returns their number, and whether more jobs are left.
 
-        The newest first, so that no job starts in the place of one that was cancelled just before it.
+        The newest jobs are cancelled first, so that no job of the set starts on a worker that an earlier cancellation has freed.
         """
         states = wanted.states or (QUEUED, RUNNING)
         matching = self._reader.matching(tenant_id, replace(wanted, states=states))
@@ -72,13 +72,13 @@ class JobRequests:
         return sum(job is not None and job.state in {CANCELLED, CANCELLING} for job in asked), len(found) > limit
 
     def reuse(self, job: Job) -> Job:
-        """queued → succeeded with the result of an identical job of the same tenant, if there is one. Returns the job as it is then.
+        """queued → succeeded with the result of an identical job of the same tenant, if there is one. Returns the job afterwards.
 
-        The result is the other's: its artifacts' files, its report and its figures. Where the recipe names a device, the result was made on
-        that one; with `device: auto` either will do. Where a worker was faster, the job simply runs.
+        The job shares the files of the other job's artifacts, and gets copies of its report and its metrics. If the recipe names a device,
+        only a result from that device is reused; with `device: auto`, from either. If a worker claims the job first, it simply runs.
         """
         if job.fingerprint is None:
-            return job  # nobody knows what decided its result
+            return job  # without a fingerprint, no identical job can be found
         engine = engine_with(ENGINE, packages_of(job.recipe))
         made = jobs.alias("made")
         found = (
@@ -86,10 +86,10 @@ class JobRequests:
             .where(made.c.tenant_id == job.tenant_id, made.c.fingerprint == job.fingerprint)
             .where(made.c.state == literal_column("'succeeded'"), made.c.reused_from.is_(None))
             .where(literal(job.recipe.get("device", "auto") == "auto") | (made.c.queue == job.queue))
-            .where(made.c.engine == engine)  # in a rolling upgrade an older worker may have made it
+            .where(made.c.engine == engine)  # during a rolling upgrade, an older worker may have made the result
             .order_by(made.c.finished_at.desc())
             .limit(1)
-            .with_for_update()  # so that it isn't pruned meanwhile
+            .with_for_update()  # so that retention does not prune it now
         )
         with transaction(self._engine) as connection:
             origin = connection.execute(found).one_or_none()

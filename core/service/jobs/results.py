@@ -1,4 +1,4 @@
-"""The rows of a job's result: artifacts, report, figures. Written in the transaction in which the job succeeds, and never again."""
+"""The rows of a job's result: artifacts, report, metrics. They are written once, in the transaction in which the job succeeds."""
 
 from dataclasses import asdict
 
@@ -11,7 +11,7 @@ from nightpress.core.service.tables.jobs import job_artifacts, job_metrics, job_
 
 
 def write_result(connection: Connection, lease: Lease, outcome: Succeeded) -> None:
-    """What an attempt made."""
+    """Insert the result of an attempt."""
     manifest = outcome.manifest
     artifacts = [
         {
@@ -39,7 +39,7 @@ def write_result(connection: Connection, lease: Lease, outcome: Succeeded) -> No
 
 
 def copy_result(connection: Connection, origin: str, job_id: str) -> None:
-    """The rows of another job's result. Their files stay where they are: `attempt` and `reused_from` say where."""
+    """Copy the rows of another job's result. The files are not copied: `attempt` and `reused_from` locate them."""
     artifacts = connection.execute(select(job_artifacts).where(job_artifacts.c.job_id == origin)).mappings().all()
     if artifacts:
         rows = [{**row, "id": new_id("art"), "job_id": job_id} for row in artifacts]

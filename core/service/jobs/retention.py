@@ -1,8 +1,8 @@
-"""Removes old jobs and their artifacts in small batches: first hidden, then their files are deleted, then their rows.
+"""Removes old jobs and their artifacts in small batches: they are hidden first, then their files are deleted, then their rows.
 
-In that order nothing dangles and nothing leaks: what a reader is shown has its files, and what a killed process left half done is
-found again by its rows. Kept whatever their age: what a model name's pointer stands on, what a schedule's last job made, and what
-another job that is kept was given.
+This order is safe: artifacts that a reader can see have their files, and if a process is killed halfway, the rows are still there for
+the next try. Some artifacts are kept whatever their age: those that are promoted, those of a schedule's last job, and those that
+another job reuses.
 """
 
 from sqlalchemy import ColumnElement, Engine, and_, delete, exists, or_, select, tuple_, update
@@ -20,14 +20,14 @@ _columns = jobs.c
 
 
 class JobRetention:
-    """Every step is safe to run twice, and in several processes."""
+    """Deletes old jobs and artifacts. Every step may run twice, and in several processes at the same time."""
 
     def __init__(self, engine: Engine, objects: ObjectStore) -> None:
         self._engine = engine
         self._objects = objects
 
     def prune_artifacts(self, older_than_s: float) -> int:
-        """Delete the artifacts of jobs that ended at least this long ago. Their reports stay. Returns the number of jobs."""
+        """Delete the artifacts of jobs that ended more than `older_than_s` seconds ago. Reports stay. Returns the number of jobs."""
         mine = exists().where(job_artifacts.c.job_id == _columns.id)
         old = (_columns.finished_at < db_now(-older_than_s), _columns.artifacts_state == "kept", mine)
         for job_id in self._find(*old):
@@ -38,7 +38,7 @@ class JobRetention:
         return len(going)
 
     def prune_jobs(self, older_than_s: float) -> int:
-        """Delete jobs that ended at least this long ago, with everything that belongs to them. Returns how many."""
+        """Delete jobs that ended more than `older_than_s` seconds ago, with all that belongs to them. Returns their number."""
         self.prune_artifacts(older_than_s)
         bare = ~exists().where(job_artifacts.c.job_id == _columns.id)
         found = self._find(_columns.finished_at < db_now(-older_than_s), bare)
@@ -50,7 +50,7 @@ class JobRetention:
             return list(connection.scalars(query.order_by(_columns.finished_at).limit(_BATCH)))
 
     def _hide(self, job_id: str) -> None:
-        """kept → going. An identical job is given its result no more, and no name can be pointed at it."""
+        """kept → going. From now on, no identical job reuses the result, and it can't be promoted."""
         with transaction(self._engine) as connection:
             if _still_unneeded(connection, job_id):
                 hidden = {"artifacts_state": "going", "fingerprint": None}
@@ -63,14 +63,14 @@ class JobRetention:
         with transaction(self._engine, read_only=True) as connection:
             rows = connection.execute(query).all()
         for row in rows:
-            if row.reused_from is None:  # else they are another job's
+            if row.reused_from is None:  # otherwise the files belong to another job
                 self._objects.delete_prefix(f"jobs/{job_id}/attempts/{row.attempt}/{row.path}")
         with transaction(self._engine) as connection:
             connection.execute(delete(job_artifacts).where(job_artifacts.c.job_id == job_id))
             connection.execute(update(jobs).where(_columns.id == job_id).values(artifacts_state="gone"))
 
     def _delete(self, job_id: str) -> bool:
-        self._objects.delete_prefix(f"jobs/{job_id}")  # its report's files, and what attempts left
+        self._objects.delete_prefix(f"jobs/{job_id}")  # the report's files, and files that attempts left behind
         with transaction(self._engine) as connection:
             if not _still_unneeded(connection, job_id):
                 return False
@@ -79,7 +79,7 @@ class JobRetention:
 
 
 def _still_unneeded(connection: Connection, job_id: str) -> bool:
-    """Check again under a lock on the row. Promotions and reuse take the same lock."""
+    """Check again, with a lock on the job's row. Promotions and reuse take the same lock."""
     locked = connection.execute(select(_columns.id).where(_columns.id == job_id).with_for_update()).one_or_none()
     wanted = select(_columns.id).where(_columns.id == job_id, _columns.state.in_(sorted(TERMINAL_STATES)), ~_is_kept())
     return locked is not None and connection.execute(wanted).one_or_none() is not None

@@ -1,6 +1,7 @@
-"""The ring: a Celery message that says "this queue may have work". It carries no job and no authority; losing one costs a tick.
+"""The ring: a Celery message that means "this queue may have work". It names no job and grants no right.
 
-Ringer publishes from a thread of its own, so that neither a slow nor a dead broker is ever the caller's trouble.
+If a ring is lost, the work starts at most a tick later. Ringer publishes from its own thread, so that a slow or dead broker never
+delays the caller.
 """
 
 import logging
@@ -16,16 +17,16 @@ from nightpress.core.tracing import span, traceparent
 
 RING_TASK: Final = "nightpress.ring"
 QUEUES: Final = ("cpu", "gpu", "control")
-_RING_LIFE_S: Final = 60  #: seconds after which an unread ring expires: the control process has rung again
+_RING_LIFE_S: Final = 60  #: seconds after which an unread ring expires; the control process has sent a new one by then
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 15.0
-_REST_S: Final = 0.02  #: between rings: hundreds of submissions a second need fifty rings, not hundreds
+_REST_S: Final = 0.02  #: pause between rings: at most fifty rings a second, even for hundreds of submissions a second
 
 log = logging.getLogger(__name__)
 
 
 def make_celery(settings: Settings) -> Celery:
-    """The Celery application: JSON only, no result backend, early acknowledgement, nothing prefetched, publishing fails fast."""
+    """Make the Celery application: only JSON, no result backend, early acknowledgement, no prefetching, and publishing fails fast."""
     app = Celery("nightpress", broker=settings.celery_url)
     app.conf.update(
         accept_content=["json"],
@@ -42,7 +43,7 @@ def make_celery(settings: Settings) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_soft_shutdown_timeout=settings.drain_s,
         worker_hijack_root_logger=False,
-        worker_enable_remote_control=False,  # whoever reaches the broker may ring, and nothing more
+        worker_enable_remote_control=False,  # a client that can reach the broker can only ring
         worker_send_task_events=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
@@ -55,18 +56,18 @@ def make_celery(settings: Settings) -> Celery:
 
 
 class Ringer:
-    """Rings queues in the background. Several pending rings of one queue are sent as one."""
+    """Sends rings in the background. Several pending rings of one queue are sent as one."""
 
     def __init__(self, settings: Settings) -> None:
         self._app = make_celery(settings)
-        self._wanted: dict[str, str | None] = {}  #: queues, and the span of who wanted each first
+        self._wanted: dict[str, str | None] = {}  #: queue → `traceparent` of the first caller that rang it
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._publish, name="ringer", daemon=True)
         self._thread.start()
 
     def ring(self, queue: str) -> None:
-        """Say that a queue may have work. Never blocks and never raises."""
+        """Announce that a queue may have work. Never blocks and never raises."""
         with self._changed:
             if queue not in self._wanted:
                 self._wanted[queue] = traceparent()
@@ -84,7 +85,7 @@ class Ringer:
         pause = 0.0
         while True:
             with self._changed:
-                if pause:  # the broker is down: rings meanwhile are dropped, the control process rings again
+                if pause:  # the broker is down: drop the rings of this time; the control process rings again
                     self._changed.wait_for(lambda: self._closed, timeout=pause)
                     self._wanted.clear()
                 self._changed.wait_for(lambda: self._wanted or self._closed)

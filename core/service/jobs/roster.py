@@ -1,4 +1,4 @@
-"""Workers: those that live, what each does now, and which were seen lately."""
+"""The roster of workers: which are alive, what each does now, and which were seen lately."""
 
 import datetime as dt
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ _TOLD = (
     "gpu_memory",
     "gpu_memory_used",
 )
-LOST_SHOWN_S = 3600.0  #: and no longer than this
-#: How long the fleet remembers a worker. A week: a GPU may be there at night or on workdays only, or start when a job waits for it.
+LOST_SHOWN_S = 3600.0  #: seconds after its last heartbeat for which a lost worker is shown
+#: Seconds for which the fleet remembers a worker. A week: a GPU may run only at night or on workdays, or start when a job waits for it.
 FLEET_MEMORY_S = 7 * 24 * 3600.0
-UNSERVED_S = 3600.0  #: seconds without a worker that could take a job, after which the job says so
+UNSERVED_S = 3600.0  #: seconds without a worker that could take a queued job, after which the job shows a notice
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Fleet:
     at: dt.datetime  #: the database's time
 
     def unserved_s(self, queue: Queue, needs_memory: int = 0, needs_gpu_memory: int = 0) -> float | None:
-        """Seconds since a worker was seen that could hold such a job. None: longer ago than the fleet remembers."""
+        """Seconds since a worker was seen that could hold a job with these needs (bytes). None: longer ago than the fleet remembers."""
         seen = [
             seat.seen_s for seat in self.seats if seat.queue == queue and seat.holds(needs_memory, needs_gpu_memory)
         ]
         return min(seen, default=None)
 
     def notice(self, job: Job) -> str | None:
-        """What a person should know who waits for a queued job: no worker could have taken it for an hour. None: there is nothing to say."""
+        """A text for a queued job that no worker could have taken for UNSERVED_S seconds; None for any other job."""
         waited = (self.at - max(job.created_at, job.run_after)).total_seconds()
         silent = self.unserved_s(job.queue, job.needs_memory, job.needs_gpu_memory)
         if job.state != QUEUED or (waited if silent is None else silent) < UNSERVED_S:
@@ -60,13 +60,13 @@ class Fleet:
 
 
 class WorkerRoster:
-    """The workers' part of the job store. It decides nothing about jobs: leases do."""
+    """The table of workers. It does not decide about jobs: leases do."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def heartbeat_worker(self, worker: Worker) -> None:
-        """Say that a worker is alive; the first time, that it exists."""
+        """Record that a worker is alive. The first call adds it."""
         told = {name: getattr(worker, name) for name in _TOLD}
         with transaction(self._engine) as connection:
             seen = connection.execute(
@@ -78,13 +78,13 @@ class WorkerRoster:
                 )
 
     def remove_worker(self, worker_id: str) -> None:
-        """A worker says good-bye. It is shown no more; the fleet remembers what it offered."""
+        """Record that a worker has stopped. It is no longer shown, but the fleet still remembers what it offered."""
         with statement(self._engine) as connection:
             gone = update(workers).where(workers.c.id == worker_id)
             connection.execute(gone.values(left_at=db_now(), last_seen_at=db_now()))
 
     def fleet(self) -> Fleet:
-        """What workers have offered lately, each kind once, with the time since one of the kind was last seen."""
+        """The kinds of workers that were seen within FLEET_MEMORY_S, each once, with the time since a worker of the kind was last seen."""
         kind = (workers.c.queue, workers.c.memory, workers.c.threads, workers.c.gpu_memory)
         query = (
             select(*kind, func.max(workers.c.last_seen_at))
@@ -101,7 +101,7 @@ class WorkerRoster:
         return Fleet(tuple(seats), now)
 
     def forget_workers(self, older_than_s: float) -> int:
-        """Forget workers that were last seen so long ago. Returns how many."""
+        """Delete workers that were last seen more than `older_than_s` seconds ago. Returns their number."""
         with statement(self._engine) as connection:
             gone: CursorResult[Any] = connection.execute(
                 delete(workers).where(workers.c.last_seen_at < db_now(-older_than_s))
@@ -109,7 +109,7 @@ class WorkerRoster:
             return gone.rowcount
 
     def workers(self) -> list[Worker]:
-        """All known workers with what they do now: busy is who holds a lease, lost who wasn't seen for a while."""
+        """All known workers and what they do now. A worker that holds a lease is busy; one without a recent heartbeat is lost."""
         held = select(jobs.c.worker_id, func.min(jobs.c.id).label("job_id")).where(IS_LEASED).group_by(jobs.c.worker_id)
         leases = held.subquery()
         query = (

@@ -1,4 +1,4 @@
-"""From what a person asks for to a job that can run: names become identifiers, the recipe becomes a plan, and what can't work is refused."""
+"""Turns a request into a job that can run: resolves names to identifiers, plans the recipe, and refuses jobs that can't work."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 
 class ModelLookup(Protocol):
-    """What the service asks of the registry of models."""
+    """The part of the registry of models that this service uses."""
 
     def get(self, tenant_id: str, id_or_name: str) -> ModelView: ...
 
@@ -37,13 +37,13 @@ class ModelLookup(Protocol):
 
 
 class DataSetLookup(Protocol):
-    """What the service asks of the registry of data sets."""
+    """The part of the registry of data sets that this service uses."""
 
     def get(self, tenant_id: str, id_or_name: str) -> DataSetView: ...
 
 
 class _RecentAnswers(Generic[Value]):
-    """Answers remembered for a few seconds, so that a burst of submissions asks SQL once. Errors are not remembered."""
+    """Caches answers for a few seconds, so that a burst of submissions queries SQL once. Errors are not cached."""
 
     def __init__(self, seconds: float, size: int = 256) -> None:
         self._seconds = seconds
@@ -80,7 +80,7 @@ class JobService:
     def submit(
         self, tenant_id: str, wanted: JobCreate, idempotency_key: str | None = None, *, key_id: str | None = None
     ) -> tuple[Job, bool]:
-        """Write a job, in the name of an API key. Returns it, and False where the idempotency key had made it before.
+        """Submit a job for the API key `key_id`. Returns the job, and False if a request with the same idempotency key made it before.
 
         Raises NightpressError: not_found, conflict (the model isn't ready), invalid_recipe, unsupported_architecture,
         invalid_data, cannot_fit, quota_exceeded, idempotency_mismatch.
@@ -92,7 +92,7 @@ class JobService:
         try:
             new = self._resolve(tenant_id, wanted, key_id)
         except NightpressError:
-            # The model or recipe may be deleted by now; the job that they made is still there.
+            # The model or recipe may be deleted since, but the job of the first request still exists.
             job = self._store.submission.replay(tenant_id, idempotency) if idempotency else None
             if job is None:
                 raise
@@ -103,7 +103,7 @@ class JobService:
         return job, created
 
     def submit_all(self, tenant_id: str, wanted: Sequence[JobCreate], *, key_id: str | None = None) -> list[Job]:
-        """Write jobs, all or none. Raises what `submit` would, with each job's fault by its place in `faults`."""
+        """Submit all jobs or none. Raises what `submit` raises; `faults` in its details lists the fault of each job by its index."""
         news: list[NewJob] = []
         refusals: list[tuple[int, NightpressError]] = []
         for index, request in enumerate(wanted):
@@ -135,15 +135,15 @@ class JobService:
         ]
 
     def check(self, tenant_id: str, wanted: JobRequest) -> None:
-        """Raise what submitting this job now would raise, the quota apart."""
+        """Raise what submitting this job now would raise, except for quotas."""
         self._check_fit(self._look_up(tenant_id, wanted).plan)
 
     def plan(self, recipe: Recipe, model_id: str) -> Plan:
-        """What a recipe would do to a model, and where, as the fleet is now."""
+        """The plan of a recipe for a model: what it would do, and on which queue, given the workers seen lately."""
         return make_plan(recipe, self._models.header(model_id), self.fleet().seats)
 
     def fleet(self) -> Fleet:
-        """The workers seen lately. The answer may be some seconds old."""
+        """The workers seen lately. The answer may be a few seconds old."""
         return self._fleet.get("fleet", self._store.roster.fleet)
 
     def fingerprint(self, tenant_id: str, wanted: JobRequest) -> str:
@@ -151,7 +151,7 @@ class JobService:
         return self._look_up(tenant_id, wanted).fingerprint
 
     def retry(self, tenant_id: str, job_id: str, *, key_id: str | None = None) -> Job:
-        """Run a finished job again, as a new job with `retry_of`: the same model, recipe, data and limits, where it runs now.
+        """Run a finished job again, as a new job with `retry_of`: the same model, recipe, data and limits, but with a new plan.
 
         Raises NightpressError: not_found, conflict (it hasn't ended), quota_exceeded.
         """
@@ -231,11 +231,11 @@ class JobService:
         )
 
     def _look_up(self, tenant_id: str, wanted: JobRequest) -> "_Resolved":
-        """Resolve the names of model and data sets. Nothing is remembered: a name means other weights as soon as these are registered."""
+        """Resolve the names of model and data sets. Names are not cached: a name means other weights as soon as these are registered."""
         recipe = get_recipe(wanted.recipe) if isinstance(wanted.recipe, str) else parse_recipe(wanted.recipe)
         model = self._ready_model(tenant_id, wanted.model)
         planned = self._planned.get((model.id, recipe.model_dump_json()), lambda: self._make_plan(model.id, recipe))
-        plan, recipe = planned.plan, planned.plan.recipe  # with its target decided for this model
+        plan, recipe = planned.plan, planned.plan.recipe  # this recipe has its target chosen for this model
         data = {name: self._ready_data(tenant_id, name) for name in sorted(recipe.data_refs())}
         _check_labels(recipe, planned.header, data)
         return _Resolved(
@@ -265,7 +265,7 @@ class JobService:
         return data_set
 
     def _check_fit(self, plan: Plan) -> None:
-        """Refuse a job that no known worker could ever hold. With no worker known, a large enough one may still start."""
+        """Raise cannot_fit if no known worker could hold the job. If no worker is known, accept it: a large enough one may still start."""
         assert plan.estimate is not None
         seats = [seat for seat in self.fleet().seats if seat.queue == plan.queue]
         need, gpu_need = plan.estimate.memory_bytes, plan.estimate.gpu_bytes
@@ -314,7 +314,7 @@ class _Planned:
 
 @dataclass(frozen=True)
 class _Resolved:
-    """What a model's, a recipe's and the data sets' names mean."""
+    """The model, plan, recipe and data sets that the names of a request refer to."""
 
     model_id: str
     model_name: str
@@ -329,7 +329,7 @@ class _Resolved:
 
 
 def _planned(plan: Plan) -> dict[str, Any]:
-    """What a plan decides of a job, by its columns."""
+    """The columns of a job that its plan decides."""
     assert plan.estimate is not None
     return {
         "queue": plan.queue,
@@ -340,7 +340,10 @@ def _planned(plan: Plan) -> dict[str, Any]:
 
 
 def _fingerprint(model_digest: str, recipe: dict[str, Any], data: dict[str, dict[str, Any]]) -> str:
-    """A digest of everything that decides a job's result. The device is not in it (`JobRequests.reuse` compares that), nor is the recipe's name."""
+    """A SHA-256 of everything that decides a job's result.
+
+    It leaves out the device, which `JobRequests.reuse` compares, and the recipe's name, version and description.
+    """
     says = {key: value for key, value in recipe.items() if key not in {"name", "version", "description", "device"}}
     digests = {name: entry["digest"] for name, entry in data.items()}
     engine = engine_with(ENGINE, packages_of(recipe))

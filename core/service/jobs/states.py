@@ -1,4 +1,4 @@
-"""The life of a job as a table: which trigger leads from which state to which. Pure data; the store builds its guards from it."""
+"""The states of a job, and the table of transitions. Pure data: the store builds the guards of its statements from it."""
 
 from enum import StrEnum
 from typing import Final, Literal
@@ -13,7 +13,7 @@ FAILED: Final = "failed"
 CANCELLED: Final = "cancelled"
 
 ALL_STATES: Final[tuple[JobState, ...]] = (QUEUED, RUNNING, CANCELLING, SUCCEEDED, FAILED, CANCELLED)
-#: states in which a worker holds a lease, and no others
+#: the only states in which a worker holds a lease
 LEASED_STATES: Final[frozenset[JobState]] = frozenset({RUNNING, CANCELLING})
 
 AttemptOutcome = Literal["succeeded", "failed", "cancelled", "released", "lost"]
@@ -26,17 +26,17 @@ class Trigger(StrEnum):
     RENEW = "renew"
     FINISH = "finish"
     FAIL = "fail"
-    RELEASE = "release"  #: drain
-    CANCEL = "cancel"  #: a person asks
+    RELEASE = "release"  #: the worker drains, or its machine has a fault
+    CANCEL = "cancel"  #: requested by a user
     CONFIRM_CANCELLED = "confirm_cancelled"  #: the worker has killed the child
     LEASE_EXPIRED = "lease_expired"
     STALLED = "stalled"
     RUN_DEADLINE = "run_deadline"
     QUEUE_DEADLINE = "queue_deadline"
-    REUSE = "reuse"  #: an identical job has succeeded before
+    REUSE = "reuse"  #: an identical job has already succeeded
 
 
-#: trigger → from → where it may lead. A pair that isn't here changes nothing. Nothing leads out of a terminal state.
+#: trigger → state before → possible states after. A pair that is not listed changes nothing. No transition leaves a terminal state.
 TRANSITIONS: Final[dict[Trigger, dict[JobState, frozenset[JobState]]]] = {
     Trigger.CLAIM: {QUEUED: frozenset({RUNNING})},
     Trigger.RENEW: {RUNNING: frozenset({RUNNING}), CANCELLING: frozenset({CANCELLING})},
@@ -54,7 +54,7 @@ TRANSITIONS: Final[dict[Trigger, dict[JobState, frozenset[JobState]]]] = {
 
 
 def sources(trigger: Trigger) -> tuple[JobState, ...]:
-    """The states in which a trigger does something, in a fixed order."""
+    """The states in which a trigger has an effect, in a fixed order."""
     return tuple(state for state in ALL_STATES if state in TRANSITIONS[trigger])
 
 

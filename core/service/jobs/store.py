@@ -1,4 +1,4 @@
-"""Jobs from submission to their end, on SQLite or PostgreSQL: each part writes its own transitions."""
+"""The job store, on SQLite or PostgreSQL. It consists of parts, and each part writes its own transitions."""
 
 from sqlalchemy import Engine
 
@@ -16,7 +16,7 @@ class JobStore:
     """The parts of the job store on one engine. Safe to share between threads."""
 
     def __init__(self, engine: Engine, caps: Caps | None = None, *, oldest_share: float = 0.0) -> None:
-        """oldest_share: the part of all claims that takes the oldest job, whatever its priority."""
+        """oldest_share: the fraction of claims, 0 to 1, that takes the oldest job, whatever its priority."""
         self.engine = engine
         self.reader = JobReader(engine)
         self.submission = JobSubmission(engine)

@@ -1,4 +1,7 @@
-"""∅ → queued. On PostgreSQL the quota, the idempotency row, the job and its event are one statement and one round trip."""
+"""The submission of jobs: ∅ → queued.
+
+On PostgreSQL, one statement in one round trip checks the quota and inserts the idempotency row, the job and its event.
+"""
 
 import datetime as dt
 import threading
@@ -70,10 +73,11 @@ _GIVEN = (
     "run_limit_s",
     "stall_s",
 )
-#: After a count that found more than `_NEAR` free places, a process may write this many submissions within this many seconds without counting.
+#: After a count that found more than `_NEAR` free places in the quota, a process may write `_ALLOWANCE` submissions of the tenant within
+#: `_ALLOWANCE_S` seconds without counting again.
 _ALLOWANCE = 64
 _ALLOWANCE_S = 2.0
-#: With fewer places free, a tenant's submissions are counted one after the other.
+#: With fewer free places, a tenant's submissions take a lock and are counted in turn.
 _NEAR = 2048
 
 
@@ -84,10 +88,10 @@ class _Allowance:
 
 
 class _QuotaGauge:
-    """Saves most submissions from counting the queued jobs, as long as the tenant is far from its quota.
+    """Saves most submissions the count of queued jobs, while the tenant is far from its quota.
 
-    A process has at most `_ALLOWANCE` uncounted submissions to give and as many in flight, whatever other processes do. So sixteen
-    processes together stay below `_NEAR`, and a tenant can't pass its quota, unless `_NEAR` jobs come within `_ALLOWANCE_S`.
+    A process may have at most `_ALLOWANCE` uncounted submissions left and as many in flight, whatever other processes do. So sixteen
+    processes together stay below `_NEAR`. A tenant can exceed its quota only if it submits `_NEAR` jobs within `_ALLOWANCE_S` seconds.
     """
 
     def __init__(self) -> None:
@@ -95,7 +99,7 @@ class _QuotaGauge:
         self._allowances: dict[str, _Allowance] = {}
 
     def take(self, tenant_id: str) -> bool:
-        """Whether a submission may go in uncounted."""
+        """Use up one uncounted submission. False: there is none left, so the caller must count."""
         with self._lock:
             allowance = self._allowances.get(tenant_id)
             if allowance is None or allowance.left <= 0 or time.monotonic() > allowance.until:
@@ -104,7 +108,7 @@ class _QuotaGauge:
             return True
 
     def is_far(self, tenant_id: str) -> None:
-        """A count has found the tenant far from its quota."""
+        """Grant a new allowance, after a count that found the tenant far from its quota."""
         with self._lock:
             self._allowances[tenant_id] = _Allowance(_ALLOWANCE, until=time.monotonic() + _ALLOWANCE_S)
 
@@ -118,7 +122,7 @@ class JobSubmission:
         self._gauge = _QuotaGauge()
 
     def submit(self, new: NewJob, *, idempotency: Idempotency | None = None, max_queued: int) -> tuple[Job, bool]:
-        """Write a queued job. Returns it, and False where the idempotency key already had one.
+        """Write a queued job. Returns the job, and False if the idempotency key already had a job: then that job is returned.
 
         Raises NightpressError: quota_exceeded, idempotency_mismatch.
         """
@@ -137,7 +141,7 @@ class JobSubmission:
     def _write_on_sqlite(
         self, values: dict[str, Any], counted: bool, idempotency: Idempotency | None
     ) -> Row[Any] | Job | None:
-        """The new row, the job that the key has already, or None where the quota is used up."""
+        """Returns the new row, the job that the key already has, or None if the quota is used up."""
         with transaction(self._engine) as connection:
             found = self._found(connection, values["tenant_id"], idempotency) if idempotency else None
             return found or _insert_one_by_one(connection, values, counted, idempotency)
@@ -145,7 +149,7 @@ class JobSubmission:
     def _write_on_postgresql(
         self, values: dict[str, Any], counted: bool, idempotency: Idempotency | None
     ) -> Row[Any] | Job | None:
-        """The same. Far from the quota it is one statement; close to it, one submission after the other."""
+        """Returns the same as on SQLite. Far from the quota this is one statement; near it, submissions wait for a lock."""
         far = _far_from(values["max_queued"]) if counted else values["max_queued"]
         if far:
             with statement(self._engine) as connection:
@@ -178,7 +182,7 @@ class JobSubmission:
         row = connection.execute(query).one_or_none()
         if row is None:
             return None
-        if row[0] != idempotency.fingerprint or row[1] is None:  # no job: another kind of request had it
+        if row[0] != idempotency.fingerprint or row[1] is None:  # without a job: another kind of request used this key
             raise mismatch()
         return job_of(row[1:])
 
@@ -195,12 +199,12 @@ class JobSubmission:
 
 
 def _far_from(max_queued: int) -> int:
-    """With fewer jobs queued than this, no submission need wait for another one's count."""
+    """The number of queued jobs below which submissions need no lock."""
     return max(0, max_queued - _NEAR)
 
 
 def _lock_quota(connection: Connection, tenant_id: str) -> None:
-    """Two counts at the same moment would each see the last free place."""
+    """Lock the tenant's quota until the commit: two counts at the same time would both see the last free place."""
     lock_until_commit(connection, f"quota/{tenant_id}")
 
 
@@ -225,13 +229,13 @@ def _bound(new: NewJob, idempotency: Idempotency | None, max_queued: int) -> dic
     if new.run_after is not None and new.queue_limit_s is not None:
         values["limit_from_then"] = new.run_after + dt.timedelta(seconds=new.queue_limit_s)
     if idempotency is not None:
-        # Names that no column of a job has: the job keeps its own fingerprint.
+        # These names differ from the columns of a job, so that the job's own `fingerprint` is not overwritten.
         values |= {"idempotency_key": idempotency.key, "idempotency_fingerprint": idempotency.fingerprint}
     return values
 
 
 def _column_values() -> dict[str, ColumnElement[Any]]:
-    """What each column of a new job is set to. Times are the database's; `run_after` is the caller's, if it gave one."""
+    """The value of each column of a new job. Times come from the database's clock, but for a `run_after` that the caller gave."""
     not_before = bindparam("not_before", type_=UtcDateTime)
     limit = bindparam("queue_limit_s", type_=jobs.c.queue_limit_s.type)
     from_then = bindparam("limit_from_then", type_=UtcDateTime)
@@ -246,7 +250,7 @@ def _column_values() -> dict[str, ColumnElement[Any]]:
 
 
 def _queued_count() -> Select[Any]:
-    """How many jobs a tenant has queued: an index scan that stops at the quota."""
+    """The number of a tenant's queued jobs: an index scan that stops at the quota."""
     some = (
         select(literal_column("1"))
         .where(
@@ -276,9 +280,9 @@ def _idempotency_values() -> list[ColumnElement[Any]]:
 
 @cache
 def _all_in_one(counted: bool, keyed: bool) -> Select[Any]:
-    """PostgreSQL: everything or nothing, and no row where the quota is used up or the key exists.
+    """For PostgreSQL: writes all rows or none. Returns no row if the quota is used up or the key exists.
 
-    A concurrent submission with the same key waits for this one to commit, and then inserts nothing.
+    A concurrent submission with the same key waits until this transaction commits, and then inserts nothing.
     """
     quota = _queued_count().cte("quota") if counted else select(literal_column("0").label("queued")).cte("quota")
     has_room = quota.c.queued < bindparam("max_queued", type_=Integer)
@@ -306,7 +310,7 @@ def _all_in_one(counted: bool, keyed: bool) -> Select[Any]:
 def _insert_one_by_one(
     connection: Connection, values: dict[str, Any], counted: bool, idempotency: Idempotency | None
 ) -> Row[Any] | None:
-    """SQLite: the transaction already excludes other writers, and a round trip costs nothing."""
+    """For SQLite: several statements, because the transaction excludes other writers and there is no network round trip."""
     queued = connection.execute(_queued_count(), values).scalar_one() if counted else 0
     if queued >= values["max_queued"]:
         return None
@@ -339,7 +343,7 @@ _EMPTY = literal({}, JsonType)
 
 
 def _fresh(new: NewJob, values: dict[str, Any], created_at: dt.datetime, run_after: dt.datetime) -> Job:
-    """The row as it was just written, without reading it back."""
+    """The job that was just written, built from its values instead of reading the row."""
     return Job(
         id=values["id"],
         tenant_id=new.tenant_id,

@@ -1,4 +1,4 @@
-"""The statements behind every transition of a job: one guarded UPDATE, with its event, in one transaction."""
+"""The statements of a job's transitions: one guarded UPDATE and the insert of its event, in one transaction."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ MAX_BACKOFF_S = 600.0
 
 _columns = jobs.c
 
-#: what a job no longer has when nobody works on it
+#: values of the columns that are empty while no worker has the job
 RESTING: dict[str, Any] = {
     "lease_id": null(),
     "lease_expires_at": null(),
@@ -59,9 +59,10 @@ def move(
     note: Callable[[Job], tuple[str, dict[str, Any]]],
     **values: Any,
 ) -> Job | None:
-    """Update one job that meets the guards in a state where the trigger counts, and add the event that `note` words.
+    """Update the job that meets the guards, if the trigger has an effect in its state, and insert an event.
 
-    None: no such job, and nothing is written. The event's number is counted in the same UPDATE: it has no gaps.
+    `note`: returns the kind and data of the event, from the updated job. Returns None if there is no such job; then nothing is written.
+    The same UPDATE increases the event's number, so that numbers have no gaps.
     """
     in_source = IS_QUEUED if sources(trigger) == (QUEUED,) else _columns.state.in_(sources(trigger))
     guarded = (
@@ -91,7 +92,7 @@ def end_badly(
     outcome: AttemptOutcome,
     when_cancelling: str,
 ) -> Job | None:
-    """running → queued | failed, cancelling → cancelled | failed, by the error and by what the row has behind it."""
+    """running → queued | failed, cancelling → `when_cancelling`. Depends on the error and on the failures so far."""
     fault = error.as_dict()
     used_up = _columns.failures + 1 >= _columns.max_failures if error.kind.retryable else literal_column("1 = 1")
 
@@ -127,7 +128,7 @@ def holds(lease: Lease, trigger: Trigger) -> list[ColumnElement[bool]]:
 
 
 def _backed_off(backoff_s: float) -> db_now:
-    """Now plus backoff · 2^failures with jitter down to half of it, at most ten minutes."""
+    """Now plus min(backoff · 2^failures, MAX_BACKOFF_S), times a random factor of 0.5 to 1."""
     jitter = random.uniform(0.5, 1.0)
     doubled = backoff_s * jitter * literal_column("1").op("<<")(_columns.failures)
     bound = MAX_BACKOFF_S * jitter

@@ -1,4 +1,7 @@
-"""A model name's latest: promoted in the transaction in which a job is accepted, moved by hand to go back, and never lost."""
+"""The latest result of each model name.
+
+The transaction in which a job is accepted promotes its result. A user can promote an earlier result to go back. The history is kept.
+"""
 
 from typing import Any, Literal
 
@@ -17,13 +20,13 @@ _columns = promotions.c
 
 
 class PromotionStore:
-    """The pointers of all tenants. `model_name` is the name that the pressed model had."""
+    """The promotions of all tenants. `model_name` is the name of the model that the job compressed."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def latest(self, tenant_id: str, model_name: str) -> PromotionView:
-        """Raises not_found where no result was ever promoted."""
+        """The newest promotion of a model name. Raises not_found if no result was ever promoted."""
         query = _select().where(_columns.tenant_id == tenant_id, _columns.model_name == model_name)
         with transaction(self._engine, read_only=True) as connection:
             newest = query.order_by(_columns.created_at.desc(), _columns.id.desc()).limit(1)
@@ -39,7 +42,7 @@ class PromotionStore:
     def page(
         self, tenant_id: str, model_name: str, *, cursor: str | None, limit: int
     ) -> tuple[list[PromotionView], str | None]:
-        """The pointer's history, newest first: the first one is where it stands."""
+        """One page of a name's promotions, newest first, and the cursor of the next. The first of all is the current one."""
         query = _select().where(_columns.tenant_id == tenant_id, _columns.model_name == model_name)
         rows, following = newest_first(
             self._engine, query, _columns.created_at, _columns.id, cursor=cursor, limit=limit
@@ -47,11 +50,11 @@ class PromotionStore:
         return [PromotionView(**row._mapping) for row in rows], following
 
     def promote(self, tenant_id: str, model_name: str, job_id: str, *, key_id: str | None) -> PromotionView:
-        """Let the name mean another job's result, e.g. an earlier one. Raises not_found, conflict (it wasn't accepted)."""
+        """Promote the result of a job, e.g. an earlier one. Raises not_found, conflict (it was not accepted, or was pruned)."""
         mine = (jobs.c.id == job_id, jobs.c.tenant_id == tenant_id, jobs.c.model_name == model_name)
         with transaction(self._engine) as connection:
             query = select(jobs.c.state, jobs.c.verdict, jobs.c.artifacts_state).where(*mine)
-            row = connection.execute(query.with_for_update()).one_or_none()  # so that it isn't pruned meanwhile
+            row = connection.execute(query.with_for_update()).one_or_none()  # so that retention does not prune it now
             if row is None:
                 raise NightpressError(
                     ErrorCode.NOT_FOUND,
@@ -75,8 +78,8 @@ class PromotionStore:
 
 
 def promote_accepted(connection: Connection, tenant_id: str, model_name: str, job_id: str) -> None:
-    """In the transaction of an accepted finish. A job submitted before the one that stands there comes too late to replace it."""
-    # Of two jobs that end at the same moment, the later one to come here must see what the other wrote.
+    """Promote a job in the transaction in which it is accepted, unless a job that was submitted later has been promoted already."""
+    # If two jobs end at the same time, the second must see the row that the first wrote.
     lock_until_commit(connection, _pointer(tenant_id, model_name))
     mine, other = jobs.alias("mine"), jobs.alias("other")
     newer = exists().where(
@@ -99,7 +102,7 @@ def _write(
     cause: Literal["accepted", "manual"],
     key_id: str | None,
 ) -> str:
-    """A line that is newer than all the pointer has. Returns its id."""
+    """Insert a promotion that is newer than all others of the name. Returns its id."""
     there = (_columns.tenant_id == tenant_id, _columns.model_name == model_name)
     created_at = later_than(connection, select(func.max(_columns.created_at)).where(*there))
     row = {"tenant_id": tenant_id, "model_name": model_name, "job_id": job_id, "cause": cause, "created_by": key_id}

@@ -1,4 +1,4 @@
-"""A process's right to take in one model or data set: for a while, and only as long as it renews it."""
+"""A process's right to fetch or verify one model or data set. It expires unless the process renews it."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 
 @dataclass
 class Claim:
-    """One process holds it. `note` counts the transferred bytes, and raises when the claim is lost."""
+    """A claim that one process holds. `note` counts the transferred bytes, and raises if the claim is lost."""
 
     row_id: str
     claim_id: str
@@ -22,7 +22,7 @@ class Claim:
         return min(1.0, self.done / self.total) if self.total else 0.0
 
     def note(self, count: int) -> None:
-        """Raises NightpressError(cancelled)."""
+        """Add `count` transferred bytes. Raises NightpressError(cancelled) if the claim is lost."""
         self.done += count
         if self.lost.is_set():
             raise NightpressError(ErrorCode.CANCELLED, "It was deleted meanwhile, or another process has taken over.")

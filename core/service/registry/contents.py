@@ -1,4 +1,4 @@
-"""What a worker reads of a registered model or data set: its files, and where they lie."""
+"""The files of a registered model or data set and their location, for workers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from nightpress.core.service.tables.registry import data_sets, models
 
 @dataclass(frozen=True)
 class Contents:
-    """The files lie at `server_path`, a folder or a file of the machine, or below `prefix` in object storage."""
+    """The files are at `server_path` (a folder or file of the machine) or, if that is None, below `prefix` in object storage."""
 
     files: tuple[FileEntry, ...]
     prefix: str
@@ -21,12 +21,12 @@ class Contents:
 
 
 def model_contents(engine: Engine, model_id: str) -> Contents:
-    """Raises NightpressError(not_found) where the model was deleted meanwhile."""
+    """The files of a model. Raises NightpressError(not_found) if there is no such model."""
     return _contents(engine, models, "models", model_id)
 
 
 def data_set_contents(engine: Engine, data_set_id: str) -> Contents:
-    """Raises NightpressError(not_found) where the data set was deleted meanwhile."""
+    """The files of a data set. Raises NightpressError(not_found) if there is no such data set."""
     return _contents(engine, data_sets, "datasets", data_set_id)
 
 

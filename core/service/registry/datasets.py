@@ -24,13 +24,13 @@ from nightpress.core.sources.source import Listing, RemoteFile, Source
 from nightpress.core.wire.models import DataSetCreate, DataSetView
 
 _PIECE = 1024**2
-#: what is read of a data set while a request waits: a few tenths of a second
-_AT_ONCE_BYTES = 16 * 1024**2  #: of rows; prose is read many times faster
+#: limits on the part of a data set that is read within a request: a few tenths of a second
+_AT_ONCE_BYTES = 16 * 1024**2  #: for rows; plain text is read many times faster
 _AT_ONCE_LINES = 50_000
 
 
 class DataSetRegistry(FetchingRegistry[DataSetView]):
-    """Text and labelled rows that people brought, and the ones that come with Nightpress."""
+    """Data sets of text or labelled rows: those of the tenants, and those that are part of Nightpress."""
 
     kind = "datasets"
     noun = "data set"
@@ -39,7 +39,10 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
     table = data_sets
 
     def create(self, tenant_id: str, request: DataSetCreate) -> DataSetView:
-        """Announce a file that will be uploaded, name a source to fetch, or register one on the server: read and hashed now if it is small."""
+        """Announce a file to upload, name a source to fetch, or register a file on the server.
+
+        A small file on the server is read and hashed at once; a large one by the control process.
+        """
         if [request.file, request.path, request.source].count(None) != 2:
             raise NightpressError(
                 ErrorCode.INVALID_REQUEST,
@@ -73,11 +76,11 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
         if following is not None:
             return items, following
         builtin = [_builtin(name) for name in sorted(BUILTIN_DATA)]
-        # What comes with Nightpress ends the list; where the page has no room for it, a page of its own follows.
+        # The built-in data sets end the list. If the last page has no room for them, they get a page of their own.
         if not items or len(items) + len(builtin) <= limit:
             return items + builtin, None
         last = items[-1]
-        assert last.created_at is not None  # only what comes with Nightpress has no such time
+        assert last.created_at is not None  # only built-in data sets have no such time
         return items, cursor_after(last.created_at, last.id)
 
     def _create_from_path(self, tenant_id: str, name: str, raw: str) -> DataSetView:
@@ -99,7 +102,7 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
 
     def _choose(self, _source: Source, listing: Listing) -> Sequence[RemoteFile]:
         (file,) = listing.files
-        # Where it lay in its repository or bucket says nothing about it here.
+        # The folder in its repository or bucket does not matter here.
         kind_of(file.path.rpartition("/")[2])
         return (file,)
 
@@ -146,7 +149,7 @@ def _no_file(raw: str) -> NightpressError:
 
 
 def _examine(name: str, pieces: Iterable[bytes], *, at_once: bool) -> dict[str, Any]:
-    """The columns that say what is in a file. Raises TakesLonger where that must be known at once and isn't."""
+    """The columns that describe a file's contents. `at_once`: raises TakesLonger if the file is too large to read within a request."""
     window = Window()
     if at_once:
         window = Window(READ_BYTES if kind_of(name) == "txt" else _AT_ONCE_BYTES, _AT_ONCE_LINES)

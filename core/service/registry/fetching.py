@@ -1,4 +1,7 @@
-"""What is fetched from sources, or too large to be verified within a request: noted by a request, taken in by the control process."""
+"""Takes in models and data sets that are fetched from a source, or that are too large to be verified within a request.
+
+A request writes the row; the control process then fetches or verifies the files.
+"""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -19,10 +22,13 @@ from nightpress.core.sources.source import Listing, RemoteFile, Source, read_ste
 
 
 class FetchingRegistry(Registry[View]):
-    """One process at a time takes a row in, under a claim. Another one that takes over continues after the last complete file."""
+    """A registry that also fetches. One process at a time takes in a row, under a claim.
+
+    A process that takes over from another continues after the last complete file.
+    """
 
     def fetch(self, tenant_id: str, name: str, source_url: str, revision: str | None = None) -> View:
-        """Note a model or data set that the control process will fetch. Raises invalid_request, path_not_allowed."""
+        """Add a model or data set for the control process to fetch. Raises invalid_request, path_not_allowed."""
         address = parse_address(source_url, self.kind, self._settings)
         row_id = new_id(self.id_prefix)
         kind = "s3" if isinstance(address, BucketAddress) else "hub"
@@ -32,7 +38,7 @@ class FetchingRegistry(Registry[View]):
         return self.get(tenant_id, row_id)
 
     def fetched(self, tenant_id: str, name: str, source_url: str, revision: str) -> View | None:
-        """The newest one of this name with these bytes of a source, if it is there or on its way."""
+        """The newest row of this name with this revision of a source, if it is ready or being fetched; else None."""
         columns = self.table.c
         same = (columns.name == name, columns.source_url == source_url, columns.revision == revision)
         query = self._select().where(columns.tenant_id == tenant_id, *same, columns.state != "failed")
@@ -43,7 +49,10 @@ class FetchingRegistry(Registry[View]):
         return None if row is None else self._view(row)
 
     def take_in(self, claim: Claim) -> None:
-        """Fetch or verify what the claim is for, to its end. Faults of its files make it `failed`; raises what may pass."""
+        """Fetch or verify the row of the claim, to the end. Faults of its files make it `failed`.
+
+        Raises NightpressError with a retryable code, or cancelled if the claim is lost.
+        """
         columns = self.table.c
         with transaction(self._engine, read_only=True) as connection:
             query = self._select().where(columns.id == claim.row_id, columns.claim_id == claim.claim_id)
@@ -70,7 +79,7 @@ class FetchingRegistry(Registry[View]):
         self._forget_if_deleted(row)
 
     def give_up(self, claim: Claim, error: NightpressError, *, older_than_s: float) -> bool:
-        """Fail a row that has been tried for longer than the patience allows. False: it has time left."""
+        """Fail the row if it is older than `older_than_s` seconds. False: it is younger and may be tried again."""
         columns = self.table.c
         old = (columns.id == claim.row_id, columns.created_at < db_now(-older_than_s))
         with transaction(self._engine, read_only=True) as connection:
@@ -81,7 +90,10 @@ class FetchingRegistry(Registry[View]):
         return True
 
     def forget_superseded(self, older_than_s: float, *, limit: int = 100) -> int:
-        """Delete fetched rows of at least this age that a newer row of the same name replaces, unless a job needs them. Returns how many."""
+        """Delete fetched rows older than `older_than_s` seconds that a newer, ready row of the same name replaces. Returns their number.
+
+        Rows that a job needs stay.
+        """
         table, newer = self.table, self.table.alias("newer")
         is_newer = (
             newer.c.tenant_id == table.c.tenant_id,
@@ -109,8 +121,9 @@ class FetchingRegistry(Registry[View]):
         return count
 
     def _fetch(self, row: Row[Any], claim: Claim) -> Taken:
-        """Every file of a source into the store. After an interruption those that are whole are not fetched again."""
-        address = parse_address(row.source_url, self.kind, self._settings)  # the operator may have taken it back
+        """Fetch every file of a source into the store. After an interruption, complete files are not fetched again."""
+        # Parsed again, because the operator may no longer allow the address.
+        address = parse_address(row.source_url, self.kind, self._settings)
         if isinstance(address, HubAddress) and row.revision:
             address = replace(address, revision=row.revision)
         owner = self._owner(row.id)
@@ -142,7 +155,7 @@ class FetchingRegistry(Registry[View]):
         return files, self._examine_stored(owner, files)
 
     def _note(self, row: Row[Any], claim: Claim, **columns: Any) -> None:
-        """Write the progress. Raises cancelled if the claim is lost."""
+        """Write columns of the row while the claim is held. Raises cancelled if the claim is lost."""
         mine = (self.table.c.id == row.id, self.table.c.claim_id == claim.claim_id, self.table.c.deleted_at.is_(None))
         with transaction(self._engine) as connection:
             if not connection.execute(update(self.table).where(*mine).values(**columns)).rowcount:
@@ -150,7 +163,7 @@ class FetchingRegistry(Registry[View]):
         claim.note(0)
 
     def _forget_if_deleted(self, row: Row[Any]) -> None:
-        """This process may have stored files after the deletion."""
+        """Delete the files of a deleted row again: this process may have stored files after the deletion."""
         gone = select(self.table.c.id).where(self.table.c.id == row.id, self.table.c.deleted_at.is_not(None))
         with transaction(self._engine, read_only=True) as connection:
             deleted = connection.execute(gone).one_or_none() is not None
@@ -159,4 +172,4 @@ class FetchingRegistry(Registry[View]):
 
     @abstractmethod
     def _choose(self, source: Source, listing: Listing) -> Sequence[RemoteFile]:
-        """Which of a source's files are to be fetched."""
+        """The files of a source that are to be fetched."""

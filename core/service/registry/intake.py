@@ -1,7 +1,7 @@
-"""What is fetched from a source, or too large to be verified within a request, is taken in here: by threads of the control process.
+"""Threads of the control process that fetch from sources, and verify what is too large to be verified within a request.
 
-Any number of replicas may do it at once. Each row has one owner at a time, by a claim that expires; whoever takes over goes on
-after the last file that is whole.
+Any number of replicas may run at the same time. Each row has one owner at a time, by a claim that expires. A process that takes over
+continues after the last complete file.
 """
 
 import logging
@@ -21,17 +21,19 @@ from nightpress.core.service.registry.models import ModelRegistry
 
 AT_A_TIME = 2
 TTL_S = 60.0
-_PAUSE_S = 30.0  #: before what failed for now is tried again
-_PATIENCE_S = 24 * 3600.0  #: after which it is failed for good
-_PATIENCE_WITH_US_S = (
-    600.0  #: the same, for errors that nobody foresaw: what can't be read once can seldom be read later
-)
+_PAUSE_S = 30.0  #: seconds before a row that failed with a retryable error is tried again
+_PATIENCE_S = 24 * 3600.0  #: age in seconds at which such a row is failed for good
+#: seconds of unexpected errors after which a row is failed for good; shorter, because these seldom pass by themselves
+_PATIENCE_WITH_US_S = 600.0
 
 log = logging.getLogger(__name__)
 
 
 class Intake:
-    """One a control process. `advance` starts what is due and keeps what runs; it never waits for either."""
+    """Takes in rows; a control process has one Intake. `advance` starts what is due and renews the claims of what runs.
+
+    `advance` does not wait for the transfers.
+    """
 
     def __init__(
         self,
@@ -50,7 +52,7 @@ class Intake:
         self._threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="intake")
         self._lock = threading.Lock()
         self._running: dict[str, tuple[ModelRegistry | DataSetRegistry, Claim]] = {}
-        self._failing_since: dict[str, float] = {}  #: row → when this process first met an error that nobody foresaw
+        self._failing_since: dict[str, float] = {}  #: row → monotonic time of this process's first unexpected error
 
     def advance(self) -> None:
         with self._lock:
@@ -66,7 +68,7 @@ class Intake:
             self._threads.submit(self._run, *found)
 
     def close(self) -> None:
-        """Stop running work and release its claims: another process continues at once."""
+        """Stop the running work and release its claims, so that another process can continue at once."""
         with self._lock:
             running = list(self._running.values())
         for _, claim in running:
@@ -122,7 +124,7 @@ class Intake:
                 self._failing_since.pop(claim.row_id, None)
             else:
                 self._release(registry, claim, self._pause_s)
-        except NightpressError as away:  # the database: the claim runs out by itself
+        except NightpressError as away:  # the database does not answer: the claim expires by itself
             log.warning("The claim of %s %s stays: %s", registry.noun, claim.row_id, away)
 
     def _renew(self, registry: ModelRegistry | DataSetRegistry, claim: Claim) -> None:

@@ -27,7 +27,7 @@ from nightpress.core.wire.models import FileView, ModelCreate, ModelView
 
 
 class ModelRegistry(FetchingRegistry[ModelView]):
-    """Models that people brought. Ready ones never change, and were inspected before they became ready."""
+    """The models of the tenants. A model is inspected before it becomes ready, and never changes afterwards."""
 
     kind = "models"
     noun = "model"
@@ -36,7 +36,10 @@ class ModelRegistry(FetchingRegistry[ModelView]):
     table = models
 
     def create(self, tenant_id: str, request: ModelCreate) -> ModelView:
-        """Announce files that will be uploaded, name a source to fetch, or register a server folder: inspected and hashed now if it is small."""
+        """Announce files to upload, name a source to fetch, or register a folder on the server.
+
+        A small folder on the server is inspected and hashed at once; a large one by the control process.
+        """
         if [bool(request.files), request.path is not None, request.source is not None].count(True) != 1:
             raise NightpressError(
                 ErrorCode.INVALID_REQUEST,
@@ -55,7 +58,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         return self._begin(tenant_id, request.name, request.files)
 
     def header(self, model_id: str) -> ModelHeader:
-        """The header that a plan needs. The caller has checked the tenant with `get`. Raises not_found, conflict."""
+        """The header that a plan needs. The caller must have checked the tenant with `get`. Raises not_found, conflict."""
         with transaction(self._engine, read_only=True) as connection:
             row = connection.execute(
                 select(models.c.name, models.c.state, models.c.header).where(
@@ -80,7 +83,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         return self._register(tenant_id, name, path, sum(sizes.values()))
 
     def _files_at(self, path: Path) -> FolderFiles:
-        """A server folder whose links, where it has some, lead to nothing but what the operator allowed."""
+        """The files of a server folder. Raises path_not_allowed if a symbolic link leads outside what the operator allowed."""
         files = FolderFiles(path)
         for name in files.names():
             resolve_path(str(files.path(name)), self._settings)
@@ -138,7 +141,7 @@ def _facts(header: ModelHeader) -> dict[str, Any]:
 
 
 class _StoredFiles:
-    """An uploaded model in the object store, as `inspect_model` reads it."""
+    """A model in the object store, in the form that `inspect_model` reads."""
 
     def __init__(self, store: ObjectStore, prefix: str, sizes: Mapping[str, int]) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""What models and data sets have in common: brought by upload or by server path, looked up by tenant, deleted with their bytes."""
+"""The common base of models and data sets: upload or registration by server path, lookup by tenant, deletion with their files."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -30,17 +30,17 @@ from nightpress.core.wire.models import DataSetView, FileAnnouncement, ModelView
 log = logging.getLogger(__name__)
 
 View = TypeVar("View", ModelView, DataSetView)
-Taken = tuple[Sequence[FileEntry], Mapping[str, Any]]  #: files, and the columns that say what is in them
+Taken = tuple[Sequence[FileEntry], Mapping[str, Any]]  #: files, and the columns that describe their contents
 
 
 class TakesLonger(Exception):  # noqa: N818
-    """It can't be verified while a request waits: the control process does it."""
+    """The files can't be verified within a request. The control process verifies them."""
 
 
 class Registry(ABC, Generic[View]):
-    """One tenant never sees another's: every method that takes a reference looks only among the tenant's own.
+    """The rows of one kind, models or data sets. Every method that takes a tenant sees only the tenant's own rows.
 
-    A reference is an id, or a name: then the newest ready one is meant, else the newest.
+    A reference is an id or a name. A name means its newest ready row or, if none is ready, its newest row.
     """
 
     kind: ClassVar[Kind]  #: "models" or "datasets": the first part of keys and routes
@@ -57,34 +57,34 @@ class Registry(ABC, Generic[View]):
         self._quotas = QuotaBook(engine, settings)
 
     def get(self, tenant_id: str, reference: str) -> View:
-        """Raises NightpressError(not_found)."""
+        """The row that a reference names. Raises NightpressError(not_found)."""
         return self._view(self._find(tenant_id, reference))
 
     def page(self, tenant_id: str, *, cursor: str | None = None, limit: int = 50) -> tuple[list[View], str | None]:
-        """The newest first, and the cursor of the next page, if there is one."""
+        """One page, newest first, and the cursor of the next page or None."""
         table = self.table
         query = self._select().where(table.c.tenant_id == tenant_id)
         rows, following = newest_first(self._engine, query, table.c.created_at, table.c.id, cursor=cursor, limit=limit)
         return [self._view(row) for row in rows], following
 
     def uploads(self, tenant_id: str, reference: str) -> list[UploadFile]:
-        """The parts still missing, with fresh URLs; none once it is ready or failed."""
+        """The parts that are still missing, with fresh URLs. Empty unless the state is `uploading`."""
         row = self._find(tenant_id, reference)
         return self._uploads.pending(self._owner(row.id)) if row.state == "uploading" else []
 
     def receive_part(
         self, tenant_id: str, reference: str, path: str, number: int, pieces: Iterable[bytes], size: int
     ) -> None:
-        """Take one part of one file; only where the store gives out no URLs."""
+        """Store one part of one file. Only for stores without presigned URLs."""
         row = self._find(tenant_id, reference)
         self._must_be_uploading(row)
         self._uploads.receive(self._owner(row.id), path, number, pieces, size)
 
     def complete(self, tenant_id: str, reference: str) -> View:
-        """Verify what was uploaded and make it ready. Safe to repeat.
+        """Verify the uploaded files and make the row ready. Safe to repeat.
 
-        Raises conflict while parts are missing. Any other fault of the files makes it `failed` and deletes them.
-        What takes too long for a request becomes `verifying`: the control process goes on.
+        Raises conflict while parts are missing. Any other fault of the files makes the row `failed` and deletes the files.
+        If verifying takes too long for a request, the row becomes `verifying`, and the control process continues.
         """
         row = self._find(tenant_id, reference)
         if row.state in {"ready", "verifying"}:
@@ -110,7 +110,7 @@ class Registry(ABC, Generic[View]):
         return self.get(tenant_id, row.id)
 
     def delete(self, tenant_id: str, reference: str) -> None:
-        """Delete it with its bytes, or give up its upload. A server path's files stay. Raises conflict while a job needs it."""
+        """Delete the row with its stored files and its upload. Files at a server path stay. Raises conflict while a job needs it."""
         row = self._find(tenant_id, reference)
         with transaction(self._engine) as connection:
             if self._is_needed(connection, tenant_id, row.id):
@@ -123,7 +123,7 @@ class Registry(ABC, Generic[View]):
         self._uploads.abandon(self._owner(row.id))
 
     def sweep_abandoned(self, older_than_s: float) -> int:
-        """Fail uploads that nobody completed within this time, and delete their files. Returns how many."""
+        """Fail uploads that were not completed within `older_than_s` seconds, and delete their files. Returns their number."""
         table = self.table
         with transaction(self._engine, read_only=True) as connection:
             rows = connection.execute(
@@ -137,9 +137,10 @@ class Registry(ABC, Generic[View]):
         return len(rows)
 
     def sweep_deleted(self, older_than_s: float, *, limit: int = 100) -> int:
-        """Delete again the files of rows that were deleted or failed at least this long ago. Returns the number of rows.
+        """Delete again the files of rows that were deleted or failed more than `older_than_s` seconds ago. Returns the number of rows.
 
-        Their rows say so before their files go: a process that was killed in between left some, and a slow one may have stored more.
+        The row is marked before its files are deleted. A process that was killed in between has left files, and a slow process may have
+        stored more files afterwards.
         """
         columns = self.table.c
         over_at = func.coalesce(columns.deleted_at, columns.created_at)
@@ -158,18 +159,18 @@ class Registry(ABC, Generic[View]):
         self._uploads.finish(owner, on_bytes)
         return files, self._examine_stored(owner, files, at_once=at_once)
 
-    # What the two kinds do their own way -------------------------------------------------------------------------
+    # Differs between the two kinds -------------------------------------------------------------------------------
 
     @abstractmethod
     def _view(self, row: Row[Any]) -> View: ...
 
     @abstractmethod
     def _examine_stored(self, owner: Owner, files: Sequence[FileEntry], *, at_once: bool = False) -> dict[str, Any]:
-        """Validate the stored files and return the columns they fill. `at_once`: raises TakesLonger for what a request can't wait for."""
+        """Validate the stored files and return the columns that describe them. `at_once`: may raise TakesLonger."""
 
     @abstractmethod
     def _examine_path(self, path: Path, on_bytes: OnBytes, *, at_once: bool = False) -> "Taken":
-        """Validate and hash what lies at a server path. Raises not_found; `at_once`: TakesLonger."""
+        """Validate and hash the files at a server path. Raises not_found. `at_once`: may raise TakesLonger."""
 
     @property
     @abstractmethod
@@ -178,12 +179,12 @@ class Registry(ABC, Generic[View]):
 
     @abstractmethod
     def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
-        """Whether a job that is not over yet needs it."""
+        """Whether a job that has not ended needs the row."""
 
     # ---------------------------------------------------------------------------------------------------------------
 
     def _begin(self, tenant_id: str, name: str, files: Sequence[FileAnnouncement]) -> View:
-        """Write a row that awaits its files."""
+        """Write a row whose files will be uploaded."""
         self._quotas.check_storage(tenant_id, sum(file.size for file in files))
         owner = self._owner(new_id(self.id_prefix))
         entries = [_entry(file) for file in files]
@@ -200,7 +201,7 @@ class Registry(ABC, Generic[View]):
         return self.get(tenant_id, owner.id).model_copy(update={"uploads": self._uploads.pending(owner)})
 
     def _register(self, tenant_id: str, name: str, server_path: Path, size: int) -> View:
-        """Write a row for files that stay where the operator put them: ready at once, unless reading them takes long."""
+        """Write a row for files that stay at their server path. It is ready at once, unless reading the files takes long."""
         row_id = new_id(self.id_prefix)
         given: dict[str, Any] = {"source": "path", "server_path": str(server_path)}
         try:
@@ -252,7 +253,7 @@ class Registry(ABC, Generic[View]):
         )
 
     def _select(self) -> Select[Any]:
-        """Every column but a model's header, which may be long."""
+        """Select every column but a model's header, which may be long."""
         columns = [column for column in self.table.columns if column.name != "header"]
         return select(*columns).where(self.table.c.deleted_at.is_(None))
 
@@ -270,7 +271,7 @@ class Registry(ABC, Generic[View]):
             )
 
     def _advance(self, row: Row[Any], **columns: Any) -> bool:
-        """Guarded by the state and the claim that the row had when it was read. False if another process was faster."""
+        """Update the row if its state and claim are still those of `row`. False: another process has changed it first."""
         table = self.table
         same = (table.c.state == row.state, table.c.claim_id.is_not_distinct_from(row.claim_id))
         if columns["state"] in {"ready", "failed"}:
@@ -282,11 +283,11 @@ class Registry(ABC, Generic[View]):
             return won.rowcount == 1
 
     def _as_decided(self, tenant_id: str, owner: Owner) -> View:
-        """The row as another request left it while this one verified the files."""
+        """The row after another request has changed it while this request verified the files."""
         try:
             row = self._find(tenant_id, owner.id)
         except NightpressError:
-            self._uploads.abandon(owner)  # deleted: this request may have joined parts after that
+            self._uploads.abandon(owner)  # deleted: this request may have joined parts after the deletion
             raise
         if row.state not in {"ready", "verifying"}:
             self._must_be_uploading(row)
@@ -298,7 +299,7 @@ class Registry(ABC, Generic[View]):
 
 
 def made_ready(files: Sequence[FileEntry], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a row that is ready."""
+    """The columns of a row that becomes ready."""
     return {"state": "ready", "progress": 1.0, "digest": digest_of(list(files)), **described(files), **facts}
 
 
@@ -311,22 +312,25 @@ def dumped(files: Iterable[FileEntry]) -> list[dict[str, Any]]:
 
 
 def _note_unforeseen(error: Exception, noun: str, row_id: str) -> None:
-    """Treat an unforeseen error like work that takes longer: the control process tries again, and gives up after its patience."""
+    """Log an unexpected error. The caller then treats it like TakesLonger: the control process tries again for a limited time."""
     if not isinstance(error, TakesLonger):
         log.error("The %s %s: an unexpected error", noun, row_id, exc_info=error)
 
 
 def _ignore(_count: int) -> None:
-    """Nobody watches: the request is about to be answered."""
+    """Drops the progress: within a request, no caller can read it."""
 
 
 def live_jobs() -> Any:
-    """The condition that a job is not over yet."""
+    """The SQL condition that a job has not ended."""
     return jobs.c.state.not_in(sorted(TERMINAL_STATES))
 
 
 def describe_files(root: Path, files: Mapping[str, Path], on_bytes: OnBytes) -> tuple[FileEntry, ...]:
-    """Hash files, named as they are below `root`, two at a time: hashing holds no lock, and more would only fight for the disk."""
+    """Hash files. `files`: path relative to `root` → path on disk. `on_bytes` is called with the size of each file.
+
+    Uses two threads: hashing releases the GIL, and more threads would only compete for the disk.
+    """
 
     def describe(name: str) -> FileEntry:
         found = describe_as(name, files[name])
@@ -358,7 +362,7 @@ def _entry(file: FileAnnouncement) -> FileEntry:
 
 
 def seen(row: Row[Any]) -> dict[str, Any]:
-    """The fields of a view that models and data sets have in common."""
+    """The fields that the views of models and data sets share."""
     return {
         "id": row.id,
         "name": row.name,

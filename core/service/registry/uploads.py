@@ -1,4 +1,4 @@
-"""Uploads: opened at the object store, sent in parts by the client, and usable once the whole file is verified."""
+"""Uploads: opened at the object store, sent in parts by the client, and usable after the whole file is verified."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ _NOTHING = hashlib.sha256(b"").hexdigest()
 class Owner:
     """The model or data set that files belong to."""
 
-    column: str  #: of the table uploads
+    column: str  #: the column of the table uploads that refers to the owner
     id: str
     kind: str  #: "models" or "datasets": the first part of keys and routes
 
@@ -40,14 +40,14 @@ class Owner:
 
 
 class Uploads:
-    """What a client still has to send for a model or data set. Which parts have come, only the store is asked."""
+    """The files that a client still has to send for a model or data set. Only the store knows which parts were received."""
 
     def __init__(self, engine: Engine, store: ObjectStore) -> None:
         self._engine = engine
         self._store = store
 
     def open(self, owner: Owner, files: Sequence[FileAnnouncement]) -> list[dict[str, Any]]:
-        """Open an upload a file at the store. Returns the rows to be inserted; on an error nothing stays open."""
+        """Open an upload for each file at the store. Returns the rows to insert. If an error occurs, no upload stays open."""
         rows: list[dict[str, Any]] = []
         try:
             for file in files:
@@ -65,7 +65,7 @@ class Uploads:
             connection.execute(insert(uploads), list(rows))
 
     def pending(self, owner: Owner) -> list[UploadFile]:
-        """The parts not yet received, by file, with fresh URLs."""
+        """The parts that were not received yet, by file, with fresh URLs."""
         found = []
         for row in self._rows(owner):
             missing = self._missing(owner, row)
@@ -75,7 +75,7 @@ class Uploads:
         return found
 
     def receive(self, owner: Owner, path: str, number: int, pieces: Iterable[bytes], size: int) -> None:
-        """Take one part. Raises not_found, payload_too_large, invalid_request, checksum_mismatch."""
+        """Store one part. Raises not_found, payload_too_large, invalid_request, checksum_mismatch."""
         row = next((row for row in self._rows(owner) if row.path == path), None)
         if row is None or not 1 <= number <= _part_count(row):
             raise NightpressError(
@@ -94,7 +94,7 @@ class Uploads:
         )
 
     def must_be_whole(self, owner: Owner) -> None:
-        """Raises conflict where parts are missing."""
+        """Raise conflict if parts are missing."""
         rows = self._rows(owner)
         missing = {row.path: parts for row in rows if (parts := self._missing(owner, row))}
         if missing:
@@ -107,9 +107,9 @@ class Uploads:
             )
 
     def finish(self, owner: Owner, on_bytes: OnBytes) -> None:
-        """Join and verify every file. May be called again after an interruption: what was verified is not read twice.
+        """Join the parts of every file and verify it. May be called again after an interruption: verified files are not read twice.
 
-        Raises checksum_mismatch where the bytes are others.
+        Raises checksum_mismatch if a file has other bytes than announced.
         """
         for row in self._rows(owner):
             self._store.complete_upload(
@@ -120,7 +120,7 @@ class Uploads:
             on_bytes(row.size)
 
     def abandon(self, owner: Owner) -> None:
-        """Leave nothing of the owner in the store, nor of its uploads in SQL."""
+        """Delete the owner's files and uploads from the store, and its uploads from SQL."""
         with transaction(self._engine, read_only=True) as connection:
             rows = connection.execute(select(uploads.c.path, uploads.c.store_upload_id).where(owner.is_mine())).all()
         self._store.delete_prefix(owner.prefix)
@@ -159,7 +159,7 @@ class Uploads:
         }
 
     def _store_nothing(self, owner: Owner, file: FileAnnouncement) -> None:
-        """An empty file needs no upload."""
+        """Store an empty file, which needs no upload."""
         if file.sha256 != _NOTHING:
             raise NightpressError(
                 ErrorCode.CHECKSUM_MISMATCH,
@@ -177,7 +177,7 @@ class Uploads:
     def _missing(self, owner: Owner, row: Row[Any]) -> list[int]:
         received = self._store.received_parts(owner.key(row.path), row.store_upload_id)
         if not received and self._store.stat(owner.key(row.path)) is not None:
-            return []  # joined already, by a call that was interrupted before it had verified the object
+            return []  # already joined, by a call that was interrupted before it had verified the object
         numbers = range(1, _part_count(row) + 1)
         return [number for number in numbers if received.get(number) != _size_of_part(row, number)]
 

@@ -1,4 +1,4 @@
-"""From a schedule's source to a model that is ready: look what is there now, and have it fetched if it isn't here yet."""
+"""Gets the model of a schedule's source ready: reads the source's revision, and has the model fetched unless it is registered already."""
 
 import logging
 import time
@@ -14,13 +14,13 @@ from nightpress.core.sources.open import open_source
 from nightpress.core.sources.source import revision_of
 from nightpress.core.wire.models import ModelCreate, ModelView
 
-_REST_S = 30.0  #: a source that did not answer is asked again so much later
+_REST_S = 30.0  #: seconds before a source that did not answer is read again
 
 log = logging.getLogger(__name__)
 
 
 class Bringer:
-    """Called at every tick for a run that is pending: it looks at the source once, then waits for the registry."""
+    """Gets the models of pending runs. It is called at every tick: it reads the source once, then polls the registry."""
 
     def __init__(self, schedules: ScheduleStore, models: ModelRegistry, settings: Settings) -> None:
         self._schedules = schedules
@@ -29,7 +29,7 @@ class Bringer:
         self._rests: dict[str, float] = {}
 
     def look(self, run: PendingRun) -> str | None:
-        """The source's revision now. None: it did not answer a moment ago, and isn't asked yet."""
+        """The source's current revision. None: it failed less than `_REST_S` seconds ago, and is not read again yet."""
         assert run.source is not None
         if time.monotonic() < self._rests.get(run.id, 0.0):
             return None
@@ -41,7 +41,7 @@ class Bringer:
             raise
 
     def begin(self, run: PendingRun, revision: str) -> None:
-        """Have this revision registered under the name that the schedule's job asks for, unless it is already."""
+        """Register this revision under the model name of the schedule's job, unless it is registered already."""
         assert run.source is not None
         name = run.job.model
         if run.source.startswith("/"):
@@ -55,7 +55,7 @@ class Bringer:
             self._models.delete(run.tenant_id, model.id)  # another replica was faster
 
     def ready(self, run: PendingRun) -> ModelView | None:
-        """None: it is still on its way. Raises what kept it from arriving."""
+        """The run's model, or None while it is being fetched or verified. Raises its error if it failed."""
         assert run.model_id is not None
         model = self._models.get(run.tenant_id, run.model_id)
         if model.state == "failed":

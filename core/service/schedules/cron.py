@@ -1,7 +1,7 @@
-"""When a schedule fires: five-field cron in a time zone, by cronsim, which treats clock changes as Debian's cron does.
+"""The times at which a schedule fires: five-field cron in a time zone, computed by cronsim, which treats clock changes as Debian's cron.
 
-A fixed time that a change to summer time leaves out fires at the end of the gap; one that the change back repeats fires the
-first time only. Where the hour or the minute is a `*`, every hour that passes counts.
+A fixed time that the change to summer time skips fires at the end of the gap. A fixed time that the change back repeats fires only the
+first time. If the hour or the minute is `*`, every hour that passes counts.
 """
 
 import datetime as dt
@@ -16,7 +16,7 @@ from cronsim import CronSim, CronSimError
 from nightpress.core.errors import ErrorCode, NightpressError
 
 MAX_LENGTH = 200
-#: enough fires to see every gap of a day in which they come five minutes apart, and the one over midnight
+#: number of fires that are checked: with one every five minutes, it covers every gap of a day and the gap over midnight
 _SAMPLE = 300
 
 
@@ -28,10 +28,10 @@ class Cron:
     timezone: str
 
     def after(self, moment: dt.datetime) -> Iterator[dt.datetime]:
-        """Every fire later than `moment`, in UTC, strictly increasing. Ends where cronsim finds none in 50 years."""
+        """Every fire after `moment`, in UTC, strictly increasing. Ends if cronsim finds no fire within 50 years."""
         last = moment.astimezone(dt.UTC)
         for fire in CronSim(self.expression, last.astimezone(ZoneInfo(self.timezone))):
-            # Within a repeated hour cronsim starts over at its first pass, and a gap can draw two times into one.
+            # cronsim restarts at the first pass of a repeated hour, and a gap can map two fires to the same time: skip duplicates.
             instant = fire.astimezone(dt.UTC)
             if instant > last:
                 last = instant
@@ -49,7 +49,10 @@ class Cron:
 
 
 def parse_cron(expression: str, timezone: str, *, min_interval_s: float, now: dt.datetime) -> Cron:
-    """Raises NightpressError(invalid_schedule) for what is no cron expression or zone, never fires, or fires too often."""
+    """Parse a five-field cron expression and an IANA time zone.
+
+    Raises NightpressError(invalid_schedule) for an invalid expression or zone, or one that never fires or fires too often.
+    """
     if timezone not in _zones():
         raise _invalid(
             f"{timezone[:80]!r} is not a time zone.", "Name one of the IANA data base, e.g. Europe/Berlin or UTC."
@@ -81,7 +84,7 @@ def parse_cron(expression: str, timezone: str, *, min_interval_s: float, now: dt
 
 @cache
 def _zones() -> frozenset[str]:
-    """An allow-list: a zone's name is also a path below the zone files, and must never reach another."""
+    """The known time zones. An allow-list, because a zone's name is used as a file path and must not lead to another file."""
     return frozenset(available_timezones())
 
 

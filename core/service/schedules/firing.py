@@ -1,7 +1,7 @@
-"""What the control process does for schedules: record the fires that are due, then lead each to a job or to a reason why not.
+"""The control process's work for schedules: record the fires that are due, then submit a job for each, or record why not.
 
-Any number of replicas may do both at once. A fire is recorded under a unique constraint; a run's job is submitted under an
-idempotency key of the run, so that two replicas, or one that died between the two steps, make one job.
+Any number of replicas may do this at the same time. A unique constraint makes sure that a fire is recorded once. A run's job is
+submitted under an idempotency key of the run. So two replicas, or a replica that dies between the steps, make only one job.
 """
 
 import datetime as dt
@@ -15,11 +15,11 @@ from nightpress.core.service.schedules.bringing import Bringer
 from nightpress.core.service.schedules.store import DueSchedule, LastRun, PendingRun, ScheduleStore
 from nightpress.core.wire.jobs import JobCreate
 
-ON_TIME_S = 300.0  #: a fire seen this much later was not missed: a control process may restart meanwhile
-_REACH_S = 31 * 24 * 3600.0  #: catching up looks back no further
-_MAX_RECORDED = 100  #: of the fires missed in one go, the newest
-_MAX_WAITING = 10  #: runs that wait for the one before them; later ones are skipped
-#: Errors that another hour may mend: the run stays pending so long.
+ON_TIME_S = 300.0  #: a fire recorded up to this many seconds late is not missed: the control process may have restarted
+_REACH_S = 31 * 24 * 3600.0  #: longest time that catching up looks back
+_MAX_RECORDED = 100  #: most fires that are recorded at once; these are the newest
+_MAX_WAITING = 10  #: most runs of a schedule that wait for earlier runs; later ones are skipped
+#: Errors that may pass within an hour: the run stays pending for `_PATIENCE_S` seconds.
 _PATIENT = {ErrorCode.QUOTA_EXCEEDED, ErrorCode.CANNOT_FIT, ErrorCode.SOURCE_UNAVAILABLE}
 _PATIENCE_S = 3600.0
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Firing:
-    """`fire` and `advance` are safe to run twice, and in several processes."""
+    """Fires schedules. `fire` and `advance` may run twice, and in several processes at the same time."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Firing:
         self._ring = ring
 
     def fire(self, now: dt.datetime | None = None) -> None:
-        """Record every fire up to `now`, the database's time unless a test gives another."""
+        """Record every fire up to `now`. None: the database's time; tests give other times."""
         moment = now or self._schedules.now()
         for due in self._schedules.due(moment):
             fires = plan_fires(due, moment)
@@ -52,7 +52,7 @@ class Firing:
                 log.info("Schedule %s fired for %s.", due.id, ", ".join(f"{fire:%Y-%m-%d %H:%M}Z" for fire in fires))
 
     def advance(self) -> None:
-        """Decide each pending run. One that fails doesn't hold up the others."""
+        """Decide each pending run. A run that fails does not stop the others."""
         for run in self._schedules.pending():
             try:
                 self._decide(run)
@@ -89,7 +89,8 @@ class Firing:
             if brought is None:
                 return
             model = brought.id
-        fingerprint = self._fingerprint(run, model)  # before anything is replaced: it also says what can't be submitted
+        # Before earlier runs are replaced, because this raises if the job can't be submitted.
+        fingerprint = self._fingerprint(run, model)
         if last is not None and fingerprint == last.fingerprint:
             self._schedules.settle(run.id, "skipped", reason="unchanged")
             return
@@ -97,8 +98,8 @@ class Firing:
             self._schedules.settle(earlier, "skipped", reason="replaced")
             if job_id is not None:
                 self._store.requests.request_cancel(run.tenant_id, job_id)
-        # The space keeps the key out of reach of clients, whose keys have none.
-        # What nothing changed for isn't pressed again, unless a person asked for this run or said so in the schedule.
+        # Clients' idempotency keys have no spaces, so that none of them can equal this key.
+        # By default a cron run reuses the result of an identical job; a run that a user triggers does not.
         reuse = run.cause == "cron" if run.job.reuse is None else run.job.reuse
         wanted = JobCreate(**{**run.job.model_dump(), "model": model, "reuse": reuse})
         job, _ = self._jobs.submit(run.tenant_id, wanted, f"schedule {run.id}", key_id=run.created_by)
@@ -113,7 +114,7 @@ class Firing:
             )  # replaced by a later run while this one submitted
 
     def _is_same_work(self, run: PendingRun, last: LastRun) -> bool:
-        """Whether a job for the model of the last run would do nothing new."""
+        """Whether a job for the model of the last run would be identical to the last job."""
         try:
             return last.model_id is not None and self._fingerprint(run, last.model_id) == last.fingerprint
         except NightpressError as error:
@@ -126,7 +127,7 @@ class Firing:
 
 
 def plan_fires(due: DueSchedule, now: dt.datetime) -> dict[dt.datetime, str | None]:
-    """The fires from `due.next_at` to `now`, and for each the reason to skip it, or None to run it."""
+    """The fires from `due.next_at` to `now`: fire → the reason to skip it, or None to run it."""
     start = max(due.next_at, now - dt.timedelta(seconds=_REACH_S))
     fires = [due.next_at] if start == due.next_at else []
     fires += due.cron.until(start, now)

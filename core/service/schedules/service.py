@@ -1,4 +1,4 @@
-"""What a person does with schedules: make, look, edit, suspend, resume, trigger, delete."""
+"""The operations on schedules that the API offers: create, read, edit, suspend, resume, trigger, delete."""
 
 import datetime as dt
 from typing import Any
@@ -15,7 +15,7 @@ from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, Sche
 
 
 class ScheduleService:
-    """Checks what is asked for, then leaves writing to the store. Safe to share between threads."""
+    """Checks requests, and writes through the store. Safe to share between threads."""
 
     def __init__(self, store: ScheduleStore, jobs: JobService, settings: Settings) -> None:
         self.store = store
@@ -23,7 +23,10 @@ class ScheduleService:
         self._settings = settings
 
     def create(self, tenant_id: str, wanted: ScheduleCreate, *, key_id: str | None = None) -> ScheduleView:
-        """Raises invalid_schedule, conflict, quota_exceeded, and what submitting its job now would raise but for a missing model."""
+        """Create a schedule. Raises invalid_schedule, conflict, quota_exceeded, and what submitting its job now would raise.
+
+        A model that is missing or not ready, and a job that fits no worker, are no errors here.
+        """
         now = self.store.now()
         cron = self._cron(wanted.cron, wanted.timezone, now)
         self._check_job(tenant_id, wanted.job)
@@ -36,12 +39,12 @@ class ScheduleService:
     def edit(
         self, tenant_id: str, reference: str, wanted: ScheduleUpdate, *, version: int | None = None
     ) -> ScheduleView:
-        """Change what is given. With `version`, only while it is still that one: else precondition_failed."""
+        """Change the given fields. Raises precondition_failed if `version` is given and is no longer the schedule's version."""
         schedule = self.store.get(tenant_id, reference)
         if version is not None and version != schedule.version:
             raise changed_since()
         values: dict[str, Any] = wanted.model_dump(mode="json", exclude_none=True)
-        if "source" in wanted.model_fields_set:  # null takes it away
+        if "source" in wanted.model_fields_set:  # null removes the source
             values["source"] = wanted.source
         if wanted.job is not None:
             self._check_job(tenant_id, wanted.job)
@@ -53,7 +56,7 @@ class ScheduleService:
         if suspended:
             values["next_at"] = None
         elif moved or schedule.suspended:
-            # What was missed while it was suspended, or at another time, was not wanted.
+            # Fires that were missed while it was suspended, or at its old times, are not caught up.
             values["next_at"] = _first(cron, now)
         return self.store.edit(tenant_id, schedule, values | {"cron": cron.expression})
 
@@ -61,7 +64,7 @@ class ScheduleService:
         self.store.delete(tenant_id, reference, version=version)
 
     def trigger(self, tenant_id: str, reference: str) -> ScheduleRunView:
-        """Fire now, also while suspended. Its rule of overlap holds; `only_if_changed` doesn't."""
+        """Fire now, even if the schedule is suspended. The rule `overlap` applies; `only_if_changed` does not."""
         return self.store.trigger(tenant_id, self.store.get(tenant_id, reference).id)
 
     def _cron(self, expression: str, timezone: str, now: dt.datetime) -> Cron:
@@ -75,7 +78,7 @@ class ScheduleService:
         try:
             self._jobs.check(tenant_id, job)
         except NightpressError as error:
-            # A model that isn't there tonight may be brought by then; a recipe that is wrong stays wrong.
+            # A missing model may exist by the time of the fire, but a wrong recipe stays wrong.
             if error.code not in {ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.CANNOT_FIT}:
                 raise
 

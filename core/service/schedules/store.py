@@ -1,4 +1,4 @@
-"""Schedules and their runs in SQL: the only writer of both. What a run leads to, core/service/schedules/firing.py decides."""
+"""Schedules and their runs in SQL; the only writer of both. core/service/schedules/firing.py decides what a run leads to."""
 
 import datetime as dt
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ from nightpress.core.versions import changed_since
 from nightpress.core.wire.jobs import TERMINAL_STATES, JobRequest
 from nightpress.core.wire.schedules import ScheduleRunView, ScheduleView
 
-_MAX_SCHEDULES = 1000  #: a tenant
+_MAX_SCHEDULES = 1000  #: per tenant
 _UPCOMING = 5
 _runs = schedule_runs.c
 
 
 @dataclass(frozen=True)
 class DueSchedule:
-    """A schedule whose next fire has come."""
+    """A schedule whose next fire is due."""
 
     id: str
     name: str
@@ -39,7 +39,7 @@ class DueSchedule:
 
 @dataclass(frozen=True)
 class PendingRun:
-    """A fire that is recorded and has led to nothing yet, with its schedule's rules."""
+    """A recorded fire that is not decided yet, with the rules of its schedule."""
 
     id: str
     schedule_id: str
@@ -53,29 +53,29 @@ class PendingRun:
     job: JobRequest
     created_by: str | None
     source: str | None
-    model_id: str | None  #: what is fetched for it
+    model_id: str | None  #: the model that is fetched for the run
     revision: str | None
 
 
 @dataclass(frozen=True)
 class LastRun:
-    """What the schedule's last job was made from."""
+    """The model and the work of the schedule's last job."""
 
-    model_id: str | None  #: where the schedule has a source
+    model_id: str | None  #: None if the schedule has no source
     revision: str | None
     fingerprint: str | None
 
 
 class ScheduleStore:
-    """Schedules of all tenants. Every method that takes a tenant looks only among its own."""
+    """Schedules of all tenants. Every method that takes a tenant sees only that tenant's schedules."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    # People ------------------------------------------------------------------------------------------------------
+    # For users ---------------------------------------------------------------------------------------------------
 
     def create(self, tenant_id: str, values: Mapping[str, Any], *, key_id: str | None) -> ScheduleView:
-        """`values`: columns of the row. Raises conflict for a name that is taken, quota_exceeded."""
+        """Insert a schedule. `values`: columns of the row. Raises conflict if the name is taken, quota_exceeded."""
         schedule_id = new_id("sch")
         mine = select(func.count()).select_from(schedules).where(schedules.c.tenant_id == tenant_id)
         try:
@@ -102,7 +102,7 @@ class ScheduleStore:
         return self.get(tenant_id, schedule_id)
 
     def get(self, tenant_id: str, reference: str) -> ScheduleView:
-        """By id or name. Raises not_found."""
+        """The schedule with this id or name. Raises not_found."""
         with transaction(self._engine, read_only=True) as connection:
             row = connection.execute(select(schedules).where(*_named(tenant_id, reference))).one_or_none()
             now = read_now(connection)
@@ -120,7 +120,7 @@ class ScheduleStore:
         return [_view(row, now) for row in rows], following
 
     def edit(self, tenant_id: str, schedule: ScheduleView, values: Mapping[str, Any]) -> ScheduleView:
-        """Change the schedule as it was read. Raises precondition_failed where somebody changed it since."""
+        """Change the schedule. Raises precondition_failed if it has changed since `schedule` was read."""
         unchanged = (*_named(tenant_id, schedule.id), schedules.c.version == schedule.version)
         new = {**values, "version": schedule.version + 1, "updated_at": db_now()}
         try:
@@ -134,7 +134,7 @@ class ScheduleStore:
         return self.get(tenant_id, schedule.id)
 
     def delete(self, tenant_id: str, reference: str, *, version: int | None = None) -> None:
-        """The jobs it made stay. Raises precondition_failed where `version` is no longer its own."""
+        """Delete the schedule; its jobs stay. Raises precondition_failed if `version` is no longer the schedule's version."""
         found = self.get(tenant_id, reference)
         unchanged = [schedules.c.tenant_id == tenant_id, schedules.c.id == found.id]
         if version is not None:
@@ -146,7 +146,7 @@ class ScheduleStore:
             raise changed_since()
 
     def trigger(self, tenant_id: str, schedule_id: str) -> ScheduleRunView:
-        """Record a fire that a person asked for, now."""
+        """Record a fire now, at a user's request."""
         run_id = new_id("run")
         with transaction(self._engine) as connection:
             if connection.execute(select(1).where(*_named(tenant_id, schedule_id))).one_or_none() is None:
@@ -170,7 +170,7 @@ class ScheduleStore:
     def runs(
         self, tenant_id: str, reference: str, *, cursor: str | None, limit: int
     ) -> tuple[list[ScheduleRunView], str | None]:
-        """What each fire came to, newest first."""
+        """One page of the schedule's runs, newest first, and the cursor of the next."""
         schedule = self.get(tenant_id, reference)
         query = _select_runs().where(_runs.schedule_id == schedule.id)
         rows, following = newest_first(self._engine, query, _runs.created_at, _runs.id, cursor=cursor, limit=limit)
@@ -180,7 +180,7 @@ class ScheduleStore:
         with transaction(self._engine, read_only=True) as connection:
             return read_now(connection)
 
-    # The control process -----------------------------------------------------------------------------------------
+    # For the control process -------------------------------------------------------------------------------------
 
     def due(self, now: dt.datetime, *, limit: int = 100) -> list[DueSchedule]:
         columns = schedules.c
@@ -197,7 +197,10 @@ class ScheduleStore:
     def record_fires(
         self, due: DueSchedule, fires: Mapping[dt.datetime, str | None], next_at: dt.datetime | None
     ) -> bool:
-        """Write a run for each fire (a reason: it is skipped) and move on. False: another replica has done so already."""
+        """Write a run for each fire, and set the schedule's next fire. False: another replica has already done so.
+
+        `fires`: fire → the reason to skip it, or None to run it.
+        """
         still = (schedules.c.id == due.id, schedules.c.next_at == due.next_at)
         with transaction(self._engine) as connection:
             if not connection.execute(update(schedules).where(*still).values(next_at=next_at)).rowcount:
@@ -221,7 +224,7 @@ class ScheduleStore:
         return sqlite.insert(schedule_runs).values(**row).on_conflict_do_nothing()
 
     def pending(self, *, limit: int = 100) -> list[PendingRun]:
-        """Oldest first."""
+        """The runs that are not decided yet, oldest first."""
         columns = schedules.c
         query = (
             select(
@@ -250,7 +253,7 @@ class ScheduleStore:
         return [PendingRun(**{**row, "job": JobRequest.model_validate(row["job"])}) for row in rows]
 
     def going(self, run: PendingRun) -> list[tuple[str, str | None]]:
-        """Earlier runs of the same schedule that are not over: their ids and their jobs."""
+        """Earlier runs of the same schedule that have not ended: (run's id, job's id)."""
         earlier = or_(
             _runs.scheduled_for < run.scheduled_for, (_runs.scheduled_for == run.scheduled_for) & (_runs.id < run.id)
         )
@@ -267,7 +270,7 @@ class ScheduleStore:
             return [(row.id, row.job_id) for row in connection.execute(query)]
 
     def last(self, schedule_id: str) -> LastRun | None:
-        """The last run of the schedule that submitted a job, leaving out jobs that failed or were cancelled."""
+        """The schedule's last run that submitted a job. Runs whose job failed or was cancelled are left out."""
         query = (
             select(_runs.model_id, _runs.revision, _runs.fingerprint)
             .join_from(schedule_runs, jobs, jobs.c.id == _runs.job_id, isouter=True)
@@ -284,21 +287,21 @@ class ScheduleStore:
         return None if row is None else LastRun(*row)
 
     def bring(self, run_id: str, model_id: str, revision: str) -> bool:
-        """Note which model a pending run waits for. False: another replica has noted one, or has decided."""
+        """Set the model that a pending run waits for. False: another replica has set it already, or has decided the run."""
         with transaction(self._engine) as connection:
             still = (_runs.id == run_id, _runs.state == "pending", _runs.model_id.is_(None))
             noted = update(schedule_runs).where(*still).values(model_id=model_id, revision=revision)
             return connection.execute(noted).rowcount == 1
 
     def settle(self, run_id: str, state: str, **columns: Any) -> bool:
-        """pending → submitted | skipped | failed. False: another replica has decided."""
+        """pending → submitted | skipped | failed. False: another replica has decided the run."""
         with transaction(self._engine) as connection:
             still = (_runs.id == run_id, _runs.state == "pending")
             won = connection.execute(update(schedule_runs).where(*still).values(state=state, **columns))
             return won.rowcount == 1
 
     def forget_runs(self, older_than_s: float) -> int:
-        """Delete runs that were over so long ago."""
+        """Delete decided runs that are older than `older_than_s` seconds. Returns their number."""
         with transaction(self._engine) as connection:
             old = (_runs.state != "pending", _runs.created_at < db_now(-older_than_s))
             return connection.execute(schedule_runs.delete().where(*old)).rowcount

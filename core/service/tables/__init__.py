@@ -1,1 +1,1 @@
-"""The tables, a module a resource, and the conditions of their partial indexes."""
+"""The tables, one module per resource, and the conditions of their partial indexes."""

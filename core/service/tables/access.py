@@ -1,10 +1,10 @@
-"""The tables of tenants, their API keys and what keys did. A dump of them opens nothing: of keys they hold digests only."""
+"""The tables of tenants, API keys and the audit log. They hold only digests of keys, so that a dump gives no access."""
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, Float, Index, Integer, String, Table
 
 from nightpress.core.database import JsonType, UtcDateTime, metadata
 
-#: A tenant is the name its keys carry. A row is needed only where its quotas are not the settings' own.
+#: A tenant is just the name in its keys. It has a row only if it has its own quotas.
 tenants = Table(
     "tenants",
     metadata,
@@ -29,20 +29,20 @@ api_keys = Table(
     Column("id", String(8), primary_key=True),
     Column("tenant_id", String(64), nullable=False),
     Column("name", String(200), nullable=False),
-    Column("digest", String(64), nullable=False),  #: SHA-256 of the whole key: 256 random bits need no slow hash
+    Column("digest", String(64), nullable=False),  #: SHA-256 of the whole key; 256 random bits need no slow hash
     Column("scopes", JsonType, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("expires_at", UtcDateTime),
     Column("revoked_at", UtcDateTime),
     Column("last_used_at", UtcDateTime),
     Column("rotated_from", String(8)),
-    Column("made_by", String(8)),  #: the key of the same tenant that made it: it ends with that one
-    Column("family", String(8)),  #: the first key of the line it was made in; None: itself
+    Column("made_by", String(8)),  #: the key that made this key; revoking it also revokes this key
+    Column("family", String(8)),  #: the first key of the chain that made this key; None: this key
     Index("ix_api_keys_tenant_id_created_at", "tenant_id", "created_at"),
     Index("ix_api_keys_made_by", "made_by"),
 )
 
-#: GPU time that attempts took, added when each ends: what a month's quota is compared with.
+#: GPU time of attempts, added when each ends. The monthly quota is compared with it.
 gpu_usage = Table(
     "gpu_usage",
     metadata,
@@ -52,7 +52,7 @@ gpu_usage = Table(
     CheckConstraint("seconds >= 0", name="seconds"),
 )
 
-#: Who did what. Triggers in the database refuse to change a line, or to delete one that is younger than 30 days.
+#: Who did what. Triggers in the database refuse to change a row, or to delete a row younger than 30 days.
 audit_log = Table(
     "audit_log",
     metadata,
@@ -61,7 +61,7 @@ audit_log = Table(
     Column("tenant_id", String(64), nullable=False),
     Column("key_id", String(8), nullable=False),
     Column("action", String(200), nullable=False),  #: method and route
-    Column("subject", String(1024), nullable=False),  #: the address that was asked
+    Column("subject", String(1024), nullable=False),  #: the path of the request
     Column("status", Integer, nullable=False),
     Column("request_id", String(64), nullable=False),
     Index("ix_audit_log_tenant_id_at_id", "tenant_id", "at", "id"),

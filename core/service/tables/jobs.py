@@ -1,4 +1,4 @@
-"""The tables of jobs. The constraints repeat what the store promises, so that no other hand can break it either."""
+"""The tables of jobs. The constraints repeat the rules of the store, so that no other writer can break them either."""
 
 from sqlalchemy import (
     BigInteger,
@@ -26,7 +26,7 @@ jobs = Table(
     "jobs",
     metadata,
     Column("id", String(40), primary_key=True),
-    # No foreign key: a tenant is the name its API keys carry, and every job comes in through one of them.
+    # No foreign key: a tenant is just the name in its API keys, and every job is submitted with one of them.
     Column("tenant_id", String(64), nullable=False),
     Column("name", String(200), nullable=False),
     Column("state", String(12), nullable=False),
@@ -39,7 +39,7 @@ jobs = Table(
     Column("priority", SmallInteger, nullable=False),
     Column("labels", JsonType, nullable=False),
     Column("queue", String(8), nullable=False),
-    #: why this queue, for people
+    #: why the plan chose this queue, for users
     Column("queue_reason", Text, nullable=False, server_default=text("''")),
     Column("needs_memory", BigInteger, nullable=False),
     Column("needs_gpu_memory", BigInteger, nullable=False, server_default=text("0")),
@@ -48,13 +48,13 @@ jobs = Table(
     Column("model_digest", String(80), nullable=False),
     Column("recipe", JsonType, nullable=False),
     Column("data", JsonType, nullable=False),
-    #: what decides the result: model, recipe, data, engine; of jobs older than the column, nothing is known
+    #: digest of what decides the result: model, recipe, data, engine; NULL in jobs older than the column
     Column("fingerprint", String(64)),
-    #: whose code made the result; a worker's may be older or newer than the code that took the job in
+    #: the version of the code that made the result; a worker's may differ from that of the API
     Column("engine", String(40)),
-    #: the job whose result this one was given instead of running: its files are that one's
+    #: the job whose result this job shares instead of running; the files belong to that job
     Column("reused_from", String(40)),
-    #: kept, going or gone: pruned ones are `going` while their files are removed: nobody is shown them any more
+    #: kept, going or gone: pruned artifacts are `going` while their files are removed, and are no longer shown
     Column("artifacts_state", String(8), nullable=False, server_default=text("'kept'")),
     Column("attempt", Integer, nullable=False, server_default=text("0")),
     Column("failures", Integer, nullable=False, server_default=text("0")),
@@ -62,11 +62,11 @@ jobs = Table(
     Column("error", JsonType),
     Column("error_code", String(40)),
     Column("retry_of", ForeignKey("jobs.id", ondelete="SET NULL")),
-    #: whether an accepted result becomes its model name's latest
+    #: whether an accepted result becomes the latest of the model's name
     Column("promote", Boolean, nullable=False, server_default=text("true")),
-    #: the key that asked for it
+    #: the key that submitted it
     Column("created_by", String(8)),
-    #: the span that submitted it; its attempts' spans are of the same trace, on whichever machine and however much later
+    #: the span that submitted it; the spans of its attempts belong to the same trace, on any machine and at any later time
     Column("traceparent", String(55)),
     Column("worker_id", String(80)),
     Column("lease_id", String(40)),
@@ -81,7 +81,7 @@ jobs = Table(
     Column("started_at", UtcDateTime),
     Column("progressed_at", UtcDateTime),
     Column("finished_at", UtcDateTime),
-    #: the last numbers given out in job_events and (dropped lines included) job_logs
+    #: the last numbers used in job_events and, counting dropped lines, in job_logs
     Column("event_seq", Integer, nullable=False),
     Column("log_seq", Integer, nullable=False, server_default=text("0")),
     CheckConstraint("state IN ('queued','running','cancelling','succeeded','failed','cancelled')", name="state"),
@@ -96,15 +96,15 @@ jobs = Table(
     CheckConstraint("progress >= 0 AND progress <= 1", name="progress"),
     CheckConstraint("failures >= 0 AND failures <= max_failures AND max_failures >= 1", name="failures"),
     CheckConstraint("attempt >= 0 AND needs_memory >= 0 AND event_seq >= 1", name="counters"),
-    postgresql_with={"fillfactor": 90},  # room on each page for the next version of a row
+    postgresql_with={"fillfactor": 90},  # leaves room on each page for the next version of a row
 )
 
-#: Conditions of the partial indexes, as a statement needs them: written into its text, not bound, so that the index is used.
+#: Conditions of the partial indexes. Statements must write them as text and not as bound parameters, so that the index is used.
 IS_QUEUED: ColumnElement[bool] = jobs.c.state == literal_column("'queued'")
 IS_LEASED: ColumnElement[bool] = jobs.c.lease_id.is_not(None)
 
 _QUEUED = text("state = 'queued'")
-#: Claim: a queue's tenants one by one, each tenant's best job first. Also counts what a tenant has queued.
+#: For claims: a queue's tenants in turn, and each tenant's best job first. Also for counting a tenant's queued jobs.
 Index(
     "ix_jobs_claim",
     jobs.c.queue,
@@ -112,19 +112,19 @@ Index(
     jobs.c.priority.desc(),
     jobs.c.created_at,
     jobs.c.id,
-    # What decides whether a job fits, so that one that doesn't costs no look at its row.
+    # The columns that decide whether a job fits, so that rows of jobs that do not fit are not read.
     postgresql_include=["run_after", "needs_memory", "needs_gpu_memory"],
     postgresql_where=_QUEUED,
     sqlite_where=_QUEUED,
 )
 _LEASED = text("lease_id IS NOT NULL")
-#: Fairness counts a tenant's running jobs; expiry and the workers' page walk all of them, which are few. It knows nothing that a
-#: renewal changes, nor does any other index: PostgreSQL then writes the new version of the row beside the old one, and no index.
+#: Claims count a tenant's running jobs with it; expiry and the workers' page read all running jobs, which are few. No index has a column
+#: that a renewal changes: PostgreSQL then writes the new version of the row on the same page and updates no index (HOT).
 Index("ix_jobs_leased", jobs.c.tenant_id, postgresql_where=_LEASED, sqlite_where=_LEASED)
 _START_BEFORE = text("start_before IS NOT NULL")
 Index("ix_jobs_start_before", jobs.c.start_before, postgresql_where=_START_BEFORE, sqlite_where=_START_BEFORE)
 _FINISHED = text("finished_at IS NOT NULL")
-#: Statistics over what is done, without touching the rows.
+#: For statistics over ended jobs, without reading their rows.
 Index(
     "ix_jobs_finished",
     jobs.c.finished_at,
@@ -193,12 +193,12 @@ job_attempts = Table(
 _SWEEPABLE = text("outcome <> 'succeeded' AND NOT swept")
 Index("ix_job_attempts_sweepable", job_attempts.c.finished_at, postgresql_where=_SWEEPABLE, sqlite_where=_SWEEPABLE)
 
-#: A prefix of a recipe on a model, some of whose work is in storage. `lease_id`: of the attempt that writes it, or wrote it last.
+#: A prefix of a recipe on a model, with checkpoints in storage. `lease_id`: the lease of the attempt that writes it or wrote it last.
 checkpoints = Table(
     "checkpoints",
     metadata,
     Column("digest", String(64), primary_key=True),
-    # No foreign key: what a deleted job left is pruned as any other.
+    # No foreign key: the checkpoints of a deleted job are pruned like all others.
     Column("job_id", String(40), nullable=False),
     Column("lease_id", String(40), nullable=False),
     Column("size", BigInteger, nullable=False),  #: bytes of all its files
@@ -210,11 +210,11 @@ checkpoint_files = Table(
     "checkpoint_files",
     metadata,
     Column("digest", ForeignKey("checkpoints.digest", ondelete="CASCADE"), primary_key=True),
-    Column("path", String(512), primary_key=True),  #: below work/
+    Column("path", String(512), primary_key=True),  #: relative to work/
     Column("size", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("step", Integer, nullable=False),
-    Column("job_id", String(40), nullable=False),  #: whose attempt made it
+    Column("job_id", String(40), nullable=False),  #: the job whose attempt wrote it
 )
 
 job_artifacts = Table(
@@ -253,7 +253,7 @@ job_metrics = Table(
     Column("high", Float),
 )
 
-#: What a POST with an Idempotency-Key came to: a job, written with it in one transaction, or the answer that was given.
+#: The result of a POST with an Idempotency-Key: a job, written in the same transaction, or the stored answer.
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,
@@ -261,11 +261,11 @@ idempotency_keys = Table(
     Column("key", String(255), primary_key=True),
     Column("fingerprint", String(64), nullable=False),
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE")),
-    Column("attempt_id", String(40)),  #: whose request is being answered
+    Column("attempt_id", String(40)),  #: the request that has reserved the key
     Column("locked_until", UtcDateTime),
     Column("status", Integer),
     Column("headers", JsonType),
-    Column("body", LargeBinary),  #: compressed; none where it showed a secret
+    Column("body", LargeBinary),  #: compressed; NULL if it held a secret
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("(job_id IS NULL) = (attempt_id IS NOT NULL)", name="one_kind"),
     Index("ix_idempotency_keys_created_at", "created_at"),
@@ -284,9 +284,9 @@ workers = Table(
     Column("threads", Integer, nullable=False),
     Column("version", String(40), nullable=False),
     Column("draining", Boolean, nullable=False),
-    Column("unfit", String(1000)),  #: what is wrong with its machine, for which it claims nothing
+    Column("unfit", String(1000)),  #: the fault of its machine; while there is one, the worker claims no jobs
     Column("started_at", UtcDateTime, nullable=False),
     Column("last_seen_at", UtcDateTime, nullable=False),
-    Column("left_at", UtcDateTime),  #: when it said good-bye; jobs are planned by who was there lately, too
+    Column("left_at", UtcDateTime),  #: when it stopped; plans also count workers that stopped lately
     CheckConstraint("queue IN ('cpu','gpu')", name="queue"),
 )

@@ -1,4 +1,4 @@
-"""Which job's artifacts stand for a model's name: a history that is only ever added to. Its newest line is the pointer."""
+"""The table of promotions: which job's artifacts are the latest of a model's name. Rows are only added; the newest row counts."""
 
 from sqlalchemy import CheckConstraint, Column, ForeignKey, Index, String, Table
 
@@ -11,7 +11,7 @@ promotions = Table(
     Column("tenant_id", String(64), nullable=False),
     Column("model_name", String(64), nullable=False),
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, index=True),
-    Column("cause", String(12), nullable=False),  #: an accepted finish, or a person
+    Column("cause", String(12), nullable=False),  #: accepted: when a job was accepted; manual: by a user
     Column("created_by", String(8)),
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("cause IN ('accepted','manual')", name="cause"),

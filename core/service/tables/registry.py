@@ -1,4 +1,4 @@
-"""The tables of models, data sets and their uploads. Rows are kept after deletion, because jobs tell their history by them."""
+"""The tables of models, data sets and their uploads. Rows are kept after deletion, because jobs refer to them."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ _ID = String(40)
 
 
 def _columns_in_front() -> tuple[Column[Any], ...]:
-    """What models and data sets have in common: whose they are, where they come from, and how far they are taken in."""
+    """The first columns of models and data sets: owner, origin, and progress of fetching or verifying."""
     return (
         Column("id", _ID, primary_key=True),
         Column("tenant_id", String(64), nullable=False),
@@ -31,9 +31,9 @@ def _columns_in_front() -> tuple[Column[Any], ...]:
         Column("source", String(16), nullable=False),
         Column("server_path", String(4096)),
         Column("source_url", String(1024)),
-        Column("revision", String(100)),  #: of the source, once it is known
+        Column("revision", String(100)),  #: the source's revision, when it is known
         Column("progress", Float, nullable=False, server_default=text("0")),  #: of fetching or verifying
-        #: whose it is while it is taken in, and until when; the next one may have it then
+        #: the claim of the process that fetches or verifies the row, and the time when the claim expires
         Column("claim_id", String(40)),
         Column("claim_until", UtcDateTime()),
         Column("digest", String(80)),
@@ -46,14 +46,13 @@ def _columns_behind() -> tuple[Column[Any], ...]:
         Column("error", JsonType),
         Column("created_at", UtcDateTime(), nullable=False),
         Column("deleted_at", UtcDateTime()),
-        Column(
-            "swept", Boolean(), nullable=False, server_default=text("false")
-        ),  #: once it is over: its files are surely gone
+        #: true when the files of a deleted or failed row were deleted again by the sweep
+        Column("swept", Boolean(), nullable=False, server_default=text("false")),
     )
 
 
 def _checks() -> tuple[CheckConstraint, ...]:
-    """What holds for models and data sets alike."""
+    """The constraints of both models and data sets."""
     return (
         CheckConstraint("state IN ('uploading', 'fetching', 'verifying', 'ready', 'failed')", name="state"),
         CheckConstraint("source IN ('upload', 'path', 's3', 'hub')", name="source"),
@@ -63,7 +62,7 @@ def _checks() -> tuple[CheckConstraint, ...]:
     )
 
 
-#: A model: an immutable folder of files with a digest, once it is `ready`.
+#: A model. When it is `ready`, it is an immutable folder of files with a digest.
 models = Table(
     "models",
     metadata,
@@ -81,13 +80,13 @@ models = Table(
     Index("ix_models_state_created_at", "state", "created_at"),
 )
 
-#: A data set: one immutable file of text or rows, once it is `ready`.
+#: A data set. When it is `ready`, it is one immutable file of text or rows.
 data_sets = Table(
     "data_sets",
     metadata,
     *_columns_in_front(),
     Column("rows", BigInteger),
-    Column("labels", Integer),  #: how many classes its labels name; 0: unlabelled
+    Column("labels", Integer),  #: number of different labels; 0: unlabelled
     Column("files", JsonType, nullable=False),  #: path, size, sha256 of its one file
     *_columns_behind(),
     *_checks(),
@@ -96,12 +95,12 @@ data_sets = Table(
     Index("ix_data_sets_state_created_at", "state", "created_at"),
 )
 
-#: Over, but its files may still be there.
+#: Condition for deleted or failed rows whose files may still exist.
 UNSWEPT = text("NOT swept AND (deleted_at IS NOT NULL OR state = 'failed')")
 for _table in (models, data_sets):
     Index(f"ix_{_table.name}_unswept", _table.c.id, postgresql_where=UNSWEPT, sqlite_where=UNSWEPT)
 
-#: A file that a client is uploading. Which parts have come the store knows; it is never said twice.
+#: A file that a client is uploading. Which parts were received is known only to the store, so that it is recorded in one place.
 uploads = Table(
     "uploads",
     metadata,
@@ -112,9 +111,9 @@ uploads = Table(
     Column("size", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("part_size", BigInteger, nullable=False),
-    Column("part_sha256", JsonType, nullable=False),  #: of each part, where they were announced; else empty
-    Column("store_upload_id", String(1024), nullable=False),  #: the store's name for the half-made object
-    Column("verified", Boolean(), nullable=False, default=False),  #: the object is whole and has the announced SHA-256
+    Column("part_sha256", JsonType, nullable=False),  #: of each part; empty if the client announced none
+    Column("store_upload_id", String(1024), nullable=False),  #: the store's id of the upload
+    Column("verified", Boolean(), nullable=False, default=False),  #: the object has the announced SHA-256
     CheckConstraint("(model_id IS NULL) <> (data_set_id IS NULL)", name="one_owner"),
     CheckConstraint("size > 0 AND part_size > 0", name="size"),
     Index("uq_uploads_model_id_path", "model_id", "path", unique=True),

@@ -1,4 +1,4 @@
-"""The tables of schedules and of what each fire came to. The unique constraint is what makes a fire happen once."""
+"""The tables of schedules and their runs. The unique constraint makes sure that a fire is recorded once."""
 
 from sqlalchemy import (
     Boolean,
@@ -28,9 +28,9 @@ schedules = Table(
     Column("only_if_changed", Boolean, nullable=False),
     Column("suspended", Boolean, nullable=False),
     Column("job", JsonType, nullable=False),  #: core.wire.jobs.JobRequest
-    Column("source", String(1024)),  #: where each fire looks for the model
-    Column("version", Integer, nullable=False),  #: counts edits; its ETag
-    #: the next fire that is not recorded yet; none while suspended
+    Column("source", String(1024)),  #: the source that each fire reads the model from
+    Column("version", Integer, nullable=False),  #: number of edits; serves as the ETag
+    #: the next fire that is not recorded yet; NULL while suspended
     Column("next_at", UtcDateTime),
     Column("created_by", String(8)),
     Column("created_at", UtcDateTime, nullable=False),
@@ -55,10 +55,10 @@ schedule_runs = Table(
     Column("reason", String(16)),  #: why it was skipped
     Column("error", JsonType),
     Column("job_id", ForeignKey("jobs.id", ondelete="SET NULL"), index=True),
-    Column("model_id", String(40)),  #: what was fetched for it, where the schedule has a source
+    Column("model_id", String(40)),  #: the model that was fetched for it, if the schedule has a source
     Column("revision", String(100)),  #: of the source
-    Column("digest", String(80)),  #: of the model the job was submitted for
-    Column("fingerprint", String(64)),  #: of all that decides the job's result
+    Column("digest", String(80)),  #: of the job's model
+    Column("fingerprint", String(64)),  #: the job's fingerprint
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint("cause IN ('cron','manual')", name="cause"),
     CheckConstraint("state IN ('pending','submitted','skipped','failed')", name="state"),

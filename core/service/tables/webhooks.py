@@ -1,4 +1,4 @@
-"""The tables of webhooks, of what is to be delivered to them, and of every try. No secret stands in them: see signing.py."""
+"""The tables of webhooks, their deliveries and every attempt. They hold no secrets: see signing.py."""
 
 from sqlalchemy import Boolean, CheckConstraint, Column, ForeignKey, Index, Integer, String, Table, Text, text
 
@@ -11,8 +11,8 @@ webhooks = Table(
     Column("tenant_id", String(64), nullable=False),
     Column("url", String(2048), nullable=False),
     Column("events", JsonType, nullable=False),
-    Column("generation", Integer, nullable=False),  #: which secret is in use
-    Column("previous_until", UtcDateTime),  #: until when the one before signs too
+    Column("generation", Integer, nullable=False),  #: number of the secret in use
+    Column("previous_until", UtcDateTime),  #: time until which messages are also signed with the previous secret
     Column("enabled", Boolean, nullable=False),
     Column("disabled_reason", String(200)),
     Column("version", Integer, nullable=False),
@@ -25,7 +25,7 @@ webhooks = Table(
 webhook_deliveries = Table(
     "webhook_deliveries",
     metadata,
-    Column("id", String(40), primary_key=True),  #: the header webhook-id, the same at every try
+    Column("id", String(40), primary_key=True),  #: the header webhook-id, the same at every attempt
     Column("webhook_id", ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
     Column("event", String(40), nullable=False),
     Column("payload", JsonType, nullable=False),

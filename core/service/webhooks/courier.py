@@ -1,4 +1,4 @@
-"""Delivers what waits, by the schedule of Standard Webhooks. A receiver that is slow or down holds up nobody but itself."""
+"""Sends pending deliveries, with the retry schedule of Standard Webhooks. A receiver that is slow or down does not delay others."""
 
 import datetime as dt
 import json
@@ -20,7 +20,7 @@ from nightpress.core.service.webhooks.targets import Resolve, check_target, reso
 from nightpress.core.settings import Settings
 from nightpress.core.version import VERSION
 
-#: The pause after each try that failed: three days in all.
+#: Seconds after each failed attempt; three days in total.
 PAUSES_S = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
 _JITTER = 0.2
 _LONGEST_ASKED_S = 24 * 3600.0
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Courier:
-    """One a control process; `deliver` may run in any number of them."""
+    """Sends deliveries in threads. A control process has one Courier; any number of processes may run `deliver`."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Courier:
         self._busy = 0
 
     def deliver(self, now: dt.datetime | None = None) -> int:
-        """Start a try of each delivery that is due, and don't wait for the answers. Returns how many."""
+        """Start an attempt of each delivery that is due, without waiting for the answers. Returns the number of attempts."""
         free = 2 * _AT_A_TIME - self._busy
         if free <= 0:
             return 0
@@ -61,7 +61,7 @@ class Courier:
         return len(taken)
 
     def close(self) -> None:
-        """Wait for the tries that are under way: ten seconds at most."""
+        """Wait for the running attempts. Each ends after ten seconds at most."""
         self._threads.shutdown(wait=True)
 
     def _run(self, due: DueDelivery, now: dt.datetime | None) -> None:
@@ -76,9 +76,10 @@ class Courier:
                 self._busy -= 1
 
     def attempt(self, due: DueDelivery, now: dt.datetime | None = None) -> None:
-        """One try, and what follows from it."""
+        """Send a delivery once, and store the result and the time of the next attempt."""
         began = time.monotonic()
-        clock = self._store.now()  # a receiver refuses what was signed five minutes off: this host's clock may be wrong
+        # The database's time: a receiver refuses a timestamp that is five minutes off, and this host's clock may be wrong.
+        clock = self._store.now()
         body = json.dumps(due.payload, separators=(",", ":"), ensure_ascii=False).encode()
         headers = {
             "Content-Type": "application/json",
@@ -88,14 +89,14 @@ class Courier:
         }
         answer, fault = None, None
         try:
-            # Checked again at each try: a name may mean another address now than when it was registered.
+            # Check again at each attempt: the name may resolve to another address than when the webhook was registered.
             target = check_target(due.url, self._settings.webhook_networks, resolve=self._resolve)
             headers["Host"] = _host_of(target.host, target.port)
             answer = post(target, headers, body, context=self._context)
         except (NightpressError, ConnectionError, TimeoutError) as error:
             fault = error.message if isinstance(error, NightpressError) else str(error)
         except Exception:
-            # A receiver says what it likes: whatever that does to us uses up a try, so that the tries come to an end.
+            # A receiver may answer anything. An error that its answer causes here counts as a failed attempt, so that attempts end.
             log.exception("Delivery %s: an unexpected error", due.id)
             fault = "The answer could not be read."
         tried: dict[str, Any] = {
@@ -116,7 +117,7 @@ class Courier:
 
 
 def pause_after(attempts: int, answer: Answer | None, now: dt.datetime) -> float | None:
-    """Seconds until the next try after so many. None: there is none. A receiver's Retry-After makes it longer, never shorter."""
+    """Seconds from the `attempts`-th attempt to the next; None: there is no next. Retry-After can only make the pause longer."""
     if attempts > len(PAUSES_S):
         return None
     pause = PAUSES_S[attempts - 1] * random.uniform(1 - _JITTER, 1 + _JITTER)

@@ -1,7 +1,8 @@
-"""Requests to addresses that a stranger chose: the connection goes to the very address that was checked.
+"""Requests to untrusted addresses. The connection goes to exactly the address that was checked.
 
-Resolving once and connecting to that address defeats a name that changes its mind in between (DNS rebinding); TLS still
-checks the certificate of the name. Redirects are not followed, the whole exchange has ten seconds, and 64 KiB are read.
+The name is resolved once, and the connection uses that address. This prevents an attack by a name that resolves to another address
+after the check (DNS rebinding). TLS still checks the certificate of the name. Redirects are not followed, the whole exchange may take
+ten seconds, and at most 64 KiB of the answer are read.
 """
 
 import ssl
@@ -26,7 +27,7 @@ class Answer:
 
 
 def post(target: Target, headers: Mapping[str, str], body: bytes, *, context: ssl.SSLContext | None = None) -> Answer:
-    """One request to the address that was checked. Raises ConnectionError or TimeoutError."""
+    """Send one POST to the address that was checked. Raises ConnectionError or TimeoutError."""
     deadline = time.monotonic() + DEADLINE_S
     backend = _Pinned(target.address, deadline)
     patience = dict.fromkeys(("connect", "read", "write", "pool"), DEADLINE_S)
@@ -56,7 +57,7 @@ def _read(pieces: Iterable[bytes]) -> bytes:
 
 
 class _Pinned(httpcore.NetworkBackend):
-    """Connects to one address, whatever the name."""
+    """Connects to a fixed address, whatever the name in the URL."""
 
     def __init__(self, address: str, deadline: float) -> None:
         self._address = address
@@ -77,7 +78,7 @@ class _Pinned(httpcore.NetworkBackend):
 
 
 class _Bounded(httpcore.NetworkStream):
-    """A stream that ends at a moment, however slowly bytes drip."""
+    """A stream with a deadline for the whole exchange, so that a slow receiver can't prolong it byte by byte."""
 
     def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
         self._stream = stream

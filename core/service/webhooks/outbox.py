@@ -1,4 +1,4 @@
-"""What happened to a job, noted for its tenant's webhooks in the transaction in which it happened."""
+"""Adds deliveries to the tenant's webhooks, in the same transaction as the event of the job."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from nightpress.core.database import db_now, read_now
 from nightpress.core.ids import new_id
 from nightpress.core.service.tables.webhooks import webhook_deliveries, webhooks
 
-#: the event in a job's history → what a webhook calls it
+#: the kind of event in a job's history → the type of a webhook's event
 EVENTS = {"succeeded": "job.succeeded", "failed": "job.failed", "cancelled": "job.cancelled"}
 
 
 def note_for_webhooks(connection: Connection, tenant_id: str, kind: str, told: dict[str, Any]) -> None:
-    """Add a delivery for each webhook that listens for events of this kind. `told`: what its receiver reads of the job."""
+    """Add a delivery for each webhook that is subscribed to this kind of event. `told`: the job's fields for the payload."""
     event = EVENTS.get(kind)
     if event is None:
         return

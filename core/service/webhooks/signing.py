@@ -1,4 +1,7 @@
-"""Standard Webhooks signatures (standardwebhooks.com): HMAC-SHA256 over id, timestamp and body, with secrets that are derived and never stored."""
+"""Signatures of Standard Webhooks (standardwebhooks.com): HMAC-SHA256 over id, timestamp and body.
+
+The secrets are derived from the installation's key and never stored.
+"""
 
 import base64
 import binascii
@@ -18,19 +21,22 @@ _KEY_BYTES = 32
 
 
 class SecretKeeper:
-    """Derives a webhook's secret from the installation's own key: a dump of the database holds none."""
+    """Derives the secrets of webhooks from the installation's key, so that a dump of the database holds no secret."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
 
     def secret(self, webhook_id: str, generation: int) -> str:
-        """`whsec_…` as the receiver is given it."""
+        """A webhook's secret in the form `whsec_…`, which the receiver needs."""
         info = f"webhook/{webhook_id}/{generation}".encode()
         return PREFIX + base64.b64encode(hmac.digest(self._key, info, "sha256")).decode()
 
 
 def open_keeper(settings: Settings) -> SecretKeeper:
-    """From NIGHTPRESS_SECRET_KEY, else from a file in the data folder that the first process makes."""
+    """Take the key from NIGHTPRESS_SECRET_KEY, else from a file in the data folder, which the first process creates.
+
+    Raises NightpressError(internal) if the file is damaged.
+    """
     if settings.secret_key is not None:
         return SecretKeeper(hashlib.sha256(settings.secret_key.get_secret_value().encode()).digest())
     path = settings.data_dir / "secret"
@@ -40,9 +46,9 @@ def open_keeper(settings: Settings) -> SecretKeeper:
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
             stream.write(os.urandom(_KEY_BYTES))
         try:
-            os.link(partial, path)  # never over another process's
+            os.link(partial, path)  # fails instead of replacing the key of another process
         except FileExistsError:
-            pass  # two processes began at a time: the first one's key counts
+            pass  # two processes started at the same time: use the key of the first
         finally:
             partial.unlink()
     key = path.read_bytes()
@@ -56,15 +62,15 @@ def open_keeper(settings: Settings) -> SecretKeeper:
 
 
 def sign(secrets: Sequence[str], message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The three headers; one signature for each secret that is active."""
+    """The three headers of a message. `timestamp`: Unix seconds. There is one signature per secret in `secrets`."""
     signatures = " ".join(f"v1,{_signature(secret, message_id, timestamp, body)}" for secret in secrets)
     return {"webhook-id": message_id, "webhook-timestamp": str(timestamp), "webhook-signature": signatures}
 
 
 def verify(secret: str, headers: Mapping[str, str], body: bytes, *, now: float | None = None) -> bool:
-    """What a receiver does: false for a tampered body, another secret, or a message more than five minutes old.
+    """Check a message, for receivers. False for a changed body, another secret, or a timestamp more than five minutes off.
 
-    `headers` by lower-case names, as most frameworks give them.
+    `headers`: with lower-case names, as most frameworks provide them. `now`: Unix seconds; None: this host's clock.
     """
     message_id, stamp = headers.get("webhook-id", ""), headers.get("webhook-timestamp", "")
     moment = time.time() if now is None else now

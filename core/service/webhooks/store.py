@@ -1,4 +1,4 @@
-"""Webhooks, their deliveries and every try, in SQL."""
+"""Webhooks, their deliveries and every attempt, in SQL."""
 
 import datetime as dt
 from collections.abc import Mapping
@@ -27,35 +27,35 @@ from nightpress.core.wire.webhooks import (
     WebhookView,
 )
 
-_MAX_WEBHOOKS = 50  #: a tenant
-_CLAIM_S = 60.0  #: a delivery that a process took and never settled is tried again so much later
+_MAX_WEBHOOKS = 50  #: per tenant
+_CLAIM_S = 60.0  #: seconds after which a delivery is sent again if the process that took it did not settle it
 _deliveries = webhook_deliveries.c
 
 
 @dataclass(frozen=True)
 class DueDelivery:
-    """A delivery that this process has taken: nobody else tries it meanwhile."""
+    """A delivery that this process has taken. No other process sends it at the same time."""
 
     id: str
     webhook_id: str
     url: str
     payload: dict[str, Any]
-    attempts: int  #: this one included
+    attempts: int  #: including this attempt
     secrets: tuple[str, ...]
 
 
 class WebhookStore:
-    """Every method that takes a tenant looks only among its own. Safe to share between threads."""
+    """Webhooks of all tenants. A method that takes a tenant sees only that tenant's webhooks. Safe to share between threads."""
 
     def __init__(self, engine: Engine, keeper: SecretKeeper, settings: Settings) -> None:
         self._engine = engine
         self._keeper = keeper
         self._settings = settings
 
-    # People ------------------------------------------------------------------------------------------------------
+    # For users ---------------------------------------------------------------------------------------------------
 
     def create(self, tenant_id: str, wanted: WebhookCreate, *, key_id: str | None = None) -> NewWebhookView:
-        """Raises url_not_allowed, quota_exceeded."""
+        """Register a webhook. Raises url_not_allowed, quota_exceeded."""
         check_target(wanted.url, self._settings.webhook_networks)
         webhook_id = new_id("whk")
         mine = select(func.count()).select_from(webhooks).where(webhooks.c.tenant_id == tenant_id)
@@ -82,7 +82,7 @@ class WebhookStore:
     def edit(
         self, tenant_id: str, webhook_id: str, wanted: WebhookUpdate, *, version: int | None = None
     ) -> WebhookView:
-        """Raises url_not_allowed, precondition_failed."""
+        """Change the given fields. Raises url_not_allowed, precondition_failed."""
         if wanted.url is not None:
             check_target(wanted.url, self._settings.webhook_networks)
         values = wanted.model_dump(exclude_none=True)
@@ -98,7 +98,7 @@ class WebhookStore:
         return view
 
     def rotate(self, tenant_id: str, webhook_id: str, *, overlap_s: float) -> NewWebhookView:
-        """A new secret. For `overlap_s` messages carry both signatures, so that the receiver can change over in peace."""
+        """Make a new secret. For `overlap_s` seconds, messages carry the signatures of both secrets, so that the receiver can switch."""
         with transaction(self._engine) as connection:
             turned = update(webhooks).where(*_mine(tenant_id, webhook_id))
             new = {"generation": webhooks.c.generation + 1, "version": webhooks.c.version + 1}
@@ -107,7 +107,7 @@ class WebhookStore:
         return NewWebhookView(webhook=_view(row), secret=self._keeper.secret(webhook_id, row.generation))
 
     def delete(self, tenant_id: str, webhook_id: str, *, version: int | None = None) -> None:
-        """With its deliveries, also those that wait. Raises precondition_failed."""
+        """Delete a webhook and its deliveries, including pending ones. Raises not_found, precondition_failed."""
         with transaction(self._engine) as connection:
             won = connection.execute(delete(webhooks).where(*_mine(tenant_id, webhook_id, version))).rowcount
         if not won:
@@ -115,7 +115,7 @@ class WebhookStore:
             raise changed_since()
 
     def test(self, tenant_id: str, webhook_id: str) -> DeliveryView:
-        """Send a message that says nothing, to see whether it comes through."""
+        """Add a delivery with an empty message, to test the connection."""
         self._row(tenant_id, webhook_id)
         with transaction(self._engine) as connection:
             payload = {"type": "webhook.test", "timestamp": read_now(connection).isoformat(), "data": {}}
@@ -133,7 +133,7 @@ class WebhookStore:
         return [DeliveryView(**row._mapping) for row in rows], following
 
     def delivery(self, tenant_id: str, webhook_id: str, delivery_id: str) -> DeliveryView:
-        """With every try that was made."""
+        """A delivery with all its attempts. Raises not_found."""
         self._row(tenant_id, webhook_id)
         delivery = select(webhook_deliveries).where(_deliveries.id == delivery_id, _deliveries.webhook_id == webhook_id)
         tries = select(webhook_attempts).where(webhook_attempts.c.delivery_id == delivery_id)
@@ -148,21 +148,21 @@ class WebhookStore:
         return DeliveryView(**row._mapping, log=log)
 
     def redeliver(self, tenant_id: str, webhook_id: str, delivery_id: str) -> DeliveryView:
-        """Send it again now, under the same webhook-id, whatever came of it before."""
+        """Send a delivery again now, with the same webhook-id, whatever its state."""
         self.delivery(tenant_id, webhook_id, delivery_id)
         again = update(webhook_deliveries).where(_deliveries.id == delivery_id)
         with transaction(self._engine) as connection:
             connection.execute(again.values(state="pending", next_at=db_now()))
         return self.delivery(tenant_id, webhook_id, delivery_id)
 
-    # The control process -----------------------------------------------------------------------------------------
+    # For the control process -------------------------------------------------------------------------------------
 
     def now(self) -> dt.datetime:
         with transaction(self._engine, read_only=True) as connection:
             return read_now(connection)
 
     def take_due(self, now: dt.datetime, *, limit: int = 20) -> list[DueDelivery]:
-        """Deliveries whose time has come, each taken by one process alone: the taking moves its next try on."""
+        """Take the deliveries that are due. Taking a delivery moves its next attempt by `_CLAIM_S`, so that only one process gets it."""
         query = (
             select(_deliveries.id, _deliveries.attempts, _deliveries.next_at, _deliveries.payload, webhooks)
             .join_from(webhook_deliveries, webhooks, webhooks.c.id == _deliveries.webhook_id)
@@ -203,12 +203,12 @@ class WebhookStore:
         attempt: Mapping[str, Any],
         gone: bool = False,
     ) -> None:
-        """Note a try and what follows from it. `gone`: the receiver wants no more, ever."""
+        """Store an attempt, and the new state of its delivery. `gone`: the receiver answered 410, so the webhook is disabled."""
         with transaction(self._engine) as connection:
             still = (_deliveries.id == due.id, _deliveries.attempts == due.attempts)
             changed = update(webhook_deliveries).where(*still).values(state=state, next_at=next_at)
             if not connection.execute(changed).rowcount:
-                return  # deleted meanwhile, or taken by another process after this one was given up
+                return  # deleted since, or taken by another process after this attempt took too long
             error = attempt.get("error")
             values = {**attempt, "error": clean_text(error)[:500] if error else None}
             connection.execute(
@@ -223,7 +223,7 @@ class WebhookStore:
         connection.execute(off.values(enabled=False, disabled_reason=why, version=webhooks.c.version + 1))
 
     def forget_deliveries(self, older_than_s: float) -> int:
-        """Delete deliveries that were over so long ago."""
+        """Delete settled deliveries that are older than `older_than_s` seconds. Returns their number."""
         old = (_deliveries.state != "pending", _deliveries.created_at < db_now(-older_than_s))
         with transaction(self._engine) as connection:
             return connection.execute(delete(webhook_deliveries).where(*old)).rowcount

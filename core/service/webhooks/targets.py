@@ -1,4 +1,4 @@
-"""Where a webhook may lead: every address that its name resolves to is checked, and the one that is kept was among them."""
+"""Checks the target of a webhook: every address that its name resolves to is checked, and one of them is used."""
 
 import ipaddress
 import socket
@@ -18,7 +18,7 @@ _NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:
 
 @dataclass(frozen=True)
 class Target:
-    """An address that may be reached, and where it was found."""
+    """A URL that was checked, and one address of its host."""
 
     url: str
     host: str
@@ -27,20 +27,20 @@ class Target:
 
 
 def resolve_name(host: str, port: int) -> list[str]:
-    """Every address of a name. Raises OSError where there is none."""
+    """Every address of a name. Raises OSError if there is none."""
     return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 def check_target(url: str, allowed: Sequence[Network] = (), *, resolve: Resolve = resolve_name) -> Target:
-    """Raises NightpressError(url_not_allowed) unless every address of the URL is public, or in a network the operator allowed.
+    """Check a webhook's URL: every address of its host must be public, or in one of the networks `allowed` by the operator.
 
-    Only in such networks may it be plain http, or a port other than 443 and 8443.
+    Plain http, and ports other than 443 and 8443, are allowed only within those networks. Raises NightpressError(url_not_allowed).
     """
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         host = (parts.hostname or "").encode("idna").decode()
-    except ValueError as error:  # a port or a name that is none
+    except ValueError as error:  # an invalid port or name
         raise _refused("it is not a web address") from error
     if parts.scheme not in {"http", "https"} or not host or not url.isascii() or not url.isprintable() or " " in url:
         raise _refused("it is not a web address")
@@ -59,7 +59,7 @@ def check_target(url: str, allowed: Sequence[Network] = (), *, resolve: Resolve 
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is on the open internet, also where it is wrapped into an IPv6 one."""
+    """Whether an address is on the public internet. An IPv4 address that is embedded in an IPv6 address must be public too."""
     if isinstance(address, ipaddress.IPv6Address):
         if any(address in network for network in _NAT64):
             return False
