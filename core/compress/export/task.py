@@ -1,6 +1,6 @@
 """What a consumer is asked to run: examples whose outputs are kept, and what is timed. All models of a job get the same."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
