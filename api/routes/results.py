@@ -125,12 +125,17 @@ async def _drawn(services: Services, caller: Principal, job_id: str, name: str) 
     job = await own_job(services, caller, job_id)
     if job.state != "succeeded":
         raise _no_report()
-    attempt = (
-        (await services.call(services.resources.store.reader.artifacts, job_id))[0].attempt
-        if job.reused_from
-        else job.attempt
-    )
-    key = f"{attempt_prefix(job, attempt)}/{name}"
+    origin = job
+    if job.reused_from:
+        found = await services.call(services.resources.store.reader.get, caller.tenant_id, job.reused_from)
+        if found is None:
+            raise NightpressError(
+                ErrorCode.NOT_FOUND,
+                f"The report's pages were deleted with the job {job.reused_from}, whose result this job has.",
+                hint="GET …/report still has the report's figures.",
+            )
+        origin = found
+    key = f"{attempt_prefix(job, origin.attempt)}/{name}"
     return await services.call(lambda: b"".join(services.resources.objects.read(key))), job
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.jobs.records import Worker
+from nightpress.core.service.jobs.retention import JobRetention
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.jobs import age
@@ -241,12 +242,12 @@ def test_results_appear_with_the_commit_and_not_before(api: RunningApi, client: 
 
 
 def test_an_identical_job_is_given_the_result_at_once_and_says_whose_it_is(api: RunningApi, client: httpx.Client):
-    first = submit(client, reuse=True)
+    first = submit(client, reuse=True, promote=False)
     assert client.get(f"/v1/jobs/{first}").json()["state"] == "queued", "there is nothing to reuse yet"
     claimed = api.claim()
     api.services.resources.store.attempts.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"0123456789"}))
 
-    again = client.get(f"/v1/jobs/{submit(client, reuse=True, name='again')}").json()
+    again = client.get(f"/v1/jobs/{submit(client, reuse=True, promote=False, name='again')}").json()
     assert (again["state"], again["verdict"], again["attempt"]) == ("succeeded", "accepted", 0)
     assert again["reused_from"] == first
     (artifact,) = client.get(f"/v1/jobs/{again['id']}/artifacts").json()["items"]
@@ -258,6 +259,20 @@ def test_an_identical_job_is_given_the_result_at_once_and_says_whose_it_is(api: 
     assert first in client.get(report["markdown_url"]).text
     kinds = [event["kind"] for event in client.get(f"/v1/jobs/{again['id']}/events").json()["items"]]
     assert kinds == ["queued", "succeeded"]
+
+    resources = api.services.resources
+    retention = JobRetention(resources.engine, resources.objects)
+    for job_id in (again["id"], first):
+        age(resources.engine, job_id, 1000.0, "finished_at")
+        retention.prune_artifacts(900.0)
+    assert client.get(f"/v1/jobs/{again['id']}/artifacts").json()["items"] == []
+    assert client.get(report["html_url"]).text.startswith("this is report."), "artifacts go, reports stay"
+    age(resources.engine, first, 1000.0, "finished_at")
+    assert retention.prune_jobs(1500.0) == 1
+    gone = client.get(report["html_url"])
+    assert gone.status_code == 404
+    assert first in gone.json()["detail"]
+    assert client.get(f"/v1/jobs/{again['id']}/report").json()["report"] == report["report"]
 
 
 def test_nothing_is_reused_unasked_by_force_by_strangers_or_for_something_else(
