@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     lease_ttl_s: float = 60.0
     stall_s: float = 1800.0
     run_limit_s: float = 24 * 3600.0
-    max_failures: int = Field(3, description="Failed attempts before a job is failed for good.")
+    max_failures: int = Field(3, ge=1, le=20, description="Failed attempts before a job is failed for good.")
     retry_backoff_s: float = Field(
         5.0,
         description="Pause before the first retry of a failed attempt. It doubles each time, with jitter, up to ten minutes.",

@@ -209,6 +209,11 @@ def segfault(job_dir: Path, emit: Emit) -> Manifest:
     raise AssertionError
 
 
+def nameless_signal(job_dir: Path, emit: Emit) -> Manifest:
+    os.kill(os.getpid(), signal.SIGRTMIN + 1)
+    raise AssertionError
+
+
 def leave(job_dir: Path, emit: Emit) -> Manifest:
     os._exit(3)
 
@@ -456,7 +461,7 @@ def long_file(job_dir: Path, emit: Emit) -> Manifest:
 BEHAVIOURS = {
     behaviour.__name__: behaviour
     for behaviour in (
-        press, slow, first_slow, endless, stepping, chaotic, pipeline_until, pipeline_until_said, telling, staying, wedged, segfault, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
+        press, slow, first_slow, endless, stepping, chaotic, pipeline_until, pipeline_until_said, telling, staying, wedged, segfault, nameless_signal, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
         fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy, hides_memory, long_file
     )
 }  # fmt: skip

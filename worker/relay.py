@@ -158,7 +158,7 @@ class Relay:
         if status is None:
             how = "closed its connection but did not end"
         elif status < 0:
-            how = f"was ended by signal {-status} ({signal.Signals(-status).name})"
+            how = f"was ended by signal {-status} ({_name_of_signal(-status)})"
         else:
             how = f"ended with status {status}"
         return NightpressError(
@@ -169,6 +169,14 @@ class Relay:
             signal=-status if status is not None and status < 0 else None,
             peak_bytes=self._peak_memory,
         )
+
+
+def _name_of_signal(number: int) -> str:
+    """E.g. SIGSEGV. Most real-time signals have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "a real-time signal"
 
 
 class _Lines:

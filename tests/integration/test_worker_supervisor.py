@@ -131,6 +131,7 @@ def test_a_spare_that_died_while_it_waited_costs_no_attempt(service: Service) ->
     ("behaviour", "code", "said"),
     [
         ("segfault", "worker_lost", "SIGSEGV"),
+        ("nameless_signal", "worker_lost", "a real-time signal"),
         ("leave", "worker_lost", "status 3"),
         ("full_disk", "disk_full", "No space left"),
         ("smuggle", "internal", "symbolic link"),

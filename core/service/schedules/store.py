@@ -127,6 +127,8 @@ class ScheduleStore:
             with transaction(self._engine) as connection:
                 won = connection.execute(update(schedules).where(*unchanged).values(**new)).rowcount
         except IntegrityError as error:
+            if "name" not in values:
+                raise
             raise _taken(str(values["name"])) from error
         if not won:
             self.get(tenant_id, schedule.id)
