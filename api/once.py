@@ -71,7 +71,7 @@ async def _once(request: Request, key: str, handle: Handler) -> Response:
     )
     if isinstance(begun, Answered):
         request.scope["state"]["replayed"] = True
-        return _again(begun)
+        return _answer_again(begun)
     try:
         response = await handle(request)
     except Exception:
@@ -86,7 +86,7 @@ async def _once(request: Request, key: str, handle: Handler) -> Response:
     return response
 
 
-def _again(answered: Answered) -> Response:
+def _answer_again(answered: Answered) -> Response:
     if answered.body is None:
         raise NightpressError(
             ErrorCode.CONFLICT,

@@ -4,7 +4,7 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import Any
 
-from nightpress.client.calls import Call, given, if_match, nothing, path_of, post, reader
+from nightpress.client.calls import Call, if_match, nothing, path_of, post, query, reader
 from nightpress.core.wire.access import AuditView, KeyCreate, KeyRotate, KeyView, NewKeyView, QuotaChange, TenantView
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.system import MeView
@@ -37,7 +37,7 @@ def get_webhook(webhook: str) -> Call[WebhookView]:
 
 
 def page_webhooks(*, cursor: str | None = None, limit: int = 50) -> Call[Page[WebhookView]]:
-    return Call("GET", "/v1/webhooks", _WEBHOOKS, params=given(cursor=cursor, limit=limit))
+    return Call("GET", "/v1/webhooks", _WEBHOOKS, params=query(cursor=cursor, limit=limit))
 
 
 def edit_webhook(webhook: str, *, version: int | None = None, **changes: Any) -> Call[WebhookView]:
@@ -67,7 +67,7 @@ def send_test(webhook: str) -> Call[DeliveryView]:
 
 def page_deliveries(webhook: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[DeliveryView]]:
     """A page of the messages to a webhook, newest first."""
-    params = given(cursor=cursor, limit=limit)
+    params = query(cursor=cursor, limit=limit)
     return Call("GET", path_of("webhooks", webhook, "deliveries"), _DELIVERIES, params=params)
 
 
@@ -104,7 +104,7 @@ def get_key(key_id: str) -> Call[KeyView]:
 
 
 def page_keys(*, tenant_id: str | None = None, cursor: str | None = None, limit: int = 50) -> Call[Page[KeyView]]:
-    return Call("GET", "/v1/keys", _KEYS, params=given(tenant_id=tenant_id, cursor=cursor, limit=limit))
+    return Call("GET", "/v1/keys", _KEYS, params=query(tenant_id=tenant_id, cursor=cursor, limit=limit))
 
 
 def rotate_key(key_id: str, *, overlap_s: float = 3600.0) -> Call[NewKeyView]:
@@ -126,7 +126,7 @@ def me() -> Call[MeView]:
 
 
 def page_tenants(*, cursor: str | None = None, limit: int = 50) -> Call[Page[TenantView]]:
-    return Call("GET", "/v1/admin/tenants", _TENANTS, params=given(cursor=cursor, limit=limit))
+    return Call("GET", "/v1/admin/tenants", _TENANTS, params=query(cursor=cursor, limit=limit))
 
 
 def get_tenant(tenant_id: str) -> Call[TenantView]:
@@ -146,4 +146,4 @@ def set_quotas(tenant_id: str, *, version: int | None = None, **quotas: int | No
 
 def page_audit(*, tenant_id: str | None = None, cursor: str | None = None, limit: int = 50) -> Call[Page[AuditView]]:
     """A page of what keys have changed, newest first."""
-    return Call("GET", "/v1/admin/audit", _AUDIT, params=given(tenant_id=tenant_id, cursor=cursor, limit=limit))
+    return Call("GET", "/v1/admin/audit", _AUDIT, params=query(tenant_id=tenant_id, cursor=cursor, limit=limit))

@@ -97,7 +97,7 @@ def path_of(*parts: str) -> str:
     return "/v1/" + "/".join(quote(part, safe="") for part in parts)
 
 
-def given(**params: object) -> list[tuple[str, str]]:
+def query(**params: object) -> list[tuple[str, str]]:
     """Query parameters, without those that are None."""
     return [(name, str(value)) for name, value in params.items() if value is not None]
 
@@ -143,7 +143,7 @@ def latest_of(model: str) -> Call[LatestView]:
 
 def page_promotions(model: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[PromotionView]]:
     """A page of the results that a model's name has meant, newest first. The first is the present one."""
-    return Call("GET", path_of("models", model, "promotions"), _PROMOTIONS, params=given(cursor=cursor, limit=limit))
+    return Call("GET", path_of("models", model, "promotions"), _PROMOTIONS, params=query(cursor=cursor, limit=limit))
 
 
 def promote(model: str, job_id: str) -> Call[PromotionView]:
@@ -152,7 +152,7 @@ def promote(model: str, job_id: str) -> Call[PromotionView]:
 
 
 def page_models(*, cursor: str | None = None, limit: int = 50) -> Call[Page[ModelView]]:
-    return Call("GET", "/v1/models", _MODELS, params=given(cursor=cursor, limit=limit))
+    return Call("GET", "/v1/models", _MODELS, params=query(cursor=cursor, limit=limit))
 
 
 def delete_model(model: str) -> Call[None]:
@@ -170,7 +170,7 @@ def get_data_set(data_set: str) -> Call[DataSetView]:
 
 
 def page_data_sets(*, cursor: str | None = None, limit: int = 50) -> Call[Page[DataSetView]]:
-    return Call("GET", "/v1/datasets", _DATA_SETS, params=given(cursor=cursor, limit=limit))
+    return Call("GET", "/v1/datasets", _DATA_SETS, params=query(cursor=cursor, limit=limit))
 
 
 def delete_data_set(data_set: str) -> Call[None]:
@@ -259,7 +259,7 @@ def page_jobs(
     """A page of jobs, newest first: in one of these states, with all of these labels, on this model."""
     params = [("state", state) for state in states]
     params += [("label", f"{key}={value}") for key, value in (labels or {}).items()]
-    return Call("GET", "/v1/jobs", _JOBS, params=params + given(model=model, cursor=cursor, limit=limit))
+    return Call("GET", "/v1/jobs", _JOBS, params=params + query(model=model, cursor=cursor, limit=limit))
 
 
 def cancel_job(job_id: str) -> Call[JobView]:
@@ -274,12 +274,12 @@ def retry_job(job_id: str) -> Call[JobView]:
 
 def list_events(job_id: str, *, after: int = 0, limit: int = 500) -> Call[list[EventView]]:
     """A job's events from number `after` + 1 on, oldest first."""
-    return Call("GET", path_of("jobs", job_id, "events"), _EVENTS, params=given(after=after, limit=limit))
+    return Call("GET", path_of("jobs", job_id, "events"), _EVENTS, params=query(after=after, limit=limit))
 
 
 def list_logs(job_id: str, *, after: int = 0, limit: int = 500) -> Call[list[LogView]]:
     """A job's log lines from number `after` + 1 on, oldest first."""
-    return Call("GET", path_of("jobs", job_id, "logs"), _LOGS, params=given(after=after, limit=limit))
+    return Call("GET", path_of("jobs", job_id, "logs"), _LOGS, params=query(after=after, limit=limit))
 
 
 def list_artifacts(job_id: str) -> Call[list[ArtifactView]]:
@@ -318,7 +318,7 @@ def get_schedule(schedule: str) -> Call[ScheduleView]:
 
 
 def page_schedules(*, cursor: str | None = None, limit: int = 50) -> Call[Page[ScheduleView]]:
-    return Call("GET", "/v1/schedules", _SCHEDULES, params=given(cursor=cursor, limit=limit))
+    return Call("GET", "/v1/schedules", _SCHEDULES, params=query(cursor=cursor, limit=limit))
 
 
 def edit_schedule(schedule: str, *, version: int | None = None, **changes: Any) -> Call[ScheduleView]:
@@ -353,7 +353,7 @@ def trigger_schedule(schedule: str) -> Call[ScheduleRunView]:
 
 def page_schedule_runs(schedule: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[ScheduleRunView]]:
     """A page of a schedule's runs and their outcomes, newest first."""
-    return Call("GET", path_of("schedules", schedule, "runs"), _RUNS, params=given(cursor=cursor, limit=limit))
+    return Call("GET", path_of("schedules", schedule, "runs"), _RUNS, params=query(cursor=cursor, limit=limit))
 
 
 # The service ---------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Fitness:
         """The machine's fault, if it may have caused a job's failure. Empty: the failure is the job's own."""
         return self._probe(*(probe for probe in self._probes if probe.suspects(error)))
 
-    def look_again(self) -> None:
+    def probe_again(self) -> None:
         """Repeat the probe that failed."""
         if self._failing is not None:
             self._probe(self._failing)

@@ -70,7 +70,7 @@ class Slot:
 
     def _beat(self) -> None:
         fitness = self._supervisor.fitness
-        fitness.look_again()
+        fitness.probe_again()
         unfit = fitness.reason or None
         self._store.roster.heartbeat_worker(
             introduce(self._offer, draining=self._supervisor.draining.is_set(), unfit=unfit)

@@ -108,7 +108,9 @@ def test_a_searched_range_is_never_worse_than_the_extremes(seed: int, bits: int,
 def test_a_block_told_nothing_stays_as_it_is():
     weight = torch.randn(5, 16)
     before, loss = weight.clone(), torch.zeros(5)
-    reference(weight, torch.eye(16), torch.ones(16), loss, None, BlockMask(told=torch.zeros(5, 16, dtype=torch.bool)))
+    reference(
+        weight, torch.eye(16), torch.ones(16), loss, None, BlockMask(given_mask=torch.zeros(5, 16, dtype=torch.bool))
+    )
     assert torch.equal(weight, before)
     assert not loss.any()
     fine = BlockGrid(

@@ -16,7 +16,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("shape", [(1000, 128), (37, 64), (64, 100)])
-@pytest.mark.parametrize("kind", ["grid", "told", "pattern", "pattern and grid"])
+@pytest.mark.parametrize("kind", ["grid", "given_mask", "pattern", "pattern and grid"])
 def test_a_block_comes_out_as_in_float64(shape: tuple[int, int], kind: str):
     rows, columns = shape
     torch.manual_seed(rows)
@@ -31,8 +31,8 @@ def test_a_block_comes_out_as_in_float64(shape: tuple[int, int], kind: str):
     grid = BlockGrid(scale, zero_point, group, -8, 7) if "grid" in kind else None
     exact_grid = grid and BlockGrid(scale.double(), zero_point.double(), group, -8, 7)
     mask = BlockMask(pattern=(2, 4)) if "pattern" in kind else None
-    if kind == "told":
-        mask = BlockMask(told=torch.rand(rows, columns, device="cuda") < 0.5)
+    if kind == "given_mask":
+        mask = BlockMask(given_mask=torch.rand(rows, columns, device="cuda") < 0.5)
     ours, exact = weight.clone(), weight.double()
     loss, exact_loss = torch.zeros(rows, device="cuda"), torch.zeros(rows, device="cuda", dtype=torch.float64)
     obs_block(ours, spread, cost, loss, grid, mask)

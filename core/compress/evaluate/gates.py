@@ -92,7 +92,7 @@ def _speed(gate: Gate, artifact: Subject, value: float, speedup: Speedup | None,
     upper = _is_upper(gate)
     end = max(ends) if upper else min(ends)
     said = _end_of(
-        upper, "the spread" if not speedup.by_turns else "the 95% interval", _shown(gate, _relative(gate, point))
+        upper, "the spread" if not speedup.by_turns else "the 95% interval", _format(gate, _relative(gate, point))
     )
     apart = "" if speedup.told_apart else "; not told apart from the source"
     return _compare(gate, artifact, value, end, f"{said}, median {what}{apart}")
@@ -135,13 +135,13 @@ def _one_quality(gate: Gate, artifact: Subject, measurement: Measurement) -> Gat
     if gate.relative == "absolute":
         end = measurement.high if upper else measurement.low
         value = measurement.value if end is None else end
-        return _compare(gate, artifact, value, None, _ends(measurement, upper, _shown(gate, measurement.value), end))
+        return _compare(gate, artifact, value, None, _ends(measurement, upper, _format(gate, measurement.value), end))
     if measurement.change is None:
         why = f"on {_place(measurement)} it has nothing in the source to compare with; give an absolute bound"
         return _unknown(gate, artifact, why)
     end = measurement.change_high if upper else measurement.change_low
     change = measurement.change if end is None else end
-    point = _shown(gate, _relative(gate, 1 + measurement.change))
+    point = _format(gate, _relative(gate, 1 + measurement.change))
     return _compare(gate, artifact, measurement.value, 1 + change, _ends(measurement, upper, point, end))
 
 
@@ -176,7 +176,7 @@ def _compare(gate: Gate, artifact: Subject, value: float, ratio: float | None, w
         artifact=artifact.name,
         observed=observed,
         passed=passed,
-        explanation=f"{_shown(gate, observed)} ({what})",
+        explanation=f"{_format(gate, observed)} ({what})",
     )
 
 
@@ -184,7 +184,7 @@ def _relative(gate: Gate, ratio: float) -> float:
     return ratio - 1 if gate.relative == "change" else ratio
 
 
-def _shown(gate: Gate, observed: float) -> str:
+def _format(gate: Gate, observed: float) -> str:
     """The figure as text, in the unit of the gate."""
     return {
         "absolute": f"{observed:.5g}",

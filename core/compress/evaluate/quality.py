@@ -137,7 +137,7 @@ def _prepare_images(
     """`prepare` for a vision model: lengths of text do not matter, and each timed run reads whole images."""
     kind = "logits" if header.task == "classification" else "pooled"
     check = read_images("builtin:images", None, model_dir, header, samples=_CHECK_ROWS, seed=_SEED)
-    sets = [TokenSet("check", kind, _seen(check.pixels, None))]
+    sets = [TokenSet("check", kind, _image_sequences(check.pixels, None))]
     evaluations = []
     for at, evaluation in enumerate(evaluation for evaluation in recipe.evaluate if isinstance(evaluation, Quality)):
         images = read_images(
@@ -153,9 +153,13 @@ def _prepare_images(
         if evaluation.metric == "accuracy" or (evaluation.metric == "auto" and labelled):
             classes = [tokenized.class_index(label, header, evaluation.data) for label in images.labels]
             names = fidelity.output_names(header)
-            scorer = labels.Classification(TokenSet(f"quality{at}", kind, _seen(images.pixels, classes)), names)
+            scorer = labels.Classification(
+                TokenSet(f"quality{at}", kind, _image_sequences(images.pixels, classes)), names
+            )
         else:
-            scorer = fidelity.of_classifier(TokenSet(f"quality{at}", kind, _seen(images.pixels, None)), header)
+            scorer = fidelity.of_classifier(
+                TokenSet(f"quality{at}", kind, _image_sequences(images.pixels, None)), header
+            )
         sets.append(scorer.examples)
         evaluations.append(Evaluation(evaluation.data, scorer))
     task = Task(
@@ -170,7 +174,7 @@ def _prepare_images(
     return Trial(task, tuple(evaluations), seed=_SEED + recipe.seed, by_turns=timed_by_turns(recipe, header))
 
 
-def _seen(pixels: NDArray[np.float32], classes: list[int] | None) -> tokenized.Sequences:
+def _image_sequences(pixels: NDArray[np.float32], classes: list[int] | None) -> tokenized.Sequences:
     mask = np.ones((len(pixels), 1), np.int64)
     return tokenized.Sequences(pixels, mask, labels=None if classes is None else np.asarray(classes, np.int64))
 

@@ -40,19 +40,19 @@ class Paired:
 def interval(statistic: Statistic, count: int, *, seed: int) -> Interval:
     """A statistic of `count` examples, with its 95% interval."""
     draws = np.concatenate([statistic(times) for times in _drawn(count, seed)])
-    return _shown(_whole(statistic, count), draws)
+    return _interval(_on_all(statistic, count), draws)
 
 
 def paired(ours: Statistic, theirs: Statistic, count: int, *, seed: int) -> Paired:
     """The same statistic for two models on the same examples. Each draw takes the same examples for both models."""
     pairs = [(ours(times), theirs(times)) for times in _drawn(count, seed)]
     mine, base = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    value, reference = _whole(ours, count), _whole(theirs, count)
+    value, reference = _on_all(ours, count), _on_all(theirs, count)
     change = None
     if reference > 0:
         usable = base > 0
-        change = _shown(value / reference - 1, mine[usable] / base[usable] - 1)
-    return Paired(_shown(value, mine), change)
+        change = _interval(value / reference - 1, mine[usable] / base[usable] - 1)
+    return Paired(_interval(value, mine), change)
 
 
 def of_sums(columns: Array, of: Callable[[Array], Array]) -> Statistic:
@@ -115,11 +115,11 @@ def _drawn(count: int, seed: int) -> Iterator[Array]:
         yield np.bincount(flat.ravel(), minlength=len(draws) * count).reshape(len(draws), count).astype(np.float64)
 
 
-def _whole(statistic: Statistic, count: int) -> float:
+def _on_all(statistic: Statistic, count: int) -> float:
     return float(statistic(np.ones((1, count)))[0])
 
 
-def _shown(value: float, draws: Array) -> Interval:
+def _interval(value: float, draws: Array) -> Interval:
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(draws, [tail, 100 - tail])
     # If all examples are equal, resampling gives only rounding noise. The interval must contain the value even then.

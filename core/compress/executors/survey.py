@@ -105,7 +105,7 @@ def unit_gradients(source: Path, samples: Batch, context: PassContext, anatomy: 
     outlier as unimportant. Raises NightpressError(numerical_failure).
     """
     found: list[Tensor] = []
-    model = _whole(source, context)
+    model = _load_whole(source, context)
     modules = [block.get_submodule(watched) for block in _blocks(model, anatomy)]
 
     def collect(index: int, entered: Tensor, left: Tensor) -> None:
@@ -136,14 +136,14 @@ def block_gradients(source: Path, samples: Batch, context: PassContext, anatomy:
         assert left.grad is not None
         found[index] += float(((left - entered).detach() * left.grad).sum((0, 1)).abs().sum()) / texts
 
-    model = _whole(source, context)
+    model = _load_whole(source, context)
     _backwards(model, samples, context, _blocks(model, anatomy), collect)
     for at, influence in enumerate(found):
         check_finite([f"{anatomy.prefix}{at}"], torch.tensor(influence))
     return found
 
 
-def _whole(source: Path, context: PassContext) -> nn.Module:
+def _load_whole(source: Path, context: PassContext) -> nn.Module:
     torch.set_num_threads(context.threads)
     model: nn.Module = load_model(source, context.header).to(context.device)
     return model.requires_grad_(False)

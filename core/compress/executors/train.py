@@ -145,7 +145,7 @@ def precision(options: Training, device: str) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def asked(device: torch.device) -> Iterator[None]:
+def frozen_model(device: torch.device) -> Iterator[None]:
     """A context in which a frozen model runs: without autocast, so in the dtype of its weights, and without recording gradients."""
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         yield

@@ -222,19 +222,21 @@ def _take_turns(
     wanted: list[TimedShape | TimedGeneration] = [*task.shapes, *(task.writings if decode else ())]
     runs: list[list[list[dict[str, Any]]]] = []
     for at, request in enumerate(wanted):
-        progress(at / len(wanted), _said(request))
+        progress(at / len(wanted), _describe(request))
         runs.append(_rounds(request, models))
     shapes = len(task.shapes)
     return tuple(
         ModelRuns(
-            timings=tuple(_timed(request, found[at]) for request, found in zip(wanted[:shapes], runs, strict=False)),
-            writings=_written(wanted[shapes:], [found[at] for found in runs[shapes:]]),
+            timings=tuple(
+                _shape_runs(request, found[at]) for request, found in zip(wanted[:shapes], runs, strict=False)
+            ),
+            writings=_generation_runs(wanted[shapes:], [found[at] for found in runs[shapes:]]),
         )
         for at in range(len(models))
     )
 
 
-def _said(request: TimedShape | TimedGeneration) -> str:
+def _describe(request: TimedShape | TimedGeneration) -> str:
     if isinstance(request, TimedShape):
         return f"timing {request.batch} × {request.length}"
     return f"decoding {request.batch} × {request.prompt}{'' if request.cached else ' without a cache'}"
@@ -262,12 +264,12 @@ def _larger(a: int | None, b: int | None) -> int | None:
     return None if a is None or b is None else max(a, b)
 
 
-def _timed(shape: TimedShape | TimedGeneration, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _shape_runs(shape: TimedShape | TimedGeneration, runs: list[dict[str, Any]]) -> dict[str, Any]:
     assert isinstance(shape, TimedShape)
     return {"batch": shape.batch, "length": shape.length, "milliseconds": [run["milliseconds"] for run in runs]}
 
 
-def _written(
+def _generation_runs(
     wanted: Sequence[TimedShape | TimedGeneration], runs: Sequence[list[dict[str, Any]]]
 ) -> tuple[dict[str, Any], ...]:
     """The milliseconds before each token [runs][tokens] and the peak memory.

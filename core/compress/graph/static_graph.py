@@ -144,7 +144,7 @@ class QdqGraph:
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        new = _Written(onnx)
+        new = _GraphBuilder(onnx)
         operands = {}
         for name, scores in self.scores.items():
             if name not in left:
@@ -207,7 +207,7 @@ def _settled(
     return codes, costs
 
 
-class _Written:
+class _GraphBuilder:
     """The new graph's nodes in order, and its constants. A value that several nodes read is made once, before the first of these nodes."""
 
     def __init__(self, onnx: Any) -> None:

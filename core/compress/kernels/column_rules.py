@@ -20,6 +20,6 @@ class BlockGrid:
 class BlockMask:
     """The weights of a block that become zero: given by `told`, or by an N:M pattern."""
 
-    told: Tensor | None = None  #: bool [rows, columns], True for the weights that become zero
+    given_mask: Tensor | None = None  #: bool [rows, columns], True for the weights that become zero
     #: (kept, of): of every `of` neighbours in a row, the `kept` with the largest (weight · cost)² stay; chosen when the columns are reached
     pattern: tuple[int, int] | None = None

@@ -45,7 +45,7 @@ def reference(
 ) -> None:
     """`obs_block` on any device and in any float dtype."""
     work = weight.t().contiguous()  # [columns, rows]: a column's weights are contiguous
-    gone = _told(work, mask)
+    gone = _mask_of(work, mask)
     pattern = None if mask is None else mask.pattern
     groups = [] if grid is None else grid.group.tolist()
     scales = None if grid is None else grid.scale.t().contiguous()
@@ -75,10 +75,10 @@ def reference(
     weight.copy_(work.t())
 
 
-def _told(work: Tensor, mask: BlockMask | None) -> Tensor | None:
+def _mask_of(work: Tensor, mask: BlockMask | None) -> Tensor | None:
     if mask is None:
         return None
-    return torch.zeros_like(work, dtype=torch.bool) if mask.told is None else mask.told.t().contiguous()
+    return torch.zeros_like(work, dtype=torch.bool) if mask.given_mask is None else mask.given_mask.t().contiguous()
 
 
 def _decide(work: Tensor, cost: Tensor, first: int, pattern: tuple[int, int], gone: Tensor) -> None:

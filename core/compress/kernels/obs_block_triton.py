@@ -26,7 +26,7 @@ def launch(
 ) -> None:
     """Start the kernel for `obs_block`'s arguments: float32 on one CUDA device, with contiguous columns in each tensor."""
     rows, columns = weight.shape
-    told = mask.told if mask is not None else None
+    given_mask = mask.given_mask if mask is not None else None
     kept, of = (mask.pattern if mask is not None else None) or (0, 0)
     nothing = weight  # a placeholder for arguments that the compiled variant never reads
     with torch.cuda.device(weight.device):
@@ -43,14 +43,14 @@ def launch(
             nothing if grid is None else grid.group,
             0.0 if grid is None else float(grid.lowest),
             0.0 if grid is None else float(grid.highest),
-            nothing if told is None else told,
-            0 if told is None else told.stride(0),
+            nothing if given_mask is None else given_mask,
+            0 if given_mask is None else given_mask.stride(0),
             rows,
             columns,
             ROWS=_ROWS,
             WIDTH=triton.next_power_of_2(columns),
             HAS_GRID=grid is not None,
-            HAS_TOLD=told is not None,
+            HAS_TOLD=given_mask is not None,
             KEPT=kept,
             OF=of,
             num_warps=_WARPS,
@@ -71,7 +71,7 @@ def _kernel(
     group,
     lowest,
     highest,
-    told,
+    given_mask,
     told_stride,
     rows,
     columns,
@@ -116,7 +116,7 @@ def _kernel(
             code = tl.minimum(tl.maximum(code, lowest), highest)
             after = (code - zero) * step
         if HAS_TOLD:
-            gone = tl.load(told + wide_row * told_stride + j, mask=real_row, other=0)
+            gone = tl.load(given_mask + wide_row * told_stride + j, mask=real_row, other=0)
             after = tl.where(gone != 0, 0.0, after)
         if OF > 0:
             after = tl.where(((gone_bits >> (j % OF)) & 1) != 0, 0.0, after)

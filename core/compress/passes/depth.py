@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.examples import Batch, Examples, collate, read_examples
-from nightpress.core.compress.executors.train import TrainingResult, asked, precision, train
+from nightpress.core.compress.executors.train import TrainingResult, frozen_model, precision, train
 from nightpress.core.compress.model.exits import ExitModel, ExitPlan, save_heads
 from nightpress.core.compress.model.networks import cast_weights, embeddings_of, load_model, save_model
 from nightpress.core.compress.passes.registry import folder_pass
@@ -106,7 +106,7 @@ class _HeadTraining(nn.Module):
         return self
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        with asked(batch.ids.device):
+        with frozen_model(batch.ids.device):
             answer = self.teacher(input_ids=batch.ids, attention_mask=batch.mask).logits
         said = self.exits(batch.ids, batch.mask).logits
         parts = []

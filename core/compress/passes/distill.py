@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.examples import Batch, read_examples
 from nightpress.core.compress.data.tokenized import open_tokenizer, special_tokens
-from nightpress.core.compress.executors.train import TrainingResult, asked, precision, train
+from nightpress.core.compress.executors.train import TrainingResult, frozen_model, precision, train
 from nightpress.core.compress.model.networks import (
     cast_weights,
     embeddings_of,
@@ -204,7 +204,7 @@ class _StudentTraining(nn.Module):
         with _watch(self._watched[0] if self._watched else ()) as our_vectors:
             ours = self.student(**read, **more)
         theirs: Any = None
-        with asked(batch.ids.device), _watch(self._watched[1] if self._watched else ()) as their_vectors:
+        with frozen_model(batch.ids.device), _watch(self._watched[1] if self._watched else ()) as their_vectors:
             if self._cached is None:
                 theirs = self.teacher(**read, **more)
         found: dict[str, Tensor] = {}

@@ -133,7 +133,7 @@ def generation_bars(subjects: list[Subject]) -> list[str]:
         top = max(timing.decode_tokens_per_s for _, timing in found) or 1
         bars = [
             charts.Bar(
-                _who(subject, timing),
+                _label(subject, timing),
                 f"{timing.decode_tokens_per_s:,.1f} tokens/s",
                 timing.decode_tokens_per_s / top,
                 "pale" if subject.name == "source" else "solid",
@@ -154,7 +154,7 @@ def generation_plots(subjects: list[Subject]) -> list[tuple[str, str]]:
             for timing in subject.generation:
                 height = value(timing)
                 if timing.batch == least and height is not None:
-                    lines.setdefault(_who(subject, timing), []).append((timing.prompt, height))
+                    lines.setdefault(_label(subject, timing), []).append((timing.prompt, height))
         series = [
             Series(
                 name=name, x=tuple(x for x, _ in points), y=tuple(y for _, y in points), x_label="tokens of the prompt"
@@ -167,7 +167,7 @@ def generation_plots(subjects: list[Subject]) -> list[tuple[str, str]]:
     return found
 
 
-def _who(subject: Subject, timing: GenerationTiming) -> str:
+def _label(subject: Subject, timing: GenerationTiming) -> str:
     return subject.name if timing.cached else f"{subject.name}, no cache"
 
 

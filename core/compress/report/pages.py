@@ -88,7 +88,7 @@ def _context(report: Report) -> dict[str, Any]:
         ],
         "caches": [found for record in report.passes if (found := costs.cache_tables(record))],
         "zeros": costs.storage_tables(report),
-        "gates_said": _gates_said(report),
+        "gates_summary": _gates_summary(report),
         "layer_charts": _layer_charts(report.passes),
         "layers_shown": LAYERS_SHOWN,
         "recipe_json": json.dumps(report.recipe, indent=2),
@@ -107,7 +107,7 @@ def _pareto(report: Report) -> str:
     return charts.pareto(compare([report])) if len(report.artifacts) > 1 else ""
 
 
-def _gates_said(report: Report) -> str:
+def _gates_summary(report: Report) -> str:
     """One line that explains the verdict."""
     if not report.gates:
         return ""

@@ -202,8 +202,8 @@ def _block_mask(now: Tensor, cost: Tensor, prune: Prune | None) -> BlockMask | N
     score = (now * cost).square_()
     count = round(prune.sparsity * score.numel())
     if count == 0:
-        return BlockMask(told=torch.zeros_like(score, dtype=torch.bool))
-    return BlockMask(told=score <= _smallest(score.flatten(), count))
+        return BlockMask(given_mask=torch.zeros_like(score, dtype=torch.bool))
+    return BlockMask(given_mask=score <= _smallest(score.flatten(), count))
 
 
 def _smallest(values: Tensor, count: int) -> Tensor | float:

@@ -35,7 +35,7 @@ class KeyIssuer:
     def get(self, caller: Principal, key_id: str) -> KeyView:
         """Raises not_found."""
         with transaction(self._engine, read_only=True) as connection:
-            row = connection.execute(select(*_SHOWN).where(*self._seen(caller, key_id))).one_or_none()
+            row = connection.execute(select(*_SHOWN).where(*self._visible(caller, key_id))).one_or_none()
         if row is None:
             raise NightpressError(ErrorCode.NOT_FOUND, "There is no such key.", hint="GET /v1/keys lists yours.")
         return _view(row)
@@ -126,7 +126,7 @@ class KeyIssuer:
             )
         return tenant_id
 
-    def _seen(self, caller: Principal, key_id: str) -> list[ColumnElement[bool]]:
+    def _visible(self, caller: Principal, key_id: str) -> list[ColumnElement[bool]]:
         seen = [_columns.id == key_id]
         return seen if caller.is_admin else [*seen, _columns.tenant_id == caller.tenant_id]
 

@@ -15,7 +15,14 @@ from nightpress.core.paging import cursor_after
 from nightpress.core.recipes.calibration import BUILTIN_DATA
 from nightpress.core.recipes.datafile import READ_BYTES, DataFacts, Window, examine_data, kind_of
 from nightpress.core.service.registry.fetching import FetchingRegistry
-from nightpress.core.service.registry.registry import Taken, TakesLonger, check_size, describe_files, live_jobs, seen
+from nightpress.core.service.registry.registry import (
+    Taken,
+    TakesLonger,
+    check_size,
+    describe_files,
+    live_jobs,
+    shared_fields,
+)
 from nightpress.core.service.registry.uploads import Owner
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.registry import data_sets
@@ -120,7 +127,7 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
 
     def _view(self, row: Row[Any]) -> DataSetView:
         return DataSetView(
-            **seen(row),
+            **shared_fields(row),
             rows=row.rows,
             labelled=None if row.labels is None else row.labels > 0,
         )

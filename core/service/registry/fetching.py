@@ -15,7 +15,15 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import FileEntry
 from nightpress.core.ids import new_id
 from nightpress.core.service.registry.claims import Claim
-from nightpress.core.service.registry.registry import Registry, Taken, View, check_size, described, dumped, made_ready
+from nightpress.core.service.registry.registry import (
+    Registry,
+    Taken,
+    View,
+    check_size,
+    described,
+    dumped,
+    ready_columns,
+)
 from nightpress.core.sources.address import BucketAddress, HubAddress, parse_address, resolve_path
 from nightpress.core.sources.open import open_source
 from nightpress.core.sources.source import Listing, RemoteFile, Source, read_steadily
@@ -74,7 +82,7 @@ class FetchingRegistry(Registry[View]):
                 raise
             self._fail(row, error)
             return
-        if self._advance(row, **made_ready(files, facts)):
+        if self._advance(row, **ready_columns(files, facts)):
             self._uploads.forget(self._owner(row.id))
         self._forget_if_deleted(row)
 

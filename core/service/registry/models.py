@@ -16,7 +16,7 @@ from nightpress.core.recipes.filenames import check_names
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.service.registry.fetching import FetchingRegistry
-from nightpress.core.service.registry.registry import Taken, check_size, describe_files, live_jobs, seen
+from nightpress.core.service.registry.registry import Taken, check_size, describe_files, live_jobs, shared_fields
 from nightpress.core.service.registry.uploads import Owner
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.registry import models
@@ -115,7 +115,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
 
     def _view(self, row: Row[Any]) -> ModelView:
         return ModelView(
-            **seen(row),
+            **shared_fields(row),
             architecture=row.architecture,
             model_type=row.model_type,
             task=row.task,

@@ -104,7 +104,7 @@ class Registry(ABC, Generic[View]):
             _note_unforeseen(error, self.noun, row.id)
             won = self._advance(row, state="verifying")
             return self.get(tenant_id, row.id) if won else self._as_decided(tenant_id, owner)
-        if not self._advance(row, **made_ready(files, facts)):
+        if not self._advance(row, **ready_columns(files, facts)):
             return self._as_decided(tenant_id, owner)
         self._uploads.forget(owner)
         return self.get(tenant_id, row.id)
@@ -207,7 +207,7 @@ class Registry(ABC, Generic[View]):
         try:
             if size > self._settings.verify_inline_bytes:
                 raise TakesLonger
-            given |= made_ready(*self._examine_path(server_path, _ignore, at_once=True))
+            given |= ready_columns(*self._examine_path(server_path, _ignore, at_once=True))
         except NightpressError:
             raise
         except Exception as error:
@@ -298,7 +298,7 @@ class Registry(ABC, Generic[View]):
             self._uploads.abandon(self._owner(row.id))
 
 
-def made_ready(files: Sequence[FileEntry], facts: Mapping[str, Any]) -> dict[str, Any]:
+def ready_columns(files: Sequence[FileEntry], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a row that becomes ready."""
     return {"state": "ready", "progress": 1.0, "digest": digest_of(list(files)), **described(files), **facts}
 
@@ -361,7 +361,7 @@ def _entry(file: FileAnnouncement) -> FileEntry:
         ) from error
 
 
-def seen(row: Row[Any]) -> dict[str, Any]:
+def shared_fields(row: Row[Any]) -> dict[str, Any]:
     """The fields that the views of models and data sets share."""
     return {
         "id": row.id,

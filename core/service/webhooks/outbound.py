@@ -84,17 +84,17 @@ class _Bounded(httpcore.NetworkStream):
         self._stream = stream
         self._deadline = deadline
 
-    def _left(self) -> float:
+    def _seconds_left(self) -> float:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise httpcore.ReadTimeout("the deadline has passed")
         return left
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
-        return self._stream.read(max_bytes, self._left())
+        return self._stream.read(max_bytes, self._seconds_left())
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002
-        self._stream.write(buffer, self._left())
+        self._stream.write(buffer, self._seconds_left())
 
     def close(self) -> None:
         self._stream.close()
@@ -105,7 +105,7 @@ class _Bounded(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ARG002
     ) -> httpcore.NetworkStream:
-        return _Bounded(self._stream.start_tls(ssl_context, server_hostname, self._left()), self._deadline)
+        return _Bounded(self._stream.start_tls(ssl_context, server_hostname, self._seconds_left()), self._deadline)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)

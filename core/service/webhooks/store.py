@@ -88,7 +88,7 @@ class WebhookStore:
         values = wanted.model_dump(exclude_none=True)
         if wanted.enabled:
             values["disabled_reason"] = None
-        unchanged = _mine(tenant_id, webhook_id, version)
+        unchanged = _of_tenant(tenant_id, webhook_id, version)
         with transaction(self._engine) as connection:
             changed = update(webhooks).where(*unchanged).values(version=webhooks.c.version + 1, **values)
             won = connection.execute(changed).rowcount
@@ -100,7 +100,7 @@ class WebhookStore:
     def rotate(self, tenant_id: str, webhook_id: str, *, overlap_s: float) -> NewWebhookView:
         """Make a new secret. For `overlap_s` seconds, messages carry the signatures of both secrets, so that the receiver can switch."""
         with transaction(self._engine) as connection:
-            turned = update(webhooks).where(*_mine(tenant_id, webhook_id))
+            turned = update(webhooks).where(*_of_tenant(tenant_id, webhook_id))
             new = {"generation": webhooks.c.generation + 1, "version": webhooks.c.version + 1}
             connection.execute(turned.values(**new, previous_until=db_now(overlap_s)))
         row = self._row(tenant_id, webhook_id)
@@ -109,7 +109,7 @@ class WebhookStore:
     def delete(self, tenant_id: str, webhook_id: str, *, version: int | None = None) -> None:
         """Delete a webhook and its deliveries, including pending ones. Raises not_found, precondition_failed."""
         with transaction(self._engine) as connection:
-            won = connection.execute(delete(webhooks).where(*_mine(tenant_id, webhook_id, version))).rowcount
+            won = connection.execute(delete(webhooks).where(*_of_tenant(tenant_id, webhook_id, version))).rowcount
         if not won:
             self._row(tenant_id, webhook_id)
             raise changed_since()
@@ -230,13 +230,13 @@ class WebhookStore:
 
     def _row(self, tenant_id: str, webhook_id: str) -> Row[Any]:
         with transaction(self._engine, read_only=True) as connection:
-            row = connection.execute(select(webhooks).where(*_mine(tenant_id, webhook_id))).one_or_none()
+            row = connection.execute(select(webhooks).where(*_of_tenant(tenant_id, webhook_id))).one_or_none()
         if row is None:
             raise _missing("webhook")
         return row
 
 
-def _mine(tenant_id: str, webhook_id: str, version: int | None = None) -> list[ColumnElement[bool]]:
+def _of_tenant(tenant_id: str, webhook_id: str, version: int | None = None) -> list[ColumnElement[bool]]:
     mine = [webhooks.c.tenant_id == tenant_id, webhooks.c.id == webhook_id]
     return mine if version is None else [*mine, webhooks.c.version == version]
 

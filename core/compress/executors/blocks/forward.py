@@ -58,7 +58,7 @@ class ForwardPass:
         """How often a block runs in one forward pass of a batch."""
         return self._calls.runs(index)
 
-    def through(self, index: int, number: int, batch: Tensor, watched: Watched | None = None) -> Tensor:
+    def run_batch(self, index: int, number: int, batch: Tensor, watched: Watched | None = None) -> Tensor:
         """The output [B, L, width] of a batch after all runs of a block. `watched` collects the inputs of its layers in these runs."""
         block, calls = self._plan.skeleton.blocks[index].module, self._calls.of(index, number)
         for mixture in self.experts_of(index):
@@ -76,7 +76,7 @@ class ForwardPass:
 
     def advance_batch(self, index: int, number: int) -> None:
         """Run a batch through a block. The output replaces the batch's hidden states."""
-        self.hidden.put(number, self.through(index, number, self.hidden.take(number)))
+        self.hidden.put(number, self.run_batch(index, number, self.hidden.take(number)))
 
     def advance(self, index: int) -> None:
         """Run all batches through a block."""

@@ -51,7 +51,7 @@ class GroupFinder:
             layers = {short[name]: layer for name, layer in linears.items()}
             batch = forward.hidden.look_at(0)
             self._found[like] = find_groups(
-                plan.skeleton.blocks[index].module, layers, lambda: forward.through(index, 0, batch.clone())
+                plan.skeleton.blocks[index].module, layers, lambda: forward.run_batch(index, 0, batch.clone())
             )
         return self._found[like]
 

@@ -48,7 +48,7 @@ def _run_until_seen(forward: ForwardPass, index: int, watched: Watched) -> None:
     """Run all samples through a block until its last watched layer has been called. The hidden states are not changed."""
     for number in range(len(forward.hidden)):
         with contextlib.suppress(EnoughSeen):
-            forward.through(index, number, forward.hidden.look_at(number), watched)
+            forward.run_batch(index, number, forward.hidden.look_at(number), watched)
 
 
 def _undersampled(plan: BlockPlan, index: int, seen: Sequence[Inputs]) -> dict[str, int]:
