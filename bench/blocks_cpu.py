@@ -80,7 +80,7 @@ def press(source: Path, name: str, calibration: Path, out: Path) -> None:
     import numpy as np
     import torch
 
-    from nightpress.core.compress.passes import MODEL_PASSES, PassContext, calibrated
+    from nightpress.core.compress.passes import MODEL_PASSES, PassContext, blockwise
     from nightpress.core.recipes.inspect import FolderFiles, inspect_model
     from nightpress.core.recipes.models import parse_recipe
 
@@ -88,7 +88,7 @@ def press(source: Path, name: str, calibration: Path, out: Path) -> None:
     export = "safetensors" if options["pass"] in {"sparsegpt", "wanda"} else "compressed-tensors"
     recipe = parse_recipe({"name": "bench", "passes": [options], "exports": [export]})
     ids = torch.from_numpy(np.load(calibration))
-    calibrated.calibration_samples = lambda *_: {"input_ids": ids}  # the same tokens as the peer's
+    blockwise.calibration_samples = lambda *_: {"input_ids": ids}  # the same tokens as the peer's
     context = PassContext(header=inspect_model(FolderFiles(source)), work_dir=out.with_suffix(".work"))
     MODEL_PASSES[options["pass"]](source, out, recipe.passes[0], context)
 

@@ -79,14 +79,14 @@ def press(model: Path, work: Path, name: str) -> dict[str, Any]:
     """Run one pass in this process. Returns its seconds, peak memory and output size."""
     import torch
 
-    from nightpress.core.compress.passes import MODEL_PASSES, PassContext, calibrated
+    from nightpress.core.compress.passes import MODEL_PASSES, PassContext, blockwise
     from nightpress.core.recipes.inspect import FolderFiles, inspect_model
     from nightpress.core.recipes.models import parse_recipe
 
     recipe = parse_recipe({"name": "bench", "passes": [PASSES[name]], "exports": ["compressed-tensors"]})
     ids = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
     # For random weights, text is no better than random tokens.
-    calibrated.calibration_samples = lambda *_: {"input_ids": ids}
+    blockwise.calibration_samples = lambda *_: {"input_ids": ids}
     work.mkdir()
     context = PassContext(header=inspect_model(FolderFiles(model)), work_dir=work)
     start = time.perf_counter()
