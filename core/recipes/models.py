@@ -18,6 +18,7 @@ from nightpress.core.recipes.yamlfile import read_yaml
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 MAX_PASSES = 20
 
+_SHOWN_FAULTS = 100  #: of a recipe: an error lists no more, however many there are
 _UNKNOWN_NAME = "union_tag_invalid"  #: pydantic's name for it
 _GATE = re.compile(r"^\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|x)?\s*$")
 
@@ -264,11 +265,11 @@ def parse_recipe(raw: Any, *, for_a_service: bool = False) -> Recipe:
         except ValidationError as error:
             invalid = error
     found = invalid.errors(include_url=False)
-    faults = [_fault(error) for error in found]
+    faults = [_fault(error) for error in found[:_SHOWN_FAULTS]]
     first, unknown = faults[0], unknown_pass(found[0])
     raise NightpressError(
         ErrorCode.INVALID_RECIPE,
-        f"The recipe has {len(faults)} fault{'s' * (len(faults) > 1)}; the first at {first['at'] or 'its top'}: {first['problem']}.",
+        f"The recipe has {len(found)} fault{'s' * (len(found) > 1)}; the first at {first['at'] or 'its top'}: {first['problem']}.",
         hint=unknown[1]
         if unknown is not None
         else "`nightpress recipes` lists the built-in recipes, `nightpress recipes passes` the passes; docs/recipes.md explains every field.",

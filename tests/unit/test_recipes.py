@@ -55,6 +55,12 @@ def test_a_fault_is_named_with_its_place(change: dict[str, object], place: str) 
     assert caught.value.hint
 
 
+def test_of_thousands_of_faults_a_hundred_are_listed() -> None:
+    with pytest.raises(NightpressError, match="has 5000 faults") as caught:
+        parse_recipe({**GOOD, **{f"x{number}": 1 for number in range(5000)}})
+    assert len(caught.value.details["faults"]) == 100
+
+
 def test_yaml_that_is_no_yaml_is_an_invalid_recipe() -> None:
     with pytest.raises(NightpressError, match="not valid YAML"):
         load_recipe("passes: [")
