@@ -171,7 +171,7 @@ def _load(offers: Iterable[_Offer], missing: Mapping[str, str]) -> None:
 
 
 def _options_of(offer: _Offer) -> type[PassOptions]:
-    """Import the options class of an offer. Raises TypeError if the class lacks something that a pass needs, or any error of the package."""
+    """Import the options class of an offer. Raises TypeError if the class is not complete or not valid, or any error of the package."""
     if offer.name in _built_in():
         raise TypeError("a built-in pass has that name; give it another")
     options = offer.entry_point.load()

@@ -264,7 +264,7 @@ class Teaching(PassOptions):
 class Distill(Teaching):
     """Train a smaller student with the model as its teacher. The result is a normal checkpoint.
 
-    The student is cut from the teacher, or is a new model. It learns the teacher's logits, hidden states, attention relations or embeddings.
+    The student is cut from the teacher, or a new model. It learns the teacher's logits, hidden states, attention relations or embeddings.
     """
 
     pass_: Literal["distill"] = Field("distill", alias="pass")
