@@ -61,8 +61,8 @@ def made_graph_bytes(header: ModelHeader, runtime: str, *, rounded: bool, mapped
     """Return the largest number of bytes that the child holds while it makes a graph, without RUNTIME_BYTES.
 
     mapped: the traced model is mapped from its fp32 file; else its weights are in memory, too. While the trace is written, the model and
-    its serialised copy exist. OpenVINO's graph is changed in place, with the floats for rounding its largest matrix. ONNX Runtime's quantizer
-    copies the model repeatedly: on models of 17 to 508 MiB it held nearly six times their weights.
+    its serialised copy exist. OpenVINO's graph is changed in place, with the floats for rounding its largest matrix. ONNX Runtime's
+    quantizer copies the model repeatedly: on models of 17 to 508 MiB it held nearly six times their weights.
     """
     whole, matrices = (
         4 * header.parameters,

@@ -108,7 +108,7 @@ class GenerationCache(PassOptions):
                 return math.inf
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings for generation_config.json. Only custom_generate/generate.py reads `cache_config`; transformers ignores it."""
+        """Return the settings for generation_config.json. transformers ignores `cache_config`; custom_generate/generate.py reads it."""
         match self.mode:
             case "none":
                 return {"use_cache": False}
