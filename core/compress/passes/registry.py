@@ -1,4 +1,4 @@
-"""Maps each pass to the function that runs it. A decorator registers the function under the class of its options:
+"""Maps each pass to the function that runs it. A decorator registers the function under the class of its options.
 
 @folder_pass(Clip)
 def clip(source: Path, target: Path, options: Clip, context: PassContext) -> PassRecord: ...
