@@ -1,1 +1,1 @@
-"""What a supervisor and its child say to each other: spec.json in, frames and manifest.json and report.json out."""
+"""The interface between a supervisor and its child: the child reads spec.json, and writes frames, manifest.json and report.json."""

@@ -1,7 +1,7 @@
-"""Where a job can go on: what lies below work/ under which name, and when what one job left is what another would make.
+"""Checkpoints of passes: the names of their files below work/, and the digests by which jobs share them.
 
-A pass calls `context.checkpoint(path, step)` for each file below work/ that is whole. The supervisor copies it to storage under the
-digest of all that decided its bytes; whoever begins the same way finds it below work/ again, under the same path.
+A pass calls `context.checkpoint(path, step)` for each complete file below work/. The supervisor copies the file to storage under a digest
+of everything that determines its bytes. A later attempt, or another job with the same digest, gets the file at the same path below work/.
 """
 
 import hashlib
@@ -19,28 +19,28 @@ from nightpress.core.recipes.passes.catalog import providers_of
 
 
 def pass_folder(index: int, name: str) -> str:
-    """Where below work/ a pass puts the model it makes."""
+    """Return the folder below work/ to which a pass writes its model."""
     return f"passes/{index}-{name}"
 
 
 def pass_record(index: int, name: str) -> str:
-    """The file below work/ that says that a pass is done. It is written last."""
+    """Return the path below work/ of the file that marks a pass as finished. This file is written last."""
     return f"{pass_folder(index, name)}.json"
 
 
 class FinishedPass(BaseModel):
-    """A pass that is done: the files of its model, and what the report and the next pass need to know without doing it again."""
+    """A finished pass: the files of its model, and the data from which the report and the next pass continue without running it again."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    made_of: str  #: the digest of all that decided it, as far as the child knows
-    files: dict[str, int]  #: sizes by path below the pass's folder
-    header: ModelHeader  #: of the model, or, behind a last pass, of the one before
-    records: tuple[PassRecord, ...]  #: of this pass and those before it
+    made_of: str  #: digest of everything that determined the result, as far as the child knows it
+    files: dict[str, int]  #: path below the pass's folder → size in bytes
+    header: ModelHeader  #: of the pass's model; after a pass that must be last, of the model before it
+    records: tuple[PassRecord, ...]  #: of this pass and of the passes before it
 
     @classmethod
     def load(cls, work: Path, index: int, name: str, *, made_of: str) -> "FinishedPass | None":
-        """What an earlier attempt left, if it was made of the same and every file it names is there."""
+        """Return the record of an earlier attempt, if its digest is `made_of` and every file in it has the recorded size; else None."""
         try:
             found = cls.model_validate_json((work / pass_record(index, name)).read_bytes())
         except (OSError, ValueError):
@@ -55,11 +55,11 @@ class FinishedPass(BaseModel):
 def prefix_digests(
     recipe: Recipe, *, tenant_id: str, model_digest: str, data: Mapping[str, str], device: str, engine: str
 ) -> list[str]:
-    """For each pass a digest of all that decides what it makes: the model, the passes up to it, what they read, who computes.
+    """Return for each pass a digest of everything that determines its result: model, passes up to this one, their data, device and engine.
 
-    One more at the end is for the graph that is traced from what all passes made.
+    A further digest at the end is for the graph that is traced from the last pass's model.
 
-    data: digest of each data set by what the recipe calls it; one that only the evaluation reads decides nothing here.
+    data: the recipe's name of a data set → its digest. A data set that only the evaluation reads is left out of the digests.
     """
     digests = []
     for count in (*range(1, len(recipe.passes) + 1), None):

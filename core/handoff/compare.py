@@ -1,11 +1,11 @@
-"""Several artifacts of one or more jobs side by side: which are worth having? Plain data, for the command line and the pages."""
+"""Compares artifacts of one or more jobs on size, latency and quality, for the command line and the web pages. Plain data, no I/O."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nightpress.core.handoff.report import Measurement, Report, Subject
 
-#: what a source scores against itself, where a figure is about nearness to the source
+#: The source's own value of each figure that compares outputs with the source's.
 _OF_ITSELF = {
     **dict.fromkeys(("cosine", "centred_cosine", "top1_agreement", "label_agreement"), 1.0),
     **dict.fromkeys(("rank_correlation", "correlation", "generation_match", "prefix_match"), 1.0),
@@ -15,19 +15,23 @@ _OF_ITSELF = {
 
 @dataclass(frozen=True)
 class Point:
-    """One artifact, or a job's source, on the three scales that people weigh against each other."""
+    """An artifact, or a job's source, with its size, latency and quality."""
 
     job_id: str
     model: str
     recipe: str
     artifact: str  #: "source", or the artifact's name
     size_bytes: int
-    latency_ms: float | None  #: median at the shape that all points share
+    latency_ms: float | None  #: median at the comparison's shape
     quality: float | None
     quality_low: float | None
     quality_high: float | None
-    verdict: str  #: of its job, with whether it is the one that missed a gate; "" for a source
-    dominated_by: str = ""  #: the label of a point that is at least as good in everything and better in something
+    verdict: (
+        str  #: the job's verdict; notes it if this artifact passed its own gates in a rejected job; "" for a source
+    )
+    dominated_by: str = (
+        ""  #: label of a point that is at least as good on every scale, and better on at least one; "" if there is none
+    )
 
     @property
     def label(self) -> str:
@@ -36,7 +40,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Points on common scales. Where the jobs share no metric or no shape, that scale is left out and a note says so."""
+    """Points on common scales. If the jobs share no metric or no shape, that scale is left out, and `notes` contains the reason."""
 
     points: tuple[Point, ...]
     metric: str | None  #: name of the quality figure
@@ -47,9 +51,9 @@ class Comparison:
 
 
 def compare(reports: Sequence[Report], metric: str | None = None) -> Comparison:
-    """Bring the reports' artifacts, and each source once, on common scales and mark those that another one dominates.
+    """Compare the reports' artifacts, and each source once, on common scales, and mark the points that another point dominates.
 
-    metric: the quality figure to compare by; without it, the first that every artifact has.
+    metric: the quality figure to compare by; None: the first figure that every artifact has.
     """
     artifacts = [(report, artifact) for report in reports for artifact in report.artifacts]
     key, better = _shared_metric([artifact for _, artifact in artifacts], metric)
@@ -124,7 +128,7 @@ def _mark(points: list[Point], better: str) -> list[Point]:
 
     def dominates(a: Point, b: Point) -> bool:
         pairs = list(zip(goods(a), goods(b), strict=True))
-        # What one of the two lacks says nothing.
+        # `a` cannot dominate if it lacks a value that `b` has. A value that `b` lacks is not compared.
         known = [(x, y) for x, y in pairs if x is not None and y is not None]
         if len(known) < sum(y is not None for _, y in pairs):
             return False
@@ -132,7 +136,7 @@ def _mark(points: list[Point], better: str) -> list[Point]:
 
     found = []
     for point in points:
-        # Where no quality is known, small and fast alone beat nothing.
+        # A point of unknown quality dominates nothing, however small and fast it is.
         rivals = [other for other in points if other is not point and other.quality is not None]
         by = next((other for other in rivals if dominates(other, point)), None)
         found.append(replace(point, dominated_by=by.label if by else ""))

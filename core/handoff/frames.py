@@ -1,4 +1,4 @@
-"""Frames: the lines of JSON a child writes to file descriptor 3, one a line, at most 64 KiB each."""
+"""Frames: JSON that a child writes to file descriptor 3, one frame per line, at most 64 KiB each."""
 
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ class _Frame(BaseModel):
 
 
 class Progress(_Frame):
-    """Where the child is. `fraction` is of the whole job, 0 to 1, and never falls."""
+    """The child's progress. `fraction` is the finished part of the whole job, 0 to 1, and never decreases."""
 
     frame: Literal["progress"] = "progress"
     phase: Phase
@@ -25,7 +25,7 @@ class Progress(_Frame):
 
 
 class Metric(_Frame):
-    """A figure worth a curve, e.g. a layer's error or a training loss."""
+    """A point of a curve, e.g. a layer's error or a training loss."""
 
     frame: Literal["metric"] = "metric"
     name: str
@@ -40,9 +40,9 @@ class Log(_Frame):
 
 
 class Checkpoint(_Frame):
-    """A file below work/ is whole: another attempt, here or elsewhere, finds it there again. The same path again replaces it.
+    """A file below work/ is complete: every later attempt, on any worker, gets it at the same path. A second frame for a path replaces it.
 
-    Where several files belong together, the one that vouches for the others comes last.
+    Of files that belong together, the file that marks the others as complete comes last.
     """
 
     frame: Literal["checkpoint"] = "checkpoint"
@@ -52,7 +52,7 @@ class Checkpoint(_Frame):
 
 
 class Span(_Frame):
-    """A step that is over: a phase or a pass, for who traces jobs."""
+    """A finished phase or pass, for tracing."""
 
     frame: Literal["span"] = "span"
     name: str = Field(max_length=200)
@@ -61,7 +61,7 @@ class Span(_Frame):
 
 
 class Result(_Frame):
-    """The last frame. Either `error` is None and out/manifest.json is whole, or `error` is NightpressError.as_dict()."""
+    """The last frame. Either `error` is None and out/manifest.json is complete, or `error` is NightpressError.as_dict()."""
 
     frame: Literal["result"] = "result"
     error: dict[str, Any] | None = None
@@ -72,5 +72,5 @@ _ADAPTER: TypeAdapter[Frame] = TypeAdapter(Frame)
 
 
 def parse_frame(line: bytes) -> Frame:
-    """Read one line. Raises pydantic.ValidationError on anything else."""
+    """Parse one line. Raises pydantic.ValidationError if it is not a valid frame."""
     return _ADAPTER.validate_json(line)

@@ -1,4 +1,4 @@
-"""`out/manifest.json`: the files of each artifact, with sizes and SHA-256. It is written last; without it nothing counts."""
+"""`out/manifest.json`: the files of each artifact, with sizes and SHA-256. It is written last: without it an attempt has no result."""
 
 import hashlib
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,7 @@ def _plain(path: str) -> str:
     return path
 
 
-#: POSIX, without `..`
+#: A relative POSIX path without `..`.
 RelativePath = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_plain)]
 
 
@@ -45,7 +45,7 @@ class ArtifactEntry(_Model):
     format: str  #: e.g. "onnx", "openvino", "compressed-tensors", "safetensors"
     path: RelativePath  #: folder below out/, e.g. "onnx"
     files: tuple[FileEntry, ...]  #: paths relative to `path`
-    consumer: str  #: what loaded it in the verification, with its version, e.g. "onnxruntime 1.32.0"
+    consumer: str  #: library and version that loaded it in the verification, e.g. "onnxruntime 1.32.0"
 
     @property
     def size(self) -> int:
@@ -66,18 +66,18 @@ class Manifest(_Model):
 
 
 def digest_of(files: tuple[FileEntry, ...] | list[FileEntry]) -> str:
-    """`sha256:` over the sorted lines `<sha256>  <path>`: equal folders have equal digests, whatever the order."""
+    """Return `sha256:` and the hash of the sorted lines `<sha256>  <path>`. The order of `files` does not change the digest."""
     lines = sorted(f"{file.sha256}  {file.path}\n" for file in files)
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def describe_file(root: Path, path: Path) -> FileEntry:
-    """Hash one file below `root`."""
+    """Hash a file below `root`. The entry's path is relative to `root`."""
     return describe_as(path.relative_to(root).as_posix(), path)
 
 
 def describe_as(name: str, path: Path) -> FileEntry:
-    """Hash a file that goes by another name than where it lies."""
+    """Hash a file. The entry's path is `name`, not `path`."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return FileEntry(path=name, size=path.stat().st_size, sha256=digest)

@@ -1,7 +1,7 @@
-"""`report.json`: the comparison. Its schema is versioned; the Markdown card and the HTML page are drawn from it alone.
+"""`report.json`: the comparison of the artifacts with the source. The Markdown card and the HTML page are made from this file alone.
 
-`docs/report.schema.json` is this module as a JSON Schema. A field may be added without a new version; a version is raised when a field
-changes its meaning or becomes required, and `read_report` then brings older reports up to it.
+`docs/report.schema.json` is the JSON Schema of this module. The schema has a version. A new optional field does not change it. The version
+is raised when a field changes its meaning or becomes required; `read_report` then migrates older reports.
 """
 
 import json
@@ -21,7 +21,7 @@ class _Model(BaseModel):
 
 
 class Measurement(_Model):
-    """A figure with its 95% interval. Where examples were paired with the source's, `change` is relative to the source."""
+    """A figure with its 95% interval. `change` is relative to the source, and is set if the examples are paired with the source's."""
 
     name: str  #: one of core.recipes.models.GATE_METRICS, or "class_f1"
     value: float
@@ -31,23 +31,24 @@ class Measurement(_Model):
     unit: str = ""
     better: Literal["higher", "lower"]
     data: str  #: e.g. "builtin:prose"
-    of: str = ""  #: what part of the data, e.g. a class's name
+    of: str = ""  #: part of the data, e.g. a class's name; "": all of it
     change: float | None = None  #: relative to the source, e.g. +0.03 for 3% more
     change_low: float | None = None
     change_high: float | None = None
 
 
 class Speedup(_Model):
-    """How many times as fast as the source an artifact is at one shape: the source's median wait over the artifact's.
+    """How many times as fast an artifact is as the source at one shape: the source's median latency divided by the artifact's.
 
-    By turns, low and high are the ends of the 95% interval, from runs of both that took turns. Else both were timed one after the
-    other, and low and high compare the 5th percentile of either with the other's 95th: whatever else ran meanwhile is in that.
+    If `by_turns`, runs of source and artifact alternated, and low and high are the ends of the 95% interval. Else the two were timed one
+    after the other, and low and high compare the 5th percentile of one with the 95th of the other. This includes the load of other
+    programs.
     """
 
     value: float
     low: float
     high: float
-    told_apart: bool  #: low and high lie on one side of 1
+    told_apart: bool  #: whether low and high lie on the same side of 1
     by_turns: bool
     source_p50_ms: float  #: the source's median in these runs
 
@@ -63,36 +64,41 @@ class Timing(_Model):
     p95_ms: float
     throughput: float
     throughput_unit: str  #: "sequences/s" or "tokens/s"
-    speedup: Speedup | None = None  #: of an artifact
+    speedup: Speedup | None = None  #: only of an artifact
 
 
 class GenerationTiming(_Model):
-    """Greedy decoding at one batch and prompt: `repeats` timed runs after warm-up. Tokens/s count those of the whole batch."""
+    """Greedy decoding at one batch size and prompt length: `repeats` timed runs after warm-up. Tokens/s count the whole batch."""
 
     batch: int
     prompt: int
-    tokens: int  #: written by each row, the first by the prefill
-    cached: bool = True  #: as the folder's settings say; False: each token took a pass over the whole text
-    alike: float | None = None  #: without a cache: share of the tokens that the folder's cache wrote too
+    tokens: int  #: generated in each row; the prefill gives the first
+    cached: bool = (
+        True  #: True: with the cache of the folder's settings; False: each token took a pass over the whole text
+    )
+    alike: float | None = None  #: without a cache: share of the tokens that are the same as with the folder's cache
     threads: int
     repeats: int
     prefill_p50_ms: float  #: from the call to the first token
     prefill_p95_ms: float
     prefill_tokens_per_s: float  #: of the prompt, at the median
-    token_p50_ms: float  #: wait for one of the tokens after the first, over all runs
+    token_p50_ms: float  #: time of each token after the first, over all runs
     token_p95_ms: float
-    decode_tokens_per_s: float  #: of the tokens after the first: the median run
+    decode_tokens_per_s: float  #: of the tokens after the first, in the median run
     decode_slowest: float  #: tokens/s of the slowest run
     decode_fastest: float
     peak_memory_bytes: int | None = (
-        None  #: of the consumer's process during these runs; None where the system can't say
+        None  #: of the consumer's process during these runs; None if the system does not report it
     )
-    prefill_speedup: Speedup | None = None  #: of an artifact, in tokens/s of the prompt
-    decode_speedup: Speedup | None = None  #: of an artifact, in tokens/s after the first
+    prefill_speedup: Speedup | None = None  #: in tokens/s of the prompt; only of an artifact
+    decode_speedup: Speedup | None = None  #: in tokens/s after the first token; only of an artifact
 
 
 def speedup(ours: Timing, theirs: Timing) -> Speedup:
-    """Of two timings at one shape. Reports of earlier versions tell medians and 95th percentiles alone: the spread is taken from these."""
+    """Return the speedup of `ours` over `theirs`, two timings at one shape.
+
+    Reports of earlier versions contain only medians and 95th percentiles. Then low and high are computed from these.
+    """
     if ours.speedup is not None:
         return ours.speedup
     ends = theirs.p50_ms / ours.p95_ms, theirs.p95_ms / ours.p50_ms
@@ -100,7 +106,7 @@ def speedup(ours: Timing, theirs: Timing) -> Speedup:
 
 
 def decode_speedup(ours: GenerationTiming, theirs: GenerationTiming) -> Speedup:
-    """The same of decoding, in tokens/s after the first."""
+    """As `speedup`, for decoding: in tokens/s after the first token."""
     if ours.decode_speedup is not None:
         return ours.decode_speedup
     ends = ours.decode_slowest / theirs.decode_fastest, ours.decode_fastest / theirs.decode_slowest
@@ -113,7 +119,7 @@ def _one_after_the_other(value: float, low: float, high: float, source_p50_ms: f
 
 
 class Verification(_Model):
-    """What a fresh process saw that loaded the artifact with its real consumer."""
+    """The result of loading the artifact with its real consumer in a fresh process."""
 
     consumer: str
     passed: bool
@@ -137,11 +143,11 @@ class Subject(_Model):
     generation: tuple[GenerationTiming, ...] = ()
     peak_memory_bytes: int | None = None  #: of the consumer's process; None: unknown
     verification: Verification | None = None
-    notes: tuple[str, ...] = ()  #: honest remarks: "slower than the source", "zeros save nothing in this format"
+    notes: tuple[str, ...] = ()  #: remarks, e.g. "slower than the source", "zeros save nothing in this format"
 
 
 class LayerEffect(_Model):
-    """What a pass did to one tensor."""
+    """The effect of a pass on one tensor."""
 
     name: str
     bytes_before: int
@@ -151,7 +157,7 @@ class LayerEffect(_Model):
 
 
 class Series(_Model):
-    """A curve over the steps of a training, or over whatever else `x` counts."""
+    """A curve over training steps, or over another quantity that `x_label` names."""
 
     name: str  #: e.g. "train loss", "validation accuracy"
     x: tuple[float, ...]
@@ -162,22 +168,22 @@ class Series(_Model):
 class PassRecord(_Model):
     index: int
     name: str
-    package: str | None = None  #: that the pass comes from; None: it is one of Nightpress' own
+    package: str | None = None  #: package that the pass comes from; None: it is built in
     package_version: str | None = None
     seconds: float
     summary: dict[str, Any]
     layers: tuple[LayerEffect, ...] = ()
     series: tuple[Series, ...] = ()
-    peak_gpu_bytes: int | None = None  #: of the GPU's memory while it ran; None on a CPU
-    warnings: tuple[str, ...] = ()  #: what it left out, and why
+    peak_gpu_bytes: int | None = None  #: largest use of the GPU's memory while the pass ran; None on a CPU
+    warnings: tuple[str, ...] = ()  #: what the pass left out, and why
 
 
 class GateResult(_Model):
-    """A gate is decided on the unfavourable end of the interval, not on the point."""
+    """The result of a gate. The unfavourable end of the figure's interval decides, not its value."""
 
     gate: str  #: e.g. "perplexity <= +3%"
     artifact: str
-    observed: float | None  #: None: it was not measured, and so is missed
+    observed: float | None  #: None: the figure was not measured, so the gate is missed
     passed: bool
     explanation: str
 
@@ -185,10 +191,12 @@ class GateResult(_Model):
 class DataUsed(_Model):
     """A data set that the job read."""
 
-    ref: str  #: as the recipe calls it
-    sha256: str  #: of the file as it was handed to the job
-    license: str | None = None  #: of built-in sets; of others only their owner knows
-    purpose: Literal["evaluation", "calibration"] | None = None  #: of built-in sets, which have a text for each
+    ref: str  #: the data set's name in the recipe
+    sha256: str  #: of the file that the job read
+    license: str | None = None  #: None for data sets that are not built in: their license is not known here
+    purpose: Literal["evaluation", "calibration"] | None = (
+        None  #: only for built-in data sets, which have one text for each purpose
+    )
 
 
 class Report(_Model):
@@ -196,7 +204,7 @@ class Report(_Model):
     job_id: str
     model: dict[
         str, Any
-    ]  #: name, digest, architecture, model_type, task, parameters, size_bytes, license and what else its card says
+    ]  #: name, digest, architecture, model_type, task, parameters, size_bytes, license and other facts from its model card
     recipe: dict[str, Any]  #: normalised
     data: tuple[DataUsed, ...]
     environment: dict[str, Any]  #: versions, cpu, cores, threads, memory, gpu, seed
@@ -205,13 +213,16 @@ class Report(_Model):
     passes: tuple[PassRecord, ...]
     gates: tuple[GateResult, ...]
     verdict: Literal["accepted", "rejected"]
-    phases: dict[str, float]  #: seconds by phase
+    phases: dict[str, float]  #: phase → seconds
     notes: tuple[str, ...] = ()
-    profiles: tuple[Profile, ...] = ()  #: of the source and of the pressed model, where the recipe asks for `profile`
+    profiles: tuple[Profile, ...] = ()  #: of the source and of the pressed model, if the recipe has the pass `profile`
 
 
 def read_report(raw: bytes | str | Mapping[str, Any]) -> Report:
-    """A report of this or an older version; of a newer one, what this version knows of it. Raises NightpressError(invalid_request)."""
+    """Read a report of this or an older version. Of a newer version, fields that are unknown here are ignored.
+
+    Raises NightpressError(invalid_request) if it is no valid report.
+    """
     try:
         tree = json.loads(raw) if isinstance(raw, bytes | str) else dict(raw)
         if not isinstance(tree, dict) or not isinstance(tree.get("schema_version"), int):
@@ -238,7 +249,7 @@ def _unreadable(why: str) -> NightpressError:
 
 
 def _from_1(old: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 named neither its data nor the digests of its artifacts."""
+    """Migrate a report from version 1, which had neither the data sets nor the artifacts' digests."""
     return old | {"schema_version": 2, "data": old.get("data", [])}
 
 

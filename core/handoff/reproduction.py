@@ -1,4 +1,4 @@
-"""Did a second run of a report's recipe give the same? Plain data on two reports."""
+"""Compares the report of a second run of a recipe with the first report. Plain data, no I/O."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,13 +21,13 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Figure:
-    """A quality figure of both runs. Times are not among them: they are the machine's, not the recipe's."""
+    """A quality figure of both runs. Times are not compared, because they depend on the machine and not on the recipe."""
 
     subject: str
     name: str
     data: str
     before: float
-    after: float | None  #: None: the second run didn't measure it
+    after: float | None  #: None: the second run did not measure the figure
     low: float | None
     high: float | None
 
@@ -37,7 +37,7 @@ class Figure:
 
     @property
     def within(self) -> bool:
-        """Whether the new value lies in the reported interval, or, of a figure without one, is the same to six digits."""
+        """Return whether the new value lies in the first report's interval; without an interval, whether it is equal to six digits."""
         if self.after is None:
             return False
         if self.low is None or self.high is None:
@@ -47,18 +47,24 @@ class Figure:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """`identical`: same bytes, and every figure in its interval. `equivalent`: other bytes, but every figure in its interval."""
+    """The result of the comparison.
+
+    `identical`: the same bytes and verdict, and every figure lies in its interval. `equivalent`: other bytes, but the same verdict and
+    every figure in its interval. `different`: everything else.
+    """
 
     outcome: Outcome
     bytes: tuple[Bytes, ...]
     figures: tuple[Figure, ...]
-    versions: dict[str, tuple[str | None, str | None]]  #: of what differs: then and now
-    environment: dict[str, tuple[object, object]]  #: processor, device and threads, where they differ
+    versions: dict[str, tuple[str | None, str | None]]  #: package → (first run, second run), where they differ
+    environment: dict[
+        str, tuple[object, object]
+    ]  #: processor, device and threads → (first run, second run), where they differ
     verdicts: tuple[str, str]
 
 
 def judge(before: Report, after: Report) -> Reproduction:
-    """Compare a report with that of a second run."""
+    """Compare a report with the report of a second run."""
     again = {artifact.name: artifact for artifact in after.artifacts}
     digests = tuple(
         Bytes(artifact.name, artifact.digest, again[artifact.name].digest if artifact.name in again else None)

@@ -1,4 +1,4 @@
-"""`spec.json`: everything a child needs to know. It names no host, no credential and no path outside its folder."""
+"""`spec.json`: everything that a child needs for its job. It contains no host, no credential and no path outside the job's folder."""
 
 from pathlib import Path
 from typing import Literal
@@ -40,9 +40,9 @@ class JobSpec(BaseModel):
 
     @classmethod
     def load(cls, job_dir: Path) -> "JobSpec":
-        """Read a job's spec. The process knows the passes of the packages that it names from then on, and those of no others.
+        """Read a job's spec, and allow exactly the passes of the packages that it names in this process.
 
-        Raises NightpressError(internal) where a package isn't there in the version that the spec names, or can't be used.
+        Raises NightpressError(internal) if a package is not installed in the version that the spec names, or can't be used.
         """
         raw = (job_dir / SPEC_FILE).read_bytes()
         catalog.allow_exactly(_Packages.model_validate_json(raw).packages)
@@ -50,6 +50,6 @@ class JobSpec(BaseModel):
 
 
 class _Packages(BaseModel):
-    """What of a spec must be known before its recipe can be read."""
+    """The part of a spec that must be read before its recipe, because the packages define passes of the recipe."""
 
     packages: dict[str, Provider] = Field(default_factory=dict)

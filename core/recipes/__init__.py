@@ -1,1 +1,1 @@
-"""What a person can ask for: passes, exports, evaluations and gates as pydantic models, with a plan and an estimate. No torch."""
+"""Recipes: passes, exports, evaluations and gates as pydantic models, and the plan and estimate of a recipe. No torch here."""

@@ -1,6 +1,6 @@
-"""Where a family keeps its blocks, attention heads and feed-forward channels, and which words of its config say how many there are.
+"""The module names of each family's blocks, attention and feed-forward layers, and the config keys of their sizes.
 
-Said once, without torch, so that a plan, an estimate and the passes that shrink a model mean the same.
+A single definition, without torch, for plans, estimates and the passes that remove channels, heads or blocks.
 """
 
 import re
@@ -12,22 +12,22 @@ from nightpress.core.numbers import whole_number
 from nightpress.core.recipes.header import CONV1D, ModelHeader
 from nightpress.core.recipes.linears import invalid
 
-#: What a linear layer's outputs are made of, one part after the other: feed-forward channels; query heads; key or value heads; or a
-#: query, a key and a value head by turns.
+#: A part of a linear layer's outputs; a layer can have several, one after the other. "channel": feed-forward channels. "query": query
+#: heads. "value": key heads or value heads. "triple": a query, a key and a value head in turn, for each head.
 Part = Literal["channel", "query", "value", "triple"]
 
 
 @dataclass(frozen=True)
 class Inner:
-    """A width inside a block that nothing outside it sees: `inputs` put it out, `output` takes it in."""
+    """An inner width of a block, between layers: the layers `inputs` write it, and only the layer `output` reads it."""
 
-    inputs: tuple[tuple[str, tuple[Part, ...]], ...]  #: module and the parts of its outputs
-    output: str
+    inputs: tuple[tuple[str, tuple[Part, ...]], ...]  #: (module, parts of its outputs)
+    output: str  #: module
 
 
 @dataclass(frozen=True)
 class Family:
-    """Names are those of modules within a block, and of keys of config.json."""
+    """The names of a family's modules within a block, and its keys of config.json."""
 
     blocks: str
     attention: Inner
@@ -36,9 +36,9 @@ class Family:
     hidden: str = "hidden_size"
     heads: str = "num_attention_heads"
     width: str = "intermediate_size"
-    #: whether config.json can give heads another count and leave their width: always; if the count divides the hidden size; or never
+    #: Whether config.json can express another number of heads of the same width: always, if the number divides the hidden size, or never.
     says_heads: Literal["any", "divisors", "never"] = "never"
-    heads_fixed: str = ""  #: why no head can go, where none can
+    heads_fixed: str = ""  #: why no head can be removed; "": heads can be removed
 
 
 def _inner(output: str, *inputs: str | tuple[str, tuple[Part, ...]], part: Part = "channel") -> Inner:
@@ -68,7 +68,7 @@ def _llama(says_heads: Literal["any", "divisors"] = "any") -> Family:
     )
 
 
-#: By config.json's `model_type`.
+#: `model_type` of config.json → family.
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _bert()),
     "distilbert": Family(
@@ -144,23 +144,23 @@ FAMILIES: Mapping[str, Family] = {
 
 #: Lists in config.json with an entry for each block.
 BY_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
-#: The key of config.json under which a model says that its layers have the shapes that its files have, not those that the rest of it says.
+#: Key of config.json for a model whose layers have their own shapes, which the other keys can't express: it holds the counts of each layer.
 OWN_SHAPES = "nightpress_shapes"
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A family's parts in one model."""
+    """The sizes and tensor names of a family's parts in a given model."""
 
     family: Family
-    prefix: str  #: what the names of tensors begin with, before the number of a block
+    prefix: str  #: start of the tensors' names, before the number of a block
     layers: int
     hidden: int
     head_dim: int
     group: int  #: query heads that share a key and value head
     groups: tuple[int, ...]  #: key and value heads of each block
     widths: tuple[int, ...]  #: feed-forward channels of each block
-    transposed: bool  #: weights are laid out [in, out]
+    transposed: bool  #: whether weights are stored as [in, out]
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -168,7 +168,7 @@ class Anatomy:
         return tuple(self.group * count for count in self.groups)
 
     def part(self, part: Part) -> int:
-        """Outputs that a part has for each channel, or for each group of heads."""
+        """Return the number of a part's outputs for each channel, or for each group of heads."""
         return {
             "channel": 1,
             "query": self.group * self.head_dim,
@@ -177,14 +177,14 @@ class Anatomy:
         }[part]
 
     def unit(self, inner: Inner) -> int:
-        """Inputs of `inner.output` for each channel, or for each group of heads."""
+        """Return the number of inputs of `inner.output` for each channel, or for each group of heads."""
         return 1 if inner is self.family.feed_forward else self.group * self.head_dim
 
     def name(self, block: int, module: str, leaf: str = "weight") -> str:
         return f"{self.prefix}{block}.{module}.{leaf}"
 
     def place(self, name: str) -> tuple[int, str, str] | None:
-        """(block, module, leaf) of a tensor; None for one outside the blocks."""
+        """Return (block, module, leaf) of a tensor, e.g. (0, "mlp.up_proj", "weight"); None if it is outside the blocks."""
         if not name.startswith(self.prefix):
             return None
         number, _, rest = name.removeprefix(self.prefix).partition(".")
@@ -194,7 +194,10 @@ class Anatomy:
 
 
 def anatomy_of(header: ModelHeader, asker: str) -> Anatomy:
-    """Raises NightpressError(invalid_recipe) in the name of `asker` for a family or a model that is not laid out as known."""
+    """Return the anatomy of a model.
+
+    asker: the pass that the error names. Raises NightpressError(invalid_recipe) if the family or the model's layout is not known.
+    """
     family = FAMILIES.get(header.model_type)
     if family is None:
         raise invalid(
@@ -223,7 +226,7 @@ def anatomy_of(header: ModelHeader, asker: str) -> Anatomy:
     missing = [name for name in wanted if len(shapes.get(name, ())) != 2]
     if missing:
         raise invalid(f"`{asker}` can't take this model: its files have no matrix {missing[0]}.", "Check its files.")
-    into = [shapes[name][0 if transposed else 1] for name in wanted]  # attention and feed-forward by turns
+    into = [shapes[name][0 if transposed else 1] for name in wanted]  # attention and feed-forward alternate
     return Anatomy(
         family=family,
         prefix=prefix,

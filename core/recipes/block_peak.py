@@ -1,7 +1,8 @@
-"""What the blocks executor holds of a GPU's memory at most, from a model's header alone.
+"""The blocks executor's peak of GPU memory, estimated from a model's header alone.
 
-The peak is that of a stage, and which stage it is depends on the shape: each is added up here by what is alive in it. Traced on an H200 for
-five shapes of Llama's architecture and a mixture, 2026-11; `python -m bench.blocks_gpu` prints the estimate beside the peak.
+For each stage of a block, the bytes of the tensors that exist in it are summed. The largest sum is the peak; which stage that is depends on
+the model's shape. Traced on an H200 for five shapes of Llama's architecture and a mixture, 2026-11; `python -m bench.blocks_gpu` prints the
+estimate beside the measured peak.
 """
 
 import math
@@ -11,23 +12,23 @@ from typing import NamedTuple
 from nightpress.core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
 
 _MIB = 1024**2
-_WORKSPACE = 34 * _MIB  #: cuBLAS's
+_WORKSPACE = 34 * _MIB  #: cuBLAS's workspace
 _FLOAT = 4
-#: Bytes a weight of a group that is settled at once. Rounding holds seven copies in float32 (the weight, what is settled, what is owed,
+#: Bytes per weight of a group that is settled at once. Rounding holds seven copies in float32 (the weight, what is settled, what is owed,
 #: steps, losses, spread and pulled), two of codes in int8, and the weight as stored; pruning holds fewer.
 _ROUNDING, _PRUNING = 7 * _FLOAT + 2, 5 * _FLOAT
-_SQUARES = 2 * _FLOAT  #: of an input whose squares are summed up: itself and its square in float32
-_SEARCHED_ROWS = 4096  #: of a weight, that AWQ's search looks at …
-_SEARCHED_COPIES = 5 * _FLOAT  #: … with so many bytes of copies
+_SQUARES = 2 * _FLOAT  #: bytes per input whose squares are summed: the input and its square in float32
+_SEARCHED_ROWS = 4096  #: rows of a weight that AWQ's search uses
+_SEARCHED_COPIES = 5 * _FLOAT  #: bytes of copies per weight in these rows
 
 
 class _Group(NamedTuple):
-    """Layers of a block that are given the same inputs."""
+    """Layers of a block that read the same inputs."""
 
     columns: int
     weights: int
     rows: int
-    share: float  #: of the tokens that come to it: an expert's is less than 1
+    share: float  #: fraction of the tokens that reach the layers; less than 1 for an expert
 
 
 def gpu_peak(
@@ -41,9 +42,11 @@ def gpu_peak(
     bits: int | None,
     by_group: bool,
 ) -> int:
-    """tokens: of the calibration text. width: of the hidden states. in_turn_bytes: what texts that wait within a block may take.
+    """Return the peak in bytes.
 
-    gram: Σ xxᵀ is summed up. bits: of the codes that come out; None: weights under a mask. by_group: as `Method.by_group`, else AWQ.
+    tokens: of the calibration text. width: of the hidden states. batch: tokens of a batch. in_turn_bytes: limit of the intermediate results
+    of all texts inside a block. gram: whether Σ xxᵀ is summed. bits: of the codes in the result; None: pruned weights. by_group: as
+    `Method.by_group`; False: AWQ's estimate.
     """
     prefix, groups, itemsize = _largest_block(header)
     if not groups:
@@ -54,8 +57,8 @@ def gpu_peak(
     inner = max(groups, key=lambda group: group.columns)
     block = itemsize * parameters
     written = 1.0 * itemsize if bits is None else bits / 8
-    floats = _FLOAT if bits is not None else 0  #: of a weight that stands for codes
-    earlier = int(written * linear)  #: what the block before became, until it is written
+    floats = _FLOAT if bits is not None else 0  #: bytes per weight that is dequantized from codes
+    earlier = int(written * linear)  #: bytes of the previous block's result, until it is written
     mixture = header.model_type in MIXTURES
     waits = itemsize * tokens * (4 * width + 2 * inner.columns)
     in_turn = by_group and not mixture and header.model_type not in SHARED_BLOCKS and waits <= in_turn_bytes
@@ -66,13 +69,13 @@ def gpu_peak(
     if bits is None and not gram:
         entered += _SQUARES * batch * inner.columns
     else:
-        entered += 2 * product  # gate and up projection, while their product is made
+        entered += 2 * product  # gate and up projection, while they are multiplied
     stages = [hidden + itemsize * _largest_outside(header) + 2 * itemsize * batch * width]
     for group in groups:
         others = linear - group.weights
         held = earlier + int((floats + written) * others) + itemsize * group.weights
         own = _FLOAT * group.columns**2
-        factors = 3 * own if gram else 0  # turned, factored, turned back
+        factors = 3 * own if gram else 0  # rotated by 180°, factorized, rotated back
         copies = (_ROUNDING if bits is not None else _PRUNING) * group.weights + own if gram else 0
         if in_turn:
             waiting = itemsize * tokens * (group.columns + width)
@@ -91,13 +94,13 @@ def gpu_peak(
 
 
 def searched_bytes(header: ModelHeader) -> int:
-    """What AWQ's search holds beside a block and the sums of its inputs, on any device."""
+    """Return the bytes that AWQ's search holds beside a block and its inputs' Gram matrices, on any device."""
     _, groups, _ = _largest_block(header)
     return max(_searched(groups, header.model_type in MIXTURES), default=0)
 
 
 def _searched(groups: list[_Group], mixture: bool) -> list[int]:
-    """What AWQ's search holds of the layers behind each norm. A norm stands before all the experts of a mixture."""
+    """Return the bytes that AWQ's search holds of the layers behind each norm. In a mixture, all experts are behind the same norm."""
     found = [
         _FLOAT * group.weights + _SEARCHED_COPIES * min(group.rows, _SEARCHED_ROWS) * group.columns for group in groups
     ]
@@ -108,7 +111,7 @@ def _searched(groups: list[_Group], mixture: bool) -> list[int]:
 
 
 def _largest_block(header: ModelHeader) -> tuple[str, list[_Group], int]:
-    """The block with the most parameters: the beginning of its tensors' names, its groups, and bytes of a number."""
+    """Return for the block with the most parameters: the prefix of its tensors' names, its groups, and the bytes of a number."""
     sizes: dict[str, int] = {}
     for tensor in header.tensors:
         if (found := re.match(r".*?\.\d+\.", tensor.name)) is not None:
@@ -139,7 +142,7 @@ def _largest_outside(header: ModelHeader) -> int:
 
 
 def input_of(name: str) -> str:
-    """Layers with one name here are given the same inputs: queries, keys and values; gate and up projection."""
+    """Return a name of the layer's input: layers with the same name read the same inputs, e.g. query, key and value, or gate and up."""
     holder, _, leaf = name.removesuffix(".weight").rpartition(".")
     if re.fullmatch(r"[qkv](_proj|_lin)?|query|key|value|gate_proj|up_proj|w1|w3|wi_\d", leaf):
         return holder

@@ -1,4 +1,4 @@
-"""The recipes that come with Nightpress, one YAML file each in builtin/."""
+"""The built-in recipes: one YAML file each in builtin/."""
 
 from functools import cache
 from importlib.resources import files
@@ -9,7 +9,7 @@ from nightpress.core.recipes.models import Recipe, load_recipe
 
 @cache
 def builtin_recipes() -> dict[str, Recipe]:
-    """All of them by name, sorted."""
+    """Return name → recipe, sorted by name."""
     folder = files("nightpress.core.recipes") / "builtin"
     recipes = [load_recipe(entry.read_text()) for entry in folder.iterdir() if entry.name.endswith(".yaml")]
     return {recipe.name: recipe for recipe in sorted(recipes, key=lambda recipe: recipe.name)}
@@ -17,12 +17,12 @@ def builtin_recipes() -> dict[str, Recipe]:
 
 @cache
 def builtin_text(name: str) -> str:
-    """A built-in recipe as it is written: what has its default is left out."""
+    """Return a built-in recipe's YAML text, which leaves out fields at their defaults."""
     return (files("nightpress.core.recipes") / "builtin" / f"{name}.yaml").read_text()
 
 
 def get_recipe(name: str) -> Recipe:
-    """One by name. Raises NightpressError(not_found) that names the others."""
+    """Return a built-in recipe by name. Raises NightpressError(not_found), whose hint names the existing recipes."""
     recipes = builtin_recipes()
     if name not in recipes:
         raise NightpressError(

@@ -1,16 +1,19 @@
-"""The text that passes may look at."""
+"""The options of the calibration text."""
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-#: `builtin:prose`, or the id or name of a data set that the person brought
+#: `builtin:prose`, or the id or name of a data set of the user.
 DataRef = Annotated[str, Field(pattern=r"^(builtin:[a-z]+|[A-Za-z0-9][A-Za-z0-9._-]{0,127})$")]
 BUILTIN_DATA = frozenset({"builtin:prose"})
 
 
 class Calibration(BaseModel):
-    """Text that the passes may look at. Never the text the result is measured on."""
+    """The text that passes may use.
+
+    The built-in prose has separate text for the evaluation. For other data, the plan warns if the evaluation reads the same data set.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, defer_build=True)
 

@@ -1,4 +1,4 @@
-"""What executors take, from a model's header alone: bytes of memory and seconds."""
+"""Estimates of the executors' memory and time, from a model's header alone."""
 
 import math
 import re
@@ -10,51 +10,59 @@ from nightpress.core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, Mode
 from nightpress.core.recipes.placement import Queue
 
 _MIB = 1024**2
-#: Anonymous memory, as the supervisor weighs it, measured by `bench.estimates`: of a job's child with torch and its tokenizer loaded …
+#: Anonymous memory, measured by `bench.estimates` as the supervisor counts it: a job's child with torch and its tokenizer loaded.
 RUNTIME_BYTES = 205 * _MIB
 MODELLING_BYTES = (
     110 * _MIB
-)  #: … what a pass that runs the model leaves in it: transformers' classes and heaps that don't shrink …
-TRACED_BYTES = 195 * _MIB  #: … what tracing leaves: torch's exporter, transformers' classes …
-TRACED_BLOCK_BYTES = 10 * _MIB  #: … for each block of the model …
-TRACING_BYTES = 385 * _MIB  #: … and what it and the passes on a graph that try layers leave.
-CONSUMER_BYTES = 265 * _MIB  #: a process with torch and transformers, beside the model it loads
-GRAPH_CONSUMER_BYTES = 40 * _MIB  #: one with a graph runtime
-LOGIT_BYTES = 256 * _MIB  #: logits over the vocabulary that a consumer holds at once
-CORE_RATE = 16.5e9  #: multiply-adds/s on each core, of fp32 or, where the processor has it, of bfloat16: between what both come to
-GPU_RUNTIME_BYTES = 600 * _MIB  #: of a GPU's memory: CUDA's context and its libraries' kernels and workspaces
-GPU_CHILD_BYTES = 745 * _MIB  #: of the host's memory, in a child that has used a GPU: CUDA's libraries …
-KERNELS_BYTES = 225 * _MIB  #: … and where Triton has compiled a kernel, its compiler.
-GPU_CONSUMER_BYTES = 225 * _MIB  #: what a consumer's process with a CUDA build of torch holds beyond CONSUMER_BYTES
+)  #: stays in the child after a pass has run the model: transformers' classes, and heaps that don't shrink
+TRACED_BYTES = 195 * _MIB  #: stays after tracing: torch's exporter and transformers' classes
+TRACED_BLOCK_BYTES = 10 * _MIB  #: stays after tracing, for each block of the model
+TRACING_BYTES = 385 * _MIB  #: stays after tracing and after the passes that try quantized graphs
+CONSUMER_BYTES = 265 * _MIB  #: a consumer's process with torch and transformers, without the model
+GRAPH_CONSUMER_BYTES = 40 * _MIB  #: a consumer's process with a graph runtime, without the model
+LOGIT_BYTES = 256 * _MIB  #: limit of logits over the vocabulary that a consumer holds at once
+CORE_RATE = (
+    16.5e9  #: multiply-adds/s per core: between the measured rates of fp32 and, on processors that have it, bfloat16
+)
+GPU_RUNTIME_BYTES = 600 * _MIB  #: of a GPU's memory: CUDA's context, and kernels and workspaces of its libraries
+GPU_CHILD_BYTES = 745 * _MIB  #: of the host's memory in a child that has used a GPU: CUDA's libraries
+KERNELS_BYTES = 225 * _MIB  #: of the host's memory after Triton has compiled a kernel: its compiler
+GPU_CONSUMER_BYTES = 225 * _MIB  #: more than CONSUMER_BYTES, in a consumer's process with a CUDA build of torch
 GPU_START_S = 15.0  #: starting CUDA and compiling kernels
-GPU_RATE = 250e12  #: multiply-adds/s of bf16 that a calibration comes to on an H100, its kernels' waiting included
-_GRAM_EFFORT = 1.25  #: of strips up to the diagonal, for the half that is asked for
-_SOLVE_EFFORT = 3.0  #: settling columns moves memory as much as it multiplies
-_BATCH_WIDTHS = 6  #: of intermediate results that one batch holds
+GPU_RATE = 250e12  #: multiply-adds/s in bf16 that a calibration reaches on an H100, time between kernels included
+_GRAM_EFFORT = (
+    1.25  #: work per useful multiply-add of a Gram matrix: strips up to the diagonal compute more than the needed half
+)
+_SOLVE_EFFORT = (
+    3.0  #: cost of a multiply-add in the solver, relative to a forward pass's: the solver also moves much memory
+)
+_BATCH_WIDTHS = 6  #: intermediate results of the widest layer that a batch holds
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
 _STREAM_BYTES = 80 * 1024**2  #: row chunks and write buffers of the stream executor
-_STREAM_RATE = 0.4e9  #: bytes/s read, rounded and written with fsync on two cores
+_STREAM_RATE = 0.4e9  #: bytes/s that are read, rounded and written with fsync on two cores
 BATCH_TOKENS = {
     "cuda": 16384,
     "cpu": 1024,
-}  #: of the blocks executor: enough to fill the device; more only costs memory
-_PINNED_BLOCKS = 3  #: that is run, that is read ahead, and whose memory isn't given out again yet
-_CACHED_BLOCK_S = 1.2  #: of tracing a block with a key/value cache
-GRAPH_TOKENS = 1024  #: of calibration text that run through a graph at a time
-TRIAL_TOKENS = (
-    2048  #: of text held apart, on which a trial of a quantized graph is judged; a kind of layer, on a quarter
+}  #: tokens of a batch in the blocks executor: enough to use the whole device; more would only take memory
+_PINNED_BLOCKS = (
+    3  #: blocks in pinned memory: the block that runs, the next block, and a block whose memory is not yet reused
 )
-_TRIALS = 2.5  #: forward passes in float that ten trials of quantized graphs take the time of
-#: The blocks executor settles a block in one forward pass where its texts, waiting in the middle of it, take no more than this.
+_CACHED_BLOCK_S = 1.2  #: seconds of tracing a block with a key/value cache
+GRAPH_TOKENS = 1024  #: tokens of calibration text that run through a graph at a time
+TRIAL_TOKENS = (
+    2048  #: tokens of held-out text on which a trial of a quantized graph is measured; a kind of layer uses a quarter
+)
+_TRIALS = 2.5  #: time of ten trials of quantized graphs, in forward passes in float
+#: The blocks executor settles a block in one forward pass if the intermediate results of all texts take no more bytes than this.
 IN_TURN_BYTES = {"cuda": 4 * 1024**3, "cpu": 1024**3}
 
 
 def made_graph_bytes(header: ModelHeader, runtime: str, *, rounded: bool, mapped: bool) -> int:
-    """What the child holds at most while it makes a graph, beside RUNTIME_BYTES. mapped: the model to trace is its file, in fp32; else it is held, too.
+    """Return the largest number of bytes that the child holds while it makes a graph, without RUNTIME_BYTES.
 
-    Writing the trace down, the model and its serialised copy are there. OpenVINO's graph is changed where it lies, with the floats that rounding
-    its largest matrix takes. ONNX Runtime's quantizer copies a model again and again: on models of 17 to 508 MiB, it held nearly six times
-    their weights.
+    mapped: the traced model is mapped from its fp32 file; else its weights are in memory, too. While the trace is written, the model and
+    its serialised copy exist. OpenVINO's graph is changed in place, with the floats for rounding its largest matrix. ONNX Runtime's
+    quantizer copies the model repeatedly: on models of 17 to 508 MiB it held nearly six times their weights.
     """
     whole, matrices = (
         4 * header.parameters,
@@ -65,41 +73,45 @@ def made_graph_bytes(header: ModelHeader, runtime: str, *, rounded: bool, mapped
         return trace
     if runtime == "openvino":
         return trace + 35 * _MIB + 3 * max(matrices, default=0)
-    # A table that is looked up in and multiplied by stands in the graph twice.
+    # A tied table is in the graph twice: for the lookup, and for the product.
     held = whole + (4 * math.prod(header.tied_table.shape) if header.tied_table is not None else 0)
     return max(TRACED_BYTES + 75 * _MIB + int(3.2 * held), 53 * _MIB + int(5.8 * held))
 
 
 def cached_trace_seconds(header: ModelHeader) -> float:
-    """What tracing a model with a key/value cache takes longer than another."""
+    """Return the extra seconds of tracing a model with a key/value cache; 0 for models without a cache."""
     return _CACHED_BLOCK_S * _shape(header).blocks if header.is_decoder else 0.0
 
 
 class Cost(NamedTuple):
-    memory_bytes: int  #: anonymous, of the host, beside RUNTIME_BYTES
-    seconds: float  #: of reading, writing, and what neither more cores nor a GPU speed up
-    work: float = 0.0  #: multiply-adds on the device that the job runs on
-    gpu_bytes: int = 0  #: of the GPU's memory, if the job runs on one
-    host_bytes: int | None = None  #: of the host's memory, if the job runs on a GPU; None: the same as without
-    host_work: float = 0.0  #: multiply-adds on the processor, whatever the job runs on
+    memory_bytes: int  #: anonymous memory of the host, without RUNTIME_BYTES
+    seconds: float  #: reading, writing, and all else that neither more cores nor a GPU makes faster
+    work: float = 0.0  #: multiply-adds on the job's device
+    gpu_bytes: int = 0  #: memory of the GPU, if the job runs on a GPU
+    host_bytes: int | None = None  #: memory of the host, if the job runs on a GPU; None: as `memory_bytes`
+    host_work: float = 0.0  #: multiply-adds on the processor, also if the job runs on a GPU
 
     def held(self, queue: Queue) -> int:
-        """Bytes of the host's memory."""
+        """Return the bytes of the host's memory."""
         return self.memory_bytes if queue == "cpu" or self.host_bytes is None else self.host_bytes
 
     def lasts(self, queue: Queue, threads: int) -> float:
-        """Seconds."""
+        """Return the total seconds in this queue."""
         cores = CORE_RATE * threads
         return self.seconds + self.host_work / cores + self.work / (GPU_RATE if queue == "gpu" else cores)
 
 
 def in_turn_bytes(tokens: int, width: int, widest: int, itemsize: int) -> int:
-    """What waiting texts hold of a block's intermediate results: queries, keys, values and residual, or the feed-forward's products."""
+    """Return the bytes of intermediate results that all texts hold when a block runs layer by layer.
+
+    These are queries, keys, values and the residual, or the feed-forward's products. tokens: of all texts. width: of the hidden states.
+    widest: largest number of inputs of a layer.
+    """
     return tokens * itemsize * (4 * width + 2 * widest)
 
 
 def stream_cost(header: ModelHeader) -> Cost:
-    """One sweep over the weights."""
+    """Return the cost of one sweep over the weights."""
     return Cost(_STREAM_BYTES, header.size / _STREAM_RATE)
 
 
@@ -112,11 +124,11 @@ def blocks_cost(
     by_group: bool = True,
     copies: bool = False,
 ) -> Cost:
-    """The blocks executor's: one forward pass over the calibration text where its texts may wait in the middle of a block, else two.
+    """Return the cost of the blocks executor: one forward pass over the calibration text if all texts can stop inside a block, else two.
 
-    gram: the method sums up Σ xxᵀ of each layer's inputs (half of it: it is symmetric). bits: of the codes that it leaves; None: it leaves
-    weights. by_group: it settles the layers behind each tensor by themselves; else, and for mixtures, what is known of all inputs of a
-    block is held at once. copies: it holds a block's weights once more, in float32, and searches in copies of them.
+    gram: the method sums up Σ xxᵀ of each layer's inputs (half of the matrix, because it is symmetric). bits: of the codes that it writes;
+    None: it writes weights. by_group: it settles each group of layers with the same inputs alone; else, and for mixtures, the statistics of
+    all inputs of a block are held at once. copies: it holds a second copy of the block's weights, in float32, and searches in copies of it.
     """
     shape = _shape(header)
     length = min(calibration.length, header.positions or calibration.length)
@@ -125,7 +137,7 @@ def blocks_cost(
     at_once = not by_group or header.model_type in MIXTURES | SHARED_BLOCKS
     in_turn = waiting <= IN_TURN_BYTES["cpu"] and not at_once
     work: float = (1 if in_turn else 2) * tokens * shape.linear_weights
-    work += tokens * length * shape.width * shape.blocks  # attention: half of QKᵀ and of its product with V
+    work += tokens * length * shape.width * shape.blocks  # attention: half of QKᵀ, and half of its product with V
     if gram:
         work += tokens * shape.distinct_squares / 2 * _GRAM_EFFORT + _SOLVE_EFFORT * shape.solving
     held = (
@@ -152,7 +164,7 @@ def blocks_cost(
 
 
 def graph_cost(header: ModelHeader, calibration: Calibration) -> Cost:
-    """Ranges and Gram matrices of a traced graph's layers in one forward pass, their weights settled, and trials on texts held apart."""
+    """Return the cost of static int8 on a graph: ranges and Gram matrices in one forward pass, the solver, and trials on held-out texts."""
     shape = _shape(header)
     length = min(calibration.length, header.positions or calibration.length)
     tokens = calibration.samples * length
@@ -161,26 +173,28 @@ def graph_cost(header: ModelHeader, calibration: Calibration) -> Cost:
     )
     work: float = (tokens + _TRIALS * TRIAL_TOKENS) * shape.linear_weights
     work += tokens * shape.distinct_squares / 2 * _GRAM_EFFORT + _SOLVE_EFFORT * shape.solving
-    # The graph and what a session and its loading hold of it; all Gram matrices; the inputs of all layers, for one batch; what tracing left.
+    # The graph, and its copies in a session and while it loads; all Gram matrices; the inputs of all layers for one batch; TRACING_BYTES.
     memory = 4 * 4 * header.parameters + 4 * shape.distinct_squares
     memory += 4 * max(GRAPH_TOKENS, length) * linears * shape.widest + TRACING_BYTES
     return Cost(memory, 3 * header.size / _STREAM_RATE, work)
 
 
 class _Shape(NamedTuple):
-    """What of a model its calibration's cost depends on. Bytes are of float32."""
+    """The sizes of a model on which its calibration's cost depends. Bytes are of float32."""
 
     blocks: int
     width: int  #: of the hidden states
-    widest: int  #: inputs of a layer
-    linear_weights: int  #: in blocks, as often as a token meets them
-    distinct_squares: int  #: Σ n² over the distinct inputs of layers, each as often as a token comes to it
-    block_squares: int  #: Σ n² over all distinct inputs of one block, the most of any
+    widest: int  #: largest number of inputs of a layer
+    linear_weights: int  #: weights in all blocks, weighted by how often a token passes them
+    distinct_squares: int  #: Σ n² over the distinct inputs of layers, weighted by how often a token reaches them
+    block_squares: int  #: Σ n² over the distinct inputs of a block, of the block with the largest sum
     solving: int  #: Σ n³/3 over distinct inputs and m·n²/2 over weights
-    largest_block: int
-    stored_block: int  #: the same as it is in the file
-    largest_outside: int
-    pinned_block: int  #: as stored, each tensor in a power of two: so torch gives out memory that a GPU reads
+    largest_block: int  #: bytes of the largest block
+    stored_block: int  #: bytes of the largest block in the file's dtypes
+    largest_outside: int  #: bytes of the largest tensor outside the blocks
+    pinned_block: (
+        int  #: bytes of the largest block in pinned memory, where torch rounds each tensor up to a power of two
+    )
 
 
 def _shape(header: ModelHeader) -> _Shape:

@@ -1,8 +1,8 @@
-"""Data sets as people bring them: prose, JSONL and CSV, plain or packed by gzip. Registration and jobs read them by this one reader.
+"""Reads users' data sets: prose, JSONL and CSV, plain or packed by gzip. Registration and jobs use the same reader.
 
-So what was registered is never refused by a job for how it is written. All that it costs is bounded: a job looks at no more than
-the first 64 MiB and the first million lines, and neither does anybody else. Parquet needs a library that the API has not:
-registration looks at it from outside, and a worker gives its rows to `row_of`.
+So a job never refuses the format of a registered data set. The cost is bounded: registration and jobs read at most the first 64 MiB and
+the first million lines. Parquet needs a library that the API lacks: registration checks only the file's frame, and a worker passes its
+rows to `row_of`.
 """
 
 import codecs
@@ -19,16 +19,16 @@ from nightpress.core.recipes.jsonfile import is_text
 
 Kind = Literal["txt", "jsonl", "csv", "parquet"]
 
-READ_BYTES = 64 * 1024**2  #: what of a data set is looked at, unpacked; a quality figure needs far less
-READ_LINES = 1_000_000  #: lines of rows, blank ones too; of prose: paragraphs
-MAX_LINE = 1024**2  #: characters of a row; a longer paragraph is cut
+READ_BYTES = 64 * 1024**2  #: unpacked bytes of a data set that are read; a quality figure needs far less
+READ_LINES = 1_000_000  #: lines that are read, blank lines included; for prose, paragraphs
+MAX_LINE = 1024**2  #: characters of a row; a longer row is refused, and a longer paragraph is split
 _PIECE = 64 * 1024
 _MAX_LABEL = 99_999
 _MAX_LABEL_NAME = 200
-_MAX_MEMBERS = 10_000  #: of a gzip file
-_MOST_UNPACKED = 200  #: times the packed size; text rarely gets to 20
-_RATIO_FROM = 8 * 1024**2  #: less than that may repeat itself as it likes
-#: the first column of rows for metrics that read more than a text; see docs/evaluation.md
+_MAX_MEMBERS = 10_000  #: members of a gzip file
+_MOST_UNPACKED = 200  #: largest unpacked size, in multiples of the packed size; text rarely reaches 20
+_RATIO_FROM = 8 * 1024**2  #: unpacked bytes up to which the ratio is not checked
+#: Columns that mark a row for a metric that reads more than a text; see docs/evaluation.md.
 _OTHER_COLUMNS = frozenset({"text_a", "sentence1", "text1", "query", "anchor", "question", "prompt", "tokens", "words"})
 
 _HINT = "docs/how-to/bring-your-data.md shows what a data set looks like."
@@ -37,10 +37,10 @@ _CONVERSATION = 'Write {"messages": [{"role": "user", "content": "…"}, {"role"
 
 @dataclass(frozen=True)
 class DataRow:
-    """One row, or one paragraph of prose. A row has a text, a conversation, or columns that only some metrics read."""
+    """A row, or a paragraph of prose. A row has a text, a conversation, or columns that only some metrics read."""
 
-    place: str  #: for a person who looks for it
-    values: Mapping[str, Any]  #: all its columns
+    place: str  #: place in the file for error messages, e.g. "line 3"
+    values: Mapping[str, Any]  #: all columns; of a CSV only `text` and `label`
     text: str | None = None
     messages: tuple[Mapping[str, str], ...] = ()
     label: int | str | None = None  #: the class's number or name
@@ -48,7 +48,7 @@ class DataRow:
 
 @dataclass
 class Window:
-    """How much of a file is read, and what it ended by where there was more."""
+    """How much of a file is read, and which limit ended the reading."""
 
     size: int = READ_BYTES
     lines: int = READ_LINES
@@ -56,13 +56,16 @@ class Window:
 
     @property
     def hides(self) -> bool:
-        """Whether a job would see more."""
+        """Whether a job would read more of the file."""
         limit, most = (self.size, READ_BYTES) if self.cut == "size" else (self.lines, READ_LINES)
         return self.cut is not None and limit < most
 
 
 def kind_of(name: str) -> Kind:
-    """By its name alone, so that everybody takes a file for the same. Raises NightpressError(unsupported_format)."""
+    """Return the kind of a file from its name alone, so that the result is the same everywhere.
+
+    Raises NightpressError(unsupported_format) for any other name.
+    """
     if name.endswith(".parquet") and "/" not in name:
         return "parquet"
     plain = name.removesuffix(".gz")
@@ -78,9 +81,9 @@ def kind_of(name: str) -> Kind:
 
 
 def read_data(ref: str, name: str, pieces: Iterable[bytes], window: Window | None = None) -> Iterator[DataRow]:
-    """The rows of a file that is not Parquet. Blank ones are passed over. Raises NightpressError(invalid_data) with the line at fault.
+    """Yield the rows of a file that is not Parquet, without blank rows.
 
-    ref: what errors call the data set.
+    ref: the data set's name in errors. Raises NightpressError(invalid_data) that names the faulty line.
     """
     window = window or Window()
     texts = _texts(ref, _unpacked(ref, pieces) if name.endswith(".gz") else pieces, window)
@@ -94,10 +97,10 @@ def read_data(ref: str, name: str, pieces: Iterable[bytes], window: Window | Non
 
 
 def row_of(ref: str, place: str, values: Mapping[str, Any]) -> DataRow | None:
-    """A row from its columns; None: a blank one. Raises NightpressError(invalid_data)."""
+    """Make a row from its columns. None: the row is blank. Raises NightpressError(invalid_data) for invalid columns."""
     text = values.get("text")
     if not _OTHER_COLUMNS.isdisjoint(values):
-        # What each metric needs of them is checked where it reads them.
+        # Each metric checks these columns when it reads them.
         label = values.get("label")
         plain = isinstance(label, int | str) and not isinstance(label, bool)
         return DataRow(place, values, text if isinstance(text, str) else None, label=label if plain else None)
@@ -149,7 +152,7 @@ def _messages(ref: str, place: str, raw: object) -> tuple[Mapping[str, str], ...
 
 
 def _turn(raw: object) -> Mapping[str, str] | None:
-    """Null content, as turns that call tools have it, says nothing: an empty text. None: it is no turn."""
+    """Return a turn of a conversation; None: the value is no turn. Null content, as in turns that call tools, becomes an empty text."""
     if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
         return None
     content = raw.get("content", 0)
@@ -182,7 +185,7 @@ def _objects(ref: str, texts: Iterator[str], window: Window) -> Iterator[DataRow
                 f"line {number} is not JSON ({str(error)[:100]})",
                 f"Write one JSON object a line, with a `text`. {_HINT}",
             ) from error
-        if "\\u" in line and not _all_text(values):  # halves of surrogate pairs and NUL come by escapes alone
+        if "\\u" in line and not _all_text(values):  # lone surrogates and NUL can only come from escapes
             raise invalid(ref, f"line {number} has characters that are no text", "Leave out the escape.")
         if not isinstance(values, dict):
             raise invalid(ref, f"line {number} is no JSON object", 'Write lines like {"text": "…", "label": 1}.')
@@ -192,7 +195,7 @@ def _objects(ref: str, texts: Iterator[str], window: Window) -> Iterator[DataRow
 
 
 def _all_text(value: object) -> bool:
-    """Whether a tokenizer takes every text in it."""
+    """Return whether a tokenizer accepts every string in the value, keys included."""
     level = [value]
     while level:
         value = level.pop()
@@ -222,7 +225,7 @@ def _table(ref: str, texts: Iterator[str], window: Window) -> Iterator[DataRow]:
                 yield row
     except csv.Error as error:
         if window.cut:
-            return  # it ends within quotes
+            return  # the window cut the file inside quotes
         raise invalid(
             ref,
             f"its CSV can't be read at line {table.line_num} ({error})",
@@ -231,7 +234,7 @@ def _table(ref: str, texts: Iterator[str], window: Window) -> Iterator[DataRow]:
 
 
 class _Feed:
-    """Lines for the CSV reader, which joins them while a quote is open: one row must not take the whole file."""
+    """Lines for the CSV reader. The reader joins lines while a quote is open, so this limits the length of a row."""
 
     def __init__(self, ref: str, lines: Iterator[tuple[int, str]]) -> None:
         self._ref = ref
@@ -254,7 +257,10 @@ class _Feed:
 
 
 def _split(texts: Iterator[str], separator: str, window: Window) -> Iterator[tuple[int, str]]:
-    """Numbered parts. What is longer than MAX_LINE comes in pieces, or in one that is longer than that."""
+    """Yield (number from 1, part).
+
+    A paragraph longer than MAX_LINE comes in pieces. A longer line comes as it is, for the caller to refuse.
+    """
     number, rest = 0, ""
     for text in texts:
         *whole, rest = (rest + text).split(separator)
@@ -265,7 +271,7 @@ def _split(texts: Iterator[str], separator: str, window: Window) -> Iterator[tup
             number += 1
             yield number, part
         if len(rest) > MAX_LINE + len(separator):
-            if separator == "\n":  # refused by whoever reads rows
+            if separator == "\n":  # the reader of rows refuses it
                 yield number + 1, rest
             else:
                 yield number + 1, rest[:MAX_LINE]
@@ -275,7 +281,7 @@ def _split(texts: Iterator[str], separator: str, window: Window) -> Iterator[tup
 
 
 def _texts(ref: str, pieces: Iterable[bytes], window: Window) -> Iterator[str]:
-    """Decoded, with `\\n` at every line's end, up to the window's size."""
+    """Decode UTF-8 with `\\n` as the end of every line, up to the window's size."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     left, at = window.size, 0
     for piece, final in _bounded(pieces):
@@ -299,7 +305,7 @@ def _texts(ref: str, pieces: Iterable[bytes], window: Window) -> Iterator[str]:
 
 
 def _bounded(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """In small pieces, with an empty last one."""
+    """Yield (piece, whether it is the last): pieces of at most `_PIECE` bytes, then an empty last piece."""
     for piece in pieces:
         for begin in range(0, len(piece), _PIECE):
             yield piece[begin : begin + _PIECE], False
@@ -315,7 +321,7 @@ def _unpacked(ref: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
             rest = piece
             while rest:
                 if member is None:
-                    rest = rest.lstrip(b"\0") if members else rest  # padding, as of tapes
+                    rest = rest.lstrip(b"\0") if members else rest  # zero padding after a member, as on tapes
                     if not rest:
                         break
                     member, members = zlib.decompressobj(wbits=31), members + 1
@@ -352,12 +358,14 @@ def _check_unpacked(ref: str, packed: int, unpacked: int) -> None:
 
 @dataclass(frozen=True)
 class DataFacts:
-    rows: int | None  #: that jobs read; of prose: lines; None: unknown
-    labels: int | None  #: classes: the highest label plus one, or how many names; 0: unlabelled; None: unknown
+    rows: int | None  #: number of rows that jobs read; for prose, lines; None: unknown
+    labels: (
+        int | None
+    )  #: number of classes: the highest label plus 1, or the number of names; 0: no labels; None: unknown
 
 
 def examine_data(path: str, pieces: Iterable[bytes], window: Window | None = None) -> DataFacts:
-    """Read what a job would read. Raises NightpressError(invalid_data) with the line at fault."""
+    """Read the same part of a file as a job would. Raises NightpressError(invalid_data) that names the faulty line."""
     kind = kind_of(path)
     if kind == "parquet":
         return _look_at_parquet(path, pieces)

@@ -1,4 +1,4 @@
-"""What configs of the known families call a model's depth and widths."""
+"""Reads a model's depth and width from its config, whose keys depend on the family."""
 
 from nightpress.core.recipes.header import ModelHeader
 
@@ -7,12 +7,12 @@ _WIDTH = ("hidden_size", "dim", "n_embd")
 
 
 def depth(header: ModelHeader) -> int:
-    """How many blocks the model has; 0 if its config doesn't say."""
+    """Return the number of blocks; 0 if the config has no such key."""
     return _first(header, _DEPTH)
 
 
 def width(header: ModelHeader) -> int:
-    """The width of its hidden states; 0 if its config doesn't say."""
+    """Return the width of the hidden states; 0 if the config has no such key."""
     return _first(header, _WIDTH)
 
 
@@ -21,12 +21,12 @@ def _first(header: ModelHeader, keys: tuple[str, ...]) -> int:
 
 
 def evenly(count: int, of: int) -> tuple[int, ...]:
-    """`count` of `of` blocks, evenly spread, the first and the last among them: (3, 6) → (0, 2, 5)."""
+    """Return `count` of `of` blocks, evenly spread, with the first and the last: (3, 6) → (0, 2, 5). With a count of 1, the first."""
     if count == 1:
         return (0,)
     return tuple((at * (of - 1)) // (count - 1) for at in range(count))
 
 
 def ends_of_spans(count: int, of: int) -> tuple[int, ...]:
-    """The blocks behind which equal shares of the depth are done: (3, 6) → (1, 3, 5)."""
+    """Return the last block of each of `count` equal spans of the depth: (3, 6) → (1, 3, 5)."""
     return tuple((at + 1) * of // count - 1 for at in range(count))

@@ -1,4 +1,4 @@
-"""The exports a recipe may name: the formats, their number types, and which models each can carry. No torch here."""
+"""The exports that a recipe may name: formats, number types, and the models that each format can carry. No torch here."""
 
 import math
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from nightpress.core.recipes.passes.base import ExportFormat
 
 GRAPH_FORMATS = frozenset({"onnx", "openvino", "transformers.js"})
 
-#: The types of weights a format can be asked for; the first is what it uses unasked. Formats that aren't here keep the model's own.
+#: Format → the number types that its weights can have; the first is the default. Formats that are not listed keep the model's types.
 TYPES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16"),
     "openvino": ("fp32", "fp16"),
     "transformers.js": ("fp32", "fp16"),
     "gguf": ("f16", "f32", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"),
 }
-#: Bytes that an OpenVINO graph's text takes for a matrix with the operations around it: 6,000 in float to 12,000 in static int8.
+#: Bytes of XML in an OpenVINO graph for a matrix and the operations around it. Measured: 6,000 in float to 12,000 in static int8.
 _TEXT_BYTES = 7000
-#: Bits a weight of GGUF's types, with their scales.
+#: GGUF type → bits per weight, scales included.
 GGUF_BITS: Mapping[str, float] = {
     "f32": 32,
     "f16": 16,
@@ -39,11 +39,11 @@ GGUF_BITS: Mapping[str, float] = {
 
 _TURNED_BY_LENGTH = frozenset(
     {"dynamic", "longrope"}
-)  #: kinds of rotary positions whose frequencies follow the text's length
+)  #: kinds of rotary positions whose frequencies depend on the text's length
 
 
 class Export(BaseModel):
-    """A format, and the type its weights are written in. In a recipe `onnx` is short for `{format: onnx}`."""
+    """A format, and the number type of its weights. In a recipe, `onnx` is short for `{format: onnx}`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
@@ -52,17 +52,17 @@ class Export(BaseModel):
 
     @property
     def name(self) -> str:
-        """What the artifact and its folder are called."""
+        """The name of the artifact and of its folder."""
         return self.format if self.type is None else f"{self.format}-{self.type}"
 
     @property
     def carrier(self) -> ExportFormat:
-        """The format that a pass must be able to put its result in: transformers.js reads an ONNX graph."""
+        """The format that a pass's result must support: `onnx` for transformers.js, which reads ONNX graphs; else the format itself."""
         return "onnx" if self.format == "transformers.js" else self.format
 
     @property
     def weights(self) -> str | None:
-        """The type of the weights that no pass has rounded; None: as they are."""
+        """The number type of weights that no pass has rounded; None: their own type."""
         known = TYPES.get(self.format)
         return self.type or (known[0] if known else None)
 
@@ -87,18 +87,18 @@ class Export(BaseModel):
         return self.format if self.type is None else {"format": self.format, "type": self.type}
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
-        """Bytes of a tensor that no pass has made smaller."""
+        """Return the bytes of a tensor that no pass has rounded."""
         if self.weights is None:
             return tensor.size
         bits = GGUF_BITS.get(self.weights, 32 if self.weights == "fp32" else 16)
         return round(math.prod(tensor.shape) * (32 if len(tensor.shape) < 2 else bits) / 8)
 
     def text_bytes(self, tensor: TensorInfo) -> int:
-        """Bytes that say what the graph does with a tensor, however its numbers are stored."""
+        """Return the bytes that a graph's text takes for a tensor's operations, in addition to its stored numbers."""
         return _TEXT_BYTES if self.format == "openvino" and len(tensor.shape) == 2 else 0
 
     def check(self, header: ModelHeader) -> None:
-        """Raise NightpressError(invalid_recipe), naming the exports that can, where the format can't carry this model."""
+        """Raise NightpressError(invalid_recipe) if the format can't carry this model. The hint names the exports that can."""
         why = _refusal(self, header)
         if why is not None:
             others = [name for name in (*TYPES, "safetensors") if _refusal(Export(format=name), header) is None]
@@ -123,6 +123,6 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
 
 
 def _rope_type(header: ModelHeader) -> str:
-    """How rotary positions are scaled, as transformers reads it."""
+    """Return the kind of scaling of the rotary positions, as transformers reads it from the config."""
     rope = header.config.get("rope_parameters") or header.config.get("rope_scaling") or {}
     return str(rope.get("rope_type") or rope.get("type") or "default")

@@ -1,4 +1,4 @@
-"""What the names of a folder's files tell: which belong to a model, which can't, and what the folder is if it is no model."""
+"""Checks the names of a folder's files: which files belong to a model, which are refused, and what else the folder may be."""
 
 import json
 import re
@@ -26,11 +26,13 @@ _FOREIGN = {
 _ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".zst"})
 
 _ADAPTER = re.compile(r"adapter_(config\.json|model\.(safetensors|bin|pt))")
-_MAKERS_OWN = re.compile(r"consolidated([.-]\d[\w.-]*)?\.safetensors")  #: Mistral's and Meta's own names of parameters
+_MAKERS_OWN = re.compile(
+    r"consolidated([.-]\d[\w.-]*)?\.safetensors"
+)  #: weights under Mistral's and Meta's own parameter names
 _MODULE = re.compile(r"\d+_\w+")  #: a folder of sentence-transformers, e.g. 2_Dense
 
-_SHOWN = 20  #: problems named in an answer
-_HINTS = 4
+_SHOWN = 20  #: number of problems that an error names
+_HINTS = 4  #: number of hints that an error contains
 
 _MERGE = (
     "Merge it into the model that it was trained for, on your own machine: "
@@ -53,15 +55,17 @@ _ALONE = {
 
 
 def is_model_file(path: str) -> bool:
-    """Whether a file of this name may be part of a model here."""
+    """Return whether a file of this name may be part of a model."""
     pure = PurePosixPath(path)
     return pure.suffix in _SUFFIXES or pure.name in _NAMES
 
 
 def choose_files(paths: Collection[str], read: Callable[[str], bytes]) -> list[str]:
-    """Of a folder that holds more than a model, the model's files: one set of weights, and what may lie beside it.
+    """Select the model's files from a folder that may hold more: one set of weights, and the other files that a model may have.
 
-    A folder that can't be told apart, such as an adapter, stays whole: `check_names` says what it is. `read` is asked for the index alone.
+    read: returns a file's bytes; called only for the index. If no set of weights is found, for example in an adapter, returns all paths:
+    then `check_names` raises the error that says what the folder is. Raises NightpressError(malformed_model) if the index names shards
+    that are missing.
     """
     taken = [path for path in paths if is_model_file(path)]
     named = _named_in(read(INDEX_FILE)) if INDEX_FILE in taken else set()
@@ -79,14 +83,14 @@ def choose_files(paths: Collection[str], read: Callable[[str], bytes]) -> list[s
 
 
 def check_names(paths: Collection[str]) -> None:
-    """Refuse a model by the names of its files alone, before a byte was sent. All that is wrong is told at once."""
+    """Check a model by the names of its files, before any file is sent. Raises NightpressError with all problems at once."""
     if (error := _other_kind(paths)) is not None:
         raise error
     raise_all([*_name_errors(paths), *_beside(paths)])
 
 
 def missing_shards(named: Set[str], present: Collection[str]) -> Iterable[NightpressError]:
-    """The shards that an index names and that are not there."""
+    """Yield an error for each shard that the index names and that is not present."""
     missing = sorted(named - set(present))
     if missing and WEIGHTS_FILE in present:
         shown = ", ".join(path[:100] for path in missing[:_SHOWN])
@@ -107,7 +111,7 @@ def missing_shards(named: Set[str], present: Collection[str]) -> Iterable[Nightp
 
 
 def raise_all(errors: Iterable[NightpressError]) -> None:
-    """Raise what is wrong: a single error as it is, several as one error that names them."""
+    """Raise the errors, if there are any: a single error as it is, several as one error that names all of them."""
     found = list(errors)
     if len(found) == 1:
         raise found[0]
@@ -144,7 +148,7 @@ def _name_errors(paths: Collection[str]) -> Iterable[NightpressError]:
 
 
 def _beside(paths: Collection[str]) -> Iterable[NightpressError]:
-    """What lies beside a model's weights and would change what they mean, or holds them once more."""
+    """Yield errors for files beside a model's weights that would change the model (adapters), or that hold the weights a second time."""
     adapter = sorted(path for path in paths if _ADAPTER.fullmatch(path))
     if adapter:
         yield _refused(
@@ -162,7 +166,7 @@ def _beside(paths: Collection[str]) -> Iterable[NightpressError]:
 
 
 def _other_kind(paths: Collection[str]) -> NightpressError | None:
-    """What a folder is that holds no Transformer's safetensors; None: it may be a model."""
+    """Return an error that says what a folder without a Transformer's safetensors is; None: it may be a model."""
     names = set(paths)
     if "model_index.json" in names:
         return _refused(

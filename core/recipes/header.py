@@ -1,4 +1,4 @@
-"""What a plan needs to know of a model, read from its config and its safetensors headers alone."""
+"""The facts about a model that a plan needs, read from its config and its safetensors headers alone."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
@@ -18,7 +18,7 @@ _SUFFIXES: tuple[tuple[str, Task], ...] = (
     ("Model", "embedding"),
 )
 
-#: model_type values the pipeline evaluates and exports; others are refused at validation
+#: Values of `model_type` that can be evaluated and exported here; all others are refused at validation.
 ENCODERS = frozenset(
     {
         "bert",
@@ -60,25 +60,25 @@ DECODERS = frozenset(
 ENCODER_DECODERS = frozenset({"t5"})
 VISION = frozenset({"vit"})
 
-#: Families whose experts lie in files one by one, and in transformers' memory as one tensor.
+#: Mixtures of experts: files hold a tensor for each expert's weight, and transformers holds those of all experts in a single tensor.
 MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"})
 #: Families whose linear layers are Conv1D, with weights laid out [in, out].
 CONV1D = frozenset({"gpt2"})
-#: Families whose blocks run more than once, one after the other.
+#: Families whose blocks share their weights: a stored block runs several times.
 SHARED_BLOCKS = frozenset({"albert"})
 
 
-#: What a classifier's outputs mean: one class of several, labels of which each holds or doesn't, or plain numbers.
+#: The meaning of a classifier's outputs: one of several classes, independent yes/no labels, or plain numbers.
 Head = Literal["classes", "labels", "numbers"]
-#: What a headless encoder's tensors are called, before the first dot.
+#: First parts (before the first dot) of the tensors' names in an encoder without a head.
 _BODY = frozenset({"embeddings", "encoder", "pooler", "transformer", "layers", "final_norm", "embeddings_project"})
 
 
 def class_of(named: str, model_type: str, tensors: "Collection[TensorInfo]") -> str:
-    """The class that a checkpoint holds: the one that its config names, or that class without its head where an encoder's head has no tensor.
+    """Return the class of a checkpoint: the class in its config, or that class without its head if an encoder's head has no tensors.
 
-    Embedders that were trained from a masked language model often keep its name (all-mpnet-base-v2 does). A loader would give them a head
-    of chance.
+    Embedders that were trained from a masked language model often keep its class name, e.g. all-mpnet-base-v2. A loader would give them a
+    head with random weights.
     """
     body, has_head, _ = named.partition("For")
     bare = (
@@ -101,7 +101,7 @@ class TensorInfo(BaseModel):
 
 
 class ModelHeader(BaseModel):
-    """A model without its weights."""
+    """A model's config and the descriptions of its tensors, without the weights."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=(), defer_build=True)
 
@@ -110,7 +110,7 @@ class ModelHeader(BaseModel):
     config: dict[str, Any] = Field(repr=False)
     tensors: tuple[TensorInfo, ...] = Field(repr=False)
     has_tokenizer: bool
-    pooling: str = "mean"  #: how an embedder's token vectors become one; see core/recipes/pooling.py
+    pooling: str = "mean"  #: pooling mode of an embedder; see core/recipes/pooling.py
 
     @property
     def parameters(self) -> int:
@@ -136,12 +136,12 @@ class ModelHeader(BaseModel):
 
     @property
     def classes(self) -> int:
-        """Outputs of a classifier."""
+        """Number of a classifier's outputs."""
         return len(self.config.get("id2label") or {}) or int(self.config.get("num_labels") or 2)
 
     @property
     def head(self) -> Head:
-        """As transformers reads `problem_type`; a single output is a number, as a regression's or a reranker's is."""
+        """The meaning of a classifier's outputs, from `problem_type` as in transformers. A single output is a number (e.g. a reranker)."""
         problem = self.config.get("problem_type")
         if problem == "regression" or self.classes == 1:
             return "numbers"
@@ -149,12 +149,12 @@ class ModelHeader(BaseModel):
 
     @property
     def one_text_a_batch(self) -> bool:
-        """Whether the model can't read padded texts: a decoder's classifier finds a text's end by the padding token, and this has none."""
+        """Whether the model can't read padded texts: a decoder's classifier without a padding token can't find a text's end."""
         return self.task == "classification" and self.model_type in DECODERS and padding_token(self.config) is None
 
     @property
     def tied_table(self) -> TensorInfo | None:
-        """A language model's one matrix with a row a token: it is both looked up in and multiplied by. None: the head has its own, or there is none."""
+        """A language model's token embeddings [vocabulary, width], if its output head uses the same matrix; else None."""
         rows = self.config.get("vocab_size")
         tables = [tensor for tensor in self.tensors if len(tensor.shape) == 2 and tensor.shape[0] == rows]
         return tables[0] if self.task in {"causal-lm", "masked-lm"} and len(tables) == 1 else None
@@ -165,16 +165,16 @@ class ModelHeader(BaseModel):
 
     @property
     def positions(self) -> int | None:
-        """The longest text the model takes, in tokens; None: it says none."""
+        """The longest text that the model takes, in tokens; None: the config names no limit."""
         limit = self.config.get("max_position_embeddings") or self.config.get("n_positions")
         if not isinstance(limit, int):
             return None
-        # These count positions from their padding token on.
+        # These families count positions from the padding token's id, so the first two are unused.
         return limit - 2 if self.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"} else limit
 
 
 def padding_token(config: Mapping[str, Any]) -> int | None:
-    """A model's own padding token. None: it has none; some configs write −1 for that."""
+    """Return the id of the model's padding token. None: it has no valid id; some configs write −1."""
     found, words = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
         return None

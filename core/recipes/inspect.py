@@ -1,6 +1,7 @@
-"""Look at a model that somebody brought, without torch and without trusting a byte of it.
+"""Validates an untrusted model and reads its header, without torch.
 
-Only names on an allow-list come in; weights are safetensors whose header is read strictly; nothing is ever unpickled or rendered.
+Only file names on an allow-list are accepted. Weights are safetensors, and their header is read strictly. Nothing is unpickled, and no
+template is rendered.
 """
 
 import re
@@ -36,17 +37,17 @@ _CONFIG_BYTES = 1024**2
 _JSON_BYTES = 16 * 1024**2
 _NOT_PARSED = frozenset(
     {"tokenizer.json", "vocab.json", "added_tokens.json", "unigram.json"}
-)  #: large, and data alone to every reader
+)  #: large files that every reader treats as data
 
-_MOST_ERRORS = 100  #: that are looked for in a model's JSON
+_MOST_ERRORS = 100  #: number of errors in a model's JSON after which the search ends
 _DUNDER = re.compile(r"__\w+__")
 
 
 class FolderFiles:
-    """A local folder. Hidden files are passed over.
+    """A local folder. Hidden files are ignored.
 
-    A link to a file is followed where it stays in the folder. The Hub's cache keeps a repository's files in `blobs` and fills each
-    `snapshots/<revision>` with links to them: such a folder's links may lead there too. Whatever leads elsewhere is refused.
+    A link to a file is followed if its target is in the folder. The Hub's cache keeps a repository's files in `blobs`, and each
+    `snapshots/<revision>` holds links to them: links of such a folder may also lead to `blobs`. All other links are refused.
     """
 
     def __init__(self, root: Path) -> None:
@@ -67,7 +68,10 @@ class FolderFiles:
         return found
 
     def path(self, name: str) -> Path:
-        """Where a file really lies, now: a link may have been exchanged. Raises path_not_allowed, not_found."""
+        """Return the file's resolved path. Resolved at every call, because a link can change between calls.
+
+        Raises NightpressError: path_not_allowed for a target outside the folder or one that is no plain file, not_found for a missing file.
+        """
         try:
             real = (self.root / name).resolve()
         except RuntimeError:  # a link to itself
@@ -103,10 +107,10 @@ def _not_a_file(name: str, why: str) -> NightpressError:
 
 
 def inspect_model(files: ModelFiles) -> ModelHeader:
-    """Validate a model and describe it.
+    """Validate a model and return its header.
 
-    Raises NightpressError: unsupported_format for files that are no safetensors model, malformed_model for damaged or inconsistent
-    ones, unsupported_architecture where config.json names no type; the file is named in each.
+    Raises NightpressError: unsupported_format for files that are no safetensors model, malformed_model for damaged or inconsistent files,
+    unsupported_architecture if config.json names no `model_type`. Each error names the file.
     """
     sizes = files.names()
     check_names(sizes)
@@ -183,7 +187,10 @@ def _check_value(key: str, value: Any) -> None:
 
 
 def _code_in(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> Iterator[NightpressError]:
-    """Each field that names code. Raises for JSON that doesn't parse, and for a chat template that reaches for Python's internals."""
+    """Yield an error for each field that names code to run.
+
+    Raises NightpressError(malformed_model) for JSON that does not parse, and for a chat template that uses Python's internals.
+    """
     for path, size in sizes.items():
         pure = PurePosixPath(path)
         if pure.suffix == ".jinja":
@@ -249,7 +256,7 @@ def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudge
 
 
 def _unused(used: Set[str], present: Sequence[str], told: Sequence[str]) -> Iterator[NightpressError]:
-    """Weights that the model is not made of: nobody would press them, and whoever loads the folder may take them for the model's."""
+    """Yield an error for each weights file that the model does not use. It would not be pressed, but a loader might read it."""
     for path in present:
         if path in used or path in told:
             continue

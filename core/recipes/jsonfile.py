@@ -1,4 +1,4 @@
-"""JSON that strangers wrote: no key twice, no number that JSON lacks, no depth or string that a database chokes on."""
+"""Reads untrusted JSON. Refuses duplicate keys, NaN and infinity, deep nesting, and strings that a database can't store."""
 
 import json
 import math
@@ -10,20 +10,23 @@ from typing import Any, NoReturn
 from nightpress.core.errors import ErrorCode, NightpressError
 
 _MAX_DEPTH = 64
-_MANY_BYTES = 4 * 1024**2  #: of JSON that is not ASCII: Python takes up to four bytes a character of it
+_MANY_BYTES = 4 * 1024**2  #: limit of JSON that is not ASCII: Python takes up to four bytes for each of its characters
 
 
 @dataclass
 class JsonBudget:
-    """What may still be parsed of one model. Counted before anything is built: an empty list takes 3 bytes of a file and 64 of memory."""
+    """The bytes and values of a model that may still be parsed.
+
+    Counted before parsing: an empty list takes 3 bytes of a file and 64 bytes of memory.
+    """
 
     size: int = 64 * 1024**2
     values: int = 500_000
 
     def take(self, path: str, data: bytes) -> None:
-        """Raises NightpressError(malformed_model) where the budget is used up."""
+        """Subtract a file from the budget. Raises NightpressError(malformed_model) if the budget is used up."""
         self.size -= len(data)
-        # Commas and brackets in texts count as well: the bound is far above what models have.
+        # This also counts commas and brackets inside strings. The bound is far above any model's count.
         self.values -= data.count(b",") + data.count(b"[") + data.count(b"{")
         if self.size < 0 or self.values < 0:
             raise malformed(path, "the model's JSON files together hold more than any model needs")
@@ -41,7 +44,7 @@ def malformed(path: str, why: str) -> NightpressError:
 
 
 def parse_json(path: str, data: bytes) -> Any:
-    """Raises NightpressError(malformed_model) for anything but plain JSON in UTF-8."""
+    """Parse a file. Raises NightpressError(malformed_model) for anything but plain JSON in UTF-8."""
     try:
         return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -49,7 +52,10 @@ def parse_json(path: str, data: bytes) -> Any:
 
 
 def walk(path: str, root: Any) -> Iterator[tuple[str, Any]]:
-    """Each value with the key it stands under, at every depth. Raises malformed_model for what can't be kept in a database."""
+    """Yield (key, value) at every depth; elements of a list have the list's key.
+
+    Raises NightpressError(malformed_model) for a value that a database can't store, and for nesting deeper than `_MAX_DEPTH`.
+    """
     stack: list[Iterator[tuple[str, Any]]] = [iter([("", root)])]
     while stack:
         found = next(stack[-1], None)
@@ -73,7 +79,7 @@ def walk(path: str, root: Any) -> Iterator[tuple[str, Any]]:
 
 
 def is_text(value: str) -> bool:
-    """Whether a database keeps it: PostgreSQL takes no NUL, and UTF-8 has no halves of surrogate pairs."""
+    """Return whether a database can store the string: PostgreSQL refuses NUL, and UTF-8 can't encode lone surrogates."""
     if "\0" in value:
         return False
     try:
@@ -84,7 +90,7 @@ def is_text(value: str) -> bool:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook` that takes no key twice."""
+    """An `object_pairs_hook` that raises ValueError for a duplicate key."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key stands twice in one object")

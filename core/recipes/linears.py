@@ -1,4 +1,4 @@
-"""Which tensors of a model are the weights of linear layers, and what their layout allows."""
+"""Finds the weights of linear layers among a model's tensors, and checks their layout."""
 
 import fnmatch
 import math
@@ -9,26 +9,26 @@ from typing import NamedTuple
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import CONV1D, ModelHeader, TensorInfo
 
-#: Matrices that are looked up, not multiplied.
+#: Lookup tables: matrices that are not multiplied.
 _NOT_LINEAR = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})
-#: They choose experts; a router's few weights decide everything, and no format carries them rounded.
+#: Routers, which choose a token's experts. Their few weights have a large effect, and no format carries them rounded.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-#: Heads over the vocabulary, most of which are tied to the embeddings, so that they stay as those are, whether or not the file holds a copy;
-#: and a decoder's head over classes, a few rows that decide every answer.
+#: Heads over the vocabulary: most are tied to the embeddings, so they stay in float like them, even if the file holds a copy. `score` is a
+#: decoder's head over classes: its few rows decide every output.
 _OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "vocab_projector", "generator_lm_head", "decoder", "score"})
-#: What families call the table of token embeddings.
+#: The families' names of the table of token embeddings.
 _TOKEN_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte"})
 
 
 class Divisor(NamedTuple):
-    """What the inputs of each layer must be divisible by, and the setting that says so."""
+    """A number that must divide the number of inputs of each layer, and the option that requires it."""
 
     value: int
     setting: str
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a module or node name is meant by one of the patterns: equal, a `*` glob, or `re:` and a full match."""
+    """Return whether a module's or node's name matches a pattern: an equal name, a `*` glob, or `re:` and a full regular expression."""
     return any(
         re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else fnmatch.fnmatchcase(name, pattern)
         for pattern in patterns
@@ -36,7 +36,10 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def is_linear_weight(tensor: TensorInfo, ignore: Iterable[str]) -> bool:
-    """Whether a pass over linear layers takes this tensor: a matrix called `….weight` that is no embedding, norm or ignored module."""
+    """Return whether the tensor is the weight of a linear layer that passes change.
+
+    It is a float matrix called `….weight`, and no embedding, norm, router, output head or ignored module.
+    """
     module = tensor.name.removesuffix(".weight")
     if (
         module == tensor.name
@@ -56,17 +59,17 @@ def module_of(tensor: TensorInfo) -> str:
 
 
 def is_expert(name: str) -> bool:
-    """Whether a tensor or module belongs to one of a mixture's experts; one that every token goes through is none."""
+    """Return whether a tensor or module belongs to a mixture's routed expert. A shared expert, which every token passes, does not count."""
     return re.search(r"\.experts\.\d+\.", name) is not None
 
 
 def is_token_embedding(tensor: TensorInfo) -> bool:
-    """Whether it is the matrix that tokens are looked up in."""
+    """Return whether the tensor is the float matrix of token embeddings."""
     return is_table(module_of(tensor)) and len(tensor.shape) == 2 and tensor.dtype in {"F64", "F32", "F16", "BF16"}
 
 
 def is_table(module: str) -> bool:
-    """Whether a module of this name looks tokens up."""
+    """Return whether a module of this name is the table of token embeddings."""
     return module.rsplit(".", 1)[-1] in _TOKEN_EMBEDDINGS
 
 
@@ -77,9 +80,9 @@ def invalid(message: str, hint: str) -> NightpressError:
 def check_layout(
     name: str, weights: Sequence[TensorInfo], header: ModelHeader, divisor: Divisor | None, *, turns: bool
 ) -> None:
-    """Groups and patterns run along a layer's inputs, which must divide.
+    """Check that the divisor divides the number of inputs of each weight: groups and patterns run along a layer's inputs.
 
-    Inputs must be the weight's columns, but for a pass that turns the others. Raises NightpressError(invalid_recipe).
+    turns: whether the pass transposes weights stored as [in, out]; else such models are refused. Raises NightpressError(invalid_recipe).
     """
     if divisor is None:
         return

@@ -1,7 +1,7 @@
-"""What llama.cpp reads of a model's config, and what it takes for granted. No torch here.
+"""Which models llama.cpp computes in the same way as transformers. No torch here.
 
-Its graph of an architecture is fixed but for the keys that a GGUF file carries. A config key that changes what transformers computes, and
-that no GGUF key stands for, must hold the value that the graph was written for. Read from llama.cpp's `src/models/*.cpp`.
+llama.cpp has a fixed graph for each architecture; only the keys of a GGUF file vary it. A config key that changes what transformers
+computes, and that has no GGUF key, must have the value for which the graph was written. Taken from llama.cpp's `src/models/*.cpp`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,25 +9,25 @@ from typing import Any
 
 from nightpress.core.recipes.header import ModelHeader
 
-#: model_type values that llama.cpp's graphs for these names compute as transformers does.
+#: Values of `model_type` for which llama.cpp's graph computes the same as transformers.
 DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
 ENCODERS = frozenset({"bert"})
-POOLING = frozenset({"mean", "cls", "lasttoken"})  #: of embedders
+POOLING = frozenset({"mean", "cls", "lasttoken"})  #: pooling modes of embedders
 
-#: ggml's GELU is the approximation by tanh. It differs from the exact one by less than float16 does.
+#: ggml's GELU is the tanh approximation. Its difference from the exact function is smaller than float16's rounding error.
 _GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python")
 _SILUS = ("silu", "swish")
 _ROPES = {
-    "llama": ("default", "linear", "llama3"),  # llama3's frequencies are a tensor, which only this graph reads
+    "llama": ("default", "linear", "llama3"),  # frequencies of "llama3" are a tensor, which only the llama graph reads
     "mistral": ("default", "linear", "llama3"),
 }
-#: model_type → config key → the values that it may have; None stands for a key that is not there.
+#: model_type → config key → allowed values. None: the key is missing.
 _EXPECTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "llama": {"hidden_act": (None, *_SILUS)},
     "mistral": {"hidden_act": (None, *_SILUS)},
     "qwen2": {"hidden_act": (None, *_SILUS)},
     "qwen3": {"hidden_act": (None, *_SILUS), "attention_bias": (None, False)},
-    # transformers reads gelu as its approximation here, and ignores hidden_activation.
+    # For Gemma, transformers computes gelu as the tanh approximation, and ignores hidden_activation.
     "gemma": {
         "hidden_act": (None, "gelu", "gelu_pytorch_tanh"),
         "attention_bias": (None, False),
@@ -43,7 +43,7 @@ _EXPECTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 
 
 def why_not_llama_cpp(header: ModelHeader) -> str | None:
-    """Why a GGUF file of this model would not load, or answer otherwise than the model does; None: it would do."""
+    """Return why a GGUF file of this model would not load, or would give other outputs than the model; None: neither."""
     kind = header.model_type
     if header.task == "causal-lm":
         if kind not in DECODERS:
@@ -80,10 +80,10 @@ def _differences(kind: str, header: ModelHeader) -> Iterator[str]:
 
 
 def _window(kind: str, config: Mapping[str, Any]) -> int | None:
-    """How far back some layer sees, where that is less than the model's positions."""
+    """Return the sliding window in tokens, if a layer has one that is shorter than the model's positions; else None."""
     window = config.get("sliding_window")
     if kind == "mistral" and "sliding_window" not in config:
-        window = 4096  # what transformers takes for a Mistral that doesn't say
+        window = 4096  # transformers' default for Mistral
     if kind not in {"mistral", "qwen2", "qwen3"} or not window:
         return None
     if kind != "mistral":

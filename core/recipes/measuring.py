@@ -1,4 +1,4 @@
-"""What measuring takes: a consumer's process for the source and for each artifact, on the processor and in fp32."""
+"""Memory and time of the measurements: a consumer's process for the source and for each artifact, on the processor, in fp32."""
 
 from collections.abc import Mapping
 
@@ -16,22 +16,22 @@ from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe
 
-_IMPORT_S = 3.5  #: start of one consumer process with torch and transformers
-_GRAPH_S = 4.0  #: tracing, and the start of a consumer with a graph runtime alone
-_DECODE_STEP = 10  #: how many tokens of a long forward pass take as long as decoding one
-_LOGIT_COPIES = 2.2  #: of a batch's logits: their logarithms, and what is compared
-_MOST_ROWS = 16  #: of a batch
-_BESIDE_BYTES = 3 * 1024**3 // 2  #: that the source and an artifact may take together, so that they are timed by turns
+_IMPORT_S = 3.5  #: seconds to start a consumer's process with torch and transformers
+_GRAPH_S = 4.0  #: seconds to trace, and to start a consumer with only a graph runtime
+_DECODE_STEP = 10  #: time to decode a token, in tokens of a long forward pass
+_LOGIT_COPIES = 2.2  #: copies of a batch's logits: their logarithms, and the logits that they are compared with
+_MOST_ROWS = 16  #: largest number of texts in a batch
+_BESIDE_BYTES = 3 * 1024**3 // 2  #: bytes that source and artifact may always take together to be timed by turns
 
 
 def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int], pass_bytes: int) -> Cost:
-    """The source and each artifact, loaded in a process of its own and run on every evaluation.
+    """Return the cost of measuring: the source and each artifact are loaded in their own process, and run every evaluation.
 
-    outputs: bytes of each artifact; pass_bytes: what the passes hold at most.
+    outputs: bytes of each artifact, by export. pass_bytes: the most memory that the passes take.
     """
     tokens = sum(_tokens(evaluation) for evaluation in recipe.evaluate)
     starts = [_IMPORT_S, *(_GRAPH_S if export.format in GRAPH_FORMATS else _IMPORT_S for export in recipe.exports)]
-    traced = any(export.format in GRAPH_FORMATS for export in recipe.exports)  # a trace serves all of them
+    traced = any(export.format in GRAPH_FORMATS for export in recipe.exports)  # all graph exports share a trace
     seconds = sum(starts) + traced * cached_trace_seconds(header)
     work = len(starts) * tokens * header.parameters
     memory = max(_bytes(recipe, header, export, outputs) for export in (None, *recipe.exports))
@@ -39,14 +39,17 @@ def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
     if not timed_by_turns(recipe, header, outputs, pass_bytes):
         return Cost(memory, seconds, host_bytes=beside_gpu, host_work=work)
     timed = sum(_tokens(evaluation) for evaluation in recipe.evaluate if not isinstance(evaluation, Quality))
-    work += len(recipe.exports) * timed * header.parameters  # the source again, beside each artifact
+    work += len(recipe.exports) * timed * header.parameters  # the source runs again beside each artifact
     _, together = _alone_and_together(recipe, header, outputs)
     source = CONSUMER_BYTES + 4 * header.parameters
     return Cost(together, seconds + _IMPORT_S, host_bytes=beside_gpu + source, host_work=work)
 
 
 def timed_by_turns(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int], pass_bytes: int) -> bool:
-    """Whether the source's process is there while an artifact is timed: where that takes little memory, or no more than the job takes anyway."""
+    """Return whether the source's process stays loaded while an artifact is timed, so that their runs alternate.
+
+    It does if both together take little memory, or no more than the job takes anyway.
+    """
     if not any(isinstance(evaluation, Latency | GenerationSpeed) for evaluation in recipe.evaluate):
         return False
     alone, together = _alone_and_together(recipe, header, outputs)
@@ -54,19 +57,22 @@ def timed_by_turns(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
 
 
 def _alone_and_together(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int]) -> tuple[int, int]:
-    """Bytes while one model is measured after the other, and where the source's process stays beside each artifact's."""
+    """Return the bytes if models are measured one after the other, and the bytes if the source's process stays beside each artifact's."""
     alone = max(_bytes(recipe, header, export, outputs) for export in (None, *recipe.exports))
     beside = CONSUMER_BYTES + 4 * header.parameters * (not _mapped(header))
     return alone, max(alone, *(_consumer_bytes(recipe, header, export, outputs) + beside for export in recipe.exports))
 
 
 def _mapped(header: ModelHeader) -> bool:
-    """Weights in fp32 are mapped from their file."""
+    """Return whether the weights are mapped from their file: only fp32 weights are."""
     return all(tensor.dtype in {"F32", "I64"} for tensor in header.tensors)
 
 
 def _bytes(recipe: Recipe, header: ModelHeader, export: Export | None, outputs: Mapping[str, int]) -> int:
-    """What the child holds while it makes a graph, or a consumer of an artifact or the source (None), with what the child holds then."""
+    """Return the larger of the child's bytes while it makes a graph, and the bytes of child and consumer while they measure.
+
+    export: None for the source.
+    """
     held = _consumer_bytes(recipe, header, export, outputs)
     if export is None or export.format not in GRAPH_FORMATS:
         return held
@@ -77,18 +83,20 @@ def _bytes(recipe: Recipe, header: ModelHeader, export: Export | None, outputs: 
 
 
 def _consumer_bytes(recipe: Recipe, header: ModelHeader, export: Export | None, outputs: Mapping[str, int]) -> int:
-    """What a consumer holds of an artifact or the source (None), with what the child holds of it."""
+    """Return the bytes that a consumer and the child hold of an artifact, or of the source (None)."""
     whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
     if export is not None and export.format in GRAPH_FORMATS:
         return TRACED_BYTES + GRAPH_CONSUMER_BYTES + whole + logits
-    if export is not None and any(options.quantizes for options in recipe.passes):  # the codes, and what they become
+    if export is not None and any(
+        options.quantizes for options in recipe.passes
+    ):  # the codes, and the floats made from them
         return CONSUMER_BYTES + outputs[export.name] + whole + logits
     mapped = _mapped(header) and (export is None or export.weights is None)
     return CONSUMER_BYTES + whole * (not mapped) + logits
 
 
 def _bytes_beside_gpu(recipe: Recipe, header: ModelHeader, export: Export | None, outputs: Mapping[str, int]) -> int:
-    """The same where the passes ran on a GPU, which a consumer doesn't use. Of codes, what stays float is mapped from its file."""
+    """As `_bytes`, if the passes ran on a GPU, which a consumer does not use. Float weights beside codes are mapped from their file."""
     if export is not None and export.format in GRAPH_FORMATS:
         return _bytes(recipe, header, export, outputs)
     whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)
@@ -104,7 +112,7 @@ def _becomes_codes(recipe: Recipe, tensor: TensorInfo) -> bool:
 
 
 def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
-    """Of the largest batch of an evaluation, over the vocabulary."""
+    """Return the bytes of an evaluation's largest batch of logits over the vocabulary."""
     if header.task not in {"causal-lm", "masked-lm"}:
         return 0
     row = 4 * int(header.config.get("vocab_size") or 0)
@@ -117,7 +125,7 @@ def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
 
 
 def _tokens(evaluation: Evaluation) -> float:
-    """Tokens of one evaluation, each as long as one of many in a forward pass."""
+    """Return an evaluation's work, in tokens of a forward pass over many tokens."""
     match evaluation:
         case Quality():
             return evaluation.samples * (
@@ -126,9 +134,9 @@ def _tokens(evaluation: Evaluation) -> float:
         case Latency():
             return (
                 sum(b * n for b in evaluation.batch for n in evaluation.length) * 2 * (evaluation.repeats + 1)
-            )  # each run behind another
+            )  # twice, because an untimed run precedes each timed run
         case GenerationSpeed():
             read = sum(b * n for b in evaluation.batch for n in evaluation.prompt)
-            # A step reads every weight for few tokens: it waits for memory, whatever the batch.
+            # A decoding step reads every weight for a few tokens, so memory bandwidth limits it at every batch size.
             steps = len(evaluation.batch) * len(evaluation.prompt) * evaluation.tokens * _DECODE_STEP
             return (read + steps) * (evaluation.repeats + 1)

@@ -1,4 +1,4 @@
-"""How a model's folder is read, wherever it lies."""
+"""The interface for reading a model's folder, independent of where it is stored."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -8,7 +8,7 @@ class ModelFiles(Protocol):
     """A model's folder: local, in object storage, or at a source."""
 
     def names(self) -> Mapping[str, int]:
-        """Sizes of the files by relative POSIX path."""
+        """Return relative POSIX path → size in bytes, for every file."""
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """At most `size` bytes from `offset`; fewer only at the file's end."""
+        """Return `size` bytes from `offset`; fewer only at the file's end."""

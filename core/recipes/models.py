@@ -1,4 +1,4 @@
-"""A recipe: an ordered list of passes, the exports, the calibration, the evaluation and the gates."""
+"""The model of a recipe: an ordered list of passes, the exports, the calibration, the evaluation and the gates."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -18,8 +18,8 @@ from nightpress.core.recipes.yamlfile import read_yaml
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 MAX_PASSES = 20
 
-_SHOWN_FAULTS = 100  #: of a recipe: an error lists no more, however many there are
-_UNKNOWN_NAME = "union_tag_invalid"  #: pydantic's name for it
+_SHOWN_FAULTS = 100  #: the most faults of a recipe that an error lists
+_UNKNOWN_NAME = "union_tag_invalid"  #: pydantic's type of the error for an unknown pass
 _GATE = re.compile(r"^\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|x)?\s*$")
 
 
@@ -41,12 +41,12 @@ Metric = Literal[
 
 
 class Quality(_Model):
-    """Fit to labels, to text or to the source, with a 95% interval; what each metric reads stands in docs/evaluation.md.
+    """Quality on labels, on text or against the source, with a 95% interval. docs/evaluation.md describes the data of each metric.
 
-    `auto` is perplexity for causal language models, masked-lm for masked ones, accuracy and entities where the data has labels for
-    them, otherwise fidelity. `fidelity` needs no labels: cosine of pooled outputs for embedders, top-1 agreement and KL divergence where
-    there are logits, correlations and errors where outputs are plain numbers, and for all of them the centred cosine; it comes with
-    every other metric whose outputs show it.
+    `auto` is perplexity for causal language models, masked-lm for masked language models, accuracy or entities if the data has labels for
+    them, and otherwise fidelity. `fidelity` needs no labels. It gives the cosine of pooled outputs for embedders, top-1 agreement and KL
+    divergence for logits, and correlations and errors for outputs that are plain numbers; for all of these also the centred cosine. Every
+    other metric reports fidelity as well, if its outputs allow it.
     """
 
     metric: Literal["auto"] | Metric = "auto"
@@ -68,7 +68,7 @@ class Quality(_Model):
 
 
 class Latency(_Model):
-    """Median and 95th percentile of one forward pass, for each pair of batch and length."""
+    """Median and 95th percentile of the time of one forward pass, for each pair of batch and length."""
 
     metric: Literal["latency"] = "latency"
     batch: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field((1,), min_length=1, max_length=8)
@@ -82,9 +82,9 @@ class Latency(_Model):
 
 
 class GenerationSpeed(_Model):
-    """How fast text is written: a prompt is read, then token after token decoded greedily, for each pair of batch and prompt.
+    """The speed of generation: the model reads a prompt and decodes greedily, for each pair of batch and prompt.
 
-    The consumer decodes as the folder's own generation_config.json says, its cache among it. Each run writes exactly `tokens` tokens.
+    The consumer decodes with the folder's own generation_config.json, including its cache. Each run generates exactly `tokens` tokens.
     """
 
     metric: Literal["generation-speed"] = "generation-speed"
@@ -115,7 +115,7 @@ Evaluation = Annotated[
 
 
 class Gate(_Model):
-    """A bound that decides the verdict. `relative` bounds compare with the source: `<= +3%`, `<= 35%` (of), `>= 1.5x`."""
+    """A bound that decides the verdict. Relative bounds compare with the source: `<= +3%` (change), `<= 35%` (share), `>= 1.5x` (times)."""
 
     metric: str
     operator: Literal["<=", ">=", "<", ">"]
@@ -133,7 +133,7 @@ class Gate(_Model):
 
 
 class Recipe(_Model):
-    """Everything that decides what comes out, but the model itself."""
+    """Everything that determines a job's result, except the model itself."""
 
     name: Name
     version: int = Field(1, ge=1)
@@ -193,7 +193,7 @@ class Recipe(_Model):
         return tuple(parse_gate(metric, bound) for metric, bound in self.gates.items())
 
     def data_refs(self) -> frozenset[str]:
-        """The data sets the recipe uses that are not built in."""
+        """Return the data sets of the recipe that are not built in."""
         refs = {evaluation.data for evaluation in self.evaluate if isinstance(evaluation, Quality)}
         if any(step.wants == "calibration" for step in self.passes):
             refs.add(self.calibration.data)
@@ -234,7 +234,10 @@ GATE_METRICS = (
 
 
 def parse_gate(metric: str, bound: str) -> Gate:
-    """Read one bound. A signed percentage is a change, an unsigned one a share of the source, `x` a factor. Raises ValueError."""
+    """Parse a bound. A signed percentage is a change, an unsigned percentage a share of the source, `x` a factor.
+
+    Raises ValueError for an unknown metric or an invalid bound.
+    """
     match = _GATE.match(bound)
     if metric not in GATE_METRICS:
         raise ValueError(f"gate {metric!r} is not one of {', '.join(GATE_METRICS)}")
@@ -252,8 +255,8 @@ def parse_gate(metric: str, bound: str) -> Gate:
 def parse_recipe(raw: Any, *, for_a_service: bool = False) -> Recipe:
     """Validate a mapping. Raises NightpressError(invalid_recipe) that lists every fault with its place.
 
-    for_a_service: where nothing is wrong but passes that this process doesn't know, these are left for the service to judge, which may
-    have other packages.
+    for_a_service: if the only faults are passes that this process does not know, accept them. The service checks them, because it may have
+    other packages.
     """
     try:
         return Recipe.model_validate(raw)
@@ -278,7 +281,10 @@ def parse_recipe(raw: Any, *, for_a_service: bool = False) -> Recipe:
 
 
 def aim(recipe: Recipe, header: ModelHeader) -> Recipe:
-    """The recipe with `target: auto` decided for a model; any other as it is. Raises NightpressError(invalid_recipe)."""
+    """Return the recipe with `target: auto` replaced by the target for the model; other recipes unchanged.
+
+    Raises NightpressError(invalid_recipe) if there is no target for the model.
+    """
     if recipe.target != "auto":
         return recipe
     raw = recipe.model_dump(mode="json", exclude={"passes", "exports"}, exclude_unset=True)
@@ -295,7 +301,7 @@ def _fault(error: ErrorDetails) -> dict[str, str]:
 
 
 def unknown_pass(error: ErrorDetails) -> tuple[str, str] | None:
-    """Why a pass of an installed package isn't known, and what to do; None for every other fault."""
+    """Return (why a pass of an installed package is not known, what to do); None for every other fault."""
     return catalog.why_unknown(error["ctx"]["tag"]) if error["type"] == _UNKNOWN_NAME else None
 
 

@@ -1,4 +1,4 @@
-"""Where a job runs: on a processor or on a GPU, by what its passes gain, what the model asks, and which workers there are."""
+"""Chooses a job's queue, CPU or GPU: by the time that a GPU saves, the needed memory, and the workers of the fleet."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -6,30 +6,30 @@ from typing import Literal, NamedTuple
 
 Queue = Literal["cpu", "gpu"]
 
-#: What a GPU must save for a job to take it from others: so much time, and half of the job's time on a processor.
+#: A job takes a GPU from other jobs only if that saves this many seconds, and this share of its time on a processor.
 _WORTH_S = 300.0
 _WORTH_SHARE = 0.5
-#: Threads that an estimate counts on where no worker is known.
+#: Number of threads in an estimate if no worker is known.
 THREADS = 2
 
 
 @dataclass(frozen=True)
 class Seat:
-    """What a worker offers to jobs."""
+    """The resources that a worker offers to a job."""
 
     queue: Queue
     memory: int  #: bytes of the host's memory
     threads: int = THREADS
-    gpu_memory: int | None = None  #: bytes; None: a processor, or a GPU that does not say
+    gpu_memory: int | None = None  #: bytes; None: no GPU, or a GPU that does not report its memory
     seen_s: float = 0.0  #: seconds since it was last seen
 
     def holds(self, memory: int, gpu_memory: int) -> bool:
-        """Whether a job that needs so much fits."""
+        """Return whether a job with these needs in bytes fits."""
         return memory <= self.memory and (self.gpu_memory is None or gpu_memory <= self.gpu_memory)
 
 
 class Need(NamedTuple):
-    """What a job takes on one of the two."""
+    """The memory and time of a job on a processor, or on a GPU."""
 
     memory_bytes: int
     gpu_bytes: int
@@ -42,15 +42,15 @@ class Placement(NamedTuple):
 
 
 def threads_of(fleet: Collection[Seat], queue: Queue) -> int:
-    """Threads that a job in this queue has at least."""
+    """Return the smallest number of threads that a job in this queue can have."""
     return min((seat.threads for seat in fleet if seat.queue == queue), default=THREADS)
 
 
 def place(on_cpu: Need, on_gpu: Need, fleet: Sequence[Seat]) -> Placement:
-    """Where a job runs whose passes can run on both.
+    """Choose the queue of a job whose passes can run on both.
 
-    A GPU is for what gains much by it. Who would run elsewhere than where it suits, does so only where the fleet leaves no choice; where no
-    worker is known, the job alone decides. Workers of a queue that can't hold the job count as none.
+    A job that gains much by a GPU prefers the GPU; any other prefers a processor. It goes to the other queue only if no worker of the
+    preferred queue can hold it. If no worker is known, the preference alone decides.
     """
     saved = on_cpu.seconds - on_gpu.seconds
     gains = saved >= _WORTH_S and saved >= _WORTH_SHARE * on_cpu.seconds

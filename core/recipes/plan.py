@@ -1,4 +1,4 @@
-"""From a recipe and a model's header to a plan: the steps, what they cost, and what speaks against them. Nothing runs here."""
+"""Makes a plan from a recipe and a model's header: the steps, the estimate, the queue and warnings. Nothing is run."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -22,7 +22,7 @@ from nightpress.core.recipes.passes import PassOptions
 from nightpress.core.recipes.placement import Need, Placement, Queue, Seat, place, threads_of
 from nightpress.core.recipes.targets import check_target
 
-#: what the head is called that multiplies by the table, for `ignore`
+#: Task → name of the tied output head's weight, to which patterns of `ignore` apply.
 _HEADS = {"causal-lm": "lm_head.weight", "masked-lm": "cls.predictions.decoder.weight"}
 
 
@@ -35,7 +35,7 @@ class Step(BaseModel):
 
 
 class Leaner(BaseModel):
-    """A change to the recipe with which it takes less memory."""
+    """A change to the recipe that lowers its memory."""
 
     model_config = ConfigDict(frozen=True, defer_build=True)
 
@@ -44,17 +44,17 @@ class Leaner(BaseModel):
 
 
 class Estimate(BaseModel):
-    """Bytes and seconds in the plan's queue, from the header alone."""
+    """Bytes and seconds in the plan's queue, estimated from the header alone."""
 
     model_config = ConfigDict(frozen=True, defer_build=True)
 
     memory_bytes: int
     disk_bytes: int
     seconds: float
-    threads: int  #: of the processor, that the seconds are for
-    output_bytes: dict[str, int]  #: by export format
-    gpu_bytes: int = 0  #: of a GPU's memory; 0 on a CPU
-    leaner: tuple[Leaner, ...] = ()  #: the nearest first
+    threads: int  #: number of CPU threads for which `seconds` holds
+    output_bytes: dict[str, int]  #: name of an export → bytes of its artifact
+    gpu_bytes: int = 0  #: memory of the GPU; 0 on a CPU
+    leaner: tuple[Leaner, ...] = ()  #: changes that lower the memory, the smallest change first
 
 
 class Plan(BaseModel):
@@ -69,10 +69,10 @@ class Plan(BaseModel):
 
 
 def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence[Seat] = ()) -> Plan:
-    """Check that the passes, exports and model go together, decide where it runs, and say what it will take.
+    """Check that the passes, exports and model fit together, choose the queue, and estimate memory and time.
 
-    fleet: the workers that there have been lately; `device: auto` is decided by them, too.
-    Raises NightpressError: invalid_recipe for a combination that can't work, unsupported_architecture for a model no pass or evaluation here knows.
+    fleet: the workers that were seen lately; `device: auto` depends on them, too. Raises NightpressError: invalid_recipe for a combination
+    that can't work, unsupported_architecture for a model that is not known here, malformed_model for a model without a tokenizer.
     """
     if header is not None:
         recipe = aim(recipe, header)
@@ -160,7 +160,7 @@ def _check_carriers(recipe: Recipe, options: PassOptions, header: ModelHeader | 
 
 
 def _chain(recipe: Recipe, header: ModelHeader) -> tuple[list[ModelHeader], ModelHeader]:
-    """What each pass is given, and what the last one leaves."""
+    """Return the headers of the models that the passes read, one for each pass, and the header of the last pass's result."""
     given = []
     for options in recipe.passes:
         given.append(header)
@@ -240,7 +240,7 @@ def _check_generation(speed: GenerationSpeed, header: ModelHeader) -> None:
         )
 
 
-#: metric → the tasks whose models it is for, and whether prose is enough for it
+#: Metric → (tasks of the models that it is for, whether prose is enough data for it).
 _METRICS: dict[str, tuple[frozenset[str], bool]] = {
     "perplexity": (frozenset({"causal-lm"}), True),
     "generation": (frozenset({"causal-lm"}), True),
@@ -276,7 +276,7 @@ def _check_metric(quality: Quality, header: ModelHeader) -> None:
 
 
 def stored(recipe: Recipe, header: ModelHeader) -> ModelHeader:
-    """The header of the float model that the passes leave, with the sizes that its tensors are stored in."""
+    """Return the header with the bytes in which the passes store each tensor. header: of the float model that the passes leave."""
     passes = [options.settled(header) for options in recipe.passes]
     tensors = [
         tensor.model_copy(update={"size": min([tensor.size, *(options.stored_bytes(tensor) for options in passes)])})
@@ -286,7 +286,7 @@ def stored(recipe: Recipe, header: ModelHeader) -> ModelHeader:
 
 
 def _outputs(recipe: Recipe, header: ModelHeader) -> dict[str, int]:
-    """Bytes of each artifact, by export."""
+    """Return name of an export → bytes of its artifact."""
     return {export.name: _output_bytes(recipe, header, export) for export in recipe.exports}
 
 
@@ -295,7 +295,7 @@ def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
     passes = [options.settled(seen) for options, seen in zip(recipe.passes, given, strict=True)]
     tensors = left.tensors
     if left.tied_table is not None and any(options.stage in {"graph", "runtime"} for options in passes):
-        # Rows of the one are looked up, columns of the other multiplied by, and each has codes of its own.
+        # A graph holds the tied table twice, for the lookup and for the product, and each copy has its own codes.
         tensors += (left.tied_table.model_copy(update={"name": _HEADS[left.task]}),)
     total = 0
     for tensor in tensors:
@@ -314,13 +314,13 @@ def _queue_without_model(recipe: Recipe) -> Placement:
 
 
 def _placed(recipe: Recipe, costs: Sequence[Cost], fleet: Sequence[Seat]) -> Placement:
-    """The queue, and why it is this one."""
+    """Return the queue, and the reason for it."""
     if recipe.device != "auto":
         return _queue_without_model(recipe)
     here_alone = [options.name for options in recipe.passes if "cuda" not in options.runs_on]
     if here_alone:
         return Placement("cpu", f"`{here_alone[0]}` runs on a processor alone.")
-    # With the same threads for both: what more of them gain is no reason to take a GPU.
+    # Both estimates use the same number of threads: a GPU worker's larger number of threads is no reason to choose a GPU.
     threads = threads_of(fleet, "cpu" if any(seat.queue == "cpu" for seat in fleet) else "gpu")
     return place(_need(recipe, costs, "cpu", threads), _need(recipe, costs, "gpu", threads), fleet)
 
@@ -355,7 +355,7 @@ def _costs(recipe: Recipe, header: ModelHeader) -> list[Cost]:
 
 
 def timed_by_turns(recipe: Recipe, header: ModelHeader) -> bool:
-    """Whether the source and an artifact are loaded at the same time and timed by turns, as the estimate of memory has it."""
+    """Return whether the source and an artifact are loaded at the same time and timed by turns. The memory estimate assumes the same."""
     given, _ = _chain(recipe, header)
     passes = [options.cost(seen, recipe.calibration) for options, seen in zip(recipe.passes, given, strict=True)]
     return measuring.timed_by_turns(recipe, header, _outputs(recipe, header), _most(passes))
@@ -369,18 +369,18 @@ def _memory(recipe: Recipe, costs: Sequence[Cost], queue: Queue) -> int:
     *passes, measuring = (cost.held(queue) for cost in costs)
     if queue == "gpu" and _kept(
         recipe
-    ):  # torch gives pinned memory back to nobody: it is there while artifacts are measured, too
+    ):  # torch never frees pinned memory, so the child still holds it while artifacts are measured
         return RUNTIME_BYTES + _kept(recipe) + max(passes) + measuring
     return RUNTIME_BYTES + _kept(recipe) + max([measuring, *passes])
 
 
 def _kept(recipe: Recipe) -> int:
-    """What the passes leave in the child once it has run a model: it is there while the artifacts are measured, too."""
+    """Return the bytes that stay in the child after passes have run the model. The child still holds them while artifacts are measured."""
     return MODELLING_BYTES if {options.scope for options in recipe.passes} & {"blocks", "train"} else 0
 
 
 def _leaner(recipe: Recipe, header: ModelHeader, queue: Queue) -> Iterable[Leaner]:
-    """Fewer samples, then shorter ones: what is asked of the text is given up before what is asked of the model."""
+    """Yield recipes with less calibration text: first fewer samples, then also shorter samples. Options of the passes are not changed."""
     given = recipe.calibration
     for share in (2, 4, 8):
         if given.samples >= 8 * share:

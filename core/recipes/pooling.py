@@ -1,6 +1,6 @@
-"""How an embedder's token vectors become one vector, as its folder says: `modules.json` and the pooling module that it names.
+"""How an embedder pools its token vectors into one vector. Read from `modules.json` and the pooling module that it names.
 
-Everything that pools asks the model's header, which is read here: figures, passes that weigh layers or learn, GGUF.
+The result is a field of the model's header. All code that pools uses this field: evaluation, passes that rank layers or train, and GGUF.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.jsonfile import malformed, parse_json
 
 MODULES_FILE = "modules.json"
-_UNLISTED = "1_Pooling/config.json"  #: where the module lies in folders that list none
-#: As sentence-transformers calls them, in the order in which it joins several; and the keys that it wrote before 2026.
+_UNLISTED = "1_Pooling/config.json"  #: place of the pooling module in folders without `modules.json`
+#: Key that sentence-transformers wrote before 2026 → its name of the pooling mode, in the order in which it joins several modes.
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -21,14 +21,14 @@ _FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-#: Modules that change no direction of a vector, which is all that figures of embedders look at.
+#: Modules that don't change a vector's direction. The figures of embedders depend only on the direction.
 _HARMLESS = frozenset({"Transformer", "Normalize", "Dropout"})
 
-Read = Callable[[str], Any]  #: a JSON file by its path in the folder; None: there is none
+Read = Callable[[str], Any]  #: path in the folder → the parsed JSON file; None: there is no such file
 
 
 def module_folders(read: Callable[[str], bytes | None]) -> list[str]:
-    """The folders below a model's in which its modules of sentence-transformers lie. `read` answers None for a file that isn't there."""
+    """Return the sub-folders that hold a model's modules of sentence-transformers. `read` returns None for a file that does not exist."""
     raw = read(MODULES_FILE)
     if raw is None:
         return [PurePosixPath(_UNLISTED).parts[0]]
@@ -45,9 +45,10 @@ def module_folders(read: Callable[[str], bytes | None]) -> list[str]:
 
 
 def read_pooling(read: Read) -> str:
-    """E.g. `mean`, or `cls+max` where vectors are joined; `mean` for a folder that says nothing.
+    """Return the pooling mode, e.g. `mean`, or `cls+max` if several vectors are joined; `mean` if the folder names none.
 
-    Raises NightpressError: unsupported_architecture for a module that is neither pressed nor measured here, malformed_model.
+    Raises NightpressError: unsupported_architecture for a module that changes the vectors and can't be pressed or measured here;
+    malformed_model for invalid files.
     """
     modules = read(MODULES_FILE)
     if modules is None:

@@ -1,7 +1,7 @@
-"""What a model costs to run, counted from its header alone: parameters, floating-point operations, bytes, key/value cache, and a roofline.
+"""The cost of running a model, counted from its header alone: parameters, operations, bytes, key/value cache, and a roofline bound.
 
-Only matrix products are counted, 2 · m · n · k operations each, as torch's FLOP counter does; norms, activations and softmax are a few
-per cent. A decoder's attention is counted over all pairs of tokens, which is what its kernels are asked for, whatever a mask then hides.
+Only matrix products are counted, 2 · m · n · k floating-point operations each, as torch's FLOP counter does. Norms, activations and softmax
+are a few per cent. A decoder's attention is counted over all pairs of tokens, because its kernels compute all of them before the mask.
 """
 
 import math
@@ -36,12 +36,12 @@ class Part(_Model):
     block: int | None
     kind: Kind
     parameters: int = Field(ge=0)
-    bytes: int = Field(ge=0)  #: of the weights as stored
-    flops: int = Field(ge=0)  #: of one pass over the whole batch
+    bytes: int = Field(ge=0)  #: bytes of the stored weights
+    flops: int = Field(ge=0)  #: operations of one pass over the whole batch
 
 
 class Device(_Model):
-    """What a machine can do at best, as measured or as its maker says."""
+    """The peak rates of a machine, measured or from its manufacturer."""
 
     name: str
     flops_per_s: float = Field(gt=0)
@@ -49,38 +49,41 @@ class Device(_Model):
 
 
 class Shape(_Model):
-    """One pass over `batch` texts of `length` tokens, and of a decoder one more token behind them."""
+    """One pass over `batch` texts of `length` tokens. For a decoder, also the step that decodes the next token of each text."""
 
     batch: int
     length: int
     flops: int
-    attention_share: float  #: of the operations, those that grow with the square of the length
-    moved_bytes: int  #: weights once, and the keys and values that are written
-    intensity: float  #: operations a byte
-    bound_ms: float | None  #: no faster on the device, by its roofline; None without a device
+    attention_share: float  #: share of the operations that grow with the square of the length
+    moved_bytes: int  #: the weights, and the keys and values that are written
+    intensity: float  #: operations per byte
+    bound_ms: float | None  #: shortest possible time on the device, by its roofline; None without a device
     limit: Literal["compute", "memory"] | None
     cache_bytes: int | None = None  #: keys and values in fp32 after the pass; None for an encoder
     decode_flops: int | None = None
-    decode_moved_bytes: int | None = None  #: weights and the whole cache, for each next token of all texts
+    decode_moved_bytes: int | None = None  #: the weights and the whole cache, for the next token of all texts
     decode_bound_ms: float | None = None
 
 
 class Profile(_Model):
-    """A model's cost, part by part at the first shape, and in sum at every shape."""
+    """A model's cost: for each part at the first shape, and in total at every shape."""
 
     subject: str
     parameters: int
     bytes: int
     parts: tuple[Part, ...] = Field(description="in the model's order, at the first shape")
     shapes: tuple[Shape, ...]
-    quadratic_from: int | None  #: tokens from which on attention's quadratic part is half of a block's operations
+    quadratic_from: int | None  #: length in tokens at which attention's quadratic part is half of a block's operations
     device: Device | None = None
 
 
 def profile_of(
     header: ModelHeader, subject: str, shapes: list[tuple[int, int]], device: Device | None = None
 ) -> Profile:
-    """shapes: (batch, length) each. Raises NightpressError(invalid_recipe) for a family whose parts aren't known."""
+    """Return a model's profile. shapes: (batch, length) each.
+
+    Raises NightpressError(invalid_recipe) for a family whose layout is not known.
+    """
     anatomy = anatomy_of(header, "profile")
     first = tuple(_parts(header, anatomy, *shapes[0]))
     return Profile(
@@ -95,7 +98,7 @@ def profile_of(
 
 
 def by_kind(profile: Profile) -> dict[Kind, Part]:
-    """The parts summed up over blocks."""
+    """Return kind → the sum of the parts of that kind over all blocks."""
     found = {}
     for kind in KINDS:
         same = [part for part in profile.parts if part.kind == kind]
@@ -153,7 +156,7 @@ def _in_attention(module: str, anatomy: Anatomy) -> bool:
 
 
 def _outside(tensor: TensorInfo, header: ModelHeader, batch: int, tokens: int) -> tuple[Kind, TensorInfo, int]:
-    """A matrix outside the blocks: looked up, or multiplied with every token, or with one of each text."""
+    """Return (kind, tensor, operations) of a matrix outside the blocks: a lookup table, or a product with every token, or one per text."""
     module = tensor.name.removesuffix(".weight")
     leaf = module.rsplit(".", 1)[-1]
     count = math.prod(tensor.shape)
@@ -166,7 +169,7 @@ def _outside(tensor: TensorInfo, header: ModelHeader, batch: int, tokens: int) -
 
 
 def _tied(header: ModelHeader) -> bool:
-    """Whether a head over the vocabulary uses the embeddings, so that the files have no matrix of its own."""
+    """Return whether the head over the vocabulary uses the embeddings' matrix: then the files have no matrix for the head."""
     if header.task not in {"causal-lm", "masked-lm"}:
         return False
     heads = ("lm_head.weight", "embed_out.weight", "decoder.weight", "vocab_projector.weight")
@@ -181,7 +184,7 @@ def _shape(header: ModelHeader, anatomy: Anatomy, batch: int, length: int, devic
     parts = list(_parts(header, anatomy, batch, length))
     flops = sum(part.flops for part in parts)
     quadratic = sum(part.flops for part in parts if part.kind == "attention scores")
-    # A table of embeddings is read where its tokens stand; the rest is read whole.
+    # Of an embedding table, only the rows of the tokens are read, and they are not counted. All other weights are read completely.
     weights = sum(part.bytes for part in parts if part.kind != "embeddings")
     if _tied(header):
         weights += sum(part.bytes for part in parts if part.kind == "embeddings")
@@ -214,12 +217,15 @@ def _shape(header: ModelHeader, anatomy: Anatomy, batch: int, length: int, devic
 
 
 def _bound(flops: int, moved: int, device: Device | None) -> float | None:
-    """Williams et al., Roofline (CACM 2009): no faster than either its operations or its bytes allow."""
+    """Return the roofline bound in milliseconds: the longer of the times for operations and for bytes (Williams et al., CACM 2009)."""
     return None if device is None else 1000 * max(flops / device.flops_per_s, moved / device.bytes_per_s)
 
 
 def _quadratic_from(parts: tuple[Part, ...], length: int) -> int | None:
-    """Σ 4 L² h d = Σ 2 L p over a model's blocks at L = Σ p / Σ 2 h d."""
+    """Return the length L at which Σ 4 L² h d = Σ 2 L p over the model's blocks: L = Σ p / Σ 2 h d.
+
+    h heads of width d, p parameters of the linear layers. length: of the pass that `parts` describes.
+    """
     linear = sum(part.flops for part in parts if part.kind in {"attention projections", "feed-forward"})
     quadratic = sum(part.flops for part in parts if part.kind == "attention scores")
     return round(length * linear / quadratic) if quadratic else None

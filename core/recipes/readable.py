@@ -1,4 +1,4 @@
-"""What transformers reads of a folder with codes: as codes, as floats that it makes of them while it loads, or not at all. No torch here."""
+"""How transformers loads a folder with quantized weights: as codes, dequantized to floats while it loads, or not at all. No torch here."""
 
 from collections.abc import Collection, Iterable, Mapping
 
@@ -6,7 +6,7 @@ from nightpress.core.recipes.header import MIXTURES, ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import is_expert, is_table, module_of
 from nightpress.core.recipes.schemes import Scheme
 
-#: Families that transformers calls other names than their files do, or asks for weights that codes have not.
+#: Families whose modules have other names in transformers than in their files, or whose code reads weights that packed modules lack.
 _OTHER_NAMES = frozenset({"t5", "vit"})
 #: Families whose `_init_weights` reads the weight of every linear module before the files are read. A packed module has none.
 _READ_BEFORE_LOADING = frozenset({"falcon", "gpt_bigcode", "modernbert"})
@@ -14,11 +14,11 @@ _WORD = 32  #: bits of the integers that codes are packed into
 
 
 def become_floats(model_type: str, schemes: Mapping[str, Scheme]) -> bool:
-    """Whether transformers must be told to make floats of the codes while it loads them. schemes: by module.
+    """Return whether the config must tell transformers to dequantize the codes while it loads them. schemes: module → scheme.
 
-    It prepares modules for packed weights without packing their zero points (compressed-tensors up to 0.20), and then refuses the files.
-    It makes no room for packed embeddings, and it unpacks fp4 to bfloat16 whatever the model's dtype. Making floats is the way round all
-    of these, and round the families above. It takes one scheme. vLLM doesn't read the key.
+    With packed weights, transformers prepares modules without packed zero points (compressed-tensors up to 0.20), and then refuses the
+    files. It can't load packed embeddings, and it unpacks fp4 to bfloat16 for every model's dtype. Dequantizing avoids all of these, and
+    the faults of the families above. It works with a single scheme only. vLLM does not read the key.
     """
     packed = any(scheme.format == "pack-quantized" for scheme in schemes.values())
     return (
@@ -31,9 +31,9 @@ def become_floats(model_type: str, schemes: Mapping[str, Scheme]) -> bool:
 
 
 def why_unreadable(header: ModelHeader, schemes: Mapping[TensorInfo, Collection[Scheme]]) -> tuple[str, str] | None:
-    """Why transformers could not load the result, and what to do; None: it can.
+    """Return (why transformers could not load the result, what to do); None: it can load it.
 
-    schemes: the weights that a pass takes, each with the schemes that it may choose from.
+    schemes: each weight that a pass takes → the schemes that the pass may choose from.
     """
     every = {scheme for some in schemes.values() for scheme in some}
     if header.model_type in MIXTURES and (refused := _experts(header, schemes, every)) is not None:
@@ -54,7 +54,7 @@ def why_unreadable(header: ModelHeader, schemes: Mapping[TensorInfo, Collection[
 def _experts(
     header: ModelHeader, schemes: Mapping[TensorInfo, Collection[Scheme]], every: Iterable[Scheme]
 ) -> tuple[str, str] | None:
-    """transformers puts a mixture's experts together while it loads them, by one scheme for all."""
+    """As `why_unreadable`, for a mixture's experts: transformers merges them while it loads them, by one scheme for all."""
     taken = {scheme for tensor, some in schemes.items() if is_expert(tensor.name) for scheme in some}
     if any(not name.symmetric for name in taken):
         return (

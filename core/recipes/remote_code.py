@@ -1,13 +1,13 @@
-"""Fields by which a model's JSON has transformers fetch or run code that came from elsewhere.
+"""Fields of a model's JSON that make transformers download or run foreign code.
 
-Read through transformers 5.23: configuration_utils, modeling_utils, generation, pipelines, processing_utils, integrations/hub_kernels.
+Found by reading transformers 5.23: configuration_utils, modeling_utils, generation, pipelines, processing_utils, integrations/hub_kernels.
 """
 
 from typing import Any
 
 from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE
 
-#: What these fields may say. Anything else names a kernel of the Hub, or has one fetched where the library is not installed.
+#: The allowed values. Any other value names a kernel of the Hub, or makes transformers download a kernel if a library is not installed.
 _ATTENTION = frozenset({"eager", "sdpa", "flex_attention"})
 _EXPERTS = frozenset({"eager", "batched_mm", "grouped_mm"})
 _BUILT_IN = {
@@ -17,9 +17,9 @@ _BUILT_IN = {
     "experts_implementation": _EXPERTS,
     "_experts_implementation": _EXPERTS,
     "_experts_implementation_internal": _EXPERTS,
-    "transformers_weights": frozenset({WEIGHTS_FILE, INDEX_FILE}),  #: other files were not looked into
+    "transformers_weights": frozenset({WEIGHTS_FILE, INDEX_FILE}),  #: other files were not checked
 }
-#: Fields that say nothing but this. Where they are off, they are harmless.
+#: Fields whose only purpose is foreign code. A false or empty value is harmless.
 _CODE = frozenset(
     {
         "custom_pipelines",
@@ -33,7 +33,7 @@ _CODE = frozenset(
 
 
 def code_flaw(key: str, value: Any) -> str | None:
-    """Why a field is refused, as the end of a sentence about its file; None: it is not."""
+    """Return why a field is refused, as the end of a sentence that begins with the file's name; None: it is allowed."""
     if key == "auto_map":
         return "has an `auto_map`: the model wants to run code of its own"
     if key in _CODE or key.startswith("_custom_object"):
@@ -41,7 +41,9 @@ def code_flaw(key: str, value: Any) -> str | None:
     allowed = _BUILT_IN.get(key)
     if allowed is None:
         return None
-    for choice in value.values() if isinstance(value, dict) else [value]:  # a dict: by the name of a part's config
+    for choice in (
+        value.values() if isinstance(value, dict) else [value]
+    ):  # a dict maps the name of a sub-config to its value
         if choice is not None and not (isinstance(choice, str) and choice in allowed):
             shown = f"{choice[:60]!r}" if isinstance(choice, str) else f"a {type(choice).__name__}"
             return f"has {shown} for `{key}`, which is none of {', '.join(sorted(allowed))}: it may load code or weights from elsewhere"

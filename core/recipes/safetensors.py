@@ -1,4 +1,4 @@
-"""A strict reader of safetensors headers, a window at a time: what a hostile header costs is bounded before it is parsed."""
+"""A strict reader of safetensors headers. It reads a window at a time, and bounds the cost of a hostile header before it parses."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from nightpress.core.recipes.model_files import ModelFiles
 
 MAX_TENSORS = 100_000
 
-#: bytes an element; sub-byte types are not taken
+#: Data type → bytes per element. Types of less than a byte are refused.
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
@@ -23,9 +23,9 @@ DTYPE_BYTES = {
 
 _HEADER_BYTES = 100 * 1024**2
 _SMALL_HEADER_BYTES = 1024**2
-_HEADER_SHARE = 20  #: a larger header may be one twentieth of the file
+_HEADER_SHARE = 20  #: a header above _SMALL_HEADER_BYTES may take at most 1 / 20 of the file
 _WINDOW = 2 * 1024**2
-_ENTRY_BYTES = 8 * 1024  #: longest name, fully escaped, and its description
+_ENTRY_BYTES = 8 * 1024  #: limit of an entry: the longest name, fully escaped, and its description
 _METADATA_BYTES = 1024**2
 _MAX_NAME = 512
 _MAX_DIMS = 16
@@ -37,9 +37,10 @@ _NEXT = re.compile(rb"\s*([,}])")
 
 
 def read_safetensors_header(files: ModelFiles, path: str, size: int) -> list[TensorInfo]:
-    """The tensors of one file, in the order of their bytes. Raises NightpressError(malformed_model) for any flaw at all:
+    """Return the tensors of a file, in the order of their bytes.
 
-    the header's entries must describe exactly the bytes of the file, once each, without gap or overlap.
+    size: of the file, in bytes. Raises NightpressError(malformed_model) for any flaw. The header's entries must describe each byte of the
+    file exactly once, without gap or overlap.
     """
     start = files.read(path, 0, 8)
     if len(start) < 8 or size < 10:
@@ -68,7 +69,7 @@ def read_safetensors_header(files: ModelFiles, path: str, size: int) -> list[Ten
 
 
 def _refuse_too_many(files: ModelFiles, path: str, length: int) -> None:
-    """Count before parsing: a million tensors cost no more than finding their marks."""
+    """Count the tensors before parsing, by searching for `"data_offsets"`. This is cheap even for a million tensors."""
     found = 0
     for begin in range(0, length, _WINDOW) if length > MAX_TENSORS * len(_MARK) else ():
         found += files.read(path, 8 + begin, min(_WINDOW, length - begin)).count(_MARK)
@@ -123,7 +124,7 @@ def _check_layout(path: str, spans: list[tuple[int, int]], data: int) -> None:
 
 
 class _Header:
-    """Walks through the entries `"name": {…}` of a header of `length` bytes, holding one window of it."""
+    """Iterates over the entries `"name": {…}` of a header of `length` bytes. Only a window of the header is in memory."""
 
     def __init__(self, files: ModelFiles, path: str, length: int) -> None:
         self._files = files
@@ -161,7 +162,7 @@ class _Header:
                 return
 
     def _fill(self, wanted: int) -> None:
-        """Have `wanted` bytes ahead, where the header still has them."""
+        """Read until at least `wanted` bytes lie ahead in the window, or the header ends."""
         if len(self._window) - self._at >= wanted or not self._rest:
             return
         piece = self._files.read(self._path, self._offset, min(_WINDOW, self._rest))
@@ -195,7 +196,7 @@ class _Header:
         if not end:
             raise malformed(self._path, "an entry of its header is too long")
         text = self._window[self._at : end]
-        if b"\\" in text:  # so that every entry has the mark they are counted by
+        if b"\\" in text:  # else an escaped "data_offsets" would not be counted
             raise malformed(self._path, "an entry of its header is written with escapes")
         self._at = end
         return parse_json(self._path, text)
@@ -203,7 +204,7 @@ class _Header:
     def _metadata(self) -> None:
         self._fill(_METADATA_BYTES)
         try:
-            # Incremental: the piece may end within a character.
+            # An incremental decoder, because the piece may end inside a character.
             text = getincrementaldecoder("utf-8")().decode(self._window[self._at : self._at + _METADATA_BYTES])
             raw, end = json.JSONDecoder(object_pairs_hook=unique_keys).raw_decode(text)
         except (ValueError, RecursionError) as error:

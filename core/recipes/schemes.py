@@ -1,4 +1,4 @@
-"""How a quantized weight is stored and what multiplies it: the formats of compressed-tensors, said once for estimates, writers and loaders."""
+"""Quantization schemes in the formats of compressed-tensors: a single definition for estimates, writers and loaders."""
 
 import math
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1,
 
 @dataclass(frozen=True)
 class Activations:
-    """What a runtime rounds a layer's inputs to before it multiplies: 8 bits of the weights' kind."""
+    """How a runtime rounds a layer's inputs before the product: to 8 bits, of the same kind (int or float) as the weights."""
 
-    static: bool = False  #: one scale a layer, from calibration; else one a token, as it comes
+    static: bool = False  #: True: one scale per layer, from calibration; False: one scale per token, at run time
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A weight's codes and scales, and its inputs'."""
+    """How a weight is stored, and how a runtime rounds its inputs."""
 
     bits: int
-    kind: Kind = "int"  #: integers, or the floats e4m3 (8 bits) and e2m1 (4 bits)
-    strategy: Strategy = "channel"  #: which weights share a scale; a channel is an output, a row
-    group_size: int | None = None  #: inputs that share a scale; with the strategy `group` alone
-    symmetric: bool = True
-    activations: Activations | None = None  #: None: they stay in float
+    kind: Kind = "int"  #: "int", or "float": e4m3 (8 bits) or e2m1 (4 bits)
+    strategy: Strategy = "channel"  #: which weights share a scale; a channel is an output, i.e. a row
+    group_size: int | None = None  #: number of inputs that share a scale; only for the strategy `group`
+    symmetric: bool = True  #: False: with zero points
+    activations: Activations | None = None  #: None: inputs stay in float
 
     @property
     def format(self) -> str:
-        """What compressed-tensors calls it."""
+        """The format's name in compressed-tensors."""
         if self.kind == "float":
             if self.bits == 8:
                 return "float-quantized"
@@ -54,14 +54,17 @@ class Scheme:
         return f"{number}, {shared}{inputs}"
 
     def groups(self, columns: int) -> int:
-        """Scales along a row's inputs."""
+        """Return the number of scales in a row of `columns` inputs."""
         if self.strategy == "group":
             assert self.group_size is not None
             return columns // self.group_size
         return -(-columns // BLOCK) if self.strategy == "block" else 1
 
     def outputs(self, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
-        """The tensors that stand for a weight [out, in], each named `<weight>_<part>`, or like the weight where it holds the codes unpacked."""
+        """Return the tensors that replace a weight [out, in]. Each is named `<weight>_<part>`; unpacked codes have the weight's own name.
+
+        The static scale of inputs is named `<module>.input_scale`.
+        """
         rows, columns = tensor.shape
         groups, name = self.groups(columns), tensor.name
 
@@ -76,7 +79,7 @@ class Scheme:
         if self.format == "pack-quantized":
             packed = info("_packed", "I32", rows, -(-columns * self.bits // 32))
             outputs = [packed, info("_scale", tensor.dtype, rows, groups), info("_shape", "I64", 2)]
-            if not self.symmetric:  # packed down the rows
+            if not self.symmetric:  # a word holds the zero points of several rows
                 outputs.append(info("_zero_point", "I32", -(-rows * self.bits // 32), groups))
             return tuple(outputs)
         scale_shape = {"tensor": (1,), "channel": (rows, 1), "block": (-(-rows // BLOCK), groups)}[self.strategy]
@@ -96,7 +99,7 @@ class Scheme:
         return sum(output.size for output in self.outputs(tensor))
 
     def weight_arguments(self) -> dict[str, Any]:
-        """`weights` of a config group."""
+        """Return the `weights` of a config group in a quantization_config."""
         strategy = "tensor_group" if self.format == "nvfp4-pack-quantized" else self.strategy
         scale_dtype = {"mxfp4-pack-quantized": "torch.uint8", "nvfp4-pack-quantized": "torch.float8_e4m3fn"}
         return {
@@ -113,11 +116,11 @@ class Scheme:
         } | ({"scale_dtype": scale_dtype[self.format]} if self.format in scale_dtype else {})
 
     def activation_arguments(self) -> dict[str, Any] | None:
-        """`input_activations` of a config group."""
+        """Return the `input_activations` of a config group in a quantization_config; None: inputs stay in float."""
         if self.activations is None:
             return None
         by_token = not self.activations.static
-        # Scales of 128 × 128 weights go with those of 128 inputs: the kernels multiply block by block.
+        # Weights with a scale per 128 × 128 need inputs with a scale per 128: the kernels multiply block by block.
         group = BLOCK if by_token and self.strategy == "block" else None
         return {
             "num_bits": 8,

@@ -1,7 +1,7 @@
-"""Where a model is to run, and the passes and exports that run fastest there by what was measured.
+"""Targets: where a model will run, and the passes and exports that were measured to be fastest there.
 
-A recipe that names a target may leave out its passes, its exports, or both. What is filled in stands in the recipe from then on: it is
-what is stored, fingerprinted and shown.
+A recipe with a target may leave out its passes, its exports, or both. They are filled in when the recipe is read. The recipe is stored,
+fingerprinted and shown with them.
 """
 
 from collections.abc import Mapping
@@ -15,21 +15,21 @@ from nightpress.core.recipes.passes.base import ExportFormat
 
 Target = Literal["cpu-encoder", "cpu-llm", "gpu-vllm", "browser", "auto"]
 
-#: Parameters above which `auto` sends a language model to a GPU: a CPU decodes at a rate of memory bandwidth over bytes a token, and
-#: the 4.5 GB of eight billion weights in 4 bits leave it a few tokens a second.
+#: Number of parameters above which `auto` chooses a GPU for a language model. A CPU reads all weights for each token, so its decoding
+#: speed is memory bandwidth divided by the weights' bytes. With the 4.5 GB of 8 billion weights in 4 bits it is a few tokens per second.
 _LARGEST_ON_CPU = 8_100_000_000
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a target's recipe holds where it doesn't say otherwise."""
+    """The passes, calibration and exports that a target fills into a recipe that leaves them out."""
 
     passes: tuple[Mapping[str, Any], ...]
-    calibration: Mapping[str, Any] | None  #: of those passes
-    exports: tuple[str | Mapping[str, str], ...]  #: as a recipe writes them
-    reads: frozenset[ExportFormat]  #: what the target's runtimes load
-    decoders: bool | None  #: whether it is for models that write text, for others, or (None) for both
-    because: str  #: what decided, and the command that prints its figures
+    calibration: Mapping[str, Any] | None  #: used with these passes
+    exports: tuple[str | Mapping[str, str], ...]  #: in the notation of recipes
+    reads: frozenset[ExportFormat]  #: the formats that the target's runtimes load
+    decoders: bool | None  #: True: for models that generate text; False: for other models; None: for both
+    because: str  #: the reason for the choice, and the command that prints its figures
 
 
 AIMS: Mapping[str, Aim] = {
@@ -69,7 +69,7 @@ AIMS: Mapping[str, Aim] = {
 
 
 def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's mapping with what its target adds. One without a target, or with `auto`, comes back as it is."""
+    """Return a recipe's mapping with the target's passes, calibration and exports filled in; unchanged without a target, or with `auto`."""
     filled = dict(raw)
     aim = AIMS.get(str(raw.get("target")))
     if aim is None:
@@ -83,7 +83,7 @@ def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def misfit(target: str, exports: tuple[Export, ...]) -> str | None:
-    """Why a target can't have these exports; None where it can."""
+    """Return why a target's runtimes can't load these exports; None: they can."""
     aim = AIMS.get(target)
     wrong = [] if aim is None else [export.name for export in exports if export.format not in aim.reads]
     if aim is None or not wrong:
@@ -95,7 +95,7 @@ def misfit(target: str, exports: tuple[Export, ...]) -> str | None:
 
 
 def check_target(target: str | None, header: ModelHeader) -> None:
-    """Raise NightpressError(invalid_recipe) where a target is for another kind of model."""
+    """Raise NightpressError(invalid_recipe) if the target is for another kind of model."""
     aim = AIMS.get(target or "")
     if aim is not None and aim.decoders not in {None, header.is_decoder}:
         kind = "models that write text" if aim.decoders else "encoders"
@@ -106,7 +106,7 @@ def check_target(target: str | None, header: ModelHeader) -> None:
 
 
 def target_for(header: ModelHeader) -> str:
-    """What `auto` comes to. Raises NightpressError(invalid_recipe) for a model that no target is for."""
+    """Return the target that `auto` stands for. Raises NightpressError(invalid_recipe) if there is no target for the model."""
     if header.is_decoder and header.model_type in DECODERS:
         small = header.parameters <= _LARGEST_ON_CPU
         return "cpu-llm" if small and runs_in_llama_cpp(header) else "gpu-vllm"

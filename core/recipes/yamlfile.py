@@ -1,6 +1,7 @@
-"""YAML that strangers wrote, read by the core schema of YAML 1.2: mappings, lists, texts, numbers, booleans and null.
+"""Reads untrusted YAML by the core schema of YAML 1.2: mappings, lists, strings, numbers, booleans and null.
 
-Aliases, merge keys and tags are refused: with them 500 bytes stand for gigabytes. What a text may cost is bounded before anything is built.
+Aliases, merge keys and tags are refused: with them, 500 bytes can expand to gigabytes. Size, depth and number of values are bounded, and
+checked before values are built.
 """
 
 import math
@@ -16,7 +17,7 @@ from nightpress.core.recipes.jsonfile import is_text
 MAX_CHARACTERS = 64 * 1024
 MAX_DEPTH = 32
 MAX_NODES = 20_000
-_MAX_DIGITS = 64  #: of a number; Python takes time that grows with their square
+_MAX_DIGITS = 64  #: digits of a number; Python's time to parse them grows with their square
 _MERGE = "<<"
 
 _NULL = re.compile(r"~|null|Null|NULL|")
@@ -27,12 +28,12 @@ _HEX = re.compile(r"0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
-#: libyaml's scanner where PyYAML was built with it: many times faster
+#: libyaml's scanner is many times faster; not every build of PyYAML has it.
 _Loader: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 
 def read_yaml(text: str, *, max_characters: int = MAX_CHARACTERS, max_nodes: int = MAX_NODES) -> Any:
-    """The one document of a text. Raises NightpressError(invalid_recipe) with the line at fault."""
+    """Read a text with a single document. Raises NightpressError(invalid_recipe) that names the faulty line."""
     if len(text) > max_characters:
         raise _refused(f"it has {len(text)} characters; at most {max_characters} are read", "Shorten it.")
     if not is_text(text):
@@ -41,23 +42,23 @@ def read_yaml(text: str, *, max_characters: int = MAX_CHARACTERS, max_nodes: int
         return _Builder(yaml.parse(text, Loader=_Loader), max_nodes).document()
     except yaml.YAMLError as error:
         raise _refused(str(error)[:500], "Check its indentation and quotes.") from error
-    except (ValueError, OverflowError, RecursionError) as error:  # escapes of characters that there are not
+    except (ValueError, OverflowError, RecursionError) as error:  # e.g. escapes of code points that do not exist
         raise _refused(str(error)[:200], "Check its numbers and escapes.") from error
 
 
 class _Builder:
-    """Builds values from the parser's events, and counts as it goes."""
+    """Builds values from the parser's events, and counts the values."""
 
     def __init__(self, events: Iterator[Any], max_nodes: int) -> None:
         self._events = events
         self._left = self._max_nodes = max_nodes
 
     def document(self) -> Any:
-        next(self._events)  # the stream begins
+        next(self._events)  # start of the stream
         if isinstance(next(self._events), yaml.StreamEndEvent):
             return None
         value = self._value(next(self._events), 0)
-        next(self._events)  # the document ends
+        next(self._events)  # end of the document
         if not isinstance(next(self._events), yaml.StreamEndEvent):
             raise _refused("it holds more than one document", "Keep one recipe a file.")
         return value
@@ -107,7 +108,7 @@ def _checked(event: Any) -> str:
 
 
 def _scalar(event: Any) -> Any:
-    """A plain scalar's value, as the core schema resolves it."""
+    """Return a plain scalar's value, resolved by the core schema."""
     text = _checked(event)
     if _NULL.fullmatch(text):
         return None

@@ -1,4 +1,4 @@
-"""The passes: functions that do what options say. Every module in this folder is imported, so that its functions register themselves."""
+"""The functions that run the passes. Importing this package imports every module of the folder, so that each function registers itself."""
 
 import importlib
 import pkgutil

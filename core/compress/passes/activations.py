@@ -1,4 +1,4 @@
-"""Passes that round a layer's inputs too: SmoothQuant, fp8 with static scales, and the scales of a key/value cache."""
+"""Passes that also quantize activations: SmoothQuant, fp8, and the scales of a key/value cache."""
 
 import json
 import time
@@ -40,7 +40,7 @@ from nightpress.core.recipes.passes.activations import CACHED_FROM
 
 @folder_pass(SmoothQuant)
 def smoothquant(source: Path, target: Path, options: SmoothQuant, context: PassContext) -> PassRecord:
-    """Round weights and inputs to int8, strengths evened out. `target` becomes a compressed-tensors `int-quantized` model."""
+    """Quantize weights and inputs to int8 with SmoothQuant. `target` becomes a compressed-tensors `int-quantized` model."""
     method = RoundedInputs(options, context.header)
     summary = {"alpha": options.alpha, "activations": options.activations, "weights": options.weights}
     return quantize(source, target, method, options.scheme, options, context, summary)
@@ -48,7 +48,7 @@ def smoothquant(source: Path, target: Path, options: SmoothQuant, context: PassC
 
 @folder_pass(Fp8)
 def fp8(source: Path, target: Path, options: Fp8, context: PassContext) -> PassRecord:
-    """Round weights to fp8, and say how inputs are. `target` becomes a compressed-tensors `float-quantized` model."""
+    """Quantize weights to fp8, and write how a runtime rounds inputs. `target` becomes a compressed-tensors `float-quantized` model."""
     summary = {"weights": options.weights, "activations": options.activations}
     if options.activations == "dynamic":
         return stream_rounded(source, target, options, context, summary)
@@ -57,9 +57,11 @@ def fp8(source: Path, target: Path, options: Fp8, context: PassContext) -> PassR
 
 
 class RoundedInputs:
-    """Weights on a grid of 8 bits, inputs on the like; SmoothQuant's evened out beforehand."""
+    """Weights and inputs on a grid of 8 bits. For SmoothQuant, factors first move magnitude from the inputs into the weights."""
 
-    by_group = False  # what stands before them has run already when their inputs are known
+    by_group = (
+        False  # The layer before a weight changes too, and it has already run when the weight's inputs are known.
+    )
 
     def __init__(self, options: SmoothQuant | Fp8, header: ModelHeader) -> None:
         self._schemes, self._grid = options.scheme, grid_of(options.scheme(""))
@@ -99,7 +101,7 @@ class RoundedInputs:
                 found = search_factors(layers, self._grid, share=place.share)
                 del layers
             elif not any(self._inputs_of(name) for name in place.targets):
-                continue  # nothing is gained where inputs stay in float
+                continue  # smoothing gains nothing where inputs stay in float
             else:
                 largest = torch.stack([_strengths(part.statistic).largest for part in place.parts]).amax(0)
                 heaviest = torch.stack([floats[name].abs().amax(0) for name in place.targets])
@@ -130,7 +132,7 @@ class RoundedInputs:
         return settled
 
     def _inputs_of(self, name: str) -> Rounded:
-        """How what a weight is given is rounded."""
+        """Return how the inputs of this weight are rounded; None: they stay in float."""
         activations = scheme_of(self._schemes, name).activations
         return None if activations is None else "static" if activations.static else "token"
 
@@ -148,7 +150,7 @@ def _strengths(statistic: Statistic) -> Strengths:
 
 @folder_pass(KvCache)
 def kv_cache(source: Path, target: Path, options: KvCache, context: PassContext) -> PassRecord:
-    """Find the scales of cached keys and values. `target` is the same model with them beside each attention's weights."""
+    """Find the scales of cached keys and values. `target` becomes the same model with these scales beside each attention's weights."""
     start = time.monotonic()
     method = CacheScales(options)
     pressed = press(source, target, method, options, context, cache=method.cache)
@@ -159,7 +161,7 @@ def kv_cache(source: Path, target: Path, options: KvCache, context: PassContext)
 
 
 class CacheScales:
-    """Scales that just hold the largest key and the largest value of a layer, found where they would be cached."""
+    """Scales from the largest key and the largest value of each layer, measured where a runtime would cache them."""
 
     by_group = False
 
@@ -192,14 +194,14 @@ class CacheScales:
 
 
 class _SeenByCache:
-    """Stands for a model's key/value cache: keeps the largest magnitudes of what comes, and hands it on."""
+    """Replaces a model's key/value cache. It records the largest magnitude of keys and of values, and returns both unchanged."""
 
     def __init__(self) -> None:
         self.real: Tensor | None = None
         self._largest: dict[str, Tensor] = {}
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """keys and values [B, heads, L, width]"""
+        """Record and return keys and values, [B, heads, L, width] each."""
         for part, states in (("k", keys), ("v", values)):
             largest = without_padding(states.transpose(1, 2).flatten(2), self.real).abs().amax()
             self._largest[part] = torch.maximum(self._largest[part], largest) if part in self._largest else largest
@@ -209,7 +211,10 @@ class _SeenByCache:
         return 0
 
     def take(self) -> dict[str, Tensor]:
-        """What a block's keys and values came to. Raises NightpressError(unsupported_architecture) if it cached none."""
+        """Return the largest magnitudes of the last block, by `k` and `v`, and reset them.
+
+        Raises NightpressError(unsupported_architecture) if the block cached nothing.
+        """
         taken, self._largest = self._largest, {}
         if not taken:
             raise NightpressError(

@@ -1,4 +1,4 @@
-"""Quantization-aware training: linear layers that compute with their weights as they will be stored."""
+"""Quantization-aware training (QAT): linear layers compute with the rounded values of their weights."""
 
 import dataclasses
 import shutil
@@ -27,7 +27,10 @@ from nightpress.core.recipes.schemes import Scheme
 
 @folder_pass(Qat)
 def qat(source: Path, target: Path, options: Qat, context: PassContext) -> PassRecord:
-    """Train the rounded model against its float self. `target` becomes a compressed-tensors model, or a float one on the grid."""
+    """Train the rounded model against its own float model as the teacher.
+
+    `target` becomes a compressed-tensors model, or with `leaves: float` a float model whose weights lie on the grid.
+    """
     start = time.monotonic()
     student, trained, extra = train_rounded(source, options, context)
     rounded = take_out(student, settle=options.leaves_as == "float")
@@ -50,7 +53,7 @@ def qat(source: Path, target: Path, options: Qat, context: PassContext) -> PassR
 
 
 def train_rounded(source: Path, options: Qat, context: PassContext) -> tuple[Any, TrainingResult, dict[str, Any]]:
-    """The model that computes rounded, trained; `take_out` makes a plain one of it."""
+    """Return the trained model, still with `RoundedLinear` layers; `take_out` replaces them with plain layers."""
     teacher = load_model(source, context.header)
     student = load_model(source, context.header)
     put_in(student, options, context.header)
@@ -60,7 +63,7 @@ def train_rounded(source: Path, options: Qat, context: PassContext) -> tuple[Any
 
 
 class RoundedLinear(nn.Module):
-    """A linear layer that multiplies with what its weight, and its input, will be rounded to; the gradient sees no rounding."""
+    """A linear layer that rounds its weight, and its input if the scheme does. The gradient ignores the rounding (straight-through)."""
 
     def __init__(self, linear: nn.Linear, scheme: Scheme, stored: torch.dtype, *, graph: bool) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class RoundedLinear(nn.Module):
 
     @torch.no_grad()
     def rounded(self) -> Tensor:
-        """The weight [out, in] float32 as a loader of the result has it."""
+        """Return the weight [out, in] float32 as a loader would dequantize it."""
         weight = self.linear.weight.to(self.stored).float()
         if self.graph:
             return on_graph_grid(weight)
@@ -83,19 +86,22 @@ class RoundedLinear(nn.Module):
 
 
 def on_graph_grid(weight: Tensor) -> Tensor:
-    """Round each row to −127 … 127 steps of its largest magnitude / 127: the grid of `dynamic-int8`, which finds it again."""
+    """Round a weight [out, in] to −127 … 127 steps of its row's largest magnitude / 127.
+
+    This is the grid of `dynamic-int8`: that pass finds the same scales again, and loses nothing.
+    """
     scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=2.0**-100)
     return (weight / scale).round() * scale
 
 
 def round_tokens(x: Tensor) -> Tensor:
-    """Round each token's vector [..., in] to int8 with a scale of its own, as runtimes of compressed-tensors do as it comes."""
+    """Round each token's vector [..., in] to int8 with its own scale, as runtimes of compressed-tensors do."""
     scale = (x.detach().float().abs().amax(-1, keepdim=True) / 127.5).clamp(min=2.0**-100)
     return ((x.float() / scale).round().clamp(-128, 127) * scale).to(x.dtype)
 
 
 def put_in(model: Any, options: Qat, header: ModelHeader) -> list[str]:
-    """Let the linear layers that the options take compute rounded. Their names."""
+    """Replace the linear layers that the options select with `RoundedLinear`. Return their names."""
     stored = {module_of(tensor): TORCH_DTYPES[tensor.dtype] for tensor in header.tensors if options.takes(tensor)}
     names = []
     for name, module in list(model.named_modules()):
@@ -110,7 +116,7 @@ def put_in(model: Any, options: Qat, header: ModelHeader) -> list[str]:
 
 
 def take_out(model: Any, *, settle: bool) -> list[str]:
-    """Put the plain layers back, with their rounded weights if `settle`. Their names."""
+    """Put the plain layers back. With `settle`, their weights become the rounded ones. Return their names."""
     names = []
     for name, module in list(model.named_modules()):
         if isinstance(module, RoundedLinear):
@@ -123,7 +129,7 @@ def take_out(model: Any, *, settle: bool) -> list[str]:
 
 
 def _shorter(name: str) -> tuple[str, ...]:
-    """A module under a head is called without the head's prefix in files that were saved without one."""
+    """Return the module's name without its first part: files saved without a head name modules without the head's prefix."""
     return (name.split(".", 1)[1],) if "." in name else ()
 
 

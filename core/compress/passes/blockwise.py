@@ -1,4 +1,4 @@
-"""Linear layers pressed block by block, and the record of it: what passes that look at a layer's inputs have in common."""
+"""Shared code of the calibrated passes: run the blocks executor over linear layers, and write the record of the pass."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from nightpress.core.handoff.report import LayerEffect, PassRecord
 from nightpress.core.recipes.passes import PassOptions, Quantizing
 from nightpress.core.recipes.schemes import Scheme
 
-#: How the weight of a module is stored.
+#: Name of a module → the scheme in which its weight is stored.
 Schemes = Callable[[str], Scheme]
 
 
@@ -40,9 +40,9 @@ def quantize(
     *,
     outside: Mapping[str, OnGrid] | None = None,
 ) -> PassRecord:
-    """Press with a method that leaves weights in these schemes, and say in config.json what became of them.
+    """Run a method that stores weights in `schemes`, and write the `quantization_config` into config.json.
 
-    outside: weights beside the blocks that are rounded to nearest, by name.
+    outside: name → rewrite of each weight outside the blocks; these are rounded to nearest.
     """
     start = time.monotonic()
     pressed = press(source, target, method, options, context, outside=outside)
@@ -61,7 +61,7 @@ def press(
     outside: Mapping[str, OnGrid] | None = None,
     cache: CacheStandIn | None = None,
 ) -> RunResult:
-    """Run the blocks executor over the linear layers that the options take, and round those weights beside the blocks."""
+    """Run the blocks executor over the linear layers that the options select, and rewrite the weights in `outside`."""
     infos = [tensor.info for shard in read_shards(source) for tensor in shard.tensors]
     pressed = press_blocks(
         source,
@@ -125,14 +125,17 @@ def record(
 def settle_coded(
     name: str, scheme: Scheme, coded: Coded, before: Tensor, *, input_scale: Tensor | None = None
 ) -> FinalTensor:
-    """A weight on its grid, with its tensors; scales have the dtype the weight was stored in."""
+    """Return a coded weight [out, in] as the block's final tensor: dequantized, with its stored tensors and its rounding error.
+
+    before [out, in] float32: the weight before rounding.
+    """
     weight = dequantized(coded, scheme)
     tensors = to_tensors(name, scheme, coded, input_scale=input_scale)
     return FinalTensor(weight=weight, tensors=tensors, effect=effect_of(before, weight))
 
 
 def made_up(name: str, weight: Tensor, stored: torch.dtype) -> FinalTensor:
-    """A norm, a bias or a router that makes up for scaled inputs, as it is written."""
+    """Return a norm, a bias or a router that absorbed scale factors, in the dtype in which it is stored."""
     value = weight.to(stored)
     return FinalTensor(weight=value, tensors={name: value}, effect=None)
 

@@ -1,4 +1,4 @@
-"""generation-cache: write how keys and values are kept into generation_config.json, after a look at what it changes."""
+"""generation-cache: measures the effect of a key/value cache, and writes its settings into generation_config.json."""
 
 import json
 import time
@@ -20,17 +20,17 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord, Series
 from nightpress.core.recipes.passes.caching import GenerationCache
 
-_TEXTS, _NEW = 2, 16  #: texts of each check, and tokens written behind them
-_LENGTHS = (64, 256, 1024)  #: tokens at which the cache is weighed
-_PREFIX, _OWN = 256, 16  #: tokens of a text that was seen before, and of what is new behind it
-_NEAR = 1e-3  #: of the largest logit: sums in another order differ by less
+_TEXTS, _NEW = 2, 16  #: number of texts in each check, tokens generated after each
+_LENGTHS = (64, 256, 1024)  #: text lengths in tokens at which the cache's bytes are measured
+_PREFIX, _OWN = 256, 16  #: tokens of a prefix that was read before, and of the new text after it
+_NEAR = 1e-3  #: tolerated difference as a share of the largest logit; another order of summation changes less
 
 
 @folder_pass(GenerationCache)
 def generation_cache(source: Path, target: Path, options: GenerationCache, context: PassContext) -> PassRecord:
-    """Compare greedy decoding with the cache to decoding without one, weigh the cache, and write the settings.
+    """Compare greedy decoding with the cache to decoding without a cache, measure the cache's bytes, and write the settings.
 
-    Raises NightpressError(numerical_failure) where the cache must say what no cache says, and doesn't.
+    Raises NightpressError(numerical_failure) if the cache should be exact at the tested length and its logits differ by more than `_NEAR`.
     """
     start = time.monotonic()
     torch.set_num_threads(context.threads)
@@ -85,14 +85,14 @@ def generation_cache(source: Path, target: Path, options: GenerationCache, conte
 
 
 def _text(source: Path, length: int, context: PassContext) -> Tensor:
-    """Running text [_TEXTS, length]."""
+    """Return token ids of continuous prose [_TEXTS, length]."""
     rows = read_rows("builtin:prose", None, purpose="calibration")
     windows = text_windows(rows, open_tokenizer(source), samples=_TEXTS, length=length, ref="builtin:prose")
     return torch.from_numpy(windows.ids).to(context.device)
 
 
 def _kwargs(model: Any, options: GenerationCache) -> dict[str, Any]:
-    """What `generate` is told, to use the cache once."""
+    """Return the arguments of `generate` for one call with the cache. A cache object must not be reused."""
     settings = options.settings()
     own = settings.pop("cache_config", None)
     if own is not None and own["mode"] != "dynamic":
@@ -101,14 +101,18 @@ def _kwargs(model: Any, options: GenerationCache) -> dict[str, Any]:
 
 
 def _compare(model: Any, texts: Tensor, options: GenerationCache, reference: dict[str, Any]) -> dict[str, Any]:
-    """Greedy decoding behind each text, with the cache and as `reference` says: tokens alike, and logits as long as they are."""
+    """Decode greedily after each text, with the cache and with the arguments `reference`, and compare.
+
+    texts [N, S]. `tokens_alike` is the share of tokens before the first difference. `logit_difference` is relative to the largest logit; it
+    is measured up to and including the first differing token.
+    """
     alike, difference = 0, 0.0
     for ids in texts:
         ours, theirs = (_write(model, ids[None], kwargs) for kwargs in (_kwargs(model, options), reference))
         differ = (ours[0] != theirs[0]).nonzero()
         same = int(differ[0]) if len(differ) else _NEW
         alike += same
-        ahead = slice(0, min(same + 1, _NEW))  # the first other token was still chosen behind the same text
+        ahead = slice(0, min(same + 1, _NEW))  # the first differing token still has the same text before it
         gap = (ours[1][ahead] - theirs[1][ahead]).abs().max() / theirs[1][ahead].abs().max()
         difference = max(difference, float(gap))
     return {
@@ -121,7 +125,7 @@ def _compare(model: Any, texts: Tensor, options: GenerationCache, reference: dic
 
 
 def _write(model: Any, ids: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """_NEW tokens behind the prompt [1, S], and the logits [_NEW, V] that chose them."""
+    """Return the _NEW tokens that the model generates after the prompt `ids` [1, S], and their logits [_NEW, V] float32."""
     found = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -137,7 +141,7 @@ def _write(model: Any, ids: Tensor, settings: dict[str, Any]) -> tuple[Tensor, T
 
 
 def _weigh(model: Any, ids: Tensor, options: GenerationCache) -> dict[str, int]:
-    """Bytes of the cache behind a text, and of a dynamic one."""
+    """Return the bytes of the cache, and of a dynamic cache, after reading a text `ids` [1, S]."""
     from transformers import StaticCache
 
     given = _kwargs(model, options)
@@ -153,7 +157,10 @@ def _weigh(model: Any, ids: Tensor, options: GenerationCache) -> dict[str, int]:
 
 
 def _reuse(model: Any, text: Tensor, limit: int) -> dict[str, Any]:
-    """Read a text whose beginning was read before, from nothing and from the store."""
+    """Time reading a prompt whose prefix was read before: without a cache, and with the prefix's keys and values from the store.
+
+    limit: bytes that the store may hold.
+    """
     length = min(_PREFIX, text.shape[1] - _OWN)
     known, asked = text[:1, :length], torch.cat([text[:1, :length], text[1:2, :_OWN]], dim=1)
     store = PrefixStore(limit)

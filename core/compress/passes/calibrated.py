@@ -1,4 +1,4 @@
-"""Passes that look at what a model's layers are given: GPTQ, AWQ, SparseGPT and Wanda, one block at a time."""
+"""Passes that use the calibration inputs of linear layers, block by block: GPTQ, AWQ, SparseGPT and Wanda."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ from nightpress.core.recipes.schemes import Scheme
 
 @folder_pass(Gptq)
 def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> PassRecord:
-    """Quantize with GPTQ, pruning on the way if asked to. `target` becomes a compressed-tensors `pack-quantized` model."""
+    """Quantize with GPTQ, and prune at the same time if `sparsity` is set. `target` becomes a compressed-tensors `pack-quantized` model."""
     schemes, summary, context = _schemes(source, options, context)
     method, tables = Quantized(options, schemes), _tables(source, options)
     return quantize(source, target, method, schemes, options, context, summary, outside=tables)
@@ -58,7 +58,7 @@ def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> Pas
 
 @folder_pass(Awq)
 def awq(source: Path, target: Path, options: Awq, context: PassContext) -> PassRecord:
-    """Quantize with AWQ. `target` becomes a compressed-tensors `pack-quantized` model, its norms scaled."""
+    """Quantize with AWQ. `target` becomes a compressed-tensors `pack-quantized` model whose norms contain the scale factors."""
     schemes, summary, context = _schemes(source, options, context)
     method = ActivationAware(options, schemes, context.header)
     tables = _tables(source, options)
@@ -67,7 +67,7 @@ def awq(source: Path, target: Path, options: Awq, context: PassContext) -> PassR
 
 @folder_pass(SparseGpt)
 def sparsegpt(source: Path, target: Path, options: SparseGpt, context: PassContext) -> PassRecord:
-    """Prune with SparseGPT; a dense model of the same size comes out."""
+    """Prune with SparseGPT. `target` becomes a dense model of the same size."""
     start = time.monotonic()
     done = record(options, context, press(source, target, Sparse(options), options, context), start, {})
     return with_storage(done, source, target)
@@ -75,14 +75,17 @@ def sparsegpt(source: Path, target: Path, options: SparseGpt, context: PassConte
 
 @folder_pass(Wanda)
 def wanda(source: Path, target: Path, options: Wanda, context: PassContext) -> PassRecord:
-    """Prune with Wanda; a dense model of the same size comes out."""
+    """Prune with Wanda. `target` becomes a dense model of the same size."""
     start = time.monotonic()
     done = record(options, context, press(source, target, WeightAndActivation(options), options, context), start, {})
     return with_storage(done, source, target)
 
 
 def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Schemes, dict[str, Any], PassContext]:
-    """How each module is stored, what the record says of it, and the context of what is left to do."""
+    """Return each module's scheme, the fields for the record's summary, and the context for the pass itself.
+
+    With a budget, the sensitivity sweep runs here and takes the first half of the pass's progress.
+    """
     summary: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size, "symmetric": options.symmetric}
     if options.budget is None:
         return options.scheme, summary, context
@@ -92,14 +95,14 @@ def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Sch
 
 
 def _tables(source: Path, options: Rounding) -> dict[str, OnGrid]:
-    """The token embeddings that the options round beside the blocks, each with its grid."""
+    """Return the rewrite of each token embedding that the options round. Embeddings lie outside the blocks."""
     infos = [tensor.info for shard in read_shards(source) for tensor in shard.tensors]
     tables = [info for info in infos if options.takes_table(info)]
     return {table.name: OnGrid(table, options.scheme(module_of(table)), options.ranges) for table in tables}
 
 
 class _GroupByGroup:
-    """A method that settles the weights behind each tensor by themselves."""
+    """A method that finishes the weights of each group of layers alone. Layers of a group read the same input tensor."""
 
     by_group = True
 
@@ -116,7 +119,7 @@ class _GroupByGroup:
 
 
 class Quantized(_GroupByGroup):
-    """Codes, scales and zero points found by the Optimal-Brain-Surgeon solver; in rows where rounding to nearest does better, by that."""
+    """GPTQ: codes, scales and zero points by the Optimal-Brain-Surgeon solver, or by rounding to nearest in rows where that is better."""
 
     def __init__(self, options: Gptq, schemes: Schemes) -> None:
         self._options, self._schemes = options, schemes
@@ -129,7 +132,7 @@ class Quantized(_GroupByGroup):
         assert isinstance(statistic, Gram)
         gram = statistic.matrix()
         factor = factorize(gram, damping=self._options.damping, by_power=self._options.order == "activation")
-        # Rows don't depend on each other, but unstructured pruning would share its quota among the weights.
+        # Rows are independent, so weights can be solved together. Unstructured pruning is an exception: its quota is for one weight.
         alone = self._prune is not None and self._prune.pattern is None
         together: dict[tuple[Scheme, str], list[str]] = {}
         for name in weights:
@@ -162,7 +165,7 @@ class Quantized(_GroupByGroup):
 
 
 class Sparse(_GroupByGroup):
-    """Weights under a mask, the others having made up for what went."""
+    """SparseGPT: pruned weights are zero, and the remaining weights compensate for them."""
 
     def __init__(self, options: SparseGpt) -> None:
         self._damping, self._prune = options.damping, _prune(options.sparsity, options.pattern)
@@ -174,7 +177,7 @@ class Sparse(_GroupByGroup):
         assert isinstance(statistic, Gram)
         factor = factorize(statistic.matrix(), damping=self._damping)
         settled = {}
-        # Rows don't depend on each other, but unstructured pruning would share its quota among the weights.
+        # Rows are independent, so weights can be solved together. Unstructured pruning is an exception: its quota is for one weight.
         for names in [[name] for name in weights] if self._prune.pattern is None else [list(weights)]:
             before = torch.cat([weights[name].float() for name in names])
             after = solve(before, factor, prune=self._prune).weight
@@ -189,7 +192,7 @@ class Sparse(_GroupByGroup):
 
 
 class WeightAndActivation(_GroupByGroup):
-    """Weights under Wanda's mask."""
+    """Wanda: weights under its mask are zero, and the others are unchanged."""
 
     def __init__(self, options: Wanda) -> None:
         self._prune = _prune(options.sparsity, options.pattern)
@@ -212,9 +215,11 @@ class WeightAndActivation(_GroupByGroup):
 
 
 class ActivationAware:
-    """Weights rounded to nearest after their columns were scaled, what stands before them making up for it."""
+    """AWQ: scales the columns of each weight, divides the layer before it by the same factors, and rounds to nearest."""
 
-    by_group = False  # what stands before them has run already when their inputs are known
+    by_group = (
+        False  # The layer before a weight changes too, and it has already run when the weight's inputs are known.
+    )
 
     def __init__(self, options: Awq, schemes: Schemes, header: ModelHeader) -> None:
         self._options, self._schemes, self._folding = options, schemes, Folding(header)

@@ -1,4 +1,4 @@
-"""Early exit: heads behind a classifier's blocks, and when they are sure enough."""
+"""Early exit: trains heads behind a classifier's blocks, and chooses the threshold at which an input leaves the model."""
 
 import time
 from pathlib import Path
@@ -26,7 +26,10 @@ _SHOWN = 12  #: thresholds in the report
 
 @folder_pass(EarlyExit)
 def early_exit(source: Path, target: Path, options: EarlyExit, context: PassContext) -> PassRecord:
-    """Train heads (and blocks), choose the threshold, and leave a folder with the model, the heads and the plan."""
+    """Train the heads (and the blocks, with `thaw`), choose the threshold, and write the model, the heads and the exit plan to `target`.
+
+    A decoder gets self-speculative decoding instead.
+    """
     if context.header.is_decoder:
         return speculate(source, target, options, context)
     start = time.monotonic()
@@ -84,14 +87,14 @@ def _read(source: Path, ref: str, options: EarlyExit, context: PassContext) -> E
 
 
 class _HeadTraining(nn.Module):
-    """The objective: every head learns the labels and the source's answers, the model's own among them if it learns at all."""
+    """The training objective: every head learns the labels and the teacher's logits. With `thaw`, the model's own head learns them, too."""
 
     teacher: Any
 
     def __init__(self, model: ExitModel, teacher: Any, options: EarlyExit) -> None:
         super().__init__()
         self.exits = model
-        self.__dict__["teacher"] = teacher.eval()  # not as a part: it neither learns nor is kept
+        self.__dict__["teacher"] = teacher.eval()  # not a submodule: it is neither trained nor checkpointed
         self._options = options
 
     @property
@@ -99,7 +102,7 @@ class _HeadTraining(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> "_HeadTraining":
-        """A model that doesn't learn stays in evaluation mode: the heads see what they will see."""
+        """Keep a frozen model in evaluation mode, so that the heads train on the hidden states of inference."""
         super().train(mode)
         if not self._options.thaw:
             self.exits.model.eval()
@@ -128,7 +131,10 @@ class _HeadTraining(nn.Module):
 
 
 def _looked_at(model: ExitModel, held: Examples, options: EarlyExit, context: PassContext) -> tuple[Any, Any]:
-    """Scores [E, N] of all heads, and which heads' answers are right [E + 1, N]; without labels, those that full depth gives."""
+    """Return float64 scores [E, N] of the E heads, and bool [E + 1, N]: whether each head, and full depth last, is right.
+
+    Without labels, a prediction is right if it is that of full depth.
+    """
     scores, right = [], []
     with torch.no_grad():
         for start in range(0, len(held), options.train.batch):

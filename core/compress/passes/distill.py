@@ -1,4 +1,4 @@
-"""Distillation: a student learns from a frozen teacher, and a pruned model from the one it was pruned from."""
+"""Distillation: a student learns from a frozen teacher, and a pruned model learns from the model before pruning."""
 
 import contextlib
 import time
@@ -40,12 +40,12 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.passes.distill import Distill, Recover, Teaching
 
 _PROJECTIONS = ({"query", "q_proj", "q_lin", "q", "query_proj"}, {"key", "k_proj", "k_lin", "k", "key_proj"}, {"value", "v_proj", "v_lin", "v", "value_proj"})  # fmt: skip
-_MASKED = 0.15  #: share of the words that a masked language model has to guess
+_MASKED = 0.15  #: share of the tokens that are masked for a masked language model
 
 
 @folder_pass(Distill)
 def distill(source: Path, target: Path, options: Distill, context: PassContext) -> PassRecord:
-    """Teach a student the source's answers. `target` becomes the student's folder."""
+    """Train a student on the source's outputs. `target` becomes the student's folder."""
     start = time.monotonic()
     teacher = load_model(source, context.header)
     layer_map = options.student.layer_map(context.header)
@@ -58,7 +58,7 @@ def distill(source: Path, target: Path, options: Distill, context: PassContext) 
 
 @folder_pass(Recover)
 def recover(source: Path, target: Path, options: Recover, context: PassContext) -> PassRecord:
-    """Let the pruned model in `source` learn from the job's source model. Weights that are exactly zero stay so."""
+    """Train the pruned model in `source` with the job's source model as the teacher. Weights that are exactly zero stay zero."""
     start = time.monotonic()
     origin = context.origin or source
     teacher = load_model(origin, inspect_model(FolderFiles(origin)))
@@ -89,7 +89,10 @@ def teach(
     context: PassContext,
     masks: "_Masks | None" = None,
 ) -> tuple[TrainingResult, dict[str, Any]]:
-    """Let the student learn from the teacher as the options say; the student ends on the CPU. What else there is to say of it comes along."""
+    """Train the student on the teacher's outputs with the losses of the options. Afterwards the student is on the CPU.
+
+    frozen: parameters that don't learn. Returns the training's result and more fields for the record's summary.
+    """
     header = context.header
     torch.set_num_threads(context.threads)
     options = options.resolved(header)
@@ -122,7 +125,10 @@ def teach(
 
 
 class _Inputs:
-    """What a model reads of a batch, and where its answers are compared: masked words for masked language models, else every text or token."""
+    """Makes a model's inputs from a batch, and the mask of scored positions: the masked tokens of a masked language model, else all.
+
+    fixed: a text always gets the same masked tokens, so that cached logits fit.
+    """
 
     def __init__(self, folder: Path, header: ModelHeader, *, fixed: bool) -> None:
         self.task, self.fixed = header.task, fixed
@@ -132,7 +138,10 @@ class _Inputs:
         self._mask_id = tokenizer.mask_id
 
     def of(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-        """(what the model is called with, where logits [B, S, V] count: bool [B, S], or None for [B, C]; the labels there)"""
+        """Return (the model's arguments, mask of scored positions, labels at these positions).
+
+        The mask is bool [B, S] for logits [B, S, V], and None for a classifier's logits [B, C] and for an embedder.
+        """
         read = {"input_ids": batch.ids, "attention_mask": batch.mask}
         if self.task == "classification":
             return read, None, batch.labels
@@ -152,14 +161,14 @@ class _Inputs:
         if not self.fixed:
             return torch.rand(batch.ids.shape, device=batch.ids.device)
         rows = []
-        for number in batch.numbers.tolist():  # the same words for a text, whatever batch it is in
+        for number in batch.numbers.tolist():  # a text gets the same masked tokens in every batch
             generator = torch.Generator().manual_seed(number)
             rows.append(torch.rand(batch.ids.shape[1], generator=generator))
         return torch.stack(rows).to(batch.ids.device)
 
 
 class _StudentTraining(nn.Module):
-    """The objective: the student with its projections learns, the teacher is asked."""
+    """The training objective: the student and its projections learn; the frozen teacher computes the targets."""
 
     teacher: Any
 
@@ -175,7 +184,7 @@ class _StudentTraining(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.__dict__["teacher"] = teacher  # not as a part: it neither learns nor is kept
+        self.__dict__["teacher"] = teacher  # not a submodule: it is neither trained nor checkpointed
         self._options, self._header, self._cached = options, header, cached
         self._inputs = _Inputs(source, header, fixed=cached is not None)
         self._pooling = header.pooling
@@ -208,7 +217,7 @@ class _StudentTraining(nn.Module):
             if self._cached is None:
                 theirs = self.teacher(**read, **more)
         found: dict[str, Tensor] = {}
-        parts: list[Tensor] = []  # of the loss, weighted
+        parts: list[Tensor] = []  # weighted terms of the loss
         if options.logits is not None:
             logits = ours.logits if where is None else ours.logits[where]
             if self._cached is None:
@@ -238,7 +247,7 @@ class _StudentTraining(nn.Module):
             parts.append(options.relations.weight * found["relations"])
         if options.cosine is not None:
             mine, its = (pool(output.last_hidden_state, batch.mask, self._pooling) for output in (ours, theirs))
-            found["cosine"] = cosine_distance(mine, its.clone())  # what was answered can't itself be gone back to
+            found["cosine"] = cosine_distance(mine, its.clone())  # autograd refuses tensors made under inference mode
             parts.append(options.cosine.weight * found["cosine"])
         return {"loss": torch.stack(parts).sum(), **found}
 
@@ -252,7 +261,7 @@ class _StudentTraining(nn.Module):
 
 @contextlib.contextmanager
 def _watch(layers: tuple[nn.Module, ...]) -> Iterator[list[Tensor]]:
-    """While inside, collect what these layers put out, in their order."""
+    """Collect the outputs of these layers, in the order in which they run, while the context is open."""
     vectors: list[Tensor] = []
     handles = [layer.register_forward_hook(lambda _module, _inputs, out: vectors.append(out)) for layer in layers]
     try:
@@ -263,7 +272,7 @@ def _watch(layers: tuple[nn.Module, ...]) -> Iterator[list[Tensor]]:
 
 
 def _projections(block: nn.Module) -> tuple[nn.Module, ...]:
-    """A block's query, key and value layers."""
+    """Return a block's query, key and value layers."""
     layers = {
         name.rsplit(".", 1)[-1]: module for name, module in block.named_modules() if isinstance(module, nn.Linear)
     }
@@ -271,14 +280,14 @@ def _projections(block: nn.Module) -> tuple[nn.Module, ...]:
 
 
 class _Masks:
-    """Where a model's matrices are zero, and that they stay so."""
+    """Remembers where a model's matrices are zero, and keeps these weights at zero."""
 
     def __init__(self, model: Any) -> None:
         matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
         self._zeros = [(matrix, matrix.detach() == 0) for matrix in matrices if bool((matrix == 0).any())]
 
     def keep(self) -> None:
-        """No gradient reaches a zero; decay leaves it where it is."""
+        """Block the gradients of zero weights. Weight decay does not change a zero."""
         for weight, zeros in self._zeros:
             if weight.requires_grad:
                 weight.register_hook(  # type: ignore[no-untyped-call]
@@ -292,7 +301,7 @@ class _Masks:
 
 
 def _taken_embeddings(student: Any, teacher: Any) -> list[nn.Parameter]:
-    """The student's embeddings that are the teacher's."""
+    """Return the student's embeddings that have a counterpart of the same name and shape in the teacher, and so start as copies of it."""
     theirs: Mapping[str, nn.Parameter] = dict(teacher.named_parameters())
     ours = {id(module) for module in embeddings_of(student)}
     return [

@@ -1,4 +1,4 @@
-"""Dynamic int8: each runtime's graph in the integers that this runtime multiplies."""
+"""Dynamic int8: each runtime's graph with the integer operators of that runtime."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ ACTIVATION_GROUP = 64
 
 @runtime_pass("onnx", DynamicInt8)
 def on_onnx(traced: Traced, target: Path, options: DynamicInt8, *, index: int) -> PassRecord:
-    """Write the traced graph in int8 at `target`. index: the pass's place in the recipe."""
+    """Write the traced graph in int8 to `target`. index: the pass's index in the recipe."""
     start = time.monotonic()
     layers = quantize_onnx(traced.path, target, options, rounding=traced.rounding, peaks=traced.peaks)
     return PassRecord(
@@ -30,7 +30,7 @@ def on_onnx(traced: Traced, target: Path, options: DynamicInt8, *, index: int) -
 
 @runtime_pass("openvino", DynamicInt8)
 def on_openvino(model: Any, options: DynamicInt8, *, index: int) -> PassRecord:
-    """Round the weights of an openvino.Model where they lie, and have its activations rounded in groups as they come."""
+    """Round the weights of an openvino.Model in place, and set the option by which OpenVINO rounds activations in groups at run time."""
     start = time.monotonic()
     layers = quantize_openvino(model, options)
     model.set_rt_info(str(ACTIVATION_GROUP), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])

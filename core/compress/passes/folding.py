@@ -1,7 +1,7 @@
-"""Factors that linear layers and what stands before them exchange, the model's function staying as it is.
+"""Scale factors between linear layers and the layer before them: columns are multiplied, the layer before is divided. The function stays.
 
-Where a family's parts lie is written down by its name (architectures.py). Whether factors may be exchanged there is proved on the model
-at hand, block by block, since keys of its config change a block's shape: OPT's norms stand before or behind its layers.
+`model/families.py` lists the candidate places of each family. Whether they are valid is tested on the given model, block by block,
+because keys of the config change a block's structure: for example, OPT's norms come before or after its layers.
 """
 
 import re
@@ -17,36 +17,41 @@ from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.model.families import FOLDS, Fold
 from nightpress.core.recipes.header import ModelHeader
 
-#: Of the change that scaling the targets alone makes. A true fold leaves less than a millionth, a false one a fifth and more.
+#: Largest change of a block's output under a valid fold, as a share of the change from scaling the targets alone. A valid fold changes less
+#: than a millionth of that, an invalid fold a fifth or more.
 _SAME = 1e-3
 
 
 @dataclass(frozen=True)
 class FoldTarget:
-    """Some of the layers that take what a source puts out, given the same of it."""
+    """Linear layers that read a source's output, and that receive the same tokens of it."""
 
-    names: tuple[str, ...]  #: of their weights
-    statistic: Statistic
-    share: float  #: how many of the tokens that the statistic has seen come to them, of 1
+    names: tuple[str, ...]  #: names of their weights
+    statistic: Statistic  #: of their inputs
+    share: float  #: fraction of the statistic's tokens that reach these layers
 
 
 @dataclass(frozen=True)
 class BlockFold:
-    """A fold in one block, by the names of its tensors."""
+    """A place in one block where factors can be exchanged, by the names of its tensors."""
 
-    source: str  #: weight of what puts the inputs out
-    bias: str  #: its bias; it may have none
-    parts: tuple[FoldTarget, ...]  #: all layers that take them, and are rounded: one part, but for experts
-    routers: tuple[str, ...]  #: weights of those that take them, and are not
-    kind: str
-    share: tuple[int, int]  #: (heads, width): inputs are heads · repeats · width, and a head's repeats share a factor
+    source: str  #: weight of the layer whose output the targets read
+    bias: str  #: name of its bias; the block may have no such tensor
+    parts: tuple[
+        FoldTarget, ...
+    ]  #: all layers that read this output and are rounded; only experts need more than one part
+    routers: tuple[str, ...]  #: weights of the layers that read this output and stay in float
+    kind: str  #: as `Fold.kind`
+    share: tuple[
+        int, int
+    ]  #: (heads, width): inputs are heads · repeats · width, and the repeats of a head share a factor
 
     @property
     def targets(self) -> tuple[str, ...]:
         return tuple(name for part in self.parts for name in part.names)
 
     def apply(self, factors: Tensor, block: Mapping[str, Tensor], floats: dict[str, Tensor]) -> None:
-        """Multiply the targets' columns by factors [in], and divide what the source puts out by them. `floats` gets what changes."""
+        """Multiply the targets' columns by factors [in], and divide the source's output by them. Writes the changed tensors to `floats`."""
         self.scale_targets(factors, block, floats)
         if self.kind == "values":
             heads, width = self.share
@@ -60,12 +65,12 @@ class BlockFold:
             floats[self.bias] = _float(self.bias, block, floats, factors) / factors
 
     def scale_targets(self, factors: Tensor, block: Mapping[str, Tensor], floats: dict[str, Tensor]) -> None:
-        """Multiply the columns of all that take the inputs: half of `apply`."""
+        """Multiply the columns of all layers that read the source's output: the first half of `apply`."""
         for name in (*self.targets, *self.routers):
             floats[name] = _float(name, block, floats, factors) * factors
 
     def fits(self, block: Mapping[str, Tensor]) -> bool:
-        """Whether the source has a weight, and puts out as many numbers as the targets take in."""
+        """Return whether the source has a weight, and its number of outputs matches the targets' number of inputs."""
         if self.source not in block:
             return False
         columns, rows = {block[name].shape[1] for name in (*self.targets, *self.routers)}, len(block[self.source])
@@ -76,7 +81,7 @@ class BlockFold:
 
 
 class Folding:
-    """A family's places; none for a family that has none."""
+    """Finds the places of a model's blocks where factors can be exchanged. Some families have none."""
 
     def __init__(self, header: ModelHeader) -> None:
         self._folds = FOLDS.get(header.model_type, ())
@@ -89,7 +94,10 @@ class Folding:
         )
 
     def places(self, block: LiveBlock, seen: Mapping[str, Inputs]) -> list[BlockFold]:
-        """Those of a block where factors can be exchanged. The block is told what was left out because it would answer otherwise."""
+        """Return the places of a block where factors can be exchanged.
+
+        seen: name of a weight → its inputs. A place that would change the block's output is left out, and `block.warnings` names it.
+        """
         candidates = [(fold, found) for fold in self._folds if (found := list(self._candidates(fold, block, seen)))]
         proofs = _proofs([places for _, places in candidates], block)
         proved: list[BlockFold] = []
@@ -103,8 +111,8 @@ class Folding:
         return proved
 
     def _candidates(self, fold: Fold, block: Mapping[str, Tensor], seen: Mapping[str, Inputs]) -> Iterator[BlockFold]:
-        """Those where every layer that takes the source's output, as far as the family's name says, is among the watched ones."""
-        # A cache's scale was found for the values as they are, and so was a bound on them.
+        """Yield the places of a fold whose targets are all watched. The family's table lists the layers that read the source's output."""
+        # The scale of a key/value cache and the bound `clip_qkv` hold for the values without factors.
         if fold.kind == "values" and (self._clips or any(name.endswith(".v_scale") for name in block)):
             return
         share = self._share if fold.kind == "values" else (1, 1)
@@ -115,10 +123,10 @@ class Folding:
 
 
 def _proofs(folds: Sequence[Sequence[BlockFold]], block: LiveBlock) -> list[bool]:
-    """Of each fold, whether the block answers as before if factors are exchanged in all its places.
+    """Return for each fold whether the block's output stays the same when factors are exchanged in all its places.
 
-    In all places at once, for an expert that is given no token shows nothing alone. What is left of the change is measured against what
-    the targets alone, scaled, would make: an answer's size says nothing, since most of it passes a block by.
+    All places of a fold are tested at once: an expert that receives no token would show no change alone. The change is compared with the
+    change from scaling the targets alone. The size of the output is no measure, because most of it is the residual stream.
     """
     fits = [block.runs and all(place.fits(block) for place in places) for places in folds]
     if not any(fits):
@@ -134,9 +142,9 @@ def _proofs(folds: Sequence[Sequence[BlockFold]], block: LiveBlock) -> list[bool
 
 
 def _trials(places: Sequence[BlockFold], block: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The tensors that change if the targets of all places are scaled, and if factors are exchanged.
+    """Yield two sets of changed tensors: with the targets of all places scaled alone, then with factors exchanged.
 
-    Factors are ½, 1 and 2, by which floats are multiplied without an error: a true fold changes next to no bit.
+    Factors are ½, 1 and 2: floats are multiplied by them without rounding, so that a valid fold changes almost no bit.
     """
     for exchange in (False, True):
         generator = torch.Generator().manual_seed(0)
@@ -156,7 +164,7 @@ def _trials(places: Sequence[BlockFold], block: Mapping[str, Tensor]) -> Iterato
 
 
 def _named(fold: Fold, block: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
-    """A fold's source, and the weights of its targets and routers, in a block: nothing where it has no such layers."""
+    """Yield (source module, weights of the targets, weights of the routers) of a fold; nothing if the block has no such layers."""
     first = re.escape(fold.targets[0]).replace(r"\*", r"(?P<expert>\d+)")
     found = [match for name in block if (match := re.fullmatch(rf"(?P<prefix>.*\.){first}\.weight", name))]
     if not found:
@@ -176,7 +184,7 @@ def _named(fold: Fold, block: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple
 
 
 def _parts(targets: tuple[str, ...], seen: Mapping[str, Inputs]) -> tuple[FoldTarget, ...]:
-    """The targets by what they are given. None if one is not watched, or if anything else is given the same."""
+    """Group the targets by the tokens that they receive. Empty if a target is not watched, or if another layer reads the same input."""
     if not all(name in seen for name in targets):
         return ()
     given: dict[tuple[int, float], list[str]] = {}
@@ -184,7 +192,7 @@ def _parts(targets: tuple[str, ...], seen: Mapping[str, Inputs]) -> tuple[FoldTa
         given.setdefault((id(seen[name]), seen[name].share(name)), []).append(name)
     if not {other for name in targets for other in seen[name].names} <= set(targets):
         return ()
-    # Alone, a part loses the least with the same factors, however often it is asked.
+    # The share weighs parts against each other. With a single part it does not change the best factors.
     alone = len(given) == 1
     return tuple(
         FoldTarget(tuple(names), seen[names[0]].statistic, 1.0 if alone else share)

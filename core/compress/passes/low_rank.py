@@ -1,4 +1,4 @@
-"""Low-rank changes of linear layers, trained in their stead and merged back (LoRA, arXiv 2106.09685)."""
+"""Low-rank changes of linear layers, trained instead of the weights and merged into them at the end (LoRA, arXiv 2106.09685)."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from nightpress.core.recipes.passes.distill import Lora
 
 
 class LowRank(nn.Module):
-    """A linear layer whose weight W stays and to which scale · B A is added; B starts at zero."""
+    """A linear layer whose weight is W + scale · B A: W [out, in] is frozen, A [rank, in] and B [out, rank] learn. B starts at zero."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
@@ -26,7 +26,10 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(model: Any, options: Lora, *, seed: int) -> dict[str, LowRank]:
-    """Put a low-rank change beside every linear layer of the blocks; nothing else of the model learns. By the layers' names."""
+    """Add a low-rank change to every linear layer of the blocks. Return the changes by the layers' names.
+
+    All other parameters of the blocks and the embeddings are frozen. The rest of the model learns, such as a classifier's head.
+    """
     path, _ = find_blocks(model)
     model.requires_grad_(False)
     added = {}
@@ -36,14 +39,14 @@ def add_low_rank(model: Any, options: Lora, *, seed: int) -> dict[str, LowRank]:
             if isinstance(module, nn.Linear) and name.startswith(path + "."):
                 added[name] = LowRank(module, min(options.rank, *module.weight.shape), options.alpha / options.rank)
                 _put(model, name, added[name])
-    for name, parameter in model.named_parameters():  # a classifier's head is small and must follow
+    for name, parameter in model.named_parameters():  # a classifier's head is small, and must adapt to the blocks
         if not name.startswith(path + ".") and "embed" not in name:
             parameter.requires_grad_(True)
     return added
 
 
 def merge_low_rank(model: Any, added: dict[str, LowRank]) -> None:
-    """Add the changes to the weights and put the layers back."""
+    """Add each change to its layer's weight, and put the plain layers back."""
     with torch.no_grad():
         for name, low_rank in added.items():
             low_rank.linear.weight += low_rank.scale * (low_rank.b @ low_rank.a)

@@ -1,4 +1,4 @@
-"""Pruning passes."""
+"""Magnitude pruning: one or more sweeps over the weights, without calibration data."""
 
 import threading
 import time
@@ -32,14 +32,14 @@ from nightpress.core.recipes.header import TensorInfo
 from nightpress.core.recipes.linears import is_linear_weight
 from nightpress.core.recipes.passes import Magnitude
 
-#: (tensor, first row of a chunk) → how many weights equal to the threshold stand before it
+#: (tensor, first row of a chunk) → number of weights equal to the threshold in earlier chunks
 Ties = dict[tuple[str, int], int]
 Span = tuple[float, float]
 
 
 @folder_pass(Magnitude)
 def magnitude(source: Path, target: Path, options: Magnitude, context: PassContext) -> PassRecord:
-    """Set the weights of smallest magnitude to zero, an exact number of them. A dense model of the same size comes out."""
+    """Set an exact number of weights to zero, those of smallest magnitude. `target` becomes a dense model of the same size."""
     start = time.monotonic()
     shards = read_shards(source)
     tensors = {tensor.name: tensor.info for shard in shards for tensor in shard.tensors}
@@ -94,11 +94,11 @@ def magnitude(source: Path, target: Path, options: Magnitude, context: PassConte
 
 @dataclass(frozen=True)
 class Unstructured:
-    """The weights below a threshold go, wherever they stand."""
+    """Sets the weights below a threshold to zero, at any position."""
 
     info: TensorInfo
     threshold: Threshold
-    ties_before: Ties  #: empty if none of those that equal the threshold go
+    ties_before: Ties  #: empty if all weights that equal the threshold stay
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
@@ -119,7 +119,7 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Of every `group` neighbours in a row, the `kept` largest stay."""
+    """Keeps the `kept` largest of every `group` neighbours in a row, and sets the others to zero."""
 
     info: TensorInfo
     kept: int
@@ -148,12 +148,16 @@ def _write_zeros(info: TensorInfo, rows: Tensor, gone: Tensor, first_row: int, p
 def _select(
     shards: tuple[Shard, ...], names: set[str], sparsity: float, context: PassContext, span: Span
 ) -> tuple[Threshold, Ties]:
-    """The threshold that takes an exact share of all these tensors' weights together, rounded to the nearest count; one stays at least."""
+    """Return the threshold that prunes `sparsity` of the weights of all named tensors together, and the ties before each chunk.
+
+    The number of pruned weights is exact: the share is rounded to the nearest count. At least one weight stays. Reads the weights two or
+    three times: the histogram of the keys' upper bits, that of the lower bits, and the ties if some of them go.
+    """
     start, end = span
     step = (end - start) / 3
     upper = _count(shards, names, count_upper, UPPER_BINS, context, (start, start + step))
     total = int(upper.sum())
-    # Its key is that of the smallest weight that stays, the one of rank k if k go.
+    # If k weights go, the threshold is the key of the weight of rank k: the smallest that stays.
     high, rank = locate(upper, min(int(sparsity * total + 0.5), total - 1))
     lower = _count(
         shards, names, lambda keys: count_lower(keys, high), LOWER_BINS, context, (start + step, start + 2 * step)
@@ -185,7 +189,7 @@ def _count(
 def _ties_before(
     shards: tuple[Shard, ...], names: set[str], threshold: Threshold, context: PassContext, span: Span
 ) -> Ties:
-    """How many weights equal the threshold before each chunk, in the order of the files."""
+    """Return for each chunk the number of weights equal to the threshold in the chunks before it, in the order of the files."""
     found: Ties = {}
 
     def visit(stored: StoredTensor, first_row: int, rows: Tensor, _workspace: Workspace) -> None:

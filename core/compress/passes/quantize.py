@@ -1,4 +1,4 @@
-"""Quantization passes that need no data: one sweep over the weights."""
+"""Quantization passes that need no calibration data: one sweep over the weights."""
 
 import math
 import time
@@ -28,8 +28,8 @@ from nightpress.core.recipes.linears import module_of
 from nightpress.core.recipes.passes import Quantizing, WeightOnly
 from nightpress.core.recipes.schemes import BLOCK, Scheme
 
-#: Errors of plain int4 and int8 are exact in layers of up to this many weights. In larger ones they are taken from every 8th row, which
-#: is hundreds of thousands of weights still: measuring all of them would take a third of the time of rounding them.
+#: The rounding error of plain int4 and int8 is exact in layers of up to this many weights. In larger layers it is measured on every 8th
+#: row: that is still over a hundred thousand weights. Measuring all rows would take a third of the time of rounding them.
 _EXACT_WEIGHTS = 1024**2
 _SAMPLE_EVERY = 8
 
@@ -58,17 +58,17 @@ def stream_rounded(
     ranges: str = "extremes",
     fast: bool = True,
 ) -> PassRecord:
-    """Round every weight that the options take, in one sweep, and say in config.json what became of them.
+    """Round every weight that the options select, in one sweep, and write the `quantization_config` into config.json.
 
-    fast: plain int4 and int8 may be rounded by the chunked kernel, which multiplies by a step's reciprocal: of a tie it may take the
-    other side than `round_weight` does, and loses no more.
+    fast: the chunked kernel may round plain int4 and int8. It multiplies by the reciprocal of the step, so it may round a tie to the other
+    side than `round_weight` does. The error is no larger.
     """
     start = time.monotonic()
     infos = {tensor.name: tensor.info for shard in read_shards(source) for tensor in shard.tensors}
     schemes = {module_of(info): options.scheme(module_of(info)) for info in infos.values() if options.takes(info)}
     scanned = any(_needs_largest(scheme) for scheme in schemes.values())
     largest = _largest(source, {f"{name}.weight" for name in schemes}, context) if scanned else {}
-    # Runtimes fuse layers that share inputs, and then have one scale for all of nvfp4's scales: so it is one for the model.
+    # Runtimes fuse layers that share inputs, and then read one global scale for the fused layer. So nvfp4 has one for the whole model.
     of_all = max(largest.values(), default=None)
 
     def choose(info: TensorInfo) -> Rewrite | None:
@@ -119,7 +119,7 @@ def _needs_largest(scheme: Scheme) -> bool:
 
 
 def _largest(source: Path, names: set[str], context: PassContext) -> dict[str, float]:
-    """The largest magnitude of each of these tensors."""
+    """Return the largest magnitude of each named tensor."""
     parts: dict[tuple[str, int], float] = {}
 
     def visit(stored: StoredTensor, first_row: int, rows: Tensor, workspace: Workspace) -> None:
@@ -132,12 +132,12 @@ def _largest(source: Path, names: set[str], context: PassContext) -> dict[str, f
 
 @dataclass(frozen=True)
 class OnGrid:
-    """A weight as the tensors of its scheme."""
+    """Rewrites a weight [out, in] as the tensors of its scheme, a chunk of rows at a time."""
 
     info: TensorInfo
     scheme: Scheme
     ranges: str = "extremes"
-    largest: float | None = None  #: see round_weight
+    largest: float | None = None  #: as in `round_weight`
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
@@ -149,7 +149,7 @@ class OnGrid:
             return BLOCK
         return (
             1 if self.scheme.symmetric else 32
-        )  # zero points are packed down the rows: no word may belong to two chunks
+        )  # A word holds the zero points of several rows, and may not span two chunks.
 
     def __call__(self, rows: Tensor, first_row: int, put: Put, workspace: Workspace) -> Effect:
         del workspace
@@ -165,7 +165,7 @@ class OnGrid:
             if name.endswith("_shape"):
                 tensor = torch.tensor(self.info.shape)
             if tensor.dim() == 1 and first_row > 0:
-                continue  # belongs to the whole weight
+                continue  # one for the whole weight: the first chunk writes it
             at = first_row
             if name.endswith("_zero_point"):
                 at = first_row * self.scheme.bits // 32
@@ -178,7 +178,7 @@ class OnGrid:
 
 @dataclass(frozen=True)
 class PackQuantized:
-    """A linear weight as the tensors of compressed-tensors' `pack-quantized`."""
+    """Rewrites a linear weight [out, in] as the tensors of compressed-tensors' `pack-quantized`, by the chunked kernel."""
 
     info: TensorInfo
     grid: Grid
@@ -199,7 +199,7 @@ class PackQuantized:
 
     @property
     def row_step(self) -> int:
-        return 32 // self.grid.bits  # zero points are packed down the rows: no word may belong to two chunks
+        return 32 // self.grid.bits  # A word holds the zero points of several rows, and may not span two chunks.
 
     def __call__(self, rows: Tensor, first_row: int, put: Put, workspace: Workspace) -> Effect:
         every = _SAMPLE_EVERY if math.prod(self.info.shape) > _EXACT_WEIGHTS else 1

@@ -1,4 +1,4 @@
-"""Which function does what a pass's options say. A function registers itself, by the type of its options, where it is defined.
+"""Maps each pass to the function that runs it. A decorator registers the function under the class of its options.
 
 @folder_pass(Clip)
 def clip(source: Path, target: Path, options: Clip, context: PassContext) -> PassRecord: ...
@@ -21,28 +21,28 @@ from nightpress.core.recipes.profile import Profile
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-#: (source folder, target folder that doesn't exist yet, options, context) → what was done. `target` is a whole model folder afterwards.
+#: (source folder, target folder, options, context) → record of the pass. `target` must not exist; afterwards it is a complete model folder.
 ModelPass = Callable[[Path, Path, Any, PassContext], PassRecord]
-#: (model folder, graph traced of it, options, context) → the graph that takes its place, and what was done.
+#: (model folder, graph traced from it, options, context) → the graph that replaces it, and the record of the pass.
 GraphPass = Callable[[Path, Traced, Any, PassContext], tuple[Traced, PassRecord]]
 
-RuntimePasses = Sequence[tuple[int, PassOptions]]  #: those of the stage `runtime`, each with its place in the recipe
+RuntimePasses = Sequence[tuple[int, PassOptions]]  #: passes of the stage `runtime`, each with its index in the recipe
 Records = tuple[PassRecord, ...]
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """The two models that a pass of the stage `measure` looks at."""
+    """The two models that a pass of the stage `measure` compares."""
 
     source: Path
     source_header: ModelHeader
-    pressed: Path  #: the folder that the passes left; a quantized model's weights are codes there
-    pressed_header: ModelHeader  #: of the float model, with the sizes that its tensors are stored in
+    pressed: Path  #: the folder that the last pass wrote; the weights of a quantized model are codes there
+    pressed_header: ModelHeader  #: header of the float model, but each tensor's `size` is that of its stored codes
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a pass of the stage `measure` found."""
+    """The result of a pass of the stage `measure`."""
 
     profiles: tuple[Profile, ...] = ()
     record: PassRecord | None = None
@@ -50,11 +50,11 @@ class Findings:
 
 MeasurePass = Callable[[ModelPair, Any, PassContext], Findings]
 
-#: By the name that a recipe calls them.
+#: Name of a pass in a recipe → its function.
 MODEL_PASSES: dict[str, ModelPass] = {}
 GRAPH_PASSES: dict[str, GraphPass] = {}
 MEASURE_PASSES: dict[str, MeasurePass] = {}
-#: By that name and by the runtime whose graph they change. The exporter of each runtime says what it hands them.
+#: (name of a pass, runtime) → its function. Each runtime's exporter defines the arguments.
 RUNTIME_PASSES: dict[tuple[str, str], Callable[..., PassRecord]] = {}
 
 
@@ -74,27 +74,31 @@ def measure_pass(*options: type[PassOptions]) -> Callable[[Function], Function]:
 
 
 def runtime_pass(runtime: str, *options: type[PassOptions]) -> Callable[[Function], Function]:
-    """Register what these options do to the graph of one runtime, `onnx` or `openvino`."""
+    """Register a function that applies these options to the graph of a runtime: `onnx` or `openvino`."""
     return _registered(RUNTIME_PASSES, "runtime", {(_name(option), runtime): option for option in options})
 
 
 def model_pass(options: PassOptions) -> ModelPass:
-    """The function of a pass of the stage `folder`. Raises NightpressError(internal) where its package has none that can be used."""
+    """Return the function of a pass of the stage `folder`.
+
+    Imports `options.implementation` first if the pass comes from another package. Raises NightpressError(internal) if that import fails,
+    or if no function is registered for the pass.
+    """
     return _found(MODEL_PASSES, options.name, options)
 
 
 def graph_pass_of(options: PassOptions) -> GraphPass:
-    """The same of the stage `graph`."""
+    """As `model_pass`, for the stage `graph`."""
     return _found(GRAPH_PASSES, options.name, options)
 
 
 def measure_pass_of(options: PassOptions) -> MeasurePass:
-    """The same of the stage `measure`."""
+    """As `model_pass`, for the stage `measure`."""
     return _found(MEASURE_PASSES, options.name, options)
 
 
 def runtime_pass_of(options: PassOptions, runtime: str) -> Callable[..., PassRecord]:
-    """The same of the stage `runtime`."""
+    """As `model_pass`, for the stage `runtime`."""
     return _found(RUNTIME_PASSES, (options.name, runtime), options)
 
 
@@ -126,7 +130,7 @@ def _found(table: Mapping[Key, Registered], key: Key, options: PassOptions) -> R
     if key not in table and provider is not None:
         try:
             importlib.import_module(options.implementation)
-        except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
+        except (Exception, SystemExit) as error:  # a module of another package can raise anything at import
             raise NightpressError(
                 ErrorCode.INTERNAL,
                 f"The pass `{options.name}` of the package {provider} can't be used: {options.implementation}: {type(error).__name__}: {error}.",

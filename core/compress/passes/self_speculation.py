@@ -1,7 +1,7 @@
-"""Self-speculative decoding: a language model drafts with its first blocks and checks with all of them, in one pass for many tokens.
+"""Self-speculative decoding: a language model drafts tokens with its first blocks, and checks many of them in one pass of all blocks.
 
-The greedy answer is the full model's whatever the draft says (LayerSkip, arXiv 2404.16710; transformers' `assistant_early_exit`). Which
-depth drafts best is a matter of the model: it is measured.
+Greedy decoding gives the full model's tokens, whatever the draft is (LayerSkip, arXiv 2404.16710; transformers' `assistant_early_exit`).
+The best depth for drafts depends on the model, so this pass measures it.
 """
 
 import json
@@ -22,11 +22,15 @@ from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.depth import depth
 from nightpress.core.recipes.passes.adapt import EarlyExit
 
-_PROMPTS, _PROMPT, _NEW = 4, 32, 48  #: texts, their tokens, and how many are added
+_PROMPTS, _PROMPT, _NEW = 4, 32, 48  #: number of texts, tokens of each, tokens generated after each
 
 
 def speculate(source: Path, target: Path, options: EarlyExit, context: PassContext) -> PassRecord:
-    """Time greedy decoding with drafts of several depths and write the fastest into generation_config.json, if any beats no draft at all."""
+    """Time greedy decoding with drafts of several depths, and write the fastest depth into generation_config.json.
+
+    A depth must give the tokens of decoding without drafts. If the recipe names no `exits`, it must also be faster than that; else nothing
+    is written.
+    """
     start = time.monotonic()
     torch.set_num_threads(context.threads)
     model = load_model(source, context.header).to(context.device)
@@ -70,7 +74,10 @@ def speculate(source: Path, target: Path, options: EarlyExit, context: PassConte
 
 
 def _decode(model: Any, prompts: list[Tensor], draft: int | None) -> tuple[float, list[Tensor]]:
-    """Tokens a second, and the tokens, of greedy decoding."""
+    """Decode greedily after each prompt [1, L]. Return generated tokens per second, and the token ids [1, L + new] of each text.
+
+    draft: number of blocks that draft; None: no drafts.
+    """
     began = time.perf_counter()
     made = 0
     answers = []

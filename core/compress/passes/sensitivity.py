@@ -1,4 +1,4 @@
-"""Which bits each layer gets: every layer's output error under every candidate, measured in one sweep, and the best choice within a budget."""
+"""Mixed precision: measures each layer's output error at each candidate bit width in one sweep, and chooses bits within a budget."""
 
 import json
 import shutil
@@ -23,21 +23,22 @@ from nightpress.core.recipes.linears import is_linear_weight, module_of
 from nightpress.core.recipes.passes.quantize import Budgeted
 from nightpress.core.recipes.schemes import Scheme
 
-_ERRORS = "_errors"  #: what is written for a weight: its relative squared output error under each candidate
+_ERRORS = "_errors"  #: suffix of the tensor that is written for a weight: its unit, then its relative squared output error per candidate
 
 
 def schemes_within_budget(
     source: Path, samples: Batch, options: Budgeted, context: PassContext
 ) -> tuple[Callable[[str], Scheme], dict[str, Any]]:
-    """How each module is stored so that the sum of the layers' relative output errors is least, and what the record says of it.
+    """Choose each module's scheme so that the sum of the layers' relative output errors is smallest within the budget.
 
-    Layers that are given the same inputs get the same bits, since runtimes fuse them. What was chosen is kept in the job's work folder.
+    Returns (module → scheme, fields for the record's summary). Layers that share their inputs get the same bits, because runtimes fuse
+    them. The choice is a checkpoint in the job's work folder.
     """
     kept = context.work_dir / f"sensitivity-{context.index}.json"
     recipe = options.model_dump_json()
     found: dict[str, Any] = json.loads(kept.read_bytes()) if kept.exists() else {}
     if found.get("recipe") != recipe:
-        # The sweep's own files go when it is done, so only what it found is a checkpoint.
+        # The sweep deletes its files at its end, so only its result is a checkpoint.
         measuring = replace(context, checkpoint=lambda _path, _step: None, progress=part_of(context, 0.0, 0.5))
         found = {"recipe": recipe, **_measure(source, samples, options, measuring)}
         write_file(kept, json.dumps(found).encode())
@@ -47,7 +48,7 @@ def schemes_within_budget(
 
 
 def part_of(context: PassContext, start: float, end: float) -> Callable[[float, str], None]:
-    """Progress for a part of a pass."""
+    """Return a progress function for the part of a pass from `start` to `end`, both fractions of the pass."""
     return lambda fraction, message: context.progress(start + (end - start) * fraction, message)
 
 
@@ -86,7 +87,7 @@ def _measure(source: Path, samples: Batch, options: Budgeted, context: PassConte
 
 
 class Sensitivity:
-    """Leaves every weight as it is, and writes what each candidate would cost its outputs in the weight's place."""
+    """Changes no weight. In place of each weight, writes the output error that each candidate would cause."""
 
     by_group = True
 
@@ -117,7 +118,10 @@ class Sensitivity:
 
 
 def output_errors(weight: Tensor, gram: Tensor, options: Budgeted) -> list[float]:
-    """Of each candidate, rounded to nearest: (W − Ŵ)H(W − Ŵ)ᵀ over WHWᵀ, traces both."""
+    """Return for each candidate, rounded to nearest, tr((W − Ŵ)H(W − Ŵ)ᵀ) / tr(WHWᵀ): the relative squared error of the layer's outputs.
+
+    weight W [out, in]; gram H [in, in] float32 = Σ xxᵀ.
+    """
     exact = weight.float()
     power = float(((exact @ gram) * exact).sum())
     errors = []

@@ -1,4 +1,4 @@
-"""Passes that leave smaller matrices: feed-forward channels, attention heads, whole blocks."""
+"""Structured pruning: passes that remove feed-forward channels, attention heads or whole blocks."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ from nightpress.core.recipes.passes.shrink import Narrowing, renumbered
 
 @folder_pass(Channels, Heads)
 def narrow(source: Path, target: Path, options: Narrowing, context: PassContext) -> PassRecord:
-    """Take channels or heads out of every block, one block at a time. `target` becomes a smaller model."""
+    """Remove channels or heads from every block, one block at a time. `target` becomes a smaller model."""
     start = time.monotonic()
     anatomy = options.anatomy(context.header)
     samples = calibration_samples(source, context)
@@ -66,7 +66,7 @@ def narrow(source: Path, target: Path, options: Narrowing, context: PassContext)
 
 @folder_pass(Layers)
 def layers(source: Path, target: Path, options: Layers, context: PassContext) -> PassRecord:
-    """Take whole blocks out. `target` becomes a shallower model."""
+    """Remove whole blocks. `target` becomes a model with fewer blocks."""
     start = time.monotonic()
     anatomy = options.anatomy(context.header)
     influence: list[float] = []
@@ -90,9 +90,11 @@ def layers(source: Path, target: Path, options: Layers, context: PassContext) ->
 
 
 class Narrow:
-    """Each block keeps its most important units; what takes them in makes up for the rest."""
+    """Each block keeps its most important units. With `compensate`, the output projection is fitted to compensate for the others."""
 
-    by_group = False  # what stands before the watched layer has run already when its inputs are known
+    by_group = (
+        False  # The layers before the watched layer change too, and they have already run when its inputs are known.
+    )
 
     def __init__(self, options: Narrowing, anatomy: Anatomy, scores: Sequence[Tensor] | None) -> None:
         self._options, self._anatomy, self._inner = options, anatomy, options.inner(anatomy)
@@ -137,7 +139,7 @@ class Narrow:
         return written[name]
 
     def _rows(self, parts: Sequence[Any], stays: Tensor, count: int) -> Tensor:
-        """The outputs of a layer that belong to the units that stay."""
+        """Return the indices of a layer's outputs that belong to the units that stay."""
         found, start = [], 0
         for part in parts:
             width = self._anatomy.part(part)
@@ -178,9 +180,9 @@ def unit_scores(
     known: Known,
     device: torch.device,
 ) -> Tensor:
-    """How much each unit of a block matters, by its weights or by what it adds to the block's output on the calibration text: [units].
+    """Return the importance of each unit of a block [units] float32: from its weights, or from its part of the output on calibration text.
 
-    block: tensors as they are stored, but the output projection's weight always as [out, in].
+    block: the tensors in their stored layout; only the output projection's weight is always [out, in].
     """
     inner = options.inner(anatomy)
     weight = block[anatomy.name(index, inner.output)].to(device).float()  # [out, in]
@@ -202,7 +204,7 @@ def unit_scores(
 def _scores_ahead(
     source: Path, samples: Batch, options: Narrowing, anatomy: Anatomy, context: PassContext
 ) -> list[Tensor] | None:
-    """The importance of all units of all blocks, where it must be known before the first is touched; else None."""
+    """Return the importance of all units of all blocks if it must be known before the first block changes; else None."""
     inner = options.inner(anatomy)
     if options.by_gradient:
         found = unit_gradients(source, samples, context, anatomy, inner.output)
@@ -217,7 +219,7 @@ def _scores_ahead(
         output = anatomy.name(seen.index, inner.output)
         turned = {output: seen.tensors[output].T} if anatomy.transposed else {}
         own = unit_scores(options, anatomy, seen.index, {**seen.tensors, **turned}, known, torch.device(context.device))
-        # Layers differ in scale: what counts is the share of a layer's own that goes.
+        # Layers differ in scale, so each unit's importance is its share of its own layer's sum.
         scores.append((own / own.sum().clamp(min=1e-30)).cpu())
     return scores
 
@@ -227,7 +229,7 @@ def _bias_of(weight: str) -> str:
 
 
 def _digest(scores: Sequence[Tensor] | None) -> str:
-    """Blocks of an earlier attempt are taken over only if it chose by the same scores."""
+    """Return a hash of the scores. Blocks of an earlier attempt are reused only if its scores were the same."""
     digest = hashlib.sha256()
     for score in scores or ():
         digest.update(tensor_bytes(score.contiguous()))
@@ -235,7 +237,7 @@ def _digest(scores: Sequence[Tensor] | None) -> str:
 
 
 def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[int]) -> None:
-    """The tensors outside the blocks and of the blocks that stay, shard by shard, the blocks numbered anew."""
+    """Copy all tensors but those of removed blocks, shard by shard. The remaining blocks are renumbered from 0."""
     target.mkdir(parents=True, exist_ok=True)
     number = {before: after for after, before in enumerate(kept)}
     files = SourceTensors(read_shards(source))

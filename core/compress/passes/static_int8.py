@@ -1,8 +1,8 @@
-"""Static int8 on a graph: ranges from calibration, layers that cost most left in float until the answers are near enough.
+"""Static int8 on a graph: ranges come from calibration, and layers with large errors stay in float until the outputs are close enough.
 
-A quantized product reads `DequantizeLinear(QuantizeLinear(x))` and `DequantizeLinear(int8 weight)` (QDQ), which ONNX Runtime and OpenVINO
-turn into int8 kernels as they load. One left in float has its weights in int8 all the same: ONNX Runtime multiplies them out as it loads,
-OpenVINO rounds their inputs in groups as they come.
+A quantized product reads `DequantizeLinear(QuantizeLinear(x))` and `DequantizeLinear(int8 weight)` (QDQ). ONNX Runtime and OpenVINO turn
+these into int8 kernels when they load the graph. A product left in float still has int8 weights: ONNX Runtime dequantizes them when it
+loads the graph, and OpenVINO quantizes the product's inputs in groups at run time.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.passes import StaticInt8
 
 GRAPH_FILE = "model.onnx"
-_NUMBER = re.compile(r"\d+")  #: layers whose names differ in numbers alone are of a kind
-_TRIAL_LENGTH = 128  #: tokens of a text held apart
-_RANKED_SHARE = 4  #: layers of a kind are judged on this part of them
-#: Of the layers, that stay in float where no number of them holds the budget: the graph is still faster than the float graph.
+_NUMBER = re.compile(r"\d+")  #: layers whose names differ only in numbers are of the same kind
+_TRIAL_LENGTH = 128  #: tokens of each held-out text
+_RANKED_SHARE = 4  #: kinds of layers are ranked on 1 / 4 of the held-out texts
+#: Share of the layers that stay in float if no number of them reaches `min_cosine`: the graph is still faster than the float graph.
 _MOST_IN_FLOAT = 1 / 2
 
 
@@ -41,9 +41,9 @@ _MOST_IN_FLOAT = 1 / 2
 def static_int8(
     model_dir: Path, traced: Traced, options: StaticInt8, context: PassContext
 ) -> tuple[Traced, PassRecord]:
-    """The traced graph with its linear layers in int8. Another attempt of the same job finds ranges and result in its work folder.
+    """Return the traced graph with its linear layers in int8. Ranges and result are checkpoints: the next attempt of the job reuses them.
 
-    Raises NightpressError: invalid_recipe if nothing is left to quantize, and numerical_failure if what a layer is given is not finite.
+    Raises NightpressError: invalid_recipe if nothing is left to quantize, and numerical_failure if a layer's inputs are not finite.
     """
     start = time.monotonic()
     bits = _weight_bits(options)
@@ -93,7 +93,7 @@ def _weight_bits(options: StaticInt8) -> int:
 
 
 def _texts(model_dir: Path, context: PassContext) -> tuple[Texts, Texts]:
-    """(to find ranges on, held apart to judge the graph on)."""
+    """Return (texts for calibration, held-out texts for comparing the graphs)."""
     samples = calibration_samples(model_dir, context)
     ids = samples["input_ids"].numpy()
     texts = Texts(ids, samples["attention_mask"].numpy() if "attention_mask" in samples else np.ones_like(ids))
@@ -107,7 +107,7 @@ def _texts(model_dir: Path, context: PassContext) -> tuple[Texts, Texts]:
 
 
 class _GraphFidelity:
-    """How near a quantized graph's answers to the held texts are to the float graph's."""
+    """Compares a quantized graph's outputs on the held-out texts with the float graph's."""
 
     def __init__(self, graph: Path, texts: Texts, context: PassContext) -> None:
         self._texts, self._context = texts, context
@@ -115,7 +115,10 @@ class _GraphFidelity:
         self._expected = list(self._answers(graph, texts))
 
     def cosine(self, graph: bytes, texts: int | None = None) -> float:
-        """Mean over texts of pooled vectors' cosines for an embedder; of all logits as one vector for others."""
+        """Return the cosine of both graphs' outputs: for an embedder the mean over pooled vectors, else that of all logits as one vector.
+
+        texts: number of held-out texts to use; None: all.
+        """
         held = self._texts[:texts] if texts else self._texts
         pairs = zip(self._answers(graph, held), self._expected[: len(held.ids)], strict=True)
         if self._pooling:
@@ -129,7 +132,7 @@ class _GraphFidelity:
         return float(product / max((ours_squared * theirs_squared) ** 0.5, 1e-30))
 
     def _answers(self, graph: bytes | Path, texts: Texts) -> Iterator[NDArray[np.float32]]:
-        """A text at a time: the logits of a masked language model are wide."""
+        """Yield a graph's output for one text at a time, because the logits of a masked language model are large."""
         loaded = session(graph, self._context.threads)
         inputs = {value.name for value in loaded.get_inputs()}
         for at, feeds in enumerate(texts.feeds(inputs, tokens=1)):
@@ -149,11 +152,12 @@ def _left_in_float(
     texts: int,
     context: PassContext,
 ) -> tuple[frozenset[str], float]:
-    """The fewest of the worst layers without which the cosine reaches `least`, and that cosine; half of them where none does.
+    """Return the layers to leave in float so that the cosine reaches `least`, as few as possible, and that cosine.
 
-    score(layers left in float, number of texts) → cosine. How much of what is lost each *kind* of layer loses is measured, a graph a
-    kind; within a kind, layers share it as their own `costs` say. How many of them stay in float is found by bisection. So the number of
-    graphs grows with the logarithm of the number of layers.
+    If no number of layers reaches it, half of the layers stay in float. score(layers in float, number of texts) → cosine. costs: layer →
+    its own rounding error. Layers are ranked first: for each *kind* of layer, a graph with that kind in float measures how much cosine it
+    gains, and the layers of the kind share this gain in proportion to `costs`. Bisection then finds how many layers of the ranking stay in
+    float. So the number of graphs grows with the number of kinds and with the logarithm of the number of layers.
     """
     context.progress(0.6, "judging the graph with all layers in int8")
     cosine = score(())

@@ -1,4 +1,4 @@
-"""A teacher's answers, asked for once and kept on disk: of a vocabulary's logits the likeliest few."""
+"""A teacher's logits, computed once and kept on disk. Of a vocabulary's logits, only the largest are kept."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -19,20 +19,20 @@ from nightpress.core.compress.model.checkpoint import ShardWriter, tensor_info
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.passes.distill import Teaching
 
-#: (batch) → what the model reads, where its logits count, their labels
+#: (batch) → the model's inputs, the mask of positions that are scored, the labels at these positions
 Inputs = Callable[[Batch], tuple[dict[str, Tensor], Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class CachedLogits:
-    """The k largest logits of every scored position, the positions of all texts one after the other."""
+    """The k largest logits of every scored position. The positions of all texts are stored one after the other."""
 
     file: Path
-    starts: Tensor  #: int64 [N + 1], where each text's positions begin
+    starts: Tensor  #: int64 [N + 1], index of each text's first position; the last value is the number of positions
     size: int  #: bytes
 
     def of(self, batch: Batch, where: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(values, indices) [M, k] for the batch's scored positions, in their order, on its device."""
+        """Return (values float32, indices int64), [M, k] each: for the batch's scored positions, in their order, on its device."""
         del where
         values, indices = [], []
         with safe_open(self.file, framework="pt") as file:
@@ -54,9 +54,10 @@ def cache_logits(
     *,
     span: tuple[float, float],
 ) -> CachedLogits:
-    """Run the teacher over all examples, or take up what an earlier attempt left.
+    """Run the teacher over all examples and write its largest logits, or use the file that an earlier attempt wrote.
 
-    Raises NightpressError(invalid_recipe) before anything is written that would not fit in `cache_bytes`.
+    span: start and end of this step within the pass's progress. Raises NightpressError(invalid_recipe) if the file would be larger than
+    `cache_bytes`; then nothing is written.
     """
     assert options.logits is not None
     device = torch.device(context.device)
@@ -80,7 +81,7 @@ def cache_logits(
             f"The teacher's answers to {len(examples):,} examples, {top} logits each position, would take {size / 1e9:.1f} GB on disk; `cache_bytes` allows {options.logits.cache_bytes / 1e9:.1f} GB.",
             hint="Lower `cache_top`, raise `cache_bytes`, or leave `cache` out.",
         )
-    # A pass has one teacher: its source, or the job's. Another pass of the recipe may have another of the same shape.
+    # A pass has one teacher: its own source, or the job's source. The key has the pass's index: another pass may have another teacher.
     key = hashlib.sha256(examples.digest() + f"{context.index} {top} {device.type}".encode())
     file = context.work_dir / "answers" / f"{key.hexdigest()[:16]}.safetensors"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""What zeros would save on disk, in forms that keep only the other weights."""
+"""The bytes that zeros would save on disk, in storage forms that keep only the nonzero weights."""
 
 import zlib
 from collections.abc import Collection
@@ -7,16 +7,16 @@ from pathlib import Path
 from nightpress.core.compress.model.checkpoint import Shard, read_shards
 from nightpress.core.handoff.report import PassRecord
 
-#: Bytes of each layer that are deflated: whole models would cost minutes, and a layer is alike all over.
+#: Bytes of each layer that are compressed. A whole model would take minutes, and the weights of a layer compress alike everywhere.
 _DEFLATE_SAMPLE = 64 * 1024
 
 
 def with_storage(record: PassRecord, source: Path, target: Path) -> PassRecord:
-    """The record of a pass that set weights to zero, with the bytes of the weights it pruned in each form (`storage` in its summary).
+    """Return the record of a pruning pass with the bytes of the pruned layers in each storage form: `storage` in its summary.
 
-    `dense` as they lie in the files; `bitmap`: a bit for each weight, and those that are not zero; `csr`: these with their column in 2 or 4
-    bytes, and where each row begins in 4; `deflate`: the dense bytes compressed (zlib, level 1), extrapolated from the first 64 KiB of each layer;
-    `deflate_before`: the same of the source, which also compresses a little.
+    `dense`: as they are in the files. `bitmap`: a bit for each weight, and the nonzero weights. `csr`: the nonzero weights, the column of
+    each in 2 or 4 bytes, and the start of each row in 4 bytes. `deflate`: the dense bytes compressed by zlib at level 1, extrapolated from
+    the first 64 KiB of each layer. `deflate_before`: the same for the source, because its weights compress a little, too.
     """
     zeros = {f"{layer.name}.weight": layer.sparsity or 0.0 for layer in record.layers}
     found = {"dense": 0, "bitmap": 0, "csr": 0}

@@ -1,4 +1,4 @@
-"""The options of each pass: what it takes, what it needs and what it can be followed by. `catalog` finds every class in this folder."""
+"""The options of each pass, with its requirements, its cost and the formats that carry its result. `catalog` finds every class here."""
 
 from nightpress.core.recipes.passes.activations import DynamicInt8, Fp8, KvCache, SmoothQuant, StaticInt8
 from nightpress.core.recipes.passes.adapt import EarlyExit

@@ -1,4 +1,4 @@
-"""Passes that round activations too, or what is cached of them."""
+"""Passes that also round activations, or cached keys and values."""
 
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -25,11 +25,12 @@ from nightpress.core.recipes.schemes import BLOCK, Activations, Scheme
 
 
 class SmoothQuant(Quantizing, Calibrated):
-    """Int8 weights and int8 activations: strong inputs are scaled down, the norms before them making up for it (arXiv 2211.10438).
+    """Int8 weights and int8 activations: large inputs are scaled down, and weights scaled up by the same factors (arXiv 2211.10438).
 
-    Weights have a scale a row. Inputs are rounded with a scale a token as they come, or with one a layer from calibration. Where a
-    family's norms can't take the factors, its inputs are rounded as they are. Written as compressed-tensors `int-quantized`; a mixture's
-    experts as `pack-quantized`, their inputs in float: transformers reads no others of 8-bit integers.
+    Weights have one scale per row. Inputs have one scale per token, computed at run time, or one per layer from calibration. The layers
+    before are divided by the factors; if a family's norms can't take factors, inputs are rounded without scaling. The result is
+    compressed-tensors `int-quantized`. A mixture's experts are `pack-quantized` with float inputs, because transformers reads no other
+    8-bit integer experts.
     """
 
     pass_: Literal["smoothquant"] = Field("smoothquant", alias="pass")
@@ -68,9 +69,9 @@ class SmoothQuant(Quantizing, Calibrated):
 
 
 class Fp8(Quantizing):
-    """Fp8 (e4m3) weights and activations, for GPUs that multiply them. Written as compressed-tensors `float-quantized`.
+    """Fp8 (e4m3) weights and activations, for GPUs that multiply fp8. The result is compressed-tensors `float-quantized`.
 
-    With dynamic activations it needs no data; static ones take one scale a layer from calibration.
+    Dynamic activations need no data. Static activations have one scale per layer, from calibration.
     """
 
     pass_: Literal["fp8"] = Field("fp8", alias="pass")
@@ -113,16 +114,16 @@ class Fp8(Quantizing):
         return blocks_cost(header, calibration, gram=False, bits=8)
 
 
-_GRAPH_BYTES = 1_900_000_000  #: of an fp32 graph that fits into one file
+_GRAPH_BYTES = 1_900_000_000  #: largest fp32 weights of a graph that fits into one file
 
-#: Weights of what is cached; loaders look for scales beside them.
+#: Ends of the names of weights that compute cached values; loaders look for the scales beside them.
 CACHED_FROM = (".v_proj.weight", ".qkv_proj.weight")
 
 
 class KvCache(PassOptions):
-    """Scales with which a runtime keeps keys and values in 8 bits, one for each layer's keys and one for its values, from calibration.
+    """Scales for a key/value cache in 8 bits, from calibration: one for each layer's keys and one for its values.
 
-    The weights stay as they are; a pass that quantizes them may follow. Keys are seen as they are cached, after their rotation.
+    The weights are unchanged; a pass that quantizes them may follow. Keys are measured as a runtime caches them, after their rotation.
     """
 
     needs: ClassVar[Need] = "calibration"
@@ -141,7 +142,7 @@ class KvCache(PassOptions):
         return Scheme(8, "float" if self.format == "fp8" else "int", activations=Activations(static=True))
 
     def cache_arguments(self) -> dict[str, Any]:
-        """`kv_cache_scheme` of a quantization_config."""
+        """Return the `kv_cache_scheme` of a quantization_config."""
         arguments = self.scheme().activation_arguments()
         assert arguments is not None
         return arguments
@@ -156,7 +157,7 @@ class KvCache(PassOptions):
             )
 
     def check_beside(self, passes: Sequence[PassOptions], header: ModelHeader | None) -> None:
-        # With a description of quantized weights that names none, transformers looks in vain for the experts' scheme.
+        # With a quantization_config that quantizes no weights, transformers expects a scheme for the experts and finds none.
         if header is not None and header.model_type in MIXTURES and not any(options.last for options in passes):
             raise invalid(
                 "`kv-cache` alone can't take a mixture of experts: transformers takes its experts for codes, and they stay in float.",
@@ -168,7 +169,7 @@ class KvCache(PassOptions):
 
 
 class DynamicInt8(PassOptions):
-    """Int8 weights, and activations rounded to int8 as they come, in ONNX Runtime or OpenVINO.
+    """Int8 weights, and activations rounded to int8 at run time, in ONNX Runtime or OpenVINO.
 
     The fastest form of an encoder on a CPU. Needs no data.
     """
@@ -194,13 +195,13 @@ class DynamicInt8(PassOptions):
 
 
 class StaticInt8(PassOptions):
-    """Int8 weights, and activations rounded to uint8 with one scale a layer, from calibration: no runtime looks for ranges as it goes.
+    """Int8 weights, and activations rounded to uint8 with one scale per layer from calibration, so that no ranges are computed at run time.
 
-    Written as an ONNX graph with QuantizeLinear and DequantizeLinear (QDQ), which OpenVINO reads too. Inputs are smoothed beforehand, each by
-    what costs its layers least, and weights make up for each other's rounding. Where all layers in int8 would answer too differently, those
-    that cost most keep float arithmetic, their weights in int8 all the same. Where no number of them holds `min_cosine`, half do, and the
-    report says so: gates decide. Attention's scores are products of int8 too; its sums over values and heads on one
-    vector stay in float.
+    The result is an ONNX graph with QuantizeLinear and DequantizeLinear (QDQ), which OpenVINO reads, too. Inputs are smoothed first, with
+    the factors that cost their layers least, and weights compensate for each other's rounding. If the outputs with all layers in int8
+    differ too much, the layers that cost most keep float arithmetic; their weights are still int8. If no number of layers reaches
+    `min_cosine`, half of them keep float arithmetic, and the report states it: gates decide. Attention scores are products of int8, too.
+    The products with the values, and heads that read a single vector, stay in float.
     """
 
     stage: ClassVar[Stage] = "graph"
@@ -251,7 +252,7 @@ class StaticInt8(PassOptions):
 
 
 def _in_int8(tensor: TensorInfo, ignore: Patterns) -> int:
-    """Bytes of a matrix in int8 with a scale a row; graphs name their products and tables as the files name theirs."""
+    """Return the bytes of a matrix in int8 with a float32 scale per row. `ignore` can be tested here: a graph uses the files' names."""
     if len(tensor.shape) != 2 or matches(tensor.name, ignore) or matches(module_of(tensor), ignore):
         return tensor.size
     return tensor.shape[0] * tensor.shape[1] + 4 * tensor.shape[0]

@@ -1,4 +1,4 @@
-"""Passes that let easy inputs take a shorter way."""
+"""Passes that use fewer blocks for easy inputs."""
 
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
@@ -20,9 +20,10 @@ Policy = Literal["confidence", "entropy", "patience", "length"]
 class EarlyExit(PassOptions):
     """Let easy inputs leave a model early.
 
-    A classifier gets a small head behind its blocks and becomes one ONNX graph that skips the blocks behind the head that is sure enough;
-    how sure is chosen on held-apart rows for the points of accuracy that may be lost. A causal language model drafts tokens with its
-    first blocks and checks them with all (self-speculative decoding): its greedy answers stay what they were.
+    A classifier gets a small head after each of some blocks, and becomes one ONNX graph: when a head's score reaches the threshold, the
+    graph skips the blocks that follow. The threshold is chosen on held-out rows, so that accuracy falls by at most `max_loss`. A causal
+    language model drafts tokens with its first blocks and checks them with all blocks (self-speculative decoding): its greedy output is
+    unchanged.
     """
 
     needs: ClassVar[Need] = "training"
@@ -77,7 +78,7 @@ class EarlyExit(PassOptions):
         return "only a graph can skip blocks without code of its own"
 
     def exit_blocks(self, header: ModelHeader) -> tuple[int, ...]:
-        """The blocks with a head behind them."""
+        """Return the blocks that have a head after them."""
         return self.exits or tuple(range(depth(header) - 1))
 
     def check(self, header: ModelHeader) -> None:

@@ -1,4 +1,4 @@
-"""Quantization-aware training: a model that learns while it is rounded."""
+"""Quantization-aware training: the model learns with rounded weights."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
@@ -20,11 +20,11 @@ _FLOATS: frozenset[ExportFormat] = frozenset({"safetensors", "onnx", "openvino"}
 
 
 class Qat(Teaching, Quantizing):
-    """Train with weights, and activations if asked, rounded as they will be; gradients pass straight through (arXiv 1308.3432, 1712.05877).
+    """Train with weights, and with `activations: int8` also inputs, rounded as in the result (arXiv 1308.3432, 1712.05877).
 
-    Scales follow the weights at every step. The model learns from its float self and, with `logits.alpha` below 1, from labels. `leaves:
-    codes` writes compressed-tensors; `leaves: float` keeps float weights that lie on the grid of `dynamic-int8`, which then loses nothing
-    of them in ONNX and OpenVINO.
+    Gradients ignore the rounding (straight-through). The scales are computed from the weights at every step. The teacher is the model
+    itself in float; with `logits.alpha` below 1 the model also learns from labels. `leaves: codes` writes compressed-tensors. `leaves:
+    float` keeps float weights on the grid of `dynamic-int8`, so that `dynamic-int8` rounds them in ONNX and OpenVINO without loss.
     """
 
     needs: ClassVar[Need] = "training"
@@ -61,7 +61,7 @@ class Qat(Teaching, Quantizing):
         return self
 
     @property
-    def last(self) -> bool:  # type: ignore[override]  # for the others it is the same whatever their options
+    def last(self) -> bool:  # type: ignore[override]  # in other passes it does not depend on the options
         return self.leaves_as == "codes"
 
     @property

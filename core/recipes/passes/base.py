@@ -1,4 +1,4 @@
-"""What every pass is: options that say what they take, what they need, what they cost and what they leave behind. No torch here."""
+"""Base classes of all passes' options: which models a pass takes, what it needs, what it costs and what it leaves. No torch here."""
 
 from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar, Literal, Self
@@ -13,12 +13,12 @@ from nightpress.core.recipes.linears import Divisor, check_layout, invalid, is_l
 ExportFormat = Literal["safetensors", "compressed-tensors", "onnx", "openvino", "gguf", "transformers.js"]
 Need = Literal["nothing", "calibration", "labels", "training"]
 Scope = Literal["stream", "blocks", "train"]
-#: What a pass works on: the model's folder; the graph traced of it; the graph that one runtime's exporter writes; or nothing: it looks.
+#: What a pass changes: the model's folder; the graph traced from it; the graph that a runtime's exporter writes; or nothing: it measures.
 Stage = Literal["folder", "graph", "runtime", "measure"]
-#: What the Hub calls a model beside the one it was made of (`base_model_relation`); None: its weights are the same.
+#: The Hub's word for how a model relates to its base model (`base_model_relation`); None: the weights are unchanged.
 Relation = Literal["quantized", "finetune"] | None
 Patterns = Annotated[tuple[str, ...], Field(max_length=100)]
-#: Families whose norms and linear layers can exchange factors; architectures.FOLDS says where.
+#: Families whose norms and linear layers can exchange scale factors. `FOLDS` in core/compress/model/families.py lists the places.
 FOLDABLE = frozenset(
     {
         "llama",
@@ -43,121 +43,123 @@ KEPT_MODULES = ("lm_head", "re:.*embed.*", "re:.*classifier.*", "re:.*pooler.*")
 
 
 class PassOptions(BaseModel):
-    """A pass as a recipe names it. What its methods say, they say from the model's header alone, before anything runs."""
+    """The options of a pass in a recipe. All methods use only the model's header, so that a plan can be made before anything runs."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True, defer_build=True
     )
 
     stage: ClassVar[Stage] = "folder"
-    #: Of a pass from another package: the module whose import registers the function (core/compress/passes/registry.py).
+    #: Only for a pass of another package: the module whose import registers the function (core/compress/passes/registry.py).
     implementation: ClassVar[str] = ""
     needs: ClassVar[Need] = "nothing"
-    scope: ClassVar[Scope] = "stream"  #: the executor that runs it
+    scope: ClassVar[Scope] = "stream"  #: the executor that runs the pass
     runs_on: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
-    exports: ClassVar[frozenset[ExportFormat]]  #: the formats that can carry its result
-    last: ClassVar[bool] = False  #: no other pass can follow it
-    quantizes: ClassVar[bool] = False  #: its result is codes and scales, which `compressed-tensors` carries
+    exports: ClassVar[frozenset[ExportFormat]]  #: the formats that can carry the result
+    last: ClassVar[bool] = False  #: whether no other pass can follow
+    quantizes: ClassVar[bool] = False  #: whether the result is codes and scales, which `compressed-tensors` carries
     relation: ClassVar[Relation] = "finetune"
-    early_exits: ClassVar[bool] = False  #: the model it leaves has heads behind its blocks, which its graph needs too
+    early_exits: ClassVar[bool] = False  #: whether the model gets heads behind its blocks, which its graph needs too
     chooses_cache: ClassVar[bool] = (
-        False  #: it says how keys and values are kept: decoding is timed without a cache too
+        False  #: whether it sets the key/value cache: decoding is then also timed without a cache
     )
 
     @property
     def wants(self) -> Need:
-        """What it needs with these options."""
+        """What the pass needs with these options."""
         return self.needs
 
     @property
     def name(self) -> str:
-        """What a recipe calls the pass."""
+        """The pass's name in a recipe."""
         return str(type(self).model_fields["pass_"].default)
 
     @property
     def rounding_bits(self) -> int | None:
-        """Bits of the coarsest weight, where rounding is all it does; None where it may change the answers at will."""
+        """Bits of the coarsest weight if the pass only rounds weights; None if it changes the model's outputs in other ways."""
         return None
 
     @property
     def cache_cuts_back(self) -> bool:
-        """Whether the last tokens can be taken out again of the key/value cache that the model is left with."""
+        """Whether the last tokens can be removed from the key/value cache that the resulting model uses."""
         return True
 
     def describe(self) -> str:
-        """A few words for the plan."""
+        """Return a short description for the plan."""
         raise NotImplementedError
 
     def check(self, header: ModelHeader) -> None:
-        """Raise NightpressError(invalid_recipe), with the reason, where the pass can't take this model."""
+        """Raise NightpressError(invalid_recipe) with the reason if the pass can't take this model."""
 
     def check_beside(self, passes: Sequence["PassOptions"], header: ModelHeader | None) -> None:
-        """Raise NightpressError(invalid_recipe) where the pass can't stand in one recipe with the others.
+        """Raise NightpressError(invalid_recipe) if the pass and the other passes can't be in the same recipe.
 
-        passes: all of the recipe in order, this one included. `header` is None where no model was named.
+        passes: all passes of the recipe in order, including this pass. header: None if no model was named.
         """
 
     def warnings(self, header: ModelHeader | None) -> Iterable[str]:
-        """What a person should know before it runs. `header` is None where no model was named."""
+        """Return warnings for the plan. header: None if no model was named."""
         return ()
 
     def warnings_behind(self, earlier: Sequence["PassOptions"]) -> Iterable[str]:
-        """What a person should know of its place in the recipe. earlier: the passes before it."""
+        """Return warnings about the pass's place in the recipe. earlier: the passes before this pass."""
         return ()
 
     def data_refs(self) -> frozenset[str]:
-        """The data sets that the pass itself names."""
+        """Return the data sets that the pass's own options name."""
         return frozenset()
 
     def wants_labels(self, header: ModelHeader | None) -> bool:
-        """Whether each of those must have labels. `header` is None where no model was named."""
+        """Return whether each of these data sets must have labels. header: None if no model was named."""
         return False
 
     def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
-        """The formats that can carry its result on this model; `exports` where that doesn't depend on it."""
+        """Return the formats that can carry the result for this model: `exports`, unless they depend on model or options."""
         return self.exports
 
     def why_not(self, header: ModelHeader | None) -> str:
-        """Why the other formats can't; empty where there is nothing to add."""
+        """Return why the other formats can't carry the result; empty: no further reason."""
         return ""
 
     def leaves(self, header: ModelHeader) -> ModelHeader:
-        """The header of the float model it leaves: later passes, estimates and exports see this one."""
+        """Return the header of the float model after the pass. Later passes, estimates and exports use it."""
         return header
 
     def settled(self, header: ModelHeader) -> Self:
-        """The same pass, with what its options leave to the model decided."""
+        """Return the same pass with options that depend on the model replaced by their values for this model."""
         return self
 
     def takes_linear(self, tensor: TensorInfo) -> bool:
-        """Whether it changes this tensor as the weight of a linear layer in a block."""
+        """Return whether the pass changes this tensor as the weight of a linear layer in a block."""
         return False
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
-        """Bytes of a tensor of the model it leaves; `tensor.size` where the pass leaves it alone."""
+        """Return the bytes of a tensor after the pass; `tensor.size` if the pass does not change it."""
         return tensor.size
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        """Memory and seconds of the pass itself, without evaluations and exports."""
+        """Return memory and seconds of the pass itself, without evaluations and exports."""
         raise NotImplementedError
 
 
 class OnLinears(PassOptions):
     """A pass over the weights of linear layers, one tensor or one block at a time."""
 
-    turns: ClassVar[bool] = False  #: it knows weights laid out [in, out], and goes along their inputs all the same
+    turns: ClassVar[bool] = (
+        False  #: whether it transposes weights stored as [in, out], so that groups run along their inputs, too
+    )
 
     ignore: Patterns = Field(KEPT_MODULES, description="Modules left as they are: names, or `re:` patterns.")
 
     def divisor(self) -> Divisor | None:
-        """What every layer's inputs must be divisible by."""
+        """Return the number that must divide every layer's number of inputs; None: there is no such number."""
         return None
 
     def takes_linear(self, tensor: TensorInfo) -> bool:
         return is_linear_weight(tensor, self.ignore)
 
     def takes(self, tensor: TensorInfo) -> bool:
-        """Whether it changes this tensor, wherever it stands."""
+        """Return whether the pass changes this tensor, inside or outside the blocks."""
         return self.takes_linear(tensor)
 
     def check(self, header: ModelHeader) -> None:
@@ -185,7 +187,7 @@ class OnLinears(PassOptions):
 
 
 class Calibrated(OnLinears):
-    """A pass that looks at calibration text, one block of the model at a time."""
+    """A pass that uses calibration text, one block of the model at a time."""
 
     needs: ClassVar[Need] = "calibration"
     scope: ClassVar[Scope] = "blocks"

@@ -1,4 +1,4 @@
-"""How a decoder keeps keys and values while it writes."""
+"""The key/value cache of a decoder while it generates."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from nightpress.core.recipes.passes.base import ExportFormat, PassOptions, Relat
 
 CacheMode = Literal["none", "dynamic", "static", "sliding", "quantized"]
 
-#: Families whose keys carry their positions as rotations of halves, which a key can be given anew.
+#: Families with rotary positions on the two halves of a key: a cached key can be rotated to a new position.
 _ROTATED = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "phi3", "gpt_neox", "starcoder2", "mixtral"}
 )
@@ -28,18 +28,18 @@ _FIELDS: dict[str, CacheMode] = {
     "residual": "quantized",
     "prefix_bytes": "dynamic",
 }
-#: Tokens, in the pass's own checks, that a model runs without a cache.
+#: Tokens that the model runs in the pass's own checks, without a cache.
 _CHECKED_TOKENS = 4000
 
 
 class GenerationCache(PassOptions):
-    """Say in generation_config.json how keys and values are kept while text is written, and measure it against no cache at all.
+    """Write the settings of the key/value cache into generation_config.json, and compare decoding with the cache to decoding without it.
 
-    `none` keeps nothing and reads the whole text again for each token; `dynamic` grows with the text; `static` has its whole length from the
-    start, as compiled decoding needs it; `sliding` keeps the first tokens and the last ones (StreamingLLM, arXiv 2309.17453), so that memory
-    stays where it is however long the text grows; `quantized` rounds all but the newest tokens: keys by channel, values by token (KIVI,
-    arXiv 2402.02750). Weights stay as they are; a pass that quantizes them may follow. What transformers has no cache for is written
-    beside the model as `custom_generate/generate.py`.
+    `none` keeps nothing: each token takes a pass over the whole text. `dynamic` grows with the text. `static` allocates its whole length at
+    the start, as compiled decoding needs it. `sliding` keeps the first tokens and the newest tokens (StreamingLLM, arXiv 2309.17453), so
+    that its memory does not grow with the text. `quantized` rounds all but the newest tokens: keys by channel, values by token (KIVI, arXiv
+    2402.02750). The weights are unchanged; a pass that quantizes them may follow. For caches that transformers lacks,
+    `custom_generate/generate.py` is written beside the model.
     """
 
     scope: ClassVar[Scope] = "train"
@@ -65,7 +65,7 @@ class GenerationCache(PassOptions):
     @model_validator(mode="after")
     def _options_of_the_mode(self) -> Self:
         for name, mode in _FIELDS.items():
-            # A normalised recipe names every field: one at its default asks for nothing.
+            # A normalised recipe contains every field, so a field at its default does not count as set.
             if mode != self.mode and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"`{name}` is for `mode: {mode}`, and the mode is {self.mode!r}")
         if self.mode == "static" and self.length is None:
@@ -98,7 +98,7 @@ class GenerationCache(PassOptions):
 
     @property
     def exact_to(self) -> float:
-        """Tokens up to which it says what no cache says."""
+        """Length of text in tokens up to which the cache gives the same result as no cache."""
         match self.mode:
             case "sliding":
                 return self.sinks + (self.window or 0)
@@ -108,7 +108,7 @@ class GenerationCache(PassOptions):
                 return math.inf
 
     def settings(self) -> dict[str, Any]:
-        """What it writes into generation_config.json. transformers itself passes `cache_config` over here; custom_generate/generate.py reads it."""
+        """Return the settings for generation_config.json. transformers ignores `cache_config`; custom_generate/generate.py reads it."""
         match self.mode:
             case "none":
                 return {"use_cache": False}

@@ -1,7 +1,8 @@
-"""The passes that this process knows: the built-in ones, and those of installed packages that an operator allows. No torch here.
+"""The passes that this process knows: the built-in passes, and those of installed packages that an operator allows. No torch here.
 
-A package offers passes through the entry point group `nightpress.passes`: the pass's name, and the class of its options. A package that
-isn't allowed is never imported. What is wrong with an allowed one is told in a sentence; everything else works on.
+A package offers passes through the entry point group `nightpress.passes`: an entry point maps a pass's name to the class of its options. A
+package that is not allowed is never imported. A fault of an allowed package disables its pass and is kept as a sentence; all other passes
+work.
 """
 
 import importlib
@@ -34,7 +35,7 @@ class Provider(BaseModel):
 
 
 class _Offer(NamedTuple):
-    """A pass of an installed package, which may not have been imported."""
+    """A pass that an installed package offers. The package may not be imported yet."""
 
     name: str
     provider: Provider
@@ -42,20 +43,20 @@ class _Offer(NamedTuple):
 
 
 class _Allowed(NamedTuple):
-    """What the packages that are allowed came to."""
+    """The passes of the allowed packages, and the faults found in them."""
 
     types: Mapping[str, type[PassOptions]]
     providers: Mapping[str, Provider]
-    faults: Mapping[str, str]  #: by pass, or by what was allowed and isn't there: what is wrong, in a sentence
+    faults: Mapping[str, str]  #: pass, or allowed name that was not found → the fault, as a sentence
 
 
 _allowed = _Allowed({}, {}, {})
 
 
 def allow(names: Iterable[str]) -> Iterable[str]:
-    """Import the passes of installed packages that are named, by package or by pass, in place of those that were allowed before.
+    """Import the named passes of installed packages. They replace the passes that were allowed before.
 
-    Called once, when a process starts. Returns what is wrong with them, a sentence each; a pass of which something is wrong is left out.
+    names: packages or passes. Called once, when a process starts. Returns the faults, a sentence each; a pass with a fault is left out.
     """
     wanted = {_normalized(name): name for name in names}
     offers = list(_offers()) if wanted else []
@@ -73,9 +74,10 @@ def allow(names: Iterable[str]) -> Iterable[str]:
 
 
 def allow_exactly(providers: Mapping[str, Provider]) -> None:
-    """Import these passes, from these versions of these packages, and no others.
+    """Import exactly these passes, from these versions of these packages.
 
-    Raises NightpressError(internal) where one of them can't be had: what a job says it is made by is what makes it.
+    providers: pass → package. Raises NightpressError(internal) if a pass is not available in that version, or has a fault: a job must run
+    with the packages that it records.
     """
     offers = {(offer.name, offer.provider.package): offer for offer in (_offers() if providers else ())}
     chosen = []
@@ -95,37 +97,37 @@ def allow_exactly(providers: Mapping[str, Provider]) -> None:
 
 
 def pass_types() -> tuple[type[PassOptions], ...]:
-    """The options of every pass, by name; those of packages behind the built-in ones."""
+    """Return the options class of every pass, sorted by name: the built-in passes first, then those of packages."""
     return (*_built_in().values(), *(_allowed.types[name] for name in sorted(_allowed.types)))
 
 
 def pass_type(name: str) -> type[PassOptions] | None:
-    """The options of a pass; None where this process doesn't know it."""
+    """Return the options class of a pass; None if this process does not know the pass."""
     return _built_in().get(name) or _allowed.types.get(name)
 
 
 def provider_of(name: str) -> Provider | None:
-    """The package that a pass comes from; None for a built-in one, and for one that this process doesn't know."""
+    """Return the package that a pass comes from; None for a built-in pass, and for a pass that this process does not know."""
     return _allowed.providers.get(name)
 
 
 def providers_of(names: Iterable[str]) -> dict[str, Provider]:
-    """The packages of those among the passes that are not built in."""
+    """Return pass → package, for the named passes that are not built in."""
     return {name: found for name in sorted(set(names)) if (found := provider_of(name)) is not None}
 
 
 def packages_of(recipe: Mapping[str, Any]) -> tuple[Provider, ...]:
-    """The packages whose passes a recipe, as a mapping, names."""
+    """Return the packages of a recipe's passes. recipe: as a mapping, not a `Recipe`."""
     return tuple(providers_of(options["pass"] for options in recipe.get("passes", ())).values())
 
 
 def faults() -> Mapping[str, str]:
-    """By what was allowed: what is wrong with it, in a sentence."""
+    """Return pass, or allowed name that was not found → the fault, as a sentence."""
     return _allowed.faults
 
 
 def why_unknown(name: str) -> tuple[str, str] | None:
-    """Why this process doesn't know a pass of an installed package, and what to do; None where no package has it."""
+    """Return (why this process does not know the pass, what to do) if an installed package has the pass; None if none has it."""
     if name in _allowed.faults:
         return _allowed.faults[
             name
@@ -141,7 +143,7 @@ def why_unknown(name: str) -> tuple[str, str] | None:
 
 
 def adapter() -> TypeAdapter[PassOptions]:
-    """Reads any pass by the name it says, as pydantic does a union with a discriminator."""
+    """Return the pydantic adapter that reads any known pass: a union with the field `pass` as the discriminator."""
     return _adapter(pass_types())
 
 
@@ -161,7 +163,7 @@ def _load(offers: Iterable[_Offer], missing: Mapping[str, str]) -> None:
             try:
                 types[offer.name] = _options_of(offer)
                 providers[offer.name] = offer.provider
-            except (Exception, SystemExit) as error:  # whatever a stranger's package raises while it is imported
+            except (Exception, SystemExit) as error:  # another package can raise anything at import
                 wrong[offer.name] = (
                     f"The pass `{offer.name}` of the package {offer.provider} can't be used: {type(error).__name__}: {error}."
                 )
@@ -169,7 +171,7 @@ def _load(offers: Iterable[_Offer], missing: Mapping[str, str]) -> None:
 
 
 def _options_of(offer: _Offer) -> type[PassOptions]:
-    """Import them. Raises TypeError, with what is missing, where they are not what a pass needs; and whatever the package raises."""
+    """Import the options class of an offer. Raises TypeError if the class is not complete or not valid, or any error of the package."""
     if offer.name in _built_in():
         raise TypeError("a built-in pass has that name; give it another")
     options = offer.entry_point.load()
@@ -187,26 +189,26 @@ def _options_of(offer: _Offer) -> type[PassOptions]:
     }
     if lacking := [name for name, is_there in needed.items() if not is_there()]:
         raise TypeError(f"{options.__name__} doesn't say {', '.join(lacking)}")
-    options.model_rebuild(force=True)  # raises where a field's type can't be told
-    _adapter((*_built_in().values(), options))  # raises where pydantic can't tell it from others by `pass_`
+    options.model_rebuild(force=True)  # raises if a field's type can't be resolved
+    _adapter((*_built_in().values(), options))  # raises if `pass_` does not distinguish it from other passes
     return options
 
 
 def _offers() -> Iterator[_Offer]:
-    """What the installed packages' metadata name. Nothing is imported."""
+    """Yield the passes that the metadata of installed packages name. Nothing is imported."""
     for found in entry_points(group=GROUP):
         if found.dist is not None:
             yield _Offer(found.name, Provider(package=found.dist.name, version=found.dist.version), found)
 
 
 def _normalized(name: str) -> str:
-    """As package indexes compare names."""
+    """Return a name in the form in which package indexes compare names."""
     return name.strip().lower().replace("_", "-").replace(".", "-")
 
 
 @cache
 def _built_in() -> dict[str, type[PassOptions]]:
-    """Every class of options in this folder that has a pass's name."""
+    """Return name of a pass → its options class, for every class in this folder that has a `pass_` field."""
     found: dict[str, type[PassOptions]] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."):
         for value in vars(importlib.import_module(module.name)).values():

@@ -1,4 +1,4 @@
-"""Passes that let a smaller model learn from a larger one."""
+"""Distillation: options of the passes in which a model learns from a teacher."""
 
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -22,14 +22,14 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {
     "small": (4, 512, 8, 2048),
     "medium": (8, 512, 8, 2048),
 }
-#: What the families' configs call them; the first one that a config has is meant.
+#: Size → its keys in the families' configs. The first key that a config has is used.
 _KEYS = {
     "layers": ("num_hidden_layers", "n_layers", "n_layer"),
     "width": ("hidden_size", "dim", "n_embd"),
     "heads": ("num_attention_heads", "n_heads", "n_head"),
     "inner": ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner"),
 }
-#: Families whose query, key and value are layers of their own.
+#: Families with separate layers for query, key and value.
 SEPARATE_PROJECTIONS = frozenset(
     {
         "bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet", "deberta-v2",
@@ -43,9 +43,9 @@ class _Part(BaseModel):
 
 
 class Student(_Part):
-    """The model that learns. Say `layers` to cut it from the teacher, `preset` or `config` to draw up another; default: half the teacher's blocks.
+    """The model that learns. `layers` cuts it from the teacher; `preset` or `config` defines a new one. Default: half the teacher's blocks.
 
-    Tensors whose shapes agree with the teacher's start as those, the rest at random.
+    Tensors of the same shape as the teacher's start as copies of the teacher's. All others start at random.
     """
 
     layers: int | Blocks | None = Field(
@@ -73,7 +73,7 @@ class Student(_Part):
         return not (self.preset or self.config)
 
     def changes(self, header: ModelHeader) -> dict[str, Any]:
-        """What its config.json has in place of the teacher's."""
+        """Return the values of the student's config.json that differ from the teacher's."""
         changes: dict[str, Any] = {}
         if self.cut:
             changes[_key("layers", header)] = len(self.layer_map(header))
@@ -89,7 +89,7 @@ class Student(_Part):
         return changes | self.config
 
     def layer_map(self, header: ModelHeader) -> tuple[int, ...]:
-        """For each of its blocks the teacher's that it starts from."""
+        """Return for each of the student's blocks the teacher's block from which it starts."""
         blocks = depth(header)
         if isinstance(self.layers, tuple):
             return self.layers
@@ -120,7 +120,10 @@ class Logits(_Part):
 
 
 class Hidden(_Part):
-    """Learn what leaves the teacher's blocks: mean squared error, through a learned projection where the widths differ (FitNets, arXiv 1412.6550; TinyBERT, 1909.10351)."""
+    """Learn the hidden states after the teacher's blocks, by mean squared error (FitNets, arXiv 1412.6550; TinyBERT, arXiv 1909.10351).
+
+    If the widths differ, a learned projection maps the student's hidden states to the teacher's width.
+    """
 
     layers: Blocks | None = Field(
         None,
@@ -130,7 +133,7 @@ class Hidden(_Part):
 
 
 class Relations(_Part):
-    """Learn how the teacher's queries, keys and values relate among themselves (MiniLMv2, arXiv 2012.15828); heads and widths may differ."""
+    """Learn the relations between the teacher's queries, keys and values (MiniLMv2, arXiv 2012.15828). Heads and widths may differ."""
 
     layer: int = Field(-1, description="The teacher's block; −1: the last. The student's last block learns from it.")
     heads: int = Field(12, ge=1, le=256, description="Parts that vectors are split into.")
@@ -144,7 +147,7 @@ class Cosine(_Part):
 
 
 class Lora(_Part):
-    """Learn a low-rank change of each linear layer, merged back into it at the end (arXiv 2106.09685)."""
+    """Learn a low-rank change of each linear layer. It is merged into the layer at the end (arXiv 2106.09685)."""
 
     rank: int = Field(16, ge=1, le=1024)
     alpha: float = Field(32.0, gt=0, le=1e6, description="The change is scaled by alpha / rank.")
@@ -171,11 +174,11 @@ class Teaching(PassOptions):
         return self.logits is not None and self.logits.alpha < 1 and task in {None, "classification"}
 
     def student_header(self, header: ModelHeader) -> ModelHeader:
-        """The model that learns, as far as its config says it."""
+        """Return the header of the model that learns. Only its config is the student's; the tensors are the teacher's."""
         raise NotImplementedError
 
     def resolved(self, header: ModelHeader) -> "Teaching":
-        """With the default loss put in where none is named."""
+        """Return the same options with the default loss if no loss is named."""
         if any((self.logits, self.hidden, self.relations, self.cosine)):
             return self
         chosen: dict[str, Any] = {"cosine": Cosine()} if header.task == "embedding" else {"logits": Logits()}
@@ -259,9 +262,9 @@ class Teaching(PassOptions):
 
 
 class Distill(Teaching):
-    """Let a smaller student learn from the model (its teacher). A normal checkpoint comes out.
+    """Train a smaller student with the model as its teacher. The result is a normal checkpoint.
 
-    The student is cut from the teacher or drawn up anew; it learns the teacher's logits, hidden states, attention relations or embeddings.
+    The student is cut from the teacher, or a new model. It learns the teacher's logits, hidden states, attention relations or embeddings.
     """
 
     pass_: Literal["distill"] = Field("distill", alias="pass")
@@ -328,7 +331,7 @@ class Distill(Teaching):
         super().check(header)
 
     def _parameters(self, header: ModelHeader) -> float:
-        """Of the student, about: the blocks' by depth and widths, the rest by width."""
+        """Return the student's approximate number of parameters: the blocks' from depth and widths, the others' from the width."""
         student = self.student_header(header)
         share = width(student) / max(1, width(header))
         inner = [
@@ -351,9 +354,9 @@ class Distill(Teaching):
 
 
 class Recover(Teaching):
-    """Let a pruned model learn from the source it was pruned from, for a short while. Follows `channels`, `heads`, `layers` or a mask.
+    """Train a pruned model for a short time, with the job's source model as its teacher. Follows `channels`, `heads`, `layers` or a mask.
 
-    Zeros that a mask left stay zeros.
+    Weights that a mask set to zero stay zero.
     """
 
     pass_: Literal["recover"] = Field("recover", alias="pass")

@@ -1,4 +1,4 @@
-"""Steps that look at a model and change nothing."""
+"""Passes that measure a model and do not change it."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from nightpress.core.recipes.passes.base import ExportFormat, PassOptions, Relat
 class Profiling(PassOptions):
     """Count parameters, operations, bytes and the key/value cache of the source and of the pressed model, by layer and kind.
 
-    With attention's quadratic share and a roofline bound at every pair of batch and length, for this machine or for a named one.
+    For each pair of batch and length, gives attention's quadratic share and a roofline bound, for this machine or for a named device.
     """
 
     stage: ClassVar[Stage] = "measure"

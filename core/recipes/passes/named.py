@@ -1,4 +1,4 @@
-"""A pass as a recipe names it: `{pass: gptq, bits: 4}`."""
+"""The pydantic type of a pass in a recipe, e.g. `{pass: gptq, bits: 4}`."""
 
 from typing import Annotated, Any
 
@@ -9,12 +9,12 @@ from pydantic_core import CoreSchema, core_schema
 from nightpress.core.recipes.passes import catalog
 from nightpress.core.recipes.passes.base import ExportFormat, PassOptions
 
-#: Context of pydantic with which a recipe is read that another process has checked: passes unknown here are read as `ForeignPass`.
+#: Pydantic context for a recipe that another process has already checked: passes that are unknown here become `ForeignPass`.
 CHECKED_ELSEWHERE = {"passes": "checked elsewhere"}
 
 
 class ForeignPass(PassOptions):
-    """A pass of a package that this process doesn't have, as a client may meet it in a service's answer. It is shown, never run."""
+    """A pass of a package that this process doesn't have. A client can receive it from a service. It is shown, and never run."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -28,7 +28,7 @@ class ForeignPass(PassOptions):
 
 
 class _ByName:
-    """Reads a pass by the types that are known when it is read: a package may be allowed after a model with a recipe was built."""
+    """Validates a pass against the types known at that moment: a package may be allowed after pydantic has built the schema."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.with_info_plain_validator_function(_read)

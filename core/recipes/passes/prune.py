@@ -46,8 +46,9 @@ class Pruning(OnLinears):
 class Magnitude(Pruning):
     """Set the weights of smallest magnitude (L1) to zero.
 
-    `layer` takes the same share of every layer, `global` compares all layers. `pattern: "2:4"` keeps the two largest of every
-    four neighbours in a row. A mask alone makes a dense model neither smaller nor faster: the report says what it saved.
+    `across: layer` prunes the same share of every layer; `across: global` compares the weights of all layers. `pattern: "2:4"` keeps the
+    two largest of every four neighbours in a row. Zeros alone make a dense model neither smaller nor faster; the report states what they
+    save.
     """
 
     pass_: Literal["magnitude"] = Field("magnitude", alias="pass")
@@ -64,9 +65,9 @@ class Magnitude(Pruning):
 
 
 class SparseGpt(Pruning, Calibrated):
-    """Set the weights to zero that the output misses least, the others making up for them (arXiv 2301.00774).
+    """Set the weights to zero whose loss changes the layer's output least; the other weights compensate for them (arXiv 2301.00774).
 
-    A mask alone makes a dense model neither smaller nor faster: the report says what it saved.
+    Zeros alone make a dense model neither smaller nor faster; the report states what they save.
     """
 
     pass_: Literal["sparsegpt"] = Field("sparsegpt", alias="pass")
@@ -74,9 +75,9 @@ class SparseGpt(Pruning, Calibrated):
 
 
 class Wanda(Pruning, Calibrated):
-    """Set the weights of smallest magnitude times input norm to zero, row by row (arXiv 2306.11695). The others stay as they are.
+    """Set the weights of smallest magnitude times input norm to zero, row by row (arXiv 2306.11695). The other weights are unchanged.
 
-    A mask alone makes a dense model neither smaller nor faster: the report says what it saved.
+    Zeros alone make a dense model neither smaller nor faster; the report states what they save.
     """
 
     pass_: Literal["wanda"] = Field("wanda", alias="pass")

@@ -41,7 +41,7 @@ def _checked(budget: float | str | None) -> float | str | None:
 
 
 class Override(BaseModel):
-    """What is different for some layers."""
+    """Bits and group size for some layers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
@@ -52,9 +52,9 @@ class Override(BaseModel):
 
 
 class Rounding(Quantizing):
-    """A pass that leaves integer codes and scales in the place of linear weights, as compressed-tensors `pack-quantized`.
+    """A pass that replaces linear weights with integer codes and scales, in the format `pack-quantized` of compressed-tensors.
 
-    Graphs and GGUF carry the same codes in layouts of their own.
+    Graphs and GGUF contain the same codes in other layouts.
     """
 
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors", "onnx", "openvino", "gguf"})
@@ -105,7 +105,7 @@ class Rounding(Quantizing):
         return super().takes(tensor) or self.takes_table(tensor)
 
     def takes_table(self, tensor: TensorInfo) -> bool:
-        """Whether it is the table of token embeddings, and is to be rounded."""
+        """Return whether the tensor is the table of token embeddings, and `embeddings` is set."""
         return self.embeddings and is_token_embedding(tensor)
 
     def check(self, header: ModelHeader) -> None:
@@ -130,8 +130,8 @@ class Rounding(Quantizing):
 class WeightOnly(Rounding):
     """Round linear weights to the nearest step of a grid; activations stay in float.
 
-    Integers of 2 to 8 bits (`pack-quantized`): a scale a row, at fewer than 8 bits a scale a group of `group_size` inputs. Floats: `fp8`
-    (e4m3, a scale a row), `mxfp4` (e2m1, a power of two for each 32 inputs), `nvfp4` (e2m1, an fp8 scale for each 16).
+    Integers of 2 to 8 bits (`pack-quantized`) by default have one scale per row at 8 bits, and one per 128 inputs at fewer bits. Floats are
+    `fp8` (e4m3, one scale per row), `mxfp4` (e2m1, a power of two for each 32 inputs) and `nvfp4` (e2m1, an fp8 scale for each 16 inputs).
     """
 
     pass_: Literal["weight-only"] = Field("weight-only", alias="pass")
@@ -185,7 +185,7 @@ _FLOATS: dict[str, dict[str, int | None]] = {
 
 
 def _bytes_of(size: str, whole: int) -> float:
-    """`100MB`, or `35%` of the whole."""
+    """Return the bytes of a size like `100MB`, or like `35%` of `whole`."""
     match = _SIZE.fullmatch(size)
     assert match is not None
     number, unit = match.groups()
@@ -193,7 +193,7 @@ def _bytes_of(size: str, whole: int) -> float:
 
 
 class Budgeted(Rounding, Calibrated):
-    """A pass that can give each layer its own bits, by what each would lose."""
+    """A pass that can choose each layer's bits by the layer's measured error."""
 
     budget: Annotated[float | str | None, AfterValidator(_checked)] = Field(
         None,
@@ -227,9 +227,10 @@ class Budgeted(Rounding, Calibrated):
             self.room(header.tensors, self._taken(header))
 
     def room(self, tensors: Iterable[TensorInfo], rounded: Collection[str]) -> int:
-        """Bytes that the budget leaves for the weights to round, by name, out of all a model's tensors.
+        """Return the bytes that the budget leaves for the rounded weights.
 
-        Raises NightpressError(invalid_recipe), with the least it could be, where the fewest bits everywhere take more.
+        tensors: all of the model. rounded: names of the weights to round. Raises NightpressError(invalid_recipe), with the smallest
+        possible budget, if the fewest bits for every layer take more.
         """
         assert self.budget is not None
         everything = list(tensors)
@@ -279,10 +280,10 @@ class Budgeted(Rounding, Calibrated):
 
 
 class Gptq(Budgeted):
-    """Round linear weights one input after another, the inputs still to come making up for what each loses (arXiv 2210.17323).
+    """Round linear weights one column after another; the columns that follow compensate for each column's error (arXiv 2210.17323).
 
-    With `sparsity` or a `pattern`, weights are pruned on the way by the same rule (SparseGPT). With a `budget`, each layer gets the bits
-    that its measured error calls for. Written as `pack-quantized`.
+    With `sparsity` or a `pattern`, weights are also pruned by the same rule (SparseGPT). With a `budget`, each layer gets its bits by its
+    measured error. The result is `pack-quantized`.
     """
 
     pass_: Literal["gptq"] = Field("gptq", alias="pass")
@@ -319,9 +320,9 @@ class Gptq(Budgeted):
 
 
 class Awq(Budgeted):
-    """Scale columns up where their inputs are strong, before rounding to nearest; the norms before them make up for it (arXiv 2306.00978).
+    """Scale up columns with large inputs before rounding to nearest; the layers before them are divided by the scales (arXiv 2306.00978).
 
-    Takes decoders whose norms and linear layers can exchange factors. Written as `pack-quantized`.
+    Takes decoders whose norms and linear layers can exchange scale factors. The result is `pack-quantized`.
     """
 
     model_types: ClassVar[frozenset[str]] = FOLDABLE

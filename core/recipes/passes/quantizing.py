@@ -1,4 +1,4 @@
-"""What every pass is that leaves codes and scales in the place of weights."""
+"""The base class of all passes that replace weights with codes and scales."""
 
 from collections.abc import Collection
 from typing import ClassVar
@@ -11,7 +11,7 @@ from nightpress.core.recipes.schemes import Scheme
 
 
 class Quantizing(OnLinears):
-    """A pass that leaves codes and scales in the place of linear weights, in a format of compressed-tensors."""
+    """A pass that replaces linear weights with codes and scales, in a format of compressed-tensors."""
 
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors"})
     last: ClassVar[bool] = True
@@ -19,12 +19,12 @@ class Quantizing(OnLinears):
     relation: ClassVar[Relation] = "quantized"
 
     def scheme(self, module: str) -> Scheme:
-        """How the weight of this module is stored."""
+        """Return the scheme in which this module's weight is stored."""
         raise NotImplementedError
 
     @property
     def coarsest_bits(self) -> int:
-        """Of any weight it rounds."""
+        """The smallest number of bits of any weight that the pass rounds."""
         raise NotImplementedError
 
     @property
@@ -32,7 +32,7 @@ class Quantizing(OnLinears):
         return self.coarsest_bits
 
     def schemes(self, module: str) -> Collection[Scheme]:
-        """Those that the pass may choose from for this module."""
+        """Return the schemes that the pass may choose from for this module."""
         return {self.scheme(module)}
 
     def check(self, header: ModelHeader) -> None:

@@ -1,4 +1,4 @@
-"""Passes that leave smaller matrices behind: fewer feed-forward channels, fewer attention heads, fewer blocks."""
+"""Structured pruning: options of the passes that remove feed-forward channels, attention heads or blocks."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
@@ -19,7 +19,7 @@ Importance = Literal["l1", "l2", "activation", "taylor"]
 
 
 class Shrinking(PassOptions):
-    """A pass after which a model has fewer or smaller matrices."""
+    """A pass that makes a model's matrices fewer or smaller."""
 
     needs: ClassVar[Need] = "calibration"
     scope: ClassVar[Scope] = "blocks"
@@ -35,14 +35,14 @@ class Shrinking(PassOptions):
 
     @property
     def by_gradient(self) -> bool:
-        """Whether the whole model is run backwards, and so held in memory."""
+        """Whether the pass runs a backward pass of the whole model, and so holds all of it in memory."""
         raise NotImplementedError
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         found = blocks_cost(header, calibration)
         if not self.by_gradient:
             return found
-        # A backward pass costs twice a forward pass; of one text at a time, some twenty activations a block are kept.
+        # A backward pass costs two forward passes. It keeps about twenty activations per block, for one text at a time.
         hidden = max((min(tensor.shape) for tensor in header.tensors if len(tensor.shape) == 2), default=0)
         kept = 20 * 4 * calibration.length * hidden * self.anatomy(header).layers
         whole = 4 * header.parameters + kept
@@ -55,7 +55,7 @@ class Shrinking(PassOptions):
 
 
 class Narrowing(Shrinking):
-    """A pass that makes a width inside each block smaller."""
+    """A pass that reduces a width inside each block."""
 
     share: float = Field(0.25, gt=0, lt=1, description="Of all units, this share goes; each layer's count is rounded.")
     importance: Importance = Field(
@@ -80,20 +80,20 @@ class Narrowing(Shrinking):
         return f"{self.share:.0%} fewer, by {self.importance}, {'the same' if self.across == 'layer' else 'unlike'} in every layer"
 
     def inner(self, anatomy: Anatomy) -> Inner:
-        """The width that becomes smaller."""
+        """Return the width that becomes smaller."""
         raise NotImplementedError
 
     def counts(self, anatomy: Anatomy) -> tuple[int, ...]:
-        """Units of each block."""
+        """Return the number of units of each block: channels, or groups of heads."""
         raise NotImplementedError
 
     @property
     def step(self) -> int:
-        """A layer keeps a multiple of so many units."""
+        """The number of units that a layer keeps is a multiple of this."""
         return 1
 
     def kept(self, count: int) -> int:
-        """How many of a layer's units stay, where every layer loses the same share."""
+        """Return how many of a layer's `count` units stay if every layer loses the same share."""
         return round(count * (1 - self.share) / self.step) * self.step
 
     def check(self, header: ModelHeader) -> None:
@@ -130,7 +130,7 @@ class Narrowing(Shrinking):
         )
 
     def config(self, header: ModelHeader, kept: tuple[int, ...]) -> dict[str, Any]:
-        """config.json of the result, with so many units in each block."""
+        """Return the result's config.json. kept: number of units that stay in each block."""
         raise NotImplementedError
 
     def _narrowed(
@@ -148,10 +148,10 @@ class Narrowing(Shrinking):
 
 
 class Channels(Narrowing):
-    """Take feed-forward channels out of every block: its matrices become smaller, files and runs with them.
+    """Remove feed-forward channels from every block. Matrices and files become smaller, and the model runs faster.
 
-    With `across: layer` the result is a normal checkpoint. Layers of differing widths (`across: global`) can't be said in a config:
-    only graphs carry them.
+    With `across: layer` the result is a normal checkpoint. With `across: global` layers have different widths. A config can't express that,
+    so only graphs can carry the result.
     """
 
     pass_: Literal["channels"] = Field("channels", alias="pass")
@@ -180,10 +180,10 @@ class Channels(Narrowing):
 
 
 class Heads(Narrowing):
-    """Take attention heads out of every block; query heads that share a key and value head stay or go together.
+    """Remove attention heads from every block. Query heads that share a key and value head are kept or removed together.
 
-    The result is a normal checkpoint where a family's config can say how wide a head is (Llama, Mistral, Qwen, Gemma, Phi). Where it ties
-    heads to the hidden size (BERT, RoBERTa, DistilBERT, GPT-2, OPT, GPT-NeoX), graphs carry it.
+    The result is a normal checkpoint if a family's config has the width of a head (Llama, Mistral, Qwen, Gemma, Phi). If the config derives
+    that width from the hidden size (BERT, RoBERTa, DistilBERT, GPT-2, OPT, GPT-NeoX), only graphs can carry the result.
     """
 
     pass_: Literal["heads"] = Field("heads", alias="pass")
@@ -239,7 +239,7 @@ class Heads(Narrowing):
 
 
 class Layers(Shrinking):
-    """Take whole blocks out: those that change what passes through them least (ShortGPT, arXiv 2403.03853). A normal checkpoint comes out."""
+    """Remove whole blocks, those that change the hidden states least (ShortGPT, arXiv 2403.03853). The result is a normal checkpoint."""
 
     pass_: Literal["layers"] = Field("layers", alias="pass")
     count: int = Field(1, ge=1, le=1000, description="How many blocks go.")
@@ -291,7 +291,7 @@ class Layers(Shrinking):
         return self.without(header, [at for at in range(layers) if at not in gone])
 
     def without(self, header: ModelHeader, kept: list[int]) -> ModelHeader:
-        """The header once only these blocks are left, numbered anew."""
+        """Return the header of the model with only the blocks `kept`, renumbered from 0."""
         anatomy = self.anatomy(header)
         number = {before: after for after, before in enumerate(kept)}
         tensors = []
@@ -311,13 +311,13 @@ class Layers(Shrinking):
 
 
 def renumbered(name: str, anatomy: Anatomy, number: dict[int, int]) -> str:
-    """A block's tensor under the block's new number."""
+    """Return the name of a block's tensor with the block's new number. number: old number → new number."""
     old, _, rest = name.removeprefix(anatomy.prefix).partition(".")
     return f"{anatomy.prefix}{number[int(old)]}.{rest}"
 
 
 def own_shapes(config: dict[str, Any], what: str, counts: tuple[int, ...]) -> dict[str, Any]:
-    """The config of a model whose layers have the shapes that its files say."""
+    """Return a config with `nightpress_shapes`, which records each layer's own number of units. what: "channels" or "heads"."""
     return {**config, OWN_SHAPES: {**config.get(OWN_SHAPES, {}), what: list(counts)}}
 
 

@@ -1,4 +1,4 @@
-"""How many zeros, and in what pattern."""
+"""The options for a share of zeros and their pattern N:M."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ Pattern = Annotated[str, Field(pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$")]
 
 
 def with_sparsity(raw: object) -> object:
-    """A pattern N:M says the sparsity itself. Raises ValueError where the two don't agree."""
+    """Set `sparsity` to 1 − N/M if the options have a pattern N:M. Raises ValueError if they name another sparsity."""
     if not isinstance(raw, dict) or ":" not in str(raw.get("pattern", "")):
         return raw
     kept, of = (whole_number(part) for part in (str(raw["pattern"]).partition(":")[::2]))
@@ -24,5 +24,5 @@ def with_sparsity(raw: object) -> object:
 
 
 def pattern_divisor(pattern: str) -> Divisor | None:
-    """A pattern N:M wants inputs that M divides."""
+    """Return M for a pattern N:M, which must divide a layer's number of inputs; None if the pattern is unstructured."""
     return None if pattern == "unstructured" else Divisor(int(pattern.split(":")[1]), "pattern")

@@ -1,4 +1,4 @@
-"""How a pass trains: its data, its schedule, when it stops and where it can go on."""
+"""The options of a training: data, schedule, early stopping and checkpoints."""
 
 import math
 from typing import Literal
@@ -11,13 +11,13 @@ from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
 
 _EPOCHS = 3
-_PROSE_ROWS = 2000  #: about as many windows of 128 tokens as the built-in prose has
-_STATE_COPIES = 5  #: of the trained weights in float32: weights, gradients, two moments, the best so far
-_PASSES = 3  #: a backward pass costs about two forward ones
+_PROSE_ROWS = 2000  #: approximate number of windows of 128 tokens in the built-in prose
+_STATE_COPIES = 5  #: copies of the trained weights in float32: weights, gradients, two moments, the best weights so far
+_PASSES = 3  #: cost of a training step in forward passes: a backward pass costs about two
 
 
 class Training(BaseModel):
-    """The training loop shared by all passes that train. The same options and data give the same bytes, killed and resumed or not."""
+    """The training loop of all passes that train. The same options and data give the same bytes, even after a kill and a resume."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, defer_build=True)
 
@@ -53,7 +53,7 @@ class Training(BaseModel):
         return self
 
     def planned_steps(self, batches: int) -> int:
-        """Steps in all, where an epoch has so many batches."""
+        """Return the total number of steps. batches: number of batches in an epoch."""
         return self.steps or max(1, (self.epochs or _EPOCHS) * batches // self.accumulate)
 
     def describe(self) -> str:
@@ -68,11 +68,14 @@ class Training(BaseModel):
             )
 
     def is_unlabelled(self) -> bool:
-        """Whether the data is known to have no labels before it is looked at."""
+        """Return whether the data is known to have no labels without reading it: built-in data has none."""
         return self.data in BUILTIN_DATA
 
     def cost(self, header: ModelHeader, *, trained: float = 1.0, forwards: float = 1.0) -> Cost:
-        """trained: share of the parameters that learn. forwards: passes of the whole model beside the learner's own, per example."""
+        """Return the cost of the training.
+
+        trained: share of the parameters that learn. forwards: forward passes of the whole model per example, beside the student's own.
+        """
         steps = self.planned_steps(math.ceil(_PROSE_ROWS / self.batch))
         tokens = steps * self.batch * self.accumulate * self.length
         work = tokens * header.parameters * (_PASSES * trained + forwards)
