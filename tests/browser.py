@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.face import Face
+
 _COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PHONE = {"width": 320, "height": 700}
 DESKTOP = {"width": 1280, "height": 900}
@@ -104,3 +106,25 @@ def overflows(page: Any) -> list[str]:
             .map(one => one.tagName + '.' + (one.getAttribute('class') ?? '')).slice(0, 10)"""
     )
     return found
+
+
+def signed_in(browser: Browser, face: Face, view: str = "/jobs", **look: Any) -> Any:
+    """Open a view of the web page with the installation's key."""
+    return browser.open(f"{face.url}/#key={face.key}", **look) if view == "/jobs" else _then(browser, face, view, look)
+
+
+class _then:  # noqa: N801 - used like a function
+    """A context manager that signs in and then goes to a view."""
+
+    def __init__(self, browser: Browser, face: Face, view: str, look: dict[str, Any]) -> None:
+        self._opened = browser.open(f"{face.url}/#key={face.key}", **look)
+        self._view = view
+
+    def __enter__(self) -> Seen:
+        seen = self._opened.__enter__()
+        seen.page.wait_for_selector("nav a[aria-current]")
+        seen.page.evaluate(f"location.hash = '#{self._view}'")
+        return seen
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.__exit__(*error)

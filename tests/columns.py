@@ -10,6 +10,33 @@ from nightpress.core.database import read_now, transaction
 
 Row = Mapping[str, Any]
 A_MINUTE = dt.timedelta(minutes=1)
+#: the other columns of a job that no worker has claimed yet
+UNTOUCHED: dict[str, Any] = {
+    "state": "queued",
+    "verdict": None,
+    "phase": None,
+    "progress": 0.0,
+    "pass_index": None,
+    "eta_s": None,
+    "message": "",
+    "reused_from": None,
+    "engine": None,
+    "artifacts_state": "kept",
+    "attempt": 0,
+    "failures": 0,
+    "error": None,
+    "error_code": None,
+    "worker_id": None,
+    "lease_id": None,
+    "lease_expires_at": None,
+    "started_at": None,
+    "progressed_at": None,
+    "finished_at": None,
+    "event_seq": 1,
+    "log_seq": 0,
+}
+#: columns that may have another column's value: small numbers and times
+JOB_ALIKE = frozenset({"event_seq", "attempt", "failures", "log_seq", "progress"})
 
 
 class Chosen:
@@ -26,6 +53,11 @@ class Chosen:
 
     def __repr__(self) -> str:
         return self._says
+
+
+DIGEST = Chosen("<digest>", lambda value: isinstance(value, str) and value.startswith("sha256:"))
+WORDS = Chosen("<words>", lambda value: isinstance(value, str) and bool(value))
+MAPPING = Chosen("<mapping>", lambda value: isinstance(value, dict) and bool(value))
 
 
 def identifier(prefix: str) -> Any:

@@ -7,7 +7,7 @@ from sqlalchemy import Engine, insert, select, update
 
 from nightpress.core.database import db_now, transaction
 from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
-from nightpress.core.service.jobs.records import Claimed, Lease, MetricRow, NewJob, Succeeded, WorkerOffer
+from nightpress.core.service.jobs.records import Claimed, Job, Lease, MetricRow, NewJob, Succeeded, WorkerOffer
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.registry import models
@@ -62,6 +62,12 @@ def claim(store: JobStore, worker_id: str = "worker-1", *, ttl_s: float = 60.0) 
     claimed = store.claims.claim(offer(worker_id), ttl_s=ttl_s)
     assert claimed is not None
     return claimed
+
+
+def load(store: JobStore, job_id: str) -> Job:
+    job = store.reader.get("default", job_id)
+    assert job is not None
+    return job
 
 
 def succeeded(lease: Lease, **changes: Any) -> Succeeded:

@@ -24,24 +24,29 @@ STATES, SCHEDULES, REGISTRY = (
     "core/service/schedules/store.py",
     "core/service/registry/registry.py",
 )
-_TRANSITIONS, _CLAIMS = "tests/integration/test_store_transitions.py", "tests/integration/test_store_claims.py"
+_TRANSITIONS, _EXPIRY, _CLAIMS = (
+    f"tests/integration/test_store_{name}.py" for name in ("transitions", "expiry", "claims")
+)
 _API, _ACCESS = "tests/integration/test_api_jobs.py", "tests/integration/test_access.py"
-_REGISTRY, _SOURCES = "tests/integration/test_registry.py", "tests/integration/test_sources.py"
+_REGISTRY, _UPLOADS, _SOURCES, _INTAKE = (
+    f"tests/integration/test_{name}.py" for name in ("registry", "registry_uploads", "sources", "intake")
+)
 _SKEWED = "tests/integration/test_skewed_clocks.py"
 PROMOTIONS = "core/service/promotions/store.py"
 _HANGS = "tests/faults/test_f06_storage.py::test_f6_"
 #: source file → the tests that must fail for its mutants; if all of them pass, the mutant has survived
 TESTS = {
     **dict.fromkeys(
-        (TRANSITIONS, ATTEMPTS, REQUESTS, EXPIRY), (_TRANSITIONS, _CLAIMS, "tests/integration/test_store_reads.py")
+        (TRANSITIONS, ATTEMPTS, REQUESTS, EXPIRY),
+        (_TRANSITIONS, _EXPIRY, _CLAIMS, "tests/integration/test_store_reads.py"),
     ),
-    CLAIMS: (_CLAIMS, _TRANSITIONS),
+    CLAIMS: (_CLAIMS, _TRANSITIONS, _EXPIRY),
     SUBMISSION: ("tests/integration/test_store_submissions.py",),
     CHECKPOINTS: ("tests/integration/test_checkpoint_index.py",),
     SERVICE: (_API,),
     STATES: ("tests/unit/test_states.py",),
     SCHEDULES: ("tests/integration/test_schedules.py",),
-    REGISTRY: (_REGISTRY, _SOURCES),
+    REGISTRY: (_REGISTRY, _UPLOADS, _SOURCES, _INTAKE),
 }
 
 
@@ -99,7 +104,7 @@ MUTANTS = (
     Mutant("reuse: what the same engine made", REQUESTS, "            .where(made.c.engine == engine)", "            .where(True)"),
     Mutant("reuse: never by force", SERVICE, "wanted.reuse and not wanted.force", "wanted.reuse"),
     Mutant("submit: the quota", SUBMISSION, 'if queued >= values["max_queued"]:', "if False:"),
-    Mutant("submit: the job's own fingerprint", SUBMISSION, '"idempotency_fingerprint": idempotency.fingerprint}', '"idempotency_fingerprint": idempotency.fingerprint, "fingerprint": idempotency.fingerprint}', ("tests/integration/test_columns_of_jobs.py",)),
+    Mutant("submit: the job's own fingerprint", SUBMISSION, '"idempotency_fingerprint": idempotency.fingerprint}', '"idempotency_fingerprint": idempotency.fingerprint, "fingerprint": idempotency.fingerprint}', ("tests/integration/test_columns_of_jobs.py", "tests/integration/test_columns_of_submissions.py")),
     Mutant("end: the newest of all lines is the latest", PROMOTIONS, "_columns.created_at.desc(), _columns.id.desc()", "_columns.id.desc()", (_SKEWED,)),
     Mutant("submit: the key's own body", SUBMISSION, "if row[0] != idempotency.fingerprint or row[1] is None:", "if row[1] is None:"),
     Mutant("fire: recorded once", SCHEDULES, "(schedules.c.id == due.id, schedules.c.next_at == due.next_at)", "(schedules.c.id == due.id,)"),

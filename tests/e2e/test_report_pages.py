@@ -1,19 +1,12 @@
 """The report and the comparison in a real browser: no network, no errors, readable on a phone, in dark mode and on paper."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nightpress.core.compress import report as reports
-from tests.browser import DESKTOP, PHONE, Browser, chromium, overflows, violations
+from tests.browser import DESKTOP, PHONE, Browser, overflows, violations
 from tests.reports import full_report
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

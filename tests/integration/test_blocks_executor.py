@@ -5,7 +5,7 @@ import shutil
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -13,130 +13,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import model_inputs
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
 from nightpress.core.compress.executors.blocks.forward import ForwardPass
-from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.rewrite import Effect
-from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.families import FOLDS
 from nightpress.core.compress.passes.activations import RoundedInputs
 from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
-from nightpress.core.compress.passes.folding import Folding
 from nightpress.core.compress.solvers.wanda import Power
-from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.inspect import FolderFiles, inspect_model
-from nightpress.core.recipes.linears import is_linear_weight
 from nightpress.core.recipes.passes import Awq, Fp8, Gptq, SmoothQuant, SparseGpt, Wanda
-
-_SMALL = {
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "intermediate_size": 64,
-    "vocab_size": 97,
-}
-_GROUPED = {**_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 64}
-_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": {**_GROUPED, **_IDS},
-    "MistralForCausalLM": {**_GROUPED, **_IDS, "sliding_window": 8},
-    "Qwen2ForCausalLM": {**_GROUPED, **_IDS, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    "Qwen3ForCausalLM": {**_GROUPED, **_IDS, "head_dim": 8},
-    "GemmaForCausalLM": {**_GROUPED, **_IDS, "head_dim": 8},
-    "Gemma2ForCausalLM": {**_GROUPED, **_IDS, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
-    "PhiForCausalLM": {**_GROUPED, **_IDS},
-    "Phi3ForCausalLM": {**_GROUPED, **_IDS},
-    "GPTNeoXForCausalLM": {**_SMALL, **_IDS},
-    "OPTForCausalLM": {**_SMALL, **_IDS, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
-    "GPT2LMHeadModel": {**_IDS, "n_embd": 32, "n_head": 4, "n_layer": 3, "vocab_size": 97, "n_positions": 64},
-    "Gemma3ForCausalLM": {**_GROUPED, **_IDS, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
-    "FalconForCausalLM": {**_SMALL, **_IDS},
-    "Starcoder2ForCausalLM": {**_GROUPED, **_IDS},
-    "GPTBigCodeForCausalLM": {**_IDS, "n_embd": 32, "n_head": 4, "n_layer": 3, "vocab_size": 97, "n_positions": 64},
-    "MixtralForCausalLM": {**_GROUPED, **_IDS, "num_local_experts": 4},
-    "Qwen2MoeForCausalLM": {
-        **_GROUPED,
-        **_IDS,
-        "num_experts": 4,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-        "mlp_only_layers": [1],
-    },
-    "OlmoeForCausalLM": {**_GROUPED, **_IDS, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.5},
-    "Qwen3MoeForCausalLM": {
-        **_GROUPED,
-        **_IDS,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "head_dim": 8,
-    },
-    "T5ForConditionalGeneration": {
-        "d_model": 32,
-        "d_kv": 8,
-        "num_heads": 4,
-        "num_layers": 3,
-        "d_ff": 64,
-        "vocab_size": 97,
-        "decoder_start_token_id": 0,
-    },
-    "ViTForImageClassification": {
-        **{key: value for key, value in _SMALL.items() if key != "vocab_size"},
-        "image_size": 32,
-        "patch_size": 8,
-    },
-    "AlbertForMaskedLM": {**_SMALL, "embedding_size": 16},
-    "BertForMaskedLM": _SMALL,
-    "RobertaForSequenceClassification": {**_SMALL, "max_position_embeddings": 66},
-    "DistilBertForMaskedLM": {"dim": 32, "n_heads": 4, "n_layers": 3, "hidden_dim": 64, "vocab_size": 97},
-    "MPNetForMaskedLM": {**_SMALL, "max_position_embeddings": 66},
-    "ElectraForMaskedLM": {**_SMALL, "embedding_size": 16},
-    "ModernBertForMaskedLM": {**_SMALL, **_IDS, "cls_token_id": 3, "sep_token_id": 4, "local_attention": 8},
-    "DebertaV2ForMaskedLM": {
-        **_SMALL,
-        "relative_attention": True,
-        "pos_att_type": ["p2c", "c2p"],
-        "position_buckets": 8,
-    },
-}
-
-
-def _save(class_name: str, folder: Path) -> Any:
-    model_class = getattr(transformers, class_name)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**FAMILIES[class_name])).eval()
-    for parameter in model.parameters():  # random norms and biases: the initial ones and zeros would hide errors
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return model
-
-
-def _ids(samples: int = 5, length: int = 24) -> Tensor:
-    return torch.randint(5, 97, (samples, length), generator=torch.Generator().manual_seed(1))
-
-
-def _samples(family: str, ids: Tensor) -> dict[str, Tensor]:
-    """The inputs of the family's models."""
-    if family.startswith("ViT"):
-        return {"pixel_values": torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
-    header = ModelHeader(model_type="x", architecture=family, config={}, tensors=(), has_tokenizer=False)
-    return model_inputs(ids, header)
-
-
-def _context(source: Path, work: Path, dtype: Literal["auto", "float32"] = "float32", **extra: Any) -> PassContext:
-    """A context. By default it computes in float32, so that results can be compared with the whole model in float32."""
-    header = ModelHeader(model_type="x", architecture="x", config={}, tensors=(), has_tokenizer=False)
-    if (source / "tokenizer.json").exists():
-        header = inspect_model(FolderFiles(source))
-    return PassContext(header=header, work_dir=work, calibration=Calibration(dtype=dtype), **extra)
-
-
-def _linears(source: Path) -> frozenset[str]:
-    infos = [tensor.info for shard in read_shards(source) for tensor in shard.tensors]
-    return frozenset(info.name for info in infos if is_linear_weight(info, Wanda().ignore))
+from tests.block_models import FAMILIES, Scaled, context_of, linears_of, samples_of, save_model, token_ids
 
 
 class _Looks:
@@ -200,15 +86,15 @@ class _WholeModel:
 @pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_layer_is_seen_with_the_inputs_it_has_in_the_whole_model(family: str, in_turn: bool, tmp_path: Path):
-    model = _save(family, tmp_path / "source")
-    looks, samples = _Looks(by_group=in_turn), _samples(family, _ids())
-    chosen = _linears(tmp_path / "source")
+    model = save_model(family, tmp_path / "source")
+    looks, samples = _Looks(by_group=in_turn), samples_of(family, token_ids())
+    chosen = linears_of(tmp_path / "source")
     pressed = press_blocks(
         tmp_path / "source",
         tmp_path / "out",
         looks,
         samples,
-        _context(tmp_path, tmp_path / "work"),
+        context_of(tmp_path, tmp_path / "work"),
         chosen=chosen,
         recipe="look",
     )
@@ -233,11 +119,11 @@ def test_a_processor_with_instructions_for_bfloat16_sees_nearly_the_same_unless_
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("nightpress.core.compress.executors.blocks.plan.multiplies_bfloat16", lambda: True)
-    _save(family, tmp_path / "source")
+    save_model(family, tmp_path / "source")
     seen = {}
     for dtype in ("auto", "float32"):
-        looks, context = _Looks(by_group=True), _context(tmp_path, tmp_path / "work", dtype)
-        chosen, samples = _linears(tmp_path / "source"), _samples(family, _ids())
+        looks, context = _Looks(by_group=True), context_of(tmp_path, tmp_path / "work", dtype)
+        chosen, samples = linears_of(tmp_path / "source"), samples_of(family, token_ids())
         press_blocks(tmp_path / "source", tmp_path / dtype, looks, samples, context, chosen=chosen, recipe="look")
         seen[dtype] = torch.cat([item.sum for item in looks.seen.values()])
     assert not torch.equal(seen["auto"], seen["float32"])
@@ -263,7 +149,7 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
         for name in FAMILIES
         if name.lower().removesuffix("forcausallm") == model_type.removesuffix("_text").replace("_", "")
     )
-    model = _save(family, tmp_path / "source")
+    model = save_model(family, tmp_path / "source")
     source, out, again = tmp_path / "source", tmp_path / "out", tmp_path / "again"
     options = Awq(bits=8, group_size=16)
     method = ActivationAware(options, options.scheme, _header(model_type, family))
@@ -271,9 +157,9 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
         source,
         out,
         method,
-        {"input_ids": _ids()},
-        _context(source, tmp_path / "work"),
-        chosen=_linears(source),
+        {"input_ids": token_ids()},
+        context_of(source, tmp_path / "work"),
+        chosen=linears_of(source),
         recipe="awq",
     )
     written = _load(out)
@@ -287,51 +173,19 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
     shutil.copy(source / "config.json", again)
     save_file(state, again / "model.safetensors", {"format": "pt"})
     with torch.no_grad():
-        expected = model(input_ids=_ids()).logits
-        found = type(model).from_pretrained(again)(input_ids=_ids()).logits
+        expected = model(input_ids=token_ids()).logits
+        found = type(model).from_pretrained(again)(input_ids=token_ids()).logits
     assert float((found - expected).norm() / expected.norm()) < 0.02
-
-
-class _Scaled:
-    """A method that leaves weights in float, but exchanges random factors between the layers of every fold."""
-
-    by_group = False
-
-    def __init__(self, header: ModelHeader) -> None:
-        self._folding = Folding(header)
-        self.scaled: set[str] = set()
-
-    def watch(self, columns: int, device: torch.device) -> Power:
-        return Power(columns, device)
-
-    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, FinalTensor]:
-        seen = {name: group for group in inputs for name in group.names}
-        floats = {name: block[name].to(device).float() for name in seen}
-        for place in self._folding.places(block, seen):
-            columns = block[place.targets[0]].shape[1]
-            factors = torch.rand(columns, generator=torch.Generator().manual_seed(columns)) * 8 + 0.125
-            if place.kind == "values":
-                heads, width = place.share
-                grouped = factors.view(heads, -1, width)
-                factors = grouped[:, :1].expand_as(grouped).reshape(-1)
-            place.apply(factors, block, floats)
-            self.scaled |= {*place.targets, *place.routers}
-        return {
-            name: FinalTensor(weight=weight, tensors={name: weight}, effect=None) for name, weight in floats.items()
-        }
-
-    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
-        return written[name]
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if "Moe" in name or "moe" in name or "Mixtral" in name])
 def test_a_mixture_whose_layers_exchanged_factors_answers_as_before(family: str, tmp_path: Path):
     """Nothing is rounded, so the router chooses the same experts, and each expert gives the same outputs."""
-    model = _save(family, tmp_path / "source")
+    model = save_model(family, tmp_path / "source")
     source, out = tmp_path / "source", tmp_path / "out"
-    method = _Scaled(_header(model.config.model_type, family))
-    samples, context = {"input_ids": _ids()}, _context(source, tmp_path / "work")
-    press_blocks(source, out, method, samples, context, chosen=_linears(source), recipe="scaled")
+    method = Scaled(_header(model.config.model_type, family))
+    samples, context = {"input_ids": token_ids()}, context_of(source, tmp_path / "work")
+    press_blocks(source, out, method, samples, context, chosen=linears_of(source), recipe="scaled")
     kept = {name for name in method.scaled if "experts" in name or name.endswith("gate.weight")}
     experts = {name for name in _load(source) if "experts" in name or name.endswith("gate.weight")}
     assert kept == experts  # all experts, and their routers
@@ -340,8 +194,8 @@ def test_a_mixture_whose_layers_exchanged_factors_answers_as_before(family: str,
     for which in (model, scaled):
         which.double().set_experts_implementation("eager")  # only this implementation multiplies float64
     with torch.no_grad():
-        expected = model(input_ids=_ids(), output_router_logits=True)
-        found = scaled(input_ids=_ids(), output_router_logits=True)
+        expected = model(input_ids=token_ids(), output_router_logits=True)
+        found = scaled(input_ids=token_ids(), output_router_logits=True)
     for ours, theirs in zip(found.router_logits, expected.router_logits, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
@@ -375,12 +229,12 @@ class _KilledError(Exception):
 @pytest.mark.parametrize("name", _methods())
 def test_an_attempt_killed_after_a_block_is_finished_byte_by_byte_as_if_nothing_happened(name: str, tmp_path: Path):
     source = tmp_path / "source"
-    _save("Qwen2MoeForCausalLM" if "experts" in name else "LlamaForCausalLM", source)
+    save_model("Qwen2MoeForCausalLM" if "experts" in name else "LlamaForCausalLM", source)
 
     def press(out: Path, work: Path, **extra: Any) -> Any:
-        context = _context(source, work, "auto", **extra)
+        context = context_of(source, work, "auto", **extra)
         return press_blocks(
-            source, out, _methods()[name], {"input_ids": _ids()}, context, chosen=_linears(source), recipe=name
+            source, out, _methods()[name], {"input_ids": token_ids()}, context, chosen=linears_of(source), recipe=name
         )
 
     whole = press(tmp_path / "a" / "out", tmp_path / "work-a")
@@ -432,16 +286,16 @@ class _RunsOut(_Looks):
 
 @pytest.mark.parametrize("by_group", [False, True])
 def test_a_run_that_was_out_of_memory_is_gone_before_the_next_begins(by_group: bool, tmp_path: Path):
-    _save("LlamaForCausalLM", tmp_path / "source")
+    save_model("LlamaForCausalLM", tmp_path / "source")
     method, living = _RunsOut(by_group), []
 
     def progress(_fraction: float, message: str) -> None:
         if "once more" in message:
             living.extend(get_object for get_object in gc.get_objects() if type(get_object) is ForwardPass)
 
-    context = _context(tmp_path, tmp_path / "work", progress=progress)
-    chosen = _linears(tmp_path / "source")
-    samples = {"input_ids": _ids()}
+    context = context_of(tmp_path, tmp_path / "work", progress=progress)
+    chosen = linears_of(tmp_path / "source")
+    samples = {"input_ids": token_ids()}
     press_blocks(tmp_path / "source", tmp_path / "out", method, samples, context, chosen=chosen, recipe="looks")
     assert method.ran_out
     assert not living

@@ -22,7 +22,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.passes import SparseGpt, Wanda
 from nightpress.core.recipes.plan import make_plan
-from tests.integration.test_blocks_executor import _context, _ids, _linears, _save
+from tests.block_models import context_of, linears_of, save_model, token_ids
 
 
 class _Memory(NamedTuple):
@@ -34,16 +34,16 @@ def test_activations_lie_in_memory_or_in_a_file_and_the_result_is_the_same(
     available: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     source = tmp_path / "source"
-    _save("LlamaForCausalLM", source)
+    save_model("LlamaForCausalLM", source)
 
     def press(name: str) -> bytes:
         press_blocks(
             source,
             tmp_path / name / "out",
             Sparse(SparseGpt()),
-            {"input_ids": _ids()},
-            _context(source, tmp_path / name / "work"),
-            chosen=_linears(source),
+            {"input_ids": token_ids()},
+            context_of(source, tmp_path / name / "work"),
+            chosen=linears_of(source),
             recipe="r",
         )
         return b"".join(path.read_bytes() for path in sorted((tmp_path / name / "out").glob("*.safetensors")))
@@ -67,7 +67,7 @@ def test_a_method_that_settles_layer_by_layer_runs_each_text_through_a_block_onc
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     source = tmp_path / "source"
-    _save("LlamaForCausalLM", source)
+    save_model("LlamaForCausalLM", source)
     calls: list[int] = []
     forward = nn.Linear.forward
 
@@ -80,9 +80,9 @@ def test_a_method_that_settles_layer_by_layer_runs_each_text_through_a_block_onc
     def linear_runs(work: str) -> int:
         calls.clear()
         method = WeightAndActivation(Wanda())
-        context = _context(source, tmp_path / work)
-        samples = {"input_ids": _ids(samples=600, length=24)}  # fifteen batches, one of which also runs as a trial
-        press_blocks(source, tmp_path / work / "out", method, samples, context, chosen=_linears(source), recipe="r")
+        context = context_of(source, tmp_path / work)
+        samples = {"input_ids": token_ids(samples=600, length=24)}  # fifteen batches, one of which also runs as a trial
+        press_blocks(source, tmp_path / work / "out", method, samples, context, chosen=linears_of(source), recipe="r")
         return len(calls)
 
     once = linear_runs("once")
@@ -94,7 +94,7 @@ def test_a_method_that_settles_layer_by_layer_runs_each_text_through_a_block_onc
 def test_where_a_batch_does_not_fit_smaller_ones_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The allocator really fails: with a large batch, the layers allocate more memory than any machine has."""
     source = tmp_path / "source"
-    _save("LlamaForCausalLM", source)
+    save_model("LlamaForCausalLM", source)
     forward, refused = nn.Linear.forward, []
 
     def greedy(limit: int) -> Any:
@@ -108,18 +108,18 @@ def test_where_a_batch_does_not_fit_smaller_ones_are_tried_once(tmp_path: Path, 
 
     def press() -> None:
         context = PassContext(header=inspect_or_any(source), work_dir=tmp_path / "work")
-        samples = {"input_ids": _ids(samples=200, length=24)}
+        samples = {"input_ids": token_ids(samples=200, length=24)}
         press_blocks(
             source,
             tmp_path / "out",
             WeightAndActivation(Wanda()),
             samples,
             context,
-            chosen=_linears(source),
+            chosen=linears_of(source),
             recipe="r",
         )
 
-    inspect_or_any = lambda folder: _context(folder, tmp_path).header  # noqa: E731
+    inspect_or_any = lambda folder: context_of(folder, tmp_path).header  # noqa: E731
     monkeypatch.setattr(nn.Linear, "forward", greedy(30))
     press()
     assert refused == [42]
@@ -148,9 +148,9 @@ def test_a_gpu_with_too_little_memory_for_a_batch_is_tried_with_smaller_ones(
             source,
             tmp_path / "out",
             Sparse(SparseGpt()),
-            {"input_ids": _ids(samples=64, length=512)},
-            _context(source, tmp_path, device="cuda", progress=lambda _share, text: messages.append(text)),
-            chosen=_linears(source),
+            {"input_ids": token_ids(samples=64, length=512)},
+            context_of(source, tmp_path, device="cuda", progress=lambda _share, text: messages.append(text)),
+            chosen=linears_of(source),
             recipe="r",
         )
     finally:
@@ -162,7 +162,7 @@ def test_a_gpu_with_too_little_memory_for_a_batch_is_tried_with_smaller_ones(
 def test_no_text_waits_inside_a_block_for_good(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """No batch still waits inside a block after the last block, or after an error."""
     source = tmp_path / "source"
-    _save("LlamaForCausalLM", source)
+    save_model("LlamaForCausalLM", source)
     method = Sparse(SparseGpt())
 
     def fail(*_: object) -> None:
@@ -175,9 +175,9 @@ def test_no_text_waits_inside_a_block_for_good(broken: bool, tmp_path: Path, mon
             source,
             tmp_path / "out",
             method,
-            {"input_ids": _ids()},
-            _context(source, tmp_path / "work"),
-            chosen=_linears(source),
+            {"input_ids": token_ids()},
+            context_of(source, tmp_path / "work"),
+            chosen=linears_of(source),
             recipe="r",
         )
     gc.collect()
@@ -200,9 +200,9 @@ def test_of_a_run_nothing_stays_on_the_gpu(tmp_path: Path):
             source,
             tmp_path / name / "out",
             Sparse(SparseGpt()),
-            {"input_ids": _ids(samples=64, length=512)},
-            _context(source, tmp_path / name, device="cuda"),
-            chosen=_linears(source),
+            {"input_ids": token_ids(samples=64, length=512)},
+            context_of(source, tmp_path / name, device="cuda"),
+            chosen=linears_of(source),
             recipe="r",
         )
         gc.collect()

@@ -14,19 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from nightpress.client.cli.comparison import comparison_rows
-from nightpress.client.cli.doctor import check_gpu, examine
+from nightpress.client.cli.doctor import examine
 from nightpress.client.cli.session import Session
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from nightpress.core.handoff.manifest import describe_folder
-from nightpress.core.handoff.report import Speedup
 from nightpress.core.wire.jobs import JobView
 from tests.command import run
-from tests.face import OFFER, RECIPE, Face, make_report
+from tests.face import OFFER, RECIPE, Face
 from tests.jobs import age
 from tests.patience import slowness
-from tests.service import ROOT, eventually
+from tests.service import eventually
 
 COMMAND = [sys.executable, "-m", "nightpress.client.cli.main"]
 
@@ -250,28 +248,6 @@ def test_a_models_name_pulls_its_newest_accepted_result(face: Face, bert_tiny: P
     assert describe_folder(folder) == describe_folder(made / "compressed-tensors")
 
 
-@pytest.mark.parametrize(
-    ("value", "spread", "said"),
-    [
-        (2.0, 0.3, "2.0× faster"),
-        (1.1, 0.2, "not told apart: 0.9× to 1.3×"),
-        (0.9, 0.2, "not told apart: 0.7× to 1.1×"),
-        (2 / 3, 0.1, "1.5× SLOWER"),
-    ],
-)
-def test_a_difference_within_the_noise_is_called_none(value: float, spread: float, said: str):
-    report = make_report("job_1", "accepted")
-    [pressed] = report.artifacts
-    low, high = value - spread, value + spread
-    compared = Speedup(
-        value=value, low=low, high=high, told_apart=not low <= 1 <= high, by_turns=True, source_p50_ms=20.0
-    )
-    timing = pressed.timings[0].model_copy(update={"p50_ms": 20.0 / value, "speedup": compared})
-    changed = report.model_copy(update={"artifacts": (pressed.model_copy(update={"timings": (timing,)}),)})
-    [latency] = [row for row in comparison_rows(changed) if row[0].startswith("latency")]
-    assert latency[2] == f"{20.0 / value:.1f} ms ({said})"
-
-
 def test_damage_is_a_fault_of_its_own_status(face: Face, job: JobView, tmp_path: Path):
     face.succeed(face.claim())
     face.objects.put_bytes(f"jobs/{job.id}/attempts/1/compressed-tensors/config.json", b"[]")
@@ -358,33 +334,6 @@ def test_doctor_sees_jobs_that_no_worker_will_take(face: Face, model_id: str):
     assert checks["workers"].status == "failed"
     assert "waiting in the queue cpu, which no worker serves" in checks["workers"].found
     assert "NIGHTPRESS_WORKER_QUEUE=cpu python -m nightpress.worker" in checks["workers"].mend
-
-
-@pytest.mark.parametrize(
-    ("driver", "cuda", "gpus", "status", "said"),
-    [
-        (False, None, [], "ok", "none is needed"),
-        (True, "12.8", [("NVIDIA H100 80GB HBM3", 85_000_000_000)], "ok", "NVIDIA H100 80GB HBM3 with 85.0 GB"),
-        (True, None, [], "warning", "CPU build"),
-        (True, "12.8", [], "warning", "built for CUDA 12.8, finds no GPU"),
-    ],
-)
-def test_doctor_tells_why_torch_finds_no_gpu_and_what_to_do(
-    driver: bool, cuda: str | None, gpus: list[tuple[str, int]], status: str, said: str
-):
-    check = check_gpu(driver=driver, cuda=cuda, gpus=gpus)
-    assert check.status == status
-    assert said in check.found
-    assert bool(check.mend) == (status != "ok")
-
-
-def test_the_command_starts_without_torch_and_fast():
-    probe = (
-        "import sys, client.cli.main\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'onnxruntime', 'boto3', 'sqlalchemy', 'celery'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", probe], check=True, cwd=ROOT)
 
 
 def test_help_documents_the_exit_statuses(face: Face):

@@ -4,13 +4,11 @@ This shows two columns with exchanged values, two that share a parameter, and a 
 """
 
 import datetime as dt
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
@@ -19,7 +17,6 @@ from nightpress.core.service.jobs.queries import JOB_COLUMNS
 from nightpress.core.service.jobs.records import Claimed, Idempotency, Job, MetricRow, NewJob, Succeeded, WorkerOffer
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.jobs import (
-    idempotency_keys,
     job_artifacts,
     job_attempts,
     job_events,
@@ -29,11 +26,8 @@ from nightpress.core.service.tables.jobs import (
     jobs,
 )
 from nightpress.core.service.tables.promotions import promotions
-from nightpress.core.service.tables.schedules import schedule_runs
 from nightpress.core.version import ENGINE
-from nightpress.core.wire.jobs import JobCreate, JobRequest
-from tests.columns import Rows, identifier
-from tests.integration.test_schedules import TENANT, World, utc
+from tests.columns import JOB_ALIKE, UNTOUCHED, Rows, identifier
 from tests.jobs import MODEL_ID, new_job, submit
 
 COVERED = {
@@ -44,16 +38,8 @@ COVERED = {
     job_artifacts,
     job_reports,
     job_metrics,
-    idempotency_keys,
     promotions,
 }
-
-
-@pytest.fixture
-def rows(engine: Engine) -> Rows:
-    return Rows(engine)
-
-
 LATER = dt.datetime(2031, 5, 6, 7, 8, 9, tzinfo=dt.UTC)
 #: a different value for each field of a new job
 GIVEN: dict[str, Any] = {
@@ -81,33 +67,6 @@ GIVEN: dict[str, Any] = {
     "fingerprint": "3" * 64,
     "traceparent": "00-" + "4" * 32 + "-" + "5" * 16 + "-01",
 }
-#: the other columns of a job that no worker has claimed yet
-UNTOUCHED: dict[str, Any] = {
-    "state": "queued",
-    "verdict": None,
-    "phase": None,
-    "progress": 0.0,
-    "pass_index": None,
-    "eta_s": None,
-    "message": "",
-    "reused_from": None,
-    "engine": None,
-    "artifacts_state": "kept",
-    "attempt": 0,
-    "failures": 0,
-    "error": None,
-    "error_code": None,
-    "worker_id": None,
-    "lease_id": None,
-    "lease_expires_at": None,
-    "started_at": None,
-    "progressed_at": None,
-    "finished_at": None,
-    "event_seq": 1,
-    "log_seq": 0,
-}
-#: columns that may have another column's value: small numbers and times
-JOB_ALIKE = frozenset({"event_seq", "attempt", "failures", "log_seq", "progress"})
 
 
 def given(store: JobStore) -> NewJob:
@@ -320,117 +279,3 @@ def test_every_column_of_a_job_has_been_seen_with_a_value() -> None:
     running = {"phase", "pass_index", "eta_s", "worker_id", "lease_id", "lease_expires_at", "started_at"}
     ended = {"progressed_at", "finished_at", "verdict", "engine", "reused_from", "error", "error_code"}
     assert told | running | ended | {"id", "created_at", "start_before"} == set(jobs.c.keys())
-
-
-# Paths of the service ------------------------------------------------------------------------------------------------
-
-RECIPE: dict[str, Any] = {
-    "name": "of-these-tests",
-    "passes": [{"pass": "dynamic-int8"}],
-    "exports": ["onnx"],
-    "evaluate": [{"metric": "fidelity", "samples": 4, "length": 16}],
-}
-SAID: dict[str, Any] = {
-    "name": "name-of-the-job",
-    "priority": 15,
-    "labels": {"label": "yes"},
-    "promote": False,
-    "queue_limit_s": 3600.5,
-    "run_limit_s": 1234.5,
-    "max_failures": 14,
-}
-
-
-@pytest.fixture
-def world(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[World]:
-    world = World(tmp_path, sql_url, bert_tiny)
-    yield world
-    world.engine.dispose()
-
-
-def resolved(world: World, rows: Rows, **more: Any) -> dict[str, Any]:
-    """The expected row of a job that the service makes of SAID."""
-    spec = JobRequest(model="tiny", recipe=RECIPE, **SAID)
-    model = world.models.get(TENANT, "tiny")
-    new = world.jobs._resolve(TENANT, JobCreate(**spec.model_dump()), "key12345")
-    assert (new.model_digest, new.recipe["name"]) == (model.digest, "of-these-tests")
-    assert new.fingerprint == world.jobs.fingerprint(TENANT, spec)
-    return {
-        **UNTOUCHED,
-        **SAID,
-        "id": identifier("job"),
-        "tenant_id": TENANT,
-        "queue": "cpu",
-        "queue_reason": new.queue_reason,
-        "needs_memory": new.needs_memory,
-        "needs_gpu_memory": new.needs_gpu_memory,
-        "model_id": model.id,
-        "model_name": "tiny",
-        "model_digest": model.digest,
-        "recipe": new.recipe,
-        "data": {},
-        "fingerprint": new.fingerprint,
-        "retry_of": None,
-        "created_by": "key12345",
-        "traceparent": None,
-        "stall_s": world.settings.stall_s,
-        "created_at": rows.now,
-        "run_after": rows.now,
-        "start_before": rows.after(SAID["queue_limit_s"]),
-        **more,
-    }
-
-
-def test_what_the_service_submits_and_retries(world: World) -> None:
-    rows = Rows(world.engine)
-    wanted = JobCreate(model="tiny", recipe=RECIPE, **SAID)
-    row = resolved(world, rows)
-    plain, _ = world.jobs.submit(TENANT, wanted, key_id="key12345")
-    keyed, _ = world.jobs.submit(TENANT, wanted, "key-of-the-client", key_id="key12345")
-    batch = world.jobs.submit_all(TENANT, [wanted, wanted], key_id="key12345")
-    for job in (plain, keyed, *batch):
-        rows.check(jobs, row, jobs.c.id == job.id, alike=JOB_ALIKE)
-    book = {
-        "tenant_id": TENANT,
-        "key": "key-of-the-client",
-        "job_id": keyed.id,
-        "attempt_id": None,
-        "locked_until": None,
-        "status": None,
-        "headers": None,
-        "body": None,
-        "created_at": rows.now,
-    }
-    with world.engine.connect() as connection:
-        digest = connection.execute(idempotency_keys.select()).one().fingerprint
-    assert digest != row["fingerprint"]
-    rows.check(idempotency_keys, {**book, "fingerprint": digest}, idempotency_keys.c.job_id == keyed.id)
-    world.end_jobs()
-    again = world.jobs.retry(TENANT, keyed.id, key_id="key67890")
-    retried = {**row, "retry_of": keyed.id, "created_by": "key67890"}
-    rows.check(jobs, retried, jobs.c.id == again.id, alike=JOB_ALIKE)
-
-
-def test_what_a_schedule_submits(world: World) -> None:
-    rows = Rows(world.engine)
-    made = world.schedule("2026-11-23T02:00", job=JobRequest(model="tiny", recipe=RECIPE, **SAID), key_id="key12345")
-    world.tick("2026-11-23T02:00")
-    [run] = world.runs()
-    row = resolved(world, rows)
-    rows.check(jobs, row, jobs.c.id == run.job_id, alike=JOB_ALIKE)
-    fire = {
-        "id": identifier("run"),
-        "schedule_id": made.id,
-        "scheduled_for": utc("2026-11-23T02:00"),
-        "cause": "cron",
-        "state": "submitted",
-        "reason": None,
-        "error": None,
-        "job_id": run.job_id,
-        "model_id": None,
-        "revision": None,
-        "digest": row["model_digest"],
-        "fingerprint": row["fingerprint"],
-        "created_at": rows.now,
-    }
-    rows.check(schedule_runs, fire, schedule_runs.c.id == run.id)

@@ -20,7 +20,7 @@ from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.passes.base import FOLDABLE
-from tests.integration.test_blocks_executor import FAMILIES, _linears, _Scaled
+from tests.block_models import FAMILIES, Scaled, linears_of
 
 #: class → name of a variant → its changes to the family's default config
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -128,9 +128,9 @@ def test_a_model_whose_layers_exchanged_factors_answers_as_before_in_every_shape
     """Nothing is rounded, so the outputs agree to the last digits of a float."""
     source = _save(family, VARIANTS[family][variant], tmp_path / "source")
     header = inspect_model(FolderFiles(source))
-    method, context = _Scaled(header), PassContext(header=header, work_dir=tmp_path / "work", calibration=_CALIBRATION)
+    method, context = Scaled(header), PassContext(header=header, work_dir=tmp_path / "work", calibration=_CALIBRATION)
     samples = {"input_ids": torch.randint(3, 55, (8, 24), generator=torch.Generator().manual_seed(2))}
-    chosen = _linears(source)
+    chosen = linears_of(source)
     pressed = press_blocks(source, tmp_path / "out", method, samples, context, chosen=chosen, recipe="scaled")
     copy_companions(source, tmp_path / "out")
     ours, theirs = _answers(tmp_path / "out"), _answers(source)

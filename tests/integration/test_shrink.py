@@ -27,7 +27,7 @@ from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.plan import make_plan
-from tests.integration.test_blocks_executor import FAMILIES, _save
+from tests.block_models import FAMILIES, save_model
 from tests.press import lay_out, press
 
 _CALIBRATION = Calibration(samples=4, length=16)
@@ -39,7 +39,7 @@ _HEADS_STAY = {"MPNetForMaskedLM", "DebertaV2ForMaskedLM"}
 def _model(class_name: str, folder: Path) -> Path:
     """A small model of the family, with a tokenizer of single letters."""
     if not folder.exists():
-        _save(class_name, folder)
+        save_model(class_name, folder)
         letters = {token: at for at, token in enumerate(["[UNK]", "[PAD]", "</s>", *string.ascii_letters])}
         tokenizer = Tokenizer(models.WordLevel(letters, "[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

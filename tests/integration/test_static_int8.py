@@ -17,19 +17,14 @@ import onnx
 import onnxruntime
 import openvino
 import pytest
-import torch
 
 from nightpress.core.compress.data.tokenized import builtin_digest
 from nightpress.core.compress.evaluate import quality
 from nightpress.core.compress.export.openvino_graph import divide_in_norms
 from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.graph.attention_scores import Operand, Scores, score_products
-from nightpress.core.compress.graph.dynamic_int8 import codes_of
-from nightpress.core.compress.grids import activation_ranges
-from nightpress.core.compress.grids.activation_ranges import BINS, Histogram
 from nightpress.core.compress.passes import PassContext
 from nightpress.core.compress.passes.static_int8 import _left_in_float, static_int8
-from nightpress.core.compress.solvers.static_weights import settle
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.calibration import Calibration
@@ -278,25 +273,6 @@ def test_the_search_finds_the_fewest_layers_by_a_logarithm_of_graphs(bench: Benc
     assert score.asked <= 2 + len(kinds) + 1 + math.ceil(math.log2(len(losses)))
 
 
-@pytest.mark.parametrize("bits", [7, 8])
-def test_weights_make_up_for_each_others_rounding(bits: int):
-    """The inputs have correlated channels, one of them with large values, like the outputs of norms in real encoders."""
-    generator = torch.Generator().manual_seed(0)
-    common = torch.randn(2048, 12, generator=generator) @ torch.randn(12, 64, generator=generator)
-    x = common + 0.2 * torch.randn(2048, 64, generator=generator)
-    x[:, 5] *= 10
-    weight = torch.randn(48, 64, generator=generator)
-    low, high = x.amin(0).clamp(max=0), x.amax(0).clamp(min=0)
-    found = settle(weight, x.T @ x, x[:256], low, high, tokens=len(x), bits=bits)
-    top = 2 ** (bits - 1)
-    assert -top <= found.codes.min() < found.codes.max() < top
-    settled = torch.from_numpy(found.codes * found.scales[:, None]) / found.factors
-    codes, scales = codes_of((weight * found.factors).numpy(), 1, top - 1)
-    nearest = torch.from_numpy(codes * scales) / found.factors
-    exact = x @ weight.T
-    assert (x @ settled.T - exact).norm() < 0.7 * (x @ nearest.T - exact).norm()
-
-
 def test_what_is_rounded_without_vnni_does_not_overflow_without_it(bench: Bench, tmp_path: Path):
     """OpenVINO follows ONEDNN_MAX_CPU_ISA. Without VNNI it sums in 16 bits, which overflow if weights are too large."""
     bench.quantize(tmp_path, weight_bits=7, min_cosine=None)
@@ -366,42 +342,3 @@ def test_a_decoder_is_refused(bench: Bench):
     decoder = bench.context.header.model_copy(update={"model_type": "llama", "architecture": "LlamaForCausalLM"})
     with pytest.raises(NightpressError, match="key/value cache"):
         make_plan(recipe, decoder)
-
-
-def _seen(values: np.ndarray) -> Histogram:
-    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-    return Histogram(low, high, activation_ranges.count(values.astype(np.float32), low, high))
-
-
-def _error(values: np.ndarray, found: tuple[float, float]) -> float:
-    scale, zero = activation_ranges.scale_and_zero(found)
-    codes = np.clip(np.rint(values / scale) + zero, 0, 255)
-    return float((((codes - zero) * scale - values) ** 2).mean())
-
-
-def test_outliers_are_clipped_where_that_costs_least():
-    values = np.random.default_rng(0).standard_t(3, 200_000)
-    seen = _seen(values)
-    whole = activation_ranges.min_max(seen)
-    for find in (
-        activation_ranges.mse,
-        activation_ranges.entropy,
-        lambda histogram: activation_ranges.percentile(histogram, 99.9),
-    ):
-        low, high = find(seen)
-        assert whole[0] <= low < 0 < high <= whole[1]
-    assert _error(values, activation_ranges.mse(seen)) < 0.9 * _error(values, whole)
-    covered = np.mean(
-        (values >= activation_ranges.percentile(seen, 99.9)[0])
-        & (values <= activation_ranges.percentile(seen, 99.9)[1])
-    )
-    assert 0.999 <= covered < 0.9999
-
-
-def test_a_range_holds_zero_exactly_and_constant_inputs_break_nothing():
-    for found in ((0.0, 0.0), (0.0, 3.0), (-2.0, 0.0), (-0.3, 5.0)):
-        scale, zero = activation_ranges.scale_and_zero(found)
-        assert scale > 0
-        assert 0 <= zero <= 255
-    for find in (activation_ranges.mse, activation_ranges.entropy):
-        assert find(Histogram(0.0, 0.0, np.full(BINS, 1.0))) == (0.0, 0.0)

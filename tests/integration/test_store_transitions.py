@@ -1,11 +1,10 @@
 """Every trigger in every state, on both kinds of database: transitions in the table happen, and all others change nothing."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import Engine, event, select, text
+from sqlalchemy import Engine, select, text
 
 import nightpress.core.service.jobs.attempts
 from nightpress.core.database import transaction
@@ -17,7 +16,7 @@ from nightpress.core.service.jobs.states import ALL_STATES, TRANSITIONS, Trigger
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.jobs import job_attempts, job_events, jobs
 from nightpress.core.wire.jobs import JobState
-from tests.jobs import age, claim, offer, submit, succeeded
+from tests.jobs import age, claim, load, offer, submit, succeeded
 from tests.service import eventually
 
 TENANT = "default"
@@ -99,12 +98,6 @@ def everything(engine: Engine, job_id: str) -> tuple[object, ...]:
         name: value for name, value in job._mapping.items() if not name.endswith("_at") and name != "start_before"
     }
     return timeless, len(events), tuple((attempt.number, attempt.outcome) for attempt in attempts)
-
-
-def load(store: JobStore, job_id: str) -> Job:
-    job = store.reader.get(TENANT, job_id)
-    assert job is not None
-    return job
 
 
 def test_every_trigger_of_the_table_is_pulled_here():
@@ -253,72 +246,6 @@ def test_a_zombie_can_do_nothing_after_its_job_went_to_another_worker(store: Job
     assert store.attempts.finish(heir, succeeded(heir)), "who finishes before the kill has finished"
 
 
-def test_a_lost_worker_counts_as_a_failure_and_is_named(store: JobStore, engine: Engine):
-    job_id = submit(store, max_failures=1)
-    claim(store)
-    age(engine, job_id, 100, "lease_expires_at")
-    assert store.expiry.expire_leases(backoff_s=1.0) == [job_id]
-    job = load(store, job_id)
-    assert job.state == "failed"
-    assert job.error is not None
-    assert job.error["code"] == "worker_lost"
-    assert store.expiry.expire_leases(backoff_s=1.0) == [], "the second replica finds nothing to do"
-
-
-def once_they_were_found(engine: Engine, happens: Callable[[], object]) -> None:
-    """Call `happens` after the control process has found the due jobs and before its first transition."""
-
-    @event.listens_for(engine, "checkin", once=True)
-    def after_the_look(_connection: object, _record: object) -> None:
-        happens()
-
-
-def test_a_lease_that_is_renewed_at_the_last_moment_is_left_alone(store: JobStore, engine: Engine):
-    job_id = submit(store)
-    lease = claim(store).lease
-    age(engine, job_id, 100, "lease_expires_at")
-    once_they_were_found(engine, lambda: store.attempts.renew(lease, ttl_s=60))
-    assert store.expiry.expire_leases(backoff_s=1.0) == []
-    assert load(store, job_id).state == "running"
-
-
-def test_a_job_that_is_started_at_the_last_moment_has_met_its_queue_deadline(store: JobStore, engine: Engine):
-    job_id = submit(store, queue_limit_s=5.0)
-    age(engine, job_id, 6, "start_before")
-    once_they_were_found(engine, lambda: store.attempts.release(claim(store).lease))
-    assert store.expiry.expire_queue_deadlines() == []
-    assert load(store, job_id).state == "queued"
-
-
-def test_a_run_past_its_limit_that_its_worker_let_go_on_fails(store: JobStore, engine: Engine):
-    job_id = submit(store, run_limit_s=10.0)
-    claim(store)
-    age(engine, job_id, 11, "started_at")
-    assert store.expiry.expire_leases(backoff_s=1.0) == [], "the worker has the first right to stop it"
-    age(engine, job_id, SUPERVISOR_GRACE_S, "started_at")
-    assert store.expiry.expire_leases(backoff_s=1.0) == [job_id]
-    assert (load(store, job_id).error or {})["code"] == "deadline_exceeded"
-
-
-def test_a_wedged_run_is_taken_away_though_its_worker_renews(store: JobStore, engine: Engine):
-    job_id = submit(store, stall_s=10.0)
-    lease = claim(store).lease
-    same = Progress(phase="pressing", fraction=0.5)
-    store.attempts.renew(lease, ttl_s=60, progress=same)
-    age(engine, job_id, 11 + SUPERVISOR_GRACE_S, "progressed_at")
-    store.attempts.renew(lease, ttl_s=60, progress=same)
-    assert store.expiry.expire_leases(backoff_s=1.0) == [job_id]
-    assert store.reader.events(job_id)[-1].data["error"]["code"] == "stalled"
-
-
-def test_progress_keeps_a_run_alive(store: JobStore, engine: Engine):
-    job_id = submit(store, stall_s=10.0)
-    lease = claim(store).lease
-    age(engine, job_id, 11 + SUPERVISOR_GRACE_S, "progressed_at")
-    store.attempts.renew(lease, ttl_s=60, progress=Progress(phase="pressing", fraction=0.5))
-    assert store.expiry.expire_leases(backoff_s=1.0) == []
-
-
 def test_a_renewal_touches_no_index(store: JobStore, engine: Engine):
     """A running job is renewed every two seconds for hours. PostgreSQL must update it in the same page, without its ten indexes (HOT)."""
     if engine.dialect.name == "sqlite":
@@ -350,17 +277,6 @@ def test_progress_never_falls_within_an_attempt_and_starts_anew_with_the_next(st
     store.attempts.release(lease)
     claim(store)
     assert load(store, job_id).progress == 0.0
-
-
-def test_a_queue_deadline_holds_only_until_the_first_start(store: JobStore, engine: Engine):
-    started = submit(store, queue_limit_s=0.05)
-    store.attempts.release(claim(store).lease)
-    time.sleep(0.1)
-    waiting = submit(store, queue_limit_s=5.0)
-    age(engine, waiting, 6, "start_before")
-    assert store.expiry.expire_queue_deadlines() == [waiting]
-    assert load(store, started).state == "queued"
-    assert (load(store, waiting).error or {})["code"] == "queue_deadline_exceeded"
 
 
 def test_finishing_writes_artifacts_report_and_figures_with_the_state(store: JobStore, engine: Engine):

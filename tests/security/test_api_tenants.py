@@ -3,7 +3,6 @@
 import datetime as dt
 import hashlib
 import json
-import re
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,53 +16,7 @@ from nightpress import migrations
 from nightpress.core.service.access.keys import ALL_SCOPES, create_key, revoke
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
-
-# The path parameters by what they name. A new parameter must be classified here first.
-#: things of one tenant
-_TENANTS_OWN = {"job_id", "reference", "key_id", "webhook_id"}
-#: only for administrators: see test_only_an_administrator…
-_ADMINS = {"tenant_id"}
-_COMMON = {"name"}
-_WITHIN = {"delivery_id": "msg_x", "number": "1", "format": "onnx", "path": "model.onnx"}
-_OPEN = {"/healthz", "/readyz", "/metrics"}
-
-
-#: path of a POST that creates something → its body; a new one must be added here
-BODIES: dict[str, Any] = {
-    "/v1/jobs": {"model": "x", "recipe": "x"},
-    "/v1/jobs:batch": {"jobs": [{"model": "x", "recipe": "x"}]},
-    "/v1/jobs:cancel": {"labels": {"no": "job"}},
-    "/v1/models": {"name": "other", "path": "/nowhere"},
-    "/v1/datasets": {"name": "other", "path": "/nowhere"},
-    "/v1/models/{reference}/promotions": {"job_id": "job_x"},
-    "/v1/webhooks": {"url": "https://127.0.0.1/", "events": ["job.failed"]},
-    "/v1/keys": {"name": "other", "scopes": ["keys:write"]},
-    "/v1/schedules": {"name": "other", "cron": "0 2 * * *", "job": {"model": "x", "recipe": "x"}},
-}
-
-
-class Operation(NamedTuple):
-    method: str
-    path: str
-
-    @property
-    def kind(self) -> str:
-        return self.path.split("/")[2]
-
-    def at(self, identifier: str) -> str:
-        return re.sub(r"\{(\w+)\}", lambda match: _WITHIN.get(match[1], identifier), self.path)
-
-    def send(self, client: httpx.Client, identifier: str, **kwargs: Any) -> httpx.Response:
-        content: dict[str, Any] = {}
-        if "/parts/" in self.path:
-            content = {"params": {"path": "config.json"}, "content": b"x"}
-        elif self.path.endswith("/validate"):
-            content = {"json": {"recipe": "name: x"}}
-        elif self.method == "PATCH":
-            content = {"json": {}}
-        elif self.method == "POST" and self.path in BODIES:
-            content = {"json": BODIES[self.path]}
-        return client.request(self.method, self.at(identifier), **content, **kwargs)
+from tests.operations import BODIES, OPEN, on_things, operations
 
 
 class Owned(NamedTuple):
@@ -123,24 +76,6 @@ def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
     return Owned(jobs=job, models=model, datasets=data, schedules=schedule, keys=key, webhooks=hook)
 
 
-def operations(api: RunningApi) -> list[Operation]:
-    document = httpx.get(f"{api.url}/openapi.json", trust_env=False, timeout=60).json()
-    return [Operation(method.upper(), path) for path, methods in document["paths"].items() for method in methods]
-
-
-def on_things(api: RunningApi) -> list[Operation]:
-    found = []
-    for operation in operations(api):
-        parameters = set(re.findall(r"\{(\w+)\}", operation.path))
-        assert parameters <= _TENANTS_OWN | _ADMINS | _COMMON | _WITHIN.keys(), (
-            f"classify the parameters of {operation}"
-        )
-        if parameters & _TENANTS_OWN:
-            found.append(operation)
-    assert len(found) >= 20
-    return found
-
-
 def told(response: httpx.Response, identifier: str) -> dict[str, Any]:
     """An answer's body without the parts that differ between two requests."""
     body = json.loads(response.text.replace(identifier, "<id>"))
@@ -187,7 +122,7 @@ def test_without_a_key_every_route_is_closed(api: RunningApi):
     with httpx.Client(base_url=api.url, trust_env=False) as nobody:
         for operation in operations(api):
             response = operation.send(nobody, "job_x")
-            if operation.path in _OPEN:
+            if operation.path in OPEN:
                 assert response.status_code == 200, operation
                 continue
             assert (response.status_code, response.json()["code"]) == (401, "unauthenticated"), operation
@@ -202,7 +137,7 @@ def test_an_expired_revoked_or_invented_key_opens_no_route(api: RunningApi):
     assert revoke(engine, record.id)
     invented = f"{expired[:12]}{secrets.token_urlsafe(32)}{expired[-6:]}"
     with httpx.Client(base_url=api.url, trust_env=False) as client:
-        for operation in (operation for operation in operations(api) if operation.path not in _OPEN):
+        for operation in (operation for operation in operations(api) if operation.path not in OPEN):
             for key in (expired, revoked, invented):
                 answer = operation.send(client, "job_x", headers={"Authorization": f"Bearer {key}"})
                 assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated"), operation
@@ -213,7 +148,7 @@ def test_each_route_takes_exactly_one_scope_and_only_reading_scopes_for_reading(
     clients = {scope: api.client(tenant_id="scoped", scopes=[scope]) for scope in scopes}
     try:
         for operation in operations(api):
-            if operation.path in _OPEN | {"/v1/me"}:
+            if operation.path in OPEN | {"/v1/me"}:
                 continue
             if operation.path.startswith("/v1/admin"):
                 continue

@@ -1,63 +1,24 @@
-"""S1–S3: hostile model files are refused quickly and cheaply, and nothing in them runs. S10: what a presigned URL allows."""
+"""S1, S2: hostile model files are refused quickly and cheaply, and nothing in them runs."""
 
 import io
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from pydantic import SecretStr
 
-from nightpress.core.artifacts.open import open_store
-from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
-from nightpress.core.recipes.remote_code import code_flaw
-from nightpress.core.settings import Settings
 from tests.patience import slowness
-from tests.servers import S3
-
-MIB = 1024**2
-CONFIG: dict[str, Any] = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 4}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A tiny valid model, which the tests corrupt."""
-    root = tmp_path / "model"
-    root.mkdir()
-    (root / "config.json").write_text(json.dumps(CONFIG))
-    write_safetensors(root, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, data=8)
-    inspect_model(FolderFiles(root))
-    return root
-
-
-def write_safetensors(root: Path, header: object, *, data: int, length: int | None = None) -> None:
-    """Write model.safetensors: a header, then `data` zero bytes as a sparse hole. `length`: the header's length to claim, if wrong."""
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    with (root / "model.safetensors").open("wb") as target:
-        target.write(struct.pack("<Q", len(raw) if length is None else length) + raw)
-        target.truncate(8 + len(raw) + data)
-
-
-def refused(root: Path, *codes: ErrorCode) -> NightpressError:
-    with pytest.raises(NightpressError) as error:
-        inspect_model(FolderFiles(root))
-    assert error.value.code in codes, error.value
-    assert error.value.kind.status == 422
-    assert error.value.hint
-    return error.value
-
+from tests.service import MIB
+from tests.tiny_model import refused, write_safetensors
 
 # S1 ------------------------------------------------------------------------------------------------------------------
 
@@ -272,24 +233,6 @@ def test_as_much_json_as_real_models_have_is_read(folder: Path) -> None:
     inspect_model(FolderFiles(folder))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("num_experts_per_tok", "²"), ("dim", -1), ("word_embed_proj_dim", "x"), ("hidden_dim", 2**40), ("dim", True)],
-)
-def test_sizes_that_plans_reckon_with_are_numbers(folder: Path, key: str, value: object) -> None:
-    (folder / "config.json").write_text(json.dumps({**CONFIG, key: value}))
-    assert key in refused(folder, ErrorCode.MALFORMED_MODEL).message
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("rope_scaling", 3), ("rope_parameters", {"rope_type": []}), ("sliding_window", "4096"), ("layer_types", 1), ("id2label", ["a"])],
-)  # fmt: skip
-def test_what_plans_read_has_the_kind_that_transformers_writes(folder: Path, key: str, value: object) -> None:
-    (folder / "config.json").write_text(json.dumps({**CONFIG, key: value}))
-    assert "not a" in refused(folder, ErrorCode.MALFORMED_MODEL).message
-
-
 def test_a_folder_of_endless_files_is_refused(folder: Path) -> None:
     for number in range(2001):
         (folder / f"{number}.txt").touch()
@@ -320,252 +263,3 @@ def test_nothing_leads_out_of_a_folder(folder: Path, kind: str) -> None:
     assert error.value.code is ErrorCode.PATH_NOT_ALLOWED
     with pytest.raises(NightpressError):
         FolderFiles(folder).read("../outside/vocab.txt", 0, 10)
-
-
-_KERNELS = (
-    "acme/flash",
-    "acme/flash@main:attention",
-    "paged|acme/flash",
-    "paged|eager",
-    "flash_attention_2",
-    "flash_attention_3",
-    "msa_attention",
-    "",
-    7,
-    ["acme/flash"],
-    {"": "eager", "text_config": "acme/flash"},
-    {"text_config": {"": "acme/flash"}},
-)
-
-# S3 ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"auto_map": {"AutoModel": "evil.Model"}},
-        {"text_config": {"auto_map": {"AutoModel": "evil.Model"}}},
-        {"hidden_size": 10**9},
-        {"hidden_size": 10**400},
-        {"hidden_size": "4"},
-        {"num_hidden_layers": -1},
-        {"num_hidden_layers": 0},
-        {"text_config": {"num_hidden_layers": 10**7}},
-        {"vocab_size": True},
-        {"intermediate_size": [4, 10**12]},
-        {"_name_or_path": "../../etc"},
-        {"_name_or_path": "..\\..\\etc"},
-        {"model_type": "../../bert"},
-        {"architectures": ["__import__('os')"]},
-        {"architectures": [["BertModel"]]},
-        {"note": "a\0b"},
-        {"note\0": 1},
-        {"note": float("inf")},
-    ],
-)
-def test_a_hostile_config_is_refused(folder: Path, change: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
-    refused(folder, ErrorCode.MALFORMED_MODEL, ErrorCode.UNSUPPORTED_FORMAT, ErrorCode.UNSUPPORTED_ARCHITECTURE)
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b'{"model_type": "bert", "model_type": "llama"}',
-        b'{"model_type": "bert", "x": ' + b"[" * 200_000,
-        b'{"model_type": "bert", "x": ' + b"[" * 500 + b"]" * 500 + b"}",
-        b'{"model_type": "bert", "x": 1e999}',
-        b'{"model_type": "bert", "x": "\\ud800"}',
-        b'{"model_type": "bert", "x": ' + b"9" * 100_000 + b"}",
-        b'{"model_type": "bert", "x": "' + b"y" * 2 * MIB + b'"}',
-        b'\xff\xfe{"model_type": "bert"}',
-    ],
-)
-def test_a_config_that_no_reader_agrees_on_is_refused(folder: Path, raw: bytes) -> None:
-    (folder / "config.json").write_bytes(raw)
-    refused(folder, ErrorCode.MALFORMED_MODEL)
-
-
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json", "1_Pooling/config.json"])
-def test_code_named_beside_the_config_is_refused(folder: Path, name: str) -> None:
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}))
-    assert refused(folder, ErrorCode.UNSUPPORTED_FORMAT).details["file"] == name
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *((key, value) for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal") for value in _KERNELS),
-        *((key, value) for key in ("experts_implementation", "_experts_implementation", "_experts_implementation_internal")
-          for value in ("acme/experts", "sonicmoe", "deepgemm", {"": "eager", "text_config": "deepgemm"})),
-        ("custom_pipelines", {"evil": {"impl": "evil.Pipeline", "pt": ["AutoModel"]}}),
-        ("custom_generate", "acme/evil"),
-        ("kernel_config", {"kernel_mapping": {"RMSNorm": "acme/norm:RMSNorm"}}),
-        ("use_kernels", True),
-        ("allow_all_kernels", True),
-        ("trust_remote_code", True),
-        ("_custom_object_save", "evil.py"),
-        ("transformers_weights", "../other/model.safetensors"),
-        ("transformers_weights", "adapter_model.safetensors"),
-        ("auto_map", {"AutoModel": "evil.Model"}),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize(
-    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "1_Pooling/config.json"]
-)
-def test_no_field_has_code_fetched(folder: Path, name: str, key: str, value: object) -> None:
-    """The field is tried at the top of a file and in the config of a part of the model."""
-    path = folder / name
-    path.parent.mkdir(exist_ok=True)
-    whole = json.loads(path.read_text()) if path.exists() else {}
-    for change in ({key: value}, {"text_config": {key: value}}, {"parts": [{"config": {key: value}}]}):
-        path.write_text(json.dumps({**whole, **change}))
-        error = refused(folder, ErrorCode.UNSUPPORTED_FORMAT)
-        assert error.details["file"] == name
-        assert key in error.message
-        assert key in error.hint
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"_attn_implementation": "eager", "attn_implementation": None, "_attn_implementation_internal": "sdpa"},
-        {"attn_implementation": {"": "sdpa", "text_config": "flex_attention", "vision_config": None}},
-        {"_experts_implementation": "grouped_mm", "experts_implementation": {"": "batched_mm", "text_config": "eager"}},
-        {"trust_remote_code": False, "use_kernels": False, "custom_pipelines": {}, "kernel_config": None},
-        {"_attn_implementation_autoset": True, "transformers_weights": "model.safetensors"},
-    ],
-)
-def test_fields_that_name_what_is_built_in_are_taken(folder: Path, fields: dict[str, object]) -> None:
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **fields, "text_config": fields}))
-    inspect_model(FolderFiles(folder))
-
-
-def test_transformers_own_implementations_are_those_that_are_taken() -> None:
-    """If transformers adds an implementation that fetches nothing, it may be added to our list. If it removes one, so must our list."""
-    from transformers.integrations.hub_kernels import is_kernel
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    attention = {
-        name for name in ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()] if not code_flaw("attn_implementation", name)
-    }
-    experts = {
-        name for name in ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()] if not code_flaw("experts_implementation", name)
-    }
-    assert attention == {"eager", "sdpa", "flex_attention"}
-    assert experts == {"eager", "batched_mm", "grouped_mm"}
-    assert not any(is_kernel(name) for name in attention | experts)
-
-
-def test_all_fields_that_name_code_are_told_at_once(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "auto_map": {}, "custom_pipelines": {"evil": {}}}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", None]}}))
-    error = refused(folder, ErrorCode.UNSUPPORTED_FORMAT)
-    assert [fault["at"] for fault in error.details["faults"]] == ["config.json", "config.json", "tokenizer_config.json"]
-    assert "auto_map" in error.hint
-    assert "custom_pipelines" in error.hint
-
-
-def test_a_chat_template_that_reaches_for_python_is_refused(folder: Path) -> None:
-    attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    for name, raw in (
-        ("chat_template.jinja", attack),
-        ("tokenizer_config.json", json.dumps({"chat_template": attack})),
-        ("tokenizer_config.json", json.dumps({"chat_template": [{"name": "tool", "template": attack}]})),
-        ("chat_template.json", json.dumps({"chat_template": attack})),
-    ):
-        (folder / name).write_text(raw)
-        refused(folder, ErrorCode.MALFORMED_MODEL)
-        (folder / name).unlink()
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}: {{ m.content }}\n{% endfor %}")
-    inspect_model(FolderFiles(folder))
-
-
-# S10 -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bucket(s3_server: S3) -> str:
-    return s3_server.create_bucket()
-
-
-@pytest.fixture
-def store(s3_server: S3, bucket: str) -> ObjectStore:
-    return open_store(
-        Settings(
-            _env_file=None,
-            storage_url=f"s3://{bucket}",
-            s3_endpoint_url=s3_server.endpoint,
-            s3_access_key_id=SecretStr(s3_server.access_key),
-            s3_secret_access_key=SecretStr(s3_server.secret_key),
-        )
-    )
-
-
-def _sha(data: bytes) -> str:
-    return sha256(data).hexdigest()
-
-
-def test_a_presigned_part_is_for_these_bytes_alone(store: ObjectStore) -> None:
-    data = b"the announced bytes"
-    upload = store.begin_upload("models/m/w", sha256=_sha(data), signed_parts=True)
-    signed = store.presign_part("models/m/w", upload, 1, size=len(data), sha256=_sha(data))
-    assert signed is not None
-
-    def put(body: bytes, url: str = signed.url, **headers: str) -> int:
-        return httpx.put(url, content=body, headers={**signed.headers, **headers}).status_code
-
-    longer, other = data + b"!", bytes(reversed(data))
-    assert put(longer, **{"Content-Length": str(len(longer))}) >= 400
-    assert put(other) >= 400
-    own = store.presign_part("models/m/w", upload, 1, size=len(data), sha256=_sha(other))
-    assert own is not None
-    assert put(other, **{"x-amz-checksum-sha256": own.headers["x-amz-checksum-sha256"]}) >= 400
-    assert put(data, url=signed.url.replace("models/m/w", "models/other/w")) >= 400
-    assert put(data, url=signed.url.replace("partNumber=1", "partNumber=2")) >= 400
-    assert httpx.get(signed.url).status_code >= 400
-    assert httpx.delete(signed.url).status_code >= 400
-    assert store.received_parts("models/m/w", upload) == {}
-    assert put(data) == 200
-    store.complete_upload("models/m/w", upload, size=len(data), sha256=_sha(data), part_sha256=[_sha(data)])
-    assert put(data) >= 400, "an upload that is complete takes nothing more"
-    assert b"".join(store.read("models/m/w")) == data
-
-
-def test_a_presigned_url_expires(store: ObjectStore) -> None:
-    store.put_bytes("k", b"x")
-    url = store.presign_get("k", filename="k", expires_s=1)
-    upload = store.begin_upload("u", sha256=_sha(b"x"), signed_parts=True)
-    part = store.presign_part("u", upload, 1, size=1, sha256=_sha(b"x"), expires_s=1)
-    assert url is not None
-    assert part is not None
-    time.sleep(2.1)
-    assert httpx.get(url).status_code >= 400
-    assert httpx.put(part.url, content=b"x", headers=part.headers).status_code >= 400
-    assert store.received_parts("u", upload) == {}
-
-
-def test_a_presigned_url_lists_nothing(store: ObjectStore, s3_server: S3, bucket: str) -> None:
-    store.put_bytes("k", b"x")
-    url = store.presign_get("k", filename="k")
-    assert url is not None
-    query = url.split("?", 1)[1]
-    assert httpx.get(f"{s3_server.endpoint}/{bucket}?{query}").status_code >= 400
-    assert httpx.get(f"{s3_server.endpoint}/{bucket}?list-type=2").status_code >= 400
-    assert httpx.get(f"{s3_server.endpoint}/{bucket}/k").status_code >= 400
-
-
-def test_parts_without_a_signed_hash_are_still_verified_before_the_object_counts(store: ObjectStore) -> None:
-    data = os.urandom(5 * MIB + 10)
-    upload = store.begin_upload("models/m/w", sha256=_sha(data), signed_parts=False)
-    tampered = b"!" + data[1:]
-    for number, piece in enumerate((tampered[: 5 * MIB], tampered[5 * MIB :]), start=1):
-        signed = store.presign_part("models/m/w", upload, number, size=len(piece), sha256=None)
-        assert signed is not None
-        assert httpx.put(signed.url, content=piece, headers=signed.headers, timeout=30).status_code == 200
-    with pytest.raises(NightpressError) as error:
-        store.complete_upload("models/m/w", upload, size=len(data), sha256=_sha(data))
-    assert error.value.code is ErrorCode.CHECKSUM_MISMATCH
-    assert store.stat("models/m/w") is None
