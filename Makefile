@@ -25,7 +25,7 @@ test-quick: $(VENV)/.dev-installed  ## the tests that are not slow, in a few min
 	$(PYTEST) -m "not slow"
 
 # Tables of families and formats are left out: they are the same arithmetic many times.
-AVX2_TESTS := tests/unit tests/property $(addprefix tests/integration/test_,mixtures.py aware.py evaluation.py exports.py figures_fall.py padding.py static_int8.py)
+AVX2_TESTS := tests/unit tests/property $(addprefix tests/integration/test_,mixtures.py qat.py evaluation.py exports.py figures_fall.py padding.py static_int8.py)
 
 test-avx2: $(VENV)/.dev-installed  ## the tests that touch arithmetic, with the processor's features held down to AVX2
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m arithmetic $(AVX2_TESTS)

@@ -143,6 +143,9 @@ class Subject(_Model):
     generation: tuple[GenerationTiming, ...] = ()
     peak_memory_bytes: int | None = None  #: of the consumer's process; None: unknown
     verification: Verification | None = None
+    usage: str = (
+        ""  #: a program that loads the artifact, gives it one text and prints the answer; empty if none is known
+    )
     notes: tuple[str, ...] = ()  #: remarks, e.g. "slower than the source", "zeros save nothing in this format"
 
 

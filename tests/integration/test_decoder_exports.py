@@ -21,6 +21,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 from tests.models import bert_tiny_dir
 from tests.press import lay_out, press
+from tests.usage import run_usage
 
 TEXT = (
     "It is a truth universally acknowledged, that 1234 men in possession of a good fortune don't want naïve wives. "
@@ -91,6 +92,13 @@ def test_a_calibrated_decoder_answers_alike_in_every_runtime(graphs: Any):
         assert artifact.verification is not None
         # ONNX Runtime rounds activations to int8 before a product with packed weights. OpenVINO uses bf16 if the processor has it.
         assert artifact.verification.value > (0.998 if artifact.name == "openvino" else 0.995), artifact.name
+
+
+@pytest.mark.slow
+def test_the_programs_of_a_decoder_write_as_shown(graphs: Any):
+    job, (_, report, _) = graphs
+    for artifact in report.artifacts:
+        assert run_usage(artifact, job / "out").strip(), artifact.name
 
 
 @pytest.mark.slow

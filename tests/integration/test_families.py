@@ -17,6 +17,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.plan import make_plan
 from tests.press import lay_out, press
+from tests.usage import run_usage
 
 _WORDS = 30522  # the size of BERT's vocabulary
 _SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
@@ -152,3 +153,5 @@ def test_a_whole_job(name: str, bert_tiny: Path, tmp_path: Path):
     if name.startswith("ViT"):
         assert any("synthetic" in note for note in report.notes)
     assert json.loads((tmp_path / "job" / "out" / "report.json").read_bytes())["verdict"]
+    if not name.startswith("T5"):  # its class reads no tokenizer of another kind, as this one is
+        assert run_usage(artifact, tmp_path / "job" / "out").strip()

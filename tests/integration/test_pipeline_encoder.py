@@ -16,6 +16,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.plan import make_plan
 from tests.models import bert_tiny_dir
 from tests.press import graph_bytes, lay_out, press
+from tests.usage import run_usage
 
 
 class Done(NamedTuple):
@@ -125,6 +126,13 @@ def test_the_load_snippets_run_as_shown(done: Done):
             timeout=120,
         )
         assert ran.returncode == 0, ran.stderr
+
+
+def test_the_programs_run_as_shown(done: Done):
+    """A masked language model's program prints three words for the mask; both runtimes print the same first one."""
+    printed = [run_usage(artifact, done.folder / "out").split() for artifact in done.report.artifacts]
+    assert all(len(words) == 3 for words in printed)
+    assert len({words[0] for words in printed}) == 1
 
 
 def test_the_report_is_written_for_people_too(done: Done):

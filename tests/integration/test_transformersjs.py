@@ -10,6 +10,7 @@ import pytest
 
 from tests.models import bert_tiny_dir
 from tests.press import lay_out, press
+from tests.usage import run_usage
 
 pytestmark = pytest.mark.skipif(
     not (Path(sys.prefix) / "node_modules" / "@huggingface" / "transformers").is_dir()
@@ -34,6 +35,7 @@ def test_a_page_finds_an_int8_encoder_where_it_looks_for_it(tmp_path: Path):
     assert 'require("@huggingface/transformers")' in subject.verification.load_snippet
     assert subject.timings[0].p50_ms > 0
     assert subject.peak_memory_bytes > 40_000_000  # the memory of Node, not of the process that started it
+    assert "token_str" in run_usage(subject, tmp_path / "job" / "out")
 
 
 def test_a_decoder_goes_on_from_its_cache_there(tmp_path: Path):

@@ -290,7 +290,7 @@ def test_the_export_is_the_pressed_folder(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("one", "model", "says"),
+    ("options", "model", "says"),
     [
         ({"pass": "weight-only", "bits": 4, "group_size": 128}, "llama", "group_size of 32 or 16"),
         ({"pass": "weight-only"}, "gpt2", "Conv1D"),

@@ -34,6 +34,7 @@ def test_a_normalised_recipe_reads_back_as_itself() -> None:
         ({"passes": [{"pass": "weight-only", "bits": 9}]}, "bits"),
         ({"passes": [{"pass": "weight-only", "bitz": 4}]}, "bitz"),
         ({"passes": [{"pass": "magnitude"}] * 21}, "passes"),
+        ({"passes": [{"pass": "layers", "remove": [[1]]}]}, "passes.0"),
         ({"passes": [{"pass": "magnitude", "pattern": "4:2"}]}, "passes.0"),
         ({"passes": [{"pass": "magnitude", "pattern": "2:4", "sparsity": 0.9}]}, "passes.0"),
         ({"exports": ["pickle"]}, "exports"),

@@ -54,13 +54,8 @@ def render_conversations(
 def _template_of(model_dir: Path, ref: str) -> tuple[str, dict[str, str]]:
     """The template, and the special tokens that it may use: name → token."""
     config = _json(model_dir / "tokenizer_config.json")
-    file = model_dir / "chat_template.jinja"
-    template: Any = file.read_text() if file.is_file() else config.get("chat_template")
-    template = template or _json(model_dir / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # some models have several templates, each with a name
-        named = {variant.get("name"): variant.get("template") for variant in template if isinstance(variant, dict)}
-        template = named.get("default")
-    if not isinstance(template, str):
+    template = chat_template(model_dir)
+    if template is None:
         raise NightpressError(
             ErrorCode.INVALID_DATA,
             f"The data set {ref} holds conversations, and the model has no chat template to render them.",
@@ -74,6 +69,19 @@ def _template_of(model_dir: Path, ref: str) -> tuple[str, dict[str, str]]:
         if isinstance(token, str):
             tokens[name] = token
     return template, tokens
+
+
+def chat_template(model_dir: Path) -> str | None:
+    """The model's chat template, a Jinja template; of several, the default one. None if there is none."""
+    file = model_dir / "chat_template.jinja"
+    template: Any = (
+        file.read_text() if file.is_file() else _json(model_dir / "tokenizer_config.json").get("chat_template")
+    )
+    template = template or _json(model_dir / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # some models have several templates, each with a name
+        named = {variant.get("name"): variant.get("template") for variant in template if isinstance(variant, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _json(file: Path) -> dict[str, Any]:

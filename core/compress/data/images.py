@@ -75,6 +75,15 @@ def _decode(ref: str, number: int, raw: Any, size: int, channels: int) -> NDArra
     return result
 
 
+def normalisation(model_dir: Path) -> tuple[list[float], list[float]]:
+    """The mean and the standard deviation of each colour, from 0 to 1, by which a model's pixels are normalised."""
+    settings = _settings(model_dir)
+    if settings.get("do_normalize") is False:
+        return [0.0] * 3, [1.0] * 3
+    mean, deviation = (np.resize(settings.get(name) or 0.5, 3).tolist() for name in ("image_mean", "image_std"))
+    return mean, deviation
+
+
 def _settings(model_dir: Path) -> dict[str, Any]:
     file = model_dir / "preprocessor_config.json"
     raw = json.loads(file.read_bytes()) if file.is_file() else {}

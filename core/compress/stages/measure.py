@@ -8,6 +8,7 @@ from nightpress.core.compress.evaluate.quality import Trial
 from nightpress.core.compress.evaluate.remarks import remarks
 from nightpress.core.compress.export import gguf, safetensors
 from nightpress.core.compress.export.consumer import Consumer, Observed, run_consumer
+from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.verify import verify
 from nightpress.core.compress.passes.registry import ModelPair, measure_pass_of
 from nightpress.core.compress.stages.clock import Report, parts
@@ -98,6 +99,7 @@ def _measure(
         generation=speed.generation_timings(observed, task.threads, state.observed),
         peak_memory_bytes=observed.peak_memory,
         verification=verification,
+        usage=usage_program(artifact.export.format, artifact.folder, state.header),
     )
     return subject.model_copy(update={"notes": (*of_tokens, *remarks(subject, state.source))})
 

@@ -2,13 +2,13 @@
 
 from nightpress.core.recipes.passes.activations import DynamicInt8, Fp8, KvCache, SmoothQuant, StaticInt8
 from nightpress.core.recipes.passes.adapt import EarlyExit
-from nightpress.core.recipes.passes.aware import Qat
 from nightpress.core.recipes.passes.base import ExportFormat, PassOptions
 from nightpress.core.recipes.passes.caching import GenerationCache
 from nightpress.core.recipes.passes.distill import Distill, Recover
 from nightpress.core.recipes.passes.measure import Profiling
 from nightpress.core.recipes.passes.named import Pass
 from nightpress.core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
+from nightpress.core.recipes.passes.qat import Qat
 from nightpress.core.recipes.passes.quantize import Awq, Gptq, WeightOnly
 from nightpress.core.recipes.passes.quantizing import Quantizing
 from nightpress.core.recipes.passes.shrink import Channels, Heads, Layers

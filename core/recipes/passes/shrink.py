@@ -257,6 +257,8 @@ class Layers(Shrinking):
         if not isinstance(raw, dict) or not isinstance(raw.get("remove"), list | tuple):
             return raw
         named = raw["remove"]
+        if not all(isinstance(block, int) for block in named):
+            return raw  # pydantic says what is wrong with each
         if not named or len(set(named)) != len(named):
             raise ValueError("`remove` names no block, or one twice")
         if raw.get("count") not in (None, len(named)):

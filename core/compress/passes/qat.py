@@ -21,7 +21,7 @@ from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.linears import module_of
-from nightpress.core.recipes.passes.aware import Qat
+from nightpress.core.recipes.passes.qat import Qat
 from nightpress.core.recipes.schemes import Scheme
 
 

@@ -15,7 +15,7 @@ from nightpress.core.compress.data.tokenized import pad
 from nightpress.core.compress.export import onnx as onnx_export
 from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.model.cosines import whole_cosine
-from nightpress.core.compress.passes.aware import on_graph_grid, take_out, train_rounded
+from nightpress.core.compress.passes.qat import on_graph_grid, take_out, train_rounded
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe

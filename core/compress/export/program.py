@@ -1,0 +1,284 @@
+"""The program that a report shows under "How to use it": loads an artifact, gives it one text, and prints the answer.
+
+It runs as it stands in the folder that holds the artifact's folder. It needs the format's own library, transformers for the tokenizer, and
+nothing of Nightpress.
+"""
+
+from pathlib import Path
+
+from nightpress.core.compress.data.chat import chat_template
+from nightpress.core.compress.data.images import normalisation
+from nightpress.core.recipes.header import ModelHeader
+
+_TEXT = "The sea was calm, and the ship came home."
+_QUESTION = "Which colours does the sea have?"
+_NEW_TOKENS = 20
+
+_MODEL_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+    "embedding": "AutoModel",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+_PIPELINES = {
+    "causal-lm": "text-generation",
+    "classification": "text-classification",
+    "token-classification": "token-classification",
+    "masked-lm": "fill-mask",
+    "embedding": "feature-extraction",
+}
+
+_TRANSFORMERS = """\
+import numpy as np
+import torch
+from transformers import {model_class}, AutoTokenizer
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {model_class}.from_pretrained(folder{own_code}).eval()
+"""
+_ONNX = """\
+import numpy as np
+import onnxruntime
+from transformers import AutoConfig, AutoTokenizer
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx", providers=["CPUExecutionProvider"])
+"""
+_OPENVINO = """\
+import numpy as np
+import openvino
+from transformers import AutoConfig, AutoTokenizer
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = openvino.Core().compile_model(f"{{folder}}/model.xml", "CPU")
+"""
+
+_RUN_TRANSFORMERS = """
+inputs = tokenizer({text}, return_tensors="pt")
+with torch.inference_mode():
+    output = model(**inputs).{output}[0].float().numpy()
+ids = inputs["input_ids"][0].tolist()
+"""
+_RUN_ONNX = """
+ids = tokenizer({text})["input_ids"]
+inputs = {{"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}}
+inputs |= {{"token_type_ids": np.zeros((1, len(ids)), np.int64), "position_ids": np.arange(len(ids))[None]}}
+names = {{value.name for value in session.get_inputs()}}
+output = session.run(None, {{name: inputs[name] for name in names}})[0][0]
+"""
+_RUN_OPENVINO = """
+ids = tokenizer({text})["input_ids"]
+inputs = {{"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}}
+inputs |= {{"token_type_ids": np.zeros((1, len(ids)), np.int64), "position_ids": np.arange(len(ids))[None]}}
+names = {{name for port in model.inputs for name in port.names}} & inputs.keys()
+output = model({{name: inputs[name] for name in names}})[0][0]
+"""
+
+_ANSWERS = {
+    "classes": """
+labels = {labels}
+chances = np.exp(output - output.max())
+chances /= chances.sum()
+for at in chances.argsort()[::-1][:3]:
+    print(f"{{labels[at]}}: {{chances[at]:.1%}}")
+""",
+    "labels": """
+labels = {labels}
+for at, chance in enumerate(1 / (1 + np.exp(-output))):
+    print(f"{{labels[at]}}: {{chance:.1%}}")
+""",
+    "numbers": """
+print(*output)
+""",
+    "token-classification": """
+labels = {labels}
+for token, scores in zip(tokenizer.convert_ids_to_tokens(ids), output):
+    print(token, labels[scores.argmax()])
+""",
+    "masked-lm": """
+scores = output[ids.index(tokenizer.mask_token_id)]
+for token in scores.argsort()[::-1][:3]:
+    print(tokenizer.decode([token]))
+""",
+    "embedding": """
+vector = {pooled}
+print(len(vector), "numbers:", vector[:5])
+""",
+}
+#: The vectors of one text without padding, [S, H], pooled by one mode of sentence-transformers.
+_POOLED = {
+    "mean": "output.mean(axis=0)",
+    "cls": "output[0]",
+    "lasttoken": "output[-1]",
+    "max": "output.max(axis=0)",
+    "mean_sqrt_len_tokens": "output.sum(axis=0) / len(output) ** 0.5",
+    "weightedmean": "np.average(output, axis=0, weights=np.arange(1, len(output) + 1))",
+}
+
+_PROMPT = """
+inputs = tokenizer({text}, return_tensors="{tensors}")
+"""
+_CHAT = """
+messages = [{{"role": "user", "content": {text}}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="{tensors}")
+"""
+_GENERATE = """
+with torch.inference_mode():
+    tokens = model.generate(**inputs, max_new_tokens={new_tokens})
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+"""
+#: Greedy decoding. The graph's keys and values are given back to it, so each step runs the newest token only.
+_DECODE_ONNX = """
+step, ids = inputs["input_ids"].astype(np.int64), []
+shapes = {{value.name: value.shape for value in session.get_inputs()}}
+past = {{
+    name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items() if name.startswith("past_key_values.")
+}}
+seen = 0
+while len(ids) < {new_tokens}:
+    seen += step.shape[1]
+    feeds = {{"input_ids": step, "attention_mask": np.ones((1, seen), np.int64), "position_ids": np.arange(seen)[None, -step.shape[1]:]}}
+    logits, *present = session.run(None, {{name: value for name, value in feeds.items() if name in shapes}} | past)
+    past = dict(zip(past, present))
+    ids.append(int(logits[0, -1].argmax()))
+    step = np.array([ids[-1:]])
+print(tokenizer.decode(ids))
+"""
+#: The same with OpenVINO, which keeps keys and values in the model's state.
+_DECODE_OPENVINO = """
+step, ids = inputs["input_ids"].astype(np.int64), []
+request, names = model.create_infer_request(), {{name for port in model.inputs for name in port.names}}
+seen = 0
+while len(ids) < {new_tokens}:
+    seen += step.shape[1]
+    feeds = {{"input_ids": step, "attention_mask": np.ones((1, seen), np.int64), "position_ids": np.arange(seen)[None, -step.shape[1]:]}}
+    feeds["beam_idx"] = np.zeros(1, np.int32)
+    logits = request.infer({{name: value for name, value in feeds.items() if name in names}})[0]
+    ids.append(int(logits[0, -1].argmax()))
+    step = np.array([ids[-1:]])
+print(tokenizer.decode(ids))
+"""
+
+_GGUF_TEXT = """\
+from llama_cpp import Llama
+
+model = Llama("{folder}/model.gguf", n_ctx=512, verbose=False)
+"""
+_GGUF_PROMPT = """
+print(model({text}, max_tokens={new_tokens})["choices"][0]["text"])
+"""
+_GGUF_CHAT = """
+answer = model.create_chat_completion([{{"role": "user", "content": {text}}}], max_tokens={new_tokens})
+print(answer["choices"][0]["message"]["content"])
+"""
+_GGUF_EMBEDDING = """\
+from llama_cpp import Llama
+
+model = Llama("{folder}/model.gguf", embedding=True, n_ctx=512, verbose=False)
+vector = model.embed({text})
+print(len(vector), "numbers:", vector[:5])
+"""
+
+_IMAGE = """\
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+folder = "{folder}"
+model = AutoModelForImageClassification.from_pretrained(folder).eval()
+size = model.config.image_size
+
+picture = Image.new("RGB", (size, size), "seagreen")  # or Image.open("photo.jpg").convert("RGB").resize((size, size))
+pixels = (np.asarray(picture, np.float32) / 255 - {mean}) / {deviation}
+with torch.inference_mode():
+    output = model(pixel_values=torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float()).logits[0].numpy()
+"""
+_JAVASCRIPT = """\
+const {{ env, pipeline }} = require("@huggingface/transformers");
+
+env.allowRemoteModels = false;
+env.localModelPath = ".";
+(async () => {{
+  const run = await pipeline("{pipeline}", "{folder}");
+  console.log(await run({text}{more}));
+}})();
+"""
+
+
+def usage_program(format_: str, artifact: Path, header: ModelHeader) -> str:
+    """The program for an artifact's folder, which also has the source's tokenizer and chat template.
+
+    For transformers.js it is a program for Node, else for Python. Empty if no program is known for the format and the task.
+    """
+    program = _program(format_, artifact, header)
+    if "np." not in program:
+        program = program.replace("import numpy as np\n", "")
+    return program if "AutoConfig." in program else program.replace("AutoConfig, ", "")
+
+
+def _program(format_: str, artifact: Path, header: ModelHeader) -> str:
+    task, folder = header.task, artifact.name
+    chat = task == "causal-lm" and chat_template(artifact) is not None
+    text = f'"{_QUESTION if chat else _TEXT}"'
+    if format_ == "transformers.js":
+        return _javascript(folder, task, header)
+    if format_ == "gguf":
+        return _gguf(folder, task, text, chat=chat)
+    if header.architecture.endswith("ForImageClassification"):
+        mean, deviation = normalisation(artifact)
+        return _IMAGE.format(folder=folder, mean=mean, deviation=deviation) + _answer("classes", format_, header)
+    if task not in _MODEL_CLASSES or header.sees_images:
+        return ""
+    if task == "masked-lm":
+        text = 'f"The sea was {tokenizer.mask_token}."'
+    values = {
+        "folder": folder,
+        "model_class": _MODEL_CLASSES[task],
+        "own_code": ", trust_remote_code=True" if (artifact / "custom_generate").is_dir() else "",
+        "output": "last_hidden_state" if task == "embedding" else "logits",
+        "text": text,
+        "new_tokens": _NEW_TOKENS,
+        "tensors": "np" if format_ in {"onnx", "openvino"} else "pt",
+    }
+    head, run, decode = {
+        "onnx": (_ONNX, _RUN_ONNX, _DECODE_ONNX),
+        "openvino": (_OPENVINO, _RUN_OPENVINO, _DECODE_OPENVINO),
+    }.get(format_, (_TRANSFORMERS, _RUN_TRANSFORMERS, _GENERATE))
+    if task in {"causal-lm", "seq2seq"}:
+        return (head + (_CHAT if chat else _PROMPT) + decode).format(**values)
+    return (head + run).format(**values) + _answer(header.head if task == "classification" else task, format_, header)
+
+
+def _answer(kind: str, format_: str, header: ModelHeader) -> str:
+    labels = (
+        "AutoConfig.from_pretrained(folder).id2label" if format_ in {"onnx", "openvino"} else "model.config.id2label"
+    )
+    modes = header.pooling.split("+")
+    pooled = [_POOLED[mode] for mode in modes]
+    joined = pooled[0] if len(modes) == 1 else f"np.concatenate([{', '.join(pooled)}])"
+    return _ANSWERS[kind].format(labels=labels, pooled=joined)
+
+
+def _gguf(folder: str, task: str, text: str, *, chat: bool) -> str:
+    if task == "embedding":
+        return _GGUF_EMBEDDING.format(folder=folder, text=text)
+    return (_GGUF_TEXT + (_GGUF_CHAT if chat else _GGUF_PROMPT)).format(
+        folder=folder, text=text, new_tokens=_NEW_TOKENS
+    )
+
+
+def _javascript(folder: str, task: str, header: ModelHeader) -> str:
+    if task not in _PIPELINES:
+        return ""
+    more = {
+        "causal-lm": f", {{ max_new_tokens: {_NEW_TOKENS} }}",
+        "embedding": f', {{ pooling: "{header.pooling}" }}' if header.pooling in {"mean", "cls"} else "",
+    }.get(task, "")
+    text = '"The sea was [MASK]."' if task == "masked-lm" else f'"{_TEXT}"'
+    return _JAVASCRIPT.format(pipeline=_PIPELINES[task], folder=folder, text=text, more=more)
