@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TRANSITIONS, ATTEMPTS, REQUESTS, EXPIRY, CLAIMS, SUBMISSION = (
-    f"core/service/jobs/{name}.py" for name in ("transitions", "attempts", "requests", "expiry", "claims", "submission")
+    f"core/service/jobs/{name}.py"
+    for name in ("transitions", "attempts", "requests", "expiry", "claim_statements", "submission")
 )
 CHECKPOINTS, SERVICE = "core/service/jobs/checkpoints.py", "core/service/jobs/service.py"
 STATES, SCHEDULES, REGISTRY = (
