@@ -9,7 +9,8 @@ from nightpress.core.handoff.report import Measurement, Report, Subject
 _OF_ITSELF = {
     **dict.fromkeys(("cosine", "centred_cosine", "top1_agreement", "label_agreement"), 1.0),
     **dict.fromkeys(("rank_correlation", "correlation", "generation_match", "prefix_match"), 1.0),
-    **dict.fromkeys(("kl_divergence", "mean_error", "largest_error"), 0.0),
+    **dict.fromkeys(("kl_divergence", "kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max", "rms_dp"), 0.0),
+    **dict.fromkeys(("mean_error", "largest_error"), 0.0),
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nightpress.core.compress.evaluate import quality
+from nightpress.core.compress.evaluate.fidelity import KL_QUANTILES
 from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.verify import verify
 from nightpress.core.compress.runners import measure, transformers_runner
@@ -144,6 +145,7 @@ def _pairs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 _TOKENS = {"top1_agreement", "kl_divergence", "centred_cosine"}
+_NEXT_TOKENS = {*_TOKENS, *KL_QUANTILES, "rms_dp"}
 _NUMBERS = {"rank_correlation", "correlation", "mean_error", "largest_error", "centred_cosine"}
 CASES = {
     "embedder": Case(
@@ -182,7 +184,7 @@ CASES = {
     ),
     "causal LM": Case(
         lambda _bert_tiny, _folder: smollm_dir(),
-        {"perplexity", "bits_per_byte", "generation_match", "prefix_match", *_TOKENS},
+        {"perplexity", "bits_per_byte", "generation_match", "prefix_match", *_NEXT_TOKENS},
         (
             {"metric": "perplexity", "samples": 12, "length": 32},
             {"metric": "generation", "samples": 12, "length": 12, "new_tokens": 6},

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from nightpress.core.compress.evaluate.statistics import mean_interval, of_sums, paired, ratio
+from nightpress.core.compress.evaluate.statistics import mean_interval, of_sums, paired, quantile, ratio
 
 
 def against(ours: NDArray[np.float64], theirs: NDArray[np.float64]):
@@ -46,6 +46,20 @@ def test_pairing_makes_a_constant_ratio_certain():
     assert both.change.low == pytest.approx(0.05)
     assert both.change.high == pytest.approx(0.05)
     assert both.figure.high - both.figure.low > 0.5
+
+
+@settings(max_examples=50, deadline=None)
+@given(arrays(np.float64, st.integers(1, 30), elements=st.floats(0, 100)), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
+def test_a_quantile_over_all_rows_is_numpys(values: NDArray[np.float64], share: float):
+    rows = np.arange(len(values)) % 4
+    statistic = quantile(values, rows, share)
+    assert statistic(np.ones((1, 4)))[0] == np.quantile(values, share, method="inverted_cdf")
+
+
+def test_a_row_that_is_drawn_twice_counts_twice_in_a_quantile():
+    values, rows = np.array([1.0, 2.0, 9.0]), np.array([0, 0, 1])
+    median = quantile(values, rows, 0.5)
+    assert median(np.array([[1.0, 1.0], [0.0, 2.0], [2.0, 0.0], [1.0, 3.0]])).tolist() == [2.0, 9.0, 1.0, 9.0]
 
 
 def test_perplexity_weighs_windows_by_their_tokens():

@@ -12,7 +12,7 @@ import numpy as np
 
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.evaluate.scores import pearson, spearman
-from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
+from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, quantile, ratio
 from nightpress.core.compress.evaluate.view import Better, OutputPair, ScorerRequest, spread, sums
 from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.compress.model.cosines import cosine_of_products, row_cosines
@@ -21,6 +21,8 @@ from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.header import Head, ModelHeader
 
 COMPARED_BYTES = 32 * 1024**2  #: limit of the source's saved distributions; KL divergence is taken at those positions
+#: figure → the share of the compared positions whose KL divergence does not exceed it
+KL_QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_p999": 0.999, "kl_max": 1.0}
 OUTPUTS_SHOWN = 20  #: a model with more outputs gets figures for those with the largest errors only
 
 
@@ -31,13 +33,14 @@ class Fidelity:
     examples: TokenSet
     head: Head = "classes"
     names: Mapping[int, str] = field(default_factory=dict)
+    causal: bool = False  #: the examples are texts for a causal language model
 
     def figures(self, view: OutputPair) -> list[Measurement]:
         if not view.compares:
             return []
         match self.examples.kind:
             case "tokens":
-                return of_tokens(view, self.examples)
+                return of_next_tokens(view, self.examples) if self.causal else of_tokens(view, self.examples)
             case "logits":
                 return of_head(view, self.head, self.names)
         return of_vectors(view)
@@ -77,7 +80,7 @@ def prepare(request: ScorerRequest) -> Fidelity:
             sequences = tokenized.every_token(sequences)
         case _:
             return Fidelity(token_set(request.name, tokenized.every_token(sequences), header.classes))
-    return Fidelity(token_set(request.name, sequences, request.vocabulary))
+    return Fidelity(token_set(request.name, sequences, request.vocabulary), causal=header.is_decoder)
 
 
 def token_set(name: str, sequences: tokenized.Sequences, width: int) -> TokenSet:
@@ -115,6 +118,37 @@ def of_tokens(view: OutputPair, examples: TokenSet) -> list[Measurement]:
             np.stack([sums(compared, product, count) for product in view.ours("products").T], axis=1)[kept],
             n=len(compared),
         ),
+    ]
+
+
+def of_next_tokens(view: OutputPair, examples: TokenSet) -> list[Measurement]:
+    """`of_tokens` for a causal language model, with the figures that llama.cpp's `llama-perplexity --kl-divergence` prints, too.
+
+    How the divergence is spread over the positions, and the root of the mean squared change of the right token's probability (RMS Δp).
+    """
+    targets = examples.sequences.targets
+    assert targets is not None
+    assert examples.compared is not None
+    count = len(targets)
+    row, compared = np.nonzero(targets >= 0)[0], np.nonzero(examples.compared)[0]
+    divergence = np.maximum(view.ours("kl").astype(np.float64), 0)
+    kept, of_kept = np.unique(compared, return_inverse=True)  # only rows with compared positions are resampled
+    moved = sums(row, (np.exp(-view.ours("nll")) - np.exp(-view.theirs("nll"))) ** 2, count)
+    tokens = np.bincount(row, minlength=count)
+    some = tokens > 0
+    rms = of_sums(
+        np.stack([moved[some], tokens[some]], axis=1),
+        lambda total: np.sqrt(total[:, 0] / np.maximum(total[:, 1], 1e-12)),
+    )
+    return [
+        *of_tokens(view, examples),
+        *(
+            view.resampled(
+                name, quantile(divergence, of_kept, share), len(kept), n=len(compared), better="lower", unit="nats"
+            )
+            for name, share in KL_QUANTILES.items()
+        ),
+        view.resampled("rms_dp", rms, int(some.sum()), n=len(row), better="lower"),
     ]
 
 

@@ -46,7 +46,7 @@ class Perplexity:
             found.append(
                 view.figure("bits_per_byte", bits, count, n=int(self.sizes.sum()), better="lower", unit="bits")
             )
-        return found + (fidelity.of_tokens(view, self.examples) if view.compares else [])
+        return found + (fidelity.of_next_tokens(view, self.examples) if view.compares else [])
 
 
 def perplexity(request: ScorerRequest) -> Perplexity:

@@ -72,6 +72,23 @@ def ratio(values: NDArray[Any], weights: NDArray[Any] | None = None) -> Statisti
     return of_sums(np.stack([numbers, parts], axis=1), lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1e-12))
 
 
+def quantile(values: NDArray[Any], rows: NDArray[np.int64], share: float) -> Statistic:
+    """The least value that at least a `share` of the values do not exceed; share 1: the largest.
+
+    values [M] come from `rows` [M] of the resampled examples: a row that is drawn twice counts all its values twice.
+    """
+    order = np.argsort(values, kind="stable")
+    ascending, row = np.asarray(values, np.float64)[order], rows[order]
+
+    def statistic(times: Array) -> Array:
+        drawn = times[:, row].cumsum(axis=1)  # [R, M]
+        # Sums of whole numbers are exact. The small difference keeps share · M, which is not, from asking for one value more.
+        at = (drawn < share * drawn[:, -1:] - 1e-9).sum(axis=1)
+        return ascending[np.minimum(at, len(ascending) - 1)]
+
+    return statistic
+
+
 def mean_interval(values: NDArray[Any], *, seed: int, weights: NDArray[Any] | None = None) -> Interval:
     """The mean of values [N] with its interval; with `weights` [N], Σ values / Σ weights."""
     return interval(ratio(values, weights), len(values), seed=seed)

@@ -26,6 +26,12 @@ _NAMES = {
     "mean_error": "Mean error against the source",
     "largest_error": "Largest error against the source",
     "kl_divergence": "KL divergence from the source",
+    "kl_median": "KL divergence, median",
+    "kl_p90": "KL divergence, 90th percentile",
+    "kl_p99": "KL divergence, 99th percentile",
+    "kl_p999": "KL divergence, 99.9th percentile",
+    "kl_max": "KL divergence, largest",
+    "rms_dp": "RMS change of the right token’s probability",
 }
 _SHARES = frozenset(
     {
@@ -36,11 +42,15 @@ _SHARES = frozenset(
         "label_agreement",
         "generation_match",
         "prefix_match",
+        "rms_dp",
         "recall",
     }
 )
 #: metrics that are shown with five digits
-_FINE = frozenset({"cosine", "centred_cosine", "kl_divergence", "rank_correlation", "correlation", "mean_error"})
+_FINE = frozenset(
+    {"cosine", "centred_cosine", "kl_divergence", "kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max"}
+    | {"rank_correlation", "correlation", "mean_error"}
+)
 
 
 def metric_name(measurement: Measurement) -> str:
