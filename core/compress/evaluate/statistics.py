@@ -84,7 +84,8 @@ def quantile(values: NDArray[Any], rows: NDArray[np.int64], share: float) -> Sta
         drawn = times[:, row].cumsum(axis=1)  # [R, M]
         # Sums of whole numbers are exact. The small difference keeps share · M, which is not, from asking for one value more.
         at = (drawn < share * drawn[:, -1:] - 1e-9).sum(axis=1)
-        return ascending[np.minimum(at, len(ascending) - 1)]
+        found: Array = ascending[np.minimum(at, len(ascending) - 1)]
+        return found
 
     return statistic
 
