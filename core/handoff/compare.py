@@ -27,12 +27,10 @@ class Point:
     quality: float | None
     quality_low: float | None
     quality_high: float | None
-    verdict: (
-        str  #: the job's verdict; notes it if this artifact passed its own gates in a rejected job; "" for a source
-    )
-    dominated_by: str = (
-        ""  #: label of a point that is at least as good on every scale, and better on at least one; "" if there is none
-    )
+    #: The job's verdict. It notes if this artifact passed its own gates in a rejected job. "" for a source.
+    verdict: str
+    #: Label of a point that is at least as good on every scale, and better on at least one; "" if there is none.
+    dominated_by: str = ""
 
     @property
     def label(self) -> str:

@@ -192,9 +192,8 @@ class _Shape(NamedTuple):
     largest_block: int  #: bytes of the largest block
     stored_block: int  #: bytes of the largest block in the file's dtypes
     largest_outside: int  #: bytes of the largest tensor outside the blocks
-    pinned_block: (
-        int  #: bytes of the largest block in pinned memory, where torch rounds each tensor up to a power of two
-    )
+    #: Bytes of the largest block in pinned memory, where torch rounds each tensor up to a power of two.
+    pinned_block: int
 
 
 def _shape(header: ModelHeader) -> _Shape:

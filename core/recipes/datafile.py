@@ -359,9 +359,8 @@ def _check_unpacked(ref: str, packed: int, unpacked: int) -> None:
 @dataclass(frozen=True)
 class DataFacts:
     rows: int | None  #: number of rows that jobs read; for prose, lines; None: unknown
-    labels: (
-        int | None
-    )  #: number of classes: the highest label plus 1, or the number of names; 0: no labels; None: unknown
+    #: Number of classes: the highest label plus 1, or the number of names; 0: no labels; None: unknown.
+    labels: int | None
 
 
 def examine_data(path: str, pieces: Iterable[bytes], window: Window | None = None) -> DataFacts:

@@ -132,9 +132,8 @@ def _tokens(evaluation: Evaluation) -> float:
                 evaluation.length + evaluation.new_tokens * (evaluation.metric == "generation")
             )
         case Latency():
-            return (
-                sum(b * n for b in evaluation.batch for n in evaluation.length) * 2 * (evaluation.repeats + 1)
-            )  # twice, because an untimed run precedes each timed run
+            shapes = sum(b * n for b in evaluation.batch for n in evaluation.length)
+            return shapes * 2 * (evaluation.repeats + 1)  # twice, because an untimed run precedes each timed run
         case GenerationSpeed():
             read = sum(b * n for b in evaluation.batch for n in evaluation.prompt)
             # A decoding step reads every weight for a few tokens, so memory bandwidth limits it at every batch size.

@@ -32,9 +32,8 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
     (out_dir / "onnx").mkdir()
     graph.rename(out_dir / "onnx" / f"model{_SUFFIXES[kind]}.onnx")
     config = json.loads((out_dir / "config.json").read_bytes())
-    config.pop(
-        "quantization_config", None
-    )  # the graph has the codes; the loader would refuse a config that it doesn't know
+    # The graph has the codes. The loader would refuse a config that it doesn't know.
+    config.pop("quantization_config", None)
     config["transformers.js_config"] = {"dtype": kind}  # the default, so that a page need not name a number type
     write_file(out_dir / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     return tuple(

@@ -91,9 +91,8 @@ def _kernel(
     tile = tl.load(place, mask=real, other=0.0)  # [ROWS, WIDTH]
     costs = tl.load(cost + column, mask=column < columns, other=0.0)
     bill = tl.zeros([ROWS], dtype=tl.float32)
-    gone_bits = tl.zeros(
-        [ROWS], dtype=tl.int32
-    )  # pruned columns of the current N:M group; its first column is the lowest bit
+    # The pruned columns of the current N:M group; its first column is the lowest bit.
+    gone_bits = tl.zeros([ROWS], dtype=tl.int32)
     for j in range(columns):
         if OF > 0:  # noqa: SIM102 (evaluated at compile time, so that no remainder by 0 is compiled)
             if j % OF == 0:

@@ -147,9 +147,8 @@ class OnGrid:
     def row_step(self) -> int:
         if self.scheme.strategy == "block":
             return BLOCK
-        return (
-            1 if self.scheme.symmetric else 32
-        )  # A word holds the zero points of several rows, and may not span two chunks.
+        # A word holds the zero points of several rows, and may not span two chunks.
+        return 1 if self.scheme.symmetric else 32
 
     def __call__(self, rows: Tensor, first_row: int, put: Put, workspace: Workspace) -> Effect:
         del workspace

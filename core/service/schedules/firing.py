@@ -109,9 +109,8 @@ class Firing:
             if job.state == "queued":
                 self._ring(job.queue)
         elif self._schedules.run(run.id).job_id != job.id:
-            self._store.requests.request_cancel(
-                run.tenant_id, job.id
-            )  # replaced by a later run while this one submitted
+            # A later run replaced this one while it submitted.
+            self._store.requests.request_cancel(run.tenant_id, job.id)
 
     def _is_same_work(self, run: PendingRun, last: LastRun) -> bool:
         """Whether a job for the model of the last run would be identical to the last job."""
