@@ -109,6 +109,7 @@ def open_services(settings: Settings) -> Services:
         uploads=ThreadPoolExecutor(UPLOADS, thread_name_prefix="upload"),
         admission=Admission(),
         transfers=ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer"),
+        parsing=ThreadPoolExecutor(1, thread_name_prefix="parse"),
         probes=ThreadPoolExecutor(3, thread_name_prefix="probe"),
         database_probe=DatabaseProbe(settings.sql_url),
         limiter=RateLimiter(settings.celery_url),
@@ -124,7 +125,7 @@ async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
     services.tail.close()
     await services.limiter.close()
     services.ringer.close()
-    for pool in (services.threads, services.uploads, services.transfers, services.probes):
+    for pool in (services.threads, services.uploads, services.transfers, services.parsing, services.probes):
         pool.shutdown(wait=False, cancel_futures=True)
     services.resources.engine.dispose()
     services.database_probe.close()

@@ -35,6 +35,7 @@ class Services:
     uploads: ThreadPoolExecutor  #: for uploads through the API, which take long for a slow client
     admission: Admission  #: limits the use of `uploads`
     transfers: ThreadPoolExecutor  #: for other calls that move many bytes
+    parsing: ThreadPoolExecutor  #: one thread for texts that take long to parse, so that nobody else waits for a thread or for Python
     probes: ThreadPoolExecutor  #: for /readyz, so that a service that hangs blocks nothing else
     database_probe: DatabaseProbe
     limiter: RateLimiter
@@ -48,6 +49,10 @@ class Services:
         return await asyncio.get_running_loop().run_in_executor(
             self.threads, partial(context.run, function, *args, **kwargs)
         )
+
+    async def parse(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function that computes in a thread, one at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self.parsing, partial(function, *args, **kwargs))
 
     async def transfer(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function that moves many bytes in a thread."""

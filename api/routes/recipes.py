@@ -80,14 +80,18 @@ async def validate_recipe(
     services: ServicesDep,
     body: Annotated[ValidateRequest, Body(openapi_examples=_EXAMPLES)],
 ) -> Response:
-    return answer(ValidateView(plan=await services.call(_plan, services, caller.tenant_id, body)))
+    recipe = await services.parse(_read, body.recipe)
+    return answer(ValidateView(plan=await services.call(_plan, services, caller.tenant_id, recipe, body.model)))
 
 
-def _plan(services: Services, tenant_id: str, body: ValidateRequest) -> Plan:
-    recipe = load_recipe(body.recipe) if isinstance(body.recipe, str) else parse_recipe(body.recipe)
-    if body.model is None:
+def _read(recipe: dict[str, Any] | str) -> Recipe:
+    return load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
+
+
+def _plan(services: Services, tenant_id: str, recipe: Recipe, model: str | None) -> Plan:
+    if model is None:
         return make_plan(recipe)
-    return services.resources.jobs.plan(recipe, services.resources.models.get(tenant_id, body.model).id)
+    return services.resources.jobs.plan(recipe, services.resources.models.get(tenant_id, model).id)
 
 
 def _view(recipe: Recipe) -> RecipeView:
