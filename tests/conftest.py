@@ -34,7 +34,8 @@ _ARITHMETIC = re.compile(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that do arithmetic, and run the files first that take longest.
 
-    If a file with slow tests or with many tests started last, one worker would be busy while the others were idle.
+    If a file with slow tests or with many tests started last, one worker would be busy while the others were idle. Whole installations take
+    longest, however few their tests are.
     """
     tests = Counter(item.path for item in items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if touches[item.path]:
             item.add_marker(pytest.mark.arithmetic)
-    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "e2e", -tests[item.path]))
 
 
 def pytest_sessionfinish() -> None:

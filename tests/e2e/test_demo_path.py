@@ -54,6 +54,7 @@ def run(environment: dict[str, str], cwd: Path, *arguments: str, status: int = 0
     return done.stdout
 
 
+@pytest.mark.slow
 def test_from_up_to_a_verified_artifact_on_disk(environment: dict[str, str], bert_tiny: Path, tmp_path: Path):
     (tmp_path / "small.yaml").write_text(RECIPE)
     (tmp_path / "impossible.yaml").write_text(IMPOSSIBLE)
@@ -94,6 +95,7 @@ def test_from_up_to_a_verified_artifact_on_disk(environment: dict[str, str], ber
     assert json.loads(run(environment, tmp_path, "down", "--json")) == {"stopped": False}
 
 
+@pytest.mark.slow
 def test_press_needs_no_service(environment: dict[str, str], bert_tiny: Path, tmp_path: Path):
     # Most of this model is embeddings, which the recipe doesn't compress. So the size gate is missed, but the result is kept.
     press = ("press", str(bert_tiny), "-r", "int8-weights", "-o", "result")

@@ -134,6 +134,7 @@ def is_made_from(artifact: Weights, source: Weights) -> bool:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("only_if_changed", [False, True])
+@pytest.mark.slow
 def test_the_second_night_presses_the_second_weights(nights: Nights, only_if_changed: bool) -> None:
     first_weights = nights.train(1)
     nights.schedule(only_if_changed=only_if_changed)
@@ -168,6 +169,7 @@ def test_the_second_night_presses_the_second_weights(nights: Nights, only_if_cha
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_whatever_else_decides_the_result_is_a_change_too(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same weights, a changed data set, recipe (of the same name) or engine leads to one new pressing."""
     nights.train(1)

@@ -137,6 +137,7 @@ def test_what_cannot_work_is_refused_before_it_runs(pass_: dict[str, Any], bert_
         plan()
 
 
+@pytest.mark.slow
 def test_a_whole_job_prunes_then_rounds_with_text_that_a_person_brought(bert_tiny: Path, tmp_path: Path):
     text = "\n".join(
         json.dumps({"text": f"The {n} lamps along the quay were lit one after another."}) for n in range(200)

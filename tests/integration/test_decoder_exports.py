@@ -119,6 +119,7 @@ def test_the_codes_lie_in_the_graphs_as_codes(graphs: Any):
     assert sizes[1] < sizes[0]
 
 
+@pytest.mark.slow
 def test_a_float_decoder_passes_in_every_graph_runtime_whatever_arithmetic_it_chooses(llama: Path, tmp_path: Path):
     """OpenVINO computes in bfloat16 if the processor has instructions for it."""
     recipe = {"passes": [], "exports": ["onnx", "openvino"], "evaluate": []}

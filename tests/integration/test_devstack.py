@@ -109,6 +109,7 @@ def test_when_one_process_ends_all_end_and_it_is_named(stack: Stack) -> None:
     assert "The control process ended with status -9" in stack.service.output()
 
 
+@pytest.mark.slow
 def test_f28_a_killed_stack_takes_all_along_and_the_next_one_goes_on_with_its_jobs(
     stack: Stack, bert_tiny: Path
 ) -> None:

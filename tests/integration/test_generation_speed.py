@@ -51,6 +51,7 @@ def test_rates_count_the_whole_batch_and_medians_are_of_runs():
     assert 20 < timing.token_p95_ms < 40
 
 
+@pytest.mark.slow
 def test_a_job_reports_it_and_gates_on_the_worst_shape(bert_tiny: Path, tmp_path: Path):
     job = lay_out(
         tmp_path / "job",

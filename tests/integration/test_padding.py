@@ -166,6 +166,7 @@ def test_experts_take_no_notice_of_padding(name: str, texts: Path, tmp_path: Pat
     _compare("MixtralForCausalLM", name, texts, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_the_smoothing_and_the_ranges_of_a_graph_take_no_notice_of_padding(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -50,6 +50,7 @@ def pressed(tmp_path_factory: pytest.TempPathFactory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_same_files_give_the_same_bytes_and_figures(pressed: Path):
     data = f"mine={pressed / 'mine.txt'}"
     done = nightpress("reproduce", pressed / "out", "-m", pressed / "bert-tiny", "--data", data, "--json")

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_a_page_finds_an_int8_encoder_where_it_looks_for_it(tmp_path: Path):
     recipe: dict[str, Any] = {
         "target": "browser",
@@ -38,6 +39,7 @@ def test_a_page_finds_an_int8_encoder_where_it_looks_for_it(tmp_path: Path):
     assert "token_str" in run_usage(subject, tmp_path / "job" / "out")
 
 
+@pytest.mark.slow
 def test_a_decoder_goes_on_from_its_cache_there(tmp_path: Path):
     from tests.integration.test_decoder_exports import save_llama
 

@@ -24,6 +24,7 @@ HALF: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_a_real_model_goes_through_the_confined_child(tmp_path: Path, sqlite_url: str, bert_tiny: Path) -> None:
     service = Service(tmp_path, sqlite_url, lease_ttl_s=20)
     service.model_id, service.model_digest = service.register(new_id("mdl"), bert_tiny)
