@@ -279,7 +279,9 @@ def main() -> int:
     for name in options.attacks:
         if name not in ATTACKS:
             parser.error(f"There is no attack {name!r}. There are: {', '.join(ATTACKS)}.")
-    return finish("attacks", measure(options.attacks or ATTACKS, options.seconds), parser, options, choices=("attacks",))
+    return finish(
+        "attacks", measure(options.attacks or ATTACKS, options.seconds), parser, options, choices=("attacks",)
+    )
 
 
 if __name__ == "__main__":
