@@ -26,7 +26,7 @@ import httpx
 import numpy as np
 
 from bench.record import Figure, finish, make_parser
-from bench.stack import postgres_and_valkey
+from bench.stack import is_healthy, postgres_and_valkey
 from nightpress.core.service.access.keys import ALL_SCOPES, create_key
 from tests.servers import free_port
 from tests.service import Service, eventually
@@ -247,7 +247,7 @@ def measure(names: Iterable[str], seconds: float) -> list[Figure]:
         try:
             service.start("-m", "nightpress.api")
             service.start_control()
-            eventually(lambda: _is_up(port), within=60)
+            eventually(lambda: is_healthy(f"http://127.0.0.1:{port}"), within=60)
             for name in (None, *names):
                 times = np.asarray(under(name, port, (keys[0], keys[1]), seconds))
                 row = name or "nothing"
@@ -262,13 +262,6 @@ def measure(names: Iterable[str], seconds: float) -> list[Figure]:
         finally:
             service.close()
     return figures
-
-
-def _is_up(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 from bench.record import Figure, finish, make_parser
-from bench.stack import postgres_and_valkey
+from bench.stack import is_healthy, postgres_and_valkey
 from nightpress.core.service.access.keys import create_key
 from nightpress.core.service.jobs.records import Claimed
 from tests.jobs import offer, succeeded
@@ -76,7 +76,7 @@ def measure(clients: int) -> list[Figure]:
             key = create_key(service.engine, tenant_id="default", name="bench", scopes=["jobs:read"])[1]
             process = psutil.Process(service.start("-m", "nightpress.api").pid)
             base = f"http://127.0.0.1:{port}"
-            eventually(lambda: _healthy(base), within=60)
+            eventually(lambda: is_healthy(base), within=60)
             idle, peak, over = process.memory_info().rss, [0], threading.Event()
 
             def weigh() -> None:
@@ -103,13 +103,6 @@ def measure(clients: int) -> list[Figure]:
             ]
         finally:
             service.close()
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/healthz", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def main() -> int:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+
 from nightpress import migrations
 from tests.servers import Postgres, Valkey
 
@@ -20,3 +22,11 @@ def postgres_and_valkey(*, durable: bool = False) -> Iterator[tuple[Path, str, s
         url = postgres.create_database()
         migrations.upgrade(url)
         yield Path(folder), url, broker.url
+
+
+def is_healthy(url: str) -> bool:
+    """Whether an API at this address answers."""
+    try:
+        return httpx.get(f"{url}/healthz", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False

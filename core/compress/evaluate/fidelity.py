@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.evaluate.scores import pearson, spearman
@@ -90,16 +91,24 @@ def token_set(name: str, sequences: tokenized.Sequences, width: int) -> TokenSet
     return TokenSet(name, "tokens", sequences, compared=spread(scored, width, sequences.targets.shape, COMPARED_BYTES))
 
 
-def of_tokens(view: OutputPair, examples: TokenSet) -> list[Measurement]:
-    """Agreement at every scored token. Divergence and centred cosine at the positions whose whole distributions were kept."""
+def _positions(examples: TokenSet) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+    """The number of texts, the text of each scored token, and the text of each position whose whole distribution was kept."""
     targets = examples.sequences.targets
     assert targets is not None
     assert examples.compared is not None
-    count = len(targets)
-    row, compared = np.nonzero(targets >= 0)[0], np.nonzero(examples.compared)[0]
+    return len(targets), np.nonzero(targets >= 0)[0], np.nonzero(examples.compared)[0]
+
+
+def _divergence(view: OutputPair) -> Array:
+    """The KL divergence at each position whose whole distribution was kept. Rounding may make it slightly negative; then it is 0."""
+    return np.maximum(view.ours("kl").astype(np.float64), 0)
+
+
+def of_tokens(view: OutputPair, examples: TokenSet) -> list[Measurement]:
+    """Agreement at every scored token. Divergence and centred cosine at the positions whose whole distributions were kept."""
+    count, row, compared = _positions(examples)
     agreed, tokens = sums(row, view.ours("top1") == view.theirs("top1"), count), np.bincount(row, minlength=count)
-    divergence = np.maximum(view.ours("kl").astype(np.float64), 0)
-    lost, places = sums(compared, divergence, count), np.bincount(compared, minlength=count)
+    lost, places = sums(compared, _divergence(view), count), np.bincount(compared, minlength=count)
     some, kept = tokens > 0, places > 0
     return [
         view.resampled(
@@ -126,12 +135,8 @@ def of_next_tokens(view: OutputPair, examples: TokenSet) -> list[Measurement]:
 
     How the divergence is spread over the positions, and the root of the mean squared change of the right token's probability (RMS Δp).
     """
-    targets = examples.sequences.targets
-    assert targets is not None
-    assert examples.compared is not None
-    count = len(targets)
-    row, compared = np.nonzero(targets >= 0)[0], np.nonzero(examples.compared)[0]
-    divergence = np.maximum(view.ours("kl").astype(np.float64), 0)
+    count, row, compared = _positions(examples)
+    divergence = _divergence(view)
     kept, of_kept = np.unique(compared, return_inverse=True)  # only rows with compared positions are resampled
     moved = sums(row, (np.exp(-view.ours("nll")) - np.exp(-view.theirs("nll"))) ** 2, count)
     tokens = np.bincount(row, minlength=count)

@@ -8,21 +8,16 @@ from pathlib import Path
 
 from nightpress.core.compress.data.chat import chat_template
 from nightpress.core.compress.data.images import normalisation
+from nightpress.core.compress.model.networks import AUTO_CLASSES
 from nightpress.core.recipes.header import ModelHeader
 
 _TEXT = "The sea was calm, and the ship came home."
 _QUESTION = "Which colours does the sea have?"
 _NEW_TOKENS = 20
 
-_MODEL_CLASSES = {
-    "causal-lm": "AutoModelForCausalLM",
-    "classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "masked-lm": "AutoModelForMaskedLM",
-    "embedding": "AutoModel",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-}
-_PIPELINES = {
+_MODEL_CLASSES = {**AUTO_CLASSES, "seq2seq": "AutoModelForSeq2SeqLM"}
+#: task → its name in the pipelines of transformers.js and of model hubs
+PIPELINES = {
     "causal-lm": "text-generation",
     "classification": "text-classification",
     "token-classification": "token-classification",
@@ -274,11 +269,11 @@ def _gguf(folder: str, task: str, text: str, *, chat: bool) -> str:
 
 
 def _javascript(folder: str, task: str, header: ModelHeader) -> str:
-    if task not in _PIPELINES:
+    if task not in PIPELINES:
         return ""
     more = {
         "causal-lm": f", {{ max_new_tokens: {_NEW_TOKENS} }}",
         "embedding": f', {{ pooling: "{header.pooling}" }}' if header.pooling in {"mean", "cls"} else "",
     }.get(task, "")
     text = '"The sea was [MASK]."' if task == "masked-lm" else f'"{_TEXT}"'
-    return _JAVASCRIPT.format(pipeline=_PIPELINES[task], folder=folder, text=text, more=more)
+    return _JAVASCRIPT.format(pipeline=PIPELINES[task], folder=folder, text=text, more=more)

