@@ -1,10 +1,14 @@
 """Fixtures that every kind of test shares: real servers, migrated databases, real models."""
 
+import gc
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+# The imports of torch and of all tests make a million objects. The collector need not look through them now, or ever.
+gc.disable()
 
 # Set before anything imports torch: the tests share two cores with the servers and children that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,6 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if touches[item.path]:
             item.add_marker(pytest.mark.arithmetic)
     items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "e2e", -tests[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -23,11 +24,27 @@ from nightpress.core.ids import new_id
 from tests.patience import slowness
 
 
+def _ports() -> Iterator[int]:
+    """Ports below those that the kernel gives to outgoing connections. Each test worker has a thousand of its own.
+
+    A server that is killed and started again finds its port free: neither a connection nor another worker's server can take it.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    own = range(10_000 + worker % 20 * 1_000, 11_000 + worker % 20 * 1_000)
+    return itertools.islice(itertools.cycle(own), os.getpid() % len(own), None)
+
+
+_PORTS = _ports()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of 127.0.0.1 on which nothing listens. No other call in this process gets it soon."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("the ports never end")
 
 
 def _package_dir(package: str) -> Path:

@@ -9,6 +9,7 @@ everything that the child started. The supervisor sees only the outer process, w
 import argparse
 import errno
 import faulthandler
+import gc
 import json
 import os
 import select
@@ -35,8 +36,17 @@ Press = Callable[[Path, Callable[[Frame], None]], Manifest]
 
 
 def _load_pipeline() -> Press:
-    from nightpress.core.compress import pipeline  # torch is imported here
+    """Import the compression core and what each job needs of its libraries.
 
+    The import makes half a million objects, and none of them is garbage: the collector would take a third of the time to find that out.
+    """
+    gc.disable()
+    import transformers.modeling_utils  # noqa: F401 - a job would import it later, and a spare has time
+
+    from nightpress.core.compress import pipeline
+
+    gc.freeze()
+    gc.enable()
     return pipeline.run
 
 

@@ -169,7 +169,7 @@ def test_a_real_model_killed_between_two_blocks_ends_with_the_same_bytes(
     model = deep_bert(tmp_path / "deep", bert_tiny)
     service.model_id, service.model_digest = service.register(new_id("mdl"), model)
     recipe = parse_recipe(RECIPE)
-    job_id = service.submit(recipe.model_dump(mode="json"), run_limit_s=200.0)
+    job_id = service.submit(recipe.model_dump(mode="json"))
     break_off(service, "pipeline_until:3", job_id, pass_index=1, step=3)
     finish(service, None)
     assert service.job(job_id).state == "succeeded", service.log(job_id)
@@ -204,7 +204,7 @@ def graph_undisturbed(tmp_path_factory: pytest.TempPathFactory, bert_tiny: Path)
     service = Service(folder, migrated_sqlite(folder / "nightpress.db"), storage_url=str(folder / "objects"))
     try:
         service.model_id, service.model_digest = service.register(new_id("mdl"), bert_tiny)
-        job_id = service.submit(parse_recipe(GRAPH).model_dump(mode="json"), run_limit_s=400.0)
+        job_id = service.submit(parse_recipe(GRAPH).model_dump(mode="json"))
         finish(service, None, within=240)
         return files_of(service, job_id)
     finally:
@@ -237,7 +237,7 @@ def test_a_killed_graph_goes_on_from_what_was_there_and_ends_with_the_same_bytes
 ) -> None:
     recipe = parse_recipe(GRAPH).model_dump(mode="json")
     service.model_id, service.model_digest = service.register(new_id("mdl"), bert_tiny)
-    job_id = service.submit(recipe, run_limit_s=400.0)
+    job_id = service.submit(recipe)
     elsewhere = str(service.settings.data_dir.parent / "elsewhere")
     worker = service.start_worker(f"pipeline_until_said:{said}", NIGHTPRESS_DATA_DIR=elsewhere)
 

@@ -29,7 +29,7 @@ def test_a_real_model_goes_through_the_confined_child(tmp_path: Path, sqlite_url
     service = Service(tmp_path, sqlite_url, lease_ttl_s=20)
     service.model_id, service.model_digest = service.register(new_id("mdl"), bert_tiny)
     latency = {"metric": "latency", "length": 16, "repeats": 3}
-    job_id = service.submit({**HALF, "evaluate": [*HALF["evaluate"], latency]}, run_limit_s=200.0)
+    job_id = service.submit({**HALF, "evaluate": [*HALF["evaluate"], latency]})
     slot, _ = service.slot(None, memory=4 * 1024**3)
     slot.serve()
     job = service.job(job_id)
@@ -68,7 +68,7 @@ def test_a_folder_with_links_is_pressed_in_place(
 ) -> None:
     service = Service(tmp_path, sqlite_url, lease_ttl_s=20, model_roots=[tmp_path / "hub"])
     _registered_in_place(service, lay_out(bert_tiny, tmp_path / "hub"))
-    job_id = service.submit(HALF, run_limit_s=200.0)
+    job_id = service.submit(HALF)
     slot, _ = service.slot(None, memory=4 * 1024**3)
     slot.serve()
     job = service.job(job_id)
@@ -101,7 +101,7 @@ def test_a_link_that_was_exchanged_since_is_refused_at_the_first_try(
         link.symlink_to(tmp_path / "outside")
     else:
         blob.unlink()
-    job_id = service.submit(HALF, run_limit_s=200.0)
+    job_id = service.submit(HALF)
     slot, _ = service.slot(None, memory=4 * 1024**3)
     slot.serve()
     job = service.job(job_id)

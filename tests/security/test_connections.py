@@ -188,10 +188,12 @@ def test_a_stream_that_is_followed_is_no_idle_connection(api: RunningApi, bert_t
         def follow() -> None:
             accept = {"accept": "text/event-stream"}
             with client.stream("GET", f"/v1/jobs/{job_id}/events", headers=accept, timeout=60) as stream:
-                lines.extend(stream.iter_lines())
+                for line in stream.iter_lines():
+                    lines.append(line)
 
         follower = threading.Thread(target=follow)
         follower.start()
+        eventually(lambda: lines)  # before its request has come, its connection is as idle as the flood's
         with contextlib.ExitStack() as open_ones:
             for _ in range(2 * CONNECTIONS):
                 open_ones.enter_context(connect(api))
