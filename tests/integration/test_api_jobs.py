@@ -128,6 +128,7 @@ def test_jobs_are_cancelled_by_what_they_are_and_never_by_mistake(client: httpx.
         ({"model": "tiny", "recipe": "int8-encoder", "name": "a\0b"}, 422, "invalid_request"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_job_that_cannot_be_is_refused_and_nothing_is_written(
     client: httpx.Client, body: dict[str, object], status: int, code: str
 ):

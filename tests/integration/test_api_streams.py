@@ -160,6 +160,7 @@ def test_streams_end_when_the_server_stops(tmp_path: Path, sqlite_url: str, bert
     assert time.monotonic() - began < 4 * slowness()
 
 
+@pytest.mark.slow
 def test_two_hundred_streams_ask_the_database_no_more_often_than_one(
     api: RunningApi, client: httpx.Client, running: Claimed, monkeypatch: pytest.MonkeyPatch
 ):

@@ -142,6 +142,7 @@ def _header(model_type: str, family: str) -> ModelHeader:
 
 
 @pytest.mark.parametrize("model_type", sorted(Awq.model_types))
+@pytest.mark.slow
 def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_path: Path):
     """With 8 bits and groups of 16 the rounding error is small. A larger difference would mean that a factor was applied wrongly."""
     family = next(
@@ -227,6 +228,7 @@ class _KilledError(Exception):
 
 
 @pytest.mark.parametrize("name", _methods())
+@pytest.mark.slow
 def test_an_attempt_killed_after_a_block_is_finished_byte_by_byte_as_if_nothing_happened(name: str, tmp_path: Path):
     source = tmp_path / "source"
     save_model("Qwen2MoeForCausalLM" if "experts" in name else "LlamaForCausalLM", source)

@@ -91,6 +91,7 @@ def test_a_method_that_settles_layer_by_layer_runs_each_text_through_a_block_onc
     assert once < 0.75 * twice
 
 
+@pytest.mark.slow
 def test_where_a_batch_does_not_fit_smaller_ones_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The allocator really fails: with a large batch, the layers allocate more memory than any machine has."""
     source = tmp_path / "source"

@@ -27,6 +27,7 @@ def file(lease: Lease, path: str = "a", size: int = 10) -> StoredFile:
     return StoredFile(path, size, "e" * 64, 1, lease.job_id)
 
 
+@pytest.mark.slow
 def test_one_attempt_at_a_time_writes_a_prefix_and_others_read_it(store: JobStore, index: CheckpointIndex):
     first, second = leased(store), leased(store)
     assert index.take(first, DIGEST)

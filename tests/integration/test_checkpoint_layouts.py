@@ -185,6 +185,7 @@ def test_every_pass_is_walked():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", PASSES)
+@pytest.mark.slow
 def test_a_pass_leaves_the_same_whole_checkpoint_of_every_layout(
     name: str, layout: str, one_file: Path, tmp_path: Path
 ):

@@ -93,6 +93,7 @@ def _by_hand(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("pad", [0, 7, None])
+@pytest.mark.slow
 def test_a_decoders_classifier_answers_as_it_does_without_padding(
     pad: int | None, bert_tiny: Path, tmp_path: Path
 ) -> None:

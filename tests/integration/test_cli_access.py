@@ -38,6 +38,7 @@ def shown(face: Face, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_webhooks_whole_life(face: Face):
     made = told(face, "webhooks", "add", "http://127.0.0.1:9/hook", "-e", "job.failed")
     hook = made["webhook"]["id"]
@@ -112,6 +113,7 @@ def test_a_models_name_goes_back(face: Face, bert_tiny: Path, tmp_path: Path):
     assert "notes" in shown(face, "datasets", "show", added["id"])
 
 
+@pytest.mark.slow
 def test_servers_have_names(face: Face, tmp_path: Path):
     home = {"XDG_CONFIG_HOME": str(tmp_path / "config")}
     added = run(face, "servers", "add", "office", face.url, stdin=face.key + "\n", **home)
@@ -171,6 +173,7 @@ def test_an_edit_of_what_somebody_else_changed_is_refused(face: Face):
 
 
 @pytest.mark.parametrize(("typed", "offered"), [("sched", "schedule"), ("webhooks red", "redeliver")])
+@pytest.mark.slow
 def test_a_shell_completes_words(typed: str, offered: str):
     """Calls the command as the script of `--show-completion bash` does."""
     program = "import sys; sys.argv = ['nightpress']; from nightpress.client.cli.main import main; main()"

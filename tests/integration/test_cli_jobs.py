@@ -51,6 +51,7 @@ def job(face: Face, model_id: str) -> Iterator[JobView]:
         client.jobs.cancel(job.id)
 
 
+@pytest.mark.slow
 def test_a_folder_is_submitted_and_json_stands_alone(face: Face, bert_tiny: Path, tmp_path: Path):
     (tmp_path / "own.json").write_text(json.dumps(RECIPE))
     done = run(
@@ -203,6 +204,7 @@ def test_nothing_from_a_server_steers_the_terminal(face: Face, job: JobView):
     assert "start" in run(face, "logs", job.id).stdout
 
 
+@pytest.mark.slow
 def test_inspect_shows_a_history_however_long_it_is(face: Face, job: JobView):
     claimed = face.claim()
     for step in range(1010):
@@ -301,6 +303,7 @@ def test_a_hostile_model_is_refused_here_already(face: Face, tmp_path: Path):
     assert "save_pretrained" in done.stderr
 
 
+@pytest.mark.slow
 def test_doctor_names_what_is_wrong_and_how_to_mend_it(face: Face, tmp_path: Path):
     done = run(face, "doctor", "--json")
     checks = {check["name"]: check for check in map(json.loads, done.stdout.splitlines())}
@@ -349,6 +352,7 @@ def test_the_web_pages_address_carries_the_key_behind_the_hash(face: Face):
     assert address == f"{face.url}/#key={face.key}"
 
 
+@pytest.mark.slow
 def test_a_job_that_no_worker_will_take_is_listed_and_waited_for_with_a_notice(face: Face, job: JobView):
     age(face.engine, job.id, 3700, "created_at", "run_after")
     listed = run(face, "ls")

@@ -75,6 +75,7 @@ def test_a_broken_upload_is_continued_by_the_next(nightpress: Client, bert_tiny:
     assert (finished.id, finished.state) == (begun.id, "ready")
 
 
+@pytest.mark.slow
 def test_an_upload_survives_cut_connections(face: Face, proxy: CuttingProxy, bert_tiny: Path):
     with face.client(proxy.url) as client:
         folder = read_model_folder(bert_tiny, "through-cuts")
@@ -100,6 +101,7 @@ def test_a_data_set_is_sent_and_found(nightpress: Client, tmp_path: Path):
     nightpress.data_sets.delete(data_set.id)
 
 
+@pytest.mark.slow
 def test_a_large_file_goes_in_parts_that_are_checked_each(nightpress: Client, tmp_path: Path):
     file = tmp_path / "large.txt"
     line = b"The press ran all night and nobody heard it.\n"
@@ -231,6 +233,7 @@ def test_logs_are_read_and_followed(face: Face, nightpress: Client, job: JobView
     assert [line.text for line in nightpress.jobs.logs(job.id, follow=True)][:3] == ["line 0", "line 1", "line 2"]
 
 
+@pytest.mark.slow
 def test_waiting_outlasts_a_restart_of_the_api(face: Face, job: JobView):
     claimed = face.claim()
     with face.client(retries=0) as client:
@@ -315,6 +318,7 @@ def test_an_artifact_that_is_not_there_is_named_with_those_that_are(
         nightpress.jobs.download(job.id, tmp_path, formats=["onnx"])
 
 
+@pytest.mark.slow
 def test_files_go_straight_to_and_from_an_s3_store(s3_server: S3, tmp_path: Path, bert_tiny: Path):
     own = Face(
         tmp_path / "face",
@@ -337,6 +341,7 @@ def test_files_go_straight_to_and_from_an_s3_store(s3_server: S3, tmp_path: Path
         own.close()
 
 
+@pytest.mark.slow
 def test_the_asynchronous_client_does_the_same(face: Face, bert_tiny: Path, tmp_path: Path):
     async def whole_way() -> None:
         async with AsyncClient(face.url, face.key) as client:

@@ -96,6 +96,7 @@ def test_a_deletion_whose_answer_is_lost_is_done_and_one_of_nothing_is_an_error(
     assert missing.value.code == "not_found"
 
 
+@pytest.mark.slow
 def test_a_request_that_is_still_being_answered_is_waited_for(
     api: RunningApi, proxy: CuttingProxy, sent: Send, monkeypatch: pytest.MonkeyPatch
 ):

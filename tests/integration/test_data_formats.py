@@ -112,6 +112,7 @@ def test_rows_by_themselves_are_padded_and_masked_and_another_seed_takes_other_t
 
 
 @pytest.mark.parametrize("rows", [200, 200_000])
+@pytest.mark.slow
 def test_a_parquet_bomb_is_read_up_to_the_bound(rows: int, tmp_path: Path):
     """The same text of ten megabytes in each of many rows: the file has kilobytes, its rows have gigabytes."""
     text = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), ["x" * 10_000_000])

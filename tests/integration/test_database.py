@@ -60,6 +60,7 @@ def test_other_databases_are_refused():
     assert raised.value.code is ErrorCode.INVALID_REQUEST
 
 
+@pytest.mark.slow
 def test_a_restarted_server_costs_an_idle_process_nothing_and_a_busy_one_a_single_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -64,6 +64,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack.service.close()
 
 
+@pytest.mark.slow
 def test_the_stack_starts_serves_refuses_a_second_and_leaves_nothing_running(stack: Stack) -> None:
     stack.start()
     pids = stack.pids
@@ -99,6 +100,7 @@ def test_the_stack_starts_serves_refuses_a_second_and_leaves_nothing_running(sta
     assert not (stack.folder / "devstack.json").exists()
 
 
+@pytest.mark.slow
 def test_when_one_process_ends_all_end_and_it_is_named(stack: Stack) -> None:
     stack.start()
     pids = stack.pids

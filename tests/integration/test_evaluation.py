@@ -108,6 +108,7 @@ def language(tmp_path_factory: pytest.TempPathFactory):
     return Language(tmp_path_factory.mktemp("language"))
 
 
+@pytest.mark.slow
 def test_a_stride_scores_each_token_once_with_what_stands_before_it(language: Language):
     sequences = language.trial.evaluations[0].scorer.examples.sequences
     ids = torch.from_numpy(sequences.ids)
@@ -199,6 +200,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory):
     return folder, named(quality.measurements(trial, source, None))
 
 
+@pytest.mark.slow
 def test_similarity_is_the_correlation_with_peoples_scores(embedder: tuple[Path, dict[str, Measurement]]):
     from transformers import AutoModel, AutoTokenizer
 
@@ -216,6 +218,7 @@ def test_similarity_is_the_correlation_with_peoples_scores(embedder: tuple[Path,
     assert figures["spearman"].value == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_retrieval_needs_no_labels_on_prose(embedder: tuple[Path, dict[str, Measurement]]):
     _, figures = embedder
     assert figures["ndcg"].n == 12
@@ -223,6 +226,7 @@ def test_retrieval_needs_no_labels_on_prose(embedder: tuple[Path, dict[str, Meas
     assert figures["recall"].unit == "@10"
 
 
+@pytest.mark.slow
 def test_entities_are_judged_by_each_words_first_piece(tmp_path: Path):
     from transformers import BertConfig, BertForTokenClassification
 

@@ -49,6 +49,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("export", [onnx, openvino])
+@pytest.mark.slow
 def test_a_float_graph_answers_as_the_model_does(bench: Bench, tmp_path: Path, export: Any):
     out = tmp_path / "out" / export.__name__.rsplit(".", 1)[-1]
     out.parent.mkdir()
@@ -60,6 +61,7 @@ def test_a_float_graph_answers_as_the_model_does(bench: Bench, tmp_path: Path, e
     assert judged.value >= judged.bound == (HALVED if export is openvino else EXACT)
 
 
+@pytest.mark.slow
 def test_openvino_computes_in_float32_where_the_processor_is_told_to_do_without_bfloat16(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -163,6 +165,7 @@ def test_an_artifact_whose_answers_are_no_numbers_is_named(bench: Bench, tmp_pat
     assert "gentler pass" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_ignored_layers_stay_in_float(bench: Bench, tmp_path: Path):
     options = DynamicInt8(ignore=("re:.*query", "bert.embeddings.*"))
     names = {
@@ -178,6 +181,7 @@ def test_ignored_layers_stay_in_float(bench: Bench, tmp_path: Path):
     assert caught.value.code == ErrorCode.INVALID_RECIPE
 
 
+@pytest.mark.slow
 def test_a_weight_that_lies_on_the_grid_decides_for_itself_alone(bench: Bench, tmp_path: Path):
     """Weights on the grid (from quantization-aware training) keep their codes. The others are rounded as without any such weight."""
     import onnx as library
@@ -241,6 +245,7 @@ ACCURACY = {
 }
 
 
+@pytest.mark.slow
 def test_a_classifier_is_scored_on_its_labels(classifier: Path, tmp_path: Path):
     recipe = ACCURACY | {"gates": {"accuracy": ">= 1%", "perplexity": "<= +3%"}}
     _, report, _ = press(lay_out(tmp_path / "job", classifier, recipe, {"mine": ROWS}))
@@ -272,6 +277,7 @@ def test_a_label_that_the_model_does_not_have_is_refused(classifier: Path, tmp_p
     assert not list((tmp_path / "job" / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_perplexity_counts_every_token_once(tmp_path: Path):
     """The figure equals a direct computation over the same windows, whatever the runner's batches."""
     import torch

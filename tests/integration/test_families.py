@@ -82,6 +82,7 @@ def _answers(name: str, folder: Path) -> Tensor:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "GPT2LMHeadModel"])
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.slow
 def test_codes_of_every_family_are_read_back_by_transformers(
     name: str, symmetric: bool, bert_tiny: Path, tmp_path: Path
 ):

@@ -248,6 +248,7 @@ def _verified(recipe: Recipe, trial: quality.Trial, base: Observed, seen: Observ
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_figures_verification_and_gate_see_a_model_break_step_by_step(
     name: str, bert_tiny: Path, tmp_path: Path
 ) -> None:

@@ -144,6 +144,7 @@ def test_a_model_whose_layers_exchanged_factors_answers_as_before_in_every_shape
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["awq", "smoothquant"])
 @pytest.mark.parametrize(("family", "variant"), [case for case in _CASES if case[0] not in _MIXTURES])
+@pytest.mark.slow
 def test_a_pressed_model_answers_as_its_source_in_every_shape(family: str, variant: str, name: str, tmp_path: Path):
     source = _save(family, VARIANTS[family][variant], tmp_path / "source")
     pass_ = {"pass": "awq", "bits": 8, "group_size": 16} if name == "awq" else {"pass": "smoothquant"}

@@ -208,6 +208,7 @@ print(json.dumps(found))
 _EXACT: list[dict[str, Any]] = [{"mode": "static", "length": 64}, {"prefix_bytes": 10**7}]
 
 
+@pytest.mark.slow
 def test_the_folders_write_with_their_caches_in_the_hands_of_transformers(source: Path, model: Any, tmp_path: Path):
     ways = [*_EXACT, SLIDING, QUANTIZED]
     folders, settings = [], []

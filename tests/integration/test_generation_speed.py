@@ -23,6 +23,7 @@ SPEED = {"metric": "generation-speed", "batch": [1, 2], "prompt": 12, "tokens": 
 RECIPE = {"name": "r", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"], "evaluate": [SPEED]}
 
 
+@pytest.mark.slow
 def test_every_run_writes_the_tokens_asked_for_whatever_ends_or_drafts_them(bert_tiny: Path, tmp_path: Path):
     folder = language_model(bert_tiny, tmp_path / "model")
     # With drafts, several tokens come at once. A third of all tokens end the text.

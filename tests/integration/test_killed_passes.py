@@ -51,6 +51,7 @@ def folders(bert_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda given: given["pass"] if isinstance(given, dict) else None,
 )  # fmt: skip
+@pytest.mark.slow
 def test_it_ends_with_the_same_bytes_wherever_it_was_broken_off(
     options: dict[str, Any], model: str, export: str, folders: Path, tmp_path: Path
 ):

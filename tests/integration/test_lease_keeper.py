@@ -33,6 +33,7 @@ def somebody_waits(engine: Engine) -> bool:
         return bool(connection.execute(text(waits)).scalar_one())
 
 
+@pytest.mark.slow
 def test_the_newest_lines_of_a_log_are_kept_in_their_order(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines that could not be written stay before the lines that came meanwhile. If there are too many, the oldest are dropped."""
     monkeypatch.setattr(nightpress.worker.lease, "_LOG_LINES", KEPT)

@@ -206,6 +206,7 @@ def test_a_decoders_head_over_classes_stays_in_float(tmp_path: Path):
     assert "score.weight" in load_tensors(_press(source, tmp_path / "pressed", [_INT4]))
 
 
+@pytest.mark.slow
 def test_what_does_not_load_is_said_with_its_cause(tmp_path: Path):
     """The test skips the plan, which would refuse this recipe."""
     source = save_family("bert", tmp_path / "source", class_name="BertForSequenceClassification")

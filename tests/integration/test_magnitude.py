@@ -69,6 +69,7 @@ def test_globally_the_smallest_of_all_layers_go(tmp_path: Path, dtype: torch.dty
     assert torch.equal(torch.cat([after[name].view(-1) for name in names]), expected)
 
 
+@pytest.mark.slow
 def test_ties_go_in_the_order_of_their_places(tmp_path: Path):
     source = tiny_llama(
         tmp_path / "source", dtype=torch.float32, num_hidden_layers=1, hidden_size=1024, intermediate_size=1100

@@ -80,6 +80,7 @@ def test_python_dash_m_migrations(sql_url: str, engine: Engine, monkeypatch: pyt
     assert "jobs" in inspect(engine).get_table_names()
 
 
+@pytest.mark.slow
 def test_a_migration_gives_up_on_a_locked_table_instead_of_queueing_everybody_behind_it(postgres_server: Postgres):
     url = postgres_server.create_database()
     migrations.upgrade(url)

@@ -132,6 +132,7 @@ def _check_loaded(source: Path, out: Path, pass_: dict[str, Any], record: Any) -
     ],
     ids=["awq", "smoothquant"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_scaled_experts_answer_nearer_than_rounded_ones_and_load_as_they_were_written(
     pass_: dict[str, Any], plain: dict[str, Any], share: float, mixture: Path, tmp_path: Path
 ):

@@ -51,6 +51,7 @@ def test_a_pass_stops_and_names_the_layer(name: str, tmp_path: Path):
     assert "calibration" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_a_graph_stops_and_names_the_product(tmp_path: Path):
     bench = Bench(tmp_path)
     graph = tmp_path / "overflows" / "model.onnx"

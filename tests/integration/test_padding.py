@@ -148,6 +148,7 @@ def _compare(class_name: str, name: str, texts: Path, work: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", PASSES)
+@pytest.mark.slow
 def test_a_decoders_pass_takes_no_notice_of_padding(
     name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -155,6 +156,7 @@ def test_a_decoders_pass_takes_no_notice_of_padding(
 
 
 @pytest.mark.parametrize("name", _ENCODERS)
+@pytest.mark.slow
 def test_an_encoders_pass_takes_no_notice_of_padding(
     name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -162,6 +164,7 @@ def test_an_encoders_pass_takes_no_notice_of_padding(
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "smoothquant", "wanda"])
+@pytest.mark.slow
 def test_experts_take_no_notice_of_padding(name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _compare("MixtralForCausalLM", name, texts, tmp_path, monkeypatch)
 

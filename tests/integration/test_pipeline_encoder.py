@@ -41,6 +41,7 @@ def done(tmp_path_factory: pytest.TempPathFactory):
     return Done(job, *press(job))
 
 
+@pytest.mark.slow
 def test_the_manifest_lists_exactly_the_files_that_are_there(done: Done):
     for artifact in done.manifest.artifacts:
         assert artifact.files == describe_folder(done.folder / "out" / artifact.path)

@@ -42,6 +42,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, model: Path, bad: f
     assert error.details["tensors"] == [name]
 
 
+@pytest.mark.slow
 def test_outputs_that_are_no_numbers_are_said_to_be_the_models(tmp_path: Path, model: Path):
     tensors = load_file(model / "model.safetensors")
     name = "bert.encoder.layer.1.output.dense.weight"
@@ -116,6 +117,7 @@ def test_a_length_beyond_the_model_is_refused(tmp_path: Path, model: Path):
     assert "512" in error.message
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_called_by_its_name(tmp_path: Path, model: Path):
     """The kernel's limit on a file's size replaces a full disk: the pass can't write its 17 MB."""
     recipe = MAGNITUDE | {"evaluate": [{"metric": "latency", "length": 8, "repeats": 3}]}
@@ -131,6 +133,7 @@ def test_a_full_disk_is_called_by_its_name(tmp_path: Path, model: Path):
     assert not list((job / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_the_config_are_said_so(tmp_path: Path, model: Path):
     config = json.loads((model / "config.json").read_text()) | {"intermediate_size": 256}
     (model / "config.json").write_text(json.dumps(config))

@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.models import bert_tiny_dir
 from tests.press import lay_out, press
 
 
+@pytest.mark.slow
 def test_a_pruned_and_rounded_model_is_loaded_and_measured(tmp_path: Path):
     recipe = {
         "passes": [{"pass": "magnitude", "sparsity": 0.25}, {"pass": "weight-only", "bits": 8}],

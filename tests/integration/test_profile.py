@@ -75,6 +75,7 @@ def test_the_probe_measures_a_plausible_machine():
     assert 1e8 < device.bytes_per_s < 1e12
 
 
+@pytest.mark.slow
 def test_a_job_reports_both_models(bert_tiny: Path, tmp_path: Path):
     recipe = {
         "passes": [{"pass": "channels", "share": 0.5}, {"pass": "profile", "length": [16, 64], "device": "h100"}],

@@ -44,6 +44,7 @@ def _ids() -> torch.Tensor:
 # torch warns that it will remove a dtype that transformers uses for the scales.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4, "group_size": 16}, {"activations": "int8"}])
+@pytest.mark.slow
 def test_the_written_model_answers_as_the_trained_one(options: dict[str, Any], model: Path, data: Path, tmp_path: Path):
     pass_ = {"pass": "qat", **options, "logits": {"alpha": 0.5}, "train": {**_TRAIN, "gradient_checkpointing": True}}
     out, record = run_pass(model, tmp_path, pass_, export="compressed-tensors", data_files={"mine": data})
@@ -63,6 +64,7 @@ def test_the_written_model_answers_as_the_trained_one(options: dict[str, Any], m
     assert float((found - expected).abs().max()) < 0.02 * felt
 
 
+@pytest.mark.slow
 def test_dynamic_int8_finds_the_trained_grid_again(model: Path, data: Path, tmp_path: Path):
     pass_ = {"pass": "qat", "leaves": "float", "train": _TRAIN}
     out, _ = run_pass(model, tmp_path, pass_, export="onnx", data_files={"mine": data})
@@ -82,6 +84,7 @@ def test_dynamic_int8_finds_the_trained_grid_again(model: Path, data: Path, tmp_
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.slow
 def test_a_whole_job_trains_rounded(model: Path, data: Path, tmp_path: Path):
     recipe = {
         "passes": [{"pass": "qat", "bits": 4, "group_size": 32, "train": _TRAIN}],

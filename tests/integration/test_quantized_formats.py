@@ -133,6 +133,7 @@ def answers(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_a_folder_keeps_the_formats_rules_and_loads_as_what_was_made(case: str, llama: Path, tmp_path: Path):
     passes, bound = CASES[case]
     out, records = press(llama, tmp_path, passes)
@@ -156,6 +157,7 @@ def test_a_folder_keeps_the_formats_rules_and_loads_as_what_was_made(case: str, 
         assert config["kv_cache_scheme"]["num_bits"] == 8
 
 
+@pytest.mark.slow
 def test_a_budget_is_met_and_spent_where_the_error_is(llama: Path, tmp_path: Path):
     cheap, (low,) = press(llama, tmp_path / "a", [{"pass": "gptq", "group_size": 32, "budget": 5.5}])
     _, (high,) = press(llama, tmp_path / "b", [{"pass": "gptq", "group_size": 32, "budget": 7.5}])

@@ -314,6 +314,7 @@ def test_two_schedules_of_one_name_are_a_conflict(world: World):
 # Schedules with a source -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_schedule_fetches_what_is_new_at_its_source_and_presses_nothing_twice(
     tmp_path: Path, sqlite_url: str, bert_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -99,6 +99,7 @@ def _with_zeros(source: Path, pruned: Path, which: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("which", ["channels", "heads"])
 @pytest.mark.parametrize("class_name", _SHRINKING)
+@pytest.mark.slow
 def test_the_smaller_model_computes_what_the_source_does_without_those_units(
     class_name: str, which: str, tmp_path: Path
 ):
@@ -254,6 +255,7 @@ def test_a_whole_job_shrinks_quantizes_and_is_proven_by_every_consumer(bert_tiny
     assert names[:3] == ["channels", "heads", "layers"]
 
 
+@pytest.mark.slow
 def test_a_normal_checkpoint_is_read_by_transformers_as_the_whole_job_proves(bert_tiny: Path, tmp_path: Path):
     recipe = {
         "passes": [{"pass": "channels", "share": 0.5}, {"pass": "layers"}],
@@ -268,6 +270,7 @@ def test_a_normal_checkpoint_is_read_by_transformers_as_the_whole_job_proves(ber
     assert artifact.parameters == inspect_model(FolderFiles(job / "out" / "safetensors")).parameters
 
 
+@pytest.mark.slow
 def test_what_was_cut_learns_again_in_the_shapes_it_has(bert_tiny: Path, tmp_path: Path):
     recipe = {
         "passes": [

@@ -119,6 +119,7 @@ def test_what_a_bucket_lacks_or_refuses_is_said(tmp_path: Path, sqlite_url: str,
 # From the Hub ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_branch_of_the_hub_is_pinned_to_its_commit(hub_world: World, hub: Hub, bert_tiny: Path):
     commit = hub.push("models/acme/tiny", files_in(bert_tiny) | TRAINERS)
     hub.private["models/acme/tiny"] = "hf_secret"

@@ -79,6 +79,7 @@ def _weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("bits", "top"), [(7, 64), (8, 127)])
+@pytest.mark.slow
 def test_codes_stay_within_what_the_processor_can_sum(bench: Bench, tmp_path: Path, bits: int, top: int):
     model, record = bench.quantize(tmp_path, weight_bits=bits)
     weights = _weights(model)
@@ -88,6 +89,7 @@ def test_codes_stay_within_what_the_processor_can_sum(bench: Bench, tmp_path: Pa
     assert record.summary["cosine_held_apart"] >= 0.995
 
 
+@pytest.mark.slow
 def test_the_runtime_multiplies_in_int8(bench: Bench, tmp_path: Path):
     _, record = bench.quantize(tmp_path)
     (written,) = tmp_path.glob("static/*/model.onnx")
@@ -101,6 +103,7 @@ def test_the_runtime_multiplies_in_int8(bench: Bench, tmp_path: Path):
     assert kinds.count("MatMulIntegerToFloat") == record.summary["matrices"] + record.summary["attention_scores"]
 
 
+@pytest.mark.slow
 def test_queries_and_keys_are_rounded_before_they_are_split_into_heads(bench: Bench, tmp_path: Path):
     scales = {}
     for bits, top in ((7, 64), (8, 127)):
@@ -122,6 +125,7 @@ def test_queries_and_keys_are_rounded_before_they_are_split_into_heads(bench: Be
         assert found == (scales[name, 8][0], pytest.approx(scales[name, 8][1]))
 
 
+@pytest.mark.slow
 def test_scores_that_are_ignored_stay_in_float(bench: Bench, tmp_path: Path):
     model, record = bench.quantize(tmp_path, ignore=["bert.encoder.layer.0.attention.self.matmul"])
     assert record.summary["attention_scores"] == 1
@@ -147,6 +151,7 @@ def test_what_something_else_reads_too_is_rounded_for_the_scores_alone(read_else
     assert score_products(graph) == {"product": Scores(query, Operand("k", "product"))}
 
 
+@pytest.mark.slow
 def test_openvino_divides_in_its_norms_and_answers_as_before(bench: Bench, tmp_path: Path):
     bench.quantize(tmp_path, min_cosine=None)
     (written,) = tmp_path.glob("static/*/model.onnx")
@@ -173,6 +178,7 @@ def test_openvino_divides_in_its_norms_and_answers_as_before(bench: Bench, tmp_p
 
 
 @pytest.mark.parametrize("ranges", ["min-max", "percentile", "entropy"])
+@pytest.mark.slow
 def test_every_way_to_find_ranges_gives_a_graph_that_answers_alike(bench: Bench, tmp_path: Path, ranges: str):
     _, record = bench.quantize(tmp_path, ranges=ranges, min_cosine=None)
     assert record.summary["ranges"] == ranges
@@ -180,6 +186,7 @@ def test_every_way_to_find_ranges_gives_a_graph_that_answers_alike(bench: Bench,
     assert record.summary["cosine_held_apart"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_same_bytes_come_out_again_and_are_found_again(bench: Bench, tmp_path: Path):
     first, _ = bench.quantize(tmp_path / "a")
     again, record = bench.quantize(tmp_path / "b")
@@ -214,6 +221,7 @@ def test_broken_off_and_begun_again_it_ends_with_the_same_bytes(bench: Bench, tm
         assert resumed.summary == record.summary
 
 
+@pytest.mark.slow
 def test_layers_that_cost_most_stay_in_float_until_the_budget_holds(bench: Bench, tmp_path: Path):
     _, free = bench.quantize(tmp_path / "free", min_cosine=None)
     _, most = bench.quantize(tmp_path / "most", min_cosine=0.9999999)
@@ -235,6 +243,7 @@ def test_layers_that_cost_most_stay_in_float_until_the_budget_holds(bench: Bench
     assert set(left) <= {layer.name for layer in record.layers}
 
 
+@pytest.mark.slow
 def test_where_no_number_of_layers_holds_the_budget_half_stay_in_float_and_the_record_says_so(
     bench: Bench, tmp_path: Path
 ):
@@ -259,6 +268,7 @@ class Additive:
 
 
 @pytest.mark.parametrize("blocks", [6, 96])
+@pytest.mark.slow
 def test_the_search_finds_the_fewest_layers_by_a_logarithm_of_graphs(bench: Bench, blocks: int):
     kinds = {"query": 1e-6, "up": 1e-4, "down": 3e-4}
     losses = {f"layer.{at}.{kind}": loss * (1 + at / blocks) for at in range(blocks) for kind, loss in kinds.items()}
@@ -273,6 +283,7 @@ def test_the_search_finds_the_fewest_layers_by_a_logarithm_of_graphs(bench: Benc
     assert score.asked <= 2 + len(kinds) + 1 + math.ceil(math.log2(len(losses)))
 
 
+@pytest.mark.slow
 def test_what_is_rounded_without_vnni_does_not_overflow_without_it(bench: Bench, tmp_path: Path):
     """OpenVINO follows ONEDNN_MAX_CPU_ISA. Without VNNI it sums in 16 bits, which overflow if weights are too large."""
     bench.quantize(tmp_path, weight_bits=7, min_cosine=None)
@@ -295,6 +306,7 @@ def test_what_is_rounded_without_vnni_does_not_overflow_without_it(bench: Bench,
     assert first @ second / (np.linalg.norm(first) * np.linalg.norm(second)) > 0.9999
 
 
+@pytest.mark.slow
 def test_ignored_layers_stay_in_float_and_nothing_left_is_refused(bench: Bench, tmp_path: Path):
     _, record = bench.quantize(tmp_path, ignore=["re:.*query", "bert.embeddings.*"])
     names = {layer.name for layer in record.layers}

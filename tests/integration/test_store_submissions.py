@@ -82,6 +82,7 @@ def test_a_burst_of_submissions_stays_within_the_quota(store: JobStore, engine: 
 
 
 @pytest.mark.parametrize("max_queued", [3, 2100])
+@pytest.mark.slow
 def test_counts_at_the_same_moment_never_pass_the_quota(engine: Engine, max_queued: int):
     """Eight stores, each with its own gauge, submit for one tenant as fast as they can, single jobs and batches."""
     stores = [JobStore(engine) for _ in range(8)]
@@ -104,6 +105,7 @@ def test_counts_at_the_same_moment_never_pass_the_quota(engine: Engine, max_queu
     assert count(engine)[0] == max_queued
 
 
+@pytest.mark.slow
 def test_far_from_the_quota_a_process_is_allowed_few_submissions_uncounted(engine: Engine):
     """Only submissions under an allowance that a process got shortly before can exceed the quota."""
     allowed, other = JobStore(engine), JobStore(engine)

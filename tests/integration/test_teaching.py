@@ -40,6 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Distill -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_labels_and_every_kind_of_answer(model: Path, data: Path, tmp_path: Path):
     options = {
         "pass": "distill",
@@ -95,6 +96,7 @@ def test_an_embedder_teaches_directions(bert_tiny: Path, data: Path, tmp_path: P
     assert curve.y[-1] < curve.y[0]
 
 
+@pytest.mark.slow
 def test_a_decoder_teaches_tokens_and_relations(bert_tiny: Path, data: Path, tmp_path: Path):
     source = language_model(bert_tiny, tmp_path / "source")
     options = {
@@ -178,6 +180,7 @@ def test_a_whole_job_distils_and_its_report_has_the_curves(model: Path, data: Pa
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
+@pytest.mark.slow
 def test_recovering_learns_from_the_source_and_leaves_zeros_zero(lora: Any, model: Path, data: Path, tmp_path: Path):
     pruned = shutil.copytree(model, tmp_path / "pruned")
     tensors = load_file(pruned / "model.safetensors")
@@ -206,6 +209,7 @@ def test_recovering_from_nothing_is_warned_of(model: Path):
     assert not warned({"pass": "layers"}, recover)
 
 
+@pytest.mark.slow
 def test_each_training_of_a_recipe_is_its_own_though_two_read_alike(model: Path, data: Path, tmp_path: Path):
     """Of two passes with the same options, data and shapes, the second uses neither the first's checkpoints nor its cached answers."""
     recover = {"pass": "recover", "logits": {"cache": True}, "train": _TRAIN}
@@ -227,6 +231,7 @@ def test_each_training_of_a_recipe_is_its_own_though_two_read_alike(model: Path,
 
 
 @pytest.mark.parametrize("policy", ["confidence", "patience", "length"])
+@pytest.mark.slow
 def test_the_graph_with_exits_answers_as_the_module_and_skips_blocks(
     policy: str, model: Path, data: Path, tmp_path: Path
 ):
@@ -321,6 +326,7 @@ def test_exits_that_cannot_be_are_refused(options: dict[str, Any], said: str, mo
         make_plan(parse_recipe(recipe), inspect_model(FolderFiles(model)))
 
 
+@pytest.mark.slow
 def test_a_language_model_drafts_with_its_first_blocks_and_says_what_it_would_have_said(
     bert_tiny: Path, data: Path, tmp_path: Path
 ):

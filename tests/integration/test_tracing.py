@@ -144,6 +144,7 @@ def _answers(base: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_nothing_of_opentelemetry_is_loaded_where_no_endpoint_is_set() -> None:
     """The SDK and the exporters must not be loaded. The API package may be: redis imports it if it is installed."""
     script = (

@@ -47,6 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(model: Path, data: Path, tmp_path: Path):
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -90,6 +91,7 @@ def test_a_gpu_ends_with_the_same_bytes_too(model: Path, data: Path, tmp_path: P
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_other_options_or_data_start_anew(model: Path, data: Path, tmp_path: Path):
     first, _ = run_pass(model, tmp_path, _DISTILL, data_files={"mine": data})
     before = (first / "model.safetensors").read_bytes()

@@ -129,6 +129,7 @@ def test_a_worker_that_is_killed_while_it_fetches_holds_up_no_other(tmp_path: Pa
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_ten_jobs_on_one_model_download_it_once(tmp_path: Path, sqlite_url: str) -> None:
     """Two workers on one host, each with its own cache object on the same folder."""
     service = Service(tmp_path, sqlite_url)

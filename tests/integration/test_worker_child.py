@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from nightpress.core.handoff.frames import Log, Result, parse_frame
 from nightpress.worker.process import ChildProcess
 from tests.patience import slowness
@@ -17,6 +19,7 @@ def frames_of(child: ChildProcess) -> list[object]:
         return [parse_frame(line) for line in stream]
 
 
+@pytest.mark.slow
 def test_a_beat_before_the_job_begins_does_not_confuse_the_child(tmp_path: Path) -> None:
     """Staging from a slow store may take longer than a lease's renewal. The spare child must not mistake the beat for its first line."""
     child = ChildProcess(tmp_path, threads=1, network=True)

@@ -63,6 +63,7 @@ def _with_an_inner_link(folder: Path, root: Path) -> Path:
 
 
 @pytest.mark.parametrize("lay_out", [_with_an_inner_link, hub_snapshot])
+@pytest.mark.slow
 def test_a_folder_with_links_is_pressed_in_place(
     tmp_path: Path, sqlite_url: str, bert_tiny: Path, lay_out: Callable[[Path, Path], Path]
 ) -> None:

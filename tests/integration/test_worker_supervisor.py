@@ -88,6 +88,7 @@ def test_what_an_earlier_attempt_could_not_remove_goes_with_the_next(service: Se
     supervisor.close()
 
 
+@pytest.mark.slow
 def test_one_call_works_through_the_whole_queue(service: Service) -> None:
     jobs = [service.submit() for _ in range(3)]
     serve(service, "press")
@@ -159,10 +160,12 @@ def test_memory_of_a_childs_own_children_counts(service: Service) -> None:
     assert error["details"]["peak_bytes"] > 200 * MIB
 
 
+@pytest.mark.slow
 def test_signs_of_life_are_no_progress(service: Service) -> None:
     assert fail_with(service, "wedged", stall_s=1.0)["code"] == "stalled"
 
 
+@pytest.mark.slow
 def test_a_run_past_its_limit_is_stopped_and_not_repeated(service: Service) -> None:
     job_id = service.submit(max_failures=5, run_limit_s=4 * slowness())  # enough time for the child to start
     serve(service, "endless")
@@ -197,6 +200,7 @@ def test_a_cancelled_run_ends_with_everything_it_started(service: Service) -> No
     service.check_invariants(job_id)
 
 
+@pytest.mark.slow
 def test_progress_and_phases_reach_the_row_while_it_runs(service: Service) -> None:
     job_id = service.submit()
     thread = threading.Thread(target=serve, args=(service, "slow"))

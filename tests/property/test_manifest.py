@@ -4,6 +4,7 @@ import hashlib
 import tempfile
 from pathlib import Path, PurePosixPath
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -38,6 +39,7 @@ MANIFESTS = st.builds(
 
 
 @given(MANIFESTS)
+@pytest.mark.slow
 def test_a_manifest_comes_back_as_it_was_written(manifest: Manifest):
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
 

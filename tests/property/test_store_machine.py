@@ -314,6 +314,7 @@ def store(engine: Engine) -> JobStore:
     return JobStore(engine)
 
 
+@pytest.mark.slow
 def test_no_sequence_of_calls_leaves_the_model(store: JobStore):
     machine = type("BoundStoreMachine", (StoreMachine,), {"store": store})
     run_state_machine_as_test(

@@ -198,6 +198,7 @@ _MERGED = ["a0: &a0 {x: 1}", *(f"a{at}: &a{at} {{<<: [{', '.join([f'*a{at - 1}']
     [(_MERGED, "aliases"), ([f"a{number}: 1" for number in range(6500)], "6501 faults")],
     ids=["merge keys", "as many entries as fit"],
 )
+@pytest.mark.slow
 def test_yaml_that_takes_long_holds_up_nobody(client: httpx.Client, api: RunningApi, lines: list[str], said: str):
     """Nested merge keys grow ninefold with each level. 434 bytes of them once took 5.8 s, and eight such requests at a time 54 s.
 

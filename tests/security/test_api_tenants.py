@@ -83,6 +83,7 @@ def told(response: httpx.Response, identifier: str) -> dict[str, Any]:
     return body
 
 
+@pytest.mark.slow
 def test_another_tenants_thing_is_as_missing_as_one_that_never_was(
     api: RunningApi, owner: httpx.Client, stranger: httpx.Client, owned: Owned
 ):

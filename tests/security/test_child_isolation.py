@@ -103,6 +103,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             service.close()
 
 
+@pytest.mark.slow
 def test_the_environment_is_an_allow_list(found: dict[str, str]) -> None:
     env = json.loads(found["environment"])
     assert "hunter2" not in found["environment"]
@@ -262,6 +263,7 @@ def test_without_namespaces_no_socket_is_reached_and_no_mode_changed(bare: Path,
     assert key.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_a_worker_says_first_which_walls_stand(alone: Service) -> None:
     alone.start_worker()
     first = alone.output().splitlines()[0]
@@ -304,6 +306,7 @@ def service(tmp_path: Path, sqlite_url: str, valkey_server: Valkey) -> Iterator[
     service.close()
 
 
+@pytest.mark.slow
 def test_whoever_reaches_the_broker_can_ring_and_nothing_more(service: Service, tmp_path: Path) -> None:
     worker = service.start_worker("press")
     eventually(lambda: "ready" in service.output())

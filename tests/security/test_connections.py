@@ -138,6 +138,7 @@ def test_a_client_that_drips_is_let_go(begins: bytes, api: RunningApi):
     assert time.monotonic() - began < 4 * PATIENCE_S * slowness()
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_no_answer_is_let_go(api: RunningApi):
     ask = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
     with connect(api) as connection:
@@ -184,16 +185,17 @@ def test_a_stream_that_is_followed_is_no_idle_connection(api: RunningApi, bert_t
             client.post("/v1/jobs", json={"model": "tiny", "recipe": "int8-encoder"}).raise_for_status().json()["id"]
         )
         lines: list[str] = []
+        answered = threading.Event()
 
         def follow() -> None:
             accept = {"accept": "text/event-stream"}
             with client.stream("GET", f"/v1/jobs/{job_id}/events", headers=accept, timeout=60) as stream:
-                for line in stream.iter_lines():
-                    lines.append(line)
+                answered.set()
+                lines.extend(stream.iter_lines())
 
         follower = threading.Thread(target=follow)
         follower.start()
-        eventually(lambda: lines)  # before its request has come, its connection is as idle as the flood's
+        assert answered.wait(20 * slowness())  # before its request has come, its connection is as idle as the flood's
         with contextlib.ExitStack() as open_ones:
             for _ in range(2 * CONNECTIONS):
                 open_ones.enter_context(connect(api))

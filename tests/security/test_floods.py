@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from nightpress import migrations
 from nightpress.api.deps import Services
@@ -46,6 +47,7 @@ def queued(services: Services) -> int:
     return services.resources.quotas.usage("default").queued_jobs
 
 
+@pytest.mark.slow
 def test_a_flood_is_refused_but_for_what_the_key_may_and_each_refusal_says_when_to_come_back(
     tmp_path: Path, sqlite_url: str, valkey_server: Valkey, bert_tiny: Path
 ):
@@ -71,6 +73,7 @@ def test_a_flood_is_refused_but_for_what_the_key_may_and_each_refusal_says_when_
             assert 0 <= int(answer.headers["ratelimit-reset"]) <= 60
 
 
+@pytest.mark.slow
 def test_without_the_limiters_server_all_pass_up_to_the_quota(tmp_path: Path, sqlite_url: str, bert_tiny: Path):
     settings = settings_of(
         tmp_path, bert_tiny, database_url=sqlite_url, broker_url=NOBODY, rate_limit_per_minute=5, max_queued_jobs=20
@@ -83,6 +86,7 @@ def test_without_the_limiters_server_all_pass_up_to_the_quota(tmp_path: Path, sq
         assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
 
 
+@pytest.mark.slow
 def test_without_the_quotas_database_nobody_passes(tmp_path: Path, bert_tiny: Path):
     with Postgres(tmp_path / "postgres") as postgres:
         url = postgres.create_database()

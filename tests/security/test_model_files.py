@@ -141,6 +141,7 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
+@pytest.mark.slow
 def test_a_hostile_header_is_refused_fast(folder: Path, attack: str) -> None:
     HOSTILE[attack](folder)
     start = time.thread_time()  # this thread's processor time: a busy machine must not fail the test
@@ -178,6 +179,7 @@ print(peak() - before)
         "nesting without end",
     ],
 )
+@pytest.mark.slow
 def test_a_hostile_header_costs_little_memory(folder: Path, attack: str) -> None:
     HOSTILE[attack](folder)
     done = subprocess.run(

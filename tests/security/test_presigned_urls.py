@@ -64,6 +64,7 @@ def test_a_presigned_part_is_for_these_bytes_alone(store: ObjectStore) -> None:
     assert b"".join(store.read("models/m/w")) == data
 
 
+@pytest.mark.slow
 def test_a_presigned_url_expires(store: ObjectStore) -> None:
     store.put_bytes("k", b"x")
     url = store.presign_get("k", filename="k", expires_s=1)

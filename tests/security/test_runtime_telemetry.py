@@ -26,6 +26,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("where", ["the press's process", "a consumer", "a worker's child"])
+@pytest.mark.slow
 def test_a_session_leaves_nothing_outside_its_folder(
     graph: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ):

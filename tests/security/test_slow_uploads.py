@@ -51,6 +51,7 @@ def fall_silent(api: RunningApi, key: str, data_set: dict[str, Any]) -> socket.s
     return connection
 
 
+@pytest.mark.slow
 def test_silent_uploads_hold_up_neither_other_tenants_nor_other_requests_and_end(api: RunningApi):
     key = api.key()
     with api.client() as mine, api.client(tenant_id="another") as other, contextlib.ExitStack() as open_ones:

@@ -184,6 +184,7 @@ def subcommands() -> Iterator[tuple[str, ...]]:
         yield from ((name, command) for command in below) if below else ((name,),)
 
 
+@pytest.mark.slow
 def test_every_subcommand_that_asks_a_server_is_tried(commands: list[list[str]]) -> None:
     tried = {tuple(command[:length]) for command in commands for length in (1, 2)}
     groups = {command[0] for command in commands if len(command) == 1}
@@ -193,6 +194,7 @@ def test_every_subcommand_that_asks_a_server_is_tried(commands: list[list[str]])
 
 @pytest.mark.parametrize("identifiers", [False, True], ids=["fields", "identifiers too"])
 @pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.slow
 def test_nothing_that_a_server_says_steers_the_terminal(
     face: Face,
     poisoner: Poisoner,

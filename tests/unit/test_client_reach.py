@@ -165,6 +165,7 @@ def operation_of(call: Call[Any], operations: dict[str, tuple[str, str]]) -> set
     }
 
 
+@pytest.mark.slow
 def test_every_operation_has_a_call(operations: dict[str, tuple[str, str]]):
     reached = {name for maker in MAKERS.values() for call in made_by(maker) for name in operation_of(call, operations)}
     assert operations.keys() - reached == LEFT_OUT.keys() | BY_ADDRESS

@@ -197,6 +197,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.slow
 def test_what_is_refused_costs_less_than_a_second_and_64_mb(bomb: str):
     name, make = BOMBS[bomb]
     data = make()
@@ -235,6 +236,7 @@ def test_a_row_that_the_window_cuts_is_left_out(name: str):
     assert window.cut == "size"
 
 
+@pytest.mark.slow
 def test_a_million_lines_are_read_in_seconds():
     rows = b'{"text":"a"}\n' * (READ_LINES + 10)
     began = time.thread_time()

@@ -48,6 +48,7 @@ def _run(folder: Path, body: str, *options: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize("options", [(), ("--numprocesses=1",)], ids=["one process", "xdist"])
+@pytest.mark.slow
 def test_a_run_that_leaves_something_fails_and_names_it(tmp_path: Path, options: tuple[str, ...]):
     done = _run(tmp_path, _LEAVES, *options)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr

@@ -121,6 +121,7 @@ def test_stacked_weights_come_out_as_they_do_alone():
     torch.testing.assert_close(together.weight, torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_float32_gives_the_codes_of_float64_nearly_everywhere():
     weight, gram = _problem(32, 1280)
     how = Quantize(Grid(4, 128), torch.bfloat16)

@@ -74,6 +74,7 @@ def test_every_built_in_recipe_is_in_the_table():
     ("recipe", "model", "queues"),
     [(recipe, model, queues) for recipe, row in EXPECTED.items() for model, queues in row.items()],
 )
+@pytest.mark.slow
 def test_where_a_built_in_recipe_runs(recipe: str, model: str, queues: tuple[str, ...]):
     plans = {name: planned(recipe, MODELS[model], *fleet) for name, fleet in FLEETS.items()}
     assert {name: plan.queue for name, plan in plans.items()} == dict(zip(FLEETS, queues, strict=True))
