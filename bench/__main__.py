@@ -46,6 +46,9 @@ BENCHES = {
         "Size and perplexity of every method on a small language model; hours without a GPU.", 15, "a GPU"
     ),
     "blocks_gpu": Bench("Seconds and GPU memory of calibrated passes, a layer of known shapes.", 10, "a GPU"),
+    "whole_job": Bench(
+        "A whole job on a model of 8 billion parameters: the seconds of each phase, and peaks.", 4, "a GPU"
+    ),
     "semi_structured": Bench("torch's 2:4 matrix product, beside the dense one.", 1, "a GPU"),
     "structure": Bench("The code itself: arrows against the floors, circles of files, repeated lines.", 0.5),
     "static_search": Bench("The `static-int8` pass alone, on encoders that you have.", 3, "arguments"),

@@ -95,6 +95,7 @@ def press(name: str, source: Path, root: Path, threads: int, device: str) -> lis
             "exports": [export],
             "calibration": {"samples": samples, "length": length, "data": "words" if on_gpu else "builtin:prose"},
             "evaluate": [{"metric": "fidelity", "samples": 8, "length": 64}],
+            "evaluate_on": "cpu",
             "device": "gpu" if on_gpu else "cpu",
         }
     )
@@ -105,7 +106,7 @@ def press(name: str, source: Path, root: Path, threads: int, device: str) -> lis
     try:
         sets = {"words": words(root / "words.txt", samples * length)} if on_gpu else {}
         write_job(child.job_dir, source, recipe, sets, device=device, threads=threads)
-        measured = _watch(child)
+        measured = watch(child)
         folder = child.job_dir / OUT_DIR / export
         measured["size"] = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in _WEIGHTS)
         if on_gpu:
@@ -132,7 +133,7 @@ def press(name: str, source: Path, root: Path, threads: int, device: str) -> lis
     return figures
 
 
-def _watch(child: ChildProcess) -> dict[str, Any]:
+def watch(child: ChildProcess) -> dict[str, Any]:
     """Run a job to its end. Returns the peak of its memory in bytes, CPU seconds and wall seconds.
 
     The times begin with the first frame of progress, because a worker's child has imported its libraries before. CPU seconds include the

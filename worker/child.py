@@ -36,13 +36,11 @@ Press = Callable[[Path, Callable[[Frame], None]], Manifest]
 
 
 def _load_pipeline() -> Press:
-    """Import the compression core and what each job needs of its libraries.
+    """Import the compression core with its libraries.
 
     The import makes half a million objects, and none of them is garbage: the collector would take a third of the time to find that out.
     """
     gc.disable()
-    import transformers.modeling_utils  # noqa: F401 - a job would import it later, and a spare has time
-
     from nightpress.core.compress import pipeline
 
     gc.freeze()

@@ -129,6 +129,8 @@ def _metrics(subject: Subject) -> list[MetricRow]:
     rows = [MetricRow(subject.name, "size", subject.size_bytes, "bytes")]
     if subject.peak_memory_bytes is not None:
         rows.append(MetricRow(subject.name, "peak_memory", subject.peak_memory_bytes, "bytes"))
+    if subject.peak_gpu_bytes is not None:
+        rows.append(MetricRow(subject.name, "peak_gpu_memory", subject.peak_gpu_bytes, "bytes"))
     rows += [
         MetricRow(subject.name, measured.name, measured.value, measured.unit, measured.low, measured.high)
         for measured in subject.measurements

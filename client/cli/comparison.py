@@ -11,6 +11,7 @@ from nightpress.core.handoff.report import (
     Timing,
     decode_speedup,
     read_report,
+    same_device,
     speedup,
 )
 
@@ -40,6 +41,7 @@ def print_report(raw: dict[str, object]) -> None:
 def comparison_rows(report: Report) -> list[list[str]]:
     """The rows of the table: a figure each, with a cell for the source model and then for each artifact."""
     source, artifacts = report.source, report.artifacts
+    alike = [same_device(artifact, source) for artifact in artifacts]
     rows = [["size", output.size_text(source.size_bytes), *(_size(artifact, source) for artifact in artifacts)]]
     for key in _measured((source, *artifacts)):
         cells = [_quality(_find(subject, key)) for subject in (source, *artifacts)]
@@ -49,7 +51,13 @@ def comparison_rows(report: Report) -> list[list[str]]:
         before = _timing(source, batch, length)
         label = f"{batch} × {length} tokens"
         after = [_timing(artifact, batch, length) for artifact in artifacts]
-        rows.append([f"latency, {label}", _latency(before, None), *(_latency(timing, before) for timing in after)])
+        rows.append(
+            [
+                f"latency, {label}",
+                _latency(before, None, same=True),
+                *(_latency(timing, before, same=same) for timing, same in zip(after, alike, strict=True)),
+            ]
+        )
         rows.append([f"throughput, {label}", *(_throughput(timing) for timing in (before, *after))])
     for at, base in enumerate(source.generation):
         label = f"{base.batch} × prompt of {base.prompt}, {base.tokens} written{'' if base.cached else ', no cache'}"
@@ -60,8 +68,13 @@ def comparison_rows(report: Report) -> list[list[str]]:
                 *(f"{timing.prefill_tokens_per_s:,.0f} tokens/s" if timing else "–" for timing in found),
             ]
         )
-        rows.append([f"decode, {label}", *(_decode(timing, base) if timing else "–" for timing in found)])
-    rows.append(["peak memory", *(_memory(subject) for subject in (source, *artifacts))])
+        decoding = zip(found, (True, *alike), strict=True)
+        rows.append(
+            [f"decode, {label}", *(_decode(timing, base, same=same) if timing else "–" for timing, same in decoding)]
+        )
+    rows.append(["peak memory", *(_memory(subject.peak_memory_bytes) for subject in (source, *artifacts))])
+    rows.append(["peak GPU memory", *(_memory(subject.peak_gpu_bytes) for subject in (source, *artifacts))])
+    rows.append(["measured on", *(_place(subject) for subject in (source, *artifacts))])
     rows.append(["verified by", "", *(_verified(artifact) for artifact in artifacts)])
     return [row for row in rows if any(cell not in ("", "–") for cell in row[1:])]
 
@@ -103,13 +116,15 @@ def _timing(subject: Subject, batch: int, length: int) -> Timing | None:
     return next((timing for timing in subject.timings if (timing.batch, timing.length) == (batch, length)), None)
 
 
-def _latency(found: Timing | None, before: Timing | None) -> str:
+def _latency(found: Timing | None, before: Timing | None, *, same: bool) -> str:
     if found is None:
         return "–"
     text = f"{found.p50_ms:.1f} ms"
     if before is None or not found.p50_ms:
         return text
-    compared = speedup(found, before)
+    compared = speedup(found, before, same_device=same)
+    if compared is None:
+        return text
     if not compared.told_apart:
         return f"{text} (not told apart: {compared.low:.1f}× to {compared.high:.1f}×)"
     factor = compared.value
@@ -120,16 +135,21 @@ def _throughput(found: Timing | None) -> str:
     return "–" if found is None else f"{found.throughput:,.1f} {found.throughput_unit}"
 
 
-def _decode(found: GenerationTiming, before: GenerationTiming) -> str:
+def _decode(found: GenerationTiming, before: GenerationTiming, *, same: bool) -> str:
     text = f"{found.decode_tokens_per_s:,.1f} tokens/s (p95 {found.token_p95_ms:.1f} ms)"
-    if found is before:
+    compared = None if found is before else decode_speedup(found, before, same_device=same)
+    if compared is None:
         return text
-    compared = decode_speedup(found, before)
     return f"{text} {compared.value:.2f}×{'' if compared.told_apart else ' (not told apart)'}"
 
 
-def _memory(subject: Subject) -> str:
-    return "–" if not subject.peak_memory_bytes else output.size_text(subject.peak_memory_bytes)
+def _memory(peak: int | None) -> str:
+    return output.size_text(peak) if peak else "–"
+
+
+def _place(subject: Subject) -> str:
+    place = subject.measured_on
+    return "–" if place is None else ", ".join(part for part in (place.name, place.dtype) if part)
 
 
 def _verified(subject: Subject) -> str:

@@ -1,6 +1,7 @@
 """Describes the machine that a job ran on: what a reader needs to judge the job's figures, or to measure them again."""
 
 import contextlib
+import gc
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -68,6 +69,21 @@ def gpu_memory() -> int | None:
     if not torch.cuda.is_available():
         return None
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def free_gpu_memory() -> int:
+    """Bytes of the GPU's memory that no process uses now."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def give_back_gpu_memory() -> None:
+    """Return the GPU memory that torch keeps for later tensors in this process, so that a consumer's process can use it."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

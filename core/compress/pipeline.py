@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+import transformers.modeling_utils  # noqa: F401 - each job loads a model with it; imported here, a spare child has it in advance
+
 from nightpress.core.compress import environment, report
 from nightpress.core.compress.data.tokenized import BUILTIN_LICENSE, builtin_digest
 from nightpress.core.compress.evaluate import gates, quality
@@ -18,7 +20,7 @@ from nightpress.core.compress.stages import folder, graph, measure
 from nightpress.core.compress.stages.clock import Emit
 from nightpress.core.compress.stages.job import PressJob, State
 from nightpress.core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
-from nightpress.core.handoff.report import DataUsed, Report
+from nightpress.core.handoff.report import DataUsed, Report, same_device
 from nightpress.core.handoff.spec import OUT_DIR
 from nightpress.core.recipes.calibration import BUILTIN_DATA
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
@@ -174,7 +176,14 @@ def _data_used(job: PressJob) -> tuple[DataUsed, ...]:
 def _notes(job: PressJob, state: State) -> tuple[str, ...]:
     header = state.source_header
     notes = [*make_plan(job.recipe, header).warnings, *(text for record in state.records for text in record.warnings)]
-    if source_dtypes := {tensor.dtype for tensor in header.tensors} - {"F32", "I64"}:
+    source_dtypes = {tensor.dtype for tensor in header.tensors} - {"F32", "I64"}
+    place = state.source.measured_on
+    if source_dtypes and (place is None or place.device == "cpu"):
         kinds = ", ".join(sorted(source_dtypes))
         notes.append(f"The source is stored as {kinds} and was measured in fp32, as were the artifacts' float parts.")
+    elsewhere = [artifact.name for artifact in state.artifacts if not same_device(artifact, state.source)]
+    if elsewhere and place is not None:
+        notes.append(
+            f"The source's outputs are from {place.name} in {place.dtype}. These run on the processor and were measured there: {', '.join(elsewhere)}."
+        )
     return tuple(notes)

@@ -94,20 +94,20 @@ class GenerationTiming(_Model):
     decode_speedup: Speedup | None = None  #: in tokens/s after the first token; only of an artifact
 
 
-def speedup(ours: Timing, theirs: Timing) -> Speedup:
-    """Return the speedup of `ours` over `theirs`, two timings at one shape.
+def speedup(ours: Timing, theirs: Timing, *, same_device: bool) -> Speedup | None:
+    """Return the speedup of `ours` over `theirs`, two timings at one shape. None if they were never compared: on different devices.
 
     Reports of earlier versions contain only medians and 95th percentiles. Then low and high are computed from these.
     """
-    if ours.speedup is not None:
+    if ours.speedup is not None or not same_device:
         return ours.speedup
     ends = theirs.p50_ms / ours.p95_ms, theirs.p95_ms / ours.p50_ms
     return _one_after_the_other(theirs.p50_ms / ours.p50_ms, *ends, theirs.p50_ms)
 
 
-def decode_speedup(ours: GenerationTiming, theirs: GenerationTiming) -> Speedup:
+def decode_speedup(ours: GenerationTiming, theirs: GenerationTiming, *, same_device: bool) -> Speedup | None:
     """As `speedup`, for decoding: in tokens/s after the first token."""
-    if ours.decode_speedup is not None:
+    if ours.decode_speedup is not None or not same_device:
         return ours.decode_speedup
     ends = ours.decode_slowest / theirs.decode_fastest, ours.decode_fastest / theirs.decode_slowest
     return _one_after_the_other(ours.decode_tokens_per_s / theirs.decode_tokens_per_s, *ends, theirs.token_p50_ms)
@@ -116,6 +116,18 @@ def decode_speedup(ours: GenerationTiming, theirs: GenerationTiming) -> Speedup:
 def _one_after_the_other(value: float, low: float, high: float, source_p50_ms: float) -> Speedup:
     apart = low > 1 or high < 1
     return Speedup(value=value, low=low, high=high, told_apart=apart, by_turns=False, source_p50_ms=source_p50_ms)
+
+
+class MeasuredOn(_Model):
+    """Where a model's figures were taken: the device, the number type and the library."""
+
+    device: Literal["cpu", "cuda"]
+    name: str  #: of the processor or the GPU
+    dtype: str  #: of the float weights as they were loaded, e.g. "bfloat16"; "" if the library decides
+    consumer: str  #: e.g. "transformers 5.1.0"
+    dispatched: bool = (
+        False  #: the GPU didn't hold the model, so accelerate moved its parts: the speed is no serving speed
+    )
 
 
 class Verification(_Model):
@@ -141,12 +153,23 @@ class Subject(_Model):
     measurements: tuple[Measurement, ...] = ()
     timings: tuple[Timing, ...] = ()
     generation: tuple[GenerationTiming, ...] = ()
+    measured_on: MeasuredOn | None = None  #: None in reports of earlier versions, which measured on the processor
     peak_memory_bytes: int | None = None  #: of the consumer's process; None: unknown
+    peak_gpu_bytes: int | None = None  #: of the GPU's memory that the consumer took; None: it ran on the processor
     verification: Verification | None = None
     usage: str = (
         ""  #: a program that loads the artifact, gives it one text and prints the answer; empty if none is known
     )
     notes: tuple[str, ...] = ()  #: remarks, e.g. "slower than the source", "zeros save nothing in this format"
+
+
+def same_device(one: Subject, other: Subject) -> bool:
+    """Whether two models were measured on the same kind of device. Only then can their times and their memory be compared."""
+    return _device(one) == _device(other)
+
+
+def _device(subject: Subject) -> str:
+    return "cpu" if subject.measured_on is None else subject.measured_on.device
 
 
 class LayerEffect(_Model):

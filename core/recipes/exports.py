@@ -12,6 +12,8 @@ from nightpress.core.recipes.llama_cpp import why_not_llama_cpp
 from nightpress.core.recipes.passes.base import ExportFormat
 
 GRAPH_FORMATS = frozenset({"onnx", "openvino", "transformers.js"})
+#: Formats that transformers loads. Only it can run a model on a GPU here.
+TORCH_FORMATS = frozenset({"safetensors", "compressed-tensors"})
 
 #: Format → the number types that its weights can have; the first is the default. Formats that are not listed keep the model's types.
 TYPES: Mapping[str, tuple[str, ...]] = {

@@ -1,10 +1,15 @@
-"""Memory and time of the measurements: a consumer's process for the source and for each artifact, on the processor, in fp32."""
+"""Memory and time of the measurements: a consumer's process for the source and for each artifact.
+
+On the processor, models are measured in fp32. A job on a GPU measures there what transformers loads, in the stored number type.
+"""
 
 from collections.abc import Mapping
 
 from nightpress.core.recipes.costs import (
     CONSUMER_BYTES,
+    GPU_CHILD_BYTES,
     GPU_CONSUMER_BYTES,
+    GPU_RUNTIME_BYTES,
     GRAPH_CONSUMER_BYTES,
     LOGIT_BYTES,
     TRACED_BYTES,
@@ -33,16 +38,33 @@ def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
     starts = [_IMPORT_S, *(_GRAPH_S if export.format in GRAPH_FORMATS else _IMPORT_S for export in recipe.exports)]
     traced = any(export.format in GRAPH_FORMATS for export in recipe.exports)  # all graph exports share a trace
     seconds = sum(starts) + traced * cached_trace_seconds(header)
-    work = len(starts) * tokens * header.parameters
-    memory = max(_bytes(recipe, header, export, outputs) for export in (None, *recipe.exports))
-    beside_gpu = max(_bytes_beside_gpu(recipe, header, export, outputs) for export in (None, *recipe.exports))
+    models = (None, *recipe.exports)
+    on_gpu = sum(recipe.measured_on_gpu(export) for export in models)
+    work = on_gpu * tokens * header.parameters
+    host_work = (len(models) - on_gpu) * tokens * header.parameters
+    gpu = max((_gpu_bytes(header) for export in models if recipe.measured_on_gpu(export)), default=0)
+    memory = max(_bytes(recipe, header, export, outputs) for export in models)
+    beside_gpu = max(_bytes_beside_gpu(recipe, header, export, outputs) for export in models)
     if not timed_by_turns(recipe, header, outputs, pass_bytes):
-        return Cost(memory, seconds, host_bytes=beside_gpu, host_work=work)
+        return Cost(memory, seconds, work, gpu, host_bytes=beside_gpu, host_work=host_work)
     timed = sum(_tokens(evaluation) for evaluation in recipe.evaluate if not isinstance(evaluation, Quality))
-    work += len(recipe.exports) * timed * header.parameters  # the source runs again beside each artifact
+    timed *= header.parameters  # the source runs again beside each artifact
+    also_on_gpu = sum(recipe.measured_on_gpu(export) for export in recipe.exports)
     _, together = _alone_and_together(recipe, header, outputs)
-    source = CONSUMER_BYTES + 4 * header.parameters
-    return Cost(together, seconds + _IMPORT_S, host_bytes=beside_gpu + source, host_work=work)
+    source = CONSUMER_BYTES + (0 if also_on_gpu == len(recipe.exports) else 4 * header.parameters)
+    return Cost(
+        together,
+        seconds + _IMPORT_S,
+        work + also_on_gpu * timed,
+        gpu,
+        host_bytes=beside_gpu + source,
+        host_work=host_work + (len(recipe.exports) - also_on_gpu) * timed,
+    )
+
+
+def _gpu_bytes(header: ModelHeader) -> int:
+    """Return the bytes of a GPU's memory for a consumer: a second process on the GPU, the float weights, and a batch's logits twice."""
+    return GPU_RUNTIME_BYTES + header.size + 2 * LOGIT_BYTES
 
 
 def timed_by_turns(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int], pass_bytes: int) -> bool:
@@ -96,7 +118,9 @@ def _consumer_bytes(recipe: Recipe, header: ModelHeader, export: Export | None, 
 
 
 def _bytes_beside_gpu(recipe: Recipe, header: ModelHeader, export: Export | None, outputs: Mapping[str, int]) -> int:
-    """As `_bytes`, if the passes ran on a GPU, which a consumer does not use. Float weights beside codes are mapped from their file."""
+    """As `_bytes`, if the job runs on a GPU. Float weights beside codes are mapped from their file."""
+    if recipe.measured_on_gpu(export):
+        return CONSUMER_BYTES + GPU_CONSUMER_BYTES + GPU_CHILD_BYTES + _logit_bytes(recipe, header)
     if export is not None and export.format in GRAPH_FORMATS:
         return _bytes(recipe, header, export, outputs)
     whole, logits = 4 * header.parameters, _logit_bytes(recipe, header)

@@ -8,7 +8,7 @@ from pydantic_core import ErrorDetails
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.calibration import BUILTIN_DATA, Calibration, DataRef
-from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.exports import TORCH_FORMATS, Export
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.passes import Pass, catalog
 from nightpress.core.recipes.passes.named import CHECKED_ELSEWHERE
@@ -150,6 +150,10 @@ class Recipe(_Model):
     )
     calibration: Calibration = Calibration()
     evaluate: tuple[Evaluation, ...] = Field((Quality(), Latency()), max_length=16)
+    evaluate_on: Literal["auto", "cpu", "gpu"] = Field(
+        "auto",
+        description="Where the models are measured. `auto`: on the GPU if the job runs on one, and on the processor what only runs there (ONNX, OpenVINO, GGUF). On a GPU, models are loaded in the number type that they are stored in.",
+    )
     gates: dict[str, str] = Field(
         default_factory=dict, max_length=32, description='e.g. {"perplexity": "<= +3%", "size": "<= 35%"}'
     )
@@ -188,6 +192,14 @@ class Recipe(_Model):
     def _gates_parse(self) -> "Recipe":
         self.parsed_gates()
         return self
+
+    def measured_on_gpu(self, export: Export | None) -> bool:
+        """Return whether a job on a GPU measures this artifact there. export: None for the source, which is measured like most artifacts.
+
+        The source is measured on the GPU if any artifact is.
+        """
+        formats = [entry.format for entry in (self.exports if export is None else (export,))]
+        return self.evaluate_on != "cpu" and any(name in TORCH_FORMATS for name in formats)
 
     def parsed_gates(self) -> tuple[Gate, ...]:
         return tuple(parse_gate(metric, bound) for metric, bound in self.gates.items())

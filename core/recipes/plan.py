@@ -137,8 +137,17 @@ def _check_order(recipe: Recipe) -> None:
 def _check_exports(recipe: Recipe) -> None:
     for options in recipe.passes:
         _check_carriers(recipe, options, None)
-        if recipe.device == "gpu" and "cuda" not in options.runs_on:
-            raise invalid(f"`{options.name}` runs on a CPU only.", "Leave `device` at `auto`.")
+        if "gpu" in {recipe.device, recipe.evaluate_on} and "cuda" not in options.runs_on:
+            raise invalid(f"`{options.name}` runs on a CPU only.", "Leave `device` and `evaluate_on` at `auto`.")
+    if recipe.evaluate_on == "gpu":
+        if recipe.device == "cpu":
+            raise invalid("evaluate_on: a job with `device: cpu` has no GPU.", "Leave `device` at `auto`.")
+        if not recipe.measured_on_gpu(None):
+            names = ", ".join(export.name for export in recipe.exports)
+            raise invalid(
+                f"evaluate_on: nothing that this recipe exports runs on a GPU here ({names}).",
+                "Leave `evaluate_on` at `auto`, or export `safetensors` or `compressed-tensors`.",
+            )
     if any(export.format == "compressed-tensors" for export in recipe.exports) and not any(
         options.quantizes for options in recipe.passes
     ):
@@ -310,12 +319,14 @@ def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
 def _queue_without_model(recipe: Recipe) -> Placement:
     if recipe.device != "auto":
         return Placement(recipe.device, f"the recipe says `device: {recipe.device}`.")
+    if recipe.evaluate_on == "gpu":
+        return Placement("gpu", "the recipe says `evaluate_on: gpu`.")
     return Placement("cpu", "`device: auto` looks at the model, and none is named.")
 
 
 def _placed(recipe: Recipe, costs: Sequence[Cost], fleet: Sequence[Seat]) -> Placement:
     """Return the queue, and the reason for it."""
-    if recipe.device != "auto":
+    if recipe.device != "auto" or recipe.evaluate_on == "gpu":
         return _queue_without_model(recipe)
     here_alone = [options.name for options in recipe.passes if "cuda" not in options.runs_on]
     if here_alone:

@@ -207,7 +207,7 @@ def _inside(folder: Path) -> Iterator[None]:
 
 def _observe(folder: Path, trial: quality.Trial, reference: Observed | None) -> Observed:
     """Run the runner's code in this process: importing torch in forty processes would take minutes."""
-    request = {**trial.task.request(), "folder": folder.name}
+    request = {**trial.task.request(), "folder": folder.name, "device": "cpu"}
     with _inside(folder.parent):
         forward, versions, snippet, generate, _ = transformers_runner.load(request)
         outputs = measure.run_sets(

@@ -34,23 +34,23 @@ EXPECTED = {
     "int4-lm": {"small lm": ON_A_GPU, "large lm": ON_A_GPU},
     "int4-weights": {
         "small lm": ANYWHERE,
-        "large lm": ANYWHERE,
+        "large lm": ON_A_GPU,
         "small encoder": ANYWHERE,
         "large encoder": ANYWHERE,
     },
     "int8-encoder": {"small encoder": NO_GPU, "large encoder": NO_GPU},
     "int8-weights": {
         "small lm": ANYWHERE,
-        "large lm": ANYWHERE,
+        "large lm": ON_A_GPU,
         "small encoder": ANYWHERE,
         "large encoder": ANYWHERE,
     },
     "small-lm": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
     "sparse-half": {
         "small lm": ANYWHERE,
-        "large lm": ANYWHERE,
+        "large lm": ON_A_GPU,
         "small encoder": ANYWHERE,
-        "large encoder": ANYWHERE,
+        "large encoder": ON_A_GPU,
     },
     "w8a8-lm": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
 }
@@ -86,23 +86,23 @@ def test_where_a_built_in_recipe_runs(recipe: str, model: str, queues: tuple[str
 
 def test_the_reason_names_what_decided():
     reasons = {name: planned("int4-lm", LARGE_LM, *fleet).queue_reason for name, fleet in FLEETS.items()}
-    assert "h on a GPU" in reasons["both"]
+    assert "s on a GPU" in reasons["both"]
     assert "h on a processor" in reasons["both"]
     assert "no GPU worker has been seen lately" in reasons["cpu only"]
     assert "of a GPU's memory, and the largest GPU has 1.0 GB" in reasons["gpu too small"]
     assert "no worker has been seen lately" in reasons["none"]
     assert "`dynamic-int8` runs on a processor alone" in planned("int8-encoder", LARGE_ENCODER, GPU).queue_reason
-    assert "no processor's worker has been seen lately" in planned("int8-weights", LARGE_LM, GPU).queue_reason
+    assert "no processor's worker has been seen lately" in planned("int8-weights", SMALL_LM, GPU).queue_reason
 
 
 def test_a_gpu_whose_host_has_too_little_memory_counts_as_none():
-    plan = planned("int4-lm", LARGE_LM, CPU, Seat("gpu", 16 * GB, 16, 80 * GB))
+    plan = planned("int4-lm", LARGE_LM, CPU, Seat("gpu", 3 * GB, 16, 80 * GB))
     assert plan.queue == "cpu"
-    assert "of memory, and the GPU workers offer 16.0 GB at most" in plan.queue_reason
+    assert "of memory, and the GPU workers offer 3.0 GB at most" in plan.queue_reason
 
 
 def test_what_no_processors_worker_can_hold_goes_to_a_gpu_that_can():
-    plan = planned("int8-weights", LARGE_LM, Seat("cpu", 8 * GB), GPU)
+    plan = planned("gguf-lm", LARGE_LM, Seat("cpu", 8 * GB), GPU)
     assert plan.queue == "gpu"
     assert "no processor's worker can hold it" in plan.queue_reason
 

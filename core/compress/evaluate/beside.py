@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from nightpress.core.compress.export.consumer import Consumer, Observed
+from nightpress.core.compress.environment import free_gpu_memory
+from nightpress.core.compress.export.consumer import Consumer, Device, Observed
 from nightpress.core.compress.export.task import Task
 
 _SPARE = 0.9  #: share of the job's memory limit that may be planned; the rest is for memory that no peak shows
@@ -11,10 +12,20 @@ _SPARE = 0.9  #: share of the job's memory limit that may be planned; the rest i
 class SourceBeside:
     """A context manager that starts the source's consumer when the first artifact is timed, and keeps it for the later artifacts."""
 
-    def __init__(self, runner: Path, folder: Path, task: Task, seen: Observed, *, scratch: Path, limit: int) -> None:
-        """seen: the source's results from its own measurement. limit: bytes that the job may use; 0: no limit but the machine's memory."""
+    def __init__(
+        self,
+        runner: Path,
+        folder: Path,
+        task: Task,
+        seen: Observed,
+        *,
+        scratch: Path,
+        limit: int,
+        device: Device = "cpu",
+    ) -> None:
+        """seen: the source's results from its own measurement on the device. limit: bytes that the job may use; 0: only the machine's."""
         self._runner, self._folder, self._task, self._seen = runner, folder, task, seen
-        self._scratch, self._limit = scratch, limit
+        self._scratch, self._limit, self._device = scratch, limit, device
         self._consumer: Consumer | None = None
 
     def __enter__(self) -> "SourceBeside":
@@ -35,7 +46,13 @@ class SourceBeside:
             return None
         shown = self._task.only_timed
         self._consumer = Consumer(
-            self._runner, self._folder, shown, name="source", scratch=self._scratch, stem="source-beside"
+            self._runner,
+            self._folder,
+            shown,
+            name="source",
+            scratch=self._scratch,
+            device=self._device,
+            stem="source-beside",
         )
         self._consumer.run()
         return self._consumer
@@ -43,6 +60,8 @@ class SourceBeside:
     def _fits(self, artifact_peak: int | None) -> bool:
         source_peak = self._seen.peak_memory
         if source_peak is None or artifact_peak is None:
+            return False
+        if self._device == "cuda" and (self._seen.peak_gpu or 0) > _SPARE * free_gpu_memory():
             return False
         available = _kilobytes("/proc/meminfo", "MemAvailable:")
         if available is not None and source_peak > _SPARE * available:

@@ -2,7 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 
-from nightpress.core.handoff.report import GateResult, GenerationTiming, Measurement, Speedup, Subject, Timing
+from nightpress.core.handoff.report import (
+    GateResult,
+    GenerationTiming,
+    Measurement,
+    Speedup,
+    Subject,
+    Timing,
+    same_device,
+)
 from nightpress.core.recipes.models import Gate, Recipe
 
 
@@ -38,11 +46,15 @@ def _worst(gate: Gate, results: Sequence[GateResult]) -> GateResult:
 
 
 def _memory(gate: Gate, source: Subject, artifact: Subject) -> GateResult:
-    ours, theirs = artifact.peak_memory_bytes, source.peak_memory_bytes
+    if gate.relative != "absolute" and not same_device(artifact, source):
+        return _unknown(gate, artifact, "the source was measured on another device")
+    ours, theirs, what = artifact.peak_memory_bytes, source.peak_memory_bytes, "peak memory of the consumer's process"
+    if artifact.peak_gpu_bytes is not None:
+        ours, theirs, what = artifact.peak_gpu_bytes, source.peak_gpu_bytes, "peak memory of the GPU"
     if not ours or (not theirs and gate.relative != "absolute"):
         return _unknown(gate, artifact, "its peak memory was not measured")
     ratio = ours / theirs if theirs else None
-    return _compare(gate, artifact, float(ours), ratio, "peak memory of the consumer's process")
+    return _compare(gate, artifact, float(ours), ratio, what)
 
 
 def _timing(gate: Gate, source: Subject, artifact: Subject) -> list[GateResult]:

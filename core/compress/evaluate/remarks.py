@@ -2,14 +2,31 @@
 
 from collections.abc import Iterator
 
-from nightpress.core.handoff.report import Speedup, Subject
+from nightpress.core.handoff.report import GenerationTiming, Speedup, Subject, Timing, same_device
 
 _SLOWER = 1.05  #: an artifact counts as slower only from this ratio of the medians on
 
 
 def remarks(artifact: Subject, source: Subject) -> tuple[str, ...]:
     """Remarks on figures where the artifact is no better than its source, or where the difference is not significant."""
-    return (*_of_size(artifact, source), *_of_latency(artifact), *_of_writing(artifact, source))
+    return (
+        *_of_size(artifact, source),
+        *_of_place(artifact, source),
+        *_of_latency(artifact),
+        *_of_writing(artifact, source),
+    )
+
+
+def _of_place(artifact: Subject, source: Subject) -> Iterator[str]:
+    timed: list[Timing | GenerationTiming] = [*artifact.timings, *artifact.generation]
+    if timed and not same_device(artifact, source) and not any(_compared(timing) for timing in timed):
+        yield "Its speed is not compared with the source's: memory did not hold the source beside it on this device."
+    if artifact.measured_on is not None and artifact.measured_on.dispatched:
+        yield "The GPU did not hold the model, so parts of it stayed in the host's memory: its speed is no serving speed."
+
+
+def _compared(timed: Timing | GenerationTiming) -> bool:
+    return (timed.speedup if isinstance(timed, Timing) else timed.decode_speedup) is not None
 
 
 def _of_size(artifact: Subject, source: Subject) -> Iterator[str]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ _SHAPE_SECONDS = 8.0  #: longest time for one shape and one model
 _FEWEST = 5  #: runs of a shape, even if they take longer than _SHAPE_SECONDS
 _WRITING_SECONDS = 20.0  #: longest time for one kind of decoding and one model
 _FEWEST_WRITINGS = 3  #: runs of decoding, even if they take longer than _WRITING_SECONDS
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Observed:
     seconds: float
     outputs_file: Path
     beside: "ModelRuns | None" = None  #: the source's runs, if both took turns
+    peak_gpu: int | None = None  #: bytes of the GPU's memory; None: it ran on the processor
+    loaded_as: Mapping[str, Any] = field(
+        default_factory=lambda: {"device": "cpu"}
+    )  #: as the runner says; see runners/measure.py
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,18 @@ class Consumer:
         *,
         name: str,
         scratch: Path,
+        device: Device = "cpu",
         reference: Path | None = None,
         stem: str | None = None,
         progress: Callable[[float, str], None] = lambda _fraction, _text: None,
     ) -> None:
         """Start the process. name: the artifact's name, or `source`. stem: the stem of its files in `scratch`; None: the name.
 
-        reference: the outputs of the source, for the artifact to be compared with.
+        device: cuda only for the runner of transformers. reference: the outputs of the source, for the artifact to be compared with.
         """
         self.name, self._progress, self._started = name, progress, time.monotonic()
         self.peak_memory: int | None = None  #: bytes, of the process until now; None if the system does not report it
+        self.peak_gpu: int | None = None  #: bytes of the GPU's memory until now; None: it runs on the processor
         self.decodes = False  #: whether its decoding can be timed; set by `run`
         scratch.mkdir(parents=True, exist_ok=True)
         stem = stem or name
@@ -93,6 +100,7 @@ class Consumer:
                 json.dumps(
                     {
                         "folder": folder.name,
+                        "device": device,
                         "float32": bfloat16_held_down(),
                         **task.request(),
                         **{key: None if file is None else str(file.resolve()) for key, file in files.items()},
@@ -141,6 +149,8 @@ class Consumer:
             snippet=raw["snippet"],
             seconds=self.seconds,
             outputs_file=self._outputs,
+            peak_gpu=self.peak_gpu,
+            loaded_as=raw["loaded_as"],
         )
 
     @property
@@ -162,6 +172,7 @@ class Consumer:
             if line.startswith(sign):
                 found: dict[str, Any] = json.loads(line[len(sign) :])
                 self.peak_memory = max(found.pop("process_peak_bytes") or 0, self.peak_memory or 0) or None
+                self.peak_gpu = max(found.pop("gpu_peak_bytes") or 0, self.peak_gpu or 0) or None
                 return found
             if line.startswith(b"@progress "):
                 with contextlib.suppress(ValueError):
@@ -180,6 +191,7 @@ def run_consumer(
     *,
     name: str,
     scratch: Path,
+    device: Device = "cpu",
     reference: Path | None = None,
     beside: Callable[[int | None], Consumer | None] = lambda _peak: None,
     progress: Callable[[float, str], None] = lambda _fraction, _text: None,
@@ -197,6 +209,7 @@ def run_consumer(
         task,
         name=name,
         scratch=scratch,
+        device=device,
         reference=reference,
         progress=lambda fraction, text: progress(share * fraction, text),
     ) as consumer:
@@ -210,6 +223,7 @@ def run_consumer(
             writings=ours.writings,
             beside=theirs[0] if theirs else None,
             peak_memory=consumer.peak_memory,
+            peak_gpu=consumer.peak_gpu,
             seconds=consumer.seconds,
         )
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from nightpress.core.compress.report import charts
-from nightpress.core.handoff.report import GenerationTiming, PassRecord, Report, Series, Speedup, Subject
+from nightpress.core.handoff.report import GenerationTiming, PassRecord, Report, Series, Speedup, Subject, same_device
 from nightpress.core.recipes.profile import Profile, by_kind
 
 
@@ -237,6 +237,7 @@ def _sparse_speed(report: Report) -> list[str]:
         f"{artifact.name} at batch {ours.batch} × {ours.length} tokens: {ours.p50_ms:.1f} ms; the source in transformers: {theirs.p50_ms:.1f} ms. "
         "Both run dense kernels: the difference is the runtime’s or noise, not the zeros’."
         for artifact in report.artifacts
+        if same_device(artifact, report.source)
         for ours in artifact.timings
         for theirs in report.source.timings
         if (ours.batch, ours.length) == (theirs.batch, theirs.length)

@@ -13,6 +13,7 @@ from nightpress.core.handoff.report import (
     Subject,
     Timing,
     decode_speedup,
+    same_device,
     speedup,
 )
 
@@ -37,19 +38,24 @@ def headline(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _speedups(artifact: Subject, source: Subject) -> list[Speedup]:
-    base = {(timing.batch, timing.length): timing for timing in source.timings}
-    return [
-        speedup(timing, base[shape]) for timing in artifact.timings if (shape := (timing.batch, timing.length)) in base
+    base, alike = {(timing.batch, timing.length): timing for timing in source.timings}, same_device(artifact, source)
+    found = [
+        speedup(timing, base[shape], same_device=alike)
+        for timing in artifact.timings
+        if (shape := (timing.batch, timing.length)) in base
     ]
+    return [compared for compared in found if compared is not None]
 
 
 def _decode_speedups(artifact: Subject, source: Subject) -> list[Speedup]:
     base = {(timing.batch, timing.prompt, timing.tokens): timing for timing in source.generation if timing.cached}
-    return [
-        decode_speedup(timing, base[shape])
+    alike = same_device(artifact, source)
+    found = [
+        decode_speedup(timing, base[shape], same_device=alike)
         for timing in artifact.generation
         if timing.cached and (shape := (timing.batch, timing.prompt, timing.tokens)) in base
     ]
+    return [compared for compared in found if compared is not None]
 
 
 def rows_of(report: Report) -> list[Row]:
@@ -70,17 +76,20 @@ def rows_of(report: Report) -> list[Row]:
             ours = _find(subject, key)
             cells.append((figure(ours), change(ours)) if ours else ("–", ""))
         rows.append((label, figure(theirs) if theirs else "–", cells))
+    if any(subject.measured_on for subject in (source, *artifacts)):
+        rows.append(("Measured on", _place(source), [(_place(artifact), "") for artifact in artifacts]))
+    alike = [same_device(artifact, source) for artifact in artifacts]
     for at, timing in enumerate(source.timings):
         label = f"Latency, batch {timing.batch} × {timing.length} tokens"
-        cells = [_of_time(artifact.timings[at], timing) for artifact in artifacts]
+        cells = [_of_time(artifact.timings[at], timing, same) for artifact, same in zip(artifacts, alike, strict=True)]
         rows.append((label, f"{timing.p50_ms:.1f} ms (p95 {timing.p95_ms:.1f})", cells))
         unit = timing.throughput_unit
         throughput = [
             (
                 f"{artifact.timings[at].throughput:,.0f} {unit}",
-                _times(artifact.timings[at].speedup, artifact.timings[at].throughput / timing.throughput),
+                _times(artifact.timings[at].speedup, artifact.timings[at].throughput / timing.throughput, same),
             )
-            for artifact in artifacts
+            for artifact, same in zip(artifacts, alike, strict=True)
         ]
         rows.append(
             (
@@ -90,15 +99,30 @@ def rows_of(report: Report) -> list[Row]:
             )
         )
     rows += _generation_rows(source, artifacts)
-    rows += _memory_row(
-        "Peak memory of the process", source.peak_memory_bytes, [artifact.peak_memory_bytes for artifact in artifacts]
-    )
+    process = [artifact.peak_memory_bytes for artifact in artifacts]
+    rows += _memory_row("Peak memory of the process", source.peak_memory_bytes, process, shares=all(alike))
+    if source.peak_gpu_bytes or any(artifact.peak_gpu_bytes for artifact in artifacts):
+        on_gpu = [artifact.peak_gpu_bytes for artifact in artifacts]
+        rows += _memory_row("Peak memory of the GPU", source.peak_gpu_bytes, on_gpu)
     return rows
 
 
-def _memory_row(label: str, theirs: int | None, ours: Sequence[int | None]) -> list[Row]:
-    """A row of memory peaks in bytes. None is unknown, as is 0 in reports of earlier versions. No row if nothing is known."""
-    cells = [_of(figure, theirs or 0, megabytes) if figure else (_UNKNOWN, "") for figure in ours]
+def _place(subject: Subject) -> str:
+    """E.g. `NVIDIA H200, bfloat16, transformers 5.1.0`."""
+    if subject.measured_on is None:
+        return _UNKNOWN
+    place = subject.measured_on
+    moved = "parts in the host’s memory" if place.dispatched else ""
+    return ", ".join(part for part in (place.name, place.dtype, place.consumer, moved) if part)
+
+
+def _memory_row(label: str, theirs: int | None, ours: Sequence[int | None], *, shares: bool = True) -> list[Row]:
+    """A row of memory peaks in bytes. None is unknown, as is 0 in reports of earlier versions. No row if nothing is known.
+
+    shares: whether to show each as a share of the source's.
+    """
+    base = theirs or 0 if shares else 0
+    cells = [_of(figure, base, megabytes) if figure else (_UNKNOWN, "") for figure in ours]
     return [(label, megabytes(theirs) if theirs else _UNKNOWN, cells)] if theirs or any(ours) else []
 
 
@@ -110,6 +134,7 @@ def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[Ro
         )
         # A consumer that can't decode leaves its cells empty.
         ours = [artifact.generation[at] if artifact.generation else None for artifact in artifacts]
+        alike = [same_device(artifact, source) for artifact in artifacts]
         rows.append(
             (
                 f"Prefill, {shape}",
@@ -117,11 +142,11 @@ def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[Ro
                 [
                     (
                         _prefill(figure),
-                        _times(figure.prefill_speedup, figure.prefill_tokens_per_s / base.prefill_tokens_per_s),
+                        _times(figure.prefill_speedup, figure.prefill_tokens_per_s / base.prefill_tokens_per_s, same),
                     )
                     if figure
                     else _NONE
-                    for figure in ours
+                    for figure, same in zip(ours, alike, strict=True)
                 ],
             )
         )
@@ -132,11 +157,11 @@ def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[Ro
                 [
                     (
                         _decode(figure),
-                        _times(figure.decode_speedup, figure.decode_tokens_per_s / base.decode_tokens_per_s),
+                        _times(figure.decode_speedup, figure.decode_tokens_per_s / base.decode_tokens_per_s, same),
                     )
                     if figure
                     else _NONE
-                    for figure in ours
+                    for figure, same in zip(ours, alike, strict=True)
                 ],
             )
         )
@@ -168,17 +193,19 @@ def _of(value: int, base: int, show: Any) -> tuple[str, str]:
     return show(value), f"{value / base:.0%}" if base else ""
 
 
-def _of_time(ours: Timing, theirs: Timing) -> tuple[str, str]:
-    shown, compared = f"{ours.p50_ms:.1f} ms (p95 {ours.p95_ms:.1f})", speedup(ours, theirs)
+def _of_time(ours: Timing, theirs: Timing, same: bool) -> tuple[str, str]:
+    shown, compared = f"{ours.p50_ms:.1f} ms (p95 {ours.p95_ms:.1f})", speedup(ours, theirs, same_device=same)
+    if compared is None:
+        return shown, ""
     if not compared.told_apart:
         return shown, "not told apart"
     faster = compared.value
     return shown, f"{faster:.2f}× faster" if faster >= 1 else f"{1 / faster:.2f}× slower"
 
 
-def _times(speedup: Speedup | None, ratio: float) -> str:
+def _times(speedup: Speedup | None, ratio: float, same_device: bool) -> str:
     """A speedup as text. ratio: of the medians, shown for a report of an earlier version, which has no speedup."""
     if speedup is None:
-        return f"{ratio:.2f}×"
+        return f"{ratio:.2f}×" if same_device else ""
     apart = "" if speedup.told_apart else ", not told apart"
     return f"{speedup.value:.2f}× [{speedup.low:.2f}, {speedup.high:.2f}]{apart}"

@@ -4,14 +4,16 @@ A runner is a script `<consumer>_runner.py` beside this file. Its function `load
 
 1. `forward(ids, mask)`: takes two int64 arrays [B, S]; for images, float32 pixels [B, C, H, W] and a mask [B, 1]. Returns the model's first
    output as a float32 array. If the model has a cache, `forward.continued` computes the same in two steps through the cache. If another
-   process runs the model, `forward.peak_memory` is that process's peak in bytes.
+   process runs the model, `forward.peak_memory` is that process's peak in bytes. `forward.loaded_as`, if there is one, says how the model
+   was loaded: device, name of the processor or GPU, dtype, dispatched. On a GPU, `forward` is a `transformers_runner.OnGpu`, which also
+   computes what is kept of the logits there, and `forward.peak_gpu` is the peak of the GPU's memory in bytes.
 2. `versions`: library → version.
 3. `snippet`: the code that loaded the folder. The runner executes this text, so a report shows exactly the code that ran.
 4. `generate(ids, new_tokens)`: continues a prompt [S] greedily and returns a list of token ids. Only the source's runner needs it.
 5. `waits(ids, tokens, cached)`: decodes `tokens` tokens for prompts [B, S]. Returns the milliseconds before each token, and the tokens
    [B, tokens]. Only transformers is called with `cached` false.
 
-The working directory contains the folder. The request is a JSON file: folder, task, pooling, threads, longest (tokens of a text), float32
+The working directory contains the folder. The request is a JSON file: folder, task, pooling, threads, device (cpu or cuda), longest (tokens of a text), float32
 (whether the runtime must not choose bfloat16), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
 has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows`, the size of a batch. Its arrays in `inputs` are named
 `<name>.ids` and so on.
@@ -28,6 +30,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +58,15 @@ def main(load: Callable[[Request], Any]) -> None:
     memory = _Memory()
     outputs = run_sets(forward, generate, request, inputs, reference)
     # Written atomically: the parent must not read a half-written file.
-    partial = Path(request["outputs"] + ".partial.npz")
-    np.savez(partial, **outputs)  # type: ignore[arg-type]  # the stub takes ** for its keyword
-    partial.replace(request["outputs"])
+    unfinished = Path(request["outputs"] + ".partial.npz")
+    np.savez(unfinished, **outputs)  # type: ignore[arg-type]  # the stub takes ** for its keyword
+    unfinished.replace(request["outputs"])
     answer = {
         "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},
         "snippet": snippet,
         "load_seconds": loaded_s,
         "decodes": waits is not None,
+        "loaded_as": getattr(forward, "loaded_as", {"device": "cpu"}),
     }
     Path(request["answer"]).write_text(json.dumps(answer))
     _answer("ready", {}, forward, memory)
@@ -90,9 +94,10 @@ def run_sets(
 
 
 def _answer(what: str, found: dict[str, Any], forward: Forward, memory: "_Memory") -> None:
-    """Send a message to the parent, with the process's peak memory in bytes so far; None: unknown."""
+    """Send a message to the parent, with the peaks of the process's and the GPU's memory in bytes so far; None: unknown, or no GPU."""
     peak = max(memory.whole() or 0, getattr(forward, "peak_memory", 0)) or None
-    print(f"@{what} {json.dumps({**found, 'process_peak_bytes': peak})}", flush=True)
+    peaks = {"process_peak_bytes": peak, "gpu_peak_bytes": getattr(forward, "peak_gpu", None)}
+    print(f"@{what} {json.dumps({**found, **peaks})}", flush=True)
 
 
 def execute(snippet: str) -> dict[str, Any]:
@@ -119,11 +124,13 @@ def _run_set(
         given = ids[rows, :width] if ids.ndim == 2 else ids[rows]
         # The verification of a model with a cache also tests the cache.
         run = getattr(forward, "continued", forward) if kind == "last" else forward
-        out = run(given, mask[rows, :width])
         if kind == "tokens":
-            part = _score_tokens(out, inputs[f"{name}.targets"][rows, :width])
-            part["logp"] = _log_probabilities(out, inputs[f"{name}.compared"][rows, :width])
-        elif kind == "last":
+            score = getattr(forward, "scored", partial(_score, forward))
+            targets, compared = (inputs[f"{name}.{key}"][rows, :width] for key in ("targets", "compared"))
+            parts.append(score(given, mask[rows, :width], targets, compared))
+            continue
+        out = run(given, mask[rows, :width])
+        if kind == "last":
             part = {"values": out[np.arange(len(out)), mask[rows, :width].sum(axis=1) - 1]}
         elif kind == "pooled":
             part = {"values": pool(out, mask[rows, :width], request["pooling"])}
@@ -167,7 +174,8 @@ def _continue(
     for start in range(0, len(ids), wanted["rows"]):
         rows = slice(start, start + wanted["rows"])
         width = int(mask[rows].sum(axis=1).max())
-        choice = forward(whole[rows, :width], mask[rows, :width]).argmax(axis=-1)  # [B, S]
+        given = whole[rows, :width], mask[rows, :width]
+        choice = forward.chosen(*given) if hasattr(forward, "chosen") else forward(*given).argmax(axis=-1)  # [B, S]
         for at in range(start, min(start + wanted["rows"], len(ids))):
             first, count = lengths[at] - 1, counts[at]
             chosen[at, :count] = choice[at - start, first : first + count]
@@ -228,6 +236,12 @@ def _log_sum_exp(logits: Array) -> Array:
     return out
 
 
+def _score(forward: Forward, ids: Array, mask: Array, targets: Array, compared: Array) -> dict[str, Array]:
+    """What is kept of a batch's logits: `nll` and `top1` [M] where targets ≥ 0, and `logp` [R, V] at the compared positions."""
+    logits = forward(ids, mask)
+    return _score_tokens(logits, targets) | {"logp": _log_probabilities(logits, compared)}
+
+
 def _score_tokens(logits: Array, targets: Array) -> dict[str, Array]:
     """logits [B, S, V], targets [B, S] with -1 for positions that are not scored → `nll` and `top1`, [M] each, for the scored positions."""
     row, column = np.nonzero(targets >= 0)
@@ -252,9 +266,10 @@ def _time(forward: Forward, shape: dict[str, int], inputs: Any) -> dict[str, Any
     sample = inputs["timing.ids"]
     ids = np.resize(sample, (shape["batch"], *(sample.shape if sample.ndim > 1 else (shape["length"],))))
     mask = np.ones((len(ids), shape["length"]), np.int64)
-    forward(ids, mask)
+    run = getattr(forward, "timed", forward)
+    run(ids, mask)
     start = time.perf_counter()
-    forward(ids, mask)
+    run(ids, mask)
     return {"milliseconds": 1000 * (time.perf_counter() - start)}
 
 

@@ -1,7 +1,8 @@
-"""Loads a model folder with transformers, in fp32 on the CPU."""
+"""Loads a model folder with transformers: in fp32 on the CPU, or in its own number type on a GPU."""
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,18 @@ torch.set_num_threads({threads})
 model = {auto_class}.from_pretrained({folder!r}, dtype=torch.float32{own_code})
 model.eval()
 """
+
+#: `device_map` loads each weight straight to its device. A plain model without compressed weights could also use `.to("cuda")`.
+GPU_SNIPPET = """\
+import torch
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained({folder!r}, dtype="auto", device_map={device_map!r}{own_code})
+model.eval()
+"""
+
+_FILLED = 0.9  #: share of a GPU's free memory that weights may take; the rest is for what the model computes
+_SCORED_ROWS = 512  #: positions whose logits are in float32 at a time
 
 _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -32,66 +45,149 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
     task = request["task"]
     # A source with such a file is refused. An artifact may have it: Nightpress wrote it.
     own = ", trust_remote_code=True" if Path(request["folder"], "custom_generate", "generate.py").is_file() else ""
-    snippet = SNIPPET.format(
-        auto_class=_CLASSES[task], threads=request["threads"], folder=request["folder"], own_code=own
-    )
+    given = {"auto_class": _CLASSES[task], "folder": request["folder"], "own_code": own}
+    on_gpu = request["device"] == "cuda"
+    if on_gpu:
+        snippet = GPU_SNIPPET.format(**given, device_map=_device_map(request["folder"]))
+    else:
+        snippet = SNIPPET.format(**given, threads=request["threads"])
     model = measure.execute(snippet)["model"]
     import torch
     import transformers
 
-    output = "last_hidden_state" if task == "embedding" else "logits"
-    # A key/value cache only helps to decode further tokens. Here, all tokens are given at once.
-    extra = {"use_cache": False} if task in {"causal-lm", "seq2seq"} else {}
+    forward = (OnGpu if on_gpu else OnCpu)(model, task)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return forward, versions, snippet, partial(_generate, model), partial(_waits, model)
 
-    def forward(ids: Any, mask: Any) -> Any:
+
+def _device_map(folder: str) -> str:
+    """`cuda`, or `auto` if the GPU doesn't hold the weights. Then accelerate leaves the rest of them in the host's memory."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    return "cuda" if weights < _FILLED * free else "auto"
+
+
+class OnCpu:
+    """The model's first output for whole texts, as float32 arrays."""
+
+    def __init__(self, model: Any, task: str) -> None:
+        self.model, self._task = model, task
+        self._output = "last_hidden_state" if task == "embedding" else "logits"
+        # A key/value cache only helps to decode further tokens. Here, all tokens are given at once.
+        self._extra = {"use_cache": False} if task in {"causal-lm", "seq2seq"} else {}
+        self.loaded_as: dict[str, Any] = {"device": "cpu", "dtype": str(model.dtype).removeprefix("torch.")}
+
+    def __call__(self, ids: Any, mask: Any) -> Any:
+        return self._run(ids, mask).float().cpu().numpy()
+
+    def _run(self, ids: Any, mask: Any) -> Any:
+        """The output as a tensor on the model's device. ids, mask: as `measure` has them."""
+        import torch
+
+        place = self.model.device
         if ids.ndim == 4:
-            inputs = {"pixel_values": torch.from_numpy(ids)}
+            inputs = {"pixel_values": torch.from_numpy(ids).to(place, self.model.dtype)}
         else:
-            inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        if task == "seq2seq":  # the decoder gets the encoder's text
+            inputs = {"input_ids": torch.from_numpy(ids).to(place), "attention_mask": torch.from_numpy(mask).to(place)}
+        if self._task == "seq2seq":  # the decoder gets the encoder's text
             inputs["labels"] = inputs["input_ids"]
         with torch.inference_mode():
-            out = model(**inputs, **extra)
-        return getattr(out, output).float().numpy()
+            return getattr(self.model(**inputs, **self._extra), self._output)
+
+
+class OnGpu(OnCpu):
+    """The same on a GPU. What is kept of the logits is computed there: to copy them all would take longer than the forward pass."""
+
+    def __init__(self, model: Any, task: str) -> None:
+        super().__init__(model, task)
+        import torch
+
+        places = set((getattr(model, "hf_device_map", None) or {}).values())
+        self.loaded_as |= {
+            "device": "cuda",
+            "name": torch.cuda.get_device_name(),
+            "dispatched": bool(places & {"cpu", "disk"}),
+        }
+
+    @property
+    def peak_gpu(self) -> int:
+        """Peak of the GPU's memory that torch took, in bytes."""
+        import torch
+
+        return int(torch.cuda.max_memory_reserved())
+
+    def timed(self, ids: Any, mask: Any) -> None:
+        """Run, and wait for the GPU. Nothing is copied back."""
+        import torch
+
+        self._run(ids, mask)
+        torch.cuda.synchronize()
+
+    def scored(self, ids: Any, mask: Any, targets: Any, compared: Any) -> dict[str, Any]:
+        """As `measure._score`."""
+        import torch
+
+        logits = self._run(ids, mask)
+        wanted = torch.from_numpy(targets).to(logits.device)
+        chosen, right = logits[wanted >= 0], wanted[wanted >= 0]
+        nll = []
+        parts = torch.split(chosen, _SCORED_ROWS), torch.split(right, _SCORED_ROWS)
+        for rows, expected in zip(*parts, strict=True):
+            known = rows.float().log_softmax(dim=-1)
+            nll.append(-known.gather(1, expected[:, None])[:, 0].double().cpu())
+        at = torch.from_numpy(compared).to(logits.device)
+        return {
+            "nll": torch.cat(nll).numpy() if nll else torch.zeros(0).double().numpy(),
+            "top1": chosen.argmax(dim=-1).cpu().numpy(),
+            "logp": logits[at].float().log_softmax(dim=-1).cpu().numpy(),
+        }
+
+    def chosen(self, ids: Any, mask: Any) -> Any:
+        """The most likely token at each position, [B, S]."""
+        return self._run(ids, mask).argmax(dim=-1).cpu().numpy()
+
+
+def _generate(model: Any, ids: Any, new_tokens: int) -> list[int]:
+    """Continue a prompt [S] greedily, even if the model's own generation settings say otherwise."""
+    import torch
 
     ends = getattr(model.config, "eos_token_id", None)
     ends = set(ends) if isinstance(ends, list) else {ends}
+    step, cache, written = torch.from_numpy(ids)[None].to(model.device), None, []
+    with torch.inference_mode():
+        for _ in range(new_tokens):
+            out = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
+            written.append(token)
+            if token in ends:
+                break
+            step = torch.tensor([[token]], device=model.device)
+    return written
 
-    def generate(ids: Any, new_tokens: int) -> list[int]:
-        """Continue a prompt [S] greedily, even if the model's own generation settings say otherwise."""
-        step, cache, written = torch.from_numpy(ids)[None], None, []
-        with torch.inference_mode():
-            for _ in range(new_tokens):
-                out = model(input_ids=step, past_key_values=cache, use_cache=True)
-                cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
-                written.append(token)
-                if token in ends:
-                    break
-                step = torch.tensor([[token]])
-        return written
 
-    def waits(ids: Any, tokens: int, cached: bool) -> tuple[list[float], Any]:
-        """Decode by the folder's generation settings, but greedily and exactly `tokens` tokens. A stored prefix cache is dropped first.
+def _waits(model: Any, ids: Any, tokens: int, cached: bool) -> tuple[list[float], Any]:
+    """Decode by the folder's generation settings, but greedily and exactly `tokens` tokens. A stored prefix cache is dropped first.
 
-        cached False: no key/value cache, so each token reads the whole text again.
-        """
-        prompt, clock = torch.from_numpy(ids), _Clock(len(ids))
-        model.__dict__.pop("_prefix_store", None)
-        plain = {} if cached else {"use_cache": False, "cache_implementation": None}
-        text = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
-            pad_token_id=0,
-            streamer=clock,
-            **plain,
-        )
-        return clock.waits[:tokens], text[:, ids.shape[1] :].numpy()
+    cached False: no key/value cache, so each token reads the whole text again.
+    """
+    import torch
 
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return forward, versions, snippet, generate, waits
+    prompt, clock = torch.from_numpy(ids).to(model.device), _Clock(len(ids))
+    model.__dict__.pop("_prefix_store", None)
+    plain = {} if cached else {"use_cache": False, "cache_implementation": None}
+    text = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+        streamer=clock,
+        **plain,
+    )
+    return clock.waits[:tokens], text[:, ids.shape[1] :].cpu().numpy()
 
 
 class _Clock:

@@ -11,7 +11,7 @@ import torch
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.evaluate.quality import Trial
-from nightpress.core.compress.export.consumer import Observed
+from nightpress.core.compress.export.consumer import Device, Observed
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.stages.clock import Clock, Emit, Report
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -54,6 +54,10 @@ class PressJob:
             metric=lambda name, value, step: self.emit(Metric(name=name, value=value, step=step)),
             checkpoint=partial(self.checkpoint, index),
         )
+
+    def device_of(self, export: Export | None) -> Device:
+        """Where this artifact is measured; None: the source."""
+        return "cuda" if self.spec.device == "cuda" and self.recipe.measured_on_gpu(export) else "cpu"
 
     def checkpoint(self, index: int, path: str, step: int) -> None:
         """Report a complete file below work/, from which a later attempt can resume."""

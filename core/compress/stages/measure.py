@@ -1,21 +1,30 @@
 """The stage that measures: first the source, before anything is pressed; then each artifact, loaded by its consumer in a fresh process."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+from nightpress.core.compress import environment
+from nightpress.core.compress.environment import give_back_gpu_memory
 from nightpress.core.compress.evaluate import quality, speed
 from nightpress.core.compress.evaluate.beside import SourceBeside
 from nightpress.core.compress.evaluate.quality import Trial
 from nightpress.core.compress.evaluate.remarks import remarks
 from nightpress.core.compress.export import gguf, safetensors
-from nightpress.core.compress.export.consumer import Consumer, Observed, run_consumer
+from nightpress.core.compress.export.consumer import Consumer, Device, Observed, consumer_name, run_consumer
 from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.verify import verify
 from nightpress.core.compress.passes.registry import ModelPair, measure_pass_of
 from nightpress.core.compress.stages.clock import Report, parts
 from nightpress.core.compress.stages.job import Exported, PressJob, State, folder_bytes, naming_the_package
-from nightpress.core.handoff.report import Subject
+from nightpress.core.handoff.report import MeasuredOn, Subject
+from nightpress.core.recipes.costs import CONSUMER_BYTES
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.plan import stored
+
+Beside = Callable[
+    [int | None], Consumer | None
+]  #: peak memory of an artifact's process → the source's consumer, or None
 
 
 def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Subject, Observed]:
@@ -27,6 +36,7 @@ def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Su
         trial.task,
         name="source",
         scratch=job.scratch,
+        device=job.device_of(None),
         progress=job.clock.span(0.03, 0.3),
     )
     subject = Subject(
@@ -37,7 +47,9 @@ def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Su
         measurements=quality.measurements(trial, observed, None),
         timings=speed.timings(observed, trial.task),
         generation=speed.generation_timings(observed, trial.task.threads),
+        measured_on=_measured_on(observed),
         peak_memory_bytes=observed.peak_memory,
+        peak_gpu_bytes=observed.peak_gpu,
     )
     job.publish(subject)
     return subject, observed
@@ -45,21 +57,51 @@ def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Su
 
 def run(job: PressJob, state: State) -> None:
     """Verify and measure each artifact, and run the passes of the stage `measure`."""
+    if job.spec.device == "cuda":
+        give_back_gpu_memory()
+    spans = dict(
+        zip((artifact.export.name for artifact in state.exported), parts(0.7, 0.98, len(state.exported)), strict=True)
+    )
+    measured: dict[str, Subject] = {}
+    for device in ("cuda", "cpu"):
+        artifacts = [artifact for artifact in state.exported if job.device_of(artifact.export) == device]
+        if artifacts:
+            with _source_beside(job, state, device) as beside:
+                for artifact in artifacts:
+                    name = artifact.export.name
+                    measured[name] = _measure(job, state, artifact, *spans[name], beside)
+                    job.publish(measured[name])
+    state.artifacts += [measured[artifact.export.name] for artifact in state.exported]
+    _look(job, state)
+
+
+@contextlib.contextmanager
+def _source_beside(job: PressJob, state: State, device: Device) -> Iterator[Beside]:
+    """Yields the function that loads the source on this device, to take turns with an artifact there, if memory holds both."""
+    seen = state.observed
+    if device != job.device_of(None):  # the source was measured on the GPU: what it takes on the processor is estimated
+        seen = replace(seen, peak_memory=CONSUMER_BYTES + 4 * state.source_header.parameters, peak_gpu=None)
     with SourceBeside(
         safetensors.CONSUMER,
         job.source,
         state.trial.task,
-        state.observed,
+        seen,
         scratch=job.scratch,
         limit=job.spec.memory_limit,
+        device=device,
     ) as source:
-        beside = source.open if state.trial.by_turns else lambda _peak: None
-        spans = parts(0.7, 0.98, len(state.exported))
-        for artifact, (start, end) in zip(state.exported, spans, strict=True):
-            subject = _measure(job, state, artifact, start, end, beside)
-            job.publish(subject)
-            state.artifacts.append(subject)
-    _look(job, state)
+        yield source.open if state.trial.by_turns or device == "cuda" else lambda _peak: None
+
+
+def _measured_on(observed: Observed) -> MeasuredOn:
+    loaded = observed.loaded_as
+    return MeasuredOn(
+        device=loaded["device"],
+        name=loaded.get("name") or environment.processor(),
+        dtype=loaded.get("dtype", ""),
+        consumer=consumer_name(observed.versions),
+        dispatched=loaded.get("dispatched", False),
+    )
 
 
 def _measure(
@@ -68,11 +110,11 @@ def _measure(
     artifact: Exported,
     start: float,
     end: float,
-    beside: Callable[[int | None], Consumer | None],
+    beside: Beside,
 ) -> Subject:
     """Load one artifact, verify its outputs, and measure it."""
     job.clock.enter("verifying")
-    name, task = artifact.export.name, state.trial.task
+    name, task, device = artifact.export.name, state.trial.task, job.device_of(artifact.export)
     job.clock.at(start, f"loading {name} in a fresh process")
     observed = run_consumer(
         artifact.runner,
@@ -80,6 +122,7 @@ def _measure(
         task,
         name=name,
         scratch=job.scratch,
+        device=device,
         reference=state.observed.outputs_file,
         beside=beside,
         progress=_evaluating(job, start, end, name),
@@ -89,15 +132,18 @@ def _measure(
     if artifact.export.format == "gguf":
         of_tokens = gguf.check_tokens(job.source, artifact.folder, name=name, scratch=job.scratch)
     verification = verify(job.recipe, artifact.export, observed, source=state.observed, traced=state.traced, task=task)
+    timed_source = state.observed if device == job.device_of(None) else None
     subject = Subject(
         name=name,
         format=name,
         size_bytes=folder_bytes(artifact.folder),
         parameters=state.header.parameters,
         measurements=quality.measurements(state.trial, state.observed, observed),
-        timings=speed.timings(observed, task, state.observed),
-        generation=speed.generation_timings(observed, task.threads, state.observed),
+        timings=speed.timings(observed, task, timed_source),
+        generation=speed.generation_timings(observed, task.threads, timed_source),
+        measured_on=_measured_on(observed),
         peak_memory_bytes=observed.peak_memory,
+        peak_gpu_bytes=observed.peak_gpu,
         verification=verification,
         usage=usage_program(artifact.export.format, artifact.folder, state.header),
     )

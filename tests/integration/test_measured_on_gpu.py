@@ -1,0 +1,102 @@
+"""A job on a GPU measures there what transformers loads, and on the processor what only runs there. Every figure says where."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nightpress.core.compress.runners import measure, transformers_runner
+from nightpress.core.handoff.report import Report
+from nightpress.core.handoff.spec import SPEC_FILE
+from tests.every_family import save_family
+from tests.press import lay_out, press
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+
+RECIPE: dict[str, Any] = {
+    "passes": [{"pass": "weight-only", "bits": 8}],
+    "exports": ["compressed-tensors"],
+    "evaluate": [
+        {"metric": "fidelity", "samples": 8, "length": 16},
+        {"metric": "latency", "batch": [1, 4], "length": 16, "repeats": 5},
+    ],
+}
+SPEED = {"metric": "generation-speed", "prompt": 8, "tokens": 8, "repeats": 3}
+
+
+def on_gpu(job_dir: Path) -> Report:
+    spec = json.loads((job_dir / SPEC_FILE).read_bytes())
+    (job_dir / SPEC_FILE).write_text(json.dumps(spec | {"device": "cuda"}))
+    return press(job_dir)[1]
+
+
+def test_a_decoder_is_measured_in_its_own_type_on_the_gpu(tmp_path: Path):
+    folder = save_family("llama", tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    evaluate = [*RECIPE["evaluate"], {"metric": "perplexity", "samples": 8, "length": 16}, SPEED]
+    report = on_gpu(lay_out(tmp_path / "job", folder, RECIPE | {"evaluate": evaluate, "gates": {"memory": "<= 10x"}}))
+    [artifact] = report.artifacts
+    for subject in (report.source, artifact):
+        assert subject.measured_on is not None
+        assert subject.measured_on.device == "cuda"
+        assert subject.measured_on.name == torch.cuda.get_device_name()
+        assert subject.measured_on.dtype == "bfloat16"
+        assert subject.measured_on.consumer.startswith("transformers ")
+        assert not subject.measured_on.dispatched
+        assert subject.peak_gpu_bytes is not None
+        assert subject.peak_gpu_bytes > 0
+        assert len(subject.timings) == 2
+        assert subject.generation[0].decode_tokens_per_s > 0
+    assert all(timing.speedup is not None and timing.speedup.by_turns for timing in artifact.timings)
+    assert report.gates[0].explanation.endswith("peak memory of the GPU")
+    assert {"perplexity", "kl_median"} <= {measured.name for measured in artifact.measurements}
+
+
+def test_what_runs_on_the_processor_alone_is_measured_there_beside_the_source(tmp_path: Path, bert_tiny: Path):
+    report = on_gpu(lay_out(tmp_path / "job", bert_tiny, RECIPE | {"passes": [], "exports": ["onnx", "safetensors"]}))
+    places = {subject.name: subject.measured_on for subject in (report.source, *report.artifacts)}
+    assert {name: place and place.device for name, place in places.items()} == {
+        "source": "cuda",
+        "onnx": "cpu",
+        "safetensors": "cuda",
+    }
+    onnx, floats = report.artifacts
+    assert onnx.peak_gpu_bytes is None
+    assert all(timing.speedup is not None and timing.speedup.by_turns for timing in (*onnx.timings, *floats.timings))
+    assert any("run on the processor" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("evaluate_on", ["cpu", "auto"])
+def test_the_processor_may_be_asked_for(evaluate_on: str, tmp_path: Path, bert_tiny: Path):
+    """`auto` comes to the same where nothing that is exported runs on a GPU."""
+    exports = {"cpu": ["safetensors"], "auto": ["onnx"]}[evaluate_on]
+    recipe = RECIPE | {"passes": [], "exports": exports, "evaluate_on": evaluate_on}
+    report = on_gpu(lay_out(tmp_path / "job", bert_tiny, recipe))
+    for subject in (report.source, *report.artifacts):
+        assert subject.measured_on is not None
+        assert subject.measured_on.device == "cpu"
+        assert subject.peak_gpu_bytes is None
+
+
+def test_what_is_kept_of_the_logits_is_the_same_on_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In float32, the GPU's figures are the processor's but for the order of sums."""
+    save_family("llama", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    request = {"folder": "model", "task": "causal-lm", "threads": 1}
+    here, there = (transformers_runner.load({**request, "device": device})[0] for device in ("cpu", "cuda"))
+    random = np.random.default_rng(0)
+    ids = random.integers(5, 60, (3, 12))
+    mask = np.ones_like(ids)
+    targets = np.where(random.random(ids.shape) < 0.5, ids, -1)
+    compared = random.random(ids.shape) < 0.3
+    ours, theirs = there.scored(ids, mask, targets, compared), measure._score(here, ids, mask, targets, compared)
+    assert ours.keys() == theirs.keys()
+    for name, kept in theirs.items():
+        assert ours[name].shape == kept.shape
+        assert ours[name].dtype == kept.dtype
+        assert np.abs(ours[name] - kept).max() < 1e-4, name
+    assert (there.chosen(ids, mask) == here(ids, mask).argmax(axis=-1)).all()
