@@ -56,8 +56,9 @@ def test_a_decoder_is_measured_in_its_own_type_on_the_gpu(tmp_path: Path):
     assert {"perplexity", "kl_median"} <= {measured.name for measured in artifact.measurements}
 
 
-def test_what_runs_on_the_processor_alone_is_measured_there_beside_the_source(tmp_path: Path, bert_tiny: Path):
-    report = on_gpu(lay_out(tmp_path / "job", bert_tiny, RECIPE | {"passes": [], "exports": ["onnx", "safetensors"]}))
+def test_what_runs_on_the_processor_alone_is_measured_there_beside_the_source(tmp_path: Path):
+    folder = save_family("bert", tmp_path / "model")
+    report = on_gpu(lay_out(tmp_path / "job", folder, RECIPE | {"passes": [], "exports": ["onnx", "safetensors"]}))
     places = {subject.name: subject.measured_on for subject in (report.source, *report.artifacts)}
     assert {name: place and place.device for name, place in places.items()} == {
         "source": "cuda",
@@ -71,11 +72,11 @@ def test_what_runs_on_the_processor_alone_is_measured_there_beside_the_source(tm
 
 
 @pytest.mark.parametrize("evaluate_on", ["cpu", "auto"])
-def test_the_processor_may_be_asked_for(evaluate_on: str, tmp_path: Path, bert_tiny: Path):
+def test_the_processor_may_be_asked_for(evaluate_on: str, tmp_path: Path):
     """`auto` comes to the same where nothing that is exported runs on a GPU."""
     exports = {"cpu": ["safetensors"], "auto": ["onnx"]}[evaluate_on]
     recipe = RECIPE | {"passes": [], "exports": exports, "evaluate_on": evaluate_on}
-    report = on_gpu(lay_out(tmp_path / "job", bert_tiny, recipe))
+    report = on_gpu(lay_out(tmp_path / "job", save_family("bert", tmp_path / "model"), recipe))
     for subject in (report.source, *report.artifacts):
         assert subject.measured_on is not None
         assert subject.measured_on.device == "cpu"
