@@ -116,7 +116,10 @@ def method_of(options: OnLinears, header: ModelHeader) -> Method:
 
 
 def write_model(folder: Path, shape: Shape, layers: int) -> None:
-    """Write a checkpoint with one shard per layer, and random weights in bfloat16."""
+    """Write a checkpoint with one shard per layer, and random weights in bfloat16.
+
+    Layers that write into the residual stream are smaller, as in GPT-2. Else rounding errors would grow with each layer.
+    """
     folder.mkdir(parents=True)
     config = shape.config(
         num_hidden_layers=layers,
@@ -131,6 +134,7 @@ def write_model(folder: Path, shape: Shape, layers: int) -> None:
     def random(*size: int) -> torch.Tensor:
         return (torch.randn(size, device="cuda") * 0.02).bfloat16()
 
+    writing = {"self_attn.o_proj", "mlp.down_proj"}
     rest = {
         "model.embed_tokens.weight": random(VOCABULARY, shape.hidden),
         "lm_head.weight": random(VOCABULARY, shape.hidden),
@@ -139,7 +143,10 @@ def write_model(folder: Path, shape: Shape, layers: int) -> None:
     rest["model.norm.weight"] = ones
     save_file(rest, folder / "model-rest.safetensors")
     for layer in range(layers):
-        tensors = {f"model.layers.{layer}.{name}.weight": random(*size) for name, size in shape.matrices.items()}
+        tensors = {
+            f"model.layers.{layer}.{name}.weight": random(*size) * (1 if name not in writing else (2 * layers) ** -0.5)
+            for name, size in shape.matrices.items()
+        }
         tensors |= {f"model.layers.{layer}.{name}_layernorm.weight": ones for name in ("input", "post_attention")}
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / f"model-{layer:03}.safetensors")
     write_index(folder)
