@@ -2,7 +2,7 @@
 
     python -m bench.whole_job [--shape 8b] [--layers 32] [--samples 128] [--length 2048] [--evaluate-on auto|cpu]
 
-The job is GPTQ at 4 bits on a Llama with random weights, measured by perplexity, latency and decoding. It runs from the start of the child
+The job is the recipe `int4-lm` on a Llama with random weights. It runs from the start of the child
 to its manifest; the model's files are linked into its folder, and nothing is uploaded. `floor` is the time to read the model's files three
 times from the page cache, as the job does at least: to check them, to solve, and to measure.
 """
@@ -18,6 +18,7 @@ from bench.record import Figure, finish, make_parser
 from nightpress.client.cli.press import write_job
 from nightpress.core.handoff.report import REPORT_FILE, Report
 from nightpress.core.handoff.spec import OUT_DIR
+from nightpress.core.recipes.builtins import get_recipe
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import Recipe, parse_recipe
 from nightpress.core.recipes.placement import Seat
@@ -31,21 +32,10 @@ _CHUNK = 16 * 1024**2
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
-    return parse_recipe(
-        {
-            "name": "bench",
-            "passes": [{"pass": "gptq", "bits": 4, "group_size": 128}],
-            "exports": ["compressed-tensors"],
-            "calibration": {"samples": options.samples, "length": options.length, "data": "words"},
-            "evaluate": [
-                {"metric": "perplexity", "samples": 64, "length": 512},
-                {"metric": "latency", "batch": [1, 8], "length": [128]},
-                {"metric": "generation-speed", "batch": 1, "prompt": 128, "tokens": 32},
-            ],
-            "evaluate_on": options.evaluate_on,
-            "device": "gpu",
-        }
-    )
+    """`int4-lm`, calibrated with enough text for any length. Random weights keep no gate."""
+    calibration = {"samples": options.samples, "length": options.length, "data": "words"}
+    changes = {"calibration": calibration, "evaluate_on": options.evaluate_on, "device": "gpu", "gates": {}}
+    return parse_recipe(get_recipe("int4-lm").model_dump(mode="json") | changes)
 
 
 def read_seconds(folder: Path) -> float:
