@@ -99,6 +99,15 @@ def test_each_shape_is_timed_for_the_source_and_for_each_artifact(done: Done):
         assert subject.peak_memory_bytes > 50e6
 
 
+def test_every_model_says_where_it_was_measured(done: Done):
+    for subject in (done.report.source, *done.report.artifacts):
+        place = subject.measured_on
+        assert (place.device, place.name, place.dispatched) == ("cpu", done.report.environment["cpu"], False)
+        assert place.dtype == ("float32" if subject.format in {"safetensors", "compressed-tensors"} else "")
+        assert place.consumer == (subject.verification.consumer if subject.verification else place.consumer)
+        assert subject.peak_gpu_bytes is None
+
+
 def test_progress_never_falls_and_ends_at_one(done: Done):
     progress = [frame for frame in done.frames if isinstance(frame, Progress)]
     fractions = [report.fraction for report in progress]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nightpress.core.recipes.builtins import get_recipe
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import GPU_RUNTIME_BYTES
 from nightpress.core.recipes.header import ModelHeader
@@ -97,6 +98,7 @@ def test_the_memory_beside_a_gpu_and_the_time_are_estimated(name: str):
         "exports": [export],
         "calibration": {"samples": 128, "length": length},
         "evaluate": [{"metric": "fidelity", "samples": 8, "length": 64}],
+        "evaluate_on": "cpu",  # as it was measured
         "device": "gpu",
     }
     estimate = make_plan(parse_recipe(recipe), model(shape, layers), [Seat("gpu", 0, 16)]).estimate
@@ -106,10 +108,11 @@ def test_the_memory_beside_a_gpu_and_the_time_are_estimated(name: str):
     assert estimate.gpu_bytes > GPU_RUNTIME_BYTES
 
 
-def test_a_whole_8b_job_is_estimated_for_the_cores_of_its_worker():
-    """Measured: 505 s on one H100 with 16 cores. An estimate for two cores, which once served for every worker, was 5,504 s."""
-    estimate = make_plan(
-        parse_recipe({"name": "r", "target": "gpu-vllm", "device": "gpu"}), model("8b", 32), [Seat("gpu", 0, 16)]
-    ).estimate
+@pytest.mark.parametrize(("evaluate_on", "seconds", "memory"), [("cpu", 505, 48.9e9), ("auto", 101.9, 4.62e9)])
+def test_a_whole_8b_job_is_estimated_for_the_cores_of_its_worker(evaluate_on: str, seconds: float, memory: float):
+    """Measured on one GPU with 16 cores, by the models' figures taken on the processor and on the GPU (bench.whole_job)."""
+    recipe = get_recipe("int4-lm").model_copy(update={"device": "gpu", "evaluate_on": evaluate_on})
+    estimate = make_plan(recipe, model("8b", 32), [Seat("gpu", 0, 16)]).estimate
     assert estimate is not None
-    assert 505 / 2 < estimate.seconds < 2 * 505
+    assert seconds / 2 < estimate.seconds < 2 * seconds
+    assert estimate.memory_bytes == pytest.approx(memory, rel=0.2)
