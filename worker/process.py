@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,26 @@ from nightpress.worker import sandbox, view
 
 CHILD_COMMAND = (sys.executable, "-P", "-m", "nightpress.worker.child")
 _TERM_GRACE_S = 1.0
+_FORKED_S = 2.0  #: age from which a forked process is taken to use its memory itself
+
+
+def _anonymous(pid: int) -> int:
+    """Bytes of a process's anonymous and shared memory, and of its swap. 0 if it has ended."""
+    found = 0
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
+                found += int(line.split()[1]) * 1024
+    return found
+
+
+def _forked_by(process: psutil.Process) -> int | None:
+    """The parent of a process that has just been forked. Until it runs its own program, the parent's memory shows as its own, too."""
+    with contextlib.suppress(psutil.Error):
+        parent = process.parent()
+        if parent and time.time() - process.create_time() < _FORKED_S and process.cmdline() == parent.cmdline():
+            return int(parent.pid)
+    return None
 
 
 class ChildProcess:
@@ -83,13 +104,12 @@ class ChildProcess:
 
         Shared memory is counted twice: as files in the child's own /dev/shm, and as pages that processes map.
         """
-        total = self._shared_memory()
-        for pid in [self.pid, *(descendant.pid for descendant in self._descendants())]:
-            with contextlib.suppress(OSError):
-                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                    if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
-                        total += int(line.split()[1]) * 1024
-        return total
+        descendants = self._descendants()
+        held = {pid: _anonymous(pid) for pid in (self.pid, *(process.pid for process in descendants))}
+        borrowed = sum(
+            min(held[process.pid], held.get(parent, 0)) for process in descendants if (parent := _forked_by(process))
+        )
+        return self._shared_memory() + sum(held.values()) - borrowed
 
     def _shared_memory(self) -> int:
         """Bytes in the child's own /dev/shm, whether mapped or not, named or not; 0 if it has none of its own."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nightpress.core.handoff.frames import Log, Result, parse_frame
+from nightpress.worker import process
 from nightpress.worker.process import ChildProcess
 from tests.patience import slowness
 from tests.service import RECIPE, behaving, eventually, pids_said, running
@@ -68,3 +69,30 @@ def test_a_child_that_is_told_nonsense_ends_instead_of_waiting(tmp_path: Path) -
         child.stdin.close()
         os.close(read)
         os.close(write)
+
+
+HOLDS = """
+import os, sys
+held = bytearray(os.urandom(1) * (200 * 1024**2))
+if os.fork() == 0:
+    sys.stdin.buffer.read()
+    os._exit(0)
+print("forked", flush=True)
+sys.stdin.buffer.read()
+"""
+
+
+def test_a_process_that_was_just_forked_does_not_count_its_parents_memory_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between the fork and the start of its own program, a consumer's process shows all memory of the child as its own."""
+    child = ChildProcess(tmp_path, threads=1, network=True, command=(sys.executable, "-c", HOLDS))
+    try:
+        assert os.read(child.chatter, 100) == b"forked\n"
+        monkeypatch.setattr(process, "_FORKED_S", 3600.0)
+        assert 200e6 < child.anonymous_memory() < 300e6
+        monkeypatch.setattr(process, "_FORKED_S", 0.0)
+        assert child.anonymous_memory() > 400e6, "an older process may have changed what it got"
+    finally:
+        child.kill()
+        child.remove()

@@ -67,8 +67,7 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
         model = _load(model_dir, header, context.threads)
         with torch.inference_mode(), _watch_inputs(model) as (rounding, largest):
             expected = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask)).float().numpy()
-        context.progress(0.2, "tracing the model into a graph")
-        with disk_errors():
+        with context.telling(0.2, "tracing the model into a graph"), disk_errors():
             # Protobuf's limit is 2 GiB. Weights up to this limit are stored inside the file, larger ones in a second file.
             partial = folder / "partial"
             partial.mkdir(exist_ok=True)

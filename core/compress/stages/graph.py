@@ -67,6 +67,7 @@ def _trace(job: PressJob, state: State, report: Report) -> Traced:
             with naming_the_package(options):
                 context = job.context(state.header, report, index=index)
                 traced, record = graph_pass_of(options)(state.folder, traced, options, context)
+            _free_graphs()
             state.records.append(job.publish_pass(record, index))
     return traced
 
