@@ -105,11 +105,12 @@ class ChildProcess:
         Shared memory is counted twice: as files in the child's own /dev/shm, and as pages that processes map.
         """
         descendants = self._descendants()
-        held = {pid: _anonymous(pid) for pid in (self.pid, *(process.pid for process in descendants))}
-        borrowed = sum(
-            min(held[process.pid], held.get(parent, 0)) for process in descendants if (parent := _forked_by(process))
-        )
-        return self._shared_memory() + sum(held.values()) - borrowed
+        held = {process.pid: _anonymous(process.pid) for process in descendants}
+        # The inner process of the child is a fork, too, but it stays one.
+        forked = ((process.pid, _forked_by(process)) for process in descendants)
+        borrowed = sum(min(held[pid], held[parent]) for pid, parent in forked if parent in held)
+        own = _anonymous(self.pid) + sum(held.values())
+        return self._shared_memory() + own - borrowed
 
     def _shared_memory(self) -> int:
         """Bytes in the child's own /dev/shm, whether mapped or not, named or not; 0 if it has none of its own."""

@@ -73,11 +73,10 @@ def test_a_child_that_is_told_nonsense_ends_instead_of_waiting(tmp_path: Path) -
 
 HOLDS = """
 import os, sys
-held = bytearray(os.urandom(1) * (200 * 1024**2))
 if os.fork() == 0:
-    sys.stdin.buffer.read()
-    os._exit(0)
-print("forked", flush=True)
+    held = bytearray(os.urandom(1) * (200 * 1024**2))
+    if os.fork() > 0:
+        print("forked", flush=True)
 sys.stdin.buffer.read()
 """
 
@@ -88,10 +87,10 @@ def test_a_process_that_was_just_forked_does_not_count_its_parents_memory_again(
     """Between the fork and the start of its own program, a consumer's process shows all memory of the child as its own."""
     child = ChildProcess(tmp_path, threads=1, network=True, command=(sys.executable, "-c", HOLDS))
     try:
-        assert os.read(child.chatter, 100) == b"forked\n"
+        assert os.read(child.chatter, 100).startswith(b"forked")
         monkeypatch.setattr(process, "_FORKED_S", 3600.0)
         assert 200e6 < child.anonymous_memory() < 300e6
-        monkeypatch.setattr(process, "_FORKED_S", 0.0)
+        monkeypatch.setattr(process, "_FORKED_S", -3600.0)
         assert child.anonymous_memory() > 400e6, "an older process may have changed what it got"
     finally:
         child.kill()
