@@ -65,7 +65,6 @@ def calibrated(
     if not kept.is_file():
         _calibrate(graph, texts, options, bits, kept, context)
         context.whole(1, kept)
-    context.progress(0.59, "making the quantized graph")
     with np.load(kept) as archive:
         found = {name: archive[name] for name in archive.files}
 
@@ -73,7 +72,8 @@ def calibrated(
         kept = {part.name: found[f"{part.name}.{name}"] for part in fields(StaticWeight)}
         return StaticWeight(**kept | {"factors": torch.from_numpy(kept["factors"])})
 
-    plan = QdqGraph.of(graph, options, TOP[bits], settle)
+    with context.telling(0.59, "making the quantized graph"):
+        plan = QdqGraph.of(graph, options, TOP[bits], settle)
     ranges = {name: tuple(found[f"range.{name}"].tolist()) for name in plan.rounded}
     # Products whose output error was not measured, e.g. those with trained weights, are ranked by the rounding error of their weights.
     costs = {effect.name: effect.relative_error**2 for effect in plan.effects(()) if effect.name in plan.inputs}
@@ -86,7 +86,8 @@ def calibrated(
 
 
 def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: Path, context: PassContext) -> None:
-    plain = QdqGraph.of(graph, options, TOP[bits])
+    with context.telling(0.15, "reading the graph"):
+        plain = QdqGraph.of(graph, options, TOP[bits])
     context.progress(0.2, "loading the graph to calibrate it")
     names = sorted(set(plain.rounded))
     given, rounded, scores, operands = set(plain.inputs.values()), plain.rounded, plain.scores, list(plain.operands)
