@@ -303,3 +303,21 @@ def test_a_metric_for_other_models_is_refused_before_anything_runs(tmp_path: Pat
         prepared(bert_tiny_dir(tmp_path), [{"metric": metric, "data": data}], {}, tmp_path)
     assert caught.value.code == ErrorCode.INVALID_RECIPE
     assert "masked-lm" in caught.value.message + caught.value.hint
+
+
+@pytest.mark.slow
+def test_timing_that_takes_long_goes_on_telling(bert_tiny: Path, tmp_path: Path):
+    latency = {"metric": "latency", "batch": 16, "length": 128, "repeats": 1000}
+    trial = prepared(bert_tiny, [{"metric": "fidelity", "samples": 4, "length": 16}, latency], {}, tmp_path)
+    told: list[tuple[float, str]] = []
+    run_consumer(
+        safetensors.CONSUMER,
+        bert_tiny,
+        trial.task,
+        name="it",
+        scratch=tmp_path / "scratch",
+        progress=lambda fraction, what: told.append((fraction, what)),
+    )
+    timing = [fraction for fraction, what in told if what == "timing 16 × 128"]
+    assert len(timing) >= 2
+    assert timing == sorted(set(timing))

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ _SHAPE_SECONDS = 8.0  #: longest time for one shape and one model
 _FEWEST = 5  #: runs of a shape, even if they take longer than _SHAPE_SECONDS
 _WRITING_SECONDS = 20.0  #: longest time for one kind of decoding and one model
 _FEWEST_WRITINGS = 3  #: runs of decoding, even if they take longer than _WRITING_SECONDS
+_TELL_EVERY_S = 3.0
 Device = Literal["cpu", "cuda"]
 
 
@@ -236,8 +238,9 @@ def _take_turns(
     wanted: list[TimedShape | TimedGeneration] = [*task.shapes, *(task.writings if decode else ())]
     runs: list[list[list[dict[str, Any]]]] = []
     for at, request in enumerate(wanted):
-        progress(at / len(wanted), _describe(request))
-        runs.append(_rounds(request, models))
+        span = partial(_tell_share, progress, at, len(wanted), _describe(request))
+        span(0.0)
+        runs.append(_rounds(request, models, span))
     shapes = len(task.shapes)
     return tuple(
         ModelRuns(
@@ -250,24 +253,38 @@ def _take_turns(
     )
 
 
+def _tell_share(progress: Callable[[float, str], None], at: int, of: int, what: str, share: float) -> None:
+    """Tell the progress of the part `at` of `of` equal parts."""
+    progress((at + share) / of, what)
+
+
 def _describe(request: TimedShape | TimedGeneration) -> str:
     if isinstance(request, TimedShape):
         return f"timing {request.batch} × {request.length}"
     return f"decoding {request.batch} × {request.prompt}{'' if request.cached else ' without a cache'}"
 
 
-def _rounds(request: TimedShape | TimedGeneration, models: Sequence[Consumer]) -> list[list[dict[str, Any]]]:
-    """The runs of each model, [models][rounds], after one warm-up run each. Every second round has the reverse order of models."""
+def _rounds(
+    request: TimedShape | TimedGeneration, models: Sequence[Consumer], tell: Callable[[float], None]
+) -> list[list[dict[str, Any]]]:
+    """The runs of each model, [models][rounds], after one warm-up run each. Every second round has the reverse order of models.
+
+    tell: gets the share of the rounds that are done, every few seconds.
+    """
     fewest, seconds = (
         (_FEWEST, _SHAPE_SECONDS) if isinstance(request, TimedShape) else (_FEWEST_WRITINGS, _WRITING_SECONDS)
     )
     warm = [model.time(request) for model in models]
     found: list[list[dict[str, Any]]] = [[] for _ in models]
-    deadline = time.monotonic() + seconds * len(models)
+    told = time.monotonic()
+    deadline = told + seconds * len(models)
     while len(found[0]) < request.repeats and (len(found[0]) < fewest or time.monotonic() < deadline):
         order = list(zip(models, found, strict=True))
         for model, runs in order if len(found[0]) % 2 == 0 else reversed(order):
             runs.append(model.time(request))
+        if time.monotonic() - told > _TELL_EVERY_S:
+            told = time.monotonic()
+            tell(len(found[0]) / request.repeats)
     if isinstance(request, TimedGeneration):  # the memory of the warm-up run counts, too
         for first, runs in zip(warm, found, strict=True):
             runs[0]["peak_memory_bytes"] = _larger(first["peak_memory_bytes"], runs[0]["peak_memory_bytes"])
