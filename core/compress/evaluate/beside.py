@@ -1,5 +1,6 @@
 """Runs the source's process beside an artifact's, so that both can be timed by turns."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from nightpress.core.compress.environment import free_gpu_memory
@@ -22,10 +23,11 @@ class SourceBeside:
         scratch: Path,
         limit: int,
         device: Device = "cpu",
+        progress: Callable[[float, str], None] = lambda _fraction, _text: None,
     ) -> None:
         """seen: the source's results from its own measurement on the device. limit: bytes that the job may use; 0: only the machine's."""
         self._runner, self._folder, self._task, self._seen = runner, folder, task, seen
-        self._scratch, self._limit, self._device = scratch, limit, device
+        self._scratch, self._limit, self._device, self._progress = scratch, limit, device, progress
         self._consumer: Consumer | None = None
 
     def __enter__(self) -> "SourceBeside":
@@ -53,6 +55,7 @@ class SourceBeside:
             scratch=self._scratch,
             device=self._device,
             stem="source-beside",
+            progress=self._progress,
         )
         self._consumer.run()
         return self._consumer

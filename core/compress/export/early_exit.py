@@ -43,10 +43,10 @@ def trace_exits(model_dir: Path, header: ModelHeader, check: Sequences, context:
     key = hashlib.sha256(f"{content_digest(model_dir)}\n{header.model_dump_json()}\n{plan.model_dump_json()}".encode())
     folder = context.work_dir / "graph" / f"exits-{key.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    context.progress(0.3, "tracing the model into a graph")
     types = takes_types(model.model, header)
     signature = encoder_signature(example_ids(header), types=types, outputs=_names(plan))
-    program = export_graph(_Flat(model).eval(), header, signature)
+    with context.telling(0.3, "tracing the model into a graph"):
+        program = export_graph(_Flat(model).eval(), header, signature)
     without_notes(program.model.graph)
     with disk_errors():
         onnx.save(with_exits(program.model_proto, plan), folder / "model.onnx")

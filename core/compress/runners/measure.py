@@ -22,14 +22,16 @@ When the sets are done and the answer is written, the process prints `@ready`. T
 closed. Each line asks for one timed run. So several models can be timed by turns.
 """
 
+import contextlib
 import gc
 import json
 import os
 import platform
 import resource
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ Array = NDArray[Any]
 Request = dict[str, Any]
 Forward = Callable[[Array, Array], Array]
 Generate = Callable[[Array, int], list[int]]
+LOADING = "loading"  #: how the messages begin that are sent while the model is loaded
+_TELL_EVERY_S = 5.0
 Waits = Callable[[Array, int, bool], tuple[list[float], Array]]
 
 
@@ -48,7 +52,8 @@ def main(load: Callable[[Request], Any]) -> None:
     request = json.loads(Path(sys.argv[1]).read_bytes())
     started = time.perf_counter()
     gc.disable()  # the libraries' objects are no garbage: looking through them takes a third of the time of their import
-    forward, versions, snippet, *decoding = load(request)
+    with _telling(LOADING):
+        forward, versions, snippet, *decoding = load(request)
     gc.freeze()
     gc.enable()
     generate, waits = (*decoding, None, None)[:2]
@@ -105,6 +110,26 @@ def execute(snippet: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(compile(snippet, "<snippet>", "exec"), names)  # noqa: S102 - the text comes from the runner itself
     return names
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Say every few seconds for how long something goes on, at most five minutes: what hangs must not look alive."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        for times in range(1, int(300 / _TELL_EVERY_S)):
+            if ended.wait(_TELL_EVERY_S):
+                return
+            _say(0.0, f"{what} for {times * _TELL_EVERY_S:.0f} s")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def _say(fraction: float, text: str) -> None:

@@ -15,6 +15,7 @@ from nightpress.core.compress.export.consumer import Consumer, Device, Observed,
 from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.verify import verify
 from nightpress.core.compress.passes.registry import ModelPair, measure_pass_of
+from nightpress.core.compress.runners.measure import LOADING
 from nightpress.core.compress.stages.clock import Report, parts
 from nightpress.core.compress.stages.job import Exported, PressJob, State, folder_bytes, naming_the_package
 from nightpress.core.handoff.report import MeasuredOn, Subject
@@ -89,6 +90,7 @@ def _source_beside(job: PressJob, state: State, device: Device) -> Iterator[Besi
         scratch=job.scratch,
         limit=job.spec.memory_limit,
         device=device,
+        progress=lambda _fraction, what: job.clock.at(0.0, f"the source beside it: {what}"),
     ) as source:
         yield source.open if state.trial.by_turns or device == "cuda" else lambda _peak: None
 
@@ -155,7 +157,7 @@ def _evaluating(job: PressJob, start: float, end: float, name: str) -> Report:
     span = job.clock.span(start, end)
 
     def progress(fraction: float, what: str) -> None:
-        if what != "check":
+        if what != "check" and not what.startswith(LOADING):
             job.clock.enter("evaluating")
         span(fraction, f"{name}: {what}")
 
