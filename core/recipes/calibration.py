@@ -19,13 +19,13 @@ class Calibration(BaseModel):
 
     data: DataRef = "builtin:prose"
     samples: int = Field(128, ge=1, le=100_000)
-    length: int = Field(512, ge=8, le=131_072, description="tokens a sample")
+    length: int = Field(512, ge=8, le=131_072, description="Tokens of each sample.")
     packing: bool = Field(
         True,
-        description="Join the texts to whole windows of `length`. false: each text by itself, cut at `length` and padded; padding is not calibrated on.",
+        description="Join the texts and cut them into windows of `length` tokens. false: each text is a sample of its own, cut or padded to `length`; statistics leave out the padding.",
     )
     seed: int = Field(0, ge=0, description="Which texts are taken: 0 from the start on, another from elsewhere.")
     dtype: Literal["auto", "float32"] = Field(
         "auto",
-        description="What the model is computed in while passes go through it block by block. auto: bfloat16 on processors with instructions for it, float32 on others, and on a GPU as the weights are stored. float32: takes up to twice as long and leaves the same on all processors but for the order of sums.",
+        description="Number type of the forward passes, while passes work block by block. auto: bfloat16 on processors with instructions for it, float32 on others, and on a GPU as the weights are stored. float32: takes up to twice as long and leaves the same on all processors but for the order of sums.",
     )

@@ -52,13 +52,13 @@ class Quality(_Model):
     metric: Literal["auto"] | Metric = "auto"
     data: DataRef = "builtin:prose"
     samples: int = Field(64, ge=2, le=100_000)
-    length: int = Field(128, ge=8, le=131_072, description="tokens a sample; for `generation` those of the prompt")
+    length: int = Field(128, ge=8, le=131_072, description="Tokens of each sample; for `generation`, of the prompt.")
     stride: int | None = Field(
         None,
         ge=1,
-        description="perplexity: tokens scored a window, after `length − stride` tokens of context; null: all of them",
+        description="For perplexity: tokens that are scored in each window, after `length − stride` tokens of context; null: all.",
     )
-    new_tokens: int = Field(32, ge=1, le=4096, description="generation: tokens that the source writes")
+    new_tokens: int = Field(32, ge=1, le=4096, description="For generation: tokens that the source writes.")
 
     @model_validator(mode="after")
     def _stride_fits(self) -> "Quality":
@@ -90,10 +90,10 @@ class GenerationSpeed(_Model):
     metric: Literal["generation-speed"] = "generation-speed"
     batch: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field((1,), min_length=1, max_length=8)
     prompt: tuple[Annotated[int, Field(ge=1, le=131_072)], ...] = Field(
-        (128,), min_length=1, max_length=8, description="tokens of the prompt"
+        (128,), min_length=1, max_length=8, description="Tokens of the prompt."
     )
-    tokens: int = Field(64, ge=2, le=4096, description="tokens written, the first of them by reading the prompt")
-    repeats: int = Field(5, ge=3, le=100, description="timed runs after one to warm up")
+    tokens: int = Field(64, ge=2, le=4096, description="Tokens to generate. Reading the prompt gives the first.")
+    repeats: int = Field(5, ge=3, le=100, description="Timed runs after a warm-up run.")
 
     @field_validator("batch", "prompt", mode="before")
     @classmethod

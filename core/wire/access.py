@@ -82,7 +82,7 @@ class KeyView(View):
     revoked_at: dt.datetime | None
     last_used_at: dt.datetime | None
     rotated_from: str | None
-    made_by: str | None = Field(description="The key that made it, with which it ends.")
+    made_by: str | None = Field(description="The key that made it. When that key ends, this one ends too.")
 
 
 class NewKeyView(View):

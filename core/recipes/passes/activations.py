@@ -36,14 +36,18 @@ class SmoothQuant(Quantizing, Calibrated):
     pass_: Literal["smoothquant"] = Field("smoothquant", alias="pass")
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = Field(
         "search",
-        description="How much of an input's strength moves into the weights: 0 nothing, 1 all; `search` tries, and takes what costs the outputs least.",
+        description="How much of the inputs' differences in size moves into the weights: 0 none, 1 all. `search` tries several values and takes the one with the least error of the outputs.",
     )
     activations: Literal["token", "tensor"] = Field(
-        "token", description="`token`: a scale a token, found as it comes. `tensor`: one a layer, from calibration."
+        "token",
+        description="`token`: one scale for each token, computed at run time. `tensor`: one scale for each layer, from calibration.",
     )
     weights: Literal["nearest", "gptq"] = "nearest"
     damping: float = Field(
-        0.01, gt=0, le=1, description="With `gptq`: of the mean power of the inputs, added to each one's."
+        0.01,
+        gt=0,
+        le=1,
+        description="With `gptq`: added to the diagonal of the inputs' Gram matrix, as a share of its mean.",
     )
 
     def describe(self) -> str:
@@ -76,11 +80,11 @@ class Fp8(Quantizing):
 
     pass_: Literal["fp8"] = Field("fp8", alias="pass")
     weights: Literal["channel", "tensor", "block"] = Field(
-        "channel", description="Which weights share a scale: a row, all of a layer, or 128 × 128."
+        "channel", description="Which weights share a scale: a row, a layer, or a block of 128 × 128."
     )
     activations: Literal["dynamic", "static"] = Field(
         "dynamic",
-        description="`dynamic`: a scale a token (with `block`, for each 128 of its inputs), as it comes. `static`: one a layer.",
+        description="`dynamic`: one scale for each token (with `block`: for each 128 of its inputs), computed at run time. `static`: one scale for each layer, from calibration.",
     )
 
     @model_validator(mode="after")
@@ -182,7 +186,7 @@ class DynamicInt8(PassOptions):
 
     pass_: Literal["dynamic-int8"] = Field("dynamic-int8", alias="pass")
     per_channel: bool = True
-    ignore: Patterns = Field((), description="Graph nodes left in float: names, or `re:` patterns.")
+    ignore: Patterns = Field((), description="Graph nodes that stay in float: names, or `re:` patterns.")
 
     def describe(self) -> str:
         return "int8 weights and activations"
@@ -213,20 +217,22 @@ class StaticInt8(PassOptions):
 
     pass_: Literal["static-int8"] = Field("static-int8", alias="pass")
     ranges: Literal["min-max", "percentile", "entropy", "mse"] = Field(
-        "min-max", description="How much of what a layer was given its range covers."
+        "min-max", description="How the range of a layer's inputs is chosen from the values that calibration saw."
     )
-    percentile: float = Field(99.99, gt=50, le=100, description="With `percentile`: of the values that it covers.")
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="With `percentile`: the percentage of the values that the range covers."
+    )
     min_cosine: float | None = Field(
         0.995,
         gt=0,
         lt=1,
-        description="Cosine with the float graph's answers to texts held apart from calibration, for which layers keep float arithmetic; null: none does. Where it can't be held, the report says what was reached.",
+        description="Layers stay in float until the answers to held-out texts have this cosine with the float graph's; null: no layer stays in float. If it can't be reached, the report says what was reached.",
     )
     weight_bits: Literal["auto", 7, 8] = Field(
         "auto",
         description="7 where products of 8 bits could saturate: x86 without VNNI. `auto` looks at the processor that presses.",
     )
-    ignore: Patterns = Field((), description="Graph nodes left in float: names, or `re:` patterns.")
+    ignore: Patterns = Field((), description="Graph nodes that stay in float: names, or `re:` patterns.")
 
     def describe(self) -> str:
         budget = "" if self.min_cosine is None else f", cosine at least {self.min_cosine:g}"

@@ -36,25 +36,28 @@ class EarlyExit(PassOptions):
     train: Training = Training(validation=0.1)
     exits: Blocks | None = Field(
         None,
-        description="Behind these blocks, counted from 0. Default: every one but the last; for a language model the best of a few.",
+        description="Exits follow these blocks, counted from 0. Default: every one but the last; for a language model the best of a few.",
     )
     policy: Policy = Field(
         "confidence",
-        description="An input leaves where its `confidence` (largest probability) or its certainty (one minus normalised `entropy`, BranchyNet, "
+        description="An input leaves at the first exit where its `confidence` (largest probability) or its certainty (one minus normalised `entropy`, BranchyNet, "
         "arXiv 1709.01686) reaches the threshold; where as many heads in a row agree (`patience`, arXiv 2006.04152); or by its `length` alone: "
-        "the threshold is blocks with a head passed, per token.",
+        "then the threshold is the number of blocks with a head to pass, for each token.",
     )
-    threshold: float | None = Field(None, ge=0, le=1000, description="Chosen on held-apart rows if not given.")
+    threshold: float | None = Field(None, ge=0, le=1000, description="Default: chosen on held-out rows.")
     choose_on: DataRef | None = Field(
         None,
-        description="Rows to choose the threshold on, best such as the model has never learned from; default: those held apart.",
+        description="Rows on which the threshold is chosen, best rows that the model was not trained on. Default: the validation rows.",
     )
-    max_loss: float = Field(0.01, ge=0, le=1, description="Accuracy that may be lost on the held-apart rows, absolute.")
+    max_loss: float = Field(
+        0.01, ge=0, le=1, description="Accuracy that may be lost on the held-out rows: 0.01 is one point."
+    )
     thaw: bool = Field(
-        True, description="The blocks learn too; else only the heads do, and full depth answers as before."
+        True,
+        description="Also train the blocks. false: only the heads are trained, and the whole model answers as before.",
     )
     alpha: float = Field(
-        0.5, ge=0, le=1, description="Share of the source's answers in what is learned; the rest is labels."
+        0.5, ge=0, le=1, description="Weight of the source's answers in the loss; the rest is for the labels."
     )
     temperature: float = Field(2.0, gt=0, le=100)
 

@@ -149,7 +149,7 @@ class OnLinears(PassOptions):
         False  #: whether it transposes weights stored as [in, out], so that groups run along their inputs, too
     )
 
-    ignore: Patterns = Field(KEPT_MODULES, description="Modules left as they are: names, or `re:` patterns.")
+    ignore: Patterns = Field(KEPT_MODULES, description="Modules that are not changed: names, or `re:` patterns.")
 
     def divisor(self) -> Divisor | None:
         """Return the number that must divide every layer's number of inputs; None: there is no such number."""

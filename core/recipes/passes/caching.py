@@ -50,16 +50,20 @@ class GenerationCache(PassOptions):
 
     pass_: Literal["generation-cache"] = Field("generation-cache", alias="pass")
     mode: CacheMode = "dynamic"
-    length: int | None = Field(None, ge=16, le=1_048_576, description="`static`: tokens that there is room for.")
+    length: int | None = Field(
+        None, ge=16, le=1_048_576, description="`static`: number of tokens that the cache has room for."
+    )
     window: int | None = Field(None, ge=1, le=1_048_576, description="`sliding`: newest tokens that are kept.")
     sinks: int = Field(4, ge=0, le=1024, description="`sliding`: first tokens that are kept as well.")
-    bits: Literal[2, 4, 8] = Field(4, description="`quantized`: of a key's or value's number.")
-    residual: int = Field(64, ge=0, le=65_536, description="`quantized`: newest tokens left as they are, at least.")
+    bits: Literal[2, 4, 8] = Field(4, description="`quantized`: bits of each number in keys and values.")
+    residual: int = Field(
+        64, ge=0, le=65_536, description="`quantized`: at least so many of the newest tokens are not rounded."
+    )
     prefix_bytes: int | None = Field(
         None,
         ge=1,
         le=1 << 40,
-        description="`dynamic`: keys and values of earlier texts that are kept for texts that begin alike; the least frequently used go first.",
+        description="`dynamic`: memory for keys and values of earlier texts, which are kept for texts with the same beginning. The least frequently used are dropped first.",
     )
 
     @model_validator(mode="after")

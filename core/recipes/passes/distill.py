@@ -49,7 +49,8 @@ class Student(_Part):
     """
 
     layers: int | Blocks | None = Field(
-        None, description="How many of the teacher's blocks it keeps, evenly spread, or which ones, counted from 0."
+        None,
+        description="Blocks of the teacher that the student keeps: how many, evenly spread, or which ones, counted from 0.",
     )
     preset: Literal["tiny", "mini", "small", "medium"] | None = Field(
         None, description="2×128, 4×256, 4×512 or 8×512 (blocks × width)."
@@ -107,16 +108,20 @@ class Logits(_Part):
     """Learn the teacher's distribution (Hinton et al., arXiv 1503.02531): α·T²·KL(teacher ‖ student at temperature T) + (1−α)·cross-entropy with the labels."""
 
     temperature: float = Field(2.0, gt=0, le=100)
-    alpha: float = Field(1.0, ge=0, le=1, description="1: the teacher's answers alone, no labels needed.")
+    alpha: float = Field(
+        1.0, ge=0, le=1, description="Weight of the teacher's answers in the loss. With 1, no labels are needed."
+    )
     weight: float = Field(1.0, gt=0, le=1e6)
     cache: bool = Field(
         False,
-        description="Run the teacher once over all examples instead of at every step. Not with masked words drawn anew.",
+        description="Run the teacher once over all examples and keep its answers. Not possible where words are masked anew at each step.",
     )
     cache_top: int = Field(
-        64, ge=1, le=4096, description="Of the words of a vocabulary, so many of the likeliest are kept."
+        64, ge=1, le=4096, description="Number of the most likely tokens that are kept for each position."
     )
-    cache_bytes: int = Field(4 * 1024**3, ge=1, description="The job fails before it writes more.")
+    cache_bytes: int = Field(
+        4 * 1024**3, ge=1, description="Largest size of the kept answers. The job fails before it writes more."
+    )
 
 
 class Hidden(_Part):
@@ -127,7 +132,7 @@ class Hidden(_Part):
 
     layers: Blocks | None = Field(
         None,
-        description="For each of the student's blocks the teacher's that it learns from. Default: evenly, the last from the last.",
+        description="For each block of the student, the block of the teacher that it learns from. Default: evenly spread; the last learns from the last.",
     )
     weight: float = Field(1.0, gt=0, le=1e6)
 
@@ -136,7 +141,7 @@ class Relations(_Part):
     """Learn the relations between the teacher's queries, keys and values (MiniLMv2, arXiv 2012.15828). Heads and widths may differ."""
 
     layer: int = Field(-1, description="The teacher's block; −1: the last. The student's last block learns from it.")
-    heads: int = Field(12, ge=1, le=256, description="Parts that vectors are split into.")
+    heads: int = Field(12, ge=1, le=256, description="Number of parts into which vectors are split.")
     weight: float = Field(1.0, gt=0, le=1e6)
 
 

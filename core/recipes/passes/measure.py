@@ -24,10 +24,10 @@ class Profiling(PassOptions):
     pass_: Literal["profile"] = Field("profile", alias="pass")
     batch: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field((1,), min_length=1, max_length=8)
     length: tuple[Annotated[int, Field(ge=1, le=1_048_576)], ...] = Field(
-        (128, 512, 2048), min_length=1, max_length=8, description="Tokens a text."
+        (128, 512, 2048), min_length=1, max_length=8, description="Tokens of each text."
     )
     device: Literal["this", "h100", "a100", "rtx-4090", "none"] = Field(
-        "this", description="Whose roofline: `this` machine's is measured in about a second."
+        "this", description="The machine of the roofline. `this` machine is measured in about a second."
     )
 
     @field_validator("batch", "length", mode="before")

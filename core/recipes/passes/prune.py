@@ -71,7 +71,9 @@ class SparseGpt(Pruning, Calibrated):
     """
 
     pass_: Literal["sparsegpt"] = Field("sparsegpt", alias="pass")
-    damping: float = Field(0.01, gt=0, le=1, description="Of the mean power of the inputs, added to each one's.")
+    damping: float = Field(
+        0.01, gt=0, le=1, description="Added to the diagonal of the inputs' Gram matrix, as a share of its mean."
+    )
 
 
 class Wanda(Pruning, Calibrated):

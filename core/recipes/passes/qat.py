@@ -35,12 +35,17 @@ class Qat(Teaching, Quantizing):
     train: Training = Training(learning_rate=2e-5)
     bits: Literal[4, 8] = 8
     group_size: int | None = Field(
-        None, ge=16, le=1024, description="Inputs that share a scale; null: one scale a row. Default 64 at 4 bits."
+        None,
+        ge=16,
+        le=1024,
+        description="Number of inputs that share a scale; null: one scale for each row. Default 64 at 4 bits.",
     )
     activations: Literal["none", "int8"] = Field(
-        "none", description="`int8`: inputs rounded too, with a scale a token."
+        "none", description="`int8`: the inputs are also rounded, with one scale for each token."
     )
-    leaves_as: Literal["codes", "float"] = Field("codes", alias="leaves", description="What the next step gets.")
+    leaves_as: Literal["codes", "float"] = Field(
+        "codes", alias="leaves", description="What the next pass or export gets: the codes, or floats on their grid."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from nightpress.core.recipes.schemes import Scheme, Strategy
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Ranges = Literal["extremes", "least-error", "half-quadratic"]
-_RANGES = "A scale from its weights' extremes, where their rounding costs least, or by half-quadratic splitting, which minds outliers less."
+_RANGES = "How a scale is chosen: from its weights' extremes, for the least rounding error, or by half-quadratic splitting, which gives outliers less weight."
 _ONE_GRID = "transformers takes the zero points of one grid alone: leave `symmetric` at true with {}"
 
 
@@ -47,7 +47,7 @@ class Override(BaseModel):
 
     bits: Bits
     group_size: int | None = Field(
-        None, ge=16, le=1024, description="Inputs that share a scale; null: one scale a row."
+        None, ge=16, le=1024, description="Number of inputs that share a scale; null: one scale for each row."
     )
 
 
@@ -60,17 +60,19 @@ class Rounding(Quantizing):
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors", "onnx", "openvino", "gguf"})
 
     bits: int
-    group_size: int | None = Field(128, ge=16, le=1024, description="Inputs that share a scale; null: one scale a row.")
+    group_size: int | None = Field(
+        128, ge=16, le=1024, description="Number of inputs that share a scale; null: one scale for each row."
+    )
     symmetric: bool = True
     ranges: Ranges = Field("least-error", description=_RANGES)
     overrides: dict[str, Override] = Field(
         default_factory=dict,
         max_length=100,
-        description='Other bits for layers by name: names, or `re:` patterns, e.g. `{"re:.*down_proj": {bits: 8}}`. The first that fits counts.',
+        description='Other bits for some layers, by name or `re:` pattern, e.g. `{"re:.*down_proj": {bits: 8}}`. The first entry that fits a layer counts.',
     )
     embeddings: bool = Field(
         False,
-        description="Round the token embeddings too, on the same grid. transformers loads them, tied to the output head or not; vLLM doesn't.",
+        description="Also round the token embeddings, on the same grid. transformers loads such embeddings, whether or not they are tied to the output head; vLLM doesn't.",
     )
 
     @model_validator(mode="after")
@@ -138,7 +140,10 @@ class WeightOnly(Rounding):
     format: Literal["int", "fp8", "mxfp4", "nvfp4"] = "int"
     bits: Bits = 8
     group_size: int | None = Field(
-        None, ge=16, le=1024, description="Inputs that share a scale; null: one scale a row. Default 128 below 8 bits."
+        None,
+        ge=16,
+        le=1024,
+        description="Number of inputs that share a scale; null: one scale for each row. Default 128 below 8 bits.",
     )
     ranges: Ranges = Field("extremes", description=_RANGES)
 
@@ -197,7 +202,7 @@ class Budgeted(Rounding, Calibrated):
 
     budget: Annotated[float | str | None, AfterValidator(_checked)] = Field(
         None,
-        description="Bits a weight, 2 to 8.5, scales included, over all layers to round; or what all the model's weights may take, those that stay as they are included: `100MB`, `35%` of the model the pass is given. Each layer's error is measured for every candidate, and the bits go where they help most.",
+        description="Mean bits of a rounded weight with its scales, 2 to 8.5; or the size of all weights, also of those that are not rounded, as `100MB` or as `35%` of the model that the pass is given. Each layer's error is measured for every candidate, and the bits go where they help most.",
     )
     candidates: tuple[Bits, ...] = Field((4, 8), min_length=2, max_length=7, description="Bits to choose from.")
 
@@ -290,11 +295,13 @@ class Gptq(Budgeted):
     bits: Bits = 4
     order: Literal["activation", "natural"] = Field(
         "activation",
-        description="`activation`: the inputs with the most power first. The result loads and runs just the same.",
+        description="`activation`: columns of inputs with the most power are rounded first. The result has the same format and speed.",
     )
-    damping: float = Field(0.01, gt=0, le=1, description="Of the mean power of the inputs, added to each one's.")
-    refine: bool = Field(True, description="Fit the scales once more to the codes that were settled.")
-    sparsity: float | None = Field(None, gt=0, lt=1, description="Share of weights set to zero as well.")
+    damping: float = Field(
+        0.01, gt=0, le=1, description="Added to the diagonal of the inputs' Gram matrix, as a share of its mean."
+    )
+    refine: bool = Field(True, description="Fit the scales again after the codes are chosen.")
+    sparsity: float | None = Field(None, gt=0, lt=1, description="Share of the weights that are also set to zero.")
     pattern: Pattern = "unstructured"
 
     @model_validator(mode="before")

@@ -57,20 +57,23 @@ class Shrinking(PassOptions):
 class Narrowing(Shrinking):
     """A pass that reduces a width inside each block."""
 
-    share: float = Field(0.25, gt=0, lt=1, description="Of all units, this share goes; each layer's count is rounded.")
+    share: float = Field(0.25, gt=0, lt=1, description="Share of the units to remove; each layer's number is rounded.")
     importance: Importance = Field(
         "activation",
-        description="Which units go: those of smallest weights (`l1`, `l2`), those whose loss changes the layer's output least on the "
-        "calibration text (`activation`), or those whose loss changes the model's loss least (`taylor`, arXiv 2305.11627).",
+        description="Which units are removed: those with the smallest weights (`l1`, `l2`), those without which the layer's output changes least on the "
+        "calibration text (`activation`), or those without which the model's loss changes least (`taylor`, arXiv 2305.11627).",
     )
     across: Literal["layer", "global"] = Field(
         "layer",
-        description="The same share of every layer, or of all layers together; the latter leaves layers of differing widths.",
+        description="Remove the same share of each layer, or the share of all layers together. In the second case layers get different widths.",
     )
     compensate: bool = Field(
-        True, description="Fit what stays to the layer's former output on the calibration text, by least squares."
+        True,
+        description="Fit the remaining weights to the layer's former outputs on the calibration text, by least squares.",
     )
-    damping: float = Field(0.01, gt=0, le=1, description="Of the mean power of the inputs, in that fit.")
+    damping: float = Field(
+        0.01, gt=0, le=1, description="Added to the diagonal of the Gram matrix in that fit, as a share of its mean."
+    )
 
     @property
     def by_gradient(self) -> bool:
@@ -155,7 +158,9 @@ class Channels(Narrowing):
     """
 
     pass_: Literal["channels"] = Field("channels", alias="pass")
-    multiple: int = Field(32, ge=1, le=1024, description="Every layer keeps a multiple of so many channels.")
+    multiple: int = Field(
+        32, ge=1, le=1024, description="The number of channels that a layer keeps is a multiple of this."
+    )
 
     @property
     def step(self) -> int:
@@ -242,13 +247,13 @@ class Layers(Shrinking):
     """Remove whole blocks, those that change the hidden states least (ShortGPT, arXiv 2403.03853). The result is a normal checkpoint."""
 
     pass_: Literal["layers"] = Field("layers", alias="pass")
-    count: int = Field(1, ge=1, le=1000, description="How many blocks go.")
+    count: int = Field(1, ge=1, le=1000, description="Number of blocks to remove.")
     importance: Literal["block-influence", "taylor"] = Field(
         "block-influence",
-        description="One minus the cosine of what enters a block with what leaves it, or the change of the model's loss.",
+        description="How a block's importance is measured: one minus the cosine between its inputs and its outputs, or the change of the model's loss without it.",
     )
     remove: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, max_length=1000, description="These blocks, counted from 0, in place of `count` and `importance`."
+        None, max_length=1000, description="Remove these blocks, counted from 0, in place of `count` and `importance`."
     )
 
     @model_validator(mode="before")

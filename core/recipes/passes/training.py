@@ -21,28 +21,39 @@ class Training(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, defer_build=True)
 
-    data: DataRef = Field("builtin:prose", description="What it learns from. Rows with labels for a classifier.")
-    length: int = Field(128, ge=8, le=131_072, description="tokens an example is cut at")
-    epochs: int | None = Field(None, ge=1, le=1000, description="Default: 3, where no `steps` are given.")
-    steps: int | None = Field(None, ge=1, le=10_000_000, description="instead of epochs")
-    batch: int = Field(32, ge=1, le=4096, description="examples a step sees at once")
-    accumulate: int = Field(1, ge=1, le=1024, description="batches whose gradients are summed to one step")
+    data: DataRef = Field("builtin:prose", description="The data to train on. A classifier needs rows with labels.")
+    length: int = Field(128, ge=8, le=131_072, description="Examples are cut at so many tokens.")
+    epochs: int | None = Field(
+        None, ge=1, le=1000, description="Passes over the data. Default: 3, unless `steps` are given."
+    )
+    steps: int | None = Field(None, ge=1, le=10_000_000, description="Number of training steps, instead of `epochs`.")
+    batch: int = Field(32, ge=1, le=4096, description="Examples in a batch.")
+    accumulate: int = Field(1, ge=1, le=1024, description="Batches whose gradients are summed for one step.")
     learning_rate: float = Field(5e-5, gt=0, le=1)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.01, ge=0, le=1)
-    clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
+    clip: float = Field(1.0, gt=0, description="Largest norm of a step's gradient.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16: arithmetic in bfloat16 where it is safe, weights in float32. `auto`: on a GPU."
     )
     gradient_checkpointing: bool = Field(False, description="Less memory, a third more time.")
-    freeze_embeddings: bool = Field(True, description="Embeddings taken over from the model stay as they are.")
-    validation: float = Field(0.05, ge=0, le=0.5, description="share of the examples held apart; the best step is kept")
-    validate_every: int | None = Field(None, ge=1, description="steps; default: ten times in all")
-    patience: int | None = Field(
-        None, ge=1, le=1000, description="stop early after so many validations without a better one"
+    freeze_embeddings: bool = Field(True, description="Don't train embeddings that are taken over from the model.")
+    validation: float = Field(
+        0.05,
+        ge=0,
+        le=0.5,
+        description="Share of the examples for validation. The step with the best validation is kept.",
     )
-    checkpoint_every: int = Field(1000, ge=1, description="steps; and every few minutes")
+    validate_every: int | None = Field(
+        None, ge=1, description="Steps between two validations. Default: ten validations in all."
+    )
+    patience: int | None = Field(
+        None, ge=1, le=1000, description="Stop after so many validations without an improvement."
+    )
+    checkpoint_every: int = Field(
+        1000, ge=1, description="Steps between two checkpoints. There is also one every few minutes."
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> "Training":
