@@ -138,6 +138,10 @@ class Verification(_Model):
     measure: str  #: what was compared, e.g. "cosine of pooled outputs"
     value: float
     bound: float
+    layers: int | None = (
+        None  #: layers whose answers were compared one by one with the pressed weights; None: not done for this format
+    )
+    layer_error: float | None = None  #: the largest relative error of a layer's answers
     seconds: float
     load_snippet: str  #: the lines that loaded it, as executed
 

@@ -78,12 +78,14 @@ class Consumer:
         scratch: Path,
         device: Device = "cpu",
         reference: Path | None = None,
+        probes: Sequence[str] = (),
         stem: str | None = None,
         progress: Callable[[float, str], None] = lambda _fraction, _text: None,
     ) -> None:
         """Start the process. name: the artifact's name, or `source`. stem: the stem of its files in `scratch`; None: the name.
 
         device: cuda only for the runner of transformers. reference: the outputs of the source, for the artifact to be compared with.
+        probes: layers to be asked one by one, see probes.py; only for the runner of transformers.
         """
         self.name, self._progress, self._started = name, progress, time.monotonic()
         self.peak_memory: int | None = None  #: bytes, of the process until now; None if the system does not report it
@@ -103,6 +105,7 @@ class Consumer:
                     {
                         "folder": folder.name,
                         "device": device,
+                        "probes": list(probes),
                         "float32": bfloat16_held_down(),
                         **task.request(),
                         **{key: None if file is None else str(file.resolve()) for key, file in files.items()},
@@ -195,6 +198,7 @@ def run_consumer(
     scratch: Path,
     device: Device = "cpu",
     reference: Path | None = None,
+    probes: Sequence[str] = (),
     beside: Callable[[int | None], Consumer | None] = lambda _peak: None,
     progress: Callable[[float, str], None] = lambda _fraction, _text: None,
 ) -> Observed:
@@ -213,6 +217,7 @@ def run_consumer(
         scratch=scratch,
         device=device,
         reference=reference,
+        probes=probes,
         progress=lambda fraction, text: progress(share * fraction, text),
     ) as consumer:
         seen = consumer.run()

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.export.consumer import Observed, consumer_name
+from nightpress.core.compress.export.probes import ProbeResult
 from nightpress.core.compress.export.task import Task
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.model.cosines import centred_cosine, whole_cosine
@@ -39,11 +40,13 @@ def verify(
     source: Observed,
     traced: Traced | None,
     task: Task,
+    probes: ProbeResult | None = None,
 ) -> Verification:
     """Compare an artifact's outputs with those of the pressed model or of the source.
 
-    observed, source: the outputs of the artifact's and of the source's process. traced: needed for graph formats. Raises
-    NightpressError(verification_failed) if the outputs differ by more than the bound.
+    observed, source: the outputs of the artifact's and of the source's process. traced: needed for graph formats. probes: the comparison of
+    single layers, where there is one. Raises NightpressError(verification_failed) if the outputs, or those of a layer, differ by more than
+    their bound.
     """
     ours, theirs = observed.outputs["check.values"], None
     if export.format in GRAPH_FORMATS:
@@ -76,8 +79,20 @@ def verify(
             value=value,
             bound=bound,
         )
+    if probes is not None and not probes.error <= probes.bound:
+        raise NightpressError(
+            ErrorCode.VERIFICATION_FAILED,
+            f"The artifact {export.name} was loaded by {consumer_name(observed.versions)}, but its layer {probes.worst} multiplies by other weights than it should: the relative error of its answers is {probes.error:.4f}, the bound {probes.bound:g}.",
+            hint="The library reads the stored weights otherwise than they were written. Use another version of it, or another export.",
+            artifact=export.name,
+            layer=probes.worst,
+            value=probes.error,
+            bound=probes.bound,
+        )
     return Verification(
         consumer=consumer_name(observed.versions),
+        layers=probes.layers if probes else None,
+        layer_error=probes.error if probes else None,
         passed=passed,
         measure=measure,
         value=value,

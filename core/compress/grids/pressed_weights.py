@@ -65,6 +65,11 @@ class PressedWeights:
         """The names of the weights that a pass has packed."""
         return frozenset(self._packed)
 
+    @property
+    def integers(self) -> frozenset[str]:
+        """Those of the packed weights whose codes are integers in 32-bit words, as `codes` reads them. The others are fp4."""
+        return frozenset(name for name in self._packed if self._source.stored(f"{name}_packed").info.dtype == "I32")
+
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self._packed:
             rows, columns = self._source.read(f"{name}_shape").tolist()
@@ -93,6 +98,18 @@ class PressedWeights:
             zeros = unpack_bits(packed.t().contiguous(), bits, rows).t().contiguous().numpy()
         codes = unpack_bits(self._source.read(f"{name}_packed"), bits, columns)
         return Codes(bits, codes.numpy(), self._source.read(f"{name}_scale").float().numpy(), zeros)
+
+    def rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Some rows of a packed weight, dequantized: [rows, in]. Much faster than `floats` for a large weight."""
+        count, columns = self.shape(name)
+        bits, zeros = self._bits(name), None
+        at = torch.from_numpy(rows)
+        if f"{name}_zero_point" in self._source:
+            packed = self._source.read(f"{name}_zero_point")
+            zeros = unpack_bits(packed.t().contiguous(), bits, count).t()[at].contiguous().numpy()
+        codes = unpack_bits(self._source.read(f"{name}_packed")[at], bits, columns)
+        scale = self._source.read(f"{name}_scale")[at].float()
+        return Codes(bits, codes.numpy(), scale.numpy(), zeros).dequantize()
 
     def floats(self, name: str) -> NDArray[np.float32]:
         """The tensor in float32, dequantized if it is packed."""

@@ -14,7 +14,7 @@ A runner is a script `<consumer>_runner.py` beside this file. Its function `load
    [B, tokens]. Only transformers is called with `cached` false.
 
 The working directory contains the folder. The request is a JSON file: folder, task, pooling, threads, device (cpu or cuda), longest (tokens of a text), float32
-(whether the runtime must not choose bfloat16), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
+(whether the runtime must not choose bfloat16), probes (names of layers to be asked one by one), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
 has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows`, the size of a batch. Its arrays in `inputs` are named
 `<name>.ids` and so on.
 
@@ -61,7 +61,7 @@ def main(load: Callable[[Request], Any]) -> None:
     inputs = np.load(request["inputs"])
     reference = np.load(request["reference"]) if request["reference"] else None
     memory = _Memory()
-    outputs = run_sets(forward, generate, request, inputs, reference)
+    outputs = run_sets(forward, generate, request, inputs, reference) | _run_probes(forward, request["probes"])
     # Written atomically: the parent must not read a half-written file.
     unfinished = Path(request["outputs"] + ".partial.npz")
     np.savez(unfinished, **outputs)  # type: ignore[arg-type]  # the stub takes ** for its keyword
@@ -96,6 +96,28 @@ def run_sets(
         else:
             outputs |= _run_set(forward, wanted, inputs, reference, request)
     return outputs
+
+
+def probe_vectors(columns: int) -> Array:
+    """The vectors that a layer with so many inputs is asked with: float32 [4, columns], normal with a mean of 1."""
+    random = np.random.default_rng(columns).standard_normal((4, columns))
+    vectors: Array = (1 + random).astype(np.float32)
+    return vectors
+
+
+def probe_rows(rows: int) -> NDArray[np.int64]:
+    """The outputs of a layer that are compared: at most 64, evenly spread."""
+    return np.unique(np.linspace(0, rows - 1, min(rows, 64)).astype(np.int64))
+
+
+def _run_probes(forward: Forward, layers: list[str]) -> dict[str, Array]:
+    """The answers of single layers, [4, rows] each. Layers that the model does not have under their names are left out."""
+    found: dict[str, Array] = {}
+    for name in layers:
+        probed = forward.probed(name)  # type: ignore[attr-defined]  # only the runner of transformers is asked
+        if probed is not None:
+            found[f"probe.{name}"] = probed
+    return found
 
 
 def _answer(what: str, found: dict[str, Any], forward: Forward, memory: "_Memory") -> None:

@@ -82,6 +82,33 @@ class OnCpu:
     def __call__(self, ids: Any, mask: Any) -> Any:
         return self._run(ids, mask).float().cpu().numpy()
 
+    def probed(self, name: str) -> Any:
+        """A linear layer's answers to `measure.probe_vectors` at `measure.probe_rows`, without its bias. None if there is no such layer."""
+        import torch
+
+        layer = self._layer(name)
+        if layer is None:
+            return None
+        given = torch.from_numpy(measure.probe_vectors(layer.in_features)).to(self.model.device, self.model.dtype)
+        with torch.inference_mode():
+            answered = layer(given).float()
+            if layer.bias is not None:
+                answered = answered - layer.bias.float()
+        return answered[:, torch.from_numpy(measure.probe_rows(answered.shape[1])).to(answered.device)].cpu().numpy()
+
+    def _layer(self, name: str) -> Any:
+        """The linear layer of this name, with or without the prefix that a model with a head has. None if there is none."""
+        import torch
+
+        for known in (name, name.partition(".")[2]):
+            try:
+                layer = self.model.get_submodule(known)
+            except AttributeError:
+                continue
+            if isinstance(layer, torch.nn.Linear):
+                return layer
+        return None
+
     def _run(self, ids: Any, mask: Any) -> Any:
         """The output as a tensor on the model's device. ids, mask: as `measure` has them."""
         import torch

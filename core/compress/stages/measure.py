@@ -12,6 +12,7 @@ from nightpress.core.compress.evaluate.quality import Trial
 from nightpress.core.compress.evaluate.remarks import remarks
 from nightpress.core.compress.export import gguf, safetensors
 from nightpress.core.compress.export.consumer import Consumer, Device, Observed, consumer_name, run_consumer
+from nightpress.core.compress.export.probes import compare, probed_layers
 from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.verify import verify
 from nightpress.core.compress.passes.registry import ModelPair, measure_pass_of
@@ -118,6 +119,7 @@ def _measure(
     job.clock.enter("verifying")
     name, task, device = artifact.export.name, state.trial.task, job.device_of(artifact.export)
     job.clock.at(start, f"loading {name} in a fresh process")
+    packed = probed_layers(state.folder) if artifact.export.format == "compressed-tensors" else []
     observed = run_consumer(
         artifact.runner,
         artifact.folder,
@@ -126,6 +128,7 @@ def _measure(
         scratch=job.scratch,
         device=device,
         reference=state.observed.outputs_file,
+        probes=packed,
         beside=beside,
         progress=_evaluating(job, start, end, name),
     )
@@ -133,7 +136,10 @@ def _measure(
     of_tokens: tuple[str, ...] = ()
     if artifact.export.format == "gguf":
         of_tokens = gguf.check_tokens(job.source, artifact.folder, name=name, scratch=job.scratch)
-    verification = verify(job.recipe, artifact.export, observed, source=state.observed, traced=state.traced, task=task)
+    probes = compare(state.folder, observed.outputs, observed.loaded_as["dtype"]) if packed else None
+    verification = verify(
+        job.recipe, artifact.export, observed, source=state.observed, traced=state.traced, task=task, probes=probes
+    )
     timed_source = state.observed if device == job.device_of(None) else None
     subject = Subject(
         name=name,

@@ -1,0 +1,53 @@
+"""Does the consumer multiply by the weights that were meant? Each packed layer is asked, because a whole model's outputs don't tell.
+
+The outputs of a model at 4 bits differ so much from the source's that one layer with transposed scales would not show. So the consumer runs
+each packed layer that it has loaded on a few vectors, and some rows of the answers are compared with the pressed weights, read by our own
+code. The vectors' mean is 1: a zero point that is off by one changes each row by the sum of the inputs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nightpress.core.compress.grids.pressed_weights import PressedWeights
+from nightpress.core.compress.runners.measure import probe_rows, probe_vectors
+
+#: Number type that the consumer computes in → largest relative error of a layer's answers. The codes' errors are at least ten times larger.
+_BOUNDS = {"float32": 1e-3}
+_BOUND_16 = 2e-2
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    layers: int  #: compared; the consumer may not have others as single layers, e.g. experts that it fuses
+    worst: str  #: the layer with the largest error; empty if none was compared
+    error: float  #: of that layer: ‖y − ŷ‖ / ‖ŷ‖ (Frobenius)
+    bound: float
+
+
+def probed_layers(pressed: Path) -> list[str]:
+    """The modules whose weights a pass has packed as integers: the layers that a consumer is asked for."""
+    return sorted(name.removesuffix(".weight") for name in PressedWeights(pressed).integers if name.endswith(".weight"))
+
+
+def compare(pressed: Path, outputs: Mapping[str, NDArray[Any]], dtype: str) -> ProbeResult:
+    """Compare a consumer's answers with the pressed model's. outputs: as a runner returns them, `probe.LAYER` [vectors, rows] each.
+
+    dtype: that the consumer computed in, e.g. `float32`.
+    """
+    weights, worst, error, layers = PressedWeights(pressed), "", 0.0, 0
+    for layer in probed_layers(pressed):
+        ours = outputs.get(f"probe.{layer}")
+        if ours is None:
+            continue
+        rows, columns = weights.shape(f"{layer}.weight")
+        meant = probe_vectors(columns) @ weights.rows(f"{layer}.weight", probe_rows(rows)).T
+        off = float(np.linalg.norm(ours - meant) / max(float(np.linalg.norm(meant)), 1e-30))
+        layers += 1
+        if not off <= error:  # also true where it is not a number
+            worst, error = layer, off
+    return ProbeResult(layers, worst, error, _BOUNDS.get(dtype, _BOUND_16))
