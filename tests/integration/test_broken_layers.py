@@ -95,7 +95,7 @@ def test_one_broken_layer_is_seen(form: str, tmp_path: Path):
         changes["zeros"] = shift_zero_points, "o_proj"
     for name, (change, layer) in changes.items():
         found = asked(broken(pressed, tmp_path / name, change), pressed)
-        assert found.error > 2 * found.bound, name
+        assert found.error > 0.05, name  # also far above the bound for 16 bits
         assert found.worst.startswith(LAYER), name
         assert found.worst.endswith(layer), name
 
