@@ -152,6 +152,7 @@ class Recipe(_Model):
     evaluate: tuple[Evaluation, ...] = Field((Quality(), Latency()), max_length=16)
     evaluate_on: Literal["auto", "cpu", "gpu"] = Field(
         "auto",
+        exclude_if=lambda value: value == "auto",  # workers of earlier versions refuse a field that they don't know
         description="Where the models are measured. `auto`: on the GPU if the job runs on one, and on the processor what only runs there (ONNX, OpenVINO, GGUF). On a GPU, models are loaded in the number type that they are stored in.",
     )
     gates: dict[str, str] = Field(
