@@ -1,17 +1,11 @@
 """The context of a pass: its inputs other than the folders and the options."""
 
-import contextlib
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.header import ModelHeader
-
-_TELL_EVERY_S = 5.0
-_TOLD_S = 300.0
 
 
 def _no_progress(_fraction: float, _message: str) -> None:
@@ -43,27 +37,6 @@ class PassContext:
     metric: Callable[[str, float, int], None] = field(default=_no_metric)
     #: (path below work_dir, step): reports a complete file, which a later attempt will find there. The same path replaces the file.
     checkpoint: Callable[[str, int], None] = field(default=_no_checkpoint)
-
-    @contextlib.contextmanager
-    def telling(self, fraction: float, what: str) -> Iterator[None]:
-        """Say every few seconds for how long a call of a library runs that itself says nothing.
-
-        After five minutes nothing more is said: a call that hangs must not look alive.
-        """
-        ended, began = threading.Event(), time.monotonic()
-
-        def tell() -> None:
-            while not ended.wait(_TELL_EVERY_S) and (spent := time.monotonic() - began) < _TOLD_S:
-                self.progress(fraction, f"{what}, for {spent:.0f} s")
-
-        self.progress(fraction, what)
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            teller.join()
 
     def whole(self, step: int, *files: Path) -> None:
         """Checkpoint files that belong together. Name the record that marks the others as complete last.

@@ -42,7 +42,7 @@ def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
     on_gpu = sum(recipe.measured_on_gpu(export) for export in models)
     work = on_gpu * tokens * header.parameters
     host_work = (len(models) - on_gpu) * tokens * header.parameters
-    gpu = max((_gpu_bytes(header) for export in models if recipe.measured_on_gpu(export)), default=0)
+    gpu = _gpu_bytes(header) if on_gpu else 0
     memory = max(_bytes(recipe, header, export, outputs) for export in models)
     beside_gpu = max(_bytes_beside_gpu(recipe, header, export, outputs) for export in models)
     if not timed_by_turns(recipe, header, outputs, pass_bytes):

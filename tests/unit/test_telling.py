@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nightpress.core.compress import context
 from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.graph.telling import telling
 from nightpress.core.compress.runners import measure
 from tests.headers import encoder
 from tests.service import eventually
@@ -21,7 +21,7 @@ def test_a_runner_goes_on_telling_while_it_loads(capsys: pytest.CaptureFixture[s
         said += capsys.readouterr().out
         return said.count("\n") >= 3
 
-    with measure._telling(measure.LOADING):
+    with measure.every_few_seconds(lambda spent: measure._say(0.0, f"{measure.LOADING} for {spent:.0f} s")):
         eventually(heard)
     capsys.readouterr()
     assert all(re.fullmatch(r"@progress 0\.0000 loading for \d+ s", line) for line in said.splitlines())
@@ -30,10 +30,10 @@ def test_a_runner_goes_on_telling_while_it_loads(capsys: pytest.CaptureFixture[s
 
 
 def test_a_pass_goes_on_telling_while_a_library_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(context, "_TELL_EVERY_S", 0.02)
+    monkeypatch.setattr(measure, "_TELL_EVERY_S", 0.02)
     told: list[tuple[float, str]] = []
     passing = PassContext(encoder(384, 12, 6), tmp_path, progress=lambda fraction, what: told.append((fraction, what)))
-    with passing.telling(0.2, "tracing"):
+    with telling(passing, 0.2, "tracing"):
         eventually(lambda: len(told) >= 3)
     heard = len(told)
     assert told[0] == (0.2, "tracing")
@@ -44,11 +44,11 @@ def test_a_pass_goes_on_telling_while_a_library_works(tmp_path: Path, monkeypatc
 
 def test_what_hangs_falls_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Else a call that hangs would never be stopped as stalled."""
-    monkeypatch.setattr(context, "_TELL_EVERY_S", 0.01)
-    monkeypatch.setattr(context, "_TOLD_S", 0.05)
+    monkeypatch.setattr(measure, "_TELL_EVERY_S", 0.01)
+    monkeypatch.setattr(measure, "_TOLD_S", 0.05)
     told: list[str] = []
     passing = PassContext(encoder(384, 12, 6), tmp_path, progress=lambda _fraction, what: told.append(what))
-    with passing.telling(0.2, "tracing"):
+    with telling(passing, 0.2, "tracing"):
         with pytest.raises(AssertionError):
             eventually(lambda: len(told) > 20, within=0.5)
         assert len(told) < 10

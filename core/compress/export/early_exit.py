@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.graph.telling import telling
 from nightpress.core.compress.graph.tracing import (
     Traced,
     content_digest,
@@ -45,7 +46,7 @@ def trace_exits(model_dir: Path, header: ModelHeader, check: Sequences, context:
     folder.mkdir(parents=True, exist_ok=True)
     types = takes_types(model.model, header)
     signature = encoder_signature(example_ids(header), types=types, outputs=_names(plan))
-    with context.telling(0.3, "tracing the model into a graph"):
+    with telling(context, 0.3, "tracing the model into a graph"):
         program = export_graph(_Flat(model).eval(), header, signature)
     without_notes(program.model.graph)
     with disk_errors():

@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
-from nightpress.core.compress.runners.measure import probe_rows, probe_vectors
+from nightpress.core.compress.runners.measure import PROBE, probe_rows, probe_vectors
 
-#: Number type that the consumer computes in → largest relative error of a layer's answers. The codes' errors are at least ten times larger.
-_BOUNDS = {"float32": 1e-3}
-_BOUND_16 = 2e-2
+_BOUND_32 = 1e-3  #: largest relative error of a layer's answers in float32
+_BOUND_16 = 2e-2  #: in 16 bits
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,14 @@ def compare(pressed: Path, outputs: Mapping[str, NDArray[Any]], dtype: str) -> P
     dtype: that the consumer computed in, e.g. `float32`.
     """
     weights, worst, error, layers = PressedWeights(pressed), "", 0.0, 0
-    for layer in probed_layers(pressed):
-        ours = outputs.get(f"probe.{layer}")
-        if ours is None:
+    for key, ours in outputs.items():
+        if not key.startswith(PROBE):
             continue
+        layer = key.removeprefix(PROBE)
         rows, columns = weights.shape(f"{layer}.weight")
-        meant = probe_vectors(columns) @ weights.rows(f"{layer}.weight", probe_rows(rows)).T
+        meant = probe_vectors(columns) @ weights.codes(f"{layer}.weight", probe_rows(rows)).dequantize().T
         off = float(np.linalg.norm(ours - meant) / max(float(np.linalg.norm(meant)), 1e-30))
         layers += 1
         if not off <= error:  # also true where it is not a number
             worst, error = layer, off
-    return ProbeResult(layers, worst, error, _BOUNDS.get(dtype, _BOUND_16))
+    return ProbeResult(layers, worst, error, _BOUND_32 if dtype == "float32" else _BOUND_16)

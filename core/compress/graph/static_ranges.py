@@ -15,6 +15,7 @@ from torch import Tensor
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.graph.dynamic_int8 import Weights
 from nightpress.core.compress.graph.static_graph import QdqGraph
+from nightpress.core.compress.graph.telling import telling
 from nightpress.core.compress.grids import activation_ranges
 from nightpress.core.compress.grids.activation_ranges import Histogram, Range
 from nightpress.core.compress.memory import return_freed_memory
@@ -72,7 +73,7 @@ def calibrated(
         kept = {part.name: found[f"{part.name}.{name}"] for part in fields(StaticWeight)}
         return StaticWeight(**kept | {"factors": torch.from_numpy(kept["factors"])})
 
-    with context.telling(0.59, "making the quantized graph"):
+    with telling(context, 0.59, "making the quantized graph"):
         plan = QdqGraph.of(graph, options, TOP[bits], settle)
     ranges = {name: tuple(found[f"range.{name}"].tolist()) for name in plan.rounded}
     # Products whose output error was not measured, e.g. those with trained weights, are ranked by the rounding error of their weights.
@@ -86,7 +87,7 @@ def calibrated(
 
 
 def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: Path, context: PassContext) -> None:
-    with context.telling(0.15, "reading the graph"):
+    with telling(context, 0.15, "reading the graph"):
         plain = QdqGraph.of(graph, options, TOP[bits])
     context.progress(0.2, "loading the graph to calibrate it")
     names = sorted(set(plain.rounded))

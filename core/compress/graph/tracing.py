@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.graph.telling import telling
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.model.networks import load_model
@@ -67,7 +68,7 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
         model = _load(model_dir, header, context.threads)
         with torch.inference_mode(), _watch_inputs(model) as (rounding, largest):
             expected = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask)).float().numpy()
-        with context.telling(0.2, "tracing the model into a graph"), disk_errors():
+        with telling(context, 0.2, "tracing the model into a graph"), disk_errors():
             # Protobuf's limit is 2 GiB. Weights up to this limit are stored inside the file, larger ones in a second file.
             partial = folder / "partial"
             partial.mkdir(exist_ok=True)

@@ -90,26 +90,16 @@ class PressedWeights:
     def _bits(self, name: str) -> int:
         return _bits(self._source.stored(f"{name}_packed").info.shape[1], self.shape(name)[1])
 
-    def codes(self, name: str) -> Codes:
-        rows, columns = self.shape(name)
+    def codes(self, name: str, rows: NDArray[np.int64] | None = None) -> Codes:
+        """The codes of a packed weight. rows: some of its outputs only, which is much faster for a large weight; None: all."""
+        count, columns = self.shape(name)
+        at = slice(None) if rows is None else torch.from_numpy(rows)
         bits, zeros = self._bits(name), None
         if f"{name}_zero_point" in self._source:
             packed = self._source.read(f"{name}_zero_point")  # packed along the output dimension
-            zeros = unpack_bits(packed.t().contiguous(), bits, rows).t().contiguous().numpy()
-        codes = unpack_bits(self._source.read(f"{name}_packed"), bits, columns)
-        return Codes(bits, codes.numpy(), self._source.read(f"{name}_scale").float().numpy(), zeros)
-
-    def rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Some rows of a packed weight, dequantized: [rows, in]. Much faster than `floats` for a large weight."""
-        count, columns = self.shape(name)
-        bits, zeros = self._bits(name), None
-        at = torch.from_numpy(rows)
-        if f"{name}_zero_point" in self._source:
-            packed = self._source.read(f"{name}_zero_point")
             zeros = unpack_bits(packed.t().contiguous(), bits, count).t()[at].contiguous().numpy()
         codes = unpack_bits(self._source.read(f"{name}_packed")[at], bits, columns)
-        scale = self._source.read(f"{name}_scale")[at].float()
-        return Codes(bits, codes.numpy(), scale.numpy(), zeros).dequantize()
+        return Codes(bits, codes.numpy(), self._source.read(f"{name}_scale")[at].float().numpy(), zeros)
 
     def floats(self, name: str) -> NDArray[np.float32]:
         """The tensor in float32, dequantized if it is packed."""

@@ -43,8 +43,10 @@ Array = NDArray[Any]
 Request = dict[str, Any]
 Forward = Callable[[Array, Array], Array]
 Generate = Callable[[Array, int], list[int]]
+PROBE = "probe."  #: how the names of single layers' answers begin
 LOADING = "loading"  #: how the messages begin that are sent while the model is loaded
 _TELL_EVERY_S = 5.0
+_TOLD_S = 300.0
 Waits = Callable[[Array, int, bool], tuple[list[float], Array]]
 
 
@@ -52,7 +54,7 @@ def main(load: Callable[[Request], Any]) -> None:
     request = json.loads(Path(sys.argv[1]).read_bytes())
     started = time.perf_counter()
     gc.disable()  # the libraries' objects are no garbage: looking through them takes a third of the time of their import
-    with _telling(LOADING):
+    with every_few_seconds(lambda spent: _say(0.0, f"{LOADING} for {spent:.0f} s")):
         forward, versions, snippet, *decoding = load(request)
     gc.freeze()
     gc.enable()
@@ -116,7 +118,7 @@ def _run_probes(forward: Forward, layers: list[str]) -> dict[str, Array]:
     for name in layers:
         probed = forward.probed(name)  # type: ignore[attr-defined]  # only the runner of transformers is asked
         if probed is not None:
-            found[f"probe.{name}"] = probed
+            found[f"{PROBE}{name}"] = probed
     return found
 
 
@@ -135,17 +137,15 @@ def execute(snippet: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _telling(what: str) -> Iterator[None]:
-    """Say every few seconds for how long something goes on, at most five minutes: what hangs must not look alive."""
-    ended = threading.Event()
+def every_few_seconds(tell: Callable[[float], None]) -> Iterator[None]:
+    """Call `tell` every few seconds with the seconds that the block has taken, at most five minutes: what hangs must not look alive."""
+    ended, began = threading.Event(), time.monotonic()
 
-    def tell() -> None:
-        for times in range(1, int(300 / _TELL_EVERY_S)):
-            if ended.wait(_TELL_EVERY_S):
-                return
-            _say(0.0, f"{what} for {times * _TELL_EVERY_S:.0f} s")
+    def run() -> None:
+        while not ended.wait(_TELL_EVERY_S) and (spent := time.monotonic() - began) < _TOLD_S:
+            tell(spent)
 
-    teller = threading.Thread(target=tell, daemon=True)
+    teller = threading.Thread(target=run, daemon=True)
     teller.start()
     try:
         yield

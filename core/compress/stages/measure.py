@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from nightpress.core.compress import environment
-from nightpress.core.compress.environment import give_back_gpu_memory
 from nightpress.core.compress.evaluate import quality, speed
 from nightpress.core.compress.evaluate.beside import SourceBeside
 from nightpress.core.compress.evaluate.quality import Trial
@@ -24,9 +23,8 @@ from nightpress.core.recipes.costs import CONSUMER_BYTES
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.plan import stored
 
-Beside = Callable[
-    [int | None], Consumer | None
-]  #: peak memory of an artifact's process → the source's consumer, or None
+#: Peak memory of an artifact's process → the source's consumer, or None.
+Beside = Callable[[int | None], Consumer | None]
 
 
 def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Subject, Observed]:
@@ -60,7 +58,7 @@ def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Su
 def run(job: PressJob, state: State) -> None:
     """Verify and measure each artifact, and run the passes of the stage `measure`."""
     if job.spec.device == "cuda":
-        give_back_gpu_memory()
+        environment.give_back_gpu_memory()
     spans = dict(
         zip((artifact.export.name for artifact in state.exported), parts(0.7, 0.98, len(state.exported)), strict=True)
     )
