@@ -1,11 +1,14 @@
-"""The blocks executor on a GPU: marginal seconds per layer and peak memory, beside the plan's estimate, on a Llama with few layers.
+"""The blocks executor on a GPU: marginal seconds per layer and peak memory, beside the plan's estimate, on a model with few layers.
 
-    python -m bench.blocks_gpu [--shape 8b|7b|3b|1b|0.5b] [--layers 2 6] [--samples 128] [--length 2048] [--only NAME …]
+    python -m bench.blocks_gpu [--shape 8b|70b|7b|3b|1b|0.5b|moe|moe-wide] [--layers 2 6] [--samples 128] [--length 2048] [--only NAME …]
+    python -m bench.blocks_gpu --hidden 2048 --inner 768 --heads 32 --kv-heads 4 --experts 64 --top-k 8
+
+The second form takes any shape: a Llama, or with --experts a Qwen3 mixture, where --inner is the width of an expert.
 
 Each method runs in its own process, because earlier methods would affect its peak. Everything counts: reading the weights, both forward
 passes, Gram matrices, solving, packing, writing and fsync (to the folder in NIGHTPRESS_BENCH_DISK, if it is set). The floor is the work
-that every calibrated method needs: two forward passes of a layer and the Gram matrices of its four distinct inputs. Weights and token ids
-are random, because the work does not depend on their values.
+that every calibrated method needs: two forward passes of a layer (a mixture's by transformers' own fused experts) and the Gram matrices of
+its distinct inputs. Weights and token ids are random, because the work does not depend on their values.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.context import PassContext
@@ -40,6 +43,7 @@ from nightpress.core.recipes.passes import Awq, Fp8, Gptq, SmoothQuant, SparseGp
 from nightpress.core.recipes.passes.base import OnLinears
 
 VOCABULARY = 128256
+OWN_SHAPE = ("hidden", "inner", "heads", "kv_heads", "experts", "top_k")
 
 
 @dataclass(frozen=True)
@@ -48,38 +52,71 @@ class Shape:
     inner: int
     heads: int
     key_heads: int
+    experts: int = 0  #: 0: a dense model
+    chosen: int = 0  #: experts that each token goes to
+
+    @property
+    def head(self) -> int:
+        return 128 if self.experts else self.hidden // self.heads
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        keys = self.hidden // self.heads * self.key_heads
+        queries, keys = self.head * self.heads, self.head * self.key_heads
+        prefixes = [f"mlp.experts.{expert}" for expert in range(self.experts)] or ["mlp"]
+        feed_forward = {
+            f"{prefix}.{name}": size
+            for prefix in prefixes
+            for name, size in (
+                ("gate_proj", (self.inner, self.hidden)),
+                ("up_proj", (self.inner, self.hidden)),
+                ("down_proj", (self.hidden, self.inner)),
+            )
+        }
         return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.q_proj": (queries, self.hidden),
             "self_attn.k_proj": (keys, self.hidden),
             "self_attn.v_proj": (keys, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.inner, self.hidden),
-            "mlp.up_proj": (self.inner, self.hidden),
-            "mlp.down_proj": (self.hidden, self.inner),
+            "self_attn.o_proj": (self.hidden, queries),
+            **feed_forward,
+            **({"mlp.gate": (self.experts, self.hidden)} if self.experts else {}),
         }
 
-    def config(self, **more: Any) -> LlamaConfig:
-        return LlamaConfig(
-            hidden_size=self.hidden,
-            intermediate_size=self.inner,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.key_heads,
-            rope_theta=500000.0,
+    @property
+    def norms(self) -> dict[str, int]:
+        around = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), self.hidden)
+        return around | (dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.head) if self.experts else {})
+
+    def config(self, **more: Any) -> PretrainedConfig:
+        common = {
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "rope_theta": 500000.0,
             **more,
+        }
+        if not self.experts:
+            return LlamaConfig(intermediate_size=self.inner, architectures=["LlamaForCausalLM"], **common)
+        return Qwen3MoeConfig(
+            moe_intermediate_size=self.inner,
+            num_experts=self.experts,
+            num_experts_per_tok=self.chosen,
+            head_dim=self.head,
+            norm_topk_prob=True,
+            architectures=["Qwen3MoeForCausalLM"],
+            **common,
         )
 
 
-#: The shapes of Llama-3-8B, Qwen2.5-7B and -3B, Llama-3.2-1B and Qwen2.5-0.5B.
+#: The shapes of Llama-3-8B and -70B, Qwen2.5-7B and -3B, Llama-3.2-1B, Qwen2.5-0.5B, and two mixtures of 64 experts.
 SHAPES = {
     "8b": Shape(4096, 14336, 32, 8),
+    "70b": Shape(8192, 28672, 64, 8),
     "7b": Shape(3584, 18944, 28, 4),
     "3b": Shape(2048, 11008, 16, 2),
     "1b": Shape(2048, 8192, 32, 8),
     "0.5b": Shape(896, 4864, 14, 2),
+    "moe": Shape(2048, 768, 32, 4, experts=64, chosen=8),
+    "moe-wide": Shape(2048, 1408, 32, 4, experts=64, chosen=8),
 }
 
 
@@ -127,7 +164,6 @@ def write_model(folder: Path, shape: Shape, layers: int) -> None:
         vocab_size=VOCABULARY,
         max_position_embeddings=8192,
         tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
     config.save_pretrained(folder)
@@ -135,7 +171,6 @@ def write_model(folder: Path, shape: Shape, layers: int) -> None:
     def random(*size: int) -> torch.Tensor:
         return (torch.randn(size, device="cuda") * 0.02).bfloat16()
 
-    writing = {"self_attn.o_proj", "mlp.down_proj"}
     rest = {
         "model.embed_tokens.weight": random(VOCABULARY, shape.hidden) * 50,
         "lm_head.weight": random(VOCABULARY, shape.hidden),
@@ -145,27 +180,34 @@ def write_model(folder: Path, shape: Shape, layers: int) -> None:
     save_file(rest, folder / "model-rest.safetensors")
     for layer in range(layers):
         tensors = {
-            f"model.layers.{layer}.{name}.weight": random(*size) * (1 if name not in writing else (2 * layers) ** -0.5)
+            f"model.layers.{layer}.{name}.weight": random(*size)
+            * ((2 * layers) ** -0.5 if name.endswith(("o_proj", "down_proj")) else 1)
             for name, size in shape.matrices.items()
         }
-        tensors |= {f"model.layers.{layer}.{name}_layernorm.weight": ones for name in ("input", "post_attention")}
+        tensors |= {f"model.layers.{layer}.{name}.weight": ones[:size] for name, size in shape.norms.items()}
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / f"model-{layer:03}.safetensors")
     write_index(folder)
 
 
 def floor(shape: Shape, samples: int, length: int) -> dict[str, float]:
     """Seconds per layer that every calibrated method needs."""
-    from transformers import LlamaModel
+    from transformers import AutoModel
 
     config = shape.config(num_hidden_layers=1, vocab_size=256)
     config.use_cache = False
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = LlamaModel(config).eval()
+        model = AutoModel.from_config(config).eval()
     torch.set_default_dtype(torch.float32)
+    for parameter in model.parameters():  # a mixture's are empty
+        torch.nn.init.normal_(parameter, std=0.02)
     hidden = torch.randn(8, length, shape.hidden, device="cuda", dtype=torch.bfloat16)
-    wide = torch.randn(8 * length, shape.inner, device="cuda", dtype=torch.bfloat16)
-    narrow_gram, wide_gram = Gram(shape.hidden, "cuda"), Gram(shape.inner, "cuda")
+    routed = 8 * length * shape.chosen // shape.experts if shape.experts else 8 * length  # tokens of an expert
+    inputs = [(3, 8 * length, shape.hidden), (1, routed, shape.inner)]
+    if shape.experts:
+        queries = shape.head * shape.heads
+        inputs = [(1, 8 * length, shape.hidden), (1, 8 * length, queries)]
+        inputs += [(shape.experts, routed, columns) for columns in (shape.hidden, shape.inner)]
     position = torch.arange(length, device="cuda")[None]
     embeddings = model.rotary_emb(hidden, position)
 
@@ -175,8 +217,14 @@ def floor(shape: Shape, samples: int, length: int) -> dict[str, float]:
 
     batches = samples / 8
     forward_s = _median(forward) * batches
-    gram_s = (3 * _median(lambda: narrow_gram.add(hidden)) + _median(lambda: wide_gram.add(wide))) * batches
+    gram_s = sum(count * _gram_seconds(tokens, columns) for count, tokens, columns in inputs) * batches
     return {"two forward passes": 2 * forward_s, "Gram matrices": gram_s, "both": 2 * forward_s + gram_s}
+
+
+def _gram_seconds(tokens: int, columns: int) -> float:
+    """Seconds to add so many tokens to a Gram matrix."""
+    gram, inputs = Gram(columns, "cuda"), torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    return _median(lambda: gram.add(inputs))
 
 
 def _median(run: Any) -> float:
@@ -210,8 +258,17 @@ def press(options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor) -> 
 
 def in_turn(names: Sequence[str], options: argparse.Namespace) -> int:
     """Run each method by its own command, with the given options. Returns the highest exit status."""
-    arguments = ["--shape", options.shape, "--layers", *map(str, options.layers)]
-    arguments += ["--samples", str(options.samples), "--length", str(options.length)]
+    arguments = [
+        "--layers",
+        *map(str, options.layers),
+        "--samples",
+        str(options.samples),
+        "--length",
+        str(options.length),
+    ]
+    arguments += ["--shape", options.shape]
+    for name in OWN_SHAPE:
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command = [sys.executable, "-m", "bench.blocks_gpu", *arguments, "--only"]
     return max(subprocess.run([*command, name]).returncode for name in names)
 
@@ -219,7 +276,8 @@ def in_turn(names: Sequence[str], options: argparse.Namespace) -> int:
 def measure(name: str, options: argparse.Namespace, folder: Path) -> list[Figure]:
     """Measure one method on a model with few layers and on a model with more. The difference gives the cost per layer."""
     few, many = options.layers
-    shape, calibration = SHAPES[options.shape], Calibration(samples=options.samples, length=options.length)
+    title, shape = chosen_shape(options)
+    calibration = Calibration(samples=options.samples, length=options.length)
     for layers in (few, many):
         write_model(folder / f"model-{layers}", shape, layers)
     generator = torch.Generator().manual_seed(1)
@@ -229,18 +287,24 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> list[Figure
     runs = {layers: press(OPTIONS[name], folder / f"model-{layers}", folder / "run", ids) for layers in (few, many)}
     estimated = OPTIONS[name].cost(inspect_model(FolderFiles(folder / f"model-{many}")), calibration).gpu_bytes / 2**30
     peak = max(run["peak_gib"] for run in runs.values())
-    row = f"{options.shape}/{name}"
+    row = f"{title}/{name}"
     seconds = (runs[many]["seconds"] - runs[few]["seconds"]) / (many - few)
     return [
-        *(
-            Figure(f"{options.shape} floor/{what}/seconds", round(taken, 3), "s a layer")
-            for what, taken in least.items()
-        ),
+        *(Figure(f"{title} floor/{what}/seconds", round(taken, 3), "s a layer") for what, taken in least.items()),
         Figure(f"{row}/seconds", round(seconds, 3), "s a layer"),
         Figure(f"{row}/peak", round(peak, 2), "GiB of the GPU"),
         Figure(f"{row}/estimated", round(estimated, 2), "GiB of the GPU"),
         Figure(f"{row}/estimated_over_peak", round(estimated / peak, 2)),
     ]
+
+
+def chosen_shape(options: argparse.Namespace) -> tuple[str, Shape]:
+    """The title and the shape that the options name."""
+    if not options.hidden:
+        return options.shape, SHAPES[options.shape]
+    shape = Shape(options.hidden, options.inner, options.heads, options.kv_heads, options.experts, options.top_k)
+    mixture = f", {shape.experts} experts, {shape.chosen} a token" if shape.experts else ""
+    return f"{shape.hidden} x {shape.inner}{mixture}", shape
 
 
 def main() -> int:
@@ -250,6 +314,8 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--only", nargs="*", choices=sorted(OPTIONS))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
+    for name in OWN_SHAPE:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=0)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: no CUDA device", file=sys.stderr)

@@ -18,6 +18,8 @@ _FLOAT = 4
 #: steps, losses, spread and pulled), two of codes in int8, and the weight as stored; pruning holds fewer.
 _ROUNDING, _PRUNING = 7 * _FLOAT + 2, 5 * _FLOAT
 _SQUARES = 2 * _FLOAT  #: bytes per input whose squares are summed: the input and its square in float32
+#: Bytes that groups of equal shape may take while they are settled side by side on a GPU.
+_STACK_BYTES = 2 * 1024**3
 _SEARCHED_ROWS = 4096  #: rows of a weight that AWQ's search uses
 _SEARCHED_COPIES = 5 * _FLOAT  #: bytes of copies per weight in these rows
 
@@ -29,6 +31,12 @@ class _Group(NamedTuple):
     weights: int
     rows: int
     share: float  #: fraction of the tokens that reach the layers; less than 1 for an expert
+
+
+def stack_size(rows: int, columns: int, groups: int) -> int:
+    """Return how many of `groups` groups of weights [rows, columns], each with a Gram matrix of its own, a GPU settles side by side."""
+    each = _FLOAT * 4 * columns**2 + _ROUNDING * rows * columns
+    return max(1, min(groups, _STACK_BYTES // each))
 
 
 def gpu_peak(
@@ -77,6 +85,10 @@ def gpu_peak(
         own = _FLOAT * group.columns**2
         factors = 3 * own if gram else 0  # rotated by 180°, factorized, rotated back
         copies = (_ROUNDING if bits is not None else _PRUNING) * group.weights + own if gram else 0
+        if gram and by_group:
+            stacked = stack_size(group.rows, group.columns, groups.count(group))
+            own_grams = own * stacked if stacked > 1 else 0
+            factors, copies = stacked * factors + own_grams, stacked * copies + own_grams
         if in_turn:
             waiting = itemsize * tokens * (group.columns + width)
             stages.append(waiting + block + own * gram + held + max(factors, copies))

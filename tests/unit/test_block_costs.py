@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from nightpress.core.recipes.block_peak import stack_size
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import blocks_cost
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
@@ -39,8 +40,15 @@ def test_the_gram_matrices_of_all_experts_are_held_at_once():
     weights, grams = 3 * _INNER * _WIDTH, _WIDTH**2 + _INNER**2
     # a block in float32 twice (to compute with, and as the result) and once in its stored dtype
     assert many.memory_bytes - few.memory_bytes == 16 * (2 * 4 * weights + 2 * weights + 4 * grams)
-    # on a GPU: the block in its stored dtype, the Gram matrices, its new weights, and the block before until it is written
-    assert many.gpu_bytes - few.gpu_bytes == 16 * (2 * weights + 4 * grams + 2 * weights + 2 * weights)
+    # on a GPU: the block in its stored dtype, the Gram matrices, its new weights, and the block before until it is written;
+    # and the largest Gram matrices four times, since all experts' are stacked and factorized at once
+    assert many.gpu_bytes - few.gpu_bytes == 16 * (2 * weights + 4 * grams + 2 * weights + 2 * weights + 16 * _INNER**2)
+
+
+def test_experts_are_stacked_only_as_far_as_memory_is_set_aside():
+    assert stack_size(1536, 2048, 1) == 1
+    assert 8 <= stack_size(1536, 2048, 64) <= 16
+    assert stack_size(2 * 28672, 8192, 64) == 1
 
 
 def test_an_expert_is_multiplied_by_the_tokens_that_come_to_it():

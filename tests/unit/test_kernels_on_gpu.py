@@ -42,6 +42,26 @@ def test_a_block_comes_out_as_in_float64(shape: tuple[int, int], kind: str):
     torch.testing.assert_close(loss[same].double(), exact_loss[same], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("by_power", [False, True])
+@pytest.mark.parametrize("prune", [None, Prune(0.5), Prune(0.5, (2, 4))])
+def test_a_stack_of_weights_comes_out_as_each_does_alone(prune: Prune | None, by_power: bool):
+    if by_power and prune is not None and prune.pattern is not None:
+        pytest.skip("a pattern needs its columns in their own order")
+    torch.manual_seed(0)
+    weights = torch.randn(5, 52, 1400, device="cuda")
+    inputs = torch.randn(5, 4000, 1400, device="cuda")
+    inputs[3] = 0
+    grams = inputs.mT @ inputs
+    how = Quantize(Grid(4, 100, symmetric=False), torch.bfloat16, ranges="least-error")
+    together = solve(weights, factorize(grams, by_power=by_power), how, prune)
+    for at in range(5):
+        alone = solve(weights[at], factorize(grams[at], by_power=by_power), how, prune)
+        torch.testing.assert_close(together.loss[at].sum(), alone.loss.sum(), rtol=1e-2, atol=1e-6)
+        assert together.codes is not None
+        assert alone.codes is not None
+        assert float((together.codes[at] == alone.codes).double().mean()) > 0.98
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("columns", "group_size"), [(512, 64), (384, 96), (700, None)])

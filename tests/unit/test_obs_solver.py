@@ -6,8 +6,10 @@ from torch import Tensor
 
 from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.grids.rounding import dequantize
+from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.obs import Prune, Quantize, factorize, solve
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.schemes import Scheme
 
 
 def _problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -119,6 +121,46 @@ def test_stacked_weights_come_out_as_they_do_alone():
     together = solve(weight, factor, *how)
     alone = [solve(part, factor, *how).weight for part in weight.split(20)]
     torch.testing.assert_close(together.weight, torch.cat(alone), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("by_power", [False, True])
+@pytest.mark.parametrize("prune", [None, Prune(0.5), Prune(0.5, (2, 4))])
+@pytest.mark.parametrize("ranges", ["extremes", "least-error", "half-quadratic"])
+def test_weights_with_inputs_of_their_own_come_out_side_by_side_as_alone(
+    ranges: str, prune: Prune | None, by_power: bool
+):
+    if by_power and prune is not None and prune.pattern is not None:
+        pytest.skip("a pattern needs its columns in their own order")
+    problems = [_problem(12, 200, seed) for seed in (1, 2, 3)]
+    problems[1] = (problems[1][0], torch.zeros_like(problems[1][1]))  # an expert that no token reached
+    how = Quantize(Grid(4, 40, symmetric=False), torch.float64, ranges)
+    weights, grams = (torch.stack(parts) for parts in zip(*problems, strict=True))
+    together = solve(weights, factorize(grams, by_power=by_power), how, prune)
+    assert together.codes is not None
+    assert together.scale is not None
+    assert together.zero_point is not None
+    for at, (weight, gram) in enumerate(problems):
+        alone = solve(weight, factorize(gram, by_power=by_power), how, prune)
+        assert alone.codes is not None
+        assert alone.scale is not None
+        assert alone.zero_point is not None
+        torch.testing.assert_close(together.weight[at], alone.weight, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(together.loss[at], alone.loss, rtol=1e-9, atol=1e-9)
+        assert torch.equal(together.codes[at], alone.codes)
+        torch.testing.assert_close(together.scale[at], alone.scale)
+        assert torch.equal(together.zero_point[at], alone.zero_point)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_a_stack_is_rounded_as_its_weights_are(refine: bool):
+    problems = [_problem(12, 256, seed) for seed in (1, 2)]
+    weights, grams = (torch.stack(parts) for parts in zip(*problems, strict=True))
+    scheme = Scheme(4, 64)
+    together = round_obs(weights, grams, factorize(grams), scheme, torch.float64, ranges="least-error", refine=refine)
+    for at, (weight, gram) in enumerate(problems):
+        alone = round_obs(weight, gram, factorize(gram), scheme, torch.float64, ranges="least-error", refine=refine)
+        assert torch.equal(together.codes[at], alone.codes)
+        torch.testing.assert_close(together.scale[at], alone.scale)
 
 
 @pytest.mark.slow

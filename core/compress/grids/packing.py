@@ -15,6 +15,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     padded = torch.zeros(rows, -(-columns // 32) * 32, dtype=torch.int32, device=codes.device)
     padded[:, :columns] = codes
     padded[:, :columns] += 2 ** (bits - 1)
+    if 32 % bits == 0:  # a word holds whole codes
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device)
+        words = (padded.view(rows, -1, 32 // bits) << shifts).sum(2, dtype=torch.int32)
+        return words[:, : -(-columns * bits // 32)].contiguous()
     groups = padded.view(rows, -1, 32)  # 32 codes fill `bits` words
     words = torch.zeros(rows, groups.shape[1], bits, dtype=torch.int32, device=codes.device)
     for at in range(32):

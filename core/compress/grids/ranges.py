@@ -22,16 +22,22 @@ def find_ranges(
     *,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return scales and zero points, each [rows, groups] in the dtype of weight [rows, columns]. The dtype `stored` can hold the scales.
+    """Return scales and zero points, each [..., rows, groups] in the dtype of weight [..., rows, columns]. `stored` can hold the scales.
 
-    With importance [columns], the range has the least squared error, weighted by importance. Without it, the range is that of the extremes.
-    Zero is always on the grid.
+    With importance [..., columns], the range has the least squared error, weighted by importance. Without it, the range is that of the
+    extremes. Zero is always on the grid.
     """
     if importance is not None and weight.is_cuda and weight.dtype == torch.float32 and grid.kind == "int":
         from nightpress.core.compress.grids.ranges_triton import launch
 
         return launch(weight, grid, stored, importance, SHRINKS)
-    return search(weight, grid, stored, importance)
+    if weight.dim() == 2:
+        return search(weight, grid, stored, importance)
+    if importance is None:
+        scale, zero_point = search(weight.flatten(0, 1), grid, stored, None)
+        return scale.view(*weight.shape[:2], -1), zero_point.view(*weight.shape[:2], -1)
+    found = [search(matrix, grid, stored, weigh) for matrix, weigh in zip(weight, importance, strict=True)]
+    return torch.stack([scale for scale, _ in found]), torch.stack([zero_point for _, zero_point in found])
 
 
 def search(weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -98,6 +104,9 @@ def half_quadratic(
     second fits scale and zero point by least squares. Badri and Shaji, Half-Quadratic Quantization (2023),
     https://mobiusml.github.io/hqq_blog/, eq. 5–6. There the zero point is a float. Here it is an integer, and the scale is fitted too.
     """
+    if weight.dim() == 3:
+        scale, zero_point = half_quadratic(weight.flatten(0, 1), grid, stored, norm=norm, rounds=rounds)
+        return scale.view(*weight.shape[:2], -1), zero_point.view(*weight.shape[:2], -1)
     chunk = max(1, _CHUNK // weight.shape[1])
     if len(weight) > chunk and not weight.is_cuda:
         found = [half_quadratic(rows, grid, stored, norm=norm, rounds=rounds) for rows in torch.split(weight, chunk)]

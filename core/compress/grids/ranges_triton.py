@@ -22,18 +22,19 @@ _WORDS = {
 def launch(
     weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor, shrinks: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Start the kernel for `find_ranges`' arguments: a float32 weight [rows, columns] on a CUDA device, with contiguous columns."""
-    rows, columns = weight.shape
-    groups = grid.groups(columns)
+    """Start the kernel for `find_ranges`' arguments: a float32 weight on a CUDA device, with contiguous columns."""
+    each, columns = weight.shape[-2:]
+    flat = weight.reshape(-1, columns)
+    rows, groups = len(flat), grid.groups(columns)
     width = triton.next_power_of_2(columns // groups)
     count = max(1, _TILE // width)  # groups a program holds
-    scale = torch.empty(rows, groups, device=weight.device)
+    scale = torch.empty(*weight.shape[:-1], groups, device=weight.device)
     zero_point = torch.empty_like(scale)
     held, word = _WORDS[stored]
     with torch.cuda.device(weight.device):
         _kernel[(triton.cdiv(rows * groups, count),)](
-            weight,
-            weight.stride(0),
+            flat,
+            flat.stride(0),
             importance.float().contiguous(),
             scale,
             zero_point,
@@ -41,6 +42,8 @@ def launch(
             rows * groups,
             groups,
             columns // groups,
+            each * groups,
+            columns,
             TOP=grid.top,
             SYMMETRIC=grid.symmetric,
             TRIES=len(shrinks),
@@ -72,6 +75,8 @@ def _kernel(
     total,
     groups,
     size,
+    each,
+    columns,
     TOP: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     TRIES: tl.constexpr,
@@ -85,7 +90,8 @@ def _kernel(
     real = (which < total)[:, None] & (inside < size)[None, :]
     column = (which % groups)[:, None] * size + inside[None, :]
     tile = tl.load(weight + (which // groups).to(tl.int64)[:, None] * weight_stride + column, mask=real, other=0.0)
-    weigh = tl.load(importance + column, mask=real, other=0.0)
+    matrix = (which // each).to(tl.int64)[:, None]
+    weigh = tl.load(importance + matrix * columns + column, mask=real, other=0.0)
     low = tl.minimum(tl.min(tile, axis=1), 0.0)
     high = tl.maximum(tl.max(tile, axis=1), 0.0)
     least = tl.full([COUNT], float("inf"), tl.float32)

@@ -82,7 +82,7 @@ def _measure(weight: Tensor, rounded: Rounded, every: int, workspace: Workspace)
 
 
 def nearest_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """The codes nearest to a weight [rows, columns], in the weight's dtype. scale and zero_point [rows, groups]."""
+    """The codes nearest to a weight [..., rows, columns], in the weight's dtype. scale and zero_point [..., rows, groups]."""
     steps = weight.reshape(*scale.shape, -1) / scale[..., None]
     if grid.kind == "float":
         return nearest_floats(steps, grid.bits).reshape(weight.shape)
@@ -99,12 +99,12 @@ def nearest_floats(values: Tensor, bits: int) -> Tensor:
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """Return ŵ [out, in] in float32, or in float64 for float64 scales."""
+    """Return ŵ [..., out, in] in float32, or in float64 for float64 scales. scale and zero_point [..., out, groups]."""
     wide = scale.double() if scale.dtype == torch.float64 else scale.float()
-    grouped = codes.reshape(*scale.shape, -1).to(wide.dtype)  # [out, groups, g]
+    grouped = codes.reshape(*scale.shape, -1).to(wide.dtype)  # [..., out, groups, g]
     if zero_point is not None:
-        grouped = grouped - zero_point.unsqueeze(2).to(wide.dtype)
-    return (grouped * wide.unsqueeze(2)).reshape(codes.shape)
+        grouped = grouped - zero_point[..., None].to(wide.dtype)
+    return (grouped * wide[..., None]).reshape(codes.shape)
 
 
 def _symmetric_scale(grouped: Tensor, grid: Grid, workspace: Workspace) -> Tensor:

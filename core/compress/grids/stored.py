@@ -16,7 +16,7 @@ from nightpress.core.recipes.schemes import BLOCK, Scheme
 
 @dataclass(frozen=True)
 class Coded:
-    """A weight [out, in] on a grid."""
+    """A weight [out, in] on a grid. Solvers also stack weights along a dimension in front."""
 
     codes: Tensor  #: [out, in]: int8, or the floats of the grid
     scale: Tensor  #: in the stored dtype: [out, groups], [1] (strategy `tensor`) or [⌈out/128⌉, ⌈in/128⌉] (strategy `block`)
@@ -70,7 +70,7 @@ def _round_rows(weight: Tensor, grid: Grid, stored: torch.dtype, ranges: str, im
         scale, zero_point = half_quadratic(weight, grid, stored)
     else:
         if ranges == "least-error" and importance is None:
-            importance = weight.new_ones(weight.shape[1])
+            importance = weight.new_ones((*weight.shape[:-2], weight.shape[-1]))
         scale, zero_point = find_ranges(
             weight, grid, stored, importance=importance if ranges == "least-error" else None
         )

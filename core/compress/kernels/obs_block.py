@@ -5,6 +5,7 @@ registers through all columns. It accesses memory twice: once to read the tile a
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,10 +23,11 @@ def obs_block(
     grid: BlockGrid | None,
     mask: BlockMask | None,
 ) -> None:
-    """Put the columns of `weight` [rows, columns] on the grid and under the mask, in place, from left to right.
+    """Put the columns of `weight` [..., rows, columns] on the grid and under the mask, in place, from left to right.
 
-    spread [columns, columns] is unit upper triangular: the error of column j times spread[j, k] is subtracted from each column k > j.
-    cost [columns]: how much an error of 1 in a column changes the output. Σ (error · cost)² is added to loss [rows].
+    spread [..., columns, columns] is unit upper triangular: the error of column j times spread[j, k] is subtracted from each column k > j.
+    cost [..., columns]: how much an error of 1 in a column changes the output. Σ (error · cost)² is added to loss [..., rows]. In a stack,
+    with one dimension in front, the weights are settled side by side.
     """
     if weight.is_cuda and weight.dtype == torch.float32:
         from nightpress.core.compress.kernels.obs_block_triton import launch  # triton is installed only with CUDA
@@ -44,6 +46,10 @@ def reference(
     mask: BlockMask | None,
 ) -> None:
     """`obs_block` on any device and in any float dtype."""
+    if weight.dim() == 3:
+        for at in range(len(weight)):
+            reference(weight[at], spread[at], cost[at], loss[at], _of_grid(grid, at), _of_mask(mask, at))
+        return
     work = weight.t().contiguous()  # [columns, rows]: a column's weights are contiguous
     gone = _mask_of(work, mask)
     pattern = None if mask is None else mask.pattern
@@ -73,6 +79,18 @@ def reference(
             work[run_end:].addmm_(spread[settled, run_end:].T, lost[settled], alpha=-1)
     loss += (lost * cost[:, None]).square_().sum(0)
     weight.copy_(work.t())
+
+
+def _of_grid(grid: BlockGrid | None, at: int) -> BlockGrid | None:
+    """The grid of one weight of a stack."""
+    if grid is None:
+        return None
+    return replace(grid, scale=grid.scale[at], zero_point=grid.zero_point[at], group=grid.group[at])
+
+
+def _of_mask(mask: BlockMask | None, at: int) -> BlockMask | None:
+    """The mask of one weight of a stack."""
+    return mask if mask is None or mask.given_mask is None else BlockMask(given_mask=mask.given_mask[at])
 
 
 def _mask_of(work: Tensor, mask: BlockMask | None) -> Tensor | None:

@@ -24,27 +24,38 @@ def launch(
     grid: BlockGrid | None,
     mask: BlockMask | None,
 ) -> None:
-    """Start the kernel for `obs_block`'s arguments: float32 on one CUDA device, with contiguous columns in each tensor."""
-    rows, columns = weight.shape
+    """Start the kernel for `obs_block`'s arguments: float32 on one CUDA device, with contiguous columns in each tensor.
+
+    In a stack, every tensor but the groups of columns is contiguous.
+    """
+    if weight.dim() == 2:
+        weight, spread, cost, loss = weight[None], spread[None], cost[None], loss[None]
+    count, rows, columns = weight.shape
+    row_tiles = triton.cdiv(rows, _ROWS)
     given_mask = mask.given_mask if mask is not None else None
     kept, of = (mask.pattern if mask is not None else None) or (0, 0)
     nothing = weight  # a placeholder for arguments that the compiled variant never reads
     with torch.cuda.device(weight.device):
-        _kernel[(triton.cdiv(rows, _ROWS),)](
+        _kernel[(row_tiles * count,)](
             weight,
+            weight.stride(1),
             weight.stride(0),
             spread,
+            spread.stride(1),
             spread.stride(0),
             cost,
+            cost.stride(0),
             loss,
             nothing if grid is None else grid.scale,
             nothing if grid is None else grid.zero_point,
-            0 if grid is None else grid.scale.stride(0),
+            0 if grid is None else grid.scale.stride(-2),
             nothing if grid is None else grid.group,
+            0 if grid is None or grid.group.dim() == 1 else grid.group.stride(0),
             0.0 if grid is None else float(grid.lowest),
             0.0 if grid is None else float(grid.highest),
             nothing if given_mask is None else given_mask,
-            0 if given_mask is None else given_mask.stride(0),
+            0 if given_mask is None else given_mask.stride(-2),
+            row_tiles,
             rows,
             columns,
             ROWS=_ROWS,
@@ -61,18 +72,23 @@ def launch(
 def _kernel(
     weight,
     weight_stride,
+    weight_step,
     spread,
     spread_stride,
+    spread_step,
     cost,
+    cost_step,
     loss,
     scale,
     zero_point,
     scale_stride,
     group,
+    group_step,
     lowest,
     highest,
     given_mask,
     told_stride,
+    row_tiles,
     rows,
     columns,
     ROWS: tl.constexpr,
@@ -82,12 +98,16 @@ def _kernel(
     KEPT: tl.constexpr,
     OF: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    wide_row = row.to(tl.int64)
+    matrix = (tl.program_id(0) // row_tiles).to(tl.int64)  # the weight's place in the stack
+    row = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)
+    wide_row = matrix * rows + row  # among the rows of all weights
+    spread += matrix * spread_step
+    cost += matrix * cost_step
+    group += matrix * group_step
     column = tl.arange(0, WIDTH)
     real_row = row < rows
     real = real_row[:, None] & (column < columns)[None, :]
-    place = weight + wide_row[:, None] * weight_stride + column[None, :]
+    place = weight + matrix * weight_step + row.to(tl.int64)[:, None] * weight_stride + column[None, :]
     tile = tl.load(place, mask=real, other=0.0)  # [ROWS, WIDTH]
     costs = tl.load(cost + column, mask=column < columns, other=0.0)
     bill = tl.zeros([ROWS], dtype=tl.float32)
@@ -125,4 +145,4 @@ def _kernel(
         shares = tl.load(spread + j * spread_stride + column, mask=(column > j) & (column < columns), other=0.0)
         tile = tl.where(here, after[:, None], tile - lost[:, None] * shares[None, :])
     tl.store(place, tile, mask=real)
-    tl.store(loss + row, tl.load(loss + row, mask=real_row, other=0.0) + bill, mask=real_row)
+    tl.store(loss + wide_row, tl.load(loss + wide_row, mask=real_row, other=0.0) + bill, mask=real_row)

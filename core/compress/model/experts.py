@@ -38,18 +38,22 @@ class Experts(nn.ModuleList):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, width], top_k_index and top_k_weights [tokens, chosen] → [tokens, width]"""
         out = torch.zeros_like(hidden_states)
-        for number, expert in enumerate(self):
-            chosen = top_k_index == number
-            if self.real is not None:
-                chosen &= self.real[:, None]
-            tokens, place = torch.where(chosen)
+        chosen = top_k_index.flatten()
+        if self.real is not None:
+            chosen = chosen.masked_fill(~self.real.repeat_interleave(top_k_index.shape[1]), len(self))
+        # All experts' tokens are found by one sort: to ask for the tokens of each expert would wait for the device each time.
+        by_expert = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=len(self) + 1).tolist()
+        all_tokens = torch.split(by_expert // top_k_index.shape[1], counts)
+        all_weights = torch.split(top_k_weights.flatten()[by_expert, None], counts)
+        for number, (expert, tokens, weights) in enumerate(zip(self, all_tokens, all_weights, strict=False)):
             if number in self.shown_all:
                 made = self._run_on_all(expert, hidden_states)[tokens]
             elif len(tokens):
                 made = self._run(expert, hidden_states[tokens])
             else:
                 continue
-            out.index_add_(0, tokens, (made * top_k_weights[tokens, place, None]).to(out.dtype))
+            out.index_add_(0, tokens, (made * weights).to(out.dtype))
         return out
 
     def _run_on_all(self, expert: Any, hidden_states: Tensor) -> Tensor:

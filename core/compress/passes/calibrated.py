@@ -14,7 +14,6 @@ from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.blocks import (
     FinalTensor,
     Inputs,
-    Statistic,
 )
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.grids.stored import Coded, from_tensors, grid_of, round_weight
@@ -33,11 +32,12 @@ from nightpress.core.compress.passes.folding import Folding, FoldTarget
 from nightpress.core.compress.passes.quantize import OnGrid
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.sensitivity import part_of, schemes_within_budget
+from nightpress.core.compress.passes.stacks import Stack, stacks
 from nightpress.core.compress.passes.zeros import with_storage
 from nightpress.core.compress.solvers.awq import AwqLayer, search_scales
 from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.gram import Gram
-from nightpress.core.compress.solvers.obs import Prune, factorize, solve
+from nightpress.core.compress.solvers.obs import Factor, Prune, factorize, solve
 from nightpress.core.compress.solvers.wanda import Power, wanda_mask
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
@@ -101,25 +101,10 @@ def _tables(source: Path, options: Rounding) -> dict[str, OnGrid]:
     return {table.name: OnGrid(table, options.scheme(module_of(table)), options.ranges) for table in tables}
 
 
-class _GroupByGroup:
-    """A method that finishes the weights of each group of layers alone. Layers of a group read the same input tensor."""
+class Quantized:
+    """GPTQ: codes, scales and zero points by the Optimal-Brain-Surgeon solver, or by rounding to nearest in rows where that is better."""
 
     by_group = True
-
-    def settle(
-        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
-    ) -> dict[str, FinalTensor]:
-        settled: dict[str, FinalTensor] = {}
-        for group in inputs:
-            settled |= self._settle({name: block[name].to(device) for name in group.names}, group.statistic)
-        return settled
-
-    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, FinalTensor]:
-        raise NotImplementedError
-
-
-class Quantized(_GroupByGroup):
-    """GPTQ: codes, scales and zero points by the Optimal-Brain-Surgeon solver, or by rounding to nearest in rows where that is better."""
 
     def __init__(self, options: Gptq, schemes: Schemes) -> None:
         self._options, self._schemes = options, schemes
@@ -128,35 +113,55 @@ class Quantized(_GroupByGroup):
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
 
-    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, FinalTensor]:
-        assert isinstance(statistic, Gram)
-        gram = statistic.matrix()
-        factor = factorize(gram, damping=self._options.damping, by_power=self._options.order == "activation")
-        # Rows are independent, so weights can be solved together. Unstructured pruning is an exception: its quota is for one weight.
-        alone = self._prune is not None and self._prune.pattern is None
-        together: dict[tuple[Scheme, str], list[str]] = {}
-        for name in weights:
-            together.setdefault((scheme_of(self._schemes, name), name if alone else ""), []).append(name)
+    def settle(
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
+    ) -> dict[str, FinalTensor]:
         settled: dict[str, FinalTensor] = {}
-        for (scheme, _), names in together.items():
-            stacked = torch.cat([weights[name].float() for name in names])
-            coded = round_obs(
-                stacked,
-                gram,
-                factor,
-                scheme,
-                weights[names[0]].dtype,
-                ranges=self._options.ranges,
-                refine=self._options.refine,
-                prune=self._prune,
-            )
+        for stack in stacks(block, inputs, device, lambda name: scheme_of(self._schemes, name)):
+            factor = factorize(stack.gram, damping=self._options.damping, by_power=self._options.order == "activation")
+            for places in self._together(stack.groups[0]):
+                settled |= self._settle(stack, factor, places, block, device)
+        return settled
+
+    def _together(self, names: Sequence[str]) -> list[list[int]]:
+        """The places of the weights of a group that are solved together: rows are independent, and need only the same scheme.
+
+        Unstructured pruning is an exception: its quota is for one weight.
+        """
+        if self._prune is not None and self._prune.pattern is None:
+            return [[at] for at in range(len(names))]
+        places: dict[Scheme, list[int]] = {}
+        for at, name in enumerate(names):
+            places.setdefault(scheme_of(self._schemes, name), []).append(at)
+        return list(places.values())
+
+    def _settle(
+        self, stack: Stack, factor: Factor, places: Sequence[int], block: Mapping[str, Tensor], device: torch.device
+    ) -> dict[str, FinalTensor]:
+        first = stack.groups[0][places[0]]
+        scheme = scheme_of(self._schemes, first)
+        weights = stack.weights(block, places, device)
+        coded = round_obs(
+            weights,
+            stack.gram,
+            factor,
+            scheme,
+            block[first].dtype,
+            ranges=self._options.ranges,
+            refine=self._options.refine,
+            prune=self._prune,
+        )
+        settled: dict[str, FinalTensor] = {}
+        parts = zip(*(stack.split(part) for part in (weights, coded.codes, coded.scale, coded.zero_point)), strict=True)
+        for names, (weight, codes, scale, zero_point) in zip(stack.groups, parts, strict=True):
+            assert weight is not None
+            assert codes is not None
+            assert scale is not None
             start = 0
-            for name in names:
-                rows = slice(start, start + len(weights[name]))
-                zero_point = None if coded.zero_point is None else coded.zero_point[rows]
-                settled[name] = settle_coded(
-                    name, scheme, Coded(coded.codes[rows], coded.scale[rows], zero_point), stacked[rows]
-                )
+            for name in (names[at] for at in places):
+                rows = slice(start, start + len(block[name]))
+                own = Coded(codes[rows], scale[rows], None if zero_point is None else zero_point[rows])
+                settled[name] = settle_coded(name, scheme, own, weight[rows])
                 start = rows.stop
         return settled
 
@@ -164,8 +169,10 @@ class Quantized(_GroupByGroup):
         return from_tensors(name, scheme_of(self._schemes, name), written)
 
 
-class Sparse(_GroupByGroup):
+class Sparse:
     """SparseGPT: pruned weights are zero, and the remaining weights compensate for them."""
+
+    by_group = True
 
     def __init__(self, options: SparseGpt) -> None:
         self._damping, self._prune = options.damping, _prune(options.sparsity, options.pattern)
@@ -173,26 +180,38 @@ class Sparse(_GroupByGroup):
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
 
-    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, FinalTensor]:
-        assert isinstance(statistic, Gram)
-        factor = factorize(statistic.matrix(), damping=self._damping)
-        settled = {}
-        # Rows are independent, so weights can be solved together. Unstructured pruning is an exception: its quota is for one weight.
-        for names in [[name] for name in weights] if self._prune.pattern is None else [list(weights)]:
-            before = torch.cat([weights[name].float() for name in names])
-            after = solve(before, factor, prune=self._prune).weight
-            counts = [len(weights[name]) for name in names]
-            for name, was, now in zip(names, torch.split(before, counts), torch.split(after, counts), strict=True):
-                value = now.to(weights[name].dtype, copy=True)
-                settled[name] = FinalTensor(weight=value, tensors={name: value}, effect=effect_of(was, value.float()))
+    def settle(
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
+    ) -> dict[str, FinalTensor]:
+        settled: dict[str, FinalTensor] = {}
+        for stack in stacks(block, inputs, device, lambda _name: None):
+            factor = factorize(stack.gram, damping=self._damping)
+            # Rows are independent, so weights can be solved together. Unstructured pruning is an exception: its quota is for one weight.
+            each = range(len(stack.groups[0]))
+            for places in [[at] for at in each] if self._prune.pattern is None else [list(each)]:
+                before = stack.weights(block, places, device)
+                after = solve(before, factor, prune=self._prune).weight
+                for names, was, now in zip(stack.groups, stack.split(before), stack.split(after), strict=True):
+                    assert was is not None
+                    assert now is not None
+                    chosen = [names[at] for at in places]
+                    counts = [len(block[name]) for name in chosen]
+                    for name, own_before, own in zip(
+                        chosen, torch.split(was, counts), torch.split(now, counts), strict=True
+                    ):
+                        value = own.to(block[name].dtype, copy=True)
+                        effect = effect_of(own_before, value.float())
+                        settled[name] = FinalTensor(weight=value, tensors={name: value}, effect=effect)
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return written[name]
 
 
-class WeightAndActivation(_GroupByGroup):
+class WeightAndActivation:
     """Wanda: weights under its mask are zero, and the others are unchanged."""
+
+    by_group = True
 
     def __init__(self, options: Wanda) -> None:
         self._prune = _prune(options.sparsity, options.pattern)
@@ -200,14 +219,18 @@ class WeightAndActivation(_GroupByGroup):
     def watch(self, columns: int, device: torch.device) -> Power:
         return Power(columns, device)
 
-    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, FinalTensor]:
-        assert isinstance(statistic, Power)
+    def settle(
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
+    ) -> dict[str, FinalTensor]:
         settled = {}
-        for name, weight in weights.items():
-            gone = wanda_mask(weight, statistic.sum, self._prune.sparsity, self._prune.pattern)
-            after = weight.masked_fill(gone, 0)
-            effect = effect_of(weight.float(), after.float())
-            settled[name] = FinalTensor(weight=after, tensors={name: after}, effect=effect)
+        for group in inputs:
+            assert isinstance(group.statistic, Power)
+            for name in group.names:
+                weight = block[name].to(device)
+                gone = wanda_mask(weight, group.statistic.sum, self._prune.sparsity, self._prune.pattern)
+                after = weight.masked_fill(gone, 0)
+                effect = effect_of(weight.float(), after.float())
+                settled[name] = FinalTensor(weight=after, tensors={name: after}, effect=effect)
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:

@@ -29,9 +29,9 @@ def round_obs(
     refine: bool = False,
     prune: Prune | None = None,
 ) -> Coded:
-    """Round a weight [out, in] float32 with the Optimal Brain Surgeon solver.
+    """Round a weight [..., out, in] float32 with the Optimal Brain Surgeon solver.
 
-    gram [in, in] is the Gram matrix that `factor` was made from. stored: the dtype of the scales. ranges: as in `Quantize`. refine: refit
+    gram [..., in, in] is the Gram matrix that `factor` was made from. stored: the dtype of the scales. ranges: as in `Quantize`. refine: refit
     the scales to the chosen codes. Without `prune`, no row costs the outputs more than rounding to nearest. With `prune`, rows are not
     compared with rounding to nearest, and `refine` has no effect. Raises NightpressError(numerical_failure) as `solve` does.
     """
@@ -48,10 +48,10 @@ def round_obs(
         if refine:
             fitted = _fitted(weight, gram, factor, solved, scale, stored)
             fitted_loss = output_loss(weight, dequantize(solved.codes, fitted, solved.zero_point), factor)
-            scale = torch.where((fitted_loss < loss)[:, None], fitted, scale)
+            scale = torch.where((fitted_loss < loss)[..., None], fitted, scale)
             loss = torch.minimum(fitted_loss, loss)
         nearest_loss = output_loss(weight, dequantized(nearest, scheme), factor)
-    worse = (loss > _CLEARLY * nearest_loss)[:, None]
+    worse = (loss > _CLEARLY * nearest_loss)[..., None]
     zero_point = solved.zero_point
     if zero_point is not None and nearest.zero_point is not None:
         zero_point = torch.where(worse, nearest.zero_point, zero_point)
@@ -59,7 +59,7 @@ def round_obs(
 
 
 def _ranges_of(coded: Coded) -> tuple[Tensor, Tensor]:
-    """Scales and zero points [out, groups] in float32."""
+    """Scales and zero points [..., out, groups] in float32."""
     scale = coded.scale.float()
     return scale, torch.zeros_like(scale) if coded.zero_point is None else coded.zero_point.float()
 

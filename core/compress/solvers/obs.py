@@ -10,6 +10,9 @@ The published algorithm uses a triangular factor of H's inverse. This code uses 
 For a weight [m, n], the factor takes n³/3 multiply-adds, once for all weights with the same inputs. Passing errors on to later columns
 takes m·n²/2. Errors are passed on in blocks of 128 and 1024 columns, so that nearly all of this work is matrix products.
 
+Weights of one shape with inputs of their own, such as a mixture's experts, may be stacked along a dimension in front: [..., out, in] below.
+They are settled side by side, because a GPU would spend most of the time waiting for the many small operations of each.
+
 Frantar et al., GPTQ (arXiv 2210.17323), eq. 2–3; SparseGPT (arXiv 2301.00774), algorithm 1.
 """
 
@@ -25,6 +28,7 @@ from nightpress.core.compress.grids.rounding import nearest_codes
 from nightpress.core.compress.kernels.column_rules import BlockGrid, BlockMask
 from nightpress.core.compress.kernels.obs_block import obs_block
 from nightpress.core.compress.solvers.gram import damped_cholesky
+from nightpress.core.compress.solvers.products import add_product
 from nightpress.core.compress.solvers.threshold import count_lower, count_upper, locate
 from nightpress.core.errors import ErrorCode, NightpressError
 
@@ -43,7 +47,7 @@ class Quantize:
     grid: Grid
     stored: torch.dtype  #: dtype of the scales
     ranges: str = "extremes"  #: or `least-error`, weighted by the inputs' power, or `half-quadratic`
-    #: Scales and zero points [out, groups] of the original weight, if they are known. Used where ranges are found in advance.
+    #: Scales and zero points [..., out, groups] of the original weight, if they are known. Used where ranges are found in advance.
     known: tuple[Tensor, Tensor] | None = None
 
 
@@ -59,44 +63,52 @@ class Prune:
 class Factor:
     """The factor of a Gram matrix. All weights with the same inputs share it."""
 
-    upper: Tensor  #: [in, in], R of H + damping · I = RRᵀ, in the order in which columns are settled
-    power: Tensor  #: [in], the diagonal of H without damping, in the original order of the columns
-    damping: float  #: the number that was added to H's diagonal
-    order: Tensor | None  #: [in], the columns in the order in which they are settled; None: from left to right
+    upper: Tensor  #: [..., in, in], R of H + damping · I = RRᵀ, in the order in which columns are settled
+    power: Tensor  #: [..., in], the diagonal of H without damping, in the original order of the columns
+    damping: Tensor  #: [...], the number that was added to H's diagonal
+    order: Tensor | None  #: [..., in], the columns in the order in which they are settled; None: from left to right
+
+    def ordered(self, values: Tensor) -> Tensor:
+        """Put the columns of values [..., rows, in] in the order in which they are settled."""
+        return values if self.order is None else values.take_along_dim(self.order[..., None, :], -1)
 
 
 @dataclass(frozen=True)
 class Solved:
     """A settled weight. Codes, scales and zero points are None if there was no grid."""
 
-    weight: Tensor  #: [out, in], on the grid and under the mask
-    loss: Tensor  #: [out], (w − q)H(w − q)ᵀ of each row, where H includes the damping
-    codes: Tensor | None = None  #: int8 [out, in]
-    scale: Tensor | None = None  #: [out, groups], in the stored dtype
-    zero_point: Tensor | None = None  #: int8 [out, groups]; None if the grid is symmetric
+    weight: Tensor  #: [..., out, in], on the grid and under the mask
+    loss: Tensor  #: [..., out], (w − q)H(w − q)ᵀ of each row, where H includes the damping
+    codes: Tensor | None = None  #: int8 [..., out, in]
+    scale: Tensor | None = None  #: [..., out, groups], in the stored dtype
+    zero_point: Tensor | None = None  #: int8 [..., out, groups]; None if the grid is symmetric
 
 
 def factorize(gram: Tensor, *, damping: float = 0.01, by_power: bool = False) -> Factor:
-    """Factor a Gram matrix [in, in], float32 or float64, with `damping` times its mean diagonal added. `gram` is not changed.
+    """Factor a Gram matrix [..., in, in], float32 or float64, with `damping` times its mean diagonal added. `gram` is not changed.
 
     by_power: settle the columns with the strongest inputs first, while most other columns can still compensate for their errors
     ("activation order"). Raises NightpressError(numerical_failure) if `gram` holds NaN or infinity, or stays indefinite with a thousandfold
     damping.
     """
-    power = gram.diagonal().clone()
-    mean = float(power.mean())
-    if not math.isfinite(mean):
+    power = gram.diagonal(dim1=-2, dim2=-1).clone()
+    mean = power.mean(-1)
+    if not bool(torch.isfinite(mean).all()):
         raise _failure("The inputs of a layer hold NaN or infinity during calibration.")
     order = torch.argsort(power, descending=True, stable=True) if by_power else None
     # Rotate H by 180°: the lower factor of the rotated matrix, rotated back, is R.
-    turned = gram.flip(0, 1) if order is None else gram[order.flip(0)][:, order.flip(0)]
+    if order is None:
+        turned = gram.flip(-2, -1)
+    else:
+        backwards = order.flip(-1)
+        turned = gram.take_along_dim(backwards[..., None], -2).take_along_dim(backwards[..., None, :], -1)
     # If there were no tokens, H is zero. Any positive damping then makes the columns independent of each other.
-    lower, added = damped_cholesky(turned, damping * mean or 1.0)
-    return Factor(upper=lower.flip(0, 1), power=power, damping=added, order=order)
+    lower, added = damped_cholesky(turned, torch.where(mean > 0, damping * mean, torch.ones_like(mean)))
+    return Factor(upper=lower.flip(-2, -1), power=power, damping=added, order=order)
 
 
 def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prune: Prune | None = None) -> Solved:
-    """Settle a weight [out, in] column by column. It must have the factor's dtype and device. `weight` is not changed.
+    """Settle a weight [..., out, in] column by column. It must have the factor's dtype and device. `weight` is not changed.
 
     Weights with the same inputs may be stacked along the rows, since rows do not depend on each other. The exception is unstructured
     pruning, whose quota holds for all rows of a block together. Raises ValueError for an N:M pattern if the factor reorders the columns,
@@ -104,36 +116,38 @@ def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prun
     """
     if factor.order is not None and prune is not None and prune.pattern is not None:
         raise ValueError("a pattern N:M needs its columns in their own order")
-    rows, columns = weight.shape
-    settled = weight.clone() if factor.order is None else weight[:, factor.order]
+    columns = weight.shape[-1]
+    settled = weight.clone() if factor.order is None else factor.ordered(weight)
     ranges = None if quantize is None else _Ranges(weight, factor, quantize)
     block = _BLOCK if ranges is None else ranges.block
     if prune is not None and prune.pattern is not None:
         block = math.lcm(block, prune.pattern[1])  # the neighbours of a pattern must be in the same block
     outer_width = max(_OUTER // block, 1) * block
-    cost = factor.upper.diagonal().contiguous()
+    cost = factor.upper.diagonal(dim1=-2, dim2=-1).contiguous()
     inverses = _inverse_blocks(factor.upper, block)
-    loss = settled.new_zeros(rows)
+    loss = settled.new_zeros(settled.shape[:-1])
     # (w − q)R over the settled columns: the error that later columns must compensate for
     owed = torch.zeros_like(settled)
     for outer in range(0, columns, outer_width):
         outer_end = min(outer + outer_width, columns)
-        lost = settled.new_empty(rows, outer_end - outer)
+        lost = settled.new_empty(*settled.shape[:-1], outer_end - outer)
         for start in range(outer, outer_end, block):
             end = min(start + block, outer_end)
             here, later = slice(start, end), slice(end, outer_end)
             inverse = inverses[start // block]
-            now = torch.addmm(settled[:, here], owed[:, here], inverse)
+            now = settled[..., here].clone(memory_format=torch.contiguous_format)
+            add_product(now, owed[..., here], inverse)
             grid = None if ranges is None else ranges.of_block(now, start, end)
-            spread = (inverse * cost[here, None]).contiguous()
-            obs_block(now, spread, cost[here], loss, grid, _block_mask(now, cost[here], prune))
-            lost_here = torch.sub(settled[:, here], now, out=lost[:, start - outer : end - outer])
-            settled[:, here] = now
-            owed[:, later].addmm_(lost_here, factor.upper[here, later])
-        owed[:, outer_end:].addmm_(lost, factor.upper[outer:outer_end, outer_end:])
+            cost_here = cost[..., here].contiguous()
+            spread = (inverse * cost_here[..., None]).contiguous()
+            obs_block(now, spread, cost_here, loss, grid, _block_mask(now, cost_here, prune))
+            lost_here = torch.sub(settled[..., here], now, out=lost[..., start - outer : end - outer])
+            settled[..., here] = now
+            add_product(owed[..., later], lost_here, factor.upper[..., here, later])
+        add_product(owed[..., outer_end:], lost, factor.upper[..., outer:outer_end, outer_end:])
     del owed
     if factor.order is not None:
-        settled = torch.empty_like(settled).index_copy_(1, factor.order, settled)
+        settled = torch.empty_like(settled).scatter_(-1, factor.order[..., None, :].expand_as(settled), settled)
     if not bool(torch.isfinite(loss).all()):
         raise _failure("A weight left the finite numbers while it was settled.")
     return Solved(weight=settled, loss=loss) if ranges is None else ranges.encode(settled, loss)
@@ -144,14 +158,14 @@ class _Ranges:
 
     def __init__(self, weight: Tensor, factor: Factor, quantize: Quantize) -> None:
         self._quantize, self._power = quantize, factor.power
-        rows, columns = weight.shape
+        columns = weight.shape[-1]
         self._width = quantize.grid.group_size or columns
         self._as_they_come = factor.order is None and self._width <= _BLOCK
         self.block = self._width if self._as_they_come else _BLOCK
         group = torch.arange(columns, device=weight.device) // self._width
-        self._group = (group if factor.order is None else group[factor.order]).int()
+        self._group = (group.expand_as(factor.power) if factor.order is None else group[factor.order]).int()
         if self._as_they_come:
-            self._scale = weight.new_empty(rows, quantize.grid.groups(columns))
+            self._scale = weight.new_empty(*weight.shape[:-1], quantize.grid.groups(columns))
             self._zero_point = torch.empty_like(self._scale)
         else:
             self._scale, self._zero_point = quantize.known or self._find(weight, 0, columns)
@@ -159,9 +173,9 @@ class _Ranges:
     def of_block(self, now: Tensor, start: int, end: int) -> BlockGrid:
         if self._as_they_come:
             groups = slice(start // self._width, end // self._width)
-            self._scale[:, groups], self._zero_point[:, groups] = self._find(now, start, end)
+            self._scale[..., groups], self._zero_point[..., groups] = self._find(now, start, end)
         top = self._quantize.grid.top
-        return BlockGrid(self._scale, self._zero_point, self._group[start:end], -top, top - 1)
+        return BlockGrid(self._scale, self._zero_point, self._group[..., start:end], -top, top - 1)
 
     def encode(self, settled: Tensor, loss: Tensor) -> Solved:
         grid = self._quantize.grid
@@ -176,21 +190,22 @@ class _Ranges:
     def _find(self, weight: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         if self._quantize.ranges == "half-quadratic":
             return half_quadratic(weight, self._quantize.grid, self._quantize.stored)
-        importance = self._power[start:end] if self._quantize.ranges == "least-error" else None
+        importance = self._power[..., start:end] if self._quantize.ranges == "least-error" else None
         return find_ranges(weight, self._quantize.grid, self._quantize.stored, importance=importance)
 
 
 def _inverse_blocks(upper: Tensor, block: int) -> list[Tensor]:
-    """The inverses of R's diagonal blocks [block, block]. All full blocks are inverted in one call."""
-    columns = len(upper)
+    """The inverses of R's diagonal blocks [..., block, block]. All full blocks are inverted in one call."""
+    columns = upper.shape[-1]
     whole = columns // block * block
-    grid = upper[:whole, :whole].reshape(whole // block, block, whole // block, block)
-    blocks = grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # [blocks, block, block]
+    grid = upper[..., :whole, :whole].reshape(*upper.shape[:-2], whole // block, block, whole // block, block)
+    blocks = grid.diagonal(dim1=-4, dim2=-2).movedim(-1, 0).contiguous()  # [blocks, ..., block, block]
     identity = torch.eye(block, dtype=upper.dtype, device=upper.device)
     inverses = list(torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True))
     if whole < columns:
-        ragged = upper[whole:, whole:]
-        inverses.append(torch.linalg.solve_triangular(ragged, identity[: len(ragged), : len(ragged)], upper=True))
+        ragged = upper[..., whole:, whole:]
+        width = columns - whole
+        inverses.append(torch.linalg.solve_triangular(ragged, identity[:width, :width].expand_as(ragged), upper=True))
     return inverses
 
 
@@ -199,10 +214,13 @@ def _block_mask(now: Tensor, cost: Tensor, prune: Prune | None) -> BlockMask | N
         return None
     if prune.pattern is not None:
         return BlockMask(pattern=prune.pattern)
-    score = (now * cost).square_()
-    count = round(prune.sparsity * score.numel())
+    score = (now * cost[..., None, :]).square_()
+    count = round(prune.sparsity * score.shape[-2] * score.shape[-1])
     if count == 0:
         return BlockMask(given_mask=torch.zeros_like(score, dtype=torch.bool))
+    if score.dim() == 3:
+        least = score.flatten(1).sort(1).values[:, count - 1, None, None]
+        return BlockMask(given_mask=score <= least)
     return BlockMask(given_mask=score <= _smallest(score.flatten(), count))
 
 
@@ -226,8 +244,5 @@ def _failure(message: str) -> NightpressError:
 
 
 def output_loss(weight: Tensor, rounded: Tensor, factor: Factor) -> Tensor:
-    """(w − q)H(w − q)ᵀ [out]: the squared error of each output, summed over the tokens. H includes the factor's damping."""
-    lost = weight - rounded
-    if factor.order is not None:
-        lost = lost[:, factor.order]
-    return (lost @ factor.upper).square_().sum(1)
+    """(w − q)H(w − q)ᵀ [..., out]: the squared error of each output, summed over the tokens. H includes the factor's damping."""
+    return (factor.ordered(weight - rounded) @ factor.upper).square_().sum(-1)

@@ -117,7 +117,7 @@ def compensated(
     cross = known.second[stays][:, goes] @ weight[:, goes].T  # [stays, out]
     correction = torch.zeros_like(cross)
     if amount > 0:  # otherwise the kept units have zero output and cannot compensate
-        lower, _ = damped_cholesky(inner, amount)
+        lower, _ = damped_cholesky(inner, inner.new_tensor(amount))
         correction = torch.cholesky_solve(cross, lower)
     new = weight[:, stays] + correction.T
     if bias is None:

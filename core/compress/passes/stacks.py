@@ -1,0 +1,60 @@
+"""Stacks of weights that a GPU settles side by side: those of a mixture's experts, which have equal shapes and inputs of their own."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nightpress.core.compress.executors.watch import Inputs
+from nightpress.core.compress.solvers.gram import Gram
+from nightpress.core.recipes.block_peak import stack_size
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Groups of weights with the same names' schemes, shapes and dtypes. Weights of one group read the same inputs."""
+
+    groups: tuple[tuple[str, ...], ...]  #: names of the weights
+    gram: Tensor  #: [in, in] for a single group, else [groups, in, in]
+
+    def weights(self, block: Mapping[str, Tensor], places: Sequence[int], device: torch.device) -> Tensor:
+        """The weights at these places of every group, stacked along the rows: [out, in] or [groups, out, in], float32."""
+        return self._stacked(
+            [torch.cat([block[names[at]].to(device).float() for at in places]) for names in self.groups]
+        )
+
+    def split(self, values: Tensor | None) -> list[Tensor | None]:
+        """Each group's part of a result."""
+        if values is None:
+            return [None] * len(self.groups)
+        return [values] if len(self.groups) == 1 else list(values)
+
+    def _stacked(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.stack(list(parts))
+
+
+def stacks(
+    block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device, kind: Callable[[str], Hashable]
+) -> Iterator[Stack]:
+    """Divide groups of weights into stacks whose members have equal shapes, dtypes and kinds. On a CPU each group is alone.
+
+    kind: what must be equal beside the shape, e.g. the scheme.
+    """
+    alike: dict[Hashable, list[Inputs]] = {}
+    for group in inputs:
+        like = tuple((kind(name), tuple(block[name].shape), block[name].dtype) for name in group.names)
+        alike.setdefault(like, []).append(group)
+    for groups in alike.values():
+        columns = block[groups[0].names[0]].shape[1]
+        rows = sum(len(block[name]) for name in groups[0].names)
+        most = stack_size(rows, columns, len(groups)) if device.type == "cuda" else 1
+        for start in range(0, len(groups), most):
+            chosen = groups[start : start + most]
+            grams = [_gram(group).matrix() for group in chosen]
+            yield Stack(tuple(group.names for group in chosen), grams[0] if len(grams) == 1 else torch.stack(grams))
+
+
+def _gram(group: Inputs) -> Gram:
+    assert isinstance(group.statistic, Gram)
+    return group.statistic
