@@ -40,10 +40,10 @@ _BATCH_WIDTHS = 6  #: intermediate results of the widest layer that a batch hold
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
 _STREAM_BYTES = 80 * 1024**2  #: row chunks and write buffers of the stream executor
 _STREAM_RATE = 0.4e9  #: bytes/s that are read, rounded and written with fsync on two cores
-BATCH_TOKENS = {
-    "cuda": 16384,
-    "cpu": 1024,
-}  #: tokens of a batch in the blocks executor: enough to use the whole device; more would only take memory
+#: Tokens of a batch in the blocks executor: enough to use the whole device; more would only take memory.
+BATCH_TOKENS = {"cuda": 16384, "cpu": 1024}
+#: How many times as many tokens a batch of a mixture has on a GPU, because each expert gets only a few of them.
+_MIXTURE_BATCHES = 4
 _PINNED_BLOCKS = (
     3  #: blocks in pinned memory: the block that runs, the next block, and a block whose memory is not yet reused
 )
@@ -55,6 +55,11 @@ TRIAL_TOKENS = (
 _TRIALS = 2.5  #: time of ten trials of quantized graphs, in forward passes in float
 #: The blocks executor settles a block in one forward pass if the intermediate results of all texts take no more bytes than this.
 IN_TURN_BYTES = {"cuda": 4 * 1024**3, "cpu": 1024**3}
+
+
+def batch_tokens(device: str, *, mixture: bool) -> int:
+    """Return the tokens of a batch in the blocks executor. device: `cpu` or `cuda`."""
+    return BATCH_TOKENS[device] * (_MIXTURE_BATCHES if mixture and device == "cuda" else 1)
 
 
 def made_graph_bytes(header: ModelHeader, runtime: str, *, rounded: bool, mapped: bool) -> int:
@@ -153,7 +158,7 @@ def blocks_cost(
         header,
         tokens,
         shape.width,
-        batch=BATCH_TOKENS["cuda"],
+        batch=batch_tokens("cuda", mixture=header.model_type in MIXTURES),
         in_turn_bytes=IN_TURN_BYTES["cuda"],
         gram=gram,
         bits=bits,

@@ -1,7 +1,7 @@
 """Shared code of the calibrated passes: run the blocks executor over linear layers, and write the record of the pass."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +129,21 @@ def settle_coded(
 
     before [out, in] float32: the weight before rounding.
     """
-    weight = dequantized(coded, scheme)
-    tensors = to_tensors(name, scheme, coded, input_scale=input_scale)
-    return FinalTensor(weight=weight, tensors=tensors, effect=effect_of(before, weight))
+    return settle_all_coded({name: (coded, before)}, scheme, input_scale=input_scale)[name]
+
+
+def settle_all_coded(
+    weights: Mapping[str, tuple[Coded, Tensor]], scheme: Scheme, *, input_scale: Tensor | None = None
+) -> dict[str, FinalTensor]:
+    """`settle_coded` for several weights of one scheme: name → (coded weight, weight before rounding). Waits for the device once."""
+    after = {name: dequantized(coded, scheme) for name, (coded, _) in weights.items()}
+    effects = effects_of([(before, after[name]) for name, (_, before) in weights.items()])
+    return {
+        name: FinalTensor(
+            weight=after[name], tensors=to_tensors(name, scheme, coded, input_scale=input_scale), effect=effect
+        )
+        for (name, (coded, _)), effect in zip(weights.items(), effects, strict=True)
+    }
 
 
 def made_up(name: str, weight: Tensor, stored: torch.dtype) -> FinalTensor:
@@ -141,8 +153,19 @@ def made_up(name: str, weight: Tensor, stored: torch.dtype) -> FinalTensor:
 
 
 def effect_of(before: Tensor, after: Tensor) -> Effect:
-    return Effect(
-        squared_error=float((before - after).square().sum(dtype=torch.float64)),
-        squared_norm=float(before.square().sum(dtype=torch.float64)),
-        zeros=int((after == 0).sum()),
-    )
+    return effects_of([(before, after)])[0]
+
+
+def effects_of(changes: Sequence[tuple[Tensor, Tensor]]) -> list[Effect]:
+    """The effects of changes (before, after), both float32 [out, in] on one device. Waits for the device once."""
+    sums = [
+        torch.stack(
+            [
+                (before - after).square().sum(dtype=torch.float64),
+                before.square().sum(dtype=torch.float64),
+                (after == 0).sum().double(),
+            ]
+        )
+        for before, after in changes
+    ]
+    return [Effect(error, norm, int(zeros)) for error, norm, zeros in torch.stack(sums).tolist()]

@@ -21,11 +21,13 @@ from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.passes.blockwise import (
     Schemes,
     effect_of,
+    effects_of,
     made_up,
     press,
     quantize,
     record,
     scheme_of,
+    settle_all_coded,
     settle_coded,
 )
 from nightpress.core.compress.passes.folding import Folding, FoldTarget
@@ -151,19 +153,10 @@ class Quantized:
             refine=self._options.refine,
             prune=self._prune,
         )
-        settled: dict[str, FinalTensor] = {}
-        parts = zip(*(stack.split(part) for part in (weights, coded.codes, coded.scale, coded.zero_point)), strict=True)
-        for names, (weight, codes, scale, zero_point) in zip(stack.groups, parts, strict=True):
-            assert weight is not None
-            assert codes is not None
-            assert scale is not None
-            start = 0
-            for name in (names[at] for at in places):
-                rows = slice(start, start + len(block[name]))
-                own = Coded(codes[rows], scale[rows], None if zero_point is None else zero_point[rows])
-                settled[name] = settle_coded(name, scheme, own, weight[rows])
-                start = rows.stop
-        return settled
+        before, codes, scales = (stack.each(part, block, places) for part in (weights, coded.codes, coded.scale))
+        zero_points = {} if coded.zero_point is None else stack.each(coded.zero_point, block, places)
+        own = {name: Coded(codes[name], scales[name], zero_points.get(name)) for name in codes}
+        return settle_all_coded({name: (own[name], before[name]) for name in own}, scheme)
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
@@ -189,19 +182,13 @@ class Sparse:
             # Rows are independent, so weights can be solved together. Unstructured pruning is an exception: its quota is for one weight.
             each = range(len(stack.groups[0]))
             for places in [[at] for at in each] if self._prune.pattern is None else [list(each)]:
-                before = stack.weights(block, places, device)
-                after = solve(before, factor, prune=self._prune).weight
-                for names, was, now in zip(stack.groups, stack.split(before), stack.split(after), strict=True):
-                    assert was is not None
-                    assert now is not None
-                    chosen = [names[at] for at in places]
-                    counts = [len(block[name]) for name in chosen]
-                    for name, own_before, own in zip(
-                        chosen, torch.split(was, counts), torch.split(now, counts), strict=True
-                    ):
-                        value = own.to(block[name].dtype, copy=True)
-                        effect = effect_of(own_before, value.float())
-                        settled[name] = FinalTensor(weight=value, tensors={name: value}, effect=effect)
+                stacked = stack.weights(block, places, device)
+                before = stack.each(stacked, block, places)
+                after = stack.each(solve(stacked, factor, prune=self._prune).weight, block, places)
+                values = {name: weight.to(block[name].dtype, copy=True) for name, weight in after.items()}
+                effects = effects_of([(before[name], values[name].float()) for name in values])
+                for (name, value), effect in zip(values.items(), effects, strict=True):
+                    settled[name] = FinalTensor(weight=value, tensors={name: value}, effect=effect)
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:

@@ -20,18 +20,17 @@ class Stack:
 
     def weights(self, block: Mapping[str, Tensor], places: Sequence[int], device: torch.device) -> Tensor:
         """The weights at these places of every group, stacked along the rows: [out, in] or [groups, out, in], float32."""
-        return self._stacked(
-            [torch.cat([block[names[at]].to(device).float() for at in places]) for names in self.groups]
-        )
+        return _stacked([torch.cat([block[names[at]].to(device).float() for at in places]) for names in self.groups])
 
-    def split(self, values: Tensor | None) -> list[Tensor | None]:
-        """Each group's part of a result."""
-        if values is None:
-            return [None] * len(self.groups)
-        return [values] if len(self.groups) == 1 else list(values)
-
-    def _stacked(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0] if len(parts) == 1 else torch.stack(list(parts))
+    def each(self, result: Tensor, block: Mapping[str, Tensor], places: Sequence[int]) -> dict[str, Tensor]:
+        """Weight → its rows of a result that was computed for `weights` of the same places."""
+        parts = [result] if len(self.groups) == 1 else list(result)
+        found: dict[str, Tensor] = {}
+        for names, part in zip(self.groups, parts, strict=True):
+            chosen = [names[at] for at in places]
+            rows = torch.split(part, [len(block[name]) for name in chosen])
+            found |= dict(zip(chosen, rows, strict=True))
+        return found
 
 
 def stacks(
@@ -51,8 +50,11 @@ def stacks(
         most = stack_size(rows, columns, len(groups)) if device.type == "cuda" else 1
         for start in range(0, len(groups), most):
             chosen = groups[start : start + most]
-            grams = [_gram(group).matrix() for group in chosen]
-            yield Stack(tuple(group.names for group in chosen), grams[0] if len(grams) == 1 else torch.stack(grams))
+            yield Stack(tuple(group.names for group in chosen), _stacked([_gram(group).matrix() for group in chosen]))
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts)
 
 
 def _gram(group: Inputs) -> Gram:

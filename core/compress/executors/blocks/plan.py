@@ -12,9 +12,10 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.environment import multiplies_bfloat16
 from nightpress.core.compress.executors.watch import split_mask
 from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, read_shards
+from nightpress.core.compress.model.experts import Experts
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
 from nightpress.core.compress.model.source import SourceTensors
-from nightpress.core.recipes.costs import BATCH_TOKENS
+from nightpress.core.recipes.costs import batch_tokens
 
 #: Format of the records that a run writes. A release with another format starts an interrupted run from the beginning.
 RECORD_FORMAT = 2
@@ -63,7 +64,8 @@ def make_plan(
     unmasked, real = split_mask(samples)
     total = len(next(iter(unmasked.values())))
     length = _tokens_a_sample(samples, skeleton.config)
-    batch = max(1, min(total, BATCH_TOKENS[skeleton.device.type] // share // length))
+    mixture = any(isinstance(module, Experts) for module in skeleton.model.modules())
+    batch = max(1, min(total, batch_tokens(skeleton.device.type, mixture=mixture) // share // length))
     digest = hashlib.sha256(f"{RECORD_FORMAT}\n{recipe}\n{batch}\n{skeleton.dtype}\n{target.name}".encode())
     for name, tensor in sorted(samples.items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
