@@ -101,25 +101,34 @@ def gpu_peak(
         stages.append(hidden + block + int((floats + written) * linear) + again)
     if not by_group:
         held = hidden + block + grams + earlier + _FLOAT * linear
-        stages += [held + searched for searched in _searched(groups, mixture)]
+        stages.append(held + _FLOAT * linear)  # the proof that factors may be exchanged: two copies in float32
+        stages += [held + searched for searched in _searched(groups, mixture, on_gpu=True)]
     return max(stages) + _WORKSPACE
 
 
 def searched_bytes(header: ModelHeader) -> int:
     """Return the bytes that AWQ's search holds beside a block and its inputs' Gram matrices, on any device."""
     _, groups, _ = _largest_block(header)
-    return max(_searched(groups, header.model_type in MIXTURES), default=0)
+    return max(_searched(groups, header.model_type in MIXTURES, on_gpu=False), default=0)
 
 
-def _searched(groups: list[_Group], mixture: bool) -> list[int]:
-    """Return the bytes that AWQ's search holds of the layers behind each norm. In a mixture, all experts are behind the same norm."""
-    found = [
-        _FLOAT * group.weights + _SEARCHED_COPIES * min(group.rows, _SEARCHED_ROWS) * group.columns for group in groups
-    ]
-    behind: dict[int, int] = {}
+def _searched(groups: list[_Group], mixture: bool, *, on_gpu: bool) -> list[int]:
+    """Return the bytes that AWQ's search holds in each place. In a mixture, all experts are behind the same norm.
+
+    A GPU searches groups of equal shape side by side, and stacks their Gram matrices.
+    """
+    found = []
+    for group in groups:
+        count = stack_size(group.rows, group.columns, groups.count(group)) if on_gpu else 1
+        copies = _FLOAT * group.weights + _SEARCHED_COPIES * min(group.rows, _SEARCHED_ROWS) * group.columns
+        found.append(count * copies + (_FLOAT * count * group.columns**2 if count > 1 else 0))
+    behind: dict[int, tuple[int, int]] = {}
     for group in groups if mixture else ():
-        behind[group.columns] = behind.get(group.columns, 0) + group.weights
-    return found + [_FLOAT * weights for weights in behind.values()]
+        weights, grams = behind.get(group.columns, (0, 0))
+        behind[group.columns] = weights + group.weights, grams + _FLOAT * group.columns**2
+    return found + [
+        _FLOAT * weights + (min(grams, _STACK_BYTES // 4) if on_gpu else 0) for weights, grams in behind.values()
+    ]
 
 
 def _largest_block(header: ModelHeader) -> tuple[str, list[_Group], int]:

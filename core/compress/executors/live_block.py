@@ -45,6 +45,12 @@ class LiveBlock(Mapping[str, Tensor]):
         """Whether the block can be run, i.e. whether `answers` may be called."""
         return self._entered is not None
 
+    @property
+    def device(self) -> torch.device:
+        """The device on which the block runs."""
+        assert self._entered is not None
+        return self._entered.device
+
     def answers(self, trials: Iterable[Mapping[str, Tensor]]) -> Iterator[Tensor]:
         """For each trial, run the block on the probe with the trial's tensors in place of its own. Yields [1, L, width] in float32.
 
@@ -60,6 +66,7 @@ class LiveBlock(Mapping[str, Tensor]):
             for args, kwargs in calls:
                 out = torch.func.functional_call(self._block.module, parameters, (hidden, *args), kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out
+            del trial, weights, parameters  # frees this trial's tensors before the next is made
             yield hidden
 
     def _for_the_module(self, name: str, tensor: Tensor) -> Tensor:

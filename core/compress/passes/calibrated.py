@@ -30,7 +30,7 @@ from nightpress.core.compress.passes.blockwise import (
     settle_all_coded,
     settle_coded,
 )
-from nightpress.core.compress.passes.folding import Folding, FoldTarget
+from nightpress.core.compress.passes.folding import BlockFold, Folding, FoldTarget
 from nightpress.core.compress.passes.quantize import OnGrid
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.sensitivity import part_of, schemes_within_budget
@@ -43,6 +43,7 @@ from nightpress.core.compress.solvers.obs import Factor, Prune, factorize, solve
 from nightpress.core.compress.solvers.wanda import Power, wanda_mask
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.block_peak import stack_size
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import module_of
 from nightpress.core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
@@ -248,12 +249,14 @@ class ActivationAware:
             )
         floats = {name: block[name].to(device).float() for name in seen}
         factors: dict[str, Tensor] = {}
-        for place in places:
-            layers = [self._layer(part, floats) for part in place.parts]
-            found = search_scales(layers, block[place.targets[0]].dtype, share=place.share)
+        for alike in self._side_by_side(places, block):
+            first = alike[0]
+            layers = [[self._layer(part, floats) for part in place.parts] for place in alike]
+            searched = search_scales(layers, block[first.targets[0]].dtype, share=first.share)
             del layers
-            place.apply(found, block, floats)
-            factors |= dict.fromkeys(place.targets, found)
+            for place, found in zip(alike, searched, strict=True):
+                place.apply(found, block, floats)
+                factors |= dict.fromkeys(place.targets, found)
         settled = {}
         for name in list(floats):
             weight = floats.pop(name)
@@ -269,6 +272,28 @@ class ActivationAware:
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
+
+    def _side_by_side(self, places: Sequence[BlockFold], block: Mapping[str, Tensor]) -> list[list[BlockFold]]:
+        """Group places that follow each other and can be searched at once: equal shapes and schemes, and no tensor in common.
+
+        The down projections of a mixture's experts are such places. All other places are alone.
+        """
+        groups: list[list[BlockFold]] = []
+        taken: set[str] = set()
+        before: object = None
+        for place in places:
+            own = {place.source, place.bias, *place.targets, *place.routers}
+            kinds = [(tuple(block[name].shape), scheme_of(self._schemes, name)) for name in place.targets]
+            like = (kinds, place.share, place.kind) if len(place.parts) == 1 else None
+            columns = block[place.targets[0]].shape[1]
+            most = stack_size(sum(len(block[name]) for name in place.targets), columns, len(places))
+            if like is None or like != before or own & taken or len(groups[-1]) >= most:
+                groups.append([])
+                taken = set()
+            groups[-1].append(place)
+            taken |= own
+            before = like
+        return groups
 
     def _layer(self, part: FoldTarget, floats: Mapping[str, Tensor]) -> AwqLayer:
         assert isinstance(part.statistic, Gram)

@@ -141,7 +141,7 @@ def _proofs(folds: Sequence[Sequence[BlockFold]], block: LiveBlock) -> list[bool
     return proofs
 
 
-def _trials(places: Sequence[BlockFold], block: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def _trials(places: Sequence[BlockFold], block: LiveBlock) -> Iterator[dict[str, Tensor]]:
     """Yield two sets of changed tensors: with the targets of all places scaled alone, then with factors exchanged.
 
     Factors are ½, 1 and 2: floats are multiplied by them without rounding, so that a valid fold changes almost no bit.
@@ -151,7 +151,7 @@ def _trials(places: Sequence[BlockFold], block: Mapping[str, Tensor]) -> Iterato
         floats: dict[str, Tensor] = {}
         for place in places:
             columns = block[place.targets[0]].shape[1]
-            factors = 2.0 ** torch.randint(-1, 2, (columns,), generator=generator)
+            factors = (2.0 ** torch.randint(-1, 2, (columns,), generator=generator)).to(block.device)
             if place.kind == "values":
                 heads, width = place.share
                 grouped = factors.view(heads, -1, width)

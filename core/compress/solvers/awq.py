@@ -6,7 +6,7 @@ tr((W − Ŵ) H (W − Ŵ)ᵀ) with the Gram matrix H. So each candidate takes o
 Lin et al., AWQ: Activation-aware Weight Quantization (arXiv 2306.00978), section 3.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.grids.ranges import find_ranges
 from nightpress.core.compress.grids.rounding import nearest_codes
 from nightpress.core.compress.solvers.products import fast_products
+from nightpress.core.recipes.block_peak import stack_size
 
 _EXPONENTS = tuple(step / 20 for step in range(21))
 _ROWS = 4096  #: rows of a weight, evenly spaced, that the search uses; more rows don't change which candidate wins
@@ -30,38 +31,78 @@ class AwqLayer(NamedTuple):
     share: float = 1.0  #: share of those tokens that the router sends to the layers, 0 … 1
 
 
-def search_scales(layers: Sequence[AwqLayer], stored: torch.dtype, *, share: tuple[int, int] = (1, 1)) -> Tensor:
-    """Return the factors [in] > 0 with the least output error. They are all 1 if no candidate is better than that.
+def search_scales(
+    places: Sequence[Sequence[AwqLayer]], stored: torch.dtype, *, share: tuple[int, int] = (1, 1)
+) -> Tensor:
+    """Return for each place the factors [places, in] > 0 with the least output error: all 1 if no candidate is better than that.
 
-    All layers' columns are multiplied by the factors, and the inputs are divided by them. stored: the dtype of the scales. The loss of each
-    layer is summed over the tokens that are routed to it, so that an expert counts as often as it is used.
+    places: the layers that read the inputs of each place, all with the same number of inputs. All layers' columns are multiplied by the
+    place's factors, and the inputs are divided by them. stored: the dtype of the scales. The loss of each layer is summed over the tokens
+    that are routed to it, so that an expert counts as often as it is used.
     share (heads, width): columns are heads · repeats · width. All repeats of a head get the same factors, as grouped-query attention needs.
     """
+    candidates = torch.stack([_candidates(layers, share) for layers in places], dim=1)  # [candidates, places, in]
+    losses = torch.zeros(candidates.shape[:2], device=candidates.device)
+    for weight, gram, grid, of, weigh in _stacks(places):
+        for at, factors in enumerate(candidates):
+            lost = weight - round_scaled(weight, factors[of, None], grid, stored)
+            with fast_products():
+                loss = ((lost @ gram).mul_(lost)).sum((1, 2))
+            losses[at].index_add_(0, of, loss * weigh)
+    best, least = candidates[0], losses[0]  # the first candidate's factors are all 1
+    for factors, loss in zip(candidates[1:], losses[1:], strict=True):
+        better = loss < least
+        best, least = torch.where(better[:, None], factors, best), torch.where(better, loss, least)
+    return best
+
+
+def _candidates(layers: Sequence[AwqLayer], share: tuple[int, int]) -> Tensor:
+    """The factors to try [candidates, in]."""
     rows = sum(len(layer.weight) for layer in layers)
-    looked_at = [layer._replace(weight=layer.weight[:: -(-rows // _ROWS)]) for layer in layers if layer.share]
     power = torch.stack([layer.gram.diagonal() * layer.share for layer in layers]).sum(0)
     magnitude = torch.stack([layer.weight.abs().mean(0) * (len(layer.weight) / rows) for layer in layers]).sum(0)
     inputs, weights = _shared(power.sqrt(), share), _shared(magnitude, share)
     inputs, weights = inputs / inputs.mean().clamp(min=1e-12), weights / weights.mean().clamp(min=1e-12)
-    best, least = torch.ones_like(inputs), float("inf")
+    found = []
     for exponent in _EXPONENTS:
         for against in (0.0, 1.0) if exponent else (0.0,):
             factors = inputs.clamp(min=1e-4) ** exponent / weights.clamp(min=1e-4) ** (against * (1 - exponent))
-            factors = factors / (factors.max() * factors.min()).sqrt()
-            loss = sum(layer.share * _loss(layer, factors, stored) for layer in looked_at)
-            if loss < least:
-                best, least = factors, loss
-    return best
+            found.append(factors / (factors.max() * factors.min()).sqrt())
+    return torch.stack(found)
 
 
-def _loss(layer: AwqLayer, factors: Tensor, stored: torch.dtype) -> float:
-    lost = layer.weight - round_scaled(layer.weight, factors, layer.grid, stored)
-    with fast_products():
-        return float(((lost @ layer.gram) * lost).sum())
+def _stacks(places: Sequence[Sequence[AwqLayer]]) -> Iterator[tuple[Tensor, Tensor, Grid, Tensor, Tensor]]:
+    """Stack layers of equal shape: weights [n, rows, in], Gram matrices [n, in, in], their grid, their places [n] and their shares [n].
+
+    Of each place at most 4096 rows are looked at. On a CPU each layer is alone. Layers that no token reaches are left out.
+    """
+    alike: dict[tuple[object, ...], list[tuple[int, AwqLayer]]] = {}
+    for place, layers in enumerate(places):
+        step = -(-sum(len(layer.weight) for layer in layers) // _ROWS)
+        for layer in layers:
+            if layer.share:
+                sampled = layer._replace(weight=layer.weight[::step])
+                alike.setdefault((sampled.weight.shape, layer.grid), []).append((place, sampled))
+    for found in alike.values():
+        first = found[0][1]
+        rows, columns = first.weight.shape
+        most = stack_size(rows, columns, len(found)) if first.weight.is_cuda else 1
+        for start in range(0, len(found), most):
+            chosen = found[start : start + most]
+            yield (
+                torch.stack([layer.weight for _, layer in chosen]),
+                chosen[0][1].gram[None] if len(chosen) == 1 else torch.stack([layer.gram for _, layer in chosen]),
+                first.grid,
+                torch.tensor([place for place, _ in chosen], device=first.weight.device),
+                torch.tensor([layer.share for _, layer in chosen], device=first.weight.device),
+            )
 
 
 def round_scaled(weight: Tensor, factors: Tensor, grid: Grid, stored: torch.dtype) -> Tensor:
-    """Multiply the columns of a weight [out, in] by factors [in], round to nearest, dequantize and divide by the factors again."""
+    """Multiply the columns of a weight [..., out, in] by factors [in], round to nearest, dequantize and divide by the factors again.
+
+    In a stack, factors are [..., 1, in].
+    """
     scaled = weight * factors
     scale, zero_point = find_ranges(scaled, grid, stored)
     codes = nearest_codes(scaled, scale, zero_point, grid)

@@ -35,7 +35,7 @@ class Gram:
             end = min(start + self._strip, columns)
             into = self._sum[start:end, :end]
             if on_matrix_units:
-                into += torch.mm(x[:, start:end].T, x[:, :end], out_dtype=torch.float32)
+                torch.addmm(into, x[:, start:end].T, x[:, :end], out_dtype=torch.float32, out=into)
             else:
                 into.addmm_(x[:, start:end].T, x[:, :end])
 
