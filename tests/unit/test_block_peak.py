@@ -61,21 +61,25 @@ PEAKS = {
     ("0.5b", "awq", 128, 2048): 1179,
     ("0.5b", "smoothquant", 128, 2048): 1099,
     ("0.5b", "wanda", 128, 2048): 1410,
-    ("mixture", "gptq", 128, 512): 2613,
-    ("mixture", "awq", 128, 512): 2773,
+    ("mixture", "gptq", 128, 512): 5868,
+    ("mixture", "awq", 128, 512): 5970,
+    ("moe", "gptq", 128, 2048): 7557,
+    ("moe", "awq", 128, 2048): 7547,
 }
 
 
 def model(shape: str, layers: int = 2) -> ModelHeader:
     if shape == "mixture":
-        return mixture(2048, 1024, experts=32, chosen=8, layers=layers, vocabulary=1000)
+        return mixture(2048, 1024, experts=32, chosen=8, layers=layers, vocabulary=128256)
+    if shape == "moe":
+        return mixture(2048, 768, experts=64, chosen=8, layers=layers, vocabulary=128256)
     return decoder(*SHAPES[shape], layers, vocabulary=128256)
 
 
 @pytest.mark.parametrize("case", PEAKS)
 def test_the_gpus_peak_is_estimated_within_a_tenth(case: tuple[str, str, int, int]):
     shape, pass_, samples, length = case
-    options = PASSES[pass_].model_copy(update={"symmetric": True}) if shape == "mixture" else PASSES[pass_]
+    options = PASSES[pass_].model_copy(update={"symmetric": True}) if shape in {"mixture", "moe"} else PASSES[pass_]
     estimated = options.cost(model(shape), Calibration(samples=samples, length=length)).gpu_bytes
     assert estimated / MIB == pytest.approx(PEAKS[case], rel=0.1)
 

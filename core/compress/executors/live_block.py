@@ -72,7 +72,7 @@ class LiveBlock(Mapping[str, Tensor]):
     def _for_the_module(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor in float32, on the block's device, in its layer's layout."""
         assert self._entered is not None
-        in_float = tensor.to(self._entered.device, torch.float32)
+        in_float = tensor.to(self._entered.device).float()  # in one step, the host would convert it
         return in_float.t() if name in self._turned else in_float
 
 
