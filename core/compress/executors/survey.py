@@ -6,7 +6,7 @@ they run it backwards.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class SourceBlock:
     tensors: Mapping[str, Tensor]  #: by their names in the files, in their stored dtype
     moments: Moments | None  #: of the watched module's inputs
     influence: float  #: 1 − the mean over tokens of the cosine between the block's input and its output
+    #: By prefix of a mixture's experts: the mean size of each expert's weighted outputs [experts], float64; 0 if it gets no token.
+    saliency: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def survey(source: Path, samples: Batch, context: PassContext, watched: str | None) -> Iterator[SourceBlock]:
@@ -63,12 +65,18 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
             tensors = {name: files.read(name) for name in skeleton.block_names(index)}
             block = skeleton.fill_block(index, tensors)
             look = _InputSums(device)
+            mixtures = [(prefix, mixture, _OutputSizes(len(mixture))) for prefix, mixture in skeleton.experts(index)]
             cosines = torch.zeros((), dtype=torch.float64)
             with ExitStack() as stack:
                 if watched is not None:
                     stack.callback(block.get_submodule(watched).register_forward_pre_hook(look).remove)
-                for at, before in enumerate(hidden):
-                    look.real = masks[at]
+                for _, mixture, sizes in mixtures:
+                    mixture.watch = sizes
+                    stack.callback(setattr, mixture, "watch", None)
+                for at, (before, mask) in enumerate(zip(hidden, masks, strict=True)):
+                    look.real = mask
+                    for _, mixture, _ in mixtures:
+                        mixture.real = None if mask is None else mask.flatten()
                     (call,) = calls.of(index, at)
                     out = block(before, *call.args, **call.kwargs)
                     after = out[0] if isinstance(out, tuple) else out
@@ -80,7 +88,22 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
             check_finite([name], cosines)
             if look.moments is not None:
                 check_finite([f"{name}.{watched}"], look.moments)
-            yield SourceBlock(index, tensors, look.moments, 1 - float(cosines) / tokens)
+            saliency = {prefix: sizes.means() for prefix, _, sizes in mixtures}
+            yield SourceBlock(index, tensors, look.moments, 1 - float(cosines) / tokens, saliency)
+
+
+class _OutputSizes:
+    """Sums up the sizes of each expert's outputs, weighted by the router."""
+
+    def __init__(self, experts: int) -> None:
+        self._sums, self._tokens = torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64)
+
+    def __call__(self, expert: int, weighted: Tensor) -> None:
+        self._sums[expert] += weighted.float().norm(dim=-1).sum(dtype=torch.float64).cpu()
+        self._tokens[expert] += len(weighted)
+
+    def means(self) -> Tensor:
+        return self._sums / self._tokens.clamp(min=1)
 
 
 class _InputSums:

@@ -4,6 +4,7 @@ transformers fuses all experts of a mixture into one tensor. The files hold sepa
 as in the files. So each expert's layers are calibrated like any others, with the tokens that the router sends to that expert.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ _USUAL_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 class Experts(nn.ModuleList):
     """Replaces the fused experts of a mixture."""
+
+    act_fn: Any
 
     def __init__(self, fused: Any, parts: tuple[str, str, str]) -> None:
         self._parts = parts
@@ -30,10 +33,12 @@ class Experts(nn.ModuleList):
             )
             for _ in range(len(fused.gate_up_proj))
         )
-        self.act_fn: Any = fused.act_fn
+        self.__dict__["act_fn"] = fused.act_fn  # no submodule: these are the experts alone
         self.real: Tensor | None = None  #: bool [tokens]: False for padding, which no expert gets; None: no padding
         #: Indices of experts that run on every token, not only on those that the router sends to them.
         self.shown_all: frozenset[int] = frozenset()
+        #: Called with an expert's index and its outputs [tokens, width], multiplied by the router's weights.
+        self.watch: Callable[[int, Tensor], None] | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, width], top_k_index and top_k_weights [tokens, chosen] → [tokens, width]"""
@@ -53,7 +58,10 @@ class Experts(nn.ModuleList):
                 made = self._run(expert, hidden_states[tokens])
             else:
                 continue
-            out.index_add_(0, tokens, (made * weights).to(out.dtype))
+            weighted = made * weights
+            if self.watch is not None:
+                self.watch(number, weighted)
+            out.index_add_(0, tokens, weighted.to(out.dtype))
         return out
 
     def _run_on_all(self, expert: Any, hidden_states: Tensor) -> Tensor:
