@@ -27,6 +27,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "channels": {"multiple": 8},
     "heads": {"share": 0.5},
     "layers": {"count": 1},
+    "experts": {"share": 0.5},
     "gptq": {"group_size": 16},
     "awq": {"group_size": 16},
     "smoothquant": {},
@@ -40,6 +41,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "generation-cache": {"mode": "dynamic"},
     "qat": {"bits": 8, "group_size": 16, "train": _TRAIN},
 }
+_OF_MIXTURES = {"experts"}
 _STORES_CODES = {"weight-only", "gptq", "awq", "smoothquant", "fp8", "kv-cache", "qat"}
 #: from `_unread_tensors`, and the scales that `kv-cache` writes for vLLM
 _UNKNOWN_TO_TRANSFORMERS = ("inv_freq", "k_scale", "v_scale")
@@ -97,23 +99,38 @@ LAYOUTS: dict[str, Callable[[Tensors], Files]] = {
 }
 
 
+_SHAPE = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 64,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
 @pytest.fixture(scope="module")
 def one_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("layouts") / "one-file"
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=3,
-        intermediate_size=64,
-        vocab_size=64,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SHAPE))
+    return _write(model, tmp_path_factory.mktemp("layouts") / "one-file")
+
+
+@pytest.fixture(scope="module")
+def one_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = transformers.MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2)
+    return _write(transformers.MixtralForCausalLM(config), tmp_path_factory.mktemp("layouts") / "one-mixture")
+
+
+def _write(model: Any, folder: Path) -> Path:
+    """Write a model with random weights, a tokenizer of letters, and files that passes copy."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02 + (parameter.dim() == 1))
+    model.save_pretrained(folder)
     letters = {token: at for at, token in enumerate(["[UNK]", "[PAD]", "</s>", *string.ascii_letters])}
     tokenizer = Tokenizer(models.WordLevel(letters, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -187,9 +204,10 @@ def test_every_pass_is_walked():
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.slow
 def test_a_pass_leaves_the_same_whole_checkpoint_of_every_layout(
-    name: str, layout: str, one_file: Path, tmp_path: Path
+    name: str, layout: str, one_file: Path, one_mixture: Path, tmp_path: Path
 ):
-    source = _laid_out(one_file, layout, tmp_path / "source")
+    brought = one_mixture if name in _OF_MIXTURES else one_file
+    source = _laid_out(brought, layout, tmp_path / "source")
     out = _run(name, source, tmp_path)
     if name not in _STORES_CODES:
         inspect_model(FolderFiles(out))  # as the next pass reads it
@@ -201,7 +219,7 @@ def test_a_pass_leaves_the_same_whole_checkpoint_of_every_layout(
         for unexpected_key in info["unexpected_keys"]
         if not unexpected_key.endswith(_UNKNOWN_TO_TRANSFORMERS)
     } == set()
-    tensors, answers = _expected(name, one_file, tmp_path)
+    tensors, answers = _expected(name, brought, tmp_path)
     found = _tensors(out)
     assert {item for item in found if not item.endswith("inv_freq")} == set(tensors)
     assert all(torch.equal(found[tensor], tensors[tensor]) for tensor in tensors), (
