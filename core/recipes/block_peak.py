@@ -18,6 +18,11 @@ _FLOAT = 4
 #: steps, losses, spread and pulled), two of codes in int8, and the weight as stored; pruning holds fewer.
 _ROUNDING, _PRUNING = 7 * _FLOAT + 2, 5 * _FLOAT
 _SQUARES = 2 * _FLOAT  #: bytes per input whose squares are summed: the input and its square in float32
+#: Bytes per weight that learns its rounding: itself and its offset in float32, and three sets of codes (two starts, the best). The weight as
+#: stored, its rounded value and its gradient come on top.
+_LEARNED = 2 * _FLOAT + 3
+_LEARNED_COPIES = 6 * _FLOAT  #: bytes per weight of the layer that takes a step
+_KEPT_WIDTHS = 8  #: intermediate results as wide as the hidden states that a batch keeps for its gradients, in float32
 _SEARCHED_ROWS = 4096  #: rows of a weight that AWQ's search uses
 _SEARCHED_COPIES = 5 * _FLOAT  #: bytes of copies per weight in these rows
 
@@ -91,6 +96,27 @@ def gpu_peak(
         held = hidden + block + grams + earlier + _FLOAT * linear
         stages += [held + searched for searched in _searched(groups, mixture)]
     return max(stages) + _WORKSPACE
+
+
+def learning_peak(header: ModelHeader, tokens: int, width: int, *, batch: int) -> int:
+    """Return the peak in bytes while a block learns its codes, on any device. Arguments as in `gpu_peak`.
+
+    On a processor, numbers are of four bytes at most, so the same sum is an upper bound there.
+    """
+    prefix, groups, itemsize = _largest_block(header)
+    if not groups:
+        return _WORKSPACE
+    parameters = sum(math.prod(tensor.shape) for tensor in header.tensors if tensor.name.startswith(prefix))
+    linear = sum(group.weights for group in groups)
+    largest = max(math.prod(tensor.shape) for tensor in header.tensors if tensor.name.startswith(prefix))
+    batch = min(batch, tokens)
+    hidden = 2 * itemsize * tokens * width  # in the source model, and in the settled one
+    grams = sum(_FLOAT * group.columns**2 for group in groups)
+    block = itemsize * parameters
+    learned = linear * (_LEARNED + 3 * itemsize) + _LEARNED_COPIES * largest
+    kept = batch * sum(int(group.columns * group.share) for group in groups) * (2 * itemsize + _FLOAT)
+    kept += batch * width * _KEPT_WIDTHS * _FLOAT
+    return hidden + grams + block + learned + kept + _WORKSPACE
 
 
 def searched_bytes(header: ModelHeader) -> int:

@@ -51,17 +51,17 @@ from nightpress.core.recipes.schemes import Scheme
 @folder_pass(Gptq)
 def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> PassRecord:
     """Quantize with GPTQ, and prune at the same time if `sparsity` is set. `target` becomes a compressed-tensors `pack-quantized` model."""
-    schemes, summary, context = _schemes(source, options, context)
-    method, tables = Quantized(options, schemes), _tables(source, options)
+    schemes, summary, context = chosen_schemes(source, options, context)
+    method, tables = Quantized(options, schemes), rounded_tables(source, options)
     return quantize(source, target, method, schemes, options, context, summary, outside=tables)
 
 
 @folder_pass(Awq)
 def awq(source: Path, target: Path, options: Awq, context: PassContext) -> PassRecord:
     """Quantize with AWQ. `target` becomes a compressed-tensors `pack-quantized` model whose norms contain the scale factors."""
-    schemes, summary, context = _schemes(source, options, context)
+    schemes, summary, context = chosen_schemes(source, options, context)
     method = ActivationAware(options, schemes, context.header)
-    tables = _tables(source, options)
+    tables = rounded_tables(source, options)
     return quantize(source, target, method, schemes, options, context, summary, outside=tables)
 
 
@@ -81,7 +81,9 @@ def wanda(source: Path, target: Path, options: Wanda, context: PassContext) -> P
     return with_storage(done, source, target)
 
 
-def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Schemes, dict[str, Any], PassContext]:
+def chosen_schemes(
+    source: Path, options: Budgeted, context: PassContext
+) -> tuple[Schemes, dict[str, Any], PassContext]:
     """Return each module's scheme, the fields for the record's summary, and the context for the pass itself.
 
     With a budget, the sensitivity sweep runs here and takes the first half of the pass's progress.
@@ -94,7 +96,7 @@ def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Sch
     return schemes, summary | {"bits": None, "budget": options.budget} | found, rest
 
 
-def _tables(source: Path, options: Rounding) -> dict[str, OnGrid]:
+def rounded_tables(source: Path, options: Rounding) -> dict[str, OnGrid]:
     """Return the rewrite of each token embedding that the options round. Embeddings lie outside the blocks."""
     infos = [tensor.info for shard in read_shards(source) for tensor in shard.tensors]
     tables = [info for info in infos if options.takes_table(info)]
@@ -128,7 +130,8 @@ class Quantized(_GroupByGroup):
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
 
-    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, FinalTensor]:
+    def codes(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, Coded]:
+        """The codes of weights [out, in] that read the same inputs. statistic: the Gram matrix of these inputs."""
         assert isinstance(statistic, Gram)
         gram = statistic.matrix()
         factor = factorize(gram, damping=self._options.damping, by_power=self._options.order == "activation")
@@ -137,11 +140,10 @@ class Quantized(_GroupByGroup):
         together: dict[tuple[Scheme, str], list[str]] = {}
         for name in weights:
             together.setdefault((scheme_of(self._schemes, name), name if alone else ""), []).append(name)
-        settled: dict[str, FinalTensor] = {}
+        found: dict[str, Coded] = {}
         for (scheme, _), names in together.items():
-            stacked = torch.cat([weights[name].float() for name in names])
             coded = round_obs(
-                stacked,
+                torch.cat([weights[name].float() for name in names]),
                 gram,
                 factor,
                 scheme,
@@ -154,11 +156,15 @@ class Quantized(_GroupByGroup):
             for name in names:
                 rows = slice(start, start + len(weights[name]))
                 zero_point = None if coded.zero_point is None else coded.zero_point[rows]
-                settled[name] = settle_coded(
-                    name, scheme, Coded(coded.codes[rows], coded.scale[rows], zero_point), stacked[rows]
-                )
+                found[name] = Coded(coded.codes[rows], coded.scale[rows], zero_point)
                 start = rows.stop
-        return settled
+        return found
+
+    def _settle(self, weights: Mapping[str, Tensor], statistic: Statistic) -> dict[str, FinalTensor]:
+        return {
+            name: settle_coded(name, scheme_of(self._schemes, name), coded, weights[name].float())
+            for name, coded in self.codes(weights, statistic).items()
+        }
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
