@@ -18,9 +18,9 @@ _FLOAT = 4
 #: steps, losses, spread and pulled), two of codes in int8, and the weight as stored; pruning holds fewer.
 _ROUNDING, _PRUNING = 7 * _FLOAT + 2, 5 * _FLOAT
 _SQUARES = 2 * _FLOAT  #: bytes per input whose squares are summed: the input and its square in float32
-#: Bytes per weight that learns its rounding: itself and its offset in float32, and three sets of codes (two starts, the best). The weight as
-#: stored, its rounded value and its gradient come on top.
-_LEARNED = 2 * _FLOAT + 3
+#: Bytes per weight that learns its rounding: itself and its offset in float32, four sets of codes (two starts, the best, the present), and
+#: whether a code is clamped. The weight as stored, its rounded value and its gradient come on top.
+_LEARNED = 2 * _FLOAT + 5
 _LEARNED_COPIES = 6 * _FLOAT  #: bytes per weight of the layer that takes a step
 _KEPT_WIDTHS = 8  #: intermediate results as wide as the hidden states that a batch keeps for its gradients, in float32
 _SEARCHED_ROWS = 4096  #: rows of a weight that AWQ's search uses

@@ -92,6 +92,7 @@ def test_it_starts_as_the_given_codes_and_stays_what_a_loader_reads(name: str):
     assert torch.equal(learned.weight(), dequantized(start, scheme))
     for seed in range(20):
         learned.step(_weight(seed).to(torch.bfloat16), 0.05)
+        learned.weight()
     coded = learned.coded()
     assert not torch.equal(coded.codes, start.codes)
     assert not torch.equal(coded.scale.float(), start.scale.float())
@@ -143,6 +144,7 @@ def test_a_group_of_zeros_stays_finite():
         learned = LearnedWeight(weight, start, scheme)
         for seed in range(10):
             learned.step(_weight(seed), 0.1)
+            learned.weight()
         assert torch.isfinite(learned.weight()).all()
 
 

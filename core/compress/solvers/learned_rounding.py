@@ -5,7 +5,7 @@ group's range are learned. They move by the sign of their gradient times a rate 
 rounding as if it were the identity.
 
 No graph of gradients is kept for this: given the gradient g of ŵ = s·(q − z), with i = 1 where q is not clamped and 0 elsewhere,
-∂/∂v = g·s·i, ∂/∂s = Σ g·(q − z − i·w/s) and ∂/∂z = −Σ g·s·(1 − i), summed over the group.
+∂/∂v = g·s·i, ∂/∂s = Σ g·(q − z) − Σ g·i·w / s and ∂/∂z = −s·Σ g·(1 − i), summed over the group.
 
 Cheng et al., SignRound (arXiv 2309.05516), eq. 3–6.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.grids.grid import SMALLEST_SCALE
-from nightpress.core.compress.grids.rounding import nearest_floats
+from nightpress.core.compress.grids.rounding import dequantize, nearest_floats
 from nightpress.core.compress.grids.stored import Coded, grid_of
 from nightpress.core.recipes.schemes import Scheme
 
@@ -39,41 +39,46 @@ class LearnedWeight:
             self.factors = torch.ones_like(self._scale).repeat(2, 1, 1)  # [2, out, groups]: of the lowest and highest
         self._weight = self._with_the_codes(weight)  # [out, groups, width]
         self.offset = torch.zeros_like(self._weight)
+        self._codes, self._inside = self._round(*self._range())
 
     def weight(self) -> Tensor:
-        """The rounded weight ŵ [out, in] in float32, exactly as a loader dequantizes `coded`."""
+        """The rounded weight ŵ [out, in] in float32, exactly as a loader dequantizes `coded`. The next `step` starts from it."""
         scale, zero_point = self._range()
-        codes, _, _ = self._codes(scale, zero_point)
-        return _centred(codes, zero_point).mul_(scale[..., None]).view(self._shape)
+        self._codes, self._inside = self._round(scale, zero_point)
+        return dequantize(self._codes, scale, zero_point).view(self._shape)
 
     def coded(self) -> Coded:
         """The present codes, scales and zero points, in the form of the start."""
         scale, zero_point = self._range()
-        codes, _, _ = self._codes(scale, zero_point)
+        codes, _ = self._round(scale, zero_point)
         return Coded(
-            codes.to(self._start.codes.dtype).view(self._shape),
+            codes.view(self._shape),
             self._stored(),
             None if zero_point is None else zero_point.to(torch.int8),
             self._start.global_scale,
         )
 
     def step(self, gradient: Tensor, rate: float) -> None:
-        """Move against a gradient [out, in] of the loss in ŵ, of any float dtype."""
+        """Move against a gradient [out, in] of the loss in the last `weight()`, of any float dtype."""
         scale, zero_point = self._range()
         gradient = gradient.float().view(self._weight.shape)
-        codes, steps, inside = self._codes(scale, zero_point)
-        slope = (gradient * _centred(codes, zero_point).sub_(steps.mul_(inside))).sum(2)  # ∂/∂s [out, groups]
+        inside = gradient * self._inside
+        slope = (gradient * self._codes).sum(2) - (inside * self._weight).sum(
+            2
+        ) / scale  # ∂/∂s [out, groups], but for z
         if zero_point is None:
-            self._move(0, slope * self._scale, rate)
+            self._move(0, slope, rate)
         else:
-            shift = -(gradient * ~inside).sum(2) * scale  # ∂/∂z
+            total = gradient.sum(2)
+            slope -= total * zero_point
+            shift = (inside.sum(2) - total) * scale  # ∂/∂z
             # s = (high − low) / (n − 1) and z = −top − low / s, for n codes
             low, high = self._ends()
             by_scale = slope + shift * low / scale.square()
             width = 2 * self._grid.top - 1
             self._move(0, (-by_scale / width - shift / scale) * low, rate)
             self._move(1, by_scale / width * high, rate)
-        self.offset.sub_(gradient.mul_(inside).sign_(), alpha=rate).clamp_(-0.5, 0.5)
+        self.offset.sub_(inside.sign_(), alpha=rate).clamp_(-0.5, 0.5)
 
     def _move(self, number: int, slope: Tensor, rate: float) -> None:
         self.factors[number].sub_(slope.sign(), alpha=rate).clamp_(_LEAST, _MOST)
@@ -83,9 +88,9 @@ class LearnedWeight:
         grouped = weight.view(*self._scale.shape, -1)
         if self._grid.kind == "float":
             return grouped
-        centre = _centred(self._start.codes.view(grouped.shape).float(), self._zero_point)
-        away = (grouped / self._scale[..., None]).sub_(centre)
         codes = self._start.codes.view(grouped.shape)
+        centre = codes.float() if self._zero_point is None else codes - self._zero_point[..., None]
+        away = (grouped / self._scale[..., None]).sub_(centre)
         beyond = (codes == self._grid.top - 1) & (away > 0) | (codes == -self._grid.top) & (away < 0)
         near = away.clamp(-_EDGE, _EDGE).add_(centre).mul_(self._scale[..., None])
         return torch.where((away.abs() < 0.5) | beyond, grouped, near)
@@ -119,23 +124,17 @@ class LearnedWeight:
         low, _ = self._ends()
         return scale, torch.round(-top - low * self.factors[0] / scale).clamp_(-top, top - 1)
 
-    def _codes(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes, w/s, and whether a code is not clamped; each [out, groups, width]."""
+    def _round(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the codes in their stored dtype, and whether each is not clamped; both [out, groups, width]."""
         steps = self._weight / scale[..., None]
         if self._grid.kind == "float":
             moved = _local_step(steps).mul_(self.offset).add_(steps)
-            return nearest_floats(moved, self._grid.bits), steps, moved.abs() <= self._grid.reach
-        codes = (steps + self.offset).round_()
+            return nearest_floats(moved, self._grid.bits).to(self._start.codes.dtype), moved.abs() <= self._grid.reach
+        wanted = steps.add_(self.offset).round_()
         if zero_point is not None:
-            codes += zero_point[..., None]
-        top = self._grid.top
-        inside = (codes >= -top) & (codes <= top - 1)
-        return codes.clamp_(-top, top - 1), steps, inside
-
-
-def _centred(codes: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Codes minus zero points, in a new tensor."""
-    return codes.clone() if zero_point is None else codes - zero_point[..., None]
+            wanted += zero_point[..., None]
+        codes = wanted.clamp(-self._grid.top, self._grid.top - 1)
+        return codes.to(torch.int8), codes == wanted
 
 
 def _local_step(steps: Tensor) -> Tensor:
