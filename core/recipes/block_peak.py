@@ -10,6 +10,7 @@ import re
 from typing import NamedTuple
 
 from nightpress.core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
+from nightpress.core.recipes.placement import Queue
 
 _MIB = 1024**2
 _WORKSPACE = 34 * _MIB  #: cuBLAS's workspace
@@ -98,12 +99,13 @@ def gpu_peak(
     return max(stages) + _WORKSPACE
 
 
-def learning_peak(header: ModelHeader, tokens: int, width: int, *, batch: int) -> int:
-    """Return the peak in bytes while a block learns its codes, on any device. Arguments as in `gpu_peak`.
+def learning_peak(header: ModelHeader, tokens: int, width: int, *, batch: int, queue: Queue) -> int:
+    """Return the peak in bytes while a block learns its codes. Other arguments as in `gpu_peak`.
 
-    On a processor, numbers are of four bytes at most, so the same sum is an upper bound there.
+    A GPU computes in the stored number type. A processor may have to compute in float32, so that is assumed.
     """
-    prefix, groups, itemsize = _largest_block(header)
+    prefix, groups, stored = _largest_block(header)
+    itemsize = stored if queue == "gpu" else _FLOAT
     if not groups:
         return _WORKSPACE
     parameters = sum(math.prod(tensor.shape) for tensor in header.tensors if tensor.name.startswith(prefix))

@@ -177,8 +177,8 @@ def learning_cost(header: ModelHeader, calibration: Calibration, *, bits: int, s
     # Gradients of weights and of inputs take twice a forward pass. The source's blocks run once; a share of the samples judges the codes.
     work = once.work + (3 * learned + (1 + _JUDGING) * tokens) * shape.linear_weights
     work += 3 * learned * length * shape.width * shape.blocks + _STEP_EFFORT * steps * shape.linear_weights
-    in_batch = {device: min(most, batch * length) for device, most in BATCH_TOKENS.items()}
-    memory, gpu = (learning_peak(header, tokens, shape.width, batch=in_batch[device]) for device in ("cpu", "cuda"))
+    memory = learning_peak(header, tokens, shape.width, batch=min(BATCH_TOKENS["cpu"], batch * length), queue="cpu")
+    gpu = learning_peak(header, tokens, shape.width, batch=min(BATCH_TOKENS["cuda"], batch * length), queue="gpu")
     return once._replace(work=work, memory_bytes=max(once.memory_bytes, memory), gpu_bytes=max(once.gpu_bytes, gpu))
 
 
