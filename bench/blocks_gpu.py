@@ -34,12 +34,13 @@ from nightpress.core.compress.executors.blocks import Method, press_blocks
 from nightpress.core.compress.model.checkpoint import read_shards, write_index
 from nightpress.core.compress.passes.activations import RoundedInputs
 from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
+from nightpress.core.compress.passes.learned_rounding import Learned
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.linears import is_linear_weight
-from nightpress.core.recipes.passes import Awq, Fp8, Gptq, SmoothQuant, SparseGpt, Wanda
+from nightpress.core.recipes.passes import Awq, Fp8, Gptq, LearnedRounding, SmoothQuant, SparseGpt, Wanda
 from nightpress.core.recipes.passes.base import OnLinears
 
 VOCABULARY = 128256
@@ -133,6 +134,7 @@ OPTIONS: dict[str, OnLinears] = {
     "sparsegpt-2:4": SparseGpt(pattern="2:4"),
     "sparsegpt-50%": SparseGpt(),
     "wanda-2:4": Wanda(pattern="2:4"),
+    "learned-rounding": LearnedRounding(),
     "gptq-w4a16-and-2:4": Gptq(order="natural", ranges="extremes", pattern="2:4"),
 }
 
@@ -143,6 +145,8 @@ def method_of(options: OnLinears, header: ModelHeader) -> Method:
             return Quantized(options, options.scheme)
         case Awq():
             return ActivationAware(options, options.scheme, header)
+        case LearnedRounding():
+            return Learned(options, options.scheme, largest=None, seed=0)
         case SmoothQuant() | Fp8():
             return RoundedInputs(options, header)
         case SparseGpt():
@@ -250,7 +254,8 @@ def press(options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor) -> 
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
     start = time.perf_counter()
-    press_blocks(model, scratch / "out", method, {"input_ids": ids}, context, chosen=chosen, recipe="bench")
+    step = options.batch if isinstance(options, LearnedRounding) else None
+    press_blocks(model, scratch / "out", method, {"input_ids": ids}, context, chosen=chosen, recipe="bench", step=step)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}

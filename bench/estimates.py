@@ -64,6 +64,12 @@ PAIRS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
         (8, 16),
     ),
     "smollm-gptq": ("smollm", {"pass": "gptq", "group_size": 64}, "compressed-tensors", (32, 512)),
+    "smollm-learned": (
+        "smollm",
+        {"pass": "learned-rounding", "group_size": 64, "steps": 10},
+        "compressed-tensors",
+        (32, 512),
+    ),
     "smollm-sparsegpt": ("smollm", {"pass": "sparsegpt"}, "safetensors", (16, 256)),
     "smollm-onnx": ("smollm", {"pass": "weight-only", "bits": 4, "group_size": 64}, "onnx", (8, 16)),
     "mixture-gptq": ("mixture", {"pass": "gptq", "group_size": 64}, "compressed-tensors", (64, 128)),

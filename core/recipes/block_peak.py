@@ -10,6 +10,7 @@ import re
 from typing import NamedTuple
 
 from nightpress.core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
+from nightpress.core.recipes.placement import Queue
 
 _MIB = 1024**2
 _WORKSPACE = 34 * _MIB  #: cuBLAS's workspace
@@ -20,6 +21,11 @@ _ROUNDING, _PRUNING = 7 * _FLOAT + 2, 5 * _FLOAT
 _SQUARES = 2 * _FLOAT  #: bytes per input whose squares are summed: the input and its square in float32
 #: Bytes that groups of equal shape may take while they are settled side by side on a GPU.
 _STACK_BYTES = 2 * 1024**3
+#: Bytes per weight that learns its rounding: itself and its offset in float32, four sets of codes (two starts, the best, the present), and
+#: whether a code is clamped. The weight as stored, its rounded value and its gradient come on top.
+_LEARNED = 2 * _FLOAT + 5
+_LEARNED_COPIES = 6 * _FLOAT  #: bytes per weight of the layer that takes a step
+_KEPT_WIDTHS = 8  #: intermediate results as wide as the hidden states that a batch keeps for its gradients, in float32
 _SEARCHED_ROWS = 4096  #: rows of a weight that AWQ's search uses
 _SEARCHED_COPIES = 5 * _FLOAT  #: bytes of copies per weight in these rows
 
@@ -104,6 +110,28 @@ def gpu_peak(
         stages.append(held + _FLOAT * linear)  # the proof that factors may be exchanged: two copies in float32
         stages += [held + searched for searched in _searched(groups, mixture, on_gpu=True)]
     return max(stages) + _WORKSPACE
+
+
+def learning_peak(header: ModelHeader, tokens: int, width: int, *, batch: int, queue: Queue) -> int:
+    """Return the peak in bytes while a block learns its codes. Other arguments as in `gpu_peak`.
+
+    A GPU computes in the stored number type. A processor may have to compute in float32, so that is assumed.
+    """
+    prefix, groups, stored = _largest_block(header)
+    itemsize = stored if queue == "gpu" else _FLOAT
+    if not groups:
+        return _WORKSPACE
+    parameters = sum(math.prod(tensor.shape) for tensor in header.tensors if tensor.name.startswith(prefix))
+    linear = sum(group.weights for group in groups)
+    largest = max(math.prod(tensor.shape) for tensor in header.tensors if tensor.name.startswith(prefix))
+    batch = min(batch, tokens)
+    hidden = 2 * itemsize * tokens * width  # in the source model, and in the settled one
+    grams = sum(_FLOAT * group.columns**2 for group in groups)
+    block = itemsize * parameters
+    learned = linear * (_LEARNED + 3 * itemsize) + _LEARNED_COPIES * largest
+    kept = batch * sum(int(group.columns * group.share) for group in groups) * (2 * itemsize + _FLOAT)
+    kept += batch * width * _KEPT_WIDTHS * _FLOAT
+    return hidden + grams + block + learned + kept + _WORKSPACE
 
 
 def searched_bytes(header: ModelHeader) -> int:

@@ -4,7 +4,7 @@ import math
 import re
 from typing import NamedTuple
 
-from nightpress.core.recipes.block_peak import gpu_peak, input_of, searched_bytes
+from nightpress.core.recipes.block_peak import gpu_peak, input_of, learning_peak, searched_bytes
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
 from nightpress.core.recipes.placement import Queue
@@ -35,6 +35,10 @@ _GRAM_EFFORT = (
 )
 _SOLVE_EFFORT = (
     3.0  #: cost of a multiply-add in the solver, relative to a forward pass's: the solver also moves much memory
+)
+_JUDGING = 1.5  #: forward passes that judge codes while a block learns: twelve times an eighth of the samples
+_STEP_EFFORT = (
+    350  #: work per weight of a learning step beside the products, in multiply-adds: rounding, and moving the offsets
 )
 _BATCH_WIDTHS = 6  #: intermediate results of the widest layer that a batch holds
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
@@ -166,6 +170,21 @@ def blocks_cost(
     )
     host = GPU_CHILD_BYTES + KERNELS_BYTES * gram + _PINNED_BLOCKS * shape.pinned_block
     return Cost(memory, header.size / _STREAM_RATE, work, gpu, host)
+
+
+def learning_cost(header: ModelHeader, calibration: Calibration, *, bits: int, steps: int, batch: int) -> Cost:
+    """Return the cost of learning the codes of each block in `steps` steps of `batch` samples, in the blocks executor."""
+    once = blocks_cost(header, calibration, bits=bits, by_group=False)
+    shape = _shape(header)
+    length = min(calibration.length, header.positions or calibration.length)
+    tokens = calibration.samples * length
+    learned = min(batch, calibration.samples) * length * steps
+    # Gradients of weights and of inputs take twice a forward pass. The source's blocks run once; a share of the samples judges the codes.
+    work = once.work + (3 * learned + (1 + _JUDGING) * tokens) * shape.linear_weights
+    work += 3 * learned * length * shape.width * shape.blocks + _STEP_EFFORT * steps * shape.linear_weights
+    memory = learning_peak(header, tokens, shape.width, batch=min(BATCH_TOKENS["cpu"], batch * length), queue="cpu")
+    gpu = learning_peak(header, tokens, shape.width, batch=min(BATCH_TOKENS["cuda"], batch * length), queue="gpu")
+    return once._replace(work=work, memory_bytes=max(once.memory_bytes, memory), gpu_bytes=max(once.gpu_bytes, gpu))
 
 
 def graph_cost(header: ModelHeader, calibration: Calibration) -> Cost:

@@ -30,6 +30,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "experts": {"share": 0.5},
     "gptq": {"group_size": 16},
     "awq": {"group_size": 16},
+    "learned-rounding": {"group_size": 16, "steps": 10, "batch": 2},
     "smoothquant": {},
     "fp8": {"activations": "static"},
     "kv-cache": {},
@@ -42,7 +43,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "qat": {"bits": 8, "group_size": 16, "train": _TRAIN},
 }
 _OF_MIXTURES = {"experts"}
-_STORES_CODES = {"weight-only", "gptq", "awq", "smoothquant", "fp8", "kv-cache", "qat"}
+_STORES_CODES = {"weight-only", "gptq", "awq", "learned-rounding", "smoothquant", "fp8", "kv-cache", "qat"}
 #: from `_unread_tensors`, and the scales that `kv-cache` writes for vLLM
 _UNKNOWN_TO_TRANSFORMERS = ("inv_freq", "k_scale", "v_scale")
 _EXTRA = {

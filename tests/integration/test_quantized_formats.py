@@ -24,6 +24,7 @@ from nightpress.core.recipes.schemes import Scheme
 from tests.folders import load_tensors, tiny_llama
 from tests.format_rules import check_folder
 
+_LEARNED = {"pass": "learned-rounding", "steps": 10, "batch": 2}
 #: form → (passes, largest relative distance from the source's outputs). The bounds are large: the source's random weights amplify errors.
 CASES: dict[str, tuple[list[dict[str, Any]], float]] = {
     "int6": ([{"pass": "weight-only", "bits": 6, "group_size": 64}], 0.4),
@@ -51,6 +52,10 @@ CASES: dict[str, tuple[list[dict[str, Any]], float]] = {
         0.6,
     ),
     "gptq, embeddings": ([{"pass": "gptq", "bits": 5, "group_size": 64, "symmetric": False, "embeddings": True}], 0.6),
+    "learned": ([{**_LEARNED, "bits": 3, "group_size": 32, "symmetric": False}], 0.9),
+    "learned, budget": ([{**_LEARNED, "group_size": 32, "budget": 6.0}], 0.6),
+    "learned mxfp4": ([{**_LEARNED, "format": "mxfp4"}], 0.8),
+    "learned nvfp4": ([{**_LEARNED, "format": "nvfp4"}], 0.8),
     "awq, one layer apart": (
         [
             {

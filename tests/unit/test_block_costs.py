@@ -6,7 +6,7 @@ import pytest
 
 from nightpress.core.recipes.block_peak import stack_size
 from nightpress.core.recipes.calibration import Calibration
-from nightpress.core.recipes.costs import blocks_cost
+from nightpress.core.recipes.costs import blocks_cost, learning_cost
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 
 _WIDTH, _INNER = 256, 1024
@@ -70,3 +70,18 @@ def test_what_waits_for_all_inputs_of_a_block_holds_their_gram_matrices_together
     text = Calibration(samples=1, length=8)
     in_turn, at_once = (blocks_cost(dense, text, by_group=by_group) for by_group in (True, False))
     assert at_once.memory_bytes > in_turn.memory_bytes + 4 * _WIDTH**2
+
+
+def test_learning_holds_both_models_hidden_states_and_works_for_each_step():
+    header = _mixture(4, "llama")
+    few, many = (learning_cost(header, _TEXT, bits=4, steps=steps, batch=4) for steps in (100, 200))
+    weights = 4 * 3 * _INNER * _WIDTH
+    # A step of 4 × 64 tokens: a forward pass, and twice that for gradients.
+    assert many.work - few.work > 100 * 3 * 4 * 64 * weights / 2  # of four experts, a token takes two
+    assert many.memory_bytes == few.memory_bytes
+    plain = blocks_cost(header, _TEXT, bits=4, by_group=False)
+    assert few.memory_bytes > plain.memory_bytes
+    assert few.gpu_bytes > plain.gpu_bytes
+    longer = learning_cost(header, Calibration(samples=800, length=64), bits=4, steps=100, batch=4)
+    tokens = (800 - 8) * 64
+    assert longer.memory_bytes - few.memory_bytes == pytest.approx(2 * 4 * tokens * _WIDTH, rel=0.05)

@@ -1,15 +1,39 @@
 """A block as a method gets it: its tensors, and a way to run the block with other tensors."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from nightpress.core.compress.model.skeleton import Block, Call
 
 PROBE_TOKENS = 128  #: first tokens of the first calibration text: the probe, on which methods may run a block
+
+
+class Lessons(Protocol):
+    """Runs a block on all calibration samples with a method's weights, and compares its outputs with the source model's."""
+
+    @property
+    def batches(self) -> int:
+        """The number of batches of samples."""
+
+    @property
+    def step_batches(self) -> int:
+        """The number of batches of a learning step."""
+
+    def put(self, name: str, weight: Tensor) -> nn.Parameter:
+        """Give a layer of the block another weight [out, in]. Returns it as a leaf of the graph of gradients.
+
+        name: of the layer's weight in the files.
+        """
+
+    def squared_error(self, batch: int) -> Tensor:
+        """Σ (y − ŷ)² of a batch over its tokens and the width, float32 []. Padding does not count. Differentiable in the weights."""
+
+    def tell(self, done: float) -> None:
+        """Report the progress within the block: 0 … 1."""
 
 
 class LiveBlock(Mapping[str, Tensor]):
@@ -22,13 +46,16 @@ class LiveBlock(Mapping[str, Tensor]):
         entered: Tensor | None = None,
         calls: Sequence[Call] = (),
         turned: Collection[str] = (),
+        lessons: Lessons | None = None,
     ) -> None:
         """entered [1, L, width]: the probe's hidden states at the block's input; None: the block can't be run.
 
         calls: the block's other arguments, one entry for each run. turned: names of tensors that the block's layers hold as [in, out].
+        lessons: given to methods that learn.
         """
         self._tensors, self._block, self._turned = tensors, block, turned
         self._entered, self._calls = entered, calls
+        self.lessons = lessons
         self.warnings: list[str] = []  #: warnings about the block for the report
 
     def __getitem__(self, name: str) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.examples import Batch, Examples, batch_order, collate
+from nightpress.core.compress.executors.reproducible import backward, reproducible
 from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Series
@@ -91,7 +92,7 @@ def train(
     `recipe` identifies what is done: only a checkpoint with the same recipe is resumed. `span`: the training's part of the pass's progress.
     Raises NightpressError: numerical_failure if the loss is not finite, gpu_out_of_memory, disk_full or invalid_data.
     """
-    with _reproducible(context.device):
+    with reproducible(context.device):
         try:
             return _Run(objective, examples, options, context, recipe, span).run()
         except torch.cuda.OutOfMemoryError as error:
@@ -100,31 +101,6 @@ def train(
                 f"The GPU's memory does not hold a batch of {options.batch} × {options.length} tokens in training.",
                 hint="Use a smaller `batch` with more `accumulate`, or `gradient_checkpointing: true`.",
             ) from error
-
-
-@contextlib.contextmanager
-def _reproducible(device: str) -> Iterator[None]:
-    """In this context, a GPU adds up in a fixed order. The caller's random state is restored afterwards.
-
-    cuDNN's attention is disabled: its gradients differ from run to run. It also makes a new plan for every length of text, which takes
-    longer than a step.
-    """
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this variable when it starts
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    with torch.random.fork_rng(devices=[torch.device(device)] if cuda else []):
-        try:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.backends.cuda.enable_cudnn_sdp(False)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
 def learning_rate(step: int, total: int, options: Training) -> float:
@@ -245,9 +221,7 @@ class _Run:
             batch = self._batch(number)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 losses = self.objective.losses(batch)
-            torch.use_deterministic_algorithms(True)  # with warn_only, attention would still add up in any order
-            losses["loss"].backward(self._share)  # type: ignore[no-untyped-call]
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            backward(losses["loss"], self._share)
             seen = torch.stack([loss.detach() for loss in losses.values()]).double() / self.options.accumulate
             self.sums = self.sums + seen if len(self.sums) else seen
             self.state.names = list(losses)

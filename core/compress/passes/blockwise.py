@@ -39,13 +39,14 @@ def quantize(
     summary: dict[str, Any],
     *,
     outside: Mapping[str, OnGrid] | None = None,
+    step: int | None = None,
 ) -> PassRecord:
     """Run a method that stores weights in `schemes`, and write the `quantization_config` into config.json.
 
-    outside: name → rewrite of each weight outside the blocks; these are rounded to nearest.
+    outside: name → rewrite of each weight outside the blocks; these are rounded to nearest. step: as in `press_blocks`.
     """
     start = time.monotonic()
-    pressed = press(source, target, method, options, context, outside=outside)
+    pressed = press(source, target, method, options, context, outside=outside, step=step)
     modules = {name.removesuffix(".weight"): schemes(name.removesuffix(".weight")) for name in pressed.effects}
     write_config(target, modules, kept=[name.removesuffix(".weight") for name in pressed.kept])
     return record(options, context, pressed, start, summary)
@@ -60,6 +61,7 @@ def press(
     *,
     outside: Mapping[str, OnGrid] | None = None,
     cache: CacheStandIn | None = None,
+    step: int | None = None,
 ) -> RunResult:
     """Run the blocks executor over the linear layers that the options select, and rewrite the weights in `outside`."""
     infos = [tensor.info for shard in read_shards(source) for tensor in shard.tensors]
@@ -73,6 +75,7 @@ def press(
         recipe=options.model_dump_json(),
         outside=outside or {},
         cache=cache,
+        step=step,
     )
     copy_companions(source, target)
     return pressed

@@ -1,7 +1,7 @@
 """Passes that use the calibration inputs of linear layers, block by block: GPTQ, AWQ, SparseGPT and Wanda."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,17 @@ from nightpress.core.recipes.schemes import Scheme
 @folder_pass(Gptq)
 def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> PassRecord:
     """Quantize with GPTQ, and prune at the same time if `sparsity` is set. `target` becomes a compressed-tensors `pack-quantized` model."""
-    schemes, summary, context = _schemes(source, options, context)
-    method, tables = Quantized(options, schemes), _tables(source, options)
+    schemes, summary, context = chosen_schemes(source, options, context)
+    method, tables = Quantized(options, schemes), rounded_tables(source, options)
     return quantize(source, target, method, schemes, options, context, summary, outside=tables)
 
 
 @folder_pass(Awq)
 def awq(source: Path, target: Path, options: Awq, context: PassContext) -> PassRecord:
     """Quantize with AWQ. `target` becomes a compressed-tensors `pack-quantized` model whose norms contain the scale factors."""
-    schemes, summary, context = _schemes(source, options, context)
+    schemes, summary, context = chosen_schemes(source, options, context)
     method = ActivationAware(options, schemes, context.header)
-    tables = _tables(source, options)
+    tables = rounded_tables(source, options)
     return quantize(source, target, method, schemes, options, context, summary, outside=tables)
 
 
@@ -84,7 +84,9 @@ def wanda(source: Path, target: Path, options: Wanda, context: PassContext) -> P
     return with_storage(done, source, target)
 
 
-def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Schemes, dict[str, Any], PassContext]:
+def chosen_schemes(
+    source: Path, options: Budgeted, context: PassContext
+) -> tuple[Schemes, dict[str, Any], PassContext]:
     """Return each module's scheme, the fields for the record's summary, and the context for the pass itself.
 
     With a budget, the sensitivity sweep runs here and takes the first half of the pass's progress.
@@ -97,7 +99,7 @@ def _schemes(source: Path, options: Budgeted, context: PassContext) -> tuple[Sch
     return schemes, summary | {"bits": None, "budget": options.budget} | found, rest
 
 
-def _tables(source: Path, options: Rounding) -> dict[str, OnGrid]:
+def rounded_tables(source: Path, options: Rounding) -> dict[str, OnGrid]:
     """Return the rewrite of each token embedding that the options round. Embeddings lie outside the blocks."""
     infos = [tensor.info for shard in read_shards(source) for tensor in shard.tensors]
     tables = [info for info in infos if options.takes_table(info)]
@@ -120,11 +122,24 @@ class Quantized:
         self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
     ) -> dict[str, FinalTensor]:
         settled: dict[str, FinalTensor] = {}
+        for scheme, solved in self._solve(block, inputs, device):
+            settled |= settle_all_coded(solved, scheme)
+        return settled
+
+    def codes(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Coded]:
+        """The codes of the weights [out, in] that read these inputs."""
+        solved = self._solve(block, inputs, device)
+        return {name: coded for _, weights in solved for name, (coded, _) in weights.items()}
+
+    def _solve(
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
+    ) -> Iterator[tuple[Scheme, dict[str, tuple[Coded, Tensor]]]]:
+        """Yield weights of one scheme: name → (coded weight, weight before rounding in float32)."""
         for stack in stacks(block, inputs, device, lambda name: scheme_of(self._schemes, name)):
             factor = factorize(stack.gram, damping=self._options.damping, by_power=self._options.order == "activation")
             for places in self._together(stack.groups[0]):
-                settled |= self._settle(stack, factor, places, block, device)
-        return settled
+                scheme = scheme_of(self._schemes, stack.groups[0][places[0]])
+                yield scheme, self._solve_stack(stack, factor, scheme, places, block, device)
 
     def _together(self, names: Sequence[str]) -> list[list[int]]:
         """The places of the weights of a group that are solved together: rows are independent, and need only the same scheme.
@@ -138,26 +153,29 @@ class Quantized:
             places.setdefault(scheme_of(self._schemes, name), []).append(at)
         return list(places.values())
 
-    def _settle(
-        self, stack: Stack, factor: Factor, places: Sequence[int], block: Mapping[str, Tensor], device: torch.device
-    ) -> dict[str, FinalTensor]:
-        first = stack.groups[0][places[0]]
-        scheme = scheme_of(self._schemes, first)
+    def _solve_stack(
+        self,
+        stack: Stack,
+        factor: Factor,
+        scheme: Scheme,
+        places: Sequence[int],
+        block: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> dict[str, tuple[Coded, Tensor]]:
         weights = stack.weights(block, places, device)
         coded = round_obs(
             weights,
             stack.gram,
             factor,
             scheme,
-            block[first].dtype,
+            block[stack.groups[0][places[0]]].dtype,
             ranges=self._options.ranges,
             refine=self._options.refine,
             prune=self._prune,
         )
         before, codes, scales = (stack.each(part, block, places) for part in (weights, coded.codes, coded.scale))
         zero_points = {} if coded.zero_point is None else stack.each(coded.zero_point, block, places)
-        own = {name: Coded(codes[name], scales[name], zero_points.get(name)) for name in codes}
-        return settle_all_coded({name: (own[name], before[name]) for name in own}, scheme)
+        return {name: (Coded(codes[name], scales[name], zero_points.get(name)), before[name]) for name in codes}
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)

@@ -67,7 +67,7 @@ def stream_rounded(
     infos = {tensor.name: tensor.info for shard in read_shards(source) for tensor in shard.tensors}
     schemes = {module_of(info): options.scheme(module_of(info)) for info in infos.values() if options.takes(info)}
     scanned = any(_needs_largest(scheme) for scheme in schemes.values())
-    largest = _largest(source, {f"{name}.weight" for name in schemes}, context) if scanned else {}
+    largest = largest_weights(source, {f"{name}.weight" for name in schemes}, context) if scanned else {}
     # Runtimes fuse layers that share inputs, and then read one global scale for the fused layer. So nvfp4 has one for the whole model.
     of_all = max(largest.values(), default=None)
 
@@ -118,7 +118,7 @@ def _needs_largest(scheme: Scheme) -> bool:
     return scheme.strategy == "tensor" or scheme.format == "nvfp4-pack-quantized"
 
 
-def _largest(source: Path, names: set[str], context: PassContext) -> dict[str, float]:
+def largest_weights(source: Path, names: set[str], context: PassContext) -> dict[str, float]:
     """Return the largest magnitude of each named tensor."""
     parts: dict[tuple[str, int], float] = {}
 

@@ -6,6 +6,7 @@ from nightpress.core.recipes.passes.base import ExportFormat, PassOptions
 from nightpress.core.recipes.passes.caching import GenerationCache
 from nightpress.core.recipes.passes.distill import Distill, Recover
 from nightpress.core.recipes.passes.experts import ExpertPruning
+from nightpress.core.recipes.passes.learned_rounding import LearnedRounding
 from nightpress.core.recipes.passes.measure import Profiling
 from nightpress.core.recipes.passes.named import Pass
 from nightpress.core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
@@ -28,6 +29,7 @@ __all__ = [
     "Heads",
     "KvCache",
     "Layers",
+    "LearnedRounding",
     "Magnitude",
     "Pass",
     "PassOptions",

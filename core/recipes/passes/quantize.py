@@ -160,11 +160,7 @@ class WeightOnly(Rounding):
         if kind == "int":
             small = raw.get("bits", 8) != 8 and "group_size" not in raw
             return {**raw, "group_size": 128} if small else raw
-        fixed = _FLOATS.get(str(kind), {})
-        for key, value in fixed.items():
-            if raw.get(key, value) != value:
-                raise ValueError(f"`format: {kind}` has {key} {value}; leave it out")
-        return {**raw, **fixed}
+        return with_float_format(raw)
 
     @model_validator(mode="after")
     def _floats_have_no_zero(self) -> Self:
@@ -187,6 +183,18 @@ _FLOATS: dict[str, dict[str, int | None]] = {
     "mxfp4": {"bits": 4, "group_size": 32},
     "nvfp4": {"bits": 4, "group_size": 16},
 }
+
+
+def with_float_format(raw: object) -> object:
+    """Return a pass's raw options with the bits and the group size that its `format` of floats fixes. Raises ValueError for others."""
+    if not isinstance(raw, dict):
+        return raw
+    kind = raw.get("format", "int")
+    fixed = _FLOATS.get(str(kind), {})
+    for key, value in fixed.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"`format: {kind}` has {key} {value}; leave it out")
+    return {**raw, **fixed}
 
 
 def _bytes_of(size: str, whole: int) -> float:

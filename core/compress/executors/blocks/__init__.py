@@ -16,6 +16,7 @@ While a block is computed, the next one is read and the previous one is written.
 | `plan` | the inputs of a run: batch size, dtype, and the digest that names its records |
 | `forward` | the samples' hidden states, and how they run through a block |
 | `settle` | the call of the method for the new weights of a block |
+| `lessons` | for methods that learn: the source model's outputs, and the error of a block with other weights |
 | `two_pass` | watch all layers of a block, settle them, run the samples again |
 | `in_turn`, `groups` | settle each group of layers before the next group runs: a single pass, if memory allows it |
 | `resume` | the files of a run: shards and records, which show the blocks that an earlier attempt finished |

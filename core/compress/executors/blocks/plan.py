@@ -53,9 +53,20 @@ class BlockPlan:
 
 
 def make_plan(
-    folder: Path, target: Path, samples: Batch, context: PassContext, chosen: frozenset[str], recipe: str, *, share: int
+    folder: Path,
+    target: Path,
+    samples: Batch,
+    context: PassContext,
+    chosen: frozenset[str],
+    recipe: str,
+    *,
+    share: int,
+    step: int | None,
 ) -> BlockPlan:
-    """Make the plan. share: divides the usual batch size, e.g. 4 gives batches of a quarter of the size.
+    """Make the plan.
+
+    share: divides the usual batch size, e.g. 4 gives batches of a quarter of the size. step: samples of a learning step, which no batch
+    exceeds; None: the method does not learn.
 
     Raises NightpressError for a model whose blocks can't be found.
     """
@@ -65,7 +76,7 @@ def make_plan(
     total = len(next(iter(unmasked.values())))
     length = _tokens_a_sample(samples, skeleton.config)
     mixture = any(isinstance(module, Experts) for module in skeleton.model.modules())
-    batch = max(1, min(total, batch_tokens(skeleton.device.type, mixture=mixture) // share // length))
+    batch = max(1, min(total, step or total, batch_tokens(skeleton.device.type, mixture=mixture) // share // length))
     digest = hashlib.sha256(f"{RECORD_FORMAT}\n{recipe}\n{batch}\n{skeleton.dtype}\n{target.name}".encode())
     for name, tensor in sorted(samples.items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())

@@ -13,6 +13,7 @@ from torch import Tensor
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks.forward import ForwardPass
 from nightpress.core.compress.executors.blocks.in_turn import GroupFinder, press_in_turn
+from nightpress.core.compress.executors.blocks.lessons import RunLessons
 from nightpress.core.compress.executors.blocks.method import CacheStandIn, Method, RunResult
 from nightpress.core.compress.executors.blocks.plan import BlockPlan, make_plan
 from nightpress.core.compress.executors.blocks.resume import RunFiles, conclude, run_files
@@ -36,6 +37,7 @@ def press_blocks(
     recipe: str,
     outside: Mapping[str, Rewrite] | None = None,
     cache: CacheStandIn | None = None,
+    step: int | None = None,
 ) -> RunResult:
     """Settle the chosen weights of all blocks and copy the model's other tensors. Writes shards and their index to `target`.
 
@@ -44,11 +46,12 @@ def press_blocks(
     recipe: identifies what is done. Blocks of an earlier attempt are reused only if they were made with the same recipe.
     outside: rewrites of tensors that are in no block, by name.
     cache: passed to the blocks in place of a key/value cache while they are watched.
+    step: samples of a learning step. The method then gets lessons, i.e. `LiveBlock.lessons`. None: it does not learn.
 
     If memory does not suffice, the run is tried once more with smaller batches. Raises NightpressError.
     """
     map_large_tensors()
-    run = partial(_run, source, target, method, samples, context, chosen, recipe, outside or {}, cache)
+    run = partial(_run, source, target, method, samples, context, chosen, recipe, outside or {}, cache, step)
     with torch.no_grad():
         try:
             return run(share=1)
@@ -77,13 +80,15 @@ def _run(
     recipe: str,
     outside: Mapping[str, Rewrite],
     cache: CacheStandIn | None,
+    step: int | None,
     *,
     share: int,
 ) -> RunResult:
-    plan = make_plan(source, target, samples, context, chosen, recipe, share=share)
+    plan = make_plan(source, target, samples, context, chosen, recipe, share=share, step=step)
     files = run_files(target, context.work_dir, plan)
     forward = ForwardPass(plan, cache, context.work_dir)
-    settler = Settler(plan, method, forward)
+    lessons = None if step is None else RunLessons(plan, forward, step, context)
+    settler = Settler(plan, method, forward, lessons)
     finder = GroupFinder(settler)
     skeleton, count = plan.skeleton, plan.blocks
     inside = {name for index in range(count) for name in skeleton.block_names(index)}
@@ -96,10 +101,14 @@ def _run(
         for index, block in enumerate(skeleton.blocks):
             if index == 0 or block.row != skeleton.blocks[index - 1].row:
                 forward.enter_row(block.row)
+                if lessons is not None:
+                    lessons.enter_row(block.row)
             tensors = coming.result() or inputs.read(index)
             if index + 1 < count:
                 coming = reader.submit(inputs.read_ahead, index + 1)
             context.progress(index / count, f"block {index + 1} of {count}")
+            if lessons is not None:
+                lessons.advance_source(index, inputs.of_source(index) if index < inputs.finished else tensors)
             if index < inputs.finished:
                 tensors |= {name: method.restore(name, tensors) for name in plan.chosen_of(index)}
                 skeleton.fill_block(index, tensors)
@@ -136,8 +145,10 @@ class BlockReader:
     finished: int  #: number of blocks that an earlier attempt finished
 
     def read(self, index: int) -> dict[str, Tensor]:
-        if index < self.finished:
-            return self.files.read_block(index)
+        return self.files.read_block(index) if index < self.finished else self.of_source(index)
+
+    def of_source(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a block in the source."""
         tensors = {name: self.plan.source.read(name) for name in self.plan.skeleton.block_names(index)}
         if self.plan.device.type == "cuda":
             return {name: tensor.pin_memory() for name, tensor in tensors.items()}

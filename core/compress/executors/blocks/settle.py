@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from nightpress.core.compress.executors.blocks.forward import ForwardPass
+from nightpress.core.compress.executors.blocks.lessons import RunLessons
 from nightpress.core.compress.executors.blocks.method import FinalTensor, Method
 from nightpress.core.compress.executors.blocks.plan import BlockPlan
 from nightpress.core.compress.executors.live_block import LiveBlock
@@ -39,6 +40,7 @@ class Settler:
     plan: BlockPlan
     method: Method
     forward: ForwardPass
+    lessons: RunLessons | None = None  #: for a method that learns
 
     def settle(
         self, index: int, tensors: Mapping[str, Tensor], inputs: Sequence[Inputs], linears: Mapping[str, nn.Module]
@@ -52,7 +54,7 @@ class Settler:
             check_finite(names, seen.statistic)
         transposed = {name for name, layer in linears.items() if is_conv1d(layer)}
         given = {name: tensor.t().contiguous() if name in transposed else tensor for name, tensor in tensors.items()}
-        live = self._live_block(index, given, transposed)
+        live = self._live_block(index, given, transposed, linears)
         with naming([name for names in layers for name in names]):
             settled = self.method.settle(live, inputs, self.plan.device)
         return BlockOutcome(
@@ -63,9 +65,13 @@ class Settler:
             warnings=tuple(live.warnings),
         )
 
-    def _live_block(self, index: int, given: Mapping[str, Tensor], transposed: set[str]) -> LiveBlock:
-        """The block as a method gets it. Only a method that settles all layers at once may run the block on the probe."""
+    def _live_block(
+        self, index: int, given: Mapping[str, Tensor], transposed: set[str], linears: Mapping[str, nn.Module]
+    ) -> LiveBlock:
+        """The block as a method gets it. Only a method that settles all layers at once may run the block."""
         block = self.plan.skeleton.blocks[index]
+        if self.lessons is not None:
+            return LiveBlock(given, block, lessons=self.lessons.of_block(index, linears))
         probe = None if self.method.by_group else self.forward.probe(index)
         return LiveBlock(given, block) if probe is None else LiveBlock(given, block, *probe, transposed)
 

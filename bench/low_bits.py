@@ -1,0 +1,274 @@
+"""Learned rounding, GPTQ and plain rounding at 4 bits and below, beside auto-round: same model, same calibration tokens, by turns.
+
+    python -m bench.low_bits --peer PYTHON [--only NAME …] [--models offgrid smollm] [--seeds 3] [--device cuda]
+
+PYTHON: of an environment with auto-round 0.16 (bench/peer-autoround-requirements.txt). Without it, only our figures are taken.
+
+Each figure is the loss over the float model in nats a token, on text that calibrated nothing: in domain (a novel; the calibration text is
+novels) and out of domain (the reference of the Python language, which every Python brings). Mean over the seeds, and their range. A seed
+chooses the calibration text and the order of the steps. Of zero points or none, each method's better mean counts. `seconds` are those of the
+quantization alone: our pass, and the peer's `quantize`. Both models of bench.offgrid are measured: SmolLM2-135M's own weights were 4-bit.
+"""
+
+import gc
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.offgrid import UPDATE, offgrid_dir
+from bench.quality import SHARED, press, windows
+from bench.record import BENCH, Figure, finish, make_parser
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.data.calibration import calibration_samples
+from nightpress.core.compress.data.tokenized import open_tokenizer
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from tests.models import smollm_dir
+
+_FP4 = {"act_bits": 16}  # weights alone, as ours
+_EXTENDED = {"enable_alg_ext": True}  # the peer's own advice at 2 bits
+
+
+@dataclass(frozen=True)
+class Setting:
+    ours: dict[str, Any]  #: options of our passes
+    peer: dict[str, Any]  #: arguments of the peer
+
+
+def _integers(bits: int, group: int) -> list[Setting]:
+    extra = _EXTENDED if bits == 2 else {}
+    return [
+        Setting(
+            {"bits": bits, "group_size": group, "symmetric": symmetric},
+            {"scheme": "W4A16", "bits": bits, "group_size": group, "sym": symmetric, **extra},
+        )
+        for symmetric in (True, False)
+    ]
+
+
+SETTINGS = {
+    "W4 g64": _integers(4, 64),
+    "W4 g32": _integers(4, 32),
+    "W3 g64": _integers(3, 64),
+    "W2 g64": _integers(2, 64),
+    "mxfp4": [Setting({"format": "mxfp4"}, {"scheme": "MXFP4", **_FP4})],
+    "nvfp4": [Setting({"format": "nvfp4"}, {"scheme": "NVFP4", **_FP4})],
+}
+METHODS = ("nearest", "gptq", "learned", "auto-round")
+DOMAINS = ("in domain", "out of domain")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Held-out token ids [samples, length] of each domain, and the float model's log probabilities of its tokens for each."""
+
+    ids: tuple[Tensor, ...]
+    nats: tuple[float, ...]  #: the float model's mean loss
+    logits: tuple[Tensor, ...]  #: bfloat16 [samples, length, vocabulary] of the first samples
+
+
+def main() -> int:
+    parser = make_parser("low_bits", __doc__)
+    parser.add_argument("--peer", help="the Python of the peer's environment")
+    parser.add_argument("--only", nargs="*", choices=sorted(SETTINGS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
+    parser.add_argument("--models", nargs="*", choices=("offgrid", "smollm"), default=("offgrid", "smollm"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=128, help="of calibration text")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of each")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--held-out", type=int, default=32, help="samples of 512 tokens of each domain")
+    options = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers.utils import logging as library
+
+    library.disable_progress_bar()
+    figures: list[Figure] = []
+    for model in options.models:
+        if model == "offgrid" and not UPDATE.exists():
+            print(f"{UPDATE} is missing: run bench.offgrid on a GPU first", file=sys.stderr)
+            continue
+        source = (offgrid_dir if model == "offgrid" else smollm_dir)("bfloat16")
+        texts = held_out(source, options.held_out, options.device)
+        figures += [
+            Figure(f"{model}/float/{domain} nats", round(nats, 4))
+            for domain, nats in zip(DOMAINS, texts.nats, strict=True)
+        ]
+        for name in options.only or SETTINGS:
+            figures += figures_of(model, name, list(measure(source, name, texts, options)))
+    return finish("low_bits", figures, parser, options, choices=("only", "methods", "models", "device", "peer"))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a method lost with a seed."""
+
+    method: str
+    variant: int  #: index into the setting's list
+    lost: tuple[float, ...]  #: nats over the float model, by domain
+    divergence: tuple[float, ...]  #: KL in nats, by domain
+    seconds: float
+
+
+def measure(source: Path, name: str, texts: Texts, options: Any) -> Iterator[Taken]:
+    """Each method in turn, for each seed and each variant of a setting."""
+    for seed in range(options.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            calibration = Calibration(
+                data="text" if NOVELS.exists() else "builtin:prose",
+                samples=options.samples,
+                length=options.length,
+                seed=seed,
+            )
+            files = {"text": NOVELS} if NOVELS.exists() else {}
+            context = PassContext(
+                header=inspect_model(FolderFiles(source)), work_dir=work, calibration=calibration, data_files=files
+            )
+            tokens = work / "calibration.npy"
+            np.save(tokens, calibration_samples(source, context)["input_ids"].numpy())
+            for variant, setting in enumerate(SETTINGS[name]):
+                for method in options.methods:
+                    if (method == "auto-round" and not options.peer) or (method == "gptq" and "format" in setting.ours):
+                        continue
+                    out = work / f"{method}-{variant}"
+                    if method == "auto-round":
+                        chosen = {**setting.peer, "iters": options.steps, "seed": seed + 1}
+                        seconds = run_peer(options.peer, source, chosen, tokens, out)
+                    else:
+                        start = time.perf_counter()
+                        passes = [{**PASSES[method], **setting.ours}]
+                        if method == "learned":
+                            passes[0]["steps"] = options.steps
+                        out = press(source, out, passes, calibration, files, options.device)
+                        seconds = time.perf_counter() - start
+                    lost, divergence = compare(out, texts, options.device)
+                    taken = Taken(method, variant, lost, divergence, seconds)
+                    print(name, "seed", seed, taken, file=sys.stderr, flush=True)
+                    yield taken
+
+
+NOVELS = SHARED / "lm_train_austen_moby.txt.gz"
+PASSES = {
+    "nearest": {"pass": "weight-only", "ranges": "least-error"},
+    "gptq": {"pass": "gptq"},
+    "learned": {"pass": "learned-rounding"},
+}
+
+
+def run_peer(python: str, source: Path, settings: dict[str, Any], tokens: Path, out: Path) -> float:
+    command = [python, str(BENCH / "peer_autoround.py"), str(source), json.dumps(settings), str(tokens), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"auto-round failed:\n{done.stderr[-3000:]}")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("@result ")]
+    return float(json.loads(line.removeprefix("@result "))["seconds"])
+
+
+def held_out(source: Path, samples: int, device: str) -> Texts:
+    persuasion = SHARED / "lm_eval_persuasion.txt.gz"
+    novel = windows(persuasion if persuasion.exists() else None, source, samples, 512)
+    encoded = torch.tensor(open_tokenizer(source).encode(reference(), special=False))
+    whole = encoded[: len(encoded) // 512 * 512].view(-1, 512)
+    manual = whole[np.linspace(0, len(whole) - 1, samples).round().astype(int)]
+    found = [logits_of(source, ids, device) for ids in (novel, manual)]
+    nats = tuple(cross_entropy(logits, ids) for logits, ids in zip(found, (novel, manual), strict=True))
+    return Texts((novel, manual), nats, tuple(found))
+
+
+def reference() -> str:
+    """The reference of the Python language."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+@torch.inference_mode()
+def logits_of(folder: Path, ids: Tensor, device: str) -> Tensor:
+    """bfloat16 [samples, length, vocabulary] on the processor."""
+    from transformers import AutoModelForCausalLM
+
+    # Weights that are unpacked during loading may have another dtype.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device, torch.float32).eval()
+    return torch.cat([model(batch.to(device)).logits.to("cpu", torch.bfloat16) for batch in ids.split(4)])
+
+
+def cross_entropy(logits: Tensor, ids: Tensor) -> float:
+    total = 0.0
+    for batch, tokens in zip(logits.split(4), ids.split(4), strict=True):
+        predicted, right = batch[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()
+        total += float(torch.nn.functional.cross_entropy(predicted, right, reduction="sum"))
+    return total / ids[:, 1:].numel()
+
+
+def compare(folder: Path, texts: Texts, device: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Nats over the float model, and the KL divergence from it, by domain."""
+    lost, divergence = [], []
+    for ids, nats, exact in zip(texts.ids, texts.nats, texts.logits, strict=True):
+        found = logits_of(folder, ids, device)
+        lost.append(cross_entropy(found, ids) - nats)
+        total = 0.0
+        for ours, theirs in zip(found.split(4), exact.split(4), strict=True):
+            source = theirs.to(device).float().log_softmax(-1)
+            total += float((source.exp() * (source - ours.to(device).float().log_softmax(-1))).sum())
+        divergence.append(total / ids.numel())
+    gc.collect()
+    return tuple(lost), tuple(divergence)
+
+
+def figures_of(model: str, name: str, taken: list[Taken]) -> list[Figure]:
+    figures = []
+    best: dict[tuple[str, int], float] = {}
+    seconds: dict[str, float] = {}
+    for method in METHODS:
+        runs = [run for run in taken if run.method == method]
+        if not runs:
+            continue
+        seconds[method] = statistics.mean(run.seconds for run in runs)
+        for at, domain in enumerate(DOMAINS):
+            by_variant = {
+                variant: [run for run in runs if run.variant == variant] for variant in {run.variant for run in runs}
+            }
+            chosen = min(by_variant.values(), key=lambda group: statistics.mean(run.lost[at] for run in group))
+            values = [run.lost[at] for run in chosen]
+            best[method, at] = statistics.mean(values)
+            figures.append(
+                Figure(
+                    f"{model}/{name}/{method} {domain}", round(best[method, at], 4), "nats", (min(values), max(values))
+                )
+            )
+            kl = [run.divergence[at] for run in chosen]
+            figures.append(
+                Figure(
+                    f"{model}/{name}/{method} {domain} KL", round(statistics.mean(kl), 4), "nats", (min(kl), max(kl))
+                )
+            )
+        figures.append(Figure(f"{model}/{name}/{method} seconds", round(seconds[method], 1), "s"))
+    for at, domain in enumerate(DOMAINS):
+        if ("learned", at) in best and ("auto-round", at) in best:
+            ratio = best["learned", at] / best["auto-round", at]
+            figures.append(Figure(f"{model}/{name}/learned over auto-round, {domain}", round(ratio, 3), bar="<= 0.9"))
+        if ("learned", at) in best and ("nearest", at) in best:
+            ratio = best["learned", at] / best["nearest", at]
+            figures.append(Figure(f"{model}/{name}/learned over nearest, {domain}", round(ratio, 3), bar="<= 1"))
+    if {"learned", "auto-round"} <= seconds.keys():
+        ratio = seconds["learned"] / seconds["auto-round"]
+        figures.append(Figure(f"{model}/{name}/seconds over auto-round's", round(ratio, 3), bar="<= 0.5"))
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

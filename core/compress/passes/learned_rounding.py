@@ -1,0 +1,141 @@
+"""Learned rounding: each block's codes and ranges are learned by gradients of the error of the block's output."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.blocks import FinalTensor, Inputs
+from nightpress.core.compress.executors.live_block import Lessons, LiveBlock
+from nightpress.core.compress.executors.reproducible import backward, reproducible
+from nightpress.core.compress.grids.stored import Coded, dequantized, from_tensors, round_weight
+from nightpress.core.compress.model.checkpoint import read_shards
+from nightpress.core.compress.passes.blockwise import Schemes, quantize, scheme_of, settle_coded
+from nightpress.core.compress.passes.calibrated import Quantized, chosen_schemes, rounded_tables
+from nightpress.core.compress.passes.quantize import largest_weights
+from nightpress.core.compress.passes.registry import folder_pass
+from nightpress.core.compress.solvers.gram import Gram
+from nightpress.core.compress.solvers.learned_rounding import LearnedWeight
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.passes import Gptq, LearnedRounding
+
+_JUDGED = 8  #: every n-th batch of samples judges what the others taught
+_JUDGEMENTS = 10  #: how often the present codes are judged while a block learns
+
+Codes = Mapping[str, Coded]  #: by weight
+
+
+@folder_pass(LearnedRounding)
+def learned_rounding(source: Path, target: Path, options: LearnedRounding, context: PassContext) -> PassRecord:
+    """Quantize by learned rounding. `target` becomes a compressed-tensors model."""
+    schemes, summary, context = chosen_schemes(source, options, context)
+    largest = None
+    if options.format == "nvfp4":  # runtimes fuse layers that share inputs, and read one global scale for them
+        names = {tensor.name for shard in read_shards(source) for tensor in shard.tensors if options.takes(tensor.info)}
+        largest = max(largest_weights(source, names, context).values())
+    method = Learned(options, schemes, largest, context.seed)
+    summary |= {"format": options.format, "steps": options.steps}
+    tables = rounded_tables(source, options)
+    return quantize(source, target, method, schemes, options, context, summary, outside=tables, step=options.batch)
+
+
+class Learned:
+    """Learns the codes of all layers of a block together."""
+
+    by_group = False
+
+    def __init__(self, options: LearnedRounding, schemes: Schemes, largest: float | None, seed: int) -> None:
+        """largest: as in `round_weight`."""
+        self._options, self._schemes, self._largest, self._seed = options, schemes, largest, seed
+        self._solver = None
+        if options.format == "int":
+            self._solver = Quantized(Gptq(symmetric=options.symmetric, ranges=options.ranges), schemes)
+
+    def watch(self, columns: int, device: torch.device) -> Gram:
+        return Gram(columns, device)
+
+    def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, FinalTensor]:
+        lessons = block.lessons
+        assert lessons is not None
+        weights = {name: block[name].to(device) for group in inputs for name in group.names}
+        with reproducible(device):
+            codes = self._learn(lessons, weights, self._starts(weights, inputs))
+        return {
+            name: settle_coded(name, scheme_of(self._schemes, name), coded, weights[name].float())
+            for name, coded in codes.items()
+        }
+
+    def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
+        return from_tensors(name, scheme_of(self._schemes, name), written)
+
+    def _starts(self, weights: Mapping[str, Tensor], inputs: Sequence[Inputs]) -> list[Codes]:
+        """The codes to start from: the nearest ones, and GPTQ's."""
+        nearest: dict[str, Coded] = {}
+        for group in inputs:
+            assert isinstance(group.statistic, Gram)
+            for name in group.names:
+                nearest[name] = round_weight(
+                    weights[name].float(),
+                    scheme_of(self._schemes, name),
+                    weights[name].dtype,
+                    ranges=self._options.ranges,
+                    importance=group.statistic.matrix().diagonal(),
+                    largest=self._largest,
+                )
+        if self._solver is None:
+            return [nearest]
+        return [nearest, self._solver.codes(weights, inputs, next(iter(weights.values())).device)]
+
+    def _learn(self, lessons: Lessons, weights: Mapping[str, Tensor], starts: Sequence[Codes]) -> Codes:
+        """Learn from the best start. Returns the best codes that were judged, the starts' among them."""
+        taught, judged = split(lessons.batches)
+        errors = [self._error(lessons, start, judged) for start in starts]
+        least = min(errors)
+        best = starts[errors.index(least)]
+        learned = {
+            name: LearnedWeight(weights[name].float(), coded, scheme_of(self._schemes, name))
+            for name, coded in best.items()
+        }
+        steps = self._options.steps
+        order = _endless(taught, self._seed)
+        for step in range(steps):
+            put = {name: lessons.put(name, weight.weight()) for name, weight in learned.items()}
+            with torch.enable_grad():
+                for _ in range(lessons.step_batches):
+                    backward(lessons.squared_error(next(order)))
+            rate = (1 - step / steps) / steps
+            for name, parameter in put.items():
+                if parameter.grad is not None:  # an expert that got no token has none
+                    learned[name].step(parameter.grad, rate)
+            del put
+            if (step + 1) * _JUDGEMENTS // steps > step * _JUDGEMENTS // steps:
+                now = {name: weight.coded() for name, weight in learned.items()}
+                error = self._error(lessons, now, judged)
+                if error < least:
+                    best, least = now, error
+                lessons.tell((step + 1) / steps)
+        return best
+
+    def _error(self, lessons: Lessons, codes: Codes, batches: Sequence[int]) -> float:
+        """The squared error of the block's output with these codes, summed over batches."""
+        for name, coded in codes.items():
+            lessons.put(name, dequantized(coded, scheme_of(self._schemes, name)))
+        return float(torch.stack([lessons.squared_error(batch) for batch in batches]).sum())
+
+
+def split(batches: int) -> tuple[list[int], list[int]]:
+    """Return the batches that teach and those that judge. All do both if there are few."""
+    if batches < _JUDGED:
+        return list(range(batches)), list(range(batches))
+    judged = list(range(_JUDGED - 1, batches, _JUDGED))
+    return [batch for batch in range(batches) if batch not in judged], judged
+
+
+def _endless(batches: Sequence[int], seed: int) -> Iterator[int]:
+    """Yield the batches in a random order, then in another."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for place in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[place]

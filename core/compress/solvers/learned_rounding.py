@@ -1,0 +1,143 @@
+"""Learn the rounding of a weight by signed gradient descent.
+
+A weight w with the scale s and the zero point z gets the code q = clamp(⌊w/s + v⌉ + z). Its offset v, from −½ to ½, and factors of its
+group's range are learned. They move by the sign of their gradient times a rate that falls linearly to zero. Gradients pass through the
+rounding as if it were the identity.
+
+No graph of gradients is kept for this: given the gradient g of ŵ = s·(q − z), with i = 1 where q is not clamped and 0 elsewhere,
+∂/∂v = g·s·i, ∂/∂s = Σ g·(q − z) − Σ g·i·w / s and ∂/∂z = −s·Σ g·(1 − i), summed over the group.
+
+Cheng et al., SignRound (arXiv 2309.05516), eq. 3–6.
+"""
+
+import torch
+from torch import Tensor
+
+from nightpress.core.compress.grids.grid import SMALLEST_SCALE
+from nightpress.core.compress.grids.rounding import dequantize, nearest_floats
+from nightpress.core.compress.grids.stored import Coded, grid_of
+from nightpress.core.recipes.schemes import Scheme
+
+#: A weight whose first code is not the nearest starts this far from the code, in steps: just before it would be rounded to its neighbour.
+_EDGE = 0.45
+_LEAST, _MOST = 0.5, 1.5  #: limits of the factors of a range
+
+
+class LearnedWeight:
+    """A weight [out, in] whose rounding is learned. It starts as the given codes."""
+
+    def __init__(self, weight: Tensor, start: Coded, scheme: Scheme) -> None:
+        """weight: float32. start: the first codes, with a scale for each row or group."""
+        self._grid, self._start = grid_of(scheme), start
+        self._scale = start.scale.float() / (1.0 if start.global_scale is None else start.global_scale)  # [out, groups]
+        self._shape = weight.shape
+        if start.zero_point is None:
+            self._zero_point = None
+            self.factors = torch.ones_like(self._scale)[None]  # [1, out, groups]: of the scale
+        else:
+            self._zero_point = start.zero_point.float()
+            self.factors = torch.ones_like(self._scale).repeat(2, 1, 1)  # [2, out, groups]: of the lowest and highest
+        self._weight = self._with_the_codes(weight)  # [out, groups, width]
+        self.offset = torch.zeros_like(self._weight)
+        self._codes, self._inside = self._round(*self._range())
+
+    def weight(self) -> Tensor:
+        """The rounded weight ŵ [out, in] in float32, exactly as a loader dequantizes `coded`. The next `step` starts from it."""
+        scale, zero_point = self._range()
+        self._codes, self._inside = self._round(scale, zero_point)
+        return dequantize(self._codes, scale, zero_point).view(self._shape)
+
+    def coded(self) -> Coded:
+        """The present codes, scales and zero points, in the form of the start."""
+        scale, zero_point = self._range()
+        codes, _ = self._round(scale, zero_point)
+        return Coded(
+            codes.view(self._shape),
+            self._stored(),
+            None if zero_point is None else zero_point.to(torch.int8),
+            self._start.global_scale,
+        )
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """Move against a gradient [out, in] of the loss in the last `weight()`, of any float dtype."""
+        scale, zero_point = self._range()
+        gradient = gradient.float().view(self._weight.shape)
+        inside = gradient * self._inside
+        slope = (gradient * self._codes).sum(2) - (inside * self._weight).sum(
+            2
+        ) / scale  # ∂/∂s [out, groups], but for z
+        if zero_point is None:
+            self._move(0, slope, rate)
+        else:
+            total = gradient.sum(2)
+            slope -= total * zero_point
+            shift = (inside.sum(2) - total) * scale  # ∂/∂z
+            # s = (high − low) / (n − 1) and z = −top − low / s, for n codes
+            low, high = self._ends()
+            by_scale = slope + shift * low / scale.square()
+            width = 2 * self._grid.top - 1
+            self._move(0, (-by_scale / width - shift / scale) * low, rate)
+            self._move(1, by_scale / width * high, rate)
+        self.offset.sub_(inside.sign_(), alpha=rate).clamp_(-0.5, 0.5)
+
+    def _move(self, number: int, slope: Tensor, rate: float) -> None:
+        self.factors[number].sub_(slope.sign(), alpha=rate).clamp_(_LEAST, _MOST)
+
+    def _with_the_codes(self, weight: Tensor) -> Tensor:
+        """The weight in groups, moved to where the start's codes are the nearest ones: rounded without offsets, it gives these codes."""
+        grouped = weight.view(*self._scale.shape, -1)
+        if self._grid.kind == "float":
+            return grouped
+        codes = self._start.codes.view(grouped.shape)
+        centre = codes.float() if self._zero_point is None else codes - self._zero_point[..., None]
+        away = (grouped / self._scale[..., None]).sub_(centre)
+        beyond = (codes == self._grid.top - 1) & (away > 0) | (codes == -self._grid.top) & (away < 0)
+        near = away.clamp(-_EDGE, _EDGE).add_(centre).mul_(self._scale[..., None])
+        return torch.where((away.abs() < 0.5) | beyond, grouped, near)
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The lowest and highest number of each group's grid at the start, [out, groups]."""
+        assert self._zero_point is not None
+        top = self._grid.top
+        return self._scale * (-top - self._zero_point), self._scale * (top - 1 - self._zero_point)
+
+    def _wanted_scale(self) -> Tensor:
+        if self._zero_point is None:
+            return self._scale * self.factors[0]
+        low, high = self._ends()
+        return ((high * self.factors[1] - low * self.factors[0]) / (2 * self._grid.top - 1)).clamp_(min=SMALLEST_SCALE)
+
+    def _stored(self) -> Tensor:
+        """The scales in the dtype in which they are stored. A scale that would become zero stays as it was."""
+        total = 1.0 if self._start.global_scale is None else self._start.global_scale
+        held = (self._wanted_scale() * total).to(self._start.scale.dtype)
+        return torch.where(held.float() > 0, held, self._start.scale)
+
+    def _range(self) -> tuple[Tensor, Tensor | None]:
+        """The present scales and zero points in float32, [out, groups]."""
+        scale = self._stored().float()
+        if self._start.global_scale is not None:
+            scale = scale / self._start.global_scale
+        if self._zero_point is None:
+            return scale, None
+        top = self._grid.top
+        low, _ = self._ends()
+        return scale, torch.round(-top - low * self.factors[0] / scale).clamp_(-top, top - 1)
+
+    def _round(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the codes in their stored dtype, and whether each is not clamped; both [out, groups, width]."""
+        steps = self._weight / scale[..., None]
+        if self._grid.kind == "float":
+            moved = _local_step(steps).mul_(self.offset).add_(steps)
+            return nearest_floats(moved, self._grid.bits).to(self._start.codes.dtype), moved.abs() <= self._grid.reach
+        wanted = steps.add_(self.offset).round_()
+        if zero_point is not None:
+            wanted += zero_point[..., None]
+        codes = wanted.clamp(-self._grid.top, self._grid.top - 1)
+        return codes.to(torch.int8), codes == wanted
+
+
+def _local_step(steps: Tensor) -> Tensor:
+    """The distance between two numbers of e2m1 near a magnitude: ½ below 2, 1 below 4, else 2."""
+    size = steps.abs()
+    return torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
