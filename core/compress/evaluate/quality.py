@@ -74,7 +74,7 @@ def prepare(
     sets: list[TokenSet] = [_check_set(prose, tokenizer, header)]
     evaluations = []
     for at, quality in enumerate(qualities):
-        source = tokenized.DataSource(quality.data, data_files.get(quality.data), model_dir)
+        source = tokenized.DataSource(quality.data, data_files.get(quality.data), model_dir, quality.part)
         request = ScorerRequest(f"quality{at}", quality, source, tokenizer, header, recipe.seed)
         scorer = _SCORERS[_metric(quality, header, source)](request)
         if len(scorer.examples.sequences.ids) < 2:
