@@ -1,6 +1,6 @@
 """The requests of the API as values: method, path, body, and how to read the answer. Nothing is sent here.
 
-`client.access` holds those about webhooks, keys and tenants. Both clients send them, and raise ApiError or UnreachableError.
+`client.access` holds those about webhooks, keys and tenants, `client.study_calls` those about studies. Both clients send them, and raise ApiError or UnreachableError.
 """
 
 import uuid
@@ -61,7 +61,7 @@ def reader(kind: Any) -> Callable[[httpx.Response], Any]:
     return lambda response: adapter.validate_json(response.content, context=CHECKED_ELSEWHERE)
 
 
-def _items(kind: Any) -> Callable[[httpx.Response], Any]:
+def items_reader(kind: Any) -> Callable[[httpx.Response], Any]:
     """A parser of the items of a page, for lists that fit on a single page."""
     adapter: TypeAdapter[Any] = TypeAdapter(Page[kind])
     return lambda response: adapter.validate_json(response.content).items
@@ -78,13 +78,13 @@ def _text(response: httpx.Response) -> str:
 _LATEST, _PROMOTION, _PROMOTIONS = reader(LatestView), reader(PromotionView), reader(Page[PromotionView])
 _MODEL, _MODELS = reader(ModelView), reader(Page[ModelView])
 _DATA_SET, _DATA_SETS = reader(DataSetView), reader(Page[DataSetView])
-_JOB, _JOBS, _JOB_LIST = reader(JobView), reader(Page[JobView]), _items(JobView)
+_JOB, _JOBS, _JOB_LIST = reader(JobView), reader(Page[JobView]), items_reader(JobView)
 _CANCELLED = reader(CancelledView)
-_UPLOADS = _items(UploadFile)
-_PASSES = _items(PassView)
-_RECIPE, _RECIPES = reader(RecipeView), _items(RecipeView)
-_ARTIFACTS, _WORKERS, _QUEUES = _items(ArtifactView), _items(WorkerView), _items(QueueView)
-_EVENTS, _LOGS = _items(EventView), _items(LogView)
+_UPLOADS = items_reader(UploadFile)
+_PASSES = items_reader(PassView)
+_RECIPE, _RECIPES = reader(RecipeView), items_reader(RecipeView)
+_ARTIFACTS, _WORKERS, _QUEUES = items_reader(ArtifactView), items_reader(WorkerView), items_reader(QueueView)
+_EVENTS, _LOGS = items_reader(EventView), items_reader(LogView)
 _REPORT, _READY = reader(ReportView), reader(ReadyView)
 _SCHEDULE, _SCHEDULES = reader(ScheduleView), reader(Page[ScheduleView])
 _RUN, _RUNS = reader(ScheduleRunView), reader(Page[ScheduleRunView])

@@ -26,6 +26,7 @@ class Owned(NamedTuple):
     models: str
     datasets: str
     schedules: str
+    studies: str
     keys: str
     webhooks: str
 
@@ -73,7 +74,8 @@ def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
     ]
     nightly = {"name": "nightly", "cron": "0 2 * * *", "job": {"model": "tiny", "recipe": "int8-encoder"}}
     schedule = owner.post("/v1/schedules", json=nightly).json()["id"]
-    return Owned(jobs=job, models=model, datasets=data, schedules=schedule, keys=key, webhooks=hook)
+    study = owner.post("/v1/studies", json={"model": "tiny", "gates": {"cosine": ">= 0.9"}}).json()["id"]
+    return Owned(studies=study, jobs=job, models=model, datasets=data, schedules=schedule, keys=key, webhooks=hook)
 
 
 def told(response: httpx.Response, identifier: str) -> dict[str, Any]:
@@ -240,6 +242,7 @@ DONE: dict[str, Any] = {
     "/v1/jobs": {"model": "tiny", "recipe": "int8-encoder"},
     "/v1/jobs:batch": {"jobs": [{"model": "tiny", "recipe": "int8-encoder", "name": "one of a batch"}]},
     "/v1/webhooks": {"url": "http://127.0.0.1:1/", "events": ["job.failed"]},
+    "/v1/studies": {"model": "tiny", "gates": {"cosine": ">= 0.9"}},
     "/v1/schedules": {"name": "once", "cron": "0 2 * * *", "job": {"model": "tiny", "recipe": "int8-encoder"}},
     "/v1/keys": {"name": "other", "scopes": ["jobs:read"]},
 }
