@@ -30,7 +30,7 @@ from nightpress.core.wire.access import QuotaChange
 from nightpress.core.wire.jobs import JobRequest
 from nightpress.core.wire.webhooks import WebhookCreate
 from tests.columns import MAPPING, WORDS, Chosen, Rows, identifier
-from tests.integration import test_columns_of_jobs, test_columns_of_models
+from tests.integration import test_columns_of_jobs, test_columns_of_models, test_columns_of_studies
 from tests.integration.test_schedules import TENANT, World, utc
 from tests.jobs import age, claim, submit, succeeded
 
@@ -59,7 +59,8 @@ def world(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[World]:
 
 
 def test_every_table_is_covered() -> None:
-    assert set(metadata.tables.values()) == COVERED | test_columns_of_jobs.COVERED | test_columns_of_models.COVERED
+    others = test_columns_of_jobs.COVERED | test_columns_of_models.COVERED | test_columns_of_studies.COVERED
+    assert set(metadata.tables.values()) == COVERED | others
 
 
 # Access --------------------------------------------------------------------------------------------------------------
@@ -268,6 +269,7 @@ def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
         "suspended": False,
         "job": job.model_dump(mode="json", exclude_none=True),
         "source": str(source),
+        "study": None,
         "version": 1,
         "next_at": utc("2026-11-23T02:00"),
         "created_by": "key12345",
@@ -290,6 +292,7 @@ def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
         "reason": None,
         "error": None,
         "job_id": submitted.job_id,
+        "study_id": None,
         "model_id": pressed.model_id,
         "revision": WORDS,
         "digest": pressed.model_digest,
