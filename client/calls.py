@@ -31,6 +31,7 @@ from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate,
 from nightpress.core.wire.promotions import LatestView, PromotionCreate, PromotionView
 from nightpress.core.wire.recipes import PassView, RecipeView, ValidateRequest, ValidateView
 from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
+from nightpress.core.wire.studies import StudyRequest
 from nightpress.core.wire.system import QueueView, ReadyView, WorkerView
 
 Answer = TypeVar("Answer")
@@ -301,16 +302,26 @@ def get_drawn_report(job_id: str, form: Literal["html", "md"]) -> Call[str]:
 
 
 def create_schedule(
-    name: str, cron: str, model: str, recipe: str | dict[str, Any], *, timezone: str = "UTC", **fields: Any
+    name: str,
+    cron: str,
+    model: str,
+    recipe: str | dict[str, Any] | None = None,
+    *,
+    study: Mapping[str, Any] | None = None,
+    timezone: str = "UTC",
+    **fields: Any,
 ) -> Call[ScheduleView]:
-    """Submit a job at each time that `cron` names.
+    """Submit a job at each time that `cron` names, or begin a study: give a recipe, or the fields of core.wire.studies.StudyRequest.
 
     `fields`: further fields of core.wire.schedules.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobRequest.
     """
     own = {key: value for key, value in fields.items() if key in ScheduleCreate.model_fields}
     rest = {key: value for key, value in fields.items() if key not in own}
-    job = JobRequest(model=model, recipe=recipe, **rest)
-    return post("/v1/schedules", _SCHEDULE, ScheduleCreate(name=name, cron=cron, timezone=timezone, job=job, **own))
+    if study is not None:
+        own["study"] = StudyRequest.model_validate({"model": model, **study, **rest})
+    if recipe is not None:
+        own["job"] = JobRequest(model=model, recipe=recipe, **rest)
+    return post("/v1/schedules", _SCHEDULE, ScheduleCreate(name=name, cron=cron, timezone=timezone, **own))
 
 
 def get_schedule(schedule: str) -> Call[ScheduleView]:

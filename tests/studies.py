@@ -6,7 +6,9 @@ The trials are real rows and real jobs with claims and leases. Only the pressing
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from sqlalchemy import Engine
 
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -83,16 +85,24 @@ class StudyWorld:
     """An installation with one registered model, `tiny`."""
 
     def __init__(self, folder: Path, sql_url: str, model: Path, **more: Any) -> None:
-        self.settings = Settings(
-            _env_file=None, data_dir=folder, database_url=sql_url, model_roots=[model.parent], **more
-        )
-        self.engine = make_engine(sql_url)
-        self.resources = Resources(self.settings, self.engine)
+        settings = Settings(_env_file=None, data_dir=folder, database_url=sql_url, model_roots=[model.parent], **more)
+        self._open(make_engine(sql_url), settings)
+        self.model = self.resources.models.create(TENANT, ModelCreate(name="tiny", path=str(model))).id
+
+    @classmethod
+    def beside(cls, engine: Engine, settings: Settings) -> Self:
+        """The studies of an installation that a test has already."""
+        world = cls.__new__(cls)
+        world._open(engine, settings)
+        return world
+
+    def _open(self, engine: Engine, settings: Settings) -> None:
+        self.engine, self.settings = engine, settings
+        self.resources = Resources(settings, engine)
         self.store = self.resources.store
         self.studies = self.resources.studies
         self.ledger = self.resources.study_ledger
         self.rung: list[str] = []
-        self.model = self.resources.models.create(TENANT, ModelCreate(name="tiny", path=str(model))).id
         self.held: list[Claimed] = []
 
     def replica(self) -> Searching:

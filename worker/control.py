@@ -79,7 +79,9 @@ class Control:
         self._registries = (resources.models, resources.datasets)
         self._ring = ring
         bringer = Bringer(resources.schedule_store, resources.models, resources.settings)
-        self._firing = Firing(resources.schedule_store, resources.jobs, resources.store, bringer, ring)
+        self._firing = Firing(
+            resources.schedule_store, resources.jobs, resources.store, resources.studies, bringer, ring
+        )
         self._searching = Searching(resources.study_ledger, resources.jobs, resources.store, resources.models, ring)
         self._courier = Courier(resources.webhooks, resources.settings)
         self._intake = Intake(resources.engine, self._registries)

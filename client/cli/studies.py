@@ -242,12 +242,24 @@ def _read_gate(text: str) -> tuple[str, str]:
         raise typer.BadParameter(str(error), param_hint="--gate") from error
 
 
-def _read_space(file: Path) -> dict[str, Any]:
-    """The fields of a space file: a list of recipes, or a mapping with `recipes`, `evaluate` and `calibration`."""
+def read_study(file: Path) -> dict[str, Any]:
+    """The fields of a study from a YAML file, for a schedule."""
+    read = _read_yaml(file)
+    if not isinstance(read, dict):
+        raise ClientError(f"{file} is no mapping of a study's fields.", hint="docs/how-to/search.md has an example.")
+    return {str(key): value for key, value in read.items()}
+
+
+def _read_yaml(file: Path) -> Any:
     try:
-        read = read_yaml(file.read_text())
+        return read_yaml(file.read_text())
     except OSError as error:
         raise ClientError(f"{file} can't be read: {error.strerror}.", hint="Name a YAML file.") from error
+
+
+def _read_space(file: Path) -> dict[str, Any]:
+    """The fields of a space file: a list of recipes, or a mapping with `recipes`, `evaluate` and `calibration`."""
+    read = _read_yaml(file)
     if isinstance(read, list):
         return {"space": read}
     known = {"recipes", "evaluate", "calibration"}

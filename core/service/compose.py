@@ -88,7 +88,7 @@ class Resources:
 
     @cached_property
     def schedules(self) -> ScheduleService:
-        return ScheduleService(self.schedule_store, self.jobs, self.settings)
+        return ScheduleService(self.schedule_store, self.jobs, self.studies, self.settings)
 
     @cached_property
     def study_ledger(self) -> StudyLedger:

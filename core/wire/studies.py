@@ -116,9 +116,10 @@ class StudyRequest(Request):
 
     @model_validator(mode="after")
     def _evaluate_alone(self) -> Self:
-        given = self.model_fields_set & {"data", "samples", "length"}
+        names = ("data", "samples", "length")
+        given = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
         if self.evaluate is not None and given:
-            raise ValueError(f"`evaluate` takes the place of {', '.join(sorted(given))}: give one or the other")
+            raise ValueError(f"`evaluate` takes the place of {', '.join(given)}: give one or the other")
         return self
 
 
@@ -142,6 +143,7 @@ class StudyView(View):
     verdict: Literal["accepted", "rejected"] | None  #: accepted: the winner keeps the gates on data that chose nothing
     model_id: str
     model_name: str
+    model_digest: str
     minimize: Goal
     gates: dict[str, str]
     target: str | None

@@ -1,5 +1,7 @@
 """The operations on studies that the API offers: create and cancel. Also makes the recipes of trials."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from nightpress.core.service.registry.models import ModelRegistry
 from nightpress.core.service.studies.front import front_of
 from nightpress.core.service.studies.ledger import StudyLedger
 from nightpress.core.service.studies.store import StudyStore
+from nightpress.core.version import ENGINE
 from nightpress.core.wire.jobs import JobRequest
 from nightpress.core.wire.studies import Role, StudyRequest, StudyView
 
@@ -53,8 +56,28 @@ class StudyService:
         self._runs = runs
         self._models = models
 
-    def create(self, tenant_id: str, wanted: StudyRequest, *, key_id: str | None = None) -> StudyView:
-        """Begin a study. Raises invalid_recipe, not_found, conflict (the model isn't ready), quota_exceeded and what submitting a trial raises."""
+    def create(
+        self, tenant_id: str, wanted: StudyRequest, *, key_id: str | None = None, study_id: str | None = None
+    ) -> StudyView:
+        """Begin a study. study_id: a study that exists under this id is returned.
+
+        Raises invalid_recipe, not_found, conflict (the model isn't ready), quota_exceeded and what submitting a trial raises.
+        """
+        values = self._resolved(tenant_id, wanted) | {"created_by": key_id}
+        return self.store.create(tenant_id, values, hours=wanted.hours, study_id=study_id)
+
+    def check(self, tenant_id: str, wanted: StudyRequest) -> None:
+        """Raise what `create` would raise now, except for quotas."""
+        self._resolved(tenant_id, wanted)
+
+    def fingerprint(self, tenant_id: str, wanted: StudyRequest) -> str:
+        """A digest of what decides a study's result: the model's bytes, what is wanted, and the engine. Raises not_found."""
+        says = wanted.model_dump(mode="json", exclude={"model", "start_from", "name", "labels", "priority"})
+        digest = str(self._models.get(tenant_id, wanted.model).digest)
+        return hashlib.sha256(json.dumps([digest, says, ENGINE], sort_keys=True).encode()).hexdigest()
+
+    def _resolved(self, tenant_id: str, wanted: StudyRequest) -> dict[str, Any]:
+        """The columns of a study's row that the request decides."""
         model = self._models.get(tenant_id, wanted.model)
         if model.state != "ready":
             raise NightpressError(
@@ -76,7 +99,7 @@ class StudyService:
         }
         first = self._first_valid(tenant_id, model.id, header, space, parts, wanted.gates)
         starts = [*self._earlier(tenant_id, wanted.start_from, parts), first, *starts]
-        values = {
+        return {
             "name": wanted.name,
             "model_id": model.id,
             "model_name": model.name,
@@ -96,9 +119,7 @@ class StudyService:
             "priority": wanted.priority,
             "labels": wanted.labels,
             "promote": wanted.promote,
-            "created_by": key_id,
         }
-        return self.store.create(tenant_id, values, hours=wanted.hours)
 
     def cancel(self, tenant_id: str, study_id: str) -> StudyView:
         """Cancel a study and its trials. The control process ends it when no trial runs any more. Raises not_found."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Engine, Row, func, insert, select
+from sqlalchemy.exc import IntegrityError
 
 from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -29,9 +30,18 @@ class StudyStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def create(self, tenant_id: str, values: Mapping[str, Any], *, hours: float) -> StudyView:
-        """Insert a study. `values`: columns of the row. Raises quota_exceeded."""
-        study_id = new_id("std")
+    def create(
+        self, tenant_id: str, values: Mapping[str, Any], *, hours: float, study_id: str | None = None
+    ) -> StudyView:
+        """Insert a study. `values`: columns of the row. Returns the study with this id, if there is one. Raises quota_exceeded."""
+        study_id = study_id or new_id("std")
+        try:
+            self._insert(tenant_id, study_id, values, hours)
+        except IntegrityError:
+            return self.get(tenant_id, study_id)  # another replica was faster
+        return self.get(tenant_id, study_id)
+
+    def _insert(self, tenant_id: str, study_id: str, values: Mapping[str, Any], hours: float) -> None:
         mine = (studies.c.tenant_id == tenant_id, studies.c.finished_at.is_(None))
         with transaction(self._engine) as connection:
             if connection.execute(select(func.count()).select_from(studies).where(*mine)).scalar_one() >= _MAX_ACTIVE:
@@ -51,7 +61,6 @@ class StudyStore:
             connection.execute(insert(studies).values(**row, **values))
             event = {"study_id": study_id, "seq": 1, "at": db_now(), "kind": "created", "data": {}}
             connection.execute(insert(study_events).values(**event))
-        return self.get(tenant_id, study_id)
 
     def get(self, tenant_id: str, study_id: str) -> StudyView:
         """Raises not_found."""
