@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from nightpress.core.database import transaction
+from nightpress.core.service.compose import Resources
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.schedules import schedule_runs, schedules
 from nightpress.core.wire.jobs import JobRequest
