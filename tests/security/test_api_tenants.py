@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+from sqlalchemy import update
 
 from nightpress import migrations
+from nightpress.core.database import transaction
 from nightpress.core.service.access.keys import ALL_SCOPES, create_key, revoke
+from nightpress.core.service.tables.studies import studies
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.operations import BODIES, OPEN, on_things, operations
@@ -75,6 +78,10 @@ def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
     nightly = {"name": "nightly", "cron": "0 2 * * *", "job": {"model": "tiny", "recipe": "int8-encoder"}}
     schedule = owner.post("/v1/schedules", json=nightly).json()["id"]
     study = owner.post("/v1/studies", json={"model": "tiny", "gates": {"cosine": ">= 0.9"}}).json()["id"]
+    told = {"winner": None, "chosen_again": False, "front": [], "runner_up": None, "sensitivity": [], "counts": {}}
+    told |= {"reasons": {}, "cpu_seconds": 1.0, "gpu_seconds": 0.0, "seconds": 2.0, "split": "secret words"}
+    with transaction(api.services.resources.engine) as connection:
+        connection.execute(update(studies).where(studies.c.id == study).values(report=told))
     return Owned(studies=study, jobs=job, models=model, datasets=data, schedules=schedule, keys=key, webhooks=hook)
 
 
